@@ -215,7 +215,7 @@ def test_a_node_that_fails_twice_is_given_back_and_the_run_goes_on_without_it(cl
 def test_what_cannot_run_is_not_submitted(cluster, tmp_path):
     large = ("--model.hidden_size=4096", "--model.num_layers=2", f"--run.folder={tmp_path}/never")
     done = distattn(cluster, "launch", "slurm", "configs/tiny.toml", *large, *SHORT)
-    assert done.returncode == 2 and "the largest node has 2.1 GB. Take fewer ranks" in done.stderr, done.stderr
+    assert done.returncode == 2 and "the largest node has 2.1 GB. Use fewer ranks" in done.stderr, done.stderr
     assert not (tmp_path / "never").exists()
     moon = ("--slurm.partition=moon", f"--run.folder={tmp_path}/never")
     done = distattn(cluster, "launch", "slurm", "configs/tiny.toml", *moon, *SHORT)

@@ -103,11 +103,11 @@ def test_a_rank_that_ends_before_it_tells_anything_is_named():
         failures={1: SimpleNamespace(exitcode=-9, timestamp=1), 0: SimpleNamespace(exitcode=1, timestamp=2)}
     )
     trouble = _silent_end(killed)
-    assert trouble.kind == "killed" and str(trouble) == "rank 1 was killed by SIGKILL before it told anything"
+    assert trouble.kind == "killed" and str(trouble) == "rank 1 was killed by SIGKILL before its first heartbeat"
     assert _ended({1: -9, 0: 1}, trouble) == (137, trouble)
     broken = SimpleNamespace(failures={2: SimpleNamespace(exitcode=1, timestamp=1)})
     trouble = _silent_end(broken)
-    assert trouble.kind == "raised" and str(trouble) == "rank 2 ended with exit code 1 before it told anything"
+    assert trouble.kind == "raised" and str(trouble) == "rank 2 ended with exit code 1 before its first heartbeat"
     assert _ended({2: 1}, trouble) == (1, trouble)
 
 

@@ -1,0 +1,247 @@
+"""A cluster in numbers: nodes, devices, links and kernel throughput, read from a TOML file.
+
+`load("h200-8x8")` is 8 nodes of 8 devices of the shipped description `h200`; `load("mine.toml")` or `load("mine.toml", 4, 8)`
+reads a file such as `distattn calibrate` writes. Every number of a shipped file has its source next to it.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from distattn.cluster.topology import Cluster
+from distattn.ir.errors import DistattnError
+from distattn.ir.intervals import Ints
+
+# pydantic and tomli_w are imported only to read and write files: kernels are checked where only torch and Triton are installed
+if TYPE_CHECKING:
+    from pydantic import ConfigDict, TypeAdapter
+
+Record = TypeVar("Record")
+_STRICT: ConfigDict = {"extra": "forbid", "allow_inf_nan": False}
+DIRECTIONS = ("forward", "backward")
+_NAME = re.compile(r"(?P<kind>[a-z0-9_]+)-(?P<nodes>[1-9]\d*)x(?P<devices>[1-9]\d*)")
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device, in numbers that were measured or published."""
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    memory_gb: float
+    # dense bf16, from the manufacturer's data sheet
+    peak_tflops: float
+    # reached in large matrix products
+    gemm_tflops: float
+    # 10^9 bytes per second that are read and written
+    copy_gbs: float
+    # streaming multiprocessors, each of which runs one program of a kernel at a time
+    num_sms: int
+    # sides of the kernels' tiles (query rows, keys); kernels compute whole tiles
+    tile: tuple[int, int]
+    # microseconds from the end of a kernel to the beginning of the next one, and for each task of a launch
+    launch_us: float
+    task_us: float
+    # microseconds the host needs to issue one step
+    host_us: float
+
+
+@dataclass(frozen=True)
+class Link:
+    """A link of each device, or with `shared` of a whole node: 10^9 bytes per second in one direction, and the latency."""
+
+    __pydantic_config__ = _STRICT
+
+    gbs: float
+    latency_us: float
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class KernelThroughput:
+    """The speed of a core-attention kernel on a full mask of queries x keys.
+
+    A forward pass counts 4 x cells x heads x head dim operations, a backward pass 10 x.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    direction: str
+    head_dim: int
+    queries: int
+    keys: int
+    tflops: float
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """A cluster of `nodes` nodes with `devices` devices each, in numbers. Rank r is on node r // devices."""
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    nodes: int
+    devices: int
+    device: Device
+    intra_node: Link
+    inter_node: Link
+    attention: tuple[KernelThroughput, ...]
+
+    @property
+    def topology(self) -> Cluster:
+        """The numbers of nodes and devices only, which say which ranks share a node."""
+        return Cluster(self.nodes, self.devices)
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.devices
+
+    @property
+    def node(self) -> Ints:
+        """The node of each rank."""
+        return self.topology.node
+
+    def save(self, path: str | Path) -> None:
+        """Write the TOML file that `load` reads back."""
+        import tomli_w
+
+        Path(path).write_text(tomli_w.dumps(asdict(self)), "utf-8")
+
+
+# a Cluster says which ranks share a node; a ClusterSpec also says how fast devices and links are
+AnyCluster = Cluster | ClusterSpec
+
+
+def shipped_names() -> list[str]:
+    """Return the names of the clusters that come with distattn, without their sizes."""
+    folder = resources.files("distattn.cluster") / "descriptions"
+    return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
+
+
+def resolve_cluster(cluster: Any) -> AnyCluster | None:
+    """Return a Cluster, a ClusterSpec or None unchanged; `load` a name or the path of a TOML file."""
+    if cluster is None or isinstance(cluster, AnyCluster):
+        return cluster
+    if isinstance(cluster, str | Path):
+        return load(cluster)
+    raise DistattnError(
+        f"cluster must be a Cluster(nodes, devices), a ClusterSpec, its name or its TOML file, not {cluster!r}."
+    )
+
+
+def load(name: str | Path, ranks: int | None = None) -> ClusterSpec:
+    """Load a cluster by name (`h200-8x8`: nodes x devices) or by the path of its TOML file.
+
+    ranks: use only that many devices, equally many on each node. Raises DistattnError if there is no such cluster, or if the
+    file has impossible values.
+    """
+    matched = _NAME.fullmatch(str(name))
+    if matched and matched["kind"] in shipped_names():
+        cluster = _sized(_load_shipped(matched["kind"]), str(name), int(matched["nodes"]), int(matched["devices"]))
+    elif Path(name).suffix == ".toml":
+        try:
+            cluster = _parsed(str(name), Path(name).read_text("utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DistattnError(f"{name}: the cluster description cannot be read: {error}.") from None
+    else:
+        shipped = ", ".join(f"{kind}-NODESxDEVICES" for kind in shipped_names())
+        raise DistattnError(f"there is no cluster {str(name)!r}; there are {shipped}, or the path of a .toml file.")
+    return cluster if ranks is None else with_ranks(cluster, ranks)
+
+
+@cache
+def _load_shipped(kind: str) -> ClusterSpec:
+    """Return a shipped cluster. Tests check these files with pydantic, which strategies must not need."""
+    content = tomllib.loads((resources.files("distattn.cluster") / "descriptions" / f"{kind}.toml").read_text("utf-8"))
+    content["device"] = _record(Device, content["device"] | {"tile": tuple(content["device"]["tile"])})
+    content |= {name: _record(Link, content[name]) for name in ("intra_node", "inter_node")}
+    content["attention"] = tuple(_record(KernelThroughput, row) for row in content["attention"])
+    return ClusterSpec(**content)
+
+
+def _record(kind: type[Record], values: dict[str, Any]) -> Record:
+    """Return a dataclass of these values; whole numbers become floats in fields of type float."""
+    types = kind.__annotations__
+    return kind(**{name: float(value) if types[name] == "float" else value for name, value in values.items()})
+
+
+def with_ranks(cluster: ClusterSpec, ranks: int) -> ClusterSpec:
+    """Return the cluster with one device for each of `ranks` ranks, equally many on each of its nodes."""
+    if ranks > cluster.ranks:
+        raise DistattnError(
+            f"{ranks} ranks need more devices than {cluster.name} has: {cluster.nodes} nodes x {cluster.devices}."
+        )
+    nodes = -(-ranks // cluster.devices)
+    if ranks % nodes:
+        raise DistattnError(f"{ranks} ranks do not fill {nodes} nodes of {cluster.devices} devices evenly.")
+    whole = (nodes, ranks // nodes) == (cluster.nodes, cluster.devices)
+    kind = cluster.name.rpartition("-")[0] if _NAME.fullmatch(cluster.name) else cluster.name
+    name = cluster.name if whole else f"{kind}-{nodes}x{ranks // nodes}"
+    return _sized(cluster, name, nodes, ranks // nodes)
+
+
+def _sized(cluster: ClusterSpec, name: str, nodes: int, devices: int) -> ClusterSpec:
+    if nodes > cluster.nodes or devices > cluster.devices:
+        raise DistattnError(
+            f"cluster {name!r}: {cluster.name} has at most {cluster.nodes} nodes of {cluster.devices} devices."
+        )
+    return replace(cluster, name=name, nodes=nodes, devices=devices)
+
+
+@cache
+def _adapter() -> TypeAdapter[ClusterSpec]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(ClusterSpec)
+
+
+def _parsed(source: str, text: str) -> ClusterSpec:
+    from pydantic import ValidationError
+
+    try:
+        content: dict[str, Any] = tomllib.loads(text)
+        cluster = _adapter().validate_python(content)
+    except tomllib.TOMLDecodeError as error:
+        raise DistattnError(f"{source}: cannot be read as TOML: {error}.") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise DistattnError(f"{source}: {key}: {first['msg'].lower().rstrip('.')}.") from None
+    problem = _problem(cluster)
+    if problem:
+        raise DistattnError(f"{source}: {problem}")
+    return cluster
+
+
+def _problem(cluster: ClusterSpec) -> str | None:
+    numbers = {
+        f"device.{key}": value for key, value in asdict(cluster.device).items() if isinstance(value, int | float)
+    }
+    numbers |= {f"{name}.gbs": getattr(cluster, name).gbs for name in ("intra_node", "inter_node")}
+    numbers |= {f"{name}.latency_us": getattr(cluster, name).latency_us for name in ("intra_node", "inter_node")}
+    numbers |= {"nodes": cluster.nodes, "devices": cluster.devices, "device.tile": min(cluster.device.tile)}
+    zeros = ("device.launch_us", "device.task_us", "device.host_us", "intra_node.latency_us", "inter_node.latency_us")
+    for key, value in numbers.items():
+        if value < 0 or (value == 0 and key not in zeros):
+            return f"{key}: must be a positive number, not {value}."
+    for row in cluster.attention:
+        if row.direction not in DIRECTIONS or min(row.tflops, row.head_dim, row.queries, row.keys) <= 0:
+            return f"attention: a row must have a direction (forward, backward) and positive numbers, not {row}."
+    for kind in {(row.direction, row.head_dim) for row in cluster.attention}:
+        points = {(row.queries, row.keys) for row in cluster.attention if (row.direction, row.head_dim) == kind}
+        grid = len({q for q, _ in points}) * len({k for _, k in points})
+        if len(points) != grid and not any(q == k for q, k in points):
+            return (
+                f"attention: {kind[0]}, head dim {kind[1]}: rows must be a full grid of queries and keys, or squares."
+            )
+    missing = [name for name in DIRECTIONS if not any(row.direction == name for row in cluster.attention)]
+    if missing:
+        return f"attention: there is no row of direction {missing[0]}."
+    return None

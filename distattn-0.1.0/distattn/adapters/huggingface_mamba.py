@@ -1,0 +1,64 @@
+"""Hugging Face transformers: Mamba models without attention, which do not pass keyword arguments on to their layers.
+
+The layers of `huggingface_recurrent` find the batch among the keyword arguments of the model's call. `Mamba2ForCausalLM` passes
+only the mask on to the `Mamba2Model` inside it. So the batch takes the place of the mask for this one step: it is part of the
+call, and different models, threads and repeated layers do not share it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from distattn.adapters.huggingface_modules import folder_of
+from distattn.adapters.huggingface_recurrent import check_mixing_layer
+from distattn.batch.local_batch import BatchAttention
+from distattn.ir.errors import DistattnError
+
+# transformers' folders of such models, and how the names of their classes begin
+_ALONE = {"falcon_mamba": "FalconMamba", "mamba": "Mamba", "mamba2": "Mamba2"}
+
+
+def hand_batches_on(module: ModuleType) -> None:
+    """Change language models without attention to pass a sharded batch on to their layers, or to refuse it (Mamba-1).
+
+    module: one of transformers' modules of models, see `huggingface_modules.change_models`.
+    """
+    begin = _ALONE.get(folder_of(module.__name__))
+    if begin is not None:
+        outer, inner = getattr(module, f"{begin}ForCausalLM"), getattr(module, f"{begin}Model")
+        outer.forward, inner.forward = _in_place_of_mask(outer.forward), _from_place_of_mask(inner.forward)
+
+
+@dataclass(frozen=True)
+class _InPlaceOfMask:
+    batch: BatchAttention
+
+
+def _in_place_of_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def language_model(self: Any, *arguments: Any, context_parallel: BatchAttention | None = None, **named: Any) -> Any:
+        if context_parallel is None:
+            return forward(self, *arguments, **named)
+        check_mixing_layer(0, self.config)
+        if named.get("attention_mask") is not None:
+            raise DistattnError(
+                "a padding mask was passed to the model; pass it to ContextParallel.shard, which leaves padding out."
+            )
+        return forward(self, *arguments, **named | {"attention_mask": _InPlaceOfMask(context_parallel)})
+
+    return language_model
+
+
+def _from_place_of_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def model(self: Any, *arguments: Any, **named: Any) -> Any:
+        mask = named.get("attention_mask")
+        if isinstance(mask, _InPlaceOfMask):
+            named |= {"attention_mask": None, "context_parallel": mask.batch}
+        return forward(self, *arguments, **named)
+
+    return model

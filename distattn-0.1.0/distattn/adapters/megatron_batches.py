@@ -1,0 +1,184 @@
+"""Batches that Megatron's own loaders shard: rows and packs in its zigzag order, over the model's group or a batch's group."""
+
+# T tokens on this rank, B rows
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from distattn.batch.collectives import HostGroup, shared_name
+from distattn.batch.health import HealthMonitor
+from distattn.batch.local_batch import LocalBatch
+from distattn.batch.planner import AttentionShape, BatchKey, Planned, Planner, PlannerConfig
+from distattn.driver.communicators import SINGLE_RANK, MonitoredTransports
+from distattn.driver.step_exchange import agree_on_plan
+from distattn.ir.errors import DistattnError
+from distattn.ir.layout import Layout
+from distattn.ir.mask import Mask
+from distattn.ir.plan import Plan
+from distattn.parallel.runtime.communicator import timeout_of
+from distattn.parallel.runtime.transport import Transport
+
+# the largest number of row shapes that are kept; batches of varying length have many
+_MOST_ROWS = 64
+
+
+@dataclass
+class Packed(PackedSeqParams):
+    """A sharded batch on its way through a model, in the place of Megatron's description of packs."""
+
+    batch: Any = None
+
+    @staticmethod
+    def of(batch: Mapping[str, Any]) -> Packed:
+        """Wrap a batch as sbhd with one row; only the batch has its documents."""
+        return Packed(qkv_format="sbhd", batch=batch)
+
+
+class MegatronBatches:
+    """The plans for the inputs of layers; one object for all layers of a spec. settings: fields of `PlannerConfig`.
+
+    Megatron's loaders announce no batch before its first layer, so the ranks compare their plans there, once per batch.
+    """
+
+    def __init__(self, settings: dict[str, Any]):
+        if refused := settings.keys() & {"layout", "layout_options", "document_mask", "loss_group", "data"}:
+            raise DistattnError(
+                f"Megatron's loaders choose {sorted(refused)[0]}; to choose it, use ContextParallel and use_batch_positions."
+            )
+        self._config: PlannerConfig = PlannerConfig.of(settings)
+        self._planners: dict[dist.ProcessGroup, _GroupPlanner] = {}
+        self._rows: dict[tuple[int, int, dist.ProcessGroup], LocalBatch] = {}
+        self._pack: tuple[Any, LocalBatch] | None = None
+        self._closed = False
+
+    def batch(self, shape: tuple[int, ...], packed: Any, group: dist.ProcessGroup) -> LocalBatch:
+        """Return the batch of (T, B) tokens. packed: Megatron's PackedSeqParams for a pack, or `Packed` for a sharded batch."""
+        if isinstance(packed, Packed):
+            sharded: LocalBatch = packed.batch["context_parallel"]
+            return sharded
+        tokens, rows = shape
+        group = self._group_of(packed, group)
+        key = tokens, rows, group
+        if self._closed:
+            raise DistattnError("this core attention has been closed.")
+        ranks = dist.get_world_size(group)
+        if packed is None or packed.qkv_format != "thd":
+            if key not in self._rows:
+                while len(self._rows) >= _MOST_ROWS:
+                    del self._rows[next(iter(self._rows))]
+                self._rows[key] = self._planner(group).batch((tokens * ranks,) * rows)
+            return self._rows[key]
+        # the layers of one micro-batch follow each other; reading its lengths waits for the device, so do it once
+        if self._pack is None or self._pack[0] is not packed:
+            ends = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
+            edges = ends.tolist()
+            lengths = tuple(b - a for a, b in zip(edges, edges[1:], strict=False) if b > a)
+            if sum(lengths) != tokens * ranks:
+                raise DistattnError(
+                    f"the pack has {sum(lengths)} tokens for {ranks} ranks, which does not fit this rank's {tokens}."
+                )
+            self._pack = packed, self._planner(group).batch(lengths)
+        return self._pack[1]
+
+    def close(self) -> None:
+        """End threads and communicators. All ranks call this; a second call does nothing."""
+        self._closed = True
+        self._rows.clear()
+        self._pack = None
+        for planner in self._planners.values():
+            planner.close()
+        self._planners.clear()
+
+    def _group_of(self, packed: Any, group: dist.ProcessGroup) -> dist.ProcessGroup:
+        size = getattr(packed, "local_cp_size", None)
+        if size is None:
+            return group
+        if packed.cp_group is None or dist.get_world_size(packed.cp_group) != size:
+            raise DistattnError(
+                f"the batch is split over {size} ranks (local_cp_size) without a cp_group of that size."
+            )
+        return packed.cp_group
+
+    def _planner(self, group: dist.ProcessGroup) -> _GroupPlanner:
+        if group not in self._planners:
+            self._planners[group] = _GroupPlanner(self._config, group)
+        return self._planners[group]
+
+
+class _GroupPlanner:
+    """A planner of batches over the ranks of one of Megatron's groups, which all run the same layers in the same order."""
+
+    def __init__(self, config: PlannerConfig, group: dist.ProcessGroup):
+        self._group, self.rank = group, dist.get_rank(group)
+        self.planner = Planner(config, self, lambda lengths: _zigzags(lengths, dist.get_world_size(group)))
+        self._batches = 0
+        members = dist.get_process_group_ranks(group)
+        self._host = self._monitor = self._transports = None
+        if len(members) > 1:
+            name, timeout = shared_name(group), timeout_of(group)
+            self._monitor = HealthMonitor(name, dist.get_rank(), members, timeout)
+            self._host = HostGroup(name, members, self._monitor)
+            self._transports = MonitoredTransports(group, self._monitor, members)
+
+    def batch(self, lengths: tuple[int, ...]) -> LocalBatch:
+        """Return the next batch, with documents of these lengths."""
+        number = self._batches
+        self._batches += 1
+        return LocalBatch(self.planner, BatchKey(lengths), number, number % self.planner.config.verify_every == 0)
+
+    def transport(self, device: torch.device) -> Transport:
+        """See `planner.Ranks`."""
+        return SINGLE_RANK if self._transports is None else self._transports.on(device)
+
+    def begin_shape(self, batch: LocalBatch, shape: AttentionShape) -> None:
+        """See `planner.Ranks`: all ranks run the layers themselves, so there is nothing to announce."""
+
+    def agree(self, make: Callable[[], Planned]) -> Planned:
+        """See `planner.Ranks`."""
+        return agree_on_plan(self._host, make)
+
+    def gather(self, value: Any, label: str) -> list[Any]:
+        """See `planner.Ranks`."""
+        return [value] if self._host is None else self._host.all_gather(value, label)
+
+    def observer(self, batch: LocalBatch, plan: Plan, shape: AttentionShape) -> None:
+        """See `planner.Ranks`: passes are not observed."""
+
+    def close(self) -> None:
+        """End the host group, the communicators and the thread that sends heartbeats. A collective call."""
+        self.planner.close()
+        if self._host is not None and self._monitor is not None and self._transports is not None:
+            self._host.close()
+            self._transports.close(gracefully=True)
+            self._monitor.close()
+
+
+def _zigzags(lengths: tuple[int, ...], ranks: int) -> tuple[Mask, Layout]:
+    """Return a causal mask, and a layout in which rank r has chunks r and 2 * ranks - 1 - r of every document's 2 * ranks.
+
+    Only padding sees the padding at a document's end, and outputs of padding have no loss.
+    """
+    mask = Mask.documents(lengths)
+    if ranks == 1:
+        return mask, Layout.contiguous(lengths, 1)
+    chunks: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
+    start = 0
+    for number, length in enumerate(lengths):
+        if length % (2 * ranks):
+            raise DistattnError(
+                f"document {number} has {length} tokens, and Megatron's order needs a multiple of {2 * ranks}; pad it, or "
+                "shard with ContextParallel, which accepts any length."
+            )
+        size = length // (2 * ranks)
+        for rank in range(ranks):
+            for chunk in (rank, 2 * ranks - 1 - rank):
+                chunks[rank].append((start + chunk * size, start + (chunk + 1) * size))
+        start += length
+    return mask, Layout.from_chunks(lengths, chunks)

@@ -1,0 +1,383 @@
+"""Plain PyTorch: your own training loop, with `fully_shard` (FSDP2), DDP, or gradients that you sum yourself.
+
+mesh = init_device_mesh("cuda", (replicas, degree), mesh_dim_names=("dp", "cp"))
+cp = context_parallel(mesh, strategy="ring")
+shard_parameters(model, mesh)
+cp.loss_scale(ProbeTarget(model))
+for micro_batches in cp.steps(loader):
+    for batch in micro_batches:
+        local_loss(model, batch).backward()
+"""
+
+# T tokens on this rank, V vocabulary
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from distattn.adapters.router_loss import router_loss
+from distattn.batch.local_batch import LocalBatch
+from distattn.batch.packed_batch import IGNORE_INDEX, int64_labels
+from distattn.driver.context_parallel import ContextParallel
+from distattn.driver.parameter_probe import ProbedParameter, held_part
+from distattn.ir.errors import DistattnError
+from distattn.kernels.merge import accumulation_dtype
+from distattn.memory.tiled_loss import LogitChange, TiledLoss
+
+# kinds of layers in transformers' configurations that read other tokens by a recurrence or a convolution
+MIXING = ("linear_attention", "conv", "hybrid")
+# usual names of the layer that makes logits in users' models
+_OUTPUT_LAYERS = ("lm_head", "head", "output", "unembedding")
+
+
+def context_parallel(mesh: DeviceMesh, dim: str = "cp", **settings: Any) -> ContextParallel:
+    """Make a `ContextParallel` over a mesh of data- and context-parallel ranks; the loss is over the whole mesh.
+
+    settings: those of `ContextParallel`. With replicated data the ranks along `dim` split a batch. With data="per_rank" attention
+    is shared over the whole mesh; the ranks along `dim`, its last one, hold the same batch; without such a dim each rank has its
+    own.
+    """
+    names = mesh.mesh_dim_names or ()
+    all_ranks = gradient_mesh(mesh).get_group()
+    if settings.get("data") == "per_rank" and "context_parallel_size" not in settings:
+        if dim in names and names[-1] != dim:
+            raise DistattnError(f"neighbouring ranks hold the same batch: {dim!r} has to be the mesh's last dim.")
+        size = mesh[dim].size() if dim in names else 1
+        return ContextParallel(all_ranks, context_parallel_size=size, **settings)
+    if settings.get("data") == "per_rank":
+        return ContextParallel(all_ranks, **settings)
+    if dim not in names:
+        raise DistattnError(f"the mesh has dims {', '.join(names) or 'without names'}, none called {dim!r}.")
+    return ContextParallel(mesh[dim].get_group(), loss_group=all_ranks, **settings)
+
+
+def gradient_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """Return the mesh as one dim, over which `fully_shard` has to shard parameters and reduce gradients."""
+    return mesh if mesh.ndim == 1 else mesh._flatten("_".join(mesh.mesh_dim_names or ()))
+
+
+def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a transformers model's keyword arguments for a sharded batch."""
+    return {name: batch[name] for name in ("input_ids", "position_ids", "context_parallel")} | {"use_cache": False}
+
+
+def forward(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Compute logits (1, T, V) of a sharded batch for a loss, with a transformers model or your own.
+
+    Your model gets those of input_ids, position_ids (both (1, T)) and context_parallel that its forward names, and must name the
+    last. It returns logits, or an object with `logits`. Raises DistattnError if it takes no context_parallel, and if a model with
+    a router loss is trained, which is not in the logits.
+    """
+    out = _output(model, batch)
+    if torch.is_grad_enabled() and getattr(out, "aux_loss", None) is not None:
+        raise DistattnError(
+            f"{type(unwrapped(model)).__name__} has a router loss (output_router_logits), which is not in its logits: call "
+            "pytorch.local_loss, or add router_loss.router_loss(model, output, batch) to loss_of(output.logits, batch)."
+        )
+    return _logits(out)
+
+
+def logits_of(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Compute the same logits for evaluation and probes, where a router loss does not matter."""
+    return _logits(_output(model, batch))
+
+
+def _logits(output: Any) -> Tensor:
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits
+
+
+def _output(model: torch.nn.Module, batch: Mapping[str, Any]) -> Any:
+    out = model(**_accepted(unwrapped(model), inputs(batch)))
+    local = batch["context_parallel"]
+    if isinstance(local, LocalBatch) and (unused := local.planner.overrides.unused):
+        raise DistattnError(f"layers= names layer {min(unused)}, but the model has no attention layer of that number.")
+    if not getattr(local, "used", True):
+        raise DistattnError(
+            f"{type(unwrapped(model)).__name__} did not ask for attention: each rank has read its own tokens "
+            'only. Models of transformers need attn_implementation="distattn", and attention layers.'
+        )
+    kinds = getattr(getattr(unwrapped(model), "config", None), "layer_types", None) or ()
+    mixing = sorted({kind for kind in kinds if kind in MIXING})
+    if isinstance(local, LocalBatch) and mixing and not local.mixed:
+        raise DistattnError(
+            f"the {', '.join(mixing)} layers of {type(unwrapped(model)).__name__} did not ask for their plans: each rank has "
+            "read its own tokens only. Install the version of transformers that this distattn was tested with."
+        )
+    return out
+
+
+def _accepted(model: torch.nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that a model's forward names; all arguments if it takes any."""
+    names = inspect.signature(model.forward).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in names.values()):
+        return arguments
+    if "context_parallel" not in names:
+        raise DistattnError(
+            f"{type(model).__name__}.forward takes no context_parallel: add this argument, pass the batch's, and let layers call "
+            "context_parallel.attention(q, k, v) of (tokens, heads, dim)."
+        )
+    return {name: value for name, value in arguments.items() if name in names}
+
+
+def local_loss(
+    model: torch.nn.Module,
+    batch: Mapping[str, Any],
+    loss: TiledLoss | None = None,
+    on_token_losses: Callable[[Tensor, Mapping[str, Any]], None] | None = None,
+) -> Tensor:
+    """Compute this rank's share of the loss: the sum of its token losses times the batch's loss scale, plus any router loss.
+
+    A mixture-of-experts model of transformers has a router loss with `output_router_logits` in its config (see `router_loss`).
+
+    loss: computes it over tiles of tokens, so that the logits of all tokens never exist at once, and calls on_token_losses with
+    each token's cross-entropy (T,), detached, and the batch. Raises DistattnError for a model whose output layer is unknown or
+    not linear, or that changes logits in a way that a tiled loss does not support.
+    """
+    if loss is None:
+        out = _output(model, batch)
+        return with_router_loss(loss_of(_logits(out), batch), model, out, batch)
+    if hasattr(model, "_orig_mod"):
+        raise DistattnError(
+            "a tiled loss is computed inside the model's forward: compile the layers, not the whole model."
+        )
+    inner = unwrapped(model)
+    with loss.instead_of_logits(output_layer_of(inner), batch["labels"], logit_change(inner)) as output:
+        out = _output(model, batch)
+    loss_sum = output.loss_sum(_logits(out), inner)
+    if on_token_losses is not None and output.token_losses_T is not None:
+        on_token_losses(output.token_losses_T, batch)
+    return with_router_loss(loss_sum * batch["loss_scale"], model, out, batch)
+
+
+def with_router_loss(loss: Tensor, model: torch.nn.Module, output: Any, batch: Mapping[str, Any]) -> Tensor:
+    """Add this rank's share of the router loss, if the model's output has one, to its token losses (see `router_loss`)."""
+    share = router_loss(unwrapped(model), output, batch)
+    return loss if share is None else loss + share
+
+
+def logit_change(model: torch.nn.Module) -> LogitChange:
+    """Return a transformers model's change of logits after its output layer, from its configuration."""
+    config = getattr(model, "config", None)
+    scale = getattr(config, "logit_scale", None) or 1.0
+    # Granite divides by its logits_scaling
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    return LogitChange(scale, getattr(config, "final_logit_softcapping", None) or 0.0)
+
+
+def loss_of(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """Compute the same loss from logits (1, T, V)."""
+    logits_TV = logits.flatten(0, -2)
+    logits_and_labels = logits_TV.to(accumulation_dtype(logits_TV.dtype)), int64_labels(batch["labels"]).flatten()
+    return F.cross_entropy(*logits_and_labels, ignore_index=IGNORE_INDEX, reduction="sum") * batch["loss_scale"]
+
+
+def shard_parameters(model: torch.nn.Module, mesh: DeviceMesh) -> None:
+    """Apply `fully_shard` to every layer of a transformers model, and to the rest, over the whole mesh. Gradients are summed."""
+    flat = gradient_mesh(mesh)
+    for layer in model.get_decoder().layers:  # type: ignore[operator]
+        fully_shard(layer, mesh=flat)
+    fully_shard(model, mesh=flat)
+    sum_fsdp_gradients(model)
+
+
+def sum_fsdp_gradients(model: torch.nn.Module) -> None:
+    """Let FSDP2 sum gradients over ranks; by default it averages them, and losses must be multiplied by the number of ranks.
+
+    The norms of transformers' models round gradients to float32 even in a float64 model. A gradient times 3 is not rounded like
+    one times 2, so with averages the float64 curves of 3 ranks and of 2 would differ by 1e-8.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # by default FSDP2 asks the backend to multiply while it sums, which gloo cannot
+            module.set_force_sum_reduction_for_comms(True)
+
+
+class ProbeTarget:
+    """Your own training loop, for `ContextParallel.loss_scale` to probe between steps, with FSDP2's synchronization on.
+
+    forward: batch to logits, by default the call of a transformers model. reduce: your reduction of gradients after backward,
+    nothing by default. output_layer: the linear layer that makes logits, by default the one that transformers names.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        forward: Callable[[Mapping[str, Any]], Tensor] | None = None,
+        reduce: Callable[[], None] | None = None,
+        output_layer: torch.nn.Module | None = None,
+    ):
+        self.model, self._reduce = model, reduce
+        self._forward = forward or (lambda batch: logits_of(model, batch))
+        self._output_layer = output_layer
+
+    def layer(self) -> torch.nn.Module:
+        """Return the output layer, or another layer if it is frozen."""
+        return trained_layer(self.model, self._output())
+
+    def vocab_rows(self) -> int:
+        """Return the rows of the whole vocabulary: a DTensor's shape is global."""
+        weight: Any = self._output().weight
+        return weight.shape[0]
+
+    def backward(self, batch: Mapping[str, Any], loss_of: Callable[[Tensor], Tensor]) -> None:
+        """Run forward, backward and reduction as in the loop."""
+        loss_of(self._forward(batch)).backward()
+        if self._reduce is not None:
+            self._reduce()
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Return the layer's input unchanged."""
+        return x
+
+    def gradient(self) -> Tensor:
+        """Return the whole gradient of the layer's weight, sharded or not."""
+        weight: Any = self.layer().weight
+        return full_tensor(weight.grad)
+
+    def parameters(self) -> list[ProbedParameter]:
+        """Return all parameters of the model, or FSDP2's shards of them."""
+        return probed_parameters(self.model, lambda parameter: parameter.grad)
+
+    @contextmanager
+    def preserve_state(self) -> Iterator[None]:
+        """Put gradients aside while the context is open. Raises DistattnError if FSDP2 holds some that cannot be put aside."""
+        for module in self.model.modules():
+            _check_synchronized(module)
+            if isinstance(module, FSDPModule):
+                # after an evaluation the root's parameters are still gathered, and are not those that get gradients
+                module.reshard()
+        with gradients_aside(self.model):
+            yield
+
+    def _output(self) -> torch.nn.Module:
+        return self._output_layer or output_layer_of(unwrapped(self.model))
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the module inside torch.compile, DDP, a DeepSpeed engine or Megatron's wrappers."""
+    while True:
+        inside = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if not isinstance(inside, torch.nn.Module):
+            return model
+        model = inside
+
+
+def output_layer_of(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the layer that makes logits: the one that transformers names, or a linear layer with a usual name.
+
+    Raises DistattnError without such a layer.
+    """
+    find = getattr(model, "get_output_embeddings", None)
+    layer = find() if find is not None else None
+    named = (getattr(model, name, None) for name in _OUTPUT_LAYERS)
+    layer = layer or next((module for module in named if isinstance(module, torch.nn.Linear)), None)
+    if layer is None:
+        raise DistattnError(f"the layer of {type(model).__name__} that makes logits is unknown; pass output_layer=.")
+    return layer
+
+
+def trained_layer(model: torch.nn.Module, output_layer: Any) -> torch.nn.Module:
+    """Return the output layer if it is trained, else the last linear layer that is trained (LoRA)."""
+    trained = [
+        module for module in model.modules() if isinstance(module, torch.nn.Linear) and module.weight.requires_grad
+    ]
+    if output_layer.weight.requires_grad:
+        return output_layer
+    if not trained:
+        raise DistattnError(
+            "the model has no linear layer that is trained: how gradients are reduced cannot be measured."
+        )
+    return trained[-1]
+
+
+def probed_parameters(model: Any, gradient_of: Callable[[Any], Tensor | None]) -> list[ProbedParameter]:
+    """Return all parameters of a model for `GradientProbeTarget.parameters`. gradient_of: the reduced gradient, or its part."""
+    inner = unwrapped(model)
+    # FSDP2 computes with a different tensor than the optimizer's
+    of_tensor: dict[int, Any] = {}
+    for module in inner.modules():
+        for group in _fsdp_groups(module):
+            for sharded in group.fsdp_params:
+                of_tensor[id(sharded.sharded_param)] = sharded
+                # after a forward pass the gathered parameter may still be the module's
+                of_tensor[id(getattr(sharded, "_unsharded_param", sharded))] = sharded
+    probed = []
+    for name, parameter in inner.named_parameters():
+        sharded = of_tensor.get(id(parameter))
+        held: Any = parameter if sharded is None else sharded.sharded_param
+
+        def leaf(held: Any = held, sharded: Any = sharded) -> Tensor | None:
+            return held if sharded is None else getattr(sharded, "_unsharded_param", None)
+
+        def reduced(held: Any = held) -> Tensor | None:
+            gradient = gradient_of(held)
+            return None if gradient is None else full_tensor(gradient)
+
+        name = name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+        local, part = held_part(held)
+        trained = parameter.requires_grad
+        probed.append(ProbedParameter(name, local, leaf if trained else _no_leaf, reduced, part))
+    return probed
+
+
+def _no_leaf() -> None:
+    return None
+
+
+def _fsdp_groups(module: Any) -> list[Any]:
+    """Return FSDP2's groups of parameters of one module; a group is gathered together."""
+    if not isinstance(module, FSDPModule):
+        return []
+    state: Any = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
+
+
+def _check_synchronized(module: Any) -> None:
+    # FSDP2 has no public attribute for this
+    for group in _fsdp_groups(module):
+        gathered = [getattr(sharded, "_unsharded_param", None) for sharded in group.fsdp_params]
+        held = any(sharded.unsharded_accumulated_grad is not None for sharded in group.fsdp_params)
+        held |= any(parameter is not None and parameter.grad is not None for parameter in gathered)
+        if held or not group.reduce_grads:
+            raise DistattnError(
+                "gradients are being accumulated (set_requires_gradient_sync(False)); call loss_scale between steps, with "
+                "synchronization on."
+            )
+
+
+def full_tensor(gradient: Tensor | None) -> Tensor:
+    """Return a gradient as a plain tensor; all ranks call this."""
+    if gradient is None:
+        raise DistattnError("the probed layer has no gradient after backward: keep gradients until they are reduced.")
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+
+@contextmanager
+def gradients_aside(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model's gradients aside while the context is open; restore gradients and buffers afterwards."""
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)

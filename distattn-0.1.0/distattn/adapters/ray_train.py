@@ -1,0 +1,91 @@
+"""Ray Train's `TorchTrainer`: checkpoints of a group of workers in the run's storage path, reported to Ray Train.
+
+    def loop(config):
+        checkpoints = RunCheckpoints()
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        for step, batches in enumerate(cp.steps(...), begin := checkpoints.load(state)):
+            ...
+            checkpoints.report(step + 1, state, {"loss": loss})
+        checkpoints.close()
+
+    TorchTrainer(loop, run_config=RunConfig(storage_path=..., failure_config=FailureConfig(max_failures=3)), ...).fit()
+
+`ContextParallel` and `distattn.adapters.pytorch` need nothing from Ray: Ray Train makes the process group. Each worker writes its
+own shards into the storage path, so nothing is gathered or copied. Ray Train gets the path of the checkpoint, and removes
+checkpoints by its `CheckpointConfig`. A run continues from the newest whole checkpoint there, which may be newer than the last
+one that was reported to Ray Train's controller when a worker was killed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from pyarrow.fs import LocalFileSystem
+from ray import train
+
+from distattn.checkpoints.checkpoint_folder import checkpoint_name
+from distattn.checkpoints.checkpoints import Checkpoints
+from distattn.checkpoints.retention import KeepRule
+from distattn.ir.errors import DistattnError
+
+# Ray Train removes checkpoints by its own rule
+_KEEP_ALL = KeepRule(last=sys.maxsize)
+
+
+class RunCheckpoints:
+    """The checkpoints of a Ray Train run. All workers make, use and close it together, inside the training function.
+
+    facts: texts that are saved with every checkpoint and must be equal when it is loaded, such as the name of the data. Raises
+    DistattnError if workers cannot mount the storage path.
+    """
+
+    def __init__(self, facts: Mapping[str, str] | None = None):
+        storage = train.get_context().get_storage()
+        if not isinstance(storage.storage_filesystem, LocalFileSystem):
+            raise DistattnError(
+                "RunConfig.storage_path: every worker writes its part of a checkpoint there; name a folder of a file system that "
+                "all nodes mount, not an object store."
+            )
+        self._facts = dict(facts or {})
+        self._folder = Path(storage.experiment_fs_path, "checkpoints")
+        self._checkpoints = Checkpoints(
+            self._folder, group=dist.group.WORLD, facts=self._facts, keep=_KEEP_ALL, warn=_warn
+        )
+
+    def load(self, state: dict[str, Any]) -> int:
+        """Load the newest whole checkpoint into a state, in place; return its step, 0 without a checkpoint. Collective.
+
+        Raises DistattnError if the checkpoint has other facts.
+        """
+        loaded = self._checkpoints.load_newest(state, required=self._facts)
+        return 0 if loaded is None else loaded.step
+
+    def report(self, step: int, state: dict[str, Any], metrics: Mapping[str, Any]) -> None:
+        """Save a state after `step` training steps, and report it with its metrics to Ray Train. Collective.
+
+        Return when the checkpoint is whole, so that Ray Train only knows checkpoints that can be loaded. Raises the errors of
+        `Checkpoints.save`. If a checkpoint could not be written, for example to a full disk, only its metrics are reported.
+        """
+        self._checkpoints.save(step, state)
+        self._checkpoints.wait()
+        place = self._folder / checkpoint_name(step)
+        is_root = dist.get_rank() == 0
+        kept = train.Checkpoint.from_directory(place) if is_root and place.exists() else None
+        train.report(
+            {"step": step, **metrics},
+            checkpoint=kept,
+            checkpoint_upload_mode=train.CheckpointUploadMode.NO_UPLOAD,
+        )
+
+    def close(self) -> None:
+        """End the thread that writes."""
+        self._checkpoints.close()
+
+
+def _warn(text: str) -> None:
+    sys.stderr.write(f"distattn: {text}\n")
+    sys.stderr.flush()

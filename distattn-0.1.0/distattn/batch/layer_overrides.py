@@ -1,0 +1,83 @@
+"""Layers whose attention is planned otherwise than the rest of their model's: windows beside full attention, say."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any, NamedTuple
+
+from distattn.batch.packed_batch import checked_layout_options
+from distattn.ir.errors import DistattnError
+from distattn.ir.layout import Layout, make_layout
+from distattn.ir.mask import Mask
+from distattn.parallel.make_plan import check_names
+
+# layers may be named by number, or by what they attend to
+KINDS = ("window", "full")
+
+
+class LayerOverride(NamedTuple):
+    """How some layers are planned. layout: where they want their tokens, if elsewhere than the model."""
+
+    strategy: str
+    backward: str | None = None
+    options: tuple[tuple[str, Hashable], ...] = ()
+    layout: str | None = None
+    layout_options: tuple[tuple[str, int], ...] = ()
+
+    @staticmethod
+    def of(name: object, given: Mapping[str, Any]) -> LayerOverride:
+        """From a mapping of these fields. Raises DistattnError for what does not exist."""
+        if not isinstance(given, Mapping):
+            raise DistattnError(f'layers {name!r} need a mapping, {{"strategy": ...}}, not {given!r}.')
+        if unknown := given.keys() - set(LayerOverride._fields):
+            known = ", ".join(LayerOverride._fields)
+            raise DistattnError(f"layers {name!r} have no {sorted(unknown)[0]!r}; an override consists of {known}.")
+        if "strategy" not in given:
+            raise DistattnError(f"layers {name!r} need a strategy of their own; give one.")
+        check_names(given["strategy"], given.get("backward"), given.get("options"))
+        if given.get("layout") is not None:
+            checked_layout_options(given["layout"], given.get("layout_options"), "causal")
+        elif given.get("layout_options"):
+            raise DistattnError(f"layers {name!r} have layout_options without a layout; give both.")
+        as_items = {key: tuple(sorted((given.get(key) or {}).items())) for key in ("options", "layout_options")}
+        return LayerOverride(**{**given, **as_items})
+
+    def settings(self, mask: Mask, layout: Layout) -> dict[str, Any]:
+        """Arguments of `make_plan` for a batch of that mask and layout."""
+        working = None
+        if self.layout is not None:
+            working = make_layout(self.layout, layout.lengths, layout.ranks, mask, **dict(self.layout_options))
+        how = dict(strategy=self.strategy, backward=self.backward, options=dict(self.options))
+        return how | {"working_layout": working}
+
+
+class LayerOverrides:
+    """Overrides by a layer's number (0, 1, ...) or kind: "window", or "full" for layers without one."""
+
+    def __init__(self, given: Mapping[int | str, Mapping[str, Any]] | None = None):
+        for name in given or {}:
+            if not (name in KINDS or (type(name) is int and name >= 0)):
+                raise DistattnError(f"layers are named by number or as {' or '.join(KINDS)}, not {name!r}.")
+        self._overrides = {name: LayerOverride.of(name, way) for name, way in (given or {}).items()}
+        # numbers that no layer has had yet
+        self.unused = {name for name in self._overrides if isinstance(name, int)}
+
+    def of(self, layer: int | None, window: int | None) -> LayerOverride | None:
+        """The override of a layer with that number and window; None where it is planned like the others."""
+        if not self._overrides:
+            return None
+        if layer is None and any(isinstance(name, int) for name in self._overrides):
+            raise DistattnError("some layers are named by number, but this one does not tell its own (layer=).")
+        self.unused.discard(layer)  # type: ignore[arg-type]
+        kind = "full" if window is None else "window"
+        return self._overrides.get(layer if layer in self._overrides else kind)  # type: ignore[arg-type]
+
+
+def apply_window(document_mask: str | tuple[int, int], window: int) -> tuple[int, int]:
+    """The document mask where each token sees only the last `window` tokens that it allows, itself among them."""
+    if window < 1:
+        raise DistattnError(f"a sliding window is of at least 1 token, not {window}.")
+    if document_mask == "full":
+        raise DistattnError(f"a layer asks for the last {window} tokens in documents that are attended in full.")
+    left, right = (window - 1, 0) if isinstance(document_mask, str) else document_mask
+    return min(left, window - 1), right

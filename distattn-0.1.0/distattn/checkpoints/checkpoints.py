@@ -1,0 +1,500 @@
+"""Saving a training run's state beside the training, and resuming from the newest checkpoint that is whole.
+
+The files are those of torch.distributed.checkpoint; what is our own is when a checkpoint counts as one (docs/checkpoints.md): it
+is written into a folder with another name, synchronised, described by a manifest with digests, and renamed last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from distattn.checkpoints.checkpoint_folder import (
+    Problem,
+    by_preference,
+    checkpoint_name,
+    clean_leftovers,
+    commit,
+    first_problem,
+    list_checkpoints,
+    new_unfinished,
+    remove_checkpoint,
+    remove_folder,
+)
+from distattn.checkpoints.dcp_storage import file_writer, read_state
+from distattn.checkpoints.manifest import FileDigests, Manifest
+from distattn.checkpoints.rank_exchange import RankExchange, RankFailure
+from distattn.checkpoints.retention import KeepRule
+from distattn.checkpoints.staging import HostBuffers, StagedState
+from distattn.checkpoints.verdicts import REFUSED, CheckpointVerdict
+from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError
+from distattn.supervision.heartbeats import activity, awaiting_thread, thread_activity
+
+# waiting for an earlier save that is worth a warning, in seconds
+_LONG_WAIT = 1.0
+# that nothing of a checkpoint may be written or synchronised before its rank counts as hung
+_WRITE_SECONDS = 120.0
+
+
+class Loaded(NamedTuple):
+    """The checkpoint that a state was loaded from. step: training steps done. facts: those that it was saved with.
+
+    doubt: what its verdict says against it, where no other checkpoint could be loaded; else empty.
+    """
+
+    step: int
+    folder: Path
+    facts: Mapping[str, str]
+    doubt: str = ""
+
+
+@dataclass
+class _Save:
+    step: int
+    state: StagedState
+    facts: Mapping[str, str]
+    verdict: CheckpointVerdict
+    staged: threading.Event = field(default_factory=threading.Event)
+    written: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass
+class _Note:
+    """Work on the folder of checkpoints that waits until what is being saved is written. step: as for `Checkpoints.note`."""
+
+    work: Callable[[Path], None]
+    step: int | None
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+class _Start(NamedTuple):
+    """What rank 0 answers before a rank writes. plan: None where it is the one of the save before."""
+
+    folder: Path
+    serial: int
+    plan: SavePlan | None
+
+
+class _Written(NamedTuple):
+    """What a rank has written."""
+
+    results: list[WriteResult]
+    files: list[FileDigests]
+
+
+class _Candidate(NamedTuple):
+    """A checkpoint that all ranks are to verify. passed_over: why newer or unreadable ones are not taken. doubt: see `Loaded`."""
+
+    folder: Path
+    manifest: Manifest
+    doubt: str
+    passed_over: list[str]
+
+
+class Checkpoints:
+    """The checkpoints of a run. Made, used and closed by all ranks of a group together, from one thread of each.
+
+    folder: the same on all ranks, on a file system that they share; made by the first save. group: the ranks that save, of any
+    backend; None for one process. facts: names to digests or other words that are written into every manifest. keep: which
+    checkpoints stay. warn: is called on rank 0 with one sentence about what went wrong though the run goes on; also from the
+    thread that writes.
+
+    Making it removes what dead writers have left in the folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        group: dist.ProcessGroup | None,
+        facts: Mapping[str, str],
+        keep: KeepRule,
+        warn: Callable[[str], None],
+    ):
+        self._folder, self._facts, self._keep, self._warn = Path(folder), dict(facts), keep, warn
+        self._exchange = RankExchange(group)
+        self._is_root = self._exchange.rank == 0
+        self._buffers = HostBuffers()
+        # of the last save that was begun: what its plan depends on, and what this rank writes
+        self._signature: tuple[Any, ...] | None = None
+        self._plan: SavePlan | None = None
+        # on rank 0: of all ranks
+        self._local_plans: list[SavePlan] = []
+        self._metadata: Metadata | None = None
+        # when this was made, and the seconds that the folder was saved into before: see `Manifest.seconds`
+        self._began = time.monotonic()
+        self._seconds_before: float | None = None
+        # of the writing thread; whether it was raised and stays
+        self._error: DistattnError | None = None
+        self._told = False
+        self._last: _Save | None = None
+        # of all optimizers, while a save overlaps
+        self._step_hook: RemovableHandle | None = None
+        self._last_note: _Note | None = None
+        # on rank 0: steps whose last save failed; a checkpoint of such a step is an older one
+        self._failed_steps: set[int] = set()
+        self._queue: queue.SimpleQueue[_Save | _Note | None] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write_all, daemon=True, name="distattn-checkpoints")
+        self._writer.start()
+        if self._is_root:
+            # a folder that cannot be read is told of by whoever saves or loads
+            with contextlib.suppress(DistattnError):
+                clean_leftovers(self._folder)
+
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any] | Callable[[HostBuffers], dict[str, Any]],
+        *,
+        overlap: bool = False,
+        facts: Mapping[str, str] | None = None,
+        verdict: CheckpointVerdict = CheckpointVerdict(),  # noqa: B008
+    ) -> None:
+        """Save a state after `step` training steps; a thread writes it. Collective, and all ranks must save the same steps.
+
+        state: nested dictionaries of tensors, DTensors and plain values, as `dcp.save` takes them, or a function that makes them
+        (`HostBuffers.made`). Returns once the tensors are copied to host memory; with `overlap` at once, and no tensor may change
+        before `wait_staged` has returned. Steps of torch.optim's optimizers wait by themselves; whatever else changes the state
+        must call it first. facts: more of them, of this save alone. verdict: what speaks against the state already.
+
+        An earlier save that still runs is waited for, with a warning: skipping this one would need all ranks to agree, at every
+        save, and a second copy of the state would need as much memory again. A disk that is full or cannot be written costs one
+        warning, and the next save tries again. Raises LostRankError where another rank ended during the save before, and
+        DistattnError where the save before could not be made for another reason.
+        """
+        self._wait_for_earlier(step)
+        staged = StagedState(self._buffers.made(state), self._is_root, self._buffers)
+        self._last = _Save(step, staged, facts or {}, verdict)
+        self._queue.put(self._last)
+        if not overlap:
+            self.wait_staged()
+        elif self._step_hook is None:
+            self._step_hook = register_optimizer_step_pre_hook(lambda *_: self.wait_staged())
+
+    def move_to(self, folder: Path) -> None:
+        """Save into another folder from the next save on; rank 0's is that of all ranks."""
+        self._folder = folder
+
+    def wait_staged(self) -> None:
+        """Return once the tensors of the last save are copied, and may change."""
+        if self._last is not None:
+            self._last.staged.wait()
+        if self._step_hook is not None:
+            self._step_hook.remove()
+            self._step_hook = None
+
+    def note(self, work: Callable[[Path], None], step: int | None = None) -> None:
+        """Have rank 0 work on the folder of checkpoints once the last save is written, such as by `judge_checkpoint`.
+
+        step: of the checkpoint that the work is about; the work is left out if the last save of that step failed. Not collective:
+        on other ranks it does nothing. The rule of what is kept is applied afterwards. An OSError is warned of.
+        """
+        if self._is_root:
+            self._last_note = _Note(work, step)
+            self._queue.put(self._last_note)
+
+    def has_failed(self, step: int) -> bool:
+        """Return, on rank 0 after `wait` or `close`, whether the last save of a step failed."""
+        return step in self._failed_steps
+
+    def wait(self) -> None:
+        """Return once the last save is written, or has failed, and the work of `note` is done. Raises as `save` does."""
+        if self._last is not None:
+            self._wait_for_writer(self._last)
+        if self._last_note is not None:
+            self._last_note.done.wait()
+        self._raise_error()
+
+    def close(self) -> None:
+        """Wait for the last save and end the thread that writes. Raises as `save` does, but nothing that was raised before."""
+        self.wait_staged()
+        self._queue.put(None)
+        self._writer.join()
+        self._exchange.close()
+        if not self._told:
+            self._raise_error()
+
+    def load_newest(self, state: dict[str, Any], *, required: Mapping[str, str] | None = None) -> Loaded | None:
+        """Load the newest checkpoint that is whole into a state, in place as `dcp.load` does. Collective.
+
+        Those in doubt by their verdict are tried last; a warning says so where that passes over a newer one, or where one of them
+        is loaded. Each rank reads a share of the checkpoint's blocks and compares their digests, before anything is unpickled.
+        One that is not whole is passed over, with one warning that says what is wrong with it. Where the newest is whole, those
+        that the rule does not keep are removed. required: facts that must be those of the checkpoint. The number of ranks and how
+        tensors are sharded need not be those of the save.
+
+        Returns None where there is no checkpoint. Raises DamagedDataError where there are some and none is whole, DistattnError
+        where a required fact differs or the state does not fit.
+        """
+        self.wait()
+        tried: set[Path] = set()
+        passed: list[str] = []
+        while (candidate := self._next_candidate(tried, passed)) is not None:
+            tried.add(candidate.folder)
+            passed += candidate.passed_over
+            _check_facts(candidate, required or {})
+            problem = self._verify_and_read(candidate, state)
+            if problem is None:
+                self._failed_steps.discard(candidate.manifest.step)
+                folder, doubt = candidate.folder, candidate.doubt
+                if not passed and self._is_root:
+                    # a job that was killed right after its last save has not
+                    self._remove_old()
+                if (passed or doubt) and self._is_root:
+                    how = f"all the same: it is in doubt, but no other can be loaded ({doubt})" if doubt else "instead"
+                    self._warn(" ".join([*passed, f"Resuming from {folder.name} {how}."]))
+                return Loaded(candidate.manifest.step, folder, dict(candidate.manifest.facts), doubt)
+            passed.append(problem)
+        return None
+
+    # ---- loading
+
+    def _next_candidate(self, tried: set[Path], passed: list[str]) -> _Candidate | None:
+        """Return the best untried checkpoint, the same on all ranks. passed: what is wrong with those that were tried."""
+
+        def choose(_: Sequence[None]) -> Sequence[_Candidate | None]:
+            clean_leftovers(self._folder)
+            found = list_checkpoints(self._folder)
+            unreadable = [] if tried else [one.problem for one in found if one.manifest is None]
+            left = [one for one in by_preference(found) if one.folder not in tried]
+            if left:
+                best, verdict = left[0], left[0].verdict
+                assert best.manifest is not None
+                doubt = f"{verdict.kind}: {verdict.text}" if verdict.is_doubtful else ""
+                newer = found[found.index(best) + 1 :] if not tried and not doubt else []
+                # do not report checkpoints that a person set aside
+                passed_over = [f"{one.folder}: {one.verdict.text}." for one in newer if one.verdict.kind == REFUSED]
+                candidate = _Candidate(best.folder, best.manifest, doubt, [*passed_over, *unreadable])
+                return [candidate] * self._exchange.ranks
+            if found:
+                raise DamagedDataError(
+                    f"{self._folder}: none of its {len(found)} checkpoints is whole. {' '.join([*passed, *unreadable])} Put "
+                    "back a copy of one, or name another folder to begin anew."
+                )
+            return [None] * self._exchange.ranks
+
+        found: _Candidate | None = self._decided(lambda: None, choose)
+        return found
+
+    def _verify_and_read(self, candidate: _Candidate, state: dict[str, Any]) -> str | None:
+        """Verify and read a checkpoint; what is wrong with it, or None. The same on all ranks."""
+        part, parts = self._exchange.rank, self._exchange.ranks
+        problem: Problem | None = self._decided(
+            lambda: first_problem(candidate.folder, candidate.manifest, part, parts),
+            lambda found: [next((one for one in found if one is not None), None)] * parts,
+        )
+        if problem is not None:
+            return str(problem)
+        try:
+            # every block is checked again as it is read: nothing lies between the check and the use
+            self._exchange.decide(
+                lambda: read_state(candidate.folder, candidate.manifest.files, state), lambda _: [None] * parts
+            )
+        except RankFailure as failure:
+            if failure.kind not in ("damaged", "files"):
+                raise failure.raised() from None
+            return failure.what
+        return None
+
+    def _decided(self, work: Callable[[], Any], decision: Callable[[list[Any]], Sequence[Any]]) -> Any:
+        try:
+            return self._exchange.decide(work, decision)
+        except RankFailure as failure:
+            raise failure.raised() from None
+
+    # ---- saving
+
+    def _wait_for_earlier(self, step: int) -> None:
+        if self._last is None:
+            return
+        began = time.monotonic()
+        self._wait_for_writer(self._last)
+        waited = time.monotonic() - began
+        if waited > _LONG_WAIT and self._is_root:
+            self._warn(
+                f"{checkpoint_name(step)} waited {waited:.1f} s until {checkpoint_name(self._last.step)} was written; "
+                "save less often, or write to a faster disk."
+            )
+        # once it is written, so that all ranks raise in the same call
+        self._raise_error()
+
+    def _wait_for_writer(self, save: _Save) -> None:
+        words = f"writing {checkpoint_name(save.step)}"
+        with activity(words, seconds=_WRITE_SECONDS), awaiting_thread(self._writer.ident or 0):
+            save.written.wait()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            error = self._error
+            # ranks that are lost stay lost
+            if isinstance(error, LostRankError):
+                self._told = True
+            else:
+                self._error = None
+            raise error
+
+    def _write_all(self) -> None:
+        while (save := self._queue.get()) is not None:
+            if isinstance(save, _Note):
+                self._do_note(save)
+                continue
+            # until it is committed
+            self._failed_steps.add(save.step)
+            try:
+                with thread_activity(f"writing {checkpoint_name(save.step)}"):
+                    self._write_or_tell(save)
+            except Exception as error:
+                # this thread must live, others wait for its words
+                self._error = RankFailure.of(error, self._exchange.rank).raised()
+            finally:
+                save.staged.set()
+                save.written.set()
+
+    def _do_note(self, note: _Note) -> None:
+        try:
+            if note.step not in self._failed_steps:
+                note.work(self._folder)
+            self._remove_old()
+        except (OSError, DistattnError) as error:
+            self._warn(f"{self._folder}: a verdict on a checkpoint cannot be written: {error}.")
+        finally:
+            note.done.set()
+
+    def _write_or_tell(self, save: _Save) -> None:
+        try:
+            self._write(save)
+        except RankFailure as failure:
+            if failure.kind == "error":
+                what = f"{checkpoint_name(save.step)} cannot be saved: rank {failure.rank}: {failure.what}"
+                self._error = DistattnError(f"{what}; a state has tensors and plain values.")
+            elif failure.kind != "files":
+                self._error = failure.raised()
+            elif self._is_root:
+                self._warn(
+                    f"{checkpoint_name(save.step)} was not saved: rank {failure.rank}: {failure.what}; the run goes on, and the "
+                    "next save tries again."
+                )
+
+    def _write(self, save: _Save) -> None:
+        """Copy, plan, write, and commit on rank 0. Raises RankFailure, the same on all ranks."""
+        start: _Start | None = None
+        try:
+            start = self._exchange.decide(lambda: self._stage(save), self._start)
+            assert start is not None
+            self._plan, self._signature = start.plan or self._plan, save.state.signature
+            folder, serial = start.folder, start.serial
+            self._exchange.decide(
+                lambda: self._write_files(save.state, folder),
+                lambda parts: self._commit(save, folder, serial, parts),
+            )
+        finally:
+            if self._is_root and start is not None:
+                # there is nothing where it was renamed
+                remove_folder(start.folder)
+
+    def _stage(self, save: _Save) -> tuple[int, SavePlan | None]:
+        """Copy the tensors; the step, and DCP's plan of this rank's part, or None where it is that of the save before."""
+        try:
+            save.state.copy_tensors()
+        finally:
+            save.staged.set()
+        plan = None if save.state.signature == self._signature else save.state.create_local_plan()
+        save.state.forget_originals()
+        return save.step, plan
+
+    def _start(self, staged: list[tuple[int, SavePlan | None]]) -> Sequence[_Start]:
+        """On rank 0: make the folder, and plan what each rank writes where that has changed."""
+        step, plans = staged[0][0], [plan for _, plan in staged]
+        for rank, (other, _) in enumerate(staged):
+            if other != step:
+                raise DistattnError(
+                    f"rank 0 saves step {step}, rank {rank} step {other}; save the same steps on all ranks."
+                )
+        folder = new_unfinished(self._folder, step)
+        try:
+            manifests = [one.manifest for one in list_checkpoints(self._folder) if one.manifest is not None]
+            serial = 1 + max((one.serial for one in manifests), default=0)
+            if self._seconds_before is None:
+                self._seconds_before = max((one.seconds or 0.0 for one in manifests), default=0.0)
+            if all(plan is None for plan in plans):
+                return [_Start(folder, serial, None)] * len(plans)
+            local = [plan or self._local_plans[rank] for rank, plan in enumerate(plans)]
+            written, self._metadata = DefaultSavePlanner().create_global_plan(local)
+            written = file_writer(folder)[0].prepare_global_plan(written)
+            self._local_plans = local
+        except BaseException:
+            remove_folder(folder)
+            raise
+        return [_Start(folder, serial, plan) for plan in written]
+
+    def _write_files(self, state: StagedState, folder: Path) -> _Written:
+        """Write this rank's part, synchronised with the disk. Raises OSError."""
+        assert self._plan is not None
+        writer, files = file_writer(folder)
+        writer.set_up_storage_writer(self._is_root)
+        try:
+            results = writer.write_data(state.finish_plan(self._plan), state).wait()
+        except Exception:
+            # torch.save turns an OSError into an error of its own
+            if files.failure is not None:
+                raise files.failure from None
+            raise
+        return _Written(results, files.digests())
+
+    def _commit(self, save: _Save, folder: Path, serial: int, parts: list[_Written]) -> Sequence[None]:
+        """On rank 0, once all parts are on the disk: write the rest, and give the folder its name."""
+        assert self._metadata is not None
+        writer, files = file_writer(folder)
+        writer.finish(self._metadata, [part.results for part in parts])
+        digests = sorted([*files.digests(), *(file for part in parts for file in part.files)])
+        Manifest(
+            serial=serial,
+            step=save.step,
+            saved_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            world_size=self._exchange.ranks,
+            torch=torch.__version__,
+            facts=self._facts | dict(save.facts),
+            files=digests,
+            seconds=round((self._seconds_before or 0.0) + time.monotonic() - self._began, 3),
+        ).write(folder)
+        save.verdict.write(folder)
+        commit(folder, save.step)
+        self._failed_steps.discard(save.step)
+        self._remove_old()
+        return [None] * len(parts)
+
+    def _remove_old(self) -> None:
+        """Remove what the rule does not keep. What cannot be removed costs a warning: the new checkpoint is there."""
+        try:
+            for old in self._keep.removable(list_checkpoints(self._folder)):
+                remove_checkpoint(old.folder)
+        except OSError as error:
+            self._warn(f"{error.filename}: an old checkpoint cannot be removed: {error.strerror}.")
+
+
+def _check_facts(candidate: _Candidate, required: Mapping[str, str]) -> None:
+    """Raises DistattnError naming the first fact that differs; the same on all ranks."""
+    for name, wanted in required.items():
+        found = candidate.manifest.facts.get(name)
+        if found != wanted:
+            has = f"has {name} {found}" if found is not None else f"does not say its {name}"
+            raise DistattnError(
+                f"{candidate.folder}: {has}, but this run has {name} {wanted}; resume with what it was saved with, or name "
+                "another folder to begin anew."
+            )

@@ -1,0 +1,249 @@
+"""Pickles of a checkpoint are read by what they name: DCP's own classes and PyTorch's tensors, and nothing else. Needs no torch.
+
+A pickle can name any function of any module and have it called when it is read. Digests do not help: whoever makes a checkpoint
+makes its digests, too. So what a checkpoint's pickles may name is listed here. `METADATA` is for DCP's `.metadata`; `VALUES` is
+for the tensors and plain values in the other files, and all of it is among what `torch.load(weights_only=True)` takes.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import zipfile
+from collections.abc import Collection, Iterator
+from enum import EnumType
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distattn.ir.errors import DamagedDataError
+
+METADATA_FILE = ".metadata"
+_DTYPES = (
+    *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
+    *("bfloat16", "float16", "float32", "float64", "complex32", "complex64", "complex128"),
+    *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+)
+_OF_TORCH = {("torch", "Size"), ("torch.serialization", "_get_layout")} | {("torch", name) for name in _DTYPES}
+_DCP = "torch.distributed.checkpoint"
+METADATA = _OF_TORCH | {
+    *((f"{_DCP}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata")),
+    *((f"{_DCP}.metadata", name) for name in ("TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties")),
+    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
+    # some versions of Python 3.11 pickle the members of an enumeration by it; see `_enumeration_member`
+    ("builtins", "getattr"),
+    (f"{_DCP}.filesystem", "_StorageInfo"),
+    ("collections", "OrderedDict"),
+    # classes of the folder's path; Python 3.13 has moved them
+    *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),
+}
+_STORAGES = ("Bool", "Byte", "Char", "Short", "Int", "Long", "BFloat16", "Half", "Float", "Double")
+VALUES = _OF_TORCH | {
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_tensor_v3"),
+    ("torch.storage", "UntypedStorage"),
+    *(("torch", f"{name}Storage") for name in (*_STORAGES, "ComplexFloat", "ComplexDouble")),
+    ("collections", "OrderedDict"),
+    ("collections", "Counter"),
+    # texts of bytes in pickles of protocol 2
+    ("_codecs", "encode"),
+    ("builtins", "bytearray"),
+    ("builtins", "set"),
+}
+
+
+class ForeignPickle(NamedTuple):
+    """A pickle that cannot be read without danger, or not at all. offset: where it begins in its file. what: a sentence."""
+
+    file: str
+    offset: int
+    what: str
+
+
+def refusal(path: Path, module: str, name: str) -> DamagedDataError:
+    """Make the error of a pickle that names what no checkpoint has."""
+    return DamagedDataError(
+        f"{path}: names {module}.{name}, which no checkpoint of PyTorch's does and which could run code; it was not unpickled: "
+        "do not use this folder, and ask who made it."
+    )
+
+
+def unreadable(path: Path) -> DamagedDataError:
+    """Make the error of bytes that are no pickle of a checkpoint."""
+    return DamagedDataError(f"{path}: cannot be read as a part of a checkpoint of PyTorch's; take another checkpoint.")
+
+
+def foreign_pickles(folder: Path) -> Iterator[ForeignPickle]:
+    """Find the pickles of a checkpoint that are unreadable, or name what no checkpoint needs. Nothing they name is imported.
+
+    Yields nothing for a folder without DCP's `.metadata`. Raises OSError.
+    """
+    path = folder / METADATA_FILE
+    try:
+        metadata = _inert(path, path.read_bytes(), METADATA)
+        items = [_Item(*_place(info)) for info in metadata.storage_data.values()]
+    except FileNotFoundError:
+        return
+    except DamagedDataError as error:
+        yield ForeignPickle(METADATA_FILE, 0, str(error))
+        return
+    except (AttributeError, TypeError):
+        yield ForeignPickle(METADATA_FILE, 0, str(unreadable(path)))
+        return
+    for item in items:
+        if Path(item.file).name != item.file:
+            yield ForeignPickle(METADATA_FILE, 0, f"{path}: names {item.file}, which is no file of this folder.")
+            continue
+        try:
+            with open(folder / item.file, "rb") as opened:
+                check_value(folder / item.file, _Part(opened, item.offset, item.length))
+        except DamagedDataError as error:
+            yield ForeignPickle(item.file, item.offset, str(error))
+
+
+class _Item(NamedTuple):
+    """The place of a tensor or a value: its file, and its bytes there."""
+
+    file: str
+    offset: int
+    length: int
+
+
+def _place(info: Any) -> tuple[str, int, int]:
+    place = info.relative_path, info.offset, info.length
+    if tuple(map(type, place)) != (str, int, int) or min(place[1:]) < 0:
+        raise TypeError
+    return place
+
+
+def check_value(path: Path, part: Any) -> None:
+    """Raise DamagedDataError where a part that `torch.save` wrote names more than `VALUES`. part: the part, at its beginning.
+
+    `torch.load(weights_only=True)` alone would depend on what other packages add to its list: Megatron-core does.
+    """
+    try:
+        with zipfile.ZipFile(part) as archive:
+            pickles = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
+    # zipfile raises these for bytes that are no archive
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError):
+        raise unreadable(path) from None
+    if not pickles:
+        raise unreadable(path)
+    for pickled in pickles:
+        _inert(path, pickled, VALUES)
+
+
+class _Inert:
+    """A stand-in for everything that a pickle names: it takes any arguments, and does nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _Inert:
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        """Take a part of a list."""
+
+    def add(self, value: Any) -> None:
+        """Take a part of a set."""
+
+
+class _ListedUnpickler(pickle.Unpickler):
+    """An unpickler that finds only the classes of a list, by their names."""
+
+    def __init__(self, file: Any, path: Path, names: Collection[tuple[str, str]]):
+        super().__init__(file)
+        self._path, self._names = path, names
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what a pickle names. Raises DamagedDataError for what no checkpoint names."""
+        if (module, name) not in self._names:
+            raise refusal(self._path, module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _enumeration_member
+        # Python 3.13 writes a module that older ones do not have
+        return super().find_class("pathlib" if module.startswith("pathlib") else module, name)
+
+
+def _enumeration_member(enumeration: Any, name: Any) -> Any:
+    """Return the member of an enumeration that has this name. Raises ValueError for what is no enumeration."""
+    if not isinstance(enumeration, EnumType):
+        raise ValueError("not an enumeration")
+    return enumeration[name]
+
+
+class _InertUnpickler(_ListedUnpickler):
+    """An unpickler that puts `_Inert` in place of everything that is named."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a class that does nothing. Raises DamagedDataError for what no checkpoint names."""
+        if (module, name) not in self._names:
+            raise refusal(self._path, module, name)
+        return _Inert
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Return nothing: the numbers of tensors lie elsewhere."""
+
+
+def load_metadata(file: Any, path: Path) -> Any:
+    """Return DCP's metadata of an open file. Raises DamagedDataError for another file, or one that names more."""
+    return _load(_ListedUnpickler(file, path, METADATA), path)
+
+
+def _inert(path: Path, content: bytes, names: Collection[tuple[str, str]]) -> Any:
+    """Unpickle without importing what is named. Raises DamagedDataError."""
+    return _load(_InertUnpickler(io.BytesIO(content), path, names), path)
+
+
+def _load(unpickler: pickle.Unpickler, path: Path) -> Any:
+    try:
+        return unpickler.load()
+    except (DamagedDataError, OSError):
+        raise
+    # for bytes that are no pickle it may raise almost any error
+    except Exception:
+        raise unreadable(path) from None
+
+
+class _Part(io.RawIOBase):
+    """A part of an open file, to be read as a file."""
+
+    def __init__(self, file: Any, offset: int, length: int):
+        self._file, self._offset, self._length, self._position = file, offset, length, 0
+
+    def readable(self) -> bool:
+        """Return True: the part can be read."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True: the position can be set."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Move to a position; return it. Raises ValueError for one before the beginning."""
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        if start + offset < 0:
+            raise ValueError("before the beginning")
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        """Return the position in bytes."""
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer; return the bytes read, 0 at the end of the part."""
+        left = max(self._length - self._position, 0)
+        self._file.seek(self._offset + self._position)
+        content = self._file.read(min(len(buffer), left))
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)

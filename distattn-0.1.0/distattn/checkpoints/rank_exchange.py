@@ -1,0 +1,139 @@
+"""What the ranks of a checkpoint tell each other: rank 0 of the group hears all, decides, and answers each.
+
+Over connections of its own, so that a thread can use them beside whatever the trainer sends. A rank that fails is heard of by
+all, and one that ends leaves the others with an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch.distributed as dist
+
+from distattn.checkpoints.rank_sockets import RankConnection, connect_to_root
+from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError
+from distattn.supervision.heartbeats import thread_activity
+
+# that ranks may take longer than others to write their part, in seconds; one that has ended is noticed at once
+_SLOWEST_SECONDS = 1800.0
+Result = TypeVar("Result")
+
+
+class RankFailure(Exception):
+    """What one rank could not do, as all ranks learn of it. kind: "files" (OSError), "damaged", "refused", "lost" or "error"."""
+
+    def __init__(self, kind: str, rank: int, what: str):
+        super().__init__(kind, rank, what)
+        self.kind, self.rank, self.what = kind, rank, what
+
+    @classmethod
+    def of(cls, error: Exception, rank: int) -> RankFailure:
+        """An error of this rank, in words."""
+        if isinstance(error, RankFailure):
+            return error
+        if isinstance(error, OSError):
+            where = f"{error.filename}: " if error.filename else ""
+            return cls("files", rank, f"{where}{error.strerror or error}")
+        if isinstance(error, LostRankError):
+            return cls("lost", rank, str(error))
+        if isinstance(error, DistattnError):
+            return cls("damaged" if isinstance(error, DamagedDataError) else "refused", rank, str(error))
+        return cls("error", rank, f"{type(error).__name__}: {error}")
+
+    def raised(self) -> DistattnError:
+        """The same as an error for people."""
+        kinds = {"lost": LostRankError, "damaged": DamagedDataError}
+        where = "" if self.kind in ("lost", "damaged", "refused") else f"rank {self.rank}: "
+        return kinds.get(self.kind, DistattnError)(where + self.what)
+
+
+class _Answer(NamedTuple):
+    value: Any
+    failure: RankFailure | None
+
+
+class RankExchange:
+    """The ranks of a group, or one process alone. Used by one thread at a time. Making it is a collective call."""
+
+    def __init__(self, group: dist.ProcessGroup | None):
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.ranks = 1 if group is None else dist.get_world_size(group)
+        self._connections: dict[int, RankConnection] = {}
+        if group is not None and self.ranks > 1:
+            self._connections = connect_to_root(group)
+
+    def decide(self, work: Callable[[], Result], decision: Callable[[list[Result]], Sequence[Any]]) -> Any:
+        """Every rank does `work`; rank 0 hears all results, by rank, and `decision` gives an answer for each rank. Collective.
+
+        Returns this rank's answer. Where a rank raises, or the decision does, no answer is given and all ranks raise the same
+        RankFailure; where a rank has ended, its kind is "lost", and nothing more can be exchanged.
+        """
+        outcome: Any
+        try:
+            outcome = _Answer(work(), None)
+        except Exception as error:
+            outcome = _Answer(None, RankFailure.of(error, self.rank))
+        if self.ranks > 1 and not self._connections:
+            raise RankFailure(
+                "lost", self.rank, "another rank ended during an earlier checkpoint; start the job again."
+            )
+        if self.rank:
+            answer = self._ask(outcome)
+        else:
+            answer = self._answer_all(outcome, decision)
+        if answer.failure is not None:
+            if answer.failure.kind == "lost":
+                self.close()
+            raise answer.failure
+        return answer.value
+
+    def close(self) -> None:
+        """End the connections: ranks that wait for this one are told so."""
+        for connection in self._connections.values():
+            connection.close()
+        self._connections = {}
+
+    def _ask(self, outcome: _Answer) -> _Answer:
+        try:
+            self._connections[0].send(outcome)
+            answer = self._receive(0)
+            assert isinstance(answer, _Answer)
+            return answer
+        except (EOFError, OSError) as error:
+            return _lost(0, error)
+
+    def _answer_all(self, own: _Answer, decision: Callable[[list[Any]], Sequence[Any]]) -> _Answer:
+        outcomes = [own]
+        for rank in range(1, self.ranks):
+            try:
+                outcomes.append(self._receive(rank))
+            except (EOFError, OSError) as error:
+                outcomes.append(_lost(rank, error))
+        failures = [one.failure for one in outcomes if one.failure is not None]
+        # a lost rank is the worst: nothing can be tried again
+        failure = next((one for one in failures if one.kind == "lost"), failures[0] if failures else None)
+        answers: Sequence[Any] = [None] * self.ranks
+        if failure is None:
+            try:
+                answers = decision([one.value for one in outcomes])
+            except Exception as error:
+                failure = RankFailure.of(error, 0)
+        for rank in range(1, self.ranks):
+            try:
+                self._connections[rank].send(_Answer(answers[rank], failure))
+            except OSError:
+                # of those that are lost; one that went after it had done its part is noticed the next time
+                continue
+        return _Answer(answers[0], failure)
+
+    def _receive(self, rank: int) -> Any:
+        with thread_activity(f"the part of a checkpoint from rank {rank}", waits=True):
+            if not self._connections[rank].poll(_SLOWEST_SECONDS):
+                raise TimeoutError(f"no answer for {_SLOWEST_SECONDS / 60:.0f} minutes")
+            return self._connections[rank].recv()
+
+
+def _lost(rank: int, error: Exception) -> _Answer:
+    why = f" ({error})" if str(error) else ""
+    return _Answer(None, RankFailure("lost", rank, f"rank {rank} of the group ended during a checkpoint{why}."))

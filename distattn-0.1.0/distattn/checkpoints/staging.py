@@ -1,0 +1,197 @@
+"""Copies of a state's tensors in host memory, which is kept from one save to the next."""
+
+from __future__ import annotations
+
+import io
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.tensor import DTensor
+
+from distattn.checkpoints.pickled_names import check_value
+from distattn.ir.errors import DistattnError
+from distattn.kernels.devices import has_streams
+from distattn.memory import pinned_memory
+
+# tensors of `HostBuffers.keep` whose copies may be under way
+_IN_FLIGHT = 2
+# values that nothing can change
+_PLAIN = (int, float, complex, bool, str, bytes, type(None))
+
+
+class HostBuffers:
+    """The memory that tensors are copied into, by the tensors' names; pinned for tensors of GPUs."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+        # buffers that `keep` returned since the last save: names by the buffers' ids
+        self._kept: dict[int, str] = {}
+        self._streams: dict[torch.device, Any] = {}
+        # tensors that `keep` copies, each with the event after its copy, the oldest first
+        self._leaving: deque[tuple[torch.Tensor, Any]] = deque()
+
+    def keep(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the buffer of a tensor, which is copied into it; the caller may drop the tensor at once.
+
+        On a GPU the copy is made beside what the device does, and two tensors at most are held for it; then the current stream
+        waits for the oldest. `finish_kept` comes after the last tensor.
+        """
+        source = tensor.detach()
+        buffer = self.like(name, source)
+        self._kept[id(buffer)] = name
+        if not has_streams(source.device):
+            buffer.copy_(source)
+            return buffer
+        if source.device not in self._streams:
+            self._streams[source.device] = torch.cuda.Stream(source.device)
+        stream = self._streams[source.device]
+        stream.wait_stream(torch.cuda.current_stream(source.device))
+        with torch.cuda.stream(stream):
+            buffer.copy_(source, non_blocking=True)
+            self._leaving.append((source, stream.record_event()))
+        while len(self._leaving) > _IN_FLIGHT:
+            self._leave()
+        return buffer
+
+    def made(self, state: dict[str, Any] | Callable[[HostBuffers], dict[str, Any]]) -> dict[str, Any]:
+        """Return a state, or what a function makes of these buffers. The current stream then waits for what it kept."""
+        found = state(self) if callable(state) else state
+        self.finish_kept()
+        return found
+
+    def finish_kept(self) -> None:
+        """Have the current stream wait for the copies of `keep`: what it is given later may change the tensors."""
+        while self._leaving:
+            self._leave()
+
+    def _leave(self) -> None:
+        source, event = self._leaving.popleft()
+        torch.cuda.current_stream(source.device).wait_event(event)
+
+    def wait_kept(self) -> None:
+        """Return once the copies of `keep` are made."""
+        for stream in self._streams.values():
+            stream.synchronize()
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor is a buffer that `keep` returned since the last save."""
+        # an id may be used again once its buffer is gone
+        return self._buffers.get(self._kept.get(id(tensor), "")) is tensor
+
+    def like(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The buffer of a tensor: on the host, of its shape and dtype."""
+        found = self._buffers.get(name)
+        if found is None or (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
+            # the old one's memory is given back first
+            self._buffers.pop(name, None)
+            found = (
+                pinned_memory.pinned_like(tensor)
+                if has_streams(tensor.device)
+                else torch.empty_like(tensor, device="cpu")
+            )
+            self._buffers[name] = found
+        return found
+
+    def forget_others(self, names: set[str]) -> None:
+        """Let go of the buffers of other names, but for those that `keep` returned since the last save."""
+        names = names | set(self._kept.values())
+        self._buffers = {name: buffer for name, buffer in self._buffers.items() if name in names}
+        self._kept = {}
+
+
+class StagedState(DefaultSavePlanner):
+    """A state as it was when this was made: DCP's plan of what to write, resolved from copies in host memory.
+
+    Made on the thread that trains. `copy_tensors` may run on another thread, and until it has returned no tensor may change.
+    """
+
+    def __init__(self, state: dict[str, Any], is_coordinator: bool, buffers: HostBuffers):
+        super().__init__()
+        self.set_up_planner(state, is_coordinator=is_coordinator)
+        self._staged: dict[str, Any] = {}
+        self._buffers = buffers
+        self._refusal: DistattnError | None = None
+        # each with the count of changes made in place
+        self._sources: list[tuple[str, torch.Tensor, int]] = []
+        signature: list[tuple[Any, ...]] = []
+        for name, value in self.state_dict.items():
+            if not isinstance(value, torch.Tensor):
+                try:
+                    self._staged[name] = value if type(value) in _PLAIN else _copied(name, value)
+                except DistattnError as error:
+                    # raised where all ranks learn of it
+                    self._refusal = self._refusal or error
+                signature.append((name,))
+                continue
+            if buffers.holds(value):
+                self._staged[name] = value
+                signature.append((name, value.shape, value.dtype, value.shape))
+                continue
+            local = value.detach()
+            local = local.to_local() if isinstance(local, DTensor) else local
+            self._sources.append((name, local, local._version))
+            where = (value.device_mesh, value.placements) if isinstance(value, DTensor) else ()
+            signature.append((name, value.shape, value.dtype, local.shape, *where))
+        # equal for states that DCP plans alike
+        self.signature = tuple(signature)
+        # copies start after what the device has been given to do so far, and beside what it is given later
+        self._streams = {
+            local.device: torch.cuda.Stream(local.device) for _, local, _ in self._sources if local.is_cuda
+        }
+        for device, stream in self._streams.items():
+            stream.wait_stream(torch.cuda.current_stream(device))
+
+    def copy_tensors(self) -> None:
+        """Copy all tensors. Raises DistattnError where one was changed meanwhile, or another value cannot be saved."""
+        if self._refusal is not None:
+            raise self._refusal
+        sources = self._sources
+        for name, local, _ in sources:
+            buffer = self._buffers.like(name, local)
+            if local.is_cuda:
+                with torch.cuda.stream(self._streams[local.device]):
+                    buffer.copy_(local, non_blocking=True)
+            else:
+                buffer.copy_(local)
+            self._staged[name] = buffer
+        for stream in self._streams.values():
+            stream.synchronize()
+        self._buffers.wait_kept()
+        changed = [name for name, local, version in sources if local._version != version]
+        # nothing of the device's memory is held longer than this
+        self._sources = []
+        self._buffers.forget_others({name for name, _, _ in sources})
+        if changed:
+            raise DistattnError(
+                f"{changed[0]} was changed while it was copied for a checkpoint; call wait_staged() before whatever changes it."
+            )
+
+    def forget_originals(self) -> None:
+        """Let go of the state's own tensors; `create_local_plan` needs them, writing does not."""
+        self.state_dict = {}
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """The copy of what DCP writes. A tensor sharded over ranks has one part on this rank, and that is what was copied."""
+        return self._staged[index.fqn]
+
+
+def _copied(name: str, value: Any) -> Any:
+    """Return a copy of a value that is no tensor. Raises DistattnError for one that could not be read again without danger."""
+    again = io.BytesIO()
+    try:
+        torch.save(value, again)
+        check_value(Path(name), again)
+        again.seek(0)
+        return torch.load(again, weights_only=True)
+    # a value that cannot be pickled may raise almost any error
+    except Exception:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise DistattnError(
+            f"{name} ({kind}) cannot be read again without unpickling more than plain values; a state has tensors, numbers, "
+            "texts, and lists, tuples and dictionaries of them."
+        ) from None

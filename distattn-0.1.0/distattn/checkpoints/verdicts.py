@@ -1,0 +1,63 @@
+"""The verdict of training on a checkpoint, written after the save: verdict.json in its folder, not part of the manifest.
+
+A checkpoint is saved right after an update, when nothing has been computed with its weights. The first step that is computed
+with them shows whether they are good, so the verdict is written later. It is advice, not proof: it has no digest, and a file
+that cannot be read counts as no verdict. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+VERDICT_FILE = "verdict.json"
+# the first step that was computed with its weights was applied, or refused; or a person chose an older checkpoint
+GOOD, REFUSED, SET_ASIDE = "good", "refused", "set aside"
+UNTESTED = "untested"
+
+
+class CheckpointVerdict(NamedTuple):
+    """The verdict on a checkpoint. kind: GOOD, REFUSED, SET_ASIDE or UNTESTED; text: a sentence that says why, or empty.
+
+    kept: why it is never removed, empty where the rule decides. refused_step: the step, from 0, that it is kept for until the run
+    has passed it; None where it is kept until a person removes it.
+    """
+
+    kind: str = UNTESTED
+    text: str = ""
+    kept: str = ""
+    refused_step: int | None = None
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Return whether a run prefers other checkpoints to this one, and the keep rule does not count it."""
+        return self.kind in (REFUSED, SET_ASIDE)
+
+    def write(self, checkpoint: Path) -> None:
+        """Write the verdict into the folder of a checkpoint, in place of the one before. Raises OSError."""
+        os.replace(self.write_aside(checkpoint), checkpoint / VERDICT_FILE)
+
+    def write_aside(self, checkpoint: Path) -> Path:
+        """Write the verdict beside that of a checkpoint, which stays. Returns the file. Raises OSError."""
+        aside = checkpoint / f"{VERDICT_FILE}.tmp"
+        try:
+            aside.write_text(json.dumps(self._asdict()) + "\n", "utf-8")
+        except OSError:
+            with suppress(OSError):
+                aside.unlink()
+            raise
+        return aside
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> CheckpointVerdict:
+        """Return the verdict of a checkpoint's folder; UNTESTED where no verdict can be read."""
+        with suppress(OSError, ValueError, TypeError, RecursionError):
+            verdict = cls(**json.loads((checkpoint / VERDICT_FILE).read_bytes()))
+            texts_are_right = all(isinstance(one, str) for one in verdict[:-1])
+            step_is_right = verdict.refused_step is None or isinstance(verdict.refused_step, int)
+            if verdict.kind in (GOOD, REFUSED, SET_ASIDE, UNTESTED) and texts_are_right and step_is_right:
+                return verdict
+        return cls()

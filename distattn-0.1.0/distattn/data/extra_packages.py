@@ -1,0 +1,18 @@
+"""Packages that only the data commands and readers need, imported when first used: the extra `data`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from distattn.ir.errors import DistattnError
+
+
+def import_extra(package: str, purpose: str) -> Any:
+    """Import a package of the extra `data`. Raise a DistattnError whose sentence begins with `purpose` if it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package.partition(".")[0]:
+            raise
+        raise DistattnError(f"{purpose} needs {error.name}: pip install 'distattn[data]'.") from None

@@ -1,0 +1,218 @@
+"""A folder of text files as documents of byte tokens."""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import os
+import re
+import stat
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from distattn.ir.errors import DamagedDataError, DistattnError
+
+VOCABULARY = 256
+# files are checked in parts of this size
+_PART_BYTES = 1 << 20
+# and distinguished from binary files by this many bytes
+_FIRST_BYTES = 4096
+_MOST_DOCUMENTS = 5_000_000
+
+
+class Document(NamedTuple):
+    """Bytes [start, end) of a file."""
+
+    file: str
+    start: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of the document: one for each byte."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class TextCorpus:
+    """All documents of a set of files, in order; together they cover every byte of every file."""
+
+    documents: list[Document]
+    files: int
+    empty_files: int
+    binary_files: int
+
+
+def find_corpus(path: str, *, suffix: str = "", exclude: Sequence[str] = (), max_document_tokens: int) -> TextCorpus:
+    """Find the files of `path` (folder, file or glob) and cut them into documents of at most `max_document_tokens` tokens
+    (bytes).
+
+    Only the size and the first bytes of each file are looked up; `check_text` reads the files. Empty files are skipped and
+    counted, and so are binary files if there are several files. Raises DistattnError if there is no text.
+    """
+    documents: list[Document] = []
+    empty = binary = 0
+    files = find_files(path, suffix, exclude)
+    for file in files:
+        size = _size(file)
+        empty += not size
+        # a folder may hold files that are not text, such as compiled ones or pictures
+        if size and len(files) > 1 and _looks_binary(file):
+            binary += 1
+            continue
+        if len(documents) + size / max_document_tokens > _MOST_DOCUMENTS:
+            raise DistattnError(
+                f"data.max_document_tokens: more than {_MOST_DOCUMENTS:,} documents of {max_document_tokens} tokens would "
+                "result; make them longer, or name fewer (or larger) files."
+            )
+        documents += [
+            Document(file, start, min(start + max_document_tokens, size))
+            for start in range(0, size, max_document_tokens)
+        ]
+    if not documents:
+        raise DistattnError(
+            f"data.path: {path!r} holds no text ({len(files)} files, all empty or binary); name a folder with UTF-8 text files."
+        )
+    return TextCorpus(documents, len(files), empty, binary)
+
+
+def check_text(corpus: TextCorpus) -> None:
+    """Read every file of a corpus once, in parts, and check that it is UTF-8 and has the size that was found.
+
+    Raises DamagedDataError naming the first file that is not.
+    """
+    # the last document of a file ends where the file does
+    sizes = {document.file: document.end for document in corpus.documents}
+    for file, size in sizes.items():
+        read = _check_utf8(file)
+        if read != size:
+            raise DamagedDataError(f"{file}: had {size:,} bytes, now {read:,}; it must not change while a run begins.")
+
+
+def read_tokens(document: Document) -> np.ndarray:
+    """Read the bytes of a document, and only those, as int64 tokens (end - start,).
+
+    Raises DamagedDataError if the file has changed.
+    """
+    try:
+        with open(document.file, "rb") as file:
+            file.seek(document.start)
+            content = file.read(document.length)
+    except OSError as error:
+        raise DamagedDataError(
+            f"{document.file}: was readable when the run began, but is not now: {error.strerror}."
+        ) from None
+    if len(content) != document.length:
+        raise DamagedDataError(f"{document.file}: shorter than when the run began; it must not change meanwhile.")
+    return np.frombuffer(content, np.uint8).astype(np.int64)
+
+
+def find_files(
+    path: str, suffix: str, exclude: Sequence[str], options: tuple[str, str] = ("data.path", "data.exclude")
+) -> list[str]:
+    """Return the files of a folder, a file or a glob, by name. Raise DistattnError if there are no files.
+
+    options: what `path` and `exclude` are called where the user gives them.
+    """
+    literal = path.replace("{stdlib}", sysconfig.get_path("stdlib"))
+    if os.path.exists(literal):
+        roots, anchor = [literal], literal
+    else:
+        pattern = path.replace("{stdlib}", glob.escape(sysconfig.get_path("stdlib")))
+        roots = sorted(glob.glob(pattern, recursive=True))
+        # exclusions apply to the parts that the wildcards matched, not to the folders that the user's data is in
+        anchor = os.path.dirname(pattern[: re.search(r"[*?[]|$", pattern).start()])  # type: ignore[union-attr]
+    if not roots:
+        raise DistattnError(
+            f"{options[0]}: there is no file or folder {path!r}; name a folder, a file or a glob of text files."
+        )
+    files = {
+        os.path.join(root, name)
+        for root in roots
+        if not _excluded(os.path.relpath(root, anchor or "."), exclude)
+        for name in (_walk(root, exclude, options) if os.path.isdir(root) else [""])
+    }
+    kept = sorted(file.rstrip(os.sep) for file in files if file.rstrip(os.sep).endswith(suffix))
+    if not kept:
+        raise DistattnError(
+            f"{options[0]}: {path!r} holds no files"
+            + (f" ending in {suffix!r}" if suffix else "")
+            + (f" outside {', '.join(exclude)}" if exclude else "")
+            + "; name a folder with UTF-8 text files."
+        )
+    return kept
+
+
+def _walk(root: str, exclude: Sequence[str], options: tuple[str, str]) -> Iterator[str]:
+    """Yield the paths of all files below root, relative to it. Links are followed, and each folder is entered once."""
+
+    def refuse(error: OSError) -> None:
+        raise DistattnError(
+            f"{options[0]}: {error.filename} cannot be read: {error.strerror}; leave it out with {options[1]}."
+        )
+
+    entered = {os.path.realpath(root)}
+    for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
+        fresh = []
+        for name in sorted(subfolders):
+            real = os.path.realpath(os.path.join(folder, name))
+            if not _excluded(name, exclude) and real not in entered:
+                entered.add(real)
+                fresh.append(name)
+        # in place, because os.walk enters the folders that are left
+        subfolders[:] = fresh
+        yield from (os.path.relpath(os.path.join(folder, name), root) for name in names if not _excluded(name, exclude))
+
+
+def _excluded(path: str, exclude: Sequence[str]) -> bool:
+    return any(fnmatch(part, pattern) for part in Path(path).parts for pattern in exclude)
+
+
+def _size(file: str) -> int:
+    try:
+        status = os.stat(file)
+    except OSError as error:
+        raise DistattnError(f"data.path: {file} cannot be read: {error.strerror}.") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise DistattnError(f"data.path: {file} is not a regular file; leave it out with data.exclude.")
+    return status.st_size
+
+
+def _looks_binary(file: str) -> bool:
+    """Return whether a file begins with bytes that no text has in any encoding. Text that is not UTF-8 is refused later."""
+    try:
+        with open(file, "rb") as opened:
+            first = opened.read(_FIRST_BYTES)
+            return b"\0" in first and not first.startswith(
+                (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+            )
+    except OSError as error:
+        raise DistattnError(f"data.path: {file} cannot be read: {error.strerror}.") from None
+
+
+def _check_utf8(file: str) -> int:
+    """Decode a file in parts. Return its bytes; raise DamagedDataError naming the first byte that is not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    size = 0
+    try:
+        with open(file, "rb") as opened:
+            while part := opened.read(_PART_BYTES):
+                # the bytes of a character that the last part cut
+                held = len(decoder.getstate()[0])
+                decoder.decode(part)
+                size += len(part)
+        held, part = len(decoder.getstate()[0]), b""
+        decoder.decode(b"", final=True)
+    except OSError as error:
+        raise DistattnError(f"data.path: {file} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise DamagedDataError(
+            f"{file}: not UTF-8 text (byte {size - held + error.start}); convert it, or leave it out with data.exclude."
+        ) from None
+    return size

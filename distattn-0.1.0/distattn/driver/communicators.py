@@ -1,0 +1,160 @@
+"""How the ranks of a driver reach each other: a transport for attention, host groups for words, a monitor of their health."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from distattn.batch.collectives import HostGroup
+from distattn.batch.health import HealthMonitor
+from distattn.driver.control_channel import ControlChannel
+from distattn.driver.message_monitor import MessageMonitor
+from distattn.driver.message_watch import MESSAGES, MessageWatch, awaited
+from distattn.ir.errors import DistattnError
+from distattn.ops.executable import EXECUTABLES
+from distattn.parallel.runtime.transport import (
+    GroupTransport,
+    Packet,
+    PendingMessages,
+    SingleRankTransport,
+    Transport,
+)
+from distattn.supervision import heartbeats
+
+Result = TypeVar("Result")
+SINGLE_RANK: Transport = SingleRankTransport()
+
+
+class MonitoredTransport:
+    """A transport whose failures name the rank that is to blame, also where waiting is left to a device's stream."""
+
+    def __init__(
+        self,
+        transport: GroupTransport,
+        monitor: HealthMonitor,
+        members: Sequence[int],
+        device: torch.device,
+        messages: MessageMonitor,
+    ):
+        self._transport, self._monitor, self._members = transport, monitor, members
+        self.messages, self._watch = messages, None
+        if transport.waits_on_stream:
+            messages.complete = False
+            self._watch = MessageWatch(monitor, members, transport.abort, device)
+
+    def exchange(
+        self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""
+    ) -> PendingMessages:
+        # what is under way since may have been given up: its results are not to be used
+        self._monitor.raise_verdict()
+        self._monitor.enter(MESSAGES)
+        where += heartbeats.layer_suffix()
+        if self.messages.on_send is not None:
+            self.messages.on_send(sends)
+        watch, words = self._watch if sends or receives else None, ""
+        if watch is not None or heartbeats.is_attached():
+            words = awaited(sends, receives, self._members, where)
+
+        def start() -> Any:
+            return self._transport.exchange(sends, receives, collective, where)
+
+        if watch is None:
+            return _MonitoredWork(self, self.guarded(start), words)
+        with watch.watching(words) as under_way:
+            work = self.guarded(start)
+            under_way.works = work.requests
+        return _MonitoredWork(self, work, words)
+
+    def guarded(self, work: Callable[[], Any]) -> Any:
+        return self._monitor.guarded(work, MESSAGES, self._members)
+
+    def close(self, gracefully: bool) -> None:
+        """End the watch's thread, and the communicator after its last driver. gracefully: no rank is known to be lost."""
+        if self._watch is not None:
+            self._watch.close()
+        self._transport.release(gracefully and self._monitor.verdict is None)
+
+
+class _MonitoredWork(NamedTuple):
+    transport: MonitoredTransport
+    work: PendingMessages
+    # what is waited for
+    words: str
+
+    def wait(self) -> None:
+        with heartbeats.activity(self.words, waits=True):
+            self.transport.messages.timed(lambda: self.transport.guarded(self.work.wait))
+
+
+class MonitoredTransports:
+    """The monitored transports of a group, by kind of device."""
+
+    def __init__(self, group: dist.ProcessGroup, monitor: HealthMonitor, members: Sequence[int]):
+        self._group, self._monitor, self._members = weakref.ref(group), monitor, members
+        self.messages = MessageMonitor()
+        self._opened: dict[str, MonitoredTransport] = {}
+
+    def on(self, device: torch.device) -> Transport:
+        """The transport for such devices; the first call for a kind of them is collective."""
+        if device.type not in self._opened:
+            group = self._group()
+            if group is None:
+                raise DistattnError("the process group of this ContextParallel has been destroyed; make another one.")
+            transport = self._monitor.guarded(
+                lambda: EXECUTABLES.transport(group, device, self._monitor.wait_timeout), MESSAGES, self._members
+            )
+            transport.acquire()
+            self._opened[device.type] = MonitoredTransport(
+                transport, self._monitor, self._members, device, self.messages
+            )
+        return self._opened[device.type]
+
+    def close(self, gracefully: bool) -> None:
+        """End the threads that watch messages, and the communicators. A collective call where gracefully."""
+        for transport in self._opened.values():
+            transport.close(gracefully)
+
+
+class Communicators:
+    """Everything a driver of several ranks sends through. Made and closed by all ranks together.
+
+    name: the same on all ranks, and no other driver's; exchange: ranks of the default group that tell each other of steps;
+    group: those that share attention, of which the last `servers` have no model.
+    """
+
+    def __init__(self, name: str, exchange: Sequence[int], group: dist.ProcessGroup, servers: int, timeout: timedelta):
+        self.members = dist.get_process_group_ranks(group)
+        self.monitor = HealthMonitor(name, dist.get_rank(), exchange, timeout)
+        self.exchange = HostGroup(f"{name}/exchange", exchange, self.monitor)
+        # used on the thread that runs the model, where the exchange is used on the planning thread
+        own = f"{name}/group of rank {self.members[0]}"
+        self.agreement = HostGroup(f"{own}/agreement", self.members, self.monitor)
+        self.transports = MonitoredTransports(group, self.monitor, self.members)
+        self.messages = self.transports.messages
+        self.control: ControlChannel | None = None
+        if servers:
+            host = HostGroup(f"{own}/control", self.members, self.monitor, idles=True)
+            self.control = ControlChannel(host, servers)
+
+    def guarded(self, work: Callable[[], Result], what: str, members: Sequence[int]) -> Result:
+        """What `work` returns, in which this rank waits for members, on the clock. Raises LostRankError as the monitor does."""
+        with heartbeats.activity(what, waits=True):
+            return self.messages.timed(lambda: self.monitor.guarded(work, what, members))
+
+    def close(self, gracefully: bool) -> None:
+        """End the communicators, the host groups and the monitor's thread; the exchange is its planning thread's to close.
+
+        gracefully: servers are let go first; otherwise they notice that this rank has gone.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.monitor.close)
+            stack.callback(self.transports.close, gracefully)
+            stack.callback(self.agreement.close)
+            if self.control is not None:
+                stack.callback(self.control.close, gracefully)

@@ -1,0 +1,499 @@
+"""`ContextParallel`: the one driver. It turns loader batches into local batches, plans their attention, and scales losses.
+
+A packed batch becomes a plan of the batch (mask, layout), and that this rank's local batch. Data are either replicated (all
+ranks of the group hold the same batch and split it) or per rank (each rank, or block of ranks, has documents of its own, and
+attention is shared over all of them); everything else is said alike in both.
+"""
+
+# T tokens on this rank
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from distattn.batch.awaited_result import AwaitedResult
+from distattn.batch.local_batch import LocalBatch
+from distattn.batch.packed_batch import IGNORE_INDEX, Batch, PackedBatch, padded
+from distattn.batch.planner import AttentionShape, BatchKey, Planned, Planner
+from distattn.batch.pooled_layout import BlockLayouts, Documents
+from distattn.driver.communicators import SINGLE_RANK, Communicators
+from distattn.driver.control_channel import ANNOUNCE_STEP, NEW_SHAPE, RELEASE_STEP, ControlMessage
+from distattn.driver.driver_config import DriverConfig
+from distattn.driver.gradient_probe import NOT_PROBED, OTHER_COUNT, GradientProbeTarget, Reduction, probe, probe_ids
+from distattn.driver.known_steps import KnownInfos, KnownSteps
+from distattn.driver.loss_sums import sum_over_loss_group
+from distattn.driver.pass_observer import BatchObserver
+from distattn.driver.rank_speeds import RankSpeeds
+from distattn.driver.rank_table import RankTable
+from distattn.driver.step_exchange import GatheredStep, StepExchange, agree_on_plan
+from distattn.driver.steps_ahead import StepLoop, StepsAhead
+from distattn.ir.errors import DistattnError, LostRankError
+from distattn.ir.plan import Plan
+from distattn.parallel.runtime.communicator import new_group, timeout_of
+from distattn.parallel.runtime.transport import Transport
+
+Result = TypeVar("Result")
+_LOG = logging.getLogger("distattn")
+# batches of one step are numbered from a multiple of this
+_BATCHES_PER_STEP = 1 << 20
+# steps of shard_step whose batches may still be used where ranks serve: one that runs, one that is sharded ahead
+_LIVE_STEPS = 2
+
+
+class ContextParallel:
+    """Splits attention over the ranks of a process group, batch by batch.
+
+    group defaults to the default process group, or one rank without torch.distributed. loss_group: all ranks whose tokens
+    make up the loss, data-parallel replicas included; by default the ranks of the group that have a model. settings: the
+    fields of `DriverConfig`; strategy is needed. A collective call of the loss group. Raises DistattnError for settings that
+    do not exist, or differ from rank to rank.
+
+        with ContextParallel(group, strategy="ring") as cp:
+            for micro_batches in cp.steps(loader):
+                for batch in micro_batches:
+                    local_loss(model, batch).backward()
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        loss_group: dist.ProcessGroup | None = None,
+        **settings: Any,
+    ):
+        self._open(group, loss_group, DriverConfig.of(settings))
+
+    def _open(
+        self, group: dist.ProcessGroup | None, loss_group: dist.ProcessGroup | None, config: DriverConfig | None
+    ) -> None:
+        """config: None on ranks that only serve, which take the first rank's."""
+        for name, value in (("group", group), ("loss_group", loss_group)):
+            if not isinstance(value, (dist.ProcessGroup, type(None))):
+                raise DistattnError(f"{name} is a process group of torch.distributed, not a {type(value).__name__}.")
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        if group is None and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+            raise DistattnError(
+                f"this is one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), but torch.distributed is not initialized: "
+                "call torch.distributed.init_process_group first."
+            )
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.ranks = 1 if group is None else dist.get_world_size(group)
+        if config is not None:
+            config.block_ranks(self.ranks)
+        exchange = group if loss_group is None else loss_group
+        self._table = table = RankTable.gather(config, group, exchange)
+        self.config: DriverConfig = table.config
+        self.block_ranks = self.config.block_ranks(self.ranks)
+        self.models = self.ranks - self.config.servers
+        self._communicators: Communicators | None = None
+        if group is not None and len(table.members) > 1:
+            seconds = self.config.timeout
+            timeout = timeout_of(group) if seconds is None else timedelta(seconds=seconds)
+            self._communicators = Communicators(table.name, table.members, group, self.config.servers, timeout)
+        host = None if self._communicators is None else self._communicators.exchange
+        self.messages = None if self._communicators is None else self._communicators.messages
+        self._exchange = StepExchange(host, table.first_of_block, table.sharing, table.members)
+        self.loss_group = self._loss_group(loss_group)
+        layouts = self.config
+        self._layouts = BlockLayouts(
+            self.ranks, self.block_ranks, layouts.layout, layouts.layout_options or {}, layouts.document_mask
+        )
+        self.planner = Planner(
+            self.config.with_buffer_limit(), self, self._layouts.of_batch, self._layouts.is_one_block
+        )
+        self.speeds = RankSpeeds(self.config.adaptive, self.ranks) if self.config.adaptive else None
+        # by which a trainer's losses are to be multiplied, so that its gradients are sums over ranks
+        self._factor = 1.0
+        # whether it was measured; how many micro-batches the trainer says that a step has, where it depends on that
+        self._probed, self._micro_batches = False, None
+        self._device = torch.device("cpu")
+        # steps whose batches may be used; those of shard_step, oldest first
+        self._live: set[int] = set()
+        self._sharded: deque[int] = deque()
+        self._ahead, self._closed = StepsAhead(), False
+
+    # ---- what a trainer calls
+
+    def shard(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """This rank's part of a batch: `shard_step` of one micro-batch.
+
+        batch: `input_ids` (B, S), optional `labels` of the same shape (each token its own label, -100 where none; the
+        ids by default) or `shift_labels` (each token its successor's already, as is). What attends to what is said by one
+        of: nothing, every row is a document; `document_lengths`, whole numbers that add up to B * S; `position_ids` (1 or B,
+        S), which begin anew at 0 with each document, as packing collators make them; `attention_mask` (B, S), whose zeros are
+        padding before or after a row's tokens. Padding is left out. Rows are laid end to end on one axis. Other keys are
+        refused.
+
+        Returns `input_ids`, `position_ids` (1, T), `labels` (1, T) shifted so that each token has its successor's
+        label, `loss_scale` (a number: multiply the *sum* of this rank's token losses by it: 1 / valid labels of the step over
+        the loss group, times what `loss_scale` found for the trainer), and `context_parallel`, the `LocalBatch` to be
+        passed on to the model. A rank without tokens gets padding without a label, because models refuse empty batches;
+        `pad_to` pads all ranks.
+        """
+        return self.shard_step([batch])[0]
+
+    def shard_step(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """`shard` for all micro-batches of one optimizer step: losses are scaled by the valid labels of all of them.
+
+        All ranks of the loss group call this together. Ranks that hold the same batch are compared. With data of their own
+        ranks may have unequally many micro-batches: all get as many as the rank with most, the others' being padding. With
+        servers, a step's batches are used before the next but one is sharded.
+        """
+        try:
+            given = None if isinstance(micro_batches, (Mapping, str, torch.Tensor)) else list(micro_batches)
+        except TypeError:
+            given = None
+        if given is None:
+            raise DistattnError(
+                "shard_step takes a list of batches, the micro-batches of a step (shard takes one batch), not a "
+                f"{type(micro_batches).__name__}."
+            )
+        packed = [PackedBatch.of(batch) for batch in given]
+        if not packed and self.config.data == "replicated":
+            raise DistattnError("a step has at least one micro-batch.")
+        number, future = self._announce(packed, self._batches_of_step, None)
+        self._sharded.append(number)
+        while len(self._sharded) > _LIVE_STEPS:
+            self._release(self._sharded.popleft())
+        return self._local_batches(packed, future.result())
+
+    def steps(self, loader: Iterable[Any], *, even: bool = False) -> Iterator[list[dict[str, Any]]]:
+        """For each step of a loader its micro-batches, sharded a step ahead; as many steps as the longest loader.
+
+        loader yields a batch as `shard` takes it, or a list of them (micro-batches), or is a `PackLoader`: then each rank reads
+        its own tokens alone, and nobody is asked what comes. While a step runs, the next one is announced to the other ranks, and
+        its plans are made and compared. Batches are copied, so that a loader may fill the same tensors again. Loops may be left,
+        and be inside one another, on all ranks alike: the next loop of this driver over the same iterator begins with the step
+        that was taken ahead. An error of the loader is raised after the step before it. With servers, a step's batches are used
+        before the next step is asked for. even: all ranks raise DistattnError where they have unequally many micro-batches, for
+        trainers that count their own.
+        """
+        if not hasattr(loader, "__iter__") or isinstance(loader, (Mapping, str)):
+            raise DistattnError(
+                f"steps takes an iterable of batches, or of lists of them, not a {type(loader).__name__}."
+            )
+        for packed, step in self.gathered_steps(loader, self._batches_of_step):
+            counts = [len(info.documents) for info in self._table.of_models(step.infos)]
+            if even and len(set(counts)) > 1:
+                raise DistattnError(
+                    f"ranks have unequally many micro-batches in a step, {min(counts)} to {max(counts)}: give all of them "
+                    "equally many, or drop the last incomplete step."
+                )
+            yield self._local_batches(packed, step)
+
+    def loss_scale(self, target: GradientProbeTarget | None = None) -> float:
+        """The factor by which this trainer's losses are to be multiplied, so that its gradients are sums over ranks.
+
+        With a target (each adapter has one for its trainer), how it reduces gradients is probed by two synthetic backward
+        passes, and the factor goes into the `loss_scale` of all later batches; all ranks call it. Without, what was found
+        last (1 at first). Raises DistattnError, naming ranks and parameters, where the trainer leaves some out, reduces them
+        by other factors or clips gradients meanwhile, and where ranks begin with other weights. See `gradient_probe`.
+        """
+        if target is not None:
+            if not isinstance(target, GradientProbeTarget):
+                raise DistattnError(
+                    "loss_scale takes the ProbeTarget of your trainer's adapter, such as "
+                    f"distattn.adapters.pytorch.ProbeTarget(model), not a {type(target).__name__}."
+                )
+            found = self.reduction(target)
+            self._factor = 1.0 if found is None else found.factor
+            self._micro_batches = getattr(target, "micro_batches_per_step", None)
+        return self._factor
+
+    def reduction(self, target: GradientProbeTarget) -> Reduction | None:
+        """How a trainer reduces gradients over the loss group; None on ranks without an output layer. See `loss_scale`."""
+        # the probe's own step has one micro-batch
+        wanted, self._micro_batches, self._probed = self._micro_batches, None, True
+        try:
+            return probe(target, self._probe_batch, self.loss_group)
+        finally:
+            self._micro_batches = wanted
+
+    def mean_loss(self, losses: Sequence[torch.Tensor]) -> float:
+        """The loss per token of a step, for people: this rank's losses of all its micro-batches, summed over the loss group.
+
+        losses: as they go backward, with the factor of `loss_scale`, which is taken out again. A collective call.
+        """
+        found = losses if isinstance(losses, (list, tuple)) else ()
+        if not found or not all(isinstance(loss, torch.Tensor) and loss.numel() == 1 for loss in found):
+            raise DistattnError(
+                "mean_loss takes the losses of a step's micro-batches: a list of tensors of one number."
+            )
+        total = torch.stack([loss.detach().double().reshape(()) for loss in losses]).sum() / self._factor
+        return float(sum_over_loss_group(self, total, "the mean of a loss"))
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Into how many shares the loss group's data are split: blocks of ranks that hold the same batch."""
+        return len(self._table.blocks)
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """The number of this rank's share of the data."""
+        return self._table.blocks.index(self._table.first_of_block[self._table.rank])
+
+    def batch_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same batch as this one. A collective call where that is not the whole group."""
+        if self.group is None or self.block_ranks == self.ranks:
+            return self.group
+        first = self.rank - self.rank % self.block_ranks
+        return new_group(dist.get_process_group_ranks(self.group)[first : first + self.block_ranks])
+
+    def close(self) -> None:
+        """End threads and communicators, and let servers go. All ranks call it; a second call does nothing."""
+        self._close(gracefully=True)
+
+    def __enter__(self) -> ContextParallel:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
+        if error is not None and self._communicators is not None:
+            self._communicators.monitor.report(f"{type(error).__name__}: {error}")
+        self._close(gracefully=error is None)
+
+    # ---- what schedules and servers call
+
+    def begin(self, what: str) -> None:
+        """This rank begins something that all ranks of the loss group do equally often: whoever is behind can be named."""
+        if self._communicators is not None:
+            self._communicators.monitor.enter(what)
+
+    def guarded(self, work: Callable[[], Result], what: str) -> Result:
+        """What `work` of the loss group returns. Raises LostRankError with the rank to blame where it fails."""
+        if self._communicators is None:
+            return work()
+        assert self.loss_group is not None
+        return self._communicators.guarded(work, what, dist.get_process_group_ranks(self.loss_group))
+
+    @property
+    def wait_timeout(self) -> timedelta | None:
+        """How long a wait may take, so that a lost rank is named within the time-out; None for a single rank."""
+        return None if self._communicators is None else self._communicators.monitor.wait_timeout
+
+    def gathered_steps(
+        self,
+        loader: Iterable[Any],
+        make: Callable[[GatheredStep], tuple[Any, list[LocalBatch]]],
+        same_batch: Sequence[int] | None = None,
+    ) -> Iterator[tuple[list[Batch], GatheredStep]]:
+        """For each step of a loader this rank's packed micro-batches, and the gathered step, one step ahead.
+
+        make: what is to be made of a gathered step, and the batches in it. same_batch: of each rank of the group, the rank
+        whose data it has as well.
+        """
+        loop = StepLoop(loader, self._ahead)
+        # ranks that only serve, and speeds, are not in a plan of packs
+        ask = bool(self.config.servers) or self.speeds is not None
+        known = KnownInfos(loader, self._table, same_batch, ask) if isinstance(loader, KnownSteps) else None
+        packed = loop.next()
+        number, future = self._announce(packed, make, same_batch, known)
+        running = failure = None
+        try:
+            while True:
+                step, this = future.result(), packed
+                if running is None and known is not None:
+                    known.confirm(step.infos)
+                running = number
+                if all(info.ended for info in self._table.of_models(step.infos)):
+                    return
+                try:
+                    packed = loop.next()
+                except Exception as error:  # of the next step; this one is whole
+                    failure = error
+                else:
+                    number, future = self._announce(packed, make, same_batch, known)
+                    loop.hold(packed, None if known is None else known.rewind)
+                yield this or [], step
+                if failure is not None:
+                    raise failure
+                if not loop.take_back():
+                    self._release(number)
+                    if known is not None:
+                        raise known.refusal()
+                    packed = loop.next()
+                    number, future = self._announce(packed, make, same_batch, known)
+                self._release(running)
+        except GeneratorExit:
+            loop.leave()
+            raise
+        finally:
+            # a generator that is closed must not raise: a lost rank is named where it is waited for
+            with contextlib.suppress(LostRankError):
+                if running is not None:
+                    self._release(running)
+                self._release(number)
+
+    def serve_step(self) -> AwaitedResult[GatheredStep]:
+        """For ranks that only serve: the next step, with its batches."""
+        return self._exchange.announce(None, self._batches_of_step, self.planner, self._measured_speed())
+
+    def batches(self, step: GatheredStep, documents: Sequence[Documents | None]) -> list[LocalBatch | None]:
+        """Batches of a step with these documents; None where there are none."""
+        if not documents:
+            return []
+        options = (
+            () if self.speeds is None else self.speeds.options([step.infos[at].speed for at in self._table.sharing])
+        )
+        proven, first = step.number % self.config.verify_every == 0, step.number * _BATCHES_PER_STEP
+
+        def made(number: int, own: Documents) -> LocalBatch:
+            return LocalBatch(
+                self.planner, BatchKey(own, options), number, proven, self._layouts.block_of(self.rank, own)
+            )
+
+        return [None if own is None else made(first + index, own) for index, own in enumerate(documents)]
+
+    def loss_scale_of(self, step: GatheredStep, first_of_blocks: Sequence[int] | None = None) -> float:
+        """1 / valid labels of the step, each block of ranks with the same batch counted once, times the trainer's factor."""
+        counted = self._table.blocks if first_of_blocks is None else first_of_blocks
+        return self._factor / max(sum(step.infos[rank].valid_labels for rank in counted), 1)
+
+    def local_shard(self, packed: Batch | None) -> dict[str, Any]:
+        """`input_ids`, `labels` and `position_ids` (1, T) of this rank; padding where it has no micro-batch."""
+        if packed is None:
+            tokens = padded(0, self.config.pad_to)
+            nothing = torch.zeros(1, tokens, dtype=torch.int64, device=self._device)
+            return {"input_ids": nothing, "labels": nothing + IGNORE_INDEX, "position_ids": nothing}
+        layout = self._layouts.of_block(packed.lengths)
+        return dict(packed.local_shard(layout, self.rank % self.block_ranks, self.config.pad_to))
+
+    # ---- what the planner and executables call
+
+    def transport(self, device: torch.device) -> Transport:
+        """See `planner.Ranks`."""
+        return SINGLE_RANK if self._communicators is None else self._communicators.transports.on(device)
+
+    def begin_shape(self, batch: LocalBatch, shape: AttentionShape) -> None:
+        """See `planner.Ranks`: servers are told."""
+        self._check_live(batch)
+        control = None if self._communicators is None else self._communicators.control
+        if control is not None and self.rank < self.models:
+            control.send(ControlMessage(NEW_SHAPE, batch.number, shape))
+
+    def agree(self, make: Callable[[], Planned]) -> Planned:
+        """See `planner.Ranks`."""
+        return agree_on_plan(None if self._communicators is None else self._communicators.agreement, make)
+
+    def gather(self, value: Any, what: str) -> list[Any]:
+        """See `planner.Ranks`."""
+        return [value] if self._communicators is None else self._communicators.agreement.all_gather(value, what)
+
+    def observer(self, batch: LocalBatch, plan: Plan, shape: AttentionShape) -> BatchObserver | None:
+        """See `planner.Ranks`: servers are notified of passes, and the clock of speeds counts them."""
+        control = None if self._communicators is None else self._communicators.control
+        if control is None and self.speeds is None:
+            return None
+        sends = control if self.rank < self.models else None
+        return BatchObserver(batch.number, shape, plan, self.rank, sends, self.speeds, lambda: self._check_live(batch))
+
+    # ---- inside
+
+    def _close(self, gracefully: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        # in reverse order, each whatever the others raise
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._ahead.clear)
+            stack.callback(self.planner.close)
+            stack.callback(self._exchange.close)
+            if self._communicators is not None:
+                stack.callback(self._communicators.close, gracefully)
+
+    def _announce(
+        self,
+        packed: Sequence[Batch] | None,
+        make: Callable[[GatheredStep], tuple[Any, list[LocalBatch]]],
+        same_batch: Sequence[int] | None,
+        known: KnownInfos | None = None,
+    ) -> tuple[int, AwaitedResult[GatheredStep]]:
+        if self._closed:
+            raise DistattnError("this ContextParallel has been closed.")
+        if packed:
+            self._device = packed[0].device
+        number = self._exchange.steps
+        self._live.add(number)
+        if self._communicators is not None and self._communicators.control is not None:
+            self._communicators.control.send(ControlMessage(ANNOUNCE_STEP, number))
+
+        def read_and_make(step: GatheredStep) -> tuple[Any, list[LocalBatch]]:
+            for batch in packed or ():
+                batch.read_ahead(self._layouts.of_block(batch.lengths), self.rank % self.block_ranks)
+            return make(step)
+
+        how = (packed, read_and_make, self.planner, self._measured_speed(), same_batch)
+        return number, self._exchange.announce(
+            *how, *(("", None) if known is None else (known.name, known.next(packed)))
+        )
+
+    def _release(self, number: int) -> None:
+        """The batches of a step will not be used any more."""
+        if number in self._live:
+            self._live.remove(number)
+            if self._communicators is not None and self._communicators.control is not None and not self._closed:
+                self._communicators.control.send(ControlMessage(RELEASE_STEP, number))
+
+    def _batches_of_step(self, step: GatheredStep) -> tuple[Any, list[LocalBatch]]:
+        """One batch for each micro-batch of the rank with most; ranks that share attention each bring theirs."""
+        own = [step.infos[at].documents for at in self._table.sharing[: self.models : self.block_ranks]]
+        # replicas go forward and backward equally often, too: where one has nothing, a token without a label stands in
+        nothing = ((1,), *((),) * (len(own) - 1))
+        each: list[Documents | None] = []
+        for index in range(max(len(info.documents) for info in step.infos)):
+            documents = tuple(given[index] if index < len(given) else () for given in own)
+            each.append(documents if any(documents) else nothing)
+        made = [batch for batch in self.batches(step, each) if batch is not None]
+        return made, made
+
+    def _local_batches(self, packed: Sequence[Batch], step: GatheredStep) -> list[dict[str, Any]]:
+        self._check_scale(len(step.made))
+        scale, out = self.loss_scale_of(step), []
+        for index, batch in enumerate(step.made):
+            part = self.local_shard(own := packed[index] if index < len(packed) else None)
+            batch.positions, batch.stands_in = part["position_ids"], own is None
+            batch.longest_document = max(own.lengths if own else (), default=1)
+            out.append({**part, "loss_scale": scale, "context_parallel": batch})
+        return out
+
+    def _check_scale(self, micro_batches: int) -> None:
+        """Refuse a step of other micro-batches than the scale is for; say once where nobody has asked for the scale."""
+        if not torch.is_grad_enabled():
+            return
+        if self._micro_batches not in (None, micro_batches):
+            raise DistattnError(OTHER_COUNT.format(micro_batches, self._micro_batches))
+        if self._probed or self.loss_group is None or dist.get_world_size(self.loss_group) == 1:
+            return
+        self._probed = True
+        if self._table.rank == 0:
+            _LOG.warning(NOT_PROBED)
+
+    def _probe_batch(self, ranks: int, rows: int, device: torch.device) -> dict[str, Any]:
+        # tokens of each block differ, so that its gradients are not mistaken for ours; padding is no id of a rank either
+        first = self._table.members[self._table.first_of_block[self._table.rank]]
+        batch = self.shard({"input_ids": probe_ids(self.block_ranks, first, ranks, rows).to(device)})
+        return {**batch, "input_ids": batch["input_ids"].clamp(min=ranks)}
+
+    def _check_live(self, batch: LocalBatch) -> None:
+        if self.config.servers and self.rank < self.models and batch.number // _BATCHES_PER_STEP not in self._live:
+            raise DistattnError(
+                "this batch is of a step that is over: with servers, use it before asking for the next step."
+            )
+
+    def _measured_speed(self) -> float | None:
+        return None if self.speeds is None else self.speeds.measured()
+
+    def _loss_group(self, given: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+        if given is not None or not self.config.servers or self.group is None or self.rank >= self.models:
+            return self.group if given is None else given
+        return new_group(dist.get_process_group_ranks(self.group)[: self.models])

@@ -1,0 +1,65 @@
+"""Control messages: by them the first rank with a model tells ranks that only serve what all ranks do next."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from distattn.batch.collectives import HostGroup
+from distattn.batch.planner import AttentionShape
+from distattn.ir.errors import DistattnError
+from distattn.kernels.spec import ScoreMod
+
+CLOSE, ANNOUNCE_STEP, RELEASE_STEP, NEW_SHAPE, FORWARD, BACKWARD = (
+    "close",
+    "announce step",
+    "release step",
+    "new shape",
+    "forward",
+    "backward",
+)
+
+
+class ControlMessage(NamedTuple):
+    """What the ranks do next.
+
+    number: of the step that is announced or released, or of the batch. shape, scale and softcap: of the attention call.
+    """
+
+    kind: str
+    number: int = 0
+    shape: AttentionShape | None = None
+    scale: float = 1.0
+    softcap: float = 0.0
+
+
+class ControlChannel:
+    """From the first rank of a group to its last `servers` ranks, in order. Other ranks send nothing."""
+
+    def __init__(self, host: HostGroup, servers: int):
+        self._host = host
+        self.servers = range(host.ranks - servers, host.ranks)
+
+    def send(self, message: ControlMessage) -> None:
+        """Tell all servers; only the first rank does."""
+        if self._host.rank == 0:
+            for server in self.servers:
+                self._host.send(message, server)
+
+    def begin_pass(self, direction: str, batch: int, shape: AttentionShape, score: ScoreMod) -> None:
+        """A forward or backward pass of a batch begins. Raises DistattnError for what servers cannot be told."""
+        if score.slopes_H is not None:
+            raise DistattnError("ALiBi slopes do not reach ranks that only serve; use a group without servers.")
+        self.send(ControlMessage(direction, batch, shape, score.scale, score.softcap))
+
+    def receive(self) -> ControlMessage:
+        """The next message; servers call it."""
+        return ControlMessage(*self._host.receive(0, "a control message"))
+
+    def close(self, gracefully: bool) -> None:
+        """End the channel; gracefully: the first rank lets the servers go before."""
+        try:
+            if gracefully and self._host.rank == 0:
+                self.send(ControlMessage(CLOSE))
+                self._host.flush()
+        finally:
+            self._host.close()

@@ -1,0 +1,121 @@
+"""Messages that a device waits for, watched from the host: NCCL's own wait returns at once.
+
+A thread asks once in a while whether the oldest message under way has arrived. Where it is late, all ranks are asked for a
+sign of life, what was found is said, and the communicator is given up, so that the device goes on and this process hears of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from distattn.batch.health import HealthMonitor
+from distattn.ir.errors import LostRankError, named_ranks
+from distattn.kernels.devices import has_streams
+from distattn.parallel.runtime.transport import Packet
+
+MESSAGES = "an exchange of attention's messages"
+_LOG = logging.getLogger("distattn")
+# seconds between two looks
+_POLL = 0.5
+
+
+@dataclass(eq=False)
+class UnderWay:
+    """Messages that are watched. works: as the backend gave them, None until it has.
+
+    What is sent and received is not here: it is not to live longer for being watched.
+    """
+
+    what: str
+    since: float
+    works: Sequence[Any] | None = None
+
+    def have_arrived(self) -> bool:
+        """Return whether all messages have been started and have arrived."""
+        return self.works is not None and all(work.is_completed() for work in self.works)
+
+
+class MessageWatch:
+    """Watches the messages of one communicator, which arrive in the order in which they were started.
+
+    members: its ranks as the default group numbers them. give_up: ends what is under way. device: that waits.
+    """
+
+    def __init__(
+        self, monitor: HealthMonitor, members: Sequence[int], give_up: Callable[[], None], device: torch.device
+    ):
+        self._monitor, self._members, self._give_up, self._device = monitor, members, give_up, device
+        self._under_way: deque[UnderWay] = deque()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="distattn-messages")
+        self._thread.start()
+
+    @contextlib.contextmanager
+    def watching(self, what: str) -> Iterator[UnderWay]:
+        """Watch messages from before they are started until they have arrived. what: which they are, for the error.
+
+        The block starts them and notes their works. NCCL blocks the host there until two ranks that have never sent each other
+        a message have connected.
+        """
+        under_way = UnderWay(what, time.monotonic())
+        self._under_way.append(under_way)
+        try:
+            yield under_way
+        except BaseException:
+            # the thread may have taken it already
+            with contextlib.suppress(ValueError):
+                self._under_way.remove(under_way)
+            raise
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closed.set()
+        self._thread.join(timeout=2 * _POLL)
+        self._under_way.clear()
+
+    def _run(self) -> None:
+        if has_streams(self._device):
+            # asking whether a message has arrived must not begin to use another device
+            torch.cuda.set_device(self._device)
+        limit, arrived = self._monitor.wait_timeout.total_seconds(), time.monotonic()
+        while not self._closed.wait(_POLL):
+            # a message whose call fails is removed meanwhile, on the thread that made the call
+            while (oldest := next(iter(tuple(self._under_way)), None)) is not None and oldest.have_arrived():
+                with contextlib.suppress(ValueError):
+                    self._under_way.remove(oldest)
+                arrived = time.monotonic()
+            # a device works them off one after another: the oldest is under way since the one before has arrived
+            if oldest is not None and time.monotonic() - max(oldest.since, arrived) > limit:
+                self._report(oldest.what, limit)
+                return
+
+    def _report(self, what: str, limit: float) -> None:
+        def late() -> None:
+            raise TimeoutError(f"{what} did not come within {limit:.0f} s")
+
+        try:
+            self._monitor.guarded(late, MESSAGES, self._members)
+        except LostRankError as error:
+            _LOG.error("%s", error)
+        # kernels that wait for messages end, and the next call of attention raises
+        self._give_up()
+
+
+def awaited(sends: Sequence[Packet], receives: Sequence[Packet], members: Sequence[int], where: str) -> str:
+    """Which messages a step waits for, by payload and rank (as the default group numbers them)."""
+    of = receives or sends
+    ranks: dict[str, set[int]] = {}
+    for packet in of:
+        ranks.setdefault(packet.name, set()).add(members[packet.peer])
+    direction = "from" if receives else "to"
+    moves = ", ".join(f"{name} {direction} {named_ranks(who)}" for name, who in ranks.items())
+    return f"{moves} {where}".strip()

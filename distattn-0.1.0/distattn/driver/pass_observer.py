@@ -1,0 +1,54 @@
+"""What happens when a pass of a batch begins: servers are told of it, and its work is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from distattn.batch.planner import AttentionShape
+from distattn.driver.control_channel import ControlChannel
+from distattn.driver.rank_speeds import RankSpeeds
+from distattn.ir.plan import Plan, select_rows
+from distattn.kernels.registry import Kernel
+from distattn.kernels.spec import ScoreMod
+from distattn.parallel.tables.cost import CostModel
+
+# rows of a kernel's tile, for what passes cost
+_BLOCK = 128
+
+
+class BatchObserver:
+    """Of one batch and shape. control: None where this rank has nothing to tell; speeds: None where nobody measures.
+
+    check: raises where the batch must not be used any more.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        shape: AttentionShape,
+        plan: Plan,
+        rank: int,
+        control: ControlChannel | None,
+        speeds: RankSpeeds | None,
+        check: Callable[[], None],
+    ):
+        self._batch, self._shape, self._control, self._speeds, self._check = batch, shape, control, speeds, check
+        self.allows_interleaving = control is None
+        self._work: dict[str, int] = {}
+        if speeds is not None:
+            for direction, table in (("forward", plan.forward), ("backward", plan.backward)):
+                mine = select_rows(table.tasks, table.tasks["rank"] == rank)
+                cost = CostModel.for_cluster(None, direction, plan.call.head_dim, _BLOCK)
+                self._work[direction] = int(cost.task_costs(plan.call, mine).sum())
+
+    def on_pass_begin(self, direction: str, score: ScoreMod) -> None:
+        """Tell servers and the clock."""
+        if self._control is not None:
+            self._check()
+            self._control.begin_pass(direction, self._batch, self._shape, score)
+        if self._speeds is not None:
+            self._speeds.count_pass(self._work[direction])
+
+    def wrap_kernel(self, kernel: Kernel) -> Kernel:
+        """The kernel, timed where speeds are measured."""
+        return kernel if self._speeds is None else self._speeds.timed(kernel)

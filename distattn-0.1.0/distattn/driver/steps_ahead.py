@@ -1,0 +1,114 @@
+"""Steps that loops have taken from a loader and not given out: the next loop over the same loader begins with them.
+
+A loop over `ContextParallel.steps` takes each step while the one before it trains. A loop that is left would otherwise lose the
+step that it took last.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from distattn.batch.packed_batch import Batch, micro_batches_of
+from distattn.driver.known_steps import KnownSteps
+from distattn.ir.errors import DistattnError
+
+
+class StepAhead:
+    """A step that was taken from a source and not given out.
+
+    packed: its micro-batches; None if the source had ended. put_back: for a source with a position of its own, which then yields
+    the step again. taken_over: whether another loop has begun with the step.
+    """
+
+    def __init__(self, packed: list[Batch] | None, put_back: Callable[[], None] | None):
+        self.packed, self.put_back, self.taken_over = packed, put_back, False
+
+
+class StepsAhead:
+    """At most one step ahead for each source: an iterator, or a loader that has a position."""
+
+    def __init__(self) -> None:
+        # keys are ids: iterators may define equality, and a few take no weak reference
+        self._held: dict[int, tuple[Any, StepAhead]] = {}
+
+    def hold(self, source: Any, step: StepAhead) -> None:
+        """Keep the step for the next loop over the source, for as long as the source lives.
+
+        A source that takes no weak references lives until the next loop, or until `clear`.
+        """
+        try:
+            alive: Any = weakref.ref(source, partial(self._forget, id(source)))
+        except TypeError:
+            alive = source
+        self._held[id(source)] = alive, step
+
+    def take(self, source: Any) -> StepAhead | None:
+        """Return the step that is kept for this source, and forget it; None without one."""
+        _, step = self._held.pop(id(source), (None, None))
+        if step is not None:
+            step.taken_over = True
+            if step.put_back is not None:
+                step.put_back()
+        return step
+
+    def drop(self, source: Any, step: StepAhead) -> None:
+        """Forget the step, which its own loop gives out."""
+        if self._held.get(id(source), (None, None))[1] is step:
+            del self._held[id(source)]
+
+    def clear(self) -> None:
+        """Forget all steps."""
+        self._held.clear()
+
+    def _forget(self, key: int, _: Any) -> None:
+        self._held.pop(key, None)
+
+
+class StepLoop:
+    """One loop over a loader. It begins with the step that an earlier loop over the same source has left."""
+
+    def __init__(self, loader: Any, ahead: StepsAhead):
+        """Raises DistattnError for what cannot be iterated over."""
+        try:
+            self._given: Iterator[Any] = iter(loader)
+        except TypeError as error:
+            # such as an array without a dimension
+            raise DistattnError(f"this loader cannot be iterated over: {error}.") from None
+        self._loader, self._ahead = loader, ahead
+        self._held: StepAhead | None = None
+        # an iterator goes on, and so does a loader with a position; what else can be iterated over begins anew
+        self._goes_on = self._given is loader or isinstance(loader, KnownSteps)
+        self._left = ahead.take(loader) if self._goes_on else None
+
+    def next(self) -> list[Batch] | None:
+        """Return the micro-batches of the next step, None after the last. Raises what the loader raises."""
+        left, self._left = self._left, None
+        if left is not None and left.put_back is None:
+            return left.packed
+        return micro_batches_of(next(self._given, None))
+
+    def hold(self, packed: list[Batch] | None, put_back: Callable[[], None] | None) -> None:
+        """Keep a step that is not given out yet. put_back: see `StepAhead`."""
+        self._held = StepAhead(packed, put_back)
+        if self._goes_on:
+            self._ahead.hold(self._loader, self._held)
+
+    def take_back(self) -> bool:
+        """Return whether the step that was kept is still this loop's; if not, the next one is what the other loop has left."""
+        held, self._held = self._held, None
+        if held is None or not held.taken_over:
+            if held is not None:
+                self._ahead.drop(self._loader, held)
+            return True
+        self._left = self._ahead.take(self._loader)
+        return False
+
+    def leave(self) -> None:
+        """End the loop early: set a loader with a position back to the kept step; keep the step of an iterator."""
+        held = self._held
+        if held is not None and held.put_back is not None and not held.taken_over:
+            self._ahead.drop(self._loader, held)
+            held.put_back()

@@ -1,0 +1,55 @@
+"""What a run does so that longer sequences fit, as one value: the same for the run and for the count of its bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from distattn.ir.arguments import check_fields
+from distattn.ir.errors import DistattnError
+from distattn.memory.activation_checkpointing import checkpoint_layers
+from distattn.memory.checkpointing_modes import CHECKPOINTING
+from distattn.memory.host_offload import HostOffload
+from distattn.memory.tiled_loss import TiledLoss
+from distattn.memory.tiled_mlp import tile_feed_forward
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """loss_tile_tokens, mlp_tile_tokens: tokens of a tile of the loss and of feed-forward layers, 0 for all tokens at once.
+
+    activation_checkpointing: "none"; "full", which keeps each layer's input; "save_attention", which keeps attention's outputs as
+    well. offload: the inputs wait on the host.
+    """
+
+    loss_tile_tokens: int = 0
+    mlp_tile_tokens: int = 0
+    activation_checkpointing: str = "none"
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("loss_tile_tokens", "mlp_tile_tokens"):
+            if getattr(self, name) < 0:
+                raise DistattnError(f"{name} is at least 1, or 0 for all tokens at once, not {getattr(self, name)}.")
+        if self.activation_checkpointing not in CHECKPOINTING:
+            known = ", ".join(CHECKPOINTING)
+            raise DistattnError(f"activation_checkpointing is one of {known}, not {self.activation_checkpointing!r}.")
+        if self.offload and self.activation_checkpointing == "none":
+            raise DistattnError(
+                'offload takes the inputs of checkpointed layers to the host: set activation_checkpointing = "full".'
+            )
+
+    @property
+    def loss(self) -> TiledLoss | None:
+        """What `distattn.adapters.pytorch.local_loss` takes as its loss."""
+        return TiledLoss(self.loss_tile_tokens) if self.loss_tile_tokens else None
+
+    def apply(self, model: Any, offload: HostOffload | None = None) -> None:
+        """Change a transformers model, once, before or after its parameters are sharded. offload: another one than a new one."""
+        if self.mlp_tile_tokens:
+            tile_feed_forward(model, self.mlp_tile_tokens)
+        if self.activation_checkpointing != "none":
+            save = "attention" if self.activation_checkpointing == "save_attention" else "nothing"
+            on_host = (offload or HostOffload()) if self.offload else None
+            checkpoint_layers(model.get_decoder().layers, save=save, offload=on_host)

@@ -1,0 +1,347 @@
+"""The loss of a language model over tiles of tokens: logits of all tokens are never there at once.
+
+Losses are summed, not averaged: tiles, and ranks, with unequally many labels weigh as much as they have labels. The backward
+pass makes a tile's logits again, from the log-sum-exps of the forward pass, so that nothing but the hidden states waits for it.
+"""
+
+# T tokens on this rank, H width of the hidden states, V vocabulary, t tokens of a tile
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
+
+from distattn.batch.packed_batch import IGNORE_INDEX, int64_labels
+from distattn.ir.arguments import check_fields
+from distattn.ir.errors import DistattnError
+from distattn.kernels.merge import accumulation_dtype
+
+# numbers of a weight's gradient that are made at once in half precision, before they are added to a wider sum
+_SLICE = 1 << 24
+# what a model is given in place of logits: so large that a soft cap shows, and exact in half precision
+_STAND_IN = 96.0
+
+
+class LogitChange(NamedTuple):
+    """What a model does to logits behind its output layer: logits times scale, then cap * tanh(logits / cap), cap 0 for none."""
+
+    scale: float = 1.0
+    soft_cap: float = 0.0
+
+    def of(self, logits: Tensor) -> Tensor:
+        """The changed logits."""
+        logits = logits * self.scale if self.scale != 1.0 else logits
+        return self.soft_cap * torch.tanh(logits / self.soft_cap) if self.soft_cap else logits
+
+
+def tiled_loss(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    labels_T: Tensor,
+    *,
+    tile_tokens: int,
+    z_loss: float = 0.0,
+    soft_cap: float = 0.0,
+    logit_scale: float = 1.0,
+    bias_V: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(loss_sum, token_losses_T) of the labels under softmax(hidden @ weight^T + bias), never more than tile_tokens x V logits.
+
+    loss_sum: the sum over tokens with a label, a scalar with gradients for hidden, weight and bias; token_losses_T: each
+    token's cross-entropy, 0 without a label (-100), detached. Both are fp32, or fp64 for fp64. z_loss: z_loss * lse^2 a token is
+    added to loss_sum. Logits are multiplied by logit_scale, then become soft_cap * tanh(logits / soft_cap), where given.
+
+    The gradient of a weight in half precision is summed over tiles in fp32. Under autocast products are of autocast's dtype. A
+    weight that is a DTensor (FSDP2's, outside of the module's forward) is gathered; its gradient is the sum over ranks.
+    """
+    loss_sum, token_losses_T, _ = _losses(
+        hidden_TH, weight_VH, labels_T, bias_V, tile_tokens, z_loss, LogitChange(logit_scale, soft_cap or 0.0)
+    )
+    return loss_sum, token_losses_T
+
+
+@dataclass(frozen=True)
+class TiledLoss:
+    """The loss of a model over tiles of its tokens, for `distattn.adapters.pytorch.local_loss(model, batch, loss=TiledLoss())`.
+
+    tile_tokens: a tile's logits take tile_tokens x vocabulary numbers, in the forward pass in fp32 and the weight's dtype, in
+    the backward pass once more. z_loss: see `tiled_loss`.
+    """
+
+    tile_tokens: int = 1024
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_numbers(self.tile_tokens, self.z_loss, 0.0)
+
+    @contextmanager
+    def instead_of_logits(self, layer: nn.Module, labels: Tensor, change: LogitChange) -> Iterator[TiledOutput]:
+        """Meanwhile the output layer computes losses instead of logits, for models that this thread calls.
+
+        It runs inside the model's forward, where FSDP2 and ZeRO 3 have gathered its weight. labels: of all tokens, any shape.
+        change: what the model does to logits behind the layer. Raises DistattnError where the layer is not linear.
+        """
+        if not isinstance(layer, nn.Linear):
+            raise DistattnError(
+                f"the output layer is a {type(layer).__name__}; a tiled loss needs a torch.nn.Linear, whose weight it can "
+                "multiply by a tile of tokens."
+            )
+        if not isinstance(layer.__dict__.get("forward"), _OutputForward):
+            layer.__dict__["forward"] = _OutputForward(layer.forward)
+        output = TiledOutput(self, layer, labels.flatten(), change)
+        before, _CURRENT.output = _CURRENT.output, output
+        try:
+            yield output
+        finally:
+            _CURRENT.output = before
+
+
+class TiledOutput:
+    """What the output layer has computed of one call of a model.
+
+    loss_sum and token_losses_T as `tiled_loss` returns them, token_losses_T (T,) in the order of the labels.
+    """
+
+    def __init__(self, settings: TiledLoss, layer: nn.Module, labels_T: Tensor, change: LogitChange):
+        self._settings, self.layer, self._labels_T, self._change = settings, layer, labels_T, change
+        self._loss_sum: Tensor | None = None
+        self.token_losses_T: Tensor | None = None
+
+    def loss_sum(self, given: Tensor, model: nn.Module) -> Tensor:
+        """The summed loss; given: what the model has returned as its logits.
+
+        The gradient goes through that, too: hooks on a model's outputs, by which FSDP2 and ZeRO 3 know that backward begins, run.
+        Raises DistattnError where the model has not called the layer, or does something unknown to its logits.
+        """
+        name = type(model).__name__
+        if self._loss_sum is None:
+            raise DistattnError(f"{name} did not call its output layer; a tiled loss cannot be computed for it.")
+        self._check_change(given, name)
+        joined: Tensor = _Join.apply(self._loss_sum, given)
+        return joined
+
+    def compute(self, hidden: Tensor) -> Tensor:
+        """Losses of hidden states (..., H), on behalf of the layer; returns a number (1, 1, 1) for its logits."""
+        if self._loss_sum is not None:
+            raise DistattnError("the output layer is called twice in one forward pass: a tiled loss is of one output.")
+        hidden_TH = hidden.flatten(0, -2)
+        if len(hidden_TH) != len(self._labels_T):
+            raise DistattnError(
+                f"the output layer was given {len(hidden_TH)} tokens, the batch has {len(self._labels_T)}."
+            )
+        layer: Any = self.layer
+        self._loss_sum, self.token_losses_T, stand_in = _losses(
+            hidden_TH, layer.weight, self._labels_T, layer.bias, *self._numbers()
+        )
+        return stand_in
+
+    def _numbers(self) -> tuple[int, float, LogitChange]:
+        return self._settings.tile_tokens, self._settings.z_loss, self._change
+
+    def _check_change(self, given: Tensor, name: str) -> None:
+        """Raise DistattnError where a model does more to logits; looked at once for a layer, as the host waits for it."""
+        forward: Any = self.layer.forward
+        # there is nothing to look at on the meta device
+        if forward.checked == self._change or given.is_meta:
+            return
+        wanted = float(self._change.of(torch.tensor(_STAND_IN)))
+        if given.numel() != 1 or not math.isclose(float(given.detach()), wanted, rel_tol=1e-2):
+            raise DistattnError(
+                f"{name} changes logits behind its output layer in a way that a tiled loss does not know; leave loss= out."
+            )
+        forward.checked = self._change
+
+
+class _OutputForward:
+    """The forward of an output layer: losses for a thread that asks for them, else what it was.
+
+    checked: what the model is known to do to logits, once that has been looked at.
+    """
+
+    def __init__(self, forward: Any):
+        self._forward = forward
+        self.checked: LogitChange | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        output = _CURRENT.output
+        if output is None or output.layer.__dict__.get("forward") is not self:
+            logits: Tensor = self._forward(hidden)
+            return logits
+        return output.compute(hidden)
+
+
+class _PerThread(threading.local):
+    """Whose losses this thread computes."""
+
+    output: TiledOutput | None = None
+
+
+_CURRENT = _PerThread()
+
+
+def _check_numbers(tile_tokens: int, z_loss: float, soft_cap: float) -> None:
+    if tile_tokens < 1:
+        raise DistattnError(f"tile_tokens is at least 1, not {tile_tokens}.")
+    for name, number in (("z_loss", z_loss), ("soft_cap", soft_cap)):
+        if not 0 <= number < math.inf:
+            raise DistattnError(f"{name} is a positive number, or 0 for none, not {number}.")
+
+
+def _losses(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    labels_T: Tensor,
+    bias_V: Tensor | None,
+    tile_tokens: int,
+    z_loss: float,
+    change: LogitChange,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss_sum, token_losses_T, a number (1, 1, 1) that depends on them as far as autograd knows)."""
+    _check_numbers(tile_tokens, z_loss, change.soft_cap)
+    if hidden_TH.dim() != 2 or weight_VH.dim() != 2 or hidden_TH.shape[1] != weight_VH.shape[1]:
+        raise DistattnError(
+            f"hidden states {tuple(hidden_TH.shape)} and weight {tuple(weight_VH.shape)} do not fit: (T, H) and (V, H) are "
+            "wanted."
+        )
+    if labels_T.shape != hidden_TH.shape[:1]:
+        raise DistattnError(f"labels have shape {tuple(labels_T.shape)}, hidden states are of {len(hidden_TH)} tokens.")
+    weight_VH, bias_V = _whole(weight_VH), None if bias_V is None else _whole(bias_V)
+    kind = hidden_TH.device.type
+    has_autocast = torch.amp.is_autocast_available(kind)
+    dtype = torch.get_autocast_dtype(kind) if has_autocast and torch.is_autocast_enabled(kind) else weight_VH.dtype
+    settings = _Settings(tile_tokens, z_loss, change, torch.float64 if hidden_TH.dtype == torch.float64 else dtype)
+    labels_T = int64_labels(labels_T)
+    # products are cast here, all else is in the accumulation dtype
+    with torch.autocast(kind, enabled=False) if has_autocast else nullcontext():
+        found: tuple[Tensor, Tensor, Tensor] = _TiledLoss.apply(hidden_TH, weight_VH, bias_V, labels_T, settings)
+    return found
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """A parameter as a plain tensor; every rank adds its part to the gradient of what was sharded."""
+    if not isinstance(weight, DTensor):
+        return weight
+    return weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
+
+
+class _Settings(NamedTuple):
+    """Settings of a tiled loss; dtype: of the operands of its products."""
+
+    tile_tokens: int
+    z_loss: float
+    change: LogitChange
+    dtype: torch.dtype
+
+
+class _TiledLoss(torch.autograd.Function):
+    """Losses by tiles of tokens; logits are made twice, so that none are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_T: Tensor, settings: _Settings
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = accumulation_dtype(settings.dtype)
+        losses_T = hidden_TH.new_zeros(len(hidden_TH), dtype=wide)
+        lse_T = torch.empty_like(losses_T)
+        weight = weight_VH.to(settings.dtype)
+        valid_T = labels_T != IGNORE_INDEX
+        # a token without a label is computed as one of token 0, and counts for nothing
+        targets_T = labels_T.where(valid_T, 0)
+        for tile in _tiles(len(hidden_TH), settings.tile_tokens):
+            logits_tV = settings.change.of(_logits(hidden_TH[tile], weight, bias_V, settings.dtype))
+            torch.logsumexp(logits_tV, 1, out=lse_T[tile])
+            losses_T[tile] = lse_T[tile] - logits_tV.gather(1, targets_T[tile, None])[:, 0]
+        losses_T.masked_fill_(~valid_T, 0.0)
+        loss_sum = losses_T.sum()
+        if settings.z_loss:
+            loss_sum += settings.z_loss * lse_T.masked_fill(~valid_T, 0.0).square().sum()
+        ctx.save_for_backward(hidden_TH, weight_VH, bias_V, targets_T, valid_T, lse_T)
+        ctx.settings = settings
+        ctx.mark_non_differentiable(losses_T)
+        return loss_sum, losses_T, losses_T.new_full((1, 1, 1), _STAND_IN)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden_TH, weight_VH, bias_V, targets_T, valid_T, lse_T = ctx.saved_tensors
+        settings: _Settings = ctx.settings
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        wide = accumulation_dtype(settings.dtype)
+        dhidden_TH = torch.empty_like(hidden_TH) if wants_hidden else None
+        dweight_VH = torch.zeros_like(weight_VH, dtype=wide) if wants_weight else None
+        dbias_V = torch.zeros_like(bias_V, dtype=wide) if wants_bias else None
+        weight = weight_VH.to(settings.dtype)
+        for tile in _tiles(len(hidden_TH), settings.tile_tokens):
+            tile_hidden = hidden_TH[tile].to(settings.dtype)
+            gradient_tV = _logit_gradient(tile_hidden, weight, bias_V, targets_T[tile], lse_T[tile], settings)
+            gradient_tV *= (dloss * valid_T[tile])[:, None]
+            if dbias_V is not None:
+                dbias_V += gradient_tV.sum(0)
+            narrow_tV = gradient_tV.to(settings.dtype)
+            del gradient_tV
+            if dhidden_TH is not None:
+                dhidden_TH[tile] = narrow_tV @ weight
+            if dweight_VH is not None:
+                _add_product(dweight_VH, narrow_tV, tile_hidden)
+        dweight_VH = None if dweight_VH is None else dweight_VH.to(weight_VH.dtype)
+        return dhidden_TH, dweight_VH, None if dbias_V is None else dbias_V.to(bias_V.dtype), None, None
+
+
+def _tiles(tokens: int, tile_tokens: int) -> Iterator[slice]:
+    for first in range(0, tokens, tile_tokens):
+        yield slice(first, min(first + tile_tokens, tokens))
+
+
+def _logits(hidden_tH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What the output layer makes of a tile, in the accumulation dtype."""
+    logits_tV = (hidden_tH.to(dtype) @ weight_VH.t()).to(accumulation_dtype(dtype))
+    return logits_tV if bias_V is None else logits_tV + bias_V.to(logits_tV.dtype)
+
+
+def _logit_gradient(
+    hidden_tH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_t: Tensor, lse_t: Tensor, settings: _Settings
+) -> Tensor:
+    """The gradient of the summed losses of a tile for what the output layer makes (t, V)."""
+    scale, cap = settings.change
+    logits_tV = settings.change.of(_logits(hidden_tH, weight_VH, bias_V, settings.dtype))
+    # d(cap * tanh(x / cap)) = 1 - tanh^2
+    slope_tV = 1 - (logits_tV / cap).square_() if cap else None
+    gradient_tV = logits_tV.sub_(lse_t[:, None]).exp_()
+    if settings.z_loss:
+        gradient_tV *= (1 + 2 * settings.z_loss * lse_t)[:, None]
+    gradient_tV.scatter_add_(1, targets_t[:, None], gradient_tV.new_full((len(targets_t), 1), -1.0))
+    if slope_tV is not None:
+        gradient_tV *= slope_tV
+    return gradient_tV.mul_(scale) if scale != 1.0 else gradient_tV
+
+
+def _add_product(sum_VH: Tensor, gradient_tV: Tensor, hidden_tH: Tensor) -> None:
+    """sum += gradient^T @ hidden; of half precision a slice at a time, so that the product is not as large as the weight."""
+    if sum_VH.dtype == gradient_tV.dtype:
+        sum_VH.addmm_(gradient_tV.t(), hidden_tH)
+        return
+    rows = max(_SLICE // max(sum_VH.shape[1], 1), 1)
+    for part in _tiles(len(sum_VH), rows):
+        sum_VH[part] += gradient_tV[:, part].t() @ hidden_tH
+
+
+class _Join(torch.autograd.Function):
+    """A loss; a second tensor takes part in the graph, and gets a gradient of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, other: Tensor) -> Tensor:
+        ctx.save_for_backward(other)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        (other,) = ctx.saved_tensors
+        return dloss, torch.zeros_like(other)

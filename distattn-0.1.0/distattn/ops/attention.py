@@ -1,0 +1,333 @@
+"""`attention`: core attention of a planned call, as a pair of torch library operators with one autograd formula.
+
+The plan enters the operators as a whole number, the handle of its executable (see `executable`).
+"""
+
+# T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy
+
+from distattn.ir.errors import DistattnError
+from distattn.ir.op import ATTENTION
+from distattn.ir.plan import Plan
+from distattn.kernels.devices import on_device_of_tensors
+from distattn.kernels.glue import row_products
+from distattn.kernels.merge import accumulation_dtype
+from distattn.kernels.registry import choose_kernel
+from distattn.kernels.spec import ScoreMod
+from distattn.ops.executable import EXECUTABLES, NOT_IN_CUDA_GRAPHS, Executable, kernel_requirements
+from distattn.ops.interleaving import interleaved_batch
+from distattn.ops.plan_argument import executable_of
+from distattn.parallel.runtime import execute
+from distattn.parallel.runtime.transport import Transport
+
+_SAVED_BY_CHECKPOINTS = {f"distattn.{name}.default" for name in ("forward", "recurrence_forward", "latent_forward")}
+
+
+def attention(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKE: Tensor,
+    plan: Plan | Executable,
+    group: dist.ProcessGroup | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    gate: Tensor | None = None,
+    dropout: float = 0.0,
+    kernel: str | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Core attention of this rank's tokens, differentiable; a collective call of all ranks of the plan.
+
+    q_THD (T, H, D), k_TKD (T, K, D), v_TKE (T, K, E) hold this rank's T tokens in the layout's local order;
+    the result o_THE (T, H, E) has q's dtype. Under autocast they are cast first, as for PyTorch's own attention.
+    scale defaults to D ** -0.5.
+
+    softcap: scores s become softcap * tanh(s / softcap). alibi_slopes (H,): slope * distance in tokens is subtracted
+    (after the cap); no gradient. sink (H,): a logit per head that takes part in the softmax and has no value; its
+    gradient is this rank's share, to be summed over ranks like any parameter's. gate (T, H) or (T, H, E): multiplies the
+    output. dropout is refused. With return_lse also lse_HT, natural log (with the sink), fp32 (fp64 for fp64), -inf
+    where a row has no allowed key; not every kernel has gradients through it ("reference" has).
+
+    plan: a Plan, which ranks then compare at every call, or what `prepare` made of one: once a batch, and the only way
+    inside torch.compile. group defaults to the default
+    process group; a plan for one rank needs none. Raises PlanError when the plan cannot be proven or ranks have different
+    ones, DistattnError when the tensors do not fit it.
+    """
+    for name, given in (("q", q_THD), ("k", k_TKD), ("v", v_TKE)):
+        if not isinstance(given, Tensor):
+            raise DistattnError(f"{name} is a {type(given).__name__}; a tensor (tokens, heads, dim) is wanted.")
+    if not isinstance(return_lse, bool):
+        raise DistattnError(f"return_lse is True or False, not a {type(return_lse).__name__}.")
+    # strides of a fused projection are usual; kernels and messages read whole rows
+    q_THD, k_TKD, v_TKE = (x.contiguous() for x in autocast_inputs(q_THD, k_TKD, v_TKE))
+    for name, given in (("q", q_THD), ("k", k_TKD), ("v", v_TKE)):
+        if given.dim() != 3:
+            raise DistattnError(f"{name} has {given.dim()} dims; three are wanted: (tokens, heads, dim).")
+    for name, number in (("scale", scale), ("softcap", softcap), ("dropout", dropout)):
+        if not isinstance(number, (Real, type(None))) or isinstance(number, bool):
+            hint = "; a tensor's gradient would be lost" if isinstance(number, Tensor) else ""
+            raise DistattnError(f"{name} is a number, not a {type(number).__name__}{hint}.")
+    scale = 1.0 / math.sqrt(q_THD.shape[-1] or 1) if scale is None else float(scale)
+    if not 0 < scale < math.inf:
+        raise DistattnError(f"scale is a positive number, not {scale}.")
+    softcap = softcap or 0.0
+    if not 0 <= softcap < math.inf:
+        raise DistattnError(f"softcap is a positive number, or 0 for none, not {softcap}.")
+    if dropout:
+        raise DistattnError(f"dropout {dropout} is not computed: the ranks would have to share random bits; use 0.")
+    for name, tensor in (("k", k_TKD), ("v", v_TKE), ("sink", sink), ("alibi_slopes", alibi_slopes), ("gate", gate)):
+        if tensor is not None and tensor.device != q_THD.device:
+            raise DistattnError(f"{name} is on {tensor.device}, q on {q_THD.device}; they share one device.")
+    if alibi_slopes is not None and alibi_slopes.requires_grad:
+        raise DistattnError("alibi_slopes want a gradient, which is not computed; pass alibi_slopes.detach().")
+    if gate is not None:
+        gate = _broadcast_gate(gate, (*q_THD.shape[:2], v_TKE.shape[2]))
+    modifiers = score_modifiers(softcap, alibi_slopes)
+    if return_lse and torch.is_grad_enabled() and any(x.requires_grad for x in (q_THD, k_TKD, v_TKE)):
+        modifiers = (*modifiers, "lse")
+    ready = executable_of(
+        plan, group, "attention", q_THD.device, kernel=kernel, modifiers=modifiers, can_interleave=True
+    )
+    interleaved = interleaved_batch()
+    if interleaved is not None:
+        # it lets the others run while its messages travel
+        if return_lse:
+            raise DistattnError("return_lse is not possible where micro-batches take turns; leave OverlapSchedule out.")
+        o_THE = interleaved.attention(ready, q_THD, k_TKD, v_TKE, sink, alibi_slopes, scale, float(softcap))
+        return o_THE if gate is None else (o_THE * gate).to(q_THD.dtype)
+    o_THE, lse_TH, _ = torch.ops.distattn.forward(
+        q_THD, k_TKD, v_TKE, sink, alibi_slopes, ready.handle, ready.kept_elements, scale, float(softcap)
+    )
+    if gate is not None:
+        o_THE = (o_THE * gate).to(q_THD.dtype)
+    return (o_THE, lse_TH.t()) if return_lse else o_THE
+
+
+def score_modifiers(softcap: Any, alibi_slopes: Any) -> tuple[str, ...]:
+    """The names of those that a call has."""
+    given = {"softcap": bool(softcap), "alibi_slopes": alibi_slopes is not None}
+    return tuple(name for name, has in given.items() if has)
+
+
+def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v in the dtype of autocast, where it is on: rotary embeddings leave q and k in fp32, but v not.
+
+    fp64 stays, as in PyTorch's list of operators that autocast to lower precision.
+    """
+    kind = tensors[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def save_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """A policy for selective activation checkpointing: outputs of attention and recurrences are saved, the rest recomputed.
+
+    Recomputation then neither communicates nor repeats them:
+    checkpoint(f, x, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, save_attention))
+    """
+    # by name: not all of them need be imported
+    if str(op) in _SAVED_BY_CHECKPOINTS:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _broadcast_gate(gate: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tuple(gate.shape) not in (shape, shape[:2]):
+        raise DistattnError(f"gate has shape {tuple(gate.shape)}; wanted is {shape[:2]} or {shape}.")
+    if not gate.dtype.is_floating_point:
+        raise DistattnError(f"gate is {str(gate.dtype)[6:]}; floating point is needed.")
+    return gate if gate.dim() == 3 else gate[..., None]
+
+
+def _check_inputs(
+    executable: Executable, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, slopes: Tensor | None
+) -> None:
+    program, key = executable.program, executable.key
+    call, tokens = program.call, program.tokens
+    if call.op != ATTENTION:
+        raise DistattnError(f"the plan is of {call.op.name}, not of attention; use the function of that op.")
+    wanted = {
+        "q": (q, (tokens, call.heads, call.head_dim)),
+        "k": (k, (tokens, call.kv_heads, call.head_dim)),
+        "v": (v, (tokens, call.kv_heads, call.v_head_dim)),
+        "sink": (sink, (call.heads,)),
+        "alibi_slopes": (slopes, (call.heads,)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            axes = "(tokens, heads, dim)" if len(shape) == 3 else "(heads,)"
+            raise DistattnError(
+                f"{name} has shape {tuple(tensor.shape)}; the plan wants {shape} {axes} on rank {program.rank}."
+            )
+        if name in "qkv" and str(tensor.dtype) != f"torch.{call.dtype}":
+            raise DistattnError(f"{name} is {str(tensor.dtype)[6:]}, the plan was made for {call.dtype}.")
+        if not tensor.dtype.is_floating_point:
+            raise DistattnError(f"{name} is {str(tensor.dtype)[6:]}; floating point is needed.")
+        if tensor.device.type != key.device.type:
+            raise DistattnError(f"{name} is on {tensor.device}, the plan was prepared for {key.device}.")
+
+
+def _score(executable: Executable, scale: float, softcap: float, slopes: Tensor | None) -> ScoreMod:
+    if softcap or slopes is not None:
+        needed = kernel_requirements(executable.program.call, executable.key.device)
+        choose_kernel(executable.key.kernel, needed._replace(softcap=softcap > 0, alibi=slopes is not None))
+    return ScoreMod(scale, softcap, slopes)
+
+
+def _finite(lse: Tensor) -> Tensor:
+    # -inf - -inf is not a number: an absent sink and a row without keys
+    return lse.masked_fill(lse == -torch.inf, 0.0)
+
+
+def forward_pass(
+    executable: Executable,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    slopes: Tensor | None,
+    scale: float,
+    softcap: float,
+    transport: Transport | None = None,
+) -> execute.PausableRun[tuple[Tensor, Tensor, Tensor]]:
+    """(o_THE, lse_TH, kept), pausing while messages travel; what the operator does without a pause."""
+    _check_inputs(executable, q, k, v, sink, slopes)
+    score = _score(executable, scale, softcap, slopes)
+    executable.begin_pass("forward", score)
+    run = execute.forward(executable.program, transport or executable.transport, executable.kernel, q, k, v, score)
+    o, lse_TH, kept = yield from run
+    if sink is not None:
+        # a key without value: it only widens the softmax
+        wider_TH = torch.logaddexp(lse_TH, sink.to(lse_TH.dtype))
+        # in place: nobody else has it yet
+        o *= torch.exp(lse_TH - _finite(wider_TH))[..., None]
+        lse_TH = wider_TH
+    return o.to(q.dtype), lse_TH, kept
+
+
+def backward_pass(
+    executable: Executable,
+    do: Tensor,
+    dlse_TH: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    slopes: Tensor | None,
+    o: Tensor,
+    lse_TH: Tensor,
+    kept: Tensor,
+    scale: float,
+    softcap: float,
+    transport: Transport | None = None,
+) -> execute.PausableRun[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """(dq, dk, dv, dsink), pausing while messages travel; dsink is empty without a sink."""
+    if dlse_TH is not None and not executable.kernel.DIFFERENTIABLE_LSE:
+        raise DistattnError('this kernel has no gradient for the log-sum-exp; use kernel="reference", or lse.detach().')
+    # the gradient of the log-sum-exp enters where delta does: ds = p * (dp - (delta - dlse))
+    # autograd may give it any strides
+    do = do.contiguous()
+    delta_TH = row_products(do, o)
+    if dlse_TH is not None:
+        delta_TH -= dlse_TH
+    score = _score(executable, scale, softcap, slopes)
+    executable.begin_pass("backward", score)
+    inputs = (do, q, k, v, lse_TH, delta_TH, kept, score)
+    run = execute.backward(executable.program, transport or executable.transport, executable.kernel, *inputs)
+    dq, dk, dv = yield from run
+    if sink is None:
+        return dq, dk, dv, q.new_empty(0)
+    # as for a key whose value is zero: dp = 0
+    weight_TH = torch.exp(sink.to(lse_TH.dtype) - _finite(lse_TH))
+    return dq, dk, dv, -(weight_TH * delta_TH).sum(0).to(sink.dtype)
+
+
+torch.library.define(
+    "distattn::forward",
+    "(Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor? slopes, SymInt plan, SymInt kept_elements, float scale,"
+    " float softcap) -> (Tensor o, Tensor lse, Tensor kept)",
+    tags=NOT_IN_CUDA_GRAPHS,
+)
+torch.library.define(
+    "distattn::backward",
+    "(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor? slopes, Tensor o, Tensor lse,"
+    " Tensor kept, SymInt plan, float scale, float softcap) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink)",
+    tags=NOT_IN_CUDA_GRAPHS,
+)
+
+
+@on_device_of_tensors
+def _forward(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  # noqa: ANN001
+    executable = EXECUTABLES.by_handle(plan).for_direction("forward")
+    return execute.run_to_completion(forward_pass(executable, q, k, v, sink, slopes, scale, softcap))
+
+
+torch.library.impl("distattn::forward", "CompositeExplicitAutograd", _forward)
+
+
+@torch.library.register_fake("distattn::forward")
+def _forward_fake(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  # noqa: ANN001
+    o = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
+    lse = q.new_empty((q.shape[0], q.shape[1]), dtype=accumulation_dtype(q.dtype))
+    return o, lse, q.new_empty(kept_elements)
+
+
+@on_device_of_tensors
+def _backward(do, dlse, q, k, v, sink, slopes, o, lse, kept, plan, scale, softcap):  # noqa: ANN001
+    inputs = do, dlse, q, k, v, sink, slopes, o, lse, kept, scale, softcap
+    executable = EXECUTABLES.by_handle(plan).for_direction("backward")
+    return execute.run_to_completion(backward_pass(executable, *inputs))
+
+
+torch.library.impl("distattn::backward", "CompositeExplicitAutograd", _backward)
+
+
+@torch.library.register_fake("distattn::backward")
+def _backward_fake(do, dlse, q, k, v, sink, slopes, o, lse, kept, plan, scale, softcap):  # noqa: ANN001
+    grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
+    return *grads, q.new_empty(0) if sink is None else sink.new_empty(sink.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, sink, slopes, plan, _, scale, softcap = inputs
+    o, lse, kept = output
+    ctx.mark_non_differentiable(kept)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, sink, slopes, o, lse, kept)
+    ctx.plan, ctx.scale, ctx.softcap = plan, scale, softcap
+    # the executable outlives its plan until the backward has run; under torch.compile the caller holds it
+    ctx.executable = EXECUTABLES.by_handle(plan) if type(plan) is int else None
+
+
+def _differentiate(ctx, do, dlse, dkept):
+    q, k, v, sink, slopes, o, lse, kept = ctx.saved_tensors
+    do = torch.zeros_like(o) if do is None else do
+    dq, dk, dv, dsink = torch.ops.distattn.backward(
+        do, dlse, q, k, v, sink, slopes, o, lse, kept, ctx.plan, ctx.scale, ctx.softcap
+    )
+    return dq, dk, dv, None if sink is None else dsink, None, None, None, None, None
+
+
+def _refuse_second_derivative(ctx, *grads):
+    raise DistattnError("attention has no second derivative: a gradient of its gradients was asked for.")
+
+
+torch.library.register_autograd("distattn::backward", _refuse_second_derivative)
+torch.library.register_autograd("distattn::forward", _differentiate, setup_context=_save)

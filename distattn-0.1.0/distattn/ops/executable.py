@@ -1,0 +1,366 @@
+"""Executables: plans made ready to run on this rank, known to the operators by a whole number, their handle.
+
+Lowering a plan to this rank's program needs nobody else and may happen on a thread ahead of time (`EXECUTABLES.program`).
+Agreeing with the other ranks and opening a communicator are collective and happen in `prepare`, on the caller's thread.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+
+from distattn.ir.arguments import checked
+from distattn.ir.bands import BK, BQ, MAX_BLOCK
+from distattn.ir.errors import DistattnError, LostRankError, PlanError, named_ranks
+from distattn.ir.plan import Call, Plan
+from distattn.kernels.latent import latent_workspace
+from distattn.kernels.registry import AUTO, Kernel, choose_kernel, kernel_preparer, load_kernel
+from distattn.kernels.spec import KernelRequirements, ScoreMod
+from distattn.kernels.trials import Trial
+from distattn.ops.kernel_choice import agreed_ranking, first_that_serves, has_choice, kernel_trials
+from distattn.parallel.analysis.verify import check_max_buffer_bytes, verify
+from distattn.parallel.runtime.attendance import attended
+from distattn.parallel.runtime.communicator import (
+    all_gather_objects_over_gloo,
+    open_communicator,
+    open_host_communicator,
+    timeout_of,
+)
+from distattn.parallel.runtime.kept_tensors import kept_size
+from distattn.parallel.runtime.memory import PassMemory, backward_memory, forward_memory, kept_elements
+from distattn.parallel.runtime.program import Program, lower, on_device
+from distattn.parallel.runtime.transport import GroupTransport, SingleRankTransport, Transport
+
+# Tags of operators that run a plan: they send messages, and wait for events of other streams. Inductor partitions a graph at such
+# operators, so that torch.compile(mode="reduce-overhead") does not capture them (torch/_inductor/scheduler.py, should_partition).
+NOT_IN_CUDA_GRAPHS = (torch.Tag.cudagraph_unsafe,)
+
+
+class ExecutionKey(NamedTuple):
+    """Where a plan runs: rank of the plan, name of the kernel, device."""
+
+    rank: int
+    kernel: str
+    device: torch.device
+
+
+class PassObserver(Protocol):
+    """Is called before each forward or backward pass of an executable, and may wrap its kernel."""
+
+    # whether passes of two micro-batches may interleave on this rank
+    allows_interleaving: bool
+
+    def on_pass_begin(self, direction: str, score: ScoreMod) -> None: ...
+
+    def wrap_kernel(self, kernel: Kernel) -> Kernel: ...
+
+
+class Executable:
+    """A plan ready to run on this rank: its program, kernel and transport.
+
+    `handle` and `kept_elements` (numbers that the forward keeps for the backward) are plain whole numbers, so that under
+    torch.compile the second executable recompiles once, and later ones nothing. Hold it until the backward has run.
+    """
+
+    def __init__(self, program: Program, key: ExecutionKey, transport: Transport, observer: PassObserver | None = None):
+        self.program, self.key, self.transport, self.observer = program, key, transport, observer
+        kernel: Kernel = load_kernel(key.kernel)
+        self.kernel = kernel if observer is None else observer.wrap_kernel(kernel)
+        # of a recurrence, in bytes: what it keeps has several dtypes
+        is_recurrence = program.forward_states is not None
+        self.kept_elements = kept_size(program) if is_recurrence else kept_elements(program)
+        self.handle = EXECUTABLES.add(self)
+
+    def memory(self) -> dict[str, PassMemory]:
+        """Return what a layer's "forward" and "backward" pass need on this rank's device, in bytes.
+
+        It is exact for the triton and gluon kernels, and an upper bound for "flash".
+        """
+        workspace, call = getattr(load_kernel(self.key.kernel), "workspace_bytes", None), self.program.call
+        if call.op.kind == "latent_attention":
+            workspace = latent_workspace(call.op, getattr(torch, call.dtype), workspace)
+        return {
+            "forward": forward_memory(self.program, workspace),
+            "backward": backward_memory(self.program, workspace),
+        }
+
+    def for_direction(self, direction: str) -> Executable:
+        """What runs a "forward" or "backward" pass: itself. A pipeline schedule has another one in every tick."""
+        return self
+
+    def begin_pass(self, direction: str, score: ScoreMod) -> None:
+        """A pass begins in the current stream of this thread."""
+        if self.program.uploaded is not None:
+            self.program.uploaded.join()
+        if self.observer is not None:
+            self.observer.on_pass_begin(direction, score)
+
+
+class HasExecutable(Protocol):
+    """What a handle stands for: an executable, or what names the one of the next pass."""
+
+    def for_direction(self, direction: str) -> Executable: ...
+
+
+class ExecutableCache:
+    """Everything that is made once and used again: programs of plans, communicators of groups, executables by handle.
+
+    Programs live as long as their plan, communicators as long as their group, handles as long as their executable.
+    """
+
+    def __init__(self) -> None:
+        # torch.compile specialises on 0 and 1
+        self._handles = itertools.count(2)
+        self._by_handle: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._programs: weakref.WeakKeyDictionary[Plan, dict[ExecutionKey, Program]] = weakref.WeakKeyDictionary()
+        self._plan_locks: weakref.WeakKeyDictionary[Plan, threading.Lock] = weakref.WeakKeyDictionary()
+        self._transports: weakref.WeakKeyDictionary[Any, dict[Any, GroupTransport]] = weakref.WeakKeyDictionary()
+        self._hosts: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def forget_locks(self) -> None:
+        """In a process that was forked: the threads that held them are not there to give them back."""
+        self._lock, self._plan_locks = threading.Lock(), weakref.WeakKeyDictionary()
+
+    def add(self, executable: HasExecutable) -> int:
+        """A new handle for an executable; the cache does not keep it alive."""
+        handle = next(self._handles)
+        self._by_handle[handle] = executable
+        return handle
+
+    def by_handle(self, handle: int) -> HasExecutable:
+        """What a handle stands for. Raises DistattnError where its executable has been dropped."""
+        found = self._by_handle.get(handle)
+        if found is None:
+            raise DistattnError(
+                f"handle {handle} belongs to no executable that is still alive; hold what prepare returned until the "
+                "backward has run."
+            )
+        return found  # type: ignore[no-any-return]
+
+    def program(self, plan: Plan, key: ExecutionKey, proven: bool = True) -> Program:
+        """The program of a plan, made at the first call and proven then if `proven`. May be called on any thread."""
+        with self._lock:
+            lock = self._plan_locks.setdefault(plan, threading.Lock())
+        # one lock a plan: another plan's program need not wait for this one
+        with lock:
+            known = self._programs.setdefault(plan, {})
+            if key not in known:
+                proof = next((other.proof for other in known.values() if other.proof), None)
+                proof = verify(plan) if proof is None and proven else proof
+                make = kernel_preparer(key.kernel, kernel_requirements(plan.call, key.device))
+                known[key] = on_device(lower(plan, key.rank, make, proof), key.device)
+            return known[key]
+
+    def transport(
+        self, group: dist.ProcessGroup, device: torch.device, timeout: timedelta | None = None
+    ) -> GroupTransport:
+        """The communicator of a group's plans for such devices, opened at the first call, which is collective.
+
+        timeout: how long a message may take; by default the group's own.
+        """
+        known = self._transports.setdefault(group, {})
+        if (device.type, timeout) not in known or not known[device.type, timeout].is_open:
+            backend = open_communicator(group, device, timeout or timeout_of(group))
+            known[device.type, timeout] = GroupTransport(group, backend)
+        return known[device.type, timeout]
+
+    def host(self, group: dist.ProcessGroup) -> Any:
+        """A communicator between the processes of a group, opened at the first call, which is collective."""
+        if group not in self._hosts:
+            self._hosts[group] = open_host_communicator(group, timeout_of(group))
+        return self._hosts[group]
+
+
+EXECUTABLES = ExecutableCache()
+os.register_at_fork(after_in_child=EXECUTABLES.forget_locks)
+_SINGLE_RANK = SingleRankTransport()
+
+
+@checked
+def prepare(
+    plan: Plan,
+    group: dist.ProcessGroup | None = None,
+    *,
+    kernel: str | None = None,
+    device: torch.device | str | int = "cpu",
+    max_buffer_bytes: int | None = None,
+    proven: bool = True,
+    modifiers: Sequence[str] = (),
+) -> Executable:
+    """Make a plan ready to run: a collective call of all its ranks, which compare their plans every time.
+
+    group defaults to the default process group; a plan for one rank needs none. kernel: a name of KERNELS, or of
+    OTHER_KERNELS for other ops, by default "auto": on GPUs the fastest of those that were right in a trial (see
+    `kernels.trials`), alike on all ranks; `Executable.key` has its name. modifiers:
+    "softcap" and "alibi_slopes" where calls will have them, "lse" where gradients go through it, for that choice.
+    max_buffer_bytes: bytes of buffers a rank may need at once (see `verify`). proven=False: without a proof, for callers
+    that prove every so many plans of one kind; max_buffer_bytes asks for the proof all the same. Hold the result until the
+    backward has run: under torch.compile nothing else keeps its program.
+
+    Raises PlanError when the plan cannot be proven or needs more than max_buffer_bytes, or when ranks have different plans;
+    DistattnError when it does not fit the kernel. Where one rank refuses, all do. A group of another size is refused
+    without asking the others.
+    """
+    rank, group = _membership(plan, group)
+    device = whole_device(device)
+    refusal = program = key = None
+    own: dict[str, Trial] = {}
+    needed = kernel_requirements(plan.call, device, modifiers)
+    is_chosen = kernel in (None, AUTO) and has_choice(plan.call.op)
+    try:
+        own = kernel_trials(plan, rank, needed) if is_chosen else {}
+    except DistattnError as error:
+        # the others wait for this rank's trials, whatever has become of them
+        refusal = error
+    try:
+        if (ranked := agreed_ranking(own, device, _gather_over(group), plan.call.op)) and is_chosen:
+            kernel = first_that_serves(ranked, needed)
+        if refusal is None:
+            key, program = checked_program(plan, rank, kernel, device, max_buffer_bytes, proven)
+    except LostRankError:
+        raise
+    except DistattnError as error:
+        refusal = refusal or error
+    if group is not None:
+        _agree(plan, group, refusal)
+    if refusal is not None or program is None or key is None:
+        raise refusal or DistattnError("this plan has no program.")
+    return Executable(program, key, _SINGLE_RANK if group is None else EXECUTABLES.transport(group, device))
+
+
+def _gather_over(group: dist.ProcessGroup | None) -> Callable[[Any], list[Any]]:
+    if group is None:
+        return lambda value: [value]
+    host = EXECUTABLES.host(group)
+    return lambda value: attended(group, "the trial of kernels", lambda: all_gather_objects_over_gloo(host, value))
+
+
+def whole_device(device: torch.device | str | int) -> torch.device:
+    """The device with its index: "cuda" is the current one of this thread, which on another thread may be another one.
+
+    Raises DistattnError where there is no such device.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, ValueError):
+        raise DistattnError(f"there is no device {device!r}; write cpu, cuda or cuda:0.") from None
+    if found.type == "cuda" and found.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return found
+
+
+def checked_program(
+    plan: Plan, rank: int, kernel: str | None, device: torch.device, max_buffer_bytes: int | None, proven: bool
+) -> tuple[ExecutionKey, Program]:
+    """This rank's program of a plan, with what it is known by. Raises what `prepare` raises; asks no other rank."""
+    key = ExecutionKey(rank, choose_kernel(kernel, kernel_requirements(plan.call, device)), device)
+    program = EXECUTABLES.program(plan, key, proven)
+    if max_buffer_bytes is not None:
+        check_max_buffer_bytes(program.proof or verify(plan), max_buffer_bytes)
+    return key, program
+
+
+def kernel_requirements(call: Call, device: torch.device, modifiers: Sequence[str] = ()) -> KernelRequirements:
+    """What a call asks of a kernel, as far as its plan knows. modifiers: "softcap", "alibi_slopes", "lse", "grouped"."""
+    steps = call.mask.pieces[:, [BQ, BK]]
+    climbs = steps[(steps != 1).any(1), 0]
+    return KernelRequirements(
+        getattr(torch, call.dtype),
+        call.head_dim,
+        call.v_head_dim,
+        device,
+        "softcap" in modifiers,
+        "alibi_slopes" in modifiers,
+        "lse" in modifiers,
+        int(climbs.min(initial=MAX_BLOCK)) if len(climbs) else 0,
+        call.op,
+        "grouped" in modifiers,
+    )
+
+
+def plan_difference(digests: list[str], summaries: list[dict[str, Any]]) -> str:
+    """The sentence that names the ranks whose plan differs from the others', and in what. Both lists are by rank."""
+    # the majority is right; among equals rank 0's
+    counts = Counter(digests)
+    usual = max(counts, key=lambda digest: (counts[digest], digest == digests[0]))
+    odd = [rank for rank, digest in enumerate(digests) if digest != usual]
+    like = digests.index(usual)
+    ours, theirs = summaries[odd[0]], summaries[like]
+    what = next((name for name in theirs if name != "refusal" and ours[name] != theirs[name]), "tables")
+    how = f"its {what} differ"
+    if what == "documents":
+        pairs = itertools.zip_longest(ours[what], theirs[what])
+        first = next(i for i, (a, b) in enumerate(pairs) if a != b)
+        how += f" from rank {like}'s from number {first + 1} on"
+    else:
+        how += f" from rank {like}'s"
+    verb = "plans" if len(odd) == 1 else "plan"
+    return f"{named_ranks(odd)} {verb} a different call (digest {digests[odd[0]][:8]}, others {usual[:8]}): {how}."
+
+
+def plan_summary(plan: Plan) -> dict[str, Any]:
+    """What a call is, in words that can be compared from rank to rank."""
+    call = plan.call
+    starts = [0, *call.layout.ends.tolist()]
+    return {
+        "documents": [b - a for a, b in itertools.pairwise(starts)],
+        "mask": call.mask.digest,
+        "layout": call.layout.digest,
+        "op": call.op.name,
+        "heads and dims": (call.heads, call.kv_heads, call.head_dim, call.v_head_dim),
+        "dtype": call.dtype,
+        "strategy": (plan.strategy, plan.policy),
+    }
+
+
+def _membership(plan: Plan, group: dist.ProcessGroup | None) -> tuple[int, dist.ProcessGroup | None]:
+    ranks = plan.call.ranks
+    if group is None and not (dist.is_available() and dist.is_initialized()):
+        if ranks > 1:
+            raise DistattnError(f"a plan for {ranks} ranks needs torch.distributed; call init_process_group first.")
+        return 0, None
+    if group is None and ranks == 1:
+        return 0, None
+    group = dist.group.WORLD if group is None else group
+    size = dist.get_world_size(group)
+    if size != ranks:
+        raise DistattnError(
+            f"the plan is for {ranks} ranks, the process group has {size}; pass the group it was made for."
+        )
+    return dist.get_rank(group), group
+
+
+def _agree(plan: Plan, group: dist.ProcessGroup, refusal: DistattnError | None) -> None:
+    """All ranks compare their plans' digests and tell of a refusal, on the host; where anything is amiss every rank raises.
+
+    They do so every time, not only where this rank has not seen the plan: what is new to one rank may be old to another.
+    """
+    host = EXECUTABLES.host(group)
+    mine = plan.digest, refusal is not None
+    everyone = attended(group, "the comparison of plans", lambda: all_gather_objects_over_gloo(host, mine))
+    if all(other == mine for other in everyone) and refusal is None:
+        return
+    own = plan_summary(plan) | {"refusal": str(refusal or "")}
+    summaries = attended(group, "the comparison of plans", lambda: all_gather_objects_over_gloo(host, own))
+    raise_disagreement([digest for digest, _ in everyone], summaries, refusal)
+
+
+def raise_disagreement(digests: list[str], summaries: list[dict[str, Any]], refusal: DistattnError | None) -> None:
+    """Raise this rank's refusal, or the first other rank's, or name the difference between the ranks' plans."""
+    if refusal is not None:
+        raise refusal
+    refused = next((rank for rank, summary in enumerate(summaries) if summary["refusal"]), None)
+    if refused is not None:
+        raise PlanError(f"rank {refused} refuses this plan: {summaries[refused]['refusal']}")
+    if len(set(digests)) > 1:
+        raise PlanError(plan_difference(digests, summaries))

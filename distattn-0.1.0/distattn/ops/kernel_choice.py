@@ -1,0 +1,157 @@
+"""`kernel="auto"`: which kernel computes a plan, found by trial (see `kernels.trials`); all ranks choose alike.
+
+Kernels of recurrences and convolutions are tried, too, on tokens of the call's shape (see `kernels.recurrence.trial` and
+`kernels.convolution.trial`).
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+from distattn.ir.errors import DistattnError
+from distattn.ir.op import ATTENTION, Op
+from distattn.ir.plan import Plan
+from distattn.kernels.convolution.trial import try_convolution
+from distattn.kernels.flash.attention import implementation
+from distattn.kernels.launch_mask import LaunchMask
+from distattn.kernels.recurrence.trial import try_recurrence
+from distattn.kernels.registry import candidates, load_kernel
+from distattn.kernels.spec import KernelRequirements
+from distattn.kernels.trial_cache import read_trials, trial_key, trial_key_of_op, write_trials
+from distattn.kernels.trials import Trial, ranking, try_kernels
+from distattn.parallel.runtime.program import lower
+
+# of plans that are prepared again and again
+_TRIALS: weakref.WeakKeyDictionary[Plan, dict[Any, dict[str, Trial]]] = weakref.WeakKeyDictionary()
+# of calls of a recurrence or convolution, by kernels, requirements and heads: whatever their plans are
+_TRIALS_OF_SHAPE: dict[Any, dict[str, Trial]] = {}
+# trials that ran out of memory, by key and kernel: they are made again where there is more
+_OUT_OF_MEMORY: dict[tuple[str, str], Trial] = {}
+# of other kinds of ops than attention: tried on calls of the plan's shape
+_TRIALS_OF_KIND = {"recurrence": try_recurrence, "convolution": try_convolution}
+_LOG = logging.getLogger("distattn")
+
+
+def has_choice(op: Op) -> bool:
+    """Whether "auto" may choose among several kernels of an op, by trial."""
+    return op == ATTENTION or op.kind in _TRIALS_OF_KIND
+
+
+def agreed_ranking(
+    own: dict[str, Trial], device: torch.device, gather: Callable[[Any], list[Any]], op: Op = ATTENTION
+) -> list[str]:
+    """The right kernels, fastest first: this rank's trials and those of all others. A collective call, of ranks without any, too.
+
+    gather: a value of every rank, by rank. Empty where nobody has tried any. Raises DistattnError on all ranks where no kernel
+    is right, or where ranks compute on unlike devices.
+    """
+    everyone = gather((device.type, own))
+    odd = next((rank for rank, (kind, _) in enumerate(everyone) if kind != everyone[0][0]), None)
+    if odd is not None:
+        raise DistattnError(
+            f"rank {odd} of the group has its tensors on {everyone[odd][0]}, rank 0 on {everyone[0][0]}: all ranks that "
+            "share attention compute on one kind of device (serve(device=...) says that of a server)."
+        )
+    return ranking([trials for _, trials in everyone], candidates(device, op))
+
+
+def kernel_trials(plan: Plan, rank: int, requirements: KernelRequirements) -> dict[str, Trial]:
+    """Return this rank's trials of kernels on its launches of a plan, from the cache where they are there; none without a choice.
+
+    A trial that ran out of memory is made again, a few times in a process, if more memory is free by then.
+    """
+    names = candidates(requirements.device, requirements.op)
+    if len(names) < 2:
+        return {}
+    known: dict[Any, dict[str, Trial]]
+    call: Any
+    if requirements.op.kind in _TRIALS_OF_KIND:
+        heads = plan.call.heads, plan.call.kv_heads
+        known, call = _TRIALS_OF_SHAPE, (names, requirements, heads)
+        attempt = partial(_trials_of_shape, names, requirements, *heads)
+    else:
+        # what "flash" runs may be another one later
+        known, call = _TRIALS.setdefault(plan, {}), (rank, requirements, names, implementation())
+        attempt = partial(_trials_of_launches, plan, rank, requirements, names)
+    if call not in known or any(old.may_succeed_now(requirements.device) for old in known[call].values()):
+        known[call] = attempt()
+    return known[call]
+
+
+def _trials_of_launches(
+    plan: Plan, rank: int, requirements: KernelRequirements, names: tuple[str, ...]
+) -> dict[str, Trial]:
+    """Return the trials of kernels on a rank's launches of a plan of attention."""
+    masks: list[LaunchMask] = []
+    # what a plan is refused for is said where plans are compared
+    with suppress(DistattnError):
+        program = lower(plan, rank, lambda mask: mask)
+        # alike launches count as often as they are
+        masks = [launch.schedule for step in (*program.forward, *program.backward) for launch in step.launches]
+    key = trial_key(masks, requirements)
+    trials = _with_retries(key, names, requirements, lambda rest: try_kernels(rest, masks, requirements, _LOG.info))
+    for name, trial in trials.items():
+        if trial.passing or trial.fault.startswith("wrong"):
+            _warn(name, key, trial.fault)
+    return trials
+
+
+def _trials_of_shape(
+    names: tuple[str, ...], requirements: KernelRequirements, heads: int, key_heads: int
+) -> dict[str, Trial]:
+    """Return the trials of kernels on calls of such a shape, whatever their documents are."""
+    key, try_op = trial_key_of_op(requirements, heads, key_heads), _TRIALS_OF_KIND[requirements.op.kind]
+    trials = _with_retries(
+        key, names, requirements, lambda rest: try_op(rest, requirements, heads, key_heads, _LOG.info)
+    )
+    for name, trial in trials.items():
+        if trial.fault:
+            _warn(name, f"{requirements.op.name} on {requirements.device}", trial.fault)
+    return trials
+
+
+def _with_retries(
+    key: str,
+    names: tuple[str, ...],
+    requirements: KernelRequirements,
+    attempt: Callable[[tuple[str, ...]], dict[str, Trial]],
+) -> dict[str, Trial]:
+    """Return the trials of a key, known ones or new ones. Those that lack memory are not made again until there is more."""
+    out_of_memory = {name: _OUT_OF_MEMORY[key, name] for name in names if (key, name) in _OUT_OF_MEMORY}
+    too_large = {name: old for name, old in out_of_memory.items() if not old.may_succeed_now(requirements.device)}
+    rest = tuple(name for name in names if name not in too_large)
+    trials = _kept_or_tried(key, rest, lambda: attempt(rest)) if rest else {}
+    for name, trial in trials.items():
+        if trial.attempts:
+            attempts = 1 + (out_of_memory[name].attempts if name in out_of_memory else 0)
+            trials[name] = _OUT_OF_MEMORY[key, name] = trial._replace(attempts=attempts)
+        else:
+            _OUT_OF_MEMORY.pop((key, name), None)
+    return trials | too_large
+
+
+def _kept_or_tried(key: str, names: tuple[str, ...], attempt: Callable[[], dict[str, Trial]]) -> dict[str, Trial]:
+    """The trials of a key from the cache, or else made now, and kept there."""
+    trials = read_trials(key, names)
+    if trials is None:
+        trials = attempt()
+        write_trials(key, {name: trial for name, trial in trials.items() if not trial.passing})
+    return trials
+
+
+@cache
+def _warn(name: str, key: str, fault: str) -> None:
+    """Say once that a kernel is not used."""
+    _LOG.warning("kernel %s is not used on %s: %s", name, key, fault)
+
+
+def first_that_serves(ranked: list[str], requirements: KernelRequirements) -> str:
+    """The first kernel of a ranking that serves such a call, or the first of all, which then says why it does not."""
+    return next((name for name in ranked if not load_kernel(name).unsupported_reason(requirements)), ranked[0])

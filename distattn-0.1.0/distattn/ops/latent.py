@@ -1,0 +1,187 @@
+"""`latent_attention`: multi-head latent attention (DeepSeek's MLA) by a plan: latents move, or keys and values of them do."""
+
+# T tokens on this rank, H query heads, N key dim without the rotary part, R rotary dim, D = N + R, L latent dim, E value head dim
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distattn.ir.arguments import checked
+from distattn.ir.errors import DistattnError
+from distattn.ir.op import ATTENTION, latent_op
+from distattn.ir.plan import Call, Plan
+from distattn.kernels.devices import on_device_of_tensors
+from distattn.kernels.glue import row_products
+from distattn.kernels.latent import LatentKernel, LatentScore, expanded
+from distattn.kernels.merge import accumulation_dtype
+from distattn.kernels.registry import Kernel, choose_kernel
+from distattn.kernels.spec import ScoreMod
+from distattn.ops.attention import attention, autocast_inputs
+from distattn.ops.executable import EXECUTABLES, NOT_IN_CUDA_GRAPHS, Executable, kernel_requirements
+from distattn.ops.plan_argument import executable_of
+from distattn.parallel.runtime import execute
+from distattn.parallel.runtime.execute import run_to_completion
+
+
+@checked
+def latent_attention(
+    q_THD: Tensor,
+    rope_TR: Tensor,
+    latent_TL: Tensor,
+    up_HEL: Tensor,
+    plan: Plan | Executable,
+    group: dist.ProcessGroup | None = None,
+    *,
+    scale: float | None = None,
+    kernel: str | None = None,
+) -> Tensor:
+    """Latent attention of this rank's tokens, differentiable; a collective call of all ranks of the plan.
+
+    Head h attends with keys [up_h[:N] c | rope] to values up_h[N:] c, of latents c. q_THD (T, H, N + R) has its rotary part last;
+    rope_TR (T, R) is the rotary key of all heads, latent_TL (T, L) the latent after its norm. up_HEL (H, N + E, L) is the weight
+    of the up-projection (`kv_b_proj.weight.view(H, N + E, L)`), the same on all ranks; its gradient is this rank's share, to be
+    summed over ranks like any parameter's. The result o_THE has q's dtype. scale defaults to (N + R) ** -0.5.
+
+    plan: what `make_latent_plan` returned: of op `distattn.latent_op(R, L)` with kv_heads=1, head_dim=N + R and v_head_dim=E,
+    or of attention with kv_heads=H: then each rank expands its own latents, and keys and values move. Raises PlanError when the
+    plan cannot be proven or ranks have different ones, DistattnError when the tensors do not fit it.
+    """
+    q_THD, rope_TR, latent_TL, up_HEL = autocast_inputs(q_THD, rope_TR, latent_TL, up_HEL)
+    if kernel is None and isinstance(plan, Plan):
+        kernel = latent_kernel(plan.call, q_THD.device)
+    executable = executable_of(plan, group, "latent_attention", q_THD.device, kernel=kernel)
+    _check_inputs(executable, q_THD, rope_TR, latent_TL, up_HEL)
+    if executable.program.call.op == ATTENTION:
+        key_dim = q_THD.shape[2] - rope_TR.shape[1]
+        return cast(Tensor, attention(q_THD, *expanded(rope_TR, latent_TL, up_HEL, key_dim), executable, scale=scale))
+    scale = 1.0 / math.sqrt(q_THD.shape[-1]) if scale is None else float(scale)
+    if not 0 < scale < math.inf:
+        raise DistattnError(f"scale is a positive number, not {scale}.")
+    inputs = q_THD, rope_TR[:, None], latent_TL[:, None], up_HEL
+    o_THE, _, _ = torch.ops.distattn.latent_forward(*inputs, executable.handle, executable.kept_elements, scale)
+    return cast(Tensor, o_THE)
+
+
+def latent_kernel(call: Call, device: torch.device) -> str:
+    """The name of the default kernel for either plan of latent attention; not every one takes keys wider than values."""
+    return choose_kernel(None, kernel_requirements(call, device)._replace(op=latent_op(1, 1)))
+
+
+def _check_inputs(executable: Executable, q: Tensor, rope: Tensor, latent: Tensor, up: Tensor) -> None:
+    program = executable.program
+    call, op, tokens = program.call, program.call.op, program.tokens
+    rotary, width = op.rotary_dim, op.latent_dim
+    if op == ATTENTION and call.kv_heads == call.heads:
+        # any that fit each other: keys and values are made before the call
+        rotary, width = min(rope.shape[-1], call.head_dim - 1), latent.shape[-1]
+    elif op.kind != "latent_attention":
+        raise DistattnError(
+            f"the plan is of {op.name}, not of latent attention; make_plan takes op=latent_op(R, L), or see make_latent_plan."
+        )
+    wanted = {
+        "q": (q, (tokens, call.heads, call.head_dim)),
+        "rope": (rope, (tokens, rotary)),
+        "latent": (latent, (tokens, width)),
+        "up": (up, (call.heads, call.head_dim - rotary + call.v_head_dim, width)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tuple(tensor.shape) != shape:
+            raise DistattnError(
+                f"{name} has shape {tuple(tensor.shape)}; the plan wants {shape} on rank {program.rank}."
+            )
+        if str(tensor.dtype) != f"torch.{call.dtype}":
+            raise DistattnError(f"{name} is {str(tensor.dtype)[6:]}, the plan was made for {call.dtype}.")
+
+
+torch.library.define(
+    "distattn::latent_forward",
+    "(Tensor q, Tensor rope, Tensor latent, Tensor up, SymInt plan, SymInt kept_elements, float scale)"
+    " -> (Tensor o, Tensor lse, Tensor kept)",
+    tags=NOT_IN_CUDA_GRAPHS,
+)
+torch.library.define(
+    "distattn::latent_backward",
+    "(Tensor do, Tensor q, Tensor rope, Tensor latent, Tensor up, Tensor o, Tensor lse, Tensor kept, SymInt plan,"
+    " float scale) -> (Tensor dq, Tensor drope, Tensor dlatent, Tensor dup)",
+    tags=NOT_IN_CUDA_GRAPHS,
+)
+
+
+@on_device_of_tensors
+def _forward(q, rope, latent, up, plan, kept_elements, scale):  # noqa: ANN001
+    executable = EXECUTABLES.by_handle(plan).for_direction("forward")
+    q, rope, latent = (x.contiguous() for x in (q, rope, latent))
+    score = _score(executable, scale, up)
+    executable.begin_pass("forward", score.score)
+    given = executable.program, executable.transport, _kernel(executable), q, rope, latent, cast(ScoreMod, score)
+    o, lse_TH, kept = run_to_completion(execute.forward(*given))
+    return o.to(q.dtype), lse_TH, kept
+
+
+torch.library.impl("distattn::latent_forward", "CompositeExplicitAutograd", _forward)
+
+
+@torch.library.register_fake("distattn::latent_forward")
+def _forward_fake(q, rope, latent, up, plan, kept_elements, scale):  # noqa: ANN001
+    values = up.shape[1] - q.shape[2] + rope.shape[2]
+    lse = q.new_empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
+    return q.new_empty((*q.shape[:2], values)), lse, q.new_empty(kept_elements)
+
+
+@on_device_of_tensors
+def _backward(do, q, rope, latent, up, o, lse, kept, plan, scale):  # noqa: ANN001
+    executable = EXECUTABLES.by_handle(plan).for_direction("backward")
+    do, q, rope, latent = (x.contiguous() for x in (do, q, rope, latent))
+    dup = torch.zeros_like(up, dtype=getattr(torch, executable.program.call.accumulation_dtype))
+    score = _score(executable, scale, up, dup)
+    executable.begin_pass("backward", score.score)
+    inputs = do, q, rope, latent, lse, row_products(do, o), kept, cast(ScoreMod, score)
+    run = execute.backward(executable.program, executable.transport, _kernel(executable), *inputs)
+    return *run_to_completion(run), dup.to(up.dtype)
+
+
+torch.library.impl("distattn::latent_backward", "CompositeExplicitAutograd", _backward)
+
+
+@torch.library.register_fake("distattn::latent_backward")
+def _backward_fake(do, q, rope, latent, up, o, lse, kept, plan, scale):  # noqa: ANN001
+    return tuple(x.new_empty(x.shape) for x in (q, rope, latent, up))
+
+
+def _save(ctx, inputs, output) -> None:
+    *given, plan, _, scale = inputs
+    o, lse, kept = output
+    ctx.mark_non_differentiable(lse, kept)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*given, o, lse, kept)
+    ctx.plan, ctx.scale = plan, scale
+    # the executable outlives its plan until the backward has run; under torch.compile the caller holds it
+    ctx.executable = EXECUTABLES.by_handle(plan) if type(plan) is int else None
+
+
+def _differentiate(ctx, do, dlse, dkept):
+    *given, o, lse, kept = ctx.saved_tensors
+    do = torch.zeros_like(o) if do is None else do
+    return *torch.ops.distattn.latent_backward(do, *given, o, lse, kept, ctx.plan, ctx.scale), None, None, None
+
+
+def _refuse_second_derivative(ctx, *grads):
+    raise DistattnError("latent attention has no second derivative: a gradient of its gradients was asked for.")
+
+
+torch.library.register_autograd("distattn::latent_backward", _refuse_second_derivative)
+torch.library.register_autograd("distattn::latent_forward", _differentiate, setup_context=_save)
+
+
+def _score(executable: Executable, scale: float, up: Tensor, dup: Tensor | None = None) -> LatentScore:
+    call = executable.program.call
+    return LatentScore(ScoreMod(scale), up, call.head_dim - call.op.rotary_dim, dup)
+
+
+def _kernel(executable: Executable) -> Kernel:
+    return cast(Kernel, LatentKernel(executable.kernel))

@@ -1,0 +1,57 @@
+"""Forecast the memory that a rank needs: a whole step if meta tensors can count it, else only the state of the model."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from distattn.ir.errors import DistattnError
+from distattn.ir.plan import Plan
+from distattn.planning.memory_of_run import memory_of_config
+from distattn.training.config import Config
+from distattn.training.plan_settings import PlanSettings
+from distattn.training.run_data import RunData, first_packs
+from distattn.training.state_bytes import state_bytes
+
+
+class MemoryForecast(NamedTuple):
+    """Bytes that a rank needs on its device and host. whole_step: activations are counted, not only the model's state."""
+
+    device: int
+    host: int
+    whole_step: bool
+
+
+def forecast_memory(
+    config: Config, data: RunData, device: torch.device, plan: Plan | None, rank: int
+) -> MemoryForecast:
+    """Return the forecast of one rank. plan: of the run's first step, if there is one.
+
+    For GPUs a step is counted like `distattn plan --memory` does. Ranks on a CPU keep everything in the host's memory; for them
+    the model's state is a lower bound.
+    """
+    state = state_bytes(config)
+    if device.type == "cpu" or config.memory.state_on_host:
+        alone = MemoryForecast(0, state, False)
+    else:
+        alone = MemoryForecast(state, 0, False)
+    if device.type == "cpu" or plan is None or not _is_planned(config, plan):
+        return alone
+    packs = first_packs(data.plan, config)
+    try:
+        (memory,) = memory_of_config(config, packs, plan=plan, ranks=[rank % plan.call.ranks])
+    except DistattnError:
+        # other engines, recurrent layers and router losses cannot be counted
+        return alone
+    return MemoryForecast(memory.total, memory.host, True)
+
+
+def _is_planned(config: Config, plan: Plan) -> bool:
+    """Return whether a run's first plan has these settings: a run may be resumed on another number of ranks."""
+    wanted, call = PlanSettings.of_config(config), plan.call
+    shapes = (wanted.ranks, wanted.heads, wanted.kv_heads, wanted.head_dim, wanted.dtype)
+    return (
+        shapes == (call.ranks, call.heads, call.kv_heads, call.head_dim, call.dtype)
+        and plan.strategy == wanted.strategy
+    )

@@ -1,0 +1,148 @@
+"""Keep evidence of ranks before they are killed: the stack of each thread, the last heartbeat and the flight recorder."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from distattn.supervision.culprits import process_state
+from distattn.supervision.flight_recorder import keep_flight_recorders
+from distattn.supervision.heartbeats import Heartbeat
+
+# batch systems send USR1 before a time limit
+_TELL_STACKS = signal.SIGUSR2
+# from linux/prctl.h
+_PR_SET_PTRACER = 0x59616D61
+# limits for py-spy; for a rank to begin its answer and to end it, after the request; and at least after all other work
+_PY_SPY_SECONDS, _BEGIN_SECONDS, _ANSWER_SECONDS, _LEAST_SECONDS = 10.0, 5.0, 10.0, 1.0
+# how faulthandler ends the stack of the main thread, which is the last one: at its outermost frame, or after a hundred
+_OUTERMOST = (" in <module>", "...", "<no Python frame>")
+# seconds without change after which an answer counts as complete: if it ends with an outermost frame, and otherwise
+_STILL_SECONDS, _STUCK_SECONDS = 0.05, 2.0
+# paths of collectives and of torchrun, whose frames do not count; how many innermost frames are searched
+_COLLECTIVES, _TORCHRUN, _INNERMOST = "/torch/distributed/", "/torch/distributed/elastic/", 4
+
+
+def answer_with_stacks(folder: Path, rank: int) -> None:
+    """Let this process write the stacks of its threads into stacks-RANK.txt of a folder when it gets SIGUSR2.
+
+    The handler is written in C, so neither a lock nor a call that holds the interpreter is in its way. It also writes the
+    stacks at a fault such as a segmentation fault. If the file cannot be created, the stacks go to the error stream.
+    """
+    file = _stacks_file(folder, rank)
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    except OSError as error:
+        sys.stderr.write(
+            f"distattn: {file} cannot be created: {error.strerror}; the stacks of rank {rank} are printed instead.\n"
+        )
+        descriptor = os.dup(2)
+    faulthandler.enable(descriptor)
+    faulthandler.register(_TELL_STACKS, file=descriptor, all_threads=True)
+
+
+def be_read_by(pid: int) -> None:
+    """Let a process and its children read this process's stacks, which Yama may restrict to parents."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(pid), 0, 0, 0)
+
+
+def keep_evidence(folder: Path, pids: Mapping[int, int], beats: Mapping[int, Heartbeat]) -> dict[int, str]:
+    """Write the last heartbeat, the stacks and the flight recorder of each rank into a folder; return the stacks by rank.
+
+    pids: by rank. The ranks write their stacks themselves. A stopped rank cannot answer: py-spy reads its stacks if it is
+    installed. Raises OSError.
+    """
+    lines = [
+        json.dumps({"rank": rank, "state": process_state(pid)} | _fields(beats[rank])) for rank, pid in pids.items()
+    ]
+    (folder / "heartbeats.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    before = {rank: _size(_stacks_file(folder, rank)) for rank in pids}
+    stopped = {rank for rank, pid in pids.items() if process_state(pid) in "Tt"}
+    answering = {rank: pid for rank, pid in pids.items() if rank not in stopped}
+    for pid in answering.values():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, _TELL_STACKS)
+    asked = time.monotonic()
+    _spy({_stacks_file(folder, rank): pids[rank] for rank in stopped})
+    keep_flight_recorders(folder, answering)
+    files = {rank: _stacks_file(folder, rank) for rank in pids}
+    _wait_for_answers(answering, {rank: (files[rank], before[rank]) for rank in answering}, asked)
+    return {rank: _added_to(file, before[rank]) for rank, file in files.items()}
+
+
+def is_in_collective(stacks: str) -> bool:
+    """Return whether the main thread, which is the last one, is in a collective of PyTorch, such as one of an engine."""
+    _, _, main = stacks.rpartition("hread 0x")
+    innermost = main.splitlines()[1 : 1 + _INNERMOST]
+    return any(_COLLECTIVES in line and _TORCHRUN not in line for line in innermost)
+
+
+def _fields(beat: Heartbeat) -> dict[str, object]:
+    silent = time.monotonic() - beat.at
+    return {"step": beat.step + 1, "activity": beat.activity, "waits": beat.waits, "silent_seconds": round(silent, 2)}
+
+
+def _stacks_file(folder: Path, rank: int) -> Path:
+    return folder / f"stacks-{rank}.txt"
+
+
+def _wait_for_answers(pids: Mapping[int, int], files: Mapping[int, tuple[Path, int]], asked: float) -> None:
+    """Wait until each rank has written its stacks into its file, after the given number of bytes, or the time is over.
+
+    Threads are written one after another, the main one last, and a busy machine may interrupt a rank in between.
+    """
+    texts, changed, began = dict.fromkeys(pids, ""), dict.fromkeys(pids, asked), time.monotonic()
+    left = set(pids)
+    while left:
+        time.sleep(0.01)
+        now = time.monotonic()
+        for rank in list(left):
+            if (text := _added_to(*files[rank])) != texts[rank]:
+                texts[rank], changed[rank] = text, now
+            is_still = text and now - changed[rank] > (_STILL_SECONDS if _seems_whole(text) else _STUCK_SECONDS)
+            if is_still or process_state(pids[rank]) in "XZ":
+                left.remove(rank)
+        seconds = _ANSWER_SECONDS if any(texts[rank] for rank in left) else _BEGIN_SECONDS
+        if now > max(asked + seconds, began + _LEAST_SECONDS):
+            break
+
+
+def _seems_whole(stacks: str) -> bool:
+    return stacks.endswith("\n") and stacks.rstrip("\n").endswith(_OUTERMOST)
+
+
+def _added_to(file: Path, before: int) -> str:
+    return file.read_bytes()[before:].decode(errors="replace") if file.exists() else ""
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def _spy(pids: Mapping[Path, int]) -> None:
+    """Append the output of py-spy for processes to files. pids: by file. Do nothing if py-spy is not installed."""
+    if not pids or shutil.which("py-spy") is None:
+        return
+    ends, started = time.monotonic() + _PY_SPY_SECONDS, []
+    for file, pid in pids.items():
+        # a stopped process does not answer the stop that py-spy sends; py-spy writes into the file why it cannot read
+        with contextlib.suppress(OSError), open(file, "a", encoding="utf-8") as opened:
+            command = ["py-spy", "dump", "--pid", str(pid), "--nonblocking"]
+            started.append(subprocess.Popen(command, stdout=opened, stderr=subprocess.STDOUT))
+    for process in started:
+        try:
+            process.wait(max(0.0, ends - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,294 @@
+"""Heartbeats of the ranks of one machine: each rank writes what it is about to do into memory that a supervisor reads.
+
+A rank that hangs cannot report it, but its last heartbeat can still be read. A board is memory with one slot of SLOT_BYTES
+for each rank, and only that rank writes its slot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from zlib import crc32
+
+from distattn.ir.errors import DistattnError
+
+SLOT_BYTES = 256
+# name of the memory in /proc
+_NAME = "distattn-heartbeats"
+# a rank's last activity: it has done its part, refuses to go on, or an exception was raised; the reason follows
+ENDED, REFUSED, RAISED = "ended", "refused with exit code ", "raised "
+# activity of a rank that has ended and no longer waits for the others to end
+LEFT = "left"
+# pid, attempt, nanoseconds, beats, step, first, seconds, waits, bytes of the activity; a checksum of all of it comes before
+_HEAD = struct.Struct("<IIQQqqfBB")
+_SUM_BYTES = 4
+_ACTIVITY_BYTES = SLOT_BYTES - _SUM_BYTES - _HEAD.size
+_TRIES = 20
+
+
+class Heartbeat(NamedTuple):
+    """The last heartbeat of a rank.
+
+    at: seconds of CLOCK_MONOTONIC. step: the training step; first: the first step of the process; both -1 before training.
+    seconds: how long the activity may take without another heartbeat; 0: the supervisor decides. waits: the rank waits for
+    other ranks, so another rank is to blame if it stands still. activity: what the rank does, as text.
+    """
+
+    pid: int
+    attempt: int
+    at: float
+    beats: int
+    step: int
+    seconds: float
+    waits: bool
+    activity: str
+    first: int = -1
+
+
+class HeartbeatBoard:
+    """The slots of some ranks. One process reads it, each rank writes its slot; no other user can open it."""
+
+    def __init__(self, descriptor: int, writable: bool = True):
+        self._descriptor = descriptor
+        self._memory = mmap.mmap(descriptor, 0, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
+        self._last_beats: dict[int, Heartbeat] = {}
+
+    @classmethod
+    def make(cls, ranks: int) -> HeartbeatBoard:
+        """Make a board in memory that is freed when the last process that has it ends. Raises OSError."""
+        descriptor = os.memfd_create(_NAME)
+        os.ftruncate(descriptor, ranks * SLOT_BYTES)
+        return cls(descriptor)
+
+    @classmethod
+    def open(cls, path: Path, writable: bool = False) -> HeartbeatBoard:
+        """Open the board of another process by its `path`. Raises OSError, also if that process has closed the board."""
+        # do not even read it: the descriptor's number may belong to any other file of the process by now
+        descriptor = os.open(path, os.O_PATH)
+        try:
+            target = os.readlink(f"/proc/self/fd/{descriptor}")
+            if not target.startswith(f"/memfd:{_NAME}"):
+                raise FileNotFoundError(errno.ENOENT, f"no board of heartbeats, but {target}", str(path))
+            opened = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR if writable else os.O_RDONLY)
+        finally:
+            os.close(descriptor)
+        if not os.fstat(opened).st_size:
+            # a new board that is still being made and has got the number of a closed one
+            os.close(opened)
+            raise FileNotFoundError(errno.ENOENT, "a board of heartbeats without slots", str(path))
+        return cls(opened, writable)
+
+    @property
+    def slots(self) -> int:
+        """Number of ranks on the board."""
+        return len(self._memory) // SLOT_BYTES
+
+    @property
+    def path(self) -> Path:
+        """Path by which other processes of this user can open the board while this process lives."""
+        return Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
+
+    def writer(self, slot: int, attempt: int) -> Callable[[str, int, float, bool], None]:
+        """Return a function that writes a heartbeat into a slot: write(activity, step, seconds, waits)."""
+        memory, start = self._memory, slot * SLOT_BYTES
+        pack, clock, pid, beats, first = _HEAD.pack, time.monotonic_ns, os.getpid(), 0, -1
+
+        def write(activity: str, step: int, seconds: float, waits: bool) -> None:
+            nonlocal beats, first
+            beats += 1
+            if first < 0:
+                first = step
+            text = activity.encode(errors="replace")[:_ACTIVITY_BYTES]
+            content = pack(pid, attempt, clock(), beats, step, first, seconds, waits, len(text)) + text
+            # neither Python nor the CPU guarantees write order; the checksum detects torn writes
+            content = crc32(content).to_bytes(_SUM_BYTES, "little") + content
+            memory[start : start + len(content)] = content
+
+        return write
+
+    def read(self, slot: int) -> Heartbeat | None:
+        """Return the last heartbeat of a rank, None before its first one.
+
+        Return the heartbeat before it while the rank is writing, which may take long if the rank has lost the processor.
+        """
+        start = slot * SLOT_BYTES
+        for _ in range(_TRIES):
+            raw = self._memory[start : start + SLOT_BYTES]
+            pid, attempt, at, beats, step, first, seconds, waits, size = _HEAD.unpack_from(raw, _SUM_BYTES)
+            content = raw[_SUM_BYTES : _SUM_BYTES + _HEAD.size + size]
+            if crc32(content) == int.from_bytes(raw[:_SUM_BYTES], "little"):
+                text = content[_HEAD.size :].decode(errors="replace")
+                beat = Heartbeat(pid, attempt, at / 1e9, beats, step, seconds, bool(waits), text, first)
+                self._last_beats[slot] = beat
+                break
+        return self._last_beats.get(slot)
+
+    def close(self) -> None:
+        """Release the memory."""
+        self._memory.close()
+        os.close(self._descriptor)
+
+
+class _CurrentActivity:
+    """The last heartbeat of this process, and the function that writes it; None by default. Threads take turns."""
+
+    def __init__(self) -> None:
+        self.write: Callable[[str, int, float, bool], None] | None = None
+        self.lock = threading.Lock()
+        self.step = -1
+        self.layer: int | None = None
+        self.last: tuple[str, float, bool] = "", 0.0, False
+        # other threads: what each does and whether it waits for other ranks; and the thread that the main thread waits for
+        self.other_threads: dict[int, tuple[str, bool]] = {}
+        self.awaited: int | None = None
+
+    def set(self, activity: str, seconds: float, waits: bool) -> None:
+        if self.write is not None:
+            with self.lock:
+                self.last = activity, seconds, waits
+                self._write_now()
+
+    def repeat(self) -> None:
+        if self.write is not None:
+            # `last` is read under the lock: another thread may set a new activity meanwhile
+            with self.lock:
+                self._write_now()
+
+    def set_thread(self, thread: int, activity: tuple[str, bool] | None) -> None:
+        with self.lock:
+            before = self.other_threads.pop(thread, None)
+            if activity is not None:
+                self.other_threads[thread] = activity
+            # a background thread's wait is reported only while the main thread waits for that thread
+            if thread == self.awaited or not all(waits for _, waits in filter(None, (before, activity))):
+                self._write_now()
+
+    def wait_for(self, thread: int | None) -> None:
+        with self.lock:
+            self.awaited = thread
+            self._write_now()
+
+    def _write_now(self) -> None:
+        if self.write is not None:
+            self._write(self.write)
+
+    def _write(self, write: Callable[[str, int, float, bool], None]) -> None:
+        activity, seconds, waits = self.last
+        if self.other_threads:
+            awaited, waits_too = self.other_threads.get(self.awaited or 0, ("", False))
+            if waits_too:
+                activity, seconds, waits = awaited, 0.0, True
+            busy_threads = (text for text, waiting in self.other_threads.values() if not waiting)
+            activity = "; meanwhile ".join(dict.fromkeys((activity, *busy_threads)))
+        write(activity, self.step, seconds, waits)
+
+
+_CURRENT = _CurrentActivity()
+
+
+def attach(path: Path, slot: int, attempt: int) -> None:
+    """Let this process write its heartbeats on a board from now on. Raises OSError if there is no board."""
+    _CURRENT.write = HeartbeatBoard.open(path, writable=True).writer(slot, attempt)
+
+
+def set_activity(text: str, *, step: int | None = None, seconds: float = 0.0, waits: bool = False) -> None:
+    """Report what this process does next. Takes about 1 us; does nothing without a supervisor.
+
+    step: the training step from now on. seconds: see `Heartbeat`. waits: the process waits for other ranks.
+    """
+    if step is not None:
+        _CURRENT.step = step
+    _CURRENT.set(text, seconds, waits)
+
+
+def repeat_heartbeat() -> None:
+    """Report that the last activity makes progress: more of a file is written, for example. Any thread may call it."""
+    _CURRENT.repeat()
+
+
+class activity:  # noqa: N801
+    """Context manager that reports an activity of this process; afterwards the activity before it goes on."""
+
+    # a generator would double the cost
+    __slots__ = ("_before", "_now")
+
+    def __init__(self, text: str, *, seconds: float = 0.0, waits: bool = False):
+        self._now = text, seconds, waits
+
+    def __enter__(self) -> None:
+        self._before = _CURRENT.last
+        _CURRENT.set(*self._now)
+
+    def __exit__(self, *exception: object) -> None:
+        _CURRENT.set(*self._before)
+
+
+@contextlib.contextmanager
+def thread_activity(text: str, *, waits: bool = False) -> Iterator[None]:
+    """Report what the calling thread does: like `activity` on the main thread; other threads add to the main thread's activity.
+
+    waits: the thread waits for other ranks; for a background thread this is reported while the main thread waits for it
+    (see `awaiting_thread`).
+    """
+    if _CURRENT.write is None:
+        yield
+        return
+    if threading.current_thread() is threading.main_thread():
+        with activity(text, waits=waits):
+            yield
+        return
+    thread = threading.get_ident()
+    before = _CURRENT.other_threads.get(thread)
+    _CURRENT.set_thread(thread, (text, waits))
+    try:
+        yield
+    finally:
+        _CURRENT.set_thread(thread, before)
+
+
+@contextlib.contextmanager
+def awaiting_thread(thread: int) -> Iterator[None]:
+    """Report that the main thread waits for another thread, given by its ident.
+
+    While that thread waits for other ranks, the heartbeat says that this rank waits for them, so this rank is not blamed.
+    """
+    before = _CURRENT.awaited
+    _CURRENT.wait_for(thread)
+    try:
+        yield
+    finally:
+        _CURRENT.wait_for(before)
+
+
+def set_layer(layer: int | None) -> None:
+    """Set the layer of the model that messages belong to from now on; None: unknown."""
+    _CURRENT.layer = layer
+
+
+def layer_suffix() -> str:
+    """Return " of layer 17" for the layer that `set_layer` has set, "" if it is unknown."""
+    return "" if _CURRENT.layer is None else f" of layer {_CURRENT.layer}"
+
+
+def set_end(code: int, error: BaseException | None = None) -> None:
+    """Report how this process ends, with the first line of the exception. An end that was already reported stays."""
+    if _CURRENT.last[0].startswith((REFUSED, RAISED)):
+        return
+    line = (str(error).strip().splitlines() or [""])[0]
+    if error is not None and not isinstance(error, DistattnError):
+        set_activity(f"{RAISED}{type(error).__name__}: {line}")
+    else:
+        set_activity(f"{REFUSED}{code}" + (f": {line}" if line and error is not None else "") if code else ENDED)
+
+
+def is_attached() -> bool:
+    """Return whether a supervisor reads the heartbeats. If none does, do not build texts that cost time."""
+    return _CURRENT.write is not None

@@ -1,0 +1,122 @@
+"""Exchange reports between the nodes of an attempt when ranks stand still, by files in the attempt's shared folder.
+
+The rank to blame can only be found from the heartbeats of all ranks. A node whose ranks are silent asks, and all nodes answer
+with the last heartbeats of their ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distattn.supervision.heartbeats import Heartbeat
+from distattn.supervision.node_links import CutLink, NodeLinks, merged_links
+
+# longest wait for answers: network file systems show files late
+ANSWER_SECONDS = 15.0
+
+
+class NodeReport(NamedTuple):
+    """The report of a node about its ranks. beats: by rank, None without a heartbeat. silent: seconds since the last heartbeat
+    of any rank, without the time in which the machine was paused. cut: links to other nodes that worked and are cut now.
+    """
+
+    beats: dict[int, Heartbeat | None]
+    states: dict[int, str]
+    in_collective: list[int]
+    silent: float
+    cut: Sequence[CutLink] = ()
+
+
+class NodeReports:
+    """The questions and answers of one node. folder: of the attempt; node: its number, below `nodes`; links: to the others."""
+
+    def __init__(self, folder: Path, node: int, nodes: int, links: NodeLinks | None = None):
+        self._folder, self.node, self.nodes, self._links = folder, node, nodes, links
+        # one moment by the file system's clock and by this process's clock
+        self._moment = time.time(), time.monotonic()
+        # network file systems remember for a while that a file was not there
+        for file in (self._asked_by(node), self._told_by(node)):
+            with contextlib.suppress(OSError):
+                file.write_text("", "utf-8")
+
+    def cut_links(self) -> list[CutLink]:
+        """Return the links to other nodes that are cut now. Takes some seconds if one is cut."""
+        return self._links.cut() if self._links is not None else []
+
+    def ask(self) -> float:
+        """Ask all nodes what their ranks do. Return the time by the file system's clock. Raises OSError."""
+        file = self._asked_by(self.node)
+        file.write_text("what do your ranks do?\n", "utf-8")
+        self._moment = file.stat().st_mtime, time.monotonic()
+        return self._moment[0]
+
+    def asked(self) -> float:
+        """Return when another node last asked, by the file system's clock; 0 if no node has."""
+        return max((_read(self._asked_by(node))[0] for node in self._others()), default=0.0)
+
+    def answer(self, report: NodeReport) -> None:
+        """Write this node's report for the others. Raises OSError.
+
+        Times are written as seconds before the answer, and the file's time tells when that was: hosts' clocks may differ.
+        """
+        beats = {
+            rank: None if beat is None else beat._asdict() | {"at": beat.at - time.monotonic()}
+            for rank, beat in report.beats.items()
+        }
+        text = json.dumps(report._replace(beats={})._asdict() | {"beats": beats})
+        self._told_by(self.node).write_text(text, "utf-8")
+
+    def answers(self, since: float) -> dict[int, NodeReport]:
+        """Return the reports of other nodes since a time that `ask` has returned, by node."""
+        reports = {}
+        for node in self._others():
+            at, text = _read(self._told_by(node))
+            # an answer that is being written is incomplete
+            with contextlib.suppress(ValueError, KeyError):
+                if text and at >= since:
+                    reports[node] = _report(json.loads(text), self._moment[1] + at - self._moment[0])
+        return reports
+
+    def _others(self) -> list[int]:
+        return [node for node in range(self.nodes) if node != self.node]
+
+    def _asked_by(self, node: int) -> Path:
+        return self._folder / f"asked-{node}"
+
+    def _told_by(self, node: int) -> Path:
+        return self._folder / f"beats-{node}.json"
+
+
+def _read(file: Path) -> tuple[float, str]:
+    """Return when a file was last written and its text; 0 and "" if it is empty or missing."""
+    # a network file system asks the server when a file is opened, and may show an old time before that
+    with contextlib.suppress(OSError), open(file, encoding="utf-8") as opened:
+        if text := opened.read():
+            return os.fstat(opened.fileno()).st_mtime, text
+    return 0.0, ""
+
+
+def merged(reports: Mapping[int, NodeReport]) -> NodeReport:
+    """Merge the reports of several nodes. `silent` is that of the node whose ranks have been silent for the shortest time."""
+    beats = {rank: beat for report in reports.values() for rank, beat in report.beats.items()}
+    states = {rank: state for report in reports.values() for rank, state in report.states.items()}
+    collective = [rank for report in reports.values() for rank in report.in_collective]
+    cut = merged_links(report.cut for report in reports.values())
+    return NodeReport(beats, states, collective, min(report.silent for report in reports.values()), cut)
+
+
+def _report(fields: dict[str, Any], answered: float) -> NodeReport:
+    """Build the report of a node from its JSON. answered: its time by this process's clock."""
+    beats = {
+        int(rank): None if beat is None else Heartbeat(**beat | {"at": beat["at"] + answered})
+        for rank, beat in fields["beats"].items()
+    }
+    states = {int(rank): state for rank, state in fields["states"].items()}
+    cut = [CutLink(*link) for link in fields["cut"]]
+    return NodeReport(beats, states, fields["in_collective"], fields["silent"], cut)

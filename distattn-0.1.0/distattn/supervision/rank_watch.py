@@ -1,0 +1,398 @@
+"""Watch the ranks of one machine from their launcher: notice a rank's end at once, and ranks that hang by their heartbeats."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from distattn.ir.errors import LostRankError
+from distattn.supervision.culprits import Culprit, culprits, last_activity, names_lost_peer, process_state
+from distattn.supervision.evidence import is_in_collective, keep_evidence
+from distattn.supervision.heartbeats import ENDED, LEFT, RAISED, REFUSED, Heartbeat, HeartbeatBoard
+from distattn.supervision.helpers import LOOK_SECONDS, Helper
+from distattn.supervision.node_links import CutLink, blamed_nodes
+from distattn.supervision.node_reports import ANSWER_SECONDS, NodeReport, NodeReports, merged
+
+# signal to this process itself, when only its main thread can end the ranks; no person or scheduler sends it to launchers
+INTERRUPT = signal.SIGUSR2
+# seconds between two looks for questions of other nodes
+_ASKED_SECONDS = 0.5
+# seconds between two looks
+POLL_SECONDS = 0.02
+# seconds that a look may be late; a longer delay means that the machine or the whole job was paused
+_LATE_SECONDS = 1.0
+# looks at a stopped rank after which it counts as stopped for good
+_STOPPED_LOOKS = 10
+# seconds in which torchrun notices how a rank has ended; only torchrun gets the exit code
+_TORCHRUN_SECONDS = 5.0
+# activities of ranks that have done their part
+_DONE = (ENDED, LEFT)
+Kind = Literal["killed", "cut", "hung", "raised", "refused"]
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How many seconds all ranks may be silent.
+
+    starting: until all ranks have done two steps, which import, connect, load and compile. running: afterwards, or `factor`
+    times the longest silence since the first step if that is longer.
+    """
+
+    starting: float = 300.0
+    running: float = 10.0
+    factor: float = 4.0
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Why the ranks of an attempt were ended, with the ranks to blame.
+
+    kind: the ranks were killed or ended without giving a reason, lost the link to other nodes, hung, raised an error, or refused
+    to go on. steps: done in this attempt by the rank that was furthest. seconds: from the last sign of life to the decision,
+    without pauses of the machine; from the rank's report of its end; or at most from its death. exit_code: of a rank that
+    refuses. nodes: to blame for a cut link.
+    """
+
+    culprits: tuple[Culprit, ...]
+    kind: Kind
+    steps: int
+    seconds: float
+    exit_code: int = 1
+    nodes: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.culprits))
+
+    def facts(self) -> dict[str, object]:
+        """Return the fields that are written down, next to its sentence."""
+        ranks = [culprit.rank for culprit in self.culprits if not culprit.helper]
+        facts: dict[str, object] = {
+            "ranks": ranks,
+            "kind": self.kind,
+            "steps": self.steps,
+            "noticed_seconds": round(self.seconds, 3),
+        }
+        return facts | ({"nodes": list(self.nodes)} if self.nodes else {})
+
+
+class RankWatch:
+    """A thread that watches the ranks of a board until `close`. The first trouble ends them all, by SIGKILL.
+
+    ranks: the numbers of this machine's ranks, each with a slot of the board. folder: for evidence of ranks that hang; it exists
+    by then. reports: exchange with other nodes, if there are any. A rank is watched from its first heartbeat on.
+    helpers: other processes to watch; notify: prints a sentence about a helper that was replaced.
+    """
+
+    def __init__(
+        self,
+        board: HeartbeatBoard,
+        ranks: range,
+        patience: Patience,
+        folder: Path,
+        reports: NodeReports | None = None,
+        helpers: Sequence[Helper] = (),
+        notify: Callable[[str], None] = lambda text: None,
+    ):
+        self._board, self._ranks, self._patience, self._folder = board, ranks, patience, folder
+        self._helpers, self._notify = helpers, notify
+        # names of helpers that could not be replaced, which is reported once
+        self._not_replaced: set[str] = set()
+        # ignore questions from an earlier attempt under a scheduler that does not number attempts
+        self._reports, self._answered = reports, reports.asked() if reports is not None else 0.0
+        self.trouble: Trouble | None = None
+        self._began = time.monotonic()
+        # looks in a row that have found a stopped rank, after ranks were silent for too long
+        self._stopped_looks = 0
+        # the longest silence of all ranks since all have done their first step
+        self._longest = 0.0
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="distattn-rank-watch")
+        self._thread.start()
+
+    def close(self) -> Trouble | None:
+        """End the thread and return the trouble, None if there was none."""
+        self._closed.set()
+        self._thread.join()
+        return self.trouble
+
+    def _run(self) -> None:
+        heard, last, asked_at, helped_at = self._began, -1, 0.0, 0.0
+        # pauses since `heard`, and the time of the last look
+        paused, looked = 0.0, self._began
+        while not self._closed.wait(POLL_SECONDS):
+            # before the board is read: a heartbeat that is written while this process waits for a core is no silence
+            now = time.monotonic()
+            late, looked = max(0.0, now - looked - _LATE_SECONDS), now
+            paused += late
+            beats = self._read()
+            if self._end_of_one(beats):
+                return
+            if now > helped_at + LOOK_SECONDS:
+                helped_at = now
+                if self._fault_of_helper(beats):
+                    return
+            latest = max((beat.at for beat in beats.values()), default=self._began)
+            done = min(self._done(beats).values(), default=0)
+            if latest > heard:
+                # the part of this pause that came after the heartbeat; negative if the heartbeat was written after `now`
+                after = min(late, now - latest)
+                # the first steps compile and allocate, so silences count from the second step on
+                if last > 0 and len(beats) == len(self._ranks):
+                    self._longest = max(self._longest, latest - heard - (paused - after))
+                heard, last, paused = latest, done, after
+            silent = now - heard - paused
+            if self._reports is not None and now > asked_at + _ASKED_SECONDS:
+                asked_at = now
+                if self._answer(self._reports, beats, silent):
+                    # the time of the answer is no pause
+                    looked = time.monotonic()
+            if self._is_too_long(silent, beats):
+                if self._hung(beats, silent, now - heard):
+                    return
+                # ranks of other nodes work, and these ranks wait for them
+                heard = looked = time.monotonic()
+                paused = 0.0
+        # torchrun may have noticed first that a rank has ended
+        beats = self._read()
+        if (helper := self._lost_helper()) is not None:
+            self._end_with_helper(helper, helper.end(), "killed", POLL_SECONDS, beats)
+        else:
+            self._end_of_one(beats)
+
+    def _read(self) -> dict[int, Heartbeat]:
+        beats = {rank: self._board.read(slot) for slot, rank in enumerate(self._ranks)}
+        return {rank: beat for rank, beat in beats.items() if beat is not None}
+
+    def _done(self, beats: Mapping[int, Heartbeat]) -> dict[int, int]:
+        """Return the steps done in this attempt by rank, without ranks that never begin one, such as attention servers."""
+        return {rank: beat.step - beat.first for rank, beat in beats.items() if beat.first >= 0}
+
+    def _has_started(self, beats: Mapping[int, Heartbeat]) -> bool:
+        return len(beats) == len(self._ranks) and min(self._done(beats).values(), default=0) > 1
+
+    def _is_too_long(self, silent: float, beats: Mapping[int, Heartbeat]) -> bool:
+        """Return whether ranks hang that have been silent for `silent` seconds."""
+        if silent <= self._patience.running or beats and all(beat.activity in _DONE for beat in beats.values()):
+            return False
+        is_stopped = any(process_state(beat.pid) in "Tt" for beat in beats.values())
+        # when a stopped job continues, its processes continue one after another
+        self._stopped_looks = self._stopped_looks + 1 if is_stopped else 0
+        if self._stopped_looks > _STOPPED_LOOKS:
+            # regardless of its activity
+            return True
+        usual = max(self._patience.running, self._patience.factor * self._longest)
+        return silent > max(usual if self._has_started(beats) else self._patience.starting, _announced_seconds(beats))
+
+    def _end_of_one(self, beats: Mapping[int, Heartbeat]) -> bool:
+        """Return whether a rank has ended without having done its part; if so, end all others."""
+        dead = {
+            rank: beat.pid for rank, beat in beats.items() if beat.activity != LEFT and process_state(beat.pid) in "XZ"
+        }
+        if not dead:
+            return False
+        # read again: a rank may have reported its reason, or that it leaves, just before it ended
+        beats = self._read()
+        gone = {
+            rank: beats[rank] for rank, pid in dead.items() if beats[rank].activity != LEFT and beats[rank].pid == pid
+        }
+        if not gone:
+            return False
+        # a killed rank could not report a reason; ranks that lost it report that, and end later
+        if killed := {rank: beat for rank, beat in gone.items() if not _has_reason(beat)}:
+            first = tuple(
+                Culprit(rank, "ended without giving a reason", last_activity(beat)) for rank, beat in killed.items()
+            )
+            others = [beat.pid for rank, beat in beats.items() if rank not in gone]
+            noticed = self._wait_for_torchrun(others, all(beat.activity == ENDED for beat in killed.values()))
+            # ranks whose parent is a helper are killed with it
+            if (helper := self._lost_helper()) is not None:
+                self._end_with_helper(helper, helper.end(), "killed", POLL_SECONDS, beats)
+            else:
+                self._end(first, "killed", POLL_SECONDS, beats, noticed=noticed)
+        else:
+            rank, beat = min(gone.items(), key=lambda item: item[1].at)
+            silent = time.monotonic() - beat.at
+            if _lost_another_rank(beat) and self._reports is not None and (cut := self._reports.cut_links()):
+                self._end_with_cut(cut, silent, beats)
+            elif beat.activity.startswith(REFUSED):
+                code = int(beat.activity.removeprefix(REFUSED).partition(":")[0])
+                self._end((Culprit(rank, beat.activity),), "refused", silent, beats, code)
+            else:
+                self._end((Culprit(rank, beat.activity),), "raised", silent, beats)
+        return True
+
+    def _fault_of_helper(self, beats: Mapping[int, Heartbeat]) -> bool:
+        """Replace helpers that were killed or are stopped; return whether the ranks ended with one that has no replacement."""
+        for helper in self._helpers:
+            if not (fault := helper.fault(self._patience.running)):
+                continue
+            if helper.replace is None:
+                kind: Kind = "killed" if helper.end() else "hung"
+                self._end_with_helper(helper, fault, kind, LOOK_SECONDS, beats)
+                return True
+            try:
+                self._notify(f"{helper.start_again(fault)}.")
+                self._not_replaced.discard(helper.name)
+            except OSError as error:
+                # if no process can be started now, try again at each look, and report it once
+                if helper.name not in self._not_replaced:
+                    self._not_replaced.add(helper.name)
+                    self._notify(
+                        f"{helper} {fault}, and cannot be replaced now: {error.strerror}; distattn tries again."
+                    )
+        return False
+
+    def _lost_helper(self) -> Helper | None:
+        """Return a helper that has ended and ends the ranks with it; None while all such helpers live."""
+        return next((helper for helper in self._helpers if helper.replace is None and helper.end()), None)
+
+    def _end_with_helper(
+        self, helper: Helper, fault: str, kind: Kind, seconds: float, beats: Mapping[int, Heartbeat]
+    ) -> None:
+        code = helper.exit_code() or 1
+        helper.kill()
+        culprit = Culprit(self._ranks[0], fault, helper=str(helper))
+        # torchrun finds that all ranks have ended, so there is nothing to interrupt
+        done = max(self._done(beats).values(), default=0)
+        self._record(Trouble((culprit,), kind, done, seconds, code if code > 0 else 128 - code))
+
+    def _wait_for_torchrun(self, others: Sequence[int], done: bool) -> bool:
+        """Wait until torchrun has ended the other ranks, or has tried to: by then it knows how the first one has ended.
+
+        done: the killed ranks had done their part. Ranks that have done their part wait for each other, and torchrun, about to
+        release them, waits for the dead one forever (`multiprocessing.Event.set`). Return False in that case.
+        """
+        ends = time.monotonic() + _TORCHRUN_SECONDS
+        while (others or done) and time.monotonic() < ends:
+            if any(map(_is_asked_to_end, others)) or self._closed.wait(POLL_SECONDS):
+                return True
+        return not done
+
+    def _hung(self, beats: Mapping[int, Heartbeat], silent: float, ago: float) -> bool:
+        """End ranks that hang. Return False if they only wait for ranks of other nodes that work.
+
+        ago: seconds since their last heartbeat, pauses included.
+        """
+        report = self._report(beats, silent)
+        if self._reports is None:
+            blamed = culprits(*report[:3])
+        else:
+            others = self._other_reports(self._reports, report, ago)
+            if others is None:
+                others, absent = {}, []
+            else:
+                absent = sorted(set(range(self._reports.nodes)) - {self._reports.node, *others})
+            if cut := merged({self._reports.node: report, **others}).cut:
+                self._end_with_cut(cut, silent, beats)
+                return True
+            busy = self._patience.running / 4
+            if any(other.silent < max(busy, _announced_seconds(other.beats)) for other in others.values()):
+                return False
+            blamed = culprits(*merged({self._reports.node: report, **others})[:3])
+            if absent:
+                first = {node: node * len(self._ranks) for node in absent}
+                blamed = [Culprit(first[node], f"and the others of node {node} do not answer") for node in absent]
+        self._end(tuple(blamed), "hung", silent, beats)
+        return True
+
+    def _report(self, last_beats: Mapping[int, Heartbeat], silent: float) -> NodeReport:
+        """Return the report about this machine's ranks, and keep evidence in the folder."""
+        pids = {rank: beat.pid for rank, beat in last_beats.items() if beat.activity not in _DONE}
+        states = {rank: process_state(pid) for rank, pid in pids.items()}
+        stacks: dict[int, str] = {}
+        # a full disk must not keep a run from going on
+        with contextlib.suppress(OSError):
+            stacks = keep_evidence(self._folder, pids, last_beats)
+        beats = {rank: last_beats.get(rank) for rank in self._ranks if rank not in last_beats or rank in pids}
+        collective = [rank for rank, text in stacks.items() if is_in_collective(text)]
+        return NodeReport(beats, states, collective, silent, self._reports.cut_links() if self._reports else ())
+
+    def _answer(self, reports: NodeReports, beats: Mapping[int, Heartbeat], silent: float) -> bool:
+        """Answer a node that has asked what these ranks do; return whether a node has asked."""
+        with contextlib.suppress(OSError):
+            if (asked := reports.asked()) > self._answered:
+                self._answered = asked
+                reports.answer(self._report(beats, silent))
+                return True
+        return False
+
+    def _other_reports(self, reports: NodeReports, report: NodeReport, ago: float) -> dict[int, NodeReport] | None:
+        """Return the reports of other nodes, when all have answered or the time is over; None if they cannot be asked."""
+        answers: dict[int, NodeReport] = {}
+        try:
+            asked, ends = reports.ask(), time.monotonic() + ANSWER_SECONDS
+            # for other nodes that ask, too
+            reports.answer(report)
+        except OSError:
+            return None
+        while len(answers) < reports.nodes - 1 and time.monotonic() < ends and not self._closed.is_set():
+            time.sleep(POLL_SECONDS)
+            # answers since the beginning of the silence count: a node that asked earlier may have ended its ranks already
+            answers = reports.answers(asked - ago)
+        return answers
+
+    def _end_with_cut(self, cut: Sequence[CutLink], seconds: float, beats: Mapping[int, Heartbeat]) -> None:
+        """End the ranks since nodes do not reach each other, which explains what the ranks wait for or report."""
+        culprits = tuple(Culprit(link.first * len(self._ranks), link.how, helper=link.names) for link in cut)
+        self._end(culprits, "cut", seconds, beats, nodes=tuple(blamed_nodes(cut)))
+
+    def _end(
+        self,
+        culprits: tuple[Culprit, ...],
+        kind: Kind,
+        seconds: float,
+        beats: Mapping[int, Heartbeat],
+        code: int = 1,
+        noticed: bool = True,
+        nodes: tuple[int, ...] = (),
+    ) -> None:
+        self._record(Trouble(culprits, kind, max(self._done(beats).values(), default=0), seconds, code, nodes))
+        if not beats or not noticed:
+            # no rank has reported its process id, or torchrun waits for a dead rank: it ends its ranks with this process
+            os.kill(os.getpid(), INTERRUPT)
+
+    def _record(self, trouble: Trouble) -> None:
+        """Note the trouble, and kill all ranks whose process ids are known."""
+        self.trouble = trouble
+        for beat in self._read().values():
+            # the process id of a rank that has ended may belong to another process by now
+            if beat.activity not in _DONE:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(beat.pid, signal.SIGKILL)
+        # a stopped torchrun does not learn that the ranks ended
+        for helper in self._helpers:
+            if helper.replace is None and helper.is_stopped():
+                helper.kill()
+
+
+def _announced_seconds(beats: Mapping[int, Heartbeat | None]) -> float:
+    """Return how long the activities may take. Each rank may announce that; the longest announcement counts."""
+    return max((beat.seconds for beat in beats.values() if beat is not None), default=0.0)
+
+
+def _is_asked_to_end(pid: int) -> bool:
+    """Return whether a process has ended, or has a pending SIGTERM."""
+    try:
+        fields = dict(
+            line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text("utf-8", "replace").splitlines()
+        )
+    except OSError:
+        return True
+    return fields["State"].strip()[0] in "XZ" or bool(int(fields["ShdPnd"], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def _lost_another_rank(beat: Heartbeat) -> bool:
+    """Return whether a rank ends because it has lost another one."""
+    refused = beat.activity.removeprefix(REFUSED).partition(":")[0]
+    return refused == str(LostRankError.exit_code) or names_lost_peer(beat.activity)
+
+
+def _has_reason(beat: Heartbeat) -> bool:
+    return beat.activity.startswith((REFUSED, RAISED))

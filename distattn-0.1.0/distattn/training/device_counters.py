@@ -1,0 +1,123 @@
+"""Error counters of a GPU, read from NVML: memory errors, replaced rows, NVLink errors, Xid messages.
+
+The package nvidia-ml-py (extra `health`) provides NVML. Without it, or without the driver, there are no counters.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+# in the order in which `DeviceCounters.read` returns them
+COUNTERS = (
+    "corrected memory errors",
+    "uncorrected memory errors",
+    "replaced memory rows",
+    "NVLink CRC errors",
+    "NVLink replays",
+    "NVLink recoveries",
+    "Xid messages",
+)
+
+
+class DeviceCounters:
+    """The counters of one GPU. index: its number on this machine in `nvidia-smi`, -1 without a GPU.
+
+    uuid: as PyTorch and NVML name the GPU, None for another device. last_xid: the code of the last Xid message, 0
+    before the first.
+    """
+
+    def __init__(self, uuid: str | None):
+        self.index, self.last_xid = -1, 0
+        self._xids = 0
+        self._nvml: Any = None
+        self._handle: Any = None
+        self._events: Any = None
+        if uuid is None:
+            return
+        try:
+            nvml = importlib.import_module("pynvml")
+        except ImportError:
+            return
+        try:
+            nvml.nvmlInit()
+            self._handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+            self.index = int(nvml.nvmlDeviceGetIndex(self._handle))
+        except nvml.NVMLError:
+            # no driver, or a container that hides it
+            return
+        self._nvml = nvml
+        self._events = self._ask(self._listen)
+
+    @staticmethod
+    def of_device(device: torch.device) -> DeviceCounters:
+        """Return the counters of a PyTorch device."""
+        if device.type != "cuda":
+            return DeviceCounters(None)
+        return DeviceCounters(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+
+    def read(self) -> list[float]:
+        """Return the counters in the order of `COUNTERS`; NaN for those the GPU or driver does not have. Each takes
+        microseconds.
+        """
+        if self._nvml is None:
+            return [float("nan")] * len(COUNTERS)
+        nvml = self._nvml
+        links = ("CRC_FLIT", "REPLAY", "RECOVERY")
+        readers: list[Callable[[], int]] = [
+            lambda: self._memory_errors(nvml.NVML_MEMORY_ERROR_TYPE_CORRECTED),
+            lambda: self._memory_errors(nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED),
+            lambda: sum(nvml.nvmlDeviceGetRemappedRows(self._handle)[:2]),
+            *(partial(self._link_errors, getattr(nvml, f"NVML_NVLINK_ERROR_DL_{kind}")) for kind in links),
+            self._xid_messages,
+        ]
+        counts = [self._ask(reader) for reader in readers]
+        return [float("nan") if value is None else float(value) for value in counts]
+
+    def close(self) -> None:
+        """Shut NVML down."""
+        if self._nvml is not None:
+            if self._events is not None:
+                self._ask(lambda: self._nvml.nvmlEventSetFree(self._events))
+            self._ask(self._nvml.nvmlShutdown)
+            self._nvml = None
+
+    def _ask(self, query: Callable[[], Any]) -> Any:
+        """Return NVML's answer; None where this GPU does not have it."""
+        try:
+            return query()
+        except self._nvml.NVMLError:
+            return None
+
+    def _listen(self) -> Any:
+        events = self._nvml.nvmlEventSetCreate()
+        self._nvml.nvmlDeviceRegisterEvents(self._handle, self._nvml.nvmlEventTypeXidCriticalError, events)
+        return events
+
+    def _memory_errors(self, kind: int) -> int:
+        # counted since the driver was loaded
+        return int(self._nvml.nvmlDeviceGetTotalEccErrors(self._handle, kind, self._nvml.NVML_VOLATILE_ECC))
+
+    def _link_errors(self, kind: int) -> int:
+        counts = [
+            self._ask(partial(self._nvml.nvmlDeviceGetNvLinkErrorCounter, self._handle, link, kind))
+            for link in range(self._nvml.NVML_NVLINK_MAX_LINKS)
+        ]
+        available = [int(count) for count in counts if count is not None]
+        if not available:
+            raise self._nvml.NVMLError(self._nvml.NVML_ERROR_NOT_SUPPORTED)
+        return sum(available)
+
+    def _xid_messages(self) -> int:
+        """Return the number of Xid messages since this object was created. NVML reports them as events, taken without
+        waiting.
+        """
+        if self._events is None:
+            raise self._nvml.NVMLError(self._nvml.NVML_ERROR_NOT_SUPPORTED)
+        while (event := self._ask(lambda: self._nvml.nvmlEventSetWait_v2(self._events, 0))) is not None:
+            self._xids, self.last_xid = self._xids + 1, int(event.eventData)
+        return self._xids

@@ -1,0 +1,294 @@
+"""DeepSpeed: parameters, gradients and optimizer sharded by ZeRO, stages 0 to 3, over all ranks.
+
+DeepSpeed clips inside its step, where nobody can refuse the step any more. So it is told to leave gradients as they are, and
+they are clipped here, in the partitions that its optimizers hold between backward and step.
+"""
+
+# P a parameter's elements in this rank's partition
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+
+from distattn.adapters import pytorch
+from distattn.adapters.deepspeed import ProbeTarget, SequenceGroups
+from distattn.models.shards import shard_rows, whole_modules
+from distattn.training.config import Config
+from distattn.training.engines.engine import (
+    COUNTS,
+    MASTER_WEIGHT,
+    WEIGHT,
+    Batch,
+    EngineState,
+    Keep,
+    OnTokenLosses,
+    PipelineStage,
+    StateTensor,
+    cloned,
+)
+from distattn.training.engines.keepers import keepers_of
+from distattn.training.plan_settings import PlanSettings
+from distattn.training.run_settings import build_model, configured_model, prepare_layers, tiled_loss
+from distattn.training.schedule import parameter_groups, set_learning_rate
+from distattn.training.state_digest import state_tensors
+
+# what AdamW keeps of each parameter
+_AVERAGES = ("exp_avg", "exp_avg_sq")
+# as `torch.nn.utils.clip_grad_norm_` adds it
+_CLIP_EPSILON = 1e-6
+
+
+class DeepSpeedEngine:
+    """An `Engine`. With bfloat16 the master weights, the optimizer and summed gradients are float32.
+
+    The master weights begin as the rounded bfloat16 ones, as DeepSpeed makes them. The model begins sharded over all ranks and
+    is given to DeepSpeed one module at a time, which stage 3 partitions at once, so that it is never whole on a rank there. From
+    stage 1 on DeepSpeed itself may leave out a step whose gradients are not finite.
+    """
+
+    def __init__(self, config: Config, device: torch.device, vocabulary: int, context: int):
+        for handler in logging.getLogger("DeepSpeed").handlers:
+            # a run's output may be read by programs
+            if isinstance(handler, logging.StreamHandler):
+                handler.setStream(sys.stderr)
+        parallel, train = config.parallel, config.train
+        self.stage = PipelineStage()
+        sizes = parallel.data_parallel_size, parallel.split_ranks
+        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("dp", "cp"))
+        self.cp = pytorch.context_parallel(mesh, **PlanSettings.of_config(config).context_parallel_arguments())
+        self._stage, self._device = config.engine.zero_stage, device
+        self._loss = tiled_loss(config)
+        shard = partial(shard_rows, mesh=pytorch.gradient_mesh(mesh))
+        model = build_model(config, configured_model(config, vocabulary, context), device=device, shard=shard)
+        prepare_layers(model, config)
+        self._keepers = keepers_of(model, range(dist.get_world_size()))
+        settings = _settings(config)
+        if device.type == "cpu":
+            # else a C++ extension for shared memory is compiled
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        for module in whole_modules(model, getattr(torch, config.model.dtype)):
+            if self._stage == 3:
+                deepspeed.zero.Init(module=module, config_dict_or_path=settings)
+        self._adam = torch.optim.AdamW(
+            parameter_groups(model, train.weight_decay),
+            lr=train.learning_rate,
+            betas=(train.beta1, train.beta2),
+            eps=train.epsilon,
+            fused=device.type == "cuda",
+        )
+        self.engine: Any = deepspeed.initialize(
+            model=model,
+            optimizer=self._adam,
+            config=settings,
+            mpu=SequenceGroups(self.cp),
+            dist_init_required=False,
+        )[0]
+        self.model: torch.nn.Module = self.engine.module
+        self.cp.loss_scale(ProbeTarget(self.engine, scale_wrt_gas=False))
+        self._begin_averages()
+
+    def backward(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
+        """See `Engine`."""
+        losses = []
+        for number, batch in enumerate(batches):
+            self.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
+            loss = pytorch.local_loss(self.engine, batch, self._loss, on_token_losses)
+            self.engine.backward(loss, scale_wrt_gas=False)
+            losses.append(loss.detach())
+        return losses
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
+        """See `Engine`."""
+        return [pytorch.local_loss(self.engine, batch, self._loss, on_token_losses) for batch in batches]
+
+    @torch.no_grad()
+    def clip(self, limit: float) -> float:
+        """See `Engine`."""
+        if self._stage == 0:
+            # reduced gradients are the same on all ranks
+            return float(clip_grad_norm_(self.model.parameters(), limit))
+        gradients = self._gradient_partitions()
+        # some ranks have no elements of a small model
+        squares = get_total_norm(gradients).double().square() if gradients else torch.zeros((), dtype=torch.float64)
+        squares = squares.to(self._device)
+        dist.all_reduce(squares)
+        norm = float(squares.sqrt())
+        scale = limit / (norm + _CLIP_EPSILON)
+        if not scale >= 1:
+            for gradient in gradients:
+                gradient.mul_(scale)
+        return norm
+
+    def update(self, learning_rate: float) -> None:
+        """See `Engine`."""
+        set_learning_rate(self._adam, learning_rate)
+        self.engine.step()
+
+    def drop(self) -> None:
+        """See `Engine`."""
+        optimizer = self.engine.optimizer
+        optimizer.zero_grad()
+        self.engine.zero_grad()
+        if isinstance(optimizer, BF16_Optimizer):
+            optimizer.clear_hp_grads()
+        elif self._stage:
+            optimizer.averaged_gradients.clear()
+            optimizer.micro_step_id = self._first_micro_step
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine`. In stage 3 this rank's partitions (P,)."""
+        for name, parameter in self._named():
+            yield name, parameter.ds_tensor if self._stage == 3 else parameter
+
+    def state_tensors(self) -> Iterator[StateTensor]:
+        """See `Engine`. What is computed with, and of the master weights and averages this rank's partitions (P,)."""
+        if self._stage == 0:
+            yield from state_tensors(self._named(), self._adam)
+            return
+        for name, parameter in self.named_parameters():
+            yield WEIGHT, name, parameter.detach()
+        for name, parameter in self._named():
+            for kind in ("", *_AVERAGES):
+                if self._stage == 3:
+                    get = safe_get_local_optimizer_state if kind else safe_get_local_fp32_param
+                    yield kind or MASTER_WEIGHT, name, get(parameter, *([kind] if kind else [])).detach()
+                elif parameter._hp_mapping is not None:
+                    yield kind or MASTER_WEIGHT, name, parameter._hp_mapping.get_hp_fragment(kind or None).detach()
+        yield COUNTS, "", torch.stack([kept["step"] for kept in self._adam.state.values()])
+
+    def state(self, keep: Keep = cloned) -> EngineState:
+        """See `Engine`. Whole tensors; each rank keeps a share of them, so ranks have different names.
+
+        One parameter at a time is gathered. All tensors are what `keep` returns.
+        """
+        found: tuple[dict[str, Tensor], ...] = ({}, {}, {})
+        for name, parameter in self._named():
+            for kept, kind in zip(found, ("", *_AVERAGES), strict=True):
+                whole = self._whole(parameter, kind)
+                if self._keepers[name] == dist.get_rank():
+                    kept[name] = keep(f"{kind or 'param'}.{name}", whole)
+                # not held while the next one is gathered
+                del whole
+        return EngineState(found[0], found[1], found[2], self._updates())
+
+    @torch.no_grad()
+    def load(self, state: EngineState) -> None:
+        """See `Engine`. Each rank sends what it keeps."""
+        for name, parameter in self._named():
+            shape = parameter.ds_shape if self._stage == 3 else parameter.shape
+            for kept, kind in zip(state[:3], ("", *_AVERAGES), strict=True):
+                dtype = torch.float32 if self._stage else parameter.dtype
+                whole = torch.empty(shape, dtype=dtype, device=self._device)
+                if name in kept:
+                    whole.copy_(kept[name])
+                dist.broadcast(whole, self._keepers[name])
+                self._set_whole(parameter, whole, kind)
+        if self._stage in (1, 2):
+            # what is computed with, from the master weights
+            self.engine.optimizer.update_lp_params()
+        for kept in self._adam.state.values():
+            kept["step"].fill_(state.updates)
+
+    def close(self) -> None:
+        """See `Engine`."""
+        self.engine.destroy()
+        self.cp.close()
+
+    def _named(self) -> Iterator[tuple[str, Any]]:
+        """Parameters, which DeepSpeed gives attributes of its own in stage 3."""
+        return self.model.named_parameters()
+
+    def _begin_averages(self) -> None:
+        """AdamW makes its averages in its first step; a checkpoint is read into them before."""
+        optimizer = self.engine.optimizer
+        self._first_micro_step = getattr(optimizer, "micro_step_id", None)
+        if self._stage == 0:
+            trained = list(self.model.parameters())
+        elif self._stage == 3:
+            trained = optimizer.fp32_partitioned_groups_flat
+        else:
+            trained = [group["params"][0] for group in self._adam.param_groups]
+        on = self._device if self._device.type == "cuda" else "cpu"
+        for one in trained:
+            self._adam.state[one] = {"step": torch.tensor(0.0, device=on)}
+            self._adam.state[one] |= {name: torch.zeros_like(one) for name in _AVERAGES}
+        if self._stage in (1, 2):
+            groups = optimizer.bf16_groups if isinstance(optimizer, BF16_Optimizer) else optimizer.bit16_groups
+            for parameters, partition in zip(groups, trained, strict=True):
+                lazy_init_hp_params_optimizer_state(parameters, partition, self._adam.state)
+
+    def _gradient_partitions(self) -> list[Tensor]:
+        optimizer = self.engine.optimizer
+        if isinstance(optimizer, BF16_Optimizer):
+            return list(optimizer.fp32_groups_gradient_flat_partition)
+        return [one for group in optimizer.averaged_gradients.values() for one in group]
+
+    def _updates(self) -> int:
+        return int(next(iter(self._adam.state.values()))["step"])
+
+    def _whole(self, parameter: Any, kind: str) -> Tensor:
+        """A parameter in the optimizer's precision, or an average of its gradients. A collective call."""
+        if self._stage == 0:
+            return self._adam.state[parameter][kind] if kind else parameter
+        found: Tensor = safe_get_full_optimizer_state(parameter, kind) if kind else safe_get_full_fp32_param(parameter)
+        return found
+
+    def _set_whole(self, parameter: Any, whole: Tensor, kind: str) -> None:
+        """The reverse of `_whole`. In stage 3 what is computed with, too. A collective call."""
+        if self._stage == 0:
+            self._whole(parameter, kind).copy_(whole)
+        elif self._stage < 3:
+            if kind:
+                safe_set_full_optimizer_state(parameter, whole, kind)
+            else:
+                safe_set_full_fp32_param(parameter, whole)
+        else:
+            size = parameter.ds_tensor.numel()
+            padded = torch.zeros(size * dist.get_world_size(), dtype=whole.dtype, device=whole.device)
+            padded[: whole.numel()] = whole.flatten()
+            part_P = padded[size * dist.get_rank() :][:size]
+            if kind:
+                safe_set_local_optimizer_state(parameter, part_P, kind)
+                return
+            safe_set_local_fp32_param(parameter, part_P)
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(whole)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """DeepSpeed's configuration. Micro-batches are counted by `backward`, and clipping is `clip`'s."""
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": config.engine.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+    if config.model.dtype == "bfloat16":
+        settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return settings

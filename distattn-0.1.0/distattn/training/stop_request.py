@@ -1,0 +1,66 @@
+"""Requests that a run saves and ends: a file in its folder makes the request, and all ranks learn of it in the same
+step.
+
+In the same way all ranks learn that the run's folder was moved or deleted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from distattn.training.module_observer import gathered
+
+
+class Stop(IntEnum):
+    """The reason why a run stops. FOLDER_MOVED: its folder has another name, and can be saved there. FOLDER_LOST: it is
+    gone.
+    """
+
+    NO = 0
+    ASKED = 1
+    FOLDER_MOVED = 2
+    FOLDER_LOST = 3
+
+
+class StopRequest:
+    """The request to stop a run. All ranks create and close it together.
+
+    files: each of them requests the stop, if it exists. of_folder: called on rank 0, returns what happened to the run's
+    folder. Rank 0 looks for the files when a step begins and broadcasts the result while the step computes; no rank
+    waits for it. A group of its own, on the host, keeps the message apart from the trainer's messages.
+    """
+
+    def __init__(self, *files: Path, of_folder: Callable[[], Stop] = lambda: Stop.NO):
+        self._files, self._of_folder = files, of_folder
+        self._group = dist.new_group(backend="gloo")
+        self._asked = torch.zeros(1, dtype=torch.uint8)
+        self._work: dist.Work | None = None
+
+    def look(self) -> None:
+        """Start to broadcast whether one of the files exists. All ranks call it when a step begins."""
+        if dist.get_rank() == 0:
+            self._asked.fill_(
+                self._of_folder() or (Stop.ASKED if any(file.exists() for file in self._files) else Stop.NO)
+            )
+        self._work = dist.broadcast(self._asked, src=0, group=self._group, async_op=True)
+
+    def reason(self) -> Stop:
+        """Return the reason to stop that the last `look` broadcast, the same on all ranks."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return Stop(int(self._asked))
+
+    def text_of_rank_0(self, text: str) -> str:
+        """Return rank 0's text on all ranks, so that they end with the same sentence. A collective call."""
+        texts: list[str] = gathered(self._group, text)
+        return texts[0]
+
+    def close(self) -> None:
+        """Close the group."""
+        dist.destroy_process_group(self._group)

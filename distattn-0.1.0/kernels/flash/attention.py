@@ -1,0 +1,287 @@
+"""Core attention by PyTorch's own variable-length flash attention (FlashAttention 2; 3 and 4 where they are activated).
+
+`torch.nn.attention.activate_flash_attention_impl("FA3")` changes what the operators run; only what they serve differs here. They
+are private to PyTorch (`aten::_flash_attention_forward` and `_backward`); a test watches that their arguments stay. Partial
+outputs come in the precision of the inputs, as from every library that merges them. The operators take one head dim: where
+values have another than queries and keys (MLA: 192 and 128), the narrower are filled up with zeros. See `pieces` for how masks
+are said.
+"""
+
+# T query rows, S key rows, H query heads, K key/value heads, D head dim, E value head dim
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distattn.kernels.flash.pieces import LEAST_STEP, FlashCall, FlashSchedule, flash_schedule
+from distattn.kernels.glue import Rows, add_rows, copy_rows, merge_rows
+from distattn.kernels.launch_mask import LaunchMask
+from distattn.kernels.merge import output_with_delta
+from distattn.kernels.spec import KernelRequirements, LaunchShape, ScoreMod
+from distattn.kernels.triton.launch import multiprocessors
+
+# the operator takes o, not delta; a row with dO = 0 and delta != 0 cannot be told to it
+DIFFERENTIABLE_LSE = False
+ACCUMULATES = True
+DTYPES = (torch.bfloat16, torch.float16)
+# FlashAttention 3 cuts keys into at most this many parts
+_MOST_KEY_PARTS = 128
+forward_operator: Any = getattr(torch.ops.aten, "_flash_attention_forward", None)
+backward_operator: Any = getattr(torch.ops.aten, "_flash_attention_backward", None)
+
+
+def unsupported_reason(requirements: KernelRequirements) -> str | None:
+    """Why this kernel cannot serve such a call, or None."""
+    if requirements.device.type != "cuda":
+        return f"PyTorch's variable-length flash attention runs on GPUs, not on {requirements.device.type}"
+    if forward_operator is None or backward_operator is None:
+        return "this PyTorch has no variable-length flash attention"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(requirements.device) < (8, 0):
+        return "it needs compute capability 8.0 (A100) or later"
+    if requirements.dtype not in DTYPES:
+        return f"it computes bfloat16 and float16, not {str(requirements.dtype)[6:]}"
+    dims = requirements.head_dim, requirements.v_head_dim
+    if any(dim % 8 or dim > 256 for dim in dims):
+        return f"its head dims are multiples of 8 up to 256, not {dims[0]} and {dims[1]}"
+    if why_not := _implementation_reason(implementation(), requirements.device, max(dims)):
+        return why_not
+    if requirements.softcap or requirements.alibi:
+        return "it has no soft-capping and no ALiBi slopes"
+    if requirements.lse:
+        return "it has no gradient through the log-sum-exp"
+    if 0 < requirements.least_step < LEAST_STEP:
+        return f"its masks climb in steps of at least {LEAST_STEP} rows, not {requirements.least_step}"
+    return None
+
+
+def implementation() -> str:
+    """What the operators run: "FA2", or what `torch.nn.attention.activate_flash_attention_impl` has put in its place."""
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
+    return (current and current()) or "FA2"
+
+
+def _implementation_reason(name: str, device: torch.device, dim: int) -> str | None:
+    """Why an activated implementation cannot serve a call (`torch/nn/attention/_fa3.py`, `_fa4.py`; FA4's own head dims)."""
+    if name not in ("FA3", "FA4") or not torch.cuda.is_available():
+        return None
+    major = torch.cuda.get_device_capability(device)[0]
+    if name == "FA3" and major != 9:
+        return "FA3, which is activated, runs on Hopper GPUs (sm_90)"
+    if name == "FA4" and major not in (9, 10):
+        return "FA4, which is activated, runs on GPUs of compute capability 9 and 10"
+    if name == "FA4" and major == 10 and dim > 128:
+        return f"FA4, which is activated, takes head dims up to 128 on this GPU, not {dim}"
+    return None
+
+
+def prepare(mask: LaunchMask, requirements: KernelRequirements) -> FlashSchedule:
+    """The calls that compute the mask. Raises DistattnError for masks that they cannot say."""
+    return flash_schedule(mask)
+
+
+def forward(
+    q_THD: Tensor,
+    k_SKD: Tensor,
+    v_SKE: Tensor,
+    schedule: FlashSchedule,
+    score: ScoreMod,
+    into: tuple[Tensor, Tensor] | None = None,
+    merge: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(o_THE, lse_TH), in fp32 unless `into` is not; rows without keys have o = 0 and lse = -inf.
+
+    into: (o, lse) to write the result to or, with `merge`, to merge it into.
+    """
+    dim = v_SKE.shape[2]
+    if into is None:
+        o_THE = q_THD.new_empty(*q_THD.shape[:2], dim, dtype=torch.float32)
+        into = o_THE, q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
+    o_THE, lse_TH = into
+    # several calls meet in single precision only
+    wide_THE = o_THE if o_THE.dtype == torch.float32 else torch.empty_like(o_THE, dtype=torch.float32)
+    if wide_THE is not o_THE and merge:
+        wide_THE.copy_(o_THE)
+    if not merge and not schedule.all_rows:
+        wide_THE.zero_()
+        lse_TH.fill_(-torch.inf)
+    q_all, k_all, v_all = _of_one_dim(q_THD, k_SKD, v_SKE)
+    for call in schedule.calls:
+        q, k, v = q_all[call.rows, call.heads], k_all[call.keys, call.kv_heads], v_all[call.keys, call.kv_heads]
+        part, lse_HT, *_ = forward_operator(q, k, v, *_how(call), **_window(call, score))
+        part = part[..., :dim]
+        # rows without keys have an infinite sum of nothing there
+        part_lse = lse_HT.t().masked_fill(lse_HT.t() == torch.inf, -torch.inf)
+        o, lse = wide_THE[:, call.heads], lse_TH[:, call.heads]
+        for stretch in call.row_stretches:
+            rows = Rows(stretch.start, stretch.stop - stretch.start)
+            own = Rows(stretch.start - call.rows.start, rows.size)
+            if stretch.first and not merge:
+                copy_rows(o, rows, part, own)
+                copy_rows(lse, rows, part_lse, own)
+            else:
+                merge_rows(o, lse, rows, part, part_lse, own)
+    if wide_THE is not o_THE:
+        o_THE.copy_(wide_THE)
+    return o_THE, lse_TH
+
+
+def backward(
+    do_THE: Tensor,
+    q_THD: Tensor,
+    k_SKD: Tensor,
+    v_SKE: Tensor,
+    lse_TH: Tensor,
+    delta_TH: Tensor,
+    schedule: FlashSchedule,
+    score: ScoreMod,
+    into: tuple[Tensor | None, tuple[Tensor, Tensor] | None] = (None, None),
+    add: tuple[bool, bool] = (False, False),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq_THD, dk_SKD, dv_SKE) of these cells, given the final lse and delta = rowsum(dO * O) of each row; fp32, or as `into` is.
+
+    into: dq, and (dk, dv), to write results to; add: whether they are added to what is there, to dq, and to dk and dv.
+    """
+    places = into[0], *(into[1] or (None, None))
+    adds = add[0], add[1], add[1]
+    grads = [_single(place, x, adds_) for place, x, adds_ in zip(places, (q_THD, k_SKD, v_SKE), adds, strict=True)]
+    reached = schedule.all_rows, schedule.all_keys, schedule.all_keys
+    for total, adds_, overwritten in zip(grads, adds, reached, strict=True):
+        if not adds_ and not overwritten:
+            total.zero_()
+    # the true o never travels to where tasks call
+    o_THE = output_with_delta(do_THE, delta_TH)
+    do_all, q_all, k_all, v_all, o_all = _of_one_dim(do_THE, q_THD, k_SKD, v_SKE, o_THE)
+    # weights are exp(score - lse): a row without keys has none
+    lse_HT = lse_TH.masked_fill(lse_TH == -torch.inf, torch.inf).t()
+    # of dropout, which there is none of
+    random = q_THD.new_zeros(2, dtype=torch.uint64), q_THD.new_empty(0, dtype=torch.uint64)
+    for call in schedule.calls:
+        rows, keys = (call.rows, call.heads), (call.keys, call.kv_heads)
+        lse = lse_HT[call.heads, call.rows].contiguous()
+        given = do_all[rows], q_all[rows], k_all[keys], v_all[keys], o_all[rows], lse
+        starts = call.starts_q, call.starts_k, call.longest_q, call.longest_k, 0.0, _is_causal(call)
+        dq_part, dk_part, dv_part = backward_operator(*given, *starts, *random, **_window(call, score))
+        rows_of = call.row_stretches, call.rows.start, call.heads
+        keys_of = call.key_stretches, call.keys.start, call.kv_heads
+        for number, part, (stretches, first, heads) in (
+            (0, dq_part, rows_of),
+            (1, dk_part, keys_of),
+            (2, dv_part, keys_of),
+        ):
+            for stretch in stretches:
+                at = Rows(stretch.start, stretch.stop - stretch.start)
+                # the first to write need not read
+                put = copy_rows if stretch.first and not adds[number] else add_rows
+                total = grads[number]
+                put(total[:, heads], at, part[..., : total.shape[2]], Rows(stretch.start - first, at.size))
+    for place, total in zip(places, grads, strict=True):
+        if place is not None and place is not total:
+            place.copy_(total)
+    return grads[0], grads[1], grads[2]
+
+
+def workspace_bytes(direction: str, shape: LaunchShape, schedule: FlashSchedule) -> int:
+    """Return an upper bound of the bytes that a pass allocates on the device beside its operands and results.
+
+    It counts what this module allocates and what the operators do. FlashAttention 2 (`mha_varlen_fwd` and `mha_varlen_bwd` in
+    PyTorch's `aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp`) allocates dQ in fp32 and softmax_d with 128 rows
+    more for each sequence, and dK and dV of all query heads; it splits keys only in calls with one query row. FlashAttention 3
+    (`mha_fwd` and `mha_bwd` in `hopper/flash_api.cpp` of Dao-AILab/flash-attention) rounds all rows up to whole blocks once more,
+    allocates fp32 sums of dK and dV, a second log-sum-exp and semaphores, and in the forward pass fp32 results of parts of the
+    keys. What FlashAttention 4 allocates has not been looked up.
+    """
+    widest = max(shape.head_dim, shape.v_head_dim)
+    rows, keys = shape.rows * shape.heads, shape.keys * shape.kv_heads
+    # operands that are filled up to the wider head dim, in half precision
+    padded = 0 if shape.head_dim == shape.v_head_dim else 2 * widest * (rows + 2 * keys)
+    calls = [_call_bytes(direction, call, widest) for call in schedule.calls]
+    # the results of one call live until those of the next are there
+    of_calls = 2 * max((results for results, _ in calls), default=0) + max((own for _, own in calls), default=0)
+    if direction == "forward":
+        return 4 * rows * shape.v_head_dim + padded + of_calls
+    sums = 4 * ((shape.dq_bytes != 4) * rows * shape.head_dim + keys * (shape.head_dim + shape.v_head_dim))
+    # o in the inputs' precision, made of dO and delta in single precision; filled up, like dO; log-sum-exps and a mask of them
+    outputs = rows * (3 * 4 * shape.v_head_dim + 2 * 2 * widest + 4 + 1)
+    return sums + outputs + padded + of_calls
+
+
+def _call_bytes(direction: str, call: FlashCall, dim: int) -> tuple[int, int]:
+    """Bytes of a call's results, and of what else there is until it returns."""
+    heads, kv_heads = call.heads.stop - call.heads.start, call.kv_heads.stop - call.kv_heads.start
+    rows, keys = call.rows.stop - call.rows.start, call.keys.stop - call.keys.start
+    # two numbers of a generator come with every call, in blocks of 512 bytes
+    few = 2 * 512
+    if direction == "forward":
+        # results of parts of the keys in single precision
+        parts = _key_parts(call, dim)
+        of_parts = (parts > 1) * parts * rows * heads * 4 * (dim + 1) + 4 * (len(call.starts_q) + 1)
+        # the log-sum-exp, and it again with its mask
+        return rows * heads * (2 * dim + 4 + 4), rows * heads * 2 + few + of_parts
+    sequences = len(call.starts_q) - 1
+    rounded = -(-dim // 64) * 64
+    # a block for each sequence, and one for rounding
+    long_rows, long_keys = rows + 128 * (sequences + 1), keys + 128 * (sequences + 1)
+    # one number for each block of each sequence as if it were the longest: of dQ, and of dK and dV if sums have a fixed order
+    semaphores = 4 * sequences * (-(-call.longest_q // 64) * heads + 2 * -(-call.longest_k // 64) * kv_heads)
+    # under torch.use_deterministic_algorithms one sum of dQ for each of some groups of programs
+    splits = 1
+    if torch.are_deterministic_algorithms_enabled():
+        splits = -(-multiprocessors(call.starts_q.device) // (sequences * heads))
+    of_rows = long_rows * heads * 4 * (splits * rounded + 2)
+    of_keys = 0 if heads == kv_heads else 2 * max(keys * heads * 2 * dim, long_keys * kv_heads * 4 * rounded)
+    results = 2 * dim * (rows * heads + 2 * keys * kv_heads) + 4 * long_rows * heads
+    return results, of_rows + of_keys + semaphores + 4 * rows * heads + few
+
+
+def _key_parts(call: FlashCall, dim: int) -> int:
+    """Return an upper bound of the parts that FlashAttention 3 cuts keys into in the forward pass; 1 where it does not.
+
+    The rule is that of `get_num_splits` (`hopper/flash_api.cpp`) and `num_splits_heuristic` (`hopper/heuristics.h`): PyTorch
+    leaves the choice to them, unless sums have a fixed order (`torch/nn/attention/_fa3.py`).
+    """
+    if implementation() != "FA3" or torch.are_deterministic_algorithms_enabled():
+        return 1
+    heads, kv_heads = call.heads.stop - call.heads.start, call.kv_heads.stop - call.kv_heads.start
+    processors = multiprocessors(call.starts_q.device)
+    # keys and values of one head that do not fit into the L2 cache are cut into pieces that do
+    part_counts = [1] if _is_causal(call) else [-(-4 * dim * call.longest_k // (50 << 20))]
+    # the kernel has query rows of one of these numbers in a block, and at least 64 keys
+    for block in (64, 128, 192):
+        blocks = kv_heads * -(-call.longest_q * (heads // kv_heads) // block)
+        most = min(_MOST_KEY_PARTS, processors, -(-call.longest_k // 64))
+        if blocks < 0.8 * processors and most > 1:
+            # the first number that keeps 85 % of the multiprocessors busy is good enough for the rule
+            waves = ((parts, blocks * parts / processors) for parts in range(1, most + 1))
+            part_counts.append(next((parts for parts, w in waves if w >= 0.85 * math.ceil(w)), most))
+    return min(max(part_counts), _MOST_KEY_PARTS)
+
+
+def _single(place: Tensor | None, like: Tensor, adds: bool) -> Tensor:
+    """Where gradients are summed in single precision: the place itself, or a tensor for the meantime."""
+    if place is not None and place.dtype == torch.float32:
+        return place
+    total = like.new_empty(like.shape, dtype=torch.float32)
+    return total.copy_(place) if place is not None and adds else total
+
+
+def _of_one_dim(*tensors: Tensor) -> list[Tensor]:
+    """Tensors as wide as the widest, with zeros at their ends."""
+    dim = max(x.shape[2] for x in tensors)
+    return [x if x.shape[2] == dim else torch.nn.functional.pad(x, (0, dim - x.shape[2])) for x in tensors]
+
+
+def _how(call: FlashCall) -> tuple[Any, ...]:
+    """Arguments of the forward operator behind q, k and v: no dropout, no debug mask."""
+    return call.starts_q, call.starts_k, call.longest_q, call.longest_k, 0.0, _is_causal(call), False
+
+
+def _is_causal(call: FlashCall) -> bool:
+    return (call.left, call.right) == (-1, 0)
+
+
+def _window(call: FlashCall, score: ScoreMod) -> dict[str, Any]:
+    return dict(scale=score.scale, window_size_left=call.left, window_size_right=call.right)

@@ -1,0 +1,190 @@
+"""How variable-length flash attention is told a launch's bands: sequences of one window, aligned at their bottom right corners.
+
+A call takes sequences that lie one after another in its queries and in its keys, all with one window: row i of T rows sees key
+j of S keys where i + S - T - left <= j <= i + S - T + right. A band becomes at most three such sequences, one for rows whose
+keys begin or end where the band's rectangle does and one for those between; those of equal windows that lie in order are
+one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distattn.ir.bands import BQ, OQ, Q0, Q1, row_key_ranges, tighten
+from distattn.ir.errors import DistattnError
+from distattn.ir.intervals import Ints
+from distattn.kernels.launch_mask import LaunchMask, WrittenRows, split_even_groups
+
+# no limit on that side of a window
+OPEN = -1
+# a staircase is cut at every step: of fewer rows than this no kernel makes good use
+LEAST_STEP = 16
+
+
+class Sequence(NamedTuple):
+    """Rows [q0, q1) against keys [k0, k1), with a window that is aligned at the last row and the last key."""
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    left: int
+    right: int
+
+
+class Stretch(NamedTuple):
+    """Rows or keys of sequences that touch; first: no earlier call has written them in these heads."""
+
+    start: int
+    stop: int
+    first: bool
+
+
+class FlashCall(NamedTuple):
+    """One call: its heads, rows and keys, and where in these its sequences begin (int32, one more than there are)."""
+
+    heads: slice
+    kv_heads: slice
+    rows: slice
+    keys: slice
+    starts_q: Tensor
+    starts_k: Tensor
+    longest_q: int
+    longest_k: int
+    left: int
+    right: int
+    row_stretches: list[Stretch]
+    key_stretches: list[Stretch]
+
+
+class FlashSchedule(NamedTuple):
+    """The calls of a launch; whether first writes reach every row, and every key."""
+
+    calls: tuple[FlashCall, ...]
+    all_rows: bool
+    all_keys: bool
+
+
+def flash_schedule(mask: LaunchMask) -> FlashSchedule:
+    """The calls that compute a launch's mask. Raises DistattnError for bands that no such call can say."""
+    tight = tighten(mask.bands)
+    some = tight[:, Q0] < tight[:, Q1]
+    parts = [
+        (heads, _kv_heads(mask, heads), calls)
+        for heads, bands in _by_heads(mask, tight[some], mask.band_heads[some])
+        for calls in _calls(sorted(piece for band in bands for piece in sequences(band)))
+    ]
+    rows = WrittenRows(mask.rows, [0, mask.heads, *(end for heads, *_ in parts for end in (heads.start, heads.stop))])
+    keys = WrittenRows(mask.keys, [0, mask.kv_heads, *(end for _, kv, _ in parts for end in (kv.start, kv.stop))])
+    calls = []
+    for heads, kv_heads, together in parts:
+        q = _stretches([(one.q0, one.q1) for one in together], heads, rows)
+        k = _stretches([(one.k0, one.k1) for one in together], kv_heads, keys)
+        starts_q, starts_k = _starts(together)
+        calls.append(
+            FlashCall(
+                heads,
+                kv_heads,
+                slice(together[0].q0, together[-1].q1),
+                slice(together[0].k0, together[-1].k1),
+                starts_q,
+                starts_k,
+                # for one row the operator takes another path, which gaps between keys do not fit
+                max(int(starts_q.diff().max()), 2),
+                int(starts_k.diff().max()),
+                together[0].left,
+                together[0].right,
+                q,
+                k,
+            )
+        )
+    return FlashSchedule(tuple(calls), rows.unwritten == 0, keys.unwritten == 0)
+
+
+def sequences(band: Ints) -> Iterator[Sequence]:
+    """The sequences of a tight band."""
+    q0, q1, k0, k1, lo, hi, bq, bk, oq, ok = (int(number) for number in band)
+    low, high = lo + ok - oq, hi + ok - oq
+    if (bq, bk) != (1, 1):
+        yield from _steps(band)
+        return
+    # rows below `ends` end by the upper limit, rows from `begins` on begin by the lower one, others with the rectangle; the
+    # first or last of them does both, and is not worth a sequence of its own
+    ends, begins = (min(max(row, q0), q1) for row in (k1 - high, k0 - low))
+    begins = q1 if begins == q1 - 1 and begins > q0 else begins
+    cuts = sorted({q0, ends, begins, q1})
+    for a, b in zip(cuts[:-1], cuts[1:], strict=True):
+        first, last = max(k0, a + low), min(k1, b + high)
+        left = last - b - low if a >= begins else OPEN
+        yield Sequence(a, b, first, last, left, 0 if b <= ends else OPEN)
+
+
+def _steps(band: Ints) -> Iterator[Sequence]:
+    """A staircase, step by step: all rows of one see the same keys."""
+    q0, q1, size, origin = int(band[Q0]), int(band[Q1]), int(band[BQ]), int(band[OQ])
+    at = [q0, *range(q0 + size - (q0 - origin) % size, q1, size), q1]
+    if size < LEAST_STEP and len(at) > 2:
+        raise DistattnError(
+            f'kernel "flash" cannot say a mask that climbs in steps of {size} rows; use kernel="triton".'
+        )
+    first, end = row_key_ranges(band[None].repeat(len(at) - 1, 0), np.array(at[:-1]))
+    for a, b, k0, k1 in zip(at[:-1], at[1:], first.tolist(), end.tolist(), strict=True):
+        if k0 < k1:
+            yield Sequence(a, b, k0, k1, OPEN, OPEN)
+
+
+def _by_heads(mask: LaunchMask, bands: Ints, band_heads: Ints) -> Iterator[tuple[slice, Ints]]:
+    """Ranges of heads in which key/value heads serve equally many query heads, and their bands."""
+    for h0, h1 in sorted(set(map(tuple, band_heads.tolist()))):
+        own = bands[(band_heads == (h0, h1)).all(1)]
+        for low, high in split_even_groups(h0, h1, mask.group_size, mask.first_head):
+            yield slice(low, high), own
+
+
+def _kv_heads(mask: LaunchMask, heads: slice) -> slice:
+    low, high = mask.first_head + heads.start, mask.first_head + heads.stop
+    return slice(low // mask.group_size, -(-high // mask.group_size))
+
+
+def _calls(pieces: list[Sequence]) -> list[list[Sequence]]:
+    """The sequences by call: of one window, and in order in queries and keys."""
+    calls: list[list[Sequence]] = []
+    for piece in pieces:
+        for call in calls:
+            last = call[-1]
+            if last[4:] == piece[4:] and last.q1 <= piece.q0 and last.k1 <= piece.k0:
+                call.append(piece)
+                break
+        else:
+            calls.append([piece])
+    return calls
+
+
+def _starts(together: list[Sequence]) -> tuple[Tensor, Tensor]:
+    """Where sequences begin, counted from the first; between them rows without keys, and keys without rows."""
+    q, k = [0], [0]
+    first = together[0]
+    for one in together:
+        # rows that are skipped, then keys that are
+        if one.q0 - first.q0 > q[-1]:
+            q, k = [*q, one.q0 - first.q0], [*k, k[-1]]
+        if one.k0 - first.k0 > k[-1]:
+            q, k = [*q, q[-1]], [*k, one.k0 - first.k0]
+        q, k = [*q, one.q1 - first.q0], [*k, one.k1 - first.k0]
+    return torch.tensor(q, dtype=torch.int32), torch.tensor(k, dtype=torch.int32)
+
+
+def _stretches(ranges: list[tuple[int, int]], heads: slice, written: WrittenRows) -> list[Stretch]:
+    """Joined ranges, in order, noted as written."""
+    joined: list[list[int]] = []
+    for start, stop in ranges:
+        if joined and joined[-1][1] == start:
+            joined[-1][1] = stop
+        else:
+            joined.append([start, stop])
+    return [Stretch(start, stop, written.mark(heads, slice(start, stop))) for start, stop in joined]

@@ -1,0 +1,133 @@
+"""What is done around kernels: rows copied, added and merged from one tensor to another, and row sums. Each is one operator.
+
+On GPUs each is one Triton kernel that reads and writes every number once; elsewhere it is plain PyTorch. Rows are a stretch from
+`start` on, or listed. Tensors are (rows, heads, width) or (rows, heads), of any strides but that of the width, which is one.
+"""
+
+# T tokens, H heads, E value head dim
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from distattn.kernels.devices import on_device_of_tensors
+from distattn.kernels.merge import accumulation_dtype, merge_
+
+
+class Rows(NamedTuple):
+    """Some rows of a tensor: those listed, or `size` of them from `start` on."""
+
+    start: int
+    size: int
+    listed: Tensor | None = None
+
+    @staticmethod
+    def of(rows: slice | Tensor) -> Rows:
+        """The rows of a slice without a step, or of a list of row numbers."""
+        if isinstance(rows, slice):
+            return Rows(rows.start, rows.stop - rows.start)
+        return Rows(0, len(rows), rows)
+
+    @property
+    def key(self) -> Any:
+        """What indexes a tensor."""
+        return slice(self.start, self.start + self.size) if self.listed is None else self.listed
+
+
+def copy_rows(target: Tensor, target_rows: Rows, source: Tensor, source_rows: Rows) -> None:
+    """target[target_rows] = source[source_rows], in the target's dtype."""
+    count = _count(target_rows, source_rows)
+    torch.ops.distattn.copy_rows(target, *target_rows[::2], source, *source_rows[::2], count)
+
+
+def add_rows(target: Tensor, target_rows: Rows, source: Tensor, source_rows: Rows) -> None:
+    """target[target_rows] += source[source_rows], in the target's dtype. No row of the target is listed twice."""
+    count = _count(target_rows, source_rows)
+    torch.ops.distattn.add_rows(target, *target_rows[::2], source, *source_rows[::2], count)
+
+
+def merge_rows(o: Tensor, lse: Tensor, rows: Rows, other_o: Tensor, other_lse: Tensor, other_rows: Rows) -> None:
+    """Merge rows of a partial result into (o, lse) by log-sum-exp, see `merge_`. No row of (o, lse) is listed twice."""
+    count = _count(rows, other_rows)
+    torch.ops.distattn.merge_rows(o, lse, *rows[::2], other_o, other_lse, *other_rows[::2], count)
+
+
+def row_products(do_THE: Tensor, o_THE: Tensor) -> Tensor:
+    """rowsum(dO * O) (T, H) in the accumulation dtype."""
+    return torch.ops.distattn.row_products(do_THE, o_THE)  # type: ignore[no-any-return]
+
+
+def _count(a: Rows, b: Rows) -> int:
+    assert a.size == b.size, "equally many rows on both sides"
+    return a.size
+
+
+_ROWS = "Tensor(a!) target, int start, Tensor? index, Tensor source, int source_start, Tensor? source_index, int count"
+torch.library.define("distattn::copy_rows", f"({_ROWS}) -> ()")
+torch.library.define("distattn::add_rows", f"({_ROWS}) -> ()")
+torch.library.define(
+    "distattn::merge_rows",
+    "(Tensor(a!) o, Tensor(b!) lse, int start, Tensor? index, Tensor other_o, Tensor other_lse, int other_start,"
+    " Tensor? other_index, int count) -> ()",
+)
+torch.library.define("distattn::row_products", "(Tensor do, Tensor o) -> Tensor")
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.device.type == "cuda"
+
+
+def _key(start: int, index: Tensor | None, count: int) -> Any:
+    return Rows(start, count, index).key
+
+
+@torch.library.impl("distattn::copy_rows", "CompositeExplicitAutograd")
+@on_device_of_tensors
+def _copy_rows(target, start, index, source, source_start, source_index, count) -> None:  # noqa: ANN001
+    if _on_gpu(target):
+        from distattn.kernels.triton.glue import run_rows
+
+        return run_rows(target, start, index, source, source_start, source_index, count, add=False)
+    target[_key(start, index, count)] = source[_key(source_start, source_index, count)].to(target.dtype)
+    return None
+
+
+@torch.library.impl("distattn::add_rows", "CompositeExplicitAutograd")
+@on_device_of_tensors
+def _add_rows(target, start, index, source, source_start, source_index, count) -> None:  # noqa: ANN001
+    if _on_gpu(target):
+        from distattn.kernels.triton.glue import run_rows
+
+        return run_rows(target, start, index, source, source_start, source_index, count, add=True)
+    target[_key(start, index, count)] += source[_key(source_start, source_index, count)]
+    return None
+
+
+@torch.library.impl("distattn::merge_rows", "CompositeExplicitAutograd")
+@on_device_of_tensors
+def _merge_rows(o, lse, start, index, other_o, other_lse, other_start, other_index, count) -> None:  # noqa: ANN001
+    if _on_gpu(o) and o.dtype != torch.float64:
+        from distattn.kernels.triton.glue import run_merge
+
+        return run_merge(o, lse, start, index, other_o, other_lse, other_start, other_index, count)
+    at, other = _key(start, index, count), _key(other_start, other_index, count)
+    held = o[at], lse[at]
+    merge_(*held, other_o[other], other_lse[other])
+    # an index gives copies where a slice gives views
+    if index is not None:
+        o[at], lse[at] = held
+    return None
+
+
+@torch.library.impl("distattn::row_products", "CompositeExplicitAutograd")
+@on_device_of_tensors
+def _row_products(do, o):  # noqa: ANN001, ANN202
+    if _on_gpu(o) and o.dtype != torch.float64:
+        from distattn.kernels.triton.glue import run_products
+
+        return run_products(do, o)
+    wide = accumulation_dtype(o.dtype)
+    return (do.to(wide) * o.to(wide)).sum(-1)

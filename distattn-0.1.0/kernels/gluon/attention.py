@@ -1,0 +1,242 @@
+"""Core attention for Hopper in Gluon (tier B): which tiles, which launches. The kernels are in forward.py and backward.py.
+
+For bfloat16 and float16 and head dims 64 and 128 on sm_90, everything else is the plain Triton kernel's: masks, run lists,
+merging, score modifiers, any lengths and head groups. The sum in dQ has no fixed order; "gluon_split" has one.
+"""
+
+# T query rows, S key rows, H query heads, K key/value heads, D head dim, E value head dim
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16, float16, float32
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from distattn.kernels.gluon.backward import backward_kernel
+from distattn.kernels.gluon.forward import forward_kernel
+from distattn.kernels.launch_mask import LaunchMask
+from distattn.kernels.spec import KernelRequirements, LaunchShape, ScoreMod
+from distattn.kernels.split_tiles import split_long_tiles
+from distattn.kernels.tile_runs import TileRuns, tile_runs, transposed_runs
+from distattn.kernels.triton.attention import plan_row_numbers, row_number_bytes
+from distattn.kernels.triton.launch import (
+    TMA_LIMIT,
+    SplitTileTensors,
+    Tile,
+    TileRunTensors,
+    TritonLaunch,
+    call_arguments,
+    compute_capability,
+    make_launch,
+    multiprocessors,
+    run_launch,
+    split_tile_tensors,
+    tensor_arguments,
+    tile_run_tensors,
+)
+from distattn.kernels.triton.sums import part_bytes, plan_sums, scratch_of_parts
+
+DIFFERENTIABLE_LSE = True
+ACCUMULATES = True
+# by head dim; 128 query rows at a time spill more in the backward (64 at head dim 128: 35 in Triton 3.6, 44 in 3.9)
+FORWARD = {64: Tile(192, 128, 4, 3), 128: Tile(128, 128, 4, 2)}
+BACKWARD = {64: Tile(64, 128, 4, 3), 128: Tile(64, 128, 4, 3)}
+# the slowest program's work, as a multiple of the mean, up to which tiles are dealt out in advance
+_UNEVEN = 1.15
+_TYPES = {torch.bfloat16: bfloat16, torch.float16: float16, torch.float32: float32}
+
+
+class TileSchedule(NamedTuple):
+    """The lists of both kernels, programs of the forward, and the shape of the call."""
+
+    forward: TileRunTensors
+    programs: int
+    backward: SplitTileTensors
+    group_size: int
+    first_head: int
+
+
+def unsupported_reason(requirements: KernelRequirements) -> str | None:
+    """Why this kernel cannot serve such a call, or None."""
+    if requirements.device.type != "cuda" or compute_capability(requirements.device) != 90:
+        return "it is written for Hopper GPUs (sm_90)"
+    if requirements.dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes bfloat16 and float16, not {str(requirements.dtype)[6:]}"
+    if requirements.head_dim != requirements.v_head_dim or requirements.head_dim not in FORWARD:
+        return f"its head dims are 64 and 128, not {requirements.head_dim} and {requirements.v_head_dim}"
+    return None
+
+
+def prepare(mask: LaunchMask, requirements: KernelRequirements) -> TileSchedule:
+    """The lists of tiles that compute the mask."""
+    forward, backward = FORWARD[requirements.head_dim], BACKWARD[requirements.head_dim]
+    processors = multiprocessors(requirements.device)
+    by_rows = tile_runs(mask, forward.rows, forward.keys)
+    by_keys = transposed_runs(mask, backward.keys, backward.rows)
+    return TileSchedule(
+        tile_run_tensors(by_rows),
+        forward_programs(by_rows, forward.keys, processors, mask.overlaps_messages),
+        split_tile_tensors(split_long_tiles(by_keys, mask, backward.rows, processors)),
+        mask.group_size,
+        mask.first_head,
+    )
+
+
+def forward_programs(runs: TileRuns, keys: int, processors: int, overlaps_messages: bool = False) -> int:
+    """Return how many programs the forward launch has: one for each processor, or one for each tile of each head.
+
+    With one for each processor, tiles are dealt out beforehand, to and fro. That is not done where some programs would get far
+    more work than others, nor while messages are in flight: a program takes a multiprocessor's whole shared memory, so programs
+    that find theirs held by the communicator begin when it ends, each with a full share of the work.
+    """
+    work = runs.work(keys)[runs.group][:, runs.order].T.ravel()
+    programs = min(processors, len(work))
+    if overlaps_messages or not programs:
+        return len(work)
+    dealt = np.pad(work, (0, -len(work) % programs)).reshape(-1, programs)
+    dealt[1::2] = dealt[1::2, ::-1]
+    # as many as there are at a time take what is left as soon as they are done
+    return programs if dealt.sum(0).max() * programs <= _UNEVEN * work.sum() else len(work)
+
+
+def forward(
+    q_THD: Tensor,
+    k_SKD: Tensor,
+    v_SKE: Tensor,
+    schedule: TileSchedule,
+    score: ScoreMod,
+    into: tuple[Tensor, Tensor] | None = None,
+    merge: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(o_THE, lse_TH), in fp32 unless `into` is not; rows without keys have o = 0 and lse = -inf.
+
+    into: (o, lse) to write the result to or, with `merge`, to merge it into.
+    """
+    if into is None:
+        o_THE = q_THD.new_empty(*q_THD.shape[:2], v_SKE.shape[2], dtype=torch.float32)
+        into = o_THE, q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
+    run_launch(plan_forward(q_THD, k_SKD, v_SKE, *into, schedule, score, merge=merge))
+    return into
+
+
+def backward(
+    do_THE: Tensor,
+    q_THD: Tensor,
+    k_SKD: Tensor,
+    v_SKE: Tensor,
+    lse_TH: Tensor,
+    delta_TH: Tensor,
+    schedule: TileSchedule,
+    score: ScoreMod,
+    into: tuple[Tensor | None, tuple[Tensor, Tensor] | None] = (None, None),
+    add: tuple[bool, bool] = (False, False),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq_THD, dk_SKD, dv_SKE) of these cells, given the final lse and delta = rowsum(dO * O) of each row; fp32, or as `into` is.
+
+    into: dq, and (dk, dv), to write results to; add: whether they are added to what is there, to dq, and to dk and dv.
+    """
+    # programs add to it, in single precision
+    direct = into[0] is not None and into[0].dtype == torch.float32
+    dq = into[0] if direct else q_THD.new_empty(q_THD.shape, dtype=torch.float32)
+    assert dq is not None
+    if not (direct and add[0]):
+        dq.zero_()
+    dk, dv = into[1] or (x.new_empty(x.shape, dtype=torch.float32) for x in (k_SKD, v_SKE))
+    tensors = do_THE, q_THD, k_SKD, v_SKE, lse_TH, delta_TH
+    for launch in plan_backward(*tensors, (dq, dk, dv), schedule, score, accumulate=add[1]):
+        run_launch(launch)
+    if into[0] is not None and not direct:
+        into[0].add_(dq) if add[0] else into[0].copy_(dq)
+    return dq, dk, dv
+
+
+def workspace_bytes(direction: str, shape: LaunchShape, schedule: TileSchedule) -> int:
+    """Bytes that a pass allocates on the device beside its operands and results."""
+    if direction == "forward":
+        return 0
+    parts = part_bytes(shape, schedule.backward, BACKWARD[shape.head_dim])
+    # programs add to dQ in single precision
+    dq = 0 if shape.dq_bytes == 4 else shape.rows * shape.heads * shape.head_dim * 4
+    return row_number_bytes(shape) + parts + dq
+
+
+def plan_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    schedule: TileSchedule,
+    score: ScoreMod,
+    *,
+    merge: bool = False,
+) -> TritonLaunch:
+    """The forward launch; see `triton_attention.plan_forward`."""
+    (rows, heads, dim), keys = q.shape, len(k)
+    tile = FORWARD[dim]
+    arguments = _operands(q=(q, 64), k=(k, tile.keys), v=(v, tile.keys))
+    arguments |= tensor_arguments(o=o, lse=lse) | {"slopes_": o if score.slopes_H is None else score.slopes_H}
+    arguments |= call_arguments(schedule.forward, rows, keys, heads, schedule.group_size, schedule.first_head, score)
+    arguments |= dict(BM=tile.rows, BN=tile.keys, D=dim, E=v.shape[2], STAGES=tile.stages)
+    arguments["MERGE"] = merge
+    return make_launch(forward_kernel, schedule.programs, arguments, tile)
+
+
+def plan_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    grads: tuple[Tensor, ...],
+    schedule: TileSchedule,
+    score: ScoreMod,
+    *,
+    accumulate: bool = False,
+) -> list[TritonLaunch]:
+    """The backward launches; grads: (dq, dk, dv), dq in fp32. dq is added to, and with `accumulate` dk and dv are, too."""
+    (rows, heads, dim), (keys, kv_heads, _) = q.shape, k.shape
+    tile = BACKWARD[dim]
+    dq, dk, dv = grads
+    numbers, first_launch = plan_row_numbers(lse, delta)
+    half = tile.keys // 2
+    arguments = _operands(q=(q, tile.rows), do=(do, tile.rows), k=(k, half), v=(v, half))
+    arguments |= {"dq_": _descriptor(dq, tile.rows, dim // 2), "dq_head": dq.stride(1)}
+    plain = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    arguments["numbers_"] = TensorDescriptor.from_tensor(numbers.flatten(0, 1), [1, tile.rows], plain)
+    arguments |= tensor_arguments(dk=dk, dv=dv)
+    arguments["slopes_"] = numbers if score.slopes_H is None else score.slopes_H
+    split = schedule.backward
+    parts = scratch_of_parts(dk, dv, split, tile)
+    arguments |= dict(part_=split.part, parts_=parts)
+    arguments |= call_arguments(split.runs, rows, keys, heads, schedule.group_size, schedule.first_head, score)
+    arguments |= dict(kv_heads=kv_heads, BM=tile.rows, BN=tile.keys, D=dim, E=v.shape[2], STAGES=tile.stages)
+    arguments["ACC"] = accumulate
+    launches = [first_launch, make_launch(backward_kernel, len(split.runs.order) * kv_heads, arguments, tile)]
+    return [*launches, plan_sums(parts, dk, dv, split, accumulate)] if split.slots else launches
+
+
+def _operands(**tensors: tuple[Tensor, int]) -> dict[str, Any]:
+    """Descriptors of tensors, by tiles of so many rows, and the stride of their heads."""
+    arguments: dict[str, Any] = {}
+    for name, (x, block) in tensors.items():
+        far = max(x.shape[0], x.shape[1] * abs(x.stride(1))) >= TMA_LIMIT
+        if x.stride(2) != 1 or any(stride % 8 for stride in x.stride()[:2]) or x.data_ptr() % 16 or far:
+            x = x.clone(memory_format=torch.contiguous_format)
+        arguments |= {f"{name}_": _descriptor(x, block, x.shape[2]), f"{name}_head": x.stride(1)}
+    return arguments
+
+
+def _descriptor(x: Tensor, block: int, width: int) -> TensorDescriptor:
+    """A descriptor of the matrix (tokens, heads x dim)."""
+    layout = NVMMASharedLayout.get_default_for([block, width], _TYPES[x.dtype])
+    if not x.numel():
+        # nothing of it is ever read
+        x = x.new_empty(1, *x.shape[1:])
+    columns = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
+    return TensorDescriptor(x, [x.shape[0], columns], [x.stride(0), 1], [block, width], layout)

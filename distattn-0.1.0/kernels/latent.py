@@ -1,0 +1,155 @@
+"""Latent attention (MLA) on one device: latents are expanded to keys and values of all heads, then attention's kernel runs.
+
+DeepSeek-AI 2024, arXiv 2405.04434, in its training form: k_h = [W_UK,h c | k_rope] and v_h = W_UV,h c of a latent c and one
+rotary key that all heads share. Gradients of keys and values are contracted to those of latents where they are made, so that
+latents and their gradients are all that moves; those of the weights stay on the rank.
+"""
+
+# T query rows, S key rows, H query heads, N key dim without the rotary part, R rotary dim, L latent dim, E value head dim
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from distattn.ir.op import Op
+from distattn.kernels.merge import accumulation_dtype
+from distattn.kernels.registry import Kernel
+from distattn.kernels.spec import LaunchShape, ScoreMod, Workspace
+
+
+class LatentScore(NamedTuple):
+    """The score of attention, and the weights that keys and values are made with.
+
+    up: (H, N + E, L), the rows of a head's keys, then those of its values; key_dim: N. dup: where gradients of them are added,
+    in the accumulation dtype; None in a forward pass.
+    """
+
+    score: ScoreMod
+    up: Tensor
+    key_dim: int
+    dup: Tensor | None = None
+
+    def for_heads(self, heads: slice) -> LatentScore:
+        """The same for a range of the heads; gradients are added to the same memory."""
+        dup = None if self.dup is None else self.dup[heads]
+        return LatentScore(self.score.for_heads(heads), self.up[heads], self.key_dim, dup)
+
+    def part(self, rows: slice) -> LatentScore:
+        """The same with some of the weights' rows of each head: those of keys, or those of values."""
+        return self._replace(up=self.up[:, rows], dup=None if self.dup is None else self.dup[:, rows])
+
+
+class LatentKernel:
+    """A kernel of attention, on latents. It writes, merges and adds to tensors that it is given where that kernel does."""
+
+    DIFFERENTIABLE_LSE = False
+
+    def __init__(self, inner: Kernel):
+        self.inner, self.ACCUMULATES = inner, inner.ACCUMULATES
+
+    def forward(
+        self,
+        q_THD: Tensor,
+        rope_S1R: Tensor,
+        latent_S1L: Tensor,
+        schedule: Any,
+        score: LatentScore,
+        **into: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """(o_THE, lse_TH)."""
+        keys, values = expanded(rope_S1R[:, 0], latent_S1L[:, 0], score.up, score.key_dim)
+        return self.inner.forward(q_THD, keys, values, schedule, score.score, **into)
+
+    def backward(
+        self,
+        do_THE: Tensor,
+        q_THD: Tensor,
+        rope_S1R: Tensor,
+        latent_S1L: Tensor,
+        lse_TH: Tensor,
+        delta_TH: Tensor,
+        schedule: Any,
+        score: LatentScore,
+        into: tuple[Tensor, tuple[Tensor, Tensor]] | None = None,
+        add: tuple[bool, bool] = (False, False),
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dq_THD, drope_S1R, dlatent_S1L); adds to the gradient of the weights. into, add: as of kernels that accumulate."""
+        dq, dk, dv = self._of_expanded(
+            (do_THE, q_THD, rope_S1R, latent_S1L, lse_TH, delta_TH), schedule, score, into, add[0]
+        )
+        wide, split = dk.dtype, score.key_dim
+        latent_SL = latent_S1L[:, 0].to(wide)
+        drope, dlatent = dk[..., split:].sum(1, keepdim=True), torch.zeros_like(latent_SL)
+        _contract(dk[..., :split], latent_SL, score.part(slice(None, split)), dlatent)
+        del dk
+        _contract(dv, latent_SL, score.part(slice(split, None)), dlatent)
+        if into is None:
+            return dq, drope, dlatent[:, None]
+        for target, result in zip(into[1], (drope, dlatent[:, None]), strict=True):
+            if add[1]:
+                target.add_(result)
+            else:
+                target.copy_(result)
+        return dq, *into[1]
+
+    def _of_expanded(
+        self,
+        inputs: tuple[Tensor, ...],
+        schedule: Any,
+        score: LatentScore,
+        into: tuple[Tensor, tuple[Tensor, Tensor]] | None,
+        adds: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dq_THD, dk_SHD, dv_SHE) in the accumulation dtype; what was expanded is gone when this returns."""
+        do, q, rope, latent, lse, delta = inputs
+        keys, values = expanded(rope[:, 0], latent[:, 0], score.up, score.key_dim)
+        given = do, q, keys, values, lse, delta, schedule, score.score
+        if into is None:
+            return self.inner.backward(*given)
+        wide = accumulation_dtype(q.dtype)
+        of_keys = tuple(torch.empty_like(x, dtype=wide) for x in (keys, values))
+        return self.inner.backward(*given, into=(into[0], of_keys), add=(adds, False))
+
+
+def latent_workspace(op: Op, dtype: torch.dtype, inner: Workspace | None) -> Workspace:
+    """Bytes that a launch on latents of an op and dtype allocates beside its operands and results, as kernels say theirs.
+
+    Those of the kernel of attention itself, and what it makes where it does not accumulate, are known where `inner` is.
+    """
+    size, wide = dtype.itemsize, accumulation_dtype(dtype).itemsize
+    rotary, latent = op.rotary_dim, op.latent_dim
+
+    def workspace(direction: str, shape: LaunchShape, schedule: Any) -> int:
+        heads, cells = shape.heads, shape.keys * shape.heads
+        key_dim, value_dim = shape.head_dim - rotary, shape.v_head_dim
+        keys_and_values = cells * (shape.head_dim + value_dim)
+        making = keys_and_values + cells * (key_dim + value_dim)
+        own = 0 if inner is None else inner(direction, shape._replace(kv_heads=heads), schedule)
+        if direction == "forward":
+            return max(making * size, keys_and_values * size + own)
+        # gradients of latents and rotary keys, and latents as wide as sums
+        stays = shape.keys * (latent + rotary + (latent if wide > size else 0))
+        # what `_contract` makes: of keys a copy without the rotary part, and twice a matrix like the weights, one by one
+        of_keys = keys_and_values + (cells if heads > 1 else 0) * key_dim + heads * latent * key_dim
+        of_values = cells * value_dim + heads * latent * value_dim
+        return max(making * size, keys_and_values * (size + wide) + own, (stays + max(of_keys, of_values)) * wide)
+
+    return workspace
+
+
+def expanded(rope_SR: Tensor, latent_SL: Tensor, up_HEL: Tensor, key_dim: int) -> tuple[Tensor, Tensor]:
+    """(keys_SHD, values_SHE), as a projection in the inputs' dtype makes them; key_dim: N, without the rotary part."""
+    made = torch.einsum("sl,hel->she", latent_SL, up_HEL)
+    rope_SHR = rope_SR[:, None].expand(-1, len(up_HEL), -1)
+    return torch.cat([made[..., :key_dim], rope_SHR], -1), made[..., key_dim:].contiguous()
+
+
+def _contract(dmade_SHW: Tensor, latent_SL: Tensor, score: LatentScore, dlatent_SL: Tensor) -> None:
+    """Add to the gradient of latents, and of weights, what gradients of a part of the keys, or of the values, give."""
+    dmade = dmade_SHW.flatten(1)
+    dlatent_SL.addmm_(dmade, score.up.to(dmade.dtype).flatten(0, 1))
+    if score.dup is not None:
+        score.dup.add_(torch.mm(dmade.t(), latent_SL).view(score.dup.shape))

@@ -1,0 +1,43 @@
+"""Maxima over the tokens before each, in stretches, on any device in PyTorch."""
+
+# N stretches, T tokens, H heads, V value dim; a state is (H, V)
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distattn.kernels.recurrence.tokens import Stretches
+from distattn.kernels.spec import KernelRequirements
+
+
+def unsupported_reason(requirements: KernelRequirements) -> str | None:
+    """None: it computes every prefix maximum on every device."""
+    return None
+
+
+def prepare(stretches: Stretches, requirements: KernelRequirements) -> Stretches:
+    """Return the stretches as they are: this kernel needs no lists."""
+    return stretches
+
+
+def forward(x_THV: Tensor, stretches: Stretches, state_NHV: Tensor) -> tuple[Tensor, Tensor]:
+    """(the maximum of the state that enters and the stretch's tokens before each, that of all of them), in the states' dtype.
+
+    Rows in no stretch are -inf.
+    """
+    before_THV = state_NHV.new_full(x_THV.shape, -torch.inf)
+    leaving_NHV = torch.empty_like(state_NHV)
+    for number, (begin, end) in enumerate(stretches):
+        state = state_NHV[number]
+        until = torch.maximum(x_THV[begin:end].to(state.dtype).cummax(0).values, state)
+        before_THV[begin] = state
+        before_THV[begin + 1 : end] = until[:-1]
+        leaving_NHV[number] = until[-1]
+    return before_THV, leaving_NHV
+
+
+def states(x_THV: Tensor, stretches: Stretches, state_NHV: Tensor) -> Tensor:
+    """The maximum of the state that enters each stretch and all its tokens, in the states' dtype."""
+    of_tokens = [x_THV[begin:end].amax(0) for begin, end in stretches]
+    return torch.maximum(torch.stack(of_tokens).to(state_NHV.dtype), state_NHV)

@@ -1,0 +1,83 @@
+"""The tensors of a recurrence, and the definition of what it computes, token by token.
+
+    S_t = (I - b_t k_t k_t^T) diag(exp g_t) S_(t-1) + b_t k_t v_t^T,    o_t = S_t^T q_t
+
+Without b the first factor is I and the last b is 1. See `distattn.ir.op` for the ops that are special cases of it.
+"""
+
+# T tokens, H heads, G heads of queries and keys (H is a multiple of G), K key dim, V value dim, N stretches of tokens
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# the range of tokens [begin, end) of each stretch, in rows of the tensors
+Stretches = Sequence[tuple[int, int]]
+
+
+class RecurrenceTokens(NamedTuple):
+    """What a recurrence reads of its tokens.
+
+    q, k: (T, G, K); consecutive heads share them. v: (T, H, V). g: logarithms of decays, none of them positive: (T, H), or
+    (T, H, K) by channel of the key, or (H,) where they are the same for all tokens, or None for no decay. beta: (T, H), how much
+    of what a key has stored is replaced, or None where nothing is.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None = None
+    beta: Tensor | None = None
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return self.v.shape[1]
+
+    @property
+    def decays_by_token(self) -> bool:
+        """Whether g has an entry for each token."""
+        return self.g is not None and self.g.dim() > 1
+
+    def present(self) -> dict[str, Tensor]:
+        """The tensors that are there, by name."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+    def by_token(self) -> dict[str, Tensor]:
+        """The tensors that have an entry for each token, by name."""
+        return {name: value for name, value in self.present().items() if name != "g" or self.decays_by_token}
+
+    def cut(self, begin: int, end: int) -> RecurrenceTokens:
+        """Tokens [begin, end)."""
+        return self._replace(**{name: value[begin:end] for name, value in self.by_token().items()})
+
+
+def bounds_of(stretches: Stretches) -> Tensor:
+    """Return stretches as a tensor (N, 2) of int64, on the host."""
+    return torch.tensor([tuple(stretch) for stretch in stretches], dtype=torch.int64).reshape(-1, 2)
+
+
+def token_by_token(x: RecurrenceTokens, stretches: Stretches, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
+    """(o_THV, the state after each stretch): the definition. Rows in no stretch are 0. Differentiable, slow."""
+    group = x.heads // x.q.shape[1]
+    outputs: dict[int, Tensor] = {}
+    states = []
+    for (begin, end), s_HKV in zip(stretches, state_NHKV, strict=True):
+        for t in range(begin, end):
+            q_HK, k_HK = (y[t].repeat_interleave(group, 0) for y in (x.q, x.k))
+            v_HV = x.v[t]
+            if x.g is not None:
+                g_H = x.g[t] if x.decays_by_token else x.g
+                s_HKV = torch.exp(g_H if g_H.dim() > 1 else g_H[:, None])[..., None] * s_HKV
+            if x.beta is not None:
+                v_HV = x.beta[t][:, None] * (v_HV - torch.einsum("hk,hkv->hv", k_HK, s_HKV))
+            s_HKV = s_HKV + k_HK[..., None] * v_HV[:, None]
+            outputs[t] = torch.einsum("hk,hkv->hv", q_HK, s_HKV)
+        states.append(s_HKV)
+    blank = torch.zeros(x.v.shape[1:], dtype=state_NHKV.dtype)
+    o = torch.stack([outputs.get(t, blank) for t in range(len(x.v))]) if len(x.v) else state_NHKV.new_zeros(x.v.shape)
+    return o, torch.stack(states) if states else state_NHKV

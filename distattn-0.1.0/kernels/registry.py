@@ -1,0 +1,168 @@
+"""Which kernel computes core attention. Explicit: a kernel that cannot serve a call refuses, nothing falls back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from distattn.ir.errors import DistattnError
+from distattn.ir.op import ATTENTION, Op
+from distattn.kernels.launch_mask import LaunchMask
+from distattn.kernels.spec import KernelRequirements, ScoreMod
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# names are known without importing torch
+KERNELS = {
+    "reference": "distattn.kernels.reference",
+    "cpu": "distattn.kernels.cpu",
+    "flash": "distattn.kernels.flash.attention",
+    "triton": "distattn.kernels.triton.attention",
+    "triton_tf32": "distattn.kernels.triton.tf32",
+    "gluon": "distattn.kernels.gluon.attention",
+    "gluon_split": "distattn.kernels.gluon.split",
+}
+# by kind of op, those that compute it
+OTHER_KERNELS: dict[str, dict[str, str]] = {
+    "recurrence": {
+        "chunked": "distattn.kernels.recurrence.chunked",
+        "triton_chunked": "distattn.kernels.recurrence.triton.kernel",
+        "fla": "distattn.kernels.recurrence.fla",
+    },
+    "prefix_max": {"cummax": "distattn.kernels.recurrence.cummax"},
+    "convolution": {"taps": "distattn.kernels.convolution.taps", "fla_conv1d": "distattn.kernels.convolution.fla"},
+}
+# kernels that need a package of an extra of ours, and the extra
+_EXTRAS = {"fla": "fla", "fla_conv1d": "fla"}
+# the fastest of those that a trial finds right (see `trials`)
+AUTO = "auto"
+# these run on CPUs, all others on GPUs
+CPU_KERNELS = ("reference", "cpu")
+# what replaces a kernel whose sums have no fixed order, under torch.use_deterministic_algorithms
+_DETERMINISTIC = {"gluon": "gluon_split"}
+_DEFAULTS = {"cpu": "cpu", "cuda": "triton"}
+# by device, the kernels among which "auto" chooses by trial, preferred ones first
+CANDIDATES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("gluon", "flash", "triton")}
+# the same of other kinds of ops; the last one computes everything everywhere
+_OTHER_CANDIDATES: dict[str, dict[str, tuple[str, ...]]] = {
+    "recurrence": {"cuda": ("fla", "triton_chunked", "chunked")},
+    "convolution": {"cuda": ("fla_conv1d", "taps")},
+}
+
+
+def candidates(device: torch.device, op: Op = ATTENTION) -> tuple[str, ...]:
+    """The kernels that may be chosen on a device, as things are: deterministic ones where that is asked for."""
+    import torch
+
+    if op.kind in OTHER_KERNELS:
+        every = tuple(OTHER_KERNELS[op.kind])[:1]
+        return _OTHER_CANDIDATES.get(op.kind, {}).get(device.type, every)
+    names = CANDIDATES.get(device.type, ())
+    fixed = torch.are_deterministic_algorithms_enabled()
+    return tuple(_DETERMINISTIC.get(name, name) if fixed else name for name in names)
+
+
+class Kernel(Protocol):
+    """The functions and flags of a kernel module.
+
+    DIFFERENTIABLE_LSE says whether `backward` is right for any delta, so that gradients may flow through the log-sum-exp.
+    ACCUMULATES says whether `forward` and `backward` also take `into`: tensors that results are written to, or merged into
+    (`merge`) or added to (`add`).
+    `prepare` turns a launch mask into the kernel's own schedule once per plan; `forward` and `backward` take that schedule.
+    A kernel whose own memory is known beforehand has `workspace_bytes(direction, shape, schedule)`, too.
+    """
+
+    DIFFERENTIABLE_LSE: bool
+    ACCUMULATES: bool
+
+    def unsupported_reason(self, requirements: KernelRequirements) -> str | None: ...
+
+    def prepare(self, mask: LaunchMask, requirements: KernelRequirements) -> Any: ...
+
+    def forward(
+        self, q_THD: Tensor, k_SKD: Tensor, v_SKE: Tensor, schedule: Any, score: ScoreMod, /, **into: Any
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def backward(
+        self,
+        do_THE: Tensor,
+        q_THD: Tensor,
+        k_SKD: Tensor,
+        v_SKE: Tensor,
+        lse_TH: Tensor,
+        delta_TH: Tensor,
+        schedule: Any,
+        score: ScoreMod,
+        /,
+        **into: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def load_kernel(name: str) -> Kernel:
+    """The kernel module of that name. Raises DistattnError where there is none, or what it needs is not installed."""
+    known = dict(KERNELS)
+    for some in OTHER_KERNELS.values():
+        known |= some
+    if name not in known:
+        raise DistattnError(f"kernel {name!r} does not exist; there are {AUTO}, {', '.join(KERNELS)}.")
+    try:
+        return cast(Kernel, import_module(known[name]))
+    except ModuleNotFoundError as error:
+        way_out = f': pip install "distattn[{_EXTRAS[name]}]"' if name in _EXTRAS else ""
+        raise DistattnError(f'kernel "{name}" needs {error.name}, which is not installed here{way_out}.') from None
+
+
+def kernel_preparer(name: str, requirements: KernelRequirements) -> Callable[[Any], Any]:
+    """Return the function from a launch mask, or of a recurrence from its stretches, to the kernel's own schedule."""
+    kernel = load_kernel(name)
+    if requirements.op.kind == "latent_attention":
+        # it runs on keys and values of all heads
+        return lambda mask: kernel.prepare(mask._replace(kv_heads=mask.heads, group_size=1, first_head=0), requirements)
+    return lambda mask: kernel.prepare(mask, requirements)
+
+
+def _way_out(requirements: KernelRequirements) -> str:
+    """What to do instead: the device's own kernel where it can serve the call, else the slow one that computes everything."""
+    if requirements.op.kind in OTHER_KERNELS:
+        return f'Use kernel="{next(iter(OTHER_KERNELS[requirements.op.kind]))}".'
+    name = _DEFAULTS.get(requirements.device.type, "reference")
+    if load_kernel(name).unsupported_reason(requirements):
+        name = "reference"
+    return f'Use kernel="{name}".'
+
+
+def choose_kernel(name: str | None, requirements: KernelRequirements) -> str:
+    """The name of the kernel of a call: `name` if it can serve the call, or the device's default ("cpu", "triton").
+
+    What "auto" finds by trial is `ops.kernel_choice`'s matter; here it is the default.
+
+    "gluon" becomes "gluon_split" under torch.use_deterministic_algorithms. Raises DistattnError.
+    """
+    op = requirements.op
+    of_op = OTHER_KERNELS.get(op.kind, KERNELS)
+    if name not in (None, AUTO, *of_op) and (
+        of_op is not KERNELS or any(name in some for some in OTHER_KERNELS.values())
+    ):
+        raise DistattnError(f'kernel "{name}" does not compute {op.name}; there are {AUTO}, {", ".join(of_op)}.')
+    if of_op is not KERNELS:
+        name = next(iter(of_op)) if name in (None, AUTO) else name
+    elif name in (None, AUTO):
+        if requirements.device.type not in _DEFAULTS:
+            raise DistattnError(
+                f'there is no default kernel for {requirements.device.type} tensors; pass kernel="reference".'
+            )
+        name = _DEFAULTS[requirements.device.type]
+        if op.kind == "latent_attention" and load_kernel(name or "").unsupported_reason(requirements):
+            # keys are wider than values, which not every kernel takes
+            name = "reference"
+    import torch
+
+    if name in _DETERMINISTIC and torch.are_deterministic_algorithms_enabled():
+        name = _DETERMINISTIC[name]
+    why_not = load_kernel(name).unsupported_reason(requirements)
+    if why_not:
+        raise DistattnError(f'kernel "{name}" cannot serve this call: {why_not}. {_way_out(requirements)}')
+    return name

@@ -1,0 +1,121 @@
+"""What kernels' trials found on this machine, in a file: by device, driver, PyTorch, Triton and shape."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distattn.ir.bands import LO, UNBOUNDED
+from distattn.kernels.flash.attention import implementation
+from distattn.kernels.launch_mask import LaunchMask
+from distattn.kernels.spec import KernelRequirements
+from distattn.kernels.trials import Trial, mostly_overlap_messages
+
+
+def cache_file() -> Path:
+    """Where trials are kept; the folder is that of the XDG base directories."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base, "distattn", "kernels.json")
+
+
+def trial_key(masks: list[LaunchMask], requirements: KernelRequirements) -> str:
+    """What a trial depends on, as a line that people can read."""
+    largest = max((mask.rows for mask in masks), default=0)
+    first = max(masks, key=lambda mask: mask.heads, default=None)
+    # within a factor of two the same kernel is the fastest
+    rows = 1 << max(largest - 1, 0).bit_length()
+    heads = f"{first.heads}:{first.kv_heads}" if first else "no heads"
+    shape = f"{str(requirements.dtype)[6:]} {heads} {requirements.head_dim}/{requirements.v_head_dim}"
+    extras = "".join(f" {name}" for name in ("softcap", "alibi") if getattr(requirements, name))
+    steps = f" steps of {requirements.least_step}" if requirements.least_step else ""
+    windows = " windows" * any((mask.bands[:, LO] > -UNBOUNDED // 2).any() for mask in masks)
+    kind = ", messages in flight" * mostly_overlap_messages(masks)
+    return (
+        f"{_machine(requirements.device)} | kernels {_sources()} | {shape}{extras}{steps}{windows}, {rows} rows{kind}"
+    )
+
+
+def trial_key_of_op(requirements: KernelRequirements, heads: int, key_heads: int) -> str:
+    """The same for a recurrence or convolution, whose trials depend on no plan, but on packages that have its kernels."""
+    packages = ", ".join(f"{name} {_version(name)}" for name in ("fla-core", "tilelang"))
+    shape = f"{str(requirements.dtype)[6:]} {heads}:{key_heads} {requirements.head_dim}/{requirements.v_head_dim}"
+    groups = " groups" * requirements.grouped
+    kernels = f"{packages} | kernels {_sources()}"
+    return f"{_machine(requirements.device)} | {kernels} | {requirements.op.name} {shape}{groups}"
+
+
+def read_trials(key: str, names: tuple[str, ...]) -> dict[str, Trial] | None:
+    """The trials of these kernels, or None where one has not been tried."""
+    found = _read().get(key, {})
+    # a file of another version, or that somebody has changed, is none
+    with suppress(TypeError, KeyError):
+        return {name: Trial(**found[name]) for name in names}
+    return None
+
+
+def write_trials(key: str, trials: dict[str, Trial]) -> None:
+    """Keep trials, if there are any. A file that cannot be written is no reason to stop."""
+    if not trials:
+        return
+    path = cache_file()
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # other ranks of this machine write, too: one at a time, and whole files or nothing
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            everything = _read()
+            everything[key] = everything.get(key, {}) | {name: trial._asdict() for name, trial in trials.items()}
+            aside = path.with_suffix(".new")
+            aside.write_text(json.dumps(everything, indent=1))
+            os.replace(aside, path)
+
+
+def all_trials() -> dict[str, dict[str, Trial]]:
+    """Everything that is kept, by key."""
+    out = {}
+    for key, trials in _read().items():
+        with suppress(TypeError, AttributeError):
+            out[key] = {name: Trial(**trial) for name, trial in trials.items()}
+    return out
+
+
+def _read() -> dict[str, Any]:
+    try:
+        found = json.loads(cache_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@cache
+def _sources() -> str:
+    """A short hash of the kernels' sources: what was found of others does not count."""
+    folder = Path(__file__).parent
+    texts = b"".join(file.read_bytes() for file in sorted(folder.rglob("*.py")))
+    return hashlib.sha1(texts).hexdigest()[:8]
+
+
+def _machine(device: torch.device) -> str:
+    name, driver = "CPU", ""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        with suppress(OSError):
+            driver = Path("/proc/driver/nvidia/version").read_text().split("Module", 1)[-1].split()[0]
+    flash = implementation()
+    return f"{name} | driver {driver or 'unknown'} | torch {torch.__version__} ({flash}) | triton {_version('triton')}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"

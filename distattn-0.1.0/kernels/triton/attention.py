@@ -1,0 +1,309 @@
+"""Core attention in plain Triton (tier A): which tiles, which launches. The kernels are in forward.py and backward.py.
+
+Runs on NVIDIA GPUs from sm_80 on, and on the CPU in Triton's interpreter (TRITON_INTERPRET=1) for tests. Lengths, runs and
+strides of tokens are data: another batch compiles nothing.
+"""
+
+# T query rows, S key rows, H query heads, K key/value heads, D head dim, E value head dim
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from distattn.kernels.launch_mask import LaunchMask
+from distattn.kernels.spec import KernelRequirements, LaunchShape, ScoreMod
+from distattn.kernels.split_tiles import split_long_tiles
+from distattn.kernels.tile_runs import tile_runs, transposed_runs
+from distattn.kernels.triton.backward import dkdv_kernel, dq_kernel, row_numbers_kernel
+from distattn.kernels.triton.forward import forward_kernel
+from distattn.kernels.triton.launch import (
+    TMA_LIMIT,
+    SplitTileTensors,
+    Tile,
+    TileRunTensors,
+    TritonLaunch,
+    call_arguments,
+    compute_capability,
+    make_launch,
+    multiprocessors,
+    run_launch,
+    split_tile_tensors,
+    tensor_arguments,
+    tile_run_tensors,
+)
+from distattn.kernels.triton.sums import part_bytes, plan_sums, scratch_of_parts
+from distattn.kernels.triton.tiles import INTERPRETED
+
+DIFFERENTIABLE_LSE = True
+ACCUMULATES = True
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Tiles(NamedTuple):
+    """Tiles of the three kernels."""
+
+    forward: Tile
+    dkdv: Tile
+    dq: Tile
+
+
+# by the sum of both head dims, at most: what the compile lint finds best (its budgets tell what still spills in loops)
+_HALF_90 = {
+    128: Tiles(Tile(128, 128, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
+    192: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 3), Tile(128, 64, 8, 3)),
+    256: Tiles(Tile(128, 128, 8, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 3)),
+    320: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2)),
+    384: Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(128, 32, 8, 3)),
+    512: Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(128, 32, 8, 2)),
+}
+# sm_80: less shared memory, no tensor-memory accelerator
+_HALF_80 = {
+    128: Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    192: Tiles(Tile(128, 64, 8, 3), Tile(32, 64, 4, 2), Tile(64, 64, 8, 2)),
+    256: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    320: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+    384: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+    512: Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+}
+_SINGLE = {
+    128: Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    256: Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    512: Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1)),
+}
+# rows of a program that prepares log-sum-exp and delta; no tile has more
+_ROW_BLOCK = 256
+
+
+class TileSchedule(NamedTuple):
+    """The lists of the three kernels and the shape of the call."""
+
+    forward: TileRunTensors
+    dkdv: SplitTileTensors
+    dq: TileRunTensors
+    tiles: Tiles
+    group_size: int
+    first_head: int
+
+
+def unsupported_reason(requirements: KernelRequirements) -> str | None:
+    """Why this kernel cannot serve such a call, or None."""
+    if requirements.device.type != "cuda" and not (INTERPRETED and requirements.device.type == "cpu"):
+        return f"Triton kernels run on NVIDIA GPUs, not on {requirements.device.type}"
+    if compute_capability(requirements.device) < 80:
+        return "it needs compute capability 8.0 (A100) or later"
+    if requirements.dtype not in _DTYPES:
+        return f"it computes bfloat16, float16 and float32, not {str(requirements.dtype)[6:]}"
+    for dim in (requirements.head_dim, requirements.v_head_dim):
+        if not 16 <= dim <= 256 or len(_parts(dim)) > 2 or dim % 16:
+            return f"head dims are powers of two or sums of two from 16 to 256 (80, 96, 192), not {dim}"
+    return None
+
+
+def tiles_for(requirements: KernelRequirements, capability: int) -> Tiles:
+    """The tiles for such a call on a device of this compute capability (80, 90, ...)."""
+    # consumer chips have as little shared memory as older ones
+    table = _HALF_90 if 90 <= capability < 120 else _HALF_80
+    table = _SINGLE if requirements.dtype == torch.float32 else table
+    return table[min(dims for dims in table if dims >= requirements.head_dim + requirements.v_head_dim)]
+
+
+def prepare(mask: LaunchMask, requirements: KernelRequirements) -> TileSchedule:
+    """The lists of tiles that compute the mask."""
+    tiles = tiles_for(requirements, compute_capability(requirements.device))
+    return prepare_tiles(mask, tiles, multiprocessors(requirements.device))
+
+
+def prepare_tiles(mask: LaunchMask, tiles: Tiles, processors: int) -> TileSchedule:
+    """The same with given tiles, for a device of so many processors."""
+    by_keys = transposed_runs(mask, tiles.dkdv.keys, tiles.dkdv.rows)
+    return TileSchedule(
+        tile_run_tensors(tile_runs(mask, tiles.forward.rows, tiles.forward.keys)),
+        split_tile_tensors(split_long_tiles(by_keys, mask, tiles.dkdv.rows, processors)),
+        tile_run_tensors(tile_runs(mask, tiles.dq.rows, tiles.dq.keys)),
+        tiles,
+        mask.group_size,
+        mask.first_head,
+    )
+
+
+def forward(
+    q_THD: Tensor,
+    k_SKD: Tensor,
+    v_SKE: Tensor,
+    schedule: TileSchedule,
+    score: ScoreMod,
+    into: tuple[Tensor, Tensor] | None = None,
+    merge: bool = False,
+    precision: str = "ieee",
+) -> tuple[Tensor, Tensor]:
+    """(o_THE, lse_TH), in fp32 unless `into` is not; rows without keys have o = 0 and lse = -inf.
+
+    into: (o, lse) to write the result to or, with `merge`, to merge it into.
+    """
+    if into is None:
+        o_THE = q_THD.new_empty(*q_THD.shape[:2], v_SKE.shape[2], dtype=torch.float32)
+        into = o_THE, q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
+    run_launch(plan_forward(q_THD, k_SKD, v_SKE, *into, schedule, score, precision=precision, merge=merge))
+    return into
+
+
+def backward(
+    do_THE: Tensor,
+    q_THD: Tensor,
+    k_SKD: Tensor,
+    v_SKE: Tensor,
+    lse_TH: Tensor,
+    delta_TH: Tensor,
+    schedule: TileSchedule,
+    score: ScoreMod,
+    into: tuple[Tensor | None, tuple[Tensor, Tensor] | None] = (None, None),
+    add: tuple[bool, bool] = (False, False),
+    precision: str = "ieee",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq_THD, dk_SKD, dv_SKE) of these cells, given the final lse and delta = rowsum(dO * O) of each row; fp32, or as `into` is.
+
+    into: dq, and (dk, dv), to write results to; add: whether they are added to what is there, to dq, and to dk and dv.
+    """
+    dq = q_THD.new_empty(q_THD.shape, dtype=torch.float32) if into[0] is None else into[0]
+    dk, dv = into[1] or (x.new_empty(x.shape, dtype=torch.float32) for x in (k_SKD, v_SKE))
+    tensors = do_THE, q_THD, k_SKD, v_SKE, lse_TH, delta_TH
+    for launch in plan_backward(*tensors, (dq, dk, dv), schedule, score, precision=precision, accumulate=add):
+        run_launch(launch)
+    return dq, dk, dv
+
+
+def plan_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    schedule: TileSchedule,
+    score: ScoreMod,
+    *,
+    precision: str = "ieee",
+    merge: bool = False,
+) -> TritonLaunch:
+    """The forward launch. o (T, H, E) and lse (T, H) are written, or with `merge` folded into what they hold."""
+    (rows, heads, _), keys = q.shape, len(k)
+    tile = schedule.tiles.forward
+    arguments = _operands({"q": (q, tile.rows), "k": (k, tile.keys), "v": (v, tile.keys)})
+    arguments |= tensor_arguments(o=o, lse=lse) | {"slopes_": o if score.slopes_H is None else score.slopes_H}
+    arguments |= call_arguments(schedule.forward, rows, keys, heads, schedule.group_size, schedule.first_head, score)
+    arguments["PRECISION"] = precision
+    arguments |= dict(BM=tile.rows, BN=tile.keys, MERGE=merge)
+    return make_launch(forward_kernel, len(schedule.forward.order) * heads, arguments, tile)
+
+
+def plan_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    grads: tuple[Tensor, ...],
+    schedule: TileSchedule,
+    score: ScoreMod,
+    *,
+    precision: str = "ieee",
+    accumulate: tuple[bool, bool] = (False, False),
+) -> list[TritonLaunch]:
+    """The backward launches; grads: (dq, dk, dv). accumulate: add to dq, to dk and dv, instead of writing."""
+    (rows, heads, _), (keys, kv_heads, _) = q.shape, k.shape
+    dq, dk, dv = grads
+    numbers, first_launch = plan_row_numbers(lse, delta)
+    padded = numbers.shape[2]
+    # arguments that are not used are of one alignment: another would compile another kernel
+    slopes = numbers if score.slopes_H is None else score.slopes_H
+    split = schedule.dkdv
+    parts = scratch_of_parts(dk, dv, split, schedule.tiles.dkdv)
+    of_keys = tensor_arguments(dk=dk, dv=dv) | dict(part_=split.part, parts_=parts, kv_heads=kv_heads)
+    launches = [first_launch]
+    for kernel, lists, tile, owners, acc, results in (
+        (dkdv_kernel, split.runs, schedule.tiles.dkdv, kv_heads, accumulate[1], of_keys),
+        (dq_kernel, schedule.dq, schedule.tiles.dq, heads, accumulate[0], tensor_arguments(dq=dq)),
+    ):
+        on_rows, on_keys = tile.rows, tile.keys
+        arguments = _operands({"q": (q, on_rows), "k": (k, on_keys), "v": (v, on_keys), "do": (do, on_rows)})
+        arguments |= results | {"numbers_": numbers, "padded": padded, "plane": heads * padded, "slopes_": slopes}
+        arguments |= call_arguments(lists, rows, keys, heads, schedule.group_size, schedule.first_head, score)
+        arguments["PRECISION"] = precision
+        arguments |= dict(BM=tile.rows, BN=tile.keys, ACC=acc)
+        launches.append(make_launch(kernel, len(lists.order) * owners, arguments, tile))
+    return [*launches, plan_sums(parts, dk, dv, split, accumulate[1])] if split.slots else launches
+
+
+def plan_row_numbers(lse: Tensor, delta: Tensor) -> tuple[Tensor, TritonLaunch]:
+    """(2, H, more than T): log-sum-exp in base 2 and delta as backward kernels read them, and the launch that fills it."""
+    rows, heads = lse.shape
+    numbers = scratch_of_numbers(lse)
+    padded = numbers.shape[2]
+    arguments = tensor_arguments(lse=lse, delta=delta) | dict(numbers_=numbers, rows=rows, heads=heads, padded=padded)
+    arguments |= dict(plane=heads * padded, BLOCK=_ROW_BLOCK)
+    tile = Tile(_ROW_BLOCK, 0, 4, 1)
+    return numbers, make_launch(row_numbers_kernel, padded // _ROW_BLOCK * heads, arguments, tile)
+
+
+def scratch_of_numbers(lse: Tensor) -> Tensor:
+    """Where the row numbers of a launch go."""
+    return lse.new_empty(2, lse.shape[1], _padded(len(lse)))
+
+
+def workspace_bytes(direction: str, shape: LaunchShape, schedule: TileSchedule) -> int:
+    """Bytes that a pass allocates on the device beside its operands and results."""
+    if direction == "forward":
+        return 0
+    return row_number_bytes(shape) + part_bytes(shape, schedule.dkdv, schedule.tiles.dkdv)
+
+
+def row_number_bytes(shape: LaunchShape) -> int:
+    """Bytes of the row numbers of a backward launch."""
+    return 2 * shape.heads * _padded(shape.rows) * 4
+
+
+def _padded(rows: int) -> int:
+    # programs read a tile beyond the last row
+    return (-(-rows // _ROW_BLOCK) + 1) * _ROW_BLOCK
+
+
+@cache
+def _parts(dim: int) -> list[int]:
+    """A head dim as powers of two, largest first."""
+    return [1 << bit for bit in range(dim.bit_length() - 1, -1, -1) if dim >> bit & 1]
+
+
+def _operands(tensors: dict[str, tuple[Tensor, int]]) -> dict[str, Any]:
+    """Tensors with their strides and the parts of their head dims: by tensor-memory accelerator where all of them can."""
+    tensors = {name: (x if x.stride(2) == 1 else x.contiguous(), block) for name, (x, block) in tensors.items()}
+    tma = all(_fits_tma(x) for x, _ in tensors.values())
+    arguments: dict[str, Any] = {"TMA": tma}
+    for name, (x, block) in tensors.items():
+        width, second = (*_parts(x.shape[2]), 0)[:2]
+        arguments |= {f"{name}_row": x.stride(0), f"{name}_head": x.stride(1)}
+        arguments[f"{name}_"] = first = _descriptor(x, block, width) if tma else x
+        arguments[f"{name}1_"] = _descriptor(x, block, second) if tma and second else first
+        if name in ("q", "v"):
+            letter = "D" if name == "q" else "E"
+            arguments |= {f"{letter}0": width, f"{letter}1": second}
+    return arguments
+
+
+def _fits_tma(x: Tensor) -> bool:
+    if x.dtype == torch.float32 or not x.numel():
+        return False
+    if max(x.shape[0], x.shape[1] * abs(x.stride(1))) >= TMA_LIMIT:
+        return False
+    aligned = x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:2])
+    return aligned and (INTERPRETED or compute_capability(x.device) >= 90)
+
+
+def _descriptor(x: Tensor, block: int, width: int) -> TensorDescriptor:
+    """A descriptor of the matrix (tokens, heads x dim)."""
+    columns = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
+    return TensorDescriptor(x, [x.shape[0], columns], [x.stride(0), 1], [block, width])

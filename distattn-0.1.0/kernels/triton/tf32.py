@@ -1,0 +1,22 @@
+"""The triton kernels with products of float32 on tf32 matrix units: ten bits of mantissa, several times as fast."""
+
+from functools import partial
+
+from distattn.kernels.triton import attention as triton_attention
+from distattn.kernels.triton.attention import prepare, unsupported_reason, workspace_bytes
+
+DIFFERENTIABLE_LSE = triton_attention.DIFFERENTIABLE_LSE
+ACCUMULATES = triton_attention.ACCUMULATES
+
+forward = partial(triton_attention.forward, precision="tf32")
+backward = partial(triton_attention.backward, precision="tf32")
+
+__all__ = [
+    "ACCUMULATES",
+    "DIFFERENTIABLE_LSE",
+    "backward",
+    "forward",
+    "prepare",
+    "unsupported_reason",
+    "workspace_bytes",
+]

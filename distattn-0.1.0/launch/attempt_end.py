@@ -1,0 +1,184 @@
+"""How an attempt on several nodes has ended, the cause, and the nodes that the next attempt leaves out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError, RunStopped
+from distattn.supervision.culprits import names_lost_peer
+
+# a rank that ends with one of these has given its reason, and would end again
+_FINAL = (DistattnError.exit_code, DamagedDataError.exit_code)
+# what may be wrong with a rank; the likeliest cause of other ranks' failures comes first
+_KINDS = ("killed", "cut", "hung", "raised", "refused")
+# exit codes of ranks that end because of other ranks
+_OF_OTHERS = (0, LostRankError.exit_code, RunStopped.exit_code)
+# seconds in which other nodes may fail after the first, from the same cause, before they are ended
+OTHERS_SECONDS = 5.0
+# failures of one host in a row before it is left out; the longest time between two of them
+_MOST_FAILURES, _FORGOTTEN_SECONDS = 2, 86400.0
+
+
+@dataclass
+class AttemptEnd:
+    """How an attempt has ended.
+
+    code: of the whole attempt. codes: by host in the order of their ends, None if a signal killed the ranks. descriptions: by
+    host, from the process that started the ranks. lost: hosts that no longer exist. next_nodes: the number of nodes of the next
+    attempt, if ranks were asked to end for it, else 0. unstarted: the scheduler's reason why no ranks were started, else "".
+    """
+
+    code: int = 0
+    codes: dict[str, int | None] = field(default_factory=dict)
+    descriptions: dict[str, str] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)
+    next_nodes: int = 0
+    unstarted: str = ""
+
+    def add(self, host: str, code: int | None, description: str = "") -> bool:
+        """Note how the ranks of a host have ended; return whether they failed. description: by default from the exit code."""
+        self.codes.setdefault(host, code)
+        self.descriptions.setdefault(host, description or f"ended with exit code {code}")
+        return code != RunStopped.exit_code
+
+    def blamed(self, hosts: Sequence[str]) -> list[str]:
+        """Return the hosts to blame: lost hosts, else hosts whose ranks were killed or have given a reason for their end.
+
+        If all hosts that have ended only miss another one, return the hosts that did not answer.
+        """
+        killed = [host for host, code in self.codes.items() if code is None or code > 128]
+        failed = [host for host, code in self.codes.items() if code not in _OF_OTHERS]
+        return self.lost or killed or failed[:1] or self.silent(hosts) or list(self.codes)[:1]
+
+    def silent(self, hosts: Sequence[str]) -> list[str]:
+        """Return the attempt's hosts that no longer answered after others had failed."""
+        return [host for host in hosts if host not in self.codes] if self.codes else []
+
+    def is_final(self) -> bool:
+        """Return whether ranks have given a reason that another attempt would not change."""
+        # exit codes of the others, which end because that rank has ended
+        following = (*_FINAL, 0, 1, LostRankError.exit_code)
+        codes = self.codes.values()
+        return not self.lost and any(code in _FINAL for code in codes) and all(code in following for code in codes)
+
+    def cause(self, hosts: Sequence[str], node_reports: Mapping[int, Mapping[str, Any]]) -> tuple[str, list[str]]:
+        """Return the cause and the hosts to blame. node_reports: by the node's place in hosts, about the node's own ranks."""
+        if self.lost or not node_reports:
+            return self.why(hosts), self.blamed(hosts)
+        least = min(map(_rank_of_cause, node_reports.values()))
+        unreported = [host for node, host in enumerate(hosts) if node not in node_reports]
+        if least == len(_KINDS) and unreported:
+            return self._describe(unreported), unreported
+        first = [facts for facts in node_reports.values() if _rank_of_cause(facts) == least]
+        # all nodes report the same about ranks that hang
+        sentences = list(
+            dict.fromkeys(f"{', '.join(hosts[node] for node in facts['nodes'])}: {facts['why']}" for facts in first)
+        )
+        return "; ".join(sentences), sorted({hosts[node] for facts in first for node in facts["nodes"]})
+
+    def why(self, hosts: Sequence[str]) -> str:
+        """Describe how the hosts to blame have ended."""
+        default = (
+            f"no ranks were started: {self.unstarted}"
+            if self.unstarted
+            else f"the attempt ended with exit code {self.code}"
+        )
+        return self._describe(self.blamed(hosts)) or default
+
+    def _describe(self, hosts: Sequence[str]) -> str:
+        descriptions = self.descriptions | dict.fromkeys(self.lost, "was lost")
+        return ", ".join(f"{host} {descriptions.get(host, 'no longer answered')}" for host in hosts)
+
+
+class RepeatedFailures:
+    """Counts failures in a row to which the same rank or host is to blame, which chance hardly explains.
+
+    A failure of another one in between, or a day without failures, starts the count again.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._suspects: set[Any] = set()
+        self._last = float("-inf")
+
+    def add(self, blamed: Iterable[Any]) -> None:
+        """Note who was to blame for a failure."""
+        now, blamed = time.monotonic(), set(blamed)
+        common = self._suspects & blamed if now - self._last < _FORGOTTEN_SECONDS else set()
+        self._suspects, self.count = (common, self.count + 1) if common else (blamed, 1)
+        self._last = now
+
+    @property
+    def culprit(self) -> Any:
+        """The only rank or host that was to blame each time; None if there is no such one."""
+        return next(iter(self._suspects)) if self.count >= _MOST_FAILURES and len(self._suspects) == 1 else None
+
+    def forget(self, suspect: Any) -> None:
+        """Start the count again if this is a suspect."""
+        if suspect in self._suspects:
+            self._suspects, self.count = set(), 0
+
+
+class LeftOut:
+    """The hosts that attempts no longer take."""
+
+    def __init__(self) -> None:
+        self.hosts: list[str] = []
+        self._failures = RepeatedFailures()
+        # among `hosts`: those that still answer, and those on which no attempt could begin
+        self._failing: list[str] = []
+        self._unstarted: list[str] = []
+        # unstarted hosts that were taken again
+        self.asked_again: set[str] = set()
+
+    @property
+    def failing(self) -> list[str]:
+        """Hosts that have failed repeatedly and still answer, left out or not."""
+        culprit = self._failures.culprit
+        return [*self._failing, *([] if culprit is None or culprit in self.hosts else [culprit])]
+
+    def blame(self, hosts: Sequence[str], end: AttemptEnd, spare: int) -> None:
+        """Leave out a lost host; also a host that fell silent or failed repeatedly, if another host can replace it.
+
+        spare: number of hosts beyond those that an attempt takes.
+        """
+        before = len(self.hosts)
+        self._failures.add(hosts)
+        for host in hosts:
+            suspect = host not in end.codes or host == self._failures.culprit
+            if host not in self.hosts and (host in end.lost or suspect and len(self.hosts) - before < spare):
+                self.hosts.append(host)
+                if host in end.codes and host not in end.lost:
+                    self._failing.append(host)
+
+    def leave_out_unstarted(self, host: str) -> None:
+        """Leave out a host that did not answer in time, or could start nothing, when an attempt was about to begin."""
+        self.hosts.append(host)
+        self._unstarted.append(host)
+
+    def take_back_unstarted(self, alive: Collection[str]) -> str:
+        """Take back the first host on which no attempt could begin and that is alive; return it, or "" without one."""
+        for host in self._unstarted:
+            if host in alive:
+                self._unstarted.remove(host)
+                self.hosts.remove(host)
+                self.asked_again.add(host)
+                return host
+        return ""
+
+    def take_back(self) -> list[str]:
+        """Take back hosts that have failed but answered, rather than have too few; return them."""
+        hosts, self._failing = self._failing, []
+        for host in hosts:
+            self.hosts.remove(host)
+            self._failures.forget(host)
+        return hosts
+
+
+def _rank_of_cause(facts: Mapping[str, Any]) -> int:
+    """Return how likely a node's report is the cause of the others' failures: 0 is most likely."""
+    follows = facts["exit_code"] == LostRankError.exit_code or names_lost_peer(facts["why"])
+    return len(_KINDS) if follows and facts["kind"] in ("raised", "refused") else _KINDS.index(facts["kind"])

@@ -1,0 +1,67 @@
+"""How far a data command is, on the error stream: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from distattn.launch.command_line import print_to_stderr
+
+# a log file wants to be read: not more than one line in this many seconds
+_LINE_SECONDS = 10.0
+
+
+class ProgressReporter:
+    """Use as a context; call `advance` with what was done. total: of whatever is counted, such as bytes of files."""
+
+    def __init__(self, name: str, total: int):
+        self.name, self.total = name, total
+        self.done = self.before = 0
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> Self:
+        self._began = self._last_line = time.monotonic()
+        if sys.stderr.isatty():
+            columns = (
+                TextColumn(self.name),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[rates]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._bar.add_task(self.name, total=self.total, rates="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def begin_at(self, done: int) -> None:
+        """What an earlier command did: it does not count in the rate."""
+        self.done = self.before = done
+        if self._bar:
+            self._bar.reset(self._bar.task_ids[0], completed=done, rates="")
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return max(time.monotonic() - self._began, 1e-9)
+
+    def advance(self, amount: int, rates: str = "") -> None:
+        """So much more was done. rates: what to show beside it, such as tokens per second."""
+        self.done += amount
+        now = time.monotonic()
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], completed=self.done, rates=rates)
+        elif now - self._last_line >= _LINE_SECONDS:
+            self._last_line = now
+            left = (self.total - self.done) * self.seconds / max(self.done - self.before, 1)
+            shown = f"  {rates}" if rates else ""
+            print_to_stderr(f"{self.name}: {self.done / max(self.total, 1):.1%}{shown}  about {left:,.0f} s left")

@@ -1,0 +1,101 @@
+"""`distattn data stats`: what a run will see, by corpus and by length, as a table and as a picture."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from distattn.data.corpus import Corpus
+from distattn.data.pack_config import load_pack_config, open_configured_plan, open_corpora
+from distattn.data.pack_plan import PackPlan
+from distattn.ir.errors import DistattnError
+from distattn.launch.command_line import CommandParser
+from distattn.launch.data.progress import ProgressReporter
+from distattn.launch.data.tables import plan_facts, print_plan
+
+USAGE = """usage: distattn data stats PACKS.toml [--picture FILE] [--json]
+
+Says what a run with this plan will see: documents, tokens and epochs of each corpus, how full packs are, how uneven the attention
+work of a step's packs is. The plan is made by distattn data pack.
+
+  --picture FILE   lengths of documents by corpus, and work of packs by step, drawn (.svg, .png or .pdf)
+  --json           the result as JSON
+"""
+
+# steps of a long plan whose packs are looked at, evenly spaced
+_MOST_STEPS = 2000
+_BINS = 64
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(USAGE)
+        return 0 if arguments else 2
+    parser = CommandParser("data stats")
+    parser.add_argument("config")
+    parser.add_argument("--picture")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args(arguments)
+    if given.picture is not None and not given.picture.endswith((".svg", ".png", ".pdf")):
+        raise DistattnError(f"data stats: --picture {given.picture}: end the name in .svg, .png or .pdf.")
+    config = load_pack_config(given.config)
+    corpora = open_corpora(config)
+    plan = open_configured_plan(config, corpora)
+    steps = np.unique(np.linspace(0, plan.steps - 1, min(plan.steps, _MOST_STEPS)).astype(np.int64))
+    with ProgressReporter("stats", len(steps)) as reporter:
+        unevenness = np.empty(len(steps))
+        for place, step in enumerate(steps.tolist()):
+            unevenness[place] = _unevenness(plan, step)
+            reporter.advance(1)
+    if given.picture:
+        _draw(corpora, steps, unevenness, given.picture)
+    mean, worst = float(unevenness.mean()), float(unevenness.max())
+    if given.json:
+        facts = plan_facts(plan) | {"attention_max_over_mean": mean, "worst_attention_max_over_mean": worst}
+        sys.stdout.write(json.dumps(facts) + "\n")
+        return 0
+    print_plan(plan)
+    looked = "all steps" if len(steps) == plan.steps else f"{len(steps):,} steps"
+    sys.stdout.write(
+        f"attention work of a step's packs, largest over mean: {mean:.2f}, at most {worst:.2f} in step "
+        f"{steps[unevenness.argmax()]:,} (of {looked})\n"
+    )
+    return 0
+
+
+def _unevenness(plan: PackPlan, step: int) -> float:
+    """Attention work of a step's largest pack over the mean of all. A pack of several slots counts as so many."""
+    found = plan.step(step)
+    work = np.array([np.square(pack.rows["length"], dtype=np.float64).sum() for pack in found.packs])
+    slots = np.array(found.slots)
+    return float((work / slots).max() * slots.sum() / work.sum())
+
+
+def _draw(corpora: Sequence[Corpus], steps: np.ndarray, unevenness: np.ndarray, file: str) -> None:
+    """Draw the tokens of each corpus by the length of their documents, and how uneven steps are."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise DistattnError("data stats: --picture needs matplotlib: pip install 'distattn[train]'.") from None
+    longest = max(int(corpus.lengths.max()) for corpus in corpora)
+    edges = np.geomspace(1, longest + 1, _BINS + 1)
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    upper, lower = figure.subplots(2, 1)
+    for corpus in corpora:
+        lengths = corpus.lengths
+        tokens, _ = np.histogram(lengths, edges, weights=lengths)
+        upper.stairs(tokens / 1e6, edges, label=f"{corpus.name} ({corpus.documents:,} documents)", fill=True, alpha=0.5)
+    upper.set(
+        xscale="log", xlabel="tokens of a document", ylabel="million tokens in them", title="Lengths of documents"
+    )
+    upper.legend()
+    lower.plot(steps, unevenness, linewidth=1)
+    lower.set(xlabel="step", ylabel="largest over mean", title="Attention work of a step's packs", ylim=(1, None))
+    try:
+        figure.savefig(file)
+    except OSError as error:
+        raise DistattnError(f"data stats: --picture {file}: cannot be written: {error.strerror}.") from None

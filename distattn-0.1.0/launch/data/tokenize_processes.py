@@ -1,0 +1,225 @@
+"""The processes of `distattn data tokenize`: each works on one shard at a time; one that dies or stops is named and replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from distattn.data.manifest import Manifest
+from distattn.data.tokenize import (
+    Progress,
+    TokenizeJob,
+    finished_manifest,
+    finished_parts,
+    locked,
+    publish,
+    remove_parts,
+)
+from distattn.ir.errors import DamagedDataError, DistattnError
+from distattn.launch.command_line import print_message
+from distattn.supervision.helpers import LOOK_SECONDS, MOST_REPLACEMENTS, Helper, how_it_ended
+
+_WRAPPER = "distattn.launch.ranks.die_with_launcher"
+_WORKER = "distattn.data.tokenize_worker"
+# the time for which a process may be stopped
+_STOPPED_SECONDS = 10.0
+
+
+class LostProcessError(DistattnError):
+    """Processes ended that should not have; the message names the last one. Exit code 1 on the command line."""
+
+    exit_code = 1
+
+
+def tokenize(job: TokenizeJob, processes: int, report: Callable[[Progress], None]) -> Manifest:
+    """Tokenize all shards of a job that are not done yet by so many processes, and put them together. Returns the manifest.
+
+    report: is told what was done, first what an earlier command had done. Where the very same command has finished before,
+    nothing is done. Raises DistattnError with what went wrong; what is finished is kept, and the same job goes on from there.
+    """
+    with locked(job) as lock:
+        manifest = finished_manifest(job)
+        if manifest is None:
+            done = finished_parts(job)
+            report(_progress_of(job, done))
+            waiting = [shard for shard in range(len(job.shards)) if shard not in done]
+            try:
+                run_workers(job, waiting, processes, lock, report)
+                manifest = publish(job, finished_parts(job))
+            except DistattnError as error:
+                if not any(part.tokens for part in finished_parts(job).values()):
+                    raise
+                raise type(error)(f"{error} Finished shards are kept: the same command goes on from there.") from None
+        remove_parts(job)
+    return manifest
+
+
+def run_workers(
+    job: TokenizeJob, shards: Sequence[int], processes: int, lock: int, report: Callable[[Progress], None]
+) -> None:
+    """Tokenize shards in at most `processes` processes. Raises DistattnError if one of them fails, after all have ended.
+
+    A process that dies or is stopped is replaced, and the new one begins its shard again: a shard counts once all of it is
+    written. After MOST_REPLACEMENTS of them the next one is a failure.
+    """
+    waiting = deque(shards)
+    if not waiting:
+        return
+    job_file, replaced = job.save(), 0
+    workers: list[_Worker] = []
+    try:
+        with selectors.DefaultSelector() as selector:
+            for number in range(min(processes, len(waiting))):
+                workers.append(_Worker(number, job_file, lock))
+                selector.register(workers[-1].messages, selectors.EVENT_READ, workers[-1])
+                workers[-1].give(waiting)
+            while selector.get_map():
+                # a stopped process sends nothing
+                for worker in workers:
+                    worker.kill_if_stopped()
+                for key, _ in selector.select(LOOK_SECONDS):
+                    worker = key.data
+                    for message in worker.read():
+                        if "progress" in message:
+                            report(worker.advance(Progress(*message["progress"])))
+                        elif "done" in message:
+                            worker.give(waiting)
+                        else:
+                            raise (DamagedDataError if message["damaged"] else DistattnError)(message["error"])
+                    if worker.ended:
+                        selector.unregister(worker.messages)
+                        if not (lost := worker.lost(job)):
+                            continue
+                        # one that ends by itself has a reason, which a new process would have, too
+                        if replaced == MOST_REPLACEMENTS or not worker.was_killed:
+                            raise LostProcessError(f"{lost}; the others were stopped.{worker.hint}")
+                        replaced += 1
+                        print_message(f"{lost}; another process does it again.")
+                        report(worker.replace())
+                        selector.register(worker.messages, selectors.EVENT_READ, worker)
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+class _Worker:
+    """One process, and those that replace it. shard: what it works on, or None. ended: whether it will send no more."""
+
+    def __init__(self, number: int, job_file: str, lock: int):
+        self.number = number
+        self.shard: int | None = None
+        self._command = [sys.executable, "-m", _WRAPPER, str(os.getpid()), _WORKER, job_file]
+        self._lock = lock
+        self._start()
+
+    def _start(self) -> None:
+        # processes share the cores: none has threads of its own
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, pass_fds=[self._lock]
+        )
+        assert self._process.stdin and self._process.stdout
+        self._orders, self.messages = self._process.stdin, self._process.stdout
+        self._helper, self._looked = Helper(f"process {self.number}", self._process.pid), 0.0
+        # of the shard that it works on
+        self._progress = Progress()
+        self._rest, self._fault, self.ended = b"", "", False
+
+    def give(self, waiting: deque[int]) -> None:
+        """Give it the next shard, or, where none waits, let it end."""
+        self.shard = waiting.popleft() if waiting else None
+        self._progress = Progress()
+        self._order()
+
+    def _order(self) -> None:
+        # where it has died its messages end, too
+        with contextlib.suppress(BrokenPipeError):
+            if self.shard is None:
+                self._orders.close()
+            else:
+                self._orders.write(f"{self.shard}\n".encode())
+                self._orders.flush()
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """The messages that have arrived."""
+        content = os.read(self.messages.fileno(), 1 << 16)
+        self.ended = not content
+        *lines, self._rest = (self._rest + content).split(b"\n")
+        for line in lines:
+            yield json.loads(line)
+
+    def advance(self, progress: Progress) -> Progress:
+        """Add to what is done of the shard. Returns the progress that was added."""
+        self._progress = self._progress.plus(progress)
+        return progress
+
+    def lost(self, job: TokenizeJob) -> str:
+        """Say, as a clause, how a process has ended amid a shard; "" of one that had nothing to do any more."""
+        code = self._process.wait()
+        if self.shard is None:
+            return ""
+        how = self._fault or how_it_ended(code)
+        return (
+            f"tokenize: process {self.number} ({self._process.pid}) {how} while it worked on {job.describe(self.shard)}"
+        )
+
+    @property
+    def was_killed(self) -> bool:
+        """Return whether a signal has ended the process."""
+        return self._process.returncode < 0
+
+    @property
+    def hint(self) -> str:
+        """Return a sentence that says what to do about a process that was killed; "" if that is not known."""
+        # when memory runs out, the kernel kills a process with SIGKILL
+        memory_ran_out = not self._fault and self._process.returncode == -signal.SIGKILL
+        return " Where memory ran out, take fewer --processes." if memory_ran_out else ""
+
+    def replace(self) -> Progress:
+        """Have another process begin the shard of one that has ended. Returns the progress that is lost, as negative numbers."""
+        lost = Progress(*(-done for done in self._progress))
+        self._close_pipes()
+        self._start()
+        self._order()
+        return lost
+
+    def kill_if_stopped(self) -> None:
+        """Kill the process where it has been stopped for _STOPPED_SECONDS; its messages end then."""
+        now = time.monotonic()
+        if now < self._looked + LOOK_SECONDS:
+            return
+        self._looked = now
+        fault = self._helper.fault(_STOPPED_SECONDS)
+        # one that has ended by itself says how by its exit code
+        if fault and not self._fault and not self._helper.end():
+            self._fault = fault
+            self._process.kill()
+
+    def stop(self) -> None:
+        """End it, whatever it does."""
+        self._process.kill()
+        self._process.wait()
+        self._close_pipes()
+
+    def _close_pipes(self) -> None:
+        self.messages.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._orders.close()
+
+
+def _progress_of(job: TokenizeJob, parts: dict[int, Any]) -> Progress:
+    """What finished shards add up to."""
+    total = Progress()
+    for shard, part in parts.items():
+        stored = sum(piece.bytes for piece in job.shards[shard])
+        total = total.plus(Progress(stored, sum(part.documents), part.tokens, part.text_bytes))
+    return total

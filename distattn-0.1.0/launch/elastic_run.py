@@ -1,0 +1,66 @@
+"""A run whose number of nodes, and with it the number of data-parallel replicas, may change between its attempts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from distattn.ir.errors import DistattnError
+from distattn.launch.command_line import print_message
+from distattn.launch.node_needs import node_needs
+from distattn.launch.start_run import change_config
+from distattn.training.config import Config
+from distattn.training.config_checks import problems_of
+from distattn.training.run_folder import RunFolder
+
+
+def node_counts(config: Config, most: int = 0) -> tuple[int, ...]:
+    """Return the possible numbers of nodes of a run, largest first: the replicas are whole and each has packs of every step.
+
+    most: the number of nodes at the run's start, if it was larger. Raises DistattnError if `ray.min_nodes` leaves no choice.
+    """
+    ranks, least = node_needs(config).ranks, config.ray.min_nodes
+    now = config.parallel.ranks // ranks
+    if not least:
+        return (now,)
+    most = max(most, now)
+    if least >= most:
+        raise DistattnError(f"ray.min_nodes: {least}, but the run has {most} nodes; use a smaller number, or 0.")
+    counts = tuple(count for count in range(most, least - 1, -1) if not problems_of(_resized(config, count)))
+    if len(counts) < 2:
+        parallel = config.parallel
+        raise DistattnError(
+            f"ray.min_nodes: {least}, but no number of nodes from {least} to {most - 1} has whole replicas of "
+            f"{parallel.ranks // parallel.data_parallel_size} ranks with equally many packs of a step; use another, or 0."
+        )
+    return counts
+
+
+class ElasticRun:
+    """The possible numbers of nodes of a run, and its configuration with the current number. facts: for notes of attempts."""
+
+    def __init__(self, run: RunFolder, config: Config, most: int, facts: Mapping[str, Any]):
+        """Raise DistattnError as `node_counts` does. facts: further ones for notes of attempts."""
+        self._run, self._config = run, config
+        self.counts = node_counts(config, most)
+        self.facts = dict(facts)
+        self._note(config.parallel.ranks // node_needs(config).ranks)
+
+    def resize(self, nodes: int) -> None:
+        """Give the next attempt the ranks of `nodes` nodes. No rank may run. Raises DistattnError as `change_config` does."""
+        if nodes == self.facts["nodes"]:
+            return
+        config = _resized(self._config, nodes)
+        change_config(self._run, config)
+        self._config = config
+        self._note(nodes)
+        print_message(f"the run goes on with {nodes} nodes: {self.facts['replicas']} data-parallel replicas.")
+
+    def _note(self, nodes: int) -> None:
+        self.facts |= {"nodes": nodes, "replicas": self._config.parallel.data_parallel_size}
+
+
+def _resized(config: Config, nodes: int) -> Config:
+    """Return the configuration for another number of nodes."""
+    return replace(config, parallel=replace(config.parallel, ranks=nodes * node_needs(config).ranks))

@@ -1,0 +1,26 @@
+"""The resources that a run needs on each of its nodes, on Slurm and on Ray."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from distattn.kernels.registry import CPU_KERNELS
+from distattn.training.config import Config
+
+# for data loading, planning ahead and NCCL's threads
+_CPUS_PER_GPU = 4
+
+
+class NodeNeeds(NamedTuple):
+    """The needs of one node: its number of ranks, and their GPUs and CPU cores."""
+
+    ranks: int
+    gpus: int
+    cpus: int
+
+
+def node_needs(config: Config) -> NodeNeeds:
+    """Return the resources that each node of a run must have."""
+    ranks = config.parallel.devices_per_node or config.parallel.ranks
+    gpus = config.parallel.kernel not in CPU_KERNELS
+    return NodeNeeds(ranks, ranks if gpus else 0, ranks * (_CPUS_PER_GPU if gpus else 1))

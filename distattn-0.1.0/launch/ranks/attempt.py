@@ -1,0 +1,246 @@
+"""One attempt of a run's ranks on this machine, which are watched: torchrun's API around a fork server.
+
+Forking a process that has imported torch takes a hundredth of a second, a fresh import takes seconds. Every attempt has its own
+rendezvous, since torch 2.13 keeps the dead ranks' addresses over restarts (pytorch#167288).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import multiprocessing
+import os
+import signal
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from multiprocessing import forkserver, resource_tracker, util
+from multiprocessing.synchronize import SemLock
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import elastic_launch
+
+from distattn.ir.errors import DistattnError
+from distattn.launch.command_line import print_message
+from distattn.launch.ranks.entry import run_rank
+from distattn.launch.ranks.local import HERE, Node, RanksInterrupted, restore_process_state, torchrun_config
+from distattn.launch.ranks.loopback import gloo_on_loopback, own_place
+from distattn.launch.ranks.process_title import RUN_VARIABLE
+from distattn.launch.stop_signals import STOPPING
+from distattn.supervision.culprits import Culprit
+from distattn.supervision.heartbeats import HeartbeatBoard
+from distattn.supervision.helpers import Helper, how_it_ended
+from distattn.supervision.node_links import NodeLinks
+from distattn.supervision.node_reports import NodeReports
+from distattn.supervision.rank_watch import Patience, RankWatch, Trouble
+
+# modules that every rank imports; torch._dynamo is imported by the first optimizer
+_PRELOAD = ("distattn.launch.ranks.ends_with_parent", "torch", "torch._dynamo", "distattn.launch.ranks.entry")
+# after one rank has failed torchrun ends the others, and then the first one is unknown: the watch looks more often
+_INTERVAL_SECONDS = 0.1
+
+
+class Ranks(NamedTuple):
+    """The ranks of this machine. function: module:name, called once on each of `size` ranks; it returns the exit code.
+
+    run: the folder of their run, for the titles of processes.
+    """
+
+    size: int
+    function: str
+    arguments: Sequence[object]
+    patience: Patience
+    node: Node = HERE
+    run: str = ""
+
+
+@contextlib.contextmanager
+def fork_server(preload: Sequence[str], node: Node = HERE, run: str = "") -> Iterator[None]:
+    """Run the process that ranks are forked from, around attempts.
+
+    preload: modules that it imports, in addition to torch. run: as in `Ranks`.
+    """
+    # a process with more than one thread must not fork: BLAS starts its threads when it is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    _forget_server_of_parent()
+    multiprocessing.set_forkserver_preload([*_PRELOAD, *preload])
+    _start_server(node, run)
+    try:
+        yield
+    except BaseException:
+        # end it before this process: it may be about to fork ranks, and no process would wait for them
+        _server().kill()
+        raise
+    finally:
+        # a stopped tracker would outlive this process
+        if (tracker := _tracker()).is_stopped():
+            tracker.kill()
+
+
+def _start_server(node: Node, run: str) -> None:
+    """Start the fork server, unless it runs. run: as in `Ranks`."""
+    os.environ[RUN_VARIABLE] = run
+    # Ctrl-C in a terminal reaches the server, too, while it imports, and Slurm's SIGTERM reaches all processes of a step; start
+    # the tracker first, because its start unblocks signals
+    _start_tracker()
+    blocked = {signal.SIGINT, signal.SIGTERM} if node.keeps_sigterm else {signal.SIGINT}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    try:
+        # ranks inherit the server's environment
+        with gloo_on_loopback() if node.nodes == 1 else contextlib.nullcontext():
+            forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        del os.environ[RUN_VARIABLE]
+
+
+def _start_tracker() -> None:
+    """Start the resource tracker, unless it runs. A terminal's signals do not end it before this process."""
+    # it ignores SIGINT and SIGTERM by itself, and other signals stay blocked if they are blocked at its start
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, set(STOPPING) - {signal.SIGINT, signal.SIGTERM})
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _server() -> Helper:
+    """Return the fork server; ranks are its children and end with it."""
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    return Helper("the fork server", server._forkserver_pid or 0)
+
+
+def _tracker() -> Helper:
+    """Return the resource tracker of multiprocessing, which removes semaphores that dead processes have left."""
+    tracker: Any = resource_tracker._resource_tracker  # type: ignore[attr-defined]
+
+    def replace() -> int:
+        # Python warns of semaphores that may leak
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _start_tracker()
+        # the new tracker does not know the existing semaphores, and would print a traceback for each that is removed
+        registry: dict[Any, Any] = util._finalizer_registry  # type: ignore[attr-defined]
+        for finalizer in list(registry.values()):
+            if getattr(finalizer, "_callback", None) is SemLock._cleanup:  # type: ignore[attr-defined]
+                resource_tracker.register(finalizer._args[0], "semaphore")
+        return int(tracker._pid)
+
+    return Helper("the resource tracker", tracker._pid, replace)
+
+
+def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) -> tuple[int, Trouble | None]:
+    """Run the ranks once; return the exit code and the trouble. number: of the attempt.
+
+    folder: for evidence; with several nodes all of them share it. board: of this machine's ranks. The code is that of the rank to
+    blame, 128 + the signal that killed it, or 1 if ranks hang or the code is unknown. Raises CommandStopped, and DistattnError if
+    /dev/shm has no room for the semaphores of ranks.
+    """
+    node, reports, links = ranks.node, None, None
+    evidence = folder if node.nodes == 1 else folder / f"node-{node.number}"
+    try:
+        evidence.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        # a full disk must not keep a run from going on
+        print_message(f"{evidence}: cannot be created: {error.strerror}; no evidence of ranks that hang is kept there.")
+    if node.nodes > 1:
+        if (place := own_place(node.address)) is not None:
+            links = NodeLinks(folder, node.number, node.nodes, place)
+        reports = NodeReports(folder, node.number, node.nodes, links)
+    numbers = range(node.number * ranks.size, (node.number + 1) * ranks.size)
+    # the server of the previous attempt may have been killed
+    _start_server(node, ranks.run)
+    watch = RankWatch(board, numbers, ranks.patience, evidence, reports, [_server(), _tracker()], print_message)
+    rank_arguments = (os.getpid(), str(board.path), number, str(evidence), ranks.function, *ranks.arguments)
+    config = torchrun_config(ranks.size, node, "forkserver", _INTERVAL_SECONDS)
+    code, trouble = 0, None
+    try:
+        with restore_process_state(node):
+            elastic_launch(config, run_rank)(*rank_arguments)
+        # torchrun takes an exit code of 0 for a good end, even if the rank's work is not done
+        if (trouble := watch.close()) is not None:
+            code, trouble = _ended({}, trouble)
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        code, trouble = _ended(codes, watch.close() or _silent_end(error))
+    except (EOFError, OSError) as error:
+        # the fork server ended while it was asked for ranks
+        if (trouble := watch.close()) is None:
+            raise _named(error) from None
+        code = trouble.exit_code
+    except RanksInterrupted as interrupted:
+        trouble = watch.close()
+        if interrupted.stop is not None:
+            raise interrupted.stop from None
+        # for ranks without a heartbeat, whose process ids are unknown, the watch sends a signal to this process
+        assert trouble is not None
+        code = trouble.exit_code
+    finally:
+        watch.close()
+        if links is not None:
+            links.close()
+        # remove the empty files of ranks whose stacks were not needed
+        with contextlib.suppress(OSError):
+            for file in evidence.glob("stacks-*.txt"):
+                if not file.stat().st_size:
+                    file.unlink()
+    return code, trouble
+
+
+def _named(error: EOFError | OSError) -> Exception:
+    """Return an error unchanged; for a semaphore, whose error has no file name, return one with the place and a remedy."""
+    if not isinstance(error, OSError) or error.errno != errno.ENOSPC or error.filename:
+        return error
+    return DistattnError(
+        "/dev/shm: has no room for the semaphores of ranks, some 32 bytes each: remove old files there, or make it larger "
+        "(docker run --shm-size=8g, on Kubernetes an emptyDir with medium: Memory)."
+    )
+
+
+def _forget_server_of_parent() -> None:
+    """Forget the server of the parent in a forked process, which cannot wait for it as multiprocessing would."""
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    if server._forkserver_pid is not None and server._forkserver_pid not in _children():
+        # while this descriptor is open the parent's server outlives the parent
+        os.close(server._forkserver_alive_fd)
+        server.__init__()
+
+
+def _children() -> set[int]:
+    """Return the ids of this process's children, from /proc."""
+    children = set()
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        # other processes may end at the same time
+        with contextlib.suppress(OSError):
+            if file.read_text("utf-8", "replace").rpartition(")")[2].split()[1] == str(os.getpid()):
+                children.add(int(file.parent.name))
+    return children
+
+
+def _ended(codes: Mapping[int, int], trouble: Trouble) -> tuple[int, Trouble]:
+    """Return the exit code of an attempt, and its trouble with the ends of the ranks to blame. codes: by rank, from torchrun.
+
+    Of ranks that the watch has found dead at the same time, those are to blame that torchrun has not ended itself. If torchrun
+    has only the code of a rank that the watch has ended, the code of the rank to blame is unknown.
+    """
+    if trouble.kind != "killed" or any(culprit.helper for culprit in trouble.culprits):
+        return trouble.exit_code, trouble
+    first = [culprit for culprit in trouble.culprits if culprit.rank in codes]
+    named = tuple(culprit._replace(how=_how_it_died(codes[culprit.rank])) for culprit in first if culprit.does)
+    code = codes[first[0].rank] if first else trouble.exit_code
+    return (code if code > 0 else 128 - code), replace(trouble, culprits=named or trouble.culprits)
+
+
+def _how_it_died(code: int) -> str:
+    return how_it_ended(code) + (" without giving a reason" if code >= 0 else "")
+
+
+def _silent_end(error: ChildFailedError) -> Trouble:
+    """Return the trouble of ranks without a heartbeat, with the rank that ended first."""
+    rank, failure = min(error.failures.items(), key=lambda item: item[1].timestamp)
+    culprits = (Culprit(rank, f"{how_it_ended(failure.exitcode)} before its first heartbeat"),)
+    if failure.exitcode < 0:
+        return Trouble(culprits, "killed", 0, 0.0)
+    return Trouble(culprits, "raised", 0, 0.0, failure.exitcode)

@@ -1,0 +1,95 @@
+"""The entry of a rank in a forked process: it ends with its launcher, and reports its activity by heartbeats."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.util import Finalize
+from pathlib import Path
+
+from distattn.ir.errors import DistattnError
+from distattn.launch.ranks.die_with_launcher import set_parent_death_signal
+from distattn.supervision.evidence import answer_with_stacks, be_read_by
+from distattn.supervision.flight_recorder import answer_with_flight_recorder
+from distattn.supervision.heartbeats import LEFT, attach, set_activity, set_end
+
+_AFTER_OTHERS_SECONDS = 0.5
+# seconds for which threads of libraries may run on after a rank's work
+_LEFT_THREADS_SECONDS = 60.0
+
+
+def run_rank(launcher: int, board: str, attempt: int, evidence: str, function: str, *arguments: object) -> None:
+    """Run one rank in its process. function: module:name of its work, which returns an exit code.
+
+    launcher: its process id. board: the path of the board for heartbeats. evidence: a folder for the stacks of its threads.
+    """
+    # Ctrl-C ends a rank at once and silently, and the launcher prints the sentence; the fork server has blocked the signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    end_with_process(launcher)
+    # the thread of end_with_process cannot run while another thread holds the interpreter; the fork server ends with the launcher
+    set_parent_death_signal()
+    rank = int(os.environ["RANK"])
+    attach(Path(board), int(os.environ["LOCAL_RANK"]), attempt)
+    answer_with_stacks(Path(evidence), rank)
+    be_read_by(launcher)
+    answer_with_flight_recorder()
+    set_activity("starting")
+    module, name = function.split(":")
+    work: Callable[..., int] = getattr(importlib.import_module(module), name)
+    try:
+        code = work(*arguments)
+    except BaseException as error:
+        code = error.exit_code if isinstance(error, DistattnError) else 1
+        set_end(code, error)
+        traceback.print_exception(error)
+    else:
+        set_end(code)
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # if this rank fails because another one has died, the launcher has to find the other's end first
+        time.sleep(_AFTER_OTHERS_SECONDS)
+        # torchrun knows exceptions and exit codes, not return values
+        os._exit(code)
+    # runs when torchrun has released all ranks, which wait for each other
+    Finalize(None, _leave, (_LEFT_THREADS_SECONDS, rank), exitpriority=0)
+
+
+def end_with_process(pid: int) -> None:
+    """Let this process be killed as soon as another process, which need not be its parent, has ended in any way."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def follow() -> None:
+        select.select([descriptor], [], [])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=follow, daemon=True, name="distattn-launcher").start()
+
+
+def _leave(seconds: float, rank: int) -> None:
+    """End this process with exit code 0 after some time, even if Python waits for threads: its work is done."""
+    set_activity(LEFT)
+
+    def end() -> None:
+        main = threading.main_thread()
+        left = [thread.name for thread in threading.enumerate() if not thread.daemon and thread is not main]
+        sys.stderr.write(
+            f"rank {rank} is done, but {', '.join(left) or 'its exit'} goes on: not waited for any longer.\n"
+        )
+        sys.stderr.flush()
+        os._exit(0)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()

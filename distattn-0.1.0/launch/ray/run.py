@@ -1,0 +1,115 @@
+"""One run on a Ray cluster: its attempts, and what its folder says of them while they go on and afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import ray
+
+from distattn.checkpoints.owner import JOB_VARIABLE
+from distattn.ir.errors import DistattnError, RunStopped
+from distattn.launch.command_line import print_message
+from distattn.launch.elastic_run import ElasticRun
+from distattn.launch.node_attempts import NodeAttempts, Outcome
+from distattn.launch.node_needs import node_needs
+from distattn.launch.ray.head import completing
+from distattn.launch.ray.nodes import NodeCounts, RayNodes
+from distattn.launch.run_status import ray_facts
+from distattn.launch.stop_signals import CommandStopped
+from distattn.training.config import Config
+from distattn.training.json_lines import write_whole
+from distattn.training.run_folder import RunFolder
+
+
+class RayRun:
+    """The attempts of one run on the cluster that this process is connected to."""
+
+    def __init__(self, run: RunFolder, config: Config, job: str):
+        """job: the name that ranks of all attempts have, of `new_job`. Raises DistattnError as `ElasticRun`."""
+        self.run, self.needs = run, node_needs(config)
+        last = ray_facts(run) if run.ray_file.exists() else {}
+        elastic = ElasticRun(run, config, last.get("nodes", 0), launcher_facts())
+        self.most_nodes = elastic.counts[0]
+        note_launcher(run, "waiting", nodes=self.most_nodes)
+        size = NodeCounts(elastic.counts, config.ray.waiting_seconds, config.ray.shrink_seconds, elastic.resize)
+        self._nodes = RayNodes(run, job, self.needs, size)
+        self._attempts = NodeAttempts(run, self._nodes, config.supervision.max_restarts, elastic.facts)
+
+    def stop(self, number: int) -> None:
+        """Have the ranks save and end, with exit code 75. number: of the signal that asks for it."""
+        self._attempts.stop(number)
+
+    def train(self) -> int:
+        """Run attempts until the run has ended, or goes on no more. Returns the exit code."""
+        note_state(self.run, "running")
+        outcome = Outcome(1)
+        try:
+            outcome = self._attempts.run()
+        except DistattnError as error:
+            print_message(str(error))
+            outcome = Outcome(error.exit_code)
+        except CommandStopped as stop:
+            outcome = Outcome(stop.exit_code)
+            raise
+        finally:
+            self._nodes.close()
+            try:
+                note_state(self.run, f"ended {outcome.code}")
+            except OSError as error:
+                print_message(
+                    f"{self.run.state_file}: cannot be written: {error.strerror}; the run ended with exit code {outcome.code}."
+                )
+        if outcome.code == RunStopped.exit_code:
+            print_message(f"{completing(self.run.folder)} goes on from the newest checkpoint.")
+        return outcome.code
+
+
+def launcher_facts() -> dict[str, Any]:
+    """Where this launcher runs, and of which cluster it is a driver."""
+    return {"cluster": ray.get_runtime_context().gcs_address, "host": socket.gethostname(), "launcher": os.getpid()}
+
+
+def note_launcher(run: RunFolder, state: str, **facts: Any) -> None:
+    """Note in the folder of a run, or of a sweep, who launches it. facts: others."""
+    noted = {"job": ray.get_runtime_context().get_job_id(), **launcher_facts(), **facts}
+    write_whole(run.ray_file, json.dumps(noted) + "\n")
+    note_state(run, state)
+
+
+def note_state(run: RunFolder, state: str) -> None:
+    """Note waiting, running, or that it has ended and its exit code."""
+    write_whole(run.state_file, f"{state}\n")
+
+
+def new_job() -> str:
+    """A name for runs of this driver, and of this process: their folders are its own while it changes their configurations."""
+    job = f"Ray job {ray.get_runtime_context().get_job_id()} ({secrets.token_hex(4)})"
+    os.environ[JOB_VARIABLE] = job
+    return job
+
+
+@contextmanager
+def stopping(stop: Callable[[int], None]) -> Iterator[None]:
+    """Around runs: SIGTERM and Ctrl-C call `stop` with the signal's number; a second Ctrl-C ends this process and the ranks."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop(number)
+        signal.signal(signal.SIGINT, again)
+
+    def again(number: int, frame: FrameType | None) -> None:
+        raise CommandStopped(number)
+
+    before = {name: signal.signal(name, handle) for name in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)

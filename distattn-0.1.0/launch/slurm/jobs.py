@@ -1,0 +1,168 @@
+"""Runs on Slurm: a batch script that a person can read, submitted, watched and cancelled with Slurm's own commands.
+
+Needs neither torch nor a GPU where it runs. What was submitted is in the run folder: the script and the job's number. Of a sweep
+they are in a folder that has the run folders of its tasks, by number.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from distattn.ir.errors import DamagedDataError, DistattnError
+from distattn.launch.attempts import Attempts
+from distattn.launch.node_needs import node_needs
+from distattn.launch.slurm.commands import ask_slurm, job_state
+from distattn.training.config import Config
+from distattn.training.run_folder import RunFolder
+
+_TEMPLATES = Environment(
+    loader=PackageLoader("distattn.launch.slurm"),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+_TEMPLATES.filters["quote"] = shlex.quote
+
+
+class SubmittedError(DistattnError):
+    """Something went wrong after Slurm had taken a job: its run folder stays."""
+
+
+def batch_script(config: Config, folder: Path, tasks: int = 0) -> str:
+    """Write the batch script of a run in this folder, as text. Raises DistattnError where a setting does not fit into one.
+
+    tasks: of a sweep, whose runs are in folders 0, 1, ... of this one; 0 for a single run.
+    """
+    node, slurm = node_needs(config), config.slurm
+    given = (slurm.partition, slurm.account, slurm.time, slurm.container_image, *slurm.container_mounts)
+    for line in (*slurm.setup, *slurm.options, *given, str(folder)):
+        if "\n" in line or "\r" in line:
+            raise DistattnError(f"slurm: a line of the batch script cannot hold a line break: {line!r}.")
+    if "\\" in str(folder):
+        raise DistattnError(f"run.folder: sbatch cannot write to a path with a backslash: {folder}.")
+    escaped = str(folder).replace("%", "%%")
+    options, prefix = _container(config, folder, node.gpus > 0)
+    return _TEMPLATES.get_template("job.sbatch.j2").render(
+        title=f"{config.parallel.ranks} ranks, {config.parallel.strategy}",
+        name=folder.name,
+        folder=str(folder),
+        output=f"{escaped}/%a/slurm-%A_%a.out" if tasks else f"{escaped}/slurm-%j.out",
+        tasks=tasks,
+        restarts=config.supervision.max_restarts,
+        nodes=config.parallel.ranks // node.ranks,
+        gpus=node.gpus,
+        cpus=node.cpus,
+        container_options=options,
+        container_prefix=prefix,
+        # without checkpoints there is nothing to go on from
+        requeues=slurm.max_requeues if config.checkpoint.every_steps >= 0 else 0,
+        slurm=slurm,
+    )
+
+
+def submit(config: Config, folder: Path, runs: Sequence[RunFolder]) -> int:
+    """Write the script of a run, or of the runs of a sweep, into a folder and submit it. Returns the job's number.
+
+    Raises DistattnError with Slurm's own words where it rejects the job.
+    """
+    place = RunFolder(folder)
+    tasks = 0 if [run.folder for run in runs] == [folder] else len(runs)
+    place.script_file.write_text(batch_script(config, folder, tasks), "utf-8")
+    # from here to the job's number in the file nothing may come between
+    waiting = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        answer = ask_slurm("sbatch", "--parsable", str(place.script_file))
+        # "number" or "number;cluster", below whatever a site says first
+        number = re.match(r"(\d+)(;|$)", (answer.splitlines() or [""])[-1])
+        if number is None:
+            raise SubmittedError(f"sbatch took the job and answered {answer!r}: no job number; see squeue --me.")
+        place.note_job(int(number[1]))
+        for task, run in enumerate(runs if tasks else ()):
+            run.note_job(f"{number[1]}_{task}")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
+    return int(number[1])
+
+
+def require_slurm() -> None:
+    """Raise DistattnError where Slurm's commands are missing."""
+    if shutil.which("sbatch") is None:
+        raise DistattnError(
+            "there is no sbatch here: run this on a machine of a Slurm cluster, or add --dry-run to see the script."
+        )
+
+
+def node_bytes(partition: str) -> int | None:
+    """Memory of the largest node of a partition, or of the cluster, as Slurm was told; None where it does not say."""
+    try:
+        given = ask_slurm(
+            "sinfo", "--noheader", "--Node", "--format=%m", *([f"--partition={partition}"] if partition else [])
+        )
+    except DistattnError:
+        # what is wrong sbatch says better
+        return None
+    megabytes = [int(word) for word in given.split() if word.isdecimal()]
+    # 1 is what Slurm takes where nobody has said it
+    return max(megabytes) << 20 if max(megabytes, default=1) > 1 else None
+
+
+def status(run: RunFolder) -> dict[str, Any]:
+    """Look up a job: its number, its state, the steps done and the attempts (see `Attempts.rows`).
+
+    The state is Slurm's while Slurm knows the job, else what the script left in the run folder.
+    """
+    job = _job(run)
+    state = job_state(str(job))
+    if not state:
+        left = run.state_file.read_text("utf-8").split() if run.state_file.exists() else []
+        state = (
+            "gone: it never began" if not left else "killed" if left == ["running"] else f"ended, exit code {left[1]}"
+        )
+    return {
+        "run": str(run.folder),
+        "job": job,
+        "state": state,
+        "steps": run.steps_done(),
+        "attempts": Attempts(run.attempts).rows(),
+    }
+
+
+def cancel(run: RunFolder) -> int | str:
+    """Cancel the job of a run, or of a whole sweep; returns its number. Ranks save what they can until Slurm kills them."""
+    job = _job(run)
+    ask_slurm("scancel", str(job))
+    return job
+
+
+def _container(config: Config, folder: Path, gpus: bool) -> tuple[str, str]:
+    """Options of srun, and what stands before a command, for a container; both empty without one."""
+    slurm = config.slurm
+    if not slurm.container_image:
+        return "", ""
+    mounts = ",".join([f"{folder}:{folder}", *slurm.container_mounts])
+    if slurm.container_runtime == "pyxis":
+        return shlex.join([f"--container-image={slurm.container_image}", f"--container-mounts={mounts}"]), ""
+    return "", shlex.join(["apptainer", "exec", *(["--nv"] if gpus else []), f"--bind={mounts}", slurm.container_image])
+
+
+def _job(run: RunFolder) -> int | str:
+    """The job's number; of a task of a sweep both numbers, as Slurm writes them."""
+    try:
+        job = json.loads(run.job_file.read_text("utf-8"))["job"]
+        return job if re.fullmatch(r"\d+_\d+", str(job)) else int(job)
+    except FileNotFoundError:
+        raise DistattnError(
+            f"{run.folder}: nothing was submitted from here; there is no {run.job_file.name}."
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise DamagedDataError(f"{run.job_file}: damaged; find the job's number with squeue --me.") from None

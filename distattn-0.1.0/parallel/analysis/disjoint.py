@@ -1,0 +1,89 @@
+"""Finds two rectangles of a group that overlap, by sorts and searches: near-linear whatever the rectangles are."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from distattn.ir.intervals import Ints, elementary_intervals, lexicographic_argsort, sorted_unique, stable_argsort
+
+# rectangles cut into more slabs than this, on average, are checked by levels instead
+_SLABS = 16
+
+
+def first_overlap(group: Ints, box: tuple[Ints, Ints, Ints, Ints]) -> tuple[int, int] | None:
+    """Two rows of one group whose rectangles [q0, q1) x [k0, k1) share a cell, or None.
+
+    Rectangles of a plan mostly line up: cut at each other's ends along one axis they become few slabs, in which the
+    other axis must be disjoint. Where they do not (random cuts make M ** 1.5 slabs) a segment tree takes O(M log M).
+    """
+    q0, q1, k0, k1 = box
+    rows = len(group)
+    ways = [(q0, q1, k0, k1), (k0, k1, q0, q1)]
+    slabs = [_slabs(group, way[0], way[1]) for way in ways]
+    best = int(np.argmin(slabs))
+    if slabs[best] <= _SLABS * rows:
+        return _clash_in_slabs(group, *ways[best])
+    return _clash_in_levels(group, *box)
+
+
+def _slabs(group: Ints, low: Ints, high: Ints) -> int:
+    base = int(high.max()) + 2 if len(high) else 2
+    points = sorted_unique(np.concatenate([group * base + low, group * base + high]))
+    return int((np.searchsorted(points, group * base + high) - np.searchsorted(points, group * base + low)).sum())
+
+
+def _clash_in_slabs(group: Ints, low: Ints, high: Ints, begin: Ints, end: Ints) -> tuple[int, int] | None:
+    row, slab, *_ = elementary_intervals(group, low, high)
+    index = lexicographic_argsort(slab, begin[row])
+    row, slab = row[index], slab[index]
+    return _first((slab[1:] == slab[:-1]) & (begin[row[1:]] < end[row[:-1]]), row[:-1], row[1:])
+
+
+def _clash_in_levels(group: Ints, low: Ints, high: Ints, begin: Ints, end: Ints) -> tuple[int, int] | None:
+    """A segment tree over the first axis, level by level.
+
+    An interval fills at most two nodes a level whole (it is *long* there) and meets at most two in part (*short*). Two
+    intervals overlap just when, at some node, both are long or one is long and the other short.
+    """
+    base = int(high.max()) + 2
+    points = sorted_unique(np.concatenate([group * base + low, group * base + high]))
+    a, b = np.searchsorted(points, group * base + low), np.searchsorted(points, group * base + high)
+    # the second axis as ranks, with the group in them: then a node and a rank fit in one number
+    width = int(end.max()) + 2
+    ranks = sorted_unique(np.concatenate([group * width + begin, group * width + end]))
+    c, d = np.searchsorted(ranks, group * width + begin), np.searchsorted(ranks, group * width + end)
+    span, index = len(ranks) + 1, np.arange(len(group))
+    left, right = a.copy(), b.copy()
+    for level in range(int(len(points)).bit_length() + 1):
+        inside = left < right
+        from_left, from_right = inside & (left % 2 == 1), inside & (right % 2 == 1)
+        long = np.concatenate([index[from_left], index[from_right]])
+        node = np.concatenate([left[from_left], right[from_right] - 1])
+        # an odd single node is taken once
+        both = len(index[from_left])
+        twice = np.zeros(len(long), bool)
+        twice[both:] = (from_left & from_right & (left == right - 1))[index[from_right]]
+        long, node = long[~twice], node[~twice]
+        by_key = stable_argsort(node * span + c[long])
+        long, node = long[by_key], node[by_key]
+        low_key, high_key = node * span + c[long], node * span + d[long]
+        if found := _first(low_key[1:] < high_key[:-1], long[:-1], long[1:]):
+            return found
+        for leaf in (a, b - 1):
+            at = leaf >> level
+            short = ((at << level) < a) | (((at + 1) << level) > b)
+            key = at[short] * span
+            first = np.searchsorted(high_key, key + c[short], "right")
+            hit = first < np.searchsorted(low_key, key + d[short], "left")
+            if hit.any():
+                i = int(np.flatnonzero(hit)[0])
+                return int(long[first[i]]), int(index[short][i])
+        left, right = (left + 1) >> 1, right >> 1
+    return None
+
+
+def _first(clash: np.ndarray, one: Ints, other: Ints) -> tuple[int, int] | None:
+    if not clash.any():
+        return None
+    i = int(np.flatnonzero(clash)[0])
+    return int(one[i]), int(other[i])

@@ -1,0 +1,289 @@
+"""The proof that every token is held where it is used, and that every partial result leaves once: one check for both.
+
+A payload is *held* (Q, KV, dO) or *reduced* (O, dQ, dKV). A (token, head) of a held payload arrives at a rank at most once,
+before every use, and is used. A (token, head) of a reduced payload leaves a rank at most once, after every deposit, and
+carries something. The second is the first with time and arrows reversed, so one routine checks both.
+
+Buffers are counted as the executor allocates them. What one rank receives of one payload in one step and head range lives from
+its arrival to the last use of any of it; partial results that leave together live from the first of them to the leaving.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from distattn.ir.cached import cached_property
+from distattn.ir.errors import PlanError
+from distattn.ir.intervals import (
+    Ints,
+    expand_ranges,
+    lexicographic_argsort,
+    merge_intervals,
+    overlapping_pairs,
+    run_starts,
+    sorted_unique,
+    stable_argsort,
+)
+from distattn.ir.plan import (
+    HELD_PAYLOADS,
+    MOVE_COLUMNS,
+    TASK_COLUMNS,
+    Call,
+    Columns,
+    Payload,
+    Table,
+    move_bytes,
+    num_rows,
+    select_rows,
+    task_token_ranges,
+)
+
+MAX_STEP = 1 << 16
+_EXTENT = ("rank", "t0", "t1", "h0", "h1", "step")
+
+
+class _Sentences(NamedTuple):
+    """How an error says what went wrong."""
+
+    arrives_twice: str
+    missing: str
+    late: str
+    unused: str
+
+
+_HELD = _Sentences("comes twice, or to its holder, at", "is not at hand for", "comes too late for", "arrives unused")
+_REDUCED = _Sentences(
+    "leaves twice, or from its owner, at", "is left behind by", "has already left at", "carries nothing"
+)
+
+
+@dataclass(frozen=True)
+class BufferLifetimes:
+    """One row per buffer: its rank, the first and last step in which it is alive, and its bytes."""
+
+    rank: Ints
+    first: Ints
+    last: Ints
+    size: Ints
+
+
+def check_payload(
+    call: Call, table: Table, payload: Payload, direction: str, kept: Columns | None = None
+) -> BufferLifetimes:
+    """Check the moves and uses of one payload in one table. Returns its buffers; raises PlanError naming the first bad row.
+
+    kept: moves of the forward table whose tokens are still there.
+    """
+    label = f"{direction}: {payload.name}"
+    if payload in HELD_PAYLOADS:
+        return _HoldingCheck(call, table, payload, label, kept).run()
+    mirrored = _HoldingCheck(call, table, payload, label, mirrored=True).run()
+    last = table.steps - 1
+    moves = moves_of(table.moves, (payload,))
+    # what arrives at a step is merged at its end: alive for that step only
+    return BufferLifetimes(
+        np.concatenate([mirrored.rank, moves["dst"]]),
+        np.concatenate([last - mirrored.last, moves["step"]]),
+        np.concatenate([last - mirrored.first, moves["step"]]),
+        np.concatenate([mirrored.size, move_bytes(call, moves)]),
+    )
+
+
+def moves_of(moves: Columns, payloads: tuple[Payload, ...]) -> Columns:
+    """The moves of these payloads, with their row numbers in column `row`."""
+    row = np.flatnonzero(np.isin(moves["payload"], [int(payload) for payload in payloads]))
+    return {**select_rows(moves, row), "row": row}
+
+
+def show_row(rows: Columns, names: tuple[str, ...], i: int) -> str:
+    """Row i as an error shows it."""
+    return "(" + ", ".join(f"{name} {rows[name][i]}" for name in names) + ")"
+
+
+class _Held(NamedTuple):
+    """Intervals that are held, sorted: [begin, end) on the line of `_HoldingCheck.to_line`, and the row of `holders`."""
+
+    row: Ints
+    begin: Ints
+    end: Ints
+
+
+class _Used(NamedTuple):
+    """Intervals that are used, sorted and distinct, with the first and last step in which they are; and all single uses.
+
+    row, step, interval: for each use its row of `uses`, its step, and the number of its interval.
+    """
+
+    begin: Ints
+    end: Ints
+    first: Ints
+    last: Ints
+    row: Ints
+    step: Ints
+    interval: Ints
+
+
+@dataclass(frozen=True)
+class _HoldingCheck:
+    """A (token, head) is owned, kept or received at most once, held before every use, and every arrival is used.
+
+    `mirrored` reads the table with time and arrows reversed: it leaves at most once, after every deposit, and is never empty.
+    """
+
+    call: Call
+    table: Table
+    payload: Payload
+    label: str
+    kept: Columns | None = None
+    mirrored: bool = False
+
+    def run(self) -> BufferLifetimes:
+        """All checks, and the lifetimes of the buffers of arrivals, counted in reading direction."""
+        held, used = self._held(), self._used()
+        self._refuse_second_arrivals(held)
+        self._refuse_missing(held, used)
+        # which held interval serves which use
+        use, holder = overlapping_pairs(held.begin, held.end, used.begin, used.end)
+        self._refuse_late(held, used, use, holder)
+        self._refuse_unused(held, used)
+        last = np.zeros(len(self.holders["step"]), np.int64)
+        np.maximum.at(last, held.row[holder], used.last[use])
+        return self._lifetimes(last[self.first_move :])
+
+    @property
+    def sentences(self) -> _Sentences:
+        return _REDUCED if self.mirrored else _HELD
+
+    @cached_property
+    def moves(self) -> Columns:
+        """Moves of the payload in reading direction, with their row numbers."""
+        moves = moves_of(self.table.moves, (self.payload,))
+        if not self.mirrored:
+            return moves
+        last = self.table.steps - 1
+        return {**moves, "step": last - moves["step"], "src": moves["dst"], "dst": moves["src"]}
+
+    @cached_property
+    def holders(self) -> Columns:
+        """Who has which (token, head) from which step on: owners and keepers from -1, then receivers, from `first_move` on."""
+        chunks, heads = self.call.layout.chunks, self.call.payload_heads(self.payload)
+        before = np.full_like(chunks["t0"], -1)
+        owners = {"rank": chunks["rank"], "t0": chunks["t0"], "t1": chunks["t1"], "step": before}
+        parts = [owners | {"h0": np.zeros_like(before), "h1": np.full_like(before, heads)}]
+        if self.kept is not None:
+            parts.append({**self.kept, "rank": self.kept["dst"], "step": np.full_like(self.kept["t0"], -1)})
+        parts.append({**self.moves, "rank": self.moves["dst"]})
+        return {name: np.concatenate([part[name] for part in parts]) for name in _EXTENT}
+
+    @property
+    def first_move(self) -> int:
+        """The first row of `holders` that is a move."""
+        return len(self.holders["rank"]) - len(self.moves["row"])
+
+    @cached_property
+    def uses(self) -> Columns:
+        """Who needs which (token, head) at which step: tasks, then moves at their source."""
+        tasks = self.table.tasks
+        step = self.table.steps - 1 - tasks["step"] if self.mirrored else tasks["step"]
+        of_tasks = task_token_ranges(self.call, self.payload, tasks) | {"rank": tasks["rank"], "step": step}
+        of_moves = {**self.moves, "rank": self.moves["src"]}
+        return {name: np.concatenate([of_tasks[name], of_moves[name]]) for name in _EXTENT}
+
+    @cached_property
+    def head_limits(self) -> Ints:
+        """The ends of all head ranges: between two of them nothing changes."""
+        return sorted_unique(
+            np.concatenate([rows[name] for rows in (self.holders, self.uses) for name in ("h0", "h1")])
+        )
+
+    def to_line(self, rows: Columns) -> tuple[Ints, Ints, Ints]:
+        """Rows as intervals of one line: (rank, elementary head range, token) packed. Returns (row, begin, end)."""
+        limits = self.head_limits
+        row, head = expand_ranges(np.searchsorted(limits, rows["h0"]), np.searchsorted(limits, rows["h1"]))
+        base = (rows["rank"][row] * len(limits) + head) * (self.call.mask.n + 1)
+        return row, base + rows["t0"][row], base + rows["t1"][row]
+
+    def _held(self) -> _Held:
+        row, begin, end = self.to_line(self.holders)
+        order = stable_argsort(begin)
+        return _Held(row[order], begin[order], end[order])
+
+    def _used(self) -> _Used:
+        # many tasks use the same tokens: from here on a use is an interval with its first and last step
+        row, begin, end = self.to_line(self.uses)
+        order = lexicographic_argsort(begin, end)
+        row, begin, end = row[order], begin[order], end[order]
+        start = run_starts(begin, end)
+        interval = np.repeat(np.arange(len(start)), np.diff(np.append(start, len(row))))
+        step = self.uses["step"][row]
+        first, last = (f.reduceat(step, start) if len(step) else step for f in (np.minimum, np.maximum))
+        return _Used(begin[start], end[start], first, last, row, step, interval)
+
+    def _refuse_second_arrivals(self, held: _Held) -> None:
+        clash = held.begin[1:] < held.end[:-1]
+        if clash.any():
+            first = int(np.flatnonzero(clash)[0])
+            row = max(int(held.row[first]), int(held.row[first + 1]))
+            tokens = f"tokens [{self.holders['t0'][row]}, {self.holders['t1'][row]})"
+            raise PlanError(
+                f"{self.label} of {tokens} {self.sentences.arrives_twice} rank {self.holders['rank'][row]}."
+            )
+
+    def _refuse_missing(self, held: _Held, used: _Used) -> None:
+        present = _covered(held.begin, held.end, used.begin, used.end)
+        if not present.all():
+            row = int(used.row[~present[used.interval]].min())
+            raise PlanError(f"{self.label} {self.sentences.missing} {self._user(row)}.")
+
+    def _refuse_late(self, held: _Held, used: _Used, use: Ints, holder: Ints) -> None:
+        # the step at which all of an interval is there
+        complete = np.full(len(used.begin), -1)
+        np.maximum.at(complete, use, self.holders["step"][held.row[holder]])
+        if (complete >= used.first).any():
+            row = int(used.row[used.step <= complete[used.interval]].min())
+            raise PlanError(f"{self.label} {self.sentences.late} {self._user(row)}.")
+
+    def _refuse_unused(self, held: _Held, used: _Used) -> None:
+        _, begin, end = merge_intervals(np.zeros_like(used.begin), used.begin, used.end)
+        arrived = self.holders["step"][held.row] >= 0
+        unused = ~_covered(begin, end, held.begin[arrived], held.end[arrived])
+        if unused.any():
+            first = int(np.flatnonzero(unused)[0])
+            row = int(self.moves["row"][held.row[arrived][first] - self.first_move])
+            shown = show_row(self.table.moves, MOVE_COLUMNS, row)
+            raise PlanError(f"{self.label} of move {row} {shown} {self.sentences.unused}.")
+
+    def _lifetimes(self, last: Ints) -> BufferLifetimes:
+        """Join arrivals of one (rank, step, head range): alive until the last use of any of them."""
+        moves, heads = self.moves, max(self.call.heads, self.call.kv_heads) + 1
+        key = ((moves["dst"] * MAX_STEP + moves["step"]) * heads + moves["h0"]) * heads + moves["h1"]
+        buffer, row = np.unique(key, return_inverse=True)
+        end, size = np.zeros(len(buffer), np.int64), np.zeros(len(buffer), np.int64)
+        np.maximum.at(end, row, last)
+        # what is reduced is held in full width until it leaves
+        np.add.at(size, row, move_bytes(self.call, moves, in_memory=self.mirrored))
+        rank, step = np.divmod(buffer // heads**2, MAX_STEP)
+        return BufferLifetimes(rank, step, end, size)
+
+    def _user(self, row: int) -> str:
+        """The task or move of a row of `uses`, as an error shows it."""
+        tasks = num_rows(self.table.tasks)
+        if row < tasks:
+            return f"task {row} {show_row(self.table.tasks, TASK_COLUMNS, row)}"
+        move = self.moves["row"][row - tasks]
+        return f"move {move} {show_row(self.table.moves, MOVE_COLUMNS, move)}"
+
+
+def _covered(low: Ints, high: Ints, a: Ints, b: Ints) -> np.ndarray:
+    """Whether the sorted disjoint intervals [low, high) cover all of [a_i, b_i)."""
+    if not len(low):
+        return a >= b
+    before = np.append(0, np.cumsum(high - low))
+    i, j = np.searchsorted(high, a, "right"), np.searchsorted(low, b, "left")
+    length = before[np.maximum(j, i)] - before[i]
+    length -= np.where(j > i, np.maximum(a - low[np.minimum(i, len(low) - 1)], 0), 0)
+    length -= np.where(j > i, np.maximum(high[np.maximum(j - 1, 0)] - b, 0), 0)
+    return length == b - a

@@ -1,0 +1,133 @@
+"""How good a plan is: the busiest server, what moves, and how far that is from what any plan as even would have to move."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from distattn.cluster.cost import recurrence_seconds
+from distattn.cluster.spec import AnyCluster, ClusterSpec, resolve_cluster
+from distattn.ir.arguments import checked
+from distattn.ir.intervals import Ints
+from distattn.ir.plan import (
+    TASK_COLUMNS,
+    Payload,
+    Plan,
+    has_rows_and_keys,
+    make_columns,
+    move_bytes,
+    select_rows,
+    task_areas,
+)
+from distattn.parallel.analysis.columns import readable_bytes
+from distattn.parallel.tables.cost import CostModel, bytes_per_row_and_key
+from distattn.parallel.tables.partition import mask_rectangles, owns_range, split_by_query_owner
+
+_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class PassStats:
+    """One direction of a plan.
+
+    cells_imbalance, cost_imbalance: the busiest rank over the mean, in cells x heads and in what kernels take for them
+    (`CostModel`). kernel_seconds: kernel time of the busiest rank by the cluster's table, None without one. moved_bytes: all;
+    max_sent_bytes: sent by one rank; inter_node_bytes: between nodes. lower_bound_bytes: what any plan as even in cells moves.
+    """
+
+    cells_imbalance: float
+    cost_imbalance: float
+    kernel_seconds: float | None
+    moved_bytes: int
+    max_sent_bytes: int
+    inter_node_bytes: int
+    lower_bound_bytes: int
+
+    def __str__(self) -> str:
+        seconds = "" if self.kernel_seconds is None else f" ({self.kernel_seconds * 1e3:.2f} ms of kernels)"
+        return (
+            f"busiest {self.cells_imbalance:.3f} of the mean in cells, {self.cost_imbalance:.3f} in cost{seconds}; moved "
+            f"{readable_bytes(self.moved_bytes)}, {readable_bytes(self.max_sent_bytes)} by one rank, "
+            f"{readable_bytes(self.inter_node_bytes)} between nodes; any plan as even moves at least "
+            f"{readable_bytes(self.lower_bound_bytes)}"
+        )
+
+
+@checked
+def quality(plan: Plan, cluster: AnyCluster | str | None = None) -> dict[str, PassStats]:
+    """Statistics of both passes, by direction ("forward", "backward"). cluster: also by name, such as "h200-8x8"."""
+    cluster = resolve_cluster(cluster)
+    return {name: _pass_stats(plan, name, cluster) for name in ("forward", "backward")}
+
+
+def as_dict(stats: dict[str, PassStats]) -> dict[str, dict[str, Any]]:
+    """The same as plain numbers."""
+    return {direction: asdict(one) for direction, one in stats.items()}
+
+
+def _pass_stats(plan: Plan, direction: str, cluster: AnyCluster | None) -> PassStats:
+    call, table = plan.call, getattr(plan, direction)
+    cells = np.bincount(table.tasks["rank"], task_areas(call, table.tasks).astype(float), call.ranks)
+    seconds, cost = None, cells
+    if call.op.is_recurrent:
+        if isinstance(cluster, ClusterSpec):
+            tasks, shape = table.tasks, (call.head_dim, call.v_head_dim)
+            tokens, heads, whole = tasks["k1"] - tasks["q0"], tasks["h1"] - tasks["h0"], has_rows_and_keys(tasks)
+            by_task = recurrence_seconds(cluster, direction, *shape, tokens, heads, whole)
+            cost = np.bincount(tasks["rank"], by_task, call.ranks)
+            seconds = float(cost.max(initial=0.0))
+    else:
+        cost_model = CostModel.for_cluster(cluster, direction, call.head_dim, _BLOCK)
+        cost = cost_model.rank_costs(call, table.tasks)
+        if isinstance(cluster, ClusterSpec):
+            seconds = cost_model.seconds(call, cluster, int(cost.max(initial=0)))
+    moves, size = table.moves, move_bytes(call, table.moves)
+    node = np.zeros(call.ranks, np.int64) if cluster is None else cluster.node
+    return PassStats(
+        cells_imbalance=_max_over_mean(cells),
+        cost_imbalance=_max_over_mean(cost),
+        kernel_seconds=seconds,
+        moved_bytes=int(size.sum()),
+        max_sent_bytes=int(np.bincount(moves["src"], size, call.ranks).max()),
+        inter_node_bytes=int(size[node[moves["src"]] != node[moves["dst"]]].sum()),
+        lower_bound_bytes=int(_lower_bound_bytes(plan, direction, cells.max(initial=0.0)).sum()),
+    )
+
+
+def _lower_bound_bytes(plan: Plan, direction: str, most: float) -> np.ndarray:
+    """Bytes that move at least, (ranks,), if no rank computes more than `most` cells x heads; of work with local keys only.
+
+    What passes `most` has to be computed elsewhere. A server that computes w cells of one group of g heads needs R rows and
+    C keys of it with R * C >= w / g, and so at least 2 * sqrt(R * C * bytes of a row * bytes of a key) bytes of this group.
+    The root is concave: the bound is reached when few servers get as much as they can, and nobody gets more than `most`, or
+    than all that a rank has of one group.
+    """
+    call = plan.call
+    if call.op.is_recurrent:
+        # work that is uneven may move as states of any size
+        return np.zeros(call.ranks)
+    area, rank = split_by_query_owner(call, mask_rectangles(call), call.layout.chunks)
+    tasks = make_columns(TASK_COLUMNS, step=0, rank=rank, **vars(area))
+    tasks = select_rows(tasks, owns_range(call, rank, area.k0, area.k1))
+    cells = task_areas(call, tasks).astype(float)
+    excess = np.maximum(np.bincount(tasks["rank"], cells, call.ranks) - most, 0)
+    # cells of one group; where heads differ, no less than that
+    group_size = call.gqa_group_size
+    largest = np.bincount(tasks["rank"], cells / (tasks["h1"] - tasks["h0"]) * group_size, call.ranks)
+    portion = np.maximum(np.minimum(largest, most), 1.0)
+    row, key = bytes_per_row_and_key(call, direction)
+    if direction == "backward" and plan.policy == "keep":
+        # queries, keys and values are still there
+        row -= call.heads * call.token_head_bytes(Payload.Q)
+        key -= call.kv_heads * call.token_head_bytes(Payload.KV)
+    # bytes of a row times bytes of a key, of one group
+    both = (row / call.kv_heads) * (key / call.kv_heads)
+    whole = np.floor(excess / portion)
+    rest = excess - whole * portion
+    return 2 * (whole * np.sqrt(both * portion / group_size) + np.sqrt(both * rest / group_size))
+
+
+def _max_over_mean(load: np.ndarray | Ints) -> float:
+    return float(load.max() / load.mean()) if load.any() else 1.0

@@ -1,0 +1,74 @@
+"""Plans of multi-head latent attention: latents move, or the keys and values that their owners expand them to.
+
+A latent of 512 and a rotary key of 64 are as many numbers as two heads' keys and values have, so where a rank reads the keys of
+many heads, latents are far fewer bytes. But every rank that a latent comes to expands it again, in each direction, and a strategy
+that deals heads to ranks needs only a few heads' share of the keys. So both are planned, and the faster is taken.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distattn.cluster.cost import expansion_seconds
+from distattn.cluster.spec import DIRECTIONS, AnyCluster, ClusterSpec, resolve_cluster
+from distattn.ir.arguments import checked
+from distattn.ir.errors import PlanError
+from distattn.ir.layout import Layout
+from distattn.ir.mask import Mask
+from distattn.ir.op import latent_op
+from distattn.ir.plan import Plan
+from distattn.parallel.analysis.simulate import simulated_seconds
+from distattn.parallel.make_plan import make_plan
+
+
+@checked
+def make_latent_plan(
+    mask: Mask,
+    layout: Layout,
+    *,
+    heads: int,
+    head_dim: int,
+    v_head_dim: int,
+    rotary_dim: int,
+    latent_dim: int,
+    cluster: AnyCluster | str | Path | None = None,
+    **settings: Any,
+) -> Plan:
+    """Plan one call of latent attention: of `latent_op(rotary_dim, latent_dim)`, or of attention with one key head a query head.
+
+    heads, head_dim (with the rotary part) and v_head_dim are those of queries and values; settings are `make_plan`'s. On a
+    described cluster the faster in simulation is taken, forward and backward together with all expansions; elsewhere the one
+    that moves fewer bytes; where one cannot be planned, the other. `latent_attention` takes either. Raises as `make_plan` does.
+    """
+    cluster = resolve_cluster(cluster)
+    shape = dict(heads=heads, head_dim=head_dim, v_head_dim=v_head_dim, cluster=cluster) | settings
+    forms: tuple[dict[str, Any], ...] = (dict(kv_heads=1, op=latent_op(rotary_dim, latent_dim)), dict(kv_heads=heads))
+    plans, refusals = [], []
+    for form in forms:
+        try:
+            plans.append(make_plan(mask, layout, **form, **shape))
+        except PlanError as refusal:
+            # of more memory than there may be, perhaps: the other form may need less
+            refusals.append(refusal)
+    if not plans:
+        raise refusals[0]
+    if not isinstance(cluster, ClusterSpec):
+        return min(plans, key=lambda plan: int(plan.bytes()["bytes"].sum()))
+    return min(plans, key=lambda plan: latent_seconds(plan, cluster, rotary_dim, latent_dim))
+
+
+def latent_seconds(plan: Plan, cluster: ClusterSpec, rotary_dim: int, latent_dim: int) -> float:
+    """Simulated seconds of either plan, forward and backward. Owners expand their latents before a call on keys and values."""
+    call = plan.call
+    total = simulated_seconds(plan, cluster)
+    if call.op.kind == "latent_attention":
+        # its expansions are in its kernels
+        return total
+    most = np.array([max(call.layout.shard_sizes())])
+    widths = latent_dim, call.head_dim - rotary_dim + call.v_head_dim
+    return total + sum(
+        float(expansion_seconds(cluster, name, *widths, most * call.heads, kept=True)[0]) for name in DIRECTIONS
+    )

@@ -1,0 +1,57 @@
+"""Plans of a softmax over the tokens so far: its maxima, its sums, and the sums of values that it weights."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from distattn.ir.arguments import checked
+from distattn.ir.layout import Layout
+from distattn.ir.mask import Mask
+from distattn.ir.op import OPS, PREFIX_MAX
+from distattn.ir.plan import Plan, dtype_name
+from distattn.parallel.make_plan import make_plan
+
+
+class PrefixSoftmaxPlans(NamedTuple):
+    """The plans of `prefix_softmax`, or what `prepare` made of them, in the order in which they run.
+
+    maximum: of "prefix_max", of each latent's logits. total: of "ssd" with a head for each latent, the sums of exponentials.
+    weighted: of "gla", the sums of values times exponentials, one row of a state for each latent.
+    """
+
+    maximum: Any
+    total: Any
+    weighted: Any
+
+
+@checked
+def make_prefix_softmax_plans(
+    mask: Mask,
+    layout: Layout,
+    *,
+    heads: int,
+    latents: int,
+    v_head_dim: int,
+    dtype: Any,
+    strategy: str = "scan",
+    **settings: Any,
+) -> PrefixSoftmaxPlans:
+    """Plan one call of `prefix_softmax` on causal documents: a pure host function, the same on every rank, no torch.
+
+    latents: softmaxes over tokens that each head has. dtype: of values. strategy, settings: as of `make_plan` for recurrences
+    (cluster, options, working_layout, ...), for all three. Raises what `make_plan` raises.
+    """
+    shapes = prefix_softmax_shapes(heads, latents, v_head_dim, dtype_name(dtype))
+    made: list[Plan] = [make_plan(mask, layout, strategy=strategy, **shape, **settings) for shape in shapes]
+    return PrefixSoftmaxPlans(*made)
+
+
+def prefix_softmax_shapes(heads: int, latents: int, v_head_dim: int, dtype: str) -> list[dict[str, Any]]:
+    """Heads, dims, dtype and op of the three calls: maxima and sums are of the accumulation's dtype."""
+    wide = "float64" if dtype == "float64" else "float32"
+    return [
+        dict(heads=heads, kv_heads=heads, head_dim=1, v_head_dim=latents, dtype=wide, op=PREFIX_MAX),
+        # a sum is a recurrence whose queries and keys are 1, for all heads
+        dict(heads=heads * latents, kv_heads=1, head_dim=1, v_head_dim=1, dtype=wide, op=OPS["ssd"]),
+        dict(heads=heads, kv_heads=heads, head_dim=latents, v_head_dim=v_head_dim, dtype=dtype, op=OPS["gla"]),
+    ]

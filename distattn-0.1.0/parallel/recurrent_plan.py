@@ -1,0 +1,60 @@
+"""Plans of recurrences: states move and tokens stay (`scan`), or tokens move and states stay (`ulysses`).
+
+A state is smaller than the tokens of most stretches, so `scan` is faster where documents have few stretches. Where a layout cuts
+documents into many, or gives ranks unequal numbers of tokens, two all-to-alls of tokens may take less time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from distattn.cluster.spec import AnyCluster, ClusterSpec, resolve_cluster
+from distattn.ir.arguments import checked
+from distattn.ir.errors import PlanError
+from distattn.ir.layout import Layout
+from distattn.ir.mask import Mask
+from distattn.ir.op import Op
+from distattn.ir.plan import Plan
+from distattn.parallel.analysis.simulate import simulated_seconds
+from distattn.parallel.make_plan import make_plan
+
+
+@checked
+def make_recurrent_plan(
+    mask: Mask,
+    layout: Layout,
+    *,
+    op: Op | str,
+    heads: int,
+    cluster: AnyCluster | str | Path | None = None,
+    options: Mapping[str, object] | None = None,
+    **settings: Any,
+) -> Plan:
+    """Plan one call of a recurrence by `scan` or by `ulysses`, whichever is faster in simulation, forward and backward together.
+
+    op and heads as in `make_plan`, which has the other settings; `explain` says what both take. It is scan where its options are
+    given, where nothing is known of speeds, where there are fewer heads than ranks, and where a rank has no tokens: it may be
+    a server, which computes attention only. Raises as `make_plan` does, of two refusals scan's.
+    """
+    cluster = resolve_cluster(cluster)
+    shape = dict(op=op, heads=heads, cluster=cluster) | settings
+    if options or not isinstance(cluster, ClusterSpec) or heads < layout.ranks or not layout.shard_sizes().all():
+        return make_plan(mask, layout, strategy="scan", options=options, **shape)
+    plans, refusals = [], []
+    for strategy in ("scan", "ulysses"):
+        try:
+            plans.append(make_plan(mask, layout, strategy=strategy, **shape))
+        except PlanError as refusal:
+            # of more memory than there may be: the other one may need less
+            refusals.append(refusal)
+    if not plans:
+        raise refusals[0]
+    # the first of equals is scan, whose ranks keep less for the backward pass
+    timed = sorted(((simulated_seconds(plan, cluster), plan) for plan in plans), key=lambda one: one[0])
+    times = ", ".join(f"{plan.strategy} {1e3 * seconds:.3f} ms" for seconds, plan in timed)
+    chosen = timed[0][1]
+    label = f"{chosen.forward.label or 'all tokens move'}; {times}, simulated, forward and backward"
+    return replace(chosen, forward=replace(chosen.forward, label=label))

@@ -1,0 +1,66 @@
+"""Where a run of recurrent layers wants its tokens: where they are, or on contiguous slices, with two re-layouts around the run.
+
+Contiguous slices have the fewest states: a document of m stretches moves at least m - 1 in every layer. Tokens that move before
+the run and back after it move once, however many layers it has.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from distattn.cluster.cost import recurrence_seconds
+from distattn.cluster.spec import DIRECTIONS, ClusterSpec
+from distattn.ir.layout import Layout
+from distattn.ir.mask import Mask
+from distattn.ir.plan import Plan
+from distattn.parallel.analysis.simulate import simulated_seconds
+from distattn.parallel.make_plan import make_plan
+
+# the layout of fewest stretches, by its name
+RUN_LAYOUT = "contiguous"
+
+
+def relayout_may_be_faster(here: Plan, there: Layout, *, layers: int, width: int, cluster: ClusterSpec) -> bool:
+    """Whether it may be, before a layer is planned in the other layout: no plan is faster than kernels of equal shares.
+
+    here, layers, width and cluster as in `relayout_is_faster`. False where both layouts are one.
+    """
+    call = here.call
+    if there == call.layout:
+        return False
+    work = np.array([call.mask.n]), np.array([call.heads]), np.array([True])
+    seconds = [
+        recurrence_seconds(cluster, direction, call.head_dim, call.v_head_dim, *work)[0] for direction in DIRECTIONS
+    ]
+    least = float(sum(seconds)) / call.ranks
+    gained = layers * (simulated_seconds(here, cluster) - least)
+    return relayout_seconds(call.layout, there, width, call.dtype, cluster) < gained
+
+
+def relayout_is_faster(here: Plan, there: Plan, *, layers: int, width: int, cluster: ClusterSpec) -> bool:
+    """Whether `layers` recurrent layers in a row are faster in the layout of another plan, in simulation, forward and backward.
+
+    here, there: of one such layer where its tokens are, and where they would be. width: of hidden states, which move in and out.
+    """
+    gained = layers * (simulated_seconds(here, cluster) - simulated_seconds(there, cluster))
+    call = here.call
+    return relayout_seconds(call.layout, there.call.layout, width, call.dtype, cluster) < gained
+
+
+def relayout_seconds(here: Layout, there: Layout, width: int, dtype: str, cluster: ClusterSpec) -> float:
+    """Simulated seconds in which rows of `width` numbers go to another layout and come back, and so do their gradients."""
+    # a convolution of one tap moves nothing but tokens to where it is computed, and results home
+    plan = make_plan(
+        Mask.documents(here.lengths, (0, 0)),
+        here,
+        strategy="allgather",
+        op="convolution",
+        heads=1,
+        kv_heads=1,
+        head_dim=1,
+        v_head_dim=width,
+        dtype=dtype,
+        comm_dtype=dtype,
+        working_layout=there,
+    )
+    return simulated_seconds(plan, cluster)

@@ -1,0 +1,169 @@
+"""The tensors of one pass on one rank, by buffer, and what is done with views of them."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from distattn.ir.plan import REDUCED_PAYLOADS, Call, Payload
+from distattn.kernels.glue import Rows, add_rows, copy_rows, merge_rows
+from distattn.parallel.runtime.memory import PlacedTensor, own_result_fields
+from distattn.parallel.runtime.views import OWN, BufferKey, View
+
+# the tensors of a payload, (rows, heads, width) or (rows, heads) each; see `Call.payload_fields`
+Fields = tuple[Tensor, ...]
+# where the tensors of a payload lie in the arena
+Places = Sequence[PlacedTensor]
+
+
+class Buffers:
+    """The tensors of one pass, in one arena but for the rank's own ones (see `memory`)."""
+
+    def __init__(self, call: Call, arena: Tensor, blank: Container[BufferKey] = (), unadded: Container[Payload] = ()):
+        """arena: bytes on the device of the pass; blank: buffers of partial results that must begin as "nothing yet".
+
+        unadded: payloads of which the rank's own tensor is in the inputs' dtype, since nothing is added to it.
+        """
+        self.call, self._blank, self._unadded = call, blank, unadded
+        self._merges_by_lse = call.op.merge == "lse"
+        self.fields: dict[BufferKey, Fields] = {}
+        # the same memory as numbers of each dtype
+        self._arena = {torch.uint8: arena}
+
+    def new_own(self, payload: Payload, rows: int) -> Fields:
+        """New tensors for the rank's own part of a result, bound as such."""
+        heads = self.call.payload_heads(payload)
+        fields = []
+        for width, name in own_result_fields(self.call, payload, self._unadded):
+            shape = (rows, heads) if width is None else (rows, heads, width)
+            fields.append(torch.empty(shape, dtype=getattr(torch, name), device=self._arena[torch.uint8].device))
+        key = BufferKey(payload, OWN, 0, heads)
+        return self.bind_own(payload, self._begun(key, tuple(fields)))
+
+    def bind_own(self, payload: Payload, fields: Fields) -> Fields:
+        """Use these tensors as the rank's own ones of a payload; returns them."""
+        self.fields[BufferKey(payload, OWN, 0, self.call.payload_heads(payload))] = fields
+        return fields
+
+    def bind_flat(self, rows: dict[BufferKey, int], flat: Tensor) -> None:
+        """Make these buffers views of one flat tensor. rows: of each buffer."""
+        at = 0
+        for key, count in rows.items():
+            fields = []
+            for width, _ in self.call.payload_fields(key.payload):
+                shape = (count, key.h1 - key.h0, width or 1)
+                size = shape[0] * shape[1] * shape[2]
+                fields.append(flat[at : at + size].view(shape))
+                at += size
+            self.fields[key] = tuple(fields)
+
+    def bind(self, tensors: Mapping[BufferKey, Fields]) -> None:
+        """Use these tensors for these buffers."""
+        self.fields.update(tensors)
+
+    def place(self, places: Places) -> Fields:
+        """Tensors in the arena; what is in them has no meaning."""
+        out = tuple(self._numbers(dtype).as_strided(shape, strides, offset) for dtype, shape, strides, offset in places)
+        if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
+            # as torch.empty does then
+            for tensor in out:
+                tensor.fill_(torch.nan)
+        return out
+
+    def allocate(self, key: BufferKey, places: Places) -> None:
+        """Make a buffer."""
+        self.fields[key] = self._begun(key, self.place(places))
+
+    def release(self, key: BufferKey) -> None:
+        """Forget a buffer: its place may be another's from now on."""
+        del self.fields[key]
+
+    def copy_own(self, key: BufferKey, view: View) -> None:
+        """Copy own rows into a buffer of copies."""
+        for piece in view.slices:
+            for whole, tensor in zip(self.fields[key], self.fields[piece.buffer], strict=True):
+                copy_rows(
+                    whole[:, piece.view_heads], Rows.of(piece.view_rows), tensor[:, piece.heads], Rows.of(piece.rows)
+                )
+
+    def close(self) -> None:
+        """Let go of the arena and all buffers."""
+        self.fields.clear()
+        self._arena.clear()
+
+    def receive_buffer(
+        self, payload: Payload, view: View, stretches: tuple[slice, ...], places: Places
+    ) -> tuple[Fields, list[Fields]]:
+        """(fields of a message, where each of its stretches is received).
+
+        Copies land in their buffer itself, which has no fields but these parts; partial results in tensors of their own.
+        """
+        if payload in REDUCED_PAYLOADS:
+            fields = self.place(places)
+            return fields, [tuple(tensor[stretch] for tensor in fields) for stretch in stretches]
+        return (), self._parts(view, stretches)
+
+    def message_parts(self, view: View, stretches: tuple[slice, ...], places: Places | None) -> list[Fields]:
+        """The tensors of a message by stretch: parts of a buffer, or of a copy at `places` in the dtype that travels."""
+        if places is None:
+            return self._parts(view, stretches)
+        packed = self._gathered(view, places)
+        return [tuple(tensor[stretch] for tensor in packed) for stretch in stretches]
+
+    def part(self, view: View) -> Fields:
+        """The part of a buffer that a view is."""
+        (only,) = view.slices
+        return tuple(tensor[only.rows, only.heads] for tensor in self.fields[only.buffer])
+
+    def gather(self, view: View, places: Places | None) -> Fields:
+        """The tensors of a view, (rows, heads, ...): part of a buffer, or a copy at `places`."""
+        return self.part(view) if places is None else self._gathered(view, places)
+
+    def accumulate(self, payload: Payload, view: View, fields: Fields) -> None:
+        """Accumulate the tensors of a view into its buffers: O as the op says, gradients by sum."""
+        for piece in view.slices:
+            rows, view_rows = Rows.of(piece.rows), Rows.of(piece.view_rows)
+            parts = tuple(tensor[:, piece.view_heads] for tensor in fields)
+            totals = tuple(tensor[:, piece.heads] for tensor in self.fields[piece.buffer])
+            if payload == Payload.O and self._merges_by_lse and not piece.is_first:
+                merge_rows(totals[0], totals[1], rows, parts[0], parts[1], view_rows)
+                continue
+            for total, part in zip(totals, parts, strict=True):
+                # what was sent may be narrower
+                (copy_rows if piece.is_first else add_rows)(total, rows, part, view_rows)
+
+    def _begun(self, key: BufferKey, fields: Fields) -> Fields:
+        """The tensors of a new buffer, as "nothing yet" where not every first write reaches all of them."""
+        if key in self._blank:
+            for tensor in fields:
+                tensor.zero_()
+            if key.payload == Payload.O and self._merges_by_lse:
+                fields[1].fill_(-torch.inf)
+        return fields
+
+    def _gathered(self, view: View, places: Places) -> Fields:
+        out = self.place(places)
+        if not view.is_complete:
+            # kernels may read whole tiles: what no task uses shall at least be a number
+            for tensor in out:
+                tensor.zero_()
+        for piece in view.slices:
+            rows, view_rows = Rows.of(piece.rows), Rows.of(piece.view_rows)
+            for whole, tensor in zip(out, self.fields[piece.buffer], strict=True):
+                copy_rows(whole[:, piece.view_heads], view_rows, tensor[:, piece.heads], rows)
+        return out
+
+    def _parts(self, view: View, stretches: tuple[slice, ...]) -> list[Fields]:
+        """The parts of a buffer that the stretches of a view are."""
+        if len(view.slices) == 1:
+            (only,) = view.slices
+            fields = tuple(tensor[only.rows] for tensor in self.fields[only.buffer])
+            return [tuple(tensor[stretch] for tensor in fields) for stretch in stretches]
+        return [tuple(tensor[piece.rows, piece.heads] for tensor in self.fields[piece.buffer]) for piece in view.slices]
+
+    def _numbers(self, dtype: torch.dtype) -> Tensor:
+        if dtype not in self._arena:
+            self._arena[dtype] = self._arena[torch.uint8].view(dtype)
+        return self._arena[dtype]

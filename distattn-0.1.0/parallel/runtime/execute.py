@@ -1,0 +1,222 @@
+"""The executor: runs a program on one rank, forward and backward, over any transport and kernel.
+
+One loop serves both directions. In each step messages are posted first, then kernels run on what was there when the step
+began, then messages are awaited and the partial results that arrived are merged: own tasks first, then arrivals in order.
+The functions are generators that pause while messages are in flight, so that the ranks of one process can run in lock step.
+"""
+
+# T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from distattn.ir.plan import REDUCED_PAYLOADS, Payload
+from distattn.kernels.registry import Kernel
+from distattn.kernels.spec import ScoreMod
+from distattn.parallel.runtime.buffers import Buffers, Fields
+from distattn.parallel.runtime.memory import kept_elements
+from distattn.parallel.runtime.program import KernelLaunch, Program, ProgramStep, kept_key
+from distattn.parallel.runtime.state_tensors import HeldStateTensors
+from distattn.parallel.runtime.transport import Packet, Transport
+
+Result = TypeVar("Result")
+# a generator that pauses while messages are in flight, and returns its result
+PausableRun = Generator[None, None, Result]
+
+
+class Target(NamedTuple):
+    """Where a kernel writes a result. adds: it is added to, or merged into, what is there; is_part: of a buffer."""
+
+    fields: Fields
+    adds: bool
+    is_part: bool
+
+
+# operands, and the targets of results: none where a kernel makes its own tensors
+Compute = Callable[[KernelLaunch, dict[Payload, Fields], dict[Payload, Target]], dict[Payload, Fields]]
+
+
+def forward(
+    program: Program,
+    transport: Transport,
+    kernel: Kernel,
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKE: Tensor,
+    score: ScoreMod,
+) -> PausableRun[tuple[Tensor, Tensor, Tensor]]:
+    """Core attention of this rank's tokens: (o_THE, lse_TH, kept).
+
+    lse is in the accumulation dtype, and so is o, or in the inputs' where nothing is added to it. `kept` is one flat tensor of
+    everything the backward will find again (empty unless the policy is "keep").
+    """
+    arena = q_THD.new_empty(program.forward_bytes, dtype=torch.uint8)
+    buffers = Buffers(program.call, arena, program.blank, program.unadded)
+    buffers.bind_own(Payload.Q, (q_THD,))
+    buffers.bind_own(Payload.KV, (k_TKD, v_TKE))
+    o_THE, lse_TH = buffers.new_own(Payload.O, program.tokens)
+    kept = q_THD.new_empty(kept_elements(program))
+    buffers.bind_flat(program.kept, kept)
+
+    def compute(
+        launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
+    ) -> dict[Payload, Fields]:
+        (q,), (k, v) = operands[Payload.Q], operands[Payload.KV]
+        inputs = (q, k, v, launch.schedule, score.for_heads(launch.heads))
+        if not targets:
+            return {Payload.O: kernel.forward(*inputs)}
+        target = targets[Payload.O]
+        return {Payload.O: kernel.forward(*inputs, into=target.fields, merge=target.adds)}
+
+    yield from run_steps("forward", program.forward, transport, buffers, compute, kernel.ACCUMULATES)
+    return o_THE, lse_TH, kept
+
+
+def backward(
+    program: Program,
+    transport: Transport,
+    kernel: Kernel,
+    do_THE: Tensor,
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKE: Tensor,
+    lse_TH: Tensor,
+    delta_TH: Tensor,
+    kept: Tensor,
+    score: ScoreMod,
+) -> PausableRun[tuple[Tensor, Tensor, Tensor]]:
+    """Gradients (dq_THD, dk_TKD, dv_TKE) in the inputs' dtype.
+
+    delta_TH is rowsum(dO * O), minus the gradient of the log-sum-exp where there is one.
+    """
+    arena = q_THD.new_empty(program.backward_bytes, dtype=torch.uint8)
+    buffers = Buffers(program.call, arena, program.blank, program.unadded)
+    buffers.bind_own(Payload.Q, (q_THD,))
+    buffers.bind_own(Payload.KV, (k_TKD, v_TKE))
+    buffers.bind_own(Payload.dO, (do_THE, lse_TH, delta_TH))
+    (dq_THD,) = buffers.new_own(Payload.dQ, program.tokens)
+    dk_TKD, dv_TKE = buffers.new_own(Payload.dKV, program.tokens)
+    buffers.bind_flat({kept_key(key): rows for key, rows in program.kept.items()}, kept)
+
+    def compute(
+        launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
+    ) -> dict[Payload, Fields]:
+        (q,), (k, v), (do, lse, delta) = operands[Payload.Q], operands[Payload.KV], operands[Payload.dO]
+        inputs = (do, q, k, v, lse, delta, launch.schedule, score.for_heads(launch.heads))
+        if not targets:
+            dq, dk, dv = kernel.backward(*inputs)
+        else:
+            of_q, of_kv = targets[Payload.dQ], targets[Payload.dKV]
+            into = of_q.fields[0], of_kv.fields
+            dq, dk, dv = kernel.backward(*inputs, into=into, add=(of_q.adds, of_kv.adds))
+        return {Payload.dQ: (dq,), Payload.dKV: (dk, dv)}
+
+    yield from run_steps("backward", program.backward, transport, buffers, compute, kernel.ACCUMULATES)
+    # results in another dtype take the arena's place
+    del arena
+    buffers.close()
+    return dq_THD.to(q_THD.dtype), dk_TKD.to(k_TKD.dtype), dv_TKE.to(v_TKE.dtype)
+
+
+def run_to_completion(run: PausableRun[Result]) -> Result:
+    """Run one rank to its end; it blocks while it waits for messages."""
+    return run_in_lock_step([run])[0]
+
+
+def run_in_lock_step(runs: Iterable[PausableRun[Result]]) -> list[Result]:
+    """Run all ranks of a plan in one thread: every rank posts the messages of a step before any rank waits for them."""
+    waiting = list(enumerate(runs))
+    results: dict[int, Result] = {}
+    while waiting:
+        unfinished = []
+        for rank, run in waiting:
+            try:
+                next(run)
+                unfinished.append((rank, run))
+            except StopIteration as stop:
+                results[rank] = stop.value
+        waiting = unfinished
+    return [results[rank] for rank in sorted(results)]
+
+
+def run_steps(
+    direction: str,
+    steps: list[ProgramStep],
+    transport: Transport,
+    buffers: Buffers,
+    compute: Compute,
+    accumulates: bool,
+    states: HeldStateTensors | None = None,
+) -> PausableRun[None]:
+    """Run the steps of a pass; states: those of a recurrence."""
+    for number, step in enumerate(steps):
+        where = f"in step {number + 1} of {len(steps)} of the {direction} pass"
+        yield from _run_step(step, transport, buffers, compute, accumulates, where, states)
+
+
+def _run_step(
+    step: ProgramStep,
+    transport: Transport,
+    buffers: Buffers,
+    compute: Compute,
+    accumulates: bool,
+    where: str,
+    states: HeldStateTensors | None,
+) -> PausableRun[None]:
+    for key in step.allocate:
+        buffers.allocate(key, step.places[key])
+    for key, view in step.own_copies:
+        buffers.copy_own(key, view)
+    sends = [packet for number in range(len(step.sends)) for packet in _outgoing(buffers, step, number)]
+    incoming, receives = [], []
+    for number, (payload, message) in enumerate(step.receives):
+        places = step.places.get(("receive", number), ())
+        fields, parts = buffers.receive_buffer(payload, message.view, message.stretches, places)
+        incoming.append((payload, message, fields))
+        receives += [Packet(message.peer, payload, tensor) for part in parts for tensor in part]
+    if states is not None and step.states is not None:
+        # what is sent is put together of what was there before the step: nothing of this step is read in it
+        sends += [packet for state in step.states.sends for packet in states.packets(state)]
+        receives += [packet for state in step.states.receives for packet in states.receive(state)]
+    pending = transport.exchange(sends, receives, step.collective, where)
+    for number in range(len(step.launches)):
+        _launch(step, number, buffers, compute, accumulates)
+    for key, view in step.own_results:
+        buffers.accumulate(key.payload, view, buffers.fields[key])
+    yield
+    pending.wait()
+    for payload, message, fields in incoming:
+        if payload in REDUCED_PAYLOADS:
+            buffers.accumulate(payload, message.view, fields)
+    for key in step.release:
+        buffers.release(key)
+    if states is not None and step.states is not None:
+        states.end_step(step.states)
+
+
+def _launch(step: ProgramStep, number: int, buffers: Buffers, compute: Compute, accumulates: bool) -> None:
+    launch, places = step.launches[number], step.places
+    operands = {
+        payload: buffers.gather(view, places.get(("operand", number, payload)))
+        for payload, view in launch.operands.items()
+    }
+    targets = {}
+    for payload, view in launch.results.items() if accumulates else ():
+        if view.is_part:
+            targets[payload] = Target(buffers.part(view), not view.slices[0].is_first, True)
+        else:
+            targets[payload] = Target(buffers.place(places["result", number, payload]), False, False)
+    for payload, fields in compute(launch, operands, targets).items():
+        if payload not in targets or not targets[payload].is_part:
+            buffers.accumulate(payload, launch.results[payload], fields)
+
+
+def _outgoing(buffers: Buffers, step: ProgramStep, number: int) -> list[Packet]:
+    payload, message = step.sends[number]
+    parts = buffers.message_parts(message.view, message.stretches, step.places.get(("send", number)))
+    return [Packet(message.peer, payload, tensor) for part in parts for tensor in part]

@@ -1,0 +1,94 @@
+"""The executor of convolutions: like attention's, with values alone, and weights that every rank has, if any.
+
+A weight is (H, D, W), or (H, D, D, W) where channels of a head are mixed.
+"""
+
+# T tokens on this rank, H heads of D channels each, W taps
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from distattn.ir.plan import Payload
+from distattn.parallel.runtime.buffers import Buffers, Fields
+from distattn.parallel.runtime.execute import PausableRun, Target, run_steps
+from distattn.parallel.runtime.memory import kept_elements
+from distattn.parallel.runtime.program import KernelLaunch, Program, kept_key
+from distattn.parallel.runtime.transport import Transport
+
+
+class ConvolutionKernel(Protocol):
+    """The functions of a kernel module for convolutions; see `distattn.kernels.convolution.taps`."""
+
+    def forward(self, x_SHD: Tensor, weight: Tensor | None, schedule: Any) -> Tensor: ...
+
+    def backward(
+        self, do_THD: Tensor, x_SHD: Tensor, weight: Tensor | None, schedule: Any
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
+def forward(
+    program: Program, transport: Transport, kernel: ConvolutionKernel, x_THD: Tensor, weight: Tensor | None
+) -> PausableRun[tuple[Tensor, Tensor]]:
+    """(y_THD in x's dtype, kept: what the backward will find again)."""
+    buffers = _buffers(program, program.forward_bytes, x_THD)
+    (y_THD,) = buffers.new_own(Payload.O, program.tokens)
+    kept = x_THD.new_empty(kept_elements(program))
+    buffers.bind_flat(program.kept, kept)
+
+    def compute(
+        launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
+    ) -> dict[Payload, Fields]:
+        (x,) = operands[Payload.KV]
+        return {Payload.O: (kernel.forward(x, _of_heads(weight, launch), launch.schedule),)}
+
+    yield from run_steps("forward", program.forward, transport, buffers, compute, False)
+    buffers.close()
+    return y_THD.to(x_THD.dtype), kept
+
+
+def backward(
+    program: Program,
+    transport: Transport,
+    kernel: ConvolutionKernel,
+    dy_THD: Tensor,
+    x_THD: Tensor,
+    weight: Tensor | None,
+    kept: Tensor,
+) -> PausableRun[tuple[Tensor, Tensor | None]]:
+    """(dx_THD in x's dtype, this rank's share of the weight's gradient in the accumulation dtype)."""
+    buffers = _buffers(program, program.backward_bytes, x_THD)
+    buffers.bind_own(Payload.dO, (dy_THD,))
+    buffers.new_own(Payload.dQ, program.tokens)
+    (dx_THD,) = buffers.new_own(Payload.dKV, program.tokens)
+    buffers.bind_flat({kept_key(key): rows for key, rows in program.kept.items()}, kept)
+    wide = getattr(torch, program.call.accumulation_dtype)
+    dweight = None if weight is None else torch.zeros_like(weight, dtype=wide)
+
+    def compute(
+        launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
+    ) -> dict[Payload, Fields]:
+        (x,), (dy,) = operands[Payload.KV], operands[Payload.dO]
+        dx, found = kernel.backward(dy, x, _of_heads(weight, launch), launch.schedule)
+        if dweight is not None and found is not None:
+            dweight[launch.heads] += found
+        return {Payload.dQ: (), Payload.dKV: (dx,)}
+
+    yield from run_steps("backward", program.backward, transport, buffers, compute, False)
+    buffers.close()
+    return dx_THD.to(x_THD.dtype), dweight
+
+
+def _buffers(program: Program, nbytes: int, x_THD: Tensor) -> Buffers:
+    buffers = Buffers(program.call, x_THD.new_empty(nbytes, dtype=torch.uint8), program.blank, program.unadded)
+    # a convolution has no queries
+    buffers.bind_own(Payload.Q, ())
+    buffers.bind_own(Payload.KV, (x_THD,))
+    return buffers
+
+
+def _of_heads(weight: Tensor | None, launch: KernelLaunch) -> Tensor | None:
+    return None if weight is None else weight[launch.heads]

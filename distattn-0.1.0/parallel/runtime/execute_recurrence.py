@@ -1,0 +1,242 @@
+"""The executor of recurrences: a program's stretches and states on one rank, forward and backward.
+
+Steps, messages and buffers of tokens are those of `execute`. Here is what a launch does: states that precede its stretches, or
+gradients of states that follow them, are put together, go into the kernel side by side, and what leaves is kept for others.
+"""
+
+# T tokens on this rank, H heads of values, G heads of queries and keys, K key dim, V value dim, N stretches of a launch,
+# M documents
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from distattn.ir.op import Op
+from distattn.ir.plan import Payload
+from distattn.kernels.recurrence.tokens import RecurrenceTokens, Stretches
+from distattn.kernels.spec import KernelRequirements
+from distattn.parallel.runtime.buffers import Fields
+from distattn.parallel.runtime.execute import PausableRun, Target, run_steps
+from distattn.parallel.runtime.kept_tensors import KeptPlaces
+from distattn.parallel.runtime.program import KernelLaunch, Program, kept_key
+from distattn.parallel.runtime.state_pass import StatePass
+from distattn.parallel.runtime.state_program import StretchStates
+from distattn.parallel.runtime.state_tensors import State, composed
+from distattn.parallel.runtime.stretch_launches import StretchKind
+from distattn.parallel.runtime.transport import Transport
+
+
+class RecurrenceKernel(Protocol):
+    """The functions of a kernel module for recurrences; see `distattn.kernels.recurrence.chunked`."""
+
+    def prepare(self, stretches: Stretches, requirements: KernelRequirements) -> Any: ...
+
+    def forward(self, x: RecurrenceTokens, stretches: Any, state_NHKV: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def states(
+        self, x: RecurrenceTokens, stretches: Any, state_NHKV: Tensor, transitions: bool
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+    def backward(
+        self, x: RecurrenceTokens, stretches: Any, state_NHKV: Tensor, do_THV: Tensor, dstate_NHKV: Tensor
+    ) -> tuple[RecurrenceTokens, Tensor]: ...
+
+    def gradient_states(
+        self, x: RecurrenceTokens, stretches: Any, do_THV: Tensor, dstate_NHKV: Tensor, transitions: bool
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
+class ForwardResult(NamedTuple):
+    """o_THV, final states of documents that end on this rank (0 for others), where they are wanted, and what is kept."""
+
+    o: Tensor
+    final_MHKV: Tensor | None
+    kept: Tensor
+
+
+class BackwardResult(NamedTuple):
+    """Gradients of this rank's tokens, and of the initial states, if any, of documents that begin on it (0 for others)."""
+
+    dx: RecurrenceTokens
+    dinitial_MHKV: Tensor | None
+
+
+def forward(
+    program: Program,
+    transport: Transport,
+    kernel: RecurrenceKernel,
+    x: RecurrenceTokens,
+    initial_MHKV: Tensor | None,
+    final_states: bool = True,
+) -> PausableRun[ForwardResult]:
+    """Outputs of this rank's tokens in q's dtype, and final states in the accumulation dtype, where they are wanted."""
+    run = _Pass(program, kernel, x, "forward", initial_MHKV)
+    if final_states:
+        run.make_edge_states()
+    (o_THV,) = run.buffers.new_own(Payload.O, program.tokens)
+    places = KeptPlaces.of(program)
+    kept = places.new(x.v.device)
+    run.buffers.bind(places.tokens_in(kept))
+    run.begun = places.states_in(kept)
+    yield from run_steps("forward", program.forward, transport, run.buffers, run.forward, False, run.states)
+    run.buffers.close()
+    return ForwardResult(o_THV.to(x.q.dtype), run.edge_states, kept)
+
+
+def backward(
+    program: Program,
+    transport: Transport,
+    kernel: RecurrenceKernel,
+    do_THV: Tensor,
+    dfinal_MHKV: Tensor | None,
+    x: RecurrenceTokens,
+    initial_MHKV: Tensor | None,
+    kept: Tensor,
+) -> PausableRun[BackwardResult]:
+    """Gradients in the dtypes of what they are of; those of initial states in the accumulation dtype."""
+    run = _Pass(program, kernel, x, "backward", initial_MHKV, dfinal_MHKV)
+    if initial_MHKV is not None:
+        run.make_edge_states()
+    run.buffers.bind_own(Payload.dO, (do_THV,))
+    gradients = *run.buffers.new_own(Payload.dQ, program.tokens), *run.buffers.new_own(Payload.dKV, program.tokens)
+    places = KeptPlaces.of(program)
+    run.buffers.bind({kept_key(key): fields for key, fields in places.tokens_in(kept).items()})
+    for state, begun in zip(run.program_states.kept, places.states_in(kept), strict=True):
+        run.states.put_kept(state.key, state.h0, State(None, begun))
+    yield from run_steps("backward", program.backward, transport, run.buffers, run.backward, False, run.states)
+    run.buffers.close()
+    names = [name for name in x.by_token()]
+    dx = x._replace(
+        **{name: dy.to(y.dtype) for name, y, dy in zip(names, x.by_token().values(), gradients, strict=True)}
+    )
+    return BackwardResult(dx, run.edge_states)
+
+
+class _Pass(StatePass):
+    """One pass on one rank. begun: the states that tasks began with."""
+
+    def __init__(
+        self,
+        program: Program,
+        kernel: RecurrenceKernel,
+        x: RecurrenceTokens,
+        direction: str,
+        initial_MHKV: Tensor | None,
+        dfinal_MHKV: Tensor | None = None,
+    ):
+        self.g_H = x.g if x.g is not None and not x.decays_by_token else None
+        super().__init__(program, direction, x.v.device, initial_MHKV, self.g_H)
+        self.kernel, self.dfinal = kernel, dfinal_MHKV
+        tensors = tuple(x.by_token().values())
+        self.buffers.bind_own(Payload.Q, tensors[:2])
+        self.buffers.bind_own(Payload.KV, tensors[2:])
+        self.begun: list[Tensor] = []
+
+    def forward(
+        self, launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
+    ) -> dict[Payload, Fields]:
+        """One launch of the forward pass."""
+        x, tasks = self._tokens(launch, operands), self.tasks(launch)
+        if launch.schedule.kind is StretchKind.STATE:
+            self._leave_states(launch, x, tasks)
+            return {}
+        entering = self.side_by_side(launch, [self.entering(launch, task) for task in tasks])
+        o_THV, leaving = self.kernel.forward(x, launch.schedule.stretches, entering)
+        for task, begins in zip(tasks, entering, strict=True):
+            if task.begun >= 0:
+                self.begun[task.begun].copy_(begins)
+        self.leave_final(launch, tasks, leaving)
+        return {Payload.O: (o_THV,)}
+
+    def backward(
+        self, launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
+    ) -> dict[Payload, Fields]:
+        """One launch of the backward pass."""
+        x, tasks = self._tokens(launch, operands), self.tasks(launch)
+        if launch.schedule.kind is StretchKind.STATE:
+            self._leave_states(launch, x, tasks)
+            return {}
+        (do_THV,) = operands[Payload.dO]
+        if launch.schedule.kind is StretchKind.GRADIENT_STATE:
+            self._leave_gradient_states(launch, x, do_THV, tasks)
+            return {}
+        entering = self.side_by_side(launch, [self.entering(launch, task) for task in tasks])
+        dleaving = self.side_by_side(launch, [self._following(launch, task) for task in tasks])
+        dx, dentering = self.kernel.backward(x, launch.schedule.stretches, entering, do_THV, dleaving)
+        for task, begins in zip(tasks, dentering, strict=True):
+            if task.initial >= 0 and self.edge_states is not None:
+                self.edge_states[task.initial, launch.heads] = begins
+            self.leave(launch, task, State(None, begins))
+        dq, dk, *rest = dx.by_token().values()
+        shared = tuple(self._folded(launch, dy) for dy in (dq, dk))
+        return {Payload.dQ: shared, Payload.dKV: tuple(rest)}
+
+    def _leave_states(self, launch: KernelLaunch, x: RecurrenceTokens, tasks: Sequence[StretchStates]) -> None:
+        """(A, B) of stretches, after what precedes them."""
+        before = [self.entering(launch, task) for task in tasks]
+        entering, wanted = self.side_by_side(launch, before), _need_transitions(tasks)
+        leaving, transitions = self.kernel.states(x, launch.schedule.stretches, entering, wanted)
+        for i, (task, state) in enumerate(zip(tasks, before, strict=True)):
+            a = None
+            if not task.is_prefix and transitions is not None:
+                a = transitions[i] if state is None or state.a is None else composed(state.a, transitions[i])
+            self.leave(launch, task, State(a, leaving[i]))
+
+    def _leave_gradient_states(
+        self, launch: KernelLaunch, x: RecurrenceTokens, do_THV: Tensor, tasks: Sequence[StretchStates]
+    ) -> None:
+        """(A, C) of stretches, before what follows them."""
+        after = [self._following(launch, task) for task in tasks]
+        dleaving, wanted = self.side_by_side(launch, after), _need_transitions(tasks)
+        dentering, transitions = self.kernel.gradient_states(x, launch.schedule.stretches, do_THV, dleaving, wanted)
+        for i, (task, state) in enumerate(zip(tasks, after, strict=True)):
+            a = None
+            if not task.is_prefix and transitions is not None:
+                a = transitions[i] if state is None or state.a is None else composed(transitions[i], state.a)
+            self.leave(launch, task, State(a, dentering[i]))
+
+    def _following(self, launch: KernelLaunch, task: StretchStates) -> State | None:
+        """Return the gradient of the state that leaves a stretch: from what follows it, or of its document's final state."""
+        if task.after:
+            return self.states.put_together(task.after)
+        return self.edge(launch, self.dfinal, task.final)
+
+    def _tokens(self, launch: KernelLaunch, operands: dict[Payload, Fields]) -> RecurrenceTokens:
+        (q, k), (v, *gates) = operands[Payload.Q], operands[Payload.KV]
+        op: Op = self.call.op
+        g = None if self.g_H is None else self.g_H[launch.heads]
+        if op.decay in ("token", "channel"):
+            g, *gates = gates
+        if not self._is_even(launch):
+            index = self._group_index(launch, q.device)
+            q, k = q[:, index], k[:, index]
+        return RecurrenceTokens(q, k, v, g, gates[0] if op.delta else None)
+
+    def _is_even(self, launch: KernelLaunch) -> bool:
+        """Whether a launch has all heads of each of its heads of queries and keys."""
+        group = self.call.gqa_group_size
+        return launch.heads.start % group == 0 and launch.heads.stop % group == 0
+
+    def _group_index(self, launch: KernelLaunch, device: torch.device) -> Tensor:
+        """The head of queries and keys of each head of a launch, among those that the launch has."""
+        group, heads = self.call.gqa_group_size, launch.heads
+        return torch.arange(heads.start, heads.stop, device=device) // group - heads.start // group
+
+    def _folded(self, launch: KernelLaunch, dy_THK: Tensor) -> Tensor:
+        """Gradients of queries or keys, summed over the heads that share them, where `_tokens` has repeated those."""
+        if self._is_even(launch):
+            return dy_THK
+        index = self._group_index(launch, dy_THK.device)
+        group = self.call.gqa_group_size
+        shared = (launch.heads.stop - 1) // group - launch.heads.start // group + 1
+        out = dy_THK.new_zeros((len(dy_THK), shared, dy_THK.shape[2]))
+        return out.index_add_(1, index, dy_THK)
+
+
+def _need_transitions(tasks: Sequence[StretchStates]) -> bool:
+    """Whether the A of any stretch is part of what it leaves."""
+    return not all(task.is_prefix for task in tasks)

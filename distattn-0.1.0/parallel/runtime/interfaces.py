@@ -1,0 +1,95 @@
+"""The address under which other ranks reach this machine: that of one interface, for sockets that must not listen on all."""
+
+from __future__ import annotations
+
+import fcntl
+import ipaddress
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+
+from distattn.ir.errors import DistattnError
+from distattn.parallel.runtime.attendance import default_store
+
+LOOPBACK = "127.0.0.1"
+# Linux's call for the IPv4 address of an interface, and its table of IPv6 ones
+_SIOCGIFADDR = 0x8915
+_IPV6_TABLE = Path("/proc/net/if_inet6")
+# of an IPv6 address that is valid everywhere
+_GLOBAL_SCOPE = "00"
+
+
+def own_address() -> str:
+    """The address of this machine that ranks of other machines connect to, as a number.
+
+    That of the interface in GLOO_SOCKET_IFNAME, the first where it names several; else the one that faces the job's store, or
+    the one that this machine's name stands for, as gloo takes it. Raises DistattnError where there is none.
+    """
+    if names := os.environ.get("GLOO_SOCKET_IFNAME"):
+        name = names.split(",")[0].strip()
+        address = interface_address(name)
+        if address is None:
+            raise DistattnError(f"GLOO_SOCKET_IFNAME: {name} has no address here; name an interface of `ip addr`.")
+        return address
+    for address in (*_towards_store(), *resolved(socket.gethostname())):
+        if not ipaddress.ip_address(address).is_loopback:
+            return address
+    raise DistattnError(
+        f"{socket.gethostname()}: no address is known under which other machines reach this one; name the interface between "
+        "the machines in GLOO_SOCKET_IFNAME."
+    )
+
+
+def interface_address(name: str) -> str | None:
+    """The IPv4 address of an interface of this machine, or its global IPv6 one; None where it has neither."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        try:
+            found = fcntl.ioctl(asked.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))
+            return socket.inet_ntoa(found[20:24])
+        except (OSError, struct.error):
+            pass
+    for line in _IPV6_TABLE.read_text("ascii").splitlines() if _IPV6_TABLE.exists() else ():
+        digits, _, _, scope, _, owner = line.split()
+        if owner == name and scope == _GLOBAL_SCOPE:
+            return str(ipaddress.IPv6Address(int(digits, 16)))
+    return None
+
+
+def resolved(host: str) -> list[str]:
+    """The addresses that a name stands for, as numbers; none where it stands for nothing."""
+    try:
+        return list(dict.fromkeys(str(found[4][0]) for found in socket.getaddrinfo(host, None)))
+    except OSError:
+        return []
+
+
+def listening_socket(address: str, port: int, waiting: int) -> socket.socket:
+    """A socket that listens on one address alone. port: 0 for a free one; waiting: connections that may. Raises OSError."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.create_server((address, port), family=family, backlog=waiting)
+
+
+def _towards_store() -> Iterator[str]:
+    """The address from which this machine sends to the job's store."""
+    store = default_store()
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    if not isinstance(store, dist.TCPStore):
+        return
+    yield from addresses_towards(store.host, store.port)
+
+
+def addresses_towards(host: str, port: int) -> Iterator[str]:
+    """Yield the addresses from which this machine sends to a host. host: a name or an address."""
+    for address in resolved(host):
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                # nothing is sent: the system only chooses an interface
+                probe.connect((address, port))
+            except OSError:
+                continue
+            yield probe.getsockname()[0]

@@ -1,0 +1,172 @@
+"""Operands that lie where they arrive, and results that leave from where they are computed.
+
+Where a launch needs one arrival and the rank's own tokens, the arrival's buffer is made as large as the working tensor that
+both would be gathered into, in the same order of tokens: messages land between the own rows, which are copied in beforehand.
+The same for results: the kernel writes one tensor, messages leave from it, and the own rows are accumulated from it. Buffers
+that stay until the backward pass are left as they are: own rows beside them would stay, too.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from distattn.ir.intervals import Ints
+from distattn.ir.plan import REDUCED_PAYLOADS
+from distattn.parallel.runtime.views import OWN, BufferKey, BufferSlice, RowIndex, View, same_rows
+
+if TYPE_CHECKING:
+    from distattn.parallel.runtime.program import ProgramStep
+
+
+class Landing(NamedTuple):
+    """A buffer that is a launch's working tensor. rows: of both; new_row: where each row of the buffer as it was lies now.
+
+    own: the slices of the rank's own tensor among its rows.
+    """
+
+    rows: int
+    new_row: Ints
+    own: tuple[BufferSlice, ...]
+
+    @property
+    def own_view(self) -> View:
+        """The own rows in the buffer's order, as a view that does not reach all of it."""
+        return View(self.rows, self.own[0].view_heads.stop if self.own else 0, list(self.own), False)
+
+
+def land(steps: list[ProgramStep], sizes: Mapping[BufferKey, int]) -> dict[BufferKey, Landing]:
+    """Let buffers be working tensors where that spares copies; changes the views of the steps. Returns what each has become.
+
+    sizes: rows of the buffers that may.
+    """
+    launches: dict[BufferKey, list[tuple[BufferSlice, View]]] = defaultdict(list)
+    messages: dict[BufferKey, list[tuple[BufferSlice, tuple[slice, ...]]]] = defaultdict(list)
+    for step in steps:
+        for launch in step.launches:
+            for view in (*launch.operands.values(), *launch.results.values()):
+                for piece in view.slices:
+                    launches[piece.buffer].append((piece, view))
+        for _, message in (*step.sends, *step.receives):
+            # what is in several buffers is gathered before it is sent, wherever it lies
+            if len(message.view.slices) == 1:
+                (piece,) = message.view.slices
+                messages[piece.buffer].append((piece, message.stretches))
+    found: dict[BufferKey, Landing] = {}
+    for key, rows in sizes.items():
+        landing = next((one for _, view in launches[key] if (one := _landing(key, rows, view))), None)
+        if landing and _fits(key, landing, launches[key], messages[key]):
+            found[key] = landing
+    for step in steps:
+        _change(step, found)
+    return found
+
+
+def _landing(key: BufferKey, rows: int, view: View) -> Landing | None:
+    """What a buffer of so many rows would become as the working tensor of a view."""
+    own = tuple(piece for piece in view.slices if piece.buffer.step == OWN)
+    there = [piece for piece in view.slices if piece.buffer == key]
+    if not view.is_complete or len(there) != 1 or len(own) + 1 != len(view.slices) or view.heads != key.h1 - key.h0:
+        return None
+    (piece,) = there
+    if _length(piece) != rows or any(other.view_heads != slice(0, view.heads) for other in view.slices):
+        return None
+    new_row = np.empty(rows, np.int64)
+    new_row[_numbers(piece.rows)] = _numbers(piece.view_rows)
+    # nothing to gain where the working tensor is the buffer already
+    return None if not own and (new_row == np.arange(rows)).all() else Landing(view.rows, new_row, own)
+
+
+def _fits(
+    key: BufferKey,
+    landing: Landing,
+    launches: list[tuple[BufferSlice, View]],
+    messages: list[tuple[BufferSlice, tuple[slice, ...]]],
+) -> bool:
+    """Whether messages land in whole stretches, and nobody else needs the buffer as it was."""
+    if key.payload in REDUCED_PAYLOADS and len(launches) != 1:
+        # what several kernels add to is not ready before the last of them
+        return False
+    for piece, view in launches:
+        was_direct = len(view.slices) == 1 and isinstance(piece.rows, slice)
+        if was_direct and not _is_run(landing.new_row[_numbers(piece.rows)]):
+            return False
+    return all(
+        isinstance(piece.rows, slice) and all(_is_run(landing.new_row[piece.rows][stretch]) for stretch in stretches)
+        for piece, stretches in messages
+    )
+
+
+def _change(step: ProgramStep, found: Mapping[BufferKey, Landing]) -> None:
+    """The same step with the rows of changed buffers where they lie now."""
+    for launch in step.launches:
+        for views in (launch.operands, launch.results):
+            views.update({payload: _as_landed(view, found) for payload, view in views.items()})
+    for messages in (step.sends, step.receives):
+        for i, (payload, message) in enumerate(messages):
+            slices = [_moved(piece, found) for piece in message.view.slices]
+            if len(slices) == 1:
+                slices = _in_stretches(message.view.slices[0], message.stretches, found)
+            messages[i] = payload, message._replace(view=message.view._replace(slices=slices))
+
+
+def _as_landed(view: View, found: Mapping[BufferKey, Landing]) -> View:
+    """A launch's view: the whole buffer where that is its working tensor, else the same rows where they lie now."""
+    slices = [_moved(piece, found) for piece in view.slices]
+    for i, piece in enumerate(slices):
+        landing = found.get(piece.buffer)
+        own = (*view.slices[:i], *view.slices[i + 1 :])
+        if landing and view.rows == landing.rows and same_rows(piece.rows, piece.view_rows) and _same(own, landing.own):
+            rows = slice(0, view.rows)
+            return view._replace(slices=[piece._replace(rows=rows, view_rows=rows)])
+    return view._replace(slices=slices)
+
+
+def _moved(piece: BufferSlice, found: Mapping[BufferKey, Landing]) -> BufferSlice:
+    """A slice with its rows where they lie now."""
+    if piece.buffer not in found:
+        return piece
+    return piece._replace(rows=_index(found[piece.buffer].new_row[_numbers(piece.rows)]))
+
+
+def _in_stretches(
+    piece: BufferSlice, stretches: tuple[slice, ...], found: Mapping[BufferKey, Landing]
+) -> list[BufferSlice]:
+    """The slices of a message: one for each of its stretches, where the buffer has changed."""
+    if piece.buffer not in found:
+        return [piece]
+    rows = found[piece.buffer].new_row[_numbers(piece.rows)]
+    return [piece._replace(rows=_index(rows[stretch]), view_rows=stretch) for stretch in stretches]
+
+
+def _same(these: tuple[BufferSlice, ...], those: tuple[BufferSlice, ...]) -> bool:
+    """Whether slices are of the same rows and heads."""
+    return len(these) == len(those) and all(
+        (a.buffer, a.heads, a.view_heads) == (b.buffer, b.heads, b.view_heads)
+        and same_rows(a.rows, b.rows)
+        and same_rows(a.view_rows, b.view_rows)
+        for a, b in zip(these, those, strict=True)
+    )
+
+
+def _numbers(rows: RowIndex) -> Ints:
+    return np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows.numpy()
+
+
+def _is_run(rows: Ints) -> bool:
+    return bool((np.diff(rows) == 1).all())
+
+
+def _index(rows: Ints) -> RowIndex:
+    """Rows as a slice where they follow one another."""
+    if len(rows) and _is_run(rows):
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return torch.from_numpy(rows)
+
+
+def _length(piece: BufferSlice) -> int:
+    return len(_numbers(piece.rows))

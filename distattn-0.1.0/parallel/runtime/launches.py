@@ -1,0 +1,170 @@
+"""Which kernel launches the tasks of a table become on one rank, and which tokens each of them needs."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+
+from distattn.ir.bands import K0, K1, OK, OQ, Q0, Q1
+from distattn.ir.intervals import Ints, expand_ranges, merge_intervals, sorted_unique, stable_argsort
+from distattn.ir.plan import KEY_PAYLOADS, Columns, Payload, select_rows
+from distattn.kernels.launch_mask import LaunchMask
+from distattn.parallel.runtime.views import ViewParts
+
+# one launch per step takes working tensors at most this many times as large as what its tasks need; and query rows that lie
+# in several buffers are one launch where all of them are needed in the same heads, but for this much
+_MAX_PADDING, _MAX_HOLES = 2, 1.1
+
+
+class TokenIntervals(NamedTuple):
+    """The tokens that the tasks of each launch need, end to end in a working tensor, and which of them in which heads."""
+
+    # intervals sorted by launch and token: tokens [t0, t1) lie from row `row` of the launch's tensor on
+    launch: Ints
+    t0: Ints
+    t1: Ints
+    row: Ints
+    # heads [h0, h1) of each launch
+    h0: Ints
+    h1: Ints
+    # the same by elementary head range: launch and heads [h0, h1) of each part; then its intervals, and the part of each
+    part_launch: Ints
+    part_h0: Ints
+    part_h1: Ints
+    part: Ints
+    part_t0: Ints
+    part_t1: Ints
+
+    @staticmethod
+    def of(launch: Ints, t0: Ints, t1: Ints, low: Ints, high: Ints) -> TokenIntervals:
+        """For tasks, sorted by launch, that need tokens [t0_i, t1_i) in heads [low_i, high_i)."""
+        where, begin, end = merge_intervals(launch, t0, t1)
+        before = np.cumsum(end - begin) - (end - begin)
+        row = before - before[np.searchsorted(where, where)]
+        first = np.searchsorted(launch, np.arange(int(launch.max(initial=-1)) + 1))
+        h0, h1 = (f.reduceat(x, first) if len(x) else x for f, x in ((np.minimum, low), (np.maximum, high)))
+        limits = sorted_unique(np.concatenate([low, high]))
+        task, head = expand_ranges(np.searchsorted(limits, low), np.searchsorted(limits, high))
+        key, part_t0, part_t1 = merge_intervals(launch[task] * len(limits) + head, t0[task], t1[task])
+        distinct_keys, part = np.unique(key, return_inverse=True)
+        part_launch, part_head = np.divmod(distinct_keys, max(len(limits), 1))
+        bounds = limits[part_head], limits[part_head + 1]
+        return TokenIntervals(where, begin, end, row, h0, h1, part_launch, *bounds, part, part_t0, part_t1)
+
+    def parts(self, payload: Payload) -> ViewParts:
+        """The parts of one view per launch."""
+        launch, h0 = self.part_launch, self.part_h0
+        row = self.part_t0 + self.to_row(launch[self.part], self.part_t0)
+        heads = launch, np.full(len(launch), int(payload)), h0, self.part_h1, h0 - self.h0[launch]
+        return ViewParts(*heads, self.part, self.part_t0, self.part_t1, row)
+
+    def to_row(self, launch: Ints, token: Ints) -> Ints:
+        """What to add to a token that some task of the launch needs, to get its row."""
+        span = int(self.t1.max(initial=0)) + 1
+        i = np.searchsorted(self.launch * span + self.t0, launch * span + token, "right") - 1
+        return self.row[i] - self.t0[i]
+
+    def rows(self) -> Ints:
+        """Rows of each launch's tensor."""
+        total = np.zeros(len(self.h0), np.int64)
+        np.add.at(total, self.launch, self.t1 - self.t0)
+        return total
+
+    def padding(self) -> np.ndarray:
+        """How many times larger each launch's tensor is than what its tasks need of it."""
+        needed = np.zeros(len(self.h0), np.int64)
+        heads = (self.part_h1 - self.part_h0)[self.part]
+        np.add.at(needed, self.part_launch[self.part], heads * (self.part_t1 - self.part_t0))
+        return self.rows() * (self.h1 - self.h0) / np.maximum(needed, 1)
+
+
+class LaunchTable(NamedTuple):
+    """All kernel launches of a table, sorted by step.
+
+    The tasks of one step are one launch, or one for each buffer that their query rows lie in, or one for each head range.
+    """
+
+    # by launch: its step and its query heads [h0, h1)
+    steps: list[int]
+    heads: list[tuple[int, int]]
+    # all tasks, and the number of the launch of each
+    tasks: Columns
+    launch: Ints
+    rows: TokenIntervals
+    keys: TokenIntervals
+    group_size: int
+
+    @staticmethod
+    def of(tasks: Columns, group_size: int, buffer: Ints) -> LaunchTable:
+        """The launches of one rank's tasks; buffer: a number for where the query rows of each lie, -1 for in several."""
+        head_range = np.unique(np.stack([tasks["h0"], tasks["h1"]], 1), axis=0, return_inverse=True)[1].reshape(-1)
+        tasks = {**tasks, "buffer": buffer, "head_range": head_range}
+        # own rows and rows that came with fewer heads would be one tensor of mostly unused heads
+        table = LaunchTable._numbered(tasks, group_size, tasks["step"])
+        table = table._divided(table._smaller_by_buffer(), "buffer")
+        # head ranges that need too different tokens are launched one by one
+        wasteful = (table.rows.padding() > _MAX_PADDING) | (table.keys.padding() > _MAX_PADDING)
+        return table._divided(wasteful, "head_range")
+
+    def parts(self, payload: Payload) -> ViewParts:
+        """The parts of one view of a payload per launch."""
+        return (self.keys if payload in KEY_PAYLOADS else self.rows).parts(payload)
+
+    def uses(self, number: int, payload: Payload) -> bool:
+        """Whether a launch reads or gives a payload: of attention all."""
+        return True
+
+    def _divided(self, which: np.ndarray, column: str) -> LaunchTable:
+        """The same launches, some of them divided by what a column says of their tasks."""
+        if not which.any():
+            return self
+        value = np.where(which[self.launch], self.tasks[column], 0)
+        return LaunchTable._numbered(self.tasks, self.group_size, self.launch * (int(value.max()) + 1) + value)
+
+    def _smaller_by_buffer(self) -> np.ndarray:
+        """Of which launches the query tensors are clearly smaller, all together, if each buffer has a launch of its own."""
+        low, high = (np.full(len(self.steps), edge) for edge in (np.iinfo(np.int64).max, -1))
+        np.minimum.at(low, self.launch, self.tasks["buffer"])
+        np.maximum.at(high, self.launch, self.tasks["buffer"])
+        several = (low >= 0) & (low < high)
+        apart = self._divided(several, "buffer")
+        if apart is self:
+            return several
+        # the first task of each launch says which it was part of
+        parent = np.searchsorted(self.steps, apart.steps)
+        return several & (np.bincount(parent, apart._query_cells(), len(self.steps)) * _MAX_HOLES < self._query_cells())
+
+    def _query_cells(self) -> Ints:
+        """Rows times heads of each launch's query tensor."""
+        return self.rows.rows() * (self.rows.h1 - self.rows.h0)
+
+    @staticmethod
+    def _numbered(tasks: Columns, group_size: int, label: Ints) -> LaunchTable:
+        """One launch for each label, in the order of the labels."""
+        tasks = select_rows(tasks, stable_argsort(label))
+        _, first, launch = np.unique(np.sort(label), return_index=True, return_inverse=True)
+        low, high = tasks["h0"], tasks["h1"]
+        rows = TokenIntervals.of(launch, tasks["q0"], tasks["q1"], low, high)
+        keys = TokenIntervals.of(launch, tasks["k0"], tasks["k1"], low // group_size, -(-high // group_size))
+        heads = list(zip(rows.h0.tolist(), rows.h1.tolist(), strict=True))
+        return LaunchTable(tasks["step"][first].tolist(), heads, tasks, launch, rows, keys, group_size)
+
+    def launch_masks(self, bands: Ints) -> list[LaunchMask]:
+        """The mask of each launch in the coordinates of its tensors; `bands` of the tasks in those of the axis."""
+        rows, keys, bands = self.rows, self.keys, bands.copy()
+        # each task lies inside one of the intervals, so that its tokens are shifted by one number
+        to_row, to_key = rows.to_row(self.launch, self.tasks["q0"]), keys.to_row(self.launch, self.tasks["k0"])
+        bands[:, [Q0, Q1, OQ]] += to_row[:, None]
+        bands[:, [K0, K1, OK]] += to_key[:, None]
+        heads = np.stack([self.tasks["h0"], self.tasks["h1"]], 1) - rows.h0[self.launch][:, None]
+        first = np.searchsorted(self.launch, np.arange(len(self.steps) + 1)).tolist()
+        shift, group_size = to_row - to_key, self.group_size
+        sizes = rows.rows(), keys.rows(), rows.h1 - rows.h0, keys.h1 - keys.h0
+        return [
+            LaunchMask(bands[a:b], heads[a:b], shift[a:b], n, s, h, kv, group_size, h0 % group_size)
+            for (a, b), (n, s, h, kv), (h0, _) in zip(
+                itertools.pairwise(first), np.stack(sizes, 1).tolist(), self.heads, strict=True
+            )
+        ]

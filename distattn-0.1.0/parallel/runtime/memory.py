@@ -1,0 +1,252 @@
+"""Where the tensors of a pass lie: in one arena, laid out when a plan is lowered.
+
+All that a pass makes beside its results is known beforehand, with its size and the steps it lives for: buffers, packed messages,
+gathered operands and what kernels compute. So the allocator sees one request a pass, and what a pass needs is known to the byte.
+Places are given largest first, each the lowest that is free for as long as the tensor lives (greedy by size,
+https://arxiv.org/abs/2001.03288).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from distattn.ir.plan import REDUCED_PAYLOADS, Call, Payload
+from distattn.kernels.spec import LaunchShape, Workspace
+from distattn.parallel.runtime.views import OWN, BufferKey, View, travels_from_its_buffer
+
+if TYPE_CHECKING:
+    from distattn.parallel.runtime.program import KernelLaunch, Program, ProgramStep
+
+# of every tensor in the arena; what torch's allocator aligns to, and more than kernels ask for
+ALIGNMENT = 512
+# an arena's size is one of so many between a power of two and the next
+_SIZES = 32
+
+# which tensor of a step: a buffer, or a packed message, operand or result, by its number among the step's (messages) or its
+# launch's number and payload
+PlaceKey = BufferKey | tuple[str, int] | tuple[str, int, Payload]
+# the tensors of a payload: (width, dtype) each, width None for one number per token and head
+Widths = tuple[tuple[int | None, str], ...]
+
+
+class PlacedTensor(NamedTuple):
+    """A contiguous tensor in the arena; offset: numbers of that dtype from its begin."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+
+class Request(NamedTuple):
+    """Bytes that are wanted from moment `begin` up to and with moment `end`."""
+
+    bytes: int
+    begin: int
+    end: int
+
+
+def place_fields(widths: Widths, rows: int, heads: int, offset: int) -> tuple[list[PlacedTensor], int]:
+    """Tensors one behind another from byte `offset` on, and where the last one ends."""
+    tensors = []
+    for width, name in widths:
+        dtype = getattr(torch, name)
+        shape = (rows, heads) if width is None else (rows, heads, width)
+        strides = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+        tensors.append(PlacedTensor(dtype, shape, strides, offset // dtype.itemsize))
+        offset += -(-prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+    return tensors, offset
+
+
+def result_fields(call: Call, payload: Payload) -> Widths:
+    """What kernels compute of a payload, in the accumulation dtype."""
+    return tuple((width, call.accumulation_dtype) for width, _ in call.payload_fields(payload))
+
+
+class PassMemory(NamedTuple):
+    """Bytes that a pass has on the device beside q, k, v and a contiguous dO: `peak` at once, and what that is made of.
+
+    arena: buffers, packed messages, gathered operands, partial results. results: the rank's own, as they are summed up, with
+    what the backward finds again, or delta, and of latent attention the gradient of the weights. workspace: the kernel's own, of
+    the launch that needs most; 0 where the kernel does not know, but for keys and values that latents are expanded to, and
+    gradients of them. returned: results in the inputs' dtype, where they were summed up in another. states: of a recurrence,
+    those that stay from step to step. A sink's few numbers a row are left out.
+    """
+
+    arena: int
+    results: int
+    workspace: int
+    returned: int
+    states: int = 0
+
+    @property
+    def peak(self) -> int:
+        """The most that is there at once: the arena is gone when results are returned."""
+        return self.results + self.states + max(self.arena + self.workspace, self.returned)
+
+
+def forward_memory(program: Program, workspace: Workspace | None) -> PassMemory:
+    """What the forward pass of a program needs on its rank."""
+    results, returned = _result_bytes(program, (Payload.O,))
+    own = _workspace(program, "forward", program.forward, workspace)
+    states = 0
+    if program.forward_states is not None:
+        results += program.forward_states.kept_bytes
+        states = program.forward_states.peak_bytes
+    kept = sum(
+        rows * (key.h1 - key.h0) * program.call.token_head_bytes(key.payload, in_memory=True)
+        for key, rows in program.kept.items()
+    )
+    return PassMemory(program.forward_bytes, results + kept, own, returned, states)
+
+
+def backward_memory(program: Program, workspace: Workspace | None) -> PassMemory:
+    """What the backward pass of a program needs on its rank; what the forward has kept is not counted again."""
+    call = program.call
+    if not call.op.has_gradient:
+        return PassMemory(0, 0, 0, 0)
+    results, returned = _result_bytes(program, (Payload.dQ, Payload.dKV))
+    delta = program.tokens * call.heads * getattr(torch, call.accumulation_dtype).itemsize
+    own = _workspace(program, "backward", program.backward, workspace)
+    if program.backward_states is not None:
+        # a recurrence has no delta
+        return PassMemory(program.backward_bytes, results, own, returned, program.backward_states.peak_bytes)
+    if call.op.kind == "latent_attention":
+        wide, narrow = (getattr(torch, name).itemsize for name in (call.accumulation_dtype, call.dtype))
+        weights = call.heads * (call.head_dim - call.op.rotary_dim + call.v_head_dim) * call.op.latent_dim
+        results += weights * wide
+        # they are returned when the others are as they shall be, whose sums are gone by then
+        returned += max(weights * narrow - returned // narrow * wide, 0) if wide > narrow else 0
+    return PassMemory(program.backward_bytes, results + delta, own, returned)
+
+
+def kept_elements(program: Program) -> int:
+    """How many numbers the forward keeps for the backward on this rank."""
+    call = program.call
+    width = {
+        payload: sum(width or 1 for width, _ in call.payload_fields(payload)) for payload in (Payload.Q, Payload.KV)
+    }
+    return sum(rows * (key.h1 - key.h0) * width[key.payload] for key, rows in program.kept.items())
+
+
+def own_result_fields(call: Call, payload: Payload, unadded: Container[Payload]) -> Widths:
+    """The rank's own tensors of a result: in the inputs' dtype where nothing is added to them, but for log-sum-exps."""
+    return call.payload_fields(payload, narrow=payload in unadded)
+
+
+def lay_out(call: Call, steps: list[ProgramStep]) -> int:
+    """Give all tensors of a pass their places (`ProgramStep.places`); returns the arena's size in bytes."""
+    wanted, requests = [], []
+    for step, key, widths, rows, heads, begin, end in _tensors(call, steps):
+        wanted.append((step, key, widths, rows, heads))
+        requests.append(Request(place_fields(widths, rows, heads, 0)[1], begin, end))
+    offsets, size = find_places(requests)
+    for (step, key, widths, rows, heads), offset in zip(wanted, offsets, strict=True):
+        step.places[key] = place_fields(widths, rows, heads, offset)[0]
+    return rounded(size)
+
+
+def rounded(size: int) -> int:
+    """The arena of at least so many bytes: at most 1/32 larger, so that batches of nearly one size have arenas of one size."""
+    unit = max(1 << max(size.bit_length() - 1, 0), _SIZES * ALIGNMENT) // _SIZES
+    return -(-size // unit) * unit
+
+
+def find_places(requests: Iterable[Request]) -> tuple[list[int], int]:
+    """An offset for each request, so that what is wanted at one moment does not overlap, and the bytes that all of it takes."""
+    requests = list(requests)
+    offsets = [0] * len(requests)
+    # what has its place, by the moments it is there
+    placed: list[set[int]] = [set() for _ in range(max((request.end for request in requests), default=-1) + 1)]
+    for i in sorted(range(len(requests)), key=lambda i: (-requests[i].bytes, i)):
+        request = requests[i]
+        if not request.bytes:
+            continue
+        beside = set().union(*placed[request.begin : request.end + 1])
+        low = 0
+        for offset, end in sorted((offsets[j], offsets[j] + requests[j].bytes) for j in beside):
+            if low + request.bytes <= offset:
+                break
+            low = max(low, end)
+        offsets[i] = low
+        for moment in placed[request.begin : request.end + 1]:
+            moment.add(i)
+    return offsets, max((offset + request.bytes for offset, request in zip(offsets, requests, strict=True)), default=0)
+
+
+def _tensors(
+    call: Call, steps: list[ProgramStep]
+) -> Iterator[tuple[ProgramStep, PlaceKey, Widths, int, int, int, int]]:
+    """All tensors of a pass: step, key, fields, rows, heads, and the first and last moment of their lives.
+
+    A step has a moment for all that it begins with, and one for each of its launches.
+    """
+    begins, moment = [], 0
+    for step in steps:
+        begins.append(moment)
+        moment += 1 + len(step.launches)
+    ends = [begin - 1 for begin in [*begins, moment][1:]]
+    released = {key: end for step, end in zip(steps, ends, strict=True) for key in step.release}
+    for step, begin, end in zip(steps, begins, ends, strict=True):
+        for key, rows in step.allocate.items():
+            yield step, key, call.payload_fields(key.payload), rows, key.h1 - key.h0, begin, released[key]
+        for number, (payload, message) in enumerate(step.sends):
+            if not travels_from_its_buffer(call, payload, message.view, message.stretches):
+                yield step, ("send", number), call.comm_fields(payload), *_shape(message.view), begin, end
+        for number, (payload, message) in enumerate(step.receives):
+            if payload in REDUCED_PAYLOADS:
+                yield step, ("receive", number), call.comm_fields(payload), *_shape(message.view), begin, end
+        for number, launch in enumerate(step.launches):
+            now = begin + 1 + number
+            for payload, view in launch.operands.items():
+                if not view.is_part:
+                    yield step, ("operand", number, payload), call.payload_fields(payload), *_shape(view), now, now
+            for payload, view in launch.results.items():
+                if not view.is_part:
+                    yield step, ("result", number, payload), result_fields(call, payload), *_shape(view), now, now
+
+
+def _shape(view: View) -> tuple[int, int]:
+    return view.rows, view.heads
+
+
+def _itemsize(program: Program) -> int:
+    return int(getattr(torch, program.call.dtype).itemsize)
+
+
+def _result_bytes(program: Program, payloads: tuple[Payload, ...]) -> tuple[int, int]:
+    """(bytes of the rank's own results as they are summed up, of those that are returned in another dtype)."""
+    call, summed, returned = program.call, 0, 0
+    for payload in payloads:
+        for width, name in own_result_fields(call, payload, program.unadded):
+            cells = program.tokens * call.payload_heads(payload) * (width or 1)
+            summed += cells * getattr(torch, name).itemsize
+            returned += cells * _itemsize(program) if width and name != call.dtype else 0
+    return summed, returned
+
+
+def _workspace(program: Program, direction: str, steps: list[ProgramStep], workspace: Workspace | None) -> int:
+    """Bytes that the kernel allocates in the launch that needs most."""
+    if workspace is None:
+        return 0
+    call, most = program.call, 0
+    for launch in (launch for step in steps for launch in step.launches):
+        (rows, heads), (keys, kv_heads) = _shape(launch.operands[Payload.Q]), _shape(launch.operands[Payload.KV])
+        dq_bytes = _dq_bytes(program, launch) if direction == "backward" else 4
+        shape = LaunchShape(rows, keys, heads, kv_heads, call.head_dim, call.v_head_dim, dq_bytes)
+        most = max(most, workspace(direction, shape, launch.schedule))
+    return most
+
+
+def _dq_bytes(program: Program, launch: KernelLaunch) -> int:
+    """Bytes of a number of the tensor that the kernel writes dQ to."""
+    call, view = program.call, launch.results[Payload.dQ]
+    name = call.accumulation_dtype
+    if view.is_part:
+        own = view.slices[0].buffer.step == OWN
+        ((_, name),) = own_result_fields(call, Payload.dQ, program.unadded if own else ())
+    return int(getattr(torch, name).itemsize)

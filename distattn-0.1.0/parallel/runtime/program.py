@@ -1,0 +1,491 @@
+"""A plan lowered for one rank: buffers, messages, kernel launches and index lists, made once and shared by all layers.
+
+Here the table's rows end: what is left to the layer is one loop over steps and messages.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distattn.ir.intervals import Ints, lexicographic_argsort, merge_intervals, run_starts, sorted_unique
+from distattn.ir.plan import (
+    BACKWARD_PAYLOADS,
+    FORWARD_PAYLOADS,
+    HELD_PAYLOADS,
+    REDUCED_PAYLOADS,
+    STATE_PAYLOADS,
+    Call,
+    Columns,
+    Payload,
+    Plan,
+    Table,
+    num_rows,
+    select_rows,
+    task_bands,
+)
+from distattn.kernels.devices import current_device, has_streams
+from distattn.kernels.launch_mask import LaunchMask, WrittenRows
+from distattn.parallel.analysis.verify import Proof
+from distattn.parallel.runtime.landing import Landing, land
+from distattn.parallel.runtime.launches import LaunchTable
+from distattn.parallel.runtime.memory import PlacedTensor, PlaceKey, lay_out
+from distattn.parallel.runtime.state_program import StateProgram, StateStep, lower_states
+from distattn.parallel.runtime.streams import Handover
+from distattn.parallel.runtime.stretch_launches import StretchLaunches
+from distattn.parallel.runtime.views import OWN, BufferExtent, BufferKey, BufferSlice, View, ViewParts, resolve_views
+
+# from the mask of a launch, or of a recurrence from its stretches
+PrepareKernel = Callable[[Any], Any]
+# stretches of a message that travel by themselves, at most
+_MOST_STRETCHES = 4
+# bytes that lists on the device are aligned to
+_ALIGNMENT = 16
+
+
+class Message(NamedTuple):
+    """What one peer sends or receives of one payload and head range: the same rows, in the same order, at both ends.
+
+    stretches: the rows of the view, cut where tokens do not follow one another; each travels by itself. Where there are many of
+    them, all rows are one.
+    """
+
+    peer: int
+    view: View
+    stretches: tuple[slice, ...]
+
+
+class KernelLaunch(NamedTuple):
+    """A kernel launch: its query heads, operands to gather, the kernel's own schedule, and where results are accumulated."""
+
+    heads: slice
+    operands: dict[Payload, View]
+    schedule: Any
+    results: dict[Payload, View]
+
+
+@dataclass
+class ProgramStep:
+    """What this rank does in one step of a table."""
+
+    # rows of each new buffer; own rows that are copied into it (see `landing`)
+    allocate: dict[BufferKey, int] = field(default_factory=dict)
+    own_copies: list[tuple[BufferKey, View]] = field(default_factory=list)
+    sends: list[tuple[Payload, Message]] = field(default_factory=list)
+    receives: list[tuple[Payload, Message]] = field(default_factory=list)
+    # one launch, unless head groups need so different tokens that a tensor of all of them would be mostly unused
+    launches: list[KernelLaunch] = field(default_factory=list)
+    # own rows of buffers that the launches have written, which are accumulated from there
+    own_results: list[tuple[BufferKey, View]] = field(default_factory=list)
+    # whether all ranks exchange the messages of this step in one all-to-all
+    collective: bool = False
+    release: list[BufferKey] = field(default_factory=list)
+    # what moves of a recurrence's states, and which are forgotten
+    states: StateStep | None = None
+    # where the tensors of the step lie (see `memory`)
+    places: dict[PlaceKey, list[PlacedTensor]] = field(default_factory=dict)
+
+    @property
+    def has_messages(self) -> bool:
+        """Return whether this rank sends or receives rows of tokens in the step, so that kernels run while messages travel."""
+        return bool(self.sends or self.receives)
+
+    def views(self) -> Iterator[View]:
+        """All views of the step."""
+        for _, message in (*self.sends, *self.receives):
+            yield message.view
+        for launch in self.launches:
+            yield from (*launch.operands.values(), *launch.results.values())
+        yield from (view for _, view in self.own_results)
+
+
+@dataclass(frozen=True)
+class Program:
+    """One rank's share of a plan.
+
+    tokens: rows of the rank's own tensors. kept: rows of each buffer that stays from the forward to the backward pass, by its key
+    in the forward pass. proof: None where nobody has proven the plan. blank: buffers of results that not every first write
+    reaches, in both passes. unadded: own results to which nothing is added on this rank, and which need no wider numbers than
+    the inputs. forward_bytes, backward_bytes: of each pass's arena (see `memory`). uploaded: the lists, where they are on a GPU.
+    forward_states, backward_states: of a recurrence, what each task begins with and leaves.
+    """
+
+    # not the plan itself: programs are cached for as long as their plan lives
+    call: Call
+    proof: Proof | None
+    rank: int
+    tokens: int
+    forward: list[ProgramStep]
+    backward: list[ProgramStep]
+    kept: dict[BufferKey, int]
+    blank: frozenset[BufferKey]
+    unadded: frozenset[Payload]
+    forward_bytes: int
+    backward_bytes: int
+    uploaded: Handover | None = None
+    forward_states: StateProgram | None = None
+    backward_states: StateProgram | None = None
+
+
+def lower(plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = None) -> Program:
+    """Lower a plan for one rank. `prepare` turns the mask of a launch, or of a recurrence its stretches, into the kernel's own
+    schedule.
+
+    The proof is stored with the program; running an unproven plan is at the caller's risk. The arenas have room for results of
+    kernels that take `into`; others make their own, and leave it unused.
+    """
+    call = plan.call
+    tokens = int(call.layout.shard_sizes()[rank])
+    # the backward's launches are mostly the forward's
+    prepare = _memoized(prepare)
+    forward = _TableLowering(call, plan.forward, rank, FORWARD_PAYLOADS, prepare)
+    kept = {
+        key: rows for key, rows in forward.sizes.items() if plan.keeps_inputs and key.payload in (Payload.Q, Payload.KV)
+    }
+    inherited = [extent._replace(key=kept_key(extent.key)) for extent in forward.buffers if extent.key in kept]
+    backward = _TableLowering(call, plan.backward, rank, BACKWARD_PAYLOADS, prepare, inherited)
+    ahead, back = forward.steps(kept), backward.steps()
+    blank = frozenset(forward.blank | backward.blank)
+    unadded = frozenset(forward.unadded | backward.unadded)
+    sizes = lay_out(call, ahead), lay_out(call, back)
+    program = Program(call, proof, rank, tokens, ahead, back, kept, blank, unadded, *sizes)
+    return _with_states(plan, program) if call.op.is_recurrent else program
+
+
+def kept_key(key: BufferKey) -> BufferKey:
+    """The key in the backward pass of a buffer that was kept, and back again. No buffer that arrives there has it."""
+    return key._replace(step=OWN - 1 - key.step)
+
+
+def on_device(program: Program, device: torch.device) -> Program:
+    """The same program with its lists on the device: one copy, from pinned memory where that exists.
+
+    The copy is in the current stream of this thread, which need not be the one that runs the program: whoever does joins
+    `Program.uploaded`.
+    """
+    if device.type == "cpu":
+        return program
+    found: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        # steps share lists: each is copied once
+        found[id(tensor)] = tensor
+        return tensor
+
+    _with_tensors(program, note)
+    if not found:
+        return program
+    streams = has_streams(device)
+    # a program that is first prepared in inference mode serves training, too: what autograd saves must be no inference tensor.
+    # The current device is a thread's own, and pinned memory belongs to it.
+    with torch.inference_mode(False), current_device(device):
+        offsets = np.cumsum([0, *(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in found.values())]).tolist()
+        packed = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=streams)
+        for tensor, at in zip(found.values(), offsets, strict=False):
+            # numpy gives empty lists strides that bytes cannot be viewed by
+            packed[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        copied = packed.to(device, non_blocking=True)
+        uploaded = Handover.of([copied])
+        on_it = {
+            name: copied[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for (name, tensor), at in zip(found.items(), offsets, strict=False)
+        }
+    return replace(_with_tensors(program, lambda tensor: on_it[id(tensor)]), uploaded=uploaded)
+
+
+def _with_states(plan: Plan, program: Program) -> Program:
+    """The program of a recurrence with its states."""
+    states = [lower_states(plan, program.rank, direction) for direction in ("forward", "backward")]
+    for one, steps in zip(states, (program.forward, program.backward), strict=True):
+        for moves, step in zip(one.steps, steps, strict=True):
+            step.states = moves
+    return replace(program, forward_states=states[0], backward_states=states[1])
+
+
+class _TableLowering:
+    """Lowers one table for one rank. `inherited`: buffers that an earlier pass left behind."""
+
+    def __init__(
+        self,
+        call: Call,
+        table: Table,
+        rank: int,
+        payloads: tuple[Payload, ...],
+        prepare: PrepareKernel,
+        inherited: Iterable[BufferExtent] = (),
+    ):
+        self.call, self.table, self.rank, self.prepare = call, table, rank, prepare
+        self.payloads = payloads
+        self.tokens = int(call.layout.shard_sizes()[rank])
+        # with their numbers in the table
+        tasks = {**table.tasks, "row": np.arange(num_rows(table.tasks))}
+        tasks = select_rows(tasks, tasks["rank"] == rank)
+        self.tasks = select_rows(tasks, lexicographic_argsort(*(tasks[name] for name in ("step", "h0", "h1"))))
+        # states are no rows of tokens: see `state_program`
+        moves = select_rows(table.moves, ~np.isin(table.moves["payload"], STATE_PAYLOADS))
+        self.outgoing = select_rows(moves, moves["src"] == rank)
+        self.incoming = select_rows(moves, moves["dst"] == rank)
+        # buffers that arrive hold copies; buffers that leave hold partial results
+        self.buffers = [
+            *self._buffers(self.incoming, HELD_PAYLOADS, "src"),
+            *self._buffers(self.outgoing, REDUCED_PAYLOADS, "dst"),
+        ]
+        # filled by `steps`
+        self.blank: set[BufferKey] = set()
+        self.unadded: set[Payload] = set()
+        self.landings: dict[BufferKey, Landing] = {}
+        self.sizes = {extent.key: int((extent.t1 - extent.t0).sum()) for extent in self.buffers}
+        self.extents = [*self.buffers, *inherited, *(self._own(payload) for payload in payloads)]
+
+    def steps(self, kept: Container[BufferKey] = ()) -> list[ProgramStep]:
+        """The steps of this rank; buffers in `kept` have a place already."""
+        steps = [ProgramStep(collective=dense) for dense in _dense_steps(self.call, self.table)]
+        outgoing, sends, cut_sends = self._messages(self.outgoing, "dst")
+        incoming, receives, cut_receives = self._messages(self.incoming, "src")
+        launches: LaunchTable | StretchLaunches
+        if self.call.op.is_recurrent:
+            launches = StretchLaunches.of(self.call, self.tasks)
+        else:
+            launches = LaunchTable.of(self.tasks, self.call.gqa_group_size, self._query_buffers())
+        of_payloads = [launches.parts(payload) for payload in self.payloads]
+        # one search for all views of the table
+        views = iter(resolve_views(self.extents, ViewParts.joined([sends, receives, *of_payloads])))
+        for (step, peer, payload), stretches in zip(outgoing, cut_sends, strict=True):
+            steps[step].sends.append((Payload(payload), Message(peer, next(views), stretches)))
+        for (step, peer, payload), stretches in zip(incoming, cut_receives, strict=True):
+            steps[step].receives.append((Payload(payload), Message(peer, next(views), stretches)))
+        self._add_launches(steps, launches, views)
+        self._land(steps, kept)
+        self._set_lifetimes(steps, kept)
+        self._mark_first_writes(steps)
+        return steps
+
+    def _query_buffers(self) -> Ints:
+        """For each task, a number for the buffer in which its query rows lie with its first head; -1 where in several."""
+        q0, q1, head = (self.tasks[name] for name in ("q0", "q1", "h0"))
+        found = np.full_like(q0, -1)
+        queries = (extent for extent in self.extents if extent.key.payload == Payload.Q)
+        for number, extent in enumerate(queries):
+            _, begin, end = merge_intervals(np.zeros_like(extent.t0), extent.t0, extent.t1)
+            i = np.searchsorted(begin, q0, "right") - 1
+            inside = (i >= 0) & (extent.key.h0 <= head) & (head < extent.key.h1)
+            inside[inside] = q1[inside] <= end[i[inside]]
+            found[inside] = number
+        return found
+
+    def _own(self, payload: Payload) -> BufferExtent:
+        """The rank's own tensor of a payload."""
+        own = select_rows(self.call.layout.chunks, self.call.layout.chunks["rank"] == self.rank)
+        key = BufferKey(payload, OWN, 0, self.call.payload_heads(payload))
+        return BufferExtent(key, own["t0"], own["t1"], own["row"])
+
+    def _buffers(self, moves: Columns, payloads: tuple[Payload, ...], peer: str) -> list[BufferExtent]:
+        """A buffer for each payload, step and head range of moves, sorted by peer, so that each message is a slice."""
+        moves = select_rows(moves, np.isin(moves["payload"], payloads))
+        moves, first = _grouped(moves, ("payload", "step", "h0", "h1"), (peer, "t0"))
+        before = np.append(0, np.cumsum(moves["t1"] - moves["t0"]))
+        extents = []
+        for a, b in itertools.pairwise(first):
+            payload, *rest = (int(moves[name][a]) for name in ("payload", "step", "h0", "h1"))
+            key = BufferKey(Payload(payload), *rest)
+            extents.append(BufferExtent(key, moves["t0"][a:b], moves["t1"][a:b], before[a:b] - before[a]))
+        return extents
+
+    def _messages(
+        self, moves: Columns, peer: str
+    ) -> tuple[list[tuple[int, int, int]], ViewParts, list[tuple[slice, ...]]]:
+        """(step, peer, payload) of every message, in order, what each carries, a view with one part, and its stretches."""
+        moves, first = _grouped(moves, ("step", peer, "payload", "h0", "h1"), ("t0",))
+        each = select_rows(moves, np.array(first[:-1], np.int64))
+        names = list(zip(*(each[name].tolist() for name in ("step", peer, "payload")), strict=True))
+        number = np.arange(num_rows(each))
+        length = moves["t1"] - moves["t0"]
+        before = np.cumsum(length) - length
+        part = np.repeat(number, np.diff(first))
+        row = before - before[np.array(first[:-1], np.int64)][part]
+        intervals = part, moves["t0"], moves["t1"], row
+        views = ViewParts(number, each["payload"], each["h0"], each["h1"], np.zeros_like(number), *intervals)
+        # both ends cut a message by its tokens alone, and so alike
+        begins = np.ones(len(part), bool)
+        begins[1:] = (part[1:] != part[:-1]) | (moves["t0"][1:] != moves["t1"][:-1])
+        starts = [row[a:b][begins[a:b]].tolist() for a, b in itertools.pairwise(first)]
+        sizes = np.bincount(part, length, len(names)).astype(np.int64).tolist()
+        stretches = [
+            tuple(slice(a, b) for a, b in itertools.pairwise([*(some if len(some) <= _MOST_STRETCHES else [0]), size]))
+            for some, size in zip(starts, sizes, strict=True)
+        ]
+        return names, views, stretches
+
+    def _land(self, steps: list[ProgramStep], kept: Container[BufferKey]) -> None:
+        """Let buffers be working tensors of launches where that spares copies; not those that are kept."""
+        self.landings = land(steps, {key: rows for key, rows in self.sizes.items() if key not in kept})
+        for key, landing in self.landings.items():
+            self.sizes[key] = landing.rows
+            if not landing.own or key.payload not in REDUCED_PAYLOADS:
+                continue
+            for step in steps:
+                # launches that only leave states have no results
+                views = [launch.results[key.payload] for launch in step.launches if key.payload in launch.results]
+                if any(key == piece.buffer for view in views for piece in view.slices):
+                    step.own_results.append((key, landing.own_view))
+
+    def _add_launches(
+        self, steps: list[ProgramStep], launches: LaunchTable | StretchLaunches, views: Iterator[View]
+    ) -> None:
+        """Add the kernel launches to their steps; `views` of each payload come launch by launch."""
+        of_payload = {payload: list(itertools.islice(views, len(launches.steps))) for payload in self.payloads}
+        if isinstance(launches, StretchLaunches):
+            schedules: list[Any] = launches.schedules(self.prepare)
+        else:
+            masks = launches.launch_masks(task_bands(self.call.mask, launches.tasks))
+            schedules = [
+                self.prepare(mask._replace(overlaps_messages=steps[step].has_messages))
+                for mask, step in zip(masks, launches.steps, strict=True)
+            ]
+        for i, step in enumerate(launches.steps):
+            used = [payload for payload in self.payloads if launches.uses(i, payload)]
+            operands = {payload: of_payload[payload][i] for payload in used if payload in HELD_PAYLOADS}
+            results = {payload: of_payload[payload][i] for payload in used if payload in REDUCED_PAYLOADS}
+            steps[step].launches.append(KernelLaunch(slice(*launches.heads[i]), operands, schedules[i], results))
+
+    def _set_lifetimes(self, steps: list[ProgramStep], kept: Container[BufferKey]) -> None:
+        """Allocate each buffer in the first step that uses it, and release it in the last one; those in `kept` have a place."""
+        first: dict[BufferKey, int] = {}
+        last: dict[BufferKey, int] = {}
+        for index, step in enumerate(steps):
+            for key in (piece.buffer for view in step.views() for piece in view.slices):
+                first.setdefault(key, index)
+                last[key] = index
+        for key, rows in self.sizes.items():
+            if key in kept:
+                continue
+            landing = self.landings.get(key)
+            steps[first[key]].allocate[key] = rows
+            steps[last[key]].release.append(key)
+            if landing and landing.own and key.payload in HELD_PAYLOADS:
+                steps[first[key]].own_copies.append((key, landing.own_view))
+
+    def _mark_first_writes(self, steps: list[ProgramStep]) -> None:
+        """Mark the slices that write results where none are yet, in the order in which the executor accumulates.
+
+        A buffer that first writes do not reach everywhere is noted as blank, an own result with no other writes as unadded.
+        """
+        own = {payload for payload in self.payloads if payload in REDUCED_PAYLOADS}
+        self.unadded = set(own)
+        sizes = {key: rows for key, rows in self.sizes.items() if key.payload in REDUCED_PAYLOADS}
+        sizes |= {self._own(payload).key: self.tokens for payload in own}
+        views = [view for step in steps for view in _result_views(step)]
+        head_bounds = {key: {0, key.h1 - key.h0} for key in sizes}
+        for piece in (piece for view in views for piece in view.slices):
+            head_bounds[piece.buffer].update((piece.heads.start, piece.heads.stop))
+        written = {key: WrittenRows(sizes[key], bounds) for key, bounds in head_bounds.items()}
+
+        def marked(view: View, cut: bool = True) -> View:
+            slices = []
+            for piece in (part for whole in view.slices for part in (cut_by_writes(whole) if cut else [whole])):
+                rows = piece.rows if isinstance(piece.rows, slice) else piece.rows.numpy()
+                slices.append(piece._replace(is_first=written[piece.buffer].mark(piece.heads, rows)))
+                if piece.buffer.step == OWN and not slices[-1].is_first:
+                    self.unadded.discard(piece.buffer.payload)
+            return view._replace(slices=slices)
+
+        def cut_by_writes(piece: BufferSlice) -> list[BufferSlice]:
+            if not (isinstance(piece.rows, slice) and isinstance(piece.view_rows, slice)):
+                return [piece]
+            shift = piece.view_rows.start - piece.rows.start
+            parts = written[piece.buffer].stretches(piece.heads, piece.rows)
+            return [piece._replace(rows=r, view_rows=slice(r.start + shift, r.stop + shift)) for r in parts]
+
+        for step in steps:
+            for launch in step.launches:
+                # a kernel writes or adds to all of a tensor
+                direct = {
+                    payload for payload, view in launch.results.items() if view.is_complete and len(view.slices) == 1
+                }
+                launch.results.update(
+                    {payload: marked(view, payload not in direct) for payload, view in launch.results.items()}
+                )
+            step.own_results = [(key, marked(view)) for key, view in step.own_results]
+            step.receives = [
+                (payload, message._replace(view=marked(message.view)) if payload in REDUCED_PAYLOADS else message)
+                for payload, message in step.receives
+            ]
+        self.blank = {key for key, rows in written.items() if rows.unwritten}
+
+
+def _result_views(step: ProgramStep) -> Iterator[View]:
+    """The views that results of a step are accumulated into: its launches' first, then what arrives."""
+    for launch in step.launches:
+        yield from launch.results.values()
+    yield from (view for _, view in step.own_results)
+    for payload, message in step.receives:
+        if payload in REDUCED_PAYLOADS:
+            yield message.view
+
+
+def _memoized(prepare: PrepareKernel) -> PrepareKernel:
+    """Return the same function, called once for equal masks or stretches."""
+    made: dict[tuple[Any, ...], Any] = {}
+
+    def once(cells: Any) -> Any:
+        key = cells.cache_key() if isinstance(cells, LaunchMask) else cells
+        if key not in made:
+            made[key] = prepare(cells)
+        return made[key]
+
+    return once
+
+
+def _dense_steps(call: Call, table: Table) -> np.ndarray:
+    """The steps in which at least half of all pairs of ranks talk: those become one all-to-all. The same on every rank."""
+    moves, ranks = table.moves, call.ranks
+    pairs = sorted_unique((moves["step"] * ranks + moves["src"]) * ranks + moves["dst"])
+    talking = np.bincount(pairs // ranks**2, minlength=table.steps)
+    return (ranks > 2) & (2 * talking >= ranks * (ranks - 1))
+
+
+def _with_tensors(program: Program, change: Callable[[Tensor], Tensor]) -> Program:
+    """The program with every tensor in its views and kernel schedules replaced."""
+
+    def view(old: View) -> View:
+        slices = [piece._replace(rows=changed(piece.rows), view_rows=changed(piece.view_rows)) for piece in old.slices]
+        return old._replace(slices=slices)
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return change(value)
+        if not isinstance(value, tuple):
+            return value
+        # tuples of kernels, named or not, within each other
+        parts = map(changed, value)
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+
+    def messages(old: list[tuple[Payload, Message]]) -> list[tuple[Payload, Message]]:
+        return [(payload, message._replace(view=view(message.view))) for payload, message in old]
+
+    def launch(old: KernelLaunch) -> KernelLaunch:
+        views = [{payload: view(part) for payload, part in parts.items()} for parts in (old.operands, old.results)]
+        return old._replace(operands=views[0], results=views[1], schedule=changed(old.schedule))
+
+    def step(old: ProgramStep) -> ProgramStep:
+        launches = [launch(part) for part in old.launches]
+        own_copies, own_results = (
+            [(key, view(part)) for key, part in own] for own in (old.own_copies, old.own_results)
+        )
+        changes: dict[str, Any] = dict(sends=messages(old.sends), receives=messages(old.receives))
+        return replace(old, launches=launches, own_copies=own_copies, own_results=own_results, **changes)
+
+    passes = [[step(part) for part in steps] for steps in (program.forward, program.backward)]
+    return replace(program, forward=passes[0], backward=passes[1])
+
+
+def _grouped(rows: Columns, by: tuple[str, ...], then: tuple[str, ...]) -> tuple[Columns, list[int]]:
+    """Rows sorted by columns `by` and `then`, and where runs of equal `by` begin (and the end of the last)."""
+    rows = select_rows(rows, lexicographic_argsort(*(rows[name] for name in by + then)))
+    return rows, [*run_starts(*(rows[name] for name in by)).tolist(), num_rows(rows)]

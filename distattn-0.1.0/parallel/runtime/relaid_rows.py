@@ -1,0 +1,93 @@
+"""Rows of one layout moved to another: every rank's rows (T, ...) become the rows that it has in the other layout."""
+
+# T rows of this rank in the first layout, U in the second
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distattn.ir.intervals import Ints
+from distattn.ir.layout import Layout
+from distattn.parallel.runtime.streams import copied_to
+from distattn.parallel.runtime.transport import Packet, Transport
+
+
+class RowMoves(NamedTuple):
+    """What one rank sends and receives. Rows of each peer, the rank itself among them, in the order of their tokens.
+
+    rows: how many there are afterwards. sends, receives: by peer, the numbers of rows.
+    """
+
+    rank: int
+    rows: int
+    sends: dict[int, Tensor]
+    receives: dict[int, Tensor]
+
+    @staticmethod
+    def of(here: Layout, there: Layout, rank: int) -> RowMoves:
+        """From the rows that `rank` has in one layout to those in the other, over the same tokens and ranks."""
+        mine, wanted = here.tokens(rank), there.tokens(rank)
+        return RowMoves(rank, len(wanted), _rows_by_owner(mine, there), _rows_by_owner(wanted, here))
+
+    def to(self, device: torch.device) -> RowMoves:
+        """The same with its numbers on a device, where rows are."""
+        sends, receives = (
+            {peer: copied_to(device, rows) for peer, rows in given.items()} for given in (self.sends, self.receives)
+        )
+        return RowMoves(self.rank, self.rows, sends, receives)
+
+    def reversed(self) -> RowMoves:
+        """Back to the first layout."""
+        return RowMoves(self.rank, sum(map(len, self.sends.values())), self.receives, self.sends)
+
+
+def move_rows(x: Tensor, moves: RowMoves, transport: Transport) -> Tensor:
+    """The rows (U, ...) of the second layout, from those (T, ...) of the first; differentiable. A collective call.
+
+    moves: with its numbers on the device of x. Raises LostRankError naming the peers that stopped answering.
+    """
+    moved: Tensor = _MoveRows.apply(x, moves, transport)
+    return moved
+
+
+class _MoveRows(torch.autograd.Function):
+    """A permutation of the rows of all ranks: its gradient is the reverse permutation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, moves: RowMoves, transport: Transport) -> Tensor:
+        ctx.moves, ctx.transport = moves, transport
+        return _moved(x, moves, transport)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _MoveRows.apply(grad, ctx.moves.reversed(), ctx.transport), None, None
+
+
+def _moved(x: Tensor, moves: RowMoves, transport: Transport) -> Tensor:
+    out = x.new_empty((moves.rows, *x.shape[1:]))
+    sends = [Packet(peer, "rows", x[rows]) for peer, rows in moves.sends.items() if peer != moves.rank]
+    receives = [
+        Packet(peer, "rows", x.new_empty((len(rows), *x.shape[1:])))
+        for peer, rows in moves.receives.items()
+        if peer != moves.rank
+    ]
+    pending = transport.exchange(sends, receives, True, "of a re-layout")
+    if moves.rank in moves.sends:
+        out[moves.receives[moves.rank]] = x[moves.sends[moves.rank]]
+    pending.wait()
+    for packet in receives:
+        out[moves.receives[packet.peer]] = packet.tensor
+    return out
+
+
+def _rows_by_owner(tokens: Ints, layout: Layout) -> dict[int, Tensor]:
+    """For each rank that owns some of these tokens in a layout, where they are among them, in the order of the tokens."""
+    order = np.argsort(layout.chunks["t0"])
+    begins, ranks = layout.chunks["t0"][order], layout.chunks["rank"][order]
+    in_order = np.argsort(tokens)
+    owner = ranks[np.searchsorted(begins, tokens[in_order], "right") - 1]
+    return {int(rank): torch.from_numpy(in_order[owner == rank]) for rank in np.unique(owner)}

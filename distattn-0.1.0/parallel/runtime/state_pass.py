@@ -1,0 +1,91 @@
+"""What passes of all recurrent ops share on one rank: states that enter stretches, states that leave them, edges of documents."""
+
+# T tokens on this rank, H heads, K key dim, V value dim, M documents
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distattn.parallel.runtime.buffers import Buffers
+from distattn.parallel.runtime.program import KernelLaunch, Program
+from distattn.parallel.runtime.state_program import StateProgram, StretchStates
+from distattn.parallel.runtime.state_tensors import HeldStateTensors, State
+
+
+class StatePass:
+    """One pass on one rank.
+
+    initial: states that documents begin with, (M, H, K, V), if any. edge_states: final states of documents forward, gradients of
+    initial states backward, where they are wanted.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        direction: str,
+        device: torch.device,
+        initial_MHKV: Tensor | None,
+        g_H: Tensor | None = None,
+    ):
+        """g_H: the logarithm of each head's decay, where it is the same for all tokens."""
+        is_forward = direction == "forward"
+        states = program.forward_states if is_forward else program.backward_states
+        assert states is not None, "a program of a recurrence has states"
+        self.call, self.initial = program.call, initial_MHKV
+        self.program_states: StateProgram = states
+        nbytes = program.forward_bytes if is_forward else program.backward_bytes
+        arena = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.buffers = Buffers(self.call, arena, program.blank, program.unadded)
+        self.dtype, self._device = getattr(torch, self.call.accumulation_dtype), device
+        self.states = HeldStateTensors(self.call, g_H, device)
+        # of all documents: not made where nobody asks for them
+        self.edge_states: Tensor | None = None
+
+    def make_edge_states(self) -> None:
+        """Room for the states of all documents; those that are not computed on this rank stay 0."""
+        shape = (len(self.call.documents), self.call.heads, self.call.head_dim, self.call.v_head_dim)
+        self.edge_states = torch.zeros(shape, dtype=self.dtype, device=self._device)
+
+    def tasks(self, launch: KernelLaunch) -> list[StretchStates]:
+        """The states of a launch's stretches, in order."""
+        return [self.program_states.tasks[number] for number in launch.schedule.tasks]
+
+    def entering(self, launch: KernelLaunch, task: StretchStates) -> State | None:
+        """Return the state that enters a stretch: of what precedes it, or the initial state of its document, if any."""
+        if task.before:
+            return self.states.put_together(task.before)
+        return self.edge(launch, self.initial, task.initial)
+
+    def edge(self, launch: KernelLaunch, states_MHKV: Tensor | None, document: int) -> State | None:
+        """Return a document's state among those that are given; None, for that of no tokens, where it is not there."""
+        if states_MHKV is None or document < 0:
+            return None
+        return State(None, states_MHKV[document, launch.heads].to(self.dtype))
+
+    def side_by_side(self, launch: KernelLaunch, states: Sequence[State | None]) -> Tensor:
+        """Return B of the states of a launch's stretches, (N, H, K, V); that of no tokens for None."""
+        present = [(number, state.b) for number, state in enumerate(states) if state is not None]
+        if len(present) == len(states):
+            return torch.stack([b for _, b in present])
+        # one operator for all stretches without a state: packs of short documents have many
+        out = self.states.of_no_tokens(len(states), launch.heads.stop - launch.heads.start)
+        for number, b in present:
+            out[number].copy_(b)
+        return out
+
+    def leave(self, launch: KernelLaunch, task: StretchStates, state: State) -> None:
+        """Keep what a stretch leaves, where it is needed."""
+        if task.leaves is not None:
+            # a copy: what a launch makes side by side is not forgotten together
+            a = None if state.a is None else state.a.clone()
+            self.states.put(task.leaves, launch.heads.start, State(a, state.b.clone()))
+
+    def leave_final(self, launch: KernelLaunch, tasks: Sequence[StretchStates], leaving_NHKV: Tensor) -> None:
+        """Keep what whole stretches of the forward pass leave, and the final states of documents that end with them."""
+        for task, ends in zip(tasks, leaving_NHKV, strict=True):
+            if task.final >= 0 and self.edge_states is not None:
+                self.edge_states[task.final, launch.heads] = ends
+            self.leave(launch, task, State(None, ends))

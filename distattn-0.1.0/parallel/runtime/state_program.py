@@ -1,0 +1,171 @@
+"""What one rank does with states of a recurrence: which it makes, sends, receives, puts together and forgets, step by step."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from distattn.ir.intervals import Ints
+from distattn.ir.plan import STATE_PAYLOADS, Payload, Plan
+from distattn.parallel.analysis.states import StateName, StateTrace, begun_with_state, state_lifetimes, trace_states
+
+
+class StateKey(NamedTuple):
+    """A state that a rank holds: of S or dS, and where it comes from."""
+
+    payload: Payload
+    name: StateName
+
+
+class StatePart(NamedTuple):
+    """Heads [h0, h1) of a state that is put together of others, in the order in which they are passed."""
+
+    h0: int
+    h1: int
+    tiles: tuple[StateKey, ...]
+
+
+class StateMessage(NamedTuple):
+    """A state that moves: heads [h0, h1) of so many tokens, put together of `parts` where it is sent, then known as `key`.
+
+    is_prefix: no state can enter it, and its transition does not travel.
+    """
+
+    peer: int
+    key: StateKey
+    h0: int
+    h1: int
+    tokens: int
+    is_prefix: bool
+    parts: tuple[StatePart, ...] = ()
+
+
+class StretchStates(NamedTuple):
+    """The states of one task.
+
+    before, after: states of what precedes the stretch, gradient states of what follows it; empty where there is none. initial,
+    final: the document that begins, or ends, with the stretch, or -1. leaves: where what it leaves is needed. is_prefix: what it
+    leaves has no transition. begun: the place of what it begins with among what is kept for the backward pass, or -1.
+    """
+
+    before: tuple[StatePart, ...]
+    after: tuple[StatePart, ...]
+    initial: int
+    final: int
+    leaves: StateKey | None
+    is_prefix: bool
+    begun: int
+
+
+class KeptState(NamedTuple):
+    """The state that a forward task begins with, for heads [h0, h1), as the backward pass finds it."""
+
+    key: StateKey
+    h0: int
+    h1: int
+
+
+@dataclass
+class StateStep:
+    """What a rank sends, receives and forgets in one step."""
+
+    sends: list[StateMessage] = field(default_factory=list)
+    receives: list[StateMessage] = field(default_factory=list)
+    release: list[StateKey] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class StateProgram:
+    """One table's states on one rank: by step, and by number of the task.
+
+    kept: the states that forward tasks begin with, which stay for the backward pass; kept_bytes: of all of them. peak_bytes: the
+    most that the others have at once.
+    """
+
+    steps: list[StateStep]
+    tasks: dict[int, StretchStates]
+    kept: list[KeptState]
+    kept_bytes: int
+    peak_bytes: int
+
+
+def lower_states(plan: Plan, rank: int, direction: str) -> StateProgram:
+    """The states of one table of a recurrent call on one rank."""
+    call, table = plan.call, plan.forward if direction == "forward" else plan.backward
+    payloads = [payload for payload in call.payloads(direction) if payload in STATE_PAYLOADS]
+    traces = {payload: trace_states(plan, direction, payload, rank) for payload in payloads}
+    parts = {payload: _parts(payload, trace) for payload, trace in traces.items()}
+    used = {StateKey(payload, life.name) for payload, trace in traces.items() for life in trace.lives}
+    # a table without rows has no steps
+    steps = [StateStep() for _ in range(table.steps)]
+    _add_moves(plan, rank, direction, steps, parts)
+    for payload, trace in traces.items():
+        for life in trace.lives:
+            steps[life.last].release.append(StateKey(payload, life.name))
+    stays = begun_with_state(plan.forward.tasks) & (plan.forward.tasks["rank"] == rank) & call.op.has_gradient
+    kept = {int(row): number for number, row in enumerate(stays.nonzero()[0])}
+    starts, ends = ({int(t): i for i, t in enumerate(call.documents[:, side])} for side in (0, 1))
+    tasks = {}
+    columns = {name: column.tolist() for name, column in table.tasks.items()}
+    for row in (table.tasks["rank"] == rank).nonzero()[0].tolist():
+        q0, q1, k0, k1 = (columns[name][row] for name in ("q0", "q1", "k0", "k1"))
+        only_state, name = q0 == q1, StateName("task", row)
+        # what a task leaves: the state of its keys, in a backward table the gradient state of its rows
+        leaves = StateKey(Payload.S if only_state or direction == "forward" else Payload.dS, name)
+        tasks[row] = StretchStates(
+            parts[Payload.S].get(name, ()) if k0 < q0 else (),
+            parts[Payload.dS].get(name, ()) if k1 < q1 else (),
+            starts.get(q0, -1) if k0 == q0 else -1,
+            ends.get(k1, -1) if q1 == k1 else -1,
+            leaves if leaves in used else None,
+            (k0 in starts) if leaves.payload == Payload.S else (q1 in ends),
+            kept.get(row, -1) if direction == "forward" else -1,
+        )
+    h0, h1 = plan.forward.tasks["h0"], plan.forward.tasks["h1"]
+    begun = [KeptState(StateKey(Payload.S, StateName("kept", row)), int(h0[row]), int(h1[row])) for row in kept]
+    kept_bytes = sum(one.h1 - one.h0 for one in begun) * call.state_bytes(True)
+    lives = [state_lifetimes(call, payload, trace.lives) for payload, trace in traces.items()]
+    alive = np.zeros(table.steps + 1, np.int64)
+    for some in lives:
+        np.add.at(alive, some.first, some.size)
+        np.add.at(alive, some.last + 1, -some.size)
+    return StateProgram(steps, tasks, begun, kept_bytes, int(np.cumsum(alive).max(initial=0)))
+
+
+def _add_moves(
+    plan: Plan,
+    rank: int,
+    direction: str,
+    steps: list[StateStep],
+    parts: dict[Payload, dict[StateName, tuple[StatePart, ...]]],
+) -> None:
+    call, moves = plan.call, (plan.forward if direction == "forward" else plan.backward).moves
+    for payload in parts:
+        rows: Ints = (moves["payload"] == payload).nonzero()[0]
+        prefix = call.is_prefix(payload, moves["t0"][rows], moves["t1"][rows]).tolist()
+        for row, is_prefix in zip(rows.tolist(), prefix, strict=True):
+            step, src, dst, t0, t1, h0, h1 = (
+                int(moves[name][row]) for name in ("step", "src", "dst", "t0", "t1", "h0", "h1")
+            )
+            name = StateName("move", row)
+            message = StateMessage(dst, StateKey(payload, name), h0, h1, t1 - t0, is_prefix)
+            if src == rank:
+                steps[step].sends.append(message._replace(parts=parts[payload][name]))
+            elif dst == rank:
+                steps[step].receives.append(message._replace(peer=src))
+
+
+def _parts(payload: Payload, trace: StateTrace) -> dict[StateName, tuple[StatePart, ...]]:
+    """What each task reads and each move sends, by head range; neighbours of the same states are one."""
+    found: dict[StateName, list[StatePart]] = defaultdict(list)
+    for use in sorted(trace.uses, key=lambda use: (use.user, use.h0)):
+        tiles = tuple(StateKey(payload, name) for state in use.tiles if isinstance(name := state.name, StateName))
+        parts = found[use.user]
+        if parts and parts[-1].h1 == use.h0 and parts[-1].tiles == tiles:
+            parts[-1] = parts[-1]._replace(h1=use.h1)
+        else:
+            parts.append(StatePart(use.h0, use.h1, tiles))
+    return {user: tuple(some) for user, some in found.items()}

@@ -1,0 +1,133 @@
+"""The states that one rank holds during a pass of a recurrence: put together, sent, received and forgotten."""
+
+# N stretches, H heads, K key dim, V value dim; a state's A is (H, K), (H, 1) or (H, K, K), its B (H, K, V); a maximum is a B
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distattn.ir.plan import Call, Payload
+from distattn.kernels.recurrence.transitions import constant_transition
+from distattn.parallel.runtime.state_program import StateKey, StateMessage, StatePart, StateStep
+from distattn.parallel.runtime.transport import Packet
+
+
+class State(NamedTuple):
+    """What tokens do to any state S that enters, A S + B; a None where none can enter. dS likewise, with A transposed.
+
+    Of an op whose states are maxima it is max(S, B), and a None.
+    """
+
+    a: Tensor | None
+    b: Tensor
+
+
+class HeldStateTensors:
+    """The tensors of all states that are there, by where they come from."""
+
+    def __init__(self, call: Call, g_H: Tensor | None, device: torch.device):
+        """g_H: the logarithm of each head's decay, where it is the same for all tokens."""
+        self.call, self._g_H, self._device = call, g_H, device
+        self._dtype = getattr(torch, call.accumulation_dtype)
+        self._held: dict[StateKey, tuple[int, State]] = {}
+        # what the forward pass has kept is counted apart
+        self._kept: set[StateKey] = set()
+        self.bytes = self.peak_bytes = 0
+
+    def put(self, key: StateKey, h0: int, state: State) -> None:
+        """Keep a state, whose first head is h0."""
+        self._held[key] = h0, state
+        self.bytes += _nbytes(state)
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
+
+    def put_kept(self, key: StateKey, h0: int, state: State) -> None:
+        """Use a state that the forward pass has kept."""
+        self._held[key] = h0, state
+        self._kept.add(key)
+
+    def end_step(self, step: StateStep) -> None:
+        """Forget what nobody uses after this step."""
+        for key in step.release:
+            _, state = self._held.pop(key)
+            self.bytes -= 0 if key in self._kept else _nbytes(state)
+
+    def put_together(self, parts: tuple[StatePart, ...]) -> State:
+        """The state of all heads of `parts`, which follow one another."""
+        states = [self._of(part) for part in parts]
+        if len(states) == 1:
+            return states[0]
+        a = None if states[0].a is None else torch.cat([_present(state.a) for state in states])
+        return State(a, torch.cat([state.b for state in states]))
+
+    def packets(self, message: StateMessage) -> list[Packet]:
+        """The tensors of a state that is sent."""
+        a, b = self.put_together(message.parts)
+        tensors = [b] if message.is_prefix or not self.call.op.transition_travels else [b, _present(a)]
+        return [Packet(message.peer, message.key.payload, tensor.contiguous()) for tensor in tensors]
+
+    def receive(self, message: StateMessage) -> list[Packet]:
+        """Room for a state that comes: there from the end of the step on."""
+        heads, op = message.h1 - message.h0, self.call.op
+        b = self._empty(heads, self.call.head_dim, self.call.v_head_dim)
+        if message.is_prefix or op.is_maximum:
+            state, tensors = State(None, b), [b]
+        elif op.transition_travels:
+            a = self._empty(heads, *op.transition_shape(self.call.head_dim))
+            state, tensors = State(a, b), [b, a]
+        else:
+            g = None if self._g_H is None else self._g_H[message.h0 : message.h1]
+            # not of a list: the host would wait for the device to have it
+            length = torch.full((1,), message.tokens, device=self._device)
+            state, tensors = State(constant_transition(g, heads, length)[0].to(self._dtype), b), [b]
+        self.put(message.key, message.h0, state)
+        return [Packet(message.peer, message.key.payload, tensor) for tensor in tensors]
+
+    def of_no_tokens(self, stretches: int, heads: int) -> Tensor:
+        """Return B of no tokens for each of some stretches, (N, H, K, V): 0, or of maxima -inf."""
+        b = self._empty(stretches, heads, self.call.head_dim, self.call.v_head_dim)
+        return b.fill_(-torch.inf if self.call.op.is_maximum else 0.0)
+
+    def _of(self, part: StatePart) -> State:
+        first, *rest = (self._heads(key, part) for key in part.tiles)
+        a, b = first
+        if self.call.op.is_maximum:
+            return State(None, reduce(torch.maximum, (state.b for state in rest), b))
+        mirrored = part.tiles[0].payload == Payload.dS
+        for state in rest:
+            later = _present(state.a)
+            b = applied(later, b, mirrored) + state.b
+            a = None if a is None else composed(later, a) if mirrored else composed(a, later)
+        return State(a, b)
+
+    def _heads(self, key: StateKey, part: StatePart) -> State:
+        h0, (a, b) = self._held[key]
+        heads = slice(part.h0 - h0, part.h1 - h0)
+        return State(None if a is None else a[heads], b[heads])
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self._dtype, device=self._device)
+
+
+def applied(a: Tensor, b: Tensor, transposed: bool = False) -> Tensor:
+    """A B, or A^T B, of states (..., K, V); a is a matrix where it has as many dims as b."""
+    if a.dim() < b.dim():
+        return a[..., None] * b
+    return (a.transpose(-1, -2) if transposed else a) @ b
+
+
+def composed(a: Tensor, later: Tensor) -> Tensor:
+    """The transition of two stretches, a's first: diagonals (H, K), or matrices (H, K, K)."""
+    return a * later if a.dim() == 2 else later @ a
+
+
+def _present(a: Tensor | None) -> Tensor:
+    assert a is not None, "a state that begins with its document is put before all others"
+    return a
+
+
+def _nbytes(state: State) -> int:
+    return sum(tensor.nbytes for tensor in state if tensor is not None)

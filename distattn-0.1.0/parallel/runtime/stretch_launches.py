@@ -1,0 +1,107 @@
+"""Which kernel launches a recurrence's tasks become on one rank: those of a step, of one kind and with the same heads are one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from distattn.ir.intervals import Ints, lexicographic_argsort
+from distattn.ir.plan import Call, Columns, Payload, has_rows_and_keys, select_rows
+from distattn.kernels.recurrence.tokens import Stretches
+from distattn.parallel.runtime.launches import TokenIntervals
+from distattn.parallel.runtime.views import ViewParts
+
+
+class StretchKind(Enum):
+    """What the tasks of a launch leave: outputs or gradients ("whole"), the state of keys, or the gradient state of rows."""
+
+    WHOLE = "whole"
+    STATE = "state"
+    GRADIENT_STATE = "gradient state"
+
+
+# a launch has a state for each of its stretches: packs of short documents are several launches
+_MOST_STRETCHES = 64
+_OPERANDS = {
+    StretchKind.WHOLE: (Payload.Q, Payload.KV, Payload.dO),
+    StretchKind.STATE: (Payload.Q, Payload.KV),
+    StretchKind.GRADIENT_STATE: (Payload.Q, Payload.KV, Payload.dO),
+}
+
+
+class StretchLaunches(NamedTuple):
+    """All launches of a table on one rank, sorted by step.
+
+    by launch: its step, kind and heads [h0, h1). tasks: with the number of each in the table (column `row`), sorted by launch and
+    token; launch: of each. tokens, shared: the tokens of each launch, with its heads and with the heads of queries and keys.
+    """
+
+    steps: list[int]
+    kinds: list[StretchKind]
+    heads: list[tuple[int, int]]
+    tasks: Columns
+    launch: Ints
+    tokens: TokenIntervals
+    shared: TokenIntervals
+    shared_payloads: tuple[str, ...]
+
+    @staticmethod
+    def of(call: Call, tasks: Columns) -> StretchLaunches:
+        """The launches of one rank's tasks."""
+        kind = np.where(has_rows_and_keys(tasks), 0, np.where(tasks["q0"] == tasks["q1"], 1, 2))
+        tasks = {**tasks, "kind": kind}
+        by = ("step", "kind", "h0", "h1")
+        tasks = select_rows(tasks, lexicographic_argsort(*(tasks[name] for name in (*by, "q0", "k1"))))
+        labels = np.stack([tasks[name] for name in by], 1)
+        fresh = np.ones(len(labels), bool)
+        fresh[1:] = (labels[1:] != labels[:-1]).any(1)
+        place = np.arange(len(labels))
+        fresh |= (place - np.maximum.accumulate(np.where(fresh, place, 0))) % _MOST_STRETCHES == 0
+        launch, first = np.cumsum(fresh) - 1, np.flatnonzero(fresh)
+        h0, h1, group = tasks["h0"], tasks["h1"], call.gqa_group_size
+        tokens = TokenIntervals.of(launch, tasks["q0"], tasks["k1"], h0, h1)
+        shared = TokenIntervals.of(launch, tasks["q0"], tasks["k1"], h0 // group, -(-h1 // group))
+        kinds = [list(StretchKind)[number] for number in kind_of(tasks, first)]
+        heads = list(zip(h0[first].tolist(), h1[first].tolist(), strict=True))
+        steps = tasks["step"][first].tolist()
+        return StretchLaunches(steps, kinds, heads, tasks, launch, tokens, shared, call.op.shared_payloads)
+
+    def parts(self, payload: Payload) -> ViewParts:
+        """The parts of one view of a payload per launch."""
+        return (self.shared if payload.name in self.shared_payloads else self.tokens).parts(payload)
+
+    def uses(self, number: int, payload: Payload) -> bool:
+        """Whether a launch reads or gives a payload."""
+        kind = self.kinds[number]
+        return payload in _OPERANDS[kind] or (
+            kind is StretchKind.WHOLE and payload in (Payload.O, Payload.dQ, Payload.dKV)
+        )
+
+    def schedules(self, prepare: Callable[[Stretches], Any]) -> list[StretchSchedule]:
+        """Return the schedule of each launch. prepare: turns stretches, in rows of its tensors, into the kernel's lists."""
+        shift = self.tokens.to_row(self.launch, self.tasks["q0"])
+        begin, end = (self.tasks[name] + shift for name in ("q0", "k1"))
+        rows = list(zip(begin.tolist(), end.tolist(), strict=True))
+        bounds = np.searchsorted(self.launch, np.arange(len(self.steps) + 1)).tolist()
+        numbers = self.tasks["row"].tolist()
+        return [
+            StretchSchedule(kind, tuple(numbers[a:b]), prepare(tuple(rows[a:b])))
+            for kind, (a, b) in zip(self.kinds, itertools.pairwise(bounds), strict=True)
+        ]
+
+
+class StretchSchedule(NamedTuple):
+    """A launch: its kind, the numbers of its tasks in the table, and what the kernel's `prepare` made of their stretches."""
+
+    kind: StretchKind
+    tasks: tuple[int, ...]
+    stretches: Any
+
+
+def kind_of(tasks: Columns, first: Ints) -> list[int]:
+    """The kinds of launches that begin at these tasks, as numbers."""
+    return [int(number) for number in tasks["kind"][first]]

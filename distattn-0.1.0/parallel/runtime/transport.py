@@ -1,0 +1,287 @@
+"""How the messages of one step travel: over torch.distributed (NCCL, gloo), or between ranks of one process in lock step.
+
+A transport has one method, `exchange`: it starts all sends and receives of a step and returns something to wait for.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict, deque
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distattn.ir.errors import DistattnError, LostRankError, named_ranks
+from distattn.ir.plan import Payload
+from distattn.parallel.runtime.communicator_end import end_communicator
+
+
+class Packet(NamedTuple):
+    """One tensor to or from a peer (its rank in the group), contiguous where it is received, and what it is part of."""
+
+    peer: int
+    payload: Payload | str
+    tensor: Tensor
+
+    @property
+    def name(self) -> str:
+        """What it is part of, in words."""
+        return self.payload if isinstance(self.payload, str) else self.payload.name
+
+
+class PendingMessages(Protocol):
+    """The messages of a step in flight."""
+
+    def wait(self) -> None:
+        """Return when all have arrived, or on devices once the current stream is to wait for them.
+
+        Raises LostRankError naming the peers that stopped answering.
+        """
+        ...
+
+
+class Transport(Protocol):
+    """What the executor asks of a transport."""
+
+    def exchange(
+        self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""
+    ) -> PendingMessages:
+        """Start all sends and receives of a step. Packets between two ranks match in order.
+
+        collective: all ranks call, also those without packets, and packets may travel in one uneven all-to-all; otherwise they
+        are single messages. where: the step, for errors.
+        """
+        ...
+
+
+class GroupTransport:
+    """Messages on a communicator of its own beside a process group.
+
+    NCCL takes all messages of a step in one call, from and to where they lie. gloo takes them one by one, or as an all-to-all
+    of packed bytes.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, backend: Any):
+        """backend: see `open_communicator`."""
+        # torch.distributed keeps the group until destroy_process_group; alive any longer, it would abort the process at its end
+        self._group = weakref.ref(group)
+        self._backend = backend
+        self.is_open = True
+        # drivers that send through it, see `release`
+        self._users = 0
+        # whether waiting only orders streams, and this process runs on
+        self.waits_on_stream = bool(backend.supports_coalescing)
+
+    def exchange(
+        self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""
+    ) -> PendingMessages:
+        if self._group() is None:
+            raise DistattnError("the process group this plan was prepared for has been destroyed; prepare it again.")
+        if not self.is_open:
+            raise DistattnError(
+                "the messages of this plan have ended: its ContextParallel was closed, or a rank was lost; make another one, and "
+                "close it after the last backward pass."
+            )
+        if self._backend.supports_coalescing:
+            # its all-to-all is the same messages, and bytes that were packed
+            return self._all_at_once(sends, receives, where)
+        return self._all_to_all(sends, receives, where) if collective else self._one_by_one(sends, receives, where)
+
+    def abort(self) -> None:
+        """Give up all messages under way: whatever waits for them on a device goes on."""
+        self.close(gracefully=False)
+
+    def acquire(self) -> None:
+        """Note one more driver that sends through this transport until it calls `release`."""
+        self._users += 1
+
+    def release(self, gracefully: bool) -> None:
+        """Close the transport after its last driver. See `close`."""
+        self._users -= 1
+        if not self._users:
+            self.close(gracefully)
+
+    def close(self, gracefully: bool = True) -> None:
+        """End the communicator, once; a collective call where gracefully. See `end_communicator`."""
+        self.is_open = False
+        end_communicator(self._backend, gracefully)
+
+    def _all_at_once(self, sends: list[Packet], receives: list[Packet], where: str) -> PendingMessages:
+        if not sends and not receives:
+            return _PendingRequests([], ([], []), where)
+        sends = [packet._replace(tensor=packet.tensor.contiguous()) for packet in sends]
+
+        def start() -> list[Any]:
+            self._backend._start_coalescing()
+            try:
+                for packet in sends:
+                    self._backend.send([packet.tensor], packet.peer, 0)
+                for packet in receives:
+                    self._backend.recv([packet.tensor], packet.peer, 0)
+            except BaseException:
+                # an open group of calls would swallow all that follows
+                self.abort()
+                raise
+            return [self._backend._end_coalescing()]
+
+        return _PendingRequests(_started(start, sends, receives, where), (sends, receives), where)
+
+    def _one_by_one(self, sends: list[Packet], receives: list[Packet], where: str) -> PendingMessages:
+        sends = [packet._replace(tensor=packet.tensor.contiguous()) for packet in sends]
+
+        def start() -> list[Any]:
+            requests = [self._backend.send([packet.tensor], packet.peer, 0) for packet in sends]
+            return requests + [self._backend.recv([packet.tensor], packet.peer, 0) for packet in receives]
+
+        # the tensors live until the work is waited for
+        return _PendingRequests(_started(start, sends, receives, where), (sends, receives), where)
+
+    def _all_to_all(self, sends: list[Packet], receives: list[Packet], where: str) -> PendingMessages:
+        size = self._backend.size()
+        # stable: packets of one peer keep their order
+        sends, receives = (sorted(packets, key=lambda packet: packet.peer) for packets in (sends, receives))
+        splits = [[0] * size, [0] * size]
+        for counts, packets in zip(splits, (sends, receives), strict=True):
+            for packet in packets:
+                counts[packet.peer] += packet.tensor.nbytes
+        outgoing = torch.empty(sum(splits[0]), dtype=torch.uint8)
+        for packet, part in zip(sends, outgoing.split([packet.tensor.nbytes for packet in sends]), strict=True):
+            _pack(part, packet.tensor)
+        incoming = torch.empty(sum(splits[1]), dtype=torch.uint8)
+
+        def start() -> list[Any]:
+            return [self._backend.alltoall_base(incoming, outgoing, splits[1], splits[0])]
+
+        (request,) = _started(start, sends, receives, where)
+        return _PendingAllToAll(request, incoming, outgoing, receives, where)
+
+
+def _started(start: Callable[[], list[Any]], sends: list[Packet], receives: list[Packet], where: str) -> list[Any]:
+    """What `start` returns. Raises LostRankError where a connection is broken."""
+    try:
+        return start()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise _peer_stopped([*sends, *receives], where, error) from None
+
+
+class _PendingRequests(NamedTuple):
+    requests: list[Any]
+    alive: tuple[list[Packet], list[Packet]]
+    where: str
+
+    def wait(self) -> None:
+        packets = [packet for packets in self.alive for packet in packets]
+        for number, request in enumerate(self.requests):
+            try:
+                request.wait()
+            except RuntimeError as error:
+                # NCCL gives one request for all messages
+                late = [packets[number]] if len(self.requests) == len(packets) else packets
+                raise _peer_stopped(late, self.where, error) from None
+
+
+class _PendingAllToAll(NamedTuple):
+    request: Any
+    incoming: Tensor
+    outgoing: Tensor
+    receives: list[Packet]
+    where: str
+
+    def wait(self) -> None:
+        try:
+            self.request.wait()
+        except RuntimeError as error:
+            raise _peer_stopped(self.receives, self.where, error) from None
+        sizes = [packet.tensor.nbytes for packet in self.receives]
+        for packet, part in zip(self.receives, self.incoming.split(sizes), strict=True):
+            _as_bytes(packet.tensor).copy_(part)
+
+
+def _peer_stopped(packets: list[Packet], where: str, error: RuntimeError) -> LostRankError:
+    payloads = ", ".join(dict.fromkeys(packet.name for packet in packets))
+    what = f" ({payloads} {where})" if where else ""
+    return LostRankError(
+        f"{named_ranks(packet.peer for packet in packets)} of the group stopped answering{what}: {error}"
+    )
+
+
+def _pack(part: Tensor, tensor: Tensor) -> None:
+    """Write a tensor of any strides into bytes: in one pass where the place is aligned to its numbers."""
+    if part.storage_offset() % tensor.element_size() == 0:
+        part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    else:
+        part.copy_(_as_bytes(tensor.contiguous()))
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8)
+
+
+class InProcessNetwork:
+    """What joins all ranks of one process: rank r uses `transport(r)`, and waits once every rank has posted its step.
+
+    A packet is copied as soon as both ends have posted it, so that no end outlives its step.
+    """
+
+    def __init__(self) -> None:
+        # per (source, destination): tensors whose other end has not been posted yet
+        self._sent: dict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
+        self._wanted: dict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
+
+    def transport(self, rank: int) -> Transport:
+        """The transport of one rank."""
+        return InProcessTransport(self, rank)
+
+    def post(self, sent: list[tuple[int, int, Tensor]], wanted: list[tuple[int, int, Tensor]]) -> None:
+        """Post (source, destination, tensor) of packets that a rank sends, and that it wants."""
+        for queue, others, packets in ((self._sent, self._wanted, sent), (self._wanted, self._sent, wanted)):
+            for src, dst, tensor in packets:
+                if others[src, dst]:
+                    other = others[src, dst].popleft()
+                    source, target = (tensor, other) if queue is self._sent else (other, tensor)
+                    target.copy_(source)
+                else:
+                    queue[src, dst].append(tensor)
+
+    def has_pending(self, rank: int) -> bool:
+        """Whether this rank still waits for a packet."""
+        return any(queue for (_, dst), queue in self._wanted.items() if dst == rank)
+
+
+class InProcessTransport(NamedTuple):
+    """The transport of one rank of a process that runs all ranks."""
+
+    network: InProcessNetwork
+    rank: int
+
+    def exchange(
+        self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""
+    ) -> PendingMessages:
+        self.network.post(
+            [(self.rank, packet.peer, packet.tensor) for packet in sends],
+            [(packet.peer, self.rank, packet.tensor) for packet in receives],
+        )
+        return _PendingInProcess(self.network, self.rank)
+
+
+class _PendingInProcess(NamedTuple):
+    network: InProcessNetwork
+    rank: int
+
+    def wait(self) -> None:
+        assert not self.network.has_pending(self.rank), f"rank {self.rank} waits for a packet that nobody has posted"
+
+
+class SingleRankTransport:
+    """The transport of a plan for one rank: there is nobody to talk to."""
+
+    def exchange(
+        self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""
+    ) -> PendingMessages:
+        assert not sends and not receives, "a plan for one rank has no moves"
+        return _PendingRequests([], ([], []), where)

@@ -1,0 +1,222 @@
+"""Views: contiguous working tensors that are gathered from buffers or accumulated into them.
+
+Rows of a buffer are tokens. *Slices* say which rows and heads of a buffer are which rows and heads of a view. When a plan is
+lowered, all views of a table are resolved together (`resolve_views`), so that no search is left for a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distattn.ir.intervals import Ints, expand_ranges, overlapping_pairs, run_starts, stable_argsort
+from distattn.ir.plan import Call, Payload
+
+RowIndex = slice | Tensor
+
+
+class BufferKey(NamedTuple):
+    """The rank's own tensor of a payload (step OWN), or what arrives or leaves at `step` with heads [h0, h1)."""
+
+    payload: Payload
+    step: int
+    h0: int
+    h1: int
+
+
+OWN = -1
+
+
+class BufferSlice(NamedTuple):
+    """Rows and heads of a buffer that are these rows and heads of a view."""
+
+    buffer: BufferKey
+    rows: RowIndex
+    heads: slice
+    view_rows: RowIndex
+    view_heads: slice
+    # nothing has been accumulated there before: write instead of adding
+    is_first: bool = False
+
+
+class View(NamedTuple):
+    """A working tensor of `rows` tokens and `heads` heads, spread over buffers."""
+
+    rows: int
+    heads: int
+    slices: list[BufferSlice]
+    # the slices reach every cell (a single one reaches them in order); where head groups differ they may not
+    is_complete: bool
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the view is one part of one buffer, and needs no tensor of its own."""
+        return self.is_complete and len(self.slices) == 1 and isinstance(self.slices[0].rows, slice)
+
+
+class BufferExtent(NamedTuple):
+    """Which tokens a buffer holds: rows `row`.. are tokens [t0, t1); one entry for each interval of tokens."""
+
+    key: BufferKey
+    t0: Ints
+    t1: Ints
+    row: Ints
+
+
+class ViewParts(NamedTuple):
+    """Views in parts. Each part is heads [h0, h1) of a payload, which are heads `head`.. of view number `view`.
+
+    Below, one entry for each interval of tokens: part number `part` wants tokens [t0, t1) from row `row` of the view on.
+    """
+
+    view: Ints
+    payload: Ints
+    h0: Ints
+    h1: Ints
+    head: Ints
+    part: Ints
+    t0: Ints
+    t1: Ints
+    row: Ints
+
+    @staticmethod
+    def joined(several: Iterable[ViewParts]) -> ViewParts:
+        """The views of all, numbered one after another."""
+        several = list(several)
+        columns: list[list[Ints]] = [[] for _ in ViewParts._fields]
+        views = parts = 0
+        for some in several:
+            shifted = some._replace(view=some.view + views, part=some.part + parts)
+            for column, values in zip(columns, shifted, strict=True):
+                column.append(values)
+            views, parts = views + some.views, parts + len(some.view)
+        return ViewParts(*(np.concatenate(column) for column in columns))
+
+    @property
+    def views(self) -> int:
+        """Number of views."""
+        return int(self.view.max()) + 1 if len(self.view) else 0
+
+
+def resolve_views(extents: Iterable[BufferExtent], parts: ViewParts) -> list[View]:
+    """Find the tokens and heads of all views in the buffers. A view is as large as its parts reach."""
+    shapes = np.zeros((2, parts.views), np.int64)
+    np.maximum.at(shapes[0], parts.view[parts.part], parts.row + parts.t1 - parts.t0)
+    np.maximum.at(shapes[1], parts.view, parts.head + parts.h1 - parts.h0)
+    slices: list[list[BufferSlice]] = [[] for _ in range(parts.views)]
+    found_cells = np.zeros(parts.views, np.int64)
+    for index in _extent_indices(extents):
+        low, high = np.maximum(parts.h0, index.h0), np.minimum(parts.h1, index.h1)
+        wanted = np.flatnonzero(((parts.payload == index.payload) & (low < high))[parts.part])
+        i, j = overlapping_pairs(index.t0, index.t1, parts.t0[wanted], parts.t1[wanted])
+        if not len(i):
+            continue
+        i = wanted[i]
+        part, buffer = parts.part[i], index.buffer[j]
+        order = stable_argsort(part * len(index.keys) + buffer)
+        i, j, part, buffer = i[order], j[order], part[order], buffer[order]
+        begin, end = np.maximum(parts.t0[i], index.t0[j]), np.minimum(parts.t1[i], index.t1[j])
+        np.add.at(found_cells, parts.view[part], (end - begin) * (high - low)[part])
+        first = run_starts(part, buffer)
+        rows = _row_indices(index.row[j] + begin - index.t0[j], end - begin, first)
+        view_rows = _row_indices(parts.row[i] + begin - parts.t0[i], end - begin, first)
+        in_buffer, in_view = low - index.h0, parts.head + low - parts.h0
+        columns = (parts.view, in_buffer, in_view, high - low)
+        numbers = (buffer[first].tolist(), *(column[part[first]].tolist() for column in columns))
+        for row, view_row, key, view, h0, view_h0, heads in zip(rows, view_rows, *numbers, strict=True):
+            both_heads = slice(h0, h0 + heads), slice(view_h0, view_h0 + heads)
+            slices[view].append(BufferSlice(index.keys[key], row, both_heads[0], view_row, both_heads[1]))
+    is_complete = (found_cells == shapes[0] * shapes[1]).tolist()
+    return [View(*view) for view in zip(*shapes.tolist(), map(_joined_heads, slices), is_complete, strict=True)]
+
+
+def _joined_heads(slices: list[BufferSlice]) -> list[BufferSlice]:
+    """The same slices, neighbouring heads of the same rows as one: parts of a view are cut wherever heads differ anywhere."""
+    if len(slices) < 2:
+        return slices
+    # by where the heads of the next one would begin
+    out: dict[tuple[BufferKey, int, int], list[BufferSlice]] = {}
+    for piece in sorted(slices, key=lambda piece: piece.view_heads.start):
+        before = out.get((piece.buffer, piece.heads.start, piece.view_heads.start), [])
+        for last in before:
+            if same_rows(last.rows, piece.rows) and same_rows(last.view_rows, piece.view_rows):
+                before.remove(last)
+                piece = piece._replace(
+                    heads=slice(last.heads.start, piece.heads.stop),
+                    view_heads=slice(last.view_heads.start, piece.view_heads.stop),
+                )
+                break
+        out.setdefault((piece.buffer, piece.heads.stop, piece.view_heads.stop), []).append(piece)
+    return [piece for pieces in out.values() for piece in pieces]
+
+
+def same_rows(these: RowIndex, those: RowIndex) -> bool:
+    """Whether two indices are of the same rows; what is a run of rows is a slice."""
+    if isinstance(these, slice) or isinstance(those, slice):
+        return isinstance(these, slice) and isinstance(those, slice) and these == those
+    return torch.equal(these, those)
+
+
+def travels_from_its_buffer(call: Call, payload: Payload, view: View, stretches: tuple[slice, ...]) -> bool:
+    """Whether a message of these stretches is sent from where it lies: whole rows of buffers, in the dtype that travels."""
+    whole_rows = all(
+        isinstance(piece.rows, slice)
+        and piece.heads == slice(0, piece.buffer.h1 - piece.buffer.h0)
+        and piece.view_heads == slice(0, view.heads)
+        for piece in view.slices
+    )
+    in_order = len(view.slices) == 1 or [piece.view_rows for piece in view.slices] == list(stretches)
+    return view.is_complete and whole_rows and in_order and call.comm_fields(payload) == call.payload_fields(payload)
+
+
+class _ExtentIndex(NamedTuple):
+    """All extents of one payload and head range, sorted by token: a (token, head) lies in at most one of them."""
+
+    payload: Payload
+    h0: int
+    h1: int
+    keys: list[BufferKey]
+    # for each interval of tokens: number in `keys`, tokens [t0, t1), first row in the buffer
+    buffer: Ints
+    t0: Ints
+    t1: Ints
+    row: Ints
+
+
+def _extent_indices(extents: Iterable[BufferExtent]) -> list[_ExtentIndex]:
+    grouped: dict[tuple[Payload, int, int], list[BufferExtent]] = {}
+    for extent in extents:
+        grouped.setdefault((extent.key.payload, extent.key.h0, extent.key.h1), []).append(extent)
+    indices = []
+    for (payload, h0, h1), same in grouped.items():
+        buffer = np.repeat(np.arange(len(same)), [len(extent.t0) for extent in same])
+        t0, t1, row = (np.concatenate([getattr(extent, name) for extent in same]) for name in ("t0", "t1", "row"))
+        order = stable_argsort(t0)
+        keys = [extent.key for extent in same]
+        indices.append(_ExtentIndex(payload, h0, h1, keys, buffer[order], t0[order], t1[order], row[order]))
+    return indices
+
+
+def _row_indices(start: Ints, length: Ints, first: Ints) -> list[RowIndex]:
+    """Rows [start_i, start_i + length_i), joined from each `first` to the next: a slice where they touch, else an index."""
+    broken = np.zeros(len(start), bool)
+    broken[1:] = start[1:] != start[:-1] + length[:-1]
+    broken[first] = False
+    scattered = np.logical_or.reduceat(broken, first)
+    last = np.append(first[1:], len(start)) - 1
+    cells = np.append(0, np.cumsum(length))
+    # an index only where it is needed
+    kept = np.repeat(scattered, np.diff(np.append(first, len(start))))
+    _, index = expand_ranges(start[kept], (start + length)[kept])
+    rows, at = torch.from_numpy(index), 0
+    out: list[RowIndex] = []
+    sizes = (cells[last + 1] - cells[first]).tolist()
+    ends = (start[last] + length[last]).tolist()
+    for begin, end, size, is_index in zip(start[first].tolist(), ends, sizes, scattered.tolist(), strict=True):
+        out.append(rows[at : at + size] if is_index else slice(begin, end))
+        at += size if is_index else 0
+    return out

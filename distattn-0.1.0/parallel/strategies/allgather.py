@@ -1,0 +1,68 @@
+"""All-gather attention: queries stay, every rank fetches the keys and values that its own queries see.
+
+Llama 3 (Dubey et al. 2024, arXiv 2407.21783, section 3.3.2) gathers all keys. Here only the keys that some local query needs
+are sent, once each, from their owner. Given a cluster, what several ranks of another node need crosses once and is passed on
+inside that node. Tasks that need no foreign key are computed while keys travel, where they are a good part of a rank's work: the
+rows of two kernel calls are copied apart and together again.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from distattn.cluster.spec import AnyCluster
+from distattn.ir.intervals import Ints, expand_ranges, merge_intervals
+from distattn.ir.plan import (
+    TASK_COLUMNS,
+    Call,
+    Columns,
+    Payload,
+    Table,
+    make_columns,
+    task_areas,
+    task_bands,
+    task_token_ranges,
+)
+from distattn.parallel.tables.partition import mask_rectangles, owns_range, split_by_query_owner
+from distattn.parallel.tables.routes import remote_users, send_direct, send_hierarchical
+
+# the part of a rank's work that its own keys suffice for, from which on that is a kernel call of its own
+_LEAST_EARLY = 1 / 8
+
+
+def allgather(call: Call, cluster: AnyCluster | None = None) -> list[Table]:
+    """Tasks and moves of one pass: fetch at step 0, pass on at 1; compute at 0 (own keys, if many), 1, and 2 (passed-on)."""
+    area, rank = split_by_query_owner(call, mask_rectangles(call), call.layout.chunks)
+    early = owns_range(call, rank, area.k0, area.k1)
+    tasks = make_columns(TASK_COLUMNS, step=np.where(early, 0, 1), rank=rank, **vars(area))
+    step = np.where(early & _many_are_early(call, tasks)[rank], 0, 1)
+    tasks = {**tasks, "step": step}
+    users = remote_users(call, Payload.KV, tasks)
+    if cluster is None:
+        return [Table(tasks, send_direct(Payload.KV, users, 0))]
+    moves, late = send_hierarchical(Payload.KV, users, cluster.node)
+    return [Table({**tasks, "step": step + _uses_late_keys(call, tasks, late)}, moves)]
+
+
+def _many_are_early(call: Call, tasks: Columns) -> np.ndarray:
+    """Of which ranks the tasks of step 0 are a good part of all work, (ranks,)."""
+    work = task_areas(call, tasks, task_bands(call.mask, tasks)).astype(np.float64)
+    whole, early = (
+        np.bincount(tasks["rank"], work * chosen, call.ranks) for chosen in (np.ones(len(work)), tasks["step"] == 0)
+    )
+    return early >= _LEAST_EARLY * whole
+
+
+def _uses_late_keys(call: Call, tasks: Columns, late: Columns) -> Ints:
+    """1 for each task that needs some (rank, head, token) of `late`, 0 for the others."""
+    ranges = task_token_ranges(call, Payload.KV, tasks)
+    task, task_head = expand_ranges(ranges["h0"], ranges["h1"])
+    row, head = expand_ranges(late["h0"], late["h1"])
+    line, low, high = merge_intervals(late["rank"][row] * call.kv_heads + head, late["t0"][row], late["t1"][row])
+    width = call.mask.n + 1
+    base = (tasks["rank"][task] * call.kv_heads + task_head) * width
+    before = np.searchsorted(line * width + high, base + ranges["t0"][task], "right")
+    hit = before < np.searchsorted(line * width + low, base + ranges["t1"][task], "left")
+    out = np.zeros(len(ranges["t0"]), np.int64)
+    np.maximum.at(out, task, hit.astype(np.int64))
+    return out

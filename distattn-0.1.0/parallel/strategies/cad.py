@@ -1,0 +1,271 @@
+"""Core-attention disaggregation: ranks with too much attention hand some of it to ranks with too little.
+
+Core attention has no weights, so any rank may serve any piece of it (Zhuang et al. 2025, arXiv 2510.18121). Queries, keys
+and values travel to the server and outputs return; all else stays where the tokens are. Unlike that paper's greedy rule
+(`cad_greedy`) every server is bounded, shares are head groups, rows and ranges of keys, and what is counted is what moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from distattn.cluster.spec import AnyCluster
+from distattn.ir.bands import tighten
+from distattn.ir.errors import DistattnError
+from distattn.ir.intervals import Ints, as_int64, lexicographic_argsort, run_starts
+from distattn.ir.plan import (
+    MOVE_COLUMNS,
+    REDUCED_PAYLOADS,
+    TASK_COLUMNS,
+    Call,
+    Columns,
+    Payload,
+    Table,
+    concat_rows,
+    make_columns,
+    move_bytes,
+    select_rows,
+    task_bands,
+)
+from distattn.parallel.strategies.cad_cut import (
+    Transfers,
+    WorkItems,
+    assign_lanes,
+    choose_cut,
+    cut_into_lanes,
+    num_head_groups,
+)
+from distattn.parallel.strategies.cad_match import match_work
+from distattn.parallel.tables.backward import derive_backward
+from distattn.parallel.tables.cost import CostModel, bytes_per_row_and_key
+from distattn.parallel.tables.partition import mask_rectangles, owns_range, split_by_key_owner, split_by_query_owner
+from distattn.parallel.tables.routes import reduce_direct, remote_users, send_direct
+
+# about so much of an item leaves at most, where there are others: its first rows hold little work for their bytes
+_DENSE_FRACTION = 0.75
+_MILLION = 1_000_000
+# attempts to keep every rank within max_buffer_bytes
+_MEMORY_ROUNDS = 6
+# tolerances of the further candidates: the looser, the less work moves
+FALLBACK_TOLERANCES = (0.1, 0.3, 1.0, 3.0)
+
+
+@dataclass(frozen=True)
+class CadOptions:
+    """Options of strategy "cad".
+
+    tolerance: no server gets more than (1 + tolerance) of its part of the work, but for the last block of cells.
+    speeds: a whole number for each rank, its throughput relative to the others'; a rank of speed 0 serves nothing.
+    max_buffer_bytes: bytes of others' tensors that a rank may hold at once in one pass; who is near it gets less work.
+    block: rows and keys that kernels take at once; documents are cut at multiples of it.
+    """
+
+    tolerance: float = 0.02
+    speeds: Sequence[int] | None = None
+    max_buffer_bytes: int | None = None
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tolerance, int | float) or not 0 <= self.tolerance < 1000:
+            raise DistattnError(f"tolerance is a share of the mean, such as 0.02, not {self.tolerance}.")
+        if int(as_int64(self.block, "block")) < 1:
+            raise DistattnError(f"block is at least 1 token, not {self.block}.")
+        if self.max_buffer_bytes is not None and int(as_int64(self.max_buffer_bytes, "max_buffer_bytes")) < 0:
+            raise DistattnError(f"max_buffer_bytes is a number of bytes, not {self.max_buffer_bytes}.")
+
+
+def cad(
+    call: Call, cluster: AnyCluster | None = None, options: CadOptions = CadOptions(), direction: str = "forward"
+) -> Iterator[Table]:
+    """Tasks and moves of one pass: send at step 0, compute (at home at 0, away at 1), outputs return at 2.
+
+    Candidates are made one by one: first the work balanced within the tolerance, then all work at home, then less and less
+    balanced. Where ranks differ in speed there is the first only, because a cluster's table of speeds does not say how much.
+    """
+    speeds = _checked_speeds(call, options)
+    cost_model = CostModel.for_cluster(cluster, direction, call.head_dim, options.block)
+    tasks = home_tasks(call, cost_model)
+    node = np.zeros(call.ranks, np.int64) if cluster is None else cluster.node
+    limits = _Limits(node, speeds, options.tolerance, options.max_buffer_bytes)
+    yield route_tasks(call, _rebalance_within_memory(call, tasks, cost_model, limits))
+    if (speeds != speeds[0]).any():
+        return
+    yield route_tasks(call, tasks)
+    for tolerance in FALLBACK_TOLERANCES:
+        if tolerance > options.tolerance:
+            looser = limits._replace(tolerance=tolerance)
+            yield route_tasks(call, _rebalance_within_memory(call, tasks, cost_model, looser))
+
+
+def _checked_speeds(call: Call, options: CadOptions) -> Ints:
+    """Speeds of all ranks; also refuses work that int64 cannot count."""
+    speeds = np.ones(call.ranks, np.int64) if options.speeds is None else as_int64(options.speeds, "speeds")
+    if speeds.shape != (call.ranks,) or (speeds < 0).any() or (speeds > _MILLION).any() or not speeds.any():
+        raise DistattnError(
+            f"speeds are {call.ranks} whole numbers up to {_MILLION:,}, one for each rank, not all 0; not {options.speeds}."
+        )
+    block = options.block
+    if call.mask.area() // block * (1 if call.mask.heads else call.heads) >= 1 << 61:
+        raise DistattnError(f"this much work cannot be counted in blocks of {block} x {block}; use a larger block.")
+    return speeds
+
+
+class _Limits(NamedTuple):
+    """What a distribution of work keeps to: nodes and speeds of ranks, the tolerance, and bytes of buffers."""
+
+    node: Ints
+    speeds: Ints
+    tolerance: float
+    max_buffer_bytes: int | None
+
+
+def work_limits(work: int, speeds: Ints, tolerance: float) -> Ints:
+    """How much each rank may have to do: its part of all work, by its speed, and the tolerance."""
+    # Python integers: the product passes int64
+    scale = _MILLION + round(tolerance * _MILLION)
+    parts = [-(-work * scale * own // (int(speeds.sum()) * _MILLION)) for own in speeds.tolist()]
+    return np.array(parts, np.int64)
+
+
+def home_tasks(call: Call, cost_model: CostModel) -> Columns:
+    """Every task at the rank of its queries; at that of its keys, or by groups of heads, where that moves fewer bytes."""
+    weights = bytes_per_row_and_key(call, cost_model.direction)
+    area, rank = split_by_query_owner(call, mask_rectangles(call), call.layout.chunks)
+    tasks = make_columns(TASK_COLUMNS, step=0, rank=rank, **vars(area))
+    if owns_range(call, rank, area.k0, area.k1).all():
+        return tasks
+    part, row, key_owner = split_by_key_owner(call, area, call.layout.chunks)
+    to_keys = (key_owner != rank[row]) & (weights[0] * (part.q1 - part.q0) < weights[1] * (part.k1 - part.k0))
+    split = np.zeros(len(rank), bool)
+    split[row[to_keys]] = True
+    parts = make_columns(TASK_COLUMNS, step=0, rank=np.where(to_keys, key_owner, rank[row]), **vars(part))
+    tasks = concat_rows(TASK_COLUMNS, [select_rows(tasks, ~split), select_rows(parts, split[row])])
+    return _split_by_heads(call, tasks, cost_model, weights)
+
+
+def _split_by_heads(call: Call, tasks: Columns, cost_model: CostModel, weights: tuple[int, int]) -> Columns:
+    """The same, but mask pieces of many owners are cut into lanes, an equal share for each, where that moves fewer bytes."""
+    order = lexicographic_argsort(tasks["piece"], tasks["rank"])
+    first = run_starts(tasks["piece"][order], tasks["rank"][order])
+    piece, owner = tasks["piece"][order][first], tasks["rank"][order][first]
+    seen = np.maximum.reduceat(tasks["k1"][order], first) - np.minimum.reduceat(tasks["k0"][order], first)
+    here = np.add.reduceat((tasks["q1"] - tasks["q0"])[order], first)
+    size = len(call.mask.pieces)
+    owners, keys = np.bincount(piece, minlength=size), np.bincount(piece, np.maximum(seen - here, 0), size)
+    wide = np.flatnonzero(owners > 2)
+    if not len(wide):
+        return tasks
+    items = WorkItems(wide, tighten(call.mask.pieces[wide]), *call.piece_heads[wide].T)
+    everything = np.ones(len(wide))
+    groups = num_head_groups(items, call.gqa_group_size)
+    moved = choose_cut(items, groups, everything, owners[wide], cost_model, weights).moved_bytes
+    # every owner has its own part of the rows and keys
+    better = moved * (1 - 1 / owners[wide]) < weights[1] * keys[wide]
+    wide, items = wide[better], items.at(better)
+    if not len(wide):
+        return tasks
+    number = np.arange(len(wide))
+    cut = cut_into_lanes(items, number, everything[better], owners[wide], cost_model, call.gqa_group_size, weights)
+    mine = np.isin(piece, wide)
+    sender = np.searchsorted(wide, piece[mine])
+    total = np.zeros(len(wide), np.int64)
+    np.add.at(total, cut.sender, cost_model.band_costs(cut.lanes.bands) * (cut.lanes.h1 - cut.lanes.h0))
+    transfers = Transfers(sender, -(-total[sender] // owners[wide][sender]), owner[mine])
+    others = select_rows(tasks, ~np.isin(tasks["piece"], wide))
+    return concat_rows(TASK_COLUMNS, [others, assign_lanes(cut, transfers, cost_model)])
+
+
+def route_tasks(call: Call, tasks: Columns) -> Table:
+    """The table of these tasks: inputs come straight from their owners, outputs go straight to theirs."""
+    owns_rows = owns_range(call, tasks["rank"], tasks["q0"], tasks["q1"])
+    local = owns_rows & owns_range(call, tasks["rank"], tasks["k0"], tasks["k1"])
+    tasks = {**tasks, "step": np.where(local, 0, 1)}
+    # most tasks have all they need at home
+    away = select_rows(tasks, ~local)
+    moves = [
+        send_direct(Payload.Q, remote_users(call, Payload.Q, away), 0),
+        send_direct(Payload.KV, remote_users(call, Payload.KV, away), 0),
+        reduce_direct(Payload.O, remote_users(call, Payload.O, away, latest=True)),
+    ]
+    return Table(tasks, concat_rows(MOVE_COLUMNS, moves))
+
+
+def _rebalance_within_memory(call: Call, tasks: Columns, cost_model: CostModel, limits: _Limits) -> Columns:
+    """Balance the work so that nobody holds more than max_buffer_bytes; refused where that breaks the tolerance."""
+    direction, budget = cost_model.direction, limits.max_buffer_bytes
+    if budget is None:
+        return _rebalance(call, tasks, cost_model, limits, np.ones(call.ranks))[0]
+    room_fraction = np.ones(call.ranks)
+    held, left = np.zeros(call.ranks, np.int64), 0
+    for _ in range(_MEMORY_ROUNDS):
+        found, left = _rebalance(call, tasks, cost_model, limits, room_fraction)
+        table = route_tasks(call, found)
+        held = _buffer_bytes(call, table if direction == "forward" else derive_backward(call, table, "refetch-home"))
+        if left or held.max() <= budget:
+            break
+        room_fraction *= np.where(held > budget, 0.9 * budget / np.maximum(held, 1), 1.0)
+    if left or held.max() > budget:
+        raise DistattnError(
+            f"cad cannot keep every rank within {limits.tolerance} of its part of the work and within {budget:,} bytes of "
+            f"others' tensors in the {direction} pass. Raise max_buffer_bytes or tolerance."
+        )
+    return found
+
+
+def _rebalance(
+    call: Call, tasks: Columns, cost_model: CostModel, limits: _Limits, room_fraction: np.ndarray
+) -> tuple[Columns, int]:
+    """(the same work with no rank above its limit, cost that nobody would take). Receivers take a fraction of their room."""
+    weights = bytes_per_row_and_key(call, cost_model.direction)
+    cost = cost_model.task_costs(call, tasks)
+    load = np.zeros(call.ranks, np.int64)
+    np.add.at(load, tasks["rank"], cost)
+    limit = work_limits(int(load.sum()), limits.speeds, limits.tolerance)
+    excess, room = np.maximum(load - limit, 0), np.maximum(limit - load, 0)
+    if not excess.any():
+        return tasks, 0
+    chosen = _most_work_per_byte(tasks, cost, excess, weights)
+    home, leaving = tasks["rank"][chosen], select_rows(tasks, chosen)
+    items = WorkItems(leaving["piece"], task_bands(call.mask, leaving), leaving["h0"], leaving["h1"])
+    fraction = np.minimum(excess / np.maximum(np.bincount(home, cost[chosen], call.ranks), 1), 1.0)[home]
+    # a typical receiver has room for so much
+    typical = max(sum(space * space for space in room.tolist()) // int(room.sum()), 1)
+    receivers = -(-excess[home] // typical)
+    cut = cut_into_lanes(items, home, fraction, receivers, cost_model, call.gqa_group_size, weights)
+    # what is cut costs more: everybody may have a little more
+    extra = np.append(cut.extra, np.zeros(call.ranks - len(cut.extra), np.int64))
+    limit = work_limits(int(load.sum() + extra.sum()), limits.speeds, limits.tolerance)
+    excess = np.where(excess > 0, np.maximum(load - limit, 0) + extra, 0)
+    room = (np.maximum(limit - load, 0) * room_fraction).astype(np.int64)
+    densest = {rank: piece for rank, piece in zip(home[::-1].tolist(), leaving["piece"][::-1].tolist(), strict=True)}
+    peers = {rank: tasks["rank"][tasks["piece"] == piece] for rank, piece in densest.items()}
+    transfers = Transfers(*match_work(excess, room, limits.node, peers))
+    stays = np.ones(len(cost), bool)
+    stays[chosen] = False
+    left = int(excess.sum() - transfers.cost.sum())
+    moved = assign_lanes(cut, transfers, cost_model)
+    return concat_rows(TASK_COLUMNS, [select_rows(tasks, stays), moved]), left
+
+
+def _buffer_bytes(call: Call, table: Table) -> Ints:
+    """The most bytes of others' tensors, and of results for others, that each rank can hold at once."""
+    size = move_bytes(call, table.moves)
+    arriving = np.bincount(table.moves["dst"], size, call.ranks)
+    is_result = np.isin(table.moves["payload"], REDUCED_PAYLOADS)
+    return (arriving + np.bincount(table.moves["src"], size * is_result, call.ranks)).astype(np.int64)
+
+
+def _most_work_per_byte(tasks: Columns, cost: Ints, excess: Ints, weights: tuple[int, int]) -> Ints:
+    """The tasks that ranks with an excess hand work from, by rank: those with most work for their bytes."""
+    mine = np.flatnonzero(excess[tasks["rank"]] > 0)
+    rows, keys = tasks["q1"][mine] - tasks["q0"][mine], tasks["k1"][mine] - tasks["k0"][mine]
+    work_per_byte = cost[mine] / (weights[0] * rows + weights[1] * keys)
+    order = mine[np.lexsort((-work_per_byte, tasks["rank"][mine]))]
+    rank, size = tasks["rank"][order], cost[order]
+    before = np.cumsum(size) - size
+    before -= before[np.searchsorted(rank, rank)]
+    return order[before * _DENSE_FRACTION < excess[rank]]

@@ -1,0 +1,122 @@
+"""The greedy rule of the paper on core-attention disaggregation, to compare with: `cad` is what to use.
+
+Zhuang et al. 2025, arXiv 2510.18121, section 4.2 and appendix B. Ranks below the mean, the emptiest first, take the piece that
+gives most work for its bytes until they are within the tolerance; pieces are head-tail pairs of a document (the i-th row
+from the front with the i-th from the back: every pair has the same work) with all the keys they see; bytes are estimated in
+closed form. Only receivers are bounded: a rank that has too much may keep it. What is not a causal document stays at home.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from distattn.cluster.spec import AnyCluster
+from distattn.ir.bands import BK, BQ, HI, K0, LO, OK, OQ, areas, clip
+from distattn.ir.errors import DistattnError
+from distattn.ir.intervals import Ints, as_int64
+from distattn.ir.plan import TASK_COLUMNS, Call, Columns, Table, concat_rows, make_columns
+from distattn.parallel.strategies.cad import route_tasks
+from distattn.parallel.tables.cost import bytes_per_row_and_key
+from distattn.parallel.tables.partition import Rectangles, clip_rectangles, mask_rectangles, split_by_query_owner
+
+
+@dataclass(frozen=True)
+class CadGreedyOptions:
+    """tolerance: how far below the mean a receiver may stay. block: a half of a pair has a multiple of so many rows."""
+
+    tolerance: float = 0.1
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        is_share = isinstance(self.tolerance, int | float) and 0 <= self.tolerance <= 1
+        if not is_share or int(as_int64(self.block, "block")) < 1:
+            raise DistattnError(
+                f"cad_greedy wants a tolerance of 0 to 1 and a block of at least 1, not {self.tolerance}, {self.block}."
+            )
+
+
+def cad_greedy(
+    call: Call, cluster: AnyCluster | None = None, options: CadGreedyOptions = CadGreedyOptions()
+) -> list[Table]:
+    """Tasks and moves of one pass: send at step 0, compute (at home at 0, away at 1), outputs return at 2."""
+    area, rank = split_by_query_owner(call, mask_rectangles(call), call.layout.chunks)
+    pairs = _Pairs(area, rank, call, options.block)
+    mean = pairs.load.sum() / call.ranks
+    weights = bytes_per_row_and_key(call, "forward")
+    for receiver in np.argsort(pairs.load, kind="stable").tolist():
+        while mean - pairs.load[receiver] > options.tolerance * mean:
+            if not pairs.move(receiver, mean, weights):
+                break
+    return [route_tasks(call, pairs.tasks())]
+
+
+class _Pairs:
+    """Items: pairs first..last of the rows of a document part, counted from outside, and the rank that computes them."""
+
+    def __init__(self, area: Rectangles, rank: Ints, call: Call, block: int):
+        self.call, self.area, self.block = call, area, block
+        rows, band = area.q1 - area.q0, call.mask.pieces[area.piece]
+        self.context, self.length = area.q0 - band[:, K0], area.q0 + area.q1 - 2 * band[:, K0]
+        self.heads = (area.h1 - area.h0) / call.heads
+        pairs = rows / 2
+        work = areas(clip(band, area.q0, area.q1, area.k0, area.k1)) * self.heads
+        self.load = np.bincount(rank, work, call.ranks)
+        # of every pair; an odd row in the middle is half a pair
+        self.each = work / pairs
+        causal = (band[:, [BQ, BK]] == 1).all(1) & (band[:, HI] + band[:, OK] == band[:, OQ])
+        self.causal = causal & (band[:, LO] + band[:, OK] - band[:, OQ] <= -call.mask.n)
+        self.items = {"part": np.arange(len(rank)), "first": np.zeros(len(rank)), "last": pairs, "rank": rank.copy()}
+
+    def move(self, receiver: int, mean: float, weights: tuple[int, int]) -> bool:
+        """Hand the best piece there is to the receiver; returns whether there was one."""
+        surplus = self.load - mean
+        items = self.items
+        some = np.flatnonzero((surplus[items["rank"]] > 0) & self.causal[items["part"]])
+        if not len(some):
+            return False
+        part, first, last, sender = (items[name][some] for name in ("part", "first", "last", "rank"))
+        work = (last - first) * self.each[part]
+        moved = np.minimum(np.minimum(work, surplus[sender]), mean - self.load[receiver])
+        size = _estimated(moved / work, last - first, self.context[part] + last, self.length[part], weights)
+        best = int(np.argmax(moved / (size * self.heads[part])))
+        wanted = moved[best] / self.each[part[best]]
+        # whole blocks, but for the last bit of a receiver's need
+        item, count = int(some[best]), np.round(wanted / self.block) * self.block or np.ceil(wanted)
+        # the innermost pairs: they see the fewest keys for their work
+        begin = last[best] // 1 - count
+        if begin <= first[best]:
+            items["rank"][item], count = receiver, last[best] - first[best]
+        else:
+            new = {"part": part[best], "first": begin, "last": last[best], "rank": receiver}
+            items["last"][item], count = begin, last[best] - begin
+            self.items = {name: np.append(column, new[name]) for name, column in items.items()}
+        self.load[sender[best]] -= count * self.each[part[best]]
+        self.load[receiver] += count * self.each[part[best]]
+        return True
+
+    def tasks(self) -> Columns:
+        """The tasks of all items: two rectangles for each, or one where its halves meet."""
+        part, rank, area = self.items["part"].astype(np.int64), self.items["rank"].astype(np.int64), self.area
+        first, last = self.items["first"].astype(np.int64), np.ceil(self.items["last"]).astype(np.int64)
+        q0, q1 = area.q0[part], area.q1[part]
+        # an odd row in the middle belongs to the front half
+        front, back = q0 + last, np.maximum(q1 - last, q0 + last)
+        meet = back == front
+        ends = np.where(meet, q1 - first, front)
+        parts = []
+        for a, b, some in ((q0 + first, ends, first < last), (back, q1 - first, ~meet)):
+            at = np.flatnonzero(some & (a < b))
+            row = part[at]
+            rows, kept = clip_rectangles(self.call, area, row, a[at], b[at], area.k0[row], area.k1[row])
+            parts.append(make_columns(TASK_COLUMNS, step=0, rank=rank[at][kept], **vars(rows)))
+        return concat_rows(TASK_COLUMNS, parts)
+
+
+def _estimated(
+    share: np.ndarray, rows: np.ndarray, context: np.ndarray, length: np.ndarray, weights: tuple[int, int]
+) -> np.ndarray:
+    """Bytes of a share of head-tail pairs of `rows` rows each, whose front half ends at `context` (appendix B of the paper)."""
+    queries = context - np.sqrt(np.maximum(context**2 - share * (2 * context - rows) * rows, 0))
+    return queries * weights[0] + (length - (context - queries)) * weights[1]

@@ -1,0 +1,58 @@
+"""Double ring: keys and values go round inside a node while the next node's are on their way.
+
+Gu et al. 2024, LoongTrain, arXiv 2406.18485, section 4.4. The inner ring has one node's ranks, the outer ring the nodes.
+Where inner rings are whole nodes, a token crosses into a node at most once, one outer hop ahead of its use there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isqrt
+
+import numpy as np
+
+from distattn.cluster.spec import AnyCluster
+from distattn.ir.errors import DistattnError
+from distattn.ir.intervals import as_int64
+from distattn.ir.plan import TASK_COLUMNS, Call, Payload, Table, make_columns
+from distattn.parallel.tables.partition import split_by_owners
+from distattn.parallel.tables.rings import connected_members, hops_in_rings
+from distattn.parallel.tables.routes import remote_users, send_along_double_ring
+
+
+@dataclass(frozen=True)
+class DoubleRingOptions:
+    """inner_ring_size: ranks in an inner ring, by default those of a node, or about the root of all ranks without a cluster."""
+
+    inner_ring_size: int | None = None
+
+    def __post_init__(self) -> None:
+        size = self.inner_ring_size
+        if size is not None and int(as_int64(size, "inner_ring_size")) < 1:
+            raise DistattnError(f"inner_ring_size is at least 1 rank, not {size}.")
+
+
+def double_ring(
+    call: Call, cluster: AnyCluster | None = None, options: DoubleRingOptions = DoubleRingOptions()
+) -> list[Table]:
+    """Tasks and moves of one pass: what is o outer and i inner hops away is used in step o * inner_ring_size + i."""
+    size = options.inner_ring_size
+    if size is None:
+        size = _near_root(call.ranks) if cluster is None else cluster.devices
+    if call.ranks % size:
+        raise DistattnError(f"an inner ring of {size} does not divide {call.ranks} ranks.")
+    area, query_owner, key_owner = split_by_owners(call)
+    node = np.arange(call.ranks) // size
+    key_node, query_node = node[key_owner], node[query_owner]
+    outer_hops = hops_in_rings(key_node, query_node, call.ranks // size)
+    # nodes that exchange tokens have one order of inner hops: they count between places in a node, whichever nodes these are in
+    place = connected_members(key_node, query_node, call.ranks // size)[query_node] * size
+    inner_hops = hops_in_rings(place + key_owner % size, place + query_owner % size, call.ranks)
+    tasks = make_columns(TASK_COLUMNS, step=outer_hops * size + inner_hops, rank=query_owner, **vars(area))
+    users = remote_users(call, Payload.KV, tasks)
+    return [Table(tasks, send_along_double_ring(Payload.KV, users, node, size))]
+
+
+def _near_root(ranks: int) -> int:
+    """The largest divisor of the ranks that is not above their square root."""
+    return max(divisor for divisor in range(1, isqrt(ranks) + 1) if ranks % divisor == 0)

@@ -1,0 +1,53 @@
+"""Ring attention: tokens travel round the ranks, one neighbour a step, and are used where they pass.
+
+Liu, Zaharia, Abbeel 2023, arXiv 2310.01889. Either keys and values travel and queries stay, or queries travel (and their
+outputs to their owners, as in BurstAttention, Sun et al. 2024, arXiv 2403.09347). Both are candidates, in the forward and in the
+backward pass. Ranks that do not use a token are skipped, and ranks that no documents connect are in rings of their own. Balance
+comes from the layout (zigzag), not from here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distattn.cluster.spec import AnyCluster
+from distattn.ir.errors import DistattnError
+from distattn.ir.intervals import Ints
+from distattn.ir.plan import MOVE_COLUMNS, TASK_COLUMNS, Call, Payload, Table, concat_rows, make_columns
+from distattn.parallel.tables.partition import Rectangles, split_by_owners
+from distattn.parallel.tables.rings import hops_in_rings
+from distattn.parallel.tables.routes import reduce_along_ring, remote_users, send_along_ring
+
+_ROTATIONS = ("fewest bytes", "keys", "queries")
+
+
+@dataclass(frozen=True)
+class RingOptions:
+    """rotate: what travels, "keys" (with values), "queries", or whichever of the two moves "fewest bytes"."""
+
+    rotate: str = "fewest bytes"
+
+    def __post_init__(self) -> None:
+        if self.rotate not in _ROTATIONS:
+            raise DistattnError(f"ring rotates one of {', '.join(_ROTATIONS)}, not {self.rotate!r}.")
+
+
+def ring(call: Call, cluster: AnyCluster | None = None, options: RingOptions = RingOptions()) -> list[Table]:
+    """Tasks and moves of a ring pass: what is d hops away is used in step d. One candidate for each kind of rotation."""
+    parts = split_by_owners(call)
+    candidates = {"keys": _rotate_keys, "queries": _rotate_queries}
+    return [make(call, *parts) for name, make in candidates.items() if options.rotate in (name, "fewest bytes")]
+
+
+def _rotate_keys(call: Call, area: Rectangles, query_owner: Ints, key_owner: Ints) -> Table:
+    hops = hops_in_rings(key_owner, query_owner, call.ranks)
+    tasks = make_columns(TASK_COLUMNS, step=hops, rank=query_owner, **vars(area))
+    return Table(tasks, send_along_ring(Payload.KV, remote_users(call, Payload.KV, tasks)))
+
+
+def _rotate_queries(call: Call, area: Rectangles, query_owner: Ints, key_owner: Ints) -> Table:
+    hops = hops_in_rings(query_owner, key_owner, call.ranks)
+    tasks = make_columns(TASK_COLUMNS, step=hops, rank=key_owner, **vars(area))
+    queries = send_along_ring(Payload.Q, remote_users(call, Payload.Q, tasks))
+    outputs = reduce_along_ring(Payload.O, remote_users(call, Payload.O, tasks, latest=True))
+    return Table(tasks, concat_rows(MOVE_COLUMNS, [queries, outputs]))

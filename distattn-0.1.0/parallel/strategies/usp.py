@@ -1,0 +1,69 @@
+"""USP: Ulysses in one dimension of a 2-D mesh of ranks, a ring in the other.
+
+Fang & Zhao 2024, arXiv 2405.07719. A rank collects the tokens of its Ulysses group for its share of the query heads;
+those keys and values then go round the ranks that have the same share in the other groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from distattn.cluster.spec import AnyCluster
+from distattn.ir.errors import DistattnError
+from distattn.ir.intervals import as_int64
+from distattn.ir.plan import MOVE_COLUMNS, TASK_COLUMNS, Call, Payload, Table, concat_rows, make_columns
+from distattn.parallel.tables.partition import chunks_of_groups, split_by_owners, split_heads
+from distattn.parallel.tables.rings import hops_in_rings
+from distattn.parallel.tables.routes import reduce_direct, remote_users, send_along_ring, send_direct
+
+_DIMS = ("ulysses", "ring")
+
+
+@dataclass(frozen=True)
+class UspOptions:
+    """ulysses: ranks in an Ulysses group, by default as many as copy no key/value head (and fit in a node, given a cluster).
+
+    inner_dim: which of the two, "ulysses" or "ring", has neighbouring ranks (0, 1, 2, ...) in one group.
+    """
+
+    ulysses: int | None = None
+    inner_dim: str = "ulysses"
+
+    def __post_init__(self) -> None:
+        if self.inner_dim not in _DIMS:
+            raise DistattnError(f"the inner dimension of usp is one of {', '.join(_DIMS)}, not {self.inner_dim!r}.")
+        if self.ulysses is not None:
+            as_int64(self.ulysses, "ulysses")
+
+
+def usp(call: Call, cluster: AnyCluster | None = None, options: UspOptions = UspOptions()) -> list[Table]:
+    """Tasks and moves of one pass: collect at step 0, compute what is d groups away at step 1 + d, outputs straight to owners."""
+    degree = _default_degree(call, cluster) if options.ulysses is None else options.ulysses
+    if degree < 1 or call.ranks % degree or degree > call.heads:
+        fitting = [u for u in range(1, call.heads + 1) if call.ranks % u == 0]
+        raise DistattnError(
+            f"usp cannot split {call.heads} query heads and {call.ranks} ranks {degree}-fold; ulysses = "
+            f"{', '.join(map(str, fitting))} would work."
+        )
+    groups, ranks = call.ranks // degree, np.arange(call.ranks)
+    # the Ulysses group of each rank, and the ring: the ranks that have the same share of the heads
+    neighbours = options.inner_dim == "ulysses"
+    group, ring = (ranks // degree, ranks % degree) if neighbours else (ranks % groups, ranks // groups)
+    whole, query_group, key_group = split_by_owners(call, chunks_of_groups(call, group))
+    area, row, share = split_heads(whole, degree, call.heads)
+    here, origin = query_group[row], key_group[row]
+    rank = here * degree + share if neighbours else share * groups + here
+    tasks = make_columns(TASK_COLUMNS, step=1 + hops_in_rings(origin, here, groups), rank=rank, **vars(area))
+    moves = [
+        send_direct(Payload.Q, remote_users(call, Payload.Q, tasks), 0),
+        send_along_ring(Payload.KV, remote_users(call, Payload.KV, tasks), ring),
+        reduce_direct(Payload.O, remote_users(call, Payload.O, tasks, latest=True)),
+    ]
+    return [Table(tasks, concat_rows(MOVE_COLUMNS, moves))]
+
+
+def _default_degree(call: Call, cluster: AnyCluster | None) -> int:
+    limit = min(call.kv_heads, call.ranks if cluster is None else cluster.devices)
+    return max(u for u in range(1, limit + 1) if call.ranks % u == 0)

@@ -1,0 +1,122 @@
+"""The integer cost model that strategies balance work with: every rank that plans gets the same plan, bit for bit.
+
+It is the kernel-time model of `distattn.cluster.cost` in whole numbers. A kernel takes whole blocks of rows, and each row costs
+`overhead` keys more than it has. So a document shorter than a block costs as much as a whole block, and short documents cost
+more than their cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from distattn.cluster.cost import attention_speed, flops_per_cell, overhead_keys, padded_cells
+from distattn.cluster.spec import AnyCluster, ClusterSpec, load
+from distattn.ir.bands import K0, K1, Q0, Q1, areas, clip
+from distattn.ir.intervals import Ints
+from distattn.ir.plan import Call, Columns, Payload, task_bands
+
+# a cluster without a table of kernel speeds is taken to be of these devices
+_DEFAULT_DEVICES = "h100-1x1"
+# a length at which no kernel of a table gets faster any more
+_LONG = 1 << 20
+# candidates that one round of the search tests at once
+_PROBES = 16
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Costs in one direction ("forward" or "backward"), in blocks of cells: 1 is `block` rows x 1 key of one head.
+
+    block: rows a kernel takes at once. overhead: keys' worth of time that each row costs besides its keys.
+    """
+
+    direction: str
+    block: int
+    overhead: int
+
+    @staticmethod
+    def for_cluster(cluster: AnyCluster | None, direction: str, head_dim: int, block: int) -> CostModel:
+        """The model of a cluster's kernels; without a table of speeds, that of an H100 at head dim 128."""
+        if isinstance(cluster, ClusterSpec):
+            return CostModel(direction, block, overhead_keys(cluster, direction, head_dim))
+        return CostModel(direction, block, _default_overhead(direction))
+
+    def band_costs(self, bands: Ints) -> Ints:
+        """Cost of each tightened band (M, 10) for one head."""
+        return -(-padded_cells(bands, self.block, self.overhead) // self.block)
+
+    def task_costs(self, call: Call, tasks: Columns) -> Ints:
+        """Cost of each task with all its heads."""
+        return self.band_costs(task_bands(call.mask, tasks)) * (tasks["h1"] - tasks["h0"])
+
+    def rank_costs(self, call: Call, tasks: Columns) -> Ints:
+        """Cost of all tasks of each rank, (ranks,)."""
+        out = np.zeros(call.ranks, np.int64)
+        np.add.at(out, tasks["rank"], self.task_costs(call, tasks))
+        return out
+
+    def seconds(self, call: Call, cluster: ClusterSpec, cost: int) -> float:
+        """Kernel time of a cost on a cluster. Overheads are part of the cost, so the speed is that of long sequences."""
+        long = np.array([_LONG])
+        speed = float(attention_speed(cluster, self.direction, call.head_dim, long, long)[0])
+        return cost * self.block * flops_per_cell(self.direction, call.head_dim, call.v_head_dim) / speed
+
+    def last_rows_of_cost(self, bands: Ints, wanted: Ints) -> tuple[Ints, Ints]:
+        """The fewest whole blocks of rows at the end of each band that cost at least `wanted`.
+
+        Returns (first row, end of the first block), both (M,).
+        """
+        q0, q1 = bands[:, Q0], bands[:, Q1]
+
+        def is_enough(i: Ints, blocks: Ints) -> np.ndarray:
+            rows = clip(bands[i], q1[i] - blocks * self.block, q1[i], 0, bands[i, K1])
+            return self.band_costs(rows) >= wanted[i]
+
+        blocks = _smallest_sufficient(-(-(q1 - q0) // self.block), is_enough)
+        return np.maximum(q1 - blocks * self.block, q0), q1 - (blocks - 1) * self.block
+
+    def last_keys_of_area(self, bands: Ints, wanted: Ints) -> Ints:
+        """The first key of the fewest whole blocks of keys at the end of each band that hold `wanted` cells, (M,)."""
+        k0, k1 = bands[:, K0], bands[:, K1]
+
+        def is_enough(i: Ints, blocks: Ints) -> np.ndarray:
+            return areas(clip(bands[i], 0, bands[i, Q1], k1[i] - blocks * self.block, k1[i])) >= wanted[i]
+
+        return np.maximum(k1 - _smallest_sufficient(-(-(k1 - k0) // self.block), is_enough) * self.block, k0)
+
+
+def bytes_per_row_and_key(call: Call, direction: str) -> tuple[int, int]:
+    """Bytes that move for each row, and for each key, that a task needs away from its owner; all heads of the call."""
+    queries, keys = {
+        "forward": ((Payload.Q, Payload.O), (Payload.KV,)),
+        "backward": ((Payload.Q, Payload.dO, Payload.dQ), (Payload.KV, Payload.dKV)),
+    }[direction]
+    return (
+        call.heads * sum(call.token_head_bytes(payload) for payload in queries),
+        call.kv_heads * sum(call.token_head_bytes(payload) for payload in keys),
+    )
+
+
+@cache
+def _default_overhead(direction: str) -> int:
+    return overhead_keys(load(_DEFAULT_DEVICES), direction, 128)
+
+
+def _smallest_sufficient(limit: Ints, is_enough: Callable[[Ints, Ints], np.ndarray]) -> Ints:
+    """For each i the least x of 1, 2, ... limit_i with is_enough(i, x), which holds from then on; limit_i if there is none."""
+    low, high = np.minimum(1, limit), limit
+    i = np.repeat(np.arange(len(limit)), _PROBES)
+    # few rounds of many probes: numpy's cost of a round hardly grows with the probes
+    while (low < high).any():
+        probes = low[:, None] + (high - low)[:, None] * np.arange(_PROBES) // _PROBES
+        sufficient = is_enough(i, probes.ravel()).reshape(probes.shape)
+        failed = (~sufficient).sum(1)
+        # the probe after the last that failed, if any
+        above = np.append(probes, high[:, None], 1)[np.arange(len(limit)), failed]
+        low, high = np.where(failed > 0, probes[np.arange(len(limit)), failed - 1] + 1, low), above
+        low = np.minimum(low, high)
+    return low

@@ -1,0 +1,89 @@
+"""Attention in chunks of heads: the same tasks and moves with fewer heads at once, so that buffers are smaller.
+
+Every rank's heads are cut into chunks. A chunk is the whole table again, for fewer heads and some steps later. They may
+overlap, so that the messages of one travel while another is computed. That is what Untied Ulysses does to Ulysses (UPipe, arXiv
+2602.21196), and it works for every strategy. A key/value head that query heads of several chunks share is sent for the first of
+them, and stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from distattn.ir.intervals import Ints
+from distattn.ir.plan import (
+    KEY_PAYLOADS,
+    MOVE_COLUMNS,
+    TASK_COLUMNS,
+    Call,
+    Columns,
+    Payload,
+    Table,
+    concat_rows,
+    select_rows,
+)
+
+
+class HeadChunks(NamedTuple):
+    """How a table is cut. chunks: how many; stride: steps between the begin of one and of the next."""
+
+    chunks: int
+    stride: int
+
+
+def possible_head_chunks(call: Call, table: Table) -> Iterator[HeadChunks]:
+    """Ways to cut a forward table, the fewest chunks first; of those that need least the slowest comes last.
+
+    Where a table only sends, computes and returns, chunks overlap; the last ways have them follow one another. In longer tables
+    steps overlap anyway.
+    """
+    low, high = _heads_of_ranks(call, table.tasks)
+    most = int((high - low).max(initial=1))
+    counts = [1 << i for i in range(1, most.bit_length()) if 1 << i < most] + [most] * (most > 1)
+    if table.steps > 3:
+        yield from (HeadChunks(count, table.steps - 1) for count in counts)
+        return
+    yield from (HeadChunks(count, 1) for count in counts)
+    # results travel with the next chunk's inputs; then alone
+    yield from (HeadChunks(count, stride) for count in counts[-1:] for stride in (2, 3))
+
+
+def in_head_chunks(call: Call, table: Table, cut: HeadChunks) -> Table:
+    """A forward table with its heads in chunks. Moves go with the chunk of the rank that uses or has computed what they carry."""
+    low, high = _heads_of_ranks(call, table.tasks)
+    limits = low[:, None] + (high - low)[:, None] * np.arange(cut.chunks + 1) // cut.chunks
+    # the group of a key/value head that two chunks share is sent with the first
+    group = call.gqa_group_size
+    key_limits = np.maximum.accumulate(-(-limits // group), 1)
+    key_limits[:, 0] = 0
+    key_limits[:, -1] = call.kv_heads
+    tasks = _cut(table.tasks, table.tasks["rank"], limits, cut.stride)
+    moves = []
+    for payload in Payload:
+        rows = select_rows(table.moves, table.moves["payload"] == payload)
+        user = rows["src" if payload == Payload.O else "dst"]
+        moves.append(_cut(rows, user, key_limits if payload in KEY_PAYLOADS else limits, cut.stride))
+    return Table(concat_rows(TASK_COLUMNS, [tasks]), concat_rows(MOVE_COLUMNS, moves))
+
+
+def _heads_of_ranks(call: Call, tasks: Columns) -> tuple[Ints, Ints]:
+    """The query heads [low, high) that each rank has tasks of, (ranks,); all where it has no task."""
+    low, high = np.full(call.ranks, call.heads), np.zeros(call.ranks, np.int64)
+    np.minimum.at(low, tasks["rank"], tasks["h0"])
+    np.maximum.at(high, tasks["rank"], tasks["h1"])
+    idle = low >= high
+    return np.where(idle, 0, low), np.where(idle, call.heads, high)
+
+
+def _cut(rows: Columns, rank: Ints, limits: Ints, stride: int) -> Columns:
+    """Rows cut where the chunks of their rank meet; limits: (ranks, chunks + 1) of heads."""
+    parts = []
+    for chunk in range(limits.shape[1] - 1):
+        h0 = np.maximum(rows["h0"], limits[rank, chunk])
+        h1 = np.minimum(rows["h1"], limits[rank, chunk + 1])
+        part = {**rows, "h0": h0, "h1": h1, "step": rows["step"] + chunk * stride}
+        parts.append(select_rows(part, h0 < h1))
+    return concat_rows(tuple(rows), parts)
