@@ -180,7 +180,7 @@ def test_files_that_cannot_be_read_are_named(folder, tmp_path):
     for text, sentence in [
         ("[", "is no index"),
         ("[]", "is no index"),
-        ('{"weight_map": {"a": "../b"}}', "no name of a"),
+        ('{"weight_map": {"a": "../b"}}', "not the name of a"),
     ]:
         index.write_text(text)
         with pytest.raises(DamagedDataError, match=sentence):
