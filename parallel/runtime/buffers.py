@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from distattn.ir.plan import REDUCED_PAYLOADS, Call, Payload
+from distattn.ir.plan import Call, Payload
 from distattn.kernels.glue import Rows, add_rows, copy_rows, merge_rows
-from distattn.parallel.runtime.memory import PlacedTensor, own_result_fields
+from distattn.parallel.runtime.memory import FlatPlaces, PlacedTensor, PlaceKey, own_result_fields
+from distattn.parallel.runtime.packed_messages import PackedMessages
 from distattn.parallel.runtime.views import OWN, BufferKey, View
 
 # the tensors of a payload, (rows, heads, width) or (rows, heads) each; see `Call.payload_fields`
@@ -29,6 +30,8 @@ class Buffers:
         self.call, self._blank, self._unadded = call, blank, unadded
         self._merges_by_lse = call.op.merge == "lse"
         self.fields: dict[BufferKey, Fields] = {}
+        # the rows of bundles, (rows, numbers) each
+        self._rows: dict[PlaceKey, Tensor] = {}
         # the same memory as numbers of each dtype
         self._arena = {torch.uint8: arena}
 
@@ -47,17 +50,16 @@ class Buffers:
         self.fields[BufferKey(payload, OWN, 0, self.call.payload_heads(payload))] = fields
         return fields
 
-    def bind_flat(self, rows: dict[BufferKey, int], flat: Tensor) -> None:
-        """Make these buffers views of one flat tensor. rows: of each buffer."""
-        at = 0
-        for key, count in rows.items():
-            fields = []
-            for width, _ in self.call.payload_fields(key.payload):
-                shape = (count, key.h1 - key.h0, width or 1)
-                size = shape[0] * shape[1] * shape[2]
-                fields.append(flat[at : at + size].view(shape))
-                at += size
-            self.fields[key] = tuple(fields)
+    def bind_flat(
+        self, kept: FlatPlaces, flat: Tensor, renamed: Callable[[BufferKey], BufferKey] | None = None
+    ) -> None:
+        """Make these buffers views of one flat tensor. renamed: the key of each in this pass."""
+        for key, places in kept.places.items():
+            fields = tuple(flat.as_strided(place.shape, place.strides, place.offset) for place in places)
+            if isinstance(key, BufferKey):
+                self.fields[key if renamed is None else renamed(key)] = fields
+            elif renamed is None:
+                self._rows[key] = fields[0]
 
     def bind(self, tensors: Mapping[BufferKey, Fields]) -> None:
         """Use these tensors for these buffers."""
@@ -65,20 +67,23 @@ class Buffers:
 
     def place(self, places: Places) -> Fields:
         """Tensors in the arena; what is in them has no meaning."""
-        out = tuple(self._numbers(dtype).as_strided(shape, strides, offset) for dtype, shape, strides, offset in places)
+        out = tuple(self._view(place) for place in places)
         if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
             # as torch.empty does then
             for tensor in out:
                 tensor.fill_(torch.nan)
         return out
 
-    def allocate(self, key: BufferKey, places: Places) -> None:
-        """Make a buffer."""
+    def allocate(self, key: BufferKey, places: Places, rows: Places = ()) -> None:
+        """Make a buffer. rows: where the bundle lies that begins with it."""
+        for place in rows:
+            self._rows["rows", key] = self._view(place)
         self.fields[key] = self._begun(key, self.place(places))
 
     def release(self, key: BufferKey) -> None:
         """Forget a buffer: its place may be another's from now on."""
         del self.fields[key]
+        self._rows.pop(("rows", key), None)
 
     def copy_own(self, key: BufferKey, view: View) -> None:
         """Copy own rows into a buffer of copies."""
@@ -91,26 +96,41 @@ class Buffers:
     def close(self) -> None:
         """Let go of the arena and all buffers."""
         self.fields.clear()
+        self._rows.clear()
         self._arena.clear()
 
-    def receive_buffer(
-        self, payload: Payload, view: View, stretches: tuple[slice, ...], places: Places
-    ) -> tuple[Fields, list[Fields]]:
-        """(fields of a message, where each of its stretches is received).
+    def pack(self, packed: PackedMessages, places: Sequence[Places]) -> None:
+        """Copy own rows to messages. places: of each part of a row."""
+        for part, of_part in zip(packed.parts, places, strict=True):
+            own = self.fields[BufferKey(part.payload, OWN, 0, self.call.payload_heads(part.payload))]
+            for whole, tensor in zip(self.place(of_part), own, strict=True):
+                source = tensor.reshape(-1, part.heads, *tensor.shape[2:])
+                copy_rows(whole, Rows(0, packed.rows), source, Rows.of(part.rows))
 
-        Copies land in their buffer itself, which has no fields but these parts; partial results in tensors of their own.
-        """
-        if payload in REDUCED_PAYLOADS:
-            fields = self.place(places)
-            return fields, [tuple(tensor[stretch] for tensor in fields) for stretch in stretches]
-        return (), self._parts(view, stretches)
+    def unpack(self, packed: PackedMessages, fields: Sequence[Fields]) -> None:
+        """Write results that have arrived to the own tensors, where none are yet. fields: of each part of a row."""
+        for part, tensors in zip(packed.parts, fields, strict=True):
+            own = self.fields[BufferKey(part.payload, OWN, 0, self.call.payload_heads(part.payload))]
+            for whole, tensor in zip(own, tensors, strict=True):
+                target = whole.view(-1, part.heads, *whole.shape[2:])
+                copy_rows(target, Rows.of(part.rows), tensor, Rows(0, packed.rows))
 
-    def message_parts(self, view: View, stretches: tuple[slice, ...], places: Places | None) -> list[Fields]:
-        """The tensors of a message by stretch: parts of a buffer, or of a copy at `places` in the dtype that travels."""
-        if places is None:
-            return self._parts(view, stretches)
-        packed = self._gathered(view, places)
-        return [tuple(tensor[stretch] for tensor in packed) for stretch in stretches]
+    def place_rows(self, rows: PlacedTensor, stretches: tuple[slice, ...], begin: int = 0) -> list[Fields]:
+        """The rows of a bundle in the arena, by stretch of a message that begins at row `begin`."""
+        matrix = self._view(rows)
+        return [(matrix[begin + stretch.start : begin + stretch.stop],) for stretch in stretches]
+
+    def message_parts(self, view: View, stretches: tuple[slice, ...], in_rows: bool = False) -> list[Fields]:
+        """The tensors of a message by stretch, parts of a buffer. in_rows: those of its bundle, whose first buffer it is."""
+        of_buffers = {
+            piece.buffer: (self._rows["rows", piece.buffer],) if in_rows else self.fields[piece.buffer]
+            for piece in view.slices
+        }
+        if len(view.slices) == 1:
+            (only,) = view.slices
+            fields = tuple(tensor[only.rows] for tensor in of_buffers[only.buffer])
+            return [tuple(tensor[stretch] for tensor in fields) for stretch in stretches]
+        return [tuple(tensor[piece.rows] for tensor in of_buffers[piece.buffer]) for piece in view.slices]
 
     def part(self, view: View) -> Fields:
         """The part of a buffer that a view is."""
@@ -119,7 +139,7 @@ class Buffers:
 
     def gather(self, view: View, places: Places | None) -> Fields:
         """The tensors of a view, (rows, heads, ...): part of a buffer, or a copy at `places`."""
-        return self.part(view) if places is None else self._gathered(view, places)
+        return self.part(view) if places is None else self.gathered(view, places)
 
     def accumulate(self, payload: Payload, view: View, fields: Fields) -> None:
         """Accumulate the tensors of a view into its buffers: O as the op says, gradients by sum."""
@@ -143,7 +163,8 @@ class Buffers:
                 fields[1].fill_(-torch.inf)
         return fields
 
-    def _gathered(self, view: View, places: Places) -> Fields:
+    def gathered(self, view: View, places: Places) -> Fields:
+        """The tensors of a view as a copy at `places`, in their dtypes."""
         out = self.place(places)
         if not view.is_complete:
             # kernels may read whole tiles: what no task uses shall at least be a number
@@ -155,13 +176,8 @@ class Buffers:
                 copy_rows(whole[:, piece.view_heads], view_rows, tensor[:, piece.heads], rows)
         return out
 
-    def _parts(self, view: View, stretches: tuple[slice, ...]) -> list[Fields]:
-        """The parts of a buffer that the stretches of a view are."""
-        if len(view.slices) == 1:
-            (only,) = view.slices
-            fields = tuple(tensor[only.rows] for tensor in self.fields[only.buffer])
-            return [tuple(tensor[stretch] for tensor in fields) for stretch in stretches]
-        return [tuple(tensor[piece.rows, piece.heads] for tensor in self.fields[piece.buffer]) for piece in view.slices]
+    def _view(self, place: PlacedTensor) -> Tensor:
+        return self._numbers(place.dtype).as_strided(place.shape, place.strides, place.offset)
 
     def _numbers(self, dtype: torch.dtype) -> Tensor:
         if dtype not in self._arena:

@@ -9,7 +9,7 @@ The functions are generators that pause while messages are in flight, so that th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor
 from distattn.ir.plan import REDUCED_PAYLOADS, Payload
 from distattn.kernels.registry import Kernel
 from distattn.kernels.spec import ScoreMod
-from distattn.parallel.runtime.buffers import Buffers, Fields
+from distattn.parallel.runtime.buffers import Buffers, Fields, Places
 from distattn.parallel.runtime.memory import kept_elements
+from distattn.parallel.runtime.packed_messages import PackedMessages
 from distattn.parallel.runtime.program import KernelLaunch, Program, ProgramStep, kept_key
 from distattn.parallel.runtime.state_tensors import HeldStateTensors
 from distattn.parallel.runtime.transport import Packet, Transport
@@ -61,7 +62,7 @@ def forward(
     buffers.bind_own(Payload.KV, (k_TKD, v_TKE))
     o_THE, lse_TH = buffers.new_own(Payload.O, program.tokens)
     kept = q_THD.new_empty(kept_elements(program))
-    buffers.bind_flat(program.kept, kept)
+    buffers.bind_flat(program.kept_places, kept)
 
     def compute(
         launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
@@ -101,7 +102,7 @@ def backward(
     buffers.bind_own(Payload.dO, (do_THE, lse_TH, delta_TH))
     (dq_THD,) = buffers.new_own(Payload.dQ, program.tokens)
     dk_TKD, dv_TKE = buffers.new_own(Payload.dKV, program.tokens)
-    buffers.bind_flat({kept_key(key): rows for key, rows in program.kept.items()}, kept)
+    buffers.bind_flat(program.kept_places, kept, kept_key)
 
     def compute(
         launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
@@ -169,16 +170,23 @@ def _run_step(
     states: HeldStateTensors | None,
 ) -> PausableRun[None]:
     for key in step.allocate:
-        buffers.allocate(key, step.places[key])
+        buffers.allocate(key, step.places[key], step.places.get(("rows", key), ()))
     for key, view in step.own_copies:
         buffers.copy_own(key, view)
-    sends = [packet for number in range(len(step.sends)) for packet in _outgoing(buffers, step, number)]
-    incoming, receives = [], []
-    for number, (payload, message) in enumerate(step.receives):
-        places = step.places.get(("receive", number), ())
-        fields, parts = buffers.receive_buffer(payload, message.view, message.stretches, places)
-        incoming.append((payload, message, fields))
-        receives += [Packet(message.peer, payload, tensor) for part in parts for tensor in part]
+    begins = {}
+    if step.packed_sends:
+        begins = dict(zip(step.packed_sends.numbers, step.packed_sends.begins, strict=True))
+        buffers.pack(step.packed_sends, _places_of(step, "send", step.packed_sends))
+    sends = [packet for numbers in step.joined_sends for packet in _outgoing(buffers, step, numbers, begins)]
+    incoming: dict[int, Fields] = {}
+    arrived: list[Fields] = []
+    begins = {}
+    if step.packed_receives:
+        begins = dict(zip(step.packed_receives.numbers, step.packed_receives.begins, strict=True))
+        arrived = [buffers.place(places) for places in _places_of(step, "receive", step.packed_receives)]
+    receives = [
+        packet for numbers in step.joined_receives for packet in _incoming(buffers, step, numbers, begins, incoming)
+    ]
     if states is not None and step.states is not None:
         # what is sent is put together of what was there before the step: nothing of this step is read in it
         sends += [packet for state in step.states.sends for packet in states.packets(state)]
@@ -190,9 +198,12 @@ def _run_step(
         buffers.accumulate(key.payload, view, buffers.fields[key])
     yield
     pending.wait()
-    for payload, message, fields in incoming:
-        if payload in REDUCED_PAYLOADS:
-            buffers.accumulate(payload, message.view, fields)
+    if step.packed_receives:
+        # nothing has been written there before
+        buffers.unpack(step.packed_receives, arrived)
+    for number, fields in incoming.items():
+        payload, message = step.receives[number]
+        buffers.accumulate(payload, message.view, fields)
     for key in step.release:
         buffers.release(key)
     if states is not None and step.states is not None:
@@ -216,7 +227,58 @@ def _launch(step: ProgramStep, number: int, buffers: Buffers, compute: Compute, 
             buffers.accumulate(payload, launch.results[payload], fields)
 
 
-def _outgoing(buffers: Buffers, step: ProgramStep, number: int) -> list[Packet]:
-    payload, message = step.sends[number]
-    parts = buffers.message_parts(message.view, message.stretches, step.places.get(("send", number)))
+def _places_of(step: ProgramStep, name: str, packed: PackedMessages) -> list[Places]:
+    """Where the parts of the rows of all packed messages lie: noted under the first peer's."""
+    return [step.places[name, number] for number in packed.numbers[0]]
+
+
+def _outgoing(
+    buffers: Buffers, step: ProgramStep, numbers: tuple[int, ...], begins: Mapping[tuple[int, ...], int]
+) -> list[Packet]:
+    """The packets of messages that are sent together: from their buffer, or from a copy where one has a place.
+
+    begins: the first row of those that have been packed with others.
+    """
+    payload, message = step.sends[numbers[0]]
+    if numbers in begins:
+        (rows,) = step.places["rows of send", next(iter(begins))[0]]
+        parts = buffers.place_rows(rows, message.stretches, begins[numbers])
+        return [Packet(message.peer, payload, tensor) for part in parts for tensor in part]
+    copies = [
+        buffers.gathered(step.sends[number][1].view, step.places["send", number])
+        for number in numbers
+        if ("send", number) in step.places
+    ]
+    if not copies:
+        parts = buffers.message_parts(message.view, message.stretches, in_rows=bool(message.bundle))
+    elif message.bundle:
+        parts = buffers.place_rows(step.places["rows of send", numbers[0]][0], message.stretches)
+    else:
+        parts = [tuple(tensor[stretch] for tensor in copies[0]) for stretch in message.stretches]
+    return [Packet(message.peer, payload, tensor) for part in parts for tensor in part]
+
+
+def _incoming(
+    buffers: Buffers,
+    step: ProgramStep,
+    numbers: tuple[int, ...],
+    begins: Mapping[tuple[int, ...], int],
+    results: dict[int, Fields],
+) -> list[Packet]:
+    """The packets of messages that arrive together: copies in their buffer, partial results in `results`, by message.
+
+    begins: the first row of those that will be unpacked with others.
+    """
+    payload, message = step.receives[numbers[0]]
+    if numbers in begins:
+        (rows,) = step.places["rows of receive", next(iter(begins))[0]]
+        parts = buffers.place_rows(rows, message.stretches, begins[numbers])
+    elif payload in REDUCED_PAYLOADS:
+        results |= {number: buffers.place(step.places["receive", number]) for number in numbers}
+        if message.bundle:
+            parts = buffers.place_rows(step.places["rows of receive", numbers[0]][0], message.stretches)
+        else:
+            parts = [tuple(tensor[stretch] for tensor in results[numbers[0]]) for stretch in message.stretches]
+    else:
+        parts = buffers.message_parts(message.view, message.stretches, in_rows=bool(message.bundle))
     return [Packet(message.peer, payload, tensor) for part in parts for tensor in part]

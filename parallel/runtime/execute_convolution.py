@@ -37,7 +37,7 @@ def forward(
     buffers = _buffers(program, program.forward_bytes, x_THD)
     (y_THD,) = buffers.new_own(Payload.O, program.tokens)
     kept = x_THD.new_empty(kept_elements(program))
-    buffers.bind_flat(program.kept, kept)
+    buffers.bind_flat(program.kept_places, kept)
 
     def compute(
         launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
@@ -64,7 +64,7 @@ def backward(
     buffers.bind_own(Payload.dO, (dy_THD,))
     buffers.new_own(Payload.dQ, program.tokens)
     (dx_THD,) = buffers.new_own(Payload.dKV, program.tokens)
-    buffers.bind_flat({kept_key(key): rows for key, rows in program.kept.items()}, kept)
+    buffers.bind_flat(program.kept_places, kept, kept_key)
     wide = getattr(torch, program.call.accumulation_dtype)
     dweight = None if weight is None else torch.zeros_like(weight, dtype=wide)
 

@@ -17,6 +17,7 @@ import torch
 
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import REDUCED_PAYLOADS
+from distattn.parallel.runtime.row_bundles import Bundle
 from distattn.parallel.runtime.views import OWN, BufferKey, BufferSlice, RowIndex, View, same_rows
 
 if TYPE_CHECKING:
@@ -39,10 +40,12 @@ class Landing(NamedTuple):
         return View(self.rows, self.own[0].view_heads.stop if self.own else 0, list(self.own), False)
 
 
-def land(steps: list[ProgramStep], sizes: Mapping[BufferKey, int]) -> dict[BufferKey, Landing]:
+def land(
+    steps: list[ProgramStep], sizes: Mapping[BufferKey, int], bundles: Mapping[BufferKey, Bundle]
+) -> dict[BufferKey, Landing]:
     """Let buffers be working tensors where that spares copies; changes the views of the steps. Returns what each has become.
 
-    sizes: rows of the buffers that may.
+    sizes: rows of the buffers that may. bundles: the buffers that lie row by row beside each, which do so in the same way or not.
     """
     launches: dict[BufferKey, list[tuple[BufferSlice, View]]] = defaultdict(list)
     messages: dict[BufferKey, list[tuple[BufferSlice, tuple[slice, ...]]]] = defaultdict(list)
@@ -61,9 +64,16 @@ def land(steps: list[ProgramStep], sizes: Mapping[BufferKey, int]) -> dict[Buffe
         landing = next((one for _, view in launches[key] if (one := _landing(key, rows, view))), None)
         if landing and _fits(key, landing, launches[key], messages[key]):
             found[key] = landing
+    found = {key: landing for key, landing in found.items() if _agrees(landing, bundles.get(key, ()), found)}
     for step in steps:
         _change(step, found)
     return found
+
+
+def _agrees(landing: Landing, bundle: Bundle, found: Mapping[BufferKey, Landing]) -> bool:
+    """Whether all buffers of a bundle have become as large, with their rows in the same places."""
+    others = [found.get(key) for key in bundle]
+    return all(other and other.rows == landing.rows and (other.new_row == landing.new_row).all() for other in others)
 
 
 def _landing(key: BufferKey, rows: int, view: View) -> Landing | None:

@@ -35,7 +35,9 @@ from distattn.kernels.launch_mask import LaunchMask, WrittenRows
 from distattn.parallel.analysis.verify import Proof
 from distattn.parallel.runtime.landing import Landing, land
 from distattn.parallel.runtime.launches import LaunchTable
-from distattn.parallel.runtime.memory import PlacedTensor, PlaceKey, lay_out
+from distattn.parallel.runtime.memory import FlatPlaces, PlacedTensor, PlaceKey, lay_out, place_kept
+from distattn.parallel.runtime.packed_messages import PackedMessages, pack
+from distattn.parallel.runtime.row_bundles import Bundle, find_bundles
 from distattn.parallel.runtime.state_program import StateProgram, StateStep, lower_states
 from distattn.parallel.runtime.streams import Handover, has_streams
 from distattn.parallel.runtime.stretch_launches import StretchLaunches
@@ -52,12 +54,14 @@ class Message(NamedTuple):
     """What one peer sends or receives of one payload and head range: the same rows, in the same order, at both ends.
 
     stretches: the rows of the view, cut where tokens do not follow one another; each travels by itself. Where there are many of
-    them, all rows are one.
+    them, all rows are one. bundle: the buffers whose rows travel as one message with this one's, see `row_bundles`; empty where
+    each tensor travels by itself.
     """
 
     peer: int
     view: View
     stretches: tuple[slice, ...]
+    bundle: Bundle = ()
 
 
 class KernelLaunch(NamedTuple):
@@ -78,6 +82,12 @@ class ProgramStep:
     own_copies: list[tuple[BufferKey, View]] = field(default_factory=list)
     sends: list[tuple[Payload, Message]] = field(default_factory=list)
     receives: list[tuple[Payload, Message]] = field(default_factory=list)
+    # numbers of the sends and receives that travel together
+    joined_sends: list[tuple[int, ...]] = field(default_factory=list)
+    joined_receives: list[tuple[int, ...]] = field(default_factory=list)
+    # those of them that are packed from, or unpacked to, own tensors all at once
+    packed_sends: PackedMessages | None = None
+    packed_receives: PackedMessages | None = None
     # one launch, unless head groups need so different tokens that a tensor of all of them would be mostly unused
     launches: list[KernelLaunch] = field(default_factory=list)
     # own rows of buffers that the launches have written, which are accumulated from there
@@ -104,10 +114,11 @@ class Program:
     """One rank's share of a plan.
 
     tokens: rows of the rank's own tensors. kept: rows of each buffer that stays from the forward to the backward pass, by its key
-    in the forward pass. proof: None where nobody has proven the plan. blank: buffers of results that not every first write
-    reaches, in both passes. unadded: own results to which nothing is added on this rank, and which need no wider numbers than
-    the inputs. forward_bytes, backward_bytes: of each pass's arena (see `memory`). uploaded: the lists, where they are on a GPU.
-    forward_states, backward_states: of a recurrence, what each task begins with and leaves.
+    in the forward pass. kept_places: where those lie in one flat tensor. proof: None where nobody has proven the plan. blank:
+    buffers of results that not every first write reaches, in both passes. unadded: own results to which nothing is added on this
+    rank, and which need no wider numbers than the inputs. forward_bytes, backward_bytes: of each pass's arena (see `memory`).
+    uploaded: the lists, where they are on a GPU. forward_states, backward_states: of a recurrence, what each task begins with and
+    leaves.
     """
 
     # not the plan itself: programs are cached for as long as their plan lives
@@ -118,6 +129,7 @@ class Program:
     forward: list[ProgramStep]
     backward: list[ProgramStep]
     kept: dict[BufferKey, int]
+    kept_places: FlatPlaces
     blank: frozenset[BufferKey]
     unadded: frozenset[Payload]
     forward_bytes: int
@@ -144,10 +156,11 @@ def lower(plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = N
     inherited = [extent._replace(key=kept_key(extent.key)) for extent in forward.buffers if extent.key in kept]
     backward = _TableLowering(call, plan.backward, rank, BACKWARD_PAYLOADS, prepare, inherited)
     ahead, back = forward.steps(kept), backward.steps()
+    kept_places = place_kept(call, kept, forward.bundles)
     blank = frozenset(forward.blank | backward.blank)
     unadded = frozenset(forward.unadded | backward.unadded)
-    sizes = lay_out(call, ahead), lay_out(call, back)
-    program = Program(call, proof, rank, tokens, ahead, back, kept, blank, unadded, *sizes)
+    sizes = lay_out(call, ahead, forward.bundles), lay_out(call, back, backward.bundles)
+    program = Program(call, proof, rank, tokens, ahead, back, kept, kept_places, blank, unadded, *sizes)
     return _with_states(plan, program) if call.op.is_recurrent else program
 
 
@@ -234,6 +247,10 @@ class _TableLowering:
         self.landings: dict[BufferKey, Landing] = {}
         self.sizes = {extent.key: int((extent.t1 - extent.t0).sum()) for extent in self.buffers}
         self.extents = [*self.buffers, *inherited, *(self._own(payload) for payload in payloads)]
+        ends = sorted_unique(np.concatenate([[rank], self.outgoing["dst"], self.incoming["src"]]))
+        self.bundles_of_ranks = find_bundles(call, table, ends)
+        # of this rank's buffers
+        self.bundles = {key: bundle for (end, key), bundle in self.bundles_of_ranks.items() if end == rank}
 
     def steps(self, kept: Container[BufferKey] = ()) -> list[ProgramStep]:
         """The steps of this rank; buffers in `kept` have a place already."""
@@ -248,14 +265,25 @@ class _TableLowering:
         of_payloads = [launches.parts(payload) for payload in self.payloads]
         # one search for all views of the table
         views = iter(resolve_views(self.extents, ViewParts.joined([sends, receives, *of_payloads])))
-        for (step, peer, payload), stretches in zip(outgoing, cut_sends, strict=True):
-            steps[step].sends.append((Payload(payload), Message(peer, next(views), stretches)))
-        for (step, peer, payload), stretches in zip(incoming, cut_receives, strict=True):
-            steps[step].receives.append((Payload(payload), Message(peer, next(views), stretches)))
+        for (peer, key), stretches in zip(outgoing, cut_sends, strict=True):
+            # copies lie as they do where they arrive, partial results as they do where they leave
+            holder = self.rank if key.payload in REDUCED_PAYLOADS else peer
+            bundle = self.bundles_of_ranks.get((holder, key), ())
+            steps[key.step].sends.append((key.payload, Message(peer, next(views), stretches, bundle)))
+        for (peer, key), stretches in zip(incoming, cut_receives, strict=True):
+            holder = peer if key.payload in REDUCED_PAYLOADS else self.rank
+            bundle = self.bundles_of_ranks.get((holder, key), ())
+            steps[key.step].receives.append((key.payload, Message(peer, next(views), stretches, bundle)))
+        for step in steps:
+            step.joined_sends, step.joined_receives = _joined(step.sends), _joined(step.receives)
         self._add_launches(steps, launches, views)
         self._land(steps, kept)
         self._set_lifetimes(steps, kept)
         self._mark_first_writes(steps)
+        for step in steps:
+            results = [numbers for numbers in step.joined_receives if step.receives[numbers[0]][0] in REDUCED_PAYLOADS]
+            step.packed_sends = pack(self.call, step.sends, step.joined_sends, False)
+            step.packed_receives = pack(self.call, step.receives, results, True)
         return steps
 
     def _query_buffers(self) -> Ints:
@@ -291,11 +319,12 @@ class _TableLowering:
 
     def _messages(
         self, moves: Columns, peer: str
-    ) -> tuple[list[tuple[int, int, int]], ViewParts, list[tuple[slice, ...]]]:
-        """(step, peer, payload) of every message, in order, what each carries, a view with one part, and its stretches."""
+    ) -> tuple[list[tuple[int, BufferKey]], ViewParts, list[tuple[slice, ...]]]:
+        """Peer and buffer of every message, in order, what each carries, a view with one part, and its stretches."""
         moves, first = _grouped(moves, ("step", peer, "payload", "h0", "h1"), ("t0",))
         each = select_rows(moves, np.array(first[:-1], np.int64))
-        names = list(zip(*(each[name].tolist() for name in ("step", peer, "payload")), strict=True))
+        columns = (each[name].tolist() for name in (peer, "payload", "step", "h0", "h1"))
+        names = [(rank, BufferKey(Payload(payload), *rest)) for rank, payload, *rest in zip(*columns, strict=True)]
         number = np.arange(num_rows(each))
         length = moves["t1"] - moves["t0"]
         before = np.cumsum(length) - length
@@ -316,7 +345,7 @@ class _TableLowering:
 
     def _land(self, steps: list[ProgramStep], kept: Container[BufferKey]) -> None:
         """Let buffers be working tensors of launches where that spares copies; not those that are kept."""
-        self.landings = land(steps, {key: rows for key, rows in self.sizes.items() if key not in kept})
+        self.landings = land(steps, {key: rows for key, rows in self.sizes.items() if key not in kept}, self.bundles)
         for key, landing in self.landings.items():
             self.sizes[key] = landing.rows
             if not landing.own or key.payload not in REDUCED_PAYLOADS:
@@ -349,8 +378,9 @@ class _TableLowering:
         last: dict[BufferKey, int] = {}
         for index, step in enumerate(steps):
             for key in (piece.buffer for view in step.views() for piece in view.slices):
-                first.setdefault(key, index)
-                last[key] = index
+                for member in self.bundles.get(key, (key,)):
+                    first.setdefault(member, index)
+                    last[member] = index
         for key, rows in self.sizes.items():
             if key in kept:
                 continue
@@ -418,6 +448,18 @@ def _result_views(step: ProgramStep) -> Iterator[View]:
             yield message.view
 
 
+def _joined(messages: list[tuple[Payload, Message]]) -> list[tuple[int, ...]]:
+    """The numbers of the messages of a step that travel together. Those of one peer follow one another."""
+    groups: list[tuple[int, ...]] = []
+    for number, (_, message) in enumerate(messages):
+        before = messages[number - 1][1] if number else None
+        if before and message.bundle and (before.peer, before.bundle) == (message.peer, message.bundle):
+            groups[-1] += (number,)
+        else:
+            groups.append((number,))
+    return groups
+
+
 def _memoized(prepare: PrepareKernel) -> PrepareKernel:
     """The same function, called once for equal masks."""
     made: dict[tuple[Any, ...], Any] = {}
@@ -468,6 +510,7 @@ def _with_tensors(program: Program, change: Callable[[Tensor], Tensor]) -> Progr
             [(key, view(part)) for key, part in own] for own in (old.own_copies, old.own_results)
         )
         changes: dict[str, Any] = dict(sends=messages(old.sends), receives=messages(old.receives))
+        changes |= dict(packed_sends=changed(old.packed_sends), packed_receives=changed(old.packed_receives))
         return replace(old, launches=launches, own_copies=own_copies, own_results=own_results, **changes)
 
     passes = [[step(part) for part in steps] for steps in (program.forward, program.backward)]

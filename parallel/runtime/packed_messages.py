@@ -1,0 +1,87 @@
+"""Messages of a step that are packed from, or unpacked to, a rank's own tensors: each tensor is copied at once for all peers.
+
+The rows of all these messages lie one behind another in one bundle (see `row_bundles`). A tensor (tokens, heads, width) of which
+every peer has as many heads is seen as (tokens x peers, heads of a peer, width): then one list of rows says what goes where.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distattn.ir.intervals import Ints
+from distattn.ir.plan import Call, Payload
+from distattn.parallel.runtime.views import OWN, View
+
+if TYPE_CHECKING:
+    from distattn.parallel.runtime.program import Message
+
+
+class OwnRows(NamedTuple):
+    """The rows of a rank's own tensors of a payload, seen with so many heads a row, that are the rows of all messages."""
+
+    payload: Payload
+    heads: int
+    rows: Tensor
+
+
+class PackedMessages(NamedTuple):
+    """Messages with rows of one format. numbers: those of each peer; begins: its first row; rows: of all; parts: of a row."""
+
+    numbers: tuple[tuple[int, ...], ...]
+    begins: tuple[int, ...]
+    rows: int
+    parts: tuple[OwnRows, ...]
+
+
+def pack(
+    call: Call, messages: list[tuple[Payload, Message]], joined: list[tuple[int, ...]], are_results: bool
+) -> PackedMessages | None:
+    """The messages of a step that are copied together, or None where fewer than two can be.
+
+    joined: the numbers of those that travel together. are_results: they are written to the own tensors, not read from them.
+    """
+    found: list[tuple[int, ...]] = []
+    indices: list[list[Ints]] = []
+    formats = None
+    for numbers in joined:
+        of_peer = [messages[number] for number in numbers]
+        if not of_peer[0][1].bundle:
+            continue
+        own_rows = [_own_rows(call, payload, message.view, are_results) for payload, message in of_peer]
+        format_ = [(payload, message.view.heads) for payload, message in of_peer]
+        if any(rows is None for rows in own_rows) or formats not in (None, format_):
+            continue
+        formats = format_
+        found.append(numbers)
+        indices.append([rows for rows in own_rows if rows is not None])
+    if formats is None or len(found) < 2:
+        return None
+    sizes = [len(of_peer[0]) for of_peer in indices]
+    begins = np.cumsum([0, *sizes]).tolist()
+    parts = [
+        OwnRows(payload, heads, torch.from_numpy(np.concatenate(rows)))
+        for (payload, heads), rows in zip(formats, zip(*indices, strict=True), strict=True)
+    ]
+    return PackedMessages(tuple(found), tuple(begins[:-1]), begins[-1], tuple(parts))
+
+
+def _own_rows(call: Call, payload: Payload, view: View, are_results: bool) -> Ints | None:
+    """The row of the own tensor, seen with as many heads as the view has, for each row of the view; None where it has none."""
+    heads, groups = view.heads, call.payload_heads(payload) // view.heads
+    if not view.is_complete or groups * heads != call.payload_heads(payload):
+        return None
+    index = np.full(view.rows, -1, np.int64)
+    for piece in view.slices:
+        is_whole = piece.view_heads == slice(0, heads) and piece.heads.start % heads == 0
+        if piece.buffer.step != OWN or not is_whole or (are_results and not piece.is_first):
+            return None
+        index[_numbers(piece.view_rows)] = _numbers(piece.rows) * groups + piece.heads.start // heads
+    return index if (index >= 0).all() else None
+
+
+def _numbers(rows: slice | Tensor) -> Ints:
+    return np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows.numpy()

@@ -1,0 +1,123 @@
+"""Which buffers of a rank lie row by row side by side, so that one message carries all that a peer sends of them in a step.
+
+A *bundle* is a matrix with one row for each token. A row holds all heads of all tensors of its buffers, one behind another, so
+that rows of one peer are one run of bytes and kernels still read each tensor in place, by its strides. Messages that carry some
+heads are packed before they are sent anyway, so a bundle costs nothing. Tensors with all heads travel one by one from where they
+lie.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from distattn.ir.intervals import Ints, lexicographic_argsort, run_starts
+from distattn.ir.plan import (
+    DTYPE_BYTES,
+    HELD_PAYLOADS,
+    REDUCED_PAYLOADS,
+    Call,
+    Columns,
+    Payload,
+    Table,
+    num_rows,
+    select_rows,
+)
+from distattn.parallel.runtime.views import BufferKey
+
+# of every tensor in a row: what the tensor-memory accelerator wants of addresses and strides
+_ALIGNMENT = 16
+
+# the buffers of a bundle, in the order in which they lie in a row
+Bundle = tuple[BufferKey, ...]
+# the tensors of a payload: (width, dtype) each, width None for one number per token and head
+Widths = tuple[tuple[int | None, str], ...]
+
+
+class RowTensor(NamedTuple):
+    """A tensor in the rows of a bundle: heads and width (None: one number per head), and its first number in a row."""
+
+    dtype: torch.dtype
+    heads: int
+    width: int | None
+    first: int
+
+
+class RowFormat(NamedTuple):
+    """What a row of a bundle holds. tensors: by part, in order; the row is `numbers` numbers of `dtype`."""
+
+    dtype: str
+    numbers: int
+    tensors: tuple[tuple[RowTensor, ...], ...]
+
+    @property
+    def widths(self) -> Widths:
+        """The row as one tensor of one head."""
+        return ((self.numbers, self.dtype),)
+
+    @staticmethod
+    def of(parts: list[tuple[int, Widths]]) -> RowFormat:
+        """The format of parts of so many heads and such tensors each."""
+        at, tensors = 0, []
+        for heads, widths in parts:
+            part = []
+            for width, name in widths:
+                size = DTYPE_BYTES[name]
+                part.append(RowTensor(getattr(torch, name), heads, width, at // size))
+                at += -(-heads * (width or 1) * size // _ALIGNMENT) * _ALIGNMENT
+            tensors.append(tuple(part))
+        name = next(name for _, widths in parts for _, name in widths)
+        return RowFormat(name, at // DTYPE_BYTES[name], tuple(tensors))
+
+
+def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, BufferKey], Bundle]:
+    """The bundle of each buffer of these ranks that is in one, by rank and buffer. Both ends of a message find the same.
+
+    All buffers that arrive at a rank in a step (of partial results: leave it) are one bundle where they hold the same tokens of
+    the same peers and all tasks of the rank are in one step: then their lives are equal, too. Otherwise each is a bundle of its
+    own.
+    """
+    found: dict[tuple[int, BufferKey], Bundle] = {}
+    moves, tasks = table.moves, table.tasks
+    heads = np.array([call.payload_heads(payload) for payload in Payload], np.int64)
+    # kernels of recurrences would copy what has gaps between its rows
+    if call.op.kind not in ("attention", "latent_attention") or not _has_some_heads(moves, heads).any():
+        return found
+    for payloads, end, peer in ((HELD_PAYLOADS, "dst", "src"), (REDUCED_PAYLOADS, "src", "dst")):
+        rows = select_rows(moves, np.isin(moves["payload"], payloads) & np.isin(moves[end], ranks))
+        for (rank, step), buffers in _buffers_by_step(rows, end, peer):
+            keys = [BufferKey(Payload(payload), step, h0, h1) for payload, h0, h1, _ in buffers]
+            first = buffers[0][-1]
+            is_one = all(np.array_equal(tokens, first) for *_, tokens in buffers)
+            if is_one and len(keys) > 1:
+                is_one = len(np.unique(tasks["step"][tasks["rank"] == rank])) <= 1
+            for bundle in [tuple(keys)] if is_one else [(key,) for key in keys]:
+                if any(key.h1 - key.h0 < heads[key.payload] for key in bundle):
+                    found.update({(rank, key): bundle for key in bundle})
+    return found
+
+
+def _has_some_heads(moves: Columns, heads: Ints) -> np.ndarray:
+    """Which moves carry some heads of a payload only; heads: of each payload."""
+    return moves["h1"] - moves["h0"] < heads[moves["payload"]]
+
+
+def _buffers_by_step(
+    moves: Columns, end: str, peer: str
+) -> Iterator[tuple[tuple[int, int], list[tuple[int, int, int, Ints]]]]:
+    """((rank, step), buffers) of moves: payload, heads h0 and h1, and (3, intervals) of peer, t0 and t1, of each buffer."""
+    by = (end, "step", "payload", "h0", "h1")
+    moves = select_rows(moves, lexicographic_argsort(*(moves[name] for name in (*by, peer, "t0"))))
+    tokens = np.stack([moves[name] for name in (peer, "t0", "t1")])
+    first = run_starts(*(moves[name] for name in by)).tolist()
+    names = zip(*(moves[name][first].tolist() for name in by), strict=True)
+    buffers = [
+        (name[:2], (*name[2:], tokens[:, a:b]))
+        for name, (a, b) in zip(names, itertools.pairwise([*first, num_rows(moves)]), strict=True)
+    ]
+    for rank_and_step, some in itertools.groupby(buffers, lambda one: one[0]):
+        yield rank_and_step, [buffer for _, buffer in some]
