@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from waits import META, wait_of
 
 from distattn.ir.plan import Plan
 from distattn.kernels.registry import KERNELS
@@ -27,8 +28,6 @@ from distattn.ops.executable import Executable, checked_program
 from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.transport import GroupTransport
 
-META = torch.device("meta")
-_SYNCHRONISE = ("_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero")
 # read or write nothing, or only their result's shape
 _FREE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias")
 
@@ -64,12 +63,7 @@ class Watch(TorchDispatchMode):
         name = func.overloadpacket.__name__
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        assert name not in _SYNCHRONISE, f"{name} waits for the device"
-        kinds = {x.device.type for x in (*given, *made)}
-        assert kinds != {"cpu", "meta"}, f"{name} copies between host and device"
-        assert not (name.startswith("index") and any(x.dtype == torch.bool for x in given)), (
-            f"{name} counts on the host"
-        )
+        assert (wait := wait_of(func, args, kwargs, made)) is None, wait
         before = {x.untyped_storage()._cdata for x in given}
         # a view of what was there is not new
         self._older |= before - self._storages.keys()
@@ -137,7 +131,7 @@ class _Group:
     """Stands for a process group."""
 
 
-_GROUP = _Group()
+GROUP = _Group()
 
 
 def layer_call(plan: Plan, rank: int) -> tuple[Traffic, Traffic, int]:
@@ -145,7 +139,7 @@ def layer_call(plan: Plan, rank: int) -> tuple[Traffic, Traffic, int]:
     call, backend = plan.call, MetaBackend()
     with mock.patch.dict(KERNELS, {"meta": "meta_kernel"}):
         key, program = checked_program(plan, rank, "meta", META, max_buffer_bytes=None, proven=True)
-        ready = Executable(program, key, GroupTransport(_GROUP, backend))  # type: ignore[arg-type]
+        ready = Executable(program, key, GroupTransport(GROUP, backend))  # type: ignore[arg-type]
         said = ready.memory()
 
     def tensor(heads: int, width: int, rows: int | None = None) -> Tensor:
