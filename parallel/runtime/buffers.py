@@ -121,16 +121,12 @@ class Buffers:
         return [(matrix[begin + stretch.start : begin + stretch.stop],) for stretch in stretches]
 
     def message_parts(self, view: View, stretches: tuple[slice, ...], in_rows: bool = False) -> list[Fields]:
-        """The tensors of a message by stretch, parts of a buffer. in_rows: those of its bundle, whose first buffer it is."""
-        of_buffers = {
-            piece.buffer: (self._rows["rows", piece.buffer],) if in_rows else self.fields[piece.buffer]
-            for piece in view.slices
-        }
+        """Return the tensors of a message by stretch: parts of buffers, or of the bundles that begin with them (in_rows)."""
         if len(view.slices) == 1:
             (only,) = view.slices
-            fields = tuple(tensor[only.rows] for tensor in of_buffers[only.buffer])
+            fields = tuple(tensor[only.rows] for tensor in self._whole(only.buffer, in_rows))
             return [tuple(tensor[stretch] for tensor in fields) for stretch in stretches]
-        return [tuple(tensor[piece.rows] for tensor in of_buffers[piece.buffer]) for piece in view.slices]
+        return [tuple(tensor[piece.rows] for tensor in self._whole(piece.buffer, in_rows)) for piece in view.slices]
 
     def part(self, view: View) -> Fields:
         """The part of a buffer that a view is."""
@@ -175,6 +171,9 @@ class Buffers:
             for whole, tensor in zip(out, self.fields[piece.buffer], strict=True):
                 copy_rows(whole[:, piece.view_heads], view_rows, tensor[:, piece.heads], rows)
         return out
+
+    def _whole(self, key: BufferKey, in_rows: bool) -> Fields:
+        return (self._rows["rows", key],) if in_rows else self.fields[key]
 
     def _view(self, place: PlacedTensor) -> Tensor:
         return self._numbers(place.dtype).as_strided(place.shape, place.strides, place.offset)

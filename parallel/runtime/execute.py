@@ -9,7 +9,7 @@ The functions are generators that pause while messages are in flight, so that th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -21,7 +21,7 @@ from distattn.kernels.spec import ScoreMod
 from distattn.parallel.runtime.buffers import Buffers, Fields, Places
 from distattn.parallel.runtime.memory import kept_elements
 from distattn.parallel.runtime.packed_messages import PackedMessages
-from distattn.parallel.runtime.program import KernelLaunch, Program, ProgramStep, kept_key
+from distattn.parallel.runtime.program import KernelLaunch, Message, Program, ProgramStep, kept_key
 from distattn.parallel.runtime.state_tensors import HeldStateTensors
 from distattn.parallel.runtime.transport import Packet, Transport
 
@@ -173,20 +173,14 @@ def _run_step(
         buffers.allocate(key, step.places[key], step.places.get(("rows", key), ()))
     for key, view in step.own_copies:
         buffers.copy_own(key, view)
-    begins = {}
     if step.packed_sends:
-        begins = dict(zip(step.packed_sends.numbers, step.packed_sends.begins, strict=True))
         buffers.pack(step.packed_sends, _places_of(step, "send", step.packed_sends))
-    sends = [packet for numbers in step.joined_sends for packet in _outgoing(buffers, step, numbers, begins)]
+    sends = [packet for numbers in step.joined_sends for packet in _outgoing(buffers, step, numbers)]
     incoming: dict[int, Fields] = {}
     arrived: list[Fields] = []
-    begins = {}
     if step.packed_receives:
-        begins = dict(zip(step.packed_receives.numbers, step.packed_receives.begins, strict=True))
         arrived = [buffers.place(places) for places in _places_of(step, "receive", step.packed_receives)]
-    receives = [
-        packet for numbers in step.joined_receives for packet in _incoming(buffers, step, numbers, begins, incoming)
-    ]
+    receives = [packet for numbers in step.joined_receives for packet in _incoming(buffers, step, numbers, incoming)]
     if states is not None and step.states is not None:
         # what is sent is put together of what was there before the step: nothing of this step is read in it
         sends += [packet for state in step.states.sends for packet in states.packets(state)]
@@ -228,57 +222,49 @@ def _launch(step: ProgramStep, number: int, buffers: Buffers, compute: Compute, 
 
 
 def _places_of(step: ProgramStep, name: str, packed: PackedMessages) -> list[Places]:
-    """Where the parts of the rows of all packed messages lie: noted under the first peer's."""
-    return [step.places[name, number] for number in packed.numbers[0]]
+    """Return where the parts of the rows of all packed messages lie."""
+    return [step.places[name, number] for number in packed.first]
 
 
-def _outgoing(
-    buffers: Buffers, step: ProgramStep, numbers: tuple[int, ...], begins: Mapping[tuple[int, ...], int]
-) -> list[Packet]:
-    """The packets of messages that are sent together: from their buffer, or from a copy where one has a place.
-
-    begins: the first row of those that have been packed with others.
-    """
+def _outgoing(buffers: Buffers, step: ProgramStep, numbers: tuple[int, ...]) -> list[Packet]:
+    """Return the packets of messages that are sent together: from their buffer, or from a copy where one has a place."""
     payload, message = step.sends[numbers[0]]
-    if numbers in begins:
-        (rows,) = step.places["rows of send", next(iter(begins))[0]]
-        parts = buffers.place_rows(rows, message.stretches, begins[numbers])
-        return [Packet(message.peer, payload, tensor) for part in parts for tensor in part]
-    copies = [
-        buffers.gathered(step.sends[number][1].view, step.places["send", number])
-        for number in numbers
-        if ("send", number) in step.places
-    ]
-    if not copies:
-        parts = buffers.message_parts(message.view, message.stretches, in_rows=bool(message.bundle))
-    elif message.bundle:
-        parts = buffers.place_rows(step.places["rows of send", numbers[0]][0], message.stretches)
-    else:
-        parts = [tuple(tensor[stretch] for tensor in copies[0]) for stretch in message.stretches]
-    return [Packet(message.peer, payload, tensor) for part in parts for tensor in part]
+    packed = step.packed_sends
+    if packed and numbers in packed.begins:
+        (rows,) = step.places["rows of send", packed.first[0]]
+        return _packets(payload, message, buffers.place_rows(rows, message.stretches, packed.begins[numbers]))
+    if ("send", numbers[0]) not in step.places:
+        return _packets(payload, message, buffers.message_parts(message.view, message.stretches, bool(message.bundle)))
+    copies = [buffers.gathered(step.sends[number][1].view, step.places["send", number]) for number in numbers]
+    if message.bundle:
+        (rows,) = step.places["rows of send", numbers[0]]
+        return _packets(payload, message, buffers.place_rows(rows, message.stretches))
+    return _packets(payload, message, _cut(copies[0], message))
 
 
 def _incoming(
-    buffers: Buffers,
-    step: ProgramStep,
-    numbers: tuple[int, ...],
-    begins: Mapping[tuple[int, ...], int],
-    results: dict[int, Fields],
+    buffers: Buffers, step: ProgramStep, numbers: tuple[int, ...], results: dict[int, Fields]
 ) -> list[Packet]:
-    """The packets of messages that arrive together: copies in their buffer, partial results in `results`, by message.
-
-    begins: the first row of those that will be unpacked with others.
-    """
+    """Return the packets of messages that arrive together: copies in their buffer, partial results in `results`, by message."""
     payload, message = step.receives[numbers[0]]
-    if numbers in begins:
-        (rows,) = step.places["rows of receive", next(iter(begins))[0]]
-        parts = buffers.place_rows(rows, message.stretches, begins[numbers])
-    elif payload in REDUCED_PAYLOADS:
-        results |= {number: buffers.place(step.places["receive", number]) for number in numbers}
-        if message.bundle:
-            parts = buffers.place_rows(step.places["rows of receive", numbers[0]][0], message.stretches)
-        else:
-            parts = [tuple(tensor[stretch] for tensor in results[numbers[0]]) for stretch in message.stretches]
-    else:
-        parts = buffers.message_parts(message.view, message.stretches, in_rows=bool(message.bundle))
-    return [Packet(message.peer, payload, tensor) for part in parts for tensor in part]
+    packed = step.packed_receives
+    if packed and numbers in packed.begins:
+        (rows,) = step.places["rows of receive", packed.first[0]]
+        return _packets(payload, message, buffers.place_rows(rows, message.stretches, packed.begins[numbers]))
+    if payload not in REDUCED_PAYLOADS:
+        return _packets(payload, message, buffers.message_parts(message.view, message.stretches, bool(message.bundle)))
+    for number in numbers:
+        results[number] = buffers.place(step.places["receive", number])
+    if message.bundle:
+        (rows,) = step.places["rows of receive", numbers[0]]
+        return _packets(payload, message, buffers.place_rows(rows, message.stretches))
+    return _packets(payload, message, _cut(results[numbers[0]], message))
+
+
+def _cut(fields: Fields, message: Message) -> list[Fields]:
+    """Return the tensors of a message by stretch."""
+    return [tuple(tensor[stretch] for tensor in fields) for stretch in message.stretches]
+
+
+def _packets(payload: Payload, message: Message, parts: list[Fields]) -> list[Packet]:
+    return [Packet(message.peer, payload, tensor, message.row_bytes) for part in parts for tensor in part]

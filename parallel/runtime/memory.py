@@ -34,7 +34,7 @@ PlaceKey = BufferKey | tuple[str, int] | tuple[str, int, Payload] | tuple[str, B
 
 
 class PlacedTensor(NamedTuple):
-    """A contiguous tensor in the arena; offset: numbers of that dtype from its begin."""
+    """A tensor in the arena; offset: numbers of that dtype from the arena's begin to its first."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -264,7 +264,7 @@ def _tensors(
                 yield step, of_rows, of_rows.format.widths, rows, 1, begin, released[key]
         for name, packed in (("send", step.packed_sends), ("receive", step.packed_receives)):
             if packed:
-                yield from _packed(call, step, name, packed.numbers[0], packed.rows, begin, end)
+                yield from _packed(call, step, name, packed.first, packed.rows, begin, end)
         for numbers in _others(step.joined_sends, step.packed_sends):
             if not _travels_from_its_buffer(call, [step.sends[number] for number in numbers], bundles):
                 yield from _packed(call, step, "send", numbers, None, begin, end)
@@ -301,7 +301,7 @@ def _packed(
 
 def _others(joined: list[tuple[int, ...]], packed: PackedMessages | None) -> list[tuple[int, ...]]:
     """The messages that are not packed with others'."""
-    return [numbers for numbers in joined if packed is None or numbers not in packed.numbers]
+    return [numbers for numbers in joined if packed is None or numbers not in packed.begins]
 
 
 def _travels_from_its_buffer(

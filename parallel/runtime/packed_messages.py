@@ -29,12 +29,19 @@ class OwnRows(NamedTuple):
 
 
 class PackedMessages(NamedTuple):
-    """Messages with rows of one format. numbers: those of each peer; begins: its first row; rows: of all; parts: of a row."""
+    """Messages with rows of one format.
 
-    numbers: tuple[tuple[int, ...], ...]
-    begins: tuple[int, ...]
+    begins: the first row of each peer's messages, by their numbers; rows: of all peers; parts: what a row holds.
+    """
+
+    begins: dict[tuple[int, ...], int]
     rows: int
     parts: tuple[OwnRows, ...]
+
+    @property
+    def first(self) -> tuple[int, ...]:
+        """The numbers of the first peer's messages, under which the places of all rows are noted."""
+        return next(iter(self.begins))
 
 
 def pack(
@@ -66,7 +73,7 @@ def pack(
         OwnRows(payload, heads, torch.from_numpy(np.concatenate(rows)))
         for (payload, heads), rows in zip(formats, zip(*indices, strict=True), strict=True)
     ]
-    return PackedMessages(tuple(found), tuple(begins[:-1]), begins[-1], tuple(parts))
+    return PackedMessages(dict(zip(found, begins, strict=False)), begins[-1], tuple(parts))
 
 
 def _own_rows(call: Call, payload: Payload, view: View, are_results: bool) -> Ints | None:

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from distattn.ir.intervals import Ints, lexicographic_argsort, merge_intervals, run_starts, sorted_unique
 from distattn.ir.plan import (
@@ -30,7 +28,6 @@ from distattn.ir.plan import (
     select_rows,
     task_bands,
 )
-from distattn.kernels.devices import current_device, has_streams
 from distattn.kernels.launch_mask import LaunchMask, WrittenRows
 from distattn.parallel.analysis.verify import Proof
 from distattn.parallel.runtime.landing import Landing, land
@@ -47,8 +44,6 @@ from distattn.parallel.runtime.views import OWN, BufferExtent, BufferKey, Buffer
 PrepareKernel = Callable[[Any], Any]
 # stretches of a message that travel by themselves, at most
 _MOST_STRETCHES = 4
-# bytes that lists on the device are aligned to
-_ALIGNMENT = 16
 
 
 class Message(NamedTuple):
@@ -56,13 +51,14 @@ class Message(NamedTuple):
 
     stretches: the rows of the view, cut where tokens do not follow one another; each travels by itself. Where there are many of
     them, all rows are one. bundle: the buffers whose rows travel as one message with this one's, see `row_bundles`; empty where
-    each tensor travels by itself.
+    each tensor travels by itself. row_bytes: what is sent of each payload in such a row.
     """
 
     peer: int
     view: View
     stretches: tuple[slice, ...]
     bundle: Bundle = ()
+    row_bytes: tuple[tuple[Payload, int], ...] = ()
 
 
 class KernelLaunch(NamedTuple):
@@ -176,41 +172,6 @@ def kept_key(key: BufferKey) -> BufferKey:
     return key._replace(step=OWN - 1 - key.step)
 
 
-def on_device(program: Program, device: torch.device) -> Program:
-    """The same program with its lists on the device: one copy, from pinned memory where that exists.
-
-    The copy is in the current stream of this thread, which need not be the one that runs the program: whoever does joins
-    `Program.uploaded`.
-    """
-    if device.type == "cpu":
-        return program
-    found: dict[int, Tensor] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        # steps share lists: each is copied once
-        found[id(tensor)] = tensor
-        return tensor
-
-    _with_tensors(program, note)
-    if not found:
-        return program
-    streams = has_streams(device)
-    # the current device is a thread's own, and pinned memory belongs to it
-    with current_device(device):
-        offsets = np.cumsum([0, *(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in found.values())]).tolist()
-        packed = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=streams)
-        for tensor, at in zip(found.values(), offsets, strict=False):
-            # numpy gives empty lists strides that bytes cannot be viewed by
-            packed[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        copied = packed.to(device, non_blocking=True)
-        uploaded = Handover.of([copied])
-    on_it = {
-        name: copied[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        for (name, tensor), at in zip(found.items(), offsets, strict=False)
-    }
-    return replace(_with_tensors(program, lambda tensor: on_it[id(tensor)]), uploaded=uploaded)
-
-
 def _with_states(plan: Plan, program: Program) -> Program:
     """The program of a recurrence with its states."""
     states = [lower_states(plan, program.rank, direction) for direction in ("forward", "backward")]
@@ -275,12 +236,12 @@ class _TableLowering:
         for (peer, key), stretches in zip(outgoing, cut_sends, strict=True):
             # copies lie as they do where they arrive, partial results as they do where they leave
             holder = self.rank if key.payload in REDUCED_PAYLOADS else peer
-            bundle = self.bundles_of_ranks.get((holder, key), ())
-            steps[key.step].sends.append((key.payload, Message(peer, next(views), stretches, bundle)))
+            shared = self._shared_rows(holder, key)
+            steps[key.step].sends.append((key.payload, Message(peer, next(views), stretches, *shared)))
         for (peer, key), stretches in zip(incoming, cut_receives, strict=True):
             holder = peer if key.payload in REDUCED_PAYLOADS else self.rank
-            bundle = self.bundles_of_ranks.get((holder, key), ())
-            steps[key.step].receives.append((key.payload, Message(peer, next(views), stretches, bundle)))
+            shared = self._shared_rows(holder, key)
+            steps[key.step].receives.append((key.payload, Message(peer, next(views), stretches, *shared)))
         for step in steps:
             step.joined_sends, step.joined_receives = _joined(step.sends), _joined(step.receives)
         self._add_launches(steps, launches, views)
@@ -292,6 +253,12 @@ class _TableLowering:
             step.packed_sends = pack(self.call, step.sends, step.joined_sends, False)
             step.packed_receives = pack(self.call, step.receives, results, True)
         return steps
+
+    def _shared_rows(self, holder: int, key: BufferKey) -> tuple[Bundle, tuple[tuple[Payload, int], ...]]:
+        """Return the bundle of a buffer of rank `holder`, and the bytes that a row of it has of each payload in a message."""
+        bundle = self.bundles_of_ranks.get((holder, key), ())
+        sent = ((one.payload, (one.h1 - one.h0) * self.call.token_head_bytes(one.payload)) for one in bundle)
+        return bundle, tuple(sent)
 
     def _query_buffers(self) -> Ints:
         """For each task, a number for the buffer in which its query rows lie with its first head; -1 where in several."""
@@ -459,15 +426,12 @@ def _result_views(step: ProgramStep) -> Iterator[View]:
 
 
 def _joined(messages: list[tuple[Payload, Message]]) -> list[tuple[int, ...]]:
-    """The numbers of the messages of a step that travel together. Those of one peer follow one another."""
-    groups: list[tuple[int, ...]] = []
+    """Return the numbers of the messages of a step that travel together, in the order of their first ones."""
+    groups: dict[tuple[int, Bundle | int], tuple[int, ...]] = {}
     for number, (_, message) in enumerate(messages):
-        before = messages[number - 1][1] if number else None
-        if before and message.bundle and (before.peer, before.bundle) == (message.peer, message.bundle):
-            groups[-1] += (number,)
-        else:
-            groups.append((number,))
-    return groups
+        together = (message.peer, message.bundle or number)
+        groups[together] = (*groups.get(together, ()), number)
+    return list(groups.values())
 
 
 def _memoized(prepare: PrepareKernel) -> PrepareKernel:
@@ -489,42 +453,6 @@ def _dense_steps(call: Call, table: Table) -> np.ndarray:
     pairs = sorted_unique((moves["step"] * ranks + moves["src"]) * ranks + moves["dst"])
     talking = np.bincount(pairs // ranks**2, minlength=table.steps)
     return (ranks > 2) & (2 * talking >= ranks * (ranks - 1))
-
-
-def _with_tensors(program: Program, change: Callable[[Tensor], Tensor]) -> Program:
-    """The program with every tensor in its views and kernel schedules replaced."""
-
-    def view(old: View) -> View:
-        slices = [piece._replace(rows=changed(piece.rows), view_rows=changed(piece.view_rows)) for piece in old.slices]
-        return old._replace(slices=slices)
-
-    def changed(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return change(value)
-        if not isinstance(value, tuple):
-            return value
-        # tuples of kernels, named or not, within each other
-        parts = map(changed, value)
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-
-    def messages(old: list[tuple[Payload, Message]]) -> list[tuple[Payload, Message]]:
-        return [(payload, message._replace(view=view(message.view))) for payload, message in old]
-
-    def launch(old: KernelLaunch) -> KernelLaunch:
-        views = [{payload: view(part) for payload, part in parts.items()} for parts in (old.operands, old.results)]
-        return old._replace(operands=views[0], results=views[1], schedule=changed(old.schedule))
-
-    def step(old: ProgramStep) -> ProgramStep:
-        launches = [launch(part) for part in old.launches]
-        own_copies, own_results = (
-            [(key, view(part)) for key, part in own] for own in (old.own_copies, old.own_results)
-        )
-        changes: dict[str, Any] = dict(sends=messages(old.sends), receives=messages(old.receives))
-        changes |= dict(packed_sends=changed(old.packed_sends), packed_receives=changed(old.packed_receives))
-        return replace(old, launches=launches, own_copies=own_copies, own_results=own_results, **changes)
-
-    passes = [[step(part) for part in steps] for steps in (program.forward, program.backward)]
-    return replace(program, forward=passes[0], backward=passes[1])
 
 
 def _grouped(rows: Columns, by: tuple[str, ...], then: tuple[str, ...]) -> tuple[Columns, list[int]]:

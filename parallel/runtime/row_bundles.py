@@ -29,7 +29,7 @@ from distattn.ir.plan import (
 )
 from distattn.parallel.runtime.views import BufferKey
 
-# of every tensor in a row: what the tensor-memory accelerator wants of addresses and strides
+# bytes: the tensor-memory accelerator wants addresses and strides that are multiples of it
 _ALIGNMENT = 16
 
 # the buffers of a bundle, in the order in which they lie in a row
@@ -48,7 +48,10 @@ class RowTensor(NamedTuple):
 
 
 class RowFormat(NamedTuple):
-    """What a row of a bundle holds. tensors: by part, in order; the row is `numbers` numbers of `dtype`."""
+    """What a row of a bundle holds, without gaps. tensors: by part, in order; the row is `numbers` numbers of `dtype`.
+
+    Tensors with one number for each head (log-sum-exp, delta) lie at the end of the row.
+    """
 
     dtype: str
     numbers: int
@@ -61,17 +64,18 @@ class RowFormat(NamedTuple):
 
     @staticmethod
     def of(parts: list[tuple[int, Widths]]) -> RowFormat:
-        """The format of parts of so many heads and such tensors each."""
-        at, tensors = 0, []
-        for heads, widths in parts:
-            part = []
-            for width, name in widths:
-                size = DTYPE_BYTES[name]
-                part.append(RowTensor(getattr(torch, name), heads, width, at // size))
-                at += -(-heads * (width or 1) * size // _ALIGNMENT) * _ALIGNMENT
-            tensors.append(tuple(part))
-        name = next(name for _, widths in parts for _, name in widths)
-        return RowFormat(name, at // DTYPE_BYTES[name], tuple(tensors))
+        """Return the format of parts with these numbers of heads and these tensors."""
+        names = [(part, field) for part, (_, widths) in enumerate(parts) for field in range(len(widths))]
+        at, found = 0, {}
+        for part, field in sorted(names, key=lambda name: parts[name[0]][1][name[1]][0] is None):
+            heads, widths = parts[part]
+            width, name = widths[field]
+            size = DTYPE_BYTES[name]
+            found[part, field] = RowTensor(getattr(torch, name), heads, width, at // size)
+            at += heads * (width or 1) * size
+        tensors = tuple(tuple(found[i, field] for field in range(len(widths))) for i, (_, widths) in enumerate(parts))
+        name = parts[0][1][0][1]
+        return RowFormat(name, at // DTYPE_BYTES[name], tensors)
 
 
 def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, BufferKey], Bundle]:
@@ -79,7 +83,8 @@ def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, Buffe
 
     All buffers that arrive at a rank in a step (of partial results: leave it) are one bundle where they hold the same tokens of
     the same peers and all tasks of the rank are in one step: then their lives are equal, too. Otherwise each is a bundle of its
-    own.
+    own. Buffers whose tensors would not be aligned in a row are in none: fast kernels would refuse the tensors, and padding
+    would be sent.
     """
     found: dict[tuple[int, BufferKey], Bundle] = {}
     moves, tasks = table.moves, table.tasks
@@ -90,15 +95,26 @@ def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, Buffe
     for payloads, end, peer in ((HELD_PAYLOADS, "dst", "src"), (REDUCED_PAYLOADS, "src", "dst")):
         rows = select_rows(moves, np.isin(moves["payload"], payloads) & np.isin(moves[end], ranks))
         for (rank, step), buffers in _buffers_by_step(rows, end, peer):
-            keys = [BufferKey(Payload(payload), step, h0, h1) for payload, h0, h1, _ in buffers]
-            first = buffers[0][-1]
-            is_one = all(np.array_equal(tokens, first) for *_, tokens in buffers)
+            tokens_of = {BufferKey(Payload(payload), step, h0, h1): tokens for payload, h0, h1, tokens in buffers}
+            keys = [key for key in tokens_of if _is_aligned(call, key)]
+            is_one = all(np.array_equal(tokens_of[key], tokens_of[keys[0]]) for key in keys)
             if is_one and len(keys) > 1:
                 is_one = len(np.unique(tasks["step"][tasks["rank"] == rank])) <= 1
             for bundle in [tuple(keys)] if is_one else [(key,) for key in keys]:
                 if any(key.h1 - key.h0 < heads[key.payload] for key in bundle):
                     found.update({(rank, key): bundle for key in bundle})
     return found
+
+
+def _is_aligned(call: Call, key: BufferKey) -> bool:
+    """Return whether all of a buffer's tensors stay aligned in a row, in memory and as they are sent."""
+    heads = key.h1 - key.h0
+    for fields in (call.payload_fields(key.payload), call.comm_fields(key.payload)):
+        sizes = [heads * (width or 1) * DTYPE_BYTES[name] for width, name in fields]
+        wide = [size for size, (width, _) in zip(sizes, fields, strict=True) if width is not None]
+        if any(size % _ALIGNMENT for size in (sum(sizes), *wide)):
+            return False
+    return True
 
 
 def _has_some_heads(moves: Columns, heads: Ints) -> np.ndarray:

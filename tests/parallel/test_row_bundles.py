@@ -10,7 +10,7 @@ from oracle import assert_close, dense, random_inputs, run_all_ranks
 from test_budgets import packed, plan_of
 
 from distattn.ir.mask import Mask
-from distattn.ir.plan import POLICIES
+from distattn.ir.plan import POLICIES, Payload
 from distattn.parallel.make_plan import make_plan
 from distattn.parallel.runtime.program import lower
 from distattn.parallel.runtime.row_bundles import RowFormat
@@ -51,12 +51,26 @@ def test_both_ends_find_the_same_bundles():
             assert sent == received and sent
 
 
-def test_every_tensor_of_a_row_begins_at_a_multiple_of_sixteen_bytes():
-    row = RowFormat.of([(3, ((8, "bfloat16"), (None, "float32"))), (1, ((5, "float32"),))])
+def test_a_row_has_no_gaps_and_one_number_tensors_lie_last():
+    row = RowFormat.of([(3, ((8, "bfloat16"), (None, "float32"))), (1, ((4, "float32"),))])
     (outputs, numbers), (gradients,) = row.tensors
-    assert (outputs.first, numbers.first, gradients.first) == (0, 48 // 4, 64 // 4)
-    assert (row.dtype, row.numbers) == ("bfloat16", 96 // 2)
+    assert (outputs.first, gradients.first, numbers.first) == (0, 48 // 4, 64 // 4)
+    assert (row.dtype, row.numbers) == ("bfloat16", 76 // 2)
     assert numbers.dtype == torch.float32 and numbers.width is None
+
+
+def test_tensors_of_bundles_are_aligned_and_none_of_what_is_sent_is_padding():
+    # heads of a rank: two, one with a number for each that fills no sixteen bytes, and four
+    for heads in (8, 4, 16):
+        shape = dict(heads=heads, kv_heads=4, head_dim=8, dtype="bfloat16", comm_dtype="bfloat16")
+        plan = make_plan(masks()["documents"], layouts(LENGTHS, 4)["zigzag"], strategy="ulysses", **shape)
+        bundled = set()
+        for program in (lower(plan, rank, lambda mask: None) for rank in range(4)):
+            for payload, message in (one for step in (*program.forward, *program.backward) for one in step.sends):
+                assert sum(bytes for _, bytes in message.row_bytes) % 16 == 0
+                bundled |= {payload} if message.bundle else set()
+        assert {Payload.Q, Payload.KV, Payload.dKV} <= bundled
+        assert (Payload.O in bundled) == (heads == 16) and (Payload.dO in bundled) == (heads > 4)
 
 
 CASES = {
