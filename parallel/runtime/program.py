@@ -99,7 +99,7 @@ class ProgramStep:
 
     @property
     def has_messages(self) -> bool:
-        """Whether this rank sends or receives in the step, so that its kernels run while messages are in flight."""
+        """Return whether this rank sends or receives rows of tokens in the step, so that kernels run while messages travel."""
         return bool(self.sends or self.receives)
 
     def views(self) -> Iterator[View]:
