@@ -2,14 +2,14 @@
 
 Where a launch needs one arrival and the rank's own tokens, the arrival's buffer is made as large as the working tensor that
 both would be gathered into, in the same order of tokens: messages land between the own rows, which are copied in beforehand.
-The same for results: the kernel writes one tensor, messages leave from it, and the own rows are accumulated from it. Buffers
-that stay until the backward pass are left as they are: own rows beside them would stay, too.
+The same for results: the kernel writes one tensor, messages leave from it, and the own rows are accumulated from it. In buffers
+that stay until the backward pass the own rows stay, too, so these land only where that makes them little larger.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -22,6 +22,9 @@ from distattn.parallel.runtime.views import OWN, BufferKey, BufferSlice, RowInde
 
 if TYPE_CHECKING:
     from distattn.parallel.runtime.program import ProgramStep
+
+# A kept buffer becomes at most this much larger: as an all-to-all's on four ranks. Both passes then need no copy of it.
+_MOST_KEPT = 4 / 3
 
 
 class Landing(NamedTuple):
@@ -41,11 +44,16 @@ class Landing(NamedTuple):
 
 
 def land(
-    steps: list[ProgramStep], sizes: Mapping[BufferKey, int], bundles: Mapping[BufferKey, Bundle]
+    steps: list[ProgramStep],
+    sizes: Mapping[BufferKey, int],
+    bundles: Mapping[BufferKey, Bundle],
+    kept: Container[BufferKey],
+    inherited: Mapping[BufferKey, Landing],
 ) -> dict[BufferKey, Landing]:
     """Let buffers be working tensors where that spares copies; changes the views of the steps. Returns what each has become.
 
     sizes: rows of the buffers that may. bundles: the buffers that lie row by row beside each, which do so in the same way or not.
+    kept: the buffers that stay until the next pass. inherited: what buffers of the pass before have become.
     """
     launches: dict[BufferKey, list[tuple[BufferSlice, View]]] = defaultdict(list)
     messages: dict[BufferKey, list[tuple[BufferSlice, tuple[slice, ...]]]] = defaultdict(list)
@@ -62,11 +70,12 @@ def land(
     found: dict[BufferKey, Landing] = {}
     for key, rows in sizes.items():
         landing = next((one for _, view in launches[key] if (one := _landing(key, rows, view))), None)
-        if landing and _fits(key, landing, launches[key], messages[key]):
+        is_small = key not in kept or (landing and landing.rows <= _MOST_KEPT * rows)
+        if landing and is_small and _fits(key, landing, launches[key], messages[key]):
             found[key] = landing
     found = {key: landing for key, landing in found.items() if _agrees(landing, bundles.get(key, ()), found)}
     for step in steps:
-        _change(step, found)
+        _change(step, {**found, **inherited})
     return found
 
 

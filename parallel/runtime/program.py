@@ -6,8 +6,9 @@ Here the table's rows end: what is left to the layer is one loop over steps and 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -158,7 +159,10 @@ def lower(plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = N
     }
     inherited = [extent._replace(key=kept_key(extent.key)) for extent in forward.buffers if extent.key in kept]
     backward = _TableLowering(call, plan.backward, rank, BACKWARD_PAYLOADS, prepare, inherited)
-    ahead, back = forward.steps(kept), backward.steps()
+    ahead = forward.steps(kept)
+    landed = {kept_key(key): landing for key, landing in forward.landings.items() if key in kept}
+    back = backward.steps(inherited=landed)
+    kept = {key: forward.sizes[key] for key in kept}
     kept_places = place_kept(call, kept, forward.bundles)
     blank = frozenset(forward.blank | backward.blank)
     unadded = frozenset(forward.unadded | backward.unadded)
@@ -220,8 +224,10 @@ class _TableLowering:
         # of this rank's buffers
         self.bundles = {key: bundle for (end, key), bundle in self.bundles_of_ranks.items() if end == rank}
 
-    def steps(self, kept: Container[BufferKey] = ()) -> list[ProgramStep]:
-        """The steps of this rank; buffers in `kept` have a place already."""
+    def steps(
+        self, kept: Container[BufferKey] = (), inherited: Mapping[BufferKey, Landing] = MappingProxyType({})
+    ) -> list[ProgramStep]:
+        """Return the steps of this rank. kept: buffers that have a place already; inherited: see `land`."""
         steps = [ProgramStep(collective=dense) for dense in _dense_steps(self.call, self.table)]
         outgoing, sends, cut_sends = self._messages(self.outgoing, "dst")
         incoming, receives, cut_receives = self._messages(self.incoming, "src")
@@ -245,7 +251,7 @@ class _TableLowering:
         for step in steps:
             step.joined_sends, step.joined_receives = _joined(step.sends), _joined(step.receives)
         self._add_launches(steps, launches, views)
-        self._land(steps, kept)
+        self._land(steps, kept, inherited)
         self._set_lifetimes(steps, kept)
         self._mark_first_writes(steps)
         for step in steps:
@@ -317,9 +323,12 @@ class _TableLowering:
         ]
         return names, views, stretches
 
-    def _land(self, steps: list[ProgramStep], kept: Container[BufferKey]) -> None:
-        """Let buffers be working tensors of launches where that spares copies; not those that are kept."""
-        self.landings = land(steps, {key: rows for key, rows in self.sizes.items() if key not in kept}, self.bundles)
+    def _land(
+        self, steps: list[ProgramStep], kept: Container[BufferKey], inherited: Mapping[BufferKey, Landing]
+    ) -> None:
+        """Let buffers be working tensors of launches where that spares copies; kept ones only of attention."""
+        sizes = {key: rows for key, rows in self.sizes.items() if key not in kept or self.call.op.is_softmax}
+        self.landings = land(steps, sizes, self.bundles, kept, inherited)
         for key, landing in self.landings.items():
             self.sizes[key] = landing.rows
             if not landing.own or key.payload not in REDUCED_PAYLOADS:
@@ -359,11 +368,10 @@ class _TableLowering:
                     first.setdefault(member, index)
                     last[member] = index
         for key, rows in self.sizes.items():
-            if key in kept:
-                continue
             landing = self.landings.get(key)
-            steps[first[key]].allocate[key] = rows
-            steps[last[key]].release.append(key)
+            if key not in kept:
+                steps[first[key]].allocate[key] = rows
+                steps[last[key]].release.append(key)
             if landing and landing.own and key.payload in HELD_PAYLOADS:
                 steps[first[key]].own_copies.append((key, landing.own_view))
 

@@ -90,7 +90,7 @@ def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, Buffe
     moves, tasks = table.moves, table.tasks
     heads = np.array([call.payload_heads(payload) for payload in Payload], np.int64)
     # kernels of recurrences would copy what has gaps between its rows
-    if call.op.kind not in ("attention", "latent_attention") or not _has_some_heads(moves, heads).any():
+    if not call.op.is_softmax or not _has_some_heads(moves, heads).any():
         return found
     for payloads, end, peer in ((HELD_PAYLOADS, "dst", "src"), (REDUCED_PAYLOADS, "src", "dst")):
         rows = select_rows(moves, np.isin(moves["payload"], payloads) & np.isin(moves[end], ranks))

@@ -59,13 +59,20 @@ def test_own_rows_lie_among_those_that_arrive():
         assert all(piece.is_first and piece.buffer.step == OWN for _, view in own_results for piece in view.slices)
 
 
-def test_what_is_kept_is_no_larger_than_what_arrived():
+def test_what_is_kept_lies_where_both_passes_read_it_if_that_makes_it_little_larger():
     for program in programs("ulysses", "zigzag", backward="keep"):
+        # a rank has a quarter of the tokens: what is kept is a third larger than what arrived
+        assert program.kept and set(program.kept.values()) == {TOKENS}
+        assert {key.payload for step in program.forward for key, _ in step.own_copies} == {Payload.Q, Payload.KV}
+        assert {key.payload for step in program.backward for key, _ in step.own_copies} == {Payload.dO}
+        for launch in launches(program):
+            assert all(is_direct(view) for view in (*launch.operands.values(), *launch.results.values()))
+    for program in programs("ulysses", "zigzag", ranks=2, backward="keep"):
+        # it would be twice as large
         assert program.kept and set(program.kept.values()) == {TOKENS - program.tokens}
         # results leave from where they are computed all the same
-        assert any(step.own_results for step in program.forward) and not any(
-            step.own_copies for step in program.forward
-        )
+        assert any(step.own_results for step in program.forward)
+        assert not any(step.own_copies for step in program.forward)
 
 
 def test_messages_in_many_stretches_are_gathered_as_before():
