@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -18,6 +19,31 @@ Fields = tuple[Tensor, ...]
 Places = Sequence[PlacedTensor]
 
 
+def fields_in(call: Call, rows: Mapping[BufferKey, int], flat: Tensor) -> dict[BufferKey, Fields]:
+    """Return the tensors of buffers that lie one behind another in a flat tensor. rows: of each buffer."""
+    out, at = {}, 0
+    for key, count in rows.items():
+        fields = []
+        for width, _ in call.payload_fields(key.payload):
+            shape = (count, key.h1 - key.h0, width or 1)
+            size = prod(shape)
+            fields.append(flat[at : at + size].view(shape))
+            at += size
+        out[key] = tuple(fields)
+    return out
+
+
+def narrowed(sums: list[Tensor], dtypes: Iterable[torch.dtype]) -> tuple[Tensor, ...]:
+    """Return the tensors in these dtypes, and empty the list: sums go one by one as the smallest become results first."""
+    wanted, out = dict(enumerate(dtypes)), {}
+    for number in sorted(wanted, key=lambda number: sums[number].nbytes):
+        out[number] = sums[number].to(wanted[number])
+        # another's memory may be had from here on
+        sums[number] = out[number]
+    sums.clear()
+    return tuple(out[number] for number in wanted)
+
+
 class Buffers:
     """The tensors of one pass, in one arena but for the rank's own ones (see `memory`)."""
 
@@ -29,6 +55,7 @@ class Buffers:
         self.call, self._blank, self._unadded = call, blank, unadded
         self._merges_by_lse = call.op.merge == "lse"
         self.fields: dict[BufferKey, Fields] = {}
+        self._kept: dict[BufferKey, Fields] = {}
         # the same memory as numbers of each dtype
         self._arena = {torch.uint8: arena}
 
@@ -47,21 +74,18 @@ class Buffers:
         self.fields[BufferKey(payload, OWN, 0, self.call.payload_heads(payload))] = fields
         return fields
 
-    def bind_flat(self, rows: dict[BufferKey, int], flat: Tensor) -> None:
-        """Make these buffers views of one flat tensor. rows: of each buffer."""
-        at = 0
-        for key, count in rows.items():
-            fields = []
-            for width, _ in self.call.payload_fields(key.payload):
-                shape = (count, key.h1 - key.h0, width or 1)
-                size = shape[0] * shape[1] * shape[2]
-                fields.append(flat[at : at + size].view(shape))
-                at += size
-            self.fields[key] = tuple(fields)
-
     def bind(self, tensors: Mapping[BufferKey, Fields]) -> None:
         """Use these tensors for these buffers."""
         self.fields.update(tensors)
+
+    def keep_in(self, tensors: Mapping[BufferKey, Fields]) -> None:
+        """Use these tensors for what stays of these buffers."""
+        self._kept.update(tensors)
+
+    def keep(self, key: BufferKey) -> None:
+        """Copy a buffer to where it stays."""
+        for there, tensor in zip(self._kept[key], self.fields[key], strict=True):
+            there.copy_(tensor.view(there.shape))
 
     def place(self, places: Places) -> Fields:
         """Tensors in the arena; what is in them has no meaning."""
@@ -91,6 +115,7 @@ class Buffers:
     def close(self) -> None:
         """Let go of the arena and all buffers."""
         self.fields.clear()
+        self._kept.clear()
         self._arena.clear()
 
     def receive_buffer(

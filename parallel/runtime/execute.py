@@ -18,7 +18,8 @@ from torch import Tensor
 from distattn.ir.plan import REDUCED_PAYLOADS, Payload
 from distattn.kernels.registry import Kernel
 from distattn.kernels.spec import ScoreMod
-from distattn.parallel.runtime.buffers import Buffers, Fields
+from distattn.parallel.runtime.arenas import ARENAS
+from distattn.parallel.runtime.buffers import Buffers, Fields, fields_in, narrowed
 from distattn.parallel.runtime.memory import kept_elements
 from distattn.parallel.runtime.program import KernelLaunch, Program, ProgramStep, kept_key
 from distattn.parallel.runtime.state_tensors import HeldStateTensors
@@ -55,13 +56,7 @@ def forward(
     lse is in the accumulation dtype, and so is o, or in the inputs' where nothing is added to it. `kept` is one flat tensor of
     everything the backward will find again (empty unless the policy is "keep").
     """
-    arena = q_THD.new_empty(program.forward_bytes, dtype=torch.uint8)
-    buffers = Buffers(program.call, arena, program.blank, program.unadded)
-    buffers.bind_own(Payload.Q, (q_THD,))
-    buffers.bind_own(Payload.KV, (k_TKD, v_TKE))
-    o_THE, lse_TH = buffers.new_own(Payload.O, program.tokens)
     kept = q_THD.new_empty(kept_elements(program))
-    buffers.bind_flat(program.kept, kept)
 
     def compute(
         launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
@@ -73,7 +68,14 @@ def forward(
         target = targets[Payload.O]
         return {Payload.O: kernel.forward(*inputs, into=target.fields, merge=target.adds)}
 
-    yield from run_steps("forward", program.forward, transport, buffers, compute, kernel.ACCUMULATES)
+    with ARENAS.borrowed(program.forward_bytes, q_THD.device) as arena:
+        buffers = Buffers(program.call, arena, program.blank, program.unadded)
+        buffers.bind_own(Payload.Q, (q_THD,))
+        buffers.bind_own(Payload.KV, (k_TKD, v_TKE))
+        buffers.keep_in(fields_in(program.call, program.kept, kept))
+        o_THE, lse_TH = buffers.new_own(Payload.O, program.tokens)
+        yield from run_steps("forward", program.forward, transport, buffers, compute, kernel.ACCUMULATES)
+        buffers.close()
     return o_THE, lse_TH, kept
 
 
@@ -94,15 +96,6 @@ def backward(
 
     delta_TH is rowsum(dO * O), minus the gradient of the log-sum-exp where there is one.
     """
-    arena = q_THD.new_empty(program.backward_bytes, dtype=torch.uint8)
-    buffers = Buffers(program.call, arena, program.blank, program.unadded)
-    buffers.bind_own(Payload.Q, (q_THD,))
-    buffers.bind_own(Payload.KV, (k_TKD, v_TKE))
-    buffers.bind_own(Payload.dO, (do_THE, lse_TH, delta_TH))
-    (dq_THD,) = buffers.new_own(Payload.dQ, program.tokens)
-    dk_TKD, dv_TKE = buffers.new_own(Payload.dKV, program.tokens)
-    buffers.bind_flat({kept_key(key): rows for key, rows in program.kept.items()}, kept)
-
     def compute(
         launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
     ) -> dict[Payload, Fields]:
@@ -116,11 +109,17 @@ def backward(
             dq, dk, dv = kernel.backward(*inputs, into=into, add=(of_q.adds, of_kv.adds))
         return {Payload.dQ: (dq,), Payload.dKV: (dk, dv)}
 
-    yield from run_steps("backward", program.backward, transport, buffers, compute, kernel.ACCUMULATES)
-    # results in another dtype take the arena's place
-    del arena
-    buffers.close()
-    return dq_THD.to(q_THD.dtype), dk_TKD.to(k_TKD.dtype), dv_TKE.to(v_TKE.dtype)
+    with ARENAS.borrowed(program.backward_bytes, q_THD.device) as arena:
+        buffers = Buffers(program.call, arena, program.blank, program.unadded)
+        buffers.bind_own(Payload.Q, (q_THD,))
+        buffers.bind_own(Payload.KV, (k_TKD, v_TKE))
+        buffers.bind_own(Payload.dO, (do_THE, lse_TH, delta_TH))
+        buffers.bind(fields_in(program.call, {kept_key(key): rows for key, rows in program.kept.items()}, kept))
+        sums = [*buffers.new_own(Payload.dQ, program.tokens), *buffers.new_own(Payload.dKV, program.tokens)]
+        yield from run_steps("backward", program.backward, transport, buffers, compute, kernel.ACCUMULATES)
+        buffers.close()
+    dq_THD, dk_TKD, dv_TKE = narrowed(sums, (q_THD.dtype, k_TKD.dtype, v_TKE.dtype))
+    return dq_THD, dk_TKD, dv_TKE
 
 
 def run_to_completion(run: PausableRun[Result]) -> Result:
@@ -193,6 +192,8 @@ def _run_step(
     for payload, message, fields in incoming:
         if payload in REDUCED_PAYLOADS:
             buffers.accumulate(payload, message.view, fields)
+    for key in step.keeps:
+        buffers.keep(key)
     for key in step.release:
         buffers.release(key)
     if states is not None and step.states is not None:

@@ -35,7 +35,8 @@ from distattn.kernels.launch_mask import LaunchMask, WrittenRows
 from distattn.parallel.analysis.verify import Proof
 from distattn.parallel.runtime.landing import Landing, land
 from distattn.parallel.runtime.launches import LaunchTable
-from distattn.parallel.runtime.memory import PlacedTensor, PlaceKey, lay_out
+from distattn.parallel.runtime.memory import PlacedTensor, PlaceKey, lay_out, rounded
+from distattn.parallel.runtime.staging import stage
 from distattn.parallel.runtime.state_program import StateProgram, StateStep, lower_states
 from distattn.parallel.runtime.streams import Handover, has_streams
 from distattn.parallel.runtime.stretch_launches import StretchLaunches
@@ -73,7 +74,7 @@ class KernelLaunch(NamedTuple):
 class ProgramStep:
     """What this rank does in one step of a table."""
 
-    # rows of each new buffer; own rows that are copied into it (see `landing`)
+    # rows of each new buffer; own rows that are copied into it (see `landing` and `staging`)
     allocate: dict[BufferKey, int] = field(default_factory=dict)
     own_copies: list[tuple[BufferKey, View]] = field(default_factory=list)
     sends: list[tuple[Payload, Message]] = field(default_factory=list)
@@ -84,6 +85,8 @@ class ProgramStep:
     own_results: list[tuple[BufferKey, View]] = field(default_factory=list)
     # whether all ranks exchange the messages of this step in one all-to-all
     collective: bool = False
+    # buffers that are copied for the backward pass once the messages of this step are there
+    keeps: list[BufferKey] = field(default_factory=list)
     release: list[BufferKey] = field(default_factory=list)
     # what moves of a recurrence's states, and which are forgotten
     states: StateStep | None = None
@@ -192,12 +195,22 @@ def on_device(program: Program, device: torch.device) -> Program:
 
 
 def _with_states(plan: Plan, program: Program) -> Program:
-    """The program of a recurrence with its states."""
+    """The program of a recurrence with its states, whose messages have room at the end of the arenas."""
     states = [lower_states(plan, program.rank, direction) for direction in ("forward", "backward")]
     for one, steps in zip(states, (program.forward, program.backward), strict=True):
         for moves, step in zip(one.steps, steps, strict=True):
             step.states = moves
-    return replace(program, forward_states=states[0], backward_states=states[1])
+    forward_bytes, backward_bytes = (
+        rounded(size + one.message_bytes)
+        for size, one in zip((program.forward_bytes, program.backward_bytes), states, strict=True)
+    )
+    return replace(
+        program,
+        forward_states=states[0],
+        backward_states=states[1],
+        forward_bytes=forward_bytes,
+        backward_bytes=backward_bytes,
+    )
 
 
 class _TableLowering:
@@ -232,11 +245,12 @@ class _TableLowering:
         self.blank: set[BufferKey] = set()
         self.unadded: set[Payload] = set()
         self.landings: dict[BufferKey, Landing] = {}
+        self.staged: dict[BufferKey, View] = {}
         self.sizes = {extent.key: int((extent.t1 - extent.t0).sum()) for extent in self.buffers}
         self.extents = [*self.buffers, *inherited, *(self._own(payload) for payload in payloads)]
 
     def steps(self, kept: Container[BufferKey] = ()) -> list[ProgramStep]:
-        """The steps of this rank; buffers in `kept` have a place already."""
+        """The steps of this rank. kept: buffers that are copied for the backward pass."""
         steps = [ProgramStep(collective=dense) for dense in _dense_steps(self.call, self.table)]
         outgoing, sends, cut_sends = self._messages(self.outgoing, "dst")
         incoming, receives, cut_receives = self._messages(self.incoming, "src")
@@ -254,6 +268,8 @@ class _TableLowering:
             steps[step].receives.append((Payload(payload), Message(peer, next(views), stretches)))
         self._add_launches(steps, launches, views)
         self._land(steps, kept)
+        self.staged = stage(self.call, steps)
+        self.sizes |= {key: view.rows for key, view in self.staged.items()}
         self._set_lifetimes(steps, kept)
         self._mark_first_writes(steps)
         return steps
@@ -344,7 +360,7 @@ class _TableLowering:
             steps[step].launches.append(KernelLaunch(slice(*launches.heads[i]), operands, schedules[i], results))
 
     def _set_lifetimes(self, steps: list[ProgramStep], kept: Container[BufferKey]) -> None:
-        """Allocate each buffer in the first step that uses it, and release it in the last one; those in `kept` have a place."""
+        """Allocate each buffer in the first step that uses it, and release it in the last one; copy those in `kept`."""
         first: dict[BufferKey, int] = {}
         last: dict[BufferKey, int] = {}
         for index, step in enumerate(steps):
@@ -352,12 +368,15 @@ class _TableLowering:
                 first.setdefault(key, index)
                 last[key] = index
         for key, rows in self.sizes.items():
-            if key in kept:
-                continue
             landing = self.landings.get(key)
             steps[first[key]].allocate[key] = rows
             steps[last[key]].release.append(key)
-            if landing and landing.own and key.payload in HELD_PAYLOADS:
+            if key in kept:
+                # the step in which its messages arrive
+                steps[key.step].keeps.append(key)
+            if key in self.staged:
+                steps[first[key]].own_copies.append((key, self.staged[key]))
+            elif landing and landing.own and key.payload in HELD_PAYLOADS:
                 steps[first[key]].own_copies.append((key, landing.own_view))
 
     def _mark_first_writes(self, steps: list[ProgramStep]) -> None:
