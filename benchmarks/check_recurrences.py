@@ -171,9 +171,10 @@ def in_fp64(given: RecurrenceInputs) -> tuple[Tensor, ...]:
 
 def computed(kernel: Any, given: RecurrenceInputs) -> tuple[Tensor, ...]:
     """Outputs, and gradients of all that has an entry for each token, by a kernel on the whole axis at once."""
-    x, state, do, dstate, stretches = given
-    o, _ = kernel.forward(x, stretches, state)
-    dx, _ = kernel.backward(x, stretches, state, do, dstate)
+    x, state, do, dstate = given[:4]
+    schedule = given.schedule_of(kernel)
+    o, _ = kernel.forward(x, schedule, state)
+    dx, _ = kernel.backward(x, schedule, state, do, dstate)
     return o, *dx.by_token().values()
 
 

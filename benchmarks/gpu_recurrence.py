@@ -108,28 +108,29 @@ def times(
 ) -> list[Cell]:
     """Every kind of task on one stretch, by every kernel whose results were right; faults: by kernel and op."""
     given = RecurrenceInputs.random((tokens,), heads, heads, needed)
-    x, state, do, dstate, stretches = given
-    tasks: dict[str, Callable[[Any], Any]] = {
-        "whole pass": lambda module: module.forward(x, stretches, state),
-        "state pass": lambda module: module.states(x, stretches, state, True),
-        "backward": lambda module: module.backward(x, stretches, state, do, dstate),
-        "gradients' state pass": lambda module: module.gradient_states(x, stretches, do, dstate, True),
+    x, state, do, dstate = given[:4]
+    tasks: dict[str, Callable[[Any, Any], Any]] = {
+        "whole pass": lambda module, schedule: module.forward(x, schedule, state),
+        "state pass": lambda module, schedule: module.states(x, schedule, state, True),
+        "backward": lambda module, schedule: module.backward(x, schedule, state, do, dstate),
+        "gradients' state pass": lambda module, schedule: module.gradient_states(x, schedule, do, dstate, True),
     }
     cells = []
     repeats = 5 if needed.device.type == "cuda" else 1
     for task, work in tasks.items():
-        makers = {kernel: (lambda work=work, kernel=kernel: runner(work, kernel, needed)) for kernel in KERNELS}
+        makers = {kernel: (lambda work=work, kernel=kernel: runner(work, kernel, given)) for kernel in KERNELS}
         cells += compare(f"{case}: {task}", makers, lambda kernel: faults[kernel, needed.op.name], repeats=repeats)
     return cells
 
 
-def runner(work: Callable[[Any], Any], kernel: str, needed: KernelRequirements) -> Callable[[], str]:
-    """A task by a kernel, as something to time, which returns the kernel's name when the device has ended."""
-    module = served(kernel, needed)
+def runner(work: Callable[[Any, Any], Any], kernel: str, given: RecurrenceInputs) -> Callable[[], str]:
+    """Return a task by a kernel, as something to time, which returns the kernel's name when the device has ended."""
+    module = served(kernel, given.requirements)
+    schedule = given.schedule_of(module)
 
     def run() -> str:
-        work(module)
-        if needed.device.type == "cuda":
+        work(module, schedule)
+        if given.requirements.device.type == "cuda":
             torch.cuda.synchronize()
         return kernel
 

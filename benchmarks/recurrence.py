@@ -29,12 +29,15 @@ from process_guard import guard_processes
 from torch import Tensor
 
 import distattn as da
+from distattn.ir.op import OPS
 from distattn.kernels.recurrence import chunked
 from distattn.kernels.recurrence.tokens import RecurrenceTokens
+from distattn.kernels.spec import KernelRequirements
 from distattn.parallel.analysis.columns import readable_bytes
 from distattn.parallel.runtime.transport import Transport
 
 HEADS, DIM = 4, 64
+NEEDED = KernelRequirements(torch.float32, DIM, DIM, torch.device("cpu"), op=OPS["gated_delta_rule"])
 TOLERANCE = 2e-4
 
 
@@ -111,8 +114,9 @@ def checker(lengths: list[int], x: RecurrenceTokens, do: Tensor) -> Any:
     ends = np.cumsum([0, *lengths]).tolist()
     stretches = list(itertools.pairwise(ends))
     state = torch.zeros(len(lengths), HEADS, DIM, DIM)
-    o, _ = chunked.forward(x, stretches, state)
-    dx, _ = chunked.backward(x, stretches, state, do, torch.zeros_like(state))
+    chunks = chunked.prepare(stretches, NEEDED)
+    o, _ = chunked.forward(x, chunks, state)
+    dx, _ = chunked.backward(x, chunks, state, do, torch.zeros_like(state))
     wanted = {"o": o, **{f"d{name}": value for name, value in dx.by_token().items()}}
 
     def check(result: tuple[Tensor, ...]) -> str:
@@ -170,6 +174,7 @@ def gathered_by_all(lengths: list[int], x: RecurrenceTokens, do: Tensor) -> Any:
     enters, leaves = begin not in bounds, end not in bounds
     local, do_local = x._replace(**{name: value[mine] for name, value in x.by_token().items()}), do[mine]
     nothing = torch.zeros(len(stretches), HEADS, DIM, DIM)
+    every, first_one, last_one = (chunked.prepare(some, NEEDED) for some in (stretches, stretches[:1], stretches[-1:]))
 
     def gathered(state: Tensor, transition: Tensor, passes: bool) -> list[Tensor]:
         """(transition, state) of every rank; a slice inside which a document begins passes nothing on."""
@@ -179,21 +184,20 @@ def gathered_by_all(lengths: list[int], x: RecurrenceTokens, do: Tensor) -> Any:
         return everyone
 
     def run() -> tuple[Tensor, ...]:
-        edges = [stretches[-1]]
         # fla sends the transition of every slice
-        last, transition = chunked.states(local, edges, nothing[:1], True)
+        last, transition = chunked.states(local, last_one, nothing[:1], True)
         whole = enters and leaves and len(stretches) == 1
         everyone = gathered(last[0], transition[0], whole)
         state = nothing.clone()
         for of_slice in everyone[:rank] if enters else ():
             state[0] = of_slice[0] @ state[0] + of_slice[1]
-        o, _ = chunked.forward(local, stretches, state)
+        o, _ = chunked.forward(local, every, state)
         dstate = nothing.clone()
-        first, transition = chunked.gradient_states(local, stretches[:1], do_local, nothing[:1], True)
+        first, transition = chunked.gradient_states(local, first_one, do_local, nothing[:1], True)
         everyone = gathered(first[0], transition[0].mT, whole)
         for of_slice in reversed(everyone[rank + 1 :]) if leaves else ():
             dstate[-1] = of_slice[0] @ dstate[-1] + of_slice[1]
-        dx, _ = chunked.backward(local, stretches, state, do_local, dstate)
+        dx, _ = chunked.backward(local, every, state, do_local, dstate)
         return mine, o, *dx.by_token().values()
 
     run.facts = {"plan_bytes": 2 * 2 * 4 * HEADS * DIM * DIM * ranks * (ranks - 1)}  # type: ignore[attr-defined]

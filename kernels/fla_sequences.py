@@ -10,9 +10,8 @@ from torch import Tensor
 
 # fla-core keeps its lists of chunks by the identity of these: layers of one plan have the same
 @lru_cache(maxsize=64)
-def sequence_offsets(ends: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """0 and the ends of sequences that follow one another, int64, on the device and on the host."""
+def sequence_offsets(ends: tuple[int, ...]) -> Tensor:
+    """Return 0 and the ends of sequences that follow one another, int64, on the host."""
     # one that is made while inference runs cannot be kept for a backward pass
     with torch.inference_mode(False):
-        offsets = torch.tensor([0, *ends], dtype=torch.int64)
-        return offsets.to(device), offsets
+        return torch.tensor([0, *ends], dtype=torch.int64)

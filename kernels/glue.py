@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from distattn.kernels.devices import on_device_of_tensors
 from distattn.kernels.merge import accumulation_dtype, merge_
 
 
@@ -84,6 +85,7 @@ def _key(start: int, index: Tensor | None, count: int) -> Any:
 
 
 @torch.library.impl("distattn::copy_rows", "CompositeExplicitAutograd")
+@on_device_of_tensors
 def _copy_rows(target, start, index, source, source_start, source_index, count) -> None:  # noqa: ANN001
     if _on_gpu(target):
         from distattn.kernels.triton.glue import run_rows
@@ -94,6 +96,7 @@ def _copy_rows(target, start, index, source, source_start, source_index, count) 
 
 
 @torch.library.impl("distattn::add_rows", "CompositeExplicitAutograd")
+@on_device_of_tensors
 def _add_rows(target, start, index, source, source_start, source_index, count) -> None:  # noqa: ANN001
     if _on_gpu(target):
         from distattn.kernels.triton.glue import run_rows
@@ -104,6 +107,7 @@ def _add_rows(target, start, index, source, source_start, source_index, count) -
 
 
 @torch.library.impl("distattn::merge_rows", "CompositeExplicitAutograd")
+@on_device_of_tensors
 def _merge_rows(o, lse, start, index, other_o, other_lse, other_start, other_index, count) -> None:  # noqa: ANN001
     if _on_gpu(o) and o.dtype != torch.float64:
         from distattn.kernels.triton.glue import run_merge
@@ -119,6 +123,7 @@ def _merge_rows(o, lse, start, index, other_o, other_lse, other_start, other_ind
 
 
 @torch.library.impl("distattn::row_products", "CompositeExplicitAutograd")
+@on_device_of_tensors
 def _row_products(do, o):  # noqa: ANN001, ANN202
     if _on_gpu(o) and o.dtype != torch.float64:
         from distattn.kernels.triton.glue import run_products

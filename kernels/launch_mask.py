@@ -35,6 +35,8 @@ class LaunchMask(NamedTuple):
     # query heads per key/value head, and where the call's first query head lies in its group
     group_size: int
     first_head: int = 0
+    # whether messages may be in flight while the call runs: the communicator's kernels then hold some multiprocessors
+    overlaps_messages: bool = False
 
     @staticmethod
     def from_mask(mask: Mask, heads: int, kv_heads: int) -> LaunchMask:

@@ -111,8 +111,8 @@ def load_kernel(name: str) -> Kernel:
         raise DistattnError(f'kernel "{name}" needs {error.name}, which is not installed here{way_out}.') from None
 
 
-def kernel_preparer(name: str, requirements: KernelRequirements) -> Callable[[LaunchMask], Any]:
-    """A function from a launch mask to the kernel's own schedule, for such calls."""
+def kernel_preparer(name: str, requirements: KernelRequirements) -> Callable[[Any], Any]:
+    """Return the function from a launch mask, or of a recurrence from its stretches, to the kernel's own schedule."""
     kernel = load_kernel(name)
     if requirements.op.kind == "latent_attention":
         # it runs on keys and values of all heads

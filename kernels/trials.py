@@ -21,6 +21,7 @@ from torch import Tensor
 from distattn.ir.bands import K0, K1, OK, OQ, Q0, Q1, areas, clip, row_key_ranges
 from distattn.ir.errors import DistattnError
 from distattn.kernels import reference
+from distattn.kernels.devices import current_device
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.registry import Kernel, load_kernel
@@ -58,7 +59,8 @@ def try_each(
     found = {}
     for name in names:
         report(f"trying kernel {name} ...")
-        found[name] = tried(name, requirements, differences, seconds)
+        with current_device(requirements.device):
+            found[name] = tried(name, requirements, differences, seconds)
     return found
 
 
@@ -108,7 +110,8 @@ def cropped(mask: LaunchMask, rows: slice, keys: slice, heads: int) -> LaunchMas
     shift = mask.distance_shift[kept] + keys.start - rows.start
     sizes = rows.stop - rows.start, keys.stop - keys.start
     kv_heads = -(-(mask.first_head + heads) // mask.group_size)
-    return LaunchMask(bands, band_heads, shift, *sizes, heads, kv_heads, mask.group_size, mask.first_head)
+    counts = sizes + (heads, kv_heads, mask.group_size, mask.first_head)
+    return LaunchMask(bands, band_heads, shift, *counts, mask.overlaps_messages)
 
 
 def tried(
@@ -132,6 +135,9 @@ def tried(
     except DistattnError as error:
         # a package that is not installed may be there another time
         return Trial(fault=str(error), passing=True)
+    except torch.OutOfMemoryError:
+        # of the tensors of the sample, or of the kernel's own: another time there may be room
+        return Trial(fault=f'its trial ran out of device memory; kernel="{name}" uses it without a trial', passing=True)
     except Exception as error:
         # a compiler's or a driver's trouble is this kernel's alone, unless the device is lost for all
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]

@@ -195,7 +195,7 @@ def _pretrained(names: dict[str, Any]) -> None:
 def _tokens(names: dict[str, Any]) -> None:
     """The snippet goes on where the one before it ended."""
     _packs(names)
-    exec(python_snippets((ROOT / "docs" / "data.md").read_text())[3], names)
+    exec(python_snippets((ROOT / "docs" / "data-formats.md").read_text())[0], names)
 
 
 def _saving(names: dict[str, Any]) -> None:
@@ -216,7 +216,9 @@ def _monitored(names: dict[str, Any]) -> None:
 SNIPPETS: dict[str, list[Callable[[dict[str, Any]], None] | None]] = {
     "checkpoints.md": [_saving],
     "concepts.md": [_plan, _cluster],
-    "data.md": [_packs, _masks, _stream, _packs, _tokens],
+    "data.md": [_packs, _masks],
+    "data-formats.md": [_packs, _tokens],
+    "data-streams.md": [_stream],
     "dynamic-context-parallelism.md": [_model, _schedule],
     "models.md": [_pretrained],
     "monitoring.md": [_monitored],
@@ -266,20 +268,20 @@ def test_snippets_run_as_written(page, number, capsys, tmp_path, monkeypatch):
         assert ["ring on 1 ranks", "the least for these tasks"][number] in printed
     if "o" in names:
         assert names["o"].shape == (80, 32, 128)
-    if page == "data.md":
-        _check_data(number, names)
+    if page.startswith("data"):
+        _check_data(page, number, names)
 
 
-def _check_data(number: int, names: dict[str, Any]) -> None:
-    """What the snippets of the page on data have found is what the library finds."""
-    if number == 0:
-        assert names["step"] == names["made"].steps == 4
-    elif number == 1:
-        masks = LabelMasks.open(Corpus.open("chat", ["data/chat"]))
-        assert masks.may_be_labels(0, 0, 9).tolist() == [False] * 3 + [True, False, False] + [True] * 3
-    elif number == 2:
+def _check_data(page: str, number: int, names: dict[str, Any]) -> None:
+    """Check that the snippets of the pages on data read what the library reads."""
+    if page == "data-streams.md":
         # 320,000 tokens in packs of 8,192, 16 a step
         assert names["trained"] == names["loader"].step == 3 and names["state"]["step"] == 3
+    elif page == "data.md" and number == 0:
+        assert names["step"] == names["made"].steps == 4
+    elif page == "data.md":
+        masks = LabelMasks.open(Corpus.open("chat", ["data/chat"]))
+        assert masks.may_be_labels(0, 0, 9).tolist() == [False] * 3 + [True, False, False] + [True] * 3
     else:
         found = names["made"].step(names["step"])
         assert np.array_equal(names["tokens"], found.rows["length"])
@@ -288,13 +290,13 @@ def _check_data(number: int, names: dict[str, Any]) -> None:
             np.array_equal(names["pieces"][key], found.rows[key]) for key in ("document", "start", "corpus", "epoch")
         )
         assert np.array_equal(np.cumsum(names["pieces_of_pack"]), found.ends)
-        if number == 4:
+        if number == 1:
             _, start, length, *_ = found.rows[0].item()
             assert names["ids"].tolist() == list(range(start, start + length))
 
 
-def test_the_commands_of_the_page_on_data_run(capsys, tmp_path, monkeypatch):
-    """On the files that the page names; the plan has all keys that there are."""
+def test_the_commands_of_the_pages_on_data_run(capsys, tmp_path, monkeypatch):
+    """Run them on the files that the pages name; the plan has all keys that exist."""
     tokenizers, zstandard = pytest.importorskip("tokenizers"), pytest.importorskip("zstandard")
     for name in ("tests", "parallel", "kernels", "launch", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -304,7 +306,7 @@ def test_the_commands_of_the_page_on_data_run(capsys, tmp_path, monkeypatch):
     Path("web", "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(b'{"text": "abc"}\n{"text": "c"}\n'))
     model = tokenizers.models.WordLevel({"abc": 0, "c": 1, "<|end|>": 2}, unk_token="c")
     tokenizers.Tokenizer(model).save("tokenizer.json")
-    page = (ROOT / "docs" / "data.md").read_text()
+    page = "".join((ROOT / "docs" / name).read_text() for name in ("data.md", "pack-plans.md"))
     toml, cost = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     Path("packs.toml").write_text(toml)
     keys = set(re.findall(r"^(\w+) =", toml, re.MULTILINE))

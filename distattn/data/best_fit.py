@@ -1,13 +1,13 @@
 """Best-fit packing: packs that are almost full, each with about the same mixture of lengths.
 
-In best-fit decreasing each piece, longest first, goes into the fullest pack that still has room for it (Johnson, Demers, Ullman,
+Best-fit decreasing puts each piece, longest first, into the fullest pack that still has room for it (Johnson, Demers, Ullman,
 Garey, Graham 1974, "Worst-case performance bounds for simple one-dimensional packing algorithms"; for documents of a language
-model: Ding et al. 2024, "Fewer truncations improve language modeling", arXiv 2404.10830). By itself it fills the last packs with
-the shortest pieces only, hundreds of them where the first packs have a few. So only long pieces and the last quarter of each
-pack are placed by best fit; what is between is taken as it comes.
+model: Ding et al. 2024, "Fewer truncations improve language modeling", arXiv 2404.10830). Used alone, it fills the last packs
+with the shortest pieces only, with hundreds of pieces where the first packs have a few. So only long pieces and the last quarter
+of each pack are placed by best fit. The pieces in between are placed in the order in which they come.
 
-Neighbours in the sorted list often go into the same pack: until it is full, or another pack fits better. Such a run costs a few
-binary searches, whatever its length, so time goes with the packs and hardly with the pieces.
+Neighbours in the sorted list often go into the same pack, until it is full or another pack fits better. Such a run of pieces
+costs a few binary searches, whatever its length, so the time depends on the number of packs and hardly on the number of pieces.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import numpy as np
 
 from distattn.data.pack_rule import PackLimits
 
-# an entry in the list of what fits has the pack's number in its lower bits
+# an entry in the list of free room has the pack's number in its lower bits
 _PACK_BITS = 32
 _PACK_MASK = (1 << _PACK_BITS) - 1
 # pieces longer than one eighth of a pack are placed first; one quarter is kept free for the last pieces
 _LONG_PART, _LAST_PART = 8, 4
-# packs are never quite full: without a few more, the shortest pieces of all would share packs of their own
+# packs are never quite full: without a few extra packs, the shortest pieces would get packs of their own
 _SPARE_PART = 256
 
 
@@ -53,10 +53,10 @@ class BestFitPacks:
         return np.array(self._room, np.int64)
 
     def add(self, lengths: np.ndarray) -> np.ndarray:
-        """Add pieces of these lengths, int64 (N,), each at least 1. Returns the number of each one's pack, int64 (N,).
+        """Add pieces of these lengths, int64 (N,), each at least 1. Return the number of each piece's pack, int64 (N,).
 
-        Packs of earlier calls are filled further, and no pack is empty. The result depends on the order of the pieces: they
-        should come shuffled.
+        Packs of earlier calls are filled further, and no pack is empty. The result depends on the order of the pieces, so shuffle
+        them first.
         """
         packs = np.empty(len(lengths), np.int64)
         long = lengths * _LONG_PART > self._limits.tokens
@@ -67,9 +67,9 @@ class BestFitPacks:
         return packs
 
     def _place_as_they_come(self, lengths: np.ndarray, chosen: np.ndarray, packs: np.ndarray) -> int:
-        """Give the first of the chosen pieces to packs in their order, up to three quarters of each.
+        """Give the first of the chosen pieces to packs in their order, up to three quarters of each pack.
 
-        About as many packs are used as all chosen pieces will need. Writes into `packs`; returns how many were placed.
+        Use about as many packs as all chosen pieces will need. Write into `packs`, and return how many pieces were placed.
         """
         sums = self._sums(lengths[chosen].tolist())
         needed = len(self._slots) + max(0, -(-(sums.tokens[-1] - sum(self._room)) // self._limits.tokens))
@@ -88,9 +88,9 @@ class BestFitPacks:
         return ends[-1]
 
     def _place_by_best_fit(self, lengths: np.ndarray, chosen: np.ndarray, packs: np.ndarray) -> None:
-        """Place the chosen pieces, longest first. Writes into `packs`.
+        """Place the chosen pieces, longest first. Write into `packs`.
 
-        Of equally long pieces the first is placed first, and of packs that fit equally well the first is taken.
+        Among equally long pieces the first is placed first, and among packs that fit equally well the first is taken.
         """
         if not len(chosen):
             return
@@ -99,7 +99,7 @@ class BestFitPacks:
         sums = self._sums(falling)
         rising = [-length for length in falling]
         shortest = falling[-1]
-        # (longest piece that fits, pack), rising; packs that none of these pieces fits into are left out
+        # (longest piece that fits, pack), rising; packs that are too full for all of these pieces are left out
         fits = sorted(
             fit << _PACK_BITS | pack for pack in range(len(self._room)) if (fit := self._fit(pack)) >= shortest
         )
@@ -128,7 +128,7 @@ class BestFitPacks:
         )
 
     def _open(self, length: int) -> int:
-        """A new pack with room for a piece of this length. Returns its number."""
+        """Open a new pack with room for a piece of this length. Return its number."""
         slots = -(-length // self._limits.tokens)
         self._slots.append(slots)
         self._room.append(slots * self._limits.tokens)
@@ -137,7 +137,10 @@ class BestFitPacks:
         return len(self._slots) - 1
 
     def _run_end(self, sums: _Sums, first: int, pack: int, kept_part: int = 0) -> int:
-        """The end of the longest run of pieces from `first` on that the pack takes; 1 / kept_part of a pack is kept free."""
+        """Return the end of the longest run of pieces from `first` on that fits into the pack.
+
+        Keep 1 / kept_part of the pack free; keep nothing free if kept_part is 0.
+        """
         limits = self._limits
         kept = limits.tokens // kept_part if kept_part else 0
         end = bisect_right(sums.tokens, sums.tokens[first] + self._room[pack] - kept, first) - 1
@@ -150,14 +153,14 @@ class BestFitPacks:
         return max(end, first)
 
     def _take(self, sums: _Sums, first: int, end: int, pack: int) -> None:
-        """Note that a run of pieces went into a pack."""
+        """Record that a run of pieces went into a pack."""
         self._room[pack] -= sums.tokens[end] - sums.tokens[first]
         self._pieces[pack] += end - first
         if sums.cells:
             self._cells_left[pack] -= sums.cells[end] - sums.cells[first]
 
     def _fit(self, pack: int) -> int:
-        """The longest piece that a pack still takes, in tokens; 0 if none."""
+        """Return the longest piece that still fits into a pack, in tokens; 0 if no piece fits."""
         limits = self._limits
         if limits.max_documents is not None and self._pieces[pack] == limits.max_documents * self._slots[pack]:
             return 0
@@ -166,7 +169,7 @@ class BestFitPacks:
 
 
 class _Sums(NamedTuple):
-    """Tokens and cells of the first 0, 1, ... N pieces; no cells where nothing caps them."""
+    """Tokens and cells of the first 0, 1, ... N pieces; `cells` is empty if the cost of packs is not capped."""
 
     tokens: list[int]
     cells: list[int]

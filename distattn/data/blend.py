@@ -1,11 +1,12 @@
-"""The order of documents of several corpora: each corpus shuffled anew for every epoch, and all blended by weights in tokens.
+"""The order of documents of several corpora: each is shuffled anew for every epoch, and all are blended by weights in tokens.
 
-A document's *turn* is the number of its corpus's tokens before it, over the corpus's weight. Documents come by their turns, ties
-by the number of the corpus: next comes the corpus that is furthest behind. So in every prefix a corpus is at most one document
-ahead of its share of the tokens, and at most its share of one document of each corpus behind. Turns are whole numbers, and a
-corpus's turns do not depend on other corpora, so blocks of documents are merged by sorting, and their sizes do not show.
+The *turn* of a document is the number of tokens of its corpus before it, divided by the weight of the corpus. Documents are
+ordered by their turns, and ties by the number of the corpus: the corpus that is furthest behind comes next. So in every prefix a
+corpus is at most one document ahead of its share of the tokens, and at most its share of one document of each corpus behind.
+Turns are whole numbers, and the turns of a corpus do not depend on other corpora, so blocks of documents are merged by sorting,
+and the size of the blocks does not change the result.
 
-A corpus ends after `max_epochs`; the others go on with their turns, which is as if their weights were normalised anew.
+A corpus ends after `max_epochs`. The others go on with their turns, as if their weights were normalised anew.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ WEIGHT_UNITS = 1 << 20
 MOST_DOCUMENTS = (1 << 32) - 1
 MOST_CORPORA = MOST_EPOCHS = (1 << 16) - 1
 _BLOCK_DOCUMENTS = 1 << 16
-# a block of a small corpus is so many epochs: each is read by itself, and few more than are needed
+# a block of a small corpus has at most this many epochs: each is read separately, and few more than needed
 _BLOCK_EPOCHS = 64
-# a block's tokens times WEIGHT_UNITS are an int64
+# the tokens of a block times WEIGHT_UNITS fit into an int64
 _MOST_BLOCK_TOKENS = (1 << 43) - 1
 
 
@@ -36,8 +37,8 @@ _MOST_BLOCK_TOKENS = (1 << 43) - 1
 class Source:
     """One corpus of a blend.
 
-    documents, tokens: what the corpus holds. weight: its share of the tokens is weight / sum of weights. max_epochs: how often
-    its documents may be read; of a fraction of an epoch, that share of the documents is. None: as often as there are steps.
+    documents, tokens: the size of the corpus. weight: its share of the tokens is weight / sum of weights. max_epochs: how often
+    its documents may be read; in a fraction of an epoch that share of the documents is read. None: as often as there are steps.
     """
 
     name: str
@@ -47,16 +48,16 @@ class Source:
     max_epochs: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises DistattnError naming the corpus and what is wrong with it."""
+        """Raise DistattnError naming the corpus and its first wrong value."""
         if not 0 < self.documents <= MOST_DOCUMENTS:
             raise DistattnError(
                 f"corpus {self.name}: {self.documents:,} documents; it must have 1 to {MOST_DOCUMENTS:,}."
             )
         if self.tokens <= 0:
             raise DistattnError(f"corpus {self.name}: all {self.documents:,} documents are empty; leave it out.")
-        for what, value in (("weight", self.weight), ("max_epochs", self.max_epochs)):
+        for field, value in (("weight", self.weight), ("max_epochs", self.max_epochs)):
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise DistattnError(f"corpus {self.name}: {what} is {value}; it must be a number above 0.")
+                raise DistattnError(f"corpus {self.name}: {field} is {value}; it must be a number above 0.")
         if self.max_epochs is not None and self.max_epochs > MOST_EPOCHS:
             raise DistattnError(
                 f"corpus {self.name}: max_epochs is {self.max_epochs}; it must be at most {MOST_EPOCHS:,}."
@@ -77,17 +78,17 @@ class DocumentColumns(NamedTuple):
     length: np.ndarray
 
     def rows(self, chosen: slice | np.ndarray) -> DocumentColumns:
-        """Some of the rows."""
+        """Return some of the rows."""
         return DocumentColumns(*(column[chosen] for column in self))
 
 
 def most_documents(documents: int, max_epochs: float | None) -> int | None:
-    """How many of a corpus's documents may be read in all epochs together; None where there is no limit."""
+    """Return how many documents of a corpus may be read in all epochs together; None if there is no limit."""
     return None if max_epochs is None else math.floor(Fraction(max_epochs) * documents)
 
 
 def weight_units(sources: Sequence[Source]) -> list[int]:
-    """Weights in whole numbers, which the blend goes by: multiples of 1 / 2^20 of all weights together, and at least one."""
+    """Return the weights as whole numbers, at least 1 each: multiples of 1 / 2^20 of the sum of all weights."""
     total = sum(Fraction(source.weight) for source in sources)
     return [max(1, round(Fraction(source.weight) / total * WEIGHT_UNITS)) for source in sources]
 
@@ -95,11 +96,11 @@ def weight_units(sources: Sequence[Source]) -> list[int]:
 def blend_documents(
     sources: Sequence[Source], lengths: Sequence[np.ndarray], seed: int, *, block_documents: int | None = None
 ) -> Iterator[DocumentColumns]:
-    """Yield the documents of all epochs in their order, some at a time, until every corpus has ended.
+    """Yield blocks of documents of all epochs, in their order, until every corpus has ended.
 
-    lengths: tokens of each corpus's documents, integers (documents,). Documents without tokens are left out. `block_documents`
-    are read of a corpus at a time; the order does not depend on it. Never ends where a corpus has no max_epochs. Raises
-    DistattnError where there is no corpus, or where an epoch's number does not fit.
+    lengths: tokens of each corpus's documents, integers (documents,). Documents without tokens are left out. block_documents: how
+    many documents of a corpus are read at a time; the order does not depend on it. The iterator never ends if a corpus has no
+    max_epochs. Raises DistattnError if there is no corpus, or if an epoch's number does not fit.
     """
     if not 0 < len(sources) <= MOST_CORPORA:
         raise DistattnError(f"a blend of {len(sources):,} corpora; name 1 to {MOST_CORPORA:,}.")
@@ -118,7 +119,7 @@ def blend_documents(
         turns = np.concatenate([turn for turn, _ in parts])
         columns = DocumentColumns(*map(np.concatenate, zip(*(columns for _, columns in parts), strict=True)))
         if len(readers) > 1:
-            # stable, and in the order of corpora before
+            # the sort is stable, and the columns are in the order of corpora
             columns = columns.rows(np.argsort(turns, kind="stable"))
         if len(turns):
             yield columns
@@ -126,12 +127,15 @@ def blend_documents(
 
 
 def epoch_order(seed: int, corpus: int, epoch: int, documents: int, positions: np.ndarray) -> np.ndarray:
-    """The documents at some positions of an epoch of a corpus that has so many, by numbers of both; int64 (N,)."""
+    """Return the documents at `positions` (N,) of an epoch of a corpus that has this many documents; int64 (N,).
+
+    corpus, epoch: their numbers.
+    """
     return permuted(positions, documents, derived_key(seed, corpus, epoch))
 
 
 class _CorpusReader:
-    """Reads a corpus's documents in their order, and says the turn of each."""
+    """A reader of one corpus, which gives its documents in their order with the turn of each."""
 
     def __init__(self, number: int, source: Source, units: int, lengths: np.ndarray, seed: int, block: int) -> None:
         self._number = number
@@ -168,7 +172,7 @@ class _CorpusReader:
             self._read()
 
     def take(self, horizon: int | None) -> tuple[np.ndarray, DocumentColumns]:
-        """(turns, documents) of those whose turns are before the horizon, or of all; they no longer wait."""
+        """Remove the waiting documents whose turns are before the horizon, or all of them. Return (turns, documents)."""
         count = len(self._turns) if horizon is None else int(np.searchsorted(self._turns, horizon))
         taken = self._turns[:count], self._columns.rows(slice(count))
         self._turns, self._columns = self._turns[count:], self._columns.rows(slice(count, None))

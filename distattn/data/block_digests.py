@@ -1,9 +1,9 @@
 """The side file PREFIX.xxh3 of an indexed file: a digest of each block of PREFIX.bin and of PREFIX.idx.
 
-Little endian: a header (magic, bytes of a block, sizes of both files, a root digest of each table, and a digest of the header
-itself), then the table of PREFIX.bin and the table of PREFIX.idx, one xxh3-64 (github.com/Cyan4973/xxHash) for each
-block; the last block of a file may be shorter. A root is the xxh3-64 of its table's bytes. The side file is optional: without it
-indexed files are read as Megatron reads them, and a token that was altered is not noticed.
+The file is little endian: a header (magic, bytes of a block, sizes of both files, a root digest of each table, and a digest of
+the header itself), then the table of PREFIX.bin and the table of PREFIX.idx, with one xxh3-64 (github.com/Cyan4973/xxHash) for
+each block; the last block of a file may be shorter. A root is the xxh3-64 of the bytes of its table. The side file is optional:
+without it indexed files are read as Megatron reads them, and a token that was altered is not noticed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import xxhash
 
 from distattn.ir.errors import DamagedDataError
 
-# large enough that digests cost little of reading, small enough that little is read that nobody asked for: benchmarks/LOG.md
+# large enough that checking digests adds little to the time of reading, and small enough that few bytes are read that were not
+# asked for: benchmarks/LOG.md
 BLOCK_BYTES = 1 << 14
 _MAGIC = b"dattnxh3"
 _HEADER = struct.Struct("<8s5Q")
@@ -41,7 +42,10 @@ class BlockDigests:
 
     @classmethod
     def open(cls, prefix: str, bin_bytes: int, idx_bytes: int) -> BlockDigests | None:
-        """Open PREFIX.xxh3 in O(1); None where there is none. Raises DamagedDataError where it is not of files of these sizes."""
+        """Open PREFIX.xxh3 in O(1).
+
+        Return None if it does not exist. Raise DamagedDataError if it is not of files of these sizes.
+        """
         file = f"{prefix}.xxh3"
         if not os.path.lexists(file):
             return None
@@ -49,17 +53,20 @@ class BlockDigests:
             head = opened.read(_TABLES_OFFSET)
             size = os.fstat(opened.fileno()).st_size
             if len(head) < _TABLES_OFFSET or not head.startswith(_MAGIC):
-                raise DamagedDataError(f"{file}: byte 0: no digests of blocks; remove it, or write {prefix}.bin again.")
+                raise DamagedDataError(f"{file}: byte 0: has no block digests; remove it, or write {prefix}.bin again.")
             if head[_HEADER.size :] != _CHECKSUM.pack(xxhash.xxh3_64_intdigest(head[: _HEADER.size])):
                 raise DamagedDataError(f"{file}: byte 0: the header was altered; write {prefix}.bin again.")
             _, block, bin_size, idx_size, bin_root, idx_root = _HEADER.unpack(head[: _HEADER.size])
             if block != BLOCK_BYTES:
                 raise DamagedDataError(f"{file}: byte 8: blocks of {block} bytes; this version has {BLOCK_BYTES}.")
-            for name, was, now in ((f"{prefix}.bin", bin_size, bin_bytes), (f"{prefix}.idx", idx_size, idx_bytes)):
-                if was != now:
+            for name, expected, actual in (
+                (f"{prefix}.bin", bin_size, bin_bytes),
+                (f"{prefix}.idx", idx_size, idx_bytes),
+            ):
+                if expected != actual:
                     raise DamagedDataError(
-                        f"{name}: byte {min(was, now):,}: has {now:,} bytes, but {was:,} when {file} was written: one was "
-                        "cut, or they do not belong together."
+                        f"{name}: byte {min(expected, actual):,}: has {actual:,} bytes, but had {expected:,} when {file} was "
+                        "written: one of them was cut, or they do not belong together."
                     )
             bin_blocks, idx_blocks = -(-bin_bytes // block), -(-idx_bytes // block)
             if size != _TABLES_OFFSET + 8 * (bin_blocks + idx_blocks):
@@ -69,7 +76,7 @@ class BlockDigests:
         return cls(file, tables, bin_blocks, (bin_root, idx_root))
 
     def check(self, kind: str, prefix: str, first: int, content: memoryview) -> None:
-        """Check blocks of a file, from block number `first` on, against their digests. content: whole blocks, or up to the end.
+        """Compare blocks of a file, from block number `first` on, with their digests. content: whole blocks, or up to the end.
 
         kind: "bin" or "idx". Raises DamagedDataError naming the file and the bytes of the first block that differs.
         """
@@ -87,14 +94,17 @@ class BlockDigests:
                 )
 
     def check_roots(self) -> None:
-        """Check both tables, whole, against their roots. Raises DamagedDataError."""
+        """Compare both whole tables with their roots. Raise DamagedDataError if one differs."""
         for table, root in ((self.bin_table, self.bin_root), (self.idx_table, self.idx_root)):
             if self._digest(table.data) != root:
                 raise DamagedDataError(f"{self.file}: a table of digests was altered; write the file again.")
 
 
 class CheckedBlocks:
-    """Which blocks of a file were compared with their digests, a bit each: 8 MB for a terabyte, and only where it is touched."""
+    """The set of blocks of a file that were compared with their digests.
+
+    It has one bit for each block: 8 MB for a terabyte, of which only the pages that are written to take memory.
+    """
 
     def __init__(self, file_bytes: int) -> None:
         blocks = -(-file_bytes // BLOCK_BYTES)
@@ -104,17 +114,17 @@ class CheckedBlocks:
         return bool(self._bits[block >> 3] >> (block & 7) & 1)
 
     def first_missing(self, first: int, last: int) -> int:
-        """The first of the blocks [first, last) that is not among them; `last` if all are."""
+        """Return the first of the blocks [first, last) that is not in the set, or `last` if all are."""
         return next((block for block in range(first, last) if block not in self), last)
 
     def add(self, first: int, last: int) -> None:
-        """Note blocks [first, last). Where two threads do it at once one may be forgotten, and is compared again."""
+        """Add blocks [first, last). If two threads add at once, one block may be lost, and is then compared again."""
         for block in range(first, last):
             self._bits[block >> 3] |= 1 << (block & 7)
 
 
 class BlockDigestsWriter:
-    """Writes the side file into an open file while the files it describes are written: first all of .bin, then all of .idx."""
+    """A writer of the side file, used while the files it describes are written: first all of .bin, then all of .idx."""
 
     def __init__(self, file: IO[bytes]):
         self._file = file
@@ -137,13 +147,13 @@ class BlockDigestsWriter:
             at += len(part)
 
     def end_bin(self) -> None:
-        """All bytes of .bin were given; those of .idx follow."""
+        """End the table of .bin. The bytes of .idx follow."""
         self._end_block()
         self._sizes.append(0)
         self._roots.append(self._new_hash())
 
     def finish(self) -> None:
-        """All bytes of .idx were given, too: write the header."""
+        """End the table of .idx, and write the header."""
         self._end_block()
         header = _HEADER.pack(_MAGIC, BLOCK_BYTES, *self._sizes, *(root.intdigest() for root in self._roots))
         self._file.seek(0)
@@ -159,7 +169,7 @@ class BlockDigestsWriter:
 
 
 def root_digest(file: str) -> int:
-    """The root digest of a file's blocks, as the side file has it, by reading the whole file."""
+    """Return the root digest of a file's blocks, as the side file has it. Read the whole file."""
     digest, root = xxhash.xxh3_64_digest, xxhash.xxh3_64()
     with open(file, "rb") as opened:
         while part := opened.read(_PART_BYTES):
@@ -171,5 +181,5 @@ def root_digest(file: str) -> int:
 
 
 def combined_digest(*facts: object) -> str:
-    """A digest of facts (numbers, words, lists of them) as 32 hexadecimal digits: xxh3-128 of their JSON."""
+    """Return a digest of facts (numbers, strings, lists of them) as 32 hexadecimal digits: xxh3-128 of their JSON."""
     return str(xxhash.xxh3_128_hexdigest(json.dumps(facts, separators=(",", ":")).encode()))

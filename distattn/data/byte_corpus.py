@@ -10,7 +10,10 @@ from distattn.data.text import TextCorpus, check_text, read_tokens
 
 
 def byte_corpus(text: TextCorpus, prefix: str, name: str = "text") -> Corpus:
-    """Write the documents of text files into PREFIX.bin and PREFIX.idx, and open them. Raises DamagedDataError for no text."""
+    """Write the documents of text files into PREFIX.bin and PREFIX.idx, and open them.
+
+    Raise DamagedDataError if a file is not text.
+    """
     check_text(text)
     with IndexedFileWriter(prefix, np.uint8) as writer:
         for document in text.documents:

@@ -1,4 +1,4 @@
-"""A corpus: the documents of several indexed files as one list, in the order in which the files are named."""
+"""A corpus: the documents of several indexed files as one list, in the order in which the files are given."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ _MOST_TOKENS = np.iinfo(np.int32).max
 
 
 class Corpus:
-    """Several indexed files, opened in O(1). name: in a blend and in messages. documents, tokens: of all files together."""
+    """Several indexed files, opened in O(1).
+
+    name: used in a blend and in messages. documents, tokens: of all files together.
+    """
 
     def __init__(self, name: str, files: Sequence[IndexedFile]):
         self.name, self.files = name, list(files)
@@ -29,19 +32,19 @@ class Corpus:
 
     @classmethod
     def open(cls, name: str, paths: Sequence[str], check_tokens: bool = True) -> Corpus:
-        """Open the files of these prefixes, as `IndexedFile.open` does. Raises DistattnError where there is no token, too."""
+        """Open the files of these prefixes, as `IndexedFile.open` does. Raise DistattnError also if there are no tokens."""
         corpus = cls(name, [IndexedFile.open(path, check_tokens) for path in paths])
         if not corpus.tokens:
-            given = ", ".join(paths) or "no files"
-            raise DistattnError(f"corpus {name!r}: no tokens in {given}; name indexed files that have some.")
+            files = ", ".join(paths) or "no files"
+            raise DistattnError(f"corpus {name!r}: no tokens in {files}; name indexed files that have some.")
         return corpus
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each document, int32 (documents,). Reads and checks the index of every file.
 
-        Memory-mapped where there is one file, and each of its documents is one sequence. Raises DamagedDataError where an index
-        is wrong, DistattnError for a document of more than 2,147,483,647 tokens.
+        The array is memory-mapped if there is one file and each of its documents is one sequence. Raises DamagedDataError if an
+        index is wrong, and DistattnError for a document of more than 2,147,483,647 tokens.
         """
         for file in self.files:
             file.check_index()
@@ -64,13 +67,13 @@ class Corpus:
     def digest(self) -> str:
         """A digest of the dtypes, sizes and indices of all files in their order; names and folders do not count.
 
-        With side files it is O(1), and the tokens count, too; without them the indices are read, and of the tokens only the
-        sizes are known. So it changes when a side file is removed.
+        With side files it is O(1), and covers the tokens, too. Without them the indices are read, and only the sizes of the
+        tokens are covered. So the digest changes when a side file is removed.
         """
         return self._digest(True)
 
     def has_digest(self, digest: str) -> bool:
-        """Whether these are the files of a digest, or those that had it before side files were written for all of them."""
+        """Return whether `digest` is that of these files, or was theirs before all of them had side files."""
         return digest in (self.digest, self._digest(False))
 
     def _digest(self, of_tokens: bool) -> str:
@@ -88,9 +91,9 @@ class Corpus:
 
     @cached_property
     def masks(self) -> LabelMasks | None:
-        """What lies beside the files and says which tokens are labels, found at first use; None where there is nothing.
+        """The files beside the corpus that say which tokens are labels, looked up at first use; None if there are no such files.
 
-        Raises what `LabelMasks.open` raises.
+        Raises the errors of `LabelMasks.open`.
         """
         return LabelMasks.open(self)
 
@@ -100,20 +103,23 @@ class Corpus:
         return file.read(number, start, count, vocabulary)
 
     def lengths_of(self, documents: np.ndarray) -> np.ndarray:
-        """Tokens of some documents by their numbers, int64 (n,) both, as `IndexedFile.lengths_of`: no index is read whole."""
+        """Return the tokens of documents, given by number; both int64 (n,).
+
+        Like `IndexedFile.lengths_of`, it reads no index whole.
+        """
         if len(self.files) == 1:
             return self.files[0].lengths_of(documents)
         file_of = np.searchsorted(self._first, documents, "right") - 1
         lengths = np.empty(len(documents), np.int64)
         for number in np.unique(file_of).tolist():
-            mine = file_of == number
-            lengths[mine] = self.files[number].lengths_of(documents[mine] - self._first[number])
+            in_file = file_of == number
+            lengths[in_file] = self.files[number].lengths_of(documents[in_file] - self._first[number])
         return lengths
 
     def file_of(self, document: int) -> tuple[IndexedFile, int]:
-        """The file that has a document, and the document's number in it. Raises DistattnError where no file has it."""
+        """Return the file that has a document, and the document's number in it. Raise DistattnError if no file has it."""
         if not 0 <= document < self.documents:
             raise DistattnError(f"corpus {self.name!r}: there is no document {document}; it has {self.documents:,}.")
-        # the last file that begins at or before it: files without documents begin where the next one does
+        # the last file that begins at or before the document: files without documents begin where the next file does
         at = bisect_right(self._first, document) - 1
         return self.files[at], document - self._first[at]

@@ -14,34 +14,37 @@ from distattn.ir.errors import DistattnError
 
 
 class CorpusSpans(NamedTuple):
-    """Spans of a corpus's documents. corpus: its name. of: the spans (begin, end) of a document in their order, int64 (S, 2)."""
+    """Spans of a corpus's documents.
+
+    corpus: its name. of: returns the spans (begin, end) of a document in order, int64 (S, 2).
+    """
 
     corpus: str
     of: Callable[[int], np.ndarray]
 
 
 def cut_documents(rows: np.ndarray, tokens: int, spans: Mapping[int, CorpusSpans]) -> tuple[np.ndarray, np.ndarray]:
-    """Cut pieces that have more tokens than a pack. Returns (pieces (N,), the number of the row that each was (N,)).
+    """Cut pieces that have more tokens than a pack. Return (pieces (N,), the number of the row that each came from (N,)).
 
-    rows: PIECE of `distattn.data.pack_windows`, (D,). spans: by the number of the corpus, where it has any. A piece has as many
-    tokens as fit, and the last what is left; where it would end inside a span, it ends before the span. Raises DistattnError
-    for a span that does not fit into a pack.
+    rows: PIECE of `distattn.data.pack_windows`, (D,). spans: of the corpora that have spans, by number. A piece has as many
+    tokens as fit, and the last piece has the rest; a piece that would end inside a span ends before the span. Raises
+    DistattnError for a span that does not fit into a pack.
     """
     lengths = rows["length"].astype(np.int64)
     pieces = -(-lengths // tokens)
     long = np.flatnonzero(pieces > 1)
     if not len(long):
         return rows, np.arange(len(rows))
-    # where pieces of a row begin, counted from its own begin
+    # where the pieces of a row begin, counted from the row's begin
     begins = {row: _begins(rows[row], tokens, spans[rows["corpus"][row]]) for row in _with_spans(rows, long, spans)}
-    for row, found in begins.items():
-        pieces[row] = len(found)
+    for row, row_begins in begins.items():
+        pieces[row] = len(row_begins)
     source = np.repeat(np.arange(len(rows)), pieces)
     first = np.cumsum(pieces) - pieces
     begin = (np.arange(len(source)) - first[source]) * tokens
-    for row, found in begins.items():
-        begin[first[row] : first[row] + len(found)] = found
-    # each ends where the next of the same row begins
+    for row, row_begins in begins.items():
+        begin[first[row] : first[row] + len(row_begins)] = row_begins
+    # each piece ends where the next one of the same row begins
     is_last = np.append(source[1:] != source[:-1], True)
     end = np.where(is_last, lengths[source], np.append(begin[1:], 0))
     out = rows.take(source)
@@ -52,13 +55,13 @@ def cut_documents(rows: np.ndarray, tokens: int, spans: Mapping[int, CorpusSpans
 
 
 def _with_spans(rows: np.ndarray, long: np.ndarray, spans: Mapping[int, CorpusSpans]) -> list[int]:
-    """Those of the long rows whose corpora have spans."""
-    found: list[int] = long[np.isin(rows["corpus"][long], list(spans))].tolist() if spans else []
-    return found
+    """Return the long rows whose corpora have spans."""
+    rows_with_spans: list[int] = long[np.isin(rows["corpus"][long], list(spans))].tolist() if spans else []
+    return rows_with_spans
 
 
 def _begins(row: np.void, tokens: int, spans: CorpusSpans) -> list[int]:
-    """Where the pieces of a row begin, from 0 at its own begin."""
+    """Return where the pieces of a row begin, counted from the row's begin."""
     start, length, document = int(row["start"]), int(row["length"]), int(row["document"])
     limits = spans.of(document) - start
     begins = [0]

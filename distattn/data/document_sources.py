@@ -1,7 +1,7 @@
-"""Files that hold documents: text, JSON lines (also compressed), Parquet; and how they are cut into shards.
+"""Files that hold documents (text, JSON lines, also compressed, and Parquet), and how they are cut into shards.
 
-A shard is what one process tokenizes at a time. How files are cut depends on nothing but the files, so that shards that are done
-need not be done again, whatever the number of processes.
+A shard is the work that one process tokenizes at a time. The cuts depend on the files only, so shards that are done need not be
+done again, whatever the number of processes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from distattn.data.extra_packages import import_extra
 from distattn.data.text import find_files
 from distattn.ir.errors import DamagedDataError, DistattnError
 
-# bytes of text in a shard: of small corpora less, so that all cores have work, but so many that writing them safely costs little
+# bytes of text in a shard: small corpora have smaller shards so that all cores have work, but a shard must be large enough that
+# writing it safely costs little
 _LARGEST_SHARD, _SMALLEST_SHARD = 1 << 26, 1 << 22
-# about how many bytes of text one stored byte is
+# about how many bytes of text one stored byte expands to
 _COMPRESSION = {"gzip": 4, "zstd": 4, "parquet": 3, "lines": 1, "text": 1}
-# the kind of each file, by how its name ends
+# the kind of a file by the end of its name
 SUFFIXES = {".parquet": "parquet", ".txt": "text", ".text": "text", ".md": "text", ".rst": "text"}
 for _lines in (".jsonl", ".ndjson", ".json"):
     SUFFIXES |= {_lines: "lines", f"{_lines}.gz": "gzip", f"{_lines}.zst": "zstd"}
@@ -35,7 +36,7 @@ class Source(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A part of a source. source: its number. start, stop: bytes, or row groups of Parquet. bytes: how many are stored."""
+    """A part of a source. source: its number. start, stop: bytes, or row groups of Parquet. bytes: its stored size."""
 
     source: int
     start: int
@@ -44,10 +45,10 @@ class Piece(NamedTuple):
 
 
 def find_sources(paths: Sequence[str], suffix: str = "", exclude: Sequence[str] = ()) -> list[Source]:
-    """The files of folders, files and globs, in the order of `paths` and by name in each.
+    """Return the files of folders, files and globs, in the order of `paths` and by name within each.
 
-    suffix: only files whose names end so; where the suffix is not known, they are text. Raises DistattnError for files of unknown
-    kinds, and for those named twice.
+    suffix: take only files whose names end in it; files with an unknown suffix are then read as text. Raises DistattnError for
+    files of unknown kinds, and for files that are named twice.
     """
     sources: list[Source] = []
     named: dict[str, str] = {}
@@ -57,15 +58,15 @@ def find_sources(paths: Sequence[str], suffix: str = "", exclude: Sequence[str] 
             if real in named:
                 raise DistattnError(f"{file} is {named[real]} again; its documents would be in the data twice.")
             named[real] = file
-            found = os.stat(file)
-            if not stat.S_ISREG(found.st_mode):
-                raise DistattnError(f"{file}: no regular file; leave it out with --exclude.")
-            sources.append(Source(file, _kind(file, suffix), found.st_size, found.st_mtime_ns))
+            status = os.stat(file)
+            if not stat.S_ISREG(status.st_mode):
+                raise DistattnError(f"{file}: not a regular file; leave it out with --exclude.")
+            sources.append(Source(file, _kind(file, suffix), status.st_size, status.st_mtime_ns))
     return sources
 
 
 def cut_shards(sources: Sequence[Source]) -> list[list[Piece]]:
-    """Cut sources into shards, in order, of 4 to 64 MiB of text each. Of Parquet files the footers are read."""
+    """Cut sources, in order, into shards of 4 to 64 MiB of text each. Only the footers of Parquet files are read."""
     shards: list[list[Piece]] = []
     size, room = _shard_bytes(sources), 0
     for number, source in enumerate(sources):
@@ -74,29 +75,29 @@ def cut_shards(sources: Sequence[Source]) -> list[list[Piece]]:
                 shards.append([])
                 room = size
             shards[-1].append(piece)
-            # a file of its own costs something, however small it is
+            # opening a file takes time, however small it is
             room -= max(piece.bytes * _COMPRESSION[source.kind], 1024)
     return shards
 
 
 def open_parquet(file: str) -> Any:
-    """Open a Parquet file. Raises DamagedDataError where it is none."""
+    """Open a Parquet file. Raise DamagedDataError if it is not one."""
     arrow = import_extra("pyarrow", f"reading {file}")
     parquet = import_extra("pyarrow.parquet", f"reading {file}")
     try:
         return parquet.ParquetFile(file)
     except (arrow.ArrowException, OSError) as error:
-        raise DamagedDataError(f"{file}: no Parquet file, or damaged: {first_line(error)}.") from None
+        raise DamagedDataError(f"{file}: not a Parquet file, or damaged: {first_line(error)}.") from None
 
 
 def _shard_bytes(sources: Sequence[Source]) -> int:
-    """A power of two, so that hardly ever a file that is added or mended changes how all others are cut."""
+    """Return the bytes of a shard, a power of two: a file that is added or changed rarely changes how the others are cut."""
     text = sum(source.bytes * _COMPRESSION[source.kind] for source in sources)
     return max(_SMALLEST_SHARD, min(_LARGEST_SHARD, 1 << text.bit_length() >> 6))
 
 
 def _pieces(number: int, source: Source, shard_bytes: int) -> Iterator[Piece]:
-    """A source in parts of about so many bytes of text, where it can be cut."""
+    """Yield a source in pieces of about this many bytes of text, as far as it can be cut."""
     if source.kind == "parquet":
         metadata = open_parquet(source.file).metadata
         start = size = 0
@@ -116,15 +117,15 @@ def _pieces(number: int, source: Source, shard_bytes: int) -> Iterator[Piece]:
 
 def _kind(file: str, suffix: str) -> str:
     name = os.path.basename(file).lower()
-    for known, kind in SUFFIXES.items():
-        if name.endswith(known):
+    for known_suffix, kind in SUFFIXES.items():
+        if name.endswith(known_suffix):
             return kind
     if suffix:
         return "text"
     ending = os.path.splitext(name)[1] or name
     raise DistattnError(
-        f"{file}: unknown suffix {ending!r}; known are {', '.join(sorted(SUFFIXES))}. With --suffix {ending} files that end so "
-        "are read as text; --exclude leaves files out."
+        f"{file}: unknown suffix {ending!r}; known are {', '.join(sorted(SUFFIXES))}. With --suffix {ending} such files are "
+        "read as text; --exclude leaves files out."
     )
 
 

@@ -9,7 +9,7 @@ from distattn.ir.errors import DistattnError
 
 
 def import_extra(package: str, purpose: str) -> Any:
-    """Import a package of the extra `data`. `purpose` begins the sentence of the DistattnError where it is missing."""
+    """Import a package of the extra `data`. Raise a DistattnError whose sentence begins with `purpose` if it is not installed."""
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:

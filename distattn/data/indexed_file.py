@@ -1,7 +1,8 @@
-"""Megatron's indexed format: PREFIX.bin has the tokens of all documents, PREFIX.idx says where each of them lies.
+"""Megatron's indexed format: PREFIX.bin has the tokens of all documents, PREFIX.idx says where each document lies.
 
-`distattn/data/indexed_format.py` has the layout of the index. A document is a range of sequences; most have one. What we write
-has the digests of all blocks beside it (`distattn/data/block_digests.py`); what others wrote is read without.
+`distattn/data/indexed_format.py` describes the layout of the index. A document is a range of sequences; most have one. Files
+that distattn writes have the digests of all blocks in a side file (`distattn/data/block_digests.py`); files of other programs are
+read without digests.
 """
 
 from __future__ import annotations
@@ -19,32 +20,32 @@ from distattn.ir.cached import cached_property
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.supervision.heartbeats import doing
 
-# documents are looked at in parts of so many, and bytes copied in parts of this size
+# documents are checked, and bytes are copied, in parts of these sizes
 _PART_DOCUMENTS = 1 << 20
 _PART_BYTES = 1 << 23
-# in the order in which they get their names
+# in the order in which the files get their names
 _SUFFIXES = (".bin", ".xxh3", ".idx")
 _NAMES = [dtype.name for dtype in DTYPES.values()]
 
 
 class IndexedFile:
-    """An indexed file, opened for reading in O(1): the index is memory-mapped, tokens are read where they are asked for.
+    """An indexed file, opened for reading in O(1): the index is memory-mapped, and tokens are read when they are asked for.
 
     prefix: names PREFIX.bin and PREFIX.idx. dtype: of a token as stored. documents, sequences, tokens: how many there are.
     sequence_lengths: tokens of each sequence, int32 (S,). pointers: first byte of each in PREFIX.bin, int64 (S,).
     document_ends: limits of the documents in sequences, int64 (D + 1,), from 0 to S; document d has sequences
-    document_ends[d] to document_ends[d + 1]. modes: int8 (S,), or None. digests: of PREFIX.xxh3, or None where there is none.
+    document_ends[d] to document_ends[d + 1]. modes: int8 (S,), or None. digests: of PREFIX.xxh3, or None if it does not exist.
     check_tokens: whether tokens are compared with their digests.
 
-    What is read is checked at that moment: the document's entries against each other, and each block with a digest against it
-    when it is first read; from then on only the bytes that are asked for are read of it. So a bit that flips on the disk after
-    that is noticed by the next process that opens the file, and not by this one, which mostly has the right bytes of the page
-    cache, and where they were dropped meanwhile the wrong ones of the disk. Tokens are read by `pread`, which unlike a mapping
-    survives that somebody shortens the file meanwhile.
+    Data is checked when it is read: the entries of a document are compared with each other, and a block that has a digest is
+    compared with it when it is first read. After that, only the bytes that are asked for are read from the block. So a bit that
+    flips on the disk later is noticed by the next process that opens the file, not by this one: this process usually gets the
+    right bytes from the page cache, but wrong ones from the disk if the cache dropped them. Tokens are read by `pread`, because a
+    process survives it, unlike a mapping, when the file is made shorter meanwhile.
     """
 
     def __init__(self, prefix: str, index: np.ndarray, bin_file: int, check_tokens: bool):
-        # closed when the object goes, even if it is never finished
+        # `__del__` closes it, even if this method fails
         self._bin_file = bin_file
         bin_bytes = os.fstat(bin_file).st_size
         _, _, code, sequences, limits = HEADER.unpack(index[: HEADER.size].tobytes())
@@ -64,12 +65,12 @@ class IndexedFile:
 
     @classmethod
     def open(cls, prefix: str, check_tokens: bool = True) -> IndexedFile:
-        """Open PREFIX.bin and PREFIX.idx; PREFIX may end in either suffix.
+        """Open PREFIX.bin and PREFIX.idx; the argument may end in either suffix.
 
-        check_tokens: compare what is read of PREFIX.bin with its digests, where there are digests; without, reading takes about
-        two thirds of the time (benchmarks/indexed_reading.py), and a token that was altered is found by `distattn data verify`
-        only.
-        Raises DistattnError where a file is missing, and DamagedDataError where headers, sizes and limits do not fit.
+        check_tokens: compare what is read from PREFIX.bin with its digests, if there are digests. Without the check reading takes
+        about two thirds of the time (benchmarks/indexed_reading.py), and only `distattn data verify` finds a token that was
+        altered. Raises DistattnError if a file is missing, and DamagedDataError if headers, sizes and limits do not fit each
+        other.
         """
         prefix = prefix.removesuffix(".idx").removesuffix(".bin")
         index = map_index(f"{prefix}.idx")
@@ -99,14 +100,14 @@ class IndexedFile:
 
     @cached_property
     def index_digest(self) -> int:
-        """The root digest of the index: from the side file, else by reading the index."""
+        """The root digest of the index, from the side file if there is one, and otherwise by reading the index."""
         return self.digests.idx_root if self.digests else root_digest(f"{self.prefix}.idx")
 
     def read(self, document: int, start: int, count: int, vocabulary: int | None = None) -> np.ndarray:
         """Read tokens [start, start + count) of a document, (count,) of the stored dtype; only these are copied.
 
-        vocabulary: ids must be at least 0 and below it; not looked at by default. Raises DistattnError where the document has no
-        such tokens, DamagedDataError naming file and byte where the file is damaged or an id is not in the vocabulary.
+        vocabulary: ids must be at least 0 and below it; they are not checked by default. Raises DistattnError if the document has
+        no such tokens, and DamagedDataError naming file and byte if the file is damaged or an id is not in the vocabulary.
         """
         first, length = self._located(document)
         if start < 0 or count < 0 or start + count > length:
@@ -120,13 +121,14 @@ class IndexedFile:
         return tokens
 
     def first_byte(self, document: int) -> int:
-        """Where a document begins in PREFIX.bin. Raises what `read` raises."""
+        """Return where a document begins in PREFIX.bin. Raise the errors of `read`."""
         return self._located(document)[0]
 
     def lengths_of(self, documents: np.ndarray) -> np.ndarray:
-        """Tokens of some documents by their numbers, int64 (n,) both. Only their entries of the index are read and checked.
+        """Return the tokens of documents, given by number; both int64 (n,).
 
-        Raises DistattnError where there is no such document, DamagedDataError where an entry is wrong.
+        Only their entries of the index are read and checked. Raises DistattnError if there is no such document, and
+        DamagedDataError if an entry is wrong.
         """
         outside = (documents < 0) | (documents >= self.documents)
         if outside.any():
@@ -154,7 +156,7 @@ class IndexedFile:
             yield tokens
 
     def iterate_lengths(self) -> Iterator[np.ndarray]:
-        """The tokens of each document in order, in int64 arrays of about a million. `check_index` comes before."""
+        """Yield the tokens of each document in order, in int64 arrays of about a million. Call `check_index` first."""
         for start in range(0, self.documents, _PART_DOCUMENTS):
             ends = self.document_ends[start : start + _PART_DOCUMENTS + 1]
             first, last = int(ends[0]), int(ends[-1])
@@ -163,7 +165,7 @@ class IndexedFile:
             yield np.diff(total[ends - first])
 
     def check_index(self) -> None:
-        """Check every entry of the index. Raises DamagedDataError naming the first byte of the first one that is wrong."""
+        """Check every entry of the index. Raise DamagedDataError naming the first byte of the first wrong entry."""
         for offset in range(0, len(self._index), _PART_BYTES):
             self._check_index_bytes(offset, min(_PART_BYTES, len(self._index) - offset))
         for start in range(0, self.sequences, _PART_DOCUMENTS):
@@ -183,7 +185,7 @@ class IndexedFile:
         return all((part == np.arange(start, start + len(part))).all() for start, part in zip(parts, ends, strict=True))
 
     def _check_limits(self) -> None:
-        """Check the first and the last entry of each section, which the sizes of both files are known from."""
+        """Check the first and the last entry of each section, from which the sizes of both files follow."""
         limits, sequences = self.document_ends, self.sequences
         self._check_index_bytes(0, HEADER.size)
         if limits[0] != 0:
@@ -196,13 +198,13 @@ class IndexedFile:
             raise DamagedDataError(f"{self.prefix}.bin: has {self.bin_bytes:,} bytes, but its index no sequence.")
 
     def _located(self, document: int) -> tuple[int, int]:
-        """(First byte in PREFIX.bin, tokens) of a document, if there is one."""
+        """Return (first byte in PREFIX.bin, tokens) of a document. Raise DistattnError if it does not exist."""
         if not 0 <= document < self.documents:
             raise DistattnError(f"{self.prefix}.idx: there is no document {document}; it has {self.documents:,}.")
         return self._locate(document)
 
     def _locate(self, document: int) -> tuple[int, int]:
-        """(First byte in PREFIX.bin, tokens) of a document, checked."""
+        """Return (first byte in PREFIX.bin, tokens) of a document, checked."""
         lengths, pointers, ends = self._offsets[:3]
         self._check_index_bytes(ends + 8 * document, 16)
         first, last = self.document_ends.item(document), self.document_ends.item(document + 1)
@@ -222,7 +224,7 @@ class IndexedFile:
         return pointer, length
 
     def _check_sequences(self, first: int, last: int) -> None:
-        """Check that lengths and pointers of sequences [first, last) follow from each other, and lie in PREFIX.bin."""
+        """Check that lengths and pointers of sequences [first, last) agree with each other, and lie in PREFIX.bin."""
         lengths = self.sequence_lengths[first:last]
         pointers = self.pointers[first : last + 1]
         if last == self.sequences:
@@ -242,13 +244,13 @@ class IndexedFile:
             )
 
     def _check_entries(self, offsets: np.ndarray, size: int) -> None:
-        """Compare the blocks of these entries of the index (so many bytes from each offset on), as `_check_index_bytes` does."""
+        """Compare the blocks of entries of the index, `size` bytes from each offset on, with their digests at first touch."""
         if self.digests is not None:
             for block in np.unique(np.stack([offsets, offsets + size - 1]) // BLOCK_BYTES).tolist():
                 self._check_index_bytes(block * BLOCK_BYTES, 1)
 
     def _check_index_bytes(self, offset: int, size: int) -> None:
-        """Compare blocks of the index with their digests at first touch, where there are digests."""
+        """Compare blocks of the index with their digests at first touch, if there are digests."""
         if self.digests is None or not size:
             return
         first, last = offset // BLOCK_BYTES, -(-(offset + size) // BLOCK_BYTES)
@@ -259,14 +261,17 @@ class IndexedFile:
         self._checked_index.add(first, last)
 
     def _read_bytes(self, offset: int, size: int) -> np.ndarray:
-        """Bytes [offset, offset + size) of PREFIX.bin, uint8 (size,); blocks with digests are read whole, and checked, once."""
+        """Read bytes [offset, offset + size) of PREFIX.bin, uint8 (size,).
+
+        A block with a digest is read whole, and checked, the first time.
+        """
         if self.digests is None or not self.check_tokens or not size:
             return self._pread(offset, size)
         first, last = offset // BLOCK_BYTES, -(-(offset + size) // BLOCK_BYTES)
         missing = self._checked_bin.first_missing(first, last)
         if missing == last:
             return self._pread(offset, size)
-        # from the first block that is to be checked to the last one; of those around it what is asked for
+        # read whole blocks from the first to the last that must be checked, and before and after them only the requested bytes
         while last - 1 in self._checked_bin:
             last -= 1
         checked_begin, checked_end = missing * BLOCK_BYTES, min(last * BLOCK_BYTES, self.bin_bytes)
@@ -300,7 +305,7 @@ class IndexedFile:
         return content
 
     def _check_ids(self, tokens: np.ndarray, offset: int, vocabulary: int) -> None:
-        # a not-a-number is neither: so it is not asked whether one is outside
+        # the test is positive because all comparisons with NaN are false
         if tokens.min() >= 0 and tokens.max() < vocabulary:
             return
         at = int(np.argmin((tokens >= 0) & (tokens < vocabulary)))
@@ -309,33 +314,33 @@ class IndexedFile:
             "the size of the vocabulary; the file was altered, or made with another tokenizer."
         )
 
-    def _refuse(self, section: int, entry: int, what: str) -> None:
+    def _refuse(self, section: int, entry: int, problem: str) -> None:
         """Raise DamagedDataError for an entry of a section (0 lengths, 1 pointers, 2 limits of documents)."""
         offset = self._offsets[section] + entry * (4, 8, 8)[section]
         raise DamagedDataError(
-            f"{self.prefix}.idx: byte {offset:,}: {what}; take the file from a copy, or write it again."
+            f"{self.prefix}.idx: byte {offset:,}: {problem}; take the file from a copy, or write it again."
         )
 
 
 class IndexedFileWriter:
-    """Writes an indexed file with one sequence per document, and its digests. Use as a context.
+    """A writer of an indexed file with one sequence per document, and of its digests. Use it as a context manager.
 
     prefix: of the files; none of them may exist. dtype: of a token as stored, one of the format's eight. The files are written
-    under other names (.tmp), synchronised and renamed when the context ends well; nothing is left of them when it does not.
-    Needs little memory, whatever the number of documents. Raises DistattnError for tokens that the dtype does not hold, and
-    where a file cannot be written.
+    under other names (.tmp). They are synchronised and renamed if the context ends without an error, and removed otherwise.
+    Memory use is small, whatever the number of documents. Raises DistattnError for tokens that the dtype does not hold, and if a
+    file cannot be written.
     """
 
     def __init__(self, prefix: str, dtype: np.typing.DTypeLike):
         self.prefix, self.dtype = prefix, np.dtype(dtype).newbyteorder("<")
         self.documents = self.tokens = 0
-        codes = [code for code, known in DTYPES.items() if known == self.dtype]
+        codes = [code for code, dtype_of_code in DTYPES.items() if dtype_of_code == self.dtype]
         if not codes:
             raise DistattnError(f"{prefix}: the indexed format has no {self.dtype}; it has {', '.join(_NAMES)}.")
         self._code = codes[0]
         for name in _SUFFIXES:
             if os.path.lexists(prefix + name):
-                raise DistattnError(f"{prefix}{name}: is there already; remove it, or choose another name.")
+                raise DistattnError(f"{prefix}{name}: exists already; remove it, or choose another name.")
 
     def __enter__(self) -> IndexedFileWriter:
         with self._writing():
@@ -361,7 +366,7 @@ class IndexedFileWriter:
         self.add_many(tokens, [len(tokens)])
 
     def add_many(self, tokens: np.typing.ArrayLike, lengths: np.typing.ArrayLike) -> None:
-        """Add documents of so many tokens each, (k,); `tokens` holds them one after the other, (sum of lengths,)."""
+        """Add documents of these lengths, (k,); `tokens` holds them one after the other, (sum of lengths,)."""
         tokens, lengths = np.asarray(tokens), np.asarray(lengths, np.int64)
         if tokens.ndim != 1 or len(lengths) and lengths.min() < 0 or lengths.sum() != len(tokens):
             raise DistattnError(
@@ -385,7 +390,7 @@ class IndexedFileWriter:
         self.tokens += len(tokens)
 
     def append(self, file: IndexedFile) -> None:
-        """Add all documents of another indexed file of the same dtype. What has digests is checked while it is copied."""
+        """Add all documents of another indexed file of the same dtype. If it has digests, it is checked while it is copied."""
         if file.dtype != self.dtype:
             raise DistattnError(f"{file.prefix}: has {file.dtype.name} tokens, {self.prefix} has {self.dtype.name}.")
         file.check_index()
@@ -400,7 +405,7 @@ class IndexedFileWriter:
         self.tokens += file.tokens
 
     def _write_index(self) -> None:
-        """Write what follows the lengths, which are in the file already, then the header; digest all of it."""
+        """Write the sections after the lengths, which are in the file already, then the header. Digest all of it."""
         total = 0
         for start in range(0, self.documents, _PART_DOCUMENTS):
             self._idx.seek(HEADER.size + 4 * start)
@@ -421,7 +426,7 @@ class IndexedFileWriter:
         self._digests.finish()
 
     def _publish(self) -> None:
-        """Give the files their names, the index last: where it is, all are."""
+        """Give the files their names, the index last: if it is there, all are."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -439,7 +444,7 @@ class IndexedFileWriter:
 
     def _discard(self) -> None:
         for name, file in self._files.items():
-            # what is still buffered may not fit on the disk either
+            # closing may fail because the buffered bytes do not fit on the disk either
             with contextlib.suppress(OSError):
                 file.close()
             with contextlib.suppress(FileNotFoundError):
@@ -447,7 +452,7 @@ class IndexedFileWriter:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Remove all files where writing fails. Raises DistattnError where one of them cannot be written."""
+        """Remove all files if writing fails. Raise DistattnError if one of them cannot be written."""
         try:
             yield
         except BaseException as error:
@@ -460,7 +465,7 @@ class IndexedFileWriter:
 
 
 def synchronise_folder(path: str) -> None:
-    """Have the names in a file's folder survive a loss of power."""
+    """Write a file's folder to the disk, so that the names in it survive a loss of power."""
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     try:
         os.fsync(folder)

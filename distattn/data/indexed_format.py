@@ -1,6 +1,6 @@
-"""The layout of an index in Megatron's indexed format, and what is checked of it before anything is read.
+"""The layout of an index in Megatron's indexed format, and the checks before anything is read from it.
 
-The index, little endian: magic, version, code of the dtype, number S of sequences and D + 1 of document limits (34 bytes); then
+The index is little endian: magic, version, code of the dtype, number S of sequences and D + 1 of document limits (34 bytes); then
 the tokens of each sequence, int32 (S,); the byte of PREFIX.bin where each begins, int64 (S,); the first sequence of each document
 and S, int64 (D + 1,); and in files of several modalities the mode of each sequence, int8 (S,). Sequences follow one another
 without gaps. The format is megatron-core's (megatron/core/datasets/indexed_dataset.py).
@@ -27,7 +27,7 @@ DTYPES = {
 
 
 def section_offsets(sequences: int, limits: int) -> tuple[int, int, int, int, int]:
-    """Where lengths, pointers, limits and modes begin in an index, and where it ends if it has modes; in bytes."""
+    """Return the bytes where lengths, pointers, limits and modes begin in an index, and where it ends if it has modes."""
     pointers = HEADER.size + 4 * sequences
     ends = pointers + 8 * sequences
     modes = ends + 8 * limits
@@ -35,7 +35,7 @@ def section_offsets(sequences: int, limits: int) -> tuple[int, int, int, int, in
 
 
 def map_index(path: str) -> np.ndarray:
-    """Map an index into memory, uint8 (bytes,), after its header and size were checked."""
+    """Check the header and the size of an index, and map it into memory. Return uint8 (bytes,)."""
     try:
         with open(path, "rb") as file:
             head = file.read(HEADER.size)

@@ -1,7 +1,7 @@
 """The packs of a plan, step by step, dealt out to the data-parallel shares of a run. Its state is one integer, the next step.
 
-What a step has is the plan's, whatever the number of shares: the share, the number of shares and what is read ahead decide only
-who gets which packs, and when they are read.
+The contents of a step follow from the plan, whatever the number of shares. The share, the number of shares and the number of
+steps read ahead decide only which share gets which packs, and when they are read.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from distattn.ir.errors import DistattnError
 
 
 class PackLoader:
-    """Iterates over the steps of a plan, and yields this share's packs of each: a list of `PlannedBatch`, the micro-batches.
+    """An iterable over the steps of a plan that yields this share's packs of each: a list of `PlannedBatch`, the micro-batches.
 
     step: the next step to be yielded. A driver that takes steps ahead of training saves the number of steps that it has trained.
     end: the step before which the loader ends.
 
-    Packs are dealt out by `deal_packs`; those of a share keep the plan's order. Where the number of shares does not divide that
-    of the packs, shares have unequally many.
+    Packs are dealt out by `deal_packs`; the packs of a share keep the plan's order. If the number of packs is not a multiple of
+    the number of shares, some shares have more packs than others.
     """
 
     def __init__(
@@ -52,18 +52,19 @@ class PackLoader:
         pin_memory: bool = True,
         corpus_ids: bool = False,
     ) -> None:
-        """rank, size: the share and the number of shares. steps: how many to yield; by default all that the plan has.
+        """Open the plan, and check that its steps can be dealt out.
 
-        corpora: opened with `check_tokens=False`, their tokens are read without comparing them with digests.
-        ahead: steps whose records are read and checked before they are asked for. even: refuse steps whose packs cannot be dealt
-        out in equal numbers. drop_last: leave out the plan's last step where it is not full (`PackPlan.full_steps`), whatever the
-        number of shares. vocabulary: token ids are below it; looked at when tokens are read. device: of what ranks read;
-        pin_memory: whether through pinned memory, where CUDA is available. corpus_ids: ranks also read `corpus_ids` (1, T), the
-        number of each token's corpus in the plan's `sources`, -1 of padding.
+        rank, size: the share and the number of shares. steps: how many to yield; by default all steps of the plan. corpora: if
+        they were opened with `check_tokens=False`, tokens are read without comparing them with their digests. ahead: how many
+        steps ahead records are read and checked. even: refuse steps whose packs cannot be dealt out in equal numbers. drop_last:
+        leave out the plan's last step if it is not full (`PackPlan.full_steps`), whatever the number of shares. vocabulary: token
+        ids must be below it; they are checked when tokens are read. device: of the tensors that ranks read; pin_memory: whether
+        they pass through pinned memory, if CUDA is available. corpus_ids: ranks also read `corpus_ids` (1, T), the number of each
+        token's corpus in the plan's `sources`, and -1 for padding.
 
-        Raises DistattnError naming what cannot be: corpora or masks that the plan was not made of, steps that it does not have,
-        and more shares than a step has packs. Where a document kept whole takes the place of several packs, a step may turn out
-        to have too few packs only when it is read.
+        Raises DistattnError for corpora or masks that the plan was not made of, for steps that it does not have, and if there are
+        more shares than a step has packs. If a document that is kept whole takes the place of several packs, the loader may find
+        only when it reads a step that the step has too few packs.
         """
         self.plan = plan if isinstance(plan, PackPlan) else PackPlan.open(plan)
         self.rank, self.size, self.ahead, self.even = rank, size, ahead, even
@@ -94,14 +95,14 @@ class PackLoader:
         self._vocabulary, self._device, self._pins = vocabulary, device, pin_memory
         self._corpus_ids = corpus_ids
         self._thread = ReadingThread()
-        # of steps that were begun ahead
+        # records that are being read ahead, by step
         self._started: dict[int, Started[StepPacks]] = {}
-        # the same batch is yielded that was prepared, as long as somebody holds it
+        # the batch that was prepared is yielded again as long as there is a reference to it
         self._batches: weakref.WeakValueDictionary[tuple[int, int], PlannedBatch] = weakref.WeakValueDictionary()
         check_shares(self.plan, self.size, self.step, self.end, self.even)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Other processes open the plan and the files themselves, and go on from the same step."""
+        """Let other processes open the plan and the files themselves, and go on from the same step."""
         settings: dict[str, Any] = dict(
             start_step=self.step, steps=self.end - self.step, ahead=self.ahead, even=self.even
         )
@@ -110,54 +111,54 @@ class PackLoader:
         return partial(PackLoader, rank=self.rank, size=self.size, **settings), (self.plan, self._corpora)
 
     def __iter__(self) -> Iterator[list[PlannedBatch]]:
-        """Yield this share's batches from `step` on, and count `step` up before each is given out."""
+        """Yield this share's batches from `step` on. Increase `step` before each is yielded."""
         while self.step < self.end:
             batches = self.batches(self.step)
             self.step += 1
             yield batches
 
     def batches(self, step: int) -> list[PlannedBatch]:
-        """This share's batches of any step of the plan. As long as somebody holds a batch, iterating yields the same object.
+        """Return this share's batches of any step of the plan. While a batch is referenced, iterating yields the same object.
 
-        Raises DamagedDataError where the step's record is damaged, DistattnError where it cannot be dealt out.
+        Raises DamagedDataError if the step's record is damaged, and DistattnError if the step cannot be dealt out.
         """
         return self.shares(step)[self.rank]
 
     def shares(self, step: int) -> list[list[PlannedBatch]]:
-        """The batches of all shares of any step of the plan. Nothing of their tokens is read."""
+        """Return the batches of all shares of any step of the plan, without reading tokens."""
         record = self._record(step)
         packs = record.packs
         return [[self._batch(step, pack, packs[pack]) for pack in share] for share in self._deal(record)]
 
     @property
     def known_by(self) -> str:
-        """A digest of all that batches depend on."""
+        """A digest of everything that the batches depend on."""
         return combined_digest(self.plan.digest, self.size)
 
     @property
     def labels_are_known(self) -> bool:
-        """Whether labels are counted without reading; where there are masks, these are read."""
+        """Whether labels can be counted without reading files. If there are masks, these must be read."""
         return not any(self._masks)
 
     def facts(self, step: int) -> list[list[BatchFacts]]:
-        """Of any step, what is known of the batches of each share without reading tokens."""
+        """Return what is known of the batches of each share of any step, without reading tokens."""
         return [
             [BatchFacts(batch.lengths, batch.digest, batch.valid_labels) for batch in share]
             for share in self.shares(step)
         ]
 
     def lengths(self, step: int) -> list[list[tuple[int, ...]]]:
-        """Of any step the tokens of each piece of each micro-batch of each share: what otherwise would be gathered."""
+        """Return the tokens of each piece of each micro-batch of each share of any step, which otherwise would be gathered."""
         record = self._record(step)
         packs = record.packs
         return [[tuple(packs[pack].lengths) for pack in share] for share in self._deal(record)]
 
     def state_dict(self) -> dict[str, Any]:
-        """{"step": the next step, "plan": the plan's digest}."""
+        """Return {"step": the next step, "plan": the plan's digest}."""
         return {"step": self.step, "plan": self.plan.digest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken, by whatever share of whatever number.
+        """Continue where `state_dict` was taken; the share and the number of shares may differ.
 
         Raises DistattnError for the state of another plan, or of a step after the last.
         """
@@ -176,13 +177,13 @@ class PackLoader:
         check_shares(self.plan, self.size, self.step, self.end, self.even)
 
     def _record(self, step: int) -> StepPacks:
-        """The record of a step. Those of the next steps are begun."""
-        # of the one that was yielded last somebody may ask the facts
+        """Return the record of a step, and begin to read those of the next steps."""
+        # a caller may still ask for the facts of the step that was yielded last
         for done in [done for done in self._started if done < self.step - 1]:
             del self._started[done]
         started = self._started.get(step)
         record = started.result() if started else self.plan.step(step)
-        # what is looked up far away says nothing of what will be needed next
+        # a step that is looked up elsewhere says nothing about the step that will be needed next
         if self.step <= step <= self.step + self.ahead:
             for later in range(step + 1, min(step + 1 + self.ahead, self.end)):
                 if later not in self._started:
@@ -215,16 +216,16 @@ class PackLoader:
 
 
 def _corpora_of(plan: PackPlan, corpora: Sequence[Corpus]) -> list[Corpus]:
-    """The corpora in the plan's order. Raises DistattnError where they are not what the plan was made of."""
-    given = {corpus.name: corpus for corpus in corpora}
+    """Return the corpora in the plan's order. Raise DistattnError if the plan was made of others."""
+    corpus_of = {corpus.name: corpus for corpus in corpora}
     planned = [source.name for source in plan.sources]
-    if len(given) != len(corpora) or given.keys() != set(planned):
+    if len(corpus_of) != len(corpora) or corpus_of.keys() != set(planned):
         raise DistattnError(
             f"{plan.path}: was made of the corpora {', '.join(planned)}; give these, not "
             f"{', '.join(corpus.name for corpus in corpora) or 'none'}."
         )
     for source in plan.sources:
-        corpus = given[source.name]
+        corpus = corpus_of[source.name]
         files = ", ".join(file.prefix for file in corpus.files)
         if not corpus.has_digest(source.digest):
             raise DistattnError(
@@ -235,4 +236,4 @@ def _corpora_of(plan: PackPlan, corpora: Sequence[Corpus]) -> list[Corpus]:
         for file in corpus.files:
             if file.dtype.kind not in "iu":
                 raise DistattnError(f"{file.prefix}.idx: byte 17: has {file.dtype.name}; token ids are whole numbers.")
-    return [given[name] for name in planned]
+    return [corpus_of[name] for name in planned]

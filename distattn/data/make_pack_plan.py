@@ -1,4 +1,4 @@
-"""Making a pack plan: corpora are blended, packed window by window, and written to the plan's file as it goes."""
+"""Making a pack plan: corpora are blended, packed window by window, and each window is written to the plan's file at once."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ _SCAN_DOCUMENTS = 1 << 22
 
 
 class CorpusLengths(Protocol):
-    """What a plan needs to know of a corpus: a name, the tokens of each document, and a digest of the files.
+    """A corpus as a plan sees it: a name, the tokens of each document, and a digest of the files.
 
     It may also have `masks`, as `Corpus` has: `LabelMasks`, or None.
     """
 
     @property
     def name(self) -> str:
-        """What the corpus is called in the plan and in errors."""
+        """The name of the corpus in the plan and in errors."""
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each document, integers (documents,); may be mapped."""
+        """Tokens of each document, integers (documents,); may be memory-mapped."""
 
     @property
     def digest(self) -> str:
-        """Tells the corpus's files from others."""
+        """A digest that tells the corpus's files from others."""
 
 
 def make_pack_plan(
@@ -52,18 +52,17 @@ def make_pack_plan(
 ) -> PackPlan:
     """Plan all steps of a run, write the plan's file, and open it.
 
-    weights: each corpus's share of the tokens; by default all corpora have theirs, as if they were one. max_epochs: how often the
-    documents of each may be read; by default as often as there are steps. Without `steps` the plan ends when all corpora have
-    ended. A plan of fewer steps is the beginning of one with more. progress: called after each window with (steps, tokens)
-    planned so far.
+    weights: each corpus's share of the tokens; by default its number of tokens. max_epochs: how often the documents of each
+    corpus may be read; by default as often as there are steps. Without `steps` the plan ends when all corpora have ended. A plan
+    with fewer steps is the beginning of one with more. progress: called after each window with (steps, tokens) planned so far.
 
     The plan is a function of the lengths (and of spans, which are not cut) in the order of the corpora, and of seed, rule,
-    weights, max_epochs and steps. Raises DistattnError naming what cannot be: among others a plan that would never end, and one
-    whose corpora end before its steps.
+    weights, max_epochs and steps. Raises DistattnError naming the argument that is wrong, for a plan that would never end, and
+    for one whose corpora end before its steps.
     """
     sources = _sources(corpora, rule, weights, max_epochs)
     if not 0 <= seed < 1 << 64:
-        raise DistattnError(f"seed: {seed} is none; name an integer from 0 to 2^64 - 1.")
+        raise DistattnError(f"seed: {seed} is out of range; name an integer from 0 to 2^64 - 1.")
     if steps is not None and steps < 1:
         raise DistattnError(f"steps: {steps} is too few; a plan has at least 1.")
     endless = [source.name for source in sources if source.max_epochs is None]
@@ -75,9 +74,9 @@ def make_pack_plan(
     documents = blend_documents(sources, [corpus.lengths for corpus in corpora], seed)
     masks = [_masks_of(corpus) for corpus in corpora]
     spans = {
-        number: CorpusSpans(corpus.name, one.spans_of)
-        for number, (corpus, one) in enumerate(zip(corpora, masks, strict=True))
-        if one and one.has_spans
+        number: CorpusSpans(corpus.name, corpus_masks.spans_of)
+        for number, (corpus, corpus_masks) in enumerate(zip(corpora, masks, strict=True))
+        if corpus_masks and corpus_masks.has_spans
     }
     with PackPlanWriter(path) as writer:
         for window in plan_windows(rule, documents, seed, spans):
@@ -100,12 +99,12 @@ def make_pack_plan(
                 source.documents - int(np.count_nonzero(corpus.lengths)),
                 source.tokens,
                 corpus.digest,
-                one.digest if one else None,
+                corpus_masks.digest if corpus_masks else None,
                 source.weight,
                 source.max_epochs,
                 *totals.of(number),
             )
-            for number, (source, corpus, one) in enumerate(zip(sources, corpora, masks, strict=True))
+            for number, (source, corpus, corpus_masks) in enumerate(zip(sources, corpora, masks, strict=True))
         ]
         digest = writer.finish(
             seed=seed,
@@ -123,7 +122,7 @@ def _masks_of(corpus: CorpusLengths) -> LabelMasks | None:
 
 
 class _Totals:
-    """What the steps so far have of each corpus."""
+    """Totals of the steps so far, for each corpus."""
 
     def __init__(self, corpora: int) -> None:
         self.tokens = [0] * corpora
@@ -141,11 +140,11 @@ class _Totals:
         self._documents = [a + b for a, b in zip(self._documents, documents, strict=True)]
         self.longest_wait = max(self.longest_wait, int(window.waited.max(initial=0)))
         step_of_pack = np.repeat(np.arange(len(window.packs)), window.packs)
-        # of several values for one place the last counts, and steps rise
+        # if a corpus occurs several times, its last value is kept, and the steps rise
         self._last_step[corpus] = first_step + np.repeat(step_of_pack, window.pieces)
 
     def of(self, corpus: int) -> tuple[int, int, int]:
-        """(documents, tokens, last step) of a corpus."""
+        """Return (documents, tokens, last step) of a corpus."""
         return self._documents[corpus], self.tokens[corpus], int(self._last_step[corpus])
 
 
@@ -155,12 +154,12 @@ def _sources(
     weights: Sequence[float] | None,
     max_epochs: Sequence[float | None] | None,
 ) -> list[Source]:
-    """What the blend needs to know of each corpus. Raises DistattnError where lengths cannot be, or lists do not fit."""
+    """Return each corpus as the blend needs it. Raise DistattnError for impossible lengths, and for lists of the wrong length."""
     names = [corpus.name for corpus in corpora]
-    for what, given in (("weights", weights), ("max_epochs", max_epochs)):
-        if given is not None and len(given) != len(names):
+    for argument, values in (("weights", weights), ("max_epochs", max_epochs)):
+        if values is not None and len(values) != len(names):
             raise DistattnError(
-                f"{what}: {len(given)} for {len(names)} corpora; give one for each of {', '.join(names)}."
+                f"{argument}: {len(values)} for {len(names)} corpora; give one for each of {', '.join(names)}."
             )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -189,7 +188,7 @@ def _sources(
 
 
 def _first_steps(window: PackedWindow, steps: int) -> PackedWindow:
-    """The first steps of a window, all of them if there are fewer."""
+    """Return the first steps of a window, or all of them if there are fewer."""
     packs = window.packs[:steps]
     pieces = window.pieces[: packs.sum()]
     rows = int(pieces.sum())

@@ -1,8 +1,8 @@
-"""A seeded order of n numbers that is arithmetic: nothing is stored, and no library can change it.
+"""A seeded order of n numbers that is computed: nothing is stored, and no library can change it.
 
-A Feistel network permutes the numbers of b bits, and numbers that land outside [0, n) are permuted again until they land inside
+A Feistel network permutes the numbers of b bits. Numbers that land outside [0, n) are permuted again until they land inside
 (cycle walking; Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). Only additions, multiplications, shifts and
-exclusive ors of 64-bit integers take part. The order is fixed for ever by golden values in tests/data/test_order.py.
+exclusive ors of 64-bit integers are used. Golden values in tests/data/test_order.py fix the order for ever.
 """
 
 from __future__ import annotations
@@ -15,23 +15,22 @@ _MASK = (1 << 64) - 1
 # odd constants of well-known 64-bit mixers (SplitMix64: Steele, Lea, Flood 2014)
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _ROUNDS = 6
-# the halves of shorter numbers have too few values to mix well
+# with fewer bits, a half of a number has too few values to mix well
 _FEWEST_BITS = 6
-# numbers permuted at a time: the temporaries stay in the cache
+# how many numbers are permuted at a time, so that the temporaries stay in the cache
 _BLOCK = 1 << 15
 
 
 def permuted(position: np.ndarray, size: int, key: int) -> np.ndarray:
-    """The numbers at some positions of a random order of 0 .. size - 1.
+    """Return the numbers at some positions of a random order of 0 .. size - 1.
 
     position: integers in [0, size), any shape. Returns int64 of the same shape. For each (size, key) this is a bijection of
-    [0, size). Memory and time are those of the positions asked for, whatever the size. Raises DistattnError where a position
-    is outside.
+    [0, size). Memory and time depend on the number of positions, not on the size. Raises DistattnError if a position is outside.
     """
     flat = np.ascontiguousarray(position, np.int64).ravel()
     if flat.size and (flat.min() < 0 or flat.max() >= size):
         raise DistattnError(f"a position is outside [0, {size:,}); there are only {size:,} numbers to permute.")
-    # below 2, size - 1 has no bits
+    # size - 1 has no bits if size is below 2
     bits = max(_FEWEST_BITS, (size - 1).bit_length())
     round_keys = [derived_key(key, number) for number in range(_ROUNDS)]
     out = np.empty(len(flat), np.uint64)
@@ -47,7 +46,7 @@ def permuted(position: np.ndarray, size: int, key: int) -> np.ndarray:
 
 
 def derived_key(seed: int, *numbers: int) -> int:
-    """A 64-bit key for a purpose that is named by numbers, such as (corpus, epoch). Python integers only."""
+    """Return a 64-bit key for a purpose that is given by numbers, such as (corpus, epoch). Use Python integers only."""
     state = _mixed(seed & _MASK)
     for number in numbers:
         state = _mixed(state ^ number & _MASK)
@@ -55,7 +54,7 @@ def derived_key(seed: int, *numbers: int) -> int:
 
 
 def _mixed(x: int) -> int:
-    """The output function of SplitMix64: a bijection of 64-bit integers."""
+    """Return the output of SplitMix64's mixing function, which is a bijection of 64-bit integers."""
     x = (x + _GOLDEN) & _MASK
     x = (x ^ x >> 30) * _MIX_1 & _MASK
     x = (x ^ x >> 27) * _MIX_2 & _MASK
@@ -63,7 +62,7 @@ def _mixed(x: int) -> int:
 
 
 def _feistel(numbers: np.ndarray, bits: int, round_keys: list[int]) -> np.ndarray:
-    """Permute uint64 numbers of so many bits, (N,). The two parts of a number change by turns, so that they may be uneven."""
+    """Permute uint64 numbers of `bits` bits, (N,). The two parts of a number change in turn, so they may have different sizes."""
     low_bits = (bits + 1) // 2
     high_bits = bits - low_bits
     low = numbers & np.uint64((1 << low_bits) - 1)

@@ -1,4 +1,4 @@
-"""The packs of a plan as a dataset of PyTorch's, for trainers that have a loader of their own."""
+"""The packs of a plan as a PyTorch dataset, for trainers that have a loader of their own."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ from distattn.ir.errors import DistattnError
 
 
 class PackDataset(Dataset[dict[str, Any]]):
-    """Pack number i of a plan as a batch that `ContextParallel.shard` takes: token ids, labels, tokens of each document.
+    """A dataset whose item i is pack i of a plan: token ids, labels and document lengths, as `ContextParallel.shard` takes them.
 
-    Give it to a trainer that draws in order, such as `ContextParallelTrainer` with train_sampling_strategy="sequential",
-    per_device_train_batch_size=1, a data_collator that returns the only row, and as many packs a step (over all shares) as the
-    plan has. Every rank reads whole packs; with `PackLoader` it would read its own tokens alone.
+    Use it with a trainer that draws items in order, such as `ContextParallelTrainer` with train_sampling_strategy="sequential",
+    per_device_train_batch_size=1, and a data_collator that returns the only row. The trainer must take as many packs a step (over
+    all shares) as the plan has. Every rank reads whole packs; with `PackLoader` it would read only its own tokens.
     """
 
     def __init__(self, plan: PackPlan | str | Path, corpora: Sequence[Corpus], *, steps: int | None = None):
-        """steps: of how many steps; by default all that have all their packs.
+        """Open the plan. steps: how many to take; by default all steps that have all their packs.
 
-        Raises DistattnError where a document that is kept whole may take the place of several packs: steps have unequally many.
+        Raises DistattnError if a document that is kept whole may take the place of several packs, because steps then have
+        different numbers of packs.
         """
         self._given, self._steps = (plan, list(corpora)), steps
-        # items are made in processes that shall not touch a GPU; their loader pins
+        # items are made in processes that must not touch a GPU; the trainer's loader pins them
         self._loader = PackLoader(plan, corpora, rank=0, size=1, steps=steps, pin_memory=False)
         self.plan = self._loader.plan
         if self.plan.rule.long_documents == "keep":
             raise DistattnError(
-                f'{self.plan.path}: with long_documents = "keep" steps have unequally many packs; use PackLoader, or "cut".'
+                f'{self.plan.path}: with long_documents = "keep" steps have different numbers of packs; use PackLoader, or "cut".'
             )
         changes = [first for first, _ in self.plan.rule.context if first < self._loader.end]
-        # the first step of each context length, and packs before it
+        # the first step of each context length, and the number of packs before it
         self._first = [*changes, self._loader.end]
         counts = [
             (end - begin) * self.plan.rule.packs_at(begin) for begin, end in zip(changes, self._first[1:], strict=True)
@@ -54,15 +55,15 @@ class PackDataset(Dataset[dict[str, Any]]):
         self._packs = self._before[-1] - (self.plan.rule.packs_at(last) if missing else 0)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A loader's processes open the plan and the files themselves."""
+        """Let a loader's processes open the plan and the files themselves."""
         return partial(PackDataset, steps=self._steps), self._given
 
     def __len__(self) -> int:
-        """How many packs there are."""
+        """Return the number of packs."""
         return self._packs
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """`input_ids` and `shift_labels`, int64 (1, N), and `document_lengths`. Raises IndexError behind the last pack."""
+        """Return `input_ids` and `shift_labels`, int64 (1, N), and `document_lengths`. Raise IndexError after the last pack."""
         if not 0 <= number < self._packs:
             raise IndexError(f"there is no pack {number}; there are {self._packs}.")
         part = bisect_right(self._before, number) - 1

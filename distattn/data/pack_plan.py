@@ -1,6 +1,6 @@
-"""A pack plan that is read from its file: for each step its packs, and for each pack its pieces of documents.
+"""A pack plan that is read from its file: the packs of each step, and the pieces of documents of each pack.
 
-`distattn.data.pack_plan_format` says what is where in the file.
+`distattn.data.pack_plan_format` describes the file's layout.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 class PlannedSource:
     """A corpus of a plan, and how much of it the plan reads.
 
-    documents, empty_documents, tokens: what the corpus holds. planned_documents: documents of all epochs of which the plan has
-    the first token. planned_tokens: tokens of all epochs that it has. last_step: the last step with any of it, or -1. digest,
-    masks: digests of its files, and of the loss masks and spans beside them, or None where there were none.
+    documents, empty_documents, tokens: sizes of the corpus. planned_documents: documents of all epochs whose first token is in
+    the plan. planned_tokens: tokens of all epochs in the plan. last_step: the last step with any token of it, or -1. digest,
+    masks: digests of its files, and of their loss masks and spans; masks is None if there were no such files.
     """
 
     name: str
@@ -81,12 +81,12 @@ class Pack:
 
     @property
     def epoch(self) -> np.ndarray:
-        """How often each piece's corpus had been read whole before, uint16 (N,)."""
+        """The epoch of each piece: how often its corpus had been read completely before, uint16 (N,)."""
         return self.rows["epoch"]
 
     @property
     def ends_document(self) -> np.ndarray:
-        """Whether the last token of each piece is its document's, bool (N,)."""
+        """Whether each piece ends with the last token of its document, bool (N,)."""
         return self.rows["ends_document"]
 
     @property
@@ -103,7 +103,7 @@ class Pack:
 
 @dataclass(frozen=True, eq=False)
 class StepPacks:
-    """The packs of one step. context: tokens that a pack has room for, in each of its slots.
+    """The packs of one step. context: tokens that fit into each slot of a pack.
 
     rows: pieces of all packs, PIECE (N,). ends: the end of each pack in `rows`, int64 (P,).
     """
@@ -121,7 +121,7 @@ class StepPacks:
 
     @property
     def slots(self) -> list[int]:
-        """Of each pack, of how many packs it takes the place: 1, unless a document that is longer than a pack was kept whole."""
+        """How many packs each pack takes the place of: 1, unless a document that is longer than a pack was kept whole."""
         begins = np.concatenate([[0], self.ends[:-1]])
         slots: list[int] = (
             -(-np.maximum.reduceat(self.rows["length"], begins).astype(np.int64) // self.context)
@@ -139,16 +139,16 @@ class PackPlan:
 
     def __init__(self, path: str, file: BinaryIO, digest: str, header: dict[str, Any]) -> None:
         self.path = path
-        # of the header, which holds the digests of all the rest: two plans with equal digests are the same
+        # the digest of the header, which has the digests of everything else: two plans with equal digests are the same
         self.digest = digest
         self.steps: int = header["steps"]
         self.seed: int = header["seed"]
         self.packs: int = header["packs"]
         self.pieces: int = header["pieces"]
         self.tokens: int = header["tokens"]
-        # windows that a document was carried through at most
+        # the largest number of windows that a document was carried through
         self.longest_wait: int = header["longest_wait"]
-        # all documents of all epochs are in it: it was not ended by a number of steps
+        # whether it has all documents of all epochs, because no number of steps ended it
         self.ends_with_corpora: bool = header["ends_with_corpora"]
         self.rule = PackRule.from_dict(header["rule"])
         self.sources = tuple(PlannedSource(**source) for source in header["sources"])
@@ -161,8 +161,8 @@ class PackPlan:
     def open(cls, path: str | Path, digest: str | None = None) -> PackPlan:
         """Open a plan's file; memory and time do not depend on its size.
 
-        digest: what the plan's digest must be. Raises DamagedDataError where the file is no plan, is damaged, was truncated or
-        has another version, and DistattnError where it cannot be read, or is another plan than the digest says.
+        digest: what the plan's digest must be. Raises DamagedDataError if the file is not a plan, is damaged, was truncated or
+        has another version, and DistattnError if it cannot be read, or has another digest.
         """
         path = os.fspath(path)
         try:
@@ -171,11 +171,11 @@ class PackPlan:
         except OSError as error:
             raise DistattnError(f"{path}: cannot be read: {error.strerror}; name the file of a pack plan.") from None
         try:
-            found, header = read_header(path, file)
-            plan = cls(path, file, found, header)
-            if digest is not None and digest != found:
+            actual_digest, header = read_header(path, file)
+            plan = cls(path, file, actual_digest, header)
+            if digest is not None and digest != actual_digest:
                 raise DistattnError(
-                    f"{path}: is another plan (digest {found}) than the one asked for ({digest}); "
+                    f"{path}: is another plan (digest {actual_digest}) than the one asked for ({digest}); "
                     "use the plan that the run began with."
                 )
         except BaseException:
@@ -184,7 +184,7 @@ class PackPlan:
         return plan
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Processes of a loader get the path and the digest, and open the file themselves."""
+        """Send the path and the digest to a loader's processes, which open the file themselves."""
         return PackPlan.open, (self.path, self.digest)
 
     def __enter__(self) -> PackPlan:
@@ -200,7 +200,7 @@ class PackPlan:
     def step(self, step: int) -> StepPacks:
         """Read the packs of a step.
 
-        Raises DistattnError where there is no such step, and DamagedDataError where its record is not what was written.
+        Raises DistattnError if there is no such step, and DamagedDataError if its record is not what was written.
         """
         if not 0 <= step < self.steps:
             raise DistattnError(f"{self.path}: there is no step {step:,}; the plan has steps 0 to {self.steps - 1:,}.")
@@ -219,25 +219,29 @@ class PackPlan:
 
     @cached_property
     def order_digest(self) -> str:
-        """Of all that the order of tokens depends on but the number of steps: a plan of fewer steps begins a longer one.
+        """A digest of everything that the order of tokens depends on, except the number of steps: a shorter plan begins a longer
+        one.
 
-        Seed, rule, and of each corpus its files, masks, weight and epochs, xxh3-128. Unlike `digest` it says nothing of the file.
+        It is xxh3-128 of seed, rule, and the files, masks, weight and epochs of each corpus. Unlike `digest` it does not cover
+        the file.
         """
-        corpora = [(one.name, one.digest, one.masks, one.weight, one.max_epochs) for one in self.sources]
+        corpora = [
+            (source.name, source.digest, source.masks, source.weight, source.max_epochs) for source in self.sources
+        ]
         content = json.dumps([self.seed, self.rule.as_dict(), corpora], sort_keys=True)
         return xxhash.xxh3_128_hexdigest(content.encode())
 
     @cached_property
     def full_steps(self) -> int:
-        """All steps, without the last where that has fewer packs than it has room for; it is read at first use.
+        """The number of steps, without the last one if it has fewer packs than it has room for; that step is read at first use.
 
-        The last step of a plan that ends with its corpora has what is left of them.
+        The last step of a plan that ends with its corpora has the packs that are left.
         """
         last = self.step(self.steps - 1)
         return self.steps - (sum(last.slots) < self.rule.packs_at(last.step))
 
     def find(self, corpus: int, document: int) -> list[int]:
-        """Read all steps, and list those that have a piece of a document. Raises DamagedDataError as `step` does."""
+        """Read all steps, and list those that have a piece of a document. Raise DamagedDataError as `step` does."""
 
         def holds(rows: np.ndarray) -> bool:
             return bool(((rows["document"] == document) & (rows["corpus"] == corpus)).any())
@@ -247,17 +251,19 @@ class PackPlan:
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read the whole file and compare it with its digests.
 
-        progress: called with (bytes read, bytes of all records and the index). Raises DamagedDataError naming the first block of
-        64 MiB that is not what was written.
+        progress: called with (bytes read, bytes of all records and the index). Raises DamagedDataError naming the first wrong
+        block of 64 MiB.
         """
         total = self._index + (2 * self.steps + 1) * OFFSET_BYTES - RECORDS_BEGIN
-        for number, wanted in enumerate(self._blocks):
+        for number, expected in enumerate(self._blocks):
             first = number * BLOCK_BYTES
             size = min(BLOCK_BYTES, total - first)
-            if xxhash.xxh3_128_hexdigest(read_bytes(self.path, self._file, RECORDS_BEGIN + first, size)) != wanted:
+            if xxhash.xxh3_128_hexdigest(read_bytes(self.path, self._file, RECORDS_BEGIN + first, size)) != expected:
                 raise self._damaged(f"{size:,} bytes are not what was written", RECORDS_BEGIN + first)
             if progress:
                 progress(first + size, total)
 
-    def _damaged(self, what: str, offset: int) -> DamagedDataError:
-        return DamagedDataError(f"{self.path}: {what} (byte {offset:,}); copy the file again, or make the plan again.")
+    def _damaged(self, problem: str, offset: int) -> DamagedDataError:
+        return DamagedDataError(
+            f"{self.path}: {problem} (byte {offset:,}); copy the file again, or make the plan again."
+        )

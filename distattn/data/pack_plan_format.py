@@ -1,4 +1,4 @@
-"""The format of a pack plan's file: what is where, and how header and bytes are read and checked.
+"""The format of a pack plan's file: its layout, and how header and bytes are read and checked.
 
 All numbers are little endian. The file is
 
@@ -11,9 +11,9 @@ All numbers are little endian. The file is
                     with the step as seed (u64 x steps)
     header          JSON: rule, seed, corpora, totals, and xxh3_128 of each 64 MiB of records and index (`blocks`)
 
-A step's record is compared with its checksum whenever it is read, so that a damaged one is found before any of it is used. The
-header's digest covers all others, and is the digest of the plan. Files are read with pread and not mapped: where a mapped file
-becomes shorter, the process that reads it is killed.
+A step's record is compared with its checksum whenever it is read, so a damaged record is found before any of it is used. The
+header's digest covers all other digests, and is the digest of the plan. Files are read with pread and not mapped: if a mapped
+file becomes shorter, the process that reads it is killed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MAGIC = b"DAPACKS\n"
 # magic, version, 0, header offset, header bytes, header digest, 0; a checksum follows
 _PREAMBLE = struct.Struct("<8sIIQQ16sQ")
 RECORDS_BEGIN = _PREAMBLE.size + CHECKSUM_BYTES
-# a piece in the file; a document has fewer tokens than the bit says
+# a piece in the file; no document is long enough to need the bit that _ENDS_DOCUMENT uses
 _STORED_PIECE = np.dtype(
     [("document", "<u4"), ("start", "<u4"), ("length", "<u4"), ("corpus", "<u2"), ("epoch", "<u2")]
 )
@@ -45,13 +45,13 @@ _ENDS_DOCUMENT = np.uint32(1 << 31)
 
 
 def preamble_of(header: bytes, offset: int) -> bytes:
-    """The first 64 bytes of a file whose header is at an offset."""
+    """Return the first 64 bytes of a file whose header is at an offset."""
     preamble = _PREAMBLE.pack(_MAGIC, VERSION, 0, offset, len(header), xxhash.xxh3_128_digest(header), 0)
     return preamble + xxhash.xxh3_64_intdigest(preamble).to_bytes(CHECKSUM_BYTES, "little")
 
 
 def stored_pieces(rows: np.ndarray) -> np.ndarray:
-    """Pieces, PIECE (N,), as they are in the file: uint8 (N x 16,)."""
+    """Return pieces, PIECE (N,), in the form that the file has: uint8 (N x 16,)."""
     stored = np.empty(len(rows), _STORED_PIECE)
     for name in _STORED_PIECE.names or ():
         stored[name] = rows[name]
@@ -60,7 +60,7 @@ def stored_pieces(rows: np.ndarray) -> np.ndarray:
 
 
 def loaded_pieces(record: bytes, offset: int) -> np.ndarray:
-    """The pieces that a record has from an offset on, PIECE (N,)."""
+    """Return the pieces of a record from an offset on, PIECE (N,)."""
     stored = np.frombuffer(record, _STORED_PIECE, offset=offset)
     rows = np.empty(len(stored), PIECE)
     for name in _STORED_PIECE.names or ():
@@ -71,14 +71,14 @@ def loaded_pieces(record: bytes, offset: int) -> np.ndarray:
 
 
 def read_header(path: str, file: BinaryIO) -> tuple[str, dict[str, Any]]:
-    """(digest, header) of an open plan. Raises DamagedDataError where it cannot be one."""
+    """Return (digest, header) of an open plan. Raise DamagedDataError if it is not a plan, or damaged."""
     size = os.fstat(file.fileno()).st_size
     if size < RECORDS_BEGIN:
-        raise DamagedDataError(f"{path}: {size} bytes are no pack plan; make one with make_pack_plan.")
+        raise DamagedDataError(f"{path}: {size} bytes are not a pack plan; make one with make_pack_plan.")
     preamble = read_bytes(path, file, 0, RECORDS_BEGIN)
     magic, version, _, offset, header_bytes, digest, _ = _PREAMBLE.unpack_from(preamble)
     if magic != _MAGIC:
-        raise DamagedDataError(f"{path}: is no pack plan (byte 0); make one with make_pack_plan.")
+        raise DamagedDataError(f"{path}: is not a pack plan (byte 0); make one with make_pack_plan.")
     if xxhash.xxh3_64_intdigest(preamble[: _PREAMBLE.size]) != int.from_bytes(preamble[_PREAMBLE.size :], "little"):
         raise DamagedDataError(f"{path}: the first {RECORDS_BEGIN} bytes are damaged (byte 0); copy the file again.")
     if version != VERSION:
@@ -97,7 +97,7 @@ def read_header(path: str, file: BinaryIO) -> tuple[str, dict[str, Any]]:
 
 
 def read_bytes(path: str, file: BinaryIO, offset: int, size: int) -> bytes:
-    """Read so many bytes. Raises DamagedDataError where the file ends before, and DistattnError where it cannot be read."""
+    """Read `size` bytes. Raise DamagedDataError if the file ends before, and DistattnError if it cannot be read."""
     parts = []
     while size:
         try:

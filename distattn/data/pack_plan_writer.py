@@ -1,4 +1,4 @@
-"""Writing a pack plan's file, window by window. `distattn.data.pack_plan_format` says what is where in it."""
+"""Writing a pack plan's file, window by window. `distattn.data.pack_plan_format` describes its layout."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ _WRITE_BUFFER = 1 << 22
 
 
 class PackPlanWriter:
-    """Writes a plan's file, under another name until it is complete.
+    """A writer of a plan's file, which has another name until it is complete.
 
-    Used as a context manager: what is not finished when it is left is removed. Raises DistattnError where the file cannot be
-    written.
+    Use it as a context manager: an unfinished file is removed at the end. Raises DistattnError if the file cannot be written.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -57,7 +56,7 @@ class PackPlanWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # on a full disk closing fails as writing did
+        # closing fails, as writing did, if the disk is full
         with contextlib.suppress(OSError):
             self._file.close()
         with contextlib.suppress(FileNotFoundError):
@@ -91,7 +90,7 @@ class PackPlanWriter:
     def finish(
         self, *, seed: int, rule: PackRule, sources: list[PlannedSource], longest_wait: int, ends_with_corpora: bool
     ) -> str:
-        """Write index and header, and give the file its name. Returns the plan's digest."""
+        """Write index and header, and give the file its name. Return the plan's digest."""
         index = self._offsets[-1]
         for numbers in (self._offsets, self._checksums):
             self._write(np.array(numbers, "<u8").tobytes())

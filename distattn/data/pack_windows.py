@@ -1,8 +1,8 @@
-"""From a stream of documents to steps of packs, a window at a time.
+"""From a stream of documents to steps of packs, one window at a time.
 
-A window is a number of whole steps. A little more is read than would fill it, and packed; the fullest packs become its steps.
-Documents of the other packs are carried: in the next window they are packed first, and their packs are filled further and leave
-before any other.
+A window is a number of whole steps. Slightly more documents are read than would fill it, and packed; the fullest packs become its
+steps. The documents of the other packs are carried: the next window packs them first, fills their packs further, and
+puts these packs into its steps before any other.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ PIECE = np.dtype(
         ("ends_document", "?"),
     ]
 )
-# tells keys of windows from those of corpora, whose numbers are lower
+# distinguishes the keys of windows from those of corpora, whose numbers are lower
 _WINDOW = 1 << 32
-# a document leaves in one of so many windows after that it was read for, whatever the rule (`plan_windows`)
+# a document leaves at most this many windows after the one that it was read for, whatever the rule (`plan_windows`)
 MOST_WINDOWS_WAITED = 12
-# so much more is read than fills a window: what is packed worst is carried, where it can be filled further
+# this part of a window is read in addition: the emptiest packs are carried, and can be filled further
 _MORE_PART = 64
-# small numbers are sorted faster: numpy sorts 16 bits by radix
+# numbers below this are sorted faster: numpy uses a radix sort for 16 bits
 _FEW = 1 << 16
 
 
 class PackedWindow(NamedTuple):
     """Some steps of packs.
 
-    packs: packs of each step, int64 (S,). pieces: pieces of each pack, int64 (P,). rows: all pieces, PIECE (N,).
-    waited: windows that each piece was carried through, int64 (N,).
+    packs: number of packs of each step, int64 (S,). pieces: number of pieces of each pack, int64 (P,). rows: all pieces, PIECE
+    (N,). waited: windows that each piece was carried through, int64 (N,).
     """
 
     packs: np.ndarray
@@ -62,12 +62,12 @@ def plan_windows(
     """Yield packed windows until all documents are packed; each has a whole number of steps, and at least one.
 
     Every document, or every piece of it, is in exactly one pack. Every step is full, except that the last may have fewer packs,
-    and that packs of several slots may leave slots free where nothing else fits. A document leaves in the window it was read
-    for, or in one of the next two; where documents or cost of packs are capped, in one of the next six. A window in which the
+    and that packs of several slots may leave slots free that no other pack fits into. A document leaves in the window it was read
+    for, or in one of the next two; if documents or cost of packs are capped, in one of the next six. A window in which the
     context length changes may double that.
 
-    spans: of corpora by their numbers, where documents must not be cut. Documents that are to be kept whole must fit into a step
-    (`make_pack_plan` looks). Raises DistattnError for a span that no pack holds.
+    spans: tokens that must not be separated, by the number of the corpus. Documents that are to be kept whole must fit into a
+    step (`make_pack_plan` checks this). Raises DistattnError for a span that does not fit into a pack.
     """
     reader = _DocumentReader(documents)
     rows, read_in = np.empty(0, PIECE), np.empty(0, np.int64)
@@ -81,7 +81,7 @@ def plan_windows(
         pack_of_row = packs.add(_lengths(rows))
         carried_packs = len(packs.slots)
         slots = steps * packs_per_step
-        # once, unless documents were cut at spans, whose pieces may cost less than was thought
+        # this runs once, unless documents were cut at spans: such pieces may cost less than was assumed
         while packs.slots.sum() < slots:
             fresh, _ = _cut(reader.read(limits, slots + slots // _MORE_PART, _lengths(rows)), rule, step, spans)
             if not len(fresh):
@@ -108,16 +108,17 @@ def plan_windows(
 
 
 class _DocumentReader:
-    """Documents of a stream, read as they are needed."""
+    """A reader of a stream's documents, which reads as many as are needed."""
 
     def __init__(self, documents: Iterator[DocumentColumns]) -> None:
         self._documents = documents
         self._buffer = DocumentColumns(*(np.empty(0, np.int64) for _ in range(4)))
 
     def read(self, limits: PackLimits, slots: int, carried: np.ndarray) -> np.ndarray:
-        """Read documents until they cannot be packed, with carried pieces of these lengths, into fewer slots. Returns PIECE (D,).
+        """Read documents until they and the carried pieces cannot be packed into fewer slots. Return PIECE (D,).
 
-        Reads as few documents as will do, by tokens, number and cost; all that are left, if they are fewer.
+        carried: lengths of the carried pieces. Reads as few documents as suffice, by tokens, number and cost; all that are left
+        if they are fewer.
         """
         read = [np.empty(0, PIECE)]
         missing = [total - int(sums[-1]) if len(sums) else total for total, sums in self._sums(limits, slots, carried)]
@@ -128,9 +129,11 @@ class _DocumentReader:
                     break
                 self._buffer = block
             sums = [sums for _, sums in self._sums(limits, slots, self._buffer.length)]
-            count = min(int(np.searchsorted(one, needed)) + 1 for one, needed in zip(sums, missing, strict=True))
+            count = min(
+                int(np.searchsorted(running, needed)) + 1 for running, needed in zip(sums, missing, strict=True)
+            )
             count = min(count, len(self._buffer.length))
-            missing = [needed - int(one[count - 1]) for one, needed in zip(sums, missing, strict=True)]
+            missing = [needed - int(running[count - 1]) for running, needed in zip(sums, missing, strict=True)]
             rows = np.zeros(count, PIECE)
             rows["ends_document"] = True
             for name in self._buffer._fields:
@@ -140,12 +143,12 @@ class _DocumentReader:
         return np.concatenate(read)
 
     def _sums(self, limits: PackLimits, slots: int, lengths: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """Of each limit: what so many slots hold, and running sums of what documents of these lengths take of it (D,)."""
+        """Return for each limit (what `slots` slots hold, running sums (D,) of what documents of these lengths use of it)."""
         sums = [(slots * limits.tokens, np.cumsum(lengths))]
         if limits.max_documents is not None:
             sums.append((slots * limits.max_documents, np.arange(1, len(lengths) + 1)))
         if limits.max_cells is not None:
-            # what is alone in a pack takes no more of it than there is
+            # a piece that is alone in a pack uses at most the whole pack, whatever it costs
             whole, rest = np.divmod(lengths, limits.tokens)
             most_of_rest = np.where(rest > 0, np.minimum(limits.cost.of(rest), limits.max_cells), 0)
             whole_cells = min(limits.cost.of(limits.tokens), limits.max_cells)
@@ -154,12 +157,15 @@ class _DocumentReader:
 
 
 def _lengths(rows: np.ndarray) -> np.ndarray:
-    """Tokens of pieces, int64 (N,)."""
+    """Return the tokens of pieces, int64 (N,)."""
     return rows["length"].astype(np.int64)
 
 
 def _steps_of_window(rule: PackRule, step: int) -> int:
-    """Steps of the window that begins at this one. Up to a change of the context length windows are about equally large."""
+    """Return the steps of the window that begins at this step.
+
+    Windows before a change of the context length have similar sizes.
+    """
     steps = -(-rule.window // rule.packs_at(step))
     change = rule.next_change(step)
     if change is None:
@@ -170,7 +176,7 @@ def _steps_of_window(rule: PackRule, step: int) -> int:
 def _cut(
     rows: np.ndarray, rule: PackRule, step: int, spans: Mapping[int, CorpusSpans]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut pieces that are longer than a pack, unless the rule keeps them. Returns (PIECE (N,), the row of each before (N,))."""
+    """Cut pieces that are longer than a pack, unless the rule keeps them. Return (PIECE (N,), the source row of each (N,))."""
     if rule.long_documents == "keep":
         return rows, np.arange(len(rows))
     return cut_documents(rows, rule.context_at(step), spans)
@@ -179,15 +185,16 @@ def _cut(
 def _choose_steps(
     packs: BestFitPacks, carried: int, steps: int, packs_per_step: int, work: np.ndarray | None, key: int
 ) -> np.ndarray:
-    """The step of each pack, from 0, or -1 for those that stay, (P,). The first `carried` packs leave before others.
+    """Return the step of each pack, from 0, or -1 for packs that stay, (P,). The first `carried` packs leave before others.
 
-    work: of each pack (P,), to give each step packs with nearly equal work. Steps with free slots come last, and none is empty.
+    work: of each pack (P,), to give each step packs with nearly equal work; None to shuffle. Steps with free slots come last, and
+    no step is empty.
     """
     slots, room = packs.slots, packs.room
     step = np.full(len(slots), -1)
     free = np.full(steps, packs_per_step)
     is_fresh = np.arange(len(slots)) >= carried
-    # packs of several slots first, the largest first, in the first step that has so many; then there is room for all carried ones
+    # packs of several slots come first, from the largest on, each in the first step with enough slots; so all carried packs fit
     spare = steps * packs_per_step - int(slots[:carried].sum())
     large = np.flatnonzero(slots > 1)
     for pack in large[np.lexsort((-slots[large], is_fresh[large]))].tolist():
@@ -207,7 +214,7 @@ def _choose_steps(
 
 
 def _shuffle_steps(step: np.ndarray, slots: np.ndarray, packs_per_step: int, key: int) -> np.ndarray:
-    """Number steps anew: full ones shuffled, then those with free slots, and none without packs."""
+    """Number the steps again: full steps shuffled, then steps with free slots; steps without packs are dropped."""
     leaving = step >= 0
     filled = np.bincount(step[leaving], slots[leaving])
     full = np.flatnonzero(filled == packs_per_step)
@@ -224,9 +231,9 @@ def _shuffle_steps(step: np.ndarray, slots: np.ndarray, packs_per_step: int, key
 def _order_of_rows(
     step_of_pack: np.ndarray, pack_of_row: np.ndarray, is_long: np.ndarray, key: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(packs in the order in which they leave, their rows in that order): packs of a step shuffled, rows of a pack as they came.
+    """Return (packs in the order in which they leave, their rows in that order).
 
-    A document that is longer than a pack comes first in its own.
+    Packs of a step are shuffled, and the rows of a pack keep their order; only a document that is longer than a pack comes first.
     """
     leaving = np.flatnonzero(step_of_pack >= 0)
     leaving = leaving[permuted(np.arange(len(leaving)), len(leaving), derived_key(key, 2))]

@@ -1,7 +1,7 @@
 """Checking what a finished plan reads: every token of every document once in each epoch, and nothing twice.
 
-The plan is read step by step. Of each epoch that is under way a bit is kept for each document, and the pieces of documents that
-were cut until all of them have come: memory does not depend on the number of steps.
+The plan is read step by step. For each unfinished epoch the check keeps one bit for each document, and the pieces of documents
+that were cut until all of them have come. So memory does not depend on the number of steps.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ _MOST_NAMED = 8
 
 
 class CorpusCoverage(NamedTuple):
-    """What a plan reads of a corpus. epochs: how many have every token of every document. documents: those that are whole in
-    the epochs that the end of the plan cuts off.
+    """The part of a corpus that a plan reads.
+
+    epochs: how many have every token of every document. documents: those that are complete in the epochs that the end of the plan
+    cuts off.
     """
 
     corpus: str
@@ -36,11 +38,11 @@ class CorpusCoverage(NamedTuple):
 def check_coverage(
     plan: PackPlan, corpora: Sequence[CorpusLengths], progress: Callable[[int, int], None] | None = None
 ) -> list[CorpusCoverage]:
-    """Check that in every epoch every token of every document is read once, and say for each corpus how many epochs that are.
+    """Check that every token of every document is read once in every epoch. Return the coverage of each corpus.
 
     corpora: in the order of the plan's sources. progress: called with (steps done, all steps). A plan that was ended by its
-    number of steps may lack documents of an epoch only if it began the next one in its last windows. Raises DamagedDataError
-    naming the first document that is read twice, not to its end, or not at all, and what `PackPlan.step` raises.
+    number of steps may lack documents of an epoch only if it began the next epoch in its last windows. Raises DamagedDataError
+    naming the first document that is read twice, not to its end, or not at all, and the errors of `PackPlan.step`.
     """
     checker = _Checker(plan, corpora)
     rows: list[np.ndarray] = []
@@ -49,7 +51,7 @@ def check_coverage(
         rows.append(plan.step(step).rows)
         count += len(rows[-1])
         if count >= _PART_ROWS or step == plan.steps - 1:
-            checker.add(np.concatenate(rows), np.cumsum([len(one) for one in rows]), step + 1 - len(rows))
+            checker.add(np.concatenate(rows), np.cumsum([len(step_rows) for step_rows in rows]), step + 1 - len(rows))
             rows, count = [], 0
             if progress:
                 progress(step + 1, plan.steps)
@@ -57,7 +59,10 @@ def check_coverage(
 
 
 class _Epoch:
-    """One epoch of a corpus. done: a bit for each document that is there whole. parts: of documents that are not, PIECE (N,)."""
+    """One epoch of a corpus.
+
+    done: a bit for each complete document. parts: the pieces of documents that are not complete, PIECE (N,).
+    """
 
     def __init__(self, documents: int) -> None:
         self.done = np.zeros(-(-documents // 8), np.uint8)
@@ -65,11 +70,11 @@ class _Epoch:
         self.documents = 0
 
     def has(self, document: np.ndarray) -> np.ndarray:
-        """Whether documents are there whole, bool (N,)."""
+        """Return which documents are complete, bool (N,)."""
         return (self.done[document >> 3] >> (document & 7) & 1).astype(np.bool_)
 
     def add(self, document: np.ndarray) -> None:
-        """Note rising numbers of documents, int64 (N,)."""
+        """Mark documents as complete; their numbers rise, int64 (N,)."""
         if not len(document):
             return
         place = document >> 3
@@ -79,7 +84,10 @@ class _Epoch:
 
 
 class _Corpus:
-    """What was found of a corpus. under_way, complete: its epochs. first_steps: the first step that has any of an epoch."""
+    """The checked part of a corpus.
+
+    under_way, complete: its epochs. first_steps: the first step that has any token of each epoch.
+    """
 
     def __init__(self) -> None:
         self.under_way: dict[int, _Epoch] = {}
@@ -98,29 +106,32 @@ class _Checker:
         self._states = [_Corpus() for _ in corpora]
 
     def add(self, rows: np.ndarray, ends: np.ndarray, first_step: int) -> None:
-        """Take the pieces of some steps. ends: of each step in `rows`, int64 (S,). first_step: the number of the first."""
+        """Check the pieces of some steps.
+
+        ends: the end of each step in `rows`, int64 (S,). first_step: the first step's number.
+        """
         keys = rows["corpus"].astype(np.int64) << 16 | rows["epoch"]
         for key in np.unique(keys).tolist():
             corpus, epoch = key >> 16, key & 0xFFFF
             if corpus >= len(self._lengths):
-                raise DamagedDataError(f"{self._plan.path}: has pieces of a corpus {corpus}, which there is not.")
-            mine = rows.compress(keys == key)
-            self._check_pieces(corpus, epoch, mine)
+                raise DamagedDataError(f"{self._plan.path}: has pieces of corpus {corpus}, which does not exist.")
+            epoch_rows = rows.compress(keys == key)
+            self._check_pieces(corpus, epoch, epoch_rows)
             state = self._states[corpus]
-            state.tokens += int(mine["length"].sum(dtype=np.int64))
+            state.tokens += int(epoch_rows["length"].sum(dtype=np.int64))
             if epoch in state.complete:
-                raise self._wrong(corpus, epoch, int(mine["document"][0]), "is read twice")
+                raise self._wrong(corpus, epoch, int(epoch_rows["document"][0]), "is read twice")
             if epoch not in state.under_way:
                 state.under_way[epoch] = _Epoch(len(self._lengths[corpus]))
                 step = int(np.searchsorted(ends, int((keys == key).argmax()), "right"))
                 state.first_steps[epoch] = first_step + step
-            self._add(corpus, epoch, state.under_way[epoch], mine)
+            self._add(corpus, epoch, state.under_way[epoch], epoch_rows)
             if state.under_way[epoch].documents == self._full[corpus]:
                 del state.under_way[epoch]
                 state.complete.add(epoch)
 
     def finish(self) -> list[CorpusCoverage]:
-        """Look for what is missing, and say what there is."""
+        """Check that nothing is missing. Return the coverage of each corpus."""
         for number, source in enumerate(self._plan.sources):
             self._check_epochs(number)
             if (tokens := self._states[number].tokens) != source.planned_tokens:
@@ -138,16 +149,16 @@ class _Checker:
         lengths = self._lengths[corpus]
         outside = rows["document"] >= len(lengths)
         if outside.any():
-            raise self._wrong(corpus, epoch, int(rows["document"][outside][0]), "is read, but there is none")
+            raise self._wrong(corpus, epoch, int(rows["document"][outside][0]), "is read, but does not exist")
         ends, whole = rows["start"].astype(np.int64) + rows["length"], lengths[rows["document"]]
         wrong = (rows["length"] == 0) | (ends > whole) | (rows["ends_document"] != (ends == whole))
         if wrong.any():
             at = int(wrong.argmax())
-            what = f"has {whole[at]:,} tokens, but a piece of it is {rows['start'][at]:,} to {ends[at]:,}"
-            raise self._wrong(corpus, epoch, int(rows["document"][at]), what)
+            problem = f"has {whole[at]:,} tokens, but a piece of it is {rows['start'][at]:,} to {ends[at]:,}"
+            raise self._wrong(corpus, epoch, int(rows["document"][at]), problem)
 
     def _add(self, corpus: int, epoch: int, state: _Epoch, rows: np.ndarray) -> None:
-        """Note documents that are whole, or whose last piece has come. Raises DamagedDataError for what is there twice."""
+        """Mark documents that are whole, or whose last piece has come. Raise DamagedDataError for tokens that are read twice."""
         is_whole = (rows["start"] == 0) & rows["ends_document"]
         parts = np.concatenate([state.parts, rows.compress(~is_whole)])
         parts = parts.take(np.lexsort((parts["start"], parts["document"])))
@@ -174,20 +185,20 @@ class _Checker:
         state.parts = parts.compress(~np.repeat(complete, np.diff(begins, append=len(parts))))
 
     def _check_epochs(self, corpus: int) -> None:
-        """Look for documents that are missing in epochs that should be complete."""
+        """Check that no document is missing in the epochs that should be complete."""
         plan, source, state = self._plan, self._plan.sources[corpus], self._states[corpus]
         most = most_documents(source.documents, source.max_epochs) if plan.ends_with_corpora else None
         if most is not None:
             due, rest = divmod(most, source.documents)
         else:
-            # whoever waits when the next epoch begins, does not for more than so many steps
+            # a document that is still carried when the next epoch begins waits for at most this many steps
             steps = max(-(-plan.rule.window // plan.rule.packs_at(first)) for first, _ in plan.rule.context)
             limit = plan.steps - steps * (MOST_WINDOWS_WAITED + 1)
             due, rest = max((epoch for epoch, first in state.first_steps.items() if first < limit), default=0), 0
         for epoch in range(due):
             if epoch not in state.complete:
                 self._check_there(corpus, epoch, source.documents, lambda positions: positions)
-        # documents that it leaves out may all be empty
+        # all documents that this part of an epoch leaves out may be empty
         if rest and due not in state.complete:
             order = partial(epoch_order, plan.seed, corpus, due, source.documents)
             self._check_there(corpus, due, rest, order)
@@ -195,7 +206,7 @@ class _Checker:
     def _check_there(
         self, corpus: int, epoch: int, count: int, documents_at: Callable[[np.ndarray], np.ndarray]
     ) -> None:
-        """Raise DamagedDataError for the first of so many documents of an epoch's order that is not there whole."""
+        """Raise DamagedDataError for the first incomplete document among the first `count` of an epoch's order."""
         lengths, state = self._lengths[corpus], self._states[corpus].under_way.get(epoch)
         for first in range(0, count, _PART_ROWS):
             documents = documents_at(np.arange(first, min(first + _PART_ROWS, count)))
@@ -205,10 +216,10 @@ class _Checker:
             if missing.any():
                 raise self._wrong(corpus, epoch, int(documents[missing.argmax()]), "is not read to its end")
 
-    def _wrong(self, corpus: int, epoch: int, document: int, what: str) -> DamagedDataError:
+    def _wrong(self, corpus: int, epoch: int, document: int, problem: str) -> DamagedDataError:
         steps = self._plan.find(corpus, document)
         where = f"steps {', '.join(map(str, steps[:_MOST_NAMED]))}" if steps else "no step"
         return DamagedDataError(
-            f"{self._plan.path}: document {document:,} of corpus {self._plan.sources[corpus].name} {what} in epoch {epoch} "
+            f"{self._plan.path}: document {document:,} of corpus {self._plan.sources[corpus].name} {problem} in epoch {epoch} "
             f"({where} of the plan); make the plan again."
         )

@@ -1,6 +1,6 @@
 """One pack of a plan as a batch, of which a rank reads only the tokens that it computes.
 
-Token ids and labels are read from the corpora's files at the moment they are asked for, or ahead on a thread.
+Token ids and labels are read from the corpora's files when they are asked for, or ahead of time on a thread.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from distattn.ir.cached import cached_property
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout
 
-# so few tokens that nobody asked for are read with those around them: another call would cost more
+# gaps of at most this many tokens are read together with the tokens around them, because another call would cost more
 _MOST_SKIPPED = 64
 
 
 class PlannedBatch:
     """A pack: pieces of documents, laid end to end on one axis of N tokens; a `Batch` to the driver.
 
-    lengths: tokens of each piece, in order. tokens: N. digest: two ranks with equal digests have the same batch. bytes_read: of
-    the tokens that were copied out of files so far; where files have digests, whole blocks of 16 KiB are read to check them.
+    lengths: tokens of each piece, in order. tokens: N. digest: two ranks with equal digests have the same batch. bytes_read:
+    bytes of tokens that were copied from files so far; if files have digests, whole blocks of 16 KiB are read to check them.
 
-    A token's label is its successor in its document, also where the piece ends before the document does. The last token of a
-    document has none (-100), nor has one whose successor is masked (`distattn.data.label_masks`).
+    The label of a token is the next token of its document, also if the piece ends before the document does. The last token of a
+    document has no label (-100), and neither has a token whose next token is masked (`distattn.data.label_masks`).
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class PlannedBatch:
         pin_memory: bool = True,
         corpus_ids: bool = False,
     ) -> None:
-        """corpora: in the order of the plan's sources. masks: of each corpus; by default those that lie beside its files.
+        """Prepare the batch of a pack, without reading.
 
-        thread: does what `start_reading` begins; without one it is done at once. vocabulary: all ids must be below it. device: of
-        a rank's part. pin_memory: read into pinned memory where CUDA is available. corpus_ids: a rank's part says of which corpus
-        each token is.
+        corpora: in the order of the plan's sources. masks: of each corpus; by default those next to its files. thread: runs the
+        work of `start_reading`; without it the work is done at once. vocabulary: all ids must be below it. device: of a rank's
+        part. pin_memory: read into pinned memory if CUDA is available. corpus_ids: add the corpus of each token to a rank's part.
         """
         self._pins, self._has_corpus_ids = pin_memory, corpus_ids
         self.device = torch.device(device)
@@ -71,12 +71,12 @@ class PlannedBatch:
     def valid_labels(self) -> int:
         """How many of the N tokens have a label.
 
-        Needs nothing but the plan; where there are masks, those of the whole pack: a byte for each token. Raises
-        DamagedDataError where a mask is damaged.
+        It follows from the plan alone, unless there are masks: then it reads a byte for each token of the pack. Raises
+        DamagedDataError if a mask is damaged.
         """
         if not any(self._masks):
             return self.tokens - int(self._pack.ends_document.sum())
-        # those of a piece's first token to its last but one, and of the last where the document goes on
+        # a piece has a label for each token, but for the last one if the document ends there
         targets = np.array(self.lengths) - self._pack.ends_document
         return sum(
             count if masks is None else int(masks.may_be_labels(document, start + 1, count).sum())
@@ -91,17 +91,18 @@ class PlannedBatch:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """None: nobody fills them on a GPU."""
+        """Empty: the batch has no tensors that are filled on a GPU."""
         return ()
 
     def read_ahead(self, layout: Layout, rank: int) -> None:
-        """A rank will ask for its part soon."""
+        """Begin to read the part of a rank, which will ask for it soon."""
         self.start_reading(layout.tokens(rank))
 
     def local_shard(self, layout: Layout, rank: int, pad_to: int = 1) -> dict[str, Tensor]:
-        """`input_ids`, `labels` and `position_ids` (1, T) of a rank, read now or ahead; padded to a multiple.
+        """Return `input_ids`, `labels` and `position_ids` (1, T) of a rank, read now or ahead, and padded to a multiple of
+        `pad_to`.
 
-        With corpus_ids also these (1, T): the number of each token's corpus in the plan's sources, -1 of padding.
+        With corpus_ids also these (1, T): the number of each token's corpus in the plan's sources, and -1 for padding.
         """
         tokens = layout.tokens(rank)
         ids, labels = (read.to(self.device, non_blocking=True) for read in self.read_tensors(tokens))
@@ -112,9 +113,9 @@ class PlannedBatch:
         return part
 
     def start_reading(self, tokens: np.ndarray) -> None:
-        """Have the token ids and labels at these positions read ahead: the next `read` of the same positions returns them.
+        """Begin to read the token ids and labels at these positions; the next `read` of the same positions returns them.
 
-        Memory is allocated here; errors of reading are raised by `read`.
+        Memory is allocated here; `read` raises the errors of reading.
         """
         work = self._prepared(tokens)
         started = self._thread.start(work) if self._thread else Started(work)
@@ -123,17 +124,17 @@ class PlannedBatch:
         self._started.append((np.array(tokens), started))
 
     def read(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(token ids, labels) at positions `tokens` (T,) of the pack's axis, in their order; int64 (T,) both.
+        """Return (token ids, labels) at positions `tokens` (T,) of the pack's axis, in their order; both int64 (T,).
 
-        Positions may be any, in any order. They are merged into runs: of each run of neighbours in one document its tokens are
-        copied, and one more for the last label. Raises DistattnError for positions that the pack does not have, and
-        DamagedDataError naming file and byte where a file is damaged.
+        The positions may be any, in any order. They are merged into runs of neighbours in one document: the tokens of each run
+        are copied, and one more token for the last label. Raises DistattnError for positions that the pack does not have, and
+        DamagedDataError naming file and byte if a file is damaged.
         """
         ids, labels = self.read_tensors(tokens)
         return ids.numpy(), labels.numpy()
 
     def read_tensors(self, tokens: np.ndarray) -> tuple[Tensor, Tensor]:
-        """As `read`, but tensors on the CPU, pinned where CUDA is available."""
+        """Read like `read`. Return tensors on the CPU, pinned if CUDA is available."""
         for at, (others, started) in enumerate(self._started):
             if np.array_equal(others, tokens):
                 del self._started[at]
@@ -141,14 +142,14 @@ class PlannedBatch:
         return self._prepared(tokens)()
 
     def _corpus_ids(self, tokens: np.ndarray, padded_tokens: int) -> Tensor:
-        """The corpus of each of these positions, then -1: int64 (padded_tokens,)."""
-        found = torch.full((padded_tokens,), -1, dtype=torch.int64, pin_memory=self._pins and _pins_memory())
+        """Return the corpus of each of these positions, then -1: int64 (padded_tokens,)."""
+        corpus_ids = torch.full((padded_tokens,), -1, dtype=torch.int64, pin_memory=self._pins and _pins_memory())
         pieces = np.searchsorted(self._begins, tokens, "right") - 1
-        found.numpy()[: len(tokens)] = self._pack.corpus[pieces]
-        return found
+        corpus_ids.numpy()[: len(tokens)] = self._pack.corpus[pieces]
+        return corpus_ids
 
     def _prepared(self, tokens: np.ndarray) -> Callable[[], tuple[Tensor, Tensor]]:
-        """What reads these positions into memory that is allocated now."""
+        """Allocate memory for these positions. Return a function that reads them into it."""
         tokens = np.asarray(tokens)
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise DistattnError(
@@ -167,38 +168,40 @@ class PlannedBatch:
                 self._fill(tokens, ids.numpy(), labels.numpy())
             else:
                 ordered, place = np.unique(tokens, return_inverse=True)
-                found = np.empty((2, len(ordered)), np.int64)
-                self._fill(ordered, *found)
-                np.take(found[0], place, out=ids.numpy())
-                np.take(found[1], place, out=labels.numpy())
+                ordered_ids, ordered_labels = np.empty((2, len(ordered)), np.int64)
+                self._fill(ordered, ordered_ids, ordered_labels)
+                np.take(ordered_ids, place, out=ids.numpy())
+                np.take(ordered_labels, place, out=labels.numpy())
             return ids, labels
 
         return fill
 
     def _fill(self, tokens: np.ndarray, ids: np.ndarray, labels: np.ndarray) -> None:
-        """Read rising positions, all three (T,)."""
+        """Read rising positions into `ids` and `labels`; all three are (T,)."""
         copied = 0
         for first, last, piece in self._runs(tokens):
             corpus, document = self._corpora[self._pack.corpus[piece]], int(self._pack.document[piece])
             begin = int(tokens[first] - self._begins[piece]) + int(self._pack.start[piece])
             count = int(tokens[last - 1] - tokens[first]) + 1
-            # the token after the last is read, unless there is none
+            # the token after the last one is read, too, unless the document ends
             is_end = tokens[last - 1] + 1 == self._begins[piece + 1] and self._pack.ends_document[piece]
-            found = corpus.read(document, begin, count + (not is_end), self._vocabulary)
-            copied += found.nbytes
-            # a slice where nothing is skipped
+            read_tokens = corpus.read(document, begin, count + (not is_end), self._vocabulary)
+            copied += read_tokens.nbytes
+            # a slice if no token is skipped
             at = slice(0, count) if last - first == count else tokens[first:last] - tokens[first]
             following = np.full(count, IGNORE_INDEX)
-            following[: len(found) - 1] = found[1:]
+            following[: len(read_tokens) - 1] = read_tokens[1:]
             if (masks := self._masks[self._pack.corpus[piece]]) is not None:
-                following[: len(found) - 1][~masks.may_be_labels(document, begin + 1, len(found) - 1)] = IGNORE_INDEX
-            ids[first:last] = found[:count][at]
+                following[: len(read_tokens) - 1][~masks.may_be_labels(document, begin + 1, len(read_tokens) - 1)] = (
+                    IGNORE_INDEX
+                )
+            ids[first:last] = read_tokens[:count][at]
             labels[first:last] = following[at]
         with self._lock:
             self.bytes_read += copied
 
     def _runs(self, tokens: np.ndarray) -> Iterator[tuple[int, int, int]]:
-        """(first, last + 1, piece) of tokens that are read at once, for rising positions (T,)."""
+        """Return (first, last + 1, piece) of the runs of tokens that are read in one call, for rising positions (T,)."""
         gaps = np.flatnonzero(np.diff(tokens) > _MOST_SKIPPED + 1) + 1
         limits = np.unique(np.concatenate([[0], gaps, np.searchsorted(tokens, self._begins[1:-1]), [len(tokens)]]))
         pieces = np.searchsorted(self._begins, tokens[limits[:-1]], "right") - 1

@@ -1,4 +1,4 @@
-"""Work that is begun ahead on a thread of its own, and finished by whoever needs it first."""
+"""Work that begins ahead of time on a thread, and is finished by the thread or by the first caller that needs it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _Result = TypeVar("_Result")
 
 
 class Started(Generic[_Result]):
-    """Work that the thread will do, unless its result is asked for before: then the caller does it, and waits for nobody."""
+    """Work that the thread will do, unless its result is asked for before the thread begins: then the caller does it itself."""
 
     def __init__(self, work: Callable[[], _Result]) -> None:
         self._work: Callable[[], _Result] | None = work
@@ -22,7 +22,7 @@ class Started(Generic[_Result]):
         self._process = os.getpid()
 
     def run(self) -> None:
-        """Do the work on this thread. What it raises is raised by `result`."""
+        """Run the work on this thread. `result` raises its error."""
         work = self._work
         if work is None or not self._future.set_running_or_notify_cancel():
             return
@@ -30,13 +30,13 @@ class Started(Generic[_Result]):
             self._future.set_result(work())
         except BaseException as error:
             self._future.set_exception(error)
-        # it may hold whoever holds this
+        # the work may hold an object that holds this one
         self._work = None
 
     def result(self) -> _Result:
-        """What the work returned, or raised."""
+        """Return the result of the work, or raise its error."""
         work = self._work
-        # in a process that was forked meanwhile nobody would ever finish it
+        # in a process that was forked meanwhile there is no thread that would finish it
         forked = self._process != os.getpid() and not self._future.done()
         if work and (forked or self._future.cancel()):
             return work()
@@ -44,9 +44,10 @@ class Started(Generic[_Result]):
 
 
 class ReadingThread:
-    """A daemon thread that does one work after another. It ends with the last reference to this object, or with the process.
+    """A daemon thread that does one piece of work after another.
 
-    It begins with the first work, and anew in a forked process.
+    It begins with the first piece of work, and again in a forked process. It ends with the last reference to this object, or with
+    the process.
     """
 
     def __init__(self) -> None:
@@ -54,7 +55,7 @@ class ReadingThread:
         self._lock = threading.Lock()
 
     def start(self, work: Callable[[], _Result]) -> Started[_Result]:
-        """Begin work after all that was begun before."""
+        """Append work to the queue, after all work that was started before."""
         started = Started(work)
         with self._lock:
             if self._process != os.getpid():
@@ -70,5 +71,5 @@ class ReadingThread:
 def _run(queue: SimpleQueue[Callable[[], None] | None]) -> None:
     while (work := queue.get()) is not None:
         work()
-        # nothing is held until the next work comes
+        # hold no reference while waiting for the next piece of work
         del work

@@ -1,4 +1,4 @@
-"""How the packs of a step are dealt out to data-parallel shares: arithmetic that every rank does alike."""
+"""How the packs of a step are dealt out to data-parallel shares: a computation with the same result on every rank."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from distattn.ir.errors import DistattnError
 
 
 def deal_packs(record: StepPacks, size: int) -> list[list[int]]:
-    """Numbers of the packs of each share, in the plan's order.
+    """Return the numbers of the packs of each share, in the plan's order.
 
-    Each pack, the largest first, goes to the share with the fewest slots so far (`StepPacks.slots`), the first of equals.
-    So packs of one slot are dealt out in turn, a pack in the place of several counts as so many, and no share is without a pack
-    unless there are fewer packs than shares.
+    Each pack, the largest first, goes to the share with the fewest slots so far (`StepPacks.slots`), and to the first of several
+    such shares. So packs of one slot are dealt out in turn, and a pack in the place of several counts as several. Every share
+    gets a pack if there are at least as many packs as shares.
     """
     slots = record.slots
     taken = [0] * size
@@ -24,10 +24,12 @@ def deal_packs(record: StepPacks, size: int) -> list[list[int]]:
 
 
 def check_shares(plan: PackPlan, size: int, begin: int, end: int, even: bool = False) -> None:
-    """Raise DistattnError where a step from `begin` to before `end` has fewer packs than shares; even: or not equally many each.
+    """Raise DistattnError if a step from `begin` to before `end` has fewer packs than shares.
 
-    Looks at the last step, which may have fewer packs than others, and at full steps of each context length. Where a document
-    that is kept whole takes the place of several packs, a step may turn out to have too few only when it is dealt out.
+    even: or if shares get unequal numbers.
+
+    Checks the last step, which may have fewer packs than others, and full steps of each context length. If a document that is
+    kept whole takes the place of several packs, a step with too few packs may be found only when it is dealt out.
     """
     if begin == end:
         return
@@ -39,7 +41,7 @@ def check_shares(plan: PackPlan, size: int, begin: int, end: int, even: bool = F
 
 
 def check_counts(plan: PackPlan, size: int, step: int, packs: int, uneven: bool) -> None:
-    """Raise DistattnError where a step has fewer packs than shares, or, if `uneven`, since they are not equally many for each."""
+    """Raise DistattnError if a step has fewer packs than shares, or, if `uneven`, because shares would get unequal numbers."""
     if step == plan.full_steps:
         without = f"leave out step {step:,}, the plan's last and not a full one (drop_last=True)"
     else:

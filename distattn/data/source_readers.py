@@ -1,4 +1,4 @@
-"""Reading the documents of one piece of a source, whatever its kind; what cannot be read is named by file and line."""
+"""Reading the documents of one piece of a source of any kind. Errors name the file and line of a document that cannot be read."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from distattn.data.extra_packages import import_extra
 from distattn.ir.errors import DamagedDataError
 
 _PART_BYTES = 1 << 20
-# of a compressed file at a time, which may become many times as many
+# bytes of a compressed file that are read at a time; they may expand to many times as many
 _COMPRESSED_BYTES = 1 << 17
 _LARGEST_WINDOW = 1 << 31
 _BATCH_ROWS = 512
 
 
 def read_documents(source: Source, piece: Piece, field: str) -> Iterator[tuple[str, int]]:
-    """The documents of a piece: (text, stored bytes of the piece that were read so far).
+    """Yield the documents of a piece: (text, stored bytes of the piece that were read so far).
 
     field: of JSON objects and Parquet tables. Raises DamagedDataError naming the file, and the line, row or byte, of the first
-    document that cannot be read, and where the file is no longer what it was.
+    document that cannot be read, and if the file has changed.
     """
     _check_unchanged(source)
     try:
@@ -35,7 +35,7 @@ def read_documents(source: Source, piece: Piece, field: str) -> Iterator[tuple[s
 
 
 def _read_text(source: Source, piece: Piece, field: str) -> Iterator[tuple[str, int]]:
-    """The whole file is one document."""
+    """Yield the whole file as one document."""
     with open(source.file, "rb") as file:
         content = file.read()
     try:
@@ -47,10 +47,10 @@ def _read_text(source: Source, piece: Piece, field: str) -> Iterator[tuple[str, 
 
 
 def _read_lines(source: Source, piece: Piece, field: str) -> Iterator[tuple[str, int]]:
-    """JSON lines that begin in the bytes [start, stop) of the file."""
+    """Yield the JSON lines that begin in the bytes [start, stop) of the file."""
     with open(source.file, "rb") as file:
         if piece.start:
-            # a line that begins before belongs to the piece before
+            # a line that begins before `start` belongs to the piece before
             file.seek(piece.start - 1)
             file.readline()
         at = file.tell()
@@ -65,9 +65,9 @@ def _read_lines(source: Source, piece: Piece, field: str) -> Iterator[tuple[str,
 
 
 def _read_compressed_lines(source: Source, piece: Piece, field: str) -> Iterator[tuple[str, int]]:
-    """JSON lines of a .gz or .zst file."""
+    """Yield the JSON lines of a .gz or .zst file."""
     if not source.bytes:
-        raise DamagedDataError(f"{source.file}: has no bytes, which no compressed file is; take it from a copy.")
+        raise DamagedDataError(f"{source.file}: is empty, so not a compressed file; take it from a copy.")
     with open(source.file, "rb") as file:
         lines = _zstd_lines(source.file, file) if source.kind == "zstd" else _gzip_lines(source.file, file)
         for number, line in enumerate(lines, 1):
@@ -80,7 +80,7 @@ def _read_compressed_lines(source: Source, piece: Piece, field: str) -> Iterator
 
 
 def _read_parquet(source: Source, piece: Piece, field: str) -> Iterator[tuple[str, int]]:
-    """Rows of the row groups [start, stop); rows are numbered from 0 in the file."""
+    """Yield the rows of the row groups [start, stop); rows are numbered from 0 in the file."""
     opened = open_parquet(source.file)
     arrow = import_extra("pyarrow", f"reading {source.file}")
     schema = opened.schema_arrow
@@ -131,7 +131,7 @@ def _check_unchanged(source: Source) -> None:
         now = os.stat(source.file)
     except OSError as error:
         raise DamagedDataError(
-            f"{source.file}: was there when the command began, but not now: {error.strerror}."
+            f"{source.file}: existed when the command began, but not now: {error.strerror}."
         ) from None
     if (now.st_size, now.st_mtime_ns) != (source.bytes, source.modified):
         raise DamagedDataError(
@@ -140,7 +140,7 @@ def _check_unchanged(source: Source) -> None:
 
 
 def _text_of(line: bytes, field: str) -> str | None:
-    """The text of a line, None of a blank one. Raises ValueError with what is wrong, without the place."""
+    """Return the text of a line, or None if the line is blank. Raise ValueError naming the problem, but not the place."""
     if line.isspace():
         return None
     try:
@@ -159,7 +159,7 @@ def _text_of(line: bytes, field: str) -> str | None:
     text = row[field]
     if not isinstance(text, str):
         raise ValueError(f"field {field!r} is {_json_type(text)}, not text.")
-    # half of a surrogate pair, which JSON can say but no encoding
+    # JSON can express half of a surrogate pair, but no encoding can
     if b"\\u" in line:
         try:
             text.encode()
@@ -174,7 +174,7 @@ def _json_type(value: object) -> str:
 
 
 def _line_number(path: str, offset: int) -> int:
-    """The number, from 1, of the line that begins at a byte of a file."""
+    """Return the number, from 1, of the line that begins at a byte of a file."""
     number = 1
     with open(path, "rb") as file:
         while offset and (part := file.read(min(offset, _PART_BYTES))):
@@ -194,12 +194,12 @@ def _gzip_lines(path: str, file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _zstd_lines(path: str, file: IO[bytes]) -> Iterator[bytes]:
-    """The lines of all frames of a file. The stream reader of the library would take a file that was cut for a whole one."""
+    """Yield the lines of all frames of a file. The library's own stream reader would accept a file that was cut."""
     zstandard = import_extra("zstandard", f"reading {path}")
     decompressor = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
     frame, begun = decompressor.decompressobj(), False
     number = 0
-    # of a line whose end was not read yet
+    # the parts of a line whose end was not read yet
     parts: list[bytes] = []
     try:
         while part := file.read(_COMPRESSED_BYTES):

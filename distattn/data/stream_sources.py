@@ -1,11 +1,11 @@
-"""Streams of documents that others made, with the state that each kind has, and what each can promise.
+"""Streams of documents of other programs, with the state that each kind has, and what each kind can promise.
 
-Kinds are told apart by what they offer, so that none of the packages needs to be installed:
+Kinds are recognised by their methods, so none of the packages needs to be installed:
 
-* `state_dict(num_samples, from_beginning)`: mosaicml-streaming's `StreamingDataset`, which has its samples counted;
+* `state_dict(num_samples, from_beginning)`: mosaicml-streaming's `StreamingDataset`, whose samples the reader must count;
 * `state_dict()` and `load_state_dict`: `torchdata.StatefulDataLoader`, Hugging Face's `IterableDataset`, and others;
 * a length and items by number: lists, arrays, Hugging Face's `Dataset`, map-style datasets;
-* anything else that can be iterated, which has no state: what was read before is read again and skipped.
+* any other iterable, which has no state: items that were read before are read again and skipped.
 """
 
 from __future__ import annotations
@@ -22,28 +22,31 @@ from distattn.ir.errors import DistattnError
 
 
 class StreamSource(Protocol):
-    """A stream and its state. promises: what it says of resuming and of repeats."""
+    """A stream and its state. promises: sentences about resuming and repeats."""
 
     promises: list[str]
 
     def items(self) -> Iterator[Any]:
-        """The items from the loaded state on, or from the beginning."""
+        """Yield the items from the loaded state on, or from the beginning."""
 
     def state(self) -> Any:
-        """The state after the last item that was read."""
+        """Return the state after the last item that was read."""
 
     def load(self, state: Any) -> None:
-        """Have `items` begin there. Called before any item is read."""
+        """Load a state at which `items` begins. Call this before any item is read."""
 
 
 def stream_source(stream: Any) -> StreamSource:
-    """What a stream is. Raises DistattnError where it is none, or deals out its documents in a way that cannot be resumed."""
+    """Return the source for a stream, by its kind.
+
+    Raises DistattnError if it is not a stream, or deals out its documents in a way that cannot be resumed.
+    """
     if isinstance(stream, (str, bytes, Mapping)):
         raise DistattnError(f"a stream is an iterable of documents, not a {type(stream).__name__}.")
     if callable(getattr(stream, "state_dict", None)) and callable(getattr(stream, "load_state_dict", None)):
         counted = {"num_samples", "from_beginning"} <= inspect.signature(stream.state_dict).parameters.keys()
         return _CountedStream(stream) if counted else _StatefulStream(stream)
-    # a mosaicml or torch iterable dataset may have a length; what has items by number as well can be entered anywhere
+    # a mosaicml or torch iterable dataset may have a length; if it also has items by number, reading can begin anywhere
     if hasattr(stream, "__getitem__") and hasattr(stream, "__len__"):
         return _Sequence(stream)
     if not hasattr(stream, "__iter__"):
@@ -52,17 +55,17 @@ def stream_source(stream: Any) -> StreamSource:
 
 
 class _StatefulStream:
-    """Says its state itself."""
+    """A stream that returns its own state."""
 
     promises = [
         "Resuming is as exact as the stream's own state_dict: documents that waited in a shuffle buffer of a Hugging Face "
         "IterableDataset, for example, are left out after a resume, and other streams may read some again.",
-        "Whether documents are repeated, and whether their order depends on workers or ranks, is the stream's affair.",
+        "The stream determines whether documents are repeated, and whether their order depends on workers or ranks.",
     ]
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        # some say the state that was loaded only once they are iterated
+        # some streams return the loaded state only after they were iterated
         self._before_reading = stream.state_dict()
         self._began = False
 
@@ -80,21 +83,21 @@ class _StatefulStream:
 
 
 class _CountedStream:
-    """Has its samples counted by the reader: a `StreamingDataset`."""
+    """A stream whose samples the reader counts: a `StreamingDataset`."""
 
     promises = [
-        "Resuming is exact, and reads only the window's own documents again: mosaicml-streaming enters its epoch anywhere.",
-        "mosaicml-streaming repeats a few samples where the canonical nodes have unequally many, and its order depends on "
+        "Resuming is exact, and reads only the window's own documents again: mosaicml-streaming can begin anywhere in an epoch.",
+        "mosaicml-streaming repeats a few samples if canonical nodes have different numbers of them, and its order depends on "
         "num_canonical_nodes, shuffle_seed, batch_size and num_workers: keep them.",
     ]
 
     def __init__(self, stream: Any) -> None:
-        # as the package itself finds it
+        # as the package itself counts ranks
         ranks = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
         if ranks // (getattr(stream, "replication", None) or 1) > 1:
             raise DistattnError(
-                f"the stream deals out its samples to {ranks} ranks by itself; ranks that pack them read unequally many, which "
-                f"its state cannot tell: make it with replication={ranks}, and have rank and size deal out packs."
+                f"the stream deals out its samples to {ranks} ranks by itself; ranks that pack them read different numbers, "
+                f"which its state does not record: make it with replication={ranks}, and deal out packs by rank and size."
             )
         self._stream = stream
         self._read = 0
@@ -118,7 +121,7 @@ class _CountedStream:
 
 
 class _Sequence:
-    """Has items by number; state is the next number."""
+    """A stream with items by number; its state is the next number."""
 
     promises = [
         "Resuming is exact, and reads only the window's own documents again: the stream has items by number.",
@@ -146,12 +149,12 @@ class _Sequence:
 
 
 class _PlainStream:
-    """Has no state; state is the number of items that were read, which are skipped."""
+    """A stream without a state. The state is the number of items that were read, which are skipped."""
 
     promises = [
-        "Resuming reads everything before again, to skip it: the stream has no state. It must begin at its beginning and "
-        "come in the same order; that it does is not checked.",
-        "Whether documents are repeated is the stream's affair.",
+        "Resuming reads all earlier items again, to skip them: the stream has no state. It must begin at its beginning and "
+        "have the same order; this is not checked.",
+        "The stream determines whether documents are repeated.",
     ]
 
     def __init__(self, stream: Iterable[Any]) -> None:
@@ -160,11 +163,11 @@ class _PlainStream:
 
     def items(self) -> Iterator[Any]:
         items = iter(self._stream)
-        found = sum(1 for _ in islice(items, self._skipped))
-        if found < self._skipped:
+        skipped = sum(1 for _ in islice(items, self._skipped))
+        if skipped < self._skipped:
             raise DistattnError(
-                f"the stream ended after {found:,} items, but the state is of one with {self._skipped:,} or more: give the same "
-                "one, from its beginning."
+                f"the stream ended after {skipped:,} items, but the state is of one with {self._skipped:,} or more: give the "
+                "same one, from its beginning."
             )
         for item in items:
             self._read += 1

@@ -1,6 +1,6 @@
-"""Streams that others made, packed as they come: for data that no plan can be made of, because its lengths are not known before.
+"""Packing the streams of other programs as they come, for data that cannot be planned because its lengths are not known before.
 
-What a plan promises (`distattn.data.loader`) a stream can promise only in part: `StreamLoader.promises` says which.
+A stream can keep only some of a plan's promises (`distattn.data.loader`): `StreamLoader.promises` lists them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from distattn.data.stream_documents import DocumentReader, StreamDocument
 from distattn.data.stream_sources import stream_source
 from distattn.ir.errors import DistattnError
 
-# what no item of a stream is
+# an object that no item of a stream is
 _END = object()
 _SETTINGS = ("context", "packs_per_step", "window", "max_documents")
 
@@ -29,11 +29,11 @@ class StreamLoader:
 
     A micro-batch has `input_ids` (1, N), `document_lengths`, and `shift_labels` (1, N), each token's successor. The stream's
     documents are packed by best fit, a window at a time; documents of the emptiest packs are carried
-    into the next window, and leave in it before others. Documents longer than `context` are cut, and the last token of a piece
-    has the next token of its document for a label, as in a plan; documents without tokens are left out.
+    into the next window, and leave in it before others. Documents longer than `context` are cut, and the label of the last token
+    of a piece is the next token of its document, as in a plan; documents without tokens are left out.
 
-    It goes on where it was, also after a loop was left. When the stream ends, the last step may have fewer packs, and some shares
-    none; after that there are no more steps: for another epoch make another loader. step: steps yielded so far.
+    A second loop over it goes on where the first one stopped. When the stream ends, the last step may have fewer packs, and some
+    shares may have no packs. Then there are no more steps; make another loader for another epoch. step: steps yielded so far.
     """
 
     def __init__(
@@ -49,14 +49,16 @@ class StreamLoader:
         window: int = 256,
         max_documents: int | None = None,
     ) -> None:
-        """stream: documents, or batches of them, as `distattn.data.stream_documents` says; kinds are told apart by
-        `distattn.data.stream_sources`. All shares give the same stream; a stream that is dealt out to ranks already has size 1.
+        """Check the settings, and find out the kind of the stream; nothing is read.
+
+        stream: documents, or batches of them, as `distattn.data.stream_documents` describes; `distattn.data.stream_sources`
+        lists the kinds. All shares give the same stream; for a stream that is already dealt out to ranks, size is 1.
 
         context: tokens of a pack. packs_per_step: of all shares together. rank, size: the share and the number of shares. field:
         where a document that is a mapping has its token ids, or its text. tokenizer: from text to token ids. window: packs that
         documents are fitted to, rounded up to whole steps; their tokens are in memory, 4 bytes each. max_documents: of a pack.
 
-        Raises DistattnError naming the argument that cannot be.
+        Raises DistattnError naming the argument that is wrong.
         """
         self.context, self.packs_per_step, self.max_documents = context, packs_per_step, max_documents
         self.rank, self.size, self.window = rank, size, window
@@ -73,7 +75,7 @@ class StreamLoader:
         self.step = 0
         self._source = stream_source(stream)
         self._reader = DocumentReader(field, tokenizer)
-        # the window that the next step is of, and how many of its steps were yielded
+        # the window of the next step, and how many of the window's steps were yielded
         self._window = _WindowState(self._source.state(), [], 0, 0, False)
         self._given = 0
         self._steps: Iterator[list[dict[str, Any]]] | None = None
@@ -87,10 +89,10 @@ class StreamLoader:
         return next(self._steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on, at any number of shares: tensors, numbers and the stream's own state.
+        """Return all that is needed to go on, at any number of shares: tensors, numbers and the stream's own state.
 
-        It is the state at the beginning of the window, whose documents are read again, with the tokens of documents that were
-        carried into it: of a few packs.
+        It is the state at the beginning of the window, whose documents are read again after a resume, with the tokens of the
+        documents that were carried into it: those of a few packs.
         """
         carried = self._window.carried
         labels = [piece.labels for piece in carried if piece.labels is not None]
@@ -109,9 +111,9 @@ class StreamLoader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken. The stream must be at its beginning, and none of it read here.
+        """Continue where `state_dict` was taken. The stream must be at its beginning, and this loader must not have read from it.
 
-        Raises DistattnError where the state is of other settings, or the stream does not take its own part of it.
+        Raises DistattnError if the state has other settings, or the stream does not accept its own part of it.
         """
         if self._steps is not None:
             raise DistattnError(
@@ -124,22 +126,22 @@ class StreamLoader:
         for name, value in state["settings"].items():
             if getattr(self, name) != value:
                 raise DistattnError(
-                    f"{name} is {getattr(self, name)}, but the state is of a run with {value}: packs would be others."
+                    f"{name} is {getattr(self, name)}, but the state is of a run with {value}: the packs would differ."
                 )
         self._source.load(state["stream"])
         ends = np.cumsum(state["carried_lengths"], dtype=np.int64)[:-1]
         ids = np.split(state["carried_ids"].numpy(), ends)
         labels = state["carried_labels"]
-        own = [None] * len(ids) if labels is None else np.split(labels.numpy(), ends)
+        own_labels = [None] * len(ids) if labels is None else np.split(labels.numpy(), ends)
         follows = state["carried_follows"]
-        carried = [StreamDocument(*piece) for piece in zip(ids, own, follows, strict=True)] if follows else []
+        carried = [StreamDocument(*piece) for piece in zip(ids, own_labels, follows, strict=True)] if follows else []
         self._window = _WindowState(state["stream"], carried, state["documents"], state["window"], state["ended"])
         self._given, self.step = state["given"], state["step"]
         if carried:
             self._reader.has_labels = labels is not None
 
     def promises(self) -> list[str]:
-        """What this loader promises of this stream, and what not: sentences for whoever uses it."""
+        """Return sentences that tell a user what this loader promises for this stream, and what not."""
         shares = f", so each of the {self.size} shares reads and packs the whole stream" if self.size > 1 else ""
         return [
             f"Packs and their order are the same at any number of shares: shares get packs of one order{shares}.",
@@ -150,7 +152,7 @@ class StreamLoader:
         ]
 
     def _packed_steps(self) -> Iterator[list[dict[str, Any]]]:
-        """Steps from the window's state on, without those of it that were given."""
+        """Yield steps from the window's state on, without those that were already yielded."""
         self._reader.count = self._window.documents
         items = self._source.items()
         ended = self._window.ended
@@ -166,7 +168,7 @@ class StreamLoader:
                 yield [_batch([pieces[piece] for piece in pack]) for pack in packs[self.rank :: self.size]]
 
     def _read_window(self, items: Iterator[Any]) -> tuple[list[StreamDocument], bool]:
-        """(Pieces of the window, those that were carried first; whether the stream has ended)."""
+        """Return (the pieces of the window, carried ones first; whether the stream has ended)."""
         pieces = list(self._window.carried)
         tokens = self._packs_of_window * self.context - sum(len(piece.ids) for piece in pieces)
         most_pieces = self._packs_of_window * (self.max_documents or self.context)
@@ -184,7 +186,7 @@ class StreamLoader:
         return -(-self.window // self.packs_per_step) * self.packs_per_step
 
     def _pack(self, pieces: list[StreamDocument], ended: bool) -> tuple[list[list[np.ndarray]], list[StreamDocument]]:
-        """(Of each step its packs, as numbers of pieces; pieces that are carried)."""
+        """Return (the packs of each step, as numbers of pieces; the pieces that are carried)."""
         lengths = np.array([len(piece.ids) for piece in pieces], np.int64)
         if not len(lengths):
             return [], []
@@ -210,9 +212,9 @@ class StreamLoader:
 
 
 class _WindowState(NamedTuple):
-    """Where a window begins: the stream's state, pieces carried into it, documents read before, its number.
+    """The state at the beginning of a window: the stream's state, carried pieces, number of documents read before, window number.
 
-    ended: the stream has, and all was packed. Some streams begin anew when their last state is loaded.
+    ended: the stream has ended, and all was packed. Some streams begin again when their last state is loaded.
     """
 
     stream: Any
@@ -223,19 +225,19 @@ class _WindowState(NamedTuple):
 
 
 def _cut(document: StreamDocument, context: int) -> list[StreamDocument]:
-    """A document in pieces of the context length, and a rest; none where it has no tokens."""
+    """Cut a document into pieces of the context length, and a rest. Return no piece for a document without tokens."""
     ids, labels, _ = document
-    own = ids if labels is None else labels
+    own_labels = ids if labels is None else labels
     pieces = []
     for begin in range(0, len(ids), context):
         end = begin + context
-        follows = int(own[end]) if end < len(ids) else IGNORE_INDEX
+        follows = int(own_labels[end]) if end < len(ids) else IGNORE_INDEX
         pieces.append(StreamDocument(ids[begin:end], None if labels is None else labels[begin:end], follows))
     return pieces
 
 
 def _batch(pieces: list[StreamDocument]) -> dict[str, Any]:
-    """A pack as a mapping."""
+    """Return a pack as a mapping."""
     labels = [np.append((piece.ids if piece.labels is None else piece.labels)[1:], piece.follows) for piece in pieces]
     return {
         "input_ids": torch.from_numpy(np.concatenate([piece.ids for piece in pieces]).astype(np.int64))[None],

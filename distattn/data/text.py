@@ -21,7 +21,7 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 VOCABULARY = 256
 # files are checked in parts of this size
 _PART_BYTES = 1 << 20
-# and told from binary ones by these
+# and distinguished from binary files by this many bytes
 _FIRST_BYTES = 4096
 _MOST_DOCUMENTS = 5_000_000
 
@@ -50,10 +50,11 @@ class TextCorpus:
 
 
 def find_corpus(path: str, *, suffix: str = "", exclude: Sequence[str] = (), max_document_tokens: int) -> TextCorpus:
-    """Find the files of `path` (folder, file or glob) and cut them into documents of at most so many tokens (bytes).
+    """Find the files of `path` (folder, file or glob) and cut them into documents of at most `max_document_tokens` tokens
+    (bytes).
 
-    Of each file the size and the first bytes are looked up; `check_text` reads them. Empty files, and among several files
-    binary ones, are skipped and counted. Raises DistattnError when there is no text.
+    Only the size and the first bytes of each file are looked up; `check_text` reads the files. Empty files are skipped and
+    counted, and so are binary files if there are several files. Raises DistattnError if there is no text.
     """
     documents: list[Document] = []
     empty = binary = 0
@@ -61,14 +62,14 @@ def find_corpus(path: str, *, suffix: str = "", exclude: Sequence[str] = (), max
     for file in files:
         size = _size(file)
         empty += not size
-        # where many files are named at once, some are none of ours: compiled ones, pictures
+        # a folder may hold files that are not text, such as compiled ones or pictures
         if size and len(files) > 1 and _looks_binary(file):
             binary += 1
             continue
         if len(documents) + size / max_document_tokens > _MOST_DOCUMENTS:
             raise DistattnError(
-                f"data.max_document_tokens: documents of {max_document_tokens} tokens would be more than {_MOST_DOCUMENTS:,}; "
-                "make them longer, or name fewer (or larger) files."
+                f"data.max_document_tokens: more than {_MOST_DOCUMENTS:,} documents of {max_document_tokens} tokens would "
+                "result; make them longer, or name fewer (or larger) files."
             )
         documents += [
             Document(file, start, min(start + max_document_tokens, size))
@@ -82,7 +83,7 @@ def find_corpus(path: str, *, suffix: str = "", exclude: Sequence[str] = (), max
 
 
 def check_text(corpus: TextCorpus) -> None:
-    """Read every file of a corpus once, a part at a time, and check that it is UTF-8 of the size that was found.
+    """Read every file of a corpus once, in parts, and check that it is UTF-8 and has the size that was found.
 
     Raises DamagedDataError naming the first file that is not.
     """
@@ -95,9 +96,9 @@ def check_text(corpus: TextCorpus) -> None:
 
 
 def read_tokens(document: Document) -> np.ndarray:
-    """Read the document's bytes, and only those, as int64 tokens (end - start,).
+    """Read the bytes of a document, and only those, as int64 tokens (end - start,).
 
-    Raises DamagedDataError when the file is no longer what it was.
+    Raises DamagedDataError if the file has changed.
     """
     try:
         with open(document.file, "rb") as file:
@@ -105,7 +106,7 @@ def read_tokens(document: Document) -> np.ndarray:
             content = file.read(document.length)
     except OSError as error:
         raise DamagedDataError(
-            f"{document.file}: could be read when the run began, but not now: {error.strerror}."
+            f"{document.file}: was readable when the run began, but is not now: {error.strerror}."
         ) from None
     if len(content) != document.length:
         raise DamagedDataError(f"{document.file}: shorter than when the run began; it must not change meanwhile.")
@@ -115,9 +116,9 @@ def read_tokens(document: Document) -> np.ndarray:
 def find_files(
     path: str, suffix: str, exclude: Sequence[str], options: tuple[str, str] = ("data.path", "data.exclude")
 ) -> list[str]:
-    """The files of a folder, a file or a glob, by name. Raises DistattnError where there are none.
+    """Return the files of a folder, a file or a glob, by name. Raise DistattnError if there are no files.
 
-    options: what `path` and `exclude` are called where a person gives them.
+    options: what `path` and `exclude` are called where the user gives them.
     """
     literal = path.replace("{stdlib}", sysconfig.get_path("stdlib"))
     if os.path.exists(literal):
@@ -125,19 +126,19 @@ def find_files(
     else:
         pattern = path.replace("{stdlib}", glob.escape(sysconfig.get_path("stdlib")))
         roots = sorted(glob.glob(pattern, recursive=True))
-        # exclusions are about what the wildcards matched, not about where the user's data lies
+        # exclusions apply to the parts that the wildcards matched, not to the folders that the user's data is in
         anchor = os.path.dirname(pattern[: re.search(r"[*?[]|$", pattern).start()])  # type: ignore[union-attr]
     if not roots:
         raise DistattnError(
             f"{options[0]}: there is no file or folder {path!r}; name a folder, a file or a glob of text files."
         )
-    found = {
+    files = {
         os.path.join(root, name)
         for root in roots
         if not _excluded(os.path.relpath(root, anchor or "."), exclude)
         for name in (_walk(root, exclude, options) if os.path.isdir(root) else [""])
     }
-    kept = sorted(file.rstrip(os.sep) for file in found if file.rstrip(os.sep).endswith(suffix))
+    kept = sorted(file.rstrip(os.sep) for file in files if file.rstrip(os.sep).endswith(suffix))
     if not kept:
         raise DistattnError(
             f"{options[0]}: {path!r} holds no files"
@@ -149,7 +150,7 @@ def find_files(
 
 
 def _walk(root: str, exclude: Sequence[str], options: tuple[str, str]) -> Iterator[str]:
-    """Paths of all files below root, relative to it; links are followed, each folder entered once."""
+    """Yield the paths of all files below root, relative to it. Links are followed, and each folder is entered once."""
 
     def refuse(error: OSError) -> None:
         raise DistattnError(
@@ -164,7 +165,7 @@ def _walk(root: str, exclude: Sequence[str], options: tuple[str, str]) -> Iterat
             if not _excluded(name, exclude) and real not in entered:
                 entered.add(real)
                 fresh.append(name)
-        # in place: os.walk enters what is left
+        # in place, because os.walk enters the folders that are left
         subfolders[:] = fresh
         yield from (os.path.relpath(os.path.join(folder, name), root) for name in names if not _excluded(name, exclude))
 
@@ -175,16 +176,16 @@ def _excluded(path: str, exclude: Sequence[str]) -> bool:
 
 def _size(file: str) -> int:
     try:
-        found = os.stat(file)
+        status = os.stat(file)
     except OSError as error:
         raise DistattnError(f"data.path: {file} cannot be read: {error.strerror}.") from None
-    if not stat.S_ISREG(found.st_mode):
-        raise DistattnError(f"data.path: {file} is no regular file; leave it out with data.exclude.")
-    return found.st_size
+    if not stat.S_ISREG(status.st_mode):
+        raise DistattnError(f"data.path: {file} is not a regular file; leave it out with data.exclude.")
+    return status.st_size
 
 
 def _looks_binary(file: str) -> bool:
-    """Whether a file begins with bytes that no text has, whatever its encoding: text in another one than UTF-8 is refused."""
+    """Return whether a file begins with bytes that no text has in any encoding. Text that is not UTF-8 is refused later."""
     try:
         with open(file, "rb") as opened:
             first = opened.read(_FIRST_BYTES)
@@ -196,13 +197,13 @@ def _looks_binary(file: str) -> bool:
 
 
 def _check_utf8(file: str) -> int:
-    """Decode a file part by part. Returns its bytes; raises DamagedDataError naming the first byte that is not UTF-8."""
+    """Decode a file in parts. Return its bytes; raise DamagedDataError naming the first byte that is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     size = 0
     try:
         with open(file, "rb") as opened:
             while part := opened.read(_PART_BYTES):
-                # of a character that the last part cut
+                # the bytes of a character that the last part cut
                 held = len(decoder.getstate()[0])
                 decoder.decode(part)
                 size += len(part)

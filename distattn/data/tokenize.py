@@ -1,8 +1,8 @@
-"""Tokenizing a corpus: what there is to do, one shard of it, and putting finished shards together.
+"""Tokenizing a corpus: planning the work, tokenizing one shard, and putting finished shards together.
 
-Shards are tokenized into PREFIX.parts/, each into an indexed file named by a digest of everything it is a function of. So a
-command that was killed goes on where it was, and of another command's shards those are taken that are the same. Processes are
-started by `launch/data/tokenize_processes.py`.
+Shards are tokenized into PREFIX.parts/, each into an indexed file named by a digest of everything that determines it. So a
+command that was killed goes on where it was, and uses the same shards of other commands again. Processes are started by
+`launch/data/tokenize_processes.py`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from distattn.data.source_readers import read_documents
 from distattn.data.tokenizer import Tokenizer, load_tokenizer, token_dtype
 from distattn.ir.errors import DamagedDataError, DistattnError
 
-# documents are encoded together until they have so many characters, or are so many
+# documents are encoded together up to this many characters, or this many documents
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 1024
-# how long the processes of a command that was killed may take to end
+# the longest time that the processes of a killed command may take to end
 _LOCK_SECONDS = 30.0
 
 
 class Progress(NamedTuple):
-    """How much was done. stored_bytes: of the sources. text_bytes: of the documents in UTF-8."""
+    """The amount of finished work. stored_bytes: of the sources. text_bytes: of the documents in UTF-8."""
 
     stored_bytes: int = 0
     documents: int = 0
@@ -41,12 +41,12 @@ class Progress(NamedTuple):
     text_bytes: int = 0
 
     def plus(self, other: Progress) -> Progress:
-        """Both together."""
-        return Progress(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+        """Return the sum of both."""
+        return Progress(*(amount + other_amount for amount, other_amount in zip(self, other, strict=True)))
 
 
 class Part(NamedTuple):
-    """What a finished shard holds. documents: of each of its pieces."""
+    """The contents of a finished shard. documents: of each of its pieces."""
 
     documents: list[int]
     tokens: int
@@ -55,7 +55,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenizeJob:
-    """All that tokenizing a corpus is a function of, and where the result goes.
+    """Everything that determines the result of tokenizing a corpus, and where the result goes.
 
     tokenizer, eos, field: as in the command's options. tokenizer_digest, vocabulary, eos_id: of the tokenizer.
     """
@@ -76,12 +76,12 @@ class TokenizeJob:
         return f"{self.prefix}.parts"
 
     def part_prefix(self, shard: int) -> str:
-        """The prefix of a shard's indexed file."""
+        """Return the prefix of a shard's indexed file."""
         pieces = [[*self.sources[piece.source], piece.start, piece.stop] for piece in self.shards[shard]]
         return os.path.join(self.parts, combined_digest(self.tokenizer_digest, self.field, pieces))
 
     def describe(self, shard: int) -> str:
-        """A shard in words."""
+        """Return a description of a shard for people."""
         first, last = self.shards[shard][0], self.shards[shard][-1]
         names = [self.sources[piece.source].file for piece in (first, last)]
         if names[0] != names[1]:
@@ -90,17 +90,17 @@ class TokenizeJob:
         return f"{unit} {first.start:,} to {last.stop:,} of {names[0]}"
 
     def save(self) -> str:
-        """Write the job into the folder of parts, for processes that work on it. Returns the file."""
+        """Write the job into the folder of parts, for processes that work on it. Return the file."""
         write_json(os.path.join(self.parts, "job.json"), asdict(self))
         return os.path.join(self.parts, "job.json")
 
     @classmethod
     def load(cls, file: str) -> TokenizeJob:
-        """Read what `save` wrote."""
-        found = read_json(file)
-        found["sources"] = [Source(*source) for source in found["sources"]]
-        found["shards"] = [[Piece(*piece) for piece in shard] for shard in found["shards"]]
-        return cls(**found)
+        """Read a job that `save` wrote."""
+        fields = read_json(file)
+        fields["sources"] = [Source(*source) for source in fields["sources"]]
+        fields["shards"] = [[Piece(*piece) for piece in shard] for shard in fields["shards"]]
+        return cls(**fields)
 
 
 def plan_job(
@@ -113,7 +113,7 @@ def plan_job(
     suffix: str = "",
     exclude: Sequence[str] = (),
 ) -> TokenizeJob:
-    """Look up all files and the tokenizer. Nothing is written. Raises DistattnError for whatever cannot be."""
+    """Look up all files and the tokenizer, without writing anything. Raise DistattnError for a wrong argument."""
     folder = os.path.dirname(prefix) or "."
     if not os.path.isdir(folder) or not os.path.basename(prefix):
         raise DistattnError(f"tokenize: --out {prefix}: there is no folder {folder}; make it, or name another.")
@@ -138,10 +138,10 @@ def plan_job(
 
 @contextlib.contextmanager
 def locked(job: TokenizeJob) -> Iterator[int]:
-    """Make the folder of parts, and be the only one at work in it. Yields the lock's descriptor, for processes that work, too.
+    """Make the folder of parts, and lock it. Yield the lock's descriptor, which processes that work there inherit.
 
-    The lock is free when all processes that have the descriptor are gone, however they ended. Raises DistattnError where
-    another command has it.
+    The lock is free when all processes that have the descriptor have ended, in whatever way. Raises DistattnError if another
+    command has the lock.
     """
     file = os.path.join(job.parts, "lock")
     end = time.monotonic() + _LOCK_SECONDS
@@ -174,52 +174,55 @@ def locked(job: TokenizeJob) -> Iterator[int]:
 
 
 def remove_parts(job: TokenizeJob) -> None:
-    """Remove the folder of parts and the lock, which this process has."""
-    # under another name: a command that waits for the lock may make the folder anew meanwhile
+    """Remove the folder of parts, with the lock that this process holds."""
+    # rename it first: a command that waits for the lock may make the folder again meanwhile
     os.rename(job.parts, f"{job.parts}.{os.getpid()}.old")
-    # and what was left by commands that were killed while they did this
+    # also remove what commands left that were killed at this point
     for old in glob.glob(f"{glob.escape(job.parts)}.*.old"):
         shutil.rmtree(old, ignore_errors=True)
 
 
 def finished_manifest(job: TokenizeJob) -> Manifest | None:
-    """The manifest, where this very command has finished before; else None. Raises DistattnError where other files are there."""
-    there = [f"{job.prefix}{suffix}" for suffix in (".json", ".idx", ".bin", ".xxh3")]
-    there = [file for file in there if os.path.lexists(file)]
-    if len(there) == 4:
+    """Return the manifest if this same command has finished before, otherwise None.
+
+    Raise DistattnError if other files are there.
+    """
+    files = [f"{job.prefix}{suffix}" for suffix in (".json", ".idx", ".bin", ".xxh3")]
+    existing = [file for file in files if os.path.lexists(file)]
+    if existing == files:
         with contextlib.suppress(DamagedDataError):
             manifest = Manifest.load(job.prefix)
             if manifest is not None and manifest.command == _command_digest(job):
                 return manifest
-    # what a command left that was killed while it gave the files their names
-    if there and os.path.exists(_publishing(job)) and f"{job.prefix}.json" not in there:
-        for file in there:
+    # a command left them that was killed while it gave the files their names
+    if existing and os.path.exists(_publishing(job)) and f"{job.prefix}.json" not in existing:
+        for file in existing:
             os.unlink(file)
         return None
-    if there:
+    if existing:
         raise DistattnError(
-            f"{there[0]}: is there already, made of other files or by another command; remove it, or choose another --out."
+            f"{existing[0]}: exists already, made of other files or by another command; remove it, or choose another --out."
         )
     return None
 
 
 def finished_parts(job: TokenizeJob) -> dict[int, Part]:
-    """The shards that are done, by number. Removes what killed processes left of others."""
+    """Return the shards that are done, by number. Remove unfinished files that killed processes left."""
     for file in glob.glob(os.path.join(glob.escape(job.parts), "*.tmp")):
         os.unlink(file)
-    found = {}
+    parts = {}
     for shard in range(len(job.shards)):
         file = f"{job.part_prefix(shard)}.json"
         if os.path.exists(file):
             with contextlib.suppress(DamagedDataError, TypeError):
-                found[shard] = Part(**read_json(file))
-    return found
+                parts[shard] = Part(**read_json(file))
+    return parts
 
 
 def tokenize_shard(job: TokenizeJob, tokenizer: Tokenizer, shard: int, report: Callable[[Progress], None]) -> None:
-    """Tokenize one shard into its part. `report` is told what was done since it was last told.
+    """Tokenize one shard into its part. `report` is called with the work done since its last call.
 
-    Raises DistattnError for text that cannot be read, and where the part cannot be written.
+    Raises DistattnError for text that cannot be read, and if the part cannot be written.
     """
     prefix = job.part_prefix(shard)
     for suffix in (".json", ".bin", ".idx", ".xxh3"):
@@ -238,9 +241,9 @@ def tokenize_shard(job: TokenizeJob, tokenizer: Tokenizer, shard: int, report: C
 
 
 def publish(job: TokenizeJob, parts: Mapping[int, Part]) -> Manifest:
-    """Put all parts together under the final names, the manifest last. Returns the manifest.
+    """Put all parts together under the final names, the manifest last. Return the manifest.
 
-    Raises DistattnError where there is no text at all, or not enough room.
+    Raises DistattnError if there is no text at all, or not enough room.
     """
     total = Progress(tokens=sum(part.tokens for part in parts.values()))
     if not total.tokens:
@@ -249,7 +252,7 @@ def publish(job: TokenizeJob, parts: Mapping[int, Part]) -> Manifest:
     for shard, pieces in enumerate(job.shards):
         for piece, count in zip(pieces, parts[shard].documents, strict=True):
             documents[piece.source] += count
-    # from here on a command that is killed may leave files under final names, which the next one removes
+    # if this command is killed from here on, it may leave files under final names; the next command removes them
     with open(_publishing(job), "w"):
         pass
     try:
@@ -258,11 +261,11 @@ def publish(job: TokenizeJob, parts: Mapping[int, Part]) -> Manifest:
                 file = IndexedFile.open(job.part_prefix(shard))
                 if (file.documents, file.tokens) != (sum(parts[shard].documents), parts[shard].tokens):
                     raise DamagedDataError(
-                        f"{file.prefix}.idx: not as long as when it was written; remove {job.parts}."
+                        f"{file.prefix}.idx: its length differs from when it was written; remove {job.parts}."
                     )
                 writer.append(file)
     except DistattnError:
-        # nothing is left under a final name
+        # the writer has removed its files under final names
         os.unlink(_publishing(job))
         raise
     sources = [
@@ -286,19 +289,19 @@ def publish(job: TokenizeJob, parts: Mapping[int, Part]) -> Manifest:
 
 
 def _batches(job: TokenizeJob, shard: int, documents: list[int]) -> Iterator[tuple[list[str], int]]:
-    """The texts of a shard, some at a time: (texts, stored bytes since the last ones). Counts the documents of each piece."""
+    """Yield the texts of a shard in batches: (texts, stored bytes since the last batch). Count the documents of each piece."""
     texts: list[str] = []
-    characters = before = told = 0
+    characters = before = reported = 0
     for number, piece in enumerate(job.shards[shard]):
         for text, read in read_documents(job.sources[piece.source], piece, job.field):
             documents[number] += 1
             texts.append(text)
             characters += len(text)
             if characters >= _BATCH_CHARACTERS or len(texts) >= _BATCH_DOCUMENTS:
-                yield texts, before + read - told
-                texts, characters, told = [], 0, before + read
+                yield texts, before + read - reported
+                texts, characters, reported = [], 0, before + read
         before += piece.bytes
-    yield texts, before - told
+    yield texts, before - reported
 
 
 def _command_digest(job: TokenizeJob) -> str:
@@ -306,7 +309,7 @@ def _command_digest(job: TokenizeJob) -> str:
 
 
 def _is_lock(lock: int, file: str) -> bool:
-    """Whether an open lock is still the file of that name."""
+    """Return whether an open lock is still the file of that name."""
     try:
         return os.path.samestat(os.fstat(lock), os.stat(file))
     except FileNotFoundError:

@@ -1,7 +1,7 @@
 """One process of `distattn data tokenize`: `python -m distattn.data.tokenize_worker JOB_FILE`.
 
-Reads numbers of shards from its input, one a line, until that ends. Writes JSON lines: {"progress": [...]} while it works,
-{"done": shard}, and {"error": sentence, "damaged": whether it is a file's fault}, after which it ends.
+It reads numbers of shards from its input, one a line, until the input ends. It writes JSON lines: {"progress": [...]} while it
+works, {"done": shard}, and {"error": sentence, "damaged": whether a file caused it}, after which it ends.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 
 
 def main(job_file: str) -> None:
-    """Work on the shards that are asked for."""
-    # whatever a library prints must not look like a message
+    """Tokenize the shards that are asked for."""
+    # the output of libraries must not look like a message
     messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 

@@ -1,4 +1,4 @@
-"""From text to token ids: bytes, or any tokenizer.json of Hugging Face's library `tokenizers`."""
+"""Turning text into token ids: bytes, or any tokenizer.json of Hugging Face's library `tokenizers`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Encoded(NamedTuple):
 
 
 class Tokenizer(Protocol):
-    """What makes tokens of texts. vocabulary: ids are below it. eos: the id that ends a document, or None."""
+    """A function from texts to tokens. vocabulary: ids are below it. eos: the id that ends a document, or None."""
 
     name: str
     vocabulary: int
@@ -32,29 +32,29 @@ class Tokenizer(Protocol):
     digest: str
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """Encode documents. No token is added but `eos` at the end of each that has any text."""
+        """Encode documents. The only token that is added is `eos`, at the end of each document that has any text."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of some tokens, as well as they have one."""
+        """Return the text of some tokens, as far as they have one."""
         ...
 
 
 def load_tokenizer(name: str, eos: str | None = None) -> Tokenizer:
     """Load a tokenizer: "bytes", a tokenizer.json, or a folder that has one.
 
-    eos: a token of its vocabulary, or a number. Raises DistattnError where there is no such tokenizer or token.
+    eos: a token of its vocabulary, or a number. Raises DistattnError if there is no such tokenizer or token.
     """
     return ByteTokenizer(eos) if name == "bytes" else FileTokenizer(name, eos)
 
 
 def token_dtype(vocabulary: int) -> np.dtype:
-    """The narrowest dtype of the indexed format that holds all ids: uint8, uint16 or int32."""
+    """Return the narrowest dtype of the indexed format that holds all ids: uint8, uint16 or int32."""
     return np.dtype(np.uint8 if vocabulary <= 1 << 8 else np.uint16 if vocabulary <= 1 << 16 else np.int32)
 
 
 class ByteTokenizer:
-    """The bytes of UTF-8 text: 256 tokens."""
+    """A tokenizer whose 256 tokens are the bytes of UTF-8 text."""
 
     name = "bytes"
     vocabulary = BYTE_VALUES
@@ -73,12 +73,12 @@ class ByteTokenizer:
         )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of some tokens; bytes that are no UTF-8 are replaced."""
+        """Return the text of some tokens; bytes that are not UTF-8 are replaced."""
         return bytes(ids).decode("utf-8", "replace")
 
 
 class FileTokenizer:
-    """A tokenizer.json. Special tokens that a text spells out become their ids, as Hugging Face's tokenizers have it."""
+    """A tokenizer.json. Special tokens that occur in a text become their ids, as in Hugging Face's tokenizers."""
 
     def __init__(self, path: str, eos: str | None = None):
         file = Path(path, "tokenizer.json") if os.path.isdir(path) else Path(path)
@@ -86,7 +86,7 @@ class FileTokenizer:
         try:
             content = file.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no text"
+            reason = error.strerror if isinstance(error, OSError) else "it is not text"
             raise DistattnError(
                 f"tokenizer {path}: {file} cannot be read: {reason}; name a tokenizer.json, a folder that has one, or bytes."
             ) from None
@@ -94,41 +94,41 @@ class FileTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
         # the library raises bare Exceptions
         except Exception as error:
-            raise DistattnError(f"tokenizer {path}: {file} is no tokenizer of Hugging Face's: {error}.") from None
-        # settings for batches of equal length, which some files have: they would cut and fill documents
+            raise DistattnError(f"tokenizer {path}: {file} is not a tokenizer of Hugging Face: {error}.") from None
+        # some files have settings for batches of equal length, which would cut and pad documents
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # ids need not be without gaps
+        # ids may have gaps
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         self.name, self.vocabulary = path, max(ids, default=-1) + 1
         if not self.vocabulary:
             raise DistattnError(f"tokenizer {path}: {file} has no tokens.")
         self.eos = None
         if eos is not None:
-            # a number is an id, even where a token is written like it
+            # a number is an id, even if a token is written like it
             named = None if eos.isdecimal() else self._tokenizer.token_to_id(eos)
             self.eos = _eos_number(eos, self.vocabulary, path) if named is None else named
         self.digest = combined_digest(content, self.eos)
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Encode documents, as `Tokenizer` says. tokens: of `token_dtype`."""
-        # "fast" leaves out where in the text each token stands, and nothing else
-        ids = [one.ids for one in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        # the fast method leaves out the position of each token in the text, and nothing else
+        ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         if self.eos is not None:
-            ids = [[*one, self.eos] if one else one for one in ids]
+            ids = [[*document, self.eos] if document else document for document in ids]
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         tokens = np.fromiter(itertools.chain.from_iterable(ids), token_dtype(self.vocabulary), int(lengths.sum()))
         return Encoded(tokens, lengths)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of some tokens, special ones spelt out."""
+        """Return the text of some tokens, special tokens included."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=False))
 
 
 def _eos_number(eos: str, vocabulary: int, name: str) -> int:
     if not eos.isdecimal() or int(eos) >= vocabulary:
         raise DistattnError(
-            f"tokenizer {name}: {eos!r} is none of its tokens; give --eos a token of its vocabulary, or a number below "
+            f"tokenizer {name}: {eos!r} is not one of its tokens; give --eos a token of its vocabulary, or a number below "
             f"{vocabulary:,}."
         )
     return int(eos)

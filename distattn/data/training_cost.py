@@ -1,8 +1,8 @@
-"""What a document costs in a training step of a certain model on a certain device, for the cap on the cost of packs.
+"""The cost of a document in a training step of a given model on a given device, for the cap on the cost of packs.
 
-Attention is that of `distattn.cluster.cost`, the cost model that strategies are planned with; products with weights take as long
-as the device's large ones do. The result is whole numbers, which a plan keeps: what the device's description says later on
-does not change a plan that was made.
+Attention takes as long as in `distattn.cluster.cost`, the cost model that strategies are planned with. Products with weights take
+as long as the device's large ones. The result is whole numbers that a plan keeps, so a later change to the device's description
+does not change a plan.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from distattn.cluster.spec import DIRECTIONS, ClusterSpec, load, shipped_names
 from distattn.data.pack_rule import PackCost
 from distattn.ir.errors import DistattnError
 
-# of products with weights: one forward, two backward
+# products with each weight matrix: one forward, two backward
 _PRODUCTS = 3
-# a length at which no kernel of a table gets faster any more
+# a length beyond which no kernel of a table gets faster
 _LONG = 1 << 20
 _TERA, _MICRO, _FEMTO = 1e12, 1e-6, 1e-15
-# the names of a transformers configuration, and ours where they differ
+# the keys of a transformers configuration whose names differ from ours
 _KEYS = {"num_hidden_layers": "num_layers"}
 # keys of models whose tokens do not all pass through the same products
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -31,10 +31,10 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """As much of a decoder as its time depends on: attention, a gated feed-forward layer, and an output layer.
+    """The parts of a decoder that determine its time: attention, a gated feed-forward layer, and an output layer.
 
-    head_dim: by default hidden_size / num_attention_heads. num_key_value_heads: by default as many as query heads.
-    intermediate_size: width of the feed-forward layer, of all experts together that one token uses.
+    head_dim: by default hidden_size / num_attention_heads. num_key_value_heads: by default the number of query heads.
+    intermediate_size: width of the feed-forward layer; for experts, of all experts together that one token uses.
     """
 
     num_layers: int
@@ -46,7 +46,7 @@ class ModelShape:
     head_dim: int = 0
 
     def __post_init__(self) -> None:
-        """Raises DistattnError naming a size that cannot be."""
+        """Raise DistattnError naming the first wrong size."""
         for name in (field.name for field in fields(self)):
             value, least = getattr(self, name), 0 if name in ("num_key_value_heads", "head_dim") else 1
             if value < least:
@@ -59,30 +59,30 @@ class ModelShape:
 
     @classmethod
     def of_configuration(cls, path: str | Path) -> ModelShape:
-        """The shape that a model's config.json says, as transformers writes it.
+        """Return the shape that a model's config.json has, as transformers writes it.
 
-        Raises DistattnError where it cannot be read, where a size is missing, and for models with experts.
+        Raises DistattnError if it cannot be read, if a size is missing, and for models with experts.
         """
         try:
-            found = json.loads(Path(path).read_text("utf-8"))
+            configuration = json.loads(Path(path).read_text("utf-8"))
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no JSON"
+            reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
             raise DistattnError(f"{path}: cannot be read: {reason}; name a model's config.json.") from None
-        if not isinstance(found, dict):
-            raise DistattnError(f"{path}: is no model's configuration; name a config.json of transformers.")
-        if experts := [key for key in _EXPERTS if found.get(key)]:
+        if not isinstance(configuration, dict):
+            raise DistattnError(f"{path}: is not a model's configuration; name a config.json of transformers.")
+        if experts := [key for key in _EXPERTS if configuration.get(key)]:
             raise DistattnError(
-                f"{path}: {experts[0]}: what a token of a model with experts costs is not in its configuration; name the sizes "
-                "one by one, intermediate_size of all experts together that one token uses."
+                f"{path}: {experts[0]}: the configuration of a model with experts does not say what a token costs; name the "
+                "sizes one by one, and as intermediate_size that of all experts together that one token uses."
             )
-        sizes = {_KEYS.get(key, key): value for key, value in found.items()}
+        sizes = {_KEYS.get(key, key): value for key, value in configuration.items()}
         needed = {}
         for field in fields(cls):
             # head_dim may be null
             value = sizes.get(field.name) or (None if field.default is MISSING else field.default)
             if type(value) is not int:
                 raise DistattnError(
-                    f"{path}: {field.name} is missing, or no whole number; name the sizes one by one in place of model."
+                    f"{path}: {field.name} is missing, or not a whole number; name the sizes one by one in place of model."
                 )
             needed[field.name] = value
         return cls(**needed)
@@ -94,7 +94,7 @@ class ModelShape:
 
     @property
     def multiplications(self) -> int:
-        """Weights that a token is multiplied with in all layers and the output layer."""
+        """The number of weights that a token is multiplied with in all layers and the output layer."""
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
         attention = 2 * (heads + kv_heads) * self.width
         return self.num_layers * self.hidden_size * (attention + 3 * self.intermediate_size) + (
@@ -103,20 +103,20 @@ class ModelShape:
 
 
 def load_device(name: str | Path) -> ClusterSpec:
-    """A shipped device ("h100"), a cluster ("h100-8x8"), or a TOML file of one, of which the device counts.
+    """Load a shipped device ("h100"), a cluster ("h100-8x8"), or a TOML file of one. Only its device matters.
 
-    Raises DistattnError where there is none of this name.
+    Raises DistattnError if there is no device or cluster of this name.
     """
     return load(f"{name}-1x1" if name in shipped_names() else name)
 
 
 def training_cost(shape: ModelShape, cluster: ClusterSpec) -> PackCost:
-    """Seconds of one training step, forward and backward, on one device, as whole cells of attention.
+    """Return the time of one training step, forward and backward, on one device, as whole cells of attention.
 
-    A (query, key) pair costs what kernels reach on long sequences. A token costs its products with weights, and what a row of a
-    kernel costs besides its keys. A document costs the rows that are missing to whole tiles, of which there are half a tile on
-    average, and a task of the launch in each layer and direction. Activations that are computed again, optimizer and messages are
-    left out. Raises DistattnError where a cost is more than a plan holds.
+    A (query, key) pair costs what kernels reach on long sequences. A token costs its products with weights, and the time of a
+    kernel's row that does not depend on its keys. A document costs the empty rows of its last tile, half a tile on average, and
+    one task of the launch in each layer and direction. Recomputed activations, optimizer and messages are left out. Raises
+    DistattnError if a cost is too large for a plan.
     """
     device, head_dim = cluster.device, shape.width
     # half a tile of rows is empty at a document's end

@@ -1,4 +1,4 @@
-"""Reading an indexed file from end to end, and checking all that can be."""
+"""Reading an indexed file from end to end, and checking everything that can be checked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PART_BYTES = 1 << 23
 
 
 class VerifiedFile(NamedTuple):
-    """A file that is right. bytes: of .bin. vocabulary: what ids were compared with, or None where that is not known.
+    """A file without faults. bytes: of .bin. vocabulary: the limit that ids were compared with, or None if it is not known.
 
     digests: whether there is a side file, so that tokens and borders of documents are known to be what was written.
     """
@@ -32,21 +32,24 @@ class VerifiedFile(NamedTuple):
 def verify_file(
     prefix: str, vocabulary: int | None, report: Callable[[int], None], write_digests: bool = False
 ) -> VerifiedFile:
-    """Check the sizes, every entry of the index, every id, all digests, and the manifest where there is one.
+    """Check the sizes, every entry of the index, every id, all digests, and the manifest if there is one.
 
-    vocabulary: ids must be below it; by default the manifest's. report: is told how many bytes of .bin were read. write_digests:
-    where there are no digests and nothing is wrong, PREFIX.xxh3 is written with those of what was read. Raises
-    DamagedDataError naming the file and byte of the first fault, DistattnError where a file is missing, or cannot be written.
+    vocabulary: ids must be below it; by default the manifest's. report: called with the bytes of .bin that were read since its
+    last call. write_digests: if there are no digests and no fault is found, write PREFIX.xxh3 with the digests of the bytes that
+    were read. Raises DamagedDataError naming the file and byte of the first fault, and DistattnError if a file is missing, or
+    cannot be written.
     """
     file = IndexedFile.open(prefix)
     manifest = Manifest.load(file.prefix)
     if manifest is not None:
-        for what, was, found in (
+        for unit, expected, actual in (
             ("documents", manifest.documents, file.documents),
             ("tokens", manifest.tokens, file.tokens),
         ):
-            if was != found:
-                raise DamagedDataError(f"{file.prefix}.json: {was:,} {what}, but {file.prefix}.idx has {found:,}.")
+            if expected != actual:
+                raise DamagedDataError(
+                    f"{file.prefix}.json: {expected:,} {unit}, but {file.prefix}.idx has {actual:,}."
+                )
         vocabulary = vocabulary or manifest.vocabulary
     if file.digests is not None:
         file.digests.check_roots()
@@ -61,7 +64,7 @@ def verify_file(
 
 
 def _write_digests(file: IndexedFile, vocabulary: int | None, report: Callable[[int], None]) -> None:
-    """Read the tokens once, and write the side file: whole, or not at all."""
+    """Read the tokens once, and write the side file completely or not at all."""
     path = f"{file.prefix}.xxh3"
     try:
         try:

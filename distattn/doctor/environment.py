@@ -78,6 +78,8 @@ def _devices() -> Iterator[Check]:
         return
     import torch
 
+    from distattn.kernels.recurrence.hopper import fla_core_advice
+
     if not torch.cuda.is_available():
         yield Check(
             "GPUs", None, "none", "kernels run on the CPU, ranks talk by gloo; on a GPU machine look at nvidia-smi"
@@ -92,6 +94,11 @@ def _devices() -> Iterator[Check]:
         fine = (known.major, known.minor) >= (8, 0)
         advice = "" if fine else 'the Triton kernels want compute capability 8.0; use kernel="reference"'
         yield Check(f"GPU {index}", fine, f"{known.name}, sm_{known.major}{known.minor}", advice)
+        if missing := fla_core_advice(10 * known.major + known.minor):
+            fault, _, way_out = missing.partition(": ")
+            yield Check(
+                f"kernel fla on GPU {index}", None, fault, f"{way_out}; until then kernel chunked computes them, slowly"
+            )
     nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
     found = ".".join(map(str, torch.cuda.nccl.version())) if nccl else "missing"
     yield Check("NCCL", nccl, found, "" if nccl else "install a PyTorch with NCCL")

@@ -19,7 +19,7 @@ import torch
 
 from distattn.batch.health import HealthMonitor
 from distattn.ir.errors import LostRankError, named_ranks
-from distattn.parallel.runtime.streams import has_streams
+from distattn.kernels.devices import has_streams
 from distattn.parallel.runtime.transport import Packet
 
 MESSAGES = "an exchange of attention's messages"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from distattn.ir.errors import DistattnError
+from distattn.kernels.devices import current_device, has_streams
 from distattn.ops.attention import backward_pass, forward_pass
 from distattn.ops.executable import Executable
 from distattn.ops.interleaving import INTERLEAVED, RECOMPUTING, interleaved_batch
@@ -49,7 +50,7 @@ class OverlapSchedule:
         hooks = [layer.register_forward_pre_hook(_enter, with_kwargs=True) for layer in self.layers]
         hooks.append(self.layers[-1].register_forward_hook(_leave))
         try:
-            found = _forward_together(micro_batches, losses)
+            found = _forward_together(micro_batches, losses, _current_stream(self.layers))
             if torch.is_grad_enabled():
                 _backward_together(micro_batches, found, self.spans)
         finally:
@@ -137,7 +138,8 @@ class _MicroBatch:
             return self.recomputed.pop(0).o.detach().requires_grad_()
         if executable.observer is not None and not executable.observer.allows_interleaving:
             raise DistattnError("ranks that only serve do not take turns; use OverlapSchedule without servers.")
-        with torch.no_grad():
+        # the current device belongs to the thread, and this thread is the micro-batch's own
+        with torch.no_grad(), current_device(q.device):
             run = forward_pass(executable, q, k, v, sink, slopes, scale, softcap, self.traced(executable.transport))
             o, lse, kept = self.turns.run(self.number, run)
         if torch.is_grad_enabled():
@@ -163,8 +165,8 @@ class _MicroBatch:
             for call in reversed(calls):
                 do = torch.zeros_like(call.o) if call.o.grad is None else call.o.grad
                 given = (do, None, *call.inputs, call.sink, call.slopes, call.o, call.lse, call.kept, *call.score)
-                grads = yield from _without_gradients(
-                    backward_pass(call.executable, *given, self.traced(call.executable.transport))
+                grads = yield from _by_steps(
+                    backward_pass(call.executable, *given, self.traced(call.executable.transport)), call.o.device
                 )
                 wanted = [*call.inputs, *([] if call.sink is None else [call.sink])]
                 pairs = [(x, grad) for x, grad in zip(wanted, grads, strict=False) if x.requires_grad]
@@ -257,14 +259,14 @@ class _Turns:
         self.spans.append(Span(micro_batch, "runs", self.began, time.perf_counter()))
 
 
-def _without_gradients(run: PausableRun[Any]) -> PausableRun[Any]:
-    """The same run, without recording gradients while it computes, and only then.
+def _by_steps(run: PausableRun[Any], device: torch.device) -> PausableRun[Any]:
+    """Continue a run on a device without recording gradients, and give both back at each pause.
 
-    The mode belongs to the thread, not to the generator: a context manager that is open across a pause would leave it to
-    whoever runs meanwhile.
+    The mode and the current device belong to the thread, not to the generator: a context manager that is open across a pause
+    would leave them to the runs that take their turn meanwhile.
     """
     while True:
-        with torch.no_grad():
+        with torch.no_grad(), current_device(device):
             try:
                 next(run)
             except StopIteration as stop:
@@ -276,13 +278,22 @@ class _Cancelled(Exception):
     """Another micro_batch has failed."""
 
 
-def _forward_together(micro_batches: list[_MicroBatch], losses: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+def _current_stream(layers: Sequence[nn.Module]) -> Any:
+    """Return this thread's current stream of the layers' device, or None for a device without streams."""
+    device = next((x.device for layer in layers for x in layer.parameters()), None)
+    if device is None:
+        return torch.cuda.current_stream() if torch.cuda.is_available() else None
+    return torch.cuda.current_stream(device) if has_streams(device) else None
+
+
+def _forward_together(
+    micro_batches: list[_MicroBatch], losses: Sequence[Callable[[], Tensor]], stream: Any
+) -> list[Tensor]:
     found: list[Any] = [None] * len(micro_batches)
     modes = (
         torch.is_grad_enabled(),
         [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")],
     )
-    stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
 
     def work(micro_batch: _MicroBatch, loss: Callable[[], Tensor]) -> None:
         failure: BaseException | None = None

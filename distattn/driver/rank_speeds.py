@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import torch
 
+from distattn.kernels.devices import has_streams
 from distattn.kernels.registry import Kernel
-from distattn.parallel.runtime.streams import has_streams
 
 # speeds are whole multiples of this share of the mean: small changes shall not change plans
 _RESOLUTION = 0.05

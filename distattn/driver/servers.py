@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -26,9 +25,9 @@ from distattn.driver.control_channel import (
 from distattn.driver.step_exchange import GatheredStep
 from distattn.ir.arguments import checked
 from distattn.ir.errors import DistattnError
+from distattn.kernels.devices import current_device
 from distattn.kernels.merge import accumulation_dtype
 from distattn.ops.executable import whole_device
-from distattn.parallel.runtime.streams import has_streams
 
 
 class ServerStats(NamedTuple):
@@ -50,7 +49,7 @@ def serve(group: dist.ProcessGroup | None = None, device: torch.device | str = "
         raise DistattnError("a server needs torch.distributed; call init_process_group first.")
     counts = {FORWARD: 0, BACKWARD: 0}
     steps: dict[int, AwaitedResult[GatheredStep]] = {}
-    with torch.cuda.device(device) if has_streams(device) else nullcontext(), _joined(group) as cp:
+    with current_device(device), _joined(group) as cp:
         communicators = cp._communicators
         assert communicators is not None and communicators.control is not None
         while (message := communicators.control.receive()).kind != CLOSE:

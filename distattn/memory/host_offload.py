@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distattn.ir.errors import DistattnError
-from distattn.parallel.runtime.streams import has_streams
+from distattn.kernels.devices import has_streams
 
 
 class HostOffload:

@@ -8,7 +8,6 @@ The plan enters the operators as a whole number, the handle of its executable (s
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import Any
 
@@ -20,15 +19,15 @@ from torch.utils.checkpoint import CheckpointPolicy
 from distattn.ir.errors import DistattnError
 from distattn.ir.op import ATTENTION
 from distattn.ir.plan import Plan
+from distattn.kernels.devices import on_device_of_tensors
 from distattn.kernels.glue import row_products
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.registry import choose_kernel
 from distattn.kernels.spec import ScoreMod
-from distattn.ops.executable import EXECUTABLES, Executable, kernel_requirements
+from distattn.ops.executable import EXECUTABLES, NOT_IN_CUDA_GRAPHS, Executable, kernel_requirements
 from distattn.ops.interleaving import interleaved_batch
 from distattn.ops.plan_argument import executable_of
 from distattn.parallel.runtime import execute
-from distattn.parallel.runtime.streams import has_streams
 from distattn.parallel.runtime.transport import Transport
 
 _SAVED_BY_CHECKPOINTS = {f"distattn.{name}.default" for name in ("forward", "recurrence_forward", "latent_forward")}
@@ -192,11 +191,6 @@ def _score(executable: Executable, scale: float, softcap: float, slopes: Tensor 
     return ScoreMod(scale, softcap, slopes)
 
 
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Kernels and communicators work on the current device of a thread, which need not be that of its tensors."""
-    return torch.cuda.device(device) if has_streams(device) else nullcontext()
-
-
 def _finite(lse: Tensor) -> Tensor:
     # -inf - -inf is not a number: an absent sink and a row without keys
     return lse.masked_fill(lse == -torch.inf, 0.0)
@@ -269,18 +263,20 @@ torch.library.define(
     "distattn::forward",
     "(Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor? slopes, SymInt plan, SymInt kept_elements, float scale,"
     " float softcap) -> (Tensor o, Tensor lse, Tensor kept)",
+    tags=NOT_IN_CUDA_GRAPHS,
 )
 torch.library.define(
     "distattn::backward",
     "(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor? slopes, Tensor o, Tensor lse,"
     " Tensor kept, SymInt plan, float scale, float softcap) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink)",
+    tags=NOT_IN_CUDA_GRAPHS,
 )
 
 
+@on_device_of_tensors
 def _forward(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  # noqa: ANN001
     executable = EXECUTABLES.by_handle(plan).for_direction("forward")
-    with _current(q.device):
-        return execute.run_to_completion(forward_pass(executable, q, k, v, sink, slopes, scale, softcap))
+    return execute.run_to_completion(forward_pass(executable, q, k, v, sink, slopes, scale, softcap))
 
 
 torch.library.impl("distattn::forward", "CompositeExplicitAutograd", _forward)
@@ -293,11 +289,11 @@ def _forward_fake(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  
     return o, lse, q.new_empty(kept_elements)
 
 
+@on_device_of_tensors
 def _backward(do, dlse, q, k, v, sink, slopes, o, lse, kept, plan, scale, softcap):  # noqa: ANN001
     inputs = do, dlse, q, k, v, sink, slopes, o, lse, kept, scale, softcap
     executable = EXECUTABLES.by_handle(plan).for_direction("backward")
-    with _current(q.device):
-        return execute.run_to_completion(backward_pass(executable, *inputs))
+    return execute.run_to_completion(backward_pass(executable, *inputs))
 
 
 torch.library.impl("distattn::backward", "CompositeExplicitAutograd", _backward)

@@ -18,15 +18,17 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints
 from distattn.ir.op import CONVOLUTION, TOKEN_SHIFT
 from distattn.ir.plan import Call, Plan
+from distattn.kernels.devices import on_device_of_tensors
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.registry import load_kernel
 from distattn.kernels.spec import ScoreMod
 from distattn.ops.attention import autocast_inputs
-from distattn.ops.executable import EXECUTABLES, Executable, kernel_requirements
+from distattn.ops.executable import EXECUTABLES, NOT_IN_CUDA_GRAPHS, Executable, kernel_requirements
 from distattn.ops.plan_argument import check_flag, executable_of
 from distattn.parallel.runtime import execute_convolution
 from distattn.parallel.runtime.execute import run_to_completion
 from distattn.parallel.runtime.execute_convolution import ConvolutionKernel
+from distattn.parallel.runtime.streams import copied_to, has_streams
 
 _NO_SCORE = ScoreMod(1.0)
 # whole numbers up to it are exact in float64, in which they travel
@@ -100,7 +102,8 @@ def token_shift(
 
     plan: of op "token_shift" on the mask `Mask.token_shift(lengths, distance)` with heads x v_head_dim numbers a token, or what
     `prepare` made of one. What moves is `distance` tokens a stretch. Raises PlanError when the plan cannot be proven or ranks
-    have different ones, DistattnError when x does not fit it, or has whole numbers of 2^52 or more.
+    have different ones, DistattnError when x does not fit it, or has whole numbers of 2^52 or more; of a tensor on a GPU that is
+    an assertion of the device, which names it and ends the process's use of the GPU.
     """
     if not isinstance(x_T, Tensor):
         raise DistattnError(f"x is a {type(x_T).__name__}; a tensor is wanted.")
@@ -108,11 +111,12 @@ def token_shift(
         raise DistattnError(f"fill is a whole number between -2^52 and 2^52, not {fill!r}.")
     executable = executable_of(plan, group, "token_shift", x_T.device)
     whole = x_T.dtype in _WHOLE
-    too_large = whole and x_T.numel() and max(int(x_T.max()), -int(x_T.min())) > _MOST_WHOLE
-    if too_large or not x_T.dim() or not (whole or x_T.is_floating_point()):
+    if not x_T.dim() or not (whole or x_T.is_floating_point()):
         raise DistattnError(
             f"x is {tuple(x_T.shape)} of {str(x_T.dtype)[6:]}; tokens of floating point, or whole numbers below 2^52, are wanted."
         )
+    if x_T.dtype == torch.int64:
+        _check_whole(x_T)
     if whole and not torch.iinfo(x_T.dtype).min <= fill <= torch.iinfo(x_T.dtype).max:
         raise DistattnError(f"x is {str(x_T.dtype)[6:]}, which cannot hold fill = {fill}; give int64.")
     if fill and not whole:
@@ -127,6 +131,16 @@ def token_shift(
     y, _ = torch.ops.distattn.convolution_forward(by_heads, None, None, executable.handle, executable.kept_elements)
     y_T = cast(Tensor, y).reshape(x_T.shape)
     return (y_T + fill).to(x_T.dtype) if whole else y_T
+
+
+def _check_whole(x_T: Tensor) -> None:
+    """Raise where a number of int64 is 2^52 or more. On a GPU the device raises it, later: the host does not wait to know."""
+    too_large = "x has whole numbers of 2^52 or more; whole numbers below 2^52 are wanted."
+    fits = ((x_T <= _MOST_WHOLE) & (x_T >= -_MOST_WHOLE)).all()
+    if has_streams(x_T.device):
+        torch._assert_async(fits, too_large)
+    elif not fits:
+        raise DistattnError(too_large)
 
 
 def _check_inputs(
@@ -208,14 +222,17 @@ def _taps(call: Call) -> int | None:
 torch.library.define(
     "distattn::convolution_forward",
     "(Tensor x, Tensor? weight, Tensor? initial, SymInt plan, SymInt kept_elements) -> (Tensor y, Tensor kept)",
+    tags=NOT_IN_CUDA_GRAPHS,
 )
 torch.library.define(
     "distattn::convolution_backward",
     "(Tensor dy, Tensor x, Tensor? weight, Tensor? initial, Tensor kept, SymInt plan)"
     " -> (Tensor dx, Tensor dweight, Tensor dinitial)",
+    tags=NOT_IN_CUDA_GRAPHS,
 )
 
 
+@on_device_of_tensors
 def _forward(x, weight, initial, plan, kept_elements):  # noqa: ANN001
     executable = EXECUTABLES.by_handle(plan).for_direction("forward")
     if weight is None:
@@ -240,6 +257,7 @@ def _forward_fake(x, weight, initial, plan, kept_elements):  # noqa: ANN001
     return x.new_empty(x.shape), x.new_empty(kept_elements)
 
 
+@on_device_of_tensors
 def _backward(dy, x, weight, initial, kept, plan):  # noqa: ANN001
     executable = EXECUTABLES.by_handle(plan).for_direction("backward")
     executable.begin_pass("backward", _NO_SCORE)
@@ -279,7 +297,7 @@ def _first_tokens(executable: Executable, taps: int, device: torch.device) -> _F
     document = np.searchsorted(call.layout.ends, tokens, "right")
     position = call.layout.positions_of(tokens)
     (rows,) = np.nonzero(position < taps - 1)
-    return _FirstTokens(*(torch.from_numpy(one).to(device) for one in (rows, document[rows], position[rows])))
+    return _FirstTokens(*(copied_to(device, torch.from_numpy(one)) for one in (rows, document[rows], position[rows])))
 
 
 def _from_initial(initial_MCW: Tensor, weight: Tensor, first: _FirstTokens, dtype: torch.dtype) -> Tensor:
@@ -304,7 +322,7 @@ def _final_state(executable: Executable, x_TC: Tensor, initial_MCW: Tensor | Non
     (rows,) = np.nonzero(column >= 0)
 
     def on_device(numbers: Ints) -> Tensor:
-        return torch.from_numpy(numbers).to(x_TC.device)
+        return copied_to(x_TC.device, torch.from_numpy(numbers))
 
     states_NC = x_TC.new_zeros(len(ends) * width, x_TC.shape[1])
     states_NC = states_NC.index_copy(0, on_device(document[rows] * width + column[rows]), x_TC[on_device(rows)])

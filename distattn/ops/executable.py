@@ -40,6 +40,10 @@ from distattn.parallel.runtime.memory import PassMemory, backward_memory, forwar
 from distattn.parallel.runtime.program import Program, lower, on_device
 from distattn.parallel.runtime.transport import GroupTransport, SingleRankTransport, Transport
 
+# Tags of operators that run a plan: they send messages, and wait for events of other streams. Inductor partitions a graph at such
+# operators, so that torch.compile(mode="reduce-overhead") does not capture them (torch/_inductor/scheduler.py, should_partition).
+NOT_IN_CUDA_GRAPHS = (torch.Tag.cudagraph_unsafe,)
+
 
 class ExecutionKey(NamedTuple):
     """Where a plan runs: rank of the plan, name of the kernel, device."""
@@ -77,7 +81,10 @@ class Executable:
         self.handle = EXECUTABLES.add(self)
 
     def memory(self) -> dict[str, PassMemory]:
-        """What a layer's "forward" and "backward" pass need on this rank's device; exact for the triton and gluon kernels."""
+        """Return what a layer's "forward" and "backward" pass need on this rank's device, in bytes.
+
+        It is exact for the triton and gluon kernels, and an upper bound for "flash".
+        """
         workspace, call = getattr(load_kernel(self.key.kernel), "workspace_bytes", None), self.program.call
         if call.op.kind == "latent_attention":
             workspace = latent_workspace(call.op, getattr(torch, call.dtype), workspace)

@@ -15,13 +15,14 @@ from distattn.ir.arguments import checked
 from distattn.ir.errors import DistattnError
 from distattn.ir.op import ATTENTION, latent_op
 from distattn.ir.plan import Call, Plan
+from distattn.kernels.devices import on_device_of_tensors
 from distattn.kernels.glue import row_products
 from distattn.kernels.latent import LatentKernel, LatentScore, expanded
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.registry import Kernel, choose_kernel
 from distattn.kernels.spec import ScoreMod
 from distattn.ops.attention import attention, autocast_inputs
-from distattn.ops.executable import EXECUTABLES, Executable, kernel_requirements
+from distattn.ops.executable import EXECUTABLES, NOT_IN_CUDA_GRAPHS, Executable, kernel_requirements
 from distattn.ops.plan_argument import executable_of
 from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.execute import run_to_completion
@@ -101,14 +102,17 @@ torch.library.define(
     "distattn::latent_forward",
     "(Tensor q, Tensor rope, Tensor latent, Tensor up, SymInt plan, SymInt kept_elements, float scale)"
     " -> (Tensor o, Tensor lse, Tensor kept)",
+    tags=NOT_IN_CUDA_GRAPHS,
 )
 torch.library.define(
     "distattn::latent_backward",
     "(Tensor do, Tensor q, Tensor rope, Tensor latent, Tensor up, Tensor o, Tensor lse, Tensor kept, SymInt plan,"
     " float scale) -> (Tensor dq, Tensor drope, Tensor dlatent, Tensor dup)",
+    tags=NOT_IN_CUDA_GRAPHS,
 )
 
 
+@on_device_of_tensors
 def _forward(q, rope, latent, up, plan, kept_elements, scale):  # noqa: ANN001
     executable = EXECUTABLES.by_handle(plan).for_direction("forward")
     q, rope, latent = (x.contiguous() for x in (q, rope, latent))
@@ -129,6 +133,7 @@ def _forward_fake(q, rope, latent, up, plan, kept_elements, scale):  # noqa: ANN
     return q.new_empty((*q.shape[:2], values)), lse, q.new_empty(kept_elements)
 
 
+@on_device_of_tensors
 def _backward(do, q, rope, latent, up, o, lse, kept, plan, scale):  # noqa: ANN001
     executable = EXECUTABLES.by_handle(plan).for_direction("backward")
     do, q, rope, latent = (x.contiguous() for x in (do, q, rope, latent))

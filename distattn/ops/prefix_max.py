@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
+from distattn.kernels.devices import current_device
 from distattn.kernels.spec import ScoreMod
 from distattn.ops.executable import Executable
 from distattn.ops.plan_argument import check_flag, executable_of
@@ -51,9 +52,9 @@ def prefix_max(
     check_flag("return_final_state", return_final_state)
     executable = executable_of(plan, group, "prefix_max", x_THV.device)
     _check_inputs(executable, x_THV, initial_state)
-    executable.begin_pass("forward", _NO_SCORE)
     kernel = cast(PrefixMaxKernel, executable.kernel)
-    with torch.no_grad():
+    with torch.no_grad(), current_device(x_THV.device):
+        executable.begin_pass("forward", _NO_SCORE)
         before_THV, final_MHV = run_to_completion(
             execute_prefix_max.forward(
                 executable.program, executable.transport, kernel, x_THV.contiguous(), initial_state, return_final_state

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
+from distattn.kernels.devices import on_device_of_tensors
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.recurrence.tokens import RecurrenceTokens
 from distattn.kernels.spec import ScoreMod
 from distattn.ops.attention import autocast_inputs
-from distattn.ops.executable import EXECUTABLES, Executable
+from distattn.ops.executable import EXECUTABLES, NOT_IN_CUDA_GRAPHS, Executable
 from distattn.ops.plan_argument import check_flag, executable_of
 from distattn.parallel.runtime import execute_recurrence
 from distattn.parallel.runtime.execute import run_to_completion
@@ -139,14 +140,17 @@ torch.library.define(
     "distattn::recurrence_forward",
     "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor? initial, SymInt plan, SymInt kept_bytes,"
     " SymInt final_states) -> (Tensor o, Tensor final, Tensor kept)",
+    tags=NOT_IN_CUDA_GRAPHS,
 )
 torch.library.define(
     "distattn::recurrence_backward",
     "(Tensor do, Tensor? dfinal, Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor? initial, Tensor kept,"
     " SymInt plan) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dinitial)",
+    tags=NOT_IN_CUDA_GRAPHS,
 )
 
 
+@on_device_of_tensors
 def _forward(q, k, v, g, beta, initial, plan, kept_bytes, final_states):  # noqa: ANN001
     executable = EXECUTABLES.by_handle(plan).for_direction("forward")
     x = _contiguous(q, k, v, g, beta)
@@ -167,6 +171,7 @@ def _forward_fake(q, k, v, g, beta, initial, plan, kept_bytes, final_states):  #
     return v.new_empty(v.shape), v.new_empty(shape, dtype=wide), v.new_empty(kept_bytes, dtype=torch.uint8)
 
 
+@on_device_of_tensors
 def _backward(do, dfinal, q, k, v, g, beta, initial, kept, plan):  # noqa: ANN001
     executable = EXECUTABLES.by_handle(plan).for_direction("backward")
     x = _contiguous(q, k, v, g, beta)

@@ -61,6 +61,11 @@ def warnings_of(facts: Sequence[RankFacts]) -> list[str]:
         f"{who} has the device {there}, most ranks {common}; the slowest device sets the pace."
         for who, there, common in _differing(facts, lambda one: one.device.name)
     ]
+    warnings += [
+        f"{named_places(ranks)}: {advice}; until then kernel chunked computes them, slowly."
+        for advice, ranks in _grouped(facts, lambda one: one.advice).items()
+        if advice
+    ]
     for rank_facts in facts:
         forecast, free = rank_facts.forecast, rank_facts.device.free
         if forecast is not None and forecast.whole_step and free and _CLOSE * free < forecast.device <= free:

@@ -20,6 +20,7 @@ from distattn.checkpoints.owner import machine_digest
 from distattn.doctor.environment import PACKAGES
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
+from distattn.kernels.recurrence.hopper import fla_core_advice
 from distattn.memory.host_memory import available_bytes
 from distattn.preflight.device_state import DeviceState, device_state, driver_version
 from distattn.preflight.memory_forecast import MemoryForecast, forecast_memory
@@ -43,7 +44,7 @@ class RankFacts:
     rank: of all, from 0. host: its name; machine: what tells machines of one name apart. config: key to value. host_free: bytes
     of memory. disk_free: bytes where the run folder is; disk_needed: what its checkpoints still take at once. goes_on: whether
     steps were done before. digests: of what is trained, by its name. failure: what could not be found out, in a sentence; what
-    depends on it is left out.
+    depends on it is left out. advice: what to install so that a kernel can be used.
     """
 
     rank: int
@@ -59,6 +60,7 @@ class RankFacts:
     digests: dict[str, str] = field(default_factory=dict)
     forecast: MemoryForecast | None = None
     failure: str = ""
+    advice: str = ""
 
     def as_json(self) -> str:
         """The same as text, for `from_json`."""
@@ -88,6 +90,7 @@ def collect_facts(run: RunFolder, config: Config, device: torch.device) -> RankF
         "versions": package_versions(),
         "device": device_state(device),
         "host_free": available_bytes(),
+        "advice": _advice(device),
     }
     try:
         disk = os.statvfs(run.folder)
@@ -99,6 +102,14 @@ def collect_facts(run: RunFolder, config: Config, device: torch.device) -> RankF
     except OSError as error:
         known["failure"] = f"{error.filename or run.folder}: {error.strerror or error}."
     return RankFacts(**known)
+
+
+def _advice(device: torch.device) -> str:
+    """Return what to install so that a kernel can be used on this device; an empty text where nothing is missing."""
+    if device.type != "cuda":
+        return ""
+    major, minor = torch.cuda.get_device_capability(device)
+    return fla_core_advice(10 * major + minor) or ""
 
 
 def code_digest() -> str:

@@ -29,11 +29,14 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Sequences(NamedTuple):
-    """Sequences of heads [h0, h1): where they end, the key of each token or S for none, and which tokens are which rows."""
+    """Sequences of heads [h0, h1): where they end, on the host and with 0 as a tensor; the key of each token or S for none;
+    and which tokens are which rows.
+    """
 
     h0: int
     h1: int
     ends: tuple[int, ...]
+    offsets: Tensor
     key_P: Tensor
     token_R: Tensor
     row_R: Tensor
@@ -82,7 +85,8 @@ def prepare(mask: LaunchMask, requirements: KernelRequirements) -> SequenceSched
         ends = np.cumsum([len(key) for key in keys])
         token = [place + first for place, first in zip(places, [0, *ends[:-1]], strict=True)]
         lists = (torch.from_numpy(np.concatenate(side)) for side in (keys, token, rows))
-        sequences.append(Sequences(h0, h1, tuple(ends.tolist()), *lists))
+        offsets = sequence_offsets(tuple(ends.tolist()))
+        sequences.append(Sequences(h0, h1, tuple(ends.tolist()), offsets, *lists))
     return SequenceSchedule(tuple(sequences), mask.rows, mask.keys)
 
 
@@ -127,6 +131,6 @@ def _gathered(x_SHD: Tensor, part: Sequences) -> Tensor:
 
 
 def _convolved(x_1PC: Tensor, weight_CW: Tensor, part: Sequences) -> Tensor:
-    offsets, offsets_cpu = sequence_offsets(part.ends, x_1PC.device)
-    y_1PC, _ = causal_conv1d(x_1PC, weight_CW, cu_seqlens=offsets, cu_seqlens_cpu=offsets_cpu)
+    on_host = sequence_offsets(part.ends)
+    y_1PC, _ = causal_conv1d(x_1PC, weight_CW, cu_seqlens=part.offsets, cu_seqlens_cpu=on_host)
     return y_1PC

@@ -20,7 +20,8 @@ from distattn.kernels.flash.pieces import LEAST_STEP, FlashCall, FlashSchedule, 
 from distattn.kernels.glue import Rows, add_rows, copy_rows, merge_rows
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.merge import output_with_delta
-from distattn.kernels.spec import KernelRequirements, ScoreMod
+from distattn.kernels.spec import KernelRequirements, LaunchShape, ScoreMod
+from distattn.kernels.triton.launch import multiprocessors
 
 # the operator takes o, not delta; a row with dO = 0 and delta != 0 cannot be told to it
 DIFFERENTIABLE_LSE = False
@@ -178,6 +179,51 @@ def backward(
         if place is not None and place is not total:
             place.copy_(total)
     return grads[0], grads[1], grads[2]
+
+
+def workspace_bytes(direction: str, shape: LaunchShape, schedule: FlashSchedule) -> int:
+    """Return an upper bound of the bytes that a pass allocates on the device beside its operands and results.
+
+    It counts what this module allocates and what the operators do: `mha_varlen_fwd` and `mha_varlen_bwd` in PyTorch's
+    `aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp` (FlashAttention 2: dQ in fp32 and softmax_d with 128 rows
+    more for each sequence, dK and dV of all query heads; no partial results of split keys, which only calls with one query row
+    have), and the fp32 sums of dK and dV of FlashAttention 3 (`hopper/flash_api.cpp` of Dao-AILab/flash-attention).
+    """
+    widest = max(shape.head_dim, shape.v_head_dim)
+    rows, keys = shape.rows * shape.heads, shape.keys * shape.kv_heads
+    # operands that are filled up to the wider head dim, in half precision
+    padded = 0 if shape.head_dim == shape.v_head_dim else 2 * widest * (rows + 2 * keys)
+    calls = [_call_bytes(direction, call, widest) for call in schedule.calls]
+    # the results of one call live until those of the next are there
+    of_calls = 2 * max((results for results, _ in calls), default=0) + max((own for _, own in calls), default=0)
+    if direction == "forward":
+        return 4 * rows * shape.v_head_dim + padded + of_calls
+    sums = 4 * ((shape.dq_bytes != 4) * rows * shape.head_dim + keys * (shape.head_dim + shape.v_head_dim))
+    # o in the inputs' precision, made of dO and delta in single precision; filled up, like dO; log-sum-exps and a mask of them
+    outputs = rows * (3 * 4 * shape.v_head_dim + 2 * 2 * widest + 4 + 1)
+    return sums + outputs + padded + of_calls
+
+
+def _call_bytes(direction: str, call: FlashCall, dim: int) -> tuple[int, int]:
+    """Bytes of a call's results, and of what else there is until it returns."""
+    heads, kv_heads = call.heads.stop - call.heads.start, call.kv_heads.stop - call.kv_heads.start
+    rows, keys = call.rows.stop - call.rows.start, call.keys.stop - call.keys.start
+    # two numbers of a generator come with every call, in blocks of 512 bytes
+    few = 2 * 512
+    if direction == "forward":
+        # the log-sum-exp, and it again with its mask
+        return rows * heads * (2 * dim + 4 + 4), rows * heads * 2 + few
+    sequences = len(call.starts_q) - 1
+    rounded = -(-dim // 64) * 64
+    long_rows, long_keys = rows + 128 * sequences, keys + 128 * sequences
+    # under torch.use_deterministic_algorithms one sum of dQ for each of some groups of programs
+    splits = 1
+    if torch.are_deterministic_algorithms_enabled():
+        splits = -(-multiprocessors(call.starts_q.device) // (sequences * heads))
+    of_rows = long_rows * heads * 4 * (splits * rounded + 2)
+    of_keys = 0 if heads == kv_heads else 2 * max(keys * heads * 2 * dim, long_keys * kv_heads * 4 * rounded)
+    results = 2 * dim * (rows * heads + 2 * keys * kv_heads) + 4 * long_rows * heads
+    return results, of_rows + of_keys + 4 * rows * heads + few
 
 
 def _single(place: Tensor | None, like: Tensor, adds: bool) -> Tensor:

@@ -79,19 +79,24 @@ def prepare(mask: LaunchMask, requirements: KernelRequirements) -> TileSchedule:
     by_keys = transposed_runs(mask, backward.keys, backward.rows)
     return TileSchedule(
         tile_run_tensors(by_rows),
-        forward_programs(by_rows, forward.keys, processors),
+        forward_programs(by_rows, forward.keys, processors, mask.overlaps_messages),
         split_tile_tensors(split_long_tiles(by_keys, mask, backward.rows, processors)),
         mask.group_size,
         mask.first_head,
     )
 
 
-def forward_programs(runs: TileRuns, keys: int, processors: int) -> int:
-    """One for each processor, to which tiles are dealt out, to and fro; or for each tile, where some would get far more."""
+def forward_programs(runs: TileRuns, keys: int, processors: int, overlaps_messages: bool = False) -> int:
+    """Return how many programs the forward launch has: one for each processor, or one for each tile of each head.
+
+    With one for each processor, tiles are dealt out beforehand, to and fro. That is not done where some programs would get far
+    more work than others, nor while messages are in flight: a program takes a multiprocessor's whole shared memory, so programs
+    that find theirs held by the communicator begin when it ends, each with a full share of the work.
+    """
     work = runs.work(keys)[runs.group][:, runs.order].T.ravel()
     programs = min(processors, len(work))
-    if not programs:
-        return 0
+    if overlaps_messages or not programs:
+        return len(work)
     dealt = np.pad(work, (0, -len(work) % programs)).reshape(-1, programs)
     dealt[1::2] = dealt[1::2, ::-1]
     # as many as there are at a time take what is left as soon as they are done

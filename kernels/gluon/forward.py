@@ -2,8 +2,8 @@
 
 One warp fetches queries, keys and values ahead by the tensor-memory accelerator; two or three warpgroups of 64 rows each
 multiply and take the softmax. The product with the values of one tile runs while the softmax of the next is computed
-(FlashAttention-3, Shah et al. 2024, arXiv 2407.08608). There are no more programs than multiprocessors: a program goes on
-to other rows, and while a warpgroup writes its results, what the next rows need is fetched. Run lists, log-sum-exp and
+(FlashAttention-3, Shah et al. 2024, arXiv 2407.08608). A program goes on to other rows, and fetches what these need while
+a warpgroup writes its results, or takes one tile only (see `attention.forward_programs`). Run lists, log-sum-exp and
 merging are those of the plain Triton kernel; results are deterministic.
 
 Barriers: `full` is passed by the bytes of a fetched tile, `free` by all warpgroups when they have read it; those of queries

@@ -21,14 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distattn.kernels.recurrence.tokens import RecurrenceTokens, Stretches
+from distattn.kernels.recurrence.tokens import RecurrenceTokens, Stretches, bounds_of
 from distattn.kernels.recurrence.transitions import diagonal_transitions, finite_decays
 from distattn.kernels.spec import KernelRequirements
 
 # tokens of a chunk; with a decay for each channel all pairs of a chunk have a number for each channel
 _CHUNK, _CHUNK_OF_CHANNELS = 64, 16
-# chunks that are computed at once: more would not fit into a processor's cache
-_BLOCK = 16
+# chunks that are computed at once: more would not fit into a processor's cache; on GPUs launches take most of the time
+_BLOCK, _BLOCK_ON_GPUS = 16, 64
 
 
 class Level(NamedTuple):
@@ -40,10 +40,17 @@ class Level(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Some chunks: rows_MC of the tensors, T where there is no token, and in which order states pass through them."""
+    """Some chunks: rows_MC of the tensors, -1 where there is no token, and in which order states pass through them."""
 
     rows: Tensor
     levels: tuple[Level, ...]
+
+
+class ChunkSchedule(NamedTuple):
+    """The chunks of all stretches, and the rows [begin, end) of each stretch as a tensor (N, 2)."""
+
+    blocks: tuple[Block, ...]
+    bounds: Tensor
 
 
 class Maps(NamedTuple):
@@ -66,20 +73,43 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
     return None
 
 
-def forward(x: RecurrenceTokens, stretches: Stretches, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
+def prepare(stretches: Stretches, requirements: KernelRequirements) -> ChunkSchedule:
+    """Return the first chunk of each stretch, then the second, and so on, some of them at once, on the host."""
+    size = _CHUNK_OF_CHANNELS if requirements.op.decay == "channel" else _CHUNK
+    longest = max((end - begin for begin, end in stretches), default=0)
+    size = min(size, max(longest, 1))
+    at_once = _BLOCK if requirements.device.type == "cpu" else _BLOCK_ON_GPUS
+    blocks: list[Block] = []
+    first: list[tuple[int, int]] = []
+    levels: list[Level] = []
+    for number in range(-(-longest // size)):
+        going = [i for i, (begin, end) in enumerate(stretches) if end - begin > number * size]
+        which = None if len(going) == len(stretches) else torch.tensor(going)
+        levels.append(Level(len(first), len(first) + len(going), which))
+        first += [(stretches[i][0] + number * size, stretches[i][1]) for i in going]
+        if len(first) >= at_once or (number + 1) * size >= longest:
+            begin, end = torch.tensor(first).unbind(1)
+            rows = begin[:, None] + torch.arange(size)
+            blocks.append(Block(torch.where(rows < end[:, None], rows, -1), tuple(levels)))
+            first, levels = [], []
+    return ChunkSchedule(tuple(blocks), bounds_of(stretches))
+
+
+def forward(x: RecurrenceTokens, chunks: ChunkSchedule, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
     """(o_THV, the state after each stretch), in the dtype of the states; o is 0 in no stretch."""
     state = state_NHKV.clone()
     o_THV = state.new_zeros((len(x.v) + 1, *x.v.shape[1:]))
-    for block in _blocks(x, stretches):
+    for block in chunks.blocks:
         maps = _maps(_gathered(x, block, state.dtype))
         entering = _passed_on(maps, block, state)
         u = maps.u if maps.w is None else maps.u - maps.w @ entering
+        # rows without a token are the last
         o_THV[block.rows] = (maps.read @ entering + maps.pairs @ u).transpose(1, 2)
     return o_THV[: len(x.v)], state
 
 
 def states(
-    x: RecurrenceTokens, stretches: Stretches, state_NHKV: Tensor, transitions: bool
+    x: RecurrenceTokens, chunks: ChunkSchedule, state_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(the state after each stretch, A of each), in the dtype of the states; None without `transitions`.
 
@@ -90,32 +120,31 @@ def states(
     more = key_dim if transitions and x.beta is not None else 0
     identity = torch.eye(key_dim, more, dtype=state_NHKV.dtype, device=state_NHKV.device)
     state = torch.cat([state_NHKV, identity.expand(*state_NHKV.shape[:2], -1, -1)], -1)
-    for block in _blocks(x, stretches):
+    for block in chunks.blocks:
         maps = _maps(_gathered(x, block, state.dtype), False)
         _passed_on(maps._replace(u=F.pad(maps.u, (0, more))), block, state)
     if not transitions:
         return state, None
     if not more:
-        return state, diagonal_transitions(x, stretches, state.dtype)
+        return state, diagonal_transitions(x, chunks.bounds, state.dtype)
     return state[..., :value_dim].contiguous(), state[..., value_dim:].contiguous()
 
 
 def backward(
-    x: RecurrenceTokens, stretches: Stretches, state_NHKV: Tensor, do_THV: Tensor, dstate_NHKV: Tensor
+    x: RecurrenceTokens, chunks: ChunkSchedule, state_NHKV: Tensor, do_THV: Tensor, dstate_NHKV: Tensor
 ) -> tuple[RecurrenceTokens, Tensor]:
     """(gradients of the tokens, gradients of the states that enter), in the dtype of the states.
 
     dstate_NHKV: gradients of the states that leave. A decay that is the same for all tokens has no gradient here.
     """
     dtype, group = state_NHKV.dtype, x.heads // x.q.shape[1]
-    blocks = list(_blocks(x, stretches))
     state, dstate = state_NHKV.clone(), dstate_NHKV.clone()
-    entering = [_passed_on(_maps(_gathered(x, block, dtype), False), block, state) for block in blocks]
+    entering = [_passed_on(_maps(_gathered(x, block, dtype), False), block, state) for block in chunks.blocks]
     totals = {
         name: torch.zeros((len(value) + 1, *value.shape[1:]), dtype=dtype, device=value.device)
         for name, value in x.by_token().items()
     }
-    for block in reversed(blocks):
+    for block in reversed(chunks.blocks):
         part = _gathered(x, block, dtype)
         leaves = {name: value for name, value in part.present().items() if name in totals}
 
@@ -139,37 +168,16 @@ def backward(
 
 
 def gradient_states(
-    x: RecurrenceTokens, stretches: Stretches, do_THV: Tensor, dstate_NHKV: Tensor, transitions: bool
+    x: RecurrenceTokens, chunks: ChunkSchedule, do_THV: Tensor, dstate_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(the gradient of the state before each stretch, A of each), in the dtype of the states; see `states`.
 
     dstate_NHKV: gradients of the states that leave.
     """
     dtype, dstate = dstate_NHKV.dtype, dstate_NHKV.clone()
-    for block in reversed(list(_blocks(x, stretches))):
+    for block in reversed(chunks.blocks):
         _passed_back(_maps(_gathered(x, block, dtype)), block, _rows(do_THV, block, dtype), dstate)
-    return dstate, states(x, stretches, torch.zeros_like(dstate), True)[1] if transitions else None
-
-
-def _blocks(x: RecurrenceTokens, stretches: Stretches) -> list[Block]:
-    """The first chunk of each stretch, then the second, and so on, about so many at once."""
-    size = _CHUNK_OF_CHANNELS if x.g is not None and x.g.dim() == 3 else _CHUNK
-    longest = max((end - begin for begin, end in stretches), default=0)
-    size, device = min(size, max(longest, 1)), x.v.device
-    blocks: list[Block] = []
-    first: list[tuple[int, int]] = []
-    levels: list[Level] = []
-    for number in range(-(-longest // size)):
-        going = [i for i, (begin, end) in enumerate(stretches) if end - begin > number * size]
-        which = None if len(going) == len(stretches) else torch.tensor(going, device=device)
-        levels.append(Level(len(first), len(first) + len(going), which))
-        first += [(stretches[i][0] + number * size, stretches[i][1]) for i in going]
-        if len(first) >= _BLOCK or (number + 1) * size >= longest:
-            begin, end = torch.tensor(first, device=device).unbind(1)
-            rows = begin[:, None] + torch.arange(size, device=device)
-            blocks.append(Block(torch.where(rows < end[:, None], rows, len(x.v)), tuple(levels)))
-            first, levels = [], []
-    return blocks
+    return dstate, states(x, chunks, torch.zeros_like(dstate), True)[1] if transitions else None
 
 
 def _gathered(x: RecurrenceTokens, block: Block, dtype: torch.dtype) -> RecurrenceTokens:
@@ -186,8 +194,8 @@ def _gathered(x: RecurrenceTokens, block: Block, dtype: torch.dtype) -> Recurren
 def _rows(y: Tensor, block: Block, dtype: torch.dtype, group: int = 1) -> Tensor:
     """Rows of a tensor (T, H, ...) as (M, H, C, ...), each head so many times; zeros where there is no token."""
     heads = torch.arange(y.shape[1] * group, device=y.device) // group
-    absent = block.rows == len(y)
-    found = y[block.rows.clamp(max=len(y) - 1)[:, None], heads[:, None]].to(dtype)
+    absent = block.rows < 0
+    found = y[block.rows.clamp(min=0)[:, None], heads[:, None]].to(dtype)
     return found.masked_fill_(absent[:, None].reshape(len(absent), 1, -1, *[1] * (y.dim() - 2)), 0.0)
 
 
@@ -198,10 +206,15 @@ def _passed_on(maps: Maps, block: Block, state_NHKV: Tensor) -> Tensor:
         entering[begin:end] = state_NHKV if which is None else state_NHKV[which]
         state, u = entering[begin:end], maps.u[begin:end]
         if maps.w is not None:
-            u = u - maps.w[begin:end] @ state
-        leaving = maps.decay[begin:end, ..., None] * state + maps.key[begin:end].transpose(-1, -2) @ u
+            u = _with_product(u, maps.w[begin:end], state, -1.0)
+        leaving = _with_product(maps.decay[begin:end, ..., None] * state, maps.key[begin:end].transpose(-1, -2), u)
         state_NHKV[slice(None) if which is None else which] = leaving
     return entering
+
+
+def _with_product(base: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
+    """Return base + factor * left @ right of tensors (n, H, ...), in one operator."""
+    return torch.baddbmm(base.flatten(0, 1), left.flatten(0, 1), right.flatten(0, 1), alpha=factor).view(base.shape)
 
 
 def _passed_back(maps: Maps, block: Block, do_MHCV: Tensor, dstate_NHKV: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,10 +224,11 @@ def _passed_back(maps: Maps, block: Block, do_MHCV: Tensor, dstate_NHKV: Tensor)
     for begin, end, which in reversed(block.levels):
         dleaving[begin:end] = dstate_NHKV if which is None else dstate_NHKV[which]
         after = dleaving[begin:end]
-        du[begin:end] += maps.key[begin:end] @ after
-        before = dentering[begin:end] + maps.decay[begin:end, ..., None] * after
+        # a view, in which the sum is made
+        du[begin:end].view(-1, *du.shape[2:]).baddbmm_(maps.key[begin:end].flatten(0, 1), after.flatten(0, 1))
+        before = torch.addcmul(dentering[begin:end], maps.decay[begin:end, ..., None], after)
         if maps.w is not None:
-            before -= maps.w[begin:end].transpose(-1, -2) @ du[begin:end]
+            before = _with_product(before, maps.w[begin:end].transpose(-1, -2), du[begin:end], -1.0)
         dstate_NHKV[slice(None) if which is None else which] = before
     return du, dleaving
 

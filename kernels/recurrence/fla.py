@@ -12,22 +12,21 @@ Products are of the inputs' dtype, or of TF32 for float32, which this kernel doe
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from fla.ops.delta_rule import chunk_delta_rule
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 from fla.ops.gla import chunk_gla
 from fla.ops.kda import chunk_kda
 from fla.ops.simple_gla import chunk_simple_gla
-from packaging.version import Version
 from torch import Tensor
 
 from distattn.ir.errors import DistattnError
 from distattn.kernels.fla_sequences import sequence_offsets
-from distattn.kernels.recurrence.tokens import RecurrenceTokens, Stretches
+from distattn.kernels.recurrence.hopper import token_decay_fault
+from distattn.kernels.recurrence.tokens import RecurrenceTokens, Stretches, bounds_of
 from distattn.kernels.recurrence.transitions import diagonal_transitions
 from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.triton.launch import compute_capability
@@ -53,37 +52,49 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
     capability = compute_capability(device)
     if capability < 80:
         return "it needs compute capability 8.0 (A100) or later"
-    # fla-core refuses it itself, in the backward pass (its issue 640)
-    wrong = Version("3.4.0") <= Version(triton.__version__) < Version("3.7.1")
-    if capability == 90 and wrong and requirements.op.decay == "token" and find_spec("tilelang") is None:
-        return f"Triton {triton.__version__} computes it wrongly on Hopper GPUs: Triton 3.7.1 or later, or tilelang, is needed"
-    return None
+    return token_decay_fault(capability) if requirements.op.decay == "token" else None
 
 
-def forward(x: RecurrenceTokens, stretches: Stretches, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
+class SequenceEnds(NamedTuple):
+    """Where stretches that follow one another end: on the host, and as tensors."""
+
+    ends: tuple[int, ...]
+    offsets: Tensor
+    bounds: Tensor
+
+
+def prepare(stretches: Stretches, requirements: KernelRequirements) -> SequenceEnds:
+    """Return where the stretches end. Raise DistattnError where one does not begin with the end of the one before it."""
+    begins, ends = [begin for begin, _ in stretches], [end for _, end in stretches]
+    if begins != [0, *ends[:-1]]:
+        raise DistattnError('kernel "fla" takes stretches that follow one another; use kernel="chunked".')
+    return SequenceEnds(tuple(ends), sequence_offsets(tuple(ends)), bounds_of(stretches))
+
+
+def forward(x: RecurrenceTokens, sequences: SequenceEnds, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
     """(o_THV in the inputs' dtype, the state after each stretch in float32); all rows are of a stretch, in order."""
     # tensors that want gradients are given here, too
     with torch.no_grad():
-        o, leaving = _called(_prepared(x), stretches, state_NHKV)
+        o, leaving = _called(_prepared(x), sequences, state_NHKV)
     return o[0], leaving
 
 
 def states(
-    x: RecurrenceTokens, stretches: Stretches, state_NHKV: Tensor, transitions: bool
+    x: RecurrenceTokens, sequences: SequenceEnds, state_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(the state after each stretch, A of each or None), in float32; see `chunked.states`."""
     key_dim, value_dim = state_NHKV.shape[2:]
     if not transitions or x.beta is None:
-        _, leaving = forward(x, stretches, state_NHKV)
-        return leaving, diagonal_transitions(x, stretches, state_NHKV.dtype) if transitions else None
+        _, leaving = forward(x, sequences, state_NHKV)
+        return leaving, diagonal_transitions(x, sequences.bounds, state_NHKV.dtype) if transitions else None
     identity = torch.eye(key_dim, dtype=state_NHKV.dtype, device=state_NHKV.device)
     entering = torch.cat([state_NHKV, identity.expand(*state_NHKV.shape[:2], -1, -1)], -1)
-    _, leaving = forward(x._replace(v=F.pad(x.v, (0, key_dim))), stretches, entering)
+    _, leaving = forward(x._replace(v=F.pad(x.v, (0, key_dim))), sequences, entering)
     return leaving[..., :value_dim].contiguous(), leaving[..., value_dim:].contiguous()
 
 
 def backward(
-    x: RecurrenceTokens, stretches: Stretches, state_NHKV: Tensor, do_THV: Tensor, dstate_NHKV: Tensor
+    x: RecurrenceTokens, sequences: SequenceEnds, state_NHKV: Tensor, do_THV: Tensor, dstate_NHKV: Tensor
 ) -> tuple[RecurrenceTokens, Tensor]:
     """(gradients of the tokens in their dtypes, those of the states that enter in float32); see `chunked.backward`."""
     part = _prepared(x)
@@ -91,7 +102,7 @@ def backward(
     entering = state_NHKV.detach().requires_grad_()
     # one function of autograd's, and nothing else: inside an operator no other graph is recorded
     with torch.enable_grad():
-        o, leaving = _called(part._replace(**leaves), stretches, entering)
+        o, leaving = _called(part._replace(**leaves), sequences, entering)
     gradients = [do_THV.to(o.dtype)[None], dstate_NHKV]
     *found, dentering = torch.autograd.grad([o, leaving], [*leaves.values(), entering], gradients)
     dx = {name: dy[0] for name, dy in zip(leaves, found, strict=True)}
@@ -102,11 +113,11 @@ def backward(
 
 
 def gradient_states(
-    x: RecurrenceTokens, stretches: Stretches, do_THV: Tensor, dstate_NHKV: Tensor, transitions: bool
+    x: RecurrenceTokens, sequences: SequenceEnds, do_THV: Tensor, dstate_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(the gradient of the state before each stretch, A of each or None), in float32; see `chunked.gradient_states`."""
-    _, dentering = backward(x, stretches, torch.zeros_like(dstate_NHKV), do_THV, dstate_NHKV)
-    return dentering, states(x, stretches, torch.zeros_like(dstate_NHKV), True)[1] if transitions else None
+    _, dentering = backward(x, sequences, torch.zeros_like(dstate_NHKV), do_THV, dstate_NHKV)
+    return dentering, states(x, sequences, torch.zeros_like(dstate_NHKV), True)[1] if transitions else None
 
 
 def _prepared(x: RecurrenceTokens) -> RecurrenceTokens:
@@ -119,15 +130,13 @@ def _prepared(x: RecurrenceTokens) -> RecurrenceTokens:
     return x._replace(g=g)._replace(**{name: y[None].contiguous() for name, y in by_token.items() if y is not None})
 
 
-def _called(x: RecurrenceTokens, stretches: Stretches, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
+def _called(x: RecurrenceTokens, sequences: SequenceEnds, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
     """(o (1, T, H, V), the state after each stretch), of tokens as `_prepared` returns them. One function of autograd's."""
     q, k, v, g, beta = x
-    begins, ends = [begin for begin, _ in stretches], [end for _, end in stretches]
-    if begins != [0, *ends[:-1]] or ends[-1:] != [v.shape[1]]:
-        raise DistattnError('kernel "fla" takes stretches that follow one another; use kernel="chunked".')
-    offsets, offsets_cpu = sequence_offsets(tuple(ends), v.device)
+    if sequences.ends[-1:] != (v.shape[1],):
+        raise DistattnError('kernel "fla" takes stretches that end with the last token; use kernel="chunked".')
     states = {"scale": 1.0, "initial_state": state_NHKV, "output_final_state": True}
-    given = {**states, "cu_seqlens": offsets, "cu_seqlens_cpu": offsets_cpu}
+    given = {**states, "cu_seqlens": sequences.offsets, "cu_seqlens_cpu": sequence_offsets(sequences.ends)}
     if beta is None:
         if g is not None and g.dim() == 4:
             return chunk_gla(q, k, v, g, **given)

@@ -56,6 +56,11 @@ class RecurrenceTokens(NamedTuple):
         return self._replace(**{name: value[begin:end] for name, value in self.by_token().items()})
 
 
+def bounds_of(stretches: Stretches) -> Tensor:
+    """Return stretches as a tensor (N, 2) of int64, on the host."""
+    return torch.tensor([tuple(stretch) for stretch in stretches], dtype=torch.int64).reshape(-1, 2)
+
+
 def token_by_token(x: RecurrenceTokens, stretches: Stretches, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
     """(o_THV, the state after each stretch): the definition. Rows in no stretch are 0. Differentiable, slow."""
     group = x.heads // x.q.shape[1]

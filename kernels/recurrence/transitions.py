@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from distattn.kernels.recurrence.tokens import RecurrenceTokens, Stretches
+from distattn.kernels.recurrence.tokens import RecurrenceTokens
 
 # exp of less is 0 in fp64, too; and infinite decays leave differences of their sums finite
 _LEAST_DECAY = -1000.0
@@ -18,18 +19,22 @@ def finite_decays(g: Tensor) -> Tensor:
     return g.double().clamp(min=_LEAST_DECAY)
 
 
-def diagonal_transitions(x: RecurrenceTokens, stretches: Stretches, dtype: torch.dtype) -> Tensor:
-    """A of each stretch of an op without the delta rule: (N, H, K), or (N, H, 1) where all channels decay alike."""
+def diagonal_transitions(x: RecurrenceTokens, bounds_N2: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return A of each stretch of an op without the delta rule: (N, H, K), or (N, H, 1) where all channels decay alike.
+
+    bounds_N2: the rows [begin, end) of each stretch, int64, on the device of the tokens.
+    """
+    begin_N, end_N = bounds_N2.unbind(1)
     if not x.decays_by_token:
-        length = torch.tensor([end - begin for begin, end in stretches], dtype=torch.float64, device=x.v.device)
-        return constant_transition(x.g, x.heads, length).to(dtype)
+        return constant_transition(x.g, x.heads, end_N - begin_N).to(dtype)
     assert x.g is not None
-    sums = [finite_decays(x.g[begin:end]).sum(0) for begin, end in stretches]
-    return torch.stack(sums).exp().to(dtype).reshape(len(stretches), x.heads, -1)
+    # sums over the tokens before each, of double precision: their differences are exact enough for thousands of tokens
+    before = F.pad(finite_decays(x.g).flatten(1).cumsum(0), (0, 0, 1, 0))
+    return (before[end_N] - before[begin_N]).exp().to(dtype).reshape(len(bounds_N2), x.heads, -1)
 
 
 def constant_transition(g_H: Tensor | None, heads: int, length_N: Tensor) -> Tensor:
-    """A of stretches of so many tokens where every token decays alike, (N, H, 1) in fp64."""
+    """Return A of stretches of these numbers of tokens where every token decays alike, (N, H, 1) in fp64."""
     if g_H is None:
-        return length_N.new_ones((len(length_N), heads, 1))
+        return length_N.new_ones((len(length_N), heads, 1), dtype=torch.float64)
     return torch.exp(finite_decays(g_H)[None] * length_N[:, None])[..., None]

@@ -18,6 +18,7 @@ from distattn.kernels.recurrence import chunked
 from distattn.kernels.recurrence.tokens import RecurrenceTokens
 from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.trials import Trial, median_seconds, try_each
+from distattn.kernels.triton.launch import schedule_to_device
 
 # of stretches: some for comparison, some for times; and heads at most
 _COMPARED, _TIMED = (150, 1, 64, 33), (2048, 1500, 548)
@@ -26,13 +27,18 @@ _SEED = 1234
 
 
 class RecurrenceInputs(NamedTuple):
-    """Tokens, states that enter, gradients of outputs and of states that leave; and the stretches."""
+    """Tokens, states that enter, gradients of outputs and of states that leave; the stretches, and what the call requires."""
 
     x: RecurrenceTokens
     state: Tensor
     do: Tensor
     dstate: Tensor
     stretches: tuple[tuple[int, int], ...]
+    requirements: KernelRequirements
+
+    def schedule_of(self, kernel: Any) -> Any:
+        """Return the stretches as a kernel's `prepare` makes them, on the device of the tokens."""
+        return schedule_to_device(kernel.prepare(self.stretches, self.requirements), self.state.device)
 
     @staticmethod
     def random(
@@ -54,7 +60,7 @@ class RecurrenceInputs(NamedTuple):
         state, dstate = (normal(len(lengths), heads, key_dim, value_dim).to(wide) for _ in range(2))
         ends = list(itertools.accumulate(lengths, initial=0))
         x = RecurrenceTokens(q, k, v, None if g is None else g.to(wide), beta)
-        return RecurrenceInputs(x, state, do, dstate, tuple(itertools.pairwise(ends)))
+        return RecurrenceInputs(x, state, do, dstate, tuple(itertools.pairwise(ends)), requirements)
 
 
 def try_recurrence(
@@ -88,27 +94,30 @@ def differences(kernel: Any, given: RecurrenceInputs) -> list[float]:
         do=given.do.double(),
         dstate=given.dstate.double(),
         stretches=given.stretches,
+        requirements=given.requirements._replace(dtype=torch.float64),
     )
     pairs = zip(_results(kernel, given), _results(chunked, exact), strict=True)
     return [float((a.double() - b).norm() / b.norm().clamp(min=1e-12)) for a, b in pairs]
 
 
 def _results(kernel: Any, given: RecurrenceInputs) -> list[Tensor]:
-    x, state, do, dstate, stretches = given
-    dx, dentering = kernel.backward(x, stretches, state, do, dstate)
-    results = [*kernel.forward(x, stretches, state), *dx.by_token().values(), dentering]
+    x, state, do, dstate = given[:4]
+    schedule = given.schedule_of(kernel)
+    dx, dentering = kernel.backward(x, schedule, state, do, dstate)
+    results = [*kernel.forward(x, schedule, state), *dx.by_token().values(), dentering]
     return results + [
-        *kernel.states(x, stretches, state, True),
-        *kernel.gradient_states(x, stretches, do, dstate, True),
+        *kernel.states(x, schedule, state, True),
+        *kernel.gradient_states(x, schedule, do, dstate, True),
     ]
 
 
 def _seconds(kernel: Any, given: RecurrenceInputs) -> float:
     """Of forward and backward."""
-    x, state, do, dstate, stretches = given
+    x, state, do, dstate = given[:4]
+    schedule = given.schedule_of(kernel)
 
     def run() -> Any:
-        return kernel.forward(x, stretches, state), kernel.backward(x, stretches, state, do, dstate)
+        return kernel.forward(x, schedule, state), kernel.backward(x, schedule, state, do, dstate)
 
     return median_seconds(run, state.device)
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distattn.kernels.devices import has_streams
 from distattn.parallel.runtime.memory import ALIGNMENT
-from distattn.parallel.runtime.streams import has_streams
 
 # a device and its stream, None where the device has no streams
 _Place = tuple[torch.device, Any]
@@ -65,7 +65,9 @@ class ArenaPool:
     def idle_bytes(self, device: torch.device) -> list[int]:
         """Return the sizes in bytes of the arenas that no pass uses on a device, the smallest first."""
         with self._lock:
-            return sorted(_size(arena) for place, arenas in self._idle.items() if place[0] == device for arena in arenas)
+            return sorted(
+                _size(arena) for place, arenas in self._idle.items() if place[0] == device for arena in arenas
+            )
 
     def _take(self, place: _Place, nbytes: int) -> Tensor:
         with self._lock:

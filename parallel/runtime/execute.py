@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable
 from typing import NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 
 from distattn.ir.plan import REDUCED_PAYLOADS, Payload
@@ -96,6 +95,7 @@ def backward(
 
     delta_TH is rowsum(dO * O), minus the gradient of the log-sum-exp where there is one.
     """
+
     def compute(
         launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
     ) -> dict[Payload, Fields]:

@@ -4,13 +4,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from distattn.ir.plan import Payload
 from distattn.kernels.recurrence.tokens import Stretches
+from distattn.kernels.spec import KernelRequirements
 from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.buffers import Fields
 from distattn.parallel.runtime.execute import PausableRun, Target, run_steps
@@ -24,9 +24,11 @@ from distattn.parallel.runtime.transport import Transport
 class PrefixMaxKernel(Protocol):
     """The functions of a kernel module for prefix maxima; see `distattn.kernels.recurrence.cummax`."""
 
-    def forward(self, x_THV: Tensor, stretches: Stretches, state_NHV: Tensor) -> tuple[Tensor, Tensor]: ...
+    def prepare(self, stretches: Stretches, requirements: KernelRequirements) -> Any: ...
 
-    def states(self, x_THV: Tensor, stretches: Stretches, state_NHV: Tensor) -> Tensor: ...
+    def forward(self, x_THV: Tensor, stretches: Any, state_NHV: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def states(self, x_THV: Tensor, stretches: Any, state_NHV: Tensor) -> Tensor: ...
 
 
 class PrefixMaxResult(NamedTuple):
@@ -51,13 +53,13 @@ def forward(
     def compute(
         launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
     ) -> dict[Payload, Fields]:
-        (x,), tasks, rows = operands[Payload.KV], run.tasks(launch), launch.schedule.rows
-        entering = torch.stack([run.entering(launch, task).b[:, 0] for task in tasks])
+        (x,), tasks, stretches = operands[Payload.KV], run.tasks(launch), launch.schedule.stretches
+        entering = run.side_by_side(launch, [run.entering(launch, task) for task in tasks])[:, :, 0]
         if launch.schedule.kind is StretchKind.STATE:
-            for task, leaving in zip(tasks, kernel.states(x, rows, entering), strict=True):
+            for task, leaving in zip(tasks, kernel.states(x, stretches, entering), strict=True):
                 run.leave(launch, task, State(None, leaving[:, None]))
             return {}
-        before, leaving_NHV = kernel.forward(x, rows, entering)
+        before, leaving_NHV = kernel.forward(x, stretches, entering)
         run.leave_final(launch, tasks, leaving_NHV[:, :, None])
         return {Payload.O: (before,)}
 

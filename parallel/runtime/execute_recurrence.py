@@ -10,7 +10,7 @@ gradients of states that follow them, are put together, go into the kernel side 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from distattn.ir.op import Op
 from distattn.ir.plan import Payload
 from distattn.kernels.recurrence.tokens import RecurrenceTokens, Stretches
+from distattn.kernels.spec import KernelRequirements
 from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.buffers import Fields, narrowed
 from distattn.parallel.runtime.execute import PausableRun, Target, run_steps
@@ -33,18 +34,20 @@ from distattn.parallel.runtime.transport import Transport
 class RecurrenceKernel(Protocol):
     """The functions of a kernel module for recurrences; see `distattn.kernels.recurrence.chunked`."""
 
-    def forward(self, x: RecurrenceTokens, stretches: Stretches, state_NHKV: Tensor) -> tuple[Tensor, Tensor]: ...
+    def prepare(self, stretches: Stretches, requirements: KernelRequirements) -> Any: ...
+
+    def forward(self, x: RecurrenceTokens, stretches: Any, state_NHKV: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def states(
-        self, x: RecurrenceTokens, stretches: Stretches, state_NHKV: Tensor, transitions: bool
+        self, x: RecurrenceTokens, stretches: Any, state_NHKV: Tensor, transitions: bool
     ) -> tuple[Tensor, Tensor | None]: ...
 
     def backward(
-        self, x: RecurrenceTokens, stretches: Stretches, state_NHKV: Tensor, do_THV: Tensor, dstate_NHKV: Tensor
+        self, x: RecurrenceTokens, stretches: Any, state_NHKV: Tensor, do_THV: Tensor, dstate_NHKV: Tensor
     ) -> tuple[RecurrenceTokens, Tensor]: ...
 
     def gradient_states(
-        self, x: RecurrenceTokens, stretches: Stretches, do_THV: Tensor, dstate_NHKV: Tensor, transitions: bool
+        self, x: RecurrenceTokens, stretches: Any, do_THV: Tensor, dstate_NHKV: Tensor, transitions: bool
     ) -> tuple[Tensor, Tensor | None]: ...
 
 
@@ -144,8 +147,8 @@ class _Pass(StatePass):
         if launch.schedule.kind is StretchKind.STATE:
             self._leave_states(launch, x, tasks)
             return {}
-        entering = torch.stack([self.entering(launch, task).b for task in tasks])
-        o_THV, leaving = self.kernel.forward(x, launch.schedule.rows, entering)
+        entering = self.side_by_side(launch, [self.entering(launch, task) for task in tasks])
+        o_THV, leaving = self.kernel.forward(x, launch.schedule.stretches, entering)
         for task, begins in zip(tasks, entering, strict=True):
             if task.begun >= 0:
                 self.begun[task.begun].copy_(begins)
@@ -164,9 +167,9 @@ class _Pass(StatePass):
         if launch.schedule.kind is StretchKind.GRADIENT_STATE:
             self._leave_gradient_states(launch, x, do_THV, tasks)
             return {}
-        entering = torch.stack([self.entering(launch, task).b for task in tasks])
-        dleaving = torch.stack([self._following(launch, task).b for task in tasks])
-        dx, dentering = self.kernel.backward(x, launch.schedule.rows, entering, do_THV, dleaving)
+        entering = self.side_by_side(launch, [self.entering(launch, task) for task in tasks])
+        dleaving = self.side_by_side(launch, [self._following(launch, task) for task in tasks])
+        dx, dentering = self.kernel.backward(x, launch.schedule.stretches, entering, do_THV, dleaving)
         for task, begins in zip(tasks, dentering, strict=True):
             if task.initial >= 0 and self.edge_states is not None:
                 self.edge_states[task.initial, launch.heads] = begins
@@ -178,12 +181,12 @@ class _Pass(StatePass):
     def _leave_states(self, launch: KernelLaunch, x: RecurrenceTokens, tasks: Sequence[StretchStates]) -> None:
         """(A, B) of stretches, after what precedes them."""
         before = [self.entering(launch, task) for task in tasks]
-        entering, wanted = torch.stack([state.b for state in before]), _need_transitions(tasks)
-        leaving, transitions = self.kernel.states(x, launch.schedule.rows, entering, wanted)
+        entering, wanted = self.side_by_side(launch, before), _need_transitions(tasks)
+        leaving, transitions = self.kernel.states(x, launch.schedule.stretches, entering, wanted)
         for i, (task, state) in enumerate(zip(tasks, before, strict=True)):
             a = None
             if not task.is_prefix and transitions is not None:
-                a = transitions[i] if state.a is None else composed(state.a, transitions[i])
+                a = transitions[i] if state is None or state.a is None else composed(state.a, transitions[i])
             self.leave(launch, task, State(a, leaving[i]))
 
     def _leave_gradient_states(
@@ -191,16 +194,16 @@ class _Pass(StatePass):
     ) -> None:
         """(A, C) of stretches, before what follows them."""
         after = [self._following(launch, task) for task in tasks]
-        dleaving, wanted = torch.stack([state.b for state in after]), _need_transitions(tasks)
-        dentering, transitions = self.kernel.gradient_states(x, launch.schedule.rows, do_THV, dleaving, wanted)
+        dleaving, wanted = self.side_by_side(launch, after), _need_transitions(tasks)
+        dentering, transitions = self.kernel.gradient_states(x, launch.schedule.stretches, do_THV, dleaving, wanted)
         for i, (task, state) in enumerate(zip(tasks, after, strict=True)):
             a = None
             if not task.is_prefix and transitions is not None:
-                a = transitions[i] if state.a is None else composed(transitions[i], state.a)
+                a = transitions[i] if state is None or state.a is None else composed(transitions[i], state.a)
             self.leave(launch, task, State(a, dentering[i]))
 
-    def _following(self, launch: KernelLaunch, task: StretchStates) -> State:
-        """The gradient of the state that leaves a stretch: from what follows it, or of the final state of its document."""
+    def _following(self, launch: KernelLaunch, task: StretchStates) -> State | None:
+        """Return the gradient of the state that leaves a stretch: from what follows it, or of its document's final state."""
         if task.after:
             return self.states.put_together(task.after)
         return self.edge(launch, self.dfinal, task.final)
@@ -231,7 +234,9 @@ class _Pass(StatePass):
         if self._is_even(launch):
             return dy_THK
         index = self._group_index(launch, dy_THK.device)
-        out = dy_THK.new_zeros((len(dy_THK), int(index[-1]) + 1, dy_THK.shape[2]))
+        group = self.call.gqa_group_size
+        shared = (launch.heads.stop - 1) // group - launch.heads.start // group + 1
+        out = dy_THK.new_zeros((len(dy_THK), shared, dy_THK.shape[2]))
         return out.index_add_(1, index, dy_THK)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -31,6 +30,7 @@ from distattn.ir.plan import (
     select_rows,
     task_bands,
 )
+from distattn.kernels.devices import current_device, has_streams
 from distattn.kernels.launch_mask import LaunchMask, WrittenRows
 from distattn.parallel.analysis.verify import Proof
 from distattn.parallel.runtime.landing import Landing, land
@@ -38,11 +38,12 @@ from distattn.parallel.runtime.launches import LaunchTable
 from distattn.parallel.runtime.memory import PlacedTensor, PlaceKey, lay_out, rounded
 from distattn.parallel.runtime.staging import stage
 from distattn.parallel.runtime.state_program import StateProgram, StateStep, lower_states
-from distattn.parallel.runtime.streams import Handover, has_streams
+from distattn.parallel.runtime.streams import Handover
 from distattn.parallel.runtime.stretch_launches import StretchLaunches
 from distattn.parallel.runtime.views import OWN, BufferExtent, BufferKey, BufferSlice, View, ViewParts, resolve_views
 
-PrepareKernel = Callable[[LaunchMask], Any]
+# from the mask of a launch, or of a recurrence from its stretches
+PrepareKernel = Callable[[Any], Any]
 # stretches of a message that travel by themselves, at most
 _MOST_STRETCHES = 4
 # bytes that lists on the device are aligned to
@@ -93,6 +94,11 @@ class ProgramStep:
     # where the tensors of the step lie (see `memory`)
     places: dict[PlaceKey, list[PlacedTensor]] = field(default_factory=dict)
 
+    @property
+    def has_messages(self) -> bool:
+        """Whether this rank sends or receives in the step, so that its kernels run while messages are in flight."""
+        return bool(self.sends or self.receives)
+
     def views(self) -> Iterator[View]:
         """All views of the step."""
         for _, message in (*self.sends, *self.receives):
@@ -131,7 +137,8 @@ class Program:
 
 
 def lower(plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = None) -> Program:
-    """Lower a plan for one rank. `prepare` turns the mask of a launch into the kernel's own schedule.
+    """Lower a plan for one rank. `prepare` turns the mask of a launch, or of a recurrence its stretches, into the kernel's own
+    schedule.
 
     The proof is stored with the program; running an unproven plan is at the caller's risk. The arenas have room for results of
     kernels that take `into`; others make their own, and leave it unused.
@@ -179,7 +186,7 @@ def on_device(program: Program, device: torch.device) -> Program:
         return program
     streams = has_streams(device)
     # the current device is a thread's own, and pinned memory belongs to it
-    with torch.cuda.device(device) if streams else nullcontext():
+    with current_device(device):
         offsets = np.cumsum([0, *(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in found.values())]).tolist()
         packed = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=streams)
         for tensor, at in zip(found.values(), offsets, strict=False):
@@ -349,10 +356,13 @@ class _TableLowering:
         """Add the kernel launches to their steps; `views` of each payload come launch by launch."""
         of_payload = {payload: list(itertools.islice(views, len(launches.steps))) for payload in self.payloads}
         if isinstance(launches, StretchLaunches):
-            schedules = launches.schedules()
+            schedules: list[Any] = launches.schedules(self.prepare)
         else:
             masks = launches.launch_masks(task_bands(self.call.mask, launches.tasks))
-            schedules = [self.prepare(mask) for mask in masks]
+            schedules = [
+                self.prepare(mask._replace(overlaps_messages=steps[step].has_messages))
+                for mask, step in zip(masks, launches.steps, strict=True)
+            ]
         for i, step in enumerate(launches.steps):
             used = [payload for payload in self.payloads if launches.uses(i, payload)]
             operands = {payload: of_payload[payload][i] for payload in used if payload in HELD_PAYLOADS}
@@ -438,13 +448,13 @@ def _result_views(step: ProgramStep) -> Iterator[View]:
 
 
 def _memoized(prepare: PrepareKernel) -> PrepareKernel:
-    """The same function, called once for equal masks."""
+    """Return the same function, called once for equal masks or stretches."""
     made: dict[tuple[Any, ...], Any] = {}
 
-    def once(mask: LaunchMask) -> Any:
-        key = mask.cache_key()
+    def once(cells: Any) -> Any:
+        key = cells.cache_key() if isinstance(cells, LaunchMask) else cells
         if key not in made:
-            made[key] = prepare(mask)
+            made[key] = prepare(cells)
         return made[key]
 
     return once

@@ -14,6 +14,7 @@ from torch import Tensor
 from distattn.ir.intervals import Ints
 from distattn.ir.layout import Layout
 from distattn.parallel.runtime.arenas import ARENAS, Room, room_bytes
+from distattn.parallel.runtime.streams import copied_to
 from distattn.parallel.runtime.transport import Packet, Transport
 
 
@@ -36,12 +37,9 @@ class RowMoves(NamedTuple):
 
     def to(self, device: torch.device) -> RowMoves:
         """The same with its numbers on a device, where rows are."""
-
-        def there(rows: Tensor) -> Tensor:
-            # from pageable memory a copy would wait for all that the stream has to do
-            return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
-
-        sends, receives = ({peer: there(rows) for peer, rows in given.items()} for given in (self.sends, self.receives))
+        sends, receives = (
+            {peer: copied_to(device, rows) for peer, rows in given.items()} for given in (self.sends, self.receives)
+        )
         return RowMoves(self.rank, self.rows, sends, receives)
 
     def reversed(self) -> RowMoves:

@@ -54,17 +54,28 @@ class StatePass:
         """The states of a launch's stretches, in order."""
         return [self.program_states.tasks[number] for number in launch.schedule.tasks]
 
-    def entering(self, launch: KernelLaunch, task: StretchStates) -> State:
-        """The state that enters a stretch: of what precedes it, or the initial state of its document."""
+    def entering(self, launch: KernelLaunch, task: StretchStates) -> State | None:
+        """Return the state that enters a stretch: of what precedes it, or the initial state of its document, if any."""
         if task.before:
             return self.states.put_together(task.before)
         return self.edge(launch, self.initial, task.initial)
 
-    def edge(self, launch: KernelLaunch, states_MHKV: Tensor | None, document: int) -> State:
-        """A document's state among those that are given; that of no tokens where none is."""
+    def edge(self, launch: KernelLaunch, states_MHKV: Tensor | None, document: int) -> State | None:
+        """Return a document's state among those that are given; None, for that of no tokens, where it is not there."""
         if states_MHKV is None or document < 0:
-            return State(None, self.states.of_no_tokens(launch.heads.stop - launch.heads.start))
+            return None
         return State(None, states_MHKV[document, launch.heads].to(self.dtype))
+
+    def side_by_side(self, launch: KernelLaunch, states: Sequence[State | None]) -> Tensor:
+        """Return B of the states of a launch's stretches, (N, H, K, V); that of no tokens for None."""
+        present = [(number, state.b) for number, state in enumerate(states) if state is not None]
+        if len(present) == len(states):
+            return torch.stack([b for _, b in present])
+        # one operator for all stretches without a state: packs of short documents have many
+        out = self.states.of_no_tokens(len(states), launch.heads.stop - launch.heads.start)
+        for number, b in present:
+            out[number].copy_(b)
+        return out
 
     def leave(self, launch: KernelLaunch, task: StretchStates, state: State) -> None:
         """Keep what a stretch leaves, where it is needed."""

@@ -88,16 +88,17 @@ class HeldStateTensors:
             state, tensors = State(a, b), [b, a]
         else:
             g = None if self._g_H is None else self._g_H[message.h0 : message.h1]
-            length = torch.tensor([message.tokens], dtype=torch.float64, device=self._device)
+            # not of a list: the host would wait for the device to have it
+            length = torch.full((1,), message.tokens, device=self._device)
             state, tensors = State(constant_transition(g, heads, length)[0].to(self._dtype), b), [b]
         self.put(message.key, message.h0, state)
         arriving = [(tensor, self._room.tensor(tensor.shape, tensor.dtype)) for tensor in tensors]
         self._arriving += arriving
         return [Packet(message.peer, message.key.payload, tensor) for _, tensor in arriving]
 
-    def of_no_tokens(self, heads: int) -> Tensor:
-        """B of no tokens, (H, K, V): 0, or of maxima -inf."""
-        b = self._empty(heads, self.call.head_dim, self.call.v_head_dim)
+    def of_no_tokens(self, stretches: int, heads: int) -> Tensor:
+        """Return B of no tokens for each of some stretches, (N, H, K, V): 0, or of maxima -inf."""
+        b = self._empty(stretches, heads, self.call.head_dim, self.call.v_head_dim)
         return b.fill_(-torch.inf if self.call.op.is_maximum else 0.0)
 
     def _of(self, part: StatePart) -> State:

@@ -8,13 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# kinds of devices whose streams and events are those of torch.cuda
-_KINDS = {"cuda"}
+from distattn.kernels.devices import has_streams
 
 
-def has_streams(device: torch.device) -> bool:
-    """Whether a device works off streams: a call returns before its work is done."""
-    return device.type in _KINDS
+def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
+    """Return a tensor of the host on a device; the host does not wait for the copy.
+
+    From pageable memory it would wait for all that the device's current stream has to do.
+    """
+    if not has_streams(device):
+        return tensor.to(device)
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor).to(device, non_blocking=True)
 
 
 class Handover(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from distattn.ir.intervals import Ints, lexicographic_argsort
 from distattn.ir.plan import Call, Columns, Payload, has_rows_and_keys, select_rows
+from distattn.kernels.recurrence.tokens import Stretches
 from distattn.parallel.runtime.launches import TokenIntervals
 from distattn.parallel.runtime.views import ViewParts
 
@@ -79,25 +81,25 @@ class StretchLaunches(NamedTuple):
             kind is StretchKind.WHOLE and payload in (Payload.O, Payload.dQ, Payload.dKV)
         )
 
-    def schedules(self) -> list[Any]:
-        """Of each launch, the stretches in rows of its tensors, to be told apart by `StretchRows.row`."""
+    def schedules(self, prepare: Callable[[Stretches], Any]) -> list[StretchSchedule]:
+        """Return the schedule of each launch. prepare: turns stretches, in rows of its tensors, into the kernel's lists."""
         shift = self.tokens.to_row(self.launch, self.tasks["q0"])
         begin, end = (self.tasks[name] + shift for name in ("q0", "k1"))
         rows = list(zip(begin.tolist(), end.tolist(), strict=True))
         bounds = np.searchsorted(self.launch, np.arange(len(self.steps) + 1)).tolist()
         numbers = self.tasks["row"].tolist()
         return [
-            StretchRows(kind, tuple(rows[a:b]), tuple(numbers[a:b]))
+            StretchSchedule(kind, tuple(numbers[a:b]), prepare(tuple(rows[a:b])))
             for kind, (a, b) in zip(self.kinds, itertools.pairwise(bounds), strict=True)
         ]
 
 
-class StretchRows(NamedTuple):
-    """The stretches of a launch: its kind, rows [begin, end) of its tensors, and the tasks' numbers in the table."""
+class StretchSchedule(NamedTuple):
+    """A launch: its kind, the numbers of its tasks in the table, and what the kernel's `prepare` made of their stretches."""
 
     kind: StretchKind
-    rows: tuple[tuple[int, int], ...]
     tasks: tuple[int, ...]
+    stretches: Any
 
 
 def kind_of(tasks: Columns, first: Ints) -> list[int]:

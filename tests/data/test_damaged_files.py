@@ -219,8 +219,8 @@ def test_side_files_of_another_kind_are_refused(tmp_path, originals):
         shutil.copy(originals[0] / f"file{name}", tmp_path / f"file{name}")
     good = Path(tmp_path / "file.xxh3").read_bytes()
     for content, why in (
-        (b"", "no digests of blocks"),
-        (b"something else" * 10, "no digests of blocks"),
+        (b"", "has no block digests"),
+        (b"something else" * 10, "has no block digests"),
         (good[:20] + b"\x01" + good[21:], "the header was altered"),
         (good[:-8], "cut or longer"),
         (good + bytes(8), "cut or longer"),

@@ -183,7 +183,7 @@ def test_writers_refuse_what_they_cannot_hold(tmp_path):
         pass
     assert not list(tmp_path.iterdir())
     write(prefix, documents_of("uint16"), "uint16")
-    with pytest.raises(DistattnError, match=r"file\.bin: is there already"):
+    with pytest.raises(DistattnError, match=r"file\.bin: exists already"):
         IndexedFileWriter(prefix, "uint16")
     with (
         pytest.raises(DistattnError, match="has uint16 tokens, .*other has int32"),

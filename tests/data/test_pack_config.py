@@ -96,7 +96,7 @@ def test_names_with_brackets_are_themselves_and_masks_are_no_tokens(folder):
         (HEAD + RULE + WEB.replace("[", "").replace("]", ""), "cannot be read as TOML: "),
         (HEAD + RULE + "[[corpus", "cannot be read as TOML: "),
         (HEAD + RULE, "corpus: is missing."),
-        (HEAD.replace("steps", "corpus = []\nsteps") + RULE, "corpus: there is none; add a [[corpus]] with a name and files."),
+        (HEAD.replace("steps", "corpus = []\nsteps") + RULE, "corpus: is missing; add a [[corpus]] with a name and files."),
         (HEAD + WEB, "rule: is missing."),
         ("", "plan: is missing.\ncorpus: is missing.\nrule: is missing."),
         (HEAD.replace('"run.packs"', '""') + RULE + WEB, "plan: is empty; name the plan's file."),
@@ -104,21 +104,21 @@ def test_names_with_brackets_are_themselves_and_masks_are_no_tokens(folder):
         (HEAD.replace("5", "5.5") + RULE + WEB, "steps: must be a whole number, not 5.5."),
         (HEAD.replace("5", "true") + RULE + WEB, "steps: must be a whole number, not true."),
         (HEAD.replace("5", "0") + RULE + WEB, "steps: 0 is too few; a plan has at least 1."),
-        (HEAD.replace("7", "-1") + RULE + WEB, "seed: -1 is none; name an integer from 0 to 2^64 - 1."),
-        (HEAD.replace("7", str(1 << 64)) + RULE + WEB, "seed: 18446744073709551616 is none; name an integer from 0"),
+        (HEAD.replace("7", "-1") + RULE + WEB, "seed: -1 is out of range; name an integer from 0 to 2^64 - 1."),
+        (HEAD.replace("7", str(1 << 64)) + RULE + WEB, "seed: 18446744073709551616 is out of range; name an integer from 0"),
         (HEAD.replace("7", "2026-11-23") + RULE + WEB, 'seed: must be a whole number, not "2026-11-23".'),
         (HEAD + RULE.replace("[[0, 64], [2, 128]]", "64") + WEB, "rule.context: must be a list, not 64."),
         (HEAD + RULE.replace("64", '"x"') + WEB, 'rule.context.entry 1.entry 2: must be a whole number, not "x".'),
         (HEAD + RULE.replace("2, 128", "2") + WEB, "rule.context.entry 2.entry 2: is missing."),
         (HEAD + RULE.replace("2, 128", "2, 3, 4") + WEB, "rule.context.entry 2: must be a list of two numbers, not [2, 3, 4]."),
         (HEAD + RULE.replace("0, 64", "1, 64") + WEB, "rule.context: the first steps are [1, 2]; they must begin with 0"),
-        (HEAD + RULE.replace("512", "500") + WEB, "rule.tokens_per_step: 500 is no multiple of the context length 64; 448"),
+        (HEAD + RULE.replace("512", "500") + WEB, "rule.tokens_per_step: 500 is not a multiple of the context length 64; 448"),
         (HEAD + RULE + 'level = "yes"\n' + WEB, 'rule.level: must be true or false, not "yes".'),
         (HEAD + RULE + 'long_documents = "drop"\n' + WEB, "rule.long_documents: 'drop' is unknown"),
         (HEAD + RULE + "max_cost = inf\n" + WEB, "rule.max_cost: must be a finite number, not Infinity."),
         (HEAD + RULE + "[rule.cost]\ntoken_cells = -1\n" + WEB, "rule.cost.token_cells is -1; it must be 0 to"),
         (HEAD + RULE + WEB.replace('["web-*"]', '"web-*"'), 'corpus web: files: must be a list, not "web-*".'),
-        (HEAD + RULE + WEB.replace('["web-*"]', "[]"), "corpus web: files: there are none; name prefixes of indexed files."),
+        (HEAD + RULE + WEB.replace('["web-*"]', "[]"), "corpus web: files: is empty; name prefixes of indexed files."),
         (HEAD + RULE + WEB.replace('name = "web"', ""), "corpus 1: name: is missing."),
         (HEAD + RULE + WEB.replace("3", "nan"), "corpus web: weight: must be a finite number, not NaN."),
         (HEAD + RULE + WEB.replace("3", "0"), "corpus web: weight is 0.0; it must be a number above 0."),
@@ -175,7 +175,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(DistattnError, match=r"nix.toml: cannot be read: No such file .*; name the TOML file"):
         load_pack_config(tmp_path / "nix.toml")
     (tmp_path / "packs.toml").write_bytes(b"plan = '\xff'")
-    with pytest.raises(DistattnError, match=r"packs.toml: cannot be read as TOML: byte 8 is no UTF-8"):
+    with pytest.raises(DistattnError, match=r"packs.toml: cannot be read as TOML: byte 8 is not UTF-8"):
         load_pack_config(tmp_path / "packs.toml")
 
 
@@ -256,5 +256,5 @@ def test_a_corpus_that_has_changed_is_refused(folder):
 
 def test_a_manifest_that_is_none_is_damage(folder):
     (folder / "web-0.json").write_text(json.dumps({"version": 1}))
-    with pytest.raises(DamagedDataError, match=r"web-0.json: is not what distattn data tokenize writes"):
+    with pytest.raises(DamagedDataError, match=r"web-0.json: was not written by distattn data tokenize"):
         vocabulary_of(open_corpora(load_pack_config(written(folder, HEAD, RULE, WEB))))

@@ -292,8 +292,8 @@ def test_files_that_are_no_plans_of_this_version_are_refused_by_name(plan, tmp_p
     newer = header[:8] + (2).to_bytes(4, "little") + header[12:48] + bytes(8)
     newer += pack_plan_format.xxhash.xxh3_64_intdigest(newer).to_bytes(8, "little") + content[64:]
     for written, sentence in [
-        (b"", "0 bytes are no pack plan"),
-        (b"PK" * 500, r"is no pack plan \(byte 0\)"),
+        (b"", "0 bytes are not a pack plan"),
+        (b"PK" * 500, r"is not a pack plan \(byte 0\)"),
         (newer, "version 2, and this distattn reads version 1"),
     ]:
         path.write_bytes(written)
@@ -346,7 +346,7 @@ def test_nothing_is_left_of_a_plan_that_was_not_finished(tmp_path, monkeypatch):
     [
         ({}, "steps: without them a plan ends when all corpora have ended, and web has no max_epochs"),
         ({"steps": 0}, "steps: 0 is too few"),
-        ({"seed": -1}, "seed: -1 is none"),
+        ({"seed": -1}, "seed: -1 is out of range"),
         ({"steps": 100, "max_epochs": [1.0]}, r"all corpora end after \d steps, before 100"),
         ({"max_epochs": [1e-6]}, "all corpora end after 0 steps"),
         ({"weights": [1.0, 2.0]}, "weights: 2 for 1 corpora; give one for each of web"),

@@ -157,8 +157,8 @@ def in_the_last_epoch(rows, step_of):
         (in_the_last_epoch, r"of corpus books is not read to its end in epoch 2"),
         (beyond, r"of corpus \w+ has [\d,]+ tokens, but a piece of it is [\d,]+ to [\d,]+ in epoch"),
         (no_end, r"of corpus \w+ has [\d,]+ tokens, but a piece of it is"),
-        (unknown, r"document 5,000 of corpus \w+ is read, but there is none in epoch"),
-        (other_corpus, r"has pieces of a corpus 2, which there is not"),
+        (unknown, r"document 5,000 of corpus \w+ is read, but does not exist in epoch"),
+        (other_corpus, r"has pieces of corpus 2, which does not exist"),
     ],
 )
 def test_what_is_not_right_is_named(plan, tmp_path, change, message):

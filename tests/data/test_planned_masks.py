@@ -66,13 +66,13 @@ def test_masks_are_part_of_a_plan_and_of_its_digests(folder):
         (
             lambda folder: None,
             write_masks,
-            "was made when there were no loss masks or spans beside it; move them away, or",
+            "was made when it had no loss masks or spans; move them away, or",
         ),
-        (write_masks, remove_masks, "was made with loss masks or spans beside it, which are gone; bring them back"),
+        (write_masks, remove_masks, "was made with loss masks or spans, which are gone; bring them back"),
         (
             write_masks,
             lambda folder: (remove_masks(folder), write_masks(folder, last=1)),
-            "was made with other loss masks or spans beside it; bring those back, or make the plan anew",
+            "was made with other loss masks or spans; bring those back, or make the plan anew",
         ),
     ],
 )

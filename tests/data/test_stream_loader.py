@@ -305,7 +305,7 @@ def test_states_that_do_not_fit_are_refused():
     state = first.state_dict()
     with pytest.raises(DistattnError, match="this loader has begun"):
         first.load_state_dict(state)
-    with pytest.raises(DistattnError, match="context is 32, but the state is of a run with 64: packs would be others"):
+    with pytest.raises(DistattnError, match="context is 32, but the state is of a run with 64: the packs would differ"):
         StreamLoader(Plain([]), **{**SETTINGS, "context": 32}).load_state_dict(state)
     with pytest.raises(DistattnError, match="the state of a StreamLoader has stream, .*, not step, plan"):
         StreamLoader(Plain([]), **SETTINGS).load_state_dict({"step": 1, "plan": ""})
@@ -330,7 +330,7 @@ def test_a_stream_that_deals_out_its_samples_itself_is_refused_unless_all_ranks_
     "kind, sentence",
     [
         ("list", "Resuming is exact, and reads only the window's own documents again: the stream has items by number."),
-        ("plain", "Resuming reads everything before again"),
+        ("plain", "Resuming reads all earlier items again"),
         ("stateful", "Resuming is as exact as the stream's own state_dict"),
         ("counted", "repeats a few samples"),
     ],

@@ -162,8 +162,7 @@ def test_the_number_of_processes_changes_nothing_and_a_finished_command_does_not
     assert again.returncode == 0 and "nothing was to do" in again.stdout
     other = run(*given, "--eos", "0")
     assert (
-        other.returncode == 2
-        and "out3.json: is there already, made of other files or by another command" in other.stderr
+        other.returncode == 2 and "out3.json: exists already, made of other files or by another command" in other.stderr
     )
     assert contents(tmp_path / "out3") == found[3] and not Path(f"{tmp_path}/out3.parts").exists()
     right = run("verify", tmp_path / "out1", tmp_path / "out3")
@@ -245,9 +244,9 @@ def bad_files():
         ("a.jsonl.gz", gzip.compress(line * 100, mtime=0)[:-20], r"a\.jsonl\.gz: cut or damaged after line \d+"),
         ("a.jsonl.gz", line, r"a\.jsonl\.gz: cut or damaged after line 0: Not a gzipped file"),
         ("a.jsonl.gz", gzip.compress(line + b"{}", mtime=0), r"a\.jsonl\.gz:2: no field 'text'; its fields are none"),
-        ("a.jsonl.gz", b"", r"a\.jsonl\.gz: has no bytes"),
-        ("a.parquet", b"PAR1 and no more", r"a\.parquet: no Parquet file, or damaged"),
-        ("a.parquet", b"", r"a\.parquet: no Parquet file, or damaged"),
+        ("a.jsonl.gz", b"", r"a\.jsonl\.gz: is empty, so not a compressed file"),
+        ("a.parquet", b"PAR1 and no more", r"a\.parquet: not a Parquet file, or damaged"),
+        ("a.parquet", b"", r"a\.parquet: not a Parquet file, or damaged"),
         ("a.xyz", line, r"a\.xyz: unknown suffix '.xyz'; known are .*\.jsonl\.zst.*--suffix \.xyz"),
     ]
 
@@ -277,7 +276,7 @@ def test_bad_zstandard_files_are_named_with_the_place(tmp_path):
         (whole + whole[:100], "cut after line 4000, in the middle"),
         (checked[:-1] + bytes([checked[-1] ^ 1]), r"damaged after line \d+"),
         (content, "damaged after line 0"),
-        (b"", "has no bytes"),
+        (b"", "is empty, so not a compressed file"),
     ):
         file.write_bytes(bad)
         with pytest.raises(DamagedDataError, match=rf"a\.jsonl\.zst: {why}"):
@@ -317,7 +316,7 @@ def test_files_that_are_named_twice_or_change_are_refused(tmp_path):
     with pytest.raises(DamagedDataError, match=r"a\.jsonl: changed since the command began"):
         tokenize_here(job)
     file.unlink()
-    with pytest.raises(DamagedDataError, match=r"a\.jsonl: was there when the command began"):
+    with pytest.raises(DamagedDataError, match=r"a\.jsonl: existed when the command began"):
         tokenize_here(job)
 
 
@@ -336,10 +335,10 @@ def test_commands_that_cannot_be_are_refused_in_a_sentence(tmp_path, capsys):
             {"--tokenizer": tmp_path / "nothing"},
             "nothing cannot be read: No such file or directory; name a tokenizer.json",
         ),
-        ({"--tokenizer": tmp_path / "no.json"}, "no.json is no tokenizer of Hugging Face's"),
-        ({"--eos": "<|end|>"}, "tokenizer bytes: '<|end|>' is none of its tokens; .* a number below 256"),
+        ({"--tokenizer": tmp_path / "no.json"}, "no.json is not a tokenizer of Hugging Face"),
+        ({"--eos": "<|end|>"}, "tokenizer bytes: '<|end|>' is not one of its tokens; .* a number below 256"),
         ({"--eos": "256"}, "a number below 256"),
-        ({"--tokenizer": tmp_path / "tokenizer", "--eos": "<eos>"}, "'<eos>' is none of its tokens"),
+        ({"--tokenizer": tmp_path / "tokenizer", "--eos": "<eos>"}, "'<eos>' is not one of its tokens"),
         ({"--processes": "0"}, "--processes: at least 1, not 0"),
         ({"--field": ""}, "no field ''"),
         ({"--suffix": ".c"}, "holds no files ending in '.c'"),

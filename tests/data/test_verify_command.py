@@ -134,9 +134,9 @@ def test_tables_of_digests_manifests_and_ids_are_checked(prefix, capsys):
     code, shown = verify(capsys, prefix, "--vocabulary", largest)
     assert code == 1 and f"token id {largest} is not below {largest}" in shown.out
     for manifest, why in (
-        ("{}", "is not what distattn data tokenize writes"),
-        ("[]", "is not what distattn data tokenize writes"),
-        ("{", "cannot be read: it is no JSON"),
+        ("{}", "was not written by distattn data tokenize"),
+        ("[]", "was not written by distattn data tokenize"),
+        ("{", "cannot be read: it is not JSON"),
     ):
         Path(f"{prefix}.json").write_text(manifest)
         code, shown = verify(capsys, prefix)

@@ -147,6 +147,22 @@ def test_batches_that_take_turns_have_no_race(settings, is_checkpointed):
     assert_none_found(run_on_ranks(2, watched, trained, settings, DEVICE, True, is_checkpointed))
 
 
+def watched_from_another_device(rank, work, *arguments):
+    """What was found while `work` ran in a thread whose current device is not that of the tensors."""
+    with imitated_cuda(current=0) as cuda:
+        work(rank, *arguments)
+        gc.collect()
+        return cuda.clocks.violations, cuda.devices_set
+
+
+@pytest.mark.parametrize("takes_turns", [False, True])
+def test_passes_make_the_device_of_their_tensors_current(takes_turns):
+    settings = dict(strategy="allgather")
+    for found, devices_set in run_on_ranks(2, watched_from_another_device, trained, settings, DEVICE, takes_turns):
+        assert not found, "\n".join(found)
+        assert devices_set
+
+
 def trained_by_default(rank, *arguments):
     with torch.cuda.stream(torch.cuda.default_stream()):
         trained(rank, *arguments)

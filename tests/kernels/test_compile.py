@@ -40,11 +40,12 @@ def test_kernels_are_compiled_and_compared():
 
 
 # of torch 2.11, 2.12 and 2.13; .ci/run and `make tritons` put them there, the interpreter's own version stays the newest
+@pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("version", ["3.6.0", "3.7.0", "3.7.1"])
-def test_nor_with_the_tritons_that_gpu_machines_have(version):
+def test_nor_with_the_tritons_that_gpu_machines_have(version, arch):
     older = ROOT / ".venv" / f"triton-{version}"
     if not older.exists():
         pytest.skip(f"Triton {version} is not beside the environment; `make tritons` puts it there")
     # what most models have; `python benchmarks/compile_lint.py` with that Triton on the path takes all
-    done = lint(90, "bfloat16 (64/64|128/128)", PYTHONPATH=f"{older}:{ROOT}")
+    done = lint(arch, "bfloat16 (64/64|128/128)", PYTHONPATH=f"{older}:{ROOT}")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

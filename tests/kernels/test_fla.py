@@ -122,7 +122,7 @@ class WrongGradient:
     """The chunked kernel with a wrong gradient of decays."""
 
     states, gradient_states, forward = chunked.states, chunked.gradient_states, chunked.forward
-    unsupported_reason = chunked.unsupported_reason
+    unsupported_reason, prepare = chunked.unsupported_reason, chunked.prepare
 
     @staticmethod
     def backward(*given):

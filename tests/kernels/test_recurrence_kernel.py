@@ -2,20 +2,22 @@
 
 import pytest
 import torch
-from recurrences import RECURRENT, RecurrenceResult, assert_same, by_definition, recurrence_case
+from recurrences import RECURRENT, RecurrenceResult, assert_same, by_definition, prepared, recurrence_case
 
 from distattn.ir.op import OPS
 from distattn.kernels.recurrence import chunked
 from distattn.kernels.recurrence.tokens import token_by_token
+from distattn.kernels.spec import KernelRequirements
 
 LENGTHS = (1, 2, 200, 16, 65, 64, 17)
 
 
-def chunk_by_chunk(case, dtype=torch.float64) -> RecurrenceResult:
+def chunk_by_chunk(op, case, dtype=torch.float64) -> RecurrenceResult:
     x = case.x._replace(**{name: value.to(dtype) for name, value in case.x.present().items()})
     initial, do, dfinal = (value.to(dtype) for value in (case.initial, case.do, case.dfinal))
-    o, final = chunked.forward(x, case.stretches, initial)
-    dx, dinitial = chunked.backward(x, case.stretches, initial, do, dfinal)
+    chunks = prepared(chunked, op, x, case.stretches)
+    o, final = chunked.forward(x, chunks, initial)
+    dx, dinitial = chunked.backward(x, chunks, initial, do, dfinal)
     return RecurrenceResult(o, final, dx, dinitial)
 
 
@@ -31,8 +33,8 @@ DECAYS = [
 def test_chunks_equal_the_definition(name, decay):
     case = recurrence_case(OPS[name], LENGTHS, decay=decay)
     wanted = by_definition(case)
-    assert_same(chunk_by_chunk(case), wanted, 1e-10)
-    assert_same(chunk_by_chunk(case, torch.float32), wanted, 2e-5)
+    assert_same(chunk_by_chunk(OPS[name], case), wanted, 1e-10)
+    assert_same(chunk_by_chunk(OPS[name], case, torch.float32), wanted, 2e-5)
 
 
 @pytest.mark.sampled(4)
@@ -40,23 +42,24 @@ def test_chunks_equal_the_definition(name, decay):
 def test_thousands_of_tokens(name):
     case = recurrence_case(OPS[name], (2500,), heads=1, key_heads=1, decay="near 1")
     wanted = by_definition(case)
-    assert_same(chunk_by_chunk(case), wanted, 1e-10)
-    assert_same(chunk_by_chunk(case, torch.float32), wanted, 2e-5)
+    assert_same(chunk_by_chunk(OPS[name], case), wanted, 1e-10)
+    assert_same(chunk_by_chunk(OPS[name], case, torch.float32), wanted, 2e-5)
 
 
 @pytest.mark.parametrize("name", RECURRENT)
 def test_a_stretch_is_an_affine_map_of_the_state_that_enters(name):
     case = recurrence_case(OPS[name], (70, 3, 1))
-    b, a = chunked.states(case.x, case.stretches, torch.zeros_like(case.initial), True)
+    chunks = prepared(chunked, OPS[name], case.x, case.stretches)
+    b, a = chunked.states(case.x, chunks, torch.zeros_like(case.initial), True)
     _, final = token_by_token(case.x, case.stretches, case.initial)
     carried = a @ case.initial if OPS[name].delta else a[..., None] * case.initial
     torch.testing.assert_close(carried + b, final, rtol=1e-10, atol=1e-11)
     assert a.shape[2:] == OPS[name].transition_shape(3)
     # and so is, backwards, the gradient of the state that leaves
-    c, again = chunked.gradient_states(case.x, case.stretches, case.do, torch.zeros_like(case.dfinal), True)
+    c, again = chunked.gradient_states(case.x, chunks, case.do, torch.zeros_like(case.dfinal), True)
     assert torch.equal(again, a)
     # of states that begin, or end, with their document nobody asks for an A
-    assert chunked.states(case.x, case.stretches, case.initial, False)[1] is None
+    assert chunked.states(case.x, chunks, case.initial, False)[1] is None
     carried = a.transpose(-1, -2) @ case.dfinal if OPS[name].delta else a[..., None] * case.dfinal
     torch.testing.assert_close(carried + c, by_definition(case).dinitial, rtol=1e-10, atol=1e-11)
 
@@ -64,11 +67,26 @@ def test_a_stretch_is_an_affine_map_of_the_state_that_enters(name):
 @pytest.mark.parametrize("name", ["gla", "gated_delta_rule"])
 def test_rows_in_no_stretch_are_zero_and_empty_stretches_pass_the_state_on(name):
     case = recurrence_case(OPS[name], (30,))
-    o, final = chunked.forward(case.x, [(3, 9), (12, 12)], case.initial.expand(2, -1, -1, -1))
+    chunks = prepared(chunked, OPS[name], case.x, [(3, 9), (12, 12)])
+    o, final = chunked.forward(case.x, chunks, case.initial.expand(2, -1, -1, -1))
     assert not o[:3].any() and not o[9:].any() and o[3:9].all()
     assert torch.equal(final[1], case.initial[0])
-    o, final = chunked.forward(case.x, [], case.initial[:0])
+    o, final = chunked.forward(case.x, prepared(chunked, OPS[name], case.x, []), case.initial[:0])
     assert not o.any() and len(final) == 0
+
+
+def test_on_gpus_more_chunks_are_computed_at_once_and_the_numbers_are_the_same():
+    case = recurrence_case(OPS["gated_delta_rule"], (1, 300, 64, 65), heads=2, key_heads=1)
+    needed = KernelRequirements(torch.float64, 3, 5, torch.device("cuda", 0), op=OPS["gated_delta_rule"])
+    together, apart = chunked.prepare(case.stretches, needed), prepared(chunked, needed.op, case.x, case.stretches)
+    for a, b in zip(*(chunked.forward(case.x, chunks, case.initial) for chunks in (together, apart)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    stretches = [(1024 * i, 1024 * i + 1024) for i in range(8)]
+    found = {
+        kind: len(chunked.prepare(stretches, needed._replace(device=torch.device(kind))).blocks)
+        for kind in ("cpu", "cuda")
+    }
+    assert found == {"cpu": 8, "cuda": 2}
 
 
 def test_an_infinite_decay_forgets_everything_and_nothing_is_not_a_number():
@@ -76,8 +94,9 @@ def test_an_infinite_decay_forgets_everything_and_nothing_is_not_a_number():
     g = case.x.g.clone()
     g[20] = -torch.inf
     x = case.x._replace(g=g)
-    o, _ = chunked.forward(x, case.stretches, case.initial)
-    alone, _ = chunked.forward(x, [(20, 40)], torch.zeros_like(case.initial))
+    chunks = prepared(chunked, OPS["gla"], x, case.stretches)
+    o, _ = chunked.forward(x, chunks, case.initial)
+    alone, _ = chunked.forward(x, prepared(chunked, OPS["gla"], x, [(20, 40)]), torch.zeros_like(case.initial))
     torch.testing.assert_close(o[20:], alone[20:])
-    dx, dinitial = chunked.backward(x, case.stretches, case.initial, case.do, case.dfinal)
+    dx, dinitial = chunked.backward(x, chunks, case.initial, case.do, case.dfinal)
     assert all(value.isfinite().all() for value in (*dx.by_token().values(), dinitial))

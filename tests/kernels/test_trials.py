@@ -51,6 +51,10 @@ def raising(*given):
     raise RuntimeError("an illegal memory access was encountered\nat 0x7f")
 
 
+def out_of_memory(*given):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
+
+
 def no_number_at_the_end(*given):
     dq, dk, dv = cpu.backward(*given)
     dv[-1] = torch.nan
@@ -135,6 +139,20 @@ def test_wrong_kernels_are_found(fault, monkeypatch):
     words = {"raises": "RuntimeError: an illegal memory access was encountered", "refuses": "it is for other chips"}
     assert found["odd"].fault.startswith(words.get(fault, "wrong: "))
     assert ranking([found, {}], ["odd", "cpu"]) == ["cpu"]
+
+
+def test_a_trial_that_runs_out_of_memory_is_told_and_not_kept(candidates, monkeypatch, caplog):
+    planted("large", monkeypatch, backward=out_of_memory)
+    monkeypatch.setitem(registry.CANDIDATES, "cpu", ("large", "cpu"))
+    with caplog.at_level(logging.WARNING, "distattn"):
+        assert da.prepare(plan_for(1)).key.kernel == "cpu"
+    assert 'its trial ran out of device memory; kernel="large" uses it without a trial' in caplog.text
+    ((_, kept),) = json.loads(candidates.read_text()).items()
+    assert "large" not in kept
+    # another plan finds room
+    planted("large", monkeypatch)
+    monkeypatch.setattr(trials, "_seconds", lambda kernel, *_: float(kernel is cpu))
+    assert da.prepare(plan_for(1, "causal")).key.kernel == "large"
 
 
 @pytest.mark.sampled(7)

@@ -7,6 +7,7 @@ import torch
 from meta_run import META, Traffic, Watch
 
 from distattn.ir.mask import Mask
+from distattn.kernels.flash import attention as flash
 from distattn.kernels.gluon import attention as gluon_attention
 from distattn.kernels.gluon import split
 from distattn.kernels.launch_mask import LaunchMask
@@ -50,3 +51,50 @@ def test_workspace_is_what_is_allocated(kernel, dq_dtype, no_launches):
     with Watch(traffic):
         kernel.forward(q, k, v, schedule, ScoreMod(1.0), into=(do, lse))
     assert traffic.peak == kernel.workspace_bytes("forward", shape, schedule) == 0
+
+
+def flash_forward(q, k, v, starts_q, starts_k, longest_q, longest_k, *how, **window):
+    """Allocate what `mha_varlen_fwd` of PyTorch's flash_api.cpp does."""
+    few = [torch.empty(2, dtype=torch.uint64, device=META), torch.empty((), dtype=torch.uint64, device=META)]
+    return torch.empty_like(q), torch.empty(q.shape[1], len(q), device=META), *few, None
+
+
+def flash_backward(do, q, k, v, o, lse, starts_q, starts_k, *how, **window):
+    """Allocate what `mha_varlen_bwd` of PyTorch's flash_api.cpp does."""
+    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    long = len(q) + 128 * (len(starts_q) - 1)
+    dim = q.shape[2]
+    softmax_d = torch.empty(q.shape[1], long, device=META)
+    dq_accum = torch.empty(
+        long, q.shape[1], -(-dim // (32 if dim <= 128 else 64)) * (32 if dim <= 128 else 64), device=META
+    )
+    expanded = [torch.empty(len(k), q.shape[1], dim, dtype=q.dtype, device=META) for _ in range(2)]
+    del softmax_d, dq_accum, expanded
+    return grads
+
+
+@pytest.mark.parametrize("v_dim", [128, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_flash_allocates_is_within_its_bound(v_dim, dtype, monkeypatch):
+    monkeypatch.setattr(flash, "forward_operator", flash_forward)
+    monkeypatch.setattr(flash, "backward_operator", flash_backward)
+    mask = LaunchMask.from_mask(Mask.documents([TOKENS - 3000, 2000, 1000], (4095, 0)), HEADS, KV_HEADS)
+    schedule = flash.prepare(mask, KernelRequirements(torch.bfloat16, DIM, v_dim, META))
+    assert len(schedule.calls) > 1
+
+    def tensor(heads, width, dtype=torch.bfloat16):
+        return torch.empty(TOKENS, heads, width, dtype=dtype, device=META)
+
+    q, do, k, v = tensor(HEADS, DIM), tensor(HEADS, v_dim), tensor(KV_HEADS, DIM), tensor(KV_HEADS, v_dim)
+    lse, delta = (torch.empty(TOKENS, HEADS, device=META) for _ in range(2))
+    o, dq, dk, dv = (tensor(x.shape[1], x.shape[2], dtype) for x in (do, q, k, v))
+    shape = LaunchShape(TOKENS, TOKENS, HEADS, KV_HEADS, DIM, v_dim, dtype.itemsize)
+    for direction, run in (
+        ("forward", lambda: flash.forward(q, k, v, schedule, ScoreMod(1.0), into=(o, lse))),
+        ("backward", lambda: flash.backward(do, q, k, v, lse, delta, schedule, ScoreMod(1.0), into=(dq, (dk, dv)))),
+    ):
+        traffic = Traffic()
+        with Watch(traffic):
+            run()
+        bound = flash.workspace_bytes(direction, shape, schedule)
+        assert 0 < traffic.peak <= bound < 4 * traffic.peak, (direction, traffic.peak, bound)

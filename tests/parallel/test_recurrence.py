@@ -108,6 +108,6 @@ def test_packs_of_very_many_documents(name):
         assert_same(run_recurrence(plan_of(Layout.zigzag(lengths, ranks), name), case, record), wanted, 1e-10)
         # no launch has more states than it is allowed
         sizes = [
-            len(launch.schedule.rows) for one in record.programs for step in one.forward for launch in step.launches
+            len(launch.schedule.tasks) for one in record.programs for step in one.forward for launch in step.launches
         ]
         assert max(sizes) <= 64 and sum(sizes) >= len(lengths)

@@ -97,6 +97,7 @@ def test_what_a_thread_has_waited_for_others_know_by_its_future(tells):
         done, x = Future(), torch.ones(4, device=DEVICE)
 
         def wait():
+            torch.cuda.set_device(DEVICE)
             if tells:
                 torch.cuda.current_stream().synchronize()
             done.set_result(None)
@@ -116,6 +117,7 @@ def test_threads_that_use_one_stream_have_an_order(joins):
         x, done = torch.empty(4, device=DEVICE), torch.cuda.Event()
 
         def write():
+            torch.cuda.set_device(DEVICE)
             x.zero_()
             done.record()
 

@@ -4,6 +4,10 @@ Inside `imitated_cuda` there is a stand-in for what distattn asks of torch.cuda;
 is started; Triton's launches are recorded instead of compiled; and communicators queue messages as NCCL does: after what the
 current stream has when they start, on a stream of their own, which the current stream waits for at `wait`.
 
+There are two devices. All tensors are on device TENSORS_ON, none on device 0. The current device belongs to a thread, and a new
+thread begins with device 0. To launch a kernel on the device without tensors, or to ask for its current stream, is a violation.
+PyTorch's own operators and NCCL's calls go to the device of their tensors by themselves.
+
 A number that is asked of the device is one, and a tensor copied from it is zeros; the host waits for both, and for copies to the
 device unless they are non_blocking.
 """
@@ -13,7 +17,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -27,6 +31,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from distattn.kernels import devices
 from distattn.kernels.registry import KERNELS
 from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.triton import attention as triton_attention
@@ -35,11 +40,13 @@ from distattn.kernels.triton import attention as triton_attention
 from distattn.kernels.triton.attention import ACCUMULATES, DIFFERENTIABLE_LSE, backward, forward, prepare
 from distattn.kernels.triton.launch import TritonLaunch
 from distattn.ops import attention
-from distattn.parallel.runtime import communicator, streams
+from distattn.parallel.runtime import communicator
 
 __all__ = ["ACCUMULATES", "DEVICE", "DIFFERENTIABLE_LSE", "KERNEL", "StreamNccl", "backward", "forward", "prepare"]
 
 DEVICE = torch.device("meta")
+# the number of the device that all tensors are on
+TENSORS_ON = 1
 KERNEL = "recorded"
 # of Triton's launches, the arguments that are written; all others are read
 _WRITTEN = {
@@ -60,20 +67,23 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 @contextmanager
-def imitated_cuda() -> Iterator[Cuda]:
-    """In here "meta" is a device with streams. This thread is watched, and those that it starts."""
-    cuda = Cuda()
+def imitated_cuda(current: int = TENSORS_ON) -> Iterator[Cuda]:
+    """In here "meta" is a device with streams. This thread is watched, and those that it starts.
+
+    current: the number of this thread's current device, as a program sets it at its start.
+    """
+    cuda = Cuda(current)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams, "_KINDS", {"cuda", DEVICE.type})
+        patch.setattr(devices, "_KINDS", {"cuda", DEVICE.type})
         stands_for = {
             "Stream": partial(Stream, cuda),
             "Event": partial(Event, cuda),
             "current_stream": cuda.current_stream,
             "default_stream": lambda device=None: cuda.default,
             "stream": cuda.stream,
-            "device": lambda device: nullcontext(),
-            "set_device": lambda device: None,
-            "current_device": lambda: 0,
+            "device": cuda.device,
+            "set_device": cuda.set_device,
+            "current_device": lambda: cuda.current,
             "is_available": lambda: True,
         }
         for name, stand_in in stands_for.items():
@@ -95,26 +105,60 @@ def imitated_cuda() -> Iterator[Cuda]:
 
 
 class Cuda:
-    """One device, its default stream, and which stream is current in which thread."""
+    """The default stream of the device with tensors, and which device and stream are current in which thread.
 
-    def __init__(self) -> None:
+    devices_set: how often a device was made current.
+    """
+
+    def __init__(self, current: int = TENSORS_ON) -> None:
         self.clocks = StreamClocks()
         self.default = Stream(self, name="the default stream")
         self._per_thread = threading.local()
+        self._per_thread.device = current
+        self.devices_set = 0
+
+    @property
+    def current(self) -> int:
+        """The number of this thread's current device."""
+        return getattr(self._per_thread, "device", 0)
+
+    def set_device(self, device: Any) -> None:
+        self.devices_set += 1
+        number = torch.device(device).index
+        # "meta" has no numbers
+        self._per_thread.device = TENSORS_ON if number is None else number
+
+    @contextmanager
+    def device(self, device: Any) -> Iterator[None]:
+        """Another current device for this thread."""
+        before = self.current
+        self.set_device(device)
+        try:
+            yield
+        finally:
+            self._per_thread.device = before
+
+    def check_device(self, what: str) -> None:
+        """Note a violation where another device than that of the tensors is current in this thread."""
+        if self.current != TENSORS_ON:
+            self.clocks.violation(f"{what} on device {self.current}, where no tensor is ({self.clocks.host().name})")
 
     def current_stream(self, device: Any = None) -> Stream:
-        """Of this thread; that of a new thread is the default one."""
+        """Of this thread, by default of its current device; that of a new thread is the default one."""
+        if device is None:
+            self.check_device("the current stream is asked for")
         return getattr(self._per_thread, "current", self.default)
 
     @contextmanager
     def stream(self, stream: Stream | None) -> Iterator[None]:
-        """Another current stream for this thread, unless it is None."""
-        before = self.current_stream()
-        self._per_thread.current = before if stream is None else stream
+        """Another current stream for this thread, unless it is None, with its device."""
+        before, device_before = self.current_stream(DEVICE), self.current
+        if stream is not None:
+            self._per_thread.current, self._per_thread.device = stream, TENSORS_ON
         try:
             yield
         finally:
-            self._per_thread.current = before
+            self._per_thread.current, self._per_thread.device = before, device_before
 
     def wait_on_host(self, clock: Clock) -> None:
         """This thread of the host waits until all that a clock knows of is done."""
@@ -199,7 +243,7 @@ class _Watch(TorchDispatchMode):
             out = func(*args, **kwargs)
         storages = {x.untyped_storage()._cdata for x in given}
         new = [x for x in _tensors(out) if x.untyped_storage()._cdata not in storages]
-        stream = self.cuda.current_stream().timeline
+        stream = self.cuda.current_stream(DEVICE).timeline
         is_queued = any(x.device == DEVICE for x in (*given, *new))
         for x in (*given, *new):
             if x.device == DEVICE or (pins and x in new):
@@ -255,12 +299,13 @@ def _record_launch(cuda: Cuda, launch: TritonLaunch) -> None:
     if not launch.grid[0]:
         return
     name = launch.kernel.fn.__name__
+    cuda.check_device(f"{name} is launched")
     # descriptors have their tensor as `base`
     tensors = {argument: getattr(x, "base", x) for argument, x in launch.arguments.items()}
     tensors = {argument: x for argument, x in tensors.items() if isinstance(x, Tensor)}
     written = [tensors[argument] for argument in _WRITTEN[name]]
     reads = [x for argument, x in tensors.items() if argument not in _WRITTEN[name]]
-    cuda.clocks.queue(cuda.current_stream().timeline, name, reads, written)
+    cuda.clocks.queue(cuda.current_stream(DEVICE).timeline, name, reads, written)
 
 
 class StreamNccl:
@@ -298,7 +343,7 @@ class StreamNccl:
         lane = self._lanes[number]
         self._used += writes or reads
         clocks.join(lane, clocks.snapshot(self._timeline))
-        clocks.join(lane, clocks.snapshot(self._cuda.current_stream().timeline))
+        clocks.join(lane, clocks.snapshot(self._cuda.current_stream(DEVICE).timeline))
         clocks.queue(lane, what, reads, writes)
 
     def _end_coalescing(self) -> _Work:
@@ -319,7 +364,7 @@ class _Work:
         self.cuda, self.clock, self._tensors = cuda, clock, tensors
 
     def wait(self) -> None:
-        self.cuda.clocks.join(self.cuda.current_stream().timeline, self.clock)
+        self.cuda.clocks.join(self.cuda.current_stream(DEVICE).timeline, self.clock)
         self._tensors = []
 
     def is_completed(self) -> bool:

@@ -18,6 +18,7 @@ from imitated_allocator import QUEUE, HeldBytes
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from waits import META, wait_of
 
 from distattn.ir.plan import Plan
 from distattn.kernels.registry import KERNELS
@@ -28,8 +29,6 @@ from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.transport import GroupTransport
 
-META = torch.device("meta")
-_SYNCHRONISE = ("_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero")
 # read or write nothing, or only their result's shape
 _FREE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias")
 
@@ -65,12 +64,7 @@ class Watch(TorchDispatchMode):
         name = func.overloadpacket.__name__
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        assert name not in _SYNCHRONISE, f"{name} waits for the device"
-        kinds = {x.device.type for x in (*given, *made)}
-        assert kinds != {"cpu", "meta"}, f"{name} copies between host and device"
-        assert not (name.startswith("index") and any(x.dtype == torch.bool for x in given)), (
-            f"{name} counts on the host"
-        )
+        assert (wait := wait_of(func, args, kwargs, made)) is None, wait
         before = {x.untyped_storage()._cdata for x in given}
         # a view of what was there is not new
         for x in given:
@@ -142,7 +136,7 @@ class _Group:
     """Stands for a process group."""
 
 
-_GROUP = _Group()
+GROUP = _Group()
 
 
 class Layer:
@@ -152,7 +146,7 @@ class Layer:
         self.backend = MetaBackend()
         with mock.patch.dict(KERNELS, {"meta": "meta_kernel"}):
             key, program = checked_program(plan, rank, "meta", META, max_buffer_bytes=None, proven=True)
-            self.ready = Executable(program, key, GroupTransport(_GROUP, self.backend))  # type: ignore[arg-type]
+            self.ready = Executable(program, key, GroupTransport(GROUP, self.backend))  # type: ignore[arg-type]
             self.memory = self.ready.memory()
         self.new_inputs()
 

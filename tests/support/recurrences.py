@@ -16,7 +16,8 @@ from distattn.ir.op import OPS, Op
 from distattn.ir.plan import STATE_PAYLOADS, Plan
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.recurrence import chunked
-from distattn.kernels.recurrence.tokens import RecurrenceTokens, token_by_token
+from distattn.kernels.recurrence.tokens import RecurrenceTokens, Stretches, token_by_token
+from distattn.kernels.spec import KernelRequirements
 from distattn.parallel.analysis.verify import verify
 from distattn.parallel.runtime import execute_recurrence, state_pass
 from distattn.parallel.runtime.execute import run_in_lock_step
@@ -41,6 +42,12 @@ class RecurrenceCase(NamedTuple):
     def stretches(self) -> list[tuple[int, int]]:
         ends = list(itertools.accumulate(self.lengths, initial=0))
         return list(itertools.pairwise(ends))
+
+
+def prepared(kernel: Any, op: Op, x: RecurrenceTokens, stretches: Stretches) -> Any:
+    """Return stretches as a kernel takes them."""
+    needed = KernelRequirements(x.v.dtype, x.k.shape[2], x.v.shape[2], torch.device("cpu"), op=op)
+    return kernel.prepare(stretches, needed)
 
 
 class RecurrenceResult(NamedTuple):
@@ -112,7 +119,8 @@ def run_recurrence(
     ranks, dtype = range(call.ranks), getattr(torch, call.dtype)
     record = Record() if record is None else record
     proof = verify(plan)
-    programs = [lower(plan, rank, lambda mask: mask, proof) for rank in ranks]
+    needed = KernelRequirements(dtype, call.head_dim, call.v_head_dim, torch.device("cpu"), op=call.op)
+    programs = [lower(plan, rank, lambda stretches: kernel.prepare(stretches, needed), proof) for rank in ranks]
     record.programs = programs
     local = [
         case.x._replace(

@@ -1,0 +1,167 @@
+"""What makes a GPU's host wait for the device, found on meta tensors: every operator is looked at, those inside our own too.
+
+A number that is asked of the device, an operator whose result's size depends on its numbers, a copy from the device, or one to it
+from memory that is not pinned, or that is not told to be non_blocking. `torch.tensor(list, device=...)` is such a copy, which
+PyTorch leaves out for meta tensors: so the functions that make tensors of lists are watched by name.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from collections.abc import Container, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from distattn.ops import attention, convolution, latent, recurrence
+from distattn.parallel.runtime import streams
+
+META = torch.device("meta")
+_SYNCHRONISE = (
+    "_local_scalar_dense",
+    "item",
+    "nonzero",
+    "equal",
+    "is_nonzero",
+    "masked_select",
+    "_unique2",
+    "bincount",
+)
+# functions that make a tensor of numbers on the host, and copy it to the device
+_OF_NUMBERS = ((torch, "tensor"), (torch, "as_tensor"), (torch, "asarray"), (Tensor, "new_tensor"))
+# our operators: of meta tensors PyTorch would only make results of their shapes, without what they do
+_OURS = {"": attention, "latent_": latent, "recurrence_": recurrence, "convolution_": convolution}
+_VIEWS_AND_EMPTY = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias")
+
+
+def wait_of(func: Any, args: Any, kwargs: Any, made: list[Tensor]) -> str | None:
+    """Return why an operator makes the host wait, or None. made: its results."""
+    return _wait_of_numbers(func, args, kwargs) or _wait_of_copy(func, args, kwargs, made)
+
+
+def _wait_of_numbers(func: Any, args: Any, kwargs: Any) -> str | None:
+    """Return why an operator waits for numbers of the device, as far as its arguments say."""
+    name, given = func.overloadpacket.__name__, _tensors((args, kwargs))
+    if not any(x.device == META for x in given):
+        return None
+    if name in _SYNCHRONISE or str(func).startswith("aten.repeat_interleave.Tensor"):
+        return f"{name} waits for the device"
+    if "index" in name and any(x.dtype == torch.bool for x in given):
+        return f"{name} by a boolean mask counts on the host"
+    return None
+
+
+def _wait_of_copy(func: Any, args: Any, kwargs: Any, made: list[Tensor], pinned: Container[int] = ()) -> str | None:
+    """Return why an operator waits for a copy. pinned: storages that are."""
+    name, given = func.overloadpacket.__name__, _tensors((args, kwargs))
+    if {x.device.type for x in (*given, *made)} != {"cpu", "meta"}:
+        return None
+    host = next(x for x in (*given, *made) if x.device.type == "cpu")
+    asynchronous = (kwargs or {}).get("non_blocking") or (name == "copy_" and tuple(args[2:]) == (True,))
+    if name in ("_to_copy", "copy_") and asynchronous and host.untyped_storage()._cdata in pinned:
+        return None
+    # a number on the host is an argument of the launch
+    if name not in ("_to_copy", "copy_") and all(x.dim() == 0 for x in given if x.device.type == "cpu"):
+        return None
+    return f"{name} copies between host and device"
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts the waits of this thread, with the line of ours that is to blame, and launches of operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+        self.launches: Counter[str] = Counter()
+        # kept, so that no other storage has their place
+        self._pinned: dict[int, Tensor] = {}
+
+    def found(self, what: str) -> None:
+        """Note a wait."""
+        ours = [line for line in traceback.extract_stack() if "/tests/support/" not in line.filename]
+        lines = [line for line in ours if "/torch/" not in line.filename and "site-packages" not in line.filename]
+        self.waits.append(f"{what}: {lines[-1].filename}:{lines[-1].lineno}")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
+        kwargs = dict(kwargs or {})
+        name = func.overloadpacket.__name__
+        pins = bool(kwargs.pop("pin_memory", False))
+        if name == "_local_scalar_dense" and args[0].device == META:
+            self.found("a number of the device is asked for")
+            return torch.ones((), dtype=args[0].dtype).item()
+        if name == "_to_copy" and args[0].device == META and torch.device(kwargs.get("device") or META) != META:
+            self.found("a tensor is copied to the host")
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        if wait := _wait_of_numbers(func, args, kwargs):
+            self.found(wait)
+        out = func(*args, **kwargs)
+        made = _tensors(out)
+        if pins:
+            self._pinned |= {x.untyped_storage()._cdata: x for x in made}
+        if wait := _wait_of_copy(func, args, kwargs, made, self._pinned):
+            self.found(wait)
+        given = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
+        written = any(one.alias_info and one.alias_info.is_write for one in func._schema.arguments)
+        is_view = all(x.untyped_storage()._cdata in given for x in made) and not written
+        if name not in _VIEWS_AND_EMPTY and not is_view and any(x.device == META for x in made or args):
+            self.launches[name] += 1
+        return out
+
+
+@contextmanager
+def host_waits() -> Iterator[HostWaits]:
+    """In here waits are counted, "meta" is a device with streams, and memory can be pinned."""
+    watch = HostWaits()
+
+    def counted(make: Any, *given: Any, **how: Any) -> Tensor:
+        out = make(*given, **how)
+        if out.device == META and not (isinstance(given[-1], Tensor) and given[-1].device == META):
+            watch.found("a list is copied to the device")
+        return out
+
+    autocast, is_enabled = torch.autocast, torch.is_autocast_enabled
+    patches = [
+        mock.patch.object(streams, "_KINDS", {"cuda", META.type}),
+        mock.patch.object(torch.cuda, "device", lambda device: nullcontext()),
+        mock.patch.object(torch, "autocast", lambda kind, **how: autocast(_kind(kind), **how)),
+        mock.patch.object(torch, "is_autocast_enabled", lambda kind: is_enabled(_kind(kind))),
+        *_operators_as_functions(),
+    ]
+    with ExitStack() as stack:
+        for owner, name in _OF_NUMBERS:
+            make = getattr(owner, name)
+            stand_in: Any = partial(counted, make)
+            if owner is Tensor:
+
+                def stand_in(x: Tensor, *given: Any, make: Any = make, **how: Any) -> Tensor:
+                    return counted(make, x, *given, **how)
+
+            patches.append(mock.patch.object(owner, name, stand_in))
+        for patch in patches:
+            stack.enter_context(patch)
+        with watch:
+            yield watch
+
+
+def _kind(kind: str) -> str:
+    return "cuda" if kind == META.type else kind
+
+
+def _operators_as_functions() -> Iterator[Any]:
+    """Yield patches by which our operators are plain functions of autograd: operators inside them are seen, too."""
+    for prefix, module in _OURS.items():
+        methods = {"forward": module._forward, "setup_context": module._save, "backward": module._differentiate}
+        function = type("Operator", (torch.autograd.Function,), {name: staticmethod(f) for name, f in methods.items()})
+        yield mock.patch.object(torch.ops.distattn, f"{prefix}forward", function.apply)
+        yield mock.patch.object(torch.ops.distattn, f"{prefix}backward", module._backward)
