@@ -55,7 +55,6 @@ class Buffers:
         self.call, self._blank, self._unadded = call, blank, unadded
         self._merges_by_lse = call.op.merge == "lse"
         self.fields: dict[BufferKey, Fields] = {}
-        self._kept: dict[BufferKey, Fields] = {}
         # the same memory as numbers of each dtype
         self._arena = {torch.uint8: arena}
 
@@ -77,15 +76,6 @@ class Buffers:
     def bind(self, tensors: Mapping[BufferKey, Fields]) -> None:
         """Use these tensors for these buffers."""
         self.fields.update(tensors)
-
-    def keep_in(self, tensors: Mapping[BufferKey, Fields]) -> None:
-        """Use these tensors for what stays of these buffers."""
-        self._kept.update(tensors)
-
-    def keep(self, key: BufferKey) -> None:
-        """Copy a buffer to where it stays."""
-        for there, tensor in zip(self._kept[key], self.fields[key], strict=True):
-            there.copy_(tensor.view(there.shape))
 
     def place(self, places: Places) -> Fields:
         """Tensors in the arena; what is in them has no meaning."""
@@ -115,7 +105,6 @@ class Buffers:
     def close(self) -> None:
         """Let go of the arena and all buffers."""
         self.fields.clear()
-        self._kept.clear()
         self._arena.clear()
 
     def receive_buffer(

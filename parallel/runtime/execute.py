@@ -71,7 +71,7 @@ def forward(
         buffers = Buffers(program.call, arena, program.blank, program.unadded)
         buffers.bind_own(Payload.Q, (q_THD,))
         buffers.bind_own(Payload.KV, (k_TKD, v_TKE))
-        buffers.keep_in(fields_in(program.call, program.kept, kept))
+        buffers.bind(fields_in(program.call, program.kept, kept))
         o_THE, lse_TH = buffers.new_own(Payload.O, program.tokens)
         yield from run_steps("forward", program.forward, transport, buffers, compute, kernel.ACCUMULATES)
         buffers.close()
@@ -192,8 +192,6 @@ def _run_step(
     for payload, message, fields in incoming:
         if payload in REDUCED_PAYLOADS:
             buffers.accumulate(payload, message.view, fields)
-    for key in step.keeps:
-        buffers.keep(key)
     for key in step.release:
         buffers.release(key)
     if states is not None and step.states is not None:

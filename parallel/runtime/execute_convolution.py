@@ -45,7 +45,7 @@ def forward(
 
     with ARENAS.borrowed(program.forward_bytes, x_THD.device) as arena:
         buffers = _buffers(program, arena, x_THD)
-        buffers.keep_in(fields_in(program.call, program.kept, kept))
+        buffers.bind(fields_in(program.call, program.kept, kept))
         sums = [*buffers.new_own(Payload.O, program.tokens)]
         yield from run_steps("forward", program.forward, transport, buffers, compute, False)
         buffers.close()

@@ -82,7 +82,7 @@ def forward(
         if final_states:
             run.make_edge_states()
         sums = [*run.buffers.new_own(Payload.O, program.tokens)]
-        run.buffers.keep_in(places.tokens_in(kept))
+        run.buffers.bind(places.tokens_in(kept))
         run.begun = places.states_in(kept)
         yield from run_steps("forward", program.forward, transport, run.buffers, run.forward, False, run.states)
         run.buffers.close()

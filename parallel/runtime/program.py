@@ -86,8 +86,6 @@ class ProgramStep:
     own_results: list[tuple[BufferKey, View]] = field(default_factory=list)
     # whether all ranks exchange the messages of this step in one all-to-all
     collective: bool = False
-    # buffers that are copied for the backward pass once the messages of this step are there
-    keeps: list[BufferKey] = field(default_factory=list)
     release: list[BufferKey] = field(default_factory=list)
     # what moves of a recurrence's states, and which are forgotten
     states: StateStep | None = None
@@ -257,7 +255,7 @@ class _TableLowering:
         self.extents = [*self.buffers, *inherited, *(self._own(payload) for payload in payloads)]
 
     def steps(self, kept: Container[BufferKey] = ()) -> list[ProgramStep]:
-        """The steps of this rank. kept: buffers that are copied for the backward pass."""
+        """The steps of this rank; buffers in `kept` have a place already."""
         steps = [ProgramStep(collective=dense) for dense in _dense_steps(self.call, self.table)]
         outgoing, sends, cut_sends = self._messages(self.outgoing, "dst")
         incoming, receives, cut_receives = self._messages(self.incoming, "src")
@@ -275,7 +273,7 @@ class _TableLowering:
             steps[step].receives.append((Payload(payload), Message(peer, next(views), stretches)))
         self._add_launches(steps, launches, views)
         self._land(steps, kept)
-        self.staged = stage(self.call, steps)
+        self.staged = stage(self.call, steps, self.landings)
         self.sizes |= {key: view.rows for key, view in self.staged.items()}
         self._set_lifetimes(steps, kept)
         self._mark_first_writes(steps)
@@ -370,7 +368,7 @@ class _TableLowering:
             steps[step].launches.append(KernelLaunch(slice(*launches.heads[i]), operands, schedules[i], results))
 
     def _set_lifetimes(self, steps: list[ProgramStep], kept: Container[BufferKey]) -> None:
-        """Allocate each buffer in the first step that uses it, and release it in the last one; copy those in `kept`."""
+        """Allocate each buffer in the first step that uses it, and release it in the last one; those in `kept` have a place."""
         first: dict[BufferKey, int] = {}
         last: dict[BufferKey, int] = {}
         for index, step in enumerate(steps):
@@ -378,12 +376,11 @@ class _TableLowering:
                 first.setdefault(key, index)
                 last[key] = index
         for key, rows in self.sizes.items():
+            if key in kept:
+                continue
             landing = self.landings.get(key)
             steps[first[key]].allocate[key] = rows
             steps[last[key]].release.append(key)
-            if key in kept:
-                # the step in which its messages arrive
-                steps[key.step].keeps.append(key)
             if key in self.staged:
                 steps[first[key]].own_copies.append((key, self.staged[key]))
             elif landing and landing.own and key.payload in HELD_PAYLOADS:
