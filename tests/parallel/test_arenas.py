@@ -4,9 +4,11 @@ import os
 
 import pytest
 import torch
+from imitated_cuda import DEVICE, StreamNccl, imitated_cuda
 
 from distattn.parallel.runtime import arenas
 from distattn.parallel.runtime.arenas import ArenaPool
+from distattn.parallel.runtime.transport import GroupTransport, Packet
 
 CPU = torch.device("cpu")
 
@@ -73,3 +75,62 @@ def test_a_forked_process_has_a_pool_of_its_own():
         os._exit(len(arenas.ARENAS.idle_bytes(CPU)))
     assert os.waitpid(child, 0)[1] == 0
     arenas.ARENAS.free()
+
+
+class Group:
+    """Stands for a process group: transports only ask whether it is still there."""
+
+
+GROUP = Group()
+
+
+def a_pass(pool, transport):
+    """Send one half of an arena, and receive in the other."""
+    with pool.borrowed(64, DEVICE) as arena:
+        arena[:32].zero_()
+        packets = [Packet(1, "rows", arena[:32])], [Packet(1, "rows", arena[32:])]
+        transport.exchange(*packets, False).wait()
+        arena[32:].sum()
+
+
+def violations_of_passes(pool):
+    """Run passes on two streams in turn, several of each, with another pass within the first one."""
+    with imitated_cuda() as cuda:
+        transport, side = GroupTransport(GROUP, StreamNccl(cuda)), torch.cuda.Stream()
+        for _ in range(2):
+            a_pass(pool, transport)
+            with torch.cuda.stream(side):
+                a_pass(pool, transport)
+        with pool.borrowed(32, DEVICE) as outer:
+            outer.zero_()
+            a_pass(pool, transport)
+            outer.sum()
+        side.synchronize()
+        pool.free()
+        return cuda.clocks.violations
+
+
+def test_passes_on_two_streams_share_arenas_without_a_race():
+    assert violations_of_passes(ArenaPool()) == []
+
+
+def test_an_arena_of_another_stream_is_found():
+    class OneForAllStreams(ArenaPool):
+        def _take(self, place, nbytes):
+            idle = [place for place in self._idle if self._idle[place]]
+            return self._idle[idle[0]].pop() if idle else super()._take(place, nbytes)
+
+    assert violations_of_passes(OneForAllStreams())
+
+
+def test_an_arena_that_is_handed_back_before_its_messages_are_there_is_found():
+    pool = ArenaPool()
+    with imitated_cuda() as cuda:
+        transport = GroupTransport(GROUP, StreamNccl(cuda))
+        with pool.borrowed(64, DEVICE) as arena:
+            pending = transport.exchange([], [Packet(1, "rows", arena[:32])], False)
+        a_pass(pool, transport)
+        pending.wait()
+        pool.free()
+        found = cuda.clocks.violations
+    assert any("zero_ (32,) writes" in one and "receive from rank 1" in one for one in found)
