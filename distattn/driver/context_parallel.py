@@ -406,10 +406,8 @@ class ContextParallel:
         self._closed = True
         # in reverse order, each whatever the others raise
         with contextlib.ExitStack() as stack:
-            stack.callback(self._ahead.clear)
-            stack.callback(ARENAS.free)
-            stack.callback(self.planner.close)
-            stack.callback(self._exchange.close)
+            for end in (self._ahead.clear, ARENAS.free, self.planner.close, self._exchange.close):
+                stack.callback(end)
             if self._communicators is not None:
                 stack.callback(self._communicators.close, gracefully)
 
