@@ -96,7 +96,8 @@ class RankMemory:
 class AllocationWatch(TorchDispatchMode):
     """Counts the storages that are made in its context on one device and alive, and the most of them by section.
 
-    alive: bytes at this moment. peaks: the most by section, with the arena of passes from the first on. host: the most bytes that a `CountingOffload` had on the host.
+    alive: bytes at this moment. peaks: the most by section, with the arena of passes from the first on.
+    host: the most bytes that a `CountingOffload` had on the host.
     """
 
     def __init__(self, device: torch.device | str = "meta") -> None:
