@@ -205,17 +205,10 @@ def _with_states(plan: Plan, program: Program) -> Program:
     for one, steps in zip(states, (program.forward, program.backward), strict=True):
         for moves, step in zip(one.steps, steps, strict=True):
             step.states = moves
-    forward_bytes, backward_bytes = (
-        rounded(size + one.message_bytes)
-        for size, one in zip((program.forward_bytes, program.backward_bytes), states, strict=True)
-    )
-    return replace(
-        program,
-        forward_states=states[0],
-        backward_states=states[1],
-        forward_bytes=forward_bytes,
-        backward_bytes=backward_bytes,
-    )
+    sizes = zip((program.forward_bytes, program.backward_bytes), states, strict=True)
+    ahead, back = (rounded(size + one.message_bytes) for size, one in sizes)
+    changes: dict[str, Any] = dict(forward_states=states[0], backward_states=states[1])
+    return replace(program, forward_bytes=ahead, backward_bytes=back, **changes)
 
 
 class _TableLowering:
