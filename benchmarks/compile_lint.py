@@ -38,6 +38,7 @@ from distattn.kernels.gluon import attention as gluon_attention
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.triton import attention as triton_attention
+from distattn.kernels.triton import spinner
 from distattn.kernels.triton.launch import TritonLaunch
 from distattn.kernels.triton.sums import plan_sums, scratch_of_parts
 
@@ -84,6 +85,8 @@ PIPES = {
     "mufu": ("MUFU",),
     "bar": ("BAR",),
 }
+# registers of a thread of the kernel that stands for messages: allocated by 8, its 1024 threads then hold 49,152 of 65,536
+HELD_BY_SPIN = 41
 HEADS, KV_HEADS, TOKENS = 8, 2, 256
 CPU = torch.device("cpu")
 
@@ -169,6 +172,7 @@ def variants(arch: int) -> Iterator[tuple[str, TritonLaunch]]:
         for modifiers in (False, True) if dim == 128 and dtype == torch.bfloat16 else (False,):
             for kernel, launch in gluon_launches(dtype, dim, modifiers):
                 yield f"sm_{arch} {str(dtype)[6:]} {dim}/{dim} {kernel}{' softcap alibi' if modifiers else ''}", launch
+    yield f"sm_{arch} spin", spinner.plan_spin(torch.zeros(2, dtype=torch.int32), torch.zeros(1), 16)
 
 
 def launches(
@@ -308,9 +312,11 @@ def broken_rules(found: dict[str, int], arch: int, name: str) -> Iterator[str]:
     """What must hold whatever the budget says."""
     if found["shared"] > SHARED[arch]:
         yield f"{found['shared']:,} bytes of shared memory; the chip has {SHARED[arch]:,}"
-    multiplies = not any(kernel in name for kernel in ("float32", "numbers", "sums"))
+    multiplies = not any(kernel in name for kernel in ("float32", "numbers", "sums", "spin"))
     if multiplies and not found["products"]:
         yield f"no {PRODUCTS[arch]}: matrices are not multiplied by matrix units"
+    if "spin" in name and found["registers"] < HELD_BY_SPIN:
+        yield f"{found['registers']} registers a thread; it holds a multiprocessor with at least {HELD_BY_SPIN}"
     if "gluon" in name and not found["overlapped"]:
         yield "no product runs while another is used"
     if found["serialized"]:

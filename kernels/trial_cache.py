@@ -18,7 +18,7 @@ from distattn.ir.bands import LO, UNBOUNDED
 from distattn.kernels.flash.attention import implementation
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.spec import KernelRequirements
-from distattn.kernels.trials import Trial
+from distattn.kernels.trials import Trial, mostly_overlap_messages
 
 
 def cache_file() -> Path:
@@ -38,7 +38,10 @@ def trial_key(masks: list[LaunchMask], requirements: KernelRequirements) -> str:
     extras = "".join(f" {name}" for name in ("softcap", "alibi") if getattr(requirements, name))
     steps = f" steps of {requirements.least_step}" if requirements.least_step else ""
     windows = " windows" * any((mask.bands[:, LO] > -UNBOUNDED // 2).any() for mask in masks)
-    return f"{_machine(requirements.device)} | kernels {_sources()} | {shape}{extras}{steps}{windows}, {rows} rows"
+    kind = ", messages in flight" * mostly_overlap_messages(masks)
+    return (
+        f"{_machine(requirements.device)} | kernels {_sources()} | {shape}{extras}{steps}{windows}, {rows} rows{kind}"
+    )
 
 
 def trial_key_of_op(requirements: KernelRequirements, heads: int, key_heads: int) -> str:

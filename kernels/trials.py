@@ -1,16 +1,20 @@
 """Kernels on trial: each that could serve a launch is compared with the reference on a sample of it, and timed on a larger one.
 
 So a kernel that is wrong on this device, with this driver or compiler, is found before it computes anything, and the fastest
-right one is taken.
+right one is taken. Where most of a rank's cells are computed while messages are in flight, kernels are timed beside another
+kernel that holds some multiprocessors, as the communicator's do then.
 """
 
 # T query rows, S key rows, H query heads, K key/value heads, D head dim, E value head dim
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -34,18 +38,28 @@ _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4, to
 _COMPARED, _TIMED = (384, 512, 8), (16384, 16384, 1 << 30)
 _RUNS = 3
 _SEED = 1234
+# of a trial that runs out of memory, and by how much free memory has to grow before the next one
+_MOST_ATTEMPTS, _MORE_MEMORY = 3, 1.25
+_LOG = logging.getLogger("distattn")
 
 
 class Trial(NamedTuple):
     """How a kernel did: the largest relative difference of a row from the reference, and seconds of forward and backward.
 
-    fault: why it must not be used; an empty text where it is right. passing: the fault may be gone another time.
+    fault: why it must not be used; an empty text where it is right. passing: the fault may be gone another time. lacked: bytes of
+    device memory that were free before it, if they were too few. attempts: how often that has happened.
     """
 
     difference: float = 0.0
     seconds: float = 0.0
     fault: str = ""
     passing: bool = False
+    lacked: int = 0
+    attempts: int = 0
+
+    def may_succeed_now(self, device: torch.device) -> bool:
+        """Return whether a trial that ran out of memory should be made again: a few times, each with a quarter more memory."""
+        return 0 < self.attempts < _MOST_ATTEMPTS and free_bytes(device) >= _MORE_MEMORY * self.lacked
 
 
 def try_each(
@@ -70,10 +84,14 @@ def try_kernels(
     requirements: KernelRequirements,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Trial]:
-    """The trials of kernels on launches of a plan, of which the largest is sampled. Nothing is tried without a launch."""
+    """Return the trials of kernels on all launches of a rank's plan. Nothing is tried without a launch.
+
+    The largest launch of the kind that has most cells is sampled: with messages in flight, or without.
+    """
     if not masks:
         return {}
-    largest = max(masks, key=lambda mask: int(areas(mask.bands).sum()))
+    kind = mostly_overlap_messages(masks)
+    largest = max((mask for mask in masks if mask.overlaps_messages == kind), key=_cells)
     return try_each(
         names,
         requirements,
@@ -81,6 +99,17 @@ def try_kernels(
         lambda kernel: _seconds(kernel, sample(largest, *_TIMED, 1.0), requirements),
         report,
     )
+
+
+def mostly_overlap_messages(masks: Sequence[LaunchMask]) -> bool:
+    """Return whether at least half of the cells of some launches are computed while messages are in flight."""
+    overlapped = sum(_cells(mask) for mask in masks if mask.overlaps_messages)
+    return overlapped > 0 and 2 * overlapped >= sum(map(_cells, masks))
+
+
+def _cells(mask: LaunchMask) -> int:
+    """Return the cells of a launch, of all heads."""
+    return int((areas(mask.bands) * (mask.band_heads[:, 1] - mask.band_heads[:, 0])).sum())
 
 
 def sample(mask: LaunchMask, rows: int, keys: int, heads: int, at: float) -> LaunchMask:
@@ -124,6 +153,7 @@ def tried(
 
     Raises DistattnError where the device can no longer be used.
     """
+    free = free_bytes(requirements.device)
     try:
         kernel = load_kernel(name)
         if why_not := kernel.unsupported_reason(requirements):
@@ -137,7 +167,8 @@ def tried(
         return Trial(fault=str(error), passing=True)
     except torch.OutOfMemoryError:
         # of the tensors of the sample, or of the kernel's own: another time there may be room
-        return Trial(fault=f'its trial ran out of device memory; kernel="{name}" uses it without a trial', passing=True)
+        fault = f'its trial ran out of device memory; kernel="{name}" uses it without a trial'
+        return Trial(fault=fault, passing=True, lacked=free, attempts=1)
     except Exception as error:
         # a compiler's or a driver's trouble is this kernel's alone, unless the device is lost for all
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
@@ -230,7 +261,7 @@ def _largest(values: Sequence[float]) -> float:
 
 
 def _seconds(kernel: Kernel, mask: LaunchMask, requirements: KernelRequirements) -> float:
-    """Of forward and backward."""
+    """Return the seconds of forward and backward; beside a kernel that holds multiprocessors if the launch overlaps messages."""
     given = _Inputs.of(mask, requirements)
     schedule = schedule_to_device(kernel.prepare(mask, requirements), requirements.device)
 
@@ -238,19 +269,61 @@ def _seconds(kernel: Kernel, mask: LaunchMask, requirements: KernelRequirements)
         o, lse = kernel.forward(given.q, given.k, given.v, schedule, given.score)
         return kernel.backward(given.do, given.q, given.k, given.v, lse, torch.zeros_like(lse), schedule, given.score)
 
-    return median_seconds(run, requirements.device)
+    return median_seconds(run, requirements.device, multiprocessors_held if mask.overlaps_messages else nullcontext)
 
 
-def median_seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Of a few runs, after one that compiles."""
+def median_seconds(
+    run: Callable[[], Any],
+    device: torch.device,
+    beside: Callable[[torch.device], AbstractContextManager[Any]] = nullcontext,
+) -> float:
+    """Return the median of a few runs, after one that compiles. beside: what else happens during each of the few runs."""
     times = []
-    for _ in range(_RUNS + 1):
+    run()
+    for _ in range(_RUNS):
         _wait(device)
-        began = time.perf_counter()
-        run()
-        _wait(device)
-        times.append(time.perf_counter() - began)
-    return median(times[1:])
+        with beside(device):
+            began = time.perf_counter()
+            run()
+            # not for the device, which what is beside keeps busy
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+            times.append(time.perf_counter() - began)
+    return median(times)
+
+
+@contextmanager
+def multiprocessors_held(device: torch.device) -> Iterator[None]:
+    """Hold some multiprocessors of a GPU inside the block, as a communicator does. Warn once if they cannot be held."""
+    spinner = None
+    if device.type == "cuda":
+        try:
+            # Triton is not everywhere where kernels are tried
+            from distattn.kernels.triton.spinner import Spinner
+
+            spinner = Spinner(device)
+        except Exception as error:
+            _warn_of_spinner(f"{type(error).__name__}: {error}")
+    try:
+        yield
+    finally:
+        if spinner is not None:
+            spinner.stop()
+
+
+@cache
+def _warn_of_spinner(reason: str) -> None:
+    """Say once that times are without a kernel that holds multiprocessors."""
+    _LOG.warning(
+        "kernels are timed as if no messages were in flight: the kernel that stands for messages failed (%s)", reason
+    )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return how much memory of a GPU tensors can have: what is free, and what PyTorch's allocator holds unused; 0 for CPUs."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _wait(device: torch.device) -> None:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -24,7 +25,7 @@ from distattn.ir.layout import Layout, make_layout
 from distattn.ir.mask import Mask
 from distattn.ir.op import ATTENTION, CONVOLUTION, TOKEN_SHIFT, Op
 from distattn.ir.plan import DTYPE_BYTES, Plan, dtype_name
-from distattn.kernels.registry import AUTO, load_kernel
+from distattn.kernels.registry import AUTO, candidates, load_kernel
 from distattn.kernels.trials import Trial
 from distattn.ops.executable import (
     ExecutionKey,
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 # of steps between proofs, and of tokens that are padded to
 _MOST = 1 << 20
+# steps whose plans are not made ahead if a kernel could not be used: ranks compare their trials again then
+_COMPARED_AT = (8, 64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +199,8 @@ class Planner:
         self._shapes: dict[tuple[AttentionShape, torch.device], None] = {}
         # right kernels, fastest first, by what they were tried for
         self._ranked: dict[tuple[AttentionShape, str], list[str]] = {}
+        # how often all ranks have compared their trials
+        self._comparisons: Counter[tuple[AttentionShape, str]] = Counter()
         self._lock = threading.Lock()
 
     def register_shape(self, shape: AttentionShape, device: torch.device) -> None:
@@ -203,10 +208,16 @@ class Planner:
         with self._lock:
             self._shapes[shape, device] = None
 
-    def registered_shapes(self) -> tuple[tuple[AttentionShape, torch.device], ...]:
-        """The shapes layers have asked for so far. May be called on any thread."""
+    def registered_shapes(self, step: int = 0) -> tuple[tuple[AttentionShape, torch.device], ...]:
+        """Return the shapes layers have asked for so far, for a step's plans to be made ahead. May be called on any thread.
+
+        In a few steps shapes are left out that a kernel could not be used for: layers ask for them, and it is tried again.
+        """
         with self._lock:
-            return tuple(self._shapes)
+            shapes = tuple(self._shapes)
+        if step not in _COMPARED_AT:
+            return shapes
+        return tuple((shape, device) for shape, device in shapes if not self._may_find_more(shape, device))
 
     def planned(self, batch: BatchKey, shape: AttentionShape, device: torch.device, proven: bool) -> Planned:
         """Plan, prove and lower: the plan of a batch, with this rank's program made. May be called on any thread."""
@@ -228,12 +239,16 @@ class Planner:
     def try_kernels(self, batch: BatchKey, shape: AttentionShape, device: torch.device) -> None:
         """Find the right kernels for calls of such a shape by trial, unless one is asked for. All ranks call it for a new shape.
 
+        If it is called again for what has been tried, and a kernel could not be used, ranks compare their trials again, a few
+        times: a trial that ran out of memory may find room by then.
         Raises DistattnError on all of them where none is right.
         """
         trial = self._trial_of(shape, device)
         # the kernel that is asked for is one of attention
         is_asked_for = shape.op == ATTENTION and self.config.kernel not in (None, AUTO)
-        if trial in self._ranked or is_asked_for or not has_choice(shape.op):
+        if is_asked_for or not has_choice(shape.op):
+            return
+        if trial in self._ranked and not self._may_find_more(shape, device):
             return
         own: dict[str, Trial] = {}
         plan = broken = None
@@ -252,11 +267,24 @@ class Planner:
         # without a launch nobody has tried anything: another batch will
         if ranked:
             self._ranked[trial] = ranked
+            self._comparisons[trial] += 1
+
+    def _may_find_more(self, shape: AttentionShape, device: torch.device) -> bool:
+        """Return whether a kernel could not be used in a few comparisons of all ranks so far; alike on all ranks."""
+        trial = self._trial_of(shape, device)
+        ranked = self._ranked.get(trial)
+        if ranked is None or self._comparisons[trial] > len(_COMPARED_AT):
+            return False
+        return len(ranked) < len(candidates(device, shape.op))
 
     def _trial_of(self, shape: AttentionShape, device: torch.device) -> tuple[AttentionShape, str]:
-        """What trials of kernels are known by: windows, filters and shifts of all sizes, and all strategies, are tried as one."""
+        """Return what trials of kernels are known by: windows, filters and shifts of all sizes are tried as one.
+
+        Strategies are tried one by one, since one computes while messages are in flight, and another does not.
+        """
+        strategy = shape.override and LayerOverride(shape.override.strategy)
         one_size = shape._replace(window=shape.window and 1, taps=0, shift_distance=0)
-        return one_size._replace(override=None, layout=None), device.type
+        return one_size._replace(override=strategy, layout=None), device.type
 
     def layout_of(self, batch: BatchKey, name: str | None) -> Layout:
         """The layout of a batch, or the one of that name over its documents."""

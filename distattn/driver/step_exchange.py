@@ -111,7 +111,7 @@ class StepExchange:
         make: what is to be made of the gathered step, and all batches in it; called on the thread, where the batches' plans
         follow for the shapes that are known now.
         """
-        number, shapes = self.steps, planner.registered_shapes()
+        number, shapes = self.steps, planner.registered_shapes(self.steps)
         same = self.same_batch if same_batch is None else list(same_batch)
         self.steps += 1
         future = AwaitedResult[GatheredStep](self._thread.ident)

@@ -30,6 +30,8 @@ from distattn.parallel.runtime.program import lower
 
 # of plans that are prepared again and again
 _TRIALS: weakref.WeakKeyDictionary[Plan, dict[Any, dict[str, Trial]]] = weakref.WeakKeyDictionary()
+# trials that ran out of memory, by key and kernel: they are made again where there is more
+_OUT_OF_MEMORY: dict[tuple[str, str], Trial] = {}
 # of other kinds of ops than attention: tried on calls of the plan's shape
 _TRIALS_OF_KIND = {"recurrence": try_recurrence, "convolution": try_convolution}
 _LOG = logging.getLogger("distattn")
@@ -59,7 +61,10 @@ def agreed_ranking(
 
 
 def kernel_trials(plan: Plan, rank: int, requirements: KernelRequirements) -> dict[str, Trial]:
-    """This rank's trials of kernels on its launches of a plan, from the cache where they are there; none without a choice."""
+    """Return this rank's trials of kernels on its launches of a plan, from the cache where they are there; none without a choice.
+
+    A trial that ran out of memory is made again, a few times in a process, if more memory is free by then.
+    """
     names = candidates(requirements.device, requirements.op)
     if len(names) < 2:
         return {}
@@ -68,7 +73,7 @@ def kernel_trials(plan: Plan, rank: int, requirements: KernelRequirements) -> di
     known = _TRIALS.setdefault(plan, {})
     # what "flash" runs may be another one later
     trial = rank, requirements, names, implementation()
-    if trial not in known:
+    if trial not in known or any(old.may_succeed_now(requirements.device) for old in known[trial].values()):
         known[trial] = _found(plan, rank, requirements, names)
     return known[trial]
 
@@ -77,22 +82,34 @@ def _found(plan: Plan, rank: int, requirements: KernelRequirements, names: tuple
     masks: list[LaunchMask] = []
     # what a plan is refused for is said where plans are compared
     with suppress(DistattnError):
-        lower(plan, rank, masks.append)
+        program = lower(plan, rank, lambda mask: mask)
+        # alike launches count as often as they are
+        masks = [launch.schedule for step in (*program.forward, *program.backward) for launch in step.launches]
     key = trial_key(masks, requirements)
-    found = _kept_or_tried(key, names, lambda: try_kernels(names, masks, requirements, _LOG.info))
-    for name, trial in found.items():
+    out_of_memory = {name: _OUT_OF_MEMORY[key, name] for name in names if (key, name) in _OUT_OF_MEMORY}
+    too_large = {name: old for name, old in out_of_memory.items() if not old.may_succeed_now(requirements.device)}
+    rest = tuple(name for name in names if name not in too_large)
+    trials = _kept_or_tried(key, rest, lambda: try_kernels(rest, masks, requirements, _LOG.info)) if rest else {}
+    for name, trial in trials.items():
+        if trial.attempts:
+            attempts = 1 + (out_of_memory[name].attempts if name in out_of_memory else 0)
+            trials[name] = _OUT_OF_MEMORY[key, name] = trial._replace(attempts=attempts)
+        else:
+            _OUT_OF_MEMORY.pop((key, name), None)
+    trials |= too_large
+    for name, trial in trials.items():
         if trial.passing or trial.fault.startswith("wrong"):
             _warn(name, key, trial.fault)
-    return found
+    return trials
 
 
 def _kept_or_tried(key: str, names: tuple[str, ...], attempt: Callable[[], dict[str, Trial]]) -> dict[str, Trial]:
     """The trials of a key from the cache, or else made now, and kept there."""
-    found = read_trials(key, names)
-    if found is None:
-        found = attempt()
-        write_trials(key, {name: trial for name, trial in found.items() if not trial.passing})
-    return found
+    trials = read_trials(key, names)
+    if trials is None:
+        trials = attempt()
+        write_trials(key, {name: trial for name, trial in trials.items() if not trial.passing})
+    return trials
 
 
 @cache

@@ -11,6 +11,7 @@ are said.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from distattn.kernels.triton.launch import multiprocessors
 DIFFERENTIABLE_LSE = False
 ACCUMULATES = True
 DTYPES = (torch.bfloat16, torch.float16)
+# FlashAttention 3 cuts keys into at most this many parts
+_MOST_KEY_PARTS = 128
 forward_operator: Any = getattr(torch.ops.aten, "_flash_attention_forward", None)
 backward_operator: Any = getattr(torch.ops.aten, "_flash_attention_backward", None)
 
@@ -184,10 +187,12 @@ def backward(
 def workspace_bytes(direction: str, shape: LaunchShape, schedule: FlashSchedule) -> int:
     """Return an upper bound of the bytes that a pass allocates on the device beside its operands and results.
 
-    It counts what this module allocates and what the operators do: `mha_varlen_fwd` and `mha_varlen_bwd` in PyTorch's
-    `aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp` (FlashAttention 2: dQ in fp32 and softmax_d with 128 rows
-    more for each sequence, dK and dV of all query heads; no partial results of split keys, which only calls with one query row
-    have), and the fp32 sums of dK and dV of FlashAttention 3 (`hopper/flash_api.cpp` of Dao-AILab/flash-attention).
+    It counts what this module allocates and what the operators do. FlashAttention 2 (`mha_varlen_fwd` and `mha_varlen_bwd` in
+    PyTorch's `aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp`) allocates dQ in fp32 and softmax_d with 128 rows
+    more for each sequence, and dK and dV of all query heads; it splits keys only in calls with one query row. FlashAttention 3
+    (`mha_fwd` and `mha_bwd` in `hopper/flash_api.cpp` of Dao-AILab/flash-attention) rounds all rows up to whole blocks once more,
+    allocates fp32 sums of dK and dV, a second log-sum-exp and semaphores, and in the forward pass fp32 results of parts of the
+    keys. What FlashAttention 4 allocates has not been looked up.
     """
     widest = max(shape.head_dim, shape.v_head_dim)
     rows, keys = shape.rows * shape.heads, shape.keys * shape.kv_heads
@@ -211,11 +216,17 @@ def _call_bytes(direction: str, call: FlashCall, dim: int) -> tuple[int, int]:
     # two numbers of a generator come with every call, in blocks of 512 bytes
     few = 2 * 512
     if direction == "forward":
+        # results of parts of the keys in single precision
+        parts = _key_parts(call, dim)
+        of_parts = (parts > 1) * parts * rows * heads * 4 * (dim + 1) + 4 * (len(call.starts_q) + 1)
         # the log-sum-exp, and it again with its mask
-        return rows * heads * (2 * dim + 4 + 4), rows * heads * 2 + few
+        return rows * heads * (2 * dim + 4 + 4), rows * heads * 2 + few + of_parts
     sequences = len(call.starts_q) - 1
     rounded = -(-dim // 64) * 64
-    long_rows, long_keys = rows + 128 * sequences, keys + 128 * sequences
+    # a block for each sequence, and one for rounding
+    long_rows, long_keys = rows + 128 * (sequences + 1), keys + 128 * (sequences + 1)
+    # one number for each block of each sequence as if it were the longest: of dQ, and of dK and dV if sums have a fixed order
+    semaphores = 4 * sequences * (-(-call.longest_q // 64) * heads + 2 * -(-call.longest_k // 64) * kv_heads)
     # under torch.use_deterministic_algorithms one sum of dQ for each of some groups of programs
     splits = 1
     if torch.are_deterministic_algorithms_enabled():
@@ -223,7 +234,30 @@ def _call_bytes(direction: str, call: FlashCall, dim: int) -> tuple[int, int]:
     of_rows = long_rows * heads * 4 * (splits * rounded + 2)
     of_keys = 0 if heads == kv_heads else 2 * max(keys * heads * 2 * dim, long_keys * kv_heads * 4 * rounded)
     results = 2 * dim * (rows * heads + 2 * keys * kv_heads) + 4 * long_rows * heads
-    return results, of_rows + of_keys + 4 * rows * heads + few
+    return results, of_rows + of_keys + semaphores + 4 * rows * heads + few
+
+
+def _key_parts(call: FlashCall, dim: int) -> int:
+    """Return an upper bound of the parts that FlashAttention 3 cuts keys into in the forward pass; 1 where it does not.
+
+    The rule is that of `get_num_splits` (`hopper/flash_api.cpp`) and `num_splits_heuristic` (`hopper/heuristics.h`): PyTorch
+    leaves the choice to them, unless sums have a fixed order (`torch/nn/attention/_fa3.py`).
+    """
+    if implementation() != "FA3" or torch.are_deterministic_algorithms_enabled():
+        return 1
+    heads, kv_heads = call.heads.stop - call.heads.start, call.kv_heads.stop - call.kv_heads.start
+    processors = multiprocessors(call.starts_q.device)
+    # keys and values of one head that do not fit into the L2 cache are cut into pieces that do
+    part_counts = [1] if _is_causal(call) else [-(-4 * dim * call.longest_k // (50 << 20))]
+    # the kernel has query rows of one of these numbers in a block, and at least 64 keys
+    for block in (64, 128, 192):
+        blocks = kv_heads * -(-call.longest_q * (heads // kv_heads) // block)
+        most = min(_MOST_KEY_PARTS, processors, -(-call.longest_k // 64))
+        if blocks < 0.8 * processors and most > 1:
+            # the first number that keeps 85 % of the multiprocessors busy is good enough for the rule
+            waves = ((parts, blocks * parts / processors) for parts in range(1, most + 1))
+            part_counts.append(next((parts for parts, w in waves if w >= 0.85 * math.ceil(w)), most))
+    return min(max(part_counts), _MOST_KEY_PARTS)
 
 
 def _single(place: Tensor | None, like: Tensor, adds: bool) -> Tensor:

@@ -12,12 +12,14 @@ from oracle import dense, random_inputs
 from processes import run_on_ranks
 
 import distattn as da
+from distattn.batch import planner
 from distattn.ir.errors import DistattnError
 from distattn.ir.mask import Mask
 from distattn.kernels import cpu, reference, registry, trial_cache, trials
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.trials import Trial, ranking, sample, try_kernels
+from distattn.ops import kernel_choice
 from distattn.ops.executable import kernel_requirements
 
 CPU = torch.device("cpu")
@@ -153,6 +155,67 @@ def test_a_trial_that_runs_out_of_memory_is_told_and_not_kept(candidates, monkey
     planted("large", monkeypatch)
     monkeypatch.setattr(trials, "_seconds", lambda kernel, *_: float(kernel is cpu))
     assert da.prepare(plan_for(1, "causal")).key.kernel == "large"
+
+
+@pytest.fixture
+def room(candidates, monkeypatch):
+    """A kernel whose trial needs more memory than is free, until 100 bytes are; what is free, and how often it was tried."""
+    room = types.SimpleNamespace(free=40, tried=0)
+
+    def backward(*given):
+        room.tried += 1
+        return cpu.backward(*given) if room.free >= 100 else out_of_memory(*given)
+
+    planted("large", monkeypatch, backward=backward)
+    monkeypatch.setitem(registry.CANDIDATES, "cpu", ("large", "cpu"))
+    monkeypatch.setattr(trials, "free_bytes", lambda device: room.free)
+    monkeypatch.setattr(trials, "_seconds", lambda kernel, *_: float(kernel is cpu))
+    monkeypatch.setattr(kernel_choice, "_OUT_OF_MEMORY", {})
+    kernel_choice._warn.cache_clear()
+    return room
+
+
+def test_a_trial_that_ran_out_of_memory_is_made_again_where_more_is_free(room, caplog):
+    plan = plan_for(1)
+    with caplog.at_level(logging.WARNING, "distattn"):
+        for free, tried, kernel in [(40, 1, "cpu"), (49, 1, "cpu"), (50, 2, "cpu"), (62, 2, "cpu"), (100, 4, "large")]:
+            room.free = free
+            before = room.tried
+            assert da.prepare(plan).key.kernel == kernel
+            assert (room.tried > before) == (free in (40, 50, 100)), (free, room.tried, tried)
+    # the user hears of it once
+    assert caplog.text.count("ran out of device memory") == 1
+
+
+def test_a_trial_that_runs_out_of_memory_is_made_three_times_at_most_by_all_plans_of_a_shape(room):
+    for free in (1, 2, 4, 8, 16, 32):
+        room.free = free
+        # a plan of its own every time
+        assert da.prepare(plan_for(1, "documents" if free % 3 else "causal")).key.kernel == "cpu"
+    assert room.tried == 3
+
+
+@pytest.mark.parametrize("needed", [100, 1000])
+def test_the_driver_compares_trials_again_in_a_few_steps(room, needed, monkeypatch):
+    lengths = list(LENGTHS)
+    monkeypatch.setattr(planner, "_COMPARED_AT", (2, 4))
+    q, k, v = random_inputs(sum(lengths), 4, 2, 8)[:3]
+    chosen = []
+    with da.ContextParallel(strategy="ring", layout="contiguous", kernel="auto") as cp:
+        for step in range(8):
+            # the first step's trial runs out of memory; from the fourth on there is room, if 100 bytes are enough
+            room.free = 40 + 10 * step if step < 3 else 100 * 100 // needed + 60 * (step > 4)
+            batch = cp.shard(
+                {"input_ids": torch.zeros(1, sum(lengths), dtype=torch.int64), "document_lengths": lengths}
+            )
+            batch["context_parallel"].attention(q, k, v)
+            (executable,) = batch["context_parallel"]._executables.values()
+            chosen.append(executable.key.kernel)
+    if needed == 100:
+        # found in step 4, and used by the plans that are made ahead from then on
+        assert chosen[:4] == ["cpu"] * 4 and chosen[-1] == "large"
+    else:
+        assert chosen == ["cpu"] * 8 and room.tried <= 3
 
 
 @pytest.mark.sampled(7)
