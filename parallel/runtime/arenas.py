@@ -31,13 +31,17 @@ class ArenaPool:
     """Arenas that no pass uses now, by device and stream. Any thread may borrow and give back."""
 
     def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """Begin anew, in a process that was forked: memory of a device, and threads that held the lock, stay with the parent."""
         self._lock = threading.Lock()
         # of each place by size, the smallest first
         self._idle: dict[_Place, list[Tensor]] = defaultdict(list)
+        self._of_parents: list[Any] = []
+
+    def forget(self) -> None:
+        """Begin anew in a process that was forked: the device's memory, and threads that held the lock, stay with the parent."""
+        self._lock = threading.Lock()
+        # PyTorch's allocator would ask CUDA for events if they were freed, and a forked process cannot use CUDA
+        self._of_parents.append(self._idle)
+        self._idle = defaultdict(list)
 
     @contextmanager
     def borrowed(self, nbytes: int, device: torch.device) -> Iterator[Tensor]:
@@ -114,7 +118,9 @@ def room_bytes(*sizes: int) -> int:
 
 
 def _new(nbytes: int, device: torch.device) -> Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    # an arena that is first needed for inference serves training, too, where inference tensors cannot be written
+    with torch.inference_mode(False):
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
 def _size(arena: Tensor) -> int:

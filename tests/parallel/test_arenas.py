@@ -1,6 +1,7 @@
 """The pool of arenas: passes share them, those that failed do not give theirs back."""
 
 import os
+import weakref
 
 import pytest
 import torch
@@ -66,15 +67,28 @@ def test_idle_arenas_are_freed_where_memory_is_short(monkeypatch):
     assert pool.idle_bytes(CPU) == [4096]
 
 
-def test_a_forked_process_has_a_pool_of_its_own():
+def test_an_arena_of_an_inference_pass_serves_training():
+    pool = ArenaPool()
+    with torch.inference_mode():
+        first = address_of_next(pool, 4096)
+    with pool.borrowed(4096, CPU) as arena:
+        assert arena.data_ptr() == first
+        arena.zero_()
+
+
+def test_a_forked_process_has_a_pool_of_its_own_and_leaves_the_memory_of_its_parent_alone():
     arenas.ARENAS.free()
-    address_of_next(arenas.ARENAS, 4096)
+    freed = []
+    with arenas.ARENAS.borrowed(4096, CPU) as arena:
+        weakref.finalize(arena.untyped_storage(), freed.append, True).atexit = False
+    del arena
     assert arenas.ARENAS.idle_bytes(CPU) == [4096]
     child = os.fork()
     if not child:
-        os._exit(len(arenas.ARENAS.idle_bytes(CPU)))
+        os._exit(len(arenas.ARENAS.idle_bytes(CPU)) + len(freed))
     assert os.waitpid(child, 0)[1] == 0
     arenas.ARENAS.free()
+    assert freed
 
 
 class Group:
