@@ -96,13 +96,15 @@ class RankMemory:
 class AllocationWatch(TorchDispatchMode):
     """Counts the storages that are made in its context on one device and alive, and the most of them by section.
 
-    alive: bytes at this moment. peaks: the most by section. host: the most bytes that a `CountingOffload` had on the host.
+    alive: bytes at this moment. peaks: the most by section, with the arena of passes from the first on.
+    host: the most bytes that a `CountingOffload` had on the host.
     """
 
     def __init__(self, device: torch.device | str = "meta") -> None:
         super().__init__()
         self.device = torch.device(device)
         self.alive, self.section = 0, OTHER
+        self._arena = 0
         self.peaks = dict.fromkeys(SECTIONS, 0)
         self.host = self._host_alive = 0
         self._to_host = False
@@ -116,7 +118,10 @@ class AllocationWatch(TorchDispatchMode):
         if func.name() in _PASSES:
             direction, number = _PASSES[func.name()]
             executable = EXECUTABLES.by_handle(args[number]).for_direction(direction)
-            self._note(self.alive + executable.memory()[direction].peak)
+            memory = executable.memory()[direction]
+            # it is kept between passes
+            self._arena = max(self._arena, memory.arena)
+            self._note(self.alive + memory.beside_arena)
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             # a model that asks for a number, as transformers does whether a batch is packed, gets no
             return torch.zeros((), dtype=args[0].dtype).item()
@@ -158,7 +163,7 @@ class AllocationWatch(TorchDispatchMode):
         self._note(self.alive)
 
     def _note(self, alive: int) -> None:
-        self.peaks[self.section] = max(self.peaks[self.section], alive)
+        self.peaks[self.section] = max(self.peaks[self.section], alive + self._arena)
 
     def _freed(self, key: int) -> None:
         size, on_host = self._sizes.pop(key)

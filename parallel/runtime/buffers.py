@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,17 @@ from distattn.parallel.runtime.views import OWN, BufferKey, View
 Fields = tuple[Tensor, ...]
 # where the tensors of a payload lie in the arena
 Places = Sequence[PlacedTensor]
+
+
+def narrowed(sums: list[Tensor], dtypes: Iterable[torch.dtype]) -> tuple[Tensor, ...]:
+    """Return the tensors in these dtypes, and empty the list: sums go one by one as the smallest become results first."""
+    wanted, out = dict(enumerate(dtypes)), {}
+    for number in sorted(wanted, key=lambda number: sums[number].nbytes):
+        out[number] = sums[number].to(wanted[number])
+        # another's memory may be had from here on
+        sums[number] = out[number]
+    sums.clear()
+    return tuple(out[number] for number in wanted)
 
 
 class Buffers:

@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable
 from typing import NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 
 from distattn.ir.plan import REDUCED_PAYLOADS, Payload
 from distattn.kernels.registry import Kernel
 from distattn.kernels.spec import ScoreMod
-from distattn.parallel.runtime.buffers import Buffers, Fields, Places
+from distattn.parallel.runtime.arenas import ARENAS
+from distattn.parallel.runtime.buffers import Buffers, Fields, Places, narrowed
 from distattn.parallel.runtime.memory import kept_elements
 from distattn.parallel.runtime.packed_messages import PackedMessages
 from distattn.parallel.runtime.program import KernelLaunch, Message, Program, ProgramStep, kept_key
@@ -56,13 +56,7 @@ def forward(
     lse is in the accumulation dtype, and so is o, or in the inputs' where nothing is added to it. `kept` is one flat tensor of
     everything the backward will find again (empty unless the policy is "keep").
     """
-    arena = q_THD.new_empty(program.forward_bytes, dtype=torch.uint8)
-    buffers = Buffers(program.call, arena, program.blank, program.unadded)
-    buffers.bind_own(Payload.Q, (q_THD,))
-    buffers.bind_own(Payload.KV, (k_TKD, v_TKE))
-    o_THE, lse_TH = buffers.new_own(Payload.O, program.tokens)
     kept = q_THD.new_empty(kept_elements(program))
-    buffers.bind_flat(program.kept_places, kept)
 
     def compute(
         launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
@@ -74,7 +68,14 @@ def forward(
         target = targets[Payload.O]
         return {Payload.O: kernel.forward(*inputs, into=target.fields, merge=target.adds)}
 
-    yield from run_steps("forward", program.forward, transport, buffers, compute, kernel.ACCUMULATES)
+    with ARENAS.borrowed(program.forward_bytes, q_THD.device) as arena:
+        buffers = Buffers(program.call, arena, program.blank, program.unadded)
+        buffers.bind_own(Payload.Q, (q_THD,))
+        buffers.bind_own(Payload.KV, (k_TKD, v_TKE))
+        buffers.bind_flat(program.kept_places, kept)
+        o_THE, lse_TH = buffers.new_own(Payload.O, program.tokens)
+        yield from run_steps("forward", program.forward, transport, buffers, compute, kernel.ACCUMULATES)
+        buffers.close()
     return o_THE, lse_TH, kept
 
 
@@ -95,14 +96,6 @@ def backward(
 
     delta_TH is rowsum(dO * O), minus the gradient of the log-sum-exp where there is one.
     """
-    arena = q_THD.new_empty(program.backward_bytes, dtype=torch.uint8)
-    buffers = Buffers(program.call, arena, program.blank, program.unadded)
-    buffers.bind_own(Payload.Q, (q_THD,))
-    buffers.bind_own(Payload.KV, (k_TKD, v_TKE))
-    buffers.bind_own(Payload.dO, (do_THE, lse_TH, delta_TH))
-    (dq_THD,) = buffers.new_own(Payload.dQ, program.tokens)
-    dk_TKD, dv_TKE = buffers.new_own(Payload.dKV, program.tokens)
-    buffers.bind_flat(program.kept_places, kept, kept_key)
 
     def compute(
         launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
@@ -117,11 +110,17 @@ def backward(
             dq, dk, dv = kernel.backward(*inputs, into=into, add=(of_q.adds, of_kv.adds))
         return {Payload.dQ: (dq,), Payload.dKV: (dk, dv)}
 
-    yield from run_steps("backward", program.backward, transport, buffers, compute, kernel.ACCUMULATES)
-    # results in another dtype take the arena's place
-    del arena
-    buffers.close()
-    return dq_THD.to(q_THD.dtype), dk_TKD.to(k_TKD.dtype), dv_TKE.to(v_TKE.dtype)
+    with ARENAS.borrowed(program.backward_bytes, q_THD.device) as arena:
+        buffers = Buffers(program.call, arena, program.blank, program.unadded)
+        buffers.bind_own(Payload.Q, (q_THD,))
+        buffers.bind_own(Payload.KV, (k_TKD, v_TKE))
+        buffers.bind_own(Payload.dO, (do_THE, lse_TH, delta_TH))
+        buffers.bind_flat(program.kept_places, kept, kept_key)
+        sums = [*buffers.new_own(Payload.dQ, program.tokens), *buffers.new_own(Payload.dKV, program.tokens)]
+        yield from run_steps("backward", program.backward, transport, buffers, compute, kernel.ACCUMULATES)
+        buffers.close()
+    dq_THD, dk_TKD, dv_TKE = narrowed(sums, (q_THD.dtype, k_TKD.dtype, v_TKE.dtype))
+    return dq_THD, dk_TKD, dv_TKE
 
 
 def run_to_completion(run: PausableRun[Result]) -> Result:

@@ -1,7 +1,7 @@
 """Where the tensors of a pass lie: in one arena, laid out when a plan is lowered.
 
 All that a pass makes beside its results is known beforehand, with its size and the steps it lives for: buffers, packed messages,
-gathered operands and what kernels compute. So the allocator sees one request a pass, and what a pass needs is known to the byte.
+gathered operands and what kernels compute. So a pass asks for memory once, and what it needs is known to the byte.
 Places are given largest first, each the lowest that is free for as long as the tensor lives (greedy by size,
 https://arxiv.org/abs/2001.03288).
 """
@@ -86,11 +86,14 @@ def result_fields(call: Call, payload: Payload) -> Widths:
 class PassMemory(NamedTuple):
     """Bytes that a pass has on the device beside q, k, v and a contiguous dO: `peak` at once, and what that is made of.
 
-    arena: buffers, packed messages, gathered operands, partial results. results: the rank's own, as they are summed up, with
-    what the backward finds again, or delta, and of latent attention the gradient of the weights. workspace: the kernel's own, of
-    the launch that needs most; 0 where the kernel does not know, but for keys and values that latents are expanded to, and
-    gradients of them. returned: results in the inputs' dtype, where they were summed up in another. states: of a recurrence,
-    those that stay from step to step. A sink's few numbers a row are left out.
+    arena: buffers, messages, gathered operands, partial results. It is kept between passes, and passes on one stream share the
+    largest of their arenas (see `arenas`). results: the rank's own, as they are summed up, with what the backward finds again, or
+    delta, and of latent attention the gradient of the weights. What the backward finds again is received where it stays: up to
+    torch 2.11 NCCL's process group records it, and it is free only when the device has passed the backward. workspace: the
+    kernel's own, of the launch that needs most; 0 where the kernel does not know, but for keys and values that latents are
+    expanded to, and gradients of them. returned: what results in the inputs' dtype need on top of sums in another, which they
+    replace one by one, the smallest first. states: of a recurrence, those that stay from step to step. A sink's few numbers a row
+    are left out.
     """
 
     arena: int
@@ -101,8 +104,13 @@ class PassMemory(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """The most that is there at once: the arena is gone when results are returned."""
-        return self.results + self.states + max(self.arena + self.workspace, self.returned)
+        """The most that is there at once."""
+        return self.arena + self.beside_arena
+
+    @property
+    def beside_arena(self) -> int:
+        """The most that is there at once besides the arena."""
+        return self.results + self.states + max(self.workspace, self.returned)
 
 
 def forward_memory(program: Program, workspace: Workspace | None) -> PassMemory:
@@ -131,9 +139,11 @@ def backward_memory(program: Program, workspace: Workspace | None) -> PassMemory
     if call.op.kind == "latent_attention":
         wide, narrow = (getattr(torch, name).itemsize for name in (call.accumulation_dtype, call.dtype))
         weights = call.heads * (call.head_dim - call.op.rotary_dim + call.v_head_dim) * call.op.latent_dim
+        if wide > narrow:
+            # they are returned when the others are as they shall be, whose sums are gone by then
+            sums = _sums(program, (Payload.dQ, Payload.dKV))
+            returned = max(returned, weights * narrow - sum(summed - final for summed, final in sums))
         results += weights * wide
-        # they are returned when the others are as they shall be, whose sums are gone by then
-        returned += max(weights * narrow - returned // narrow * wide, 0) if wide > narrow else 0
     return PassMemory(program.backward_bytes, results + delta, own, returned)
 
 
@@ -330,14 +340,33 @@ def _itemsize(program: Program) -> int:
 
 
 def _result_bytes(program: Program, payloads: tuple[Payload, ...]) -> tuple[int, int]:
-    """(bytes of the rank's own results as they are summed up, of those that are returned in another dtype)."""
-    call, summed, returned = program.call, 0, 0
-    for payload in payloads:
-        for width, name in own_result_fields(call, payload, program.unadded):
-            cells = program.tokens * call.payload_heads(payload) * (width or 1)
-            summed += cells * getattr(torch, name).itemsize
-            returned += cells * _itemsize(program) if width and name != call.dtype else 0
-    return summed, returned
+    """(bytes of the rank's own results as they are summed up, what those that are returned in another dtype need on top)."""
+    call = program.call
+    summed = sum(
+        _cells(program, payload, width) * getattr(torch, name).itemsize
+        for payload in payloads
+        for width, name in own_result_fields(call, payload, program.unadded)
+    )
+    most = now = 0
+    for wide, narrow in sorted(_sums(program, payloads)):
+        most = max(most, now + narrow)
+        now += narrow - wide
+    return summed, most
+
+
+def _sums(program: Program, payloads: tuple[Payload, ...]) -> list[tuple[int, int]]:
+    """(bytes, bytes in the inputs' dtype) of each result that is summed up in another dtype than it is returned in."""
+    call = program.call
+    return [
+        (cells * getattr(torch, name).itemsize, cells * _itemsize(program))
+        for payload in payloads
+        for width, name in own_result_fields(call, payload, program.unadded)
+        if (cells := _cells(program, payload, width)) and width and name != call.dtype
+    ]
+
+
+def _cells(program: Program, payload: Payload, width: int | None) -> int:
+    return program.tokens * program.call.payload_heads(payload) * (width or 1)
 
 
 def _workspace(program: Program, direction: str, steps: list[ProgramStep], workspace: Workspace | None) -> int:

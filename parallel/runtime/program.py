@@ -33,9 +33,10 @@ from distattn.kernels.launch_mask import LaunchMask, WrittenRows
 from distattn.parallel.analysis.verify import Proof
 from distattn.parallel.runtime.landing import Landing, land
 from distattn.parallel.runtime.launches import LaunchTable
-from distattn.parallel.runtime.memory import FlatPlaces, PlacedTensor, PlaceKey, lay_out, place_kept
+from distattn.parallel.runtime.memory import FlatPlaces, PlacedTensor, PlaceKey, lay_out, place_kept, rounded
 from distattn.parallel.runtime.packed_messages import PackedMessages, pack
 from distattn.parallel.runtime.row_bundles import Bundle, find_bundles
+from distattn.parallel.runtime.staging import stage
 from distattn.parallel.runtime.state_program import StateProgram, StateStep, lower_states
 from distattn.parallel.runtime.streams import Handover
 from distattn.parallel.runtime.stretch_launches import StretchLaunches
@@ -75,7 +76,7 @@ class KernelLaunch(NamedTuple):
 class ProgramStep:
     """What this rank does in one step of a table."""
 
-    # rows of each new buffer; own rows that are copied into it (see `landing`)
+    # rows of each new buffer; own rows that are copied into it (see `landing` and `staging`)
     allocate: dict[BufferKey, int] = field(default_factory=dict)
     own_copies: list[tuple[BufferKey, View]] = field(default_factory=list)
     sends: list[tuple[Payload, Message]] = field(default_factory=list)
@@ -177,12 +178,15 @@ def kept_key(key: BufferKey) -> BufferKey:
 
 
 def _with_states(plan: Plan, program: Program) -> Program:
-    """The program of a recurrence with its states."""
+    """The program of a recurrence with its states, whose messages have room at the end of the arenas."""
     states = [lower_states(plan, program.rank, direction) for direction in ("forward", "backward")]
     for one, steps in zip(states, (program.forward, program.backward), strict=True):
         for moves, step in zip(one.steps, steps, strict=True):
             step.states = moves
-    return replace(program, forward_states=states[0], backward_states=states[1])
+    sizes = zip((program.forward_bytes, program.backward_bytes), states, strict=True)
+    ahead, back = (rounded(size + one.message_bytes) for size, one in sizes)
+    changes: dict[str, Any] = dict(forward_states=states[0], backward_states=states[1])
+    return replace(program, forward_bytes=ahead, backward_bytes=back, **changes)
 
 
 class _TableLowering:
@@ -217,6 +221,7 @@ class _TableLowering:
         self.blank: set[BufferKey] = set()
         self.unadded: set[Payload] = set()
         self.landings: dict[BufferKey, Landing] = {}
+        self.staged: dict[BufferKey, View] = {}
         self.sizes = {extent.key: int((extent.t1 - extent.t0).sum()) for extent in self.buffers}
         self.extents = [*self.buffers, *inherited, *(self._own(payload) for payload in payloads)]
         ends = sorted_unique(np.concatenate([[rank], self.outgoing["dst"], self.incoming["src"]]))
@@ -252,6 +257,9 @@ class _TableLowering:
             step.joined_sends, step.joined_receives = _joined(step.sends), _joined(step.receives)
         self._add_launches(steps, launches, views)
         self._land(steps, kept, inherited)
+        landings = {key: landing for key, landing in self.landings.items() if key not in self.bundles}
+        self.staged = stage(self.call, steps, landings)
+        self.sizes |= {key: view.rows for key, view in self.staged.items()}
         self._set_lifetimes(steps, kept)
         self._mark_first_writes(steps)
         for step in steps:
@@ -372,7 +380,9 @@ class _TableLowering:
             if key not in kept:
                 steps[first[key]].allocate[key] = rows
                 steps[last[key]].release.append(key)
-            if landing and landing.own and key.payload in HELD_PAYLOADS:
+            if key in self.staged:
+                steps[first[key]].own_copies.append((key, self.staged[key]))
+            elif landing and landing.own and key.payload in HELD_PAYLOADS:
                 steps[first[key]].own_copies.append((key, landing.own_view))
 
     def _mark_first_writes(self, steps: list[ProgramStep]) -> None:

@@ -96,3 +96,14 @@ def test_results_equal_the_oracle_whatever_shares_a_row(case, strategy, policy):
         inputs = random_inputs(sum(LENGTHS), heads, kv_heads, 8)
         # numbers of eight heads at most, summed over two hundred keys
         assert_close(run_all_ranks(plan, inputs), dense(mask, inputs), 1e-11 if dtype == "float64" else 2e-5)
+
+
+def test_rows_that_are_packed_are_not_copied_to_the_arena_before():
+    # one key/value head: its messages carry all heads, in rows with some query heads
+    shape = dict(heads=8, kv_heads=1, head_dim=8, dtype="bfloat16", backward="refetch-home")
+    plan = make_plan(Mask.documents(LENGTHS), layouts(LENGTHS, 4)["zigzag"], strategy="ulysses", **shape)
+    for program in (lower(plan, rank, lambda mask: None) for rank in range(4)):
+        (step,) = (step for step in program.forward if any(payload == Payload.KV for payload, _ in step.sends))
+        assert all(message.bundle for _, message in step.sends) and len(step.packed_sends.parts) == 2
+        # own rows are copied only to where others' arrive, not to be sent
+        assert all(key.step == 0 for key, _ in step.own_copies)

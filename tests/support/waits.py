@@ -134,6 +134,7 @@ def host_waits() -> Iterator[HostWaits]:
     patches = [
         mock.patch.object(devices, "_KINDS", {"cuda", META.type}),
         mock.patch.object(torch.cuda, "device", lambda device: nullcontext()),
+        mock.patch.object(torch.cuda, "current_stream", lambda device=None: None),
         mock.patch.object(torch, "autocast", lambda kind, **how: autocast(_kind(kind), **how)),
         mock.patch.object(torch, "is_autocast_enabled", lambda kind: is_enabled(_kind(kind))),
         *_operators_as_functions(),
