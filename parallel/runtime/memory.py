@@ -71,14 +71,15 @@ def result_fields(call: Call, payload: Payload) -> Widths:
 class PassMemory(NamedTuple):
     """Bytes that a pass has on the device beside q, k, v and a contiguous dO: `peak` at once, and what that is made of.
 
-    arena: buffers, messages, gathered operands, partial results. It is kept between passes, and passes on one stream share the
-    largest of their arenas, which is there from the first pass on that a backward follows (see `arenas`). results: the rank's own,
-    as they are summed up, with what the backward finds again, or delta, and of latent attention the gradient of the weights. What
-    the backward finds again is received where it stays. Layers that are repeated in the backward pass receive it in one place, which
-    is kept as well. workspace: the kernel's own, of the launch that needs most; 0 where the kernel does not know, but for keys and values that latents are
-    expanded to, and gradients of them. returned: what results in the inputs' dtype need on top of sums in another, which they
-    replace one by one, the smallest first. states: of a recurrence, those that stay from step to step. A sink's few numbers a row
-    are left out.
+    arena: buffers, messages, gathered operands, partial results. It is kept between passes. Passes on one stream share the
+    largest of their arenas, which a forward pass asks for where a backward will follow (see `arenas`).
+    results: the rank's own, as they are summed up, with what the backward finds again, or delta, and of latent attention the
+    gradient of the weights. What the backward finds again is received where it stays. Layers that a checkpoint repeats receive it
+    in one place, which is kept between passes, too.
+    workspace: the kernel's own, of the launch that needs most; 0 where the kernel does not know, but for keys and values that
+    latents are expanded to, and gradients of them.
+    returned: what results in the inputs' dtype need on top of sums in another, which they replace one by one, the smallest first.
+    states: of a recurrence, those that stay from step to step. A sink's few numbers a row are left out.
     """
 
     arena: int
