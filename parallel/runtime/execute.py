@@ -19,7 +19,7 @@ from distattn.kernels.registry import Kernel
 from distattn.kernels.spec import ScoreMod
 from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.buffers import Buffers, Fields, Places, narrowed
-from distattn.parallel.runtime.memory import kept_elements
+from distattn.parallel.runtime.memory import forward_arena_bytes, kept_elements
 from distattn.parallel.runtime.packed_messages import PackedMessages
 from distattn.parallel.runtime.program import KernelLaunch, Message, Program, ProgramStep, kept_key
 from distattn.parallel.runtime.state_tensors import HeldStateTensors
@@ -56,7 +56,6 @@ def forward(
     lse is in the accumulation dtype, and so is o, or in the inputs' where nothing is added to it. `kept` is one flat tensor of
     everything the backward will find again (empty unless the policy is "keep").
     """
-    kept = q_THD.new_empty(kept_elements(program))
 
     def compute(
         launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
@@ -68,7 +67,10 @@ def forward(
         target = targets[Payload.O]
         return {Payload.O: kernel.forward(*inputs, into=target.fields, merge=target.adds)}
 
-    with ARENAS.borrowed(program.forward_bytes, q_THD.device) as arena:
+    with (
+        ARENAS.kept(kept_elements(program), q_THD.dtype, q_THD.device) as kept,
+        ARENAS.borrowed(forward_arena_bytes(program, q_THD, k_TKD, v_TKE), q_THD.device) as arena,
+    ):
         buffers = Buffers(program.call, arena, program.blank, program.unadded)
         buffers.bind_own(Payload.Q, (q_THD,))
         buffers.bind_own(Payload.KV, (k_TKD, v_TKE))

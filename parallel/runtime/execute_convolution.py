@@ -16,7 +16,7 @@ from distattn.ir.plan import Payload
 from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.buffers import Buffers, Fields, narrowed
 from distattn.parallel.runtime.execute import PausableRun, Target, run_steps
-from distattn.parallel.runtime.memory import kept_elements
+from distattn.parallel.runtime.memory import forward_arena_bytes, kept_elements
 from distattn.parallel.runtime.program import KernelLaunch, Program, kept_key
 from distattn.parallel.runtime.transport import Transport
 
@@ -35,7 +35,6 @@ def forward(
     program: Program, transport: Transport, kernel: ConvolutionKernel, x_THD: Tensor, weight: Tensor | None
 ) -> PausableRun[tuple[Tensor, Tensor]]:
     """(y_THD in x's dtype, kept: what the backward will find again)."""
-    kept = x_THD.new_empty(kept_elements(program))
 
     def compute(
         launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
@@ -43,13 +42,17 @@ def forward(
         (x,) = operands[Payload.KV]
         return {Payload.O: (kernel.forward(x, _of_heads(weight, launch), launch.schedule),)}
 
-    with ARENAS.borrowed(program.forward_bytes, x_THD.device) as arena:
+    with (
+        ARENAS.kept(kept_elements(program), x_THD.dtype, x_THD.device) as kept,
+        ARENAS.borrowed(forward_arena_bytes(program, x_THD, weight), x_THD.device) as arena,
+    ):
         buffers = _buffers(program, arena, x_THD)
         buffers.bind_flat(program.kept_places, kept)
         sums = [*buffers.new_own(Payload.O, program.tokens)]
         yield from run_steps("forward", program.forward, transport, buffers, compute, False)
         buffers.close()
-    return *narrowed(sums, [x_THD.dtype]), kept
+    (y_THD,) = narrowed(sums, [x_THD.dtype])
+    return y_THD, kept
 
 
 def backward(

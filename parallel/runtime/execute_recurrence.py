@@ -23,6 +23,7 @@ from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.buffers import Fields, narrowed
 from distattn.parallel.runtime.execute import PausableRun, Target, run_steps
 from distattn.parallel.runtime.kept_tensors import KeptPlaces
+from distattn.parallel.runtime.memory import forward_arena_bytes
 from distattn.parallel.runtime.program import KernelLaunch, Program, kept_key
 from distattn.parallel.runtime.state_pass import StatePass
 from distattn.parallel.runtime.state_program import StretchStates
@@ -76,8 +77,10 @@ def forward(
 ) -> PausableRun[ForwardResult]:
     """Outputs of this rank's tokens in q's dtype, and final states in the accumulation dtype, where they are wanted."""
     places = KeptPlaces.of(program)
-    kept = places.new(x.v.device)
-    with ARENAS.borrowed(program.forward_bytes, x.v.device) as arena:
+    with (
+        ARENAS.kept(places.bytes, torch.uint8, x.v.device) as kept,
+        ARENAS.borrowed(forward_arena_bytes(program, *x.by_token().values()), x.v.device) as arena,
+    ):
         run = _Pass(program, kernel, x, "forward", arena, initial_MHKV)
         if final_states:
             run.make_edge_states()

@@ -13,6 +13,7 @@ from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 from distattn.ir.plan import REDUCED_PAYLOADS, Call, Payload
 from distattn.kernels.spec import LaunchShape, Workspace
@@ -86,14 +87,15 @@ def result_fields(call: Call, payload: Payload) -> Widths:
 class PassMemory(NamedTuple):
     """Bytes that a pass has on the device beside q, k, v and a contiguous dO: `peak` at once, and what that is made of.
 
-    arena: buffers, messages, gathered operands, partial results. It is kept between passes, and passes on one stream share the
-    largest of their arenas (see `arenas`). results: the rank's own, as they are summed up, with what the backward finds again, or
-    delta, and of latent attention the gradient of the weights. What the backward finds again is received where it stays: up to
-    torch 2.11 NCCL's process group records it, and it is free only when the device has passed the backward. workspace: the
-    kernel's own, of the launch that needs most; 0 where the kernel does not know, but for keys and values that latents are
-    expanded to, and gradients of them. returned: what results in the inputs' dtype need on top of sums in another, which they
-    replace one by one, the smallest first. states: of a recurrence, those that stay from step to step. A sink's few numbers a row
-    are left out.
+    arena: buffers, messages, gathered operands, partial results. It is kept between passes. Passes on one stream share the
+    largest of their arenas, which a forward pass asks for where a backward will follow (see `arenas`).
+    results: the rank's own, as they are summed up, with what the backward finds again, or delta, and of latent attention the
+    gradient of the weights. What the backward finds again is received where it stays. Layers that a checkpoint repeats receive it
+    in one place, which is kept between passes, too.
+    workspace: the kernel's own, of the launch that needs most; 0 where the kernel does not know, but for keys and values that
+    latents are expanded to, and gradients of them.
+    returned: what results in the inputs' dtype need on top of sums in another, which they replace one by one, the smallest first.
+    states: of a recurrence, those that stay from step to step. A sink's few numbers a row are left out.
     """
 
     arena: int
@@ -145,6 +147,16 @@ def backward_memory(program: Program, workspace: Workspace | None) -> PassMemory
             returned = max(returned, weights * narrow - sum(summed - final for summed, final in sums))
         results += weights * wide
     return PassMemory(program.backward_bytes, results + delta, own, returned)
+
+
+def forward_arena_bytes(program: Program, *inputs: Tensor | None) -> int:
+    """Return the bytes of arena to ask for in a forward pass: those of both passes, where its inputs say that a backward follows.
+
+    The arena grows before the step has saved much for its backward passes, and the smaller one is used no longer.
+    """
+    if any(x is not None and x.requires_grad for x in inputs):
+        return max(program.forward_bytes, program.backward_bytes)
+    return program.forward_bytes
 
 
 def kept_elements(program: Program) -> int:

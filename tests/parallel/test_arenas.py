@@ -1,5 +1,6 @@
 """The pool of arenas: passes share them, those that failed do not give theirs back."""
 
+import gc
 import os
 import weakref
 
@@ -52,13 +53,87 @@ def test_the_arena_of_a_pass_that_fails_is_not_used_again():
     assert pool.idle_bytes(CPU) == []
 
 
+class InBackward(torch.autograd.Function):
+    """Calls a function in the backward pass, as a checkpoint repeats a layer there."""
+
+    @staticmethod
+    def forward(ctx, x, work):
+        ctx.work = work
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.work()
+        return grad, None
+
+
+def in_backward(work):
+    InBackward.apply(torch.ones(1, requires_grad=True), work).sum().backward()
+
+
+def kept_by_a_pass(pool, count=8):
+    with pool.kept(count, torch.float32, CPU) as kept:
+        kept.fill_(count)
+    return kept
+
+
+def test_what_first_passes_keep_is_new_memory_while_something_refers_to_it():
+    pool, freed = ArenaPool(), []
+    address = kept_by_a_pass(pool).data_ptr()
+    # dropped at once, as a checkpoint does
+    held = [kept_by_a_pass(pool)]
+    assert held[0].data_ptr() == address
+    weakref.finalize(held[0].untyped_storage(), freed.append, True).atexit = False
+    held.append(kept_by_a_pass(pool))
+    assert held[1].data_ptr() != address
+    # the pool has the last one alone
+    held.clear()
+    assert freed
+
+
+def test_repeated_layers_keep_what_the_backward_finds_again_in_the_same_memory():
+    pool, held = ArenaPool(), []
+
+    def repeat_layers():
+        # two layers are repeated at once, where a checkpoint is of both
+        one, other = kept_by_a_pass(pool), kept_by_a_pass(pool)
+        addresses = {one.data_ptr(), other.data_ptr()}
+        assert len(addresses) == 2
+        part = other[1:]
+        del one, other
+        # a view is enough to hold it
+        held.append(kept_by_a_pass(pool))
+        assert held[0].data_ptr() in addresses and held[0].data_ptr() != part.data_ptr() - part.element_size()
+        assert (held[0] == 8).all() and (part == 8).all()
+
+    in_backward(repeat_layers)
+    # the first pass keeps until a backward that comes much later
+    before = kept_by_a_pass(pool)
+    in_backward(lambda: kept_by_a_pass(pool, 5))
+    assert (held[0] == 8).all() and (before == 8).all()
+
+
+def test_what_a_failed_pass_kept_is_not_used_again():
+    pool, freed = ArenaPool(), []
+
+    def repeat_layers():
+        with pytest.raises(ValueError), pool.kept(8, torch.float32, CPU) as kept:
+            weakref.finalize(kept.untyped_storage(), freed.append, True).atexit = False
+            raise ValueError("a peer is lost")
+
+    in_backward(repeat_layers)
+    gc.collect()
+    assert freed
+
+
 def test_idle_arenas_are_freed_where_memory_is_short(monkeypatch):
-    pool, new = ArenaPool(), arenas._new
-    with pool.borrowed(1024, CPU), pool.borrowed(1024, CPU):
-        pass
+    pool, new, alive = ArenaPool(), arenas._new, weakref.WeakSet()
+    with pool.borrowed(1024, CPU) as one, pool.borrowed(1024, CPU) as other:
+        alive |= {one.untyped_storage(), other.untyped_storage()}
+    del one, other
 
     def full(nbytes, device):
-        if pool.idle_bytes(device):
+        if alive:
             raise torch.OutOfMemoryError("full")
         return new(nbytes, device)
 
@@ -130,9 +205,9 @@ def test_passes_on_two_streams_share_arenas_without_a_race():
 
 def test_an_arena_of_another_stream_is_found():
     class OneForAllStreams(ArenaPool):
-        def _take(self, place, nbytes):
-            idle = [place for place in self._idle if self._idle[place]]
-            return self._idle[idle[0]].pop() if idle else super()._take(place, nbytes)
+        def _take(self, place, nbytes, idle):
+            others = [arenas for arenas in self._idle.values() if arenas]
+            return super()._take(place, nbytes, others[0] if others else idle)
 
     assert violations_of_passes(OneForAllStreams())
 

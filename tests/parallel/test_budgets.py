@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from meta_run import Layer, layer_call, layers_ahead
+from meta_run import Layer, layer_call, layers_ahead, repeated_layers
 
 import distattn as da
 from distattn.ir.plan import POLICIES, Payload
@@ -149,6 +149,14 @@ def test_layers_share_one_arena_while_the_host_is_many_layers_ahead(strategy):
     found = layers_ahead(plan, 1, layers, launches=60)
     assert found["forward"].peak_of_messages <= known["forward"].arena + kept
     assert found["backward"].peak_of_messages <= known["backward"].arena
+
+
+@pytest.mark.parametrize("strategy", ["ulysses", "usp"])
+def test_repeated_layers_keep_what_the_backward_finds_again_once(strategy):
+    plan = plan_of(strategy, [1 << 20], 32, 8, backward="keep")
+    layer, found = Layer(plan, 1), repeated_layers(plan, 1, layers=20, launches=60)
+    kept = layer.ready.kept_elements * getattr(torch, plan.call.dtype).itemsize
+    assert kept > GB and found.peak_of_messages == kept
 
 
 def test_results_that_no_two_kernels_add_to_are_held_and_sent_in_half_precision():

@@ -31,6 +31,10 @@ class HeldBytes:
         # freed blocks, oldest first: number of the launch that the device must pass, bytes
         self._waiting: deque[tuple[int, int]] = deque()
 
+    def held(self) -> int:
+        """Return the bytes that nothing else can have now."""
+        return self.alive + self._waiting_bytes()
+
     def knows(self, storage: UntypedStorage) -> bool:
         """Return whether a storage is alive and counted."""
         return storage._cdata in self._sizes
@@ -40,7 +44,7 @@ class HeldBytes:
         key, size = storage._cdata, storage.nbytes()
         self._sizes[key] = size
         self.alive += size
-        self.peak = max(self.peak, self.alive + self._waiting_bytes())
+        self.peak = max(self.peak, self.held())
         weakref.finalize(storage, self._free, key).atexit = False
 
     def record(self, storage: UntypedStorage) -> None:

@@ -220,3 +220,39 @@ def layers_ahead(plan: Plan, rank: int, layers: int, launches: int) -> dict[str,
                     layer.backward(*outputs)
                 memory.launch(launches)
     return found
+
+
+class _Repeated(torch.autograd.Function):
+    """A layer behind a checkpoint: its forward pass is repeated within the backward pass, and its backward follows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Layer, memory: HeldBytes, launches: int) -> Tensor:
+        ctx.repeat = layer, memory, launches
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        layer, memory, launches = ctx.repeat
+        with torch.no_grad():
+            outputs = layer.forward()
+            memory.launch(launches)
+            layer.backward(*outputs)
+            memory.launch(launches)
+        return grad, None, None, None
+
+
+def repeated_layers(plan: Plan, rank: int, layers: int, launches: int) -> HeldBytes:
+    """Memory of the backward pass of so many checkpointed layers, with the host ahead of the device; see `layers_ahead`.
+
+    The arena has been made before, and is left out.
+    """
+    layer = Layer(plan, rank)
+    ARENAS.free(META)
+    layer.backward(*layer.forward())
+    memory = layer.backend.memory = HeldBytes(QUEUE)
+    x = hidden = torch.ones(1, device=META, requires_grad=True)
+    for _ in range(layers):
+        hidden = _Repeated.apply(hidden, layer, memory, launches)
+    with Watch(Traffic(), memory):
+        torch.autograd.backward(hidden, torch.ones_like(x))
+    return memory
