@@ -99,10 +99,9 @@ class Buffers:
     def copy_own(self, key: BufferKey, view: View) -> None:
         """Copy own rows into a buffer of copies."""
         for piece in view.slices:
+            rows, view_rows = Rows.of(piece.rows), Rows.of(piece.view_rows)
             for whole, tensor in zip(self.fields[key], self.fields[piece.buffer], strict=True):
-                copy_rows(
-                    whole[:, piece.view_heads], Rows.of(piece.view_rows), tensor[:, piece.heads], Rows.of(piece.rows)
-                )
+                copy_rows(_of_heads(whole, piece.view_heads), view_rows, _of_heads(tensor, piece.heads), rows)
 
     def close(self) -> None:
         """Let go of the arena and all buffers."""
@@ -126,23 +125,26 @@ class Buffers:
                 target = whole.view(-1, part.heads, *whole.shape[2:])
                 copy_rows(target, Rows.of(part.rows), tensor, Rows(0, packed.rows))
 
-    def place_rows(self, rows: PlacedTensor, stretches: tuple[slice, ...], begin: int = 0) -> list[Fields]:
-        """The rows of a bundle in the arena, by stretch of a message that begins at row `begin`."""
-        matrix = self._view(rows)
-        return [(matrix[begin + stretch.start : begin + stretch.stop],) for stretch in stretches]
+    def place_rows(self, places: Places, stretches: tuple[slice, ...], begin: int = 0) -> list[Fields]:
+        """Return rows of a bundle or of tensors in the arena, by stretch of a message that begins at row `begin`."""
+        tensors = [self._view(place) for place in places]
+        return [tuple(x[begin + part.start : begin + part.stop] for x in tensors) for part in stretches]
 
     def message_parts(self, view: View, stretches: tuple[slice, ...], in_rows: bool = False) -> list[Fields]:
         """Return the tensors of a message by stretch: parts of buffers, or of the bundles that begin with them (in_rows)."""
         if len(view.slices) == 1:
             (only,) = view.slices
-            fields = tuple(tensor[only.rows] for tensor in self._whole(only.buffer, in_rows))
-            return [tuple(tensor[stretch] for tensor in fields) for stretch in stretches]
-        return [tuple(tensor[piece.rows] for tensor in self._whole(piece.buffer, in_rows)) for piece in view.slices]
+            begin, tensors = only.rows.start, self._whole(only.buffer, in_rows)
+            return [tuple(x[begin + part.start : begin + part.stop] for x in tensors) for part in stretches]
+        return [tuple(x[piece.rows] for x in self._whole(piece.buffer, in_rows)) for piece in view.slices]
 
     def part(self, view: View) -> Fields:
         """The part of a buffer that a view is."""
         (only,) = view.slices
-        return tuple(tensor[only.rows, only.heads] for tensor in self.fields[only.buffer])
+        fields = self.fields[only.buffer]
+        if only.rows.start or only.rows.stop != len(fields[0]):
+            fields = tuple(tensor[only.rows] for tensor in fields)
+        return tuple(_of_heads(tensor, only.heads) for tensor in fields)
 
     def gather(self, view: View, places: Places | None) -> Fields:
         """The tensors of a view, (rows, heads, ...): part of a buffer, or a copy at `places`."""
@@ -152,8 +154,8 @@ class Buffers:
         """Accumulate the tensors of a view into its buffers: O as the op says, gradients by sum."""
         for piece in view.slices:
             rows, view_rows = Rows.of(piece.rows), Rows.of(piece.view_rows)
-            parts = tuple(tensor[:, piece.view_heads] for tensor in fields)
-            totals = tuple(tensor[:, piece.heads] for tensor in self.fields[piece.buffer])
+            parts = [_of_heads(tensor, piece.view_heads) for tensor in fields]
+            totals = [_of_heads(tensor, piece.heads) for tensor in self.fields[piece.buffer]]
             if payload == Payload.O and self._merges_by_lse and not piece.is_first:
                 merge_rows(totals[0], totals[1], rows, parts[0], parts[1], view_rows)
                 continue
@@ -180,7 +182,7 @@ class Buffers:
         for piece in view.slices:
             rows, view_rows = Rows.of(piece.rows), Rows.of(piece.view_rows)
             for whole, tensor in zip(out, self.fields[piece.buffer], strict=True):
-                copy_rows(whole[:, piece.view_heads], view_rows, tensor[:, piece.heads], rows)
+                copy_rows(_of_heads(whole, piece.view_heads), view_rows, _of_heads(tensor, piece.heads), rows)
         return out
 
     def _whole(self, key: BufferKey, in_rows: bool) -> Fields:
@@ -193,3 +195,8 @@ class Buffers:
         if dtype not in self._arena:
             self._arena[dtype] = self._arena[torch.uint8].view(dtype)
         return self._arena[dtype]
+
+
+def _of_heads(tensor: Tensor, heads: slice) -> Tensor:
+    """Return some heads of a tensor (rows, heads, ...): the tensor itself where these are all, since a view takes time."""
+    return tensor if heads.start == 0 and heads.stop == tensor.shape[1] else tensor[:, heads]

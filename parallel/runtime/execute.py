@@ -174,13 +174,13 @@ def _run_step(
         buffers.allocate(key, step.places[key], step.places.get(("rows", key), ()))
     for key, view in step.own_copies:
         buffers.copy_own(key, view)
-    if step.packed_sends:
-        buffers.pack(step.packed_sends, _places_of(step, "send", step.packed_sends))
+    for packed in step.packed_sends:
+        buffers.pack(packed, _places_of(step, "send", packed))
     sends = [packet for numbers in step.joined_sends for packet in _outgoing(buffers, step, numbers)]
     incoming: dict[int, Fields] = {}
-    arrived: list[Fields] = []
-    if step.packed_receives:
-        arrived = [buffers.place(places) for places in _places_of(step, "receive", step.packed_receives)]
+    arrived = [
+        [buffers.place(places) for places in _places_of(step, "receive", packed)] for packed in step.packed_receives
+    ]
     receives = [packet for numbers in step.joined_receives for packet in _incoming(buffers, step, numbers, incoming)]
     if states is not None and step.states is not None:
         # what is sent is put together of what was there before the step: nothing of this step is read in it
@@ -193,9 +193,9 @@ def _run_step(
         buffers.accumulate(key.payload, view, buffers.fields[key])
     yield
     pending.wait()
-    if step.packed_receives:
+    for packed, fields in zip(step.packed_receives, arrived, strict=True):
         # nothing has been written there before
-        buffers.unpack(step.packed_receives, arrived)
+        buffers.unpack(packed, fields)
     for number, fields in incoming.items():
         payload, message = step.receives[number]
         buffers.accumulate(payload, message.view, fields)
@@ -227,19 +227,28 @@ def _places_of(step: ProgramStep, name: str, packed: PackedMessages) -> list[Pla
     return [step.places[name, number] for number in packed.first]
 
 
+def _packed_with(numbers: tuple[int, ...], packed: tuple[PackedMessages, ...]) -> PackedMessages | None:
+    """Return the messages that those with these numbers are packed with."""
+    for some in packed:
+        if numbers in some.begins:
+            return some
+    return None
+
+
 def _outgoing(buffers: Buffers, step: ProgramStep, numbers: tuple[int, ...]) -> list[Packet]:
     """Return the packets of messages that are sent together: from their buffer, or from a copy where one has a place."""
     payload, message = step.sends[numbers[0]]
-    packed = step.packed_sends
-    if packed and numbers in packed.begins:
-        (rows,) = step.places["rows of send", packed.first[0]]
-        return _packets(payload, message, buffers.place_rows(rows, message.stretches, packed.begins[numbers]))
+    packed = _packed_with(numbers, step.packed_sends)
+    if packed:
+        places = step.places["rows of send" if message.bundle else "send", packed.first[0]]
+        return _packets(payload, message, buffers.place_rows(places, message.stretches, packed.begins[numbers]))
     if ("send", numbers[0]) not in step.places:
         return _packets(payload, message, buffers.message_parts(message.view, message.stretches, bool(message.bundle)))
     copies = [buffers.gathered(step.sends[number][1].view, step.places["send", number]) for number in numbers]
     if message.bundle:
-        (rows,) = step.places["rows of send", numbers[0]]
-        return _packets(payload, message, buffers.place_rows(rows, message.stretches))
+        return _packets(
+            payload, message, buffers.place_rows(step.places["rows of send", numbers[0]], message.stretches)
+        )
     return _packets(payload, message, _cut(copies[0], message))
 
 
@@ -248,17 +257,18 @@ def _incoming(
 ) -> list[Packet]:
     """Return the packets of messages that arrive together: copies in their buffer, partial results in `results`, by message."""
     payload, message = step.receives[numbers[0]]
-    packed = step.packed_receives
-    if packed and numbers in packed.begins:
-        (rows,) = step.places["rows of receive", packed.first[0]]
-        return _packets(payload, message, buffers.place_rows(rows, message.stretches, packed.begins[numbers]))
+    packed = _packed_with(numbers, step.packed_receives)
+    if packed:
+        places = step.places["rows of receive" if message.bundle else "receive", packed.first[0]]
+        return _packets(payload, message, buffers.place_rows(places, message.stretches, packed.begins[numbers]))
     if payload not in REDUCED_PAYLOADS:
         return _packets(payload, message, buffers.message_parts(message.view, message.stretches, bool(message.bundle)))
     for number in numbers:
         results[number] = buffers.place(step.places["receive", number])
     if message.bundle:
-        (rows,) = step.places["rows of receive", numbers[0]]
-        return _packets(payload, message, buffers.place_rows(rows, message.stretches))
+        return _packets(
+            payload, message, buffers.place_rows(step.places["rows of receive", numbers[0]], message.stretches)
+        )
     return _packets(payload, message, _cut(results[numbers[0]], message))
 
 

@@ -284,8 +284,8 @@ def _tensors(
             elif key == bundle[0]:
                 of_rows = _rows_key(call, bundle)
                 yield step, of_rows, of_rows.format.widths, rows, 1, begin, released[key]
-        for name, packed in (("send", step.packed_sends), ("receive", step.packed_receives)):
-            if packed:
+        for name, several in (("send", step.packed_sends), ("receive", step.packed_receives)):
+            for packed in several:
                 yield from _packed(call, step, name, packed.first, packed.rows, begin, end)
         for numbers in _others(step.joined_sends, step.packed_sends):
             if not _travels_from_its_buffer(call, [step.sends[number] for number in numbers], bundles):
@@ -314,16 +314,17 @@ def _packed(
     first = messages[numbers[0]][1]
     if not first.bundle:
         payload, message = messages[numbers[0]]
-        yield step, (name, numbers[0]), call.comm_fields(payload), *_shape(message.view), begin, end
+        count = message.view.rows if rows is None else rows
+        yield step, (name, numbers[0]), call.comm_fields(payload), count, message.view.heads, begin, end
         return
     parts = [(message.view.heads, call.comm_fields(payload)) for payload, message in (messages[i] for i in numbers)]
     key = RowsKey((f"rows of {name}", numbers[0]), tuple((name, number) for number in numbers), RowFormat.of(parts))
     yield step, key, key.format.widths, first.view.rows if rows is None else rows, 1, begin, end
 
 
-def _others(joined: list[tuple[int, ...]], packed: PackedMessages | None) -> list[tuple[int, ...]]:
-    """The messages that are not packed with others'."""
-    return [numbers for numbers in joined if packed is None or numbers not in packed.begins]
+def _others(joined: list[tuple[int, ...]], packed: tuple[PackedMessages, ...]) -> list[tuple[int, ...]]:
+    """Return the messages that are not packed with others'."""
+    return [numbers for numbers in joined if not any(numbers in some.begins for some in packed)]
 
 
 def _travels_from_its_buffer(

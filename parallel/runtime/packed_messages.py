@@ -1,7 +1,8 @@
 """Messages of a step that are packed from, or unpacked to, a rank's own tensors: each tensor is copied at once for all peers.
 
-The rows of all these messages lie one behind another in one bundle (see `row_bundles`). A tensor (tokens, heads, width) of which
-every peer has as many heads is seen as (tokens x peers, heads of a peer, width): then one list of rows says what goes where.
+The rows of all these messages lie one behind another, in one bundle (see `row_bundles`) or tensor by tensor. A tensor (tokens,
+heads, width) of which every peer has as many heads is seen as (tokens x peers, heads of a peer, width): then one list of rows
+says what goes where.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class OwnRows(NamedTuple):
 class PackedMessages(NamedTuple):
     """Messages with rows of one format.
 
-    begins: the first row of each peer's messages, by their numbers; rows: of all peers; parts: what a row holds.
+    begins: the first row of each peer's messages, by their numbers; rows: of all peers; parts: what a row holds, one part where
+    tensors travel one by one.
     """
 
     begins: dict[tuple[int, ...], int]
@@ -46,34 +48,34 @@ class PackedMessages(NamedTuple):
 
 def pack(
     call: Call, messages: list[tuple[Payload, Message]], joined: list[tuple[int, ...]], are_results: bool
-) -> PackedMessages | None:
-    """The messages of a step that are copied together, or None where fewer than two can be.
+) -> tuple[PackedMessages, ...]:
+    """Return the messages of a step that are copied together: at least two of each format.
 
     joined: the numbers of those that travel together. are_results: they are written to the own tensors, not read from them.
     """
-    found: list[tuple[int, ...]] = []
-    indices: list[list[Ints]] = []
-    formats = None
+    formats: dict[tuple[bool, tuple[tuple[Payload, int], ...]], dict[tuple[int, ...], list[Ints]]] = {}
     for numbers in joined:
         of_peer = [messages[number] for number in numbers]
-        if not of_peer[0][1].bundle:
+        is_bundle = bool(of_peer[0][1].bundle)
+        # rows with all heads are sent from where they lie
+        if not is_bundle and of_peer[0][1].view.heads == call.payload_heads(of_peer[0][0]):
             continue
         own_rows = [_own_rows(call, payload, message.view, are_results) for payload, message in of_peer]
-        format_ = [(payload, message.view.heads) for payload, message in of_peer]
-        if any(rows is None for rows in own_rows) or formats not in (None, format_):
-            continue
-        formats = format_
-        found.append(numbers)
-        indices.append([rows for rows in own_rows if rows is not None])
-    if formats is None or len(found) < 2:
-        return None
-    sizes = [len(of_peer[0]) for of_peer in indices]
-    begins = np.cumsum([0, *sizes]).tolist()
+        found = [rows for rows in own_rows if rows is not None]
+        if len(found) == len(own_rows):
+            format_ = is_bundle, tuple((payload, message.view.heads) for payload, message in of_peer)
+            formats.setdefault(format_, {})[numbers] = found
+    return tuple(_packed(format_, rows) for (_, format_), rows in formats.items() if len(rows) > 1)
+
+
+def _packed(format_: tuple[tuple[Payload, int], ...], rows: dict[tuple[int, ...], list[Ints]]) -> PackedMessages:
+    """Return messages of one format; rows: of the own tensors, by the messages' numbers and part."""
+    begins = np.cumsum([0, *(len(of_peer[0]) for of_peer in rows.values())]).tolist()
     parts = [
-        OwnRows(payload, heads, torch.from_numpy(np.concatenate(rows)))
-        for (payload, heads), rows in zip(formats, zip(*indices, strict=True), strict=True)
+        OwnRows(payload, heads, torch.from_numpy(np.concatenate(of_part)))
+        for (payload, heads), of_part in zip(format_, zip(*rows.values(), strict=True), strict=True)
     ]
-    return PackedMessages(dict(zip(found, begins, strict=False)), begins[-1], tuple(parts))
+    return PackedMessages(dict(zip(rows, begins, strict=False)), begins[-1], tuple(parts))
 
 
 def _own_rows(call: Call, payload: Payload, view: View, are_results: bool) -> Ints | None:

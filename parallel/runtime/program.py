@@ -85,8 +85,8 @@ class ProgramStep:
     joined_sends: list[tuple[int, ...]] = field(default_factory=list)
     joined_receives: list[tuple[int, ...]] = field(default_factory=list)
     # those of them that are packed from, or unpacked to, own tensors all at once
-    packed_sends: PackedMessages | None = None
-    packed_receives: PackedMessages | None = None
+    packed_sends: tuple[PackedMessages, ...] = ()
+    packed_receives: tuple[PackedMessages, ...] = ()
     # one launch, unless head groups need so different tokens that a tensor of all of them would be mostly unused
     launches: list[KernelLaunch] = field(default_factory=list)
     # own rows of buffers that the launches have written, which are accumulated from there
