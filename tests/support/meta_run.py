@@ -30,7 +30,7 @@ from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.transport import GroupTransport
 
 # read or write nothing, or only their result's shape
-_FREE = ("set_", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias")
+_FREE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias", "set_")
 
 
 @dataclass
