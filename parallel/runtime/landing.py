@@ -18,7 +18,7 @@ import torch
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import REDUCED_PAYLOADS
 from distattn.parallel.runtime.row_bundles import Bundle
-from distattn.parallel.runtime.views import OWN, BufferKey, BufferSlice, RowIndex, View, same_rows
+from distattn.parallel.runtime.views import OWN, BufferKey, BufferSlice, RowIndex, View
 
 if TYPE_CHECKING:
     from distattn.parallel.runtime.program import ProgramStep
@@ -41,6 +41,14 @@ class Landing(NamedTuple):
     def own_view(self) -> View:
         """The own rows in the buffer's order, as a view that does not reach all of it."""
         return View(self.rows, self.own[0].view_heads.stop if self.own else 0, list(self.own), False)
+
+    def rows_of_own(self, own: BufferKey) -> Ints:
+        """Return the row of the buffer in which each row of an own tensor lies, -1 for those that are not there."""
+        rows = [(_numbers(piece.rows), _numbers(piece.view_rows)) for piece in self.own if piece.buffer == own]
+        out = np.full(1 + max((int(mine.max(initial=-1)) for mine, _ in rows), default=-1), -1, np.int64)
+        for mine, there in rows:
+            out[mine] = there
+        return out
 
 
 def land(
@@ -134,15 +142,37 @@ def _change(step: ProgramStep, found: Mapping[BufferKey, Landing]) -> None:
 
 
 def _as_landed(view: View, found: Mapping[BufferKey, Landing]) -> View:
-    """A launch's view: the whole buffer where that is its working tensor, else the same rows where they lie now."""
+    """Return a launch's view: a run of rows of a landed buffer where all its rows lie there, else its rows where they lie now."""
     slices = [_moved(piece, found) for piece in view.slices]
     for i, piece in enumerate(slices):
         landing = found.get(piece.buffer)
         own = (*view.slices[:i], *view.slices[i + 1 :])
-        if landing and view.rows == landing.rows and same_rows(piece.rows, piece.view_rows) and _same(own, landing.own):
-            rows = slice(0, view.rows)
-            return view._replace(slices=[piece._replace(rows=rows, view_rows=rows)])
+        rows = _run_of_landed(piece, own, view, landing) if landing else None
+        if rows:
+            return view._replace(slices=[piece._replace(rows=rows, view_rows=slice(0, view.rows))])
     return view._replace(slices=slices)
+
+
+def _run_of_landed(piece: BufferSlice, own: tuple[BufferSlice, ...], view: View, landing: Landing) -> slice | None:
+    """Return the run of rows of a landed buffer that a view is; None where it is none.
+
+    piece: the view's slice of that buffer, where it lies now; own: its other slices.
+    """
+    if not view.is_complete or any(one.view_heads != slice(0, view.heads) for one in (piece, *own)):
+        return None
+    where = np.full(view.rows, -1, np.int64)
+    where[_numbers(piece.view_rows)] = _numbers(piece.rows)
+    for other in own:
+        first_head = next((one.heads.start for one in landing.own if one.buffer == other.buffer), -1)
+        rows, there = _numbers(other.rows), landing.rows_of_own(other.buffer)
+        if other.heads.start != first_head + piece.heads.start or rows.max(initial=-1) >= len(there):
+            return None
+        where[_numbers(other.view_rows)] = there[rows]
+    # a result is accumulated from the buffer once: from all of it
+    whole = piece.buffer.payload not in REDUCED_PAYLOADS or view.rows == landing.rows
+    if not whole or not view.rows or (where < 0).any() or not _is_run(where):
+        return None
+    return slice(int(where[0]), int(where[0]) + view.rows)
 
 
 def _moved(piece: BufferSlice, found: Mapping[BufferKey, Landing]) -> BufferSlice:
@@ -160,16 +190,6 @@ def _in_stretches(
         return [piece]
     rows = found[piece.buffer].new_row[_numbers(piece.rows)]
     return [piece._replace(rows=_index(rows[stretch]), view_rows=stretch) for stretch in stretches]
-
-
-def _same(these: tuple[BufferSlice, ...], those: tuple[BufferSlice, ...]) -> bool:
-    """Whether slices are of the same rows and heads."""
-    return len(these) == len(those) and all(
-        (a.buffer, a.heads, a.view_heads) == (b.buffer, b.heads, b.view_heads)
-        and same_rows(a.rows, b.rows)
-        and same_rows(a.view_rows, b.view_rows)
-        for a, b in zip(these, those, strict=True)
-    )
 
 
 def _numbers(rows: RowIndex) -> Ints:

@@ -106,11 +106,7 @@ def _rows_in_landed(own: BufferKey, key: BufferKey, landing: Landing) -> np.ndar
     all_heads = slice(0, own.h1 - own.h0)
     if (key.h0, key.h1) != (own.h0, own.h1) or not parts or any(piece.heads != all_heads for piece in parts):
         return None
-    rows = [(_numbers(piece.rows), _numbers(piece.view_rows)) for piece in parts]
-    where = np.full(1 + max(int(mine.max(initial=-1)) for mine, _ in rows), -1, np.int64)
-    for mine, there in rows:
-        where[mine] = there
-    return where
+    return landing.rows_of_own(own)
 
 
 def _steps_of_use(steps: Iterable[ProgramStep]) -> dict[BufferKey, range]:
@@ -120,7 +116,3 @@ def _steps_of_use(steps: Iterable[ProgramStep]) -> dict[BufferKey, range]:
         for key in (piece.buffer for view in step.views() for piece in view.slices):
             uses[key] = range(uses[key].start if key in uses else number, number + 1)
     return uses
-
-
-def _numbers(rows: slice | torch.Tensor) -> np.ndarray:
-    return np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows.numpy()

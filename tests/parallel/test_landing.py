@@ -75,6 +75,22 @@ def test_what_is_kept_lies_where_both_passes_read_it_if_that_makes_it_little_lar
         assert not any(step.own_copies for step in program.forward)
 
 
+def test_launches_of_some_rows_read_a_run_of_what_has_landed():
+    # two Ulysses groups in a ring of two; keys of the other group are needed by later rows only
+    how = dict(backward="refetch-home", options=dict(ulysses=2))
+    mask, shape = Mask.causal(TOKENS), dict(heads=8, kv_heads=4, head_dim=8, dtype="float64")
+    parts = 0
+    for program in programs("usp", "zigzag", **how):
+        for launch in launches(program):
+            queries = [view for payload, view in launch.operands.items() if payload in (Payload.Q, Payload.dO)]
+            assert all(is_direct(view) and view.slices[0].buffer.step != OWN for view in queries)
+            parts += any(view.slices[0].rows.start for view in queries)
+    assert parts
+    plan = make_plan(mask, layouts(LENGTHS, 4)["zigzag"], strategy="usp", **shape, **how)
+    inputs = random_inputs(TOKENS, 8, 4, 8)
+    assert_close(run_all_ranks(plan, inputs), dense(mask, inputs), 1e-11)
+
+
 def test_messages_in_many_stretches_are_gathered_as_before():
     layout = Layout.block_cyclic(LENGTHS, 4, block=5)
     shape = dict(heads=8, kv_heads=4, head_dim=8, dtype="bfloat16", backward="refetch-home")
