@@ -134,6 +134,7 @@ class Buffers:
         """Return the tensors of a message by stretch: parts of buffers, or of the bundles that begin with them (in_rows)."""
         if len(view.slices) == 1:
             (only,) = view.slices
+            assert isinstance(only.rows, slice), "messages leave from and land in stretches of rows"
             begin, tensors = only.rows.start, self._whole(only.buffer, in_rows)
             return [tuple(x[begin + part.start : begin + part.stop] for x in tensors) for part in stretches]
         return [tuple(x[piece.rows] for x in self._whole(piece.buffer, in_rows)) for piece in view.slices]
@@ -142,6 +143,7 @@ class Buffers:
         """The part of a buffer that a view is."""
         (only,) = view.slices
         fields = self.fields[only.buffer]
+        assert isinstance(only.rows, slice), "a part of a buffer is a stretch of rows"
         if only.rows.start or only.rows.stop != len(fields[0]):
             fields = tuple(tensor[only.rows] for tensor in fields)
         return tuple(_of_heads(tensor, only.heads) for tensor in fields)

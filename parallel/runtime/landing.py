@@ -88,7 +88,7 @@ def land(
 
 
 def _agrees(landing: Landing, bundle: Bundle, found: Mapping[BufferKey, Landing]) -> bool:
-    """Whether all buffers of a bundle have become as large, with their rows in the same places."""
+    """Return whether all buffers of a bundle have become as large, with their rows in the same places."""
     others = [found.get(key) for key in bundle]
     return all(other and other.rows == landing.rows and (other.new_row == landing.new_row).all() for other in others)
 

@@ -165,7 +165,7 @@ def kept_elements(program: Program) -> int:
 
 
 def place_kept(call: Call, kept: Mapping[BufferKey, int], bundles: Mapping[BufferKey, Bundle]) -> FlatPlaces:
-    """Where buffers that stay until the backward pass lie in one flat tensor of the inputs' dtype. kept: rows of each."""
+    """Return where buffers that stay until the backward pass lie in one flat tensor of the inputs' dtype. kept: rows of each."""
     places: dict[PlaceKey, list[PlacedTensor]] = {}
     at = size = 0
     for key, rows in kept.items():
@@ -217,13 +217,13 @@ def lay_out(call: Call, steps: list[ProgramStep], bundles: Mapping[BufferKey, Bu
 
 
 def _rows_key(call: Call, bundle: Bundle) -> RowsKey:
-    """The rows of buffers."""
+    """Return the name and format of the rows that these buffers share."""
     parts = [(key.h1 - key.h0, call.payload_fields(key.payload)) for key in bundle]
     return RowsKey(("rows", bundle[0]), bundle, RowFormat.of(parts))
 
 
 def _places_in_rows(key: RowsKey, matrix: PlacedTensor) -> dict[PlaceKey, list[PlacedTensor]]:
-    """The places of a bundle: of its rows, and of the tensors of its parts in them."""
+    """Return the places of a bundle: of its rows, and of the tensors of its parts in them."""
     places: dict[PlaceKey, list[PlacedTensor]] = {key.rows: [matrix]}
     begin, row_bytes = (size * matrix.dtype.itemsize for size in (matrix.offset, matrix.strides[0]))
     for part, tensors in zip(key.parts, key.format.tensors, strict=True):
@@ -306,7 +306,7 @@ def _tensors(
 def _packed(
     call: Call, step: ProgramStep, name: str, numbers: tuple[int, ...], rows: int | None, begin: int, end: int
 ) -> Iterator[tuple[ProgramStep, PlaceKey | RowsKey, Widths, int, int, int, int]]:
-    """The tensors of messages that travel together, in the dtypes that travel; name: "send" or "receive".
+    """Yield the tensors of messages that travel together, in the dtypes that travel; name: "send" or "receive".
 
     rows: where the rows of other peers follow, of all of them.
     """
@@ -330,7 +330,7 @@ def _others(joined: list[tuple[int, ...]], packed: tuple[PackedMessages, ...]) -
 def _travels_from_its_buffer(
     call: Call, messages: list[tuple[Payload, Message]], bundles: Mapping[BufferKey, Bundle]
 ) -> bool:
-    """Whether messages that travel together are sent from where they lie: alone from tensors, or from rows of one bundle."""
+    """Return whether messages that travel together are sent from where they lie: alone from tensors, or from rows of one bundle."""
     if not all(travels_from_its_buffer(call, payload, one.view, one.stretches) for payload, one in messages):
         return False
     first = messages[0][1]

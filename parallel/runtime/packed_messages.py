@@ -42,7 +42,7 @@ class PackedMessages(NamedTuple):
 
     @property
     def first(self) -> tuple[int, ...]:
-        """The numbers of the first peer's messages, under which the places of all rows are noted."""
+        """Return the numbers of the first peer's messages, under which the places of all rows are noted."""
         return next(iter(self.begins))
 
 
@@ -79,7 +79,7 @@ def _packed(format_: tuple[tuple[Payload, int], ...], rows: dict[tuple[int, ...]
 
 
 def _own_rows(call: Call, payload: Payload, view: View, are_results: bool) -> Ints | None:
-    """The row of the own tensor, seen with as many heads as the view has, for each row of the view; None where it has none."""
+    """Return the row of the own tensor, seen with as many heads as the view has, for each row of the view; None without one."""
     heads, groups = view.heads, call.payload_heads(payload) // view.heads
     if not view.is_complete or groups * heads != call.payload_heads(payload):
         return None

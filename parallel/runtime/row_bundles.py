@@ -59,7 +59,7 @@ class RowFormat(NamedTuple):
 
     @property
     def widths(self) -> Widths:
-        """The row as one tensor of one head."""
+        """Return the row as one tensor of one head."""
         return ((self.numbers, self.dtype),)
 
     @staticmethod
@@ -79,7 +79,7 @@ class RowFormat(NamedTuple):
 
 
 def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, BufferKey], Bundle]:
-    """The bundle of each buffer of these ranks that is in one, by rank and buffer. Both ends of a message find the same.
+    """Return the bundle of each buffer of these ranks that is in one, by rank and buffer; the same at both ends of a message.
 
     All buffers that arrive at a rank in a step (of partial results: leave it) are one bundle where they hold the same tokens of
     the same peers and all tasks of the rank are in one step: then their lives are equal, too. Otherwise each is a bundle of its
@@ -118,14 +118,14 @@ def _is_aligned(call: Call, key: BufferKey) -> bool:
 
 
 def _has_some_heads(moves: Columns, heads: Ints) -> np.ndarray:
-    """Which moves carry some heads of a payload only; heads: of each payload."""
+    """Return which moves carry some heads of a payload only; heads: of each payload."""
     return moves["h1"] - moves["h0"] < heads[moves["payload"]]
 
 
 def _buffers_by_step(
     moves: Columns, end: str, peer: str
 ) -> Iterator[tuple[tuple[int, int], list[tuple[int, int, int, Ints]]]]:
-    """((rank, step), buffers) of moves: payload, heads h0 and h1, and (3, intervals) of peer, t0 and t1, of each buffer."""
+    """Yield ((rank, step), buffers) of moves: payload, heads h0 and h1, and (3, intervals) of peer, t0 and t1, of each buffer."""
     by = (end, "step", "payload", "h0", "h1")
     moves = select_rows(moves, lexicographic_argsort(*(moves[name] for name in (*by, peer, "t0"))))
     tokens = np.stack([moves[name] for name in (peer, "t0", "t1")])
