@@ -330,7 +330,7 @@ def _others(joined: list[tuple[int, ...]], packed: tuple[PackedMessages, ...]) -
 def _travels_from_its_buffer(
     call: Call, messages: list[tuple[Payload, Message]], bundles: Mapping[BufferKey, Bundle]
 ) -> bool:
-    """Return whether messages that travel together are sent from where they lie: alone from tensors, or from rows of one bundle."""
+    """Return whether messages that travel together are sent from where they lie: from tensors, or from rows of a bundle."""
     if not all(travels_from_its_buffer(call, payload, one.view, one.stretches) for payload, one in messages):
         return False
     first = messages[0][1]
