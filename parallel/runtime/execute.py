@@ -193,9 +193,9 @@ def _run_step(
         buffers.accumulate(key.payload, view, buffers.fields[key])
     yield
     pending.wait()
-    for packed, fields in zip(step.packed_receives, arrived, strict=True):
+    for packed, parts in zip(step.packed_receives, arrived, strict=True):
         # nothing has been written there before
-        buffers.unpack(packed, fields)
+        buffers.unpack(packed, parts)
     for number, fields in incoming.items():
         payload, message = step.receives[number]
         buffers.accumulate(payload, message.view, fields)
