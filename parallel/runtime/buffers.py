@@ -142,11 +142,8 @@ class Buffers:
     def part(self, view: View) -> Fields:
         """The part of a buffer that a view is."""
         (only,) = view.slices
-        fields = self.fields[only.buffer]
         assert isinstance(only.rows, slice), "a part of a buffer is a stretch of rows"
-        if only.rows.start or only.rows.stop != len(fields[0]):
-            fields = tuple(tensor[only.rows] for tensor in fields)
-        return tuple(_of_heads(tensor, only.heads) for tensor in fields)
+        return tuple(_of_heads(_of_rows(tensor, only.rows), only.heads) for tensor in self.fields[only.buffer])
 
     def gather(self, view: View, places: Places | None) -> Fields:
         """The tensors of a view, (rows, heads, ...): part of a buffer, or a copy at `places`."""
@@ -197,6 +194,11 @@ class Buffers:
         if dtype not in self._arena:
             self._arena[dtype] = self._arena[torch.uint8].view(dtype)
         return self._arena[dtype]
+
+
+def _of_rows(tensor: Tensor, rows: slice) -> Tensor:
+    """Return a stretch of rows of a tensor: the tensor itself where these are all."""
+    return tensor if rows.start == 0 and rows.stop == len(tensor) else tensor[rows]
 
 
 def _of_heads(tensor: Tensor, heads: slice) -> Tensor:
