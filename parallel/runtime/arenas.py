@@ -85,7 +85,7 @@ class ArenaPool:
             self._kept[place] = [block for block in known if not _is_unused(block)] if runs_backward() else []
         block = self._take(place, count * dtype.itemsize, unused)
         # no view, of which autograd would know
-        yield torch.empty(0, dtype=dtype, device=device).set_(block.untyped_storage(), 0, (count,))
+        yield torch.empty(0, dtype=dtype, device=device).set_(block.untyped_storage(), 0, (count,), (1,))
         with self._lock:
             self._kept[place] += [block, *unused]
 
