@@ -60,6 +60,8 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
     arguments = parser.parse_args()
+    # copies of a few rows would wait for other threads where processors are busy
+    torch.set_num_threads(1)
     shape = dict(heads=arguments.heads, kv_heads=arguments.kv_heads, head_dim=arguments.dim, dtype="bfloat16")
     lengths = [arguments.tokens // 32] * 32
     masks = {"causal": da.Mask.causal(arguments.tokens), "32 documents": da.Mask.documents(lengths)}
