@@ -156,7 +156,7 @@ def test_repeated_layers_keep_what_the_backward_finds_again_once(strategy):
     plan = plan_of(strategy, [1 << 20], 32, 8, backward="keep")
     layer, found = Layer(plan, 1), repeated_layers(plan, 1, layers=20, launches=60)
     kept = layer.ready.kept_elements * getattr(torch, plan.call.dtype).itemsize
-    assert kept > GB and found.peak_of_messages == kept
+    assert kept > GB and found.peak_of_messages == kept + layer.memory["backward"].arena
 
 
 def test_results_that_no_two_kernels_add_to_are_held_and_sent_in_half_precision():

@@ -244,14 +244,13 @@ class _Repeated(torch.autograd.Function):
 def repeated_layers(plan: Plan, rank: int, layers: int, launches: int) -> HeldBytes:
     """Memory of the backward pass of so many checkpointed layers, with the host ahead of the device; see `layers_ahead`.
 
-    The arena has been made before, and is left out.
+    The arena has grown before, without messages.
     """
-    layer = Layer(plan, rank)
+    layer, memory = Layer(plan, rank), HeldBytes(QUEUE)
     ARENAS.free(META)
-    layer.backward(*layer.forward())
-    # what this pass has kept is not used again: the next one is to be counted
-    ARENAS._kept.clear()
-    memory = layer.backend.memory = HeldBytes(QUEUE)
+    with Watch(Traffic(), memory):
+        layer.backward(*layer.forward())
+    layer.backend.memory = memory
     x = hidden = torch.ones(1, device=META, requires_grad=True)
     for _ in range(layers):
         hidden = _Repeated.apply(hidden, layer, memory, launches)
