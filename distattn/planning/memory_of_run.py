@@ -186,12 +186,17 @@ def memory_table(found: Sequence[RankMemory], ranks: int) -> list[str]:
         "gathered",
         "reduced",
         "saved",
+        "arena",
         *SECTIONS,
         "total",
         "host",
     ]
     rows = [
-        [*one.state, one.counts.saved, *(one.counts.working[name] for name in SECTIONS), one.total, one.host]
+        [
+            *(*one.state, one.counts.saved, one.counts.arena),
+            *(one.counts.working[name] for name in SECTIONS),
+            *(one.total, one.host),
+        ]
         for one in found
     ]
     cells = iter(in_one_unit([float(number) for row in rows for number in row], "B"))
@@ -228,6 +233,7 @@ def memory_json(found: Sequence[RankMemory], cluster: ClusterSpec | None = None)
                 "tokens": one.tokens,
                 **one.state._asdict(),
                 "saved": one.counts.saved,
+                "arena": one.counts.arena,
                 "working": one.counts.working,
                 "total": one.total,
                 "host": one.host,
@@ -256,7 +262,7 @@ def _counts(make_model: Callable[[], Any], executable: Executable, settings: Mem
         counts.append(step_memory(AllocationWatch(), one, executable, settings))
     few, more = counts
     saved, host = (a + further * (b - a) for a, b in ((few.saved, more.saved), (few.host, more.host)))
-    return RankCounts(saved, more.working, host)
+    return RankCounts(saved, more.arena, more.working, host)
 
 
 def _shapes(layer: nn.Module) -> tuple[object, ...]:
