@@ -43,7 +43,7 @@ class Mark:
 MARKS = {
     "trl-1m": Mark("TRL#6846", "qwen3-8b", 1 << 20, 8, 56.2e9),
     "alst-500k": Mark("ALST", "llama-3-8b", 500_000, 1, 80e9, state_on_host=True),
-    "upipe-5m": Mark("UPipe", "llama-3-8b", 5_000_000, 8, 80e9, "ring", state_on_host=True, max_buffer_bytes=4 * 10**9),
+    "upipe-5m": Mark("UPipe", "llama-3-8b", 5_000_000, 8, 80e9, state_on_host=True, max_buffer_bytes=12 * 10**9),
     "3m": Mark("ours", "llama-3-8b", 3_000_000, 8, 80e9),
     "4m": Mark("ours", "llama-3-8b", 4_000_000, 8, 80e9, "ring", state_on_host=True, max_buffer_bytes=4 * 10**9),
 }
