@@ -65,6 +65,11 @@ class Op:
                 raise DistattnError(f"{field} is 1 to {_MOST_DIM} for latent attention and 0 for others, not {dim}.")
 
     @property
+    def is_softmax(self) -> bool:
+        """Return whether each row of queries reads keys by a softmax, latents or not."""
+        return self.kind in ("attention", "latent_attention")
+
+    @property
     def is_recurrent(self) -> bool:
         """Whether tasks read segments of tokens in order, and states move."""
         return self.kind in ("recurrence", "prefix_max")

@@ -185,17 +185,16 @@ def memory_table(counted: Sequence[RankMemory], ranks: int) -> list[str]:
         "gathered",
         "reduced",
         "saved",
+        "arena",
         *SECTIONS,
         "total",
         "host",
     ]
     rows = [
         [
-            *memory.state,
-            memory.counts.saved,
+            *(*memory.state, memory.counts.saved, memory.counts.arena),
             *(memory.counts.working[name] for name in SECTIONS),
-            memory.total,
-            memory.host,
+            *(memory.total, memory.host),
         ]
         for memory in counted
     ]
@@ -233,6 +232,7 @@ def memory_json(counted: Sequence[RankMemory], cluster: ClusterSpec | None = Non
                 "tokens": memory.tokens,
                 **memory.state._asdict(),
                 "saved": memory.counts.saved,
+                "arena": memory.counts.arena,
                 "working": memory.counts.working,
                 "total": memory.total,
                 "host": memory.host,
@@ -265,7 +265,7 @@ def _counts(make_model: Callable[[], Any], executable: Executable, settings: Mem
         counts.append(step_memory(AllocationWatch(), shortened, executable, settings))
     few, more = counts
     saved, host = (a + further * (b - a) for a, b in ((few.saved, more.saved), (few.host, more.host)))
-    return RankCounts(saved, more.working, host)
+    return RankCounts(saved, more.arena, more.working, host)
 
 
 def _shapes(layer: nn.Module) -> tuple[object, ...]:
