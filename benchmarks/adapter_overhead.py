@@ -187,7 +187,7 @@ def megatron_core(shape: Any, batch: Any) -> Any:
     groups = ProcessGroupCollection(cp=dist.group.WORLD, tp=dist.group.WORLD)
     own = MegatronBatches({"strategy": "ring", "kernel": "cpu"})
     own.batch = lambda *given: batch
-    return CoreAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups, own=own)
+    return CoreAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups, batches=own)
 
 
 def of_step(config: Any, tokens: int, ahead: bool) -> tuple[float, float, float]:

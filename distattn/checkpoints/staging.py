@@ -87,8 +87,6 @@ class HostBuffers:
         """The buffer of a tensor: on the host, of its shape and dtype."""
         found = self._buffers.get(name)
         if found is None or (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
-            # the old one's memory is given back first
-            self._buffers.pop(name, None)
             found = (
                 pinned_memory.pinned_like(tensor)
                 if has_streams(tensor.device)

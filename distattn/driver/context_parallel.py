@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -252,8 +253,8 @@ class ContextParallel:
         return new_group(dist.get_process_group_ranks(self.group)[first : first + self.block_ranks])
 
     def close(self) -> None:
-        """End threads and communicators, let servers go, and free arenas. All ranks call it; a second call does nothing."""
-        self._close(gracefully=True)
+        """End threads and communicators, let servers go, and free arenas. All ranks call it; after an error it waits for none."""
+        self._close(gracefully=sys.exc_info()[0] is None)
 
     def __enter__(self) -> ContextParallel:
         return self

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distattn.ir.errors import DistattnError
-from distattn.kernels.devices import has_streams
+from distattn.kernels.devices import current_device, has_streams
 from distattn.memory import pinned_memory
 
 
@@ -79,7 +79,8 @@ class HostOffload:
                 # a larger one takes the place of a smaller one, whose copies have to be over
                 self._streams[x.device].synchronize()
                 del free[max(range(len(free)), key=lambda number: free[number].nbytes)]
-        return pinned_memory.pinned_bytes(x.nbytes)
+        with current_device(x.device):
+            return pinned_memory.pinned_bytes(x.nbytes)
 
     def give_pinned(self, device: torch.device, buffer: Tensor) -> None:
         """Take back the pinned bytes of a tensor of a device."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distattn.ir.errors import DistattnError
+from distattn.kernels.devices import current_device
 
 # cudaHostRegisterPortable: pinned for all devices of the process
 _PORTABLE = 1
@@ -20,7 +21,9 @@ _PORTABLE = 1
 
 def pinned_like(tensor: Tensor) -> Tensor:
     """Return an empty, contiguous tensor of a tensor's shape and dtype in pinned memory. Raises as `pinned_bytes`."""
-    return pinned_bytes(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+    # pinning uses the current device, and a new thread begins with device 0
+    with current_device(tensor.device):
+        return pinned_bytes(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
 
 
 def pinned_bytes(size: int) -> Tensor:

@@ -6,6 +6,7 @@ The limits of a key stand beside its field; `config_checks` compares keys with e
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -313,8 +314,8 @@ class TrainConfig:
     """For weight matrices only, not for norms, biases and other vectors."""
     beta1: Annotated[float, Number(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Number(ge=0, lt=1)] = 0.95
-    epsilon: Annotated[float, Number(gt=0)] = 1e-8
-    max_grad_norm: Annotated[float, Number(gt=0)] = 1.0
+    epsilon: Annotated[float, Number(gt=0, le=math.inf)] = 1e-8
+    max_grad_norm: Annotated[float, Number(gt=0, le=math.inf)] = 1.0
     """Maximum norm of the gradients, which are scaled down to it."""
     z_loss: Annotated[float, Number(ge=0), Engines(("fsdp2", "deepspeed"))] = 0.0
     """Weight of the squared logarithm of the softmax's denominator, a loss that keeps logits small."""

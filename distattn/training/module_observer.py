@@ -113,7 +113,7 @@ def observed_modules(
         # attention is called between two modules of its layer
         layer = _around(last[0])
         for packet in packets:
-            for tensor in _tensors(packet.tensor):
+            for tensor in _tensors(packet.tensors()):
                 record(layer, f"message {packet.name} to rank {packet.peer} of the group", tensor, is_message=True)
 
     def watch_gradient(module: str, kind: str, tensor: Tensor) -> None:

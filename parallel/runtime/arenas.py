@@ -34,7 +34,8 @@ class ArenaPool:
     """Arenas that no pass uses now, by device and stream. Any thread may borrow and give back."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # garbage collection may close a driver, which frees arenas, on a thread that holds the lock
+        self._lock = threading.RLock()
         # of each place by size, the smallest first
         self._idle: dict[_Place, list[Tensor]] = defaultdict(list)
         # what passes have received for a backward in, of each place; it may be in use
@@ -43,7 +44,7 @@ class ArenaPool:
 
     def forget(self) -> None:
         """Begin anew in a process that was forked: the device's memory, and threads that held the lock, stay with the parent."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         # PyTorch's allocator would ask CUDA for events if they were freed, and a forked process cannot use CUDA
         self._of_parents += [self._idle, self._kept]
         self._idle, self._kept = defaultdict(list), defaultdict(list)
@@ -74,8 +75,8 @@ class ArenaPool:
         It may lie where that of another pass was, to which nothing refers any longer. If the block raises, its memory is not used
         again. Raises torch.OutOfMemoryError.
         """
-        if not count:
-            yield torch.empty(0, dtype=dtype, device=device)
+        if not count or _is_taken_by_hooks():
+            yield torch.empty(count, dtype=dtype, device=device)
             return
         place = _place(device)
         with self._lock:
@@ -170,6 +171,17 @@ def _size(arena: Tensor) -> int:
 
 def _uses(memory: Tensor) -> int:
     return int(torch._C._storage_Use_Count(memory.untyped_storage()._cdata))
+
+
+def _is_taken_by_hooks() -> bool:
+    """Return whether hooks that are not of activation checkpointing or our own may still read saved tensors that are freed.
+
+    Offloading by other libraries copies them on a stream of its own and tells PyTorch's allocator alone (`record_stream`).
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and not str(getattr(hooks[0], "__module__", "")).startswith(
+        ("torch.utils.checkpoint", "distattn.")
+    )
 
 
 def _is_unused(memory: Tensor) -> bool:

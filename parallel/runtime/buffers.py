@@ -66,7 +66,9 @@ class Buffers:
     ) -> None:
         """Make these buffers views of one flat tensor. renamed: the key of each in this pass."""
         for key, places in kept.places.items():
-            fields = tuple(flat.as_strided(place.shape, place.strides, place.offset) for place in places)
+            # hooks of saved tensors may give it back as a part of another tensor
+            begin = flat.storage_offset()
+            fields = tuple(flat.as_strided(place.shape, place.strides, begin + place.offset) for place in places)
             if isinstance(key, BufferKey):
                 self.fields[key if renamed is None else renamed(key)] = fields
             elif renamed is None:

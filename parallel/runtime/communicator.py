@@ -185,7 +185,13 @@ def _opened(group: dist.ProcessGroup, make: Callable[..., Any], device: torch.de
         store.set(f"here/{rank}", "1")
         store.wait([f"here/{other}" for other in range(len(members))], timeout)
         backend = make(store, rank, members, timeout, name)
-        end_with_group(backend, group)
+
+        def farewell(seconds: float) -> None:
+            store.set(f"gone/{rank}", "1")
+            store.wait([f"gone/{other}" for other in range(len(members))], timedelta(seconds=seconds))
+
+        # gloo's shutdown waits for no rank
+        end_with_group(backend, group, farewell if backend.supports_coalescing else None)
         try:
             warm_up(backend, rank, len(members), device, timeout)
         except BaseException:

@@ -12,22 +12,30 @@ import os
 import queue
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-# A healthy communicator shuts down at once. After this it is aborted, which may take as long again; in seconds.
+# In seconds, for all ranks to come to the end; after that the communicator is aborted.
 _END_SECONDS = 20.0
+# The same at exit, where `close` was forgotten: a rank that ends with an error must not be kept for long.
+_LATE_SECONDS = 5.0
+# An abort goes on in the background after this. It cannot end a shutdown that hangs: both take the same lock in NCCL's backend.
+_ABORT_SECONDS = 1.0
 
 
 class _Open(NamedTuple):
     """An open communicator. finalizer: ends it with its group, or at exit. process: the id of the process that opened it."""
 
     backend: Any
+    farewell: Callable[[float], None] | None
     finalizer: Any
+    helper: _Helper
     process: int
 
 
@@ -39,96 +47,83 @@ _ENDED: weakref.WeakSet[Any] = weakref.WeakSet()
 _LOCK = threading.RLock()
 
 
-def end_with_group(backend: Any, group: dist.ProcessGroup) -> None:
-    """Have a new communicator ended with its process group or at exit, unless `end_communicator` ends it before."""
-    _Helpers.acquire()
+def end_with_group(backend: Any, group: dist.ProcessGroup, farewell: Callable[[float], None] | None = None) -> None:
+    """Have a new communicator ended with its process group or at exit, unless `end_communicator` ends it before.
+
+    farewell: returns once all ranks have called it, and raises if one has not within the given seconds. It comes before a
+    shutdown, which waits for the other ranks without a time-out.
+    """
     finalizer = weakref.finalize(group, _end_late, backend)
     with _LOCK:
-        _OPEN[id(backend)] = _Open(backend, finalizer, os.getpid())
+        _OPEN[id(backend)] = _Open(backend, farewell, finalizer, _Helper(), os.getpid())
 
 
-def end_communicator(backend: Any, gracefully: bool = True) -> None:
+def end_communicator(backend: Any, gracefully: bool = True, seconds: float | None = None) -> None:
     """Shut a communicator down, unless it has ended: a collective call of its ranks, which make such calls in one order.
 
-    gracefully: messages under way and other ranks are waited for; otherwise the communicator is aborted. It is aborted as well
-    where a shutdown fails or takes longer than _END_SECONDS, as where a rank is lost. Prints and raises nothing. A backend that
-    `end_with_group` was not called for is ended as well.
+    gracefully: messages under way and other ranks are waited for, `seconds` at most, by default _END_SECONDS; otherwise the
+    communicator is aborted. It is aborted as well where a rank does not come to the end, or a shutdown fails. Prints and raises
+    nothing. A backend that `end_with_group` was not called for is ended as well.
     """
     with _LOCK:
         if backend in _ENDED:
             return
         _ENDED.add(backend)
         found = _OPEN.pop(id(backend), None)
-    if found is None:
-        _Helpers.acquire()
-    else:
+    if found is not None:
         found.finalizer.detach()
         if found.process != os.getpid():
             # a process that was forked has no part in what its parent opened
             return
+    helper = _Helper() if found is None else found.helper
+    farewell = None if found is None else found.farewell
+    limit = _END_SECONDS if seconds is None else seconds
     try:
-        if not (gracefully and _Helpers.run(backend.shutdown, _END_SECONDS)):
-            _Helpers.run(backend.abort, _END_SECONDS)
+        all_are_here = gracefully and (farewell is None or helper.run(partial(farewell, limit), limit))
+        if not (all_are_here and helper.run(backend.shutdown, limit)):
+            helper.run(backend.abort, _ABORT_SECONDS)
     finally:
-        _Helpers.release()
+        helper.close()
 
 
 def _end_late(backend: Any) -> None:
     """End a communicator whose group has gone, or whose process ends; after an unhandled error do not wait for other ranks."""
-    end_communicator(backend, gracefully=not hasattr(sys, "last_value"))
+    end_communicator(backend, gracefully=not hasattr(sys, "last_value"), seconds=_LATE_SECONDS)
 
 
-class _Helpers:
-    """Threads that wait for ends of communicators, so that the caller's wait has a limit.
+class _Helper:
+    """Threads that wait for the end of a communicator, so that the caller's wait has a limit.
 
-    They are started with the first communicator, since from Python 3.12 on a process that is ending cannot start threads, and
-    end with the last one. There are two, so that an abort can end a shutdown that hangs.
+    They are started with the communicator, since from Python 3.12 on a process that is ending cannot start threads. There are
+    two: one may hang.
     """
 
-    _calls: queue.SimpleQueue[tuple[Callable[[], None], list[bool], threading.Event] | None] = queue.SimpleQueue()
-    _threads: tuple[threading.Thread, ...] = ()
-    _process = 0
-    _users = 0
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        names = (f"distattn-communicator-end-{number}" for number in range(2))
+        self.threads = [
+            threading.Thread(target=self._work, args=(self._calls,), daemon=True, name=name) for name in names
+        ]
+        for thread in self.threads:
+            thread.start()
 
-    @classmethod
-    def acquire(cls) -> None:
-        """Note one more communicator that is to be ended. Start the threads of this process for the first one."""
-        with _LOCK:
-            if cls._process != os.getpid():
-                cls._process, cls._users = os.getpid(), 0
-            cls._users += 1
-            if cls._users == 1:
-                cls._calls = queue.SimpleQueue()
-                names = (f"distattn-communicator-end-{number}" for number in range(2))
-                cls._threads = tuple(
-                    threading.Thread(target=cls._work, args=(cls._calls,), daemon=True, name=name) for name in names
-                )
-                for thread in cls._threads:
-                    thread.start()
-
-    @classmethod
-    def release(cls) -> None:
-        """Note that a communicator has ended. End the threads after the last one."""
-        with _LOCK:
-            cls._users -= 1
-            if cls._users:
-                return
-            ending, cls._threads = cls._threads, ()
-            for _ in ending:
-                cls._calls.put(None)
-        for thread in ending:
-            # garbage collection may end a communicator on one of these threads, and a call that hangs is left behind
-            if thread is not threading.current_thread():
-                thread.join(1.0)
-
-    @classmethod
-    def run(cls, work: Callable[[], None], seconds: float) -> bool:
+    def run(self, work: Callable[[], None], seconds: float) -> bool:
         """Return whether `work` ended well within some seconds."""
         succeeded: list[bool] = []
         done = threading.Event()
-        cls._calls.put((work, succeeded, done))
+        self._calls.put((work, succeeded, done))
         done.wait(seconds)
         return bool(succeeded)
+
+    def close(self) -> None:
+        """End the threads, but for one that hangs."""
+        for _ in self.threads:
+            self._calls.put(None)
+        ends = time.monotonic() + 1.0
+        for thread in self.threads:
+            # garbage collection may end a communicator on one of these threads
+            if thread is not threading.current_thread():
+                thread.join(max(ends - time.monotonic(), 0.0))
 
     @staticmethod
     def _work(calls: Any) -> None:

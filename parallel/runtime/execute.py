@@ -278,4 +278,8 @@ def _cut(fields: Fields, message: Message) -> list[Fields]:
 
 
 def _packets(payload: Payload, message: Message, parts: list[Fields]) -> list[Packet]:
-    return [Packet(message.peer, payload, tensor, message.row_bytes) for part in parts for tensor in part]
+    return [
+        Packet(message.peer, payload, tensor, message.row_bytes, message.row_format)
+        for part in parts
+        for tensor in part
+    ]

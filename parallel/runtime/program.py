@@ -35,7 +35,7 @@ from distattn.parallel.runtime.landing import Landing, land
 from distattn.parallel.runtime.launches import LaunchTable
 from distattn.parallel.runtime.memory import FlatPlaces, PlacedTensor, PlaceKey, lay_out, place_kept, rounded
 from distattn.parallel.runtime.packed_messages import PackedMessages, pack
-from distattn.parallel.runtime.row_bundles import Bundle, find_bundles
+from distattn.parallel.runtime.row_bundles import Bundle, RowFormat, find_bundles
 from distattn.parallel.runtime.staging import stage
 from distattn.parallel.runtime.state_program import StateProgram, StateStep, lower_states
 from distattn.parallel.runtime.streams import Handover
@@ -53,7 +53,7 @@ class Message(NamedTuple):
 
     stretches: the rows of the view, cut where tokens do not follow one another; each travels by itself. Where there are many of
     them, all rows are one. bundle: the buffers whose rows travel as one message with this one's, see `row_bundles`; empty where
-    each tensor travels by itself. row_bytes: what is sent of each payload in such a row.
+    each tensor travels by itself. row_bytes: what is sent of each payload in such a row; row_format: what lies where in it.
     """
 
     peer: int
@@ -61,6 +61,7 @@ class Message(NamedTuple):
     stretches: tuple[slice, ...]
     bundle: Bundle = ()
     row_bytes: tuple[tuple[Payload, int], ...] = ()
+    row_format: RowFormat | None = None
 
 
 class KernelLaunch(NamedTuple):
@@ -268,11 +269,16 @@ class _TableLowering:
             step.packed_receives = pack(self.call, step.receives, results, True)
         return steps
 
-    def _shared_rows(self, holder: int, key: BufferKey) -> tuple[Bundle, tuple[tuple[Payload, int], ...]]:
-        """Return the bundle of a buffer of rank `holder`, and the bytes that a row of it has of each payload in a message."""
+    def _shared_rows(
+        self, holder: int, key: BufferKey
+    ) -> tuple[Bundle, tuple[tuple[Payload, int], ...], RowFormat | None]:
+        """Return the bundle of a buffer of rank `holder`, and bytes of each payload and format of its rows in a message."""
         bundle = self.bundles_of_ranks.get((holder, key), ())
+        if not bundle:
+            return bundle, (), None
         sent = ((one.payload, (one.h1 - one.h0) * self.call.token_head_bytes(one.payload)) for one in bundle)
-        return bundle, tuple(sent)
+        fields = [(one.h1 - one.h0, self.call.comm_fields(one.payload)) for one in bundle]
+        return bundle, tuple(sent), RowFormat.of(fields)
 
     def _query_buffers(self) -> Ints:
         """For each task, a number for the buffer in which its query rows lie with its first head; -1 where in several."""

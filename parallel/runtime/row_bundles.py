@@ -28,6 +28,7 @@ from distattn.ir.plan import (
     select_rows,
 )
 from distattn.parallel.runtime.views import BufferKey
+from distattn.parallel.tables.partition import owns_range
 
 # bytes: the tensor-memory accelerator wants addresses and strides that are multiples of it
 _ALIGNMENT = 16
@@ -82,9 +83,9 @@ def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, Buffe
     """Return the bundle of each buffer of these ranks that is in one, by rank and buffer; the same at both ends of a message.
 
     All buffers that arrive at a rank in a step (of partial results: leave it) are one bundle where they hold the same tokens of
-    the same peers and all tasks of the rank are in one step: then their lives are equal, too. Otherwise each is a bundle of its
-    own. Buffers whose tensors would not be aligned in a row are in none: fast kernels would refuse the tensors, and padding
-    would be sent.
+    the same peers, all tasks of the rank are in one step, and it passes nothing on: then their lives are equal, too. Otherwise
+    each is a bundle of its own. Buffers whose tensors would not be aligned in a row are in none: fast kernels would refuse the
+    tensors, and padding would be sent.
     """
     found: dict[tuple[int, BufferKey], Bundle] = {}
     moves, tasks = table.moves, table.tasks
@@ -93,13 +94,17 @@ def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, Buffe
     if not call.op.is_softmax or not _has_some_heads(moves, heads).any():
         return found
     for payloads, end, peer in ((HELD_PAYLOADS, "dst", "src"), (REDUCED_PAYLOADS, "src", "dst")):
-        rows = select_rows(moves, np.isin(moves["payload"], payloads) & np.isin(moves[end], ranks))
+        of_kind = np.isin(moves["payload"], payloads)
+        rows = select_rows(moves, of_kind & np.isin(moves[end], ranks))
+        # they send what is not theirs, or receive partial results of what is not theirs
+        is_passed_on = of_kind & ~owns_range(call, moves[peer], moves["t0"], moves["t1"])
+        passing_ranks = set(np.unique(moves[peer][is_passed_on]).tolist())
         for (rank, step), buffers in _buffers_by_step(rows, end, peer):
             tokens_of = {BufferKey(Payload(payload), step, h0, h1): tokens for payload, h0, h1, tokens in buffers}
             keys = [key for key in tokens_of if _is_aligned(call, key)]
             is_one = all(np.array_equal(tokens_of[key], tokens_of[keys[0]]) for key in keys)
             if is_one and len(keys) > 1:
-                is_one = len(np.unique(tasks["step"][tasks["rank"] == rank])) <= 1
+                is_one = rank not in passing_ranks and len(np.unique(tasks["step"][tasks["rank"] == rank])) <= 1
             for bundle in [tuple(keys)] if is_one else [(key,) for key in keys]:
                 if any(key.h1 - key.h0 < heads[key.payload] for key in bundle):
                     found.update({(rank, key): bundle for key in bundle})

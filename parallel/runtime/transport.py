@@ -17,18 +17,21 @@ from torch import Tensor
 from distattn.ir.errors import DistattnError, LostRankError, named_ranks
 from distattn.ir.plan import Payload
 from distattn.parallel.runtime.communicator_end import end_communicator
+from distattn.parallel.runtime.row_bundles import RowFormat
 
 
 class Packet(NamedTuple):
     """One tensor to or from a peer (its rank in the group), contiguous where it is received, and what it is part of.
 
-    row_bytes: where the tensor's rows hold several payloads, the bytes of each in a row.
+    row_bytes: where the tensor's rows hold several tensors, the bytes of each payload in a row. row_format: what lies where in
+    such a row.
     """
 
     peer: int
     payload: Payload | str
     tensor: Tensor
     row_bytes: tuple[tuple[Payload, int], ...] = ()
+    row_format: RowFormat | None = None
 
     @property
     def name(self) -> str:
@@ -36,6 +39,16 @@ class Packet(NamedTuple):
         if self.row_bytes:
             return ", ".join(dict.fromkeys(payload.name for payload, _ in self.row_bytes))
         return self.payload if isinstance(self.payload, str) else self.payload.name
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that it carries, each in its own dtype: views, (rows, numbers) where rows hold several tensors."""
+        if self.row_format is None:
+            return [self.tensor]
+        fields = [field for part in self.row_format.tensors for field in part]
+        return [
+            self.tensor.view(field.dtype)[:, field.first : field.first + field.heads * (field.width or 1)]
+            for field in fields
+        ]
 
 
 class PendingMessages(Protocol):
@@ -76,8 +89,8 @@ class GroupTransport:
         self._group = weakref.ref(group)
         self._backend = backend
         self.is_open = True
-        # drivers that send through it, see `release`
-        self._users = 0
+        # drivers that send through it, and whether none of them has lost a rank; see `release`
+        self._users, self._is_healthy = 0, True
         # whether waiting only orders streams, and this process runs on
         self.waits_on_stream = bool(backend.supports_coalescing)
 
@@ -86,10 +99,15 @@ class GroupTransport:
     ) -> PendingMessages:
         if self._group() is None:
             raise DistattnError("the process group this plan was prepared for has been destroyed; prepare it again.")
+        if not self._is_healthy:
+            # as NCCL says it: who waits for the messages then asks which rank is lost
+            raise RuntimeError(
+                "the communicator of these messages was aborted, since a rank was lost or a message failed."
+            )
         if not self.is_open:
             raise DistattnError(
-                "the messages of this plan have ended: its ContextParallel was closed, or a rank was lost; make another one, and "
-                "close it after the last backward pass."
+                "the messages of this plan have ended, since its ContextParallel was closed; make another one, and close it "
+                "after the last backward pass."
             )
         if self._backend.supports_coalescing:
             # its all-to-all is the same messages, and bytes that were packed
@@ -107,12 +125,14 @@ class GroupTransport:
     def release(self, gracefully: bool) -> None:
         """Close the transport after its last driver. See `close`."""
         self._users -= 1
+        self._is_healthy = self._is_healthy and gracefully
         if not self._users:
-            self.close(gracefully)
+            self.close(self._is_healthy)
 
     def close(self, gracefully: bool = True) -> None:
         """End the communicator, once; a collective call where gracefully. See `end_communicator`."""
         self.is_open = False
+        self._is_healthy = self._is_healthy and gracefully
         end_communicator(self._backend, gracefully)
 
     def _all_at_once(self, sends: list[Packet], receives: list[Packet], where: str) -> PendingMessages:

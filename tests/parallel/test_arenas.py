@@ -3,14 +3,20 @@
 import gc
 import os
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from imitated_cuda import DEVICE, StreamNccl, imitated_cuda
 
+from distattn.ir.plan import Payload
 from distattn.parallel.runtime import arenas
 from distattn.parallel.runtime.arenas import ArenaPool
+from distattn.parallel.runtime.buffers import Buffers
+from distattn.parallel.runtime.kept_tensors import _part
+from distattn.parallel.runtime.memory import FlatPlaces, PlacedTensor
 from distattn.parallel.runtime.transport import GroupTransport, Packet
+from distattn.parallel.runtime.views import BufferKey
 
 CPU = torch.device("cpu")
 
@@ -111,6 +117,23 @@ def test_repeated_layers_keep_what_the_backward_finds_again_in_the_same_memory()
     before = kept_by_a_pass(pool)
     in_backward(lambda: kept_by_a_pass(pool, 5))
     assert (held[0] == 8).all() and (before == 8).all()
+
+
+def test_what_hooks_of_other_libraries_may_still_read_is_new_memory():
+    pool = ArenaPool()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x), pool.kept(64, torch.float32, CPU) as kept:
+        assert kept.shape == (64,)
+    assert not pool._kept
+
+
+@pytest.mark.parametrize("begin", [0, 16])
+def test_kept_tensors_are_found_in_a_part_of_another_tensor(begin):
+    whole = torch.arange(128.0)
+    place = PlacedTensor(torch.float32, (2, 3), (8, 1), 4)
+    holder, key = SimpleNamespace(fields={}, _rows={}), BufferKey(Payload.Q, 0, 0, 1)
+    Buffers.bind_flat(holder, FlatPlaces({key: [place]}, 112, 448), whole[begin:])
+    wanted = torch.tensor([[4.0, 5, 6], [12, 13, 14]]) + begin
+    assert torch.equal(holder.fields[key][0], wanted) and torch.equal(_part(whole[begin:], place), wanted)
 
 
 def test_what_a_failed_pass_kept_is_not_used_again():

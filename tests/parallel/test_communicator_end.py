@@ -73,18 +73,11 @@ def test_garbage_collection_may_end_a_communicator_on_a_thread_that_ends_another
         lock.release()
 
 
-def test_no_thread_is_left_after_the_last_communicator(monkeypatch):
-    # communicators of other tests may be open
-    own = type("Helpers", (communicator_end._Helpers,), {"_users": 0, "_process": 0})
-    monkeypatch.setattr(communicator_end, "_Helpers", own)
-    group, backends = Group(), [ImitatedNccl(QueueWire().end(0), 0, 1) for _ in range(2)]
-    for backend in backends:
-        end_with_group(backend, group)
-    threads = set(own._threads)
-    for backend in backends:
-        assert threads and threads <= set(threading.enumerate())
-        end_communicator(backend)
-    assert all(backend._is_shut for backend in backends) and not threads & set(threading.enumerate())
+def test_no_thread_is_left_after_a_communicator(opened):
+    threads = communicator_end._OPEN[id(opened[1])].helper.threads
+    assert len(threads) == 2 and set(threads) <= set(threading.enumerate())
+    end_communicator(opened[1])
+    assert opened[1]._is_shut and not set(threads) & set(threading.enumerate())
 
 
 def test_a_communicator_ends_with_its_group(opened):
@@ -95,20 +88,56 @@ def test_a_communicator_ends_with_its_group(opened):
     assert backend._is_shut and id(backend) not in communicator_end._OPEN
 
 
-@pytest.mark.parametrize("fails", [True, False], ids=["a shutdown that fails", "a shutdown that hangs"])
-def test_a_communicator_that_cannot_be_shut_down_is_aborted(opened, monkeypatch, fails):
-    backend = opened[1]
-    release = communicator_end.threading.Event()
+def test_a_communicator_whose_shutdown_fails_is_aborted(opened, monkeypatch):
+    def shutdown():
+        raise RuntimeError("NCCL error")
+
+    monkeypatch.setattr(opened[1], "shutdown", shutdown)
+    end_communicator(opened[1])
+    assert opened[1]._is_aborted
+
+
+def test_a_shutdown_that_hangs_is_left_behind_and_others_are_ended(opened, monkeypatch):
+    monkeypatch.setattr(communicator_end, "_ABORT_SECONDS", 0.2)
+    release, backend = threading.Event(), opened[1]
 
     def shutdown():
-        if fails:
-            raise RuntimeError("NCCL error")
-        release.wait()
+        with backend._end_lock:
+            release.wait()
 
     monkeypatch.setattr(backend, "shutdown", shutdown)
+    other = ImitatedNccl(QueueWire().end(0), 0, 1)
+    end_with_group(other, opened[0])
     end_communicator(backend)
+    end_communicator(other)
+    assert other._is_shut and not backend._is_aborted
     release.set()
-    assert backend._is_aborted
+
+
+def test_a_communicator_is_aborted_without_a_shutdown_if_a_rank_does_not_come_to_the_end(opened, monkeypatch):
+    def farewell(seconds):
+        raise RuntimeError(f"rank 1 has not come in {seconds} s")
+
+    group, backend = Group(), ImitatedNccl(QueueWire().end(0), 0, 1)
+    end_with_group(backend, group, farewell)
+    end_communicator(backend)
+    assert backend._is_aborted and not backend._is_shut
+
+
+def test_messages_after_an_abort_fail_as_the_communicators_own_do(opened):
+    transport = GroupTransport(*opened)
+    transport.abort()
+    with pytest.raises(RuntimeError, match="was aborted"):
+        transport.exchange([Packet(0, "numbers", torch.ones(1))], [], False)
+
+
+def test_a_rank_that_one_driver_lost_is_not_waited_for_by_the_last(opened):
+    transport = GroupTransport(*opened)
+    transport.acquire()
+    transport.acquire()
+    transport.release(gracefully=False)
+    transport.release(gracefully=True)
+    assert opened[1]._is_aborted and not opened[1]._is_shut
 
 
 def test_after_an_error_that_ended_the_process_nobody_is_waited_for(opened, monkeypatch):
@@ -167,6 +196,25 @@ ENDS = {
 @pytest.mark.parametrize("end", ENDS)
 def test_a_process_ends_without_a_word(end, nccl):
     assert printed(ENDS[end], nccl, seconds=60) == (0, "", "")
+
+
+def test_a_process_that_closes_while_it_raises_does_not_wait_for_its_peer():
+    end = """
+import contextlib, time
+dist.barrier()
+if rank:
+    time.sleep(600)
+before = time.monotonic()
+try:
+    with contextlib.closing(cp):
+        raise ValueError
+except ValueError:
+    os.kill(int(open(folder + "/peer").read()), 9)
+    assert time.monotonic() - before < 300
+"""
+    assert printed('open(folder + "/peer", "w").write(str(os.getpid())) if rank else None\n' + end, True, seconds=600)[
+        1:
+    ] == ("", "")
 
 
 def test_a_process_whose_peer_died_ends_without_a_word():

@@ -14,6 +14,18 @@ from distattn.ir.plan import POLICIES, Payload
 from distattn.parallel.make_plan import make_plan
 from distattn.parallel.runtime.program import lower
 from distattn.parallel.runtime.row_bundles import RowFormat
+from distattn.parallel.runtime.transport import Packet
+
+
+def test_tensors_of_rows_are_seen_in_their_own_dtypes():
+    rows = RowFormat.of([(4, ((8, "bfloat16"), (None, "float32")))])
+    message = torch.empty(3, rows.numbers, dtype=torch.bfloat16)
+    o, lse = Packet(0, Payload.O, message, ((Payload.O, 80),), rows).tensors()
+    assert (o.dtype, o.shape, lse.dtype, lse.shape) == (torch.bfloat16, (3, 32), torch.float32, (3, 4))
+    o.fill_(1.0)
+    # its low half is a NaN of bfloat16
+    lse.copy_(torch.tensor(0x3F807FC1, dtype=torch.int32).view(torch.float32))
+    assert not message.isfinite().all() and o.isfinite().all() and lse.isfinite().all()
 
 
 @pytest.mark.parametrize("policy", POLICIES)

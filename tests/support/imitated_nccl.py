@@ -117,6 +117,7 @@ class ImitatedNccl:
         # calls that are not worked off yet, oldest first
         self._stream: list[_Call] = []
         self._lock = threading.RLock()
+        self._end_lock = threading.Lock()
 
     def size(self) -> int:
         return self._ranks
@@ -204,12 +205,13 @@ class ImitatedNccl:
         self._connected |= set(new)
 
     def shutdown(self) -> None:
-        """Wait for calls under way and for the other ranks' shutdown."""
-        if self._stream:
-            self.work_off(self._stream[-1])
-        if self._has_called:
-            self._meet("end", "shutdown")
-        self._is_shut = True
+        """Wait for calls under way and for the other ranks' shutdown. Meanwhile nothing aborts it: both take one lock."""
+        with self._end_lock:
+            if self._stream:
+                self.work_off(self._stream[-1])
+            if self._has_called:
+                self._meet("end", "shutdown")
+            self._is_shut = True
 
     def __del__(self) -> None:
         # the words of PyTorch's destructor, which aborts then
@@ -220,9 +222,10 @@ class ImitatedNccl:
             self.abort()
 
     def abort(self) -> None:
-        """Whatever waits goes on."""
-        self._is_aborted = True
-        self._stream.clear()
+        """End all calls under way, so that what waits for them goes on."""
+        with self._end_lock:
+            self._is_aborted = True
+            self._stream.clear()
 
     def work_off(self, last: _Call) -> None:
         """All calls up to this one, in order."""

@@ -220,7 +220,7 @@ def test_keys_that_a_command_does_not_read_are_refused_on_its_command_line(comma
             continue
         assert cli.main([*arguments, f"--{key}=1"]) == 2
         error = capsys.readouterr().err
-        assert error.startswith(f"distattn: command line: {key}: does nothing ") and error.count("\n") == 1
+        assert error.startswith(f"distattn: command line: {key}: has no effect ") and error.count("\n") == 1
         if key.startswith(("slurm.", "ray.")):
             assert f"it belongs to distattn launch {key.partition('.')[0]}." in error
 
@@ -346,4 +346,4 @@ def test_every_option_of_a_command_is_read(command, monkeypatch):
 @pytest.mark.parametrize("option", ["--strategy=ring", "--html=x.html", "--perfetto=x.json"])
 def test_plan_s_options_that_do_nothing_with_memory_are_refused(option, capsys):
     assert cli.main(["plan", "tiny", "--memory", option]) == 2
-    assert "does nothing with --memory" in capsys.readouterr().err
+    assert "has no effect with --memory" in capsys.readouterr().err

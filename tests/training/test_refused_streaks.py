@@ -92,7 +92,7 @@ def test_a_destroyed_run_keeps_its_good_checkpoints_and_goes_on_from_them(config
     assert finish_run(run, config, lambda line: None, json_lines=True) == 1
     printed = capsys.readouterr().err
     assert "the loss of the last step, 12, is nan: steps from 7 on were refused" in printed
-    assert f"distattn resume {run.folder} --step 5 goes on" in printed
+    assert f"distattn resume {run.folder} --step 5 continues" in printed
     # what goes on takes the newest good one
     trained(config, run=run)
     assert [event["text"] for event in run.events() if event["kind"] == "resumed"] == ["Resumed from step-00000005."]

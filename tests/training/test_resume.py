@@ -345,7 +345,7 @@ def test_a_resumed_run_cannot_become_another(config, arguments, sentence):
 
 def test_what_is_no_run_is_refused(tmp_path):
     done = subprocess.run(command("resume", str(tmp_path)), env=environment(), capture_output=True, text=True)
-    assert done.returncode == 2 and "is no run folder" in done.stderr
+    assert done.returncode == 2 and "this is not a run folder" in done.stderr
 
 
 def test_a_second_job_on_a_folder_is_refused_and_names_the_owner(config):

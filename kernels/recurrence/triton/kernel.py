@@ -140,7 +140,7 @@ def backward(
     results = {"dq": dq, "dk": dk, "dv": dv, "dg": dv if dg is None else dg, "dbeta": dv if dbeta is None else dbeta}
     given = tensor_arguments(heard=call.heard, do=call.do, du=call.du, **results)
     tensors = {"entering_": call.entering, "dleaving_": call.dleaving, "inverse_": call.inverse}
-    call.run(gradient_kernel, call.programs, warps=8, **given, **tensors, DG=dg is not None)
+    call.run(gradient_kernel, call.programs, **given, **tensors, DG=dg is not None)
     if call.group > 1:
         dq, dk = (dy.unflatten(1, (-1, call.group)).sum(2) for dy in (dq, dk))
     # a decay that is the same for all tokens has no gradient
