@@ -1,6 +1,6 @@
 """What the Triton compiler makes of the attention kernels, checked without a GPU.
 
-    python benchmarks/compile_lint.py [--arch 80 90 100] [--only REGULAR-EXPRESSION] [--all | --update]
+    python benchmarks/compile_lint.py [--arch 80 90 100] [--only REGULAR-EXPRESSION] [--production] [--all | --update]
 
 Every kernel, epilogue and tile goes through the real launch path with a stand-in for the driver, then the machine code is
 read: registers, stack, spills inside the loops that multiply, shared memory, matrix instructions, products that ptxas
@@ -11,6 +11,9 @@ fails, --update rewrites the file. Exit code 1 where something is worse.
 
 The budget has a digest of what the compiler was given. A kernel whose digest is the same is not compiled again, since its machine
 code is what the budget was taken from; --all compiles it nevertheless.
+
+--production adds what layer calls launch and is not among the others, found by running the executor (see `production_launches`);
+budgets do not have these yet.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from unittest import mock
 import torch
 import triton
 from process_guard import guard_processes
+from production_launches import SHAPES, described_launches, production_launches
 from triton.backends.compiler import GPUTarget
 
 from distattn.ir.mask import Mask
@@ -122,6 +126,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--only", type=re.compile, default="", help="kernels whose names have this")
+    parser.add_argument("--production", action="store_true", help="what layer calls launch, too")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--all", action="store_true", help="compile what has not changed, too")
     how.add_argument("--update", action="store_true")
@@ -135,6 +140,8 @@ def main() -> int:
     for arch in arguments.arch:
         # all digests come first: of a kernel that was compiled Triton does not say what it was compiled from
         described = [(name, launch, digest(launch, arch)) for name, launch in variants(arch)]
+        if arguments.production:
+            described += launched(arch, {given for _, _, given in described})
         for name, launch, given in described:
             if not re.search(arguments.only, name):
                 continue
@@ -173,6 +180,14 @@ def variants(arch: int) -> Iterator[tuple[str, TritonLaunch]]:
             for kernel, launch in gluon_launches(dtype, dim, modifiers):
                 yield f"sm_{arch} {str(dtype)[6:]} {dim}/{dim} {kernel}{' softcap alibi' if modifiers else ''}", launch
     yield f"sm_{arch} spin", spinner.plan_spin(torch.zeros(2, dtype=torch.int32), torch.zeros(1), 16)
+
+
+def launched(arch: int, known: set[str]) -> Iterator[tuple[str, TritonLaunch, str]]:
+    """Yield (name, launch, digest) of what layer calls launch on an architecture, but for known digests."""
+    found = [one for shape in SHAPES for one in production_launches(arch, shape)]
+    for name, launch in described_launches(found, lambda launch: digest(launch, arch)).items():
+        if (given := digest(launch, arch)) not in known:
+            yield f"sm_{arch} launched {name}", launch, given
 
 
 def launches(
@@ -312,7 +327,7 @@ def broken_rules(found: dict[str, int], arch: int, name: str) -> Iterator[str]:
     """What must hold whatever the budget says."""
     if found["shared"] > SHARED[arch]:
         yield f"{found['shared']:,} bytes of shared memory; the chip has {SHARED[arch]:,}"
-    multiplies = not any(kernel in name for kernel in ("float32", "numbers", "sums", "spin"))
+    multiplies = not any(kernel in name for kernel in ("float32", "numbers", "sum", "spin", "glue"))
     if multiplies and not found["products"]:
         yield f"no {PRODUCTS[arch]}: matrices are not multiplied by matrix units"
     if "spin" in name and found["registers"] < HELD_BY_SPIN:
