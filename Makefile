@@ -17,7 +17,7 @@ demo: $(VENV)/.train
 test: check
 	$(BIN)/python -m pytest -n 4 --dist worksteal -m "not full"
 
-# everything; QUARTER=0 to 3: one quarter of the cases that `make test` leaves out of long products, as CI has the time for
+# everything; QUARTER=0 to 3: of what `make test` leaves out, one quarter of the cases of long products and half of the other tests
 test-all: check
 	$(BIN)/python -m pytest -n 5 --dist worksteal --durations=30 $(if $(QUARTER),--quarter=$(QUARTER))
 

@@ -81,8 +81,8 @@ def main() -> None:
     # the number that ranks without a common loss are told by: by itself, beside the loss, and after it
     kinds = {
         "loss": lambda: engine.cp.mean_loss(losses),
-        "beside": lambda: (digest.tell(False), engine.cp.mean_loss(losses))[0](),
-        "after": lambda: (engine.cp.mean_loss(losses), digest.tell(False)())[1],
+        "beside": lambda: (digest.share(False), engine.cp.mean_loss(losses))[0](),
+        "after": lambda: (engine.cp.mean_loss(losses), digest.share(False)())[1],
     }
     told = {name: median(work, before=dist.barrier) for name, work in kinds.items()}
     norms = median(lambda: growth.after_update(0), before=dist.barrier)

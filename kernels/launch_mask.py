@@ -35,7 +35,8 @@ class LaunchMask(NamedTuple):
     # query heads per key/value head, and where the call's first query head lies in its group
     group_size: int
     first_head: int = 0
-    # whether messages may be in flight while the call runs: the communicator's kernels then hold some multiprocessors
+    # whether messages of the same step are in flight while the call runs: the communicator's kernels then hold some
+    # multiprocessors. Messages of other micro-batches and of other groups are not known here.
     overlaps_messages: bool = False
 
     @staticmethod

@@ -294,7 +294,7 @@ def median_seconds(
 
 @contextmanager
 def multiprocessors_held(device: torch.device) -> Iterator[None]:
-    """In here some multiprocessors of a GPU are held, as by a communicator; a warning says so where they cannot be."""
+    """Hold some multiprocessors of a GPU inside the block, as a communicator does. Warn once if they cannot be held."""
     spinner = None
     if device.type == "cuda":
         try:

@@ -32,9 +32,12 @@ settings.load_profile("suite")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --quarter: CI has the time for one quarter of the cases that `make test` leaves out of long products."""
+    """Add --quarter, by which CI takes turns with the tests that `make test` leaves out."""
     parser.addoption(
-        "--quarter", type=int, choices=range(4), help="one quarter of the cases that `make test` leaves out"
+        "--quarter",
+        type=int,
+        choices=range(4),
+        help="of what `make test` leaves out: one quarter of the cases of long products, half of the other tests",
     )
 
 
@@ -42,8 +45,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
     """Of the cases of a test marked sampled(n), the first and every n-th are for `make test`; the others are marked full.
 
-    With --quarter only a quarter of those is run. Tests marked waits come first in some processes, so that the suite does not end
-    with one process that waits.
+    With --quarter only a quarter of those is run, and half of the other tests marked full. Tests marked waits come first in some
+    processes, so that the suite does not end with one process that waits.
     """
     quarter = config.getoption("quarter")
     seen: Counter[str] = Counter()
@@ -51,11 +54,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         name = item.nodeid.partition("[")[0]
         sampled = item.get_closest_marker("sampled")
+        parts = 2
         if sampled is not None and seen[name] % sampled.args[0]:
             item.add_marker(pytest.mark.full)
-            # not every fourth one, which may all have the same value of a parameter
-            if quarter is not None and crc32(item.nodeid.encode()) % 4 != quarter:
-                left_out.append(item)
+            parts = 4
+        # not every second or fourth one in order: those may all have the same value of a parameter
+        if quarter is not None and item.get_closest_marker("full") and (crc32(item.nodeid.encode()) - quarter) % parts:
+            left_out.append(item)
         seen[name] += 1
     if left_out:
         config.hook.pytest_deselected(items=left_out)

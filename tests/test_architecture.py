@@ -229,6 +229,12 @@ def test_files_are_short():
         assert len((ROOT / file).read_text().splitlines()) <= (600 if file.parts[0] == "tests" else 500), file
 
 
+def test_no_two_files_of_tests_have_one_name():
+    """pytest imports each as a top module, so it would refuse the second one."""
+    names = [file.name for file in tracked("tests/**/test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_links_of_the_long_description_lead_into_the_repository_where_it_is_known():
     long_description = runpy.run_path(str(ROOT / "setup.py"))["long_description"]
     text = "![a picture](docs/a.png)\n\n[a page](docs/a.md#b), [there](https://x.org), [here](#here)"

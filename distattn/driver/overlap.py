@@ -50,13 +50,13 @@ class OverlapSchedule:
         hooks = [layer.register_forward_pre_hook(_enter, with_kwargs=True) for layer in self.layers]
         hooks.append(self.layers[-1].register_forward_hook(_leave))
         try:
-            found = _forward_together(micro_batches, losses, _current_stream(self.layers))
+            sums_of_losses = _forward_together(micro_batches, losses, _current_stream(self.layers))
             if torch.is_grad_enabled():
-                _backward_together(micro_batches, found, self.spans)
+                _backward_together(micro_batches, sums_of_losses, self.spans)
         finally:
             for hook in hooks:
                 hook.remove()
-        return [loss.detach() for loss in found]
+        return [loss.detach() for loss in sums_of_losses]
 
     def trace(self, rank: int = 0) -> dict[str, Any]:
         """The last step as trace events for ui.perfetto.dev: of each batch when it ran, and when its messages were under way."""
@@ -279,11 +279,13 @@ class _Cancelled(Exception):
 
 
 def _current_stream(layers: Sequence[nn.Module]) -> Any:
-    """Return this thread's current stream of the layers' device, or None for a device without streams."""
-    device = next((x.device for layer in layers for x in layer.parameters()), None)
-    if device is None:
-        return torch.cuda.current_stream() if torch.cuda.is_available() else None
-    return torch.cuda.current_stream(device) if has_streams(device) else None
+    """Return this thread's current stream of the layers' device, or None where there are no streams."""
+    devices = (x.device for layer in layers for x in layer.parameters())
+    # parameters that rest on the host (FSDP2's offload) do not say where their layers compute
+    device = next((device for device in devices if has_streams(device)), None)
+    if device is None and not torch.cuda.is_available():
+        return None
+    return torch.cuda.current_stream(device)
 
 
 def _forward_together(

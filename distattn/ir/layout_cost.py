@@ -12,7 +12,8 @@ from distattn.ir.bands import K0, K1, Q0, Q1, areas, clip, tighten
 from distattn.ir.intervals import Ints, merge_intervals, overlapping_pairs
 from distattn.ir.mask import Mask
 
-# a kernel reaches n / (n + this) of its best speed on n x n cells; measured on FlashAttention 3, forward and backward
+# a kernel reaches n / (n + this) of its best speed on n x n cells. Estimate, forward and backward together, from published speeds
+# of FlashAttention 3 on an H100 (the table in cluster/descriptions/h100.toml)
 _OVERHEAD_TOKENS = 550
 # 8 key/value heads of a token between H200s, and the rest of an 8B model's layer, both in the time of a cell of 32 query heads
 _CELLS_PER_RECEIVED_TOKEN, _CELLS_PER_OWN_TOKEN = 1_000, 10_000

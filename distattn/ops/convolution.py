@@ -103,7 +103,7 @@ def token_shift(
     plan: of op "token_shift" on the mask `Mask.token_shift(lengths, distance)` with heads x v_head_dim numbers a token, or what
     `prepare` made of one. What moves is `distance` tokens a stretch. Raises PlanError when the plan cannot be proven or ranks
     have different ones, DistattnError when x does not fit it, or has whole numbers of 2^52 or more; of a tensor on a GPU that is
-    an assertion of the device, which names it and ends the process's use of the GPU.
+    an assertion of the device, which ends the process's use of the GPU.
     """
     if not isinstance(x_T, Tensor):
         raise DistattnError(f"x is a {type(x_T).__name__}; a tensor is wanted.")
@@ -136,7 +136,7 @@ def token_shift(
 def _check_whole(x_T: Tensor) -> None:
     """Raise where a number of int64 is 2^52 or more. On a GPU the device raises it, later: the host does not wait to know."""
     too_large = "x has whole numbers of 2^52 or more; whole numbers below 2^52 are wanted."
-    fits = ((x_T <= _MOST_WHOLE) & (x_T >= -_MOST_WHOLE)).all()
+    fits = ((x_T < _MOST_WHOLE) & (x_T > -_MOST_WHOLE)).all()
     if has_streams(x_T.device):
         torch._assert_async(fits, too_large)
     elif not fits:

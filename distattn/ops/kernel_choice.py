@@ -86,30 +86,30 @@ def _found(plan: Plan, rank: int, requirements: KernelRequirements, names: tuple
         # alike launches count as often as they are
         masks = [launch.schedule for step in (*program.forward, *program.backward) for launch in step.launches]
     key = trial_key(masks, requirements)
-    known = {name: _OUT_OF_MEMORY[key, name] for name in names if (key, name) in _OUT_OF_MEMORY}
-    too_large = {name: old for name, old in known.items() if not old.may_succeed_now(requirements.device)}
+    out_of_memory = {name: _OUT_OF_MEMORY[key, name] for name in names if (key, name) in _OUT_OF_MEMORY}
+    too_large = {name: old for name, old in out_of_memory.items() if not old.may_succeed_now(requirements.device)}
     rest = tuple(name for name in names if name not in too_large)
-    found = _kept_or_tried(key, rest, lambda: try_kernels(rest, masks, requirements, _LOG.info)) if rest else {}
-    for name, trial in found.items():
+    trials = _kept_or_tried(key, rest, lambda: try_kernels(rest, masks, requirements, _LOG.info)) if rest else {}
+    for name, trial in trials.items():
         if trial.attempts:
-            attempts = 1 + (known[name].attempts if name in known else 0)
-            found[name] = _OUT_OF_MEMORY[key, name] = trial._replace(attempts=attempts)
+            attempts = 1 + (out_of_memory[name].attempts if name in out_of_memory else 0)
+            trials[name] = _OUT_OF_MEMORY[key, name] = trial._replace(attempts=attempts)
         else:
             _OUT_OF_MEMORY.pop((key, name), None)
-    found |= too_large
-    for name, trial in found.items():
+    trials |= too_large
+    for name, trial in trials.items():
         if trial.passing or trial.fault.startswith("wrong"):
             _warn(name, key, trial.fault)
-    return found
+    return trials
 
 
 def _kept_or_tried(key: str, names: tuple[str, ...], attempt: Callable[[], dict[str, Trial]]) -> dict[str, Trial]:
     """The trials of a key from the cache, or else made now, and kept there."""
-    found = read_trials(key, names)
-    if found is None:
-        found = attempt()
-        write_trials(key, {name: trial for name, trial in found.items() if not trial.passing})
-    return found
+    trials = read_trials(key, names)
+    if trials is None:
+        trials = attempt()
+        write_trials(key, {name: trial for name, trial in trials.items() if not trial.passing})
+    return trials
 
 
 @cache

@@ -1,4 +1,6 @@
-"""How long a thread waits for other ranks in torch.distributed, whoever calls it: FSDP2, DeepSpeed, Megatron-core, attention."""
+"""Time that a thread waits for other ranks in torch.distributed, for FSDP2, DeepSpeed, Megatron-core and attention
+alike.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +15,19 @@ from distattn.driver.message_monitor import MessageMonitor
 
 
 def count_waits(waits: MessageMonitor) -> Callable[[], None]:
-    """Add the time that this thread waits for `Work` of torch.distributed to a monitor, until the function returned is called.
+    """Add the time that this thread waits for `Work` of torch.distributed to a monitor. Call the returned function to
+    stop.
 
-    There is no hook for it, so the method `Work.wait` is replaced meanwhile. Over gloo the host waits there, over NCCL only the
-    device's stream does. Waits that C++ code makes by itself, as functional collectives do, do not pass through it.
+    PyTorch has no hook for this, so the method `Work.wait` is replaced meanwhile. Over gloo the host waits there; over
+    NCCL only the device's stream does. Waits inside C++ code, as those of functional collectives, are not counted.
     """
     original, thread = dist.Work.wait, threading.get_ident()
 
-    def wait(work: Any, *given: Any, **named: Any) -> Any:
+    def wait(work: Any, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != thread:
-            # of planning, or of a checkpoint's writer
-            return original(work, *given, **named)
-        return waits.timed(partial(original, work, *given, **named))
+            # the thread that plans, or that writes a checkpoint
+            return original(work, *args, **kwargs)
+        return waits.timed(partial(original, work, *args, **kwargs))
 
     def stop() -> None:
         dist.Work.wait = original  # type: ignore[method-assign]

@@ -31,7 +31,7 @@ from distattn.training.config_sections import TrainConfig as TrainConfig
 from distattn.training.json_lines import write_whole
 from distattn.training.shipped_configs import configuration_file, shipped_names
 
-# keys of earlier configurations, and what they are called now
+# keys of earlier configurations, and their present names
 RENAMED = {
     "data.axis": "data.tokens_per_step",
     "data.max_document": "data.max_document_tokens",
@@ -50,7 +50,7 @@ RENAMED = {
 
 # every key takes a value, also those that are true or false
 _VALUES = (tyro.conf.FlagConversionOff,)
-# by pydantic's name for a value of the wrong type: a description of the right type, and an example for keys without a default
+# for pydantic's names of wrong types: a description of the right type, and an example for keys without a default
 _WANTED = {
     "int_type": ("a whole number", "1"),
     "int_from_float": ("a whole number", "1"),
@@ -63,14 +63,14 @@ _WANTED = {
 }
 # pydantic's names for wrong values on the command line, by the key's type
 _KINDS: dict[Any, str] = {int: "int_type", float: "float_type"}
-# of help: what no option can say
+# added to the help text, since no option sets these tables
 _TABLES = """only in the run file:
   [[data.context_schedule]] context lengths by step: tables with context_length and steps, one
                             after the other; the last may leave steps out
 """
 # pydantic's names for the error of an unknown key
 _UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
-# keys of the shape, and what config.json calls them
+# keys of the shape, and their other names in config.json
 _FOLDER_NAMES: dict[str, tuple[str, ...]] = {
     "num_layers": ("num_hidden_layers", "n_layer"),
     "hidden_size": ("n_embd",),
@@ -85,7 +85,7 @@ _FOLDER_NAMES: dict[str, tuple[str, ...]] = {
 def load(path: str | Path, overrides: Sequence[str] = (), report: Callable[[str], None] = lambda line: None) -> Config:
     """Read the configuration of a file, or the shipped one of a name, with command-line overrides.
 
-    report: takes a sentence about keys of the file that do nothing beside the overrides, and get their default values.
+    report: called with a sentence about keys of the file that the overrides make useless and that get their defaults.
     Raises DistattnError naming every bad key and its line.
     """
     path = configuration_file(path)
@@ -116,7 +116,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), report: Callable[[str]
             replaced = [key for key in SHAPE_KEYS if key not in named]
             changed = with_defaults(changed, replaced)
         changed, left_out = without_idle_keys(changed, named)
-        # a shape that came from a folder does not stand in the file
+        # the file does not have a shape that came from a folder
         left_out += [key for key in replaced if key.split(".")[1] in content.get("model", {}) and not config.model.path]
         if left_out:
             report(f"{path}: left out, since the command line makes them useless: {', '.join(left_out)}.")
@@ -125,21 +125,21 @@ def load(path: str | Path, overrides: Sequence[str] = (), report: Callable[[str]
 
 
 def _find_model_folder(file: Path, content: dict[str, Any]) -> None:
-    """A model.path that is not here, but beside the run file, is that one."""
+    """Replace a model.path that does not exist here, but in the run file's folder, by the path there."""
     model = content.get("model")
-    given = model.get("path") if isinstance(model, dict) else None
+    model_path = model.get("path") if isinstance(model, dict) else None
     if (
         model is not None
-        and isinstance(given, str)
-        and given
-        and not Path(given).exists()
-        and (file.parent / given).exists()
+        and isinstance(model_path, str)
+        and model_path
+        and not Path(model_path).exists()
+        and (file.parent / model_path).exists()
     ):
-        model["path"] = str((file.parent / given).absolute())
+        model["path"] = str((file.parent / model_path).absolute())
 
 
 def help_text() -> str:
-    """Return a text with every key and its default, as tyro prints it, and after these the tables of run files."""
+    """Return the help text of every key with its default, as tyro prints it, and of the tables of run files."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         tyro.cli(Config, args=["--help"], prog="distattn train CONFIG", config=_VALUES)
@@ -149,76 +149,90 @@ def help_text() -> str:
 def save(config: Config, path: Path, comment: str = "") -> None:
     """Write the resolved configuration, whole or not at all; `load` reads it back. Raises OSError.
 
-    comment: whole lines of TOML comments, which come first.
+    comment: whole lines of TOML comments, written first.
     """
     write_whole(path, comment + tomli_w.dumps(asdict(config)))
 
 
 def _validated(content: dict[str, Any], place: Callable[[Key], str], named: Collection[str] = ()) -> Config:
-    """Make the configuration a nested dict describes. place: where a key was given, such as a file and its line.
-    named: the keys that the command line gives.
+    """Return the configuration that a nested dict describes.
 
-    Raises DistattnError with all mistakes, each on a line that begins with its place.
+    place: returns where a key was set, such as a file and its line. named: the keys set on the command line. Raises
+    DistattnError with all mistakes, each on a line that begins with its place.
     """
     try:
-        # through JSON: strict about types, yet a TOML array is a tuple; a TOML date becomes a table, which fits nowhere
+        # through JSON: strict about types, but a TOML array becomes a tuple; a TOML date becomes a table, which fits no
+        # key
         text = json.dumps(content, default=lambda value: {type(value).__name__: str(value)})
         config = TypeAdapter(Config).validate_json(text, strict=True)
         config = replace(config, model=_with_folder_s_shape(config.model, named))
         problems = problems_of(config, named)
     except ValidationError as error:
         errors = error.errors()
-        misspelled = {one["loc"][:-1] for one in errors if one["type"] in _UNKNOWN}
-        # a misspelled required key is also a missing one
-        told = [one for one in errors if one["type"] != "missing" or one["loc"][:-1] not in misspelled]
-        problems = [_sentence(one) for one in told]
+        misspelled = {error_row["loc"][:-1] for error_row in errors if error_row["type"] in _UNKNOWN}
+        # a misspelled required key is also reported as missing
+        reported = [
+            error_row
+            for error_row in errors
+            if error_row["type"] != "missing" or error_row["loc"][:-1] not in misspelled
+        ]
+        problems = [_sentence(error_row) for error_row in reported]
     if problems:
-        # each begins with its key
+        # each problem begins with its key
         raise DistattnError("\n".join(f"{place(_key_of(problem))}: {problem}" for problem in problems))
     return config
 
 
 def _key_of(problem: str) -> Key:
-    """The key that a problem begins with; entries of lists are numbers."""
+    """Return the key that a problem begins with; entries of lists are numbers."""
     return tuple(int(part) if part.isdecimal() else part for part in problem.partition(":")[0].split("."))
 
 
 def _with_folder_s_shape(model: ModelConfig, named: Collection[str] = ()) -> ModelConfig:
-    """Return the model of a folder: its shape is that of the config.json there.
+    """Return the model of a folder, with the shape of its config.json.
 
-    named: the keys that the command line gives. Raises DistattnError where config.json says too little, or where another
-    shape is given.
+    named: the keys set on the command line. Raises DistattnError where config.json lacks a key, or where another shape
+    is set.
     """
     if not model.path:
         return model
     file = Path(model.path, "config.json")
     try:
-        said = json.loads(file.read_text("utf-8"))
+        model_config = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         raise DistattnError(f"model.path: there is no {file}; name a folder of a transformers model.") from None
     except (OSError, ValueError) as error:
         raise DistattnError(f"model.path: {file} cannot be read: {error}.") from None
     shape: dict[str, int] = {}
     for name, others in _FOLDER_NAMES.items():
-        found = next((said[one] for one in (name, *others) if isinstance(said, dict) and said.get(one)), None)
-        if isinstance(found, int):
-            shape[name] = found
+        value_of_key = next(
+            (
+                model_config[config_name]
+                for config_name in (name, *others)
+                if isinstance(model_config, dict) and model_config.get(config_name)
+            ),
+            None,
+        )
+        if isinstance(value_of_key, int):
+            shape[name] = value_of_key
     if missing := [name for name in ("num_layers", "hidden_size", "num_attention_heads") if name not in shape]:
-        raise DistattnError(f"model.path: {file} does not say {missing[0]} as configurations of language models do.")
-    usual = {"num_key_value_heads": shape["num_attention_heads"], "intermediate_size": 4 * shape["hidden_size"]}
-    filled: dict[str, Any] = usual | {"head_dim": 0} | shape
-    usual_model = ModelConfig()
+        raise DistattnError(
+            f"model.path: {file} does not have {missing[0]}, which configurations of language models have."
+        )
+    defaults = {"num_key_value_heads": shape["num_attention_heads"], "intermediate_size": 4 * shape["hidden_size"]}
+    filled: dict[str, Any] = defaults | {"head_dim": 0} | shape
+    default_model = ModelConfig()
     for name, value in filled.items():
         model_value = getattr(model, name)
-        if model_value != value and (model_value != getattr(usual_model, name) or f"model.{name}" in named):
+        if model_value != value and (model_value != getattr(default_model, name) or f"model.{name}" in named):
             raise DistattnError(
-                f"model.{name}: {model_value} does nothing beside model.path: {file} has {value}; leave it out."
+                f"model.{name}: {model_value} has no effect together with model.path: {file} has {value}; leave it out."
             )
     return replace(model, **filled)
 
 
 def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
-    """Refuse what tyro would refuse, in a sentence: unknown keys, stray words, values that do not fit."""
+    """Raise DistattnError for overrides that tyro would refuse: unknown keys, stray words, values of a wrong type."""
     starts = [i for i, word in enumerate(overrides) if word.startswith("--")]
     if not starts or starts[0] != 0:
         raise DistattnError(f"command line: {overrides[0]!r} is not a key; write --section.key value.")
@@ -229,7 +243,7 @@ def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
             continue
         if key == "data.context_schedule":
             raise DistattnError(
-                f"command line: {key}: its tables [[{key}]] are in the run file only; change them there."
+                f"command line: {key}: its tables [[{key}]] can only be set in the run file; change them there."
             )
         if key not in config_keys:
             raise DistattnError(f"command line: {_unknown(key)}")
@@ -238,46 +252,48 @@ def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
                 tyro.cli(Config, default=config, args=list(overrides[begin:end]), config=_VALUES)
             except SystemExit:
                 section, name = key.split(".")
-                wanted = get_type_hints(type(getattr(config, section)))[name]
+                value_type = get_type_hints(type(getattr(config, section)))[name]
                 inline = overrides[begin].partition("=")[2]
                 value = " ".join([*([inline] if inline else []), *overrides[begin + 1 : end]])
                 if not value:
                     raise DistattnError(f"command line: --{key} needs a value.") from None
-                if wanted in _KINDS:
-                    raise DistattnError(f"command line: {_not_wanted(key, value, _KINDS[wanted])}") from None
-                kind = "True or False" if wanted is bool else "one value; put quotes around one that has spaces"
+                if value_type in _KINDS:
+                    raise DistattnError(f"command line: {_not_wanted(key, value, _KINDS[value_type])}") from None
+                kind = "True or False" if value_type is bool else "one value; put quotes around one that has spaces"
                 raise DistattnError(
                     f"command line: {key}: {json.dumps(value, ensure_ascii=False)} is not {kind}."
                 ) from None
 
 
 def _unknown(key: str) -> str:
-    """Return a sentence about a key that does not exist: a similar key where there is one, else those of its section."""
+    """Return a sentence about an unknown key, with a similar key if there is one, otherwise those of its section."""
     if similar := _similar_keys(key):
         *others, last = similar
         return f"{key}: unknown key. Did you mean {', '.join(others)}{' or ' if others else ''}{last}?"
     section = key.partition(".")[0] + "."
     keys = _keys(Config)
-    return f"{key}: unknown key. There are {', '.join([one for one in keys if one.startswith(section)] or keys)}."
+    return f"{key}: unknown key. There are {', '.join([name for name in keys if name.startswith(section)] or keys)}."
 
 
 def _similar_keys(key: str) -> list[str]:
-    """Return the keys that may be meant by a key that does not exist."""
+    """Return the known keys that an unknown one may mean."""
     if key in RENAMED:
         return [RENAMED[key]]
     keys = _keys(Config)
     section, dot, name = key.rpartition(".")
     if dot and section not in keys:
         return difflib.get_close_matches(key, keys, 1, 0.6)
-    # the section is right, or missing: then only the name can be wrong, or belong to another section
-    names = {one.removeprefix(section + dot): one for one in keys if one.startswith(section + dot)}
+    # the section is right or missing: only the name is wrong, or belongs to another section
+    names = {
+        known_key.removeprefix(section + dot): known_key for known_key in keys if known_key.startswith(section + dot)
+    }
     near = difflib.get_close_matches(name, names, 1, 0.6)
     if not near and dot and len(name) > 3:
-        near = [one for one in names if name in one][:1]
-    elsewhere = [one for one in keys if one.endswith(f".{name}")]
+        near = [known_key for known_key in names if name in known_key][:1]
+    elsewhere = [known_key for known_key in keys if known_key.endswith(f".{name}")]
     if near and (dot or not elsewhere):
         return [names[near[0]]]
-    return elsewhere or [one for one in keys if one == f"{name}.name"]
+    return elsewhere or [known_key for known_key in keys if known_key == f"{name}.name"]
 
 
 def _sentence(error: Any) -> str:
@@ -294,36 +310,36 @@ def _sentence(error: Any) -> str:
     return _not_wanted(key, error["input"], error["type"])
 
 
-def _not_wanted(key: str, given: Any, error: str) -> str:
-    """Return a sentence about a value of another type than its key has, with one that would work.
+def _not_wanted(key: str, value: Any, error: str) -> str:
+    """Return a sentence about a value of a wrong type, with an example of the right one.
 
-    error: the name that pydantic has for it.
+    error: pydantic's name of the error.
     """
-    wanted, example = _WANTED[error]
+    expected, example = _WANTED[error]
     section, _, name = key.partition(".")
-    usual = getattr(getattr(Config(), section, None), name, None)
-    if usual and not isinstance(usual, bool):
-        example = json.dumps(usual)
+    default = getattr(getattr(Config(), section, None), name, None)
+    if default and not isinstance(default, bool):
+        example = json.dumps(default)
     if "context_schedule" in (name, key):
         example = "[{context_length = 4096}]"
     if error == "dataclass_type":
-        # a table of a list has a number in its key
+        # a table in a list has a number in its key
         list_of_tables, _, number = key.rpartition(".")
         example = f"[[{list_of_tables}]]" if number.isdecimal() else f"[{key}]"
-    shown = json.dumps(given, ensure_ascii=False)
-    if isinstance(given, float) or (isinstance(given, dict) and set(given) <= {"date", "time", "datetime"}):
-        # as TOML has them: nan and inf, and what JSON has no type for
-        shown = str(given if isinstance(given, float) else next(iter(given.values()), given))
+    shown = json.dumps(value, ensure_ascii=False)
+    if isinstance(value, float) or (isinstance(value, dict) and set(value) <= {"date", "time", "datetime"}):
+        # show nan, inf, and dates and times, as TOML has them: JSON has no type for them
+        shown = str(value if isinstance(value, float) else next(iter(value.values()), value))
     hint = f"; give one such as {example}" if example else ""
-    return f"{key}: {shown} is not {wanted}{hint}."
+    return f"{key}: {shown} is not {expected}{hint}."
 
 
 def _names_in_table(place: Sequence[int | str]) -> list[str]:
-    """List the keys of a table of run files. place: the keys and, in arrays of tables, numbers that lead to it."""
+    """Return the keys of a table of run files. place: the keys, and the numbers in arrays of tables, that lead to it."""
     kind: Any = Config
     for part in place:
         kind = get_args(kind)[0] if isinstance(part, int) else get_type_hints(kind)[part]
-    return [one.name for one in fields(kind)]
+    return [key_field.name for key_field in fields(kind)]
 
 
 def all_keys() -> list[str]:
@@ -334,8 +350,8 @@ def all_keys() -> list[str]:
 def _keys(config: Any, prefix: str = "") -> list[str]:
     """List all sections and keys, dotted."""
     keys = []
-    for one in fields(config):
-        keys.append(prefix + one.name)
-        if is_dataclass(factory := one.default_factory):
-            keys += _keys(factory, f"{prefix}{one.name}.")
+    for key_field in fields(config):
+        keys.append(prefix + key_field.name)
+        if is_dataclass(factory := key_field.default_factory):
+            keys += _keys(factory, f"{prefix}{key_field.name}.")
     return keys

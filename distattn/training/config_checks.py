@@ -1,4 +1,4 @@
-"""What cannot be of a run file: one sentence for each key."""
+"""Checks of a run file: one sentence for each key with an invalid value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distattn.parallel.make_plan import STRATEGIES
 from distattn.training.config_idle_keys import idle_problems
 from distattn.training.config_sections import Config, DataConfig, EngineConfig, HealthConfig, MemoryConfig, SlurmConfig
 
-# the product of these is the number of ranks
+# the number of ranks is a multiple of each
 _DEGREES = (
     "parallel.ranks",
     "parallel.context_parallel_size",
@@ -31,7 +31,7 @@ DTYPES = ("float32", "float64", "bfloat16")
 DATA = ("replicated", "per_rank")
 ENGINES = ("fsdp2", "deepspeed", "megatron")
 CONTAINER_RUNTIMES = ("pyxis", "apptainer")
-# values by the names that other programs have for them
+# values by their names in other programs
 _MEANT = {
     "zero": "deepspeed",
     "zero2": "deepspeed",
@@ -53,11 +53,11 @@ _MEANT = {
     "selective": "save_attention",
 }
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
-# the launcher says it for runs of this machine, the ranks say it on other machines
-NO_GPU_FOR_MEGATRON = "engine.name: megatron needs GPUs, and this machine has none; take engine fsdp2 or deepspeed."
+# the launcher prints it for runs on this machine, the ranks print it on other machines
+NO_GPU_FOR_MEGATRON = "engine.name: megatron needs GPUs, and this machine has none; use engine fsdp2 or deepspeed."
 
 
-# keys that are compared with others: if those are wrong themselves, they are to blame
+# keys that are compared with others: if one of those is wrong itself, only it is reported
 _COMPARED_WITH = {
     "data.context_length": ("data.tokens_per_step", "parallel.data", *_DEGREES),
     "data.max_document_tokens": ("data.context_length", "data.tokens_per_step"),
@@ -82,9 +82,9 @@ _COMPARED_WITH = {
 
 
 def problems_of(config: Config, named: Collection[str] = ()) -> list[str]:
-    """Find what cannot be, one sentence per mistake: what only follows from another mistake is left out.
+    """Return a sentence for each mistake, without those that only follow from another mistake.
 
-    named: the keys that the command line gives.
+    named: the keys set on the command line.
     """
     checks = (
         # checks of single keys come first
@@ -110,9 +110,9 @@ def problems_of(config: Config, named: Collection[str] = ()) -> list[str]:
 
 
 def _number_problems(config: Config) -> Iterator[str]:
-    """Find numbers that are out of range, and a folder that is none."""
+    """Yield a problem for each number out of range, and for a folder without a name."""
     model, data, parallel, train = config.model, config.data, config.parallel, config.train
-    least = {
+    minima = {
         "data.tokens_per_step": (data.tokens_per_step, 2),
         "data.max_document_tokens": (data.max_document_tokens, 16),
         "data.context_length": (data.context_length, 0),
@@ -163,8 +163,8 @@ def _number_problems(config: Config) -> Iterator[str]:
         "reference_check.steps": (config.reference_check.steps, 0),
         "reference_check.tolerance": (config.reference_check.tolerance, 0),
     }
-    # the packs of a run on text are planned when it begins
-    most = {
+    # a plan of packs has a record for each step, and a run on text plans all of them when it begins
+    maxima = {
         "train.steps": _MOST_STEPS,
         "train.beta1": 1,
         "train.beta2": 1,
@@ -172,11 +172,11 @@ def _number_problems(config: Config) -> Iterator[str]:
         "health.prometheus_port": 65_535,
         "slurm.signal_seconds": 65_535,
     }
-    for key, (value, low) in least.items():
+    for key, (value, low) in minima.items():
         if value < low:
             yield f"{key}: at least {low}, not {value}."
-        elif value > most.get(key, _MOST):
-            yield f"{key}: at most {most.get(key, _MOST):,}, not {value}."
+        elif value > maxima.get(key, _MOST):
+            yield f"{key}: at most {maxima.get(key, _MOST):,}, not {value}."
     for name in ("max_grad_norm", "epsilon"):
         if getattr(train, name) <= 0:
             yield f"train.{name}: above 0, not {getattr(train, name)}."
@@ -196,20 +196,20 @@ def _number_problems(config: Config) -> Iterator[str]:
 
 
 def _train_problems(config: Config) -> Iterator[str]:
-    """Find settings of the schedule and the watch that do not go together."""
+    """Yield problems of the schedule and the watch with other settings."""
     train = config.train
     if config.watch.action == "rollback" and config.checkpoint.every_steps < 1:
         yield "watch.action: rollback goes back to the newest checkpoint; set checkpoint.every_steps."
     if train.warmup_steps > train.steps:
-        yield f"train.warmup_steps: {train.warmup_steps} of {train.steps} steps; at most as many."
+        yield f"train.warmup_steps: {train.warmup_steps} of {train.steps} steps; use at most that many."
     elif train.schedule == "wsd" and train.warmup_steps > train.steps - max(round(train.decay_share * train.steps), 1):
-        yield f"train.warmup_steps: {train.warmup_steps} of {train.steps} steps reach into wsd's decay; take fewer."
+        yield f"train.warmup_steps: {train.warmup_steps} of {train.steps} steps reach into wsd's decay; use fewer."
     if train.min_learning_rate > train.learning_rate:
         yield f"train.min_learning_rate: {train.min_learning_rate} is above train.learning_rate, {train.learning_rate}."
 
 
 def _shape_problems(config: Config) -> Iterator[str]:
-    """Find sizes that do not go together."""
+    """Yield problems of sizes that do not fit together."""
     model, data, parallel = config.model, config.data, config.parallel
     size, model_parallel = (
         parallel.context_parallel_size,
@@ -236,7 +236,7 @@ def _shape_problems(config: Config) -> Iterator[str]:
 
 
 def _pack_problems(data: DataConfig, shares: int) -> Iterator[str]:
-    """Find packs of text that documents, or a step, or the data-parallel shares do not fit."""
+    """Yield problems where packs of text do not fit the documents, the step or the data-parallel shares."""
     step = data.tokens_per_step
     contexts = {"data.context_length": data.context_by_step[0][1]}
     if data.context_schedule:
@@ -244,18 +244,18 @@ def _pack_problems(data: DataConfig, shares: int) -> Iterator[str]:
             f"data.context_schedule.{number}.context_length": tokens
             for number, (_, tokens) in enumerate(data.context_by_step)
         }
-    # what is negative was said already
+    # negative values are reported by another check
     if min(contexts.values()) < 1 or shares < 1:
         return
     for key, tokens in contexts.items():
         packs = step // tokens
         if step % tokens:
-            yield f"data.tokens_per_step: {step} is no multiple of {key} {tokens}; {max(packs, 1) * tokens} is."
+            yield f"data.tokens_per_step: {step} is not a multiple of {key} {tokens}; {max(packs, 1) * tokens} is."
         elif packs % shares:
             smaller = f"{step // shares}, or " if step % shares == 0 else ""
             yield (
                 f"{key}: a step has {packs} pack{'s' * (packs > 1)} of {tokens} tokens, which {shares} shares of the ranks "
-                f"cannot have equally many of; use {smaller}data.tokens_per_step = {-(-packs // shares) * shares * tokens}."
+                f"cannot share equally; use {smaller}data.tokens_per_step = {-(-packs // shares) * shares * tokens}."
             )
     longest = max(contexts.values())
     if data.max_document_tokens > longest:
@@ -267,12 +267,12 @@ def _pack_problems(data: DataConfig, shares: int) -> Iterator[str]:
 
 
 def _schedule_problems(config: Config) -> Iterator[str]:
-    """Find phases of context lengths that cannot be."""
+    """Yield problems of phases of context lengths."""
     data, steps = config.data, config.train.steps
     if not data.context_schedule or data.path.endswith(".toml"):
         return
     if data.context_length:
-        yield "data.context_length: data.context_schedule has the context length by step; leave one of both out."
+        yield "data.context_length: data.context_schedule has the context length by step; leave one of them out."
     *first, last = data.context_schedule
     for number, phase in enumerate(data.context_schedule):
         if phase.context_length < 1:
@@ -281,16 +281,16 @@ def _schedule_problems(config: Config) -> Iterator[str]:
             yield f"data.context_schedule.{number}.steps: at least 0, not {phase.steps}."
     for number, phase in enumerate(first):
         if not phase.steps:
-            yield f"data.context_schedule.{number}.steps: 0 is for the last phase; say how many steps this one has."
+            yield f"data.context_schedule.{number}.steps: only the last phase may have 0; set this phase's number of steps."
     if last.steps and (planned := sum(phase.steps for phase in data.context_schedule)) < steps:
         yield (
             f"data.context_schedule.{len(first)}.steps: all phases have {planned} steps, and train.steps is {steps}; leave the "
-            "last phase's steps out for all that are left."
+            "last phase's steps out for all remaining ones."
         )
 
 
 def _engine_problems(config: Config) -> Iterator[str]:
-    """Find what the engine does not have, or has in another way."""
+    """Yield problems of settings that the engine does not support."""
     engine, parallel, memory = config.engine, config.parallel, config.memory
     of_engines = {
         "parallel.tensor_parallel_size": (parallel.tensor_parallel_size, 1, ("megatron",)),
@@ -306,31 +306,31 @@ def _engine_problems(config: Config) -> Iterator[str]:
         "memory.offload": (memory.offload, False, ("fsdp2",)),
         "memory.state_on_host": (memory.state_on_host, False, ("fsdp2",)),
     }
-    for key, (value, plain, engines) in of_engines.items():
-        if value != plain and engine.name in ENGINES and engine.name not in engines:
-            yield f"{key}: engine {engine.name} does not have it here; it belongs to {' and '.join(engines)}."
+    for key, (value, default, engines) in of_engines.items():
+        if value != default and engine.name in ENGINES and engine.name not in engines:
+            yield f"{key}: engine {engine.name} does not support it here; use it with {' and '.join(engines)}."
     yield from _precision_problems(config)
     if engine.shard_size < 0 or parallel.ranks % (engine.shard_size or 1):
         yield f"engine.shard_size: {engine.shard_size} does not divide {parallel.ranks} ranks."
     if memory.offload and memory.activation_checkpointing == "none":
-        yield "memory.offload: belongs to memory.activation_checkpointing: checkpointed layers' inputs are put aside."
+        yield "memory.offload: needs memory.activation_checkpointing, since it moves the inputs of checkpointed layers."
     if engine.compile and memory.activation_checkpointing == "save_attention":
-        yield "engine.compile: what is saved of a compiled layer cannot be chosen; take activation_checkpointing full or none."
+        yield "engine.compile: a compiled layer cannot choose what it saves; use activation_checkpointing full or none."
     if config.model.weights == "pretrained" and not config.model.path:
-        yield "model.weights: pretrained weights are those of a folder; name it in model.path."
+        yield "model.weights: pretrained weights come from a folder; name it in model.path."
 
 
 def _precision_problems(config: Config) -> Iterator[str]:
-    """Find precisions that an engine does not train in."""
+    """Yield problems of precisions that an engine does not train in."""
     name, stage, dtype = config.engine.name, config.engine.zero_stage, config.model.dtype
     if dtype == "float64" and name in ("deepspeed", "megatron"):
         yield f"model.dtype: engine {name} does not train in float64; fsdp2 does."
     if dtype == "bfloat16" and name == "deepspeed" and stage == 0:
-        yield "engine.zero_stage: with model.dtype = bfloat16 DeepSpeed sums gradients in float32 from stage 1 on; take 1 to 3."
+        yield "engine.zero_stage: with model.dtype = bfloat16 DeepSpeed sums gradients in float32 from stage 1 on; use 1 to 3."
 
 
 def _megatron_problems(config: Config) -> Iterator[str]:
-    """Find what tensor- and pipeline-parallel ranks cannot divide."""
+    """Yield problems of sizes that tensor- or pipeline-parallel ranks cannot divide."""
     model, parallel = config.model, config.parallel
     if config.engine.name != "megatron":
         return
@@ -346,49 +346,49 @@ def _megatron_problems(config: Config) -> Iterator[str]:
 
 
 def _slurm_problems(slurm: SlurmConfig) -> Iterator[str]:
-    """Find what sbatch would refuse, or read as something else."""
+    """Yield problems of settings that sbatch would refuse or misread."""
     for name in ("partition", "account"):
         value = getattr(slurm, name)
         if value and not re.fullmatch(r"[^\s#-]\S*", value):
-            yield f"slurm.{name}: {value!r} is no name of Slurm's: one word, without spaces."
+            yield f"slurm.{name}: {value!r} is not a Slurm name: one word, without spaces."
     if slurm.time and not re.fullmatch(_SLURM_TIME, slurm.time):
-        yield f"slurm.time: {slurm.time!r} is no time limit; write minutes, 12:00:00 or 2-00:00:00."
+        yield f"slurm.time: {slurm.time!r} is not a time limit; write minutes, 12:00:00 or 2-00:00:00."
     if slurm.container_runtime not in CONTAINER_RUNTIMES:
         yield f"slurm.container_runtime: {slurm.container_runtime!r}; choose one of {', '.join(CONTAINER_RUNTIMES)}."
     for mount in slurm.container_mounts:
         if not re.fullmatch(r"/[^:,]*(:/[^:,]*){0,2}|/[^:,]*:/[^:,]*:r[ow]", mount):
-            yield f"slurm.container_mounts: {mount!r} is no mount; write /host/folder:/folder, or one of these with :ro."
+            yield f"slurm.container_mounts: {mount!r} is not a mount; write /host/folder:/folder, or one of these with :ro."
     for option in slurm.options:
         if not re.fullmatch(r"--?[A-Za-z].*", option):
-            yield f"slurm.options: {option!r} is no option of sbatch; it begins with a dash, such as --qos=long."
+            yield f"slurm.options: {option!r} is not an option of sbatch; options begin with a dash, such as --qos=long."
 
 
 def _health_problems(health: HealthConfig) -> Iterator[str]:
-    """Find an invalid address."""
+    """Yield a problem of an invalid address."""
     try:
         ipaddress.ip_address(health.prometheus_address)
     except ValueError:
         yield (
-            f"health.prometheus_address: {health.prometheus_address!r} is no address; write one of rank 0's machine as a number, "
+            f"health.prometheus_address: {health.prometheus_address!r} is not an IP address; write one of rank 0's machine, "
             "such as 127.0.0.1."
         )
 
 
 def _elastic_problems(config: Config) -> Iterator[str]:
-    """Find why a run cannot go on with another number of data-parallel replicas."""
+    """Yield the reasons why a run cannot go on with another number of data-parallel replicas."""
     if config.ray.min_nodes < 1:
         return
     if config.parallel.data == "replicated" and not config.parallel.context_parallel_size:
         yield (
-            "ray.min_nodes: all ranks split one pack, so that none can be left out; set parallel.context_parallel_size to the "
+            "ray.min_nodes: all ranks split one pack, so none can be left out; set parallel.context_parallel_size to the "
             "ranks of a replica."
         )
     if config.checkpoint.every_steps < 0:
-        yield "ray.min_nodes: a run goes on from its checkpoints; set checkpoint.every_steps to 0 or more."
+        yield "ray.min_nodes: the run continues from checkpoints; set checkpoint.every_steps to 0 or more."
 
 
 def _name_problems(config: Config) -> Iterator[str]:
-    """Find names that do not exist."""
+    """Yield a problem for each unknown name."""
     model, parallel = config.model, config.parallel
     names: dict[str, tuple[str, Sequence[str]]] = {
         "model.dtype": (model.dtype, DTYPES),
@@ -405,9 +405,9 @@ def _name_problems(config: Config) -> Iterator[str]:
         "parallel.kernel": (parallel.kernel, [AUTO, *KERNELS]),
         "parallel.backward": (parallel.backward or POLICIES[0], POLICIES),
     }
-    for key, (value, known) in names.items():
-        if value not in known:
-            meant = [_MEANT[value.lower()]] if _MEANT.get(value.lower()) in known else []
-            near = meant or difflib.get_close_matches(value, known, 1, 0.5)
+    for key, (value, choices) in names.items():
+        if value not in choices:
+            meant = [_MEANT[value.lower()]] if _MEANT.get(value.lower()) in choices else []
+            near = meant or difflib.get_close_matches(value, choices, 1, 0.5)
             hint = f" Did you mean {near[0]}?" if near else ""
-            yield f"{key}: there is no {value!r}; there are {', '.join(known)}.{hint}"
+            yield f"{key}: there is no {value!r}; there are {', '.join(choices)}.{hint}"

@@ -1,4 +1,4 @@
-"""Keys of a run file that do nothing beside what other keys say."""
+"""Keys of a run file that have no effect together with other keys."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 
 from distattn.training.config_sections import Config, DataConfig, ModelConfig
 
-# the keys of a model's shape, which the config.json of a folder has
+# the keys of a model's shape; they come from the config.json of a model's folder
 SHAPE_KEYS = tuple(
     f"model.{field.name}" for field in fields(ModelConfig) if field.name not in ("path", "weights", "dtype")
 )
-# keys that do not apply to a plan of packs; check_tokens does
+# keys without effect on a plan of packs; check_tokens still applies
 _TEXT_KEYS = tuple(f"data.{field.name}" for field in fields(DataConfig) if field.name not in ("path", "check_tokens"))
 
 
 def idle_keys(config: Config) -> dict[str, str]:
-    """Return the keys that do nothing in a configuration whatever they are, and for each the reason and what would work."""
+    """Return the keys that have no effect in a configuration at any value; for each, the reason and what would work."""
     data, parallel, train, watch = config.data, config.parallel, config.train, config.watch
     health, evaluation, slurm = config.health, config.evaluation, config.slurm
     idle: dict[str, str] = {}
@@ -28,7 +28,7 @@ def idle_keys(config: Config) -> dict[str, str]:
             idle.update(dict.fromkeys(keys, reason))
 
     planned = data.path.endswith(".toml")
-    # whatever the number of ranks is: an elastic run changes it
+    # independent of the number of ranks, which an elastic run changes
     size = parallel.context_parallel_size
     packs_are_split = size > 1 or (not size and parallel.data == "replicated")
     add(
@@ -37,10 +37,10 @@ def idle_keys(config: Config) -> dict[str, str]:
         *_TEXT_KEYS,
     )
     schedule = "data.context_schedule"
-    add(planned, f"packs are planned already; their context lengths by step are rule.context in {data.path}.", schedule)
+    add(planned, f"packs are planned already; the context lengths of steps are rule.context in {data.path}.", schedule)
     add(
         not packs_are_split,
-        "each rank has packs of its own, which no layout spreads; leave it out, or raise parallel.context_parallel_size.",
+        "each rank has its own packs, so no layout applies; leave it out, or raise parallel.context_parallel_size.",
         "parallel.layout",
         "parallel.min_chunk",
     )
@@ -51,12 +51,12 @@ def idle_keys(config: Config) -> dict[str, str]:
     )
     add(
         parallel.latents and not _has_latents(config.model),
-        "the model has no latent attention (MLA); leave it out, or name the folder of one that has in model.path.",
+        "the model has no latent attention (MLA); leave it out, or name the folder of such a model in model.path.",
         "parallel.latents",
     )
     add(
         train.schedule == "constant",
-        "the constant schedule has no lower rate; leave it out, or take cosine, linear or wsd.",
+        "the constant schedule has no lower rate; leave it out, or use cosine, linear or wsd.",
         "train.min_learning_rate",
     )
     add(
@@ -107,10 +107,11 @@ def idle_keys(config: Config) -> dict[str, str]:
 
 
 def idle_problems(config: Config, named: Collection[str]) -> Iterator[str]:
-    """Find keys that are set and do nothing. named: the keys that the command line gives.
+    """Yield a sentence for each key that is set and has no effect. named: the keys given on the command line.
 
-    A key at its default value is harmless: files that runs save have all keys, and the command line takes a file's value back
-    with it. Only amounts of text beside a plan of packs, and a layout that spreads nothing, are refused at any value there.
+    A key at its default value is harmless: files that runs save have all keys, and the command line takes a file's
+    value back with it. Only named amounts of text next to a plan of packs, and a layout without split packs, are
+    refused at any value.
     """
     for key, reason in idle_keys(config).items():
         if not _has_default(config, key) or (key in named and key.startswith(("data.", "parallel.layout"))):
@@ -125,16 +126,16 @@ def without_idle_keys(config: Config, named: Collection[str]) -> tuple[Config, l
 
 def with_defaults(config: Config, keys: Collection[str]) -> Config:
     """Return a configuration with the default values of some keys."""
-    usual = Config()
+    defaults = Config()
     for key in keys:
         section, name = key.split(".")
-        value = getattr(getattr(usual, section), name)
+        value = getattr(getattr(defaults, section), name)
         config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
     return config
 
 
 def _has_latents(model: ModelConfig) -> bool:
-    """Return whether the config.json of a model's folder has the width of latents, or cannot be read, which is told elsewhere."""
+    """Return whether a model's config.json has a width of latents, or cannot be read, which another check reports."""
     try:
         model_config = json.loads(Path(model.path, "config.json").read_text("utf-8")) if model.path else {}
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""How fast a GPU is just now: it computes the same matrix product as all other ranks' GPUs, by itself."""
+"""Measures the current speed of a GPU: it computes the same matrix product as all other ranks' GPUs, alone."""
 
 from __future__ import annotations
 
@@ -7,37 +7,39 @@ from typing import Any
 
 import torch
 
-# rows and columns of the matrices, and how many products: 2.7 TFLOP
+# rows and columns of the matrices, and number of products: 2.7 TFLOP
 _SIZE, _PRODUCTS = 2048, 160
 
 
 class DeviceProbe:
-    """Of one device. It holds 25 MB of the device's memory while it measures."""
+    """The probe of one device. It holds 25 MB of the device's memory while it measures."""
 
     def __init__(self, device: torch.device):
         self._device = device
 
     def seconds(self) -> float:
-        """Of the products, by the device's own clock; NaN on what is no GPU, and where there is no memory for them just now.
+        """Return the seconds of the products by the device's own clock; NaN without a GPU, or without free memory for
+        them.
 
-        Waits until the device has done all that it was given.
+        Waits until the device has finished all earlier work.
         """
         if self._device.type != "cuda":
             return math.nan
         try:
             return self._measured()
         except torch.OutOfMemoryError:
-            # no run is to end for it
+            # a missing measurement must not end a run
             return math.nan
 
     def _measured(self) -> float:
-        # numbers of its own: those of training stay as they are; zeros would take less power than what is trained
+        # a generator of its own leaves training's random numbers as they are; zeros would draw less power than real
+        # data
         random = torch.Generator(self._device).manual_seed(0)
-        given: dict[str, Any] = {"dtype": torch.bfloat16, "device": self._device}
-        a, b = (torch.randn(_SIZE, _SIZE, generator=random, **given) for _ in range(2))
+        options: dict[str, Any] = {"dtype": torch.bfloat16, "device": self._device}
+        a, b = (torch.randn(_SIZE, _SIZE, generator=random, **options) for _ in range(2))
         out = torch.empty_like(a)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # the first one chooses a kernel, and loads it
+        # the first product chooses a kernel and loads it
         torch.mm(a, b, out=out)
         begin.record()
         for _ in range(_PRODUCTS):

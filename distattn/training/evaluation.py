@@ -1,4 +1,4 @@
-"""Losses of held-out documents during a run, by position and corpus; training goes on as if nothing had happened."""
+"""Losses of held-out documents during a run, by position and corpus; the training state is unchanged afterwards."""
 
 # T tokens on this rank
 
@@ -16,7 +16,7 @@ from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
 from distattn.training.loss_by_position import LossByPosition, LossTable, token_losses
 
-# what is called with each token's loss (T,) and the local batch they are of
+# called with each token's loss (T,) and the local batch of these tokens
 AddLosses = Callable[[Tensor, Mapping[str, Any]], None]
 
 
@@ -27,12 +27,13 @@ def evaluate(
     sums: LossByPosition,
     run: Callable[[Sequence[Mapping[str, Any]], AddLosses], Any] | None = None,
 ) -> LossTable:
-    """The mean losses of all batches of a loader, over all ranks of the driver's loss group; a collective call.
+    """Return the mean losses of all batches of a loader, over all ranks of the driver's loss group. A collective call.
 
-    Called between two steps of training: inside a loop over `cp.steps`, after the optimizer's step or before backward. loader: at
-    its first step, such as a `PackLoader` of another plan, or of the last steps of the run's; with corpus_ids=True for losses by
-    corpus. sums: are begun anew. run: is given a step's local batches and calls what it is given with their tokens' losses; by
-    default `token_losses` of the model. Raises DistattnError where the loader has no token with a label.
+    Call it between two training steps: inside a loop over `cp.steps`, after the optimizer's step or before backward.
+    loader: at its first step, such as a `PackLoader` of another plan, or of the last steps of the run's plan; with
+    corpus_ids=True for losses by corpus. sums: reset first. run: receives a step's local batches and a function, which
+    it calls with their tokens' losses; by default the model's `token_losses`. Raises DistattnError where no token of
+    the loader has a label.
     """
     sums.reset()
     with evaluation_mode(model):
@@ -52,10 +53,10 @@ def evaluate(
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Meanwhile no module is in training mode and nothing is differentiated; random numbers go on afterwards as before.
+    """Put all modules into evaluation mode without gradients; restore their modes and random numbers afterwards.
 
-    Each module's own mode comes back. Parameters that FSDP2 gathered for a forward pass without a backward are let go: a
-    checkpoint that is loaded next must not leave them behind.
+    Parameters that FSDP2 gathered for a forward pass without a backward are freed: they must not stay when a checkpoint
+    is loaded next.
     """
     modes = [(module, module.training) for module in model.modules()]
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

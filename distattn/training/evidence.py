@@ -1,4 +1,4 @@
-"""Evidence of refused steps in the run folder: which documents, which tokens each rank had, and digests of its weights."""
+"""Evidence of refused steps in the run folder: their documents, each rank's tokens, and digests of its weights."""
 
 from __future__ import annotations
 
@@ -21,54 +21,58 @@ from distattn.training.json_lines import json_text
 from distattn.training.module_observer import plain_name
 
 if TYPE_CHECKING:
-    from distattn.training.numerics_watch import Finding, Verdict
+    from distattn.training.numerics_watch import StepFinding, Verdict
 
 _LOG = logging.getLogger("distattn")
 _TOKENS = ("input_ids", "labels", "position_ids", "corpus_ids")
 
 
 class Evidence(NamedTuple):
-    """What is kept of a step. documents: pieces of its documents, a JSON object each; batches: this rank's micro-batches."""
+    """The evidence of one step. documents: a JSON object for each piece of its documents; batches: this rank's
+    micro-batches.
+    """
 
     verdict: Verdict
-    finding: Finding | None
+    finding: StepFinding | None
     documents: Sequence[Mapping[str, Any]]
     batches: Sequence[Mapping[str, Any]]
     model: Any
 
 
-def keep(found: Evidence, folder: Path, rank: int, most: int) -> None:
+def keep(evidence: Evidence, folder: Path, rank: int, most: int) -> None:
     """Write one step's evidence to `folder/step-N`, and remove the oldest beyond `most` steps. Every rank calls it.
 
-    Files: `verdict.json` and `documents.jsonl` (rank 0), and of each rank R `tokens-R.npz` (arrays "I.input_ids" and so on of
-    micro-batch I) and `weights-R.json` (xxh3 of the bytes that this rank has of each parameter). The same step again replaces its
-    evidence. What cannot be written is warned of in one line: a run does not end because its disk is full.
+    Files: `verdict.json` and `documents.jsonl` (rank 0), and for each rank R `tokens-R.npz` (arrays "I.input_ids" and
+    so on of micro-batch I) and `weights-R.json` (xxh3 of the bytes that this rank has of each parameter). Evidence of
+    the same step is replaced. If a file cannot be written, logs a warning of one line: a full disk does not end a run.
     """
-    place = folder / f"step-{found.verdict.step}"
+    step_folder = folder / f"step-{evidence.verdict.step}"
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        step_folder.mkdir(parents=True, exist_ok=True)
         if rank == 0:
-            said = {"verdict": asdict(found.verdict), "finding": found.finding and asdict(found.finding)}
-            (place / "verdict.json").write_text(json_text(said, indent=1), "utf-8")
-            lines = "".join(f"{json_text(row)}\n" for row in found.documents)
-            (place / "documents.jsonl").write_text(lines, "utf-8")
-            # a folder that was there already is as new as one that was not
-            os.utime(place)
-            _remove_oldest(folder, place, most)
+            judgement = {"verdict": asdict(evidence.verdict), "finding": evidence.finding and asdict(evidence.finding)}
+            (step_folder / "verdict.json").write_text(json_text(judgement, indent=1), "utf-8")
+            lines = "".join(f"{json_text(row)}\n" for row in evidence.documents)
+            (step_folder / "documents.jsonl").write_text(lines, "utf-8")
+            # an existing folder must look as new as one created now
+            os.utime(step_folder)
+            _remove_oldest(folder, step_folder, most)
         tokens = {
             f"{number}.{name}": batch[name].cpu().numpy()
-            for number, batch in enumerate(found.batches)
+            for number, batch in enumerate(evidence.batches)
             for name in _TOKENS
             if name in batch
         }
-        np.savez_compressed(place / f"tokens-{rank}.npz", allow_pickle=False, **tokens)
-        (place / f"weights-{rank}.json").write_text(json_text(weight_digests(found.model), indent=1), "utf-8")
+        np.savez_compressed(step_folder / f"tokens-{rank}.npz", allow_pickle=False, **tokens)
+        (step_folder / f"weights-{rank}.json").write_text(json_text(weight_digests(evidence.model), indent=1), "utf-8")
     except OSError as error:
-        _LOG.warning("%s: the evidence of step %d was not written: %s", place, found.verdict.step, error.strerror)
+        _LOG.warning(
+            "%s: the evidence of step %d was not written: %s", step_folder, evidence.verdict.step, error.strerror
+        )
 
 
 def weight_digests(model: Any) -> dict[str, str]:
-    """The xxh3 (128 bits, hexadecimal) of the bytes that this rank has of each parameter, by name."""
+    """Return the xxh3 (128 bits, hexadecimal) of the bytes that this rank has of each parameter, by name."""
     return {plain_name(name): _digest(parameter) for name, parameter in model.named_parameters()}
 
 
@@ -78,8 +82,8 @@ def _digest(parameter: Tensor) -> str:
 
 
 def _remove_oldest(folder: Path, newest: Path, most: int) -> None:
-    """Other steps' folders by the time of their last change, so that a run that went back keeps what it wrote last."""
-    others = [one for one in folder.iterdir() if re.fullmatch(r"step-\d+", one.name) and one != newest]
-    others.sort(key=lambda one: (one.stat().st_mtime_ns, int(one.name[5:])))
-    for one in others[: max(len(others) - (most - 1), 0)]:
-        shutil.rmtree(one, ignore_errors=True)
+    """Remove the least recently changed folders of other steps; after going back, a run keeps what it wrote last."""
+    others = [path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name) and path != newest]
+    others.sort(key=lambda path: (path.stat().st_mtime_ns, int(path.name[5:])))
+    for path in others[: max(len(others) - (most - 1), 0)]:
+        shutil.rmtree(path, ignore_errors=True)

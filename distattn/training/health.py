@@ -1,7 +1,8 @@
-"""Which rank is slow, and whose GPU counts errors: told every so many steps, of numbers that ranks have anyway.
+"""Reports of slow ranks and of GPUs with errors, at regular steps, from numbers that ranks measure anyway.
 
-On CPUs a rank's own compute time is what is left of a step without waiting for other ranks and for data. On GPUs the host does
-not know how long its device waits for others, so each rank's GPU computes the same matrix product once a report, by itself.
+On CPUs a rank's own compute time is a step's time without waiting for other ranks and for data. On GPUs the host does
+not know how long its device waits for others, so each rank's GPU computes the same matrix product once per report,
+alone.
 """
 
 from __future__ import annotations
@@ -26,26 +27,27 @@ from distattn.training.device_counters import COUNTERS, DeviceCounters
 from distattn.training.device_probe import DeviceProbe
 from distattn.training.step_clock import StepClock, StepCosts
 
-# a rank is named that takes so much longer than the median
+# a rank is named if it takes this share longer than the median
 SLOW_SHARE = 0.1
-# and told of on the console once it has been named in so many reports one after the other
+# and is reported on the console after this many consecutive reports that name it
 _REPORTS_IN_A_ROW = 3
 _HOST_BYTES = 64
-# what each rank tells before its counters
+# the numbers that each rank sends before its counters
 _TIMES = ("seconds", "data_seconds", "wait_seconds", "probe_seconds", "device", "last_xid")
 _UNKNOWN = math.nan
 
 
 @dataclass(frozen=True)
 class HealthReport:
-    """Of all ranks, over the steps since the last report. Times are seconds, means of a step, by rank; None where not known.
+    """A report on all ranks, over the steps since the last one. Times are seconds, means per step, by rank; None if
+    unknown.
 
-    compute_seconds: of a step without waits and data. probe_seconds: of the fixed matrix product of `DeviceProbe`. slowest: the
-    rank that takes longest, by compute_seconds or, on GPUs, by probe_seconds; over_median: by which share of the median it
-    takes longer. slow: whether that is enough to name it; reports_in_a_row: in which it was named, this one among them. errors:
-    a sentence for each counter of a GPU that has grown. counters: of each rank's GPU by `COUNTERS`. state_checks: comparisons of
-    state digests so far, in this process; damaged: a sentence for each that found a difference since the last report. text: all
-    in a sentence.
+    compute_seconds: of a step without waits and data. probe_seconds: of the fixed matrix product of `DeviceProbe`.
+    slowest: the rank that takes longest, by compute_seconds or, on GPUs, by probe_seconds; over_median: by which share
+    of the median it takes longer. slow: whether that is enough to name it; reports_in_a_row: consecutive reports that
+    name it, including this one. errors: a sentence for each counter of a GPU that has grown. counters: of each rank's
+    GPU by `COUNTERS`. state_checks: comparisons of state digests so far, in this process; damaged: a sentence for each
+    that found a difference since the last report. text: the whole report in sentences.
     """
 
     step: int
@@ -68,15 +70,17 @@ class HealthReport:
 
     @property
     def is_news(self) -> bool:
-        """Whether a person should look: a counter has grown, or a rank has been slow for a while."""
+        """Whether a person should look: a counter has grown, or a rank has been slow in several reports."""
         return bool(self.errors) or (self.slow and self.reports_in_a_row == _REPORTS_IN_A_ROW)
 
 
 class HealthReports:
-    """Measures the steps of a loop on every rank of the default group. Making it, and `after_step`, are collective calls.
+    """Measures the steps of a loop on every rank of the default group. Creating it and `after_step` are collective
+    calls.
 
-    every: steps between two reports, 0 for none. publish: is called with each report, on all ranks. counters: of this rank's GPU,
-    by default those of NVML. While it is open, waits of this thread for all collectives of torch.distributed are counted.
+    every: steps between two reports, 0 for none. publish: called with each report, on all ranks. counters: of this
+    rank's GPU, by default those of NVML. While it is open, this thread's waits for all collectives of torch.distributed
+    are counted.
     """
 
     def __init__(
@@ -107,15 +111,17 @@ class HealthReports:
             self._counted = self._gather([_UNKNOWN] * len(_TIMES) + self._counters.read())
 
     def clock(self) -> StepClock:
-        """A clock of steps whose waits are all that are counted."""
+        """Return a clock of steps that uses all counted waits."""
         return StepClock(self._device, self._waits)
 
     def wait(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns; its time counts as waiting. For calls whose waits PyTorch hides, such as clipping of DTensors."""
+        """Return the result of `work`; its time counts as waiting. For calls whose waits PyTorch hides, such as
+        clipping DTensors.
+        """
         return self._waits.timed(work)
 
     def after_step(self, step: int, costs: StepCosts) -> None:
-        """Count a step, the step-th of the run; every so many, tell what the ranks have measured."""
+        """Count a step, the step-th of the run; at report steps, share and publish the ranks' measurements."""
         if not self._every:
             return
         waited = _UNKNOWN if costs.wait_seconds is None else costs.wait_seconds
@@ -124,63 +130,63 @@ class HealthReports:
         ]
         self._steps += 1
         if step % self._every == 0:
-            self._tell(step)
+            self._report_now(step)
 
-    def tell_damage(self, step: int, text: str) -> None:
-        """Report at once that the state was found damaged; a collective call. text: a sentence."""
+    def report_damage(self, step: int, text: str) -> None:
+        """Report a damaged state at once; a collective call. text: a sentence."""
         self._damaged += (text,)
         if self._every and self._steps:
-            self._tell(step)
+            self._report_now(step)
 
-    def _tell(self, step: int) -> None:
+    def _report_now(self, step: int) -> None:
         times = [seconds / self._steps for seconds in self._times]
-        counted = self._counters.read()
-        own = [*times, self._probe.seconds(), float(self._counters.index), float(self._counters.last_xid)]
-        rows = self._gather(own + counted)
+        counters = self._counters.read()
+        local = [*times, self._probe.seconds(), float(self._counters.index), float(self._counters.last_xid)]
+        rows = self._gather(local + counters)
         self._publish(self._report(step, rows))
         self._times, self._steps, self._damaged = [0.0, 0.0, 0.0], 0, ()
 
     def close(self) -> None:
-        """Count waits no more, and let NVML go."""
+        """Stop counting waits, and shut NVML down."""
         self._stop_counting()
         self._counters.close()
 
     def _gather(self, row: list[float]) -> list[list[float]]:
-        """Every rank's numbers, by rank, as many each."""
-        own = torch.tensor(row, dtype=torch.float64)
-        return [one.tolist() for one in self._all_gather(own)]
+        """Return every rank's numbers, by rank; each rank has the same number of them."""
+        local = torch.tensor(row, dtype=torch.float64)
+        return [remote.tolist() for remote in self._all_gather(local)]
 
     def _host_names(self) -> tuple[str, ...]:
         name = socket.gethostname().encode()[:_HOST_BYTES].ljust(_HOST_BYTES, b"\0")
-        found = self._all_gather(torch.frombuffer(bytearray(name), dtype=torch.uint8))
-        return tuple(one.numpy().tobytes().rstrip(b"\0").decode("utf-8", "replace") for one in found)
+        names = self._all_gather(torch.frombuffer(bytearray(name), dtype=torch.uint8))
+        return tuple(host.numpy().tobytes().rstrip(b"\0").decode("utf-8", "replace") for host in names)
 
-    def _all_gather(self, own: Tensor) -> list[Tensor]:
+    def _all_gather(self, local: Tensor) -> list[Tensor]:
         group = dist.group.WORLD if dist.is_initialized() else None
         if group is None:
-            return [own]
-        own, what = own.to(sendable_device(group)), "a report of health"
-        everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        self._cp.begin(what)
+            return [local]
+        local, label = local.to(sendable_device(group)), "a report of health"
+        gathered = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+        self._cp.begin(label)
         limit = self._cp.wait_timeout
-        work = dist.all_gather(everyone, own, async_op=True)
+        work = dist.all_gather(gathered, local, async_op=True)
         assert work is not None
-        self._cp.guarded(lambda: work.wait() if limit is None else work.wait(limit), what)
-        return [one.cpu() for one in everyone]
+        self._cp.guarded(lambda: work.wait() if limit is None else work.wait(limit), label)
+        return [remote.cpu() for remote in gathered]
 
     def _report(self, step: int, rows: list[list[float]]) -> HealthReport:
         by_time = {name: [_known(row[place]) for row in rows] for place, name in enumerate(_TIMES)}
         compute = [_known(max(seconds - data - waited, 0.0)) for seconds, data, waited, *_ in rows]
-        measure = compute if None not in compute else by_time["probe_seconds"]
-        slowest, over = slowest_rank(measure)
-        slow = over is not None and over >= SLOW_SHARE
+        times = compute if None not in compute else by_time["probe_seconds"]
+        slowest, excess = slowest_rank(times)
+        slow = excess is not None and excess >= SLOW_SHARE
         self._reports += 1
         self._in_a_row = (self._in_a_row if slowest == self._last else 0) + 1 if slow else 0
         self._last = slowest if slow else None
         if slow and slowest is not None:
             self._named[slowest] += 1
         errors = self._grown(rows)
-        text = self._sentence(slowest, over, measure, measure is compute) if slowest is not None else ""
+        text = self._sentence(slowest, excess, times, times is compute) if slowest is not None else ""
         return HealthReport(
             step,
             self._steps,
@@ -191,7 +197,7 @@ class HealthReports:
             tuple(compute),
             tuple(by_time["probe_seconds"]),
             slowest,
-            over,
+            excess,
             slow,
             self._in_a_row,
             errors,
@@ -201,46 +207,46 @@ class HealthReports:
             self._damaged,
         )
 
-    def _sentence(self, slowest: int, over: float | None, measure: Sequence[float | None], of_steps: bool) -> str:
-        assert over is not None
-        median = statistics.median_low([one for one in measure if one is not None])
+    def _sentence(self, slowest: int, excess: float | None, times: Sequence[float | None], of_steps: bool) -> str:
+        assert excess is not None
+        median = statistics.median_low([seconds for seconds in times if seconds is not None])
         unit = "s a step" if of_steps else "s for the same matrix product"
         if not self._in_a_row:
             return f"No rank computes {SLOW_SHARE:.0%} longer than the median of {median:.3g} {unit}."
-        always = f"named in {self._named[slowest]} of {self._reports} reports, the last {self._in_a_row} in a row"
-        shared = ""
+        history = f"named in {self._named[slowest]} of {self._reports} reports, the last {self._in_a_row} in a row"
+        balanced = ""
         if self._cp.speeds is not None:
-            shared = "; attention is shared out by the ranks' speeds already, so this is what is left"
+            balanced = "; attention is already balanced by the ranks' speeds, so this is the remaining difference"
         return (
-            f"Rank {slowest} on {self._hosts[slowest]} computes {measure[slowest]:.3g} {unit}, {over:.0%} over the median of "
-            f"{median:.3g} ({always}){shared}."
+            f"Rank {slowest} on {self._hosts[slowest]} computes {times[slowest]:.3g} {unit}, {excess:.0%} over the median of "
+            f"{median:.3g} ({history}){balanced}."
         )
 
     def _grown(self, rows: list[list[float]]) -> tuple[str, ...]:
-        """Sentences of the counters that have grown since the last report."""
-        found = []
+        """Return a sentence for each counter that has grown since the last report."""
+        sentences = []
         for rank, (before, now) in enumerate(zip(self._counted or rows, rows, strict=True)):
-            for place, counter in enumerate(COUNTERS, len(_TIMES)):
-                more = now[place] - before[place]
-                if more > 0:
-                    which = f" (the last: {now[5]:.0f})" if counter == COUNTERS[-1] else ""
+            for column, counter in enumerate(COUNTERS, len(_TIMES)):
+                increase = now[column] - before[column]
+                if increase > 0:
+                    code = f" (the last: {now[5]:.0f})" if counter == COUNTERS[-1] else ""
                     device = f"rank {rank} on {self._hosts[rank]}, GPU {now[4]:.0f}"
-                    found.append(f"{device}: {more:,.0f} more {counter}{which}, {now[place]:,.0f} in all.")
+                    sentences.append(f"{device}: {increase:,.0f} more {counter}{code}, {now[column]:,.0f} in all.")
         self._counted = rows
-        return tuple(found)
+        return tuple(sentences)
 
 
-def slowest_rank(measure: Sequence[float | None]) -> tuple[int | None, float | None]:
-    """The rank that takes longest, and by which share of the median; None where a rank's time is not known.
+def slowest_rank(times: Sequence[float | None]) -> tuple[int | None, float | None]:
+    """Return the rank that takes longest, and its excess as a share of the median; None where a rank's time is unknown.
 
-    The median is one that a rank has, the lower one of two.
+    The median is some rank's time: of two middle ones the lower.
     """
-    known = [one for one in measure if one is not None]
-    if len(known) < len(measure) or not known:
+    known_times = [seconds for seconds in times if seconds is not None]
+    if len(known_times) < len(times) or not known_times:
         return None, None
-    slowest, median = max(range(len(known)), key=known.__getitem__), statistics.median_low(known)
-    return slowest, known[slowest] / median - 1 if median else 0.0
+    slowest, median = max(range(len(known_times)), key=known_times.__getitem__), statistics.median_low(known_times)
+    return slowest, known_times[slowest] / median - 1 if median else 0.0
 
 
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value
+def _known(number: float) -> float | None:
+    return None if math.isnan(number) else number

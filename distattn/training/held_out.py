@@ -1,4 +1,4 @@
-"""Held-out documents are not trained: those of both plans are compared by their numbers, before a run begins."""
+"""Held-out documents are not trained: before a run begins, the document numbers of both plans are compared."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from distattn.ir.errors import DistattnError
 from distattn.training.config import Config
 from distattn.training.run_data import RunData, held_out_data
 
-# of a file's size, index and tokens: a copy has the same
+# a file's dtype, size, and digests of index and tokens: copies have the same
 _FileKey = tuple[object, ...]
 
 
 class _Place(NamedTuple):
-    """A document of a corpus, by numbers of both."""
+    """A document of a corpus, as the numbers of both."""
 
     corpus: int
     document: int
 
     @property
     def code(self) -> int:
-        """Both numbers in one."""
+        """Both numbers as one integer."""
         return (self.corpus << 32) + self.document
 
 
 def check_held_out(config: Config, data: RunData) -> None:
-    """Raise DistattnError, naming the document, where one is evaluated that is trained, too, and as `held_out_data` does.
+    """Raise DistattnError if a held-out document is also trained, and where `held_out_data` does.
 
-    data: what is trained. Corpora are the same where their files are, or have the same digests, whatever they are called. Reads
-    the records of all steps that are trained.
+    data: the training data. Corpora with the same files, or the same digests, are the same, whatever their names. Reads
+    the records of all training steps.
     """
     held, begin = held_out_data(config, data)
     trained = {place.code: place for place in _same_documents(held, begin, config, data.corpora)}
-    wanted = np.array(sorted(trained), np.int64)
-    for step in range(config.train.steps if len(wanted) else 0):
-        both = wanted[np.isin(wanted, _codes(data.plan, step))]
-        if len(both):
-            place = trained[int(both[0])]
+    sorted_codes = np.array(sorted(trained), np.int64)
+    for step in range(config.train.steps if len(sorted_codes) else 0):
+        held_out_codes = sorted_codes[np.isin(sorted_codes, _codes(data.plan, step))]
+        if len(held_out_codes):
+            place = trained[int(held_out_codes[0])]
             key = "evaluation.path" if config.evaluation.path else "evaluation.steps"
             raise DistattnError(
                 f"{key}: document {place.document:,} of corpus {data.corpora[place.corpus].name} is evaluated, and trained in "
@@ -58,7 +58,7 @@ def _way_out(config: Config) -> str:
 
 
 def _same_documents(held: RunData, begin: int, config: Config, corpora: list[Corpus]) -> Iterator[_Place]:
-    """The held-out documents as the corpora that are trained number them; none where no file is the same."""
+    """Yield the held-out documents under the numbers of the training corpora; none where no file is the same."""
     places: dict[_FileKey, list[_Place]] = {}
     for number, corpus in enumerate(corpora):
         for first, file in _files(corpus):
@@ -72,14 +72,14 @@ def _same_documents(held: RunData, begin: int, config: Config, corpora: list[Cor
 
 
 def _codes(plan: PackPlan, step: int) -> np.ndarray:
-    """`_Place.code` of each piece of a step, int64 (N,)."""
+    """Return `_Place.code` of each piece of a step, int64 (N,)."""
     rows = plan.step(step).rows
     codes: np.ndarray = (rows["corpus"].astype(np.int64) << 32) + rows["document"]
     return codes
 
 
 def _files(corpus: Corpus) -> Iterable[tuple[int, IndexedFile]]:
-    """(Number of its first document, file) of each file."""
+    """Yield (number of its first document, file) of each file."""
     first = 0
     for file in corpus.files:
         yield first, file
@@ -89,6 +89,6 @@ def _files(corpus: Corpus) -> Iterable[tuple[int, IndexedFile]]:
 def _key(file: IndexedFile) -> _FileKey:
     if file.digests is not None:
         return file.dtype.name, file.bin_bytes, file.index_digest, file.digests.bin_root
-    # nothing is known of its tokens: it is the same where it is the same file
-    found = os.stat(f"{file.prefix}.bin")
-    return file.dtype.name, file.bin_bytes, file.index_digest, found.st_dev, found.st_ino
+    # no digests of its tokens: only the same file on the disk is the same
+    status = os.stat(f"{file.prefix}.bin")
+    return file.dtype.name, file.bin_bytes, file.index_digest, status.st_dev, status.st_ino

@@ -1,6 +1,6 @@
-"""The store in which the ranks of a job meet: where rank 0 holds it, it listens on the address that it was given, and no other.
+"""The store in which the ranks of a job meet. Rank 0 holds it and listens only on the address that it was given.
 
-PyTorch's own rendezvous by the environment listens on all interfaces.
+PyTorch's own rendezvous by environment variables listens on all interfaces.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from distattn.parallel.runtime.interfaces import listening_socket, resolved
 
 
 def job_store() -> dict[str, Any]:
-    """What `torch.distributed.init_process_group` is given to join the job that the environment names, as torchrun does.
+    """Return the arguments with which `torch.distributed.init_process_group` joins the job that the environment names.
 
-    MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE; TORCHELASTIC_USE_AGENT_STORE where torchrun's agent holds the store, else rank
-    0 does. Ranks that are started again have keys of their own in it. Raises DistattnError where rank 0 cannot listen there.
+    The environment has MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE, as torchrun sets them. With
+    TORCHELASTIC_USE_AGENT_STORE torchrun's agent holds the store, otherwise rank 0 does. Ranks that are started again
+    use keys of their own. Raises DistattnError where rank 0 cannot listen on the address.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    given: dict[str, Any] = {"world_size": ranks, "timeout": default_pg_timeout}
+    store_arguments: dict[str, Any] = {"world_size": ranks, "timeout": default_pg_timeout}
     if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        given |= {"is_master": True, "master_listen_fd": _listen(host, port, ranks)}
+        store_arguments |= {"is_master": True, "master_listen_fd": _listen(host, port, ranks)}
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"distattn/attempt {attempt}", dist.TCPStore(host, port, **given))
+    store = dist.PrefixStore(f"distattn/attempt {attempt}", dist.TCPStore(host, port, **store_arguments))
     return {"store": store, "rank": rank, "world_size": ranks}
 
 
 def _listen(host: str, port: int, ranks: int) -> int:
-    """The descriptor of a socket that listens on the address of a name of this machine."""
+    """Return the descriptor of a socket that listens on the address that a name of this machine has."""
     addresses = resolved(host)
     if not addresses:
         raise DistattnError(f"MASTER_ADDR: {host} does not resolve; name an address of rank 0's machine.")

@@ -1,6 +1,8 @@
-"""Files of a run that a full disk or a kill leaves whole: JSON lines, which rows are added to, and texts that are replaced.
+"""Files of a run that a full disk or a kill leaves whole: JSON lines, to which rows are added, and texts that are
+replaced.
 
-JSON knows no NaN and no infinity. They are written as the texts "NaN", "Infinity" and "-Infinity", and read as numbers again.
+JSON has no NaN and no infinity. They are written as the texts "NaN", "Infinity" and "-Infinity", and read as numbers
+again.
 """
 
 from __future__ import annotations
@@ -20,24 +22,24 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """A value as JSON that every reader takes."""
+    """Return a value as standard JSON, which every reader accepts."""
     return json.dumps(_encodable(value), indent=indent, allow_nan=False)
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of `json_text`. Raises ValueError."""
+    """Return the value that `json_text` wrote. Raises ValueError."""
     return _decoded(json.loads(text))
 
 
 def append_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Add rows to a file, all or none. Raises OSError."""
+    """Append rows to a file, all or none. Raises OSError."""
     append_lines(path, "".join(f"{json_text(row)}\n" for row in rows).encode())
 
 
 def append_lines(path: Path, lines: bytes) -> None:
-    """Add whole lines to a file, in one piece; a part of a line that was left there is ended first. Raises OSError.
+    """Append whole lines to a file in one write, after ending a partial line that was left there. Raises OSError.
 
-    What cannot be written whole is not written at all.
+    If not all bytes can be written, none are.
     """
     with open(path, "a+b", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
@@ -53,22 +55,22 @@ def append_lines(path: Path, lines: bytes) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file in place of what was there, whole or not at all. Raises OSError."""
-    aside = path.with_name(f"{path.name}.tmp")
+    """Write a file in place of the old one, whole or not at all. Raises OSError."""
+    new_file = path.with_name(f"{path.name}.tmp")
     try:
-        with open(aside, "w", encoding="utf-8") as file:
+        with open(new_file, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(new_file, path)
     except OSError:
         with suppress(OSError):
-            aside.unlink()
+            new_file.unlink()
         raise
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file, none where there is no file; a part of one, as a killed process may leave it, is passed over."""
+    """Return the rows of a file, none without a file; a partial row, as a killed process may leave it, is skipped."""
     rows = []
     with suppress(FileNotFoundError):
         for line in path.read_text("utf-8", errors="replace").splitlines():
@@ -78,10 +80,10 @@ def read_rows(path: Path) -> list[Row]:
 
 
 class JsonLines:
-    """A file of a run. A full disk ends no run: it is warned of, and rows are kept and added when there is room.
+    """JSON lines of a run. On a full disk the run goes on with a warning; rows are kept and added when there is room.
 
-    append: adds the rows of one call to the file, all or none, and raises OSError where it cannot. is_in_place: tells whether
-    the file's folder is still the same one; in another one nothing is written.
+    append: adds the rows of one call to the file, all or none, or raises OSError. is_in_place: returns whether the
+    file's folder is still the same one; nothing is written into another.
     """
 
     def __init__(
@@ -94,20 +96,20 @@ class JsonLines:
         self._waiting: list[Callable[[], Sequence[Row]]] = []
 
     def add(self, rows: Callable[[], Sequence[Row]]) -> None:
-        """Add the rows that a function returns; it is called when they can be written, and may be called again."""
+        """Add the rows that a function returns; it is called when they can be written, perhaps several times."""
         was_waiting = bool(self._waiting)
         self._waiting.append(rows)
         error = self._write()
-        # for a moved or deleted folder the run has a longer sentence
+        # the run reports a moved or deleted folder in a longer sentence
         if error is not None and not was_waiting and self._is_in_place():
             _warn(f"{self._path}: cannot be written: {error.strerror}; its lines are kept and added later.")
 
     def move_to(self, folder: Path) -> None:
-        """Go on in the folder's new place."""
+        """Continue at the folder's new path."""
         self._path, self._is_in_place = folder / self._path.name, lambda: True
 
     def close(self) -> None:
-        """Add what still waits; says how many rows are lost where that cannot be."""
+        """Add the rows that still wait; if that fails, print how many are lost."""
         error = self._write()
         if error is not None and self._is_in_place():
             lost = sum(len(rows()) for rows in self._waiting)
@@ -133,9 +135,9 @@ def _encodable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return json.dumps(value)
     if isinstance(value, dict):
-        return {name: _encodable(one) for name, one in value.items()}
+        return {name: _encodable(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_encodable(one) for one in value]
+        return [_encodable(item) for item in value]
     return value
 
 
@@ -143,7 +145,7 @@ def _decoded(value: Any) -> Any:
     if isinstance(value, str):
         return _NOT_FINITE.get(value, value)
     if isinstance(value, dict):
-        return {name: _decoded(one) for name, one in value.items()}
+        return {name: _decoded(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_decoded(one) for one in value]
+        return [_decoded(item) for item in value]
     return value

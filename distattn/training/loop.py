@@ -1,9 +1,10 @@
-"""The training loop: every step's packs and all parameters split over the ranks, from the newest checkpoint on.
+"""The training loop: every step's packs and all parameters are split over the ranks; a run continues from its newest
+checkpoint.
 
-`train` is one rank of a run; `distattn.training.rank` calls it in a process of its own. The run folder holds the resolved
-configuration, checkpoints and, of a run on text, tokens and the plan of packs; nothing else is shared but the process group.
-All that a run's future depends on is the number of the next step, the parameters, the optimizer's averages, and what the numerics
-watch and the loss by position have seen.
+`train` is one rank of a run; `distattn.training.rank` calls it in a process of its own. Ranks share the process group
+and the run folder, which has the resolved configuration, checkpoints and, for a run on text, tokens and the plan of
+packs. A run's future depends only on the number of the next step, the parameters, the optimizer's averages, and the
+state of the numerics watch and of the loss by position.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from distattn.training.metrics import MetricsReporter, warn
 from distattn.training.numerics_watch import ROLLBACK, STOP, NumericsWatch, Verdict
 from distattn.training.proposal import Proposal
 from distattn.training.replay_check import ReplayCheck
-from distattn.training.run_checkpoints import RunCheckpoints, words_of_streak
+from distattn.training.run_checkpoints import RunCheckpoints, describe_streak
 from distattn.training.run_data import RunData, held_out_data, open_data, piece_rows
 from distattn.training.run_facts import TrainingRun, check_steps_left, facts_of
 from distattn.training.run_folder import TRAINING, RunFolder, StepMetrics
@@ -61,14 +62,14 @@ def train(
 ) -> None:
     """Train on this rank from the newest checkpoint of the run folder, or from the beginning, to the last step.
 
-    proposal: the one that the configuration is of; rank 0 applies it once nothing speaks against it. Raises
-    DistattnError for what cannot be, and where numbers went wrong and the run file says to stop; RunStopped where the run was
-    asked to stop, with a checkpoint of the last step that was done.
+    proposal: the one that contains the configuration; rank 0 applies it after all checks. Raises DistattnError for
+    invalid settings, and for wrong numbers where the run file says to stop; RunStopped where the run was asked to stop,
+    with a checkpoint of its last step.
     """
     data = open_data(run, config)
     with ExitStack() as stack:
         lock, shape = None, configured_model(config, data.vocabulary, data.context)
-        given = TrainingRun(run, config, data, shape, facts_of(config, data, shape), device)
+        training_run = TrainingRun(run, config, data, shape, facts_of(config, data, shape), device)
         if dist.get_rank() == 0:
             lock = stack.enter_context(RunLock(run.folder))
             run.hold()
@@ -80,16 +81,22 @@ def train(
             MetricsReporter(run, train_config.steps, json_lines, visible, train_config.wandb)
         )
         keep = KeepRule(config.checkpoint.keep_last, config.checkpoint.keep_every_hours or None)
-        checkpoints = Checkpoints(run.checkpoints, group=dist.group.WORLD, facts=given.facts, keep=keep, warn=warn)
+        checkpoints = Checkpoints(
+            run.checkpoints, group=dist.group.WORLD, facts=training_run.facts, keep=keep, warn=warn
+        )
         stack.enter_context(closing(checkpoints))
-        loop = TrainingLoop(given, engine, checkpoints, reporter, lock, proposal)
+        loop = TrainingLoop(training_run, engine, checkpoints, reporter, lock, proposal)
         stack.enter_context(closing(loop.health))
         stack.enter_context(closing(loop.stop))
         loop.run()
         loop.check_folder()
-    steps, last = [checkpoint.step for checkpoint in list_checkpoints(run.checkpoints)], config.train.steps
-    # there may be an older checkpoint of that step
-    if lock is not None and config.checkpoint.every_steps >= 0 and (last not in steps or checkpoints.has_failed(last)):
+    steps, last_step = [checkpoint.step for checkpoint in list_checkpoints(run.checkpoints)], config.train.steps
+    # a folder may have an older checkpoint of the last step
+    if (
+        lock is not None
+        and config.checkpoint.every_steps >= 0
+        and (last_step not in steps or checkpoints.has_failed(last_step))
+    ):
         raise DistattnError(
             f"{run.checkpoints}: the last step's checkpoint could not be saved; make room, and distattn resume "
             f"{run.folder} trains from step {preferred_step(run.checkpoints):,} on."
@@ -97,7 +104,7 @@ def train(
 
 
 class TrainingLoop:
-    """The steps of a run on one rank. lock: of rank 0, on the run's folder. proposal: as for `train`."""
+    """The steps of a run on one rank. lock: rank 0's, on the run's folder. proposal: as for `train`."""
 
     def __init__(
         self,
@@ -116,7 +123,7 @@ class TrainingLoop:
         self.documents = self.folder.lines(self.folder.documents_file, append_documents)
         self.schedule, group = schedule_settings(config), dist.group.WORLD
         growth = WeightGrowth(engine.state_tensors)
-        # whether all ranks learn each other's loss; those of tensor and pipeline parallelism do not
+        # whether all ranks learn each other's loss; tensor- and pipeline-parallel ranks do not
         self._shares_loss = dist.get_world_size(engine.cp.loss_group) == dist.get_world_size()
         self.watch = NumericsWatch(
             engine.model,
@@ -139,19 +146,19 @@ class TrainingLoop:
         self._finding = ""
         # the damage for which the run has to go back
         self._damage: Damage | None = None
-        # of the step before
+        # context length of the step before
         self._context: int | None = None
         self.utilisation = Utilisation.of_config(config, shape)
         self.health = RunHealth(engine.cp, device, config.health, self.folder, reporter)
 
     def run(self) -> None:
-        """Train from the newest checkpoint to the last step, and save there."""
+        """Train from the newest checkpoint to the last step, and save the result."""
         config, last = self.config, self.config.train.steps
         step = begin = self._resume()
         if not begin and self.folder.plan_file.exists():
             self.reporter.report_plan(Plan.load(self.folder.plan_file))
         if not begin and config.watch.action == "rollback":
-            # something to go back to
+            # a checkpoint to go back to
             self.run_checkpoints.save(0)
         if not begin:
             self.run_checkpoints.take_digest("the begin of the run", 0)
@@ -161,11 +168,11 @@ class TrainingLoop:
                 damage = self.run_checkpoints.save_last(last)
                 step = last if damage is None else self._leave_damaged(damage)
         if self.watch.streak is not None:
-            ends = f"The run ends with refused steps: {words_of_streak(self.watch.streak)}."
+            ends = f"The run ends with refused steps: {describe_streak(self.watch.streak)}."
             self.reporter.report_warning(last - 1, "refused", ends)
 
     def _resume(self) -> int:
-        """Take over the checkpoint to go on from, and apply what is proposed; returns its step."""
+        """Load the checkpoint to continue from, and apply the proposal; return the step."""
         proposal = self._proposal if self.lock is not None else None
         with nullcontext() if proposal is None else proposal.applied(self.config):
             begin = self.run_checkpoints.resume()
@@ -175,7 +182,7 @@ class TrainingLoop:
         return begin
 
     def _train_from(self, begin: int) -> int:
-        """Train from a step on; returns the last step, or the one to go on from after a rollback."""
+        """Train from a step on; return the last step, or the step to continue from after a rollback."""
         last, evaluation, every = self.config.train.steps, self.config.evaluation, self.config.checkpoint.every_steps
         clock = self.health.clock()
         steps = self.engine.cp.steps(self._loader(self.data, begin, last))
@@ -183,7 +190,7 @@ class TrainingLoop:
         for step, batches in enumerate(clock.steps(steps), begin):
             self.stop.look()
             planned = self.data.plan.step(step)
-            # steps of another length compile and allocate, as the first
+            # steps of another length compile and allocate, as the first step does
             unusual = self._context not in (None, planned.context)
             self._context = planned.context
             tell(
@@ -195,10 +202,10 @@ class TrainingLoop:
                 self._damage = None
                 return self._leave_damaged(damage)
             done = step + 1
-            # before the save: a run that is resumed from it has evaluated
+            # before the save, so that a run resumed from it does not evaluate again
             if evaluation.every_steps and (done % evaluation.every_steps == 0 or done == last):
                 self._evaluate(done)
-            stop = self.stop.made() if done < last else Stop.NO
+            stop = self.stop.reason() if done < last else Stop.NO
             saves = self.run_checkpoints.is_due(done) or every >= 0 and stop
             if done < last and saves and stop != Stop.FOLDER_LOST:
                 self.run_checkpoints.save(done)
@@ -209,10 +216,10 @@ class TrainingLoop:
         return last
 
     def _train_step(self, step: int, planned: StepPacks, batches: Sequence[Batch], clock: StepClock) -> bool:
-        """One step; False where the run is to go back to a checkpoint."""
+        """Run one step; return False where the run must go back to a checkpoint."""
         train = self.config.train
         if self.reporter.visible:
-            # before anything can go wrong with them
+            # recorded before the documents can cause an error
             self.documents.add(lambda: list(piece_rows(self.data, step)))
         self._seed(step)
         if self.replay.due(step):
@@ -239,7 +246,7 @@ class TrainingLoop:
         if verdict.applies:
             self.digest.forget()
             self.engine.update(rate)
-            self.run_checkpoints.after_update(step, self.stop.made)
+            self.run_checkpoints.after_update(step, self.stop.reason)
             for losses_T, batch in token_losses:
                 self.by_position.add_batch(losses_T, batch)
         else:
@@ -263,35 +270,35 @@ class TrainingLoop:
         return verdict.applies or self._act(verdict, batches)
 
     def _mean_loss(self, step: int, losses: Sequence[Tensor]) -> tuple[float, Damage | None]:
-        """Return the mean loss of a step, and what has changed in the state since the last update, the same on all ranks.
+        """Return the mean loss of a step, and the change of the state since the last update, the same on all ranks.
 
-        A rank whose state has changed tells the others by a loss that is NaN, so nothing more is sent while all is well. Where
-        not all ranks learn that loss, one more number is under way beside it.
+        A rank whose state has changed shares this by a loss that is NaN, so undamaged runs send nothing more. Where not
+        all ranks learn that loss, one more number is sent at the same time.
         """
         changed = self.digest.changed()
         self.health.state_checks = self.digest.comparisons
-        spoilt = [losses[0] * math.nan] if changed and self._shares_loss else []
-        told = None if self._shares_loss else self.digest.tell(bool(changed))
-        mean = self.engine.cp.mean_loss([*losses, *spoilt])
-        to_look = not math.isfinite(mean) if told is None else told()
-        return mean, self.digest.explain(step, changed) if to_look else None
+        nan_loss = [losses[0] * math.nan] if changed and self._shares_loss else []
+        shared = None if self._shares_loss else self.digest.share(bool(changed))
+        mean = self.engine.cp.mean_loss([*losses, *nan_loss])
+        explains = not math.isfinite(mean) if shared is None else shared()
+        return mean, self.digest.explain(step, changed) if explains else None
 
     def _leave_damaged(self, damage: Damage) -> int:
-        """Tell of a damaged state and go back to a checkpoint of a whole one; return its step."""
-        self.health.tell_damage(damage.step + 1, damage.text)
+        """Report a damaged state and go back to a checkpoint of an undamaged one; return its step."""
+        self.health.report_damage(damage.step + 1, damage.text)
         return self.run_checkpoints.leave_damaged(damage)
 
     def _replay(self, step: int, batches: Sequence[Batch]) -> None:
-        """Compute the first micro-batch twice and compare; the step begins anew afterwards."""
+        """Compute the first micro-batch twice and compare; the gradients are dropped afterwards."""
         difference = self.replay.check(step, lambda: self.engine.backward(batches[:1]), self.engine.drop)
         self.engine.drop()
         if difference is not None:
             self.reporter.report_warning(step, "wrong rank", difference.text)
 
     def _act(self, verdict: Verdict, batches: Sequence[Batch]) -> bool:
-        """Do what the run file says of a refused step; False where the run is to go back to a checkpoint.
+        """Handle a refused step as the run file says; return False where the run must go back to a checkpoint.
 
-        Of refused steps in a row the first is looked into, kept as evidence and told of.
+        Only the first of refused steps in a row is examined, reported and kept as evidence.
         """
         if verdict.begins_streak:
             self._finding = self._find(verdict, batches)
@@ -302,14 +309,14 @@ class TrainingLoop:
             raise DistattnError(
                 f"step {verdict.step + 1}: {verdict.reason} In a second run of step {first + 1}: {self._finding} See "
                 f"{self.folder.folder}/evidence; distattn resume goes on with the newest checkpoint from before it, distattn "
-                f"ckpt list {self.folder.folder} shows all, and watch.action says what else to do."
+                f"ckpt list {self.folder.folder} lists all, and watch.action has other reactions."
             )
-        # where the first step from a checkpoint is bad again, the run goes further back
+        # if the first step after a checkpoint is bad again, the run goes further back
         further = self.run_checkpoints.begins_at(verdict.step)
         return not (verdict.action == ROLLBACK or self.config.watch.action == ROLLBACK and further)
 
     def _find(self, verdict: Verdict, batches: Sequence[Batch]) -> str:
-        """Run a refused step again and keep what is known of it; returns what was found."""
+        """Run a refused step again and keep its evidence; return the finding's text."""
         self._seed(verdict.step)
         finding = self.watch.find(verdict.step, lambda number: self.engine.backward([batches[number]])[0], len(batches))
         self.engine.drop()
@@ -317,45 +324,49 @@ class TrainingLoop:
         return finding.text
 
     def _evaluate(self, done: int) -> None:
-        """Losses of held-out documents by position and corpus, and of training since the last time."""
-        # what is compiled, it is at the first one
+        """Evaluate held-out documents; report their losses and those of training since the last time, by position and
+        corpus.
+        """
+        # the first evaluation compiles
         tell("evaluation", seconds=0.0 if self._has_evaluated else self.config.supervision.starting_seconds)
         self._has_evaluated = True
         data, begin = held_out_data(self.config, self.data)
         sums = LossByPosition(data.context, [corpus.name for corpus in data.corpora], self.device)
         loader = self._loader(data, begin, begin + self.config.evaluation.steps)
-        found = evaluate(self.engine.cp, self.engine.model, loader, sums, self.engine.evaluate)
-        self.reporter.report_losses(done, found)
+        table = evaluate(self.engine.cp, self.engine.model, loader, sums, self.engine.evaluate)
+        self.reporter.report_losses(done, table)
         self.reporter.report_losses(done, self.by_position.reduce(self.engine.cp.loss_group), TRAINING)
         self.by_position.reset()
 
     def _look_at_folder(self) -> Stop:
-        """Return whether the run has to stop because its folder is not where it was. Rank 0 calls it."""
+        """Return whether the run must stop because its folder was moved or deleted. Rank 0 calls it."""
         if self.folder.is_in_place():
             return Stop.NO
         return Stop.FOLDER_LOST if self.folder.follow() is None else Stop.FOLDER_MOVED
 
     def check_folder(self) -> None:
-        """Raise DistattnError on rank 0 where the run's folder is not where it was, with what has become of it."""
+        """Raise DistattnError on rank 0 where the run's folder was moved or deleted, with its new path if it has one."""
         if self.lock is not None:
             self.folder.hold().check()
 
     def _end(self, done: int, stop: Stop) -> None:
-        """End the run after a step, saved if it can be. Raises RunStopped, or DistattnError where its folder is elsewhere."""
+        """End the run after a step, saved if possible. Raises RunStopped, or DistattnError where its folder was moved
+        or deleted.
+        """
         begin = self.run_checkpoints.finish_early(done)
         if stop != Stop.ASKED:
-            sentence = self.stop.words_of_first(self._end_of_moved(done, stop, begin) if self.lock is not None else "")
+            sentence = self.stop.text_of_rank_0(self._end_of_moved(done, stop, begin) if self.lock is not None else "")
             raise DistattnError(sentence)
-        self.reporter.report_event(done, "stopped", "Stopped as it was asked to.")
+        self.reporter.report_event(done, "stopped", "Stopped as requested.")
         place = "from there" if begin == done else f"from step {begin:,}" if begin else "from the first step"
         raise RunStopped(
             f"stopped after step {done}, asked by a file in {self.folder.folder}; distattn resume goes on {place}."
         )
 
     def _end_of_moved(self, done: int, stop: Stop, begin: int) -> str:
-        """Return rank 0's sentence about a folder that is not in its place, and write it down as an event.
+        """Return rank 0's sentence about a folder that was moved or deleted, and record it as an event.
 
-        begin: the step from which a resume goes on, `done` where the run was saved.
+        begin: the step from which a resume continues, `done` if the run was saved.
         """
         event = self.folder.hold().what_happened()
         self.reporter.report_event(done, "stopped", event)
@@ -369,7 +380,7 @@ class TrainingLoop:
         return f"{event}; the run was saved there after step {done:,} and ends: distattn resume {place} goes on."
 
     def _seed(self, step: int) -> None:
-        """What is random in a step, such as dropout, depends on the step alone."""
+        """Set the seed of a step's random numbers, such as dropout's, so that they depend only on the step and the rank."""
         torch.manual_seed(derived_key(self.config.run.seed, step, dist.get_rank()))
 
     def _loader(self, data: RunData, begin: int, end: int) -> PackLoader:
@@ -387,7 +398,7 @@ class TrainingLoop:
 
 
 def _write_shape(run: RunFolder, shape: Any) -> None:
-    """Write the model's transformers configuration, for exports; a disk that cannot be written costs a warning."""
+    """Write the model's transformers configuration, for exports; warn if that fails."""
     file, text = run.folder / "config.json", f"{shape.to_json_string()}"
     try:
         if not file.exists() or file.read_text("utf-8") != text:

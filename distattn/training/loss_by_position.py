@@ -1,6 +1,6 @@
-"""Loss by position and by corpus: does it keep falling with context, and where?
+"""Loss by position and by corpus: shows whether, and where, it keeps falling with context.
 
-Sums are kept on the device and added up without waiting for it; ranks are asked only when somebody wants to read them.
+Sums are kept on the device and updated without waiting for it; ranks communicate only when the sums are read.
 """
 
 # T tokens on this rank, C corpora, B buckets of positions
@@ -24,7 +24,7 @@ from distattn.parallel.runtime.communicator import sendable_device
 
 @dataclass(frozen=True)
 class PositionBucket:
-    """Tokens at positions first to last of their documents. loss: their mean in nats, None where there are none."""
+    """Tokens at positions first to last of their documents. loss: their mean in nats, None without tokens."""
 
     first: int
     last: int
@@ -34,7 +34,7 @@ class PositionBucket:
 
 @dataclass(frozen=True)
 class CorpusLoss:
-    """Tokens of one corpus. loss: their mean in nats, None where there are none."""
+    """Tokens of one corpus. loss: their mean in nats, None without tokens."""
 
     name: str
     tokens: int
@@ -45,8 +45,8 @@ class CorpusLoss:
 class LossTable:
     """Mean losses over some steps and all ranks.
 
-    loss: of all tokens with a label and a finite loss, None where there are none. not_finite: tokens with another loss, which are
-    in no mean. by_corpus: empty where nobody said of which corpus tokens are.
+    loss: of all tokens with a label and a finite loss, None without such tokens. not_finite: tokens with another loss,
+    which no mean includes. by_corpus: empty where the corpora of tokens are unknown.
     """
 
     loss: float | None
@@ -57,11 +57,11 @@ class LossTable:
 
 
 class LossByPosition:
-    """Adds up token losses by bucket of positions and by corpus.
+    """Sums of token losses by bucket of positions and by corpus.
 
-    Buckets: position 0, then [1, 1], [2, 3], [4, 7] and so on in powers of two, up to `context` tokens; what lies beyond is in
-    the last. A position counts from the begin of the piece of a document that a pack has, as the model sees it. corpora: their
-    names, in the order of their numbers.
+    Buckets: position 0, then [1, 1], [2, 3], [4, 7] and so on in powers of two, up to `context` tokens; later positions
+    are in the last. A position counts from the start of the piece of a document that a pack has, as the model sees it.
+    corpora: their names, in the order of their numbers.
     """
 
     def __init__(self, context: int, corpora: Sequence[str] = (), device: torch.device | str = "cpu"):
@@ -70,17 +70,18 @@ class LossByPosition:
         self._edges = [1 << power for power in range(max(context - 1, 0).bit_length())]
         self._edges_B = torch.tensor(self._edges, dtype=torch.int64, device=device)
         self._buckets = len(self._edges) + 1
-        # sums of losses, numbers of tokens, and of those whose loss is not finite; row 0 is of tokens of no known corpus. fp64 is
-        # exact for numbers up to 2^53
+        # sums of losses, numbers of tokens, and numbers of tokens whose loss is not finite; the first block of buckets
+        # is for tokens of unknown corpora. fp64 is exact for counts up to 2^53
         self._sums = torch.zeros(3, (len(self.corpora) + 1) * self._buckets, dtype=torch.float64, device=device)
-        # of all ranks, up to the last time that they were asked; never changed in place, since a checkpoint may be copying it
+        # sums of all ranks at the last `state`; never changed in place, since a checkpoint may be copying them
         self._total = torch.zeros_like(self._sums)
 
     def add(self, losses_T: Tensor, labels_T: Tensor, positions_T: Tensor, corpus_ids_T: Tensor | None = None) -> None:
         """Add one micro-batch; nothing waits for the device.
 
-        losses_T: each token's loss in nats, any float dtype. labels_T: -100 where a token has none, and its loss does not count.
-        positions_T: of each token in its document. corpus_ids_T: the number of its corpus, -1 for none. Any shape of T elements.
+        losses_T: each token's loss in nats, any float dtype. labels_T: -100 for tokens without a label, whose loss does
+        not count. positions_T: of each token in its document. corpus_ids_T: the number of its corpus, -1 if unknown.
+        Any shape of T elements.
         """
         losses_T, labels_T, positions_T = losses_T.detach().flatten(), labels_T.flatten(), positions_T.flatten()
         place_T = torch.bucketize(positions_T, self._edges_B, right=True)
@@ -93,19 +94,21 @@ class LossByPosition:
         self._sums.index_add_(1, place_T, rows_3T)
 
     def add_batch(self, losses_T: Tensor, batch: Mapping[str, Any]) -> None:
-        """`add` for a local batch as the driver gives it; `corpus_ids` are there where `PackLoader(corpus_ids=True)` read it."""
+        """Call `add` for the driver's local batch; it has `corpus_ids` where `PackLoader(corpus_ids=True)` read it."""
         self.add(losses_T, batch["labels"], batch["position_ids"], batch.get("corpus_ids"))
 
     def reset(self) -> None:
-        """Forget all sums."""
+        """Reset all sums to zero."""
         self._sums.zero_()
         self._total = torch.zeros_like(self._total)
 
     def state(self, group: dist.ProcessGroup | None = None) -> Tensor:
-        """The sums over all ranks of the group, which have tokens of their own; None: of this rank. A collective call.
+        """Return the sums over all ranks of the group, which have different tokens; None: of this rank. A collective
+        call.
 
-        Equal on all ranks, float64, of a shape that does not depend on their number; `load` goes on from it. Nothing changes the
-        tensor later. Who asks at the same steps gets the same bits, whether the run was resumed in between or not.
+        Equal on all ranks, float64, of a shape that does not depend on their number; `load` continues from it. The
+        tensor does not change later. Calls at the same steps return the same bits, whether the run was resumed in
+        between or not.
         """
         new = self._sums.clone()
         self._sums.zero_()
@@ -116,35 +119,35 @@ class LossByPosition:
         return self._total
 
     def load(self, state: Tensor) -> None:
-        """Go on from what `state` has returned; the same on all ranks."""
+        """Continue from the result of `state`; the same on all ranks."""
         self._sums.zero_()
         self._total = state.to(self._total.device, copy=True)
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> LossTable:
-        """The table over all ranks of the group, as `state` asks them. Sums are kept. It waits for the device."""
+        """Return the table over all ranks of the group, as `state` does. Sums are kept. It waits for the device."""
         sums, tokens, not_finite = self.state(group).cpu().view(3, len(self.corpora) + 1, self._buckets).unbind()
         edges = [0, *self._edges]
         by_position = tuple(
-            PositionBucket(first, last - 1, int(count), _mean(part, count))
-            for first, last, part, count in zip(
+            PositionBucket(first, last - 1, int(count), _mean(total, count))
+            for first, last, total, count in zip(
                 edges, [*self._edges, 2 * edges[-1] or 1], sums.sum(0).tolist(), tokens.sum(0).tolist(), strict=True
             )
         )
-        parts = zip(self.corpora, sums.sum(1).tolist()[1:], tokens.sum(1).tolist()[1:], strict=True)
+        by_corpus = zip(self.corpora, sums.sum(1).tolist()[1:], tokens.sum(1).tolist()[1:], strict=True)
         return LossTable(
             _mean(float(sums.sum()), float(tokens.sum())),
             int(tokens.sum()),
             int(not_finite.sum()),
             by_position,
-            tuple(CorpusLoss(name, int(count), _mean(part, count)) for name, part, count in parts),
+            tuple(CorpusLoss(name, int(count), _mean(total, count)) for name, total, count in by_corpus),
         )
 
 
 def token_losses(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The loss of each token of a local batch (T,), in nats, 0 where it has no label; without the batch's loss scale."""
+    """Return the loss of each token of a local batch (T,), in nats, 0 without a label; without the batch's loss scale."""
     logits_TV = pytorch.logits_of(model, batch).flatten(0, -2)
-    wide_TV = logits_TV.to(accumulation_dtype(logits_TV.dtype))
-    return F.cross_entropy(wide_TV, batch["labels"].flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    accumulated_TV = logits_TV.to(accumulation_dtype(logits_TV.dtype))
+    return F.cross_entropy(accumulated_TV, batch["labels"].flatten(), ignore_index=IGNORE_INDEX, reduction="none")
 
 
 def _mean(total: float, count: float) -> float | None:

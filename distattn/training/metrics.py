@@ -1,7 +1,7 @@
-"""What a person sees of a run while it runs: a bar on a terminal, plain lines elsewhere; and the same on disk.
+"""Reports of a run while it runs: a bar on a terminal, plain lines elsewhere; and the same numbers on disk.
 
-JSON lines always, TensorBoard's files, and Weights & Biases where a project is named. Everything is given as numbers that the
-loop has anyway: nothing here waits for a device but histograms, at their intervals.
+Always JSON lines and TensorBoard's files, and Weights & Biases where a project is named. All numbers come from the
+loop: only histograms, at their intervals, wait for a device.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from distattn.training.module_observer import plain_name
 from distattn.training.run_folder import EVALUATION, RunFolder, StepMetrics
 from distattn.training.tensorboard_files import TensorBoardFiles
 
-# a log file wants to be read: not more than one line in this many seconds
+# minimum seconds between two lines, so that a log file stays readable
 _LINE_SECONDS = 2.0
-# what is drawn of a step; what is not known is left out
+# the curves of a step; unknown values are left out
 _SCALARS = (
     "loss",
     "grad_norm",
@@ -51,10 +51,11 @@ _SCALARS = (
 
 
 class MetricsReporter:
-    """Use as a context; call `report` after every step. Does nothing at all unless `visible` (rank 0).
+    """Reporter of a run; use it as a context and call `report` after every step. Does nothing unless `visible` (rank
+    0).
 
-    wandb: a project of Weights & Biases that gets the same, empty for none; a resumed run goes on there, too. Entering the
-    context raises DistattnError where the package is missing.
+    wandb: a project of Weights & Biases that gets the same numbers, empty for none; a resumed run continues its page
+    there. Entering the context raises DistattnError where the package is missing.
     """
 
     def __init__(self, run: RunFolder, steps: int, json_lines: bool, visible: bool, wandb: str = ""):
@@ -72,7 +73,7 @@ class MetricsReporter:
             return self
         if self._project:
             self._wandb = _wandb_run(self._project, self.run)
-        # no step is to wait for the import
+        # so that no step waits for the import
         self.tensorboard.open()
         self.began = time.perf_counter()
         if sys.stdout.isatty() and not self.json_lines:
@@ -102,9 +103,9 @@ class MetricsReporter:
         if not self.visible:
             return
         self.run.append(self.run.metrics_file, step.as_dict())
-        known = {name: value for name in _SCALARS if (value := getattr(step, name)) is not None}
-        self._log(known | {"skipped": 1.0 if step.skipped else 0.0}, step.step)
-        # of a run that goes on, the steps before took no time of this one
+        scalars = {name: value for name in _SCALARS if (value := getattr(step, name)) is not None}
+        self._log(scalars | {"skipped": 1.0 if step.skipped else 0.0}, step.step)
+        # steps before a resumed run began took no time of this process
         self._first_step = step.step if self._first_step is None else self._first_step
         now = time.perf_counter()
         # only the first of refused steps in a row is shown, with its reason
@@ -127,7 +128,9 @@ class MetricsReporter:
             self.last_line = now
 
     def report_losses(self, step: int, table: LossTable, split: str = EVALUATION) -> None:
-        """Record losses by position and corpus after a step: of an evaluation, or of the training steps since the last time."""
+        """Record losses by position and corpus: of an evaluation after a step, or of the training steps since the last
+        one.
+        """
         if not self.visible:
             return
         self.run.append(self.run.losses_file, {"step": step, "split": split} | asdict(table))
@@ -142,7 +145,7 @@ class MetricsReporter:
             self._show_evaluation(step, table)
 
     def _show_evaluation(self, step: int, table: LossTable) -> None:
-        """Print the loss of an evaluation, above the bar where there is one."""
+        """Print the loss of an evaluation, above the bar if there is one."""
         if self.json_lines:
             row = {"step": step, "evaluation_loss": table.loss, "evaluation_tokens": table.tokens}
             sys.stdout.write(json_text(row) + "\n")
@@ -156,15 +159,15 @@ class MetricsReporter:
         sys.stdout.flush()
 
     def report_histograms(self, step: int, model: Any) -> None:
-        """Record histograms of weights and their gradients: of what rank 0 has of them, where they are sharded.
+        """Record histograms of weights and their gradients; of sharded ones, rank 0's part.
 
-        It copies them from the device, so it belongs at intervals, between backward and the optimizer's step.
+        It copies them from the device, so call it at intervals, between backward and the optimizer's step.
         """
         if self.visible:
             self.tensorboard.write(lambda writer: _add_histograms(writer, step, model))
 
     def report_plan(self, plan: Plan) -> None:
-        """Record the picture of a plan's score matrix, of the first step for one."""
+        """Record the picture of a plan's score matrix, such as the first step's."""
         if not self.visible:
             return
         from matplotlib.image import imread
@@ -175,15 +178,15 @@ class MetricsReporter:
         )
 
     def report_health(self, report: HealthReport) -> None:
-        """Record how fast ranks are; what a person should look at is an event as well, and shown."""
+        """Record the ranks' speeds; news for a person is also recorded as an event and printed."""
         if not self.visible:
             return
         self.run.append(self.run.health_file, asdict(report))
         scalars = {"health/over_median": report.over_median, "health/slowest_rank": report.slowest}
         for name in ("seconds", "compute_seconds", "wait_seconds", "data_seconds", "probe_seconds"):
-            scalars |= {f"health_{name}/{rank}": one for rank, one in enumerate(getattr(report, name))}
+            scalars |= {f"health_{name}/{rank}": seconds for rank, seconds in enumerate(getattr(report, name))}
         for rank, counters in enumerate(report.counters):
-            scalars |= {f"health_errors/{name}/{rank}": one for name, one in zip(COUNTERS, counters, strict=True)}
+            scalars |= {f"health_errors/{name}/{rank}": count for name, count in zip(COUNTERS, counters, strict=True)}
         self._log({name: value for name, value in scalars.items() if value is not None}, report.step)
         if report.is_news:
             self.report_event(report.step, "health", report.text)
@@ -191,13 +194,13 @@ class MetricsReporter:
             sys.stderr.flush()
 
     def report_event(self, step: int, kind: str, text: str, facts: Mapping[str, Any] | None = None) -> None:
-        """Record what happens seldom. kind: refused, restart, rollback, wrong rank, ...; text: a sentence; facts: as JSON."""
+        """Record a rare event. kind: refused, restart, rollback, wrong rank, ...; text: a sentence; facts: as JSON."""
         if self.visible:
             self.run.append(self.run.events_file, {"step": step, "kind": kind, "text": text, **(facts or {})})
             self.tensorboard.write(lambda writer: writer.add_text(kind, text, step))
 
     def report_warning(self, step: int, kind: str, text: str) -> None:
-        """Report an event of a step that begins at 0, and print it to stderr; takes what `report_event` takes."""
+        """Report an event of a step, counted from 0, and print it to stderr; takes the arguments of `report_event`."""
         self.report_event(step + 1, kind, text)
         if self.visible:
             warn(f"step {step + 1}: {text}")
@@ -228,9 +231,9 @@ def _wandb_run(project: str, run: RunFolder) -> Any:
     config = {"configuration": run.config_file.read_text("utf-8")} if run.config_file.exists() else {}
     if not run.wandb_file.exists():
         write_whole(run.wandb_file, secrets.token_hex(8))
-    # of steps that a resumed run does again, which are the same, the first stay
-    known = {"id": run.wandb_file.read_text("utf-8"), "resume": "allow"}
-    return wandb.init(project=project, name=run.folder.name, dir=str(run.folder), config=config, **known)
+    # Weights & Biases keeps the first numbers of steps that a resumed run repeats; the repeated ones are equal
+    identity = {"id": run.wandb_file.read_text("utf-8"), "resume": "allow"}
+    return wandb.init(project=project, name=run.folder.name, dir=str(run.folder), config=config, **identity)
 
 
 def _add_histograms(writer: Any, step: int, model: Any) -> None:
@@ -242,7 +245,7 @@ def _add_histograms(writer: Any, step: int, model: Any) -> None:
 
 
 def _finite_part(values: Tensor | None) -> Tensor | None:
-    """This rank's finite numbers; None where there are none, of which there is no histogram."""
+    """Return this rank's finite numbers; None without any, since they have no histogram."""
     if values is None:
         return None
     local = (values.to_local() if isinstance(values, DTensor) else values).detach().float()
@@ -251,7 +254,7 @@ def _finite_part(values: Tensor | None) -> Tensor | None:
 
 
 def _figure_by_position(table: LossTable) -> Any:
-    """Mean loss by position, positions on a logarithmic axis."""
+    """Return a figure of the mean loss by position, with positions on a logarithmic axis."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")

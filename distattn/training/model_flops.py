@@ -1,13 +1,14 @@
-"""Floating-point operations of a model in training, for MFU (model FLOPs utilisation, Chowdhery et al. 2022, arXiv 2204.02311).
+"""Floating-point operations of a model in training, for MFU (model FLOPs utilisation, Chowdhery et al. 2022, arXiv
+2204.02311).
 
     FLOPs of a step = 6 x tokens x P + sum over layers of 6 x heads x (key dim + value dim) x A
     MFU             = FLOPs of a step / (seconds x ranks x peak FLOP/s of a device)
 
-P are the parameters that multiply a token: all matrices, the output layer's among them, without the embedding that is looked up,
-and of routed experts those that a token visits. A are the cells of the score matrix that the mask allows: l x (l + 1) / 2 for
-each document of l tokens, fewer in layers with a window, and none in layers without attention, whose recurrences and
-convolutions do not count. A multiplication and an addition are two operations; backward costs
-twice what forward does. Activations that are computed again do not count, and neither do norms, rotations and the softmax.
+P is the number of parameters that multiply a token: all matrices, including the output layer's, but not the embedding
+that is looked up, and of routed experts only those that a token visits. A is the number of cells of the score matrix
+that the mask allows: l x (l + 1) / 2 for each document of l tokens, fewer in layers with a window, and 0 in layers
+without attention, whose recurrences and convolutions do not count. A multiplication and an addition are two operations;
+backward costs twice as much as forward. Recomputed activations, norms, rotations and the softmax do not count.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from distattn.ir.mask import Mask
 
 # forward, and backward for inputs and for weights, two operations each
 _PER_PARAMETER = 6
-# what transformers calls stacked experts, of which each token visits a few
+# transformers' name for stacked experts, of which each token visits a few
 _EXPERTS = "experts"
 _CAUSAL = "causal"
 # kinds of layers, as transformers' configurations name them
@@ -34,17 +35,19 @@ _WITHOUT_ATTENTION = ("linear_attention", "conv", "mlp", "moe")
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """What a model's FLOPs depend on. parameters: P above; layers: for each window (None: none), heads x (key dim + value dim)
-    summed over the layers that have it."""
+    """The numbers that a model's FLOPs depend on.
+
+    parameters: P above; layers: for each window (None: no window), heads x (key dim + value dim) summed over its layers.
+    """
 
     parameters: float
     layers: tuple[tuple[int | None, int], ...]
 
     @classmethod
     def of_model(cls, model: torch.nn.Module) -> ModelFlops:
-        """From a transformers causal language model, on any device, sharded by FSDP2 or not.
+        """Return the numbers of a transformers causal language model, on any device, sharded by FSDP2 or not.
 
-        Raises DistattnError where it has attention, and its configuration does not say how many heads.
+        Raises DistattnError where it has attention but its configuration does not give the number of heads.
         """
         config: Any = getattr(model, "config", None)
         kinds = getattr(config, "layer_types", None)
@@ -68,7 +71,7 @@ class ModelFlops:
         return cls(_multiplied(model, config), tuple(layers.items()))
 
     def of_documents(self, lengths: Sequence[int]) -> float:
-        """FLOPs of forward and backward of documents of these lengths, in tokens, over all ranks."""
+        """Return the FLOPs of forward and backward of documents of these lengths, in tokens, over all ranks."""
         attention = 0
         for window, width in self.layers:
             document_mask = _CAUSAL if window is None else apply_window(_CAUSAL, window)
@@ -76,25 +79,27 @@ class ModelFlops:
         return _PER_PARAMETER * self.parameters * sum(lengths) + attention
 
     def per_token(self, context: int) -> float:
-        """FLOPs of a token in a document of `context` tokens, on average."""
+        """Return the mean FLOPs per token of a document of `context` tokens."""
         return self.of_documents([context]) / context
 
 
 def flops_utilisation(flops: float, seconds: float, ranks: int, peak_tflops: float) -> float:
-    """MFU: the share of the ranks' peak, in [0, 1], that the model's FLOPs of a step took. peak_tflops: of one device."""
+    """Return the MFU: the share of the ranks' peak, in [0, 1], that a step's model FLOPs took. peak_tflops: of one
+    device.
+    """
     return flops / (seconds * ranks * peak_tflops * 1e12)
 
 
 def _multiplied(model: torch.nn.Module, config: Any) -> float:
-    """Parameters that multiply a token; a DTensor's shape is global."""
-    find: Any = getattr(model, "get_input_embeddings", None)
-    embedding = find() if find is not None else None
-    find = getattr(model, "get_output_embeddings", None)
-    output = find() if find is not None else None
-    looked_up = {id(one) for one in embedding.parameters()} if embedding is not None else set()
+    """Return the number of parameters that multiply a token; a DTensor's shape is global."""
+    get_embeddings: Any = getattr(model, "get_input_embeddings", None)
+    embedding = get_embeddings() if get_embeddings is not None else None
+    get_embeddings = getattr(model, "get_output_embeddings", None)
+    output = get_embeddings() if get_embeddings is not None else None
+    looked_up = {id(parameter) for parameter in embedding.parameters()} if embedding is not None else set()
     if output is not None:
-        # tied to the embedding, it multiplies all the same
-        looked_up -= {id(one) for one in output.parameters()}
+        # an output layer tied to the embedding still multiplies
+        looked_up -= {id(parameter) for parameter in output.parameters()}
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     experts = next((number for name in names if (number := getattr(config, name, None))), 1)
     visited = getattr(config, "num_experts_per_tok", None) or experts

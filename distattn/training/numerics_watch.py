@@ -1,8 +1,8 @@
-"""The numerics watch: a step with a loss or gradient that is not finite, or far too large, is not applied, and is explained.
+"""The numerics watch: it skips and explains a step whose loss or gradient is not finite or far too large.
 
-After backward and before the optimizer's step a loop asks `judge`, which looks at the two numbers that all ranks have anyway. For
-a step that is refused `find` runs its micro-batches again and looks at what every module computes: the first tensor that is not
-finite is named, with its rank. `keep_evidence` puts aside what is needed to look further.
+After backward and before the optimizer's step a loop calls `judge` with the two numbers that all ranks have anyway. For
+a refused step, `find` runs its micro-batches again and observes what every module computes: the first tensor that is
+not finite is named, with its rank. `keep_evidence` stores the data for further investigation.
 """
 
 from __future__ import annotations
@@ -31,20 +31,22 @@ ACTIONS = (SKIP, STOP, ROLLBACK)
 NOT_FINITE, LARGE, CLEAN = "not finite", "large", "clean"
 _WATCHED = ("loss", "grad_norm")
 _SHOWN = {"loss": "loss", "grad_norm": "gradient norm"}
-# a gradient norm may well grow tenfold in the first steps of a run, a mean loss does not
+# in the first steps of a run a gradient norm may grow tenfold, but a mean loss does not
 _EARLY = {"loss": 0.5, "grad_norm": 5.0}
-# in the order of a step: weights before micro-batch 0, reduced gradients after all that a micro-batch's modules computed
+# order within a step: weights before micro-batch 0, reduced gradients after everything that a micro-batch's modules
+# compute
 _BEFORE, _AFTER = -1, 1 << 40
 
 
 @dataclass(frozen=True)
 class WatchSettings:
-    """What the watch refuses, and what becomes of the run. Raises DistattnError naming a setting that cannot be.
+    """Settings of the watch: the steps it refuses, and the reaction. Raises DistattnError naming a setting that is out of range.
 
-    action: of a refused step; skip: go on without it, stop: end the run, rollback: go back to the last checkpoint, and leave the
-    step out when it is bad again. spike_window: steps whose losses and gradient norms say what is usual; 0 for non-finite values
-    only. spike_threshold: by how many median absolute deviations a value may be above the median. most_in_a_row: after so many
-    steps that are not finite the run stops, whatever the action. evidence: of so many steps evidence is kept, the newest.
+    action: for a refused step; skip: go on without it, stop: end the run, rollback: go back to the last checkpoint, and
+    skip the step if it is bad again. spike_window: number of last steps whose losses and gradient norms define the
+    usual range; 0 for non-finite values only. spike_threshold: median absolute deviations above the median from which a
+    value is a spike. most_in_a_row: after this many non-finite steps in a row the run stops, whatever the action.
+    evidence: number of newest steps whose evidence is kept.
     """
 
     action: str = SKIP
@@ -55,21 +57,21 @@ class WatchSettings:
 
     def __post_init__(self) -> None:
         if self.action not in ACTIONS:
-            raise DistattnError(f"action is one of {', '.join(ACTIONS)}, not {self.action!r}.")
+            raise DistattnError(f"action must be one of {', '.join(ACTIONS)}, not {self.action!r}.")
         if self.spike_window < 0 or 0 < self.spike_window < 8:
-            raise DistattnError(f"spike_window is 0, or at least 8 steps, not {self.spike_window}.")
+            raise DistattnError(f"spike_window must be 0, or at least 8 steps, not {self.spike_window}.")
         if not (math.isfinite(self.spike_threshold) and self.spike_threshold > 0):
-            raise DistattnError(f"spike_threshold is a number above 0, not {self.spike_threshold}.")
+            raise DistattnError(f"spike_threshold must be a number above 0, not {self.spike_threshold}.")
         for name in ("most_in_a_row", "evidence"):
             if getattr(self, name) < 1:
-                raise DistattnError(f"{name} is at least 1, not {getattr(self, name)}.")
+                raise DistattnError(f"{name} must be at least 1, not {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)
 class Streak:
     """Refused steps in a row. first, last: their numbers; count: how many; reason: of the first.
 
-    limits: by "loss" and "grad_norm", what a value must not have exceeded when the streak began.
+    limits: for "loss" and "grad_norm", the limit of the values when the streak began.
     """
 
     first: int
@@ -81,11 +83,11 @@ class Streak:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The decision on a step. action: apply, skip, stop or rollback; reason: a sentence, empty where the step is applied.
+    """The decision on a step. action: apply, skip, stop or rollback; reason: a sentence, empty if the step is applied.
 
-    streak: the refused steps in a row that this one belongs to; of a step that is applied those that it ends, else None.
-    recovered: of a step that is applied after a streak whether it would have been applied before the streak, too; where it would
-    not, what was refused first is usual by now.
+    streak: the refused steps in a row, this one included; for an applied step the streak that it ends, else None.
+    recovered: for an applied step after a streak, whether it would also have been applied before the streak; if not,
+    the refused level has become the usual one.
     """
 
     step: int
@@ -101,17 +103,18 @@ class Verdict:
 
     @property
     def begins_streak(self) -> bool:
-        """Return whether the step is refused and the one before was not: this step is examined and reported."""
+        """Return whether the step is refused and the one before was not: only such a step is examined and reported."""
         return not self.applies and (self.streak is None or self.streak.count == 1)
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What a second run of a step has shown. text: a sentence for people.
+class StepFinding:
+    """The result of a second run of a step. text: a sentence for people.
 
-    kind: "not finite", "large" (all is finite, and this stands out) or "clean" (the fault did not repeat). tensor, computed_in:
-    which tensor, and the module whose code makes it. ranks: those that had it first; micro_batch: in which, -1 before all.
-    bad, elements: numbers that are not finite, and how many there are, on the first of the ranks. largest: absolute value.
+    kind: "not finite", "large" (all is finite, and this tensor stands out) or "clean" (the fault did not repeat).
+    tensor, computed_in: the tensor, and the module whose code computes it. ranks: those that had it first; micro_batch:
+    in which, -1 before all. bad, elements: numbers of non-finite and of all values, on the first of the ranks. largest:
+    absolute value.
     """
 
     step: int
@@ -127,12 +130,12 @@ class Finding:
 
 
 class NumericsWatch:
-    """Judges steps, and finds what was wrong with one. All ranks of `group` call alike; they have the modules of their stage.
+    """Judges steps and explains refused ones. All ranks of `group` call alike; they have the modules of their stage.
 
-    group: None for one process. folder: evidence goes into its subfolder `evidence`. messages: the driver's
-    (`ContextParallel.messages`), so that a rank which sends what is not finite is named, not those that receive it. weights: what
-    has `named_parameters`, if not the model. stage: the pipeline's that `model` is. growth: what the last updates did to weights,
-    so that an update that has destroyed them is named.
+    group: None for one process. folder: evidence is written into its subfolder `evidence`. messages: the driver's
+    (`ContextParallel.messages`), so that a rank which sends non-finite values is named, not those that receive them.
+    weights: the object with `named_parameters`, if not the model. stage: the pipeline stage that `model` is. growth:
+    growth of weights in the last updates, so that an update that has destroyed them is named.
     """
 
     def __init__(
@@ -155,13 +158,13 @@ class NumericsWatch:
             name: SpikeDetector(settings.spike_window, settings.spike_threshold, _EARLY[name]) for name in _WATCHED
         }
         self._in_a_row = 0
-        # the refused steps up to the one that was judged last
+        # the refused steps up to the last judged one
         self.streak: Streak | None = None
-        # of the step that was judged last
+        # of the last judged step
         self._was_finite = True
         # in the second run of the streak's first step
         self._found_bad_weights = False
-        # steps for which the run has gone back: when they are bad again, they are left out
+        # steps for which the run has gone back: if they are bad again, they are skipped
         self._rolled_back: set[int] = set()
 
     @property
@@ -173,27 +176,30 @@ class NumericsWatch:
         return self.streak is not None and (self.streak.count > 1 or self._found_bad_weights)
 
     def judge(self, step: int, loss: float, grad_norm: float) -> Verdict:
-        """Judge whether a step may be applied. All ranks give the same reduced numbers and get the same verdict.
+        """Decide whether a step may be applied. All ranks pass the same reduced numbers and get the same verdict.
 
-        step: its number; loss: the mean over all ranks, grad_norm: of the whole gradient, before clipping. Nothing is sent.
+        step: its number; loss: the mean over all ranks, grad_norm: of the whole gradient, before clipping. Nothing is
+        sent.
         """
         values = {"loss": float(loss), "grad_norm": float(grad_norm)}
         self._was_finite = all(map(math.isfinite, values.values()))
         reason = next(filter(None, (self._reason(name, value) for name, value in values.items())), "")
-        before, limits = self.streak, {name: curve.limit() for name, curve in self._curves.items()}
+        streak_before, limits = self.streak, {name: curve.limit() for name, curve in self._curves.items()}
         for name, value in values.items():
             self._curves[name].add(value)
-        # a new level becomes usual by itself; what is not finite does not
+        # a new level becomes usual after some steps; non-finite values never do
         self._in_a_row = 0 if self._was_finite else self._in_a_row + 1
         if not reason:
             self.streak = None
-            recovered = before is None or all(value <= before.limits[name] for name, value in values.items())
-            return Verdict(step, APPLY, "", before, recovered)
+            recovered = streak_before is None or all(
+                value <= streak_before.limits[name] for name, value in values.items()
+            )
+            return Verdict(step, APPLY, "", streak_before, recovered)
         self.streak = Streak(step, step, 1, reason, limits)
-        if before is None:
+        if streak_before is None:
             self._found_bad_weights = False
         else:
-            self.streak = replace(before, last=step, count=before.count + 1)
+            self.streak = replace(streak_before, last=step, count=streak_before.count + 1)
         action = self.settings.action
         if self._in_a_row >= self.settings.most_in_a_row:
             action, reason = STOP, f"{reason[:-1]}; {self._in_a_row} steps in a row were not finite."
@@ -202,38 +208,40 @@ class NumericsWatch:
             self._rolled_back.add(step)
         return Verdict(step, action, reason, self.streak)
 
-    def find(self, step: int, run: Callable[[int], Tensor | None], micro_batches: int) -> Finding:
-        """Run a refused step again, and name the first tensor that is not finite, or what stands out. A collective call.
+    def find(self, step: int, run: Callable[[int], Tensor | None], micro_batches: int) -> StepFinding:
+        """Run a refused step again; name the first non-finite tensor, or the one that stands out. A collective call.
 
-        run(i): forward and backward of micro-batch i, as in the step; it may return the loss. Gradients are in the caller's
-        hands: drop the step's before, and these afterwards. What is compiled is run uncompiled.
+        run(i): forward and backward of micro-batch i, as in the step; it may return the loss. The caller drops the
+        step's gradients before, and these afterwards. Compiled modules run uncompiled.
         """
         first, outputs, largest = self._first_bad_weight(), [], []
         with torch.compiler.set_stance("force_eager"):
             for index in range(micro_batches):
                 with observed_modules(self._model, _counted, self._messages, self._stage) as observations:
                     loss = run(index)
-                looks = observations.read().tolist()
-                first = first or self._first_bad(index, observations, looks, loss)
-                shown = [
-                    (seen.module, look[1])
-                    for seen, look in zip(observations.seen, looks, strict=True)
-                    if seen.kind == OUTPUT and not seen.gradient
+                values_and_counts = observations.read().tolist()
+                first = first or self._first_bad(index, observations, values_and_counts, loss)
+                module_outputs = [
+                    (tensor.module, look[1])
+                    for tensor, look in zip(observations.seen, values_and_counts, strict=True)
+                    if tensor.kind == OUTPUT and not tensor.gradient
                 ]
-                outputs = [module for module, _ in shown]
-                largest.append([value for _, value in shown])
+                outputs = [module for module, _ in module_outputs]
+                largest.append([value for _, value in module_outputs])
         growth = self._growth and self._growth.largest()
         first_by_rank, outputs_by_rank, growth_by_rank = zip(
             *gathered(self._group, (first, (outputs, largest), growth)), strict=True
         )
-        bad = [one for one in first_by_rank if one is not None]
+        bad = [tensor for tensor in first_by_rank if tensor is not None]
         if bad:
             finding = _not_finite(step, bad)
         elif not self._was_finite:
-            finding = Finding(step, CLEAN, "all values are finite in a second run: the fault did not repeat.")
+            finding = StepFinding(step, CLEAN, "all values are finite in a second run: the fault did not repeat.")
         else:
-            finding = _largest(step, outputs_by_rank)
-        causes = [(one.step, -one.factor, rank, one) for rank, one in enumerate(growth_by_rank) if one is not None]
+            finding = _largest_output(step, outputs_by_rank)
+        causes = [
+            (grown.step, -grown.factor, rank, grown) for rank, grown in enumerate(growth_by_rank) if grown is not None
+        ]
         if causes:
             *_, rank, cause = min(causes, key=lambda growth: growth[:3])
             finding = replace(finding, text=f"{cause.text(rank)}; {finding.text}")
@@ -243,13 +251,15 @@ class NumericsWatch:
     def keep_evidence(
         self,
         verdict: Verdict,
-        finding: Finding | None,
+        finding: StepFinding | None,
         documents: Sequence[Mapping[str, Any]],
         batches: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Write what is known of a refused step to `evidence/step-N`; every rank calls it. A full disk is warned of, no more.
+        """Write the evidence of a refused step to `evidence/step-N`; every rank calls it. A full disk only causes a
+        warning.
 
-        documents: pieces of the step's documents, a JSON object each. batches: this rank's micro-batches, whose tokens are kept.
+        documents: pieces of the step's documents, a JSON object each. batches: this rank's micro-batches, whose tokens
+        are kept.
         """
         evidence.keep(
             evidence.Evidence(verdict, finding, documents, batches, self._weights),
@@ -259,7 +269,9 @@ class NumericsWatch:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: last values, steps in a row that were not finite, and steps for which it has gone back."""
+        """Return the state for a resumed run: last values, non-finite steps in a row, and steps for which it has gone
+        back.
+        """
         return {
             **{name: curve.values() for name, curve in self._curves.items()},
             "in_a_row": self._in_a_row,
@@ -267,11 +279,11 @@ class NumericsWatch:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state. Steps for which this process has gone back since the state was taken are not forgotten."""
+        """Continue from a state. Steps for which this process has gone back since then are remembered."""
         for name, curve in self._curves.items():
             curve.load(state[name])
         self._in_a_row = max(int(state["in_a_row"]), self._in_a_row)
-        # other weights
+        # the weights are other ones now
         self.streak = None
         self._rolled_back |= set(state["rolled_back"])
 
@@ -298,13 +310,13 @@ class NumericsWatch:
     def _first_bad(
         self, index: int, observations: Observations, looks: list[list[float]], loss: Tensor | None
     ) -> _Bad | None:
-        looked = zip(observations.places, observations.seen, looks, strict=True)
+        observed = zip(observations.places, observations.seen, looks, strict=True)
         place, seen, bad = next(
-            ((place, seen, int(look[0])) for place, seen, look in looked if look[0]), ((_AFTER, 0, 0), None, 0)
+            ((place, tensor, int(look[0])) for place, tensor, look in observed if look[0]), ((_AFTER, 0, 0), None, 0)
         )
-        of_loss = (self._stage.turn_of_loss, 0, 0)
-        if self._stage.is_last and place > of_loss and isinstance(loss, Tensor) and not bool(loss.isfinite().all()):
-            return _Bad((index, *of_loss), "loss", "", self._rank, 1, 1)
+        loss_place = (self._stage.turn_of_loss, 0, 0)
+        if self._stage.is_last and place > loss_place and isinstance(loss, Tensor) and not bool(loss.isfinite().all()):
+            return _Bad((index, *loss_place), "loss", "", self._rank, 1, 1)
         if seen is not None:
             return _Bad((index, *place), str(seen), seen.computed_in, self._rank, bad, seen.elements)
         for name, parameter in self._weights.named_parameters():
@@ -328,54 +340,58 @@ class _Bad(NamedTuple):
 
 
 def _counted(tensor: Tensor) -> Tensor:
-    """How many numbers are not finite, and the largest absolute value of the others; float64 (2,)."""
+    """Return the number of non-finite values and the largest absolute value of the others; float64 (2,)."""
     finite = tensor.isfinite()
     largest = torch.where(finite, tensor, 0).abs().amax()
     return torch.stack([(~finite).sum().double(), largest.double()])
 
 
-def _not_finite(step: int, found: Sequence[_Bad]) -> Finding:
-    """The earliest of the ranks' first bad tensors."""
-    earliest = min(one.order for one in found)
-    first = [one for one in found if one.order == earliest]
-    ranks = tuple(sorted(one.rank for one in first))
-    example = min(first, key=lambda one: one.rank)
+def _not_finite(step: int, bad_tensors: Sequence[_Bad]) -> StepFinding:
+    """Return the finding of the earliest of the ranks' first bad tensors."""
+    earliest = min(bad_tensor.order for bad_tensor in bad_tensors)
+    first = [bad_tensor for bad_tensor in bad_tensors if bad_tensor.order == earliest]
+    ranks = tuple(sorted(bad_tensor.rank for bad_tensor in first))
+    example = min(first, key=lambda bad_tensor: bad_tensor.rank)
     micro_batch = "" if earliest[0] == _BEFORE else f", micro-batch {earliest[0]}"
-    # an output has its module's name already
+    # an output's name already contains its module
     around = f", computed in {example.computed_in}" if example.computed_in not in ("", *example.tensor.split()) else ""
     values = "value" if example.elements == 1 else "values"
     count = f"{example.bad:,} of {example.elements:,} {values} {'is' if example.bad == 1 else 'are'}"
     text = f"{example.tensor}, {named_ranks(ranks)}{micro_batch}{around}: {count} not finite."
     facts = example.tensor, example.computed_in, ranks, earliest[0], example.bad, example.elements
-    return Finding(step, NOT_FINITE, text, *facts)
+    return StepFinding(step, NOT_FINITE, text, *facts)
 
 
-def _largest(step: int, everyone: Sequence[tuple[Sequence[str], Sequence[Sequence[float]]]]) -> Finding:
-    """Whose largest output is most above the usual one of the same module.
+def _largest_output(
+    step: int, outputs_by_rank: Sequence[tuple[Sequence[str], Sequence[Sequence[float]]]]
+) -> StepFinding:
+    """Return the finding of the output that is furthest above the median of the same module.
 
-    everyone: by rank the names of its modules, and by micro-batch their values.
+    outputs_by_rank: for each rank the names of its modules, and by micro-batch their values.
     """
     cells = [
         (value, rank, micro_batch, (at, module))
-        for rank, (modules, of_rank) in enumerate(everyone)
-        for micro_batch, values in enumerate(of_rank)
-        # ranks may have seen one module more often than others
+        for rank, (modules, by_micro_batch) in enumerate(outputs_by_rank)
+        for micro_batch, values in enumerate(by_micro_batch)
+        # a rank may have observed a module more often than others
         for (at, module), value in zip(enumerate(modules), values, strict=False)
     ]
     if not cells:
-        return Finding(step, CLEAN, "no module puts out numbers: nothing can be said of this step.")
+        return StepFinding(step, CLEAN, "no module has a floating-point output: this step cannot be explained.")
     by_module: dict[tuple[int, str], list[float]] = {}
     for value, _, _, at in cells:
         by_module.setdefault(at, []).append(value)
-    usual = {at: statistics.median(values) for at, values in by_module.items()}
+    medians = {at: statistics.median(values) for at, values in by_module.items()}
     alone = len(by_module[cells[0][3]]) < 3
     value, rank, micro_batch, at = max(
-        cells, key=lambda cell: (0.0 if alone else cell[0] / max(usual[cell[3]], 1e-30), cell[0])
+        cells, key=lambda cell: (0.0 if alone else cell[0] / max(medians[cell[3]], 1e-30), cell[0])
     )
-    beside = "" if alone else f", {value / max(usual[at], 1e-30):.3g} times the median of all ranks and micro-batches"
+    comparison = (
+        "" if alone else f", {value / max(medians[at], 1e-30):.3g} times the median of all ranks and micro-batches"
+    )
     text = (
-        f"all values are finite in a second run; the largest output {'' if alone else 'beside others '}is that of {at[1]}, "
-        f"rank {rank}, micro-batch {micro_batch}: {value:.4g}{beside}."
+        f"all values are finite in a second run; the largest output {'' if alone else 'compared with others '}is that of "
+        f"{at[1]}, rank {rank}, micro-batch {micro_batch}: {value:.4g}{comparison}."
     )
     facts = f"{at[1]} {OUTPUT}", at[1], (rank,), micro_batch
-    return Finding(step, LARGE, text, *facts, largest=value)
+    return StepFinding(step, LARGE, text, *facts, largest=value)

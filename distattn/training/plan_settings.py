@@ -1,4 +1,4 @@
-"""What all attention plans of a run have in common: the one place that turns a run's configuration into plan settings."""
+"""Settings that all attention plans of a run share: the one place that turns a run's configuration into them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from distattn.training.config import Config
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """Everything that a plan depends on, but for the lengths of the documents.
+    """Everything that a plan depends on, except the lengths of the documents.
 
-    heads and kv_heads are query and key/value heads, head_dim is the width of one, v_head_dim that of values where it is another.
-    latents: the widths of rotary keys and of latents, where latents may move in place of keys and values. None leaves a choice to
-    the strategy (backward), to the device (kernel), to the accumulation dtype (comm_dtype), or sets no limit (max_buffer_bytes).
+    heads and kv_heads are query and key/value heads, head_dim is the width of one head, v_head_dim that of values where
+    it differs. latents: the widths of rotary keys and of latents, where latents may be sent in place of keys and
+    values. None leaves a choice to the strategy (backward), the device (kernel) or the accumulation dtype (comm_dtype),
+    or sets no limit (max_buffer_bytes).
     """
 
     ranks: int
@@ -44,7 +45,7 @@ class PlanSettings:
 
     @staticmethod
     def of_config(config: Config) -> PlanSettings:
-        """The settings of a run."""
+        """Return the settings of a run."""
         model, parallel = config.model, config.parallel
         return PlanSettings(
             ranks=parallel.attention_ranks,
@@ -66,18 +67,18 @@ class PlanSettings:
 
     @property
     def data_parallel_size(self) -> int:
-        """How many packs one attention call has: one that all ranks split, or one for each rank or block of ranks."""
+        """Number of packs of one attention call: one that all ranks split, or one for each rank or block of ranks."""
         return 1 if self.data == "replicated" else self.ranks // (self.context_parallel_size or 1)
 
     def plan(self, *packs: Sequence[int]) -> Plan:
-        """The plan of one attention call on a step's packs, given by the lengths of their documents.
+        """Return the plan of one attention call on a step's packs, given by the lengths of their documents.
 
-        Raises DistattnError when it cannot be made.
+        Raises DistattnError where no plan is possible.
         """
         block_ranks = self.ranks // self.data_parallel_size
         layouts = BlockLayouts(self.ranks, block_ranks, self.layout, self.layout_options, "causal")
         mask, layout = layouts.of_batch(tuple(tuple(lengths) for lengths in packs))
-        how: dict[str, Any] = dict(
+        options: dict[str, Any] = dict(
             strategy=self.strategy,
             heads=self.heads,
             head_dim=self.head_dim,
@@ -90,18 +91,20 @@ class PlanSettings:
             max_buffer_bytes=self.max_buffer_bytes,
         )
         if self.latents is None:
-            return make_plan(mask, layout, kv_heads=self.kv_heads, **how)
+            return make_plan(mask, layout, kv_heads=self.kv_heads, **options)
         rotary_dim, latent_dim = self.latents
-        return make_latent_plan(mask, layout, rotary_dim=rotary_dim, latent_dim=latent_dim, **how)
+        return make_latent_plan(mask, layout, rotary_dim=rotary_dim, latent_dim=latent_dim, **options)
 
     @property
     def strategy_options(self) -> dict[str, Any]:
-        """Options of the strategy: it keeps to max_buffer_bytes where it can."""
+        """Options of the strategy, with max_buffer_bytes where it can keep to that."""
         limited = self.max_buffer_bytes is not None and STRATEGIES[self.strategy].takes("max_buffer_bytes")
         return {"max_buffer_bytes": self.max_buffer_bytes} if limited else {}
 
     def context_parallel_arguments(self) -> dict[str, Any]:
-        """The keyword arguments with which `ContextParallel` makes the same plans; it takes shapes from the model."""
+        """Return the keyword arguments with which `ContextParallel` makes the same plans; it takes shapes from the
+        model.
+        """
         return {
             "strategy": self.strategy,
             "data": self.data,
@@ -116,7 +119,7 @@ class PlanSettings:
 
 
 def _cluster_of(config: Config) -> AnyCluster | None:
-    """How the ranks that share attention are spread over nodes, with the speeds of cluster.description where it is given."""
+    """Return the nodes of the ranks that share attention, with the speeds of cluster.description where it is given."""
     nodes = config.parallel.cluster
     if not config.cluster.description:
         return nodes

@@ -1,4 +1,4 @@
-"""Reports of health in Prometheus' text format: a file that each one replaces, or a port that a scrape must have a token for."""
+"""Health reports in Prometheus' text format: a file that each report replaces, or a port whose scrapes need a token."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from distattn.training.device_counters import COUNTERS
 from distattn.training.health import HealthReport
 from distattn.training.json_lines import write_whole
 
-# by the fields of a report: their names here, and what is said of them
+# for each field of a report: its metric's name and help text
 _BY_RANK = {
     "seconds": ("distattn_step_seconds", "Seconds of a step."),
     "compute_seconds": ("distattn_compute_seconds", "Seconds of a step without waiting for ranks and data."),
     "wait_seconds": ("distattn_wait_seconds", "Seconds of a step that the host waits for other ranks."),
-    "data_seconds": ("distattn_data_seconds", "Seconds of a step until its data are there."),
+    "data_seconds": ("distattn_data_seconds", "Seconds of a step until its data arrive."),
     "probe_seconds": ("distattn_probe_seconds", "Seconds of a fixed matrix product on the device."),
 }
 _ESCAPED = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-# that a scrape may take to say what it wants, in seconds
+# seconds in which a scrape must send its request
 _REQUEST_SECONDS = 10.0
 
 
 def prometheus_text(report: HealthReport) -> str:
-    """A report in the text exposition format, version 0.0.4; what is not known is left out."""
+    """Return a report in the text exposition format, version 0.0.4; unknown values are left out."""
     return "".join(f"{line}\n" for line in _lines(report))
 
 
 class PrometheusFile:
-    """A file for the node exporter's textfile collector, in place of the report before. A full disk ends no run."""
+    """A file for the node exporter's textfile collector, which each report replaces. A full disk does not end the run."""
 
     def __init__(self, path: Path):
         self._path, self._warned = path, False
 
     def publish(self, report: HealthReport) -> None:
-        """Write a report, whole or not at all; the first failure is warned of."""
+        """Write a report, whole or not at all; warns at the first failure."""
         try:
             write_whole(self._path, prometheus_text(report))
         except OSError as error:
@@ -51,7 +51,7 @@ class PrometheusFile:
 
 
 class PrometheusPort:
-    """http://ADDRESS:PORT/metrics on one address alone, for requests with the header "Authorization: Bearer TOKEN".
+    """http://ADDRESS:PORT/metrics on that address only, for requests with the header "Authorization: Bearer TOKEN".
 
     port: 0 for a free one. Raises DistattnError where it cannot listen there.
     """
@@ -68,7 +68,7 @@ class PrometheusPort:
             self._server = Server((address, port), self._handler(f"Bearer {token}"))
         except OSError as error:
             raise DistattnError(
-                f"health.prometheus_port: nothing can listen on {address}, port {port} ({error.strerror}); name another port, or "
+                f"health.prometheus_port: cannot listen on {address}, port {port} ({error.strerror}); name another port, or "
                 "an address of rank 0's machine in health.prometheus_address."
             ) from None
         self.port = int(self._server.server_address[1])
@@ -76,24 +76,24 @@ class PrometheusPort:
         self._thread.start()
 
     def publish(self, report: HealthReport) -> None:
-        """Answer with this report from now on."""
+        """Serve this report from now on."""
         self._text = prometheus_text(report).encode()
 
     def close(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
 
-    def _handler(self, wanted: str) -> type[BaseHTTPRequestHandler]:
+    def _handler(self, expected: str) -> type[BaseHTTPRequestHandler]:
         port = self
 
         class Handler(BaseHTTPRequestHandler):
             timeout = _REQUEST_SECONDS
 
             def do_GET(self) -> None:
-                given = self.headers.get("Authorization", "").encode("utf-8", "replace")
-                if not hmac.compare_digest(given, wanted.encode()):
+                authorization = self.headers.get("Authorization", "").encode("utf-8", "replace")
+                if not hmac.compare_digest(authorization, expected.encode()):
                     self.send_response(401)
                     self.send_header("WWW-Authenticate", "Bearer")
                     self.send_header("Content-Length", "0")
@@ -109,7 +109,7 @@ class PrometheusPort:
                 self.wfile.write(port._text)
 
             def log_message(self, format: str, *arguments: object) -> None:
-                # not a line of the run's output for each scrape
+                # no line in the run's output for each scrape
                 pass
 
         return Handler
@@ -117,26 +117,26 @@ class PrometheusPort:
 
 def _lines(report: HealthReport) -> Iterator[str]:
     yield from _gauge("distattn_step", "Steps done.", [("", float(report.step))])
-    for field, (name, what) in _BY_RANK.items():
+    for field, (name, description) in _BY_RANK.items():
         rows = [(_labels(report, rank), value) for rank, value in enumerate(getattr(report, field))]
-        yield from _gauge(name, what, rows)
+        yield from _gauge(name, description, rows)
     errors = [
         (_labels(report, rank, kind=kind), value)
         for rank, counters in enumerate(report.counters)
         for kind, value in zip(COUNTERS, counters, strict=True)
     ]
-    yield from _gauge("distattn_device_errors", "What the rank's GPU has counted, by NVML.", errors)
+    yield from _gauge("distattn_device_errors", "Error counts of the rank's GPU, from NVML.", errors)
     if report.slowest is not None:
         slow = [(_labels(report, report.slowest), report.over_median)]
         yield from _gauge("distattn_slowest_over_median", "Share by which the slowest rank is above the median.", slow)
 
 
-def _gauge(name: str, what: str, rows: list[tuple[str, float | None]]) -> Iterator[str]:
-    known = [(labels, value) for labels, value in rows if value is not None]
-    if known:
-        yield f"# HELP {name} {what}"
+def _gauge(name: str, description: str, rows: list[tuple[str, float | None]]) -> Iterator[str]:
+    known_rows = [(labels, value) for labels, value in rows if value is not None]
+    if known_rows:
+        yield f"# HELP {name} {description}"
         yield f"# TYPE {name} gauge"
-        yield from (f"{name}{labels} {value!r}" for labels, value in known)
+        yield from (f"{name}{labels} {value!r}" for labels, value in known_rows)
 
 
 def _labels(report: HealthReport, rank: int, **more: str) -> str:

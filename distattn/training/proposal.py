@@ -1,8 +1,8 @@
-"""The proposal of a launcher to its ranks when a run goes on: another configuration, and the checkpoint to go on from.
+"""A launcher's proposal to its ranks when a run goes on: another configuration, and the checkpoint to continue from.
 
-The proposal is a file of the run folder with a name of its own, which the launcher passes to its ranks and removes at its end.
-Rank 0 applies it while it holds the run's lock, once nothing speaks against it, and gives the file its second name: ranks that
-are started again by the same launcher find it there.
+The proposal is a file in the run folder with a unique name, which the launcher passes to its ranks and removes at its
+end. Rank 0 applies it while it holds the run's lock, after all checks, and renames the file: ranks that the same
+launcher starts again find it under the second name.
 """
 
 from __future__ import annotations
@@ -23,54 +23,60 @@ from distattn.training.run_folder import RunFolder
 
 
 class _Facts(NamedTuple):
-    """The first line of a proposal. step: to go on from; before: the digest of the run's configuration when it was written."""
+    """The first line of a proposal. step: to continue from; before: digest of the run's configuration when it was
+    written.
+    """
 
     step: int | None
     before: str
 
 
 class Proposal:
-    """The proposal of one launcher for the run of a folder. name: that the launcher passes to its ranks."""
+    """One launcher's proposal for a run. name: passed by the launcher to its ranks."""
 
     def __init__(self, run: RunFolder, name: str):
         self.run, self.name = run, name
         self.file, self.applied_file = run.proposed_config_file(name), run.applied_config_file(name)
-        # whether this process wrote it: a proposal that is deleted meanwhile is still passed to the ranks, which then refuse
+        # whether this process wrote it: if the file is deleted meanwhile, its name is still passed to the ranks, which
+        # then refuse
         self.was_written = False
 
     @classmethod
     def of_this_process(cls, run: RunFolder) -> Proposal:
-        """Return the proposal of this process, a launcher, which is not written yet."""
+        """Return the proposal of this process, a launcher; it is not written yet."""
         return cls(run, writer_name())
 
     def write(self, config: Config, step: int | None) -> None:
-        """Write a configuration, and the step of the checkpoint to go on from, None for the newest good one. Raises OSError.
+        """Write a configuration and the step of the checkpoint to continue from, None for the newest good one. Raises
+        OSError.
 
-        The process holds the run's lock.
+        The process must hold the run's lock.
         """
         facts = _Facts(step, self._digest_of_run())
         configuration.save(config, self.file, f"# {json.dumps(facts._asdict())}\n")
         self.was_written = True
 
     def load(self) -> Config:
-        """Return the proposed configuration. Raises DistattnError where the proposal is neither there nor applied."""
-        # its name changes from the first to the second
+        """Return the proposed configuration. Raises DistattnError where the file has neither of its two names."""
+        # rank 0 may rename the file from the first name to the second between the two checks
         for file in (self.file, self.applied_file):
             if file.exists():
                 return configuration.load(file)
         raise self._lost()
 
     def step(self) -> int | None:
-        """Return the step to go on from; None for the newest good one, and once the proposal was applied."""
+        """Return the step to continue from; None for the newest good one, and after the proposal was applied."""
         facts = self._facts()
         return None if facts is None else facts.step
 
     @contextmanager
     def applied(self, config: Config) -> Iterator[None]:
-        """Set aside what was saved after the proposed step while the block loads a checkpoint, and note that it was applied.
+        """Set aside checkpoints after the proposed step while the block loads one, and record that the proposal was
+        applied.
 
-        The process is rank 0, and holds the run's lock. config: the proposed one. Where the block raises, the run is again as it
-        was. Raises DistattnError where the run's configuration was changed since the proposal was written, and as `choose_step`.
+        The process is rank 0 and holds the run's lock. config: the proposed one. If the block raises, the run is
+        restored. Raises DistattnError where the run's configuration was changed after the proposal was written, and
+        where `choose_step` does.
         """
         if (facts := self._facts()) is None:
             if not self.applied_file.exists():
@@ -79,7 +85,7 @@ class Proposal:
             return
         if self._digest_of_run() != facts.before and configuration.load(self.run.config_file) != config:
             raise DistattnError(
-                f"{self.run.config_file}: was changed by another command after this one had read it; give this one again."
+                f"{self.run.config_file}: another command changed it after this one had read it; run this command again."
             )
         if facts.step is None:
             yield
@@ -90,26 +96,28 @@ class Proposal:
             self._note_applied()
 
     def remove(self) -> None:
-        """Remove what this launcher has written."""
+        """Remove the files that this launcher has written."""
         for file in (self.file, self.applied_file):
             with suppress(OSError):
                 file.unlink(missing_ok=True)
 
     def remove_of_dead(self) -> None:
-        """Remove the proposals of launchers of this machine that were killed. The process holds the run's lock."""
+        """Remove the proposals of killed launchers of this machine. The process holds the run's lock."""
         for name in self.run.proposals():
             with suppress(ValueError):
                 if writer_is_alive(name) is False:
                     Proposal(self.run, name).remove()
 
     def _facts(self) -> _Facts | None:
-        """Return the first line of the proposal; None without one, or where it was already applied."""
+        """Return the first line of the proposal; None without a proposal, or after it was applied."""
         with suppress(FileNotFoundError), open(self.file, encoding="utf-8") as lines:
             return _Facts(**json.loads(lines.readline().removeprefix("#")))
         return None
 
     def _note_applied(self) -> None:
-        """Have ranks that are started again go on from what they save. Needs no room on the disk. Raises DistattnError."""
+        """Let ranks that are started again continue from their own checkpoints. Needs no disk space. Raises
+        DistattnError.
+        """
         try:
             self.file.rename(self.applied_file)
         except FileNotFoundError:
@@ -124,5 +132,5 @@ class Proposal:
 
     def _lost(self) -> DistattnError:
         return DistattnError(
-            f"{self.file}: the proposed configuration is gone, and was not applied; give distattn resume again."
+            f"{self.file}: the proposed configuration is gone and was not applied; run distattn resume again."
         )

@@ -1,8 +1,8 @@
-"""The first steps of a run again, in plain transformers: one process, its own attention, one document at a time, summed.
+"""Replay of a run's first steps in plain transformers: one process, its own attention, one document at a time, summed.
 
-This file is the other side of the comparison and imports nothing of distattn. It reads a run folder (config.toml, the weights
-before the first step in initial/, documents.jsonl, and of metrics.jsonl the learning rates) and writes replay.jsonl with loss
-and gradient norm of each step.
+This file is the other side of the comparison and imports nothing of distattn. It reads a run folder (config.toml, the
+weights before the first step in initial/, documents.jsonl, and the learning rates in metrics.jsonl) and writes
+replay.jsonl with loss and gradient norm of each step.
 
     python -P distattn/training/reference_replay.py RUN
 """
@@ -23,14 +23,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
 def main(folder: Path) -> None:
-    """Replay the steps the run's configuration asks for."""
+    """Replay as many steps as the run's configuration asks for."""
     config = tomllib.loads((folder / "config.toml").read_text("utf-8"))
     train, dtype = config["train"], getattr(torch, config["model"]["dtype"])
-    # bfloat16 computes, float32 is trained
+    # computation is in bfloat16, training in float32
     wide = torch.float32 if dtype == torch.bfloat16 else dtype
     model = AutoModelForCausalLM.from_pretrained(folder / "initial", dtype=wide, trust_remote_code=False)
     parameters = list(model.parameters())
-    matrices, vectors = ([one for one in parameters if (one.dim() > 1) == kind] for kind in (True, False))
+    matrices, vectors = (
+        [parameter for parameter in parameters if (parameter.dim() > 1) == is_matrix] for is_matrix in (True, False)
+    )
     groups = [{"params": matrices, "weight_decay": train["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}]
     betas = train["beta1"], train["beta2"]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=train["epsilon"])
@@ -46,49 +48,49 @@ def main(folder: Path) -> None:
             optimizer.step()
             optimizer.zero_grad()
             numbers = {"loss": loss, "grad_norm": float(norm)}
-            # JSON knows no NaN: as the run's own lines have it, a text
-            valid = {name: one if math.isfinite(one) else json.dumps(one) for name, one in numbers.items()}
+            # JSON has no NaN: write it as text, as the run's own rows do
+            valid = {name: number if math.isfinite(number) else json.dumps(number) for name, number in numbers.items()}
             out.write(json.dumps({"step": step, **valid}) + "\n")
             out.flush()
 
 
 def rows_of(file: Path) -> Iterator[dict]:
-    """The rows of a JSON-lines file; a run that was killed may have left a part of one."""
+    """Yield the rows of a JSON-lines file, without partial rows that a killed run may have left."""
     for line in file.open():
         with suppress(ValueError):
             yield json.loads(line)
 
 
 def first_steps(rows: Iterator[dict], count: int) -> list[list[dict]]:
-    """The documents of the first steps, as the last attempt trained them."""
-    found: dict[int, list[dict]] = {}
+    """Return the documents of the first steps, as the last attempt trained them."""
+    by_step: dict[int, list[dict]] = {}
     for row in rows:
         if row["step"] < count:
-            others = found.get(row["step"], [])
-            found[row["step"]] = [one for one in others if one["attempt"] == row["attempt"]] + [row]
-    return [found[step] for step in sorted(found)]
+            others = by_step.get(row["step"], [])
+            by_step[row["step"]] = [earlier for earlier in others if earlier["attempt"] == row["attempt"]] + [row]
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def document_tokens(row: dict) -> torch.Tensor:
-    """The tokens of a piece (1, L), and one more where its document goes on."""
+    """Return the tokens of a piece (1, L), with one more where its document goes on."""
     count = row["length"] + row["follows"]
-    found = np.fromfile(row["file"], row["dtype"], count, offset=row["byte"])
-    return torch.from_numpy(found.astype(np.int64))[None]
+    tokens = np.fromfile(row["file"], row["dtype"], count, offset=row["byte"])
+    return torch.from_numpy(tokens.astype(np.int64))[None]
 
 
 def accumulate(model: PreTrainedModel, dtype: torch.dtype, documents: list[torch.Tensor], z_loss: float) -> float:
-    """Backward of the mean loss over all tokens with a successor; returns that loss."""
+    """Run backward of the mean loss over all tokens with a successor. Returns that loss."""
     valid = max(sum(ids.shape[1] - 1 for ids in documents), 1)
     total = 0.0
     for ids in documents:
         if ids.shape[1] == 1:
             continue
-        weights = {name: one.to(dtype) for name, one in model.named_parameters()}
+        weights = {name: parameter.to(dtype) for name, parameter in model.named_parameters()}
         logits = functional_call(model, weights, (ids[:, :-1],), {"use_cache": False}).logits[0]
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        loss = F.cross_entropy(wide, ids[0, 1:], reduction="sum") / valid
+        wide_logits = logits if logits.dtype == torch.float64 else logits.float()
+        loss = F.cross_entropy(wide_logits, ids[0, 1:], reduction="sum") / valid
         if z_loss:
-            loss = loss + z_loss * (wide.logsumexp(-1) ** 2).sum() / valid
+            loss = loss + z_loss * (wide_logits.logsumexp(-1) ** 2).sum() / valid
         loss.backward()
         total += float(loss.detach())
     return total

@@ -1,7 +1,7 @@
-"""The replay check: a micro-batch is run twice, and must give the same bits. Where it does not, a rank computes wrongly.
+"""The replay check: a micro-batch is run twice and must give the same bits. If it does not, a rank computes wrongly.
 
-Silent data corruption is rare and does not repeat, so every module's tensors are digested in both runs, and the earliest that
-differs on any rank names that rank: messages of attention spread a wrong number to others, but later.
+Silent data corruption is rare and does not repeat, so every module's tensors are hashed in both runs. The earliest
+tensor that differs on any rank names that rank: messages of attention spread a wrong number to other ranks only later.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from distattn.ir.errors import named_ranks
 from distattn.training.engines.engine import PipelineStage
 from distattn.training.module_observer import Observations, gathered, observed_modules
 
-# integers of as many bytes; those of 64 bits in halves, because two signs that change would add up to 2^64, which is nothing
+# integers of the same size; 64-bit values in halves, because two flipped sign bits would add up to 2^64, which is 0
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Two runs of one micro-batch differ. text: a sentence for people; tensor: the first that differs; computed_in: the module
-    whose code makes it; ranks: those that computed another result first."""
+    """The difference between two runs of one micro-batch. text: a sentence for people; tensor: the first that differs.
+
+    computed_in: the module whose code computes it; ranks: those that computed another result first.
+    """
 
     step: int
     text: str
@@ -37,11 +39,12 @@ class Difference:
 
 
 class ReplayCheck:
-    """Every so many steps runs a micro-batch twice. All ranks of `group` have the same modules, or their stage's, and call alike.
+    """Runs a micro-batch twice at regular steps. All ranks of `group` have the same modules, or their stage's, and call
+    alike.
 
     interval: steps between checks; 0 for never. group: None for one process. messages: the driver's
-    (`ContextParallel.messages`), so that a rank which computes attention wrongly for others is named, not they. Kernels have to
-    be deterministic: where they are not on all ranks, the check says so.
+    (`ContextParallel.messages`), so that a rank which computes attention wrongly for others is named instead of them.
+    Kernels must be deterministic: where they are not on all ranks, the check reports it.
     """
 
     def __init__(
@@ -57,15 +60,16 @@ class ReplayCheck:
         self._rank = 0 if group is None else dist.get_rank()
 
     def due(self, step: int) -> bool:
-        """Whether this step, counted from 0, is to be checked: every interval-th, not the first."""
+        """Return whether to check this step, counted from 0: every interval-th, but not the first."""
         return bool(self.interval) and step > 0 and step % self.interval == 0
 
     def check(self, step: int, run: Callable[[], Any], drop: Callable[[], Any]) -> Difference | None:
-        """Run a micro-batch twice and compare. A collective call, which waits for the device. Returns None where all is equal.
+        """Run a micro-batch twice and compare. A collective call, which waits for the device. Returns None where all is
+        equal.
 
-        run: forward and backward of the step's first micro-batch. drop: forgets the gradients of the first run; those of the
-        second stay, and are the step's own, so that a check costs one micro-batch. Both runs begin with the same state of random
-        numbers.
+        run: forward and backward of the step's first micro-batch. drop: discards the gradients of the first run; those
+        of the second stay and are used by the step, so a check costs one micro-batch. Both runs begin with the same
+        random state.
         """
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices), self._observed() as first:
@@ -73,16 +77,20 @@ class ReplayCheck:
         drop()
         with self._observed() as second:
             run()
-        found = [one for one in gathered(self._group, _first_difference(first, second, self._rank)) if one is not None]
-        if not found:
+        differences = [
+            difference
+            for difference in gathered(self._group, _first_difference(first, second, self._rank))
+            if difference is not None
+        ]
+        if not differences:
             return None
-        earliest = min(place for place, _, _, _ in found)
-        here = [one for one in found if one[0] == earliest]
-        ranks = tuple(sorted(rank for *_, rank in here))
-        _, tensor, computed_in, _ = here[0]
+        earliest = min(place for place, _, _, _ in differences)
+        first_differences = [difference for difference in differences if difference[0] == earliest]
+        ranks = tuple(sorted(rank for *_, rank in first_differences))
+        _, tensor, computed_in, _ = first_differences[0]
         text = f"{named_ranks(ranks)} computed another result for the same inputs in {computed_in} ({tensor})."
         if self._group is not None and len(ranks) == dist.get_world_size(self._group) > 1:
-            text = f"{text[:-1]}; all ranks do, so it is the program that is not deterministic, not one device."
+            text = f"{text[:-1]}; all ranks do, so the program is not deterministic; no single device is at fault."
         return Difference(step, text, tensor, computed_in, ranks)
 
     def _observed(self) -> AbstractContextManager[Observations]:
@@ -90,10 +98,10 @@ class ReplayCheck:
 
 
 def bits_digest(tensor: Tensor) -> Tensor:
-    """A digest of a tensor's bits, an int64 on its device: exact, and in no order of summation.
+    """Return a digest of a tensor's bits, an int64 on its device: exact, and independent of the order of summation.
 
-    The bits of each row, the last dim, are added as integers, and the rows' sums weighed with odd numbers, modulo 2^64. Any one
-    number that changes is found, and rows that change places are.
+    The bits of each row, the last dim, are added as integers, and the rows' sums are weighted with odd numbers, modulo
+    2^64. It detects any single number that changes, and rows that change places.
     """
     sums = row_sums(tensor)
     return (sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum()
@@ -108,8 +116,8 @@ def row_sums(tensor: Tensor) -> Tensor:
 def _first_difference(
     first: Observations, second: Observations, rank: int
 ) -> tuple[tuple[int, int, int], str, str, int] | None:
-    """Place, tensor, module and rank of the first tensor that differs."""
-    if [str(seen) for seen in first.seen] != [str(seen) for seen in second.seen]:
+    """Return place, tensor, module and rank of the first tensor that differs; None where all are equal."""
+    if [str(tensor) for tensor in first.seen] != [str(tensor) for tensor in second.seen]:
         return (0, 0, 0), "another order of modules", "the model", rank
     differs = (first.read() != second.read()).nonzero()
     if not len(differs):

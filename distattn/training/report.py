@@ -1,4 +1,4 @@
-"""The page a run leaves behind: one self-contained HTML file with its curves, the reference check and the first plan."""
+"""The page of a finished run: one self-contained HTML file with its curves, the reference check and the first plan."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from distattn.training.json_lines import write_whole
 from distattn.training.report_losses import corpus_rows, loss_charts
 from distattn.training.run_folder import EVALUATION, RESUMED, RunFolder, StepMetrics
 
-# what is drawn, the first at once; what a run does not know is left out
+# curves, the first one shown first; unknown ones are left out
 _CURVES = {
     "loss": "loss",
     "grad_norm": "gradient norm",
@@ -38,7 +38,7 @@ _CURVES = {
     "memory_reserved": "memory reserved",
     "memory_resident": "memory of the process",
 }
-# of longer runs two steps of each stretch are drawn, the last and that of the highest loss
+# of longer runs two steps of each segment are drawn, the last and the one with the highest loss
 _MOST_DRAWN = 4000
 
 
@@ -47,7 +47,7 @@ def write_report(
 ) -> None:
     """Write report.html into the run folder. Raises OSError.
 
-    checked: what `run_reference_check` found, None where it was left out. attempts: `Attempts.rows`, where they were noted.
+    checked: the result of `run_reference_check`, None if it was not run. attempts: `Attempts.rows`, if recorded.
     """
     steps, evaluations = run.metrics(config.train.steps), run.losses(EVALUATION, config.train.steps)
     curves = _curves(steps, evaluations, checked)
@@ -78,23 +78,23 @@ def write_report(
 
 
 def _rank_counts(run: RunFolder, config: Config) -> str:
-    """Return "4 ranks", or what each part of a run had that was resumed on another number: "4 ranks, from step 35 on 2"."""
+    """Return "4 ranks", or for a run resumed on other numbers of ranks: "4 ranks, from step 35 on 2"."""
     resumed = [event for event in run.events() if event["kind"] == RESUMED and "saved_on" in event]
-    # steps done before a part, and its ranks
-    parts = [(-1, resumed[0]["saved_on"] if resumed else config.parallel.ranks)]
+    # (steps done before a segment, its ranks)
+    segments = [(-1, resumed[0]["saved_on"] if resumed else config.parallel.ranks)]
     for event in resumed:
-        # later steps are done again
-        parts = [part for part in parts if part[0] < event["step"]]
-        if parts[-1][1] != event["ranks"]:
-            parts.append((event["step"], event["ranks"]))
-    (_, first), *later = parts
+        # steps after a checkpoint are done again
+        segments = [segment for segment in segments if segment[0] < event["step"]]
+        if segments[-1][1] != event["ranks"]:
+            segments.append((event["step"], event["ranks"]))
+    (_, first), *later = segments
     return plural(first, "rank") + "".join(f", from step {done + 1:,} on {ranks}" for done, ranks in later)
 
 
 def _attempt_rows(attempts: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Return a row for each start of the ranks: its number, when it began, how long it lasted, and how it ended.
 
-    There are none where the ranks started once and ended well.
+    There are no rows where the ranks started once and succeeded.
     """
     if len(attempts) == 1 and attempts[0].get("exit_code") == 0:
         return []
@@ -108,10 +108,10 @@ def _attempt_rows(attempts: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _tiles(steps: list[StepMetrics], evaluations: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """The run in a few numbers: what, how much, and a word more."""
+    """Return the run's main numbers: (name, value, remark) of each."""
     first, last = steps[0], steps[-1]
     seconds, tokens = sum(step.seconds for step in steps), sum(step.tokens for step in steps)
-    # the first step makes plans, and buffers that later ones use again
+    # the first step makes plans, and buffers that later steps use again
     later = steps[1:] or steps
     rate = sum(step.tokens for step in later) / sum(step.seconds for step in later)
     tiles = [
@@ -129,21 +129,21 @@ def _tiles(steps: list[StepMetrics], evaluations: list[dict[str, Any]]) -> list[
         tiles.append(("evaluation loss", ends[1], f"from {ends[0]}"))
     if mfus := [step.mfu for step in later if step.mfu is not None]:
         tiles.append(("MFU", f"{statistics.median(mfus):.1%}", "median after the first step"))
-    for name, what in (("data_seconds", "data"), ("wait_seconds", "other ranks")):
-        known = [(value, step.seconds) for step in later if (value := getattr(step, name)) is not None]
-        if known:
-            share = sum(value for value, _ in known) / sum(seconds for _, seconds in known)
-            tiles.append((f"waiting for {what}", f"{share:.1%}", "of the time of rank 0"))
-    for name, what in (("memory_allocated", "allocated on the device"), ("memory_resident", "of the process")):
+    for name, owner in (("data_seconds", "data"), ("wait_seconds", "other ranks")):
+        waits = [(value, step.seconds) for step in later if (value := getattr(step, name)) is not None]
+        if waits:
+            share = sum(value for value, _ in waits) / sum(seconds for _, seconds in waits)
+            tiles.append((f"waiting for {owner}", f"{share:.1%}", "of the time of rank 0"))
+    for name, scope in (("memory_allocated", "allocated on the device"), ("memory_resident", "of the process")):
         if known_bytes := [value for step in steps if (value := getattr(step, name)) is not None]:
-            tiles.append(("memory", f"{max(known_bytes) / 2**30:.2f} GiB", f"{what}, rank 0"))
+            tiles.append(("memory", f"{max(known_bytes) / 2**30:.2f} GiB", f"{scope}, rank 0"))
     if skipped := sum(bool(step.skipped) for step in steps):
         tiles.append(("steps not applied", f"{skipped:,}", "see what happened"))
     return tiles
 
 
 def _start_tiles(attempts: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """Return the tiles that count restarts, which follow a failed attempt, and resumes, which follow any other one."""
+    """Return the tiles that count restarts, which follow a failed attempt, and resumes, which follow another one."""
     restarts = sum(_has_failed(attempt) for attempt in attempts[:-1])
     resumes = len(attempts[:-1]) - restarts
     tiles = []
@@ -155,12 +155,12 @@ def _start_tiles(attempts: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, 
 
 
 def _has_failed(attempt: Mapping[str, Any]) -> bool:
-    """Return whether an attempt ended neither well nor because it was asked to. A killed launcher notes no exit code."""
+    """Return whether an attempt failed and was not asked to stop. A killed launcher records no exit code."""
     return attempt.get("exit_code") not in (0, RunStopped.exit_code) and not attempt.get("stopped", False)
 
 
 def _curves(steps: list[StepMetrics], evaluations: list[dict[str, Any]], checked: dict | None) -> dict[str, Any]:
-    """What the page draws: columns by step, and those of plain transformers where it has them."""
+    """Return the curves of the page: columns by step, and those of plain transformers where there are any."""
     evaluated = {row["step"]: row["loss"] for row in evaluations}
     drawn = _thinned(steps, set(evaluated))
     columns: dict[str, list[Any]] = {
@@ -174,7 +174,7 @@ def _curves(steps: list[StepMetrics], evaluations: list[dict[str, Any]], checked
         if name in ("loss", "grad_norm") or any(value is not None for value in columns[name])
     }
     if len(set(columns["context_length"])) == 1:
-        # of most runs
+        # most runs have one context length
         labels.pop("context_length", None)
     columns = {name: columns[name] for name in ("step", *labels)}
     rows = {row["step"]: row for row in checked["steps"]} if checked else {}
@@ -186,36 +186,36 @@ def _curves(steps: list[StepMetrics], evaluations: list[dict[str, Any]], checked
 
 
 def _drawable(values: list[Any]) -> list[Any]:
-    """JSON knows no NaN, and nobody can draw infinity."""
+    """Replace values that cannot be drawn by None: JSON has no NaN, and infinity has no place on an axis."""
     return [value if value is not None and math.isfinite(value) else None for value in values]
 
 
 def _thinned(steps: list[StepMetrics], kept: set[int]) -> list[StepMetrics]:
-    """Few enough steps to be drawn, among them those that were not applied, and those in `kept`."""
+    """Return few enough steps to draw, including those that were not applied and those in `kept`."""
     if len(steps) <= _MOST_DRAWN:
         return steps
-    stretch = -(-2 * len(steps) // _MOST_DRAWN)
+    length = -(-2 * len(steps) // _MOST_DRAWN)
     numbers = set(kept) | {step.step for step in steps if step.skipped} | {steps[0].step}
-    for begin in range(0, len(steps), stretch):
-        part = steps[begin : begin + stretch]
-        highest = max(part, key=lambda step: step.loss if math.isfinite(step.loss) else math.inf)
-        numbers |= {part[-1].step, highest.step}
+    for begin in range(0, len(steps), length):
+        segment = steps[begin : begin + length]
+        highest = max(segment, key=lambda step: step.loss if math.isfinite(step.loss) else math.inf)
+        numbers |= {segment[-1].step, highest.step}
     return [step for step in steps if step.step in numbers]
 
 
 def _events(run: RunFolder, steps: list[StepMetrics]) -> list[tuple[int, str, str]]:
-    """What happened: step, kind, and a sentence; of a step that was not applied at least that."""
+    """Return (step, kind, sentence) of each event; every step that was not applied has at least one."""
     events = [(row["step"], row["kind"], row["text"]) for row in run.events()]
-    told = {step for step, _, _ in events}
-    events += [(step.step, "not applied", step.skipped) for step in steps if step.skipped and step.step not in told]
+    reported = {step for step, _, _ in events}
+    events += [(step.step, "not applied", step.skipped) for step in steps if step.skipped and step.step not in reported]
     return sorted(events, key=lambda event: event[0])
 
 
 def _changed_keys(config: Config) -> dict[str, dict[str, Any]]:
     """Return the keys of a run that have other values than the defaults, by section."""
-    usual = asdict(Config())
+    defaults = asdict(Config())
     sections = {
-        name: {key: value for key, value in keys.items() if value != usual[name][key]}
+        name: {key: value for key, value in keys.items() if value != defaults[name][key]}
         for name, keys in asdict(config).items()
     }
     return {name: keys for name, keys in sections.items() if keys}
@@ -231,7 +231,7 @@ def _verdict(checked: dict) -> str:
 
 def _unchecked(config: Config) -> str:
     if config.reference_check.steps:
-        return "The steps were to be repeated in plain transformers, but that did not come to its end."
+        return "The steps were to be repeated in plain transformers, but that did not finish."
     return "The steps were not repeated in plain transformers (reference_check.steps = 0)."
 
 

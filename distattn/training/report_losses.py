@@ -1,4 +1,4 @@
-"""Loss by position and by corpus on the page of a run: drawings that need no script, and tables."""
+"""Loss by position and by corpus on a run's page: drawings without scripts, and tables."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from typing import Any, NamedTuple
 
 from distattn.training.run_folder import EVALUATION, TRAINING, RunFolder
 
-# the size of a drawing on a phone, in CSS pixels; elsewhere the drawing and its text are larger
+# size of a drawing on a phone, in CSS pixels; on larger screens the drawing and its text are scaled up
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 260, 52, 14, 10, 34
-# position labels side by side, each as wide as 1,048,576
+# maximum number of position labels side by side, each as wide as 1,048,576
 _MOST_LABELS = 5
 _TITLES = {EVALUATION: "Held-out documents", TRAINING: "Training"}
 
 
 class Line(NamedTuple):
-    """One curve. name: which table; last: whether it is the newest; path, points: where it goes, with what a point says."""
+    """One curve. name: its table; last: whether the table is the newest; path, points: its coordinates, with a text per
+    point.
+    """
 
     name: str
     last: bool
@@ -24,7 +26,7 @@ class Line(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Loss by position of one split. ticks: (place, text) along each axis; rows: the same numbers as a table."""
+    """Loss by position of one split. ticks: (coordinate, text) on each axis; rows: the same numbers as a table."""
 
     title: str
     lines: list[Line]
@@ -35,7 +37,9 @@ class Chart(NamedTuple):
 
 
 def loss_charts(run: RunFolder) -> list[Chart]:
-    """A chart for evaluations and one for training, of the first and the last table of each; none where there are no tables."""
+    """Return one chart for evaluations and one for training, each of the first and the last table; no chart without
+    tables.
+    """
     charts = []
     for split, title in _TITLES.items():
         tables = [row for row in run.losses(split) if _points(row)]
@@ -45,7 +49,7 @@ def loss_charts(run: RunFolder) -> list[Chart]:
 
 
 def corpus_rows(run: RunFolder) -> list[list[str]]:
-    """Of each corpus and split: first and last mean loss, and the tokens of the last."""
+    """Return a row for each corpus and split: first and last mean loss, and the tokens of the last."""
     rows = []
     for split, title in _TITLES.items():
         tables = [row for row in run.losses(split) if row["by_corpus"]]
@@ -64,12 +68,12 @@ def _points(table: dict[str, Any]) -> list[dict[str, Any]]:
 def _chart(title: str, tables: list[dict[str, Any]]) -> Chart:
     losses = [bucket["loss"] for table in tables for bucket in _points(table)]
     buckets = max((table["by_position"] for table in tables), key=len)
-    least, most = min(losses), max(losses)
-    spare = (most - least or 1.0) * 0.08
-    floor, roof = least - spare, most + spare
+    lowest, highest = min(losses), max(losses)
+    margin = (highest - lowest or 1.0) * 0.08
+    floor, roof = lowest - margin, highest + margin
 
     def x(first: int) -> float:
-        """Buckets are equally wide: a power of two each."""
+        """Return the coordinate of a position's bucket. Buckets are equally wide: a power of two each."""
         number = first.bit_length()
         return round(_LEFT + (number + 0.5) / len(buckets) * (_WIDTH - _LEFT - _RIGHT), 1)
 
@@ -79,22 +83,29 @@ def _chart(title: str, tables: list[dict[str, Any]]) -> Chart:
     lines = []
     for number, table in enumerate(tables):
         points = [
-            (x(one["first"]), y(one["loss"]), f"{_span(one)}: {one['loss']:.4f}, {one['tokens']:,} tokens")
-            for one in _points(table)
+            (
+                x(bucket["first"]),
+                y(bucket["loss"]),
+                f"{_span(bucket)}: {bucket['loss']:.4f}, {bucket['tokens']:,} tokens",
+            )
+            for bucket in _points(table)
         ]
         path = "M" + " L".join(f"{left} {top}" for left, top, _ in points)
         lines.append(Line(f"step {table['step']:,}", number == len(tables) - 1, path, points))
     every = math.ceil(len(buckets) / _MOST_LABELS)
-    by_first = [{one["first"]: one["loss"] for one in table["by_position"]} for table in tables]
+    by_first = [{bucket["first"]: bucket["loss"] for bucket in table["by_position"]} for table in tables]
     return Chart(
         title,
         lines,
-        [(x(one["first"]), f"{one['first']:,}") for one in buckets[::every]],
-        [(y(floor + (roof - floor) * part / 4), f"{floor + (roof - floor) * part / 4:.2f}") for part in range(5)],
+        [(x(bucket["first"]), f"{bucket['first']:,}") for bucket in buckets[::every]],
+        [
+            (y(floor + (roof - floor) * quarter / 4), f"{floor + (roof - floor) * quarter / 4:.2f}")
+            for quarter in range(5)
+        ],
         ["positions", "tokens", *(f"loss, {line.name}" for line in lines)],
         [
-            [_span(one), f"{one['tokens']:,}", *(_number(losses.get(one["first"])) for losses in by_first)]
-            for one in tables[-1]["by_position"]
+            [_span(bucket), f"{bucket['tokens']:,}", *(_number(losses.get(bucket["first"])) for losses in by_first)]
+            for bucket in tables[-1]["by_position"]
         ],
     )
 

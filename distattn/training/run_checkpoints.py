@@ -33,7 +33,7 @@ from distattn.training.weight_growth import WeightGrowth
 
 
 class RunCheckpoints:
-    """The checkpoints of a run that trains. All ranks call each method together. lock: of rank 0, on the run's folder.
+    """The checkpoints of a run in training. All ranks call each method together. lock: rank 0's, on the run's folder.
 
     engine, watch and by_position have the state that is saved; growth and digest watch it between updates.
     """
@@ -55,34 +55,37 @@ class RunCheckpoints:
         self.digest = StateDigest(engine.state_tensors, dist.group.WORLD)
         # the loss of the last step; None before the first one
         self._loss: float | None = None
-        # a save that waits until a step is applied again
+        # whether a save waits until a step is applied again
         self._save_is_due = False
-        # the step of the checkpoint that has the weights of now, and what they were loaded from; None once an update changed them
+        # the step of the checkpoint with the current weights, and the checkpoint they were loaded from; None after an
+        # update
         self._saved_step: int | None = None
         self._loaded: Loaded | None = None
-        # the step of a save during which the state may have changed: it was not compared since
+        # the step of a save during which the state may have changed, since it was not compared afterwards
         self._uncompared: int | None = None
 
     def is_due(self, done: int) -> bool:
-        """Return whether to save after `done` steps; a save that falls into refused steps waits until a step is applied again."""
+        """Return whether to save after `done` steps; a save that is due during refused steps waits until a step is
+        applied.
+        """
         every = self.config.checkpoint.every_steps
         self._save_is_due |= every > 0 and done % every == 0
-        # weights after refused steps may be bad ones: they are saved only where the run ends
+        # weights after refused steps may be bad: they are saved only where the run ends
         return self._save_is_due and self.watch.streak is None
 
     def save(self, done: int) -> None:
-        """Save the state after `done` steps. Raises DistattnError where another job has the folder, or it is gone."""
+        """Save the state after `done` steps. Raises DistattnError where another job uses the folder, or it is gone."""
         if self.lock is not None:
             self.lock.check()
             if not self.folder.is_in_place():
                 if (place := self.folder.follow()) is None:
-                    # nothing is left to save into
+                    # there is no folder left to save into
                     self.folder.hold().check()
                 else:
                     self.checkpoints.move_to(place / self.folder.checkpoints.name)
         facts, streak = {} if self._loss is None else {"loss": f"{self._loss:.6g}"}, self.watch.streak
         verdict = CheckpointVerdict()
-        # no step follows the last one that could tell a bad step from bad weights
+        # no step follows the last one, which could distinguish a bad step from bad weights
         if streak is not None and (self.watch.doubts_weights or done == self.config.train.steps):
             text = f"it was saved after refused steps, from {streak.first + 1:,} on: {streak.reason.removesuffix('.')}"
             verdict = CheckpointVerdict(REFUSED, text)
@@ -91,15 +94,15 @@ class RunCheckpoints:
         self._uncompared = done
 
     def save_last(self, done: int) -> Damage | None:
-        """Save after the run's last step; return what has changed in the state since its update, None where nothing has."""
+        """Save after the run's last step; return the change of the state since its update, None without one."""
         self.save(done)
         self.checkpoints.wait()
         return self.digest.compare(done - 1, "the end of the run")
 
     def finish_early(self, done: int) -> int:
-        """Wait for the save after the step at which a run is stopped, and remove it where the state has changed meanwhile.
+        """Wait for the save after the step at which a run is stopped, and remove it if the state has changed meanwhile.
 
-        Returns the step of the checkpoint that a resume goes on from, the same on all ranks; 0 without one.
+        Returns the step of the checkpoint from which a resume continues, the same on all ranks; 0 without one.
         """
         self.checkpoints.wait()
         if (damage := self.digest.compare(done - 1, "the end of the run")) is not None:
@@ -111,8 +114,8 @@ class RunCheckpoints:
         newest: list[int] = []
         self.checkpoints.note(lambda folder: newest.append(preferred_step(folder)))
         self.checkpoints.wait()
-        found_by_rank_0: list[int] = gathered(dist.group.WORLD, newest)[0]
-        return found_by_rank_0[0] if found_by_rank_0 else 0
+        steps_of_rank_0: list[int] = gathered(dist.group.WORLD, newest)[0]
+        return steps_of_rank_0[0] if steps_of_rank_0 else 0
 
     def resume(self) -> int:
         """Load the newest checkpoint. Return its step; 0 without one."""
@@ -127,80 +130,82 @@ class RunCheckpoints:
         self.engine.load(engine_state._replace(updates=progress["updates"]))
         self.watch.load_state_dict(progress["watch"])
         self.by_position.load(state["token_losses"])
-        ranks, before = self.config.parallel.ranks, int(loaded.facts["ranks"])
-        on = f", on {plural(ranks, 'rank')}; it was saved on {before}" if ranks != before else ""
-        on += f"; it is in doubt ({loaded.doubt})" if loaded.doubt else ""
-        facts = {"ranks": ranks, "saved_on": before, **self.folder.resumed_facts()}
+        ranks, ranks_before = self.config.parallel.ranks, int(loaded.facts["ranks"])
+        remarks = f", on {plural(ranks, 'rank')}; it was saved on {ranks_before}" if ranks != ranks_before else ""
+        remarks += f"; it is in doubt ({loaded.doubt})" if loaded.doubt else ""
+        facts = {"ranks": ranks, "saved_on": ranks_before, **self.folder.resumed_facts()}
         self.growth.forget()
         if self.config.watch.digest_every:
             self.digest.take(f"the loading of {loaded.folder.name}")
-        self.reporter.report_event(loaded.step, RESUMED, f"Went on from {loaded.folder.name}{on}.", facts)
+        self.reporter.report_event(loaded.step, RESUMED, f"Resumed from {loaded.folder.name}{remarks}.", facts)
         return loaded.step
 
     def go_back(self, step: int) -> int:
-        """Go back to the newest checkpoint; return its step. step: the one that was refused. Raises DistattnError without one."""
+        """Load the newest checkpoint and return its step. step: the refused one. Raises DistattnError without a
+        checkpoint.
+        """
         if not (checkpoint := self.resume()) and self._loaded is None:
             raise DistattnError(
-                f"step {step + 1}: there is no checkpoint to go back to, as none could be saved; see what is said above."
+                f"step {step + 1}: there is no checkpoint to go back to, since none could be saved; see the messages above."
             )
         return checkpoint
 
     def leave_damaged(self, damage: Damage) -> int:
-        """Tell of a damaged state and go back to a checkpoint of a whole one; returns its step."""
+        """Report a damaged state and load a checkpoint of an undamaged one; return its step."""
         step, saved = damage.step, self._uncompared
         self.reporter.report_warning(step, "damaged state", damage.text)
         if saved is not None:
-            # the state changed while its copy was made
+            # the state changed while it was being copied
             self.checkpoints.note(lambda folder: discard_checkpoint(folder, saved), saved)
         if damage.repeats:
             raise DistattnError(
                 f"step {step + 1}: {damage.text} This happened {MOST_OF_ONE_RANK} times in this run: have the memory of its host "
-                f"tested, leave the host out, and go on by distattn resume {self.folder.folder}."
+                f"tested, exclude the host, and run distattn resume {self.folder.folder}."
             )
         if self.config.watch.action == STOP:
             raise DistattnError(
-                f"step {step + 1}: {damage.text} distattn resume {self.folder.folder} goes on from the newest checkpoint of a "
-                "whole state; watch.action says what else to do."
+                f"step {step + 1}: {damage.text} distattn resume {self.folder.folder} goes on from the newest undamaged "
+                "checkpoint; watch.action has other reactions."
             )
         if (begin := self.resume()) or self._loaded is not None:
             return begin
         raise DamagedStateError(
-            f"step {step + 1}: {damage.text} There is no checkpoint to go back to: the run begins anew, or "
-            f"distattn resume {self.folder.folder} starts it."
+            f"step {step + 1}: {damage.text} There is no checkpoint to go back to: the run starts over, or distattn resume "
+            f"{self.folder.folder} restarts it."
         )
 
     def begins_at(self, step: int) -> bool:
-        """Return whether a step is the first one from a checkpoint that was not in doubt."""
+        """Return whether a step is the first one after a checkpoint that was not in doubt."""
         return self._loaded is not None and self._loaded.step == step and not self._loaded.doubt
 
     def judge(self, verdict: Verdict, loss: float) -> None:
-        """Note what a step shows of the checkpoints: of that with the weights it was computed with, and of those before a streak.
+        """Record what a step shows about the checkpoint of its weights, and about those before a streak.
 
-        The state was compared before: what was saved is a copy of a whole one.
+        The state was compared before this call, so saves since then are copies of an undamaged state.
         """
         self._loss, self._uncompared = loss, None
-        at, streak = self._saved_step, verdict.streak
+        saved_step, streak = self._saved_step, verdict.streak
         if verdict.applies:
-            if at is not None:
-                self.checkpoints.note(lambda folder: judge_checkpoint(folder, at, GOOD), at)
+            if saved_step is not None:
+                self.checkpoints.note(lambda folder: judge_checkpoint(folder, saved_step, GOOD), saved_step)
             if streak is not None:
                 self._end_streak(streak, verdict.recovered)
 
     def judge_refused(self, verdict: Verdict) -> None:
-        """Note what a refused step shows of the checkpoint that it was computed from, once the step has been looked into.
+        """Record what a refused step shows about the checkpoint of its weights, after the step has been examined.
 
-        The newest good one from before a streak is kept, until the run recovers, or has passed the step that was refused.
-
-        A run that skips the step goes on with the same weights: they are in doubt as `NumericsWatch.doubts_weights` says.
+        The newest good checkpoint from before a streak is kept until the run recovers, or has passed the refused step.
+        A run that skips the step continues with the same weights; `NumericsWatch.doubts_weights` decides whether they
+        are in doubt.
         """
         self._refuse_saved(verdict)
         if verdict.begins_streak:
             self.checkpoints.note(lambda folder: keep_newest_good(folder, verdict.step))
 
     def _refuse_saved(self, verdict: Verdict) -> None:
-        """Refuse the checkpoint that has the weights of a refused step, if these are in doubt."""
-        at, streak = self._saved_step, verdict.streak
-        if at is None or streak is None:
+        """Refuse the checkpoint with the weights of a refused step, if these are in doubt."""
+        saved_step, streak = self._saved_step, verdict.streak
+        if saved_step is None or streak is None:
             return
         if self.config.watch.action == SKIP == verdict.action:
             refused = self.watch.doubts_weights and streak.count <= 2
@@ -209,47 +214,47 @@ class RunCheckpoints:
             refused = verdict.begins_streak and (verdict.action != ROLLBACK or self._loaded is not None)
         if refused:
             text = f"step {streak.first + 1:,}, computed from it, was refused: {streak.reason.removesuffix('.')}"
-            self.checkpoints.note(lambda folder: judge_checkpoint(folder, at, REFUSED, text), at)
+            self.checkpoints.note(lambda folder: judge_checkpoint(folder, saved_step, REFUSED, text), saved_step)
 
     def _end_streak(self, streak: Streak, recovered: bool) -> None:
-        """Tell of a streak that is over, once."""
+        """Report the end of a streak, once."""
         if recovered:
             self.checkpoints.note(lambda folder: release_kept(folder, streak.first + 1))
         else:
             self.checkpoints.note(lambda folder: keep_for_good(folder, streak.first))
         if streak.count > 1:
-            how = (
-                "loss and gradient norm are as before again"
+            ending = (
+                "loss and gradient norm are back at their old level"
                 if recovered
-                else "they are usual by now, and the run goes on at another level: the checkpoint from before them is kept"
+                else "their values have become usual, and the run goes on at a new level: the checkpoint from before them is kept"
             )
-            self.reporter.report_warning(streak.last, "refused", f"{words_of_streak(streak)}; {how}.")
+            self.reporter.report_warning(streak.last, "refused", f"{describe_streak(streak)}; {ending}.")
 
     def after_update(self, step: int, stops: Callable[[], object]) -> None:
-        """Look at the state that an update has made. stops: whether the run is asked to stop after the step."""
+        """Record the state after an update. stops: returns whether the run is asked to stop after the step."""
         self._saved_step = self._loaded = None
         self.growth.after_update(step)
         self.take_digest(f"the update of step {step + 1}", step + 1, stops)
 
     def take_digest(self, after: str, done: int, stops: Callable[[], object] = bool) -> None:
-        """Digest the state after `done` steps, where the run file asks for it, or the state is about to be saved."""
+        """Hash the state after `done` steps, if the run file asks for it, or if the state is about to be saved."""
         every, saves = self.config.watch.digest_every, self.config.checkpoint.every_steps
         is_saved = saves > 0 and done % saves == 0 or saves >= 0 and done == self.config.train.steps
         if every and (done % every == 0 or is_saved or self._save_is_due or stops()):
             self.digest.take(after)
 
     def accept_config(self, step: int) -> None:
-        """Make this configuration the run's. A disk that cannot be written costs a warning, and the run its change."""
+        """Replace the run's configuration by this one; if that fails, warn and go on."""
         try:
             self.folder.accept_config(self.config, step)
         except OSError as error:
             warn(
                 f"{self.folder.config_file}: cannot be written: {error.strerror}; these ranks train with the new configuration, "
-                "and the next resume has the one before, unless it is given the same keys."
+                "and the next resume uses the old one, unless it gets the same keys."
             )
 
     def _state(self, engine_state: EngineState | None = None) -> dict[str, Any]:
-        """Return the state that a checkpoint has."""
+        """Return the state that a checkpoint contains."""
         state = self.engine.state() if engine_state is None else engine_state
         progress = {"updates": state.updates, "watch": self.watch.state_dict()}
         averages = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
@@ -261,8 +266,8 @@ class RunCheckpoints:
         }
 
 
-def words_of_streak(streak: Streak) -> str:
-    """Return which steps were refused, as a clause."""
+def describe_streak(streak: Streak) -> str:
+    """Return a clause that names the refused steps."""
     if streak.count == 1:
         return f"step {streak.first + 1:,} was refused"
     return f"{streak.count:,} steps in a row were refused, {streak.first + 1:,} to {streak.last + 1:,}"

@@ -1,4 +1,4 @@
-"""The data of a run: text, whose bytes become an indexed file in the run folder, or a plan of packs that is there already."""
+"""The data of a run: text, whose bytes become an indexed file in the run folder, or an existing plan of packs."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from distattn.ir.errors import DistattnError
 from distattn.training.config import Config
 from distattn.training.run_folder import RunFolder
 
-# packs among which a document finds its place, at most
+# maximum number of packs among which a document is placed
 _MOST_WINDOW = 1024
-# what the corpus of a folder of text is called
+# name of the corpus of a folder of text
 _TEXT = "text"
 
 
 class RunData(NamedTuple):
-    """A plan of packs and the corpora it was made of. vocabulary: token ids are below it."""
+    """A plan of packs and its corpora. vocabulary: token ids are below it."""
 
     plan: PackPlan
     corpora: list[Corpus]
@@ -43,12 +43,12 @@ class RunData(NamedTuple):
 
 
 def pack_config(config: Config) -> PackConfig | None:
-    """What data.path says of a plan of packs; None where it names text."""
+    """Return the configuration of a plan of packs that data.path names; None where it names text."""
     return load_pack_config(config.data.path) if config.data.path.endswith(".toml") else None
 
 
 def find_text(config: Config) -> TextCorpus:
-    """The documents of the run's text. Raises DistattnError where there is none; no file is read."""
+    """Return the documents of the run's text. Raises DistattnError where the text has none; no file is read."""
     data = config.data
     return find_corpus(
         data.path, suffix=data.suffix, exclude=data.exclude, max_document_tokens=data.max_document_tokens
@@ -56,12 +56,14 @@ def find_text(config: Config) -> TextCorpus:
 
 
 def write_text(run: RunFolder, config: Config, text: TextCorpus) -> None:
-    """Write the bytes of the run's text, and the plan of its packs, into the run folder. Raises DamagedDataError for no text."""
+    """Write the bytes of the run's text and the plan of its packs into the run folder. Raises DamagedDataError for no
+    text.
+    """
     _plan_text(config, byte_corpus(text, str(run.corpus_prefix), _TEXT), run.packs_file)
 
 
 def open_data(run: RunFolder, config: Config) -> RunData:
-    """The data of a run. Raises DistattnError where they are not what they were, or are too few for all steps."""
+    """Return the data of a run. Raises DistattnError where they have changed, or are too few for all steps."""
     planned = pack_config(config)
     if planned is None:
         corpora = [Corpus.open(_TEXT, [str(run.corpus_prefix)], config.data.check_tokens)]
@@ -70,9 +72,10 @@ def open_data(run: RunFolder, config: Config) -> RunData:
 
 
 def plan_longer(run: RunFolder, config: Config, data: RunData, path: Path) -> RunData:
-    """The data of a run on text with a longer plan, which begins with the steps of the one before. path: where it is written.
+    """Return the data of a run on text with a longer plan that begins with the same steps, written to `path`.
 
-    Raises DistattnError where evaluated documents would be trained, and where the plan would begin with others.
+    Raises DistattnError where evaluated documents would be trained, and where the longer plan would begin with other
+    packs.
     """
     steps, plan = config.train.steps, data.plan
     if held_out_steps(config):
@@ -85,14 +88,14 @@ def plan_longer(run: RunFolder, config: Config, data: RunData, path: Path) -> Ru
         not np.array_equal(plan.step(step).rows, longer.step(step).rows) for step in range(plan.steps)
     ):
         raise DistattnError(
-            f"train.steps: {steps:,}, but packs are planned otherwise than when {run.packs_file} was made; take at most "
+            f"train.steps: {steps:,}, but packs are now planned in another way than when {run.packs_file} was made; use at most "
             f"{plan.steps:,}, or begin a new run."
         )
     return data._replace(plan=longer)
 
 
 def vocabulary_size(config: Config, corpora: Sequence[Corpus] | None = None) -> int:
-    """Token ids of a run are below it; 0 where neither the run nor its files say so. corpora: of its plan, if they are open."""
+    """Return the limit of a run's token ids; 0 if neither the run nor its files have it. corpora: of its plan, if open."""
     planned = pack_config(config)
     if config.model.vocab_size or planned is None:
         return config.model.vocab_size or VOCABULARY
@@ -101,7 +104,7 @@ def vocabulary_size(config: Config, corpora: Sequence[Corpus] | None = None) -> 
 
 @contextmanager
 def planned_packs(config: Config) -> Iterator[PackPlan]:
-    """The plan of a run's packs before there is a run: of text, by the sizes of its files."""
+    """Yield the plan of a run's packs before the run exists: of text, by the sizes of its files."""
     planned = pack_config(config)
     if planned is not None:
         yield _planned_data(config, planned).plan
@@ -112,16 +115,16 @@ def planned_packs(config: Config) -> Iterator[PackPlan]:
 
 
 def held_out_steps(config: Config) -> int:
-    """Steps of the run's own plan that are not trained, but evaluated."""
+    """Return the number of last steps of the run's own plan that are evaluated instead of trained."""
     evaluation = config.evaluation
     return evaluation.steps if evaluation.every_steps and not evaluation.path else 0
 
 
 def held_out_data(config: Config, data: RunData) -> tuple[RunData, int]:
-    """The data of the evaluation, and the first step of it: that of evaluation.path, or the last steps of the run's own plan.
+    """Return the evaluation's data and first step: evaluation.path, or the last steps of the run's own plan.
 
-    Raises DistattnError where there are too few, or where the run's own data begin anew in them; whether a document is trained,
-    too, is for `held_out.check_held_out`.
+    Raises DistattnError where there are too few steps, or where the run's data begin again in them;
+    `held_out.check_held_out` checks that no document is also trained.
     """
     begin, steps = data.plan.steps - config.evaluation.steps, config.evaluation.steps
     if config.evaluation.path:
@@ -134,29 +137,32 @@ def held_out_data(config: Config, data: RunData) -> tuple[RunData, int]:
     elif begin < config.train.steps:
         raise DistattnError(
             f"evaluation.steps: {steps:,} and train.steps {config.train.steps:,} are more than the {data.plan.steps:,} "
-            "planned ones; take fewer, or name other documents in evaluation.path."
+            "planned ones; use fewer, or name other documents in evaluation.path."
         )
     elif any(
         row["epoch"] for step in range(begin, begin + steps) for pack in data.plan.step(step).packs for row in pack.rows
     ):
         raise DistattnError(
-            f"evaluation.steps: the data end with step {begin:,} and begin anew, so what follows would not be held out; train "
+            f"evaluation.steps: the data end with step {begin:,} and begin again, so later steps would not be held out; train "
             "fewer steps, or name other documents in evaluation.path."
         )
     return data, begin
 
 
 def first_packs(plan: PackPlan, config: Config, step: int = 0) -> list[list[int]]:
-    """Tokens of each piece of the packs of one attention call, a step's first one: of all shares that attend together."""
+    """Return the tokens of each piece of the packs of a step's first attention call, of all shares that attend
+    together.
+    """
     first, shares = plan.step(step), config.parallel.data_parallel_size
     together = shares if config.parallel.data == "per_rank" else 1
     return [first.packs[share[0]].lengths for share in deal_packs(first, shares)[:together]]
 
 
 def piece_rows(data: RunData, step: int) -> Iterator[dict[str, Any]]:
-    """What a step has been trained on: of each piece of a document where it lies, enough to read it without this package.
+    """Yield where each piece of a document of a step lies, enough to read it without this package.
 
-    file, dtype, byte: where its tokens begin. follows: whether the document goes on, so that its last token has a label.
+    file, dtype, byte: where its tokens begin. follows: whether the document goes on, so that its last token has a
+    label.
     """
     for number, pack in enumerate(data.plan.step(step).packs):
         for row in pack.rows:
@@ -179,7 +185,7 @@ def piece_rows(data: RunData, step: int) -> Iterator[dict[str, Any]]:
 
 
 class _Lengths(NamedTuple):
-    """As much of a corpus as a plan needs."""
+    """The fields of a corpus that a plan needs."""
 
     name: str
     lengths: np.ndarray
@@ -187,11 +193,11 @@ class _Lengths(NamedTuple):
 
 
 def _plan_text(config: Config, corpus: CorpusLengths, file: Path) -> PackPlan:
-    """Packs of data.context_length, or of data.context_schedule; the number of ranks and shares does not enter."""
+    """Return the plan of packs of a run on text; it does not depend on the numbers of ranks and shares."""
     by_step = config.data.context_by_step
     context = min(tokens for _, tokens in by_step)
     packs = config.data.tokens_per_step // context
-    # a window of several epochs would mix them, and a plan that ends within it repeat documents
+    # a window of several epochs would mix them, and a plan that ends within the window would repeat documents
     steps = config.train.steps + held_out_steps(config)
     window = min(_MOST_WINDOW, steps * packs, -(-int(corpus.lengths.sum(dtype=np.int64)) // context))
     rule = PackRule(by_step, config.data.tokens_per_step, window)
@@ -201,28 +207,28 @@ def _plan_text(config: Config, corpus: CorpusLengths, file: Path) -> PackPlan:
 def _planned_data(config: Config, planned: PackConfig) -> RunData:
     corpora = open_corpora(planned, config.data.check_tokens)
     plan = open_configured_plan(planned, corpora)
-    wanted = config.train.steps + held_out_steps(config)
-    if plan.steps < wanted:
-        more = (
-            "it ends with its corpora, so take fewer, or begin a new run with a plan that reads them more often"
+    needed_steps = config.train.steps + held_out_steps(config)
+    if plan.steps < needed_steps:
+        way_out = (
+            "it ends with its corpora, so use fewer, or begin a new run with a plan that reads them more often"
             if plan.ends_with_corpora
             else f"raise steps in {config.data.path} and run distattn data pack --force, whose plan begins with the same steps"
         )
+        and_evaluation = " and evaluation.steps" if needed_steps > config.train.steps else ""
         raise DistattnError(
-            f"train.steps: {config.train.steps:,}{' and evaluation.steps' * (wanted > config.train.steps)}, but {plan.path} has "
-            f"{plan.steps:,} steps; {more}."
+            f"train.steps: {config.train.steps:,}{and_evaluation}, but {plan.path} has {plan.steps:,} steps; {way_out}."
         )
     check_shares(plan, config.parallel.data_parallel_size, 0, config.train.steps)
     masked = [source.name for source in plan.sources if source.masks is not None]
     if masked and config.reference_check.steps:
         raise DistattnError(
-            f"reference_check.steps: {config.reference_check.steps}, but the check knows no masks, and corpus {masked[0]} has "
-            "some; use 0."
+            f"reference_check.steps: {config.reference_check.steps}, but the check cannot apply masks, and corpus "
+            f"{masked[0]} has some; use 0."
         )
     vocabulary = vocabulary_size(config, corpora)
     if not vocabulary:
         raise DistattnError(
-            f"model.vocab_size: is not given, and {_without_manifest(corpora)} has no .json that says its tokenizer's; give it."
+            f"model.vocab_size: not set, and {_without_manifest(corpora)} has no .json with its tokenizer's; set it."
         )
     return RunData(plan, corpora, vocabulary)
 

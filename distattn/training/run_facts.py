@@ -1,4 +1,4 @@
-"""What a run is: what its checkpoints say of it, and what has to stay when it is resumed."""
+"""The facts that identify a run: those its checkpoints record, and those that must stay when it is resumed."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     # the import takes seconds, and commands that start runs do not need it
     import torch
 
-# these stay: a run with others is another run
+# a run with other values here is another run
 _FIXED = ("model", "data")
-# the dtype that is computed in may change, and folders may have moved: what is in them is in the checkpoint's facts
+# the dtype of computation may change, and folders may have moved: the checkpoint's facts identify their contents
 _MAY_CHANGE = ("model.path", "model.dtype", "model.weights", "data.path", "data.check_tokens")
-# of a transformers configuration
+# keys of a transformers configuration that do not describe the model's shape
 _NOT_SHAPE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache")
 
 
 class TrainingRun(NamedTuple):
-    """The run to train. shape: the transformers configuration of the model. facts: those of `facts_of`. device: of this rank."""
+    """The run to train. shape: the model's transformers configuration. facts: those of `facts_of`. device: this rank's."""
 
     folder: RunFolder
     config: Config
@@ -38,13 +38,14 @@ class TrainingRun(NamedTuple):
 
 
 def facts_of(config: Config, data: RunData, shape: Any) -> dict[str, str]:
-    """What a checkpoint's manifest says of the run it belongs to; `REQUIRED` of it must be the same when it is read again.
+    """Return the facts that a checkpoint's manifest records of its run; those in `REQUIRED` must match when it is
+    loaded.
 
     shape: the transformers configuration of the model.
     """
     return {
         "model": _digest({name: value for name, value in shape.to_dict().items() if name not in _NOT_SHAPE}),
-        # of a plan that was made longer it is the same
+        # extending a plan does not change its order digest
         "plan": data.plan.order_digest,
         "corpora": " ".join(corpus.digest for corpus in data.corpora),
         "seed": str(config.run.seed),
@@ -59,22 +60,24 @@ REQUIRED = ("model", "plan", "corpora", "seed")
 
 
 def check_same_run(before: Config, after: Config) -> None:
-    """Raise DistattnError, naming the key, where a resumed run would be another one."""
+    """Raise DistattnError, naming the key, where the resumed run would be another run."""
     pairs = [
         (f"{name}.{key}", asdict(getattr(before, name))[key], value)
         for name in _FIXED
         for key, value in asdict(getattr(after, name)).items()
     ]
     pairs.append(("run.seed", before.run.seed, after.run.seed))
-    for key, was, now in pairs:
-        if was != now and key not in _MAY_CHANGE:
+    for key, old_value, new_value in pairs:
+        if old_value != new_value and key not in _MAY_CHANGE:
             raise DistattnError(
-                f"{key}: the run has {was!r}, and resuming with {now!r} would make it another; start a new one."
+                f"{key}: the run has {old_value!r}, and resuming with {new_value!r} would make it another run; start a new one."
             )
 
 
 def check_steps_left(run: RunFolder, config: Config, done: int) -> None:
-    """Raise DistattnError where a run has done more steps than its configuration asks for. done: those of its checkpoint."""
+    """Raise DistattnError where a run has done more steps than its configuration asks for. done: the steps of its
+    checkpoint.
+    """
     if done > config.train.steps:
         raise DistattnError(
             f"train.steps: {config.train.steps:,}, but {run.folder} has a checkpoint of step {done:,}: give {done:,} or more."

@@ -1,4 +1,4 @@
-"""The run folder: everything a run writes, and the one place that knows the names of its files."""
+"""The run folder: everything a run writes. Only this module has the names of its files."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from distattn.training.config import Config
 from distattn.training.job_secret import write_secret
 from distattn.training.json_lines import JsonLines, Row, append_rows, json_text, read_rows, write_whole
 
-# whose losses by position and corpus are written
+# the splits whose losses by position and corpus are written
 TRAINING, EVALUATION = "training", "evaluation"
-# the kind of an event: ranks have loaded a checkpoint, and go on from its step
+# kind of an event: ranks have loaded a checkpoint and continue from its step
 RESUMED = "resumed"
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one training step reports.
+    """The metrics of one training step.
 
-    loss: mean over tokens, in nats; grad_norm: before clipping; tokens: of all ranks; seconds: wall time of the step on rank 0.
-    learning_rate: of this step. context_length: tokens of a pack. mfu: share of the devices' peak, in [0, 1]. skipped: why the
-    step was not applied, empty where it was. Of rank 0, as in `step_clock.StepCosts`: data_seconds, wait_seconds, and bytes of
-    memory. None where it is not known.
+    loss: mean over tokens, in nats; grad_norm: before clipping; tokens: of all ranks; seconds: wall time of the step on
+    rank 0. learning_rate: of this step. context_length: tokens of a pack. mfu: share of the devices' peak, in [0, 1].
+    skipped: why the step was not applied, empty if it was. Of rank 0, as in `step_clock.StepCosts`: data_seconds,
+    wait_seconds, and bytes of memory. None means unknown.
     """
 
     step: int
@@ -53,7 +53,7 @@ class StepMetrics:
         return self.tokens / self.seconds
 
     def as_dict(self) -> dict[str, Any]:
-        """What is known of the step, for a JSON line."""
+        """Return the known values of the step, for a JSON line."""
         return {name: value for name, value in asdict(self).items() if value not in (None, "")}
 
 
@@ -65,53 +65,53 @@ class RunFolder:
         self._lines: dict[Path, JsonLines] = {}
         self._held: HeldFolder | None = None
         self.config_file = folder / "config.toml"
-        # of a run on text: its bytes as an indexed file, and the plan of its packs
+        # for a run on text: its bytes as an indexed file, and the plan of its packs
         self.corpus_prefix = folder / "corpus"
         self.packs_file = folder / "corpus.packs"
-        # the pieces of documents that each step was trained on
+        # the pieces of documents of each step
         self.documents_file = folder / "documents.jsonl"
         self.metrics_file = folder / "metrics.jsonl"
-        # losses by position and corpus of training, and of evaluations
+        # losses by position and corpus, of training and of evaluations
         self.losses_file = folder / "losses.jsonl"
-        # steps that were refused and what was found, restarts, ranks that compute wrongly
+        # refused steps with their findings, restarts, ranks that compute wrongly
         self.events_file = folder / "events.jsonl"
-        # how fast ranks are, and errors that their GPUs count; what a scrape of the same must show
+        # the ranks' speeds and GPU errors; the token that a scrape of the same numbers needs
         self.health_file = folder / "health.jsonl"
         self.prometheus_token = folder / "prometheus_token"
-        # its name in Weights & Biases
+        # the run's id in Weights & Biases
         self.wandb_file = folder / "wandb_id"
-        # a checkpoint each, and the weights before the first step, which the reference check begins with
+        # one folder per checkpoint, and the weights before the first step, from which the reference check starts
         self.checkpoints = folder / "checkpoints"
         self.initial_weights = folder / "initial"
         self.plan_file = folder / "plan.npz"
         self.explanation_file = folder / "plan.txt"
         self.report_file = folder / "report.html"
-        # what a process must know to be a rank of the run
+        # proves that a process is a rank of the run
         self.secret_file = folder / "secret"
         self.replay_file = folder / "replay.jsonl"
         self.reference_check_file = folder / "reference_check.json"
-        # what the ranks found of each other before the first step
+        # results of the ranks' checks before the first step
         self.preflight_file = folder / "preflight.json"
         self.logs = folder / "logs"
-        # why ranks were started again, and where they stood
+        # why ranks were started again, and their state at that time
         self.attempts = folder / "attempts"
-        # who makes it asks the run to save and to end; it holds the reason
+        # requests that the run saves and ends; contains the reason
         self.stop_file = folder / "stop"
-        # a launcher makes it to have ranks save and end, and starts them again on more nodes
+        # created by a launcher to let ranks save and end, before it starts them again on more nodes
         self.regroup_file = folder / "regroup"
-        # of a batch system
+        # files of a batch system
         self.script_file = folder / "job.sbatch"
         self.job_file = folder / "job.json"
         self.state_file = folder / "state"
-        # of a cluster of Ray: who runs its attempts, and where
+        # for a Ray cluster: the process that runs the attempts, and its machine
         self.ray_file = folder / "ray.json"
 
     def proposed_config_file(self, name: str) -> Path:
-        """Return the file of what a launcher proposes to its ranks, until they have accepted it; see `Proposal`."""
+        """Return the file of a launcher's proposal to its ranks, until they have accepted it; see `Proposal`."""
         return self.folder / f"config.proposed-{name}.toml"
 
     def applied_config_file(self, name: str) -> Path:
-        """Return the file of what the ranks of a launcher have accepted."""
+        """Return the file of a proposal that a launcher's ranks have accepted."""
         return self.folder / f"config.applied-{name}.toml"
 
     def proposals(self) -> list[str]:
@@ -120,28 +120,28 @@ class RunFolder:
         return sorted({file.stem.partition("-")[2] for file in files})
 
     def log_file(self, rank: int) -> Path:
-        """The file of a rank's output, where the run keeps logs."""
+        """Return the file of a rank's output, if the run keeps logs."""
         return self.logs / f"rank-{rank}.log"
 
     def note_job(self, job: int | str) -> None:
-        """Leave the number of the Slurm job of a run, or of a sweep, where it is looked up. Raises OSError."""
+        """Write the number of the Slurm job of a run or sweep, for later lookup. Raises OSError."""
         write_whole(self.job_file, json_text({"job": job}) + "\n")
 
     def ask_to_stop(self, reason: str) -> None:
-        """Have the ranks save and end after their next step, with exit code 75; a reason that is there stays."""
+        """Request that the ranks save and end after their next step, with exit code 75; an earlier reason is kept."""
         with suppress(FileExistsError), open(self.stop_file, "x", encoding="utf-8") as file:
             file.write(f"{reason}\n")
 
     def forget_requests(self) -> None:
-        """Remove what asked ranks to end that have ended. Raises OSError."""
+        """Remove the requests to end, once the ranks have ended. Raises OSError."""
         for file in (self.stop_file, self.regroup_file):
             file.unlink(missing_ok=True)
 
     def accept_config(self, config: Config, step: int) -> None:
-        """Make a configuration the run's; the one before is kept as config.until-STEP.toml. No rank may read it then.
+        """Replace the run's configuration; the old one is kept as config.until-STEP.toml. No rank may be reading it.
 
-        step: that the ranks go on from. Where the run goes on from the same step again, the next one that is kept is
-        config.until-STEP-2.toml, and so on. Raises OSError; the run's configuration stays then.
+        step: the step from which the ranks continue. Another change at the same step keeps config.until-STEP-2.toml,
+        and so on. Raises OSError; the run's configuration is unchanged then.
         """
         if configuration.load(self.config_file) == config:
             return
@@ -150,14 +150,14 @@ class RunFolder:
         while file.exists():
             number += 1
             newest, file = file, self.folder / f"config.until-{step}-{number}.toml"
-        # a process that was killed here has written it
+        # a process that was killed here has already written it
         if newest is None or newest.read_text("utf-8") != before:
             write_whole(file, before)
         configuration.save(config, self.config_file)
 
     @staticmethod
     def create(config: Config) -> RunFolder:
-        """Make a new folder with the configuration in it. Raises DistattnError where it cannot."""
+        """Create a new folder with the configuration in it. Raises DistattnError where that fails."""
         try:
             run = RunFolder(_new_folder(Path(config.run.folder)))
             configuration.save(config, run.config_file)
@@ -167,7 +167,7 @@ class RunFolder:
         return run
 
     def append(self, path: Path, *rows: Row) -> None:
-        """Add JSON lines to a file of the run; see `JsonLines`."""
+        """Append JSON lines to a file of the run; see `JsonLines`."""
         self.lines(path).add(lambda: rows)
 
     def lines(self, path: Path, append: Callable[[Path, Sequence[Row]], None] = append_rows) -> JsonLines:
@@ -177,17 +177,17 @@ class RunFolder:
         return self._lines[path]
 
     def hold(self) -> HeldFolder:
-        """Keep the folder open until `close`, so that this process notices where it is moved or deleted. Raises OSError."""
+        """Keep the folder open until `close`, so that this process notices if it is moved or deleted. Raises OSError."""
         if self._held is None:
             self._held = HeldFolder(self.folder)
         return self._held
 
     def is_in_place(self) -> bool:
-        """Return whether the folder's path names the folder that this process holds, if it holds it."""
+        """Return whether the folder's path is still the folder that this process holds, if it holds it."""
         return self._held is None or self._held.is_in_place()
 
     def follow(self) -> Path | None:
-        """Return where the held folder is now, and have waiting lines added there; None where that is nowhere."""
+        """Return the held folder's current path, and write waiting lines there; None if it has no path any more."""
         place = None if self._held is None else self._held.where()
         if place is not None:
             for lines in self._lines.values():
@@ -195,7 +195,7 @@ class RunFolder:
         return place
 
     def close(self) -> None:
-        """Add the lines that waited for room on the disk; see `JsonLines`. Let go of the folder."""
+        """Write the lines that waited for room on the disk; see `JsonLines`. Release the folder."""
         for lines in self._lines.values():
             lines.close()
         if self._held is not None:
@@ -203,15 +203,16 @@ class RunFolder:
             self._held = None
 
     def metrics(self, steps: float = math.inf) -> list[StepMetrics]:
-        """Return the metrics of the steps so far, in their order; of a step that was done again after going back, the last.
+        """Return the metrics of the steps so far, in order; for a step repeated after going back, the last ones.
 
-        steps: of the run's configuration. Later ones, done before the run went on with fewer steps, are left out.
+        steps: of the run's configuration. Later steps, from before the run continued with fewer steps, are left out.
         """
         last = {row["step"]: StepMetrics(**row) for row in read_rows(self.metrics_file) if row["step"] <= steps}
         return [last[step] for step in sorted(last)]
 
     def losses(self, split: str, steps: float = math.inf) -> list[dict[str, Any]]:
-        """Return rows of `losses.jsonl` of one split (EVALUATION or TRAINING) in the order of their steps, the last of each step.
+        """Return rows of `losses.jsonl` of one split (EVALUATION or TRAINING) in the order of steps, the last of each
+        step.
 
         steps: as for `metrics`.
         """
@@ -221,7 +222,7 @@ class RunFolder:
         return [rows[step] for step in sorted(rows)]
 
     def steps_done(self) -> int:
-        """Return the last step that the run has done, or that of the checkpoint which it has gone on from since.
+        """Return the last step that the run has done, or the step of the checkpoint from which it has continued since.
 
         0 before the first. Raises DistattnError where the configuration cannot be read.
         """
@@ -231,28 +232,30 @@ class RunFolder:
         if rows:
             done = rows[-1]["step"]
         resumed = [event for event in self.events() if event["kind"] == RESUMED]
-        # no step was done since
+        # no step was done since the run was resumed
         if resumed and resumed[-1].get("metrics_bytes", -1) >= self.metrics_file.stat().st_size:
             done = resumed[-1]["step"]
-        # later steps, done before the run went on with fewer, do not count
+        # later steps, from before the run continued with fewer, do not count
         return min(done, configuration.load(self.config_file).train.steps)
 
     def resumed_facts(self) -> Row:
-        """Return what tells whether steps were done after the event of kind RESUMED that has it: the length of the metrics."""
+        """Return the facts of a RESUMED event that later tell whether steps followed it: the length of the metrics
+        file.
+        """
         with suppress(OSError):
             return {"metrics_bytes": self.metrics_file.stat().st_size}
         return {}
 
     def events(self) -> list[dict[str, Any]]:
-        """What happened seldom, in the order in which it happened: step, kind, text, and facts of the kind."""
+        """Return the rare events of the run in the order of time: step, kind, text, and facts of the kind."""
         return read_rows(self.events_file)
 
 
-def _new_folder(wanted: Path) -> Path:
-    """The folder, or the first free one numbered from 2; two runs started together get two folders."""
+def _new_folder(path: Path) -> Path:
+    """Create the folder, or the first free one numbered from 2; two runs started together get two folders."""
     number = 1
     while True:
-        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
         try:
             folder.mkdir(parents=True)
             return folder

@@ -1,4 +1,4 @@
-"""Reports of health of a run: what its file asks to be measured, and where rank 0 publishes it."""
+"""Health reports of a run: measured as its configuration asks, and published by rank 0."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distattn.training.run_folder import RunFolder
 
 
 class RunHealth(HealthReports):
-    """`HealthReports` of a run. Raises DistattnError where a port that is asked for cannot be had."""
+    """`HealthReports` of a run. Raises DistattnError where the configured port cannot be opened."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class RunHealth(HealthReports):
         super().__init__(cp, device, config.every_steps, self._publish_everywhere)
 
     def close(self) -> None:
-        """See `HealthReports`; nothing listens any more."""
+        """Close the reports as `HealthReports` does, and the port."""
         super().close()
         self._opened.close()
 

@@ -1,4 +1,4 @@
-"""What a run file says of its model, as transformers and PyTorch want it said."""
+"""Conversion of a run file's settings into those of transformers, PyTorch and the other parts."""
 
 from __future__ import annotations
 
@@ -24,19 +24,18 @@ from distattn.training.schedule import ScheduleSettings
 
 
 def configured_model(config: Config, vocabulary: int, context: int) -> Any:
-    """The transformers configuration of the run's model: that of a folder, or a Llama's.
+    """Return the transformers configuration of the run's model: that of a folder, or a Llama's.
 
-    Raises DistattnError for none, and where the reference check would compute another model.
-
-    vocabulary: token ids are below it. context: tokens of the longest pack.
+    vocabulary: token ids are below it. context: tokens of the longest pack. Raises DistattnError where the folder has
+    none, and where the reference check would compute another model.
     """
     model = config.model
     if model.path:
         shape = model_config(model.path)
         if config.reference_check.steps and (kind := rope_by_length(shape)):
             raise DistattnError(
-                f"reference_check.steps: the reference computes one document at a time, and so scales the model's {kind} RoPE by "
-                "another length than that of a pack's longest document; set it to 0."
+                f"reference_check.steps: the reference computes one document at a time, so it scales the model's {kind} RoPE by "
+                "that document's length, not by that of the pack's longest document; set it to 0."
             )
         if config.reference_check.steps and getattr(shape, "output_router_logits", False):
             raise DistattnError(
@@ -63,9 +62,9 @@ def build_model(
     device: str | torch.device = "cpu",
     shard: Callable[[Any], None] = lambda model: None,
 ) -> Any:
-    """The model of a run before its first step. shape: its transformers configuration.
+    """Return the model of a run before its first step. shape: its transformers configuration.
 
-    shard: is called before the model has memory, so that no rank ever holds what it leaves to others.
+    shard: called before the model has memory, so that no rank ever holds another rank's shard.
     """
     model = meta_model(shape, attention, weight_dtype(config))
     shard(model)
@@ -77,33 +76,33 @@ def build_model(
 
 
 def runs_on_gpus(config: Config) -> bool:
-    """Whether ranks compute on GPUs: as the kernel says, or where there are some."""
+    """Return whether ranks compute on GPUs: as the kernel needs, or if there are GPUs."""
     kernel = config.parallel.kernel
     return torch.cuda.is_available() if kernel == AUTO else kernel not in CPU_KERNELS
 
 
 def weight_dtype(config: Config) -> torch.dtype:
-    """What is trained: float32 where bfloat16 is computed in."""
+    """Return the dtype of the trained weights: float32 where computation is in bfloat16."""
     name = config.model.dtype
     return torch.float32 if name == "bfloat16" else getattr(torch, name)
 
 
 def tiled_loss(config: Config) -> TiledLoss:
-    """The loss, over tiles of tokens."""
+    """Return the loss, computed over tiles of tokens."""
     return TiledLoss(tile_tokens=config.memory.loss_tile_tokens, z_loss=config.train.z_loss)
 
 
 def memory_settings(config: Config) -> MemorySettings:
-    """What is computed in tiles, again, or put aside."""
-    given = asdict(config.memory)
-    del given["state_on_host"]
-    return MemorySettings(**given)
+    """Return the settings of tiling, recomputation and offload."""
+    settings = asdict(config.memory)
+    del settings["state_on_host"]
+    return MemorySettings(**settings)
 
 
 def prepare_layers(model: Any, config: Config) -> None:
-    """Have a transformers model's layers compiled, computed in tiles and again, as the run file says; before they are sharded.
+    """Compile a transformers model's layers, tile and recompute them, as the run file says; call it before sharding.
 
-    Tokens move for runs of recurrent layers where that is faster.
+    Tokens move to another layout for consecutive recurrent layers where that is faster.
     """
     huggingface.relayout_recurrent_runs(model)
     if config.parallel.latents:
@@ -120,7 +119,7 @@ def prepare_layers(model: Any, config: Config) -> None:
 
 
 def schedule_settings(config: Config) -> ScheduleSettings:
-    """The learning rate by step."""
+    """Return the settings of the learning rate's schedule."""
     train = config.train
     return ScheduleSettings(
         train.learning_rate,
@@ -133,13 +132,13 @@ def schedule_settings(config: Config) -> ScheduleSettings:
 
 
 def watch_settings(config: Config) -> WatchSettings:
-    """What the numerics watch refuses."""
+    """Return the settings of the numerics watch."""
     watch = config.watch
     return WatchSettings(watch.action, watch.spike_window, watch.spike_threshold)
 
 
 class Utilisation(NamedTuple):
-    """MFU of a step. flops: of the model; None where devices' peaks are not known."""
+    """MFU of a step. flops: the model's; None is used instead of this object where the devices' peaks are not known."""
 
     flops: ModelFlops
     ranks: int
@@ -147,12 +146,12 @@ class Utilisation(NamedTuple):
 
     @staticmethod
     def of_config(config: Config, shape: Any) -> Utilisation | None:
-        """With the devices of cluster.description; None where the run file names none, or ranks are processes of a CPU."""
+        """Return the MFU for the devices of cluster.description; None without one, or where ranks are CPU processes."""
         if not config.cluster.description or config.parallel.kernel in CPU_KERNELS:
             return None
         peak = load_cluster(config.cluster.description).device.peak_tflops
         return Utilisation(ModelFlops.of_model(meta_model(shape)), config.parallel.ranks, peak)
 
     def of_step(self, lengths: Sequence[int], seconds: float) -> float:
-        """In [0, 1]. lengths: of all pieces of documents of the step, in tokens."""
+        """Return a step's MFU, in [0, 1]. lengths: of all pieces of documents of the step, in tokens."""
         return flops_utilisation(self.flops.of_documents(lengths), seconds, self.ranks, self.peak_tflops)

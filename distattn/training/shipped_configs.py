@@ -13,12 +13,12 @@ def shipped_names() -> list[str]:
     return sorted(file.stem for file in SHIPPED.glob("*.toml"))
 
 
-def configuration_file(given: str | Path) -> Path:
-    """Return the file that a command's CONFIG means: the file itself, or the shipped configuration of that name.
+def configuration_file(name: str | Path) -> Path:
+    """Return the file that a command's CONFIG names: the file itself, or the shipped configuration of that name.
 
-    A path that does not exist, such as configs/tiny.toml outside a checkout, is not guessed at.
+    A path that does not exist, such as configs/tiny.toml outside a checkout, is returned as it is.
     """
-    path = Path(given)
-    if not path.exists() and str(given) in shipped_names():
-        return SHIPPED / f"{given}.toml"
+    path = Path(name)
+    if not path.exists() and str(name) in shipped_names():
+        return SHIPPED / f"{name}.toml"
     return path

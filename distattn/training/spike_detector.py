@@ -1,4 +1,6 @@
-"""Whether a number is far above what was usual, by median and median absolute deviation: single outliers change neither."""
+"""Detects numbers far above their usual values, by median and median absolute deviation; single outliers change
+neither.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +9,18 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 
-# a curve that hardly scatters is given this much of its median as deviation: what is above it is no spike but rounding, or noise
+# minimum deviation, as a share of the median: on a curve that hardly scatters, smaller excesses are rounding or noise
 _LEAST_DEVIATION = 0.01
 
 
 class SpikeDetector:
-    """Watches one curve. A value is a spike above median + threshold * deviation of the last `window` finite values.
+    """Detector for one curve. A value is a spike above median + threshold * deviation of the last `window` finite
+    values.
 
-    The deviation is the median of |value - median|, or 1 % of the median where that is more. Spikes count among the last values,
-    too: after half a window of them they are usual. While only n values are known, fewer than a window, the deviation is at least
-    0.01 + early / n of the median, since few values of a curve that has just begun do not show how far it scatters. The first
-    value is never a spike.
+    The deviation is the median of |value - median|, or 1 % of the median where that is more. Spikes count among the
+    last values, too: after half a window of them they are usual. With n values, fewer than a window, the deviation is
+    at least 0.01 + early / n of the median, since the first values of a curve do not show how far it scatters. The
+    first value is never a spike.
     """
 
     def __init__(self, window: int, threshold: float, early: float = 1.0):
@@ -25,7 +28,7 @@ class SpikeDetector:
         self._last: deque[float] = deque(maxlen=window)
 
     def limit(self) -> float:
-        """Return what a value must not exceed; infinite while no value is known, or without a window."""
+        """Return the limit that a value must not exceed; infinite before the first value, or without a window."""
         count = len(self._last)
         if not count:
             return math.inf
@@ -40,9 +43,9 @@ class SpikeDetector:
             self._last.append(value)
 
     def values(self) -> list[float]:
-        """The last values, oldest first."""
+        """Return the last values, oldest first."""
         return list(self._last)
 
     def load(self, values: Sequence[float]) -> None:
-        """Take these for the last values, of which the newest that the window holds are kept."""
+        """Replace the last values by these; the newest ones that fit into the window are kept."""
         self._last = deque(map(float, values), maxlen=self.window)

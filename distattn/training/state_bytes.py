@@ -1,4 +1,4 @@
-"""Bytes of a run's weights, gradients and AdamW's averages, by arithmetic: what every engine keeps of them on a rank."""
+"""Bytes of a run's weights, gradients and AdamW's averages on a rank, computed for every engine."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from distattn.training.run_data import vocabulary_size
 
 
 def state_bytes(config: Config) -> int:
-    """Bytes that a rank keeps of weights, gradients and AdamW's two averages, as the engine shards them."""
-    ranks, wide = config.parallel.ranks, 8 if config.model.dtype == "float64" else 4
+    """Return the bytes that a rank keeps of weights, gradients and AdamW's two averages, as the engine shards them."""
+    ranks, element_bytes = config.parallel.ranks, 8 if config.model.dtype == "float64" else 4
     weights = gradients = averages = 1
     if config.engine.name == "fsdp2":
         weights = gradients = averages = config.engine.shard_size or ranks
     elif config.engine.name == "deepspeed":
         stage = config.engine.zero_stage
-        weights, gradients, averages = (ranks if stage >= least else 1 for least in (3, 2, 1))
+        weights, gradients, averages = (ranks if stage >= least_stage else 1 for least_stage in (3, 2, 1))
     else:
         weights = gradients = config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size
         averages = ranks
-    parts = (1 / weights, 1 / gradients, 2 / averages)
+    shares = (1 / weights, 1 / gradients, 2 / averages)
     extra = 0.0
     if config.engine.name != "fsdp2" and config.model.dtype == "bfloat16":
-        # what computes beside the master weights, which are sharded as the averages are
-        parts, extra = (1 / averages, 1 / gradients, 2 / averages), 2 / weights
-    return round(model_parameters(config) * (wide * sum(parts) + extra))
+        # the weights used for computation, next to the master weights, which are sharded as the averages are
+        shares, extra = (1 / averages, 1 / gradients, 2 / averages), 2 / weights
+    return round(model_parameters(config) * (element_bytes * sum(shares) + extra))
 
 
 def model_parameters(config: Config) -> int:
-    """How many numbers the model has."""
+    """Return how many numbers the model has."""
     model = config.model
     if model.path:
-        # experts, biases and norms are the architecture's own; seconds to import
+        # the architecture defines experts, biases and norms; its import takes seconds
         from distattn.models.build import meta_model, model_config
 
         return sum(parameter.numel() for parameter in meta_model(model_config(model.path)).parameters())

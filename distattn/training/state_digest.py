@@ -1,8 +1,9 @@
-"""The state digest: weights and optimizer state must not change between an update and the next; where they do, memory is damaged.
+"""The state digest: weights and optimizer state must not change between two updates. If they do, memory is damaged.
 
-A bit that flips in a weight between two steps is trained like any other value: the loss moves a little, or a lot, and goes on.
-So every rank digests its shard of weights and optimizer state right after an update, and again right before the next. A
-difference names the rank and the tensor, and the run goes back to a checkpoint. One digest reads every byte of the shard once.
+A bit that flips in a weight between two steps is trained like any other value: the loss moves, and training goes on. So
+every rank hashes its shard of weights and optimizer state right after an update, and again right before the next. A
+difference names the rank and the tensor, and the run goes back to a checkpoint. One digest reads every byte of the
+shard once.
 """
 
 from __future__ import annotations
@@ -25,15 +26,18 @@ from distattn.training.engines.engine import COUNTS, WEIGHT, StateTensor
 from distattn.training.module_observer import gathered, local_part, plain_name
 from distattn.training.replay_check import row_sums
 
-# changes of one rank in one process that end the run: repeated ones are not chance
+# number of changes of one rank in one process that ends the run: repeated ones are not chance
 MOST_OF_ONE_RANK = 3
 # devices whose memory is hashed by the processor
 _HOST = ("cpu",)
 
 
 class Damage(NamedTuple):
-    """State that changed though no update was taken. text: a sentence for people; step: number of the step before whose update it
-    was found; ranks: whose state it was; tensors: the first of each of these ranks; repeats: whether a rank had it several times.
+    """A change of the state without an update. text: a sentence for people; step: the step before whose update it was
+    found.
+
+    ranks: the owners of the state; tensors: the first changed one of each of these ranks; repeats: whether a rank had
+    several changes.
     """
 
     step: int
@@ -44,10 +48,11 @@ class Damage(NamedTuple):
 
 
 class StateDigest:
-    """Compares a state with what the last update left. All ranks of `group` call alike; None is this process alone.
+    """Compares the state with its digest after the last update. All ranks of `group` call alike; None is this process
+    alone.
 
-    tensors: returns this rank's part of weights and optimizer state, such as `state_tensors` does; their memory is read, and
-    nothing is kept of it but a number for each tensor.
+    tensors: returns this rank's part of weights and optimizer state, as `state_tensors` does. Only a number per tensor
+    is kept.
     """
 
     def __init__(self, tensors: Callable[[], Iterable[StateTensor]], group: dist.ProcessGroup | None = None):
@@ -60,18 +65,18 @@ class StateDigest:
 
     @torch.no_grad()
     def take(self, after: str) -> None:
-        """Digest the state as it is now. after: what has changed it last, such as "the update of step 41"."""
+        """Hash the current state. after: the last change of the state, such as "the update of step 41"."""
         self._taken, self._after = _digests(self._tensors()), after
 
     def forget(self) -> None:
-        """Compare nothing until `take` is called: the state is about to change."""
+        """Compare nothing until the next `take`: the state is about to change."""
         self._taken = None
 
     @torch.no_grad()
     def changed(self) -> list[str]:
-        """Return the names of this rank's tensors that have changed since `take`; none where nothing was taken.
+        """Return the names of this rank's tensors that have changed since `take`; none before the first `take`.
 
-        Nothing is sent, but a device is waited for. A rank that finds any must have all ranks call `explain`.
+        Nothing is sent, but a device is waited for. If a rank finds any, all ranks must call `explain`.
         """
         if self._taken is None:
             return []
@@ -79,20 +84,20 @@ class StateDigest:
         return self._taken.changed(_digests(self._tensors()))
 
     def compare(self, step: int, until: str = "") -> Damage | None:
-        """Return what has changed since `take` on any rank, on all ranks the same; None where nothing has. A collective call.
+        """Return the change since `take` on any rank, the same on all ranks; None without one. A collective call.
 
         step, until: as for `explain`.
         """
         if self._taken is None:
             return None
         changed = self.changed()
-        return self.explain(step, changed, until) if self.tell(bool(changed))() else None
+        return self.explain(step, changed, until) if self.share(bool(changed))() else None
 
-    def tell(self, changed: bool) -> Callable[[], bool]:
-        """Begin to tell all ranks whether this one has found a change; return a function that waits, and says whether any has.
+    def share(self, changed: bool) -> Callable[[], bool]:
+        """Start to share whether this rank has found a change; return a function that waits and returns whether any
+        rank has.
 
-        A collective call; ranks may send other things meanwhile, so that the two are under way at once. Where nothing was taken
-        nothing is sent.
+        A collective call; ranks may send other messages before they wait. Nothing is sent before the first `take`.
         """
         if self._taken is None or self._group is None or dist.get_world_size(self._group) == 1:
             return lambda: changed
@@ -107,10 +112,10 @@ class StateDigest:
         return told
 
     def explain(self, step: int, changed: list[str], until: str = "") -> Damage | None:
-        """Return what has changed on any rank, None where nothing has. A collective call.
+        """Return the change on any rank, None without one. A collective call.
 
-        step: the number of the step, from 0. changed: what `changed` returned. until: before what it was found, by default the
-        update of the step.
+        step: the number of the step, from 0. changed: the result of `changed`. until: the moment before which it was
+        found, by default the update of the step.
         """
         changed_by_rank = gathered(self._group, (changed, socket.gethostname()))
         ranks = tuple(rank for rank, (names, _) in enumerate(changed_by_rank) if names)
@@ -133,7 +138,7 @@ class StateDigest:
 def state_tensors(
     named_parameters: Iterable[tuple[str, Tensor]], optimizer: torch.optim.Optimizer
 ) -> Iterator[StateTensor]:
-    """Yield this rank's parts of parameters and of what an optimizer of PyTorch keeps of them, its counts of steps among them.
+    """Yield this rank's parts of parameters and of a PyTorch optimizer's state of them, including its step counts.
 
     For models that are whole on a rank, such as DDP's, and for those that FSDP2 shards.
     """
@@ -153,8 +158,10 @@ def state_tensors(
 
 
 class _Digests(NamedTuple):
-    """host: of each tensor in the host's memory, by its kind and name. names, ends: tensors of a device, and where the sums of
-    their rows end in `device`, int64 on it: one kernel a tensor, since launches of small ones would cost more than the memory.
+    """Digests of tensors. host: of each tensor in host memory, by kind and name.
+
+    names, ends: the tensors of a device, and where the sums of their rows end in `device`, int64 on it. One kernel per
+    tensor: more launches for small tensors would take longer than reading the memory.
     """
 
     host: dict[tuple[str, str], int]
@@ -190,7 +197,9 @@ def _digests(tensors: Iterable[StateTensor]) -> _Digests:
 
 
 def _bytes_of(tensor: Tensor) -> Any:
-    """Return the memory of a tensor on the host; that of a copy where the tensor is not contiguous."""
-    whole = tensor.contiguous()
-    # numpy does not know bfloat16
-    return (whole if whole.dtype in (torch.float32, torch.float64) else whole.reshape(-1).view(torch.uint8)).numpy()
+    """Return the bytes of a tensor on the host, of a copy where the tensor is not contiguous."""
+    contiguous = tensor.contiguous()
+    # numpy has no bfloat16
+    return (
+        contiguous if contiguous.dtype in (torch.float32, torch.float64) else contiguous.reshape(-1).view(torch.uint8)
+    ).numpy()

@@ -1,4 +1,4 @@
-"""What a step has taken on this rank: seconds, of which data and waiting for other ranks, and memory."""
+"""The costs of a step on this rank: seconds (of which data and waiting for other ranks) and memory."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ _STATM = Path("/proc/self/statm")
 
 
 class StepCosts(NamedTuple):
-    """Of one step on this rank. seconds: wall time from the step before; data_seconds: of these, until its batches were there.
+    """Costs of one step on this rank. seconds: wall time since the step before; data_seconds: of these, waiting for its
+    batches.
 
-    wait_seconds: of these, on the host for messages and means of other ranks; None where a device waits instead.
-    memory_allocated, memory_reserved: bytes of PyTorch's CUDA allocator at the step's highest; None on CPUs. memory_resident:
-    bytes of the process in physical memory now; None where Linux's /proc is missing.
+    wait_seconds: of these, waiting on the host for messages and means of other ranks; None where a device waits
+    instead. memory_allocated, memory_reserved: the step's peak bytes in PyTorch's CUDA allocator; None on CPUs.
+    memory_resident: bytes of the process in physical memory now; None without Linux's /proc.
     """
 
     seconds: float
@@ -33,7 +34,8 @@ class StepCosts(NamedTuple):
 
 
 class StepClock:
-    """Times the steps of a loop: iterate over `steps(...)`, and call `lap` at the end of each. Nothing waits for the device.
+    """Timer of a loop's steps: iterate over `steps(...)` and call `lap` at the end of each. Nothing waits for the
+    device.
 
     messages: those of the driver (`ContextParallel.messages`), None for one rank.
     """
@@ -45,7 +47,7 @@ class StepClock:
         self._waited = messages.seconds if messages else 0.0
 
     def steps(self, steps: Iterable[Step]) -> Iterator[Step]:
-        """The same steps; the time until each is there is data time."""
+        """Yield the same steps; the time until each arrives is data time."""
         iterator = iter(steps)
         while True:
             began = time.perf_counter()
@@ -57,20 +59,20 @@ class StepClock:
             yield step
 
     def skip(self) -> None:
-        """What was done since the last lap, such as an evaluation, belongs to no step."""
+        """Leave out the time since the last lap, such as an evaluation: it belongs to no step."""
         self.lap()
 
     def lap(self) -> StepCosts:
-        """What the step that ends now has taken; the next one begins."""
+        """Return the costs of the step that ends now, and begin the next one."""
         now, waited = time.perf_counter(), self._messages.seconds if self._messages else 0.0
-        known = self._messages is None or self._messages.complete
+        complete = self._messages is None or self._messages.complete
         allocated = reserved = None
         if self._device.type == "cuda":
             allocated = torch.cuda.max_memory_allocated(self._device)
             reserved = torch.cuda.max_memory_reserved(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
         costs = StepCosts(
-            now - self._began, self._data, waited - self._waited if known else None, allocated, reserved, _resident()
+            now - self._began, self._data, waited - self._waited if complete else None, allocated, reserved, _resident()
         )
         self._began, self._data, self._waited = now, 0.0, waited
         return costs

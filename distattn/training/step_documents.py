@@ -1,8 +1,8 @@
-"""documents.jsonl of a run: which pieces of documents each step was trained on, and finding those of one step in a long file.
+"""documents.jsonl of a run: the pieces of documents of each step, and a fast search for one step in a long file.
 
-A row is a piece, and says its step. Within an attempt (a run from its begin, from a checkpoint, or after going back to one)
-steps rise, so a step is found by bisection over bytes. A later attempt is added behind, and `attempt` of each of its rows is the
-byte at which it begins: so from the last row one gets from attempt to attempt, and the last one that trained a step counts.
+A row is a piece and has its step. Within an attempt (a run from its start, from a checkpoint, or after going back to
+one) steps rise, so bisection over bytes finds a step. A later attempt is appended, and `attempt` in each of its rows is
+the byte at which it begins: the search goes back from attempt to attempt, and the last one that trained a step counts.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ _PART_BYTES = 4096
 
 
 def append_documents(path: Path, rows: Sequence[Row]) -> None:
-    """Add the rows of one step behind the others. A row that a killed run left unfinished is ended first.
+    """Append the rows of one step. A row that a killed run left unfinished is ended first.
 
-    Raises DamagedDataError where the last row is none, OSError where the rows cannot be written; then none is.
+    Raises DamagedDataError where the last line is not a row, OSError where the rows cannot be written; then none is.
     """
     with open(path, "a+b") as file:
         end = file.seek(0, os.SEEK_END)
         ended = not end or os.pread(file.fileno(), 1, end - 1) == b"\n"
         last = _Rows(path, file, end).last()
-        # where steps do not go on, an attempt begins
+        # an attempt begins where step numbers do not rise
         goes_on = ended and last is not None and last["step"] < rows[0]["step"]
         attempt = last["attempt"] if last and goes_on else end + (not ended)
         lines = "".join(f"{json_text(row | {'attempt': attempt})}\n" for row in rows)
-    # at once, so that who reads meanwhile sees whole steps
+    # in one write, so that concurrent readers see whole steps
     append_lines(path, lines.encode())
 
 
 def documents_of_step(path: Path, step: int) -> list[Row]:
-    """The rows of a step as it was trained last. Reads some parts of the file, however long it is; a run may be writing it.
+    """Return the rows of a step as it was trained last. Reads only parts of the file, which a run may be writing.
 
-    Raises DistattnError where there is no file, or no such step in it, DamagedDataError where a row is none.
+    Raises DistattnError where the file or the step is missing, DamagedDataError where a line is not a row.
     """
     try:
         file = open(path, "rb")  # noqa: SIM115
@@ -56,21 +56,21 @@ def documents_of_step(path: Path, step: int) -> list[Row]:
             begin = last["attempt"]
             if begin >= end:
                 raise DamagedDataError(f"{path}: byte {end:,}: the row before says that its attempt begins behind it.")
-            if found := attempt.of_step(begin, step):
-                return found
+            if rows := attempt.of_step(begin, step):
+                return rows
             end = begin
     trained = "there is no row yet" if newest is None else f"the last row is of step {newest:,}"
     raise DistattnError(f"{path}: has no step {step:,}, counted from 0; {trained}.")
 
 
 class _Rows:
-    """The rows before a byte, which is the end of the file or that of an attempt."""
+    """The rows before a byte, which is the end of the file or of an attempt."""
 
     def __init__(self, path: Path, file: BinaryIO, end: int):
         self._path, self._file, self._end = path, file, end
 
     def last(self) -> Row | None:
-        """The last row; None where there is none."""
+        """Return the last row; None without rows."""
         size = _PART_BYTES
         while True:
             begin = max(0, self._end - size)
@@ -80,8 +80,8 @@ class _Rows:
             size *= 2
 
     def of_step(self, begin: int, step: int) -> list[Row]:
-        """The rows of a step, where a row begins at a byte, and steps rise from there on."""
-        # rows that begin before `low` are of earlier steps, those that begin at `high` or behind it are not
+        """Return the rows of a step, given a byte at which a row begins and from which steps rise."""
+        # rows that begin before `low` are of earlier steps; those that begin at or after `high` are not
         low, high = begin, self._end
         while high - low > _PART_BYTES:
             middle = (low + high) // 2
@@ -90,18 +90,19 @@ class _Rows:
                 high = middle
             else:
                 low = place
-        found = []
+        rows = []
         for _, row in self._from(low):
             if row["step"] > step:
                 break
             if row["step"] == step:
-                found.append(row)
-        return found
+                rows.append(row)
+        return rows
 
     def _from(self, at: int) -> Iterator[tuple[int, Row]]:
-        """(Byte, row) of each row from a byte on at which one begins. Those that killed runs left unfinished are left out.
+        """Yield (byte, row) of each row from a byte on at which a row begins, without those that killed runs left
+        unfinished.
 
-        Raises DamagedDataError for one that is neither the last nor before the begin of an attempt.
+        Raises DamagedDataError for an unfinished row that is neither the last one nor just before an attempt.
         """
         content, unfinished = b"", None
         while part := self._read(at + len(content)):
@@ -110,7 +111,7 @@ class _Rows:
                 row = _row(line)
                 if unfinished is not None and (row is None or row["attempt"] != at):
                     raise DamagedDataError(
-                        f"{self._path}: byte {unfinished:,}: is no row of a step's documents; take the file from a copy."
+                        f"{self._path}: byte {unfinished:,}: not a row of a step's documents; restore the file from a copy."
                     )
                 unfinished = at if row is None else None
                 if row is not None:
@@ -118,11 +119,11 @@ class _Rows:
                 at += len(line) + 1
 
     def _line_after(self, place: int) -> int:
-        """The first byte from `place` on at which a line begins; the end where none does."""
+        """Return the first byte from `place` on at which a line begins, or the end."""
         at = max(0, place - 1)
         while place and (part := self._read(at)):
-            if (found := part.find(b"\n")) >= 0:
-                return at + found + 1
+            if (newline := part.find(b"\n")) >= 0:
+                return at + newline + 1
             at += len(part)
         return at
 
@@ -131,7 +132,7 @@ class _Rows:
 
 
 def _row(line: bytes) -> Row | None:
-    """The row of a line; None where it is none."""
+    """Return the row of a line; None where the line is not a row."""
     try:
         row = json.loads(line)
         return (

@@ -1,4 +1,4 @@
-"""TensorBoard's files of a run: a disk that is full ends no run, and a new file begins when there is room."""
+"""TensorBoard's files of a run: a full disk does not end the run, and a new file begins when there is room again."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# free bytes that are required before a file is begun
+# free bytes that a new file requires
 _PROBE_BYTES = 4096
 
 
 class TensorBoardFiles:
-    """Files of one process in a folder. What cannot be written is left out: the same numbers are in the run's JSON lines.
+    """Files of one process in a folder. Rows that cannot be written are dropped; the run's JSON lines have the same
+    numbers.
 
-    is_in_place: tells whether the run's folder is still the same one; nothing is made anew elsewhere.
+    is_in_place: returns whether the run's folder is still the same one; no folder is created elsewhere.
     """
 
     def __init__(self, folder: Path, is_in_place: Callable[[], bool] = lambda: True):
@@ -25,23 +26,23 @@ class TensorBoardFiles:
         self._warned = False
 
     def open(self) -> None:
-        """Begin a file now, not when something is first written; only the process that writes needs the package."""
+        """Begin a file now, instead of at the first row; only the process that writes needs the package."""
         self.write(lambda writer: None)
 
     def write(self, add: Callable[[Any], None]) -> None:
-        """Have `add` add something by the methods of `torch.utils.tensorboard.SummaryWriter`.
+        """Call `add` with the `torch.utils.tensorboard.SummaryWriter`.
 
-        The first time that it cannot be written is warned of. TensorBoard writes in a thread, so what was added just before is
-        lost as well, and the thread may tell of the same error.
+        Warns at the first failure. TensorBoard writes in a thread, so rows added just before are lost as well, and the
+        thread may report the same error.
         """
         if not self._is_in_place():
             return
         try:
             if self._writer is None:
-                # on a full disk a writer's thread would print a traceback at each try
+                # on a full disk the writer's thread would print a traceback at each attempt
                 with tempfile.TemporaryFile(dir=self._folder.parent, buffering=0) as probe:
                     probe.write(bytes(_PROBE_BYTES))
-                # a second, at the first time
+                # the import takes a second
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._writer = SummaryWriter(str(self._folder))
@@ -52,11 +53,11 @@ class TensorBoardFiles:
                     f"distattn: {self._folder}: cannot be written: {error.strerror}; steps are left out.\n"
                 )
             self._warned = True
-            # a writer that has failed once fails for ever
+            # a writer that has failed once never works again
             self.close()
 
     def close(self) -> None:
-        """End the file."""
+        """Close the file."""
         writer, self._writer = self._writer, None
         with suppress(OSError):
             if writer is not None:

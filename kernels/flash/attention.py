@@ -248,7 +248,7 @@ def _key_parts(call: FlashCall, dim: int) -> int:
     heads, kv_heads = call.heads.stop - call.heads.start, call.kv_heads.stop - call.kv_heads.start
     processors = multiprocessors(call.starts_q.device)
     # keys and values of one head that do not fit into the L2 cache are cut into pieces that do
-    found = [1] if _is_causal(call) else [-(-4 * dim * call.longest_k // (50 << 20))]
+    part_counts = [1] if _is_causal(call) else [-(-4 * dim * call.longest_k // (50 << 20))]
     # the kernel has query rows of one of these numbers in a block, and at least 64 keys
     for block in (64, 128, 192):
         blocks = kv_heads * -(-call.longest_q * (heads // kv_heads) // block)
@@ -256,8 +256,8 @@ def _key_parts(call: FlashCall, dim: int) -> int:
         if blocks < 0.8 * processors and most > 1:
             # the first number that keeps 85 % of the multiprocessors busy is good enough for the rule
             waves = ((parts, blocks * parts / processors) for parts in range(1, most + 1))
-            found.append(next((parts for parts, w in waves if w >= 0.85 * math.ceil(w)), most))
-    return min(max(found), _MOST_KEY_PARTS)
+            part_counts.append(next((parts for parts, w in waves if w >= 0.85 * math.ceil(w)), most))
+    return min(max(part_counts), _MOST_KEY_PARTS)
 
 
 def _single(place: Tensor | None, like: Tensor, adds: bool) -> Tensor:

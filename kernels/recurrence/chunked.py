@@ -195,8 +195,8 @@ def _rows(y: Tensor, block: Block, dtype: torch.dtype, group: int = 1) -> Tensor
     """Rows of a tensor (T, H, ...) as (M, H, C, ...), each head so many times; zeros where there is no token."""
     heads = torch.arange(y.shape[1] * group, device=y.device) // group
     absent = block.rows < 0
-    found = y[block.rows.clamp(min=0)[:, None], heads[:, None]].to(dtype)
-    return found.masked_fill_(absent[:, None].reshape(len(absent), 1, -1, *[1] * (y.dim() - 2)), 0.0)
+    rows_MHC = y[block.rows.clamp(min=0)[:, None], heads[:, None]].to(dtype)
+    return rows_MHC.masked_fill_(absent[:, None].reshape(len(absent), 1, -1, *[1] * (y.dim() - 2)), 0.0)
 
 
 def _passed_on(maps: Maps, block: Block, state_NHKV: Tensor) -> Tensor:

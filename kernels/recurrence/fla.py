@@ -52,7 +52,8 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
     capability = compute_capability(device)
     if capability < 80:
         return "it needs compute capability 8.0 (A100) or later"
-    return token_decay_fault(capability) if requirements.op.decay == "token" else None
+    op = requirements.op
+    return token_decay_fault(capability, op.delta) if op.decay == "token" else None
 
 
 class SequenceEnds(NamedTuple):
@@ -136,12 +137,12 @@ def _called(x: RecurrenceTokens, sequences: SequenceEnds, state_NHKV: Tensor) ->
     if sequences.ends[-1:] != (v.shape[1],):
         raise DistattnError('kernel "fla" takes stretches that end with the last token; use kernel="chunked".')
     states = {"scale": 1.0, "initial_state": state_NHKV, "output_final_state": True}
-    given = {**states, "cu_seqlens": sequences.offsets, "cu_seqlens_cpu": sequence_offsets(sequences.ends)}
+    arguments = {**states, "cu_seqlens": sequences.offsets, "cu_seqlens_cpu": sequence_offsets(sequences.ends)}
     if beta is None:
         if g is not None and g.dim() == 4:
-            return chunk_gla(q, k, v, g, **given)
+            return chunk_gla(q, k, v, g, **arguments)
         of_head = g is not None and g.dim() == 1
-        return chunk_simple_gla(q, k, v, g=None if of_head else g, g_gamma=g if of_head else None, **given)
+        return chunk_simple_gla(q, k, v, g=None if of_head else g, g_gamma=g if of_head else None, **arguments)
     if g is None:
-        return chunk_delta_rule(q, k, v, beta, **given)
-    return (chunk_kda if g.dim() == 4 else chunk_gated_delta_rule)(q, k, v, g, beta, **given)
+        return chunk_delta_rule(q, k, v, beta, **arguments)
+    return (chunk_kda if g.dim() == 4 else chunk_gated_delta_rule)(q, k, v, g, beta, **arguments)

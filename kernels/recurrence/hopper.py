@@ -1,33 +1,68 @@
-"""Whether Triton computes the decays of tokens of fla-core's kernels rightly on Hopper GPUs, and what to install if not."""
+"""Whether fla-core's kernels with a decay per token are correct on Hopper GPUs with this Triton, and what to install if not."""
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+import os
+import shutil
+from importlib.metadata import PackageNotFoundError, files, version
 from importlib.util import find_spec
+from pathlib import Path
 
 from packaging.version import Version
 
-WAY_OUT = "install torch 2.13 (Triton 3.7.1) or tilelang"
+NEWER_TORCH = "install torch 2.13 (Triton 3.7.1)"
+TILELANG = "tilelang with the CUDA compiler nvcc"
 # fla-core refuses these versions itself, in the backward pass (its issue 640)
 _FIRST_WRONG, _FIRST_RIGHT = Version("3.4.0"), Version("3.7.1")
+# nightly builds of PyTorch bring the second one
+_TRITONS = ("triton", "pytorch-triton")
 
 
-def token_decay_fault(capability: int) -> str | None:
-    """Return why fla-core cannot compute decays of tokens on a GPU of this compute capability (90 is Hopper), or None."""
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
+def token_decay_fault(capability: int, has_delta_rule: bool) -> str | None:
+    """Return why fla-core cannot compute decays per token on a GPU of this compute capability (90 is Hopper), or None.
+
+    has_delta_rule: the op has a delta rule, as Gated DeltaNet has. fla-core 0.6 computes such ops by tilelang where it can, and
+    no others (`fla/ops/simple_gla/chunk.py` keeps fp32 states, which its tilelang kernels refuse).
+    """
+    triton = _triton_version()
+    if capability != 90 or triton is None or not _FIRST_WRONG <= Version(triton) < _FIRST_RIGHT:
         return None
-    is_wrong = _FIRST_WRONG <= Version(triton) < _FIRST_RIGHT
-    if capability != 90 or not is_wrong or find_spec("tilelang") is not None:
+    if not has_delta_rule:
+        return f"Triton {triton} computes decays per token (Mamba-2) wrongly on Hopper GPUs: {NEWER_TORCH}"
+    if _tilelang_compiles():
         return None
-    return f"Triton {triton} computes Gated DeltaNet and Mamba-2 wrongly on Hopper GPUs: {WAY_OUT}"
+    return f"Triton {triton} computes decays per token (Gated DeltaNet) wrongly on Hopper GPUs: {NEWER_TORCH} or {TILELANG}"
 
 
 def fla_core_advice(capability: int) -> str | None:
-    """Return what to install so that `fla` computes them here; None where it does, or fla-core is not installed."""
+    """Return what to install so that fla-core computes all decays per token here, or None if it does or is not installed."""
+    if _installed_version("fla-core") is None:
+        return None
+    faults = [token_decay_fault(capability, has_delta_rule) for has_delta_rule in (True, False)]
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def _triton_version() -> str | None:
+    return next((number for name in _TRITONS if (number := _installed_version(name))), None)
+
+
+def _installed_version(package: str) -> str | None:
     try:
-        version("fla-core")
+        return version(package)
     except PackageNotFoundError:
         return None
-    return token_decay_fault(capability)
+
+
+def _tilelang_compiles() -> bool:
+    """Return whether fla-core takes tilelang here: installed, not switched off, with nvcc (fla-core 0.6, `fla/backends.py`)."""
+    is_off = os.environ.get("FLA_TILELANG") == "0" or os.environ.get("FLA_DISABLE_BACKEND_DISPATCH") == "1"
+    return find_spec("tilelang") is not None and not is_off and _has_nvcc()
+
+
+def _has_nvcc() -> bool:
+    folders = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    if shutil.which("nvcc") or any((Path(folder) / "bin" / "nvcc").exists() for folder in folders if folder):
+        return True
+    # from version 13 on this package has the compiler
+    package = "nvidia-cuda-nvcc"
+    return _installed_version(package) is not None and any(file.name == "nvcc" for file in files(package) or [])

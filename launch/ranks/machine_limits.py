@@ -11,8 +11,8 @@ from distattn.training.config import Config
 from distattn.training.config_checks import NO_GPU_FOR_MEGATRON
 from distattn.training.state_bytes import model_parameters, state_bytes
 
-# 10^6 bytes that one rank has for itself (Private_Dirty), measured with torch 2.13 and transformers 5 on Linux: what
-# ranks share, such as the libraries' code, is not in it
+# 10^6 bytes that one rank has for itself. Estimates: Private_Dirty in /proc/PID/smaps_rollup of ranks with torch 2.13 and
+# transformers 5, of which there is no record. What ranks share, such as the libraries' code, is not in it
 TRAIN_RANK_MB = 400
 DOCTOR_RANK_MB = 270
 CALIBRATE_RANK_MB = 240

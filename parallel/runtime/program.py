@@ -93,7 +93,7 @@ class ProgramStep:
 
     @property
     def has_messages(self) -> bool:
-        """Whether this rank sends or receives in the step, so that its kernels run while messages are in flight."""
+        """Return whether this rank sends or receives rows of tokens in the step, so that kernels run while messages travel."""
         return bool(self.sends or self.receives)
 
     def views(self) -> Iterator[View]:
@@ -182,8 +182,9 @@ def on_device(program: Program, device: torch.device) -> Program:
     if not found:
         return program
     streams = has_streams(device)
-    # the current device is a thread's own, and pinned memory belongs to it
-    with current_device(device):
+    # a program that is first prepared in inference mode serves training, too: what autograd saves must be no inference tensor.
+    # The current device is a thread's own, and pinned memory belongs to it.
+    with torch.inference_mode(False), current_device(device):
         offsets = np.cumsum([0, *(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in found.values())]).tolist()
         packed = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=streams)
         for tensor, at in zip(found.values(), offsets, strict=False):
@@ -191,10 +192,10 @@ def on_device(program: Program, device: torch.device) -> Program:
             packed[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
         copied = packed.to(device, non_blocking=True)
         uploaded = Handover.of([copied])
-    on_it = {
-        name: copied[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        for (name, tensor), at in zip(found.items(), offsets, strict=False)
-    }
+        on_it = {
+            name: copied[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for (name, tensor), at in zip(found.items(), offsets, strict=False)
+        }
     return replace(_with_tensors(program, lambda tensor: on_it[id(tensor)]), uploaded=uploaded)
 
 

@@ -19,22 +19,40 @@ def versions(monkeypatch):
 
     monkeypatch.setattr(hopper, "version", version)
     monkeypatch.setattr(hopper, "find_spec", lambda name: installed.get(name))
+    monkeypatch.setattr(hopper, "_has_nvcc", lambda: "nvcc" in installed)
     return installed
 
 
 @pytest.mark.parametrize(("triton", "is_wrong"), [("3.3.1", False), ("3.4.0", True), ("3.7.0", True), ("3.7.1", False)])
 def test_the_tritons_that_are_wrong_are_refused_on_hopper_alone(versions, triton, is_wrong):
     versions["triton"] = triton
-    assert (hopper.token_decay_fault(90) is not None) == is_wrong
-    assert hopper.token_decay_fault(80) is None and hopper.token_decay_fault(100) is None
+    for has_delta_rule in (False, True):
+        assert (hopper.token_decay_fault(90, has_delta_rule) is not None) == is_wrong
+        assert hopper.token_decay_fault(80, has_delta_rule) is None
+        assert hopper.token_decay_fault(100, has_delta_rule) is None
+
+
+def test_the_triton_of_nightly_builds_counts(versions):
+    versions["pytorch-triton"] = versions.pop("triton")
+    assert "Triton 3.6.0" in hopper.token_decay_fault(90, True)
 
 
 def test_the_advice_names_both_ways_out(versions):
-    assert hopper.fla_core_advice(90).endswith("install torch 2.13 (Triton 3.7.1) or tilelang")
+    assert hopper.fla_core_advice(90).endswith(
+        "install torch 2.13 (Triton 3.7.1) or tilelang with the CUDA compiler nvcc"
+    )
+    del versions["fla-core"]
+    assert hopper.fla_core_advice(90) is None
+
+
+def test_tilelang_helps_the_delta_rule_alone_and_only_with_the_cuda_compiler(versions, monkeypatch):
     versions["tilelang"] = "0.1.15"
-    assert hopper.fla_core_advice(90) is None
-    del versions["tilelang"], versions["fla-core"]
-    assert hopper.fla_core_advice(90) is None
+    assert hopper.token_decay_fault(90, True) is not None
+    versions["nvcc"] = "13.0"
+    assert hopper.token_decay_fault(90, True) is None
+    assert hopper.fla_core_advice(90).endswith("(Mamba-2) wrongly on Hopper GPUs: install torch 2.13 (Triton 3.7.1)")
+    monkeypatch.setenv("FLA_TILELANG", "0")
+    assert hopper.token_decay_fault(90, True) is not None
 
 
 def test_the_doctor_says_it_of_each_gpu(versions, monkeypatch):

@@ -52,11 +52,11 @@ def test_a_run_may_have_nodes_of_whole_replicas_that_packs_can_be_dealt_to(overr
     [
         (
             ("--parallel.context_parallel_size=0",),
-            "ray.min_nodes: all ranks split one pack, so that none can be left out; set",
+            "ray.min_nodes: all ranks split one pack, so none can be left out; set",
         ),
         (
             ("--checkpoint.every_steps=-1",),
-            "ray.min_nodes: a run goes on from its checkpoints; set checkpoint.every_steps",
+            "ray.min_nodes: the run continues from checkpoints; set checkpoint.every_steps",
         ),
         (("--ray.min_nodes=4",), "ray.min_nodes: 4, and the run has 4 nodes; take fewer, or 0"),
         (("--ray.min_nodes=3",), "no number of nodes from 3 to 3 has whole replicas of 2 ranks"),

@@ -23,9 +23,9 @@ from waiting import LIMIT_SECONDS
 from distattn.ir.errors import DistattnError, LostRankError
 from distattn.launch.ranks import loopback
 from distattn.launch.ranks.loopback import NODES_RENDEZVOUS, _socket_of
-from distattn.training.job_members import check_members
 from distattn.training.job_secret import read_secret, write_secret
 from distattn.training.job_store import job_store
+from distattn.training.rank_authentication import authenticate_ranks
 
 ROOT = Path(__file__).parents[2]
 # an environment variable that no log and no report may show
@@ -99,7 +99,7 @@ def content_of_store(port):
 def members(rank, folder):
     file = Path(folder, "secret" if rank != 1 else "other")
     try:
-        check_members(file)
+        authenticate_ranks(file)
     except DistattnError as error:
         return str(error)
     return ""

@@ -89,7 +89,7 @@ def test_megatron_without_a_gpu_is_refused_before_ranks_start(capsys, tmp_path, 
     printed = capsys.readouterr().err
     assert (
         printed
-        == "distattn: engine.name: megatron needs GPUs, and this machine has none; take engine fsdp2 or deepspeed.\n"
+        == "distattn: engine.name: megatron needs GPUs, and this machine has none; use engine fsdp2 or deepspeed.\n"
     )
     assert not list(tmp_path.iterdir())
 

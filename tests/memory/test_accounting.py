@@ -232,7 +232,7 @@ def test_a_run_is_trained_with_all_that_saves_memory(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--memory.offload", "True"], "memory.offload: belongs to memory.activation_checkpointing"),
+        (["--memory.offload", "True"], "memory.offload: needs memory.activation_checkpointing"),
         (["--memory.activation_checkpointing", "some"], "memory.activation_checkpointing: there is no 'some'"),
         (["--memory.loss_tile_tokens", "-1"], "memory.loss_tile_tokens: at least 1, not -1"),
     ],

@@ -169,6 +169,14 @@ def test_empty_lists_move_to_the_device_whatever_their_strides():
     assert [(tuple(x.shape), x.dtype) for x in schedule] == [((0,), torch.int32), ((3, 2), torch.int64)]
 
 
+def test_a_program_prepared_in_inference_mode_serves_training():
+    plan = plan_for(masks()["causal"], 1)
+    with torch.inference_mode():
+        program = on_device(lower(plan, 0, lambda mask: (torch.arange(3),)), torch.device("meta"))
+    (schedule,) = [launch.schedule for step in program.forward for launch in step.launches]
+    assert not any(tensor.is_inference() for tensor in schedule)
+
+
 def _owns_a_communicator(rank):
     plan = plan_for(masks()["causal"], 2)
     transport = da.prepare(plan).transport

@@ -61,9 +61,10 @@ def test_every_operator_works_on_the_device_of_its_tensors(name, monkeypatch):
 
     monkeypatch.setattr(EXECUTABLES, "by_handle", reach)
     monkeypatch.setattr(glue, "_on_gpu", reach)
-    with imitated_cuda(current=0) as cuda:
-        # of tensors on "meta" PyTorch would only have the shapes
-        monkeypatch.setattr(devices, "_KINDS", {"cpu"})
+    # its change ends before the imitation's own: undone later, it would put the imitation's value back
+    with imitated_cuda(current=0) as cuda, monkeypatch.context() as patch:
+        # PyTorch would only compute the shapes of tensors on "meta"
+        patch.setattr(devices, "_KINDS", {"cpu"})
         with pytest.raises(Reached):
             operator(name)(*(VALUES.get(str(one.type)) for one in operator(name)._schema.arguments))
         assert reached_on == [TENSORS_ON] and cuda.devices_set == 1

@@ -30,7 +30,7 @@ def plan_of(strategy, lengths, heads, kv_heads, **how):
     return da.make_plan(mask, layout, strategy=strategy, **shape, **how)
 
 
-# of a pack of 8 x 8K tokens, 64:8 heads: operators a pass, and GB that they move; what was measured, and a little more
+# of a pack of 8 x 8K tokens, 64:8 heads: operators a pass, and GB that they move; what meta tensors count, and a little more
 PACK = {
     "ring": ((2, 0.41), (12, 0.95)),
     "allgather": ((2, 0.07), (16, 0.7)),

@@ -151,7 +151,7 @@ class Cuda:
 
     @contextmanager
     def stream(self, stream: Stream | None) -> Iterator[None]:
-        """Another current stream for this thread, unless it is None, with its device."""
+        """Make a stream and its device current in this thread for a while; does nothing for None."""
         before, device_before = self.current_stream(DEVICE), self.current
         if stream is not None:
             self._per_thread.current, self._per_thread.device = stream, TENSORS_ON

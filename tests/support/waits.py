@@ -1,7 +1,7 @@
 """What makes a GPU's host wait for the device, found on meta tensors: every operator is looked at, those inside our own too.
 
 A number that is asked of the device, an operator whose result's size depends on its numbers, a copy from the device, or one to it
-from memory that is not pinned, or that is not told to be non_blocking. `torch.tensor(list, device=...)` is such a copy, which
+from memory that is not pinned, or without `non_blocking`. `torch.tensor(list, device=...)` is such a copy, which
 PyTorch leaves out for meta tensors: so the functions that make tensors of lists are watched by name.
 """
 
@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from distattn.kernels import devices
 from distattn.ops import attention, convolution, latent, recurrence
-from distattn.parallel.runtime import streams
 
 META = torch.device("meta")
 _SYNCHRONISE = (
@@ -132,7 +132,7 @@ def host_waits() -> Iterator[HostWaits]:
 
     autocast, is_enabled = torch.autocast, torch.is_autocast_enabled
     patches = [
-        mock.patch.object(streams, "_KINDS", {"cuda", META.type}),
+        mock.patch.object(devices, "_KINDS", {"cuda", META.type}),
         mock.patch.object(torch.cuda, "device", lambda device: nullcontext()),
         mock.patch.object(torch, "autocast", lambda kind, **how: autocast(_kind(kind), **how)),
         mock.patch.object(torch, "is_autocast_enabled", lambda kind: is_enabled(_kind(kind))),

@@ -69,7 +69,7 @@ def test_the_command_line_overrides_the_file():
         ),
         (
             "[data]\ncontext_length = 3000",
-            ["data.tokens_per_step: 8192 is no multiple of data.context_length 3000; 6000 is."],
+            ["data.tokens_per_step: 8192 is not a multiple of data.context_length 3000; 6000 is."],
         ),
         (
             "[data]\ncontext_length = 2048",
@@ -78,7 +78,7 @@ def test_the_command_line_overrides_the_file():
         (
             "[parallel]\ndata = 'per_rank'",
             [
-                "data.context_length: a step has 1 pack of 8192 tokens, which 4 shares of the ranks cannot have equally many of; "
+                "data.context_length: a step has 1 pack of 8192 tokens, which 4 shares of the ranks cannot share equally; "
                 "use 2048, or data.tokens_per_step = 32768."
             ],
         ),
@@ -108,7 +108,10 @@ def test_the_command_line_overrides_the_file():
         ),
         (
             '[engine]\nname = "deepspeed"\nshard_size = 2\n[parallel]\ntensor_parallel_size = 2',
-            ["engine.shard_size: engine deepspeed does not have it", "parallel.tensor_parallel_size: engine deepspeed"],
+            [
+                "engine.shard_size: engine deepspeed does not support it",
+                "parallel.tensor_parallel_size: engine deepspeed",
+            ],
         ),
         (
             "[train]\nbeta1 = 1\n[watch]\nspike_window = 3",
@@ -120,9 +123,9 @@ def test_the_command_line_overrides_the_file():
         (
             "[slurm]\ntime = 'banana'\npartition = 'a b'\noptions = ['--qos=long', 'exclusive']",
             [
-                "slurm.time: 'banana' is no time",
-                "slurm.partition: 'a b' is no name",
-                "slurm.options: 'exclusive' is no option",
+                "slurm.time: 'banana' is not a time",
+                "slurm.partition: 'a b' is not a Slurm name",
+                "slurm.options: 'exclusive' is not an option",
             ],
         ),
     ],
@@ -142,13 +145,13 @@ def test_every_mistake_is_named_at_once(text, sentences, tmp_path):
     [
         (
             "[parallel]\nranks = 4\ntensor_parallel_size = 3",
-            "parallel.tensor_parallel_size: engine fsdp2 does not have",
+            "parallel.tensor_parallel_size: engine fsdp2 does not support",
         ),
         (
             "[parallel]\ntensor_parallel_size = 3\npipeline_parallel_size = 3\n[engine]\nname = 'megatron'",
             "parallel.tensor_parallel_size: with pipelines 9 ranks",
         ),
-        ("[train]\nsteps = 5\nwarmup_steps = 10\nschedule = 'wsd'", "train.warmup_steps: 10 of 5 steps; at most"),
+        ("[train]\nsteps = 5\nwarmup_steps = 10\nschedule = 'wsd'", "train.warmup_steps: 10 of 5 steps; use at most"),
         ("[train]\nlearning_rate = -1.0", "train.learning_rate: at least 0"),
         ("[parallel]\ndata = 'per_rankk'", "parallel.data: there is no 'per_rankk'"),
         ("[engine]\nzero_stage = 7", "engine.zero_stage: at most 3"),

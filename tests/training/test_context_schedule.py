@@ -126,7 +126,7 @@ def test_a_shorter_run_has_the_phases_that_it_reaches(config):
     [
         (
             "steps = 3\ncontext_length = 96",
-            "data.tokens_per_step: 256 is no multiple of data.context_schedule.0.context_length 96",
+            "data.tokens_per_step: 256 is not a multiple of data.context_schedule.0.context_length 96",
         ),
         (
             "steps = 3\ncontext_length = 64",
@@ -134,7 +134,7 @@ def test_a_shorter_run_has_the_phases_that_it_reaches(config):
         ),
         (
             "context_length = 64\n[[data.context_schedule]]\ncontext_length = 256",
-            "data.context_schedule.0.steps: 0 is for the last",
+            "data.context_schedule.0.steps: only the last phase may have 0",
         ),
         ("steps = -1\ncontext_length = 256", "data.context_schedule.0.steps: at least 0, not -1"),
         (
@@ -155,7 +155,7 @@ def test_a_schedule_that_cannot_be_is_refused_by_key_and_line(config, tmp_path, 
 
 def test_the_command_line_changes_no_schedule(config, tmp_path):
     configuration.save(config, tmp_path / "run.toml")
-    with pytest.raises(DistattnError, match="data.context_schedule: its tables .* are in the run file only"):
+    with pytest.raises(DistattnError, match="data.context_schedule: its tables .* can only be set in the run file"):
         configuration.load(tmp_path / "run.toml", ["--data.context_schedule", "3"])
 
 

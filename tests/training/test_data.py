@@ -120,7 +120,7 @@ def test_a_run_on_a_plan_has_its_steps_and_its_vocabulary(tmp_path):
     with pytest.raises(DistattnError, match=r"p: there is no such plan yet; make it with distattn data pack"):
         open_data(run, config)
     make_configured_plan(planned, open_corpora(planned))
-    with pytest.raises(DistattnError, match=r"vocab_size: is not given, and .*a has no .json"):
+    with pytest.raises(DistattnError, match=r"vocab_size: not set, and .*a has no .json"):
         open_data(run, config)
     config = replace(config, model=ModelConfig(vocab_size=256))
     data = open_data(run, config)
@@ -324,7 +324,7 @@ def test_masks_and_the_reference_check_do_not_go_together(tmp_path):
     make_configured_plan(planned, open_corpora(planned))
     data, model, train = DataConfig(path=str(file)), ModelConfig(vocab_size=256), TrainConfig(steps=3)
     with pytest.raises(
-        DistattnError, match="reference_check.steps: 5, but the check knows no masks, and corpus a has some"
+        DistattnError, match="reference_check.steps: 5, but the check cannot apply masks, and corpus a has some"
     ):
         open_data(RunFolder(tmp_path), Config(data=data, model=model, train=train))
     unchecked = Config(data=data, model=model, train=train, reference_check=ReferenceCheckConfig(steps=0))

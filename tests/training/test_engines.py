@@ -369,7 +369,7 @@ def test_bfloat16_follows_the_curve_and_keeps_weights_in_float32(run, wanted):
             "model.dtype: engine megatron does not train in float64; fsdp2 does.",
         ),
         (config_of("deepspeed", stage=0, dtype="bfloat16"), "engine.zero_stage: with model.dtype = bfloat16"),
-        (config_of("fsdp2", tensor_parallel_size=2), "parallel.tensor_parallel_size: engine fsdp2 does not have it"),
+        (config_of("fsdp2", tensor_parallel_size=2), "parallel.tensor_parallel_size: engine fsdp2 does not support it"),
         (
             config_of("megatron", tensor_parallel_size=4, size=1),
             "model.num_key_value_heads: 2 do not divide among 4 tensor",

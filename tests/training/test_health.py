@@ -73,7 +73,7 @@ def test_a_slow_rank_is_named_as_long_as_it_is_slow():
 def test_where_attention_is_shared_out_by_speed_the_report_says_so():
     reports = run_on_ranks(3, reported, True)[0]
     assert reports[0]["text"].endswith(
-        "; attention is shared out by the ranks' speeds already, so this is what is left."
+        "; attention is already balanced by the ranks' speeds, so this is the remaining difference."
     )
     assert slowest_rank([1.0, None]) == (None, None) and slowest_rank([]) == (None, None)
 
@@ -251,7 +251,7 @@ def test_prometheus_reads_a_file_or_a_port_with_the_token(tmp_path, capsys):
         request.add_unredirected_header("Authorization", "Bearer right")
         with urllib.request.urlopen(request) as answer:
             assert answer.read().decode() == text
-        with pytest.raises(DistattnError, match=f"nothing can listen on 127.0.0.1, port {port.port}"):
+        with pytest.raises(DistattnError, match=f"cannot listen on 127.0.0.1, port {port.port}"):
             PrometheusPort("127.0.0.1", port.port, "right")
     finally:
         port.close()

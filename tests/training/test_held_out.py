@@ -107,7 +107,7 @@ def test_a_plan_that_is_too_short_says_what_makes_it_longer(folder):
     for step in range(before.steps):
         assert np.array_equal(before.step(step).rows, after.step(step).rows)
     ended = planned(folder, "ended", ["web"], "", "max_epochs = 1")
-    with pytest.raises(DistattnError, match="it ends with its corpora, so take fewer"):
+    with pytest.raises(DistattnError, match="it ends with its corpora, so use fewer"):
         open_data(RunFolder(folder), config_of(ended, 999))
     others = planned(folder, "others", ["web"], "seed = 2\nsteps = 9")
     assert open_data(RunFolder(folder), config_of(others, 9)).plan.order_digest != after.order_digest

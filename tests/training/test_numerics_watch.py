@@ -148,10 +148,10 @@ def test_a_run_of_nothing_but_bad_steps_stops():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (dict(action="ignore"), "action is one of skip, stop, rollback, not 'ignore'"),
-        (dict(spike_window=3), "spike_window is 0, or at least 8 steps, not 3"),
-        (dict(spike_threshold=NAN), "spike_threshold is a number above 0"),
-        (dict(evidence=0), "evidence is at least 1"),
+        (dict(action="ignore"), "action must be one of skip, stop, rollback, not 'ignore'"),
+        (dict(spike_window=3), "spike_window must be 0, or at least 8 steps, not 3"),
+        (dict(spike_threshold=NAN), "spike_threshold must be a number above 0"),
+        (dict(evidence=0), "evidence must be at least 1"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, said):
@@ -291,7 +291,7 @@ def test_of_a_finite_spike_the_output_that_stands_out_is_named(findings):
     reason, (kind, text, ranks, micro_batch) = findings["large"]
     assert "median absolute deviations" in reason
     assert (kind, ranks, micro_batch) == ("large", (2,), 1), text
-    assert "the largest output beside others is that of model.layers.1.mlp, rank 2, micro-batch 1" in text
+    assert "the largest output compared with others is that of model.layers.1.mlp, rank 2, micro-batch 1" in text
 
 
 def test_evidence_says_which_documents_tokens_and_weights_it_was(findings, evidence):

@@ -63,7 +63,7 @@ def test_a_configuration_that_was_changed_meanwhile_is_not_overwritten(run, tmp_
     config, proposal = with_rate(tmp_path, 1e-4), Proposal(run, "ours")
     proposal.write(config, None)
     run.accept_config(with_rate(tmp_path, 1e-3, steps=60), 30)
-    with pytest.raises(DistattnError, match="was changed by another command"), proposal.applied(config):
+    with pytest.raises(DistattnError, match="another command changed it"), proposal.applied(config):
         pass
     assert configuration.load(run.config_file).train.steps == 60
 

@@ -95,7 +95,7 @@ def test_a_destroyed_run_keeps_its_good_checkpoints_and_goes_on_from_them(config
     assert f"distattn resume {run.folder} --step 5 goes on" in printed
     # what goes on takes the newest good one
     trained(config, run=run)
-    assert [event["text"] for event in run.events() if event["kind"] == "resumed"] == ["Went on from step-00000005."]
+    assert [event["text"] for event in run.events() if event["kind"] == "resumed"] == ["Resumed from step-00000005."]
     steps = run.metrics()
     assert not any(step.skipped for step in steps) and len(steps) == STEPS and steps[-1].loss < steps[0].loss
     # it has passed the step for which the older one was kept
@@ -123,7 +123,7 @@ def test_a_rollback_goes_further_back_where_the_first_step_is_bad_again(config, 
     config = dataclasses.replace(config, watch=WatchConfig(action="rollback"))
     run = trained(config, (6,))
     resumed = [event["text"] for event in run.events() if event["kind"] == "resumed"]
-    assert resumed == ["Went on from step-00000006.", "Went on from step-00000005."]
+    assert resumed == ["Resumed from step-00000006.", "Resumed from step-00000005."]
     other = trained(dataclasses.replace(config, run=RunConfig(folder=str(tmp_path / "other"), seed=3)))
     losses = [[(step.step, step.loss, step.skipped) for step in one.metrics()] for one in (run, other)]
     assert losses[0] == losses[1] and not any(skipped for *_, skipped in losses[0])
@@ -138,7 +138,7 @@ def test_a_new_level_is_taken_as_usual_but_the_checkpoint_from_before_stays(conf
     refused = [step.step for step in run.metrics() if step.skipped]
     assert refused and refused[0] == 9 and refused[-1] < steps - 2
     events = [event["text"] for event in run.events() if event["kind"] == "refused"]
-    assert events[0].startswith("the loss is ") and "they are usual by now" in events[1]
+    assert events[0].startswith("the loss is ") and "have become usual" in events[1]
     # two later ones are there, and the one from before is kept for good
     newest = by_preference(list_checkpoints(run.checkpoints))
     assert [one.step for one in newest[:2]] == [steps, steps - 1]
@@ -205,7 +205,7 @@ def test_a_run_that_is_stopped_amid_refused_steps_says_from_where_it_goes_on(con
     assert first.startswith("stopped after step 2,") and first.endswith("distattn resume goes on from there.")
     doubt = "refused: it was saved after refused steps, from 2 on: the loss is nan"
     (resumed,) = [event["text"] for event in runs[0].events() if event["kind"] == "resumed"]
-    assert resumed == f"Went on from step-00000002; it is in doubt ({doubt})."
+    assert resumed == f"Resumed from step-00000002; it is in doubt ({doubt})."
     assert (
         f"Resuming from step-00000002 all the same: it is in doubt, but no other can be loaded ({doubt})."
         in capfd.readouterr().err
@@ -262,7 +262,7 @@ def test_a_stop_amid_one_refused_step_loses_nothing(config, tmp_path):
     assert verdicts(run) == {4: GOOD, 6: UNTESTED}
     run.forget_requests()
     trained(config, run=run)
-    assert [event["text"] for event in run.events() if event["kind"] == "resumed"] == ["Went on from step-00000006."]
+    assert [event["text"] for event in run.events() if event["kind"] == "resumed"] == ["Resumed from step-00000006."]
     whole, _ = with_a_bad_step(config, tmp_path / "whole", 6)
     assert losses_of(run) == losses_of(whole) and [step for step, _, skipped in losses_of(run) if skipped] == [6]
     # the last step is followed by none that could tell
@@ -280,7 +280,7 @@ def test_a_checkpoint_whose_state_was_whole_after_the_save_outlives_damage(confi
     assert [kind for kind, _ in events] == ["damaged state", "resumed"]
     assert "between the update of step 4 and the update of step 6" in events[0][1]
     # the state was compared in step 5, after the copy
-    assert events[1][1] == "Went on from step-00000004."
+    assert events[1][1] == "Resumed from step-00000004."
     assert losses_of(run) == losses_of(trained(config))
 
 

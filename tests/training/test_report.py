@@ -56,7 +56,7 @@ def test_it_is_offline_and_says_the_run_in_numbers(run):
     data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page)[1])
     assert data["steps"]["loss"] == [5.5, 4.25, None, 3.125, 3.0] and data["reference"]["loss"][:3] == [5.5, 5.5, None]
     without = page_of(run, None)
-    assert "that did not come to its end" in without and "Beside transformers" not in without
+    assert "that did not finish" in without and "Beside transformers" not in without
     assert "differ from plain transformers" in page_of(run, {**CHECKED, "passed": False})
 
 
@@ -143,7 +143,7 @@ def test_kills_restarts_and_both_numbers_of_ranks_are_told(run):
     # the second time after it was killed, the third after it was given more ranks, and these were killed before a save
     for step, ranks, before in ((2, 2, 4), (2, 2, 4), (3, 3, 2), (3, 2, 2)):
         facts = {"ranks": ranks, "saved_on": before}
-        run.append(run.events_file, {"step": step, "kind": "resumed", "text": "Went on from <step>.", **facts})
+        run.append(run.events_file, {"step": step, "kind": "resumed", "text": "Resumed from <step>.", **facts})
     why = "rank 1 was killed by SIGKILL: <forward>"
     attempts = [
         {"attempt": 1, "began": 0.0, "ended": 61.0, "exit_code": 137, "why": why},

@@ -59,13 +59,13 @@ def test_rates_are_those_of_the_formulas():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (dict(learning_rate=-1, steps=1), "learning_rate is a number of at least 0"),
-        (dict(learning_rate=math.nan, steps=1), "learning_rate is a number of at least 0"),
-        (dict(learning_rate=1, steps=0), "steps is at least 1"),
+        (dict(learning_rate=-1, steps=1), "learning_rate must be a number of at least 0"),
+        (dict(learning_rate=math.nan, steps=1), "learning_rate must be a number of at least 0"),
+        (dict(learning_rate=1, steps=0), "steps must be at least 1"),
         (dict(learning_rate=1, steps=1, name="step"), "schedule 'step' does not exist; there are constant, cosine"),
-        (dict(learning_rate=1, steps=1, min_learning_rate=2), "min_learning_rate is 0 to learning_rate = 1"),
+        (dict(learning_rate=1, steps=1, min_learning_rate=2), "min_learning_rate must be 0 to learning_rate = 1"),
         (dict(learning_rate=1, steps=10, name="wsd", decay_share=0), "decay_share"),
-        (dict(learning_rate=1, steps=10, name="wsd", decay_share=0.5, warmup_steps=6), "begins at step 5; take fewer"),
+        (dict(learning_rate=1, steps=10, name="wsd", decay_share=0.5, warmup_steps=6), "begins at step 5; use fewer"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(settings, said):

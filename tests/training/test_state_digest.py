@@ -123,13 +123,13 @@ def _told(rank: int) -> list[bool]:
 
     digest = StateDigest(lambda: [("weight", "w", torch.ones(2))], dist.group.WORLD)
     # nothing was taken, so nothing is sent: other ranks need not call it
-    changes = [digest.tell(False)()] if rank == 0 else []
+    changes = [digest.share(False)()] if rank == 0 else []
     digest.take("an update")
     other = torch.zeros(1)
     for changed in (False, rank == 1):
         if rank == 1:
             dist.recv(other, 0)
-        told = digest.tell(changed)
+        told = digest.share(changed)
         # the other rank has not begun
         if rank == 0:
             dist.send(other, 1)
@@ -264,7 +264,7 @@ def test_a_run_with_a_flipped_bit_ends_as_one_without(texts, tmp_path):
     # that of step 4 was copied while the bit flipped: it does not count, the run goes back to the one before
     assert "changed between the update of step 4 and the update of step 5" in damaged[1]
     resumed = [event["text"] for event in events_of(run) if event["kind"] == "resumed"]
-    assert resumed == ["Went on from step-00000002."] * 2
+    assert resumed == ["Resumed from step-00000002."] * 2
     assert [one.step for one in list_checkpoints(run.checkpoints)] == [4, 6]
     told = [row for row in read_rows(run.health_file) if row["damaged"]]
     assert [row["damaged"] for row in told] == [[text] for text in damaged]
@@ -341,4 +341,4 @@ def test_a_digest_every_so_many_steps_is_taken_before_every_save(texts, tmp_path
     events = [(event["kind"], event["text"]) for event in events_of(run)]
     assert [kind for kind, _ in events] == ["damaged state", "resumed"]
     assert "between the update of step 4 and the update of step 5" in events[0][1]
-    assert events[1][1] == "Went on from step-00000002."
+    assert events[1][1] == "Resumed from step-00000002."

@@ -89,7 +89,7 @@ def test_what_is_not_there_or_no_row_is_named(tmp_path):
     content = path.read_bytes()
     for wrong in (content.replace(b'"step": 1', b'"stop": 1'), content.replace(b'{"step": 1', b' "step": 1')):
         path.write_bytes(wrong)
-        with pytest.raises(DamagedDataError, match="byte 37: is no row of a step's documents"):
+        with pytest.raises(DamagedDataError, match="byte 37: not a row of a step's documents"):
             documents_of_step(path, 1)
     path.write_bytes(content.replace(b'2, "pack": 0, "attempt": 0', b'2, "pack": 0, "attempt": 99999'))
     with pytest.raises(DamagedDataError, match="its attempt begins behind it"):

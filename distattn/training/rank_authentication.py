@@ -1,4 +1,4 @@
-"""Whether all ranks of a process group know the job's secret: neither PyTorch's store nor gloo or NCCL asks who joins."""
+"""Proof that all ranks of a process group know the job's secret: PyTorch's store, gloo and NCCL let any process join."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from distattn.training.job_secret import read_secret
 _BYTES = 32
 
 
-def check_members(file: Path) -> None:
-    """Have all ranks of the default group prove to each other that they know the secret in a file. A collective call.
+def authenticate_ranks(file: Path) -> None:
+    """Let all ranks of the default group prove to each other that they know the secret in a file. A collective call.
 
-    Every rank draws a number, and all are in each proof, so that none can be used again. Nothing is unpickled before. Raises
-    DistattnError, on every rank that knows the secret, with the ranks that do not.
+    Every rank draws a number and every proof contains all numbers, so no proof can be used again. Nothing is unpickled
+    before. On every rank that knows the secret, raises DistattnError naming the ranks that do not.
     """
-    # who cannot read it still takes part, so that the others learn who it is
+    # a rank that cannot read it still takes part, so that the other ranks can name it
     try:
         secret, error = read_secret(file), None
     except DistattnError as unreadable:
@@ -33,12 +33,12 @@ def check_members(file: Path) -> None:
     proofs = _exchange(_proof(secret, dist.get_rank(), numbers))
     if error is not None:
         raise error
-    strangers = [
+    unproven = [
         rank for rank, proof in enumerate(proofs) if not hmac.compare_digest(proof, _proof(secret, rank, numbers))
     ]
-    if strangers:
+    if unproven:
         raise DistattnError(
-            f"{named_ranks(strangers)} did not prove to know the secret in {file}: a process of another job or of somebody else, "
+            f"{named_ranks(unproven)} did not prove to know the secret in {file}: a process of another job or user, "
             "or one that reads another run folder."
         )
     use_secret(secret)
@@ -49,11 +49,11 @@ def _proof(secret: bytes, rank: int, numbers: bytes) -> bytes:
 
 
 def _exchange(content: bytes) -> list[bytes]:
-    """Every rank's bytes, by rank; all ranks have equally many."""
+    """Return every rank's bytes, by rank; all ranks pass the same number of bytes."""
     mine: Tensor = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     group = dist.group.WORLD
     assert group is not None
     mine = mine.to(sendable_device(group))
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    return [one.cpu().numpy().tobytes() for one in everyone]
+    from_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(from_ranks, mine)
+    return [received.cpu().numpy().tobytes() for received in from_ranks]
