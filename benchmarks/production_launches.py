@@ -7,7 +7,7 @@ without being named there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from typing import Any, NamedTuple
@@ -62,16 +62,18 @@ SHAPES = (
 )
 
 
-def production_launches(arch: int, shape: ShapeOfCall) -> list[tuple[str, TritonLaunch]]:
+def production_launches(
+    arch: int, shape: ShapeOfCall, strategies: Iterable[str] = STRATEGIES
+) -> list[tuple[str, TritonLaunch]]:
     """Return (kernel of the registry, launch) of all launches of layer calls of a shape on an architecture (80, 90, ...).
 
-    Kernels are those that can serve such calls there; plans are of every strategy and backward policy.
+    Kernels are those that can serve such calls there; plans are of these strategies and of every backward policy.
     """
     found: list[tuple[str, TritonLaunch]] = []
     with _architecture(arch):
         for name in _kernels_of(shape):
             with _recording(name, found):
-                for plan in _plans(*shape[:5]):
+                for plan in _plans(tuple(strategies), *shape[:5]):
                     for rank in (0, RANKS - 1):
                         _run_layer(plan, rank, name, shape)
     return [(name, launch) for name, launch in found if launch.grid[0]]
@@ -109,12 +111,14 @@ def _kernels_of(shape: ShapeOfCall) -> list[str]:
 
 
 @cache
-def _plans(dtype: torch.dtype, head_dim: int, v_head_dim: int, heads: int, kv_heads: int) -> list[Plan]:
-    """Plans of every strategy and backward policy that take such calls."""
+def _plans(
+    strategies: tuple[str, ...], dtype: torch.dtype, head_dim: int, v_head_dim: int, heads: int, kv_heads: int
+) -> list[Plan]:
+    """Return plans of strategies and of every backward policy that take such calls."""
     of_call = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype)
     mask, layout = Mask.documents(LENGTHS), Layout.zigzag(LENGTHS, RANKS)
     plans = []
-    for strategy in STRATEGIES:
+    for strategy in strategies:
         for policy in POLICIES:
             # a strategy may refuse to split so few heads
             with suppress(DistattnError):
@@ -163,24 +167,18 @@ class _Recorded:
         return launch
 
 
-def described_launches(
-    launches: list[tuple[str, TritonLaunch]], digest: Callable[[TritonLaunch], str]
-) -> dict[str, TritonLaunch]:
-    """Return one launch of each digest, by a name with what Triton compiles: types, flags, and how numbers are specialised."""
-    by_digest: dict[str, tuple[str, TritonLaunch]] = {}
+def named_launches(launches: list[tuple[str, TritonLaunch]]) -> dict[str, TritonLaunch]:
+    """Return one launch of each kind, by a name with what Triton compiles: types, flags, and how numbers are specialised.
+
+    A name says the same whichever other launches there are. The kernel of the registry in it is the first that launches this.
+    """
+    by_description: dict[str, tuple[str, TritonLaunch]] = {}
     for kernel, launch in launches:
-        by_digest.setdefault(digest(launch), (kernel, launch))
-    names = [_name(kernel, launch) for kernel, launch in by_digest.values()]
-    doubled = {name for name in names if names.count(name) > 1}
-    found: dict[str, TritonLaunch] = {}
-    for name, (_, launch) in zip(names, by_digest.values(), strict=True):
-        whole = f"{name} {_specialised(launch)}" if name in doubled else name
-        assert whole not in found, f"two launches have the name {whole}"
-        found[whole] = launch
-    return found
+        by_description.setdefault(_description(launch), (kernel, launch))
+    return {f"{kernel} {description}": launch for description, (kernel, launch) in by_description.items()}
 
 
-def _name(kernel: str, launch: TritonLaunch) -> str:
+def _description(launch: TritonLaunch) -> str:
     arguments = launch.arguments
     tensors = {name: _tensor(value).dtype for name, value in arguments.items() if isinstance(_tensor(value), Tensor)}
     usual, *_ = tensors.values()
@@ -190,25 +188,30 @@ def _name(kernel: str, launch: TritonLaunch) -> str:
     dims = "/".join(str(arguments[name]) for name in ("D0", "E0", "D", "E", "WIDTH") if name in arguments)
     flags = [name.lower() for name, value in arguments.items() if value is True]
     flags += [value for name, value in arguments.items() if isinstance(value, str)]
-    return " ".join([kernel, launch.kernel.fn.__name__, dims, *types, *flags])
+    return " ".join([launch.kernel.fn.__name__, dims, *types, *flags, *_specialised(launch)])
 
 
-def _specialised(launch: TritonLaunch) -> str:
+def _specialised(launch: TritonLaunch) -> list[str]:
     """Return constants, and arguments that Triton specialises: numbers that are 1, numbers and addresses not divisible by 16."""
     found = []
+    unaligned, odd, ones = [], [], []
     for parameter in launch.kernel.params:
-        value = launch.arguments[parameter.name]
+        name, value = parameter.name.rstrip("_"), launch.arguments[parameter.name]
         if parameter.is_constexpr:
-            found += [f"{parameter.name}={value}"] if type(value) is int else []
-        if parameter.is_constexpr or parameter.do_not_specialize or parameter.do_not_specialize_on_alignment:
-            continue
-        if isinstance(value, Tensor) and value.data_ptr() % 16:
-            found.append(f"{parameter.name} unaligned")
-        elif isinstance(value, int) and (value == 1 or value % 16):
-            found.append(f"{parameter.name} {'1' if value == 1 else 'odd'}")
-    return ", ".join(found)
+            found += [f"{name}={value}"] if type(value) is int else []
+        elif not parameter.do_not_specialize and value is not None:
+            if isinstance(value, Tensor):
+                unaligned += [name] if value.data_ptr() % 16 and not parameter.do_not_specialize_on_alignment else []
+            elif isinstance(value, int):
+                if value == 1:
+                    ones.append(name)
+                elif value % 16 and not parameter.do_not_specialize_on_alignment:
+                    odd.append(name)
+    found += [f"unaligned={','.join(unaligned)}"] * bool(unaligned)
+    found += [f"odd={','.join(odd)}"] * bool(odd)
+    return found + [f"1={','.join(ones)}"] * bool(ones)
 
 
 def _tensor(value: Any) -> Any:
-    """The tensor of a descriptor, or what it is."""
+    """Return the tensor of a descriptor, or the value."""
     return getattr(value, "base", value)
