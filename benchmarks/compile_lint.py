@@ -39,8 +39,11 @@ from production_launches import SHAPES, named_launches, production_launches
 from triton.backends.compiler import GPUTarget
 
 from distattn.ir.mask import Mask
+from distattn.ir.op import OPS
 from distattn.kernels.gluon import attention as gluon_attention
 from distattn.kernels.launch_mask import LaunchMask
+from distattn.kernels.recurrence.tokens import RecurrenceTokens
+from distattn.kernels.recurrence.triton import kernel as triton_recurrence
 from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.triton import attention as triton_attention
 from distattn.kernels.triton import spinner
@@ -198,6 +201,8 @@ def variants(arch: int) -> Iterator[tuple[str, TritonLaunch]]:
         for modifiers in (False, True) if dim == 128 and dtype == torch.bfloat16 else (False,):
             for kernel, launch in gluon_launches(dtype, dim, modifiers):
                 yield f"sm_{arch} {str(dtype)[6:]} {dim}/{dim} {kernel}{' softcap alibi' if modifiers else ''}", launch
+    for kernel, launch in recurrence_launches(torch.bfloat16, 128):
+        yield f"sm_{arch} recurrence 128/128 bfloat16 {kernel}", launch
     yield f"sm_{arch} spin", spinner.plan_spin(torch.zeros(2, dtype=torch.int32), torch.zeros(1), 16)
 
 
@@ -246,6 +251,24 @@ def gluon_launches(dtype: torch.dtype, dim: int, modifiers: bool) -> Iterator[tu
     for epilogue, how in epilogues():
         yield f"gluon forward {epilogue}", gluon_attention.plan_forward(q, k, v, o, lse, work, score, **how)
     yield "gluon backward", gluon_attention.plan_backward(do, q, k, v, lse, lse, grads, work, score, accumulate=True)[1]
+
+
+def recurrence_launches(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, TritonLaunch]]:
+    """Yield the launches of Gated DeltaNet, forward and backward, each kernel once."""
+
+    def tensor(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(TOKENS, *shape, dtype=of)
+
+    q, k, v = tensor(KV_HEADS, dim), tensor(KV_HEADS, dim), tensor(HEADS, dim)
+    tokens = RecurrenceTokens(q, k, v, tensor(HEADS, of=torch.float32), tensor(HEADS))
+    state = torch.empty(1, HEADS, dim, dim)
+    needed = KernelRequirements(dtype, dim, dim, CPU, op=OPS["gated_delta_rule"])
+    chunks = triton_recurrence.prepare([(0, TOKENS)], needed)
+    made: list[TritonLaunch] = []
+    with mock.patch.object(triton_recurrence, "run_launch", made.append):
+        triton_recurrence.forward(tokens, chunks, state)
+        triton_recurrence.backward(tokens, chunks, state, v, state)
+    yield from {launch.kernel.__name__.removesuffix("_kernel"): launch for launch in made}.items()
 
 
 def epilogues() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -353,7 +376,8 @@ def broken_rules(found: dict[str, int], arch: int, name: str) -> Iterator[str]:
         yield f"{found['registers']} registers a thread; it holds a multiprocessor with at least {HELD_BY_SPIN}"
     if "gluon" in name and not found["overlapped"]:
         yield "no product runs while another is used"
-    if found["serialized"]:
+    # a recurrence's few products need each other; its budget says where ptxas makes them wait
+    if found["serialized"] and "recurrence" not in name:
         yield "ptxas makes every product wait for the one before"
 
 

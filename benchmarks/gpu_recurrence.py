@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_recurrence.py [--tokens 32768] [--heads 32] [--seconds 200] [--out benchmarks/results/gpu.jsonl]
 
-Every op's kernels, `fla` (package fla-core) and our `chunked`, are compared with the chunked kernel in fp64: outputs, states that
-leave, (A, B) of stretches, all gradients. Then a whole pass, a state pass, the backward and the gradients' state pass are timed
-on one stretch, in bf16, with dims of 128; the state pass is what plans of several ranks do more than one GPU would. Exit code 1
-where `fla` is installed and wrong. Without a GPU small cases in fp32, without `fla`.
+Every op's kernels, `fla` (package fla-core) and our `triton_chunked` and `chunked`, are compared with the chunked kernel in fp64:
+outputs, states that leave, (A, B) of stretches, all gradients. Then a whole pass, a state pass, the backward and the gradients'
+state pass are timed on one stretch, in bf16, with dims of 128; the state pass is what plans of several ranks do more than one GPU
+would. Exit code 1 where a kernel is installed and wrong. Without a GPU small cases in fp32, without `fla`.
 """
 
 from __future__ import annotations

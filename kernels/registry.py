@@ -27,7 +27,11 @@ KERNELS = {
 }
 # by kind of op, those that compute it
 OTHER_KERNELS: dict[str, dict[str, str]] = {
-    "recurrence": {"chunked": "distattn.kernels.recurrence.chunked", "fla": "distattn.kernels.recurrence.fla"},
+    "recurrence": {
+        "chunked": "distattn.kernels.recurrence.chunked",
+        "triton_chunked": "distattn.kernels.recurrence.triton.kernel",
+        "fla": "distattn.kernels.recurrence.fla",
+    },
     "prefix_max": {"cummax": "distattn.kernels.recurrence.cummax"},
     "convolution": {"taps": "distattn.kernels.convolution.taps", "fla_conv1d": "distattn.kernels.convolution.fla"},
 }
@@ -44,7 +48,7 @@ _DEFAULTS = {"cpu": "cpu", "cuda": "triton"}
 CANDIDATES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("gluon", "flash", "triton")}
 # the same of other kinds of ops; the last one computes everything everywhere
 _OTHER_CANDIDATES: dict[str, dict[str, tuple[str, ...]]] = {
-    "recurrence": {"cuda": ("fla", "chunked")},
+    "recurrence": {"cuda": ("fla", "triton_chunked", "chunked")},
     "convolution": {"cuda": ("fla_conv1d", "taps")},
 }
 

@@ -41,7 +41,7 @@ from distattn.data.pack_rule import PackCost, PackRule
 from distattn.launch import cli
 from distattn.models.build import materialise, meta_model
 from distattn.models.export import export_model
-from distattn.training.config import RENAMED, Config
+from distattn.training.config import Config
 from docs import draw_strategies
 
 ROOT = Path(__file__).parents[1]
@@ -95,7 +95,6 @@ def test_configuration_keys_that_are_named_exist(file):
         # files, and names of other libraries
         if not key.endswith((".toml", ".json", ".jsonl")) and key not in OF_OTHERS:
             assert key.replace("-", "_") in keys, key
-    assert not [old for old in RENAMED if re.search(rf"(?<![\w.]){re.escape(old)}(?![\w.])", text) and "." in old]
 
 
 def test_the_reference_has_every_public_name_once():

@@ -22,6 +22,8 @@ from distattn.batch.recurrent_run import RecurrentRun, recurrent_run
 from distattn.ir.errors import DistattnError
 
 _RECURRENT = "linear_attention"
+# a layer of attention and a recurrence side by side
+_WITH_ATTENTION = "hybrid"
 # kinds of layers that do not care where tokens are, as those between recurrent layers
 _BY_TOKEN = ("mlp", "moe")
 # an op, and how configurations call its heads of values, heads of queries and keys, key dim and value dim
@@ -34,6 +36,8 @@ _SHAPES = (
     ("ssd", ("mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_head")),
     ("ssd", ("mamba_num_heads", "n_groups", "ssm_state_size", "mamba_head_dim")),
 )
+# models whose configurations give no sizes that are known here, and the op of their recurrent layers
+_OPS_OF_OTHERS = {"mamba2": "ssd", "zamba2": "ssd"}
 # what decoders give all layers alike, and only attention reads: recurrent layers have no positions
 _POSITIONS = ("position_ids", "position_embeddings")
 # what decoders may return of each layer or router: rows that the caller expects where the model's are
@@ -83,11 +87,24 @@ def recurrence_shape(config: Any) -> dict[str, Any] | None:
     if _RECURRENT not in (getattr(config, "layer_types", None) or ()):
         return None
     check_mixing_layer(list(config.layer_types).index(_RECURRENT), config)
-    for op, names in _SHAPES:
-        if all(hasattr(config, name) for name in names):
-            sizes = (getattr(config, name) for name in names)
-            return dict(op=op) | dict(zip(("heads", "kv_heads", "head_dim", "v_head_dim"), sizes, strict=True))
-    return None
+    op, names = _op_and_sizes(config)
+    if op is None:
+        return None
+    sizes = (getattr(config, name) for name in names)
+    return dict(op=op) | dict(zip(("heads", "kv_heads", "head_dim", "v_head_dim"), sizes, strict=True))
+
+
+def recurrent_op(config: Any) -> str | None:
+    """Return the op of a model's recurrent layers, by its configuration; None if it has no such layers or they are unknown."""
+    kinds = getattr(config, "layer_types", None) or ()
+    if _RECURRENT not in kinds and _WITH_ATTENTION not in kinds:
+        return None
+    return _op_and_sizes(config)[0] or _OPS_OF_OTHERS.get(config.model_type)
+
+
+def _op_and_sizes(config: Any) -> tuple[str | None, tuple[str, ...]]:
+    """Return the op that a configuration has the sizes of, and what they are called there."""
+    return next(((op, names) for op, names in _SHAPES if all(hasattr(config, name) for name in names)), (None, ()))
 
 
 class _Returned:

@@ -97,7 +97,10 @@ def _devices() -> Iterator[Check]:
         if missing := fla_core_advice(10 * known.major + known.minor):
             fault, _, way_out = missing.partition(": ")
             yield Check(
-                f"kernel fla on GPU {index}", None, fault, f"{way_out}; until then kernel chunked computes them, slowly"
+                f"kernel fla on GPU {index}",
+                None,
+                fault,
+                f"{way_out}; until then a slower kernel computes them (triton_chunked or chunked)",
             )
     nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
     found = ".".join(map(str, torch.cuda.nccl.version())) if nccl else "missing"

@@ -10,7 +10,7 @@ import logging
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ from distattn.parallel.runtime.program import lower
 
 # of plans that are prepared again and again
 _TRIALS: weakref.WeakKeyDictionary[Plan, dict[Any, dict[str, Trial]]] = weakref.WeakKeyDictionary()
+# of calls of a recurrence or convolution, by kernels, requirements and heads: whatever their plans are
+_TRIALS_OF_SHAPE: dict[Any, dict[str, Trial]] = {}
 # trials that ran out of memory, by key and kernel: they are made again where there is more
 _OUT_OF_MEMORY: dict[tuple[str, str], Trial] = {}
 # of other kinds of ops than attention: tried on calls of the plan's shape
@@ -68,17 +70,25 @@ def kernel_trials(plan: Plan, rank: int, requirements: KernelRequirements) -> di
     names = candidates(requirements.device, requirements.op)
     if len(names) < 2:
         return {}
+    known: dict[Any, dict[str, Trial]]
+    call: Any
     if requirements.op.kind in _TRIALS_OF_KIND:
-        return _trials_of_shape(names, requirements, plan.call.heads, plan.call.kv_heads)
-    known = _TRIALS.setdefault(plan, {})
-    # what "flash" runs may be another one later
-    trial = rank, requirements, names, implementation()
-    if trial not in known or any(old.may_succeed_now(requirements.device) for old in known[trial].values()):
-        known[trial] = _found(plan, rank, requirements, names)
-    return known[trial]
+        heads = plan.call.heads, plan.call.kv_heads
+        known, call = _TRIALS_OF_SHAPE, (names, requirements, heads)
+        attempt = partial(_trials_of_shape, names, requirements, *heads)
+    else:
+        # what "flash" runs may be another one later
+        known, call = _TRIALS.setdefault(plan, {}), (rank, requirements, names, implementation())
+        attempt = partial(_trials_of_launches, plan, rank, requirements, names)
+    if call not in known or any(old.may_succeed_now(requirements.device) for old in known[call].values()):
+        known[call] = attempt()
+    return known[call]
 
 
-def _found(plan: Plan, rank: int, requirements: KernelRequirements, names: tuple[str, ...]) -> dict[str, Trial]:
+def _trials_of_launches(
+    plan: Plan, rank: int, requirements: KernelRequirements, names: tuple[str, ...]
+) -> dict[str, Trial]:
+    """Return the trials of kernels on a rank's launches of a plan of attention."""
     masks: list[LaunchMask] = []
     # what a plan is refused for is said where plans are compared
     with suppress(DistattnError):
@@ -86,21 +96,45 @@ def _found(plan: Plan, rank: int, requirements: KernelRequirements, names: tuple
         # alike launches count as often as they are
         masks = [launch.schedule for step in (*program.forward, *program.backward) for launch in step.launches]
     key = trial_key(masks, requirements)
+    trials = _with_retries(key, names, requirements, lambda rest: try_kernels(rest, masks, requirements, _LOG.info))
+    for name, trial in trials.items():
+        if trial.passing or trial.fault.startswith("wrong"):
+            _warn(name, key, trial.fault)
+    return trials
+
+
+def _trials_of_shape(
+    names: tuple[str, ...], requirements: KernelRequirements, heads: int, key_heads: int
+) -> dict[str, Trial]:
+    """Return the trials of kernels on calls of such a shape, whatever their documents are."""
+    key, try_op = trial_key_of_op(requirements, heads, key_heads), _TRIALS_OF_KIND[requirements.op.kind]
+    trials = _with_retries(
+        key, names, requirements, lambda rest: try_op(rest, requirements, heads, key_heads, _LOG.info)
+    )
+    for name, trial in trials.items():
+        if trial.fault:
+            _warn(name, f"{requirements.op.name} on {requirements.device}", trial.fault)
+    return trials
+
+
+def _with_retries(
+    key: str,
+    names: tuple[str, ...],
+    requirements: KernelRequirements,
+    attempt: Callable[[tuple[str, ...]], dict[str, Trial]],
+) -> dict[str, Trial]:
+    """Return the trials of a key, known ones or new ones. Those that lack memory are not made again until there is more."""
     out_of_memory = {name: _OUT_OF_MEMORY[key, name] for name in names if (key, name) in _OUT_OF_MEMORY}
     too_large = {name: old for name, old in out_of_memory.items() if not old.may_succeed_now(requirements.device)}
     rest = tuple(name for name in names if name not in too_large)
-    trials = _kept_or_tried(key, rest, lambda: try_kernels(rest, masks, requirements, _LOG.info)) if rest else {}
+    trials = _kept_or_tried(key, rest, lambda: attempt(rest)) if rest else {}
     for name, trial in trials.items():
         if trial.attempts:
             attempts = 1 + (out_of_memory[name].attempts if name in out_of_memory else 0)
             trials[name] = _OUT_OF_MEMORY[key, name] = trial._replace(attempts=attempts)
         else:
             _OUT_OF_MEMORY.pop((key, name), None)
-    trials |= too_large
-    for name, trial in trials.items():
-        if trial.passing or trial.fault.startswith("wrong"):
-            _warn(name, key, trial.fault)
-    return trials
+    return trials | too_large
 
 
 def _kept_or_tried(key: str, names: tuple[str, ...], attempt: Callable[[], dict[str, Trial]]) -> dict[str, Trial]:
@@ -110,23 +144,6 @@ def _kept_or_tried(key: str, names: tuple[str, ...], attempt: Callable[[], dict[
         trials = attempt()
         write_trials(key, {name: trial for name, trial in trials.items() if not trial.passing})
     return trials
-
-
-@cache
-def _trials_of_shape(
-    names: tuple[str, ...], requirements: KernelRequirements, heads: int, key_heads: int
-) -> dict[str, Trial]:
-    """Of calls of such a shape, whatever their documents are; looked up once in a process."""
-    attempt = _TRIALS_OF_KIND[requirements.op.kind]
-    found = _kept_or_tried(
-        trial_key_of_op(requirements, heads, key_heads),
-        names,
-        lambda: attempt(names, requirements, heads, key_heads, _LOG.info),
-    )
-    for name, trial in found.items():
-        if trial.fault:
-            _warn(name, f"{requirements.op.name} on {requirements.device}", trial.fault)
-    return found
 
 
 @cache

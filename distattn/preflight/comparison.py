@@ -62,7 +62,7 @@ def warnings_of(facts: Sequence[RankFacts]) -> list[str]:
         for who, there, common in _differing(facts, lambda one: one.device.name)
     ]
     warnings += [
-        f"{named_places(ranks)}: {advice}; until then kernel chunked computes them, slowly."
+        f"{named_places(ranks)}: {advice}; until then a slower kernel computes them (triton_chunked or chunked)."
         for advice, ranks in _grouped(facts, lambda one: one.advice).items()
         if advice
     ]

@@ -15,10 +15,12 @@ import torch
 import torch.distributed as dist
 import xxhash
 
+from distattn.adapters.huggingface_runs import recurrent_op
 from distattn.checkpoints.checkpoint_folder import list_checkpoints
 from distattn.checkpoints.owner import machine_digest
 from distattn.doctor.environment import PACKAGES
 from distattn.ir.errors import DistattnError
+from distattn.ir.op import OPS
 from distattn.ir.plan import Plan
 from distattn.kernels.recurrence.hopper import fla_core_advice
 from distattn.memory.host_memory import available_bytes
@@ -90,7 +92,6 @@ def collect_facts(run: RunFolder, config: Config, device: torch.device) -> RankF
         "versions": package_versions(),
         "device": device_state(device),
         "host_free": available_bytes(),
-        "advice": _advice(device),
     }
     try:
         disk = os.statvfs(run.folder)
@@ -104,12 +105,16 @@ def collect_facts(run: RunFolder, config: Config, device: torch.device) -> RankF
     return RankFacts(**known)
 
 
-def _advice(device: torch.device) -> str:
-    """Return what to install so that a kernel can be used on this device; an empty text where nothing is missing."""
-    if device.type != "cuda":
+def kernel_advice(device: torch.device, model: Any) -> str:
+    """Return what to install so that a model's kernels can be used on this device; an empty text if nothing is missing.
+
+    model: its configuration of transformers.
+    """
+    op = recurrent_op(model)
+    if device.type != "cuda" or op is None or OPS[op].decay != "token":
         return ""
     major, minor = torch.cuda.get_device_capability(device)
-    return fla_core_advice(10 * major + minor) or ""
+    return fla_core_advice(10 * major + minor, (OPS[op].delta,)) or ""
 
 
 def code_digest() -> str:
@@ -153,16 +158,18 @@ def checkpoint_bytes(run: RunFolder, config: Config) -> int:
 
 
 def _facts_of_data(run: RunFolder, config: Config, device: torch.device, rank: int) -> dict[str, Any]:
-    """Digests of what is trained, and the memory it needs."""
+    """Return digests of what is trained, the memory it needs, and what its kernels lack."""
     data = open_data(run, config)
     with data.plan:
-        facts = facts_of(config, data, configured_model(config, data.vocabulary, data.context))
+        model = configured_model(config, data.vocabulary, data.context)
+        facts = facts_of(config, data, model)
         digests = {name: facts[key] for key, name in _DIGESTS.items()}
         digests |= {f"corpus {corpus.name}": corpus.digest for corpus in data.corpora}
         plan = Plan.load(run.plan_file) if run.plan_file.exists() else None
         if plan is not None:
             digests["attention plan"] = plan.digest
-        return {"digests": digests, "forecast": forecast_memory(config, data, device, plan, rank)}
+        forecast = forecast_memory(config, data, device, plan, rank)
+        return {"digests": digests, "forecast": forecast, "advice": kernel_advice(device, model)}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -31,23 +31,6 @@ from distattn.training.config_sections import TrainConfig as TrainConfig
 from distattn.training.json_lines import write_whole
 from distattn.training.shipped_configs import configuration_file, shipped_names
 
-# keys of earlier configurations, and their present names
-RENAMED = {
-    "data.axis": "data.tokens_per_step",
-    "data.max_document": "data.max_document_tokens",
-    "model.layers": "model.num_layers",
-    "model.width": "model.hidden_size",
-    "model.heads": "model.num_attention_heads",
-    "model.kv_heads": "model.num_key_value_heads",
-    "model.mlp": "model.intermediate_size",
-    "parallel.capacity": "parallel.max_buffer_bytes",
-    "parallel.wire": "parallel.comm_dtype",
-    "train.clip": "train.max_grad_norm",
-    "proof": "reference_check",
-    "proof.steps": "reference_check.steps",
-    "proof.tolerance": "reference_check.tolerance",
-}
-
 # every key takes a value, also those that are true or false
 _VALUES = (tyro.conf.FlagConversionOff,)
 # for pydantic's names of wrong types: a description of the right type, and an example for keys without a default
@@ -166,7 +149,7 @@ def _validated(content: dict[str, Any], place: Callable[[Key], str], named: Coll
         text = json.dumps(content, default=lambda value: {type(value).__name__: str(value)})
         config = TypeAdapter(Config).validate_json(text, strict=True)
         config = replace(config, model=_with_folder_s_shape(config.model, named))
-        problems = problems_of(config, named)
+        problems = [(_place_of(problem.key), str(problem)) for problem in problems_of(config, named)]
     except ValidationError as error:
         errors = error.errors()
         misspelled = {error_row["loc"][:-1] for error_row in errors if error_row["type"] in _UNKNOWN}
@@ -176,16 +159,15 @@ def _validated(content: dict[str, Any], place: Callable[[Key], str], named: Coll
             for error_row in errors
             if error_row["type"] != "missing" or error_row["loc"][:-1] not in misspelled
         ]
-        problems = [_sentence(error_row) for error_row in reported]
+        problems = [(error_row["loc"], _sentence(error_row)) for error_row in reported]
     if problems:
-        # each problem begins with its key
-        raise DistattnError("\n".join(f"{place(_key_of(problem))}: {problem}" for problem in problems))
+        raise DistattnError("\n".join(f"{place(key)}: {problem}" for key, problem in problems))
     return config
 
 
-def _key_of(problem: str) -> Key:
-    """Return the key that a problem begins with; entries of lists are numbers."""
-    return tuple(int(part) if part.isdecimal() else part for part in problem.partition(":")[0].split("."))
+def _place_of(key: str) -> Key:
+    """Return the parts of a dotted key; entries of lists are numbers."""
+    return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
 
 
 def _with_folder_s_shape(model: ModelConfig, named: Collection[str] = ()) -> ModelConfig:
@@ -277,8 +259,6 @@ def _unknown(key: str) -> str:
 
 def _similar_keys(key: str) -> list[str]:
     """Return the known keys that an unknown one may mean."""
-    if key in RENAMED:
-        return [RENAMED[key]]
     keys = _keys(Config)
     section, dot, name = key.rpartition(".")
     if dot and section not in keys:

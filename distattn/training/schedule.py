@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from distattn.ir.errors import DistattnError
+from distattn.training.config_sections import SCHEDULES
 
-SCHEDULES = ("constant", "cosine", "linear", "wsd")
 # parameters of more dims that are added, not multiplied, such as biases of stacked experts
 _BIAS = "bias"
 

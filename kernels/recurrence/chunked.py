@@ -82,9 +82,12 @@ def prepare(stretches: Stretches, requirements: KernelRequirements) -> ChunkSche
     blocks: list[Block] = []
     first: list[tuple[int, int]] = []
     levels: list[Level] = []
+    going, which = list(range(len(stretches))), None
     for number in range(-(-longest // size)):
-        going = [i for i, (begin, end) in enumerate(stretches) if end - begin > number * size]
-        which = None if len(going) == len(stretches) else torch.tensor(going)
+        still = [i for i in going if stretches[i][1] - stretches[i][0] > number * size]
+        # levels share the list until the next stretch ends: each list is a tensor that is copied to the device
+        if len(still) < len(going):
+            going, which = still, torch.tensor(still)
         levels.append(Level(len(first), len(first) + len(going), which))
         first += [(stretches[i][0] + number * size, stretches[i][1]) for i in going]
         if len(first) >= at_once or (number + 1) * size >= longest:

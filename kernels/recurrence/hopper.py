@@ -34,11 +34,14 @@ def token_decay_fault(capability: int, has_delta_rule: bool) -> str | None:
     return f"Triton {triton} computes decays per token (Gated DeltaNet) wrongly on Hopper GPUs: {NEWER_TORCH} or {TILELANG}"
 
 
-def fla_core_advice(capability: int) -> str | None:
-    """Return what to install so that fla-core computes all decays per token here, or None if it does or is not installed."""
+def fla_core_advice(capability: int, delta_rules: tuple[bool, ...] = (True, False)) -> str | None:
+    """Return what to install so that fla-core computes decays per token here, or None if it does or is not installed.
+
+    delta_rules: whether the ops that are wanted have a delta rule; by default both kinds are wanted.
+    """
     if _installed_version("fla-core") is None:
         return None
-    faults = [token_decay_fault(capability, has_delta_rule) for has_delta_rule in (True, False)]
+    faults = [token_decay_fault(capability, has_delta_rule) for has_delta_rule in delta_rules]
     return next((fault for fault in faults if fault is not None), None)
 
 

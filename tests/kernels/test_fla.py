@@ -87,7 +87,7 @@ def test_its_own_context_parallelism_is_right_as_the_cluster_check_calls_it():
 
 def test_on_gpus_they_are_tried_before_the_chunked_kernel():
     gpu = torch.device("cuda", 0)
-    assert registry.candidates(gpu, OPS["kda"]) == ("fla", "chunked")
+    assert registry.candidates(gpu, OPS["kda"]) == ("fla", "triton_chunked", "chunked")
     assert registry.candidates(torch.device("cpu"), OPS["kda"]) == ("chunked",)
     assert registry.candidates(gpu, OPS["convolution"]) == ("fla_conv1d", "taps")
 
@@ -97,10 +97,9 @@ def as_on_gpus(monkeypatch, tmp_path):
     """The CPU has the choice that a GPU has, and nothing is kept of it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(kernel_choice, "candidates", lambda device, op: ("fla", "chunked"))
-    kernel_choice._trials_of_shape.cache_clear()
+    monkeypatch.setattr(kernel_choice, "_TRIALS_OF_SHAPE", {})
+    monkeypatch.setattr(kernel_choice, "_OUT_OF_MEMORY", {})
     kernel_choice._warn.cache_clear()
-    yield
-    kernel_choice._trials_of_shape.cache_clear()
 
 
 def plan_of(op):
@@ -132,7 +131,7 @@ class WrongGradient:
 
 def test_a_kernel_that_is_wrong_is_not_used_by_later_processes_either(as_on_gpus, monkeypatch):
     def tried_again():
-        kernel_choice._trials_of_shape.cache_clear()
+        kernel_choice._TRIALS_OF_SHAPE.clear()
         return kernel_choice.kernel_trials(plan, 0, NEEDED._replace(op=plan.call.op))
 
     monkeypatch.setitem(sys.modules, "distattn.kernels.recurrence.fla", WrongGradient)

@@ -3,8 +3,12 @@
 import types
 
 import pytest
+import torch
+from transformers import AutoConfig
 
+from distattn.doctor import environment
 from distattn.kernels.recurrence import hopper
+from distattn.preflight.facts import kernel_advice
 
 
 @pytest.fixture
@@ -55,11 +59,23 @@ def test_tilelang_helps_the_delta_rule_alone_and_only_with_the_cuda_compiler(ver
     assert hopper.token_decay_fault(90, True) is not None
 
 
+@pytest.mark.parametrize(
+    ("model", "op"),
+    [
+        ("llama", None),
+        ("kimi_linear", None),
+        ("qwen3_next", "Gated DeltaNet"),
+        ("mamba2", "Mamba-2"),
+        ("zamba2", "Mamba-2"),
+    ],
+)
+def test_the_preflight_says_it_only_of_models_with_such_layers(model, op, versions, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    advice = kernel_advice(torch.device("cuda", 0), AutoConfig.for_model(model))
+    assert f"({op})" in advice if op else not advice
+
+
 def test_the_doctor_says_it_of_each_gpu(versions, monkeypatch):
-    import torch
-
-    from distattn.doctor import environment
-
     known = types.SimpleNamespace(major=9, minor=0, name="NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

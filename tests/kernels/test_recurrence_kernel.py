@@ -75,6 +75,17 @@ def test_rows_in_no_stretch_are_zero_and_empty_stretches_pass_the_state_on(name)
     assert not o.any() and len(final) == 0
 
 
+def test_a_list_of_stretches_is_made_once_for_all_levels_that_have_it():
+    stretches = [(0, 5000), (5000, 5100), (5100, 5100), (5100, 9000)]
+    needed = KernelRequirements(torch.float32, 8, 8, torch.device("cpu"), op=OPS["ssd"])
+    levels = [level for block in chunked.prepare(stretches, needed).blocks for level in block.levels]
+    lists = [level.stretches for level in levels]
+    assert len(levels) == 79 and [x.tolist() for x in dict.fromkeys(lists)] == [[0, 1, 3], [0, 3], [0]]
+    for number, level in enumerate(levels):
+        going = [i for i, (begin, end) in enumerate(stretches) if end - begin > 64 * number]
+        assert level.stretches.tolist() == going and level.end - level.begin == len(going)
+
+
 def test_on_gpus_more_chunks_are_computed_at_once_and_the_numbers_are_the_same():
     case = recurrence_case(OPS["gated_delta_rule"], (1, 300, 64, 65), heads=2, key_heads=1)
     needed = KernelRequirements(torch.float64, 3, 5, torch.device("cuda", 0), op=OPS["gated_delta_rule"])

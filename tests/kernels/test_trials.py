@@ -15,10 +15,13 @@ import distattn as da
 from distattn.batch import planner
 from distattn.ir.errors import DistattnError
 from distattn.ir.mask import Mask
+from distattn.ir.op import OPS
 from distattn.kernels import cpu, reference, registry, trial_cache, trials
+from distattn.kernels.convolution import taps
 from distattn.kernels.launch_mask import LaunchMask
+from distattn.kernels.recurrence import chunked
 from distattn.kernels.spec import KernelRequirements
-from distattn.kernels.trials import Trial, ranking, sample, try_kernels
+from distattn.kernels.trials import Trial, ranking, sample, try_each, try_kernels
 from distattn.ops import kernel_choice
 from distattn.ops.executable import kernel_requirements
 
@@ -193,6 +196,37 @@ def test_a_trial_that_runs_out_of_memory_is_made_three_times_at_most_by_all_plan
         # a plan of its own every time
         assert da.prepare(plan_for(1, "documents" if free % 3 else "causal")).key.kernel == "cpu"
     assert room.tried == 3
+
+
+@pytest.mark.parametrize(("op", "right"), [("ssd", chunked), ("convolution", taps)])
+def test_so_are_trials_of_recurrences_and_convolutions(op, right, room, monkeypatch, caplog):
+    def attempt(names, requirements, heads, key_heads, report):
+        room.tried += 1
+        return try_each(
+            names,
+            requirements,
+            lambda kernel: [0.0] if kernel is right or room.free >= 100 else out_of_memory(),
+            lambda kernel: float(kernel is right),
+            report,
+        )
+
+    kind, usual = OPS[op].kind, right.__name__.split(".")[-1]
+    large = types.ModuleType("planted_large_op")
+    large.unsupported_reason, large.prepare = right.unsupported_reason, right.prepare
+    monkeypatch.setitem(sys.modules, large.__name__, large)
+    monkeypatch.setitem(registry.OTHER_KERNELS[kind], "large", large.__name__)
+    monkeypatch.setitem(registry._OTHER_CANDIDATES[kind], "cpu", ("large", usual))
+    monkeypatch.setitem(kernel_choice._TRIALS_OF_KIND, kind, attempt)
+    monkeypatch.setattr(kernel_choice, "_TRIALS_OF_SHAPE", {})
+    mask = da.Mask.documents(LENGTHS, (3, 0)) if kind == "convolution" else da.Mask.documents(LENGTHS)
+    strategy, shape = "scan" if kind == "recurrence" else "allgather", SHAPE | dict(kv_heads=4, v_head_dim=8)
+    plan = da.make_plan(mask, da.Layout.contiguous(LENGTHS, 1), strategy=strategy, op=op, **shape)
+    with caplog.at_level(logging.WARNING, "distattn"):
+        for free, tried, kernel in [(40, 1, usual), (49, 1, usual), (50, 2, usual), (62, 2, usual), (100, 3, "large")]:
+            room.free = free
+            assert da.prepare(plan).key.kernel == kernel
+            assert room.tried == tried, free
+    assert caplog.text.count("ran out of device memory") == 1
 
 
 @pytest.mark.parametrize("needed", [100, 1000])

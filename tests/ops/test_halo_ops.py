@@ -2,6 +2,7 @@
 
 import itertools
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from processes import run_on_ranks
 
 import distattn as da
+from distattn.ops import convolution as convolution_op
 
 # the third one is shorter than what comes before it
 LENGTHS = (9, 37, 2, 40)
@@ -138,6 +140,22 @@ def test_bytes_of_a_shift_do_not_depend_on_the_length(distance):
         da.verify(plan)
         # 14 stretches have a neighbour elsewhere; x forward, its gradient backward
         assert int(plan.bytes()["bytes"].sum()) == 2 * 14 * abs(distance) * CHANNELS * 4
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_on_gpus_numbers_that_are_too_large_are_refused_by_an_assertion_of_the_device(sign, monkeypatch):
+    plan = plan_of(da.Layout.contiguous(LENGTHS, 1), "token_shift", torch.float64, 3)
+    x = torch.zeros(sum(LENGTHS), CHANNELS, dtype=torch.int64)
+    monkeypatch.setattr(convolution_op, "has_streams", lambda device: True)
+    asserted = mock.Mock(wraps=torch._assert_async)
+    monkeypatch.setattr(torch, "_assert_async", asserted)
+    x[5, 1] = sign * (2**52 - 1)
+    assert x[5, 1] in da.token_shift(x, plan)
+    x[5, 1] += sign
+    # of a tensor on the host PyTorch's assertion raises at once; the device raises it when it comes to it
+    with pytest.raises(RuntimeError, match="whole numbers below 2.52") as refusal:
+        da.token_shift(x, plan)
+    assert type(refusal.value) is RuntimeError and asserted.call_count == 2
 
 
 def test_what_does_not_fit_is_refused_by_name():

@@ -176,6 +176,14 @@ def ways_to_wait(x):
     yield "copies between host and device", lambda: torch.ones(3).to(META)
     yield "copies between host and device", lambda: torch.ones(3).to(META, non_blocking=True)
     yield "copies between host and device", lambda: x.copy_(torch.ones(3))
+    # a number on the host that a list of rows is set to is copied there, unlike that of a slice
+    rows = torch.empty(2, dtype=torch.int64, device=META)
+    yield "a number is copied to the device", lambda: x.__setitem__(rows, 1.0)
+    yield "index_put_ copies", lambda: x.__setitem__(rows, torch.ones(()))
+    yield "index_put_ copies", lambda: x.index_put_((rows,), torch.ones(()), accumulate=True)
+    yield "index_put copies", lambda: x.index_put((rows,), torch.ones(()))
+    yield "masked_fill_ asks", lambda: x.masked_fill_(x > 0, x.sum())
+    yield "index_fill_ asks", lambda: x.index_fill_(0, rows, x.sum())
     yield "repeat_interleave", lambda: x.repeat_interleave(torch.ones_like(x, dtype=torch.int64))
 
 
@@ -189,5 +197,7 @@ def test_every_way_to_wait_is_counted_and_a_pinned_copy_is_none():
     with host_waits() as watch:
         torch.empty(3, pin_memory=True).to(META, non_blocking=True)
         (x * 2.0)[1:2].fill_(1)
-        x[torch.empty(2, dtype=torch.int64, device=META)] = 1.0
+        x[1:] = 1.0
+        x[torch.empty(2, dtype=torch.int64, device=META)] = torch.ones_like(x[:2])
+        x.masked_fill_(x > 0, 1.0)
     assert not watch.waits

@@ -11,12 +11,13 @@ import traceback
 from collections import Counter
 from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
+from functools import partial, partialmethod
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._C import TensorBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -34,6 +35,9 @@ _SYNCHRONISE = (
     "_unique2",
     "bincount",
 )
+# on GPUs these ask a tensor for the number that they fill in (`value.item()` in ATen), and these copy a number from the host
+_FILL = ("masked_fill", "masked_fill_", "index_fill", "index_fill_")
+_PUT = ("index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put")
 # functions that make a tensor of numbers on the host, and copy it to the device
 _OF_NUMBERS = ((torch, "tensor"), (torch, "as_tensor"), (torch, "asarray"), (Tensor, "new_tensor"))
 # our operators: of meta tensors PyTorch would only make results of their shapes, without what they do
@@ -53,6 +57,8 @@ def _wait_of_numbers(func: Any, args: Any, kwargs: Any) -> str | None:
         return None
     if name in _SYNCHRONISE or str(func).startswith("aten.repeat_interleave.Tensor"):
         return f"{name} waits for the device"
+    if name in _FILL and any(x.dim() == 0 and x.device == META for x in _tensors(args[1:])):
+        return f"{name} asks the device for the number that it fills in"
     if "index" in name and any(x.dtype == torch.bool for x in given):
         return f"{name} by a boolean mask counts on the host"
     return None
@@ -67,8 +73,8 @@ def _wait_of_copy(func: Any, args: Any, kwargs: Any, made: list[Tensor], pinned:
     asynchronous = (kwargs or {}).get("non_blocking") or (name == "copy_" and tuple(args[2:]) == (True,))
     if name in ("_to_copy", "copy_") and asynchronous and host.untyped_storage()._cdata in pinned:
         return None
-    # a number on the host is an argument of the launch
-    if name not in ("_to_copy", "copy_") and all(x.dim() == 0 for x in given if x.device.type == "cpu"):
+    # a number on the host is an argument of the launch, but index_put_ copies it to the device
+    if name not in ("_to_copy", "copy_", *_PUT) and all(x.dim() == 0 for x in given if x.device.type == "cpu"):
         return None
     return f"{name} copies between host and device"
 
@@ -148,10 +154,18 @@ def host_waits() -> Iterator[HostWaits]:
                     return counted(make, x, *given, **how)
 
             patches.append(mock.patch.object(owner, name, stand_in))
+        patches.append(mock.patch.object(Tensor, "__setitem__", partialmethod(_assigned, watch)))
         for patch in patches:
             stack.enter_context(patch)
         with watch:
             yield watch
+
+
+def _assigned(x: Tensor, watch: HostWaits, index: Any, value: Any) -> None:
+    """Assign to x[index] as Python does. For GPUs it makes a tensor on the host of a number; on "meta" it does not."""
+    if x.device == META and isinstance(value, (bool, int, float)) and any(one.dim() for one in _tensors(index)):
+        watch.found("a number is copied to the device")
+    TensorBase.__setitem__(x, index, value)
 
 
 def _kind(kind: str) -> str:

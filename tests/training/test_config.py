@@ -264,22 +264,6 @@ def test_help_lists_commands_and_keys_without_importing_torch(capsys):
             assert f"--{name}" in shown or f"[[{name}]]" in shown
 
 
-@pytest.mark.parametrize(("old", "new"), configuration.RENAMED.items())
-def test_a_key_s_earlier_name_is_refused_with_the_present_one(old, new, tmp_path):
-    file = tmp_path / "old.toml"
-    section, _, name = old.partition(".")
-    file.write_text(f"[{section}]\n{name or 'steps'} = 3")
-    # where the section itself has another name by now, that is what is said
-    shown = section if section in configuration.RENAMED else old
-    with pytest.raises(DistattnError) as refusal:
-        configuration.load(file)
-    place = f"{file}:{1 if shown == section else 2}"
-    assert str(refusal.value) == f"{place}: {shown}: unknown key. Did you mean {configuration.RENAMED[shown]}?"
-    with pytest.raises(DistattnError) as refusal:
-        configuration.load(TINY, [f"--{old}", "3"])
-    assert str(refusal.value) == f"command line: {old}: unknown key. Did you mean {new}?"
-
-
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -320,12 +304,6 @@ def test_a_misspelled_option_leads_to_the_one_that_was_meant(words, sentence, ca
     assert main(words.split()) == 2
     printed = capsys.readouterr()
     assert sentence in printed.err and printed.err.count("\n") == 1 and not printed.out
-
-
-def test_renamed_keys_lead_to_keys_that_exist():
-    sections = {section.name: section.default_factory for section in dataclasses.fields(Config)}
-    known = set(sections) | {f"{name}.{key.name}" for name, one in sections.items() for key in dataclasses.fields(one)}
-    assert set(configuration.RENAMED.values()) <= known and not set(configuration.RENAMED) & known
 
 
 @pytest.mark.parametrize("limit", ["30", "30:00", "12:00:00", "2-0", "2-00:30", "2-00:00:00", "UNLIMITED"])

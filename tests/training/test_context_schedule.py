@@ -161,15 +161,15 @@ def test_the_command_line_changes_no_schedule(config, tmp_path):
 
 def test_packs_that_are_planned_already_have_no_other_schedule(config):
     planned = dataclasses.replace(config, data=dataclasses.replace(config.data, path="packs.toml", context_length=64))
-    problems = configuration.problems_of(planned)
-    assert any(one.startswith("data.context_schedule: packs are planned already") for one in problems)
+    problems = [str(problem) for problem in configuration.problems_of(planned)]
+    assert any(problem.startswith("data.context_schedule: packs are planned already") for problem in problems)
     assert any(one.startswith("data.context_length: does nothing here: packs are planned already") for one in problems)
 
 
 def test_a_schedule_beside_a_context_length_is_refused(config):
     combined = dataclasses.replace(config, data=dataclasses.replace(config.data, context_length=64))
     (problem,) = configuration.problems_of(combined)
-    assert problem.startswith("data.context_length: data.context_schedule has the context length by step")
+    assert str(problem).startswith("data.context_length: data.context_schedule has the context length by step")
 
 
 def test_a_later_phase_that_cannot_be_planned_is_refused_before_ranks_start(config):

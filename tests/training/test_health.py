@@ -259,6 +259,6 @@ def test_prometheus_reads_a_file_or_a_port_with_the_token(tmp_path, capsys):
 
 def test_health_that_cannot_be_is_refused_by_name():
     wrong = HealthConfig(every_steps=0, prometheus_file="a.prom", prometheus_port=70000, prometheus_address="eth0")
-    problems = " ".join(problems_of(Config(health=wrong)))
+    problems = " ".join(map(str, problems_of(Config(health=wrong))))
     assert "health.prometheus_file: there are no reports to publish" in problems
     assert "health.prometheus_port: at most 65,535" in problems and "health.prometheus_address: 'eth0'" in problems

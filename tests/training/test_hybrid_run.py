@@ -93,7 +93,7 @@ def test_what_a_run_does_not_do_is_refused_by_name(texts, tmp_path):
         configured_model(config, VOCABULARY, 100)
     megatron = dataclasses.replace(config, engine=dataclasses.replace(config.engine, name="megatron"))
     megatron = dataclasses.replace(megatron, parallel=ParallelConfig(ranks=2, latents=True))
-    assert any(problem.startswith("parallel.latents: engine megatron") for problem in problems_of(megatron))
+    assert any(str(problem).startswith("parallel.latents: engine megatron") for problem in problems_of(megatron))
 
 
 def test_layers_without_attention_have_no_score_matrix_and_latent_keys_all_their_width():

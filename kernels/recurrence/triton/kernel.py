@@ -1,0 +1,246 @@
+"""Recurrences with one decay a head, in Triton: chunk by chunk, all stretches in one launch (kernel "triton_chunked").
+
+The algebra is that of `chunked`. Forward in three launches: what each chunk does to any state, the scan of states over the chunks
+of each stretch, outputs. Backward in five: the first two again, the gradient that a chunk's own outputs have, the scan of
+gradients backwards, gradients of tokens. Without the delta rule the first launch is left out. There are no atomics: results have
+the same bits every time.
+
+Products are of the inputs' dtype, those of float32 as three products of TF32; what launches leave to later ones is of the inputs'
+dtype. Sums and states are float32, and sums of logarithms of decays are of double precision.
+"""
+
+# N stretches, M chunks, C tokens of a chunk, T tokens, H heads, G heads of queries and keys, K key dim, V value dim;
+# a state is S_NHKV
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from distattn.kernels.recurrence.tokens import RecurrenceTokens, Stretches, bounds_of
+from distattn.kernels.recurrence.transitions import diagonal_transitions
+from distattn.kernels.recurrence.triton.gradients import gradient_kernel
+from distattn.kernels.recurrence.triton.local import asked_kernel, output_kernel, triangular_kernel
+from distattn.kernels.recurrence.triton.scan import scan_back_kernel, scan_kernel
+from distattn.kernels.spec import KernelRequirements
+from distattn.kernels.triton.launch import (
+    Tile,
+    compute_capability,
+    make_launch,
+    run_launch,
+    tensor_arguments,
+)
+from distattn.kernels.triton.tiles import INTERPRETED
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MOST_DIM = 256
+# tokens of a chunk at most. Wider keys leave registers and shared memory room for fewer: bytes of a chunk's keys at most
+_CHUNK, _LEAST_CHUNK, _BYTES_OF_KEYS = 64, 16, 1 << 14
+# columns of values at a time, at most; products have 16 at least
+_COLUMNS, _LEAST_SIDE = 32, 16
+
+
+class ChunkTable(NamedTuple):
+    """Rows [begin, end) of each chunk, int32 (M, 2), and the first chunk of each stretch, int32 (N + 1).
+
+    bounds: rows of each stretch, int64 (N, 2). size: C. rows: how many rows stretches that follow one another have, 0 where
+    they leave rows out.
+    """
+
+    chunks: Tensor
+    first: Tensor
+    bounds: Tensor
+    size: int
+    rows: int
+
+
+def unsupported_reason(requirements: KernelRequirements) -> str | None:
+    """Return why this kernel cannot serve such a call, or None."""
+    device = requirements.device
+    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
+        return f"Triton kernels run on NVIDIA GPUs, not on {device.type}"
+    if compute_capability(device) < 80:
+        return "it needs compute capability 8.0 (A100) or later"
+    if requirements.dtype not in _DTYPES:
+        return f"it computes bfloat16, float16 and float32, not {str(requirements.dtype)[6:]}"
+    if requirements.op.decay == "channel":
+        return f"it has one decay for all channels of a head, and {requirements.op.name} has one for each"
+    for dim in (requirements.head_dim, requirements.v_head_dim):
+        if dim > _MOST_DIM:
+            return f"dims of keys and values are at most {_MOST_DIM}, not {dim}"
+    return None
+
+
+def chunk_size(requirements: KernelRequirements) -> int:
+    """Return C."""
+    bytes_of_key = max(triton.next_power_of_2(requirements.head_dim), _LEAST_SIDE) * requirements.dtype.itemsize
+    return max(min(_CHUNK, _BYTES_OF_KEYS // bytes_of_key), _LEAST_CHUNK)
+
+
+def prepare(stretches: Stretches, requirements: KernelRequirements) -> ChunkTable:
+    """Return the chunks of all stretches, on the host."""
+    size = chunk_size(requirements)
+    chunks: list[tuple[int, int]] = []
+    first = [0]
+    for begin, end in stretches:
+        chunks += [(start, min(start + size, end)) for start in range(begin, end, size)]
+        first.append(len(chunks))
+    ends = [0, *(end for _, end in stretches)]
+    follow = all(begin == before for (begin, _), before in zip(stretches, ends, strict=False))
+    table = torch.tensor(chunks, dtype=torch.int32).reshape(-1, 2)
+    return ChunkTable(
+        table, torch.tensor(first, dtype=torch.int32), bounds_of(stretches), size, ends[-1] if follow else 0
+    )
+
+
+def forward(x: RecurrenceTokens, chunks: ChunkTable, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (o_THV, the state after each stretch), in float32; o is 0 in no stretch."""
+    call = _Call(x, chunks, state_NHKV)
+    leaving = call.passed_on(state_NHKV, keep=True)
+    o = call.result(x.heads, x.v.shape[2])
+    call.run(output_kernel, call.programs, entering_=call.entering, **tensor_arguments(heard=call.heard, o=o))
+    return o, leaving
+
+
+def states(
+    x: RecurrenceTokens, chunks: ChunkTable, state_NHKV: Tensor, transitions: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return (the state after each stretch, A of each or None), in float32; see `chunked.states`."""
+    key_dim, value_dim = state_NHKV.shape[2:]
+    if not transitions or x.beta is None:
+        leaving = _Call(x, chunks, state_NHKV).passed_on(state_NHKV, keep=False)
+        return leaving, diagonal_transitions(x, chunks.bounds, state_NHKV.dtype) if transitions else None
+    # the recurrence on values 0 carries any state on: that of all unit vectors becomes A
+    identity = torch.eye(key_dim, dtype=state_NHKV.dtype, device=state_NHKV.device)
+    state = torch.cat([state_NHKV, identity.expand(*state_NHKV.shape[:2], -1, -1)], -1)
+    leaving = _Call(x._replace(v=F.pad(x.v, (0, key_dim))), chunks, state).passed_on(state, keep=False)
+    return leaving[..., :value_dim].contiguous(), leaving[..., value_dim:].contiguous()
+
+
+def backward(
+    x: RecurrenceTokens, chunks: ChunkTable, state_NHKV: Tensor, do_THV: Tensor, dstate_NHKV: Tensor
+) -> tuple[RecurrenceTokens, Tensor]:
+    """Return (gradients of the tokens, gradients of the states that enter), in float32; see `chunked.backward`."""
+    call = _Call(x, chunks, state_NHKV)
+    call.passed_on(state_NHKV, keep=True, inverses=True)
+    dentering = call.passed_back(do_THV, dstate_NHKV, keep=True)
+    key_dim, value_dim = state_NHKV.shape[2:]
+    dq, dk = call.result(x.heads, key_dim), call.result(x.heads, key_dim)
+    dv, dg = call.result(x.heads, value_dim), call.result(x.heads) if x.decays_by_token else None
+    dbeta = None if x.beta is None else call.result(x.heads)
+    results = {"dq": dq, "dk": dk, "dv": dv, "dg": dv if dg is None else dg, "dbeta": dv if dbeta is None else dbeta}
+    given = tensor_arguments(heard=call.heard, do=call.do, du=call.du, **results)
+    tensors = {"entering_": call.entering, "dleaving_": call.dleaving, "inverse_": call.inverse}
+    call.run(gradient_kernel, call.programs, warps=8, **given, **tensors, DG=dg is not None)
+    if call.group > 1:
+        dq, dk = (dy.unflatten(1, (-1, call.group)).sum(2) for dy in (dq, dk))
+    # a decay that is the same for all tokens has no gradient
+    return RecurrenceTokens(dq, dk, dv, x.g if dg is None else dg, dbeta), dentering
+
+
+def gradient_states(
+    x: RecurrenceTokens, chunks: ChunkTable, do_THV: Tensor, dstate_NHKV: Tensor, transitions: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return (the gradient of the state before each stretch, A of each or None), in float32; see `chunked.gradient_states`."""
+    call = _Call(x, chunks, dstate_NHKV)
+    if x.beta is not None:
+        call.solve()
+    dentering = call.passed_back(do_THV, dstate_NHKV, keep=False)
+    return dentering, states(x, chunks, torch.zeros_like(dstate_NHKV), True)[1] if transitions else None
+
+
+class _Call:
+    """One call: its tensors as kernels take them, and what its launches leave to later ones."""
+
+    def __init__(self, x: RecurrenceTokens, chunks: ChunkTable, state_NHKV: Tensor):
+        self.chunks, self.tokens, self.heads = chunks, len(x.v), x.heads
+        self.group = x.heads // x.q.shape[1]
+        self.key_dim, self.value_dim = x.q.shape[2], x.v.shape[2]
+        self.is_delta, self.programs = x.beta is not None, len(chunks.chunks) * x.heads
+        q, k, self.v = (_with_dense_rows(y) for y in (x.q, x.k, x.v))
+        # what is not there is not read: any tensor stands for it
+        g = q if x.g is None else x.g.expand(self.tokens, -1)
+        self.q, self.dtype = q, q.dtype
+        given = {"q": q, "k": k, "v": self.v, "g": g, "beta": q if x.beta is None else x.beta}
+        columns = max(min(_COLUMNS, triton.next_power_of_2(self.value_dim)), _LEAST_SIDE)
+        self.columns = columns
+        self.arguments: dict[str, Any] = tensor_arguments(**given) | {
+            "chunks_": chunks.chunks,
+            "first_": chunks.first,
+            "heads": self.heads,
+            "group": self.group,
+            "K": self.key_dim,
+            "V": self.value_dim,
+            "PK": max(triton.next_power_of_2(self.key_dim), _LEAST_SIDE),
+            "BV": columns,
+            "C": chunks.size,
+            "DECAY": x.g is not None,
+            "DELTA": self.is_delta,
+        }
+        # places of what launches leave; where nothing is left, any tensor
+        self.w = self.inverse = self.entering = self.dleaving = self.heard = self.du = self.do = self.v
+        self.scans = len(chunks.bounds) * self.heads * triton.cdiv(self.value_dim, columns)
+
+    def solve(self, inverses: bool = False) -> None:
+        """Compute u and w of all chunks; with `inverses` keep those of the triangular systems, too."""
+        size = self.chunks.size
+        self.w, self.heard = self._scratch(self.tokens, self.key_dim), self._scratch(self.tokens, self.value_dim)
+        if inverses:
+            self.inverse = self.q.new_empty(len(self.chunks.chunks), self.heads, size, size)
+        self.run(
+            triangular_kernel,
+            self.programs,
+            **tensor_arguments(w=self.w, u=self.heard),
+            inverse_=self.inverse,
+            KEEP=inverses,
+        )
+
+    def passed_on(self, state_NHKV: Tensor, keep: bool, inverses: bool = False) -> Tensor:
+        """Return the state after each stretch; with `keep` later launches find what enters chunks and what tokens store."""
+        if self.is_delta:
+            self.solve(inverses)
+        if keep:
+            self.entering = self._states()
+        leaving = torch.empty_like(state_NHKV, memory_format=torch.contiguous_format)
+        places = dict(entering_=self.entering, state_=state_NHKV.contiguous(), leaving_=leaving)
+        self.run(scan_kernel, self.scans, **tensor_arguments(w=self.w, u=self.heard), **places, KEEP=keep)
+        return leaving
+
+    def passed_back(self, do_THV: Tensor, dstate_NHKV: Tensor, keep: bool) -> Tensor:
+        """Return the gradient of the state before each stretch; with `keep` later launches find du and what leaves chunks."""
+        self.do = _with_dense_rows(do_THV)
+        if keep:
+            self.dleaving = self._states()
+        if keep or self.is_delta:
+            self.du = self._scratch(self.tokens, self.value_dim)
+            self.run(asked_kernel, self.programs, **tensor_arguments(do=self.do, du=self.du))
+        dentering = torch.empty_like(dstate_NHKV, memory_format=torch.contiguous_format)
+        places = dict(dleaving_=self.dleaving, dstate_=dstate_NHKV.contiguous(), dentering_=dentering)
+        given = tensor_arguments(w=self.w, do=self.do, du=self.du)
+        self.run(scan_back_kernel, self.scans, **given, **places, KEEP=keep)
+        return dentering
+
+    def result(self, *shape: int) -> Tensor:
+        """Return a float32 tensor (T, ...) for results; 0 where stretches leave rows out."""
+        make = torch.empty if self.chunks.rows == self.tokens else torch.zeros
+        return make((self.tokens, *shape), dtype=torch.float32, device=self.q.device)
+
+    def run(self, kernel: Any, programs: int, **arguments: Any) -> None:
+        """Launch a kernel with the tensors of the call and some others."""
+        # products of few rows cannot be shared by many warps
+        warps = 8 if self.chunks.size == _CHUNK else 4
+        run_launch(make_launch(kernel, programs, self.arguments | arguments, Tile(0, 0, warps, 1)))
+
+    def _scratch(self, *shape: int) -> Tensor:
+        return self.q.new_empty(shape[0], self.heads, *shape[1:])
+
+    def _states(self) -> Tensor:
+        return self.q.new_empty(len(self.chunks.chunks), self.heads, self.key_dim, self.value_dim)
+
+
+def _with_dense_rows(y: Tensor) -> Tensor:
+    return y if y.stride(-1) == 1 else y.contiguous()
