@@ -148,11 +148,11 @@ class _GroupPlanner:
         """See `planner.Ranks`: nobody is told of passes."""
 
     def close(self) -> None:
-        """End the host group and the thread that gives signs of life."""
+        """End the host group, the communicators and the thread that gives signs of life. A collective call."""
         self.planner.close()
         if self._host is not None and self._monitor is not None and self._transports is not None:
             self._host.close()
-            self._transports.close()
+            self._transports.close(gracefully=True)
             self._monitor.close()
 
 

@@ -160,7 +160,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        state: dict[str, Any],
+        state: dict[str, Any] | Callable[[HostBuffers], dict[str, Any]],
         *,
         overlap: bool = False,
         facts: Mapping[str, str] | None = None,
@@ -168,10 +168,10 @@ class Checkpoints:
     ) -> None:
         """Save a state after `step` training steps; a thread writes it. Collective, and all ranks must save the same steps.
 
-        state: nested dictionaries of tensors, DTensors and plain values, as `dcp.save` takes them. Returns once the tensors are
-        copied to host memory; with `overlap` at once, and no tensor may change before `wait_staged` has returned. Steps of
-        torch.optim's optimizers wait by themselves; whatever else changes the state must call it first. facts: more of them, of
-        this save alone, such as its loss. verdict: what speaks against the state already.
+        state: nested dictionaries of tensors, DTensors and plain values, as `dcp.save` takes them, or a function that makes them
+        (`HostBuffers.made`). Returns once the tensors are copied to host memory; with `overlap` at once, and no tensor may change
+        before `wait_staged` has returned. Steps of torch.optim's optimizers wait by themselves; whatever else changes the state
+        must call it first. facts: more of them, of this save alone. verdict: what speaks against the state already.
 
         An earlier save that still runs is waited for, with a warning: skipping this one would need all ranks to agree, at every
         save, and a second copy of the state would need as much memory again. A disk that is full or cannot be written costs one
@@ -179,7 +179,7 @@ class Checkpoints:
         DistattnError where the save before could not be made for another reason.
         """
         self._wait_for_earlier(step)
-        staged = StagedState(state, self._is_root, self._buffers)
+        staged = StagedState(self._buffers.made(state), self._is_root, self._buffers)
         self._last = _Save(step, staged, facts or {}, verdict)
         self._queue.put(self._last)
         if not overlap:

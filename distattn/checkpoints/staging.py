@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,11 @@ from torch.distributed.tensor import DTensor
 
 from distattn.checkpoints.pickled_names import check_value
 from distattn.ir.errors import DistattnError
+from distattn.kernels.devices import has_streams
+from distattn.memory import pinned_memory
 
+# tensors of `HostBuffers.keep` whose copies may be under way
+_IN_FLIGHT = 2
 # values that nothing can change
 _PLAIN = (int, float, complex, bool, str, bytes, type(None))
 
@@ -23,18 +29,79 @@ class HostBuffers:
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
+        # buffers that `keep` returned since the last save: names by the buffers' ids
+        self._kept: dict[int, str] = {}
+        self._streams: dict[torch.device, Any] = {}
+        # tensors that `keep` copies, each with the event after its copy, the oldest first
+        self._leaving: deque[tuple[torch.Tensor, Any]] = deque()
+
+    def keep(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the buffer of a tensor, which is copied into it; the caller may drop the tensor at once.
+
+        On a GPU the copy is made beside what the device does, and two tensors at most are held for it; then the current stream
+        waits for the oldest. `finish_kept` comes after the last tensor.
+        """
+        source = tensor.detach()
+        buffer = self.like(name, source)
+        self._kept[id(buffer)] = name
+        if not has_streams(source.device):
+            buffer.copy_(source)
+            return buffer
+        if source.device not in self._streams:
+            self._streams[source.device] = torch.cuda.Stream(source.device)
+        stream = self._streams[source.device]
+        stream.wait_stream(torch.cuda.current_stream(source.device))
+        with torch.cuda.stream(stream):
+            buffer.copy_(source, non_blocking=True)
+            self._leaving.append((source, stream.record_event()))
+        while len(self._leaving) > _IN_FLIGHT:
+            self._leave()
+        return buffer
+
+    def made(self, state: dict[str, Any] | Callable[[HostBuffers], dict[str, Any]]) -> dict[str, Any]:
+        """Return a state, or what a function makes of these buffers. The current stream then waits for what it kept."""
+        found = state(self) if callable(state) else state
+        self.finish_kept()
+        return found
+
+    def finish_kept(self) -> None:
+        """Have the current stream wait for the copies of `keep`: what it is given later may change the tensors."""
+        while self._leaving:
+            self._leave()
+
+    def _leave(self) -> None:
+        source, event = self._leaving.popleft()
+        torch.cuda.current_stream(source.device).wait_event(event)
+
+    def wait_kept(self) -> None:
+        """Return once the copies of `keep` are made."""
+        for stream in self._streams.values():
+            stream.synchronize()
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor is a buffer that `keep` returned since the last save."""
+        # an id may be used again once its buffer is gone
+        return self._buffers.get(self._kept.get(id(tensor), "")) is tensor
 
     def like(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The buffer of a tensor: on the host, of its shape and dtype."""
         found = self._buffers.get(name)
         if found is None or (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
-            found = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            # the old one's memory is given back first
+            self._buffers.pop(name, None)
+            found = (
+                pinned_memory.pinned_like(tensor)
+                if has_streams(tensor.device)
+                else torch.empty_like(tensor, device="cpu")
+            )
             self._buffers[name] = found
         return found
 
     def forget_others(self, names: set[str]) -> None:
-        """Let go of the buffers of other names."""
+        """Let go of the buffers of other names, but for those that `keep` returned since the last save."""
+        names = names | set(self._kept.values())
         self._buffers = {name: buffer for name, buffer in self._buffers.items() if name in names}
+        self._kept = {}
 
 
 class StagedState(DefaultSavePlanner):
@@ -51,7 +118,7 @@ class StagedState(DefaultSavePlanner):
         self._refusal: DistattnError | None = None
         # each with the count of changes made in place
         self._sources: list[tuple[str, torch.Tensor, int]] = []
-        signature = []
+        signature: list[tuple[Any, ...]] = []
         for name, value in self.state_dict.items():
             if not isinstance(value, torch.Tensor):
                 try:
@@ -60,6 +127,10 @@ class StagedState(DefaultSavePlanner):
                     # raised where all ranks learn of it
                     self._refusal = self._refusal or error
                 signature.append((name,))
+                continue
+            if buffers.holds(value):
+                self._staged[name] = value
+                signature.append((name, value.shape, value.dtype, value.shape))
                 continue
             local = value.detach()
             local = local.to_local() if isinstance(local, DTensor) else local
@@ -90,6 +161,7 @@ class StagedState(DefaultSavePlanner):
             self._staged[name] = buffer
         for stream in self._streams.values():
             stream.synchronize()
+        self._buffers.wait_kept()
         changed = [name for name, local, version in sources if local._version != version]
         # nothing of the device's memory is held longer than this
         self._sources = []

@@ -74,10 +74,11 @@ class MonitoredTransport:
     def guarded(self, work: Callable[[], Any]) -> Any:
         return self._monitor.guarded(work, MESSAGES, self._members)
 
-    def close(self) -> None:
-        """End the watch's thread."""
+    def close(self, gracefully: bool) -> None:
+        """End the watch's thread, and the communicator after its last driver. gracefully: no rank is known to be lost."""
         if self._watch is not None:
             self._watch.close()
+        self._transport.release(gracefully and self._monitor.verdict is None)
 
 
 class _MonitoredWork(NamedTuple):
@@ -108,15 +109,16 @@ class MonitoredTransports:
             transport = self._monitor.guarded(
                 lambda: EXECUTABLES.transport(group, device, self._monitor.wait_timeout), MESSAGES, self._members
             )
+            transport.acquire()
             self._opened[device.type] = MonitoredTransport(
                 transport, self._monitor, self._members, device, self.messages
             )
         return self._opened[device.type]
 
-    def close(self) -> None:
-        """End the threads that watch messages."""
+    def close(self, gracefully: bool) -> None:
+        """End the threads that watch messages, and the communicators. A collective call where gracefully."""
         for transport in self._opened.values():
-            transport.close()
+            transport.close(gracefully)
 
 
 class Communicators:
@@ -146,13 +148,13 @@ class Communicators:
             return self.messages.timed(lambda: self.monitor.guarded(work, what, members))
 
     def close(self, gracefully: bool) -> None:
-        """End the host groups and the monitor's thread; the exchange is its planning thread's to close.
+        """End the communicators, the host groups and the monitor's thread; the exchange is its planning thread's to close.
 
         gracefully: servers are let go first; otherwise they notice that this rank has gone.
         """
         with contextlib.ExitStack() as stack:
             stack.callback(self.monitor.close)
-            stack.callback(self.transports.close)
+            stack.callback(self.transports.close, gracefully)
             stack.callback(self.agreement.close)
             if self.control is not None:
                 stack.callback(self.control.close, gracefully)

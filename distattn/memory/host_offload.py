@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distattn.ir.errors import DistattnError
 from distattn.kernels.devices import has_streams
+from distattn.memory import pinned_memory
 
 
 class HostOffload:
@@ -27,14 +28,16 @@ class HostOffload:
     """
 
     def __init__(self, in_flight: int = 2):
+        self._streams: dict[torch.device, Any] = {}
         if in_flight < 1:
             raise DistattnError(f"in_flight is at least 1, not {in_flight}.")
         self.in_flight = in_flight
         self._lock = threading.RLock()
-        self._streams: dict[torch.device, Any] = {}
         # on their way out, oldest first; those that may be asked for, in the order in which they came
         self._leaving: deque[Ticket] = deque()
         self._waiting: list[weakref.ref[Ticket]] = []
+        # pinned bytes of tickets that are gone. All copies of a device are on one stream, so they are used again in its order
+        self._free: dict[torch.device, list[Tensor]] = {}
 
     def put(self, x: Tensor) -> Ticket:
         """Take a tensor to the host; the caller drops it. In the current stream of this thread, which made it."""
@@ -65,6 +68,29 @@ class HostOffload:
                 one.fetch()
         return x
 
+    def take_pinned(self, x: Tensor) -> Tensor:
+        """Return pinned bytes (at least those of x), free ones if some are large enough: pinning takes long."""
+        with self._lock:
+            free = self._free.setdefault(x.device, [])
+            fitting = [number for number, buffer in enumerate(free) if buffer.nbytes >= x.nbytes]
+            if fitting:
+                return free.pop(min(fitting, key=lambda number: free[number].nbytes))
+            if free:
+                # a larger one takes the place of a smaller one, whose copies have to be over
+                self._streams[x.device].synchronize()
+                del free[max(range(len(free)), key=lambda number: free[number].nbytes)]
+        return pinned_memory.pinned_bytes(x.nbytes)
+
+    def give_pinned(self, device: torch.device, buffer: Tensor) -> None:
+        """Take back the pinned bytes of a tensor of a device."""
+        with self._lock:
+            self._free[device].append(buffer)
+
+    def __del__(self) -> None:
+        # the allocator knows nothing of these pages: they must not be given back before the copies from and to them are over
+        for stream in self._streams.values():
+            stream.synchronize()
+
     def _stream(self, device: torch.device) -> Any:
         if not has_streams(device):
             return None
@@ -80,10 +106,12 @@ class Ticket:
         self._owner, self._stream, self._like = owner, stream, x.new_empty(0)
         self._event: Any = None
         self._device: Tensor | None = x
+        self._pinned: Tensor | None = None
         if stream is None:
             self.host = x.clone()
             return
-        self.host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self._pinned = owner.take_pinned(x)
+        self.host = self._pinned[: x.nbytes].view(x.dtype).view(x.shape)
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):
             self.host.copy_(x, non_blocking=True)
@@ -92,6 +120,8 @@ class Ticket:
     def __del__(self) -> None:
         # a copy that is under way when a graph is dropped: its memory must not be used before the copy is over
         self.leave()
+        if self._pinned is not None:
+            self._owner.give_pinned(self._like.device, self._pinned)
 
     def get(self) -> Tensor:
         """The tensor on its device, of which the caller has the only reference. Its numbers are those that went out."""

@@ -21,6 +21,7 @@ from distattn.parallel.runtime.communicator import (
     open_communicator,
     open_host_communicator,
 )
+from distattn.parallel.runtime.communicator_end import end_communicator
 from distattn.parallel.runtime.transport import GroupTransport
 from distattn.preflight.comparison import code_problems, problems_of, warnings_of
 from distattn.preflight.device_state import Clock, gpu_clock
@@ -109,6 +110,7 @@ def preflight(
         tell(report)
     # a launcher ends all ranks when the first one ends
     gather(None, "end")
+    end_communicator(host)
     return report
 
 
@@ -158,8 +160,8 @@ def _measured(
     clock = gpu_clock(device)
     if device.type == "cuda":
         if transport is not None:
-            # nothing is under way; open, it would keep buffers for each peer
-            transport.abort()
+            # open, it would keep buffers for each peer
+            transport.close()
         torch.cuda.empty_cache()
     return speed, clock
 

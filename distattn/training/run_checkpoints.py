@@ -18,10 +18,11 @@ from distattn.checkpoints.checkpoint_folder import (
 )
 from distattn.checkpoints.checkpoints import Checkpoints, Loaded
 from distattn.checkpoints.run_lock import RunLock
+from distattn.checkpoints.staging import HostBuffers
 from distattn.checkpoints.verdicts import GOOD, REFUSED, CheckpointVerdict
 from distattn.ir.errors import DamagedStateError, DistattnError
 from distattn.parallel.analysis.columns import plural
-from distattn.training.engines.engine import Engine, EngineState
+from distattn.training.engines.engine import Engine, EngineState, host_tensor
 from distattn.training.loss_by_position import LossByPosition
 from distattn.training.metrics import MetricsReporter, warn
 from distattn.training.module_observer import gathered
@@ -89,7 +90,7 @@ class RunCheckpoints:
         if streak is not None and (self.watch.doubts_weights or done == self.config.train.steps):
             text = f"it was saved after refused steps, from {streak.first + 1:,} on: {streak.reason.removesuffix('.')}"
             verdict = CheckpointVerdict(REFUSED, text)
-        self.checkpoints.save(done, self._state(), overlap=True, facts=facts, verdict=verdict)
+        self.checkpoints.save(done, self._kept_state, overlap=True, facts=facts, verdict=verdict)
         self._save_is_due, self._saved_step, self._loaded = False, done, None
         self._uncompared = done
 
@@ -119,7 +120,7 @@ class RunCheckpoints:
 
     def resume(self) -> int:
         """Load the newest checkpoint. Return its step; 0 without one."""
-        engine_state = self.engine.state()
+        engine_state = self.engine.state(host_tensor)
         state = self._state(engine_state)
         loaded = self.checkpoints.load_newest(state, required={name: self.facts[name] for name in REQUIRED})
         self._loaded, self._saved_step, self._save_is_due = loaded, loaded and loaded.step, False
@@ -253,9 +254,12 @@ class RunCheckpoints:
                 "and the next resume uses the old one, unless it gets the same keys."
             )
 
-    def _state(self, engine_state: EngineState | None = None) -> dict[str, Any]:
-        """Return the state that a checkpoint contains."""
-        state = self.engine.state() if engine_state is None else engine_state
+    def _kept_state(self, buffers: HostBuffers) -> dict[str, Any]:
+        """Return the state that a checkpoint contains; tensors that an engine gathers for it are in the buffers."""
+        return self._state(self.engine.state(buffers.keep))
+
+    def _state(self, state: EngineState) -> dict[str, Any]:
+        """Return the state that a checkpoint contains. state: the engine's."""
         progress = {"updates": state.updates, "watch": self.watch.state_dict()}
         averages = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
         return {

@@ -22,6 +22,7 @@ from torch.distributed.constants import default_pg_timeout
 
 from distattn.ir.errors import DistattnError
 from distattn.parallel.runtime.attendance import attended, default_store
+from distattn.parallel.runtime.communicator_end import end_communicator, end_with_group
 from distattn.parallel.runtime.sealed_values import seal, unseal
 
 # after which PyTorch's own watchdog may end a process that waits
@@ -37,8 +38,9 @@ _OPENED: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 def open_communicator(group: dist.ProcessGroup, device: torch.device, timeout: timedelta) -> Any:
     """A backend for messages between such devices, of the kind that the group has. A collective call of the group's ranks.
 
-    It is warm (`warm_up`). timeout: how long ranks wait for each other, here and in each message. Raises DistattnError where the
-    group has no backend for the device, LostRankError where a rank does not come.
+    It is warm (`warm_up`). `end_communicator` ends it; otherwise it ends with the group, or at exit. timeout: how long ranks wait
+    for each other, here and in each message. Raises DistattnError where the group has no backend for the device, LostRankError
+    where a rank does not come.
     """
     kind = backend_name(group, device)
     if kind is None or kind != _SENDS_FROM.get(device.type):
@@ -183,7 +185,12 @@ def _opened(group: dist.ProcessGroup, make: Callable[..., Any], device: torch.de
         store.set(f"here/{rank}", "1")
         store.wait([f"here/{other}" for other in range(len(members))], timeout)
         backend = make(store, rank, members, timeout, name)
-        warm_up(backend, rank, len(members), device, timeout)
+        end_with_group(backend, group)
+        try:
+            warm_up(backend, rank, len(members), device, timeout)
+        except BaseException:
+            end_communicator(backend, gracefully=False)
+            raise
         return backend
 
     return attended(group, "the making of a communicator", work)

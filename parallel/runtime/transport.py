@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distattn.ir.errors import DistattnError, LostRankError, named_ranks
 from distattn.ir.plan import Payload
+from distattn.parallel.runtime.communicator_end import end_communicator
 
 
 class Packet(NamedTuple):
@@ -69,6 +70,8 @@ class GroupTransport:
         self._group = weakref.ref(group)
         self._backend = backend
         self.is_open = True
+        # drivers that send through it, see `release`
+        self._users = 0
         # whether waiting only orders streams, and this process runs on
         self.waits_on_stream = bool(backend.supports_coalescing)
 
@@ -77,6 +80,11 @@ class GroupTransport:
     ) -> PendingMessages:
         if self._group() is None:
             raise DistattnError("the process group this plan was prepared for has been destroyed; prepare it again.")
+        if not self.is_open:
+            raise DistattnError(
+                "the messages of this plan have ended: its ContextParallel was closed, or a rank was lost; make another one, and "
+                "close it after the last backward pass."
+            )
         if self._backend.supports_coalescing:
             # its all-to-all is the same messages, and bytes that were packed
             return self._all_at_once(sends, receives, where)
@@ -84,8 +92,22 @@ class GroupTransport:
 
     def abort(self) -> None:
         """Give up all messages under way: whatever waits for them on a device goes on."""
+        self.close(gracefully=False)
+
+    def acquire(self) -> None:
+        """Note one more driver that sends through this transport until it calls `release`."""
+        self._users += 1
+
+    def release(self, gracefully: bool) -> None:
+        """Close the transport after its last driver. See `close`."""
+        self._users -= 1
+        if not self._users:
+            self.close(gracefully)
+
+    def close(self, gracefully: bool = True) -> None:
+        """End the communicator, once; a collective call where gracefully. See `end_communicator`."""
         self.is_open = False
-        self._backend.abort()
+        end_communicator(self._backend, gracefully)
 
     def _all_at_once(self, sends: list[Packet], receives: list[Packet], where: str) -> PendingMessages:
         if not sends and not receives:

@@ -483,3 +483,22 @@ def test_what_cannot_be_removed_costs_a_warning(tmp_path, monkeypatch):
     saver.close()
     assert steps(tmp_path) == [1, 2]
     assert warned == [f"{Path(tmp_path) / 'step-00000001'}: an old checkpoint cannot be removed: Permission denied."]
+
+
+def test_a_state_is_made_once_the_save_before_is_written(tmp_path):
+    saver = open_checkpoints(tmp_path)
+
+    def state_of(step):
+        def made(buffers):
+            assert saver._last is None or saver._last.written.is_set()
+            names = faults.state_of(step)["model"]
+            return {"model": {name: buffers.keep(f"model.{name}", tensor) for name, tensor in names.items()}}
+
+        return made
+
+    for step in (1, 2):
+        saver.save(step, state_of(step), overlap=True)
+    loaded = {"model": faults.empty_state()["model"]}
+    assert saver.load_newest(loaded).step == 2
+    saver.close()
+    assert faults.equal(loaded, {"model": faults.state_of(2)["model"]})

@@ -9,6 +9,7 @@ from imitated_cuda import DEVICE, imitated_cuda
 from torch import nn
 
 from distattn.ir.errors import DistattnError
+from distattn.memory import pinned_memory
 from distattn.memory.activation_checkpointing import checkpoint_layers
 from distattn.memory.host_offload import HostOffload, Ticket
 
@@ -93,6 +94,48 @@ def test_no_more_inputs_are_on_the_device_than_may_be_in_flight():
     assert torch.equal(tickets[3].get(), torch.ones(5))
     del tickets, ticket
     assert offload.host_bytes == 0
+
+
+def test_pinned_memory_is_exact_and_used_again():
+    # the patch is undone first, so that it does not leave the imitation's own behind
+    with imitated_cuda(), pytest.MonkeyPatch.context() as patch:
+        pinned, make = [], pinned_memory.pinned_bytes
+
+        def counted(size):
+            pinned.append(size)
+            return make(size)
+
+        patch.setattr(pinned_memory, "pinned_bytes", counted)
+        offload = HostOffload(2)
+        # of steps with other lengths, as many are kept as were alive at once, and none that is too small
+        for tokens, wanted in ((5, [20] * 3), (5, []), (3, []), (6, [24] * 3), (5, [])):
+            tickets = [offload.put(torch.ones(tokens, device=DEVICE)) for _ in range(3)]
+            for ticket in reversed(tickets):
+                assert ticket.get().shape == (tokens,)
+            del ticket, tickets
+            gc.collect()
+            assert pinned == wanted
+            assert len(offload._free[DEVICE]) == 3
+            pinned.clear()
+
+
+def test_pinned_memory_is_given_back_after_its_copies_are_over():
+    with imitated_cuda() as cuda:
+        given_back = []
+        offload = HostOffload(2)
+        ticket = offload.put(torch.ones(5, device=DEVICE))
+        ticket.get()
+        pinned = ticket._pinned.untyped_storage()
+        copies = cuda.clocks.snapshot(offload._streams[DEVICE].timeline)
+        weakref.finalize(pinned, lambda: given_back.append(covers(cuda.clocks.snapshot(cuda.clocks.host()), copies)))
+        del ticket, offload, pinned
+        gc.collect()
+        assert given_back == [True]
+
+
+def covers(clock, other):
+    """Return whether a clock knows all that another one knows."""
+    return all(clock.get(timeline, 0) >= tick for timeline, tick in other.items())
 
 
 def test_layers_keep_nothing_of_their_inputs():

@@ -39,6 +39,7 @@ from distattn.kernels.triton import attention as triton_attention
 # the kernel that is registered as KERNEL: Triton's, whose launches are recorded
 from distattn.kernels.triton.attention import ACCUMULATES, DIFFERENTIABLE_LSE, backward, forward, prepare
 from distattn.kernels.triton.launch import TritonLaunch
+from distattn.memory import pinned_memory
 from distattn.ops import attention
 from distattn.parallel.runtime import communicator
 
@@ -88,6 +89,7 @@ def imitated_cuda(current: int = TENSORS_ON) -> Iterator[Cuda]:
         }
         for name, stand_in in stands_for.items():
             patch.setattr(torch.cuda, name, stand_in)
+        patch.setattr(pinned_memory, "pinned_bytes", lambda size: torch.empty(size, dtype=torch.uint8, pin_memory=True))
         patch.setattr(Tensor, "record_stream", lambda x, stream: cuda.clocks.record(x, stream.timeline))
         is_enabled = torch.is_autocast_enabled
         patch.setattr(torch, "is_autocast_enabled", lambda kind: is_enabled("cuda" if kind == DEVICE.type else kind))

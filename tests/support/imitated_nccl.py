@@ -4,11 +4,14 @@ What NCCL does and gloo does not: the first call of a communicator blocks until 
 rank to another connects them, which blocks the host, without a time-out, until both have come to it; tensors of another
 device are refused; messages are one call, and calls are worked off in order, each only when both ends have come to it; what is
 sent is read late, and what is received is there only after the wait. So here sends are read at the wait, what is to be received
-is NaN until then, and where ranks would wait for each other for ever a Hang says who for whom.
+is NaN until then, and where ranks would wait for each other for ever a Hang says who for whom. A shutdown waits for calls under
+way and for the other ranks; after it no call may be made. A communicator that was neither shut down nor aborted prints a warning
+when it is dropped.
 """
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -67,7 +70,7 @@ class QueueWire:
 class GlooWire:
     """Between processes."""
 
-    KINDS = ("here", "data", "taken")
+    KINDS = ("here", "data", "taken", "end")
 
     def __init__(self, gloo: Any, store: dist.Store, seconds: float = 60.0):
         self._gloo, self._store, self._kept, self.seconds = gloo, store, [], seconds
@@ -107,7 +110,7 @@ class ImitatedNccl:
         """blocks: waits return once messages have come; otherwise at once, as where a device's stream waits."""
         self._blocks = blocks
         self._wire, self._rank, self._ranks, self._device = wire, rank, ranks, torch.device(device)
-        self._has_called, self._is_aborted = False, False
+        self._has_called, self._is_aborted, self._is_shut = False, False, False
         # (source, destination) of messages that this rank has sent or received
         self._connected: set[tuple[int, int]] = set()
         self._group: _Call | None = None
@@ -159,6 +162,8 @@ class ImitatedNccl:
         return self._end_coalescing() if alone else None
 
     def _check(self, *tensors: Tensor) -> None:
+        if self._is_shut:
+            raise RuntimeError("NCCL communicator was used after its shutdown")
         for tensor in tensors:
             if tensor.device != self._device:
                 raise RuntimeError(f"a tensor on {tensor.device}, the communicator is on {self._device}")
@@ -168,16 +173,18 @@ class ImitatedNccl:
         if self._has_called:
             return
         self._has_called = True
+        self._meet("here", "first call of a communicator")
+
+    def _meet(self, kind: str, what: str) -> None:
+        """Wait until all ranks have come to this."""
         others = [rank for rank in range(self._ranks) if rank != self._rank]
         for rank in others:
-            self._wire.put(rank, "here", torch.zeros(1, dtype=torch.uint8))
+            self._wire.put(rank, kind, torch.zeros(1, dtype=torch.uint8))
         for rank in others:
             try:
-                self._wire.take(rank, "here")
+                self._wire.take(rank, kind)
             except TimeoutError:
-                raise Hang(
-                    f"rank {self._rank}'s first call of a communicator waits for a call of rank {rank}"
-                ) from None
+                raise Hang(f"rank {self._rank}'s {what} waits for a call of rank {rank}") from None
 
     def _connect(self, call: _Call) -> None:
         """Wait, on the host, for the other end of each message between ranks that have not had one in this direction."""
@@ -195,6 +202,22 @@ class ImitatedNccl:
                     raise Hang(f"rank {self._rank}'s first message with rank {peer} waits on the host for rank {peer}")
                 time.sleep(0.005)
         self._connected |= set(new)
+
+    def shutdown(self) -> None:
+        """Wait for calls under way and for the other ranks' shutdown."""
+        if self._stream:
+            self.work_off(self._stream[-1])
+        if self._has_called:
+            self._meet("end", "shutdown")
+        self._is_shut = True
+
+    def __del__(self) -> None:
+        # the words of PyTorch's destructor, which aborts then
+        if not (self._is_shut or self._is_aborted):
+            os.write(
+                2, b"WARNING: destroy_process_group() was not called before program exit, which can leak resources.\n"
+            )
+            self.abort()
 
     def abort(self) -> None:
         """Whatever waits goes on."""

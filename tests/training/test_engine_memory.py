@@ -92,3 +92,37 @@ def test_a_rank_holds_its_share_and_one_module_while_an_engine_opens(engine):
         else:
             # an embedding that is gathered, and a copy of it
             assert math.ceil(whole / 4) <= handing_over < 1.01 * whole / 4 + 2.5 * largest
+
+
+def _held_by_a_state(rank: int, name: str, how: EngineConfig) -> int:
+    """Bytes at most, over those before, while an engine makes its state and what it gathers is copied elsewhere."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    if name == "megatron":
+        import megatron_on_cpu  # noqa: F401
+    config = Config(model=SHAPE, parallel=ParallelConfig(ranks=2, kernel="reference"), engine=how)
+    kept: list[str] = []
+
+    def keep(name, tensor):
+        kept.append(name)
+        return torch.empty(0)
+
+    with LiveBytes() as live:
+        engine = open_engine(config, torch.device("cpu"), VOCABULARY, 128)
+        try:
+            before = live.peak = live.now
+            state = engine.state(keep)
+            # on both ranks there are weights to be saved, and a name stands for one tensor
+            assert len(set(kept)) == len(kept) == sum(map(len, state[:3])) > 10
+            return live.peak - before
+        finally:
+            engine.close()
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("engine", ["deepspeed 3", "deepspeed 2", "megatron"])
+def test_a_rank_holds_few_gathered_tensors_while_its_state_is_saved(engine):
+    name, how, _ = ENGINES[engine]
+    _, largest = _sizes()
+    for held in run_on_ranks(2, _held_by_a_state, name, EngineConfig(name=name, **how)):
+        # one that is gathered, from its parts; all that a rank keeps are 14 times the largest
+        assert largest <= held < 5 * largest

@@ -43,9 +43,11 @@ from distattn.training.engines.engine import (
     WEIGHT,
     Batch,
     EngineState,
+    Keep,
     OnTokenLosses,
     PipelineStage,
     StateTensor,
+    cloned,
 )
 from distattn.training.engines.keepers import keepers_of
 from distattn.training.plan_settings import PlanSettings
@@ -178,17 +180,19 @@ class DeepSpeedEngine:
                     yield kind or MASTER_WEIGHT, name, parameter._hp_mapping.get_hp_fragment(kind or None).detach()
         yield COUNTS, "", torch.stack([kept["step"] for kept in self._adam.state.values()])
 
-    def state(self) -> EngineState:
+    def state(self, keep: Keep = cloned) -> EngineState:
         """See `Engine`. Whole tensors; each rank keeps a share of them, so ranks have different names.
 
-        One parameter at a time is gathered. All tensors are copies.
+        One parameter at a time is gathered. All tensors are what `keep` returns.
         """
         found: tuple[dict[str, Tensor], ...] = ({}, {}, {})
         for name, parameter in self._named():
             for kept, kind in zip(found, ("", *_AVERAGES), strict=True):
                 whole = self._whole(parameter, kind)
                 if self._keepers[name] == dist.get_rank():
-                    kept[name] = whole.detach().clone()
+                    kept[name] = keep(f"{kind or 'param'}.{name}", whole)
+                # not held while the next one is gathered
+                del whole
         return EngineState(found[0], found[1], found[2], self._updates())
 
     @torch.no_grad()
@@ -198,7 +202,9 @@ class DeepSpeedEngine:
             shape = parameter.ds_shape if self._stage == 3 else parameter.shape
             for kept, kind in zip(state[:3], ("", *_AVERAGES), strict=True):
                 dtype = torch.float32 if self._stage else parameter.dtype
-                whole = kept[name] if name in kept else torch.empty(shape, dtype=dtype, device=self._device)
+                whole = torch.empty(shape, dtype=dtype, device=self._device)
+                if name in kept:
+                    whole.copy_(kept[name])
                 dist.broadcast(whole, self._keepers[name])
                 self._set_whole(parameter, whole, kind)
         if self._stage in (1, 2):

@@ -34,6 +34,19 @@ class EngineState(NamedTuple):
     updates: int
 
 
+Keep = Callable[[str, Tensor], Tensor]
+
+
+def cloned(name: str, tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor beside it, on its device."""
+    return tensor.detach().clone()
+
+
+def host_tensor(name: str, tensor: Tensor) -> Tensor:
+    """Return an empty tensor on the host like another one, for what is read from a checkpoint."""
+    return torch.empty_like(tensor, device="cpu")
+
+
 class PipelineStage(NamedTuple):
     """Which stage of a pipeline this rank computes: stages run one after the other, and backward in the reverse order.
 
@@ -94,8 +107,11 @@ class Engine(Protocol):
     def state_tensors(self) -> Iterator[StateTensor]:
         """Yield this rank's part of weights and optimizer state, which only `update` and `load` may change; not collective."""
 
-    def state(self) -> EngineState:
-        """What is saved: references or copies; a checkpoint is read into the tensors, and then given to `load`."""
+    def state(self, keep: Keep = cloned) -> EngineState:
+        """Return what is saved: references or copies; a checkpoint is read into the tensors, and then given to `load`.
+
+        keep: returns a copy of a tensor that was gathered, given a name for it that no other tensor of the state has.
+        """
 
     def load(self, state: EngineState) -> None:
         """Take over what was read into the tensors of `state`."""

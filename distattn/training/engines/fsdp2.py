@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from distattn.adapters import pytorch
 from distattn.training.config import Config
-from distattn.training.engines.engine import Batch, EngineState, OnTokenLosses, PipelineStage, StateTensor
+from distattn.training.engines.engine import Batch, EngineState, Keep, OnTokenLosses, PipelineStage, StateTensor, cloned
 from distattn.training.plan_settings import PlanSettings
 from distattn.training.run_settings import build_model, configured_model, prepare_layers, tiled_loss
 from distattn.training.schedule import parameter_groups, set_learning_rate
@@ -96,7 +96,7 @@ class Fsdp2Engine:
         """See `Engine`."""
         return state_tensors(self._sharded.items(), self.optimizer)
 
-    def state(self) -> EngineState:
+    def state(self, keep: Keep = cloned) -> EngineState:
         """See `Engine`. The tensors are the engine's own."""
         named = dict(self.named_parameters())
         exp_avg, exp_avg_sq = (

@@ -42,9 +42,11 @@ from distattn.training.engines.engine import (
     WEIGHT,
     Batch,
     EngineState,
+    Keep,
     OnTokenLosses,
     PipelineStage,
     StateTensor,
+    cloned,
 )
 from distattn.training.engines.keepers import keepers_of
 from distattn.training.plan_settings import PlanSettings
@@ -173,10 +175,10 @@ class MegatronEngine:
                     yield MASTER_WEIGHT if kind == "param" else kind, name, optimized[0].detach()
 
     @torch.no_grad()
-    def state(self) -> EngineState:
+    def state(self, keep: Keep = cloned) -> EngineState:
         """See `Engine`. Whole tensors; each rank keeps a share of its stage's, so ranks have different names.
 
-        A layer's tensors are gathered at a time. All tensors are copies.
+        A layer's tensors are gathered at a time. All tensors are what `keep` returns.
         """
         found: tuple[dict[str, Tensor], ...] = ({}, {}, {})
         for kept, kind in zip(found, _KINDS, strict=True):
@@ -185,7 +187,7 @@ class MegatronEngine:
             parts = [_Parts(self._parameters, gather, rank) for rank in range(self._shard.tensor_ranks)]
             for name, whole in to_huggingface(parts, self._shape, self._shard):
                 if self._keepers[name] == dist.get_rank():
-                    kept[name] = whole.clone()
+                    kept[name] = keep(f"{kind}.{name}", whole)
         return EngineState(found[0], found[1], found[2], self._updates)
 
     @torch.no_grad()
@@ -194,9 +196,9 @@ class MegatronEngine:
         for kept, kind in zip(state[:3], _KINDS, strict=True):
 
             def read(name: str, kept: dict[str, Tensor] = kept) -> Tensor:
-                whole = kept.get(name)
-                if whole is None:
-                    whole = torch.empty(self._wholes[name], dtype=torch.float32, device=self._device)
+                whole = torch.empty(self._wholes[name], dtype=torch.float32, device=self._device)
+                if name in kept:
+                    whole.copy_(kept[name])
                 dist.broadcast(whole, self._keepers[name], group=self._stage_group)
                 return whole
 

@@ -1,0 +1,181 @@
+"""The end of communicators: shut down once, with their driver, their group or the process; aborted where a rank is lost."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from imitated_nccl import ImitatedNccl, QueueWire
+
+from distattn.ir.errors import DistattnError
+from distattn.parallel.runtime import communicator_end
+from distattn.parallel.runtime.communicator_end import end_communicator, end_with_group
+from distattn.parallel.runtime.transport import GroupTransport, Packet
+
+SUPPORT = Path(__file__).parents[1] / "support"
+
+
+class Group:
+    """Stands for a process group."""
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """A communicator of one rank and its group; waits for its end are short."""
+    monkeypatch.setattr(communicator_end, "_END_SECONDS", 0.2)
+    group, backend = Group(), ImitatedNccl(QueueWire().end(0), 0, 1)
+    end_with_group(backend, group)
+    yield group, backend
+    end_communicator(backend, gracefully=False)
+
+
+def test_a_communicator_that_is_dropped_without_an_end_prints_the_warning(capfd):
+    ImitatedNccl(QueueWire().end(0), 0, 1).size()
+    assert "destroy_process_group() was not called" in capfd.readouterr().err
+
+
+def test_a_closed_transport_is_shut_down_once_and_refuses_messages(opened):
+    group, backend = opened
+    transport = GroupTransport(group, backend)
+    transport.acquire()
+    transport.acquire()
+    transport.release(gracefully=True)
+    assert transport.is_open and not backend._is_shut
+    transport.release(gracefully=True)
+    transport.close()
+    assert backend._is_shut and not backend._is_aborted
+    with pytest.raises(DistattnError, match="close it after the last backward pass"):
+        transport.exchange([Packet(0, "numbers", torch.ones(1))], [], False)
+    with pytest.raises(RuntimeError, match="used after its shutdown"):
+        backend.allreduce([torch.ones(1)])
+
+
+def test_a_transport_on_a_backend_of_the_callers_own_is_aborted_once():
+    backend = ImitatedNccl(QueueWire().end(0), 0, 1)
+    group = Group()
+    transport = GroupTransport(group, backend)
+    transport.abort()
+    assert backend._is_aborted
+    backend._is_aborted = False
+    transport.abort()
+    assert not backend._is_aborted
+    # for its destructor
+    backend.abort()
+
+
+def test_garbage_collection_may_end_a_communicator_on_a_thread_that_ends_another():
+    lock = communicator_end._LOCK
+    with lock:
+        assert lock.acquire(blocking=False)
+        lock.release()
+
+
+def test_no_thread_is_left_after_the_last_communicator(monkeypatch):
+    # communicators of other tests may be open
+    own = type("Helpers", (communicator_end._Helpers,), {"_users": 0, "_process": 0})
+    monkeypatch.setattr(communicator_end, "_Helpers", own)
+    group, backends = Group(), [ImitatedNccl(QueueWire().end(0), 0, 1) for _ in range(2)]
+    for backend in backends:
+        end_with_group(backend, group)
+    threads = set(own._threads)
+    for backend in backends:
+        assert threads and threads <= set(threading.enumerate())
+        end_communicator(backend)
+    assert all(backend._is_shut for backend in backends) and not threads & set(threading.enumerate())
+
+
+def test_a_communicator_ends_with_its_group(opened):
+    group, backend = opened
+    del group
+    # the fixture's own reference is gone with the group's last name
+    communicator_end._OPEN[id(backend)].finalizer()
+    assert backend._is_shut and id(backend) not in communicator_end._OPEN
+
+
+@pytest.mark.parametrize("fails", [True, False], ids=["a shutdown that fails", "a shutdown that hangs"])
+def test_a_communicator_that_cannot_be_shut_down_is_aborted(opened, monkeypatch, fails):
+    backend = opened[1]
+    release = communicator_end.threading.Event()
+
+    def shutdown():
+        if fails:
+            raise RuntimeError("NCCL error")
+        release.wait()
+
+    monkeypatch.setattr(backend, "shutdown", shutdown)
+    end_communicator(backend)
+    release.set()
+    assert backend._is_aborted
+
+
+def test_after_an_error_that_ended_the_process_nobody_is_waited_for(opened, monkeypatch):
+    monkeypatch.setattr(sys, "last_value", ValueError(), raising=False)
+    communicator_end._OPEN[id(opened[1])].finalizer()
+    assert opened[1]._is_aborted and not opened[1]._is_shut
+
+
+def test_a_forked_process_leaves_communicators_of_its_parent_alone(opened, monkeypatch):
+    backend, own = opened[1], os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: own + 1)
+    end_communicator(backend)
+    assert not backend._is_shut and not backend._is_aborted
+    # for the fixture: the warning is not wanted
+    backend.abort()
+
+
+# two ranks, forked after the imports, that end as programs do
+PROGRAM = """
+import logging, os, sys, tempfile
+sys.path.insert(0, {support!r})
+import torch, torch.distributed as dist
+import distattn as da
+from distattn.parallel.runtime import communicator_end
+
+# the advice to call loss_scale is not what is looked for
+logging.getLogger("distattn").setLevel(logging.ERROR)
+communicator_end._END_SECONDS = {seconds}
+folder = tempfile.mkdtemp()
+ranks = [os.fork()]
+ranks += [os.fork()] if ranks[0] else []
+if all(ranks):
+    # neither rank waits for the other's end except by what is tested
+    sys.exit(max(os.waitpid(rank, 0)[1] for rank in ranks) and 3)
+rank = len(ranks) - 1
+if {nccl}:
+    from imitated_nccl import imitate_nccl
+    imitate_nccl()
+dist.init_process_group("gloo", init_method="file://" + folder + "/store", rank=rank, world_size=2)
+cp = da.ContextParallel(strategy="ring")
+(step,) = cp.steps([[{{"input_ids": torch.zeros(1, 64, dtype=torch.int64), "document_lengths": [64]}}]])
+batch = step[0]["context_parallel"]
+q = torch.ones(32, 2, 8, requires_grad=True)
+batch.attention(q, q, q).sum().backward()
+{end}
+"""
+ENDS = {
+    "closed": "cp.close(); dist.destroy_process_group()",
+    "close is forgotten": "dist.destroy_process_group()",
+    "everything is forgotten": "",
+}
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("nccl", [True, False], ids=["by NCCL's rules", "gloo"])
+@pytest.mark.parametrize("end", ENDS)
+def test_a_process_ends_without_a_word(end, nccl):
+    assert printed(ENDS[end], nccl, seconds=60) == (0, "", "")
+
+
+def test_a_process_whose_peer_died_ends_without_a_word():
+    # the shutdown waits for the peer, and is given up
+    assert printed("dist.barrier(); os._exit(0) if rank else None", nccl=True, seconds=0.5) == (0, "", "")
+
+
+def printed(end, nccl, seconds):
+    """Run the program of two ranks; return its exit status and what both printed."""
+    program = PROGRAM.format(support=str(SUPPORT), nccl=nccl, end=end, seconds=seconds)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
+    return done.returncode, done.stdout, done.stderr
