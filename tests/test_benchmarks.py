@@ -256,3 +256,17 @@ def test_disaggregation_beside_its_rivals(tmp_path):
     ours, greedy, plain = (rows["causal", name] for name in ("cad 0.02", "cad_greedy 0.10", "plain"))
     assert plain["GB"] == 0 and ours["GB"] < greedy["GB"] and ours["cost"] < 1.05 < plain["cost"]
     assert ours["forward ms"] < plain["forward ms"]
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "dots", "products", "serialized"),
+    # a loop that is unrolled four times; the same with a wait around each instruction; a loop that is not unrolled
+    [(9, 3, 96, False), (96, 3, 96, True), (4, 2, 16, False), (16, 2, 16, True)],
+)
+def test_products_of_an_unrolled_loop_are_not_taken_for_products_that_wait_for_each_other(
+    arrivals, dots, products, serialized
+):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from compile_lint import is_serialized
+
+    assert is_serialized(arrivals, dots, products) == serialized

@@ -38,6 +38,7 @@ from distattn.parallel.runtime.communicator import (
 from distattn.parallel.runtime.kept_tensors import kept_size
 from distattn.parallel.runtime.memory import PassMemory, backward_memory, forward_memory, kept_elements
 from distattn.parallel.runtime.program import Program, lower, on_device
+from distattn.parallel.runtime.recurrence_workspace import recurrence_workspace
 from distattn.parallel.runtime.transport import GroupTransport, SingleRankTransport, Transport
 
 # Tags of operators that run a plan: they send messages, and wait for events of other streams. Inductor partitions a graph at such
@@ -79,19 +80,32 @@ class Executable:
         is_recurrence = program.forward_states is not None
         self.kept_elements = kept_size(program) if is_recurrence else kept_elements(program)
         self.handle = EXECUTABLES.add(self)
+        self._memory: dict[str, PassMemory] = {}
 
     def memory(self) -> dict[str, PassMemory]:
         """Return what a layer's "forward" and "backward" pass need on this rank's device, in bytes.
 
-        It is exact for the triton and gluon kernels, and an upper bound for "flash".
+        It is exact for the triton and gluon kernels, and an upper bound for "flash". For recurrences it counts the launch that
+        needs most, with kernels "chunked" and "triton_chunked"; what fla-core and PyTorch's operators allocate inside
+        themselves is not known.
         """
-        workspace, call = getattr(load_kernel(self.key.kernel), "workspace_bytes", None), self.program.call
+        if not self._memory:
+            self._memory = self._count_memory()
+        return dict(self._memory)
+
+    def _count_memory(self) -> dict[str, PassMemory]:
+        kernel, call = load_kernel(self.key.kernel), self.program.call
+        workspace = getattr(kernel, "workspace_bytes", None)
         if call.op.kind == "latent_attention":
             workspace = latent_workspace(call.op, getattr(torch, call.dtype), workspace)
-        return {
+        found = {
             "forward": forward_memory(self.program, workspace),
             "backward": backward_memory(self.program, workspace),
         }
+        if call.op.kind == "recurrence":
+            for direction, memory in found.items():
+                found[direction] = memory._replace(workspace=recurrence_workspace(self.program, direction, kernel))
+        return found
 
     def for_direction(self, direction: str) -> Executable:
         """What runs a "forward" or "backward" pass: itself. A pipeline schedule has another one in every tick."""

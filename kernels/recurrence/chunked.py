@@ -25,6 +25,8 @@ from distattn.kernels.recurrence.tokens import RecurrenceTokens, Stretches, boun
 from distattn.kernels.recurrence.transitions import diagonal_transitions, finite_decays
 from distattn.kernels.spec import KernelRequirements
 
+# its functions take meta tensors, too, and allocate there what they allocate elsewhere
+RUNS_ON_META = True
 # tokens of a chunk; with a decay for each channel all pairs of a chunk have a number for each channel
 _CHUNK, _CHUNK_OF_CHANNELS = 64, 16
 # chunks that are computed at once: more would not fit into a processor's cache; on GPUs launches take most of the time

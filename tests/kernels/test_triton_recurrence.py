@@ -15,6 +15,7 @@ from distattn.kernels.recurrence.trial import try_recurrence
 from distattn.kernels.recurrence.triton import kernel
 from distattn.kernels.registry import choose_kernel
 from distattn.kernels.spec import KernelRequirements
+from distattn.kernels.triton.launch import make_launch
 
 # one token, more than a chunk, less than one
 LENGTHS = (1, 18, 7)
@@ -166,7 +167,12 @@ def test_launches_are_at_most_a_tenth_of_those_of_the_kernel_in_pytorch(lengths,
     x = RecurrenceTokens(q, k, v, tensor(tokens, heads, dtype=torch.float32), tensor(tokens, heads))
     state = tensor(len(lengths), heads, 128, 128, dtype=torch.float32)
     launched = []
-    with mock.patch.object(kernel, "run_launch", launched.append), host_waits() as watch:
+
+    def make(*given):
+        launched.append(make_launch(*given))
+        return launched[-1]
+
+    with mock.patch.object(kernel, "make_launch", make), host_waits() as watch:
         kernel.forward(x, on_device, state)
         forward = len(launched) + watch.launches.total()
         kernel.backward(x, on_device, state, v, state)

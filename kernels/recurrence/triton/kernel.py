@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from distattn.kernels.meta_bytes import META
 from distattn.kernels.recurrence.tokens import RecurrenceTokens, Stretches, bounds_of
 from distattn.kernels.recurrence.transitions import diagonal_transitions
 from distattn.kernels.recurrence.triton.gradients import gradient_kernel
@@ -36,12 +37,16 @@ from distattn.kernels.triton.launch import (
 )
 from distattn.kernels.triton.tiles import INTERPRETED
 
+# its functions take meta tensors, too, and allocate there what they allocate elsewhere
+RUNS_ON_META = True
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_DIM = 256
 # tokens of a chunk at most. Wider keys leave registers and shared memory room for fewer: bytes of a chunk's keys at most
 _CHUNK, _LEAST_CHUNK, _BYTES_OF_KEYS = 64, 16, 1 << 14
-# columns of values at a time, at most; products have 16 at least
-_COLUMNS, _LEAST_SIDE = 32, 16
+# columns of values at a time, at most, and bytes of a state's columns: a scan keeps them in registers. Products have 16 at least
+_COLUMNS, _BYTES_OF_STATE, _LEAST_SIDE = 32, 1 << 13, 16
+# channels of keys at a time in the kernel that ends a backward pass, at most: with 64 it spills registers on A100 and H100
+_CHANNELS = 32
 
 
 class ChunkTable(NamedTuple):
@@ -166,8 +171,9 @@ class _Call:
         g = q if x.g is None else x.g.expand(self.tokens, -1)
         self.q, self.dtype = q, q.dtype
         given = {"q": q, "k": k, "v": self.v, "g": g, "beta": q if x.beta is None else x.beta}
-        columns = max(min(_COLUMNS, triton.next_power_of_2(self.value_dim)), _LEAST_SIDE)
-        self.columns = columns
+        channels = max(triton.next_power_of_2(self.key_dim), _LEAST_SIDE)
+        most = min(_COLUMNS, _BYTES_OF_STATE // (channels * q.dtype.itemsize), triton.next_power_of_2(self.value_dim))
+        columns = max(most, _LEAST_SIDE)
         self.arguments: dict[str, Any] = tensor_arguments(**given) | {
             "chunks_": chunks.chunks,
             "first_": chunks.first,
@@ -175,7 +181,8 @@ class _Call:
             "group": self.group,
             "K": self.key_dim,
             "V": self.value_dim,
-            "PK": max(triton.next_power_of_2(self.key_dim), _LEAST_SIDE),
+            "PK": channels,
+            "BK": min(channels, _CHANNELS),
             "BV": columns,
             "C": chunks.size,
             "DECAY": x.g is not None,
@@ -233,7 +240,10 @@ class _Call:
         """Launch a kernel with the tensors of the call and some others."""
         # products of few rows cannot be shared by many warps
         warps = 8 if self.chunks.size == _CHUNK else 4
-        run_launch(make_launch(kernel, programs, self.arguments | arguments, Tile(0, 0, warps, 1)))
+        launch = make_launch(kernel, programs, self.arguments | arguments, Tile(0, 0, warps, 1))
+        # of meta tensors only the sizes are wanted
+        if self.q.device != META:
+            run_launch(launch)
 
     def _scratch(self, *shape: int) -> Tensor:
         return self.q.new_empty(shape[0], self.heads, *shape[1:])

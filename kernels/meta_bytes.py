@@ -1,0 +1,50 @@
+"""What PyTorch functions allocate, counted on meta tensors: nothing is computed."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+META = torch.device("meta")
+
+
+class MetaBytes(TorchDispatchMode):
+    """Counts the bytes of meta tensors that are made in this context: `alive` now, and `peak`, the most that were alive at once.
+
+    What operators allocate inside themselves, such as the workspace of a matrix library, is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        # bytes of storages by place; 0 for those that were there before
+        self._bytes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in _meta_tensors((args, kwargs)):
+            # a view of what was there before is not new
+            self._bytes.setdefault(tensor.untyped_storage()._cdata, 0)
+        made = func(*args, **(kwargs or {}))
+        for tensor in _meta_tensors(made):
+            self._add(tensor.untyped_storage())
+        return made
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._bytes:
+            self._bytes[key] = storage.nbytes()
+            self.alive += self._bytes[key]
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.alive -= self._bytes.pop(key)
+
+
+def _meta_tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.device == META]

@@ -1,0 +1,105 @@
+"""What a layer of a recurrence needs on the device is known beforehand: compared with what it makes on meta tensors."""
+
+import itertools
+from unittest import mock
+
+import pytest
+import torch
+from meta_run import GROUP, MetaBackend, Traffic, Watch
+from torch.profiler import profile
+from waits import META
+
+import distattn as da
+from distattn.kernels.recurrence.triton import kernel as triton_kernel
+from distattn.ops import recurrence
+from distattn.ops.executable import Executable, checked_program
+from distattn.parallel.runtime.recurrence_workspace import recurrence_workspace
+from distattn.parallel.runtime.transport import GroupTransport
+
+DIM, VALUE_DIM = 64, 128
+PACKS = {"short": (128,) * 8, "long": (900, 36, 200)}
+
+
+def plan_of(op, lengths, ranks, strategy="scan", heads=8, dtype="bfloat16"):
+    shape = dict(heads=heads, kv_heads=4, head_dim=DIM, v_head_dim=VALUE_DIM, dtype=dtype, op=op)
+    return da.make_plan(da.Mask.documents(lengths), da.Layout.zigzag(lengths, ranks), strategy=strategy, **shape)
+
+
+def ready_for(plan, kernel):
+    """An executable of a rank in the middle, on meta tensors."""
+    with mock.patch.object(triton_kernel, "unsupported_reason", lambda requirements: None):
+        key, program = checked_program(plan, plan.call.ranks // 2, kernel, META, max_buffer_bytes=None, proven=False)
+    return Executable(program, key, GroupTransport(GROUP, MetaBackend()))
+
+
+def peak_on_meta(run):
+    """(the most bytes of meta tensors that were alive at once, what `run` returned)."""
+    traffic = Traffic()
+    with Watch(traffic):
+        result = run()
+    return traffic.peak, result
+
+
+def peak_on_cpu(run):
+    """The same, as PyTorch's allocator for CPUs tells its profiler."""
+    with profile(profile_memory=True) as told:
+        result = run()
+    events = [one for one in told.profiler.kineto_results.events() if one.name() == "[memory]"]
+    sizes = [one.nbytes() for one in sorted(events, key=lambda one: one.start_ns())]
+    return max(itertools.accumulate(sizes)), result
+
+
+def peaks(ready, peak=peak_on_meta):
+    """The most bytes that are alive at once in a forward and a backward pass, besides their inputs."""
+    call, tokens, device = ready.program.call, ready.program.tokens, ready.key.device
+    narrow, wide = getattr(torch, call.dtype), getattr(torch, call.accumulation_dtype)
+
+    def tensor(*shape, dtype=narrow):
+        return torch.ones(tokens, *shape, dtype=dtype, device=device) / DIM
+
+    q, k = (tensor(call.kv_heads, DIM) for _ in range(2))
+    v, do = (tensor(call.heads, VALUE_DIM) for _ in range(2))
+    g = {
+        "head": torch.empty(call.heads, dtype=wide, device=device),
+        "token": -tensor(call.heads, dtype=wide),
+        "channel": -tensor(call.heads, DIM, dtype=wide),
+    }[call.op.decay]
+    inputs = q, k, v, g, tensor(call.heads) if call.op.delta else None, None
+    handle = ready.handle
+    forward, (_, _, kept) = peak(lambda: recurrence._forward(*inputs, handle, ready.kept_elements, 0))
+    return [forward, peak(lambda: recurrence._backward(do, None, *inputs, kept, handle))[0]]
+
+
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize(("ranks", "pack"), [(1, "long"), (4, "short"), (4, "long")])
+@pytest.mark.parametrize(
+    ("op", "kernel"),
+    [(op, kernel) for op in ("gated_delta_rule", "retention") for kernel in ("chunked", "triton_chunked")]
+    + [("kda", "chunked")],
+)
+def test_what_a_layer_needs_is_known_beforehand(op, kernel, ranks, pack):
+    ready = ready_for(plan_of(op, PACKS[pack], ranks), kernel)
+    for said, found in zip(ready.memory().values(), peaks(ready), strict=True):
+        assert said.workspace > said.results + said.states
+        # states of other ranks may be gone when the launch that needs most runs
+        assert found <= said.peak <= found + said.states
+
+
+def test_where_groups_of_heads_are_cut_queries_and_keys_of_each_head_are_counted():
+    ready = ready_for(plan_of("gated_delta_rule", (600, 700), 8, "ulysses", heads=12), "triton_chunked")
+    launch = next(step.launches[0] for step in ready.program.forward if step.launches)
+    assert launch.heads.start % 3 or launch.heads.stop % 3
+    for said, found in zip(ready.memory().values(), peaks(ready), strict=True):
+        # what is kept for the backward pass is rounded up, which is not counted
+        assert abs(found - said.peak) < 1024
+
+
+def test_fla_core_s_own_memory_is_not_known():
+    ready = ready_for(plan_of("gated_delta_rule", (60,), 1), "chunked")
+    assert recurrence_workspace(ready.program, "forward", object()) == 0
+
+
+@pytest.mark.parametrize("op", ["gated_delta_rule", "kda"])
+def test_the_allocator_of_cpus_is_asked_for_just_that(op):
+    ready = da.prepare(plan_of(op, (150, 36, 70), 1, dtype="float32"))
+    assert [memory.peak for memory in ready.memory().values()] == peaks(ready, peak_on_cpu)
