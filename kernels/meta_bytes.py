@@ -28,19 +28,20 @@ class MetaBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in _meta_tensors((args, kwargs)):
             # a view of what was there before is not new
-            self._bytes.setdefault(tensor.untyped_storage()._cdata, 0)
+            self._note(tensor.untyped_storage(), 0)
         made = func(*args, **(kwargs or {}))
         for tensor in _meta_tensors(made):
-            self._add(tensor.untyped_storage())
+            self._note(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
         return made
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
+    def _note(self, storage: torch.UntypedStorage, size: int) -> None:
         key = storage._cdata
         if key not in self._bytes:
-            self._bytes[key] = storage.nbytes()
-            self.alive += self._bytes[key]
+            self._bytes[key] = size
+            self.alive += size
             self.peak = max(self.peak, self.alive)
-            weakref.finalize(storage, self._free, key)
+            # its place comes again
+            weakref.finalize(storage, self._free, key).atexit = False
 
     def _free(self, key: int) -> None:
         self.alive -= self._bytes.pop(key)

@@ -223,7 +223,9 @@ SNIPPETS: dict[str, list[Callable[[dict[str, Any]], None] | None]] = {
     "monitoring.md": [_monitored],
     "memory.md": [_memory],
     "planning-a-cluster.md": [_cluster],
-    "recurrence.md": [_own_model] * 5,
+    "recurrence.md": [_own_model] * 2,
+    "recurrence-schedules.md": [_own_model],
+    "convolutions-and-latents.md": [_own_model] * 2,
     "trainers.md": [_model, _packs_one_by_one, _model, _mesh, _own_model, None, _reference],
     "training.md": [_loop],
 }

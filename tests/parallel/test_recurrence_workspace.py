@@ -10,6 +10,7 @@ from torch.profiler import profile
 from waits import META
 
 import distattn as da
+from distattn.kernels.meta_bytes import MetaBytes
 from distattn.kernels.recurrence.triton import kernel as triton_kernel
 from distattn.ops import recurrence
 from distattn.ops.executable import Executable, checked_program
@@ -92,6 +93,18 @@ def test_where_groups_of_heads_are_cut_queries_and_keys_of_each_head_are_counted
     for said, found in zip(ready.memory().values(), peaks(ready), strict=True):
         # what is kept for the backward pass is rounded up, which is not counted
         assert abs(found - said.peak) < 1024
+
+
+def test_what_was_there_before_is_not_counted_and_its_place_is_counted_again():
+    old = [torch.empty(100, dtype=torch.uint8, device=META) for _ in range(50)]
+    with MetaBytes() as counted:
+        views = [x[1:] for x in old]
+        assert counted.peak == 0
+        del views, old
+        new = [torch.empty(10, dtype=torch.uint8, device=META) for _ in range(100)]
+        assert counted.alive == 1000
+        del new
+    assert counted.alive == 0 and counted.peak == 1000
 
 
 def test_fla_core_s_own_memory_is_not_known():
