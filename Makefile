@@ -34,6 +34,7 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/host_time.py
+	$(BIN)/python benchmarks/glue.py
 
 bench-rivals: $(VENV)/.dev
 	$(BIN)/python benchmarks/rivals.py --out benchmarks/results/rivals.jsonl

@@ -35,8 +35,9 @@ from distattn.kernels.triton.launch import schedule_to_device
 from distattn.ops.executable import kernel_requirements
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.parallel.runtime import execute
-from distattn.parallel.runtime.program import Program, lower, on_device
+from distattn.parallel.runtime.program import Program, lower
 from distattn.parallel.runtime.transport import Packet
+from distattn.parallel.runtime.upload_program import on_device
 
 BUDGET = 150
 # our kernels in a trace; what else runs there copies or merges

@@ -1,10 +1,10 @@
 """Host time in the layer: what the executor itself costs per rank and step, forward and backward, kernels and moves left out.
 
-    python benchmarks/host_time.py [--ranks 8] [--tokens 1024]
+    python benchmarks/host_time.py [--ranks 8] [--tokens 1024] [--heads 8] [--kv-heads 2] [--dim 64] [--strategies ulysses usp]
 
 The design's budget is 150 microseconds per rank and step. Kernel and transport are stand-ins that return at once, and
 the axis is short, so that compute and memory traffic hardly count: what is left is Python, and PyTorch's dispatch of
-the views, copies and merges around kernels.
+the views, copies and merges around kernels. With many heads copies on a CPU count all the same: take fewer tokens, a small dim.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from distattn.parallel.runtime.program import Program, lower
 from distattn.parallel.runtime.transport import Packet
 
 BUDGET = 150
-HEADS, KV_HEADS, DIM = 8, 2, 64
 
 
 class InstantKernel:
@@ -56,17 +55,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
     arguments = parser.parse_args()
+    # copies of a few rows would wait for other threads where processors are busy
+    torch.set_num_threads(1)
+    shape = dict(heads=arguments.heads, kv_heads=arguments.kv_heads, head_dim=arguments.dim, dtype="bfloat16")
     lengths = [arguments.tokens // 32] * 32
     masks = {"causal": da.Mask.causal(arguments.tokens), "32 documents": da.Mask.documents(lengths)}
     cells: list[Cell] = []
     for name, mask in masks.items():
         layout = da.Layout.zigzag(lengths, arguments.ranks)
         contestants = {}
-        for strategy in STRATEGIES:
-            plan = da.make_plan(
-                mask, layout, strategy=strategy, heads=HEADS, kv_heads=KV_HEADS, head_dim=DIM, dtype="bfloat16"
-            )
+        for strategy in arguments.strategies:
+            plan = da.make_plan(mask, layout, strategy=strategy, **shape)
             program = lower(plan, 1, lambda *_: None)
             contestants[strategy] = lambda program=program: layer(program)
         case = f"{name}, {arguments.ranks} ranks: microseconds per step; the budget is {BUDGET}"
@@ -79,9 +83,10 @@ def main() -> None:
 
 def layer(program: Program):  # noqa: ANN201
     """A call of one layer: the forward and backward tables of one rank."""
-    q, do = (torch.empty(program.tokens, HEADS, DIM, dtype=torch.bfloat16) for _ in range(2))
-    k, v = (torch.empty(program.tokens, KV_HEADS, DIM, dtype=torch.bfloat16) for _ in range(2))
-    lse, delta = (torch.empty(program.tokens, HEADS) for _ in range(2))
+    call = program.call
+    q, do = (torch.empty(program.tokens, call.heads, call.head_dim, dtype=torch.bfloat16) for _ in range(2))
+    k, v = (torch.empty(program.tokens, call.kv_heads, call.head_dim, dtype=torch.bfloat16) for _ in range(2))
+    lse, delta = (torch.empty(program.tokens, call.heads) for _ in range(2))
 
     def run() -> None:
         *_, kept = execute.run_to_completion(execute.forward(program, Nowhere(), InstantKernel, q, k, v, ScoreMod(1.0)))

@@ -110,6 +110,7 @@ SHORT_STEPS = ["--data.tokens_per_step=1024", "--data.max_document_tokens=900"]
             ["all together", "2 processes at once", "simulated: 16 ranks"],
         ),
         ("host_time.py", ["--tokens", "256", "--ranks", "4"], ["us_per_step", "double_ring"]),
+        ("glue.py", ["--tokens", "4096", "--ranks", "4"], ["8 documents: attention", "ulysses", "to one peer"]),
         ("adapter_overhead.py", ["--repeats", "1", "--tokens", "256"], ["transformers beyond the operators", "aim 2%"]),
         (
             "tokenize_throughput.py",

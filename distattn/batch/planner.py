@@ -223,7 +223,7 @@ class Planner:
         """Plan, prove and lower: the plan of a batch, with this rank's program made. May be called on any thread."""
         config, plan = self.config, self.plan_of(batch, shape)
         # the kernel that is asked for is one of attention
-        kernel = config.kernel if shape.op.kind in ("attention", "latent_attention") else None
+        kernel = config.kernel if shape.op.is_softmax else None
         if shape.op.kind == "latent_attention" and kernel in (None, AUTO):
             kernel = latent_kernel(plan.call, device)
         ranked = self._ranked.get(self._trial_of(shape, device))

@@ -38,6 +38,7 @@ from distattn.driver.step_exchange import GatheredStep, StepExchange, agree_on_p
 from distattn.driver.steps_ahead import StepLoop, StepsAhead
 from distattn.ir.errors import DistattnError, LostRankError
 from distattn.ir.plan import Plan
+from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.communicator import new_group, timeout_of
 from distattn.parallel.runtime.transport import Transport
 
@@ -251,7 +252,7 @@ class ContextParallel:
         return new_group(dist.get_process_group_ranks(self.group)[first : first + self.block_ranks])
 
     def close(self) -> None:
-        """End threads and communicators, and let servers go. All ranks call it; a second call does nothing."""
+        """End threads and communicators, let servers go, and free arenas. All ranks call it; a second call does nothing."""
         self._close(gracefully=True)
 
     def __enter__(self) -> ContextParallel:
@@ -405,9 +406,8 @@ class ContextParallel:
         self._closed = True
         # in reverse order, each whatever the others raise
         with contextlib.ExitStack() as stack:
-            stack.callback(self._ahead.clear)
-            stack.callback(self.planner.close)
-            stack.callback(self._exchange.close)
+            for end in (self._ahead.clear, ARENAS.free, self.planner.close, self._exchange.close):
+                stack.callback(end)
             if self._communicators is not None:
                 stack.callback(self._communicators.close, gracefully)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from distattn.ir.errors import DistattnError
 from distattn.ops.attention import attention, autocast_inputs, score_modifiers
 from distattn.ops.executable import EXECUTABLES, Executable, whole_device
 from distattn.parallel.make_plan import STRATEGIES
+from distattn.parallel.runtime.arenas import ARENAS, Room, room_bytes
 from distattn.parallel.runtime.communicator import all_gather_objects
 from distattn.parallel.runtime.transport import Packet
 
@@ -207,15 +209,19 @@ class _PipelineStep:
         ahead = 1 if tick.direction == FORWARD else -1
         name = "hidden states" if tick.direction == FORWARD else "gradients of hidden states"
         sends, receives, number = [], [], self._micro_batch(tick, pipe.stage - ahead)
-        if leaves is not None and 0 <= pipe.stage + ahead < pipe.stages:
-            sends.append(Packet(self._peer(ahead), name, leaves.contiguous()))
-        if number is not None:
-            shape = (1, self._local(number)["input_ids"].shape[1], pipe.spec.hidden_size)
-            x = torch.empty(shape, dtype=pipe.spec.dtype, device=pipe.device)
-            self.received[tick.direction, number] = x
-            receives.append(Packet(self._peer(-ahead), name, x))
-        # also with nothing to say: whoever has come to fewer exchanges than others counts as behind
-        pipe.cp.transport(pipe.device).exchange(sends, receives, False, f"in a {tick.direction} tick").wait()
+        leaves = leaves if 0 <= pipe.stage + ahead < pipe.stages else None
+        shape = (1, 0 if number is None else self._local(number)["input_ids"].shape[1], pipe.spec.hidden_size)
+        sizes = 0 if leaves is None else leaves.nbytes, prod(shape) * pipe.spec.dtype.itemsize
+        with torch.no_grad(), ARENAS.borrowed(room_bytes(*sizes), pipe.device) as arena:
+            room = Room(arena)
+            if leaves is not None:
+                sends.append(Packet(self._peer(ahead), name, room.copy_of(leaves)))
+            if number is not None:
+                receives.append(Packet(self._peer(-ahead), name, room.tensor(shape, pipe.spec.dtype)))
+            # also with nothing to say: whoever has come to fewer exchanges than others counts as behind
+            pipe.cp.transport(pipe.device).exchange(sends, receives, False, f"in a {tick.direction} tick").wait()
+            if number is not None:
+                self.received[tick.direction, number] = receives[0].tensor.clone()
 
     def _local(self, number: int) -> dict[str, Any]:
         """This rank's part of a micro-batch, made once."""

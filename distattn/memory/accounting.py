@@ -22,6 +22,7 @@ from distattn.memory.host_offload import HostOffload, Ticket
 from distattn.ops.attention import attention
 from distattn.ops.executable import EXECUTABLES, Executable
 from distattn.ops.latent import latent_attention
+from distattn.parallel.runtime.arenas import runs_backward
 
 # parts of a step
 ATTENTION, FEED_FORWARD, LOSS, OTHER = "attention", "feed-forward", "loss", "other"
@@ -69,10 +70,13 @@ class StateBytes(NamedTuple):
 class RankCounts(NamedTuple):
     """Bytes of activations. saved: on the device between the last layer and the loss, for the backward pass.
 
-    working: by section, what is alive at its worst moment beside `saved`; they are not there at once. host: in pinned memory.
+    arena: what attention keeps between passes, and from step to step: the largest arena, and where layers are repeated in the
+    backward pass, what they receive for their own.
+    working: by section, what is alive at its worst moment besides both; they are not there at once. host: in pinned memory.
     """
 
     saved: int
+    arena: int
     working: dict[str, int]
     host: int
 
@@ -90,37 +94,51 @@ class RankMemory:
     @property
     def total(self) -> int:
         """The most that is there at once."""
-        return sum(self.state) + self.counts.saved + max(self.counts.working.values())
+        return sum(self.state) + self.counts.saved + self.counts.arena + max(self.counts.working.values())
 
 
 class AllocationWatch(TorchDispatchMode):
     """Counts the storages that are made in its context on one device and alive, and the most of them by section.
 
-    alive: bytes at this moment. peaks: the most by section. host: the most bytes that a `CountingOffload` had on the host.
+    alive: bytes at this moment. peaks: the most by section. arena: see `RankCounts`; it is in neither of them.
+    host: the most bytes that a `CountingOffload` had on the host.
     """
 
     def __init__(self, device: torch.device | str = "meta") -> None:
         super().__init__()
         self.device = torch.device(device)
         self.alive, self.section = 0, OTHER
+        self._largest_arena = self._most_repeated = 0
+        # bytes that repeated passes have received for their backward, by storage
+        self._repeated: dict[int, int] = {}
         self.peaks = dict.fromkeys(SECTIONS, 0)
         self.host = self._host_alive = 0
         self._to_host = False
         self._sizes: dict[int, tuple[int, bool]] = {}
         self._older: set[int] = set()
 
+    @property
+    def arena(self) -> int:
+        """Bytes that passes keep between them."""
+        return self._largest_arena + self._most_repeated
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        direction = ""
         for x in tree_leaves((args, kwargs)):
             if isinstance(x, Tensor):
                 self._leave_out(x)
         if func.name() in _PASSES:
             direction, number = _PASSES[func.name()]
             executable = EXECUTABLES.by_handle(args[number]).for_direction(direction)
-            self._note(self.alive + executable.memory()[direction].peak)
+            memory = executable.memory()[direction]
+            self._largest_arena = max(self._largest_arena, memory.arena)
+            self._note(self.alive + memory.beside_arena)
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             # a model that asks for a number, as transformers does whether a batch is packed, gets no
             return torch.zeros((), dtype=args[0].dtype).item()
         out = func(*args, **(kwargs or {}))
+        if direction == "forward" and runs_backward():
+            self._repeat(out[-1])
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and x.device.type == self.device.type:
                 self._track(x)
@@ -146,7 +164,7 @@ class AllocationWatch(TorchDispatchMode):
     def _track(self, x: Tensor) -> None:
         storage = x.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._sizes or key in self._older:
+        if key in self._sizes or key in self._older or key in self._repeated:
             return
         self._sizes[key] = size, self._to_host
         weakref.finalize(storage, self._freed, key).atexit = False
@@ -156,6 +174,14 @@ class AllocationWatch(TorchDispatchMode):
             return
         self.alive += size
         self._note(self.alive)
+
+    def _repeat(self, kept: Tensor) -> None:
+        """Count what a repeated pass has received for its backward; it lies in memory of the pool (see `runtime.arenas`)."""
+        storage = kept.untyped_storage()
+        if storage._cdata not in self._repeated:
+            self._repeated[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, self._repeated.pop, storage._cdata).atexit = False
+        self._most_repeated = max(self._most_repeated, sum(self._repeated.values()))
 
     def _note(self, alive: int) -> None:
         self.peaks[self.section] = max(self.peaks[self.section], alive)
@@ -203,7 +229,8 @@ def count_step(watch: AllocationWatch, model: nn.Module, parts: Mapping[nn.Modul
     finally:
         for one in hooks:
             one.remove()
-    return RankCounts(saved[0], {name: max(peak - saved[0], 0) for name, peak in watch.peaks.items()}, watch.host)
+    working = {name: max(peak - saved[0], 0) for name, peak in watch.peaks.items()}
+    return RankCounts(saved[0], watch.arena, working, watch.host)
 
 
 def _mark(watch: AllocationWatch, module: nn.Module, name: str) -> list[Any]:

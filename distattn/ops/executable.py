@@ -37,9 +37,10 @@ from distattn.parallel.runtime.communicator import (
 )
 from distattn.parallel.runtime.kept_tensors import kept_size
 from distattn.parallel.runtime.memory import PassMemory, backward_memory, forward_memory, kept_elements
-from distattn.parallel.runtime.program import Program, lower, on_device
+from distattn.parallel.runtime.program import Program, lower
 from distattn.parallel.runtime.recurrence_workspace import recurrence_workspace
 from distattn.parallel.runtime.transport import GroupTransport, SingleRankTransport, Transport
+from distattn.parallel.runtime.upload_program import on_device
 
 # Tags of operators that run a plan: they send messages, and wait for events of other streams. Inductor partitions a graph at such
 # operators, so that torch.compile(mode="reduce-overhead") does not capture them (torch/_inductor/scheduler.py, should_partition).

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distattn.parallel.runtime.arenas import ARENAS, Room, room_bytes
 from distattn.parallel.runtime.transport import Packet, Transport
 
 
@@ -36,17 +37,22 @@ class _AllReduceSum(torch.autograd.Function):
 
 def _summed(x: Tensor, ranks: Sequence[int], rank: int, transport: Transport) -> Tensor:
     """A part of the numbers is added on each rank, and goes to all others: 2 (1 - 1/R) times the bytes of x, in two exchanges."""
-    parts = dict(zip(ranks, x.contiguous().view(-1).tensor_split(len(ranks)), strict=True))
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    sums = dict(zip(ranks, out.view(-1).tensor_split(len(ranks)), strict=True))
-    given = {peer: parts[rank] if peer == rank else torch.empty_like(parts[rank]) for peer in ranks}
-    _exchange(parts, given, rank, transport)
-    total = torch.zeros_like(parts[rank])
-    for peer in ranks:
-        total += given[peer]
-    sums[rank].copy_(total)
-    _exchange(dict.fromkeys(ranks, total), sums, rank, transport)
-    return out
+    # the ranks' parts of x and of the sum, and what is given to this rank's part
+    sizes = [part.numel() for part in x.reshape(-1).tensor_split(len(ranks))]
+    own = sizes[list(ranks).index(rank)]
+    nbytes = room_bytes(*(2 * [x.nbytes] + len(ranks) * [own * x.element_size()]))
+    with ARENAS.borrowed(nbytes, x.device) as arena:
+        room = Room(arena)
+        parts = dict(zip(ranks, room.copy_of(x).view(-1).split(sizes), strict=True))
+        whole = room.tensor(x.shape, x.dtype)
+        sums = dict(zip(ranks, whole.view(-1).split(sizes), strict=True))
+        given = {peer: parts[rank] if peer == rank else room.tensor((own,), x.dtype) for peer in ranks}
+        _exchange(parts, given, rank, transport)
+        total = sums[rank].zero_()
+        for peer in ranks:
+            total += given[peer]
+        _exchange(dict.fromkeys(ranks, total), sums, rank, transport)
+        return whole.clone()
 
 
 def _exchange(sent: dict[int, Tensor], received: dict[int, Tensor], rank: int, transport: Transport) -> None:

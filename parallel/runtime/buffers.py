@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from distattn.ir.plan import REDUCED_PAYLOADS, Call, Payload
+from distattn.ir.plan import Call, Payload
 from distattn.kernels.glue import Rows, add_rows, copy_rows, merge_rows
-from distattn.parallel.runtime.memory import PlacedTensor, own_result_fields
+from distattn.parallel.runtime.memory import FlatPlaces, PlacedTensor, PlaceKey, own_result_fields
+from distattn.parallel.runtime.packed_messages import PackedMessages
 from distattn.parallel.runtime.views import OWN, BufferKey, View
 
 # the tensors of a payload, (rows, heads, width) or (rows, heads) each; see `Call.payload_fields`
 Fields = tuple[Tensor, ...]
 # where the tensors of a payload lie in the arena
 Places = Sequence[PlacedTensor]
+
+
+def narrowed(sums: list[Tensor], dtypes: Iterable[torch.dtype]) -> tuple[Tensor, ...]:
+    """Return the tensors in these dtypes, and empty the list: sums go one by one as the smallest become results first."""
+    wanted, out = dict(enumerate(dtypes)), {}
+    for number in sorted(wanted, key=lambda number: sums[number].nbytes):
+        out[number] = sums[number].to(wanted[number])
+        # another's memory may be had from here on
+        sums[number] = out[number]
+    sums.clear()
+    return tuple(out[number] for number in wanted)
 
 
 class Buffers:
@@ -29,6 +41,8 @@ class Buffers:
         self.call, self._blank, self._unadded = call, blank, unadded
         self._merges_by_lse = call.op.merge == "lse"
         self.fields: dict[BufferKey, Fields] = {}
+        # the rows of bundles, (rows, numbers) each
+        self._rows: dict[PlaceKey, Tensor] = {}
         # the same memory as numbers of each dtype
         self._arena = {torch.uint8: arena}
 
@@ -47,17 +61,16 @@ class Buffers:
         self.fields[BufferKey(payload, OWN, 0, self.call.payload_heads(payload))] = fields
         return fields
 
-    def bind_flat(self, rows: dict[BufferKey, int], flat: Tensor) -> None:
-        """Make these buffers views of one flat tensor. rows: of each buffer."""
-        at = 0
-        for key, count in rows.items():
-            fields = []
-            for width, _ in self.call.payload_fields(key.payload):
-                shape = (count, key.h1 - key.h0, width or 1)
-                size = shape[0] * shape[1] * shape[2]
-                fields.append(flat[at : at + size].view(shape))
-                at += size
-            self.fields[key] = tuple(fields)
+    def bind_flat(
+        self, kept: FlatPlaces, flat: Tensor, renamed: Callable[[BufferKey], BufferKey] | None = None
+    ) -> None:
+        """Make these buffers views of one flat tensor. renamed: the key of each in this pass."""
+        for key, places in kept.places.items():
+            fields = tuple(flat.as_strided(place.shape, place.strides, place.offset) for place in places)
+            if isinstance(key, BufferKey):
+                self.fields[key if renamed is None else renamed(key)] = fields
+            elif renamed is None:
+                self._rows[key] = fields[0]
 
     def bind(self, tensors: Mapping[BufferKey, Fields]) -> None:
         """Use these tensors for these buffers."""
@@ -65,68 +78,83 @@ class Buffers:
 
     def place(self, places: Places) -> Fields:
         """Tensors in the arena; what is in them has no meaning."""
-        out = tuple(self._numbers(dtype).as_strided(shape, strides, offset) for dtype, shape, strides, offset in places)
+        out = tuple(self._view(place) for place in places)
         if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
             # as torch.empty does then
             for tensor in out:
                 tensor.fill_(torch.nan)
         return out
 
-    def allocate(self, key: BufferKey, places: Places) -> None:
-        """Make a buffer."""
+    def allocate(self, key: BufferKey, places: Places, rows: Places = ()) -> None:
+        """Make a buffer. rows: where the bundle lies that begins with it."""
+        for place in rows:
+            self._rows["rows", key] = self._view(place)
         self.fields[key] = self._begun(key, self.place(places))
 
     def release(self, key: BufferKey) -> None:
         """Forget a buffer: its place may be another's from now on."""
         del self.fields[key]
+        self._rows.pop(("rows", key), None)
 
     def copy_own(self, key: BufferKey, view: View) -> None:
         """Copy own rows into a buffer of copies."""
         for piece in view.slices:
+            rows, view_rows = Rows.of(piece.rows), Rows.of(piece.view_rows)
             for whole, tensor in zip(self.fields[key], self.fields[piece.buffer], strict=True):
-                copy_rows(
-                    whole[:, piece.view_heads], Rows.of(piece.view_rows), tensor[:, piece.heads], Rows.of(piece.rows)
-                )
+                copy_rows(_of_heads(whole, piece.view_heads), view_rows, _of_heads(tensor, piece.heads), rows)
 
     def close(self) -> None:
         """Let go of the arena and all buffers."""
         self.fields.clear()
+        self._rows.clear()
         self._arena.clear()
 
-    def receive_buffer(
-        self, payload: Payload, view: View, stretches: tuple[slice, ...], places: Places
-    ) -> tuple[Fields, list[Fields]]:
-        """(fields of a message, where each of its stretches is received).
+    def pack(self, packed: PackedMessages, places: Sequence[Places]) -> None:
+        """Copy own rows to messages. places: of each part of a row."""
+        for part, of_part in zip(packed.parts, places, strict=True):
+            own = self.fields[BufferKey(part.payload, OWN, 0, self.call.payload_heads(part.payload))]
+            for whole, tensor in zip(self.place(of_part), own, strict=True):
+                source = tensor.reshape(-1, part.heads, *tensor.shape[2:])
+                copy_rows(whole, Rows(0, packed.rows), source, Rows.of(part.rows))
 
-        Copies land in their buffer itself, which has no fields but these parts; partial results in tensors of their own.
-        """
-        if payload in REDUCED_PAYLOADS:
-            fields = self.place(places)
-            return fields, [tuple(tensor[stretch] for tensor in fields) for stretch in stretches]
-        return (), self._parts(view, stretches)
+    def unpack(self, packed: PackedMessages, fields: Sequence[Fields]) -> None:
+        """Write results that have arrived to the own tensors, where none are yet. fields: of each part of a row."""
+        for part, tensors in zip(packed.parts, fields, strict=True):
+            own = self.fields[BufferKey(part.payload, OWN, 0, self.call.payload_heads(part.payload))]
+            for whole, tensor in zip(own, tensors, strict=True):
+                target = whole.view(-1, part.heads, *whole.shape[2:])
+                copy_rows(target, Rows.of(part.rows), tensor, Rows(0, packed.rows))
 
-    def message_parts(self, view: View, stretches: tuple[slice, ...], places: Places | None) -> list[Fields]:
-        """The tensors of a message by stretch: parts of a buffer, or of a copy at `places` in the dtype that travels."""
-        if places is None:
-            return self._parts(view, stretches)
-        packed = self._gathered(view, places)
-        return [tuple(tensor[stretch] for tensor in packed) for stretch in stretches]
+    def place_rows(self, places: Places, stretches: tuple[slice, ...], begin: int = 0) -> list[Fields]:
+        """Return rows of a bundle or of tensors in the arena, by stretch of a message that begins at row `begin`."""
+        tensors = [self._view(place) for place in places]
+        return [tuple(x[begin + part.start : begin + part.stop] for x in tensors) for part in stretches]
+
+    def message_parts(self, view: View, stretches: tuple[slice, ...], in_rows: bool = False) -> list[Fields]:
+        """Return the tensors of a message by stretch: parts of buffers, or of the bundles that begin with them (in_rows)."""
+        if len(view.slices) == 1:
+            (only,) = view.slices
+            assert isinstance(only.rows, slice), "messages leave from and land in stretches of rows"
+            begin, tensors = only.rows.start, self._whole(only.buffer, in_rows)
+            return [tuple(x[begin + part.start : begin + part.stop] for x in tensors) for part in stretches]
+        return [tuple(x[piece.rows] for x in self._whole(piece.buffer, in_rows)) for piece in view.slices]
 
     def part(self, view: View) -> Fields:
         """The part of a buffer that a view is."""
         (only,) = view.slices
-        return tuple(tensor[only.rows, only.heads] for tensor in self.fields[only.buffer])
+        assert isinstance(only.rows, slice), "a part of a buffer is a stretch of rows"
+        return tuple(_of_heads(_of_rows(tensor, only.rows), only.heads) for tensor in self.fields[only.buffer])
 
     def gather(self, view: View, places: Places | None) -> Fields:
         """The tensors of a view, (rows, heads, ...): part of a buffer, or a copy at `places`."""
-        return self.part(view) if places is None else self._gathered(view, places)
+        return self.part(view) if places is None else self.gathered(view, places)
 
     def accumulate(self, payload: Payload, view: View, fields: Fields) -> None:
         """Accumulate the tensors of a view into its buffers: O as the op says, gradients by sum."""
         for piece in view.slices:
             rows, view_rows = Rows.of(piece.rows), Rows.of(piece.view_rows)
-            parts = tuple(tensor[:, piece.view_heads] for tensor in fields)
-            totals = tuple(tensor[:, piece.heads] for tensor in self.fields[piece.buffer])
+            parts = [_of_heads(tensor, piece.view_heads) for tensor in fields]
+            totals = [_of_heads(tensor, piece.heads) for tensor in self.fields[piece.buffer]]
             if payload == Payload.O and self._merges_by_lse and not piece.is_first:
                 merge_rows(totals[0], totals[1], rows, parts[0], parts[1], view_rows)
                 continue
@@ -143,7 +171,8 @@ class Buffers:
                 fields[1].fill_(-torch.inf)
         return fields
 
-    def _gathered(self, view: View, places: Places) -> Fields:
+    def gathered(self, view: View, places: Places) -> Fields:
+        """The tensors of a view as a copy at `places`, in their dtypes."""
         out = self.place(places)
         if not view.is_complete:
             # kernels may read whole tiles: what no task uses shall at least be a number
@@ -152,18 +181,26 @@ class Buffers:
         for piece in view.slices:
             rows, view_rows = Rows.of(piece.rows), Rows.of(piece.view_rows)
             for whole, tensor in zip(out, self.fields[piece.buffer], strict=True):
-                copy_rows(whole[:, piece.view_heads], view_rows, tensor[:, piece.heads], rows)
+                copy_rows(_of_heads(whole, piece.view_heads), view_rows, _of_heads(tensor, piece.heads), rows)
         return out
 
-    def _parts(self, view: View, stretches: tuple[slice, ...]) -> list[Fields]:
-        """The parts of a buffer that the stretches of a view are."""
-        if len(view.slices) == 1:
-            (only,) = view.slices
-            fields = tuple(tensor[only.rows] for tensor in self.fields[only.buffer])
-            return [tuple(tensor[stretch] for tensor in fields) for stretch in stretches]
-        return [tuple(tensor[piece.rows, piece.heads] for tensor in self.fields[piece.buffer]) for piece in view.slices]
+    def _whole(self, key: BufferKey, in_rows: bool) -> Fields:
+        return (self._rows["rows", key],) if in_rows else self.fields[key]
+
+    def _view(self, place: PlacedTensor) -> Tensor:
+        return self._numbers(place.dtype).as_strided(place.shape, place.strides, place.offset)
 
     def _numbers(self, dtype: torch.dtype) -> Tensor:
         if dtype not in self._arena:
             self._arena[dtype] = self._arena[torch.uint8].view(dtype)
         return self._arena[dtype]
+
+
+def _of_rows(tensor: Tensor, rows: slice) -> Tensor:
+    """Return a stretch of rows of a tensor: the tensor itself where these are all."""
+    return tensor if rows.start == 0 and rows.stop == len(tensor) else tensor[rows]
+
+
+def _of_heads(tensor: Tensor, heads: slice) -> Tensor:
+    """Return some heads of a tensor (rows, heads, ...): the tensor itself where these are all, since a view takes time."""
+    return tensor if heads.start == 0 and heads.stop == tensor.shape[1] else tensor[:, heads]

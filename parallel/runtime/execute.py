@@ -12,15 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable
 from typing import NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 
 from distattn.ir.plan import REDUCED_PAYLOADS, Payload
 from distattn.kernels.registry import Kernel
 from distattn.kernels.spec import ScoreMod
-from distattn.parallel.runtime.buffers import Buffers, Fields
-from distattn.parallel.runtime.memory import kept_elements
-from distattn.parallel.runtime.program import KernelLaunch, Program, ProgramStep, kept_key
+from distattn.parallel.runtime.arenas import ARENAS
+from distattn.parallel.runtime.buffers import Buffers, Fields, Places, narrowed
+from distattn.parallel.runtime.memory import forward_arena_bytes, kept_elements
+from distattn.parallel.runtime.packed_messages import PackedMessages
+from distattn.parallel.runtime.program import KernelLaunch, Message, Program, ProgramStep, kept_key
 from distattn.parallel.runtime.state_tensors import HeldStateTensors
 from distattn.parallel.runtime.transport import Packet, Transport
 
@@ -55,13 +56,6 @@ def forward(
     lse is in the accumulation dtype, and so is o, or in the inputs' where nothing is added to it. `kept` is one flat tensor of
     everything the backward will find again (empty unless the policy is "keep").
     """
-    arena = q_THD.new_empty(program.forward_bytes, dtype=torch.uint8)
-    buffers = Buffers(program.call, arena, program.blank, program.unadded)
-    buffers.bind_own(Payload.Q, (q_THD,))
-    buffers.bind_own(Payload.KV, (k_TKD, v_TKE))
-    o_THE, lse_TH = buffers.new_own(Payload.O, program.tokens)
-    kept = q_THD.new_empty(kept_elements(program))
-    buffers.bind_flat(program.kept, kept)
 
     def compute(
         launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
@@ -73,7 +67,17 @@ def forward(
         target = targets[Payload.O]
         return {Payload.O: kernel.forward(*inputs, into=target.fields, merge=target.adds)}
 
-    yield from run_steps("forward", program.forward, transport, buffers, compute, kernel.ACCUMULATES)
+    with (
+        ARENAS.kept(kept_elements(program), q_THD.dtype, q_THD.device) as kept,
+        ARENAS.borrowed(forward_arena_bytes(program, q_THD, k_TKD, v_TKE), q_THD.device) as arena,
+    ):
+        buffers = Buffers(program.call, arena, program.blank, program.unadded)
+        buffers.bind_own(Payload.Q, (q_THD,))
+        buffers.bind_own(Payload.KV, (k_TKD, v_TKE))
+        buffers.bind_flat(program.kept_places, kept)
+        o_THE, lse_TH = buffers.new_own(Payload.O, program.tokens)
+        yield from run_steps("forward", program.forward, transport, buffers, compute, kernel.ACCUMULATES)
+        buffers.close()
     return o_THE, lse_TH, kept
 
 
@@ -94,14 +98,6 @@ def backward(
 
     delta_TH is rowsum(dO * O), minus the gradient of the log-sum-exp where there is one.
     """
-    arena = q_THD.new_empty(program.backward_bytes, dtype=torch.uint8)
-    buffers = Buffers(program.call, arena, program.blank, program.unadded)
-    buffers.bind_own(Payload.Q, (q_THD,))
-    buffers.bind_own(Payload.KV, (k_TKD, v_TKE))
-    buffers.bind_own(Payload.dO, (do_THE, lse_TH, delta_TH))
-    (dq_THD,) = buffers.new_own(Payload.dQ, program.tokens)
-    dk_TKD, dv_TKE = buffers.new_own(Payload.dKV, program.tokens)
-    buffers.bind_flat({kept_key(key): rows for key, rows in program.kept.items()}, kept)
 
     def compute(
         launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
@@ -116,11 +112,17 @@ def backward(
             dq, dk, dv = kernel.backward(*inputs, into=into, add=(of_q.adds, of_kv.adds))
         return {Payload.dQ: (dq,), Payload.dKV: (dk, dv)}
 
-    yield from run_steps("backward", program.backward, transport, buffers, compute, kernel.ACCUMULATES)
-    # results in another dtype take the arena's place
-    del arena
-    buffers.close()
-    return dq_THD.to(q_THD.dtype), dk_TKD.to(k_TKD.dtype), dv_TKE.to(v_TKE.dtype)
+    with ARENAS.borrowed(program.backward_bytes, q_THD.device) as arena:
+        buffers = Buffers(program.call, arena, program.blank, program.unadded)
+        buffers.bind_own(Payload.Q, (q_THD,))
+        buffers.bind_own(Payload.KV, (k_TKD, v_TKE))
+        buffers.bind_own(Payload.dO, (do_THE, lse_TH, delta_TH))
+        buffers.bind_flat(program.kept_places, kept, kept_key)
+        sums = [*buffers.new_own(Payload.dQ, program.tokens), *buffers.new_own(Payload.dKV, program.tokens)]
+        yield from run_steps("backward", program.backward, transport, buffers, compute, kernel.ACCUMULATES)
+        buffers.close()
+    dq_THD, dk_TKD, dv_TKE = narrowed(sums, (q_THD.dtype, k_TKD.dtype, v_TKE.dtype))
+    return dq_THD, dk_TKD, dv_TKE
 
 
 def run_to_completion(run: PausableRun[Result]) -> Result:
@@ -169,16 +171,17 @@ def _run_step(
     states: HeldStateTensors | None,
 ) -> PausableRun[None]:
     for key in step.allocate:
-        buffers.allocate(key, step.places[key])
+        buffers.allocate(key, step.places[key], step.places.get(("rows", key), ()))
     for key, view in step.own_copies:
         buffers.copy_own(key, view)
-    sends = [packet for number in range(len(step.sends)) for packet in _outgoing(buffers, step, number)]
-    incoming, receives = [], []
-    for number, (payload, message) in enumerate(step.receives):
-        places = step.places.get(("receive", number), ())
-        fields, parts = buffers.receive_buffer(payload, message.view, message.stretches, places)
-        incoming.append((payload, message, fields))
-        receives += [Packet(message.peer, payload, tensor) for part in parts for tensor in part]
+    for packed in step.packed_sends:
+        buffers.pack(packed, _places_of(step, "send", packed))
+    sends = [packet for numbers in step.joined_sends for packet in _outgoing(buffers, step, numbers)]
+    incoming: dict[int, Fields] = {}
+    arrived = [
+        [buffers.place(places) for places in _places_of(step, "receive", packed)] for packed in step.packed_receives
+    ]
+    receives = [packet for numbers in step.joined_receives for packet in _incoming(buffers, step, numbers, incoming)]
     if states is not None and step.states is not None:
         # what is sent is put together of what was there before the step: nothing of this step is read in it
         sends += [packet for state in step.states.sends for packet in states.packets(state)]
@@ -190,9 +193,12 @@ def _run_step(
         buffers.accumulate(key.payload, view, buffers.fields[key])
     yield
     pending.wait()
-    for payload, message, fields in incoming:
-        if payload in REDUCED_PAYLOADS:
-            buffers.accumulate(payload, message.view, fields)
+    for packed, parts in zip(step.packed_receives, arrived, strict=True):
+        # nothing has been written there before
+        buffers.unpack(packed, parts)
+    for number, fields in incoming.items():
+        payload, message = step.receives[number]
+        buffers.accumulate(payload, message.view, fields)
     for key in step.release:
         buffers.release(key)
     if states is not None and step.states is not None:
@@ -216,7 +222,60 @@ def _launch(step: ProgramStep, number: int, buffers: Buffers, compute: Compute, 
             buffers.accumulate(payload, launch.results[payload], fields)
 
 
-def _outgoing(buffers: Buffers, step: ProgramStep, number: int) -> list[Packet]:
-    payload, message = step.sends[number]
-    parts = buffers.message_parts(message.view, message.stretches, step.places.get(("send", number)))
-    return [Packet(message.peer, payload, tensor) for part in parts for tensor in part]
+def _places_of(step: ProgramStep, name: str, packed: PackedMessages) -> list[Places]:
+    """Return where the parts of the rows of all packed messages lie."""
+    return [step.places[name, number] for number in packed.first]
+
+
+def _packed_with(numbers: tuple[int, ...], packed: tuple[PackedMessages, ...]) -> PackedMessages | None:
+    """Return the messages that those with these numbers are packed with."""
+    for some in packed:
+        if numbers in some.begins:
+            return some
+    return None
+
+
+def _outgoing(buffers: Buffers, step: ProgramStep, numbers: tuple[int, ...]) -> list[Packet]:
+    """Return the packets of messages that are sent together: from their buffer, or from a copy where one has a place."""
+    payload, message = step.sends[numbers[0]]
+    packed = _packed_with(numbers, step.packed_sends)
+    if packed:
+        places = step.places["rows of send" if message.bundle else "send", packed.first[0]]
+        return _packets(payload, message, buffers.place_rows(places, message.stretches, packed.begins[numbers]))
+    if ("send", numbers[0]) not in step.places:
+        return _packets(payload, message, buffers.message_parts(message.view, message.stretches, bool(message.bundle)))
+    copies = [buffers.gathered(step.sends[number][1].view, step.places["send", number]) for number in numbers]
+    if message.bundle:
+        return _packets(
+            payload, message, buffers.place_rows(step.places["rows of send", numbers[0]], message.stretches)
+        )
+    return _packets(payload, message, _cut(copies[0], message))
+
+
+def _incoming(
+    buffers: Buffers, step: ProgramStep, numbers: tuple[int, ...], results: dict[int, Fields]
+) -> list[Packet]:
+    """Return the packets of messages that arrive together: copies in their buffer, partial results in `results`, by message."""
+    payload, message = step.receives[numbers[0]]
+    packed = _packed_with(numbers, step.packed_receives)
+    if packed:
+        places = step.places["rows of receive" if message.bundle else "receive", packed.first[0]]
+        return _packets(payload, message, buffers.place_rows(places, message.stretches, packed.begins[numbers]))
+    if payload not in REDUCED_PAYLOADS:
+        return _packets(payload, message, buffers.message_parts(message.view, message.stretches, bool(message.bundle)))
+    for number in numbers:
+        results[number] = buffers.place(step.places["receive", number])
+    if message.bundle:
+        return _packets(
+            payload, message, buffers.place_rows(step.places["rows of receive", numbers[0]], message.stretches)
+        )
+    return _packets(payload, message, _cut(results[numbers[0]], message))
+
+
+def _cut(fields: Fields, message: Message) -> list[Fields]:
+    """Return the tensors of a message by stretch."""
+    return [tuple(tensor[stretch] for tensor in fields) for stretch in message.stretches]
+
+
+def _packets(payload: Payload, message: Message, parts: list[Fields]) -> list[Packet]:
+    return [Packet(message.peer, payload, tensor, message.row_bytes) for part in parts for tensor in part]

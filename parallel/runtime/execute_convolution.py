@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from distattn.ir.plan import Payload
-from distattn.parallel.runtime.buffers import Buffers, Fields
+from distattn.parallel.runtime.arenas import ARENAS
+from distattn.parallel.runtime.buffers import Buffers, Fields, narrowed
 from distattn.parallel.runtime.execute import PausableRun, Target, run_steps
-from distattn.parallel.runtime.memory import kept_elements
+from distattn.parallel.runtime.memory import forward_arena_bytes, kept_elements
 from distattn.parallel.runtime.program import KernelLaunch, Program, kept_key
 from distattn.parallel.runtime.transport import Transport
 
@@ -34,10 +35,6 @@ def forward(
     program: Program, transport: Transport, kernel: ConvolutionKernel, x_THD: Tensor, weight: Tensor | None
 ) -> PausableRun[tuple[Tensor, Tensor]]:
     """(y_THD in x's dtype, kept: what the backward will find again)."""
-    buffers = _buffers(program, program.forward_bytes, x_THD)
-    (y_THD,) = buffers.new_own(Payload.O, program.tokens)
-    kept = x_THD.new_empty(kept_elements(program))
-    buffers.bind_flat(program.kept, kept)
 
     def compute(
         launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
@@ -45,9 +42,17 @@ def forward(
         (x,) = operands[Payload.KV]
         return {Payload.O: (kernel.forward(x, _of_heads(weight, launch), launch.schedule),)}
 
-    yield from run_steps("forward", program.forward, transport, buffers, compute, False)
-    buffers.close()
-    return y_THD.to(x_THD.dtype), kept
+    with (
+        ARENAS.kept(kept_elements(program), x_THD.dtype, x_THD.device) as kept,
+        ARENAS.borrowed(forward_arena_bytes(program, x_THD, weight), x_THD.device) as arena,
+    ):
+        buffers = _buffers(program, arena, x_THD)
+        buffers.bind_flat(program.kept_places, kept)
+        sums = [*buffers.new_own(Payload.O, program.tokens)]
+        yield from run_steps("forward", program.forward, transport, buffers, compute, False)
+        buffers.close()
+    (y_THD,) = narrowed(sums, [x_THD.dtype])
+    return y_THD, kept
 
 
 def backward(
@@ -60,11 +65,6 @@ def backward(
     kept: Tensor,
 ) -> PausableRun[tuple[Tensor, Tensor | None]]:
     """(dx_THD in x's dtype, this rank's share of the weight's gradient in the accumulation dtype)."""
-    buffers = _buffers(program, program.backward_bytes, x_THD)
-    buffers.bind_own(Payload.dO, (dy_THD,))
-    buffers.new_own(Payload.dQ, program.tokens)
-    (dx_THD,) = buffers.new_own(Payload.dKV, program.tokens)
-    buffers.bind_flat({kept_key(key): rows for key, rows in program.kept.items()}, kept)
     wide = getattr(torch, program.call.accumulation_dtype)
     dweight = None if weight is None else torch.zeros_like(weight, dtype=wide)
 
@@ -77,13 +77,20 @@ def backward(
             dweight[launch.heads] += found
         return {Payload.dQ: (), Payload.dKV: (dx,)}
 
-    yield from run_steps("backward", program.backward, transport, buffers, compute, False)
-    buffers.close()
-    return dx_THD.to(x_THD.dtype), dweight
+    with ARENAS.borrowed(program.backward_bytes, x_THD.device) as arena:
+        buffers = _buffers(program, arena, x_THD)
+        buffers.bind_own(Payload.dO, (dy_THD,))
+        buffers.bind_flat(program.kept_places, kept, kept_key)
+        buffers.new_own(Payload.dQ, program.tokens)
+        sums = [*buffers.new_own(Payload.dKV, program.tokens)]
+        yield from run_steps("backward", program.backward, transport, buffers, compute, False)
+        buffers.close()
+    (dx_THD,) = narrowed(sums, [x_THD.dtype])
+    return dx_THD, dweight
 
 
-def _buffers(program: Program, nbytes: int, x_THD: Tensor) -> Buffers:
-    buffers = Buffers(program.call, x_THD.new_empty(nbytes, dtype=torch.uint8), program.blank, program.unadded)
+def _buffers(program: Program, arena: Tensor, x_THD: Tensor) -> Buffers:
+    buffers = Buffers(program.call, arena, program.blank, program.unadded)
     # a convolution has no queries
     buffers.bind_own(Payload.Q, ())
     buffers.bind_own(Payload.KV, (x_THD,))

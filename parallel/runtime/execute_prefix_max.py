@@ -11,6 +11,7 @@ from torch import Tensor
 from distattn.ir.plan import Payload
 from distattn.kernels.recurrence.tokens import Stretches
 from distattn.kernels.spec import KernelRequirements
+from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.buffers import Fields
 from distattn.parallel.runtime.execute import PausableRun, Target, run_steps
 from distattn.parallel.runtime.program import KernelLaunch, Program
@@ -48,12 +49,6 @@ def forward(
     """Maxima over the tokens before each of this rank's; -inf, or the initial state, where there are none."""
     # a state has one row
     initial = None if initial_MHV is None else initial_MHV[:, :, None]
-    run = StatePass(program, "forward", x_THV.device, initial)
-    if final_states:
-        run.make_edge_states()
-    run.buffers.bind_own(Payload.Q, ())
-    run.buffers.bind_own(Payload.KV, (x_THV,))
-    (before_THV,) = run.buffers.new_own(Payload.O, program.tokens)
 
     def compute(
         launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
@@ -68,7 +63,14 @@ def forward(
         run.leave_final(launch, tasks, leaving_NHV[:, :, None])
         return {Payload.O: (before,)}
 
-    yield from run_steps("forward", program.forward, transport, run.buffers, compute, False, run.states)
-    run.buffers.close()
+    with ARENAS.borrowed(program.forward_bytes, x_THV.device) as arena:
+        run = StatePass(program, "forward", arena, initial)
+        if final_states:
+            run.make_edge_states()
+        run.buffers.bind_own(Payload.Q, ())
+        run.buffers.bind_own(Payload.KV, (x_THV,))
+        (before_THV,) = run.buffers.new_own(Payload.O, program.tokens)
+        yield from run_steps("forward", program.forward, transport, run.buffers, compute, False, run.states)
+        run.buffers.close()
     final = None if run.edge_states is None else run.edge_states[:, :, 0]
     return PrefixMaxResult(before_THV.to(x_THV.dtype), final)

@@ -19,9 +19,11 @@ from distattn.ir.op import Op
 from distattn.ir.plan import Payload
 from distattn.kernels.recurrence.tokens import RecurrenceTokens, Stretches
 from distattn.kernels.spec import KernelRequirements
-from distattn.parallel.runtime.buffers import Fields
+from distattn.parallel.runtime.arenas import ARENAS
+from distattn.parallel.runtime.buffers import Fields, narrowed
 from distattn.parallel.runtime.execute import PausableRun, Target, run_steps
 from distattn.parallel.runtime.kept_tensors import KeptPlaces
+from distattn.parallel.runtime.memory import forward_arena_bytes
 from distattn.parallel.runtime.program import KernelLaunch, Program, kept_key
 from distattn.parallel.runtime.state_pass import StatePass
 from distattn.parallel.runtime.state_program import StretchStates
@@ -74,17 +76,21 @@ def forward(
     final_states: bool = True,
 ) -> PausableRun[ForwardResult]:
     """Outputs of this rank's tokens in q's dtype, and final states in the accumulation dtype, where they are wanted."""
-    run = _Pass(program, kernel, x, "forward", initial_MHKV)
-    if final_states:
-        run.make_edge_states()
-    (o_THV,) = run.buffers.new_own(Payload.O, program.tokens)
     places = KeptPlaces.of(program)
-    kept = places.new(x.v.device)
-    run.buffers.bind(places.tokens_in(kept))
-    run.begun = places.states_in(kept)
-    yield from run_steps("forward", program.forward, transport, run.buffers, run.forward, False, run.states)
-    run.buffers.close()
-    return ForwardResult(o_THV.to(x.q.dtype), run.edge_states, kept)
+    with (
+        ARENAS.kept(places.bytes, torch.uint8, x.v.device) as kept,
+        ARENAS.borrowed(forward_arena_bytes(program, *x.by_token().values()), x.v.device) as arena,
+    ):
+        run = _Pass(program, kernel, x, "forward", arena, initial_MHKV)
+        if final_states:
+            run.make_edge_states()
+        sums = [*run.buffers.new_own(Payload.O, program.tokens)]
+        run.buffers.bind(places.tokens_in(kept))
+        run.begun = places.states_in(kept)
+        yield from run_steps("forward", program.forward, transport, run.buffers, run.forward, False, run.states)
+        run.buffers.close()
+    (o_THV,) = narrowed(sums, [x.q.dtype])
+    return ForwardResult(o_THV, run.edge_states, kept)
 
 
 def backward(
@@ -98,22 +104,21 @@ def backward(
     kept: Tensor,
 ) -> PausableRun[BackwardResult]:
     """Gradients in the dtypes of what they are of; those of initial states in the accumulation dtype."""
-    run = _Pass(program, kernel, x, "backward", initial_MHKV, dfinal_MHKV)
-    if initial_MHKV is not None:
-        run.make_edge_states()
-    run.buffers.bind_own(Payload.dO, (do_THV,))
-    gradients = *run.buffers.new_own(Payload.dQ, program.tokens), *run.buffers.new_own(Payload.dKV, program.tokens)
     places = KeptPlaces.of(program)
-    run.buffers.bind({kept_key(key): fields for key, fields in places.tokens_in(kept).items()})
-    for state, begun in zip(run.program_states.kept, places.states_in(kept), strict=True):
-        run.states.put_kept(state.key, state.h0, State(None, begun))
-    yield from run_steps("backward", program.backward, transport, run.buffers, run.backward, False, run.states)
-    run.buffers.close()
-    names = [name for name in x.by_token()]
-    dx = x._replace(
-        **{name: dy.to(y.dtype) for name, y, dy in zip(names, x.by_token().values(), gradients, strict=True)}
-    )
-    return BackwardResult(dx, run.edge_states)
+    with ARENAS.borrowed(program.backward_bytes, x.v.device) as arena:
+        run = _Pass(program, kernel, x, "backward", arena, initial_MHKV, dfinal_MHKV)
+        if initial_MHKV is not None:
+            run.make_edge_states()
+        run.buffers.bind_own(Payload.dO, (do_THV,))
+        sums = [*run.buffers.new_own(Payload.dQ, program.tokens), *run.buffers.new_own(Payload.dKV, program.tokens)]
+        run.buffers.bind({kept_key(key): fields for key, fields in places.tokens_in(kept).items()})
+        for state, begun in zip(run.program_states.kept, places.states_in(kept), strict=True):
+            run.states.put_kept(state.key, state.h0, State(None, begun))
+        yield from run_steps("backward", program.backward, transport, run.buffers, run.backward, False, run.states)
+        run.buffers.close()
+    inputs = x.by_token()
+    gradients = narrowed(sums, [y.dtype for y in inputs.values()])
+    return BackwardResult(x._replace(**dict(zip(inputs, gradients, strict=True))), run.edge_states)
 
 
 class _Pass(StatePass):
@@ -125,11 +130,12 @@ class _Pass(StatePass):
         kernel: RecurrenceKernel,
         x: RecurrenceTokens,
         direction: str,
+        arena: Tensor,
         initial_MHKV: Tensor | None,
         dfinal_MHKV: Tensor | None = None,
     ):
         self.g_H = x.g if x.g is not None and not x.decays_by_token else None
-        super().__init__(program, direction, x.v.device, initial_MHKV, self.g_H)
+        super().__init__(program, direction, arena, initial_MHKV, self.g_H)
         self.kernel, self.dfinal = kernel, dfinal_MHKV
         tensors = tuple(x.by_token().values())
         self.buffers.bind_own(Payload.Q, tensors[:2])

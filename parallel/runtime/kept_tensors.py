@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from distattn.parallel.runtime.memory import PlacedTensor, place_fields
@@ -36,10 +35,6 @@ class KeptPlaces(NamedTuple):
             (place,), offset = place_fields(fields, begun.h1 - begun.h0, call.head_dim, offset)
             states.append(place)
         return KeptPlaces(tokens, states, offset)
-
-    def new(self, device: torch.device) -> Tensor:
-        """The flat tensor; what is in it has no meaning yet."""
-        return torch.empty(self.bytes, dtype=torch.uint8, device=device)
 
     def tokens_in(self, flat: Tensor) -> dict[BufferKey, tuple[Tensor, ...]]:
         """The tensors of the tokens of each buffer."""

@@ -2,14 +2,14 @@
 
 Where a launch needs one arrival and the rank's own tokens, the arrival's buffer is made as large as the working tensor that
 both would be gathered into, in the same order of tokens: messages land between the own rows, which are copied in beforehand.
-The same for results: the kernel writes one tensor, messages leave from it, and the own rows are accumulated from it. Buffers
-that stay until the backward pass are left as they are: own rows beside them would stay, too.
+The same for results: the kernel writes one tensor, messages leave from it, and the own rows are accumulated from it. In buffers
+that stay until the backward pass the own rows stay, too, so these land only where that makes them little larger.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -17,10 +17,14 @@ import torch
 
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import REDUCED_PAYLOADS
-from distattn.parallel.runtime.views import OWN, BufferKey, BufferSlice, RowIndex, View, same_rows
+from distattn.parallel.runtime.row_bundles import Bundle
+from distattn.parallel.runtime.views import OWN, BufferKey, BufferSlice, RowIndex, View
 
 if TYPE_CHECKING:
     from distattn.parallel.runtime.program import ProgramStep
+
+# A kept buffer becomes at most this much larger: as an all-to-all's on four ranks. Both passes then need no copy of it.
+_MOST_KEPT = 4 / 3
 
 
 class Landing(NamedTuple):
@@ -38,11 +42,26 @@ class Landing(NamedTuple):
         """The own rows in the buffer's order, as a view that does not reach all of it."""
         return View(self.rows, self.own[0].view_heads.stop if self.own else 0, list(self.own), False)
 
+    def rows_of_own(self, own: BufferKey) -> Ints:
+        """Return the row of the buffer in which each row of an own tensor lies, -1 for those that are not there."""
+        rows = [(_numbers(piece.rows), _numbers(piece.view_rows)) for piece in self.own if piece.buffer == own]
+        out = np.full(1 + max((int(mine.max(initial=-1)) for mine, _ in rows), default=-1), -1, np.int64)
+        for mine, there in rows:
+            out[mine] = there
+        return out
 
-def land(steps: list[ProgramStep], sizes: Mapping[BufferKey, int]) -> dict[BufferKey, Landing]:
+
+def land(
+    steps: list[ProgramStep],
+    sizes: Mapping[BufferKey, int],
+    bundles: Mapping[BufferKey, Bundle],
+    kept: Container[BufferKey],
+    inherited: Mapping[BufferKey, Landing],
+) -> dict[BufferKey, Landing]:
     """Let buffers be working tensors where that spares copies; changes the views of the steps. Returns what each has become.
 
-    sizes: rows of the buffers that may.
+    sizes: rows of the buffers that may. bundles: the buffers that lie row by row beside each, which do so in the same way or not.
+    kept: the buffers that stay until the next pass. inherited: what buffers of the pass before have become.
     """
     launches: dict[BufferKey, list[tuple[BufferSlice, View]]] = defaultdict(list)
     messages: dict[BufferKey, list[tuple[BufferSlice, tuple[slice, ...]]]] = defaultdict(list)
@@ -59,11 +78,19 @@ def land(steps: list[ProgramStep], sizes: Mapping[BufferKey, int]) -> dict[Buffe
     found: dict[BufferKey, Landing] = {}
     for key, rows in sizes.items():
         landing = next((one for _, view in launches[key] if (one := _landing(key, rows, view))), None)
-        if landing and _fits(key, landing, launches[key], messages[key]):
+        is_small = key not in kept or (landing and landing.rows <= _MOST_KEPT * rows)
+        if landing and is_small and _fits(key, landing, launches[key], messages[key]):
             found[key] = landing
+    found = {key: landing for key, landing in found.items() if _agrees(landing, bundles.get(key, ()), found)}
     for step in steps:
-        _change(step, found)
+        _change(step, {**found, **inherited})
     return found
+
+
+def _agrees(landing: Landing, bundle: Bundle, found: Mapping[BufferKey, Landing]) -> bool:
+    """Return whether all buffers of a bundle have become as large, with their rows in the same places."""
+    others = [found.get(key) for key in bundle]
+    return all(other and other.rows == landing.rows and (other.new_row == landing.new_row).all() for other in others)
 
 
 def _landing(key: BufferKey, rows: int, view: View) -> Landing | None:
@@ -115,15 +142,37 @@ def _change(step: ProgramStep, found: Mapping[BufferKey, Landing]) -> None:
 
 
 def _as_landed(view: View, found: Mapping[BufferKey, Landing]) -> View:
-    """A launch's view: the whole buffer where that is its working tensor, else the same rows where they lie now."""
+    """Return a launch's view: a run of rows of a landed buffer where all its rows lie there, else its rows where they lie now."""
     slices = [_moved(piece, found) for piece in view.slices]
     for i, piece in enumerate(slices):
         landing = found.get(piece.buffer)
         own = (*view.slices[:i], *view.slices[i + 1 :])
-        if landing and view.rows == landing.rows and same_rows(piece.rows, piece.view_rows) and _same(own, landing.own):
-            rows = slice(0, view.rows)
-            return view._replace(slices=[piece._replace(rows=rows, view_rows=rows)])
+        rows = _run_of_landed(piece, own, view, landing) if landing else None
+        if rows:
+            return view._replace(slices=[piece._replace(rows=rows, view_rows=slice(0, view.rows))])
     return view._replace(slices=slices)
+
+
+def _run_of_landed(piece: BufferSlice, own: tuple[BufferSlice, ...], view: View, landing: Landing) -> slice | None:
+    """Return the run of rows of a landed buffer that a view is; None where it is none.
+
+    piece: the view's slice of that buffer, where it lies now; own: its other slices.
+    """
+    if not view.is_complete or any(one.view_heads != slice(0, view.heads) for one in (piece, *own)):
+        return None
+    where = np.full(view.rows, -1, np.int64)
+    where[_numbers(piece.view_rows)] = _numbers(piece.rows)
+    for other in own:
+        first_head = next((one.heads.start for one in landing.own if one.buffer == other.buffer), -1)
+        rows, there = _numbers(other.rows), landing.rows_of_own(other.buffer)
+        if other.heads.start != first_head + piece.heads.start or rows.max(initial=-1) >= len(there):
+            return None
+        where[_numbers(other.view_rows)] = there[rows]
+    # a result is accumulated from the buffer once: from all of it
+    whole = piece.buffer.payload not in REDUCED_PAYLOADS or view.rows == landing.rows
+    if not whole or not view.rows or (where < 0).any() or not _is_run(where):
+        return None
+    return slice(int(where[0]), int(where[0]) + view.rows)
 
 
 def _moved(piece: BufferSlice, found: Mapping[BufferKey, Landing]) -> BufferSlice:
@@ -141,16 +190,6 @@ def _in_stretches(
         return [piece]
     rows = found[piece.buffer].new_row[_numbers(piece.rows)]
     return [piece._replace(rows=_index(rows[stretch]), view_rows=stretch) for stretch in stretches]
-
-
-def _same(these: tuple[BufferSlice, ...], those: tuple[BufferSlice, ...]) -> bool:
-    """Whether slices are of the same rows and heads."""
-    return len(these) == len(those) and all(
-        (a.buffer, a.heads, a.view_heads) == (b.buffer, b.heads, b.view_heads)
-        and same_rows(a.rows, b.rows)
-        and same_rows(a.view_rows, b.view_rows)
-        for a, b in zip(these, those, strict=True)
-    )
 
 
 def _numbers(rows: RowIndex) -> Ints:

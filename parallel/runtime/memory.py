@@ -1,25 +1,28 @@
 """Where the tensors of a pass lie: in one arena, laid out when a plan is lowered.
 
 All that a pass makes beside its results is known beforehand, with its size and the steps it lives for: buffers, packed messages,
-gathered operands and what kernels compute. So the allocator sees one request a pass, and what a pass needs is known to the byte.
+gathered operands and what kernels compute. So a pass asks for memory once, and what it needs is known to the byte.
 Places are given largest first, each the lowest that is free for as long as the tensor lives (greedy by size,
 https://arxiv.org/abs/2001.03288).
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 from distattn.ir.plan import REDUCED_PAYLOADS, Call, Payload
 from distattn.kernels.spec import LaunchShape, Workspace
+from distattn.parallel.runtime.packed_messages import PackedMessages
+from distattn.parallel.runtime.row_bundles import Bundle, RowFormat, Widths
 from distattn.parallel.runtime.views import OWN, BufferKey, View, travels_from_its_buffer
 
 if TYPE_CHECKING:
-    from distattn.parallel.runtime.program import KernelLaunch, Program, ProgramStep
+    from distattn.parallel.runtime.program import KernelLaunch, Message, Program, ProgramStep
 
 # of every tensor in the arena; what torch's allocator aligns to, and more than kernels ask for
 ALIGNMENT = 512
@@ -27,19 +30,33 @@ ALIGNMENT = 512
 _SIZES = 32
 
 # which tensor of a step: a buffer, or a packed message, operand or result, by its number among the step's (messages) or its
-# launch's number and payload
-PlaceKey = BufferKey | tuple[str, int] | tuple[str, int, Payload]
-# the tensors of a payload: (width, dtype) each, width None for one number per token and head
-Widths = tuple[tuple[int | None, str], ...]
+# launch's number and payload; or the rows of a bundle, by its first buffer or message
+PlaceKey = BufferKey | tuple[str, int] | tuple[str, int, Payload] | tuple[str, BufferKey]
 
 
 class PlacedTensor(NamedTuple):
-    """A contiguous tensor in the arena; offset: numbers of that dtype from its begin."""
+    """A tensor in the arena; offset: numbers of that dtype from the arena's begin to its first."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     offset: int
+
+
+class RowsKey(NamedTuple):
+    """Names the matrix of a bundle among the tensors of a step: where it is noted, and its parts with what a row has of each."""
+
+    rows: PlaceKey
+    parts: tuple[PlaceKey, ...]
+    format: RowFormat
+
+
+class FlatPlaces(NamedTuple):
+    """Where tensors lie in one flat tensor of so many numbers, which are of so many bytes."""
+
+    places: dict[PlaceKey, list[PlacedTensor]]
+    numbers: int
+    bytes: int
 
 
 class Request(NamedTuple):
@@ -70,11 +87,15 @@ def result_fields(call: Call, payload: Payload) -> Widths:
 class PassMemory(NamedTuple):
     """Bytes that a pass has on the device beside q, k, v and a contiguous dO: `peak` at once, and what that is made of.
 
-    arena: buffers, packed messages, gathered operands, partial results. results: the rank's own, as they are summed up, with
-    what the backward finds again, or delta, and of latent attention the gradient of the weights. workspace: the kernel's own, of
-    the launch that needs most; 0 where the kernel does not know, but for keys and values that latents are expanded to, and
-    gradients of them. returned: results in the inputs' dtype, where they were summed up in another. states: of a recurrence,
-    those that stay from step to step. A sink's few numbers a row are left out.
+    arena: buffers, messages, gathered operands, partial results. It is kept between passes. Passes on one stream share the
+    largest of their arenas, which a forward pass asks for where a backward will follow (see `arenas`).
+    results: the rank's own, as they are summed up, with what the backward finds again, or delta, and of latent attention the
+    gradient of the weights. What the backward finds again is received where it stays. Layers that a checkpoint repeats receive it
+    in one place, which is kept between passes, too.
+    workspace: the kernel's own, of the launch that needs most; 0 where the kernel does not know, but for keys and values that
+    latents are expanded to, and gradients of them.
+    returned: what results in the inputs' dtype need on top of sums in another, which they replace one by one, the smallest first.
+    states: of a recurrence, those that stay from step to step. A sink's few numbers a row are left out.
     """
 
     arena: int
@@ -85,8 +106,13 @@ class PassMemory(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """The most that is there at once: the arena is gone when results are returned."""
-        return self.results + self.states + max(self.arena + self.workspace, self.returned)
+        """The most that is there at once."""
+        return self.arena + self.beside_arena
+
+    @property
+    def beside_arena(self) -> int:
+        """The most that is there at once besides the arena."""
+        return self.results + self.states + max(self.workspace, self.returned)
 
 
 def forward_memory(program: Program, workspace: Workspace | None) -> PassMemory:
@@ -97,10 +123,7 @@ def forward_memory(program: Program, workspace: Workspace | None) -> PassMemory:
     if program.forward_states is not None:
         results += program.forward_states.kept_bytes
         states = program.forward_states.peak_bytes
-    kept = sum(
-        rows * (key.h1 - key.h0) * program.call.token_head_bytes(key.payload, in_memory=True)
-        for key, rows in program.kept.items()
-    )
+    kept = program.kept_places.bytes
     return PassMemory(program.forward_bytes, results + kept, own, returned, states)
 
 
@@ -118,19 +141,53 @@ def backward_memory(program: Program, workspace: Workspace | None) -> PassMemory
     if call.op.kind == "latent_attention":
         wide, narrow = (getattr(torch, name).itemsize for name in (call.accumulation_dtype, call.dtype))
         weights = call.heads * (call.head_dim - call.op.rotary_dim + call.v_head_dim) * call.op.latent_dim
+        if wide > narrow:
+            # they are returned when the others are as they shall be, whose sums are gone by then
+            sums = _sums(program, (Payload.dQ, Payload.dKV))
+            returned = max(returned, weights * narrow - sum(summed - final for summed, final in sums))
         results += weights * wide
-        # they are returned when the others are as they shall be, whose sums are gone by then
-        returned += max(weights * narrow - returned // narrow * wide, 0) if wide > narrow else 0
     return PassMemory(program.backward_bytes, results + delta, own, returned)
+
+
+def forward_arena_bytes(program: Program, *inputs: Tensor | None) -> int:
+    """Return the bytes of arena to ask for in a forward pass: those of both passes, where its inputs say that a backward follows.
+
+    The arena grows before the step has saved much for its backward passes, and the smaller one is used no longer.
+    """
+    if any(x is not None and x.requires_grad for x in inputs):
+        return max(program.forward_bytes, program.backward_bytes)
+    return program.forward_bytes
 
 
 def kept_elements(program: Program) -> int:
     """How many numbers the forward keeps for the backward on this rank."""
-    call = program.call
-    width = {
-        payload: sum(width or 1 for width, _ in call.payload_fields(payload)) for payload in (Payload.Q, Payload.KV)
-    }
-    return sum(rows * (key.h1 - key.h0) * width[key.payload] for key, rows in program.kept.items())
+    return program.kept_places.numbers
+
+
+def place_kept(call: Call, kept: Mapping[BufferKey, int], bundles: Mapping[BufferKey, Bundle]) -> FlatPlaces:
+    """Return where buffers that stay until the backward pass lie in one flat tensor of the inputs' dtype. kept: rows of each."""
+    places: dict[PlaceKey, list[PlacedTensor]] = {}
+    at = size = 0
+    for key, rows in kept.items():
+        if key in places:
+            continue
+        bundle = bundles.get(key, ())
+        if bundle:
+            of_rows = _rows_key(call, bundle)
+            matrix = PlacedTensor(
+                getattr(torch, call.dtype), (rows, of_rows.format.numbers), (of_rows.format.numbers, 1), at
+            )
+            places |= _places_in_rows(of_rows, matrix)
+            at += prod(matrix.shape)
+            size += prod(matrix.shape) * matrix.dtype.itemsize
+            continue
+        places[key] = []
+        for width, name in call.payload_fields(key.payload):
+            shape = (rows, key.h1 - key.h0, width or 1)
+            places[key].append(PlacedTensor(getattr(torch, name), shape, (shape[1] * shape[2], shape[2], 1), at))
+            at += prod(shape)
+            size += prod(shape) * places[key][-1].dtype.itemsize
+    return FlatPlaces(places, at, size)
 
 
 def own_result_fields(call: Call, payload: Payload, unadded: Container[Payload]) -> Widths:
@@ -138,16 +195,44 @@ def own_result_fields(call: Call, payload: Payload, unadded: Container[Payload])
     return call.payload_fields(payload, narrow=payload in unadded)
 
 
-def lay_out(call: Call, steps: list[ProgramStep]) -> int:
-    """Give all tensors of a pass their places (`ProgramStep.places`); returns the arena's size in bytes."""
+def lay_out(call: Call, steps: list[ProgramStep], bundles: Mapping[BufferKey, Bundle]) -> int:
+    """Give all tensors of a pass their places (`ProgramStep.places`); returns the arena's size in bytes.
+
+    bundles: of the rank's buffers that are in one.
+    """
     wanted, requests = [], []
-    for step, key, widths, rows, heads, begin, end in _tensors(call, steps):
+    for step, key, widths, rows, heads, begin, end in _tensors(call, steps, bundles):
         wanted.append((step, key, widths, rows, heads))
         requests.append(Request(place_fields(widths, rows, heads, 0)[1], begin, end))
     offsets, size = find_places(requests)
     for (step, key, widths, rows, heads), offset in zip(wanted, offsets, strict=True):
-        step.places[key] = place_fields(widths, rows, heads, offset)[0]
+        places = place_fields(widths, rows, heads, offset)[0]
+        if isinstance(key, RowsKey):
+            step.places |= _places_in_rows(
+                key, places[0]._replace(shape=(rows, key.format.numbers), strides=(key.format.numbers, 1))
+            )
+        else:
+            step.places[key] = places
     return rounded(size)
+
+
+def _rows_key(call: Call, bundle: Bundle) -> RowsKey:
+    """Return the name and format of the rows that these buffers share."""
+    parts = [(key.h1 - key.h0, call.payload_fields(key.payload)) for key in bundle]
+    return RowsKey(("rows", bundle[0]), bundle, RowFormat.of(parts))
+
+
+def _places_in_rows(key: RowsKey, matrix: PlacedTensor) -> dict[PlaceKey, list[PlacedTensor]]:
+    """Return the places of a bundle: of its rows, and of the tensors of its parts in them."""
+    places: dict[PlaceKey, list[PlacedTensor]] = {key.rows: [matrix]}
+    begin, row_bytes = (size * matrix.dtype.itemsize for size in (matrix.offset, matrix.strides[0]))
+    for part, tensors in zip(key.parts, key.format.tensors, strict=True):
+        places[part] = []
+        for dtype, heads, width, first in tensors:
+            shape = (matrix.shape[0], heads) if width is None else (matrix.shape[0], heads, width)
+            strides = (row_bytes // dtype.itemsize, *((1,) if width is None else (width, 1)))
+            places[part].append(PlacedTensor(dtype, shape, strides, begin // dtype.itemsize + first))
+    return places
 
 
 def rounded(size: int) -> int:
@@ -179,11 +264,11 @@ def find_places(requests: Iterable[Request]) -> tuple[list[int], int]:
 
 
 def _tensors(
-    call: Call, steps: list[ProgramStep]
-) -> Iterator[tuple[ProgramStep, PlaceKey, Widths, int, int, int, int]]:
+    call: Call, steps: list[ProgramStep], bundles: Mapping[BufferKey, Bundle]
+) -> Iterator[tuple[ProgramStep, PlaceKey | RowsKey, Widths, int, int, int, int]]:
     """All tensors of a pass: step, key, fields, rows, heads, and the first and last moment of their lives.
 
-    A step has a moment for all that it begins with, and one for each of its launches.
+    A step has a moment for all that it begins with, and one for each of its launches. A bundle is one tensor of one head.
     """
     begins, moment = [], 0
     for step in steps:
@@ -193,13 +278,21 @@ def _tensors(
     released = {key: end for step, end in zip(steps, ends, strict=True) for key in step.release}
     for step, begin, end in zip(steps, begins, ends, strict=True):
         for key, rows in step.allocate.items():
-            yield step, key, call.payload_fields(key.payload), rows, key.h1 - key.h0, begin, released[key]
-        for number, (payload, message) in enumerate(step.sends):
-            if not travels_from_its_buffer(call, payload, message.view, message.stretches):
-                yield step, ("send", number), call.comm_fields(payload), *_shape(message.view), begin, end
-        for number, (payload, message) in enumerate(step.receives):
-            if payload in REDUCED_PAYLOADS:
-                yield step, ("receive", number), call.comm_fields(payload), *_shape(message.view), begin, end
+            bundle = bundles.get(key, ())
+            if not bundle:
+                yield step, key, call.payload_fields(key.payload), rows, key.h1 - key.h0, begin, released[key]
+            elif key == bundle[0]:
+                of_rows = _rows_key(call, bundle)
+                yield step, of_rows, of_rows.format.widths, rows, 1, begin, released[key]
+        for name, several in (("send", step.packed_sends), ("receive", step.packed_receives)):
+            for packed in several:
+                yield from _packed(call, step, name, packed.first, packed.rows, begin, end)
+        for numbers in _others(step.joined_sends, step.packed_sends):
+            if not _travels_from_its_buffer(call, [step.sends[number] for number in numbers], bundles):
+                yield from _packed(call, step, "send", numbers, None, begin, end)
+        for numbers in _others(step.joined_receives, step.packed_receives):
+            if step.receives[numbers[0]][0] in REDUCED_PAYLOADS:
+                yield from _packed(call, step, "receive", numbers, None, begin, end)
         for number, launch in enumerate(step.launches):
             now = begin + 1 + number
             for payload, view in launch.operands.items():
@@ -208,6 +301,47 @@ def _tensors(
             for payload, view in launch.results.items():
                 if not view.is_part:
                     yield step, ("result", number, payload), result_fields(call, payload), *_shape(view), now, now
+
+
+def _packed(
+    call: Call, step: ProgramStep, name: str, numbers: tuple[int, ...], rows: int | None, begin: int, end: int
+) -> Iterator[tuple[ProgramStep, PlaceKey | RowsKey, Widths, int, int, int, int]]:
+    """Yield the tensors of messages that travel together, in the dtypes that travel; name: "send" or "receive".
+
+    rows: where the rows of other peers follow, of all of them.
+    """
+    messages = step.sends if name == "send" else step.receives
+    first = messages[numbers[0]][1]
+    if not first.bundle:
+        payload, message = messages[numbers[0]]
+        count = message.view.rows if rows is None else rows
+        yield step, (name, numbers[0]), call.comm_fields(payload), count, message.view.heads, begin, end
+        return
+    parts = [(message.view.heads, call.comm_fields(payload)) for payload, message in (messages[i] for i in numbers)]
+    key = RowsKey((f"rows of {name}", numbers[0]), tuple((name, number) for number in numbers), RowFormat.of(parts))
+    yield step, key, key.format.widths, first.view.rows if rows is None else rows, 1, begin, end
+
+
+def _others(joined: list[tuple[int, ...]], packed: tuple[PackedMessages, ...]) -> list[tuple[int, ...]]:
+    """Return the messages that are not packed with others'."""
+    return [numbers for numbers in joined if not any(numbers in some.begins for some in packed)]
+
+
+def _travels_from_its_buffer(
+    call: Call, messages: list[tuple[Payload, Message]], bundles: Mapping[BufferKey, Bundle]
+) -> bool:
+    """Return whether messages that travel together are sent from where they lie: from tensors, or from rows of a bundle."""
+    if not all(travels_from_its_buffer(call, payload, one.view, one.stretches) for payload, one in messages):
+        return False
+    first = messages[0][1]
+    if not first.bundle:
+        return not any(piece.buffer in bundles for piece in first.view.slices)
+    for pieces in zip(*(message.view.slices for _, message in messages), strict=False):
+        buffers = tuple(piece.buffer for piece in pieces)
+        same_rows = all(piece.rows == pieces[0].rows for piece in pieces)
+        if not same_rows or bundles.get(buffers[0]) != buffers:
+            return False
+    return len({len(message.view.slices) for _, message in messages}) == 1
 
 
 def _shape(view: View) -> tuple[int, int]:
@@ -219,14 +353,33 @@ def _itemsize(program: Program) -> int:
 
 
 def _result_bytes(program: Program, payloads: tuple[Payload, ...]) -> tuple[int, int]:
-    """(bytes of the rank's own results as they are summed up, of those that are returned in another dtype)."""
-    call, summed, returned = program.call, 0, 0
-    for payload in payloads:
-        for width, name in own_result_fields(call, payload, program.unadded):
-            cells = program.tokens * call.payload_heads(payload) * (width or 1)
-            summed += cells * getattr(torch, name).itemsize
-            returned += cells * _itemsize(program) if width and name != call.dtype else 0
-    return summed, returned
+    """(bytes of the rank's own results as they are summed up, what those that are returned in another dtype need on top)."""
+    call = program.call
+    summed = sum(
+        _cells(program, payload, width) * getattr(torch, name).itemsize
+        for payload in payloads
+        for width, name in own_result_fields(call, payload, program.unadded)
+    )
+    most = now = 0
+    for wide, narrow in sorted(_sums(program, payloads)):
+        most = max(most, now + narrow)
+        now += narrow - wide
+    return summed, most
+
+
+def _sums(program: Program, payloads: tuple[Payload, ...]) -> list[tuple[int, int]]:
+    """(bytes, bytes in the inputs' dtype) of each result that is summed up in another dtype than it is returned in."""
+    call = program.call
+    return [
+        (cells * getattr(torch, name).itemsize, cells * _itemsize(program))
+        for payload in payloads
+        for width, name in own_result_fields(call, payload, program.unadded)
+        if (cells := _cells(program, payload, width)) and width and name != call.dtype
+    ]
+
+
+def _cells(program: Program, payload: Payload, width: int | None) -> int:
+    return program.tokens * program.call.payload_heads(payload) * (width or 1)
 
 
 def _workspace(program: Program, direction: str, steps: list[ProgramStep], workspace: Workspace | None) -> int:

@@ -6,13 +6,12 @@ Here the table's rows end: what is left to the layer is one loop over steps and 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from distattn.ir.intervals import Ints, lexicographic_argsort, merge_intervals, run_starts, sorted_unique
 from distattn.ir.plan import (
@@ -30,12 +29,14 @@ from distattn.ir.plan import (
     select_rows,
     task_bands,
 )
-from distattn.kernels.devices import current_device, has_streams
 from distattn.kernels.launch_mask import LaunchMask, WrittenRows
 from distattn.parallel.analysis.verify import Proof
 from distattn.parallel.runtime.landing import Landing, land
 from distattn.parallel.runtime.launches import LaunchTable
-from distattn.parallel.runtime.memory import PlacedTensor, PlaceKey, lay_out
+from distattn.parallel.runtime.memory import FlatPlaces, PlacedTensor, PlaceKey, lay_out, place_kept, rounded
+from distattn.parallel.runtime.packed_messages import PackedMessages, pack
+from distattn.parallel.runtime.row_bundles import Bundle, find_bundles
+from distattn.parallel.runtime.staging import stage
 from distattn.parallel.runtime.state_program import StateProgram, StateStep, lower_states
 from distattn.parallel.runtime.streams import Handover
 from distattn.parallel.runtime.stretch_launches import StretchLaunches
@@ -45,20 +46,21 @@ from distattn.parallel.runtime.views import OWN, BufferExtent, BufferKey, Buffer
 PrepareKernel = Callable[[Any], Any]
 # stretches of a message that travel by themselves, at most
 _MOST_STRETCHES = 4
-# bytes that lists on the device are aligned to
-_ALIGNMENT = 16
 
 
 class Message(NamedTuple):
     """What one peer sends or receives of one payload and head range: the same rows, in the same order, at both ends.
 
     stretches: the rows of the view, cut where tokens do not follow one another; each travels by itself. Where there are many of
-    them, all rows are one.
+    them, all rows are one. bundle: the buffers whose rows travel as one message with this one's, see `row_bundles`; empty where
+    each tensor travels by itself. row_bytes: what is sent of each payload in such a row.
     """
 
     peer: int
     view: View
     stretches: tuple[slice, ...]
+    bundle: Bundle = ()
+    row_bytes: tuple[tuple[Payload, int], ...] = ()
 
 
 class KernelLaunch(NamedTuple):
@@ -74,11 +76,17 @@ class KernelLaunch(NamedTuple):
 class ProgramStep:
     """What this rank does in one step of a table."""
 
-    # rows of each new buffer; own rows that are copied into it (see `landing`)
+    # rows of each new buffer; own rows that are copied into it (see `landing` and `staging`)
     allocate: dict[BufferKey, int] = field(default_factory=dict)
     own_copies: list[tuple[BufferKey, View]] = field(default_factory=list)
     sends: list[tuple[Payload, Message]] = field(default_factory=list)
     receives: list[tuple[Payload, Message]] = field(default_factory=list)
+    # numbers of the sends and receives that travel together
+    joined_sends: list[tuple[int, ...]] = field(default_factory=list)
+    joined_receives: list[tuple[int, ...]] = field(default_factory=list)
+    # those of them that are packed from, or unpacked to, own tensors all at once
+    packed_sends: tuple[PackedMessages, ...] = ()
+    packed_receives: tuple[PackedMessages, ...] = ()
     # one launch, unless head groups need so different tokens that a tensor of all of them would be mostly unused
     launches: list[KernelLaunch] = field(default_factory=list)
     # own rows of buffers that the launches have written, which are accumulated from there
@@ -110,10 +118,11 @@ class Program:
     """One rank's share of a plan.
 
     tokens: rows of the rank's own tensors. kept: rows of each buffer that stays from the forward to the backward pass, by its key
-    in the forward pass. proof: None where nobody has proven the plan. blank: buffers of results that not every first write
-    reaches, in both passes. unadded: own results to which nothing is added on this rank, and which need no wider numbers than
-    the inputs. forward_bytes, backward_bytes: of each pass's arena (see `memory`). uploaded: the lists, where they are on a GPU.
-    forward_states, backward_states: of a recurrence, what each task begins with and leaves.
+    in the forward pass. kept_places: where those lie in one flat tensor. proof: None where nobody has proven the plan. blank:
+    buffers of results that not every first write reaches, in both passes. unadded: own results to which nothing is added on this
+    rank, and which need no wider numbers than the inputs. forward_bytes, backward_bytes: of each pass's arena (see `memory`).
+    uploaded: the lists, where they are on a GPU. forward_states, backward_states: of a recurrence, what each task begins with and
+    leaves.
     """
 
     # not the plan itself: programs are cached for as long as their plan lives
@@ -124,6 +133,7 @@ class Program:
     forward: list[ProgramStep]
     backward: list[ProgramStep]
     kept: dict[BufferKey, int]
+    kept_places: FlatPlaces
     blank: frozenset[BufferKey]
     unadded: frozenset[Payload]
     forward_bytes: int
@@ -150,11 +160,15 @@ def lower(plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = N
     }
     inherited = [extent._replace(key=kept_key(extent.key)) for extent in forward.buffers if extent.key in kept]
     backward = _TableLowering(call, plan.backward, rank, BACKWARD_PAYLOADS, prepare, inherited)
-    ahead, back = forward.steps(kept), backward.steps()
+    ahead = forward.steps(kept)
+    landed = {kept_key(key): landing for key, landing in forward.landings.items() if key in kept}
+    back = backward.steps(inherited=landed)
+    kept = {key: forward.sizes[key] for key in kept}
+    kept_places = place_kept(call, kept, forward.bundles)
     blank = frozenset(forward.blank | backward.blank)
     unadded = frozenset(forward.unadded | backward.unadded)
-    sizes = lay_out(call, ahead), lay_out(call, back)
-    program = Program(call, proof, rank, tokens, ahead, back, kept, blank, unadded, *sizes)
+    sizes = lay_out(call, ahead, forward.bundles), lay_out(call, back, backward.bundles)
+    program = Program(call, proof, rank, tokens, ahead, back, kept, kept_places, blank, unadded, *sizes)
     return _with_states(plan, program) if call.op.is_recurrent else program
 
 
@@ -163,49 +177,16 @@ def kept_key(key: BufferKey) -> BufferKey:
     return key._replace(step=OWN - 1 - key.step)
 
 
-def on_device(program: Program, device: torch.device) -> Program:
-    """The same program with its lists on the device: one copy, from pinned memory where that exists.
-
-    The copy is in the current stream of this thread, which need not be the one that runs the program: whoever does joins
-    `Program.uploaded`.
-    """
-    if device.type == "cpu":
-        return program
-    found: dict[int, Tensor] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        # steps share lists: each is copied once
-        found[id(tensor)] = tensor
-        return tensor
-
-    _with_tensors(program, note)
-    if not found:
-        return program
-    streams = has_streams(device)
-    # a program that is first prepared in inference mode serves training, too: what autograd saves must be no inference tensor.
-    # The current device is a thread's own, and pinned memory belongs to it.
-    with torch.inference_mode(False), current_device(device):
-        offsets = np.cumsum([0, *(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in found.values())]).tolist()
-        packed = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=streams)
-        for tensor, at in zip(found.values(), offsets, strict=False):
-            # numpy gives empty lists strides that bytes cannot be viewed by
-            packed[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        copied = packed.to(device, non_blocking=True)
-        uploaded = Handover.of([copied])
-        on_it = {
-            name: copied[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            for (name, tensor), at in zip(found.items(), offsets, strict=False)
-        }
-    return replace(_with_tensors(program, lambda tensor: on_it[id(tensor)]), uploaded=uploaded)
-
-
 def _with_states(plan: Plan, program: Program) -> Program:
-    """The program of a recurrence with its states."""
+    """The program of a recurrence with its states, whose messages have room at the end of the arenas."""
     states = [lower_states(plan, program.rank, direction) for direction in ("forward", "backward")]
     for one, steps in zip(states, (program.forward, program.backward), strict=True):
         for moves, step in zip(one.steps, steps, strict=True):
             step.states = moves
-    return replace(program, forward_states=states[0], backward_states=states[1])
+    sizes = zip((program.forward_bytes, program.backward_bytes), states, strict=True)
+    ahead, back = (rounded(size + one.message_bytes) for size, one in sizes)
+    changes: dict[str, Any] = dict(forward_states=states[0], backward_states=states[1])
+    return replace(program, forward_bytes=ahead, backward_bytes=back, **changes)
 
 
 class _TableLowering:
@@ -240,11 +221,18 @@ class _TableLowering:
         self.blank: set[BufferKey] = set()
         self.unadded: set[Payload] = set()
         self.landings: dict[BufferKey, Landing] = {}
+        self.staged: dict[BufferKey, View] = {}
         self.sizes = {extent.key: int((extent.t1 - extent.t0).sum()) for extent in self.buffers}
         self.extents = [*self.buffers, *inherited, *(self._own(payload) for payload in payloads)]
+        ends = sorted_unique(np.concatenate([[rank], self.outgoing["dst"], self.incoming["src"]]))
+        self.bundles_of_ranks = find_bundles(call, table, ends)
+        # of this rank's buffers
+        self.bundles = {key: bundle for (end, key), bundle in self.bundles_of_ranks.items() if end == rank}
 
-    def steps(self, kept: Container[BufferKey] = ()) -> list[ProgramStep]:
-        """The steps of this rank; buffers in `kept` have a place already."""
+    def steps(
+        self, kept: Container[BufferKey] = (), inherited: Mapping[BufferKey, Landing] = MappingProxyType({})
+    ) -> list[ProgramStep]:
+        """Return the steps of this rank. kept: buffers that have a place already; inherited: see `land`."""
         steps = [ProgramStep(collective=dense) for dense in _dense_steps(self.call, self.table)]
         outgoing, sends, cut_sends = self._messages(self.outgoing, "dst")
         incoming, receives, cut_receives = self._messages(self.incoming, "src")
@@ -256,15 +244,35 @@ class _TableLowering:
         of_payloads = [launches.parts(payload) for payload in self.payloads]
         # one search for all views of the table
         views = iter(resolve_views(self.extents, ViewParts.joined([sends, receives, *of_payloads])))
-        for (step, peer, payload), stretches in zip(outgoing, cut_sends, strict=True):
-            steps[step].sends.append((Payload(payload), Message(peer, next(views), stretches)))
-        for (step, peer, payload), stretches in zip(incoming, cut_receives, strict=True):
-            steps[step].receives.append((Payload(payload), Message(peer, next(views), stretches)))
+        for (peer, key), stretches in zip(outgoing, cut_sends, strict=True):
+            # copies lie as they do where they arrive, partial results as they do where they leave
+            holder = self.rank if key.payload in REDUCED_PAYLOADS else peer
+            shared = self._shared_rows(holder, key)
+            steps[key.step].sends.append((key.payload, Message(peer, next(views), stretches, *shared)))
+        for (peer, key), stretches in zip(incoming, cut_receives, strict=True):
+            holder = peer if key.payload in REDUCED_PAYLOADS else self.rank
+            shared = self._shared_rows(holder, key)
+            steps[key.step].receives.append((key.payload, Message(peer, next(views), stretches, *shared)))
+        for step in steps:
+            step.joined_sends, step.joined_receives = _joined(step.sends), _joined(step.receives)
         self._add_launches(steps, launches, views)
-        self._land(steps, kept)
+        self._land(steps, kept, inherited)
+        landings = {key: landing for key, landing in self.landings.items() if key not in self.bundles}
+        self.staged = stage(self.call, steps, landings)
+        self.sizes |= {key: view.rows for key, view in self.staged.items()}
         self._set_lifetimes(steps, kept)
         self._mark_first_writes(steps)
+        for step in steps:
+            results = [numbers for numbers in step.joined_receives if step.receives[numbers[0]][0] in REDUCED_PAYLOADS]
+            step.packed_sends = pack(self.call, step.sends, step.joined_sends, False)
+            step.packed_receives = pack(self.call, step.receives, results, True)
         return steps
+
+    def _shared_rows(self, holder: int, key: BufferKey) -> tuple[Bundle, tuple[tuple[Payload, int], ...]]:
+        """Return the bundle of a buffer of rank `holder`, and the bytes that a row of it has of each payload in a message."""
+        bundle = self.bundles_of_ranks.get((holder, key), ())
+        sent = ((one.payload, (one.h1 - one.h0) * self.call.token_head_bytes(one.payload)) for one in bundle)
+        return bundle, tuple(sent)
 
     def _query_buffers(self) -> Ints:
         """For each task, a number for the buffer in which its query rows lie with its first head; -1 where in several."""
@@ -299,11 +307,12 @@ class _TableLowering:
 
     def _messages(
         self, moves: Columns, peer: str
-    ) -> tuple[list[tuple[int, int, int]], ViewParts, list[tuple[slice, ...]]]:
-        """(step, peer, payload) of every message, in order, what each carries, a view with one part, and its stretches."""
+    ) -> tuple[list[tuple[int, BufferKey]], ViewParts, list[tuple[slice, ...]]]:
+        """Peer and buffer of every message, in order, what each carries, a view with one part, and its stretches."""
         moves, first = _grouped(moves, ("step", peer, "payload", "h0", "h1"), ("t0",))
         each = select_rows(moves, np.array(first[:-1], np.int64))
-        names = list(zip(*(each[name].tolist() for name in ("step", peer, "payload")), strict=True))
+        columns = (each[name].tolist() for name in (peer, "payload", "step", "h0", "h1"))
+        names = [(rank, BufferKey(Payload(payload), *rest)) for rank, payload, *rest in zip(*columns, strict=True)]
         number = np.arange(num_rows(each))
         length = moves["t1"] - moves["t0"]
         before = np.cumsum(length) - length
@@ -322,9 +331,12 @@ class _TableLowering:
         ]
         return names, views, stretches
 
-    def _land(self, steps: list[ProgramStep], kept: Container[BufferKey]) -> None:
-        """Let buffers be working tensors of launches where that spares copies; not those that are kept."""
-        self.landings = land(steps, {key: rows for key, rows in self.sizes.items() if key not in kept})
+    def _land(
+        self, steps: list[ProgramStep], kept: Container[BufferKey], inherited: Mapping[BufferKey, Landing]
+    ) -> None:
+        """Let buffers be working tensors of launches where that spares copies; kept ones only of attention."""
+        sizes = {key: rows for key, rows in self.sizes.items() if key not in kept or self.call.op.is_softmax}
+        self.landings = land(steps, sizes, self.bundles, kept, inherited)
         for key, landing in self.landings.items():
             self.sizes[key] = landing.rows
             if not landing.own or key.payload not in REDUCED_PAYLOADS:
@@ -360,15 +372,17 @@ class _TableLowering:
         last: dict[BufferKey, int] = {}
         for index, step in enumerate(steps):
             for key in (piece.buffer for view in step.views() for piece in view.slices):
-                first.setdefault(key, index)
-                last[key] = index
+                for member in self.bundles.get(key, (key,)):
+                    first.setdefault(member, index)
+                    last[member] = index
         for key, rows in self.sizes.items():
-            if key in kept:
-                continue
             landing = self.landings.get(key)
-            steps[first[key]].allocate[key] = rows
-            steps[last[key]].release.append(key)
-            if landing and landing.own and key.payload in HELD_PAYLOADS:
+            if key not in kept:
+                steps[first[key]].allocate[key] = rows
+                steps[last[key]].release.append(key)
+            if key in self.staged:
+                steps[first[key]].own_copies.append((key, self.staged[key]))
+            elif landing and landing.own and key.payload in HELD_PAYLOADS:
                 steps[first[key]].own_copies.append((key, landing.own_view))
 
     def _mark_first_writes(self, steps: list[ProgramStep]) -> None:
@@ -429,6 +443,15 @@ def _result_views(step: ProgramStep) -> Iterator[View]:
             yield message.view
 
 
+def _joined(messages: list[tuple[Payload, Message]]) -> list[tuple[int, ...]]:
+    """Return the numbers of the messages of a step that travel together, in the order of their first ones."""
+    groups: dict[tuple[int, Bundle | int], tuple[int, ...]] = {}
+    for number, (_, message) in enumerate(messages):
+        together = (message.peer, message.bundle or number)
+        groups[together] = (*groups.get(together, ()), number)
+    return list(groups.values())
+
+
 def _memoized(prepare: PrepareKernel) -> PrepareKernel:
     """Return the same function, called once for equal masks or stretches."""
     made: dict[tuple[Any, ...], Any] = {}
@@ -448,41 +471,6 @@ def _dense_steps(call: Call, table: Table) -> np.ndarray:
     pairs = sorted_unique((moves["step"] * ranks + moves["src"]) * ranks + moves["dst"])
     talking = np.bincount(pairs // ranks**2, minlength=table.steps)
     return (ranks > 2) & (2 * talking >= ranks * (ranks - 1))
-
-
-def _with_tensors(program: Program, change: Callable[[Tensor], Tensor]) -> Program:
-    """The program with every tensor in its views and kernel schedules replaced."""
-
-    def view(old: View) -> View:
-        slices = [piece._replace(rows=changed(piece.rows), view_rows=changed(piece.view_rows)) for piece in old.slices]
-        return old._replace(slices=slices)
-
-    def changed(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return change(value)
-        if not isinstance(value, tuple):
-            return value
-        # tuples of kernels, named or not, within each other
-        parts = map(changed, value)
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-
-    def messages(old: list[tuple[Payload, Message]]) -> list[tuple[Payload, Message]]:
-        return [(payload, message._replace(view=view(message.view))) for payload, message in old]
-
-    def launch(old: KernelLaunch) -> KernelLaunch:
-        views = [{payload: view(part) for payload, part in parts.items()} for parts in (old.operands, old.results)]
-        return old._replace(operands=views[0], results=views[1], schedule=changed(old.schedule))
-
-    def step(old: ProgramStep) -> ProgramStep:
-        launches = [launch(part) for part in old.launches]
-        own_copies, own_results = (
-            [(key, view(part)) for key, part in own] for own in (old.own_copies, old.own_results)
-        )
-        changes: dict[str, Any] = dict(sends=messages(old.sends), receives=messages(old.receives))
-        return replace(old, launches=launches, own_copies=own_copies, own_results=own_results, **changes)
-
-    passes = [[step(part) for part in steps] for steps in (program.forward, program.backward)]
-    return replace(program, forward=passes[0], backward=passes[1])
 
 
 def _grouped(rows: Columns, by: tuple[str, ...], then: tuple[str, ...]) -> tuple[Columns, list[int]]:

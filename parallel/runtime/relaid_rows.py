@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from distattn.ir.intervals import Ints
 from distattn.ir.layout import Layout
+from distattn.parallel.runtime.arenas import ARENAS, Room, room_bytes
 from distattn.parallel.runtime.streams import copied_to
 from distattn.parallel.runtime.transport import Packet, Transport
 
@@ -69,18 +71,28 @@ class _MoveRows(torch.autograd.Function):
 
 def _moved(x: Tensor, moves: RowMoves, transport: Transport) -> Tensor:
     out = x.new_empty((moves.rows, *x.shape[1:]))
-    sends = [Packet(peer, "rows", x[rows]) for peer, rows in moves.sends.items() if peer != moves.rank]
-    receives = [
-        Packet(peer, "rows", x.new_empty((len(rows), *x.shape[1:])))
-        for peer, rows in moves.receives.items()
-        if peer != moves.rank
-    ]
-    pending = transport.exchange(sends, receives, True, "of a re-layout")
-    if moves.rank in moves.sends:
-        out[moves.receives[moves.rank]] = x[moves.sends[moves.rank]]
-    pending.wait()
-    for packet in receives:
-        out[moves.receives[packet.peer]] = packet.tensor
+    sends, receives = (
+        {peer: rows for peer, rows in of_all.items() if peer != moves.rank} for of_all in (moves.sends, moves.receives)
+    )
+
+    def shape(rows: Tensor) -> tuple[int, ...]:
+        return len(rows), *x.shape[1:]
+
+    travelling = (*sends.values(), *receives.values())
+    nbytes = room_bytes(*(prod(shape(rows)) * x.element_size() for rows in travelling))
+    with ARENAS.borrowed(nbytes, x.device) as arena:
+        room = Room(arena)
+        leaving = [
+            Packet(peer, "rows", torch.index_select(x, 0, rows, out=room.tensor(shape(rows), x.dtype)))
+            for peer, rows in sends.items()
+        ]
+        arriving = [Packet(peer, "rows", room.tensor(shape(rows), x.dtype)) for peer, rows in receives.items()]
+        pending = transport.exchange(leaving, arriving, True, "of a re-layout")
+        if moves.rank in moves.sends:
+            out[moves.receives[moves.rank]] = x[moves.sends[moves.rank]]
+        pending.wait()
+        for packet in arriving:
+            out[moves.receives[packet.peer]] = packet.tensor
     return out
 
 

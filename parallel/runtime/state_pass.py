@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from distattn.parallel.runtime.arenas import Room
 from distattn.parallel.runtime.buffers import Buffers
 from distattn.parallel.runtime.program import KernelLaunch, Program
 from distattn.parallel.runtime.state_program import StateProgram, StretchStates
@@ -26,21 +27,21 @@ class StatePass:
         self,
         program: Program,
         direction: str,
-        device: torch.device,
+        arena: Tensor,
         initial_MHKV: Tensor | None,
         g_H: Tensor | None = None,
     ):
-        """g_H: the logarithm of each head's decay, where it is the same for all tokens."""
+        """arena: see `arenas`; g_H: the logarithm of each head's decay, where it is the same for all tokens."""
         is_forward = direction == "forward"
         states = program.forward_states if is_forward else program.backward_states
         assert states is not None, "a program of a recurrence has states"
         self.call, self.initial = program.call, initial_MHKV
         self.program_states: StateProgram = states
         nbytes = program.forward_bytes if is_forward else program.backward_bytes
-        arena = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self.buffers = Buffers(self.call, arena, program.blank, program.unadded)
-        self.dtype, self._device = getattr(torch, self.call.accumulation_dtype), device
-        self.states = HeldStateTensors(self.call, g_H, device)
+        self.dtype, self._device = getattr(torch, self.call.accumulation_dtype), arena.device
+        room = Room(arena[nbytes - states.message_bytes : nbytes])
+        self.states = HeldStateTensors(self.call, g_H, arena.device, room)
         # of all documents: not made where nobody asks for them
         self.edge_states: Tensor | None = None
 

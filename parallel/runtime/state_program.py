@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from distattn.ir.intervals import Ints
-from distattn.ir.plan import STATE_PAYLOADS, Payload, Plan
+from distattn.ir.plan import STATE_PAYLOADS, Call, Payload, Plan
 from distattn.parallel.analysis.states import StateName, StateTrace, begun_with_state, state_lifetimes, trace_states
+from distattn.parallel.runtime.memory import ALIGNMENT
 
 
 class StateKey(NamedTuple):
@@ -82,7 +83,7 @@ class StateProgram:
     """One table's states on one rank: by step, and by number of the task.
 
     kept: the states that forward tasks begin with, which stay for the backward pass; kept_bytes: of all of them. peak_bytes: the
-    most that the others have at once.
+    most that the others have at once. message_bytes: room in the arena for the states that one step sends and receives.
     """
 
     steps: list[StateStep]
@@ -90,6 +91,7 @@ class StateProgram:
     kept: list[KeptState]
     kept_bytes: int
     peak_bytes: int
+    message_bytes: int
 
 
 def lower_states(plan: Plan, rank: int, direction: str) -> StateProgram:
@@ -132,7 +134,15 @@ def lower_states(plan: Plan, rank: int, direction: str) -> StateProgram:
     for some in lives:
         np.add.at(alive, some.first, some.size)
         np.add.at(alive, some.last + 1, -some.size)
-    return StateProgram(steps, tasks, begun, kept_bytes, int(np.cumsum(alive).max(initial=0)))
+    peak_bytes = int(np.cumsum(alive).max(initial=0))
+    message_bytes = max((sum(_room(call, one) for one in (*step.sends, *step.receives)) for step in steps), default=0)
+    return StateProgram(steps, tasks, begun, kept_bytes, peak_bytes, message_bytes)
+
+
+def _room(call: Call, message: StateMessage) -> int:
+    """Bytes of room for the tensors of a message: its transition, if any, and the rest."""
+    size = (message.h1 - message.h0) * call.state_bytes(message.is_prefix)
+    return -(-size // ALIGNMENT) * ALIGNMENT + ALIGNMENT
 
 
 def _add_moves(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distattn.ir.plan import Call, Payload
 from distattn.kernels.recurrence.transitions import constant_transition
+from distattn.parallel.runtime.arenas import Room
 from distattn.parallel.runtime.state_program import StateKey, StateMessage, StatePart, StateStep
 from distattn.parallel.runtime.transport import Packet
 
@@ -29,8 +30,11 @@ class State(NamedTuple):
 class HeldStateTensors:
     """The tensors of all states that are there, by where they come from."""
 
-    def __init__(self, call: Call, g_H: Tensor | None, device: torch.device):
-        """g_H: the logarithm of each head's decay, where it is the same for all tokens."""
+    def __init__(self, call: Call, g_H: Tensor | None, device: torch.device, room: Room):
+        """g_H: the logarithm of each head's decay, where it is the same for all tokens. room: for the messages of a step."""
+        self._room = room
+        # what is received in a step: where it stays, and where it arrives
+        self._arriving: list[tuple[Tensor, Tensor]] = []
         self.call, self._g_H, self._device = call, g_H, device
         self._dtype = getattr(torch, call.accumulation_dtype)
         self._held: dict[StateKey, tuple[int, State]] = {}
@@ -50,7 +54,11 @@ class HeldStateTensors:
         self._kept.add(key)
 
     def end_step(self, step: StateStep) -> None:
-        """Forget what nobody uses after this step."""
+        """Take what has arrived, and forget what nobody uses after this step."""
+        for there, tensor in self._arriving:
+            there.copy_(tensor)
+        self._arriving.clear()
+        self._room.clear()
         for key in step.release:
             _, state = self._held.pop(key)
             self.bytes -= 0 if key in self._kept else _nbytes(state)
@@ -67,7 +75,7 @@ class HeldStateTensors:
         """The tensors of a state that is sent."""
         a, b = self.put_together(message.parts)
         tensors = [b] if message.is_prefix or not self.call.op.transition_travels else [b, _present(a)]
-        return [Packet(message.peer, message.key.payload, tensor.contiguous()) for tensor in tensors]
+        return [Packet(message.peer, message.key.payload, self._room.copy_of(tensor)) for tensor in tensors]
 
     def receive(self, message: StateMessage) -> list[Packet]:
         """Room for a state that comes: there from the end of the step on."""
@@ -84,7 +92,9 @@ class HeldStateTensors:
             length = torch.full((1,), message.tokens, device=self._device)
             state, tensors = State(constant_transition(g, heads, length)[0].to(self._dtype), b), [b]
         self.put(message.key, message.h0, state)
-        return [Packet(message.peer, message.key.payload, tensor) for tensor in tensors]
+        arriving = [(tensor, self._room.tensor(tensor.shape, tensor.dtype)) for tensor in tensors]
+        self._arriving += arriving
+        return [Packet(message.peer, message.key.payload, tensor) for _, tensor in arriving]
 
     def of_no_tokens(self, stretches: int, heads: int) -> Tensor:
         """Return B of no tokens for each of some stretches, (N, H, K, V): 0, or of maxima -inf."""

@@ -20,15 +20,21 @@ from distattn.parallel.runtime.communicator_end import end_communicator
 
 
 class Packet(NamedTuple):
-    """One tensor to or from a peer (its rank in the group), contiguous where it is received, and what it is part of."""
+    """One tensor to or from a peer (its rank in the group), contiguous where it is received, and what it is part of.
+
+    row_bytes: where the tensor's rows hold several payloads, the bytes of each in a row.
+    """
 
     peer: int
     payload: Payload | str
     tensor: Tensor
+    row_bytes: tuple[tuple[Payload, int], ...] = ()
 
     @property
     def name(self) -> str:
         """What it is part of, in words."""
+        if self.row_bytes:
+            return ", ".join(dict.fromkeys(payload.name for payload, _ in self.row_bytes))
         return self.payload if isinstance(self.payload, str) else self.payload.name
 
 

@@ -9,7 +9,7 @@ import re
 import threading
 import time
 from concurrent import futures
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -26,6 +26,8 @@ from distattn.batch.planner import AttentionShape
 from distattn.driver import step_exchange
 from distattn.ops.executable import Executable
 from distattn.parallel.make_plan import STRATEGIES
+from distattn.parallel.runtime import arenas
+from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.streams import Handover
 from distattn.parallel.runtime.transport import GroupTransport, _PendingRequests
 
@@ -42,13 +44,13 @@ POOLED = dict(strategy="cad", data="per_rank", options=dict(tolerance=0.0, block
 
 
 class Block(nn.Module):
-    def __init__(self, has_sink=True):
+    def __init__(self, has_sink=True, heads=HEADS):
         super().__init__()
         self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.sink = nn.Parameter(torch.zeros(HEADS)) if has_sink else None
+        self.sink, self.heads = nn.Parameter(torch.zeros(heads)) if has_sink else None, heads
 
     def forward(self, x, batch):
-        q, k, v = (part[0].unflatten(-1, (HEADS, -1)) for part in self.qkv(self.norm(x)).chunk(3, -1))
+        q, k, v = (part[0].unflatten(-1, (self.heads, -1)) for part in self.qkv(self.norm(x)).chunk(3, -1))
         how = {} if self.sink is None else {"sink": self.sink}
         return x + self.out(batch.attention(q, k, v, **how).flatten(1)[None])
 
@@ -68,6 +70,25 @@ class Model(nn.Module):
                 x = checkpoint(layer, x, local["context_parallel"], use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, local["context_parallel"])
+        return loss_of(self.head(x), local)
+
+
+class NestedModel(Model):
+    """Layers of two shapes, each checkpointed, within a checkpoint of both."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers[1] = Block(heads=2 * HEADS)
+
+    def forward(self, local):
+        how = dict(use_reentrant=False, preserve_rng_state=False)
+
+        def run_layers(x):
+            for layer in self.layers:
+                x = checkpoint(layer, x, local["context_parallel"], **how)
+            return x
+
+        x = checkpoint(run_layers, self.embed(local["input_ids"].to(DEVICE, non_blocking=True)), **how)
         return loss_of(self.head(x), local)
 
 
@@ -123,6 +144,25 @@ def trained(rank, settings, loads="cpu", takes_turns=False, is_checkpointed=Fals
             is_first_over = True
 
 
+def trained_on_two_streams(rank, settings, arenas_at_end=2):
+    """Steps of nested checkpoints; another stream evaluates the first micro-batch meanwhile."""
+    model, other, own = NestedModel().to(DEVICE), torch.cuda.Stream(), torch.cuda.current_stream(DEVICE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with da.ContextParallel(kernel=KERNEL, **settings) as cp:
+        for micro_batches in cp.steps(loader(rank if settings.get("data") == "per_rank" else 0, DEVICE)):
+            other.wait_stream(own)
+            with torch.cuda.stream(other), torch.no_grad():
+                model(micro_batches[0])
+            for batch in micro_batches:
+                model(batch).backward()
+            own.wait_stream(other)
+            optimizer.step()
+            optimizer.zero_grad()
+        # one for each stream, of the largest pass
+        assert len(ARENAS.idle_bytes(DEVICE)) == arenas_at_end
+    assert ARENAS.idle_bytes(DEVICE) == []
+
+
 # a double ring of three ranks has one ring only
 FOUR_RANKS = ("double_ring", "allgather", "usp", "cad_greedy")
 
@@ -145,6 +185,12 @@ def test_every_strategy_trains_without_a_race(strategy, ranks, loads):
 @pytest.mark.parametrize("settings", [dict(strategy="usp"), POOLED], ids=["usp", "pooled"])
 def test_batches_that_take_turns_have_no_race(settings, is_checkpointed):
     assert_none_found(run_on_ranks(2, watched, trained, settings, DEVICE, True, is_checkpointed))
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("settings", [dict(strategy="ring"), dict(strategy="ulysses"), POOLED], ids=str)
+def test_nested_checkpoints_of_several_shapes_share_arenas_without_a_race(settings):
+    assert_none_found(run_on_ranks(2, watched, trained_on_two_streams, settings))
 
 
 def watched_from_another_device(rank, work, *arguments):
@@ -278,9 +324,29 @@ def sends_are_overwritten():
     GroupTransport.exchange = spoiling
 
 
+def streams_share_arenas():
+    arenas._place = lambda device: (device, None)
+
+
+def arenas_are_given_back_at_once():
+    @contextmanager
+    def borrowed(pool, nbytes, device):
+        place = arenas._place(device)
+        arena = pool._take(place, nbytes, pool._idle[place])
+        pool._idle[place].append(arena)
+        yield arena
+
+    arenas.ArenaPool.borrowed = borrowed
+
+
 def breached(rank, breach, *arguments):
     breach()
     return watched(rank, trained, *arguments)[0]
+
+
+def breached_on_two_streams(rank):
+    streams_share_arenas()
+    return watched(rank, trained_on_two_streams, dict(strategy="ring"), 1)[0]
 
 
 MAIN, PLANNING = r"on a side stream \(the main thread\)", r"on the default stream \(thread distattn-planning\)"
@@ -296,6 +362,7 @@ BREACHES = {
     plans_are_taken_unasked: "the main thread waits for an event that thread distattn-planning may not have recorded yet",
     messages_are_not_awaited: rf"\w+_kernel \(.*\) reads {MAIN} what receive from rank 1 \(.*\) writes {MESSAGE}",
     sends_are_overwritten: rf"zero_ \(.*\) writes {MAIN} what send to rank 1 \(.*\) reads {MESSAGE}",
+    arenas_are_given_back_at_once: r"writes on .* what (send to|receive from) rank 1 \(.*\) (reads|writes) on message \d+",
 }
 
 
@@ -303,6 +370,12 @@ BREACHES = {
 @pytest.mark.parametrize("breach", BREACHES, ids=lambda breach: breach.__name__)
 def test_breaches_are_found_and_named(breach):
     loads = DEVICE if breach is batches_are_not_handed_over else "cpu"
-    settings = dict(strategy="ring"), loads, breach is threads_keep_their_stream
+    settings = dict(strategy="ring"), loads, breach in (threads_keep_their_stream, arenas_are_given_back_at_once)
     found = run_on_ranks(2, breached, breach, *settings)[0]
     assert any(re.search(BREACHES[breach], text) for text in found), "\n".join(found)
+
+
+def test_an_arena_that_two_streams_share_is_found():
+    found = run_on_ranks(2, breached_on_two_streams)[0]
+    named = re.compile(r"writes on a side stream .* what .* on a side stream .*, without waiting for it")
+    assert any(named.search(text) for text in found), "\n".join(found)

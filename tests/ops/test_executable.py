@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import distattn as da
 from distattn.kernels.registry import kernel_preparer
 from distattn.ops.executable import kernel_requirements
-from distattn.parallel.runtime.program import _with_tensors, lower, on_device
+from distattn.parallel.runtime.program import lower
+from distattn.parallel.runtime.upload_program import on_device, with_tensors
 
 SHAPE = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64")
 
@@ -153,8 +154,8 @@ def test_index_lists_move_to_the_device_together():
     plan = plan_for(masks()["odd"], 4, "ring", "from_chunks")
     program = lower(plan, 0, kernel_preparer("reference", kernel_requirements(plan.call, torch.device("cpu"))))
     found, originals = [], []
-    _with_tensors(on_device(program, torch.device("meta")), lambda tensor: found.append(tensor) or tensor)
-    _with_tensors(program, lambda tensor: originals.append(tensor) or tensor)
+    with_tensors(on_device(program, torch.device("meta")), lambda tensor: found.append(tensor) or tensor)
+    with_tensors(program, lambda tensor: originals.append(tensor) or tensor)
     assert found and all(tensor.device.type == "meta" for tensor in found)
     assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in originals]
     assert {torch.bool, torch.int64} <= {tensor.dtype for tensor in found}

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from meta_run import layer_call
+from meta_run import Layer, layer_call, layers_ahead, repeated_layers
 
 import distattn as da
 from distattn.ir.plan import POLICIES, Payload
@@ -30,13 +30,14 @@ def plan_of(strategy, lengths, heads, kv_heads, **how):
     return da.make_plan(mask, layout, strategy=strategy, **shape, **how)
 
 
-# of a pack of 8 x 8K tokens, 64:8 heads: operators a pass, and GB that they move; what meta tensors count, and a little more
+# of a pack of 8 x 8K tokens, 64:8 heads: operators a pass, and GB that they move; what meta tensors count, and a little more.
+# The ring copies what it sends of its own rows in two steps, 37 MB, and cad 48 MB: only arenas are sent from
 PACK = {
-    "ring": ((2, 0.41), (12, 0.95)),
+    "ring": ((5, 0.44), (14, 0.96)),
     "allgather": ((2, 0.07), (16, 0.7)),
-    "ulysses": ((47, 0.93), (60, 1.27)),
-    "usp": ((44, 0.64), (78, 1.27)),
-    "cad": ((15, 0.06), (35, 0.72)),
+    "ulysses": ((11, 0.63), (15, 0.92)),
+    "usp": ((11, 0.64), (21, 1.27)),
+    "cad": ((15, 0.11), (35, 0.72)),
 }
 
 
@@ -69,52 +70,60 @@ def test_so_is_what_latents_are_expanded_to(strategy):
         assert all(found.peak == found.said for found in layer_call(plan, 1)[:2]), (heads, dtype, lengths)
 
 
-# of a million tokens: GB of new tensors that are alive at once
+# of a million tokens: GB of new tensors that are alive at once. The arena stays while results become those of the inputs' dtype,
+# which costs the ring 1.07 GB forward and 0.54 GB backward, allgather and cad 0.27 GB backward (with 8:1 heads a quarter of the
+# ring's forward, 0.27 GB); the ring copies half its own keys and values, 0.27 GB, before it sends them
 MILLION = {
     (32, 8): {
-        "ring": (3.3, 7.6),
-        "allgather": (5.2, 14.6),
+        "ring": (4.6, 8.4),
+        "allgather": (5.2, 14.8),
         "ulysses": (5.3, 6.1),
         "usp": (4.2, 6.9),
-        "cad": (5.9, 13.4),
+        "cad": (5.9, 13.5),
     },
     # 70B, on one tensor-parallel rank of 8
     (8, 1): {
-        "ring": (0.82, 1.25),
+        "ring": (0.98, 1.45),
         "allgather": (0.8, 2.0),
         "ulysses": (2.1, 3.0),
-        "usp": (0.82, 1.25),
+        "usp": (0.98, 1.45),
         "cad": (1.9, 3.4),
     },
 }
 
 
-# beside what the proof and the tensors themselves need; arenas are up to 1/32 larger than that
-MOST = {"ring": (1.02, 1.02), "allgather": (1.15, 1.1), "ulysses": (1.45, 1.4), "usp": (1.22, 1.28), "cad": (1.51, 1.3)}
+# compared with what the proof and the tensors themselves need; arenas are up to 1/32 larger than that, and have copies of own
+# rows that are sent: the proof does not count the ring's
+MOST = {"ring": (1.07, 1.05), "allgather": (1.15, 1.1), "ulysses": (1.45, 1.4), "usp": (1.22, 1.28), "cad": (1.51, 1.3)}
 
 
 def needed(plan, proof, rank):
-    """Bytes of both passes: what the proof says, and the results, once as they are summed up and once as they are returned."""
+    """Bytes of both passes: what the proof says, and the results, as they are summed up and as they are returned."""
     call, tokens = plan.call, int(plan.call.layout.shard_sizes()[rank])
 
     def results(*payloads):
-        summed = returned = 0
+        """Bytes as they are summed up, and what the narrower ones need on top, which replace them one by one."""
+        sizes = []
         for payload in payloads:
             for width, dtype in call.payload_fields(payload):
                 cells = tokens * call.payload_heads(payload) * (width or 1)
-                summed += cells * getattr(torch, dtype).itemsize
-                returned += cells * 2 if width and dtype == "float32" else 0
-        return summed, summed + returned
+                summed = cells * getattr(torch, dtype).itemsize
+                sizes.append((summed, cells * 2 if width else summed))
+        most = now = 0
+        for summed, narrow in sorted(sizes):
+            if narrow < summed:
+                most = max(most, now + narrow)
+                now += narrow - summed
+        return sum(summed for summed, _ in sizes) + most
 
     out = []
     for payloads, peak in (
         ((Payload.O,), proof.forward_peak[rank]),
         ((Payload.dQ, Payload.dKV), proof.backward_peak[rank]),
     ):
-        summed, both = results(*payloads)
         # delta, and what kernels read of it and of the log-sum-exp
         numbers = 0 if payloads == (Payload.O,) else 3 * tokens * call.heads * 4
-        out.append(max(int(peak) + summed, both) + numbers)
+        out.append(int(peak) + results(*payloads) + numbers)
     out[0] += int(proof.kept[rank])
     return out
 
@@ -128,6 +137,26 @@ def test_a_million_tokens_take_so_much_memory(strategy, heads):
     assert (forward.peak <= MILLION[heads][strategy][0] * GB) and (backward.peak <= MILLION[heads][strategy][1] * GB)
     ahead, back = needed(plan, verify(plan), 1)
     assert forward.peak <= MOST[strategy][0] * ahead and backward.peak <= MOST[strategy][1] * back
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_layers_share_one_arena_while_the_host_is_many_layers_ahead(strategy):
+    plan, layers = plan_of(strategy, [1 << 20], 32, 8), 20
+    layer, known = Layer(plan, 1), Layer(plan, 1).memory
+    # what the forward keeps is received where it stays
+    kept = layers * layer.ready.kept_elements * getattr(torch, plan.call.dtype).itemsize
+    found = layers_ahead(plan, 1, layers, launches=60)
+    assert found["forward"].peak_of_messages <= known["forward"].arena + kept
+    assert found["backward"].peak_of_messages <= known["backward"].arena
+
+
+@pytest.mark.parametrize("strategy", ["ulysses", "usp"])
+def test_repeated_layers_keep_what_the_backward_finds_again_once(strategy):
+    plan = plan_of(strategy, [1 << 20], 32, 8, backward="keep")
+    layer, found = Layer(plan, 1), repeated_layers(plan, 1, layers=20, launches=60)
+    kept = layer.ready.kept_elements * getattr(torch, plan.call.dtype).itemsize
+    assert kept > GB and found.peak_of_messages == kept + layer.memory["backward"].arena
 
 
 def test_results_that_no_two_kernels_add_to_are_held_and_sent_in_half_precision():

@@ -59,13 +59,36 @@ def test_own_rows_lie_among_those_that_arrive():
         assert all(piece.is_first and piece.buffer.step == OWN for _, view in own_results for piece in view.slices)
 
 
-def test_what_is_kept_is_no_larger_than_what_arrived():
+def test_what_is_kept_lies_where_both_passes_read_it_if_that_makes_it_little_larger():
     for program in programs("ulysses", "zigzag", backward="keep"):
+        # a rank has a quarter of the tokens: what is kept is a third larger than what arrived
+        assert program.kept and set(program.kept.values()) == {TOKENS}
+        assert {key.payload for step in program.forward for key, _ in step.own_copies} == {Payload.Q, Payload.KV}
+        assert {key.payload for step in program.backward for key, _ in step.own_copies} == {Payload.dO}
+        for launch in launches(program):
+            assert all(is_direct(view) for view in (*launch.operands.values(), *launch.results.values()))
+    for program in programs("ulysses", "zigzag", ranks=2, backward="keep"):
+        # it would be twice as large
         assert program.kept and set(program.kept.values()) == {TOKENS - program.tokens}
         # results leave from where they are computed all the same
-        assert any(step.own_results for step in program.forward) and not any(
-            step.own_copies for step in program.forward
-        )
+        assert any(step.own_results for step in program.forward)
+        assert not any(step.own_copies for step in program.forward)
+
+
+def test_launches_of_some_rows_read_a_run_of_what_has_landed():
+    # two Ulysses groups in a ring of two; keys of the other group are needed by later rows only
+    how = dict(backward="refetch-home", options=dict(ulysses=2))
+    mask, shape = Mask.causal(TOKENS), dict(heads=8, kv_heads=4, head_dim=8, dtype="float64")
+    parts = 0
+    for program in programs("usp", "zigzag", **how):
+        for launch in launches(program):
+            queries = [view for payload, view in launch.operands.items() if payload in (Payload.Q, Payload.dO)]
+            assert all(is_direct(view) and view.slices[0].buffer.step != OWN for view in queries)
+            parts += any(view.slices[0].rows.start for view in queries)
+    assert parts
+    plan = make_plan(mask, layouts(LENGTHS, 4)["zigzag"], strategy="usp", **shape, **how)
+    inputs = random_inputs(TOKENS, 8, 4, 8)
+    assert_close(run_all_ranks(plan, inputs), dense(mask, inputs), 1e-11)
 
 
 def test_messages_in_many_stretches_are_gathered_as_before():

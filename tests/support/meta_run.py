@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
 import meta_kernel
 import torch
-from torch import Tensor
+from imitated_allocator import QUEUE, HeldBytes
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from waits import META, wait_of
@@ -26,10 +26,11 @@ from distattn.ops import latent
 from distattn.ops.attention import backward_pass, forward_pass
 from distattn.ops.executable import Executable, checked_program
 from distattn.parallel.runtime import execute
+from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.transport import GroupTransport
 
 # read or write nothing, or only their result's shape
-_FREE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias")
+_FREE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias", "set_")
 
 
 @dataclass
@@ -51,11 +52,11 @@ class Traffic:
 
 
 class Watch(TorchDispatchMode):
-    """Counts what passes through PyTorch's dispatcher."""
+    """Counts what passes through PyTorch's dispatcher. memory: of what is made meanwhile."""
 
-    def __init__(self, traffic: Traffic):
+    def __init__(self, traffic: Traffic, memory: HeldBytes | None = None):
         super().__init__()
-        self.traffic, self._alive, self._storages = traffic, 0, {}
+        self.traffic, self.memory = traffic, memory or HeldBytes()
         self._older: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
@@ -66,7 +67,8 @@ class Watch(TorchDispatchMode):
         assert (wait := wait_of(func, args, kwargs, made)) is None, wait
         before = {x.untyped_storage()._cdata for x in given}
         # a view of what was there is not new
-        self._older |= before - self._storages.keys()
+        for x in given:
+            self._leave_out(x.untyped_storage())
         in_place = name.endswith("_") or name.startswith("_index_put") or "out" in (kwargs or {})
         view = bool(made) and not in_place and all(x.untyped_storage()._cdata in before for x in made)
         if not view and name not in _FREE:
@@ -78,18 +80,18 @@ class Watch(TorchDispatchMode):
             self._track(x)
         return out
 
+    def _leave_out(self, storage: UntypedStorage) -> None:
+        key = storage._cdata
+        if not self.memory.knows(storage) and key not in self._older:
+            self._older.add(key)
+            # its address comes again
+            weakref.finalize(storage, self._older.discard, key).atexit = False
+
     def _track(self, x: Tensor) -> None:
         storage = x.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._storages or key in self._older:
-            return
-        self._storages[key] = size
-        self._alive += size
-        self.traffic.peak = max(self.traffic.peak, self._alive)
-        weakref.finalize(storage, self._freed, key)
-
-    def _freed(self, key: int) -> None:
-        self._alive -= self._storages.pop(key)
+        if not self.memory.knows(storage) and storage._cdata not in self._older:
+            self.memory.allocate(storage)
+            self.traffic.peak = self.memory.peak
 
 
 def _row_bytes(name: str, args: tuple[Any, ...]) -> int:
@@ -104,12 +106,13 @@ def _row_bytes(name: str, args: tuple[Any, ...]) -> int:
 
 
 class MetaBackend:
-    """Takes messages as NCCL does, and delivers nothing."""
+    """Takes messages as NCCL does, and delivers nothing. memory: the allocator is told of the storage of each message."""
 
     supports_coalescing = True
 
     def __init__(self) -> None:
         self.messages = 0
+        self.memory: HeldBytes | None = None
 
     def _start_coalescing(self) -> None:
         return None
@@ -120,6 +123,8 @@ class MetaBackend:
     def send(self, tensors: list[Tensor], peer: int, tag: int) -> None:
         assert tensors[0].is_contiguous() and tensors[0].device == META
         self.messages += 1
+        if self.memory is not None:
+            self.memory.record(tensors[0].untyped_storage())
 
     recv = send
 
@@ -134,42 +139,121 @@ class _Group:
 GROUP = _Group()
 
 
+class Layer:
+    """A rank's layer of a plan, made ready as `prepare` does. its memory: what is known of it beforehand."""
+
+    def __init__(self, plan: Plan, rank: int):
+        self.backend = MetaBackend()
+        with mock.patch.dict(KERNELS, {"meta": "meta_kernel"}):
+            key, program = checked_program(plan, rank, "meta", META, max_buffer_bytes=None, proven=True)
+            self.ready = Executable(program, key, GroupTransport(GROUP, self.backend))  # type: ignore[arg-type]
+            self.memory = self.ready.memory()
+        self.new_inputs()
+
+    def new_inputs(self) -> None:
+        """Make the rank's own tensors: q, k, v, of latent attention the weights, and the gradient of the output."""
+        call, op = self.ready.program.call, self.ready.program.call.op
+
+        def tensor(heads: int, width: int, rows: int = self.ready.program.tokens) -> Tensor:
+            return torch.empty(rows, heads, width, dtype=getattr(torch, call.dtype), device=META)
+
+        self.q, self.do = tensor(call.heads, call.head_dim), tensor(call.heads, call.v_head_dim)
+        self.k, self.v = (tensor(call.kv_heads, width) for width, _ in op.fields(call.head_dim, call.v_head_dim)["KV"])
+        self.up: Tensor | None = None
+        if op.kind == "latent_attention":
+            self.up = tensor(call.head_dim - op.rotary_dim + call.v_head_dim, op.latent_dim, rows=call.heads)
+
+    def forward(self) -> Any:
+        """(o, lse, kept)."""
+        if self.up is not None:
+            facts = self.ready.handle, self.ready.kept_elements, 0.1
+            return latent._forward(self.q, self.k, self.v, self.up, *facts)
+        return execute.run_to_completion(forward_pass(self.ready, self.q, self.k, self.v, None, None, 0.1, 0.0))
+
+    def backward(self, o: Tensor, lse: Tensor, kept: Tensor) -> Any:
+        """Gradients of the inputs."""
+        if self.up is not None:
+            given = self.do, self.q, self.k, self.v, self.up, o, lse, kept
+            return latent._backward(*given, self.ready.handle, 0.1)
+        given = self.do, None, self.q, self.k, self.v, None, None, o, lse, kept
+        return execute.run_to_completion(backward_pass(self.ready, *given, 0.1, 0.0))
+
+
 def layer_call(plan: Plan, rank: int) -> tuple[Traffic, Traffic, int]:
-    """(forward, backward, bytes that stay from the one to the other) of a rank's layer call, made ready as `prepare` does."""
-    call, backend = plan.call, MetaBackend()
-    with mock.patch.dict(KERNELS, {"meta": "meta_kernel"}):
-        key, program = checked_program(plan, rank, "meta", META, max_buffer_bytes=None, proven=True)
-        ready = Executable(program, key, GroupTransport(GROUP, backend))  # type: ignore[arg-type]
-        said = ready.memory()
-
-    def tensor(heads: int, width: int, rows: int | None = None) -> Tensor:
-        """(rows, heads, width), by default of this rank's tokens."""
-        shape = (program.tokens if rows is None else rows, heads, width)
-        return torch.empty(*shape, dtype=getattr(torch, call.dtype), device=META)
-
-    q, do = tensor(call.heads, call.head_dim), tensor(call.heads, call.v_head_dim)
-    k, v = (tensor(call.kv_heads, width) for width, _ in call.op.fields(call.head_dim, call.v_head_dim)["KV"])
+    """(forward, backward, bytes that stay from the one to the other) of a rank's layer call."""
+    layer = Layer(plan, rank)
     passes = []
 
-    def watched(run: Callable[[], Any]) -> Any:
-        traffic, before = Traffic(), (len(meta_kernel.CALLS), backend.messages)
+    def watched(direction: str, run: Any, *given: Tensor) -> Any:
+        traffic, before = Traffic(said=layer.memory[direction].peak), (len(meta_kernel.CALLS), layer.backend.messages)
+        # what other passes have left would not be counted
+        ARENAS.free(META)
         with Watch(traffic) as watch:
-            result = run()
-            kept = watch._alive
-        traffic.kernels, traffic.messages = len(meta_kernel.CALLS) - before[0], backend.messages - before[1]
+            result = run(*given)
+            kept = watch.memory.alive - sum(ARENAS.idle_bytes(META))
+        traffic.kernels, traffic.messages = len(meta_kernel.CALLS) - before[0], layer.backend.messages - before[1]
         passes.append(traffic)
         return result, kept
 
-    if call.op.kind == "latent_attention":
-        up = tensor(call.head_dim - call.op.rotary_dim + call.v_head_dim, call.op.latent_dim, rows=call.heads)
-        facts = ready.handle, ready.kept_elements, 0.1
-        (o, lse, kept), stays = watched(lambda: latent._forward(q, k, v, up, *facts))
-        watched(lambda: latent._backward(do, q, k, v, up, o, lse, kept, ready.handle, 0.1))
-    else:
-        ahead = forward_pass(ready, q, k, v, None, None, 0.1, 0.0)
-        (o, lse, kept), stays = watched(lambda: execute.run_to_completion(ahead))
-        back = backward_pass(ready, do, None, q, k, v, None, None, o, lse, kept, 0.1, 0.0)
-        watched(lambda: execute.run_to_completion(back))
-    for direction, traffic in zip(said, passes, strict=True):
-        traffic.said = said[direction].peak
+    outputs, stays = watched("forward", layer.forward)
+    watched("backward", layer.backward, *outputs)
     return passes[0], passes[1], stays
+
+
+def layers_ahead(plan: Plan, rank: int, layers: int, launches: int) -> dict[str, HeldBytes]:
+    """Memory of so many layers in each direction, with the host ahead of the device. launches: of a layer in one direction.
+
+    Each layer has inputs of its own, which are counted in the forward pass, as are its outputs and what it keeps.
+    """
+    layer = Layer(plan, rank)
+    ARENAS.free(META)
+    found, saved = {}, []
+    for direction in ("forward", "backward"):
+        memory = layer.backend.memory = found[direction] = HeldBytes(QUEUE)
+        with Watch(Traffic(), memory):
+            for _ in range(layers):
+                if direction == "forward":
+                    layer.new_inputs()
+                    saved.append((layer.q, layer.k, layer.v, layer.forward()))
+                else:
+                    layer.q, layer.k, layer.v, outputs = saved.pop()
+                    layer.backward(*outputs)
+                memory.launch(launches)
+    return found
+
+
+class _Repeated(torch.autograd.Function):
+    """A layer behind a checkpoint: its forward pass is repeated within the backward pass, and its backward follows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Layer, memory: HeldBytes, launches: int) -> Tensor:
+        ctx.repeat = layer, memory, launches
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        layer, memory, launches = ctx.repeat
+        with torch.no_grad():
+            outputs = layer.forward()
+            memory.launch(launches)
+            layer.backward(*outputs)
+            memory.launch(launches)
+        return grad, None, None, None
+
+
+def repeated_layers(plan: Plan, rank: int, layers: int, launches: int) -> HeldBytes:
+    """Memory of the backward pass of so many checkpointed layers, with the host ahead of the device; see `layers_ahead`.
+
+    The arena has grown before, without messages.
+    """
+    layer, memory = Layer(plan, rank), HeldBytes(QUEUE)
+    ARENAS.free(META)
+    with Watch(Traffic(), memory):
+        layer.backward(*layer.forward())
+    layer.backend.memory = memory
+    x = hidden = torch.ones(1, device=META, requires_grad=True)
+    for _ in range(layers):
+        hidden = _Repeated.apply(hidden, layer, memory, launches)
+    with Watch(Traffic(), memory):
+        torch.autograd.backward(hidden, torch.ones_like(x))
+    return memory

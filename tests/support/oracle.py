@@ -104,7 +104,12 @@ class RecordingTransport:
 
     def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""):
         for packet in sends:
-            self.record.bytes[self.rank, packet.peer, int(packet.payload)] += packet.tensor.nbytes
+            # rows that several payloads share: all their bytes belong to one of them
+            per_row = packet.tensor.nbytes // max(len(packet.tensor), 1)
+            shares = packet.row_bytes or ((packet.payload, per_row),)
+            assert sum(bytes for _, bytes in shares) == per_row
+            for payload, bytes in shares:
+                self.record.bytes[self.rank, packet.peer, int(payload)] += bytes * len(packet.tensor)
         if sends or receives:
             self.record.events.append((self.rank, "post"))
         return RecordingWork(

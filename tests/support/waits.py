@@ -42,7 +42,7 @@ _PUT = ("index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put")
 _OF_NUMBERS = ((torch, "tensor"), (torch, "as_tensor"), (torch, "asarray"), (Tensor, "new_tensor"))
 # our operators: of meta tensors PyTorch would only make results of their shapes, without what they do
 _OURS = {"": attention, "latent_": latent, "recurrence_": recurrence, "convolution_": convolution}
-_VIEWS_AND_EMPTY = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias")
+_VIEWS_AND_EMPTY = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias", "set_")
 
 
 def wait_of(func: Any, args: Any, kwargs: Any, made: list[Tensor]) -> str | None:
@@ -140,6 +140,7 @@ def host_waits() -> Iterator[HostWaits]:
     patches = [
         mock.patch.object(devices, "_KINDS", {"cuda", META.type}),
         mock.patch.object(torch.cuda, "device", lambda device: nullcontext()),
+        mock.patch.object(torch.cuda, "current_stream", lambda device=None: None),
         mock.patch.object(torch, "autocast", lambda kind, **how: autocast(_kind(kind), **how)),
         mock.patch.object(torch, "is_autocast_enabled", lambda kind: is_enabled(_kind(kind))),
         *_operators_as_functions(),

@@ -1,0 +1,121 @@
+"""Messages and glue of one layer call: what a rank sends, and what it copies, adds and merges around its attention kernels.
+
+    python benchmarks/glue.py [--tokens 65536] [--ranks 8] [--heads 64] [--kv-heads 8] [--strategies ulysses usp] [--kinds]
+
+`--kinds` prints what the bytes are: "pack" and "unpack" between a rank's own tensors and messages, "copy own" to where others'
+tokens arrive, "gather" into a kernel's operands, "write" and "add" of results to their tensors, and "other": row sums of dO * O,
+and casts of results.
+
+Everything is counted on meta tensors, at full size: nothing is computed. Times are bytes read and written over 2.5 TB/s, and
+shares are of a rank's mean time of attention at 600 (forward) and 450 (backward) TFLOP/s; both speeds are assumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+import distattn as da
+from distattn.parallel.make_plan import STRATEGIES
+from distattn.parallel.runtime.buffers import Buffers
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
+from meta_run import MetaBackend, Watch, layer_call  # noqa: E402
+
+DIM = 128
+BYTES_PER_SECOND = 2.5e12
+# methods of Buffers that copy rows
+KINDS = {"pack": "pack", "unpack": "unpack", "copy_own": "copy own", "gathered": "gather", "accumulate": "write"}
+# floating-point operations of a visible (query, key) pair and head, per number of the head dim; and per second
+FORWARD, BACKWARD = (4, 600e12), (10, 450e12)
+
+
+def main() -> None:
+    """Print one line for each case and strategy, forward / backward, of the rank with the most glue among three."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=64)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
+    parser.add_argument("--kinds", action="store_true", help="print what the bytes of glue are")
+    arguments = parser.parse_args()
+    cases = {"one document": [arguments.tokens], "8 documents": [arguments.tokens // 8] * 8}
+    for title, lengths in cases.items():
+        cells = sum(length * (length + 1) // 2 for length in lengths) * arguments.heads * DIM / arguments.ranks
+        seconds = [cells * each / speed for each, speed in (FORWARD, BACKWARD)]
+        sys.stdout.write(f"{title}: attention {' / '.join(f'{one * 1e3:.2f}' for one in seconds)} ms\n")
+        for strategy in arguments.strategies:
+            sys.stdout.write(f"{strategy:12} {_line(strategy, lengths, arguments, seconds)}\n")
+
+
+def _line(strategy: str, lengths: list[int], arguments: argparse.Namespace, seconds: list[float]) -> str:
+    """Return the figures of a strategy: glue, operators, and sends, in all and to one peer. seconds: of attention."""
+    # disaggregation moves work, not tokens
+    layout = (da.Layout.contiguous if strategy == "cad" else da.Layout.zigzag)(lengths, arguments.ranks)
+    shape = dict(heads=arguments.heads, kv_heads=arguments.kv_heads, head_dim=DIM, dtype="bfloat16")
+    plan = da.make_plan(da.Mask.documents(lengths), layout, strategy=strategy, **shape)
+    found = [_counts(plan, rank) for rank in sorted({0, arguments.ranks // 2, arguments.ranks - 1})]
+    passes, kinds, sends = max(found, key=lambda one: sum(sum(traffic.bytes.values()) for traffic in one[0]))
+    glue = [traffic.seconds(BYTES_PER_SECOND) / whole for traffic, whole in zip(passes, seconds, strict=True)]
+    operators = " / ".join(str(sum(traffic.launches.values())) for traffic in passes)
+    line = (
+        f"glue {glue[0]:.1%} / {glue[1]:.1%}, {operators} operators, "
+        f"{sum(sends.values())} sends, {max(sends.values(), default=0)} to one peer"
+    )
+    for direction, traffic, bytes_of, whole in zip(("forward", "backward"), passes, kinds, seconds, strict=True):
+        if arguments.kinds and traffic.bytes:
+            bytes_of = bytes_of + Counter({"other": sum(traffic.bytes.values()) - sum(bytes_of.values())})
+            shares = [f"{kind} {size / BYTES_PER_SECOND / whole:.2%}" for kind, size in bytes_of.most_common() if size]
+            line += f"\n             {direction}: {', '.join(shares)}"
+    return line
+
+
+def _counts(plan: da.Plan, rank: int):  # noqa: ANN202
+    """Return what both passes of a rank do, their bytes by kind, and the rank's sends by peer."""
+    sends: Counter[int] = Counter()
+    send = MetaBackend.send
+
+    def counted(self: MetaBackend, tensors, peer: int, tag: int) -> None:  # noqa: ANN001
+        sends[peer] += 1
+        send(self, tensors, peer, tag)
+
+    with mock.patch.object(MetaBackend, "send", counted), _bytes_by_kind() as kinds:
+        forward, backward, _ = layer_call(plan, rank)
+    return (forward, backward), [kinds[id(traffic)] for traffic in (forward, backward)], sends
+
+
+@contextmanager
+def _bytes_by_kind() -> Iterator[dict[int, Counter[str]]]:
+    """Count the bytes of the methods in KINDS, by the id of a pass's traffic."""
+    found: dict[int, Counter[str]] = defaultdict(Counter)
+
+    def counted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Buffers, *args: Any) -> Any:
+            watch = _get_current_dispatch_mode()
+            if not isinstance(watch, Watch):
+                return method(self, *args)
+            before = sum(watch.traffic.bytes.values())
+            result = method(self, *args)
+            adds = name == "accumulate" and not all(piece.is_first for piece in args[1].slices)
+            found[id(watch.traffic)]["add" if adds else KINDS[name]] += sum(watch.traffic.bytes.values()) - before
+            return result
+
+        return call
+
+    with ExitStack() as patches:
+        for name in KINDS:
+            patches.enter_context(mock.patch.object(Buffers, name, counted(name, getattr(Buffers, name))))
+        yield found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Messages of a step that are packed from, or unpacked to, a rank's own tensors: each tensor is copied at once for all peers.
+
+The rows of all these messages lie one behind another, in one bundle (see `row_bundles`) or tensor by tensor. A tensor (tokens,
+heads, width) of which every peer has as many heads is seen as (tokens x peers, heads of a peer, width): then one list of rows
+says what goes where.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distattn.ir.intervals import Ints
+from distattn.ir.plan import Call, Payload
+from distattn.parallel.runtime.views import OWN, View
+
+if TYPE_CHECKING:
+    from distattn.parallel.runtime.program import Message
+
+
+class OwnRows(NamedTuple):
+    """The rows of a rank's own tensors of a payload, seen with so many heads a row, that are the rows of all messages."""
+
+    payload: Payload
+    heads: int
+    rows: Tensor
+
+
+class PackedMessages(NamedTuple):
+    """Messages with rows of one format.
+
+    begins: the first row of each peer's messages, by their numbers; rows: of all peers; parts: what a row holds, one part where
+    tensors travel one by one.
+    """
+
+    begins: dict[tuple[int, ...], int]
+    rows: int
+    parts: tuple[OwnRows, ...]
+
+    @property
+    def first(self) -> tuple[int, ...]:
+        """Return the numbers of the first peer's messages, under which the places of all rows are noted."""
+        return next(iter(self.begins))
+
+
+def pack(
+    call: Call, messages: list[tuple[Payload, Message]], joined: list[tuple[int, ...]], are_results: bool
+) -> tuple[PackedMessages, ...]:
+    """Return the messages of a step that are copied together: at least two of each format.
+
+    joined: the numbers of those that travel together. are_results: they are written to the own tensors, not read from them.
+    """
+    formats: dict[tuple[bool, tuple[tuple[Payload, int], ...]], dict[tuple[int, ...], list[Ints]]] = {}
+    for numbers in joined:
+        of_peer = [messages[number] for number in numbers]
+        is_bundle = bool(of_peer[0][1].bundle)
+        # rows with all heads are sent from where they lie
+        if not is_bundle and of_peer[0][1].view.heads == call.payload_heads(of_peer[0][0]):
+            continue
+        own_rows = [_own_rows(call, payload, message.view, are_results) for payload, message in of_peer]
+        found = [rows for rows in own_rows if rows is not None]
+        if len(found) == len(own_rows):
+            format_ = is_bundle, tuple((payload, message.view.heads) for payload, message in of_peer)
+            formats.setdefault(format_, {})[numbers] = found
+    return tuple(_packed(format_, rows) for (_, format_), rows in formats.items() if len(rows) > 1)
+
+
+def _packed(format_: tuple[tuple[Payload, int], ...], rows: dict[tuple[int, ...], list[Ints]]) -> PackedMessages:
+    """Return messages of one format; rows: of the own tensors, by the messages' numbers and part."""
+    begins = np.cumsum([0, *(len(of_peer[0]) for of_peer in rows.values())]).tolist()
+    parts = [
+        OwnRows(payload, heads, torch.from_numpy(np.concatenate(of_part)))
+        for (payload, heads), of_part in zip(format_, zip(*rows.values(), strict=True), strict=True)
+    ]
+    return PackedMessages(dict(zip(rows, begins, strict=False)), begins[-1], tuple(parts))
+
+
+def _own_rows(call: Call, payload: Payload, view: View, are_results: bool) -> Ints | None:
+    """Return the row of the own tensor, seen with as many heads as the view has, for each row of the view; None without one."""
+    heads, groups = view.heads, call.payload_heads(payload) // view.heads
+    if not view.is_complete or groups * heads != call.payload_heads(payload):
+        return None
+    index = np.full(view.rows, -1, np.int64)
+    for piece in view.slices:
+        is_whole = piece.view_heads == slice(0, heads) and piece.heads.start % heads == 0
+        if piece.buffer.step != OWN or not is_whole or (are_results and not piece.is_first):
+            return None
+        index[_numbers(piece.view_rows)] = _numbers(piece.rows) * groups + piece.heads.start // heads
+    return index if (index >= 0).all() else None
+
+
+def _numbers(rows: slice | Tensor) -> Ints:
+    return np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows.numpy()

@@ -1,0 +1,139 @@
+"""Which buffers of a rank lie row by row side by side, so that one message carries all that a peer sends of them in a step.
+
+A *bundle* is a matrix with one row for each token. A row holds all heads of all tensors of its buffers, one behind another, so
+that rows of one peer are one run of bytes and kernels still read each tensor in place, by its strides. Messages that carry some
+heads are packed before they are sent anyway, so a bundle costs nothing. Tensors with all heads travel one by one from where they
+lie.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from distattn.ir.intervals import Ints, lexicographic_argsort, run_starts
+from distattn.ir.plan import (
+    DTYPE_BYTES,
+    HELD_PAYLOADS,
+    REDUCED_PAYLOADS,
+    Call,
+    Columns,
+    Payload,
+    Table,
+    num_rows,
+    select_rows,
+)
+from distattn.parallel.runtime.views import BufferKey
+
+# bytes: the tensor-memory accelerator wants addresses and strides that are multiples of it
+_ALIGNMENT = 16
+
+# the buffers of a bundle, in the order in which they lie in a row
+Bundle = tuple[BufferKey, ...]
+# the tensors of a payload: (width, dtype) each, width None for one number per token and head
+Widths = tuple[tuple[int | None, str], ...]
+
+
+class RowTensor(NamedTuple):
+    """A tensor in the rows of a bundle: heads and width (None: one number per head), and its first number in a row."""
+
+    dtype: torch.dtype
+    heads: int
+    width: int | None
+    first: int
+
+
+class RowFormat(NamedTuple):
+    """What a row of a bundle holds, without gaps. tensors: by part, in order; the row is `numbers` numbers of `dtype`.
+
+    Tensors with one number for each head (log-sum-exp, delta) lie at the end of the row.
+    """
+
+    dtype: str
+    numbers: int
+    tensors: tuple[tuple[RowTensor, ...], ...]
+
+    @property
+    def widths(self) -> Widths:
+        """Return the row as one tensor of one head."""
+        return ((self.numbers, self.dtype),)
+
+    @staticmethod
+    def of(parts: list[tuple[int, Widths]]) -> RowFormat:
+        """Return the format of parts with these numbers of heads and these tensors."""
+        names = [(part, field) for part, (_, widths) in enumerate(parts) for field in range(len(widths))]
+        at, found = 0, {}
+        for part, field in sorted(names, key=lambda name: parts[name[0]][1][name[1]][0] is None):
+            heads, widths = parts[part]
+            width, name = widths[field]
+            size = DTYPE_BYTES[name]
+            found[part, field] = RowTensor(getattr(torch, name), heads, width, at // size)
+            at += heads * (width or 1) * size
+        tensors = tuple(tuple(found[i, field] for field in range(len(widths))) for i, (_, widths) in enumerate(parts))
+        name = parts[0][1][0][1]
+        return RowFormat(name, at // DTYPE_BYTES[name], tensors)
+
+
+def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, BufferKey], Bundle]:
+    """Return the bundle of each buffer of these ranks that is in one, by rank and buffer; the same at both ends of a message.
+
+    All buffers that arrive at a rank in a step (of partial results: leave it) are one bundle where they hold the same tokens of
+    the same peers and all tasks of the rank are in one step: then their lives are equal, too. Otherwise each is a bundle of its
+    own. Buffers whose tensors would not be aligned in a row are in none: fast kernels would refuse the tensors, and padding
+    would be sent.
+    """
+    found: dict[tuple[int, BufferKey], Bundle] = {}
+    moves, tasks = table.moves, table.tasks
+    heads = np.array([call.payload_heads(payload) for payload in Payload], np.int64)
+    # kernels of recurrences would copy what has gaps between its rows
+    if not call.op.is_softmax or not _has_some_heads(moves, heads).any():
+        return found
+    for payloads, end, peer in ((HELD_PAYLOADS, "dst", "src"), (REDUCED_PAYLOADS, "src", "dst")):
+        rows = select_rows(moves, np.isin(moves["payload"], payloads) & np.isin(moves[end], ranks))
+        for (rank, step), buffers in _buffers_by_step(rows, end, peer):
+            tokens_of = {BufferKey(Payload(payload), step, h0, h1): tokens for payload, h0, h1, tokens in buffers}
+            keys = [key for key in tokens_of if _is_aligned(call, key)]
+            is_one = all(np.array_equal(tokens_of[key], tokens_of[keys[0]]) for key in keys)
+            if is_one and len(keys) > 1:
+                is_one = len(np.unique(tasks["step"][tasks["rank"] == rank])) <= 1
+            for bundle in [tuple(keys)] if is_one else [(key,) for key in keys]:
+                if any(key.h1 - key.h0 < heads[key.payload] for key in bundle):
+                    found.update({(rank, key): bundle for key in bundle})
+    return found
+
+
+def _is_aligned(call: Call, key: BufferKey) -> bool:
+    """Return whether all of a buffer's tensors stay aligned in a row, in memory and as they are sent."""
+    heads = key.h1 - key.h0
+    for fields in (call.payload_fields(key.payload), call.comm_fields(key.payload)):
+        sizes = [heads * (width or 1) * DTYPE_BYTES[name] for width, name in fields]
+        wide = [size for size, (width, _) in zip(sizes, fields, strict=True) if width is not None]
+        if any(size % _ALIGNMENT for size in (sum(sizes), *wide)):
+            return False
+    return True
+
+
+def _has_some_heads(moves: Columns, heads: Ints) -> np.ndarray:
+    """Return which moves carry some heads of a payload only; heads: of each payload."""
+    return moves["h1"] - moves["h0"] < heads[moves["payload"]]
+
+
+def _buffers_by_step(
+    moves: Columns, end: str, peer: str
+) -> Iterator[tuple[tuple[int, int], list[tuple[int, int, int, Ints]]]]:
+    """Yield ((rank, step), buffers) of moves: payload, heads h0 and h1, and (3, intervals) of peer, t0 and t1, of each buffer."""
+    by = (end, "step", "payload", "h0", "h1")
+    moves = select_rows(moves, lexicographic_argsort(*(moves[name] for name in (*by, peer, "t0"))))
+    tokens = np.stack([moves[name] for name in (peer, "t0", "t1")])
+    first = run_starts(*(moves[name] for name in by)).tolist()
+    names = zip(*(moves[name][first].tolist() for name in by), strict=True)
+    buffers = [
+        (name[:2], (*name[2:], tokens[:, a:b]))
+        for name, (a, b) in zip(names, itertools.pairwise([*first, num_rows(moves)]), strict=True)
+    ]
+    for rank_and_step, some in itertools.groupby(buffers, lambda one: one[0]):
+        yield rank_and_step, [buffer for _, buffer in some]

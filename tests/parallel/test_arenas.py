@@ -1,0 +1,225 @@
+"""The pool of arenas: passes share them, those that failed do not give theirs back."""
+
+import gc
+import os
+import weakref
+
+import pytest
+import torch
+from imitated_cuda import DEVICE, StreamNccl, imitated_cuda
+
+from distattn.parallel.runtime import arenas
+from distattn.parallel.runtime.arenas import ArenaPool
+from distattn.parallel.runtime.transport import GroupTransport, Packet
+
+CPU = torch.device("cpu")
+
+
+def address_of_next(pool, nbytes):
+    with pool.borrowed(nbytes, CPU) as arena:
+        return arena.data_ptr()
+
+
+def test_passes_one_after_another_have_one_arena_which_grows():
+    pool = ArenaPool()
+    first = address_of_next(pool, 4096)
+    assert address_of_next(pool, 1024) == first
+    address_of_next(pool, 8192)
+    assert pool.idle_bytes(CPU) == [8192]
+
+
+def test_passes_that_are_under_way_at_once_have_an_arena_each():
+    pool = ArenaPool()
+    with pool.borrowed(4096, CPU) as one, pool.borrowed(4096, CPU) as other:
+        assert one.data_ptr() != other.data_ptr()
+    assert pool.idle_bytes(CPU) == [4096, 4096]
+    pool.free(CPU)
+    assert pool.idle_bytes(CPU) == []
+
+
+def test_the_arena_of_a_pass_that_fails_is_not_used_again():
+    pool = ArenaPool()
+    with pytest.raises(ValueError), pool.borrowed(4096, CPU):
+        raise ValueError("a peer is lost")
+    assert pool.idle_bytes(CPU) == []
+
+    def paused():
+        with pool.borrowed(4096, CPU):
+            yield
+
+    run = paused()
+    next(run)
+    run.close()
+    assert pool.idle_bytes(CPU) == []
+
+
+class InBackward(torch.autograd.Function):
+    """Calls a function in the backward pass, as a checkpoint repeats a layer there."""
+
+    @staticmethod
+    def forward(ctx, x, work):
+        ctx.work = work
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.work()
+        return grad, None
+
+
+def in_backward(work):
+    InBackward.apply(torch.ones(1, requires_grad=True), work).sum().backward()
+
+
+def kept_by_a_pass(pool, count=8):
+    with pool.kept(count, torch.float32, CPU) as kept:
+        kept.fill_(count)
+    return kept
+
+
+def test_what_first_passes_keep_is_new_memory_while_something_refers_to_it():
+    pool, freed = ArenaPool(), []
+    address = kept_by_a_pass(pool).data_ptr()
+    # dropped at once, as a checkpoint does
+    held = [kept_by_a_pass(pool)]
+    assert held[0].data_ptr() == address
+    weakref.finalize(held[0].untyped_storage(), freed.append, True).atexit = False
+    held.append(kept_by_a_pass(pool))
+    assert held[1].data_ptr() != address
+    # the pool has the last one alone
+    held.clear()
+    assert freed
+
+
+def test_repeated_layers_keep_what_the_backward_finds_again_in_the_same_memory():
+    pool, held = ArenaPool(), []
+
+    def repeat_layers():
+        # two layers are repeated at once, where a checkpoint is of both
+        one, other = kept_by_a_pass(pool), kept_by_a_pass(pool)
+        addresses = {one.data_ptr(), other.data_ptr()}
+        assert len(addresses) == 2
+        part = other[1:]
+        del one, other
+        # a view is enough to hold it
+        held.append(kept_by_a_pass(pool))
+        assert held[0].data_ptr() in addresses and held[0].data_ptr() != part.data_ptr() - part.element_size()
+        assert (held[0] == 8).all() and (part == 8).all()
+
+    in_backward(repeat_layers)
+    # the first pass keeps until a backward that comes much later
+    before = kept_by_a_pass(pool)
+    in_backward(lambda: kept_by_a_pass(pool, 5))
+    assert (held[0] == 8).all() and (before == 8).all()
+
+
+def test_what_a_failed_pass_kept_is_not_used_again():
+    pool, freed = ArenaPool(), []
+
+    def repeat_layers():
+        with pytest.raises(ValueError), pool.kept(8, torch.float32, CPU) as kept:
+            weakref.finalize(kept.untyped_storage(), freed.append, True).atexit = False
+            raise ValueError("a peer is lost")
+
+    in_backward(repeat_layers)
+    gc.collect()
+    assert freed
+
+
+def test_idle_arenas_are_freed_where_memory_is_short(monkeypatch):
+    pool, new, alive = ArenaPool(), arenas._new, weakref.WeakSet()
+    with pool.borrowed(1024, CPU) as one, pool.borrowed(1024, CPU) as other:
+        alive |= {one.untyped_storage(), other.untyped_storage()}
+    del one, other
+
+    def full(nbytes, device):
+        if alive:
+            raise torch.OutOfMemoryError("full")
+        return new(nbytes, device)
+
+    monkeypatch.setattr(arenas, "_new", full)
+    address_of_next(pool, 4096)
+    assert pool.idle_bytes(CPU) == [4096]
+
+
+def test_an_arena_of_an_inference_pass_serves_training():
+    pool = ArenaPool()
+    with torch.inference_mode():
+        first = address_of_next(pool, 4096)
+    with pool.borrowed(4096, CPU) as arena:
+        assert arena.data_ptr() == first
+        arena.zero_()
+
+
+def test_a_forked_process_has_a_pool_of_its_own_and_leaves_the_memory_of_its_parent_alone():
+    arenas.ARENAS.free()
+    freed = []
+    with arenas.ARENAS.borrowed(4096, CPU) as arena:
+        weakref.finalize(arena.untyped_storage(), freed.append, True).atexit = False
+    del arena
+    assert arenas.ARENAS.idle_bytes(CPU) == [4096]
+    child = os.fork()
+    if not child:
+        os._exit(len(arenas.ARENAS.idle_bytes(CPU)) + len(freed))
+    assert os.waitpid(child, 0)[1] == 0
+    arenas.ARENAS.free()
+    assert freed
+
+
+class Group:
+    """Stands for a process group: transports only ask whether it is still there."""
+
+
+GROUP = Group()
+
+
+def a_pass(pool, transport):
+    """Send one half of an arena, and receive in the other."""
+    with pool.borrowed(64, DEVICE) as arena:
+        arena[:32].zero_()
+        packets = [Packet(1, "rows", arena[:32])], [Packet(1, "rows", arena[32:])]
+        transport.exchange(*packets, False).wait()
+        arena[32:].sum()
+
+
+def violations_of_passes(pool):
+    """Run passes on two streams in turn, several of each, with another pass within the first one."""
+    with imitated_cuda() as cuda:
+        transport, side = GroupTransport(GROUP, StreamNccl(cuda)), torch.cuda.Stream()
+        for _ in range(2):
+            a_pass(pool, transport)
+            with torch.cuda.stream(side):
+                a_pass(pool, transport)
+        with pool.borrowed(32, DEVICE) as outer:
+            outer.zero_()
+            a_pass(pool, transport)
+            outer.sum()
+        side.synchronize()
+        pool.free()
+        return cuda.clocks.violations
+
+
+def test_passes_on_two_streams_share_arenas_without_a_race():
+    assert violations_of_passes(ArenaPool()) == []
+
+
+def test_an_arena_of_another_stream_is_found():
+    class OneForAllStreams(ArenaPool):
+        def _take(self, place, nbytes, idle):
+            others = [arenas for arenas in self._idle.values() if arenas]
+            return super()._take(place, nbytes, others[0] if others else idle)
+
+    assert violations_of_passes(OneForAllStreams())
+
+
+def test_an_arena_that_is_handed_back_before_its_messages_are_there_is_found():
+    pool = ArenaPool()
+    with imitated_cuda() as cuda:
+        transport = GroupTransport(GROUP, StreamNccl(cuda))
+        with pool.borrowed(64, DEVICE) as arena:
+            pending = transport.exchange([], [Packet(1, "rows", arena[:32])], False)
+        a_pass(pool, transport)
+        pending.wait()
+        pool.free()
+        found = cuda.clocks.violations
+    assert any("zero_ (32,) writes" in one and "receive from rank 1" in one for one in found)
