@@ -69,9 +69,7 @@ def test_kernels_are_compiled_and_compared():
 
 @pytest.mark.full
 def test_launches_are_compiled_and_compared():
-    done = lint(
-        80, "launched glue (rows_kernel 64 float32 add|merge_kernel 128 float32 ROWS)", "--all", "--production", "ring"
-    )
+    done = lint(80, "launched glue rows_kernel 64 float32 (add )?ROWS", "--all", "--production", "ring")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.stdout.count("registers") == 2 and "0 kernels are what" in done.stdout
 
