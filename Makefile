@@ -55,9 +55,13 @@ bench-gpu:
 check-cluster:
 	PYTHONPATH=. $(PYTHON) benchmarks/first_hour.py cluster $(ARGS)
 
-# machine code of the Triton kernels against benchmarks/budgets; ARGS=--update where it changed for the better
-lint-kernels: $(VENV)/.dev
-	$(BIN)/python benchmarks/compile_lint.py $(ARGS)
+# machine code of the Triton kernels against benchmarks/budgets, with what layer calls launch: those of all strategies with this Triton, those of
+# a ring with the Tritons of torch 2.11 to 2.13. Only what has changed is compiled. ARGS=--update where it changed for the better
+lint-kernels: tritons
+	$(BIN)/python benchmarks/compile_lint.py --production $(ARGS)
+	for version in 3.6.0 3.7.0 3.7.1; do \
+	  PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python benchmarks/compile_lint.py --production ring $(ARGS) || exit 1; \
+	done
 
 # beside the environment, for the lint and the PTX interpreter only: the Triton that torch 2.11, 2.12 and 2.13 bring on GPU machines
 tritons: $(VENV)/.dev

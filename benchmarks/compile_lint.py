@@ -1,6 +1,7 @@
 """What the Triton compiler makes of the kernels of attention and recurrences, checked without a GPU.
 
-    python benchmarks/compile_lint.py [--arch 80 90 100] [--only REGULAR-EXPRESSION] [--all | --update]
+    python benchmarks/compile_lint.py [--arch 80 90 100] [--only REGULAR-EXPRESSION] [--production [STRATEGY ...]]
+                                      [--all] [--update | --names]
 
 Every kernel, epilogue and tile goes through the real launch path with a stand-in for the driver, then the machine code is
 read: registers, stack, spills inside the loops that multiply, shared memory, matrix instructions, products that ptxas
@@ -11,6 +12,9 @@ fails, --update rewrites the file. Exit code 1 where something is worse.
 
 The budget has a digest of what the compiler was given. A kernel whose digest is the same is not compiled again, since its machine
 code is what the budget was taken from; --all compiles it nevertheless.
+
+--production adds what layer calls launch and is not among the others, found by running the executor on plans of all strategies,
+or of those that are named (see `production_launches`). --names compiles nothing: it fails where a kernel has no budget.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,6 +35,7 @@ from unittest import mock
 import torch
 import triton
 from process_guard import guard_processes
+from production_launches import SHAPES, named_launches, production_launches
 from triton.backends.compiler import GPUTarget
 
 from distattn.ir.mask import Mask
@@ -44,6 +49,7 @@ from distattn.kernels.triton import attention as triton_attention
 from distattn.kernels.triton import spinner
 from distattn.kernels.triton.launch import TritonLaunch
 from distattn.kernels.triton.sums import plan_sums, scratch_of_parts
+from distattn.parallel.make_plan import STRATEGIES
 
 ARCHITECTURES = (80, 90, 100)
 DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
@@ -65,6 +71,8 @@ WORSE_IF_MORE = (
     "mufu",
     "bar",
 )
+# words in the names of kernels whose matrices are not multiplied by these
+WITHOUT_PRODUCTS = {"float32", "numbers", "row_numbers_kernel", "sums", "sum_parts_kernel", "spin", "glue"}
 # which pipe takes an instruction, by how its name begins (nvdisasm of sm_80 to sm_100)
 PIPES = {
     "fma": ("FFMA", "FMUL", "FADD", "HFMA", "HADD", "HMUL", "IMAD"),
@@ -125,23 +133,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--only", type=re.compile, default="", help="kernels whose names have this")
+    parser.add_argument("--production", nargs="*", metavar="STRATEGY", help="what layer calls launch, too")
+    parser.add_argument("--all", action="store_true", help="compile what has not changed, too")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--all", action="store_true", help="compile what has not changed, too")
-    how.add_argument("--update", action="store_true")
+    how.add_argument("--update", action="store_true", help="write the budget of what is compiled")
+    how.add_argument("--names", action="store_true", help="compile nothing")
     arguments = parser.parse_args()
     path = Path(__file__).parent / "budgets" / f"triton-{triton.__version__.split('+')[0]}.json"
     budget: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
     if not budget and not arguments.update:
         say(f"there is no budget for Triton {triton.__version__}; make one with --update")
         return 1
-    complaints, unchanged = [], 0
+    complaints: list[str] = []
+    names: set[str] = set()
+    unchanged = 0
     for arch in arguments.arch:
         # all digests come first: of a kernel that was compiled Triton does not say what it was compiled from
         described = [(name, launch, digest(launch, arch)) for name, launch in variants(arch)]
+        if arguments.production is not None:
+            described += launched(arch, {given for _, _, given in described}, arguments.production or STRATEGIES)
         for name, launch, given in described:
+            names.add(name)
             if not re.search(arguments.only, name):
                 continue
-            if budget.get(name, {}).get("digest") == given and not (arguments.all or arguments.update):
+            if arguments.names:
+                complaints += [] if name in budget else [f"{name}: has no budget"]
+                continue
+            if budget.get(name, {}).get("digest") == given and not arguments.all:
                 unchanged += 1
                 continue
             found = facts(compiled(launch, arch), arch)
@@ -152,8 +170,16 @@ def main() -> int:
             complaints += [f"{name}: {what}" for what in wrong]
             say(f"{name:42s} {'  '.join(f'{key} {value}' for key, value in found.items())}{'  <- ' * bool(wrong)}")
             budget[name] = found | {"digest": given}
-    say(f"{unchanged} kernels are what their budgets were taken from")
+    say(
+        f"{unchanged} kernels are what their budgets were taken from"
+        if not arguments.names
+        else f"{len(names)} kernels"
+    )
     if arguments.update:
+        if arguments.production == [] and not arguments.only:
+            # what is launched no longer
+            linted = tuple(f"sm_{arch} " for arch in arguments.arch)
+            budget = {name: kept for name, kept in budget.items() if name in names or not name.startswith(linted)}
         path.parent.mkdir(exist_ok=True)
         lines = (f"{json.dumps(name)}: {json.dumps(budget[name])}" for name in sorted(budget))
         path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
@@ -178,6 +204,14 @@ def variants(arch: int) -> Iterator[tuple[str, TritonLaunch]]:
     for kernel, launch in recurrence_launches(torch.bfloat16, 128):
         yield f"sm_{arch} bfloat16 128/128 recurrence {kernel}", launch
     yield f"sm_{arch} spin", spinner.plan_spin(torch.zeros(2, dtype=torch.int32), torch.zeros(1), 16)
+
+
+def launched(arch: int, known: set[str], strategies: Iterable[str]) -> Iterator[tuple[str, TritonLaunch, str]]:
+    """Yield (name, launch, digest) of what layer calls launch on an architecture, but for known digests."""
+    found = [one for shape in SHAPES for one in production_launches(arch, shape, strategies)]
+    for name, launch in named_launches(found).items():
+        if (given := digest(launch, arch)) not in known:
+            yield f"sm_{arch} launched {name}", launch, given
 
 
 def launches(
@@ -344,7 +378,7 @@ def broken_rules(found: dict[str, int], arch: int, name: str) -> Iterator[str]:
     """What must hold whatever the budget says."""
     if found["shared"] > SHARED[arch]:
         yield f"{found['shared']:,} bytes of shared memory; the chip has {SHARED[arch]:,}"
-    multiplies = not any(kernel in name for kernel in ("float32", "numbers", "sums", "spin"))
+    multiplies = not WITHOUT_PRODUCTS.intersection(name.split())
     if multiplies and not found["products"]:
         yield f"no {PRODUCTS[arch]}: matrices are not multiplied by matrix units"
     if "spin" in name and found["registers"] < HELD_BY_SPIN:

@@ -1,0 +1,217 @@
+"""Which Triton kernels production launches, found by running it: layer calls of real plans, whose launches are recorded.
+
+Nothing is computed and no GPU is needed: the executor runs on small CPU tensors with the tiles of a given architecture, no
+message travels, and every launch is kept instead of run. So a variant that the executor begins to use is compiled by the lint
+without being named there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from distattn.ir.errors import DistattnError
+from distattn.ir.layout import Layout
+from distattn.ir.mask import Mask
+from distattn.ir.plan import POLICIES, Plan
+from distattn.kernels import glue
+from distattn.kernels.gluon import attention as gluon_attention
+from distattn.kernels.registry import KERNELS, kernel_preparer, load_kernel
+from distattn.kernels.spec import KernelRequirements
+from distattn.kernels.triton import attention as triton_attention
+from distattn.kernels.triton import glue as triton_glue
+from distattn.kernels.triton.launch import TritonLaunch
+from distattn.ops.attention import backward_pass, forward_pass
+from distattn.ops.executable import Executable, ExecutionKey, kernel_requirements
+from distattn.parallel.make_plan import STRATEGIES, make_plan
+from distattn.parallel.runtime.execute import run_to_completion
+from distattn.parallel.runtime.program import lower
+from distattn.parallel.runtime.transport import Packet
+
+CPU = torch.device("cpu")
+# documents of a few tiles, some of them on several ranks
+LENGTHS = (700, 260, 64)
+RANKS = 4
+_TIERS = ("distattn.kernels.triton", "distattn.kernels.gluon")
+_GLUE = ("rows_kernel", "merge_kernel", "products_kernel")
+
+
+class ShapeOfCall(NamedTuple):
+    """What the layer calls have in common; aligned: whether the caller's tensors begin at multiples of 16 bytes."""
+
+    dtype: torch.dtype
+    head_dim: int
+    v_head_dim: int
+    heads: int = 8
+    kv_heads: int = 2
+    aligned: bool = True
+
+
+# production's launches are recorded for these; the lint's own table has more head dims, dtypes and modifiers
+SHAPES = (
+    ShapeOfCall(torch.bfloat16, 128, 128),
+    ShapeOfCall(torch.bfloat16, 128, 128, aligned=False),
+    ShapeOfCall(torch.bfloat16, 64, 64),
+    ShapeOfCall(torch.float32, 128, 128),
+)
+
+
+def production_launches(
+    arch: int, shape: ShapeOfCall, strategies: Iterable[str] = STRATEGIES
+) -> list[tuple[str, TritonLaunch]]:
+    """Return (kernel of the registry, launch) of all launches of layer calls of a shape on an architecture (80, 90, ...).
+
+    Kernels are those that can serve such calls there; plans are of these strategies and of every backward policy.
+    """
+    found: list[tuple[str, TritonLaunch]] = []
+    with _architecture(arch):
+        for name in _kernels_of(shape):
+            with _recording(name, found):
+                for plan in _plans(tuple(strategies), *shape[:5]):
+                    for rank in (0, RANKS - 1):
+                        _run_layer(plan, rank, name, shape)
+    return [(name, launch) for name, launch in found if launch.grid[0]]
+
+
+@contextmanager
+def _architecture(arch: int) -> Iterator[None]:
+    """In here all devices are of that compute capability."""
+    with ExitStack() as patches:
+        for tier in (triton_attention, gluon_attention):
+            patches.enter_context(mock.patch.object(tier, "compute_capability", lambda device: arch))
+        yield
+
+
+@contextmanager
+def _recording(name: str, found: list[tuple[str, TritonLaunch]]) -> Iterator[None]:
+    """In here launches are appended to `found` and not run: those of attention under the kernel's name, others under "glue"."""
+    with ExitStack() as patches:
+        for tier in (triton_attention, gluon_attention):
+            patches.enter_context(mock.patch.object(tier, "run_launch", lambda launch: found.append((name, launch))))
+        patches.enter_context(mock.patch.object(glue, "_on_gpu", lambda x: True))
+        for kernel in _GLUE:
+            recorded = _Recorded(getattr(triton_glue, kernel), found)
+            patches.enter_context(mock.patch.object(triton_glue, kernel, recorded))
+        yield
+
+
+def _kernels_of(shape: ShapeOfCall) -> list[str]:
+    """Return the kernels of the registry that launch Triton's kernels and can serve such a call on a GPU."""
+    needed = KernelRequirements(shape.dtype, shape.head_dim, shape.v_head_dim, torch.device("cuda"))
+    ours = [name for name, module in KERNELS.items() if module.startswith(_TIERS)]
+    # products in TF32 are of single precision; in half precision it launches what "triton" does
+    ours = [name for name in ours if name != "triton_tf32" or shape.dtype == torch.float32]
+    return [name for name in ours if load_kernel(name).unsupported_reason(needed) is None]
+
+
+@cache
+def _plans(
+    strategies: tuple[str, ...], dtype: torch.dtype, head_dim: int, v_head_dim: int, heads: int, kv_heads: int
+) -> list[Plan]:
+    """Return plans of strategies and of every backward policy that take such calls."""
+    of_call = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype)
+    mask, layout = Mask.documents(LENGTHS), Layout.zigzag(LENGTHS, RANKS)
+    plans = []
+    for strategy in strategies:
+        for policy in POLICIES:
+            # a strategy may refuse to split so few heads
+            with suppress(DistattnError):
+                plans.append(make_plan(mask, layout, strategy=strategy, backward=policy, **of_call))
+    return plans
+
+
+def _run_layer(plan: Plan, rank: int, kernel: str, shape: ShapeOfCall) -> None:
+    """Run the forward and backward pass of one rank's layer call."""
+    # not from the cache of executables, which knows of one architecture
+    program = lower(plan, rank, kernel_preparer(kernel, kernel_requirements(plan.call, CPU)))
+    ready = Executable(program, ExecutionKey(rank, kernel, CPU), _NoTransport())
+
+    def tensor(heads: int, width: int) -> Tensor:
+        numbers = torch.zeros(program.tokens * heads * width + 1, dtype=shape.dtype)
+        return numbers[0 if shape.aligned else 1 :][: numbers.numel() - 1].view(program.tokens, heads, width)
+
+    q, do = tensor(shape.heads, shape.head_dim), tensor(shape.heads, shape.v_head_dim)
+    k, v = tensor(shape.kv_heads, shape.head_dim), tensor(shape.kv_heads, shape.v_head_dim)
+    o, lse, kept = run_to_completion(forward_pass(ready, q, k, v, None, None, 0.1, 0.0))
+    run_to_completion(backward_pass(ready, do, None, q, k, v, None, None, o, lse, kept, 0.1, 0.0))
+
+
+class _NoTransport:
+    """A transport that delivers nothing."""
+
+    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = "") -> Any:
+        """Return something to wait for that never waits."""
+        return self
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
+class _Recorded:
+    """A kernel whose launches are kept instead of run."""
+
+    def __init__(self, kernel: Any, found: list[tuple[str, TritonLaunch]]):
+        self.kernel, self.found = kernel, found
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        def launch(*given: Any, **named: Any) -> None:
+            arguments = dict(zip(self.kernel.arg_names, given, strict=False)) | named
+            self.found.append(("glue", TritonLaunch(self.kernel, grid, arguments, {})))
+
+        return launch
+
+
+def named_launches(launches: list[tuple[str, TritonLaunch]]) -> dict[str, TritonLaunch]:
+    """Return one launch of each kind, by a name with what Triton compiles: types, flags, and how numbers are specialised.
+
+    A name says the same whichever other launches there are. The kernel of the registry in it is the first that launches this.
+    """
+    by_description: dict[str, tuple[str, TritonLaunch]] = {}
+    for kernel, launch in launches:
+        by_description.setdefault(_description(launch), (kernel, launch))
+    return {f"{kernel} {description}": launch for description, (kernel, launch) in by_description.items()}
+
+
+def _description(launch: TritonLaunch) -> str:
+    arguments = launch.arguments
+    tensors = {name: _tensor(value).dtype for name, value in arguments.items() if isinstance(_tensor(value), Tensor)}
+    usual, *_ = tensors.values()
+    # integers are lists of tiles or rows
+    types = [f"{name.rstrip('_')}={str(dtype)[6:]}" for name, dtype in tensors.items() if dtype.is_floating_point]
+    types = [str(usual)[6:], *(one for one in types if not one.endswith(f"={str(usual)[6:]}"))]
+    dims = "/".join(str(arguments[name]) for name in ("D0", "E0", "D", "E", "WIDTH") if name in arguments)
+    flags = [name.lower() for name, value in arguments.items() if value is True]
+    flags += [value for name, value in arguments.items() if isinstance(value, str)]
+    return " ".join([launch.kernel.fn.__name__, dims, *types, *flags, *_specialised(launch)])
+
+
+def _specialised(launch: TritonLaunch) -> list[str]:
+    """Return constants, and arguments that Triton specialises: numbers that are 1, numbers and addresses not divisible by 16."""
+    found = []
+    unaligned, odd, ones = [], [], []
+    for parameter in launch.kernel.params:
+        name, value = parameter.name.rstrip("_"), launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            found += [f"{name}={value}"] if type(value) is int else []
+        elif not parameter.do_not_specialize and value is not None:
+            if isinstance(value, Tensor):
+                unaligned += [name] if value.data_ptr() % 16 and not parameter.do_not_specialize_on_alignment else []
+            elif isinstance(value, int):
+                if value == 1:
+                    ones.append(name)
+                elif value % 16 and not parameter.do_not_specialize_on_alignment:
+                    odd.append(name)
+    found += [f"unaligned={','.join(unaligned)}"] * bool(unaligned)
+    found += [f"odd={','.join(odd)}"] * bool(odd)
+    return found + [f"1={','.join(ones)}"] * bool(ones)
+
+
+def _tensor(value: Any) -> Any:
+    """Return the tensor of a descriptor, or the value."""
+    return getattr(value, "base", value)
