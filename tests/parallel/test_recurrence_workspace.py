@@ -14,6 +14,7 @@ from distattn.kernels.meta_bytes import MetaBytes
 from distattn.kernels.recurrence.triton import kernel as triton_kernel
 from distattn.ops import recurrence
 from distattn.ops.executable import Executable, checked_program
+from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.recurrence_workspace import recurrence_workspace
 from distattn.parallel.runtime.transport import GroupTransport
 
@@ -67,7 +68,10 @@ def peaks(ready, peak=peak_on_meta):
     }[call.op.decay]
     inputs = q, k, v, g, tensor(call.heads) if call.op.delta else None, None
     handle = ready.handle
+    # each pass begins without an arena, so that its own is counted
+    ARENAS.free()
     forward, (_, _, kept) = peak(lambda: recurrence._forward(*inputs, handle, ready.kept_elements, 0))
+    ARENAS.free()
     return [forward, peak(lambda: recurrence._backward(do, None, *inputs, kept, handle))[0]]
 
 

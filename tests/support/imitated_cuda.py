@@ -355,6 +355,9 @@ class StreamNccl:
         used, self._used = self._used, []
         return _Work(self._cuda, clocks.snapshot(self._timeline), used)
 
+    def shutdown(self) -> None:
+        """End; the messages of these tests have all been waited for."""
+
     def abort(self) -> None:
         """Nothing is under way."""
 
