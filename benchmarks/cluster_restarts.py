@@ -128,7 +128,7 @@ def _struck(folder: Path, fault: signal.Signals, trouble: Callable[[], str]) -> 
     _until(lambda: metrics.exists() and len(read_rows(metrics)) > _STEPS, trouble)
     os.kill(Owner.read(folder / "owner.json").pid, fault)
     began = time.time()
-    _until(lambda: attempts.told(1) or attempts.latest > 1, trouble)
+    _until(lambda: attempts.node_reports(1) or attempts.latest > 1, trouble)
     noticed = time.time() - began
     _until(lambda: attempts.latest >= 2 and attempts.goes_on, trouble)
     begun = time.time() - began

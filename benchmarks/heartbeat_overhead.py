@@ -63,14 +63,14 @@ def main() -> None:
 
 def rank(run: RunFolder, config: Config, device: torch.device) -> int:
     """Train as one rank. Rank 0 leaves [arm, wall seconds, processor seconds, beats, seconds of telling] of each step."""
-    draws, told, tell = random.Random(1), heartbeats._TOLD, loop.tell
+    draws, told, tell = random.Random(1), heartbeats._CURRENT, loop.set_activity
     board = heartbeats.HeartbeatBoard.make(1)
     write, spent, steps = board.writer(0, 1), [0.0], []
 
     def timed(*given: Any) -> None:
         # of this thread: what others do meanwhile does not count; without what looking at the clock takes
         before, began = time.thread_time(), time.thread_time()
-        type(told).tell(told, *given)
+        type(told).set(told, *given)
         spent[0] += time.thread_time() - began - (began - before)
 
     def marks() -> list[float]:
@@ -88,13 +88,13 @@ def rank(run: RunFolder, config: Config, device: torch.device) -> int:
             arm = draws.choice(ARMS)
             told.write = None if arm == "untold" else write
             # where it is found instead of the class's
-            vars(told).pop("tell", None)
+            vars(told).pop("set", None)
             if arm == "timed":
-                told.tell = timed  # type: ignore[method-assign]
+                told.set = timed  # type: ignore[method-assign]
             before = marks()
         tell(words, **given)
 
-    loop.tell = tell_step  # type: ignore[assignment]
+    loop.set_activity = tell_step  # type: ignore[assignment]
     loop.train(run, config, True, device)
     if torch.distributed.get_rank() == 0:
         (run.folder / "costs.json").write_text(json.dumps(steps))

@@ -98,9 +98,9 @@ def train(folder: str, before: Callable[[str, int], None] = lambda words, step: 
 
 def supervised(folder: str) -> int:
     """A rank of distattn's supervision."""
-    from distattn.supervision.heartbeats import tell
+    from distattn.supervision.heartbeats import set_activity
 
-    train(folder, lambda words, step: tell(words, step=step, waits=words.startswith("the sum")))
+    train(folder, lambda words, step: set_activity(words, step=step, waits=words.startswith("the sum")))
     return 0
 
 

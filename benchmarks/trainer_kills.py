@@ -232,7 +232,7 @@ class Faults:
             _wait_for_save(launch, run)
             time.sleep(self._random.uniform(0, MOST_SAVE_SECONDS))
         else:
-            launch.until(lambda beats: moment in beats[max(victim, 0)].words)
+            launch.until(lambda beats: moment in beats[max(victim, 0)].activity)
         ended = len(launch.ended)
         launch.signal(victim, signal.SIGKILL)
         return self._seen(launch, run, victim, moment, ended)
@@ -350,7 +350,7 @@ def run_faults(
 
 def rank(folder: str, json_lines: bool, proposed: str = "") -> int:
     """Run the trainer on this rank; hang where a file of the run folder asks for it. Return the exit code."""
-    planted, told = Path(folder, _PLANTED), heartbeats._TOLD
+    planted, told = Path(folder, _PLANTED), heartbeats._CURRENT
     write = told.write
     assert write is not None
 

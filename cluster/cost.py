@@ -1,6 +1,6 @@
-"""How long kernel launches, messages and copies take on a cluster, in seconds. The one model of time: others are built from it.
+"""Seconds that kernel launches, messages and copies take on a cluster. All other models of time are built from this one.
 
-Speeds of core attention are a table of what kernels reached on full rectangles; other masks cost the whole tiles they touch.
+Speeds of core attention are a table of measurements on full rectangles; other masks cost all the tiles that they touch.
 `distattn.parallel.tables.cost` is this model in whole numbers.
 """
 
@@ -17,30 +17,30 @@ from distattn.ir.intervals import Ints
 Numbers = np.ndarray
 # floating-point operations of one cell and one unit of (query dim + value dim): two products forward, five backward
 _FLOPS = {"forward": 2.0, "backward": 5.0}
-# keys' worth of time that beginning and ending a program takes: 558 TFLOP/s at 1,024 keys against 701 at 32,768
-# (FlashAttention 3 on an H100, see descriptions/h100.toml)
+# the time to begin and end a program, as a number of keys: 558 TFLOP/s at 1,024 keys against 701 at 32,768 (FlashAttention 3 on
+# an H100, see descriptions/h100.toml)
 _PROGRAM_OVERHEAD_KEYS = 1024 * (701 / 558 - 1)
-# a recurrence's kernels, as a share of the speed of attention's on long sequences: Gated DeltaNet of flash-linear-attention takes
-# 4.81 ms for 32K tokens and 64 heads of 128 x 128 on an H800 (its issue 691), where FlashAttention 3 reaches 701 TFLOP/s. A pass
-# that only makes states takes 0.58 of that. Estimates: read, not measured here
+# speed of a recurrence's kernels, as a share of attention's speed on long sequences: Gated DeltaNet of flash-linear-attention
+# takes 4.81 ms for 32K tokens and 64 heads of 128 x 128 on an H800 (its issue 691), where FlashAttention 3 reaches 701 TFLOP/s. A
+# pass that computes only states takes 0.58 of that. These are estimates from published numbers, not measured here
 _RECURRENCE_SPEED, _STATE_PASS = 42.9 / 701, 0.58
-# tokens of a chunk, inside which a recurrence is products of matrices
+# tokens of a chunk; inside a chunk a recurrence consists of matrix products
 _CHUNK = 64
 _MICRO, _GIGA, _TERA = 1e-6, 1e9, 1e12
 
 
 def flops_per_cell(direction: str, head_dim: int, v_head_dim: int) -> float:
-    """Floating-point operations of one allowed cell of one head."""
+    """Return the floating-point operations of one allowed cell of one head."""
     return _FLOPS[direction] * (head_dim + v_head_dim)
 
 
 def attention_speed(cluster: ClusterSpec, direction: str, head_dim: int, queries: Ints, keys: Ints) -> Numbers:
-    """Operations per second that a kernel reaches on full rectangles of queries x keys, (M,).
+    """Return the operations per second of a kernel on full rectangles of queries x keys, (M,).
 
     The table is interpolated in the logarithms of both sides; a table of squares alone is read at the shorter side. Below the
     first point of the table the speed falls because each row of tiles takes a fixed time (prologue and epilogue of a
-    program). A table of one length says nothing about that time: then it is what FlashAttention 3 loses on an H100. Work is
-    counted in whole tiles, so that nothing is slower than a tile.
+    program). A table of one length does not contain that time; then the loss of FlashAttention 3 on an H100 is used. Work is
+    counted in whole tiles, so no rectangle is slower than a tile.
     """
     queries, keys = (np.maximum(lengths, min(cluster.device.tile)) for lengths in (queries, keys))
     rows = [row for row in cluster.attention if row.direction == direction]
@@ -59,13 +59,13 @@ def attention_speed(cluster: ClusterSpec, direction: str, head_dim: int, queries
     best = max(table.values())
     if len(table) == 1:
         return speed / (1.0 + _PROGRAM_OVERHEAD_KEYS / np.maximum(shorter, 1))
-    # seconds an operation at `speed` takes beyond the best, spread over fewer keys
+    # the seconds that an operation at `speed` takes longer than at the best speed, spread over fewer keys
     short = np.maximum(first / np.maximum(shorter, 1), 1.0)
     return 1.0 / (1.0 / best + (1.0 / speed - 1.0 / best) * short)
 
 
 def recurrence_flops_per_token(direction: str, key_dim: int, v_head_dim: int) -> float:
-    """Floating-point operations of one token of one head of a recurrence: with the state, and with others of a chunk."""
+    """Return the operations of one token of one head of a recurrence: with the state, and with other tokens of the chunk."""
     forward = 4.0 * key_dim * v_head_dim + 2.0 * _CHUNK * (key_dim + v_head_dim)
     return forward * _FLOPS[direction] / _FLOPS["forward"]
 
@@ -73,21 +73,21 @@ def recurrence_flops_per_token(direction: str, key_dim: int, v_head_dim: int) ->
 def recurrence_seconds(
     cluster: ClusterSpec, direction: str, key_dim: int, v_head_dim: int, tokens: Ints, heads: Ints, whole: np.ndarray
 ) -> Numbers:
-    """Estimated seconds that tasks of a recurrence take, (M,). whole: outputs or gradients, not only a state."""
+    """Estimate the seconds of recurrence tasks, (M,). whole: a task computes outputs or gradients, not only a state."""
     best = max(row.tflops for row in cluster.attention if row.direction == direction) * _TERA
-    of_whole = recurrence_flops_per_token(direction, key_dim, v_head_dim)
-    # a pass over states costs as much in either direction
-    of_state = recurrence_flops_per_token("forward", key_dim, v_head_dim) * _STATE_PASS
-    return tokens * heads * np.where(whole, of_whole, of_state) / (best * _RECURRENCE_SPEED)
+    whole_flops = recurrence_flops_per_token(direction, key_dim, v_head_dim)
+    # a pass over states costs the same in both directions
+    state_flops = recurrence_flops_per_token("forward", key_dim, v_head_dim) * _STATE_PASS
+    return tokens * heads * np.where(whole, whole_flops, state_flops) / (best * _RECURRENCE_SPEED)
 
 
 def expansion_seconds(
     cluster: ClusterSpec, direction: str, latent_dim: int, widths: int, tokens_x_heads: Ints, kept: bool = False
 ) -> Numbers:
-    """Estimated seconds in which latents become keys and values, `widths` numbers a head, (M,).
+    """Estimate the seconds to expand latents to keys and values of `widths` numbers per head, (M,).
 
-    Products of matrices at the speed of attention's on long sequences. The backward pass has two, for gradients of latents and of
-    weights, and one to expand them again unless what was expanded is kept.
+    Matrix products run at attention's speed on long sequences. The backward pass has two, for the gradients of latents and of
+    weights, and a third one that expands the latents again, unless the keys and values are kept.
     """
     best = max(row.tflops for row in cluster.attention if row.direction == "forward") * _TERA
     products = 1 if direction == "forward" else 2 if kept else 3
@@ -95,9 +95,9 @@ def expansion_seconds(
 
 
 def overhead_keys(cluster: ClusterSpec, direction: str, head_dim: int) -> int:
-    """Keys' worth of time that a row costs besides its keys; it is what makes short documents slow.
+    """Return a row's fixed cost as a number of keys; it makes short documents slow.
 
-    The overhead in speed(n) = best * n / (n + overhead), as the median over the squares n x n of the table.
+    It is the overhead in speed(n) = best * n / (n + overhead), as the median over the squares n x n of the table.
     """
     lengths = np.array(sorted({min(row.queries, row.keys) for row in cluster.attention if row.direction == direction}))
     speed = attention_speed(cluster, direction, head_dim, lengths, lengths)
@@ -108,10 +108,10 @@ def overhead_keys(cluster: ClusterSpec, direction: str, head_dim: int) -> int:
 
 
 def padded_cells(bands: Ints, tile_rows: int, extra_keys: Ints | int | Numbers) -> Any:
-    """Cells that a kernel's time goes into for each tightened band (M, 10) and one head.
+    """Return the cells that a kernel spends time on, for each tightened band (M, 10) and one head.
 
-    Rows are taken by whole tiles of `tile_rows`, and each row costs `extra_keys` keys more than it has. Whole numbers where
-    extra_keys are: they are the same on every machine.
+    Rows are rounded up to whole tiles of `tile_rows`, and each row costs `extra_keys` keys more than it has. If extra_keys are
+    whole numbers, so are the cells, and they are the same on every machine.
     """
     rows = np.maximum(bands[:, Q1] - bands[:, Q0], 0)
     padded_rows = -(-rows // tile_rows) * tile_rows
@@ -120,10 +120,10 @@ def padded_cells(bands: Ints, tile_rows: int, extra_keys: Ints | int | Numbers) 
 
 
 def tiled_area(bands: Ints, tile: tuple[int, int]) -> tuple[Numbers, Numbers]:
-    """(cells of the tiles that each tightened band touches, keys of its widest row of tiles), both (M,).
+    """Return (cells of the tiles that each tightened band touches, keys of its widest row of tiles), both (M,).
 
-    A slanted edge climbs by a tile's height within a tile. That adds half a tile to every row, and as much of a tile of keys
-    as a row of tiles does not fill at its end.
+    A slanted edge moves by a tile's height within a row of tiles. That adds half a tile to every row, plus the part of the last
+    tile of keys that the row does not fill.
     """
     first_begin, first_end = row_key_ranges(bands, bands[:, Q0])
     last_begin, last_end = row_key_ranges(bands, bands[:, Q1] - 1)
@@ -138,10 +138,10 @@ def tiled_area(bands: Ints, tile: tuple[int, int]) -> tuple[Numbers, Numbers]:
 def launch_seconds(
     cluster: ClusterSpec, cells: Numbers, widest: Numbers, heads: Ints, speed: Numbers, per_cell: float, group: Ints
 ) -> tuple[Ints, Numbers]:
-    """Seconds of kernel launches made of tasks. Returns (numbers of the launches, seconds of each).
+    """Return (numbers of the kernel launches, seconds of each) for tasks that are grouped into launches.
 
     Per task: `cells` and `widest` row of its tiles, `heads`, `speed` in operations per second, and `group`, the number of its
-    launch. A launch runs at full speed, but takes no less than its longest program takes on one multiprocessor.
+    launch. A launch runs at full speed, but takes at least as long as its longest program takes on one multiprocessor.
     """
     device = cluster.device
     launches, index = np.unique(group, return_inverse=True)
@@ -152,15 +152,15 @@ def launch_seconds(
 
 
 def copy_seconds(cluster: ClusterSpec, size: Numbers) -> Numbers:
-    """Seconds to copy `size` bytes on a device."""
+    """Return the seconds to copy `size` bytes on a device."""
     return size / (cluster.device.copy_gbs * _GIGA)
 
 
 def message_seconds(cluster: ClusterSpec, src: Ints, dst: Ints, size: Numbers) -> Numbers:
-    """Seconds until each of the messages that are sent together has arrived, (M,).
+    """Return the seconds until each message has arrived, if all are sent at the same time, (M,).
 
-    The messages of a device share its port, one port for each direction and each of the two links (inside a node, between
-    nodes). All devices of a node share the port of a shared link. A message takes as long as the fuller of its two ports.
+    A device has one port for each direction of each of the two links (inside a node, between nodes), and its messages share the
+    port. All devices of a node share the port of a shared link. A message takes as long as the fuller of its two ports.
     """
     ranks, devices = cluster.ranks, cluster.devices
     out = np.zeros(len(src))

@@ -1,7 +1,7 @@
 """Link speeds from the output of nccl-tests: its text table or its JSON (-J).
 
 nccl-tests' own factors (doc/PERFORMANCE.md there) turn a size and a time into the bytes that each rank's port carries: the
-bus bandwidth. A link is fitted as time = latency + bytes / bandwidth. The JSON holds the environment of whoever ran it:
+bus bandwidth. A link is fitted as time = latency + bytes / bandwidth. The JSON contains the environment of the user who ran it;
 only sizes, times and the number of ranks are read.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from distattn.cluster.spec import Link
 from distattn.ir.errors import DistattnError
 
-# bytes through a rank's port, over the size that nccl-tests print, on n ranks
+# bytes through a rank's port divided by the size that nccl-tests print, on n ranks
 FACTORS = {
     "all_reduce": lambda n: 2 * (n - 1) / n,
     "all_gather": lambda n: (n - 1) / n,
@@ -31,7 +31,7 @@ _COMMAND = re.compile(r"(\w+?)_perf\b")
 
 @dataclass(frozen=True)
 class NcclTestRun:
-    """One run of nccl-tests: which test, ranks, and (size in bytes, microseconds) of each row, out of place."""
+    """One run of nccl-tests: the test, the number of ranks, and (size in bytes, microseconds) of each row, out of place."""
 
     test: str
     ranks: int
@@ -41,40 +41,43 @@ class NcclTestRun:
         """Fit latency and bandwidth to these times, by the least relative squares over bytes on the port."""
         size = np.array([row[0] for row in self.rows]) * FACTORS[self.test](self.ranks)
         micro = np.array([row[1] for row in self.rows])
-        # relative: a long message's noise must not decide the latency
+        # relative errors, so that the noise of long messages does not decide the latency
         left = np.stack([np.ones(len(size)), size], 1) / micro[:, None]
         (latency, per_byte), *_ = np.linalg.lstsq(left, np.ones(len(size)), rcond=None)
         if per_byte <= 0:
             raise DistattnError(
-                f"nccl-tests {self.test}: larger messages are not slower; more and larger sizes are wanted."
+                f"nccl-tests {self.test}: larger messages are not slower; measure more and larger sizes."
             )
         return Link(gbs=float(1e-3 / per_byte), latency_us=float(max(latency, 0.0)))
 
 
 def read(path: str | Path, test: str | None = None) -> NcclTestRun:
-    """Parse a file of either kind. test: its name, where the file does not say. Raises DistattnError in one sentence."""
+    """Parse a file of either kind. test: the name of the test, for a file without it. Raises DistattnError."""
     try:
         text = Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DistattnError(f"{path}: the nccl-tests output cannot be read: {error}.") from None
     try:
-        found = _of_json(text) if text.lstrip().startswith("{") else _of_text(text)
+        name, ranks, rows = _parse_json(text) if text.lstrip().startswith("{") else _parse_text(text)
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise DistattnError(f"{path}: this is not what nccl-tests print ({type(error).__name__}: {error}).") from None
-    name, ranks, rows = found
+        raise DistattnError(
+            f"{path}: this is not the output of nccl-tests ({type(error).__name__}: {error})."
+        ) from None
     name = test or name
     if name not in FACTORS:
-        raise DistattnError(f"{path}: the test is {name or 'not named'}; known are {', '.join(FACTORS)}.")
+        raise DistattnError(
+            f"{path}: the test is {name or 'not named'}; distattn reads those named {', '.join(FACTORS)}."
+        )
     rows = [row for row in rows if row[0] > 0 and row[1] > 0]
     if ranks < 2 or len(rows) < 2:
         raise DistattnError(
-            f"{path}: {ranks} ranks and {len(rows)} rows of sizes and times; two of each are the least."
+            f"{path}: it has {ranks} ranks and {len(rows)} rows of sizes and times; at least two of each are needed."
         )
     return NcclTestRun(name, ranks, tuple(rows))
 
 
 def commands(ranks_on_node: int, nodes: int = 1) -> list[str]:
-    """Commands that measure the links of a cluster: inside a node, and between nodes where there are several."""
+    """Return the commands that measure a cluster's links: inside a node, and between nodes if there are several."""
     sizes = "-b 8 -e 1G -f 4 -J nccl-{name}.json"
     inside = f"sendrecv_perf -g {ranks_on_node} {sizes.format(name='inside')}"
     if nodes == 1:
@@ -82,21 +85,21 @@ def commands(ranks_on_node: int, nodes: int = 1) -> list[str]:
     return [inside, f"srun --nodes={nodes} --ntasks-per-node=1 sendrecv_perf -g 1 {sizes.format(name='across')}"]
 
 
-def _of_text(text: str) -> tuple[str, int, list[tuple[int, float]]]:
+def _parse_text(text: str) -> tuple[str, int, list[tuple[int, float]]]:
     name, ranks, rows = "", 0, []
-    # older tables have a column less
+    # older tables have one column less
     time = 5
     for line in text.splitlines():
-        words = line.split()
-        if line.startswith("#") and "size" in words and "time" in words:
-            time = words.index("time") - 1
+        columns = line.split()
+        if line.startswith("#") and "size" in columns and "time" in columns:
+            time = columns.index("time") - 1
         if not name and (matched := _COMMAND.search(line)):
             name = matched[1]
         if re.match(r"#\s+Rank\s+\d+", line):
             ranks += 1
-        elif not line.startswith("#") and len(words) > time + 1 and words[0].isdecimal():
-            size, micro, rate = int(words[0]), float(words[time]), float(words[time + 1])
-            # algbw is size over time, in the digits that were printed
+        elif not line.startswith("#") and len(columns) > time + 1 and columns[0].isdecimal():
+            size, micro, rate = int(columns[0]), float(columns[time]), float(columns[time + 1])
+            # algbw is size divided by time, rounded to the printed digits
             if micro > 0 and abs(size / micro / 1e3 - rate) > 0.02 + 0.02 * rate:
                 raise ValueError(f"time and algbw of size {size} do not agree")
             rows.append((size, micro))
@@ -105,7 +108,7 @@ def _of_text(text: str) -> tuple[str, int, list[tuple[int, float]]]:
     return name, ranks, rows
 
 
-def _of_json(text: str) -> tuple[str, int, list[tuple[int, float]]]:
+def _parse_json(text: str) -> tuple[str, int, list[tuple[int, float]]]:
     content: dict[str, Any] = json.loads(text)
     arguments = content.get("args", [])
     command = " ".join(map(str, arguments)) if isinstance(arguments, list) else str(arguments)

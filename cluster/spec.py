@@ -1,7 +1,7 @@
 """A cluster in numbers: nodes, devices, links and kernel throughput, read from a TOML file.
 
 `load("h200-8x8")` is 8 nodes of 8 devices of the shipped description `h200`; `load("mine.toml")` or `load("mine.toml", 4, 8)`
-reads a file, as `distattn calibrate` writes it. Every number of a shipped file has its source beside it.
+reads a file such as `distattn calibrate` writes. Every number of a shipped file has its source next to it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from distattn.cluster.topology import Cluster
 from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints
 
-# pydantic and tomli_w are imported only where files are read and written: kernels are checked where torch and Triton are alone
+# pydantic and tomli_w are imported only to read and write files: kernels are checked where only torch and Triton are installed
 if TYPE_CHECKING:
     from pydantic import ConfigDict, TypeAdapter
 
@@ -36,17 +36,17 @@ class Device:
 
     name: str
     memory_gb: float
-    # dense bf16, as the maker states it
+    # dense bf16, from the manufacturer's data sheet
     peak_tflops: float
     # reached in large matrix products
     gemm_tflops: float
-    # bytes read and written again per second, in 10^9
+    # 10^9 bytes per second that are read and written
     copy_gbs: float
     # streaming multiprocessors, each of which runs one program of a kernel at a time
     num_sms: int
     # sides of the kernels' tiles (query rows, keys); kernels compute whole tiles
     tile: tuple[int, int]
-    # microseconds from one kernel's end to the next one's begin, and for every task of a launch besides
+    # microseconds from the end of a kernel to the beginning of the next one, and for each task of a launch
     launch_us: float
     task_us: float
     # microseconds the host needs to issue one step
@@ -66,7 +66,7 @@ class Link:
 
 @dataclass(frozen=True)
 class KernelThroughput:
-    """What a kernel of core attention reaches on a full mask of queries x keys.
+    """The speed of a core-attention kernel on a full mask of queries x keys.
 
     A forward pass counts 4 x cells x heads x head dim operations, a backward pass 10 x.
     """
@@ -96,7 +96,7 @@ class ClusterSpec:
 
     @property
     def topology(self) -> Cluster:
-        """Which ranks share a node."""
+        """The numbers of nodes and devices only, which say which ranks share a node."""
         return Cluster(self.nodes, self.devices)
 
     @property
@@ -115,50 +115,50 @@ class ClusterSpec:
         Path(path).write_text(tomli_w.dumps(asdict(self)), "utf-8")
 
 
-# both say which ranks share a node; a ClusterSpec also says how fast devices and links are
+# a Cluster says which ranks share a node; a ClusterSpec also says how fast devices and links are
 AnyCluster = Cluster | ClusterSpec
 
 
 def shipped_names() -> list[str]:
-    """Names of the clusters that come with distattn, without their sizes."""
+    """Return the names of the clusters that come with distattn, without their sizes."""
     folder = resources.files("distattn.cluster") / "descriptions"
     return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
 
 
 def resolve_cluster(cluster: Any) -> AnyCluster | None:
-    """A Cluster, a ClusterSpec or None as it is; a name or the path of a TOML file as `load` reads it."""
+    """Return a Cluster, a ClusterSpec or None unchanged; `load` a name or the path of a TOML file."""
     if cluster is None or isinstance(cluster, AnyCluster):
         return cluster
     if isinstance(cluster, str | Path):
         return load(cluster)
     raise DistattnError(
-        f"cluster is a Cluster(nodes, devices), a ClusterSpec, its name or its TOML file, not {cluster!r}."
+        f"cluster must be a Cluster(nodes, devices), a ClusterSpec, its name or its TOML file, not {cluster!r}."
     )
 
 
 def load(name: str | Path, ranks: int | None = None) -> ClusterSpec:
-    """A cluster by name (`h200-8x8`: nodes x devices) or by the path of its TOML file.
+    """Load a cluster by name (`h200-8x8`: nodes x devices) or by the path of its TOML file.
 
-    ranks: use so many devices only, whole nodes of them. Raises DistattnError where there is no such cluster, or the file says
-    something impossible.
+    ranks: use only that many devices, equally many on each node. Raises DistattnError if there is no such cluster, or if the
+    file has impossible values.
     """
     matched = _NAME.fullmatch(str(name))
     if matched and matched["kind"] in shipped_names():
-        found = _sized(_load_shipped(matched["kind"]), str(name), int(matched["nodes"]), int(matched["devices"]))
+        cluster = _sized(_load_shipped(matched["kind"]), str(name), int(matched["nodes"]), int(matched["devices"]))
     elif Path(name).suffix == ".toml":
         try:
-            found = _parsed(str(name), Path(name).read_text("utf-8"))
+            cluster = _parsed(str(name), Path(name).read_text("utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise DistattnError(f"{name}: the cluster description cannot be read: {error}.") from None
     else:
-        known = ", ".join(f"{kind}-NODESxDEVICES" for kind in shipped_names())
-        raise DistattnError(f"there is no cluster {str(name)!r}; there are {known}, or the path of a .toml file.")
-    return found if ranks is None else with_ranks(found, ranks)
+        shipped = ", ".join(f"{kind}-NODESxDEVICES" for kind in shipped_names())
+        raise DistattnError(f"there is no cluster {str(name)!r}; there are {shipped}, or the path of a .toml file.")
+    return cluster if ranks is None else with_ranks(cluster, ranks)
 
 
 @cache
 def _load_shipped(kind: str) -> ClusterSpec:
-    """Return a shipped cluster. Tests check these files by pydantic, which strategies must not need."""
+    """Return a shipped cluster. Tests check these files with pydantic, which strategies must not need."""
     content = tomllib.loads((resources.files("distattn.cluster") / "descriptions" / f"{kind}.toml").read_text("utf-8"))
     content["device"] = _record(Device, content["device"] | {"tile": tuple(content["device"]["tile"])})
     content |= {name: _record(Link, content[name]) for name in ("intra_node", "inter_node")}
@@ -167,16 +167,16 @@ def _load_shipped(kind: str) -> ClusterSpec:
 
 
 def _record(kind: type[Record], values: dict[str, Any]) -> Record:
-    """Return a dataclass of these values, in which whole numbers become floats where the dataclass has floats."""
+    """Return a dataclass of these values; whole numbers become floats in fields of type float."""
     types = kind.__annotations__
     return kind(**{name: float(value) if types[name] == "float" else value for name, value in values.items()})
 
 
 def with_ranks(cluster: ClusterSpec, ranks: int) -> ClusterSpec:
-    """The same cluster with only so many devices in use, filling its nodes evenly."""
+    """Return the cluster with one device for each of `ranks` ranks, equally many on each of its nodes."""
     if ranks > cluster.ranks:
         raise DistattnError(
-            f"{ranks} ranks want more devices than {cluster.name} has: {cluster.nodes} nodes x {cluster.devices}."
+            f"{ranks} ranks need more devices than {cluster.name} has: {cluster.nodes} nodes x {cluster.devices}."
         )
     nodes = -(-ranks // cluster.devices)
     if ranks % nodes:
@@ -207,37 +207,41 @@ def _parsed(source: str, text: str) -> ClusterSpec:
 
     try:
         content: dict[str, Any] = tomllib.loads(text)
-        found = _adapter().validate_python(content)
+        cluster = _adapter().validate_python(content)
     except tomllib.TOMLDecodeError as error:
         raise DistattnError(f"{source}: cannot be read as TOML: {error}.") from None
     except ValidationError as error:
-        one = error.errors()[0]
-        key = ".".join(str(with_ranks) for with_ranks in one["loc"])
-        raise DistattnError(f"{source}: {key}: {one['msg'].lower().rstrip('.')}.") from None
-    problem = _problem(found)
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise DistattnError(f"{source}: {key}: {first['msg'].lower().rstrip('.')}.") from None
+    problem = _problem(cluster)
     if problem:
         raise DistattnError(f"{source}: {problem}")
-    return found
+    return cluster
 
 
-def _problem(found: ClusterSpec) -> str | None:
-    numbers = {f"device.{key}": value for key, value in asdict(found.device).items() if isinstance(value, int | float)}
-    numbers |= {f"{name}.gbs": getattr(found, name).gbs for name in ("intra_node", "inter_node")}
-    numbers |= {f"{name}.latency_us": getattr(found, name).latency_us for name in ("intra_node", "inter_node")}
-    numbers |= {"nodes": found.nodes, "devices": found.devices, "device.tile": min(found.device.tile)}
+def _problem(cluster: ClusterSpec) -> str | None:
+    numbers = {
+        f"device.{key}": value for key, value in asdict(cluster.device).items() if isinstance(value, int | float)
+    }
+    numbers |= {f"{name}.gbs": getattr(cluster, name).gbs for name in ("intra_node", "inter_node")}
+    numbers |= {f"{name}.latency_us": getattr(cluster, name).latency_us for name in ("intra_node", "inter_node")}
+    numbers |= {"nodes": cluster.nodes, "devices": cluster.devices, "device.tile": min(cluster.device.tile)}
     zeros = ("device.launch_us", "device.task_us", "device.host_us", "intra_node.latency_us", "inter_node.latency_us")
     for key, value in numbers.items():
         if value < 0 or (value == 0 and key not in zeros):
-            return f"{key}: a positive number is wanted, not {value}."
-    for row in found.attention:
+            return f"{key}: must be a positive number, not {value}."
+    for row in cluster.attention:
         if row.direction not in DIRECTIONS or min(row.tflops, row.head_dim, row.queries, row.keys) <= 0:
-            return f"attention: a direction (forward, backward) and positive numbers are wanted, not {row}."
-    for kind in {(row.direction, row.head_dim) for row in found.attention}:
-        points = {(row.queries, row.keys) for row in found.attention if (row.direction, row.head_dim) == kind}
+            return f"attention: a row must have a direction (forward, backward) and positive numbers, not {row}."
+    for kind in {(row.direction, row.head_dim) for row in cluster.attention}:
+        points = {(row.queries, row.keys) for row in cluster.attention if (row.direction, row.head_dim) == kind}
         grid = len({q for q, _ in points}) * len({k for _, k in points})
         if len(points) != grid and not any(q == k for q, k in points):
-            return f"attention: {kind[0]}, head dim {kind[1]}: a full grid of queries and keys, or squares, are wanted."
-    missing = [name for name in DIRECTIONS if not any(row.direction == name for row in found.attention)]
+            return (
+                f"attention: {kind[0]}, head dim {kind[1]}: rows must be a full grid of queries and keys, or squares."
+            )
+    missing = [name for name in DIRECTIONS if not any(row.direction == name for row in cluster.attention)]
     if missing:
         return f"attention: there is no row of direction {missing[0]}."
     return None

@@ -1,4 +1,4 @@
-"""How an attempt on several nodes has ended, what it failed for, and which nodes the next one leaves out."""
+"""How an attempt on several nodes has ended, the cause, and the nodes that the next attempt leaves out."""
 
 from __future__ import annotations
 
@@ -8,95 +8,95 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError, RunStopped
-from distattn.supervision.culprits import tells_of_lost_peer
+from distattn.supervision.culprits import names_lost_peer
 
-# a rank that ends so has said why, and would again
+# a rank that ends with one of these has given its reason, and would end again
 _FINAL = (DistattnError.exit_code, DamagedDataError.exit_code)
-# what may be wrong with a rank, the likeliest cause of what happens to others first
+# what may be wrong with a rank; the likeliest cause of other ranks' failures comes first
 _KINDS = ("killed", "cut", "hung", "raised", "refused")
-# of ranks that end for what others do
+# exit codes of ranks that end because of other ranks
 _OF_OTHERS = (0, LostRankError.exit_code, RunStopped.exit_code)
-# that nodes may take to fail after the first, for what it failed for, before they are ended
+# seconds in which other nodes may fail after the first, from the same cause, before they are ended
 OTHERS_SECONDS = 5.0
-# of one host in a row before it is left out, each within so long of the one before
+# failures of one host in a row before it is left out; the longest time between two of them
 _MOST_FAILURES, _FORGOTTEN_SECONDS = 2, 86400.0
 
 
 @dataclass
 class AttemptEnd:
-    """How an attempt has ended. code: of the whole. codes: of hosts in the order of their ends, None where a signal killed them.
+    """How an attempt has ended.
 
-    words: what was said of them by who started them. lost: hosts that are there no more. next_nodes: how many
-    the next attempt is to have, where ranks were asked to end for it, else 0. unstarted: why no ranks were started, in the
-    scheduler's words, else empty.
+    code: of the whole attempt. codes: by host in the order of their ends, None if a signal killed the ranks. descriptions: by
+    host, from the process that started the ranks. lost: hosts that no longer exist. next_nodes: the number of nodes of the next
+    attempt, if ranks were asked to end for it, else 0. unstarted: the scheduler's reason why no ranks were started, else "".
     """
 
     code: int = 0
     codes: dict[str, int | None] = field(default_factory=dict)
-    words: dict[str, str] = field(default_factory=dict)
+    descriptions: dict[str, str] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
     next_nodes: int = 0
     unstarted: str = ""
 
-    def add(self, host: str, code: int | None, words: str = "") -> bool:
-        """Note how the ranks of a host have ended; returns whether they failed. words: default to the exit code."""
+    def add(self, host: str, code: int | None, description: str = "") -> bool:
+        """Note how the ranks of a host have ended; return whether they failed. description: by default from the exit code."""
         self.codes.setdefault(host, code)
-        self.words.setdefault(host, words or f"ended with exit code {code}")
+        self.descriptions.setdefault(host, description or f"ended with exit code {code}")
         return code != RunStopped.exit_code
 
     def blamed(self, hosts: Sequence[str]) -> list[str]:
-        """Of the attempt's hosts those to blame: lost ones, else those whose ranks were killed, or have said why they end.
+        """Return the hosts to blame: lost hosts, else hosts whose ranks were killed or have given a reason for their end.
 
-        Where all that have ended only miss another one, those that did not answer.
+        If all hosts that have ended only miss another one, return the hosts that did not answer.
         """
         killed = [host for host, code in self.codes.items() if code is None or code > 128]
-        own = [host for host, code in self.codes.items() if code not in _OF_OTHERS]
-        return self.lost or killed or own[:1] or self.silent(hosts) or list(self.codes)[:1]
+        failed = [host for host, code in self.codes.items() if code not in _OF_OTHERS]
+        return self.lost or killed or failed[:1] or self.silent(hosts) or list(self.codes)[:1]
 
     def silent(self, hosts: Sequence[str]) -> list[str]:
-        """Of the attempt's hosts those that said nothing any more when others had failed."""
+        """Return the attempt's hosts that no longer answered after others had failed."""
         return [host for host in hosts if host not in self.codes] if self.codes else []
 
     def is_final(self) -> bool:
-        """Whether ranks have said why they cannot go on, which another attempt would not change."""
-        # others end because it has
+        """Return whether ranks have given a reason that another attempt would not change."""
+        # exit codes of the others, which end because that rank has ended
         following = (*_FINAL, 0, 1, LostRankError.exit_code)
         codes = self.codes.values()
         return not self.lost and any(code in _FINAL for code in codes) and all(code in following for code in codes)
 
-    def cause(self, hosts: Sequence[str], told: Mapping[int, Mapping[str, Any]]) -> tuple[str, list[str]]:
-        """(What went wrong, the hosts to blame). told: what nodes say of their own ranks, by their place in hosts."""
-        if self.lost or not told:
+    def cause(self, hosts: Sequence[str], node_reports: Mapping[int, Mapping[str, Any]]) -> tuple[str, list[str]]:
+        """Return the cause and the hosts to blame. node_reports: by the node's place in hosts, about the node's own ranks."""
+        if self.lost or not node_reports:
             return self.why(hosts), self.blamed(hosts)
-        least = min(map(_rank_of_cause, told.values()))
-        untold = [host for node, host in enumerate(hosts) if node not in told]
-        if least == len(_KINDS) and untold:
-            return self._words(untold), untold
-        first = [facts for facts in told.values() if _rank_of_cause(facts) == least]
-        # of ranks that hang, all nodes say the same
-        words = list(
+        least = min(map(_rank_of_cause, node_reports.values()))
+        unreported = [host for node, host in enumerate(hosts) if node not in node_reports]
+        if least == len(_KINDS) and unreported:
+            return self._describe(unreported), unreported
+        first = [facts for facts in node_reports.values() if _rank_of_cause(facts) == least]
+        # all nodes report the same about ranks that hang
+        sentences = list(
             dict.fromkeys(f"{', '.join(hosts[node] for node in facts['nodes'])}: {facts['why']}" for facts in first)
         )
-        return "; ".join(words), sorted({hosts[node] for facts in first for node in facts["nodes"]})
+        return "; ".join(sentences), sorted({hosts[node] for facts in first for node in facts["nodes"]})
 
     def why(self, hosts: Sequence[str]) -> str:
-        """What became of the hosts to blame."""
-        none = (
+        """Describe how the hosts to blame have ended."""
+        default = (
             f"no ranks were started: {self.unstarted}"
             if self.unstarted
             else f"the attempt ended with exit code {self.code}"
         )
-        return self._words(self.blamed(hosts)) or none
+        return self._describe(self.blamed(hosts)) or default
 
-    def _words(self, hosts: Sequence[str]) -> str:
-        said = self.words | dict.fromkeys(self.lost, "was lost")
-        return ", ".join(f"{host} {said.get(host, 'did not answer any more')}" for host in hosts)
+    def _describe(self, hosts: Sequence[str]) -> str:
+        descriptions = self.descriptions | dict.fromkeys(self.lost, "was lost")
+        return ", ".join(f"{host} {descriptions.get(host, 'no longer answered')}" for host in hosts)
 
 
 class RepeatedFailures:
-    """Whether one and the same rank or host was to blame for the last failures, which chance hardly explains.
+    """Counts failures in a row to which the same rank or host is to blame, which chance hardly explains.
 
-    Other ones' failures in between, or a day, make it begin anew.
+    A failure of another one in between, or a day without failures, starts the count again.
     """
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ class RepeatedFailures:
         self._last = float("-inf")
 
     def add(self, blamed: Iterable[Any]) -> None:
-        """Take note of who was to blame for a failure."""
+        """Note who was to blame for a failure."""
         now, blamed = time.monotonic(), set(blamed)
         common = self._suspects & blamed if now - self._last < _FORGOTTEN_SECONDS else set()
         self._suspects, self.count = (common, self.count + 1) if common else (blamed, 1)
@@ -113,37 +113,37 @@ class RepeatedFailures:
 
     @property
     def culprit(self) -> Any:
-        """Who failed each time, as nobody else did; None where there is no such one."""
+        """The only rank or host that was to blame each time; None if there is no such one."""
         return next(iter(self._suspects)) if self.count >= _MOST_FAILURES and len(self._suspects) == 1 else None
 
-    def forget(self, one: Any) -> None:
-        """Begin anew where one of these was the suspect."""
-        if one in self._suspects:
+    def forget(self, suspect: Any) -> None:
+        """Start the count again if this is a suspect."""
+        if suspect in self._suspects:
             self._suspects, self.count = set(), 0
 
 
 class LeftOut:
-    """Hosts that attempts take no more."""
+    """The hosts that attempts no longer take."""
 
     def __init__(self) -> None:
         self.hosts: list[str] = []
         self._failures = RepeatedFailures()
-        # of the hosts those that still answer, and those on which no attempt could begin
+        # among `hosts`: those that still answer, and those on which no attempt could begin
         self._failing: list[str] = []
         self._unstarted: list[str] = []
-        # of the latter those that were taken again
+        # unstarted hosts that were taken again
         self.asked_again: set[str] = set()
 
     @property
     def failing(self) -> list[str]:
-        """Hosts that have failed repeatedly and still answer, whether they are left out or not."""
+        """Hosts that have failed repeatedly and still answer, left out or not."""
         culprit = self._failures.culprit
         return [*self._failing, *([] if culprit is None or culprit in self.hosts else [culprit])]
 
     def blame(self, hosts: Sequence[str], end: AttemptEnd, spare: int) -> None:
-        """Leave a host out that is lost; one that fell silent, or failed repeatedly, where another can stand in for it.
+        """Leave out a lost host; also a host that fell silent or failed repeatedly, if another host can replace it.
 
-        spare: how many more hosts there are than an attempt takes.
+        spare: number of hosts beyond those that an attempt takes.
         """
         before = len(self.hosts)
         self._failures.add(hosts)
@@ -155,12 +155,12 @@ class LeftOut:
                     self._failing.append(host)
 
     def leave_out_unstarted(self, host: str) -> None:
-        """Leave a host out that did not answer in time, or could start nothing, when an attempt was about to begin."""
+        """Leave out a host that did not answer in time, or could start nothing, when an attempt was about to begin."""
         self.hosts.append(host)
         self._unstarted.append(host)
 
     def take_back_unstarted(self, alive: Collection[str]) -> str:
-        """Take the host again that was left out first of those on which no attempt could begin; returns which, or "" for none."""
+        """Take back the first host on which no attempt could begin and that is alive; return it, or "" without one."""
         for host in self._unstarted:
             if host in alive:
                 self._unstarted.remove(host)
@@ -170,15 +170,15 @@ class LeftOut:
         return ""
 
     def take_back(self) -> list[str]:
-        """Take hosts again that have failed, but answered: better than none. Returns which."""
-        found, self._failing = self._failing, []
-        for host in found:
+        """Take back hosts that have failed but answered, rather than have too few; return them."""
+        hosts, self._failing = self._failing, []
+        for host in hosts:
             self.hosts.remove(host)
             self._failures.forget(host)
-        return found
+        return hosts
 
 
 def _rank_of_cause(facts: Mapping[str, Any]) -> int:
-    """How likely what a node says is what others failed for: 0 is most likely."""
-    follows = facts["exit_code"] == LostRankError.exit_code or tells_of_lost_peer(facts["why"])
+    """Return how likely a node's report is the cause of the others' failures: 0 is most likely."""
+    follows = facts["exit_code"] == LostRankError.exit_code or names_lost_peer(facts["why"])
     return len(_KINDS) if follows and facts["kind"] in ("raised", "refused") else _KINDS.index(facts["kind"])

@@ -1,4 +1,4 @@
-"""The attempts of a run: a line in attempts/attempts.jsonl for each that ended, with why, and a file for the one that goes on."""
+"""The attempts of a run: a line with the cause in attempts/attempts.jsonl for each ended one, and a file for the current one."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _BEGUN, _NODE = "begun.json", "trouble-"
 
 
 class Attempts:
-    """Of one run. folder: `RunFolder.attempts`. An attempt is all ranks from their start to their end."""
+    """The attempts of one run. folder: `RunFolder.attempts`. An attempt is all ranks from their start to their end."""
 
     def __init__(self, folder: Path):
         self._folder, self._file = folder, folder / "attempts.jsonl"
 
     def begin(self, **facts: Any) -> int:
-        """Note that an attempt begins; returns its number, from 1. facts: what is known of it, such as its job and hosts."""
+        """Note that an attempt begins; return its number, from 1. facts: such as its job and hosts."""
         number = self.latest
         with contextlib.suppress(OSError):
             self._begun(number).parent.mkdir(parents=True, exist_ok=True)
@@ -30,68 +30,68 @@ class Attempts:
         return number
 
     def end(self, number: int, exit_code: int | None, why: str, **facts: Any) -> None:
-        """Note how the attempt that goes on has ended, None for nobody knows. A full disk must not keep a run from going on."""
+        """Note how the current attempt has ended; exit_code None: unknown. A full disk does not stop the run."""
         row = self._open(number) | {"ended": None if exit_code is None else time.time(), "exit_code": exit_code}
         with contextlib.suppress(OSError):
             append_rows(self._file, [row | {"why": why, **facts}])
             self._begun(number).unlink(missing_ok=True)
-            # where nothing else is kept of it
+            # if the folder holds nothing else
             self._begun(number).parent.rmdir()
 
     def end_open(self, why: str) -> None:
-        """Note the end of an attempt that nobody could note, since its job was killed."""
+        """Note the end of an attempt whose job was killed before it could note it."""
         if self.goes_on:
             self.end(self.latest, None, why)
 
     def rows(self) -> list[dict[str, Any]]:
-        """All attempts in their order: attempt, began, ended, exit_code, why, and their facts; the last may have no end yet."""
+        """Return all attempts in order: attempt, began, ended, exit_code, why and other facts; the last may have no end yet."""
         ended = read_rows(self._file)
         number = 1 + len(ended)
         return [*ended, self._open(number)] if self._begun(number).exists() else ended
 
     def is_reported(self, report: Path) -> bool:
         """Return whether a run's report was written after the last attempt had ended."""
-        # one file system has one clock
+        # both times are by the clock of one file system
         return report.exists() and report.stat().st_mtime >= self._file.stat().st_mtime
 
     @property
     def latest(self) -> int:
-        """The number of the attempt that goes on, or that is next."""
+        """The number of the current attempt, or of the next one."""
         return 1 + len(read_rows(self._file))
 
     @property
     def goes_on(self) -> bool:
-        """Whether an attempt has begun and nobody has noted its end."""
+        """Whether an attempt has begun and its end has not been noted."""
         return self._begun(self.latest).exists()
 
-    def tell(self, number: int, node: int, facts: dict[str, Any]) -> None:
-        """Say what went wrong on a node: for who starts its attempts, on another machine. Full disks stop nobody."""
+    def report_node(self, number: int, node: int, facts: dict[str, Any]) -> None:
+        """Write what went wrong on a node, for the process on another machine that starts attempts. Ignore a full disk."""
         with contextlib.suppress(OSError):
             self.folder(number).mkdir(parents=True, exist_ok=True)
             write_whole(self.folder(number) / f"{_NODE}{node}.json", json_text(facts))
 
-    def told(self, number: int) -> dict[int, dict[str, Any]]:
-        """What nodes have said of an attempt, by node."""
-        found = {}
+    def node_reports(self, number: int) -> dict[int, dict[str, Any]]:
+        """Return the reports of an attempt's nodes, by node."""
+        reports = {}
         for file in self.folder(number).glob(f"{_NODE}*.json"):
             with contextlib.suppress(OSError, ValueError):
-                found[int(file.stem.removeprefix(_NODE))] = parse_json(file.read_bytes())
-        return found
+                reports[int(file.stem.removeprefix(_NODE))] = parse_json(file.read_bytes())
+        return reports
 
     def folder(self, number: int) -> Path:
-        """Where evidence of an attempt is kept."""
+        """Return the folder for evidence of an attempt."""
         return self._begun(number).parent
 
     def beats(self) -> dict[int, Heartbeat] | None:
-        """What each rank of the attempt that goes on has told last, by rank; None where none goes on on this machine."""
+        """Return the last heartbeats of the current attempt's ranks, by rank; None if no attempt runs on this machine."""
         facts = (self.rows() or [{}])[-1]
-        # the launcher's memory is gone with it, whatever is left in the folder
+        # the launcher's memory ends with it, even if the file about the attempt is still there
         if facts.get("host") != socket.gethostname() or process_state(facts["launcher"]) in "XZ":
             return None
         try:
             board = HeartbeatBoard.open(Path(facts["board"]))
         except (OSError, KeyError):
-            # or the ranks are on other machines
+            # the ranks may be on other machines
             return None
         with contextlib.closing(board):
             beats = {rank: board.read(rank) for rank in range(board.slots)}
@@ -102,6 +102,6 @@ class Attempts:
 
     def _open(self, number: int) -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError):
-            found: dict[str, Any] = parse_json(self._begun(number).read_bytes())
-            return found
+            facts: dict[str, Any] = parse_json(self._begun(number).read_bytes())
+            return facts
         return {"attempt": number}

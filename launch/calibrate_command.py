@@ -1,4 +1,4 @@
-"""`distattn calibrate`: measure this machine, and write what `plan` and `simulate` need of it.
+"""`distattn calibrate`: measure this machine, and write the cluster description that `plan` and `simulate` need.
 
 As a module with arguments it is one rank of the measurement.
 """
@@ -28,50 +28,50 @@ USAGE = """usage: distattn calibrate --out FILE.toml [--ranks N] [--nodes N] [--
 Measures attention kernels, matrix products, copies and links on this machine with N ranks at once, and writes a cluster
 description for distattn plan --cluster FILE.toml. Takes a minute or two.
 
-  --ranks N             ranks on this machine: its GPUs, or 4 on a machine without
+  --ranks N             ranks on this machine: its GPUs, or 4 on a machine without GPUs
   --nodes N             how many such machines there are (default 1)
-  --nccl-inside FILE    take the link inside nodes from nccl-tests' output (text table or -J) instead of own probes
-  --nccl-across FILE    the link across nodes, wanted where --nodes is more than 1
+  --nccl-inside FILE    take the link inside nodes from nccl-tests' output (text table or -J) instead of distattn's probes
+  --nccl-across FILE    the link across nodes; required if --nodes is more than 1
   --ray [HOST:PORT]     every node of a Ray cluster measures itself, into FILE-NODE.toml; slow nodes are named
-  --json                the description as JSON on the console, too
+  --json                also print the description as JSON
 
-Where the binaries of nccl-tests are on the PATH they are run for the link inside; their commands are printed in any case.
+If the binaries of nccl-tests are on the PATH, they measure the link inside nodes; their commands are always printed.
 """
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command; return the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0 if arguments else 2
-    given = _parse(arguments)
-    if given.ray is not None:
-        return _calibrate_nodes(given)
-    # what cannot be read is said before minutes are spent
-    inside = nccl.read(given.nccl_inside).link() if given.nccl_inside else None
-    across = nccl.read(given.nccl_across).link() if given.nccl_across else None
-    if given.nodes > 1 and across is None:
+    options = _parse(arguments)
+    if options.ray is not None:
+        return _calibrate_nodes(options)
+    # report files that cannot be read before minutes are spent
+    inside = nccl.read(options.nccl_inside).link() if options.nccl_inside else None
+    across = nccl.read(options.nccl_across).link() if options.nccl_across else None
+    if options.nodes > 1 and across is None:
         raise DistattnError(
-            "calibrate: several nodes want --nccl-across FILE, the link between them as nccl-tests saw it."
+            "calibrate: several nodes need --nccl-across FILE, the link between nodes as nccl-tests measured it."
         )
-    ranks = _ranks(given.ranks)
-    for command in nccl.commands(ranks, given.nodes):
+    ranks = _ranks(options.ranks)
+    for command in nccl.commands(ranks, options.nodes):
         print_to_stderr(f"links by nccl-tests: {command}")
-    found = measure_with_ranks(ranks, given.name or Path(given.out).stem)
+    spec = measure_with_ranks(ranks, options.name or Path(options.out).stem)
     inside = inside or _link_by_nccl_tests(ranks)
-    found = replace(
-        found, nodes=given.nodes, intra_node=inside or found.intra_node, inter_node=across or inside or found.inter_node
+    spec = replace(
+        spec, nodes=options.nodes, intra_node=inside or spec.intra_node, inter_node=across or inside or spec.inter_node
     )
     try:
-        found.save(given.out)
+        spec.save(options.out)
     except OSError as error:
-        raise DistattnError(f"--out: {given.out} cannot be written: {error.strerror}.") from None
-    # what was written can be read back
-    describe.load(given.out)
-    if given.json:
-        print_line(json.dumps({"cluster": given.out, "ranks": ranks, "device": found.device.name}))
+        raise DistattnError(f"--out: {options.out} cannot be written: {error.strerror}.") from None
+    # check that the file can be read back
+    describe.load(options.out)
+    if options.json:
+        print_line(json.dumps({"cluster": options.out, "ranks": ranks, "device": spec.device.name}))
     else:
-        print_line(f"{_summary(found)}\nwritten to {given.out}")
+        print_line(f"{_summary(spec)}\nwritten to {options.out}")
     return 0
 
 
@@ -84,20 +84,20 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--ray", nargs="?", const="")
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args(arguments)
-    if not given.out or Path(given.out).suffix != ".toml":
-        raise DistattnError("calibrate: --out FILE.toml is wanted, the description to write.")
-    if not Path(given.out).parent.is_dir():
-        raise DistattnError(f"calibrate: --out: there is no folder {Path(given.out).parent}.")
+    options = parser.parse_args(arguments)
+    if not options.out or Path(options.out).suffix != ".toml":
+        raise DistattnError("calibrate: --out FILE.toml is required, the description to write.")
+    if not Path(options.out).parent.is_dir():
+        raise DistattnError(f"calibrate: --out: there is no folder {Path(options.out).parent}.")
     for name in ("ranks", "nodes"):
-        if getattr(given, name) is not None and getattr(given, name) < 1:
-            raise DistattnError(f"calibrate: --{name}: at least 1, not {getattr(given, name)}.")
-    return given
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise DistattnError(f"calibrate: --{name}: at least 1, not {getattr(options, name)}.")
+    return options
 
 
-def _calibrate_nodes(given: argparse.Namespace) -> int:
+def _calibrate_nodes(options: argparse.Namespace) -> int:
     """Write a description for each node of a Ray cluster, and name those that are slow."""
-    if given.name or given.nccl_inside or given.nccl_across or given.nodes > 1:
+    if options.name or options.nccl_inside or options.nccl_across or options.nodes > 1:
         raise DistattnError(
             "calibrate: with --ray every node describes itself: leave out --name, --nodes and --nccl-*."
         )
@@ -106,19 +106,19 @@ def _calibrate_nodes(given: argparse.Namespace) -> int:
     # imported here, since it imports torch, which takes seconds
     from distattn.launch.ray.calibrate import calibrate_nodes, slow_nodes
 
-    ranks = ("--ranks", str(given.ranks)) if given.ranks else ()
-    found, failed = calibrate_nodes(given.ray, ranks, print_to_stderr)
-    out, slow = Path(given.out), list(slow_nodes(found))
-    files = {name: out.with_name(f"{out.stem}-{name.replace('/', '_')}.toml") for name in found}
-    for name, spec in found.items():
+    ranks = ("--ranks", str(options.ranks)) if options.ranks else ()
+    specs, failed = calibrate_nodes(options.ray, ranks, print_to_stderr)
+    out, slow = Path(options.out), list(slow_nodes(specs))
+    files = {name: out.with_name(f"{out.stem}-{name.replace('/', '_')}.toml") for name in specs}
+    for name, spec in specs.items():
         try:
             spec.save(files[name])
         except OSError as error:
             raise DistattnError(f"--out: {files[name]} cannot be written: {error.strerror}.") from None
-    if given.json:
+    if options.json:
         print_line(json.dumps({"clusters": {name: str(file) for name, file in files.items()}, "slow": slow}))
     else:
-        for name, spec in found.items():
+        for name, spec in specs.items():
             print_line(f"{name}: {_summary(spec)}\nwritten to {files[name]}")
         print_line("\n".join(slow) or "no node is much slower than the others")
     for sentence in failed:
@@ -127,7 +127,7 @@ def _calibrate_nodes(given: argparse.Namespace) -> int:
 
 
 def _ranks(asked: int | None) -> int:
-    """How many ranks measure: as many as were asked for, else one for each GPU, else 4. Refuses more than fit."""
+    """Return the number of ranks that measure: as asked for, else one for each GPU, else 4. Refuse more than fit."""
     # imported here, since it imports torch, which takes seconds
     from distattn.launch.ranks import machine_limits
 
@@ -141,13 +141,13 @@ def _ranks(asked: int | None) -> int:
 
 
 def measure_with_ranks(ranks: int, name: str) -> ClusterSpec:
-    """Measure this machine by so many processes at once. Raises DistattnError where one of them fails."""
+    """Measure this machine with several processes at once. Raises DistattnError if one of them fails."""
     from distattn.launch.ranks.local import run_ranks
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "measured.toml"
         if run_ranks(ranks, "distattn.launch.calibrate_command", str(file), name):
-            raise DistattnError("the measurement failed; what went wrong is above.")
+            raise DistattnError("the measurement failed; the cause is above.")
         return describe.load(file)
 
 
@@ -167,15 +167,15 @@ def rank_main(file: str, name: str) -> None:
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
         first = dist.get_rank() == 0
-        found = measure_machine(ranks, name, print_to_stderr if first else no_progress)
+        spec = measure_machine(ranks, name, print_to_stderr if first else no_progress)
         if first:
-            found.save(file)
+            spec.save(file)
     finally:
         dist.destroy_process_group()
 
 
 def _link_by_nccl_tests(ranks: int) -> describe.Link | None:
-    """Measure the link inside this machine by nccl-tests. None where they are not installed or there are no GPUs."""
+    """Measure the link inside this machine by nccl-tests. Return None if they are not installed or there are no GPUs."""
     from distattn.launch.ranks import machine_limits
 
     if ranks < 2 or not machine_limits.gpu_count() or shutil.which("sendrecv_perf") is None:
@@ -186,22 +186,22 @@ def _link_by_nccl_tests(ranks: int) -> describe.Link | None:
             ["sendrecv_perf", "-g", str(ranks), "-b", "8", "-e", "1G", "-f", "4", "-J", str(file)], capture_output=True
         )
         if done.returncode:
-            print_to_stderr("nccl-tests failed; the link is by distattn's own probes")
+            print_to_stderr("nccl-tests failed; distattn's own probes measure the link")
             return None
         return nccl.read(file, "sendrecv").link()
 
 
-def _summary(found: ClusterSpec) -> str:
-    device = found.device
+def _summary(spec: ClusterSpec) -> str:
+    device = spec.device
     best = {
-        direction: max(row.tflops for row in found.attention if row.direction == direction)
+        direction: max(row.tflops for row in spec.attention if row.direction == direction)
         for direction in describe.DIRECTIONS
     }
     return (
         f"{device.name}: products {device.gemm_tflops:.3g} TFLOP/s, attention {best['forward']:.3g} forward and "
         f"{best['backward']:.3g} backward, copies {device.copy_gbs:.3g} GB/s\n"
-        f"links inside {found.intra_node.gbs:.3g} GB/s after {found.intra_node.latency_us:.3g} us, "
-        f"across {found.inter_node.gbs:.3g} GB/s after {found.inter_node.latency_us:.3g} us"
+        f"links inside {spec.intra_node.gbs:.3g} GB/s after {spec.intra_node.latency_us:.3g} us, "
+        f"across {spec.inter_node.gbs:.3g} GB/s after {spec.inter_node.latency_us:.3g} us"
     )
 
 

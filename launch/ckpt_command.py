@@ -1,4 +1,4 @@
-"""`distattn ckpt`: which checkpoints a run has, whether they are what was written, and what they are of."""
+"""`distattn ckpt`: list, verify and show the checkpoints of a run, and convert them."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ USAGE = """usage: distattn ckpt {list,verify,show} RUN_OR_FOLDER [--json]
       their files are not read. The verdicts:
         untested   no step was computed from it yet
         good       the first step that was computed from it was applied
-        refused    that step was refused, or the checkpoint was saved after refused steps; a run goes on from it only where
-                   there is no untested or good one
-        set aside  distattn resume --step chose an older one; a run goes on from it as from a refused one
+        refused    that step was refused, or the checkpoint was saved after refused steps; a run uses it only if there is
+                   no untested or good one
+        set aside  distattn resume --step chose an older one; a run treats it like a refused one
   verify RUN_OR_FOLDER
-      read checkpoints from end to end and compare every block with its digest; exit code 3 where one is not what was written
+      read checkpoints from end to end and compare every block with its digest; exit code 3 if one is damaged
   show RUN_OR_FOLDER
-      what the newest checkpoint is of, and its files
+      the facts of the newest checkpoint, and its files
   export-hf CHECKPOINT FOLDER
-      its model as a folder of safetensors that transformers loads; distattn ckpt export-hf --help
+      write its model as a folder of safetensors that transformers loads; distattn ckpt export-hf --help
   import-hf FOLDER CHECKPOINT
       the reverse; distattn ckpt import-hf --help
 
@@ -53,7 +53,7 @@ _WIDTH = 160
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the subcommand; returns the exit code."""
+    """Run the subcommand; return the exit code."""
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", ())
     if command in _OF_MODELS:
         # they read tensors, and torch takes seconds to import
@@ -64,8 +64,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
     if command not in _COMMANDS:
         names = [*_COMMANDS, *_OF_MODELS]
-        known = f"{', '.join(names[:-1])} and {names[-1]}"
-        raise DistattnError(f"ckpt: there is no command {command!r}; there are {known}. See distattn ckpt --help.")
+        commands = f"{', '.join(names[:-1])} and {names[-1]}"
+        raise DistattnError(f"ckpt: there is no command {command!r}; there are {commands}. See distattn ckpt --help.")
     return _COMMANDS[command](rest)
 
 
@@ -96,36 +96,38 @@ def _list(arguments: Sequence[str]) -> int:
         )
         when = checkpoint.manifest.saved_at[:19].replace("T", " ")
         table.add_row(*numbers, when, whole, escape(str(checkpoint.folder)), escape(note))
-    # a name that is folded or cut is no name
+    # show whole paths: a folded or cut path cannot be copied
     widest = max(len(str(checkpoint.folder)) + len(note) for checkpoint, note in zip(checkpoints, notes, strict=True))
     ResultConsole(highlight=False, width=_WIDTH + widest).print(table)
     return 0
 
 
 def _verify(arguments: Sequence[str]) -> int:
-    found, as_json = _parsed("verify", arguments)
+    checkpoints, as_json = _parsed("verify", arguments)
     console = ResultConsole(highlight=False)
-    total = sum(one.manifest.bytes for one in found if one.manifest is not None)
+    total = sum(checkpoint.manifest.bytes for checkpoint in checkpoints if checkpoint.manifest is not None)
     results = []
     with ProgressReporter("ckpt verify", total) as reporter:
-        for one in found:
-            results.append((one, verify_checkpoint(one.folder, reporter.advance)))
-    for one, problems in results:
+        for checkpoint in checkpoints:
+            results.append((checkpoint, verify_checkpoint(checkpoint.folder, reporter.advance)))
+    for checkpoint, problems in results:
         if as_json:
-            _write_json({"folder": str(one.folder), "problems": [problem._asdict() for problem in problems]})
+            _write_json({"folder": str(checkpoint.folder), "problems": [problem._asdict() for problem in problems]})
             continue
         bytes_are = "[red]damaged[/]" if problems else "[green]good[/]"
         # the weights may be bad although every byte is what was written
-        doubt = f" ({one.verdict.kind}: {one.verdict.text})" if one.verdict.is_doubtful else ""
-        console.print(f"{bytes_are} {escape(str(one.folder))}{escape(doubt)}", soft_wrap=True)
+        doubt = f" ({checkpoint.verdict.kind}: {checkpoint.verdict.text})" if checkpoint.verdict.is_doubtful else ""
+        console.print(f"{bytes_are} {escape(str(checkpoint.folder))}{escape(doubt)}", soft_wrap=True)
         for problem in problems:
             console.print(f"  {problem}", markup=False, soft_wrap=True)
     return DamagedDataError.exit_code if any(problems for _, problems in results) else 0
 
 
 def _show(arguments: Sequence[str]) -> int:
-    found, as_json = _parsed("show", arguments)
-    newest = max(found, key=lambda one: one.manifest.serial if one.manifest is not None else 0)
+    checkpoints, as_json = _parsed("show", arguments)
+    newest = max(
+        checkpoints, key=lambda checkpoint: checkpoint.manifest.serial if checkpoint.manifest is not None else 0
+    )
     manifest = newest.manifest
     if manifest is None:
         raise DamagedDataError(newest.problem)
@@ -155,17 +157,21 @@ def _parsed(command: str, arguments: Sequence[str]) -> tuple[list[Checkpoint], b
     parser = CommandParser(f"ckpt {command}")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args(arguments)
-    return find_checkpoints(given.folder), given.json
+    options = parser.parse_args(arguments)
+    return find_checkpoints(options.folder), options.json
 
 
-def _facts(one: Checkpoint) -> dict[str, object]:
-    facts: dict[str, object] = {"step": one.step, "folder": str(one.folder), "problem": one.problem or None}
-    if one.manifest is not None:
-        manifest = one.manifest
+def _facts(checkpoint: Checkpoint) -> dict[str, object]:
+    facts: dict[str, object] = {
+        "step": checkpoint.step,
+        "folder": str(checkpoint.folder),
+        "problem": checkpoint.problem or None,
+    }
+    if checkpoint.manifest is not None:
+        manifest = checkpoint.manifest
         facts |= {"saved_at": manifest.saved_at, "ranks": manifest.world_size, "bytes": manifest.bytes}
         loss = manifest.facts.get("loss")
-        facts |= {"loss": None if loss is None else float(loss), "verdict": one.verdict._asdict()}
+        facts |= {"loss": None if loss is None else float(loss), "verdict": checkpoint.verdict._asdict()}
     return facts
 
 

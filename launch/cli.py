@@ -15,33 +15,33 @@ _USAGE = """usage: distattn COMMAND ...
 
 commands:
   train CONFIG [--json] [--section.key value ...]
-      train as a TOML file says (see distattn configs show tiny) and repeat the first steps in plain transformers, in one
+      train as a TOML file describes (see distattn configs show tiny) and repeat the first steps in plain transformers, in one
       process, to compare; distattn train --help lists all keys
   resume RUN [--json] [--section.key value ...]
-      go on with a run here from its newest checkpoint, also on other ranks or with another engine
+      continue a run here from its newest checkpoint, also on other ranks or with another engine
   preflight CONFIG [--json] [--section.key value ...]
       start a run's ranks here, compare their versions, configuration and data, measure their speed, and end; every run does
-      so before its first step
+      this before its first step
   calibrate --out FILE.toml
       measure this machine for plan --cluster FILE.toml; distattn calibrate --help
   launch {local,slurm,ray,folder} CONFIG, launch {status,logs,cancel} RUN
-      start a run on this machine, on Slurm or on Ray, and look after it; distattn launch --help
+      start a run on this machine, on Slurm or on Ray, and manage it; distattn launch --help
   doctor [SCRIPT.py | MODEL] [--ranks N]
-      check this machine, and whether a model computes on several ranks what it does on one; distattn doctor --help
+      check this machine, and that a model computes on several ranks what it computes on one; distattn doctor --help
   plan CONFIG | --docs LENGTHS --cluster h200-8x8
       plan one attention call with every strategy and time it on a described cluster (simulated)
   data {tokenize,verify,pack,stats,show}
-      from text to the packs of every step of a run; distattn data --help
+      turn text into the packs of every step of a run; distattn data --help
   ckpt {list,verify,show,export-hf,import-hf}
-      the checkpoints of a run, whether they are what was written, and folders of transformers; distattn ckpt --help
+      list, verify and show the checkpoints of a run, and convert folders of transformers; distattn ckpt --help
   configs {list,show,copy}
-      the configurations that distattn ships; a CONFIG is a file or one of their names: distattn train tiny
+      configurations that distattn ships; a CONFIG is a file or one of their names: distattn train tiny
 
   --version
 
-exit codes: 0 done, 1 the comparison or a process failed, 2 bad configuration, or a run folder that is not in
-its place, 3 damaged data, 4 another rank was lost,
-75 training stopped because it was asked to, and can be resumed, 128 + N ended by signal N (129 SIGHUP, 130 Ctrl-C, 131 SIGQUIT,
+exit codes: 0 done, 1 the comparison or a process failed, 2 bad configuration, or a missing run folder,
+3 damaged data, 4 another rank was lost,
+75 training was asked to stop, and can be resumed, 128 + N ended by signal N (129 SIGHUP, 130 Ctrl-C, 131 SIGQUIT,
 138 SIGUSR1, 143 SIGTERM)
 """
 
@@ -51,7 +51,7 @@ _COMMANDS = ("train", "resume", "preflight", "plan", "calibrate", "doctor", "lau
 
 def entry() -> None:
     """Run one command and end the process with its exit code."""
-    # a signal that is sent many times is answered once, to the very end
+    # a signal that is sent many times is answered once, until the process ends
     with answering_signals():
         code = main()
         if code > 128:
@@ -60,7 +60,7 @@ def entry() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. A person's mistake is one sentence on stderr, never a traceback."""
+    """Run one command; return the exit code. A user's mistake is one sentence on stderr, never a traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(_USAGE)
@@ -71,12 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, rest = arguments[0], arguments[1:]
     try:
         if command not in _COMMANDS:
-            known = f"{', '.join(_COMMANDS[:-1])} and {_COMMANDS[-1]}"
-            raise DistattnError(f"there is no command {command!r}; there are {known}. See distattn --help.")
+            commands = f"{', '.join(_COMMANDS[:-1])} and {_COMMANDS[-1]}"
+            raise DistattnError(f"there is no command {command!r}; there are {commands}. See distattn --help.")
         with answering_signals():
-            # one command's imports need not be another's: some need torch, and that takes seconds
+            # import only what this command needs: some commands need torch, which takes seconds
             code: int = importlib.import_module(f"distattn.launch.{command}_command").main(rest)
-            # the reader may have closed the pipe: flush here, where that is handled
+            # the reader may have closed the pipe: flush here, where BrokenPipeError is handled
             sys.stdout.flush()
             return code
     except DistattnError as error:
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("distattn: stopped.\n")
         return 130
     except BrokenPipeError:
-        # whoever read has had enough, as head has; what is still buffered shall not raise at the end of the process
+        # the reader, such as head, has closed the pipe; buffered output must not raise at the end of the process
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The keys of run files that each command reads: a key on the command line has to change something, or is refused.
+"""The keys of run files that each command reads: a key on the command line that changes nothing is refused.
 
 Run files may have all keys, so that one file serves all commands.
 """
@@ -12,11 +12,11 @@ from distattn.training.config import all_keys
 
 
 def _keys(*names: str) -> frozenset[str]:
-    """Return the keys with these names, and those of sections with these names."""
+    """Return the keys with these names, and all keys of sections with these names."""
     return frozenset(key for key in all_keys() if key in names or key.partition(".")[0] in names)
 
 
-# how many packs there are decides which documents are in the first of them; planned ones may lack their tokenizer's vocabulary
+# the number of packs decides which documents are in the first ones; planned packs may lack their tokenizer's vocabulary
 _DOCUMENTS = _keys("data", "run.seed", "train.steps", "evaluation", "reference_check.steps", "model.vocab_size")
 _SIZES = _keys("model.num_layers", "model.intermediate_size", "model.vocab_size")
 _MODEL = _keys("model") - {"model.weights"}
@@ -24,19 +24,19 @@ _MEMORY = _keys("memory", "engine.name", "engine.shard_size") | _MODEL
 _ATTENTION = (_MODEL - _SIZES) | _keys("cluster", "parallel") - {"parallel.kernel", "parallel.latents"}
 _TRAINING = frozenset(all_keys()) - _keys("slurm", "ray")
 
-# by command the keys that change what it does. The first that reads a key is named to who gives it to another one
+# keys by the command that they change. An error about a useless key names the first command that reads it
 READ_BY = {
     "plan": _ATTENTION | _DOCUMENTS,
     "plan --docs": _ATTENTION,
     "plan --memory": _ATTENTION | _DOCUMENTS | _MEMORY | {"parallel.latents"},
-    # of the documents' file the vocabulary is read
+    # the vocabulary is read from the documents' file
     "plan --memory --docs": _ATTENTION | _MEMORY | _keys("data.path", "data.max_document_tokens", "parallel.latents"),
     "train": _TRAINING,
     "launch local": _TRAINING,
     "launch folder": _TRAINING,
     "launch slurm": _TRAINING | _keys("slurm"),
     "launch ray": _TRAINING | _keys("ray"),
-    # a run's folder stays where it is
+    # a run's folder does not move
     "resume": _TRAINING - {"run.folder"},
     "preflight": _DOCUMENTS
     | _MEMORY
@@ -46,16 +46,16 @@ READ_BY = {
 
 
 def refuse_keys_that_do_nothing(command: str, overrides: Sequence[str]) -> None:
-    """Raise DistattnError for a key on the command line that a command of READ_BY does not read. Other words are left alone."""
+    """Raise DistattnError for a key on the command line that a command of READ_BY does not read. Ignore other words."""
     config_keys = all_keys()
     for word in overrides:
         key = word.removeprefix("--").partition("=")[0].replace("-", "_")
         if not word.startswith("--") or key not in config_keys or key in READ_BY[command]:
             continue
         if "--docs" in command and key in READ_BY[command.replace(" --docs", "")]:
-            raise DistattnError(f"command line: {key}: does nothing beside --docs; leave one of both out.")
+            raise DistattnError(f"command line: {key}: has no effect with --docs; leave one of them out.")
         section = key.partition(".")[0]
-        # a launcher's own keys, and those of every run
+        # a launcher's own keys come before those of every run
         owners = [f"launch {section}", *READ_BY]
         owner = next(name for name in owners if key in READ_BY.get(name, ()))
-        raise DistattnError(f"command line: {key}: does nothing here; it belongs to distattn {owner}.")
+        raise DistattnError(f"command line: {key}: has no effect here; it belongs to distattn {owner}.")

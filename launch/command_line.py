@@ -1,4 +1,4 @@
-"""What the commands share: a parser whose complaints are sentences, and lines that appear at once."""
+"""Parts that the commands share: a parser whose errors are sentences, and lines that are printed at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 
 from distattn.ir.errors import DistattnError
 
-# argparse's complaints, and ours
+# argparse's messages, and distattn's
 _ARGPARSE_SENTENCES = {
     r"argument (\S+): invalid int value: (.*)": r"\1: \2 is not a whole number",
     r"argument (\S+): invalid float value: (.*)": r"\1: \2 is not a number",
@@ -22,9 +22,9 @@ _ARGPARSE_SENTENCES = {
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Parses the options of one command, unabbreviated. Raises DistattnError where argparse would print and exit.
+    """Parser of the options of one command, without abbreviations. Raises DistattnError where argparse would print and exit.
 
-    renamed: options of earlier versions, and what they are called now.
+    renamed: options of earlier versions, with their current names.
     """
 
     def __init__(self, command: str, renamed: Mapping[str, str] | None = None):
@@ -37,35 +37,35 @@ class CommandParser(argparse.ArgumentParser):
         self._options += names
         return super().add_argument(*names, **settings)
 
-    def parse_known_args(self, *given: Any, **named: Any) -> Any:
+    def parse_known_args(self, *arguments: Any, **named: Any) -> Any:
         """Parse as argparse does, and refuse options without a value and options that are misspelled."""
-        found, others = super().parse_known_args(*given, **named)
-        for name, value in vars(found).items():
+        options, others = super().parse_known_args(*arguments, **named)
+        for name, value in vars(options).items():
             if value == []:
                 raise DistattnError(
                     f"{self.prog}: --{name.replace('_', '-')} needs a value. See distattn {self.prog} --help."
                 )
         check_options(self.prog, others, self._options, self._renamed)
-        return found, others
+        return options, others
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        """Raise what argparse has to say, in the name of the command."""
+        """Raise argparse's message as DistattnError, in the name of the command."""
         for pattern, sentence in _ARGPARSE_SENTENCES.items():
             message = re.sub(pattern, sentence, message)
         raise DistattnError(f"{self.prog}: {message}. See distattn {self.prog} --help.")
 
 
 def check_options(
-    command: str, words: Sequence[str], options: Sequence[str], renamed: Mapping[str, str] | None = None
+    command: str, arguments: Sequence[str], options: Sequence[str], renamed: Mapping[str, str] | None = None
 ) -> None:
-    """Raise DistattnError where a word is a misspelled option of a command. Words with a dot are keys of the configuration.
+    """Raise DistattnError if an argument is a misspelled option of a command. Arguments with a dot are configuration keys.
 
-    options: those of the command, such as --json. renamed: options of earlier versions, and what they are called now.
+    options: those of the command, such as --json. renamed: options of earlier versions, with their current names.
     """
     # without the dashes, which would make all options similar
     meant = {name.removeprefix("--"): name for name in options if name.startswith("--")}
     meant |= {before.removeprefix("--"): now for before, now in (renamed or {}).items()}
-    for word in words:
+    for word in arguments:
         option = word.partition("=")[0]
         if not option.startswith("--") or "." in option or option in ("--help", *options):
             continue
@@ -76,37 +76,37 @@ def check_options(
 
 
 class ResultConsole(Console):
-    """Prints results. Raises BrokenPipeError where nobody reads them any more, as print does; rich would exit with code 1."""
+    """Console for results. Raises BrokenPipeError if the reader has closed the pipe, as print does; rich would exit with 1."""
 
     def on_broken_pipe(self) -> None:
-        """Raise what rich has caught."""
+        """Raise the exception that rich has caught."""
         raise
 
 
 def print_line(line: str) -> None:
-    """Print a line that appears at once, also where the output is a file."""
+    """Print a line and flush it, also if the output is a file."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
 def print_to_stderr(line: str) -> None:
-    """Print a line on the error stream, so that the output holds results only."""
+    """Print a line on the error stream: the output holds results only."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
 
 
-def say(text: str) -> None:
-    """Print a sentence of a launcher's for the user at the console, on the error stream."""
+def print_message(text: str) -> None:
+    """Print a message of a launcher for the user on the error stream."""
     print_to_stderr(f"distattn: {text}")
 
 
 def finish_command(folder: object) -> str:
-    """Return the command that compares and reports for the folder of a run whose steps are all done."""
+    """Return the command that compares and reports a run whose steps are all done."""
     return f"python -m distattn.launch.finish_run {folder}"
 
 
 def no_progress(line: str) -> None:
-    """Print nothing."""
+    """Print nothing; the default for progress."""
 
 
 def array_words(array: str) -> list[str]:

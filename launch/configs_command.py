@@ -16,14 +16,14 @@ _USAGE = """usage: distattn configs [list]
        distattn configs copy NAME [FOLDER]
 
 Lists, prints or copies a configuration that distattn ships. A copy is FOLDER/NAME.toml; FOLDER is . by default. The folder of
-the model is copied, too, where the configuration names one: tiny names none, its shape is in tiny.toml.
+the model is copied, too, if the configuration names one: tiny names none, since its shape is in tiny.toml.
 
 Every command that takes a CONFIG takes a NAME, too: distattn train tiny
 """
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command; return the exit code."""
     action, *rest = arguments or ["list"]
     if action in ("-h", "--help"):
         sys.stdout.write(_USAGE)
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
         raise DistattnError(f"configs: there is no {action!r}; there are list, show and copy.")
     most = {"list": 0, "show": 1, "copy": 2}[action]
     if len(rest) > most or (action != "list" and not rest):
-        raise DistattnError(f"configs {action}: {len(rest)} words do not fit; see distattn configs --help.")
+        raise DistattnError(f"configs {action}: wrong number of arguments, {len(rest)}; see distattn configs --help.")
     if action == "list":
         for name in shipped_names():
             sys.stdout.write(f"{name:24} {_first_sentence(_file(name))}\n")
@@ -58,17 +58,19 @@ def _first_sentence(file: Path) -> str:
 
 
 def _copy(file: Path, folder: Path) -> None:
-    """Copy a configuration, and the shape of its model, into a folder; nothing is overwritten."""
+    """Copy a configuration and the shape of its model into a folder, without overwriting files."""
     target = folder / file.name
     # model.path is relative to the run file
     models = [
-        one for one in SHIPPED.glob("models/*/config.json") if f'"models/{one.parent.name}"' in file.read_text("utf-8")
+        path
+        for path in SHIPPED.glob("models/*/config.json")
+        if f'"models/{path.parent.name}"' in file.read_text("utf-8")
     ]
-    copies = [(file, target), *((one, folder / one.relative_to(SHIPPED)) for one in models)]
-    for _, there in copies:
-        if there.exists():
-            raise DistattnError(f"configs copy: {there} exists and is not overwritten; name another folder.")
-    for here, there in copies:
-        there.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(here, there)
-        sys.stdout.write(f"{there}\n")
+    copies = [(file, target), *((path, folder / path.relative_to(SHIPPED)) for path in models)]
+    for _, copy in copies:
+        if copy.exists():
+            raise DistattnError(f"configs copy: {copy} exists and is not overwritten; name another folder.")
+    for source, copy in copies:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, copy)
+        sys.stdout.write(f"{copy}\n")

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _USAGE = """usage: distattn doctor [SCRIPT.py | MODEL] [--ranks N] [--json]
 
 Looks at versions, devices, NCCL, Triton and ports; then runs a model and a batch in one process and on N ranks (default 2)
-of this machine, and compares logits, loss and every gradient. Where they differ it says where first, and which mistake
-explains it. MODEL is a folder or config.json of transformers; SCRIPT says what you do yourself.
+of this machine, and compares logits, loss and every gradient. If they differ, it names the first difference and the mistake
+that explains it. MODEL is a folder or config.json of transformers; SCRIPT defines the steps of your own trainer.
 
 SCRIPT is a Python file with these functions; all but the first have defaults, written for models of
 transformers with attn_implementation="distattn":
@@ -33,69 +33,73 @@ transformers with attn_implementation="distattn":
   batch() -> dict, or a list of them          as ContextParallel.shard takes it, the same on every rank; a list is the
                                               micro-batches of one step
   context_parallel() -> ContextParallel       over the default process group
-  setup(cp, model)                            cp.loss_scale(trainer), say; nothing by default
+  setup(cp, model)                            such as cp.loss_scale(trainer); nothing by default
   shard(cp, batch) -> dict, or a list         this rank's part, or its parts
   forward(model, part) -> logits (1, T, V)
   loss(logits, part) -> Tensor                this rank's share: shares add up to the loss
   backward(model, loss)                       of one micro-batch; may reduce gradients over ranks
-  reduce(model)                               after the last backward: sums gradients over ranks, unless backward is yours
-  gradients(model) -> dict                    of every parameter, whole, after that
+  reduce(model)                               after the last backward: sums gradients over ranks, unless backward does it
+  gradients(model) -> dict                    of every parameter, unsharded, after that
   reference(model, ids) -> logits (1, S, V)   of one document (1, S) in one process
-  router_loss(model, router_logits) -> Tensor what one process adds to the mean of token losses of a micro-batch, of its tokens'
-                                              router_logits, (N, experts) of each layer, which the model's output has; by default
-                                              transformers' load balancing where output_router_logits asks for it
+  router_loss(model, router_logits) -> Tensor what one process adds to the mean token loss of a micro-batch, from its tokens'
+                                              router_logits, (N, experts) of each layer, in the model's output; by default
+                                              transformers' load balancing if output_router_logits asks for it
 """
 
 
-# report what rounding may hide from this share of a norm on
+# share of a norm from which on an error that rounding may hide is reported
 _COARSE = 1e-3
-# columns of prose
+# columns of text
 _WIDEST = 120
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command. Returns 0 where all is well, 1 where something is not."""
+    """Run the command. Return 0 if everything is right, else 1."""
     parser = CommandParser("doctor")
     parser.add_argument("target", nargs="?")
     parser.add_argument("--ranks", type=int, default=2)
     for flag in ("--json", "--help", "-h"):
         parser.add_argument(flag, action="store_true")
-    given = parser.parse_args(arguments)
-    if given.help or given.h:
+    options = parser.parse_args(arguments)
+    if options.help or options.h:
         sys.stdout.write(_USAGE)
         return 0
-    if given.ranks < 1:
-        raise DistattnError(f"doctor: --ranks: at least 1, not {given.ranks}.")
-    if given.target is not None:
+    if options.ranks < 1:
+        raise DistattnError(f"doctor: --ranks: at least 1, not {options.ranks}.")
+    if options.target is not None:
         # imported here, since it imports torch, which takes seconds
         from distattn.launch.ranks.machine_limits import DOCTOR_RANK_MB, check_memory
 
         check_memory(
-            "doctor: --ranks", given.ranks, DOCTOR_RANK_MB, "Python, torch and transformers, without the model"
+            "doctor: --ranks", options.ranks, DOCTOR_RANK_MB, "Python, torch and transformers, without the model"
         )
-        if Path(given.target).suffix == ".py" and not Path(given.target).is_file():
-            raise DistattnError(f"there is no script {given.target}.")
-    found = check_machine()
-    broken = [check for check in found if check.ok is False]
-    report: dict[str, Any] = {"checks": [check._asdict() for check in found]}
-    if given.target is not None and not broken:
-        diagnosis = examine_target(given.target, given.ranks, no_progress if given.json else print_to_stderr)
-        report |= {"ranks": given.ranks, "measured": diagnosis.measured, "first_difference": diagnosis.first_difference}
+        if Path(options.target).suffix == ".py" and not Path(options.target).is_file():
+            raise DistattnError(f"there is no script {options.target}.")
+    checks = check_machine()
+    broken = [check for check in checks if check.ok is False]
+    report: dict[str, Any] = {"checks": [_check_facts(check) for check in checks]}
+    if options.target is not None and not broken:
+        diagnosis = examine_target(options.target, options.ranks, no_progress if options.json else print_to_stderr)
+        report |= {
+            "ranks": options.ranks,
+            "measured": diagnosis.measured,
+            "first_difference": diagnosis.first_difference,
+        }
         report |= {"where": diagnosis.where, "not_repeated": diagnosis.not_repeated}
         report |= {"findings": [finding._asdict() for finding in diagnosis.findings]}
-        if not given.json:
-            _show_diagnosis(diagnosis, given.ranks)
-    if given.json:
+        if not options.json:
+            _show_diagnosis(diagnosis, options.ranks)
+    if options.json:
         sys.stdout.write(json.dumps(report) + "\n")
-    elif given.target is not None and not broken:
-        _summarise_checks(found)
+    elif options.target is not None and not broken:
+        _summarise_checks(checks)
     else:
-        _show_checks(found)
+        _show_checks(checks)
     return 1 if broken or report.get("findings") else 0
 
 
 def examine_target(path: str, ranks: int, report_progress: Callable[[str], None] = no_progress) -> Diagnosis:
-    """Run the target in one process and on ranks, and compare. Raises DistattnError where it cannot be run at all."""
+    """Run the target in one process and on ranks, and compare. Raises DistattnError if it cannot run at all."""
     import torch
 
     from distattn.doctor.diagnosis import diagnose
@@ -109,33 +113,37 @@ def examine_target(path: str, ranks: int, report_progress: Callable[[str], None]
         code = run_ranks(ranks, "distattn.doctor.rank_run", path, folder)
         files = [Path(folder, f"rank-{rank}.pt") for rank in range(ranks)]
         if code or not all(file.exists() for file in files):
-            raise DistattnError(f"doctor: the ranks did not end well (exit code {code}); what they said is above.")
-        # our own files, of plain tensors and words
+            raise DistattnError(f"doctor: the ranks failed (exit code {code}); their output is above.")
+        # files of distattn, with plain tensors and strings only
         results = [torch.load(file, weights_only=True) for file in files]
     report_progress("the same in one process ...")
     return diagnose(target, results)
 
 
-def _show_checks(found: Sequence[Check]) -> None:
-    """Print what is wrong with the machine and what is noteworthy, a line each, and the rest in one."""
+def _show_checks(checks: Sequence[Check]) -> None:
+    """Print the faults and notes about the machine, one on a line, and the other checks on one line."""
     console = ResultConsole(highlight=False)
-    for check in sorted(found, key=lambda check: check.ok is not False):
+    for check in sorted(checks, key=lambda check: check.ok is not False):
         if check.ok and not check.advice:
             continue
         mark = "[red]wrong[/]" if check.ok is False else "[yellow]note[/]"
         advice = f"; {check.advice}" if check.advice else ""
-        _print_prose(console, f"{mark} ", f"{check.name}: {check.found}{advice}.")
-    fine = ", ".join(f"{check.name} {check.found}" for check in found if check.ok and not check.advice)
+        _print_prose(console, f"{mark} ", f"{check.name}: {check.state}{advice}.")
+    fine = ", ".join(f"{check.name} {check.state}" for check in checks if check.ok and not check.advice)
     _print_prose(console, "machine: ", f"{fine}.")
 
 
-def _summarise_checks(found: Sequence[Check]) -> None:
-    """Print a sentence about a machine on which nothing is wrong, for after a verdict."""
-    versions = [f"{check.name} {check.found}" for check in found if check.name in ("python", "torch")]
-    noted = [check.name for check in found if not check.ok or check.advice]
+def _check_facts(check: Check) -> dict[str, Any]:
+    return {"name": check.name, "ok": check.ok, "found": check.state, "advice": check.advice}
+
+
+def _summarise_checks(checks: Sequence[Check]) -> None:
+    """Print a sentence about a machine without faults, after a verdict."""
+    versions = [f"{check.name} {check.state}" for check in checks if check.name in ("python", "torch")]
+    noted = [check.name for check in checks if not check.ok or check.advice]
     others = f" and {len(noted) - 1} more" if len(noted) > 1 else ""
     notes = f"; noteworthy: {noted[0]}{others}" if noted else ""
-    sentence = f"{', '.join(versions)}{notes}. distattn doctor without a model, or --json, says more."
+    sentence = f"{', '.join(versions)}{notes}. distattn doctor without a model, or --json, shows more."
     _print_prose(ResultConsole(highlight=False), "machine: ", sentence)
 
 
@@ -148,7 +156,7 @@ _MEASURED = {
 
 
 def _show_diagnosis(diagnosis: Diagnosis, ranks: int) -> None:
-    """Print the verdict, and what it rests on."""
+    """Print the verdict, and the measurements behind it."""
     console = ResultConsole(highlight=False)
     measured = diagnosis.measured
     if not diagnosis.findings:
@@ -166,18 +174,18 @@ def _show_diagnosis(diagnosis: Diagnosis, ranks: int) -> None:
 
 
 def _hidden(measured: Mapping[str, float]) -> str:
-    """Say how large a mistake rounding may hide, where that is more than a little."""
+    """Return how large a mistake rounding may hide, "" if it is small."""
     forward, backward = measured.get("hidden", 0.0), measured.get("hidden in gradients", 0.0)
     if max(forward, backward) < _COARSE:
         return ""
     return (
         f" In this precision a mistake could hide that changes what a module computes by less than {100 * forward:.2g} %, or a "
-        f"gradient by less than {100 * backward:.2g} %: give the doctor the model in float32, too, to see smaller ones."
+        f"gradient by less than {100 * backward:.2g} %: give the doctor the model in float32 to see smaller ones."
     )
 
 
 def _not_repeated(why: str) -> str:
-    """Say that only whole results were compared, where the ranks' steps could not be repeated."""
+    """Return that only whole results were compared, if the ranks' steps could not be repeated."""
     if not why:
         return ""
     reason = why.splitlines()[0].rstrip(".")
@@ -187,7 +195,7 @@ def _not_repeated(why: str) -> str:
 
 
 def _print_prose(console: Console, label: str, sentence: str) -> None:
-    """Print a sentence after its label, in lines as wide as the terminal allows, those after the first under its beginning."""
+    """Print a sentence after its label, wrapped at the terminal's width, with later lines indented below its beginning."""
     from rich.markup import escape, render
 
     indent = " " * len(render(label).plain)

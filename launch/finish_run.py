@@ -1,4 +1,4 @@
-"""The end of a run: its first steps are repeated in plain transformers, and the report is written.
+"""Finish a run: repeat its first steps in plain transformers, and write the report.
 
 `python -m distattn.launch.finish_run RUN` does it for a run folder.
 """
@@ -28,10 +28,10 @@ from distattn.training.run_folder import RunFolder, StepMetrics
 
 
 def finish_run(run: RunFolder, config: Config, report_progress: Callable[[str], None], json_lines: bool) -> int:
-    """Compare with plain transformers, write the report, and say how it went. Returns the exit code.
+    """Compare with plain transformers, write the report and print the result. Return the exit code.
 
-    That is 1 where the comparison failed, or the last loss is not finite: stderr says what to do then. The report is written
-    whatever becomes of the comparison, whose errors are raised afterwards, unless the command is stopped.
+    Return 1 if the comparison failed or the last loss is not finite; stderr says how to continue. The report is written even if
+    the comparison raises an error, which is raised afterwards, unless the command is stopped.
     """
     checked: dict[str, Any] | None = None
     later = f"all steps are done, and {finish_command(run.folder)}"
@@ -58,15 +58,16 @@ def finish_run(run: RunFolder, config: Config, report_progress: Callable[[str], 
 
 
 def _way_back(run: RunFolder, steps: Sequence[StepMetrics]) -> str:
-    """Return what to do with a run whose weights may be destroyed: a clause that ends a sentence. steps: that it has done."""
+    """Return advice for a run whose weights may be destroyed, as a clause that ends a sentence. steps: done so far."""
     refused = list(itertools.takewhile(lambda step: step.skipped, reversed(steps)))
     since = f"steps from {refused[-1].step:,} on were refused, and " if refused else ""
-    good = [one.step for one in by_preference(list_checkpoints(run.checkpoints)) if not one.verdict.is_doubtful]
+    checkpoints = by_preference(list_checkpoints(run.checkpoints))
+    good = [checkpoint.step for checkpoint in checkpoints if not checkpoint.verdict.is_doubtful]
     if not good:
-        return f"{since}no checkpoint is good; begin anew, with a lower train.learning_rate, for example."
+        return f"{since}no checkpoint is good; start again, with a lower train.learning_rate, for example."
     return (
-        f"{since}the weights may be destroyed; distattn resume {run.folder} --step {good[0]} goes on from the newest checkpoint "
-        "that is not in doubt, distattn ckpt list shows all."
+        f"{since}the weights may be destroyed; distattn resume {run.folder} --step {good[0]} continues from the newest "
+        "checkpoint that is not in doubt, distattn ckpt list shows all."
     )
 
 
@@ -79,7 +80,7 @@ def _report(
 ) -> None:
     steps = run.metrics(config.train.steps)
     if not steps:
-        raise DistattnError(f"{run.metrics_file}: has no step that could be reported; was its disk full?")
+        raise DistattnError(f"{run.metrics_file}: has no step to report; was its disk full?")
     write_report(run, config, checked, Attempts(run.attempts).rows())
     if json_lines:
         _print_facts(run, steps, checked)
@@ -93,17 +94,17 @@ def _report(
 
 
 def _print_facts(run: RunFolder, steps: Sequence[StepMetrics], checked: dict[str, Any] | None) -> None:
-    """Print what a run came to, as JSON on one line."""
+    """Print the results of a run as JSON on one line."""
     losses = {"first_loss": steps[0].loss, "last_loss": steps[-1].loss}
     print_line(
         json_text({"run": str(run.folder), **losses, "reference_check": checked, "report": str(run.report_file)})
     )
 
 
-def say_finished(run: RunFolder, config: Config, json_lines: bool) -> bool:
-    """Say that all steps of a run are done, and return True, where it has its report and its comparison agreed.
+def report_finished(run: RunFolder, config: Config, json_lines: bool) -> bool:
+    """Print that all steps of a run are done and return True, if it has its report and its comparison agreed.
 
-    Return False, and say nothing, where ranks or a comparison have something to do.
+    Return False and print nothing if ranks or a comparison still have work to do.
     """
     attempts = Attempts(run.attempts)
     steps = run.metrics(config.train.steps) if run.metrics_file.exists() else []
@@ -122,13 +123,13 @@ def say_finished(run: RunFolder, config: Config, json_lines: bool) -> bool:
     if json_lines:
         _print_facts(run, steps, checked)
     else:
-        print_line(f"all {config.train.steps:,} steps are done; --train.steps N trains on")
+        print_line(f"all {config.train.steps:,} steps are done; --train.steps N trains further")
         print_line(f"report: {run.report_file}")
     return True
 
 
 def main(folder: str) -> int:
-    """Finish the run of a folder. Returns the exit code."""
+    """Finish the run of a folder. Return the exit code."""
     run = RunFolder(Path(folder))
     try:
         config = configuration.load(run.config_file)

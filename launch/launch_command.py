@@ -1,4 +1,4 @@
-"""`distattn launch`: start a run on this machine, on Slurm or on Ray; look after one that was started."""
+"""`distattn launch`: start a run on this machine, on Slurm or on Ray, and manage a run that was started."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from distattn.launch.command_line import (
     array_words,
     no_progress,
     print_line,
-    say,
+    print_message,
 )
 from distattn.launch.elastic_run import node_counts
 from distattn.launch.ranks.machine_limits import (
@@ -52,18 +52,18 @@ USAGE = """usage: distattn launch local CONFIG [--gpus N] [--section.key value .
 
 local starts one process per rank here: rank 0 on the console, a log file for each rank in the run folder.
 slurm writes a batch script into the run folder and submits it; --dry-run prints it and leaves nothing behind.
-ray runs on nodes of a Ray cluster, as slurm does on those of a job, until the run has ended; without a cluster on a new one here.
---nodes and --gpus set parallel.ranks and parallel.devices_per_node; --gpus is the number of ranks on a node, with a GPU each
-where parallel.kernel computes on GPUs. --spare N of the nodes stay idle until another one fails (Slurm only). --array starts one
+ray runs on nodes of a Ray cluster until the run has ended, like slurm on the nodes of a job; without a cluster one starts here.
+--nodes and --gpus set parallel.ranks and parallel.devices_per_node; --gpus is the number of ranks on a node, each with a GPU
+if parallel.kernel computes on GPUs. --spare N of the nodes stay idle until another one fails (Slurm only). --array starts one
 run for each value of a key, in folders 0, 1, ... of a new run folder.
-folder makes the run folder only, for ranks that another scheduler starts (docs/kubernetes.md). status shows a run's attempts,
+folder only makes the run folder, for ranks that another scheduler starts (docs/kubernetes.md). status shows a run's attempts
 and why each ended. With --preflight.action=only the ranks compare and measure each other as before the first step of any run, and
 the run ends, in the folder RUN-preflight; such a run is not restarted or requeued.
 """
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command; return the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0 if arguments else 2
@@ -91,61 +91,63 @@ def _start(where: str, arguments: Sequence[str]) -> int:
         return 0
     if not arguments or arguments[0].startswith("-"):
         raise DistattnError(f"launch {where}: CONFIG is missing; for example: distattn launch {where} tiny")
-    given, overrides = parser.parse_known_args(arguments)
-    if where != "slurm" and given.spare is not None:
+    options, overrides = parser.parse_known_args(arguments)
+    if where != "slurm" and options.spare is not None:
         raise DistattnError(f"launch {where}: --spare is for Slurm; see distattn launch slurm.")
-    if where not in ("slurm", "ray") and given.array is not None:
+    if where not in ("slurm", "ray") and options.array is not None:
         raise DistattnError(f"launch {where}: --array is for Slurm and Ray; see distattn launch slurm.")
-    # of a sweep, one for each task
-    task_overrides = array_words(given.array) if given.array is not None else []
+    # in a sweep, one for each task
+    task_overrides = array_words(options.array) if options.array is not None else []
     refuse_keys_that_do_nothing(f"launch {where}", [*overrides, *task_overrides])
-    if given.spare is not None:
-        overrides = [*overrides, f"--slurm.spare_nodes={given.spare}"]
-    overrides = [*overrides, *_size_overrides(where, given.nodes, given.gpus, given.config, overrides)]
-    config = preflight_alone(configuration.load(given.config, overrides, say))
-    sweep = [preflight_alone(configuration.load(given.config, [*overrides, word])) for word in task_overrides]
-    for word, one in zip(task_overrides, sweep, strict=True):
-        if where == "slurm" and _commands(one, config) != _commands(config, config):
+    if options.spare is not None:
+        overrides = [*overrides, f"--slurm.spare_nodes={options.spare}"]
+    overrides = [*overrides, *_size_overrides(where, options.nodes, options.gpus, options.config, overrides)]
+    config = preflight_alone(configuration.load(options.config, overrides, print_message))
+    sweep = [preflight_alone(configuration.load(options.config, [*overrides, word])) for word in task_overrides]
+    for word, run_config in zip(task_overrides, sweep, strict=True):
+        if where == "slurm" and _commands(run_config, config) != _commands(config, config):
             raise DistattnError(
-                f"launch: --array: {word[2:]} asks for another batch script, which all runs of a sweep share; submit it alone."
+                f"launch: --array: {word[2:]} needs another batch script, but all runs of a sweep share one; submit it alone."
             )
-        if one.ray.address != config.ray.address:
-            raise DistattnError(f"launch: --array: {word[2:]} names another cluster; all runs of a sweep are on one.")
+        if run_config.ray.address != config.ray.address:
+            raise DistattnError(
+                f"launch: --array: {word[2:]} names another cluster; all runs of a sweep are on one cluster."
+            )
     # a configuration's cluster is for `distattn plan`; it does not bind a launch of another size
     named = any(word.startswith("--cluster.description") for word in overrides)
-    if config.cluster.description and (named or not (given.nodes or given.gpus)):
+    if config.cluster.description and (named or not (options.nodes or options.gpus)):
         check_device_holds_state(config, cluster_for_run(config, config.cluster.description))
     if where == "ray":
-        # what cannot be is said before anything starts
-        for one in sweep or [config]:
-            node_counts(one)
-    if given.dry_run:
-        return _dry_run(where, config, sweep, given.json)
+        # refuse impossible numbers of nodes before anything starts
+        for run_config in sweep or [config]:
+            node_counts(run_config)
+    if options.dry_run:
+        return _dry_run(where, config, sweep, options.json)
     if where == "slurm":
-        return _submit(config, sweep, given.json)
+        return _submit(config, sweep, options.json)
     if where == "ray":
-        return _run_on_ray(config, sweep, given.json)
+        return _run_on_ray(config, sweep, options.json)
     if where == "folder":
-        run = start_run(config, no_progress if given.json else print_line)
+        run = start_run(config, no_progress if options.json else print_line)
         run.logs.mkdir()
-        sys.stdout.write(json.dumps({"run": str(run.folder)}) + "\n" if given.json else "")
+        sys.stdout.write(json.dumps({"run": str(run.folder)}) + "\n" if options.json else "")
         return 0
     from distattn.launch.run_locally import run_locally
 
-    return run_locally(config, given.json, logs=True)
+    return run_locally(config, options.json, logs=True)
 
 
 def _dry_run(where: str, config: Config, sweep: Sequence[Config], json_output: bool) -> int:
-    """Print what would be started. Nothing is left behind, and what a run would refuse is refused."""
+    """Print what would be started, and refuse what a run would refuse. Leave nothing behind."""
     if where == "local":
         check_run_fits(config)
-    for one in sweep or [config]:
-        if pack_config(one) is None:
-            PlanSettings.of_config(one).plan([one.data.max_document_tokens])
-            find_files(one.data.path, one.data.suffix, one.data.exclude)
+    for run_config in sweep or [config]:
+        if pack_config(run_config) is None:
+            PlanSettings.of_config(run_config).plan([run_config.data.max_document_tokens])
+            find_files(run_config.data.path, run_config.data.suffix, run_config.data.exclude)
         else:
-            with planned_packs(one) as plan:
-                PlanSettings.of_config(one).plan(*first_packs(plan, one))
+            with planned_packs(run_config) as plan:
+                PlanSettings.of_config(run_config).plan(*first_packs(plan, run_config))
     folder = _new_folder(config, sweep)
     if where == "slurm":
         text = slurm.batch_script(config, folder, len(sweep))
@@ -158,12 +160,12 @@ def _dry_run(where: str, config: Config, sweep: Sequence[Config], json_output: b
 
 def _run_that_would_start(where: str, config: Config, folder: Path) -> list[str]:
     """Return lines about a run, and where its results go."""
-    there = "; it is there already, so a number is added" if folder.exists() else ""
-    return [*_facts_before_start(where, config), f"run folder: {folder}{there}; logs in its folder logs"]
+    note = "; it exists already, so a number is added" if folder.exists() else ""
+    return [*_facts_before_start(where, config), f"run folder: {folder}{note}; logs in its folder logs"]
 
 
 def _sweep_that_would_start(where: str, sweep: Sequence[Config], folder: Path) -> list[str]:
-    """Return lines about the runs of a sweep: once for those that are alike, and where their results go."""
+    """Return lines about the runs of a sweep, one for runs that are alike, and the folders of their results."""
     alike: dict[str, list[str]] = {}
     for number, config in enumerate(sweep):
         alike.setdefault("; ".join(_facts_before_start(where, config)), []).append(str(number))
@@ -196,9 +198,9 @@ def _submit(config: Config, sweep: Sequence[Config], json_output: bool) -> int:
     """Make the run folders and submit their batch script. A job that Slurm rejects leaves no folder."""
     slurm.require_slurm()
     largest = slurm.node_bytes(config.slurm.partition)
-    for one in sweep or [config]:
-        check_nodes_hold_ranks(one, largest)
-    with _made_runs(config, sweep, json_output) as (folder, runs):
+    for run_config in sweep or [config]:
+        check_nodes_hold_ranks(run_config, largest)
+    with _new_runs(config, sweep, json_output) as (folder, runs):
         job = slurm.submit(config, folder, runs)
     facts = {"run": str(folder), "job": job, "script": str(RunFolder(folder).script_file)}
     if sweep:
@@ -208,15 +210,15 @@ def _submit(config: Config, sweep: Sequence[Config], json_output: bool) -> int:
 
 
 def _run_on_ray(config: Config, sweep: Sequence[Config], json_output: bool) -> int:
-    """Run on a Ray cluster to the end, and write the report; of a sweep one run for each configuration."""
+    """Run on a Ray cluster to the end, and write the report; in a sweep, do one run for each configuration."""
     if importlib.util.find_spec("ray") is None:
         raise DistattnError("launch ray needs ray: pip install 'distattn[ray]'.")
     from distattn.launch.ray.attempts import connected, run_attempts
     from distattn.launch.ray.sweep import run_sweep
 
     with connected(sweep or [config], quiet=json_output):
-        with _made_runs(config, sweep, json_output) as (folder, runs):
-            # what goes wrong from here on is noted in the folders
+        with _new_runs(config, sweep, json_output) as (folder, runs):
+            # problems from here on are noted in the folders
             pass
         if sweep:
             code = run_sweep(RunFolder(folder), [(run, configuration.load(run.config_file)) for run in runs])
@@ -228,40 +230,40 @@ def _run_on_ray(config: Config, sweep: Sequence[Config], json_output: bool) -> i
 
 
 @contextmanager
-def _made_runs(config: Config, sweep: Sequence[Config], json_output: bool) -> Iterator[tuple[Path, list[RunFolder]]]:
-    """The folder of a new run and the run itself, or of a sweep and its runs in folders 0, 1, ... of it.
+def _new_runs(config: Config, sweep: Sequence[Config], json_output: bool) -> Iterator[tuple[Path, list[RunFolder]]]:
+    """Make the folder of a new run and yield it with the run; or the folder of a sweep with its runs in folders 0, 1, ...
 
-    Nothing is left behind where one of them cannot be, or cannot be submitted meanwhile.
+    Remove everything if a run cannot be made, or cannot be submitted inside this context.
     """
     folder = _new_folder(config, sweep)
     places = [folder / str(task) for task in range(len(sweep))] if sweep else [folder]
     runs: list[RunFolder] = []
     try:
-        for one, place in zip(sweep or [config], places, strict=True):
-            one = replace(one, run=replace(one.run, folder=str(place)))
-            runs.append(start_run(one, no_progress if json_output else print_line))
+        for run_config, place in zip(sweep or [config], places, strict=True):
+            run_config = replace(run_config, run=replace(run_config.run, folder=str(place)))
+            runs.append(start_run(run_config, no_progress if json_output else print_line))
             runs[-1].logs.mkdir()
-        # a run's folder may have got another name
+        # a run's folder may have been renamed
         yield folder if sweep else runs[0].folder, runs
     except slurm.SubmittedError:
         raise
     except BaseException:
-        for made in [folder] if sweep else [run.folder for run in runs]:
-            shutil.rmtree(made, ignore_errors=True)
+        for new_folder in [folder] if sweep else [run.folder for run in runs]:
+            shutil.rmtree(new_folder, ignore_errors=True)
         raise
 
 
 def _new_folder(config: Config, sweep: Sequence[Config]) -> Path:
-    """Return the absolute path of a new run's folder, or of a sweep's. Raises DistattnError where a sweep's is there already."""
+    """Return the absolute path of a new run's or sweep's folder. Raises DistattnError if a sweep's folder exists already."""
     # batch scripts and actors name the folder from other machines
     folder = Path(config.run.folder).absolute()
     if sweep and folder.exists():
-        raise DistattnError(f"run.folder: {folder} is there already; name another one for the sweep.")
+        raise DistattnError(f"run.folder: {folder} exists already; name another one for the sweep.")
     return folder
 
 
 def _commands(config: Config, sweep: Config) -> list[str]:
-    """The batch script of a sweep, if this configuration were its own, without comments."""
+    """Return the lines of the batch script that this configuration would need in the folder of a sweep, without comments."""
     lines = slurm.batch_script(config, Path(sweep.run.folder).absolute(), tasks=1).splitlines()
     return [line for line in lines if not line.startswith("# ")]
 
@@ -270,8 +272,8 @@ def _size_overrides(where: str, nodes: int | None, gpus: int | None, path: str, 
     """Turn --nodes and --gpus into overrides of parallel.ranks and parallel.devices_per_node."""
     if nodes is None and gpus is None:
         return []
-    given = configuration.load(path, overrides)
-    parallel, spare = given.parallel, given.slurm.spare_nodes if where == "slurm" else 0
+    config = configuration.load(path, overrides)
+    parallel, spare = config.parallel, config.slurm.spare_nodes if where == "slurm" else 0
     if where == "local" and nodes not in (None, 1):
         raise DistattnError(f"launch local: --nodes is 1 on this machine, not {nodes}; see distattn launch slurm.")
     for name, value in (("nodes", nodes), ("gpus", gpus)):
@@ -280,10 +282,10 @@ def _size_overrides(where: str, nodes: int | None, gpus: int | None, path: str, 
     per_node = gpus or parallel.devices_per_node or parallel.ranks
     if nodes is not None and nodes <= spare:
         raise DistattnError(
-            f"launch: --nodes={nodes} has no node beside {spare} spare ones (--spare, slurm.spare_nodes)."
+            f"launch: --nodes={nodes}: {spare} spare nodes leave no node for ranks (--spare, slurm.spare_nodes)."
         )
     if nodes is None and where != "local" and parallel.ranks % per_node:
-        raise DistattnError(f"launch: {parallel.ranks} ranks do not fill nodes of {per_node}; say --nodes, too.")
+        raise DistattnError(f"launch: {parallel.ranks} ranks do not fill nodes of {per_node}; give --nodes, too.")
     count = nodes - spare if nodes else (1 if where == "local" else max(parallel.ranks // per_node, 1))
     return [f"--parallel.ranks={count * per_node}", f"--parallel.devices_per_node={per_node}"]
 
@@ -296,34 +298,34 @@ def _manage_run(command: str, arguments: Sequence[str]) -> int:
         parser.add_argument("--rank", type=int)
     else:
         parser.add_argument("--json", action="store_true")
-    given = parser.parse_args(arguments)
-    run = RunFolder(Path(given.run))
+    options = parser.parse_args(arguments)
+    run = RunFolder(Path(options.run))
     sweep = sweep_runs(run.folder)
     if not run.config_file.exists() and (command == "logs" or not sweep):
         where = (
             f"name one of its runs, such as {sweep[0].folder}" if sweep else f"there is no {run.config_file.name} in it"
         )
-        raise DistattnError(f"{given.run}: this is no run folder; {where}.")
+        raise DistattnError(f"{options.run}: this is not a run folder; {where}.")
     if command == "logs":
-        return _print_logs(run, given.rank)
+        return _print_logs(run, options.rank)
     if command == "cancel":
         if (state := state_of_ended(run)) is not None:
             facts = {"run": str(run.folder), "state": state, "cancelled": False}
-            sentence = f"{run.folder} goes on no more, so there is nothing to cancel: {state}\n"
-            sys.stdout.write(json.dumps(facts) + "\n" if given.json else sentence)
+            sentence = f"{run.folder} has ended, so there is nothing to cancel: {state}\n"
+            sys.stdout.write(json.dumps(facts) + "\n" if options.json else sentence)
             return 0
-        what, number = cancel(run)
-        facts = {what: number, "cancelled": True}
-        sys.stdout.write(json.dumps(facts) + "\n" if given.json else f"{what} {number} is cancelled\n")
+        kind, number = cancel(run)
+        facts = {kind: number, "cancelled": True}
+        sys.stdout.write(json.dumps(facts) + "\n" if options.json else f"{kind} {number} is cancelled\n")
         return 0
-    for one in sweep or [run]:
-        facts = status(one)
-        sys.stdout.write(json.dumps(facts) + "\n" if given.json else status_lines(facts))
+    for sweep_run in sweep or [run]:
+        facts = status(sweep_run)
+        sys.stdout.write(json.dumps(facts) + "\n" if options.json else status_lines(facts))
     return 0
 
 
 def _print_logs(run: RunFolder, rank: int | None) -> int:
-    """Print one rank's log; for rank None the batch script's own, or rank 0's where there is none."""
+    """Print one rank's log; for rank None the batch script's log, or rank 0's without one."""
     files = sorted(run.folder.glob("slurm-*.out")) if rank is None else [run.log_file(rank)]
     files = [file for file in files if file.exists()]
     if not files and rank is None:
@@ -331,7 +333,7 @@ def _print_logs(run: RunFolder, rank: int | None) -> int:
     if not files or not files[0].exists():
         if not run.logs.is_dir() and rank is None:
             raise DistattnError(
-                f"{run.folder}: the run keeps no logs: distattn train prints to the console; use launch local."
+                f"{run.folder}: the run has no logs: distattn train prints to the console; use launch local."
             )
         if rank is not None and not 0 <= rank < (ranks := configuration.load(run.config_file).parallel.ranks):
             has = f"ranks 0 to {ranks - 1}" if ranks > 1 else "rank 0 only"
@@ -341,7 +343,7 @@ def _print_logs(run: RunFolder, rank: int | None) -> int:
     if not any(texts):
         names = " and ".join(str(file) for file in files)
         sys.stderr.write(
-            f"distattn: {names}: empty, nothing was printed yet; distattn launch status says what ranks do.\n"
+            f"distattn: {names}: empty, nothing was printed yet; distattn launch status shows what the ranks do.\n"
         )
     sys.stdout.write("".join(texts))
     return 0

@@ -1,4 +1,4 @@
-"""`distattn plan`: candidates for one attention call, timed on a described cluster, before anything is submitted."""
+"""`distattn plan`: time candidates for one attention call on a described cluster, before anything is submitted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distattn.cluster import spec as describe
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import LAYOUTS
 from distattn.launch.command_keys import refuse_keys_that_do_nothing
-from distattn.launch.command_line import CommandParser, ResultConsole, no_progress, print_to_stderr, say
+from distattn.launch.command_line import CommandParser, ResultConsole, no_progress, print_message, print_to_stderr
 from distattn.parallel.analysis.timeline import Timeline
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.planning.compare_strategies import (
@@ -40,31 +40,31 @@ from distattn.training.run_data import first_packs, planned_packs
 USAGE = """usage: distattn plan CONFIG [--section.key value ...] [options]
        distattn plan --docs FILE_OR_LENGTHS --cluster h200-8x8 [--ranks 64] [options]
 
-Plans one attention call with every strategy, proves the plans and times them on a described cluster. Nothing is run.
+Plans one attention call with every strategy, proves the plans and times them on a described cluster. Runs nothing.
 
   --docs FILE_OR_LENGTHS  document lengths in tokens: 4096,128Kx8,1M, or a file of them (JSON list or plain numbers);
                           K, M and G are 1,000, 1,000,000 and so on, Ki, Mi and Gi are 1,024, 1,048,576 and so on
-  --tokens N              only the first N tokens of them
+  --tokens N              use only their first N tokens
   --cluster NAME          h200-8x8 (nodes x devices), h100, b200 and a100 likewise, laptop-1x4, or a .toml file
-  --ranks N               use N devices of it; all by default
+  --ranks N               use N of its devices; all by default
   --strategy A,B          {strategies}; all by default
   --layout NAME           contiguous, zigzag (default), document_zigzag, block_cyclic, balanced, placed
   --heads H:K             query and key/value heads; 32:8 by default
   --head-dim D            128 by default
   --dtype NAME            bfloat16 by default
-  --html FILE             a page with the timelines and the coloured score matrices
-  --perfetto FILE         the fastest candidate's trace, for ui.perfetto.dev
-  --memory                with CONFIG: what every rank needs on its device, by kind, of the run's own
-                          strategy, and whether it fits on a device of the cluster
+  --html FILE             write a page with the timelines and the coloured score matrices
+  --perfetto FILE         write the fastest candidate's trace, for ui.perfetto.dev
+  --memory                with CONFIG: the memory of every rank's device, by kind, with the run's own strategy, and
+                          whether it fits on a device of the cluster
   --json                  numbers instead of a table
 
-With CONFIG the run's own strategy is timed with every layout, too, and a line says where another strategy or layout is faster.
-The documents are the first pack of the run's data, or those of --docs, and shapes, ranks and cluster are the run's.
-Where the context length changes in the run, every length has its table; files and --memory are of the longest.
+With CONFIG the run's own strategy is also timed with every layout, and a line names a faster strategy or layout.
+The documents are the first pack of the run's data, or those of --docs; shapes, ranks and cluster are the run's.
+If the context length changes in the run, every length has its table; files and --memory are for the longest.
 """
 
 
-# what a configuration says itself
+# options that a configuration sets by keys of its own
 _IN_CONFIG = {
     "layout": "--parallel.layout",
     "heads": "--model.num_attention_heads and --model.num_key_value_heads",
@@ -75,82 +75,82 @@ _IN_CONFIG = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command; return the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(USAGE.format(strategies=", ".join(STRATEGIES)))
         return 0 if arguments else 2
-    given, config = _parse(arguments)
-    _check_options(given, config)
-    if given.memory:
-        return _show_memory(given, config)
-    cluster = _cluster(given, config)
-    settings = PlanSettings.of_config(config) if config else _settings(given, cluster)
-    if given.docs:
-        # one pack over all ranks, whatever a run's ranks have of their own
+    options, config = _parse(arguments)
+    _check_options(options, config)
+    if options.memory:
+        return _show_memory(options, config)
+    cluster = _cluster(options, config)
+    settings = PlanSettings.of_config(config) if config else _settings(options, cluster)
+    if options.docs:
+        # one pack over all ranks, even if the run's ranks have packs of their own
         settings = replace(settings, data="replicated", context_parallel_size=None)
     report_progress = print_to_stderr if sys.stderr.isatty() else no_progress
-    phases = _phases(given, config)
+    phases = _phases(options, config)
     facts: list[dict[str, Any]] = []
     for phase in phases:
         request = PlanRequest(tuple(map(tuple, phase.packs)), settings)
-        found = compare_strategies(request, _strategies(given), cluster, report_progress)
+        timelines = compare_strategies(request, _strategies(options), cluster, report_progress)
         if phase is _longest(phases):
-            _write_files(given, found, request, cluster)
-        facts.append(comparison_facts(found, request))
+            _write_files(options, timelines, request, cluster)
+        facts.append(comparison_facts(timelines, request))
         lines: list[str] = []
-        # with --docs the pack lies over all ranks: where the run's own packs do not, its keys say nothing about it
+        # with --docs the pack lies over all ranks: if the run's own packs do not, hints for its keys would be wrong
         if config and settings == PlanSettings.of_config(config):
             layouts = compare_layouts(request, cluster)
             facts[-1]["layouts"] = {name: {"seconds": seconds} for name, seconds in layouts.items()}
-            lines = strategy_lines(found, settings.strategy) + layout_lines(request, layouts)
-        if not given.json:
-            _show_table([*phase.title(len(phases)), str(request), *comparison_table(found, cluster), *lines])
-    if given.json:
-        for phase, one in zip(phases, facts, strict=True):
-            one |= {"first_step": phase.first_step, "context_length": phase.context} if len(phases) > 1 else {}
+            lines = strategy_lines(timelines, settings.strategy) + layout_lines(request, layouts)
+        if not options.json:
+            _show_table([*phase.title(len(phases)), str(request), *comparison_table(timelines, cluster), *lines])
+    if options.json:
+        for phase, phase_facts in zip(phases, facts, strict=True):
+            phase_facts |= {"first_step": phase.first_step, "context_length": phase.context} if len(phases) > 1 else {}
         sys.stdout.write(json.dumps({"phases": facts} if len(phases) > 1 else facts[0]) + "\n")
         return 0
     for option in ("html", "perfetto"):
-        if getattr(given, option):
-            sys.stdout.write(f"{option}: {getattr(given, option)}\n")
+        if getattr(options, option):
+            sys.stdout.write(f"{option}: {getattr(options, option)}\n")
     return 0
 
 
-def _show_memory(given: argparse.Namespace, config: Config | None) -> int:
-    """Print what every rank of a run needs; returns the exit code."""
+def _show_memory(options: argparse.Namespace, config: Config | None) -> int:
+    """Print the memory that every rank of a run needs; return the exit code."""
     if config is None:
-        raise DistattnError("plan: --memory is of a run: name its configuration.")
+        raise DistattnError("plan: --memory needs a run: name its configuration.")
     # 2 s to import, and only here
     from distattn.planning.memory_of_run import fit_line, memory_json, memory_of_config, memory_table
 
-    # without a cluster it is not known how much a device has
-    cluster = _cluster(given, config) if given.cluster or config.cluster.description else None
-    packs = _longest(_phases(given, config)).packs
-    # a count takes seconds, and few of many ranks that have other numbers of tokens say how much is needed
-    found = memory_of_config(config, packs, print_to_stderr if sys.stderr.isatty() else no_progress, extremes=True)
-    if given.json:
-        sys.stdout.write(memory_json(found, cluster) + "\n")
+    # without a cluster the memory of a device is unknown
+    cluster = _cluster(options, config) if options.cluster or config.cluster.description else None
+    packs = _longest(_phases(options, config)).packs
+    # one count takes seconds: count only a few of the ranks with different numbers of tokens, the extremes
+    memory = memory_of_config(config, packs, print_to_stderr if sys.stderr.isatty() else no_progress, extremes=True)
+    if options.json:
+        sys.stdout.write(memory_json(memory, cluster) + "\n")
         return 0
     fits = (
-        "no cluster is given, so it is not said whether the run fits: --cluster h200-8x8, for example"
+        "without a cluster it is unknown whether the run fits: give --cluster h200-8x8, for example"
         if cluster is None
-        else fit_line(found, cluster)
+        else fit_line(memory, cluster)
     )
-    _show_table([*memory_table(found, config.parallel.ranks), fits])
+    _show_table([*memory_table(memory, config.parallel.ranks), fits])
     return 0
 
 
 def _show_table(lines: Sequence[str]) -> None:
-    """Print a comparison, with the fastest strategy in colour where there is one."""
+    """Print a comparison, with the fastest strategy in colour if there is one."""
     console = ResultConsole(highlight=False)
     for line in lines:
         style = "bold green" if line.endswith("<- fastest") else "dim" if " is refused: " in line else ""
-        # a line that is folded is no line of a table
+        # a folded line would break the table
         console.print(Text(line, style=style), soft_wrap=True)
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config | None]:
-    """Parse the options, and load the configuration where the first word names one."""
+    """Parse the options, and load the configuration if the first word names one."""
     parser = CommandParser("plan", renamed={"--axis": "--tokens"})
     for name in ("docs", "cluster", "strategy", "layout", "heads", "dtype", "html", "perfetto"):
         parser.add_argument(f"--{name}")
@@ -159,68 +159,70 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config | None]
     for name in ("memory", "json"):
         parser.add_argument(f"--{name}", action="store_true")
     path = None if arguments[0].startswith("--") else arguments[0]
-    given, overrides = parser.parse_known_args(arguments[1:] if path else arguments)
+    options, overrides = parser.parse_known_args(arguments[1:] if path else arguments)
     if path is not None:
-        options = [option for option in ("memory", "docs") if getattr(given, option)]
-        refuse_keys_that_do_nothing(" --".join(["plan", *options]), overrides)
-        return given, configuration.load(path, overrides, say)
+        named = [option for option in ("memory", "docs") if getattr(options, option)]
+        refuse_keys_that_do_nothing(" --".join(["plan", *named]), overrides)
+        return options, configuration.load(path, overrides, print_message)
     if overrides:
         raise DistattnError(f"plan: {overrides[0]!r} is not known. See distattn plan --help.")
-    return given, None
+    return options, None
 
 
-def _check_options(given: argparse.Namespace, config: Config | None) -> None:
+def _check_options(options: argparse.Namespace, config: Config | None) -> None:
     """Refuse options that contradict the configuration, numbers below 1, and files that cannot be written."""
     for option, key in _IN_CONFIG.items():
-        if config and getattr(given, option) is not None:
+        if config and getattr(options, option) is not None:
             raise DistattnError(f"plan: with a configuration --{option.replace('_', '-')} is {key}.")
     for option in ("ranks", "tokens", "head_dim"):
-        if getattr(given, option) is not None and getattr(given, option) < 1:
-            raise DistattnError(f"plan: --{option.replace('_', '-')}: at least 1, not {getattr(given, option)}.")
+        if getattr(options, option) is not None and getattr(options, option) < 1:
+            raise DistattnError(f"plan: --{option.replace('_', '-')}: at least 1, not {getattr(options, option)}.")
     for option in ("html", "perfetto"):
-        if getattr(given, option) and not Path(getattr(given, option)).parent.is_dir():
-            raise DistattnError(f"plan: --{option}: there is no folder {Path(getattr(given, option)).parent}.")
-        if getattr(given, option) and Path(getattr(given, option)).is_dir():
-            raise DistattnError(f"plan: --{option}: {getattr(given, option)} is a folder; name a file.")
+        if getattr(options, option) and not Path(getattr(options, option)).parent.is_dir():
+            raise DistattnError(f"plan: --{option}: there is no folder {Path(getattr(options, option)).parent}.")
+        if getattr(options, option) and Path(getattr(options, option)).is_dir():
+            raise DistattnError(f"plan: --{option}: {getattr(options, option)} is a folder; name a file.")
     for option in ("strategy", "html", "perfetto"):
-        if given.memory and getattr(given, option):
+        if options.memory and getattr(options, option):
             raise DistattnError(
-                f"plan: --{option} does nothing with --memory, which counts the run's own strategy; leave one out."
+                f"plan: --{option} has no effect with --memory, which counts the run's own strategy; leave one out."
             )
-    if given.tokens and not given.docs:
-        raise DistattnError("plan: --tokens cuts the documents of --docs; a configuration has --data.tokens_per_step.")
+    if options.tokens and not options.docs:
+        raise DistattnError(
+            "plan: --tokens cuts the documents of --docs; in a configuration use --data.tokens_per_step."
+        )
 
 
-def _cluster(given: argparse.Namespace, config: Config | None) -> describe.ClusterSpec:
+def _cluster(options: argparse.Namespace, config: Config | None) -> describe.ClusterSpec:
     """Load the cluster to time plans on."""
-    name = given.cluster or (config.cluster.description if config else "")
+    name = options.cluster or (config.cluster.description if config else "")
     if not name:
         raise DistattnError(
-            "plan: say what to time it on: --cluster laptop-1x4 or --cluster h200-8x8, for example, or cluster.description "
-            "in the configuration."
+            "plan: name a cluster to time it on: --cluster laptop-1x4 or --cluster h200-8x8, for example, or "
+            "cluster.description in the configuration."
         )
-    return cluster_for_run(config, name) if config else describe.load(name, given.ranks)
+    return cluster_for_run(config, name) if config else describe.load(name, options.ranks)
 
 
 class _Phase(NamedTuple):
-    """Steps of one context length. packs: tokens of each document of the packs of the first of them; first_step: from 0."""
+    """Steps of one context length. packs: token counts of the documents of each pack of the first step; first_step: from 0."""
 
     packs: list[list[int]]
     first_step: int = 0
     context: int = 0
 
     def title(self, phases: int) -> list[str]:
-        """A line above its table, where there are several."""
+        """Return the line above its table, if there are several phases."""
         return [f"from step {self.first_step + 1:,}: context length {self.context:,}"] if phases > 1 else []
 
 
-def _phases(given: argparse.Namespace, config: Config | None) -> list[_Phase]:
-    """The documents of --docs, else what the run's packs are by context length."""
-    if given.docs:
-        lengths = parse_document_lengths(given.docs)
-        return [_Phase([truncate_documents(lengths, given.tokens) if given.tokens else lengths])]
+def _phases(options: argparse.Namespace, config: Config | None) -> list[_Phase]:
+    """Return the documents of --docs, or the run's packs by context length."""
+    if options.docs:
+        lengths = parse_document_lengths(options.docs)
+        return [_Phase([truncate_documents(lengths, options.tokens) if options.tokens else lengths])]
     if config is None:
-        raise DistattnError("plan: a configuration or --docs is wanted. See distattn plan --help.")
+        raise DistattnError("plan: a configuration or --docs is required. See distattn plan --help.")
     with planned_packs(config) as plan:
         return [
             _Phase(first_packs(plan, config, step), step, context)
@@ -230,31 +232,31 @@ def _phases(given: argparse.Namespace, config: Config | None) -> list[_Phase]:
 
 
 def _longest(phases: Sequence[_Phase]) -> _Phase:
-    """That of the longest context, of several the first."""
+    """Return the phase of the longest context, the first one if there are several."""
     return max(phases, key=lambda phase: phase.context)
 
 
-def _settings(given: argparse.Namespace, cluster: describe.ClusterSpec) -> PlanSettings:
-    """What plans have in common, where options say it."""
-    heads, _, kv_heads = (given.heads or "32:8").partition(":")
+def _settings(options: argparse.Namespace, cluster: describe.ClusterSpec) -> PlanSettings:
+    """Return the settings that all plans share, from the options."""
+    heads, _, kv_heads = (options.heads or "32:8").partition(":")
     if not (heads.isdecimal() and (kv_heads or heads).isdecimal()):
-        raise DistattnError(f"plan: --heads: {given.heads!r} is not query:key/value heads, such as 32:8.")
-    layout = given.layout or "zigzag"
+        raise DistattnError(f"plan: --heads: {options.heads!r} is not query:key/value heads, such as 32:8.")
+    layout = options.layout or "zigzag"
     if layout not in LAYOUTS:
         raise DistattnError(f"plan: --layout: there is no {layout!r}; there are {', '.join(LAYOUTS)}.")
     return PlanSettings(
         ranks=cluster.ranks,
         heads=int(heads),
         kv_heads=int(kv_heads or heads),
-        head_dim=given.head_dim or 128,
-        dtype=given.dtype or "bfloat16",
+        head_dim=options.head_dim or 128,
+        dtype=options.dtype or "bfloat16",
         layout=layout,
     )
 
 
-def _strategies(given: argparse.Namespace) -> list[str]:
-    """The strategies to compare: those of --strategy, else all."""
-    strategies = given.strategy.split(",") if given.strategy else list(STRATEGIES)
+def _strategies(options: argparse.Namespace) -> list[str]:
+    """Return the strategies to compare: those of --strategy, else all."""
+    strategies = options.strategy.split(",") if options.strategy else list(STRATEGIES)
     unknown = [strategy for strategy in strategies if strategy not in STRATEGIES]
     if unknown:
         raise DistattnError(f"plan: there is no strategy {unknown[0]!r}; there are {', '.join(STRATEGIES)}.")
@@ -262,15 +264,15 @@ def _strategies(given: argparse.Namespace) -> list[str]:
 
 
 def _write_files(
-    given: argparse.Namespace,
-    found: dict[str, Timeline | str],
+    options: argparse.Namespace,
+    timelines: dict[str, Timeline | str],
     request: PlanRequest,
     cluster: describe.ClusterSpec,
 ) -> None:
-    """Write the page and the fastest strategy's trace, where they are asked for."""
-    if given.html:
-        write_comparison_page(Path(given.html), found, str(request))
-    if given.perfetto:
-        timelines = [one for one in found.values() if not isinstance(one, str)]
-        fastest = min(timelines, key=lambda one: one.forward.seconds + one.backward.seconds)
-        Path(given.perfetto).write_text(json.dumps(fastest.perfetto()), "utf-8")
+    """Write the page and the fastest strategy's trace, if they are requested."""
+    if options.html:
+        write_comparison_page(Path(options.html), timelines, str(request))
+    if options.perfetto:
+        planned = [timeline for timeline in timelines.values() if not isinstance(timeline, str)]
+        fastest = min(planned, key=lambda timeline: timeline.forward.seconds + timeline.backward.seconds)
+        Path(options.perfetto).write_text(json.dumps(fastest.perfetto()), "utf-8")

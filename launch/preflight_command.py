@@ -1,4 +1,4 @@
-"""`distattn preflight`: what a run's ranks compare and measure before the first step, without the run, on this machine."""
+"""`distattn preflight`: compare and measure a run's ranks as before its first step, without the run, on this machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distattn.ir.errors import DistattnError
 from distattn.launch.command_keys import refuse_keys_that_do_nothing
-from distattn.launch.command_line import check_options, no_progress, say
+from distattn.launch.command_line import check_options, no_progress, print_message
 from distattn.launch.ranks.machine_limits import check_run_fits
 from distattn.launch.run_locally import run_ranks_and_finish
 from distattn.launch.start_run import preflight_alone, start_run
@@ -20,28 +20,28 @@ from distattn.training.config_sections import PreflightConfig
 USAGE = """usage: distattn preflight CONFIG [--json] [--section.key value ...]
 
 Starts the ranks of a run on this machine, compares their code, configuration, packages, data and memory, measures matrix
-products and the links between them, and ends; nothing is left behind. Every run does so before its first step, on all its
-hosts (see preflight.action). On the hosts of a cluster alone: distattn launch slurm|ray CONFIG --preflight.action=only.
+products and the links between them, and ends; it leaves nothing behind. Every run does this before its first step, on all its
+hosts (see preflight.action). To do only this on a cluster: distattn launch slurm|ray CONFIG --preflight.action=only.
 """
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command. Returns 0 where the run could begin."""
-    words = [word for word in arguments if word != "--json"]
-    if not words:
+    """Run the command. Return 0 if the run could begin."""
+    rest = [word for word in arguments if word != "--json"]
+    if not rest:
         raise DistattnError("preflight: CONFIG is missing: name a configuration, for example: distattn preflight tiny")
-    if words[0] in ("-h", "--help"):
+    if rest[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0
-    check_options("preflight", words, ["--json"])
-    refuse_keys_that_do_nothing("preflight", words[1:])
-    config = configuration.load(words[0], words[1:], say)
+    check_options("preflight", rest, ["--json"])
+    refuse_keys_that_do_nothing("preflight", rest[1:])
+    config = configuration.load(rest[0], rest[1:], print_message)
     check_run_fits(config)
     wanted = Path(config.run.folder).absolute()
-    there = next(folder for folder in wanted.parents if folder.is_dir())
-    # where the run will be: its disk and its file system are looked at
-    with tempfile.TemporaryDirectory(prefix=".distattn-preflight-", dir=there) as folder:
+    existing = next(folder for folder in wanted.parents if folder.is_dir())
+    # next to the future run folder, to examine the run's disk and file system
+    with tempfile.TemporaryDirectory(prefix=".distattn-preflight-", dir=existing) as folder:
         place = replace(config.run, folder=str(Path(folder, "run")))
         config = preflight_alone(replace(config, run=place, preflight=PreflightConfig("only")))
         run = start_run(config, no_progress)
-        return run_ranks_and_finish(run, config, no_progress, json_lines=len(words) < len(arguments))
+        return run_ranks_and_finish(run, config, no_progress, json_lines=len(rest) < len(arguments))

@@ -1,4 +1,4 @@
-"""`distattn resume`: go on with a run from its newest good checkpoint, on this machine."""
+"""`distattn resume`: continue a run from its newest good checkpoint, on this machine."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 from distattn.ir.errors import DistattnError
 from distattn.launch.command_keys import refuse_keys_that_do_nothing
-from distattn.launch.command_line import check_options, say
-from distattn.launch.finish_run import say_finished
+from distattn.launch.command_line import check_options, print_message
+from distattn.launch.finish_run import report_finished
 from distattn.launch.run_locally import resume_locally
 from distattn.training import config as configuration
 from distattn.training.config import Config
@@ -18,62 +18,63 @@ from distattn.training.run_folder import RunFolder
 
 USAGE = """usage: distattn resume RUN [--step N] [--json] [--section.key value ...]
 
-Goes on with the run of a folder on this machine, from its newest good checkpoint, or from its first step where there is none.
---step N goes on from the checkpoint after step N: those that were saved later are set aside. distattn ckpt list RUN shows them.
-Ranks, degrees, strategy, kernel, engine and all that is logged or saved may change; the model's shape, the data and the seed
-stay. With other ranks all are on one node, unless parallel.devices_per_node is given, too. A resume that is refused, by the
-command or by its ranks, leaves the run's configuration as it was. A run that has done all its steps, with report and comparison,
-starts nothing: --train.steps N trains on. Runs on Slurm go on with sbatch RUN/job.sbatch, on Ray with
+Continues the run of a folder on this machine, from its newest good checkpoint, or from its first step without one.
+--step N continues from the checkpoint after step N and sets later ones aside. distattn ckpt list RUN shows them.
+Ranks, degrees, strategy, kernel, engine and everything about logging or saving may change; the model's shape, the data and the
+seed stay. A new number of ranks is on one node unless parallel.devices_per_node is given, too. A resume that the command or the
+ranks refuse leaves the run's configuration as it was. A run that has done all its steps and has its report and comparison
+starts nothing: --train.steps N trains further. Continue runs on Slurm with sbatch RUN/job.sbatch, runs on Ray with
 python -m distattn.launch.ray.attempts RUN.
 """
 
 
-def _derived_anew(before: Config, overrides: Sequence[str]) -> list[str]:
-    """Return overrides for what a launcher has derived from the ranks of a run, where the run is to have others."""
+def _rederived(before: Config, overrides: Sequence[str]) -> list[str]:
+    """Return overrides of keys that a launcher derived from a run's ranks, if the number of ranks changes."""
     named = {word.removeprefix("--").partition("=")[0].replace("-", "_") for word in overrides}
     if before.parallel.devices_per_node and "parallel.ranks" in named and "parallel.devices_per_node" not in named:
-        # all of them are on this machine
+        # all ranks are on this machine
         return ["--parallel.devices_per_node=0"]
     return []
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns the exit code."""
-    words = [word for word in arguments if word != "--json"]
-    if not words or words[0] in ("-h", "--help"):
+    """Run the command; return the exit code."""
+    rest = [word for word in arguments if word != "--json"]
+    if not rest or rest[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
-        return 0 if words else 2
-    step, words = _step(words)
-    if not words:
+        return 0 if rest else 2
+    step, rest = _step(rest)
+    if not rest:
         raise DistattnError(f"resume: name a run folder: {USAGE.splitlines()[0].removeprefix('usage: ')}")
-    check_options("resume", words, ["--json", "--step"])
-    refuse_keys_that_do_nothing("resume", words[1:])
-    run = RunFolder(Path(words[0]))
+    check_options("resume", rest, ["--json", "--step"])
+    refuse_keys_that_do_nothing("resume", rest[1:])
+    run = RunFolder(Path(rest[0]))
     if not run.config_file.is_file():
         raise DistattnError(
-            f"{words[0]}: is no run folder, it has no {run.config_file.name}; name one that distattn train made."
+            f"{rest[0]}: this is not a run folder: it has no {run.config_file.name}; name one that distattn train made."
         )
     before = configuration.load(run.config_file)
-    config = configuration.load(run.config_file, [*words[1:], *_derived_anew(before, words[1:])], say)
+    overrides = [*rest[1:], *_rederived(before, rest[1:])]
+    config = configuration.load(run.config_file, overrides, print_message)
     if config.preflight.action == "only":
-        raise DistattnError(f"preflight.action: only is for new folders: distattn preflight {run.config_file}.")
+        raise DistattnError(f"preflight.action: only needs a new folder: distattn preflight {run.config_file}.")
     check_same_run(before, config)
-    # with another configuration, or from a chosen checkpoint, ranks have something to do
-    if config == before and step is None and say_finished(run, config, json_lines="--json" in arguments):
+    # with another configuration, or from a chosen checkpoint, ranks have work to do
+    if config == before and step is None and report_finished(run, config, json_lines="--json" in arguments):
         return 0
     return resume_locally(run, config, json_lines="--json" in arguments, step=step)
 
 
-def _step(words: Sequence[str]) -> tuple[int | None, list[str]]:
-    """Take --step N, or --step=N, out of a command's words. Returns the step, None where none is given, and the other words."""
-    step, others, left = None, [], list(words)
+def _step(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
+    """Take --step N, or --step=N, out of a command's words. Return the step, None without the option, and the other words."""
+    step, others, left = None, [], list(arguments)
     while left:
         word = left.pop(0)
         if word != "--step" and not word.startswith("--step="):
             others.append(word)
             continue
         value = word.partition("=")[2] if "=" in word else (left.pop(0) if left else "")
-        # numbers as ckpt list shows them
+        # accept numbers as ckpt list shows them
         digits = value.replace(",", "")
         if not (digits.isascii() and digits.isdigit()):
             raise DistattnError(

@@ -1,4 +1,4 @@
-"""A run on this machine, from its configuration to its report."""
+"""Run a configuration on this machine, up to its report."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from distattn.training.json_lines import json_text, parse_json
 from distattn.training.proposal import Proposal
 from distattn.training.run_folder import RunFolder
 
-# what a rank runs
+# the function of a rank
 RANK = "distattn.launch.ranks.rank:run"
-# and what all ranks import
+# modules that all ranks import
 PRELOAD = ("distattn.training.rank", "transformers.models.auto.modeling_auto")
 _PACKAGES = ("transformers", "tensorboard", "matplotlib", "safetensors")
 
 
 def run_locally(config: Config, json_lines: bool, logs: bool = False) -> int:
-    """Start a run here, train, compare with plain transformers, report. Returns the exit code.
+    """Start a run here, train, compare with plain transformers, report. Return the exit code.
 
-    logs: whether each rank writes a log file into the run folder. json_lines: nothing but JSON is printed.
+    logs: each rank writes a log file into the run folder. json_lines: print only JSON.
     """
     report_progress = no_progress if json_lines else print_line
     with ExitStack() as stack:
@@ -45,23 +45,23 @@ def run_locally(config: Config, json_lines: bool, logs: bool = False) -> int:
                 if logs:
                     run.logs.mkdir()
             except BaseException:
-                # what went wrong matters, not what may be left
+                # raise the first error, not one about the rest of the folder
                 shutil.rmtree(run.folder, ignore_errors=True)
                 raise
         return run_ranks_and_finish(run, config, report_progress, json_lines)
 
 
 def resume_locally(run: RunFolder, config: Config, json_lines: bool, step: int | None = None) -> int:
-    """Go on with a run here, with a configuration that may differ. Returns the exit code.
+    """Continue a run here, with a configuration that may differ. Return the exit code.
 
-    step: of the checkpoint to go on from, None for the newest one that is good. Raises DistattnError where another launcher works
-    on the run, whose ranks may not have begun; nothing is touched then.
+    step: of the checkpoint to continue from, None for the newest good one. Raises DistattnError, and changes nothing, if another
+    launcher works on the run, even if its ranks have not begun.
     """
     report_progress = no_progress if json_lines else print_line
     proposal = Proposal.of_this_process(run)
     with ExitStack() as stack:
-        with stopped("before training", "the run is as it was"):
-            # it may wait for half a minute, to see whether a launcher on another machine is alive
+        with stopped("before training", "the run is unchanged"):
+            # this may wait for half a minute, to see whether a launcher on another machine is alive
             stack.enter_context(RunLock(run.folder, LAUNCHER))
             # if the ranks refuse, the run keeps its configuration
             stack.callback(proposal.remove)
@@ -78,13 +78,13 @@ def run_ranks_and_finish(
     json_lines: bool,
     proposal: Proposal | None = None,
 ) -> int:
-    """Train in a run folder that is ready, and report; of a preflight alone JSON is its report. Returns the exit code.
+    """Train in a run folder that is ready, and report; for a preflight alone print its report as JSON. Return the exit code.
 
-    proposal: what the ranks go on with, where it was written.
+    proposal: the configuration and checkpoint that the ranks continue with, if it was written.
     """
     alone = config.preflight.action == "only"
     with HeldFolder(run.folder) as held:
-        with stopped("in the preflight") if alone else stopped("in training", lambda: _how_to_go_on(run)):
+        with stopped("in the preflight") if alone else stopped("in training", lambda: _continue_command(run)):
             # heavy imports only once the run is known to be possible
             from distattn.launch.finish_run import finish_run
             from distattn.launch.ranks.attempt import Ranks
@@ -107,25 +107,25 @@ def run_ranks_and_finish(
         try:
             return finish_run(run, config, report_progress, json_lines)
         except (DistattnError, OSError):
-            # an error of a folder that is gone has one cause, which `check` names
+            # all errors about a missing folder have one cause, which `check` names
             held.check()
             raise
 
 
 def _require_packages_of(config: Config) -> None:
-    """Raise DistattnError where a package that the run needs is not installed."""
+    """Raise DistattnError if a package that the run needs is not installed."""
     require_packages(*_PACKAGES)
     if config.engine.name != "fsdp2":
-        # our extra that installs it has the same name
+        # the extra of distattn that installs the package has the same name
         require_packages(config.engine.name, extra=config.engine.name)
 
 
 def _next_step(run: RunFolder, proposal: Proposal | None) -> int:
-    """Return the step that ranks would go on from: the proposed one until the proposal was applied."""
+    """Return the step that ranks would continue from: the proposed one until the proposal was applied."""
     step = None if proposal is None else proposal.step()
     return preferred_step(run.checkpoints) if step is None else step
 
 
-def _how_to_go_on(run: RunFolder) -> str:
+def _continue_command(run: RunFolder) -> str:
     step = preferred_step(run.checkpoints)
-    return f"distattn resume {run.folder} goes on from " + (f"step {step:,}" if step else "the first step")
+    return f"distattn resume {run.folder} continues from " + (f"step {step:,}" if step else "the first step")

@@ -1,4 +1,4 @@
-"""What becomes of a run on Slurm, on Ray or on this machine: its state, its attempts, and what its ranks do."""
+"""The state of a run on Slurm, on Ray or on this machine, its attempts, and the activities of its ranks."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import finish_command
 from distattn.launch.slurm import jobs as slurm
 from distattn.parallel.analysis.columns import plural
-from distattn.supervision.culprits import process_state, words
+from distattn.supervision.culprits import last_activity, process_state
 from distattn.training.json_lines import parse_json
 from distattn.training.run_folder import RunFolder
 
 _ALL_DONE = "all steps are done"
-# first words of the states of runs here and on Ray that have ended
+# first words of the states of ended runs here and on Ray
 _ENDED = ("ended", "killed")
-# states of Slurm (squeue(1)) in which a job still has work to do: it runs, it waits for nodes, or another cluster runs it
+# states of Slurm (squeue(1)) in which a job still has work to do: it runs, waits for nodes, or another cluster runs it
 _JOB_GOES_ON = (
     *("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"),
     *(
@@ -42,20 +42,20 @@ _JOB_GOES_ON = (
 
 
 def status(run: RunFolder) -> dict[str, Any]:
-    """Look up a run: its state, the steps done and the attempts; its job's number on Slurm, else what each rank does, by rank.
+    """Look up a run: its state, its steps and attempts; its job's number on Slurm, else its ranks' activities by rank.
 
-    Of a run that another scheduler starts there are no attempts, but what nodes said when their ranks last failed, by node.
+    A run that another scheduler starts has no attempts; it has its nodes' last reports of failed ranks, by node.
     Raises DistattnError as `slurm.status` does.
     """
     attempts, launcher = Attempts(run.attempts), _launcher(run)
-    # a run of Slurm's may have been resumed here
+    # a run that was started on Slurm may have been resumed here
     if run.job_file.exists() and attempts.beats() is None and launcher is None:
         job = slurm.status(run)
         return job if job["state"] in _JOB_GOES_ON else job | {"state": job["state"] + _unreported(run, job)}
     steps = run.steps_done()
     beats, rows = attempts.beats(), attempts.rows()
     if beats is None and rows and "why" not in rows[-1]:
-        # it has begun in between, or nobody goes on with it
+        # the attempt has begun in between, or no launcher runs it any more
         beats = attempts.beats()
     if run.ray_file.exists() and beats is None and launcher is None:
         ray_run: dict[str, Any] = {"run": str(run.folder), "state": _ray_state(run), "steps": steps, "attempts": rows}
@@ -63,10 +63,10 @@ def status(run: RunFolder) -> dict[str, Any]:
             return ray_run
         missing = _unreported(run, ray_run)
         if not missing and ray_run["state"].startswith("killed"):
-            missing = f", python -m distattn.launch.ray.attempts {run.folder} goes on"
+            missing = f", python -m distattn.launch.ray.attempts {run.folder} continues"
         return ray_run | {"state": ray_run["state"] + missing}
     last = rows[-1] if rows else {}
-    # another user's ranks cannot be looked at
+    # heartbeats of another user's ranks cannot be read
     state = "killed with its launcher" if beats is None and launcher is None else "running"
     if beats is None and launcher is not None and last.get("process") != launcher.writer_name:
         state = f"starting: {launcher}"
@@ -78,27 +78,28 @@ def status(run: RunFolder) -> dict[str, Any]:
         if missing := _unreported(run, {"attempts": rows, "steps": steps}):
             state = f"{_ALL_DONE}, its launcher compares and reports" if alive else state + missing
             if alive is None:
-                state += f", unless its launcher on {last['host']} still does"
+                state += f", unless its launcher on {last['host']} still does so"
         elif alive:
-            # it starts the ranks again, or ends
-            state = f"attempt {last['attempt']} ended with exit code {last['exit_code']}, its launcher goes on"
+            # the launcher starts the ranks again, or ends
+            state = f"attempt {last['attempt']} ended with exit code {last['exit_code']}, its launcher continues"
     elif (host := last.get("host")) != socket.gethostname():
-        state = f"begun on {host}, which knows whether it goes on"
-    ranks = {str(rank): words(beat) for rank, beat in (beats or {}).items()}
-    told = {} if rows else {str(node): facts["why"] for node, facts in sorted(attempts.told(attempts.latest).items())}
-    # the furthest rank's, from 1; 0 before the first
+        state = f"begun on {host}, which knows whether it is running"
+    ranks = {str(rank): last_activity(beat) for rank, beat in (beats or {}).items()}
+    reports = {} if rows else attempts.node_reports(attempts.latest)
+    nodes = {str(node): facts["why"] for node, facts in sorted(reports.items())}
+    # of the furthest rank, from 1; 0 before the first step
     at_step = 1 + max((beat.step for beat in (beats or {}).values()), default=-1)
-    facts = {"run": str(run.folder), "state": state, "steps": steps, "attempts": rows, "ranks": ranks, "nodes": told}
+    facts = {"run": str(run.folder), "state": state, "steps": steps, "attempts": rows, "ranks": ranks, "nodes": nodes}
     return facts | ({"at_step": at_step} if at_step else {})
 
 
 def state_of_ended(run: RunFolder) -> str | None:
-    """Return the state of a run or a sweep that has ended, so that there is nothing to cancel; None if it goes on.
+    """Return the state of a run or a sweep that has ended, so there is nothing to cancel; None if it is still active.
 
     Raises DistattnError as `slurm.status` does.
     """
     if sweep_runs(run.folder):
-        # on Slurm, each task of a sweep ends by itself
+        # on Slurm each task of a sweep ends on its own
         state = _ray_state(run) if run.ray_file.exists() else ""
     else:
         facts = status(run)
@@ -109,13 +110,13 @@ def state_of_ended(run: RunFolder) -> str | None:
 
 
 def cancel(run: RunFolder) -> tuple[str, int | str]:
-    """Cancel the "job", or end the "launcher" that goes on here; returns which, and its number.
+    """Cancel the "job", or end the "launcher" on this machine; return which, and its number.
 
-    Ranks on Ray are asked to save and to end, through the run folder. Raises DistattnError where neither goes on here.
+    Ranks on Ray are asked through the run folder to save and to end. Raises DistattnError if there is neither here.
     """
     attempts = Attempts(run.attempts)
     if attempts.beats() is None and (launcher := _launcher(run)) is not None:
-        # it has no ranks yet, or none any more
+        # the launcher has no ranks yet, or no longer
         if launcher.is_alive() is None:
             raise DistattnError(
                 f"{run.folder}: its launcher, {launcher}, works on it; cancel the run on {launcher.host}."
@@ -131,7 +132,7 @@ def cancel(run: RunFolder) -> tuple[str, int | str]:
         last = (attempts.rows() or [{}])[-1]
         if "process" in last and writer_is_alive(last["process"]):
             raise DistattnError(
-                f"{run.folder}: process {last['launcher']}, which started its ranks, is still alive, but no longer holds the "
+                f"{run.folder}: process {last['launcher']}, which started its ranks, is still alive but no longer holds the "
                 "folder; end that process, or wait until it ends."
             )
         raise DistattnError(f"{run.folder}: nothing was submitted from here, and no ranks of this machine work on it.")
@@ -141,7 +142,7 @@ def cancel(run: RunFolder) -> tuple[str, int | str]:
 
 
 def sweep_runs(folder: Path) -> list[RunFolder]:
-    """The runs of a sweep on Slurm or on Ray, by number; none where the folder is not one of a sweep."""
+    """Return the runs of a sweep on Slurm or on Ray, by number; none if the folder is not a sweep's folder."""
     place = RunFolder(folder)
     if place.config_file.exists() or not (place.job_file.exists() or place.ray_file.exists()):
         return []
@@ -151,7 +152,7 @@ def sweep_runs(folder: Path) -> list[RunFolder]:
 
 def _launcher(run: RunFolder) -> Owner | None:
     """Return the launcher that has locked a run, here or on another machine, while it lives."""
-    # a folder that this process may not write has no clock to compare a lease with
+    # in a folder that this process may not write, there is no clock to compare a lease with
     with contextlib.suppress(OSError):
         if (owner_and_life := folder_owner(run.folder, LAUNCHER)) is not None:
             launcher, is_alive = owner_and_life
@@ -159,38 +160,38 @@ def _launcher(run: RunFolder) -> Owner | None:
     return None
 
 
-def _unreported(run: RunFolder, found: Mapping[str, Any]) -> str:
-    """Return what to add to the state of a run that ended: its steps are done without a report, and what completes it. Or ""."""
-    last = found["attempts"][-1] if found["attempts"] else {}
+def _unreported(run: RunFolder, facts: Mapping[str, Any]) -> str:
+    """Return an addition to the state of a run that ended after all steps without a report, with the command for it; or ""."""
+    last = facts["attempts"][-1] if facts["attempts"] else {}
     # a preflight alone has no steps
-    if last.get("exit_code") != 0 or not found["steps"] or Attempts(run.attempts).is_reported(run.report_file):
+    if last.get("exit_code") != 0 or not facts["steps"] or Attempts(run.attempts).is_reported(run.report_file):
         return ""
     return f", {_ALL_DONE}, but not reported: {finish_command(run.folder)} compares and reports"
 
 
 def _state_elsewhere(run: RunFolder, steps: int) -> str:
-    """The state of a run of which no attempt is written down: who has its folder."""
+    """Return the state of a run without recorded attempts, from the owner of its folder."""
     if not steps and not run.attempts.exists():
         return "not begun"
-    begun = "begun by another scheduler, no attempts are written down"
-    found = folder_owner(run.folder)
-    if found is None:
+    begun = "begun by another scheduler, no attempts are recorded"
+    owner_and_life = folder_owner(run.folder)
+    if owner_and_life is None:
         return f"{begun}, " + ("its report is written" if run.report_file.exists() else "no ranks work on it")
-    owner, alive = found
-    return f"{begun}, {'goes on' if alive else 'was killed'}: {owner}"
+    owner, alive = owner_and_life
+    return f"{begun}, {'running' if alive else 'was killed'}: {owner}"
 
 
 def ray_facts(run: RunFolder) -> dict[str, Any]:
-    """What the last launcher of a run on Ray has noted of it. Raises DamagedDataError."""
+    """Return the notes of a Ray run's last launcher. Raises DamagedDataError."""
     try:
-        found: dict[str, Any] = parse_json(run.ray_file.read_bytes())
-        return found
+        facts: dict[str, Any] = parse_json(run.ray_file.read_bytes())
+        return facts
     except ValueError:
         raise DamagedDataError(f"{run.ray_file}: damaged; remove it.") from None
 
 
 def _ray_state(run: RunFolder) -> str:
-    """The state of a run on Ray, as its launcher has left it in the run folder."""
+    """Return the state of a run on Ray, as its launcher has left it in the run folder."""
     facts = ray_facts(run)
     state, *ended = run.state_file.read_text("utf-8").split()
     place = f"{facts['host']} on the Ray cluster at {facts['cluster']}"
@@ -199,17 +200,17 @@ def _ray_state(run: RunFolder) -> str:
     if facts["host"] == socket.gethostname():
         if process_state(facts["launcher"]) not in "XZ":
             return f"{state} from {place}"
-        # it may have noted its end just before
+        # the launcher may have noted its end just before
         ended = run.state_file.read_text("utf-8").split()[1:]
         return f"ended, exit code {ended[0]}" if ended else "killed with its launcher"
-    return f"begun from {place}, which knows whether it goes on"
+    return f"begun from {place}, which knows whether it is running"
 
 
 def status_lines(facts: Mapping[str, Any]) -> str:
-    """What `status` has found for people: a line about the run, and one for each attempt and rank."""
+    """Format the facts of `status` for users: a line about the run, and one for each attempt and rank."""
     job = f"job {facts['job']}: " if "job" in facts else ""
     state, steps = facts["state"], facts["steps"]
-    # if the state says that all steps are done, their number goes into it, so that they are named once
+    # if the state says that all steps are done, put their number there, to name it once
     counted = state.replace(_ALL_DONE, f"all {steps:,} steps are done" if steps > 1 else _ALL_DONE)
     lines = [f"{job}{counted}" if _ALL_DONE in state else f"{job}{state}, {plural(steps, 'step')} done"]
     for row in facts["attempts"]:
@@ -217,15 +218,15 @@ def status_lines(facts: Mapping[str, Any]) -> str:
         lasted = f"{ended - began:,.0f} s, " if began and ended else ""
         hosts = f" on {' '.join(row['hosts'])}" if row.get("hosts") else ""
         lines.append(f"  attempt {row['attempt']}{hosts}: {lasted}{row.get('why') or _without_end(facts)}")
-    lines += [f"  node {node} said last: {why}" for node, why in facts.get("nodes", {}).items()]
+    lines += [f"  last report of node {node}: {why}" for node, why in facts.get("nodes", {}).items()]
     lines += [f"  rank {rank}: {text}" for rank, text in facts.get("ranks", {}).items()]
     return "".join(f"{line}\n" for line in lines)
 
 
 def _without_end(facts: Mapping[str, Any]) -> str:
-    """Say what an attempt does whose end is not noted, as far as the state of its run tells."""
+    """Describe an attempt whose end is not noted, from the state of its run."""
     # Slurm's states are written in capitals
     state = facts["state"].lower()
     if state.startswith("running"):
         return f"runs, at step {facts['at_step']:,}" if "at_step" in facts else "runs"
-    return "was killed" if state.startswith(("killed", "starting")) else "goes on, or was killed with its job"
+    return "was killed" if state.startswith(("killed", "starting")) else "is running, or was killed with its job"

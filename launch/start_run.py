@@ -1,4 +1,4 @@
-"""What comes before ranks start: the data is found, the first step planned and proven, the run folder made. No torch."""
+"""Prepare a run before ranks start: find the data, plan and prove the first step, make the run folder. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from distattn.checkpoints.checkpoint_folder import check_step, preferred_step, set_aside_since
 from distattn.checkpoints.run_lock import RunLock
 from distattn.ir.errors import DistattnError
-from distattn.launch.command_line import say
+from distattn.launch.command_line import print_message
 from distattn.parallel.analysis.columns import readable_bytes
 from distattn.parallel.analysis.explain import explain
 from distattn.training import config as configuration
@@ -37,7 +37,7 @@ from distattn.training.run_folder import RunFolder
 def start_run(config: Config, report_progress: Callable[[str], None]) -> RunFolder:
     """Make the folder of a new run, with the first step's plan and its explanation in it.
 
-    Raises DistattnError for all that can go wrong before ranks start; nothing is left behind then.
+    Raises DistattnError for everything that can go wrong before ranks start, and leaves nothing behind then.
     """
     text = None if pack_config(config) else find_text(config)
     run = RunFolder.create(config)
@@ -61,16 +61,16 @@ def start_run(config: Config, report_progress: Callable[[str], None]) -> RunFold
         report_progress(run.explanation_file.read_text("utf-8").splitlines()[0])
         report_progress(f"run folder: {run.folder}")
     except BaseException:
-        # what went wrong matters, not what may be left
+        # raise the first error, not one about the rest of the folder
         shutil.rmtree(run.folder, ignore_errors=True)
         raise
     return run
 
 
 def preflight_alone(config: Config) -> Config:
-    """The configuration that a run is started with: one that ends after its preflight is neither started nor queued again.
+    """Return the configuration to start with: a run that ends after its preflight is not restarted or queued again.
 
-    Its folder is another one, so that the run that trains has its own.
+    It gets another folder, so that the training run can have its own.
     """
     if config.preflight.action != "only":
         return config
@@ -89,14 +89,14 @@ def resume_run(
     proposal: Proposal,
     step: int | None = None,
 ) -> None:
-    """Make the folder of a run ready to go on, and write the proposal of its launcher where anything is to change.
+    """Prepare the folder of a run for continuing, and write its launcher's proposal if anything has to change.
 
-    step: of the checkpoint to go on from, None for the newest one that is good. Raises DistattnError for all that can go wrong
-    before ranks start; nothing is changed then.
+    step: of the checkpoint to continue from, None for the newest good one. Raises DistattnError for everything that can go wrong
+    before ranks start, and changes nothing then.
     """
     if step is not None:
         check_step(run.checkpoints, step)
-    with _made_ready(run, config, step) as first:
+    with _prepared(run, config, step) as first:
         proposal.remove_of_dead()
         if step is not None or config != configuration.load(run.config_file):
             try:
@@ -106,16 +106,16 @@ def resume_run(
         run.forget_requests()
     begin = f"checkpoint of step {first:,}" if first else "no checkpoint yet"
     if first and step is None and (aside := set_aside_since(run.checkpoints, first)):
-        begin += f"; later ones are set aside: --step {aside[-1].step} goes on from the last of them"
+        begin += f"; later ones are set aside: --step {aside[-1].step} continues from the last of them"
     report_progress(f"run folder: {run.folder}, {begin}")
 
 
 def change_config(run: RunFolder, config: Config) -> None:
-    """Give a run that no job holds another configuration; the one before is kept next to it.
+    """Give a run that no job holds another configuration; the previous one is kept next to it.
 
-    Raises DistattnError as `resume_run`. A request to stop stays.
+    Raises DistattnError as `resume_run` does. A request to stop stays.
     """
-    with _made_ready(run, config) as step:
+    with _prepared(run, config) as step:
         try:
             run.accept_config(config, step)
         except OSError as error:
@@ -123,18 +123,18 @@ def change_config(run: RunFolder, config: Config) -> None:
 
 
 @contextmanager
-def _made_ready(run: RunFolder, config: Config, step: int | None = None) -> Iterator[int]:
-    """Check a configuration for a run that no process works on, and hold the run's lock while the block writes it down.
+def _prepared(run: RunFolder, config: Config, step: int | None = None) -> Iterator[int]:
+    """Check a configuration for a run that no process works on, and hold the run's lock while the block writes it.
 
-    step: of the checkpoint to go on from, None for the one that the run tries first. Yields that step, or 0. Raises
-    DistattnError; nothing is changed then.
+    step: of the checkpoint to continue from, None for the one that the run tries first. Yields that step, or 0. Raises
+    DistattnError, and changes nothing then.
     """
     data = open_data(run, config)
     begin = preferred_step(run.checkpoints) if step is None else step
     check_steps_left(run, config, begin)
-    # not under a run that goes on
+    # lock the run: no process may be working on it
     with RunLock(run.folder), _removed_afterwards(run.packs_file.with_name("corpus.longer.packs")) as longer:
-        # a plan that others made is long enough, or was refused
+        # a plan file of the user is long enough, or was refused
         if data.plan.steps < config.train.steps:
             data = plan_longer(run, config, data, longer)
         _check_evaluation(config, data)
@@ -144,23 +144,23 @@ def _made_ready(run: RunFolder, config: Config, step: int | None = None) -> Iter
         except OSError as error:
             raise DistattnError(f"{run.secret_file}: cannot be written: {error.strerror}; make room.") from None
         yield begin
-        # it begins as the plan before does
+        # the longer plan begins like the one before
         if longer.exists():
             longer.replace(run.packs_file)
 
 
 def _renew_secret(run: RunFolder) -> None:
-    """Draw a new secret; on a disk that cannot be written the one before stays, with a warning. Raises OSError without one."""
+    """Draw a new secret; if the disk cannot be written, keep the old one with a warning. Raises OSError without one."""
     try:
         write_secret(run.secret_file)
     except OSError as error:
         if not run.secret_file.exists():
             raise
-        say(f"{run.secret_file}: cannot be written: {error.strerror}; the run keeps the secret that it has.")
+        print_message(f"{run.secret_file}: cannot be written: {error.strerror}; the run keeps its secret.")
 
 
 def _check_plans(config: Config, data: RunData, after: int = -1) -> None:
-    """Plan the first step of each context length: a strategy or layout that cannot be is told of before ranks start."""
+    """Plan the first step of each context length, to refuse an impossible strategy or layout before ranks start."""
     settings = PlanSettings.of_config(config)
     for step, _ in data.plan.rule.context:
         if after < step < min(data.plan.steps, config.train.steps):
@@ -168,14 +168,14 @@ def _check_plans(config: Config, data: RunData, after: int = -1) -> None:
 
 
 def _check_evaluation(config: Config, data: RunData) -> None:
-    """Raise DistattnError where held-out documents are not there, or trained as well, before a run trains for days."""
+    """Raise DistattnError if held-out documents are missing or also trained, before a run trains for days."""
     if config.evaluation.every_steps:
         check_held_out(config, data)
 
 
 @contextmanager
 def _removed_afterwards(file: Path) -> Iterator[Path]:
-    """A file that is there for a while; one that a killed process left counts for nothing."""
+    """Yield a file path that is removed afterwards; a file that a killed process left there is removed first."""
     file.unlink(missing_ok=True)
     try:
         yield file
@@ -184,7 +184,7 @@ def _removed_afterwards(file: Path) -> Iterator[Path]:
 
 
 def _explain_first_step(run: RunFolder, config: Config, data: RunData) -> None:
-    """Plan the first step's first micro-batch, and leave the plan and its explanation in the run folder."""
+    """Plan the first step's first micro-batch, and write the plan and its explanation into the run folder."""
     settings = PlanSettings.of_config(config)
     explanation = explain(settings.plan(*first_packs(data.plan, config)), settings.cluster)
     explanation.plan.save(run.plan_file)
@@ -192,7 +192,7 @@ def _explain_first_step(run: RunFolder, config: Config, data: RunData) -> None:
 
 
 def require_packages(*names: str, extra: str = "train") -> None:
-    """Raise DistattnError where a package that training needs is not installed. extra: of distattn's, that installs it."""
+    """Raise DistattnError if a package that training needs is not installed. extra: the extra of distattn that installs it."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise DistattnError(f"training needs {', '.join(missing)}: pip install 'distattn[{extra}]'.")

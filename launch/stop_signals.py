@@ -1,7 +1,7 @@
-"""Signals that end a command: each has a sentence and the exit code 128 + N, whatever the command does when it comes.
+"""Signals that end a command: each gives a sentence and the exit code 128 + N, whatever the command does when it comes.
 
-A signal that is ignored when the command begins stays ignored, as after nohup, and one that the caller answers itself is left to
-the caller. docs/local.md has a table of what is said.
+A signal that is ignored when the command begins stays ignored, as after nohup, and a signal with a handler of the caller is left
+to the caller. docs/local.md has a table of the sentences.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
-# a further signal within this time of the first is the same request; a later one interrupts what still cleans up
+# another signal within this time of the first is the same request; a later one interrupts the clean-up
 _SAME_REQUEST_SECONDS = 5.0
 
 
@@ -45,9 +45,9 @@ class CommandStopped(KeyboardInterrupt):
 
 @contextmanager
 def answering_signals() -> Iterator[None]:
-    """Raise CommandStopped in the main thread for the first of the signals that comes in here.
+    """Raise CommandStopped in the main thread for the first of the signals that comes in this context.
 
-    Only signals with their default action are answered. In here again, and on other threads, this does nothing.
+    Only signals with their default action are handled. Nested contexts and other threads do nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -57,7 +57,7 @@ def answering_signals() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal asked_at
         if os.getpid() != owner:
-            # a process that was forked in the block ends in its own way
+            # a process that was forked inside the context ends in its own way
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif (now := time.monotonic()) - asked_at >= _SAME_REQUEST_SECONDS:
@@ -76,9 +76,9 @@ def answering_signals() -> Iterator[None]:
 
 @contextmanager
 def stopped(doing: str, then: str | Callable[[], str] = "") -> Iterator[None]:
-    """Say what was stopped in here: `doing` and `then` of a CommandStopped that has not been told of yet.
+    """Set `doing` and `then` of a CommandStopped from this context, unless an inner context has set them.
 
-    then: or a function that returns it, called when the command is stopped.
+    then: a text, or a function that returns it, called when the command is stopped.
     """
     try:
         yield
@@ -90,10 +90,10 @@ def stopped(doing: str, then: str | Callable[[], str] = "") -> Iterator[None]:
 
 def end_now(code: int) -> None:
     """End this process, which was stopped in the middle, with an exit code."""
-    # threads of torch's store may still be at what Python tears down: that aborts the process
+    # threads of torch's store may still use objects that Python destroys at exit, which aborts the process
     sys.stdout.flush()
     sys.stderr.flush()
-    # else the resource tracker warns of semaphores that it removes
+    # otherwise the resource tracker warns about semaphores that it removes
     finalize: Any = util._run_finalizers  # type: ignore[attr-defined]
     finalize(0)
     os._exit(code)

@@ -1,13 +1,13 @@
 """DeepSpeed 0.19: ZeRO stages 0 to 3 over all data- and context-parallel ranks.
 
-    cp = da.ContextParallel(group, loss_group=everyone, strategy="ring")
+    cp = da.ContextParallel(group, loss_group=all_ranks, strategy="ring")
     engine, *_ = deepspeed.initialize(model=model, config=config, mpu=SequenceGroups(cp), ...)
     cp.loss_scale(ProbeTarget(engine))
     engine.backward(local_loss(engine, cp.shard(batch)))
     engine.step()
 
-By what DeepSpeed divides gradients depends on the ZeRO stage, the number of sequence-parallel ranks and of micro-batches;
-`loss_scale` measures it. Give `mpu` and not `mesh_param` (or data_parallel_size and sequence_parallel_size in the
+DeepSpeed's divisor of gradients depends on the ZeRO stage, the number of sequence-parallel ranks and of micro-batches;
+`loss_scale` measures it. Pass `mpu` and not `mesh_param` (or data_parallel_size and sequence_parallel_size in the
 configuration): with those DeepSpeed 0.19 does not reduce over sequence-parallel ranks in stages 0 and 1.
 """
 
@@ -38,16 +38,16 @@ from distattn.parallel.runtime.communicator import new_group
 
 
 class SequenceGroups:
-    """The `mpu` of `deepspeed.initialize`: which ranks split a sequence, and over which ZeRO shards and reduces.
+    """The `mpu` of `deepspeed.initialize`: the ranks that split a sequence, and the ranks over which ZeRO shards and reduces.
 
-    cp: ranks that hold the same batch split its sequences; its loss group is all ranks.
+    cp: ranks that hold the same batch split its sequences; its loss group contains all ranks.
     """
 
     def __init__(self, cp: ContextParallel):
         if cp.group is None or cp.loss_group is None:
             raise DistattnError("DeepSpeed needs torch.distributed; call deepspeed.init_distributed first.")
         if cp.config.servers:
-            raise DistattnError("DeepSpeed trains on all ranks, so none can only serve; leave servers out.")
+            raise DistattnError("DeepSpeed trains on all ranks, so no rank can only serve; leave servers out.")
         if dist.get_world_size(cp.loss_group) != dist.get_world_size():
             raise DistattnError(
                 f"DeepSpeed trains on all {dist.get_world_size()} ranks, the loss group has "
@@ -58,53 +58,53 @@ class SequenceGroups:
         self._alone = new_group([dist.get_rank()])
 
     def initialize_sequence_parallel(self, size: int) -> None:
-        """DeepSpeed asks only whether this exists. The groups are those of the `ContextParallel`."""
+        """Check the size. DeepSpeed only looks whether this method exists; the groups are those of the `ContextParallel`."""
         if size != self.get_sequence_parallel_world_size():
             raise DistattnError(
                 f"sequences are split over {self.get_sequence_parallel_world_size()} ranks, not {size}."
             )
 
     def get_sequence_parallel_group(self) -> dist.ProcessGroup:
-        """Ranks that split a sequence."""
+        """Return the ranks that split a sequence."""
         return self._split  # type: ignore[no-any-return]
 
     def get_sequence_parallel_world_size(self) -> int:
-        """The number of ranks that split a sequence."""
+        """Return the number of ranks that split a sequence."""
         return dist.get_world_size(self._split)
 
     def get_sequence_parallel_rank(self) -> int:
-        """This rank among those that split a sequence."""
+        """Return this rank's number among those that split a sequence."""
         return dist.get_rank(self._split)
 
     def get_sequence_data_parallel_group(self) -> dist.ProcessGroup:
-        """All ranks that share the parameters."""
+        """Return all ranks that share the parameters."""
         return self._all  # type: ignore[no-any-return]
 
     def get_sequence_data_parallel_world_size(self) -> int:
-        """The number of ranks that share the parameters."""
+        """Return the number of ranks that share the parameters."""
         return dist.get_world_size(self._all)
 
     def get_sequence_data_parallel_rank(self) -> int:
-        """This rank among all."""
+        """Return this rank's number among all ranks."""
         return dist.get_rank(self._all)
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
-        """This rank alone: there is no tensor parallelism."""
+        """Return a group of this rank alone: there is no tensor parallelism."""
         return self._alone
 
     def get_model_parallel_rank(self) -> int:
-        """There is no tensor parallelism."""
+        """Return 0: there is no tensor parallelism."""
         return 0
 
     def get_model_parallel_world_size(self) -> int:
-        """There is no tensor parallelism."""
+        """Return 1: there is no tensor parallelism."""
         return 1
 
 
 def set_data_parallel_size(engine: Any, size: int) -> None:
-    """Have an engine that was made without `SequenceGroups` count samples right: all that it reports is of `size` shares of data.
+    """Set the sample counts of an engine that was made without `SequenceGroups`: its reports count `size` shares of data.
 
-    Without them DeepSpeed takes every rank for one with samples of its own. Gradients do not depend on it.
+    Without this DeepSpeed counts every rank as one with its own samples. Gradients do not depend on it.
     """
     samples = engine.train_micro_batch_size_per_gpu() * engine.gradient_accumulation_steps() * size
     engine._config.train_batch_size = engine.tput_timer.batch_size = samples
@@ -113,8 +113,8 @@ def set_data_parallel_size(engine: Any, size: int) -> None:
 class ProbeTarget:
     """A DeepSpeed engine, for `ContextParallel.loss_scale` to probe between two steps, not in the middle of accumulation.
 
-    output_layer: the linear layer that makes logits, by default what transformers names so. scale_wrt_gas: as you give it to
-    `engine.backward`.
+    output_layer: the linear layer that makes logits, by default the one that transformers names. scale_wrt_gas: as you pass it
+    to `engine.backward`.
     """
 
     def __init__(
@@ -131,35 +131,37 @@ class ProbeTarget:
                 "Megatron-core's pipeline (distattn.adapters.megatron)."
             )
         if engine.has_moe_layers:
-            raise DistattnError("DeepSpeed's expert parallelism reduces experts over groups of its own; not supported.")
+            raise DistattnError(
+                "DeepSpeed's expert parallelism reduces experts over its own groups, which is not supported."
+            )
         self.engine, self._output_layer, self._scale_wrt_gas = engine, output_layer, scale_wrt_gas
         self._forward = forward or (lambda batch: logits_of(engine, batch))
         self.micro_batches_per_step = engine.gradient_accumulation_steps() if scale_wrt_gas else None
 
     def layer(self) -> torch.nn.Module:
-        """The output layer, or another one where that is frozen."""
+        """Return the output layer, or another layer if it is frozen."""
         return trained_layer(self.engine.module, self._output())
 
     def vocab_rows(self) -> int:
-        """Rows of the whole vocabulary, also where the weight is partitioned."""
+        """Return the rows of the whole vocabulary, even if the weight is partitioned."""
         weight: Any = self._output().weight
         return getattr(weight, "ds_shape", weight.shape)[0]
 
     def backward(self, batch: Mapping[str, Any], loss_of: Callable[[Tensor], Tensor]) -> None:
-        """As for the last micro-batch of a step."""
+        """Run the backward pass as for the last micro-batch of a step."""
         self.engine.backward(loss_of(self._forward(batch)), scale_wrt_gas=self._scale_wrt_gas)
 
     def inputs(self, x: Tensor) -> Tensor:
-        """The layer multiplies what it is given."""
+        """Return the layer's input unchanged."""
         return x
 
     def gradient(self) -> Tensor:
-        """Of the layer's weight, without the scale of fp16 losses."""
+        """Return the gradient of the layer's weight, without the loss scale of fp16."""
         weight: Any = self.layer().weight
         return full_tensor(safe_get_full_grad(weight)) / (getattr(self.engine.optimizer, "loss_scale", None) or 1.0)
 
     def parameters(self) -> list[ProbedParameter]:
-        """Return all parameters of the model. Those that stage 3 partitions are empty here, since each number exists once."""
+        """Return all parameters of the model. Parameters that stage 3 partitions are empty: each number exists once."""
         scale = getattr(self.engine.optimizer, "loss_scale", None) or 1.0
 
         def gradient_of(parameter: Any) -> Tensor | None:
@@ -170,7 +172,7 @@ class ProbeTarget:
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:
-        """Gradients and what the optimizer holds of them are as before; raises DistattnError in the middle of a step."""
+        """Restore gradients and the optimizer's state of them afterwards. Raises DistattnError in the middle of a step."""
         engine, optimizer = self.engine, self.engine.optimizer
         steps = engine.gradient_accumulation_steps()
         if engine.micro_steps % steps:

@@ -1,13 +1,13 @@
-"""Hugging Face `Trainer`, with accelerate underneath: DDP, FSDP2 or DeepSpeed as its arguments say.
+"""Hugging Face `Trainer` with accelerate: DDP, FSDP2 or DeepSpeed, according to its arguments.
 
     cp = da.ContextParallel(group, loss_group=torch.distributed.group.WORLD, strategy="ring")
     trainer = ContextParallelTrainer(model=model, args=args, train_dataset=..., data_collator=..., context_parallel=cp)
     trainer.train()
 
-Ranks that split a sequence get the same batches; micro-batches are what the collator makes, in the form
-`ContextParallel.shard` takes; columns of the dataset reach it as they are. Evaluation splits sequences, too, where only the
-loss is asked for; with `compute_metrics`, and in `predict`, each process has whole sequences of its own. Leave
-`ParallelismConfig` out: its cp and sp are accelerate's own.
+Ranks that split a sequence get the same batches. The collator makes micro-batches in the form that `ContextParallel.shard` takes,
+and gets the unchanged columns of the dataset. Evaluation splits sequences, too, if only the loss is needed; with
+`compute_metrics`, and in `predict`, each process has whole sequences. Leave `ParallelismConfig` out: its cp and sp are those of
+accelerate.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ from distattn.ir.errors import DistattnError
 
 
 class ContextParallelTrainer(Trainer):
-    """A `Trainer` whose training batches are split by a `ContextParallel`. The model has attn_implementation="distattn".
+    """A `Trainer` whose batches are split by a `ContextParallel`. The model must have attn_implementation="distattn".
 
     The loss is the sum over tokens / valid tokens of all ranks and micro-batches of a step.
     """
 
-    def __init__(self, *given: Any, context_parallel: ContextParallel, **named: Any):
+    def __init__(self, *arguments: Any, context_parallel: ContextParallel, **named: Any):
         print_refusals_once()
-        super().__init__(*given, **named)
+        super().__init__(*arguments, **named)
         self.context_parallel = context_parallel
-        # transformers' documented way to say that compute_loss has seen to it
+        # transformers' documented flag: compute_loss scales the loss for gradient accumulation itself
         self.loss_is_scaled_for_ga = True
         self._probed: Any = None
-        # of the epoch that runs: its loader, and its steps, which are sharded a step ahead
+        # the loader of the current epoch, and its steps, which are sharded a step ahead
         self._epoch: tuple[Any, Iterator[list[dict[str, Any]]]] = None, iter(())
-        # the loader whose batches are split in evaluation; of the last such evaluation, the loss of each step with its number of
-        # labels, and the prefix of its metrics
+        # the loader whose batches are split in evaluation; for the last such evaluation the loss and the number of labels of each
+        # step, and the prefix of its metrics
         self._split: Any = None
         self._evaluated: list[tuple[float, int]] | None = None
         self._evaluated_as = ""
         args: Any = self.args
-        for what, asked in {
+        for option, is_set in {
             "label_smoothing_factor": args.label_smoothing_factor > 0,
             "compute_loss_func": self.compute_loss_func is not None,
             "several GPUs in one process (start one process each, with torchrun)": args.n_gpu > 1,
@@ -64,8 +64,8 @@ class ContextParallelTrainer(Trainer):
             f"train_sampling_strategy {args.train_sampling_strategy!r}": args.train_sampling_strategy
             not in ("random", "sequential"),
         }.items():
-            if asked:
-                raise DistattnError(f"{what} is not supported together with context parallelism; leave it out.")
+            if is_set:
+                raise DistattnError(f"{option} is not supported together with context parallelism; leave it out.")
         if context_parallel.loss_group is not None:
             ranks = dist.get_world_size(context_parallel.loss_group)
             if ranks != args.world_size:
@@ -75,7 +75,7 @@ class ContextParallelTrainer(Trainer):
                 )
 
     def get_train_dataloader(self) -> DataLoader:
-        """The training set, shared out over replicas: ranks that split a sequence get the same batches, in the same order."""
+        """Return a loader of the training set: replicas have different rows, ranks that split a sequence the same batches."""
         if self.train_dataset is None:
             raise DistattnError("training needs a train_dataset.")
         args: Any = self.args
@@ -87,24 +87,24 @@ class ContextParallelTrainer(Trainer):
             how["sampler"] = SequentialSampler(dataset)
             if args.train_sampling_strategy == "random":
                 how["sampler"] = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed))
-        return self._shared_out(dataset, seed, how)
+        return self._shared_loader(dataset, seed, how)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """The same for evaluation, where only the loss is asked for; where metrics are, each process has batches of its own."""
+        """Return the same for evaluation if only the loss is needed; with metrics each process has its own batches."""
         if self.compute_metrics is not None:
             return super().get_eval_dataloader(eval_dataset)
-        given: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        dataset = self.eval_dataset[given] if isinstance(given, str) else given  # type: ignore[index]
+        chosen: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[chosen] if isinstance(chosen, str) else chosen  # type: ignore[index]
         if dataset is None:
             raise DistattnError("evaluation needs an eval_dataset.")
-        self._split = self._shared_out(dataset, self.args.seed, dict(batch_size=self.args.eval_batch_size))
+        self._split = self._shared_loader(dataset, self.args.seed, dict(batch_size=self.args.eval_batch_size))
         return self._split
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """Return the rows of the data set in a step: ranks that split a sequence have the same rows, which count once."""
         return self._train_batch_size * args.gradient_accumulation_steps * self.context_parallel.data_parallel_size
 
-    def _shared_out(self, dataset: Any, seed: int, how: dict[str, Any]) -> DataLoader:
+    def _shared_loader(self, dataset: Any, seed: int, how: dict[str, Any]) -> DataLoader:
         args: Any = self.args
         how |= dict(collate_fn=partial(_copied_batch, self.data_collator))
         how |= dict(num_workers=args.dataloader_num_workers, pin_memory=args.dataloader_pin_memory)
@@ -118,7 +118,7 @@ class ContextParallelTrainer(Trainer):
             num_processes=cp.data_parallel_size,
             process_index=cp.data_parallel_rank,
             put_on_device=True,
-            # a dispatcher would give every rank other batches, whatever the replicas
+            # a dispatcher would give every rank different batches, even within a replica
             dispatch_batches=False,
             even_batches=args.accelerator_config.even_batches,
             use_seedable_sampler=True,
@@ -128,7 +128,7 @@ class ContextParallelTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """The micro-batches of a step, split; their losses are scaled by the labels of all of them."""
+        """Return the micro-batches of a step, split; their losses are scaled by the labels of all of them."""
         if self._probed is not self.model_wrapped:
             self._probed = self.model_wrapped
             self.context_parallel.loss_scale(self._probe_target())
@@ -138,14 +138,14 @@ class ContextParallelTrainer(Trainer):
         return next(self._epoch[1], []), None
 
     def _micro_batches(self, epoch_iterator: Iterator[Any]) -> Iterator[list[Any]]:
-        """The batches of an epoch, by step; the last step may have fewer, as the Trainer counts them."""
+        """Yield the batches of an epoch by step; the last step may have fewer, as the Trainer counts them."""
         while whole := list(islice(epoch_iterator, self.args.gradient_accumulation_steps)):
             yield whole
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Of a split batch, this rank's share; of a whole one (evaluation), transformers' own."""
+        """Compute this rank's share for a split batch; for a whole batch (evaluation) transformers' own loss."""
         if "context_parallel" not in inputs:
             if isinstance(inputs.get("labels"), torch.Tensor):
                 inputs = {**inputs, "labels": int64_labels(inputs["labels"])}
@@ -154,14 +154,14 @@ class ContextParallelTrainer(Trainer):
             raise DistattnError("a split batch has no whole outputs to return; evaluate on whole sequences.")
         return local_loss(model, inputs)
 
-    def evaluation_loop(self, dataloader: DataLoader, *given: Any, **named: Any) -> Any:
-        """The loss of split sequences, a mean over all their labels; predictions of whole ones, without context parallelism."""
+    def evaluation_loop(self, dataloader: DataLoader, *arguments: Any, **named: Any) -> Any:
+        """Evaluate split sequences by their mean loss over all labels, whole sequences without context parallelism."""
         evaluated: list[tuple[float, int]] | None = [] if dataloader is self._split else None
         self._evaluated, self._evaluated_as = evaluated, named.get("metric_key_prefix", "eval")
         with nullcontext() if evaluated is not None else single_process_attention(self.model):
-            done = super().evaluation_loop(dataloader, *given, **named)
+            done = super().evaluation_loop(dataloader, *arguments, **named)
         if not (self.is_in_train or self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            # prepared for evaluation, accelerate would leave it without DDP in training: ranks would train models of their own
+            # accelerate would not wrap a model in DDP that it has prepared for evaluation, and ranks would train different models
             self.model._is_accelerate_prepared = self.model_wrapped is not self.model  # type: ignore[union-attr]
         labels = sum(labels for _, labels in evaluated or ())
         if evaluated and labels and done.metrics:
@@ -170,16 +170,16 @@ class ContextParallelTrainer(Trainer):
         return done
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Record metrics. The steps of an evaluation of split sequences are counted: the Trainer takes each rank's for others."""
+        """Record metrics. Correct the steps per second of split evaluations: the Trainer counts each step on every rank."""
         name, seconds = f"{self._evaluated_as}_steps_per_second", logs.get(f"{self._evaluated_as}_runtime")
         if self._evaluated and seconds and name in logs:
             logs[name] = round(len(self._evaluated) / seconds, 3)
         super().log(logs, start_time)
 
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *given: Any, **named: Any) -> Any:
-        """Of a split batch the loss alone, over the batches of all ranks."""
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
+        """Return only the loss for a split batch, over the batches of all ranks."""
         if self._evaluated is None:
-            return super().prediction_step(model, inputs, *given, **named)
+            return super().prediction_step(model, inputs, *arguments, **named)
         cp = self.context_parallel
         with torch.no_grad(), self.compute_loss_context_manager():
             part = cp.shard(inputs)
@@ -189,7 +189,7 @@ class ContextParallelTrainer(Trainer):
         return torch.tensor(mean, device=loss.device), None, None
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Count the tokens of all ranks, each once, without padding, which is not computed."""
+        """Count the tokens of all ranks, each once, without padding."""
         ids = inputs["input_ids"][:, : inputs["context_parallel"].own_tokens]
         super()._track_num_input_tokens({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
@@ -205,7 +205,7 @@ class ContextParallelTrainer(Trainer):
 
 
 def _copied_batch(collate: Callable[[Any], Any], rows: Any) -> Any:
-    """Collate rows, and copy the tensors: accelerate holds a batch while the collator, which may reuse them, makes the next."""
+    """Collate rows and copy the tensors: the collator may reuse them for the next batch while accelerate holds this one."""
     batch = collate(rows)
     if not isinstance(batch, Mapping):
         return batch

@@ -5,9 +5,9 @@
     batch = cp.shard(batch)
     logits = model(**inputs(batch)).logits
 
-Goes through transformers' public registries of attention and mask functions. For recurrent layers and convolutions there is no
-registry: functions that hybrid models call are replaced (see `huggingface_recurrent`). Models that have attention classes of
-their own refuse the name (see `huggingface_masks`). For a `Trainer` see `distattn.adapters.hf_trainer`.
+It uses transformers' public registries of attention and mask functions. Recurrent layers and convolutions have no registry:
+functions that hybrid models call are replaced (see `huggingface_recurrent`). Models with their own attention classes refuse the
+name (see `huggingface_masks`). For a `Trainer` see `distattn.adapters.hf_trainer`.
 """
 
 # T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim
@@ -37,12 +37,12 @@ from distattn.adapters.pytorch import inputs as inputs
 from distattn.batch.local_batch import BatchAttention
 from distattn.ir.errors import DistattnError
 
-# kinds of layers as configurations name them: attention, and layers that read no other tokens
+# kinds of layers in configurations that are computed: attention, and layers that read no other tokens
 _COMPUTED = ("full_attention", "sliding_attention", "mlp", "moe")
 
 
 def register() -> None:
-    """Make attn_implementation="distattn" known to transformers."""
+    """Register attn_implementation="distattn" with transformers."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, mask_pattern)
     change_models(refuse_attention_classes)
@@ -52,9 +52,9 @@ def register() -> None:
 
 @contextmanager
 def single_process_attention(model: Any) -> Iterator[None]:
-    """Meanwhile a transformers model attends within this process alone, to whole batches: for evaluation and `generate`.
+    """Let a transformers model attend to whole batches in this process while the context is open, to evaluate or `generate`.
 
-    With activation checkpointing backward passes belong inside, too: they repeat the attention.
+    With activation checkpointing run backward passes inside, too: they recompute the attention.
     """
     # transformers' sdpa has no soft cap
     capped = getattr(model.config, "attn_logit_softcapping", None) is not None
@@ -81,9 +81,9 @@ def attention_forward(
     context_parallel: BatchAttention | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query (1, H, T, D), key (1, K, T, D), value (1, K, T, E) -> (1, T, H, E), as transformers calls it.
+    """Compute attention as transformers calls it: query (1, H, T, D), key (1, K, T, D), value (1, K, T, E) -> (1, T, H, E).
 
-    softcap, s_aux (H,), a sink logit per head, and sliding_window as Gemma 2, gpt-oss and Mistral pass them. Raises
+    softcap, s_aux (H,), a sink logit per head, and sliding_window are as Gemma 2, gpt-oss and Mistral pass them. Raises
     DistattnError for everything else that layers may ask for.
     """
     layer = getattr(module, "layer_idx", None)
@@ -92,23 +92,22 @@ def attention_forward(
         raise DistattnError(
             f'{where}attn_implementation="distattn" needs the sharded batch: call the model with '
             'context_parallel=batch["context_parallel"]; evaluate whole batches inside '
-            "huggingface.single_process_attention(model). Models that do not pass it on to their attention layers cannot be "
-            "split."
+            "huggingface.single_process_attention(model). Models that do not pass it to their attention layers cannot be split."
         )
     check_rope(getattr(module, "config", None), kwargs)
     if position_ids is not None:
         context_parallel.check_positions(position_ids)
     if attention_mask is not None and not isinstance(attention_mask, MaskPattern):
         raise DistattnError(
-            f"{where}an attention mask was passed; give document_lengths to ContextParallel.shard instead."
+            f"{where}an attention mask was passed; pass document_lengths to ContextParallel.shard instead."
         )
     if attention_mask is not None and attention_mask.window not in (None, sliding_window):
         raise DistattnError(
-            f"{where}the model masks all but {attention_mask.window} tokens, but the layer does not say so; not computed."
+            f"{where}the model masks all but {attention_mask.window} tokens, but the layer passes no such window; not computed."
         )
     if dropout:
         names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-        name = next((one for one in names if hasattr(getattr(module, "config", None), one)), names[0])
+        name = next((name for name in names if hasattr(getattr(module, "config", None), name)), names[0])
         raise DistattnError(f"{where}attention dropout {dropout} is not computed; set {name} = 0 in its config.")
     if kwargs.get("position_bias") is not None:
         raise DistattnError(f"{where}a position bias (position_bias) is not computed.")
@@ -124,7 +123,7 @@ def attention_forward(
     how: dict[str, Any] = dict(window=sliding_window, layer=layer, softcap=softcap or 0.0, sink=s_aux)
     if has_latents(module):
         return latent_attention(module, context_parallel, query, key, value, scaling, **how), None
-    # squeezing costs nothing backward, taking row 0 a copy
+    # squeeze costs nothing in the backward pass, indexing row 0 would cost a copy
     q_THD, k_TKD, v_TKE = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     return context_parallel.attention(q_THD, k_TKD, v_TKE, scaling, **how)[None], None
 
@@ -138,15 +137,15 @@ def mask_pattern(
     config: Any = None,
     **kwargs: Any,
 ) -> MaskPattern:
-    """The plan carries the mask: causal inside each document, maybe a window of it. Refuses what else a model asks for.
+    """Return a pattern in place of a mask: the plan has the mask, causal inside each document, maybe with a window.
 
     transformers marks windows and chunks by local_size, masks of users and multimodal models by use_vmap or an outer
-    `or_mask`; it wraps its causal function in an `and_mask` where positions restart, as those of packed documents do, and
-    for windows.
+    `or_mask`; it wraps its causal function in an `and_mask` for windows, and if positions restart, as in packed documents.
+    Raises DistattnError for other masks.
     """
     if attention_mask is not None and not bool(attention_mask.all()):
         raise DistattnError(
-            "a padding mask was passed to the model; give it to ContextParallel.shard, which leaves padding out."
+            "a padding mask was passed to the model; pass it to ContextParallel.shard, which leaves padding out."
         )
     if local_size is not None and local_size != getattr(config, "sliding_window", None):
         raise DistattnError(f"the model asks for attention in chunks of {local_size} tokens, which is not computed.")
@@ -159,26 +158,26 @@ def mask_pattern(
 
 
 def mixes_outside_attention(config: Any) -> bool:
-    """Whether a model has layers that read other tokens by a recurrence or a convolution."""
+    """Return whether a model has layers that read other tokens by a recurrence or a convolution."""
     return any(kind in MIXING for kind in getattr(config, "layer_types", None) or ())
 
 
 def check_config(config: Any) -> None:
-    """Raise DistattnError, naming it, where a model has what would be wrong on sharded sequences."""
+    """Raise DistattnError for a setting of a model that would give wrong results on sharded sequences."""
     for number, kind in enumerate(getattr(config, "layer_types", None) or ()):
         if kind in MIXING:
             check_mixing_layer(number, config)
         elif kind not in _COMPUTED:
             raise DistattnError(f"layer {number} is a {kind} layer, which is unknown; only known layers can be split.")
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    for given in (rope, *(part for part in rope.values() if isinstance(part, Mapping))):
-        if "mrope_section" in given:
+    for section in (rope, *(part for part in rope.values() if isinstance(part, Mapping))):
+        if "mrope_section" in section:
             raise DistattnError("the model has multimodal RoPE (mrope_section), whose positions are not sharded.")
-        kind = given.get("rope_type", given.get("type"))
-        if kind in BY_LENGTH and given is not rope:
+        kind = section.get("rope_type", section.get("type"))
+        if kind in BY_LENGTH and section is not rope:
             raise DistattnError(
                 f"the model has {kind} RoPE in some kinds of layers only; its frequencies depend on the longest position, "
-                "and would differ from rank to rank. Use linear, yarn or llama3 scaling."
+                "and would differ between ranks. Use linear, yarn or llama3 scaling."
             )
     if getattr(config, "output_router_logits", False) and config.model_type == "doge":
         raise DistattnError(

@@ -1,10 +1,10 @@
-"""Hugging Face transformers: latent attention (DeepSeek's MLA) by latents, which move between ranks in place of keys and values.
+"""Hugging Face transformers: latent attention (DeepSeek's MLA) that sends latents between ranks in place of keys and values.
 
     attend_by_latents(model)
 
-Without that call such models are computed as any others: each rank expands the latents of its tokens, and keys and values of all
-heads move. Attention layers of transformers expand latents in a method, `expand_kv`; it is replaced on the layers of this one
-model by a function that leaves them as they are, for `attention_forward` to hand to the plan together with the weight.
+Without that call such models are computed like any others: each rank expands the latents of its tokens, and keys and values of
+all heads move. Attention layers of transformers expand latents in a method, `expand_kv`. It is replaced on the layers of this one
+model by a function that returns the latents unchanged; `attention_forward` passes them to the plan together with the weight.
 """
 
 # T tokens on this rank, H heads, N key dim without the rotary part, R rotary dim, L latent dim, E value head dim
@@ -22,31 +22,31 @@ from torch.distributed.tensor import DTensor
 from distattn.adapters.huggingface_modules import folder_of
 from distattn.ir.errors import DistattnError
 
-# transformers' folders of models whose layers hand what they expand to their attention function as it is; each is tested
+# transformers' folders of models whose layers pass the result of expand_kv unchanged to their attention function; all are tested
 MODELS = ("bailing_hybrid", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear")
 
 
 def attend_by_latents(model: torch.nn.Module) -> None:
-    """Have the latent attention of a transformers model move latents, R + L numbers a token, and expand them where they arrive.
+    """Let the latent attention of a transformers model send latents, R + L numbers per token, and expand them at the receiver.
 
-    Expanded are the latents of all tokens that a rank attends to, again in the backward pass. Call it before the model is
-    compiled. Raises DistattnError for a model without such layers, or whose up-projections are not plain linear layers (LoRA).
+    A rank expands the latents of all tokens that it attends to, and again in the backward pass. Call this before the model is
+    compiled. Raises DistattnError for a model without such layers, or if their up-projections are not plain linear layers (LoRA).
     """
     folder = folder_of(type(model).__module__)
     layers = [layer for layer in model.modules() if hasattr(layer, "expand_kv")]
     if folder not in MODELS or not layers:
         raise DistattnError(
-            f"{type(model).__name__} has no latent attention that is known here; models of {', '.join(MODELS)} have."
+            f"{type(model).__name__} has no latent attention that distattn supports; it supports models of {', '.join(MODELS)}."
         )
     for layer in layers:
         _up_projection(layer)
-        # past torch.nn.Module's own bookkeeping: it is neither a parameter nor a child
+        # set it in __dict__, without torch.nn.Module's bookkeeping: it is neither a parameter nor a child
         layer.__dict__["expand_kv"] = _keep_latents
 
 
 @contextmanager
 def latents_expanded(model: torch.nn.Module) -> Iterator[None]:
-    """Meanwhile the model's layers expand their latents themselves, as transformers' own attention needs them."""
+    """Let the model's layers expand their latents themselves while the context is open, for transformers' own attention."""
     layers = [layer for layer in model.modules() if has_latents(layer)]
     for layer in layers:
         del layer.__dict__["expand_kv"]
@@ -58,7 +58,7 @@ def latents_expanded(model: torch.nn.Module) -> Iterator[None]:
 
 
 def has_latents(layer: torch.nn.Module) -> bool:
-    """Whether an attention layer gives its attention function latents and rotary keys for keys and values."""
+    """Return whether an attention layer passes latents and rotary keys to its attention function as keys and values."""
     return getattr(layer, "expand_kv", None) is _keep_latents
 
 
@@ -75,9 +75,9 @@ def latent_attention(
     softcap: float,
     sink: Tensor | None,
 ) -> Tensor:
-    """query (1, H, T, N + R), latent (1, 1, T, L), rope (1, 1, T, R) -> (1, T, H, E), as attention takes the others.
+    """Compute latent attention: query (1, H, T, N + R), latent (1, 1, T, L), rope (1, 1, T, R) -> (1, T, H, E).
 
-    batch: of the methods of `LocalBatch`.
+    batch: has the methods of `LocalBatch`.
     """
     if softcap or sink is not None:
         raise DistattnError("latent attention with a soft cap or sinks is not computed; leave attend_by_latents out.")
@@ -101,8 +101,8 @@ def _up_projection(layer: Any) -> Tensor:
     linear = layer.kv_b_proj
     if type(linear) is not torch.nn.Linear or linear.bias is not None:
         raise DistattnError(
-            f"the up-projection of latents is a {type(linear).__name__}, not a plain linear layer without a bias: its weight "
-            "would not be all of it. Leave attend_by_latents out."
+            f"the up-projection of latents is a {type(linear).__name__}, not a plain linear layer without a bias: its weight is "
+            "not all of it. Leave attend_by_latents out."
         )
     weight: Tensor = linear.weight
     return weight

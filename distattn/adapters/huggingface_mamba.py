@@ -1,8 +1,8 @@
-"""Hugging Face transformers: Mamba models without attention, whose language models keep their keyword arguments to themselves.
+"""Hugging Face transformers: Mamba models without attention, which do not pass keyword arguments on to their layers.
 
-The layers of `huggingface_recurrent` find the batch among the keyword arguments that the model was called with. Of those
-`Mamba2ForCausalLM` hands none but the mask on to the `Mamba2Model` inside it. So the batch makes this one step in the mask's
-place: it travels with the call, and any number of models, threads and repeated layers have each their own.
+The layers of `huggingface_recurrent` find the batch among the keyword arguments of the model's call. `Mamba2ForCausalLM` passes
+only the mask on to the `Mamba2Model` inside it. So the batch takes the place of the mask for this one step: it is part of the
+call, and different models, threads and repeated layers do not share it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ALONE = {"falcon_mamba": "FalconMamba", "mamba": "Mamba", "mamba2": "Mamba2"}
 
 
 def hand_batches_on(module: ModuleType) -> None:
-    """Have language models without attention hand a sharded batch on to their layers, or refuse it by name (Mamba-1).
+    """Change language models without attention to pass a sharded batch on to their layers, or to refuse it (Mamba-1).
 
     module: one of transformers' modules of models, see `huggingface_modules.change_models`.
     """
@@ -40,25 +40,25 @@ class _InPlaceOfMask:
 
 def _in_place_of_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
-    def language_model(self: Any, *given: Any, context_parallel: BatchAttention | None = None, **named: Any) -> Any:
+    def language_model(self: Any, *arguments: Any, context_parallel: BatchAttention | None = None, **named: Any) -> Any:
         if context_parallel is None:
-            return forward(self, *given, **named)
+            return forward(self, *arguments, **named)
         check_mixing_layer(0, self.config)
         if named.get("attention_mask") is not None:
             raise DistattnError(
-                "a padding mask was passed to the model; give it to ContextParallel.shard, which leaves padding out."
+                "a padding mask was passed to the model; pass it to ContextParallel.shard, which leaves padding out."
             )
-        return forward(self, *given, **named | {"attention_mask": _InPlaceOfMask(context_parallel)})
+        return forward(self, *arguments, **named | {"attention_mask": _InPlaceOfMask(context_parallel)})
 
     return language_model
 
 
 def _from_place_of_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
-    def model(self: Any, *given: Any, **named: Any) -> Any:
+    def model(self: Any, *arguments: Any, **named: Any) -> Any:
         mask = named.get("attention_mask")
         if isinstance(mask, _InPlaceOfMask):
             named |= {"attention_mask": None, "context_parallel": mask.batch}
-        return forward(self, *given, **named)
+        return forward(self, *arguments, **named)
 
     return model

@@ -1,4 +1,4 @@
-"""What transformers models get in a mask's place, and the refusals of models that do not leave attention to a function."""
+"""The object that transformers models get in place of a mask, and refusals of models that do not call an attention function."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import torch
 
 from distattn.ir.errors import DistattnError
 
-# the implementation of attention
+# the name of the attention implementation
 NAME = "distattn"
-# dicts of models: names of implementations to attention classes
+# the suffix of dicts in modules of models, from names of implementations to attention classes
 _CLASSES = "_CLASSES"
 
 
 def _works_on_masks() -> DistattnError:
     return DistattnError(
-        "the model's layers work on their mask themselves, and there is none: the plan carries it. Models that only hand it to "
-        "their attention function can be split."
+        "the model's layers compute with their mask, but the plan has the mask. Models that only pass it to their attention "
+        "function can be split."
     )
 
 
-def _refuse_operator(self: Any, *given: Any) -> Any:
+def _refuse_operator(self: Any, *operands: Any) -> Any:
     raise _works_on_masks()
 
 
 class MaskPattern:
-    """What a model asked of its mask; layers get it in the mask's place. window: of the last so many tokens, if at all.
+    """A stand-in for a model's mask, which layers get. window: the number of last tokens that the mask allows, None for all.
 
-    Whatever uses it as a tensor gets a DistattnError.
+    Using it as a tensor raises DistattnError.
     """
 
     def __init__(self, window: int | None):
@@ -60,7 +60,7 @@ for _name in (
 
 
 def refuse_attention_classes(module: ModuleType) -> None:
-    """Models that look a class up by the implementation's name (Falcon, GPT-J, GPT-Neo) refuse ours in a sentence.
+    """Let models that choose an attention class by the implementation's name (Falcon, GPT-J, GPT-Neo) refuse ours.
 
     module: one of transformers' modules of models, see `huggingface_modules.change_models`.
     """
@@ -69,9 +69,9 @@ def refuse_attention_classes(module: ModuleType) -> None:
             classes[NAME] = _refuse_model
 
 
-def _refuse_model(config: Any, *given: Any, **named: Any) -> Any:
+def _refuse_model(config: Any, *arguments: Any, **named: Any) -> Any:
     raise DistattnError(
-        f"{getattr(config, 'model_type', type(config).__name__)} models have attention classes of their own and do not use "
+        f"{getattr(config, 'model_type', type(config).__name__)} models have their own attention classes and do not use "
         "transformers' attention interface, so their attention cannot be split. Models that do can be: Llama, Mistral, Qwen, "
         "Gemma, gpt-oss and most others."
     )

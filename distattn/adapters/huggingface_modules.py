@@ -1,4 +1,4 @@
-"""Changes to transformers' modules of models, made at once where they are imported already, else when they are."""
+"""Change transformers' modules of models: at once if they are imported already, otherwise when they are imported."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Change = Callable[[ModuleType], None]
 
 
 def change_models(change: Change) -> None:
-    """Call `change` with every module that has models (`transformers.models.llama.modeling_llama`), once.
+    """Call `change` once with every module that has models (`transformers.models.llama.modeling_llama`).
 
-    Those that are imported already are changed at once, others when they are imported. A change given before does nothing.
+    Modules that are imported already are changed at once, others when they are imported. A repeated change does nothing.
     """
-    finder = next((one for one in sys.meta_path if isinstance(one, _Finder)), None)
+    finder = next((finder for finder in sys.meta_path if isinstance(finder, _Finder)), None)
     if finder is None:
         finder = _Finder()
         sys.meta_path.insert(0, finder)
@@ -32,7 +32,7 @@ def change_models(change: Change) -> None:
 
 
 def folder_of(module: str) -> str:
-    """The folder below transformers/models that a module is in, such as "llama"; "" for modules elsewhere."""
+    """Return the folder of a module below transformers/models, such as "llama"; "" for modules elsewhere."""
     return module.removeprefix(_MODELS).split(".")[0] if module.startswith(_MODELS) else ""
 
 
@@ -41,7 +41,7 @@ def _has_models(name: str) -> bool:
 
 
 class _Finder:
-    """Finds transformers' models as they are found without it, and has them changed when they are imported."""
+    """A finder of transformers' models that uses Python's own finder, and changes the modules when they are imported."""
 
     def __init__(self) -> None:
         self.changes: list[Change] = []
@@ -53,7 +53,7 @@ class _Finder:
         if not _has_models(name):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        # other loaders (zip files, compiled modules) are left alone
+        # do not change modules of other loaders (zip files, compiled modules)
         if spec is not None and spec.origin is not None and type(spec.loader) is importlib.machinery.SourceFileLoader:
             spec.loader = _Loader(name, spec.origin, self.changes)
         return spec

@@ -1,9 +1,9 @@
-"""Hugging Face transformers: recurrent layers and short convolutions by the batch's plans.
+"""Hugging Face transformers: compute recurrent layers and short convolutions by the batch's plans.
 
 Transformers' hybrid models call a few functions of their module (`causal_conv1d_fn`, `torch_chunk_gated_delta_rule`, ...), each
-with the keyword arguments that the model was called with. `replace_functions` puts ours in their place: with a sharded batch
-among the arguments they compute by its plans, else they call what they replace. To add a model, enter it in `MODELS`; to add a
-kind of layer, enter its function in `_FUNCTIONS`.
+with the keyword arguments of the model's call. `replace_functions` replaces them by ours, which compute by the plans of a sharded
+batch among the arguments; without one they call the replaced function. To add a model, enter it in `MODELS`; to add a kind of
+layer, enter its function in `_FUNCTIONS`.
 """
 
 # T tokens on this rank, C channels, W taps, H heads of values, G heads of queries and keys, K key dim, V value dim
@@ -45,14 +45,14 @@ MODELS = (
     "qwen3_next",
     "zamba2",
 )
-# those whose recurrent layers are Mamba's first version
+# models whose recurrent layers are Mamba-1
 _MAMBA_1 = ("falcon_mamba", "jamba", "mamba", "zamba")
-# the first transformers known to hand the model's keyword arguments on to these functions
+# the first version of transformers that passes the model's keyword arguments on to these functions
 _LEAST = "5.23"
 
 
 def check_mixing_layer(number: int, config: Any) -> None:
-    """Raise DistattnError where a model's layer of such a number, which is of a kind of `MIXING`, is not computed here."""
+    """Raise DistattnError if a model's layer of this number, whose kind is in `MIXING`, is not computed here."""
     layer = f"layer {number} is a {config.layer_types[number]} layer, which mixes tokens outside of attention"
     if (folder := folder_of(type(config).__module__)) not in MODELS:
         of_mamba_1 = " by the selective scan of Mamba-1, which decays every channel by itself and is no op here"
@@ -65,7 +65,7 @@ def check_mixing_layer(number: int, config: Any) -> None:
 
 
 def replace_functions(module: ModuleType) -> None:
-    """Have the recurrent layers of a module of `MODELS` computed by the plans of sharded batches.
+    """Let the recurrent layers of a module of `MODELS` compute by the plans of sharded batches.
 
     module: one of transformers' modules of models, see `huggingface_modules.change_models`.
     """
@@ -79,8 +79,10 @@ def replace_functions(module: ModuleType) -> None:
 
 def _by_plan(planned: Callable[..., Any], alone: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(alone)
-    def function(*given: Any, context_parallel: LocalBatch | None = None, **named: Any) -> Any:
-        return alone(*given, **named) if context_parallel is None else planned(context_parallel, *given, **named)
+    def function(*arguments: Any, context_parallel: LocalBatch | None = None, **named: Any) -> Any:
+        if context_parallel is None:
+            return alone(*arguments, **named)
+        return planned(context_parallel, *arguments, **named)
 
     return function
 
@@ -93,7 +95,7 @@ def _convolution(
     activation: str | None = None,
     **named: Any,
 ) -> Tensor:
-    """hidden_states (1, C, T), weight (C, W), bias (C,) -> (1, C, T)."""
+    """Compute a convolution: hidden_states (1, C, T), weight (C, W), bias (C,) -> (1, C, T)."""
     y_TC = batch.causal_conv1d(hidden_states.squeeze(0).transpose(0, 1), weight, bias=bias)
     if activation is not None:
         y_TC = ACT2FN[activation](y_TC)
@@ -114,7 +116,10 @@ def _delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **named: Any,
 ) -> tuple[Tensor, None]:
-    """query, key (1, T, G, K), value (1, T, H, V), g (1, T, H) or (1, T, H, K), beta (1, T, H) -> (1, T, H, V), and no state."""
+    """Compute a delta rule, (1, T, H, V), and return no state.
+
+    query, key: (1, T, G, K). value: (1, T, H, V). g: (1, T, H) or (1, T, H, K). beta: (1, T, H).
+    """
     _refuse_states(initial_state, output_final_state)
     if use_qk_l2norm_in_kernel:
         query, key = l2norm(query), l2norm(key)
@@ -140,9 +145,9 @@ def _state_space(
     return_final_states: bool = False,
     **named: Any,
 ) -> Tensor:
-    """Mamba-2: hidden_states (1, T, H, V), dt (1, T, H), A, D and dt_bias (H,), B and C (1, T, G, K) -> (1, T, H, V).
+    """Compute Mamba-2: hidden_states (1, T, H, V), dt (1, T, H), A, D and dt_bias (H,), B and C (1, T, G, K) -> (1, T, H, V).
 
-    Time steps and the result are fp32 (fp64 for fp64), as mamba-ssm's kernels compute them.
+    Time steps and the result are fp32 (fp64 for fp64), as in mamba-ssm's kernels.
     """
     _refuse_states(initial_states, return_final_states)
     if z is not None:
@@ -155,8 +160,8 @@ def _state_space(
     return ssd_scan(batch, hidden_states.squeeze(0), dt_TH, A.to(wide), B.squeeze(0), C.squeeze(0), skip_H1)[None]
 
 
-def _not_fused(batch: LocalBatch, *given: Any, **named: Any) -> None:
-    """A layer whose fused kernel returns nothing calls the convolution and the scan apart."""
+def _not_fused(batch: LocalBatch, *arguments: Any, **named: Any) -> None:
+    """Return None in place of the fused kernel: the layer then calls the convolution and the scan separately."""
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {

@@ -1,9 +1,8 @@
-"""Rotary embeddings of transformers whose frequencies depend on the longest position at hand: dynamic NTK, and longrope.
+"""Rotary embeddings of transformers whose frequencies depend on the longest position: dynamic NTK and longrope.
 
-transformers takes the greatest of the positions that a call is given. Under context parallelism a rank has some of a pack's
-positions, so each would compute frequencies of its own. Here every rank computes with the last position of the pack's longest
-document, which is what one process finds that has the whole pack; and frequencies depend on the pack alone, while transformers
-keeps those of the longest call so far.
+transformers takes the largest position of a call. Under context parallelism a rank has only some of a pack's positions, so ranks
+would compute different frequencies. Here every rank uses the last position of the pack's longest document, like one process that
+has the whole pack. Frequencies depend on the pack alone, while transformers keeps those of the longest call so far.
 """
 
 # T tokens on this rank
@@ -25,29 +24,29 @@ KNOWS_PACK = "rope_knows_pack"
 
 
 def rope_by_length(config: Any) -> str:
-    """The RoPE type of a transformers configuration where its frequencies depend on the length; else an empty text."""
+    """Return the RoPE type of a transformers configuration if its frequencies depend on the length, otherwise ""."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind = rope.get("rope_type", rope.get("type"))
     return kind if kind in BY_LENGTH else ""
 
 
 def scale_rope_by_pack(model: torch.nn.Module) -> None:
-    """Have a transformers model compute dynamic RoPE or longrope by the longest document of a sharded pack, on all ranks alike.
+    """Let a transformers model compute dynamic RoPE or longrope by the longest document of a sharded pack, equally on all ranks.
 
-    Call it once, before the first forward pass; models of other RoPE types are left alone. Whole batches, which come without
-    context_parallel, are scaled by their own longest position. Raises DistattnError where the model's rotary embeddings are not
-    modules as transformers makes them.
+    Call this once, before the first forward pass; it does nothing for models of other RoPE types. Whole batches, without
+    context_parallel, are scaled by their own longest position. Raises DistattnError if the model's rotary embeddings are not
+    modules like those of transformers.
     """
     kind = rope_by_length(model.config)
     if not kind:
         return
-    rotaries = [one for one in model.modules() if getattr(one, "rope_type", None) == kind]
+    rotaries = [module for module in model.modules() if getattr(module, "rope_type", None) == kind]
     if not rotaries:
         raise DistattnError(
-            f"{type(model).__name__} has {kind} RoPE, but no module that computes it as transformers' own models do; use linear, "
+            f"{type(model).__name__} has {kind} RoPE, but no module that computes it like transformers' own models; use linear, "
             "yarn or llama3 scaling."
         )
-    # of the call at hand; 0 for one of whole batches
+    # the longest document of the current call; 0 for whole batches
     longest = [0]
 
     def begin(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -55,17 +54,17 @@ def scale_rope_by_pack(model: torch.nn.Module) -> None:
         longest[0] = 0 if batch is None else batch.longest_document
         if batch is not None and not longest[0]:
             raise DistattnError(
-                f"the model has {kind} RoPE, and the longest document of the pack is not known here: distattn doctor and "
-                "pipeline schedules do not tell it. Use linear, yarn or llama3 scaling with them."
+                f"the model has {kind} RoPE, and the longest document of the pack is unknown: distattn doctor and pipeline "
+                "schedules do not pass it. Use linear, yarn or llama3 scaling with them."
             )
         return args, kwargs | {KNOWS_PACK: True} if longest[0] else kwargs
 
     def append(rotary: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-        # on the meta device, where bytes are counted, there is no number to compare
+        # positions on the meta device, where bytes are counted, have no values to compare
         rotary.rope_type = "default" if positions.is_meta else kind
         if kind == DYNAMIC:
-            # transformers would keep frequencies of a longer call before
+            # transformers would keep the frequencies of an earlier, longer call
             rotary.inv_freq, rotary.max_seq_len_cached = rotary.original_inv_freq, rotary.original_max_seq_len
         if not longest[0]:
             return args, kwargs
@@ -77,7 +76,7 @@ def scale_rope_by_pack(model: torch.nn.Module) -> None:
     def cut(_: Any, __: Any, out: Any) -> Any:
         if not longest[0]:
             return out
-        return tuple(one[:, :-1] for one in out) if isinstance(out, tuple) else out[:, :-1]
+        return tuple(part[:, :-1] for part in out) if isinstance(out, tuple) else out[:, :-1]
 
     model.register_forward_pre_hook(begin, with_kwargs=True)
     for rotary in rotaries:
@@ -85,16 +84,16 @@ def scale_rope_by_pack(model: torch.nn.Module) -> None:
         rotary.register_forward_hook(cut)
 
 
-def check_rope(config: Any, given: Mapping[str, Any]) -> None:
-    """Raise DistattnError where a layer is called by a model that `scale_rope_by_pack` should have been called for."""
+def check_rope(config: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise DistattnError if the model of a layer needs `scale_rope_by_pack`. arguments: of the layer's call."""
     kind = rope_by_length(config)
-    if kind and not given.get(KNOWS_PACK):
+    if kind and not arguments.get(KNOWS_PACK):
         raise DistattnError(
-            f"the model has {kind} RoPE, whose frequencies depend on the longest position at hand: they would differ from rank "
-            "to rank. Call huggingface.scale_rope_by_pack(model) once, or use linear, yarn or llama3 scaling."
+            f"the model has {kind} RoPE, whose frequencies depend on the longest position: they would differ between ranks. "
+            "Call huggingface.scale_rope_by_pack(model) once, or use linear, yarn or llama3 scaling."
         )
 
 
 def _with_last(position_ids: Tensor, length: int) -> Tensor:
-    """Positions (1, T), and after them the last of a document of this length."""
+    """Append the last position of a document of this length to positions (1, T)."""
     return torch.cat([position_ids, position_ids.new_full((len(position_ids), 1), length - 1)], 1)

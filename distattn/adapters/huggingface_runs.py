@@ -1,7 +1,7 @@
-"""Hugging Face transformers: re-layouts around runs of recurrent layers, by public forward hooks of the decoder's layers.
+"""Hugging Face transformers: change the layout around runs of recurrent layers, by public forward hooks of decoder layers.
 
-Hooks are called outside of checkpointed layers: transformers and `memory.checkpoint_layers` checkpoint what is inside. So rows
-move once, and what is kept of a layer's input is where the layer is computed.
+Hooks are called outside of checkpointed layers: transformers and `memory.checkpoint_layers` checkpoint the inside of a layer. So
+rows move once, and the kept input of a layer has the layout in which the layer is computed.
 """
 
 # T tokens of this rank, C channels
@@ -24,9 +24,9 @@ from distattn.ir.errors import DistattnError
 _RECURRENT = "linear_attention"
 # a layer of attention and a recurrence side by side
 _WITH_ATTENTION = "hybrid"
-# kinds of layers that do not care where tokens are, as those between recurrent layers
+# kinds of layers that work in any layout, such as those between recurrent layers
 _BY_TOKEN = ("mlp", "moe")
-# an op, and how configurations call its heads of values, heads of queries and keys, key dim and value dim
+# an op, and the names in configurations of its value heads, query and key heads, key dim and value dim
 _SHAPES = (
     (
         "gated_delta_rule",
@@ -36,22 +36,21 @@ _SHAPES = (
     ("ssd", ("mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_head")),
     ("ssd", ("mamba_num_heads", "n_groups", "ssm_state_size", "mamba_head_dim")),
 )
-# models whose configurations give no sizes that are known here, and the op of their recurrent layers
+# models whose configurations have none of these sizes, and the op of their recurrent layers
 _OPS_OF_OTHERS = {"mamba2": "ssd", "zamba2": "ssd"}
-# what decoders give all layers alike, and only attention reads: recurrent layers have no positions
+# arguments that decoders pass to all layers, and only attention reads: recurrent layers have no positions
 _POSITIONS = ("position_ids", "position_embeddings")
-# what decoders may return of each layer or router: rows that the caller expects where the model's are
+# outputs of each layer or router that decoders may return; the caller expects their rows in the model's layout
 _RETURNED = ("output_hidden_states", "output_router_logits")
 
 
 def relayout_recurrent_runs(model: Any) -> list[Any]:
-    """Have tokens move to contiguous slices for runs of recurrent layers where that is faster, by the batch's `cluster`.
+    """Move tokens to contiguous slices for runs of recurrent layers if that is faster on the batch's `cluster`.
 
-    model: a transformers model; call it once, before it is sharded or compiled. For each batch and run the choice is
-    `distattn.recurrent_run`'s: without a described cluster rows stay. They stay, too, where hidden states or router logits are to
-    be returned, where layers are given other tensors of tokens, and in models whose configuration does not say the shape of
-    their states. Returns handles with `remove()`, none where a model has no such runs. Hooks of others on layers inside a run see
-    its rows.
+    model: a transformers model; call this once, before it is sharded or compiled. `distattn.recurrent_run` chooses for each batch
+    and run: without a described cluster rows stay. They also stay if hidden states or router logits are to be returned, if layers
+    get other tensors of tokens, and in models whose configuration has no shape of their states. Return handles with `remove()`,
+    an empty list for a model without such runs. Other hooks on layers inside a run see its rows.
     """
     decoder = unwrapped(model).get_decoder()
     shape = recurrence_shape(decoder.config)
@@ -70,20 +69,20 @@ def relayout_recurrent_runs(model: Any) -> list[Any]:
 
 
 def runs_of(kinds: Sequence[str]) -> list[range]:
-    """The numbers of layers of each run: from a recurrent layer to the last one behind it with nothing that attends between."""
-    found: list[range] = []
+    """Return the numbers of layers of each run: from a recurrent layer to the last one after it without attention between."""
+    runs: list[range] = []
     begin: int | None = None
     for number, kind in enumerate([*kinds, ""]):
         if kind == _RECURRENT:
             begin, last = (number if begin is None else begin), number
         elif kind not in _BY_TOKEN and begin is not None:
-            found.append(range(begin, last + 1))
+            runs.append(range(begin, last + 1))
             begin = None
-    return found
+    return runs
 
 
 def recurrence_shape(config: Any) -> dict[str, Any] | None:
-    """op, heads, kv_heads, head_dim and v_head_dim of a model's recurrent layers, by its configuration; None where unknown."""
+    """Return op, heads, kv_heads, head_dim and v_head_dim of a configuration's recurrent layers; None if they are unknown."""
     if _RECURRENT not in (getattr(config, "layer_types", None) or ()):
         return None
     check_mixing_layer(list(config.layer_types).index(_RECURRENT), config)
@@ -95,7 +94,7 @@ def recurrence_shape(config: Any) -> dict[str, Any] | None:
 
 
 def recurrent_op(config: Any) -> str | None:
-    """Return the op of a model's recurrent layers, by its configuration; None if it has no such layers or they are unknown."""
+    """Return the op of a configuration's recurrent layers; None without such layers, and for unknown ones."""
     kinds = getattr(config, "layer_types", None) or ()
     if _RECURRENT not in kinds and _WITH_ATTENTION not in kinds:
         return None
@@ -103,12 +102,12 @@ def recurrent_op(config: Any) -> str | None:
 
 
 def _op_and_sizes(config: Any) -> tuple[str | None, tuple[str, ...]]:
-    """Return the op that a configuration has the sizes of, and what they are called there."""
+    """Return the op whose sizes a configuration has, and the names of these sizes there."""
     return next(((op, names) for op, names in _SHAPES if all(hasattr(config, name) for name in names)), (None, ()))
 
 
 class _Returned:
-    """Whether the decoder, in this forward pass, is to return rows of its layers."""
+    """A flag: the decoder has to return rows of its layers in this forward pass."""
 
     def __init__(self, config: Any):
         self._config, self.any = config, False
@@ -123,12 +122,12 @@ class _Run:
 
     def __init__(self, name: str, shape: Mapping[str, Any], asked: _Returned):
         self._name, self._shape, self._asked = name, dict(shape), asked
-        # of the batch whose forward pass is between the first layer and the last; None where rows stay
+        # for the batch whose forward pass is between the first layer and the last; None if rows stay
         self._run: RecurrentRun | None = None
 
     @torch.compiler.disable
     def enter(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before the first layer: choose, and move the rows."""
+        """Choose a layout before the first layer, and move the rows."""
         self._run = None
         batch = kwargs.get("context_parallel")
         if not isinstance(batch, LocalBatch) or self._asked.any or not _hidden_states_only(args, kwargs):
@@ -144,19 +143,19 @@ class _Run:
 
     @torch.compiler.disable
     def within(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before each other layer."""
+        """Replace the batch and the positions before each other layer."""
         if self._run is None:
             return None
         if not _hidden_states_only(args, kwargs):
             raise DistattnError(
-                f"{self._name} run where their tokens were moved to, and one of them was given other tensors than its hidden "
-                "states; leave relayout_recurrent_runs out."
+                f"the tokens of {self._name} were moved, and one of the layers got other tensors than its hidden states; leave "
+                "relayout_recurrent_runs out."
             )
         return args, _within(self._run, kwargs)
 
     @torch.compiler.disable
     def leave(self, layer: Any, args: tuple[Any, ...], output: Any) -> Any:
-        """After the last layer: move the rows back."""
+        """Move the rows back after the last layer."""
         run, self._run = self._run, None
         if run is None:
             return None
@@ -166,12 +165,12 @@ class _Run:
 
 
 def _within(run: RecurrentRun, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A layer's arguments in a run. A layer that read positions all the same would fail, not be wrong."""
+    """Return a layer's arguments in a run. Without positions a layer that reads them fails, and does not compute wrongly."""
     return {**kwargs, **{name: None for name in _POSITIONS if name in kwargs}, "context_parallel": run.batch}
 
 
 def _hidden_states_only(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a layer is given hidden states (1, T, C), the batch, positions, and nothing else that could be of tokens."""
+    """Return whether a layer gets only hidden states (1, T, C), the batch, positions, and values that are not tensors."""
     others = (value for name, value in kwargs.items() if name not in (*_POSITIONS, "context_parallel"))
     plain = (type(None), bool, int, float, str, MaskPattern)
     return len(args) == 1 and isinstance(args[0], Tensor) and all(isinstance(value, plain) for value in others)

@@ -3,8 +3,8 @@
     spec = replace_core_attention(get_gpt_layer_local_spec(normalization="RMSNorm"), strategy="ring")
     model = GPTModel(config, spec, ...)
 
-That alone computes whatever batches Megatron's own loaders shard: sbhd rows in its zigzag order, thd packs in their
-per-document zigzag, per-batch groups. With sharded batches of ours any layout and any document lengths do:
+That alone computes all batches that Megatron's own loaders shard: sbhd rows in its zigzag order, thd packs in their
+per-document zigzag, per-batch groups. Batches that distattn shards may have any layout and any document lengths:
 
     use_batch_positions(model)                        # rotary embeddings by the batch's positions
     forward_backward(forward_step_func=partial(forward_step, config=config), data_iterator=iter(batches), ...)
@@ -44,37 +44,37 @@ from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
 
 _LOG = logging.getLogger("distattn")
-# what is replaced: other core attentions are other functions (sparse, linear)
+# core attentions that are replaced; others compute something else (sparse, linear)
 _STOCK = ("DotProductAttention", "TEDotProductAttention", "CoreAttention")
-# layers whose states and convolutions move
+# layers whose states and convolutions are split
 _RECURRENT = ("GatedDeltaNet", "MambaMixer")
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
 
 def replace_core_attention(spec: Any, **settings: Any) -> Any:
-    """Put distattn's core attention into a layer spec, or every layer of a block's or of a Mamba stack's; returns it.
+    """Put distattn's core attention into the spec of a layer, or of every layer of a block or a Mamba stack; return the spec.
 
-    That of multi-latent attention is one like others. Gated DeltaNet and Mamba-2 layers become those of `megatron_recurrent`,
-    routers of experts that of `megatron_experts`. settings: fields of `PlannerConfig`, for batches that Megatron's loaders
-    shard; strategy="ring" by default.
+    The core attention of multi-latent attention is replaced, too. Gated DeltaNet and Mamba-2 layers become those of
+    `megatron_recurrent`, routers of experts that of `megatron_experts`. settings: fields of `PlannerConfig`, for batches that
+    Megatron's loaders shard; strategy="ring" by default.
     """
-    own = MegatronBatches({"strategy": "ring", **settings})
+    batches = MegatronBatches({"strategy": "ring", **settings})
     for number, layer in enumerate(_layers_of(spec)):
         self_attention: Any = getattr(layer.submodules, "self_attention", getattr(layer.submodules, "mixer", layer))
         attention: Any = getattr(self_attention, "submodules", None)
         name = _name_of(getattr(attention, "core_attention", None) or self_attention)
         if name in _RECURRENT:
-            # Megatron's need Triton, and models without such layers do not
+            # import these layers only if they are used: Megatron's need Triton
             from distattn.adapters import megatron_recurrent
 
             self_attention.module = getattr(megatron_recurrent, name)
-            self_attention.params = {**self_attention.params, "own": own}
+            self_attention.params = {**self_attention.params, "batches": batches}
         elif name in _STOCK:
-            attention.core_attention = ModuleSpec(CoreAttention, params={"own": own})
+            attention.core_attention = ModuleSpec(CoreAttention, params={"batches": batches})
         else:
             raise DistattnError(
-                f"layer {number} of the spec has {name}, not a core attention that can be split ({', '.join(_STOCK)}), nor one "
-                f"of {', '.join(_RECURRENT)}."
+                f"layer {number} of the spec has {name}, which is neither a core attention that can be split "
+                f"({', '.join(_STOCK)}) nor one of {', '.join(_RECURRENT)}."
             )
     for layer in (*_layers_of(spec), getattr(getattr(spec, "submodules", None), "moe_layer", None)):
         replace_router(layer)
@@ -82,15 +82,15 @@ def replace_core_attention(spec: Any, **settings: Any) -> Any:
 
 
 def close(model: Any) -> None:
-    """End the threads and communicators of a model's core attention (or of a list of its parts). All ranks call it."""
+    """End the threads and communicators of the core attention of a model, or of a list of its parts. All ranks call this."""
     for part in model if isinstance(model, list) else [model]:
         for module in unwrapped(part).modules():
-            if isinstance(own := getattr(module, "own", None), MegatronBatches):
-                own.close()
+            if isinstance(batches := getattr(module, "batches", None), MegatronBatches):
+                batches.close()
 
 
 def _layers_of(spec: Any) -> list[Any]:
-    """The specs of layers that mix tokens: of a block, of a Mamba stack, or of one layer."""
+    """Return the specs of layers that mix tokens: of a block, of a Mamba stack, or of one layer."""
     if hasattr(spec, "layer_specs"):
         return list(spec.layer_specs)
     stack: Any = getattr(spec, "submodules", None)
@@ -100,12 +100,12 @@ def _layers_of(spec: Any) -> list[Any]:
 
 
 def _name_of(spec: Any) -> str:
-    what = getattr(spec, "module", spec)
-    return getattr(what, "__name__", type(what).__name__)
+    module = getattr(spec, "module", spec)
+    return getattr(module, "__name__", type(module).__name__)
 
 
 class CoreAttention(MegatronModule):
-    """Megatron's core attention by plan. q (T, B, H, D), k, v alike -> (T, B, H * E); thd: (T, H, D) -> (T, H * E)."""
+    """Megatron's core attention, computed by plan: q (T, B, H, D), k, v -> (T, B, H * E); thd: (T, H, D) -> (T, H * E)."""
 
     def __init__(
         self,
@@ -119,29 +119,29 @@ class CoreAttention(MegatronModule):
         k_channels: int | None = None,
         v_channels: int | None = None,
         pg_collection: Any = None,
-        own: MegatronBatches | None = None,
+        batches: MegatronBatches | None = None,
     ):
         super().__init__(config=config)
         self.layer = layer_number - 1
         self.attn_mask_type, self.scale = attn_mask_type, softmax_scale
-        self.own = own or MegatronBatches({"strategy": "ring"})
+        self.batches = batches or MegatronBatches({"strategy": "ring"})
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
         self.group, self.tp_group = groups.cp, groups.tp
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        for what, asked in {
+        for request, is_set in {
             f"{attention_type} attention": attention_type != "self",
             f"attention dropout {dropout} (set attention_dropout=0)": dropout > 0,
             "the largest logit of each head (qk_clip, log_max_attention_logit)": config.qk_clip
             or getattr(config, "log_max_attention_logit", False),
         }.items():
-            if asked:
-                self._refuse(what)
+            if is_set:
+                self._refuse(request)
         self.window = self._window()
         heads = config.num_attention_heads // self.tp_group.size()
         if config.softmax_type == "off-by-one":
             self.register_buffer("softmax_offset", torch.zeros(heads), persistent=False)
         elif config.softmax_type == "learnable":
-            # named as in Transformer Engine, so that checkpoints fit
+            # the name is that of Transformer Engine, so that checkpoints fit
             device = None if config.use_cpu_initialization else torch.cuda.current_device()
             self.softmax_offset = torch.nn.Parameter(torch.zeros(heads, device=device, dtype=config.params_dtype))
             tensor_parallel.set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
@@ -158,7 +158,7 @@ class CoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """As Megatron's attention calls it."""
+        """Compute attention as Megatron's attention layer calls it."""
         if attention_mask is not None:
             self._refuse("an attention mask (pass None: documents are causal)")
         if attention_bias is not None:
@@ -170,7 +170,7 @@ class CoreAttention(MegatronModule):
         packed = query.dim() == 3
         if packed:
             query, key, value = (x[:, None] for x in (query, key, value))
-        batch = self.own.batch(query.shape[:2], packed_seq_params, self.group)
+        batch = self.batches.batch(query.shape[:2], packed_seq_params, self.group)
         tokens, rows = query.shape[:2]
         # rows end to end
         flat = (x.transpose(0, 1).reshape(tokens * rows, *x.shape[2:]).contiguous() for x in (query, key, value))
@@ -182,11 +182,11 @@ class CoreAttention(MegatronModule):
         return o_THE.reshape(rows, tokens, -1).transpose(0, 1).contiguous()
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
-        """The sinks, where they are learned."""
+        """Return the sinks, if they are learned."""
         if not isinstance(self.softmax_offset, torch.nn.Parameter):
             return {}
-        given = {"softmax_offset": self.softmax_offset}
-        return make_sharded_tensors_for_checkpoint(given, prefix, {"softmax_offset": 0}, sharded_offsets)
+        sinks = {"softmax_offset": self.softmax_offset}
+        return make_sharded_tensors_for_checkpoint(sinks, prefix, {"softmax_offset": 0}, sharded_offsets)
 
     def _window(self) -> int | None:
         config = self.config
@@ -197,12 +197,12 @@ class CoreAttention(MegatronModule):
             self._refuse(f"a window that sees {right} tokens ahead")
         return None if left < 0 else left + 1
 
-    def _refuse(self, what: str) -> None:
-        raise DistattnError(f"layer {self.layer} asks for {what}, which is not computed.")
+    def _refuse(self, request: str) -> None:
+        raise DistattnError(f"layer {self.layer} asks for {request}, which is not computed.")
 
 
 class Rotary(torch.nn.Module):
-    """A model's rotary embedding, at the positions of a sharded batch; as it was for Megatron's own batches.
+    """A model's rotary embedding at the positions of a sharded batch; unchanged for Megatron's own batches.
 
     without_rows: for multi-latent attention, whose queries of a pack have no dim of rows.
     """
@@ -211,23 +211,23 @@ class Rotary(torch.nn.Module):
         super().__init__()
         self.base, self.without_rows = base, without_rows
 
-    def get_rotary_seq_len(self, *given: Any, **named: Any) -> int:
-        """A number as Megatron wants it, which remembers the batch's positions."""
-        packed = next((x for x in (*given, *named.values()) if isinstance(x, Packed)), None)
+    def get_rotary_seq_len(self, *arguments: Any, **named: Any) -> int:
+        """Return the sequence length for Megatron; for sharded batches the number also carries the batch's positions."""
+        packed = next((x for x in (*arguments, *named.values()) if isinstance(x, Packed)), None)
         if packed is None:
-            return self.base.get_rotary_seq_len(*given, **named)  # type: ignore[operator,no-any-return]
+            return self.base.get_rotary_seq_len(*arguments, **named)  # type: ignore[operator,no-any-return]
         return _Positions.of(packed.batch["position_ids"][0])
 
-    def forward(self, max_seq_len: int, *given: Any, **named: Any) -> Any:
-        """(T, 1, 1, D) of this rank's tokens; (T, 1, D) without rows."""
+    def forward(self, max_seq_len: int, *arguments: Any, **named: Any) -> Any:
+        """Compute the angles of this rank's tokens, (T, 1, 1, D), or (T, 1, D) without rows."""
         if not isinstance(max_seq_len, _Positions):
-            return self.base(max_seq_len, *given, **named)
-        # packed: all positions, not those of Megatron's zigzag
-        found = self.base(int(max_seq_len), packed_seq=True)
-        angles, *scale = found if isinstance(found, tuple) else (found,)
-        own = angles[max_seq_len.of_tokens]
-        own = own.squeeze(1) if self.without_rows else own
-        return (own, *scale) if isinstance(found, tuple) else own
+            return self.base(max_seq_len, *arguments, **named)
+        # packed_seq: all positions in order, not in Megatron's zigzag
+        computed = self.base(int(max_seq_len), packed_seq=True)
+        angles, *scale = computed if isinstance(computed, tuple) else (computed,)
+        local = angles[max_seq_len.of_tokens]
+        local = local.squeeze(1) if self.without_rows else local
+        return (local, *scale) if isinstance(computed, tuple) else local
 
 
 class _Positions(int):
@@ -241,19 +241,19 @@ class _Positions(int):
 
 
 def use_batch_positions(model: Any) -> Any:
-    """Let a GPTModel take sharded batches in any layout; returns it. Raises DistattnError where positions would be wrong."""
+    """Let a GPTModel take sharded batches in any layout; return it. Raises DistattnError if positions would be wrong."""
     config = model.config
     latent = config.multi_latent_attention
-    for what, asked in {
-        "fused rotary embeddings of multi-latent attention know Megatron's own order only": latent
+    for fault, is_set in {
+        "fused rotary embeddings of multi-latent attention support only Megatron's own order": latent
         and config.apply_rope_fusion,
-        "interleaved rotary embeddings of multi-latent attention want rows": latent and config.rotary_interleaved,
+        "interleaved rotary embeddings of multi-latent attention need rows": latent and config.rotary_interleaved,
         "multimodal RoPE is not sharded": model.position_embedding_type == "mrope",
         "multi-token prediction rolls labels over the rank's tokens": bool(getattr(config, "mtp_num_layers", None)),
     }.items():
-        if asked:
+        if is_set:
             raise DistattnError(
-                f"{what}: leave out use_batch_positions, and use batches that Megatron's own loaders shard."
+                f"{fault}: leave out use_batch_positions, and use batches that Megatron's own loaders shard."
             )
     check_experts(model, config)
     for module in model.modules():
@@ -263,12 +263,12 @@ def use_batch_positions(model: Any) -> Any:
 
 
 def forward_step(batches: Iterator[Mapping[str, Any]], model: Any, config: Any) -> tuple[Tensor, Callable[..., Any]]:
-    """Megatron's `forward_step_func` for sharded batches (bind config): losses, summed over tokens / valid tokens."""
+    """Run Megatron's `forward_step_func` for a sharded batch (bind config); the loss is the sum over tokens / valid tokens."""
     batch = next(batches)
     check_shard(batch, config)
     check_servers(batch)
     check_rotary(model)
-    # the loss of tokens without a label is left out below; Megatron knows no label that is none
+    # `loss_of` leaves out tokens without a label; Megatron has no label for them
     labels = batch["labels"].clamp(min=0)
     packed = Packed.of(batch)
     named = dict(labels=labels, packed_seq_params=packed, padding_mask=padding_of(batch, config))
@@ -277,7 +277,7 @@ def forward_step(batches: Iterator[Mapping[str, Any]], model: Any, config: Any) 
 
 
 def loss_of(batch: Mapping[str, Any], config: Any, losses: Tensor) -> tuple[Any, ...]:
-    """What Megatron's schedules take: (sum, tokens, report) with calculate_per_token_loss, else (share, report)."""
+    """Return the loss for Megatron's schedules: (sum, tokens, report) with calculate_per_token_loss, else (share, report)."""
     valid = (batch["labels"] != IGNORE_INDEX).flatten()
     total = losses.to(accumulation_dtype(losses.dtype)).flatten()[valid].sum()
     report = {"loss_sum": total.detach().clone(), "tokens": valid.sum()}
@@ -287,38 +287,38 @@ def loss_of(batch: Mapping[str, Any], config: Any, losses: Tensor) -> tuple[Any,
 
 
 def check_shard(batch: Mapping[str, Any], config: Any) -> None:
-    """Raise DistattnError where a shard does not fit how the model is run."""
+    """Raise DistattnError if a shard does not fit the model's parallelism."""
     tokens, parts = batch["input_ids"].shape[1], config.tensor_model_parallel_size
     if config.sequence_parallel and tokens % parts:
         raise DistattnError(
-            f"sequence_parallel splits a rank's tokens {parts} ways, and it has {tokens}: give ContextParallel pad_to={parts}."
+            f"sequence_parallel splits a rank's tokens {parts} ways, and it has {tokens}: pass pad_to={parts} to ContextParallel."
         )
     if config.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths:
         raise DistattnError(
-            'ranks have unequally many tokens: set variable_seq_lengths=True (and moe_token_dispatcher_type="alltoall", which '
-            "Megatron wants with it) in the TransformerConfig."
+            'ranks have different numbers of tokens: set variable_seq_lengths=True (and moe_token_dispatcher_type="alltoall", '
+            "which Megatron needs with it) in the TransformerConfig."
         )
 
 
 def check_servers(batch: Mapping[str, Any]) -> None:
-    """Raise DistattnError where some ranks of the batch's group only serve."""
+    """Raise DistattnError if some ranks of the batch's group only serve."""
     if getattr(batch["context_parallel"].planner.config, "servers", 0):
-        raise DistattnError("Megatron trains on all ranks, so none can only serve; leave servers out.")
+        raise DistattnError("Megatron trains on all ranks, so no rank can only serve; leave servers out.")
 
 
 def check_rotary(model: Any) -> None:
-    """Raise DistattnError where rotary embeddings do not know of batches of ours."""
+    """Raise DistattnError if rotary embeddings do not support sharded batches of distattn."""
     rotaries = [getattr(module, "rotary_pos_emb", None) for module in unwrapped(model).modules()]
     if any(rotary is not None and not isinstance(rotary, Rotary) for rotary in rotaries):
         raise DistattnError(
-            "the model's rotary embeddings know Megatron's own order only; call megatron.use_batch_positions(model)."
+            "the model's rotary embeddings support only Megatron's own order; call megatron.use_batch_positions(model)."
         )
 
 
 class ProbeTarget:
     """Megatron's model chunks in its DistributedDataParallel, for `ContextParallel.loss_scale` to probe.
 
-    micro_batches: of a step; without calculate_per_token_loss Megatron divides by it.
+    micro_batches: the number of micro-batches of a step; without calculate_per_token_loss Megatron divides by it.
     """
 
     def __init__(self, chunks: list[Any], micro_batches: int = 1):
@@ -330,15 +330,15 @@ class ProbeTarget:
             check_rotary(chunk)
 
     def layer(self) -> torch.nn.Module | None:
-        """The output layer, on the last stage of a pipeline."""
+        """Return the output layer on the last stage of a pipeline, None on others."""
         return self._last.output_layer if self._last.post_process else None
 
     def vocab_rows(self) -> int:
-        """Of the vocabulary on a tensor-parallel rank."""
+        """Return the rows of the vocabulary on a tensor-parallel rank."""
         return self._last.vocab_size // self.config.tensor_model_parallel_size
 
     def backward(self, batch: Mapping[str, Any], loss_of: Callable[[Tensor], Tensor]) -> None:
-        """A step of Megatron's schedule: the batch, and then nothing."""
+        """Run a step of Megatron's schedule, with the batch in the first micro-batch; the others count nothing."""
         check_servers(batch)
         number = iter(range(self.micro_batches))
 
@@ -365,13 +365,13 @@ class ProbeTarget:
         )
 
     def inputs(self, x: Tensor) -> Tensor:
-        """With sequence parallelism a rank gives a part, and the layer gathers the others'."""
+        """Return the layer's input; with sequence parallelism gather it, as the layer does."""
         if not self.config.sequence_parallel:
             return x
         return tensor_parallel.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
 
     def gradient(self) -> Tensor:
-        """Of the output layer's weight, without the scale of losses; a distributed optimizer's parts are gathered."""
+        """Return the gradient of the output layer's weight, without the loss scale; gather a distributed optimizer's parts."""
         weight = self._last.output_layer.weight
         if weight is None:
             weight = self._last.shared_embedding_or_output_weight()
@@ -386,13 +386,13 @@ class ProbeTarget:
         return scale
 
     def parameters(self) -> list[ProbedParameter]:
-        """Return all parameters of this rank's stage. Tensor- and expert-parallel ranks hold different numbers on purpose."""
+        """Return all parameters of this rank's stage. Tensor- and expert-parallel ranks hold different numbers."""
         if self.config.gradient_accumulation_fusion and dist.get_rank() == 0:
             _LOG.warning(
                 "with gradient_accumulation_fusion Megatron adds gradients where the probe does not see them: only the output "
                 "layer's was compared. Probe once with gradient_accumulation_fusion=False to compare all parameters."
             )
-        scale, found = self._scale(), []
+        scale, probed = self._scale(), []
         gathered: dict[int, tuple[Any, Tensor]] = {}
         for number, chunk in enumerate(self.chunks):
             prefix = f"chunk {number}: " if len(self.chunks) > 1 else ""
@@ -402,12 +402,12 @@ class ProbeTarget:
                 return None if gradient is None else gradient / scale
 
             for parameter in probed_parameters(chunk, reduced):
-                found.append(parameter._replace(name=prefix + parameter.name, **self._sums_of(parameter)))
-        return found
+                probed.append(parameter._replace(name=prefix + parameter.name, **self._sums_of(parameter)))
+        return probed
 
-    def _sums_of(self, one: ProbedParameter) -> dict[str, Any]:
-        """Return fields of `ProbedParameter`: over which further ranks, besides the loss group, Megatron sums the gradient."""
-        parameter: Any = one.held
+    def _sums_of(self, probed: ProbedParameter) -> dict[str, Any]:
+        """Return fields of `ProbedParameter`: the ranks, in addition to the loss group, over which Megatron sums the gradient."""
+        parameter: Any = probed.held
         group: dict[str, Any] = {}
         if self.config.gradient_accumulation_fusion:
             group["leaf"] = lambda: None
@@ -416,7 +416,7 @@ class ProbeTarget:
             group |= dict(group=parallel_state.get_expert_data_parallel_group(), part=experts)
         further = []
         tensor_ranks = self.config.tensor_model_parallel_size
-        is_norm = self.config.qk_layernorm and ("q_layernorm" in one.name or "k_layernorm" in one.name)
+        is_norm = self.config.qk_layernorm and ("q_layernorm" in probed.name or "k_layernorm" in probed.name)
         if tensor_ranks > 1 and getattr(parameter, "average_gradients_across_tp_domain", False):
             further.append(parallel_state.get_tensor_model_parallel_group())
             group["share"] = 1 / tensor_ranks
@@ -429,10 +429,10 @@ class ProbeTarget:
         return group | dict(further=tuple(further))
 
     def _gathered_gradient(self, weight: Any, gathered: dict[int, tuple[Any, Tensor]] | None = None) -> Tensor | None:
-        """Return the reduced gradient from Megatron's buffers; the parts of a distributed optimizer are gathered.
+        """Return the reduced gradient from Megatron's buffers; gather the parts of a distributed optimizer.
 
-        gathered: the last bucket of each buffer, and its gradients. It is kept by buffer, since ranks with other experts may read
-        fewer of their parameters and still have to gather as often as the others.
+        gathered: the last bucket of each buffer, and its gradients. It is kept by buffer: ranks with other experts may read fewer
+        of their parameters, but all ranks have to gather equally often.
         """
         gathered = {} if gathered is None else gathered
         for chunk in self.chunks:
@@ -455,7 +455,7 @@ class ProbeTarget:
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:
-        """Gradient buffers are put aside, and put back."""
+        """Put gradient buffers aside while the context is open, and restore them afterwards."""
         distributed = [chunk for chunk in self.chunks if hasattr(chunk, "zero_grad_buffer")]
         buffers = [buffer for chunk in distributed for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         before = [buffer.grad_data.clone() for buffer in buffers]

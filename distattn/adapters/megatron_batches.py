@@ -1,4 +1,4 @@
-"""Batches that Megatron's own loaders shard: rows and packs in its zigzag order, over the model's group or their own."""
+"""Batches that Megatron's own loaders shard: rows and packs in its zigzag order, over the model's group or a batch's group."""
 
 # T tokens on this rank, B rows
 
@@ -25,32 +25,32 @@ from distattn.ir.plan import Plan
 from distattn.parallel.runtime.communicator import timeout_of
 from distattn.parallel.runtime.transport import Transport
 
-# shapes of rows that are known at a time; batches of varying length have many
+# the largest number of row shapes that are kept; batches of varying length have many
 _MOST_ROWS = 64
 
 
 @dataclass
 class Packed(PackedSeqParams):
-    """A sharded batch on its way through a model, where Megatron carries what it knows of packs."""
+    """A sharded batch on its way through a model, in the place of Megatron's description of packs."""
 
     batch: Any = None
 
     @staticmethod
     def of(batch: Mapping[str, Any]) -> Packed:
-        """sbhd: one row, whose documents only the batch knows."""
+        """Wrap a batch as sbhd with one row; only the batch has its documents."""
         return Packed(qkv_format="sbhd", batch=batch)
 
 
 class MegatronBatches:
-    """Finds the plan of what a layer is given; one for all layers of a spec. settings: fields of `PlannerConfig`.
+    """The plans for the inputs of layers; one object for all layers of a spec. settings: fields of `PlannerConfig`.
 
-    Megatron's loaders tell nobody of a batch before its first layer, so the ranks compare their plans there, once a batch.
+    Megatron's loaders announce no batch before its first layer, so the ranks compare their plans there, once per batch.
     """
 
     def __init__(self, settings: dict[str, Any]):
         if refused := settings.keys() & {"layout", "layout_options", "document_mask", "loss_group", "data"}:
             raise DistattnError(
-                f"Megatron's loaders decide on {sorted(refused)[0]}; give it to ContextParallel, and use_batch_positions."
+                f"Megatron's loaders choose {sorted(refused)[0]}; to choose it, use ContextParallel and use_batch_positions."
             )
         self._config: PlannerConfig = PlannerConfig.of(settings)
         self._planners: dict[dist.ProcessGroup, _GroupPlanner] = {}
@@ -59,34 +59,36 @@ class MegatronBatches:
         self._closed = False
 
     def batch(self, shape: tuple[int, ...], packed: Any, group: dist.ProcessGroup) -> LocalBatch:
-        """The batch of (T, B) tokens; packed: Megatron's PackedSeqParams, if they are a pack, or `Packed` of a batch of ours."""
+        """Return the batch of (T, B) tokens. packed: Megatron's PackedSeqParams for a pack, or `Packed` for a sharded batch."""
         if isinstance(packed, Packed):
-            found: LocalBatch = packed.batch["context_parallel"]
-            return found
+            sharded: LocalBatch = packed.batch["context_parallel"]
+            return sharded
         tokens, rows = shape
         group = self._group_of(packed, group)
-        known = tokens, rows, group
+        key = tokens, rows, group
         if self._closed:
             raise DistattnError("this core attention has been closed.")
         ranks = dist.get_world_size(group)
         if packed is None or packed.qkv_format != "thd":
-            if known not in self._rows:
+            if key not in self._rows:
                 while len(self._rows) >= _MOST_ROWS:
                     del self._rows[next(iter(self._rows))]
-                self._rows[known] = self._planner(group).batch((tokens * ranks,) * rows)
-            return self._rows[known]
-        # layers of one micro-batch come one after the other; a list of its lengths waits for the device, once
+                self._rows[key] = self._planner(group).batch((tokens * ranks,) * rows)
+            return self._rows[key]
+        # the layers of one micro-batch follow each other; reading its lengths waits for the device, so do it once
         if self._pack is None or self._pack[0] is not packed:
             ends = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
             edges = ends.tolist()
             lengths = tuple(b - a for a, b in zip(edges, edges[1:], strict=False) if b > a)
             if sum(lengths) != tokens * ranks:
-                raise DistattnError(f"a pack of {sum(lengths)} tokens over {ranks} ranks, but this one has {tokens}.")
+                raise DistattnError(
+                    f"the pack has {sum(lengths)} tokens for {ranks} ranks, which does not fit this rank's {tokens}."
+                )
             self._pack = packed, self._planner(group).batch(lengths)
         return self._pack[1]
 
     def close(self) -> None:
-        """End threads and communicators. All ranks call it; a second call does nothing."""
+        """End threads and communicators. All ranks call this; a second call does nothing."""
         self._closed = True
         self._rows.clear()
         self._pack = None
@@ -99,7 +101,9 @@ class MegatronBatches:
         if size is None:
             return group
         if packed.cp_group is None or dist.get_world_size(packed.cp_group) != size:
-            raise DistattnError(f"the batch is split over {size} ranks (local_cp_size) without a cp_group of as many.")
+            raise DistattnError(
+                f"the batch is split over {size} ranks (local_cp_size) without a cp_group of that size."
+            )
         return packed.cp_group
 
     def _planner(self, group: dist.ProcessGroup) -> _GroupPlanner:
@@ -109,7 +113,7 @@ class MegatronBatches:
 
 
 class _GroupPlanner:
-    """Plans batches over the ranks of one of Megatron's groups, which all come to the same layers in the same order."""
+    """A planner of batches over the ranks of one of Megatron's groups, which all run the same layers in the same order."""
 
     def __init__(self, config: PlannerConfig, group: dist.ProcessGroup):
         self._group, self.rank = group, dist.get_rank(group)
@@ -124,7 +128,7 @@ class _GroupPlanner:
             self._transports = MonitoredTransports(group, self._monitor, members)
 
     def batch(self, lengths: tuple[int, ...]) -> LocalBatch:
-        """The next batch, of documents of these lengths."""
+        """Return the next batch, with documents of these lengths."""
         number = self._batches
         self._batches += 1
         return LocalBatch(self.planner, BatchKey(lengths), number, number % self.planner.config.verify_every == 0)
@@ -134,21 +138,21 @@ class _GroupPlanner:
         return SINGLE_RANK if self._transports is None else self._transports.on(device)
 
     def begin_shape(self, batch: LocalBatch, shape: AttentionShape) -> None:
-        """See `planner.Ranks`: all of them have layers of their own."""
+        """See `planner.Ranks`: all ranks run the layers themselves, so there is nothing to announce."""
 
     def agree(self, make: Callable[[], Planned]) -> Planned:
         """See `planner.Ranks`."""
         return agree_on_plan(self._host, make)
 
-    def gather(self, value: Any, what: str) -> list[Any]:
+    def gather(self, value: Any, label: str) -> list[Any]:
         """See `planner.Ranks`."""
-        return [value] if self._host is None else self._host.all_gather(value, what)
+        return [value] if self._host is None else self._host.all_gather(value, label)
 
     def observer(self, batch: LocalBatch, plan: Plan, shape: AttentionShape) -> None:
-        """See `planner.Ranks`: nobody is told of passes."""
+        """See `planner.Ranks`: passes are not observed."""
 
     def close(self) -> None:
-        """End the host group, the communicators and the thread that gives signs of life. A collective call."""
+        """End the host group, the communicators and the thread that sends heartbeats. A collective call."""
         self.planner.close()
         if self._host is not None and self._monitor is not None and self._transports is not None:
             self._host.close()
@@ -157,9 +161,9 @@ class _GroupPlanner:
 
 
 def _zigzags(lengths: tuple[int, ...], ranks: int) -> tuple[Mask, Layout]:
-    """Each document in 2 * ranks chunks, rank r with chunks r and 2 * ranks - 1 - r of every one, causal.
+    """Return a causal mask, and a layout in which rank r has chunks r and 2 * ranks - 1 - r of every document's 2 * ranks.
 
-    Padding at a document's end is seen by nobody but padding, whose outputs have no loss.
+    Only padding sees the padding at a document's end, and outputs of padding have no loss.
     """
     mask = Mask.documents(lengths)
     if ranks == 1:
@@ -170,7 +174,7 @@ def _zigzags(lengths: tuple[int, ...], ranks: int) -> tuple[Mask, Layout]:
         if length % (2 * ranks):
             raise DistattnError(
                 f"document {number} has {length} tokens, and Megatron's order needs a multiple of {2 * ranks}; pad it, or "
-                "shard with ContextParallel, which takes any length."
+                "shard with ContextParallel, which accepts any length."
             )
         size = length // (2 * ranks)
         for rank in range(ranks):

@@ -1,7 +1,7 @@
-"""Megatron-core's router of experts with context parallelism: its losses count the tokens that are there, once each.
+"""Megatron-core's router of experts with context parallelism: its losses count each real token once.
 
-Dispatching tokens to experts is not changed by how sequences are split. What a router adds to the loss is: Megatron-core 0.16
-takes every rank to have equally many tokens, and, where `calculate_per_token_loss` is set, weighs a loss of all context-parallel
+Splitting sequences does not change the dispatch of tokens to experts, but it changes the router's losses: Megatron-core 0.16
+assumes that all ranks have equally many tokens, and with `calculate_per_token_loss` it weights a loss of all context-parallel
 ranks by the tokens of one.
 """
 
@@ -22,13 +22,13 @@ from distattn.ir.errors import DistattnError
 
 
 class Router(TopKRouter):  # type: ignore[misc]
-    """Megatron's router, whose losses are over the true tokens of all ranks of a batch."""
+    """Megatron's router, with losses over the real tokens of all ranks of a batch."""
 
     own_tokens: int | Tensor = 0
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As Megatron's; counts the tokens of logits (T, B, X) that are no padding."""
-        # what Megatron counts itself is of this rank or of all, because it sums over ranks in place
+        """Route like Megatron's router, and count the tokens of logits (T, B, X) without padding."""
+        # Megatron's own count may be this rank's or that of all ranks, because it is summed over ranks in place
         self.own_tokens = logits.shape[:2].numel() if padding_mask is None else (~padding_mask).sum()
         routed: tuple[Tensor, Tensor] = super().routing(logits, padding_mask)
         return routed
@@ -43,9 +43,9 @@ class Router(TopKRouter):  # type: ignore[misc]
         reduce_group_has_dp: bool = False,
         valid_token_count: int | Tensor | None = None,
     ) -> Tensor:
-        """As Megatron's; a rank's share of the loss counts as often as there are tokens on all ranks together."""
+        """Add the loss like Megatron's router, but weight a rank's share by the number of tokens on all ranks."""
         if self.calculate_per_token_loss:
-            # replicas of the data have losses of their own, of which the mean is taken
+            # each replica of the data has its own loss; their mean counts
             replicas = reduce_group.size() // self.tp_cp_group.size()
             valid_token_count = _sum_over(self.own_tokens, reduce_group, activation) / replicas
         attached: Tensor = super().attach_and_log_load_balancing_loss(
@@ -54,7 +54,7 @@ class Router(TopKRouter):  # type: ignore[misc]
         return attached
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """As Megatron's, but a mean over the tokens of all ranks, not of ranks' means."""
+        """Apply the z-loss like Megatron's router, but as a mean over the tokens of all ranks, not of ranks' means."""
         coefficient = self.config.moe_z_loss_coeff
         if coefficient is None or not self.training or not torch.is_grad_enabled():
             return logits
@@ -70,12 +70,12 @@ class Router(TopKRouter):  # type: ignore[misc]
         return scaled
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
-        """As Megatron's, whose mask of padding has not the shape of its map (T, X)."""
+        """Apply the bias like Megatron's router, whose padding mask does not have the shape of its map (T, X)."""
         super()._apply_expert_bias(routing_map if padding_mask is None else routing_map & ~padding_mask[:, None])
 
 
 def replace_router(layer: Any) -> None:
-    """Put our router into a layer's spec where it has Megatron's."""
+    """Replace Megatron's router in a layer's spec by ours."""
     experts: Any = getattr(getattr(layer, "submodules", None), "mlp", None)
     submodules: Any = getattr(experts, "submodules", None)
     if getattr(submodules, "router", None) is TopKRouter:
@@ -83,15 +83,15 @@ def replace_router(layer: Any) -> None:
 
 
 def check_experts(model: torch.nn.Module, config: Any) -> None:
-    """Raise DistattnError where experts, or the losses of their routers, would depend on how a batch is split."""
+    """Raise DistattnError if experts, or the losses of their routers, would depend on how a batch is split."""
     if config.num_moe_experts is None:
         return
     routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
-    for what, asked in {
+    for fault, is_set in {
         "an expert's capacity is a share of one rank's tokens: leave out moe_expert_capacity_factor": (
             config.moe_expert_capacity_factor is not None
         ),
-        "a router that megatron.replace_core_attention has not replaced takes all ranks to have equally many tokens: give the "
+        "a router that megatron.replace_core_attention has not replaced assumes equally many tokens on all ranks: pass the "
         "layer's spec to it": any(not isinstance(router, Router) for router in routers),
         'sinkhorn balances the tokens of one rank: use moe_router_load_balancing_type="aux_loss"': (
             "sinkhorn" in config.moe_router_load_balancing_type
@@ -100,12 +100,12 @@ def check_experts(model: torch.nn.Module, config: Any) -> None:
             config.sequence_parallel and config.pipeline_model_parallel_size > 1
         ),
     }.items():
-        if asked:
-            raise DistattnError(f"{what}.")
+        if is_set:
+            raise DistattnError(f"{fault}.")
 
 
 def padding_of(batch: Mapping[str, Any], config: Any) -> Tensor | None:
-    """Which of this rank's tokens (1, T) are padding; None for models without experts, which do not ask."""
+    """Return a mask of this rank's padding, (1, T); None for models without experts, which do not need it."""
     if config.num_moe_experts is None:
         return None
     ids = batch["input_ids"]

@@ -1,9 +1,9 @@
 """Megatron-core's Gated DeltaNet and Mamba-2 layers with context parallelism: any layout and packed documents.
 
-Megatron-core 0.16 refuses packs in the one, splits heads of the other over context-parallel ranks, and has neither without its
-kernels (flash-linear-attention; mamba-ssm). Here parameters, their names, tensor parallelism and checkpoints are Megatron's, and
-convolutions and recurrences are `LocalBatch`'s, of the heads of one tensor-parallel rank. `megatron.replace_core_attention` puts
-these into specs.
+Megatron-core 0.16 refuses packs in Gated DeltaNet, splits the heads of Mamba-2 over context-parallel ranks, and needs extra
+kernels for both (flash-linear-attention; mamba-ssm). Here parameters, their names, tensor parallelism and checkpoints are
+Megatron's; convolutions and recurrences are those of `LocalBatch`, with the heads of one tensor-parallel rank.
+`megatron.replace_core_attention` puts these layers into specs.
 """
 
 # T tokens on this rank, B rows, X channels, H heads of values, G heads of queries and keys, K key dim, V value dim
@@ -28,23 +28,29 @@ from distattn.kernels.merge import accumulation_dtype
 
 
 class GatedDeltaNet(MegatronGatedDeltaNet):  # type: ignore[misc]
-    """Megatron's Gated DeltaNet by plan. own: batches that Megatron's loaders shard.
+    """Megatron's Gated DeltaNet, computed by plan. batches: those that Megatron's loaders shard.
 
-    Raises DistattnError where tensor-parallel ranks would have parts of heads.
+    Raises DistattnError if tensor-parallel ranks would have parts of heads.
     """
 
     def __init__(
-        self, config: Any, *given: Any, own: MegatronBatches, pg_collection: Any, cp_comm_type: Any = None, **named: Any
+        self,
+        config: Any,
+        *arguments: Any,
+        batches: MegatronBatches,
+        pg_collection: Any,
+        cp_comm_type: Any = None,
+        **named: Any,
     ):
         ranks = pg_collection.tp.size()
         for name in ("linear_num_key_heads", "linear_num_value_heads"):
             if getattr(config, name) % ranks:
                 raise DistattnError(
                     f"{name} is {getattr(config, name)}, and heads are split over {ranks} tensor-parallel ranks: make it a "
-                    "multiple of them."
+                    f"multiple of {ranks}."
                 )
-        super().__init__(config, *given, pg_collection=pg_collection, **named)
-        self.own = own
+        super().__init__(config, *arguments, pg_collection=pg_collection, **named)
+        self.batches = batches
 
     def forward(
         self,
@@ -59,7 +65,7 @@ class GatedDeltaNet(MegatronGatedDeltaNet):  # type: ignore[misc]
         inference_params: Any = None,
         **rotary: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As Megatron's transformer layer calls it: hidden states (T, B, C) to such, and a bias."""
+        """Compute as Megatron's transformer layer calls it: hidden states (T, B, C) -> the same shape, and a bias."""
         _refuse_inference(self, inference_context, inference_params)
         projected_TBX, _ = self.in_proj(hidden_states)
         flat, batch = _flat(self, projected_TBX, packed_seq_params)
@@ -79,9 +85,9 @@ class GatedDeltaNet(MegatronGatedDeltaNet):  # type: ignore[misc]
         return out
 
     def _norm(self, x_XV: Tensor) -> Tensor:
-        """Megatron's norm. Tensor-parallel ranks share its weight and have heads of their own: its gradient is summed.
+        """Apply Megatron's norm, and sum its weight's gradient over tensor-parallel ranks, which have different heads.
 
-        Megatron-core 0.16 sums it with sequence parallelism only, where the norm marks its weight for that.
+        Megatron-core 0.16 sums it only with sequence parallelism, for which the norm marks its weight.
         """
         weights = dict(self.out_norm.named_parameters())
         for name, weight in weights.items():
@@ -91,20 +97,23 @@ class GatedDeltaNet(MegatronGatedDeltaNet):  # type: ignore[misc]
         return normed
 
     def _key_heads(self, x_TX: Tensor) -> Tensor:
-        """(T, G, K), of norm 1 where that is asked for."""
+        """Split into key heads (T, G, K), normalized to norm 1 if the layer does so."""
         x = x_TX.unflatten(-1, (-1, self.key_head_dim)).contiguous()
         return l2norm(x) if self.use_qk_l2norm else x
 
 
 class MambaMixer(MegatronMambaMixer):  # type: ignore[misc]
-    """Megatron's Mamba-2 mixer by plan; each context-parallel rank has all heads of its tensor-parallel rank. own: as above."""
+    """Megatron's Mamba-2 mixer, computed by plan; each context-parallel rank has all heads of its tensor-parallel rank.
 
-    def __init__(self, *given: Any, own: MegatronBatches, pg_collection: Any, **named: Any):
-        # Megatron's would want heads for every context-parallel rank
+    batches: those that Megatron's loaders shard.
+    """
+
+    def __init__(self, *arguments: Any, batches: MegatronBatches, pg_collection: Any, **named: Any):
+        # Megatron's mixer would split heads over context-parallel ranks
         alone = copy.copy(pg_collection)
         alone.cp = _OneRank()
-        super().__init__(*given, pg_collection=alone, **named)
-        self.own, self.pg_collection = own, pg_collection
+        super().__init__(*arguments, pg_collection=alone, **named)
+        self.batches, self.pg_collection = batches, pg_collection
 
     def forward(
         self,
@@ -114,7 +123,7 @@ class MambaMixer(MegatronMambaMixer):  # type: ignore[misc]
         inference_params: Any = None,
         packed_seq_params: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """As Megatron's Mamba layer calls it: hidden states (T, B, C) to such, and a bias."""
+        """Compute as Megatron's Mamba layer calls it: hidden states (T, B, C) -> the same shape, and a bias."""
         _refuse_inference(self, inference_context, inference_params)
         projected_TBX, _ = self.in_proj(hidden_states)
         flat, batch = _flat(self, projected_TBX, packed_seq_params)
@@ -135,21 +144,21 @@ class MambaMixer(MegatronMambaMixer):  # type: ignore[misc]
 
 
 class _OneRank:
-    """Takes the place of a process group of one rank."""
+    """A stand-in for a process group of one rank."""
 
     def size(self) -> int:
-        """How many ranks there are."""
+        """Return 1, the number of ranks."""
         return 1
 
 
 def _flat(layer: Any, x_TBX: Tensor, packed_seq_params: Any) -> tuple[Tensor, LocalBatch]:
-    """Rows end to end, (T * B, X), and the batch that they are of."""
-    batch = layer.own.batch(tuple(x_TBX.shape[:2]), packed_seq_params, layer.pg_collection.cp)
+    """Return rows end to end, (T * B, X), and their batch."""
+    batch = layer.batches.batch(tuple(x_TBX.shape[:2]), packed_seq_params, layer.pg_collection.cp)
     return x_TBX.transpose(0, 1).flatten(0, 1), batch
 
 
 def _rows(x_THV: Tensor, like_TBX: Tensor) -> Tensor:
-    """(T, B, H * V) of rows that lie end to end."""
+    """Return (T, B, H * V) from rows that lie end to end."""
     tokens, rows = like_TBX.shape[:2]
     return x_THV.reshape(rows, tokens, -1).transpose(0, 1).contiguous()
 

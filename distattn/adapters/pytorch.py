@@ -1,4 +1,4 @@
-"""Plain PyTorch: a training loop of your own, with `fully_shard` (FSDP2), DDP, or gradients that you sum yourself.
+"""Plain PyTorch: your own training loop, with `fully_shard` (FSDP2), DDP, or gradients that you sum yourself.
 
 mesh = init_device_mesh("cuda", (replicas, degree), mesh_dim_names=("dp", "cp"))
 cp = context_parallel(mesh, strategy="ring")
@@ -34,49 +34,49 @@ from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
 from distattn.memory.tiled_loss import LogitChange, TiledLoss
 
-# kinds of layers, as transformers' configurations name them, that read other tokens by a recurrence or a convolution
+# kinds of layers in transformers' configurations that read other tokens by a recurrence or a convolution
 MIXING = ("linear_attention", "conv", "hybrid")
-# as models of one's own call the layer that makes logits
+# usual names of the layer that makes logits in users' models
 _OUTPUT_LAYERS = ("lm_head", "head", "output", "unembedding")
 
 
 def context_parallel(mesh: DeviceMesh, dim: str = "cp", **settings: Any) -> ContextParallel:
-    """A `ContextParallel` over a mesh of data- and context-parallel ranks; the loss is over all of the mesh.
+    """Make a `ContextParallel` over a mesh of data- and context-parallel ranks; the loss is over the whole mesh.
 
-    settings: as `ContextParallel` takes them. With replicated data the ranks along `dim` split a batch. With
-    data="per_rank" attention is shared over the whole mesh; the ranks along `dim`, its last one, hold the same batch, or each
-    rank has its own where there is no such dim.
+    settings: those of `ContextParallel`. With replicated data the ranks along `dim` split a batch. With data="per_rank" attention
+    is shared over the whole mesh; the ranks along `dim`, its last one, hold the same batch; without such a dim each rank has its
+    own.
     """
     names = mesh.mesh_dim_names or ()
-    everyone = gradient_mesh(mesh).get_group()
+    all_ranks = gradient_mesh(mesh).get_group()
     if settings.get("data") == "per_rank" and "context_parallel_size" not in settings:
         if dim in names and names[-1] != dim:
             raise DistattnError(f"neighbouring ranks hold the same batch: {dim!r} has to be the mesh's last dim.")
         size = mesh[dim].size() if dim in names else 1
-        return ContextParallel(everyone, context_parallel_size=size, **settings)
+        return ContextParallel(all_ranks, context_parallel_size=size, **settings)
     if settings.get("data") == "per_rank":
-        return ContextParallel(everyone, **settings)
+        return ContextParallel(all_ranks, **settings)
     if dim not in names:
         raise DistattnError(f"the mesh has dims {', '.join(names) or 'without names'}, none called {dim!r}.")
-    return ContextParallel(mesh[dim].get_group(), loss_group=everyone, **settings)
+    return ContextParallel(mesh[dim].get_group(), loss_group=all_ranks, **settings)
 
 
 def gradient_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The mesh as one dim: where `fully_shard` is to shard parameters and reduce gradients."""
+    """Return the mesh as one dim, over which `fully_shard` has to shard parameters and reduce gradients."""
     return mesh if mesh.ndim == 1 else mesh._flatten("_".join(mesh.mesh_dim_names or ()))
 
 
 def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A transformers model's keyword arguments for a sharded batch."""
+    """Return a transformers model's keyword arguments for a sharded batch."""
     return {name: batch[name] for name in ("input_ids", "position_ids", "context_parallel")} | {"use_cache": False}
 
 
 def forward(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Logits (1, T, V) for a sharded batch, to make a loss of: of a transformers model, or one of your own.
+    """Compute logits (1, T, V) of a sharded batch for a loss, with a transformers model or your own.
 
-    That takes those of input_ids, position_ids (both (1, T)) and context_parallel that it names, the last in any case, and
-    returns logits, or what has them as `logits`. Raises DistattnError where it takes no context_parallel, and where gradients
-    are wanted of a model with a router loss, which logits do not have.
+    Your model gets those of input_ids, position_ids (both (1, T)) and context_parallel that its forward names, and must name the
+    last. It returns logits, or an object with `logits`. Raises DistattnError if it takes no context_parallel, and if a model with
+    a router loss is trained, which is not in the logits.
     """
     out = _output(model, batch)
     if torch.is_grad_enabled() and getattr(out, "aux_loss", None) is not None:
@@ -88,7 +88,7 @@ def forward(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 
 def logits_of(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The same where no loss to train by is made of them, for evaluation and probes: a router loss is left out."""
+    """Compute the same logits for evaluation and probes, where a router loss does not matter."""
     return _logits(_output(model, batch))
 
 
@@ -105,29 +105,29 @@ def _output(model: torch.nn.Module, batch: Mapping[str, Any]) -> Any:
     if not getattr(local, "used", True):
         raise DistattnError(
             f"{type(unwrapped(model)).__name__} did not ask for attention: each rank has read its own tokens "
-            'only. Models of transformers want attn_implementation="distattn", and attention layers.'
+            'only. Models of transformers need attn_implementation="distattn", and attention layers.'
         )
     kinds = getattr(getattr(unwrapped(model), "config", None), "layer_types", None) or ()
     mixing = sorted({kind for kind in kinds if kind in MIXING})
     if isinstance(local, LocalBatch) and mixing and not local.mixed:
         raise DistattnError(
             f"the {', '.join(mixing)} layers of {type(unwrapped(model)).__name__} did not ask for their plans: each rank has "
-            "read its own tokens only. Take the transformers that this distattn was tested with."
+            "read its own tokens only. Install the version of transformers that this distattn was tested with."
         )
     return out
 
 
-def _accepted(model: torch.nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-    """Of the arguments those that a model's forward names; all where it takes any."""
+def _accepted(model: torch.nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that a model's forward names; all arguments if it takes any."""
     names = inspect.signature(model.forward).parameters
-    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in names.values()):
-        return given
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in names.values()):
+        return arguments
     if "context_parallel" not in names:
         raise DistattnError(
-            f"{type(model).__name__}.forward takes no context_parallel: have it take the batch's, and let its layers call "
+            f"{type(model).__name__}.forward takes no context_parallel: add this argument, pass the batch's, and let layers call "
             "context_parallel.attention(q, k, v) of (tokens, heads, dim)."
         )
-    return {name: value for name, value in given.items() if name in names}
+    return {name: value for name, value in arguments.items() if name in names}
 
 
 def local_loss(
@@ -136,13 +136,13 @@ def local_loss(
     loss: TiledLoss | None = None,
     on_token_losses: Callable[[Tensor, Mapping[str, Any]], None] | None = None,
 ) -> Tensor:
-    """This rank's share of the loss: its token losses summed, times the batch's loss scale; and of the router's, if there is one.
+    """Compute this rank's share of the loss: the sum of its token losses times the batch's loss scale, plus any router loss.
 
-    A mixture-of-experts model of transformers has one with `output_router_logits` in its config (see `router_loss`).
+    A mixture-of-experts model of transformers has a router loss with `output_router_logits` in its config (see `router_loss`).
 
-    loss: computes it over tiles of tokens, so that logits of all tokens are never there, and calls on_token_losses with each
-    token's cross-entropy (T,), detached, and the batch. Raises DistattnError for a model whose output layer is unknown or not
-    linear, or that changes logits in a way that a tiled loss does not know.
+    loss: computes it over tiles of tokens, so that the logits of all tokens never exist at once, and calls on_token_losses with
+    each token's cross-entropy (T,), detached, and the batch. Raises DistattnError for a model whose output layer is unknown or
+    not linear, or that changes logits in a way that a tiled loss does not support.
     """
     if loss is None:
         out = _output(model, batch)
@@ -161,16 +161,16 @@ def local_loss(
 
 
 def with_router_loss(loss: Tensor, model: torch.nn.Module, output: Any, batch: Mapping[str, Any]) -> Tensor:
-    """This rank's share of the token losses, and that of the router's if the model's output has one (see `router_loss`)."""
+    """Add this rank's share of the router loss, if the model's output has one, to its token losses (see `router_loss`)."""
     share = router_loss(unwrapped(model), output, batch)
     return loss if share is None else loss + share
 
 
 def logit_change(model: torch.nn.Module) -> LogitChange:
-    """What a transformers model does to logits behind its output layer, by its configuration."""
+    """Return a transformers model's change of logits after its output layer, from its configuration."""
     config = getattr(model, "config", None)
     scale = getattr(config, "logit_scale", None) or 1.0
-    # Granite divides by what it calls so
+    # Granite divides by its logits_scaling
     scale /= getattr(config, "logits_scaling", None) or 1.0
     return LogitChange(scale, getattr(config, "final_logit_softcapping", None) or 0.0)
 
@@ -192,24 +192,23 @@ def shard_parameters(model: torch.nn.Module, mesh: DeviceMesh) -> None:
 
 
 def sum_fsdp_gradients(model: torch.nn.Module) -> None:
-    """Have FSDP2 sum gradients over ranks; by default it averages them, and losses have to be multiplied by the ranks.
+    """Let FSDP2 sum gradients over ranks; by default it averages them, and losses must be multiplied by the number of ranks.
 
-    The norms of transformers' models round gradients to float32 also in a float64 model. A gradient times 3 is rounded otherwise
-    than one times 2, so that with averages float64 curves of 3 ranks and of 2 differ by 1e-8.
+    The norms of transformers' models round gradients to float32 even in a float64 model. A gradient times 3 is not rounded like
+    one times 2, so with averages the float64 curves of 3 ranks and of 2 would differ by 1e-8.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            # gloo cannot multiply while it sums, which FSDP2 would ask for otherwise
+            # by default FSDP2 asks the backend to multiply while it sums, which gloo cannot
             module.set_force_sum_reduction_for_comms(True)
 
 
 class ProbeTarget:
-    """A training loop of your own, for `ContextParallel.loss_scale` to probe.
+    """Your own training loop, for `ContextParallel.loss_scale` to probe between steps, with FSDP2's synchronization on.
 
-    forward: batch to logits, by default as a transformers model is called. reduce: what you do to gradients after backward,
-    nothing by default. output_layer: the linear layer that makes logits, by default what transformers names so. Between
-    steps, with FSDP2's gradient synchronization on.
+    forward: batch to logits, by default the call of a transformers model. reduce: your reduction of gradients after backward,
+    nothing by default. output_layer: the linear layer that makes logits, by default the one that transformers names.
     """
 
     def __init__(
@@ -225,26 +224,26 @@ class ProbeTarget:
         self._output_layer = output_layer
 
     def layer(self) -> torch.nn.Module:
-        """The output layer, or another one where that is frozen."""
+        """Return the output layer, or another layer if it is frozen."""
         return trained_layer(self.model, self._output())
 
     def vocab_rows(self) -> int:
-        """Rows of the whole vocabulary: a DTensor's shape is global."""
+        """Return the rows of the whole vocabulary: a DTensor's shape is global."""
         weight: Any = self._output().weight
         return weight.shape[0]
 
     def backward(self, batch: Mapping[str, Any], loss_of: Callable[[Tensor], Tensor]) -> None:
-        """Forward, backward and reduction as in the loop."""
+        """Run forward, backward and reduction as in the loop."""
         loss_of(self._forward(batch)).backward()
         if self._reduce is not None:
             self._reduce()
 
     def inputs(self, x: Tensor) -> Tensor:
-        """The layer multiplies what it is given."""
+        """Return the layer's input unchanged."""
         return x
 
     def gradient(self) -> Tensor:
-        """Of the layer's weight, sharded or not."""
+        """Return the whole gradient of the layer's weight, sharded or not."""
         weight: Any = self.layer().weight
         return full_tensor(weight.grad)
 
@@ -254,11 +253,11 @@ class ProbeTarget:
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:
-        """Gradients are put aside meanwhile. Raises DistattnError where FSDP2 holds some that nobody can put aside."""
+        """Put gradients aside while the context is open. Raises DistattnError if FSDP2 holds some that cannot be put aside."""
         for module in self.model.modules():
             _check_synchronized(module)
             if isinstance(module, FSDPModule):
-                # after an evaluation the root's parameters are still gathered, and differ from those that get gradients
+                # after an evaluation the root's parameters are still gathered, and are not those that get gradients
                 module.reshard()
         with gradients_aside(self.model):
             yield
@@ -268,7 +267,7 @@ class ProbeTarget:
 
 
 def unwrapped(model: Any) -> Any:
-    """The module inside torch.compile, DDP, a DeepSpeed engine or Megatron's wrappers."""
+    """Return the module inside torch.compile, DDP, a DeepSpeed engine or Megatron's wrappers."""
     while True:
         inside = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if not isinstance(inside, torch.nn.Module):
@@ -277,21 +276,21 @@ def unwrapped(model: Any) -> Any:
 
 
 def output_layer_of(model: torch.nn.Module) -> torch.nn.Module:
-    """The layer that makes logits: what transformers says, or a linear layer of a usual name.
+    """Return the layer that makes logits: the one that transformers names, or a linear layer with a usual name.
 
-    Raises DistattnError where there is none.
+    Raises DistattnError without such a layer.
     """
     find = getattr(model, "get_output_embeddings", None)
     layer = find() if find is not None else None
     named = (getattr(model, name, None) for name in _OUTPUT_LAYERS)
-    layer = layer or next((one for one in named if isinstance(one, torch.nn.Linear)), None)
+    layer = layer or next((module for module in named if isinstance(module, torch.nn.Linear)), None)
     if layer is None:
-        raise DistattnError(f"{type(model).__name__} does not say which layer makes its logits; give output_layer=.")
+        raise DistattnError(f"the layer of {type(model).__name__} that makes logits is unknown; pass output_layer=.")
     return layer
 
 
 def trained_layer(model: torch.nn.Module, output_layer: Any) -> torch.nn.Module:
-    """The output layer if it is trained, else the last linear layer that is (LoRA)."""
+    """Return the output layer if it is trained, else the last linear layer that is trained (LoRA)."""
     trained = [
         module for module in model.modules() if isinstance(module, torch.nn.Linear) and module.weight.requires_grad
     ]
@@ -313,7 +312,7 @@ def probed_parameters(model: Any, gradient_of: Callable[[Any], Tensor | None]) -
         for group in _fsdp_groups(module):
             for sharded in group.fsdp_params:
                 of_tensor[id(sharded.sharded_param)] = sharded
-                # after a forward pass it may still be the module's
+                # after a forward pass the gathered parameter may still be the module's
                 of_tensor[id(getattr(sharded, "_unsharded_param", sharded))] = sharded
     probed = []
     for name, parameter in inner.named_parameters():
@@ -348,11 +347,11 @@ def _fsdp_groups(module: Any) -> list[Any]:
 
 
 def _check_synchronized(module: Any) -> None:
-    # FSDP2 tells nobody of this but itself
+    # FSDP2 has no public attribute for this
     for group in _fsdp_groups(module):
-        whole_ones = [getattr(one, "_unsharded_param", None) for one in group.fsdp_params]
-        held = any(one.unsharded_accumulated_grad is not None for one in group.fsdp_params)
-        held |= any(one is not None and one.grad is not None for one in whole_ones)
+        gathered = [getattr(sharded, "_unsharded_param", None) for sharded in group.fsdp_params]
+        held = any(sharded.unsharded_accumulated_grad is not None for sharded in group.fsdp_params)
+        held |= any(parameter is not None and parameter.grad is not None for parameter in gathered)
         if held or not group.reduce_grads:
             raise DistattnError(
                 "gradients are being accumulated (set_requires_gradient_sync(False)); call loss_scale between steps, with "
@@ -361,17 +360,15 @@ def _check_synchronized(module: Any) -> None:
 
 
 def full_tensor(gradient: Tensor | None) -> Tensor:
-    """A gradient as a plain tensor; all ranks call it."""
+    """Return a gradient as a plain tensor; all ranks call this."""
     if gradient is None:
-        raise DistattnError(
-            "the layer that is read has no gradient after backward: leave gradients until they are reduced."
-        )
+        raise DistattnError("the probed layer has no gradient after backward: keep gradients until they are reduced.")
     return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
 @contextmanager
 def gradients_aside(model: torch.nn.Module) -> Iterator[None]:
-    """Gradients and buffers of a model are put aside, and put back."""
+    """Put a model's gradients aside while the context is open; restore gradients and buffers afterwards."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     for parameter, _ in gradients:

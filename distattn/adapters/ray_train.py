@@ -1,6 +1,6 @@
 """Ray Train's `TorchTrainer`: checkpoints of a group of workers in the run's storage path, reported to Ray Train.
 
-    def loop(given):
+    def loop(config):
         checkpoints = RunCheckpoints()
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         for step, batches in enumerate(cp.steps(...), begin := checkpoints.load(state)):
@@ -10,10 +10,10 @@
 
     TorchTrainer(loop, run_config=RunConfig(storage_path=..., failure_config=FailureConfig(max_failures=3)), ...).fit()
 
-`ContextParallel` and `distattn.adapters.pytorch` need nothing of Ray: Ray Train makes the process group. Each worker writes its
-own shards into the storage path, so nothing is gathered or copied; Ray Train is told where the checkpoint is, and by its
-`CheckpointConfig` which ones stay. A run goes on from the newest whole checkpoint there, which may be newer than the last one
-that Ray Train's controller had heard of when a worker was killed.
+`ContextParallel` and `distattn.adapters.pytorch` need nothing from Ray: Ray Train makes the process group. Each worker writes its
+own shards into the storage path, so nothing is gathered or copied. Ray Train gets the path of the checkpoint, and removes
+checkpoints by its `CheckpointConfig`. A run continues from the newest whole checkpoint there, which may be newer than the last
+one that was reported to Ray Train's controller when a worker was killed.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from distattn.checkpoints.checkpoints import Checkpoints
 from distattn.checkpoints.retention import KeepRule
 from distattn.ir.errors import DistattnError
 
-# Ray Train removes checkpoints, by its own rule
+# Ray Train removes checkpoints by its own rule
 _KEEP_ALL = KeepRule(last=sys.maxsize)
 
 
 class RunCheckpoints:
-    """The checkpoints of a Ray Train run. Made, used and closed by all workers together, inside the training function.
+    """The checkpoints of a Ray Train run. All workers make, use and close it together, inside the training function.
 
-    facts: words that every checkpoint carries and must have when it is loaded, such as what names the data. Raises DistattnError
-    where the storage path is none that workers can mount.
+    facts: texts that are saved with every checkpoint and must be equal when it is loaded, such as the name of the data. Raises
+    DistattnError if workers cannot mount the storage path.
     """
 
     def __init__(self, facts: Mapping[str, str] | None = None):
@@ -57,9 +57,9 @@ class RunCheckpoints:
         )
 
     def load(self, state: dict[str, Any]) -> int:
-        """Load the newest whole checkpoint into a state, in place; returns its step, 0 where there is none. Collective.
+        """Load the newest whole checkpoint into a state, in place; return its step, 0 without a checkpoint. Collective.
 
-        Raises DistattnError where the checkpoint has other facts.
+        Raises DistattnError if the checkpoint has other facts.
         """
         loaded = self._checkpoints.load_newest(state, required=self._facts)
         return 0 if loaded is None else loaded.step
@@ -67,8 +67,8 @@ class RunCheckpoints:
     def report(self, step: int, state: dict[str, Any], metrics: Mapping[str, Any]) -> None:
         """Save a state after `step` training steps, and report it with its metrics to Ray Train. Collective.
 
-        Returns once the checkpoint is whole: what Ray Train knows can be loaded. Raises as `Checkpoints.save` does; a checkpoint
-        that could not be written, since the disk is full, say, is not reported, but its metrics are.
+        Return when the checkpoint is whole, so that Ray Train only knows checkpoints that can be loaded. Raises the errors of
+        `Checkpoints.save`. If a checkpoint could not be written, for example to a full disk, only its metrics are reported.
         """
         self._checkpoints.save(step, state)
         self._checkpoints.wait()

@@ -1,4 +1,4 @@
-"""What recurrent layers of several trainers compute around a batch's recurrence."""
+"""Computations around a batch's recurrence that recurrent layers of several trainers share."""
 
 # T tokens on this rank, H heads of values, G heads of queries and keys, K key dim, V value dim
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from distattn.batch.local_batch import LocalBatch
 from distattn.kernels.merge import accumulation_dtype
 
-# of the sum of squares, as in flash-linear-attention's kernels
+# added to the sum of squares, as in flash-linear-attention's kernels
 _NORM_EPSILON = 1e-6
 
 
 def l2norm(x: Tensor) -> Tensor:
-    """x divided by its L2 norm along the last dim, in its dtype: queries and keys of delta rules."""
+    """Divide x by its L2 norm along the last dim, in its dtype, for queries and keys of delta rules."""
     wide = x.to(accumulation_dtype(x.dtype))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + _NORM_EPSILON)).to(x.dtype)
 
@@ -29,12 +29,12 @@ def ssd_scan(
     q_TGK: Tensor,
     skip_H1: Tensor | None,
 ) -> Tensor:
-    """Mamba-2's SSD scan with time steps and skip, (T, H, V) in the accumulation dtype, as mamba-ssm's kernels compute it.
+    """Compute Mamba-2's SSD scan with time steps and skip, (T, H, V) in the accumulation dtype, like mamba-ssm's kernels.
 
-    The layer's convolution and gate are not in it.
+    The layer's convolution and gate are not included.
 
-    dt_TH: time steps, and a_H: what they are multiplied by to decays, both in the accumulation dtype. k_TGK and q_TGK are called
-    B and C there. skip_H1: (H, 1) or (H, V), how much of x is added.
+    dt_TH: time steps, a_H: their factors to decays, both in the accumulation dtype. k_TGK and q_TGK are called B and C in
+    mamba-ssm. skip_H1: (H, 1) or (H, V), the factor of x in the result.
     """
     wide = accumulation_dtype(x_THV.dtype)
     v_THV = (x_THV.to(wide) * dt_TH[..., None]).to(x_THV.dtype)

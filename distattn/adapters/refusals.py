@@ -1,4 +1,4 @@
-"""Refusals in a script of several ranks: one sentence, where every rank would print a traceback of its own."""
+"""Print refusals in a script of several ranks as one sentence, instead of a traceback on every rank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STORE_SECONDS = 5.0
 
 
 def print_refusals_once() -> None:
-    """Have a DistattnError that ends the script printed as its sentence, by the first rank that meets it.
+    """Let the first rank that meets it print a DistattnError that ends the script, as one sentence.
 
     The script then ends with the error's exit code. Other exceptions are printed as before. Does nothing on a single rank.
     """
@@ -48,7 +48,7 @@ def _rank() -> int:
 
 
 def _is_first(sentence: str) -> bool:
-    """Return whether no other rank has printed this sentence; True where the ranks' store does not answer."""
+    """Return whether no other rank has printed this sentence; True if the ranks' store does not answer."""
     if not dist.is_initialized():
         return True
     key = "distattn/refusal/" + hashlib.blake2b(sentence.encode(), digest_size=16).hexdigest()

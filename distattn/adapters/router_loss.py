@@ -21,19 +21,19 @@ from distattn.driver.context_parallel import ContextParallel
 from distattn.driver.loss_sums import sum_over_loss_group
 from distattn.ir.errors import DistattnError
 
-# as transformers' causal language models name how many experts there are, how many a token goes to, and the loss's weight
+# names in transformers' causal language models of the number of experts, the number of a token's experts, and the loss's weight
 _NAMES = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
 
 
 def router_loss(model: torch.nn.Module, output: Any, batch: Mapping[str, Any]) -> Tensor | None:
-    """This rank's share of the router loss, weighted as the model's configuration says; None where the model asks for none.
+    """Compute this rank's share of the router loss, with the weight of the model's configuration; None for models without one.
 
-    output: what the model returned for a sharded batch. Shares and means are over the tokens of the micro-batch on all ranks of
-    the loss group, without padding; micro-batches of a step are weighted by their labels. The result adds up over ranks as
-    their token losses do, and has the batch's loss scale. A collective call of the loss group. Raises DistattnError where the
-    model does not say how many experts it has and how its loss is weighted, or where the batch is one of a pipeline's.
+    output: the model's output for a sharded batch. Shares and means are over the tokens of the micro-batch on all ranks of the
+    loss group, without padding; micro-batches of a step are weighted by their labels. The results add up over ranks like token
+    losses, and have the batch's loss scale. A collective call of the loss group. Raises DistattnError if the model has no number
+    of experts or no weight of its loss, or if the batch is one of a pipeline.
     """
-    # transformers' models have computed one themselves, of this rank's tokens
+    # transformers' models with a router loss have computed it for this rank's tokens
     if getattr(output, "aux_loss", None) is None:
         return None
     experts, chosen, weight = _settings(model)
@@ -47,13 +47,13 @@ def router_loss(model: torch.nn.Module, output: Any, batch: Mapping[str, Any]) -
     router_logits = [logits[:tokens].to(labels.device) for logits in output.router_logits]
     counts_E, probabilities_E = _sums_of_tokens(router_logits, experts, chosen)
     rows = torch.full_like(labels, tokens * len(router_logits))
-    own = torch.cat([counts_E, torch.stack([labels, rows])])
-    counts_E, (labels, rows) = sum_over_loss_group(ranks, own, "a router loss").split([experts, 2])
+    local_sums = torch.cat([counts_E, torch.stack([labels, rows])])
+    counts_E, (labels, rows) = sum_over_loss_group(ranks, local_sums, "a router loss").split([experts, 2])
     return _balance(counts_E, probabilities_E, rows.clamp(min=1)) * (weight * batch["loss_scale"] * labels)
 
 
 def router_loss_of_tokens(model: torch.nn.Module, router_logits: Sequence[Tensor]) -> Tensor:
-    """The same loss of these tokens alone, (T, E) of each layer, as one process has it that holds no others.
+    """Compute the same loss of these tokens alone, (T, E) of each layer, as in one process.
 
     Raises DistattnError as `router_loss` does for the model.
     """
@@ -64,7 +64,7 @@ def router_loss_of_tokens(model: torch.nn.Module, router_logits: Sequence[Tensor
 
 
 def _settings(model: torch.nn.Module) -> tuple[int, int, float]:
-    """How many experts there are, how many a token goes to, and the weight of the loss."""
+    """Return the number of experts, the number of a token's experts, and the weight of the loss."""
     if missing := [name for name in _NAMES if not hasattr(model, name)]:
         raise DistattnError(
             f"the router loss of {type(model).__name__} is not computed, because the model has no {missing[0]}; set "
@@ -75,7 +75,7 @@ def _settings(model: torch.nn.Module) -> tuple[int, int, float]:
 
 
 def _sums_of_tokens(router_logits: Sequence[Tensor], experts: int, chosen: int) -> tuple[Tensor, Tensor]:
-    """How many tokens go to each expert (E,), and the sums of their probabilities (E,), over all layers."""
+    """Return the number of tokens of each expert (E,), and the sums of their probabilities (E,), over all layers."""
     device = router_logits[0].device
     counts_E = torch.zeros(experts, dtype=torch.float64, device=device)
     probabilities_E = torch.zeros(experts, device=device)
@@ -88,5 +88,5 @@ def _sums_of_tokens(router_logits: Sequence[Tensor], experts: int, chosen: int) 
 
 
 def _balance(counts_E: Tensor, probabilities_E: Tensor, rows: Tensor) -> Tensor:
-    """E sum_e f_e p_e, with f_e = counts_e / rows and p_e = probabilities_e / rows."""
+    """Compute E sum_e f_e p_e, with f_e = counts_e / rows and p_e = probabilities_e / rows."""
     return len(counts_E) * ((counts_E / rows).to(probabilities_E.dtype) * probabilities_E).sum() / rows

@@ -6,7 +6,7 @@ import contextlib
 from concurrent.futures import Future
 from typing import TypeVar
 
-from distattn.supervision.heartbeats import awaiting
+from distattn.supervision.heartbeats import awaiting_thread
 
 Result = TypeVar("Result")
 
@@ -21,5 +21,5 @@ class AwaitedResult(Future[Result]):
 
     def result(self, timeout: float | None = None) -> Result:
         """As of any future."""
-        with contextlib.nullcontext() if self.done() else awaiting(self._thread):
+        with contextlib.nullcontext() if self.done() else awaiting_thread(self._thread):
             return super().result(timeout)

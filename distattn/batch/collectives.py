@@ -22,7 +22,7 @@ from distattn.batch.health import HealthMonitor
 from distattn.parallel.runtime.attendance import default_store
 from distattn.parallel.runtime.communicator import all_gather_objects, all_gather_objects_over_gloo
 from distattn.parallel.runtime.sealed_values import seal, unseal
-from distattn.supervision.heartbeats import doing
+from distattn.supervision.heartbeats import thread_activity
 
 # a control message, padded: gloo's receiver has to know the size beforehand
 _MESSAGE_BYTES = 2048
@@ -44,14 +44,14 @@ class HostGroup:
         store = dist.PrefixStore(f"distattn/{name}", default_store())
         arguments = store, self.rank, self.ranks, _FOREVER if idles else monitor.wait_timeout
         self._received: queue.SimpleQueue[Any] | None = None
-        with doing("connecting to the other ranks", waits=True):
+        with thread_activity("connecting to the other ranks", waits=True):
             self._gloo: Any = self._guarded(lambda: dist.ProcessGroupGloo(*arguments), "connecting")
         self._in_flight: dict[int, deque[tuple[Any, torch.Tensor]]] = {}
 
     def all_gather(self, value: Any, what: str) -> list[Any]:
         """Every rank's value, by rank; values are pickled. what: what ranks do here, for the error of a missing one."""
         self._monitor.enter(what)
-        with doing(what, waits=True):
+        with thread_activity(what, waits=True):
             return list(self._guarded(lambda: all_gather_objects_over_gloo(self._gloo, value), what))
 
     def send(self, message: Any, destination: int) -> None:

@@ -31,7 +31,7 @@ from distattn.ops.recurrence import recurrence
 from distattn.parallel.prefix_softmax_plans import PrefixSoftmaxPlans, prefix_softmax_shapes
 from distattn.parallel.runtime.all_reduce import all_reduce_sum
 from distattn.parallel.runtime.relaid_rows import RowMoves
-from distattn.supervision.heartbeats import tell_layer
+from distattn.supervision.heartbeats import set_layer
 
 
 class BatchAttention(Protocol):
@@ -414,12 +414,12 @@ def _in_layer(layer: int | None, compute: Callable[..., Any]) -> Callable[..., A
     """`compute`, in whose forward and backward pass messages are said to be for a layer."""
 
     def computed(*given: Tensor | None) -> Any:
-        tell_layer(layer)
+        set_layer(layer)
         found = compute(*given)
         out = found[0] if isinstance(found, tuple) else found
         if out.requires_grad:
             # called right before the gradient goes through what was computed
-            out.register_hook(lambda _: tell_layer(layer))
+            out.register_hook(lambda _: set_layer(layer))
         return found
 
     return computed

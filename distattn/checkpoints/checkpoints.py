@@ -44,7 +44,7 @@ from distattn.checkpoints.retention import KeepRule
 from distattn.checkpoints.staging import HostBuffers, StagedState
 from distattn.checkpoints.verdicts import REFUSED, CheckpointVerdict
 from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError
-from distattn.supervision.heartbeats import awaiting, doing, telling
+from distattn.supervision.heartbeats import activity, awaiting_thread, thread_activity
 
 # waiting for an earlier save that is worth a warning, in seconds
 _LONG_WAIT = 1.0
@@ -336,7 +336,7 @@ class Checkpoints:
 
     def _wait_for_writer(self, save: _Save) -> None:
         words = f"writing {checkpoint_name(save.step)}"
-        with telling(words, seconds=_WRITE_SECONDS), awaiting(self._writer.ident or 0):
+        with activity(words, seconds=_WRITE_SECONDS), awaiting_thread(self._writer.ident or 0):
             save.written.wait()
 
     def _raise_error(self) -> None:
@@ -357,7 +357,7 @@ class Checkpoints:
             # until it is committed
             self._failed_steps.add(save.step)
             try:
-                with doing(f"writing {checkpoint_name(save.step)}"):
+                with thread_activity(f"writing {checkpoint_name(save.step)}"):
                     self._write_or_tell(save)
             except Exception as error:
                 # this thread must live, others wait for its words

@@ -10,7 +10,7 @@ import xxhash
 
 from distattn.checkpoints.manifest import BLOCK_BYTES, FileDigests
 from distattn.ir.errors import DamagedDataError
-from distattn.supervision.heartbeats import beat
+from distattn.supervision.heartbeats import repeat_heartbeat
 
 # small writes are collected; larger ones go to the system as they come
 _BUFFER_BYTES = 1 << 20
@@ -40,7 +40,7 @@ class DigestingFile(io.RawIOBase):
             self._block.update(part)
             try:
                 self._file.write(part)
-                beat()
+                repeat_heartbeat()
             except OSError as error:
                 self.failure = self.failure or error
                 raise
@@ -144,7 +144,7 @@ def read_block(descriptor: int, path: os.PathLike[str] | str, expected: FileDige
         parts.append(part)
         missing -= len(part)
     content = parts[0] if len(parts) == 1 else b"".join(parts)
-    beat()
+    repeat_heartbeat()
     if xxhash.xxh3_128_hexdigest(content) != expected.blocks[block]:
         raise DamagedDataError(f"{path}: bytes {start:,} to {start + size:,} are not what was written.")
     return content

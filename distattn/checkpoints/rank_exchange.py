@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from distattn.checkpoints.rank_sockets import RankConnection, connect_to_root
 from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError
-from distattn.supervision.heartbeats import doing
+from distattn.supervision.heartbeats import thread_activity
 
 # that ranks may take longer than others to write their part, in seconds; one that has ended is noticed at once
 _SLOWEST_SECONDS = 1800.0
@@ -128,7 +128,7 @@ class RankExchange:
         return _Answer(answers[0], failure)
 
     def _receive(self, rank: int) -> Any:
-        with doing(f"the part of a checkpoint from rank {rank}", waits=True):
+        with thread_activity(f"the part of a checkpoint from rank {rank}", waits=True):
             if not self._connections[rank].poll(_SLOWEST_SECONDS):
                 raise TimeoutError(f"no answer for {_SLOWEST_SECONDS / 60:.0f} minutes")
             return self._connections[rank].recv()

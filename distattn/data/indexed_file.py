@@ -18,7 +18,7 @@ from distattn.data.block_digests import BLOCK_BYTES, BlockDigests, BlockDigestsW
 from distattn.data.indexed_format import DTYPES, HEADER, MAGIC, VERSION, map_index, section_offsets
 from distattn.ir.cached import cached_property
 from distattn.ir.errors import DamagedDataError, DistattnError
-from distattn.supervision.heartbeats import doing
+from distattn.supervision.heartbeats import thread_activity
 
 # documents are checked, and bytes are copied, in parts of these sizes
 _PART_DOCUMENTS = 1 << 20
@@ -282,7 +282,7 @@ class IndexedFile:
         return content[offset - begin : offset - begin + size]
 
     def _pread(self, offset: int, size: int) -> np.ndarray:
-        with doing(f"reading {self.prefix}.bin"):
+        with thread_activity(f"reading {self.prefix}.bin"):
             return self._read_at(offset, size)
 
     def _read_at(self, offset: int, size: int) -> np.ndarray:

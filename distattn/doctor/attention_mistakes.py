@@ -1,6 +1,6 @@
-"""Mistakes of one call of attention, rank by rank: what ranks give to it is known, and so is what each makes of it."""
+"""Find the mistake in one call of attention, from the inputs and the results of each rank."""
 
-# N tokens of a micro-batch, M of them looked at, H query heads, K key/value heads, D head dim, E value head dim
+# N tokens of a micro-batch, M of them compared, H query heads, K key/value heads, D head dim, E value head dim
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distattn.doctor.comparison import Finding, name_ranks
 from distattn.doctor.emulation import ATTENTION_OPTIONS, AttentionCall, attend, visible
 from distattn.doctor.replay import LinkedCall, LocalError, Replay
 
-# tokens of each rank that are compared: enough to tell mistakes apart
+# tokens of each rank that are compared: enough to distinguish mistakes
 _ROWS = 128
 _STEPS = (-3, -2, -1, 1, 2, 3)
 _ASK = "look at what is done to queries, keys, values and results around the call of attention on that rank"
@@ -26,13 +26,13 @@ class _Rows(NamedTuple):
     largest difference that rounding explains."""
 
     rank: int
-    own_M: Tensor
+    tokens_M: Tensor
     got_MHE: Tensor
     bound: float
 
 
 class _Variant(NamedTuple):
-    """A mistake, and the results (M, H, E) that it gives to tokens (M,) of a rank."""
+    """A mistake, and the function that computes the results (M, H, E) of a rank's tokens (M,) with it."""
 
     cause: str
     observed: str
@@ -43,9 +43,9 @@ class _Variant(NamedTuple):
 def explain_attention(
     replay: Replay, link: LinkedCall, errors: Sequence[LocalError], tokens: Sequence[Tensor]
 ) -> Finding | None:
-    """Find what ranks do otherwise in a call of attention, None where nothing fits.
+    """Find the mistake of ranks in a call of attention; return None if no known mistake fits.
 
-    errors: of results of this call, by rank. tokens: of all ranks, by their numbers in the micro-batch.
+    errors: differences of this call's results, by rank. tokens: the numbers of each rank's tokens in the micro-batch.
     """
     call = link.call
     heads, dim = call.q_NHD.shape[1], call.v_NKE.shape[2]
@@ -58,9 +58,7 @@ def explain_attention(
         wrong.append(
             _Rows(error.rank, rank_tokens[odd], got_MHE, replay.bound(error.rank, link.place) * max(share, 0.3))
         )
-    where = (
-        f"in {link.place.module.rpartition('.')[0] or link.place.module}, on {name_ranks([one.rank for one in wrong])}"
-    )
+    where = f"in {link.place.module.rpartition('.')[0] or link.place.module}, on {name_ranks([rows.rank for rows in wrong])}"
     for variant in _variants(call, tokens):
         if all(_fits(variant.compute(rows), rows) for rows in wrong):
             return Finding(variant.cause, f"{where}, attention {variant.observed}", variant.remedy)
@@ -69,7 +67,7 @@ def explain_attention(
     )
     if change is not None:
         cause = "attention output rounded" if change.kind == "rounded" else "attention output changed"
-        return Finding(cause, f"{where}, the results of attention are {change.words}", _ASK)
+        return Finding(cause, f"{where}, the results of attention are {change.description}", _ASK)
     return _explain_values(call, tokens, wrong, where) or _explain_scales(call, tokens, wrong, where)
 
 
@@ -78,18 +76,18 @@ def _fits(computed_MHE: Tensor, rows: _Rows) -> bool:
 
 
 def _results(call: AttentionCall, tiled: bool = False) -> Callable[[_Rows], Tensor]:
-    """Return what computes the results (M, H, E) of some tokens if the call is this one."""
+    """Return a function that computes the results (M, H, E) of some tokens for this call."""
     allowed_NN = visible(call)
 
     def compute(rows: _Rows) -> Tensor:
-        own_M = rows.own_M
-        return attend(call.q_NHD[own_M], call.k_NKD, call.v_NKE, allowed_NN[own_M], call.options, tiled)
+        tokens_M = rows.tokens_M
+        return attend(call.q_NHD[tokens_M], call.k_NKD, call.v_NKE, allowed_NN[tokens_M], call.options, tiled)
 
     return compute
 
 
 def _variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Variant]:
-    """Yield the mistakes that have no number to search for, the simplest first."""
+    """Yield the mistakes without a parameter to search for, the simplest first."""
     group = call.q_NHD.shape[1] // call.k_NKD.shape[1]
     if group > 1:
         yield _Variant(
@@ -115,9 +113,9 @@ def _variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Varian
                 _results(call._replace(options={**call.options, name: None})),
             )
     yield from _mask_variants(call, tokens)
-    for rank, own in enumerate(tokens):
+    for rank, rank_tokens in enumerate(tokens):
         k_NKD, v_NKE = call.k_NKD.clone(), call.v_NKE.clone()
-        k_NKD[own], v_NKE[own] = 0, 0
+        k_NKD[rank_tokens], v_NKE[rank_tokens] = 0, 0
         yield _Variant(
             "keys of a rank missing",
             f"takes the keys and values of rank {rank} for zero",
@@ -127,7 +125,7 @@ def _variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Varian
     yield from _exchanged_variants(call, tokens)
     for dtype in (torch.bfloat16, torch.float16):
         if call.q_NHD.dtype in (torch.float32, torch.float64):
-            q_NHD, k_NKD, v_NKE = (one.to(dtype).to(one.dtype) for one in (call.q_NHD, call.k_NKD, call.v_NKE))
+            q_NHD, k_NKD, v_NKE = (x.to(dtype).to(x.dtype) for x in (call.q_NHD, call.k_NKD, call.v_NKE))
             yield _Variant(
                 "attention in low precision",
                 f"rounds queries, keys and values to {str(dtype)[6:]} before attention",
@@ -137,7 +135,7 @@ def _variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Varian
 
 
 def _exchanged_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Variant]:
-    """Yield keys or values of other tokens, and keys in place of values, on one rank or on all."""
+    """Yield mistakes that exchange keys or values of tokens, or use keys as values, on one rank or on all."""
     everywhere = [(list(range(len(tokens))), "all ranks")] if len(tokens) > 1 else []
     for ranks, whose in [*everywhere, *(([rank], f"rank {rank}") for rank in range(len(tokens)))]:
         for field, name in (("k_NKD", "keys"), ("v_NKE", "values")):
@@ -164,7 +162,7 @@ def _exchanged_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterat
 
 
 def _mask_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Variant]:
-    """Yield wrong masks, which show queries too many keys, or too few."""
+    """Yield wrong masks, which allow too many or too few keys."""
     allowed_NN = visible(call)
     size = len(allowed_NN)
     document_NN = allowed_NN | allowed_NN.t()
@@ -219,7 +217,7 @@ def _mask_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_V
 def _explain_values(
     call: AttentionCall, tokens: Sequence[Tensor], wrong: Sequence[_Rows], where: str
 ) -> Finding | None:
-    """Find factors before each rank's values: results are linear in them."""
+    """Find a factor on each rank's values by least squares: results are linear in values."""
     terms = []
     for rank_tokens in tokens:
         part_NKE = torch.zeros_like(call.v_NKE, dtype=torch.float64)
@@ -230,7 +228,7 @@ def _explain_values(
     rest = float((torch.stack(terms, 1) @ factors - got).norm())
     if rest > max(rows.bound for rows in wrong) * len(wrong) ** 0.5:
         return None
-    odd = {rank: float(one) for rank, one in enumerate(factors) if abs(float(one) - 1) > 0.01}
+    odd = {rank: factor for rank, factor in enumerate(factors.tolist()) if abs(factor - 1) > 0.01}
     if not odd:
         return None
     rank, factor = next(iter(odd.items()))
@@ -241,7 +239,7 @@ def _explain_values(
 def _explain_scales(
     call: AttentionCall, tokens: Sequence[Tensor], wrong: Sequence[_Rows], where: str
 ) -> Finding | None:
-    """Find a factor before the queries of the ranks that differ, or before the keys of one rank."""
+    """Find a factor on the queries of the ranks that differ, or on the keys of one rank."""
 
     wide = call._replace(q_NHD=call.q_NHD.double(), k_NKD=call.k_NKD.double(), v_NKE=call.v_NKE.double())
 
@@ -257,15 +255,15 @@ def _explain_scales(
             f"{factor * usual:.4g} where it is {usual:.4g})"
         )
         return Finding("softmax scale", observed, "give attention the layer's scale, once, on every rank")
-    for rank, own in enumerate(tokens):
+    for rank, rank_tokens in enumerate(tokens):
 
-        def of_keys(factor: float, own: Tensor = own) -> float:
+        def key_difference(factor: float, rank_tokens: Tensor = rank_tokens) -> float:
             k_NKD = wide.k_NKD.clone()
-            k_NKD[own] *= factor
+            k_NKD[rank_tokens] *= factor
             return _distance(wrong, _results(wide._replace(k_NKD=k_NKD)))
 
-        factor = search_factor(of_keys)
-        if of_keys(factor) <= allowance and abs(factor - 1) > 1e-3:
+        factor = search_factor(key_difference)
+        if key_difference(factor) <= allowance and abs(factor - 1) > 1e-3:
             return Finding(
                 "keys scaled", f"{where}, the keys of rank {rank} are {factor:.4g} times the right ones", _ASK
             )

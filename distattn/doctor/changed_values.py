@@ -14,24 +14,25 @@ _NEIGHBOURS = (1, -1, 2, -2)
 
 
 class Change(NamedTuple):
-    """A change of values. kind: a short name. words: what the values are now, as part of a sentence."""
+    """A change of values. kind: a short name. description: of the changed values, as the rest of a sentence."""
 
     kind: str
-    words: str
+    description: str
 
 
 def common_change(changes: Sequence[Change | None]) -> Change | None:
-    """Return the change that all ranks share; None where their changes differ, or one of them is not recognized."""
-    described = [one for one in changes if one is not None]
-    return described[0] if len(described) == len(changes) and len({one.kind for one in described}) == 1 else None
+    """Return the change that all ranks share; None if their changes differ or one of them is not recognized."""
+    recognized = [change for change in changes if change is not None]
+    kinds = {change.kind for change in recognized}
+    return recognized[0] if len(recognized) == len(changes) and len(kinds) == 1 else None
 
 
 def describe_change(expected_T: Tensor, got_T: Tensor, bound: float) -> Change | None:
-    """Say what the values (T, ...) that a rank has are of the right ones, None where nothing simple fits.
+    """Describe how a rank's values (T, ...) were changed from the right ones; return None if no simple change fits.
 
     bound: the norm of the largest difference that rounding explains.
     """
-    expected_TC, got_TC = (one.double().reshape(len(one), -1) for one in (expected_T, got_T))
+    expected_TC, got_TC = (values.double().reshape(len(values), -1) for values in (expected_T, got_T))
     if not got_TC.any():
         return Change("zero", "zero")
     if (dtype := coarser_dtype(expected_T, got_T)) is not None:
@@ -43,7 +44,7 @@ def describe_change(expected_T: Tensor, got_T: Tensor, bound: float) -> Change |
 
 
 def coarser_dtype(expected_T: Tensor, got_T: Tensor) -> torch.dtype | None:
-    """Return the dtype that values were rounded to, though they are kept in a finer one; None where they were not."""
+    """Return the dtype that values were rounded to although they are stored in a finer one; None if they were not."""
     if got_T.dtype not in (torch.float32, torch.float64) or not got_T.any():
         return None
     for dtype in (torch.bfloat16, torch.float16):
@@ -56,7 +57,7 @@ def coarser_dtype(expected_T: Tensor, got_T: Tensor) -> torch.dtype | None:
 
 
 def best_factor(expected: Tensor, got: Tensor) -> float:
-    """Compute by how much to multiply the right values to come nearest to those that are there."""
+    """Compute the factor by which the right values come nearest to the rank's values."""
     return float((expected.double() * got.double()).sum() / expected.double().square().sum().clamp(min=1e-30))
 
 
@@ -109,7 +110,7 @@ def _dropped(expected_TC: Tensor, got_TC: Tensor) -> Change | None:
 
 
 def _moved(expected_TC: Tensor, got_TC: Tensor, bound: float) -> Change | None:
-    """Describe values of other tokens, of the same rank, or of features in another order."""
+    """Describe values of other tokens of the same rank, or features in another order."""
     tokens, features = expected_TC.shape
     for step in _NEIGHBOURS:
         if tokens > abs(step) + 1:

@@ -1,4 +1,4 @@
-"""What the doctor's comparisons share: findings, and how results of ranks are put beside those of one process."""
+"""Shared parts of the doctor's comparisons: findings, and the order in which ranks' results are compared with one process."""
 
 # N tokens of all micro-batches
 
@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# what `rank_run.run_on_this_rank` returns on one rank, and that of one micro-batch among it; torch.save takes them
+# the result of `rank_run.run_on_this_rank` on one rank, and the part of it for one micro-batch; torch.save takes them
 RankResult = dict[str, Any]
 PartResult = dict[str, Any]
 
 
-# the most stretches of tokens that a sentence names
-_STRETCHES = 4
+# the largest number of segments of tokens that a sentence names
+_SEGMENTS = 4
 
 
 class Finding(NamedTuple):
-    """A mistake: its short name, what was observed, and what to do."""
+    """A mistake: its short name, the observation, and the remedy."""
 
     cause: str
     observed: str
@@ -28,10 +28,11 @@ class Finding(NamedTuple):
 
 
 class Diagnosis(NamedTuple):
-    """The result of the doctor. measured: numbers by name. first_difference: the first module that differs. findings: the likely
-    cause first. where: in words, where ranks differ first: at which place, on which ranks, for which tokens.
+    """The result of the doctor.
 
-    not_repeated: why the ranks' steps could not be repeated module by module in one process; empty where they could.
+    measured: numbers by name. first_difference: the first module that differs. findings: the likely cause first. where: text
+    about the first difference: its place, ranks and tokens. not_repeated: why the ranks' steps could not be repeated module by
+    module in one process; empty if they could.
     """
 
     measured: dict[str, float]
@@ -42,9 +43,9 @@ class Diagnosis(NamedTuple):
 
 
 def parts_of(ranks: Sequence[RankResult]) -> Iterator[tuple[int, PartResult]]:
-    """All micro-batches of all ranks, with the rank."""
-    for rank, found in enumerate(ranks):
-        for part in found["parts"]:
+    """Yield (rank, micro-batch) for all micro-batches of all ranks."""
+    for rank, result in enumerate(ranks):
+        for part in result["parts"]:
             yield rank, part
 
 
@@ -54,7 +55,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def in_global_order(parts: Sequence[Tensor], tokens: Sequence[Tensor]) -> Tensor:
-    """Put what ranks have for their tokens, (T, ...) each, into the order of the batch, (N, ...); padding is left out.
+    """Put the ranks' values, (T, ...) each, into the order of the batch, (N, ...); padding is left out.
 
     tokens: the global coordinates of each part's tokens.
     """
@@ -62,8 +63,8 @@ def in_global_order(parts: Sequence[Tensor], tokens: Sequence[Tensor]) -> Tensor
     for part in parts:
         dtype = torch.promote_types(dtype, part.dtype)
     whole = parts[0].new_zeros((sum(map(len, tokens)), *parts[0].shape[1:]), dtype=dtype)
-    for part, own in zip(parts, tokens, strict=True):
-        whole[own] = part[: len(own)].to(dtype)
+    for part, part_tokens in zip(parts, tokens, strict=True):
+        whole[part_tokens] = part[: len(part_tokens)].to(dtype)
     return whole
 
 
@@ -75,15 +76,15 @@ def name_ranks(ranks: Sequence[int]) -> str:
 
 
 def name_tokens(tokens: Sequence[int]) -> str:
-    """Name tokens of the batch by their first stretches: "token 7", "tokens 3 to 20, 41 and 60 to 72"."""
-    stretches: list[list[int]] = []
+    """Name tokens of the batch by their first segments: "token 7", "tokens 3 to 20, 41 and 60 to 72"."""
+    segments: list[list[int]] = []
     for token in sorted(tokens):
-        if stretches and token == stretches[-1][1] + 1:
-            stretches[-1][1] = token
+        if segments and token == segments[-1][1] + 1:
+            segments[-1][1] = token
         else:
-            stretches.append([token, token])
-    names = [str(first) if first == last else f"{first} to {last}" for first, last in stretches]
-    if len(names) > _STRETCHES:
-        names = [*names[: _STRETCHES - 1], f"{len(names) - _STRETCHES + 1} more stretches"]
+            segments.append([token, token])
+    names = [str(first) if first == last else f"{first} to {last}" for first, last in segments]
+    if len(names) > _SEGMENTS:
+        names = [*names[: _SEGMENTS - 1], f"{len(names) - _SEGMENTS + 1} more segments"]
     text = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
     return f"token{'s' * (len(tokens) > 1)} {text}"

@@ -1,7 +1,7 @@
-"""What `distattn doctor` makes of its evidence: what differs from one process, where first, and which mistake explains it.
+"""The diagnosis of `distattn doctor`: the first difference from one process, and the mistake that explains it.
 
-A mistake is named when making it in one process reproduces what the ranks computed, not because it is usual. What counts as
-a difference is measured: see `measure_tolerances`.
+A mistake is named only if making it in one process reproduces the ranks' results. The limits of differences are measured: see
+`measure_tolerances`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from distattn.doctor.buffer_differences import explain_by_module
 from distattn.doctor.comparison import Diagnosis, Finding, RankResult, distance, in_global_order, name_tokens, parts_of
 from distattn.doctor.emulated_model import EmulatedModel
 from distattn.doctor.gradient_mistakes import GradientComparison, explain_gradients
@@ -27,7 +28,6 @@ from distattn.doctor.loss_mistakes import (
     explain_weights,
     read_losses,
 )
-from distattn.doctor.module_differences import explain_by_module
 from distattn.doctor.rank_mistakes import (
     describe_errors,
     explain_errors,
@@ -44,13 +44,15 @@ from distattn.doctor.target import Target
 from distattn.ir.errors import DistattnError
 
 Result = TypeVar("Result")
-# eps of dtypes: the distance from 1 to the next number
+# a dtype with a larger eps is of low precision
 _LOW_PRECISION = 1e-5
 
 
 def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
-    """Compare what ranks found with the same in this process: logits first, then labels and gradients; the first to differ
-    is explained. Raises DistattnError where the target cannot be run in one process."""
+    """Compare the ranks' results with this process, and explain the first difference: logits first, then labels and gradients.
+
+    Raises DistattnError if the target cannot be run in one process.
+    """
     if finding := check_inputs(ranks):
         return Diagnosis({}, None, [finding])
     model = _model_of_one_process(target, ranks)
@@ -58,8 +60,8 @@ def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
     if digests_of(batches) != ranks[0]["batch"]:
         return Diagnosis({}, None, [_OTHER_BATCH])
     reference = _in_one_process(target, lambda: reference_result(target, model, batches))
-    if found := check_run(reference, ranks) or check_finite(reference, ranks):
-        return Diagnosis({}, *found)
+    if problem := check_run(reference, ranks) or check_finite(reference, ranks):
+        return Diagnosis({}, *problem)
     emulation = EmulatedModel(target, model, reference, ranks)
     if finding := _check_repeatable(emulation):
         return Diagnosis({}, None, [finding])
@@ -70,7 +72,7 @@ def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
     norm = max(float(reference.logits_NV.double().norm()), 1e-30)
     measured = {"logits": difference / norm, "rounding": tolerances.coarsest(reference)}
     first = first_different_module(reference, ranks, tolerances)
-    replay = _replayed(emulation, model, reference, ranks, tolerances)
+    replay = _replay(emulation, model, reference, ranks, tolerances)
     errors = replay.first_errors(FORWARD) if replay is not None else []
     if difference > tolerances.logits or errors:
         finding = _explain_forward(model, emulation, replay, errors, reference, ranks, logits_NV, tolerances, first)
@@ -79,7 +81,7 @@ def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
     if replay is not None and (errors := _errors_unsplit(target, model, reference, ranks, tolerances)):
         return Diagnosis(measured, errors[0].place.module, [TOKENS_MIXED], describe_errors(errors, of_ranks=False))
     if first in lookups(model):
-        observed = f"{first} does not put out what it does for the documents' positions"
+        observed = f"the output of {first} is not that for the documents' positions"
         return Diagnosis(measured, first, [Finding("positions not sharded", observed, _PASS_POSITIONS)])
     losses = read_losses(reference, ranks)
     if finding := explain_labels(reference, losses) or explain_form(losses):
@@ -92,7 +94,7 @@ def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
         routing.append(emulation)
         return routing[0].routed_batches()
 
-    of_router = partial(
+    explain_router = partial(
         explain_router_loss,
         reference,
         compared,
@@ -101,7 +103,7 @@ def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
         routed,
     )
     backward = _Backward(replay, reference)
-    finding = _explain_gradients_and_weights(reference, ranks, losses, compared, of_router, backward.explain)
+    finding = _explain_gradients_and_weights(reference, ranks, losses, compared, explain_router, backward.explain)
     if finding is not None and routing:
         finding = routing[0].with_failures(finding)
     finding = _with_refusal(finding or check_state(ranks), ranks)
@@ -115,7 +117,7 @@ def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
 
 
 class _Backward:
-    """The backward pass, repeated in one process where that can tell more than the gradients of parameters do."""
+    """The backward pass, repeated in one process if that shows more than the gradients of parameters."""
 
     def __init__(self, replay: Replay | None, reference: ReferenceResult):
         # the gradient of a router loss does not pass through the logits
@@ -126,13 +128,13 @@ class _Backward:
         self.failure = ""
 
     def explain(self) -> Finding | None:
-        """Find a gradient that differs from what one process computes from the ranks' own gradients; None where all agree."""
+        """Find a gradient that differs from the result of one process for the ranks' own gradients; None if all agree."""
         if self._replay is None:
             return None
         try:
             self._replay.add_backward()
         except Exception as error:
-            # layers that are computed again in the backward pass ask for attention there
+            # layers that are recomputed in the backward pass call attention there
             self.failure = f"{type(error).__name__}: {error}"
             return None
         self._done = True
@@ -145,20 +147,23 @@ class _Backward:
                 f"the gradient of {name}, summed over ranks, does not follow from their activations and gradients (its error is "
                 f"{ratio:.2g} times what rounding explains)"
             )
-            return Finding("gradient differs", observed, "look at what uses this parameter besides its own module")
+            return Finding("gradient differs", observed, "look for code outside its module that uses this parameter")
         return None
 
     def hidden(self, compared: GradientComparison) -> float:
         """Return the largest relative difference of a gradient that rounding may hide."""
         if self._done and self._replay is not None:
             return self._replay.hidden(BACKWARD)
-        return max(compared.tolerances[name] / max(float(one.norm()), 1e-30) for name, one in compared.expected.items())
+        return max(
+            compared.tolerances[name] / max(float(expected.norm()), 1e-30)
+            for name, expected in compared.expected.items()
+        )
 
 
 def _with_refusal(finding: Finding | None, ranks: Sequence[RankResult]) -> Finding | None:
-    """Add what the script's setup refused: it may have seen the same, or be all that was seen."""
-    for rank, found in enumerate(ranks):
-        if refusal := found.get("setup_refusal", "").rstrip("."):
+    """Add the refusal of the script's setup: it may have the same cause, or be the only finding."""
+    for rank, result in enumerate(ranks):
+        if refusal := result.get("setup_refusal", "").rstrip("."):
             if finding is None:
                 return Finding("refused", f"rank {rank}: {refusal}", "do what the sentence says")
             return finding._replace(observed=f"{finding.observed}; setup refused, too: {refusal}")
@@ -166,7 +171,7 @@ def _with_refusal(finding: Finding | None, ranks: Sequence[RankResult]) -> Findi
 
 
 def _check_repeatable(emulation: EmulatedModel) -> Finding | None:
-    """Find random numbers in one process: with them nothing can be compared, whatever ranks do about seeds."""
+    """Find random numbers in one process: with them nothing can be compared, even if the ranks are seeded."""
     first_NV, second_NV = emulation(RIGHT, False), emulation(RIGHT, False)
     if first_NV is None or second_NV is None or torch.equal(first_NV, second_NV):
         return None
@@ -176,14 +181,14 @@ def _check_repeatable(emulation: EmulatedModel) -> Finding | None:
     return Finding("dropout on", observed, "set dropout to 0, or call model.eval(), in the script for the doctor")
 
 
-def _replayed(
+def _replay(
     emulation: EmulatedModel,
     model: torch.nn.Module,
     reference: ReferenceResult,
     ranks: Sequence[RankResult],
     tolerances: Tolerances,
 ) -> Replay | None:
-    """Repeat the ranks' steps in one process; None where that is impossible, and `emulation.failures` say why."""
+    """Repeat the ranks' steps in one process; None if that is impossible; `emulation.failures` has the reason then."""
     try:
         return Replay(emulation, model, reference, ranks, tolerances)
     except Exception as error:
@@ -193,8 +198,9 @@ def _replayed(
 
 def _is_coarse(ranks: Sequence[RankResult]) -> bool:
     """Return whether ranks compute in less than fp32."""
-    floats = (one for _, part in parts_of(ranks) for one in part["outputs"].values() if one.is_floating_point())
-    return any(torch.finfo(one.dtype).eps > _LOW_PRECISION for one in chain(floats, (ranks[0]["parts"][0]["logits"],)))
+    outputs = (out for _, part in parts_of(ranks) for out in part["outputs"].values() if out.is_floating_point())
+    tensors = chain(outputs, (ranks[0]["parts"][0]["logits"],))
+    return any(torch.finfo(tensor.dtype).eps > _LOW_PRECISION for tensor in tensors)
 
 
 def _errors_unsplit(
@@ -204,11 +210,11 @@ def _errors_unsplit(
     ranks: Sequence[RankResult],
     tolerances: Tolerances,
 ) -> list[LocalError]:
-    """See what one rank with all tokens would compute otherwise. In fp32 the logits of one process tell as much."""
+    """Return the first errors of a single rank with all tokens. In fp32 return none: the logits of one process show as much."""
     if not _is_coarse(ranks):
         return []
     whole = on_one_rank(reference, ranks)
-    replay = _replayed(EmulatedModel(target, model, reference, whole), model, reference, whole, tolerances)
+    replay = _replay(EmulatedModel(target, model, reference, whole), model, reference, whole, tolerances)
     return [] if replay is None else replay.first_errors(FORWARD)
 
 
@@ -223,7 +229,7 @@ def _explain_forward(
     tolerances: Tolerances,
     first: str | None,
 ) -> Finding:
-    """Find why ranks compute other logits, or something else on the way to them. errors: at the first place that differs."""
+    """Find why logits, or values on the way to them, differ. errors: at the first place that differs."""
     if finding := explain_weights_in_use(ranks):
         return finding
 
@@ -234,13 +240,13 @@ def _explain_forward(
         try:
             return replay.worst_ratio(hypothesis)
         except Exception as error:
-            # such as positions beyond a table of them
+            # for example an index error for positions beyond the model's table
             emulation.note_failure(error)
             return None
 
-    of_recurrences = partial(recurrence_hypotheses, emulation.asked)
-    finding = explain_logits(reference, ranks, tolerances.logits, emulation, score, of_recurrences)
-    # for a model without attention, positions show nothing
+    hypotheses = partial(recurrence_hypotheses, emulation.asked)
+    finding = explain_logits(reference, ranks, tolerances.logits, emulation, score, hypotheses)
+    # a model without attention may ignore positions
     if finding is not None and finding.cause in ("tokens mixed", "positions not sharded"):
         finding = explain_convolution(model, first) or finding
     if finding is None and errors and replay is not None:
@@ -249,9 +255,11 @@ def _explain_forward(
         finding = explain_by_module(model, ranks, lambda: emulation.gives(logits_NV, tolerances.logits))
     if finding is not None:
         return finding
-    observed = "no mistake that the doctor knows explains what differs"
+    observed = "no mistake that the doctor knows explains the difference"
     observed += f"; first to differ is {describe_errors(errors) if errors else _odd_logits(reference, ranks)}"
-    remedy = "look at what the script does there, on these ranks and with these tokens; leave it out, and look again"
+    remedy = (
+        "look at the script's code there, on these ranks and with these tokens; leave it out, and run the doctor again"
+    )
     return emulation.with_failures(Finding("unknown", observed, remedy))
 
 
@@ -259,7 +267,7 @@ _PASS_POSITIONS = "pass the part's position_ids on to the model: they are sharde
 _OTHER_BATCH = Finding(
     "batches differ",
     "one process has another batch than the ranks",
-    "have batch() return the same whenever it is called",
+    "make batch() return the same batch at every call",
 )
 
 
@@ -286,18 +294,19 @@ def _model_of_one_process(target: Target, ranks: Sequence[RankResult]) -> torch.
             "return the plain module, and parameters that are partitioned (ZeRO stage 3) cannot be compared."
         ) from None
     if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
-        # layers that are computed again in the backward pass ask for attention there, where emulated ranks cannot meet
+        # layers that are recomputed in the backward pass call attention there, where emulated ranks cannot meet
         names = ("activation_checkpointing_disable", "gradient_checkpointing_disable")
-        if disable := next((found for name in names if (found := getattr(model, name, None)) is not None), None):
+        methods = (getattr(model, name, None) for name in names)
+        if disable := next((method for method in methods if method is not None), None):
             disable()
     for name, module in model.named_modules():
-        # the script may have said so in its setup
+        # the script's setup may have called train() or eval()
         module.training = bool(ranks[0]["settings"].get(f"{name}.training".lstrip("."), module.training))
     return model
 
 
 def _in_one_process(target: Target, work: Callable[[], Result]) -> Result:
-    """What `work` returns; what it raises is said to have been raised in one process."""
+    """Return the result of `work`. Raises DistattnError that says that an error occurred in one process."""
     try:
         return work()
     except DistattnError:
@@ -313,13 +322,14 @@ def _explain_gradients_and_weights(
     ranks: Sequence[RankResult],
     losses: Sequence[PartLoss],
     compared: GradientComparison,
-    of_router: Callable[[], Finding | None],
-    of_backward: Callable[[], Finding | None],
+    explain_router: Callable[[], Finding | None],
+    explain_backward: Callable[[], Finding | None],
 ) -> Finding | None:
-    """Find what is wrong with gradients: they are missing, not reduced, of wrong weights of tokens, of a wrong router loss,
-    a wrong sum of local gradients, or wrong before they are summed. of_backward: the last of these."""
+    """Find the mistake in gradients: they are missing or not reduced, tokens or the router loss have wrong weights, the sum of
+    local gradients is wrong (explain_router), or they are wrong before they are summed (explain_backward).
+    """
     finding = explain_gradients(reference, ranks, compared)
-    # what is not reduced is not reduced with right weights either
+    # gradients that are not reduced say nothing about weights
     if finding is not None and finding.cause in (
         "gradient missing",
         "keys and values detached",
@@ -327,19 +337,19 @@ def _explain_gradients_and_weights(
     ):
         return finding
     sums = LocalGradients(reference, ranks).explain()
-    # an equal factor of all weights may be made up for later
+    # a later step may compensate an equal factor of all weights
     if finding is None and sums is None and not are_unequal(losses):
         # in fp32 the gradients of parameters show as much
-        return of_backward() if _is_coarse(ranks) else None
+        return explain_backward() if _is_coarse(ranks) else None
     weights = explain_weights(reference, losses, ranks[0]["loss_scale"], len(ranks))
-    explained = weights or of_router() or sums
+    explained = weights or explain_router() or sums
     if explained is None and finding is not None and finding.cause == "gradient differs":
-        explained = of_backward()
+        explained = explain_backward()
     return explained or finding
 
 
 def _loss_ratio(reference: ReferenceResult, ranks: Sequence[RankResult]) -> float:
-    """The ranks' loss over that of one process: shares that add up, or the whole on every rank."""
-    losses = torch.stack([torch.stack([part["loss"] for part in found["parts"]]).sum() for found in ranks])
+    """Return the ranks' loss divided by that of one process: a sum of shares, or the whole loss on every rank."""
+    losses = torch.stack([torch.stack([part["loss"] for part in result["parts"]]).sum() for result in ranks])
     ratios = [float(losses.sum() / reference.loss), float(losses.mean() / reference.loss)]
     return min(ratios, key=lambda ratio: abs(ratio - 1))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distattn.batch.packed_batch import IGNORE_INDEX
 from distattn.doctor.comparison import Finding, RankResult, distance
-from distattn.doctor.emulation import CallObserver, Seen, emulate
+from distattn.doctor.emulation import CallObserver, VisibleTokens, emulate
 from distattn.doctor.logit_mistakes import RIGHT, Hypothesis, MicroBatch, micro_batches_of
 from distattn.doctor.recording import recorded_returns, same_buffers
 from distattn.doctor.reference import ReferenceResult
@@ -19,27 +19,27 @@ from distattn.doctor.target import Target
 
 
 class EmulatedModel:
-    """Runs a hypothesis over all micro-batches, with the model of one process."""
+    """The model of one process, which runs a hypothesis over all micro-batches."""
 
     def __init__(self, target: Target, model: torch.nn.Module, reference: ReferenceResult, ranks: Sequence[RankResult]):
         self._target, self._model, self._batches = target, model, micro_batches_of(reference, ranks)
         self._device = next(model.parameters()).device
         # errors that the model raised while mistakes were tried
         self.failures: list[str] = []
-        # names of the fields that its layers read from a batch
+        # names of the operations that its layers ask of a batch
         self.asked: set[str] = set()
-        self._forward = self._way_that_works()
+        self._forward = self._working_forward()
 
     def __call__(self, hypothesis: Hypothesis, on_one_rank: bool) -> Tensor | None:
         try:
             return self._logits(self._forward, hypothesis, on_one_rank)
         except Exception as error:
-            # such as positions beyond a table of them
+            # for example an index error for positions beyond the model's table
             self.note_failure(error)
             return None
 
     def note_failure(self, error: Exception) -> None:
-        """Note that something could not be tried in one process, and why."""
+        """Note an error because of which a mistake could not be tried in one process."""
         self.failures.append(self._target.describe_error(error))
 
     def gives(self, logits_NV: Tensor, tolerance: float) -> bool:
@@ -48,7 +48,7 @@ class EmulatedModel:
         return emulated_NV is not None and distance(emulated_NV, logits_NV) <= tolerance
 
     def with_failures(self, finding: Finding) -> Finding:
-        """Return the finding, with what could not be tried added to it."""
+        """Return the finding with the first failure added, if there was one."""
         if not self.failures:
             return finding
         tried = f"; not all mistakes could be tried in one process: {self.failures[0]}"
@@ -62,11 +62,11 @@ class EmulatedModel:
     def logits_of(
         self, batch: MicroBatch, hypothesis: Hypothesis, gradients: bool = False, observe: CallObserver | None = None
     ) -> Tensor:
-        """Compute the logits (N, V) of the ranks of a micro-batch. Raises what the model raises.
+        """Compute the logits (N, V) of the ranks of a micro-batch. Raises the errors of the model.
 
-        gradients: whether a backward pass may follow. observe: takes every call of attention.
+        gradients: a backward pass may follow. observe: called with every call of attention.
         """
-        # a rank without tokens has one of padding, and then all have
+        # a rank without tokens has one padding token; then all ranks have one
         empty = not all(map(len, batch.tokens))
         padding = torch.zeros(int(empty), dtype=batch.pack.ids_N.dtype) if gradients else None
         return self._emulate(self._forward, hypothesis, batch, padding, observe)
@@ -85,25 +85,25 @@ class EmulatedModel:
             if layers is None:
                 return None
             behind = torch.arange(sum(map(len, batch.padding))) + len(batch.pack.ids_N)
-            labels = [int((batch.pack.labels_N[own] != IGNORE_INDEX).sum()) for own in batch.tokens]
-            padding = list(behind.split([len(one) for one in batch.padding]))
+            labels = [int((batch.pack.labels_N[tokens] != IGNORE_INDEX).sum()) for tokens in batch.tokens]
+            padding = list(behind.split([len(ids) for ids in batch.padding]))
             routed.append(RoutedBatch(layers, batch.tokens, padding, labels))
         return routed
 
-    def _way_that_works(self) -> Callable[[Mapping[str, Any]], Tensor]:
-        """Return how to call the model: plainly, or as the script does where it takes other arguments.
+    def _working_forward(self) -> Callable[[Mapping[str, Any]], Tensor]:
+        """Return the forward function that works: the plain one, or the script's if the model takes other arguments.
 
-        Where neither works, `failures` says what the script's way raises.
+        If neither works, the error of the script's function is added to `failures`.
         """
-        ways = self._plainly, self._by_script
-        for forward in ways:
+        forwards = self._plain_forward, self._script_forward
+        for forward in forwards:
             try:
                 self._logits(forward, RIGHT, False)
                 return forward
             except Exception as error:
-                if forward is ways[-1]:
+                if forward is forwards[-1]:
                     self.note_failure(error)
-        return ways[-1]
+        return forwards[-1]
 
     def _logits(
         self, forward: Callable[[Mapping[str, Any]], Tensor], hypothesis: Hypothesis, on_one_rank: bool
@@ -120,21 +120,21 @@ class EmulatedModel:
         observe: CallObserver | None = None,
     ) -> Tensor:
         read, convolved = (
-            [one for one in reading(batch) if len(one)]
+            [sequence for sequence in reading(batch) if len(sequence)]
             for reading in (hypothesis.readings, hypothesis.convolved or hypothesis.readings)
         )
-        seen = Seen(hypothesis.allowed(batch), read, convolved)
+        seen = VisibleTokens(hypothesis.allowed(batch), read, convolved)
         inputs = hypothesis.positions(batch), batch.tokens, seen, hypothesis.mistake
         with same_buffers(self._model):
             return emulate(forward, batch.pack.ids_N, *inputs, self._device, self.asked, padding, observe)
 
-    def _plainly(self, part: Mapping[str, Any]) -> Tensor:
+    def _plain_forward(self, part: Mapping[str, Any]) -> Tensor:
         return self._target.plain_forward(self._model, part)
 
-    def _by_script(self, part: Mapping[str, Any]) -> Tensor:
+    def _script_forward(self, part: Mapping[str, Any]) -> Tensor:
         return self._target.forward(self._model, part)
 
 
 def _whole(batch: MicroBatch) -> MicroBatch:
-    """Return the micro-batch as one rank with all tokens has it."""
+    """Return the micro-batch of one rank that has all tokens."""
     return batch._replace(tokens=[torch.arange(len(batch.pack.ids_N))])

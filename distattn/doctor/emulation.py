@@ -1,6 +1,6 @@
-"""Ranks that are threads of one process, whose layers compute by definition and may have a mistake in them.
+"""Emulate ranks by threads of one process, whose layers compute by definition, with or without a mistake.
 
-Whatever a model does with its tokens beside attention, it does here as it does on ranks: with the tokens of one rank.
+Outside of attention the model computes here as on ranks: with the tokens of one rank.
 """
 
 # N tokens of a micro-batch, M queries among them, T tokens on a rank, V vocabulary; H query heads, K key/value heads, D head
@@ -23,14 +23,14 @@ from distattn.ir.errors import DistattnError
 from distattn.kernels.latent import expanded
 from distattn.kernels.recurrence.tokens import RecurrenceTokens, token_by_token
 
-# what a layer may ask of its attention beside q, k and v
+# arguments of attention that a layer may pass in addition to q, k and v
 ATTENTION_OPTIONS = ("window", "softcap", "sink", "scale")
 _SECONDS = 60
 _THREAD = threading.local()
 
 
 class AttentionCall(NamedTuple):
-    """The arguments of all ranks to one call of attention, in the batch's order, its options, and which tokens may see which."""
+    """One call of attention: the arguments of all ranks in the batch's order, its options, and the allowed (query, key) cells."""
 
     q_NHD: Tensor
     k_NKD: Tensor
@@ -39,22 +39,27 @@ class AttentionCall(NamedTuple):
     allowed_NN: Tensor
 
 
-# takes the calls of attention, and the result (N, H, E) of each
+# called with each call of attention and its result (N, H, E)
 CallObserver = Callable[[AttentionCall, Tensor], None]
 
 
 class Mistake(NamedTuple):
-    """What layers do otherwise: dropped, of ATTENTION_OPTIONS; window_change, tokens that windows have more; coarse_decay:
-    the logarithms of a recurrence's decays are rounded to bf16."""
+    """A mistake of layers.
+
+    dropped: the one of ATTENTION_OPTIONS that is ignored. window_change: additional tokens of each window. coarse_decay: the
+    logarithms of a recurrence's decays are rounded to bf16.
+    """
 
     dropped: str | None = None
     window_change: int = 0
     coarse_decay: bool = False
 
 
-class Seen(NamedTuple):
-    """What tokens see of each other: allowed (N, N) in attention; the tokens of each sequence that recurrent layers read, and
-    that convolutions do."""
+class VisibleTokens(NamedTuple):
+    """The tokens that each token sees.
+
+    allowed_NN: in attention. read, convolved: the tokens of each sequence that recurrent layers and convolutions read.
+    """
 
     allowed_NN: Tensor
     read: Sequence[Tensor]
@@ -66,18 +71,18 @@ def emulate(
     ids_N: Tensor,
     positions: Sequence[Tensor],
     tokens: Sequence[Tensor],
-    seen: Seen,
+    seen: VisibleTokens,
     mistake: Mistake,
     device: torch.device,
     asked: set[str],
     padding: Tensor | None = None,
     observe: CallObserver | None = None,
 ) -> Tensor:
-    """The logits (N, V) of ranks that have these tokens and positions, whose layers see what is said.
+    """Compute the logits (N, V) of ranks with these tokens and positions, whose layers see the tokens of `seen`.
 
     forward: a rank's part to logits (1, T, V). tokens, positions: (T,) of each rank; a rank without tokens has one of padding.
-    asked: takes the names of what layers ask of the batch. padding: token ids (P,) behind the tokens of each rank; with it
-    gradients are kept. observe: takes every call of attention. Raises what `forward` raises.
+    asked: the names of the operations that layers ask of the batch are added to it. padding: token ids (P,) after the tokens of
+    each rank; with it gradients are kept. observe: called with every call of attention. Raises the errors of `forward`.
     """
     exchange = _Exchange(tokens, seen, mistake, asked, observe)
 
@@ -89,7 +94,7 @@ def emulate(
         part: dict[str, Any] = {"input_ids": ids[None].to(device), "position_ids": placed[None].to(device)}
         part["context_parallel"] = _EmulatedRank(exchange, rank)
         try:
-            # a thread has its own
+            # each thread has its own gradient mode
             with torch.set_grad_enabled(padding is not None):
                 return forward(part)[0].cpu()
         except BaseException:
@@ -100,64 +105,64 @@ def emulate(
         futures = [threads.submit(run, rank) for rank in range(len(tokens))]
     errors = [error for future in futures if (error := future.exception()) is not None]
     if errors:
-        # the others only lost the one that failed
+        # broken barriers only follow from the thread that failed
         raise next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), errors[0])
     return in_global_order([future.result() for future in futures], tokens)
 
 
 def emulated_rank() -> int:
-    """Return which rank this thread is."""
+    """Return the rank of this thread."""
     rank: int = _THREAD.rank
     return rank
 
 
 class _Exchange:
-    """Where the threads leave the inputs of one call, and find the outcome."""
+    """The inputs of one call from all threads, and its outcome."""
 
     def __init__(
         self,
         tokens: Sequence[Tensor],
-        seen: Seen,
+        seen: VisibleTokens,
         mistake: Mistake,
         asked: set[str],
         observe: CallObserver | None,
     ):
         self.tokens, self.seen, self.mistake, self.asked, self.observe = tokens, seen, mistake, asked, observe
-        self.given: list[Any] = [None] * len(tokens)
+        self.inputs: list[Any] = [None] * len(tokens)
         self.outcome: Tensor | None = None
         self.barrier = threading.Barrier(len(tokens), timeout=_SECONDS)
 
-    def together(self, rank: int, name: str, given: Sequence[Tensor], compute: Callable[..., Tensor]) -> Tensor:
-        """What `compute` makes of all ranks' tensors (N, ...), once all ranks are here; of this rank's tokens, (T, ...)."""
+    def together(self, rank: int, name: str, inputs: Sequence[Tensor], compute: Callable[..., Tensor]) -> Tensor:
+        """Wait for all ranks, call `compute` once with their tensors (N, ...), and return the rows of this rank, (T, ...)."""
         if getattr(_THREAD, "rank", None) != rank:
             raise DistattnError("a layer is computed again in the backward pass, where ranks cannot meet.")
-        self.given[rank] = given
+        self.inputs[rank] = inputs
         if self.barrier.wait() == 0:
             self.asked.add(name)
-            whole = [in_global_order(parts, self.tokens) for parts in zip(*self.given, strict=True)]
+            whole = [in_global_order(parts, self.tokens) for parts in zip(*self.inputs, strict=True)]
             self.outcome = compute(*whole)
         self.barrier.wait()
         assert self.outcome is not None
         # padding sees nothing
-        out = self.outcome.new_zeros((len(given[0]), *self.outcome.shape[1:]))
-        own = self.tokens[rank]
-        out[: len(own)] = self.outcome[own.to(out.device)]
+        out = self.outcome.new_zeros((len(inputs[0]), *self.outcome.shape[1:]))
+        rank_tokens = self.tokens[rank]
+        out[: len(rank_tokens)] = self.outcome[rank_tokens.to(out.device)]
         return out
 
 
 class _EmulatedRank(BatchAttention):
-    """Takes a sharded batch's place on one of the threads."""
+    """Stand-in for a sharded batch on one of the threads."""
 
     def __init__(self, exchange: _Exchange, rank: int):
         self._exchange, self._rank = exchange, rank
 
-    def check_positions(self, given: Tensor) -> None:
+    def check_positions(self, position_ids: Tensor) -> None:
         """Accept any positions: they may be wrong on purpose."""
 
     def attention(
         self, q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, scale: float | None = None, **options: Any
     ) -> Tensor:
-        """Compute attention (T, H, E) as `LocalBatch.attention` does, once all ranks are here."""
+        """Compute attention (T, H, E) as `LocalBatch.attention` does, when all ranks have called it."""
         exchange = self._exchange
 
         def compute(q_NHD: Tensor, k_NKD: Tensor, v_NKE: Tensor) -> Tensor:
@@ -207,7 +212,7 @@ class _EmulatedRank(BatchAttention):
 
         def compute(*whole: Tensor) -> Tensor:
             read = x._replace(**dict(zip(names, whole, strict=True)))
-            # as kernels do, which round when they are done
+            # like kernels, round only the result
             return _recurrence(read, exchange.seen.read, scale).to(q_TGK.dtype)
 
         return exchange.together(self._rank, "recurrence", list(x.by_token().values()), compute)
@@ -219,7 +224,7 @@ class _EmulatedRank(BatchAttention):
         def compute(weights_NHL: Tensor, logits_NHL: Tensor, v_NHV: Tensor) -> Tensor:
             return _prefix_softmax(weights_NHL, logits_NHL, v_NHV, exchange.seen.read).to(v_THV.dtype)
 
-        # what it reads is a recurrence's state, with a recurrence's mistakes
+        # it reads a recurrence's state, so it has a recurrence's mistakes
         return exchange.together(self._rank, "recurrence", (weights_THL, logits_THL, v_THV), compute)
 
     def causal_conv1d(
@@ -253,48 +258,48 @@ class _EmulatedRank(BatchAttention):
 
 
 def _check_no_states(initial_state: Tensor | None, return_final_state: bool) -> None:
-    """Mistakes change which tokens a sequence has, and then nothing says whose the states are."""
+    """Raise DistattnError for states of documents: with a mistake a sequence may have tokens of several documents."""
     if initial_state is not None or return_final_state:
         raise DistattnError(
-            "the doctor knows no states of documents: show it the layer without initial_state and return_final_state."
+            "the doctor does not handle states of documents: call the layer without initial_state and return_final_state."
         )
 
 
 def _recurrence(x: RecurrenceTokens, sequences: Sequence[Tensor], scale: float) -> Tensor:
-    """The recurrence of each sequence of tokens, (N, H, V)."""
+    """Compute the recurrence of each sequence of tokens, (N, H, V)."""
     wide = torch.promote_types(x.v.dtype, torch.float32)
     x = x._replace(**{name: value.to(wide) for name, value in x.present().items()})
     out = torch.zeros_like(x.v)
     state_HKV = x.v.new_zeros(1, x.heads, x.q.shape[2], x.v.shape[2])
     for sequence in sequences:
-        own = sequence.to(out.device)
-        part = x._replace(**{name: value[own] for name, value in x.by_token().items()})
-        out[own] = token_by_token(part._replace(q=part.q * scale), [(0, len(own))], state_HKV)[0]
+        rows = sequence.to(out.device)
+        part = x._replace(**{name: value[rows] for name, value in x.by_token().items()})
+        out[rows] = token_by_token(part._replace(q=part.q * scale), [(0, len(rows))], state_HKV)[0]
     return out
 
 
 def _prefix_softmax(weights_NHL: Tensor, logits_NHL: Tensor, v_NHV: Tensor, sequences: Sequence[Tensor]) -> Tensor:
-    """Values weighted by softmaxes over each sequence's tokens so far, (N, H, V)."""
+    """Compute values weighted by softmaxes over each sequence's tokens so far, (N, H, V)."""
     wide = torch.promote_types(v_NHV.dtype, torch.float32)
     out = torch.zeros_like(v_NHV, dtype=wide)
     for sequence in sequences:
-        own = sequence.to(out.device)
-        q, k, v = (x[own].to(wide) for x in (weights_NHL, logits_NHL, v_NHV))
+        rows = sequence.to(out.device)
+        q, k, v = (x[rows].to(wide) for x in (weights_NHL, logits_NHL, v_NHV))
         # relative to the logarithms of the sums so far, states are the softmaxes themselves
         total = k.logcumsumexp(0)
         decays = -total.diff(dim=0, prepend=total[:1])
         x = RecurrenceTokens(q, (k - total).exp(), v, decays)
-        out[own] = _recurrence(x, [torch.arange(len(own))], 1.0)
+        out[rows] = _recurrence(x, [torch.arange(len(rows))], 1.0)
     return out
 
 
 def _shifted(x_N: Tensor, distance: int, fill: int, sequences: Sequence[Tensor]) -> Tensor:
-    """Each sequence of tokens shifted, (N, ...)."""
+    """Shift each sequence of tokens, (N, ...)."""
     out = torch.full_like(x_N, fill)
     for sequence in sequences:
-        own = sequence.to(out.device)
-        kept = max(len(own) - abs(distance), 0)
-        first, last = own[:kept], own[len(own) - kept :]
+        rows = sequence.to(out.device)
+        kept = max(len(rows) - abs(distance), 0)
+        first, last = rows[:kept], rows[len(rows) - kept :]
         if distance < 0:
             first, last = last, first
         out[last] = x_N[first]
@@ -302,14 +307,14 @@ def _shifted(x_N: Tensor, distance: int, fill: int, sequences: Sequence[Tensor])
 
 
 def _convolution(x_NC: Tensor, weight: Tensor, bias: Tensor | None, sequences: Sequence[Tensor]) -> Tensor:
-    """The causal convolution of each sequence of tokens, (N, C), with filters (C, W), or (C, C / G, W) of G groups."""
+    """Compute the causal convolution of each sequence of tokens, (N, C), with filters (C, W), or (C, C / G, W) of G groups."""
     out = torch.zeros_like(x_NC)
     weight = weight if weight.dim() == 3 else weight[:, None]
     groups, taps = len(weight) // weight.shape[1], weight.shape[2]
     for sequence in sequences:
-        own = sequence.to(out.device)
-        padded = F.pad(x_NC[own].t(), (taps - 1, 0))[None]
-        out[own] = F.conv1d(padded, weight.to(padded), groups=groups)[0].t()
+        rows = sequence.to(out.device)
+        padded = F.pad(x_NC[rows].t(), (taps - 1, 0))[None]
+        out[rows] = F.conv1d(padded, weight.to(padded), groups=groups)[0].t()
     return out if bias is None else out + bias.to(out.dtype)
 
 
@@ -321,7 +326,7 @@ def dense_attention(call: AttentionCall, mistake: Mistake) -> Tensor:
 
 
 def visible(call: AttentionCall, window_change: int = 0) -> Tensor:
-    """Return which keys (N, N) a call's queries see, windows included."""
+    """Return the keys (N, N) that a call's queries see, windows included."""
     window = call.options.get("window")
     if window is None:
         return call.allowed_NN
@@ -331,9 +336,9 @@ def visible(call: AttentionCall, window_change: int = 0) -> Tensor:
 def attend(
     q_MHD: Tensor, k_NKD: Tensor, v_NKE: Tensor, allowed_MN: Tensor, options: Mapping[str, Any], tiled: bool = False
 ) -> Tensor:
-    """Compute attention (M, H, E) of M queries to N keys. tiled: repeats key heads one set after another, which is wrong."""
+    """Compute attention (M, H, E) of M queries to N keys. tiled: repeat the list of key heads, which is a mistake."""
     softcap, sink, scale = (options.get(name) for name in ("softcap", "sink", "scale"))
-    # as kernels do, which round when they are done
+    # like kernels, round only the result
     wide = torch.promote_types(q_MHD.dtype, torch.float32)
     group = q_MHD.shape[1] // k_NKD.shape[1]
     q_MHD = q_MHD.to(wide)

@@ -1,4 +1,4 @@
-"""Whether a machine has what training wants: versions, devices, NCCL, Triton, ports."""
+"""Check a machine for training: versions, devices, NCCL, Triton, ports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from packaging.version import Version
 
-# packages, the versions they were tested with (from, below), and whether one can do without
+# packages, the tested versions (from, below), and whether the package is required
 PACKAGES = {
     "torch": ("2.11", "2.14", True),
     "numpy": ("1.26", "3", True),
@@ -37,11 +37,11 @@ _SHARED_MEMORY = 1 << 30
 
 
 class Check(NamedTuple):
-    """What was found of one thing. ok: None where it is a choice, not a fault; advice: what to do, if something is to be done."""
+    """The state of one thing. ok: None if it is a choice and not a fault. advice: how to mend it, if it should be mended."""
 
     name: str
     ok: bool | None
-    found: str
+    state: str
     advice: str = ""
 
 
@@ -69,7 +69,9 @@ def _packages() -> Iterator[Check]:
             )
             continue
         inside = Version(low) <= Version(Version(have).base_version) < Version(high)
-        advice = "" if inside else f"tested is {low} up to, but without, {high}; run the tests, or install one of these"
+        advice = (
+            "" if inside else f"tested with {low} up to, but without, {high}; run the tests, or install one of these"
+        )
         yield Check(name, True if inside else not needed and None, have, advice)
 
 
@@ -90,27 +92,27 @@ def _devices() -> Iterator[Check]:
         )
         return
     for index in range(torch.cuda.device_count()):
-        known = torch.cuda.get_device_properties(index)
-        fine = (known.major, known.minor) >= (8, 0)
-        advice = "" if fine else 'the Triton kernels want compute capability 8.0; use kernel="reference"'
-        yield Check(f"GPU {index}", fine, f"{known.name}, sm_{known.major}{known.minor}", advice)
-        if missing := fla_core_advice(10 * known.major + known.minor):
-            fault, _, way_out = missing.partition(": ")
+        gpu = torch.cuda.get_device_properties(index)
+        fine = (gpu.major, gpu.minor) >= (8, 0)
+        advice = "" if fine else 'the Triton kernels need compute capability 8.0; use kernel="reference"'
+        yield Check(f"GPU {index}", fine, f"{gpu.name}, sm_{gpu.major}{gpu.minor}", advice)
+        if missing := fla_core_advice(10 * gpu.major + gpu.minor):
+            fault, _, remedy = missing.partition(": ")
             yield Check(
                 f"kernel fla on GPU {index}",
                 None,
                 fault,
-                f"{way_out}; until then a slower kernel computes them (triton_chunked or chunked)",
+                f"{remedy}; until then a slower kernel computes them (triton_chunked or chunked)",
             )
     nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
-    found = ".".join(map(str, torch.cuda.nccl.version())) if nccl else "missing"
-    yield Check("NCCL", nccl, found, "" if nccl else "install a PyTorch with NCCL")
+    nccl_version = ".".join(map(str, torch.cuda.nccl.version())) if nccl else "missing"
+    yield Check("NCCL", nccl, nccl_version, "" if nccl else "install a PyTorch with NCCL")
     if importlib.util.find_spec("triton") is None:
         yield Check("Triton on GPUs", False, "missing", "pip install triton: the default kernels are written in it")
 
 
 def _kernels() -> Iterator[Check]:
-    """What kernel="auto" has found on this machine's kind of device so far."""
+    """Yield the kernels that kernel="auto" has timed on this machine's kind of device so far."""
     if importlib.util.find_spec("torch") is None:
         return
     from distattn.kernels.trial_cache import all_trials
@@ -119,11 +121,11 @@ def _kernels() -> Iterator[Check]:
         right = sorted((trial.seconds, name) for name, trial in trials.items() if not trial.fault)
         faults = {name: trial.fault for name, trial in trials.items() if trial.fault}
         wrong = [name for name, fault in faults.items() if fault.startswith("wrong")]
-        found = ", ".join(
+        results = ", ".join(
             [*(f"{name} {1e3 * seconds:.2f} ms" for seconds, name in right), *map(": ".join, faults.items())]
         )
         advice = f"please report it: {', '.join(wrong)} computed wrong numbers, and is not used" if wrong else ""
-        yield Check(f"kernels, {key}", None if wrong else True, found, advice)
+        yield Check(f"kernels, {key}", None if wrong else True, results, advice)
 
 
 def _memory() -> Iterator[Check]:

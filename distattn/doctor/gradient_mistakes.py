@@ -1,4 +1,4 @@
-"""Which mistake explains gradients that differ: missing, not summed over ranks, scaled, or wrong in one parameter."""
+"""Find the mistake behind different gradients: missing, not summed over ranks, scaled, or wrong in one parameter."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from distattn.doctor.reference import ReferenceResult
 class GradientComparison(NamedTuple):
     """Gradients of all parameters, in fp64: of each rank and of one process.
 
-    tolerances: of the norm of a difference from one process. roundings: of one between ranks, relative: what is reduced is the
-    same on all of them, but for a rounding or two.
+    tolerances: limits of the norm of a difference from one process. roundings: relative limits of a difference between ranks:
+    reduced gradients are the same on all ranks except for a rounding or two.
     """
 
     ranks: list[dict[str, Tensor]]
@@ -26,11 +26,11 @@ class GradientComparison(NamedTuple):
 
     @staticmethod
     def of(reference: ReferenceResult, ranks: Sequence[RankResult], tolerances: dict[str, float]) -> GradientComparison:
-        """Only of parameters that have a gradient everywhere."""
-        names = [name for name in reference.gradients if all(name in found["gradients"] for found in ranks)]
-        wide = [{name: found["gradients"][name].double() for name in names} for found in ranks]
+        """Compare the parameters that have a gradient everywhere."""
+        names = [name for name in reference.gradients if all(name in result["gradients"] for result in ranks)]
+        wide = [{name: result["gradients"][name].double() for name in names} for result in ranks]
         expected = {name: reference.gradients[name].double() for name in names}
-        coarsest = {name: max(torch.finfo(found["gradients"][name].dtype).eps for found in ranks) for name in names}
+        coarsest = {name: max(torch.finfo(result["gradients"][name].dtype).eps for result in ranks) for name in names}
         return GradientComparison(wide, expected, tolerances, {name: 4 * eps for name, eps in coarsest.items()})
 
     @property
@@ -39,57 +39,61 @@ class GradientComparison(NamedTuple):
         return _norm(self.ranks[0]) / max(_norm(self.expected), 1e-30)
 
     def factor_of(self, gradients: dict[str, Tensor]) -> float:
-        """How many times the right gradient these are, along it."""
-        along = sum(float((gradients[name] * one).sum()) for name, one in self.expected.items())
+        """Return the factor between these gradients and the right one, along the right one."""
+        along = sum(float((gradients[name] * right).sum()) for name, right in self.expected.items())
         return along / max(_norm(self.expected) ** 2, 1e-30)
 
     def different(self, gradients: dict[str, Tensor], factor: float = 1.0) -> list[str]:
-        """The parameters whose gradient is not the right one times the factor."""
-        # what is scaled is rounded at its own scale
+        """Return the parameters whose gradient is not the right one times the factor."""
+        # the rounding error of a scaled gradient is scaled, too
         slack = max(abs(factor), 1.0)
         return [
             name
-            for name, one in self.expected.items()
-            if float((gradients[name] - factor * one).norm()) > slack * self.tolerances[name]
+            for name, right in self.expected.items()
+            if float((gradients[name] - factor * right).norm()) > slack * self.tolerances[name]
         ]
 
     def unequal(self) -> list[str]:
-        """The parameters whose gradient is not the same on all ranks."""
+        """Return the parameters whose gradient is not the same on all ranks."""
         first = self.ranks[0]
         least = 1e-9 * _norm(first)
         return [
             name
-            for name, one in first.items()
+            for name, gradient in first.items()
             if any(
-                float((other[name] - one).norm()) > least + self.roundings[name] * float(one.norm())
+                float((other[name] - gradient).norm()) > least + self.roundings[name] * float(gradient.norm())
                 for other in self.ranks[1:]
             )
         ]
 
 
 def explain_gradients(
-    reference: ReferenceResult, ranks: Sequence[RankResult], found: GradientComparison
+    reference: ReferenceResult, ranks: Sequence[RankResult], compared: GradientComparison
 ) -> Finding | None:
-    """Find what is wrong with the ranks' gradients, None where they are those of one process."""
-    if finding := explain_missing(reference, ranks, found):
+    """Find the mistake in the ranks' gradients; return None if they are those of one process."""
+    if finding := explain_missing(reference, ranks, compared):
         return finding
-    if unequal := found.unequal():
-        return _not_reduced(found, unequal)
-    different = found.different(found.ranks[0])
+    if unequal := compared.unequal():
+        return _not_reduced(compared, unequal)
+    different = compared.different(compared.ranks[0])
     if not different:
         return None
-    factor = found.factor_of(found.ranks[0])
-    if not found.different(found.ranks[0], factor):
+    factor = compared.factor_of(compared.ranks[0])
+    if not compared.different(compared.ranks[0], factor):
         return _wrong_factor(factor, len(ranks))
-    return _different(found, different)
+    return _different(compared, different)
 
 
 def explain_missing(
-    reference: ReferenceResult, ranks: Sequence[RankResult], found: GradientComparison
+    reference: ReferenceResult, ranks: Sequence[RankResult], compared: GradientComparison
 ) -> Finding | None:
-    """Find parameters that have no gradient, or one that is zero, where one process gives them one."""
+    """Find parameters without a gradient, or with a zero gradient, that have a gradient in one process."""
     lacking = {
-        name: [rank for rank, one in enumerate(ranks) if name not in one["gradients"] or _is_lost(name, one, found)]
+        name: [
+            rank
+            for rank, result in enumerate(ranks)
+            if name not in result["gradients"] or _is_lost(name, result, compared)
+        ]
         for name in reference.gradients
     }
     lost = [name for name, of_ranks in lacking.items() if of_ranks]
@@ -106,7 +110,7 @@ def explain_missing(
     )
     observed = f"{parameters} {'has' if len(lost) == 1 else 'have'} no gradient on {who}"
     if layers and all(any(mark in kind for mark in KEY_VALUE) for kind in kinds):
-        observed += ": keys and values are detached, and whatever comes before them has a wrong gradient, too"
+        observed += ": keys and values are detached, and everything before them has a wrong gradient, too"
         return Finding("keys and values detached", observed, "keep detach() and no_grad() away from keys and values")
     return Finding(
         "gradient missing", observed, "let its loss reach it: look for detach(), no_grad() and requires_grad"
@@ -117,8 +121,8 @@ def explain_missing(
 KEY_VALUE = ("k_proj", "v_proj", "kv_", "key", "value", "k_norm", "wk", "wv", "to_k", "to_v")
 
 
-def _is_lost(name: str, rank: RankResult, found: GradientComparison) -> bool:
-    return not rank["gradients"][name].any() and float(found.expected[name].norm()) > found.tolerances[name]
+def _is_lost(name: str, rank: RankResult, compared: GradientComparison) -> bool:
+    return not rank["gradients"][name].any() and float(compared.expected[name].norm()) > compared.tolerances[name]
 
 
 def _kind(name: str) -> str:
@@ -129,19 +133,19 @@ def _kind(name: str) -> str:
 
 
 def _norm(gradients: dict[str, Tensor]) -> float:
-    return float(torch.stack([one.norm() for one in gradients.values()]).norm()) if gradients else 0.0
+    return float(torch.stack([gradient.norm() for gradient in gradients.values()]).norm()) if gradients else 0.0
 
 
-def _not_reduced(found: GradientComparison, unequal: list[str]) -> Finding:
+def _not_reduced(compared: GradientComparison, unequal: list[str]) -> Finding:
     remedy = "sum gradients over all data- and context-parallel ranks"
-    if len(unequal) < len(found.expected) / 2:
+    if len(unequal) < len(compared.expected) / 2:
         others = f" and of {len(unequal) - 1} others" if len(unequal) > 1 else ""
         observed = f"ranks have different gradients of {unequal[0]}{others}, and the same ones of other parameters"
         return Finding("gradients not reduced", observed, remedy)
     observed = "ranks have different gradients"
-    total = {name: torch.stack([one[name] for one in found.ranks]).sum(0) for name in found.expected}
-    factor = found.factor_of(total)
-    if not found.different(total, factor):
+    total = {name: torch.stack([rank[name] for rank in compared.ranks]).sum(0) for name in compared.expected}
+    factor = compared.factor_of(total)
+    if not compared.different(total, factor):
         observed += f"; their sum is {factor:.4g} times the right one"
     return Finding("gradients not reduced", observed, remedy)
 
@@ -158,11 +162,11 @@ def _wrong_factor(factor: float, ranks: int) -> Finding:
     return Finding("gradient factor", observed, remedy)
 
 
-def _different(found: GradientComparison, different: list[str]) -> Finding:
+def _different(compared: GradientComparison, different: list[str]) -> Finding:
     name = different[0]
-    expected, got = found.expected[name], found.ranks[0][name]
+    expected, got = compared.expected[name], compared.ranks[0][name]
     share = float((got * expected).sum() / expected.norm().square().clamp(min=1e-30))
-    others = f", of {len(different)} of {len(found.expected)}" if len(different) > 1 else ""
+    others = f", of {len(different)} of {len(compared.expected)}" if len(different) > 1 else ""
     observed = (
         f"{name} is the first parameter{others} whose gradient differs ({share:.4g} times the right one along it)"
     )

@@ -1,4 +1,4 @@
-"""Find which local gradients a trainer summed: which it left out, counted twice, or clipped.
+"""Find the local gradients that a trainer has summed, and those that it left out, counted twice, or clipped.
 
 Each rank's own gradients of each micro-batch are recorded before the trainer changes them. The trainer's gradients are a weighted
 sum of these. Least squares finds the weights, which should be equal.
@@ -17,53 +17,53 @@ from torch import Tensor
 from distattn.doctor.comparison import Finding, RankResult, name_ranks
 from distattn.doctor.reference import ReferenceResult
 
-# how unlike factors may be that are meant to be equal, in fp32 and in lower precision
+# the largest relative difference of factors that should be equal, in fp32 and in lower precision
 _FINE, _COARSE = 1e-3, 2e-2
 _NORMS = (0.1, 0.25, 0.3, 0.5, 1.0, 1.5, 2.0, 5.0, 10.0)
 _REDUCE = "sum gradients over all data- and context-parallel ranks, once, after the last micro-batch"
 
 
 class _Fit(NamedTuple):
-    """The factors (ranks, micro-batches) of local gradients in the gradients of one rank, and whether they are the sum."""
+    """The factors (ranks, micro-batches) of local gradients in one rank's gradients, and whether their sum explains these."""
 
     factors: Tensor
     fits: bool
 
 
 class LocalGradients:
-    """The ranks' gradients before they are reduced, where ranks have them whole."""
+    """The ranks' gradients before they are reduced, for parameters that are not sharded."""
 
     def __init__(self, reference: ReferenceResult, ranks: Sequence[RankResult]):
         self._ranks, self._micro_batches = ranks, len(reference.packs)
-        self._expected = {name: one.double() for name, one in reference.gradients.items()}
-        self._local = [part["parameter_gradients"] for found in ranks for part in found["parts"]]
-        everywhere = all(found["parameter_gradients"] for rank in ranks for found in rank["parts"])
+        self._expected = {name: gradient.double() for name, gradient in reference.gradients.items()}
+        self._local = [part["parameter_gradients"] for result in ranks for part in result["parts"]]
+        everywhere = all(self._local)
         self._names = [
             name
             for name, expected in self._expected.items()
             if everywhere
-            and any(name in one for one in self._local)
-            and all(name in found["gradients"] for found in ranks)
-            and all(one[name].shape == expected.shape for one in self._local if name in one)
+            and any(name in local for local in self._local)
+            and all(name in result["gradients"] for result in ranks)
+            and all(local[name].shape == expected.shape for local in self._local if name in local)
         ]
         # gradients in fp32 may have been reduced in the dtype of the local ones, as DeepSpeed does
-        dtypes = [found["gradients"][name].dtype for found in ranks for name in self._names]
-        dtypes += [one.dtype for local in self._local for one in local.values()]
+        dtypes = [result["gradients"][name].dtype for result in ranks for name in self._names]
+        dtypes += [gradient.dtype for local in self._local for gradient in local.values()]
         self._eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
         self._precision = _FINE if self._eps < 1e-5 else _COARSE
 
     def explain(self) -> Finding | None:
-        """Find what is wrong with the sum, None where all factors are equal or nothing fits."""
+        """Find the mistake in the sum; return None if all factors are equal or no known mistake fits."""
         names = [name for name in self._names if bool(self._expected[name].any())]
         if not names:
             return None
         fits = [self._fit(rank, names) for rank in range(len(self._ranks))]
-        if not all(one.fits for one in fits):
+        if not all(fit.fits for fit in fits):
             return self._explain_rest(names, fits[0]) or self._explain_single(names)
         first = fits[0].factors
         largest = float(first.abs().max())
-        if any(float((one.factors - first).abs().max()) > self._precision * largest for one in fits):
-            return self._explain_unequal([one.factors for one in fits])
+        if any(float((fit.factors - first).abs().max()) > self._precision * largest for fit in fits):
+            return self._explain_unequal([fit.factors for fit in fits])
         if largest == 0 or float((first - first.flatten()[0]).abs().max()) <= self._precision * largest:
             return self._explain_clipping(names, first)
         return self._explain_micro_batches(first) or self._explain_ranks(names, first)
@@ -78,7 +78,7 @@ class LocalGradients:
             [torch.stack([a @ b for a in parts]) for parts, b in zip(terms, gradients, strict=True)]
         ).sum(0)
         scale = gram.diagonal().clamp(min=0.0).sqrt()
-        # ranks without tokens have no gradients, and nothing says how often these count
+        # ranks without tokens have no gradients, so their factors are unknown
         counts = scale > 1e-12 * float(scale.max())
         factors = torch.zeros_like(scale)
         if counts.any():
@@ -104,23 +104,25 @@ class LocalGradients:
         )
 
     def _explain_unequal(self, factors: Sequence[Tensor]) -> Finding | None:
-        """Explain ranks that have different gradients in the end."""
-        for rank, found in enumerate(factors):
-            others = torch.cat([found[:rank], found[rank + 1 :]])
-            if float(others.abs().max()) > self._precision * float(found.abs().max()):
-                missing = [other for other in range(len(factors)) if float(found[other].abs().max()) <= self._precision]
+        """Explain different reduced gradients on ranks."""
+        for rank, rank_factors in enumerate(factors):
+            others = torch.cat([rank_factors[:rank], rank_factors[rank + 1 :]])
+            if float(others.abs().max()) > self._precision * float(rank_factors.abs().max()):
+                missing = [
+                    other for other in range(len(factors)) if float(rank_factors[other].abs().max()) <= self._precision
+                ]
                 absent = f": on rank {rank} those of {name_ranks(missing)} are not in the sum" if missing else ""
                 observed = f"ranks have different gradients, which are different sums over ranks{absent}"
                 return Finding("gradients not reduced", observed, _REDUCE)
         return Finding("gradients not reduced", "each rank has its own gradients only", _REDUCE)
 
     def _explain_clipping(self, names: Sequence[str], factors: Tensor) -> Finding | None:
-        """Explain an equal factor by a norm that gradients were clipped to."""
+        """Explain an equal factor by the norm to which gradients were clipped."""
         factor = self._factor(names)
         norm = float(torch.stack([self._ranks[0]["gradients"][name].double().norm() for name in names]).norm())
         ranks = len(self._ranks)
-        usual = any(abs(factor * one - 1) < 5e-2 for one in (1.0, ranks, 1 / ranks, self._micro_batches))
-        nearest = min(_NORMS, key=lambda one: abs(norm - one))
+        usual = any(abs(factor * count - 1) < 5e-2 for count in (1.0, ranks, 1 / ranks, self._micro_batches))
+        nearest = min(_NORMS, key=lambda limit: abs(norm - limit))
         if usual or factor > 1 or abs(norm / nearest - 1) > 2e-2:
             return None
         observed = (
@@ -134,12 +136,13 @@ class LocalGradients:
         return along / max(sum(float(self._expected[name].square().sum()) for name in names), 1e-30)
 
     def _explain_micro_batches(self, factors: Tensor) -> Finding | None:
-        """Explain factors that differ from micro-batch to micro-batch, alike on all ranks."""
+        """Explain factors that differ between micro-batches, in the same way on all ranks."""
         by_micro_batch = factors.mean(0)
         largest = float(factors.abs().max())
         if float((factors - by_micro_batch).abs().max()) > self._precision * largest or self._micro_batches == 1:
             return None
-        lost = [number for number, one in enumerate(by_micro_batch.tolist()) if abs(one) <= self._precision * largest]
+        factor_of = enumerate(by_micro_batch.tolist())
+        lost = [number for number, factor in factor_of if abs(factor) <= self._precision * largest]
         count = self._micro_batches
         if lost == list(range(count - 1)):
             observed = (
@@ -150,27 +153,29 @@ class LocalGradients:
             numbers = ", ".join(str(number + 1) for number in lost)
             observed = f"micro-batch {numbers} of {count} is not in the gradients"
             return Finding("micro-batches lost", observed, "add up the gradients of all micro-batches of a step")
-        shares = ", ".join(f"{one / largest:.4g}" for one in by_micro_batch.tolist())
+        shares = ", ".join(f"{factor / largest:.4g}" for factor in by_micro_batch.tolist())
         observed = f"micro-batches count unequally in the gradients, as {shares}: each is scaled, reduced or clipped on its own"
         return Finding(
             "micro-batches weighted unequally", observed, "clip and scale gradients once, after the last micro-batch"
         )
 
     def _explain_ranks(self, names: Sequence[str], factors: Tensor) -> Finding | None:
-        """Explain factors that differ from rank to rank."""
+        """Explain factors that differ between ranks."""
         by_rank = factors.mean(1)
         largest = float(by_rank.abs().max())
-        lost = [rank for rank, one in enumerate(by_rank.tolist()) if abs(one) <= self._precision * largest]
+        lost = [rank for rank, factor in enumerate(by_rank.tolist()) if abs(factor) <= self._precision * largest]
         if lost:
             observed = f"the gradients of {name_ranks(lost)} are not in the sum"
             return Finding("gradients not reduced", observed, _REDUCE)
         norms = []
         for rank in range(len(self._ranks)):
             parts = self._local[rank * self._micro_batches : (rank + 1) * self._micro_batches]
-            total = [sum((self._term(one, name) for one in parts), torch.zeros(1)) for name in names]
-            norms.append(float(by_rank[rank].abs()) * float(torch.stack([one.norm() for one in total]).norm()))
-        shares = ", ".join(f"{one / largest:.4g}" for one in by_rank.tolist())
-        clipped = [rank for rank, one in enumerate(by_rank.tolist()) if abs(one) < (1 - self._precision) * largest]
+            total = [sum((self._term(local, name) for local in parts), torch.zeros(1)) for name in names]
+            norms.append(float(by_rank[rank].abs()) * float(torch.stack([term.norm() for term in total]).norm()))
+        shares = ", ".join(f"{factor / largest:.4g}" for factor in by_rank.tolist())
+        clipped = [
+            rank for rank, factor in enumerate(by_rank.tolist()) if abs(factor) < (1 - self._precision) * largest
+        ]
         held = [norms[rank] for rank in clipped]
         if held and max(norms) <= 1.02 * min(held) and max(held) <= 1.02 * min(held):
             observed = (
@@ -188,7 +193,7 @@ class LocalGradients:
         )
 
     def _explain_rest(self, names: Sequence[str], fit: _Fit) -> Finding | None:
-        """Explain gradients that are almost a sum of local ones: what was added to it, or rounded."""
+        """Explain gradients that are a sum of local ones except for an addition or a rounding."""
         old = [name for result in self._ranks for name in result["old_gradients"]]
         if old:
             observed = f"{old[0]} had a gradient before the first backward pass, which is in the sum"
@@ -199,8 +204,8 @@ class LocalGradients:
                 torch.equal(gradients[name], gradients[name].to(dtype).float()) for name in names
             ):
                 observed = f"all gradients are rounded to {str(dtype)[6:]}"
-                return Finding("gradients rounded", observed, "reduce gradients in fp32, and keep them so")
-        total = {name: sum(self._term(one, name) for one in self._local) for name in names}
+                return Finding("gradients rounded", observed, "reduce gradients in fp32, and keep them in fp32")
+        total = {name: sum(self._term(local, name) for local in self._local) for name in names}
         factor = float(fit.factors.median())
         rest = {name: gradients[name].double().flatten() - factor * total[name] for name in names}
         weights = {
@@ -208,10 +213,10 @@ class LocalGradients:
         }
         if len(weights) < len(names):
             return None
-        square = sum(float(one.square().sum()) for one in weights.values())
-        decay = sum(float(rest[name] @ one) for name, one in weights.items()) / max(square, 1e-30)
-        left = sum(float((rest[name] - decay * one).square().sum()) for name, one in weights.items()) ** 0.5
-        if left > 0.02 * sum(float(one.square().sum()) for one in rest.values()) ** 0.5:
+        square = sum(float(weight.square().sum()) for weight in weights.values())
+        decay = sum(float(rest[name] @ weight) for name, weight in weights.items()) / max(square, 1e-30)
+        left = sum(float((rest[name] - decay * weight).square().sum()) for name, weight in weights.items()) ** 0.5
+        if left > 0.02 * sum(float(term.square().sum()) for term in rest.values()) ** 0.5:
             return None
         observed = (
             f"the gradients contain {decay:.4g} times the weights: weight decay, or a penalty that one process lacks"
@@ -219,11 +224,11 @@ class LocalGradients:
         return Finding("weights in gradients", observed, "leave weight decay to the optimizer")
 
     def _explain_single(self, names: Sequence[str]) -> Finding | None:
-        """Explain single parameters whose gradient is another sum than that of most."""
+        """Explain single parameters whose gradient is a different sum than those of most."""
         fits = {name: self._fit(0, [name]) for name in names}
         usual = (
-            float(torch.stack([one.factors.median() for one in fits.values() if one.fits]).median())
-            if any(one.fits for one in fits.values())
+            float(torch.stack([fit.factors.median() for fit in fits.values() if fit.fits]).median())
+            if any(fit.fits for fit in fits.values())
             else 0.0
         )
         if not usual:
@@ -233,9 +238,11 @@ class LocalGradients:
             if not fit or off <= 2 * self._precision:
                 continue
             others = [
-                one
-                for one, (found, well) in fits.items()
-                if one != name and well and float((found / usual - 1).abs().max()) > 2 * self._precision
+                other
+                for other, other_fit in fits.items()
+                if other != name
+                and other_fit.fits
+                and float((other_fit.factors / usual - 1).abs().max()) > 2 * self._precision
             ]
             if len(others) + 1 > len(fits) / 2:
                 return None
@@ -246,7 +253,9 @@ class LocalGradients:
                     "gradient differs", observed, "see that its gradient is reduced, and added up, like the others'"
                 )
             lost = [
-                rank for rank, one in enumerate(factors.mean(1).tolist()) if abs(one) <= self._precision * abs(usual)
+                rank
+                for rank, factor in enumerate(factors.mean(1).tolist())
+                if abs(factor) <= self._precision * abs(usual)
             ]
             if lost:
                 observed = f"the gradient of {name}{more} lacks the share of {name_ranks(lost)} on rank 0"

@@ -1,4 +1,4 @@
-"""Which mistake explains logits that differ: the ranks are emulated in one process with the mistake in it, and compared."""
+"""Find the mistake behind different logits: emulate the ranks in one process with each mistake, and compare."""
 
 # N tokens of all micro-batches, T tokens on a rank, V vocabulary; M tokens of one micro-batch
 
@@ -19,27 +19,30 @@ from distattn.doctor.reference import ReferenceResult, Tolerances, outputs_of_ra
 
 
 class MicroBatch(NamedTuple):
-    """A micro-batch as hypotheses need it: of each rank its tokens (T,), counted from the first of the micro-batch, and the
-    positions (T,) it gave to the model; the lengths of documents as the ranks' plan has them; the ids of each rank's padding."""
+    """A micro-batch as hypotheses need it.
+
+    tokens: of each rank (T,), counted from the first of the micro-batch. passed: the positions (T,) that each rank passed to the
+    model. planned: the lengths of documents in the ranks' plan. padding: the ids of each rank's padding.
+    """
 
     pack: PackedBatch
     tokens: list[Tensor]
-    given: list[Tensor]
+    passed: list[Tensor]
     planned: list[int]
     padding: list[Tensor]
 
     def right(self) -> list[Tensor]:
-        """The documents' positions."""
+        """Return the right positions of each rank's tokens."""
         whole = torch.cat([torch.arange(length) for length in self.pack.lengths])
-        return [whole[own] for own in self.tokens]
+        return [whole[tokens] for tokens in self.tokens]
 
     def documents(self) -> list[tuple[int, int]]:
-        """First token of each document, and its end."""
+        """Return the first token of each document, and its end."""
         ends = list(accumulate(self.pack.lengths, initial=0))
         return list(pairwise(ends))
 
 
-# tokens that recurrent layers read one after another, by sequence: each begins anew
+# sequences of tokens that recurrent layers read; the state is reset at the beginning of each
 Readings = list[Tensor]
 
 
@@ -48,9 +51,9 @@ def _read_documents(batch: MicroBatch) -> Readings:
 
 
 class Hypothesis(NamedTuple):
-    """A mistake, and what it does to a micro-batch: the ranks' positions, what may be attended to (M, M), and in layers.
+    """A mistake and its effect on a micro-batch: the ranks' positions, the allowed cells (M, M), and the mistake in layers.
 
-    readings: what recurrent layers and convolutions read; convolved: what convolutions read, where that is something else.
+    readings: the sequences that recurrent layers and convolutions read; convolved: those of convolutions, if they differ.
     """
 
     finding: Finding
@@ -61,9 +64,10 @@ class Hypothesis(NamedTuple):
     convolved: Callable[[MicroBatch], Readings] | None = None
 
 
-# a hypothesis -> the logits (N, V) of ranks, or of one rank that has all tokens; None where the model cannot be run so
+# a hypothesis -> the logits (N, V) of ranks, or of one rank that has all tokens; None if the model fails
 Emulation = Callable[[Hypothesis, bool], Tensor | None]
-# a hypothesis -> the largest difference from what ranks computed, over what rounding explains; None where it cannot be run
+# a hypothesis -> the largest difference from the ranks' results, divided by the difference that rounding explains; None if the
+# model fails
 Score = Callable[[Hypothesis], float | None]
 
 
@@ -71,16 +75,18 @@ def micro_batches_of(reference: ReferenceResult, ranks: Sequence[RankResult]) ->
     """Put the ranks' parts of each micro-batch together."""
     out, first = [], 0
     for number, pack in enumerate(reference.packs):
-        parts = [found["parts"][number] for found in ranks]
+        parts = [result["parts"][number] for result in ranks]
         tokens = [part["tokens"] - first for part in parts]
         ids = [
-            part["input_ids"].flatten() if "input_ids" in part else own for part, own in zip(parts, tokens, strict=True)
+            part["input_ids"].flatten() if "input_ids" in part else rank_tokens
+            for part, rank_tokens in zip(parts, tokens, strict=True)
         ]
-        padding = [one[len(own) :] for one, own in zip(ids, tokens, strict=True)]
+        padding = [rank_ids[len(rank_tokens) :] for rank_ids, rank_tokens in zip(ids, tokens, strict=True)]
         batch = MicroBatch(pack, tokens, [], list(parts[0]["documents"]), padding)
-        for part, own, right in zip(parts, tokens, batch.right(), strict=True):
-            given = part.get("position_ids")
-            batch.given.append(right if given is None or given.dim() != 2 else given.flatten()[: len(own)])
+        for part, right in zip(parts, batch.right(), strict=True):
+            positions = part.get("position_ids")
+            has_positions = positions is not None and positions.dim() == 2
+            batch.passed.append(positions.flatten()[: len(right)] if has_positions else right)
         out.append(batch)
         first += len(pack.ids_N)
     return out
@@ -105,10 +111,10 @@ def explain_logits(
     score: Score,
     of_other_layers: Callable[[], Iterable[Hypothesis]],
 ) -> Finding | None:
-    """Find the mistake that gives what ranks computed in one process, None where none does.
+    """Find the mistake that reproduces the ranks' results in one process; return None if no mistake does.
 
-    tolerance: of the norm of differences of logits. of_other_layers: mistakes of layers without attention, asked for once the
-    model has been run.
+    tolerance: limit of the norm of differences of logits. of_other_layers: returns mistakes of layers without attention, called
+    after the model has been run.
     """
     ratio = score(RIGHT)
     if ratio is not None and ratio <= 1:
@@ -120,24 +126,24 @@ def explain_logits(
         chain(_hypotheses(ranks), of_other_layers()),
         _positions_of_some_ranks(len(ranks)),
     ):
-        found: list[tuple[float, Finding]] = []
+        explanations: list[tuple[float, Finding]] = []
         for hypothesis in hypotheses:
-            # a hypothesis that comes to the same as an earlier one for these batches, or as no mistake, is not tried
+            # skip a hypothesis that has the effect of an earlier one, or of no mistake, on these batches
             if (identity := _identity(hypothesis, batches)) in tried:
                 continue
             tried.add(identity)
             ratio = score(hypothesis)
             if ratio is not None and ratio <= 1:
-                found.append((ratio, hypothesis.finding))
-        if found:
-            # the first of those that fit as well as the best one
-            best = min(ratio for ratio, _ in found)
-            return next(finding for ratio, finding in found if ratio <= 2 * best + 1 / 16)
+                explanations.append((ratio, hypothesis.finding))
+        if explanations:
+            # the first of those that fit about as well as the best one
+            best = min(ratio for ratio, _ in explanations)
+            return next(finding for ratio, finding in explanations if ratio <= 2 * best + 1 / 16)
     return None
 
 
 def _wrong_window(reference: ReferenceResult, tolerance: float, emulation: Emulation) -> Finding | None:
-    """Find whether the model is right in one process once its windows are longer or shorter."""
+    """Find a window length that is off by one: with the opposite change the model is right in one process."""
     for hypothesis in _wrong_windows():
         mended = emulation(hypothesis._replace(mistake=Mistake(window_change=-hypothesis.mistake.window_change)), False)
         if mended is not None and distance(mended, reference.logits_NV) <= tolerance:
@@ -146,22 +152,23 @@ def _wrong_window(reference: ReferenceResult, tolerance: float, emulation: Emula
 
 
 def _identity(hypothesis: Hypothesis, batches: Sequence[MicroBatch]) -> tuple[str, Mistake]:
-    """What a hypothesis comes to: a digest of positions and masks, and what is wrong in layers."""
+    """Return a hypothesis's effect: a digest of positions and masks, and the mistake in layers."""
     tensors: list[Tensor] = []
     for batch in batches:
         tensors += [*hypothesis.positions(batch), hypothesis.allowed(batch)]
         for reading in hypothesis.readings, hypothesis.convolved or hypothesis.readings:
             # -1 ends a sequence
-            tensors += [torch.cat([one, one.new_full((1,), -1)]) for one in reading(batch) if len(one)]
+            sequences = (sequence for sequence in reading(batch) if len(sequence))
+            tensors += [torch.cat([sequence, sequence.new_full((1,), -1)]) for sequence in sequences]
     return digest(*tensors), hypothesis.mistake
 
 
 def _explain_model(reference: ReferenceResult, split: Tensor, tolerance: float, emulation: Emulation) -> Finding | None:
-    """Find what a model does itself that only goes well unsplit: its ranks are right about all that they give to it.
+    """Find a mistake inside the model that shows only on several ranks: the inputs of all ranks are right.
 
     split: the logits (N, V) of such ranks.
     """
-    moved = emulation(RIGHT._replace(positions=lambda batch: [given + 1 + given % 3 for given in batch.right()]), False)
+    moved = emulation(RIGHT._replace(positions=lambda batch: [right + 1 + right % 3 for right in batch.right()]), False)
     whole, first = emulation(RIGHT, True), reference.lengths[0]
     if whole is None or distance(whole[:first], reference.logits_NV[:first]) > tolerance:
         return _wrong_window(reference, tolerance, emulation)
@@ -176,10 +183,10 @@ def _explain_model(reference: ReferenceResult, split: Tensor, tolerance: float, 
 
 TOKENS_MIXED = Finding(
     "tokens mixed",
-    "the attention that is asked of the batch is right, but results depend on which tokens a rank has: a layer attends by "
-    "itself, or something else mixes tokens",
-    "have every attention layer ask the batch, and recurrent layers and convolutions its recurrence and causal_conv1d; a mean "
-    "over tokens cannot be split; look at the first module that differs",
+    "the attention that layers ask of the batch is right, but results depend on the tokens of a rank: a layer computes attention "
+    "itself, or another operation mixes tokens",
+    "call the batch's attention in every attention layer, its recurrence and causal_conv1d in recurrent layers and convolutions; "
+    "a mean over tokens cannot be split; look at the first module that differs",
 )
 
 
@@ -194,12 +201,12 @@ def _right(batch: MicroBatch) -> list[Tensor]:
     return batch.right()
 
 
-def _given(batch: MicroBatch) -> list[Tensor]:
-    return batch.given
+def _passed(batch: MicroBatch) -> list[Tensor]:
+    return batch.passed
 
 
 def _local(batch: MicroBatch) -> list[Tensor]:
-    return [torch.arange(len(own)) for own in batch.tokens]
+    return [torch.arange(len(tokens)) for tokens in batch.tokens]
 
 
 def _over_the_pack(batch: MicroBatch) -> list[Tensor]:
@@ -207,12 +214,12 @@ def _over_the_pack(batch: MicroBatch) -> list[Tensor]:
 
 
 def _from_rank_on(batch: MicroBatch) -> list[Tensor]:
-    """Return positions as if each rank had one stretch of the batch, in the order of ranks."""
-    return [torch.arange(len(own)) + rank * len(own) for rank, own in enumerate(batch.tokens)]
+    """Return positions as if each rank had one segment of the batch, in the order of ranks."""
+    return [torch.arange(len(tokens)) + rank * len(tokens) for rank, tokens in enumerate(batch.tokens)]
 
 
 def over_the_pack() -> Hypothesis:
-    """Return the mistake of positions that go on from document to document."""
+    """Return the mistake that positions are not reset at documents."""
     return RIGHT._replace(positions=_over_the_pack)
 
 
@@ -242,37 +249,37 @@ def _causal_over_the_pack(batch: MicroBatch) -> Tensor:
 
 
 def _on_one_rank(batch: MicroBatch) -> Tensor:
-    """Causal over each rank's own tokens, in their local order."""
-    return _rank_local(batch, [torch.zeros(len(own), dtype=torch.bool) for own in batch.tokens])
+    """Return a causal mask over each rank's own tokens, in their local order."""
+    return _rank_local(batch, [torch.zeros(len(tokens), dtype=torch.bool) for tokens in batch.tokens])
 
 
 def _on_one_rank_by_positions(batch: MicroBatch) -> Tensor:
-    """The same, where a document ends wherever positions do not go on by one, as transformers takes it."""
-    return _rank_local(batch, [given.diff(prepend=given[:1] - 1) != 1 for given in batch.given])
+    """Return the same mask, with a new document wherever positions do not increase by one, as in transformers."""
+    return _rank_local(batch, [passed.diff(prepend=passed[:1] - 1) != 1 for passed in batch.passed])
 
 
 def _rank_local(batch: MicroBatch, begins: list[Tensor]) -> Tensor:
     allowed = torch.zeros_like(_causal_over_the_pack(batch))
-    for own, begin in zip(batch.tokens, begins, strict=True):
+    for tokens, begin in zip(batch.tokens, begins, strict=True):
         document = begin.cumsum(0)
-        mine = torch.ones(len(own), len(own), dtype=torch.bool).tril() & (document[:, None] == document[None])
-        allowed[own[:, None], own[None]] = mine
+        causal = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
+        allowed[tokens[:, None], tokens[None]] = causal & (document[:, None] == document[None])
     return allowed
 
 
-_POSITIONS = (_right, _given, _local, _over_the_pack)
+_POSITIONS = (_right, _passed, _local, _over_the_pack)
 RIGHT = Hypothesis(Finding("", "", ""), _right, _causal_in_documents)
 
 
 def _wrong_positions() -> Iterator[Hypothesis]:
     remedy = "pass the part's position_ids on to the model: they are sharded with the tokens"
     for positions, observed in (
-        (_local, "each rank counts positions from 0: it gives its tokens those of others"),
-        (_given, "positions are not those of the documents"),
-        (_over_the_pack, "positions go on from document to document"),
+        (_local, "each rank counts positions from 0: its tokens get the positions of others"),
+        (_passed, "positions are not those of the documents"),
+        (_over_the_pack, "positions are not reset at documents"),
         (
             _from_rank_on,
-            "each rank counts positions from its number times its tokens, as if its tokens were one stretch",
+            "each rank counts positions from its number times its tokens, as if its tokens were one segment",
         ),
     ):
         yield Hypothesis(Finding("positions not sharded", observed, remedy), positions, _causal_in_documents)
@@ -294,17 +301,17 @@ def _positions_of_some_ranks(ranks: int) -> Iterator[Hypothesis]:
 
     mistakes = (
         (_local, "counts positions from 0"),
-        (_over_the_pack, "has positions that go on from document to document"),
+        (_over_the_pack, "has positions that are not reset at documents"),
         (_from_rank_on, "counts positions from its number times its tokens"),
         (later(1), "has positions that are one too large"),
         (later(-1), "has positions that are one too small"),
     )
-    for positions, words in mistakes:
+    for positions, description in mistakes:
         for rank in range(ranks):
-            finding = Finding("positions not sharded", f"rank {rank} {words}", remedy)
+            finding = Finding("positions not sharded", f"rank {rank} {description}", remedy)
             yield Hypothesis(finding, on_rank(rank, positions), _causal_in_documents)
-    for step, words in ((1, "large"), (-1, "small")):
-        finding = Finding("positions not sharded", f"positions are one too {words}", remedy)
+    for step, adjective in ((1, "large"), (-1, "small")):
+        finding = Finding("positions not sharded", f"positions are one too {adjective}", remedy)
         yield Hypothesis(finding, later(step), _causal_in_documents)
 
 
@@ -314,7 +321,7 @@ def _wrong_masks(
     finding = Finding(
         "documents not separated",
         "documents attend to one another: the pack is taken for one document",
-        "give document_lengths (or position_ids that begin anew) to ContextParallel.shard",
+        "pass document_lengths (or position_ids that are reset at documents) to ContextParallel.shard",
     )
     yield Hypothesis(
         finding, positions, _causal_over_the_pack, readings=lambda batch: [torch.arange(len(batch.pack.ids_N))]
@@ -322,7 +329,7 @@ def _wrong_masks(
     finding = Finding(
         "documents not those of the batch",
         "the ranks' plan has other documents than the batch",
-        "give the batch's own document_lengths to ContextParallel.shard",
+        "pass the batch's own document_lengths to ContextParallel.shard",
     )
     yield Hypothesis(finding, positions, _in_planned_documents, readings=_read_planned_documents)
     finding = Finding("mask not causal", "tokens see what comes after them", 'use document_mask="causal"')

@@ -1,6 +1,6 @@
-"""Which labels the loss was of, and with which weight each: both are read off the gradient that reaches the logits.
+"""Read the labels and weights of a loss off the gradient that reaches the logits, and find mistakes in them.
 
-Of cross entropy a token's gradient is weight * (softmax(logits) - onehot(label)), so that nothing has to be guessed from sums.
+For cross entropy a token's gradient is weight * (softmax(logits) - onehot(label)), so both follow from it exactly.
 """
 
 # T tokens of a part, V vocabulary, P parts (micro-batches of ranks)
@@ -18,22 +18,24 @@ from distattn.batch.packed_batch import IGNORE_INDEX
 from distattn.doctor.comparison import Finding, PartResult, RankResult, parts_of
 from distattn.doctor.reference import ReferenceResult
 
-# below this share of the usual gradient a token has no loss, and a label fits that leaves so much of it; bf16 has two digits
+# a token with less than this share of the usual gradient has no loss; a label fits if it leaves at most this share unexplained:
+# bf16 has two digits
 _NO_LOSS = _FITS = 0.05
-# how unlike weights of a part's tokens may be that are meant to be equal
+# the largest relative difference between weights of a part's tokens that should be equal
 _UNEQUAL = 0.05
 # the share of a token's gradient that cross entropy may leave unexplained
 _FORM = 2e-3
-# of softmax - onehot: what is smaller belongs to a token that is predicted all but surely, and says nothing
+# a token with a smaller norm of softmax - onehot is predicted almost with certainty, and its gradient says nothing
 _SURE = 0.02
 
 
 class PartLoss(NamedTuple):
-    """What a part's loss was of: labels (T,), IGNORE_INDEX where none; weights (T,) of their losses; which can be told.
+    """The labels and weights of a part's loss.
 
-    right_T: the labels that the tokens have. upstream: what backward multiplied the loss by, which is not in the weights. eps: of
-    the dtype that the gradient came in. misfit: the share of a token's gradient that cross entropy does not explain, the
-    median over tokens. smoothing: the label smoothing that explains it, 0 where none does.
+    labels_T: IGNORE_INDEX for tokens without a loss. weights_T: of the tokens' losses. right_T: the right labels. clear_T: tokens
+    whose gradient shows label and weight. upstream: the factor by which backward multiplied the loss; it is not in the
+    weights. eps: of the gradient's dtype. misfit: the share of a token's gradient that cross entropy does not explain, the median
+    over tokens. smoothing: the label smoothing that explains it, 0 if none does.
     """
 
     rank: int
@@ -41,7 +43,7 @@ class PartLoss(NamedTuple):
     right_T: Tensor
     labels_T: Tensor
     weights_T: Tensor
-    known_T: Tensor
+    clear_T: Tensor
     upstream: float
     eps: float
     misfit: float
@@ -49,24 +51,24 @@ class PartLoss(NamedTuple):
 
     @property
     def weight(self) -> float:
-        """Of a token that has a loss; 0 where none has."""
-        counted = self.weights_T[self.known_T & (self.labels_T != IGNORE_INDEX)]
+        """The median weight of tokens that have a loss; 0 without such tokens."""
+        counted = self.weights_T[self.clear_T & (self.labels_T != IGNORE_INDEX)]
         return float(counted.median()) if len(counted) else 0.0
 
     @property
     def labels(self) -> int:
-        """How many tokens have a label."""
+        """The number of tokens with a label."""
         return int((self.right_T != IGNORE_INDEX).sum())
 
     @property
     def spread(self) -> float:
-        """How unlike the weights of its tokens are: (largest - smallest) / median."""
-        counted = self.weights_T[self.known_T & (self.labels_T != IGNORE_INDEX)]
+        """The spread of its tokens' weights: (largest - smallest) / median."""
+        counted = self.weights_T[self.clear_T & (self.labels_T != IGNORE_INDEX)]
         return float((counted.max() - counted.min()) / counted.median().abs()) if len(counted) else 0.0
 
 
 def read_losses(reference: ReferenceResult, ranks: Sequence[RankResult]) -> list[PartLoss]:
-    """What every part's loss was of; nothing where no logits had a gradient."""
+    """Read the labels and weights of every part's loss; return an empty list if no logits had a gradient."""
     parts = list(parts_of(ranks))
     if not any("logits_gradient" in part for _, part in parts):
         return []
@@ -79,12 +81,12 @@ def read_losses(reference: ReferenceResult, ranks: Sequence[RankResult]) -> list
 
 def _read_loss(rank: int, part: PartResult, right_T: Tensor) -> PartLoss:
     tokens_T, logits_TV = part["tokens"], part["logits"][: len(part["tokens"])]
-    given_TV = part.get("logits_gradient", torch.zeros_like(part["logits"]))[: len(tokens_T)]
+    recorded_TV = part.get("logits_gradient", torch.zeros_like(part["logits"]))[: len(tokens_T)]
     upstream = part.get("loss_gradient") or 1.0
-    gradient_TV = given_TV.double() / upstream
+    gradient_TV = recorded_TV.double() / upstream
     probability_TV = logits_TV.double().softmax(-1)
     labels_T, weights_T = _labels_and_weights(gradient_TV, probability_TV, right_T)
-    # how long the gradient of a loss of weight 1 with the right label would be; of tokens without one, as it usually is
+    # the norm of the gradient for a loss of weight 1 with the right label; for tokens without a label the usual norm
     unit_T = _direction(probability_TV, right_T).norm(dim=-1).masked_fill(right_T == IGNORE_INDEX, 1.0)
     sure_weights = weights_T[unit_T > _SURE].abs()
     usual = float(sure_weights.median()) if len(sure_weights) else 0.0
@@ -98,7 +100,7 @@ def _read_loss(rank: int, part: PartResult, right_T: Tensor) -> PartLoss:
         weights_T.masked_fill(none_T, 0.0),
         unit_T > _SURE,
         upstream,
-        torch.finfo(given_TV.dtype).eps,
+        torch.finfo(recorded_TV.dtype).eps,
         misfit,
         smoothing,
     )
@@ -123,11 +125,11 @@ def _misfit_and_smoothing(
 
 
 def _labels_and_weights(gradient_TV: Tensor, probability_TV: Tensor, right_T: Tensor) -> tuple[Tensor, Tensor]:
-    """The label and the weight that a token's gradient fits best; the right label wherever it fits, too."""
+    """Return the label and weight that fit each token's gradient best; the right label if it fits, too."""
     weights_T = _along(gradient_TV, _direction(probability_TV, right_T))
     rest_TV = gradient_TV - weights_T[:, None] * _direction(probability_TV, right_T)
     fits_T = (right_T != IGNORE_INDEX) & (rest_TV.norm(dim=-1) <= _FITS * gradient_TV.norm(dim=-1))
-    # the label's entry has the other sign than all others; a negative weight turns it
+    # the label's entry has the opposite sign of all others; a negative weight flips all signs
     largest_T, smallest_T = gradient_TV.max(-1), gradient_TV.min(-1)
     guess_T = torch.where(largest_T.values > -smallest_T.values, largest_T.indices, smallest_T.indices)
     labels_T = torch.where(fits_T, right_T, guess_T)
@@ -135,23 +137,22 @@ def _labels_and_weights(gradient_TV: Tensor, probability_TV: Tensor, right_T: Te
 
 
 def _direction(probability_TV: Tensor, label_T: Tensor) -> Tensor:
-    """The gradient of a token's cross entropy, (T, V)."""
+    """Return the gradient of each token's cross entropy, (T, V)."""
     return probability_TV - F.one_hot(label_T.clamp(min=0), probability_TV.shape[1])
 
 
 def _along(gradient_TV: Tensor, direction_TV: Tensor) -> Tensor:
-    """How many times each token's direction its gradient is, (T,)."""
+    """Return the factor of each token's gradient along its direction, (T,)."""
     return (gradient_TV * direction_TV).sum(-1) / direction_TV.square().sum(-1).clamp(min=1e-30)
 
 
 def explain_form(losses: Sequence[PartLoss]) -> Finding | None:
-    """Find a loss that is not cross entropy, by which one process is compared."""
-    odd = [one for one in losses if one.misfit > max(_FORM, 3 * one.eps)]
+    """Return a finding if a loss is not cross entropy, which one process computes."""
+    odd = [loss for loss in losses if loss.misfit > max(_FORM, 3 * loss.eps)]
     if not odd:
         return None
-    observed = (
-        f"{100 * odd[0].misfit:.2g} % of the gradient of logits is not of cross entropy, on rank {odd[0].rank} first"
-    )
+    share = f"{100 * odd[0].misfit:.2g} %"
+    observed = f"cross entropy does not explain {share} of the gradient of logits, first on rank {odd[0].rank}"
     if odd[0].smoothing:
         observed += f"; labels are smoothed by {odd[0].smoothing:.3g}"
     remedy = "compare the plain cross entropy of tokens: leave label smoothing and penalties out of the script's loss"
@@ -168,70 +169,72 @@ class _LabelMistake(NamedTuple):
 
 
 def explain_labels(reference: ReferenceResult, losses: Sequence[PartLoss]) -> Finding | None:
-    """Find what is wrong with the labels of the loss, None where they are right."""
-    if all(torch.equal(one.labels_T[one.known_T], one.right_T[one.known_T]) for one in losses):
+    """Find the mistake in the labels of the loss; return None if they are right."""
+    if all(_has_labels(loss, loss.right_T) for loss in losses):
         return None
     for mistake in _LABEL_MISTAKES:
-        if all(_is(one, mistake.labels(reference, one.tokens_T)) for one in losses):
+        if all(_has_labels(loss, mistake.labels(reference, loss.tokens_T)) for loss in losses):
             return Finding(mistake.cause, mistake.observed, mistake.remedy)
     return _single_labels(losses)
 
 
-def _is(loss: PartLoss, labels_T: Tensor) -> bool:
-    return torch.equal(loss.labels_T[loss.known_T], labels_T[loss.known_T])
+def _has_labels(loss: PartLoss, labels_T: Tensor) -> bool:
+    return torch.equal(loss.labels_T[loss.clear_T], labels_T[loss.clear_T])
 
 
 def _single_labels(losses: Sequence[PartLoss]) -> Finding:
-    """Count the labels that are lost, leaked or others, and name the first."""
+    """Count the labels that are lost, leaked or wrong, and name the first of the most frequent kind."""
     masks = {
-        "labels lost": lambda one: (one.labels_T == IGNORE_INDEX) & (one.right_T != IGNORE_INDEX) & one.known_T,
-        "labels leaked": lambda one: (one.labels_T != IGNORE_INDEX) & (one.right_T == IGNORE_INDEX),
-        "labels wrong": lambda one: (
-            (one.labels_T != one.right_T) & (one.right_T != IGNORE_INDEX) & (one.labels_T != IGNORE_INDEX) & one.known_T
+        "labels lost": lambda loss: (loss.labels_T == IGNORE_INDEX) & (loss.right_T != IGNORE_INDEX) & loss.clear_T,
+        "labels leaked": lambda loss: (loss.labels_T != IGNORE_INDEX) & (loss.right_T == IGNORE_INDEX),
+        "labels wrong": lambda loss: (
+            (loss.labels_T != loss.right_T)
+            & (loss.right_T != IGNORE_INDEX)
+            & (loss.labels_T != IGNORE_INDEX)
+            & loss.clear_T
         ),
     }
-    what = {
-        "labels lost": "have a label and no loss",
-        "labels leaked": "have no label and a loss all the same: last tokens of documents, or masked ones",
-        "labels wrong": "have the loss of another label than theirs",
+    descriptions = {
+        "labels lost": "have a label but no loss",
+        "labels leaked": "have a loss although they have no label: last tokens of documents, or masked ones",
+        "labels wrong": "have the loss of another label than their own",
     }
-    counts = {cause: [int(mask(one).sum()) for one in losses] for cause, mask in masks.items()}
+    counts = {cause: [int(mask(loss).sum()) for loss in losses] for cause, mask in masks.items()}
     cause = max(counts, key=lambda cause: sum(counts[cause]))
     place = next(index for index, count in enumerate(counts[cause]) if count)
     first = losses[place]
     token = int(first.tokens_T[masks[cause](first)][0])
-    observed = (
-        f"{sum(counts[cause])} tokens {what[cause]}; token {token} of the batch, on rank {first.rank}, is the first"
-    )
-    return Finding(cause, observed, "give the loss all of part['labels'], -100 ignored, and nothing else")
+    total = sum(counts[cause])
+    observed = f"{total} tokens {descriptions[cause]}; token {token} of the batch, on rank {first.rank}, is the first"
+    return Finding(cause, observed, "use exactly part['labels'] in the loss, with -100 ignored")
 
 
 def are_unequal(losses: Sequence[PartLoss]) -> bool:
-    """Whether parts weigh their tokens unequally in what goes backward.
+    """Return whether parts have unequal weights of tokens in the backward pass.
 
-    Nothing that is done to gradients afterwards makes up for it: ranks have each other's, through attention.
+    Scaling gradients afterwards cannot correct that: through attention each rank has gradients of other ranks' tokens.
     """
-    weights = [one.weight * one.upstream for one in losses if one.weight]
+    weights = [loss.weight * loss.upstream for loss in losses if loss.weight]
     return bool(weights) and max(weights) - min(weights) > _precision(losses) * max(map(abs, weights))
 
 
 def explain_weights(reference: ReferenceResult, losses: Sequence[PartLoss], scale: float, ranks: int) -> Finding | None:
-    """Find what is wrong with the weights of tokens, None where all have the one that `loss_scale` says.
+    """Find the mistake in the weights of tokens; return None if all have the weight of `loss_scale`.
 
-    scale: what `ContextParallel.loss_scale` found.
+    scale: the result of `ContextParallel.loss_scale`.
     """
-    counted = [one for one in losses if one.weight]
+    counted = [loss for loss in losses if loss.weight]
     if not counted:
         return None
     micro_batches, labels = len(reference.packs), reference.valid_labels
-    if any(one.spread > _UNEQUAL for one in counted):
-        observed = "tokens of one part have unequal weights, as a mean over documents or rows gives them"
+    if any(loss.spread > _UNEQUAL for loss in counted):
+        observed = "tokens of one part have unequal weights, as after a mean over documents or rows"
         return Finding("tokens weighted unequally", observed, _REMEDY)
     if are_unequal(counted):
         return _unequal_parts(counted, micro_batches)
-    # of the right weight
+    # the weight compared with the right one
     factor = counted[0].weight * labels / scale
-    known = {
+    explanations = {
         "loss not divided": ((labels / scale, float(labels)), "sums are not divided by the number of tokens"),
         "loss scale forgotten": ((1 / scale,), f"the factor {scale:.4g} of cp.loss_scale() is missing"),
         "loss scale doubled": ((scale,), f"the factor {scale:.4g} of cp.loss_scale() is in it twice"),
@@ -242,16 +245,16 @@ def explain_weights(reference: ReferenceResult, losses: Sequence[PartLoss], scal
         "loss divided by ranks": ((1 / ranks, float(ranks)), f"the {ranks} ranks are counted twice, or not at all"),
         "loss over all tokens": (
             (labels / len(reference.ids_N), labels / len(reference.ids_N) / scale),
-            "it is divided by all tokens, those without a label among them",
+            "it is divided by all tokens, including those without a label",
         ),
     }
     within = _precision(counted)
     if abs(factor - 1) <= within:
         return None
     fitting = {
-        cause: words
-        for cause, (candidates, words) in known.items()
-        if any(abs(factor - one) <= within * one and one != 1 for one in candidates)
+        cause: sentence
+        for cause, (candidates, sentence) in explanations.items()
+        if any(abs(factor - candidate) <= within * candidate and candidate != 1 for candidate in candidates)
     }
     observed = f"the loss is {factor:.4g} times this rank's share of it"
     if not fitting:
@@ -260,59 +263,59 @@ def explain_weights(reference: ReferenceResult, losses: Sequence[PartLoss], scal
 
 
 def _precision(losses: Sequence[PartLoss]) -> float:
-    """How unlike two weights may be, relative, that are meant to be equal: medians over tokens of what was rounded once."""
-    return max(1e-4, 2 * max(one.eps for one in losses))
+    """Return the largest relative difference of equal weights: they are medians of values that were rounded once."""
+    return max(1e-4, 2 * max(loss.eps for loss in losses))
 
 
 _REMEDY = "multiply the sum of token losses by the part's loss_scale, once"
 
 
 def _unequal_parts(losses: Sequence[PartLoss], micro_batches: int) -> Finding:
-    """Explain parts that weigh tokens unequally."""
-    of_own = [one.weight * one.upstream * one.labels for one in losses]
-    if max(of_own) - min(of_own) <= _precision(losses) * max(map(abs, of_own)):
+    """Explain parts whose tokens have unequal weights."""
+    sums = [loss.weight * loss.upstream * loss.labels for loss in losses]
+    if max(sums) - min(sums) <= _precision(losses) * max(map(abs, sums)):
         return Finding("mean of means", "each rank divides by its own tokens", _REMEDY)
     if micro_batches > 1:
         observed = "tokens of different micro-batches have unequal weights: each micro-batch divides by its own tokens"
         return Finding("micro-batches miscounted", observed, "shard all micro-batches of a step by one shard_step")
-    by_rank = {one.rank: one.weight * one.upstream for one in losses}
+    by_rank = {loss.rank: loss.weight * loss.upstream for loss in losses}
     first = by_rank[min(by_rank)]
     shares = ", ".join(f"rank {rank} {weight / first:.4g}" for rank, weight in by_rank.items())
     return Finding("tokens weighted unequally", f"tokens of different ranks have unequal weights: {shares}", _REMEDY)
 
 
-def _shifted_late(reference: ReferenceResult, own: Tensor) -> Tensor:
-    return _next_here(reference.labels_N[own])
+def _shifted_late(reference: ReferenceResult, tokens_T: Tensor) -> Tensor:
+    return _next_here(reference.labels_N[tokens_T])
 
 
-def _shifted_twice(reference: ReferenceResult, own: Tensor) -> Tensor:
-    return _next_here(reference.shifted_labels_N[own])
+def _shifted_twice(reference: ReferenceResult, tokens_T: Tensor) -> Tensor:
+    return _next_here(reference.shifted_labels_N[tokens_T])
 
 
-def _rolled_twice(reference: ReferenceResult, own: Tensor) -> Tensor:
-    return reference.shifted_labels_N[own].roll(-1)
+def _rolled_twice(reference: ReferenceResult, tokens_T: Tensor) -> Tensor:
+    return reference.shifted_labels_N[tokens_T].roll(-1)
 
 
 def _next_here(labels_T: Tensor) -> Tensor:
     return torch.cat([labels_T[1:], labels_T.new_full((1,), IGNORE_INDEX)])
 
 
-def _unshifted(reference: ReferenceResult, own: Tensor) -> Tensor:
-    return reference.labels_N[own]
+def _unshifted(reference: ReferenceResult, tokens_T: Tensor) -> Tensor:
+    return reference.labels_N[tokens_T]
 
 
-def _over_ends(reference: ReferenceResult, own: Tensor) -> Tensor:
-    return _next_here(reference.labels_N)[own]
+def _over_ends(reference: ReferenceResult, tokens_T: Tensor) -> Tensor:
+    return _next_here(reference.labels_N)[tokens_T]
 
 
-def _unmasked(reference: ReferenceResult, own: Tensor) -> Tensor:
+def _unmasked(reference: ReferenceResult, tokens_T: Tensor) -> Tensor:
     shifted = _next_here(reference.ids_N)
     shifted[torch.tensor(reference.lengths).cumsum(0) - 1] = IGNORE_INDEX
-    return shifted[own]
+    return shifted[tokens_T]
 
 
-def _unmasked_over_ends(reference: ReferenceResult, own: Tensor) -> Tensor:
-    return _next_here(reference.ids_N)[own]
+def _unmasked_over_ends(reference: ReferenceResult, tokens_T: Tensor) -> Tensor:
+    return _next_here(reference.ids_N)[tokens_T]
 
 
 _LABEL_MISTAKES = (
@@ -331,8 +334,8 @@ _LABEL_MISTAKES = (
     _LabelMistake(
         _shifted_late,
         "labels shifted after sharding",
-        "the last token of every shard has lost its label, or has a stranger's",
-        "use the part's labels, which are shifted already; a loss that shifts labels itself shall not",
+        "the last token of every shard has lost its label, or has the label of an unrelated token",
+        "use the part's labels, which are shifted already, with a loss that does not shift them",
     ),
     _LabelMistake(
         _unshifted, "labels not shifted", "tokens predict themselves", "use the part's labels: each token's successor"
@@ -347,12 +350,12 @@ _LABEL_MISTAKES = (
         _unmasked,
         "label mask dropped",
         "tokens whose label is -100 have a loss",
-        "give labels to ContextParallel.shard, and ignore -100",
+        "pass labels to ContextParallel.shard, and ignore -100",
     ),
     _LabelMistake(
         _unmasked_over_ends,
         "label mask dropped",
-        "tokens whose label is -100 have a loss, and so have last tokens of documents",
-        "give labels to ContextParallel.shard, and ignore -100",
+        "tokens whose label is -100 have a loss, and last tokens of documents, too",
+        "pass labels to ContextParallel.shard, and ignore -100",
     ),
 )

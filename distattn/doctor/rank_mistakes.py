@@ -1,4 +1,4 @@
-"""Find the mistake of single ranks behind the first difference from one process: in positions, attention, weights or modules."""
+"""Find the mistake of single ranks behind the first difference: in positions, attention, weights or modules."""
 
 # T tokens on a rank, P positions, C numbers of a position, I frequencies of rotary embeddings
 
@@ -19,11 +19,11 @@ from distattn.doctor.recording import lookups
 from distattn.doctor.replay import LocalError, Place, Replay
 
 _POSITIONS = "pass the part's position_ids on to the model: they are sharded with the tokens"
-_SAME_MODEL = "have every rank compute with the same weights, buffers and settings in every step"
+_SAME_MODEL = "use the same weights, buffers and settings on every rank in every step"
 
 
 def describe_errors(errors: Sequence[LocalError], of_ranks: bool = True) -> str:
-    """Say where ranks differ first, on which of them (of_ranks), in which tokens, and by how much."""
+    """Describe the first difference: its place, ranks (if of_ranks), tokens and size."""
     parts = [
         f"{f'on rank {error.rank} ' if of_ranks else ''}in {name_tokens(error.tokens)}, by {_percent(error.relative)}"
         for error in sorted(errors, key=lambda error: error.rank)
@@ -32,13 +32,13 @@ def describe_errors(errors: Sequence[LocalError], of_ranks: bool = True) -> str:
 
 
 def explain_weights_in_use(ranks: Sequence[RankResult]) -> Finding | None:
-    """Find a weight that ranks had alike at first, and not when they computed with it."""
+    """Find a weight that was the same on all ranks at first, but not when they computed with it."""
     for micro_batch, first in enumerate(ranks[0]["parts"]):
         for name, digest in first["used_weights"].items():
             odd = [
                 rank
-                for rank, found in enumerate(ranks)
-                if found["parts"][micro_batch]["used_weights"].get(name, digest) != digest
+                for rank, result in enumerate(ranks)
+                if result["parts"][micro_batch]["used_weights"].get(name, digest) != digest
             ]
             if odd:
                 observed = f"rank {odd[0]} computes with another {name} than rank 0, though they began with the same"
@@ -53,7 +53,7 @@ def explain_errors(
     model: torch.nn.Module,
     ranks: Sequence[RankResult],
 ) -> Finding | None:
-    """Find what ranks do otherwise at the first place where they differ, None where nothing fits."""
+    """Find the mistake of ranks at the first place where they differ; return None if no known mistake fits."""
     place, batch = errors[0].place, emulation.micro_batches[errors[0].place.micro_batch]
     if place.module in lookups(model) and (finding := _explain_lookup(replay, errors, batch.right(), emulation)):
         return finding
@@ -63,54 +63,52 @@ def explain_errors(
     if finding := _explain_settings(place, ranks):
         return finding
     if (change := _change_of(replay, errors)) is not None:
-        who = name_ranks(sorted(error.rank for error in errors))
+        names = name_ranks(sorted(error.rank for error in errors))
         cause = {"rounded": "low precision", "dropped": "dropout on"}.get(change.kind, "values changed")
         tokens = name_tokens([token for error in errors for token in error.tokens])
-        return Finding(cause, f"on {who}, {place} is {change.words} ({tokens})", _REMEDIES[cause])
+        return Finding(cause, f"on {names}, {place} is {change.description} ({tokens})", _REMEDIES[cause])
     return None
 
 
 def _change_of(replay: Replay, errors: Sequence[LocalError]) -> Change | None:
     return common_change(
-        [describe_change(one.expected_T, one.got_T, replay.bound(one.rank, one.place)) for one in errors]
+        [describe_change(error.expected_T, error.got_T, replay.bound(error.rank, error.place)) for error in errors]
     )
 
 
 def explain_gradient_errors(replay: Replay, errors: Sequence[LocalError]) -> Finding:
-    """Say what is wrong with the first gradient that is not what one process computes of the ranks' own."""
-    who = name_ranks(sorted(error.rank for error in errors))
+    """Explain the first gradient that differs from the result of one process for the ranks' own gradients."""
+    names = name_ranks(sorted(error.rank for error in errors))
     change = _change_of(replay, errors)
     lost = replay.lost_gradients()
     if change is not None and change.kind == "zero" and lost:
         modules = sorted({place.module for place in lost})
         observed = (
-            f"on {who} no gradient reaches what {', '.join(modules[:4])} {'put' if len(modules) > 1 else 'puts'} out"
+            f"on {names} no gradient reaches what {', '.join(modules[:4])} {'put' if len(modules) > 1 else 'puts'} out"
         )
         if all(any(mark in module for mark in KEY_VALUE) for module in modules):
             return Finding(
                 "keys and values detached", observed, "keep detach() and no_grad() away from keys and values"
             )
         return Finding("gradient missing", observed, "look for detach() and no_grad() behind it")
-    if finding := _explain_lost_features(replay, errors, who):
+    if finding := _explain_lost_features(replay, errors, names):
         return finding
     observed = f"first to differ in the backward pass is {describe_errors(errors)}"
     if change is not None:
-        observed += f": it is {change.words}"
-    return Finding("gradient differs", observed, "look at what is done there in the backward pass, on these ranks")
+        observed += f": it is {change.description}"
+    return Finding("gradient differs", observed, "look at the backward pass there, on these ranks")
 
 
-def _explain_lost_features(replay: Replay, errors: Sequence[LocalError], who: str) -> Finding | None:
-    """Find features of a fused projection that no gradient reaches."""
+def _explain_lost_features(replay: Replay, errors: Sequence[LocalError], names: str) -> Finding | None:
+    """Find features of a fused projection that no gradient reaches. names: of the ranks."""
     lost = []
     for error in errors:
-        expected_TC, got_TC = (one.reshape(len(one), -1) for one in (error.expected_T, error.got_T))
+        expected_TC, got_TC = (values.reshape(len(values), -1) for values in (error.expected_T, error.got_T))
         lost.append((~got_TC.any(0) & expected_TC.any(0)).nonzero().flatten().tolist())
-    if not lost[0] or any(one != lost[0] for one in lost):
+    if not lost[0] or any(features != lost[0] for features in lost):
         return None
     place = errors[0].place
-    observed = (
-        f"on {who} no gradient reaches {name_tokens(lost[0]).replace('token', 'feature')} of what {place.call} puts out"
-    )
+    observed = f"on {names} no gradient reaches {name_tokens(lost[0]).replace('token', 'feature')} of what {place.call} puts out"
     sizes = {2 * link.call.k_NKD[0].numel() for link in replay.calls} | {
         link.call.k_NKD[0].numel() for link in replay.calls
     }
@@ -126,7 +124,7 @@ def _explain_lost_features(replay: Replay, errors: Sequence[LocalError], who: st
 _REMEDIES = {
     "low precision": "compute it in the model's dtype on every rank",
     "dropout on": "set dropout to 0, or call model.eval(), in the script for the doctor",
-    "values changed": "look at what this rank does there, and the others do not",
+    "values changed": "look at what this rank does differently there",
 }
 
 
@@ -137,19 +135,20 @@ def _percent(relative: float) -> str:
 def _explain_lookup(
     replay: Replay, errors: Sequence[LocalError], right: Sequence[Tensor], emulation: EmulatedModel
 ) -> Finding | None:
-    """Read off what a module looked up which positions ranks have used; where they used none, their frequencies."""
+    """Find the positions that ranks have used from the values of a lookup; if no position fits, compare frequencies."""
     place = errors[0].place
     try:
         table = replay.computed(over_the_pack())
     except Exception as failure:
-        # such as positions beyond a table of them
+        # for example an index error for positions beyond the model's table
         emulation.note_failure(failure)
         return None
-    if all(torch.equal(own[place], replay.right[rank][place]) for rank, own in enumerate(table) if place in own):
-        # token ids are looked up, not positions
+    looked_up = [(rank, computed[place]) for rank, computed in enumerate(table) if place in computed]
+    if all(torch.equal(values, replay.right[rank][place]) for rank, values in looked_up):
+        # the module looks up token ids, not positions
         return None
-    rows = [(replay.tokens(rank, place), own[place]) for rank, own in enumerate(table) if place in own]
-    tokens, values = torch.cat([one for one, _ in rows]), torch.cat([one for _, one in rows])
+    tokens = torch.cat([replay.tokens(rank, place) for rank, _ in looked_up])
+    values = torch.cat([rank_values for _, rank_values in looked_up])
     table_PC = values.double().reshape(len(values), -1)[tokens.argsort()]
     described = []
     for error in sorted(errors, key=lambda error: error.rank):
@@ -188,7 +187,7 @@ def _explain_frequencies(replay: Replay, error: LocalError, right_T: Tensor) -> 
         return None
     bases = []
     for cosine_TC, sine_TC in ((error.got_T, got_TC), (error.expected_T, expected_TC)):
-        sine, cosine = (one[ones[0]].double().flatten() for one in (sine_TC, cosine_TC))
+        sine, cosine = (values[ones[0]].double().flatten() for values in (sine_TC, cosine_TC))
         angles_I = torch.atan2(sine, cosine)[: len(sine) // 2]
         bases.append(
             float((angles_I[0] / angles_I[-1].clamp(min=1e-12)) ** (len(angles_I) / max(len(angles_I) - 1, 1)))
@@ -200,13 +199,13 @@ def _explain_frequencies(replay: Replay, error: LocalError, right_T: Tensor) -> 
 
 
 def _explain_settings(place: Place, ranks: Sequence[RankResult]) -> Finding | None:
-    """Find a setting of the module that differs, or of one that it is a part of, which ranks do not have in common."""
+    """Find a setting that differs between ranks, of the module or of a module that contains it."""
     for name, first in ranks[0]["settings"].items():
         owner = name.rpartition(".")[0]
         if owner and not place.module.startswith(owner):
             continue
-        for rank, found in enumerate(ranks):
-            if found["settings"].get(name, first) != first:
-                observed = f"{name} is {found['settings'][name]!r} on rank {rank}, and {first!r} on rank 0"
+        for rank, result in enumerate(ranks):
+            if result["settings"].get(name, first) != first:
+                observed = f"{name} is {result['settings'][name]!r} on rank {rank}, and {first!r} on rank 0"
                 return Finding("RoPE base" if "theta" in name else "setting differs", observed, _SAME_MODEL)
     return None

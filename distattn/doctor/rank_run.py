@@ -1,4 +1,4 @@
-"""What `distattn doctor` collects on one rank: `python -m distattn.doctor.rank_run TARGET FOLDER` is one."""
+"""Collect the evidence of `distattn doctor` on one rank, as `python -m distattn.doctor.rank_run TARGET FOLDER`."""
 
 # T tokens on this rank, V vocabulary
 
@@ -39,8 +39,8 @@ from distattn.ir.errors import DistattnError
 
 
 def run_on_this_rank(target: Target) -> RankResult:
-    """Run the target on this rank. Returns plain tensors, numbers and words; a refusal or a failure is one of them."""
-    found: RankResult = {}
+    """Run the target on this rank. Return plain tensors, numbers and strings; a refusal or a failure is one of them."""
+    result: RankResult = {}
     try:
         cp = target.context_parallel()
         if cp.config.data == "per_rank":
@@ -49,35 +49,35 @@ def run_on_this_rank(target: Target) -> RankResult:
             )
         model = target.model()
         batches = target.batches(model)
-        _record_inputs(found, cp, unwrapped(model), batches)
-        # only now: what it does may depend on the same weights on all ranks
-        _set_up(found, target, cp, model)
+        _record_inputs(result, cp, unwrapped(model), batches)
+        # after the inputs are recorded: the setup may depend on the same weights on all ranks
+        _set_up(result, target, cp, model)
         parts = target.shard(cp, batches)
-        found["dropout"] = active_dropout(unwrapped(model))
-        found["old_gradients"] = [name for name, p in unwrapped(model).named_parameters() if _holds_gradient(p)]
-        found["settings"] = settings_of(unwrapped(model))
-        found["loss_scale"], found["parts"], first = cp.loss_scale(), [], 0
+        result["dropout"] = active_dropout(unwrapped(model))
+        result["old_gradients"] = [name for name, p in unwrapped(model).named_parameters() if _holds_gradient(p)]
+        result["settings"] = settings_of(unwrapped(model))
+        result["loss_scale"], result["parts"], first = cp.loss_scale(), [], 0
         for batch, part in zip(batches, parts, strict=True):
-            found["parts"].append(_run_part(target, cp, model, batch, part, first))
+            result["parts"].append(_run_part(target, cp, model, batch, part, first))
             first += sum(packs_of([batch])[0].lengths)
         target.reduce(model)
-        found["gradients"] = {name: gradient.cpu() for name, gradient in target.gradients(model).items()}
-        found["buffers_after"] = {name: digest(buffer) for name, buffer in buffers_of(unwrapped(model)).items()}
+        result["gradients"] = {name: gradient.cpu() for name, gradient in target.gradients(model).items()}
+        result["buffers_after"] = {name: digest(buffer) for name, buffer in buffers_of(unwrapped(model)).items()}
     except DistattnError as refusal:
-        found["refusal"] = str(refusal)
+        result["refusal"] = str(refusal)
     # a script that calls sys.exit has not been examined
     except (Exception, SystemExit) as error:
-        found["failure"] = target.describe_error(error)
-    found["at"] = time.time()
-    return found
+        result["failure"] = target.describe_error(error)
+    result["at"] = time.time()
+    return result
 
 
-def _set_up(found: RankResult, target: Target, cp: ContextParallel, model: torch.nn.Module) -> None:
-    """Run the script's setup. What `loss_scale` refuses may be what is wrong with gradients, so the run goes on without it."""
+def _set_up(result: RankResult, target: Target, cp: ContextParallel, model: torch.nn.Module) -> None:
+    """Run the script's setup. A refusal of `loss_scale` may have the cause of wrong gradients, so the run continues after it."""
     try:
         target.setup(cp, model)
     except DistattnError as refusal:
-        found["setup_refusal"] = str(refusal)
+        result["setup_refusal"] = str(refusal)
 
 
 def _holds_gradient(parameter: torch.nn.Parameter) -> bool:
@@ -85,14 +85,14 @@ def _holds_gradient(parameter: torch.nn.Parameter) -> bool:
 
 
 def _record_inputs(
-    found: RankResult, cp: ContextParallel, model: torch.nn.Module, batches: Sequence[Mapping[str, Any]]
+    result: RankResult, cp: ContextParallel, model: torch.nn.Module, batches: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Keep the whole weights, and digests of weights and batches, by which ranks are compared."""
-    found["state"] = {name: full_tensor(value.detach()).cpu().clone() for name, value in model.state_dict().items()}
-    found["weights"] = {name: digest(value) for name, value in found["state"].items()}
-    found["buffers"] = buffers_of(model)
-    found["batch"] = digests_of(batches)
-    found["document_mask"] = cp.config.document_mask
+    """Keep the whole weights, and digests of weights and batches, which are compared between ranks."""
+    result["state"] = {name: full_tensor(value.detach()).cpu().clone() for name, value in model.state_dict().items()}
+    result["weights"] = {name: digest(value) for name, value in result["state"].items()}
+    result["buffers"] = buffers_of(model)
+    result["batch"] = digests_of(batches)
+    result["document_mask"] = cp.config.document_mask
 
 
 def _run_part(
@@ -103,53 +103,53 @@ def _run_part(
     part: Mapping[str, Any],
     first: int,
 ) -> PartResult:
-    """Run one micro-batch forward, twice, which shows random numbers, and backward. first: its place on the axis of all."""
-    found: PartResult = {name: part[name].cpu() for name in ("input_ids", "position_ids") if name in part}
+    """Run one micro-batch forward, twice to detect random numbers, and backward. first: its offset on the axis of all."""
+    result: PartResult = {name: part[name].cpu() for name in ("input_ids", "position_ids") if name in part}
     sharded = part.get("context_parallel")
     documents = sharded.key.documents if isinstance(sharded, LocalBatch) else (packs_of([batch])[0].lengths,)
     _, layout = cp.planner.lay_out(documents)
-    found["tokens"] = torch.from_numpy(layout.tokens(cp.rank).copy()) + first
-    found["documents"] = list(map(int, layout.lengths))
+    result["tokens"] = torch.from_numpy(layout.tokens(cp.rank).copy()) + first
+    result["documents"] = list(map(int, layout.lengths))
     with torch.no_grad(), same_buffers(unwrapped(model)):
         before = target.forward(model, part)
     plain = unwrapped(model)
     with (
-        recorded_outputs(plain) as found["outputs"],
-        recorded_inputs(plain) as found["inputs"],
-        recorded_output_gradients(plain) as found["output_gradients"],
-        recorded_weights(plain) as found["used_weights"],
+        recorded_outputs(plain) as result["outputs"],
+        recorded_inputs(plain) as result["inputs"],
+        recorded_output_gradients(plain) as result["output_gradients"],
+        recorded_weights(plain) as result["used_weights"],
         recorded_returns(plain) as returned,
     ):
         logits = target.forward(model, part)
-    found["random"] = float((logits - before).detach().abs().max())
-    # a loss may change them in place
-    found["logits"] = logits[0].detach().cpu().clone()
+    result["random"] = float((logits - before).detach().abs().max())
+    # copy them: a loss may change them in place
+    result["logits"] = logits[0].detach().cpu().clone()
     if logits.requires_grad:
-        logits.register_hook(lambda gradient: found.update(logits_gradient=gradient[0].detach().cpu().clone()))
+        logits.register_hook(lambda gradient: result.update(logits_gradient=gradient[0].detach().cpu().clone()))
     loss = target.loss(logits, part, plain, returned)
     if loss.requires_grad:
-        # what backward multiplies the loss by, such as a scale of fp16, is no weight of tokens
-        loss.register_hook(lambda gradient: found.update(loss_gradient=float(gradient)))
-    found["loss"] = loss.detach().double().cpu() / cp.loss_scale()
-    with recorded_parameter_gradients(plain) as found["parameter_gradients"]:
+        # a factor that backward applies to the loss, such as a loss scale of fp16, is not a weight of tokens
+        loss.register_hook(lambda gradient: result.update(loss_gradient=float(gradient)))
+    result["loss"] = loss.detach().double().cpu() / cp.loss_scale()
+    with recorded_parameter_gradients(plain) as result["parameter_gradients"]:
         target.backward(model, loss)
-    return found
+    return result
 
 
 def main(path: str, folder: str) -> int:
-    """Run the target on one rank and leave the result in the folder. Returns the exit code."""
+    """Run the target on one rank and write the result into the folder. Return the exit code."""
     torch.set_num_threads(1)
-    # what it warns of is what the doctor looks for
+    # its warnings are about the mistakes that the doctor looks for
     logging.getLogger("distattn").setLevel(logging.ERROR)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # ranks that wait for one another are found out
+    # short, so that ranks that wait for one another are detected
     dist.init_process_group(backend, timeout=timedelta(seconds=60))
     try:
-        found = run_on_this_rank(Target(path))
-        torch.save(found, Path(folder, f"rank-{dist.get_rank()}.pt"))
-        if not {"refusal", "failure"} & found.keys():
+        result = run_on_this_rank(Target(path))
+        torch.save(result, Path(folder, f"rank-{dist.get_rank()}.pt"))
+        if not {"refusal", "failure"} & result.keys():
             dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -157,7 +157,7 @@ def main(path: str, folder: str) -> int:
 
 
 if __name__ == "__main__":
-    # not sys.exit: a rank whose peers failed may hold messages that never come
+    # not sys.exit: if other ranks failed, this one may wait for their messages forever
     code = main(*sys.argv[1:])
     sys.stdout.flush()
     os._exit(code)

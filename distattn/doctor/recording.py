@@ -1,4 +1,4 @@
-"""What modules of a model put out, recorded or disturbed, and what a model holds beside its weights."""
+"""Record or disturb the outputs of a model's modules; read a model's buffers and settings."""
 
 # S tokens of one call
 
@@ -21,7 +21,7 @@ _SETTINGS = (bool, int, float, str, type(None))
 
 @contextmanager
 def recorded_outputs(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Record the tensors that modules put out, in the order of execution, while the context is open.
+    """Record the output tensors of modules, in the order of execution, while the context is open.
 
     Names are those of modules. Later calls of a module are "name (call 2)" and so on, further tensors of a tuple
     "name (output 2)".
@@ -29,7 +29,7 @@ def recorded_outputs(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
     seen: dict[str, Tensor] = {}
 
     def keep(name: str, values: Tensor) -> None:
-        # what is changed in place later is not what it put out
+        # a copy, since the output may be changed in place later
         seen[name] = values.detach().cpu().clone()
 
     with hooked_outputs(model, keep):
@@ -50,10 +50,10 @@ def recorded_inputs(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def recorded_output_gradients(model: torch.nn.Module) -> Iterator[dict[str, Tensor | None]]:
-    """Record the gradients of what modules put out while the context is open; the backward pass comes later.
+    """Record the gradients of outputs that modules compute while the context is open; the backward pass comes later.
 
-    They have the names of `recorded_outputs`. One that never comes stays None. What a module hands on as it got it from another
-    is recorded of the other only.
+    They have the names of `recorded_outputs`. A gradient that never arrives stays None. A tensor that a module passes on
+    unchanged is recorded only for the module that made it.
     """
     seen: dict[str, Tensor | None] = {}
     watched: dict[int, Tensor] = {}
@@ -75,8 +75,9 @@ def recorded_output_gradients(model: torch.nn.Module) -> Iterator[dict[str, Tens
 
 @contextmanager
 def recorded_parameter_gradients(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Record the gradients that backward passes in the context give parameters: before they are added to earlier ones, and before
-    they are reduced over ranks. Sharded parameters are left out."""
+    """Record the gradients of parameters from backward passes in the context, before they are added to earlier ones and before
+    they are reduced over ranks. Sharded parameters are left out.
+    """
     seen: dict[str, Tensor] = {}
 
     def keep(name: str, gradient: Tensor) -> None:
@@ -93,7 +94,7 @@ def recorded_parameter_gradients(model: torch.nn.Module) -> Iterator[dict[str, T
 
 @contextmanager
 def recorded_weights(model: torch.nn.Module) -> Iterator[dict[str, str]]:
-    """Record digests of the parameters that modules have when they are called, by name, while the context is open."""
+    """Record digests of the parameters of modules at their calls, by name, while the context is open."""
     seen: dict[str, str] = {}
 
     def look(name: str, module: torch.nn.Module) -> None:
@@ -111,7 +112,7 @@ def recorded_weights(model: torch.nn.Module) -> Iterator[dict[str, str]]:
 
 @contextmanager
 def recorded_returns(model: torch.nn.Module) -> Iterator[list[Any]]:
-    """Keep what the model itself returns, call by call, while the context is open."""
+    """Keep the results of the model itself, call by call, while the context is open."""
     kept: list[Any] = []
     hook = model.register_forward_hook(lambda _, __, out: kept.append(out))
     try:
@@ -122,10 +123,10 @@ def recorded_returns(model: torch.nn.Module) -> Iterator[list[Any]]:
 
 @contextmanager
 def rounded_otherwise(model: torch.nn.Module, rounding: Mapping[str, float], seed: int) -> Iterator[None]:
-    """Meanwhile weights, modules' outputs, and gradients through them are off by up to what rounding them once may cost.
+    """Change weights, modules' outputs and gradients through them at random by up to one rounding, while the context is open.
 
-    rounding: the relative error of modules by name; of others the dtype of their output says it. What is looked up is not
-    rounded. As TTrace finds thresholds (arXiv 2506.09280), but for every module instead of the input alone.
+    rounding: the relative error of modules by name; by default that of the output's dtype. Values of lookups are not changed.
+    TTrace finds thresholds in this way (arXiv 2506.09280), but disturbs only the input.
     """
     looked_up = lookups(model)
     generator = torch.Generator().manual_seed(seed)
@@ -135,7 +136,7 @@ def rounded_otherwise(model: torch.nn.Module, rounding: Mapping[str, float], see
             return values
         error = 0.0 if module_of_call(name) in looked_up else rounding.get(name, unit_roundoff(values.dtype))
         noise = torch.rand(values.shape, generator=generator) * 2 - 1
-        # in fp32 at least: one plus less than an eps is one
+        # in fp32 at least: in the output's dtype 1 plus a smaller error than its eps is 1
         wide = values.to(torch.promote_types(values.dtype, torch.float32))
         return (wide + wide * noise.to(wide) * error).to(values.dtype)
 
@@ -143,7 +144,7 @@ def rounded_otherwise(model: torch.nn.Module, rounding: Mapping[str, float], see
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             owner = name.rpartition(".")[0]
-            # a module's output says how its weights are rounded, unless they are cast, or used by nobody's hook
+            # the output of a module is rounded like its weights, unless these are cast or used outside of the module's call
             if rounding.get(owner, 1.0) > unit_roundoff(parameter.dtype):
                 parameter.copy_(disturbed(owner, parameter))
     try:
@@ -156,7 +157,7 @@ def rounded_otherwise(model: torch.nn.Module, rounding: Mapping[str, float], see
 
 
 def lookups(model: torch.nn.Module) -> set[str]:
-    """The names of modules that look up what belongs to a token or a position: embeddings, and rotary ones."""
+    """Return the names of modules that look up values of tokens or positions: embeddings and rotary embeddings."""
     return {
         name
         for name, module in model.named_modules()
@@ -165,7 +166,7 @@ def lookups(model: torch.nn.Module) -> set[str]:
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """The largest relative error of rounding to a dtype."""
+    """Return the largest relative error of rounding to a dtype."""
     return torch.finfo(dtype).eps / 2
 
 
@@ -175,9 +176,9 @@ TensorHook = Callable[[str, Tensor], Tensor | None]
 
 @contextmanager
 def hooked_outputs(model: torch.nn.Module, use: TensorHook, leaves: bool = False) -> Iterator[None]:
-    """Call `use` in the block with every tensor that modules return; the tensor that it returns, if any, takes its place.
+    """Call `use` in the block with every tensor that modules return; if it returns a tensor, replace the output by it.
 
-    leaves: only modules without children are watched.
+    leaves: watch only modules without children.
     """
     named = _CallNames()
 
@@ -188,12 +189,12 @@ def hooked_outputs(model: torch.nn.Module, use: TensorHook, leaves: bool = False
         if not isinstance(out, tuple) or hasattr(out, "_fields"):
             return None
         others = [
-            use(call if place == 0 else f"{call} (output {place + 1})", one) if isinstance(one, Tensor) else None
-            for place, one in enumerate(out)
+            use(call if place == 0 else f"{call} (output {place + 1})", item) if isinstance(item, Tensor) else None
+            for place, item in enumerate(out)
         ]
         if all(other is None for other in others):
             return None
-        return tuple(one if other is None else other for one, other in zip(out, others, strict=True))
+        return tuple(item if other is None else other for item, other in zip(out, others, strict=True))
 
     with ExitStack() as hooks:
         for name, module in _named_modules(model, leaves):
@@ -207,16 +208,16 @@ def hooked_inputs(model: torch.nn.Module, use: TensorHook) -> Iterator[None]:
     """Call `use` in the block with the first argument of every module without children; it may return another in its place."""
     named = _CallNames()
 
-    def hook(name: str, given: tuple[Any, ...]) -> Any:
+    def hook(name: str, arguments: tuple[Any, ...]) -> Any:
         call = named.next_call(name)
-        if not given or not isinstance(given[0], Tensor):
+        if not arguments or not isinstance(arguments[0], Tensor):
             return None
-        other = use(call, given[0])
-        return None if other is None else (other, *given[1:])
+        other = use(call, arguments[0])
+        return None if other is None else (other, *arguments[1:])
 
     with ExitStack() as hooks:
         for name, module in _named_modules(model, leaves=True):
-            handle = module.register_forward_pre_hook(lambda _, given, name=name: hook(name, given))
+            handle = module.register_forward_pre_hook(lambda _, arguments, name=name: hook(name, arguments))
             hooks.callback(handle.remove)
         yield
 
@@ -235,7 +236,7 @@ def _named_modules(model: torch.nn.Module, leaves: bool) -> list[tuple[str, torc
 
 
 class _CallNames:
-    """Numbers the calls of modules. Ranks that are threads are counted each on its own."""
+    """A counter of the calls of modules, separate for each thread, since emulated ranks are threads."""
 
     def __init__(self) -> None:
         self._calls: Counter[tuple[int, str]] = Counter()
@@ -249,46 +250,46 @@ class _CallNames:
 
 @contextmanager
 def same_buffers(model: torch.nn.Module) -> Iterator[None]:
-    """Afterwards the model's buffers hold what they held before."""
+    """Restore the model's buffers at the end of the context."""
     before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
         with torch.no_grad():
             for buffer, value in before:
-                # a write counts as a change, also for a later backward pass
+                # autograd counts every write as a change, so write only if the values differ
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
 
 
 def buffers_of(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Copies of all buffers, those that no checkpoint holds among them."""
+    """Copy all buffers, including those that no checkpoint holds."""
     return {name: buffer.detach().cpu().clone() for name, buffer in model.named_buffers()}
 
 
 def settings_of(model: torch.nn.Module) -> dict[str, Setting]:
-    """The numbers, words and switches that modules keep as attributes, and a transformers model's configuration."""
-    found: dict[str, Setting] = {}
+    """Return the numbers, strings and flags in attributes of modules, and a transformers model's configuration."""
+    settings: dict[str, Setting] = {}
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             if not key.startswith("_") and type(value) in _SETTINGS:
-                found[f"{name}.{key}".lstrip(".")] = value
+                settings[f"{name}.{key}".lstrip(".")] = value
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
-        _flatten("config", config.to_dict(), found)
-    return found
+        _flatten("config", config.to_dict(), settings)
+    return settings
 
 
-def _flatten(prefix: str, values: Mapping[str, Any], found: dict[str, Setting]) -> None:
+def _flatten(prefix: str, values: Mapping[str, Any], settings: dict[str, Setting]) -> None:
     for key, value in values.items():
         if isinstance(value, Mapping):
-            _flatten(f"{prefix}.{key}", value, found)
+            _flatten(f"{prefix}.{key}", value, settings)
         elif type(value) in _SETTINGS and "attn_implementation" not in str(key):
-            found[f"{prefix}.{key}"] = value
+            settings[f"{prefix}.{key}"] = value
 
 
 def active_dropout(model: torch.nn.Module) -> str | None:
-    """The name of the first module that drops numbers at random, None where there is none."""
+    """Return the name of the first module that drops numbers at random, None without one."""
     for name, module in model.named_modules():
         if "Dropout" in type(module).__name__ and module.training and getattr(module, "p", 0):
             return f"{name} (p = {module.p})"
@@ -296,9 +297,9 @@ def active_dropout(model: torch.nn.Module) -> str | None:
 
 
 def digest(*tensors: Tensor) -> str:
-    """A hash of what tensors hold."""
+    """Hash the contents of tensors."""
     hashed = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
-        # a copy: NumPy keeps the storage it looks into from being resized, as FSDP2 does with parameters
+        # a copy: FSDP2 resizes the storage of parameters, which is impossible while a NumPy array shares it
         hashed.update(tensor.detach().cpu().clone().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()

@@ -1,4 +1,4 @@
-"""Mistakes of recurrent layers and short convolutions: where they begin anew, what they read in which order, rounded decays."""
+"""Mistakes of recurrent layers and short convolutions: wrong resets, wrong order or loss of tokens, rounded decays."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from distattn.doctor.comparison import Finding
 from distattn.doctor.emulation import Mistake
 from distattn.doctor.logit_mistakes import RIGHT, Hypothesis, MicroBatch, Readings
 
-_RESET = "give the batch's document_lengths to ContextParallel.shard, and ask the batch: documents reset its plans by themselves"
-_ASK = "ask the batch's recurrence(...), which hands states from stretch to stretch in the order of the document"
-_HALO = "ask the batch's causal_conv1d(...), which brings the tokens before each stretch"
-_OWN_TOKENS = "each rank convolves its own tokens only: the first ones of a stretch miss those before them"
+_RESET = "pass the batch's document_lengths to ContextParallel.shard, and call the batch's operation, which resets at documents"
+_ASK = "call the batch's recurrence(...), which passes states from segment to segment in the order of the document"
+_HALO = "call the batch's causal_conv1d(...), which fetches the tokens before each segment"
+_OWN_TOKENS = "each rank convolves its own tokens only: the first ones of a segment miss those before them"
 
 
 def recurrence_hypotheses(asked: Collection[str]) -> Iterator[Hypothesis]:
-    """What may be wrong in a model whose layers have asked for these operations of a batch."""
+    """Yield the mistakes that are possible in a model whose layers have called these operations of a batch."""
     if "recurrence" in asked:
         yield _reads(
             _pack, "state not reset", "a document begins with the state that the one before it has left", _RESET
         )
         observed = "recurrent layers read a document's tokens rank by rank, not in their order"
-        yield _reads(_rank_by_rank, "stretches out of order", observed, _ASK)
-        for reading in (_stretches, _own_documents, _own):
-            observed = "each stretch of tokens begins with an empty state: what the tokens before it have left is lost"
-            yield _reads(reading, "state not handed on", observed, _ASK)
+        yield _reads(_rank_by_rank, "segments out of order", observed, _ASK)
+        for reading in (_local_segments, _local_documents, _local_tokens):
+            observed = "each segment of tokens begins with an empty state: the state after the tokens before it is lost"
+            yield _reads(reading, "state not passed on", observed, _ASK)
         observed = "the logarithms of decays are rounded to bf16: over a long document their errors add up"
         remedy = "compute g in fp32, outside of autocast"
         yield RIGHT._replace(finding=Finding("decay in bf16", observed, remedy), mistake=Mistake(coarse_decay=True))
     if "causal_conv1d" in asked:
         observed = "a convolution reads over the ends of documents"
         yield _convolves(_pack, "convolution not reset", observed, _RESET)
-        for reading in (_stretches, _own_documents, _own):
+        for reading in (_local_segments, _local_documents, _local_tokens):
             yield _convolves(reading, "halo missing", _OWN_TOKENS, _HALO)
 
 
 def explain_convolution(model: torch.nn.Module, first_difference: str | None) -> Finding | None:
-    """Find whether the first module to differ, of a model that is right about its batch, is a convolution of its own."""
+    """Return a finding if the first module that differs is a plain convolution, which does not see other ranks' tokens."""
     module = dict(model.named_modules()).get(first_difference or "")
     if not isinstance(module, torch.nn.Conv1d):
         return None
@@ -59,23 +59,26 @@ def _pack(batch: MicroBatch) -> Readings:
 
 
 def _rank_by_rank(batch: MicroBatch) -> Readings:
-    """Of each document the tokens of one rank after those of another."""
-    return [torch.cat([own[(own >= begin) & (own < end)] for own in batch.tokens]) for begin, end in batch.documents()]
+    """Return each document as the tokens of one rank after those of another."""
+    return [
+        torch.cat([tokens[(tokens >= begin) & (tokens < end)] for tokens in batch.tokens])
+        for begin, end in batch.documents()
+    ]
 
 
-def _own(batch: MicroBatch) -> Readings:
+def _local_tokens(batch: MicroBatch) -> Readings:
     return batch.tokens
 
 
-def _own_documents(batch: MicroBatch) -> Readings:
-    """Of each rank the tokens of one document, as if they followed each other."""
-    return [own[(own >= begin) & (own < end)] for own in batch.tokens for begin, end in batch.documents()]
+def _local_documents(batch: MicroBatch) -> Readings:
+    """Return for each rank and document the rank's tokens of the document, as if they were consecutive."""
+    return [tokens[(tokens >= begin) & (tokens < end)] for tokens in batch.tokens for begin, end in batch.documents()]
 
 
-def _stretches(batch: MicroBatch) -> Readings:
-    """Of each rank the tokens of one document that follow each other."""
-    found: list[Tensor] = []
-    for own in _own_documents(batch):
-        ends = ((own[1:] - own[:-1] != 1).nonzero().flatten() + 1).tolist()
-        found += own.tensor_split(ends)
-    return found
+def _local_segments(batch: MicroBatch) -> Readings:
+    """Return for each rank the segments of consecutive tokens of one document."""
+    segments: list[Tensor] = []
+    for tokens in _local_documents(batch):
+        ends = ((tokens[1:] - tokens[:-1] != 1).nonzero().flatten() + 1).tolist()
+        segments += tokens.tensor_split(ends)
+    return segments

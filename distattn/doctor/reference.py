@@ -1,4 +1,4 @@
-"""What one process computes, one document at a time, and how far two right results may lie apart."""
+"""Compute the reference in one process, one document at a time, and the largest difference of two right results."""
 
 # N tokens of all micro-batches, T tokens of a document, V vocabulary
 
@@ -24,15 +24,15 @@ from distattn.doctor.recording import (
 from distattn.doctor.target import Target
 from distattn.ir.errors import DistattnError
 
-# by how much more than roundings were seen to cost results may differ, and how often that is looked at
+# results may differ by this factor times the measured cost of rounding; the number of measurements
 _MARGIN, _TIMES = 6.0, 2
 
 
 class ReferenceResult(NamedTuple):
-    """Logits (N, V), outputs of modules by name with tokens in front (N, ...), loss and gradients; all micro-batches in turn.
+    """Logits (N, V), outputs of modules by name with tokens in front (N, ...), loss and gradients, of all micro-batches.
 
-    labels_N: each token's own label, not shifted. token_dims: the dim of a module's output that its tokens are.
-    token_gradients: those of the token losses alone, where there is a router loss beside them.
+    labels_N: each token's own label, not shifted. token_dims: the token dim of each module's output. token_gradients: those of
+    the token losses alone, if there is a router loss, too.
     """
 
     packs: list[PackedBatch]
@@ -53,7 +53,7 @@ class ReferenceResult(NamedTuple):
 
     @property
     def valid_labels(self) -> int:
-        """How many tokens have a label."""
+        """The number of tokens with a label."""
         return sum(pack.valid_labels for pack in self.packs)
 
 
@@ -67,8 +67,8 @@ class Tolerances(NamedTuple):
     rounding: dict[str, float]
 
     def coarsest(self, reference: ReferenceResult) -> float:
-        """How much of the norm of the logits, or of the whole gradient, rounding explains."""
-        gradient = torch.stack([one.double().norm() for one in reference.gradients.values()]).norm()
+        """Return the share of the norm of the logits, or of the whole gradient, that rounding explains: the larger one."""
+        gradient = torch.stack([gradient.double().norm() for gradient in reference.gradients.values()]).norm()
         moved = torch.tensor(list(self.gradients.values()), dtype=torch.float64).norm()
         return max(self.logits / max(float(reference.logits_NV.double().norm()), 1e-30), float(moved / gradient))
 
@@ -76,7 +76,7 @@ class Tolerances(NamedTuple):
 def reference_result(target: Target, model: torch.nn.Module, batches: Sequence[Mapping[str, Any]]) -> ReferenceResult:
     """Run the target in one process, one document at a time, with a model that has the ranks' weights.
 
-    Raises DistattnError where no token has a label.
+    Raises DistattnError if no token has a label.
     """
     packs = packs_of(batches)
     ids_N = torch.cat([pack.ids_N for pack in packs])
@@ -88,7 +88,7 @@ def reference_result(target: Target, model: torch.nn.Module, batches: Sequence[M
     lengths = [length for pack in packs for length in pack.lengths]
     model.zero_grad()
     logits, outputs, routers = [], [], []
-    # its backward pass may repeat the attention
+    # the context includes the backward pass, which may recompute attention
     with same_buffers(model), target.reference_context(model):
         for ids in ids_N.to(device).split(lengths):
             with recorded_outputs(model) as seen, recorded_returns(model) as returned:
@@ -109,11 +109,11 @@ def reference_result(target: Target, model: torch.nn.Module, batches: Sequence[M
     return ReferenceResult(
         packs,
         ids_N,
-        torch.cat([_own_labels(batch) for batch in batches]),
+        torch.cat([_unshifted_labels(batch) for batch in batches]),
         shifted_N,
         logits_NV.detach().cpu(),
         {
-            name: torch.cat([one[name].movedim(dim, 0) for one in outputs])
+            name: torch.cat([document[name].movedim(dim, 0) for document in outputs])
             for name, dim in dims.items()
             if outputs[0][name].is_floating_point()
         },
@@ -127,13 +127,13 @@ def reference_result(target: Target, model: torch.nn.Module, batches: Sequence[M
 def _router_loss(
     target: Target, model: torch.nn.Module, packs: Sequence[PackedBatch], routers: Sequence[list[Tensor] | None]
 ) -> Tensor | None:
-    """The router losses of micro-batches, weighted by their labels. routers: of each document the router logits by layer."""
+    """Compute the mean router loss of micro-batches, weighted by their labels. routers: each document's logits by layer."""
     rest, losses = list(routers), []
     for pack in packs:
-        own, rest = rest[: len(pack.lengths)], rest[len(pack.lengths) :]
-        if any(one is None for one in own):
+        of_pack, rest = rest[: len(pack.lengths)], rest[len(pack.lengths) :]
+        if any(layers is None for layers in of_pack):
             return None
-        layers = [torch.cat(documents) for documents in zip(*own, strict=True)]
+        layers = [torch.cat(documents) for documents in zip(*of_pack, strict=True)]
         losses.append(target.router_loss(model, layers) * pack.valid_labels)
     return torch.stack(losses).sum() / sum(pack.valid_labels for pack in packs)
 
@@ -150,9 +150,9 @@ def measure_tolerances(
     reference: ReferenceResult,
     ranks: Sequence[RankResult],
 ) -> Tolerances:
-    """See how far results move in one process where every module rounds otherwise, as coarsely as on the ranks.
+    """Measure how far results move in one process if every module's values are disturbed by one rounding of the ranks' dtype.
 
-    Modules that put out the same on the ranks to the last bit do not.
+    Modules whose outputs on the ranks are equal to the last bit are not disturbed.
     """
     rounding = _rounding(reference, ranks)
     coarsest = max(rounding.values(), default=0.0)
@@ -178,20 +178,20 @@ def measure_tolerances(
 
 
 def _one_rounding(values: Tensor, error: float) -> float:
-    """How far values move where each is rounded once more, or has this relative error."""
+    """Return the norm of the change if each value is rounded once more, or has this relative error."""
     return max(error, unit_roundoff(values.dtype)) * float(values.double().norm())
 
 
 def packs_of(batches: Sequence[Mapping[str, Any]]) -> list[PackedBatch]:
-    """Read batches as `ContextParallel.shard` would; keys that a script has for itself are left out."""
-    found = [PackedBatch.of({name: value for name, value in batch.items() if name in KEYS}) for batch in batches]
+    """Read batches as `ContextParallel.shard` does; other keys of the script are left out."""
+    packs = [PackedBatch.of({name: value for name, value in batch.items() if name in KEYS}) for batch in batches]
     # results are compared on the CPU
-    return [PackedBatch(pack.ids_N.cpu(), pack.labels_N.cpu(), pack.lengths) for pack in found]
+    return [PackedBatch(pack.ids_N.cpu(), pack.labels_N.cpu(), pack.lengths) for pack in packs]
 
 
 def digests_of(batches: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Digests of the tensors of each batch, by name."""
-    return [{name: digest(value) for name, value in one.items() if isinstance(value, Tensor)} for one in batches]
+    """Return digests of the tensors of each batch, by name."""
+    return [{name: digest(value) for name, value in batch.items() if isinstance(value, Tensor)} for batch in batches]
 
 
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
@@ -199,57 +199,57 @@ def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     return F.cross_entropy(logits_TV.double(), targets_T, ignore_index=IGNORE_INDEX, reduction="none")
 
 
-def _own_labels(batch: Mapping[str, Any]) -> Tensor:
+def _unshifted_labels(batch: Mapping[str, Any]) -> Tensor:
     labels = batch.get("labels", batch["input_ids"])
     padding = batch.get("attention_mask")
     return (labels.flatten() if padding is None else labels[padding != 0]).cpu()
 
 
 def _token_dims(outputs: Sequence[dict[str, Tensor]], lengths: Sequence[int]) -> dict[str, int]:
-    """For every output that has tokens in all documents, the dim that they are."""
+    """Return the token dim of every output that has one in all documents."""
     dims: dict[str, int] = {}
     for name in outputs[0]:
-        found = [one[name] for one in outputs if name in one]
-        if len(found) < len(lengths) or len({one.dim() for one in found}) > 1:
+        values = [document[name] for document in outputs if name in document]
+        if len(values) < len(lengths) or len({value.dim() for value in values}) > 1:
             continue
         fits = (
             dim
-            for dim in range(found[0].dim())
-            if all(one.shape[dim] == length for one, length in zip(found, lengths, strict=True))
+            for dim in range(values[0].dim())
+            if all(value.shape[dim] == length for value, length in zip(values, lengths, strict=True))
         )
         if (dim := next(fits, None)) is not None:
             dims[name] = dim
-    # what is joined along tokens is alike in the other dims
+    # outputs are concatenated along tokens, so their other dims must be equal
     return {
         name: dim
         for name, dim in dims.items()
-        if len({(*one[name].shape[:dim], *one[name].shape[dim + 1 :]) for one in outputs}) == 1
+        if len({(*document[name].shape[:dim], *document[name].shape[dim + 1 :]) for document in outputs}) == 1
     }
 
 
 def _rounding(reference: ReferenceResult, ranks: Sequence[RankResult]) -> dict[str, float]:
-    """The relative error of one rounding of modules' outputs on the ranks; 0 where none is seen."""
-    found: dict[str, float] = {}
+    """Return the relative error of one rounding of modules' outputs on the ranks; 0 for outputs that are equal."""
+    errors: dict[str, float] = {}
     for _, part in parts_of(ranks):
         for name, output in part["outputs"].items():
             if not output.is_floating_point():
                 continue
-            found[name] = max(found.get(name, 0.0), unit_roundoff(output.dtype))
+            errors[name] = max(errors.get(name, 0.0), unit_roundoff(output.dtype))
     for name, expected in reference.outputs.items():
         parts = outputs_of_ranks(reference, ranks, name)
         if parts is not None and torch.equal(parts, expected):
-            found[name] = 0.0
-    return found
+            errors[name] = 0.0
+    return errors
 
 
 def outputs_of_ranks(reference: ReferenceResult, ranks: Sequence[RankResult], name: str) -> Tensor | None:
-    """A module's output on the ranks as that of one process, (N, ...); None where they cannot be laid side by side."""
+    """Return the ranks' output of a module in the order of one process, (N, ...); None if the shapes do not fit."""
     dim, expected = reference.token_dims[name], reference.outputs[name]
     parts = [part["outputs"].get(name) for _, part in parts_of(ranks)]
     tokens = [part["tokens"] for _, part in parts_of(ranks)]
     moved = [part.movedim(dim, 0) for part in parts if part is not None and part.dim() > dim]
     if len(moved) < len(parts) or any(part.shape[1:] != expected.shape[1:] for part in moved):
         return None
-    if any(len(part) < len(own) for part, own in zip(moved, tokens, strict=True)):
+    if any(len(part) < len(rank_tokens) for part, rank_tokens in zip(moved, tokens, strict=True)):
         return None
     return in_global_order(moved, tokens)

@@ -1,8 +1,8 @@
-"""Each step of the ranks' computation, repeated by one process from what the ranks had just before it.
+"""Repeat each step of the ranks' computation in one process, from the values that the ranks had before the step.
 
-The ranks are emulated in one process. Wherever a module takes or puts out a tensor, the tensor is compared with the ranks'
-own, and then replaced by it; gradients likewise, in the backward pass. So an error is seen where it is made, on the rank and
-the tokens that made it, and rounding errors do not add up from module to module.
+The ranks are emulated in one process. Each input and output of a module is compared with the ranks' recorded tensor, and then
+replaced by it; gradients likewise, in the backward pass. So an error shows at the module, rank and tokens that made it, and
+rounding errors do not add up from module to module.
 """
 
 # N tokens of a micro-batch, T tokens on a rank
@@ -31,15 +31,15 @@ from distattn.doctor.recording import (
 )
 from distattn.doctor.reference import ReferenceResult, Tolerances, gradients_of
 
-# how much more than one rounding was seen to cost results may differ: of all tokens of a rank, and of a single token
+# results may differ by these factors times the measured cost of one rounding: all tokens of a rank, and a single token
 _RANK_MARGIN, _TOKEN_MARGIN = 4.0, 8.0
-# fp32 has digits to spare, and sums in another order, such as those of attention, may cost more than a rounding
+# an additional factor in fp32: sums in another order, such as those of attention, may cost more than one rounding
 _FINE_MARGIN = 10.0
-# gradients of queries and keys are differences of what is rounded, on ranks that cast more often than elsewhere
+# an additional factor for gradients: those of queries and keys are differences of rounded values, and ranks cast more often
 _GRADIENT_MARGIN = 3.0
-# where another rank computes to the last bit what one process does, there is less to allow for
+# a smaller factor if another rank with at least _SEVERAL tokens has exactly the values of one process
 _PEER_MARGIN, _SEVERAL = 0.4, 8
-# the usual error of rounding, as a share of the largest
+# the typical error of rounding, as a share of the largest
 _USUAL = 0.6
 _SEEDS = (0, 1)
 LOGITS = "logits"
@@ -68,10 +68,10 @@ class Place(NamedTuple):
 
 
 class LocalError(NamedTuple):
-    """A difference that rounding does not explain: on one rank, at one place.
+    """A difference that rounding does not explain, on one rank, at one place.
 
-    tokens: of the batch, those that differ. ratio: the difference over the largest that rounding explains. relative: the norm of
-    the difference over that of the right values. expected_T, got_T: the right values and the rank's, (T, ...).
+    tokens: the batch's tokens that differ. ratio: the difference divided by the largest that rounding explains. relative: the
+    norm of the difference divided by that of the right values. expected_T, got_T: the right values and the rank's, (T, ...).
     """
 
     place: Place
@@ -84,18 +84,18 @@ class LocalError(NamedTuple):
 
 
 class LinkedCall(NamedTuple):
-    """A call of attention, and the place whose values are its result."""
+    """A call of attention, and the place that has its result."""
 
     call: AttentionCall
     place: Place
 
 
-# by rank, in the order of execution: what one process computes from the rank's recorded inputs, (T, ...) on the CPU
+# by rank, in the order of execution: the values that one process computes from the rank's recorded inputs, (T, ...) on the CPU
 Computed = list[dict[Place, Tensor]]
 
 
 class Replay:
-    """Repeats the ranks' steps in one process, and knows how far rounding moves each. Raises what the model raises."""
+    """The ranks' steps, repeated in one process, with the cost of rounding at each place. Raises the errors of the model."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class Replay:
         self._emulation, self._model, self._ranks = emulation, model, ranks
         self._dims, self._rounding = reference.token_dims, tolerances.rounding
         self._lookups = lookups(model)
-        # calls of attention whose result goes unchanged into a module
+        # calls of attention whose result is the input of a module, unchanged
         self.calls: list[LinkedCall] = []
         self._gradients: dict[str, Tensor] = {}
         self.parameter_gradients: dict[str, Tensor] = {}
@@ -122,9 +122,9 @@ class Replay:
             self._measure_noise(seed, FORWARD)
 
     def add_backward(self) -> None:
-        """Repeat the backward pass, too: from now on errors of gradients are found.
+        """Repeat the backward pass, too, so that errors of gradients are found from now on.
 
-        Raises what the model raises, such as layers that are computed again in the backward pass.
+        Raises the errors of the model, for example from layers that are recomputed in the backward pass.
         """
         right = self._run(RIGHT, backward=True)
         self.parameter_gradients = self._gradients
@@ -133,11 +133,13 @@ class Replay:
         self._measure_noise(_SEEDS[0], BACKWARD)
 
     def first_errors(self, kinds: Sequence[str]) -> list[LocalError]:
-        """Return what rounding does not explain at the first place of these kinds where there is such a thing: an error for each
-        rank that has one, the largest first."""
+        """Return the errors at the first place of these kinds with a difference that rounding does not explain.
+
+        There is one error for each rank that differs there, the largest first.
+        """
         by_rank = [
-            (list(own), {error.place: error for error in self._errors_of(rank, own) if error.place.kind in kinds})
-            for rank, own in enumerate(self.right)
+            (list(right), {error.place: error for error in self._errors_of(rank, right) if error.place.kind in kinds})
+            for rank, right in enumerate(self.right)
         ]
         earliest = min(
             ((order.index(next(iter(errors))), next(iter(errors))) for order, errors in by_rank if errors),
@@ -149,11 +151,11 @@ class Replay:
         return sorted(first_of_ranks, key=lambda error: -error.ratio)
 
     def lost_gradients(self) -> list[Place]:
-        """Return the places whose gradient is zero on a rank, where one process has one."""
+        """Return the places whose gradient is zero on a rank but not in one process."""
         lost = {
             place: None
-            for rank, own in enumerate(self.right)
-            for place, expected in own.items()
+            for rank, right in enumerate(self.right)
+            for place, expected in right.items()
             if place.kind == "gradient"
             and (got := self.got(rank, place)) is not None
             and not got.any()
@@ -162,13 +164,14 @@ class Replay:
         return list(lost)
 
     def parameter_errors(self) -> list[tuple[str, float]]:
-        """Return the parameters whose gradients, summed over ranks by us, are not what the ranks' activations and gradients
-        give, and by how much more than rounding explains."""
+        """Return the parameters whose local gradients do not add up to the gradient that follows from the ranks' activations and
+        gradients, each with the difference divided by the largest that rounding explains.
+        """
         ratios = []
         for name, expected in self.parameter_gradients.items():
             parts = [part["parameter_gradients"].get(name) for _, part in parts_of(self._ranks)]
-            if any(type(one) is Tensor for one in parts):
-                total = sum((one.double() for one in parts if one is not None), torch.zeros_like(expected.double()))
+            if any(type(part) is Tensor for part in parts):
+                total = sum((part.double() for part in parts if part is not None), torch.zeros_like(expected.double()))
                 ratio = distance(total, expected) / self.parameter_bound(name)
                 ratios.append((name, ratio))
         return [(name, ratio) for name, ratio in ratios if ratio > 1.0]
@@ -181,13 +184,13 @@ class Replay:
         return max(margin * max(floor, self._parameter_noise.get(name, 0.0)), 1e-30)
 
     def computed(self, hypothesis: Hypothesis) -> Computed:
-        """Return what one process makes of what ranks had before, if they make this mistake. Raises what the model raises."""
+        """Return the values that one process computes from the ranks' recorded inputs with this mistake. Raises its errors."""
         return self._run(hypothesis)
 
     def worst_ratio(self, hypothesis: Hypothesis) -> float:
-        """Return the largest difference over what rounding explains if the ranks make this mistake.
+        """Return the largest difference divided by the one that rounding explains, if the ranks make this mistake.
 
-        Raises what the model raises.
+        Raises the errors of the model.
         """
         try:
             computed = self.right if hypothesis is RIGHT else self._run(hypothesis, patient=False)
@@ -196,8 +199,8 @@ class Replay:
         return max(
             (
                 self._ratios(rank, place, values)[0]
-                for rank, own in enumerate(computed)
-                for place, values in own.items()
+                for rank, rank_values in enumerate(computed)
+                for place, values in rank_values.items()
             ),
             default=0.0,
         )
@@ -207,15 +210,15 @@ class Replay:
         return max(
             (
                 self._bound(rank, place, values, peers=False) / norm
-                for rank, own in enumerate(self.right)
-                for place, values in own.items()
+                for rank, right in enumerate(self.right)
+                for place, values in right.items()
                 if place.kind in kinds and (norm := float(values.double().norm())) > 0
             ),
             default=0.0,
         )
 
     def got(self, rank: int, place: Place) -> Tensor | None:
-        """Return what a rank had at a place, (T, ...); None where it has no such thing."""
+        """Return a rank's recorded values at a place, (T, ...); None if nothing was recorded there."""
         part = self._ranks[rank]["parts"][place.micro_batch]
         tokens = len(part["tokens"])
         if place.call == LOGITS:
@@ -234,7 +237,7 @@ class Replay:
         return self._bound(rank, place, self.right[rank][place])
 
     def tokens(self, rank: int, place: Place) -> Tensor:
-        """Return the batch's numbers of a rank's tokens, (T,)."""
+        """Return the numbers of a rank's tokens in the batch, (T,)."""
         tokens: Tensor = self._ranks[rank]["parts"][place.micro_batch]["tokens"]
         return tokens
 
@@ -252,7 +255,7 @@ class Replay:
             yield LocalError(place, rank, named.tolist(), ratio, relative, expected_T, got_T)
 
     def _ratios(self, rank: int, place: Place, expected_T: Tensor) -> tuple[float, Tensor]:
-        """Return the largest difference over what rounding explains, and which tokens (T,) are off by more than that."""
+        """Return the largest difference divided by the one that rounding explains, and a mask of the tokens (T,) beyond that."""
         got_T = self.got(rank, place)
         if got_T is None or got_T.shape != expected_T.shape:
             return 0.0, torch.zeros(len(expected_T), dtype=torch.bool)
@@ -286,9 +289,9 @@ class Replay:
         return _USUAL * max(unit_roundoff(dtype), unit_roundoff(self.right[rank][place].dtype))
 
     def _margins(self, rank: int, place: Place, peers: bool = True) -> tuple[float, float]:
-        """Return by how many times the cost of one rounding a rank's values may differ at a place: of all tokens, and of one.
+        """Return the factors times the cost of one rounding by which all of a rank's tokens, and one token, may differ.
 
-        peers: whether to look at what other ranks have there.
+        peers: allow less if another rank is exact there.
         """
         if self._roundoff(rank, place) < 1e-6:
             more = _FINE_MARGIN * (_GRADIENT_MARGIN if place.kind == "gradient" else 1.0)
@@ -303,7 +306,7 @@ class Replay:
         return less * _RANK_MARGIN, less * _TOKEN_MARGIN
 
     def _is_exact(self, rank: int, place: Place) -> bool:
-        """Return whether a rank with more than a few tokens has bit for bit what one process computes."""
+        """Return whether a rank with at least _SEVERAL tokens has exactly the values of one process."""
         if (rank, place) not in self._exact:
             expected_T, got_T = self.right[rank].get(place), self.got(rank, place)
             several = expected_T is not None and len(expected_T) >= _SEVERAL
@@ -313,7 +316,7 @@ class Replay:
         return self._exact[rank, place]
 
     def _measure_noise(self, seed: int, kinds: Sequence[str]) -> None:
-        """Measure what one more rounding changes: norms by token (T,) at places of these kinds, and parameters' gradients."""
+        """Measure the effect of one more rounding: norms by token (T,) at places of these kinds, and on parameters' gradients."""
         with rounded_otherwise(self._model, self._rounding, seed):
             moved = self._run(RIGHT, seed, kinds == BACKWARD)
         for noise, other, right in zip(self._noise, moved, self.right, strict=True):
@@ -331,8 +334,8 @@ class Replay:
     ) -> Computed:
         """Compute all micro-batches as ranks with the hypothesis would.
 
-        seed: rounds the ranks' recorded values once more. backward: runs the backward pass, too. patient: goes on after
-        differences that rounding does not explain; otherwise these raise _ExceededError.
+        seed: disturb the ranks' recorded values by one more rounding. backward: run the backward pass, too. patient: continue
+        after differences that rounding does not explain; otherwise raise _ExceededError.
         """
         computed: Computed = [{} for _ in self._ranks]
         self._model.zero_grad()
@@ -355,30 +358,30 @@ class Replay:
         observed: list[tuple[AttentionCall, Tensor]] = []
 
         def swapped(rank: int, place: Place, values: Tensor) -> Tensor | None:
-            """Keep what was computed; return what the rank has in its place, None where it has no such thing."""
+            """Keep the computed values; return the rank's recorded values to use instead, None without recorded values."""
             dim, tokens = self._dims.get(place.call), batch.tokens[rank]
-            theirs_T = self.got(rank, place) if len(tokens) else None
-            own_T = None if dim is None else _rows(values, dim, len(tokens))
-            if place.kind == "input" and observed and own_T is not None and not self._linked:
-                self._link(observed[-1], own_T, tokens, place)
-            if dim is None or theirs_T is None or own_T is None or own_T.shape != theirs_T.shape:
+            recorded_T = self.got(rank, place) if len(tokens) else None
+            computed_T = None if dim is None else _rows(values, dim, len(tokens))
+            if place.kind == "input" and observed and computed_T is not None and not self._linked:
+                self._link(observed[-1], computed_T, tokens, place)
+            if dim is None or recorded_T is None or computed_T is None or computed_T.shape != recorded_T.shape:
                 return None
             if values.is_floating_point():
-                computed[rank][place] = own_T.detach().cpu().clone()
+                computed[rank][place] = computed_T.detach().cpu().clone()
                 if not patient and self._ratios(rank, place, computed[rank][place])[0] > 1:
                     raise _ExceededError
                 if seed is not None and place.module not in self._lookups:
-                    # forward, what ranks had is known to the last bit, unless it was cast
-                    exact = not backward and theirs_T.dtype == values.dtype
-                    error = unit_roundoff(torch.float32 if exact else theirs_T.dtype)
-                    theirs_T = _disturbed(theirs_T, error, seed, rank, place)
+                    # in the forward pass recorded values are exact, unless they were cast
+                    exact = not backward and recorded_T.dtype == values.dtype
+                    error = unit_roundoff(torch.float32 if exact else recorded_T.dtype)
+                    recorded_T = _disturbed(recorded_T, error, seed, rank, place)
             whole = values.detach().clone()
-            whole.movedim(dim, 0)[: len(tokens)] = theirs_T.to(whole)
+            whole.movedim(dim, 0)[: len(tokens)] = recorded_T.to(whole)
             return whole
 
         def at(kind: str, call: str, values: Tensor) -> Tensor | None:
             rank = emulated_rank()
-            # integers such as positions stay: their embedding shows whether they are right
+            # keep integers such as positions: the output of their embedding shows whether they are right
             if kind == "input" and not values.is_floating_point():
                 return None
             other = swapped(rank, Place(number, kind, call), values)
@@ -386,13 +389,13 @@ class Replay:
                 return other
             replaced: Tensor = _Replaced.apply(values, other)
             gradient = Place(number, "gradient", call)
-            # a layer that is computed again in the backward pass has no gradients yet
+            # a layer that is recomputed in the backward pass has no recorded gradients yet
             if (
                 replaced.requires_grad
                 and kind == "output"
                 and call in self._ranks[rank]["parts"][number]["output_gradients"]
             ):
-                replaced.register_hook(lambda one: swapped(rank, gradient, one))
+                replaced.register_hook(lambda values: swapped(rank, gradient, values))
             return replaced
 
         with (
@@ -405,28 +408,28 @@ class Replay:
         for rank, tokens in enumerate(batch.tokens):
             computed[rank][Place(number, "output", LOGITS)] = logits_NV[tokens].detach()
         if backward:
-            parts = [found["parts"][number] for found in self._ranks]
+            parts = [result["parts"][number] for result in self._ranks]
             gradients = [part.get("logits_gradient", torch.zeros_like(part["logits"])) for part in parts]
             logits_NV.backward(in_global_order(gradients, batch.tokens).to(logits_NV))
 
     def _link(
         self,
         observed: tuple[AttentionCall, Tensor],
-        given_T: Tensor,
+        input_T: Tensor,
         tokens: Tensor,
         place: Place,
     ) -> None:
-        """Note that the module is given what the last call of attention has computed, if it is."""
+        """Note the place as the result of the last call of attention, if the module's input is that result."""
         call, out_NHE = observed
-        if any(known.call is call for known in self.calls):
+        if any(link.call is call for link in self.calls):
             return
         result_T = out_NHE[tokens.to(out_NHE.device)].flatten(1)
-        if given_T.flatten(1).shape == result_T.shape and torch.equal(given_T.flatten(1), result_T):
+        if input_T.flatten(1).shape == result_T.shape and torch.equal(input_T.flatten(1), result_T):
             self.calls.append(LinkedCall(call, place))
 
 
 def on_one_rank(reference: ReferenceResult, ranks: Sequence[RankResult]) -> list[RankResult]:
-    """Put what ranks computed together, as if one rank had computed it with all tokens."""
+    """Combine the ranks' results into the result of one rank with all tokens."""
     parts = []
     for number in range(len(reference.packs)):
         of_ranks = [result["parts"][number] for result in ranks]
@@ -434,36 +437,36 @@ def on_one_rank(reference: ReferenceResult, ranks: Sequence[RankResult]) -> list
         tokens_of_ranks = [part["tokens"] - first for part in of_ranks]
         part: dict[str, Any] = {"tokens": torch.arange(sum(map(len, tokens_of_ranks))) + first, "output_gradients": {}}
         part["documents"] = of_ranks[0]["documents"]
-        part["logits"] = in_global_order([one["logits"] for one in of_ranks], tokens_of_ranks)
+        part["logits"] = in_global_order([of_rank["logits"] for of_rank in of_ranks], tokens_of_ranks)
         for kind in ("inputs", "outputs"):
             rows = {
-                name: [_rows(one[kind][name], dim, len(one["tokens"])) for one in of_ranks]
+                name: [_rows(of_rank[kind][name], dim, len(of_rank["tokens"])) for of_rank in of_ranks]
                 for name, dim in reference.token_dims.items()
-                if all(name in one[kind] for one in of_ranks)
+                if all(name in of_rank[kind] for of_rank in of_ranks)
             }
             part[kind] = {
-                name: in_global_order(known, tokens_of_ranks).movedim(0, reference.token_dims[name])
-                for name, given in rows.items()
-                if len(known := [one for one in given if one is not None]) == len(given)
-                and len({one.shape[1:] for one in known}) == 1
+                name: in_global_order(present, tokens_of_ranks).movedim(0, reference.token_dims[name])
+                for name, by_rank in rows.items()
+                if len(present := [values for values in by_rank if values is not None]) == len(by_rank)
+                and len({values.shape[1:] for values in present}) == 1
             }
         parts.append(part)
     return [{**ranks[0], "parts": parts}]
 
 
 def _rows(values: Tensor, dim: int, tokens: int) -> Tensor | None:
-    """Put the dim of tokens in front, and leave padding out; None where it has fewer."""
+    """Move the token dim to the front and leave padding out; return None if there are fewer than `tokens` rows."""
     if values.dim() <= dim or values.shape[dim] < tokens:
         return None
     return values.movedim(dim, 0)[:tokens]
 
 
 class _ExceededError(Exception):
-    """A difference that rounding does not explain."""
+    """Raised for a difference that rounding does not explain."""
 
 
 class _Replaced(torch.autograd.Function):
-    """Puts other values in the place of a tensor, and gives the tensor the gradient of them."""
+    """An identity that replaces a tensor's values, and passes their gradient on to the tensor."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, others: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""Mistakes of router losses: which tokens of which ranks they are of, and how much they count beside the token losses.
+"""Mistakes of router losses: wrong tokens, or a wrong weight compared with the token losses.
 
-One process has the gradients of the token losses alone, and what each mistake would add to them. A mistake is named where the
-ranks' gradients are the sum of both, with any factor before what it adds: scripts weigh such losses by factors of their own.
+One process computes the gradients of the token losses alone, and the gradients that each mistake would add to them. A mistake
+is named if the ranks' gradients are the sum of both, with any factor on the addition: scripts have weights of their own.
 """
 
-# N tokens of a micro-batch on all ranks, P tokens of padding behind them, E experts
+# N tokens of a micro-batch on all ranks, P tokens of padding after them, E experts
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ _REMEDY = (
     "call pytorch.local_loss, or add router_loss.router_loss(model, output, part) to this rank's share; the model's own aux_loss "
     "is of one rank's tokens and padding"
 )
-# by how much a factor may be off that is 1
+# the largest error of a factor that should be 1
 _ROUNDED = 1e-2
 
 
 class RoutedBatch(NamedTuple):
-    """A micro-batch's router logits (N + P, E) of each layer, with gradients; the rows of each rank's tokens, and of its padding;
-    how many labels each rank has."""
+    """A micro-batch's router logits (N + P, E) of each layer, with gradients; the rows of each rank's tokens and of its padding;
+    the number of labels of each rank.
+    """
 
     layers: list[Tensor]
     tokens: list[Tensor]
@@ -38,31 +39,32 @@ class RoutedBatch(NamedTuple):
 
 def explain_router_loss(
     reference: ReferenceResult,
-    found: GradientComparison,
+    compared: GradientComparison,
     model: torch.nn.Module,
     loss: Callable[[Sequence[Tensor]], Tensor],
     routed: Callable[[], list[RoutedBatch] | None],
 ) -> Finding | None:
-    """Find what is wrong with the router loss, None where gradients differ for another reason, or there is none.
+    """Find the mistake in the router loss; return None if gradients differ for another reason, or without a router loss.
 
-    loss: of router logits by layer. routed: runs the micro-batches in one process; None where that is impossible.
+    loss: computes it from router logits by layer. routed: runs the micro-batches in one process; None if that is impossible.
     """
     if reference.token_gradients is None:
         return None
-    tokens = {name: _wide(reference.token_gradients, name, one) for name, one in found.expected.items()}
-    if not _differs(found, tokens, 1.0):
+    expected = compared.expected
+    tokens = {name: _wide(reference.token_gradients, name, gradient) for name, gradient in expected.items()}
+    if not _differs(compared, tokens, 1.0):
         return Finding("router loss missing", "gradients are those of the token losses alone", _REMEDY)
-    right = {name: one - tokens[name] for name, one in found.expected.items()}
-    if (factor := _factor(found, tokens, right)) is not None and abs(factor - 1) > _ROUNDED:
-        observed = f"the router loss counts {factor:.4g} times as much as it should beside the token losses"
+    right = {name: gradient - tokens[name] for name, gradient in expected.items()}
+    if (factor := _factor(compared, tokens, right)) is not None and abs(factor - 1) > _ROUNDED:
+        observed = f"the router loss counts {factor:.4g} times as much as it should, compared with the token losses"
         return Finding("router loss factor", observed, _REMEDY)
     batches = routed()
     for finding, terms in _mistakes(batches, loss) if batches else ():
         named = dict(model.named_parameters())
         parameters = [named[name] for name in tokens]
         gradients = torch.autograd.grad(sum(terms), parameters, retain_graph=True, materialize_grads=True)  # type: ignore[arg-type]
-        added = {name: one.cpu().double() for name, one in zip(tokens, gradients, strict=True)}
-        if _factor(found, tokens, added) is not None:
+        added = {name: gradient.cpu().double() for name, gradient in zip(tokens, gradients, strict=True)}
+        if _factor(compared, tokens, added) is not None:
             return finding
     return None
 
@@ -70,7 +72,7 @@ def explain_router_loss(
 def _mistakes(
     batches: Sequence[RoutedBatch], loss: Callable[[Sequence[Tensor]], Tensor]
 ) -> Iterator[tuple[Finding, list[Tensor]]]:
-    """Mistakes, and the terms of which the router loss is the sum with them."""
+    """Yield each mistake, with the terms whose sum is the router loss with the mistake."""
 
     def of(batch: RoutedBatch, rows: Tensor) -> Tensor:
         return loss([layer[rows.to(layer.device)] for layer in batch.layers])
@@ -81,31 +83,31 @@ def _mistakes(
         terms = [of(batch, torch.cat([*batch.tokens, *batch.padding])) * sum(batch.labels) for batch in batches]
         yield Finding("padding in router loss", observed, _REMEDY), terms
     for more in ("", " and padding") if padded else ("",):
-        observed = f"each rank's router loss is of its own tokens{more}: a product of two means, which does not add up over ranks"
+        observed = f"each rank computes the router loss of its own tokens{more}: products of two means do not add up over ranks"
         parts = [
             (of(batch, rows), labels)
             for batch in batches
-            for own, rest, labels in zip(batch.tokens, batch.padding, batch.labels, strict=True)
-            if len(rows := torch.cat([own, rest]) if more else own)
+            for tokens, padding, labels in zip(batch.tokens, batch.padding, batch.labels, strict=True)
+            if len(rows := torch.cat([tokens, padding]) if more else tokens)
         ]
         finding = Finding("router loss of own tokens", observed, _REMEDY)
         yield finding, [term for term, _ in parts]
         yield finding, [term * labels for term, labels in parts]
 
 
-def _factor(found: GradientComparison, tokens: dict[str, Tensor], added: dict[str, Tensor]) -> float | None:
-    """How often the ranks' gradients have `added` beside those of tokens; None where they are no such sum."""
-    along = sum(float(((found.ranks[0][name] - tokens[name]) * one).sum()) for name, one in added.items())
-    factor = along / max(sum(float(one.square().sum()) for one in added.values()), 1e-30)
-    expected = {name: tokens[name] + factor * one for name, one in added.items()}
-    return None if _differs(found, expected, factor) else factor
+def _factor(compared: GradientComparison, tokens: dict[str, Tensor], added: dict[str, Tensor]) -> float | None:
+    """Return the factor f for which the ranks' gradients are `tokens` + f * `added`; None if there is no such factor."""
+    along = sum(float(((compared.ranks[0][name] - tokens[name]) * term).sum()) for name, term in added.items())
+    factor = along / max(sum(float(term.square().sum()) for term in added.values()), 1e-30)
+    expected = {name: tokens[name] + factor * term for name, term in added.items()}
+    return None if _differs(compared, expected, factor) else factor
 
 
-def _differs(found: GradientComparison, expected: dict[str, Tensor], factor: float) -> bool:
-    """Whether the ranks have other gradients than these. factor: what is multiplied is rounded at its own scale."""
+def _differs(compared: GradientComparison, expected: dict[str, Tensor], factor: float) -> bool:
+    """Return whether the ranks' gradients differ from these. factor: of an added term, which scales its rounding error."""
     slack = max(abs(factor), 1.0)
-    tolerances = {name: slack * one for name, one in found.tolerances.items()}
-    return bool(found._replace(expected=expected, tolerances=tolerances).different(found.ranks[0]))
+    tolerances = {name: slack * tolerance for name, tolerance in compared.tolerances.items()}
+    return bool(compared._replace(expected=expected, tolerances=tolerances).different(compared.ranks[0]))
 
 
 def _wide(gradients: dict[str, Tensor], name: str, like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the doctor looks at before it compares numbers: did ranks run at all, on the same inputs, with finite results?"""
+"""Checks before the doctor compares numbers: that all ranks ran, on the same inputs, with finite results."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ import torch
 
 from distattn.doctor.comparison import Finding, RankResult, parts_of
 from distattn.doctor.reference import ReferenceResult
-from distattn.supervision.culprits import tells_of_lost_peer
+from distattn.supervision.culprits import names_lost_peer
 
 _SAME_START = "seed before the model is made, or broadcast its weights and buffers from one rank"
 
 
 def check_inputs(ranks: Sequence[RankResult]) -> Finding | None:
-    """Find what ranks do not have in common, or why one of them stopped; None where their results can be compared."""
-    # a rank that failed early has not got so far
-    if all("batch" in found for found in ranks):
+    """Find inputs that differ between ranks, or why one of them stopped; return None if the results can be compared."""
+    # a rank that failed early has not recorded its inputs
+    if all("batch" in result for result in ranks):
         for finding in _different_inputs(ranks):
             return finding
     return _stopped_rank(ranks)
 
 
 def check_run(reference: ReferenceResult, ranks: Sequence[RankResult]) -> tuple[str | None, list[Finding]] | None:
-    """Find the first thing for which results of ranks cannot be compared with one process, None where they can."""
+    """Find the first reason why the ranks' results cannot be compared with one process; return None if they can."""
     finding = _other_tokens(reference, ranks) or _misplaced_tokens(reference, ranks) or _random_numbers(ranks)
     return (None, [finding]) if finding else None
 
 
 def check_finite(reference: ReferenceResult, ranks: Sequence[RankResult]) -> tuple[str | None, list[Finding]] | None:
-    """Find what is infinite or not a number on a rank and finite in one process: the module's name, if it is one's."""
+    """Find a value that is not finite on a rank but finite in one process; return the module's name, if any, and the finding."""
     remedy = (
         "look at the first module or parameter named; an overflow, a division by zero, or memory that was not filled"
     )
@@ -39,28 +39,28 @@ def check_finite(reference: ReferenceResult, ranks: Sequence[RankResult]) -> tup
 
 
 def check_state(ranks: Sequence[RankResult]) -> Finding | None:
-    """Find a buffer that the step left otherwise on one rank than on another."""
+    """Find a buffer that differs between ranks after the step."""
     for name, first in ranks[0]["buffers_after"].items():
-        odd = [rank for rank, found in enumerate(ranks) if found["buffers_after"].get(name) != first]
+        odd = [rank for rank, result in enumerate(ranks) if result["buffers_after"].get(name) != first]
         if odd:
-            observed = f"the step leaves the buffer {name} otherwise on rank {odd[0]} than on rank 0"
-            remedy = "what counts tokens, such as statistics or a router's bias, has to be summed over ranks"
+            observed = f"after the step the buffer {name} differs between rank {odd[0]} and rank 0"
+            remedy = "sum counts of tokens, such as statistics or a router's bias, over ranks"
             return Finding("buffer not synchronised", observed, remedy)
     return None
 
 
 def _not_finite(reference: ReferenceResult, ranks: Sequence[RankResult]) -> Iterator[tuple[str | None, str]]:
-    for rank, found in parts_of(ranks):
-        tokens = len(found["tokens"])
-        for name, output in found["outputs"].items():
+    for rank, part in parts_of(ranks):
+        tokens = len(part["tokens"])
+        for name, output in part["outputs"].items():
             # a mask may be infinite
             if name not in reference.outputs or not torch.isfinite(reference.outputs[name]).all():
                 continue
             if not torch.isfinite(output.movedim(reference.token_dims[name], 0)[:tokens]).all():
                 yield name, f"{name} is not finite on rank {rank}"
-        for what, value in {"logits": found["logits"][:tokens], "loss": found["loss"]}.items():
+        for name, value in {"logits": part["logits"][:tokens], "loss": part["loss"]}.items():
             if not torch.isfinite(value).all():
-                yield None, f"the {what} of rank {rank} is not finite"
+                yield None, f"the {name} of rank {rank} is not finite"
     for rank, result in enumerate(ranks):
         for name, gradient in result["gradients"].items():
             finite_there = torch.isfinite(reference.gradients.get(name, torch.zeros(1))).all()
@@ -70,33 +70,35 @@ def _not_finite(reference: ReferenceResult, ranks: Sequence[RankResult]) -> Iter
 
 def _different_inputs(ranks: Sequence[RankResult]) -> Iterator[Finding]:
     first = ranks[0]
-    for rank, found in enumerate(ranks):
-        if found["batch"] != first["batch"]:
-            remedy = "give all ranks of the group the same batch; shard takes this rank's part of it"
+    for rank, result in enumerate(ranks):
+        if result["batch"] != first["batch"]:
+            remedy = "pass the same batch to all ranks of the group; shard takes this rank's part of it"
             yield Finding("batches differ", f"rank {rank} has another batch than rank 0", remedy)
-        odd = [name for name in found["weights"] if found["weights"][name] != first["weights"].get(name)]
-        if odd and odd[0] not in found["buffers"]:
+        odd = [name for name in result["weights"] if result["weights"][name] != first["weights"].get(name)]
+        if odd and odd[0] not in result["buffers"]:
             others = f" and {len(odd) - 1} others" if len(odd) > 1 else ""
             yield Finding("weights differ", f"rank {rank} has another {odd[0]}{others} than rank 0", _SAME_START)
-        for name, buffer in found["buffers"].items():
+        for name, buffer in result["buffers"].items():
             if name not in first["buffers"] or not torch.equal(buffer, first["buffers"][name]):
                 yield Finding("buffers differ", f"rank {rank} has another {name} than rank 0", _SAME_START)
 
 
 def _stopped_rank(ranks: Sequence[RankResult]) -> Finding | None:
-    stopped = [rank for rank, found in enumerate(ranks) if {"refusal", "failure"} & found.keys()]
+    stopped = [rank for rank, result in enumerate(ranks) if {"refusal", "failure"} & result.keys()]
     if not stopped:
         return None
-    # the others lose their connection to the first one
+    # when the first rank stops, others lose their connection to it
     rank = min(stopped, key=lambda rank: (_lost_its_peer(ranks[rank]), ranks[rank]["at"]))
     if "refusal" in ranks[rank]:
         return Finding("refused", f"rank {rank}: {ranks[rank]['refusal'].rstrip('.')}", "do what the sentence says")
-    return Finding("failed", f"rank {rank}: {ranks[rank]['failure'].rstrip('.')}", "mend the error where it says")
+    return Finding(
+        "failed", f"rank {rank}: {ranks[rank]['failure'].rstrip('.')}", "mend the error at the line that it names"
+    )
 
 
-def _lost_its_peer(found: RankResult) -> bool:
-    message = found.get("refusal", "") + found.get("failure", "")
-    return tells_of_lost_peer(message)
+def _lost_its_peer(result: RankResult) -> bool:
+    message = result.get("refusal", "") + result.get("failure", "")
+    return names_lost_peer(message)
 
 
 def _other_tokens(reference: ReferenceResult, ranks: Sequence[RankResult]) -> Finding | None:
@@ -105,17 +107,17 @@ def _other_tokens(reference: ReferenceResult, ranks: Sequence[RankResult]) -> Fi
         return None
     if computed < text:
         observed = f"the batch has {text} tokens, the ranks compute {computed}"
-        return Finding("tokens dropped", observed, "give shard the batch as it is; every token is on some rank")
+        return Finding("tokens dropped", observed, "pass the unchanged batch to shard; every token is on some rank")
     observed = f"{computed} tokens are computed, {text} of them are text and the others padding"
-    return Finding("padding kept", observed, "give attention_mask to ContextParallel.shard, which leaves padding out")
+    return Finding("padding kept", observed, "pass attention_mask to ContextParallel.shard, which leaves padding out")
 
 
 def _misplaced_tokens(reference: ReferenceResult, ranks: Sequence[RankResult]) -> Finding | None:
     for rank, part in parts_of(ranks):
         expected = reference.ids_N[part["tokens"]].cpu()
-        own = part.get("input_ids", expected[None]).flatten()[: len(expected)]
-        if len(own) != len(expected) or not torch.equal(own, expected):
-            observed = f"rank {rank} has not the tokens that its plan's layout gives it"
+        rank_ids = part.get("input_ids", expected[None]).flatten()[: len(expected)]
+        if len(rank_ids) != len(expected) or not torch.equal(rank_ids, expected):
+            observed = f"rank {rank} does not have the tokens of its plan's layout"
             remedy = "shard with ContextParallel.shard, or Layout.shard of the same layout"
             return Finding("tokens misplaced", observed, remedy)
     return None
@@ -131,8 +133,6 @@ def _random_numbers(ranks: Sequence[RankResult]) -> Finding | None:
                 return Finding("dropout on", f"{observed}: {dropout} is on", remedy)
             return Finding("random numbers", observed, remedy)
         if dropout is not None:
-            observed = (
-                f"{dropout} is on on rank {rank}: whatever its seed, ranks drop other numbers than one process does"
-            )
+            observed = f"{dropout} is on on rank {rank}: with any seed, ranks drop other numbers than one process does"
             return Finding("dropout on", observed, remedy)
     return None

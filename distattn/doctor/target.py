@@ -1,4 +1,4 @@
-"""What `distattn doctor` examines: a script's functions, or a transformers model with the defaults."""
+"""The target of `distattn doctor`: a script's functions, or a transformers model with the defaults."""
 
 # N tokens on the axis, T tokens on this rank, V vocabulary
 
@@ -28,7 +28,7 @@ from distattn.ir.errors import DistattnError
 _LENGTHS = (41, 1, 23, 32)
 _MOST_PARAMETERS = 300_000_000
 
-# of a script's functions
+# arguments of a script's functions
 _ARGUMENTS = {
     "model": (),
     "batch": (),
@@ -46,7 +46,7 @@ _ARGUMENTS = {
 
 
 class Target:
-    """A model, a batch, and what a user does with them on several ranks."""
+    """A model, a batch, and the steps of a user's script with them on several ranks."""
 
     def __init__(self, target: str):
         self._path = path = Path(target)
@@ -56,7 +56,7 @@ class Target:
         self._config = None if self._script is not None else _config(path)
 
     def model(self) -> torch.nn.Module:
-        """Make the model, with the weights it begins with. Raises DistattnError where it is too large to be run several times."""
+        """Make the model with its initial weights. Raises DistattnError if it is too large to be run several times."""
         if self._script is not None:
             return self._script.model()
         from transformers import AutoModelForCausalLM
@@ -73,22 +73,22 @@ class Target:
         return AutoModelForCausalLM.from_config(self._config, attn_implementation=huggingface.NAME)
 
     def model_here(self) -> torch.nn.Module:
-        """Make the model in one process. Raises DistattnError where it cannot be made."""
+        """Make the model in one process. Raises DistattnError if that fails."""
         try:
             return self.model()
         except DistattnError:
             raise
         except (Exception, SystemExit) as error:
             raise DistattnError(
-                f"doctor: model() fails in one process, without torch.distributed: {self.describe_error(error)}. There it "
-                "returns a plain module."
+                f"doctor: model() fails in one process, without torch.distributed: {self.describe_error(error)}. There it must "
+                "return a plain module."
             ) from None
 
     def batches(self, model: torch.nn.Module) -> list[dict[str, Any]]:
-        """Make the micro-batches of a step that every rank holds whole, each as `ContextParallel.shard` takes it."""
+        """Make the micro-batches of a step, the same on all ranks, each as `ContextParallel.shard` takes it."""
         if hasattr(self._script, "batch"):
-            given = self._script.batch()  # type: ignore[union-attr]
-            return list(given) if isinstance(given, (list, tuple)) else [given]
+            batches = self._script.batch()  # type: ignore[union-attr]
+            return list(batches) if isinstance(batches, (list, tuple)) else [batches]
         vocabulary = pytorch.output_layer_of(pytorch.unwrapped(model)).weight.shape[0]  # type: ignore[union-attr,index]
         ids = torch.randint(0, int(vocabulary), (1, sum(_LENGTHS)), generator=torch.Generator().manual_seed(0))  # type: ignore[call-overload]
         labels = ids.clone()
@@ -100,16 +100,16 @@ class Target:
         return self._function("context_parallel", lambda: ContextParallel(strategy="ring", kernel=default_kernel()))()
 
     def setup(self, cp: ContextParallel, model: torch.nn.Module) -> None:
-        """Do what the script wants done before the first batch."""
+        """Run the script's preparation before the first batch."""
         self._function("setup", lambda cp, model: None)(cp, model)
 
     def shard(self, cp: ContextParallel, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Take this rank's parts of the micro-batches. Raises DistattnError where they are not as many."""
-        own = getattr(self._script, "shard", None)
-        if own is None:
+        """Take this rank's parts of the micro-batches. Raises DistattnError if their numbers differ."""
+        shard = getattr(self._script, "shard", None)
+        if shard is None:
             return cp.shard_step(batches)
-        given = own(cp, batches if len(batches) > 1 else batches[0])
-        parts = list(given) if isinstance(given, (list, tuple)) else [given]
+        sharded = shard(cp, batches if len(batches) > 1 else batches[0])
+        parts = list(sharded) if isinstance(sharded, (list, tuple)) else [sharded]
         if len(parts) != len(batches):
             raise DistattnError(f"shard returns {len(parts)} parts of {len(batches)} micro-batches")
         return parts
@@ -120,7 +120,7 @@ class Target:
 
     @staticmethod
     def plain_forward(model: torch.nn.Module, part: Mapping[str, Any]) -> Tensor:
-        """Compute logits as `forward` does without the script: with it hypotheses are run."""
+        """Compute logits like `forward`, but without the script; used to run hypotheses."""
         if hasattr(model, "set_attn_implementation"):
             huggingface.register()
             model.set_attn_implementation(huggingface.NAME)  # type: ignore[operator]
@@ -134,20 +134,20 @@ class Target:
         return pytorch.with_router_loss(share, model, returned[-1], part) if returned else share
 
     def router_logits(self, returned: Sequence[Any]) -> list[Tensor] | None:
-        """Of what a model returned, call by call, the router logits (T, E) of each layer; None where it has no router loss.
+        """Return the router logits (T, E) of each layer from the last of the model's results; None without a router loss.
 
-        Raises DistattnError where it has one, and no router logits.
+        Raises DistattnError for a router loss without router logits.
         """
         out = returned[-1] if returned else None
         if not hasattr(self._script, "router_loss") and getattr(out, "aux_loss", None) is None:
             return None
-        found = getattr(out, "router_logits", None)
-        if not found:
+        router_logits = getattr(out, "router_logits", None)
+        if not router_logits:
             raise DistattnError(
-                "there is a router loss, but what the model returns has no router_logits to compute it of in one process: have "
-                "reference call the model, and the model return them."
+                "there is a router loss, but the model's output has no router_logits to compute it from in one process: let "
+                "reference call the model, and let the model return router_logits."
             )
-        return list(found)
+        return list(router_logits)
 
     def router_loss(self, model: torch.nn.Module, router_logits: Sequence[Tensor]) -> Tensor:
         """Compute the router loss of the tokens of a micro-batch, (T, E) of each layer, in one process."""
@@ -158,7 +158,7 @@ class Target:
         self._function("backward", lambda model, loss: loss.backward())(model, loss)
 
     def reduce(self, model: torch.nn.Module) -> None:
-        """Sum gradients over ranks after all backward passes, where the script's own `backward` does not."""
+        """Sum gradients over ranks after all backward passes, unless the script's own `backward` does."""
         self._function("reduce", _keep_gradients if hasattr(self._script, "backward") else _sum_gradients)(model)
 
     def gradients(self, model: torch.nn.Module) -> dict[str, Tensor]:
@@ -170,13 +170,13 @@ class Target:
         return self._function("reference", _reference)(model, ids)
 
     def check_reference(self) -> None:
-        """Raise DistattnError where a script's own model has no reference to compare with, or cannot be made here."""
+        """Raise DistattnError if a script's own model has no reference to compare with, or cannot be made here."""
         if self._script is None or hasattr(self._script, "reference"):
             return
         _check_reference(self.model_here())
 
     def reference_context(self, model: torch.nn.Module) -> AbstractContextManager[None]:
-        """Make the context in which `reference` is to be run, and its backward pass."""
+        """Make the context for `reference` and its backward pass."""
         ours = hasattr(model, "set_attn_implementation") and not hasattr(self._script, "reference")
         return huggingface.single_process_attention(model) if ours else nullcontext()
 
@@ -185,23 +185,24 @@ class Target:
         return describe_error(error, self._path if self._script is not None else None)
 
     def _function(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        """The script's function of this name, or the default."""
+        """Return the script's function of this name, or the default."""
         return getattr(self._script, name, default)
 
 
 def default_kernel() -> str | None:
-    """Name the kernel where a script names none: the device's own on GPUs; on CPUs the slow one that computes everything."""
+    """Return the default kernel: on GPUs the choice of the device, on CPUs the slow reference, which computes everything."""
     return None if torch.cuda.is_available() else "reference"
 
 
 def _keep_gradients(model: torch.nn.Module) -> None:
-    """They are reduced."""
+    """Leave gradients unchanged: the script has reduced them."""
 
 
 def _sum_gradients(model: torch.nn.Module) -> None:
     parameters = list(model.parameters())
-    # a rank may have none where another one has, of an expert without tokens, say
-    reached = torch.tensor([float(one.grad is not None) for one in parameters], device=parameters[0].device)
+    # a parameter may have a gradient on some ranks only, for example of an expert without tokens on the others
+    has_gradient = [float(parameter.grad is not None) for parameter in parameters]
+    reached = torch.tensor(has_gradient, device=parameters[0].device)
     dist.all_reduce(reached)
     for parameter, ranks in zip(parameters, reached.tolist(), strict=True):
         if ranks:
@@ -222,8 +223,8 @@ def _reference(model: Any, ids: Tensor) -> Tensor:
 def _check_reference(model: Any) -> None:
     if not hasattr(model, "set_attn_implementation"):
         raise DistattnError(
-            f"{type(model).__name__} is not of transformers: the script has to define reference(model, ids), the logits of one "
-            "document in one process; docs/trainers.md has an example."
+            f"{type(model).__name__} is not a model of transformers: the script has to define reference(model, ids), the logits "
+            "of one document in one process; docs/trainers.md has an example."
         )
 
 
@@ -233,7 +234,7 @@ def _load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("doctor_target", path.resolve())
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # what it imports lies beside it
+    # the script may import modules next to it
     sys.path.insert(0, str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
@@ -241,28 +242,28 @@ def _load(path: Path) -> ModuleType:
         raise DistattnError(f"{path} cannot be imported: {describe_error(error, path)}") from None
     if hasattr(module, "prepare"):
         raise DistattnError(f"{path}: the doctor calls no function prepare(cp, model). Did you mean setup(cp, model)?")
-    for name, wanted in _ARGUMENTS.items():
-        theirs = getattr(module, name, None)
-        if theirs is None:
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(module, name, None)
+        if function is None:
             continue
         try:
-            inspect.signature(theirs).bind(*wanted)
+            inspect.signature(function).bind(*arguments)
         except TypeError:
-            how = f"takes {', '.join(wanted) or 'nothing'}"
+            how = f"takes {', '.join(arguments) or 'nothing'}"
             raise DistattnError(f"{path}: {name} is a function that {how}; see distattn doctor --help.") from None
     return module
 
 
 def describe_error(error: BaseException, script: Path | None = None) -> str:
-    """Describe an error in one line: what it is, and in which file and line it was raised.
+    """Describe an error in one line, with the file and line where it was raised.
 
-    script: where the error comes from lines of this file, or of one beside it, the last of them is named instead.
+    script: if the traceback has lines of this file, or of files next to it, the last of them is named, too.
     """
     frames = traceback.extract_tb(error.__traceback__)
     raised = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}"
     folder = None if script is None else script.resolve().parent
-    own = [frame for frame in frames if Path(frame.filename).resolve().parent == folder]
-    where = f"{Path(own[-1].filename).name}, line {own[-1].lineno}" if own else raised
+    of_script = [frame for frame in frames if Path(frame.filename).resolve().parent == folder]
+    where = f"{Path(of_script[-1].filename).name}, line {of_script[-1].lineno}" if of_script else raised
     if isinstance(error, SyntaxError):
         where = f"{Path(error.filename or '').name}, line {error.lineno}"
     elif where != raised:

@@ -54,7 +54,7 @@ class MonitoredTransport:
         # what is under way since may have been given up: its results are not to be used
         self._monitor.raise_verdict()
         self._monitor.enter(MESSAGES)
-        where += heartbeats.layer_in_words()
+        where += heartbeats.layer_suffix()
         if self.messages.on_send is not None:
             self.messages.on_send(sends)
         watch, words = self._watch if sends or receives else None, ""
@@ -88,7 +88,7 @@ class _MonitoredWork(NamedTuple):
     words: str
 
     def wait(self) -> None:
-        with heartbeats.telling(self.words, waits=True):
+        with heartbeats.activity(self.words, waits=True):
             self.transport.messages.timed(lambda: self.transport.guarded(self.work.wait))
 
 
@@ -144,7 +144,7 @@ class Communicators:
 
     def guarded(self, work: Callable[[], Result], what: str, members: Sequence[int]) -> Result:
         """What `work` returns, in which this rank waits for members, on the clock. Raises LostRankError as the monitor does."""
-        with heartbeats.telling(what, waits=True):
+        with heartbeats.activity(what, waits=True):
             return self.messages.timed(lambda: self.monitor.guarded(work, what, members))
 
     def close(self, gracefully: bool) -> None:

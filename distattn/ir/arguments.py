@@ -1,4 +1,4 @@
-"""Arguments of public functions, checked at the door against the functions' own type hints: one sentence names a wrong one."""
+"""Check arguments of public functions against the functions' type hints: one sentence names a wrong argument."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import numpy as np
 from distattn.ir.errors import DistattnError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-# elements that functions check themselves, whole arrays at a time
-_LEFT = (Sequence[int], Sequence[tuple[int, int]], tuple[int, int])
+# element types that functions check themselves, whole arrays at a time
+_UNCHECKED_ELEMENTS = (Sequence[int], Sequence[tuple[int, int]], tuple[int, int])
 _KINDS = {
     int: "a whole number",
     float: "a number",
@@ -31,34 +31,34 @@ _KINDS = {
 
 
 def checked(function: Function) -> Function:
-    """Raise DistattnError, with the argument's name and kind, where a value does not fit its hint; then call the function.
+    """Wrap a function: raise DistattnError with the argument's name and kind if a value does not fit its hint.
 
-    Numbers in sequences, and in sequences of sequences, are left to the function; arrays pass for sequences of numbers.
+    The function itself checks numbers in sequences, and in sequences of sequences; arrays are accepted as sequences of numbers.
     """
     signature = inspect.signature(function)
     hints: dict[str, Any] = {}
 
     @functools.wraps(function)
-    def wrapper(*given: Any, **named: Any) -> Any:
+    def wrapper(*arguments: Any, **named: Any) -> Any:
         if not hints:
-            # not before: hints may name what is defined further down
+            # at the first call: hints may name classes that are defined further down
             hints.update(_hints(function))
         try:
-            bound = signature.bind(*given, **named)
+            bound = signature.bind(*arguments, **named)
         except TypeError:
-            # Python's own words name the function
-            return function(*given, **named)
+            # let Python raise its own error, which names the function
+            return function(*arguments, **named)
         for name, value in bound.arguments.items():
             kind = signature.parameters[name].kind
             if name in hints and kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
                 _check(value, hints[name], name, f"{function.__qualname__.removesuffix('.__init__')}: ")
-        return function(*given, **named)
+        return function(*arguments, **named)
 
     return typing.cast(Function, wrapper)
 
 
 def check_fields(settings: Any) -> None:
-    """The same for the fields of a dataclass, called in its __post_init__."""
+    """Check the fields of a dataclass in the same way; call this in its __post_init__."""
     kind: Any = type(settings)
     hints = _field_hints(kind)
     for field in fields(settings):
@@ -71,14 +71,14 @@ def _field_hints(kind: Any) -> dict[str, Any]:
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """The hints of a function; Any for those whose names are imported for type checkers only."""
-    found = {}
+    """Return the hints of a function; Any for hints whose names are imported for type checkers only."""
+    hints = {}
     for name, text in function.__annotations__.items():
         try:
-            found[name] = eval(text, function.__globals__) if isinstance(text, str) else text
+            hints[name] = eval(text, function.__globals__) if isinstance(text, str) else text
         except NameError:
-            found[name] = Any
-    return found
+            hints[name] = Any
+    return hints
 
 
 def _check(value: Any, hint: Any, name: str, where: str = "") -> None:
@@ -89,7 +89,7 @@ def _check(value: Any, hint: Any, name: str, where: str = "") -> None:
 def _fits(value: Any, hint: Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        return any(_fits(value, one) for one in arguments)
+        return any(_fits(value, argument) for argument in arguments)
     if hint is None or hint is type(None):
         return value is None
     if hint is Any:
@@ -97,7 +97,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is np.ndarray:
         return isinstance(value, (np.ndarray, list, tuple)) or hasattr(value, "__array__")
     if hint in (int, float):
-        # true is no number, and tensors would lose their gradients
+        # refuse True, and tensors, which would lose their gradients
         wanted = Integral if hint is int else Real
         return isinstance(value, wanted) and not isinstance(value, (bool, np.bool_))
     if origin is tuple:
@@ -106,14 +106,14 @@ def _fits(value: Any, hint: Any) -> bool:
         if not isinstance(value, (tuple, list)):
             return False
         if arguments[1:] == (...,):
-            return all(_fits(one, arguments[0]) for one in value)
+            return all(_fits(item, arguments[0]) for item in value)
         return len(value) == len(arguments) and all(map(_fits, value, arguments))
     if origin is Sequence:
         if arguments[0] in (int, float):
             return hasattr(value, "__iter__") and not isinstance(value, (str, bytes, Mapping))
-        if arguments[0] is Any or arguments[0] in _LEFT:
+        if arguments[0] is Any or arguments[0] in _UNCHECKED_ELEMENTS:
             return isinstance(value, (list, tuple)) or (not isinstance(value, type) and getattr(value, "ndim", 0) > 0)
-        return isinstance(value, (list, tuple)) and all(_fits(one, arguments[0]) for one in value)
+        return isinstance(value, (list, tuple)) and all(_fits(item, arguments[0]) for item in value)
     if origin is Mapping:
         return isinstance(value, Mapping)
     return isinstance(value, hint)
@@ -122,15 +122,15 @@ def _fits(value: Any, hint: Any) -> bool:
 def _described(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        *some, last = dict.fromkeys(_described(one) for one in arguments)
+        *some, last = dict.fromkeys(_described(argument) for argument in arguments)
         return f"{', '.join(some)} or {last}" if some else last
     if origin is tuple and arguments[1:] != (...,):
-        return f"({', '.join(_described(one) for one in arguments)})"
+        return f"({', '.join(_described(argument) for argument in arguments)})"
     kind = hint if origin is None else origin
-    what = _KINDS.get(kind, f"a {getattr(kind, '__name__', kind)}")
+    text = _KINDS.get(kind, f"a {getattr(kind, '__name__', kind)}")
     if kind is Sequence and arguments[0] is not Any:
-        what += " of whole numbers" if arguments[0] is int else f" of {_described(arguments[0])}"
-    return what
+        text += " of whole numbers" if arguments[0] is int else f" of {_described(arguments[0])}"
+    return text
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Bands: the pieces a mask is made of, and their arithmetic.
+"""Bands, the pieces of a mask, and their arithmetic.
 
 A band is ten integers (q0, q1, k0, k1, lo, hi, bq, bk, oq, ok); it allows cell (q, k) when
 
@@ -16,18 +16,18 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints, expand_ranges
 
 COLUMNS = ("q0", "q1", "k0", "k1", "lo", "hi", "bq", "bk", "oq", "ok")
-# bounds chosen so that every product below fits in int64
+# limits with which every product below fits in int64
 MAX_TOKENS = 1 << 30
 MAX_BLOCK = 1 << 29
 UNBOUNDED = 1 << 32
-# pairs of the disjointness check that are held at once
+# the largest number of pairs that the disjointness check holds at once
 _MAX_PAIRS = 1 << 22
 
 Q0, Q1, K0, K1, LO, HI, BQ, BK, OQ, OK = range(10)
 
 
 def clip(bands: Ints, *rectangle: Ints | int) -> Ints:
-    """Bands (M, 10) cut by rectangles q0, q1, k0, k1, row by row. A band that misses its rectangle gets q0 >= q1 or k0 >= k1."""
+    """Cut bands (M, 10) by rectangles q0, q1, k0, k1, row by row. A band outside its rectangle gets q0 >= q1 or k0 >= k1."""
     q0, q1, k0, k1 = rectangle
     out = bands.copy()
     out[:, Q0], out[:, Q1] = np.maximum(bands[:, Q0], q0), np.minimum(bands[:, Q1], q1)
@@ -36,7 +36,7 @@ def clip(bands: Ints, *rectangle: Ints | int) -> Ints:
 
 
 def tighten(bands: Ints) -> Ints:
-    """Bands (M, 10) with their rectangle shrunk to the bounding box of the allowed cells; q0 = q1 where there are none.
+    """Shrink the rectangles of bands (M, 10) to the bounding boxes of their allowed cells; q0 = q1 for bands without cells.
 
     Every row and every column of a tight rectangle holds an allowed cell.
     """
@@ -55,19 +55,19 @@ def tighten(bands: Ints) -> Ints:
 
 
 def areas(bands: Ints) -> Ints:
-    """Exact number of allowed cells of each band (M, 10), in O(1) a band."""
+    """Return the exact number of allowed cells of each band (M, 10), in O(1) per band."""
     q0, q1, k0, k1, lo, hi, bq, bk, oq, ok = bands.T
     some = (q0 < q1) & (k0 < k1) & (lo <= hi)
     q1, k1 = np.where(some, q1, q0 + 1), np.where(some, k1, k0 + 1)
     above = _clipped_sum(q0, q1, k0, k1, hi + 1, bq, bk, oq, ok)
-    # without a lower bound every row begins at k0: most masks, at half the cost
+    # without a lower bound, as in most masks, every row begins at k0, which halves the cost
     unbounded = bool((lo <= -UNBOUNDED).all())
     below = (q1 - q0) * k0 if unbounded else _clipped_sum(q0, q1, k0, k1, lo, bq, bk, oq, ok)
     return np.where(some, above - below, 0)
 
 
 def row_key_ranges(bands: Ints, q: Ints) -> tuple[Ints, Ints]:
-    """The allowed keys [begin, end) of row q_i in band i; an empty row gives two equal ends."""
+    """Return the allowed keys [begin, end) of row q_i in band i; begin = end for an empty row."""
     _, _, k0, k1, lo, hi, bq, bk, oq, ok = bands.T
     j = (q - oq) // bq
     begin = np.clip(ok + bk * (lo + j), k0, k1)
@@ -75,7 +75,7 @@ def row_key_ranges(bands: Ints, q: Ints) -> tuple[Ints, Ints]:
 
 
 def _clipped_sum(q0, q1, k0, k1, shift, bq, bk, oq, ok) -> Ints:
-    """Sum over q in [q0, q1) of clip(ok + bk * (shift + (q - oq) // bq), k0, k1): whole blocks, plus the two ragged ends."""
+    """Sum clip(ok + bk * (shift + (q - oq) // bq), k0, k1) over q in [q0, q1): whole blocks, plus the two ragged ends."""
     j0, j1 = (q0 - oq) // bq, (q1 - 1 - oq) // bq
     base = ok + bk * shift
     first = (np.minimum(oq + (j0 + 1) * bq, q1) - q0) * _clamp(base + bk * j0, k0, k1)
@@ -90,12 +90,15 @@ def _clipped_sum(q0, q1, k0, k1, shift, bq, bk, oq, ok) -> Ints:
 
 
 def _clamp(x: Ints, low: Ints | int, high: Ints) -> Ints:
-    # np.clip of short arrays takes three times as long
+    # np.clip takes three times as long for short arrays
     return np.minimum(np.maximum(x, low), high)
 
 
 def check_pieces(pieces: Ints, n: int, heads: Ints | None) -> None:
-    """Refuse pieces outside the axis, without cells, or with a cell (and head, where heads (P, 2) are given) in common."""
+    """Raise DistattnError for pieces outside the axis, without cells, or with a common cell.
+
+    heads: (P, 2); with them pieces may share a cell in different heads.
+    """
 
     def refuse(bad: np.ndarray, why: str) -> None:
         if bad.any():
@@ -115,7 +118,7 @@ def check_pieces(pieces: Ints, n: int, heads: Ints | None) -> None:
 
 
 def _check_disjoint(tight: Ints, heads: Ints) -> None:
-    """Cell-exact between pieces with bq = bk = 1; otherwise their rectangles must be disjoint."""
+    """Check pieces with bq = bk = 1 cell by cell; the rectangles of other pieces must be disjoint."""
     # sweep along the axis on which fewer rectangles meet
     sweeps = []
     for low, high in ((Q0, Q1), (K0, K1)):
@@ -133,16 +136,16 @@ def _check_disjoint(tight: Ints, heads: Ints) -> None:
 
 
 def _refuse_common_cells(tight: Ints, heads: Ints, a: Ints, b: Ints) -> None:
-    both = clip(tight[a], *(tight[b, column] for column in (Q0, Q1, K0, K1)))
-    meet = (both[:, Q0] < both[:, Q1]) & (both[:, K0] < both[:, K1])
+    common = clip(tight[a], *(tight[b, column] for column in (Q0, Q1, K0, K1)))
+    meet = (common[:, Q0] < common[:, Q1]) & (common[:, K0] < common[:, K1])
     meet &= (heads[a, 0] < heads[b, 1]) & (heads[b, 0] < heads[a, 1])
-    a, b, both = a[meet], b[meet], both[meet]
+    a, b, common = a[meet], b[meet], common[meet]
     cellwise = (tight[a][:, [BQ, BK]] == 1).all(1) & (tight[b][:, [BQ, BK]] == 1).all(1)
     # with unit blocks the offsets are part of the bounds: lo <= k - q + oq - ok <= hi
     shift = (tight[b, OK] - tight[b, OQ]) - (tight[a, OK] - tight[a, OQ])
-    both[:, LO] = np.where(cellwise, np.maximum(both[:, LO], tight[b, LO] + shift), -UNBOUNDED)
-    both[:, HI] = np.where(cellwise, np.minimum(both[:, HI], tight[b, HI] + shift), UNBOUNDED)
-    bad = np.flatnonzero(~cellwise | (areas(both) > 0))
+    common[:, LO] = np.where(cellwise, np.maximum(common[:, LO], tight[b, LO] + shift), -UNBOUNDED)
+    common[:, HI] = np.where(cellwise, np.minimum(common[:, HI], tight[b, HI] + shift), UNBOUNDED)
+    bad = np.flatnonzero(~cellwise | (areas(common) > 0))
     if len(bad):
         i = bad[0]
         how = "" if cellwise[i] else " (pieces with blocks must have disjoint rectangles)"

@@ -9,10 +9,10 @@ _Value = TypeVar("_Value")
 
 
 class cached_property(Generic[_Value]):  # noqa: N801 - named as functools' own
-    """As `functools.cached_property` is from Python 3.12 on: without its lock.
+    """A property like `functools.cached_property` of Python 3.12, which has no lock.
 
     Python 3.11 has one lock for a property of all instances. Plans would wait for each other, and a process forked while a
-    planning thread holds the lock would wait for ever. Two threads may both compute a value: it is the same.
+    planning thread holds the lock would wait forever. If two threads both compute a value, the values are equal.
     """
 
     def __init__(self, compute: Callable[[Any], _Value]):
@@ -30,6 +30,6 @@ class cached_property(Generic[_Value]):  # noqa: N801 - named as functools' own
     def __get__(self, instance: object | None, owner: type) -> cached_property[_Value] | _Value:
         if instance is None:
             return self
-        # not called again: what an instance holds goes before what its class has
+        # the next access does not come here: attributes of the instance hide this one of the class
         value = instance.__dict__[self._name] = self._compute(instance)
         return value

@@ -1,4 +1,4 @@
-"""A mask in the forms other attention kernels take. Each is exact, or refused."""
+"""Convert a mask for other attention kernels, exactly, or refuse it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch.nn.attention.flex_attention import BlockMask
 
-# intervals of keys in one row of a block mask: each costs two look-ups per score
+# the largest number of intervals of keys in one row of a block mask: each costs two lookups per score
 _MAX_ROW_INTERVALS = 16
 
 
@@ -31,9 +31,10 @@ class VarlenArguments(NamedTuple):
 
 @checked
 def cu_seqlens(mask: Mask) -> VarlenArguments:
-    """Packed documents for varlen kernels (flash-attn's convention). Raises DistattnError for any other mask.
+    """Return the arguments of varlen kernels for packed documents (flash-attn's convention).
 
-    window is as flash-attn's `window_size`: -1 on a side without limit. causal needs no window on the right.
+    window is like flash-attn's `window_size`: -1 on a side without limit. causal needs no window on the right. Raises
+    DistattnError for any other mask.
     """
     if mask.heads is not None:
         raise DistattnError("varlen kernels take one mask for all heads; this one differs by head.")
@@ -53,9 +54,9 @@ def cu_seqlens(mask: Mask) -> VarlenArguments:
 
 @checked
 def block_mask(mask: Mask, block: int = 128, device: torch.device | str = "cpu") -> BlockMask:
-    """FlexAttention's BlockMask of blocks of block x block cells, made from tile runs: no cell of the mask is visited.
+    """Make FlexAttention's BlockMask with blocks of block x block cells from tile runs, without visiting single cells.
 
-    Its mask_mod looks up the intervals of keys of a row. Raises DistattnError where a row has more than 16 of them.
+    Its mask_mod looks up the intervals of keys of a row. Raises DistattnError if a row has more than 16 of them.
     """
     import torch
     from torch.nn.attention.flex_attention import BlockMask
@@ -87,7 +88,7 @@ def block_mask(mask: Mask, block: int = 128, device: torch.device | str = "cpu")
 
 
 def _common_window(reaches: Ints, most: Ints, side: str) -> int:
-    """The window on one side that all documents have; -1 where it reaches to their ends."""
+    """Return the window on one side that all documents share; -1 if it reaches to their ends."""
     if (reaches < 0).any():
         raise DistattnError("varlen kernels always allow the diagonal; this mask does not.")
     limited = np.unique(reaches[reaches < most])
@@ -95,7 +96,7 @@ def _common_window(reaches: Ints, most: Ints, side: str) -> int:
         return -1
     if len(limited) > 1 or (most[reaches >= most] > limited[0]).any():
         raise DistattnError(
-            f"documents of this mask reach differently far to the {side}; varlen kernels take one window."
+            f"documents of this mask have different windows on the {side}; varlen kernels take one window."
         )
     return int(limited[0])
 
@@ -107,7 +108,7 @@ def _of_head(mask: Mask, head: int) -> Mask:
 
 
 def _row_intervals(mask: Mask) -> tuple[np.ndarray, np.ndarray]:
-    """(begin, end) of the allowed keys of each row, (most intervals of a row, n) int32; empty ones are (0, 0)."""
+    """Return (begin, end) of the allowed keys of each row, (most intervals of a row, n) int32; empty intervals are (0, 0)."""
     tight = tighten(mask.pieces)
     piece, row = expand_ranges(tight[:, Q0], tight[:, Q1])
     first, last = row_key_ranges(tight[piece], row)
@@ -127,7 +128,7 @@ def _padded(table: np.ndarray, most: int) -> np.ndarray:
 
 
 def _blocks(mask: Mask, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which blocks (rows, columns) hold some allowed cells, and which only allowed ones."""
+    """Return masks (rows, columns) of the blocks with some allowed cells, and of those with only allowed cells."""
     runs = mask.tiles(block, block)
     side = -(-mask.n // block)
     some, full = np.zeros((2, side, side), bool)
@@ -138,7 +139,7 @@ def _blocks(mask: Mask, block: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _kv_block_lists(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Counts of each row, and column indices with the chosen ones first."""
+    """Return the number of chosen columns of each row, and column indices with the chosen columns first."""
     import torch
 
     order = torch.argsort((~chosen).to(torch.int8), dim=-1, stable=True)

@@ -1,8 +1,8 @@
-"""The layout: which rank owns which tokens of the axis, in which local order.
+"""The layout: the tokens of the axis that each rank owns, and their local order.
 
-A layout is a list of *chunks* (rank, t0, t1): unbroken intervals that tile the axis. A rank's local tensor holds its
-chunks one after another. The layout also knows where documents start, because positions and labels depend on it; what
-attends to what is the mask's business.
+A layout is a list of *chunks* (rank, t0, t1): contiguous intervals that tile the axis. A rank's local tensor holds its
+chunks one after another. The layout also has the starts of documents, because positions and labels depend on them; the mask
+says which tokens attend to which.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from distattn.ir.load_balance import balance_items, place_documents, spread_docu
 from distattn.ir.mask import Mask, document_ends
 
 _MAX_RANKS = 1 << 20
-# of `document_zigzag`: shorter chunks are worth it only where there are few tokens
+# for `document_zigzag`: shorter chunks pay off only with few tokens
 _MIN_CHUNK, _CHUNKS_OF_SHARE = 512, 64
-# planning takes longer with the square of their number: fewer of a rank's share where there are many ranks
+# planning time grows with the square of the number of chunks, so a rank's share has fewer chunks with many ranks
 _CHUNKS, _LEAST_OF_SHARE = 512, 8
-# positions at which a chunk of `balanced` may end, per chunk; in between the work is taken as even
+# number of positions per chunk at which a chunk of `balanced` may end; between them the work is assumed to be even
 _POSITIONS_PER_CHUNK = 32
 _WORK_WEIGHTS = (1, 2, 4, 8, 16)
 # for `balanced`: documents above this share of a rank's work are split, over this many times the ranks that they need
 _LONG_SHARE, _SPREADS = 0.5, (1.0, 2.0, np.inf)
 _CHUNK_COLUMNS = ("rank", "t0", "t1")
-# busiest rank over the mean at which the search ends, and tokens over the mean that a rank may get for the sake of its work
+# the search ends at this ratio of the busiest rank to the mean; the largest ratio of a rank's tokens to the mean
 _GOOD_BALANCE, _MAX_TOKENS_OVER_MEAN = 1.01, 1.25
 
 
 class Layout:
-    """Who owns the tokens of documents of the given `lengths`. Immutable; compare by `digest`.
+    """The ownership of the tokens of documents. Immutable; compare by `digest`.
 
-    `chunks` is a dict of equal-length int64 columns `rank`, `t0`, `t1`, `row` (where the chunk starts in the rank's
-    local tensor), sorted by `t0`. `n` tokens on the axis, `ranks` ranks; a rank may own none.
+    `chunks` is a dict of equal-length int64 columns `rank`, `t0`, `t1`, `row` (the first row of the chunk in the rank's
+    local tensor), sorted by `t0`. `n` tokens on the axis, `ranks` ranks; a rank may own no tokens.
     """
 
     @checked
     def __init__(self, lengths: Sequence[int], ranks: int, rank: Ints, t0: Ints, t1: Ints):
-        """rank, t0, t1: the owner and the tokens [t0, t1) of each chunk, those of a rank in its local order.
+        """Join touching chunks of a rank. Raises DistattnError if chunks do not tile the axis.
 
-        Touching chunks of a rank are joined. Raises DistattnError where chunks do not tile the axis.
+        rank, t0, t1: the owner and the tokens [t0, t1) of each chunk; the chunks of a rank are in its local order.
         """
         self.ends = document_ends(lengths)
         self.n, self.ranks = int(self.ends[-1]), ranks
@@ -68,14 +68,17 @@ class Layout:
     @staticmethod
     @checked
     def contiguous(lengths: Sequence[int], ranks: int) -> Layout:
-        """Rank r owns the r-th of `ranks` equal intervals. Shards differ by at most one token."""
+        """Return a layout in which rank r owns the r-th of `ranks` equal intervals. Shards differ by at most one token."""
         cuts = _cuts(int(document_ends(lengths)[-1]), _positive(ranks))
         return Layout(lengths, ranks, *_nonempty(np.arange(ranks), cuts[:-1], cuts[1:]))
 
     @staticmethod
     @checked
     def zigzag(lengths: Sequence[int], ranks: int) -> Layout:
-        """Rank r owns chunks r and 2R-1-r of 2R: equal work under one causal mask. Shards differ by at most one token."""
+        """Return a layout in which rank r owns chunks r and 2R-1-r of 2R, which is equal work under one causal mask.
+
+        Shards differ by at most one token.
+        """
         shard = np.diff(_cuts(int(document_ends(lengths)[-1]), _positive(ranks)))
         sizes = np.concatenate([shard - shard // 2, (shard // 2)[::-1]])
         t1 = np.cumsum(sizes)
@@ -85,10 +88,10 @@ class Layout:
     @staticmethod
     @checked
     def document_zigzag(lengths: Sequence[int], ranks: int, *, min_chunk: int | None = None) -> Layout:
-        """Every document is cut into up to 2R chunks of at least `min_chunk` tokens, which ranks get in zigzag order.
+        """Cut every document into up to 2R chunks of at least `min_chunk` tokens, which ranks get in zigzag order.
 
-        A document starts at the rank with fewest tokens so far (the lowest of equals), so that many short documents balance.
-        min_chunk: by default 512, or where ranks have few tokens 1/64 of a rank's share (of many ranks 1/8).
+        A document starts at the rank with the fewest tokens so far (the lowest of equals), so that many short documents balance.
+        min_chunk: by default 512; with few tokens per rank 1/64 of a rank's share (with many ranks 1/8).
         """
         ends, _ = document_ends(lengths), _positive(ranks)
         if min_chunk is None:
@@ -112,7 +115,7 @@ class Layout:
     @staticmethod
     @checked
     def block_cyclic(lengths: Sequence[int], ranks: int, *, block: int = 512) -> Layout:
-        """Block i of `block` tokens belongs to rank i modulo R (block=1 is striped attention)."""
+        """Return a layout in which rank i modulo R owns block i of `block` tokens (block=1 is striped attention)."""
         n, _ = int(document_ends(lengths)[-1]), _positive(ranks)
         if block < 1:
             raise DistattnError(f"a block has at least 1 token, not {block}.")
@@ -132,9 +135,9 @@ class Layout:
         """Return the layout with the lowest estimated cost: about equal work and tokens on all ranks, and few, long chunks.
 
         mask: by default causal inside each document. Candidates are `contiguous`, `zigzag`, `document_zigzag`, `placed`, long
-        documents split over one or two times as many ranks as their work asks for, or over all, with short ones whole, and
+        documents split over one or two times as many ranks as their work needs, or over all, with short ones whole, and
         chunks of equal work. No rank has more than 1.25 of the mean tokens. `distattn.ir.layout_cost` has the estimate.
-        chunk: takes the last candidate, with chunks of this many tokens on average: the axis is cut so that every chunk has
+        chunk: use the last candidate, with chunks of this many tokens on average: the axis is cut so that every chunk has
         the same sum of its share of the tokens and its share of the work. Chunks are assigned heaviest first, then exchanged
         until the busiest rank is within `tolerance` of the mean.
         """
@@ -142,10 +145,10 @@ class Layout:
         mask = Mask.documents(lengths) if mask is None else mask
         if (chunk is not None and chunk < 1) or mask.n != n or not tolerance >= 0:
             raise DistattnError(
-                f"balanced wants chunks of at least 1 token (not {chunk}), a mask of {n} tokens (not {mask.n}) and a "
+                f"balanced needs chunks of at least 1 token (not {chunk}), a mask of {n} tokens (not {mask.n}) and a "
                 f"tolerance of at least 0 (not {tolerance})."
             )
-        # planning takes as long as there are pairs of chunks
+        # planning time grows with the number of pairs of chunks
         each = 8 if ranks <= 256 else 4
         in_chunks = Layout._in_chunks_of_equal_work(
             lengths, ranks, mask, chunk or max(1, -(-n // (each * ranks))), tolerance
@@ -165,9 +168,11 @@ class Layout:
             ),
             in_chunks,
         ]
-        even = [one for one in candidates if one.shard_sizes().max() * ranks <= _MAX_TOKENS_OVER_MEAN * n]
+        limit = _MAX_TOKENS_OVER_MEAN * n
+        even = [candidate for candidate in candidates if candidate.shard_sizes().max() * ranks <= limit]
         return min(
-            even or [in_chunks], key=lambda one: layout_cost(mask, ranks, *(one.chunks[c] for c in _CHUNK_COLUMNS))
+            even or [in_chunks],
+            key=lambda candidate: layout_cost(mask, ranks, *(candidate.chunks[column] for column in _CHUNK_COLUMNS)),
         )
 
     @staticmethod
@@ -180,7 +185,7 @@ class Layout:
         grid = _cuts(n, min(n, _POSITIONS_PER_CHUNK * parts))
         effort = np.append(0, np.cumsum(rows_area(mask, grid)))
         best: tuple[float, Ints, Ints] | None = None
-        # where chunks of equal sums will not balance, work counts for more and tokens for less, within limits
+        # if chunks of equal sums do not balance, give work more weight and tokens less
         for weight in _WORK_WEIGHTS:
             share = weight * effort / max(effort[-1], 1) + grid / n
             cuts = np.unique(np.interp(np.linspace(0, share[-1], parts + 1), share, grid).round().astype(np.int64))
@@ -200,10 +205,10 @@ class Layout:
     @staticmethod
     @checked
     def placed(lengths: Sequence[int], ranks: int, *, mask: Mask | None = None, tolerance: float = 0.02) -> Layout:
-        """A layout for data loaders that may choose where documents go: little has to move for ranks to have equal work.
+        """Return a layout for data loaders that may choose the ranks of documents: ranks have equal work with few messages.
 
         mask: by default causal inside each document. A document with more than (1 + tolerance) of a rank's work is split over
-        about as many ranks as its work asks for; the others stay whole (see `distattn.ir.load_balance`). No rank has more than
+        about as many ranks as its work needs; the others stay whole (see `distattn.ir.load_balance`). No rank has more than
         1.01 of the mean tokens. Work is as even as that allows; strategy "cad" evens out the rest.
         """
         ends, _ = document_ends(lengths), _positive(ranks)
@@ -211,7 +216,7 @@ class Layout:
         mask = Mask.documents(lengths) if mask is None else mask
         if mask.n != n or not tolerance >= 0:
             raise DistattnError(
-                f"placed wants a mask of {n} tokens (not {mask.n}) and a tolerance of at least 0 (not {tolerance})."
+                f"placed needs a mask of {n} tokens (not {mask.n}) and a tolerance of at least 0 (not {tolerance})."
             )
         work = rows_area(mask, np.append(0, ends))
         return Layout(lengths, ranks, *place_documents(np.diff(ends, prepend=0), work, ranks, tolerance))
@@ -219,9 +224,9 @@ class Layout:
     @staticmethod
     @checked
     def from_chunks(lengths: Sequence[int], chunks: Sequence[Sequence[tuple[int, int]]]) -> Layout:
-        """`chunks[rank]` lists the intervals (t0, t1) that rank owns, in its local order; an empty list owns nothing."""
+        """Return a layout from `chunks[rank]`, the intervals (t0, t1) that each rank owns, in its local order; may be empty."""
         try:
-            rows = [(rank, t0, t1) for rank, own in enumerate(chunks) for t0, t1 in own]
+            rows = [(rank, t0, t1) for rank, intervals in enumerate(chunks) for t0, t1 in intervals]
         except (TypeError, ValueError):
             raise DistattnError("chunks has a list of intervals (t0, t1) for each rank.") from None
         rank, t0, t1 = as_int64(rows, "chunks").reshape(-1, 3).T
@@ -229,12 +234,12 @@ class Layout:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each document."""
+        """The number of tokens of each document."""
         return tuple(np.diff(self.ends, prepend=0).tolist())
 
     @checked
     def tokens(self, rank: int) -> Ints:
-        """Global coordinates of the tokens of `rank`, in local order."""
+        """Return the global coordinates of the tokens of `rank`, in local order."""
         self._check_rank(rank)
         mine = np.flatnonzero(self.chunks["rank"] == rank)
         mine = mine[np.argsort(self.chunks["row"][mine])]
@@ -242,21 +247,21 @@ class Layout:
         return np.concatenate(spans) if spans else np.zeros(0, np.int64)
 
     def shard_sizes(self) -> Ints:
-        """Tokens of each rank."""
+        """Return the number of tokens of each rank."""
         size = self.chunks["t1"] - self.chunks["t0"]
         return np.bincount(self.chunks["rank"], size, self.ranks).astype(np.int64)
 
     @checked
     def shard(self, x: Any, rank: int, dim: int = 0) -> Any:
-        """The tokens of `x` (numpy or torch, n tokens along `dim`) that `rank` owns, in local order."""
+        """Return the tokens of `x` (numpy or torch, n tokens along `dim`) that `rank` owns, in local order."""
         _check_array(x, dim)
         if x.shape[dim] != self.n:
-            raise DistattnError(f"dim {dim} has {x.shape[dim]} entries, but this layout is of {self.n} tokens.")
+            raise DistattnError(f"dim {dim} has {x.shape[dim]} entries, but this layout has {self.n} tokens.")
         return x[_at(x, dim, self.tokens(rank))]
 
     @checked
     def unshard(self, shards: Sequence[Any], dim: int = 0) -> Any:
-        """The inverse of `shard`: x from the shards of all ranks."""
+        """Invert `shard`: return x from the shards of all ranks."""
         for shard in shards:
             _check_array(shard, dim)
         sizes = [shard.shape[dim] for shard in shards]
@@ -271,25 +276,25 @@ class Layout:
 
     @checked
     def position_ids(self, rank: int) -> Ints:
-        """Position of each local token inside its document."""
+        """Return the position of each local token inside its document."""
         return self.positions_of(self.tokens(rank))
 
     def positions_of(self, tokens: Ints) -> Ints:
-        """Position of each of these tokens, given by global coordinates, inside its document."""
+        """Return the position inside its document of each token, given by global coordinates."""
         starts = np.append(0, self.ends)
         return tokens - starts[np.searchsorted(self.ends, tokens, "right")]
 
     @checked
     def shift_labels(self, labels: Any, dim: int = -1, ignore_index: int = -100) -> Any:
-        """Labels of the whole axis: the successor of each token, `ignore_index` at the last token of each document.
+        """Shift labels of the whole axis to the successor of each token; the last token of each document gets `ignore_index`.
 
-        Shift before sharding: the label of a shard's last token lives on another rank.
+        Shift before sharding: the label of a shard's last token may be on another rank.
         """
         _check_array(labels, dim)
         if abs(ignore_index) >= 1 << 63:
             raise DistattnError(f"ignore_index is a whole number of 64 bits, such as -100, not {ignore_index}.")
         if labels.shape[dim] != self.n:
-            raise DistattnError(f"dim {dim} has {labels.shape[dim]} entries, but this layout is of {self.n} tokens.")
+            raise DistattnError(f"dim {dim} has {labels.shape[dim]} entries, but this layout has {self.n} tokens.")
         dtype = str(getattr(labels.dtype, "name", labels.dtype)).removeprefix("torch.")
         if dtype == "bool" or ("int" in dtype and not np.iinfo(dtype).min <= ignore_index <= np.iinfo(dtype).max):
             raise DistattnError(f"labels are {dtype}, which cannot hold ignore_index = {ignore_index}; give int64.")
@@ -300,7 +305,7 @@ class Layout:
 
     @property
     def digest(self) -> str:
-        """128-bit hash of the documents and of who owns what, in which order."""
+        """128-bit hash of the documents, and of the ownership and local order of tokens."""
         parts = [np.int64(self.ranks), self.ends, *(self.chunks[name] for name in ("rank", "t0", "t1", "row"))]
         return hashlib.blake2b(b"".join(part.astype("<i8").tobytes() for part in parts), digest_size=16).hexdigest()
 
@@ -332,7 +337,7 @@ LAYOUTS = {
 
 
 def make_layout(name: str, lengths: Sequence[int], ranks: int, mask: Mask, **options: Any) -> Layout:
-    """The layout of a name in LAYOUTS, for a mask over documents of these lengths; options are the constructor's."""
+    """Return the layout of a name in LAYOUTS, for a mask over documents of these lengths; options are the constructor's."""
     work = {"mask": mask} if name in ("balanced", "placed") else {}
     return LAYOUTS[name](lengths, ranks, **work, **options)
 
@@ -345,7 +350,7 @@ def _positive(ranks: int) -> int:
 
 def _check_array(x: Any, dim: int) -> None:
     if isinstance(x, type) or not hasattr(x, "shape") or not hasattr(x, "__getitem__"):
-        raise DistattnError(f"a tensor or an array is wanted, not a {type(x).__name__}.")
+        raise DistattnError(f"the argument must be a tensor or an array, not a {type(x).__name__}.")
     if not -len(x.shape) <= dim < len(x.shape):
         raise DistattnError(f"dim {dim} does not exist: there are {len(x.shape)}.")
 
@@ -375,6 +380,6 @@ def _check_chunks(n: int, ranks: int, rank: Ints, t0: Ints, t1: Ints) -> None:
     broken = np.flatnonzero(begin != end)
     if len(broken):
         i = int(broken[0])
-        what = "owned by nobody" if begin[i] > end[i] else "owned twice"
+        fault = "owned by no rank" if begin[i] > end[i] else "owned twice"
         low, high = sorted((int(begin[i]), int(end[i])))
-        raise DistattnError(f"tokens [{low}, {high}) are {what}; the chunks of a layout tile the axis.")
+        raise DistattnError(f"tokens [{low}, {high}) are {fault}; the chunks of a layout tile the axis.")

@@ -1,7 +1,7 @@
-"""Load balance of layouts: assigning chunks to ranks, and placing whole documents where a data loader may choose.
+"""Balance the load of layouts: assign chunks to ranks, and place whole documents for data loaders that may choose.
 
-Placing keeps two limits that are never merged into one weight: a rank has at most 1.01 of the mean tokens, and below that as
-nearly the mean work as can be.
+Placing has two goals, which are not merged into one weight: a rank has at most 1.01 times the mean tokens, and within that limit
+its work is as close to the mean as possible.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import numpy as np
 
 from distattn.ir.intervals import Ints
 
-# a rank's tokens, in multiples of the mean, that placing whole documents may reach
+# the largest number of tokens of a rank when whole documents are placed, in multiples of the mean
 _MAX_TOKEN_SHARE = 1.01
 
 
 def balance_items(weights: np.ndarray, ranks: int, tolerance: float) -> Ints:
-    """A rank for each item: ranks get equally many items (to one), and total weights as even as exchanges can make them.
+    """Return a rank for each item: the numbers of items differ by at most one, and exchanges even out the total weights.
 
-    Rounds of one item a rank, heaviest items first and each to the rank with least so far; then the busiest rank
-    exchanges the item that helps most with another's, until it is within `tolerance` of the mean or nothing helps.
+    In each round every rank gets one item, heaviest items first, each to the rank with the least weight. Then the busiest rank
+    exchanges the item that helps most with another rank's, until it is within `tolerance` of the mean or no exchange helps.
     """
     items = len(weights)
     rank = np.empty(items, np.int64)
@@ -29,7 +29,7 @@ def balance_items(weights: np.ndarray, ranks: int, tolerance: float) -> Ints:
         emptiest = np.argsort(load, kind="stable")[: len(chosen)]
         rank[chosen] = emptiest
         load[emptiest] += weights[chosen]
-    # each exchange lowers the sum of squares; the bound only guards against rounding
+    # each exchange lowers the sum of squares, so this ends; the limit only guards against rounding
     for _ in range(4 * items):
         busy = int(load.argmax())
         if load[busy] <= load.mean() * (1 + tolerance):
@@ -55,7 +55,7 @@ def spread_documents(
     """Return chunks (rank, t0, t1) of documents of these lengths and work, laid end to end; long ones are split over more ranks.
 
     Documents with more than `share` of the mean work of a rank are split over `spread` times as many ranks as their work
-    needs, at most all. The others stay whole where a rank has room. Documents with most work come first.
+    needs, at most all. The others stay whole if a rank has room. Documents with most work come first.
     """
     placed = _Placement(lengths, ranks)
     mean = float(work.sum()) / ranks
@@ -70,31 +70,31 @@ def spread_documents(
 
 
 def place_documents(lengths: Ints, work: np.ndarray, ranks: int, tolerance: float) -> tuple[Ints, Ints, Ints]:
-    """Chunks (rank, t0, t1) of documents of these lengths and work, laid end to end.
+    """Return chunks (rank, t0, t1) of documents of these lengths and work, laid end to end.
 
-    Documents with more than (1 + tolerance) of the mean work of a rank come first: each is split over about as many ranks as
-    its work asks for, two equal chunks a rank, from the front and from the back (equal work, where it is causal). The
-    others follow whole, most work first, each at the rank with least work that has room for its tokens; where none
-    has room they are cut.
+    Documents with more than (1 + tolerance) of the mean work of a rank come first. Each is split over about as many ranks as
+    its work needs, two equal chunks per rank, from the front and from the back (equal work under a causal mask). The others
+    follow as a whole, most work first, each to the rank with the least work that has room for its tokens; if no rank has room
+    they are cut.
     """
     placed = _Placement(lengths, ranks)
     mean, tokens = float(work.sum()) / ranks, float(lengths.sum()) / ranks
     order = np.argsort(-work, kind="stable")
     long = order[work[order] > (1 + tolerance) * mean]
     short = order[len(long) :]
-    # ranks are filled up with short documents: work for every token beside a long one
+    # short documents fill up the ranks: their work per token
     filler = float(work[short].sum()) / max(int(lengths[short].sum()), 1)
     for document in long.tolist():
-        own, length = float(work[document]), int(lengths[document])
-        shares = (own - filler * length) / max(mean - filler * tokens, mean / ranks)
-        placed.split(document, own, int(np.clip(round(shares), 1, min(ranks, max(length // 2, 1)))))
+        load, length = float(work[document]), int(lengths[document])
+        shares = (load - filler * length) / max(mean - filler * tokens, mean / ranks)
+        placed.split(document, load, int(np.clip(round(shares), 1, min(ranks, max(length // 2, 1)))))
     for document in short.tolist():
         placed.place(document, float(work[document]))
     return placed.chunks()
 
 
 class _Placement:
-    """What has been placed so far. free_tokens, load: room for tokens, and work, of each rank."""
+    """The documents that have been placed so far. free_tokens, load: room for tokens, and work, of each rank."""
 
     def __init__(self, lengths: Ints, ranks: int):
         self.lengths, self.start = lengths, np.cumsum(lengths) - lengths
@@ -103,7 +103,7 @@ class _Placement:
         self.rows: list[tuple[int, int, int]] = []
 
     def split(self, document: int, work: float, shares: int) -> None:
-        """Split a document in pairs of chunks over the ranks with least work that have room; over more where they have not."""
+        """Split a document in pairs of chunks over the ranks with the least work that have room; without room use more ranks."""
         length = int(self.lengths[document])
         while shares < len(self.free_tokens) and int((self.free_tokens >= -(-length // shares)).sum()) < shares:
             shares += 1
@@ -120,7 +120,7 @@ class _Placement:
         self.load[chosen] += work / shares
 
     def place(self, document: int, work: float) -> None:
-        """Place a document whole at the rank with least work that has room, or else in pieces at those with most room."""
+        """Place a whole document at the rank with the least work that has room; without room, in pieces where most room is."""
         t0, length = int(self.start[document]), int(self.lengths[document])
         t1 = t0 + length
         while t0 < t1:
@@ -132,7 +132,7 @@ class _Placement:
             t0 += size
 
     def chunks(self) -> tuple[Ints, Ints, Ints]:
-        """All chunks (rank, t0, t1) in the order of the axis."""
+        """Return all chunks (rank, t0, t1) in the order of the axis."""
         rows = np.array(self.rows, np.int64).reshape(-1, 3)
         rank, t0, t1 = rows[np.argsort(rows[:, 1])].T
         return rank, t0, t1

@@ -1,4 +1,4 @@
-"""The mask: which (query, key) cells of the score matrix are allowed.
+"""The mask: the allowed (query, key) cells of the score matrix.
 
 A mask is a list of disjoint *bands* on the token axis (see `distattn.ir.bands`). Below, q and k are tokens, d(t) is the
 document of token t, s its first token; a cell is allowed when the formula in the constructor's docstring holds.
@@ -32,7 +32,7 @@ from distattn.ir.bands import (
 from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints, as_int64, expand_ranges, merge_intervals, numbers_of_rows
 
-# of query heads: so that every product with them fits in int64
+# the largest number of query heads, so that every product with it fits in int64
 MAX_HEADS = 1 << 14
 
 
@@ -60,19 +60,19 @@ class Mask:
     @staticmethod
     @checked
     def full(n: int) -> Mask:
-        """Every query sees every key."""
+        """Return a mask in which every query sees every key."""
         return Mask.documents([n], document_mask="full")
 
     @staticmethod
     @checked
     def causal(n: int) -> Mask:
-        """Every query sees the keys up to its own: k <= q."""
+        """Return a mask in which every query sees the keys up to its own: k <= q."""
         return Mask.documents([n])
 
     @staticmethod
     @checked
     def sliding_window(n: int, left: int, right: int = 0, *, sink_tokens: int = 0) -> Mask:
-        """A window around every query: k <= q + right and (k >= q - left or k < sink_tokens)."""
+        """Return a window around every query: k <= q + right and (k >= q - left or k < sink_tokens)."""
         return Mask.documents([n], document_mask=(left, right), sink_tokens=sink_tokens)
 
     @staticmethod
@@ -80,7 +80,7 @@ class Mask:
     def documents(
         lengths: Sequence[int], document_mask: str | tuple[int, int] = "causal", *, sink_tokens: int = 0
     ) -> Mask:
-        """Packed documents: d(q) = d(k), and inside each document the cells that `document_mask` allows.
+        """Return a mask of packed documents: d(q) = d(k), and inside each document the cells that `document_mask` allows.
 
         "full": all of them; "causal": k <= q; a window (left, right): k <= q + right and (k >= q - left or k - s < sink_tokens).
         """
@@ -96,17 +96,20 @@ class Mask:
     @staticmethod
     @checked
     def token_shift(lengths: Sequence[int], distance: int) -> Mask:
-        """Each token sees the one `distance` tokens before it in its document, or after it where negative: q - k = distance."""
+        """Return a mask in which each token sees only the token `distance` before it in its document: q - k = distance.
+
+        A negative distance is a token after it.
+        """
         start, end = _document_bounds(lengths)
         if abs(distance) > MAX_TOKENS:
-            raise DistattnError(f"a token shift is of at most {MAX_TOKENS} tokens, not {distance}.")
+            raise DistattnError(f"a token shift is at most {MAX_TOKENS} tokens, not {distance}.")
         some = end - start > abs(distance)
         return _from_parts([_bands(start[some], end[some], start[some], end[some], -distance, -distance)], end[-1])
 
     @staticmethod
     @checked
     def shared_question(lengths: Sequence[int]) -> Mask:
-        """(d(q) = d(k) and k <= q) or d(k) = 0: the first document is a question that all others, its answers, see in full."""
+        """Return (d(q) = d(k) and k <= q) or d(k) = 0: all documents see the first one, a question, in full."""
         start, end = _document_bounds(lengths)
         question = _bands(start[1:], end[1:], 0, end[0], -UNBOUNDED, UNBOUNDED)
         return _from_parts([_bands(start, end, start, end, -UNBOUNDED, 0), question], end[-1])
@@ -114,7 +117,7 @@ class Mask:
     @staticmethod
     @checked
     def causal_blockwise(lengths: Sequence[int]) -> Mask:
-        """k <= q and (d(q) = d(k) or d(q) is the last): the last document, a test example, sees all demonstrations before it."""
+        """Return k <= q and (d(q) = d(k) or d(q) is the last): the last document, a test example, sees all before it."""
         start, end = _document_bounds(lengths)
         low = np.append(start[:-1], 0)
         return _from_parts([_bands(start, end, low, end, -UNBOUNDED, 0)], end[-1])
@@ -122,7 +125,7 @@ class Mask:
     @staticmethod
     @checked
     def prefix_lm(n: int, prefix: int) -> Mask:
-        """Causal after a prefix that every query sees: k <= q or k < prefix."""
+        """Return a causal mask with a prefix that every query sees: k <= q or k < prefix."""
         if prefix > n:
             raise DistattnError(f"the prefix of {prefix} tokens is longer than the {n} tokens.")
         return Mask.prefix_lm_documents([n], prefix)
@@ -130,7 +133,10 @@ class Mask:
     @staticmethod
     @checked
     def prefix_lm_documents(lengths: Sequence[int], prefix: int | Sequence[int]) -> Mask:
-        """Packed documents with prefixes, one for all or one each: d(q) = d(k) and (k <= q or k - s < prefix)."""
+        """Return a mask of packed documents with prefixes: d(q) = d(k) and (k <= q or k - s < prefix).
+
+        prefix: one length for all documents, or one for each.
+        """
         start, end = _document_bounds(lengths)
         prefixes = as_int64(prefix, "prefix")
         if prefixes.shape not in ((), start.shape) or (prefixes < 0).any():
@@ -145,7 +151,10 @@ class Mask:
     @staticmethod
     @checked
     def global_sliding_window(n: int, left: int, right: int, n_global: int) -> Mask:
-        """A window and `n_global` tokens that see, and are seen by, all: q - left <= k <= q + right or min(q, k) < n_global."""
+        """Return a window with global tokens, which see all tokens and are seen by all.
+
+        A cell is allowed if q - left <= k <= q + right or min(q, k) < n_global.
+        """
         _, (end,) = _document_bounds([n])
         lo, hi = _document_band((left, right))
         seen = min(_nonnegative(n_global, "n_global"), n)
@@ -159,13 +168,13 @@ class Mask:
     @staticmethod
     @checked
     def block_causal(n: int, block: int) -> Mask:
-        """Causal by blocks of tokens: k // block <= q // block."""
+        """Return a mask that is causal by blocks of tokens: k // block <= q // block."""
         return Mask.block_causal_documents([n], block)
 
     @staticmethod
     @checked
     def block_causal_documents(lengths: Sequence[int], block: int) -> Mask:
-        """Packed documents, causal by blocks: d(q) = d(k) and (k - s) // block <= (q - s) // block."""
+        """Return a mask of packed documents, causal by blocks: d(q) = d(k) and (k - s) // block <= (q - s) // block."""
         start, end = _document_bounds(lengths)
         if not 1 <= _nonnegative(block, "block") <= MAX_BLOCK:
             raise DistattnError(f"a block is 1 to {MAX_BLOCK} tokens, not {block}.")
@@ -174,19 +183,19 @@ class Mask:
     @staticmethod
     @checked
     def by_head(groups: Sequence[tuple[int, Mask]]) -> Mask:
-        """A mask that differs by head, from pairs (number of query heads, their mask), first heads first.
+        """Return a mask that differs by head, from pairs (number of query heads, their mask), first heads first.
 
-        A piece that neighbouring groups have in common becomes one piece of all their heads.
+        A piece that neighbouring groups share becomes one piece of all their heads.
         """
         if not groups or any(mask.heads is not None for _, mask in groups):
             raise DistattnError(
-                "by_head wants (number of heads, mask) pairs, the masks without head groups of their own."
+                "by_head needs pairs (number of heads, mask), whose masks do not differ by head themselves."
             )
         if len(sizes := {mask.n for _, mask in groups}) > 1:
             raise DistattnError(f"the masks of head groups cover one axis, not {sorted(sizes)} tokens.")
         ends = np.cumsum([_nonnegative(heads, "heads of a group") for heads, _ in groups])
         if any(heads < 1 for heads, _ in groups) or ends[-1] > MAX_HEADS:
-            raise DistattnError(f"a head group has at least 1 head, all together at most {MAX_HEADS}.")
+            raise DistattnError(f"a head group has at least 1 head, and all groups together at most {MAX_HEADS}.")
         rows = np.concatenate([mask.pieces for _, mask in groups])
         group = np.repeat(np.arange(len(groups)), [len(mask.pieces) for _, mask in groups])
         same = numbers_of_rows(*rows.T)
@@ -196,14 +205,14 @@ class Mask:
         fresh[1:] = (same[1:] != same[:-1]) | (group[1:] != group[:-1] + 1)
         last = group[np.append(np.flatnonzero(fresh)[1:], len(group)) - 1]
         heads = np.stack([np.append(0, ends)[group[fresh]], ends[last]], 1)
-        # in the order in which the groups name them
+        # in the order in which the groups list them
         named = np.argsort(order[fresh])
         return Mask(rows[order[fresh]][named], groups[0][1].n, heads[named], int(ends[-1]))
 
     @staticmethod
     @checked
     def from_pieces(array: Sequence[Sequence[int]] | Ints, n: int | None = None) -> Mask:
-        """A mask from rows (q0, q1, k0, k1, lo, hi) or of all ten columns; `n` defaults to the end of the last piece."""
+        """Return a mask from rows (q0, q1, k0, k1, lo, hi) or of all ten columns; `n` defaults to the end of the last piece."""
         pieces = as_int64(array, "pieces")
         if pieces.ndim != 2 or pieces.shape[1] not in (6, 10) or not len(pieces):
             raise DistattnError(
@@ -215,19 +224,19 @@ class Mask:
 
     @checked
     def area(self, q: tuple[int, int] | None = None, k: tuple[int, int] | None = None) -> int:
-        """Number of allowed cells in rows [q[0], q[1]) and columns [k[0], k[1]); by default of the whole axis.
+        """Return the number of allowed cells in rows [q[0], q[1]) and columns [k[0], k[1]); by default of the whole axis.
 
-        In a mask that differs by head the sum over its heads.
+        For a mask that differs by head return the sum over its heads.
         """
         cells = areas(self._clipped(q, k))
         if self.piece_heads is None:
             return int(cells.sum())
-        # Python integers: 2^60 cells of many heads pass int64
+        # Python integers: 2^60 cells times many heads overflow int64
         return sum((cells.astype(object) * np.diff(self.piece_heads, axis=1)[:, 0]).tolist())
 
     @checked
     def cut(self, q: tuple[int, int] | None = None, k: tuple[int, int] | None = None) -> Mask:
-        """The mask of the same axis that allows only the cells in rows q and columns k."""
+        """Return the mask of the same axis that allows only the cells in rows q and columns k."""
         pieces = self._clipped(q, k)
         tight = tighten(pieces)
         kept = tight[:, Q0] < tight[:, Q1]
@@ -235,7 +244,7 @@ class Mask:
 
     @checked
     def needed_keys(self, q_set: Sequence[tuple[int, int]] | Ints) -> Ints:
-        """The keys that some query of `q_set` sees. Both are half-open intervals (M, 2); the result is sorted and disjoint."""
+        """Return the keys that any query of `q_set` sees. Both are half-open intervals (M, 2); keys are sorted and disjoint."""
         q_set = as_int64(q_set, "query intervals")
         if q_set.size and (q_set.ndim != 2 or q_set.shape[1] != 2):
             raise DistattnError(f"query intervals are pairs (M, 2), not {q_set.shape}.")
@@ -250,7 +259,7 @@ class Mask:
         return np.stack([k0, k1], 1)
 
     def dense(self) -> np.ndarray:
-        """The mask as booleans (n, n), or (heads, n, n) where it differs by head. For tests and small pictures only."""
+        """Return the mask as booleans (n, n), or (heads, n, n) if it differs by head. For tests and small pictures only."""
         out = np.zeros((self.heads or 1, self.n, self.n), bool)
         k = np.arange(self.n)
         for i, piece in enumerate(self.pieces):
@@ -262,10 +271,10 @@ class Mask:
 
     @checked
     def tiles(self, bm: int, bn: int) -> dict[str, Ints]:
-        """Tile runs of a kernel with tiles of bm queries x bn keys, one row per (query tile, piece) that meet.
+        """Return runs of tiles for a kernel with tiles of bm queries x bn keys, one row per (query tile, piece) that meet.
 
         Columns: `tile` (query tile), `piece`, and key tiles `begin` <= `full_begin` <= `full_end` <= `end`. The piece
-        allows every cell of the tiles in [full_begin, full_end), some cells of the others. Never a list of all tiles.
+        allows every cell of the tiles in [full_begin, full_end), some cells of the others. The tiles are not listed one by one.
         """
         if not (1 <= bm <= MAX_TOKENS and 1 <= bn <= MAX_TOKENS):
             raise DistattnError(f"tiles are at least 1 x 1, and at most {MAX_TOKENS} wide, not {bm} x {bn}.")
@@ -276,7 +285,7 @@ class Mask:
         first_begin, first_end = row_key_ranges(band, q0)
         last_begin, last_end = row_key_ranges(band, q1 - 1)
         begin, end = first_begin // bn, -(-last_end // bn)
-        # full tiles: every row of the tile present, keys between the last row's begin and the first row's end
+        # full tiles: all rows of the tile are present, keys are between the last row's begin and the first row's end
         whole = (q0 == tile * bm) & (q1 == np.minimum((tile + 1) * bm, self.n))
         full_begin = -(-last_begin // bn)
         full_end = np.where(first_end == self.n, -(-self.n // bn), first_end // bn)
@@ -288,7 +297,7 @@ class Mask:
 
     @property
     def digest(self) -> str:
-        """128-bit hash of the axis and its pieces, in their order: tasks name pieces by number."""
+        """128-bit hash of the axis and its pieces, in their order, since tasks name pieces by number."""
         content = np.int64(self.n).tobytes() + self.pieces.astype("<i8").tobytes()
         if self.piece_heads is not None:
             content += b"heads" + np.int64(self.heads or 0).tobytes() + self.piece_heads.astype("<i8").tobytes()
@@ -310,14 +319,14 @@ class Mask:
 
 
 def document_ends(lengths: Sequence[int]) -> Ints:
-    """The end of each document on the axis. Raises DistattnError where a length is not a positive whole number."""
+    """Return the end of each document on the axis. Raises DistattnError if a length is not a positive whole number."""
     array = as_int64(lengths, "document lengths")
     if array.ndim != 1 or not len(array):
         raise DistattnError("document lengths are a list of at least one positive whole number.")
     if (array < 1).any():
         i = int(np.flatnonzero(array < 1)[0])
         raise DistattnError(f"document {i} has length {array[i]}; leave out documents without tokens.")
-    # before they are added up: sums wrap around
+    # check before the sum, which may overflow
     if array.max() > MAX_TOKENS or len(array) > MAX_TOKENS:
         raise DistattnError(f"an axis holds at most {MAX_TOKENS} tokens; the longest document has {array.max()}.")
     ends = np.cumsum(array)
@@ -350,10 +359,10 @@ def _document_bounds(lengths: Sequence[int]) -> tuple[Ints, Ints]:
     return ends - np.diff(ends, prepend=0), ends
 
 
-def _nonnegative(value: int, what: str) -> int:
-    number = int(as_int64(value, what))
+def _nonnegative(value: int, name: str) -> int:
+    number = int(as_int64(value, name))
     if number < 0:
-        raise DistattnError(f"{what} is a number >= 0, not {number}.")
+        raise DistattnError(f"{name} is a number >= 0, not {number}.")
     return number
 
 
@@ -367,7 +376,7 @@ def _bands(
     block: int = 1,
     origin: Ints | int = 0,
 ) -> Ints:
-    """Bands (M, 10), one per row of the arrays; those with an empty rectangle are left out."""
+    """Return bands (M, 10), one per row of the arrays; bands with an empty rectangle are left out."""
     columns = np.broadcast_arrays(*(np.atleast_1d(x) for x in (q0, q1, k0, k1, lo, hi, block, block, origin, origin)))
     rows = np.stack(columns, 1).astype(np.int64)
     return rows[(rows[:, Q0] < rows[:, Q1]) & (rows[:, K0] < rows[:, K1])]

@@ -1,14 +1,14 @@
-"""What a task of a call computes: the tensors of each payload, how parts of one row are joined, and the algebra of a state.
+"""The operation that a call's tasks compute: the tensors of each payload, how parts of one row are joined, the algebra of states.
 
 Attention, recurrences, convolutions and latent attention are planned in the same tables. A *recurrence* reads the tokens of a
 document in order and keeps a state S (K, V) for each head:
 
     S_t = (I - b_t k_t k_t^T) diag(exp g_t) S_(t-1) + b_t k_t v_t^T,    o_t = S_t^T q_t
 
-without b the first factor is I and the last b is 1. What a stretch of tokens does to any state that enters it is an affine map,
-S -> A S + B; what it does to the gradient of the state that leaves it, backwards, is dS -> C + A^T dS. (A, B) and (A, C) are the
-states that plans move, named by the tokens that they sum up. A *prefix maximum* has one state, too, the elementwise maximum of
-its tokens so far: there is no A, and two states are joined by their maximum.
+without b the first factor is I and the last b is 1. A segment of tokens maps the state that enters it affinely, S -> A S + B, and
+the gradient of the state that leaves it, backwards, dS -> C + A^T dS. (A, B) and (A, C) are the states that plans move, named by
+the tokens that they sum up. The state of a *prefix maximum* is the elementwise maximum of its tokens so far: there is no A, and
+two states are joined by their maximum.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _MOST_DIM = 1 << 14
 
 @dataclass(frozen=True)
 class Op:
-    """What a task computes.
+    """The operation that a task computes.
 
     kind: "attention", "recurrence", "prefix_max", "convolution" or "latent_attention". merge: how two results of one row are
-    joined: by log-sum-exp ("lse"), by "sum", or "never": then a row is computed by one task. decay, of a recurrence: g is 0
-    ("none"), a number for each head that the caller gives beside the plan ("head"), one number a token and head ("token"), or one
-    for each channel of the key ("channel"). delta: whether there is a b. rotary_dim, latent_dim: widths of what latent attention
+    joined: by log-sum-exp ("lse"), by "sum", or "never", if one task computes a whole row. decay, of a recurrence: g is 0
+    ("none"), a number per head that the caller passes separately from the plan ("head"), one per token and head ("token"), or one
+    per channel of the key ("channel"). delta: there is a b. rotary_dim, latent_dim: widths of the tensors that latent attention
     moves in place of keys and values.
     """
 
@@ -51,16 +51,18 @@ class Op:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for what, value, known in (
+        for field, value, choices in (
             ("kind", self.kind, KINDS),
             ("merge", self.merge, MERGES),
             ("decay", self.decay, DECAYS),
         ):
-            if value not in known:
-                raise DistattnError(f"op {self.name[:60]!r}: {what} is one of {', '.join(known)}, not {value[:60]!r}.")
-        for what, dim in (("rotary_dim", self.rotary_dim), ("latent_dim", self.latent_dim)):
+            if value not in choices:
+                raise DistattnError(
+                    f"op {self.name[:60]!r}: {field} is one of {', '.join(choices)}, not {value[:60]!r}."
+                )
+        for field, dim in (("rotary_dim", self.rotary_dim), ("latent_dim", self.latent_dim)):
             if not 0 <= dim <= _MOST_DIM or (self.kind == "latent_attention") != (dim > 0):
-                raise DistattnError(f"{what} is 1 to {_MOST_DIM} for latent attention and 0 for others, not {dim}.")
+                raise DistattnError(f"{field} is 1 to {_MOST_DIM} for latent attention and 0 for others, not {dim}.")
 
     @property
     def is_softmax(self) -> bool:
@@ -69,7 +71,7 @@ class Op:
 
     @property
     def is_recurrent(self) -> bool:
-        """Whether tasks read stretches of tokens in order, and states move."""
+        """Whether tasks read segments of tokens in order, and states move."""
         return self.kind in ("recurrence", "prefix_max")
 
     @property
@@ -79,21 +81,21 @@ class Op:
 
     @property
     def has_gradient(self) -> bool:
-        """Whether there is a backward pass; where there is none, backward tables have no rows and nothing is kept."""
+        """Whether there is a backward pass; otherwise backward tables have no rows and nothing is kept."""
         return not self.is_maximum
 
     @property
     def shared_payloads(self) -> tuple[str, ...]:
-        """The payloads that have a call's key/value heads, which several heads of tasks share.
+        """The payloads with the call's key/value heads, which several heads of tasks share.
 
         Attention shares keys and values among query heads. A recurrence shares queries and keys among value heads.
         """
         return ("Q", "dQ") if self.is_recurrent else ("KV", "dKV")
 
     def fields(self, head_dim: int, v_head_dim: int) -> dict[str, tuple[Field, ...]]:
-        """The tensors of payloads Q, KV, O and dO; gradients have the fields of what they are of."""
+        """Return the tensors of payloads Q, KV, O and dO; dQ and dKV have the fields of Q and KV."""
         if self.kind == "recurrence":
-            # what a token forgets is a product of thousands of factors: it is not rounded to half precision
+            # decays are multiplied over thousands of tokens, so they are not rounded to half precision
             decay: tuple[Field, ...] = {
                 "none": (),
                 "head": (),
@@ -124,26 +126,26 @@ class Op:
         }
 
     def transition_shape(self, head_dim: int) -> tuple[int, ...]:
-        """The shape of one head's A: a matrix, or its diagonal where that is all, or one number where that is constant."""
+        """Return the shape of one head's A: a matrix, or only its diagonal, or one number if the diagonal is constant."""
         if self.delta:
             return (head_dim, head_dim)
         return (head_dim,) if self.decay == "channel" else (1,)
 
     @property
     def transition_travels(self) -> bool:
-        """Whether A is part of a state that moves; without gates its length says it."""
+        """Whether A is part of a state that moves; without gates it follows from the number of tokens."""
         return self.delta or self.decay in ("token", "channel")
 
     def state_numbers(self, head_dim: int, v_head_dim: int, prefix: bool, in_memory: bool = False) -> int:
-        """Numbers of one head's state as it moves, or as it is held in memory.
+        """Return the count of numbers in one head's state as it is sent, or as it is held in memory.
 
-        prefix: it begins where its document does, so that no state can enter.
+        prefix: the state begins with its document, so no state enters it.
         """
         has_transition = not (prefix or self.is_maximum) and (self.transition_travels or in_memory)
         return head_dim * v_head_dim + (prod(self.transition_shape(head_dim)) if has_transition else 0)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, from which `Op(**values)` is the same op."""
+        """Return plain values; `Op(**values)` is the same op."""
         return asdict(self)
 
 
@@ -152,7 +154,7 @@ def _recurrence(name: str, decay: str = "none", delta: bool = False) -> Op:
 
 
 ATTENTION = Op("attention")
-# what keeps a softmax over the tokens so far finite: Milakov and Gimelshein 2018 (online softmax), arXiv 1805.02867
+# keeps a softmax over the tokens so far finite: Milakov and Gimelshein 2018 (online softmax), arXiv 1805.02867
 PREFIX_MAX = Op("prefix_max", "prefix_max", "never")
 # a convolution is linear in its taps: parts of a row are added
 CONVOLUTION = Op("convolution", "convolution", "sum")
@@ -185,12 +187,12 @@ OPS: Mapping[str, Op] = {
 
 @checked
 def latent_op(rotary_dim: int, latent_dim: int) -> Op:
-    """Multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434): one rotary key and a latent move for all heads."""
+    """Return multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434): one rotary key and a latent move for all heads."""
     return Op("latent_attention", "latent_attention", rotary_dim=rotary_dim, latent_dim=latent_dim)
 
 
 def op_of(op: Op | str) -> Op:
-    """The op of that name. Raises DistattnError where there is none."""
+    """Return the op of that name. Raises DistattnError for an unknown name."""
     if isinstance(op, Op):
         return op
     if op not in OPS:

@@ -1,11 +1,11 @@
-"""The plan: who computes what and what moves, as two tables of plain integers.
+"""The plan: the tasks of all ranks and the moves between them, as two tables of plain integers.
 
 A *task* (step, rank, piece, q0, q1, k0, k1, h0, h1) is core attention of one rectangle of one mask piece for query
 heads [h0, h1), computed at `rank`. A *move* (step, src, dst, payload, t0, t1, h0, h1) carries an interval of tokens and
-heads of one payload. All rows of step s run concurrently and read the state at the end of step s-1. What a plan must
-satisfy is checked by `distattn.parallel.analysis.verify`; this file only defines the data.
+heads of one payload. All rows of step s run concurrently and read the state at the end of step s-1.
+`distattn.parallel.analysis.verify` checks the conditions for a plan; this file only defines the data.
 
-A task of a recurrence is the rectangle of cells that pass through its *stretch*, the tokens [q0, k1) that it reads one by one
+A task of a recurrence is the rectangle of cells that pass through its *segment*, the tokens [q0, k1) that it reads one by one
 (k0 <= q0): keys before it through their state S[k0, q0), rows after it through theirs, dS[k1, q1). A task without rows
 (q0 = q1) only leaves the state S[k0, k1), one without keys (k0 = k1) only the gradient state dS[q0, q1).
 """
@@ -40,9 +40,9 @@ _FORMAT = 2
 
 
 class Payload(IntEnum):
-    """What a move carries. dO travels with the final log-sum-exp and delta = rowsum(dO * O); O with its log-sum-exp.
+    """The tensors that a move carries. dO is sent with the final log-sum-exp and delta = rowsum(dO * O); O with its log-sum-exp.
 
-    S and dS are states of a recurrence and their gradients: a move names by [t0, t1) the tokens that the state sums up.
+    S and dS are states of a recurrence and their gradients: [t0, t1) of a move are the tokens that the state sums up.
     """
 
     Q = 0
@@ -61,30 +61,30 @@ REDUCED_PAYLOADS = (Payload.O, Payload.dQ, Payload.dKV)
 FORWARD_PAYLOADS = (Payload.Q, Payload.KV, Payload.O)
 BACKWARD_PAYLOADS = (Payload.Q, Payload.KV, Payload.dO, Payload.dQ, Payload.dKV)
 KEY_PAYLOADS = (Payload.KV, Payload.dKV)
-# a state is held like a copy; its size does not depend on how many tokens it sums up
+# a state is held like a copy; its size does not depend on the number of tokens that it sums up
 STATE_PAYLOADS = (Payload.S, Payload.dS)
 _OF_GRADIENT = {Payload.dQ: "Q", Payload.dKV: "KV"}
 
 
 def make_columns(names: Sequence[str], **values: Ints | int) -> Columns:
-    """Int64 columns of equal length; single numbers are repeated."""
+    """Return int64 columns of equal length; single numbers are repeated."""
     length = max((len(v) for v in values.values() if isinstance(v, np.ndarray)), default=0)
     return {name: np.broadcast_to(np.asarray(values[name], np.int64), (length,)) for name in names}
 
 
 def concat_rows(names: Sequence[str], parts: Iterable[Columns]) -> Columns:
-    """The rows of all parts, one after another."""
+    """Concatenate the rows of all parts."""
     rows = list(parts)
     return {name: np.concatenate([np.zeros(0, np.int64), *(part[name] for part in rows)]) for name in names}
 
 
 def select_rows(rows: Columns, index: np.ndarray) -> Columns:
-    """The rows picked by a boolean or integer index."""
+    """Return the rows of a boolean or integer index."""
     return {name: column[index] for name, column in rows.items()}
 
 
 def num_rows(rows: Columns) -> int:
-    """Number of rows."""
+    """Return the number of rows."""
     return len(rows["step"])
 
 
@@ -92,7 +92,7 @@ def num_rows(rows: Columns) -> int:
 class Table:
     """Tasks and moves of one direction, sorted by all columns in declared order; int64 columns by name.
 
-    label: what a strategy says of how it chose them. Nothing depends on it.
+    label: a strategy's note about its choice. Nothing depends on it.
     """
 
     tasks: Columns
@@ -107,7 +107,7 @@ class Table:
     def from_rows(
         tasks: Sequence[Sequence[int]] | Ints, moves: Sequence[Sequence[int]] | Ints = (), label: str = ""
     ) -> Table:
-        """A table of rows, as one writes by hand: values in the order of `TASK_COLUMNS` and `MOVE_COLUMNS`."""
+        """Make a table from rows that are written by hand: values in the order of `TASK_COLUMNS` and `MOVE_COLUMNS`."""
         task_rows = np.array(tasks, np.int64).reshape(-1, len(TASK_COLUMNS)).T
         move_rows = np.array(moves, np.int64).reshape(-1, len(MOVE_COLUMNS)).T
         named = dict(zip(TASK_COLUMNS, task_rows, strict=True)), dict(zip(MOVE_COLUMNS, move_rows, strict=True))
@@ -120,7 +120,7 @@ class Table:
 
 
 def dtype_name(dtype: Any) -> str:
-    """The name of a dtype given by name, or as PyTorch or NumPy have it; empty for None."""
+    """Return the name of a dtype, given by name or as a dtype of PyTorch or NumPy; "" for None."""
     if isinstance(dtype, str) or dtype is None:
         return dtype or ""
     return str(getattr(dtype, "__name__", dtype)).removeprefix("torch.")
@@ -128,10 +128,10 @@ def dtype_name(dtype: Any) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What one call asks for: mask and layout of the axis, numbers of heads, head dims and dtype, and the op.
+    """One call: mask and layout of the axis, numbers of heads, head dims and dtype, and the op.
 
-    heads are those of tasks: query heads, or a recurrence's value heads. kv_heads are those that several of them share:
-    key/value heads, or the heads of a recurrence's queries and keys.
+    heads are those of tasks: query heads, or a recurrence's value heads. Several heads share one of kv_heads: key/value heads, or
+    the heads of a recurrence's queries and keys.
     """
 
     mask: Mask
@@ -143,7 +143,7 @@ class Call:
     dtype: str
     # dtype in which outputs and gradients are sent; empty: the accumulation dtype
     comm_dtype: str = ""
-    # results of which every number comes from one kernel call: they are held and sent in the inputs' dtype
+    # results in which each number comes from one kernel call; they are held and sent in the inputs' dtype
     written_once: tuple[Payload, ...] = ()
     op: Op = ATTENTION
 
@@ -191,11 +191,11 @@ class Call:
         return "float64" if self.dtype == "float64" else "float32"
 
     def payload_heads(self, payload: Payload) -> int:
-        """How many heads a payload has: for attention, key/value heads for KV and dKV, query heads for the others."""
+        """Return the number of heads of a payload: for attention, key/value heads for KV and dKV, query heads for others."""
         return self.kv_heads if payload.name in self.op.shared_payloads else self.heads
 
     def payloads(self, direction: str) -> tuple[Payload, ...]:
-        """What may move in the "forward" or "backward" table."""
+        """Return the payloads that may move in the "forward" or "backward" table."""
         if direction == "forward":
             return (*FORWARD_PAYLOADS, Payload.S) if self.op.is_recurrent else FORWARD_PAYLOADS
         if not self.op.has_gradient:
@@ -203,9 +203,9 @@ class Call:
         return (*BACKWARD_PAYLOADS, *STATE_PAYLOADS) if self.op.is_recurrent else BACKWARD_PAYLOADS
 
     def payload_fields(self, payload: Payload, narrow: bool = False) -> tuple[tuple[int | None, str], ...]:
-        """The tensors of a payload in memory: (width, dtype) each; width None is one number per token and head.
+        """Return the tensors of a payload in memory: (width, dtype) each; width None is one number per token and head.
 
-        narrow: results in the inputs' dtype, though the plan does not say that they are.
+        narrow: results in the inputs' dtype, even if the plan does not say so.
         """
         wide = self.accumulation_dtype
         result = self.dtype if narrow or payload in self.written_once else wide
@@ -217,21 +217,21 @@ class Call:
         return tuple((width, dtypes[kind]) for width, kind in fields[payload.name])
 
     def comm_fields(self, payload: Payload) -> tuple[tuple[int | None, str], ...]:
-        """The tensors of a payload as it is sent: (width, dtype) each. One number per row (log-sum-exp, delta) stays wide."""
+        """Return the tensors of a payload as it is sent: (width, dtype) each. Numbers per row (log-sum-exp, delta) stay wide."""
         fields = self.payload_fields(payload)
         if payload not in REDUCED_PAYLOADS or payload in self.written_once or not self.comm_dtype:
             return fields
         return tuple((width, dtype if width is None else self.comm_dtype) for width, dtype in fields)
 
     def token_head_bytes(self, payload: Payload, in_memory: bool = False) -> int:
-        """Bytes of one (token, head) of a payload as it is sent, or as it is held in memory; 0 for states, see `state_bytes`."""
+        """Return the bytes of one (token, head) of a payload as it is sent, or held in memory; 0 for states (`state_bytes`)."""
         if payload in STATE_PAYLOADS:
             return 0
         fields = self.payload_fields(payload) if in_memory else self.comm_fields(payload)
         return sum((width or 1) * DTYPE_BYTES[dtype] for width, dtype in fields)
 
     def state_bytes(self, prefix: bool, in_memory: bool = False) -> int:
-        """Bytes of one head's state. prefix: it begins (a gradient state: ends) with its document, and has no transition."""
+        """Return the bytes of one head's state. prefix: it begins (a gradient state ends) with its document: no transition."""
         numbers = self.op.state_numbers(self.head_dim, self.v_head_dim, prefix, in_memory)
         return numbers * DTYPE_BYTES[self.accumulation_dtype]
 
@@ -241,7 +241,7 @@ class Call:
         return self.mask.pieces[:, [Q0, Q1]]
 
     def is_prefix(self, payload: Payload, t0: Ints, t1: Ints) -> np.ndarray:
-        """Which states of tokens [t0, t1) begin where a document does; of gradient states, which end where one does."""
+        """Return a mask of the states of tokens [t0, t1) that begin with a document; of gradient states that end with one."""
         return np.isin(t1, self.documents[:, 1]) if payload == Payload.dS else np.isin(t0, self.documents[:, 0])
 
     def _check_documents(self) -> None:
@@ -263,8 +263,8 @@ class Call:
 class Plan:
     """One attention call, planned: the call, a forward table and a backward table. Compare by `digest`.
 
-    `policy` says whether the backward finds queries, keys and values where the forward left them ("keep") or has them
-    sent again. `strategy` is a label; nothing depends on it.
+    `policy` says whether the forward pass keeps queries, keys and values for the backward pass ("keep") or they are sent
+    again. `strategy` is a label; nothing depends on it.
     """
 
     call: Call
@@ -283,14 +283,14 @@ class Plan:
         return self.policy == "keep" and self.call.op.has_gradient
 
     def area_by_rank(self) -> Ints:
-        """Cells x query heads each rank computes in the forward pass; of a recurrence, tokens x heads."""
+        """Return the cells x query heads that each rank computes in the forward pass; for a recurrence tokens x heads."""
         work = task_areas(self.call, self.forward.tasks)
         out = np.zeros(self.call.ranks, work.dtype)
         np.add.at(out, self.forward.tasks["rank"], work)
         return out
 
     def bytes(self) -> Columns:
-        """Bytes moved, forward and backward together: columns `src`, `dst`, `payload`, `bytes`, one row per triple."""
+        """Return the bytes moved, forward and backward together: columns `src`, `dst`, `payload`, `bytes`, one row per triple."""
         moves = concat_rows(MOVE_COLUMNS, [self.forward.moves, self.backward.moves])
         size = move_bytes(self.call, moves)
         key = (moves["src"] * self.call.ranks + moves["dst"]) * len(Payload) + moves["payload"]
@@ -302,7 +302,7 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """128-bit hash of what the plan does: tables, mask, layout, shapes, dtype and policy."""
+        """128-bit hash of everything that affects results: tables, mask, layout, shapes, dtype and policy."""
         hasher = hashlib.blake2b(json.dumps(self._shape(), sort_keys=True).encode(), digest_size=16)
         for table in (self.forward, self.backward):
             for rows, names in ((table.tasks, TASK_COLUMNS), (table.moves, MOVE_COLUMNS)):
@@ -333,7 +333,7 @@ class Plan:
     @staticmethod
     @checked
     def load(path: str | Path) -> Plan:
-        """Read a plan written by `save`. Raises DamagedDataError when the file is not what was written."""
+        """Read a plan written by `save`. Raises DamagedDataError if the file has changed."""
         try:
             with np.load(path, allow_pickle=False) as archive:
                 arrays = dict(archive)
@@ -347,7 +347,7 @@ class Plan:
             raise
         except (PermissionError, IsADirectoryError) as error:
             raise DistattnError(f"{path}: cannot be read: {error.strerror}.") from None
-        # whatever the zip reader makes of flipped bits: unknown compression, encryption, impossible sizes
+        # flipped bits cause many errors of the zip reader: unknown compression, encryption, impossible sizes
         except Exception as error:
             raise DamagedDataError(f"{path}: not a plan, or damaged ({error}).") from None
         if plan.digest != head["digest"]:
@@ -380,14 +380,14 @@ class Plan:
 
 
 def task_bands(mask: Mask, tasks: Columns) -> Ints:
-    """The mask pieces of tasks cut to the tasks' rectangles, (M, 10)."""
+    """Return the mask pieces of tasks, cut to the tasks' rectangles, (M, 10)."""
     return clip(mask.pieces[tasks["piece"]], tasks["q0"], tasks["q1"], tasks["k0"], tasks["k1"])
 
 
 def task_areas(call: Call, tasks: Columns, bands: Ints | None = None) -> Ints:
-    """Cells x query heads of each task (its `bands`, if known); as Python integers where all together pass int64.
+    """Return the cells x query heads of each task (with its `bands`, if known); Python integers if their sum overflows int64.
 
-    A recurrence reads the tokens of its stretch: tokens x heads.
+    For a recurrence return tokens x heads of the segment that it reads.
     """
     if call.op.is_recurrent:
         return (tasks["k1"] - tasks["q0"]) * (tasks["h1"] - tasks["h0"])
@@ -395,7 +395,7 @@ def task_areas(call: Call, tasks: Columns, bands: Ints | None = None) -> Ints:
 
 
 def cell_counts(call: Call, tasks: Columns, bands: Ints | None = None) -> Ints:
-    """Allowed cells x heads of each task's rectangle, whatever the op."""
+    """Return the allowed cells x heads of each task's rectangle, for any op."""
     heads = call.heads if call.mask.heads is None else 1
     exact = np.int64 if call.mask.area() * heads < 1 << 62 else object
     bands = task_bands(call.mask, tasks) if bands is None else bands
@@ -403,24 +403,24 @@ def cell_counts(call: Call, tasks: Columns, bands: Ints | None = None) -> Ints:
 
 
 def task_token_ranges(call: Call, payload: Payload, tasks: Columns) -> Columns:
-    """The tokens [t0, t1) and heads [h0, h1) of a payload that each task reads or adds to."""
+    """Return the tokens [t0, t1) and heads [h0, h1) of a payload that each task reads or adds to."""
     heads = {"h0": tasks["h0"], "h1": tasks["h1"]}
     if payload.name in call.op.shared_payloads:
         heads = {"h0": tasks["h0"] // call.gqa_group_size, "h1": -(-tasks["h1"] // call.gqa_group_size)}
     if call.op.is_recurrent:
-        return _stretches(payload, tasks) | heads
+        return _segments(payload, tasks) | heads
     if payload in KEY_PAYLOADS:
         return {"t0": tasks["k0"], "t1": tasks["k1"], **heads}
     return {"t0": tasks["q0"], "t1": tasks["q1"], **heads}
 
 
 def has_rows_and_keys(tasks: Columns) -> np.ndarray:
-    """Which tasks of a recurrence compute outputs or gradients; the others only leave a state."""
+    """Return a mask of the tasks of a recurrence that compute outputs or gradients; the others only leave a state."""
     return (tasks["q0"] < tasks["q1"]) & (tasks["k0"] < tasks["k1"])
 
 
 def move_bytes(call: Call, moves: Columns, in_memory: bool = False) -> Ints:
-    """Bytes of each move, as it is sent, or as it is held in memory where it leaves."""
+    """Return the bytes of each move, as it is sent, or as its source holds it in memory."""
     per_cell = np.array([call.token_head_bytes(payload, in_memory) for payload in Payload], np.int64)
     heads = moves["h1"] - moves["h0"]
     size = (moves["t1"] - moves["t0"]) * heads * per_cell[moves["payload"]]
@@ -432,12 +432,12 @@ def move_bytes(call: Call, moves: Columns, in_memory: bool = False) -> Ints:
 
 
 def nonempty_bands(bands: Ints) -> np.ndarray:
-    """Which of these tightened bands hold a cell, (M,) booleans."""
+    """Return a mask of the tightened bands that hold a cell, (M,)."""
     return (bands[:, Q0] < bands[:, Q1]) & (bands[:, K0] < bands[:, K1])
 
 
-def _stretches(payload: Payload, tasks: Columns) -> Columns:
-    """The tokens of a payload that tasks of a recurrence read one by one, or give; none where a task has no use for it."""
+def _segments(payload: Payload, tasks: Columns) -> Columns:
+    """Return the tokens of a payload that tasks of a recurrence read one by one, or write; empty if a task does not use it."""
     used = np.ones(num_rows(tasks), bool)
     if payload in REDUCED_PAYLOADS:
         used = has_rows_and_keys(tasks)

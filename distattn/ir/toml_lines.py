@@ -1,4 +1,4 @@
-"""Which line of a TOML file a key is on, for errors that name file and line. tomllib, which reads the values, does not say."""
+"""Find the line of a key in a TOML file, for errors that name file and line. tomllib reads values without their lines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 # a table's key, or the number of an entry in an array
 Key = tuple[str | int, ...]
-# a multi-line string may end in as many as five quotes, two of which are its own
+# a multi-line string may end in up to five quotes, two of which belong to its value
 _TOKENS = re.compile(
     r"""(?P<string>\"{3}(?:[^\\]|\\.)*?\"{3,5}|'{3}.*?'{3,5}|"(?:[^"\\]|\\.)*"|'[^']*')"""
     r"""|(?P<skipped>\#[^\n]*|[ \t\r]+)|(?P<mark>[\n\[\]{}=,])|(?P<bare>[^\s\#,\[\]{}="']+)""",
@@ -24,23 +24,23 @@ class TomlLines:
         self._lines = _Reader(text).lines
 
     def of(self, key: Sequence[str | int]) -> int | None:
-        """The line of a key or entry, such as ("corpus", 1, "weight"); where it is missing, that of the table it belongs into.
+        """Return the line of a key or entry, such as ("corpus", 1, "weight"); for a missing key that of its table.
 
-        None where that is the whole file.
+        Return None if that is the whole file.
         """
         path = tuple(key)
         return next((self._lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in self._lines), None)
 
     def place(self, file: object, key: Sequence[str | int]) -> str:
-        """FILE:LINE of a key, or FILE."""
+        """Return FILE:LINE of a key, or FILE."""
         line = self.of(key)
         return f"{file}" if line is None else f"{file}:{line}"
 
 
 def syntax_place(file: object, error: tomllib.TOMLDecodeError) -> str:
-    """FILE:LINE of what is no TOML, or FILE where the error does not say."""
-    found = re.search(r"at line (\d+)", str(error))
-    return f"{file}:{found[1]}" if found else f"{file}"
+    """Return FILE:LINE of a syntax error, or FILE if the error has no line."""
+    match = re.search(r"at line (\d+)", str(error))
+    return f"{file}:{match[1]}" if match else f"{file}"
 
 
 class _Token(NamedTuple):
@@ -50,11 +50,11 @@ class _Token(NamedTuple):
 
 
 class _Reader:
-    """Reads statement by statement, and notes the line of every key. lines: by key."""
+    """A parser that reads statement by statement and notes the line of every key. lines: by key."""
 
     def __init__(self, text: str):
         self.lines: dict[Key, int] = {}
-        # of each array of tables, how many tables so far
+        # the number of tables so far, by array of tables
         self._tables: dict[Key, int] = {}
         self._tokens = list(_tokens(text))
         self._at = 0
@@ -74,7 +74,7 @@ class _Reader:
         return self._tokens[self._at - 1] if self._at <= len(self._tokens) else None
 
     def _header(self, line: int) -> Key:
-        """The table that [key] or [[key]] begins."""
+        """Read a header [key] or [[key]] and return the path of its table."""
         is_array = self._peek() == "["
         self._at += is_array
         *parents, last = self._key("]")
@@ -91,11 +91,11 @@ class _Reader:
         return path
 
     def _newest(self, path: Key) -> Key:
-        """The last table of an array of tables; any other table is itself."""
+        """Return the path of the last table of an array of tables; return other paths unchanged."""
         return (*path, self._tables[path] - 1) if path in self._tables else path
 
     def _pair(self, table: Key) -> None:
-        """A key, "=" and a value."""
+        """Read a key, "=" and a value."""
         line = self._tokens[self._at].line
         path = table
         for part in self._key("="):
@@ -104,7 +104,7 @@ class _Reader:
         self._value(path)
 
     def _key(self, end: str) -> list[str]:
-        """The parts of a dotted key before a mark."""
+        """Read a dotted key up to a mark; return its parts."""
         parts = []
         while (token := self._next()) is not None and (token.text != end or token.kind != "mark"):
             if token.kind == "string":
@@ -114,7 +114,7 @@ class _Reader:
         return parts
 
     def _value(self, path: Key) -> None:
-        """A value; of arrays and inline tables all entries."""
+        """Read a value, with all entries of arrays and inline tables."""
         first = self._next()
         if first is None or first.kind != "mark":
             # dates may have a space
@@ -136,7 +136,7 @@ class _Reader:
 
 def _tokens(text: str) -> Iterator[_Token]:
     line = 1
-    for found in _TOKENS.finditer(text):
-        if found.lastgroup != "skipped":
-            yield _Token(found[0], found.lastgroup, line)
-        line += found[0].count("\n")
+    for match in _TOKENS.finditer(text):
+        if match.lastgroup != "skipped":
+            yield _Token(match[0], match.lastgroup, line)
+        line += match[0].count("\n")

@@ -39,14 +39,14 @@ _OTHER_INPUTS = ("vision_config", "audio_config")
 def model_config(folder: str | Path) -> PretrainedConfig:
     """Read the configuration of a causal language model from a folder's config.json; nothing is downloaded.
 
-    Raises DistattnError where there is none, where transformers knows no causal language model of its `model_type`, or where its
-    attention cannot be split; DamagedDataError where it is not JSON.
+    Raises DistattnError if there is no such file, if transformers has no causal language model of its `model_type`, or if its
+    attention cannot be split; DamagedDataError if it is not JSON.
     """
     file = Path(folder) / "config.json"
     try:
         content = json.loads(file.read_text("utf-8"))
     except OSError:
-        raise DistattnError(f"{folder}: there is no config.json; give the folder of a Hugging Face model.") from None
+        raise DistattnError(f"{folder}: there is no config.json; name the folder of a Hugging Face model.") from None
     except ValueError as error:
         raise DamagedDataError(f"{file}: cannot be read as JSON: {error}.") from None
     if not isinstance(content, dict) or "model_type" not in content:
@@ -56,7 +56,7 @@ def model_config(folder: str | Path) -> PretrainedConfig:
             str(folder), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:
-        # whatever its classes raise for values that do not fit
+        # its classes raise many kinds of errors for wrong values
         kind = content["model_type"]
         raise DistattnError(f"{file}: transformers cannot read it (model_type {kind!r}): {_one_line(error)}") from error
     check_model(config)
@@ -74,7 +74,7 @@ def llama_config(
     vocab_size: int,
     max_position_embeddings: int,
 ) -> PretrainedConfig:
-    """Make the configuration of a Llama from its shape, in the terms of a run file's [model]."""
+    """Make the configuration of a Llama from its shape, with the keys of a run file's [model]."""
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -93,12 +93,12 @@ def llama_config(
 
 
 def check_model(config: PretrainedConfig) -> None:
-    """Raise DistattnError, naming the reason, where a configuration is of no causal language model that can be split."""
+    """Raise DistattnError with the reason if a configuration is not of a causal language model that can be split."""
     kind = config.model_type
     other = [name for name in _OTHER_INPUTS if getattr(config, name, None) is not None]
     if other:
         raise DistattnError(
-            f"{kind} takes more than text ({other[0]}); give the configuration of its language model only."
+            f"{kind} takes more than text ({other[0]}); use the configuration of its language model only."
         )
     if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise DistattnError(f"transformers has no causal language model of type {kind!r}.")
@@ -110,8 +110,8 @@ def meta_model(
 ) -> PreTrainedModel:
     """Build a causal language model on the meta device; no tensor of it has bytes.
 
-    attention: a transformers attention implementation. dtype: of parameters; rotary frequencies stay in float32. Raises
-    DistattnError, naming the reason, where the model's attention cannot be split.
+    attention: an attention implementation of transformers. dtype: of parameters; rotary frequencies stay in float32. Raises
+    DistattnError with the reason if the model's attention cannot be split.
     """
     check_model(config)
     if attention == huggingface.NAME:
@@ -126,21 +126,21 @@ def meta_model(
 
 
 def untied_meta_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model on the meta device, neither sharded nor wrapped, every name with a tensor of its own."""
+    """Make the same model on the meta device, neither sharded nor wrapped, with a separate tensor for every name."""
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = False
-    # parameters do not depend on what computes attention
+    # parameters do not depend on the attention implementation
     return meta_model(config, "eager", model.dtype)
 
 
 def materialise(model: PreTrainedModel, seed: int, device: str | torch.device = "cpu") -> None:
-    """Give a model of the meta device its initial weights, on each rank its shards of them.
+    """Give a model on the meta device its initial weights; each rank gets its shards of them.
 
-    Each module is initialised by transformers' own `_init_weights`, whole, from numbers seeded by (seed, the module's name); a
-    rank keeps its part. So the weights do not depend on the number of ranks or on the sharding, and beside its shards a rank
-    holds one module's weights at a time; of the largest, an embedding of 128,256 x 8,192, 2.1 GB in bfloat16. device: where
-    the shards are, and where numbers are drawn: a CPU and a GPU draw different ones. torch's own seeds are left as they
-    were. Raises DistattnError, naming the tensor, where tensors would stay without values.
+    Transformers' own `_init_weights` initialises each whole module from numbers seeded by (seed, the module's name), and a rank
+    keeps its part. So the weights do not depend on the number of ranks or on the sharding. In addition to its shards a rank holds
+    one module's weights at a time; the largest, an embedding of 128,256 x 8,192, has 2.1 GB in bfloat16. device: of the shards
+    and of the random numbers: a CPU and a GPU draw different ones. torch's own seeds do not change. Raises DistattnError that
+    names the tensor if tensors would stay without values.
     """
     blueprint = untied_meta_model(model)
     check_unfilled(model, blueprint)
@@ -151,10 +151,10 @@ def materialise(model: PreTrainedModel, seed: int, device: str | torch.device = 
 
 
 def materialise_buffers(model: PreTrainedModel, device: str | torch.device = "cpu") -> None:
-    """Allocate all tensors of a model of the meta device, and fill those buffers that checkpoints and safetensors do not hold.
+    """Allocate all tensors of a model on the meta device, and fill the buffers that checkpoints and safetensors do not hold.
 
-    Such are rotary frequencies, with the scaling that the configuration asks for. Everything else has to be loaded afterwards.
-    Raises DistattnError as `materialise` does.
+    These are rotary frequencies, with the scaling of the configuration. Load everything else afterwards. Raises DistattnError as
+    `materialise` does.
     """
     blueprint = untied_meta_model(model)
     check_unfilled(model, blueprint)
@@ -167,17 +167,17 @@ def materialise_buffers(model: PreTrainedModel, device: str | torch.device = "cp
 
 
 def allocate(model: PreTrainedModel, device: str | torch.device) -> None:
-    """Allocate all tensors of a model of the meta device; tied ones stay tied."""
+    """Allocate all tensors of a model on the meta device; tied tensors stay tied."""
     model.to_empty(device=device)
     for target, source in model.all_tied_weights_keys.items():
-        # plain parameters are replaced by to_empty, one by one
+        # to_empty replaces plain parameters one by one
         if model.get_parameter(target) is not model.get_parameter(source):
             module, _, leaf = target.rpartition(".")
             setattr(model.get_submodule(module), leaf, model.get_parameter(source))
 
 
 def check_unfilled(model: PreTrainedModel, blueprint: PreTrainedModel) -> None:
-    """Raise DistattnError, naming the tensor, where a model is not as its configuration says, or is not of the meta device.
+    """Raise DistattnError that names the tensor if a model differs from its configuration, or is not on the meta device.
 
     blueprint: its `untied_meta_model`.
     """
@@ -190,8 +190,8 @@ def check_unfilled(model: PreTrainedModel, blueprint: PreTrainedModel) -> None:
     strange = sorted(tensors.keys() ^ (wanted.keys() - set(model.all_tied_weights_keys)))
     if strange:
         raise DistattnError(
-            f"{strange[0]} is only in one of the model and its configuration; give weights before adding modules or wrapping "
-            "them (LoRA, torch.compile)."
+            f"{strange[0]} is only in one of the model and its configuration; load weights before adding modules or "
+            "wrapping them (LoRA, torch.compile)."
         )
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape:
@@ -200,12 +200,12 @@ def check_unfilled(model: PreTrainedModel, blueprint: PreTrainedModel) -> None:
             )
         if not local_tensor(tensor).is_meta:
             raise DistattnError(
-                f"{name} has values already; weights are given to models of the meta device (meta_model)."
+                f"{name} has values already; weights are loaded into models on the meta device (meta_model)."
             )
 
 
 def own_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name; tied ones once."""
+    """Return parameters and buffers by name; tied ones once."""
     return dict([*model.named_parameters(), *model.named_buffers()])
 
 
@@ -217,42 +217,42 @@ class _Initialisation(NamedTuple):
 
 
 def _initialisations(blueprint: PreTrainedModel, wanted: Collection[str]) -> list[_Initialisation]:
-    """Find what has to be initialised together, by initialising the model on the meta device.
+    """Find the tensors that have to be initialised together, by initialising the model on the meta device.
 
-    A module mostly writes tensors of its own. Some write their children's, too: GPT-2 scales projections in the module
-    above. blueprint: on the meta device. Raises DistattnError where nothing writes one of the wanted tensors.
+    Most modules write only their own tensors. Some write their children's, too: GPT-2 scales projections in the module
+    above. blueprint: on the meta device. Raises DistattnError if nothing writes one of the wanted tensors.
     """
-    found: list[_Initialisation] = []
+    initialisations: list[_Initialisation] = []
     with torch.no_grad():
         for name, owner, module in _modules_from_below("", blueprint, blueprint):
-            tensors = {f"{name}.{one}" if name else one: tensor for one, tensor in own_tensors(module).items()}
-            # in-place operations count a tensor's version up, those on views of it, too
-            before = {one: tensor._version for one, tensor in tensors.items()}
+            tensors = {f"{name}.{leaf}" if name else leaf: tensor for leaf, tensor in own_tensors(module).items()}
+            # in-place operations on a tensor, or on a view of it, increase its version
+            before = {key: tensor._version for key, tensor in tensors.items()}
             try:
                 owner._init_weights(module)
             except (RuntimeError, NotImplementedError) as error:
                 raise DistattnError(f"{name} cannot be initialised on the meta device: {_one_line(error)}") from None
-            written = {one for one, tensor in tensors.items() if tensor._version != before[one]}
+            written = {key for key, tensor in tensors.items() if tensor._version != before[key]}
             if not written:
                 continue
-            others = [one for one in found if one.tensors & written]
-            found = [one for one in found if not one.tensors & written]
-            modules = [module for one in others for module in one.modules]
-            tensors_of_all = written.union(*(one.tensors for one in others))
-            found.append(_Initialisation([*modules, (name, owner, module)], tensors_of_all))
-    found = [one for one in found if one.tensors & set(wanted)]
-    missing = sorted(set(wanted).difference(*(one.tensors for one in found)))
+            overlapping = [item for item in initialisations if item.tensors & written]
+            initialisations = [item for item in initialisations if not item.tensors & written]
+            modules = [module for item in overlapping for module in item.modules]
+            tensors_of_all = written.union(*(item.tensors for item in overlapping))
+            initialisations.append(_Initialisation([*modules, (name, owner, module)], tensors_of_all))
+    initialisations = [item for item in initialisations if item.tensors & set(wanted)]
+    missing = sorted(set(wanted).difference(*(item.tensors for item in initialisations)))
     if missing:
         raise DistattnError(
-            f"{type(blueprint).__name__} does not say how {missing[0]} is initialised (its _init_weights leaves it out)."
+            f"{type(blueprint).__name__} does not initialise {missing[0]} (its _init_weights leaves it out)."
         )
-    return found
+    return initialisations
 
 
 def _modules_from_below(
     name: str, module: torch.nn.Module, owner: PreTrainedModel
 ) -> Iterator[tuple[str, PreTrainedModel, torch.nn.Module]]:
-    """Every module after its children, with the model whose `_init_weights` is for it: the innermost, as in transformers."""
+    """Yield every module after its children, with the innermost model around it, whose `_init_weights` transformers calls."""
     owner = module if isinstance(module, PreTrainedModel) else owner
     for leaf, child in module.named_children():
         yield from _modules_from_below(f"{name}.{leaf}" if name else leaf, child, owner)
@@ -266,18 +266,18 @@ def _initialise(
     seed: int,
     device: torch.device,
 ) -> None:
-    """Fill this rank's parts of the targets, one initialisation after the other."""
+    """Fill this rank's parts of the targets, one initialisation after another."""
     accelerator = device.type != "cpu"
     with (
         torch.no_grad(),
         torch.random.fork_rng([device] if accelerator else [], device_type=device.type if accelerator else "cuda"),
     ):
-        for one in initialisations:
-            held = {name: targets[name] for name in sorted(one.tensors & targets.keys())}
+        for item in initialisations:
+            held = {name: targets[name] for name in sorted(item.tensors & targets.keys())}
             if all(local_tensor(tensor).numel() == 0 for tensor in held.values()):
                 continue
-            with _real_tensors(blueprint, one.tensors, targets, device):
-                for name, owner, module in one.modules:
+            with _real_tensors(blueprint, item.tensors, targets, device):
+                for name, owner, module in item.modules:
                     _seed_generators(_seed_of(seed, name), device)
                     owner._init_weights(module)
                 for name, tensor in held.items():
@@ -288,7 +288,7 @@ def _initialise(
 def _real_tensors(
     blueprint: PreTrainedModel, names: Collection[str], targets: dict[str, Tensor], device: torch.device
 ) -> Iterator[None]:
-    """Meanwhile these tensors of a model on the meta device have bytes; parameters in the dtype of the target."""
+    """Allocate these tensors of a model on the meta device while the context is open; parameters in the dtype of the target."""
     meta = {name: _get(blueprint, name) for name in names}
     for name in names:
         if isinstance(meta[name], torch.nn.Parameter):
@@ -316,18 +316,18 @@ def _set(model: torch.nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _seed_of(seed: int, name: str) -> int:
-    """A seed for torch, of 63 bits, from a run's seed and a module's name."""
+    """Compute a seed of 63 bits for torch from a run's seed and a module's name."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def _seed_generators(seed: int, device: torch.device) -> None:
-    """Seed the generators that initialisation draws from, and no others."""
+    """Set the seed of the generators that initialisation draws from, and of no others."""
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)
 
 
 def _one_line(error: Exception) -> str:
-    """What an error says, without line breaks, as the end of a sentence."""
+    """Return an error's message without line breaks, as the end of a sentence."""
     return " ".join(str(error).split())[:300].rstrip(".") + "."

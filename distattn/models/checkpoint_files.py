@@ -1,7 +1,7 @@
-"""A model's tensors in a checkpoint of torch.distributed.checkpoint, read and written one at a time by one process.
+"""Read and write a model's tensors in a checkpoint of torch.distributed.checkpoint, one at a time in one process.
 
-Checkpoints of `distattn train` name parameters `model.<name in transformers>`, and have the model's config.json beside them. One
-process reads what many ranks wrote, and the other way round.
+Checkpoints of `distattn train` name parameters `model.<name in transformers>`, and have the model's config.json next to them. One
+process can read a checkpoint of many ranks, and the other way round.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ _METADATA = ".metadata"
 
 
 def checkpoint_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the model's tensors of a checkpoint by name, whole, one after the other.
+    """Yield the model's whole tensors of a checkpoint by name, one after another.
 
-    Raises DistattnError where the folder has no model in it, DamagedDataError where a tensor cannot be read, or a pickle names
-    what no checkpoint does.
+    Raises DistattnError if the checkpoint has no model, DamagedDataError if a tensor cannot be read, or a pickle contains a name
+    that no checkpoint has.
     """
     reader = CheckpointReader(Path(folder))
     stored = reader.read_metadata().state_dict_metadata
-    names = [key for key, what in stored.items() if key.startswith(PREFIX) and isinstance(what, TensorStorageMetadata)]
+    tensors = {key: entry for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+    names = [key for key in tensors if key.startswith(PREFIX)]
     if not names:
         raise DistattnError(f"{folder}: the checkpoint has no tensor named {PREFIX}...; it holds no model.")
     for key in names:
-        what: Any = stored[key]
-        state = {key: torch.empty(what.size, dtype=what.properties.dtype)}
+        entry: Any = tensors[key]
+        state = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
         try:
-            with _one_process_on_purpose():
+            with _without_group_warning():
                 dcp.load(state, storage_reader=reader, planner=PlainLoadPlanner(), no_dist=True)
         except dcp.CheckpointException as error:
             if isinstance(cause := _cause(error), DistattnError):
@@ -53,16 +54,16 @@ def checkpoint_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
 def write_checkpoint(
     folder: str | Path, tensors: Mapping[str, Tensor], read: Callable[[str], Tensor]
 ) -> list[FileDigests]:
-    """Write a checkpoint of a model alone, without an optimizer, one tensor at a time, into a folder that is there.
+    """Write a checkpoint of a model without an optimizer, one tensor at a time, into an existing folder.
 
-    tensors: by name, of the meta device, with the shapes and dtypes to write. read: gives a tensor's values when it is its turn.
-    Returns the digests of the files, which are on the disk. Raises DistattnError where the folder cannot be written, and what
-    read raises of this kind.
+    tensors: by name, on the meta device, with the shapes and dtypes to write. read: returns a tensor's values when it is written.
+    Return the digests of the files, which are on the disk. Raises DistattnError if the folder cannot be written, and passes on
+    DistattnErrors of `read`.
     """
     writer, files = file_writer(Path(folder))
     state = {PREFIX + name: tensor for name, tensor in tensors.items()}
     try:
-        with _one_process_on_purpose():
+        with _without_group_warning():
             dcp.save(state, storage_writer=writer, planner=_ReadWhenWritten(read), no_dist=True)
     except dcp.CheckpointException as error:
         cause = _cause(error)
@@ -73,12 +74,12 @@ def write_checkpoint(
 
 
 def config_folder(checkpoint: str | Path) -> Path:
-    """The folder with a checkpoint's model configuration: its own, or one above.
+    """Return the folder with a checkpoint's model configuration: its own, or one above.
 
-    Raises DistattnError where there is none.
+    Raises DistattnError without such a folder.
     """
     checkpoint = Path(checkpoint).absolute()
-    # a state may lie in a step's folder, in a folder of checkpoints, in that of a run
+    # a state may be in a step's folder, inside a folder of checkpoints, inside that of a run
     for folder in (checkpoint, *checkpoint.parents[:3]):
         if (folder / "config.json").is_file():
             return folder
@@ -86,29 +87,29 @@ def config_folder(checkpoint: str | Path) -> Path:
 
 
 @contextmanager
-def _one_process_on_purpose() -> Iterator[None]:
-    """Meanwhile DCP does not warn that there is no process group."""
+def _without_group_warning() -> Iterator[None]:
+    """Ignore DCP's warning about a missing process group while the context is open: a single process is intended."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield
 
 
 class _ReadWhenWritten(dcp.DefaultSavePlanner):
-    """Plans by the shapes of meta tensors, and reads values as they are written."""
+    """A planner that plans by the shapes of meta tensors, and reads values when they are written."""
 
     def __init__(self, read: Callable[[str], Tensor]):
         super().__init__()
         self._read = read
 
     def resolve_data(self, write_item: WriteItem) -> Any:
-        """As the writer asks for an item's data: the whole tensor, since one process writes all."""
+        """Return the data of an item for the writer: the whole tensor, since one process writes everything."""
         if write_item.type == WriteItemType.BYTE_IO:
             return super().resolve_data(write_item)
         return self._read(write_item.index.fqn.removeprefix(PREFIX))
 
 
 def _cause(error: dcp.CheckpointException) -> BaseException:
-    """What happened, on the only rank there is."""
+    """Return the error of the only rank."""
     return next(iter(error.failures.values()))[0]
 
 

@@ -1,10 +1,10 @@
-"""Weights into a folder as Hugging Face has it: safetensors, one file or many with an index, beside the configuration.
+"""Export weights to a Hugging Face folder: safetensors, one file or many with an index, next to the configuration.
 
-    export_model(model, "folder/to/make")              # all ranks call it; the model may be sharded
+    export_model(model, "folder/to/make")              # all ranks call this; the model may be sharded
     export_safetensors(named_tensors, config, "folder/to/make")
 
-Names and layouts are the published ones: what transformers keeps in one tensor and publishes in many (experts) is taken apart by
-transformers' own conversion mapping. The folder appears at once, with everything in it, or not at all.
+Names and layouts are the published ones: transformers' own conversion mapping splits tensors that transformers keeps in one and
+publishes in many (experts). The folder appears at once with all its files, or not at all.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from distattn.models.build import meta_model
 from distattn.models.safetensors_files import INDEX, ONE_FILE
 from distattn.parallel.runtime.communicator import all_gather_objects
 
-# as large as Hugging Face recommends for files that many read at once
+# the file size that Hugging Face recommends
 MAX_SHARD_BYTES = 5_000_000_000
 
 
 class ExportedFiles(NamedTuple):
-    """What an export has written: names of safetensors files, bytes of all tensors, and the dtype of most numbers."""
+    """The result of an export: names of safetensors files, bytes of all tensors, and the dtype of most numbers."""
 
     files: tuple[str, ...]
     total_bytes: int
@@ -54,10 +54,10 @@ def export_model(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     dtype: torch.dtype | None = None,
 ) -> ExportedFiles | None:
-    """Export a model whose parameters are plain tensors or DTensors; all ranks call it, and rank 0 returns what it wrote.
+    """Export a model whose parameters are plain tensors or DTensors. All ranks call this; rank 0 returns the written files.
 
-    Tensors are gathered one at a time. Rank 0 holds those of one file at most, the others one. Raises on all ranks where rank 0
-    could not write. The rest is as in `export_safetensors`.
+    Tensors are gathered one at a time. Rank 0 holds the tensors of at most one file, other ranks one tensor. Raises on all ranks
+    if rank 0 could not write. The rest is as in `export_safetensors`.
     """
     tied = model.all_tied_weights_keys
     tensors = ((name, _whole(tensor)) for name, tensor in model.state_dict().items() if name not in tied)
@@ -78,7 +78,7 @@ def export_model(
             )
         except Exception as error:
             failure = error
-    # the others gather with rank 0, also what it does not write any more
+    # other ranks gather together with rank 0, which also gathers the rest after an error
     for _ in tensors:
         pass
     assert dist.group.WORLD is not None
@@ -99,16 +99,16 @@ def export_safetensors(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     dtype: torch.dtype | None = None,
 ) -> ExportedFiles:
-    """Write whole tensors, named as the parameters of transformers' model, into a folder that plain transformers loads.
+    """Write whole tensors, named like the parameters of transformers' model, into a folder that plain transformers loads.
 
-    named_tensors: every tensor of the model, tied ones once, in any order; read one by one, so that those of one file are held at
-    a time. tokenizer_files: copied beside them. max_shard_bytes: of a file's tensors, where they are not a single one. dtype:
-    of floating-point tensors in the files; by default as given. Raises DistattnError where the folder exists, and naming the
-    tensor where one is missing, unknown, given twice or of another shape.
+    named_tensors: every tensor of the model, tied ones once, in any order; they are read one by one, so that only the tensors of
+    one file are held at a time. tokenizer_files: copied into the folder. max_shard_bytes: the limit of a file with more than one
+    tensor. dtype: of floating-point tensors in the files; by default unchanged. Raises DistattnError if the folder exists, and
+    with the tensor's name if one is missing, unknown, repeated or of another shape.
     """
     folder = Path(folder).absolute()
     if folder.exists() or folder.is_symlink():
-        raise DistattnError(f"{folder} exists; nothing is overwritten, so give the name of a new folder.")
+        raise DistattnError(f"{folder} exists; nothing is overwritten, so name a new folder.")
     if max_shard_bytes < 1:
         raise DistattnError(f"max_shard_bytes: at least 1, not {max_shard_bytes}.")
     missing = [file for file in tokenizer_files if not Path(file).is_file()]
@@ -117,7 +117,7 @@ def export_safetensors(
     blueprint = meta_model(config, "eager")
     _refuse_fused(blueprint)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # unique, so that a killed export is in nobody's way
+    # a unique name, so that the rest of a killed export does not disturb another one
     aside = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(4)}")
     aside.mkdir()
     try:
@@ -138,12 +138,12 @@ def export_safetensors(
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """A tensor, gathered if it is sharded; all ranks call it."""
+    """Return a whole tensor; gather it if it is sharded. All ranks call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _refuse_fused(blueprint: PreTrainedModel) -> None:
-    """Refuse models that publish several of their tensors in one: they would have to be held until all are there."""
+    """Raise DistattnError for models that publish several tensors in one: they would have to be held until all are there."""
     for transform in get_model_conversion_mapping(blueprint, add_legacy=False):
         if len(transform.target_patterns) > 1:
             raise DistattnError(
@@ -153,13 +153,13 @@ def _refuse_fused(blueprint: PreTrainedModel) -> None:
 
 
 def _checked(named_tensors: Iterable[tuple[str, Tensor]], blueprint: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors. Raises DistattnError for those that the model does not have, and at the end for missing ones."""
+    """Yield the same tensors. Raises DistattnError for tensors that the model does not have, and at the end for missing ones."""
     tied = blueprint.all_tied_weights_keys
     left = {name: tuple(tensor.shape) for name, tensor in blueprint.state_dict().items() if name not in tied}
     kind = type(blueprint).__name__
     for name, tensor in named_tensors:
         if name not in left:
-            raise DistattnError(f"{name} is no tensor of {kind}, or was given twice; it is not exported.")
+            raise DistattnError(f"{name} is no tensor of {kind}, or is repeated; it is not exported.")
         if tuple(tensor.shape) != left[name]:
             raise DistattnError(f"{name} is {tuple(tensor.shape)}, but {left[name]} in {kind}.")
         del left[name]
@@ -171,13 +171,13 @@ def _checked(named_tensors: Iterable[tuple[str, Tensor]], blueprint: PreTrainedM
 def _published(
     tensors: Iterable[tuple[str, Tensor]], blueprint: PreTrainedModel, dtype: torch.dtype | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors in the names, layouts and dtype of the files, on the host."""
+    """Yield the same tensors with the names, layouts and dtype of the files, on the host."""
     for name, tensor in tensors:
         on_host = tensor.detach().cpu()
         if dtype is not None and on_host.is_floating_point():
             on_host = on_host.to(dtype)
         for published, part in revert_weight_conversion(blueprint, {name: on_host}).items():
-            # a part shares its bytes with others, which a file must not
+            # parts of one tensor share memory, which tensors of a file must not
             yield published, part.contiguous() if part.numel() == on_host.numel() else part.clone()
 
 
@@ -190,7 +190,7 @@ def _write_files(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_shard_
     counts: Counter[torch.dtype] = Counter()
 
     def flush() -> None:
-        # how many files there are is known at the end only
+        # the number of files, which is part of their names, is only known at the end
         save_file(held, _part(folder, len(names)), metadata={"format": "pt"})
         names.append(list(held))
         held.clear()
@@ -227,13 +227,13 @@ def _part(folder: Path, number: int) -> Path:
 def _write_config(config: PretrainedConfig, blueprint: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
     written = copy.deepcopy(config)
     written.architectures = [type(blueprint).__name__]
-    # in which transformers will load them
+    # the dtype in which transformers will load the tensors
     written.dtype = dtype
     written.save_pretrained(folder)
 
 
 def _fsync(path: Path) -> None:
-    """Have a file, or the entries of a folder, on the disk."""
+    """Write a file, or the entries of a folder, through to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

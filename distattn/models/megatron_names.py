@@ -1,11 +1,11 @@
-"""One set of weights in transformers' names and layouts and in those of Megatron-core's GPTModel, both ways.
+"""Convert weights between transformers' names and layouts and those of Megatron-core's GPTModel, both ways.
 
     shard = MegatronShard.even(config, tensor_rank, tensor_ranks, pipeline_rank, pipeline_ranks)
     model.load_state_dict(dict(to_megatron(tensors.__getitem__, config, shard)), strict=False)
 
-For layers of `get_gpt_layer_local_spec(normalization="RMSNorm")` with gated MLPs. Nothing of Megatron is imported. Megatron keeps
-queries, keys and values of a layer in one matrix, group after group (a key/value head with its query heads), and gate and up
-projection in one. Tensor-parallel ranks hold rows of these and of the vocabulary, and columns of the matrices after them.
+It supports layers of `get_gpt_layer_local_spec(normalization="RMSNorm")` with gated MLPs, and does not import Megatron. Megatron
+keeps queries, keys and values of a layer in one matrix, group after group (a key/value head with its query heads), and gate and
+up projection in one. Tensor-parallel ranks hold rows of these and of the vocabulary, and columns of the matrices after them.
 """
 
 # G key/value heads (groups), Q query heads of a group, D head dim, C hidden size, F width of the MLP
@@ -24,7 +24,7 @@ from distattn.ir.errors import DistattnError
 # Llamas, and Llamas with biases of queries, keys and values, or norms of queries and keys
 _KINDS = ("llama", "mistral", "qwen2", "qwen3")
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
-# of a layer: tensors that Megatron keeps as they are, whole on every rank
+# tensors of a layer that Megatron keeps unchanged, whole on every rank
 _SAME = {
     "input_layernorm.weight": "input_layernorm.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
@@ -41,7 +41,7 @@ _BY_COLUMNS = {
 
 
 class MegatronShard(NamedTuple):
-    """The part of a GPTModel that a rank holds. layers: of the whole model, from 0; Megatron counts those of a stage from 0."""
+    """The part of a GPTModel that a rank holds. layers: numbers in the whole model, from 0; Megatron counts in each stage."""
 
     tensor_rank: int
     tensor_ranks: int
@@ -59,7 +59,7 @@ class MegatronShard(NamedTuple):
         pipeline_rank: int = 0,
         pipeline_ranks: int = 1,
     ) -> MegatronShard:
-        """As Megatron divides layers over stages by default. Raises DistattnError where they do not divide."""
+        """Divide layers over stages like Megatron's default. Raises DistattnError if they do not divide."""
         count = config.num_hidden_layers
         if count % pipeline_ranks:
             raise DistattnError(f"{count} layers do not divide into {pipeline_ranks} pipeline stages.")
@@ -69,7 +69,7 @@ class MegatronShard(NamedTuple):
 
 
 def check_megatron(config: PretrainedConfig, tensor_ranks: int = 1) -> None:
-    """Raise DistattnError, naming the reason, where a model is not known in Megatron's layout or does not divide."""
+    """Raise DistattnError with the reason if a model's Megatron layout is unknown, or it does not divide."""
     kind = config.model_type
     if kind not in _KINDS:
         raise DistattnError(f"the Megatron layout of {kind} models is not known; those of {', '.join(_KINDS)} are.")
@@ -81,9 +81,9 @@ def check_megatron(config: PretrainedConfig, tensor_ranks: int = 1) -> None:
         "columns of the MLP": config.intermediate_size,
         "token ids": config.vocab_size,
     }
-    for what, size in sizes.items():
+    for name, size in sizes.items():
         if size % tensor_ranks:
-            raise DistattnError(f"{size} {what} do not divide over {tensor_ranks} tensor-parallel ranks.")
+            raise DistattnError(f"{size} {name} do not divide over {tensor_ranks} tensor-parallel ranks.")
 
 
 def to_megatron(
@@ -91,8 +91,8 @@ def to_megatron(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters of a rank's GPTModel by name, from transformers' tensors.
 
-    read: the whole tensor of a name in transformers, called for those that the rank needs, once each. Raises DistattnError as
-    `check_megatron` does.
+    read: returns the whole tensor of a name in transformers; it is called once for each tensor that the rank needs. Raises
+    DistattnError as `check_megatron` does.
     """
     check_megatron(config, shard.tensor_ranks)
     tied = config.tie_word_embeddings
@@ -103,7 +103,7 @@ def to_megatron(
             yield f"decoder.layers.{local}.{name}", tensor
     if shard.last:
         yield "decoder.final_layernorm.weight", read("model.norm.weight")
-        # where one stage has both, Megatron keeps a tied embedding once
+        # if one stage has both ends, Megatron keeps a tied embedding once
         if not (tied and shard.first):
             yield _OUTPUT, _part(read("model.embed_tokens.weight" if tied else "lm_head.weight"), 0, shard)
 
@@ -111,15 +111,15 @@ def to_megatron(
 def to_huggingface(
     parts: Sequence[Mapping[str, Tensor]], config: PretrainedConfig, shard: MegatronShard
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield transformers' tensors by name, whole, from the parameters of a pipeline stage.
+    """Yield transformers' whole tensors by name, from the parameters of a pipeline stage.
 
-    parts: of every tensor-parallel rank of the stage, in order. shard: of any of them. A tied embedding comes from the first
-    stage. Raises DistattnError as `check_megatron` does, and where parts are missing.
+    parts: the parameters of every tensor-parallel rank of the stage, in order. shard: of any of them. A tied embedding comes from
+    the first stage. Raises DistattnError as `check_megatron` does, and if parts are missing.
     """
     check_megatron(config, shard.tensor_ranks)
     if len(parts) != shard.tensor_ranks:
         raise DistattnError(
-            f"{len(parts)} parts were given, but the stage has {shard.tensor_ranks} tensor-parallel ranks."
+            f"there are {len(parts)} parts, but the stage has {shard.tensor_ranks} tensor-parallel ranks."
         )
     if shard.first:
         yield "model.embed_tokens.weight", torch.cat([part[_EMBEDDING] for part in parts])
@@ -135,15 +135,15 @@ def to_huggingface(
 def _layer_to_megatron(
     read: Callable[[str], Tensor], prefix: str, config: PretrainedConfig, shard: MegatronShard
 ) -> Iterator[tuple[str, Tensor]]:
-    for megatron, name in _whole_ones(config).items():
+    for megatron, name in _unsplit_names(config).items():
         yield megatron, read(prefix + name)
     for kind in _qkv_kinds(config):
-        q, k, v = (read(f"{prefix}self_attn.{one}_proj.{kind}") for one in "qkv")
+        q, k, v = (read(f"{prefix}self_attn.{letter}_proj.{kind}") for letter in "qkv")
         groups = config.num_key_value_heads
         # (G, (Q + 2) D, ...)
         grouped = torch.cat([x.reshape(groups, -1, *x.shape[1:]) for x in (q, k, v)], 1)
         yield f"self_attention.linear_qkv.{kind}", _part(grouped, 0, shard).flatten(0, 1)
-    gate_FC, up_FC = (read(f"{prefix}mlp.{one}_proj.weight") for one in ("gate", "up"))
+    gate_FC, up_FC = (read(f"{prefix}mlp.{half}_proj.weight") for half in ("gate", "up"))
     yield "mlp.linear_fc1.weight", torch.cat([_part(gate_FC, 0, shard), _part(up_FC, 0, shard)])
     for megatron, name in _BY_COLUMNS.items():
         yield megatron, _part(read(prefix + name), 1, shard).contiguous()
@@ -152,31 +152,31 @@ def _layer_to_megatron(
 def _layer_to_huggingface(
     parts: Sequence[Mapping[str, Tensor]], prefix: str, config: PretrainedConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    for megatron, name in _whole_ones(config).items():
+    for megatron, name in _unsplit_names(config).items():
         yield name, parts[0][prefix + megatron]
     queries = config.num_attention_heads // config.num_key_value_heads
     for kind in _qkv_kinds(config):
         whole = torch.cat([part[f"{prefix}self_attention.linear_qkv.{kind}"] for part in parts])
         # (G, Q + 2, D, ...)
         grouped = whole.reshape(config.num_key_value_heads, queries + 2, -1, *whole.shape[1:])
-        for one, tensor in zip("qkv", grouped.split([queries, 1, 1], 1), strict=True):
-            yield f"self_attn.{one}_proj.{kind}", tensor.flatten(0, 2)
+        for letter, tensor in zip("qkv", grouped.split([queries, 1, 1], 1), strict=True):
+            yield f"self_attn.{letter}_proj.{kind}", tensor.flatten(0, 2)
     fc1 = [part[f"{prefix}mlp.linear_fc1.weight"].chunk(2) for part in parts]
-    for index, one in enumerate(("gate", "up")):
-        yield f"mlp.{one}_proj.weight", torch.cat([halves[index] for halves in fc1])
+    for index, half in enumerate(("gate", "up")):
+        yield f"mlp.{half}_proj.weight", torch.cat([halves[index] for halves in fc1])
     for megatron, name in _BY_COLUMNS.items():
         yield name, torch.cat([part[prefix + megatron] for part in parts], 1)
 
 
-def _whole_ones(config: PretrainedConfig) -> dict[str, str]:
+def _unsplit_names(config: PretrainedConfig) -> dict[str, str]:
     return _SAME | (_QK_NORMS if config.model_type == "qwen3" else {})
 
 
 def _qkv_kinds(config: PretrainedConfig) -> tuple[str, ...]:
-    """Of queries, keys and values."""
+    """Return the kinds of parameters of the query, key and value projections."""
     return ("weight", "bias") if config.model_type == "qwen2" else ("weight",)
 
 
 def _part(tensor: Tensor, dim: int, shard: MegatronShard) -> Tensor:
-    """A tensor-parallel rank's part of a tensor."""
+    """Return a tensor-parallel rank's part of a tensor."""
     return tensor.chunk(shard.tensor_ranks, dim)[shard.tensor_rank]

@@ -1,9 +1,9 @@
-"""Weights from a folder of safetensors, as Hugging Face publishes them: each rank reads its shards of them.
+"""Load weights from a folder of safetensors, as Hugging Face publishes them: each rank reads its shards.
 
-    load_pretrained(model, "folder/of/a/model")    # model: of the meta device, sharded or not
+    load_pretrained(model, "folder/of/a/model")    # model: on the meta device, sharded or not
 
 Names and layouts of published files may differ from the model's: transformers 5 keeps all experts of a layer in one tensor, files
-one by one. What such names become, and what computes a tensor from several, is transformers' own conversion mapping.
+have a tensor for each. Transformers' own conversion mapping renames tensors and computes one tensor from several.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ from distattn.models.shards import local_slices, local_tensor, shape_of
 
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# as safetensors names them
+# names of dtypes in safetensors
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# buffers that old files hold, and models compute
+# buffers that are stored in old files, but that models compute
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)attention\.(masked_)?bias$")
 
 
 def load_pretrained(model: PreTrainedModel, folder: str | Path, device: str | torch.device = "cpu") -> int:
-    """Give a model of the meta device the weights of a folder, on each rank its shards; returns the bytes this rank has read.
+    """Load the weights of a folder into a model on the meta device, on each rank its shards; return the bytes that it has read.
 
-    Values are converted to the dtypes of the model. Beside its shards a rank holds one tensor's part at a time. Raises
-    DistattnError, naming tensor and file, for tensors that are missing, not of the model or of another shape, and for quantised
-    ones; DamagedDataError for files that cannot be read. All that can be told without reading values is told before anything
-    is allocated.
+    Values are converted to the dtypes of the model. In addition to its shards a rank holds one tensor's part at a time. Raises
+    DistattnError with tensor and file for tensors that are missing, unknown to the model, of another shape or quantised;
+    DamagedDataError for files that cannot be read. Errors that show without reading values are raised before anything is
+    allocated.
     """
     blueprint = untied_meta_model(model)
-    # before shapes are compared with those of files
+    # check the model before shapes are compared with those of files
     check_unfilled(model, blueprint)
     weights = PretrainedWeights(folder, blueprint)
     weights.check(model.all_tied_weights_keys)
@@ -79,7 +79,7 @@ class _Stored(NamedTuple):
 
 
 class _Sources(NamedTuple):
-    """What a model's tensor is read from: one stored tensor, or a converter's, by its patterns."""
+    """The sources of a model's tensor: one stored tensor, or the inputs of a converter by its patterns."""
 
     stored: dict[str, list[_Stored]]
     converter: WeightConverter | None
@@ -92,8 +92,8 @@ class _Sources(NamedTuple):
 class PretrainedWeights:
     """The tensors of a folder of safetensors, by the names and in the layouts of a model.
 
-    blueprint: the model on the meta device, every name with a tensor of its own (`untied_meta_model`). bytes_read: of values, so
-    far.
+    blueprint: the model on the meta device, with a separate tensor for every name (`untied_meta_model`). bytes_read: bytes of
+    values that have been read so far.
     """
 
     def __init__(self, folder: str | Path, blueprint: PreTrainedModel):
@@ -102,7 +102,7 @@ class PretrainedWeights:
         self.bytes_read = 0
         self._handles: dict[str, Any] = {}
         _refuse_quantised(self.folder)
-        stored = [one for file in _files_of(self.folder) for one in self._stored_in(file)]
+        stored = [tensor for file in _files_of(self.folder) for tensor in self._stored_in(file)]
         self._sources = self._find_sources(stored)
 
     @property
@@ -111,11 +111,11 @@ class PretrainedWeights:
         return set(self._sources)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype in which a tensor is stored."""
+        """Return the dtype in which a tensor is stored."""
         return _DTYPES[self._sources[name].first.dtype]
 
     def check(self, tied: dict[str, str]) -> None:
-        """Raise DistattnError, naming it, where a tensor of the model is missing. tied: names to names of the same tensor."""
+        """Raise DistattnError that names a missing tensor of the model. tied: names to names of the same tensor."""
         sources = {target: source for target, source in tied.items()} | {
             source: target for target, source in tied.items()
         }
@@ -126,7 +126,7 @@ class PretrainedWeights:
                 )
 
     def read(self, name: str, slices: Sequence[slice] | None = None) -> Tensor:
-        """Read a tensor of the model, or the part of it that slices cut out, in the dtype it is stored in."""
+        """Read a tensor of the model, or the part in the slices, in its stored dtype."""
         shape = tuple(self._targets[name].shape)
         slices = tuple(slices) if slices is not None else tuple(slice(0, size) for size in shape)
         sources = self._sources[name]
@@ -135,28 +135,28 @@ class PretrainedWeights:
         return self._convert(name, sources, slices)
 
     def _convert(self, name: str, sources: _Sources, slices: tuple[slice, ...]) -> Tensor:
-        """Read stored tensors, and let transformers' converter make the model's of them."""
+        """Read stored tensors, and let transformers' converter compute the model's tensor from them."""
         assert sources.converter is not None
         stored, rows = sources.stored, slice(0, self._targets[name].shape[0])
         if _stacks_rows(sources.converter):
-            # row e is made of the e-th tensor of each pattern, and of no other
+            # row e depends only on the e-th tensor of each pattern
             rows = slices[0]
             stored = {pattern: tensors[rows] for pattern, tensors in stored.items()}
-        # of its own: it collects tensors
+        # copy the converter, because it collects tensors
         converter = copy.deepcopy(sources.converter)
         for pattern, tensors in stored.items():
-            for one in tensors:
-                whole: Any = self._read_stored(one, tuple(slice(0, size) for size in one.shape))
-                converter.add_tensor(name, one.name, pattern, whole)
-        made = converter.convert(name, model=self._blueprint, config=self._blueprint.config)
-        tensor = made[name][0] if isinstance(made[name], list) else made[name]
+            for item in tensors:
+                whole: Any = self._read_stored(item, tuple(slice(0, size) for size in item.shape))
+                converter.add_tensor(name, item.name, pattern, whole)
+        converted = converter.convert(name, model=self._blueprint, config=self._blueprint.config)
+        tensor = converted[name][0] if isinstance(converted[name], list) else converted[name]
         if tuple(tensor.shape[1:]) != tuple(self._targets[name].shape[1:]) or tensor.shape[0] != rows.stop - rows.start:
             raise DistattnError(self._shape_sentence(name, sources.first, tuple(tensor.shape)))
         inside = slice(slices[0].start - rows.start, slices[0].stop - rows.start)
         return tensor[(inside, *slices[1:])]
 
     def _read_stored(self, stored: _Stored, slices: tuple[slice, ...]) -> Tensor:
-        """Read a part of a stored tensor; all of it where it has no dims."""
+        """Read a part of a stored tensor; the whole tensor if it has no dims."""
         try:
             handle = self._open(stored.file)
             tensor: Tensor = handle.get_slice(stored.name)[slices] if slices else handle.get_tensor(stored.name)
@@ -167,7 +167,7 @@ class PretrainedWeights:
 
     def _open(self, file: str) -> Any:
         if file not in self._handles:
-            # maps the file: only what is sliced is read
+            # safe_open maps the file, so only the slices are read
             self._handles[file] = safe_open(str(self.folder / file), framework="pt", device="cpu")
         return self._handles[file]
 
@@ -185,37 +185,37 @@ class PretrainedWeights:
         return DamagedDataError(f"{self.folder / file}: cannot be read as safetensors: {error}.")
 
     def _find_sources(self, stored: Sequence[_Stored]) -> dict[str, _Sources]:
-        """Find what each tensor of the model is read from. Raises DistattnError for tensors that belong to none."""
+        """Find the sources of each tensor of the model. Raises DistattnError for stored tensors that belong to none."""
         model = self._blueprint
         transforms = get_model_conversion_mapping(model)
-        renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-        converters = [one for one in transforms if isinstance(one, WeightConverter)]
+        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
         ignored = [*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())]
-        found: dict[str, dict[str, list[_Stored]]] = defaultdict(lambda: defaultdict(list))
+        sources: dict[str, dict[str, list[_Stored]]] = defaultdict(lambda: defaultdict(list))
         by_target: dict[str, WeightConverter | None] = {}
-        for one in sorted(stored, key=lambda one: dot_natural_key(one.name)):
+        for item in sorted(stored, key=lambda item: dot_natural_key(item.name)):
             prefix = model.base_model_prefix
-            target, pattern = rename_source_key(one.name, renamings, converters, prefix, self._targets)
+            target, pattern = rename_source_key(item.name, renamings, converters, prefix, self._targets)
             if target not in self._targets:
-                if any(re.search(each, one.name) for each in ignored):
+                if any(re.search(each, item.name) for each in ignored):
                     continue
                 raise DistattnError(
-                    f"{self.folder / one.file}: {one.name} is no tensor of {type(model).__name__}; is its config.json here?"
+                    f"{self.folder / item.file}: {item.name} is no tensor of {type(model).__name__}; is its config.json here?"
                 )
             converter = (
                 next((each for each in converters if pattern in each.source_patterns), None) if pattern else None
             )
-            self._check_stored(target, one, converter)
-            if converter is None and target in found:
-                other = next(iter(found[target].values()))[0]
+            self._check_stored(target, item, converter)
+            if converter is None and target in sources:
+                other = next(iter(sources[target].values()))[0]
                 raise DistattnError(
-                    f"{self.folder / one.file}: {one.name} and {other.name} ({other.file}) are both {target} of the model."
+                    f"{self.folder / item.file}: {item.name} and {other.name} ({other.file}) are both {target} of the model."
                 )
-            found[target][pattern or one.name].append(one)
+            sources[target][pattern or item.name].append(item)
             by_target[target] = converter
-        for target, patterns in found.items():
+        for target, patterns in sources.items():
             self._check_counts(target, patterns, by_target[target])
-        return {target: _Sources(dict(patterns), by_target[target]) for target, patterns in found.items()}
+        return {target: _Sources(dict(patterns), by_target[target]) for target, patterns in sources.items()}
 
     def _check_stored(self, target: str, stored: _Stored, converter: WeightConverter | None) -> None:
         wanted, where = self._targets[target], f"{self.folder / stored.file}: {stored.name}"
@@ -227,12 +227,12 @@ class PretrainedWeights:
             raise DistattnError(self._shape_sentence(target, stored, stored.shape))
         if converter is not None and len(converter.target_patterns) > 1:
             raise DistattnError(
-                f"{where} holds several tensors of {type(self._blueprint).__name__} in one, which is not read by parts; save "
+                f"{where} holds several tensors of {type(self._blueprint).__name__} in one, which cannot be read in parts; save "
                 "it once with transformers' save_pretrained(save_original_format=False)."
             )
 
     def _check_counts(self, target: str, patterns: dict[str, list[_Stored]], converter: WeightConverter | None) -> None:
-        """Refuse where some of the tensors that one is made of are missing."""
+        """Raise DistattnError if some of the sources of a tensor are missing."""
         if converter is None:
             return
         sample = next(iter(patterns.values()))[0]
@@ -261,7 +261,7 @@ def _fill(weights: PretrainedWeights, stored: str, name: str, tensor: Tensor) ->
 
 
 def _check_tied(weights: PretrainedWeights, target: str, source: str, tensor: Tensor) -> None:
-    """Refuse files with two different tensors where the configuration ties them."""
+    """Raise DistattnError for files with two different tensors that the configuration ties."""
     slices = local_slices(source, tensor)
     held = local_tensor(tensor)
     if 0 not in shape_of(slices) and not torch.equal(held, weights.read(target, slices).to(held)):
@@ -271,14 +271,14 @@ def _check_tied(weights: PretrainedWeights, target: str, source: str, tensor: Te
 
 
 def _stacks_rows(converter: WeightConverter) -> bool:
-    """Whether row e of what a converter makes depends on the e-th tensor of each pattern only."""
+    """Return whether row e of a converter's result depends only on the e-th tensor of each pattern."""
     first, *others = converter.operations
     stacks = isinstance(first, MergeModulelist) and first.dim == 0
-    return stacks and all(isinstance(one, Concatenate) and one.dim > 0 for one in others)
+    return stacks and all(isinstance(operation, Concatenate) and operation.dim > 0 for operation in others)
 
 
 def _files_of(folder: Path) -> list[str]:
-    """Names of the files of a model: one, or those that the index names."""
+    """Return the names of the files of a model: one, or those in the index."""
     index = folder / INDEX
     if not index.exists():
         if (folder / ONE_FILE).exists():
@@ -292,7 +292,7 @@ def _files_of(folder: Path) -> list[str]:
         raise DamagedDataError(f"{index}: it is no index of safetensors: {error!r}.") from None
     strange = [name for name in named if not isinstance(name, str) or Path(name).name != name]
     if strange:
-        raise DamagedDataError(f"{index}: {strange[0]!r} is no name of a file beside it.")
+        raise DamagedDataError(f"{index}: {strange[0]!r} is not the name of a file next to it.")
     return named
 
 
@@ -301,9 +301,9 @@ def _refuse_quantised(folder: Path) -> None:
         content = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
         return
-    found = content.get("quantization_config") if isinstance(content, dict) else None
-    if found:
-        method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
+    quantization = content.get("quantization_config") if isinstance(content, dict) else None
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise DistattnError(
             f"{folder}: its weights are quantised ({method}); load and save it once with transformers in bfloat16, without "
             "quantization_config."

@@ -1,8 +1,8 @@
-"""Which part of a whole tensor this rank holds, of plain tensors and of DTensors; and models that are made whole by parts.
+"""This rank's parts of plain tensors and DTensors, and gathering a model module by module.
 
-An engine that lays parameters out in its own way is given them one module at a time:
+An engine with its own layout of parameters gets them one module at a time:
 
-    shard_rows(model, mesh)             # of the meta device
+    shard_rows(model, mesh)             # on the meta device
     materialise(model, seed=1)          # or load_pretrained(model, folder)
     for module in whole_modules(model):
         ...                             # its parameters are whole until the engine partitions them
@@ -22,16 +22,16 @@ from distattn.ir.errors import DistattnError
 
 
 def local_slices(name: str, tensor: Tensor) -> tuple[slice, ...]:
-    """The part of a whole tensor that this rank holds, one slice a dim; of plain tensors all of it.
+    """Return the part of a whole tensor that this rank holds, one slice per dim; the whole of a plain tensor.
 
-    Mesh dims shard one after the other, each as `torch.chunk` does: that is how `fully_shard` and `distribute_tensor` place
-    rows. Raises DistattnError, naming the tensor, for placements other than Shard and Replicate.
+    Mesh dims shard one after another, each like `torch.chunk`, as `fully_shard` and `distribute_tensor` place rows. Raises
+    DistattnError with the tensor's name for placements other than Shard and Replicate.
     """
     bounds = [(0, size) for size in tensor.shape]
     if isinstance(tensor, DTensor):
         mesh = tensor.device_mesh
         for mesh_dim, placement in enumerate(tensor.placements):
-            # subclasses of Shard divide in another order
+            # subclasses of Shard divide in a different order
             if type(placement) is Shard:
                 bounds[placement.dim] = _chunk(
                     *bounds[placement.dim], mesh.get_local_rank(mesh_dim), mesh.size(mesh_dim)
@@ -41,25 +41,27 @@ def local_slices(name: str, tensor: Tensor) -> tuple[slice, ...]:
     slices = tuple(slice(begin, end) for begin, end in bounds)
     if shape_of(slices) != tuple(local_tensor(tensor).shape):
         raise DistattnError(
-            f"{name} is held in a shape {tuple(local_tensor(tensor).shape)}, not {shape_of(slices)} as its placement says."
+            f"{name} has a local shape {tuple(local_tensor(tensor).shape)}, but its placement says {shape_of(slices)}."
         )
     return slices
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor; writing to it changes the tensor."""
+    """Return this rank's part of a tensor; writing to it changes the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shape_of(slices: Sequence[slice]) -> tuple[int, ...]:
-    """The shape that slices cut out."""
+    """Return the shape of the part in these slices."""
     return tuple(part.stop - part.start for part in slices)
 
 
 def copy_part(name: str, tensor: Tensor, whole: Tensor) -> None:
     """Copy this rank's part of a whole tensor into a tensor of the same (global) shape."""
     if tuple(whole.shape) != tuple(tensor.shape):
-        raise DistattnError(f"{name} is {tuple(tensor.shape)} in the model, but {tuple(whole.shape)} was given.")
+        raise DistattnError(
+            f"{name} is {tuple(tensor.shape)} in the model, but the tensor to copy is {tuple(whole.shape)}."
+        )
     with torch.no_grad():
         local_tensor(tensor).copy_(whole[local_slices(name, tensor)])
 
@@ -67,7 +69,7 @@ def copy_part(name: str, tensor: Tensor, whole: Tensor) -> None:
 def shard_rows(model: torch.nn.Module, mesh: DeviceMesh) -> None:
     """Replace each parameter by a DTensor whose rows are divided over a mesh; nothing wraps the modules.
 
-    model: of the meta device. Tied parameters stay tied, and scalars are replicated.
+    model: on the meta device. Tied parameters stay tied, and scalars are replicated.
     """
     for parameter, places in _places(model).items():
         placement = Shard(0) if parameter.dim() else Replicate()
@@ -79,14 +81,14 @@ def shard_rows(model: torch.nn.Module, mesh: DeviceMesh) -> None:
 def whole_modules(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[torch.nn.Module]:
     """Gather the parameters of a model that `shard_rows` has sharded, one module at a time, and yield each such module.
 
-    dtype: what parameters are converted to. A rank's rows are freed as they are gathered, so that beside its share, and what the
-    caller makes of the modules, a rank holds one parameter whole. A tied parameter is gathered with the first module that has
-    it. A collective call of all ranks of the mesh.
+    dtype: of the gathered parameters. A rank's rows are freed when they are gathered, so that a rank holds its share, the
+    caller's copies of modules, and one whole parameter. A tied parameter is gathered with the first module that has it. A
+    collective call of all ranks of the mesh.
     """
-    places = {id(parameter): found for parameter, found in _places(model).items()}
-    # children before what has them: whoever takes a module may take its children's parameters with it
+    places = {id(parameter): owners for parameter, owners in _places(model).items()}
+    # children before parents: the caller may take the parameters of a module's children together with the module's
     for module in reversed(list(model.modules())):
-        sharded = [name for name, one in module.named_parameters(recurse=False) if isinstance(one, DTensor)]
+        sharded = [name for name, tensor in module.named_parameters(recurse=False) if isinstance(tensor, DTensor)]
         for name in sharded:
             parameter = getattr(module, name)
             whole = torch.nn.Parameter(parameter.detach().full_tensor().to(dtype), parameter.requires_grad)
@@ -98,15 +100,15 @@ def whole_modules(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[torch.
 
 
 def _places(model: torch.nn.Module) -> dict[torch.nn.Parameter, list[tuple[torch.nn.Module, str]]]:
-    """Of each parameter the modules that have it, and what they call it; several where it is tied."""
-    found: dict[torch.nn.Parameter, list[tuple[torch.nn.Module, str]]] = defaultdict(list)
+    """Return the modules of each parameter, with its name there; several modules for a tied parameter."""
+    places: dict[torch.nn.Parameter, list[tuple[torch.nn.Module, str]]] = defaultdict(list)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            found[parameter].append((module, name))
-    return found
+            places[parameter].append((module, name))
+    return places
 
 
 def _chunk(begin: int, end: int, index: int, count: int) -> tuple[int, int]:
-    """The bounds of one of `torch.chunk`'s parts of a range; the last ones may be short or empty."""
+    """Return the bounds of one of `torch.chunk`'s parts of a range; the last parts may be short or empty."""
     size = -(-(end - begin) // count)
     return min(begin + index * size, end), min(begin + (index + 1) * size, end)

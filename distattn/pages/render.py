@@ -1,4 +1,4 @@
-"""Pages for people: one HTML file each, which needs nothing else and no network."""
+"""Pages for people: each is one HTML file that works offline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _TEMPLATES = Environment(loader=PackageLoader("distattn.pages"), undefined=Stric
 
 
 def render_page(template: str, data: Any, **values: Any) -> str:
-    """Fill a template of `pages/templates`. data: what the page's script draws, as JSON; values: what the template names."""
-    # a script ends at the first "</", wherever it stands
+    """Fill a template of `pages/templates`. data: for the page's script, as JSON. values: the template's variables."""
+    # a script would end at the first "</" in the data
     written = Markup(json.dumps(data, separators=(",", ":")).replace("</", "<\\/"))
     return _TEMPLATES.get_template(template).render(data=written, **values)

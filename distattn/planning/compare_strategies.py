@@ -1,4 +1,4 @@
-"""Candidates side by side: one attention call planned by several strategies and timed on a described cluster."""
+"""Compare strategies: plan one attention call by each of them, and simulate its time on a described cluster."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from distattn.training.plan_settings import PlanSettings
 
 # a strategy or a layout that takes more than this many times as long as the fastest gets a sentence
 _NOTABLY_SLOWER = 1.02
-# what a plan can be made of in reasonable time and numbers of 64 bits
+# limits, so that planning ends in reasonable time and numbers fit in 64 bits
 _MOST_DOCUMENTS, _MOST_TOKENS = 1_000_000, 1 << 40
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """One attention call to be planned by several strategies, and the settings they share.
+    """One attention call to be planned by several strategies, and the settings that they share.
 
-    packs: document lengths in tokens of each pack: one that all ranks split, or one for each data-parallel rank.
+    packs: document lengths of each pack, in tokens: one pack that all ranks split, or one for each data-parallel rank.
     """
 
     packs: tuple[tuple[int, ...], ...]
     settings: PlanSettings
 
     def timeline(self, strategy: str, cluster: ClusterSpec) -> Timeline:
-        """Plan the call by one strategy for a cluster, prove the plan and simulate it."""
+        """Plan the call by one strategy for a cluster, prove the plan, and simulate it."""
         return simulate(replace(self.settings, strategy=strategy, cluster=cluster).plan(*self.packs), cluster)
 
     @property
@@ -55,7 +55,7 @@ class PlanRequest:
 
 
 def cluster_for_run(config: Config, name: str) -> ClusterSpec:
-    """Load the cluster a run is timed on, cut to the run's ranks. Raises DistattnError where its nodes are not the run's."""
+    """Load the cluster on which a run is timed, cut to the run's ranks. Raises DistattnError if its nodes have other sizes."""
     cluster = describe.load(name, config.parallel.ranks)
     per_node = config.parallel.devices_per_node or config.parallel.ranks
     if cluster.devices != per_node:
@@ -72,9 +72,9 @@ def compare_strategies(
     cluster: ClusterSpec,
     report_progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Timeline | str]:
-    """Plan and simulate a request by every strategy. Returns by strategy its timeline, or the sentence with which it refuses.
+    """Plan and simulate a request by every strategy. Return by strategy its timeline, or the text of its refusal.
 
-    Raises DistattnError when all of them refuse.
+    Raises DistattnError if all strategies refuse.
     """
     out: dict[str, Timeline | str] = {}
     for strategy in strategies:
@@ -83,17 +83,20 @@ def compare_strategies(
             out[strategy] = request.timeline(strategy, cluster)
         except DistattnError as error:
             out[strategy] = str(error)
-    if all(isinstance(found, str) for found in out.values()):
-        # what is wrong with the call itself is said once
+    if all(isinstance(result, str) for result in out.values()):
+        # report an error of the call itself only once
         same = len(set(map(str, out.values()))) == 1
-        lines = [str(found) if same else f"{strategy}: {found}" for strategy, found in out.items()]
+        lines = [str(result) if same else f"{strategy}: {result}" for strategy, result in out.items()]
         raise DistattnError("\n".join(dict.fromkeys(lines)))
     return out
 
 
-def comparison_table(found: dict[str, Timeline | str], cluster: ClusterSpec) -> list[str]:
-    """Return the lines of a text table with one line for each strategy, the fastest marked. All times are simulated."""
-    timed = {name: one for name, one in found.items() if isinstance(one, Timeline)}
+def comparison_table(results: dict[str, Timeline | str], cluster: ClusterSpec) -> list[str]:
+    """Return the lines of a text table with one line per strategy; the fastest is marked. All times are simulated.
+
+    results: from `compare_strategies`.
+    """
+    timed = {name: result for name, result in results.items() if isinstance(result, Timeline)}
     fastest = min(timed, key=lambda name: _seconds(timed[name]))
     head = ["strategy", *COMPARED]
     marks = ["   <- fastest" if name == fastest else "" for name in timed]
@@ -103,14 +106,14 @@ def comparison_table(found: dict[str, Timeline | str], cluster: ClusterSpec) -> 
         f"simulated on {cluster.name}; per attention call, TFLOP/s per device",
         table[0],
         *(line + mark for line, mark in zip(table[1:], marks, strict=True)),
-        *(f"{name} is refused: {one}" for name, one in found.items() if isinstance(one, str)),
+        *(f"{name} is refused: {result}" for name, result in results.items() if isinstance(result, str)),
     ]
 
 
 def compare_layouts(request: PlanRequest, cluster: ClusterSpec) -> dict[str, float]:
-    """Return the simulated seconds, forward and backward, of a request's own strategy by layout, the fastest first.
+    """Return the simulated seconds of the request's strategy, forward and backward, by layout, the fastest first.
 
-    Layouts that are refused are left out. Empty where each rank has packs of its own, which no layout spreads.
+    Layouts that are refused are left out. Return an empty dict if each rank has its own packs, since no layout spreads them.
     """
     settings = request.settings
     if settings.ranks == settings.data_parallel_size:
@@ -122,11 +125,11 @@ def compare_layouts(request: PlanRequest, cluster: ClusterSpec) -> dict[str, flo
         other = replace(request, settings=replace(settings, layout=layout, layout_options=options))
         with suppress(DistattnError):
             seconds[layout] = _seconds(other.timeline(settings.strategy, cluster))
-    return dict(sorted(seconds.items(), key=lambda one: one[1]))
+    return dict(sorted(seconds.items(), key=lambda item: item[1]))
 
 
 def layout_lines(request: PlanRequest, seconds: dict[str, float]) -> list[str]:
-    """Return a line with the time of each layout, and one that names a faster one than the request's where there is one."""
+    """Return a line with the time of each layout, and a line that names a faster layout than the request's, if there is one."""
     if not seconds:
         return []
     times = ", ".join(f"{name} {value * 1e3:,.2f} ms" for name, value in seconds.items())
@@ -134,50 +137,52 @@ def layout_lines(request: PlanRequest, seconds: dict[str, float]) -> list[str]:
     return lines + _faster_choice("layout", request.settings.layout, seconds)
 
 
-def strategy_lines(found: dict[str, Timeline | str], strategy: str) -> list[str]:
-    """Return a line that names a faster strategy than a run's own, or one for its own that is refused, where there is one.
+def strategy_lines(results: dict[str, Timeline | str], strategy: str) -> list[str]:
+    """Return a line if a run's strategy is refused or another one is faster, else no line.
 
-    found: as `compare_strategies` returned it; a strategy that was not compared has no line.
+    results: from `compare_strategies`; a strategy that was not compared has no line.
     """
-    seconds = {name: _seconds(one) for name, one in found.items() if isinstance(one, Timeline)}
-    return _faster_choice("strategy", strategy, seconds) if strategy in found else []
+    seconds = {name: _seconds(result) for name, result in results.items() if isinstance(result, Timeline)}
+    return _faster_choice("strategy", strategy, seconds) if strategy in results else []
 
 
-def _faster_choice(kind: str, own: str, seconds: dict[str, float]) -> list[str]:
-    """Return a sentence that says which key to set where the run's own choice is refused, or notably slower than another.
+def _faster_choice(kind: str, chosen: str, seconds: dict[str, float]) -> list[str]:
+    """Return a sentence that says which key to set, if the run's choice is refused or notably slower than another.
 
     kind: layout or strategy. seconds: simulated, by choice.
     """
     fastest = min(seconds, key=lambda name: seconds[name])
     remedy = f'set parallel.{kind} = "{fastest}".'
-    if own not in seconds:
-        return [f"{kind} {own} is refused; {remedy}"]
-    times = seconds[own] / seconds[fastest]
+    if chosen not in seconds:
+        return [f"{kind} {chosen} is refused; {remedy}"]
+    times = seconds[chosen] / seconds[fastest]
     if times <= _NOTABLY_SLOWER:
         return []
-    return [f"{kind} {own} is not the fastest: it takes {times:.2f} times as long as {fastest} (simulated); {remedy}"]
+    return [
+        f"{kind} {chosen} is not the fastest: it takes {times:.2f} times as long as {fastest} (simulated); {remedy}"
+    ]
 
 
-# what strategies are compared by
+# columns of the comparison
 COMPARED = ("forward", "backward", "TFLOP/s fwd", "TFLOP/s bwd", "across nodes", "waiting", "balance", "buffers")
 
 
 def comparison_cells(timelines: Sequence[Timeline]) -> list[list[str]]:
-    """What is said of each strategy under COMPARED; a column's numbers are in one unit."""
-    facts = [one.as_dict() for one in timelines]
+    """Return the table's cells under COMPARED, one row per strategy; the numbers of a column have one unit."""
+    facts = [timeline.as_dict() for timeline in timelines]
 
-    def both(name: str) -> list[float]:
-        return [one["forward"][name] + one["backward"][name] for one in facts]
+    def sum_of_passes(name: str) -> list[float]:
+        return [row["forward"][name] + row["backward"][name] for row in facts]
 
     columns = [
-        in_one_unit([one["forward"]["seconds"] for one in facts], "s"),
-        in_one_unit([one["backward"]["seconds"] for one in facts], "s"),
-        [_three_digits(one["forward"]["tflops"]) for one in facts],
-        [_three_digits(one["backward"]["tflops"]) for one in facts],
-        in_one_unit(both("bytes_inter_node"), "B"),
-        in_one_unit(both("exposed_seconds"), "s"),
-        [f"{one['balance']:.2f}" for one in facts],
-        in_one_unit([one["peak_bytes"] for one in facts], "B"),
+        in_one_unit([row["forward"]["seconds"] for row in facts], "s"),
+        in_one_unit([row["backward"]["seconds"] for row in facts], "s"),
+        [_three_digits(row["forward"]["tflops"]) for row in facts],
+        [_three_digits(row["backward"]["tflops"]) for row in facts],
+        in_one_unit(sum_of_passes("bytes_inter_node"), "B"),
+        in_one_unit(sum_of_passes("exposed_seconds"), "s"),
+        [f"{row['balance']:.2f}" for row in facts],
+        in_one_unit([row["peak_bytes"] for row in facts], "B"),
     ]
     return [list(row) for row in zip(*columns, strict=True)]
 
@@ -186,32 +191,33 @@ def _three_digits(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def comparison_facts(found: dict[str, Timeline | str], request: PlanRequest) -> dict[str, Any]:
-    """Return the comparison in terms of JSON."""
+def comparison_facts(results: dict[str, Timeline | str], request: PlanRequest) -> dict[str, Any]:
+    """Return the comparison as a dict for JSON."""
     rows = [
-        {"strategy": name, "refused": one} if isinstance(one, str) else one.as_dict() for name, one in found.items()
+        {"strategy": name, "refused": result} if isinstance(result, str) else result.as_dict()
+        for name, result in results.items()
     ]
     shape = {"tokens": sum(request.lengths), "documents": len(request.lengths), "ranks": request.settings.ranks}
     return shape | {"candidates": rows}
 
 
-def parse_document_lengths(given: str) -> list[int]:
-    """Read document lengths from text such as 4096,1024x8 or from a file (a JSON list, or numbers between spaces).
+def parse_document_lengths(option: str) -> list[int]:
+    """Read document lengths from text such as 4096,1024x8 or from a file (a JSON list, or numbers separated by spaces).
 
-    Raises DistattnError naming the first word that is no length.
+    Raises DistattnError that names the first word that is not a length.
     """
-    text = given
-    if Path(given).is_file():
+    text = option
+    if Path(option).is_file():
         try:
-            text = Path(given).read_text("utf-8")
+            text = Path(option).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise DistattnError(f"--docs: {given} cannot be read: {error}.") from None
+            raise DistattnError(f"--docs: {option} cannot be read: {error}.") from None
     out: list[int] = []
     for word in text.replace("[", " ").replace("]", " ").replace(",", " ").split():
         length, many, times = word.partition("x")
         tokens = _tokens(length)
         if tokens is None or (many and not re.fullmatch("[0-9]+", times)) or (many and not int(times)):
-            where = f"in {given}" if text is not given else "and there is no such file"
+            where = f"in {option}" if text is not option else "and there is no such file"
             raise DistattnError(
                 f"--docs: {word[:40]!r} is no document length {where}; write 4096,1024x8, 1M or 1Mi, or a file's name."
             )
@@ -221,21 +227,21 @@ def parse_document_lengths(given: str) -> list[int]:
             )
         out += [tokens] * int(times or 1)
     if not out or min(out) < 1:
-        raise DistattnError("--docs: at least one document, and each of at least one token, is wanted.")
+        raise DistattnError("--docs: name at least one document, each with at least one token.")
     return out
 
 
 def _tokens(word: str) -> int | None:
-    """A number of tokens: 4096, 128K, 1.5M, 1e6, or 128Ki and 1Mi in powers of 1024; None where it is none."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?(?:[eE]\+?\d{1,2})?)([kKmMgG]?)(i?)", word)
-    if found is None or (found[3] and not found[2]):
+    """Parse a number of tokens: 4096, 128K, 1.5M, 1e6, or 128Ki and 1Mi in powers of 1024. Return None for other words."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:[eE]\+?\d{1,2})?)([kKmMgG]?)(i?)", word)
+    if match is None or (match[3] and not match[2]):
         return None
-    exact = Decimal(found[1]) * (1024 if found[3] else 1000) ** " kmg".index(found[2].lower() or " ")
+    exact = Decimal(match[1]) * (1024 if match[3] else 1000) ** " kmg".index(match[2].lower() or " ")
     return int(exact) if exact == exact.to_integral_value() and exact <= _MOST_TOKENS else None
 
 
 def truncate_documents(lengths: Sequence[int], tokens: int) -> list[int]:
-    """Lengths of the first documents that together have so many tokens; the last one is cut."""
+    """Return the lengths of the first documents that have `tokens` tokens together; the last document is cut."""
     out: list[int] = []
     left = tokens
     for length in lengths:
@@ -244,10 +250,12 @@ def truncate_documents(lengths: Sequence[int], tokens: int) -> list[int]:
         out.append(min(length, left))
         left -= out[-1]
     if left:
-        raise DistattnError(f"--tokens: {tokens:,} tokens are wanted, all documents together have {tokens - left:,}.")
+        raise DistattnError(
+            f"--tokens: {tokens:,} is more than the {tokens - left:,} tokens of all documents together."
+        )
     return out
 
 
-def _seconds(one: Timeline) -> float:
-    """Simulated seconds of the forward and the backward pass."""
-    return one.forward.seconds + one.backward.seconds
+def _seconds(timeline: Timeline) -> float:
+    """Return the simulated seconds of the forward and the backward pass together."""
+    return timeline.forward.seconds + timeline.backward.seconds

@@ -1,4 +1,4 @@
-"""The page of `distattn plan --html`: bars of all strategies, then one strategy at a time in time. It needs nothing else."""
+"""The page of `distattn plan --html`: bars of all strategies, then the timeline of one strategy. It loads no other file."""
 
 from __future__ import annotations
 
@@ -16,49 +16,49 @@ from distattn.parallel.analysis.explain import explain
 from distattn.parallel.analysis.timeline import PassTimeline, Timeline
 from distattn.planning.compare_strategies import COMPARED, comparison_cells
 
-# most ranks whose time is drawn, evenly spread
+# the largest number of ranks whose timelines are drawn; they are spread evenly
 _MAX_DRAWN = 128
 
 
-def comparison_page(found: dict[str, Timeline | str], title: str) -> str:
-    """One HTML file, offline: `found` is what `compare_strategies` returned, `title` what was planned."""
-    timelines = [one for one in found.values() if isinstance(one, Timeline)]
-    timelines.sort(key=lambda one: one.forward.seconds + one.backward.seconds)
-    longest = max(part.seconds for one in timelines for part in one.passes) or 1.0
+def comparison_page(results: dict[str, Timeline | str], title: str) -> str:
+    """Return the page as one HTML file. results: from `compare_strategies`; title: names the planned call."""
+    timelines = [result for result in results.values() if isinstance(result, Timeline)]
+    timelines.sort(key=lambda timeline: timeline.forward.seconds + timeline.backward.seconds)
+    longest = max(part.seconds for timeline in timelines for part in timeline.passes) or 1.0
     cells = comparison_cells(timelines)
-    rows = [_row(number, one, cells[number], longest) for number, one in enumerate(timelines)]
-    data = [{part.direction: _pass_data(one.plan, part) for part in one.passes} for one in timelines]
+    rows = [_row(number, timeline, cells[number], longest) for number, timeline in enumerate(timelines)]
+    data = [{part.direction: _pass_data(timeline.plan, part) for part in timeline.passes} for timeline in timelines]
     return render_page(
         "plan.html.j2",
         data,
         title="distattn plan",
         planned=title,
         compared=["strategy", *COMPARED],
-        numbers=[[one.plan.strategy, *row] for one, row in zip(timelines, cells, strict=True)],
+        numbers=[[timeline.plan.strategy, *row] for timeline, row in zip(timelines, cells, strict=True)],
         cluster=timelines[0].cluster.name,
         ranks=timelines[0].plan.call.ranks,
         rows=rows,
-        refused={name: one for name, one in found.items() if isinstance(one, str)},
+        refused={name: result for name, result in results.items() if isinstance(result, str)},
     )
 
 
-def write_comparison_page(path: Path, found: dict[str, Timeline | str], title: str) -> None:
-    """Write the page. Raises DistattnError where it cannot be written."""
+def write_comparison_page(path: Path, results: dict[str, Timeline | str], title: str) -> None:
+    """Write the page. Raises DistattnError if it cannot be written."""
     try:
-        path.write_text(comparison_page(found, title), "utf-8")
+        path.write_text(comparison_page(results, title), "utf-8")
     except OSError as error:
         raise DistattnError(f"--html: {path} cannot be written: {error.strerror}.") from None
 
 
-def _row(number: int, one: Timeline, cells: list[str], longest: float) -> dict[str, Any]:
-    """What the summary and the table say of a strategy."""
-    explanation = Markup(explain(one.plan, one.cluster).html())
-    passes = [_bar(part, longest) for part in one.passes]
-    return dict(index=number, strategy=one.plan.strategy, cells=cells, passes=passes, explanation=explanation)
+def _row(number: int, timeline: Timeline, cells: list[str], longest: float) -> dict[str, Any]:
+    """Return a strategy's data for the summary and the table."""
+    explanation = Markup(explain(timeline.plan, timeline.cluster).html())
+    passes = [_bar(part, longest) for part in timeline.passes]
+    return dict(index=number, strategy=timeline.plan.strategy, cells=cells, passes=passes, explanation=explanation)
 
 
 def _bar(part: PassTimeline, longest: float) -> dict[str, Any]:
-    """The share of each kind of time in a pass, means over ranks, in per cent; its width in per cent of the page's longest."""
+    """Return the shares of kernels, waiting and idle time in a pass, means over ranks, and the bar's width, all in per cent."""
     seconds = part.seconds or 1.0
     kernels, waiting = float(part.busy.mean()) / seconds, float(part.exposed.mean()) / seconds
     shares = dict(kernels=100 * kernels, waiting=100 * waiting, idle=100 * max(1 - kernels - waiting, 0.0))
@@ -68,7 +68,7 @@ def _bar(part: PassTimeline, longest: float) -> dict[str, Any]:
 
 
 def _pass_data(plan: Plan, part: PassTimeline) -> dict[str, Any]:
-    """Begin, end of kernels and end of messages of each step, by rank; its tasks, messages and bytes received."""
+    """Return for each step and rank the begin, the ends of kernels and messages, and the counts of tasks, messages and bytes."""
     ranks = np.unique(np.linspace(0, plan.call.ranks - 1, min(plan.call.ranks, _MAX_DRAWN)).astype(int))
     table = plan.forward if part.direction == "forward" else plan.backward
     shape = part.begin.shape

@@ -1,7 +1,7 @@
-"""Measures the machine it runs on: kernels, products, copies and links, as numbers for a cluster description.
+"""Measure this machine's kernels, matrix products, copies and links, as numbers for a cluster description.
 
-Every rank runs this at the same time and measures the same thing at the same moment, so that cores and memory that ranks
-share are shared in the figures, too. Times are medians of the slowest rank's.
+All ranks measure the same thing at the same time, so the figures include that ranks share cores and memory. Times are medians
+of the slowest rank's times.
 """
 
 # T tokens, H heads, D head dim
@@ -28,17 +28,17 @@ from distattn.ops.attention import attention
 from distattn.ops.executable import prepare
 from distattn.parallel.make_plan import make_plan
 
-# sides of the kernel table; the larger ones for accelerators only
+# numbers of queries and of keys in the kernel table; accelerators have larger ones
 _SIDES = {"cpu": (128, 512, 2048), "cuda": (512, 2048, 8192, 32768)}
 _HEADS = {"cpu": 4, "cuda": 32}
 _HEAD_DIMS = (64, 128)
-# seconds of calls that are timed together
-_STRETCH = 0.1
+# duration of a batch of calls that are timed together
+_BATCH_SECONDS = 0.1
 _MESSAGES = {"cpu": (1 << 12, 1 << 20, 1 << 23), "cuda": (1 << 12, 1 << 22, 1 << 26)}
 
 
 def measure_machine(ranks: int, name: str, report_progress: Callable[[str], None]) -> ClusterSpec:
-    """Describe this machine with so many ranks at work. Call it on every rank of a process group of that size."""
+    """Describe this machine while `ranks` ranks work. Call it on every rank of a process group of that size."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     report_progress("matrix products and copies")
     product, copy = _matmul_tflops(device), _copy_gbs(device)
@@ -54,10 +54,10 @@ def measure_machine(ranks: int, name: str, report_progress: Callable[[str], None
                 rows += _attention_speeds(device, head_dim, queries, keys)
     cuda = device.type == "cuda"
     properties = torch.cuda.get_device_properties(device) if cuda else None
-    found = Device(
+    described = Device(
         name=properties.name if properties else f"CPU, {torch.get_num_threads()} threads a rank",
         memory_gb=round((properties.total_memory if properties else _memory_bytes()) / 1e9, 3),
-        # nobody publishes it for this very machine: what products reach is the least it can be
+        # the peak of this machine is not published; the speed of matrix products is a lower bound
         peak_tflops=product,
         gemm_tflops=product,
         copy_gbs=copy,
@@ -67,21 +67,21 @@ def measure_machine(ranks: int, name: str, report_progress: Callable[[str], None
         task_us=0.0,
         host_us=step if cuda else 0.0,
     )
-    return ClusterSpec(name, 1, ranks, found, link, link, tuple(rows))
+    return ClusterSpec(name, 1, ranks, described, link, link, tuple(rows))
 
 
 def _seconds_of_call(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
-    """Measure the seconds of one call: the median of stretches of calls, each from a common start to the slowest rank's end.
+    """Measure the seconds of one call: the median of batches of calls, each from a common start to the slowest rank's end.
 
-    Stretches are long beside the time slices of an operating system: ranks that share a core show it.
+    A batch is long compared with the time slices of an operating system, so that ranks that share a core slow each other down.
     """
     work()
-    calls = max(1, round(_STRETCH / max(_seconds_of_calls(work, 1, device), 1e-9)))
+    calls = max(1, round(_BATCH_SECONDS / max(_seconds_of_calls(work, 1, device), 1e-9)))
     return statistics.median(_seconds_of_calls(work, calls, device) for _ in range(repeats)) / calls
 
 
 def _seconds_of_calls(work: Callable[[], Any], calls: int, device: torch.device) -> float:
-    """Measure the seconds of so many calls on every rank; all ranks return the slowest one's."""
+    """Measure the seconds of `calls` calls on every rank; all ranks return the slowest rank's time."""
     if dist.is_initialized():
         dist.barrier()
     _synchronize(device)
@@ -101,23 +101,23 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _matmul_tflops(device: torch.device) -> float:
-    """Measure the TFLOP/s of a large matrix product, bf16 on accelerators and fp32 on processors."""
+    """Measure the TFLOP/s of a large matrix product, in bf16 on accelerators and fp32 on CPUs."""
     side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return 2 * side**3 / _seconds_of_call(lambda: a @ b, device) / 1e12
 
 
 def _copy_gbs(device: torch.device) -> float:
-    """Measure how many 10^9 bytes are copied per second."""
+    """Measure the speed of copies in 10^9 bytes per second."""
     source = torch.randn(1 << (28 if device.type == "cuda" else 23), device=device)
     target = torch.empty_like(source)
     return source.nbytes / _seconds_of_call(lambda: target.copy_(source), device) / 1e9
 
 
 def _measure_link(device: torch.device, ranks: int) -> Link:
-    """Measure what each rank sends while all send to their neighbours, from messages of three sizes; all to all as a check.
+    """Measure a rank's link by messages of three sizes, while all ranks send to their neighbours, and by all-to-alls.
 
-    The slower of the two kinds counts. On processors the memory is shared by all ranks.
+    The slower of the two counts. On CPUs all ranks share the memory.
     """
     if ranks == 1:
         return Link(gbs=_copy_gbs(device), latency_us=1.0, shared=device.type == "cpu")
@@ -126,7 +126,7 @@ def _measure_link(device: torch.device, ranks: int) -> Link:
     for size in _MESSAGES[device.type]:
         out, back = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
 
-        def around(out: Tensor = out, back: Tensor = back) -> None:
+        def send_around(out: Tensor = out, back: Tensor = back) -> None:
             operations = [
                 dist.P2POp(dist.isend, out, (rank + 1) % ranks),
                 dist.P2POp(dist.irecv, back, (rank - 1) % ranks),
@@ -136,17 +136,18 @@ def _measure_link(device: torch.device, ranks: int) -> Link:
 
         wide, wide_back = (torch.zeros(size // ranks * ranks, dtype=torch.uint8, device=device) for _ in range(2))
 
-        def to_all(out: Tensor = wide, back: Tensor = wide_back) -> None:
+        def send_to_all(out: Tensor = wide, back: Tensor = wide_back) -> None:
             dist.all_to_all_single(back, out)
 
         slower = max(
-            _seconds_of_call(around, device) / size, _seconds_of_call(to_all, device) / (size * (ranks - 1) / ranks)
+            _seconds_of_call(send_around, device) / size,
+            _seconds_of_call(send_to_all, device) / (size * (ranks - 1) / ranks),
         )
         points.append((float(size), slower * size))
     (small, quick), (large, slow) = points[0], points[-1]
     per_byte = (slow - quick) / (large - small)
     if slow < 2 * quick:
-        # other work on the machine was longer than the message: at least so fast
+        # other work took longer than the message, so the link is at least this fast
         per_byte = slow / large
     shared = device.type == "cpu"
     return Link(
@@ -157,22 +158,22 @@ def _measure_link(device: torch.device, ranks: int) -> Link:
 
 
 def _step_microseconds(device: torch.device, ranks: int) -> float:
-    """Measure the microseconds of one ring step over hardly any tokens: what is neither arithmetic nor bytes."""
+    """Measure the microseconds of one ring step with very few tokens: the time that is neither arithmetic nor bytes."""
     tokens, dtype = 16 * ranks, torch.bfloat16 if device.type == "cuda" else torch.float32
     shape: dict[str, Any] = dict(heads=4, kv_heads=4, head_dim=64, dtype=str(dtype)[6:])
     plan = make_plan(Mask.full(tokens), Layout.contiguous([tokens], ranks), strategy="ring", **shape)
     group = dist.group.WORLD if dist.is_initialized() else None
-    ready = prepare(plan, group, device=device)
+    executable = prepare(plan, group, device=device)
     q, k, v = (torch.randn(16, 4, 64, device=device, dtype=dtype) for _ in range(3))
-    return _seconds_of_call(lambda: attention(q, k, v, ready), device) / plan.forward.steps * 1e6
+    return _seconds_of_call(lambda: attention(q, k, v, executable), device) / plan.forward.steps * 1e6
 
 
 def _attention_speeds(device: torch.device, head_dim: int, queries: int, keys: int) -> list[KernelThroughput]:
-    """Measure the forward and backward TFLOP/s of the device's own kernel on a full rectangle."""
+    """Measure the forward and backward TFLOP/s of the device's default kernel on a full rectangle."""
     heads, dtype = _HEADS[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
     demand = KernelRequirements(dtype, head_dim, head_dim, device)
     kernel = load_kernel(choose_kernel(None, demand))
-    # as many rectangles as give a processor something to do
+    # a mask of one rectangle of queries x keys
     n = max(queries, keys)
     mask = Mask.from_pieces([[0, queries, 0, keys, -n, n]], n)
     cells = LaunchMask.from_mask(mask, heads, heads)._replace(rows=queries, keys=keys)
@@ -184,11 +185,11 @@ def _attention_speeds(device: torch.device, head_dim: int, queries: int, keys: i
     o, lse = kernel.forward(q, k, v, work, score)
     delta = (do.to(o.dtype) * o).sum(-1)
     flops = 4.0 * queries * keys * heads * head_dim
-    there = _seconds_of_call(lambda: kernel.forward(q, k, v, work, score), device)
-    back = _seconds_of_call(lambda: kernel.backward(do, q, k, v, lse, delta, work, score), device)
+    forward = _seconds_of_call(lambda: kernel.forward(q, k, v, work, score), device)
+    backward = _seconds_of_call(lambda: kernel.backward(do, q, k, v, lse, delta, work, score), device)
     return [
-        KernelThroughput("forward", head_dim, queries, keys, flops / there / 1e12),
-        KernelThroughput("backward", head_dim, queries, keys, 2.5 * flops / back / 1e12),
+        KernelThroughput("forward", head_dim, queries, keys, flops / forward / 1e12),
+        KernelThroughput("backward", head_dim, queries, keys, 2.5 * flops / backward / 1e12),
     ]
 
 

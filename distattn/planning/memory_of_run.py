@@ -1,4 +1,4 @@
-"""Bytes of a run at full size, rank by rank: its model on the meta device, its attention by the plan of its first step."""
+"""Count the bytes that each rank of a run needs: the model on the meta device, attention by the plan of the first step."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from distattn.training.run_data import vocabulary_size
 from distattn.training.run_settings import configured_model, memory_settings
 
 _META = torch.device("meta")
-# more than are on their way to and from the host at once
+# more layers than are copied to and from the host at the same time
 _FEW_LAYERS = 4
 
 
@@ -55,14 +55,13 @@ def memory_of_run(
     ranks: Sequence[int] | None = None,
     extremes: bool = False,
 ) -> list[RankMemory]:
-    """What every rank of a plan, or these of its ranks, need in a step of its model, ranks that need the same together.
+    """Count the memory that each rank of a plan needs in a step of its model; ranks that need the same share one result.
 
-    extremes: only ranks with the fewest and the most tokens, and those whose attention keeps, and needs at once, the most.
-
-    make_model: makes a transformers model of attention "distattn"; it is called on the meta device. shards: ranks over which
-    parameters are sharded, by default the plan's.
-    master_weights: see `StateBytes.of`. state_on_host: parameters, gradients and moments are on the host but
-    for the layers at work, as FSDP2's CPUOffloadPolicy has them.
+    make_model: makes a transformers model with attention "distattn"; it is called on the meta device. shards: the number of
+    ranks over which parameters are sharded, by default the plan's. master_weights: see `StateBytes.of`. state_on_host:
+    parameters, gradients and moments are on the host except for the current layers, as with FSDP2's CPUOffloadPolicy. ranks: the
+    ranks to count, by default all. extremes: count only the ranks with the fewest and the most tokens, and the ranks whose
+    attention keeps most and needs most at once.
     """
     model = on_meta(make_model)
     state = StateBytes.of(
@@ -74,26 +73,26 @@ def memory_of_run(
         state = state._replace(parameters=0, gradients=0, optimizer=0)
     groups: dict[tuple[int, int], list[Executable]] = {}
     for rank in range(plan.call.ranks) if ranks is None else ranks:
-        # the proof is not needed, nor what a kernel prepares
+        # counting needs neither the proof nor the kernels' prepared work
         program = lower(plan, rank, lambda cells: cells)
         executable = Executable(program, ExecutionKey(rank, "reference", _META), SingleRankTransport())
         groups.setdefault((program.tokens, executable.kept_elements), []).append(executable)
-    if empty := [one.key.rank for (tokens, _), executables in groups.items() for one in executables if not tokens]:
-        # transformers' models cannot compute a step of no tokens
+    if empty := [item.key.rank for (tokens, _), group in groups.items() for item in group if not tokens]:
+        # transformers' models cannot compute a step without tokens
         raise DistattnError(
-            f"memory is counted for ranks with tokens, and rank {min(empty)} has none of the {plan.call.mask.n:,} tokens "
-            "of this step; give longer documents, or fewer ranks."
+            f"memory is only counted for ranks with tokens, and rank {min(empty)} has none of the {plan.call.mask.n:,} tokens "
+            "of this step; use longer documents, or fewer ranks."
         )
     counted = _extremes(groups) if extremes else list(groups)
-    found: list[RankMemory] = []
+    memory: list[RankMemory] = []
     for tokens, kept in counted:
         executables = groups[tokens, kept]
-        ranks = tuple(one.key.rank for one in executables)
+        ranks = tuple(executable.key.rank for executable in executables)
         report_progress(f"{tokens:,} tokens ...")
-        most = max(executables, key=_peak)
-        counts = _counts(make_model, most, settings)
-        found.append(RankMemory(ranks, tokens, state, counts, counts.host + host))
-    return found
+        largest = max(executables, key=_peak)
+        counts = _counts(make_model, largest, settings)
+        memory.append(RankMemory(ranks, tokens, state, counts, counts.host + host))
+    return memory
 
 
 def memory_of_config(
@@ -105,22 +104,22 @@ def memory_of_config(
     ranks: Sequence[int] | None = None,
     extremes: bool = False,
 ) -> list[RankMemory]:
-    """What every rank needs of a run of `distattn train`, or these ranks of its attention plan; extremes: see `memory_of_run`.
+    """Count the memory that each rank of a run of `distattn train` needs. ranks, extremes: see `memory_of_run`.
 
-    packs: lengths of the documents of a step, as `PlanSettings.plan`'s; plan: theirs, where it is made already. Raises
-    DistattnError for a run that is not counted.
+    packs: document lengths of a step, as for `PlanSettings.plan`; plan: the plan of these packs, if it is made already. Raises
+    DistattnError for a run that cannot be counted.
     """
     if config.engine.name != "fsdp2":
         raise DistattnError(
             f"plan: --memory counts runs of engine fsdp2, not {config.engine.name}; set engine.name to compare."
         )
     vocabulary = config.model.vocab_size or vocabulary_size(config)
-    # positions need no memory
+    # the context length only sizes positions, which need no memory
     context = max(max(map(sum, packs)), config.data.max_document_tokens)
     shape = configured_model(config, vocabulary, context)
     if huggingface.mixes_outside_attention(shape):
         raise DistattnError(
-            f"memory is counted of models with attention only; {shape.model_type} has recurrent layers or convolutions, too."
+            f"memory is only counted for models without recurrent layers and convolutions; {shape.model_type} has some."
         )
     if getattr(shape, "output_router_logits", False):
         raise DistattnError(
@@ -128,9 +127,9 @@ def memory_of_config(
         )
     settings = PlanSettings.of_config(config)
     if hasattr(shape, "kv_lora_rank"):
-        # latent attention, whose heads of keys have a rotary part; transformers' head_dim is that alone
+        # latent attention: each key head has a rotary part, and transformers' head_dim is the width of that part alone
         rotary = shape.qk_rope_head_dim
-        # a plan by the run file alone has other widths
+        # a plan made from the run file alone has other widths
         plan = None
         widths = dict(kv_heads=settings.heads, head_dim=shape.qk_nope_head_dim + rotary, v_head_dim=shape.v_head_dim)
         settings = replace(
@@ -157,26 +156,26 @@ def memory_of_config(
 
 
 def on_meta(make_model: Callable[[], Any]) -> Any:
-    """A model without memory."""
+    """Make a model on the meta device, where it needs no memory."""
     huggingface.register()
     with _META:
         return make_model()
 
 
 def step_memory(watch: AllocationWatch, model: Any, executable: Executable, settings: MemorySettings) -> RankCounts:
-    """Count a step of a fresh model on the watch's device, with an executable's tokens."""
+    """Count a step of a fresh model on the watch's device, with the executable's number of tokens."""
     settings.apply(model, CountingOffload(watch))
     ids = torch.zeros(1, executable.program.tokens, dtype=torch.int64, device=watch.device)
     batch = dict(input_ids=ids, labels=ids, position_ids=ids, loss_scale=1.0)
     batch["context_parallel"] = PlannedAttention(executable)
-    parts: dict[nn.Module, str] = {pytorch.output_layer_of(model): LOSS}
+    sections: dict[nn.Module, str] = {pytorch.output_layer_of(model): LOSS}
     for layer in model.get_decoder().layers:
-        parts |= {layer.self_attn: ATTENTION, layer.mlp: FEED_FORWARD}
-    return count_step(watch, model, parts, lambda: pytorch.local_loss(model, batch, loss=settings.loss))
+        sections |= {layer.self_attn: ATTENTION, layer.mlp: FEED_FORWARD}
+    return count_step(watch, model, sections, lambda: pytorch.local_loss(model, batch, loss=settings.loss))
 
 
-def memory_table(found: Sequence[RankMemory], ranks: int) -> list[str]:
-    """Return the lines of a text table with one line for ranks that need the same. ranks: of the run, counted or not."""
+def memory_table(counted: Sequence[RankMemory], ranks: int) -> list[str]:
+    """Return the lines of a text table, one line for ranks that need the same. ranks: all ranks of the run, counted or not."""
     head = [
         "ranks",
         "tokens",
@@ -193,62 +192,66 @@ def memory_table(found: Sequence[RankMemory], ranks: int) -> list[str]:
     ]
     rows = [
         [
-            *(*one.state, one.counts.saved, one.counts.arena),
-            *(one.counts.working[name] for name in SECTIONS),
-            *(one.total, one.host),
+            *(*memory.state, memory.counts.saved, memory.counts.arena),
+            *(memory.counts.working[name] for name in SECTIONS),
+            *(memory.total, memory.host),
         ]
-        for one in found
+        for memory in counted
     ]
     cells = iter(in_one_unit([float(number) for row in rows for number in row], "B"))
     numbers = [[next(cells) for _ in row] for row in rows]
-    first = [[_ranks(one.ranks), f"{one.tokens:,}"] for one in found]
-    left = ranks - sum(len(one.ranks) for one in found)
+    first = [[_rank_range(memory.ranks), f"{memory.tokens:,}"] for memory in counted]
+    left = ranks - sum(len(memory.ranks) for memory in counted)
     table = aligned([head, *(a + b for a, b in zip(first, numbers, strict=True))])
     return [
-        "a step of one rank on its device: arithmetic for weights, counted on meta tensors for the rest; host: in pinned memory",
+        "a step of one rank on its device: weights are computed, the rest is counted on meta tensors; host: in pinned memory",
         *table,
-        "of attention, feed-forward, loss and other only the largest counts: they are not there at once",
+        "the total has only the largest of attention, feed-forward, loss and other, which never exist at the same time",
         *([f"{left} ranks have numbers of tokens between these, and were not counted"] if left else []),
     ]
 
 
-def fit_line(found: Sequence[RankMemory], cluster: ClusterSpec) -> str:
-    """Return the sentence that says of how much device memory a run needs how much, and whether it fits."""
-    device_bytes, most = cluster.device.memory_gb * 1e9, max(one.total for one in found)
+def fit_line(counted: Sequence[RankMemory], cluster: ClusterSpec) -> str:
+    """Return a sentence that says whether a run fits on the cluster's devices, and how much of their memory it needs."""
+    device_bytes, most = cluster.device.memory_gb * 1e9, max(memory.total for memory in counted)
     needed, whole = in_one_unit([float(most), device_bytes], "B")
     verdict = "fits" if most <= device_bytes else "does not fit"
     return (
         f"{verdict}: the rank that needs most takes {needed} of the {whole} of a device of {cluster.name} "
-        f"({most / device_bytes:.0%}), before what CUDA, NCCL and unused blocks of the allocator take"
+        f"({most / device_bytes:.0%}), not counting CUDA, NCCL and unused blocks of the allocator"
     )
 
 
-def memory_json(found: Sequence[RankMemory], cluster: ClusterSpec | None = None) -> str:
-    """Return the same numbers, in bytes, with the memory of a device of the cluster where one is given."""
+def memory_json(counted: Sequence[RankMemory], cluster: ClusterSpec | None = None) -> str:
+    """Return the numbers of `memory_table` in bytes, as JSON; with a cluster also the memory of its devices."""
     device_bytes = None if cluster is None else round(cluster.device.memory_gb * 1e9)
     return json.dumps(
         [
             {
-                "ranks": one.ranks,
-                "tokens": one.tokens,
-                **one.state._asdict(),
-                "saved": one.counts.saved,
-                "arena": one.counts.arena,
-                "working": one.counts.working,
-                "total": one.total,
-                "host": one.host,
-                **({} if device_bytes is None else {"device_memory": device_bytes, "fits": one.total <= device_bytes}),
+                "ranks": memory.ranks,
+                "tokens": memory.tokens,
+                **memory.state._asdict(),
+                "saved": memory.counts.saved,
+                "arena": memory.counts.arena,
+                "working": memory.counts.working,
+                "total": memory.total,
+                "host": memory.host,
+                **(
+                    {}
+                    if device_bytes is None
+                    else {"device_memory": device_bytes, "fits": memory.total <= device_bytes}
+                ),
             }
-            for one in found
+            for memory in counted
         ],
         indent=2,
     )
 
 
 def _counts(make_model: Callable[[], Any], executable: Executable, settings: MemorySettings) -> RankCounts:
-    """Count a step of the model; of one whose layers are all alike by two models of few layers, which a line goes through.
+    """Count a step of the model. If all layers have the same shapes, count two models of few layers and extrapolate linearly.
 
-    Each layer saves as much as the others, and what one needs while it is computed does not depend on how many there are.
+    This is exact: each layer saves the same, and the memory to compute a layer does not depend on the number of layers.
     """
     model = on_meta(make_model)
     layers = model.get_decoder().layers
@@ -256,35 +259,38 @@ def _counts(make_model: Callable[[], Any], executable: Executable, settings: Mem
     if further < 2 or len({_shapes(layer) for layer in layers}) > 1:
         return step_memory(AllocationWatch(), model, executable, settings)
     counts = []
-    for number, one in ((_FEW_LAYERS, model), (_FEW_LAYERS + 1, on_meta(make_model))):
-        decoder = one.get_decoder()
+    for number, shortened in ((_FEW_LAYERS, model), (_FEW_LAYERS + 1, on_meta(make_model))):
+        decoder = shortened.get_decoder()
         decoder.layers = decoder.layers[:number]
-        counts.append(step_memory(AllocationWatch(), one, executable, settings))
+        counts.append(step_memory(AllocationWatch(), shortened, executable, settings))
     few, more = counts
     saved, host = (a + further * (b - a) for a, b in ((few.saved, more.saved), (few.host, more.host)))
     return RankCounts(saved, more.arena, more.working, host)
 
 
 def _shapes(layer: nn.Module) -> tuple[object, ...]:
-    return (type(layer), *((name, one.shape) for name, one in layer.named_parameters()))
+    return (type(layer), *((name, parameter.shape) for name, parameter in layer.named_parameters()))
 
 
 def _extremes(groups: Mapping[tuple[int, int], Sequence[Executable]]) -> list[tuple[int, int]]:
-    """Of groups, by tokens and kept elements, those with the fewest and the most tokens, and that keep and need the most."""
-    ways: list[Callable[[tuple[int, int]], int]] = [
+    """Return the groups with the fewest and the most tokens, and those that keep most and need most at once.
+
+    groups: executables by (tokens, kept elements).
+    """
+    criteria: list[Callable[[tuple[int, int]], int]] = [
         lambda key: -key[0],
         lambda key: key[0],
         lambda key: key[1],
         lambda key: max(map(_peak, groups[key])),
     ]
-    return sorted({max(groups, key=way) for way in ways})
+    return sorted({max(groups, key=criterion) for criterion in criteria})
 
 
 def _peak(executable: Executable) -> int:
-    return max(one.peak for one in executable.memory().values())
+    return max(memory.peak for memory in executable.memory().values())
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def _rank_range(ranks: Sequence[int]) -> str:
     if len(ranks) == 1:
         return str(ranks[0])
     if ranks[-1] - ranks[0] == len(ranks) - 1:

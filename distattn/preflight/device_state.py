@@ -1,4 +1,4 @@
-"""What a rank's device is: its name, its memory, and of a GPU its driver and its clock as nvidia-smi says them."""
+"""The state of a rank's device: its name and memory; for a GPU also the driver, and the clock from nvidia-smi."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ import torch
 from distattn.memory.host_memory import available_bytes
 
 _DRIVER = Path("/proc/driver/nvidia/version")
-# that nvidia-smi may take where the driver has to wake up
+# time limit for nvidia-smi, which may have to wake up the driver
 _SMI_SECONDS = 5.0
 
 
 class DeviceState(NamedTuple):
-    """name: of the device, "CPU" for a processor. free, total: bytes of its memory; of a processor, what the machine has left."""
+    """A device and its memory in bytes.
+
+    name: of the device, "CPU" for a processor. free: for a processor the free memory of the machine; total: None then.
+    """
 
     name: str
     free: int | None
@@ -25,14 +28,14 @@ class DeviceState(NamedTuple):
 
 
 class Clock(NamedTuple):
-    """The clock of a GPU's multiprocessors now and at most, in MHz."""
+    """The current and the highest clock of a GPU's multiprocessors, in MHz."""
 
     now: int
     most: int
 
 
 def device_state(device: torch.device) -> DeviceState:
-    """The device of this rank."""
+    """Return the name and memory of this rank's device."""
     if device.type == "cpu":
         return DeviceState("CPU", available_bytes(), None)
     free, total = torch.cuda.mem_get_info(device)
@@ -40,20 +43,20 @@ def device_state(device: torch.device) -> DeviceState:
 
 
 def driver_version() -> str | None:
-    """The version of NVIDIA's driver on this machine; None without one."""
+    """Return the version of NVIDIA's driver on this machine, None without a driver."""
     try:
-        found = re.search(r"\d{3,}\.\d+(\.\d+)*", _DRIVER.read_text("ascii", "replace"))
+        match = re.search(r"\d{3,}\.\d+(\.\d+)*", _DRIVER.read_text("ascii", "replace"))
     except OSError:
         return None
-    return found[0] if found else None
+    return match[0] if match else None
 
 
 def gpu_clock(device: torch.device) -> Clock | None:
-    """The clock of a GPU, as nvidia-smi says it; None on a processor, and where nvidia-smi is not there or does not know."""
+    """Return a GPU's clock from nvidia-smi; None on a CPU, and if nvidia-smi is missing or does not print it."""
     if device.type == "cpu":
         return None
-    which = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
-    command = ["nvidia-smi", which, "--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader,nounits"]
+    device_option = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = ["nvidia-smi", device_option, "--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SMI_SECONDS)
         now, most = map(int, done.stdout.split(","))

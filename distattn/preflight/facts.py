@@ -1,4 +1,4 @@
-"""What each rank knows of itself before a run: its code, configuration, packages, device, disk, data and memory forecast."""
+"""Facts that each rank collects before a run: its code, configuration, packages, device, disk, data and memory forecast."""
 
 from __future__ import annotations
 
@@ -33,20 +33,21 @@ from distattn.training.run_folder import RunFolder
 from distattn.training.run_settings import configured_model
 from distattn.training.state_bytes import model_parameters
 
-# of files whose text is the code
+# suffixes of the files that count as code
 _CODE = (".py", ".json", ".j2")
-# what is compared of `facts_of`, and what it is called
+# entries of `facts_of` that are compared, with their names in sentences
 _DIGESTS = {"model": "model configuration", "plan": "plan of packs"}
 
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What a rank says of itself.
+    """The facts of one rank.
 
-    rank: of all, from 0. host: its name; machine: what tells machines of one name apart. config: key to value. host_free: bytes
-    of memory. disk_free: bytes where the run folder is; disk_needed: what its checkpoints still take at once. goes_on: whether
-    steps were done before. digests: of what is trained, by its name. failure: what could not be found out, in a sentence; what
-    depends on it is left out. advice: what to install so that a kernel can be used.
+    rank: its number in the job, from 0. host: the host's name; machine: an identifier that tells hosts of the same name apart.
+    config: key to value. host_free: bytes of memory. disk_free: bytes on the run folder's disk; disk_needed: bytes that its
+    checkpoints still need. goes_on: the run has done steps before. digests: of the data and model, by name. failure: a
+    sentence if something could not be read; facts that depend on it are left out. advice: a package to install so that a faster
+    kernel can be used.
     """
 
     rank: int
@@ -65,26 +66,26 @@ class RankFacts:
     advice: str = ""
 
     def as_json(self) -> str:
-        """The same as text, for `from_json`."""
+        """Return the facts as text for `from_json`."""
         return json.dumps(asdict(self))
 
     @staticmethod
     def from_json(text: str) -> RankFacts:
-        """What `as_json` wrote."""
-        known = json.loads(text)
-        forecast = known.pop("forecast")
-        known["device"] = DeviceState(*known["device"])
-        return RankFacts(**known, forecast=None if forecast is None else MemoryForecast(*forecast))
+        """Read the facts that `as_json` wrote."""
+        fields = json.loads(text)
+        forecast = fields.pop("forecast")
+        fields["device"] = DeviceState(*fields["device"])
+        return RankFacts(**fields, forecast=None if forecast is None else MemoryForecast(*forecast))
 
     @property
     def place(self) -> tuple[str, str]:
-        """The machine: ranks that have the same one share its memory."""
+        """The machine; ranks of the same machine share its memory."""
         return self.host, self.machine
 
 
 def collect_facts(run: RunFolder, config: Config, device: torch.device) -> RankFacts:
-    """The facts of this rank. What cannot be found out is not raised: `failure` says it, so that all ranks learn of it."""
-    known: dict[str, Any] = {
+    """Collect the facts of this rank. Errors are not raised but put into `failure`, so that all ranks learn of them."""
+    fields: dict[str, Any] = {
         "rank": dist.get_rank(),
         "host": socket.gethostname(),
         "machine": machine_digest(),
@@ -95,18 +96,18 @@ def collect_facts(run: RunFolder, config: Config, device: torch.device) -> RankF
     }
     try:
         disk = os.statvfs(run.folder)
-        known |= {"disk_free": disk.f_bavail * disk.f_frsize, "disk_needed": checkpoint_bytes(run, config)}
-        known["goes_on"] = run.metrics_file.exists() or bool(list_checkpoints(run.checkpoints))
-        known |= _facts_of_data(run, config, device, dist.get_rank())
+        fields |= {"disk_free": disk.f_bavail * disk.f_frsize, "disk_needed": checkpoint_bytes(run, config)}
+        fields["goes_on"] = run.metrics_file.exists() or bool(list_checkpoints(run.checkpoints))
+        fields |= _facts_of_data(run, config, device, dist.get_rank())
     except DistattnError as error:
-        known["failure"] = str(error)
+        fields["failure"] = str(error)
     except OSError as error:
-        known["failure"] = f"{error.filename or run.folder}: {error.strerror or error}."
-    return RankFacts(**known)
+        fields["failure"] = f"{error.filename or run.folder}: {error.strerror or error}."
+    return RankFacts(**fields)
 
 
 def kernel_advice(device: torch.device, model: Any) -> str:
-    """Return what to install so that a model's kernels can be used on this device; an empty text if nothing is missing.
+    """Return advice to install a package, so that a model's fast kernels can be used on this device; "" if nothing is missing.
 
     model: its configuration of transformers.
     """
@@ -118,10 +119,10 @@ def kernel_advice(device: torch.device, model: Any) -> str:
 
 
 def code_digest() -> str:
-    """Of all source files of this package, as they are on this rank's disk; 16 hexadecimal digits."""
+    """Return a digest of all source files of this package on this rank's disk, 16 hexadecimal digits."""
     root = Path(__file__).parents[1]
     hashed = xxhash.xxh3_64()
-    # rooms are links of the package's folder
+    # parallel, kernels and others are links in the package's folder
     for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = sorted(name for name in folders if name != "__pycache__")
         for name in sorted(files):
@@ -133,32 +134,35 @@ def code_digest() -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python, of what a run computes with, and of NVIDIA's driver; what is not here is left out."""
-    found: dict[str, str | None] = {"Python": platform.python_version()}
+    """Return the versions of Python, of the packages that a run computes with, and of NVIDIA's driver, if they are installed."""
+    versions: dict[str, str | None] = {"Python": platform.python_version()}
     for name in ("distattn", *PACKAGES):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    found |= {"CUDA": torch.version.cuda, "NVIDIA driver": driver_version()}
-    return {name: value for name, value in found.items() if value is not None}
+    versions |= {"CUDA": torch.version.cuda, "NVIDIA driver": driver_version()}
+    return {name: value for name, value in versions.items() if value is not None}
 
 
 def checkpoint_bytes(run: RunFolder, config: Config) -> int:
-    """Bytes that checkpoints of a run will take beside those it has already: as many at once as `[checkpoint]` keeps, and the one
-    that is being written. Those that checkpoint.keep_every_hours keeps for good are not counted."""
+    """Return the bytes that checkpoints of a run will need in addition to those that it has.
+
+    Count as many checkpoints as `[checkpoint]` keeps, and the one that is being written. Checkpoints that
+    checkpoint.keep_every_hours keeps for good are not counted.
+    """
     every, steps = config.checkpoint.every_steps, config.train.steps
     if every < 0:
         return 0
     saves = -(-steps // every) if every else 1
     at_once = min(saves, config.checkpoint.keep_last + 1)
-    # weights and both averages of AdamW; the next one has to fit in any case
+    # weights and both moments of AdamW; the next checkpoint has to fit in any case
     each = 3 * model_parameters(config) * (8 if config.model.dtype == "float64" else 4)
     return each * max(at_once - len(list_checkpoints(run.checkpoints)), 1)
 
 
 def _facts_of_data(run: RunFolder, config: Config, device: torch.device, rank: int) -> dict[str, Any]:
-    """Return digests of what is trained, the memory it needs, and what its kernels lack."""
+    """Return digests of the model, the data and the plans, the forecast of memory, and the advice on kernels."""
     data = open_data(run, config)
     with data.plan:
         model = configured_model(config, data.vocabulary, data.context)
@@ -173,8 +177,8 @@ def _facts_of_data(run: RunFolder, config: Config, device: torch.device, rank: i
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Keys of all sections, as they are named on the command line."""
-    found: dict[str, Any] = {}
+    """Return the values by their keys on the command line, such as "train.steps"."""
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,4 +1,4 @@
-"""The memory a rank will need: a whole step where it can be counted on meta tensors, else what the engine keeps of the model."""
+"""Forecast the memory that a rank needs: a whole step if meta tensors can count it, else only the state of the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distattn.training.state_bytes import state_bytes
 
 
 class MemoryForecast(NamedTuple):
-    """Bytes that a rank needs on its device and host. whole_step: whether activations are counted, or the model's state alone."""
+    """Bytes that a rank needs on its device and host. whole_step: activations are counted, not only the model's state."""
 
     device: int
     host: int
@@ -26,10 +26,10 @@ class MemoryForecast(NamedTuple):
 def forecast_memory(
     config: Config, data: RunData, device: torch.device, plan: Plan | None, rank: int
 ) -> MemoryForecast:
-    """The forecast of one rank. plan: of the run's first step, if there is one.
+    """Return the forecast of one rank. plan: of the run's first step, if there is one.
 
-    A step is counted for GPUs, as `distattn plan --memory` counts it; a processor's ranks have their state and much else in the
-    host's memory, where the model's state is the least they need.
+    For GPUs a step is counted like `distattn plan --memory` does. Ranks on a CPU keep everything in the host's memory; for them
+    the model's state is a lower bound.
     """
     state = state_bytes(config)
     if device.type == "cpu" or config.memory.state_on_host:
@@ -40,15 +40,15 @@ def forecast_memory(
         return alone
     packs = first_packs(data.plan, config)
     try:
-        (found,) = memory_of_config(config, packs, plan=plan, ranks=[rank % plan.call.ranks])
+        (memory,) = memory_of_config(config, packs, plan=plan, ranks=[rank % plan.call.ranks])
     except DistattnError:
-        # what it does not count: other engines, recurrent layers, router losses
+        # other engines, recurrent layers and router losses cannot be counted
         return alone
-    return MemoryForecast(found.total, found.host, True)
+    return MemoryForecast(memory.total, memory.host, True)
 
 
 def _is_planned(config: Config, plan: Plan) -> bool:
-    """Whether a run's first plan is of these settings: a run may be resumed on other ranks."""
+    """Return whether a run's first plan has these settings: a run may be resumed on another number of ranks."""
     wanted, call = PlanSettings.of_config(config), plan.call
     shapes = (wanted.ranks, wanted.heads, wanted.kv_heads, wanted.head_dim, wanted.dtype)
     return (

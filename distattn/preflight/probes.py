@@ -1,7 +1,7 @@
-"""How fast each rank's device and each pair's link are, in a second: short products and messages, each the best of a few.
+"""Measure each rank's device and the link of each pair within a second, by short products and messages; the best of a few counts.
 
-Ranks of a node meet each other, two by two; then each rank meets those of other nodes that have its number within their node, so
-that all network adapters of two nodes are at work together.
+First the ranks of a node exchange messages two by two. Then each rank exchanges messages with the ranks that have its number in
+other nodes, so that all network adapters of two nodes work at the same time.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from torch import Tensor
 from distattn.ir.errors import LostRankError
 from distattn.parallel.runtime.transport import GroupTransport, Packet
 
-# side of a product, and how many are timed
+# side of the matrices, and the number of products that are timed
 _SIDE = {"cpu": 320, "cuda": 8192}
 _PRODUCTS = 5
 # bytes of a message between two ranks, and bytes that one rank sends to all others at once
 _MESSAGE = {"cpu": 1 << 18, "cuda": 1 << 26}
 _TO_ALL = {"cpu": 1 << 18, "cuda": 1 << 27}
-# bytes that a rank sends to ranks of other nodes, about: with many nodes messages are shorter, but not too short to tell
+# about how many bytes a rank sends to other nodes, and the shortest message: with many nodes messages are shorter
 _ACROSS_BYTES, _LEAST_MESSAGE = 1 << 31, 1 << 22
-# messages of a link that are timed: short ones tell the latency, the first of them connects
+# numbers of short and long messages per link: short ones measure the latency, and the first one connects
 _SHORT, _LONG = 3, 4
-# ranks of one node that a rank meets, at most
+# the largest number of ranks of its node to which a rank's link is measured
 _MOST_INSIDE = 15
 
 
 class Link(NamedTuple):
-    """A link from one rank to another while both send: 10^9 bytes a second in one direction, and µs of a message of 8 bytes."""
+    """A link to another rank while both send: 10^9 bytes per second in one direction, and µs of a message of 8 bytes."""
 
     peer: int
     gbs: float
@@ -41,7 +41,7 @@ class Link(NamedTuple):
 
 
 class RankSpeed(NamedTuple):
-    """What a rank measured. tflops: of matrix products; all_to_all_gbs: what it sent to all others together, 0 without others."""
+    """The speeds of one rank. tflops: of matrix products; all_to_all_gbs: while sending to all others, 0 without others."""
 
     tflops: float
     all_to_all_gbs: float
@@ -52,19 +52,18 @@ class RankSpeed(NamedTuple):
 def measure_speed(
     rank: int, nodes: Sequence[Sequence[int]], transport: GroupTransport | None, device: torch.device, limit: timedelta
 ) -> RankSpeed:
-    """Measure products and links of this rank. All ranks call it together; nodes: the ranks of each.
+    """Measure products and links of this rank. All ranks call this together; nodes: the ranks of each node.
 
-    transport: between all ranks, None for a rank that is alone. Raises LostRankError naming a rank that does not answer.
+    transport: between all ranks, None for a single rank. Raises LostRankError that names a rank which does not answer.
     """
     tflops = _product_tflops(device)
     if transport is None:
         return RankSpeed(tflops, 0.0, [], [])
     probe = _LinkProbe(transport, device, limit)
-    everyone = [other for node in nodes for other in node]
-    all_to_all = probe.all_to_all(rank, everyone)
+    all_to_all = probe.all_to_all(rank, [other for node in nodes for other in node])
     longest = _MESSAGE[device.type]
-    own = next(node for node in nodes if rank in node)
-    inside = [probe.link(peer, longest) for peer in _peers(rank, list(rounds_of(own))[:_MOST_INSIDE])]
+    local_ranks = next(node for node in nodes if rank in node)
+    inside = [probe.link(peer, longest) for peer in _peers(rank, list(rounds_of(local_ranks))[:_MOST_INSIDE])]
     rounds = list(rounds_across(nodes))
     size = min(longest, max(_ACROSS_BYTES // max(len(rounds), 1), _LEAST_MESSAGE))
     across = [probe.link(peer, size) for peer in _peers(rank, rounds)]
@@ -72,7 +71,7 @@ def measure_speed(
 
 
 def rounds_of(members: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
-    """All pairs of members, in rounds in which each is in one pair at most: all but one go round a circle."""
+    """Yield rounds of pairs that contain all pairs of members; in a round each member is in at most one pair (circle method)."""
     circle: list[int | None] = [*members, *([None] if len(members) % 2 else [])]
     half = len(circle) // 2
     for _ in range(len(circle) - 1):
@@ -82,7 +81,7 @@ def rounds_of(members: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
 
 
 def rounds_across(nodes: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, int]]]:
-    """All pairs of nodes, in rounds; of two nodes the ranks of equal numbers meet."""
+    """Yield rounds of pairs of ranks: each pair of nodes is in one round, in which their ranks of equal numbers form pairs."""
     for pairs in rounds_of(range(len(nodes))):
         yield [ranks for a, b in pairs for ranks in zip(nodes[a], nodes[b], strict=False)]
 
@@ -101,7 +100,7 @@ def _product_tflops(device: torch.device) -> float:
 
 
 def _peers(rank: int, rounds: Sequence[Sequence[tuple[int, int]]]) -> list[int]:
-    """Whom a rank meets, in the order of the rounds."""
+    """Return a rank's partners, in the order of the rounds."""
     return [b if a == rank else a for pairs in rounds for a, b in pairs if rank in (a, b)]
 
 
@@ -110,17 +109,17 @@ class _LinkProbe(NamedTuple):
     device: torch.device
     limit: timedelta
 
-    def all_to_all(self, rank: int, everyone: Sequence[int]) -> float:
-        """10^9 bytes a second that this rank sends to all others together."""
-        peers = [other for other in sorted(everyone) if other != rank]
-        size = max(_TO_ALL[self.device.type] // len(everyone), 1)
+    def all_to_all(self, rank: int, ranks: Sequence[int]) -> float:
+        """Return the 10^9 bytes per second that this rank sends to all other ranks together."""
+        peers = [other for other in sorted(ranks) if other != rank]
+        size = max(_TO_ALL[self.device.type] // len(ranks), 1)
         out, back = self._bytes(size), {peer: self._bytes(size) for peer in peers}
         sends = [Packet(peer, "all-to-all", out) for peer in peers]
         receives = [Packet(peer, "all-to-all", back[peer]) for peer in peers]
         return 1e-9 * size * len(peers) / self._best_seconds(sends, receives, True, _LONG)
 
     def link(self, peer: int, size: int) -> Link:
-        """The link to a rank that measures at the same time."""
+        """Measure the link to a rank that does the same at the same time."""
 
         def seconds(size: int, times: int) -> float:
             sends, receives = ([Packet(peer, "message", self._bytes(size))] for _ in range(2))
@@ -143,7 +142,7 @@ class _LinkProbe(NamedTuple):
         return best
 
     def _finish(self, receives: list[Packet]) -> None:
-        """Wait for a device's messages, but not for ever: NCCL's own wait has no end."""
+        """Wait for a device's messages up to the limit: NCCL itself would wait forever."""
         if self.device.type == "cpu":
             return
         arrived, ends = torch.cuda.Event(), time.monotonic() + self.limit.total_seconds()

@@ -1,4 +1,4 @@
-"""What a preflight found, as a short table with a line for each host, and as rows for JSON."""
+"""The result of a preflight, as a short table with a line for each host, and as rows for JSON."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ _UNKNOWN = "-"
 def report_table(
     facts: Sequence[RankFacts], speeds: Sequence[RankSpeed], clocks: Sequence[Clock | None], seconds: float
 ) -> list[str]:
-    """Lines of a table: of each host the least that is free, the most that is needed, and medians of speeds. All by rank."""
+    """Return the lines of a table: the least free memory, the largest need and the median speeds of each host. All by rank."""
     hosts: dict[tuple[str, str], list[int]] = {}
-    for one in facts:
-        hosts.setdefault(one.place, []).append(one.rank)
+    for rank in facts:
+        hosts.setdefault(rank.place, []).append(rank.rank)
     rows = [
         _row([facts[rank] for rank in ranks], [speeds[rank] for rank in ranks], [clocks[rank] for rank in ranks])
         for ranks in hosts.values()
     ]
-    to_all = min(one.all_to_all_gbs for one in speeds)
+    to_all = min(speed.all_to_all_gbs for speed in speeds)
     slowest = f", all-to-all {to_all:.3g} GB/s a rank" if to_all else ""
     title = f"preflight: {plural(len(facts), 'rank')} on {plural(len(hosts), 'host')} in {seconds:.1f} s{slowest}"
     table = [f"  {line}" for line in aligned([_HEAD, *rows], left=3)]
-    return [title, *table, *(f"  {line}" for line in _what_is_needed(facts))]
+    return [title, *table, *(f"  {line}" for line in _need_legend(facts))]
 
 
 def report_facts(
     facts: Sequence[RankFacts], speeds: Sequence[RankSpeed], clocks: Sequence[Clock | None]
 ) -> list[dict[str, Any]]:
-    """A row of each rank. Its configuration is left out: the run folder has it."""
+    """Return a row for each rank. The configuration is left out: the run folder has it."""
     rows = []
-    for number, one in enumerate(facts):
-        row = asdict(one)
+    for number, rank in enumerate(facts):
+        row = asdict(rank)
         del row["config"]
-        row["device"] = one.device._asdict()
-        row["forecast"] = one.forecast and one.forecast._asdict()
+        row["device"] = rank.device._asdict()
+        row["forecast"] = rank.forecast and rank.forecast._asdict()
         if speeds:
             speed = speeds[number]
             row |= {"tflops": speed.tflops, "all_to_all_gbs": speed.all_to_all_gbs}
@@ -59,36 +59,36 @@ def report_facts(
 
 
 def _row(facts: Sequence[RankFacts], speeds: Sequence[RankSpeed], clocks: Sequence[Clock | None]) -> list[str]:
-    first, known = facts[0], [clock for clock in clocks if clock is not None]
-    forecasts = [one.forecast for one in facts if one.forecast is not None]
+    first, gpu_clocks = facts[0], [clock for clock in clocks if clock is not None]
+    forecasts = [rank.forecast for rank in facts if rank.forecast is not None]
     if first.device.total is None:
-        # the host's is shared
-        free, need = first.host_free, sum(one.host for one in forecasts)
+        # the host's ranks share its memory
+        free, need = first.host_free, sum(forecast.host for forecast in forecasts)
     else:
-        free = min((one.device.free for one in facts if one.device.free is not None), default=None)
-        need = max((one.device for one in forecasts), default=0)
+        free = min((rank.device.free for rank in facts if rank.device.free is not None), default=None)
+        need = max((forecast.device for forecast in forecasts), default=0)
     return [
         first.host,
-        named_ranks(one.rank for one in facts).partition(" ")[2]
+        named_ranks(rank.rank for rank in facts).partition(" ")[2]
         if len(facts) < 5
         else f"{first.rank}-{facts[-1].rank}",
         first.device.name,
-        f"{min(one.now for one in known):,} MHz" if known else _UNKNOWN,
+        f"{min(clock.now for clock in gpu_clocks):,} MHz" if gpu_clocks else _UNKNOWN,
         _UNKNOWN if free is None else readable_bytes(free),
         readable_bytes(need),
-        readable_bytes(min(one.disk_free for one in facts)),
-        f"{statistics.median(one.tflops for one in speeds):.3g} TFLOP/s",
-        _links([link for one in speeds for link in one.inside]),
-        _links([link for one in speeds for link in one.across]),
+        readable_bytes(min(rank.disk_free for rank in facts)),
+        f"{statistics.median(speed.tflops for speed in speeds):.3g} TFLOP/s",
+        _links([link for speed in speeds for link in speed.inside]),
+        _links([link for speed in speeds for link in speed.across]),
     ]
 
 
-def _what_is_needed(facts: Sequence[RankFacts]) -> list[str]:
-    """Return a line that says what the column of needed memory counts."""
-    forecasts = [one.forecast for one in facts if one.forecast is not None]
+def _need_legend(facts: Sequence[RankFacts]) -> list[str]:
+    """Return a line that explains the column of needed memory."""
+    forecasts = [rank.forecast for rank in facts if rank.forecast is not None]
     if not forecasts:
         return []
-    if all(one.whole_step for one in forecasts):
+    if all(forecast.whole_step for forecast in forecasts):
         return ["needed: a step of the rank that needs most, as distattn plan --memory counts it"]
     whose = "all ranks on a host" if facts[0].device.total is None else "a rank"
     return [
@@ -99,5 +99,5 @@ def _what_is_needed(facts: Sequence[RankFacts]) -> list[str]:
 def _links(links: Sequence[Link]) -> str:
     if not links:
         return _UNKNOWN
-    speed, latency = (statistics.median(getattr(one, name) for one in links) for name in ("gbs", "latency_us"))
+    speed, latency = (statistics.median(getattr(link, name) for link in links) for name in ("gbs", "latency_us"))
     return f"{speed:.3g} GB/s, {latency:.3g} µs"

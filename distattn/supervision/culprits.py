@@ -1,4 +1,4 @@
-"""Which of several ranks that stand still is to blame: most of them only wait for one."""
+"""Find the ranks to blame among ranks that stand still: most of them only wait for another one."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 from distattn.supervision.heartbeats import Heartbeat
 
-# what errors say of ranks that end because another one has ended
+# phrases in errors of ranks that end because another rank has ended
 _LOST_PEER = ("stopped answering", "Connection", "gloo", "NCCL", "timed out", "Broken pipe")
 
 
 class Culprit(NamedTuple):
-    """A rank that is to blame. how: what is wrong with it, as the rest of a sentence; does: what it has told last.
+    """A rank that is to blame. how: what is wrong with it, as the rest of a sentence; does: its last activity.
 
-    helper: the process to blame in its place, as sentences name it; rank is then the first rank of that process's node.
+    helper: the name in sentences of a process to blame instead; `rank` is then the first rank of that process's node.
     """
 
     rank: int
@@ -35,81 +35,89 @@ class Culprit(NamedTuple):
 
 
 def process_state(pid: int) -> str:
-    """The state of a process as Linux tells it (proc(5)): R, S, D, T, t, Z, or X where there is none."""
+    """Return the state of a process as in proc(5): R, S, D, T, t, Z, or X if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[0]
     except OSError:
         return "X"
 
 
-def tells_of_lost_peer(message: str) -> bool:
-    """Whether an error's message is one of ranks that have lost another one, whose own end it would follow from."""
+def names_lost_peer(message: str) -> bool:
+    """Return whether an error's message shows that the rank failed because it lost another rank."""
     return any(phrase in message for phrase in _LOST_PEER)
 
 
 def culprits(
     beats: Mapping[int, Heartbeat | None], states: Mapping[int, str], in_collective: Collection[int] = ()
 ) -> list[Culprit]:
-    """Of ranks that stand still, those that do not merely wait for others; never none.
+    """Return the ranks that do not merely wait for others, among ranks that stand still; at least one.
 
-    beats: by rank, None of those that have told nothing; without ranks that have ended. states: of their processes, as
-    `process_state` has them. in_collective: ranks whose stacks show a collective, which they may not have told.
+    beats: by rank, None for ranks without a heartbeat; leave out ranks that have ended. states: of their processes, from
+    `process_state`. in_collective: ranks whose stacks show a collective, which their heartbeats may not report.
     """
     if stopped := [rank for rank, state in states.items() if state in "Tt"]:
-        return [Culprit(rank, "is stopped (SIGSTOP or a debugger)", words(beats[rank])) for rank in stopped]
+        return [Culprit(rank, "is stopped (SIGSTOP or a debugger)", last_activity(beats[rank])) for rank in stopped]
     if silent := [rank for rank, beat in beats.items() if beat is None]:
-        return [Culprit(rank, "has told nothing since it was started") for rank in silent]
-    known = {rank: beat for rank, beat in beats.items() if beat is not None}
+        return [Culprit(rank, "has sent no heartbeat since its start") for rank in silent]
+    last_beats = {rank: beat for rank, beat in beats.items() if beat is not None}
     if stuck := [rank for rank, state in states.items() if state == "D"]:
-        return [Culprit(rank, "waits for its disk or a device", words(beats[rank])) for rank in stuck]
-    busy = {rank: beat for rank, beat in known.items() if not beat.waits and rank not in in_collective}
+        return [Culprit(rank, "waits for its disk or a device", last_activity(beats[rank])) for rank in stuck]
+    busy = {rank: beat for rank, beat in last_beats.items() if not beat.waits and rank not in in_collective}
     if busy:
-        # others may do nothing because it does not come
-        rank = min(busy, key=lambda one: busy[one].at)
-        return [Culprit(rank, "neither waits for others nor goes on", words(busy[rank]))]
-    # a collective waits for all: whoever waits for a message instead keeps it from ending
-    if waiting := _waiting_for_messages(known):
-        others = Counter(_call(known[rank], rank in in_collective) for rank in known if rank not in waiting)
-        what = f"; the others: {others.most_common(1)[0][0]}" if others else ""
-        return [Culprit(rank, "waits for what does not come", f"{words(known[rank])}{what}") for rank in waiting]
-    least = min((beat.step for beat in known.values()), default=-1)
-    behind = [rank for rank, beat in known.items() if beat.step == least]
-    if len(behind) < len(known):
-        return [Culprit(rank, "is behind the others", words(known[rank])) for rank in behind]
-    counts = Counter(beat.words for beat in known.values())
-    common, number = counts.most_common(1)[0]
-    if 1 < number < len(known):
-        alone = [rank for rank, beat in known.items() if beat.words != common]
+        # the other busy ranks may be idle because this one does not come
+        rank = min(busy, key=lambda busy_rank: busy[busy_rank].at)
+        return [Culprit(rank, "waits for no other rank and makes no progress", last_activity(busy[rank]))]
+    # a collective waits for all ranks: a rank that waits for a message instead keeps it from ending
+    if waiting := _waiting_for_messages(last_beats):
+        others = Counter(_call(last_beats[rank], rank in in_collective) for rank in last_beats if rank not in waiting)
+        suffix = f"; the others: {others.most_common(1)[0][0]}" if others else ""
         return [
-            Culprit(rank, "waits for what no other does", f"{words(known[rank])}; the others: {common}")
+            Culprit(rank, "waits for a message that does not arrive", f"{last_activity(last_beats[rank])}{suffix}")
+            for rank in waiting
+        ]
+    least = min((beat.step for beat in last_beats.values()), default=-1)
+    behind = [rank for rank, beat in last_beats.items() if beat.step == least]
+    if len(behind) < len(last_beats):
+        return [Culprit(rank, "is behind the others", last_activity(last_beats[rank])) for rank in behind]
+    counts = Counter(beat.activity for beat in last_beats.values())
+    common, number = counts.most_common(1)[0]
+    if 1 < number < len(last_beats):
+        alone = [rank for rank, beat in last_beats.items() if beat.activity != common]
+        return [
+            Culprit(
+                rank,
+                "waits for something that no other rank waits for",
+                f"{last_activity(last_beats[rank])}; the others: {common}",
+            )
             for rank in alone
         ]
-    return [Culprit(rank, "waits as all others do", words(beat)) for rank, beat in known.items()]
+    return [Culprit(rank, "waits like all other ranks", last_activity(beat)) for rank, beat in last_beats.items()]
 
 
-def _waiting_for_messages(known: Mapping[int, Heartbeat]) -> list[int]:
-    """Ranks that wait for messages, without those that wait for one of them alone.
+def _waiting_for_messages(beats: Mapping[int, Heartbeat]) -> list[int]:
+    """Return the ranks that wait for messages, without ranks whose peers all wait for messages, too.
 
-    Of ranks that all wait for each other all: a receiver of a lost message and its sender stop within a message, in any order.
+    If all of them wait for each other, return all: the receiver of a lost message and its sender stop one message apart, in
+    either order.
     """
-    awaited = {rank: _peers(beat.words) for rank, beat in known.items()}
+    awaited = {rank: _peers(beat.activity) for rank, beat in beats.items()}
     waiting = {rank for rank, peers in awaited.items() if peers}
     roots = [rank for rank in sorted(waiting) if not awaited[rank] <= waiting]
     return roots or sorted(waiting)
 
 
 def _peers(text: str) -> set[int]:
-    """Ranks that messages are awaited from, or are to go to, as `distattn.ir.errors.named_ranks` writes them."""
-    found = re.findall(r"\b(?:from|to) ranks? (\d+(?:, \d+)*)", text)
-    return {int(number) for numbers in found for number in numbers.split(", ")}
+    """Return the ranks that a message comes from or goes to, as `distattn.ir.errors.named_ranks` writes them."""
+    matches = re.findall(r"\b(?:from|to) ranks? (\d+(?:, \d+)*)", text)
+    return {int(number) for numbers in matches for number in numbers.split(", ")}
 
 
 def _call(beat: Heartbeat, in_collective: bool) -> str:
-    return f"a collective, {beat.words}" if in_collective and not beat.waits else beat.words
+    return f"a collective, {beat.activity}" if in_collective and not beat.waits else beat.activity
 
 
-def words(beat: Heartbeat | None) -> str:
-    """What a rank told last, with the step it is in."""
+def last_activity(beat: Heartbeat | None) -> str:
+    """Return the last activity of a rank, with its step."""
     if beat is None:
-        return "it has told nothing"
-    return beat.words if beat.step < 0 else f"step {beat.step + 1}, {beat.words}"
+        return "no heartbeat"
+    return beat.activity if beat.step < 0 else f"step {beat.step + 1}, {beat.activity}"

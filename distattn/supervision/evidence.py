@@ -1,4 +1,4 @@
-"""What is kept of ranks before they are killed: where each thread stands, what each told last, and its flight recorder."""
+"""Keep evidence of ranks before they are killed: the stack of each thread, the last heartbeat and the flight recorder."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from distattn.supervision.culprits import process_state
 from distattn.supervision.flight_recorder import keep_flight_recorders
 from distattn.supervision.heartbeats import Heartbeat
 
-# USR1 is what batch systems send before a time limit
+# batch systems send USR1 before a time limit
 _TELL_STACKS = signal.SIGUSR2
 # from linux/prctl.h
 _PR_SET_PTRACER = 0x59616D61
-# for py-spy; for a rank to begin its own answer, and to end it, since it was asked; and at least after all else
+# limits for py-spy; for a rank to begin its answer and to end it, after the request; and at least after all other work
 _PY_SPY_SECONDS, _BEGIN_SECONDS, _ANSWER_SECONDS, _LEAST_SECONDS = 10.0, 5.0, 10.0, 1.0
-# how faulthandler ends the stack of a main thread, and all stacks: at its outermost frame, or after a hundred
+# how faulthandler ends the stack of the main thread, which is the last one: at its outermost frame, or after a hundred
 _OUTERMOST = (" in <module>", "...", "<no Python frame>")
-# that an answer stays as it is before it counts as whole: one that ends so, and any
+# seconds without change after which an answer counts as complete: if it ends with an outermost frame, and otherwise
 _STILL_SECONDS, _STUCK_SECONDS = 0.05, 2.0
-# in how many innermost frames, of which torchrun's own do not count
+# paths of collectives and of torchrun, whose frames do not count; how many innermost frames are searched
 _COLLECTIVES, _TORCHRUN, _INNERMOST = "/torch/distributed/", "/torch/distributed/elastic/", 4
 
 
 def answer_with_stacks(folder: Path, rank: int) -> None:
-    """Have this process write where its threads stand into stacks-RANK.txt of a folder, when it is asked to.
+    """Let this process write the stacks of its threads into stacks-RANK.txt of a folder when it gets SIGUSR2.
 
-    From C, so that neither a lock nor a call that keeps the interpreter to itself is in the way. What ends it by a signal of its
-    own, such as a segmentation fault, is written there, too. Where the file cannot be made, this process's error stream has them.
+    The handler is written in C, so neither a lock nor a call that holds the interpreter is in its way. It also writes the
+    stacks at a fault such as a segmentation fault. If the file cannot be created, the stacks go to the error stream.
     """
     file = _stacks_file(folder, rank)
     try:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     except OSError as error:
         sys.stderr.write(
-            f"distattn: {file}: cannot be made: {error.strerror}; stacks of rank {rank} are printed instead.\n"
+            f"distattn: {file} cannot be created: {error.strerror}; the stacks of rank {rank} are printed instead.\n"
         )
         descriptor = os.dup(2)
     faulthandler.enable(descriptor)
@@ -52,16 +52,16 @@ def answer_with_stacks(folder: Path, rank: int) -> None:
 
 
 def be_read_by(pid: int) -> None:
-    """Let a process, and those that it starts, read this one's stacks where Yama keeps that from all but parents."""
+    """Let a process and its children read this process's stacks, which Yama may restrict to parents."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(pid), 0, 0, 0)
 
 
 def keep_evidence(folder: Path, pids: Mapping[int, int], beats: Mapping[int, Heartbeat]) -> dict[int, str]:
-    """Write what each rank told last, the stacks of its threads and its flight recorder into a folder; returns the stacks.
+    """Write the last heartbeat, the stacks and the flight recorder of each rank into a folder; return the stacks by rank.
 
-    pids: by rank. The ranks write their stacks themselves; those of a stopped one, which answers nothing, are read by py-spy
-    where that is installed. Raises OSError.
+    pids: by rank. The ranks write their stacks themselves. A stopped rank cannot answer: py-spy reads its stacks if it is
+    installed. Raises OSError.
     """
     lines = [
         json.dumps({"rank": rank, "state": process_state(pid)} | _fields(beats[rank])) for rank, pid in pids.items()
@@ -82,7 +82,7 @@ def keep_evidence(folder: Path, pids: Mapping[int, int], beats: Mapping[int, Hea
 
 
 def is_in_collective(stacks: str) -> bool:
-    """Whether the main thread, the last one, stands in a collective of PyTorch, one of an engine for example."""
+    """Return whether the main thread, which is the last one, is in a collective of PyTorch, such as one of an engine."""
     _, _, main = stacks.rpartition("hread 0x")
     innermost = main.splitlines()[1 : 1 + _INNERMOST]
     return any(_COLLECTIVES in line and _TORCHRUN not in line for line in innermost)
@@ -90,7 +90,7 @@ def is_in_collective(stacks: str) -> bool:
 
 def _fields(beat: Heartbeat) -> dict[str, object]:
     silent = time.monotonic() - beat.at
-    return {"step": beat.step + 1, "words": beat.words, "waits": beat.waits, "silent_seconds": round(silent, 2)}
+    return {"step": beat.step + 1, "activity": beat.activity, "waits": beat.waits, "silent_seconds": round(silent, 2)}
 
 
 def _stacks_file(folder: Path, rank: int) -> Path:
@@ -98,22 +98,22 @@ def _stacks_file(folder: Path, rank: int) -> Path:
 
 
 def _wait_for_answers(pids: Mapping[int, int], files: Mapping[int, tuple[Path, int]], asked: float) -> None:
-    """Until each rank has written its stacks into its file, beyond so many bytes, or the time is over.
+    """Wait until each rank has written its stacks into its file, after the given number of bytes, or the time is over.
 
-    Threads are written one after another, the main one last, and a busy machine may interrupt a rank in the middle of it.
+    Threads are written one after another, the main one last, and a busy machine may interrupt a rank in between.
     """
-    found, changed, began = dict.fromkeys(pids, ""), dict.fromkeys(pids, asked), time.monotonic()
+    texts, changed, began = dict.fromkeys(pids, ""), dict.fromkeys(pids, asked), time.monotonic()
     left = set(pids)
     while left:
         time.sleep(0.01)
         now = time.monotonic()
         for rank in list(left):
-            if (text := _added_to(*files[rank])) != found[rank]:
-                found[rank], changed[rank] = text, now
+            if (text := _added_to(*files[rank])) != texts[rank]:
+                texts[rank], changed[rank] = text, now
             is_still = text and now - changed[rank] > (_STILL_SECONDS if _seems_whole(text) else _STUCK_SECONDS)
             if is_still or process_state(pids[rank]) in "XZ":
                 left.remove(rank)
-        seconds = _ANSWER_SECONDS if any(found[rank] for rank in left) else _BEGIN_SECONDS
+        seconds = _ANSWER_SECONDS if any(texts[rank] for rank in left) else _BEGIN_SECONDS
         if now > max(asked + seconds, began + _LEAST_SECONDS):
             break
 
@@ -131,12 +131,12 @@ def _size(file: Path) -> int:
 
 
 def _spy(pids: Mapping[Path, int]) -> None:
-    """Add what py-spy reads of processes to files, by their files; nothing where it is not installed."""
+    """Append the output of py-spy for processes to files. pids: by file. Do nothing if py-spy is not installed."""
     if not pids or shutil.which("py-spy") is None:
         return
     ends, started = time.monotonic() + _PY_SPY_SECONDS, []
     for file, pid in pids.items():
-        # a stopped process does not answer the stop that py-spy sends; what it cannot read it says
+        # a stopped process does not answer the stop that py-spy sends; py-spy writes into the file why it cannot read
         with contextlib.suppress(OSError), open(file, "a", encoding="utf-8") as opened:
             command = ["py-spy", "dump", "--pid", str(pid), "--nonblocking"]
             started.append(subprocess.Popen(command, stdout=opened, stderr=subprocess.STDOUT))

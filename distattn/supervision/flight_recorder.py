@@ -1,7 +1,7 @@
-"""PyTorch's flight recorder of each rank: the collective calls that it began last, in order, and which of them are done.
+"""Read PyTorch's flight recorder of each rank: the collective calls that it began last, in order, and which are done.
 
-A rank answers from a thread of PyTorch's own, so that neither a lock nor a call that keeps the interpreter to itself is in the
-way. gloo and NCCL record by default, gloo no messages between two ranks.
+A rank answers from a thread of PyTorch, so neither a lock nor a call that holds the interpreter is in the way. gloo and NCCL
+record by default; gloo does not record messages between two ranks.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from pathlib import Path
 from typing import Any
 
 _SOCKET = "distattn-flight-recorder"
-# what PyTorch's server calls the traces, by backend; without CUDA it has no second one
+# names of the traces in PyTorch's server, by backend; without CUDA there is no second one
 _TRACES = {"gloo": "fr_trace_json", "nccl": "dump_nccl_trace_json"}
 _ANSWER_SECONDS = 3.0
-# The first that is set counts, see FlightRecorder.hpp.
+# The first variable that is set counts, see FlightRecorder.hpp.
 _LENGTHS = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 # Each message is an entry: a layer of USP has 378 and one of Ulysses 297 (8 ranks, 64:8 heads, a pack of 8 documents). Others
 # have fewer.
 _ENTRIES_A_LAYER = 400
-# PyTorch's own length, and the most that ranks answer with in time
+# PyTorch's default length, and the longest record that ranks can send in time
 _FEWEST, _MOST = 2_000, 24_000
-# the servers of this process: one that is not referenced any more ends
+# the servers of this process: a server ends when it is no longer referenced
 _SERVERS: list[object] = []
 
 
 def answer_with_flight_recorder() -> None:
-    """Have this process tell its flight recorder to processes of the same user that ask. Does nothing where PyTorch cannot."""
+    """Serve this process's flight recorder to processes of the same user. Do nothing if PyTorch has no server."""
     with contextlib.suppress(ImportError, OSError, RuntimeError):
-        # a launcher does without torch
+        # imported here: a launcher does not need torch
         from torch._C._distributed_c10d import _WorkerServer
 
         with tempfile.TemporaryDirectory(prefix="distattn-") as folder, _without_stderr():
             path = os.path.join(folder, _SOCKET)
             _SERVERS.append(_WorkerServer(path))
-            # it loses its name, and is found by this descriptor alone, which is closed when the process ends, in whatever way
+            # the socket loses its name and is found through this descriptor only, which closes when the process ends in any way
             os.open(path, os.O_PATH | os.O_CLOEXEC)
 
 
@@ -57,11 +57,11 @@ def lengthen_flight_recorder(layers: int) -> None:
 def keep_flight_recorders(folder: Path, pids: Mapping[int, int]) -> None:
     """Write flight-recorder-RANK.json into a folder for each rank that answers: its traces by backend. Raises OSError.
 
-    pids: of the ranks, by rank. Takes 3 s at most, however many of them do not answer.
+    pids: by rank. Takes 3 s at most, even if no rank answers.
     """
     ends = time.monotonic() + _ANSWER_SECONDS
     asked: dict[tuple[int, str], http.client.HTTPConnection] = {}
-    found: dict[int, dict[str, Any]] = {}
+    traces_by_rank: dict[int, dict[str, Any]] = {}
     with contextlib.ExitStack() as opened:
         for rank, pid in pids.items():
             for name, trace in _TRACES.items():
@@ -69,13 +69,13 @@ def keep_flight_recorders(folder: Path, pids: Mapping[int, int]) -> None:
                     asked[rank, name] = _ask(pid, trace, opened)
         for (rank, name), connection in asked.items():
             if (answer := _answer(connection, ends)) is not None:
-                found.setdefault(rank, {})[name] = answer
-    for rank, traces in found.items():
+                traces_by_rank.setdefault(rank, {})[name] = answer
+    for rank, traces in traces_by_rank.items():
         (folder / f"flight-recorder-{rank}.json").write_text(json.dumps(traces), "utf-8")
 
 
 def _ask(pid: int, trace: str, opened: contextlib.ExitStack) -> http.client.HTTPConnection:
-    """A connection to a process that was asked for a trace, and has not answered yet. Raises OSError where it cannot be asked."""
+    """Ask a process for a trace and return the connection for its answer. Raises OSError if the process cannot be asked."""
     connection = http.client.HTTPConnection("localhost")
     connection.sock = opened.enter_context(socket.socket(socket.AF_UNIX))
     connection.sock.settimeout(_ANSWER_SECONDS)
@@ -85,7 +85,7 @@ def _ask(pid: int, trace: str, opened: contextlib.ExitStack) -> http.client.HTTP
 
 
 def _answer(connection: http.client.HTTPConnection, ends: float) -> Any:
-    """The trace that was asked for; None where none has come by a time of the monotonic clock."""
+    """Return the requested trace; None if it has not come at the time `ends` of the monotonic clock."""
     with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
         connection.sock.settimeout(max(0.01, ends - time.monotonic()))
         response = connection.getresponse()
@@ -95,9 +95,9 @@ def _answer(connection: http.client.HTTPConnection, ends: float) -> Any:
 
 
 def _socket_of(pid: int) -> str:
-    """Where a process answers, as `answer_with_flight_recorder` leaves it. Raises FileNotFoundError where it does not."""
+    """Return the socket on which a process answers. Raises FileNotFoundError if it has none."""
     for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        # others are closed meanwhile
+        # other descriptors may be closed meanwhile
         with contextlib.suppress(FileNotFoundError):
             if f"/{_SOCKET} (deleted)" in os.readlink(descriptor):
                 return str(descriptor)
@@ -106,7 +106,7 @@ def _socket_of(pid: int) -> str:
 
 @contextlib.contextmanager
 def _without_stderr() -> Iterator[None]:
-    """Around what PyTorch says of the server's start as if it were a warning."""
+    """Discard the error stream: PyTorch prints the start of the server as if it were a warning."""
     before = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)

@@ -1,7 +1,7 @@
-"""Heartbeats of the ranks of one machine: what each does, told before it is done, in memory that a supervisor reads.
+"""Heartbeats of the ranks of one machine: each rank writes what it is about to do into memory that a supervisor reads.
 
-A rank that hangs cannot say so; what it told last can be read all the same. A board is memory with one slot of SLOT_BYTES
-for each rank, which that rank alone writes.
+A rank that hangs cannot report it, but its last heartbeat can still be read. A board is memory with one slot of SLOT_BYTES
+for each rank, and only that rank writes its slot.
 """
 
 from __future__ import annotations
@@ -21,24 +21,25 @@ from zlib import crc32
 from distattn.ir.errors import DistattnError
 
 SLOT_BYTES = 256
-# of the memory, as /proc shows it
+# name of the memory in /proc
 _NAME = "distattn-heartbeats"
-# what a rank tells last: it has done its part, refuses to go on, or something was raised; the reason follows
+# a rank's last activity: it has done its part, refuses to go on, or an exception was raised; the reason follows
 ENDED, REFUSED, RAISED = "ended", "refused with exit code ", "raised "
-# and of one that has ended, once it need not wait for the others' ends any more
+# activity of a rank that has ended and no longer waits for the others to end
 LEFT = "left"
-# pid, attempt, nanoseconds, beats, step, first, seconds, waits, bytes of words; before it a checksum of all that follows
+# pid, attempt, nanoseconds, beats, step, first, seconds, waits, bytes of the activity; a checksum of all of it comes before
 _HEAD = struct.Struct("<IIQQqqfBB")
 _SUM_BYTES = 4
-_WORD_BYTES = SLOT_BYTES - _SUM_BYTES - _HEAD.size
+_ACTIVITY_BYTES = SLOT_BYTES - _SUM_BYTES - _HEAD.size
 _TRIES = 20
 
 
 class Heartbeat(NamedTuple):
-    """What a rank told last. at: seconds of CLOCK_MONOTONIC. step: of training; first: the one its process began with; -1 before.
+    """The last heartbeat of a rank.
 
-    seconds: that this may take without another word; 0 where the supervisor decides. waits: for other ranks; what a rank that
-    waits stands still for is elsewhere.
+    at: seconds of CLOCK_MONOTONIC. step: the training step; first: the first step of the process; both -1 before training.
+    seconds: how long the activity may take without another heartbeat; 0: the supervisor decides. waits: the rank waits for
+    other ranks, so another rank is to blame if it stands still. activity: what the rank does, as text.
     """
 
     pid: int
@@ -48,75 +49,75 @@ class Heartbeat(NamedTuple):
     step: int
     seconds: float
     waits: bool
-    words: str
+    activity: str
     first: int = -1
 
 
 class HeartbeatBoard:
-    """The slots of some ranks. Read by one process, written by each rank; nobody but this user can open it."""
+    """The slots of some ranks. One process reads it, each rank writes its slot; no other user can open it."""
 
     def __init__(self, descriptor: int, writable: bool = True):
         self._descriptor = descriptor
         self._memory = mmap.mmap(descriptor, 0, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
-        self._known: dict[int, Heartbeat] = {}
+        self._last_beats: dict[int, Heartbeat] = {}
 
     @classmethod
     def make(cls, ranks: int) -> HeartbeatBoard:
-        """A board in memory that goes with the last process that has it. Raises OSError."""
+        """Make a board in memory that is freed when the last process that has it ends. Raises OSError."""
         descriptor = os.memfd_create(_NAME)
         os.ftruncate(descriptor, ranks * SLOT_BYTES)
         return cls(descriptor)
 
     @classmethod
     def open(cls, path: Path, writable: bool = False) -> HeartbeatBoard:
-        """The board of another process, by its `path`. Raises OSError, also where that process has put it away."""
-        # not even read: the number may be that of any other file of the process by now
+        """Open the board of another process by its `path`. Raises OSError, also if that process has closed the board."""
+        # do not even read it: the descriptor's number may belong to any other file of the process by now
         descriptor = os.open(path, os.O_PATH)
         try:
-            what = os.readlink(f"/proc/self/fd/{descriptor}")
-            if not what.startswith(f"/memfd:{_NAME}"):
-                raise FileNotFoundError(errno.ENOENT, f"no board of heartbeats, but {what}", str(path))
+            target = os.readlink(f"/proc/self/fd/{descriptor}")
+            if not target.startswith(f"/memfd:{_NAME}"):
+                raise FileNotFoundError(errno.ENOENT, f"no board of heartbeats, but {target}", str(path))
             opened = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR if writable else os.O_RDONLY)
         finally:
             os.close(descriptor)
         if not os.fstat(opened).st_size:
-            # another one that is being made, under the number of one that was put away
+            # a new board that is still being made and has got the number of a closed one
             os.close(opened)
             raise FileNotFoundError(errno.ENOENT, "a board of heartbeats without slots", str(path))
         return cls(opened, writable)
 
     @property
     def slots(self) -> int:
-        """Of how many ranks."""
+        """Number of ranks on the board."""
         return len(self._memory) // SLOT_BYTES
 
     @property
     def path(self) -> Path:
-        """Under which this user's other processes can open it while this process lives."""
+        """Path by which other processes of this user can open the board while this process lives."""
         return Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
 
     def writer(self, slot: int, attempt: int) -> Callable[[str, int, float, bool], None]:
-        """A function that tells what the rank of a slot does: words, step, seconds, whether it waits for others."""
+        """Return a function that writes a heartbeat into a slot: write(activity, step, seconds, waits)."""
         memory, start = self._memory, slot * SLOT_BYTES
         pack, clock, pid, beats, first = _HEAD.pack, time.monotonic_ns, os.getpid(), 0, -1
 
-        def write(words: str, step: int, seconds: float, waits: bool) -> None:
+        def write(activity: str, step: int, seconds: float, waits: bool) -> None:
             nonlocal beats, first
             beats += 1
             if first < 0:
                 first = step
-            text = words.encode(errors="replace")[:_WORD_BYTES]
+            text = activity.encode(errors="replace")[:_ACTIVITY_BYTES]
             content = pack(pid, attempt, clock(), beats, step, first, seconds, waits, len(text)) + text
-            # no order of writes would do: the interpreter's and the processor's are their own
+            # neither Python nor the CPU guarantees write order; the checksum detects torn writes
             content = crc32(content).to_bytes(_SUM_BYTES, "little") + content
             memory[start : start + len(content)] = content
 
         return write
 
     def read(self, slot: int) -> Heartbeat | None:
-        """What a rank told last, None before its first word.
+        """Return the last heartbeat of a rank, None before its first one.
 
-        While it writes, which may last where it has lost the processor, what it told before.
+        Return the heartbeat before it while the rank is writing, which may take long if the rank has lost the processor.
         """
         start = slot * SLOT_BYTES
         for _ in range(_TRIES):
@@ -124,19 +125,20 @@ class HeartbeatBoard:
             pid, attempt, at, beats, step, first, seconds, waits, size = _HEAD.unpack_from(raw, _SUM_BYTES)
             content = raw[_SUM_BYTES : _SUM_BYTES + _HEAD.size + size]
             if crc32(content) == int.from_bytes(raw[:_SUM_BYTES], "little"):
-                words = content[_HEAD.size :].decode(errors="replace")
-                self._known[slot] = Heartbeat(pid, attempt, at / 1e9, beats, step, seconds, bool(waits), words, first)
+                text = content[_HEAD.size :].decode(errors="replace")
+                beat = Heartbeat(pid, attempt, at / 1e9, beats, step, seconds, bool(waits), text, first)
+                self._last_beats[slot] = beat
                 break
-        return self._known.get(slot)
+        return self._last_beats.get(slot)
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Release the memory."""
         self._memory.close()
         os.close(self._descriptor)
 
 
-class _Told:
-    """What this process told last, and who writes it down: nobody by default. Threads take turns."""
+class _CurrentActivity:
+    """The last heartbeat of this process, and the function that writes it; None by default. Threads take turns."""
 
     def __init__(self) -> None:
         self.write: Callable[[str, int, float, bool], None] | None = None
@@ -144,29 +146,29 @@ class _Told:
         self.step = -1
         self.layer: int | None = None
         self.last: tuple[str, float, bool] = "", 0.0, False
-        # what other threads do meanwhile, and whether they wait for other ranks; and the one that the main thread waits for
-        self.beside: dict[int, tuple[str, bool]] = {}
+        # other threads: what each does and whether it waits for other ranks; and the thread that the main thread waits for
+        self.other_threads: dict[int, tuple[str, bool]] = {}
         self.awaited: int | None = None
 
-    def tell(self, words: str, seconds: float, waits: bool) -> None:
+    def set(self, activity: str, seconds: float, waits: bool) -> None:
         if self.write is not None:
             with self.lock:
-                self.last = words, seconds, waits
+                self.last = activity, seconds, waits
                 self._write_now()
 
     def repeat(self) -> None:
         if self.write is not None:
-            # what is repeated is looked up in here: another thread may tell something new meanwhile
+            # `last` is read under the lock: another thread may set a new activity meanwhile
             with self.lock:
                 self._write_now()
 
-    def tell_beside(self, thread: int, does: tuple[str, bool] | None) -> None:
+    def set_thread(self, thread: int, activity: tuple[str, bool] | None) -> None:
         with self.lock:
-            before = self.beside.pop(thread, None)
-            if does is not None:
-                self.beside[thread] = does
-            # of a thread that waits nobody hears but whoever waits for it
-            if thread == self.awaited or not all(waits for _, waits in filter(None, (before, does))):
+            before = self.other_threads.pop(thread, None)
+            if activity is not None:
+                self.other_threads[thread] = activity
+            # a background thread's wait is reported only while the main thread waits for that thread
+            if thread == self.awaited or not all(waits for _, waits in filter(None, (before, activity))):
                 self._write_now()
 
     def wait_for(self, thread: int | None) -> None:
@@ -179,113 +181,114 @@ class _Told:
             self._write(self.write)
 
     def _write(self, write: Callable[[str, int, float, bool], None]) -> None:
-        words, seconds, waits = self.last
-        if self.beside:
-            awaited, waits_too = self.beside.get(self.awaited or 0, ("", False))
+        activity, seconds, waits = self.last
+        if self.other_threads:
+            awaited, waits_too = self.other_threads.get(self.awaited or 0, ("", False))
             if waits_too:
-                words, seconds, waits = awaited, 0.0, True
-            beside = (what for what, waiting in self.beside.values() if not waiting)
-            words = "; meanwhile ".join(dict.fromkeys((words, *beside)))
-        write(words, self.step, seconds, waits)
+                activity, seconds, waits = awaited, 0.0, True
+            busy_threads = (text for text, waiting in self.other_threads.values() if not waiting)
+            activity = "; meanwhile ".join(dict.fromkeys((activity, *busy_threads)))
+        write(activity, self.step, seconds, waits)
 
 
-_TOLD = _Told()
+_CURRENT = _CurrentActivity()
 
 
 def attach(path: Path, slot: int, attempt: int) -> None:
-    """Have this process tell what it does on a board from now on. Raises OSError where there is none."""
-    _TOLD.write = HeartbeatBoard.open(path, writable=True).writer(slot, attempt)
+    """Let this process write its heartbeats on a board from now on. Raises OSError if there is no board."""
+    _CURRENT.write = HeartbeatBoard.open(path, writable=True).writer(slot, attempt)
 
 
-def tell(words: str, *, step: int | None = None, seconds: float = 0.0, waits: bool = False) -> None:
-    """Say what this process does next; for nobody, and nearly for nothing, where it has no supervisor. Costs about 1 us.
+def set_activity(text: str, *, step: int | None = None, seconds: float = 0.0, waits: bool = False) -> None:
+    """Report what this process does next. Takes about 1 us; does nothing without a supervisor.
 
-    step: of training, from now on. seconds: see `Heartbeat`. waits: for other ranks.
+    step: the training step from now on. seconds: see `Heartbeat`. waits: the process waits for other ranks.
     """
     if step is not None:
-        _TOLD.step = step
-    _TOLD.tell(words, seconds, waits)
+        _CURRENT.step = step
+    _CURRENT.set(text, seconds, waits)
 
 
-def beat() -> None:
-    """Say that this process goes on with what it told last: more of a file is written, for example. From any thread."""
-    _TOLD.repeat()
+def repeat_heartbeat() -> None:
+    """Report that the last activity makes progress: more of a file is written, for example. Any thread may call it."""
+    _CURRENT.repeat()
 
 
-class telling:  # noqa: N801
-    """Say what this process does in here; afterwards, that it goes on with what it did before."""
+class activity:  # noqa: N801
+    """Context manager that reports an activity of this process; afterwards the activity before it goes on."""
 
-    # a class, since a generator would cost as much again
+    # a generator would double the cost
     __slots__ = ("_before", "_now")
 
-    def __init__(self, words: str, *, seconds: float = 0.0, waits: bool = False):
-        self._now = words, seconds, waits
+    def __init__(self, text: str, *, seconds: float = 0.0, waits: bool = False):
+        self._now = text, seconds, waits
 
     def __enter__(self) -> None:
-        self._before = _TOLD.last
-        _TOLD.tell(*self._now)
+        self._before = _CURRENT.last
+        _CURRENT.set(*self._now)
 
     def __exit__(self, *exception: object) -> None:
-        _TOLD.tell(*self._before)
+        _CURRENT.set(*self._before)
 
 
 @contextlib.contextmanager
-def doing(words: str, *, waits: bool = False) -> Iterator[None]:
-    """Say what the thread that is in here does: as `telling` on the main thread, of others beside what that one does.
+def thread_activity(text: str, *, waits: bool = False) -> Iterator[None]:
+    """Report what the calling thread does: like `activity` on the main thread; other threads add to the main thread's activity.
 
-    waits: for other ranks; of another thread it is told where the main thread waits for that one (see `awaiting`).
+    waits: the thread waits for other ranks; for a background thread this is reported while the main thread waits for it
+    (see `awaiting_thread`).
     """
-    if _TOLD.write is None:
+    if _CURRENT.write is None:
         yield
         return
     if threading.current_thread() is threading.main_thread():
-        with telling(words, waits=waits):
+        with activity(text, waits=waits):
             yield
         return
     thread = threading.get_ident()
-    before = _TOLD.beside.get(thread)
-    _TOLD.tell_beside(thread, (words, waits))
+    before = _CURRENT.other_threads.get(thread)
+    _CURRENT.set_thread(thread, (text, waits))
     try:
         yield
     finally:
-        _TOLD.tell_beside(thread, before)
+        _CURRENT.set_thread(thread, before)
 
 
 @contextlib.contextmanager
-def awaiting(thread: int) -> Iterator[None]:
-    """Say that the main thread waits for another one, by its ident, in here: where that waits for other ranks, so does this one.
+def awaiting_thread(thread: int) -> Iterator[None]:
+    """Report that the main thread waits for another thread, given by its ident.
 
-    So a rank that hangs elsewhere is found by what it has told, and this one is not to blame.
+    While that thread waits for other ranks, the heartbeat says that this rank waits for them, so this rank is not blamed.
     """
-    before = _TOLD.awaited
-    _TOLD.wait_for(thread)
+    before = _CURRENT.awaited
+    _CURRENT.wait_for(thread)
     try:
         yield
     finally:
-        _TOLD.wait_for(before)
+        _CURRENT.wait_for(before)
 
 
-def tell_layer(layer: int | None) -> None:
-    """Say which layer of the model messages are for, from now on; None: it is not known."""
-    _TOLD.layer = layer
+def set_layer(layer: int | None) -> None:
+    """Set the layer of the model that messages belong to from now on; None: unknown."""
+    _CURRENT.layer = layer
 
 
-def layer_in_words() -> str:
-    """ " of layer 17" of what `tell_layer` was given, or nothing."""
-    return "" if _TOLD.layer is None else f" of layer {_TOLD.layer}"
+def layer_suffix() -> str:
+    """Return " of layer 17" for the layer that `set_layer` has set, "" if it is unknown."""
+    return "" if _CURRENT.layer is None else f" of layer {_CURRENT.layer}"
 
 
-def tell_end(code: int, error: BaseException | None = None) -> None:
-    """Say how this process ends, with the first line of what was raised; what it has said of its end already stays."""
-    if _TOLD.last[0].startswith((REFUSED, RAISED)):
+def set_end(code: int, error: BaseException | None = None) -> None:
+    """Report how this process ends, with the first line of the exception. An end that was already reported stays."""
+    if _CURRENT.last[0].startswith((REFUSED, RAISED)):
         return
     line = (str(error).strip().splitlines() or [""])[0]
     if error is not None and not isinstance(error, DistattnError):
-        tell(f"{RAISED}{type(error).__name__}: {line}")
+        set_activity(f"{RAISED}{type(error).__name__}: {line}")
     else:
-        tell(f"{REFUSED}{code}" + (f": {line}" if line and error is not None else "") if code else ENDED)
+        set_activity(f"{REFUSED}{code}" + (f": {line}" if line and error is not None else "") if code else ENDED)
 
 
 def is_attached() -> bool:
-    """Whether somebody reads what this process tells: words that cost something to make are for nobody otherwise."""
-    return _TOLD.write is not None
+    """Return whether a supervisor reads the heartbeats. If none does, do not build texts that cost time."""
+    return _CURRENT.write is not None

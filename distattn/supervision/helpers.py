@@ -1,4 +1,4 @@
-"""Helper processes of ranks: the fork server, and what copies output. They are watched and named as ranks are."""
+"""Helper processes of ranks: the fork server and the process that copies output. They are watched and named like ranks."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from distattn.supervision.culprits import process_state
 
 # seconds between two looks at a helper
 LOOK_SECONDS = 0.5
-# processes that a command replaces before it gives up: a new process does not mend a fault that comes back
+# replacements before a command gives up: a new process does not cure a fault that comes back
 MOST_REPLACEMENTS = 3
-# the time that a killed process may take to end: one that waits for a disk ends later
+# seconds that a killed process may take to end: a process that waits for a disk ends later
 _KILLED_SECONDS = 2.0
 
 
 @dataclass
 class Helper:
-    """A child of this process. name: as in sentences.
+    """A child of this process. name: its name in sentences.
 
-    replace: starts another one and returns its process id; None where the ranks end with the helper. begin_again: what a new one
-    means for the user, as the rest of a sentence.
+    replace: starts another one and returns its process id; None if the ranks end with the helper. begin_again: what a new
+    helper means for the user, as the rest of a sentence.
     """
 
     name: str
@@ -37,13 +37,13 @@ class Helper:
         return f"{self.name} (process {self.pid})"
 
     def end(self) -> str:
-        """Return how it has ended, such as "was killed by SIGKILL"; "" while it is there."""
+        """Return how it has ended, such as "was killed by SIGKILL"; "" while it lives."""
         if process_state(self.pid) not in "XZ":
             return ""
         return how_it_ended(code) if (code := self.exit_code()) is not None else "has ended"
 
     def exit_code(self) -> int | None:
-        """Return the exit code of one that has ended, -N for signal N; None where that is not known. It is not reaped."""
+        """Return the exit code after its end, -N for signal N; None if it is unknown. Does not reap it."""
         with contextlib.suppress(ChildProcessError):
             ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if ended is not None:
@@ -51,9 +51,9 @@ class Helper:
         return None
 
     def fault(self, patience: float) -> str:
-        """Return what is wrong with it, "" for nothing. Call it every LOOK_SECONDS.
+        """Return its fault, "" if there is no fault. Call it every LOOK_SECONDS.
 
-        patience: seconds that it may be stopped. Looks are counted, since time in which this process did not run is no fault.
+        patience: seconds that it may be stopped. Calls are counted, not seconds: while this process did not run, no time counts.
         """
         if ended := self.end():
             return ended
@@ -65,7 +65,7 @@ class Helper:
         return process_state(self.pid) in "Tt"
 
     def start_again(self, fault: str) -> str:
-        """Kill what is left of it and replace it. Return the sentence about it, without its period."""
+        """Kill it if it still lives, and replace it. Return a sentence about that, without its period."""
         assert self.replace is not None
         sentence = f"{self} {fault}: {self.begin_again}"
         self.kill()
@@ -73,7 +73,7 @@ class Helper:
         return sentence
 
     def kill(self) -> None:
-        """End it by SIGKILL, and wait until it has ended; it is not reaped."""
+        """Send it SIGKILL and wait until it has ended. Does not reap it."""
         if not self.end():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
@@ -83,7 +83,7 @@ class Helper:
 
 
 def how_it_ended(code: int) -> str:
-    """Return what to say of a process by its exit code, which is negative where a signal killed it."""
+    """Return how a process ended, from its exit code, which is negative if a signal killed it."""
     if code >= 0:
         return f"ended with exit code {code}"
     has_name = -code in {number.value for number in signal.Signals}

@@ -1,7 +1,7 @@
-"""Find which nodes of an attempt reach each other, to tell a cut link from ranks that hang.
+"""Find which nodes of an attempt reach each other, to distinguish a cut link from ranks that hang.
 
-Each node writes its address into a file in the folder of the attempt, which all nodes have. A node is reached where it takes or
-refuses a TCP connection, so no socket has to listen for it.
+Each node writes its address into a file in the folder of the attempt, which all nodes share. A node is reached if it accepts
+or refuses a TCP connection, so no socket has to listen for it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# the longest wait for an answer; seconds between two looks at nodes that were not reached yet, and how many looks: ten minutes
+# longest wait for an answer; seconds between two tries for nodes that were not reached yet; number of tries: ten minutes
 ANSWER_SECONDS, _LOOK_SECONDS, _LOOKS = 3.0, 2.0, 300
 # a node that refuses a connection is reached
 _REACHED = (0, errno.ECONNREFUSED)
 
 
 class NodeAddress(NamedTuple):
-    """The address of a node. address: a number, not a name; port: where connections are tried, accepted or not."""
+    """The address of a node. address: an IP number, not a name; port: for trial connections, which may be refused."""
 
     host: str
     address: str
@@ -34,7 +34,7 @@ class NodeAddress(NamedTuple):
 
 
 class CutLink(NamedTuple):
-    """Two nodes that do not reach each other any more: a sentence about them, in two parts."""
+    """Two nodes that no longer reach each other. names and how: the subject and the rest of a sentence about them."""
 
     first: int
     second: int
@@ -43,25 +43,25 @@ class CutLink(NamedTuple):
 
 
 class NodeLinks:
-    """The links from one node to the others. Only one that was whole counts as cut: firewalls may drop what they do not know."""
+    """The links from one node to the others. Only a link that once worked counts as cut: firewalls may drop connections."""
 
-    def __init__(self, folder: Path, node: int, nodes: int, own: NodeAddress):
-        self._folder, self._node, self._nodes, self._own = folder, node, nodes, own
+    def __init__(self, folder: Path, node: int, nodes: int, own_address: NodeAddress):
+        self._folder, self._node, self._nodes, self._own_address = folder, node, nodes, own_address
         self._reached: dict[int, NodeAddress] = {}
         self._closed = threading.Event()
         with contextlib.suppress(OSError):
-            self._file(node).write_text(json.dumps(own), "utf-8")
+            self._file(node).write_text(json.dumps(own_address), "utf-8")
         threading.Thread(target=self._reach, daemon=True, name="distattn-node-links").start()
 
     def cut(self) -> list[CutLink]:
-        """Return the links that were whole and are cut now. Takes ANSWER_SECONDS at most."""
-        # a node that a scheduler has started again elsewhere has written another address; the folder may be cut off, too
+        """Return the links that once worked and are cut now. Takes ANSWER_SECONDS at most."""
+        # a node that a scheduler restarted elsewhere has written another address; the folder may be unreachable, too
         reached = {node: at for node, at in self._reached.items() if self._address(node) in (None, at)}
         failed = unreached(reached, ANSWER_SECONDS)
         return [self._cut(node, reached[node], why) for node, why in sorted(failed.items())]
 
     def close(self) -> None:
-        """Look no more for nodes that were not reached yet."""
+        """Stop trying nodes that were not reached yet."""
         self._closed.set()
 
     def _reach(self) -> None:
@@ -74,7 +74,7 @@ class NodeLinks:
                 return
 
     def _address(self, node: int) -> NodeAddress | None:
-        # not there yet, or not whole
+        # the file may be missing or incomplete
         with contextlib.suppress(OSError, ValueError, TypeError):
             return NodeAddress(*json.loads(self._file(node).read_text("utf-8")))
         return None
@@ -83,29 +83,29 @@ class NodeLinks:
         return self._folder / f"address-{node}.json"
 
     def _cut(self, node: int, at: NodeAddress, why: str) -> CutLink:
-        ends = sorted([(self._node, self._own), (node, at)])
-        names = " and ".join(f"node {number} ({one.host}, {one.address})" for number, one in ends)
+        ends = sorted([(self._node, self._own_address), (node, at)])
+        names = " and ".join(f"node {number} ({place.host}, {place.address})" for number, place in ends)
         return CutLink(
-            ends[0][0], ends[1][0], names, f"do not reach each other any more ({why}): the link between them is cut"
+            ends[0][0], ends[1][0], names, f"no longer reach each other ({why}): the link between them is cut"
         )
 
 
 def blamed_nodes(cut: Iterable[CutLink]) -> list[int]:
-    """Return the nodes that most of the cut links have in common: one where the others reach each other, else both ends."""
+    """Return the nodes that most cut links have in common: one node if the others reach each other, otherwise both ends."""
     counts = Counter(node for link in cut for node in (link.first, link.second))
     return sorted(node for node, count in counts.items() if count == max(counts.values()))
 
 
-def merged_links(found: Iterable[Sequence[CutLink]]) -> list[CutLink]:
-    """Return what several nodes have found, each pair of nodes once."""
+def merged_links(links_by_node: Iterable[Sequence[CutLink]]) -> list[CutLink]:
+    """Return the links that several nodes have found, each pair of nodes once."""
     links: dict[tuple[int, int], CutLink] = {}
-    for link in (link for of_node in found for link in of_node):
+    for link in (link for node_links in links_by_node for link in node_links):
         links.setdefault((link.first, link.second), link)
     return [links[pair] for pair in sorted(links)]
 
 
 def unreached(places: Mapping[int, NodeAddress], seconds: float) -> dict[int, str]:
-    """Return, by node, why nodes are not reached. All are tried at once, for at most `seconds`."""
+    """Return, by node, why nodes are not reached. Try all at once, for at most `seconds`."""
     failed: dict[int, str] = {}
     waiting: dict[int, tuple[int, socket.socket]] = {}
     with contextlib.ExitStack() as opened:

@@ -27,7 +27,7 @@ from distattn.data.order import derived_key
 from distattn.data.pack_plan import StepPacks
 from distattn.ir.errors import DistattnError, RunStopped
 from distattn.ir.plan import Plan
-from distattn.supervision.heartbeats import tell, telling
+from distattn.supervision.heartbeats import activity, set_activity
 from distattn.training.config import Config
 from distattn.training.engines.engine import Batch, Engine
 from distattn.training.engines.opened import open_engine
@@ -186,14 +186,14 @@ class TrainingLoop:
         last, evaluation, every = self.config.train.steps, self.config.evaluation, self.config.checkpoint.every_steps
         clock = self.health.clock()
         steps = self.engine.cp.steps(self._loader(self.data, begin, last))
-        tell(f"reading the data of step {begin + 1}")
+        set_activity(f"reading the data of step {begin + 1}")
         for step, batches in enumerate(clock.steps(steps), begin):
             self.stop.look()
             planned = self.data.plan.step(step)
             # steps of another length compile and allocate, as the first step does
             unusual = self._context not in (None, planned.context)
             self._context = planned.context
-            tell(
+            set_activity(
                 "forward and backward", step=step, seconds=self.config.supervision.starting_seconds if unusual else 0.0
             )
             if not self._train_step(step, planned, batches, clock):
@@ -212,7 +212,7 @@ class TrainingLoop:
             if stop:
                 self._end(done, stop)
             clock.skip()
-            tell(f"reading the data of step {done + 1}")
+            set_activity(f"reading the data of step {done + 1}")
         return last
 
     def _train_step(self, step: int, planned: StepPacks, batches: Sequence[Batch], clock: StepClock) -> bool:
@@ -226,22 +226,22 @@ class TrainingLoop:
             self._replay(step, batches)
         token_losses: list[tuple[Tensor, Batch]] = []
         losses = self.engine.backward(batches, lambda losses_T, batch: token_losses.append((losses_T, batch)))
-        with telling("the norm of all gradients", waits=True):
+        with activity("the norm of all gradients", waits=True):
             norm = self.health.wait(lambda: self.engine.clip(train.max_grad_norm))
         # the state is copied between two digests, before the update changes it
         self.checkpoints.wait_staged()
-        with telling("the mean loss of all ranks", waits=True):
+        with activity("the mean loss of all ranks", waits=True):
             mean, damage = self._mean_loss(step, losses)
         if damage is not None:
             self.engine.drop()
             self._damage = damage
             return False
-        tell("looking at losses and gradients")
+        set_activity("looking at losses and gradients")
         verdict = self.watch.judge(step, mean, norm)
         if train.histogram_every and step % train.histogram_every == 0:
             self.reporter.report_histograms(step + 1, self.engine)
         rate = learning_rate(self.schedule, step)
-        tell("the optimizer's step")
+        set_activity("the optimizer's step")
         self.run_checkpoints.judge(verdict, mean)
         if verdict.applies:
             self.digest.forget()
@@ -328,7 +328,7 @@ class TrainingLoop:
         corpus.
         """
         # the first evaluation compiles
-        tell("evaluation", seconds=0.0 if self._has_evaluated else self.config.supervision.starting_seconds)
+        set_activity("evaluation", seconds=0.0 if self._has_evaluated else self.config.supervision.starting_seconds)
         self._has_evaluated = True
         data, begin = held_out_data(self.config, self.data)
         sums = LossByPosition(data.context, [corpus.name for corpus in data.corpora], self.device)

@@ -15,7 +15,7 @@ import xxhash
 
 from distattn.ir.errors import DistattnError, LostRankError
 from distattn.supervision.flight_recorder import lengthen_flight_recorder
-from distattn.supervision.heartbeats import tell_end, telling
+from distattn.supervision.heartbeats import activity, set_end
 from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.job_store import job_store
@@ -65,7 +65,7 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int],
         if os.environ.get("LOCAL_RANK", os.environ["RANK"]) == "0" or run.logs.is_dir():
             sys.stderr.write(f"distattn: rank {os.environ['RANK']}: {error}\n")
             sys.stderr.flush()
-        tell_end(error.exit_code, error)
+        set_end(error.exit_code, error)
         return error.exit_code
     # ranks share the machine's cores; more threads than cores only wait for each other
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.ranks))
@@ -77,7 +77,7 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int],
     lengthen_flight_recorder(config.model.num_layers)
     # norms of gradients on the host are added there, over gloo
     gpu_backend = "cpu:gloo,cuda:nccl" if config.memory.state_on_host else "nccl"
-    with telling("connecting to the other ranks", waits=True):
+    with activity("connecting to the other ranks", waits=True):
         store_arguments = job_store()
         dist.init_process_group("gloo" if device.type == "cpu" else gpu_backend, **store_arguments)
     try:
@@ -86,14 +86,14 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int],
     except DistattnError as error:
         # the store may have been lost together with the other rank
         _print_error(str(error), run, None if isinstance(error, LostRankError) else store_arguments["store"])
-        tell_end(error.exit_code, error)
+        set_end(error.exit_code, error)
         return error.exit_code
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         text = f"{where}{error.strerror or error}."
         _print_error(text, run, store_arguments["store"])
         code = DistattnError.exit_code if error.errno in _LASTING else 1
-        tell_end(code, DistattnError(text) if error.errno in _LASTING else error)
+        set_end(code, DistattnError(text) if error.errno in _LASTING else error)
         return code
     # only without an error: NCCL waits for the other ranks here, and an error must be reported at once
     dist.destroy_process_group()

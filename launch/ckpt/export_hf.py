@@ -1,4 +1,4 @@
-"""`distattn ckpt export-hf`: a checkpoint's model as Hugging Face has it."""
+"""`distattn ckpt export-hf`: export a checkpoint's model to a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from distattn.launch.command_line import CommandParser
 
 USAGE = """usage: distattn ckpt export-hf CHECKPOINT FOLDER [--dtype NAME] [--tokenizer FOLDER] [--max-shard-bytes N]
 
-Writes the model of a checkpoint into a new folder of safetensors, which plain transformers loads by its name. CHECKPOINT is a
-checkpoint, or a run, of which the newest is taken; it is verified first. One process does it, and holds the tensors of one file
-at a time.
+Writes the model of a checkpoint into a new folder of safetensors, which plain transformers can load. CHECKPOINT is a checkpoint,
+or a run, whose newest checkpoint is exported; it is verified first. One process does this, and holds the tensors of one file at a
+time.
 
   --dtype NAME          float32, float64, float16 or bfloat16; by default as in the checkpoint
   --tokenizer FOLDER    copy the tokenizer's files from here
-  --max-shard-bytes N   of one file's tensors (default 5,000,000,000)
+  --max-shard-bytes N   limit of one file's tensors (default 5,000,000,000)
 """
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
-# as transformers and tokenizers name them
+# names of files of transformers and tokenizers
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -37,7 +37,7 @@ _TOKENIZER_FILES = (
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command; return the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0 if arguments else 2
@@ -47,9 +47,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--dtype", choices=_DTYPES)
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--max-shard-bytes", type=int, default=5_000_000_000)
-    given = parser.parse_args(arguments)
-    files = [] if given.tokenizer is None else _tokenizer_files(given.tokenizer)
-    state = _verified(given.checkpoint)
+    options = parser.parse_args(arguments)
+    files = [] if options.tokenizer is None else _tokenizer_files(options.tokenizer)
+    state = _verified(options.checkpoint)
     # 4 s to import
     import torch
 
@@ -61,21 +61,23 @@ def main(arguments: Sequence[str]) -> int:
     done = export_safetensors(
         checkpoint_tensors(state),
         config,
-        given.folder,
+        options.folder,
         tokenizer_files=files,
-        max_shard_bytes=given.max_shard_bytes,
-        dtype=None if given.dtype is None else getattr(torch, given.dtype),
+        max_shard_bytes=options.max_shard_bytes,
+        dtype=None if options.dtype is None else getattr(torch, options.dtype),
     )
     plural = "s" if len(done.files) > 1 else ""
     dtype = str(done.dtype).removeprefix("torch.")
-    sys.stdout.write(f"{given.folder}: {done.total_bytes:,} bytes, mostly {dtype}, in {len(done.files)} file{plural}\n")
+    sys.stdout.write(
+        f"{options.folder}: {done.total_bytes:,} bytes, mostly {dtype}, in {len(done.files)} file{plural}\n"
+    )
     return 0
 
 
-def _verified(given: Path) -> Path:
-    """The folder of a checkpoint all of whose files are what was written: one of them is a pickle."""
-    found = find_checkpoints(given)
-    newest = next(iter(by_preference(found)), found[-1])
+def _verified(path: Path) -> Path:
+    """Return the folder of a checkpoint whose files have not changed: one of them is a pickle. path: of a checkpoint or run."""
+    checkpoints = find_checkpoints(path)
+    newest = next(iter(by_preference(checkpoints)), checkpoints[-1])
     if newest.manifest is None:
         raise DamagedDataError(newest.problem)
     if newest.verdict.is_doubtful:
@@ -87,7 +89,7 @@ def _verified(given: Path) -> Path:
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:
-    found = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
-    if not found:
+    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    if not files:
         raise DistattnError(f"ckpt export-hf: --tokenizer: {folder} has no tokenizer's files, such as tokenizer.json.")
-    return found
+    return files

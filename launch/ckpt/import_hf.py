@@ -1,4 +1,4 @@
-"""`distattn ckpt import-hf`: a model as Hugging Face has it, as a checkpoint."""
+"""`distattn ckpt import-hf`: convert a Hugging Face folder to a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from distattn.launch.command_line import CommandParser
 
 USAGE = """usage: distattn ckpt import-hf FOLDER CHECKPOINT [--dtype NAME]
 
-Writes the model of a folder of safetensors into a new checkpoint, without optimizer state, with a manifest as any other has. One
-process does it, and holds one tensor at a time.
+Writes the model of a folder of safetensors into a new checkpoint, without optimizer state, with a manifest like any other. One
+process does this, and holds one tensor at a time.
 
   --dtype NAME   float32, float64 or bfloat16; by default as in the files
 """
@@ -27,7 +27,7 @@ _DTYPES = ("float32", "float64", "bfloat16")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command; return the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0 if arguments else 2
@@ -35,17 +35,17 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--dtype", choices=_DTYPES)
-    given = parser.parse_args(arguments)
-    checkpoint = given.checkpoint.absolute()
+    options = parser.parse_args(arguments)
+    checkpoint = options.checkpoint.absolute()
     if checkpoint.exists():
-        raise DistattnError(f"{given.checkpoint} exists; nothing is overwritten, so give the name of a new folder.")
-    count = _import(given.folder, checkpoint, given.dtype)
-    sys.stdout.write(f"{given.checkpoint}: {count:,} tensors of a model, no optimizer state\n")
+        raise DistattnError(f"{options.checkpoint} exists; nothing is overwritten, so name a new folder.")
+    count = _import(options.folder, checkpoint, options.dtype)
+    sys.stdout.write(f"{options.checkpoint}: {count:,} tensors of a model, no optimizer state\n")
     return 0
 
 
 def _import(folder: Path, checkpoint: Path, dtype_name: str | None) -> int:
-    """Write the checkpoint aside, and rename it when it is whole. Returns the number of tensors."""
+    """Write the checkpoint under another name, and rename it when it is whole. Return the number of tensors."""
     # 4 s to import
     import torch
 
@@ -58,17 +58,17 @@ def _import(folder: Path, checkpoint: Path, dtype_name: str | None) -> int:
     weights = PretrainedWeights(folder, untied_meta_model(model))
     tied = model.all_tied_weights_keys
     weights.check(tied)
-    # of tied tensors the files may have either name
+    # files may have either name of a tied tensor
     stored = {name: name for name in model.state_dict() if name not in tied}
     stored |= {source: target for target, source in tied.items() if source not in weights.names}
-    given = None if dtype_name is None else getattr(torch, dtype_name)
+    chosen = None if dtype_name is None else getattr(torch, dtype_name)
     tensors = {
-        name: tensor.to(given if given is not None and tensor.is_floating_point() else weights.dtype(stored[name]))
+        name: tensor.to(chosen if chosen is not None and tensor.is_floating_point() else weights.dtype(stored[name]))
         for name, tensor in model.state_dict().items()
         if name in stored
     }
-    if given is not None:
-        config.dtype = given
+    if chosen is not None:
+        config.dtype = chosen
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     aside = checkpoint.with_name(f"{checkpoint.name}.tmp-{secrets.token_hex(4)}")
     try:

@@ -25,7 +25,7 @@ from distattn.data.tokenize import (
     remove_parts,
 )
 from distattn.ir.errors import DamagedDataError, DistattnError
-from distattn.launch.command_line import say
+from distattn.launch.command_line import print_message
 from distattn.supervision.helpers import LOOK_SECONDS, MOST_REPLACEMENTS, Helper, how_it_ended
 
 _WRAPPER = "distattn.launch.ranks.die_with_launcher"
@@ -103,7 +103,7 @@ def run_workers(
                         if replaced == MOST_REPLACEMENTS or not worker.was_killed:
                             raise LostProcessError(f"{lost}; the others were stopped.{worker.hint}")
                         replaced += 1
-                        say(f"{lost}; another process does it again.")
+                        print_message(f"{lost}; another process does it again.")
                         report(worker.replace())
                         selector.register(worker.messages, selectors.EVENT_READ, worker)
     finally:

@@ -1,7 +1,7 @@
 """One attempt of a run's ranks on this machine, which are watched: torchrun's API around a fork server.
 
-A fork of a process that has imported torch takes a hundredth of a second, a fresh import seconds. Every attempt has a rendezvous
-of its own, since torch 2.13 keeps the dead ranks' addresses over restarts (pytorch#167288).
+Forking a process that has imported torch takes a hundredth of a second, a fresh import takes seconds. Every attempt has its own
+rendezvous, since torch 2.13 keeps the dead ranks' addresses over restarts (pytorch#167288).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 
 from distattn.ir.errors import DistattnError
-from distattn.launch.command_line import say
+from distattn.launch.command_line import print_message
 from distattn.launch.ranks.entry import run_rank
-from distattn.launch.ranks.local import HERE, Node, RanksInterrupted, as_found, torchrun_config
+from distattn.launch.ranks.local import HERE, Node, RanksInterrupted, restore_process_state, torchrun_config
 from distattn.launch.ranks.loopback import gloo_on_loopback, own_place
 from distattn.launch.ranks.process_title import RUN_VARIABLE
 from distattn.launch.stop_signals import STOPPING
@@ -36,9 +36,9 @@ from distattn.supervision.node_links import NodeLinks
 from distattn.supervision.node_reports import NodeReports
 from distattn.supervision.rank_watch import Patience, RankWatch, Trouble
 
-# what a rank imports sooner or later; torch._dynamo is what the first optimizer imports
+# modules that every rank imports; torch._dynamo is imported by the first optimizer
 _PRELOAD = ("distattn.launch.ranks.ends_with_parent", "torch", "torch._dynamo", "distattn.launch.ranks.entry")
-# torchrun ends the others where one has failed, and then nobody could tell who was first: the watch looks more often
+# after one rank has failed torchrun ends the others, and then the first one is unknown: the watch looks more often
 _INTERVAL_SECONDS = 0.1
 
 
@@ -60,7 +60,7 @@ class Ranks(NamedTuple):
 def fork_server(preload: Sequence[str], node: Node = HERE, run: str = "") -> Iterator[None]:
     """Run the process that ranks are forked from, around attempts.
 
-    preload: modules that it imports, besides torch. run: as in `Ranks`.
+    preload: modules that it imports, in addition to torch. run: as in `Ranks`.
     """
     # a process with more than one thread must not fork: BLAS starts its threads when it is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -74,7 +74,7 @@ def fork_server(preload: Sequence[str], node: Node = HERE, run: str = "") -> Ite
         _server().kill()
         raise
     finally:
-        # one that is stopped would stay after this process
+        # a stopped tracker would outlive this process
         if (tracker := _tracker()).is_stopped():
             tracker.kill()
 
@@ -82,13 +82,13 @@ def fork_server(preload: Sequence[str], node: Node = HERE, run: str = "") -> Ite
 def _start_server(node: Node, run: str) -> None:
     """Start the fork server, unless it runs. run: as in `Ranks`."""
     os.environ[RUN_VARIABLE] = run
-    # Ctrl-C in a terminal reaches it, too, while it imports, and Slurm's SIGTERM all processes of a step; the tracker comes
-    # first, whose start lets signals through again
+    # Ctrl-C in a terminal reaches the server, too, while it imports, and Slurm's SIGTERM reaches all processes of a step; start
+    # the tracker first, because its start unblocks signals
     _start_tracker()
     blocked = {signal.SIGINT, signal.SIGTERM} if node.keeps_sigterm else {signal.SIGINT}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
-        # ranks have its environment
+        # ranks inherit the server's environment
         with gloo_on_loopback() if node.nodes == 1 else contextlib.nullcontext():
             forkserver.ensure_running()
     finally:
@@ -98,7 +98,7 @@ def _start_server(node: Node, run: str) -> None:
 
 def _start_tracker() -> None:
     """Start the resource tracker, unless it runs. A terminal's signals do not end it before this process."""
-    # it ignores SIGINT and SIGTERM by itself, and keeps blocked what is blocked when it starts
+    # it ignores SIGINT and SIGTERM by itself, and other signals stay blocked if they are blocked at its start
     before = signal.pthread_sigmask(signal.SIG_BLOCK, set(STOPPING) - {signal.SIGINT, signal.SIGTERM})
     try:
         resource_tracker.ensure_running()
@@ -107,7 +107,7 @@ def _start_tracker() -> None:
 
 
 def _server() -> Helper:
-    """Return the fork server: ranks are its children, and end with it."""
+    """Return the fork server; ranks are its children and end with it."""
     server: Any = forkserver._forkserver  # type: ignore[attr-defined]
     return Helper("the fork server", server._forkserver_pid or 0)
 
@@ -117,11 +117,11 @@ def _tracker() -> Helper:
     tracker: Any = resource_tracker._resource_tracker  # type: ignore[attr-defined]
 
     def replace() -> int:
-        # it warns of semaphores that may leak
+        # Python warns of semaphores that may leak
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _start_tracker()
-        # the new one does not know the semaphores that are there, and would print a traceback for each that is removed
+        # the new tracker does not know the existing semaphores, and would print a traceback for each that is removed
         registry: dict[Any, Any] = util._finalizer_registry  # type: ignore[attr-defined]
         for finalizer in list(registry.values()):
             if getattr(finalizer, "_callback", None) is SemLock._cleanup:  # type: ignore[attr-defined]
@@ -132,11 +132,11 @@ def _tracker() -> Helper:
 
 
 def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) -> tuple[int, Trouble | None]:
-    """Run the ranks once; returns the exit code, and what went wrong with one. number: of the attempt.
+    """Run the ranks once; return the exit code and the trouble. number: of the attempt.
 
-    folder: for evidence, and where there are several nodes, one that all of them have. board: of this machine's ranks. The code
-    is that of the rank to blame, 128 + the signal that killed it, or 1 where ranks hang or nobody knows. Raises CommandStopped,
-    and DistattnError where /dev/shm has no room for what the ranks share.
+    folder: for evidence; with several nodes all of them share it. board: of this machine's ranks. The code is that of the rank to
+    blame, 128 + the signal that killed it, or 1 if ranks hang or the code is unknown. Raises CommandStopped, and DistattnError if
+    /dev/shm has no room for the semaphores of ranks.
     """
     node, reports, links = ranks.node, None, None
     evidence = folder if node.nodes == 1 else folder / f"node-{node.number}"
@@ -144,22 +144,22 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
         evidence.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         # a full disk must not keep a run from going on
-        say(f"{evidence}: cannot be made: {error.strerror}; nothing is kept there of ranks that hang.")
+        print_message(f"{evidence}: cannot be created: {error.strerror}; no evidence of ranks that hang is kept there.")
     if node.nodes > 1:
         if (place := own_place(node.address)) is not None:
             links = NodeLinks(folder, node.number, node.nodes, place)
         reports = NodeReports(folder, node.number, node.nodes, links)
     numbers = range(node.number * ranks.size, (node.number + 1) * ranks.size)
-    # the server of the attempt before may have been killed
+    # the server of the previous attempt may have been killed
     _start_server(node, ranks.run)
-    watch = RankWatch(board, numbers, ranks.patience, evidence, reports, [_server(), _tracker()], say)
+    watch = RankWatch(board, numbers, ranks.patience, evidence, reports, [_server(), _tracker()], print_message)
     rank_arguments = (os.getpid(), str(board.path), number, str(evidence), ranks.function, *ranks.arguments)
     config = torchrun_config(ranks.size, node, "forkserver", _INTERVAL_SECONDS)
     code, trouble = 0, None
     try:
-        with as_found(node):
+        with restore_process_state(node):
             elastic_launch(config, run_rank)(*rank_arguments)
-        # for torchrun an exit code of 0 is a good end, whatever was left undone
+        # torchrun takes an exit code of 0 for a good end, even if the rank's work is not done
         if (trouble := watch.close()) is not None:
             code, trouble = _ended({}, trouble)
     except ChildFailedError as error:
@@ -174,14 +174,14 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
         trouble = watch.close()
         if interrupted.stop is not None:
             raise interrupted.stop from None
-        # the watch can end ranks that have not told their process ids only by a signal to this process
+        # for ranks without a heartbeat, whose process ids are unknown, the watch sends a signal to this process
         assert trouble is not None
         code = trouble.exit_code
     finally:
         watch.close()
         if links is not None:
             links.close()
-        # of stacks that nobody asked for
+        # remove the empty files of ranks whose stacks were not needed
         with contextlib.suppress(OSError):
             for file in evidence.glob("stacks-*.txt"):
                 if not file.stat().st_size:
@@ -190,57 +190,57 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
 
 
 def _named(error: EOFError | OSError) -> Exception:
-    """Return an error as it is; that of a semaphore, which has no file name that people know, with a place and what helps."""
+    """Return an error unchanged; for a semaphore, whose error has no file name, return one with the place and a remedy."""
     if not isinstance(error, OSError) or error.errno != errno.ENOSPC or error.filename:
         return error
     return DistattnError(
-        "/dev/shm: has no room for the semaphores of ranks, some 32 bytes each: remove what was left there, or give it more room "
+        "/dev/shm: has no room for the semaphores of ranks, some 32 bytes each: remove old files there, or make it larger "
         "(docker run --shm-size=8g, on Kubernetes an emptyDir with medium: Memory)."
     )
 
 
 def _forget_server_of_parent() -> None:
-    """Have a process that was forked start a server of its own: for its parent's it cannot wait, as multiprocessing would."""
+    """Forget the server of the parent in a forked process, which cannot wait for it as multiprocessing would."""
     server: Any = forkserver._forkserver  # type: ignore[attr-defined]
     if server._forkserver_pid is not None and server._forkserver_pid not in _children():
-        # while it is open the parent's server goes on after the parent
+        # while this descriptor is open the parent's server outlives the parent
         os.close(server._forkserver_alive_fd)
         server.__init__()
 
 
 def _children() -> set[int]:
-    """Processes of this one, as Linux has them."""
-    found = set()
+    """Return the ids of this process's children, from /proc."""
+    children = set()
     for file in Path("/proc").glob("[0-9]*/stat"):
-        # others end meanwhile
+        # other processes may end at the same time
         with contextlib.suppress(OSError):
             if file.read_text("utf-8", "replace").rpartition(")")[2].split()[1] == str(os.getpid()):
-                found.add(int(file.parent.name))
-    return found
+                children.add(int(file.parent.name))
+    return children
 
 
 def _ended(codes: Mapping[int, int], trouble: Trouble) -> tuple[int, Trouble]:
-    """The exit code of an attempt, and its trouble with how the ranks to blame have ended. codes: by rank, as torchrun has them.
+    """Return the exit code of an attempt, and its trouble with the ends of the ranks to blame. codes: by rank, from torchrun.
 
-    Of ranks that the watch has found dead at once those are to blame that torchrun had not ended itself. Where it knows another
-    rank's code only, which the watch has ended, nobody knows that of the rank to blame.
+    Of ranks that the watch has found dead at the same time, those are to blame that torchrun has not ended itself. If torchrun
+    has only the code of a rank that the watch has ended, the code of the rank to blame is unknown.
     """
-    if trouble.kind != "killed" or any(one.helper for one in trouble.culprits):
+    if trouble.kind != "killed" or any(culprit.helper for culprit in trouble.culprits):
         return trouble.exit_code, trouble
-    first = [one for one in trouble.culprits if one.rank in codes]
-    named = tuple(one._replace(how=_of_silent_rank(codes[one.rank])) for one in first if one.does)
+    first = [culprit for culprit in trouble.culprits if culprit.rank in codes]
+    named = tuple(culprit._replace(how=_how_it_died(codes[culprit.rank])) for culprit in first if culprit.does)
     code = codes[first[0].rank] if first else trouble.exit_code
     return (code if code > 0 else 128 - code), replace(trouble, culprits=named or trouble.culprits)
 
 
-def _of_silent_rank(code: int) -> str:
-    return how_it_ended(code) + (" without a word" if code >= 0 else "")
+def _how_it_died(code: int) -> str:
+    return how_it_ended(code) + (" without giving a reason" if code >= 0 else "")
 
 
 def _silent_end(error: ChildFailedError) -> Trouble:
-    """Of ranks that told nothing, that which ended first."""
+    """Return the trouble of ranks without a heartbeat, with the rank that ended first."""
     rank, failure = min(error.failures.items(), key=lambda item: item[1].timestamp)
-    culprits = (Culprit(rank, f"{how_it_ended(failure.exitcode)} before it told anything"),)
+    culprits = (Culprit(rank, f"{how_it_ended(failure.exitcode)} before its first heartbeat"),)
     if failure.exitcode < 0:
         return Trouble(culprits, "killed", 0, 0.0)
     return Trouble(culprits, "raised", 0, 0.0, failure.exitcode)

@@ -1,8 +1,7 @@
-"""Copies its input to a log and to the console: python copy_output.py LOG.
+"""Copy the input to a log and to the console: python copy_output.py LOG.
 
-Unlike with tee the console never keeps the rank that writes waiting: what it does not take yet, since it is paused or a pager
-that nobody scrolls, waits here in memory. Else a rank would hang in a line that it prints, and be killed for it. Imports little,
-to start at once.
+Unlike tee this never blocks the rank that writes: lines for a paused console, or for a pager that is not scrolled, wait here in
+memory. Otherwise a rank would hang while it prints, and be killed. It imports little, to start at once.
 """
 
 import os
@@ -14,9 +13,9 @@ from contextlib import suppress
 
 
 def main(log: str) -> None:
-    """Copy until the input ends. Where one of the two can be written no more, the other one goes on."""
+    """Copy until the input ends. If the log or the console can no longer be written, continue with the other."""
     chunks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    # this process ends once it has written all
+    # not a daemon thread: this process ends when everything is written
     threading.Thread(target=_to_console, args=(chunks,)).start()
     target, complained = None, False
     try:
@@ -37,7 +36,7 @@ def main(log: str) -> None:
 
 def _to_console(chunks: queue.SimpleQueue[bytes]) -> None:
     while chunk := chunks.get():
-        # where nobody reads any more
+        # the reader of the console may have ended
         with suppress(OSError):
             _write(1, chunk)
 

@@ -1,6 +1,6 @@
-"""Imported by multiprocessing's fork server alone: Linux kills it when its launcher ends, and its title names the run.
+"""Let multiprocessing's fork server, which alone imports this, end with its launcher, and set its title.
 
-By itself it ends when nobody has its pipe open any more, and every rank has that pipe.
+Without this the server would end only when no process has its pipe open, and every rank has that pipe.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What a rank that a fork server has made does before its work: it ends with its launcher, and tells what it does."""
+"""The entry of a rank in a forked process: it ends with its launcher, and reports its activity by heartbeats."""
 
 from __future__ import annotations
 
@@ -18,53 +18,53 @@ from distattn.ir.errors import DistattnError
 from distattn.launch.ranks.die_with_launcher import set_parent_death_signal
 from distattn.supervision.evidence import answer_with_stacks, be_read_by
 from distattn.supervision.flight_recorder import answer_with_flight_recorder
-from distattn.supervision.heartbeats import LEFT, attach, tell, tell_end
+from distattn.supervision.heartbeats import LEFT, attach, set_activity, set_end
 
 _AFTER_OTHERS_SECONDS = 0.5
-# that threads which libraries have left may go on after a rank's work
+# seconds for which threads of libraries may run on after a rank's work
 _LEFT_THREADS_SECONDS = 60.0
 
 
 def run_rank(launcher: int, board: str, attempt: int, evidence: str, function: str, *arguments: object) -> None:
-    """One rank's process. function: module:name of what it runs, which returns an exit code.
+    """Run one rank in its process. function: module:name of its work, which returns an exit code.
 
-    launcher: its process. board: where it tells what it does. evidence: a folder for the stacks of its threads.
+    launcher: its process id. board: the path of the board for heartbeats. evidence: a folder for the stacks of its threads.
     """
-    # Ctrl-C ends a rank at once and silently, the launcher says the sentence; its fork server has it blocked
+    # Ctrl-C ends a rank at once and silently, and the launcher prints the sentence; the fork server has blocked the signal
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     end_with_process(launcher)
-    # a thread comes to nothing where another one keeps the interpreter to itself; the fork server ends with the launcher
+    # the thread of end_with_process cannot run while another thread holds the interpreter; the fork server ends with the launcher
     set_parent_death_signal()
     rank = int(os.environ["RANK"])
     attach(Path(board), int(os.environ["LOCAL_RANK"]), attempt)
     answer_with_stacks(Path(evidence), rank)
     be_read_by(launcher)
     answer_with_flight_recorder()
-    tell("starting")
+    set_activity("starting")
     module, name = function.split(":")
     work: Callable[..., int] = getattr(importlib.import_module(module), name)
     try:
         code = work(*arguments)
     except BaseException as error:
         code = error.exit_code if isinstance(error, DistattnError) else 1
-        tell_end(code, error)
+        set_end(code, error)
         traceback.print_exception(error)
     else:
-        tell_end(code)
+        set_end(code)
     if code:
         sys.stdout.flush()
         sys.stderr.flush()
-        # where it fails because another has died, that one's end is to be found first
+        # if this rank fails because another one has died, the launcher has to find the other's end first
         time.sleep(_AFTER_OTHERS_SECONDS)
         # torchrun knows exceptions and exit codes, not return values
         os._exit(code)
-    # once torchrun has let all ranks go, for whom each waits
+    # runs when torchrun has released all ranks, which wait for each other
     Finalize(None, _leave, (_LEFT_THREADS_SECONDS, rank), exitpriority=0)
 
 
 def end_with_process(pid: int) -> None:
-    """Have this process killed as soon as another one, which need not be its parent, has ended in any way."""
+    """Let this process be killed as soon as another process, which need not be its parent, has ended in any way."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -78,11 +78,12 @@ def end_with_process(pid: int) -> None:
 
 
 def _leave(seconds: float, rank: int) -> None:
-    """End this process well after some time, whatever threads are left that Python waits for: all that it was for is done."""
-    tell(LEFT)
+    """End this process with exit code 0 after some time, even if Python waits for threads: its work is done."""
+    set_activity(LEFT)
 
     def end() -> None:
-        left = [one.name for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
+        main = threading.main_thread()
+        left = [thread.name for thread in threading.enumerate() if not thread.daemon and thread is not main]
         sys.stderr.write(
             f"rank {rank} is done, but {', '.join(left) or 'its exit'} goes on: not waited for any longer.\n"
         )

@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from distattn.launch.command_line import say
+from distattn.launch.command_line import print_message
 from distattn.launch.ranks.loopback import NODES_RENDEZVOUS, RENDEZVOUS, gloo_on_loopback
 from distattn.launch.stop_signals import STOPPING, CommandStopped
 from distattn.supervision.helpers import how_it_ended
@@ -27,9 +27,9 @@ _WRAPPER = "distattn.launch.ranks.die_with_launcher"
 
 
 class Node(NamedTuple):
-    """One of several machines. number: its place among `nodes`. address: host:port, where the first one is to listen.
+    """One of several machines. number: its place among `nodes`. address: host:port on which the first one listens.
 
-    keeps_sigterm: the caller answers this process's SIGTERM; else it ends the ranks.
+    keeps_sigterm: the caller handles this process's SIGTERM; otherwise it ends the ranks.
     """
 
     number: int = 0
@@ -42,9 +42,9 @@ HERE = Node()
 
 
 class RanksInterrupted(SignalException):
-    """An exception that has torchrun end its ranks by SIGINT, which all of them take.
+    """An exception with which torchrun ends its ranks by SIGINT, which no rank blocks.
 
-    stop: why this command ends; None where the watch asks for it.
+    stop: the signal that ends this command; None if the watch ends the ranks.
     """
 
     def __init__(self, stop: CommandStopped | None):
@@ -53,15 +53,15 @@ class RanksInterrupted(SignalException):
 
 
 def run_ranks(ranks: int, module: str, *arguments: str) -> int:
-    """Run `python -m module ARGUMENTS` once per rank, and wait. Returns the exit code. Ranks end when this process ends.
+    """Run `python -m module ARGUMENTS` once per rank, and wait. Return the exit code. Ranks end when this process ends.
 
-    0 when all ranks end well, else the first failing rank's. Raises CommandStopped.
+    The code is 0 if all ranks end well, else that of the first rank that failed. Raises CommandStopped.
     """
     try:
-        with as_found():
+        with restore_process_state():
             elastic_launch(torchrun_config(ranks), sys.executable)("-m", _WRAPPER, str(os.getpid()), module, *arguments)
     except ChildFailedError as error:
-        # a killed rank makes its peers fail in the same instant: it is the cause, they are not
+        # a killed rank makes its peers fail at the same moment: it is the cause, not they
         failures = error.failures.items()
 
         def blame(failure: Any) -> tuple[bool, bool, int]:
@@ -71,7 +71,7 @@ def run_ranks(ranks: int, module: str, *arguments: str) -> int:
 
         rank, failure = min(failures, key=lambda item: blame(item[1]))
         code = failure.exitcode
-        say(f"rank {rank} {how_it_ended(code)}; the other ranks were stopped.")
+        print_message(f"rank {rank} {how_it_ended(code)}; the other ranks were stopped.")
         return code if code > 0 else 128 - code
     except RanksInterrupted as interrupted:
         assert interrupted.stop is not None
@@ -80,11 +80,11 @@ def run_ranks(ranks: int, module: str, *arguments: str) -> int:
 
 
 def torchrun_config(ranks: int, node: Node = HERE, start_method: str = "spawn", interval: float = 0.1) -> LaunchConfig:
-    """Of ranks on this machine, alone or one of several, with a rendezvous of their own.
+    """Return the configuration of ranks on this machine, alone or one of several, with their own rendezvous.
 
-    start_method: of ranks that are functions. interval: seconds between two looks at them.
+    start_method: for ranks that are functions. interval: seconds between two looks at them.
     """
-    # of several nodes each knows its place, which the plan counts on: nothing is left to agree on
+    # each of several nodes knows its place, on which the plan relies, so the rendezvous decides nothing
     meeting: dict[str, Any] = {"rdzv_backend": NODES_RENDEZVOUS, "rdzv_endpoint": node.address}
     if node.nodes == 1:
         meeting = {"rdzv_backend": RENDEZVOUS}
@@ -98,17 +98,18 @@ def torchrun_config(ranks: int, node: Node = HERE, start_method: str = "spawn", 
         max_restarts=0,
         monitor_interval=interval,
         start_method=start_method,
-        # `as_found` answers them: torchrun would answer ignored ones, too, each again and again
+        # `restore_process_state` handles them: torchrun would also handle ignored signals, again and again
         signals_to_handle="",
         **meeting,
     )
 
 
 @contextlib.contextmanager
-def as_found(node: Node = HERE) -> Iterator[None]:
-    """Run torchrun in the block without its logs, since ranks and launchers report it, and over the loopback on one machine.
+def restore_process_state(node: Node = HERE) -> Iterator[None]:
+    """Set logs, signal handlers and gloo's interface for torchrun in the block, and restore them afterwards.
 
-    Signals that stop the command, and the watch's, end the ranks by RanksInterrupted.
+    Ranks and launchers report errors themselves, so torchrun's logs are silenced. Signals that stop the command, and that of the
+    watch, end the ranks by RanksInterrupted. On one machine gloo uses the loopback.
     """
     logging.disable(logging.CRITICAL)
     handlers = {number: signal.getsignal(number) for number in (*STOPPING, INTERRUPT)}
@@ -134,5 +135,5 @@ def as_found(node: Node = HERE) -> Iterator[None]:
         logging.disable(logging.NOTSET)
         if threading.current_thread() is threading.main_thread():
             for number in answered:
-                # the watch may ask just after torchrun has ended by itself
+                # the watch may send its signal just after torchrun has ended by itself
                 signal.signal(number, signal.SIG_IGN if number == INTERRUPT else handlers[number])

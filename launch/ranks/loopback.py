@@ -1,7 +1,7 @@
-"""Ranks of one machine meet on its loopback, those of several on the first one's address: torchrun's own rendezvous listens on
-all interfaces.
+"""Rendezvous of ranks on the loopback of one machine, or on the first machine's address: torchrun's own listens on all
+interfaces.
 
-A store for each attempt, too: PyTorch's own is kept over restarts, with the addresses of the dead ranks in it (pytorch#167288).
+Each attempt has its own store: PyTorch's store is kept over restarts, with the addresses of the dead ranks (pytorch#167288).
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from distattn.parallel.runtime.interfaces import (
 )
 from distattn.supervision.node_links import NodeAddress
 
-# rdzv_backend of torchrun's `LaunchConfig`: of one machine, and of several
+# rdzv_backend of torchrun's `LaunchConfig`, for one machine and for several
 RENDEZVOUS, NODES_RENDEZVOUS = "distattn-loopback", "distattn-nodes"
 _GLOO_INTERFACE, _INTERFACE = "GLOO_SOCKET_IFNAME", "lo"
-# connections that the store may not have taken yet
+# the largest number of connections that the store has not accepted yet
 _WAITING = 1024
-# that the first node may take to come
+# time limit for the first node to come
 _LIMIT = timedelta(minutes=10)
 
 
 @contextmanager
 def gloo_on_loopback() -> Iterator[None]:
-    """Ranks that are started meanwhile have gloo listen on the loopback, unless the environment names an interface."""
+    """Let gloo of ranks that are started in the block listen on the loopback, unless the environment names an interface."""
     named = os.environ.get(_GLOO_INTERFACE)
     os.environ[_GLOO_INTERFACE] = named or _INTERFACE
     try:
@@ -58,9 +58,9 @@ def gloo_on_loopback() -> Iterator[None]:
 
 
 def own_place(endpoint: str) -> NodeAddress | None:
-    """Return the address of this machine for the other nodes of an attempt; None where it is not known.
+    """Return the address of this machine for the other nodes of an attempt; None if it is unknown.
 
-    endpoint: host:port of the first node. The address is that of the interface that gloo is told to take, else the one that faces
+    endpoint: host:port of the first node. The address is that of gloo's configured interface, else of the interface that faces
     the first node.
     """
     host, port = parse_rendezvous_endpoint(endpoint, -1)
@@ -72,7 +72,7 @@ def own_place(endpoint: str) -> NodeAddress | None:
 
 
 class _LoopbackRendezvous(RendezvousHandler):
-    """Of one agent alone, whose store its ranks use."""
+    """The rendezvous of a single agent, whose store its ranks use."""
 
     def __init__(self, parameters: RendezvousParameters):
         self._run = parameters.run_id
@@ -109,7 +109,7 @@ class _LoopbackRendezvous(RendezvousHandler):
 
 
 class _NodesRendezvous(_LoopbackRendezvous):
-    """Of agents on several nodes that know their places. The first one's holds the store."""
+    """The rendezvous of agents on several nodes that know their places. The first agent holds the store."""
 
     def __init__(self, parameters: RendezvousParameters):
         super().__init__(parameters)
@@ -134,17 +134,17 @@ class _NodesRendezvous(_LoopbackRendezvous):
             )
             reason = str(error).strip().splitlines()[0]
             raise LostRankError(
-                f"{missing}: look at the network between them, or whether all began ({reason})."
+                f"{missing}: look at the network between them, and whether all have begun ({reason})."
             ) from None
         where = RendezvousStoreInfo(self._host, self._port)
         return RendezvousInfo(dist.PrefixStore(self._run, store), self._node, self._nodes, where)
 
 
 def _socket_of(host: str, port: int) -> socket.socket:
-    """A socket that listens on the address of a name of this machine. Raises OSError where the port is taken.
+    """Return a socket that listens on the address of this machine's name. Raises OSError if the port is taken.
 
-    On all interfaces where the name stands for nothing here, for another machine's address, or for the loopback, as in
-    /etc/hosts of some systems, though others reach this machine by it.
+    It listens on all interfaces if the name has no address here, an address of another machine, or the loopback's, as in
+    /etc/hosts of some systems, although other machines reach this one by the name.
     """
     for address in resolved(host)[:1]:
         if host in (address, "localhost") or not ipaddress.ip_address(address).is_loopback:

@@ -1,4 +1,4 @@
-"""How many ranks this machine can hold: more are refused before any of them starts, with the arithmetic."""
+"""Limits of the number of ranks on this machine: more are refused, with the arithmetic, before any of them starts."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from distattn.training.config import Config
 from distattn.training.config_checks import NO_GPU_FOR_MEGATRON
 from distattn.training.state_bytes import model_parameters, state_bytes
 
-# 10^6 bytes that one rank has for itself. Estimates: Private_Dirty in /proc/PID/smaps_rollup of ranks with torch 2.13 and
-# transformers 5, of which there is no record. What ranks share, such as the libraries' code, is not in it
+# 10^6 bytes of one rank's private memory. Estimates from Private_Dirty in /proc/PID/smaps_rollup of ranks with torch 2.13 and
+# transformers 5, without a record. Memory that ranks share, such as the code of libraries, is not included
 TRAIN_RANK_MB = 400
 DOCTOR_RANK_MB = 270
 CALIBRATE_RANK_MB = 240
 
 
 def check_run_fits(config: Config) -> None:
-    """Refuse a run with more ranks than this machine has memory or GPUs for. Raises DistattnError with the arithmetic."""
+    """Raise DistattnError, with the arithmetic, for a run with more ranks than this machine has memory or GPUs for."""
     ranks, kernel = config.parallel.ranks, config.parallel.kernel
     model_mb = state_bytes(config) / 1e6
     check_memory(
@@ -32,35 +32,35 @@ def check_run_fits(config: Config) -> None:
         raise DistattnError(NO_GPU_FOR_MEGATRON)
     # "auto" is the CPU's kernel where there are no GPUs
     if kernel not in CPU_KERNELS and (kernel != AUTO or gpu_count()):
-        check_gpus("parallel.ranks", ranks, f"kernel {kernel!r} wants one for each rank")
+        check_gpus("parallel.ranks", ranks, f"kernel {kernel!r} needs one for each rank")
 
 
 def check_device_holds_state(config: Config, cluster: ClusterSpec) -> None:
-    """Refuse a run whose model and optimizer do not fit into the devices of its cluster, activations left aside."""
+    """Raise DistattnError for a run whose model and optimizer, without activations, do not fit into its cluster's devices."""
     need, have = state_bytes(config), cluster.device.memory_gb * 1e9
     if config.parallel.kernel not in CPU_KERNELS and need > have:
         raise DistattnError(
             f"model: {model_parameters(config) / 1e9:,.1f} billion parameters with gradients and AdamW's averages take "
             f"{need / 1e9:,.1f} GB on each of {config.parallel.ranks} ranks, a device of {cluster.name} has "
-            f"{have / 1e9:,.0f} GB. Take more ranks, or let more of them share the parameters (engine.shard_size or zero_stage)."
+            f"{have / 1e9:,.0f} GB. Use more ranks, or let more of them share the parameters (engine.shard_size or zero_stage)."
         )
 
 
 def check_nodes_hold_ranks(config: Config, node_bytes: int | None) -> None:
-    """Refuse a run whose ranks need more memory on a node than it has. node_bytes: of the largest; None where unknown."""
+    """Raise DistattnError if ranks need more memory on a node than it has. node_bytes: of the largest node; None if unknown."""
     ranks = config.parallel.devices_per_node or config.parallel.ranks
-    # the state of ranks with a device is there
+    # ranks with a device keep their state on the device
     each = state_bytes(config) if config.parallel.kernel in CPU_KERNELS else 0
     need = ranks * (TRAIN_RANK_MB * 1e6 + each)
     if node_bytes is not None and need > node_bytes:
         raise DistattnError(
             f"parallel.ranks: {ranks} ranks a node need {need / 1e9:,.1f} GB, the largest node has {node_bytes / 1e9:,.1f} GB. "
-            "Take fewer ranks on a node, or a smaller model."
+            "Use fewer ranks on a node, or a smaller model."
         )
 
 
 def check_memory(key: str, ranks: int, rank_mb: float, parts: str) -> None:
-    """Refuse more ranks than fit into the memory that is free now. rank_mb: 10^6 bytes for each; parts: what they are for."""
+    """Raise DistattnError for more ranks than fit into the free memory. rank_mb: 10^6 bytes of each; parts: a list of them."""
     free = available_bytes()
     if free is None or ranks * rank_mb * 1e6 <= free:
         return
@@ -73,14 +73,14 @@ def check_memory(key: str, ranks: int, rank_mb: float, parts: str) -> None:
 
 
 def check_gpus(key: str, ranks: int, why: str) -> None:
-    """Refuse more ranks than this machine has GPUs."""
+    """Raise DistattnError for more ranks than this machine has GPUs."""
     gpus = gpu_count()
     if ranks > gpus:
         raise DistattnError(f"{key}: {ranks:,} ranks on a machine with {plural(gpus, 'GPU')}; {why}.")
 
 
 def gpu_count() -> int:
-    """GPUs of this machine that torch can use."""
+    """Return the number of this machine's GPUs that torch can use."""
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

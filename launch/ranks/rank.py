@@ -1,4 +1,4 @@
-"""One rank of a run, in a process that is forked for it."""
+"""One rank of a run, in its forked process."""
 
 import contextlib
 import io
@@ -19,9 +19,9 @@ _COPY_PATIENCE_SECONDS = 3.0
 
 
 def run(folder: str, json_lines: bool, proposed: str = "") -> int:
-    """Run one rank of a run, in a process of its own that torchrun has named. Returns the exit code.
+    """Run one rank of a run, in its own process, whose rank torchrun has set. Return the exit code.
 
-    proposed: the name of what `distattn resume` proposes; "" where the configuration is that of the run.
+    proposed: the name of the proposal of `distattn resume`; "" if the ranks use the run's configuration.
     """
     set_title(f"rank {os.environ['RANK']}", folder)
     if (logs := Path(folder, "logs")).is_dir():
@@ -35,16 +35,16 @@ def run(folder: str, json_lines: bool, proposed: str = "") -> int:
 
 
 def set_allocator() -> None:
-    """Have GPU memory come in segments that grow, unless the user has chosen; before anything uses a GPU.
+    """Set the GPU allocator to segments that grow, unless the user has set it. Call this before anything uses a GPU.
 
-    Packed batches want buffers of ever new sizes, and fixed segments of the allocator would leave holes between them.
+    Packed batches need buffers of many sizes, and fixed segments of the allocator would leave holes between them.
     """
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def keep_log(folder: Path) -> None:
-    """Send what this rank and its libraries print to a file of its own; rank 0's goes to the console, too."""
+    """Send the output of this rank and its libraries to its own file; rank 0's goes to the console, too."""
     rank = os.environ["RANK"]
     file = folder / f"rank-{rank}.log"
     if rank == "0":
@@ -54,7 +54,7 @@ def keep_log(folder: Path) -> None:
             target = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
             sys.stderr.write(
-                f"distattn: {file}: cannot be opened: {error.strerror}; the console has what rank {rank} says.\n"
+                f"distattn: {file}: cannot be opened: {error.strerror}; the console has the output of rank {rank}.\n"
             )
             return
     for stream in (1, 2):
@@ -64,10 +64,10 @@ def keep_log(folder: Path) -> None:
 
 
 class _Log(io.FileIO):
-    """A log. A line that a full disk does not take is left out: no rank is to end for what it prints."""
+    """A log that leaves out a line if the disk is full: no rank may end because it prints."""
 
     def write(self, content: Any, /) -> int:
-        """Write, or leave out; return the bytes that need not be written any more."""
+        """Write the content, or leave it out; return the number of bytes that are dealt with."""
         try:
             return super().write(content)
         except OSError:
@@ -80,9 +80,9 @@ def _log_stream(descriptor: int) -> io.TextIOWrapper:
 
 
 def _copied(file: Path) -> int:
-    """Return a pipe's end; what is written there another process copies to a file and to the console.
+    """Return the end of a pipe to a process that copies its input to a file and to the console.
 
-    This process has the pipe's other end, too: where the copying process is lost, another one goes on reading.
+    This process keeps the pipe's other end, too: if the copying process is lost, another one continues.
     """
     read, write = os.pipe()
     command = [sys.executable, "-SP", copy_output.__file__, str(file)]
@@ -95,7 +95,7 @@ def _copied(file: Path) -> int:
     def watch() -> None:
         while True:
             time.sleep(LOOK_SECONDS)
-            # where no process can be started now, one can be later
+            # if no process can be started now, try again later
             with contextlib.suppress(OSError):
                 if fault := copy.fault(_COPY_PATIENCE_SECONDS):
                     os.write(write, f"distattn: {copy.start_again(fault)}.\n".encode())

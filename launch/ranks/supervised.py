@@ -1,4 +1,4 @@
-"""Ranks of one machine that are watched, and started again where one was killed or hangs."""
+"""Run the ranks of one machine under a watch, and start them again if one was killed or hangs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distattn.checkpoints.owner import writer_name
 from distattn.ir.errors import LostRankError
 from distattn.launch.attempt_end import RepeatedFailures
 from distattn.launch.attempts import Attempts
-from distattn.launch.command_line import say
+from distattn.launch.command_line import print_message
 from distattn.launch.ranks.attempt import Ranks, fork_server, run_attempt
 from distattn.launch.stop_signals import CommandStopped, answering_signals
 from distattn.supervision.heartbeats import HeartbeatBoard
@@ -22,9 +22,9 @@ from distattn.supervision.rank_watch import Trouble
 
 @dataclass(frozen=True)
 class Restarts:
-    """The limit of restarts. limit: restarts in a row without progress. progress: returns how far the run has come, as a number.
+    """The limit of restarts. limit: restarts in a row without progress. progress: returns the run's progress as a number.
 
-    folder: that of the run; ranks are started again only while it is in its place.
+    folder: of the run; ranks are only started again while it is in its place.
     """
 
     limit: int
@@ -33,14 +33,14 @@ class Restarts:
 
 
 def run_supervised(ranks: Ranks, attempts: Attempts, restarts: Restarts, preload: Sequence[str] = ()) -> int:
-    """Run ranks, again where one is killed or hangs. Returns the exit code. preload: modules that all ranks import.
+    """Run ranks, and start them again if one is killed or hangs. Return the exit code. preload: modules that all ranks import.
 
-    Ranks that are killed or hang are started again, and those that raise an error, unless no step was done before it, or the same
-    was raised before; those that refuse to go on are not. Ranks end when this process ends.
+    All ranks are started again if one is killed, hangs, or raises an error, unless no step was done before the error or it is the
+    same as before; they are not if one refuses to go on. Ranks end when this process ends.
 
-    Returns 0 when all ranks end well, else the exit code of `run_attempt`. Raises CommandStopped where this process is stopped.
+    Return 0 if all ranks end well, else the exit code of `run_attempt`. Raises CommandStopped if this process is stopped.
     """
-    attempts.end_open("ended with its launcher, before anybody could tell why")
+    attempts.end_open("ended with its launcher, before the cause was known")
     with answering_signals(), fork_server(preload, run=ranks.run):
         return _run_until_done(ranks, attempts, restarts)
 
@@ -54,7 +54,7 @@ def _run_until_done(ranks: Ranks, attempts: Attempts, restarts: Restarts) -> int
             return code
         if restarts.folder is not None and trouble.kind != "refused":
             restarts.folder.check()
-        failures.add(one.name for one in trouble.culprits)
+        failures.add(culprit.name for culprit in trouble.culprits)
         now = restarts.progress()
         without_progress, furthest = (1, now) if now > furthest else (without_progress + 1, furthest)
         repeated = without_progress > 1 and str(trouble) == before
@@ -62,21 +62,21 @@ def _run_until_done(ranks: Ranks, attempts: Attempts, restarts: Restarts) -> int
             # the fate of the run's folder concerns all ranks; one rank has reported it
             return code
         if not _may_go_better(trouble, code, repeated) or without_progress > restarts.limit:
-            names = ", ".join(one.name for one in trouble.culprits)
-            # who refuses has said so
+            names = ", ".join(culprit.name for culprit in trouble.culprits)
+            # a rank that refuses has printed its reason
             how = f"{names} ended with exit code {code}" if trouble.kind == "refused" else str(trouble)
-            say(f"{how}; the other ranks were stopped.")
+            print_message(f"{how}; the other ranks were stopped.")
             if failures.culprit is not None and trouble.kind != "refused":
                 same, host = f"{failures.culprit} failed {failures.count} times in a row", socket.gethostname()
-                say(f"{same} on {host}: where its memory or a device of it is the cause, leave {host} out.")
+                print_message(f"{same} on {host}: if its memory or a device is the cause, leave {host} out.")
             return code
         before = str(trouble)
         count = f"restart {without_progress} of {restarts.limit} until the run comes further"
-        say(f"{trouble}; all ranks start again on {socket.gethostname()} from step {now:,} ({count}).")
+        print_message(f"{trouble}; all ranks start again on {socket.gethostname()} from step {now:,} ({count}).")
 
 
 def _may_go_better(trouble: Trouble, code: int, repeated: bool) -> bool:
-    """Whether another attempt makes sense. repeated: whether the last one came no further, for the same reason."""
+    """Return whether another attempt may succeed. repeated: the last one made no progress and failed for the same reason."""
     if trouble.kind == "raised":
         return trouble.steps > 0 and not repeated
     return trouble.kind != "refused" or code == LostRankError.exit_code
@@ -86,7 +86,7 @@ def _run_once(ranks: Ranks, attempts: Attempts) -> tuple[int, Trouble | None]:
     board = HeartbeatBoard.make(ranks.size)
     facts = {"host": socket.gethostname(), "launcher": os.getpid(), "process": writer_name(), "board": str(board.path)}
     number = attempts.begin(**facts)
-    # closed once nobody looks for it any more
+    # close the board when the attempt has ended and no process looks for it
     with contextlib.closing(board):
         try:
             code, trouble = run_attempt(ranks, number, attempts.folder(number), board)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from distattn.ir.errors import DistattnError
-from distattn.launch.command_line import CommandParser, say
+from distattn.launch.command_line import CommandParser, print_message
 from distattn.launch.node_needs import node_needs
 from distattn.launch.ray import driver as ray_driver
 from distattn.launch.ray.head import completing, watched_head
@@ -66,10 +66,10 @@ def main(arguments: Sequence[str]) -> int:
         with answering_signals():
             return _go_on(RunFolder(options.run), options.address)
     except CommandStopped as stop:
-        say(str(stop))
+        print_message(str(stop))
         return stop.exit_code
     except DistattnError as error:
-        say(str(error))
+        print_message(str(error))
         return error.exit_code
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import ray
 
-from distattn.launch.command_line import say
+from distattn.launch.command_line import print_message
 
 # seconds between two looks, and for an answer; looks in a row without an answer before the head counts as lost
 _LOOK_SECONDS, _ANSWER_SECONDS, _LOOKS = 2.0, 2.0, 5
@@ -38,7 +38,7 @@ def _watch(address: str, folder: object, closed: threading.Event) -> None:
     while not closed.wait(_LOOK_SECONDS):
         missed = 0 if _answers(address) else missed + 1
         if missed == _LOOKS:
-            say(
+            print_message(
                 f"the head of the Ray cluster at {address} does not answer any more. Ranks train on while their nodes live, and "
                 f"no report is written. Once the cluster has a head again, {completing(folder)} ends them, goes on and reports "
                 "(--ray.address=HOST:PORT where it is elsewhere)."

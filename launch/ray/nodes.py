@@ -15,7 +15,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distattn.launch.attempt_end import OTHERS_SECONDS, AttemptEnd, LeftOut
-from distattn.launch.command_line import say
+from distattn.launch.command_line import print_message
 from distattn.launch.node_needs import NodeNeeds
 from distattn.launch.ray.agent import NodeAgent, NodePlace
 from distattn.launch.ray.room import MoreNodes, bundle_nodes, hold_nodes
@@ -99,7 +99,7 @@ class RayNodes:
         self._run.regroup_file.unlink(missing_ok=True)
         first = self._places[hosts[0]]
         address = f"{first.address}:{first.port}"
-        say(f"attempt {attempt} of {self._run.folder} on {' '.join(hosts)}, led by {address}")
+        print_message(f"attempt {attempt} of {self._run.folder} on {' '.join(hosts)}, led by {address}")
         places = [(address, str(number), str(len(hosts))) for number in range(len(hosts))]
         runs = {
             self._agents[host].run.remote(self._folder, self._job, attempt, *place): host
@@ -142,7 +142,7 @@ class RayNodes:
         finally:
             _end([agent])
         if code is None:
-            say(
+            print_message(
                 f"the report was not written: its process {words}; python -m distattn.launch.finish_run {self._folder} does."
             )
         return 1 if code is None else code
@@ -185,7 +185,9 @@ class RayNodes:
                 return None
             if now - began > _SILENT_SECONDS and not said:
                 said = True
-                say(f"waiting for room for {self._demand()}, for {self._size.waiting_seconds:,.0f} s at most.")
+                print_message(
+                    f"waiting for room for {self._demand()}, for {self._size.waiting_seconds:,.0f} s at most."
+                )
             if self._is_short(now - asked, now - began):
                 asked = now
                 self._ask_for_less()
@@ -213,14 +215,14 @@ class RayNodes:
         alive, names = _alive(), node_names()
         again = [node for node in self._left_out.take_back() if node in alive]
         if again:
-            say(f"there are no others: {' '.join(names[node] for node in again)} may be taken again.")
+            print_message(f"there are no others: {' '.join(names[node] for node in again)} may be taken again.")
         return bool(again)
 
     def _take_back_unstarted(self) -> bool:
         """Have a node asked again that did not answer, or could start nothing; returns whether there is any."""
         again = self._left_out.take_back_unstarted(_alive())
         if again:
-            say(f"there are too few others: {node_names()[again]} is asked again.")
+            print_message(f"there are too few others: {node_names()[again]} is asked again.")
         return bool(again)
 
     def _held(self) -> PlacementGroup:
@@ -235,11 +237,11 @@ class RayNodes:
         return next((count for count in fewer if count <= usable), fewer[-1] if fewer else 0)
 
     def _ask_to_regroup(self, nodes: int) -> None:
-        say(f"there is room for {nodes} nodes: the ranks save, and all start again.")
+        print_message(f"there is room for {nodes} nodes: the ranks save, and all start again.")
         try:
             self._run.regroup_file.touch()
         except OSError as error:
-            say(f"the ranks cannot be asked to: {error}; the next attempt has so many nodes.")
+            print_message(f"the ranks cannot be asked to: {error}; the next attempt has so many nodes.")
 
     def _demand(self) -> str:
         gpus = f"{self._needs.gpus} GPUs and " if self._needs.gpus else ""
@@ -272,10 +274,12 @@ class RayNodes:
                 enough = self._usable() > min(self._size.counts) or self._take_back()
                 others = others and enough and node not in self._left_out.asked_again
                 if enough or self._take_back_unstarted():
-                    say(f"{names.get(node, node)} is left out: its agent {answer}.")
+                    print_message(f"{names.get(node, node)} is left out: its agent {answer}.")
                     self._left_out.leave_out_unstarted(node)
                 else:
-                    say(f"{names.get(node, node)} is asked again, since there is no other: its agent {answer}.")
+                    print_message(
+                        f"{names.get(node, node)} is asked again, since there is no other: its agent {answer}."
+                    )
         self.close()
         return others
 

@@ -16,7 +16,7 @@ import ray
 
 from distattn.checkpoints.owner import JOB_VARIABLE
 from distattn.ir.errors import DistattnError, RunStopped
-from distattn.launch.command_line import say
+from distattn.launch.command_line import print_message
 from distattn.launch.elastic_run import ElasticRun
 from distattn.launch.node_attempts import NodeAttempts, Outcome
 from distattn.launch.node_needs import node_needs
@@ -54,7 +54,7 @@ class RayRun:
         try:
             outcome = self._attempts.run()
         except DistattnError as error:
-            say(str(error))
+            print_message(str(error))
             outcome = Outcome(error.exit_code)
         except CommandStopped as stop:
             outcome = Outcome(stop.exit_code)
@@ -64,11 +64,11 @@ class RayRun:
             try:
                 note_state(self.run, f"ended {outcome.code}")
             except OSError as error:
-                say(
+                print_message(
                     f"{self.run.state_file}: cannot be written: {error.strerror}; the run ended with exit code {outcome.code}."
                 )
         if outcome.code == RunStopped.exit_code:
-            say(f"{completing(self.run.folder)} goes on from the newest checkpoint.")
+            print_message(f"{completing(self.run.folder)} goes on from the newest checkpoint.")
         return outcome.code
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 from distattn.ir.errors import RunStopped
-from distattn.launch.command_line import say
+from distattn.launch.command_line import print_message
 from distattn.launch.ray.head import completing, watched_head
 from distattn.launch.ray.room import node_slots
 from distattn.launch.ray.run import RayRun, new_job, note_launcher, note_state, stopping
@@ -51,7 +51,7 @@ class RaySweep:
         for one, code in zip(self._runs, codes, strict=True):
             # also of those that were never begun
             note_state(one.run, f"ended {code}")
-            say(f"{one.run.folder} ended with exit code {code}.")
+            print_message(f"{one.run.folder} ended with exit code {code}.")
         return next((code for code in codes if code not in (0, RunStopped.exit_code)), max(codes, default=0))
 
     def _running(self) -> list[RayRun]:

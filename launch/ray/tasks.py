@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distattn.ir.errors import DistattnError
-from distattn.launch.command_line import CommandParser, array_words, print_line, say
+from distattn.launch.command_line import CommandParser, array_words, print_line, print_message
 from distattn.launch.ray.agent import child_environment
 from distattn.launch.ray.driver import connected
 from distattn.launch.ray.nodes import node_names
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return _run(arguments)
     except DistattnError as error:
-        say(str(error))
+        print_message(str(error))
         return error.exit_code
 
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from distattn.ir.errors import DistattnError, RunStopped
 from distattn.launch.attempt_end import OTHERS_SECONDS, AttemptEnd
-from distattn.launch.command_line import say
+from distattn.launch.command_line import print_message
 from distattn.launch.node_attempts import NodeAttempts, Outcome
 from distattn.launch.slurm.commands import (
     OUTAGE_SECONDS,
@@ -69,7 +69,7 @@ class JobNodes:
     def run(self, hosts: Sequence[str], attempt: int) -> AttemptEnd:
         """Run the attempt's step, at an address of its own."""
         address = f"{host_address(hosts[0])}:{_port(int(self._job.number), attempt)}"
-        say(f"attempt {attempt} of job {self._job.number} on {' '.join(hosts)}, led by {address}")
+        print_message(f"attempt {attempt} of job {self._job.number} on {' '.join(hosts)}, led by {address}")
         return self._step(hosts, address)
 
     def finish(self, hosts: Sequence[str]) -> int:
@@ -123,7 +123,7 @@ class JobNodes:
                     end_steps(self._job.name)
                 except SlurmError as error:
                     # the step may have ended by itself meanwhile
-                    say(str(error))
+                    print_message(str(error))
             if waited > OTHERS_SECONDS + _ENDING_SECONDS:
                 process.kill()
         code = process.wait()
@@ -150,17 +150,19 @@ def main(arguments: Sequence[str]) -> int:
         outcome = attempts.run()
     except SlurmError as error:
         # nothing is wrong with the run
-        say(str(error))
+        print_message(str(error))
         outcome = Outcome(RunStopped.exit_code, again=True)
     except DistattnError as error:
-        say(str(error))
+        print_message(str(error))
         outcome = Outcome(error.exit_code)
     finally:
         # before the job is queued again, which ends this process
         try:
             run.state_file.write_text(f"ended {outcome.code}\n", "utf-8")
         except OSError as error:
-            say(f"{run.state_file}: cannot be written: {error.strerror}; the job ended with exit code {outcome.code}.")
+            print_message(
+                f"{run.state_file}: cannot be written: {error.strerror}; the job ended with exit code {outcome.code}."
+            )
     if outcome.again:
         _queue_again(job, nodes)
     return outcome.code
@@ -198,7 +200,9 @@ def _queue_again(job: _Job, nodes: JobNodes | None) -> None:
         times = (
             f"was queued again {job.requeues} times, slurm.max_requeues" if job.max_requeues else "is not queued again"
         )
-        say(f"job {job.number} {times}; sbatch RUN/job.sbatch goes on from the newest checkpoint, if there is one.")
+        print_message(
+            f"job {job.number} {times}; sbatch RUN/job.sbatch goes on from the newest checkpoint, if there is one."
+        )
         return
     try:
         # a job that was cancelled, or that Slurm itself queues again, is not running any more
@@ -210,11 +214,11 @@ def _queue_again(job: _Job, nodes: JobNodes | None) -> None:
             if avoid:
                 # Slurm takes this of jobs that wait, and kills this process after its KillWait
                 avoid_hosts(job.name, avoid)
-                say(
+                print_message(
                     f"job {job.number} begins again without {' '.join(avoid)}; scontrol update excnodelist= allows all nodes."
                 )
     except DistattnError as error:
-        say(f"job {job.number} is not queued again: {error}")
+        print_message(f"job {job.number} is not queued again: {error}")
 
 
 def _pass_on(process: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) -> None:

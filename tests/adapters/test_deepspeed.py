@@ -262,7 +262,7 @@ def _with_servers(rank: int) -> str:
 
 def test_ranks_that_only_serve_are_refused():
     *said, _ = run_on_ranks(3, _with_servers)
-    assert all("none can only serve; leave servers out" in refusal for refusal in said)
+    assert all("no rank can only serve; leave servers out" in refusal for refusal in said)
 
 
 def test_what_deepspeed_cannot_do_is_refused_by_name():

@@ -242,7 +242,7 @@ def _closed(rank: int) -> tuple[int, set[str], str]:
     model = build(config_of(cp=2))
     for rows in range(1, 71):
         model(torch.zeros(rows, 2, dtype=torch.int64), None, None, labels=torch.zeros(rows, 2, dtype=torch.int64))
-    (own,) = {module.own for module in model.modules() if isinstance(module, megatron.CoreAttention)}
+    (own,) = {module.batches for module in model.modules() if isinstance(module, megatron.CoreAttention)}
     remembered = len(own._rows)
     for _ in range(2):
         megatron.close(model)
@@ -428,7 +428,9 @@ def _with_servers(rank: int) -> list[str]:
 
 def test_ranks_that_only_serve_are_refused():
     *said, _ = run_on_ranks(3, _with_servers)
-    assert all("Megatron trains on all ranks, so none can only serve" in one for refusals in said for one in refusals)
+    assert all(
+        "Megatron trains on all ranks, so no rank can only serve" in one for refusals in said for one in refusals
+    )
     assert [len(refusals) for refusals in said] == [2, 2]
 
 
@@ -484,9 +486,9 @@ def _refused(rank: int) -> list[str]:
             build(config_of(cp=2, mrope_section=[1, 1, 2]), position_embedding_type="mrope")
         ),
     )
-    ask("decide on layout", lambda: megatron.replace_core_attention(get_gpt_layer_local_spec(), layout="zigzag"))
+    ask("loaders choose layout", lambda: megatron.replace_core_attention(get_gpt_layer_local_spec(), layout="zigzag"))
     ask("strategy 'star'", lambda: megatron.replace_core_attention(get_gpt_layer_local_spec(), strategy="star"))
-    ask("know Megatron's own order only", lambda: megatron.ProbeTarget([build(config)]))
+    ask("support only Megatron's own order", lambda: megatron.ProbeTarget([build(config)]))
     experts = config_of(cp=2, num_moe_experts=2)
     crowded = config_of(cp=2, num_moe_experts=2, moe_expert_capacity_factor=1.0)
     ask("moe_expert_capacity_factor", lambda: check_experts(torch.nn.Module(), crowded))
@@ -499,7 +501,7 @@ def _refused(rank: int) -> list[str]:
     ask("an attention bias", lambda: core(q, k, k, None, attention_bias=q))
     ask("6 keys for 1 queries", lambda: core(q[:1], k, k, None))
     ask("without a cp_group", lambda: core(q, k, k, None, packed_seq_params=PackedSeqParams("sbhd", local_cp_size=1)))
-    ask("IdentityOp, not a core attention", lambda: megatron.replace_core_attention(_without_attention()))
+    ask("IdentityOp, which is neither a core attention", lambda: megatron.replace_core_attention(_without_attention()))
     uneven = {"input_ids": torch.zeros(1, 5), "labels": torch.zeros(1, 5)}
     config.tensor_model_parallel_size, config.sequence_parallel = 2, True
     ask("pad_to=2", lambda: megatron.check_shard(uneven, config))

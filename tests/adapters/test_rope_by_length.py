@@ -117,7 +117,7 @@ def test_bytes_are_counted_where_positions_have_no_values_and_a_batch_that_knows
     assert cos.is_meta and cos.shape == (1, 8, 8)
     local = da.ContextParallel(strategy="ring", kernel="reference").shard(small.micro_batch([40, 4]))
     local["context_parallel"].longest_document = 0
-    with pytest.raises(da.DistattnError, match="the longest document of the pack is not known here"):
+    with pytest.raises(da.DistattnError, match="the longest document of the pack is unknown"):
         model(**huggingface.inputs(local))
 
 

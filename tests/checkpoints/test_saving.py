@@ -297,13 +297,13 @@ def hang_on_one_rank(rank, folder, hangs, board):
     heartbeats.attach(board, rank, 1)
     read, write = HeartbeatBoard.open(board).read, digested_files.DigestingFile.write
     told = "the part of a checkpoint from rank"
-    wanted = [Culprit(hangs, "neither waits for others nor goes on", "step 3, writing step-00000002")]
+    wanted = [Culprit(hangs, "waits for no other rank and makes no progress", "step 3, writing step-00000002")]
 
     def is_waited_for():
         beats = {0: read(0), 1: read(1)}
         mine, other = beats[rank], beats[1 - rank]
         # the same words as in the exchange before
-        waits = other.waits and other.words == f"{told} {rank}" and other.seconds == 0
+        waits = other.waits and other.activity == f"{told} {rank}" and other.seconds == 0
         return mine.seconds and waits and culprits(beats, {0: "S", 1: "S"}) == wanted
 
     def hang(file, content):
@@ -314,10 +314,10 @@ def hang_on_one_rank(rank, folder, hangs, board):
     if rank == hangs:
         digested_files.DigestingFile.write = hang
     saver = open_checkpoints(folder, group=dist.group.WORLD)
-    heartbeats.tell("forward and backward", step=2)
+    heartbeats.set_activity("forward and backward", step=2)
     saver.save(2, faults.state_of(2))
     saver.wait()
-    assert not read(rank).waits and read(rank).words == "forward and backward"
+    assert not read(rank).waits and read(rank).activity == "forward and backward"
     saver.close()
     assert steps(folder) == [2]
 

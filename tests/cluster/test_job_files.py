@@ -1,4 +1,4 @@
-"""The files of cluster/jobs have the fields of their schedulers, start what is there, and go on after exit code 75."""
+"""The files of cluster/jobs have the fields of their schedulers, start an existing module, and continue after exit code 75."""
 
 import shlex
 import subprocess
@@ -21,7 +21,7 @@ def documents(name: str) -> list[dict]:
 
 
 def check_policies(spec) -> None:
-    """Of a JobSet: a pod that ends with 75 fails its job for the reason that the rule names, anything else counts."""
+    """Check that a pod that ends with 75 fails its job for the reason of the JobSet's rule; other exit codes use up restarts."""
     (rule,) = spec.failurePolicy.rules
     assert rule.action == "RestartJobSetAndIgnoreMaxRestarts" and rule.onJobFailureReasons == ["PodFailurePolicy"]
     (job,) = spec.replicatedJobs
@@ -32,7 +32,7 @@ def check_policies(spec) -> None:
     assert failure.onExitCodes.containerName == container.name
     pod = job.template.spec.template.spec
     assert {mount.name for mount in container.volumeMounts} == {volume.name for volume in pod.volumes}
-    # JobSet labels all pods of all its restarts with it
+    # JobSet sets this label on all pods of all its restarts
     (variable,) = container.env
     assert variable.name == JOB_VARIABLE
     assert variable.valueFrom.fieldRef.fieldPath == "metadata.labels['jobset.sigs.k8s.io/jobset-uid']"
@@ -48,8 +48,8 @@ def test_kubeflow_trainer():
 
 
 def test_jobset():
-    (found,) = documents("jobset.yaml")
-    jobset = JobSet.model_validate(found)
+    (document,) = documents("jobset.yaml")
+    jobset = JobSet.model_validate(document)
     check_policies(jobset.spec)
     (job,) = jobset.spec.replicatedJobs
     spec = job.template.spec
@@ -60,32 +60,32 @@ def test_jobset():
 
 
 def test_skypilot():
-    (found,) = documents("skypilot.yaml")
-    task = SkyTask.model_validate(found)
+    (document,) = documents("skypilot.yaml")
+    task = SkyTask.model_validate(document)
     assert task.resources.job_recovery.recover_on_exit_codes == [STOPPED]
-    given = {"SKYPILOT_NODE_IPS": "a\nb\nc\nd", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_NODES": "4"}
-    check_command(["bash", "-c", task.run], given | {"SKYPILOT_TASK_ID": "sky 7"}, job="sky 7")
+    environment = {"SKYPILOT_NODE_IPS": "a\nb\nc\nd", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_NODES": "4"}
+    check_command(["bash", "-c", task.run], environment | {"SKYPILOT_TASK_ID": "sky 7"}, job="sky 7")
 
 
 def test_dstack():
-    (found,) = documents("dstack.yaml")
-    task = DstackTask.model_validate(found)
+    (document,) = documents("dstack.yaml")
+    task = DstackTask.model_validate(document)
     assert set(task.retry.on_events) == {"no-capacity", "interruption", "error"}
-    given = {"DSTACK_MASTER_NODE_IP": "a", "DSTACK_NODE_RANK": "1", "DSTACK_NODES_NUM": str(task.nodes)}
-    check_command(["bash", "-c", task.commands[0]], given | {"DSTACK_RUN_ID": "sky 7"}, job="sky 7")
+    environment = {"DSTACK_MASTER_NODE_IP": "a", "DSTACK_NODE_RANK": "1", "DSTACK_NODES_NUM": str(task.nodes)}
+    check_command(["bash", "-c", task.commands[0]], environment | {"DSTACK_RUN_ID": "sky 7"}, job="sky 7")
 
 
 def check_command(command: list[str], environment: dict[str, str], job: str = "") -> None:
-    """What a shell makes of a command is a call of run_node for the second of four nodes. job: the name that the command sets."""
+    """Check that a shell runs a command as run_node for the second of four nodes. job: the name that the command sets."""
     assert command[:2] == ["bash", "-c"]
     shown = f'exec() {{ printf "%s\\n" "${JOB_VARIABLE}" "$@"; }}\n' + command[2]
     done = subprocess.run(
         ["bash", "-c", shown], env=environment | {"PATH": "/usr/bin:/bin"}, capture_output=True, text=True
     )
-    given, *words = done.stdout.splitlines()
-    assert words[:3] == ["python", "-m", run_node.__name__] and done.returncode == 0 and given == job, done.stderr
-    address = words[4]
-    assert words[3] == "/runs/mine" and words[5:] == ["1", "4"] and address.endswith(":29500"), shlex.join(words)
+    job_name, *started = done.stdout.splitlines()
+    assert started[:3] == ["python", "-m", run_node.__name__] and done.returncode == 0 and job_name == job, done.stderr
+    address = started[4]
+    assert started[3] == "/runs/mine" and started[5:] == ["1", "4"] and address.endswith(":29500"), shlex.join(started)
 
 
 @pytest.mark.parametrize("name", sorted(file.name for file in JOBS.glob("*.yaml")))

@@ -1,4 +1,4 @@
-"""nccl-tests' output of both kinds, written here in its format from a link that is known."""
+"""Output of nccl-tests in both formats, made here for a link of known speed."""
 
 import re
 
@@ -13,22 +13,25 @@ from distattn.cluster import nccl_tests as nccl
 @pytest.mark.parametrize("test", nccl.FACTORS)
 def test_the_link_is_found_whatever_the_test(tmp_path, kind, test):
     (tmp_path / "out").write_text(kind(test, 8))
-    found = nccl.read(tmp_path / "out")
-    assert (found.test, found.ranks, len(found.rows)) == (test, 8, len(SIZES))
-    link = found.link()
+    run = nccl.read(tmp_path / "out")
+    assert (run.test, run.ranks, len(run.rows)) == (test, 8, len(SIZES))
+    link = run.link()
     assert link.gbs == pytest.approx(350, rel=0.02) and link.latency_us == pytest.approx(12, rel=0.05)
     # nothing of the environment is kept
-    assert "secret" not in repr(found)
+    assert "secret" not in repr(run)
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("", "this is not what nccl-tests print"),
-        ("{}", "this is not what nccl-tests print"),
+        ("", "this is not the output of nccl-tests"),
+        ("{}", "this is not the output of nccl-tests"),
         ("# nccl-tests\nnothing", "no row of sizes and times"),
         (text("all_reduce", 8).replace("all_reduce_perf", ""), "the test is not named"),
-        (text("all_reduce", 8).replace("all_reduce", "gather"), "the test is gather; known are all_reduce"),
+        (
+            text("all_reduce", 8).replace("all_reduce", "gather"),
+            "the test is gather; distattn reads those named all_reduce",
+        ),
         (text("sendrecv", 1), "1 ranks and 11 rows"),
         (as_json("sendrecv", 8).replace('"time"', '"dime"'), "KeyError: 'time'"),
     ],
@@ -44,11 +47,11 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_sentence(tmp_path, content
 def test_older_tables_without_a_root_are_read_too(tmp_path):
     rows = []
     for line in text("sendrecv", 2).splitlines():
-        words = line.split()
-        if words[0] == "#" and "root" in words:
+        columns = line.split()
+        if columns[0] == "#" and "root" in columns:
             line = line.replace("root", "")
-        elif words[0].isdecimal():
-            line = " ".join([*words[:4], *words[5:]])
+        elif columns[0].isdecimal():
+            line = " ".join([*columns[:4], *columns[5:]])
         rows.append(line)
     (tmp_path / "old").write_text("\n".join(rows))
     assert nccl.read(tmp_path / "old").link().gbs == pytest.approx(350, rel=0.02)

@@ -1,4 +1,4 @@
-"""Cluster descriptions: shipped ones, files of one's own, and what is refused."""
+"""Cluster descriptions: shipped ones, files of the user, and refusals."""
 
 import re
 from dataclasses import replace
@@ -12,13 +12,13 @@ from distattn.cluster import spec as describe
 
 @pytest.mark.parametrize("kind", describe.shipped_names())
 def test_shipped_descriptions_are_read_and_every_number_has_its_source(kind):
-    found = describe.load(f"{kind}-1x4")
-    assert found.ranks == 4 and found.name == f"{kind}-1x4"
+    cluster = describe.load(f"{kind}-1x4")
+    assert cluster.ranks == 4 and cluster.name == f"{kind}-1x4"
     text = (resources.files("distattn.cluster") / "descriptions" / f"{kind}.toml").read_text()
     section = text[text.index("[device]") :]
     for line in section.splitlines():
         if re.match(r"(memory|peak|gemm|copy|num_sms|tile|launch|gbs|latency)", line):
-            assert "#" in line, f"{kind}: no source beside {line!r}"
+            assert "#" in line, f"{kind}: no source next to {line!r}"
     assert "#" in text[text.index("attention = [") : text.index("{ direction")]
 
 
@@ -30,18 +30,18 @@ def test_shipped_descriptions_say_the_same_without_pydantic(kind):
 
 
 def test_names_give_nodes_and_devices():
-    found = describe.load("h200-512x8")
-    assert (found.nodes, found.devices, found.ranks) == (512, 8, 4096)
-    assert found.topology == da.Cluster(512, 8)
+    cluster = describe.load("h200-512x8")
+    assert (cluster.nodes, cluster.devices, cluster.ranks) == (512, 8, 4096)
+    assert cluster.topology == da.Cluster(512, 8)
     assert describe.load("h200-8x8", ranks=16).topology == da.Cluster(2, 8)
     assert describe.load("h200-8x8", ranks=4).topology == da.Cluster(1, 4)
     assert describe.load("h200-8x8", ranks=12).name == "h200-2x6"
 
 
 def test_a_file_written_is_read_back(tmp_path):
-    found = describe.load("b200-2x8")
-    found.save(tmp_path / "mine.toml")
-    assert describe.load(tmp_path / "mine.toml") == found
+    cluster = describe.load("b200-2x8")
+    cluster.save(tmp_path / "mine.toml")
+    assert describe.load(tmp_path / "mine.toml") == cluster
 
 
 @pytest.mark.parametrize(
@@ -55,13 +55,13 @@ def test_a_file_written_is_read_back(tmp_path):
         ("missing.toml", "missing.toml: the cluster description cannot be read"),
     ],
 )
-def test_what_there_is_not_is_named(name, sentence):
+def test_a_missing_cluster_is_named(name, sentence):
     with pytest.raises(da.DistattnError, match=sentence):
         describe.load(name)
 
 
 def test_more_ranks_than_devices_are_refused():
-    with pytest.raises(da.DistattnError, match="17 ranks want more devices than h200-2x8 has: 2 nodes x 8"):
+    with pytest.raises(da.DistattnError, match="17 ranks need more devices than h200-2x8 has: 2 nodes x 8"):
         describe.load("h200-2x8", ranks=17)
     with pytest.raises(da.DistattnError, match="11 ranks do not fill 2 nodes"):
         describe.load("h200-2x8", ranks=11)
@@ -70,14 +70,14 @@ def test_more_ranks_than_devices_are_refused():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ("gbs = 50", "inter_node.gbs: a positive number is wanted, not -1"),
+        ("gbs = 50", "inter_node.gbs: must be a positive number, not -1"),
         ("num_sms = 132", "device.num_sms"),
-        ('direction = "forward"', "attention: a direction"),
+        ('direction = "forward"', "attention: a row must have a direction"),
         ("devices = 8", "devices: "),
         ("[intra_node]", "cannot be read as TOML"),
-        ("latency_us = 10 ", "intra_node.latency_us: a positive number is wanted, not -5"),
-        ("tile = [128, 128]", "device.tile: a positive number is wanted, not 0"),
-        ("queries = 1024, keys", "a full grid of queries and keys, or squares, are wanted"),
+        ("latency_us = 10 ", "intra_node.latency_us: must be a positive number, not -5"),
+        ("tile = [128, 128]", "device.tile: must be a positive number, not 0"),
+        ("queries = 1024, keys", "rows must be a full grid of queries and keys, or squares"),
     ],
 )
 def test_a_wrong_file_is_refused_by_its_key(tmp_path, change, sentence):

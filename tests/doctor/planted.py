@@ -436,12 +436,13 @@ MISTAKES["layer scaled a little"] = MISTAKES["layer scaled"].replace("* 1.5", "*
 
 
 def plant(mistakes: dict[str, str]) -> None:
-    """Add mistakes to those of all tests, which have names of their own."""
+    """Add mistakes with new names to those of all tests."""
     assert not (twice := MISTAKES.keys() & mistakes.keys()), twice
     MISTAKES.update(mistakes)
 
 
 def script(family: str, trainer: str = "loop", *mistakes: str, dtype: str = "float32", more: str = "") -> str:
-    """A script for the doctor."""
-    parts = [HEAD.format(dtype=dtype), FAMILIES[family], TRAINERS[trainer], *(MISTAKES[one] for one in mistakes), more]
+    """Return a script for the doctor."""
+    planted = (MISTAKES[mistake] for mistake in mistakes)
+    parts = [HEAD.format(dtype=dtype), FAMILIES[family], TRAINERS[trainer], *planted, more]
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""The doctor names planted mistakes, finds nothing where there is none, and looks at the machine."""
+"""The doctor names planted mistakes, finds nothing in healthy scripts, and checks the machine."""
 
 import json
 import os
@@ -78,8 +78,8 @@ def test_bad_arguments_are_one_sentence(arguments, sentence, capsys):
     from distattn.launch import cli
 
     assert cli.main(["doctor", *arguments]) == 2
-    said = capsys.readouterr().err
-    assert sentence in said and said.count("\n") == 1
+    err = capsys.readouterr().err
+    assert sentence in err and err.count("\n") == 1
 
 
 def test_a_script_without_a_model_or_with_strange_functions_is_refused(tmp_path):
@@ -119,10 +119,10 @@ def test_a_script_without_a_model_or_with_strange_functions_is_refused(tmp_path)
 
 
 def _refusals(rank: int, paths: list[str]) -> list[str]:
-    return [(found := run_on_this_rank(Target(path))).get("refusal", found.get("failure")) for path in paths]
+    return [(result := run_on_this_rank(Target(path))).get("refusal", result.get("failure")) for path in paths]
 
 
-def test_what_cannot_be_examined_is_said_with_the_scripts_own_line(tmp_path):
+def test_a_script_that_cannot_be_examined_is_named_with_its_own_line(tmp_path):
     cases = {
         'def context_parallel():\n    return da.ContextParallel(strategy="cad", data="per_rank")': 'use data="replicated"',
         "def batch():\n    return [pack(), pack()]\ndef shard(cp, batches):\n    return cp.shard(batches[0])": "1 parts of 2",
@@ -133,17 +133,17 @@ def test_what_cannot_be_examined_is_said_with_the_scripts_own_line(tmp_path):
     for number, body in enumerate(cases):
         paths.append(str(tmp_path / f"target{number}.py"))
         Path(paths[-1]).write_text(script("llama", more=body))
-    for said in run_on_ranks(2, _refusals, paths):
-        for path, sentence, what in zip(paths, said, cases.values(), strict=True):
+    for refusals in run_on_ranks(2, _refusals, paths):
+        for path, sentence, part in zip(paths, refusals, cases.values(), strict=True):
             last = len(Path(path).read_text().splitlines())
-            assert what.replace("LINE", str(last)) in sentence, (sentence, what)
+            assert part.replace("LINE", str(last)) in sentence, (sentence, part)
 
 
 def test_the_machine_is_looked_at(monkeypatch):
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
-    found = {check.name: check for check in check_machine()}
-    assert {"python", "torch", "triton", "ports", "host name", "/dev/shm"} <= found.keys()
-    assert found["torch"].ok and found["ports"].ok
-    assert found["CUDA_DEVICE_MAX_CONNECTIONS"].ok is None
-    assert found["MASTER_ADDR"].ok is False and found["MASTER_ADDR"].advice
+    checks = {check.name: check for check in check_machine()}
+    assert {"python", "torch", "triton", "ports", "host name", "/dev/shm"} <= checks.keys()
+    assert checks["torch"].ok and checks["ports"].ok
+    assert checks["CUDA_DEVICE_MAX_CONNECTIONS"].ok is None
+    assert checks["MASTER_ADDR"].ok is False and checks["MASTER_ADDR"].advice

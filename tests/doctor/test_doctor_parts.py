@@ -23,7 +23,7 @@ DROPPED = EXPECTED * (torch.rand(12, 6, generator=torch.Generator().manual_seed(
 
 
 @pytest.mark.parametrize(
-    ("got", "kind", "words"),
+    ("got", "kind", "description"),
     [
         (torch.zeros(12, 6), "zero", "zero"),
         (EXPECTED.bfloat16().float(), "rounded", "bfloat16"),
@@ -36,9 +36,9 @@ DROPPED = EXPECTED * (torch.rand(12, 6, generator=torch.Generator().manual_seed(
         (DROPPED, "dropped", "1.25 times"),
     ],
 )
-def test_what_was_done_to_values_is_recognised(got, kind, words):
+def test_a_change_of_values_is_recognised(got, kind, description):
     change = describe_change(EXPECTED, got, bound=1e-4)
-    assert change.kind == kind and words in change.words
+    assert change.kind == kind and description in change.description
     assert describe_change(EXPECTED, torch.randn(12, 6, generator=torch.Generator().manual_seed(2)), 1e-4) is None
     assert common_change([change, change]) == change and common_change([change, None]) is None
 
@@ -52,14 +52,16 @@ def _explained(factors: list[list[float]], of_rank: list[list[list[float]]] | No
     count = len(factors[0])
     generator = torch.Generator().manual_seed(0)
     local = [[{"weight": torch.randn(20, generator=generator)} for _ in range(count)] for _ in range(2)]
-    expected = sum(one["weight"] for found in local for one in found)
+    expected = sum(gradients["weight"] for of_one_rank in local for gradients in of_one_rank)
     ranks = []
     for rank in range(2):
-        how = factors if of_rank is None else of_rank[rank]
+        rank_factors = factors if of_rank is None else of_rank[rank]
         total = sum(
-            f * one["weight"] for row, found in zip(how, local, strict=True) for f, one in zip(row, found, strict=True)
+            factor * gradients["weight"]
+            for row, of_one_rank in zip(rank_factors, local, strict=True)
+            for factor, gradients in zip(row, of_one_rank, strict=True)
         )
-        parts = [{"parameter_gradients": one} for one in local[rank]]
+        parts = [{"parameter_gradients": gradients} for gradients in local[rank]]
         ranks.append({"parts": parts, "gradients": {"weight": total}})
     reference = SimpleNamespace(gradients={"weight": expected}, packs=[None] * count)
     return LocalGradients(reference, ranks).explain()
@@ -76,10 +78,10 @@ def test_factors_of_local_gradients_are_found_and_named():
     assert finding.cause == "gradients not reduced"
 
 
-def test_ranks_and_tokens_are_named_by_stretches():
+def test_ranks_and_tokens_are_named_by_segments():
     assert name_ranks([2]) == "rank 2" and name_ranks([0, 1, 3]) == "ranks 0, 1 and 3"
     assert name_tokens([5]) == "token 5" and name_tokens([3, 4, 5, 9]) == "tokens 3 to 5 and 9"
-    assert name_tokens(range(0, 20, 2)) == "tokens 0, 2, 4 and 7 more stretches"
+    assert name_tokens(range(0, 20, 2)) == "tokens 0, 2, 4 and 7 more segments"
 
 
 REMEDY = "look at what this rank does there, and the others do not, and at all that it is given by the ranks before it"
@@ -106,7 +108,7 @@ def test_the_verdict_comes_first_and_wraps_like_prose(monkeypatch, capsys):
     assert paragraph.startswith(f"what to do: {REMEDY}.")
     # the machine after it, in two lines at most
     assert (
-        lines[-2] == "machine: python 3.11.7; noteworthy: GPUs. distattn doctor" and "--json, says more." in lines[-1]
+        lines[-2] == "machine: python 3.11.7; noteworthy: GPUs. distattn doctor" and "--json, shows more." in lines[-1]
     )
     # by itself it is the answer: what is noteworthy, and the rest in a line
     assert doctor_command.main([]) == 0
@@ -118,14 +120,14 @@ def test_ok_in_low_precision_says_what_could_hide_and_proposes_fp32(monkeypatch,
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setattr(doctor_command, "check_machine", lambda: CHECKS)
     coarse, fine = ({"hidden": hidden, "hidden in gradients": 8 * hidden} for hidden in (0.0094, 1e-6))
-    for measured, said in ((coarse, True), (fine, False)):
+    for measured, is_coarse in ((coarse, True), (fine, False)):
         monkeypatch.setattr(
             doctor_command, "examine_target", lambda *_, measured=measured: Diagnosis(measured, None, [])
         )
         assert doctor_command.main(["config.json"]) == 0
         out = " ".join(capsys.readouterr().out.split())
         assert out.startswith("ok 2 ranks compute what one process does")
-        assert said == ("by less than 0.94 %" in out and "less than 7.5 %" in out and "in float32" in out)
+        assert is_coarse == ("by less than 0.94 %" in out and "less than 7.5 %" in out and "in float32" in out)
 
 
 @pytest.mark.parametrize("command", ["doctor", "calibrate"])
@@ -147,12 +149,12 @@ def test_why_a_lookup_could_not_be_tried_is_noted():
     error = LocalError(place, 0, [0, 1], 9.0, 1.0, torch.zeros(2, 3), torch.ones(2, 3))
     model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(4, 3)})
     explain_errors(replay, [error], emulation, model, [{"settings": {}}])
-    assert [str(one) for one in noted] == ["of the model's own"]
+    assert [str(error) for error in noted] == ["of the model's own"]
 
 
-@pytest.mark.parametrize("works", ["_by_script", ""], ids=["by the script", "in no way"])
+@pytest.mark.parametrize("works", ["_script_forward", ""], ids=["by the script", "in no way"])
 def test_why_a_model_runs_in_no_way_is_noted(works, monkeypatch):
-    def run(self, forward, *given):
+    def run(self, forward, *arguments):
         if forward.__name__ != works:
             raise TypeError(f"{forward.__name__} does not work")
         return torch.zeros(1)
@@ -162,5 +164,5 @@ def test_why_a_model_runs_in_no_way_is_noted(works, monkeypatch):
     emulation = EmulatedModel(target, torch.nn.Linear(1, 1), SimpleNamespace(packs=[]), [])
     assert (emulation(RIGHT, False) is not None) == bool(works)
     finding = emulation.with_failures(Finding("unknown", "it differs", "look"))
-    note = "" if works else "; not all mistakes could be tried in one process: _by_script does not work"
+    note = "" if works else "; not all mistakes could be tried in one process: _script_forward does not work"
     assert finding.observed == f"it differs{note}"

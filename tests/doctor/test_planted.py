@@ -139,12 +139,12 @@ def forward(model, part):
 """
 FAMILIES = ("llama", "gpt2", "gemma3", "gpt-oss", "own")
 HEALTHY = {
-    **{f"{one}, {on}": (one, on) for one in FAMILIES for on in ("loop", "DDP", "FSDP2", "DeepSpeed")},
-    **{f"{one}, {on}, bf16": (one, on, BF16) for one in FAMILIES for on in ("loop", "FSDP2")},
-    **{f"{one}, DeepSpeed, bf16": (one, "DeepSpeed", BF16) for one in ("llama", "gpt2")},
-    **{f"{one}, fp16": (one, "loop", "float16") for one in ("llama", "mistral", "own")},
-    **{f"{one}, fp64": (one, "loop", "float64") for one in ("qwen3", "own")},
-    **{f"autocast to {one}": ("llama", "DDP", "float32", AUTOCAST.format(dtype=one)) for one in (BF16, "float16")},
+    **{f"{family}, {on}": (family, on) for family in FAMILIES for on in ("loop", "DDP", "FSDP2", "DeepSpeed")},
+    **{f"{family}, {on}, bf16": (family, on, BF16) for family in FAMILIES for on in ("loop", "FSDP2")},
+    **{f"{family}, DeepSpeed, bf16": (family, "DeepSpeed", BF16) for family in ("llama", "gpt2")},
+    **{f"{family}, fp16": (family, "loop", "float16") for family in ("llama", "mistral", "own")},
+    **{f"{family}, fp64": (family, "loop", "float64") for family in ("qwen3", "own")},
+    **{f"autocast to {low}": ("llama", "DDP", "float32", AUTOCAST.format(dtype=low)) for low in (BF16, "float16")},
     "gemma2": ("gemma2", "loop"),
     "mistral": ("mistral", "FSDP2"),
     "two micro-batches": ("llama", "loop", "float32", "def batch():\n    return [pack(1), pack(2)]"),
@@ -250,17 +250,17 @@ HEALTHY = {
 
 
 def _examine(rank: int, scripts: list[str]) -> list[dict]:
-    return [run_on_this_rank(Target(one)) for one in scripts]
+    return [run_on_this_rank(Target(path)) for path in scripts]
 
 
 def diagnoses(folder: Path, texts: list[str]):
-    """The doctor's diagnoses of scripts, run one after another by the same two ranks."""
+    """Return the doctor's diagnoses of scripts, run one after another by the same two ranks."""
     scripts = []
     for number, text in enumerate(texts):
         scripts.append(str(folder / f"target{number}.py"))
         Path(scripts[-1]).write_text(text)
     by_rank = run_on_ranks(2, _examine, scripts)
-    return [diagnose(Target(one), found) for one, *found in zip(scripts, *by_rank, strict=True)]
+    return [diagnose(Target(path), results) for path, *results in zip(scripts, *by_rank, strict=True)]
 
 
 def _name(case) -> str:
@@ -281,11 +281,11 @@ def test_planted_mistakes_are_named(tmp_path, trainer):
     cases = GROUPS[trainer]
     texts = [script(family, on, mistake, dtype=(*dtype, "float32")[0]) for family, on, mistake, _, *dtype in cases]
     wrong = []
-    for case, found in zip(cases, diagnoses(tmp_path, texts), strict=True):
-        if not found.findings or found.findings[0].cause != case[3]:
-            wrong.append(f"{_name(case)}: {found}")
-        if case[0] in ("llama", "mistral") and found.first_difference != FIRST.get(case[2], found.first_difference):
-            wrong.append(f"{_name(case)}: {found.first_difference} is named as the first to differ")
+    for case, result in zip(cases, diagnoses(tmp_path, texts), strict=True):
+        if not result.findings or result.findings[0].cause != case[3]:
+            wrong.append(f"{_name(case)}: {result}")
+        if case[0] in ("llama", "mistral") and result.first_difference != FIRST.get(case[2], result.first_difference):
+            wrong.append(f"{_name(case)}: {result.first_difference} is named as the first to differ")
     assert not wrong, "\n".join(wrong)
 
 
@@ -300,14 +300,15 @@ def test_there_are_enough_of_them():
 def test_healthy_set_ups_have_no_finding(tmp_path, trainer):
     if trainer == "DeepSpeed":
         pytest.importorskip("deepspeed")
-    cases = {name: given for name, given in HEALTHY.items() if given[1] == trainer}
+    cases = {name: case for name, case in HEALTHY.items() if case[1] == trainer}
     texts = [
         script(family, on, dtype=(*rest, "float32")[0], more=rest[1] if len(rest) > 1 else "")
         for family, on, *rest in cases.values()
     ]
-    found = dict(zip(cases, diagnoses(tmp_path, texts), strict=True))
-    assert not {name: one for name, one in found.items() if one.findings}
-    exact = {name: one.measured["gradient"] for name, one in found.items() if cases[name][2:3] in ((), ("float32",))}
+    results = dict(zip(cases, diagnoses(tmp_path, texts), strict=True))
+    assert not {name: result for name, result in results.items() if result.findings}
+    in_fp32 = {name: result for name, result in results.items() if cases[name][2:3] in ((), ("float32",))}
+    exact = {name: result.measured["gradient"] for name, result in in_fp32.items()}
     assert not {name: ratio for name, ratio in exact.items() if abs(ratio - 1) > 1e-4 and "autocast" not in name}
 
 

@@ -213,11 +213,11 @@ def test_mistakes_are_named_with_rank_and_tokens(tmp_path, dtype, third):
         tmp_path, [script(FAMILY.get(mistake, "llama"), "loop", mistake, dtype=how) for how, mistake, *_ in cases]
     )
     wrong = []
-    for (how, mistake, cause, *words), result in zip(cases, results, strict=True):
+    for (how, mistake, cause, *parts), result in zip(cases, results, strict=True):
         observed = f"{result.findings[0].observed}; {result.where}" if result.findings else ""
-        if not result.findings or result.findings[0].cause != cause or not all(word in observed for word in words):
+        if not result.findings or result.findings[0].cause != cause or not all(part in observed for part in parts):
             wrong.append(f"{mistake}, {how}: {result}")
     assert not wrong, "\n".join(wrong)
     if third == 0:
-        # what is wrong in a forward pass is told with the ranks and the tokens that differ
+        # an error in the forward pass is reported with the ranks and the tokens that differ
         assert "on rank 1 in tokens 24" in results[0].where and "rank 0" not in results[0].where

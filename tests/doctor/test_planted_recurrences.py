@@ -75,8 +75,8 @@ class Recurrent(Recurrent):
 )
 PLANTED = [
     ("states over the pack", "state not reset"),
-    ("ranks in turn", "stretches out of order"),
-    ("states of a rank", "state not handed on"),
+    ("ranks in turn", "segments out of order"),
+    ("states of a rank", "state not passed on"),
     ("taps over the pack", "convolution not reset"),
     ("taps of a rank", "halo missing"),
     ("a convolution of its own", "halo missing"),
@@ -89,14 +89,14 @@ PLANTED = [
 
 
 @pytest.mark.full
-def test_mistakes_of_recurrent_layers_are_named_and_none_is_found_where_none_is(tmp_path):
+def test_mistakes_of_recurrent_layers_are_named_and_right_scripts_have_no_finding(tmp_path):
     texts = [
         script("hybrid", "loop", *filter(None, [name]), dtype=(*dtype, "float32")[0]) for name, _, *dtype in PLANTED
     ]
     wrong = []
-    for (name, cause, *dtype), found in zip(PLANTED, diagnoses(tmp_path, texts), strict=True):
-        if (found.findings[0].cause if found.findings else None) != cause:
-            wrong.append(f"{name} {dtype}: {found}")
+    for (name, cause, *dtype), result in zip(PLANTED, diagnoses(tmp_path, texts), strict=True):
+        if (result.findings[0].cause if result.findings else None) != cause:
+            wrong.append(f"{name} {dtype}: {result}")
     assert not wrong, "\n".join(wrong)
 
 
@@ -119,9 +119,9 @@ def test_emulated_convolutions_are_those_of_documents():
 
 def test_states_of_documents_are_refused_by_name():
     rank, x = _EmulatedRank(None, 0), torch.zeros(4, 2, 8)
-    with pytest.raises(da.DistattnError, match="the doctor knows no states of documents"):
+    with pytest.raises(da.DistattnError, match="the doctor does not handle states of documents"):
         rank.recurrence(x, x, x, "linear_attention", return_final_state=True)
-    with pytest.raises(da.DistattnError, match="the doctor knows no states of documents"):
+    with pytest.raises(da.DistattnError, match="the doctor does not handle states of documents"):
         rank.causal_conv1d(x.flatten(1), torch.zeros(16, 4), initial_state=torch.zeros(1, 16, 3))
 
 

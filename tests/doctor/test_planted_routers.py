@@ -93,20 +93,20 @@ PLANTED = [
 
 
 @pytest.mark.full
-def test_mistakes_of_router_losses_are_named_and_none_is_found_where_none_is(tmp_path):
+def test_mistakes_of_router_losses_are_named_and_right_scripts_have_no_finding(tmp_path):
     texts = [
         script("experts", on, *filter(None, [name]), dtype=(*dtype, "float32")[0]) for on, name, _, *dtype in PLANTED
     ]
-    # and the model's own loss where there is padding, too
+    # and the model's own loss with padding
     texts.append(script("experts", "loop", "padded ranks", "aux_loss"))
-    *found, padded = diagnoses(tmp_path, texts)
+    *results, padded = diagnoses(tmp_path, texts)
     wrong = []
-    for (on, name, cause, *dtype), one in zip(PLANTED, found, strict=True):
-        if (one.findings[0].cause if one.findings else None) != cause:
-            wrong.append(f"{on} {name} {dtype}: {one}")
+    for (on, name, cause, *dtype), result in zip(PLANTED, results, strict=True):
+        if (result.findings[0].cause if result.findings else None) != cause:
+            wrong.append(f"{on} {name} {dtype}: {result}")
     assert not wrong, "\n".join(wrong)
     assert "of its own tokens and padding" in padded.findings[0].observed
-    assert "call pytorch.local_loss" in found[5].findings[0].observed
+    assert "call pytorch.local_loss" in results[5].findings[0].observed
 
 
 def test_a_router_loss_of_a_model_without_router_logits_is_refused(tmp_path):
@@ -114,5 +114,5 @@ def test_a_router_loss_of_a_model_without_router_logits_is_refused(tmp_path):
     path.write_text(script("llama", more="COEFFICIENT = 1.0\n" + Z_LOSS))
     target = Target(str(path))
     model = target.model()
-    with pytest.raises(DistattnError, match="what the model returns has no router_logits"):
+    with pytest.raises(DistattnError, match="the model's output has no router_logits"):
         reference_result(target, model, target.batches(model))

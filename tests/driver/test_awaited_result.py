@@ -12,13 +12,13 @@ from waiting import eventually
 from distattn.adapters.pytorch import local_loss
 from distattn.batch.awaited_result import AwaitedResult
 from distattn.supervision import heartbeats
-from distattn.supervision.heartbeats import HeartbeatBoard, doing, tell
+from distattn.supervision.heartbeats import HeartbeatBoard, set_activity, thread_activity
 
 
 @pytest.fixture
 def told(monkeypatch):
     """What this process tells."""
-    monkeypatch.setattr(heartbeats, "_TOLD", heartbeats._Told())
+    monkeypatch.setattr(heartbeats, "_CURRENT", heartbeats._CurrentActivity())
     board = HeartbeatBoard.make(1)
     heartbeats.attach(board.path, 0, 1)
     yield lambda: board.read(0)
@@ -26,17 +26,17 @@ def told(monkeypatch):
 
 
 def test_a_rank_waits_for_others_only_while_they_are_asked(told):
-    tell("evaluation", step=3, seconds=300.0)
+    set_activity("evaluation", step=3, seconds=300.0)
     results, idents = [], []
     steps = [threading.Event() for _ in range(4)]
 
     def thread():
         idents.append(threading.get_ident())
         # of the step before, whose plans nobody waits for yet
-        with doing("the comparison of plans", waits=True):
+        with thread_activity("the comparison of plans", waits=True):
             steps[0].wait()
         steps[1].wait()
-        with doing("reading shard 12"), doing("the exchange of a step", waits=True):
+        with thread_activity("reading shard 12"), thread_activity("the exchange of a step", waits=True):
             steps[2].wait()
         steps[3].wait()
         results[0].set_result(7)
@@ -44,32 +44,32 @@ def test_a_rank_waits_for_others_only_while_they_are_asked(told):
     with ThreadPoolExecutor() as pool:
         try:
             pool.submit(thread)
-            eventually(lambda: idents and heartbeats._TOLD.beside, "the thread does not come")
+            eventually(lambda: idents and heartbeats._CURRENT.other_threads, "the thread does not come")
             # nobody waits for it: this rank does its own work
-            assert not told().waits and told().words == "evaluation" and told().seconds == 300
+            assert not told().waits and told().activity == "evaluation" and told().seconds == 300
             results.append(AwaitedResult(idents[0]))
             waiting = pool.submit(results[0].result)
             eventually(lambda: told().waits, lambda: str(told()))
-            assert (told().words, told().seconds, told().step) == ("the comparison of plans", 0.0, 3)
+            assert (told().activity, told().seconds, told().step) == ("the comparison of plans", 0.0, 3)
             steps[0].set()
             # the thread works for itself: that is this rank's own time
             eventually(lambda: not told().waits, lambda: str(told()))
-            assert told().words == "evaluation" and told().seconds == 300
+            assert told().activity == "evaluation" and told().seconds == 300
             steps[1].set()
             eventually(lambda: told().waits, lambda: str(told()))
-            assert told().words == "the exchange of a step"
+            assert told().activity == "the exchange of a step"
             steps[2].set()
             eventually(lambda: not told().waits, lambda: str(told()))
-            assert told().words == "evaluation" and heartbeats._TOLD.awaited == idents[0]
+            assert told().activity == "evaluation" and heartbeats._CURRENT.awaited == idents[0]
             steps[3].set()
-            assert waiting.result() == 7 and heartbeats._TOLD.awaited is None
+            assert waiting.result() == 7 and heartbeats._CURRENT.awaited is None
         finally:
             for step in steps:
                 step.set()
 
 
 def test_what_is_there_is_not_waited_for(told):
-    tell("forward and backward", step=1)
+    set_activity("forward and backward", step=1)
     result = AwaitedResult(1)
     result.set_result(7)
     beats = told().beats
@@ -83,7 +83,7 @@ def test_errors_of_the_thread_come_to_whoever_waits(told):
         result.set_exception(ConnectionError("no"))
         with pytest.raises(ConnectionError, match="no"):
             waiting.result()
-    assert heartbeats._TOLD.awaited is None
+    assert heartbeats._CURRENT.awaited is None
 
 
 # what rank 0 is to say while rank 1 is elsewhere: before its first layer, and in its loader
@@ -109,12 +109,12 @@ def trained_beside_a_late_rank(rank, folder):
                 late(LATE[1])
             yield step
 
-    heartbeats._TOLD.write = write
+    heartbeats._CURRENT.write = write
     model = model_of()
     model.model.layers[0].register_forward_pre_hook(lambda *_: late(LATE[0]))
     with shared(strategy="ring", data="replicated") as cp:
         for micro_batches in cp.steps(steps()):
-            tell("forward and backward")
+            set_activity("forward and backward")
             for batch in micro_batches:
                 local_loss(model, batch).backward()
     return told

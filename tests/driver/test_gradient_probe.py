@@ -245,7 +245,7 @@ def test_one_rank_needs_no_factor():
     cp = ContextParallel(strategy="ring", kernel="reference")
     model = small.build()
     assert cp.loss_scale(pytorch.ProbeTarget(model)) == 1.0
-    with pytest.raises(DistattnError, match="Identity does not say which layer makes its logits"):
+    with pytest.raises(DistattnError, match="the layer of Identity that makes logits is unknown"):
         cp.loss_scale(pytorch.ProbeTarget(torch.nn.Identity()))
     assert all(parameter.grad is None for parameter in model.parameters())
     assert IGNORE_INDEX in cp.shard(small.micro_batch([4]))["labels"]

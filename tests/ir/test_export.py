@@ -50,7 +50,7 @@ def test_rows_of_too_many_pieces_are_refused():
 
 
 def varlen_cells(varlen) -> np.ndarray:
-    """The cells a varlen kernel computes, by flash-attn's documentation."""
+    """Return the cells that a varlen kernel computes, by flash-attn's documentation."""
     q, k = np.arange(N)[:, None], np.arange(N)[None]
     document = np.searchsorted(varlen.cu_seqlens, np.arange(N), "right")
     cells = document[:, None] == document[None]
@@ -89,8 +89,8 @@ def test_documents_in_any_order_and_with_origins_are_understood():
     ("mask", "sentence"),
     [
         (da.Mask.by_head([(1, da.Mask.causal(5)), (1, da.Mask.full(5))]), "differs by head"),
-        (da.Mask.from_pieces([[0, 5, 0, 5, -1, 0], [5, 9, 5, 9, -2, 0]]), "differently far to the left"),
-        (da.Mask.from_pieces([[0, 5, 0, 5, -9, 0], [5, 9, 5, 9, -9, 9]]), "differently far to the right"),
+        (da.Mask.from_pieces([[0, 5, 0, 5, -1, 0], [5, 9, 5, 9, -2, 0]]), "different windows on the left"),
+        (da.Mask.from_pieces([[0, 5, 0, 5, -9, 0], [5, 9, 5, 9, -9, 9]]), "different windows on the right"),
         (da.Mask.from_pieces([[0, 5, 0, 5, -9, -1]]), "always allow the diagonal"),
     ],
 )

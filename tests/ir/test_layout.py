@@ -50,7 +50,7 @@ def test_document_zigzag_deals_each_document_and_fills_the_emptiest_rank():
 
 
 def balance(layout):
-    """Tokens and causal work of the busiest rank, over the mean."""
+    """Return tokens and causal work of the busiest rank, divided by the mean."""
     ranks, t0, t1 = (layout.chunks[name] for name in ("rank", "t0", "t1"))
     positions = layout.positions_of(np.arange(layout.n)) + 1
     work = np.add.reduceat(positions, t0)
@@ -105,7 +105,7 @@ def test_positions_restart_and_targets_cross_shards_but_not_documents():
         (lambda: Layout.from_chunks([4], []), "at least 1 rank"),
         (lambda: Layout.zigzag([4, 0], 2), "document 1 has length 0"),
         (lambda: Layout.document_zigzag([4], 2, min_chunk=0), "min_chunk"),
-        (lambda: Layout.from_chunks([4], [[(0, 2)], [(3, 4)]]), r"\[2, 3\) are owned by nobody"),
+        (lambda: Layout.from_chunks([4], [[(0, 2)], [(3, 4)]]), r"\[2, 3\) are owned by no rank"),
         (lambda: Layout.from_chunks([4], [[(0, 3)], [(2, 4)]]), r"\[2, 3\) are owned twice"),
         (lambda: Layout.from_chunks([4], [[(0, 5)]]), "outside the 4 tokens"),
         (lambda: Layout.contiguous([4], 2).shard(np.zeros(5), 0), "5 entries"),
@@ -130,7 +130,7 @@ def test_block_cyclic_deals_blocks_round_and_round():
 
 
 def packs(seed: int, heavy: bool, tokens: int = 1 << 20) -> list[int]:
-    """A pack of documents: log-normal as long-context mixes are, or with a much heavier tail."""
+    """Draw a pack of documents: log-normal like long-context mixes, or with a much heavier tail."""
     rng = np.random.default_rng(seed)
     raw = (rng.pareto(0.9, 4000) + 1) * 400 if heavy else rng.lognormal(6.6, 1.6, 4000)
     lengths = np.clip(raw.astype(int), 1, tokens)
@@ -199,7 +199,7 @@ def test_balanced_serves_any_number_of_tokens_and_ranks():
     by_head = Mask.by_head([(1, Mask.causal(64)), (3, Mask.full(64))])
     assert Layout.balanced([64], 4, mask=by_head).shard_sizes().sum() == 64
     for wrong in ({"chunk": 0}, {"mask": Mask.causal(5)}, {"tolerance": -1.0}):
-        with pytest.raises(DistattnError, match="balanced wants"):
+        with pytest.raises(DistattnError, match="balanced needs"):
             Layout.balanced([64], 4, **wrong)
 
 

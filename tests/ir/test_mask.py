@@ -13,7 +13,7 @@ from distattn.ir.mask import Mask
 
 
 def cells(n: int, piece) -> np.ndarray:
-    """A band by its definition."""
+    """Return a band's cells by its definition."""
     q0, q1, k0, k1, lo, hi, bq, bk, oq, ok = piece
     q, k = np.arange(n)[:, None], np.arange(n)[None]
     distance = (k - ok) // bk - (q - oq) // bq
@@ -27,7 +27,7 @@ def intervals(draw, n: int) -> tuple[int, int]:
 
 
 def blocks(n: int):
-    """Block sizes and origins (bq, bk, oq, ok)."""
+    """Draw block sizes and origins (bq, bk, oq, ok)."""
     return st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(-9, n), st.integers(-9, n))
 
 
@@ -40,14 +40,14 @@ def bands(draw, n: int):
 
 @st.composite
 def any_bands(draw):
-    """(n, pieces): bands that may overlap or be empty."""
+    """Draw (n, pieces): bands that may overlap or be empty."""
     n = draw(st.integers(1, 48))
     return n, draw(st.lists(bands(n), min_size=1, max_size=4))
 
 
 @st.composite
 def masks(draw):
-    """(n, pieces): disjoint bands that all hold a cell, on a grid of rectangles."""
+    """Draw (n, pieces): disjoint bands that all hold a cell, on a grid of rectangles."""
     n = draw(st.integers(1, 48))
     cuts = [sorted({0, n, *draw(st.lists(st.integers(0, n), max_size=2))}) for _ in range(2)]
     pieces = []
@@ -92,7 +92,7 @@ def test_any_mask_answers_like_its_cells(mask_case, data):
 def test_bands_are_refused_exactly_when_they_are_empty_or_overlap(case):
     n, pieces = case
     each = [cells(n, piece) for piece in pieces]
-    empty, overlap = any(not one.any() for one in each), (np.sum(each, 0) > 1).any()
+    empty, overlap = any(not band.any() for band in each), (np.sum(each, 0) > 1).any()
     with_blocks = any(piece[6:8] != (1, 1) for piece in pieces)
     try:
         Mask.from_pieces(pieces, n)
@@ -278,8 +278,9 @@ def test_masks_may_differ_by_head_group():
 
 def test_pieces_that_neighbouring_groups_share_are_one():
     lengths = [50, 60]
-    both = Mask.by_head([(4, Mask.documents(lengths)), (4, Mask.documents(lengths))])
-    assert both.pieces.tolist() == Mask.documents(lengths).pieces.tolist() and both.piece_heads.tolist() == [[0, 8]] * 2
+    joined = Mask.by_head([(4, Mask.documents(lengths)), (4, Mask.documents(lengths))])
+    assert joined.pieces.tolist() == Mask.documents(lengths).pieces.tolist()
+    assert joined.piece_heads.tolist() == [[0, 8]] * 2
     apart = [(2, Mask.full(5)), (2, Mask.causal(5)), (2, Mask.full(5))]
     assert Mask.by_head(apart).piece_heads.tolist() == [[0, 2], [2, 4], [4, 6]]
 
@@ -290,7 +291,7 @@ def test_pieces_that_neighbouring_groups_share_are_one():
         ([], "pairs"),
         ([(2, Mask.causal(4)), (2, Mask.causal(5))], "one axis"),
         ([(0, Mask.causal(4))], "at least 1 head"),
-        ([(1, Mask.by_head([(1, Mask.causal(4))]))], "without head groups"),
+        ([(1, Mask.by_head([(1, Mask.causal(4))]))], "do not differ by head"),
     ],
 )
 def test_impossible_head_groups_are_refused(groups, sentence):

@@ -76,10 +76,10 @@ def test_a_task_reads_the_tokens_of_its_stretch():
         (Payload.dO, [1, 0, 1]),
         (Payload.dKV, [1, 0, 0]),
     ):
-        found = task_token_ranges(call, payload, tasks)
-        assert (found["t1"] - found["t0"]).tolist() == [3 * one for one in used], payload
+        ranges = task_token_ranges(call, payload, tasks)
+        assert (ranges["t1"] - ranges["t0"]).tolist() == [3 * is_used for is_used in used], payload
         heads = (0, 2) if payload == Payload.Q else (1, 4)
-        assert set(zip(found["h0"].tolist(), found["h1"].tolist(), strict=True)) == {heads}
+        assert set(zip(ranges["h0"].tolist(), ranges["h1"].tolist(), strict=True)) == {heads}
     assert task_areas(call, tasks).tolist() == [9, 9, 9]
 
 

@@ -32,7 +32,7 @@ u = 2
 
 
 def paths(content, before=()):
-    """All keys and entries of what tomllib read."""
+    """Yield all keys and entries of the value that tomllib read."""
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in items:
         yield (*before, key)

@@ -82,4 +82,4 @@ def test_the_doctor_says_it_of_each_gpu(versions, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: known)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     (check,) = [check for check in environment._devices() if check.name.startswith("kernel fla")]
-    assert check.ok is None and "Triton 3.6.0" in check.found and "torch 2.13" in check.advice
+    assert check.ok is None and "Triton 3.6.0" in check.state and "torch 2.13" in check.advice

@@ -58,7 +58,7 @@ def test_a_run_may_have_nodes_of_whole_replicas_that_packs_can_be_dealt_to(overr
             ("--checkpoint.every_steps=-1",),
             "ray.min_nodes: the run continues from checkpoints; set checkpoint.every_steps",
         ),
-        (("--ray.min_nodes=4",), "ray.min_nodes: 4, and the run has 4 nodes; take fewer, or 0"),
+        (("--ray.min_nodes=4",), "ray.min_nodes: 4, but the run has 4 nodes; use a smaller number, or 0"),
         (("--ray.min_nodes=3",), "no number of nodes from 3 to 3 has whole replicas of 2 ranks"),
         (("--parallel.context_parallel_size=8",), "no number of nodes from 1 to 3 has whole replicas of 8 ranks"),
         (("--ray.min_nodes=-1",), "ray.min_nodes: at least 0, not -1"),
@@ -110,7 +110,7 @@ def test_the_run_folder_says_what_each_attempt_had_and_a_request_to_stop_comes_f
     told = [(row["cluster"], row["nodes"], row["replicas"], row["why"]) for row in Attempts(run.attempts).rows()]
     assert told == [
         ("here", 2, 2, "node1 was lost"),
-        ("here", 1, 1, "saved, to go on with 2 nodes"),
-        ("here", 2, 2, "stopped, asked by a person"),
+        ("here", 1, 1, "saved, to continue with 2 nodes"),
+        ("here", 2, 2, "stopped at the request of a person"),
     ]
     assert configuration.load(run.folder / "config.until-0.toml").parallel.ranks == 4

@@ -46,7 +46,7 @@ def run(script, place):
 def test_a_log_of_another_rank_that_cannot_be_opened_leaves_the_console(no_folder):
     done = run(LOG, no_folder)
     assert done.returncode == 0 and done.stdout == "a line\n", done.stderr
-    sentence = "rank-1.log: cannot be opened: Not a directory; the console has what rank 1 says."
+    sentence = "rank-1.log: cannot be opened: Not a directory; the console has the output of rank 1."
     assert done.stderr == f"distattn: {no_folder}/{sentence}\n"
 
 
@@ -60,7 +60,7 @@ def test_stacks_that_cannot_be_kept_are_printed(no_folder):
     done = run(STACKS, no_folder)
     assert done.returncode == 0, done.stderr
     first, *others = done.stderr.splitlines()
-    assert first.endswith("cannot be made: Not a directory; stacks of rank 1 are printed instead.")
+    assert first.endswith("cannot be created: Not a directory; the stacks of rank 1 are printed instead.")
     assert others[0].startswith("Current thread 0x")
 
 
@@ -79,7 +79,9 @@ def test_an_attempt_without_a_folder_for_its_evidence_goes_on(no_folder, monkeyp
     ran = []
     attempted(no_folder, monkeypatch, lambda *given: ran.append(given))
     assert len(ran) == 1
-    assert "cannot be made: Not a directory; nothing is kept there of ranks that hang." in capsys.readouterr().err
+    assert (
+        "cannot be created: Not a directory; no evidence of ranks that hang is kept there." in capsys.readouterr().err
+    )
 
 
 def test_shared_memory_without_room_is_named_with_what_helps(tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ def test_a_local_dry_run_names_ranks_devices_steps_memory_and_folder(capsys, tmp
     assert folder == f"run folder: {tmp_path}/run; logs in its folder logs" and not list(tmp_path.iterdir())
     (tmp_path / "run").mkdir()
     assert cli.main([*arguments, "--preflight.action=warn"]) == 0
-    assert "it is there already, so a number is added" in capsys.readouterr().out
+    assert "it exists already, so a number is added" in capsys.readouterr().out
 
 
 def test_a_dry_run_of_a_folder_alone_leaves_the_ranks_to_another_scheduler(capsys, tmp_path):
@@ -62,7 +62,7 @@ def test_a_dry_run_of_a_sweep_on_ray_tells_of_all_runs_and_refuses_a_folder_that
     (tmp_path / "rates").mkdir()
     for where in ("ray", "slurm"):
         code, out, err = run(capsys, where, *arguments, "--array=train.learning_rate=1e-3,3e-3")
-        assert (code, out) == (2, "") and f"{tmp_path}/rates is there already; name another one for the sweep" in err
+        assert (code, out) == (2, "") and f"{tmp_path}/rates exists already; name another one for the sweep" in err
 
 
 def test_a_dry_run_prints_the_script_and_leaves_nothing(capsys, tmp_path, monkeypatch):
@@ -94,7 +94,7 @@ def test_spare_nodes_containers_and_sweeps_are_in_the_script(capsys):
     code, out, _ = run(capsys, "slurm", tiny, "--dry-run", sweep, "--run.folder=/runs/a", "--checkpoint.every-steps=-1")
     assert code == 0 and "#SBATCH --array=0-1\n" in out and 'run=/runs/a/"$SLURM_ARRAY_TASK_ID"\n' in out
     code, _, err = run(capsys, "slurm", tiny, "--dry-run", "--array=parallel.ranks=2,4", "--run.folder=/runs/a")
-    assert code == 2 and "--array: parallel.ranks=2 asks for another batch script" in err
+    assert code == 2 and "--array: parallel.ranks=2 needs another batch script" in err
     assert "#SBATCH --no-requeue" in out and "--max-requeues=0" in out and "slurm-%A_%a.out" in out
 
 
@@ -128,7 +128,7 @@ def test_each_task_of_a_sweep_has_a_run_folder(capsys, slurm_that):
     code, _, err = run(capsys, "logs", str(folder))
     assert code == 2 and f"name one of its runs, such as {folder}/0" in err
     code, _, err = run(capsys, *given, *SHORT)
-    assert code == 2 and "is there already; name another one for the sweep" in err
+    assert code == 2 and "exists already; name another one for the sweep" in err
 
 
 @pytest.mark.sampled(6)
@@ -154,14 +154,14 @@ def test_real_configurations_are_planned_and_submitted_dry(capsys, config):
     [
         (("slurm", "configs/tiny.toml", "--nodes=0"), "--nodes: at least 1, not 0"),
         (("local", "configs/tiny.toml", "--nodes=2"), "--nodes is 1 on this machine, not 2"),
-        (("slurm", "configs/tiny.toml", "--cluster.description=h200-1x2"), "4 ranks want more devices than h200-1x2"),
+        (("slurm", "configs/tiny.toml", "--cluster.description=h200-1x2"), "4 ranks need more devices than h200-1x2"),
         (("slurm", "configs/tiny.toml", "--cluster.description=h900-1x4"), "there is no cluster 'h900-1x4'"),
         (("slurm", "configs/tiny.toml", "--cluster.description=h200-2x2"), "the run has 4 ranks on a node"),
         (("slurm", "configs/tiny.toml", "--parallel.strategy=rong"), "there is no 'rong'"),
         (("slurm", "configs/tiny.toml", "--slurm.setup=a\nb", "--dry-run"), "cannot hold a line break"),
         (("slurm", "configs/tiny.toml", "--slurm.time=1\n2", "--dry-run"), "is not a time limit"),
         (("slurm", "configs/tiny.toml", "--run.folder=a\\b", "--dry-run"), "a path with a backslash"),
-        (("slurm", "configs/tiny.toml", "--nodes=2", "--spare=2"), "--nodes=2 has no node beside 2 spare ones"),
+        (("slurm", "configs/tiny.toml", "--nodes=2", "--spare=2"), "--nodes=2: 2 spare nodes leave no node for ranks"),
         (("slurm", "configs/tiny.toml", "--array=learning_rate"), "write a key and its values"),
         (("slurm", "configs/tiny.toml", "--slurm.container-mounts=data"), "'data' is not a mount"),
         (("local", "configs/tiny.toml", "--spare=1"), "--spare is for Slurm"),
@@ -172,7 +172,7 @@ def test_real_configurations_are_planned_and_submitted_dry(capsys, config):
         (("ray", "configs/tiny.toml", "--ray.waiting-seconds=-1"), "ray.waiting_seconds: at least 0, not -1"),
         (("slurm",), "CONFIG is missing; for example: distattn launch slurm tiny"),
         (("moon", "configs/tiny.toml"), "there is no 'moon'"),
-        (("status", "configs"), "this is no run folder"),
+        (("status", "configs"), "this is not a run folder"),
     ],
 )
 def test_a_mistake_is_one_sentence(capsys, arguments, sentence, monkeypatch):
@@ -195,7 +195,7 @@ def test_a_run_that_is_not_there_is_not_submitted_dry(capsys):
     code, _, err = run(capsys, "slurm", "configs/tiny.toml", "--data.path=/nowhere", "--dry-run")
     assert code == 2 and "/nowhere" in err
     code, _, err = run(capsys, "slurm", "configs/tiny.toml", "--gpus=3", "--dry-run")
-    assert code == 2 and "4 ranks do not fill nodes of 3; say --nodes, too" in err
+    assert code == 2 and "4 ranks do not fill nodes of 3; give --nodes, too" in err
 
 
 @pytest.fixture
@@ -280,7 +280,7 @@ def test_an_empty_log_is_said_to_be_empty_and_a_run_that_keeps_none_too(capsys, 
     assert code == 2 and f"launch logs: --rank 7: {folder.folder} has ranks 0 to 3." in err
     folder.logs.rmdir()
     code, _, err = run(capsys, "logs", str(folder.folder))
-    assert code == 2 and "the run keeps no logs: distattn train prints to the console" in err
+    assert code == 2 and "the run has no logs: distattn train prints to the console" in err
 
 
 def test_the_script_is_short_enough_to_read():

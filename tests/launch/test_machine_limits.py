@@ -73,7 +73,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     machine_limits.check_run_fits(config)
     config = dataclasses.replace(config, parallel=ParallelConfig(ranks=8, kernel="triton"))
     with pytest.raises(
-        DistattnError, match="parallel.ranks: 8 ranks on a machine with 4 GPUs; kernel 'triton' wants one"
+        DistattnError, match="parallel.ranks: 8 ranks on a machine with 4 GPUs; kernel 'triton' needs one"
     ):
         machine_limits.check_run_fits(config)
 

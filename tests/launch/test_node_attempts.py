@@ -32,7 +32,7 @@ class Nodes:
             return AttemptEnd(0, {"a": 0, "b": 0})
         kind, code, steps = self._ends.pop(0)
         facts = {"why": f"rank 1 {kind}", "exit_code": code, "nodes": [1], "kind": kind, "steps": steps}
-        Attempts(self._run.attempts).tell(attempt, 1, facts)
+        Attempts(self._run.attempts).report_node(attempt, 1, facts)
         return AttemptEnd(code, {"b": code, "a": 4 if kind == "killed" else code})
 
     def finish(self, hosts):

@@ -22,7 +22,7 @@ def test_a_head_that_is_lost_is_told_of_once_with_what_completes_the_run():
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
         patch.object(head, "_LOOK_SECONDS", 0.01),
-        patch.object(head, "say", sentences.append),
+        patch.object(head, "print_message", sentences.append),
     ):
         address = f"127.0.0.1:{server.getsockname()[1]}"
         real = head._answers

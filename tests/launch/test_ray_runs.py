@@ -119,9 +119,10 @@ def test_a_run_that_loses_ranks_and_a_node_and_gets_another_learns_the_same(clus
     evidence = far / "attempts/002"
     assert {len(read_rows(evidence / f"node-{node}/heartbeats.jsonl")) for node in range(2)} == {2}
     assert lost["blamed"] == ["node2"] and "node2 was lost" in lost["why"]
-    assert (narrow["exit_code"], narrow["why"]) == (75, "saved, to go on with 2 nodes")
+    assert (narrow["exit_code"], narrow["why"]) == (75, "saved, to continue with 2 nodes")
     assert (
-        cancelled["why"] == "stopped, asked by distattn launch cancel" and stopped["why"] == "stopped, asked by SIGINT"
+        cancelled["why"] == "stopped at the request of distattn launch cancel"
+        and stopped["why"] == "stopped at the request of SIGINT"
     )
     assert last["exit_code"] == 0
     said = status(cluster, far)

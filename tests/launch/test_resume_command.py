@@ -87,7 +87,7 @@ def test_a_run_without_a_step_left_starts_no_ranks_unless_its_report_or_comparis
     run.report_file.touch()
     before = content_of(run.folder)
     assert resume_command.main(arguments[:1]) == 0
-    last_lines = f"all 34 steps are done; --train.steps N trains on\nreport: {run.report_file}\n"
+    last_lines = f"all 34 steps are done; --train.steps N trains further\nreport: {run.report_file}\n"
     assert capsys.readouterr().out.endswith(last_lines)
     assert resume_command.main(arguments) == 0
     facts = {"run": str(run.folder), "first_loss": 2.0, "last_loss": 2.0, "reference_check": None}
@@ -168,7 +168,7 @@ def test_a_signal_while_the_launcher_takes_its_lock_has_the_sentence_of_the_star
 
     # it sleeps while it waits for the lease of a launcher on another machine
     monkeypatch.setattr(run_locally, "RunLock", stop)
-    with pytest.raises(CommandStopped, match="stopped by SIGTERM before training; the run is as it was"):
+    with pytest.raises(CommandStopped, match="stopped by SIGTERM before training; the run is unchanged"):
         resume_command.main([str(run.folder)])
     new = replace(with_steps(run, 60), run=RunConfig(folder=str(tmp_path / "new")))
     with pytest.raises(CommandStopped, match="stopped by SIGTERM before training; nothing is left behind"):
@@ -202,7 +202,7 @@ def test_a_resume_says_which_checkpoints_are_set_aside(run, monkeypatch, capsys)
         pass
     assert resume_command.main([str(run.folder)]) == 2
     assert capsys.readouterr().out == (
-        f"run folder: {run.folder}, checkpoint of step 34; later ones are set aside: --step 38 goes on from the last of them\n"
+        f"run folder: {run.folder}, checkpoint of step 34; later ones are set aside: --step 38 continues from the last of them\n"
     )
     assert resume_command.main([str(run.folder), "--step=38"]) == 2
     assert capsys.readouterr().out == f"run folder: {run.folder}, checkpoint of step 38\n"

@@ -42,26 +42,27 @@ def test_a_run_of_another_scheduler_tells_who_works_on_it_and_what_nodes_said(tm
     run.config_file.touch()
     run.append(run.metrics_file, asdict(StepMetrics(1, 2.0, 1.0, 64, 0.5)))
     monkeypatch.setenv(JOB_VARIABLE, "sky-7")
-    begun = "begun by another scheduler, no attempts are written down"
+    begun = "begun by another scheduler, no attempts are recorded"
     with RunLock(tmp_path):
         assert cli.main(["launch", "status", str(tmp_path)]) == 0
         said = capsys.readouterr().out
         host = f"process {os.getpid()} on {socket.gethostname()}, sky-7, since "
-        assert said.startswith(f"{begun}, goes on: {host}") and said.endswith(", 1 step done\n")
+        assert said.startswith(f"{begun}, running: {host}") and said.endswith(", 1 step done\n")
         # on a machine that has been silent for longer than its lease
         owner = json.loads((tmp_path / "owner.json").read_text())
         elsewhere = json.dumps(owner | {"machine": "another"})
     (tmp_path / "owner.json").write_text(elsewhere)
-    assert status(run)["state"].startswith(f"{begun}, goes on: ")
+    assert status(run)["state"].startswith(f"{begun}, running: ")
     os.utime(tmp_path / "owner.json", (0, 0))
     assert status(run)["state"].startswith(f"{begun}, was killed: ")
     (tmp_path / "owner.json").unlink()
     # as run_node does
-    Attempts(run.attempts).tell(1, 3, {"why": "rank 6 was killed by SIGKILL: step 2"})
+    Attempts(run.attempts).report_node(1, 3, {"why": "rank 6 was killed by SIGKILL: step 2"})
     assert cli.main(["launch", "status", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert (
-        said == f"{begun}, no ranks work on it, 1 step done\n  node 3 said last: rank 6 was killed by SIGKILL: step 2\n"
+        said
+        == f"{begun}, no ranks work on it, 1 step done\n  last report of node 3: rank 6 was killed by SIGKILL: step 2\n"
     )
     run.report_file.touch()
     assert status(run)["state"] == f"{begun}, its report is written"
@@ -93,7 +94,7 @@ def test_a_run_whose_launcher_was_killed_in_the_comparison_says_what_completes_i
     assert status(run)["state"] == wanted.replace("ended, exit code 0", "killed with its launcher")
     # of one that was killed before all steps were done
     attempts.begin(**facts)
-    wanted = f"killed with its launcher, python -m distattn.launch.ray.attempts {tmp_path} goes on"
+    wanted = f"killed with its launcher, python -m distattn.launch.ray.attempts {tmp_path} continues"
     assert status(run)["state"] == wanted
 
 
@@ -105,7 +106,7 @@ def test_a_job_that_has_ended_by_itself_is_not_cancelled(state, job_in_state, ca
     run = job_in_state(state)
     with patch.object(slurm, "ask_slurm", lambda *command: pytest.fail(f"{command} was run")):
         assert cli.main(["launch", "cancel", str(run.folder)]) == 0
-    sentence = f"{run.folder} goes on no more, so there is nothing to cancel: {state}\n"
+    sentence = f"{run.folder} has ended, so there is nothing to cancel: {state}\n"
     assert capsys.readouterr().out == sentence
 
 
@@ -145,9 +146,7 @@ def test_a_run_of_this_machine_tells_its_attempts_and_what_its_ranks_do(tmp_path
     # a second time there is nothing to cancel
     capsys.readouterr()
     assert cli.main(["launch", "cancel", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == (
-        f"{tmp_path} goes on no more, so there is nothing to cancel: ended, exit code 143\n"
-    )
+    assert capsys.readouterr().out == (f"{tmp_path} has ended, so there is nothing to cancel: ended, exit code 143\n")
     assert cli.main(["launch", "cancel", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["cancelled"] is False
     attempts.begin(**facts | {"launcher": os.getpid(), "host": "elsewhere"})
@@ -210,7 +209,7 @@ def test_a_launcher_between_two_attempts_can_be_cancelled(launcher, tmp_path, ca
     # another user's ranks cannot be looked at
     assert status(run)["state"] == "running"
     attempts.end(number, 137, "rank 1 was killed by SIGKILL: step 2")
-    assert status(run)["state"] == "attempt 1 ended with exit code 137, its launcher goes on"
+    assert status(run)["state"] == "attempt 1 ended with exit code 137, its launcher continues"
     # a launcher on a full disk may not have written its name
     (tmp_path / "launcher.json").rename(tmp_path / "aside")
     assert cli.main(["launch", "cancel", str(tmp_path)]) == 2

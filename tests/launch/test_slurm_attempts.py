@@ -149,7 +149,7 @@ def test_a_job_whose_nodes_slurm_has_lost_track_of_is_queued_again(job):
 def test_a_job_that_never_starts_ranks_ends_and_says_why(job):
     done, started, requeued, _ = job(*[(NO_STEP, 1)] * 3, restarts=2)
     assert done.returncode == 1 and len(started) == 3 and not requeued
-    assert "Requested node configuration is not available; 3 attempts came no further" in done.stderr
+    assert "Requested node configuration is not available; 3 attempts made no progress" in done.stderr
 
 
 def test_commands_of_slurm_that_fail_do_not_end_the_run(job):
@@ -166,7 +166,11 @@ def test_a_step_that_cannot_be_killed_ends_all_the_same(job):
 
 def test_a_signal_that_came_before_the_ranks_has_them_save(job):
     done, _, requeued, rows = job((SAVED, 75), asked="SIGUSR1")
-    assert done.returncode == 75 and requeued == ["requeue", "12"] and rows[0]["why"] == "stopped, asked by SIGUSR1"
+    assert (
+        done.returncode == 75
+        and requeued == ["requeue", "12"]
+        and rows[0]["why"] == "stopped at the request of SIGUSR1"
+    )
 
 
 def test_ranks_that_say_why_they_cannot_go_on_are_not_started_again(job):
@@ -176,14 +180,18 @@ def test_ranks_that_say_why_they_cannot_go_on_are_not_started_again(job):
 
 def test_a_run_that_comes_no_further_ends(job):
     done, started, requeued, rows = job(*[(FAILED, 1)] * 3, restarts=2)
-    assert done.returncode == 1 and len(started) == 3 and not requeued and "3 attempts came no further" in done.stderr
+    assert done.returncode == 1 and len(started) == 3 and not requeued and "3 attempts made no progress" in done.stderr
     # of several that said the same the first
     assert rows[0]["why"] == "node1 ended with exit code 1"
 
 
 def test_a_job_is_queued_again_after_a_signal_and_not_for_ever(job):
     done, started, requeued, rows = job((SAVED, 75), requeues=1)
-    assert done.returncode == 75 and requeued == ["requeue", "12"] and rows[0]["why"] == "stopped, asked by SIGTERM"
+    assert (
+        done.returncode == 75
+        and requeued == ["requeue", "12"]
+        and rows[0]["why"] == "stopped at the request of SIGTERM"
+    )
     assert len(started) == 1
 
 
@@ -208,7 +216,7 @@ def test_what_nodes_say_of_their_ranks_is_the_cause_that_others_failed_for():
     # of a node whose launcher is dead, too, nobody tells: others miss it
     reset = raised | {"why": "rank 0 raised RuntimeError: Read error: Connection reset by peer"}
     assert end.cause(hosts, {0: reset, 2: missed}) == ("b ended with exit code 137", ["b"])
-    assert end.cause(hosts, {0: reset, 1: missed}) == ("c did not answer any more", ["c"])
+    assert end.cause(hosts, {0: reset, 1: missed}) == ("c no longer answered", ["c"])
     # all nodes say it
     assert end.cause(hosts, {0: hung, 1: hung, 2: hung}) == ("b: rank 3 is stopped", ["b"])
     assert end.cause(hosts, {}) == (end.why(hosts), end.blamed(hosts)) == ("b ended with exit code 137", ["b"])

@@ -158,7 +158,7 @@ def test_a_run_out_of_time_is_queued_again_learns_the_same_and_can_be_cancelled(
     # what a node that is taken back too soon has left of the attempt before may cost others
     stopped, *lost = rows(folder, "attempts/attempts.jsonl")
     assert lost and all(one["exit_code"] != 0 for one in lost), lost
-    assert stopped["why"] == "stopped, asked by SIGUSR1" and stopped["exit_code"] == 75, stopped
+    assert stopped["why"] == "stopped at the request of SIGUSR1" and stopped["exit_code"] == 75, stopped
     assert stopped["hosts"] == ["node1", "node2"]
     assert distattn(cluster, "launch", "cancel", str(folder)).returncode == 0
     cluster.signal_ranks(first, signal.SIGCONT, most=2)
@@ -215,7 +215,7 @@ def test_a_node_that_fails_twice_is_given_back_and_the_run_goes_on_without_it(cl
 def test_what_cannot_run_is_not_submitted(cluster, tmp_path):
     large = ("--model.hidden_size=4096", "--model.num_layers=2", f"--run.folder={tmp_path}/never")
     done = distattn(cluster, "launch", "slurm", "configs/tiny.toml", *large, *SHORT)
-    assert done.returncode == 2 and "the largest node has 2.1 GB. Take fewer ranks" in done.stderr, done.stderr
+    assert done.returncode == 2 and "the largest node has 2.1 GB. Use fewer ranks" in done.stderr, done.stderr
     assert not (tmp_path / "never").exists()
     moon = ("--slurm.partition=moon", f"--run.folder={tmp_path}/never")
     done = distattn(cluster, "launch", "slurm", "configs/tiny.toml", *moon, *SHORT)

@@ -15,7 +15,7 @@ from waiting import LIMIT_SECONDS
 
 from distattn.launch import cli, finish_run, run_locally, start_run
 from distattn.launch.ranks import supervised
-from distattn.launch.ranks.local import RanksInterrupted, as_found
+from distattn.launch.ranks.local import RanksInterrupted, restore_process_state
 from distattn.launch.stop_signals import STOPPING, CommandStopped, answering_signals, stopped
 
 ROOT = Path(__file__).parents[2]
@@ -119,7 +119,7 @@ def test_a_signal_that_was_ignored_stays_ignored(place):
     def ignore() -> None:
         for number in STOPPING:
             signal.signal(number, signal.SIG_IGN)
-        with answering_signals(), as_found():
+        with answering_signals(), restore_process_state():
             for number in STOPPING:
                 os.kill(os.getpid(), number)
         sys.exit(7)
@@ -143,7 +143,7 @@ def test_what_the_caller_answers_itself_is_left_to_it():
 
 
 def test_torchrun_ends_its_ranks_by_a_signal_that_they_take():
-    with answering_signals(), pytest.raises(RanksInterrupted) as interrupted, as_found():
+    with answering_signals(), pytest.raises(RanksInterrupted) as interrupted, restore_process_state():
         os.kill(os.getpid(), signal.SIGHUP)
     assert interrupted.value.sigval == signal.SIGINT and interrupted.value.stop.exit_code == 129
 

@@ -213,11 +213,11 @@ def test_plan_shows_the_memory_of_a_run(capsys):
     assert main(words) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[1].split()[:3] == ["ranks", "tokens", "weights"] and table[2].startswith("0-3")
-    assert table[-1].startswith("no cluster is given, so it is not said whether the run fits")
+    assert table[-1].startswith("without a cluster it is unknown whether the run fits")
     assert main([*words, "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert found["ranks"] == [0, 1, 2, 3] and found["total"] > found["saved"] > 0
-    with pytest.raises(DistattnError, match="--memory is of a run: name its configuration"):
+    with pytest.raises(DistattnError, match="--memory needs a run: name its configuration"):
         main(["--docs", "4096", "--cluster", "h200-1x8", "--memory"])
 
 

@@ -141,7 +141,7 @@ class Headless(nn.Module):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Headless(), "Headless does not say which layer makes its logits"),
+        (Headless(), "the layer of Headless that makes logits is unknown"),
         (Model(change=lambda x: 7 * torch.tanh(x / 7)), "Model changes logits behind its output layer"),
         (Model(change=lambda x: x * 2, final_logit_softcapping=5.0), "Model changes logits behind its output layer"),
         (Model(change=lambda x: torch.cat([x, x], 1)), "Model changes logits behind its output layer"),

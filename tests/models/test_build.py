@@ -61,18 +61,18 @@ def test_buffers_alone_are_those_of_the_whole_model():
 
 def test_seeds_matter_and_torchs_own_generator_is_left_alone():
     before = torch.get_rng_state()
-    one, two = (meta_model(model_shapes.config("llama")) for _ in range(2))
-    materialise(one, 1)
-    materialise(two, 2)
+    first, second = (meta_model(model_shapes.config("llama")) for _ in range(2))
+    materialise(first, 1)
+    materialise(second, 2)
     assert torch.equal(before, torch.get_rng_state())
-    layers = one.model.layers
-    assert not torch.equal(one.lm_head.weight, two.lm_head.weight)
+    layers = first.model.layers
+    assert not torch.equal(first.lm_head.weight, second.lm_head.weight)
     assert not torch.equal(layers[0].self_attn.q_proj.weight, layers[1].self_attn.q_proj.weight)
 
 
 def _gathered(rank: int, sizes: tuple[int, ...], names: tuple[str, ...]) -> dict[str, dict[str, torch.Tensor]]:
     mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("replicas", "shards")[-len(sizes) :])
-    found = {}
+    gathered = {}
     for name in names:
         model = meta_model(model_shapes.config(name))
         for layer in model.base_model.layers if hasattr(model.base_model, "layers") else model.base_model.h:
@@ -81,8 +81,8 @@ def _gathered(rank: int, sizes: tuple[int, ...], names: tuple[str, ...]) -> dict
         materialise(model, 1)
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
         whole = {key: tensor.full_tensor() for key, tensor in model.named_parameters()}
-        found[name] = whole | {"logits": model_shapes.logits(model)} | dict(model.named_buffers())
-    return found
+        gathered[name] = whole | {"logits": model_shapes.logits(model)} | dict(model.named_buffers())
+    return gathered
 
 
 # 3 ranks do not divide any of the sizes
@@ -90,8 +90,8 @@ def _gathered(rank: int, sizes: tuple[int, ...], names: tuple[str, ...]) -> dict
 @pytest.mark.parametrize("sizes", [(1,), (3,), (2, 2)], ids=str)
 def test_weights_do_not_depend_on_the_sharding(sizes):
     names = ("llama-tied", "llama3-rope", "qwen3", "gemma", "gpt-oss", "qwen3-moe", "gpt2")
-    for found in run_on_ranks(int(torch.tensor(sizes).prod()), _gathered, sizes, names):
-        for name, tensors in found.items():
+    for gathered in run_on_ranks(int(torch.tensor(sizes).prod()), _gathered, sizes, names):
+        for name, tensors in gathered.items():
             model = model_shapes.materialised(name)
             logits = tensors.pop("logits")
             model_shapes.assert_equal(tensors, dict(model.named_parameters()) | dict(model.named_buffers()))
@@ -99,7 +99,7 @@ def test_weights_do_not_depend_on_the_sharding(sizes):
 
 
 def _loss(rank: int, ranks: int) -> tuple[float, float]:
-    """Loss and gradient norm of a step with attention split over all ranks."""
+    """Return loss and gradient norm of a step with attention split over all ranks."""
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("cp",))
     model = meta_model(model_shapes.config("gpt-oss"))
     pytorch.shard_parameters(model, mesh)
@@ -175,7 +175,7 @@ def test_a_tensor_that_nothing_initialises_is_refused_by_name(monkeypatch):
     theirs = LlamaPreTrainedModel._init_weights
     skip = lambda self, module: None if "Norm" in type(module).__name__ else theirs(self, module)  # noqa: E731
     monkeypatch.setattr(LlamaPreTrainedModel, "_init_weights", skip)
-    with pytest.raises(DistattnError, match="does not say how model.layers.0.input_layernorm.weight is initialised"):
+    with pytest.raises(DistattnError, match="does not initialise model.layers.0.input_layernorm.weight"):
         model_shapes.materialised("llama")
 
 
@@ -197,9 +197,9 @@ def test_what_cannot_be_filled_is_refused_by_name():
     [
         (T5Config(), "no causal language model of type 't5'"),
         (MambaConfig(num_hidden_layers=1), "layer 0 is a linear_attention layer"),
-        (FalconConfig(num_hidden_layers=1), "falcon models have attention classes of their own"),
+        (FalconConfig(num_hidden_layers=1), "falcon models have their own attention classes"),
     ],
-    ids=lambda one: getattr(one, "model_type", ""),
+    ids=lambda case: getattr(case, "model_type", ""),
 )
 def test_models_that_cannot_be_split_are_refused_by_name(config, sentence):
     with pytest.raises(DistattnError, match=sentence):

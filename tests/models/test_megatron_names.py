@@ -44,7 +44,7 @@ CONFIGS = {
 
 
 def weights(config: PretrainedConfig) -> torch.nn.Module:
-    """A model whose norms and biases are not all ones and zeros."""
+    """Make a model whose norms and biases are not all ones and zeros."""
     model = meta_model(config)
     materialise(model, 1)
     generator = torch.Generator().manual_seed(0)
@@ -95,7 +95,7 @@ def build(config: PretrainedConfig, tp: int, pp: int) -> GPTModel:
 
 
 def _logits(rank: int, name: str, tp: int, pp: int) -> torch.Tensor | None:
-    """Logits of the last stage, after the weights went to Megatron and back."""
+    """Return logits of the last stage, after converting the weights to Megatron's and back."""
     import megatron_on_cpu  # noqa: F401
 
     parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)
@@ -104,9 +104,9 @@ def _logits(rank: int, name: str, tp: int, pp: int) -> torch.Tensor | None:
     stage = parallel_state.get_pipeline_model_parallel_rank()
     shard = MegatronShard.even(config, parallel_state.get_tensor_model_parallel_rank(), tp, stage, pp)
     model = build(config, tp, pp)
-    given = dict(to_megatron(tensors.__getitem__, config, shard))
-    assert given.keys() == dict(model.named_parameters()).keys()
-    missing = model.load_state_dict(given, strict=False)
+    converted = dict(to_megatron(tensors.__getitem__, config, shard))
+    assert converted.keys() == dict(model.named_parameters()).keys()
+    missing = model.load_state_dict(converted, strict=False)
     assert not missing.unexpected_keys and not [key for key in missing.missing_keys if "_extra_state" not in key]
     ids, positions = model_shapes.IDS, torch.arange(model_shapes.IDS.shape[1])[None]
     mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
@@ -119,8 +119,8 @@ def _logits(rank: int, name: str, tp: int, pp: int) -> torch.Tensor | None:
     if not shard.last:
         dist.send(out.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
     parts = [None] * tp
-    own = {key: parameter.detach() for key, parameter in model.named_parameters()}
-    dist.all_gather_object(parts, own, group=parallel_state.get_tensor_model_parallel_group())
+    local = {key: parameter.detach() for key, parameter in model.named_parameters()}
+    dist.all_gather_object(parts, local, group=parallel_state.get_tensor_model_parallel_group())
     for key, tensor in to_huggingface(parts, config, shard):
         assert torch.equal(tensor, tensors[key]), key
     return out if shard.last else None
@@ -131,9 +131,9 @@ def _logits(rank: int, name: str, tp: int, pp: int) -> torch.Tensor | None:
 @pytest.mark.sampled(5)
 def test_a_gpt_model_computes_the_logits_of_transformers(name, tp, pp):
     wanted = model_shapes.logits(weights(CONFIGS[name]()))
-    found = [logits for logits in run_on_ranks(tp * pp, _logits, name, tp, pp) if logits is not None]
-    assert len(found) == tp
-    for logits in found:
+    by_rank = [logits for logits in run_on_ranks(tp * pp, _logits, name, tp, pp) if logits is not None]
+    assert len(by_rank) == tp
+    for logits in by_rank:
         # float32, sums in another order
         assert (logits - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
@@ -169,5 +169,5 @@ def test_what_megatron_cannot_hold_is_refused_by_name():
     with pytest.raises(DistattnError, match="4 layers do not divide into 3 pipeline stages"):
         MegatronShard.even(LlamaConfig(**SMALL), pipeline_ranks=3)
     shard = MegatronShard.even(LlamaConfig(**SMALL), tensor_ranks=2)
-    with pytest.raises(DistattnError, match="1 parts were given, but the stage has 2"):
+    with pytest.raises(DistattnError, match="there are 1 parts, but the stage has 2"):
         dict(to_huggingface([{}], LlamaConfig(**SMALL), shard))

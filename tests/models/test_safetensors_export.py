@@ -38,7 +38,7 @@ def test_files_have_the_names_that_transformers_publishes(name, tmp_path):
     model = model_shapes.materialised(name)
     export_model(model, tmp_path / "ours")
     model.save_pretrained(tmp_path / "theirs")
-    ours, theirs = (load_file(tmp_path / one / "model.safetensors") for one in ("ours", "theirs"))
+    ours, theirs = (load_file(tmp_path / folder / "model.safetensors") for folder in ("ours", "theirs"))
     model_shapes.assert_equal(dict(sorted(ours.items())), dict(sorted(theirs.items())))
 
 
@@ -73,8 +73,8 @@ def _refused(rank: int, folder: str) -> str:
 
 
 def test_all_ranks_learn_that_rank_0_could_not_write(tmp_path):
-    said = run_on_ranks(2, _refused, str(tmp_path))
-    assert all("nothing is overwritten" in sentence for sentence in said) and "rank 0 could not" in said[1]
+    errors = run_on_ranks(2, _refused, str(tmp_path))
+    assert all("nothing is overwritten" in sentence for sentence in errors) and "rank 0 could not" in errors[1]
 
 
 def test_one_files_tensors_are_held_at_a_time(tmp_path, monkeypatch):
@@ -90,10 +90,10 @@ def test_one_files_tensors_are_held_at_a_time(tmp_path, monkeypatch):
 
     save = exporting.save_file
 
-    def saved(given, *more, **named):
+    def saved(of_one_file, *more, **named):
         nonlocal held
-        save(given, *more, **named)
-        held -= sum(tensor.numel() * 4 for tensor in given.values())
+        save(of_one_file, *more, **named)
+        held -= sum(tensor.numel() * 4 for tensor in of_one_file.values())
 
     monkeypatch.setattr(exporting, "save_file", saved)
     export_safetensors(tensors(), model.config, tmp_path / "model", max_shard_bytes=40_000)
@@ -118,7 +118,7 @@ def test_wrong_tensors_are_refused_by_name_and_nothing_is_left(tmp_path):
     good = list(model.state_dict().items())
     for tensors, sentence in [
         (good[:-1], "lm_head.weight of LlamaForCausalLM is missing"),
-        ([*good, good[0]], "embed_tokens.weight is no tensor of LlamaForCausalLM, or was given twice"),
+        ([*good, good[0]], "embed_tokens.weight is no tensor of LlamaForCausalLM, or is repeated"),
         ([("x", torch.ones(1))], "x is no tensor of LlamaForCausalLM"),
         ([(good[0][0], torch.ones(2, 2))], r"embed_tokens.weight is \(2, 2\), but \(64, 32\) in LlamaForCausalLM"),
     ]:
@@ -132,7 +132,7 @@ def test_wrong_tensors_are_refused_by_name_and_nothing_is_left(tmp_path):
 
 
 def test_a_full_disk_is_one_sentence_and_nothing_is_left(tmp_path: Path, monkeypatch):
-    def full(*given, **named):
+    def full(*arguments, **named):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(exporting, "save_file", full)

@@ -35,15 +35,15 @@ def loaded(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> dict[
 
 def _sharded(rank: int, ranks: int, folder: str) -> dict[str, tuple[int, int, dict[str, torch.Tensor], torch.Tensor]]:
     mesh = init_device_mesh("cpu", (ranks,))
-    found = {}
+    results = {}
     for name in KINDS:
         model = meta_model(model_shapes.config(name))
         pytorch.shard_parameters(model, mesh)
         read = load_pretrained(model, Path(folder, name))
         held = sum(parameter.to_local().numel() * 4 for parameter in model.parameters())
         whole = {key: tensor.full_tensor() for key, tensor in model.state_dict().items()}
-        found[name] = read, held, whole, model_shapes.logits(model)
-    return found
+        results[name] = read, held, whole, model_shapes.logits(model)
+    return results
 
 
 # 3 ranks do not divide any of the sizes
@@ -54,9 +54,9 @@ def test_each_rank_reads_its_part_and_no_more(ranks, tmp_path):
     by_rank = run_on_ranks(ranks, _sharded, ranks, str(tmp_path))
     for name in KINDS:
         total = json.loads((tmp_path / name / INDEX).read_text())["metadata"]["total_size"]
-        assert sum(found[name][0] for found in by_rank) == total
-        for found in by_rank:
-            read, held, tensors, logits = found[name]
+        assert sum(results[name][0] for results in by_rank) == total
+        for results in by_rank:
+            read, held, tensors, logits = results[name]
             assert read == held
             model_shapes.assert_equal(tensors, wanted[name])
             assert torch.equal(logits, model_shapes.logits(model_shapes.materialised(name)))
@@ -149,9 +149,9 @@ def test_an_incomplete_list_of_experts_is_refused(tmp_path):
 def test_a_tied_tensor_may_have_either_name_or_both(tmp_path):
     wanted = export("llama-tied", tmp_path / "model")
     embedding = wanted["model.embed_tokens.weight"]
-    both = rewritten(tmp_path / "model", lambda tensors: tensors.update({"lm_head.weight": embedding.clone()}))
-    model_shapes.assert_equal(loaded("llama-tied", both), wanted)
-    other = rewritten(both, lambda tensors: tensors.pop("model.embed_tokens.weight"))
+    two_names = rewritten(tmp_path / "model", lambda tensors: tensors.update({"lm_head.weight": embedding.clone()}))
+    model_shapes.assert_equal(loaded("llama-tied", two_names), wanted)
+    other = rewritten(two_names, lambda tensors: tensors.pop("model.embed_tokens.weight"))
     model_shapes.assert_equal(loaded("llama-tied", other), wanted)
     with pytest.raises(
         DistattnError, match="lm_head.weight and model.embed_tokens.weight differ, but config.json ties them"
@@ -180,7 +180,7 @@ def test_files_that_cannot_be_read_are_named(folder, tmp_path):
     for text, sentence in [
         ("[", "is no index"),
         ("[]", "is no index"),
-        ('{"weight_map": {"a": "../b"}}', "no name of a"),
+        ('{"weight_map": {"a": "../b"}}', "not the name of a"),
     ]:
         index.write_text(text)
         with pytest.raises(DamagedDataError, match=sentence):

@@ -17,9 +17,9 @@ def page():
     cluster = spec.load("h200-2x2", None)
     settings = PlanSettings(ranks=4, heads=2, kv_heads=2, head_dim=64, dtype="bfloat16")
     request = PlanRequest(((9000, 500, 7000),), settings)
-    found = compare_strategies(request, ["ring", "ulysses", "usp"], cluster)
-    assert isinstance(found["ulysses"], str)
-    return comparison_page({**found, "<b>": "refused </script><script>"}, str(request))
+    results = compare_strategies(request, ["ring", "ulysses", "usp"], cluster)
+    assert isinstance(results["ulysses"], str)
+    return comparison_page({**results, "<b>": "refused </script><script>"}, str(request))
 
 
 def test_it_is_offline_the_fastest_is_first_and_refusals_are_said(page):
@@ -28,7 +28,7 @@ def test_it_is_offline_the_fastest_is_first_and_refusals_are_said(page):
     seconds = [sum(map(float, re.findall(r"</div>([\d.]+) ms", part))) for part in page.split('<div class="bar')[1:]]
     assert sorted(names) == ["ring", "usp"] and seconds == sorted(seconds)
     assert re.search(r"<b>ulysses</b> is refused: .*heads.*</p>", page)
-    # nothing that a name holds is taken for the page's own
+    # markup in a name is escaped
     assert "<b>&lt;b&gt;</b> is refused: refused &lt;/script&gt;" in page
     for word in ("kernels", "waiting", "idle", "balance", "across nodes", "buffers", "step"):
         assert f"<dt>{word}</dt>" in page
@@ -36,12 +36,12 @@ def test_it_is_offline_the_fastest_is_first_and_refusals_are_said(page):
 
 def test_a_page_that_cannot_be_written_is_a_sentence(tmp_path):
     settings = PlanSettings(ranks=2, heads=2, kv_heads=2, head_dim=8, dtype="float32")
-    found = compare_strategies(PlanRequest(((64,),), settings), ["ring"], spec.load("h200-1x2", None))
+    results = compare_strategies(PlanRequest(((64,),), settings), ["ring"], spec.load("h200-1x2", None))
     with pytest.raises(da.DistattnError, match="cannot be written"):
-        write_comparison_page(tmp_path / "none" / "x.html", found, "a call")
+        write_comparison_page(tmp_path / "none" / "x.html", results, "a call")
 
 
-# what a person does, and what the page says then
+# a person's actions, and what the page shows afterwards
 SCRIPT = """
   const canvas = document.querySelector("canvas"), box = canvas.getBoundingClientRect(), tip = canvas.nextElementSibling;
   const point = (x, y) => canvas.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + x, clientY: box.top + y}));
@@ -64,13 +64,13 @@ SCRIPT = """
 @needs_browser
 @pytest.mark.parametrize("width", [1200, 500])
 def test_a_person_sees_points_zooms_and_chooses(page, tmp_path, width):
-    said = what_a_script_says(page, SCRIPT, tmp_path, width)
-    assert said["drawn"] and not said["error"] and not said["cut"], said
+    shown = what_a_script_says(page, SCRIPT, tmp_path, width)
+    assert shown["drawn"] and not shown["error"] and not shown["cut"], shown
     assert (
-        re.match(r"rank 0, step \d+: begins at .*kernels .*tasks.*messages", said["first"]) or "idle" in said["first"]
-    ), said
-    assert said["zoomed"] != said["first"] and said["ranks"].startswith("rank 3,"), said
-    assert said["panels"] == [True, False] and said["back"] == [False, True], said
+        re.match(r"rank 0, step \d+: begins at .*kernels .*tasks.*messages", shown["first"]) or "idle" in shown["first"]
+    ), shown
+    assert shown["zoomed"] != shown["first"] and shown["ranks"].startswith("rank 3,"), shown
+    assert shown["panels"] == [True, False] and shown["back"] == [False, True], shown
 
 
 @needs_browser

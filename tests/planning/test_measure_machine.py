@@ -1,4 +1,4 @@
-"""`distattn calibrate` measures this machine; what it writes is read by `plan`."""
+"""`distattn calibrate` measures this machine and writes a description that `plan` reads."""
 
 import json
 from pathlib import Path
@@ -13,10 +13,10 @@ from distattn.planning import measure_machine as calibrate
 
 @pytest.fixture
 def quick(monkeypatch):
-    """A small table, measured for moments, in this process."""
+    """Measure a small table for moments only, in this process."""
     monkeypatch.setattr(calibrate, "_SIDES", {"cpu": (64, 256)})
     monkeypatch.setattr(calibrate, "_HEAD_DIMS", (64,))
-    monkeypatch.setattr(calibrate, "_STRETCH", 0.005)
+    monkeypatch.setattr(calibrate, "_BATCH_SECONDS", 0.005)
     monkeypatch.setattr(
         "distattn.launch.calibrate_command.measure_with_ranks",
         lambda ranks, name: calibrate.measure_machine(1, name, lambda line: None),
@@ -29,36 +29,33 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
     return code, out.out, out.err
 
 
-def test_what_is_measured_is_written_and_planned_with(capsys, tmp_path, quick):
+def test_measurements_are_written_and_used_for_plans(capsys, tmp_path, quick):
     file = tmp_path / "mine.toml"
     code, out, err = run(capsys, "--out", str(file), "--ranks", "1", "--json")
     assert code == 0 and json.loads(out)["ranks"] == 1 and "links by nccl-tests: sendrecv_perf" in err
-    found = describe.load(file)
-    assert found.name == "mine" and len(found.attention) == 8 and all(row.tflops > 0 for row in found.attention)
-    assert found.device.copy_gbs > 0.1 and found.device.gemm_tflops > 1e-4
-    given = ("--docs", "512", "--cluster", str(file), "--strategy", "ring", "--heads", "4:4", "--head-dim", "64")
-    assert cli.main(["plan", *given]) == 0 and "simulated on mine" in capsys.readouterr().out
+    cluster = describe.load(file)
+    assert cluster.name == "mine" and len(cluster.attention) == 8 and all(row.tflops > 0 for row in cluster.attention)
+    assert cluster.device.copy_gbs > 0.1 and cluster.device.gemm_tflops > 1e-4
+    options = ("--docs", "512", "--cluster", str(file), "--strategy", "ring", "--heads", "4:4", "--head-dim", "64")
+    assert cli.main(["plan", *options]) == 0 and "simulated on mine" in capsys.readouterr().out
 
 
 def test_links_are_taken_from_nccl_tests(capsys, tmp_path, quick):
     (tmp_path / "across.txt").write_text(text("sendrecv", 2))
-    given = ("--out", str(tmp_path / "mine.toml"), "--ranks", "1", "--nodes", "4")
-    assert run(capsys, *given, "--nccl-across", str(tmp_path / "across.txt"))[0] == 0
-    found = describe.load(tmp_path / "mine.toml")
-    assert (
-        found.nodes == 4
-        and found.inter_node.gbs == pytest.approx(350, rel=0.02)
-        and found.intra_node != found.inter_node
-    )
+    options = ("--out", str(tmp_path / "mine.toml"), "--ranks", "1", "--nodes", "4")
+    assert run(capsys, *options, "--nccl-across", str(tmp_path / "across.txt"))[0] == 0
+    cluster = describe.load(tmp_path / "mine.toml")
+    assert cluster.nodes == 4 and cluster.inter_node.gbs == pytest.approx(350, rel=0.02)
+    assert cluster.intra_node != cluster.inter_node
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--ranks", "2"), "--out FILE.toml is wanted"),
-        (("--out", "mine.json"), "--out FILE.toml is wanted"),
+        (("--ranks", "2"), "--out FILE.toml is required"),
+        (("--out", "mine.json"), "--out FILE.toml is required"),
         (("--out", "x.toml", "--ranks", "0"), "--ranks: at least 1, not 0"),
-        (("--out", "x.toml", "--nodes", "2"), "several nodes want --nccl-across FILE"),
+        (("--out", "x.toml", "--nodes", "2"), "several nodes need --nccl-across FILE"),
         (("--out", "x.toml", "--nccl-inside", "missing.txt"), "missing.txt: the nccl-tests output cannot be read"),
         (("--out", "x.toml", "--colour", "red"), "unrecognized arguments: --colour red"),
     ],
@@ -76,5 +73,5 @@ def test_two_processes_measure_together(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{tests}:{tests.parents[1]}")
     file = tmp_path / "two.toml"
     assert run_ranks(2, "quick_calibration", str(file)) == 0
-    found = describe.load(file)
-    assert found.devices == 2 and found.intra_node.shared and 0.01 < found.intra_node.gbs < 1000
+    cluster = describe.load(file)
+    assert cluster.devices == 2 and cluster.intra_node.shared and 0.01 < cluster.intra_node.gbs < 1000

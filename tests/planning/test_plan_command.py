@@ -72,7 +72,7 @@ def test_a_configuration_gives_documents_shapes_and_ranks(capsys):
 
 def test_documents_from_a_file_cut_to_a_number_of_tokens(capsys, tmp_path):
     (tmp_path / "lengths.json").write_text("[3000, 5000, 9000]")
-    given = (
+    options = (
         "--docs",
         str(tmp_path / "lengths.json"),
         "--tokens",
@@ -82,10 +82,10 @@ def test_documents_from_a_file_cut_to_a_number_of_tokens(capsys, tmp_path):
         "--strategy",
         "ring",
     )
-    code, out, _ = run(capsys, *given, "--json")
+    code, out, _ = run(capsys, *options, "--json")
     assert code == 0 and json.loads(out)["tokens"] == 6000 and json.loads(out)["documents"] == 2
-    code, _, err = run(capsys, *given[:3], "60000", *given[4:])
-    assert code == 2 and "60,000 tokens are wanted, all documents together have 17,000" in err
+    code, _, err = run(capsys, *options[:3], "60000", *options[4:])
+    assert code == 2 and "--tokens: 60,000 is more than the 17,000 tokens of all documents together" in err
 
 
 @pytest.mark.parametrize(
@@ -93,10 +93,10 @@ def test_documents_from_a_file_cut_to_a_number_of_tokens(capsys, tmp_path):
     [
         (("--docs", "4q", "--cluster", "h200-1x4"), "'4q' is no document length and there is no such file"),
         (("--docs", "1x99999999", "--cluster", "h200-1x4"), "more than 1,000,000 documents"),
-        (("--docs", "0", "--cluster", "h200-1x4"), "at least one document, and each of at least one token"),
-        (("--docs", "4096"), "say what to time it on: --cluster laptop-1x4 or --cluster h200-8x8"),
+        (("--docs", "0", "--cluster", "h200-1x4"), "name at least one document, each with at least one token"),
+        (("--docs", "4096"), "name a cluster to time it on: --cluster laptop-1x4 or --cluster h200-8x8"),
         (("--docs", "4096", "--cluster", "h900-1x4"), "there is no cluster 'h900-1x4'"),
-        (("--docs", "4096", "--cluster", "h200-1x4", "--ranks", "5"), "5 ranks want more devices than h200-1x4 has"),
+        (("--docs", "4096", "--cluster", "h200-1x4", "--ranks", "5"), "5 ranks need more devices than h200-1x4 has"),
         (("--docs", "4096", "--cluster", "h200-1x4", "--ranks", "0"), "--ranks: at least 1, not 0"),
         (("--docs", "4096", "--cluster", "h200-1x4", "--ranks", "two"), "--ranks: 'two' is not a whole number"),
         (("--docs", "4096", "--cluster", "h200-1x4", "--strategy", "rong"), "there is no strategy 'rong'"),
@@ -112,12 +112,12 @@ def test_documents_from_a_file_cut_to_a_number_of_tokens(capsys, tmp_path):
         ),
         (("--docs", "4096", "--cluster", "h200-1x4", "--colour", "red"), "'--colour' is not known"),
         (("--docs", "4096", "--cluster", "h200-1x4", "--axis", "512"), "'--axis' is not known. Did you mean --tokens?"),
-        (("--cluster", "h200-1x4"), "a configuration or --docs is wanted"),
-        (("configs/tiny.toml", "--cluster", "h200-1x2"), "4 ranks want more devices than h200-1x2 has"),
+        (("--cluster", "h200-1x4"), "a configuration or --docs is required"),
+        (("configs/tiny.toml", "--cluster", "h200-1x2"), "4 ranks need more devices than h200-1x2 has"),
         (("configs/tiny.toml", "--cluster", "h200-1x4", "--layout", "zigzag"), "with a configuration --layout is"),
         (
             ("configs/tiny.toml", "--cluster", "h200-1x4", "--tokens", "100"),
-            "a configuration has --data.tokens_per_step",
+            "in a configuration use --data.tokens_per_step",
         ),
         (("configs/none.toml", "--cluster", "h200-1x4"), "there is no such configuration file"),
     ],
@@ -138,7 +138,7 @@ def test_lengths_may_have_units(word, tokens):
 @pytest.mark.parametrize(
     "word", ["1.5", "i", "1i", "1e99", "-3", "1e-3", "0x", "M", "1MM", "4096x", "4096x0", "4096xx", "4096x-1"]
 )
-def test_what_is_no_length_is_named(word):
+def test_a_word_that_is_no_length_is_named(word):
     with pytest.raises(DistattnError, match="--docs"):
         parse_document_lengths(word)
 

@@ -1,4 +1,4 @@
-"""The preflight on real ranks: what is planted in one of them is named with its host and a remedy, before anything is trained."""
+"""The preflight on real ranks: a fault that is planted in one of them is named with its host and a remedy, before training."""
 
 import dataclasses
 import itertools
@@ -45,7 +45,7 @@ def config_of(texts: Path, folder: Path) -> Config:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> Path:
-    """Two folders of text: what ranks read, and what a rank reads by mistake."""
+    """Make two folders of text: the ranks' data, and data that a rank reads by mistake."""
     folder = tmp_path_factory.mktemp("texts")
     for name, times in (("right", 3), ("wrong", 4)):
         (folder / name).mkdir()
@@ -75,7 +75,7 @@ def _plant(fault: str, runs, monkeypatch) -> tuple[RunFolder, Config]:
         return wrong, config
     elif fault == "plan of packs":
         facts_of = facts_module.facts_of
-        monkeypatch.setattr(facts_module, "facts_of", lambda *given: facts_of(*given) | {"plan": "0" * 16})
+        monkeypatch.setattr(facts_module, "facts_of", lambda *arguments: facts_of(*arguments) | {"plan": "0" * 16})
     elif fault == "attention plan":
         other = SimpleNamespace(load=lambda file: SimpleNamespace(digest="0" * 16))
         monkeypatch.setattr(facts_module, "Plan", other)
@@ -94,39 +94,43 @@ def _plant(fault: str, runs, monkeypatch) -> tuple[RunFolder, Config]:
 
 
 def _preflights(rank: int, runs, faults) -> dict[str, tuple[list[str], list[str]]]:
-    found = {}
+    reports = {}
     for fault in faults:
         with pytest.MonkeyPatch.context() as monkeypatch:
             hosts = ["one-node"] * RANKS if fault == "slow" else HOSTS
             monkeypatch.setattr(facts_module.socket, "gethostname", lambda hosts=hosts: hosts[rank])
             run, config = _plant(fault if rank == ODD else "", runs, monkeypatch)
             report = preflight(run, config, CPU)
-            found[fault] = report.problems, report.warnings
-    return found
+            reports[fault] = report.problems, report.warnings
+    return reports
 
 
-# what is planted in a rank, and of the sentence that names it: how it begins, what is found, what to do
+# faults of a rank, and three parts of the sentence about each: its beginning, the fault, the remedy
 PROBLEMS = {
-    "code": ("rank 2 on node-b", "the code of distattn is another (digest 0000000000000000)", "install one revision"),
+    "code": ("rank 2 on node-b", "the code of distattn differs (digest 0000000000000000)", "install the same revision"),
     "package": ("rank 2 on node-b", "numpy is 1.26.9, on most ranks ", "install the same"),
-    "configuration": ("rank 2 on node-b", "train.learning_rate is 0.5, on most ranks 0.003", "one run folder"),
-    "data": ("rank 2 on node-b", "the corpus text is another (digest ", "read the same files"),
+    "configuration": ("rank 2 on node-b", "train.learning_rate is 0.5, on most ranks 0.003", "put the run folder"),
+    "data": ("rank 2 on node-b", "the corpus text differs (digest ", "read the same files"),
     "plan of packs": (
         "rank 2 on node-b",
-        "the plan of packs is another (digest 0000000000000000)",
+        "the plan of packs differs (digest 0000000000000000)",
         "read the same files",
     ),
     "attention plan": (
         "rank 2 on node-b",
-        "the attention plan is another (digest 0000000000000000)",
+        "the attention plan differs (digest 0000000000000000)",
         "read the same files",
     ),
     "no data": ("rank 2 on node-b", "nothing here", "No such file"),
-    "disk": ("rank 2 on node-b", "4.1 kB are free where the run folder is, its checkpoints need 382.8 kB", "make room"),
-    # the host's, and so of both ranks there
+    "disk": (
+        "rank 2 on node-b",
+        "the disk of the run folder has 4.1 kB free, its checkpoints need 382.8 kB",
+        "make room",
+    ),
+    # both ranks share the host's memory
     "memory": (
         "ranks 2, 3 on node-b",
-        "model and optimizer need 255.2 kB of the host's memory, 1.0 kB of it",
+        "model and optimizer need 255.2 kB of the host's memory, of which 1.0 kB are free",
         "fewer ranks",
     ),
 }
@@ -138,58 +142,58 @@ SLOW = {
 
 def test_what_is_planted_in_one_rank_is_named_with_its_host(runs):
     by_rank = run_on_ranks(RANKS, _preflights, runs, ("", *PROBLEMS, "slow"))
-    # all ranks know the same, and so stop together
-    assert all(one == by_rank[0] for one in by_rank)
-    found = by_rank[0]
-    assert not found[""][0]
-    for fault, words in PROBLEMS.items():
-        problems, warnings = found[fault]
-        assert any(_says(one, words) for one in problems), (fault, problems)
+    # all ranks have the same report, so they stop together
+    assert all(reports == by_rank[0] for reports in by_rank)
+    reports = by_rank[0]
+    assert not reports[""][0]
+    for fault, parts in PROBLEMS.items():
+        problems, warnings = reports[fault]
+        assert any(_has_parts(sentence, parts) for sentence in problems), (fault, problems)
         assert not warnings and "node-a" not in str(problems), fault
-    problems, warnings = found["slow"]
+    problems, warnings = reports["slow"]
     assert not problems
-    for what, words in SLOW.items():
-        assert any(_says(one, words) for one in warnings), (what, warnings)
+    for device, parts in SLOW.items():
+        assert any(_has_parts(sentence, parts) for sentence in warnings), (device, warnings)
 
 
-def _says(sentence: str, words: tuple[str, ...]) -> bool:
-    return sentence.startswith(words[0]) and all(part in sentence for part in words)
+def _has_parts(sentence: str, parts: tuple[str, ...]) -> bool:
+    return sentence.startswith(parts[0]) and all(part in sentence for part in parts)
 
 
 def _checks(rank: int, runs) -> dict[str, tuple[bool, list[str]]]:
-    """What a run does with a problem, by `preflight.action`."""
-    found = {}
+    """Return by `preflight.action` whether a run with a problem begins, and the lines that it prints."""
+    results = {}
     for action in ("stop", "warn", "off"):
         with pytest.MonkeyPatch.context() as monkeypatch:
             run, config = _plant("configuration" if rank == ODD else "", runs, monkeypatch)
             config = dataclasses.replace(config, preflight=PreflightConfig(action=action))
             lines: list[str] = []
-            found[action] = check_run(run, config, CPU, lines.append), lines
+            results[action] = check_run(run, config, CPU, lines.append), lines
     run, _, config = runs
     lines = []
-    found["right"] = check_run(run, config, CPU, lines.append), lines
-    return found
+    results["right"] = check_run(run, config, CPU, lines.append), lines
+    return results
 
 
-def test_a_run_stops_warns_or_does_not_look_and_leaves_what_was_found(runs):
+def test_a_run_stops_warns_or_does_not_look_and_leaves_its_report(runs):
     by_rank = run_on_ranks(RANKS, _checks, runs)
-    for rank, found in enumerate(by_rank):
-        assert {name: begins for name, (begins, _) in found.items()} == {
+    for rank, results in enumerate(by_rank):
+        assert {name: begins for name, (begins, _) in results.items()} == {
             "stop": False,
             "warn": True,
             "off": True,
             "right": True,
         }
-        assert [bool(lines) for _, lines in found.values()] == [False, False, False, rank == 0]
+        assert [bool(lines) for _, lines in results.values()] == [False, False, False, rank == 0]
     table = by_rank[0]["right"][1]
     assert table[0].startswith("preflight: 4 ranks on 1 host in ") and "0, 1, 2, 3" in table[-2]
     written = json.loads(runs[0].preflight_file.read_text())
-    assert written["problems"] == [] and [one["rank"] for one in written["ranks"]] == [0, 1, 2, 3]
-    for one in written["ranks"]:
-        assert one["tflops"] > 0 and sorted(link["peer"] for link in one["inside"]) == sorted(
-            {0, 1, 2, 3} - {one["rank"]}
+    assert written["problems"] == [] and [row["rank"] for row in written["ranks"]] == [0, 1, 2, 3]
+    for row in written["ranks"]:
+        assert row["tflops"] > 0 and sorted(link["peer"] for link in row["inside"]) == sorted(
+            {0, 1, 2, 3} - {row["rank"]}
         )
-        assert one["digests"]["attention plan"] and one["versions"]["torch"]
+        assert row["digests"]["attention plan"] and row["versions"]["torch"]
 
 
 def _waits(rank: int, runs) -> str:
@@ -203,12 +207,12 @@ def _waits(rank: int, runs) -> str:
 
 
 def test_a_rank_that_does_not_answer_is_named_within_the_limit(runs):
-    for said in run_survivors(RANKS, ODD, _waits, runs).values():
-        assert "rank 2 did not come to the preflight's comparison of code, configuration, data and memory" in said
+    for error in run_survivors(RANKS, ODD, _waits, runs).values():
+        assert "rank 2 did not come to the preflight's comparison of code, configuration, data and memory" in error
 
 
 def _trains(rank: int, runs) -> int:
-    """The exit code of a rank whose preflight has found something, in the group that is there already."""
+    """Return the exit code of a rank whose preflight has found a problem, in the group that exists already."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name in ("init_process_group", "destroy_process_group"):
             monkeypatch.setattr(rank_module.dist, name, lambda *backend: None)
@@ -221,9 +225,9 @@ def test_a_run_that_may_not_begin_trains_nothing(runs):
     assert not runs[1].metrics_file.exists() and not runs[1].checkpoints.exists()
 
 
-def test_the_command_says_what_a_run_here_would_find_and_leaves_nothing(texts, tmp_path, capfd):
+def test_the_command_prints_a_run_s_report_and_leaves_nothing(texts, tmp_path, capfd):
     configuration.save(config_of(texts / "right", tmp_path / "out"), tmp_path / "run.toml")
     code = cli.main(["preflight", str(tmp_path / "run.toml"), "--parallel.ranks=1", "--json"])
-    found = json.loads(capfd.readouterr().out)
-    assert code == 0 and found["problems"] == [] and [one["rank"] for one in found["ranks"]] == [0]
+    report = json.loads(capfd.readouterr().out)
+    assert code == 0 and report["problems"] == [] and [row["rank"] for row in report["ranks"]] == [0]
     assert [file.name for file in tmp_path.iterdir()] == ["run.toml"]

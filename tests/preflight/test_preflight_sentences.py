@@ -1,4 +1,4 @@
-"""What a preflight says of numbers that are given: GPUs that are slow, memory that is too small, and whom each rank meets."""
+"""Sentences of a preflight about made-up numbers: slow GPUs, too little memory; and the pairs of ranks that measure links."""
 
 import dataclasses
 import os
@@ -28,11 +28,11 @@ CUDA = torch.device("cuda", 0)
 
 
 def facts_of(rank: int, host: str, **others) -> RankFacts:
-    known = {"config": {}, "versions": {"NVIDIA driver": "550.54.15"}, "host_free": 900 * GB, "disk_free": GB}
+    common = {"config": {}, "versions": {"NVIDIA driver": "550.54.15"}, "host_free": 900 * GB, "disk_free": GB}
     device = DeviceState("H100", 80 * GB, 85 * GB)
     forecast = MemoryForecast(40 * GB, 0, True)
     return RankFacts(
-        **{"rank": rank, "host": host, "machine": host, "device": device, "forecast": forecast, **known, **others}
+        **{"rank": rank, "host": host, "machine": host, "device": device, "forecast": forecast, **common, **others}
     )
 
 
@@ -41,29 +41,31 @@ def nodes(hosts: int, each: int) -> list[RankFacts]:
 
 
 def speeds_of(facts: list[RankFacts], gbs) -> list[RankSpeed]:
-    """Speeds of ranks whose link to another is as `gbs(rank, peer)` says."""
+    """Return the speeds of ranks whose links have `gbs(rank, peer)`."""
 
-    def links(one: RankFacts, inside: bool) -> list[Link]:
+    def links(rank: RankFacts, inside: bool) -> list[Link]:
         each = sum(other.host == facts[0].host for other in facts)
         peers = [
             other.rank
             for other in facts
-            if other.rank != one.rank
-            and (other.host == one.host if inside else other.host != one.host and (other.rank - one.rank) % each == 0)
+            if other.rank != rank.rank
+            and (
+                other.host == rank.host if inside else other.host != rank.host and (other.rank - rank.rank) % each == 0
+            )
         ]
-        return [Link(peer, gbs(one.rank, peer), 8.0) for peer in peers]
+        return [Link(peer, gbs(rank.rank, peer), 8.0) for peer in peers]
 
-    return [RankSpeed(600.0, 40.0, links(one, True), links(one, False)) for one in facts]
+    return [RankSpeed(600.0, 40.0, links(rank, True), links(rank, False)) for rank in facts]
 
 
-def test_a_slow_gpu_is_named_beside_the_median_with_its_clock():
+def test_a_slow_gpu_is_named_with_the_median_and_its_clock():
     facts, clocks = nodes(2, 4), [Clock(1980, 1980)] * 8
     speeds = speeds_of(facts, lambda rank, peer: 45.0)
     assert outliers_of(facts, speeds, clocks, "cuda") == []
     speeds[5] = speeds[5]._replace(tflops=310.0)
     clocks[5] = Clock(345, 1980)
-    (said,) = outliers_of(facts, speeds, clocks, "cuda")
-    assert said == (
+    (sentence,) = outliers_of(facts, speeds, clocks, "cuda")
+    assert sentence == (
         "rank 5 on node-1: matrix products at 310 TFLOP/s, the median of all ranks is 600, its clock is 345 of 1,980 MHz; "
         "nvidia-smi -q -d PERFORMANCE,TEMPERATURE says why."
     )
@@ -71,7 +73,7 @@ def test_a_slow_gpu_is_named_beside_the_median_with_its_clock():
     assert table[0] == "preflight: 8 ranks on 2 hosts in 3.2 s, all-to-all 40 GB/s a rank" and len(table) == 5
     assert "4, 5, 6, 7" in table[3] and "345 MHz" in table[3] and "80.0 GB" in table[3] and "40.0 GB" in table[3]
     assert table[4] == "  needed: a step of the rank that needs most, as distattn plan --memory counts it"
-    # what is counted of ranks on processors
+    # the memory of ranks on CPUs
     host, state = DeviceState("CPU", None, None), MemoryForecast(0, 3 * GB, False)
     facts = [facts_of(rank, "node", device=host, forecast=state) for rank in range(2)]
     table = report_table(facts, speeds[:2], [None] * 2, 3.21)
@@ -85,21 +87,21 @@ def test_a_slow_link_is_named_by_its_ends_and_a_slow_adapter_by_its_rank():
     facts = nodes(4, 2)
     clocks = [None] * 8
     link = speeds_of(facts, lambda rank, peer: 5.0 if {rank, peer} == {1, 5} else 45.0)
-    (said,) = outliers_of(facts, link, clocks, "cuda")
-    assert said.startswith(
+    (sentence,) = outliers_of(facts, link, clocks, "cuda")
+    assert sentence.startswith(
         "the link between rank 1 on node-0 and rank 5 on node-2 has 5 GB/s, the median to other hosts is 45"
     )
     # one direction is enough
-    way = speeds_of(facts, lambda rank, peer: 5.0 if (rank, peer) == (5, 1) else 45.0)
-    assert outliers_of(facts, way, clocks, "cuda") == [said]
+    one_way = speeds_of(facts, lambda rank, peer: 5.0 if (rank, peer) == (5, 1) else 45.0)
+    assert outliers_of(facts, one_way, clocks, "cuda") == [sentence]
     adapter = speeds_of(facts, lambda rank, peer: 5.0 if 3 in (rank, peer) and abs(rank - peer) > 1 else 45.0)
-    (said,) = outliers_of(facts, adapter, clocks, "cuda")
-    assert said.startswith(
-        "rank 3 on node-1: all its links to other hosts are slow, the best has 5 GB/s, the median of others is 45"
+    (sentence,) = outliers_of(facts, adapter, clocks, "cuda")
+    assert sentence.startswith(
+        "rank 3 on node-1: all its links to other hosts are slow, the best has 5 GB/s, the median of other ranks' links is 45"
     )
     many = speeds_of(nodes(12, 1), lambda rank, peer: 5.0 if (rank + peer) % 4 == 0 else 45.0)
-    said = outliers_of(nodes(12, 1), many, [None] * 12, "cuda")
-    assert len(said) == 9 and "more links to other hosts are as slow" in said[-1]
+    sentences = outliers_of(nodes(12, 1), many, [None] * 12, "cuda")
+    assert len(sentences) == 9 and "more links to other hosts are as slow" in sentences[-1]
 
 
 def test_memory_that_a_step_needs_is_compared_with_what_is_free():
@@ -107,33 +109,35 @@ def test_memory_that_a_step_needs_is_compared_with_what_is_free():
     assert problems_of(facts) == warnings_of(facts) == []
     full = DeviceState("H100", 30 * GB, 85 * GB)
     facts[3] = dataclasses.replace(facts[3], device=full)
-    (said,) = problems_of(facts)
-    assert said.startswith("rank 3 on node-1: a step needs 40.0 GB, and 30.0 GB are free on the device; ")
+    (problem,) = problems_of(facts)
+    assert problem.startswith("rank 3 on node-1: a step needs 40.0 GB, and 30.0 GB are free on the device; ")
     facts[3] = dataclasses.replace(facts[3], device=full._replace(free=42 * GB))
-    (said,) = warnings_of(facts)
-    assert not problems_of(facts) and said.startswith("rank 3 on node-1: a step needs 40.0 GB of 42.0 GB that are free")
+    (warning,) = warnings_of(facts)
+    assert not problems_of(facts) and warning.startswith(
+        "rank 3 on node-1: a step needs 40.0 GB of 42.0 GB that are free"
+    )
     # other devices are no reason to stop, other drivers are
     facts[3] = facts_of(3, "node-1", device=DeviceState("A100", 80 * GB, 85 * GB), versions={"NVIDIA driver": "535.1"})
     (problem,), (warning,) = problems_of(facts), warnings_of(facts)
     assert problem.startswith("rank 3 on node-1: NVIDIA driver is 535.1, on most ranks 550.54.15")
     assert warning.startswith("rank 3 on node-1 has the device A100, most ranks H100")
-    # those of the host are added up
-    facts = [dataclasses.replace(one, forecast=MemoryForecast(0, 500 * GB, False)) for one in nodes(1, 2)]
-    (said,) = problems_of(facts)
-    assert said.startswith(
-        "ranks 0, 1 on node-0: model and optimizer need 1.0 TB of the host's memory, 900.0 GB of it are free"
+    # needs of the host's ranks are added
+    facts = [dataclasses.replace(rank, forecast=MemoryForecast(0, 500 * GB, False)) for rank in nodes(1, 2)]
+    (problem,) = problems_of(facts)
+    assert problem.startswith(
+        "ranks 0, 1 on node-0: model and optimizer need 1.0 TB of the host's memory, of which 900.0 GB are free"
     )
     assert named_places(nodes(7, 1)).endswith("rank 3 on node-3, and ranks on 3 more hosts")
 
 
 @pytest.mark.parametrize("members", [1, 2, 5, 8])
-def test_every_pair_meets_once_and_nobody_is_in_two_pairs_of_a_round(members):
-    found = list(rounds_of(range(members)))
-    assert len(found) == (members - 1 + members % 2 if members > 1 else 1)
-    for pairs in found:
+def test_every_pair_meets_once_and_no_rank_is_in_two_pairs_of_a_round(members):
+    rounds = list(rounds_of(range(members)))
+    assert len(rounds) == (members - 1 + members % 2 if members > 1 else 1)
+    for pairs in rounds:
         assert len({rank for pair in pairs for rank in pair}) == 2 * len(pairs)
-    assert sorted(tuple(sorted(pair)) for pairs in found for pair in pairs) == list(combinations(range(members), 2))
-    # ranks of equal numbers; what one node has more stays alone
+    assert sorted(tuple(sorted(pair)) for pairs in rounds for pair in pairs) == list(combinations(range(members), 2))
+    # ranks of equal numbers are paired; a node's further ranks stay alone
     across = list(rounds_across([[0, 1, 2], [3, 4]]))
     assert across == [[(0, 3), (1, 4)]]
 
@@ -148,11 +152,11 @@ def test_a_step_is_counted_where_it_can_be_and_the_state_where_not(name, monkeyp
         model=SHAPE, parallel=ParallelConfig(ranks=2, strategy=name, layout="zigzag"), train=TrainConfig(steps=2)
     )
     data, plan = SimpleNamespace(plan=None), PlanSettings.of_config(config).plan([90, 60])
-    found = forecast_memory(config, data, CUDA, plan, 1)
-    assert found.whole_step and found.device > state_bytes(config) and found.host == 0
+    forecast = forecast_memory(config, data, CUDA, plan, 1)
+    assert forecast.whole_step and forecast.device > state_bytes(config) and forecast.host == 0
     state = state_bytes(config)
     assert forecast_memory(config, data, torch.device("cpu"), plan, 1) == MemoryForecast(0, state, False)
-    # a run that was resumed on other ranks has no plan of its own in the folder
+    # a run that was resumed on another number of ranks has no plan of its own in the folder
     wider = dataclasses.replace(config, parallel=ParallelConfig(ranks=4, strategy=name, layout="zigzag"))
     assert forecast_memory(wider, data, CUDA, plan, 1) == MemoryForecast(state_bytes(wider), 0, False)
     other = dataclasses.replace(config, engine=EngineConfig(name="deepspeed"))
@@ -180,8 +184,8 @@ def test_what_nvidia_says_is_read(tmp_path, monkeypatch):
         "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.15  Release Build\nGCC version: 12.3.0\n"
     )
     assert driver_version() == "550.54.15"
-    known = SimpleNamespace(name="NVIDIA H100", uuid="1-2")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: known)
+    properties = SimpleNamespace(name="NVIDIA H100", uuid="1-2")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * GB, 80 * GB))
     assert device_state(CUDA) == DeviceState("NVIDIA H100", 70 * GB, 80 * GB)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -210,7 +214,7 @@ def test_what_a_kernel_needs_is_a_warning_to_the_hosts_that_lack_it():
 
 def test_a_full_disk_ends_a_run_that_begins_and_is_a_warning_to_one_that_goes_on():
     begins = [facts_of(rank, "node-0", disk_free=0, disk_needed=GB) for rank in range(2)]
-    assert any("0 B are free where the run folder is" in one for one in problems_of(begins))
+    assert any("the disk of the run folder has 0 B free" in problem for problem in problems_of(begins))
     goes_on = [facts_of(rank, "node-0", disk_free=0, disk_needed=GB, goes_on=True) for rank in range(2)]
     assert not problems_of(goes_on)
-    assert any("0 B are free where the run folder is" in one for one in warnings_of(goes_on))
+    assert any("the disk of the run folder has 0 B free" in warning for warning in warnings_of(goes_on))

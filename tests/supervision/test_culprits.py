@@ -22,7 +22,7 @@ def beat(words, at=1.0, step=5, waits=None):
             [],
             ["rank 0 is stopped (SIGSTOP or a debugger): step 6, forward and backward"],
         ),
-        ([None, beat(SUM)], "SS", [], ["rank 0 has told nothing since it was started"]),
+        ([None, beat(SUM)], "SS", [], ["rank 0 has sent no heartbeat since its start"]),
         (
             [beat(SUM), beat(SUM)],
             "SD",
@@ -30,15 +30,26 @@ def beat(words, at=1.0, step=5, waits=None):
             ["rank 1 waits for its disk or a device: step 6, the norm of all gradients"],
         ),
         # who is slow to come keeps others in what they do
-        ([beat(FORWARD, 3.0), beat(FORWARD, 2.0)], "SS", [], ["rank 1 neither waits for others nor goes on: step 6"]),
+        (
+            [beat(FORWARD, 3.0), beat(FORWARD, 2.0)],
+            "SS",
+            [],
+            ["rank 1 waits for no other rank and makes no progress: step 6"],
+        ),
         # a gather of FSDP2 that rank 0 does not come to
-        ([beat(FORWARD, 3.0), beat(FORWARD, 2.0)], "SS", [1], ["rank 0 neither waits for others nor goes on: step 6"]),
+        (
+            [beat(FORWARD, 3.0), beat(FORWARD, 2.0)],
+            "SS",
+            [1],
+            ["rank 0 waits for no other rank and makes no progress: step 6"],
+        ),
         (
             [beat(KEYS.format(1), 3.0), beat(FORWARD, 2.0)],
             "SS",
             [1],
             [
-                "rank 0 waits for what does not come: step 6, keys from rank 1 in step 2 of layer 1; the others: a collective"
+                "rank 0 waits for a message that does not arrive: step 6, "
+                "keys from rank 1 in step 2 of layer 1; the others: a collective"
             ],
         ),
         # rank 2 waits for one that waits itself
@@ -47,7 +58,8 @@ def beat(words, at=1.0, step=5, waits=None):
             "SSS",
             [],
             [
-                "rank 1 waits for what does not come: step 6, keys from rank 0 in step 2 of layer 1; the others: the norm"
+                "rank 1 waits for a message that does not arrive: step 6, "
+                "keys from rank 0 in step 2 of layer 1; the others: the norm"
             ],
         ),
         # one of the messages is lost, and soon everybody waits
@@ -56,7 +68,7 @@ def beat(words, at=1.0, step=5, waits=None):
             "SSS",
             [],
             [
-                f"rank {rank} waits for what does not come: step 6, keys from rank {peer} "
+                f"rank {rank} waits for a message that does not arrive: step 6, keys from rank {peer} "
                 for rank, peer in ((0, 1), (1, 2), (2, 0))
             ],
         ),
@@ -65,9 +77,9 @@ def beat(words, at=1.0, step=5, waits=None):
             [beat(SUM), beat("evaluation", waits=True), beat(SUM)],
             "SSS",
             [],
-            ["rank 1 waits for what no other does: step 6, evaluation; the others: the norm"],
+            ["rank 1 waits for something that no other rank waits for: step 6, evaluation; the others: the norm"],
         ),
-        ([beat(SUM)] * 2, "SS", [], [f"rank {rank} waits as all others do: step 6, the norm" for rank in range(2)]),
+        ([beat(SUM)] * 2, "SS", [], [f"rank {rank} waits like all other ranks: step 6, the norm" for rank in range(2)]),
     ],
 )
 def test_who_does_not_merely_wait_is_named(beats, states, collective, wanted):

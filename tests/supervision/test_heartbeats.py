@@ -39,7 +39,7 @@ def test_what_is_half_written_is_what_was_told_before(board):
             assert board.read(1) == told[-1]
         board._memory[:] = after
         told.append(board.read(1))
-    assert [(beat.pid, beat.attempt, beat.step, beat.seconds, beat.waits, beat.words) for beat in told[1:]] == [
+    assert [(beat.pid, beat.attempt, beat.step, beat.seconds, beat.waits, beat.activity) for beat in told[1:]] == [
         (os.getpid(), 3, 0, 2.5, False, "reading"),
         (os.getpid(), 3, 1, 2.5, True, "key/value move 3 of layer 17 from rank 5"),
         (os.getpid(), 3, 2, 2.5, False, ""),
@@ -63,16 +63,16 @@ def test_a_rank_that_never_ceases_to_tell_is_read_as_it_wrote(board):
             if (beat := board.read(1)) is not None:
                 read.add(beat.step)
                 assert (beat.pid, beat.attempt, beat.beats) == (writer, 3, beat.step)
-                assert beat.words == "x" * (beat.step % 60) and beat.waits == bool(beat.step % 2)
+                assert beat.activity == "x" * (beat.step % 60) and beat.waits == bool(beat.step % 2)
     finally:
         os.kill(writer, signal.SIGKILL)
         os.waitpid(writer, 0)
 
 
 def test_a_thread_that_says_that_it_goes_on_does_not_take_back_what_is_told_meanwhile(board, monkeypatch):
-    monkeypatch.setattr(heartbeats, "_TOLD", heartbeats._Told())
+    monkeypatch.setattr(heartbeats, "_CURRENT", heartbeats._CurrentActivity())
     write = board.writer(0, 1)
-    beats, told = threading.Thread(target=heartbeats.beat), threading.Event()
+    beats, told = threading.Thread(target=heartbeats.repeat_heartbeat), threading.Event()
 
     def slow(words, step, seconds, waits):
         if not told.is_set():
@@ -82,11 +82,11 @@ def test_a_thread_that_says_that_it_goes_on_does_not_take_back_what_is_told_mean
             time.sleep(0.2)
         write(words, step, seconds, waits)
 
-    heartbeats._TOLD.write = slow
-    heartbeats.tell("keys from rank 1", waits=True)
+    heartbeats._CURRENT.write = slow
+    heartbeats.set_activity("keys from rank 1", waits=True)
     beats.join()
     found = board.read(0)
-    assert (found.words, found.waits, found.beats) == ("keys from rank 1", True, 2)
+    assert (found.activity, found.waits, found.beats) == ("keys from rank 1", True, 2)
 
 
 def test_a_board_that_is_being_made_is_none_yet():

@@ -97,7 +97,7 @@ def test_a_helper_that_can_be_replaced_is(how, sleeping, tmp_path):
     sentences, first = [], sleeping()
     helper, board = Helper("the resource tracker", first, sleeping), HeartbeatBoard.make(1)
     with patch.object(rank_watch, "LOOK_SECONDS", 0.0), patch.object(helpers, "LOOK_SECONDS", 0.1):
-        watch = RankWatch(board, range(1), Patience(600.0, 0.2), tmp_path, helpers=[helper], say=sentences.append)
+        watch = RankWatch(board, range(1), Patience(600.0, 0.2), tmp_path, helpers=[helper], notify=sentences.append)
         os.kill(first, how)
         eventually(lambda: sentences, "nothing is said")
         assert watch.close() is None
@@ -118,13 +118,13 @@ def test_a_helper_that_cannot_be_replaced_now_is_replaced_later(sleeping, tmp_pa
 
     helper = Helper("the resource tracker", first, replace)
     with patch.object(rank_watch, "LOOK_SECONDS", 0.0):
-        watch = RankWatch(board, range(1), Patience(600.0, 600.0), tmp_path, helpers=[helper], say=sentences.append)
+        watch = RankWatch(board, range(1), Patience(600.0, 600.0), tmp_path, helpers=[helper], notify=sentences.append)
         os.kill(first, signal.SIGKILL)
         eventually(lambda: helper.pid != first and len(sentences) == 2, "it is not replaced")
         assert watch.close() is None
     name = f"the resource tracker (process {first}) was killed by SIGKILL"
     assert sentences == [
-        f"{name}, and cannot be replaced now: Resource temporarily unavailable; it is tried again.",
+        f"{name}, and cannot be replaced now: Resource temporarily unavailable; distattn tries again.",
         f"{name}: another one is started.",
     ]
     board.close()

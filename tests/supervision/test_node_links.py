@@ -89,13 +89,13 @@ def test_a_link_that_is_cut_is_named_by_both_nodes_and_they_are_two_machines(tmp
     for node in range(2):
         told = json.loads((tmp_path / "cut" / f"node-{node}.json").read_text())
         assert told["why"].startswith(
-            f"node 0 ({host}, 10.77.0.1) and node 1 ({host}, 10.77.0.2) do not reach each other"
+            f"node 0 ({host}, 10.77.0.1) and node 1 ({host}, 10.77.0.2) no longer reach each other"
         )
         assert told["why"].endswith(": the link between them is cut") and told["ranks"] == [], told
 
 
 def link(first: int, second: int) -> CutLink:
-    return CutLink(first, second, f"node {first} and node {second}", "do not reach each other")
+    return CutLink(first, second, f"node {first} and node {second}", "no longer reach each other")
 
 
 def test_a_node_that_all_others_miss_is_to_blame_and_of_two_both_are():
@@ -122,7 +122,7 @@ def test_a_link_counts_as_cut_only_where_it_was_whole(tmp_path, monkeypatch):
         sentence = f"{second.names} {second.how}"
         assert (
             sentence
-            == "node 0 (a, 127.0.0.1) and node 2 (a, 127.0.0.1) do not reach each other any more (No route to host): "
+            == "node 0 (a, 127.0.0.1) and node 2 (a, 127.0.0.1) no longer reach each other (No route to host): "
             + ("the link between them is cut")
         )
         # the folder is cut off, too, and the other has begun again elsewhere
@@ -135,6 +135,6 @@ def test_a_link_counts_as_cut_only_where_it_was_whole(tmp_path, monkeypatch):
 
 def test_what_ranks_raise_follows_from_a_link_that_is_cut():
     end = AttemptEnd(1, {"a": 1, "b": 1})
-    cut = {"why": "node 0 and node 1 do not reach each other", "exit_code": 1, "nodes": [0, 1], "kind": "cut"}
-    hung = {"why": "rank 2 waits for what does not come", "exit_code": 1, "nodes": [1], "kind": "hung"}
+    cut = {"why": "node 0 and node 1 no longer reach each other", "exit_code": 1, "nodes": [0, 1], "kind": "cut"}
+    hung = {"why": "rank 2 waits for a message that does not arrive", "exit_code": 1, "nodes": [1], "kind": "hung"}
     assert end.cause(["a", "b"], {0: hung, 1: cut}) == (f"a, b: {cut['why']}", ["a", "b"])

@@ -21,6 +21,6 @@ def test_the_clock_of_another_host_does_not_move_what_its_ranks_have_told(days, 
         patched.setattr(node_reports, "time", other)
         there.answer(NodeReport({3: told, 4: None}, {3: "S"}, [], 42.0))
     report = here.answers(asked)[1]
-    assert report.beats[4] is None and report.beats[3].words == told.words
+    assert report.beats[4] is None and report.beats[3].activity == told.activity
     # 42 s ago, by a clock that is days or an hour off
     assert now - report.beats[3].at == pytest.approx(42.0, abs=20.0)

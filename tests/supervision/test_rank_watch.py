@@ -42,7 +42,7 @@ def test_steps_that_are_silent_for_long_are_no_hang_and_a_silence_that_stays_is_
     # nothing but the patience is left
     watch = RankWatch(board, range(1), Patience(starting=0.05, running=0.05), tmp_path)
     eventually(lambda: watch.trouble is not None, "the silence is not noticed")
-    assert str(watch.close()) == "rank 0 neither waits for others nor goes on: step 4, forward and backward"
+    assert str(watch.close()) == "rank 0 waits for no other rank and makes no progress: step 4, forward and backward"
     # it is asked for its stacks, of which it knows nothing, and killed
     assert sleeper.wait() < 0
     board.close()
@@ -103,11 +103,11 @@ def test_a_rank_that_ends_before_it_tells_anything_is_named():
         failures={1: SimpleNamespace(exitcode=-9, timestamp=1), 0: SimpleNamespace(exitcode=1, timestamp=2)}
     )
     trouble = _silent_end(killed)
-    assert trouble.kind == "killed" and str(trouble) == "rank 1 was killed by SIGKILL before it told anything"
+    assert trouble.kind == "killed" and str(trouble) == "rank 1 was killed by SIGKILL before its first heartbeat"
     assert _ended({1: -9, 0: 1}, trouble) == (137, trouble)
     broken = SimpleNamespace(failures={2: SimpleNamespace(exitcode=1, timestamp=1)})
     trouble = _silent_end(broken)
-    assert trouble.kind == "raised" and str(trouble) == "rank 2 ended with exit code 1 before it told anything"
+    assert trouble.kind == "raised" and str(trouble) == "rank 2 ended with exit code 1 before its first heartbeat"
     assert _ended({2: 1}, trouble) == (1, trouble)
 
 
@@ -123,7 +123,7 @@ def test_torchrun_that_waits_for_ranks_that_died_at_their_end_is_interrupted(tmp
         ranks[0].wait()
         eventually(lambda: killed.called, "nothing interrupts torchrun")
         killed.assert_called_once_with(os.getpid(), rank_watch.INTERRUPT)
-    assert str(watch.close()) == "rank 0 ended without a word: step 14, ended"
+    assert str(watch.close()) == "rank 0 ended without giving a reason: step 14, ended"
     # as all do whom torchrun has let go
     with patch.object(os, "getpid", lambda: ranks[0].pid):
         board.writer(0, 1)("left", 13, 0.0, False)
@@ -161,7 +161,7 @@ def test_what_a_rank_says_between_two_looks_and_ends_is_heard(last, said, tmp_pa
 
 
 def test_how_a_rank_has_ended_is_what_torchrun_was_told_of_it():
-    both = Trouble(tuple(Culprit(rank, "ended without a word", "step 3") for rank in (0, 1)), "killed", 2, 0.1)
+    both = Trouble(tuple(Culprit(rank, "ended without giving a reason", "step 3") for rank in (0, 1)), "killed", 2, 0.1)
 
     def said(**codes):
         code, trouble = _ended({int(rank[1:]): number for rank, number in codes.items()}, both)
@@ -171,9 +171,9 @@ def test_how_a_rank_has_ended_is_what_torchrun_was_told_of_it():
     assert said(r1=-9) == (137, "rank 1 was killed by SIGKILL: step 3")
     assert said(r0=-6, r1=3) == (
         134,
-        "rank 0 was killed by SIGABRT: step 3; rank 1 ended with exit code 3 without a word: step 3",
+        "rank 0 was killed by SIGABRT: step 3; rank 1 ended with exit code 3 without giving a reason: step 3",
     )
-    assert said(r1=255) == (255, "rank 1 ended with exit code 255 without a word: step 3")
+    assert said(r1=255) == (255, "rank 1 ended with exit code 255 without giving a reason: step 3")
     assert said(r1=-40) == (168, "rank 1 was killed by signal 40: step 3")
     # of another rank, which the watch has ended
     assert said(r2=-9) == (1, str(both)) == said()

@@ -14,11 +14,11 @@ from waiting import LIMIT_SECONDS
 pytestmark = pytest.mark.waits(3)
 
 ROOT = Path(__file__).parents[2]
-BUSY = "neither waits for others nor goes on: step 6, "
+BUSY = "waits for no other rank and makes no progress: step 6, "
 WANTED = {
     "lock": f"rank 2 {BUSY}reading shard 12",
     "stop": "rank 2 is stopped (SIGSTOP or a debugger): step 6, computing",
-    "message": "rank 2 waits for what does not come: step 6, key/value move 3 of layer 17 from rank 3; "
+    "message": "rank 2 waits for a message that does not arrive: step 6, key/value move 3 of layer 17 from rank 3; "
     "the others: all-reduce of the loss",
 }
 

@@ -20,20 +20,20 @@ pytestmark = pytest.mark.waits(4)
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
-BUSY = "rank 1 neither waits for others nor goes on: step 6, "
+BUSY = "rank 1 waits for no other rank and makes no progress: step 6, "
 # what is said of a rank that is killed, or hangs
 KINDS = {
     "kill": "rank 1 was killed by SIGKILL: step 6, computing",
     "abort": "rank 1 was killed by SIGABRT: step 6, computing",
-    "exit": "rank 1 ended with exit code 255 without a word: step 6, computing",
+    "exit": "rank 1 ended with exit code 255 without giving a reason: step 6, computing",
     # what torchrun takes for a good end
-    "leave": "rank 1 ended without a word: step 6, computing",
+    "leave": "rank 1 ended without giving a reason: step 6, computing",
     "raised": "rank 1 raised RuntimeError: CUDA error: uncorrectable ECC error encountered",
     "stop": r"rank 1 is stopped \(SIGSTOP or a debugger\): step 6, computing",
     "lock": f"{BUSY}reading shard 12",
     "read": f"{BUSY}reading never",
     "interpreter": f"{BUSY}computing",
-    "message": "rank 1 waits for what does not come: step 6, key/value move 3 of layer 17 from rank 2; "
+    "message": "rank 1 waits for a message that does not arrive: step 6, key/value move 3 of layer 17 from rank 2; "
     "the others: all-reduce of the loss",
 }
 # a barrier, and the all-reduces of five steps
@@ -154,7 +154,7 @@ def test_ranks_end_with_their_launcher_and_tell_what_they_do_until_then(kind, do
         # earlier steps have the same words
         if (tmp_path / "run" / "fault.json").exists() or {beat.step for beat in beats.values()} != {5}:
             return None
-        words = [beats[rank].words for rank in range(3)]
+        words = [beats[rank].activity for rank in range(3)]
         return beats if words[1] == does and all(words[rank].startswith("all-reduce") for rank in (0, 2)) else None
 
     beats = eventually(hung, "no rank hangs")

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from distattn.ir.errors import DistattnError
-from distattn.supervision.heartbeats import tell, telling
+from distattn.supervision.heartbeats import activity, set_activity
 
 # that a step without a fault may take
 ENDLESS_SECONDS = 600.0
@@ -26,7 +26,7 @@ def run(folder: str, steps: int) -> int:
     """Steps of a sum that depends on all before it; resumes from the last that is in the folder."""
     rank, torn = int(os.environ["RANK"]), Path(folder, "fault.json")
     torch.set_num_threads(1)
-    with telling("rendezvous", waits=True):
+    with activity("rendezvous", waits=True):
         dist.init_process_group("gloo")
     file = Path(folder, "losses.jsonl")
     before = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -39,7 +39,7 @@ def run(folder: str, steps: int) -> int:
     for step in range(len(before), steps):
         # so that no loaded machine is taken for a hang
         seconds = 0.0 if fault.get("step") == step else ENDLESS_SECONDS
-        tell("computing", step=step, seconds=seconds)
+        set_activity("computing", step=step, seconds=seconds)
         # several looks of the watch
         time.sleep(0.05)
         mine = fault.get("rank") == rank and fault.get("step") == step
@@ -51,7 +51,7 @@ def run(folder: str, steps: int) -> int:
                 torn.unlink()
             hang(fault["kind"], Path(folder))
         part = (value * (rank + 1)).sin()
-        with telling("all-reduce of the loss", seconds=seconds, waits=True):
+        with activity("all-reduce of the loss", seconds=seconds, waits=True):
             dist.all_reduce(part)
         value = part
         if rank == 0:
@@ -70,7 +70,7 @@ def hang(kind: str, folder: Path) -> None:
     if kind in ("server is killed", "server is stopped"):
         # the fork server, with which ranks end
         os.kill(os.getppid(), signal.SIGKILL if kind == "server is killed" else signal.SIGSTOP)
-        tell("computing", seconds=ENDLESS_SECONDS)
+        set_activity("computing", seconds=ENDLESS_SECONDS)
         time.sleep(ENDLESS_SECONDS)
     if kind == "abort":
         # as NCCL's watchdog does
@@ -80,13 +80,13 @@ def hang(kind: str, folder: Path) -> None:
     if kind == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     if kind == "lock":
-        tell("reading shard 12")
+        set_activity("reading shard 12")
         lock = threading.Lock()
         lock.acquire()
         lock.acquire()
     if kind == "read":
         os.mkfifo(folder / "never")
-        with telling("reading never"):
+        with activity("reading never"):
             (folder / "never").read_bytes()
     if kind == "interpreter":
         while True:
@@ -94,7 +94,7 @@ def hang(kind: str, folder: Path) -> None:
             ctypes.PyDLL(None).sleep(1000)
     if kind == "message":
         peer = (int(os.environ["RANK"]) + 1) % dist.get_world_size()
-        with telling(f"key/value move 3 of layer 17 from rank {peer}", waits=True):
+        with activity(f"key/value move 3 of layer 17 from rank {peer}", waits=True):
             dist.recv(torch.zeros(1), peer, tag=9)
     if kind == "refused":
         raise DistattnError("tokens.bin: token 7 is not in the vocabulary.")

@@ -8,5 +8,5 @@ from distattn.planning import measure_machine as calibrate
 if __name__ == "__main__":
     calibrate._SIDES = {"cpu": (64, 128)}
     calibrate._HEAD_DIMS = (64,)
-    calibrate._STRETCH = 0.005
+    calibrate._BATCH_SECONDS = 0.005
     rank_main(sys.argv[1], "two")

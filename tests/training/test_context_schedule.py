@@ -72,14 +72,14 @@ def test_a_run_goes_on_bit_by_bit_from_the_middle_of_each_phase(config, tmp_path
 
 def _told(rank: int, folder: Path, config: Config) -> list[tuple[int, float]]:
     """(step, seconds that it may take without another heartbeat) as it is told of each step."""
-    tell, found = loop.tell, []
+    tell, found = loop.set_activity, []
 
     def note(words, **given):
         if words == "forward and backward":
             found.append((given["step"], given["seconds"]))
         tell(words, **given)
 
-    loop.tell = note
+    loop.set_activity = note
     train(RunFolder(folder), config, True, torch.device("cpu"))
     return found
 

@@ -1,4 +1,4 @@
-"""Buffers and settings that a model has on ranks and not in one process: what hypotheses about tokens cannot see."""
+"""Buffers and settings of a model that differ between the ranks and one process, which hypotheses about tokens cannot show."""
 
 # I frequencies of rotary embeddings
 
@@ -13,15 +13,15 @@ from torch import Tensor
 from distattn.doctor.comparison import Finding, RankResult
 from distattn.doctor.recording import settings_of
 
-_REMEDY = "make the model by the same configuration, and fill buffers that no checkpoint holds, on every rank"
+_REMEDY = "make the model with the same configuration, and fill buffers that no checkpoint holds, on every rank"
 
 
 def explain_by_module(
     model: torch.nn.Module, ranks: Sequence[RankResult], explains: Callable[[], bool]
 ) -> Finding | None:
-    """Give the model the ranks' buffers and settings, and name the first if that explains what they computed.
+    """Set the ranks' buffers and settings in the model, and name the first different one if that explains their results.
 
-    explains: whether ranks that do all else right compute it with the model as it is then.
+    explains: returns whether emulated ranks without a mistake reproduce the results with the model in its new state.
     """
     buffers = dict(model.named_buffers())
     other = {
@@ -51,8 +51,8 @@ def explain_by_module(
     return _different_setting(changed, settings)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and first.shape == second.shape and torch.equal(first, second)
 
 
 def _different_setting(changed: dict[str, Any], here: dict[str, Any]) -> Finding:
@@ -75,6 +75,6 @@ def _different_buffer(name: str, here_I: Tensor, there_I: Tensor) -> Finding:
 
 
 def _base(frequencies_I: Tensor) -> float:
-    """Of frequencies base ** (-i / I)."""
+    """Return the base of frequencies base ** (-i / I)."""
     wide, count = frequencies_I.double(), len(frequencies_I)
     return float((wide[0] / wide[-1]) ** (count / max(count - 1, 1)))
