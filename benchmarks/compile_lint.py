@@ -208,10 +208,10 @@ def variants(arch: int) -> Iterator[tuple[str, TritonLaunch]]:
 
 def launched(arch: int, known: set[str], strategies: Iterable[str]) -> Iterator[tuple[str, TritonLaunch, str]]:
     """Yield (name, launch, digest) of what layer calls launch on an architecture, but for known digests."""
-    found = [one for shape in SHAPES for one in production_launches(arch, shape, strategies)]
-    for name, launch in named_launches(found).items():
-        if (given := digest(launch, arch)) not in known:
-            yield f"sm_{arch} launched {name}", launch, given
+    launches_of_calls = [launch for shape in SHAPES for launch in production_launches(arch, shape, strategies)]
+    for name, launch in named_launches(launches_of_calls).items():
+        if (launch_digest := digest(launch, arch)) not in known:
+            yield f"sm_{arch} launched {name}", launch, launch_digest
 
 
 def launches(

@@ -63,8 +63,8 @@ def _line(strategy: str, lengths: list[int], arguments: argparse.Namespace, seco
     layout = (da.Layout.contiguous if strategy == "cad" else da.Layout.zigzag)(lengths, arguments.ranks)
     shape = dict(heads=arguments.heads, kv_heads=arguments.kv_heads, head_dim=DIM, dtype="bfloat16")
     plan = da.make_plan(da.Mask.documents(lengths), layout, strategy=strategy, **shape)
-    found = [_counts(plan, rank) for rank in sorted({0, arguments.ranks // 2, arguments.ranks - 1})]
-    passes, kinds, sends = max(found, key=lambda one: sum(sum(traffic.bytes.values()) for traffic in one[0]))
+    counts = [_counts(plan, rank) for rank in sorted({0, arguments.ranks // 2, arguments.ranks - 1})]
+    passes, kinds, sends = max(counts, key=lambda of_rank: sum(sum(traffic.bytes.values()) for traffic in of_rank[0]))
     glue = [traffic.seconds(BYTES_PER_SECOND) / whole for traffic, whole in zip(passes, seconds, strict=True)]
     operators = " / ".join(str(sum(traffic.launches.values())) for traffic in passes)
     line = (

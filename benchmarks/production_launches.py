@@ -81,7 +81,7 @@ def production_launches(
 
 @contextmanager
 def _architecture(arch: int) -> Iterator[None]:
-    """In here all devices are of that compute capability."""
+    """Give all devices that compute capability in the block."""
     with ExitStack() as patches:
         for tier in (triton_attention, gluon_attention):
             patches.enter_context(mock.patch.object(tier, "compute_capability", lambda device: arch))
@@ -90,7 +90,7 @@ def _architecture(arch: int) -> Iterator[None]:
 
 @contextmanager
 def _recording(name: str, found: list[tuple[str, TritonLaunch]]) -> Iterator[None]:
-    """In here launches are appended to `found` and not run: those of attention under the kernel's name, others under "glue"."""
+    """Append launches of the block to `found` in place of running them, under the kernel's name or under "glue"."""
     with ExitStack() as patches:
         for tier in (triton_attention, gluon_attention):
             patches.enter_context(mock.patch.object(tier, "run_launch", lambda launch: found.append((name, launch))))
@@ -193,12 +193,12 @@ def _description(launch: TritonLaunch) -> str:
 
 def _specialised(launch: TritonLaunch) -> list[str]:
     """Return constants, and arguments that Triton specialises: numbers that are 1, numbers and addresses not divisible by 16."""
-    found = []
+    constants = []
     unaligned, odd, ones = [], [], []
     for parameter in launch.kernel.params:
         name, value = parameter.name.rstrip("_"), launch.arguments[parameter.name]
         if parameter.is_constexpr:
-            found += [f"{name}={value}"] if type(value) is int else []
+            constants += [f"{name}={value}"] if type(value) is int else []
         elif not parameter.do_not_specialize and value is not None:
             if isinstance(value, Tensor):
                 unaligned += [name] if value.data_ptr() % 16 and not parameter.do_not_specialize_on_alignment else []
@@ -207,9 +207,9 @@ def _specialised(launch: TritonLaunch) -> list[str]:
                     ones.append(name)
                 elif value % 16 and not parameter.do_not_specialize_on_alignment:
                     odd.append(name)
-    found += [f"unaligned={','.join(unaligned)}"] * bool(unaligned)
-    found += [f"odd={','.join(odd)}"] * bool(odd)
-    return found + [f"1={','.join(ones)}"] * bool(ones)
+    constants += [f"unaligned={','.join(unaligned)}"] * bool(unaligned)
+    constants += [f"odd={','.join(odd)}"] * bool(odd)
+    return constants + [f"1={','.join(ones)}"] * bool(ones)
 
 
 def _tensor(value: Any) -> Any:

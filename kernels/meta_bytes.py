@@ -29,10 +29,10 @@ class MetaBytes(TorchDispatchMode):
         for tensor in _meta_tensors((args, kwargs)):
             # a view of what was there before is not new
             self._note(tensor.untyped_storage(), 0)
-        made = func(*args, **(kwargs or {}))
-        for tensor in _meta_tensors(made):
+        result = func(*args, **(kwargs or {}))
+        for tensor in _meta_tensors(result):
             self._note(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
-        return made
+        return result
 
     def _note(self, storage: torch.UntypedStorage, size: int) -> None:
         key = storage._cdata

@@ -60,9 +60,9 @@ class HostBuffers:
 
     def made(self, state: dict[str, Any] | Callable[[HostBuffers], dict[str, Any]]) -> dict[str, Any]:
         """Return a state, or what a function makes of these buffers. The current stream then waits for what it kept."""
-        found = state(self) if callable(state) else state
+        state_dict = state(self) if callable(state) else state
         self.finish_kept()
-        return found
+        return state_dict
 
     def finish_kept(self) -> None:
         """Have the current stream wait for the copies of `keep`: what it is given later may change the tensors."""
@@ -84,16 +84,16 @@ class HostBuffers:
         return self._buffers.get(self._kept.get(id(tensor), "")) is tensor
 
     def like(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The buffer of a tensor: on the host, of its shape and dtype."""
-        found = self._buffers.get(name)
-        if found is None or (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
-            found = (
+        """Return the buffer of a tensor: on the host, of its shape and dtype."""
+        buffer = self._buffers.get(name)
+        if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+            buffer = (
                 pinned_memory.pinned_like(tensor)
                 if has_streams(tensor.device)
                 else torch.empty_like(tensor, device="cpu")
             )
-            self._buffers[name] = found
-        return found
+            self._buffers[name] = buffer
+        return buffer
 
     def forget_others(self, names: set[str]) -> None:
         """Let go of the buffers of other names, but for those that `keep` returned since the last save."""

@@ -99,14 +99,14 @@ class Executable:
         workspace = getattr(kernel, "workspace_bytes", None)
         if call.op.kind == "latent_attention":
             workspace = latent_workspace(call.op, getattr(torch, call.dtype), workspace)
-        found = {
+        passes = {
             "forward": forward_memory(self.program, workspace),
             "backward": backward_memory(self.program, workspace),
         }
         if call.op.kind == "recurrence":
-            for direction, memory in found.items():
-                found[direction] = memory._replace(workspace=recurrence_workspace(self.program, direction, kernel))
-        return found
+            for direction, memory in passes.items():
+                passes[direction] = memory._replace(workspace=recurrence_workspace(self.program, direction, kernel))
+        return passes
 
     def for_direction(self, direction: str) -> Executable:
         """What runs a "forward" or "backward" pass: itself. A pipeline schedule has another one in every tick."""

@@ -70,19 +70,19 @@ def kernel_trials(plan: Plan, rank: int, requirements: KernelRequirements) -> di
     names = candidates(requirements.device, requirements.op)
     if len(names) < 2:
         return {}
-    known: dict[Any, dict[str, Trial]]
+    trials: dict[Any, dict[str, Trial]]
     call: Any
     if requirements.op.kind in _TRIALS_OF_KIND:
         heads = plan.call.heads, plan.call.kv_heads
-        known, call = _TRIALS_OF_SHAPE, (names, requirements, heads)
+        trials, call = _TRIALS_OF_SHAPE, (names, requirements, heads)
         attempt = partial(_trials_of_shape, names, requirements, *heads)
     else:
         # what "flash" runs may be another one later
-        known, call = _TRIALS.setdefault(plan, {}), (rank, requirements, names, implementation())
+        trials, call = _TRIALS.setdefault(plan, {}), (rank, requirements, names, implementation())
         attempt = partial(_trials_of_launches, plan, rank, requirements, names)
-    if call not in known or any(old.may_succeed_now(requirements.device) for old in known[call].values()):
-        known[call] = attempt()
-    return known[call]
+    if call not in trials or any(old.may_succeed_now(requirements.device) for old in trials[call].values()):
+        trials[call] = attempt()
+    return trials[call]
 
 
 def _trials_of_launches(

@@ -241,7 +241,7 @@ class RayNodes:
         try:
             self._run.regroup_file.touch()
         except OSError as error:
-            print_message(f"the ranks cannot be asked to: {error}; the next attempt has so many nodes.")
+            print_message(f"the ranks cannot be asked to: {error}; the next attempt has {nodes} nodes.")
 
     def _demand(self) -> str:
         gpus = f"{self._needs.gpus} GPUs and " if self._needs.gpus else ""

@@ -80,10 +80,10 @@ class ArenaPool:
             return
         place = _place(device)
         with self._lock:
-            known = self._kept[place]
-            unused = sorted((block for block in known if _is_unused(block)), key=_size)
+            blocks = self._kept[place]
+            unused = sorted((block for block in blocks if _is_unused(block)), key=_size)
             # what first passes have received is needed until much later: then it is not the pool's any longer
-            self._kept[place] = [block for block in known if not _is_unused(block)] if runs_backward() else []
+            self._kept[place] = [block for block in blocks if not _is_unused(block)] if runs_backward() else []
         block = self._take(place, count * dtype.itemsize, unused)
         # no view, of which autograd would know
         yield torch.empty(0, dtype=dtype, device=device).set_(block.untyped_storage(), 0, (count,), (1,))

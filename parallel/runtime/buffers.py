@@ -114,16 +114,16 @@ class Buffers:
     def pack(self, packed: PackedMessages, places: Sequence[Places]) -> None:
         """Copy own rows to messages. places: of each part of a row."""
         for part, of_part in zip(packed.parts, places, strict=True):
-            own = self.fields[BufferKey(part.payload, OWN, 0, self.call.payload_heads(part.payload))]
-            for whole, tensor in zip(self.place(of_part), own, strict=True):
+            own_fields = self.fields[BufferKey(part.payload, OWN, 0, self.call.payload_heads(part.payload))]
+            for whole, tensor in zip(self.place(of_part), own_fields, strict=True):
                 source = tensor.reshape(-1, part.heads, *tensor.shape[2:])
                 copy_rows(whole, Rows(0, packed.rows), source, Rows.of(part.rows))
 
     def unpack(self, packed: PackedMessages, fields: Sequence[Fields]) -> None:
         """Write results that have arrived to the own tensors, where none are yet. fields: of each part of a row."""
         for part, tensors in zip(packed.parts, fields, strict=True):
-            own = self.fields[BufferKey(part.payload, OWN, 0, self.call.payload_heads(part.payload))]
-            for whole, tensor in zip(own, tensors, strict=True):
+            own_fields = self.fields[BufferKey(part.payload, OWN, 0, self.call.payload_heads(part.payload))]
+            for whole, tensor in zip(own_fields, tensors, strict=True):
                 target = whole.view(-1, part.heads, *whole.shape[2:])
                 copy_rows(target, Rows.of(part.rows), tensor, Rows(0, packed.rows))
 

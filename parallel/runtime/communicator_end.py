@@ -69,14 +69,14 @@ def end_communicator(backend: Any, gracefully: bool = True, seconds: float | Non
         if backend in _ENDED:
             return
         _ENDED.add(backend)
-        found = _OPEN.pop(id(backend), None)
-    if found is not None:
-        found.finalizer.detach()
-        if found.process != os.getpid():
+        entry = _OPEN.pop(id(backend), None)
+    if entry is not None:
+        entry.finalizer.detach()
+        if entry.process != os.getpid():
             # a process that was forked has no part in what its parent opened
             return
-    helper = _Helper() if found is None else found.helper
-    farewell = None if found is None else found.farewell
+    helper = _Helper() if entry is None else entry.helper
+    farewell = None if entry is None else entry.farewell
     limit = _END_SECONDS if seconds is None else seconds
     try:
         all_are_here = gracefully and (farewell is None or helper.run(partial(farewell, limit), limit))

@@ -75,16 +75,16 @@ def land(
             if len(message.view.slices) == 1:
                 (piece,) = message.view.slices
                 messages[piece.buffer].append((piece, message.stretches))
-    found: dict[BufferKey, Landing] = {}
+    landings: dict[BufferKey, Landing] = {}
     for key, rows in sizes.items():
         landing = next((one for _, view in launches[key] if (one := _landing(key, rows, view))), None)
         is_small = key not in kept or (landing and landing.rows <= _MOST_KEPT * rows)
         if landing and is_small and _fits(key, landing, launches[key], messages[key]):
-            found[key] = landing
-    found = {key: landing for key, landing in found.items() if _agrees(landing, bundles.get(key, ()), found)}
+            landings[key] = landing
+    landings = {key: landing for key, landing in landings.items() if _agrees(landing, bundles.get(key, ()), landings)}
     for step in steps:
-        _change(step, {**found, **inherited})
-    return found
+        _change(step, {**landings, **inherited})
+    return landings
 
 
 def _agrees(landing: Landing, bundle: Bundle, found: Mapping[BufferKey, Landing]) -> bool:
@@ -154,7 +154,7 @@ def _as_landed(view: View, found: Mapping[BufferKey, Landing]) -> View:
 
 
 def _run_of_landed(piece: BufferSlice, own: tuple[BufferSlice, ...], view: View, landing: Landing) -> slice | None:
-    """Return the run of rows of a landed buffer that a view is; None where it is none.
+    """Return the run of rows of a landed buffer that a view is, or None if it is no run.
 
     piece: the view's slice of that buffer, where it lies now; own: its other slices.
     """

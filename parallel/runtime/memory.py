@@ -52,7 +52,7 @@ class RowsKey(NamedTuple):
 
 
 class FlatPlaces(NamedTuple):
-    """Where tensors lie in one flat tensor of so many numbers, which are of so many bytes."""
+    """Where tensors lie in one flat tensor. numbers, bytes: its size."""
 
     places: dict[PlaceKey, list[PlacedTensor]]
     numbers: int

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class OwnRows(NamedTuple):
-    """The rows of a rank's own tensors of a payload, seen with so many heads a row, that are the rows of all messages."""
+    """The rows of a rank's own tensors of a payload, seen with `heads` heads a row, that are the rows of all messages."""
 
     payload: Payload
     heads: int
@@ -61,10 +61,10 @@ def pack(
         if not is_bundle and of_peer[0][1].view.heads == call.payload_heads(of_peer[0][0]):
             continue
         own_rows = [_own_rows(call, payload, message.view, are_results) for payload, message in of_peer]
-        found = [rows for rows in own_rows if rows is not None]
-        if len(found) == len(own_rows):
+        known_rows = [rows for rows in own_rows if rows is not None]
+        if len(known_rows) == len(own_rows):
             format_ = is_bundle, tuple((payload, message.view.heads) for payload, message in of_peer)
-            formats.setdefault(format_, {})[numbers] = found
+            formats.setdefault(format_, {})[numbers] = known_rows
     return tuple(_packed(format_, rows) for (_, format_), rows in formats.items() if len(rows) > 1)
 
 

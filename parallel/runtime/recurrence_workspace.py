@@ -82,10 +82,10 @@ def _launch_bytes(program: Program, is_forward: bool, launch: KernelLaunch, is_p
         g = None if shape is None else tensor(*shape, dtype=wide)
         beta = tensor(rows, heads) if call.op.delta else None
         lists = schedule_to_device(launch.schedule.stretches, META)
-        given = counted.peak = counted.alive
+        input_bytes = counted.peak = counted.alive
         # where heads that share queries and keys are cut, each head gets its own
-        own = (q, k) if is_even else tuple(tensor(rows, heads, call.head_dim) for _ in range(2))
-        x, entering = RecurrenceTokens(own[0], own[1], v, g, beta), states()
+        queries_and_keys = (q, k) if is_even else tuple(tensor(rows, heads, call.head_dim) for _ in range(2))
+        x, entering = RecurrenceTokens(queries_and_keys[0], queries_and_keys[1], v, g, beta), states()
         if kind is StretchKind.STATE:
             kernel.states(x, lists, entering, not is_prefix)
         elif kind is StretchKind.GRADIENT_STATE:
@@ -98,4 +98,4 @@ def _launch_bytes(program: Program, is_forward: bool, launch: KernelLaunch, is_p
             # gradients of queries and keys are summed over the heads that share them
             sums = [] if is_even else [tensor(rows, shared_heads, call.head_dim, dtype=wide) for _ in range(2)]
             del dx, dentering, dleaving, sums
-        return counted.peak - given
+        return counted.peak - input_bytes

@@ -242,7 +242,7 @@ class _Repeated(torch.autograd.Function):
 
 
 def repeated_layers(plan: Plan, rank: int, layers: int, launches: int) -> HeldBytes:
-    """Memory of the backward pass of so many checkpointed layers, with the host ahead of the device; see `layers_ahead`.
+    """Return the memory of the backward pass of checkpointed layers, with the host ahead of the device; see `layers_ahead`.
 
     The arena has grown before, without messages.
     """

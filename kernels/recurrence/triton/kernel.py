@@ -138,9 +138,9 @@ def backward(
     dv, dg = call.result(x.heads, value_dim), call.result(x.heads) if x.decays_by_token else None
     dbeta = None if x.beta is None else call.result(x.heads)
     results = {"dq": dq, "dk": dk, "dv": dv, "dg": dv if dg is None else dg, "dbeta": dv if dbeta is None else dbeta}
-    given = tensor_arguments(heard=call.heard, do=call.do, du=call.du, **results)
+    rows = tensor_arguments(heard=call.heard, do=call.do, du=call.du, **results)
     tensors = {"entering_": call.entering, "dleaving_": call.dleaving, "inverse_": call.inverse}
-    call.run(gradient_kernel, call.programs, **given, **tensors, DG=dg is not None)
+    call.run(gradient_kernel, call.programs, **rows, **tensors, DG=dg is not None)
     if call.group > 1:
         dq, dk = (dy.unflatten(1, (-1, call.group)).sum(2) for dy in (dq, dk))
     # a decay that is the same for all tokens has no gradient
@@ -170,11 +170,11 @@ class _Call:
         # what is not there is not read: any tensor stands for it
         g = q if x.g is None else x.g.expand(self.tokens, -1)
         self.q, self.dtype = q, q.dtype
-        given = {"q": q, "k": k, "v": self.v, "g": g, "beta": q if x.beta is None else x.beta}
+        tokens = {"q": q, "k": k, "v": self.v, "g": g, "beta": q if x.beta is None else x.beta}
         channels = max(triton.next_power_of_2(self.key_dim), _LEAST_SIDE)
         most = min(_COLUMNS, _BYTES_OF_STATE // (channels * q.dtype.itemsize), triton.next_power_of_2(self.value_dim))
         columns = max(most, _LEAST_SIDE)
-        self.arguments: dict[str, Any] = tensor_arguments(**given) | {
+        self.arguments: dict[str, Any] = tensor_arguments(**tokens) | {
             "chunks_": chunks.chunks,
             "first_": chunks.first,
             "heads": self.heads,
@@ -227,8 +227,8 @@ class _Call:
             self.run(asked_kernel, self.programs, **tensor_arguments(do=self.do, du=self.du))
         dentering = torch.empty_like(dstate_NHKV, memory_format=torch.contiguous_format)
         places = dict(dleaving_=self.dleaving, dstate_=dstate_NHKV.contiguous(), dentering_=dentering)
-        given = tensor_arguments(w=self.w, do=self.do, du=self.du)
-        self.run(scan_back_kernel, self.scans, **given, **places, KEEP=keep)
+        rows = tensor_arguments(w=self.w, do=self.do, du=self.du)
+        self.run(scan_back_kernel, self.scans, **rows, **places, KEEP=keep)
         return dentering
 
     def result(self, *shape: int) -> Tensor:
