@@ -51,6 +51,7 @@ OTHERS = {
     "parallel.backward": ["refetch-home"],
     "parallel.devices_per_node": ["2"],
     "parallel.comm_dtype": ["bfloat16"],
+    "parallel.max_buffer_bytes": ["1000000000"],
     "parallel.latents": ["True", "--model.path={latent}"],
     "engine.name": ["deepspeed"],
     "engine.shard_size": ["2"],

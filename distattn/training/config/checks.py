@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+from distattn.ir.limits import Problem
 from distattn.training.config.idle_keys import idle_problems
-from distattn.training.config.limits import Problem, engine_problems, limit_problems
+from distattn.training.config.limits import engine_problems, section_problems
 from distattn.training.config.sections import ENGINES, Config, DataConfig
 
 # the number of ranks is a multiple of each
@@ -50,7 +51,7 @@ def problems_of(config: Config, named: Collection[str] = ()) -> list[Problem]:
     """
     checks = (
         # checks of single keys come first
-        limit_problems(config),
+        section_problems(config),
         _engine_problems(config),
         _train_problems(config),
         _schedule_problems(config),

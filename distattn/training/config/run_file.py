@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 import tomli_w
@@ -134,7 +135,11 @@ def save(config: Config, path: Path, comment: str = "") -> None:
 
     comment: whole lines of TOML comments, written first.
     """
-    write_whole(path, comment + tomli_w.dumps(asdict(config)))
+    sections = {
+        section: {name: value for name, value in keys.items() if value is not None}
+        for section, keys in asdict(config).items()
+    }
+    write_whole(path, comment + tomli_w.dumps(sections))
 
 
 def _validated(content: dict[str, Any], place: Callable[[Key], str], named: Collection[str] = ()) -> Config:
@@ -234,7 +239,8 @@ def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
                 tyro.cli(Config, default=config, args=list(overrides[begin:end]), config=_VALUES)
             except SystemExit:
                 section, name = key.split(".")
-                value_type = get_type_hints(type(getattr(config, section)))[name]
+                hint = get_type_hints(type(getattr(config, section)))[name]
+                value_type = get_args(hint)[0] if isinstance(hint, UnionType) else hint
                 inline = overrides[begin].partition("=")[2]
                 value = " ".join([*([inline] if inline else []), *overrides[begin + 1 : end]])
                 if not value:
