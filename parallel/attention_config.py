@@ -102,6 +102,8 @@ class AttentionConfig(AttentionKeys):
 
         Raises DistattnError for a setting that does not exist, and without a strategy.
         """
+        if not isinstance(base, AttentionKeys | None):
+            raise DistattnError(f"config is an AttentionConfig, not a {type(base).__name__}.")
         names = [field.name for field in fields(cls)]
         if unknown := settings.keys() - names:
             raise DistattnError(f"there is no setting {sorted(unknown)[0]!r}; there are {', '.join(names)}.")

@@ -73,7 +73,10 @@ def right_calls():
         (LAYOUT.unshard, dict(shards=[torch.arange(8), torch.arange(8)], dim=0)),
         (LAYOUT.shift_labels, dict(labels=torch.arange(16), dim=0, ignore_index=-100)),
         (da.Cluster, dict(nodes=1, devices=2)),
-        (da.make_plan, dict(mask=MASK, layout=LAYOUT, strategy="cad", backward="refetch-home", v_head_dim=8, **SHAPE)),
+        (
+            da.make_plan,
+            dict(mask=MASK, layout=LAYOUT, strategy="cad", backward="refetch-home", v_head_dim=8, config=None, **SHAPE),
+        ),
         (
             da.make_plan,
             dict(mask=MASK, layout=LAYOUT, strategy="ring", comm_dtype="float32", cluster="h200-1x2", **SHAPE),
@@ -131,7 +134,9 @@ def right_calls():
     settings |= dict(
         options={}, max_buffer_bytes=None, verify_every=2, pad_to=2, servers=0, adaptive=False, timeout=9.0
     )
-    calls.append((closed, settings))
+    calls.append((closed, settings | dict(config=None)))
+    del settings["group"], settings["loss_group"]
+    calls.append((da.AttentionConfig, settings | dict(layers={0: {"strategy": "ring"}}, context_parallel_size=None)))
     calls.append((da.OverlapSchedule, dict(layers=[torch.nn.Linear(2, 2)])))
     cp = da.ContextParallel(strategy="ring", kernel="reference")
     run = dict(

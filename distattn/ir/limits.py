@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple, get_type_hints
 
 from distattn.ir.errors import DistattnError
@@ -55,14 +55,14 @@ class Number:
     lt: float | None = None
 
     def problem(self, value: float) -> str | None:
-        """Return a sentence about a value out of range, or None."""
-        if self.ge is not None and value < self.ge:
+        """Return a sentence about a value out of range, or None. NaN is out of every range."""
+        if self.ge is not None and not value >= self.ge:
             return f"at least {self.ge}, not {value}."
-        if self.gt is not None and value <= self.gt:
+        if self.gt is not None and not value > self.gt:
             return f"above {self.gt}, not {value}."
-        if self.lt is not None and value >= self.lt:
+        if self.lt is not None and not value < self.lt:
             return f"below {self.lt}, not {value}."
-        return f"at most {self.le:,}, not {value}." if value > self.le else None
+        return None if value <= self.le else f"at most {self.le:,}, not {value}."
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,17 @@ def limit_problems(settings: Any, table: str = "") -> Iterator[Problem]:
         reasons = (limit.problem(value) for limit in limits if isinstance(limit, Number | OneOf | Check))
         if value is not None and (reason := next(filter(None, reasons), None)):
             yield Problem(table + name, reason)
+
+
+def nested_problems(record: Any, table: str = "") -> Iterator[Problem]:
+    """Yield the problems of a dataclass and of all dataclasses in its fields. Keys are dotted; entries of tuples have numbers."""
+    yield from limit_problems(record, table)
+    for field in fields(record):
+        value = getattr(record, field.name)
+        entries = enumerate(value) if isinstance(value, tuple) else [("", value)]
+        for number, entry in entries:
+            if is_dataclass(entry):
+                yield from nested_problems(entry, ".".join(filter(None, (f"{table}{field.name}", str(number)))) + ".")
 
 
 def check_limits(settings: Any) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from distattn.ir.limits import Problem, annotations_of, limit_problems
+from distattn.ir.limits import Problem, annotations_of
 
 
 @dataclass(frozen=True)
@@ -14,12 +14,6 @@ class Engines:
     """The engines that support another value than the default."""
 
     names: tuple[str, ...]
-
-
-def section_problems(config: Any) -> Iterator[Problem]:
-    """Yield a problem for each key that does not keep to the limits beside its field."""
-    for section in fields(config):
-        yield from limit_problems(getattr(config, section.name), f"{section.name}.")
 
 
 def engine_problems(config: Any, engine: str) -> Iterator[Problem]:

@@ -95,9 +95,9 @@ class RunConfig:
 class ContextPhase:
     """Steps of one context length."""
 
-    context_length: int
+    context_length: Annotated[int, Number(ge=1)]
     """Tokens (bytes) of a pack in these steps."""
-    steps: int = 0
+    steps: Annotated[int, Number(ge=0)] = 0
     """Number of steps; 0, in the last phase only, for all remaining ones."""
 
 
