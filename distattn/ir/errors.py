@@ -14,6 +14,18 @@ class DistattnError(ValueError):
     exit_code = 2
 
 
+class SettingError(DistattnError):
+    """A setting whose value cannot be used. key: its dotted name, with which the message begins."""
+
+    def __init__(self, key: str, fault: str):
+        super().__init__(f"{key}: {fault}")
+        self.key = key
+
+    def __reduce__(self) -> tuple[type[DistattnError], tuple[str]]:
+        """Return what pickles it: a DistattnError with the same message."""
+        return DistattnError, (str(self),)
+
+
 class LostRankError(DistattnError):
     """Another rank stopped answering; the message names it. Exit code 4: another attempt may succeed.
 

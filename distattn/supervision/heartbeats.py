@@ -68,8 +68,8 @@ class Heartbeat(NamedTuple):
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Heartbeat:
         """Build a heartbeat from its `_asdict`, which another release may have written: it may have other fields."""
-        known = {name: value for name, value in fields.items() if name in cls._fields}
-        return cls(**known)._replace(peers=tuple(known.get("peers", ())))
+        shared = {name: value for name, value in fields.items() if name in cls._fields}
+        return cls(**shared)._replace(peers=tuple(shared.get("peers", ())))
 
     @property
     def has_done_its_part(self) -> bool:
