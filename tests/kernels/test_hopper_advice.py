@@ -54,7 +54,9 @@ def test_tilelang_helps_the_delta_rule_alone_and_only_with_the_cuda_compiler(ver
     assert hopper.token_decay_fault(90, True) is not None
     versions["nvcc"] = "13.0"
     assert hopper.token_decay_fault(90, True) is None
-    assert str(hopper.fla_core_advice(90)).endswith("(Mamba-2) wrongly on Hopper GPUs: install torch 2.13 (Triton 3.7.1)")
+    assert str(hopper.fla_core_advice(90)).endswith(
+        "(Mamba-2) wrongly on Hopper GPUs: install torch 2.13 (Triton 3.7.1)"
+    )
     monkeypatch.setenv("FLA_TILELANG", "0")
     assert hopper.token_decay_fault(90, True) is not None
 
