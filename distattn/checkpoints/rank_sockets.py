@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from distattn.checkpoints.owner import machine_digest
 from distattn.ir.errors import DistattnError, LostRankError, named_ranks
-from distattn.parallel.runtime.attendance import attended, default_store
+from distattn.parallel.runtime.collective_calls import default_store, run_collective
 from distattn.parallel.runtime.communicator import sendable_device, timeout_of
 from distattn.parallel.runtime.interfaces import LOOPBACK, listening_socket, own_address
 
@@ -100,7 +100,7 @@ def connect_to_root(group: dist.ProcessGroup) -> dict[int, RankConnection]:
         store.wait(everyone, timeout)
         return len(set(store.multi_get(everyone))) == 1, _shared_key(group, timeout)
 
-    here, key = attended(group, "the opening of checkpoints", meet)
+    here, key = run_collective(group, "the opening of checkpoints", meet)
     if rank == 0:
         return _accept_all(store, here, key, ranks, timeout)
     return {0: _connect(store, key, rank, timeout)}

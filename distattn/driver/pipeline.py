@@ -30,7 +30,7 @@ from distattn.ir.errors import DistattnError
 from distattn.ops.attention import attention, autocast_inputs, score_modifiers
 from distattn.ops.executable import EXECUTABLES, Executable, whole_device
 from distattn.parallel.make_plan import STRATEGIES
-from distattn.parallel.runtime.arenas import ARENAS, Room, room_bytes
+from distattn.parallel.runtime.arenas import ARENAS, ArenaAllocator, aligned_bytes
 from distattn.parallel.runtime.communicator import all_gather_objects
 from distattn.parallel.runtime.transport import Packet
 
@@ -212,12 +212,12 @@ class _PipelineStep:
         leaves = leaves if 0 <= pipe.stage + ahead < pipe.stages else None
         shape = (1, 0 if number is None else self._local(number)["input_ids"].shape[1], pipe.spec.hidden_size)
         sizes = 0 if leaves is None else leaves.nbytes, prod(shape) * pipe.spec.dtype.itemsize
-        with torch.no_grad(), ARENAS.borrowed(room_bytes(*sizes), pipe.device) as arena:
-            room = Room(arena)
+        with torch.no_grad(), ARENAS.borrowed(aligned_bytes(*sizes), pipe.device) as arena:
+            allocator = ArenaAllocator(arena)
             if leaves is not None:
-                sends.append(Packet(self._peer(ahead), name, room.copy_of(leaves)))
+                sends.append(Packet(self._peer(ahead), name, allocator.copy_of(leaves)))
             if number is not None:
-                receives.append(Packet(self._peer(-ahead), name, room.tensor(shape, pipe.spec.dtype)))
+                receives.append(Packet(self._peer(-ahead), name, allocator.tensor(shape, pipe.spec.dtype)))
             # also with nothing to say: whoever has come to fewer exchanges than others counts as behind
             pipe.cp.transport(pipe.device).exchange(sends, receives, False, f"in a {tick.direction} tick").wait()
             if number is not None:

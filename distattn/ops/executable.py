@@ -28,7 +28,7 @@ from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.trials import Trial
 from distattn.ops.kernel_choice import agreed_ranking, first_that_serves, has_choice, kernel_trials
 from distattn.parallel.analysis.verify import check_max_buffer_bytes, verify
-from distattn.parallel.runtime.attendance import attended
+from distattn.parallel.runtime.collective_calls import run_collective
 from distattn.parallel.runtime.communicator import (
     all_gather_objects_over_gloo,
     open_communicator,
@@ -257,7 +257,9 @@ def _gather_over(group: dist.ProcessGroup | None) -> Callable[[Any], list[Any]]:
     if group is None:
         return lambda value: [value]
     host = EXECUTABLES.host(group)
-    return lambda value: attended(group, "the trial of kernels", lambda: all_gather_objects_over_gloo(host, value))
+    return lambda value: run_collective(
+        group, "the trial of kernels", lambda: all_gather_objects_over_gloo(host, value)
+    )
 
 
 def whole_device(device: torch.device | str | int) -> torch.device:
@@ -362,11 +364,11 @@ def _agree(plan: Plan, group: dist.ProcessGroup, refusal: DistattnError | None) 
     """
     host = EXECUTABLES.host(group)
     mine = plan.digest, refusal is not None
-    everyone = attended(group, "the comparison of plans", lambda: all_gather_objects_over_gloo(host, mine))
+    everyone = run_collective(group, "the comparison of plans", lambda: all_gather_objects_over_gloo(host, mine))
     if all(other == mine for other in everyone) and refusal is None:
         return
     own = plan_summary(plan) | {"refusal": str(refusal or "")}
-    summaries = attended(group, "the comparison of plans", lambda: all_gather_objects_over_gloo(host, own))
+    summaries = run_collective(group, "the comparison of plans", lambda: all_gather_objects_over_gloo(host, own))
     raise_disagreement([digest for digest, _ in everyone], summaries, refusal)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from distattn.ir.errors import RunStopped
 from distattn.launch.command_line import print_message
 from distattn.launch.ray.head import completing, watched_head
-from distattn.launch.ray.room import node_slots
+from distattn.launch.ray.placement import node_slots
 from distattn.launch.ray.run import RayRun, new_job, note_launcher, note_state, stopping
 from distattn.launch.stop_signals import stopped
 from distattn.training.config import Config

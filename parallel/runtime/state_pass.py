@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distattn.parallel.runtime.arenas import Room
+from distattn.parallel.runtime.arenas import ArenaAllocator
 from distattn.parallel.runtime.buffers import Buffers
 from distattn.parallel.runtime.program import KernelLaunch, Program
 from distattn.parallel.runtime.state_program import StateProgram, StretchStates
@@ -40,8 +40,8 @@ class StatePass:
         nbytes = program.forward_bytes if is_forward else program.backward_bytes
         self.buffers = Buffers(self.call, arena, program.blank, program.unadded)
         self.dtype, self._device = getattr(torch, self.call.accumulation_dtype), arena.device
-        room = Room(arena[nbytes - states.message_bytes : nbytes])
-        self.states = HeldStateTensors(self.call, g_H, arena.device, room)
+        allocator = ArenaAllocator(arena[nbytes - states.message_bytes : nbytes])
+        self.states = HeldStateTensors(self.call, g_H, arena.device, allocator)
         # of all documents: not made where nobody asks for them
         self.edge_states: Tensor | None = None
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distattn.ir.plan import Call, Payload
 from distattn.kernels.recurrence.transitions import constant_transition
-from distattn.parallel.runtime.arenas import Room
+from distattn.parallel.runtime.arenas import ArenaAllocator
 from distattn.parallel.runtime.state_program import StateKey, StateMessage, StatePart, StateStep
 from distattn.parallel.runtime.transport import Packet
 
@@ -30,9 +30,9 @@ class State(NamedTuple):
 class HeldStateTensors:
     """The tensors of all states that are there, by where they come from."""
 
-    def __init__(self, call: Call, g_H: Tensor | None, device: torch.device, room: Room):
-        """g_H: the logarithm of each head's decay, where it is the same for all tokens. room: for the messages of a step."""
-        self._room = room
+    def __init__(self, call: Call, g_H: Tensor | None, device: torch.device, allocator: ArenaAllocator):
+        """g_H: the logarithm of each head's decay, where it is the same for all tokens. allocator: for the messages of a step."""
+        self._allocator = allocator
         # what is received in a step: where it stays, and where it arrives
         self._arriving: list[tuple[Tensor, Tensor]] = []
         self.call, self._g_H, self._device = call, g_H, device
@@ -58,7 +58,7 @@ class HeldStateTensors:
         for there, tensor in self._arriving:
             there.copy_(tensor)
         self._arriving.clear()
-        self._room.clear()
+        self._allocator.clear()
         for key in step.release:
             _, state = self._held.pop(key)
             self.bytes -= 0 if key in self._kept else _nbytes(state)
@@ -75,7 +75,7 @@ class HeldStateTensors:
         """The tensors of a state that is sent."""
         a, b = self.put_together(message.parts)
         tensors = [b] if message.is_prefix or not self.call.op.transition_travels else [b, _present(a)]
-        return [Packet(message.peer, message.key.payload, self._room.copy_of(tensor)) for tensor in tensors]
+        return [Packet(message.peer, message.key.payload, self._allocator.copy_of(tensor)) for tensor in tensors]
 
     def receive(self, message: StateMessage) -> list[Packet]:
         """Room for a state that comes: there from the end of the step on."""
@@ -92,7 +92,7 @@ class HeldStateTensors:
             length = torch.full((1,), message.tokens, device=self._device)
             state, tensors = State(constant_transition(g, heads, length)[0].to(self._dtype), b), [b]
         self.put(message.key, message.h0, state)
-        arriving = [(tensor, self._room.tensor(tensor.shape, tensor.dtype)) for tensor in tensors]
+        arriving = [(tensor, self._allocator.tensor(tensor.shape, tensor.dtype)) for tensor in tensors]
         self._arriving += arriving
         return [Packet(message.peer, message.key.payload, tensor) for _, tensor in arriving]
 

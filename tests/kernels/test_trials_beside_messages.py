@@ -138,7 +138,7 @@ def test_the_kernel_that_holds_multiprocessors_ends_by_itself_and_when_it_is_tol
     flags, numbers = torch.zeros(2, dtype=torch.int32), torch.zeros(3 * spinner._NUMBERS)
     for told, turns in ((0, 5), (1, 1)):
         flags.zero_()[1] = told
-        launch = spinner.plan_spin(flags, numbers.zero_(), 3, most=5)
+        launch = spinner.spin_launch(flags, numbers.zero_(), 3, most=5)
         launch.kernel[launch.grid](**launch.arguments, **launch.options)
         assert flags.tolist() == [3, told]
         # x * 0.5 + 1, once a turn
