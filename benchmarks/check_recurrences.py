@@ -41,10 +41,10 @@ from distattn.parallel.analysis.columns import readable_bytes
 from distattn.parallel.runtime.transport import Transport
 
 WAYS = {
-    "in turn": Way("contiguous", schedule="in_turn"),
-    "gathered": Way("zigzag", schedule="gathered"),
-    "by heads": Way("zigzag", schedule="by_heads"),
-    "by halves": Way("zigzag", schedule="by_halves"),
+    "in turn": Way("contiguous", schedule="sequential"),
+    "gathered": Way("zigzag", schedule="allgather_states"),
+    "by heads": Way("zigzag", schedule="head_sharded"),
+    "by halves": Way("zigzag", schedule="tree"),
     "all-to-all": Way("zigzag", "ulysses"),
 }
 # ops of which fla-core has context parallelism: the module and the function

@@ -105,7 +105,7 @@ def recurrence(job: Job) -> Parity:
     """Gated DeltaNet by states that are handed from rank to rank, beside fp64."""
     tokens, heads = (STATE_TOKENS, 32) if job.cuda else (128, 4)
     case = RecurrenceCase.of("gated_delta_rule", [tokens], heads, job.device)
-    return Parity("scan", lambda wrap: case.by(Way("contiguous", schedule="in_turn"), wrap), case.check)
+    return Parity("scan", lambda wrap: case.by(Way("contiguous", schedule="sequential"), wrap), case.check)
 
 
 def found_by_parity(what: str, parity: Parity, wrap: Callable[[Transport], Transport], findings: Findings) -> None:

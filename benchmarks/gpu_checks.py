@@ -31,7 +31,7 @@ from torch import Tensor
 import distattn as da
 from distattn.kernels import glue, reference
 from distattn.kernels.flash import attention as flash_attention
-from distattn.kernels.glue import Rows
+from distattn.kernels.glue import RowSelection
 from distattn.kernels.gluon import attention as gluon_attention
 from distattn.kernels.gluon import split as gluon_split
 from distattn.kernels.launch_mask import LaunchMask
@@ -240,14 +240,14 @@ def whole(x: Tensor) -> bool:
 def glue_differences(device: torch.device) -> list[str]:
     """What is wrong with the operators around kernels, by the CPU's."""
     torch.manual_seed(0)
-    listed, stretch = torch.randperm(900)[:500], Rows(7, 500)
+    listed, segment = torch.randperm(900)[:500], RowSelection(7, 500)
 
     def results(on: torch.device) -> list[Tensor]:
         o, other, lse, other_lse = (x.to(on) for x in tensors)
-        index = Rows.of(listed.to(on))
-        glue.copy_rows(o[:, 1:3], stretch, other[:, :2], index)
-        glue.add_rows(o[:, 3:], index, other[:, 3:], stretch)
-        glue.merge_rows(o, lse, index, other, other_lse, stretch)
+        index = RowSelection.of(listed.to(on))
+        glue.copy_rows(o[:, 1:3], segment, other[:, :2], index)
+        glue.add_rows(o[:, 3:], index, other[:, 3:], segment)
+        glue.merge_rows(o, lse, index, other, other_lse, segment)
         return [o, lse, glue.row_products(other, other)]
 
     tensors = torch.randn(1000, 5, 80), torch.randn(1000, 5, 80).bfloat16(), torch.randn(1000, 5), torch.randn(1000, 5)

@@ -3,8 +3,8 @@
     python benchmarks/gpu_recurrence.py [--tokens 32768] [--heads 32] [--seconds 200] [--out benchmarks/results/gpu.jsonl]
 
 Every op's kernels, `fla` (package fla-core) and our `triton_chunked` and `chunked`, are compared with the chunked kernel in fp64:
-outputs, states that leave, (A, B) of stretches, all gradients. Then a whole pass, a state pass, the backward and the gradients'
-state pass are timed on one stretch, in bf16, with dims of 128; the state pass is what plans of several ranks do more than one GPU
+outputs, states that leave, (A, B) of segments, all gradients. Then a whole pass, a state pass, the backward and the gradients'
+state pass are timed on one segment, in bf16, with dims of 128; the state pass is what plans of several ranks do more than one GPU
 would. Exit code 1 where a kernel is installed and wrong. Without a GPU small cases in fp32, without `fla`.
 """
 
@@ -106,7 +106,7 @@ def served(kernel: str, needed: KernelRequirements) -> Any:
 def times(
     case: str, needed: KernelRequirements, tokens: int, heads: int, faults: dict[tuple[str, str], str]
 ) -> list[Cell]:
-    """Every kind of task on one stretch, by every kernel whose results were right; faults: by kernel and op."""
+    """Every kind of task on one segment, by every kernel whose results were right; faults: by kernel and op."""
     given = RecurrenceInputs.random((tokens,), heads, heads, needed)
     x, state, do, dstate = given[:4]
     tasks: dict[str, Callable[[Any, Any], Any]] = {

@@ -39,7 +39,7 @@ from distattn.parallel.analysis.columns import aligned, readable_bytes
 from distattn.parallel.analysis.simulate import simulate_pass, simulated_seconds
 from distattn.parallel.latent_plan import latent_seconds
 from distattn.parallel.make_plan import STRATEGIES
-from distattn.parallel.run_layout import relayout_seconds
+from distattn.parallel.span_layout import relayout_seconds
 
 ATTENTION_LAYERS, RECURRENT_LAYERS, RUN, WIDTH = 8, 24, 3, 4096
 ATTENTION = dict(heads=32, kv_heads=8, head_dim=128, dtype="bfloat16")

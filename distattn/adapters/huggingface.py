@@ -32,13 +32,15 @@ from distattn.adapters.huggingface_modules import change_models
 from distattn.adapters.huggingface_recurrent import MIXING, check_mixing_layer, replace_functions
 from distattn.adapters.huggingface_rope import BY_LENGTH, check_rope
 from distattn.adapters.huggingface_rope import scale_rope_by_pack as scale_rope_by_pack
-from distattn.adapters.huggingface_runs import relayout_recurrent_runs as relayout_recurrent_runs
+from distattn.adapters.huggingface_spans import relayout_recurrent_spans as relayout_recurrent_spans
 from distattn.adapters.pytorch import inputs as inputs
 from distattn.batch.local_batch import BatchAttention
 from distattn.ir.errors import DistattnError
+from distattn.ir.renamed import renamed_attributes
 
 # kinds of layers in configurations that are computed: attention, and layers that read no other tokens
 _COMPUTED = ("full_attention", "sliding_attention", "mlp", "moe")
+__getattr__ = renamed_attributes(__name__, {"relayout_recurrent_runs": "relayout_recurrent_spans"})
 
 
 def register() -> None:

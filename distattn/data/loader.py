@@ -131,7 +131,7 @@ class PackLoader:
         return [[self._batch(step, pack, packs[pack]) for pack in share] for share in self._deal(record)]
 
     @property
-    def known_by(self) -> str:
+    def data_digest(self) -> str:
         """A digest of everything that the batches depend on."""
         return combined_digest(self.plan.digest, self.size)
 

@@ -104,7 +104,7 @@ def prepare_layers(model: Any, config: Config) -> None:
 
     Tokens move to another layout for consecutive recurrent layers where that is faster.
     """
-    huggingface.relayout_recurrent_runs(model)
+    huggingface.relayout_recurrent_spans(model)
     if config.parallel.latents:
         huggingface.attend_by_latents(model)
     memory, layers = memory_settings(config), list(model.get_decoder().layers)

@@ -3,7 +3,7 @@
 A task leaves the state of what it has read, a move copies one. A state is there from the end of that step on, or from the
 forward pass, which keeps what its tasks began with. An interval may be read where states tile it: they touch, in order, and all
 are there before the step. By induction each sums up its tokens once and in order, and since coverage forces tasks to begin
-where documents do, what enters a stretch sums up all its document's tokens before it and no others.
+where documents do, what enters a segment sums up all its document's tokens before it and no others.
 
 Gradients of states are the same in a mirror: the token axis from its end.
 """

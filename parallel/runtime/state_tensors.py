@@ -1,6 +1,6 @@
 """The states that one rank holds during a pass of a recurrence: put together, sent, received and forgotten."""
 
-# N stretches, H heads, K key dim, V value dim; a state's A is (H, K), (H, 1) or (H, K, K), its B (H, K, V); a maximum is a B
+# N segments, H heads, K key dim, V value dim; a state's A is (H, K), (H, 1) or (H, K, K), its B (H, K, V); a maximum is a B
 
 from __future__ import annotations
 
@@ -96,9 +96,9 @@ class HeldStateTensors:
         self._arriving += arriving
         return [Packet(message.peer, message.key.payload, tensor) for _, tensor in arriving]
 
-    def of_no_tokens(self, stretches: int, heads: int) -> Tensor:
-        """Return B of no tokens for each of some stretches, (N, H, K, V): 0, or of maxima -inf."""
-        b = self._empty(stretches, heads, self.call.head_dim, self.call.v_head_dim)
+    def of_no_tokens(self, segments: int, heads: int) -> Tensor:
+        """Return B of no tokens for each of some segments, (N, H, K, V): 0, or of maxima -inf."""
+        b = self._empty(segments, heads, self.call.head_dim, self.call.v_head_dim)
         return b.fill_(-torch.inf if self.call.op.is_maximum else 0.0)
 
     def _of(self, part: StatePart) -> State:
@@ -130,7 +130,7 @@ def applied(a: Tensor, b: Tensor, transposed: bool = False) -> Tensor:
 
 
 def composed(a: Tensor, later: Tensor) -> Tensor:
-    """The transition of two stretches, a's first: diagonals (H, K), or matrices (H, K, K)."""
+    """The transition of two segments, a's first: diagonals (H, K), or matrices (H, K, K)."""
     return a * later if a.dim() == 2 else later @ a
 
 
