@@ -33,7 +33,7 @@ from distattn.ir.op import OPS
 from distattn.kernels.recurrence import chunked
 from distattn.kernels.recurrence.tokens import RecurrenceTokens
 from distattn.kernels.spec import KernelRequirements
-from distattn.parallel.analysis.columns import readable_bytes
+from distattn.parallel.analysis.text_format import readable_bytes
 from distattn.parallel.runtime.transport import Transport
 
 HEADS, DIM = 4, 64

@@ -18,7 +18,7 @@ from distattn.ir.arguments import checked
 from distattn.ir.errors import DistattnError
 from distattn.ir.op import Op, op_of
 from distattn.ir.plan import Plan, dtype_name
-from distattn.ops.executable import whole_device
+from distattn.ops.executable import with_device_index
 from distattn.parallel.runtime.relaid_rows import move_rows
 from distattn.parallel.span_layout import SPAN_LAYOUT, relayout_is_faster, relayout_may_be_faster
 
@@ -108,5 +108,5 @@ def recurrent_span(
 def _plan(batch: LocalBatch, shape: AttentionShape, device: torch.device | str | None) -> Plan:
     if device is not None:
         # later batches have it made ahead
-        batch.executable(shape, whole_device(device))
+        batch.executable(shape, with_device_index(device))
     return batch.plan(*shape)

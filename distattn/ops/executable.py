@@ -26,7 +26,7 @@ from distattn.kernels.latent import latent_workspace
 from distattn.kernels.registry import AUTO, Kernel, choose_kernel, kernel_preparer, load_kernel
 from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.trials import Trial
-from distattn.ops.kernel_choice import agreed_ranking, first_that_serves, has_choice, kernel_trials
+from distattn.ops.kernel_choice import common_kernel_ranking, first_supported, local_kernel_trials, may_choose_kernel
 from distattn.parallel.analysis.verify import check_max_buffer_bytes, verify
 from distattn.parallel.runtime.collective_calls import run_collective
 from distattn.parallel.runtime.communicator import (
@@ -227,19 +227,19 @@ def prepare(
     without asking the others.
     """
     rank, group = _membership(plan, group)
-    device = whole_device(device)
+    device = with_device_index(device)
     refusal = program = key = None
     own: dict[str, Trial] = {}
     needed = kernel_requirements(plan.call, device, modifiers)
-    is_chosen = kernel in (None, AUTO) and has_choice(plan.call.op)
+    is_chosen = kernel in (None, AUTO) and may_choose_kernel(plan.call.op)
     try:
-        own = kernel_trials(plan, rank, needed) if is_chosen else {}
+        own = local_kernel_trials(plan, rank, needed) if is_chosen else {}
     except DistattnError as error:
         # the others wait for this rank's trials, whatever has become of them
         refusal = error
     try:
-        if (ranked := agreed_ranking(own, device, _gather_over(group), plan.call.op)) and is_chosen:
-            kernel = first_that_serves(ranked, needed)
+        if (ranked := common_kernel_ranking(own, device, _gather_over(group), plan.call.op)) and is_chosen:
+            kernel = first_supported(ranked, needed)
         if refusal is None:
             key, program = checked_program(plan, rank, kernel, device, max_buffer_bytes, proven)
     except LostRankError:
@@ -262,7 +262,7 @@ def _gather_over(group: dist.ProcessGroup | None) -> Callable[[Any], list[Any]]:
     )
 
 
-def whole_device(device: torch.device | str | int) -> torch.device:
+def with_device_index(device: torch.device | str | int) -> torch.device:
     """The device with its index: "cuda" is the current one of this thread, which on another thread may be another one.
 
     Raises DistattnError where there is no such device.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from distattn.ir.intervals import Ints
-from distattn.parallel.analysis.columns import in_one_unit
+from distattn.parallel.analysis.text_format import with_common_unit
 
 if TYPE_CHECKING:
     from distattn.parallel.analysis.timeline import Numbers, PassTimeline
@@ -46,7 +46,10 @@ def pass_figure(one: PassTimeline, title: str) -> str:
     )
     names = "".join(_text(_LEFT - 6, _TOP + _LINE * line + 11, str(rank), "end") for line, rank in enumerate(ranks))
     times = zip(
-        (0.0, 0.5, 1.0), in_one_unit([0.0, one.seconds / 2, one.seconds], "s"), ("start", "middle", "end"), strict=True
+        (0.0, 0.5, 1.0),
+        with_common_unit([0.0, one.seconds / 2, one.seconds], "s"),
+        ("start", "middle", "end"),
+        strict=True,
     )
     ticks = "".join(_text(_LEFT + wide * share, bottom + 16, text, anchor) for share, text, anchor in times)
     keys = "".join(f'<span style="color:{colour}">\u25a0</span> {kind} ' for kind, colour in _COLOURS.items())

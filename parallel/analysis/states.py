@@ -30,7 +30,7 @@ from distattn.ir.plan import (
     num_rows,
     select_rows,
 )
-from distattn.parallel.analysis.holding import BufferLifetimes, show_row
+from distattn.parallel.analysis.holding import BufferLifetimes, describe_row
 from distattn.parallel.tables.held_states import HeldState, HeldStates
 
 
@@ -237,7 +237,7 @@ class _Tracing:
     def _show(self, name: Hashable) -> str:
         assert isinstance(name, StateName)
         rows, columns = (self.table.moves, MOVE_COLUMNS) if name.kind == "move" else (self.table.tasks, TASK_COLUMNS)
-        return f"{name.kind} {name.row} {show_row(rows, columns, name.row)}"
+        return f"{name.kind} {name.row} {describe_row(rows, columns, name.row)}"
 
 
 def _numbered(rows: Columns, chosen: np.ndarray) -> Columns:

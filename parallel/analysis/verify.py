@@ -31,7 +31,7 @@ from distattn.ir.plan import (
     task_bands,
 )
 from distattn.parallel.analysis.disjoint import first_overlap
-from distattn.parallel.analysis.holding import MAX_STEP, BufferLifetimes, check_payload, moves_of, show_row
+from distattn.parallel.analysis.holding import MAX_STEP, BufferLifetimes, check_payload, describe_row, moves_of
 from distattn.parallel.analysis.states import begun_with_state, state_lifetimes, trace_states
 from distattn.parallel.tables.written_once import written_once
 
@@ -190,7 +190,9 @@ def _check_disjoint(tasks: Columns, direction: str) -> None:
     overlap = first_overlap(group, (q0, q1, k0, k1))
     if overlap is not None:
         a, b = sorted((int(row[overlap[0]]), int(row[overlap[1]])))
-        raise PlanError(f"{direction}: tasks {a} and {b} compute the same cells ({show_row(tasks, TASK_COLUMNS, b)}).")
+        raise PlanError(
+            f"{direction}: tasks {a} and {b} compute the same cells ({describe_row(tasks, TASK_COLUMNS, b)})."
+        )
 
 
 def _peak(call: Call, buffers: dict[Payload, BufferLifetimes]) -> Ints:
@@ -222,7 +224,7 @@ def _refuse(kind: str, bad: np.ndarray, rows: Columns, names: tuple[str, ...], d
     """Raise for the first bad row, if there is one."""
     if bad.any():
         i = int(np.flatnonzero(bad)[0])
-        raise PlanError(f"{direction}: {kind} {i} {show_row(rows, names, i)} {why}.")
+        raise PlanError(f"{direction}: {kind} {i} {describe_row(rows, names, i)} {why}.")
 
 
 def _outside(values: Ints, limit: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from distattn.kernels import cpu, registry, trials
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.trials import median_seconds, mostly_overlap_messages, try_kernels
 from distattn.ops.executable import kernel_requirements
-from distattn.ops.kernel_choice import kernel_trials
+from distattn.ops.kernel_choice import local_kernel_trials
 
 CPU = torch.device("cpu")
 
@@ -81,7 +81,7 @@ def test_a_plan_with_messages_gets_another_kernel_and_its_own_line_in_the_cache(
     chosen = {}
     for strategy in ("ring", "ulysses"):
         plan = da.make_plan(masks()["causal"], layouts(LENGTHS, 2)["zigzag"], strategy=strategy, **SHAPE)
-        found = kernel_trials(plan, 0, kernel_requirements(plan.call, CPU))
+        found = local_kernel_trials(plan, 0, kernel_requirements(plan.call, CPU))
         chosen[strategy] = min(found, key=lambda name: found[name].seconds)
     assert chosen == {"ring": "single", "ulysses": "dealt"}
     kept = json.loads((tmp_path / "distattn" / "kernels.json").read_text())

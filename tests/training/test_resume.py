@@ -21,7 +21,7 @@ from distattn.ir.errors import DistattnError
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import no_progress
 from distattn.launch.start_run import resume_run
-from distattn.parallel.analysis.columns import plural
+from distattn.parallel.analysis.text_format import plural
 from distattn.training import config as configuration
 from distattn.training.config import Config, ParallelConfig, RunConfig, TrainConfig
 from distattn.training.config_sections import (
