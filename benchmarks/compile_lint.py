@@ -142,7 +142,7 @@ def main() -> int:
     path = Path(__file__).parent / "budgets" / f"triton-{triton.__version__.split('+')[0]}.json"
     budget: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
     if not budget and not arguments.update:
-        say(f"there is no budget for Triton {triton.__version__}; make one with --update")
+        print_line(f"there is no budget for Triton {triton.__version__}; make one with --update")
         return 1
     complaints: list[str] = []
     names: set[str] = set()
@@ -168,9 +168,11 @@ def main() -> int:
                 *(worse(found, budget.get(name)) if not arguments.update else []),
             ]
             complaints += [f"{name}: {what}" for what in wrong]
-            say(f"{name:42s} {'  '.join(f'{key} {value}' for key, value in found.items())}{'  <- ' * bool(wrong)}")
+            print_line(
+                f"{name:42s} {'  '.join(f'{key} {value}' for key, value in found.items())}{'  <- ' * bool(wrong)}"
+            )
             budget[name] = found | {"digest": given}
-    say(
+    print_line(
         f"{unchanged} kernels are what their budgets were taken from"
         if not arguments.names
         else f"{len(names)} kernels"
@@ -183,7 +185,7 @@ def main() -> int:
         path.parent.mkdir(exist_ok=True)
         lines = (f"{json.dumps(name)}: {json.dumps(budget[name])}" for name in sorted(budget))
         path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    say("\n".join(complaints) or "nothing is worse than its budget")
+    print_line("\n".join(complaints) or "nothing is worse than its budget")
     return 1 if complaints else 0
 
 
@@ -408,7 +410,7 @@ def output(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 

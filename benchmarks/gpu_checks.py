@@ -89,7 +89,7 @@ def main() -> int:
         complaints += differences
     if ran and not arguments.only_run and device.type == "cuda":
         complaints += sanitized(sorted(set(ran)), min(SANITIZER_SECONDS, ends - time.monotonic()), findings)
-    findings.say("\n".join(complaints) or "guards whole, results the same bits every time" * bool(ran))
+    findings.print_line("\n".join(complaints) or "guards whole, results the same bits every time" * bool(ran))
     return findings.ended()
 
 
@@ -110,7 +110,7 @@ def checked(what: str, call: Call, findings: Findings, only_run: bool) -> list[s
     host = ""
     if not (only_run or call.modifiers or complaints):
         host = f", {host_time(call):.0f} us of host time per forward launch"
-    findings.say(f"{what}: {time.perf_counter() - began:.0f} s{host}")
+    findings.print_line(f"{what}: {time.perf_counter() - began:.0f} s{host}")
     return complaints
 
 
@@ -301,7 +301,7 @@ def sanitized(tiers: list[str], seconds: float, findings: Findings) -> list[str]
     except subprocess.TimeoutExpired:
         findings.left_out("compute-sanitizer", f"it has not ended within {seconds:.0f} s: no verdict")
         return []
-    findings.say("compute-sanitizer: " + (done.stdout.strip().splitlines() or ["no output"])[-1])
+    findings.print_line("compute-sanitizer: " + (done.stdout.strip().splitlines() or ["no output"])[-1])
     complaints = [f"compute-sanitizer: {(done.stdout + done.stderr)[-1000:]}"] if done.returncode else []
     findings.check("compute-sanitizer", "".join(complaints))
     return complaints

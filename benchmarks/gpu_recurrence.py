@@ -63,7 +63,7 @@ def main() -> int:
             continue
         needed = KernelRequirements(dtype, dim, dim, device, op=OPS[name])
         cells = times(f"{name}, {tokens:,} tokens, {heads} heads", needed, tokens, heads, faults)
-        findings.say(table(cells))
+        findings.print_line(table(cells))
         for cell in cells:
             findings.time(
                 cell.case, cell.contestant, f"{cell.status}: {cell.note}" * (cell.status != "ok"), cell.median
@@ -88,7 +88,7 @@ def fault_of(kernel: str, needed: KernelRequirements, findings: Findings) -> str
     except Exception as error:
         wrong = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
     findings.check(what, wrong)
-    findings.say(f"{what}: {wrong or 'right'}")
+    findings.print_line(f"{what}: {wrong or 'right'}")
     return wrong
 
 

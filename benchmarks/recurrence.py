@@ -41,7 +41,7 @@ NEEDED = KernelRequirements(torch.float32, DIM, DIM, torch.device("cpu"), op=OPS
 TOLERANCE = 2e-4
 
 
-class Way(NamedTuple):
+class RecurrencePlan(NamedTuple):
     """How a recurrence is split: the layout of tokens, the strategy and its schedule."""
 
     layout: str
@@ -59,11 +59,11 @@ class Way(NamedTuple):
 
 
 WAYS = {
-    "contiguous, in turn": Way("contiguous", schedule="sequential"),
-    "contiguous, gathered": Way("contiguous", schedule="allgather_states"),
-    "zigzag, gathered": Way("zigzag", schedule="allgather_states"),
-    "zigzag, by heads": Way("zigzag", schedule="head_sharded"),
-    "all-to-all": Way("zigzag", "ulysses"),
+    "contiguous, in turn": RecurrencePlan("contiguous", schedule="sequential"),
+    "contiguous, gathered": RecurrencePlan("contiguous", schedule="allgather_states"),
+    "zigzag, gathered": RecurrencePlan("zigzag", schedule="allgather_states"),
+    "zigzag, by heads": RecurrencePlan("zigzag", schedule="head_sharded"),
+    "all-to-all": RecurrencePlan("zigzag", "ulysses"),
 }
 
 
@@ -91,9 +91,9 @@ def _rank(rank: int, arguments: argparse.Namespace, store: str, argv: list[str])
         x, do = make_inputs(sum(lengths))
         contestants = {name: contestant(way, "gated_delta_rule", lengths, x, do) for name, way in WAYS.items()}
         contestants["contiguous, fla's way"] = lambda lengths=lengths, x=x, do=do: gathered_by_all(lengths, x, do)
-        say = (lambda line: sys.stderr.write(line + "\n")) if rank == 0 else (lambda line: None)
+        print_line = (lambda line: sys.stderr.write(line + "\n")) if rank == 0 else (lambda line: None)
         named = f"{case}, {sum(lengths):,} tokens, {arguments.ranks} ranks"
-        cells += compare(named, contestants, checker(lengths, x, do), repeats=arguments.repeats, progress=say)
+        cells += compare(named, contestants, checker(lengths, x, do), repeats=arguments.repeats, progress=print_line)
     if rank == 0:
         sys.stdout.write(table(cells, {"plan_bytes": readable_bytes}) + "\n")
         if arguments.out:
@@ -131,7 +131,7 @@ def checker(lengths: list[int], x: RecurrenceTokens, do: Tensor) -> Any:
 
 
 def contestant(
-    way: Way,
+    way: RecurrencePlan,
     op: str,
     lengths: Sequence[int],
     x: RecurrenceTokens,

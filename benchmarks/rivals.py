@@ -65,9 +65,9 @@ def _rank(rank: int, arguments: argparse.Namespace, store: str, argv: list[str])
         check = Checker(lengths, inputs, arguments.ranks)
         contestants = ours(lengths, inputs, balanced=len(lengths) > 1)
         contestants |= torch_rings(lengths, inputs) | {"deepspeed ulysses": deepspeed(lengths, inputs)}
-        say = (lambda line: sys.stderr.write(line + "\n")) if rank == 0 else (lambda line: None)
+        print_line = (lambda line: sys.stderr.write(line + "\n")) if rank == 0 else (lambda line: None)
         named = f"{case}, {arguments.tokens:,} tokens, {arguments.ranks} ranks"
-        cells += compare(named, contestants, check, repeats=arguments.repeats, count=wire_bytes, progress=say)
+        cells += compare(named, contestants, check, repeats=arguments.repeats, count=wire_bytes, progress=print_line)
     if rank == 0:
         for cell in cells:
             cell.facts = {"plan_bytes": None, "planning": ""} | cell.facts

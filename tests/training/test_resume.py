@@ -256,7 +256,7 @@ def _train_with_fault(rank: int, folder: Path, config: Config, bad_step: int) ->
 
 
 def seed_of(config: Config, step: int, rank: int) -> int:
-    from distattn.data.packing.order import derived_key
+    from distattn.data.packing.permutation import derived_key
 
     return derived_key(config.run.seed, step, rank)
 
