@@ -30,14 +30,7 @@ from distattn.driver.communicators import SINGLE_RANK, Communicators
 from distattn.driver.control_channel import ANNOUNCE_STEP, NEW_SHAPE, RELEASE_STEP, ControlMessage
 from distattn.driver.driver_config import DriverConfig
 from distattn.driver.global_loader import GlobalLoader, GlobalStepInfos
-from distattn.driver.gradient_probe import (
-    NOT_PROBED,
-    OTHER_COUNT,
-    GradientProbeTarget,
-    Reduction,
-    probe_gradient_reduction,
-    probe_ids,
-)
+from distattn.driver.gradient_probe import NOT_PROBED, OTHER_COUNT, GradientProbeTarget, Reduction, probe, probe_ids
 from distattn.driver.loss_sums import sum_over_loss_group
 from distattn.driver.pass_observer import BatchObserver
 from distattn.driver.rank_speeds import RankSpeeds
@@ -225,7 +218,7 @@ class ContextParallel:
         # the probe's own step has one micro-batch
         wanted, self._micro_batches, self._probed = self._micro_batches, None, True
         try:
-            return probe_gradient_reduction(target, self._probe_batch, self.loss_group)
+            return probe(target, self._probe_batch, self.loss_group)
         finally:
             self._micro_batches = wanted
 

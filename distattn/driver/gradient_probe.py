@@ -114,9 +114,7 @@ class Reduction(NamedTuple):
         return 1 / mean
 
 
-def probe_gradient_reduction(
-    target: GradientProbeTarget, make_batch: MakeBatch, group: dist.ProcessGroup | None
-) -> Reduction | None:
+def probe(target: GradientProbeTarget, make_batch: MakeBatch, group: dist.ProcessGroup | None) -> Reduction | None:
     """Run two synthetic backward passes; all ranks of the loss group call it. Return None where the trainer has no output layer.
 
     make_batch: see `MakeBatch`. See the top of the file for how weights are read off the gradient. Raises DistattnError, naming
