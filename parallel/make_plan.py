@@ -165,10 +165,10 @@ def make_plan(
         raise DistattnError(f"the working layout has {working_layout.ranks} ranks, the layout {call.ranks}.")
 
     def candidates(direction: str, policy: str) -> list[Table]:
-        tables = chosen.candidates(working, cluster, options or {}, direction, working_layout)
+        candidate_tables = chosen.candidates(working, cluster, options or {}, direction, working_layout)
         if chosen.choose_by == "seconds":
-            return [_fastest(working, cluster, tables, direction, policy)]
-        return list(tables)
+            return [_fastest(working, cluster, candidate_tables, direction, policy)]
+        return list(candidate_tables)
 
     def planned(
         policy: str, forwards: list[Table], backwards: list[Table] | None, cut: HeadChunks | None = None

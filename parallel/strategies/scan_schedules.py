@@ -202,14 +202,14 @@ def needed_sends(chain: Chain, computes: list[Compute], sends: list[Send]) -> li
                 held_there.append(HeldState(send.first, send.end, send.step, send))
         known_by = {rank: HeldStates(states) for rank, states in held.items()}
         uses = [(chain.segments[number].rank, 0, number) for _, number, whole in computes if whole and number]
-        needed: set[Send] = set()
+        used: set[Send] = set()
         while uses:
             rank, first, end = uses.pop()
             tiling = known_by[rank].find(first, end)
             assert tiling is not None, "a schedule brings every state that is needed"
             for state in tiling.states:
-                if isinstance(state.name, Send) and state.name not in needed:
-                    needed.add(state.name)
+                if isinstance(state.name, Send) and state.name not in used:
+                    used.add(state.name)
                     uses.append((state.name.src, state.name.first, state.name.end))
-        needed += sorted(needed)
+        needed += sorted(used)
     return needed
