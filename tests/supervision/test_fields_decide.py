@@ -157,7 +157,7 @@ def verdict(works, ends, folder, sentence, loss):
             processes[rank].send_signal(number)
             eventually(lambda pid=processes[rank].pid: rank_watch.process_state(pid) in "TZ", "the signal is lost")
         stack.enter_context(patch.object(rank_watch, "_TORCHRUN_SECONDS", 0.05))
-        stack.enter_context(patch.object(rank_watch, "keep_evidence", lambda *_: stacks))
+        stack.enter_context(patch.object(rank_watch, "save_evidence", lambda *_: stacks))
         # a signal that only asks whether this process lives
         stack.enter_context(patch.object(rank_watch, "INTERRUPT", 0))
         watch = RankWatch(board, range(len(works)), Patience(patience, patience), folder)
