@@ -1,4 +1,4 @@
-"""From a strategy's name to a plan: the one function that uses the table of strategies, and chooses between candidates."""
+"""Make plans: the function that runs a strategy of the table, and chooses between its candidates."""
 
 from __future__ import annotations
 
@@ -49,27 +49,28 @@ def make_plan(
     max_buffer_bytes: int | None = None,
     op: Op | str = ATTENTION,
 ) -> Plan:
-    """Plan one call: a pure host function, the same on every rank, no torch.
+    """Plan one call: a pure host function without torch, with the same result on every rank.
 
     heads and kv_heads are query and key/value heads on one tensor-parallel rank; dtype is that of q, k and v ("float16",
-    "bfloat16", "float32", "float64", or as torch and NumPy have them). backward is one of POLICIES, by default the strategy's
-    own. cluster says which ranks share a node, and, where it is a ClusterSpec, its name ("h200-8x8") or its TOML file, how
-    fast kernels and links are. options are the strategy's own, by name. comm_dtype: the dtype outputs and gradients travel in,
-    q's own or (by default) that of accumulation; where no two partial results meet, q's own loses nothing. working_layout:
-    where the strategy shall have the tokens, if not where q, k, v and o are; tokens are moved there and back inside the call.
-    max_buffer_bytes: of buffers that a rank may need at once (see `verify`); where a plan needs more, heads are computed in so
-    many chunks that it does not, and the backward has "keep" only where it is asked for: what is kept would stay as large.
+    "bfloat16", "float32", "float64", or the dtype of torch or NumPy). backward is one of POLICIES, by default the strategy's
+    own. cluster says which ranks share a node, and, if it is a ClusterSpec, its name ("h200-8x8") or its TOML file, the
+    speeds of kernels and links. options are the strategy's own, by name. comm_dtype: the dtype in which outputs and gradients
+    are sent, q's or (by default) that of accumulation; if no two partial results are added, q's loses nothing.
+    working_layout: the layout that the strategy works on, if it is not that of q, k, v and o; tokens are moved there and back
+    inside the call. max_buffer_bytes: the most bytes of buffers that a rank may need at once (see `verify`). If a plan needs
+    more, heads are computed in several chunks, and the backward policy is "keep" only if it was asked for: kept tensors do
+    not shrink.
 
-    op: what is computed, an Op or its name: "attention", or a recurrence ("gated_delta_rule", "ssd", "gla", ...; see
-    `distattn.ir.op`). Then heads are those of values and states, kv_heads those of queries and keys, head_dim and v_head_dim the
-    sides of a state; strategies are those of `strategies_of(op)`.
+    op: the op to compute, an Op or its name: "attention", or a recurrence ("gated_delta_rule", "ssd", "gla", ...; see
+    `distattn.ir.op`). For a recurrence, heads are those of values and states, kv_heads those of queries and keys, head_dim
+    and v_head_dim the sides of a state; strategies are those of `strategies_of(op)`.
 
     config: settings in place of strategy, backward, options, comm_dtype, cluster and max_buffer_bytes. A strategy next to it
     replaces the config's, together with its backward and options; options without a strategy are added to the config's.
 
-    Candidates of a strategy are chosen between by bytes or by simulated seconds (see `Strategy`), forward and backward each
-    (together where the backward keeps what it received). Raises DistattnError when the call cannot be planned as asked, and
-    PlanError, with the least bytes possible, when no chunks are small enough.
+    A strategy's candidates are compared by bytes or by simulated seconds (see `Strategy`), forward and backward separately
+    (together if the backward keeps what it received). Raise DistattnError if the call cannot be planned as asked, and
+    PlanError, with the least possible bytes, if no chunks are small enough.
     """
     op = op_of(op)
     if config is not None:
@@ -98,20 +99,20 @@ def make_plan(
 
     def candidates(direction: str, policy: str) -> list[Table]:
         seconds = _seconds_of_tables(working, cluster, direction)
-        of_strategy = chosen.candidates(working, cluster, options or {}, direction, working_layout, seconds)
+        candidate_tables = chosen.candidates(working, cluster, options or {}, direction, working_layout, seconds)
         if chosen.choose_by == "seconds":
-            return [_fastest(working, cluster, of_strategy, direction, policy)]
-        return list(of_strategy)
+            return [_fastest(working, cluster, candidate_tables, direction, policy)]
+        return list(candidate_tables)
 
     def planned(
         policy: str, forwards: list[Table], backwards: list[Table] | None, cut: HeadChunks | None = None
     ) -> Plan:
-        def tables(given: list[Table]) -> list[Table]:
+        def tables(candidate_tables: list[Table]) -> list[Table]:
             if cut is not None:
-                given = [in_head_chunks(working, table, cut) for table in given]
+                candidate_tables = [in_head_chunks(working, table, cut) for table in candidate_tables]
             if working is not call:
-                given = [relayout_table(call, working, table) for table in given]
-            return [_without_idle_steps(table) for table in given]
+                candidate_tables = [relayout_table(call, working, table) for table in candidate_tables]
+            return [_without_idle_steps(table) for table in candidate_tables]
 
         forwards = tables(forwards)
         derived = forwards if backwards is None else tables(backwards)
@@ -124,17 +125,17 @@ def make_plan(
 
     policy = backward or chosen.backward
     forwards = candidates("forward", policy)
-    # where the backward pass has tasks of its own
-    anew = op.has_gradient and (chosen.own_backward or (chosen.by_direction and policy != "keep"))
-    backwards = candidates("backward", policy) if anew else None
+    # the backward pass has its own tasks
+    has_backward_tasks = op.has_gradient and (chosen.own_backward or (chosen.by_direction and policy != "keep"))
+    backwards = candidates("backward", policy) if has_backward_tasks else None
     plan = planned(policy, forwards, backwards)
     if max_buffer_bytes is None or (least := _most_needed(plan)) <= max_buffer_bytes:
         return plan
-    again = "refetch-home" if policy == "keep" and backward is None else policy
-    # states are not cut by heads
+    chunked_policy = "refetch-home" if policy == "keep" and backward is None else policy
+    # states cannot be cut by heads
     cuts = [] if op.is_recurrent else possible_head_chunks(working, forwards[0])
     for cut in cuts:
-        plan = planned(again, forwards, backwards, cut)
+        plan = planned(chunked_policy, forwards, backwards, cut)
         if (needed := _most_needed(plan)) <= max_buffer_bytes:
             return plan
         least = min(least, needed)
@@ -145,13 +146,13 @@ def make_plan(
 
 
 def _most_needed(plan: Plan) -> int:
-    """Bytes of buffers at once of the rank and pass that need most."""
+    """Return the bytes of buffers that the rank and pass with the largest need have at once."""
     proof = verify(plan)
     return int(max(proof.forward_peak.max(), proof.backward_peak.max()))
 
 
 def _fewest_bytes(call: Call, forwards: list[Table], backwards: list[Table], policy: str) -> tuple[Table, Table]:
-    """The forward and the backward table that move fewest bytes; of one candidate where the backward keeps what it received."""
+    """Return the forward and backward table that move fewest bytes, of one candidate if the backward keeps what it received."""
     forward_bytes, backward_bytes = (
         np.array([int(move_bytes(call, table.moves).sum()) for table in tables]) for tables in (forwards, backwards)
     )
@@ -162,13 +163,13 @@ def _fewest_bytes(call: Call, forwards: list[Table], backwards: list[Table], pol
 
 
 def _fastest(call: Call, cluster: AnyCluster | None, candidates: Iterable[Table], direction: str, policy: str) -> Table:
-    """The fastest candidate in simulation, or the first where nothing is known of speeds; see `Strategy.choose_by`."""
+    """Return the fastest candidate in simulation, or the first if speeds are unknown; see `Strategy.choose_by`."""
     remaining = iter(candidates)
     asked_for = next(remaining)
     if not isinstance(cluster, ClusterSpec):
         return asked_for
     spec = cluster
-    # candidates are made when they are asked for: planning does not pay for what nobody simulates
+    # candidates are made lazily: do not plan tables that are not simulated
     at_home = next(remaining, None)
     if at_home is None:
         return asked_for
@@ -182,13 +183,13 @@ def _fastest(call: Call, cluster: AnyCluster | None, candidates: Iterable[Table]
     if seconds(asked_for) < fewest_seconds:
         return asked_for
     for table in remaining:
-        if (found := seconds(table)) < fewest_seconds:
-            fewest_seconds, best = found, table
+        if (table_seconds := seconds(table)) < fewest_seconds:
+            fewest_seconds, best = table_seconds, table
     return best
 
 
 def _seconds_of_tables(call: Call, cluster: AnyCluster | None, direction: str) -> Callable[[Table], float] | None:
-    """Simulated seconds of tables of one direction; None where nothing is known of speeds."""
+    """Return a function that simulates tables of one direction, in seconds; None if speeds are unknown."""
     if not isinstance(cluster, ClusterSpec):
         return None
     spec = cluster
@@ -196,7 +197,7 @@ def _seconds_of_tables(call: Call, cluster: AnyCluster | None, direction: str) -
 
 
 def _without_idle_steps(table: Table) -> Table:
-    """The same table, numbered without the steps in which no rank does anything."""
+    """Return the table with steps renumbered, without those in which no rank does anything."""
     busy = sorted_unique(np.concatenate([table.tasks["step"], table.moves["step"]]))
     tasks, moves = ({**part, "step": np.searchsorted(busy, part["step"])} for part in (table.tasks, table.moves))
     return Table(tasks, moves, table.label)

@@ -23,17 +23,15 @@ from distattn.parallel.strategies.usp import UspOptions, usp
 
 @dataclass(frozen=True)
 class Strategy:
-    """A pure function (call, cluster[, options][, direction]) -> candidate forward tables, and how it is used.
+    """A pure function (call, cluster[, options][, direction]) -> candidate forward tables, and how to use it.
 
-    backward: the backward policy that suits it. options: the frozen dataclass of its options, None where it has none.
-    by_direction: the function takes direction="backward" as well, for tasks that are assigned by what they cost there.
-    choose_by: "bytes" takes the candidate that moves fewest. "seconds" simulates them on a described cluster: the first is
-    what was asked for, the second moves nothing but what it must, and the others, which lie between the two, are made only
-    where the first is not faster than the second. Elsewhere the first is taken.
-    own_backward: candidates for direction="backward" are backward tables themselves; nothing is derived from the forward. The
-    function takes working_layout, too, and `seconds`: of a table of that direction, simulated, or None where speeds are not
-    known.
-    recurrent, others: whether it plans recurrences, and all other ops.
+    backward: the backward policy that suits it. options: the frozen dataclass of its options, or None. by_direction: the
+    function also takes direction="backward", to assign tasks by their cost there. choose_by: "bytes" takes the candidate that
+    moves fewest. "seconds" simulates candidates on a described cluster: the first is what was asked for, the second moves
+    only what it must. The others lie between the two, and are made only if the first is not faster than the second. Without a
+    described cluster the first is taken. own_backward: candidates for direction="backward" are backward tables themselves,
+    not derived from forward ones. The function then also takes working_layout, and `seconds`, which simulates a table of that
+    direction, or is None if speeds are unknown. recurrent, others: it plans recurrences, and all other ops.
     """
 
     forward: Callable[..., Iterable[Table]]
@@ -103,7 +101,7 @@ STRATEGIES: Mapping[str, Strategy] = strategies_of(ATTENTION)
 
 
 def check_names(strategy: str, backward: str | None, options: Mapping[str, object] | None, op: Op = ATTENTION) -> None:
-    """Raise DistattnError for a strategy, backward policy or option that does not exist for an op, naming those that do."""
+    """Refuse a strategy, backward policy or option that an op does not have, naming those that it has."""
     strategies = strategies_of(op)
     if strategy not in strategies:
         of_op = "" if op == ATTENTION else f" for {op.name}"

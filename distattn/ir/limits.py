@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple, get_type_hints
 
-from distattn.ir.errors import DistattnError
+from distattn.ir.errors import SettingError
 
 # of a number without another maximum
 MOST = 1 << 40
@@ -112,9 +112,9 @@ def nested_problems(record: Any, table: str = "") -> Iterator[Problem]:
 
 
 def check_limits(settings: Any) -> None:
-    """Raise DistattnError for the first value of a dataclass that does not keep to the limits beside its field."""
+    """Raise SettingError for the first value of a dataclass that does not keep to the limits beside its field."""
     for problem in limit_problems(settings):
-        raise DistattnError(str(problem))
+        raise SettingError(*problem)
 
 
 @functools.cache

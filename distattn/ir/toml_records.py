@@ -16,7 +16,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args, get_type_hints
 
-from distattn.ir.errors import DistattnError
+from distattn.ir.errors import DistattnError, SettingError
 from distattn.ir.limits import Problem
 from distattn.ir.toml_lines import Key, TomlLines, syntax_place
 
@@ -144,9 +144,9 @@ def _problem(kind: Any, error: ErrorDetails) -> Problem:
     if error["type"] in ("missing", "missing_argument"):
         return Problem(key, "is missing.")
     if error["type"] == "value_error":
-        # a dataclass that checks its fields itself begins its sentence with a field
-        name, _, reason = str(error["ctx"]["error"]).partition(": ")
-        return Problem(f"{key}.{name}", reason)
+        # a dataclass that checks its own fields raises a SettingError with a field
+        fault: SettingError = error["ctx"]["error"]
+        return Problem(f"{key}.{fault.key}", str(fault).removeprefix(f"{fault.key}: "))
     return wrong_type(kind, key, error["input"], error["type"])
 
 

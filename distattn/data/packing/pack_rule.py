@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import Annotated, Any
 
-from distattn.ir.errors import DistattnError
+from distattn.ir.errors import SettingError
 from distattn.ir.limits import Number, OneOf, check_limits
 
 MOST_TOKENS = (1 << 31) - 1
@@ -96,23 +96,25 @@ class PackRule:
         """Raise DistattnError naming the first field that is wrong, and a value that would work."""
         steps = [step for step, _ in self.context]
         if not steps or steps[0] != 0 or sorted(set(steps)) != steps:
-            raise DistattnError(f"context: the first steps are {steps}; they must begin with 0 and rise.")
+            raise SettingError("context", f"the first steps are {steps}; they must begin with 0 and rise.")
         for _, tokens in self.context:
             if not 0 < tokens <= MOST_TOKENS:
-                raise DistattnError(f"context: {tokens:,} tokens; a pack must have 1 to {MOST_TOKENS:,}.")
+                raise SettingError("context", f"{tokens:,} tokens; a pack must have 1 to {MOST_TOKENS:,}.")
             if self.tokens_per_step <= 0 or self.tokens_per_step % tokens:
-                raise DistattnError(
-                    f"tokens_per_step: {self.tokens_per_step:,} is not a multiple of the context length {tokens:,}; "
-                    f"{max(1, self.tokens_per_step // tokens) * tokens:,} would be."
+                raise SettingError(
+                    "tokens_per_step",
+                    f"{self.tokens_per_step:,} is not a multiple of the context length {tokens:,}; "
+                    f"{max(1, self.tokens_per_step // tokens) * tokens:,} would be.",
                 )
         check_limits(self)
         if self.max_cost is not None:
             for step, tokens in self.context:
                 packs = self.window + self.packs_at(step)
                 if packs * max(self.cost.of(tokens), self.limits_at(step).max_cells or 0) > _MOST_CELLS_OF_WINDOW:
-                    raise DistattnError(
-                        f"max_cost: the cost of {packs:,} packs of {tokens:,} tokens is more than an integer holds; "
-                        "use a smaller window, or no max_cost."
+                    raise SettingError(
+                        "max_cost",
+                        f"the cost of {packs:,} packs of {tokens:,} tokens is more than an integer holds; "
+                        "use a smaller window, or no max_cost.",
                     )
 
     @classmethod

@@ -17,7 +17,7 @@ import numpy as np
 from distattn.cluster.cost import attention_speed, flops_per_cell, overhead_keys
 from distattn.cluster.spec import DIRECTIONS, ClusterSpec, load, shipped_names
 from distattn.data.packing.pack_rule import PackCost
-from distattn.ir.errors import DistattnError
+from distattn.ir.errors import DistattnError, SettingError
 from distattn.ir.limits import Number, check_limits
 
 # products with each weight matrix: one forward, two backward
@@ -51,9 +51,10 @@ class ModelShape:
         """Raise DistattnError naming the first wrong size."""
         check_limits(self)
         if not self.head_dim and self.hidden_size % self.num_attention_heads:
-            raise DistattnError(
-                f"num_attention_heads: hidden_size {self.hidden_size} does not divide among {self.num_attention_heads} heads; "
-                "give head_dim."
+            raise SettingError(
+                "num_attention_heads",
+                f"hidden_size {self.hidden_size} does not divide among {self.num_attention_heads} heads; "
+                "give head_dim.",
             )
 
     @classmethod
