@@ -97,7 +97,7 @@ class AttentionConfig(AttentionKeys):
             raise DistattnError(f'strategy {self.strategy} does not share out by speed; adaptive needs "cad".')
 
     @classmethod
-    def of(cls, base: AttentionKeys | None, settings: Mapping[str, Any]) -> AttentionConfig:
+    def of(cls, base: AttentionKeys | None, /, **settings: Any) -> AttentionConfig:
         """Return the settings of keyword arguments, or those of `base` where these replace some.
 
         Raises DistattnError for a setting that does not exist, and without a strategy.

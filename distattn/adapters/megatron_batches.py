@@ -57,7 +57,7 @@ class MegatronBatches:
                 f"batches of Megatron's loaders take no {sorted(refused)[0]}; to set it, use ContextParallel and "
                 "use_batch_positions."
             )
-        self._config = AttentionConfig.of(None, settings)
+        self._config = AttentionConfig.of(None, **settings)
         self._config.check_kernel()
         self._planners: dict[dist.ProcessGroup, _GroupPlanner] = {}
         self._rows: dict[tuple[int, int, dist.ProcessGroup], LocalBatch] = {}

@@ -52,7 +52,7 @@ def context_parallel(
     """
     names = mesh.mesh_dim_names or ()
     all_ranks = gradient_mesh(mesh).get_group()
-    config = AttentionConfig.of(config, settings)
+    config = AttentionConfig.of(config, **settings)
     if config.data == "per_rank" and config.context_parallel_size is None:
         if dim in names and names[-1] != dim:
             raise DistattnError(f"neighbouring ranks hold the same batch: {dim!r} has to be the mesh's last dim.")

@@ -136,6 +136,8 @@ class Planner:
         is_one_block: bool = True,
     ):
         self.config, self.ranks, self._is_one_block = config, ranks, is_one_block
+        # whole numbers travel as float64, whatever gradients travel as
+        self._whole_numbers = replace(config, comm_dtype=None)
         self.overrides = LayerOverrides(config.layers)
         # fixed-length batches have the same documents again and again; packed ones never do
         self.lay_out = lru_cache(maxsize=8)(lay_out)
@@ -250,8 +252,7 @@ class Planner:
         # tokens of other ops are where attention's are, but they have strategies of their own
         if op == TOKEN_SHIFT:
             mask = Mask.token_shift(layout.lengths, shape.shift_distance)
-            # whole numbers travel as float64, whatever gradients travel as
-            override, config = _GATHERED, replace(config, comm_dtype=None)
+            override, config = _GATHERED, self._whole_numbers
         elif op == CONVOLUTION:
             mask, override = Mask.documents(layout.lengths, (shape.taps - 1, 0)), _GATHERED
         elif op.is_recurrent:

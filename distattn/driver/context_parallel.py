@@ -73,7 +73,7 @@ class ContextParallel:
         config: AttentionConfig | None = None,
         **settings: Any,
     ):
-        self._open(group, loss_group, AttentionConfig.of(config, settings))
+        self._open(group, loss_group, AttentionConfig.of(config, **settings))
 
     def _open(
         self, group: dist.ProcessGroup | None, loss_group: dist.ProcessGroup | None, config: AttentionConfig | None

@@ -18,12 +18,12 @@ from distattn.training.config.run_file import Config
 def attention_config(config: Config) -> AttentionConfig:
     """Return the settings of attention of a run, as `ContextParallel` and `make_plan` take them."""
     parallel = config.parallel
-    settings = {
-        "layout_options": parallel.layout_options,
-        "cluster": _cluster_of(config),
-        "context_parallel_size": parallel.split_ranks if parallel.data == "per_rank" else None,
-    }
-    return AttentionConfig.of(parallel, settings)
+    return AttentionConfig.of(
+        parallel,
+        layout_options=parallel.layout_options,
+        cluster=_cluster_of(config),
+        context_parallel_size=parallel.split_ranks if parallel.data == "per_rank" else None,
+    )
 
 
 @dataclass(frozen=True)
