@@ -148,10 +148,10 @@ def test_a_run_of_nothing_but_bad_steps_stops():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (dict(action="ignore"), "action must be one of skip, stop, rollback, not 'ignore'"),
-        (dict(spike_window=3), "spike_window must be 0, or at least 8 steps, not 3"),
-        (dict(spike_threshold=NAN), "spike_threshold must be a number above 0"),
-        (dict(evidence=0), "evidence must be at least 1"),
+        (dict(action="ignore"), "action: there is no 'ignore'; there are skip, stop, rollback"),
+        (dict(spike_window=3), "spike_window: 0, or at least 8 steps, not 3"),
+        (dict(spike_threshold=NAN), "spike_threshold: at least 0, not nan"),
+        (dict(evidence=0), "evidence: at least 1, not 0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, said):
