@@ -40,7 +40,7 @@ def run_collective(group: dist.ProcessGroup, call: str, work: Callable[[], Resul
         # a fault of this rank
         raise
     except RuntimeError as error:
-        raise LostRankError(_missing(name, dist.get_process_group_ranks(group), calls[call], call, error)) from None
+        raise _missing(name, dist.get_process_group_ranks(group), calls[call], call, error) from None
 
 
 def default_store() -> dist.Store:
@@ -62,7 +62,7 @@ def ask_store(work: Callable[[], Result], seconds: float) -> Result | None:
     return answers[0] if answers else None
 
 
-def _missing(name: str, members: list[int], number: int, call: str, error: RuntimeError) -> str:
+def _missing(name: str, members: list[int], number: int, call: str, error: RuntimeError) -> LostRankError:
     def look_up() -> list[int]:
         # a connection of its own: others may block theirs
         store = dist.PrefixStore(name, default_store().clone())  # type: ignore[attr-defined]
@@ -77,7 +77,9 @@ def _missing(name: str, members: list[int], number: int, call: str, error: Runti
     reason = str(error).strip().partition("\n")[0].rstrip(".")
     absent = ask_store(look_up, _LATER + _ANSWER)
     if absent is None:
-        return f"the process that holds the job's store (rank 0, or the launcher) stopped answering: {reason}."
+        text = f"the process that holds the job's store (rank 0, or the launcher) stopped answering: {reason}."
+        return LostRankError(text)
     if not absent:
-        return f"all ranks came to {call}, but it failed: {reason}."
-    return f"{named_ranks(absent)} did not come to {call}: killed, stopped or elsewhere ({reason})."
+        return LostRankError(f"all ranks came to {call}, but it failed: {reason}.")
+    text = f"{named_ranks(absent)} did not come to {call}: killed, stopped or elsewhere ({reason})."
+    return LostRankError(text, absent)
