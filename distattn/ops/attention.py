@@ -65,16 +65,16 @@ def attention(
     inside torch.compile. group defaults to the default process group; a plan for one rank needs none. Raise PlanError if the
     plan cannot be proven or ranks have different ones, DistattnError if the tensors do not fit it.
     """
-    for name, tensor in (("q", q_THD), ("k", k_TKD), ("v", v_TKE)):
-        if not isinstance(tensor, Tensor):
-            raise DistattnError(f"{name} is a {type(tensor).__name__}; a tensor (tokens, heads, dim) is needed.")
+    for name, operand in (("q", q_THD), ("k", k_TKD), ("v", v_TKE)):
+        if not isinstance(operand, Tensor):
+            raise DistattnError(f"{name} is a {type(operand).__name__}; a tensor (tokens, heads, dim) is needed.")
     if not isinstance(return_lse, bool):
         raise DistattnError(f"return_lse is True or False, not a {type(return_lse).__name__}.")
     # fused projections often give strided tensors; kernels and messages read whole rows
     q_THD, k_TKD, v_TKE = (x.contiguous() for x in autocast_inputs(q_THD, k_TKD, v_TKE))
-    for name, tensor in (("q", q_THD), ("k", k_TKD), ("v", v_TKE)):
-        if tensor.dim() != 3:
-            raise DistattnError(f"{name} has {tensor.dim()} dims; three are needed: (tokens, heads, dim).")
+    for name, operand in (("q", q_THD), ("k", k_TKD), ("v", v_TKE)):
+        if operand.dim() != 3:
+            raise DistattnError(f"{name} has {operand.dim()} dims; three are needed: (tokens, heads, dim).")
     for name, number in (("scale", scale), ("softcap", softcap), ("dropout", dropout)):
         if not isinstance(number, (Real, type(None))) or isinstance(number, bool):
             hint = "; a tensor's gradient would be lost" if isinstance(number, Tensor) else ""
