@@ -70,7 +70,7 @@ def causal_conv1d(
         if not isinstance(tensor, Tensor) and (tensor is not None or name in ("x", "weight")):
             raise DistattnError(f"{name} is a {type(tensor).__name__}; a tensor is needed.")
     if activation is not None and not (isinstance(activation, str) and activation == "silu"):
-        raise DistattnError(f'activation is "silu" or None, not {activation!r}; apply others to what is returned.')
+        raise DistattnError(f'activation is "silu" or None, not {activation!r}; apply others to the result.')
     check_flag("return_final_state", return_final_state)
     if return_final_state and torch.compiler.is_compiling():
         raise DistattnError("final states of a convolution are not compiled; leave the call out of torch.compile.")
@@ -120,7 +120,7 @@ def token_shift(
     if whole and not torch.iinfo(x_T.dtype).min <= fill <= torch.iinfo(x_T.dtype).max:
         raise DistattnError(f"x is {str(x_T.dtype)[6:]}, which cannot hold fill = {fill}; give int64.")
     if fill and not whole:
-        raise DistattnError("fill is for whole numbers; of floating point what is not there is 0.")
+        raise DistattnError("fill is for whole numbers; missing tokens of floating point are 0.")
     call, program = executable.program.call, executable.program
     if call.op != TOKEN_SHIFT:
         raise DistattnError(f'the plan is of {call.op.name}, not of a token shift; make_plan takes op="token_shift".')

@@ -43,7 +43,7 @@ def executable_of(
         raise DistattnError(f"{op} cannot take turns with other micro-batches yet; leave OverlapSchedule out.")
     if isinstance(plan, Executable):
         if group is not None or kernel is not None:
-            raise DistattnError("an executable knows its group and kernel; give them to prepare instead.")
+            raise DistattnError("an executable has its group and kernel; pass them to prepare instead.")
         return plan
     if torch.compiler.is_compiling():
         raise DistattnError(f"inside torch.compile, {op} takes prepare(plan, group) instead of a plan.")

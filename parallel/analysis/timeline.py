@@ -173,7 +173,7 @@ class Timeline:
         axis.set_yticks(np.arange(len(ranks)) + 0.45, [str(rank) for rank in ranks], fontsize=7)
         drawn = f"; {len(ranks)} of {self.plan.call.ranks} ranks" if len(ranks) < self.plan.call.ranks else ""
         axis.set_title("forward, then backward" + drawn)
-        # beside the axis: with few ranks it would cover their last kernels
+        # next to the axis: with few ranks it would cover their last kernels
         figure.legend(
             handles=[
                 Patch(color=_KERNELS, label="kernels"),

@@ -18,7 +18,7 @@ from distattn.ir.errors import LostRankError, named_ranks
 Result = TypeVar("Result")
 # number of this rank's calls by name, by group
 _CALLS: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary()
-# seconds that the store may take to answer, and that other ranks may come later: a broken connection is noticed at once
+# seconds that the store may take to answer, and by which other ranks may be late: a broken connection is noticed at once
 _ANSWER, _LATER = 5.0, 10.0
 
 
@@ -64,7 +64,7 @@ def ask_store(work: Callable[[], Result], seconds: float) -> Result | None:
 
 def _missing(name: str, members: list[int], number: int, call: str, error: RuntimeError) -> LostRankError:
     def look_up() -> list[int]:
-        # a connection of its own: others may block theirs
+        # a separate connection: other threads may block theirs
         store = dist.PrefixStore(name, default_store().clone())  # type: ignore[attr-defined]
         ends, absent = time.monotonic() + _LATER, list(members)
         while absent and time.monotonic() < ends:

@@ -34,7 +34,7 @@ def unseal(data: bytes) -> Any:
     if not hmac.compare_digest(digest, _digest(content)):
         # the error of gloo for a broken connection, which all ranks handle
         raise RuntimeError(
-            "what came from another rank does not match its digest: it was changed on its way, or does not come from a rank of "
+            "a value from another rank does not match its digest: it was changed in transit, or is not from a rank of "
             "this job; nothing of it was unpickled."
         )
     return pickle.loads(content)

@@ -100,7 +100,7 @@ class GroupTransport:
         if self._group() is None:
             raise DistattnError("the process group this plan was prepared for has been destroyed; prepare it again.")
         if not self._is_healthy:
-            # as NCCL says it: the code that waits for the messages then asks which rank is lost
+            # the same type of error as NCCL raises: the code that waits for the messages then asks which rank is lost
             raise RuntimeError(
                 "the communicator of these messages was aborted, since a rank was lost or a message failed."
             )
