@@ -17,7 +17,7 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints, as_int64
 from distattn.ir.layout import LAYOUTS, Layout, make_layout
 from distattn.ir.mask import Mask
-from distattn.parallel.runtime.streams import copied_to
+from distattn.parallel.runtime.streams import copy_to_device
 
 IGNORE_INDEX = -100
 # what transformers' collators add with return_flash_attn_kwargs
@@ -205,13 +205,13 @@ def _shifted(labels_N: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """Each token's successor, none at the last token of each document."""
     out = torch.full_like(labels_N, IGNORE_INDEX)
     out[:-1] = labels_N[1:]
-    out[copied_to(labels_N.device, torch.tensor(lengths).cumsum(0) - 1)] = IGNORE_INDEX
+    out[copy_to_device(labels_N.device, torch.tensor(lengths).cumsum(0) - 1)] = IGNORE_INDEX
     return out
 
 
 def _on_device(numbers: Ints, device: torch.device) -> Tensor:
     """Return whole numbers as a tensor on a device."""
-    return copied_to(device, torch.from_numpy(numbers))
+    return copy_to_device(device, torch.from_numpy(numbers))
 
 
 def padded(tokens: int, pad_to: int) -> int:

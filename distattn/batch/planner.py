@@ -25,7 +25,7 @@ from distattn.ir.layout import Layout, make_layout
 from distattn.ir.mask import Mask
 from distattn.ir.op import ATTENTION, CONVOLUTION, TOKEN_SHIFT, Op
 from distattn.ir.plan import DTYPE_BYTES, Plan, dtype_name
-from distattn.kernels.registry import AUTO, candidates, load_kernel
+from distattn.kernels.registry import AUTO, candidate_kernels, load_kernel
 from distattn.kernels.trials import Trial
 from distattn.ops.executable import (
     ExecutionKey,
@@ -279,7 +279,7 @@ class Planner:
         ranked = self._ranked.get(trial)
         if ranked is None or self._comparisons[trial] > len(_COMPARED_AT):
             return False
-        return len(ranked) < len(candidates(device, shape.op))
+        return len(ranked) < len(candidate_kernels(device, shape.op))
 
     def _trial_of(self, shape: AttentionShape, device: torch.device) -> tuple[AttentionShape, str]:
         """Return what trials of kernels are known by: windows, filters and shifts of all sizes are tried as one.

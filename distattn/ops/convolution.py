@@ -28,7 +28,7 @@ from distattn.ops.plan_argument import check_flag, executable_of
 from distattn.parallel.runtime import execute_convolution
 from distattn.parallel.runtime.execute import run_to_completion
 from distattn.parallel.runtime.execute_convolution import ConvolutionKernel
-from distattn.parallel.runtime.streams import copied_to, has_streams
+from distattn.parallel.runtime.streams import copy_to_device, has_streams
 
 _NO_SCORE = ScoreMod(1.0)
 # whole numbers up to it are exact in float64, the dtype of their messages
@@ -306,7 +306,7 @@ def _first_tokens(executable: Executable, taps: int, device: torch.device) -> _F
     position = call.layout.positions_of(tokens)
     (rows,) = np.nonzero(position < taps - 1)
     return _FirstTokens(
-        *(copied_to(device, torch.from_numpy(numbers)) for numbers in (rows, document[rows], position[rows]))
+        *(copy_to_device(device, torch.from_numpy(numbers)) for numbers in (rows, document[rows], position[rows]))
     )
 
 
@@ -332,7 +332,7 @@ def _final_state(executable: Executable, x_TC: Tensor, initial_MCW: Tensor | Non
     (rows,) = np.nonzero(column >= 0)
 
     def on_device(numbers: Ints) -> Tensor:
-        return copied_to(x_TC.device, torch.from_numpy(numbers))
+        return copy_to_device(x_TC.device, torch.from_numpy(numbers))
 
     states_NC = x_TC.new_zeros(len(ends) * width, x_TC.shape[1])
     states_NC = states_NC.index_copy(0, on_device(document[rows] * width + column[rows]), x_TC[on_device(rows)])

@@ -40,7 +40,7 @@ from distattn.parallel.runtime.memory import PassMemory, backward_memory, forwar
 from distattn.parallel.runtime.program import Program, lower
 from distattn.parallel.runtime.recurrence_workspace import recurrence_workspace
 from distattn.parallel.runtime.transport import GroupTransport, SingleRankTransport, Transport
-from distattn.parallel.runtime.upload_program import on_device
+from distattn.parallel.runtime.upload_program import copy_program_to_device
 
 # Tags of operators that run a plan: they send messages, and wait for events of other streams. Inductor partitions a graph at such
 # operators, so that torch.compile(mode="reduce-overhead") does not capture them (torch/_inductor/scheduler.py, should_partition).
@@ -172,7 +172,7 @@ class ExecutableCache:
                 proof = next((other.proof for other in programs.values() if other.proof), None)
                 proof = verify(plan) if proof is None and proven else proof
                 make = kernel_preparer(key.kernel, kernel_requirements(plan.call, key.device))
-                programs[key] = on_device(lower(plan, key.rank, make, proof), key.device)
+                programs[key] = copy_program_to_device(lower(plan, key.rank, make, proof), key.device)
             return programs[key]
 
     def transport(

@@ -22,10 +22,10 @@ from distattn.kernels.convolution.trial import try_convolution
 from distattn.kernels.flash.attention import implementation
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.recurrence.trial import try_recurrence
-from distattn.kernels.registry import candidates, load_kernel
+from distattn.kernels.registry import candidate_kernels, load_kernel
 from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.trial_cache import read_trials, trial_key, trial_key_of_op, write_trials
-from distattn.kernels.trials import Trial, ranking, try_kernels
+from distattn.kernels.trials import Trial, rank_kernels, try_kernels
 from distattn.parallel.runtime.program import lower
 
 # by plan, for plans that are prepared repeatedly
@@ -59,7 +59,7 @@ def common_kernel_ranking(
             f"rank {odd} of the group has its tensors on {trials_by_rank[odd][0]}, rank 0 on {trials_by_rank[0][0]}: all "
             "ranks that share attention compute on one kind of device (serve(device=...) sets that of a server)."
         )
-    return ranking([trials for _, trials in trials_by_rank], candidates(device, op))
+    return rank_kernels([trials for _, trials in trials_by_rank], candidate_kernels(device, op))
 
 
 def local_kernel_trials(plan: Plan, rank: int, requirements: KernelRequirements) -> dict[str, Trial]:
@@ -67,7 +67,7 @@ def local_kernel_trials(plan: Plan, rank: int, requirements: KernelRequirements)
 
     A trial that ran out of memory is repeated, a few times in a process, if more memory is free by then.
     """
-    names = candidates(requirements.device, requirements.op)
+    names = candidate_kernels(requirements.device, requirements.op)
     if len(names) < 2:
         return {}
     trials: dict[Any, dict[str, Trial]]

@@ -17,7 +17,7 @@ from distattn.ir.op import ATTENTION, latent_op
 from distattn.ir.plan import Call, Plan
 from distattn.kernels.devices import on_device_of_tensors
 from distattn.kernels.glue import row_products
-from distattn.kernels.latent import LatentKernel, LatentScore, expanded
+from distattn.kernels.latent import LatentKernel, LatentScore, expand_latents
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.registry import Kernel, choose_kernel
 from distattn.kernels.spec import ScoreMod
@@ -58,7 +58,9 @@ def latent_attention(
     _check_inputs(executable, q_THD, rope_TR, latent_TL, up_HEL)
     if executable.program.call.op == ATTENTION:
         key_dim = q_THD.shape[2] - rope_TR.shape[1]
-        return cast(Tensor, attention(q_THD, *expanded(rope_TR, latent_TL, up_HEL, key_dim), executable, scale=scale))
+        return cast(
+            Tensor, attention(q_THD, *expand_latents(rope_TR, latent_TL, up_HEL, key_dim), executable, scale=scale)
+        )
     scale = 1.0 / math.sqrt(q_THD.shape[-1]) if scale is None else float(scale)
     if not 0 < scale < math.inf:
         raise DistattnError(f"scale is a positive number, not {scale}.")

@@ -19,7 +19,7 @@ Fields = tuple[Tensor, ...]
 Places = Sequence[PlacedTensor]
 
 
-def narrowed(sums: list[Tensor], dtypes: Iterable[torch.dtype]) -> tuple[Tensor, ...]:
+def convert_sums(sums: list[Tensor], dtypes: Iterable[torch.dtype]) -> tuple[Tensor, ...]:
     """Convert tensors to these dtypes, and empty the list: sums are freed one by one, the smallest first."""
     dtype_of, out = dict(enumerate(dtypes)), {}
     for number in sorted(dtype_of, key=lambda number: sums[number].nbytes):

@@ -18,7 +18,7 @@ from distattn.ir.plan import REDUCED_PAYLOADS, Payload
 from distattn.kernels.registry import Kernel
 from distattn.kernels.spec import ScoreMod
 from distattn.parallel.runtime.arenas import ARENAS
-from distattn.parallel.runtime.buffers import Buffers, Fields, Places, narrowed
+from distattn.parallel.runtime.buffers import Buffers, Fields, Places, convert_sums
 from distattn.parallel.runtime.memory import forward_arena_bytes, kept_elements
 from distattn.parallel.runtime.packed_messages import PackedMessages
 from distattn.parallel.runtime.program import KernelLaunch, Message, Program, ProgramStep, kept_key
@@ -121,7 +121,7 @@ def backward(
         sums = [*buffers.new_own(Payload.dQ, program.tokens), *buffers.new_own(Payload.dKV, program.tokens)]
         yield from run_steps("backward", program.backward, transport, buffers, compute, kernel.ACCUMULATES)
         buffers.close()
-    dq_THD, dk_TKD, dv_TKE = narrowed(sums, (q_THD.dtype, k_TKD.dtype, v_TKE.dtype))
+    dq_THD, dk_TKD, dv_TKE = convert_sums(sums, (q_THD.dtype, k_TKD.dtype, v_TKE.dtype))
     return dq_THD, dk_TKD, dv_TKE
 
 

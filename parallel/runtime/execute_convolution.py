@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distattn.ir.plan import Payload
 from distattn.parallel.runtime.arenas import ARENAS
-from distattn.parallel.runtime.buffers import Buffers, Fields, narrowed
+from distattn.parallel.runtime.buffers import Buffers, Fields, convert_sums
 from distattn.parallel.runtime.execute import PausableRun, Target, run_steps
 from distattn.parallel.runtime.memory import forward_arena_bytes, kept_elements
 from distattn.parallel.runtime.program import KernelLaunch, Program, kept_key
@@ -51,7 +51,7 @@ def forward(
         sums = [*buffers.new_own(Payload.O, program.tokens)]
         yield from run_steps("forward", program.forward, transport, buffers, compute, False)
         buffers.close()
-    (y_THD,) = narrowed(sums, [x_THD.dtype])
+    (y_THD,) = convert_sums(sums, [x_THD.dtype])
     return y_THD, kept
 
 
@@ -85,7 +85,7 @@ def backward(
         sums = [*buffers.new_own(Payload.dKV, program.tokens)]
         yield from run_steps("backward", program.backward, transport, buffers, compute, False)
         buffers.close()
-    (dx_THD,) = narrowed(sums, [x_THD.dtype])
+    (dx_THD,) = convert_sums(sums, [x_THD.dtype])
     return dx_THD, dweight
 
 

@@ -21,7 +21,7 @@ from distattn.ir.plan import Payload
 from distattn.kernels.recurrence.tokens import RecurrenceTokens, Segments
 from distattn.kernels.spec import KernelRequirements
 from distattn.parallel.runtime.arenas import ARENAS
-from distattn.parallel.runtime.buffers import Fields, narrowed
+from distattn.parallel.runtime.buffers import Fields, convert_sums
 from distattn.parallel.runtime.execute import PausableRun, Target, run_steps
 from distattn.parallel.runtime.kept_tensors import KeptPlaces
 from distattn.parallel.runtime.memory import forward_arena_bytes
@@ -29,7 +29,7 @@ from distattn.parallel.runtime.program import KernelLaunch, Program, kept_key
 from distattn.parallel.runtime.segment_launches import SegmentKind
 from distattn.parallel.runtime.state_pass import StatePass
 from distattn.parallel.runtime.state_program import SegmentStates
-from distattn.parallel.runtime.state_tensors import State, composed
+from distattn.parallel.runtime.state_tensors import State, compose_transitions
 from distattn.parallel.runtime.transport import Transport
 
 
@@ -90,7 +90,7 @@ def forward(
         run.begun = places.states_in(kept)
         yield from run_steps("forward", program.forward, transport, run.buffers, run.forward, False, run.states)
         run.buffers.close()
-    (o_THV,) = narrowed(sums, [x.q.dtype])
+    (o_THV,) = convert_sums(sums, [x.q.dtype])
     return ForwardResult(o_THV, run.edge_states, kept)
 
 
@@ -118,7 +118,7 @@ def backward(
         yield from run_steps("backward", program.backward, transport, run.buffers, run.backward, False, run.states)
         run.buffers.close()
     inputs = x.by_token()
-    gradients = narrowed(sums, [y.dtype for y in inputs.values()])
+    gradients = convert_sums(sums, [y.dtype for y in inputs.values()])
     return BackwardResult(x._replace(**dict(zip(inputs, gradients, strict=True))), run.edge_states)
 
 
@@ -190,7 +190,7 @@ class _Pass(StatePass):
         for i, (task, state) in enumerate(zip(tasks, before, strict=True)):
             a = None
             if not task.is_prefix and transitions is not None:
-                a = transitions[i] if state is None or state.a is None else composed(state.a, transitions[i])
+                a = transitions[i] if state is None or state.a is None else compose_transitions(state.a, transitions[i])
             self.leave(launch, task, State(a, leaving[i]))
 
     def _leave_gradient_states(
@@ -205,7 +205,7 @@ class _Pass(StatePass):
         for i, (task, state) in enumerate(zip(tasks, after, strict=True)):
             a = None
             if not task.is_prefix and transitions is not None:
-                a = transitions[i] if state is None or state.a is None else composed(transitions[i], state.a)
+                a = transitions[i] if state is None or state.a is None else compose_transitions(transitions[i], state.a)
             self.leave(launch, task, State(a, dentering[i]))
 
     def _following(self, launch: KernelLaunch, task: SegmentStates) -> State | None:

@@ -197,7 +197,7 @@ def own_result_fields(call: Call, payload: Payload, unadded: Container[Payload])
     return call.payload_fields(payload, narrow=payload in unadded)
 
 
-def lay_out(call: Call, steps: list[ProgramStep], bundles: Mapping[BufferKey, Bundle]) -> int:
+def assign_places(call: Call, steps: list[ProgramStep], bundles: Mapping[BufferKey, Bundle]) -> int:
     """Assign places to all tensors of a pass (`ProgramStep.places`); return the arena's size in bytes.
 
     bundles: of the rank's buffers that are in one.
@@ -215,7 +215,7 @@ def lay_out(call: Call, steps: list[ProgramStep], bundles: Mapping[BufferKey, Bu
             )
         else:
             step.places[key] = places
-    return rounded(size)
+    return rounded_arena_bytes(size)
 
 
 def _rows_key(call: Call, bundle: Bundle) -> RowsKey:
@@ -237,7 +237,7 @@ def _places_in_rows(key: RowsKey, matrix: PlacedTensor) -> dict[PlaceKey, list[P
     return places
 
 
-def rounded(size: int) -> int:
+def rounded_arena_bytes(size: int) -> int:
     """Round an arena's size up by at most 1/32, so that batches of similar sizes have arenas of one size."""
     unit = max(1 << max(size.bit_length() - 1, 0), _SIZES * ALIGNMENT) // _SIZES
     return -(-size // unit) * unit

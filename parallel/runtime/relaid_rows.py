@@ -14,7 +14,7 @@ from torch import Tensor
 from distattn.ir.intervals import Ints
 from distattn.ir.layout import Layout
 from distattn.parallel.runtime.arenas import ARENAS, ArenaAllocator, aligned_bytes
-from distattn.parallel.runtime.streams import copied_to
+from distattn.parallel.runtime.streams import copy_to_device
 from distattn.parallel.runtime.transport import Packet, Transport
 
 
@@ -38,7 +38,7 @@ class RowMoves(NamedTuple):
     def to(self, device: torch.device) -> RowMoves:
         """Return the moves with their row numbers on a device."""
         sends, receives = (
-            {peer: copied_to(device, rows) for peer, rows in row_lists.items()}
+            {peer: copy_to_device(device, rows) for peer, rows in row_lists.items()}
             for row_lists in (self.sends, self.receives)
         )
         return RowMoves(self.rank, self.rows, sends, receives)

@@ -112,8 +112,8 @@ class HeldStateTensors:
         mirrored = part.tiles[0].payload == Payload.dS
         for state in rest:
             later = _present(state.a)
-            b = applied(later, b, mirrored) + state.b
-            a = None if a is None else composed(later, a) if mirrored else composed(a, later)
+            b = apply_transition(later, b, mirrored) + state.b
+            a = None if a is None else compose_transitions(later, a) if mirrored else compose_transitions(a, later)
         return State(a, b)
 
     def _heads(self, key: StateKey, part: StatePart) -> State:
@@ -125,14 +125,14 @@ class HeldStateTensors:
         return torch.empty(shape, dtype=self._dtype, device=self._device)
 
 
-def applied(a: Tensor, b: Tensor, transposed: bool = False) -> Tensor:
+def apply_transition(a: Tensor, b: Tensor, transposed: bool = False) -> Tensor:
     """Compute A B, or A^T B, of states (..., K, V). a is a matrix if it has as many dims as b."""
     if a.dim() < b.dim():
         return a[..., None] * b
     return (a.transpose(-1, -2) if transposed else a) @ b
 
 
-def composed(a: Tensor, later: Tensor) -> Tensor:
+def compose_transitions(a: Tensor, later: Tensor) -> Tensor:
     """Return the transition of two segments, a's first: diagonals (H, K), or matrices (H, K, K)."""
     return a * later if a.dim() == 2 else later @ a
 

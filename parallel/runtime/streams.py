@@ -11,7 +11,7 @@ from torch import Tensor
 from distattn.kernels.devices import has_streams
 
 
-def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
+def copy_to_device(device: torch.device, tensor: Tensor) -> Tensor:
     """Copy a tensor of the host to a device; the host does not wait for the copy.
 
     From pageable memory it would wait for all work on the device's current stream.

@@ -20,7 +20,7 @@ from distattn.parallel.runtime.views import View
 _ALIGNMENT = 16
 
 
-def on_device(program: Program, device: torch.device) -> Program:
+def copy_program_to_device(program: Program, device: torch.device) -> Program:
     """Return the program with its lists on the device: one copy, from pinned memory if available.
 
     The copy is in the current stream of this thread, which need not be the one that runs the program: before running it, join
@@ -35,7 +35,7 @@ def on_device(program: Program, device: torch.device) -> Program:
         lists[id(tensor)] = tensor
         return tensor
 
-    with_tensors(program, note)
+    replace_tensors(program, note)
     if not lists:
         return program
     streams = has_streams(device)
@@ -53,10 +53,10 @@ def on_device(program: Program, device: torch.device) -> Program:
             name: copied[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             for (name, tensor), begin in zip(lists.items(), offsets, strict=False)
         }
-    return replace(with_tensors(program, lambda tensor: on_it[id(tensor)]), uploaded=uploaded)
+    return replace(replace_tensors(program, lambda tensor: on_it[id(tensor)]), uploaded=uploaded)
 
 
-def with_tensors(program: Program, change: Callable[[Tensor], Tensor]) -> Program:
+def replace_tensors(program: Program, change: Callable[[Tensor], Tensor]) -> Program:
     """Return the program with every tensor in its views and kernel schedules replaced."""
 
     def view(old: View) -> View:
