@@ -40,10 +40,10 @@ def make_latent_plan(
     """Plan one call of latent attention: of `latent_op(rotary_dim, latent_dim)`, or of attention with one key head per query
     head.
 
-        heads, head_dim (with the rotary part) and v_head_dim are those of queries and values; settings are `make_plan`'s. On a
-        described cluster take the plan that is faster in simulation, forward and backward together with all expansions. Otherwise
-        take the one that moves fewer bytes. If one cannot be planned, take the other. `latent_attention` takes either. Raise as
-        `make_plan` does.
+    heads, head_dim (with the rotary part) and v_head_dim are those of queries and values; settings are `make_plan`'s. On a
+    described cluster take the plan that is faster in simulation, forward and backward together with all expansions. Otherwise
+    take the one that moves fewer bytes. If one cannot be planned, take the other. `latent_attention` takes either. Raise as
+    `make_plan` does.
     """
     cluster = resolve_cluster(cluster)
     shape = dict(heads=heads, head_dim=head_dim, v_head_dim=v_head_dim, cluster=cluster) | settings

@@ -134,14 +134,13 @@ class LocalBatch(BatchAttention):
         initial_state: Tensor | None = None,
         return_final_state: bool = False,
     ) -> Any:
-        """Compute `distattn.recurrence` of this rank's tokens, by the plan for this op ("gated_delta_rule", "ssd", ...) and
-        shapes.
+        """Compute `distattn.recurrence` of this rank's tokens, by the plan for this op ("gated_delta_rule", ...) and shapes.
 
-                initial_state: (M, H, K, V) of `documents`, on every rank that has this batch; 0 by default. Its gradient is this
-                rank's share, to be summed over ranks like any parameter's. With return_final_state also return the states after
-                all documents, (M, H, K, V) in fp32 (fp64), the same on every rank that has this batch, wherever documents end:
-                they may be a later batch's initial states. Gradients go through both; those of final states are added over ranks,
-                in a collective call of the backward pass, so all of these ranks use them, or none.
+        initial_state: (M, H, K, V) of `documents`, on every rank that has this batch; 0 by default. Its gradient is this rank's
+        share, to be summed over ranks like any parameter's. With return_final_state also return the states after all documents,
+        (M, H, K, V) in fp32 (fp64), the same on every rank that has this batch, wherever documents end: they may be a later
+        batch's initial states. Gradients go through both; those of final states are added over ranks, in a collective call of the
+        backward pass, so all of these ranks use them, or none.
         """
         self.used = self.mixed = True
         q_TGK, k_TGK, v_THV = autocast_inputs(q_TGK, k_TGK, v_THV)
@@ -218,8 +217,8 @@ class LocalBatch(BatchAttention):
         """Compute `distattn.causal_conv1d` of this rank's tokens (T, C), by the plan for filters (C, W), or (C, C / G, W) of G
         groups.
 
-                initial_state: (M, C, W - 1), the inputs before each of `documents`. With return_final_state also return the last
-                W - 1 inputs of each, in x's dtype. Their ranks and gradients are as in `recurrence`.
+        initial_state: (M, C, W - 1), the inputs before each of `documents`. With return_final_state also return the last W - 1
+        inputs of each, in x's dtype. Their ranks and gradients are as in `recurrence`.
         """
         self.used = self.mixed = True
         (x_TC,) = autocast_inputs(x_TC)
