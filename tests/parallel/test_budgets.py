@@ -57,7 +57,7 @@ def test_what_a_pass_needs_is_known_beforehand_to_the_byte(strategy, heads, poli
     for lengths in (packed(65536), [1 << 18]):
         plan = plan_of(strategy, lengths, *heads, backward=policy)
         for rank in (0, 3):
-            assert all(found.peak == found.said for found in layer_call(plan, rank)[:2])
+            assert all(traffic.peak == traffic.predicted_peak for traffic in layer_call(plan, rank)[:2])
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -67,7 +67,11 @@ def test_so_is_what_latents_are_expanded_to(strategy):
         mask, layout = da.Mask.documents(lengths), da.Layout.zigzag(lengths, 8)
         shape = dict(heads=heads, kv_heads=1, head_dim=192, v_head_dim=128, dtype=dtype, op=da.latent_op(64, 512))
         plan = da.make_plan(mask, layout, strategy=strategy, **shape)
-        assert all(found.peak == found.said for found in layer_call(plan, 1)[:2]), (heads, dtype, lengths)
+        assert all(traffic.peak == traffic.predicted_peak for traffic in layer_call(plan, 1)[:2]), (
+            heads,
+            dtype,
+            lengths,
+        )
 
 
 # of a million tokens: GB of new tensors that are alive at once. The arena stays while results become those of the inputs' dtype,
