@@ -9,8 +9,8 @@ from distattn.supervision.heartbeats import Heartbeat
 FORWARD, SUM, KEYS = "forward and backward", "the norm of all gradients", "keys from rank {} in step 2 of layer 1"
 
 
-def beat(words, at=1.0, step=5, waits=None):
-    return Heartbeat(1, 1, at, 7, step, 0.0, words != FORWARD if waits is None else waits, words)
+def beat(activity, at=1.0, step=5, waits=None):
+    return Heartbeat(1, 1, at, 7, step, 0.0, activity != FORWARD if waits is None else waits, activity)
 
 
 @pytest.mark.parametrize(
@@ -29,14 +29,14 @@ def beat(words, at=1.0, step=5, waits=None):
             [],
             ["rank 1 waits for its disk or a device: step 6, the norm of all gradients"],
         ),
-        # who is slow to come keeps others in what they do
+        # a rank that is slow to reach a collective delays the others
         (
             [beat(FORWARD, 3.0), beat(FORWARD, 2.0)],
             "SS",
             [],
             ["rank 1 waits for no other rank and makes no progress: step 6"],
         ),
-        # a gather of FSDP2 that rank 0 does not come to
+        # a gather of FSDP2 that rank 0 does not reach
         (
             [beat(FORWARD, 3.0), beat(FORWARD, 2.0)],
             "SS",
@@ -52,7 +52,7 @@ def beat(words, at=1.0, step=5, waits=None):
                 "keys from rank 1 in step 2 of layer 1; the others: a collective"
             ],
         ),
-        # rank 2 waits for one that waits itself
+        # rank 2 waits for a rank that waits itself
         (
             [beat(SUM), beat(KEYS.format(0)), beat(KEYS.format(1))],
             "SSS",
@@ -62,7 +62,7 @@ def beat(words, at=1.0, step=5, waits=None):
                 "keys from rank 0 in step 2 of layer 1; the others: the norm"
             ],
         ),
-        # one of the messages is lost, and soon everybody waits
+        # one of the messages is lost, and soon all ranks wait
         (
             [beat(KEYS.format(1), 3.0), beat(KEYS.format(2), 2.0), beat(KEYS.format(0), 2.5)],
             "SSS",
@@ -83,8 +83,8 @@ def beat(words, at=1.0, step=5, waits=None):
     ],
 )
 def test_who_does_not_merely_wait_is_named(beats, states, collective, wanted):
-    found = culprits(dict(enumerate(beats)), dict(enumerate(states)), collective)
-    assert len(found) == len(wanted) and all(map(str.startswith, map(str, found), wanted)), found
+    named = culprits(dict(enumerate(beats)), dict(enumerate(states)), collective)
+    assert len(named) == len(wanted) and all(map(str.startswith, map(str, named), wanted)), named
 
 
 def test_a_collective_is_seen_in_the_main_threads_stack():
