@@ -55,7 +55,7 @@ FACTORS = {
 
 @functools.cache
 def rows(strategy):
-    """Return rows in which every two values of FACTORS meet, except what is refused: few heads for Ulysses, unequal dims on cpu."""
+    """Return rows in which every two values of FACTORS meet, except what is refused: few heads in Ulysses, two dims on cpu."""
     return all_pairs(
         FACTORS,
         lambda row: (
