@@ -57,6 +57,12 @@ class Trial(NamedTuple):
     lacked: int = 0
     attempts: int = 0
 
+    @property
+    def is_wrong(self) -> bool:
+        """Return whether the kernel has computed wrong numbers."""
+        # a kernel that could not run has no difference
+        return bool(self.fault) and self.difference != 0.0
+
     def may_succeed_now(self, device: torch.device) -> bool:
         """Return whether to repeat a trial that ran out of memory: a few times, each with a quarter more free memory."""
         return 0 < self.attempts < _MOST_ATTEMPTS and free_bytes(device) >= _MORE_MEMORY * self.lacked

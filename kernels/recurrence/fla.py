@@ -53,7 +53,8 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
     if capability < 80:
         return "it needs compute capability 8.0 (A100) or later"
     op = requirements.op
-    return token_decay_fault(capability, op.delta) if op.decay == "token" else None
+    fault = token_decay_fault(capability, op.delta) if op.decay == "token" else None
+    return None if fault is None else str(fault)
 
 
 class SequenceEnds(NamedTuple):

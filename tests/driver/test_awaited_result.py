@@ -94,7 +94,7 @@ def trained_beside_a_late_rank(rank, folder):
     """Train. Return this rank's heartbeats: pairs of the activity and whether it waits for others."""
     told = []
 
-    def write(activity, step, seconds, waits):
+    def write(activity, step, seconds, waits, *fields):
         told.append((activity, waits))
         if rank == 0 and waits and activity in LATE:
             (folder / activity).touch()
