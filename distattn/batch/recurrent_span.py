@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -95,14 +93,15 @@ def recurrent_span(
         # ranks without tokens may be servers, which compute attention only
         return RecurrentSpan(batch, None)
     shape = AttentionShape(heads, kv_heads or heads, head_dim, v_head_dim or head_dim, dtype_name(dtype), op=op)
-    key = shape, layers, width
-    if key not in batch.relaid_spans:
-        settings: dict[str, Any] = dict(layers=layers, width=width, cluster=cluster)
+    span_key = shape, layers, width
+    if span_key not in batch.relaid_spans:
         here, there = _plan(batch, shape, device), batch.planner.layout_of(batch.key, SPAN_LAYOUT)
-        batch.relaid_spans[key] = relayout_may_be_faster(here, there, **settings) and relayout_is_faster(
-            here, _plan(batch, shape._replace(layout=SPAN_LAYOUT), device), **settings
-        )
-    return RecurrentSpan(batch, SPAN_LAYOUT if batch.relaid_spans[key] else None)
+        is_faster = relayout_may_be_faster(here, there, layers=layers, width=width, cluster=cluster)
+        if is_faster:
+            relaid = _plan(batch, shape._replace(layout=SPAN_LAYOUT), device)
+            is_faster = relayout_is_faster(here, relaid, layers=layers, width=width, cluster=cluster)
+        batch.relaid_spans[span_key] = is_faster
+    return RecurrentSpan(batch, SPAN_LAYOUT if batch.relaid_spans[span_key] else None)
 
 
 def _plan(batch: LocalBatch, shape: AttentionShape, device: torch.device | str | None) -> Plan:
