@@ -1,7 +1,7 @@
 """The attempts of a run inside one Slurm job: `python -m distattn.launch.slurm.attempts RUN ... -- srun ...`, on its first node.
 
-The batch script ends in it. Each attempt is a step of the job on as many of its nodes as the run wants, with an address of its
-own. Where a node is lost, or ranks are killed, the next attempt follows on nodes that are left. When Slurm tells of the time
+The batch script replaces itself by this process. Each attempt is a step of the job on as many nodes as the run needs, with its
+own address. After a lost node or killed ranks, the next attempt runs on the nodes that are left. When Slurm signals the time
 limit or a preemption, the ranks save and end with exit code 75, and the job is queued again. Needs neither torch nor a GPU.
 """
 
@@ -39,14 +39,14 @@ from distattn.launch.slurm.commands import (
 from distattn.launch.slurm.steps import JobHosts, read_line
 from distattn.training.run_folder import RunFolder
 
-# for Slurm to end a step of which one node has failed, and OTHERS_SECONDS have passed
+# seconds that Slurm gets to end a step, beyond OTHERS_SECONDS after its first failure
 _ENDING_SECONDS = 15.0
 
 
 class _Job(NamedTuple):
-    """This job. requeues: how often it was queued again, max_requeues at most.
+    """This job. requeues: how often it was queued again, at most max_requeues times.
 
-    name: by which Slurm's commands know it alone, not the whole array.
+    name: for Slurm's commands; of an array's task it names this task alone, not the whole array.
     """
 
     number: str
@@ -57,17 +57,17 @@ class _Job(NamedTuple):
 
 
 class JobNodes:
-    """Runs attempts on nodes of a job, each as a step. command: srun and what it starts."""
+    """Runs each attempt as a step on nodes of a job. command: srun and the command that it starts."""
 
     def __init__(self, job: _Job, command: Sequence[str], hosts: JobHosts):
         self._job, self._command, self._hosts = job, list(command), hosts
 
     def choose(self) -> list[str] | None:
-        """The hosts of the next attempt: see `JobHosts.choose`."""
+        """Return the hosts of the next attempt, as `JobHosts.choose` does."""
         return self._hosts.choose()
 
     def run(self, hosts: Sequence[str], attempt: int) -> AttemptEnd:
-        """Run the attempt's step, at an address of its own."""
+        """Run the attempt's step with its own address."""
         address = f"{host_address(hosts[0])}:{_port(int(self._job.number), attempt)}"
         print_message(f"attempt {attempt} of job {self._job.number} on {' '.join(hosts)}, led by {address}")
         return self._step(hosts, address)
@@ -77,31 +77,34 @@ class JobNodes:
         return self._step(hosts[:1], "finish").code
 
     def blame(self, hosts: Sequence[str], end: AttemptEnd) -> None:
-        """See `JobHosts.blame`."""
+        """Note the hosts that failed, as `JobHosts.blame` does."""
         self._hosts.blame(hosts, end)
 
     def give_back(self) -> str:
-        """Which node is given back that failed repeatedly and has no spare one: the job is queued again to go on without it."""
+        """Name the nodes that failed repeatedly and have no spare, so that the job is queued again without them; or return ""."""
         if self._job.requeues >= self._job.max_requeues or not (stuck := self._hosts.stuck) or not self.to_avoid():
             return ""
         return f"{' '.join(stuck)} failed repeatedly and is given back"
 
     def to_avoid(self) -> list[str]:
-        """The nodes that have failed repeatedly, where Slurm has enough others."""
+        """Return the nodes that have failed repeatedly; [] if Slurm has too few others."""
         if not (failing := self._hosts.failing):
             return []
         others = usable_hosts(self._job.partition) - {*failing, *avoided_hosts(self._job.name)}
         return failing if len(others) >= len(self._hosts.hosts) else []
 
     def shortage(self) -> str:
-        """Which nodes the job has."""
-        return f"of {' '.join(self._hosts.hosts)} fewer than {self._hosts.wanted} nodes are left"
+        """Describe how many nodes are needed, and which ones the job has."""
+        return f"fewer than {self._hosts.wanted} nodes are left of {' '.join(self._hosts.hosts)}"
 
-    def _step(self, hosts: Sequence[str], what: str) -> AttemptEnd:
-        """One step of the job on these hosts; what srun says is read as it comes."""
-        places = [f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", f"--nodelist={','.join(hosts)}"]
+    def _step(self, hosts: Sequence[str], argument: str) -> AttemptEnd:
+        """Run one step of the job on these hosts, and read srun's messages as they come. argument: the last one of `run_node`."""
+        placement = [f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", f"--nodelist={','.join(hosts)}"]
         process = subprocess.Popen(
-            [self._command[0], *places, *self._command[1:], what], stderr=subprocess.PIPE, text=True, errors="replace"
+            [self._command[0], *placement, *self._command[1:], argument],
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
         )
         lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=_pass_on, args=(process, lines), daemon=True).start()
@@ -113,7 +116,7 @@ class JobNodes:
                 line = ""
             if line is None:
                 break
-            # what becomes of tasks after the step was ended is our doing
+            # tasks that end after the step was killed did not fail by themselves
             if read_line(end, line, tasks=not killed) and not failed_at:
                 failed_at = time.monotonic()
             waited = time.monotonic() - failed_at if failed_at else 0.0
@@ -122,7 +125,7 @@ class JobNodes:
                 try:
                     end_steps(self._job.name)
                 except SlurmError as error:
-                    # the step may have ended by itself meanwhile
+                    # the step may have ended by itself in the meantime
                     print_message(str(error))
             if waited > OTHERS_SECONDS + _ENDING_SECONDS:
                 process.kill()
@@ -132,21 +135,21 @@ class JobNodes:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns the exit code of the batch script."""
+    """Run the command; return the exit code of the batch script."""
     split = arguments.index("--")
-    given = _parsed(arguments[:split])
-    run = RunFolder(given.run)
-    job = _noted_job(run, given.max_requeues)
+    options = _parsed(arguments[:split])
+    run = RunFolder(options.run)
+    job = _noted_job(run, options.max_requeues)
     outcome, nodes = Outcome(1), None
     try:
-        hosts = JobHosts(expand_hosts(os.environ["SLURM_JOB_NODELIST"]), given.nodes)
+        hosts = JobHosts(expand_hosts(os.environ["SLURM_JOB_NODELIST"]), options.nodes)
         nodes = JobNodes(job, arguments[split + 1 :], hosts)
         facts = {"job": int(job.number), "requeues": job.requeues}
-        attempts = NodeAttempts(run, nodes, given.max_restarts, facts)
-        for asked in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(asked, attempts.stop)
-        if given.asked:
-            attempts.stop(signal.Signals[given.asked])
+        attempts = NodeAttempts(run, nodes, options.max_restarts, facts)
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, attempts.stop)
+        if options.asked:
+            attempts.stop(signal.Signals[options.asked])
         outcome = attempts.run()
     except SlurmError as error:
         # nothing is wrong with the run
@@ -171,7 +174,7 @@ def main(arguments: Sequence[str]) -> int:
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("slurm.attempts")
     parser.add_argument("run", type=Path)
-    # a signal that the script was sent before this began
+    # a signal that the batch script received before this process began
     parser.add_argument("--asked", default="")
     for name in ("nodes", "max-restarts", "max-requeues"):
         parser.add_argument(f"--{name}", type=int, required=True)
@@ -179,18 +182,18 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _noted_job(run: RunFolder, max_requeues: int) -> _Job:
-    """Note the job, as Slurm's variables have it, in the run's folder and in a sweep's; returns it."""
+    """Read the job from Slurm's variables, note it in the folders of the run and of its sweep, and return it."""
     number = name = os.environ["SLURM_JOB_ID"]
     notes: list[tuple[RunFolder, int | str]] = [(run, int(number))]
     if task := os.environ.get("SLURM_ARRAY_TASK_ID"):
-        # one task's number is that of the array
+        # the number of one of the tasks equals that of the array
         array = os.environ["SLURM_ARRAY_JOB_ID"]
         name = f"{array}_{task}"
         notes = [(run, name), (RunFolder(run.folder.parent), int(array))]
-    for place, noted in notes:
-        # another one than launch has noted where somebody submits the script again; the tasks of a sweep note the same
+    for folder, job in notes:
+        # a script that a user submits again has another number than launch noted; the tasks of a sweep note the same number
         with contextlib.suppress(OSError):
-            place.note_job(noted)
+            folder.note_job(job)
     requeues = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     return _Job(number, requeues, max_requeues, name, os.environ.get("SLURM_JOB_PARTITION", ""))
 
@@ -201,21 +204,21 @@ def _queue_again(job: _Job, nodes: JobNodes | None) -> None:
             f"was queued again {job.requeues} times, slurm.max_requeues" if job.max_requeues else "is not queued again"
         )
         print_message(
-            f"job {job.number} {times}; sbatch RUN/job.sbatch goes on from the newest checkpoint, if there is one."
+            f"job {job.number} {times}; sbatch RUN/job.sbatch continues from the newest checkpoint, if there is one."
         )
         return
     try:
-        # a job that was cancelled, or that Slurm itself queues again, is not running any more
+        # a job that was cancelled, or that Slurm queues again by itself, is not running any more
         if job_state(job.name, OUTAGE_SECONDS) == "RUNNING":
             avoid = nodes.to_avoid() if nodes is not None else []
-            # to be queued again all of the job is sent SIGTERM, the command that asks for it included; who ignores it goes on
+            # Slurm sends SIGTERM to all processes of a job that is queued again, also to scontrol, which inherits this setting
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             ask_slurm("scontrol", "requeue", job.name, patience=OUTAGE_SECONDS)
             if avoid:
-                # Slurm takes this of jobs that wait, and kills this process after its KillWait
+                # Slurm accepts this only for a job that waits; it kills this process after its KillWait
                 avoid_hosts(job.name, avoid)
                 print_message(
-                    f"job {job.number} begins again without {' '.join(avoid)}; scontrol update excnodelist= allows all nodes."
+                    f"job {job.number} starts again without {' '.join(avoid)}; scontrol update excnodelist= allows all nodes."
                 )
     except DistattnError as error:
         print_message(f"job {job.number} is not queued again: {error}")
@@ -231,7 +234,7 @@ def _pass_on(process: subprocess.Popen[str], lines: queue.SimpleQueue[str | None
 
 
 def _port(job: int, attempt: int) -> int:
-    """Where the first node listens: a port of each attempt's own, since ranks of the one before may still hold theirs."""
+    """Return the port of the first node. Each attempt has its own, since ranks of the previous one may still hold theirs."""
     return 20_000 + (job + 1_009 * attempt) % 20_000
 
 
