@@ -11,7 +11,7 @@ import numpy as np
 from distattn.ir.intervals import Ints
 from distattn.ir.mask import Mask
 
-# of rows that are written in part, into stretches that are or are not
+# of rows that are written in part, into segments that are or are not
 _MOST_CUTS = 4
 
 
@@ -73,7 +73,7 @@ class WrittenRows:
         # number of (row, head) that no first write has reached; where it is 0 nothing needs clearing beforehand
         self.unwritten = rows * (cuts[-1] - cuts[0])
 
-    def stretches(self, heads: slice, rows: slice) -> list[slice]:
+    def segments(self, heads: slice, rows: slice) -> list[slice]:
         """Rows cut where some that have been written meet others that have not; as they are where that is often."""
         before: Ints = np.logical_or.reduce(self.written[self.index[heads.start] : self.index[heads.stop], rows])
         cuts = (rows.start + 1 + np.flatnonzero(before[1:] != before[:-1])).tolist()

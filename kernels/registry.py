@@ -116,7 +116,7 @@ def load_kernel(name: str) -> Kernel:
 
 
 def kernel_preparer(name: str, requirements: KernelRequirements) -> Callable[[Any], Any]:
-    """Return the function from a launch mask, or of a recurrence from its stretches, to the kernel's own schedule."""
+    """Return the function from a launch mask, or of a recurrence from its segments, to the kernel's own schedule."""
     kernel = load_kernel(name)
     if requirements.op.kind == "latent_attention":
         # it runs on keys and values of all heads

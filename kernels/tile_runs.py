@@ -1,6 +1,6 @@
 """Which tiles a Triton program visits: runs of key tiles for every tile of query rows, as short int32 lists.
 
-A *run* is a stretch of keys that some rows of one query tile need: tiles at its ends that hold some allowed cells, and
+A *run* is an interval of keys that some rows of one query tile need: tiles at its ends that hold some allowed cells, and
 tiles in the middle that hold nothing else, so that their mask is never evaluated. The length of the lists is that of the
 bands that meet a query tile, not of its key tiles. A band transposed (queries for keys) is a band, so the same lists
 serve kernels that own a tile of keys and walk over queries.

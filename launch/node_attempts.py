@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 from distattn.checkpoints.checkpoint_folder import preferred_step
-from distattn.checkpoints.held_folder import HeldFolder
+from distattn.checkpoints.folder_handle import FolderHandle
 from distattn.ir.errors import RunStopped
 from distattn.launch.attempt_end import AttemptEnd
 from distattn.launch.attempts import Attempts
@@ -69,10 +69,10 @@ class NodeAttempts:
 
     def run(self) -> Outcome:
         """Run attempt after attempt. Raises DistattnError if the run's folder is missing or replaced before an attempt."""
-        with HeldFolder(self._run.folder) as held:
+        with FolderHandle(self._run.folder) as held:
             return self._run_attempts(held)
 
-    def _run_attempts(self, held: HeldFolder) -> Outcome:
+    def _run_attempts(self, held: FolderHandle) -> Outcome:
         self._attempts.end_open("ended with its job, which left no reason")
         self._run.forget_requests()
         if self._signal:

@@ -1,6 +1,6 @@
 """Plans of recurrences: states move and tokens stay (`scan`), or tokens move and states stay (`ulysses`).
 
-A state is smaller than the tokens of most stretches, so `scan` is faster where documents have few stretches. Where a layout cuts
+A state is smaller than the tokens of most segments, so `scan` is faster where documents have few segments. Where a layout cuts
 documents into many, or gives ranks unequal numbers of tokens, two all-to-alls of tokens may take less time.
 """
 

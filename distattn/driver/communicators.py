@@ -15,7 +15,7 @@ from distattn.batch.collectives import HostGroup
 from distattn.batch.health import HealthMonitor
 from distattn.driver.control_channel import ControlChannel
 from distattn.driver.message_monitor import MessageMonitor
-from distattn.driver.message_watch import MESSAGES, MessageWatch, awaited
+from distattn.driver.message_watch import MESSAGES, MessageWatch, describe_messages
 from distattn.ir.errors import DistattnError
 from distattn.ops.executable import EXECUTABLES
 from distattn.parallel.runtime.transport import (
@@ -59,7 +59,7 @@ class MonitoredTransport:
             self.messages.on_send(sends)
         watch, words = self._watch if sends or receives else None, ""
         if watch is not None or heartbeats.is_attached():
-            words = awaited(sends, receives, self._members, where)
+            words = describe_messages(sends, receives, self._members, where)
 
         def start() -> Any:
             return self._transport.exchange(sends, receives, collective, where)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from distattn.adapters.huggingface_runs import recurrent_op
+from distattn.adapters.huggingface_spans import recurrent_op
 from distattn.checkpoints.checkpoint_folder import list_checkpoints
 from distattn.checkpoints.owner import machine_digest
 from distattn.doctor.environment import PACKAGES

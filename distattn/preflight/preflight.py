@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from distattn.parallel.runtime.attendance import attended
+from distattn.parallel.runtime.collective_calls import run_collective
 from distattn.parallel.runtime.communicator import (
     all_gather_objects_over_gloo,
     open_communicator,
@@ -88,7 +88,7 @@ def preflight(
 
     def gather(value: Any, label: str) -> list[Any]:
         with activity(f"the preflight's {label}", waits=True):
-            return attended(group, f"the preflight's {label}", lambda: all_gather_objects_over_gloo(host, value))
+            return run_collective(group, f"the preflight's {label}", lambda: all_gather_objects_over_gloo(host, value))
 
     with activity("reading its data and disk for the preflight"):
         mine = collect_facts(run, config, device)

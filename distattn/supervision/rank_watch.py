@@ -14,9 +14,9 @@ from typing import Literal
 
 from distattn.ir.errors import LostRankError
 from distattn.supervision.culprits import Culprit, culprits, last_activity, names_lost_peer, process_state
-from distattn.supervision.evidence import is_in_collective, keep_evidence
+from distattn.supervision.evidence import is_in_collective, save_evidence
 from distattn.supervision.heartbeats import ENDED, LEFT, RAISED, REFUSED, Heartbeat, HeartbeatBoard
-from distattn.supervision.helpers import LOOK_SECONDS, Helper
+from distattn.supervision.helper_processes import LOOK_SECONDS, Helper
 from distattn.supervision.node_links import CutLink, blamed_nodes
 from distattn.supervision.node_reports import ANSWER_SECONDS, NodeReport, NodeReports, merged
 
@@ -309,7 +309,7 @@ class RankWatch:
         stacks: dict[int, str] = {}
         # a full disk must not keep a run from going on
         with contextlib.suppress(OSError):
-            stacks = keep_evidence(self._folder, pids, last_beats)
+            stacks = save_evidence(self._folder, pids, last_beats)
         beats = {rank: last_beats.get(rank) for rank in self._ranks if rank not in last_beats or rank in pids}
         collective = [rank for rank, text in stacks.items() if is_in_collective(text)]
         return NodeReport(beats, states, collective, silent, self._reports.cut_links() if self._reports else ())

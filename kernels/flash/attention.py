@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distattn.kernels.flash.pieces import LEAST_STEP, FlashCall, FlashSchedule, flash_schedule
-from distattn.kernels.glue import Rows, add_rows, copy_rows, merge_rows
+from distattn.kernels.glue import RowSelection, add_rows, copy_rows, merge_rows
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.merge import output_with_delta
 from distattn.kernels.spec import KernelRequirements, LaunchShape, ScoreMod
@@ -116,10 +116,10 @@ def forward(
         # rows without keys have an infinite sum of nothing there
         part_lse = lse_HT.t().masked_fill(lse_HT.t() == torch.inf, -torch.inf)
         o, lse = wide_THE[:, call.heads], lse_TH[:, call.heads]
-        for stretch in call.row_stretches:
-            rows = Rows(stretch.start, stretch.stop - stretch.start)
-            own = Rows(stretch.start - call.rows.start, rows.size)
-            if stretch.first and not merge:
+        for segment in call.row_segments:
+            rows = RowSelection(segment.start, segment.stop - segment.start)
+            own = RowSelection(segment.start - call.rows.start, rows.size)
+            if segment.first and not merge:
                 copy_rows(o, rows, part, own)
                 copy_rows(lse, rows, part_lse, own)
             else:
@@ -165,19 +165,19 @@ def backward(
         given = do_all[rows], q_all[rows], k_all[keys], v_all[keys], o_all[rows], lse
         starts = call.starts_q, call.starts_k, call.longest_q, call.longest_k, 0.0, _is_causal(call)
         dq_part, dk_part, dv_part = backward_operator(*given, *starts, *random, **_window(call, score))
-        rows_of = call.row_stretches, call.rows.start, call.heads
-        keys_of = call.key_stretches, call.keys.start, call.kv_heads
-        for number, part, (stretches, first, heads) in (
+        rows_of = call.row_segments, call.rows.start, call.heads
+        keys_of = call.key_segments, call.keys.start, call.kv_heads
+        for number, part, (segments, first, heads) in (
             (0, dq_part, rows_of),
             (1, dk_part, keys_of),
             (2, dv_part, keys_of),
         ):
-            for stretch in stretches:
-                at = Rows(stretch.start, stretch.stop - stretch.start)
+            for segment in segments:
+                at = RowSelection(segment.start, segment.stop - segment.start)
                 # the first to write need not read
-                put = copy_rows if stretch.first and not adds[number] else add_rows
+                put = copy_rows if segment.first and not adds[number] else add_rows
                 total = grads[number]
-                put(total[:, heads], at, part[..., : total.shape[2]], Rows(stretch.start - first, at.size))
+                put(total[:, heads], at, part[..., : total.shape[2]], RowSelection(segment.start - first, at.size))
     for place, total in zip(places, grads, strict=True):
         if place is not None and place is not total:
             place.copy_(total)

@@ -37,7 +37,7 @@ class Sequence(NamedTuple):
     right: int
 
 
-class Stretch(NamedTuple):
+class Segment(NamedTuple):
     """Rows or keys of sequences that touch; first: no earlier call has written them in these heads."""
 
     start: int
@@ -58,8 +58,8 @@ class FlashCall(NamedTuple):
     longest_k: int
     left: int
     right: int
-    row_stretches: list[Stretch]
-    key_stretches: list[Stretch]
+    row_segments: list[Segment]
+    key_segments: list[Segment]
 
 
 class FlashSchedule(NamedTuple):
@@ -83,8 +83,8 @@ def flash_schedule(mask: LaunchMask) -> FlashSchedule:
     keys = WrittenRows(mask.keys, [0, mask.kv_heads, *(end for _, kv, _ in parts for end in (kv.start, kv.stop))])
     calls = []
     for heads, kv_heads, together in parts:
-        q = _stretches([(one.q0, one.q1) for one in together], heads, rows)
-        k = _stretches([(one.k0, one.k1) for one in together], kv_heads, keys)
+        q = _segments([(one.q0, one.q1) for one in together], heads, rows)
+        k = _segments([(one.k0, one.k1) for one in together], kv_heads, keys)
         starts_q, starts_k = _starts(together)
         calls.append(
             FlashCall(
@@ -179,7 +179,7 @@ def _starts(together: list[Sequence]) -> tuple[Tensor, Tensor]:
     return torch.tensor(q, dtype=torch.int32), torch.tensor(k, dtype=torch.int32)
 
 
-def _stretches(ranges: list[tuple[int, int]], heads: slice, written: WrittenRows) -> list[Stretch]:
+def _segments(ranges: list[tuple[int, int]], heads: slice, written: WrittenRows) -> list[Segment]:
     """Joined ranges, in order, noted as written."""
     joined: list[list[int]] = []
     for start, stop in ranges:
@@ -187,4 +187,4 @@ def _stretches(ranges: list[tuple[int, int]], heads: slice, written: WrittenRows
             joined[-1][1] = stop
         else:
             joined.append([start, stop])
-    return [Stretch(start, stop, written.mark(heads, slice(start, stop))) for start, stop in joined]
+    return [Segment(start, stop, written.mark(heads, slice(start, stop))) for start, stop in joined]

@@ -22,7 +22,7 @@ from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.spec import KernelRequirements, LaunchShape, ScoreMod
 from distattn.kernels.split_tiles import split_long_tiles
 from distattn.kernels.tile_runs import TileRuns, tile_runs, transposed_runs
-from distattn.kernels.triton.attention import plan_row_numbers, row_number_bytes
+from distattn.kernels.triton.attention import row_number_bytes, row_numbers_launch
 from distattn.kernels.triton.launch import (
     TMA_LIMIT,
     SplitTileTensors,
@@ -38,7 +38,7 @@ from distattn.kernels.triton.launch import (
     tensor_arguments,
     tile_run_tensors,
 )
-from distattn.kernels.triton.sums import part_bytes, plan_sums, scratch_of_parts
+from distattn.kernels.triton.sums import part_bytes, scratch_of_parts, sums_launch
 
 DIFFERENTIABLE_LSE = True
 ACCUMULATES = True
@@ -119,7 +119,7 @@ def forward(
     if into is None:
         o_THE = q_THD.new_empty(*q_THD.shape[:2], v_SKE.shape[2], dtype=torch.float32)
         into = o_THE, q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
-    run_launch(plan_forward(q_THD, k_SKD, v_SKE, *into, schedule, score, merge=merge))
+    run_launch(forward_launch(q_THD, k_SKD, v_SKE, *into, schedule, score, merge=merge))
     return into
 
 
@@ -147,7 +147,7 @@ def backward(
         dq.zero_()
     dk, dv = into[1] or (x.new_empty(x.shape, dtype=torch.float32) for x in (k_SKD, v_SKE))
     tensors = do_THE, q_THD, k_SKD, v_SKE, lse_TH, delta_TH
-    for launch in plan_backward(*tensors, (dq, dk, dv), schedule, score, accumulate=add[1]):
+    for launch in backward_launch(*tensors, (dq, dk, dv), schedule, score, accumulate=add[1]):
         run_launch(launch)
     if into[0] is not None and not direct:
         into[0].add_(dq) if add[0] else into[0].copy_(dq)
@@ -164,7 +164,7 @@ def workspace_bytes(direction: str, shape: LaunchShape, schedule: TileSchedule) 
     return row_number_bytes(shape) + parts + dq
 
 
-def plan_forward(
+def forward_launch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -175,7 +175,7 @@ def plan_forward(
     *,
     merge: bool = False,
 ) -> TritonLaunch:
-    """The forward launch; see `triton_attention.plan_forward`."""
+    """The forward launch; see `triton_attention.forward_launch`."""
     (rows, heads, dim), keys = q.shape, len(k)
     tile = FORWARD[dim]
     arguments = _operands(q=(q, 64), k=(k, tile.keys), v=(v, tile.keys))
@@ -186,7 +186,7 @@ def plan_forward(
     return make_launch(forward_kernel, schedule.programs, arguments, tile)
 
 
-def plan_backward(
+def backward_launch(
     do: Tensor,
     q: Tensor,
     k: Tensor,
@@ -203,7 +203,7 @@ def plan_backward(
     (rows, heads, dim), (keys, kv_heads, _) = q.shape, k.shape
     tile = BACKWARD[dim]
     dq, dk, dv = grads
-    numbers, first_launch = plan_row_numbers(lse, delta)
+    numbers, first_launch = row_numbers_launch(lse, delta)
     half = tile.keys // 2
     arguments = _operands(q=(q, tile.rows), do=(do, tile.rows), k=(k, half), v=(v, half))
     arguments |= {"dq_": _descriptor(dq, tile.rows, dim // 2), "dq_head": dq.stride(1)}
@@ -218,7 +218,7 @@ def plan_backward(
     arguments |= dict(kv_heads=kv_heads, BM=tile.rows, BN=tile.keys, D=dim, E=v.shape[2], STAGES=tile.stages)
     arguments["ACC"] = accumulate
     launches = [first_launch, make_launch(backward_kernel, len(split.runs.order) * kv_heads, arguments, tile)]
-    return [*launches, plan_sums(parts, dk, dv, split, accumulate)] if split.slots else launches
+    return [*launches, sums_launch(parts, dk, dv, split, accumulate)] if split.slots else launches
 
 
 def _operands(**tensors: tuple[Tensor, int]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Inside a chunk all pairs of tokens are products of matrices; from chunk to chunk the state passes on. Outputs are affine in the
 state that enters, and so is the state that leaves (Yang et al. 2024, arXiv 2406.06484 and 2412.06464). What does not depend on
-the state is computed for many chunks at once, and one loop over the chunks passes on the state alone. Stretches of any lengths
+the state is computed for many chunks at once, and one loop over the chunks passes on the state alone. Segments of any lengths
 go side by side. The backward pass makes the chunks again, from the last to the first, so that only the states between chunks
 are kept. Numbers are those of the accumulation dtype throughout.
 
@@ -10,7 +10,7 @@ Decays are sums of logarithms, exponentiated only as differences of a later and 
 decayed to nothing is 0. The sums are of double precision: the difference of two large sums would lose what matters.
 """
 
-# N stretches, n of them still going on, M chunks of a block, C tokens of a chunk, T tokens, H heads, G heads of queries and keys,
+# N segments, n of them still going on, M chunks of a block, C tokens of a chunk, T tokens, H heads, G heads of queries and keys,
 # K key dim, V value dim; a state is S_NHKV
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distattn.kernels.recurrence.tokens import RecurrenceTokens, Stretches, bounds_of
+from distattn.kernels.recurrence.tokens import RecurrenceTokens, Segments, bounds_of
 from distattn.kernels.recurrence.transitions import diagonal_transitions, finite_decays
 from distattn.kernels.spec import KernelRequirements
 
@@ -34,11 +34,11 @@ _BLOCK, _BLOCK_ON_GPUS = 16, 64
 
 
 class Level(NamedTuple):
-    """Chunks [begin, end) of a block, each of another stretch, and which stretches; None for all of them, in order."""
+    """Chunks [begin, end) of a block, each of another segment, and which segments; None for all of them, in order."""
 
     begin: int
     end: int
-    stretches: Tensor | None
+    segments: Tensor | None
 
 
 class Block(NamedTuple):
@@ -49,7 +49,7 @@ class Block(NamedTuple):
 
 
 class ChunkSchedule(NamedTuple):
-    """The chunks of all stretches, and the rows [begin, end) of each stretch as a tensor (N, 2)."""
+    """The chunks of all segments, and the rows [begin, end) of each segment as a tensor (N, 2)."""
 
     blocks: tuple[Block, ...]
     bounds: Tensor
@@ -75,33 +75,33 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
     return None
 
 
-def prepare(stretches: Stretches, requirements: KernelRequirements) -> ChunkSchedule:
-    """Return the first chunk of each stretch, then the second, and so on, some of them at once, on the host."""
+def prepare(segments: Segments, requirements: KernelRequirements) -> ChunkSchedule:
+    """Return the first chunk of each segment, then the second, and so on, some of them at once, on the host."""
     size = _CHUNK_OF_CHANNELS if requirements.op.decay == "channel" else _CHUNK
-    longest = max((end - begin for begin, end in stretches), default=0)
+    longest = max((end - begin for begin, end in segments), default=0)
     size = min(size, max(longest, 1))
     at_once = _BLOCK if requirements.device.type == "cpu" else _BLOCK_ON_GPUS
     blocks: list[Block] = []
     first: list[tuple[int, int]] = []
     levels: list[Level] = []
-    going, which = list(range(len(stretches))), None
+    going, which = list(range(len(segments))), None
     for number in range(-(-longest // size)):
-        still = [i for i in going if stretches[i][1] - stretches[i][0] > number * size]
-        # levels share the list until the next stretch ends: each list is a tensor that is copied to the device
+        still = [i for i in going if segments[i][1] - segments[i][0] > number * size]
+        # levels share the list until the next segment ends: each list is a tensor that is copied to the device
         if len(still) < len(going):
             going, which = still, torch.tensor(still)
         levels.append(Level(len(first), len(first) + len(going), which))
-        first += [(stretches[i][0] + number * size, stretches[i][1]) for i in going]
+        first += [(segments[i][0] + number * size, segments[i][1]) for i in going]
         if len(first) >= at_once or (number + 1) * size >= longest:
             begin, end = torch.tensor(first).unbind(1)
             rows = begin[:, None] + torch.arange(size)
             blocks.append(Block(torch.where(rows < end[:, None], rows, -1), tuple(levels)))
             first, levels = [], []
-    return ChunkSchedule(tuple(blocks), bounds_of(stretches))
+    return ChunkSchedule(tuple(blocks), bounds_of(segments))
 
 
 def forward(x: RecurrenceTokens, chunks: ChunkSchedule, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
-    """(o_THV, the state after each stretch), in the dtype of the states; o is 0 in no stretch."""
+    """(o_THV, the state after each segment), in the dtype of the states; o is 0 in no segment."""
     state = state_NHKV.clone()
     o_THV = state.new_zeros((len(x.v) + 1, *x.v.shape[1:]))
     for block in chunks.blocks:
@@ -116,7 +116,7 @@ def forward(x: RecurrenceTokens, chunks: ChunkSchedule, state_NHKV: Tensor) -> t
 def states(
     x: RecurrenceTokens, chunks: ChunkSchedule, state_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(the state after each stretch, A of each), in the dtype of the states; None without `transitions`.
+    """(the state after each segment, A of each), in the dtype of the states; None without `transitions`.
 
     A is its diagonal (N, H, K), (N, H, 1) where that is constant, or for the delta rule (N, H, K, K).
     """
@@ -167,7 +167,7 @@ def backward(
         for name, grad_MHC in zip(leaves, found, strict=True):
             if name in ("q", "k"):
                 grad_MHC = grad_MHC.unflatten(1, (-1, group)).sum(2)
-            # rows without a token are of no stretch
+            # rows without a token are of no segment
             totals[name][block.rows] = grad_MHC.transpose(1, 2)
     return x._replace(**{name: total[: len(x.v)] for name, total in totals.items()}), dstate
 
@@ -175,7 +175,7 @@ def backward(
 def gradient_states(
     x: RecurrenceTokens, chunks: ChunkSchedule, do_THV: Tensor, dstate_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(the gradient of the state before each stretch, A of each), in the dtype of the states; see `states`.
+    """(the gradient of the state before each segment, A of each), in the dtype of the states; see `states`.
 
     dstate_NHKV: gradients of the states that leave.
     """
@@ -205,7 +205,7 @@ def _rows(y: Tensor, block: Block, dtype: torch.dtype, group: int = 1) -> Tensor
 
 
 def _passed_on(maps: Maps, block: Block, state_NHKV: Tensor) -> Tensor:
-    """The states that enter a block's chunks, (M, H, K, V); those of stretches become what leaves the block."""
+    """The states that enter a block's chunks, (M, H, K, V); those of segments become what leaves the block."""
     entering = state_NHKV.new_empty((len(block.rows), *state_NHKV.shape[1:]))
     for begin, end, which in block.levels:
         entering[begin:end] = state_NHKV if which is None else state_NHKV[which]
@@ -223,7 +223,7 @@ def _with_product(base: Tensor, left: Tensor, right: Tensor, factor: float = 1.0
 
 
 def _passed_back(maps: Maps, block: Block, do_MHCV: Tensor, dstate_NHKV: Tensor) -> tuple[Tensor, Tensor]:
-    """(gradients of u - w S, of the states that leave) of a block's chunks; those of stretches become what is before it."""
+    """(gradients of u - w S, of the states that leave) of a block's chunks; those of segments become what is before it."""
     dentering, du = maps.read.transpose(-1, -2) @ do_MHCV, maps.pairs.transpose(-1, -2) @ do_MHCV
     dleaving = torch.empty_like(dentering)
     for begin, end, which in reversed(block.levels):
@@ -239,7 +239,7 @@ def _passed_back(maps: Maps, block: Block, do_MHCV: Tensor, dstate_NHKV: Tensor)
 
 
 def _gradients(maps: Maps, block: Block, state_MHKV: Tensor, do_MHCV: Tensor, dstate_NHKV: Tensor) -> Maps:
-    """Gradients of the maps of a block's chunks, whose entering states are given; those of stretches as in `_passed_back`."""
+    """Gradients of the maps of a block's chunks, whose entering states are given; those of segments as in `_passed_back`."""
     du, dleaving = _passed_back(maps, block, do_MHCV, dstate_NHKV)
     heard = maps.u if maps.w is None else maps.u - maps.w @ state_MHKV
     ddecay = (state_MHKV * dleaving).sum(-1)

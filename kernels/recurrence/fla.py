@@ -1,6 +1,6 @@
 """Recurrences on GPUs by the chunk kernels of flash-linear-attention (package `fla-core`, our extra `fla`).
 
-Only its public functions are called, which take and give states. Every task of a plan is one of them: what a stretch does to any
+Only its public functions are called, which take and give states. Every task of a plan is one of them: what a segment does to any
 state, (A, B), is what the recurrence leaves of the values [v | 0] after the state [0 | I], namely [B | A]; what it does to a
 gradient is the gradient of its initial state. The backward pass makes the forward again, as their functions keep its tensors
 with autograd's graph alone.
@@ -8,7 +8,7 @@ with autograd's graph alone.
 Products are of the inputs' dtype, or of TF32 for float32, which this kernel does not take; states are float32.
 """
 
-# N stretches, T tokens, H heads, G heads of queries and keys, K key dim, V value dim; a state is S_NHKV
+# N segments, T tokens, H heads, G heads of queries and keys, K key dim, V value dim; a state is S_NHKV
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from distattn.ir.errors import DistattnError
 from distattn.kernels.fla_sequences import sequence_offsets
 from distattn.kernels.recurrence.hopper import token_decay_fault
-from distattn.kernels.recurrence.tokens import RecurrenceTokens, Stretches, bounds_of
+from distattn.kernels.recurrence.tokens import RecurrenceTokens, Segments, bounds_of
 from distattn.kernels.recurrence.transitions import diagonal_transitions
 from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.triton.launch import compute_capability
@@ -57,23 +57,23 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 class SequenceEnds(NamedTuple):
-    """Where stretches that follow one another end: on the host, and as tensors."""
+    """Where segments that follow one another end: on the host, and as tensors."""
 
     ends: tuple[int, ...]
     offsets: Tensor
     bounds: Tensor
 
 
-def prepare(stretches: Stretches, requirements: KernelRequirements) -> SequenceEnds:
-    """Return where the stretches end. Raise DistattnError where one does not begin with the end of the one before it."""
-    begins, ends = [begin for begin, _ in stretches], [end for _, end in stretches]
+def prepare(segments: Segments, requirements: KernelRequirements) -> SequenceEnds:
+    """Return where the segments end. Raise DistattnError where one does not begin with the end of the one before it."""
+    begins, ends = [begin for begin, _ in segments], [end for _, end in segments]
     if begins != [0, *ends[:-1]]:
-        raise DistattnError('kernel "fla" takes stretches that follow one another; use kernel="chunked".')
-    return SequenceEnds(tuple(ends), sequence_offsets(tuple(ends)), bounds_of(stretches))
+        raise DistattnError('kernel "fla" takes segments that follow one another; use kernel="chunked".')
+    return SequenceEnds(tuple(ends), sequence_offsets(tuple(ends)), bounds_of(segments))
 
 
 def forward(x: RecurrenceTokens, sequences: SequenceEnds, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
-    """(o_THV in the inputs' dtype, the state after each stretch in float32); all rows are of a stretch, in order."""
+    """(o_THV in the inputs' dtype, the state after each segment in float32); all rows are of a segment, in order."""
     # tensors that want gradients are given here, too
     with torch.no_grad():
         o, leaving = _called(_prepared(x), sequences, state_NHKV)
@@ -83,7 +83,7 @@ def forward(x: RecurrenceTokens, sequences: SequenceEnds, state_NHKV: Tensor) ->
 def states(
     x: RecurrenceTokens, sequences: SequenceEnds, state_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(the state after each stretch, A of each or None), in float32; see `chunked.states`."""
+    """(the state after each segment, A of each or None), in float32; see `chunked.states`."""
     key_dim, value_dim = state_NHKV.shape[2:]
     if not transitions or x.beta is None:
         _, leaving = forward(x, sequences, state_NHKV)
@@ -116,7 +116,7 @@ def backward(
 def gradient_states(
     x: RecurrenceTokens, sequences: SequenceEnds, do_THV: Tensor, dstate_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(the gradient of the state before each stretch, A of each or None), in float32; see `chunked.gradient_states`."""
+    """(the gradient of the state before each segment, A of each or None), in float32; see `chunked.gradient_states`."""
     _, dentering = backward(x, sequences, torch.zeros_like(dstate_NHKV), do_THV, dstate_NHKV)
     return dentering, states(x, sequences, torch.zeros_like(dstate_NHKV), True)[1] if transitions else None
 
@@ -132,10 +132,10 @@ def _prepared(x: RecurrenceTokens) -> RecurrenceTokens:
 
 
 def _called(x: RecurrenceTokens, sequences: SequenceEnds, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
-    """(o (1, T, H, V), the state after each stretch), of tokens as `_prepared` returns them. One function of autograd's."""
+    """(o (1, T, H, V), the state after each segment), of tokens as `_prepared` returns them. One function of autograd's."""
     q, k, v, g, beta = x
     if sequences.ends[-1:] != (v.shape[1],):
-        raise DistattnError('kernel "fla" takes stretches that end with the last token; use kernel="chunked".')
+        raise DistattnError('kernel "fla" takes segments that end with the last token; use kernel="chunked".')
     states = {"scale": 1.0, "initial_state": state_NHKV, "output_final_state": True}
     arguments = {**states, "cu_seqlens": sequences.offsets, "cu_seqlens_cpu": sequence_offsets(sequences.ends)}
     if beta is None:

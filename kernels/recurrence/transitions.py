@@ -1,6 +1,6 @@
-"""What stretches of tokens do to any state that enters them, where that is no matrix: the product of their decays."""
+"""What segments of tokens do to any state that enters them, where that is no matrix: the product of their decays."""
 
-# N stretches, H heads, K key dim
+# N segments, H heads, K key dim
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def finite_decays(g: Tensor) -> Tensor:
 
 
 def diagonal_transitions(x: RecurrenceTokens, bounds_N2: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return A of each stretch of an op without the delta rule: (N, H, K), or (N, H, 1) where all channels decay alike.
+    """Return A of each segment of an op without the delta rule: (N, H, K), or (N, H, 1) where all channels decay alike.
 
-    bounds_N2: the rows [begin, end) of each stretch, int64, on the device of the tokens.
+    bounds_N2: the rows [begin, end) of each segment, int64, on the device of the tokens.
     """
     begin_N, end_N = bounds_N2.unbind(1)
     if not x.decays_by_token:
@@ -34,7 +34,7 @@ def diagonal_transitions(x: RecurrenceTokens, bounds_N2: Tensor, dtype: torch.dt
 
 
 def constant_transition(g_H: Tensor | None, heads: int, length_N: Tensor) -> Tensor:
-    """Return A of stretches of these numbers of tokens where every token decays alike, (N, H, 1) in fp64."""
+    """Return A of segments of these numbers of tokens where every token decays alike, (N, H, 1) in fp64."""
     if g_H is None:
         return length_N.new_ones((len(length_N), heads, 1), dtype=torch.float64)
     return torch.exp(finite_decays(g_H)[None] * length_N[:, None])[..., None]

@@ -1,6 +1,6 @@
 """Kernels of recurrences on trial: all that a task may ask of one is compared with the chunked kernel in fp64, and timed."""
 
-# N stretches, T tokens, H heads, G heads of queries and keys, K key dim, V value dim
+# N segments, T tokens, H heads, G heads of queries and keys, K key dim, V value dim
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.trials import Trial, median_seconds, try_each
 from distattn.kernels.triton.launch import schedule_to_device
 
-# of stretches: some for comparison, some for times; and heads at most
+# of segments: some for comparison, some for times; and heads at most
 _COMPARED, _TIMED = (150, 1, 64, 33), (2048, 1500, 548)
 _HEADS_COMPARED, _HEADS_TIMED = 4, 32
 _SEED = 1234
 
 
 class RecurrenceInputs(NamedTuple):
-    """Tokens, states that enter, gradients of outputs and of states that leave; the stretches, and what the call requires."""
+    """Tokens, states that enter, gradients of outputs and of states that leave; the segments, and what the call requires."""
 
     x: RecurrenceTokens
     state: Tensor
     do: Tensor
     dstate: Tensor
-    stretches: tuple[tuple[int, int], ...]
+    segments: tuple[tuple[int, int], ...]
     requirements: KernelRequirements
 
     def schedule_of(self, kernel: Any) -> Any:
-        """Return the stretches as a kernel's `prepare` makes them, on the device of the tokens."""
-        return schedule_to_device(kernel.prepare(self.stretches, self.requirements), self.state.device)
+        """Return the segments as a kernel's `prepare` makes them, on the device of the tokens."""
+        return schedule_to_device(kernel.prepare(self.segments, self.requirements), self.state.device)
 
     @staticmethod
     def random(
         lengths: Sequence[int], heads: int, key_heads: int, requirements: KernelRequirements
     ) -> RecurrenceInputs:
-        """Of stretches of such lengths, as a trained layer has them: keys of length 1, decays of some tokens to thousands."""
+        """Of segments of such lengths, as a trained layer has them: keys of length 1, decays of some tokens to thousands."""
         op, device, dtype = requirements.op, requirements.device, requirements.dtype
         generator = torch.Generator(device).manual_seed(_SEED)
         tokens, key_dim, value_dim = sum(lengths), requirements.head_dim, requirements.v_head_dim
@@ -93,7 +93,7 @@ def differences(kernel: Any, given: RecurrenceInputs) -> list[float]:
         state=given.state.double(),
         do=given.do.double(),
         dstate=given.dstate.double(),
-        stretches=given.stretches,
+        segments=given.segments,
         requirements=given.requirements._replace(dtype=torch.float64),
     )
     pairs = zip(_results(kernel, given), _results(chunked, exact), strict=True)

@@ -36,7 +36,7 @@ from distattn.kernels.triton.launch import (
     tensor_arguments,
     tile_run_tensors,
 )
-from distattn.kernels.triton.sums import part_bytes, plan_sums, scratch_of_parts
+from distattn.kernels.triton.sums import part_bytes, scratch_of_parts, sums_launch
 from distattn.kernels.triton.tiles import INTERPRETED
 
 DIFFERENTIABLE_LSE = True
@@ -148,7 +148,7 @@ def forward(
     if into is None:
         o_THE = q_THD.new_empty(*q_THD.shape[:2], v_SKE.shape[2], dtype=torch.float32)
         into = o_THE, q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
-    run_launch(plan_forward(q_THD, k_SKD, v_SKE, *into, schedule, score, precision=precision, merge=merge))
+    run_launch(forward_launch(q_THD, k_SKD, v_SKE, *into, schedule, score, precision=precision, merge=merge))
     return into
 
 
@@ -172,12 +172,12 @@ def backward(
     dq = q_THD.new_empty(q_THD.shape, dtype=torch.float32) if into[0] is None else into[0]
     dk, dv = into[1] or (x.new_empty(x.shape, dtype=torch.float32) for x in (k_SKD, v_SKE))
     tensors = do_THE, q_THD, k_SKD, v_SKE, lse_TH, delta_TH
-    for launch in plan_backward(*tensors, (dq, dk, dv), schedule, score, precision=precision, accumulate=add):
+    for launch in backward_launch(*tensors, (dq, dk, dv), schedule, score, precision=precision, accumulate=add):
         run_launch(launch)
     return dq, dk, dv
 
 
-def plan_forward(
+def forward_launch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -200,7 +200,7 @@ def plan_forward(
     return make_launch(forward_kernel, len(schedule.forward.order) * heads, arguments, tile)
 
 
-def plan_backward(
+def backward_launch(
     do: Tensor,
     q: Tensor,
     k: Tensor,
@@ -217,7 +217,7 @@ def plan_backward(
     """The backward launches; grads: (dq, dk, dv). accumulate: add to dq, to dk and dv, instead of writing."""
     (rows, heads, _), (keys, kv_heads, _) = q.shape, k.shape
     dq, dk, dv = grads
-    numbers, first_launch = plan_row_numbers(lse, delta)
+    numbers, first_launch = row_numbers_launch(lse, delta)
     padded = numbers.shape[2]
     # arguments that are not used are of one alignment: another would compile another kernel
     slopes = numbers if score.slopes_H is None else score.slopes_H
@@ -236,10 +236,10 @@ def plan_backward(
         arguments["PRECISION"] = precision
         arguments |= dict(BM=tile.rows, BN=tile.keys, ACC=acc)
         launches.append(make_launch(kernel, len(lists.order) * owners, arguments, tile))
-    return [*launches, plan_sums(parts, dk, dv, split, accumulate[1])] if split.slots else launches
+    return [*launches, sums_launch(parts, dk, dv, split, accumulate[1])] if split.slots else launches
 
 
-def plan_row_numbers(lse: Tensor, delta: Tensor) -> tuple[Tensor, TritonLaunch]:
+def row_numbers_launch(lse: Tensor, delta: Tensor) -> tuple[Tensor, TritonLaunch]:
     """(2, H, more than T): log-sum-exp in base 2 and delta as backward kernels read them, and the launch that fills it."""
     rows, heads = lse.shape
     numbers = scratch_of_numbers(lse)

@@ -31,7 +31,7 @@ from distattn.launch.ranks.process_title import RUN_VARIABLE
 from distattn.launch.stop_signals import STOPPING
 from distattn.supervision.culprits import Culprit
 from distattn.supervision.heartbeats import HeartbeatBoard
-from distattn.supervision.helpers import Helper, how_it_ended
+from distattn.supervision.helper_processes import Helper, describe_exit
 from distattn.supervision.node_links import NodeLinks
 from distattn.supervision.node_reports import NodeReports
 from distattn.supervision.rank_watch import Patience, RankWatch, Trouble
@@ -234,13 +234,13 @@ def _ended(codes: Mapping[int, int], trouble: Trouble) -> tuple[int, Trouble]:
 
 
 def _how_it_died(code: int) -> str:
-    return how_it_ended(code) + (" without giving a reason" if code >= 0 else "")
+    return describe_exit(code) + (" without giving a reason" if code >= 0 else "")
 
 
 def _silent_end(error: ChildFailedError) -> Trouble:
     """Return the trouble of ranks without a heartbeat, with the rank that ended first."""
     rank, failure = min(error.failures.items(), key=lambda item: item[1].timestamp)
-    culprits = (Culprit(rank, f"{how_it_ended(failure.exitcode)} before its first heartbeat"),)
+    culprits = (Culprit(rank, f"{describe_exit(failure.exitcode)} before its first heartbeat"),)
     if failure.exitcode < 0:
         return Trouble(culprits, "killed", 0, 0.0)
     return Trouble(culprits, "raised", 0, 0.0, failure.exitcode)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from distattn.ir.errors import DistattnError
 from distattn.launch.ranks.die_with_launcher import set_parent_death_signal
-from distattn.supervision.evidence import answer_with_stacks, be_read_by
+from distattn.supervision.evidence import allow_stack_reads, answer_with_stacks
 from distattn.supervision.flight_recorder import answer_with_flight_recorder
 from distattn.supervision.heartbeats import LEFT, attach, set_activity, set_end
 
@@ -39,7 +39,7 @@ def run_rank(launcher: int, board: str, attempt: int, evidence: str, function: s
     rank = int(os.environ["RANK"])
     attach(Path(board), int(os.environ["LOCAL_RANK"]), attempt)
     answer_with_stacks(Path(evidence), rank)
-    be_read_by(launcher)
+    allow_stack_reads(launcher)
     answer_with_flight_recorder()
     set_activity("starting")
     module, name = function.split(":")

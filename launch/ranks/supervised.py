@@ -8,14 +8,14 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from distattn.checkpoints.held_folder import HeldFolder
+from distattn.checkpoints.folder_handle import FolderHandle
 from distattn.checkpoints.owner import writer_name
 from distattn.ir.errors import LostRankError
 from distattn.launch.attempt_end import RepeatedFailures
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import print_message
 from distattn.launch.ranks.attempt import Ranks, fork_server, run_attempt
-from distattn.launch.stop_signals import CommandStopped, answering_signals
+from distattn.launch.stop_signals import CommandStopped, stop_on_signals
 from distattn.supervision.heartbeats import HeartbeatBoard
 from distattn.supervision.rank_watch import Trouble
 
@@ -29,7 +29,7 @@ class Restarts:
 
     limit: int
     progress: Callable[[], int]
-    folder: HeldFolder | None = None
+    folder: FolderHandle | None = None
 
 
 def run_supervised(ranks: Ranks, attempts: Attempts, restarts: Restarts, preload: Sequence[str] = ()) -> int:
@@ -41,7 +41,7 @@ def run_supervised(ranks: Ranks, attempts: Attempts, restarts: Restarts, preload
     Return 0 if all ranks end well, else the exit code of `run_attempt`. Raises CommandStopped if this process is stopped.
     """
     attempts.end_open("ended with its launcher, before the cause was known")
-    with answering_signals(), fork_server(preload, run=ranks.run):
+    with stop_on_signals(), fork_server(preload, run=ranks.run):
         return _run_until_done(ranks, attempts, restarts)
 
 

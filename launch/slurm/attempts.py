@@ -36,7 +36,7 @@ from distattn.launch.slurm.commands import (
     job_state,
     usable_hosts,
 )
-from distattn.launch.slurm.steps import JobHosts, read_line
+from distattn.launch.slurm.steps import JobHosts, read_srun_line
 from distattn.training.run_folder import RunFolder
 
 # seconds that Slurm gets to end a step, beyond OTHERS_SECONDS after its first failure
@@ -117,7 +117,7 @@ class JobNodes:
             if line is None:
                 break
             # tasks that end after the step was killed did not fail by themselves
-            if read_line(end, line, tasks=not killed) and not failed_at:
+            if read_srun_line(end, line, tasks=not killed) and not failed_at:
                 failed_at = time.monotonic()
             waited = time.monotonic() - failed_at if failed_at else 0.0
             if waited > OTHERS_SECONDS and not killed:

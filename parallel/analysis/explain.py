@@ -24,9 +24,9 @@ from distattn.ir.plan import (
     task_areas,
 )
 from distattn.parallel.analysis import quality
-from distattn.parallel.analysis.columns import aligned, plural, readable_bytes
 from distattn.parallel.analysis.lower_bounds import lower_bound, plain_ring_traffic, plan_traffic
 from distattn.parallel.analysis.score_matrix import draw_score_matrix, score_matrix_html
+from distattn.parallel.analysis.text_format import align_columns, plural, readable_bytes
 from distattn.parallel.analysis.verify import Proof, verify
 
 # ranks listed one by one before only the extremes are shown
@@ -174,7 +174,7 @@ def _rank_table(ranks: list[dict[str, int]]) -> str:
         + [readable_bytes(row[name]) for name in sizes]
         for row in shown
     ]
-    lines = aligned([head, *rows], left=0)
+    lines = align_columns([head, *rows], left=0)
     if len(shown) < len(ranks):
         lines.append(f"     (the least and the most loaded of {len(ranks)} ranks)")
     return "\n".join(lines)
@@ -190,7 +190,7 @@ def _step_table(plan: Plan, direction: str, table: Table) -> str:
         size = readable_bytes(int(move_bytes(plan.call, moves).sum()))
         rows.append([f"step {step}", f"{tasks.sum():,d}", f"{work[tasks].sum():,d}", f"{num_rows(moves):,d}", size])
         payloads.append(", ".join(Payload(p).name for p in np.unique(moves["payload"])))
-    steps = [f"{line}   {names}".rstrip() for line, names in zip(aligned(rows), payloads, strict=True)]
+    steps = [f"{line}   {names}".rstrip() for line, names in zip(align_columns(rows), payloads, strict=True)]
     return "\n".join([*schedules, *steps])
 
 

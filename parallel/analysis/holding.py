@@ -98,7 +98,7 @@ def moves_of(moves: Columns, payloads: tuple[Payload, ...]) -> Columns:
     return {**select_rows(moves, row), "row": row}
 
 
-def show_row(rows: Columns, names: tuple[str, ...], i: int) -> str:
+def describe_row(rows: Columns, names: tuple[str, ...], i: int) -> str:
     """Row i as an error shows it."""
     return "(" + ", ".join(f"{name} {rows[name][i]}" for name in names) + ")"
 
@@ -253,7 +253,7 @@ class _HoldingCheck:
         if unused.any():
             first = int(np.flatnonzero(unused)[0])
             row = int(self.moves["row"][held.row[arrived][first] - self.first_move])
-            shown = show_row(self.table.moves, MOVE_COLUMNS, row)
+            shown = describe_row(self.table.moves, MOVE_COLUMNS, row)
             raise PlanError(f"{self.label} of move {row} {shown} {self.sentences.unused}.")
 
     def _lifetimes(self, last: Ints) -> BufferLifetimes:
@@ -272,9 +272,9 @@ class _HoldingCheck:
         """The task or move of a row of `uses`, as an error shows it."""
         tasks = num_rows(self.table.tasks)
         if row < tasks:
-            return f"task {row} {show_row(self.table.tasks, TASK_COLUMNS, row)}"
+            return f"task {row} {describe_row(self.table.tasks, TASK_COLUMNS, row)}"
         move = self.moves["row"][row - tasks]
-        return f"move {move} {show_row(self.table.moves, MOVE_COLUMNS, move)}"
+        return f"move {move} {describe_row(self.table.moves, MOVE_COLUMNS, move)}"
 
 
 def _covered(low: Ints, high: Ints, a: Ints, b: Ints) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from distattn.ir.intervals import Ints
-from distattn.parallel.analysis.columns import in_one_unit
+from distattn.parallel.analysis.text_format import with_common_unit
 
 if TYPE_CHECKING:
     from distattn.parallel.analysis.timeline import Numbers, PassTimeline
@@ -26,7 +26,7 @@ def drawn_ranks(ranks: int) -> Ints:
     return np.unique(np.linspace(0, ranks - 1, min(ranks, _MAX_DRAWN)).astype(np.int64))
 
 
-def stretches(one: PassTimeline, ends: Numbers, ranks: Ints) -> tuple[Numbers, Numbers, Ints]:
+def busy_intervals(one: PassTimeline, ends: Numbers, ranks: Ints) -> tuple[Numbers, Numbers, Ints]:
     """Return begin and end, in seconds, of what ranks do in steps that have any of it, and the line of its rank in `ranks`.
 
     ends: seconds, (steps, all ranks): `computed` or `arrived` of the pass.
@@ -41,12 +41,15 @@ def pass_figure(one: PassTimeline, title: str) -> str:
     bottom, wide = _TOP + _LINE * len(ranks), _WIDTH - _LEFT - _RIGHT
     scale = wide / (one.seconds or 1.0)
     bars = "".join(
-        f'<path style="fill:{_COLOURS[kind]}" d="{_boxes(*stretches(one, ends, ranks), scale, down)}"/>'
+        f'<path style="fill:{_COLOURS[kind]}" d="{_boxes(*busy_intervals(one, ends, ranks), scale, down)}"/>'
         for kind, ends, down in (("kernels", one.computed, 1), ("messages", one.arrived, 1 + _BAR))
     )
     names = "".join(_text(_LEFT - 6, _TOP + _LINE * line + 11, str(rank), "end") for line, rank in enumerate(ranks))
     times = zip(
-        (0.0, 0.5, 1.0), in_one_unit([0.0, one.seconds / 2, one.seconds], "s"), ("start", "middle", "end"), strict=True
+        (0.0, 0.5, 1.0),
+        with_common_unit([0.0, one.seconds / 2, one.seconds], "s"),
+        ("start", "middle", "end"),
+        strict=True,
     )
     ticks = "".join(_text(_LEFT + wide * share, bottom + 16, text, anchor) for share, text, anchor in times)
     keys = "".join(f'<span style="color:{colour}">\u25a0</span> {kind} ' for kind, colour in _COLOURS.items())

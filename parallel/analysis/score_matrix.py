@@ -23,7 +23,7 @@ _OUTLINE_ROWS = 48
 # relative luminance of all colours, so that they are seen on white and on a dark page (contrast of 2.2 or more with both)
 _DARKEST, _LIGHTEST = 0.11, 0.42
 # the used part of a palette, whose ends are nearly black
-_STRETCH = (0.06, 0.96)
+_COLOUR_RANGE = (0.06, 0.96)
 _PALETTES = {"rank": "turbo", "step": "viridis"}
 # red, green and blue in relative luminance (WCAG 2)
 _LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
@@ -67,7 +67,7 @@ def legible_colours(name: str, count: int) -> Numbers:
     """Return `count` colours of a palette of matplotlib, (count, 3) in [0, 1], none too light or too dark to be seen."""
     from matplotlib import colormaps
 
-    srgb = colormaps[name](np.linspace(*_STRETCH, max(count, 1)))[:, :3]
+    srgb = colormaps[name](np.linspace(*_COLOUR_RANGE, max(count, 1)))[:, :3]
     linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
     luminance = (linear @ _LUMINANCE)[:, None]
     linear *= np.minimum(1, _LIGHTEST / luminance)
@@ -95,7 +95,7 @@ def _of_head(tasks: Columns, head: int) -> Columns:
 
 
 def _drawn_tasks(plan: Plan) -> Columns:
-    """Return the forward tasks; of a recurrence those with outputs, each with all cells that pass through its stretch."""
+    """Return the forward tasks; of a recurrence those with outputs, each with all cells that pass through its segment."""
     tasks = plan.forward.tasks
     return select_rows(tasks, has_rows_and_keys(tasks)) if plan.call.op.is_recurrent else tasks
 

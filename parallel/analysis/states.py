@@ -3,7 +3,7 @@
 A task leaves the state of what it has read, a move copies one. A state is there from the end of that step on, or from the
 forward pass, which keeps what its tasks began with. An interval may be read where states tile it: they touch, in order, and all
 are there before the step. By induction each sums up its tokens once and in order, and since coverage forces tasks to begin
-where documents do, what enters a stretch sums up all its document's tokens before it and no others.
+where documents do, what enters a segment sums up all its document's tokens before it and no others.
 
 Gradients of states are the same in a mirror: the token axis from its end.
 """
@@ -30,7 +30,7 @@ from distattn.ir.plan import (
     num_rows,
     select_rows,
 )
-from distattn.parallel.analysis.holding import BufferLifetimes, show_row
+from distattn.parallel.analysis.holding import BufferLifetimes, describe_row
 from distattn.parallel.tables.held_states import HeldState, HeldStates
 
 
@@ -237,7 +237,7 @@ class _Tracing:
     def _show(self, name: Hashable) -> str:
         assert isinstance(name, StateName)
         rows, columns = (self.table.moves, MOVE_COLUMNS) if name.kind == "move" else (self.table.tasks, TASK_COLUMNS)
-        return f"{name.kind} {name.row} {show_row(rows, columns, name.row)}"
+        return f"{name.kind} {name.row} {describe_row(rows, columns, name.row)}"
 
 
 def _numbered(rows: Columns, chosen: np.ndarray) -> Columns:

@@ -13,7 +13,7 @@ from distattn.cluster.spec import ClusterSpec
 from distattn.ir.cached import cached_property
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import Plan
-from distattn.parallel.analysis.pass_figure import drawn_ranks, pass_figure, stretches
+from distattn.parallel.analysis.pass_figure import busy_intervals, drawn_ranks, pass_figure
 from distattn.parallel.analysis.verify import Proof
 
 Numbers = np.ndarray
@@ -160,7 +160,7 @@ class Timeline:
         start = 0.0
         for one in self.passes:
             for ends, low, colour in ((one.computed, 0.0, _KERNELS), (one.arrived, 0.45, _MESSAGES)):
-                begin, end, line = stretches(one, ends, ranks)
+                begin, end, line = busy_intervals(one, ends, ranks)
                 x0, x1, y = (start + begin) * 1e3, (start + end) * 1e3, line + low
                 boxes = np.stack([x0, y, x1, y, x1, y + 0.42, x0, y + 0.42], 1).reshape(-1, 4, 2)
                 axis.add_collection(PolyCollection(list(boxes), facecolors=colour, edgecolors="white", linewidths=0.2))

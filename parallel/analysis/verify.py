@@ -31,7 +31,7 @@ from distattn.ir.plan import (
     task_bands,
 )
 from distattn.parallel.analysis.disjoint import first_overlap
-from distattn.parallel.analysis.holding import MAX_STEP, BufferLifetimes, check_payload, moves_of, show_row
+from distattn.parallel.analysis.holding import MAX_STEP, BufferLifetimes, check_payload, describe_row, moves_of
 from distattn.parallel.analysis.states import begun_with_state, state_lifetimes, trace_states
 from distattn.parallel.tables.written_once import written_once
 
@@ -102,7 +102,7 @@ def _verify_table(plan: Plan, direction: str, kept: Columns | None) -> dict[Payl
     _check_task_numbers(call, table.tasks, direction)
     _check_move_numbers(call, table.moves, direction, payloads)
     if call.op.is_recurrent:
-        _check_stretches(call, table.tasks, direction)
+        _check_segments(call, table.tasks, direction)
     else:
         _check_coverage(call, table.tasks, direction)
     found = {}
@@ -123,7 +123,7 @@ def _check_task_numbers(call: Call, tasks: Columns, direction: str) -> None:
     _refuse_task(_outside(tasks["rank"], call.ranks), tasks, direction, f"is at no rank of {call.ranks}")
     bad = _not_inside(tasks, "q", call.mask.n) | _not_inside(tasks, "k", call.mask.n)
     if call.op.is_recurrent:
-        # what they may lack is said by `_check_stretches`
+        # what they may lack is said by `_check_segments`
         names = ("q0", "q1", "k0", "k1")
         bad = np.logical_or.reduce([(tasks[name] < 0) | (tasks[name] > call.mask.n) for name in names])
     _refuse_task(bad, tasks, direction, f"has an empty or impossible rectangle on {call.mask.n} tokens")
@@ -142,8 +142,8 @@ def _check_move_numbers(call: Call, moves: Columns, direction: str, payloads: tu
     _refuse_move(bad, moves, direction, "has an impossible step, token or head range")
 
 
-def _check_stretches(call: Call, tasks: Columns, direction: str) -> None:
-    """Rows and keys of a task meet in its stretch; each output, and gradient, once and from all that it depends on."""
+def _check_segments(call: Call, tasks: Columns, direction: str) -> None:
+    """Rows and keys of a task meet in its segment; each output, and gradient, once and from all that it depends on."""
     q0, q1, k0, k1 = (tasks[name] for name in ("q0", "q1", "k0", "k1"))
     backward = direction == "backward"
     whole = has_rows_and_keys(tasks)
@@ -152,7 +152,7 @@ def _check_stretches(call: Call, tasks: Columns, direction: str) -> None:
     good = only_state | only_gradient | (whole & (k0 <= q0) & (q0 < k1) & ((k1 <= q1) if backward else (k1 == q1)))
     document = call.documents[tasks["piece"]]
     inside = (np.minimum(q0, k0) >= document[:, 0]) & (np.maximum(q1, k1) <= document[:, 1])
-    _refuse_task(~(good & inside), tasks, direction, "is not a stretch of its document with what passes through it")
+    _refuse_task(~(good & inside), tasks, direction, "is not a segment of its document with what passes through it")
     complete = select_rows(tasks, whole)
     # outputs depend on all keys before them, gradients of keys on all rows after them as well
     _check_coverage(call, {**complete, "q1": complete["k1"]}, direction)
@@ -190,7 +190,9 @@ def _check_disjoint(tasks: Columns, direction: str) -> None:
     overlap = first_overlap(group, (q0, q1, k0, k1))
     if overlap is not None:
         a, b = sorted((int(row[overlap[0]]), int(row[overlap[1]])))
-        raise PlanError(f"{direction}: tasks {a} and {b} compute the same cells ({show_row(tasks, TASK_COLUMNS, b)}).")
+        raise PlanError(
+            f"{direction}: tasks {a} and {b} compute the same cells ({describe_row(tasks, TASK_COLUMNS, b)})."
+        )
 
 
 def _peak(call: Call, buffers: dict[Payload, BufferLifetimes]) -> Ints:
@@ -222,7 +224,7 @@ def _refuse(kind: str, bad: np.ndarray, rows: Columns, names: tuple[str, ...], d
     """Raise for the first bad row, if there is one."""
     if bad.any():
         i = int(np.flatnonzero(bad)[0])
-        raise PlanError(f"{direction}: {kind} {i} {show_row(rows, names, i)} {why}.")
+        raise PlanError(f"{direction}: {kind} {i} {describe_row(rows, names, i)} {why}.")
 
 
 def _outside(values: Ints, limit: int) -> np.ndarray:

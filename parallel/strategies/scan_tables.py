@@ -1,4 +1,4 @@
-"""Tables of `scan`: chains of stretches, each by its schedule, as tasks and moves of one direction."""
+"""Tables of `scan`: chains of segments, each by its schedule, as tasks and moves of one direction."""
 
 # R ranks, N tokens on the axis, H heads
 
@@ -21,7 +21,7 @@ from distattn.ir.plan import (
     has_rows_and_keys,
     select_rows,
 )
-from distattn.parallel.strategies.scan_schedules import Chain, Schedule, Stretch, needed_sends
+from distattn.parallel.strategies.scan_schedules import Chain, Schedule, Segment, needed_sends
 from distattn.parallel.tables.routes import remote_users, reversed_moves, send_direct
 
 # tasks (A, 9) and moves (B, 8), with the columns of a table
@@ -37,14 +37,14 @@ def layout_chains(call: Call, layout: Layout) -> list[Chain]:
     for piece, (begin, end) in enumerate(call.documents.tolist()):
         inside = slice(np.searchsorted(t1, begin, "right"), np.searchsorted(t0, end))
         rows = zip(t0[inside].tolist(), t1[inside].tolist(), rank[inside].tolist(), strict=True)
-        stretches = [Stretch(max(a, begin), min(b, end), at) for a, b, at in rows]
-        chains.append(Chain(piece, begin, end, 0, call.heads, stretches))
+        segments = [Segment(max(a, begin), min(b, end), at) for a, b, at in rows]
+        chains.append(Chain(piece, begin, end, 0, call.heads, segments))
     return chains
 
 
 def ranks_of_chains(chains: Iterable[Chain]) -> list[int]:
     """The ranks that have tokens. Others have no part in recurrences: they may be servers, which compute attention only."""
-    return sorted({stretch.rank for chain in chains for stretch in chain.stretches})
+    return sorted({segment.rank for chain in chains for segment in chain.segments})
 
 
 def chain_rows(chain: Chain, schedule: Schedule, ranks: Sequence[int], direction: str) -> TableRows:
@@ -55,7 +55,7 @@ def chain_rows(chain: Chain, schedule: Schedule, ranks: Sequence[int], direction
     computes, sends = schedule(path, ranks)
     tasks, moves = [], []
     for step, number, whole in computes:
-        t0, t1, rank = path.stretches[number]
+        t0, t1, rank = path.segments[number]
         if whole:
             box = (t0, chain.t1 if back else t1, chain.t0, t1)
         else:
@@ -63,7 +63,7 @@ def chain_rows(chain: Chain, schedule: Schedule, ranks: Sequence[int], direction
         # a step before the first is left for tokens that move
         tasks.append((step + 1, rank, chain.piece, *box, chain.h0, chain.h1))
     for step, src, dst, first, end, h0, h1 in needed_sends(path, computes, sends):
-        edges = path.stretches[first], path.stretches[end - 1]
+        edges = path.segments[first], path.segments[end - 1]
         interval = min(edge.t0 for edge in edges), max(edge.t1 for edge in edges)
         moves.append((step + 1, src, dst, payload, *interval, h0, h1))
     return (

@@ -138,7 +138,7 @@ def test_packed_documents_are_one_call():
     mask = LaunchMask.from_mask(Mask.documents((300, 20, 7, 500)), 8, 2)
     (call,) = flash_schedule(mask).calls
     assert call.starts_q.tolist() == call.starts_k.tolist() == [0, 300, 320, 327, 827]
-    assert (call.left, call.right, call.longest_q) == (-1, 0, 500) and len(call.row_stretches) == 1
+    assert (call.left, call.right, call.longest_q) == (-1, 0, 500) and len(call.row_segments) == 1
 
 
 def test_what_lies_between_sequences_is_left_out():

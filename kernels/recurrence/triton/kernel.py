@@ -1,7 +1,7 @@
-"""Recurrences with one decay a head, in Triton: chunk by chunk, all stretches in one launch (kernel "triton_chunked").
+"""Recurrences with one decay a head, in Triton: chunk by chunk, all segments in one launch (kernel "triton_chunked").
 
 The algebra is that of `chunked`. Forward in three launches: what each chunk does to any state, the scan of states over the chunks
-of each stretch, outputs. Backward in five: the first two again, the gradient that a chunk's own outputs have, the scan of
+of each segment, outputs. Backward in five: the first two again, the gradient that a chunk's own outputs have, the scan of
 gradients backwards, gradients of tokens. Without the delta rule the first launch is left out. There are no atomics: results have
 the same bits every time.
 
@@ -9,7 +9,7 @@ Products are of the inputs' dtype, those of float32 as three products of TF32; w
 dtype. Sums and states are float32, and sums of logarithms of decays are of double precision.
 """
 
-# N stretches, M chunks, C tokens of a chunk, T tokens, H heads, G heads of queries and keys, K key dim, V value dim;
+# N segments, M chunks, C tokens of a chunk, T tokens, H heads, G heads of queries and keys, K key dim, V value dim;
 # a state is S_NHKV
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 
 from distattn.kernels.meta_bytes import META
-from distattn.kernels.recurrence.tokens import RecurrenceTokens, Stretches, bounds_of
+from distattn.kernels.recurrence.tokens import RecurrenceTokens, Segments, bounds_of
 from distattn.kernels.recurrence.transitions import diagonal_transitions
 from distattn.kernels.recurrence.triton.gradients import gradient_kernel
 from distattn.kernels.recurrence.triton.local import asked_kernel, output_kernel, triangular_kernel
@@ -50,9 +50,9 @@ _CHANNELS = 32
 
 
 class ChunkTable(NamedTuple):
-    """Rows [begin, end) of each chunk, int32 (M, 2), and the first chunk of each stretch, int32 (N + 1).
+    """Rows [begin, end) of each chunk, int32 (M, 2), and the first chunk of each segment, int32 (N + 1).
 
-    bounds: rows of each stretch, int64 (N, 2). size: C. rows: how many rows stretches that follow one another have, 0 where
+    bounds: rows of each segment, int64 (N, 2). size: C. rows: how many rows segments that follow one another have, 0 where
     they leave rows out.
     """
 
@@ -86,24 +86,24 @@ def chunk_size(requirements: KernelRequirements) -> int:
     return max(min(_CHUNK, _BYTES_OF_KEYS // bytes_of_key), _LEAST_CHUNK)
 
 
-def prepare(stretches: Stretches, requirements: KernelRequirements) -> ChunkTable:
-    """Return the chunks of all stretches, on the host."""
+def prepare(segments: Segments, requirements: KernelRequirements) -> ChunkTable:
+    """Return the chunks of all segments, on the host."""
     size = chunk_size(requirements)
     chunks: list[tuple[int, int]] = []
     first = [0]
-    for begin, end in stretches:
+    for begin, end in segments:
         chunks += [(start, min(start + size, end)) for start in range(begin, end, size)]
         first.append(len(chunks))
-    ends = [0, *(end for _, end in stretches)]
-    follow = all(begin == before for (begin, _), before in zip(stretches, ends, strict=False))
+    ends = [0, *(end for _, end in segments)]
+    follow = all(begin == before for (begin, _), before in zip(segments, ends, strict=False))
     table = torch.tensor(chunks, dtype=torch.int32).reshape(-1, 2)
     return ChunkTable(
-        table, torch.tensor(first, dtype=torch.int32), bounds_of(stretches), size, ends[-1] if follow else 0
+        table, torch.tensor(first, dtype=torch.int32), bounds_of(segments), size, ends[-1] if follow else 0
     )
 
 
 def forward(x: RecurrenceTokens, chunks: ChunkTable, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (o_THV, the state after each stretch), in float32; o is 0 in no stretch."""
+    """Return (o_THV, the state after each segment), in float32; o is 0 in no segment."""
     call = _Call(x, chunks, state_NHKV)
     leaving = call.passed_on(state_NHKV, keep=True)
     o = call.result(x.heads, x.v.shape[2])
@@ -114,7 +114,7 @@ def forward(x: RecurrenceTokens, chunks: ChunkTable, state_NHKV: Tensor) -> tupl
 def states(
     x: RecurrenceTokens, chunks: ChunkTable, state_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (the state after each stretch, A of each or None), in float32; see `chunked.states`."""
+    """Return (the state after each segment, A of each or None), in float32; see `chunked.states`."""
     key_dim, value_dim = state_NHKV.shape[2:]
     if not transitions or x.beta is None:
         leaving = _Call(x, chunks, state_NHKV).passed_on(state_NHKV, keep=False)
@@ -150,7 +150,7 @@ def backward(
 def gradient_states(
     x: RecurrenceTokens, chunks: ChunkTable, do_THV: Tensor, dstate_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (the gradient of the state before each stretch, A of each or None), in float32; see `chunked.gradient_states`."""
+    """Return (the gradient of the state before each segment, A of each or None), in float32; see `chunked.gradient_states`."""
     call = _Call(x, chunks, dstate_NHKV)
     if x.beta is not None:
         call.solve()
@@ -207,7 +207,7 @@ class _Call:
         )
 
     def passed_on(self, state_NHKV: Tensor, keep: bool, inverses: bool = False) -> Tensor:
-        """Return the state after each stretch; with `keep` later launches find what enters chunks and what tokens store."""
+        """Return the state after each segment; with `keep` later launches find what enters chunks and what tokens store."""
         if self.is_delta:
             self.solve(inverses)
         if keep:
@@ -218,7 +218,7 @@ class _Call:
         return leaving
 
     def passed_back(self, do_THV: Tensor, dstate_NHKV: Tensor, keep: bool) -> Tensor:
-        """Return the gradient of the state before each stretch; with `keep` later launches find du and what leaves chunks."""
+        """Return the gradient of the state before each segment; with `keep` later launches find du and what leaves chunks."""
         self.do = _with_dense_rows(do_THV)
         if keep:
             self.dleaving = self._states()
@@ -232,7 +232,7 @@ class _Call:
         return dentering
 
     def result(self, *shape: int) -> Tensor:
-        """Return a float32 tensor (T, ...) for results; 0 where stretches leave rows out."""
+        """Return a float32 tensor (T, ...) for results; 0 where segments leave rows out."""
         make = torch.empty if self.chunks.rows == self.tokens else torch.zeros
         return make((self.tokens, *shape), dtype=torch.float32, device=self.q.device)
 

@@ -10,7 +10,7 @@ _UNITS = {
 }
 
 
-def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+def align_columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     """Lines of a table, the first `left` columns to the left and the others to the right; short rows end early."""
     columns = max(map(len, rows))
     widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(columns)]
@@ -23,7 +23,7 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     ]
 
 
-def in_one_unit(values: Sequence[float], kind: str) -> list[str]:
+def with_common_unit(values: Sequence[float], kind: str) -> list[str]:
     """Seconds ("s") or bytes ("B"), all in the unit of the largest."""
     largest = max(map(abs, values), default=0.0)
     size, unit = next(((size, unit) for size, unit in _UNITS[kind] if largest >= size), _UNITS[kind][-1])

@@ -16,7 +16,7 @@ from distattn.ir.errors import DistattnError
 from distattn.supervision import helpers, rank_watch
 from distattn.supervision.culprits import process_state
 from distattn.supervision.heartbeats import HeartbeatBoard
-from distattn.supervision.helpers import Helper
+from distattn.supervision.helper_processes import Helper
 from distattn.supervision.rank_watch import Patience, RankWatch
 from distattn.training.watch import reference_check
 

@@ -1,7 +1,7 @@
-"""Where a run of recurrent layers wants its tokens: where they are, or on contiguous slices, with two re-layouts around the run.
+"""The faster layout of a span of recurrent layers: that of the model, or contiguous slices with two re-layouts around the span.
 
-Contiguous slices have the fewest states: a document of m stretches moves at least m - 1 in every layer. Tokens that move before
-the run and back after it move once, however many layers it has.
+Contiguous slices have the fewest states: a document of m segments moves at least m - 1 in every layer. Tokens that move before
+the span and back after it move once, however many layers it has.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from distattn.ir.plan import Plan
 from distattn.parallel.analysis.simulate import simulated_seconds
 from distattn.parallel.make_plan import make_plan
 
-# the layout of fewest stretches, by its name
-RUN_LAYOUT = "contiguous"
+# the layout of fewest segments, by its name
+SPAN_LAYOUT = "contiguous"
 
 
 def relayout_may_be_faster(here: Plan, there: Layout, *, layers: int, width: int, cluster: ClusterSpec) -> bool:

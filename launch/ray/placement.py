@@ -1,4 +1,4 @@
-"""Room on nodes of a Ray cluster: placement groups with one bundle a node, and nodes that are reserved so that a run can grow."""
+"""Placement groups of a Ray cluster with one bundle a node, and reservations of more nodes while an attempt runs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def bundle_nodes(group: PlacementGroup) -> dict[int, str]:
     return {bundle: node for bundle, node in nodes.items() if node}
 
 
-class MoreNodes:
+class NodeReservation:
     """Reserves nodes in addition to an attempt's, until there are enough for a larger number of nodes that the run may have.
 
     Ray's autoscaler adds nodes for a request that waits for room.
@@ -55,7 +55,7 @@ class MoreNodes:
         self._placed = 0
         self._looked = self._found_at = float("-inf")
 
-    def found(self) -> int:
+    def available_nodes(self) -> int:
         """Return the number of nodes that the run can have now, with the attempt's; 0 if not more, or if more may follow soon."""
         now = time.monotonic()
         if self._placed + 1 < len(self._counts) and now - self._looked > _LOOK_SECONDS:

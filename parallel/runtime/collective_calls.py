@@ -22,7 +22,7 @@ _CALLS: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary
 _ANSWER, _LATER = 5.0, 10.0
 
 
-def attended(group: dist.ProcessGroup, what: str, work: Callable[[], Result]) -> Result:
+def run_collective(group: dist.ProcessGroup, what: str, work: Callable[[], Result]) -> Result:
     """What `work`, a collective call of a group, returns. Raises LostRankError, with the ranks that did not come, where it fails.
 
     what: the call, for the error; all ranks of the group make it equally often. Ranks are those of the default group.
