@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -10,6 +12,8 @@ import torch
 from torch import Tensor
 
 from distattn.driver.context_parallel import ContextParallel
+from distattn.ir.errors import DistattnError
+from distattn.training.config.run_file import Config
 
 # a sharded micro-batch, as `ContextParallel.steps` yields it
 Batch = Mapping[str, Any]
@@ -19,6 +23,12 @@ OnTokenLosses = Callable[[Tensor, Batch], None]
 WEIGHT, MASTER_WEIGHT, COUNTS = "weight", "master weight", "counts of updates"
 # (kind, name of the parameter, this rank's part)
 StateTensor = tuple[str, str, Tensor]
+# by name: its class, the package that it needs besides torch and transformers, and distattn's extra that installs it
+_ENGINES = {
+    "fsdp2": ("Fsdp2Engine", "", ""),
+    "deepspeed": ("DeepSpeedEngine", "deepspeed", "deepspeed"),
+    "megatron": ("MegatronEngine", "megatron", "megatron"),
+}
 
 
 class EngineState(NamedTuple):
@@ -127,3 +137,25 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release the engine's groups, threads and other resources."""
+
+
+def open_engine(config: Config, device: torch.device, vocabulary: int, context: int) -> Engine:
+    """Build the model and the optimizer of a run in the engine `engine.name`, without importing other engines. Collective.
+
+    vocabulary: token ids are below it. context: tokens of the longest pack. Raise DistattnError if the engine's package is not
+    installed.
+    """
+    class_name, package, extra = _ENGINES[config.engine.name]
+    if device.type == "cpu":
+        # DeepSpeed reads it during import; without it DeepSpeed looks for GPUs
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        module = importlib.import_module(f"distattn.training.engines.{config.engine.name}")
+    except ModuleNotFoundError as error:
+        if not package or (error.name or "").partition(".")[0] != package:
+            raise
+        raise DistattnError(
+            f'engine.name: "{config.engine.name}" needs the package {package}; run pip install "distattn[{extra}]".'
+        ) from None
+    engine: Engine = getattr(module, class_name)(config, device, vocabulary, context)
+    return engine
