@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -110,12 +110,20 @@ class MessageWatch:
         self._give_up()
 
 
-def describe_messages(sends: Sequence[Packet], receives: Sequence[Packet], members: Sequence[int], where: str) -> str:
-    """Which messages a step waits for, by payload and rank (as the default group numbers them)."""
-    of = receives or sends
+class Awaited(NamedTuple):
+    """Messages that a step waits for. text: for people. peers: the ranks that they come from, or go to."""
+
+    text: str = ""
+    peers: tuple[int, ...] = ()
+
+
+def describe_messages(
+    sends: Sequence[Packet], receives: Sequence[Packet], members: Sequence[int], where: str
+) -> Awaited:
+    """Return the messages that a step waits for; ranks as the default group numbers them."""
     ranks: dict[str, set[int]] = {}
-    for packet in of:
+    for packet in receives or sends:
         ranks.setdefault(packet.name, set()).add(members[packet.peer])
     direction = "from" if receives else "to"
     moves = ", ".join(f"{name} {direction} {named_ranks(who)}" for name, who in ranks.items())
-    return f"{moves} {where}".strip()
+    return Awaited(f"{moves} {where}".strip(), tuple(sorted(set().union(*ranks.values()))))

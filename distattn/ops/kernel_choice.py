@@ -98,7 +98,7 @@ def _trials_of_launches(
     key = trial_key(masks, requirements)
     trials = _with_retries(key, names, requirements, lambda rest: try_kernels(rest, masks, requirements, _LOG.info))
     for name, trial in trials.items():
-        if trial.passing or trial.fault.startswith("wrong"):
+        if trial.passing or trial.is_wrong:
             _warn(name, key, trial.fault)
     return trials
 

@@ -91,23 +91,21 @@ def compare_strategies(
     return out
 
 
-def comparison_table(results: dict[str, Timeline | str], cluster: ClusterSpec) -> list[str]:
+def comparison_table(results: dict[str, Timeline | str], cluster: ClusterSpec) -> dict[str, str]:
     """Return the lines of a text table with one line per strategy; the fastest is marked. All times are simulated.
 
-    results: from `compare_strategies`.
+    results: from `compare_strategies`. By line: "fastest", "refused" or "".
     """
     timed = {name: result for name, result in results.items() if isinstance(result, Timeline)}
     fastest = min(timed, key=lambda name: _seconds(timed[name]))
     head = ["strategy", *COMPARED]
-    marks = ["   <- fastest" if name == fastest else "" for name in timed]
     cells = comparison_cells(list(timed.values()))
     table = align_columns([head, *([name, *row] for name, row in zip(timed, cells, strict=True))])
-    return [
-        f"simulated on {cluster.name}; per attention call, TFLOP/s per device",
-        table[0],
-        *(line + mark for line, mark in zip(table[1:], marks, strict=True)),
-        *(f"{name} is refused: {result}" for name, result in results.items() if isinstance(result, str)),
-    ]
+    lines = {f"simulated on {cluster.name}; per attention call, TFLOP/s per device": "", table[0]: ""}
+    for name, line in zip(timed, table[1:], strict=True):
+        lines |= {f"{line}   <- fastest": "fastest"} if name == fastest else {line: ""}
+    refused = {name: result for name, result in results.items() if isinstance(result, str)}
+    return lines | {f"{name} is refused: {result}": "refused" for name, result in refused.items()}
 
 
 def compare_layouts(request: PlanRequest, cluster: ClusterSpec) -> dict[str, float]:

@@ -87,7 +87,7 @@ def preflight(
     host = open_host_communicator(group, limit)
 
     def gather(value: Any, label: str) -> list[Any]:
-        with activity(f"the preflight's {label}", waits=True):
+        with activity(f"the preflight's {label}", waits=True, key=label):
             return run_collective(group, f"the preflight's {label}", lambda: all_gather_objects_over_gloo(host, value))
 
     with activity("reading its data and disk for the preflight"):
@@ -100,7 +100,7 @@ def preflight(
         facts = list(map(RankFacts.from_json, texts))
         report = report._replace(problems=problems_of(facts), facts=facts)
     if not report.problems:
-        with activity("measuring its device and links for the preflight", waits=True):
+        with activity("measuring its device and links for the preflight", waits=True, key="preflight probes"):
             measured = _measure(mine.rank, report.facts, host, device, limit)
         speeds, clocks = zip(*gather(measured, "measurement of devices and links"), strict=True)
         warnings = warnings_of(report.facts) + outliers_of(report.facts, speeds, clocks, device.type)

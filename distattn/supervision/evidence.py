@@ -90,7 +90,13 @@ def is_in_collective(stacks: str) -> bool:
 
 def _fields(beat: Heartbeat) -> dict[str, object]:
     silent = time.monotonic() - beat.at
-    return {"step": beat.step + 1, "activity": beat.activity, "waits": beat.waits, "silent_seconds": round(silent, 2)}
+    return {
+        "step": beat.step + 1,
+        "activity": beat.words,
+        "waits": beat.waits,
+        "peers": beat.peers,
+        "silent_seconds": round(silent, 2),
+    }
 
 
 def _stacks_file(folder: Path, rank: int) -> Path:

@@ -78,7 +78,7 @@ class NodeReports:
         for node in self._others():
             at, text = _read(self._answer_of(node))
             # an answer that is being written is incomplete
-            with contextlib.suppress(ValueError, KeyError):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
                 if text and at >= since:
                     reports[node] = _report(json.loads(text), self._moment[1] + at - self._moment[0])
         return reports
@@ -114,7 +114,7 @@ def merged(reports: Mapping[int, NodeReport]) -> NodeReport:
 def _report(fields: dict[str, Any], answered: float) -> NodeReport:
     """Build the report of a node from its JSON. answered: its time by this process's clock."""
     beats = {
-        int(rank): None if beat is None else Heartbeat(**beat | {"at": beat["at"] + answered})
+        int(rank): None if beat is None else Heartbeat.from_fields(beat | {"at": beat["at"] + answered})
         for rank, beat in fields["beats"].items()
     }
     states = {int(rank): state for rank, state in fields["states"].items()}

@@ -225,11 +225,11 @@ class TrainingLoop:
             self._replay(step, batches)
         token_losses: list[tuple[Tensor, Batch]] = []
         losses = self.engine.backward(batches, lambda losses_T, batch: token_losses.append((losses_T, batch)))
-        with activity("the norm of all gradients", waits=True):
+        with activity("the norm of all gradients", waits=True, key="gradient norm"):
             norm = self.health.wait(lambda: self.engine.clip(train.max_grad_norm))
         # the state is copied between two digests, before the update changes it
         self.checkpoints.wait_staged()
-        with activity("the mean loss of all ranks", waits=True):
+        with activity("the mean loss of all ranks", waits=True, key="mean loss"):
             mean, damage = self._mean_loss(step, losses)
         if damage is not None:
             self.engine.drop()

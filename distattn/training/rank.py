@@ -77,7 +77,7 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int],
     size_flight_recorder(config.model.num_layers)
     # norms of gradients on the host are added there, over gloo
     gpu_backend = "cpu:gloo,cuda:nccl" if config.memory.state_on_host else "nccl"
-    with activity("connecting to the other ranks", waits=True):
+    with activity("connecting to the other ranks", waits=True, key="connecting"):
         store_arguments = job_store()
         dist.init_process_group("gloo" if device.type == "cpu" else gpu_backend, **store_arguments)
     try:

@@ -1,4 +1,4 @@
-"""Maxima over the tokens before each, in segments, on any device in PyTorch."""
+"""Maxima over the preceding tokens, in segments, on any device in PyTorch."""
 
 # N segments, T tokens, H heads, V value dim; a state is (H, V)
 
@@ -12,7 +12,7 @@ from distattn.kernels.spec import KernelRequirements
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """None: it computes every prefix maximum on every device."""
+    """Return None: this kernel computes every prefix maximum on every device."""
     return None
 
 
@@ -22,9 +22,9 @@ def prepare(segments: Segments, requirements: KernelRequirements) -> Segments:
 
 
 def forward(x_THV: Tensor, segments: Segments, state_NHV: Tensor) -> tuple[Tensor, Tensor]:
-    """(the maximum of the state that enters and the segment's tokens before each, that of all of them), in the states' dtype.
+    """Compute (the maximum before each token, the maximum after each segment), in the states' dtype.
 
-    Rows in no segment are -inf.
+    Both include the state that enters the segment. Rows in no segment are -inf.
     """
     before_THV = state_NHV.new_full(x_THV.shape, -torch.inf)
     leaving_NHV = torch.empty_like(state_NHV)
@@ -38,6 +38,6 @@ def forward(x_THV: Tensor, segments: Segments, state_NHV: Tensor) -> tuple[Tenso
 
 
 def states(x_THV: Tensor, segments: Segments, state_NHV: Tensor) -> Tensor:
-    """The maximum of the state that enters each segment and all its tokens, in the states' dtype."""
+    """Return the maximum of the state that enters each segment and all its tokens, in the states' dtype."""
     of_tokens = [x_THV[begin:end].amax(0) for begin, end in segments]
     return torch.maximum(torch.stack(of_tokens).to(state_NHV.dtype), state_NHV)

@@ -46,7 +46,8 @@ def run_supervised(ranks: Ranks, attempts: Attempts, restarts: Restarts, preload
 
 
 def _run_until_done(ranks: Ranks, attempts: Attempts, restarts: Restarts) -> int:
-    without_progress, furthest, before = 0, restarts.progress(), ""
+    without_progress, furthest = 0, restarts.progress()
+    before: Trouble | None = None
     failures = RepeatedFailures()
     while True:
         code, trouble = _run_once(ranks, attempts)
@@ -57,7 +58,7 @@ def _run_until_done(ranks: Ranks, attempts: Attempts, restarts: Restarts) -> int
         failures.add(culprit.name for culprit in trouble.culprits)
         now = restarts.progress()
         without_progress, furthest = (1, now) if now > furthest else (without_progress + 1, furthest)
-        repeated = without_progress > 1 and str(trouble) == before
+        repeated = without_progress > 1 and trouble.repeats(before)
         if trouble.kind == "refused" and restarts.folder is not None and not restarts.folder.is_in_place():
             # the fate of the run's folder concerns all ranks; one rank has reported it
             return code
@@ -70,7 +71,7 @@ def _run_until_done(ranks: Ranks, attempts: Attempts, restarts: Restarts) -> int
                 same, host = f"{failures.culprit} failed {failures.count} times in a row", socket.gethostname()
                 print_message(f"{same} on {host}: if its memory or a device is the cause, leave {host} out.")
             return code
-        before = str(trouble)
+        before = trouble
         count = f"restart {without_progress} of {restarts.limit} until the run comes further"
         print_message(f"{trouble}; all ranks start again on {socket.gethostname()} from step {now:,} ({count}).")
 

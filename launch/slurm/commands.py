@@ -19,7 +19,11 @@ OUTAGE_SECONDS, _PAUSE_SECONDS = 120.0, 2.0
 
 
 class SlurmError(DistattnError):
-    """Slurm refuses, or does not answer."""
+    """A refusal of Slurm, or a missing answer. answer: Slurm's message."""
+
+    def __init__(self, command: str, answer: str):
+        super().__init__(f"{command} refused: {answer}")
+        self.answer = answer
 
 
 def ask_slurm(*command: str, patience: float = 0.0) -> str:
@@ -37,7 +41,7 @@ def ask_slurm(*command: str, patience: float = 0.0) -> str:
             return done.stdout.strip()
         message = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         if time.monotonic() >= ends or not _UNANSWERED.search(message):
-            raise SlurmError(f"{command[0]} refused: {message}")
+            raise SlurmError(command[0], message)
         time.sleep(_PAUSE_SECONDS)
 
 
@@ -86,9 +90,9 @@ def job_state(job: str, patience: float = 0.0) -> str:
     """Return Slurm's state of a job, such as RUNNING; "" once Slurm has forgotten the job. patience: see `ask_slurm`."""
     try:
         return ask_slurm("squeue", "--noheader", "--jobs", job, "--format=%T", patience=patience)
-    except DistattnError as error:
+    except SlurmError as error:
         # Slurm forgets a job some minutes after its end
-        if "Invalid job id" not in str(error):
+        if "Invalid job id" not in error.answer:
             raise
         return ""
 

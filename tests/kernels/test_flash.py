@@ -156,7 +156,7 @@ def test_what_lies_between_sequences_is_left_out():
 def test_what_it_cannot_do_is_refused_by_name():
     staircase = Mask.block_causal_documents((100,), 4)
     with pytest.raises(
-        DistattnError, match='"flash" cannot say a mask that climbs in steps of 4 rows; use kernel="triton"'
+        DistattnError, match='"flash" cannot express a mask that climbs in steps of 4 rows; use kernel="triton"'
     ):
         flash_schedule(LaunchMask.from_mask(staircase, 1, 1))
     cuda = torch.device("cuda")

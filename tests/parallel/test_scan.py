@@ -114,16 +114,16 @@ def test_a_plan_by_hand_is_accepted():
 @pytest.mark.parametrize(
     "forward, backward, why",
     [
-        ((FORWARD[0], []), BACKWARD, "not at hand"),
+        ((FORWARD[0], []), BACKWARD, "is missing"),
         ((FORWARD[0], [(2, 0, 1, S, 0, 6, 0, 2)]), BACKWARD, "too late"),
-        ((FORWARD[0], [(1, 0, 1, S, 0, 5, 0, 2)]), BACKWARD, "not at hand"),
-        ((FORWARD[0], [*FORWARD[1], (1, 0, 1, S, 0, 6, 0, 2)]), BACKWARD, "comes twice"),
+        ((FORWARD[0], [(1, 0, 1, S, 0, 5, 0, 2)]), BACKWARD, "is missing"),
+        ((FORWARD[0], [*FORWARD[1], (1, 0, 1, S, 0, 6, 0, 2)]), BACKWARD, "arrives twice"),
         (([FORWARD[0][0], (2, 1, 0, 6, 10, 6, 10, 0, 2)], []), BACKWARD, "cells x heads are allowed"),
         (([*FORWARD[0], (0, 0, 0, 0, 0, 0, 3, 0, 2)], FORWARD[1]), BACKWARD, "never used"),
         (([FORWARD[0][0], (2, 1, 0, 6, 10, 0, 9, 0, 2)], FORWARD[1]), BACKWARD, "not a segment"),
         (FORWARD, ([BACKWARD[0][0], (2, 0, 0, 0, 6, 0, 6, 0, 2)], []), "cells x heads are allowed"),
-        (FORWARD, (BACKWARD[0], []), "dS of tokens .6, 10. is not at hand"),
-        (FORWARD, (BACKWARD[0], [(1, 1, 0, S, 6, 10, 0, 2)]), "not at hand"),
+        (FORWARD, (BACKWARD[0], []), "dS of tokens .6, 10. is missing"),
+        (FORWARD, (BACKWARD[0], [(1, 1, 0, S, 6, 10, 0, 2)]), "is missing"),
     ],
 )
 def test_a_wrong_plan_by_hand_is_refused(forward, backward, why):
