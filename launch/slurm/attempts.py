@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from distattn.ir.errors import DistattnError, RunStopped
-from distattn.launch.attempt_end import OTHERS_SECONDS, AttemptEnd
+from distattn.launch.attempt_end import OTHERS_SECONDS, AttemptEnd, LeftOut
 from distattn.launch.command_line import print_message
 from distattn.launch.node_attempts import NodeAttempts, Outcome
 from distattn.launch.slurm.commands import (
@@ -34,13 +35,17 @@ from distattn.launch.slurm.commands import (
     expand_hosts,
     host_address,
     job_state,
+    unusable_hosts,
     usable_hosts,
 )
-from distattn.launch.slurm.steps import JobHosts, read_srun_line
 from distattn.training.run_folder import RunFolder
 
 # seconds that Slurm gets to end a step, beyond OTHERS_SECONDS after its first failure
 _ENDING_SECONDS = 15.0
+# srun's messages about tasks and nodes
+_TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? [\d,\[\]-]+: (?:Exited with exit code (\d+)|(\w[^\n]*))")
+_NO_STEP = re.compile(r"srun: error: Unable to create step for job \S+: (.*\S)")
+_NODE_LOST = re.compile(r"srun: error: (?:Node failure on|[^\n]*failed on node) ([\w.,\[\]-]+)")
 
 
 class _Job(NamedTuple):
@@ -57,14 +62,20 @@ class _Job(NamedTuple):
 
 
 class JobNodes:
-    """Runs each attempt as a step on nodes of a job. command: srun and the command that it starts."""
+    """Runs each attempt as a step on nodes of a job.
 
-    def __init__(self, job: _Job, command: Sequence[str], hosts: JobHosts):
-        self._job, self._command, self._hosts = job, list(command), hosts
+    command: srun and the command that it starts. hosts: all nodes of the job. wanted: the number of nodes of an attempt.
+    """
+
+    def __init__(self, job: _Job, command: Sequence[str], hosts: Sequence[str], wanted: int):
+        self._job, self._command, self._hosts, self._wanted = job, list(command), list(hosts), wanted
+        self._left_out = LeftOut()
 
     def choose(self) -> list[str] | None:
-        """Return the hosts of the next attempt, as `JobHosts.choose` does."""
-        return self._hosts.choose()
+        """Return the first usable nodes in Slurm's order; None if they are too few."""
+        unusable = unusable_hosts(self._hosts)
+        usable = [host for host in self._hosts if host not in self._left_out.hosts and host not in unusable]
+        return usable[: self._wanted] if len(usable) >= self._wanted else None
 
     def run(self, hosts: Sequence[str], attempt: int) -> AttemptEnd:
         """Run the attempt's step with its own address."""
@@ -77,25 +88,26 @@ class JobNodes:
         return self._step(hosts[:1], "finish").code
 
     def blame(self, hosts: Sequence[str], end: AttemptEnd) -> None:
-        """Note the hosts that failed, as `JobHosts.blame` does."""
-        self._hosts.blame(hosts, end)
+        """Leave out hosts after a failure, as `LeftOut.blame` does."""
+        self._left_out.blame(hosts, end, spare=len(self._hosts) - len(self._left_out.hosts) - self._wanted)
 
     def give_back(self) -> str:
         """Name the nodes that failed repeatedly and have no spare, so that the job is queued again without them; or return ""."""
-        if self._job.requeues >= self._job.max_requeues or not (stuck := self._hosts.stuck) or not self.to_avoid():
+        stuck = [host for host in self._left_out.failing if host not in self._left_out.hosts]
+        if self._job.requeues >= self._job.max_requeues or not stuck or not self.to_avoid():
             return ""
         return f"{' '.join(stuck)} failed repeatedly and is given back"
 
     def to_avoid(self) -> list[str]:
         """Return the nodes that have failed repeatedly; [] if Slurm has too few others."""
-        if not (failing := self._hosts.failing):
+        if not (failing := self._left_out.failing):
             return []
         others = usable_hosts(self._job.partition) - {*failing, *avoided_hosts(self._job.name)}
-        return failing if len(others) >= len(self._hosts.hosts) else []
+        return failing if len(others) >= len(self._hosts) else []
 
     def shortage(self) -> str:
         """Describe how many nodes are needed, and which ones the job has."""
-        return f"fewer than {self._hosts.wanted} nodes are left of {' '.join(self._hosts.hosts)}"
+        return f"fewer than {self._wanted} nodes are left of {' '.join(self._hosts)}"
 
     def _step(self, hosts: Sequence[str], argument: str) -> AttemptEnd:
         """Run one step of the job on these hosts, and read srun's messages as they come. argument: the last one of `run_node`."""
@@ -117,7 +129,7 @@ class JobNodes:
             if line is None:
                 break
             # tasks that end after the step was killed did not fail by themselves
-            if read_srun_line(end, line, tasks=not killed) and not failed_at:
+            if _read_srun_line(end, line, tasks=not killed) and not failed_at:
                 failed_at = time.monotonic()
             waited = time.monotonic() - failed_at if failed_at else 0.0
             if waited > OTHERS_SECONDS and not killed:
@@ -142,8 +154,8 @@ def main(arguments: Sequence[str]) -> int:
     job = _noted_job(run, options.max_requeues)
     outcome, nodes = Outcome(1), None
     try:
-        hosts = JobHosts(expand_hosts(os.environ["SLURM_JOB_NODELIST"]), options.nodes)
-        nodes = JobNodes(job, arguments[split + 1 :], hosts)
+        hosts = expand_hosts(os.environ["SLURM_JOB_NODELIST"])
+        nodes = JobNodes(job, arguments[split + 1 :], hosts, options.nodes)
         facts = {"job": int(job.number), "requeues": job.requeues}
         attempts = NodeAttempts(run, nodes, options.max_restarts, facts)
         for number in (signal.SIGUSR1, signal.SIGTERM):
@@ -222,6 +234,21 @@ def _queue_again(job: _Job, nodes: JobNodes | None) -> None:
                 )
     except DistattnError as error:
         print_message(f"job {job.number} is not queued again: {error}")
+
+
+def _read_srun_line(end: AttemptEnd, line: str, tasks: bool) -> bool:
+    """Add what a line of srun says to `end`; return whether it reports a failure. tasks: whether ends of tasks count."""
+    if match := _NO_STEP.search(line):
+        end.unstarted = match[1]
+        return True
+    if match := _NODE_LOST.search(line):
+        end.lost += [host for host in expand_hosts(match[1]) if host not in end.lost]
+        return True
+    if not tasks or not (match := _TASK_ENDED.search(line)):
+        return False
+    code = int(match[2]) if match[2] else None
+    failed = [end.add(host, code, f"was {match[3].lower()}" if code is None else "") for host in expand_hosts(match[1])]
+    return any(failed)
 
 
 def _pass_on(process: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) -> None:
