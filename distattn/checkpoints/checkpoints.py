@@ -168,7 +168,7 @@ class Checkpoints:
         """Save a state after `step` training steps; a thread writes it. Collective, and all ranks must save the same steps.
 
         state: nested dictionaries of tensors, DTensors and plain values, as `dcp.save` takes them, or a function that makes them
-        (`HostBuffers.made`). Return once the tensors are copied to host memory; with `overlap` return at once, and no tensor may
+        (`HostBuffers.build_state`). Return once the tensors are copied to host memory; with `overlap` return at once, and no tensor may
         change before `wait_staged` has returned. Steps of torch.optim's optimizers call it; any other code that changes the state
         must call it first. facts: further ones for this save alone. verdict: an early verdict on the state.
 
@@ -178,7 +178,7 @@ class Checkpoints:
         previous save failed for another reason.
         """
         self._wait_for_earlier(step)
-        staged = StagedState(self._buffers.made(state), self._is_root, self._buffers)
+        staged = StagedState(self._buffers.build_state(state), self._is_root, self._buffers)
         self._last = _Save(step, staged, facts or {}, verdict)
         self._queue.put(self._last)
         if not overlap:

@@ -58,7 +58,7 @@ class HostBuffers:
             self._leave()
         return buffer
 
-    def made(self, state: dict[str, Any] | Callable[[HostBuffers], dict[str, Any]]) -> dict[str, Any]:
+    def build_state(self, state: dict[str, Any] | Callable[[HostBuffers], dict[str, Any]]) -> dict[str, Any]:
         """Return a state, or a function's result for these buffers. The current stream then waits for the copies of `keep`."""
         state_dict = state(self) if callable(state) else state
         self.finish_kept()
