@@ -455,9 +455,9 @@ class ContextParallel:
         return made, made
 
     def _local_batches(self, packed: Sequence[Batch], step: GatheredStep) -> list[dict[str, Any]]:
-        self._check_scale(len(step.made))
+        self._check_scale(len(step.prepared))
         scale, out = self.loss_scale_of(step), []
-        for index, batch in enumerate(step.made):
+        for index, batch in enumerate(step.prepared):
             part = self.local_shard(own := packed[index] if index < len(packed) else None)
             batch.positions, batch.stands_in = part["position_ids"], own is None
             batch.longest_document = max(own.lengths if own else (), default=1)

@@ -1,4 +1,4 @@
-"""Micro-batches that take turns on one rank: which of them an operator is called for."""
+"""The micro-batch that an operator is called for, if several take turns on one rank."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class InterleavedBatch(Protocol):
 
 
 class _PerThread(threading.local):
-    """Which micro-batch this thread works on, where several take turns."""
+    """The micro-batch that this thread works on, if several take turns."""
 
     batch: InterleavedBatch | None = None
 
 
 INTERLEAVED = _PerThread()
-# the micro-batch whose backward pass runs: a forward that is recomputed there may be on a thread of autograd's
+# micro-batches whose backward pass runs: a recomputed forward in it may be on a thread of autograd
 RECOMPUTING: list[InterleavedBatch] = []
 
 
 def current_micro_batch() -> InterleavedBatch | None:
-    """The micro-batch whose turn it is, where several take turns."""
+    """Return the micro-batch whose turn it is, if several take turns."""
     return INTERLEAVED.batch or (RECOMPUTING[-1] if RECOMPUTING else None)

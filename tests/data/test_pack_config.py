@@ -1,4 +1,4 @@
-"""The TOML file of a pack plan: what it says is what the plan is made of, and what cannot be is refused with the key."""
+"""The TOML file of a pack plan: a plan is made of its settings, and a wrong setting is refused with its key."""
 
 import json
 import os
@@ -75,10 +75,10 @@ def test_names_with_brackets_are_themselves_and_masks_are_no_tokens(folder):
     write_mask(corpus.files[0].prefix, "loss", [[1] * 20, [0] * 30])
     write_mask(corpus.files[0].prefix, "spans", [[], [3, 9]])
     for pattern in ("x[[]0[]]-*", "x[[]0[]]-[01]"):
-        found = load_pack_config(written(strange, HEAD, RULE, WEB.replace("web-*", pattern)))
-        assert found.corpus[0].files == (f"{strange}/x[0]-0", f"{strange}/x[0]-1")
-    found = load_pack_config(written(strange, HEAD, RULE, WEB.replace("web-*", "x[0]-1")))
-    assert found.corpus[0].files == (f"{strange}/x[0]-1",)
+        config = load_pack_config(written(strange, HEAD, RULE, WEB.replace("web-*", pattern)))
+        assert config.corpus[0].files == (f"{strange}/x[0]-0", f"{strange}/x[0]-1")
+    config = load_pack_config(written(strange, HEAD, RULE, WEB.replace("web-*", "x[0]-1")))
+    assert config.corpus[0].files == (f"{strange}/x[0]-1",)
 
 
 @pytest.mark.parametrize(
@@ -205,10 +205,10 @@ def test_a_plan_is_opened_as_it_was_made(folder):
     corpora = open_corpora(config)
     with pytest.raises(DistattnError, match=r"run.packs: there is no such plan yet; make it with distattn data pack"):
         open_configured_plan(config, corpora)
-    made = make_configured_plan(config, corpora)
-    found = open_configured_plan(config, corpora)
-    assert found.digest == made.digest and found.steps == 5 and found.seed == 7
-    assert [source.weight for source in found.sources] == [3.0, 1.5]
+    plan = make_configured_plan(config, corpora)
+    opened = open_configured_plan(config, corpora)
+    assert opened.digest == plan.digest and opened.steps == 5 and opened.seed == 7
+    assert [source.weight for source in opened.sources] == [3.0, 1.5]
 
 
 def test_a_plan_of_another_configuration_is_refused_with_the_key(folder):
@@ -238,8 +238,8 @@ def test_a_plan_that_ends_before_its_corpora_is_refused_where_no_steps_are_named
     corpora = open_corpora(whole)
     with pytest.raises(DistattnError, match="was made with steps = 5, not none"):
         open_configured_plan(whole, corpora)
-    made = make_configured_plan(whole, corpora)
-    assert open_configured_plan(whole, corpora).steps == made.steps > 5
+    plan = make_configured_plan(whole, corpora)
+    assert open_configured_plan(whole, corpora).steps == plan.steps > 5
 
 
 def test_a_corpus_that_has_changed_is_refused(folder):

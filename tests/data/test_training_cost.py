@@ -1,4 +1,4 @@
-"""The cost of a pack on a device: that of the cluster's cost model, and of the products of the model's shape."""
+"""The cost of a pack on a device: that of the cluster's cost model, and of the matrix products of the model's shape."""
 
 import json
 
@@ -39,7 +39,7 @@ def load(folder, cost, rule=RULE):
 
 
 def test_products_and_pairs_are_those_of_the_shape():
-    """Of an 8B Llama on an H100, counted by hand: 7.5e9 weights, 2 x 32 x 32 x 128 products a pair, 3.5 times that backward."""
+    """Compare an 8B Llama on an H100 with a count by hand: 7.5e9 weights, 2 x 32 x 32 x 128 products a pair, 3.5 x backward."""
     shape = ModelShape(32, 4096, 32, 14336, 128256, 8)
     assert shape.multiplications == 32 * 4096 * (2 * 40 * 128 + 3 * 14336) + 4096 * 128256
     cost = training_cost(shape, load_device("h100"))
@@ -52,7 +52,7 @@ def test_products_and_pairs_are_those_of_the_shape():
 
 @pytest.mark.parametrize("device", ["h100", "b200", "laptop"])
 def test_attention_is_that_of_the_cost_model_of_clusters(device):
-    """Without products the seconds are those of `padded_cells`, on average over lengths that fill tiles more and less."""
+    """Compare the seconds without products with `padded_cells`, on average over lengths that fill tiles more and less."""
     cluster = load_device(device)
     shape = ModelShape(1, 1, 16, 1, 1, head_dim=128)
     cost = training_cost(shape, cluster)
@@ -104,8 +104,8 @@ def test_a_plan_without_a_device_is_the_file_that_it_was():
     rule = PackRule(((0, 64),), 256)
     assert rule.as_dict()["cost"] == {"token_cells": 26_600, "document_cells": 131_072}
     assert PackRule.from_dict(rule.as_dict()) == rule and rule.cost.seconds(64) == 0
-    known = PackRule(((0, 64),), 256, cost=PackCost(1, 2, 3))
-    assert PackRule.from_dict(json.loads(json.dumps(known.as_dict()))) == known
+    rule_with_cost = PackRule(((0, 64),), 256, cost=PackCost(1, 2, 3))
+    assert PackRule.from_dict(json.loads(json.dumps(rule_with_cost.as_dict()))) == rule_with_cost
 
 
 @pytest.mark.parametrize(

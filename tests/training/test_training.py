@@ -1,4 +1,4 @@
-"""Training end to end: the same curve on any number of ranks and strategy, and the command that shows it."""
+"""Training end to end: the same curve for any number of ranks and strategy, and the command that shows it."""
 
 import dataclasses
 import functools
@@ -68,7 +68,7 @@ def test_the_loss_curve_is_the_same_for_every_strategy_and_number_of_ranks(
 ):
     wanted = curve_of_one_rank(dtype)
     assert len(wanted) == STEPS and wanted[-1] < wanted[0] - 0.5
-    # float32 on most ranks only
+    # float32 only on the most ranks
     for ranks in (2, 4) if dtype == "float64" else (4,):
         got = curve(texts, tmp_path / f"{ranks}", dtype, ranks, strategy)
         assert max(abs(a - b) / b for a, b in zip(got, wanted, strict=True)) <= tolerance, ranks
@@ -77,7 +77,7 @@ def test_the_loss_curve_is_the_same_for_every_strategy_and_number_of_ranks(
 @pytest.mark.full
 @pytest.mark.parametrize(("ranks", "size"), [(2, 0), (4, 2)])
 def test_ranks_with_packs_of_their_own_train_as_plain_transformers(texts, tmp_path, ranks, size):
-    """Core-attention disaggregation: 20 steps beside one process, one document at a time."""
+    """Compare 20 steps of core-attention disaggregation with one process, one document at a time."""
     parallel = ParallelConfig(ranks=ranks, strategy="cad", data="per_rank", context_parallel_size=size)
     check = ReferenceCheckConfig(steps=STEPS, tolerance=1e-9)
     config = dataclasses.replace(small(texts, tmp_path / "run", "float64"), parallel=parallel, reference_check=check)
@@ -147,7 +147,7 @@ def test_one_command_trains_compares_and_leaves_a_run_folder(config_file, tmp_pa
     page = run.report_file.read_text()
     html.parser.HTMLParser().feed(page)
     assert "<canvas" in page and "data:image/png;base64," in page
-    # self-contained: nothing is fetched from anywhere
+    # self-contained: nothing is downloaded
     assert 'src="http' not in page and "<link" not in page and "<script src" not in page
     verified = distattn("ckpt", "verify", "out", cwd=tmp_path)
     assert verified.returncode == 0 and "step-00000006" in verified.stdout, verified.stdout + verified.stderr
@@ -207,7 +207,7 @@ def test_a_terminal_gets_a_progress_bar(config_file, tmp_path):
 
 
 def working(launcher: int) -> bool:
-    """Whether the launcher has a child process that has loaded torch: the fork server of ranks, or the reference check's."""
+    """Return whether the launcher has a child process that has loaded torch: the fork server, or the reference check's."""
     listed = subprocess.run(["pgrep", "-P", str(launcher)], capture_output=True, text=True).stdout.split()
     try:
         return any("libtorch" in Path(f"/proc/{child}/maps").read_text() for child in listed)
@@ -221,7 +221,7 @@ def interrupted(config_file: Path, folder: Path, when: str, *overrides: str) -> 
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
     def listening() -> None:
-        # whoever runs the tests in a shell's background may have Ctrl-C ignored
+        # tests that run in a shell's background may ignore Ctrl-C
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -229,7 +229,7 @@ def interrupted(config_file: Path, folder: Path, when: str, *overrides: str) -> 
     assert process.stdout is not None
     assert any(line.startswith(when) for line in process.stdout)
     eventually(lambda: working(process.pid), "no child process imports torch")
-    # as a terminal does: to every process of the group
+    # like a terminal: to every process of the group
     os.killpg(process.pid, signal.SIGINT)
     out, errors = process.communicate(timeout=LIMIT_SECONDS)
     return subprocess.CompletedProcess(command, process.returncode, out, errors)
@@ -372,6 +372,6 @@ def test_the_reference_check_fails_when_training_differs(config_file, tmp_path):
 
 
 def test_the_replay_knows_nothing_of_distattn():
-    source = (ROOT / "distattn" / "training" / "reference_replay.py").read_text()
+    source = (ROOT / "distattn" / "training" / "watch" / "reference_replay.py").read_text()
     imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
     assert imports and not any("distattn" in line for line in imports)
