@@ -237,6 +237,6 @@ def test_what_cannot_take_turns_is_refused():
     layers, loss, _ = made("plain")
     cp = shared()
     (local,) = cp.steps([batches(0)])
-    with pytest.raises(da.DistattnError, match="before the first layer"):
+    with pytest.raises(da.DistattnError, match="outside of the layers"):
         da.OverlapSchedule(layers[1:]).step([lambda: loss(local[0])])
     cp.close()
