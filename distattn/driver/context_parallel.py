@@ -254,7 +254,7 @@ class ContextParallel:
 
     def close(self) -> None:
         """End threads and communicators, let servers go, and free arenas. All ranks call it; after an error it waits for none."""
-        self._close(gracefully=sys.exc_info()[0] is None)
+        self.__exit__(*sys.exc_info())
 
     def __enter__(self) -> ContextParallel:
         return self

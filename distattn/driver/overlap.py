@@ -86,7 +86,7 @@ class OverlapSchedule:
         return [loss.detach() for loss in loss_tensors]
 
     def trace(self, rank: int = 0) -> dict[str, Any]:
-        """Return the last step as trace events for ui.perfetto.dev: when each micro-batch ran, and when its messages travelled."""
+        """Return trace events of the last step for ui.perfetto.dev: when micro-batches ran, and when their messages travelled."""
         first = min((span.begin for span in self.spans), default=0.0)
         events: list[dict[str, Any]] = [
             {
@@ -185,10 +185,10 @@ class _MicroBatch:
 
 
 class _AttentionCall(NamedTuple):
-    """One attention call of a micro-batch: its inputs, and its output as a leaf of the graph that follows."""
+    """One attention call of a micro-batch: its inputs q, k and v, and its output as a leaf of the graph that follows."""
 
     executable: Executable
-    inputs: tuple[Tensor, Tensor, Tensor]
+    inputs: tuple[Tensor, ...]
     sink: Tensor | None
     slopes: Tensor | None
     score: tuple[float, ...]
@@ -262,7 +262,10 @@ class _Segment:
 
     def record(self, call: _AttentionCall) -> Tensor:
         """Keep an attention call for the backward pass; return its output."""
-        if torch.is_grad_enabled() or self._repetition is not None:
+        if self._repetition is not None:
+            # its inputs are computed again
+            self.calls.append(call._replace(inputs=(), sink=None, slopes=None))
+        elif torch.is_grad_enabled():
             self.calls.append(call)
         return call.o.requires_grad_() if torch.is_grad_enabled() else call.o
 

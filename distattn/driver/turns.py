@@ -84,7 +84,7 @@ class MicroBatchThread:
         self._event: Arrived | Returned | None = None
         self._error: BaseException | None = None
         self._cancelled = self._runs = False
-        self._thread = threading.Thread(target=self._main, daemon=True)
+        self._thread = threading.Thread(target=self._main, daemon=True, name="distattn-micro-batch")
         self._thread.start()
 
     def resume(self, value: Any = None) -> PausableRun[Arrived | Returned]:
@@ -176,7 +176,7 @@ class ThreadModes(NamedTuple):
 
 
 class RandomState(NamedTuple):
-    """The states of PyTorch's random number generators of the host and of a device (None without streams)."""
+    """The states of PyTorch's random number generators of the host and of a CUDA device (None for other devices)."""
 
     device: torch.device | None
     host_state: torch.Tensor
@@ -184,12 +184,14 @@ class RandomState(NamedTuple):
 
     @classmethod
     def current(cls, device: torch.device | None) -> RandomState:
-        """Return the states at this moment."""
+        """Return the states at this moment. device: on which layers compute."""
+        device = device if device is not None and device.type == "cuda" else None
         return cls(device, torch.get_rng_state(), None if device is None else torch.cuda.get_rng_state(device))
 
     @classmethod
     def drawn(cls, device: torch.device | None, count: int) -> list[RandomState]:
-        """Return states for that many micro-batches, whose seeds are drawn on the host."""
+        """Return states for that many micro-batches, whose seeds are drawn on the host. device: as for `current`."""
+        device = device if device is not None and device.type == "cuda" else None
         states = []
         for seed in torch.randint(1 << 62, (count,), device="cpu").tolist():
             on_device = None if device is None else torch.Generator(device).manual_seed(seed).get_state()

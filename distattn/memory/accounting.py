@@ -80,6 +80,11 @@ class RankCounts(NamedTuple):
     working: dict[str, int]
     host: int
 
+    def times(self, micro_batches: int) -> RankCounts:
+        """Return the counts of that many micro-batches that take turns: at most all of each exists at once."""
+        working = {name: micro_batches * size for name, size in self.working.items()}
+        return RankCounts(micro_batches * self.saved, micro_batches * self.arena, working, micro_batches * self.host)
+
 
 @dataclass(frozen=True)
 class RankMemory:

@@ -358,7 +358,7 @@ BREACHES = {
     rf"{MAIN}, without record_stream",
     batches_are_not_handed_over: rf"ne \(\d+,\) reads {PLANNING} what index_put_ \(\d+,\) writes {MAIN}",
     threads_keep_their_stream: rf"ones_like \(\) reads {MAIN} what mul \(\) writes on the default stream "
-    r"\(thread Thread-\d+ \(work\)\)",
+    r"\(thread distattn-micro-batch\)",
     plans_are_taken_unasked: "the main thread waits for an event that thread distattn-planning may not have recorded yet",
     messages_are_not_awaited: rf"\w+_kernel \(.*\) reads {MAIN} what receive from rank 1 \(.*\) writes {MESSAGE}",
     sends_are_overwritten: rf"zero_ \(.*\) writes {MAIN} what send to rank 1 \(.*\) reads {MESSAGE}",

@@ -194,6 +194,9 @@ class ParallelConfig:
     """Maximum bytes of attention buffers on a rank at once; a batch that needs more is refused. 0 for no limit."""
     latents: Annotated[bool, Engines(("fsdp2", "deepspeed"))] = False
     """Let latent attention (MLA) send latents, expanded on arrival, instead of keys and values of all heads."""
+    overlap: Annotated[bool, Engines(("fsdp2",))] = False
+    """Let pairs of micro-batches take turns, so that attention's messages of one travel while the other computes; engine
+    fsdp2, and an even number of micro-batches a step."""
 
     @property
     def data_ranks(self) -> int:
