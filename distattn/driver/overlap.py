@@ -22,8 +22,8 @@ from distattn.driver.turns import Arrived, MicroBatchThread, RandomState, Return
 from distattn.ir.errors import DistattnError
 from distattn.kernels.devices import current_device
 from distattn.ops.attention import backward_pass, forward_pass
+from distattn.ops.current_micro_batch import INTERLEAVED, RECOMPUTING
 from distattn.ops.executable import Executable
-from distattn.ops.interleaving import INTERLEAVED, RECOMPUTING
 from distattn.parallel.runtime.execute import PausableRun
 
 # positional and keyword arguments of one micro-batch's call of a module

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from distattn.kernels.devices import has_streams
-from distattn.ops.interleaving import INTERLEAVED, InterleavedBatch
+from distattn.ops.current_micro_batch import INTERLEAVED, InterleavedBatch
 from distattn.parallel.runtime.execute import PausableRun
 from distattn.parallel.runtime.transport import Packet, PendingMessages, Transport
 from distattn.supervision.heartbeats import awaiting_thread

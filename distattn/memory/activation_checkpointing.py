@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from distattn.ir.errors import DistattnError
 from distattn.memory.host_offload import HostOffload, Ticket
 from distattn.ops.attention import save_attention
-from distattn.ops.interleaving import interleaved_batch
+from distattn.ops.current_micro_batch import current_micro_batch
 
 SAVED = ("nothing", "attention")
 # what `torch.utils.checkpoint` asks for: a context of the forward pass, and one of its repetition
@@ -68,7 +68,7 @@ class CheckpointedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._forward(*args, **kwargs)
-        interleaved = interleaved_batch()
+        interleaved = current_micro_batch()
         if interleaved is not None and interleaved.layer is self._layer:
             put = None if self._offload is None else self._offload.put
             return interleaved.checkpoint(self._forward, put, args, kwargs)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import distattn as da
 from distattn.adapters.pytorch import local_loss
 from distattn.memory.activation_checkpointing import checkpoint_layers
-from distattn.ops.interleaving import RECOMPUTING, interleaved_batch
+from distattn.ops.current_micro_batch import RECOMPUTING, current_micro_batch
 from distattn.parallel.make_plan import STRATEGIES
 
 pytestmark = pytest.mark.sampled(3)
@@ -132,7 +132,7 @@ def _thread_state():
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled("cpu"),
-        interleaved_batch(),
+        current_micro_batch(),
         list(RECOMPUTING),
     )
 

@@ -55,6 +55,6 @@ INTERLEAVED = _PerThread()
 RECOMPUTING: list[InterleavedBatch] = []
 
 
-def interleaved_batch() -> InterleavedBatch | None:
+def current_micro_batch() -> InterleavedBatch | None:
     """Return the micro-batch whose turn it is, where several take turns."""
     return INTERLEAVED.batch or (RECOMPUTING[-1] if RECOMPUTING else None)
