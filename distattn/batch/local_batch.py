@@ -35,7 +35,7 @@ from distattn.supervision.heartbeats import set_layer
 
 
 class BatchAttention(Protocol):
-    """What attention layers are given as their batch: one per rank and micro-batch, or one that follows a pipeline's ticks.
+    """What attention layers are given as their batch: one per rank and micro-batch, or an emulated one.
 
     longest_document: tokens of the longest one of the micro-batch that this rank has a part of, whoever has its end; 0 where that
     is not known.

@@ -48,10 +48,10 @@ class GlobalStepInfos:
     Raises DistattnError where the loader is not that of this rank.
     """
 
-    def __init__(self, loader: GlobalLoader, table: RankTable, same_batch: Sequence[int] | None, ask: bool):
-        """same_batch: of each rank, the rank whose data it has, by default that of the table. ask: whatever the loader knows."""
+    def __init__(self, loader: GlobalLoader, table: RankTable, ask: bool):
+        """ask: whatever the loader knows."""
         self._loader, self._table = loader, table
-        self._share_of = share_numbers(same_batch or table.first_of_block, table.has_model)
+        self._share_of = share_numbers(table.first_of_block, table.has_model)
         mine = self._share_of[table.rank], max(self._share_of) + 1
         if (loader.rank, loader.size) != mine:
             raise DistattnError(

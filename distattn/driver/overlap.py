@@ -163,20 +163,29 @@ class _MicroBatch:
         """See `InterleavedBatch`."""
         return None if self.segment is None else self.segment.module
 
-    def attention(self, executable: Executable, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
+    def attention(
+        self,
+        executable: Executable,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sink: Tensor | None,
+        slopes: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> Tensor:
         """See `InterleavedBatch`. Called on this micro-batch's thread."""
         if executable.observer is not None and not executable.observer.allows_interleaving:
             raise DistattnError("ranks that only serve do not take turns; use OverlapSchedule without servers.")
         if self.segment is None and torch.is_grad_enabled():
             raise DistattnError(_OUTSIDE)
-        sink, slopes, *score = options
         transport = self.turns.traced(executable.transport, self.number)
         # the current device belongs to the thread, and this thread is the micro-batch's own
         with torch.no_grad(), current_device(q.device):
-            o, lse, kept = self.thread.run(forward_pass(executable, q, k, v, sink, slopes, *score, transport))
+            o, lse, kept = self.thread.run(forward_pass(executable, q, k, v, sink, slopes, scale, softcap, transport))
         if self.segment is None:
             return o
-        return self.segment.record(_AttentionCall(executable, (q, k, v), sink, slopes, tuple(score), o, lse, kept))
+        return self.segment.record(_AttentionCall(executable, (q, k, v), sink, slopes, (scale, softcap), o, lse, kept))
 
     def checkpoint(self, *call: Any) -> Any:
         """See `InterleavedBatch`."""
@@ -191,7 +200,7 @@ class _AttentionCall(NamedTuple):
     inputs: tuple[Tensor, ...]
     sink: Tensor | None
     slopes: Tensor | None
-    score: tuple[float, ...]
+    score: tuple[float, float]
     o: Tensor
     lse: Tensor
     kept: Tensor
@@ -287,7 +296,17 @@ class _Segment:
         with torch.no_grad():
             return forward(*args, **kwargs)
 
-    def attention(self, executable: Executable, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
+    def attention(
+        self,
+        executable: Executable,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sink: Tensor | None,
+        slopes: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> Tensor:
         """See `InterleavedBatch`. Called where the layer is repeated, on the thread of the backward pass."""
         if not self._repeated:
             raise DistattnError(
@@ -298,7 +317,7 @@ class _Segment:
         call = self.calls[number]
         o = call.o.detach().requires_grad_()
         if self._repetition is not None:
-            self.calls[number] = call._replace(inputs=(q, k, v), sink=options[0], slopes=options[1], o=o)
+            self.calls[number] = call._replace(inputs=(q, k, v), sink=sink, slopes=slopes, o=o)
         return o
 
     def backward(self, gradient: Tensor) -> PausableRun[Tensor | None]:
@@ -312,9 +331,9 @@ class _Segment:
         self._backward(outputs, gradients)
         for call in reversed(self.calls):
             do = torch.zeros_like(call.o) if call.o.grad is None else call.o.grad
-            tensors = (do, None, *call.inputs, call.sink, call.slopes, call.o, call.lse, call.kept, *call.score)
             transport = self.micro_batch.turns.traced(call.executable.transport, self.micro_batch.number)
-            call_gradients = yield from _by_steps(backward_pass(call.executable, *tensors, transport), call.o.device)
+            kept: Any = (*call.inputs, call.sink, call.slopes, call.o, call.lse, call.kept, *call.score, transport)
+            call_gradients = yield from _by_steps(backward_pass(call.executable, do, None, *kept), call.o.device)
             leaves = [*call.inputs, *([] if call.sink is None else [call.sink])]
             pairs = [(x, grad) for x, grad in zip(leaves, call_gradients, strict=False) if x.requires_grad]
             self._backward([x for x, _ in pairs], [grad for _, grad in pairs])
@@ -421,7 +440,8 @@ def _sharded_around(layers: Sequence[nn.Module], model: nn.Module | None) -> lis
 def _calls_joined(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Let threads of micro-batches wait for each other before and after these modules while the context is open."""
     for module in modules:
-        module.__class__ = _joining_class(type(module))
+        original: Any = type(module)
+        module.__class__ = _joining_class(original)
     try:
         yield
     finally:
@@ -430,7 +450,7 @@ def _calls_joined(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @functools.cache
-def _joining_class(original: type[nn.Module]) -> type[nn.Module]:
+def _joining_class(original: Any) -> type[nn.Module]:
     """Return a class like a module's whose calls are handed to the schedule: hooks, such as FSDP2's, have not run yet there."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -103,7 +103,7 @@ def _empty(shape: AttentionShape, heads: int, width: int, device: torch.device) 
 def _batch(steps: dict[int, AwaitedResult[GatheredStep]], number: int) -> LocalBatch:
     """The batch of that number, of the steps that are not over."""
     for step in steps.values():
-        for batch in step.result().made:
+        for batch in step.result().batches:
             if batch.number == number:
                 found: LocalBatch = batch
                 return found

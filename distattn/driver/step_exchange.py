@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -45,11 +45,11 @@ class StepInfo(NamedTuple):
 
 
 class GatheredStep(NamedTuple):
-    """A step as all ranks announced it: its number in the run, and every rank's info. made: what was made of it ahead."""
+    """A step as all ranks announced it: its number in the run, every rank's info, and the batches that were made of it."""
 
     number: int
     infos: list[StepInfo]
-    made: Any = None
+    batches: Sequence[LocalBatch] = ()
 
 
 class PlanningThread:
@@ -98,21 +98,19 @@ class StepExchange:
     def announce(
         self,
         micro_batches: Sequence[Batch] | None,
-        make: Callable[[GatheredStep], tuple[Any, list[LocalBatch]]],
+        make: Callable[[GatheredStep], list[LocalBatch]],
         planner: Planner,
         speed: float | None = None,
-        same_batch: Sequence[int] | None = None,
         loader: str = "",
         known: list[StepInfo] | None = None,
     ) -> AwaitedResult[GatheredStep]:
         """Tell the others of this rank's next step, and hear of theirs; all ranks call it in the same order.
 
         loader: see `StepInfo`; known: what they would tell, where every rank knows it, so that nobody is asked.
-        make: what is to be made of the gathered step, and all batches in it; called on the thread, where the batches' plans
-        follow for the shapes that are known now.
+        make: makes the batches of the gathered step; called on the thread, where the batches' plans follow for the shapes that
+        are known now.
         """
         number, shapes = self.steps, planner.registered_shapes(self.steps)
-        same = self.same_batch if same_batch is None else list(same_batch)
         self.steps += 1
         future = AwaitedResult[GatheredStep](self._thread.ident)
         # this thread's stream may still have to fill a loader's tensors on a GPU
@@ -123,10 +121,10 @@ class StepExchange:
                 given.join()
                 infos = known
                 if infos is None:
-                    compared = any(rank != first for rank, first in enumerate(same))
-                    infos = self._gather(StepInfo.of(micro_batches, speed, compared, loader), same)
-                made, batches = make(GatheredStep(number, infos))
-                step = GatheredStep(number, infos, made)
+                    compared = any(rank != first for rank, first in enumerate(self.same_batch))
+                    infos = self._gather(StepInfo.of(micro_batches, speed, compared, loader))
+                batches = make(GatheredStep(number, infos))
+                step = GatheredStep(number, infos, batches)
                 pending = [known for batch in batches for known in batch.plan_ahead(shapes)]
             except BaseException as error:
                 future.set_exception(error)
@@ -144,14 +142,14 @@ class StepExchange:
         if self._host is not None:
             self._host.close()
 
-    def _gather(self, info: StepInfo, same: Sequence[int]) -> list[StepInfo]:
+    def _gather(self, info: StepInfo) -> list[StepInfo]:
         infos = [info] if self._host is None else self._host.all_gather(info, "the exchange of a step")
-        self._check(infos, same)
+        self._check(infos)
         return infos
 
-    def _check(self, infos: list[StepInfo], same: Sequence[int]) -> None:
+    def _check(self, infos: list[StepInfo]) -> None:
         """Raise DistattnError where ranks that are to have the same batches have others."""
-        for rank, first in enumerate(same):
+        for rank, first in enumerate(self.same_batch):
             mine, theirs = infos[rank], infos[first]
             if mine._replace(speed=None) == theirs._replace(speed=None):
                 continue

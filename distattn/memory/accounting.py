@@ -134,7 +134,7 @@ class AllocationWatch(TorchDispatchMode):
                 self._leave_out(x)
         if func.name() in _PASSES:
             direction, number = _PASSES[func.name()]
-            executable = EXECUTABLES.by_handle(args[number]).for_direction(direction)
+            executable = EXECUTABLES.by_handle(args[number])
             memory = executable.memory()[direction]
             self._largest_arena = max(self._largest_arena, memory.arena)
             self._note(self.alive + memory.beside_arena)

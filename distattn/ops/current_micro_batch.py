@@ -12,12 +12,11 @@ from distattn.ops.executable import Executable
 
 
 class InterleavedBatch(Protocol):
-    """A micro-batch that takes turns with others on this rank (see `driver.overlap`): it runs its own attention calls.
+    """A micro-batch that takes turns with others on this rank (see `driver.overlap`): it runs its own attention calls."""
 
-    layer: the layer that is computed for it; None outside of the schedule's layers, and in a layer's repetition.
-    """
-
-    layer: nn.Module | None
+    @property
+    def layer(self) -> nn.Module | None:
+        """The layer that is computed for it; None outside of the schedule's layers, and in a layer's repetition."""
 
     def attention(
         self,

@@ -108,22 +108,12 @@ class Executable:
                 passes[direction] = memory._replace(workspace=recurrence_workspace(self.program, direction, kernel))
         return passes
 
-    def for_direction(self, direction: str) -> Executable:
-        """What runs a "forward" or "backward" pass: itself. A pipeline schedule has another one in every tick."""
-        return self
-
     def begin_pass(self, direction: str, score: ScoreMod) -> None:
         """A pass begins in the current stream of this thread."""
         if self.program.uploaded is not None:
             self.program.uploaded.join()
         if self.observer is not None:
             self.observer.on_pass_begin(direction, score)
-
-
-class HasExecutable(Protocol):
-    """What a handle stands for: an executable, or what names the one of the next pass."""
-
-    def for_direction(self, direction: str) -> Executable: ...
 
 
 class ExecutableCache:
@@ -135,7 +125,7 @@ class ExecutableCache:
     def __init__(self) -> None:
         # torch.compile specialises on 0 and 1
         self._handles = itertools.count(2)
-        self._by_handle: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._by_handle: weakref.WeakValueDictionary[int, Executable] = weakref.WeakValueDictionary()
         self._programs: weakref.WeakKeyDictionary[Plan, dict[ExecutionKey, Program]] = weakref.WeakKeyDictionary()
         self._plan_locks: weakref.WeakKeyDictionary[Plan, threading.Lock] = weakref.WeakKeyDictionary()
         self._transports: weakref.WeakKeyDictionary[Any, dict[Any, GroupTransport]] = weakref.WeakKeyDictionary()
@@ -146,13 +136,13 @@ class ExecutableCache:
         """In a process that was forked: the threads that held them are not there to give them back."""
         self._lock, self._plan_locks = threading.Lock(), weakref.WeakKeyDictionary()
 
-    def add(self, executable: HasExecutable) -> int:
+    def add(self, executable: Executable) -> int:
         """A new handle for an executable; the cache does not keep it alive."""
         handle = next(self._handles)
         self._by_handle[handle] = executable
         return handle
 
-    def by_handle(self, handle: int) -> HasExecutable:
+    def by_handle(self, handle: int) -> Executable:
         """What a handle stands for. Raises DistattnError where its executable has been dropped."""
         found = self._by_handle.get(handle)
         if found is None:
@@ -160,7 +150,7 @@ class ExecutableCache:
                 f"handle {handle} belongs to no executable that is still alive; hold what prepare returned until the "
                 "backward has run."
             )
-        return found  # type: ignore[no-any-return]
+        return found
 
     def program(self, plan: Plan, key: ExecutionKey, proven: bool = True) -> Program:
         """The program of a plan, made at the first call and proven then if `proven`. May be called on any thread."""
