@@ -129,6 +129,9 @@ class MicroBatchThread:
         self._resumed.release()
         if not self._runs:
             self._thread.join()
+            # objects that hold each other would keep the loss and its graph until Python collects garbage
+            del self._batch, self._work
+            self._event = self._value = None
 
     def _main(self) -> None:
         self._resumed.acquire()

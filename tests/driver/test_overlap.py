@@ -1,5 +1,7 @@
 """Two batches that take turns give the gradients of the plain run, and one computes while the other's messages travel."""
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -247,6 +249,26 @@ def test_without_gradients_only_forward_runs():
     assert [float(one) for one in losses] == pytest.approx([float(loss(batch).detach()) for batch in local])
     assert all(parameter.grad is None for parameter in parameters)
     cp.close()
+
+
+def test_a_step_leaves_nothing_to_the_garbage_collector():
+    layers, loss, parameters = made("plain")
+    with shared() as cp:
+        (local,) = cp.steps([batches(0)])
+        kept = []
+
+        def watched(batch):
+            result = loss(batch)
+            kept.append(weakref.ref(result))
+            return result
+
+        gc.collect()
+        gc.disable()
+        try:
+            da.OverlapSchedule(layers).step([partial(watched, batch) for batch in local])
+            assert [reference() for reference in kept] == [None, None]
+        finally:
+            gc.enable()
 
 
 def test_a_failure_in_one_batch_ends_the_others():

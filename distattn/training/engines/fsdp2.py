@@ -138,7 +138,7 @@ class Fsdp2Engine:
 
 def _check_overlap(shape: Any) -> None:
     """Raise DistattnError for a model whose layers do not take turns. shape: its transformers configuration."""
-    if huggingface.mixes_outside_attention(shape):
+    if huggingface.has_recurrence_or_convolution(shape):
         raise DistattnError(
             f"parallel.overlap: {shape.model_type} has recurrent layers or convolutions, which do not take turns; use false."
         )
