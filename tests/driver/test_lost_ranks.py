@@ -1,4 +1,4 @@
-"""Whatever a rank does, the others end within the time-out by an error that names it."""
+"""When a rank is lost in any way, the others end within the time-out by an error that names it."""
 
 import os
 import signal
@@ -14,20 +14,20 @@ from distattn.adapters.pytorch import local_loss
 
 pytestmark = [pytest.mark.sampled(16), pytest.mark.waits(7)]
 
-# of the driver: long enough for a rank that is only slow on a loaded machine, short enough for a test
+# the driver's time-out: long enough for a rank that is only slow on a loaded machine, short enough for a test
 TIMEOUT = 16.0
 WHERE = ("the loader", "the loop", "a forward pass", "a backward pass")
 
 
 def lose(how):
-    """What the lost rank does."""
+    """End or stop this rank in one of several ways."""
     if how == "stops":
         os.kill(os.getpid(), signal.SIGSTOP)
     if how == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "raises":
         raise KeyError("a mistake of the script")
-    # lives, and is elsewhere
+    # the rank lives, but does not come
     time.sleep(600)
 
 
@@ -39,11 +39,11 @@ def packs(rank, where, how):
 
 
 def trained(rank, lost, where, how, settings):
-    """The error by which this rank's training ends."""
+    """Return the error that ends this rank's training."""
     if rank >= 3 - settings.get("servers", 0):
         if rank == lost:
             # its first pass
-            torch.ops.distattn.forward = lambda *given: lose(how)
+            torch.ops.distattn.forward = lambda *args: lose(how)
         with pytest.raises(da.LostRankError) as error:
             da.serve()
         return str(error.value), error.value.peers
@@ -51,7 +51,7 @@ def trained(rank, lost, where, how, settings):
     model = model_of()
     if where in WHERE[2:]:
         layer = model.model.layers[1]
-        layer.register_forward_hook(lambda module, given, out: pass_through(out, where, how))
+        layer.register_forward_hook(lambda module, args, out: pass_through(out, where, how))
     with pytest.raises(da.LostRankError) as error, shared(timeout=TIMEOUT, **settings) as cp:
         for number, micro_batches in enumerate(cp.steps(packs(rank, where, how))):
             STEP[0] = number
