@@ -169,8 +169,8 @@ class Checkpoints:
 
         state: nested dictionaries of tensors, DTensors and plain values, as `dcp.save` takes them, or a function that makes them
         (`HostBuffers.build_state`). Return once the tensors are copied to host memory; with `overlap` return at once, and no
-        tensor may change before `wait_staged` has returned. Steps of torch.optim's optimizers call it; any other code that changes
-        the state must call it first. facts: further ones for this save alone. verdict: an early verdict on the state.
+        tensor may change before `wait_staged` has returned. Steps of torch.optim's optimizers call it; any other code that
+        changes the state must call it first. facts: further ones for this save alone. verdict: an early verdict on the state.
 
         Wait for an earlier save that still runs, with a warning: skipping this one would need all ranks to agree at every save,
         and a second copy of the state would need as much memory again. A full or unwritable disk causes one warning, and the
