@@ -168,9 +168,9 @@ class Checkpoints:
         """Save a state after `step` training steps; a thread writes it. Collective, and all ranks must save the same steps.
 
         state: nested dictionaries of tensors, DTensors and plain values, as `dcp.save` takes them, or a function that makes them
-        (`HostBuffers.build_state`). Return once the tensors are copied to host memory; with `overlap` return at once, and no tensor may
-        change before `wait_staged` has returned. Steps of torch.optim's optimizers call it; any other code that changes the state
-        must call it first. facts: further ones for this save alone. verdict: an early verdict on the state.
+        (`HostBuffers.build_state`). Return once the tensors are copied to host memory; with `overlap` return at once, and no
+        tensor may change before `wait_staged` has returned. Steps of torch.optim's optimizers call it; any other code that
+        changes the state must call it first. facts: further ones for this save alone. verdict: an early verdict on the state.
 
         Wait for an earlier save that still runs, with a warning: skipping this one would need all ranks to agree at every save,
         and a second copy of the state would need as much memory again. A full or unwritable disk causes one warning, and the
@@ -492,8 +492,8 @@ def _check_facts(candidate: _Candidate, required: Mapping[str, str]) -> None:
     for name, wanted in required.items():
         actual = candidate.manifest.facts.get(name)
         if actual != wanted:
-            has = f"has {name} {actual}" if actual is not None else f"does not say its {name}"
+            difference = f"has {name} {actual}" if actual is not None else f"does not say its {name}"
             raise DistattnError(
-                f"{candidate.folder}: {has}, but this run has {name} {wanted}; resume with what it was saved with, or name "
-                "another folder to begin anew."
+                f"{candidate.folder}: {difference}, but this run has {name} {wanted}; resume with what it was saved with, or "
+                "name another folder to begin anew."
             )
