@@ -35,7 +35,7 @@ from distattn.supervision.heartbeats import set_layer
 
 
 class BatchAttention(Protocol):
-    """Batch that attention layers get: one per rank and micro-batch, or one that follows a pipeline's ticks.
+    """Batch that attention layers get: one per rank and micro-batch, or an emulated one.
 
     longest_document: tokens of the longest document of the micro-batch that this rank has a part of, on any rank; 0 if it is
     unknown.

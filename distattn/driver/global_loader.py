@@ -48,13 +48,10 @@ class GlobalStepInfos:
     Raises DistattnError if the loader has another rank's share.
     """
 
-    def __init__(self, loader: GlobalLoader, table: RankTable, same_batch: Sequence[int] | None, ask: bool):
-        """Check the loader's share.
-
-        same_batch: for each rank, the rank whose data it has, by default as in the table. ask: always ask the other ranks.
-        """
+    def __init__(self, loader: GlobalLoader, table: RankTable, ask: bool):
+        """Check the loader's share. ask: always ask the other ranks."""
         self._loader, self._table = loader, table
-        self._share_of = share_numbers(same_batch or table.first_of_block, table.has_model)
+        self._share_of = share_numbers(table.first_of_block, table.has_model)
         share, shares = self._share_of[table.rank], max(self._share_of) + 1
         if (loader.rank, loader.size) != (share, shares):
             raise DistattnError(

@@ -104,8 +104,7 @@ def _empty(shape: AttentionShape, heads: int, width: int, device: torch.device) 
 def _batch(steps: dict[int, AwaitedResult[GatheredStep]], number: int) -> LocalBatch:
     """Return the batch of this number among the steps that are not released. Raise DistattnError if there is no such batch."""
     for step in steps.values():
-        batches: list[LocalBatch] = step.result().prepared
-        for batch in batches:
+        for batch in step.result().batches:
             if batch.number == number:
                 return batch
     raise DistattnError(f"batch {number} is of a step that is over, or that was not announced.")

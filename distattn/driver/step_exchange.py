@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -47,11 +47,11 @@ class StepInfo(NamedTuple):
 
 
 class GatheredStep(NamedTuple):
-    """A step that all ranks have announced: its number in the run, and every rank's info. prepared: the result of `make`."""
+    """A step that all ranks have announced: its number in the run, every rank's info, and the batches made from it."""
 
     number: int
     infos: list[StepInfo]
-    prepared: Any = None
+    batches: Sequence[LocalBatch] = ()
 
 
 class PlanningThread:
@@ -100,21 +100,18 @@ class StepExchange:
     def announce(
         self,
         micro_batches: Sequence[Batch] | None,
-        make: Callable[[GatheredStep], tuple[Any, list[LocalBatch]]],
+        make: Callable[[GatheredStep], list[LocalBatch]],
         planner: Planner,
         speed: float | None = None,
-        same_batch: Sequence[int] | None = None,
         loader: str = "",
         known_infos: list[StepInfo] | None = None,
     ) -> AwaitedResult[GatheredStep]:
         """Announce this rank's next step, and gather all ranks' facts about it; all ranks call it in the same order.
 
-        make: returns (`GatheredStep.prepared`, all batches in it) for the gathered step; called on the thread, which then plans
-        the batches for the shapes that are known now. loader: see `StepInfo`. known_infos: all ranks' facts if every rank knows
-        them, so that no rank is asked.
+        make: returns the batches of the gathered step; called on the thread, which then plans them for the shapes that are
+        known now. loader: see `StepInfo`. known_infos: all ranks' facts if every rank knows them, so that no rank is asked.
         """
         number, shapes = self.steps, planner.registered_shapes(self.steps)
-        same = self.same_batch if same_batch is None else list(same_batch)
         self.steps += 1
         future = AwaitedResult[GatheredStep](self._thread.ident)
         # work on this thread's stream may still fill the loader's tensors on a GPU
@@ -125,10 +122,10 @@ class StepExchange:
                 handover.join()
                 infos = known_infos
                 if infos is None:
-                    compared = any(rank != first for rank, first in enumerate(same))
-                    infos = self._gather(StepInfo.of(micro_batches, speed, compared, loader), same)
-                prepared, batches = make(GatheredStep(number, infos))
-                step = GatheredStep(number, infos, prepared)
+                    compared = any(rank != first for rank, first in enumerate(self.same_batch))
+                    infos = self._gather(StepInfo.of(micro_batches, speed, compared, loader))
+                batches = make(GatheredStep(number, infos))
+                step = GatheredStep(number, infos, batches)
                 pending = [plan for batch in batches for plan in batch.plan_ahead(shapes)]
             except BaseException as error:
                 future.set_exception(error)
@@ -146,14 +143,14 @@ class StepExchange:
         if self._host is not None:
             self._host.close()
 
-    def _gather(self, info: StepInfo, same: Sequence[int]) -> list[StepInfo]:
+    def _gather(self, info: StepInfo) -> list[StepInfo]:
         infos = [info] if self._host is None else self._host.all_gather(info, "the exchange of a step")
-        self._check(infos, same)
+        self._check(infos)
         return infos
 
-    def _check(self, infos: list[StepInfo], same: Sequence[int]) -> None:
+    def _check(self, infos: list[StepInfo]) -> None:
         """Raise DistattnError if ranks that must have the same batches have different ones."""
-        for rank, first in enumerate(same):
+        for rank, first in enumerate(self.same_batch):
             info, first_info = infos[rank], infos[first]
             if info._replace(speed=None) == first_info._replace(speed=None):
                 continue

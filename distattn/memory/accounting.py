@@ -80,6 +80,11 @@ class RankCounts(NamedTuple):
     working: dict[str, int]
     host: int
 
+    def times(self, micro_batches: int) -> RankCounts:
+        """Return the counts of that many micro-batches that take turns: at most all of each exists at once."""
+        working = {name: micro_batches * size for name, size in self.working.items()}
+        return RankCounts(micro_batches * self.saved, micro_batches * self.arena, working, micro_batches * self.host)
+
 
 @dataclass(frozen=True)
 class RankMemory:
@@ -129,7 +134,7 @@ class AllocationWatch(TorchDispatchMode):
                 self._exclude(x)
         if func.name() in _PASSES:
             direction, number = _PASSES[func.name()]
-            executable = EXECUTABLES.by_handle(args[number]).for_direction(direction)
+            executable = EXECUTABLES.by_handle(args[number])
             memory = executable.memory()[direction]
             self._largest_arena = max(self._largest_arena, memory.arena)
             self._note(self.alive + memory.beside_arena)

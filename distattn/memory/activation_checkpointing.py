@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from distattn.ir.errors import DistattnError
 from distattn.memory.host_offload import HostOffload, Ticket
 from distattn.ops.attention import save_attention
+from distattn.ops.current_micro_batch import current_micro_batch
 
 SAVED = ("nothing", "attention")
 # returns what `torch.utils.checkpoint` needs: a context for the forward pass, and one for its repetition
@@ -58,7 +59,7 @@ class CheckpointedForward:
     """The forward of a checkpointed layer."""
 
     def __init__(self, layer: nn.Module, forward: Callable[..., Any], save: str, offload: HostOffload | None):
-        self._name, self._forward, self._offload = type(layer).__name__, forward, offload
+        self._layer, self._name, self._forward, self._offload = layer, type(layer).__name__, forward, offload
         # without a policy leave context_fn out: torch.compile does not accept one that does nothing
         self._options: dict[str, Any] = {}
         if save == "attention":
@@ -67,6 +68,10 @@ class CheckpointedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._forward(*args, **kwargs)
+        interleaved = current_micro_batch()
+        if interleaved is not None and interleaved.layer is self._layer:
+            put = None if self._offload is None else self._offload.put
+            return interleaved.checkpoint(self._forward, put, args, kwargs)
         if self._offload is None:
             return checkpoint(self._forward, *args, use_reentrant=False, **self._options, **kwargs)
         if not args or not isinstance(args[0], Tensor):

@@ -273,7 +273,7 @@ torch.library.define(
 
 @on_device_of_tensors
 def _forward(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  # noqa: ANN001
-    executable = EXECUTABLES.by_handle(plan).for_direction("forward")
+    executable = EXECUTABLES.by_handle(plan)
     return execute.run_to_completion(forward_pass(executable, q, k, v, sink, slopes, scale, softcap))
 
 
@@ -290,7 +290,7 @@ def _forward_fake(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  
 @on_device_of_tensors
 def _backward(do, dlse, q, k, v, sink, slopes, o, lse, kept, plan, scale, softcap):  # noqa: ANN001
     inputs = do, dlse, q, k, v, sink, slopes, o, lse, kept, scale, softcap
-    executable = EXECUTABLES.by_handle(plan).for_direction("backward")
+    executable = EXECUTABLES.by_handle(plan)
     return execute.run_to_completion(backward_pass(executable, *inputs))
 
 

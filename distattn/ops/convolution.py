@@ -234,7 +234,7 @@ torch.library.define(
 
 @on_device_of_tensors
 def _forward(x, weight, initial, plan, kept_elements):  # noqa: ANN001
-    executable = EXECUTABLES.by_handle(plan).for_direction("forward")
+    executable = EXECUTABLES.by_handle(plan)
     if weight is None:
         _check_distance(executable.program.call)
     else:
@@ -259,7 +259,7 @@ def _forward_fake(x, weight, initial, plan, kept_elements):  # noqa: ANN001
 
 @on_device_of_tensors
 def _backward(dy, x, weight, initial, kept, plan):  # noqa: ANN001
-    executable = EXECUTABLES.by_handle(plan).for_direction("backward")
+    executable = EXECUTABLES.by_handle(plan)
     executable.begin_pass("backward", _NO_SCORE)
     arguments = (
         executable.program,

@@ -107,22 +107,12 @@ class Executable:
                 passes[direction] = memory._replace(workspace=recurrence_workspace(self.program, direction, kernel))
         return passes
 
-    def for_direction(self, direction: str) -> Executable:
-        """Return the executable of a "forward" or "backward" pass: itself. A pipeline schedule has another one in every tick."""
-        return self
-
     def begin_pass(self, direction: str, score: ScoreMod) -> None:
         """Begin a pass in the current stream of this thread."""
         if self.program.uploaded is not None:
             self.program.uploaded.join()
         if self.observer is not None:
             self.observer.on_pass_begin(direction, score)
-
-
-class HasExecutable(Protocol):
-    """Object that a handle identifies: an executable, or an object that knows the one of the next pass."""
-
-    def for_direction(self, direction: str) -> Executable: ...
 
 
 class ExecutableCache:
@@ -134,7 +124,7 @@ class ExecutableCache:
     def __init__(self) -> None:
         # torch.compile specialises on 0 and 1
         self._handles = itertools.count(2)
-        self._by_handle: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._by_handle: weakref.WeakValueDictionary[int, Executable] = weakref.WeakValueDictionary()
         self._programs: weakref.WeakKeyDictionary[Plan, dict[ExecutionKey, Program]] = weakref.WeakKeyDictionary()
         self._plan_locks: weakref.WeakKeyDictionary[Plan, threading.Lock] = weakref.WeakKeyDictionary()
         self._transports: weakref.WeakKeyDictionary[Any, dict[Any, GroupTransport]] = weakref.WeakKeyDictionary()
@@ -145,21 +135,21 @@ class ExecutableCache:
         """Make new locks in a forked process: the threads that held the old ones do not exist there."""
         self._lock, self._plan_locks = threading.Lock(), weakref.WeakKeyDictionary()
 
-    def add(self, executable: HasExecutable) -> int:
+    def add(self, executable: Executable) -> int:
         """Return a new handle for an executable; the cache does not keep it alive."""
         handle = next(self._handles)
         self._by_handle[handle] = executable
         return handle
 
-    def by_handle(self, handle: int) -> HasExecutable:
-        """Return the object of a handle. Raise DistattnError if its executable has been freed."""
+    def by_handle(self, handle: int) -> Executable:
+        """Return the executable of a handle. Raise DistattnError if it has been freed."""
         executable = self._by_handle.get(handle)
         if executable is None:
             raise DistattnError(
                 f"handle {handle} belongs to no executable that is still alive; hold what prepare returned until the "
                 "backward has run."
             )
-        return executable  # type: ignore[no-any-return]
+        return executable
 
     def program(self, plan: Plan, key: ExecutionKey, proven: bool = True) -> Program:
         """Return the program of a plan, made at the first call, with a proof if `proven`. May be called on any thread."""

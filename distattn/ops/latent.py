@@ -116,7 +116,7 @@ torch.library.define(
 
 @on_device_of_tensors
 def _forward(q, rope, latent, up, plan, kept_elements, scale):  # noqa: ANN001
-    executable = EXECUTABLES.by_handle(plan).for_direction("forward")
+    executable = EXECUTABLES.by_handle(plan)
     q, rope, latent = (x.contiguous() for x in (q, rope, latent))
     score = _score(executable, scale, up)
     executable.begin_pass("forward", score.score)
@@ -137,7 +137,7 @@ def _forward_fake(q, rope, latent, up, plan, kept_elements, scale):  # noqa: ANN
 
 @on_device_of_tensors
 def _backward(do, q, rope, latent, up, o, lse, kept, plan, scale):  # noqa: ANN001
-    executable = EXECUTABLES.by_handle(plan).for_direction("backward")
+    executable = EXECUTABLES.by_handle(plan)
     do, q, rope, latent = (x.contiguous() for x in (do, q, rope, latent))
     dup = torch.zeros_like(up, dtype=getattr(torch, executable.program.call.accumulation_dtype))
     score = _score(executable, scale, up, dup)

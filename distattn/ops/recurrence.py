@@ -153,7 +153,7 @@ torch.library.define(
 
 @on_device_of_tensors
 def _forward(q, k, v, g, beta, initial, plan, kept_bytes, final_states):  # noqa: ANN001
-    executable = EXECUTABLES.by_handle(plan).for_direction("forward")
+    executable = EXECUTABLES.by_handle(plan)
     x = _contiguous(q, k, v, g, beta)
     executable.begin_pass("forward", _NO_SCORE)
     arguments = executable.program, executable.transport, _kernel(executable), x, initial, final_states > 0
@@ -174,7 +174,7 @@ def _forward_fake(q, k, v, g, beta, initial, plan, kept_bytes, final_states):  #
 
 @on_device_of_tensors
 def _backward(do, dfinal, q, k, v, g, beta, initial, kept, plan):  # noqa: ANN001
-    executable = EXECUTABLES.by_handle(plan).for_direction("backward")
+    executable = EXECUTABLES.by_handle(plan)
     x = _contiguous(q, k, v, g, beta)
     executable.begin_pass("backward", _NO_SCORE)
     arguments = executable.program, executable.transport, _kernel(executable), do.contiguous(), dfinal, x, initial, kept

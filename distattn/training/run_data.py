@@ -23,7 +23,7 @@ from distattn.data.packing.pack_config import (
 )
 from distattn.data.packing.pack_plan import PackPlan
 from distattn.data.packing.pack_rule import PackRule
-from distattn.data.packing.shares import check_shares, deal_packs
+from distattn.data.packing.shares import check_pairs, check_shares, deal_packs
 from distattn.ir.errors import DistattnError
 from distattn.training.config.run_file import Config
 from distattn.training.run_folder import RunFolder
@@ -73,7 +73,10 @@ def open_data(run: RunFolder, config: Config) -> RunData:
     if planned is None:
         corpora = [Corpus.open(_TEXT, [str(run.corpus_prefix)], config.data.check_tokens)]
         return RunData(PackPlan.open(run.packs_file), corpora, vocabulary_size(config))
-    return _planned_data(config, planned)
+    data = _planned_data(config, planned)
+    if config.parallel.overlap:
+        check_pairs(data.plan, config.parallel.data_parallel_size, 0, config.train.steps)
+    return data
 
 
 def plan_longer(run: RunFolder, config: Config, data: RunData, path: Path) -> RunData:

@@ -12,7 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.utils import clip_grad_norm_
 
-from distattn.adapters import pytorch
+from distattn.adapters import huggingface, pytorch
+from distattn.driver.overlap import OverlapSchedule
+from distattn.ir.errors import DistattnError
 from distattn.training.config.plan_settings import attention_config
 from distattn.training.config.run_file import Config
 from distattn.training.config.run_settings import build_model, configured_model, prepare_layers, tiled_loss
@@ -22,6 +24,8 @@ from distattn.training.watch.state_digest import state_tensors
 
 # AdamW's averages for each parameter
 _AVERAGES = ("exp_avg", "exp_avg_sq")
+# micro-batches that take turns: while the messages of one travel, the other one computes
+_TAKE_TURNS = 2
 
 
 class Fsdp2Engine:
@@ -34,16 +38,20 @@ class Fsdp2Engine:
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("dp", "cp"))
         self.cp = pytorch.context_parallel(mesh, config=attention_config(config))
         self._loss = tiled_loss(config)
+        model_shape = configured_model(config, vocabulary, context)
+        if parallel.overlap:
+            _check_overlap(model_shape)
         state_device = torch.device("cpu") if config.memory.state_on_host else device
         self.model = build_model(
             config,
-            configured_model(config, vocabulary, context),
+            model_shape,
             device=state_device,
             shard=partial(_shard, config, mesh),
         )
         for buffer in self.model.buffers():
             # buffers are not sharded, and FSDP2 does not move them to the device
             buffer.data = buffer.data.to(device)
+        self._schedule = OverlapSchedule(self.model.get_decoder().layers, self.model) if parallel.overlap else None
         self.cp.loss_scale(pytorch.ProbeTarget(self.model))
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, train.weight_decay),
@@ -61,8 +69,16 @@ class Fsdp2Engine:
             }
 
     def backward(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
-        """See `Engine`. Gradients are reduced after each micro-batch, so that no rank holds a whole one."""
-        losses = []
+        """See `Engine`. Gradients are reduced after each micro-batch or pair of them, so that no rank holds a whole one.
+
+        A single micro-batch runs as without turns: it is run again where a step is examined.
+        """
+        losses: list[Tensor] = []
+        if self._schedule is not None and len(batches) > 1:
+            for first in range(0, len(batches), _TAKE_TURNS):
+                pair = batches[first : first + _TAKE_TURNS]
+                losses += self._schedule.step([partial(self._loss_of, batch, on_token_losses) for batch in pair])
+            return losses
         for batch in batches:
             loss = self._loss_of(batch, on_token_losses)
             loss.backward()
@@ -119,6 +135,18 @@ class Fsdp2Engine:
 
     def _updates(self) -> int:
         return int(next(iter(self.optimizer.state.values()))["step"])
+
+
+def _check_overlap(shape: Any) -> None:
+    """Raise DistattnError for a model whose layers do not take turns. shape: its transformers configuration."""
+    if huggingface.has_recurrence_or_convolution(shape):
+        raise DistattnError(
+            f"parallel.overlap: {shape.model_type} has recurrent layers or convolutions, which do not take turns; use false."
+        )
+    if getattr(shape, "output_router_logits", False):
+        raise DistattnError(
+            "parallel.overlap: a router loss (output_router_logits) reads tensors inside of layers, which take turns; use false."
+        )
 
 
 def _shard(config: Config, mesh: DeviceMesh, model: Any) -> None:
