@@ -180,9 +180,9 @@ class AllocationWatch(TorchDispatchMode):
         self.alive += size
         self._note(self.alive)
 
-    def _repeat(self, kept: Tensor) -> None:
+    def _repeat(self, received: Tensor) -> None:
         """Count the data that a repeated pass received for its backward pass, in the pool's memory (see `runtime.arenas`)."""
-        storage = kept.untyped_storage()
+        storage = received.untyped_storage()
         if storage._cdata not in self._repeated:
             self._repeated[storage._cdata] = storage.nbytes()
             weakref.finalize(storage, self._repeated.pop, storage._cdata).atexit = False
@@ -271,14 +271,14 @@ class PlannedAttention:
     def __init__(self, executable: Executable):
         self.executable = executable
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, **how: Any) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, **options: Any) -> Tensor:
         """Return `distattn.attention` of this rank's tokens, (T, heads, dim); all layers have one shape."""
-        modifiers = {name: value for name, value in how.items() if name not in ("window", "layer")}
+        modifiers = {name: value for name, value in options.items() if name not in ("window", "layer")}
         out: Tensor = attention(q, k, v, self.executable, scale=scale, **modifiers)
         return out
 
     def latent_attention(
-        self, q: Tensor, rope: Tensor, latent: Tensor, up: Tensor, scale: float | None = None, **how: Any
+        self, q: Tensor, rope: Tensor, latent: Tensor, up: Tensor, scale: float | None = None, **options: Any
     ) -> Tensor:
         """Return `distattn.latent_attention` of this rank's tokens, (T, heads, dim)."""
         out: Tensor = latent_attention(q, rope, latent, up, self.executable, scale=scale)
