@@ -31,7 +31,11 @@ from distattn.parallel.runtime.views import BufferKey
 from distattn.parallel.tables.partition import owns_range
 
 # bytes: the tensor-memory accelerator wants addresses and strides that are multiples of it
-_ALIGNMENT = 16
+_ADDRESS_ALIGNMENT = 16
+# numbers: Triton loads many at once where the distance of rows is a multiple of it
+_ROW_ALIGNMENT = 16
+# padding of a row, as a share of its tensors: it is sent, too
+_MOST_PADDING = 1 / 8
 
 # the buffers of a bundle, in the order in which they lie in a row
 Bundle = tuple[BufferKey, ...]
@@ -49,9 +53,10 @@ class RowTensor(NamedTuple):
 
 
 class RowFormat(NamedTuple):
-    """What a row of a bundle holds, without gaps. tensors: by part, in order; the row is `numbers` numbers of `dtype`.
+    """What a row of a bundle holds. tensors: by part, in order; the row is `numbers` numbers of `dtype`.
 
-    Tensors with one number for each head (log-sum-exp, delta) lie at the end of the row.
+    Tensors with one number for each head (log-sum-exp, delta) lie behind the others. Padding ends the row, so that the distance of
+    rows is a multiple of 16 numbers of every other tensor.
     """
 
     dtype: str
@@ -74,6 +79,10 @@ class RowFormat(NamedTuple):
             size = DTYPE_BYTES[name]
             found[part, field] = RowTensor(getattr(torch, name), heads, width, at // size)
             at += heads * (width or 1) * size
+        unit = _ROW_ALIGNMENT * max(
+            DTYPE_BYTES[name] for _, widths in parts for width, name in widths if width is not None
+        )
+        at = -(-at // unit) * unit
         tensors = tuple(tuple(found[i, field] for field in range(len(widths))) for i, (_, widths) in enumerate(parts))
         name = parts[0][1][0][1]
         return RowFormat(name, at // DTYPE_BYTES[name], tensors)
@@ -84,8 +93,8 @@ def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, Buffe
 
     All buffers that arrive at a rank in a step (of partial results: leave it) are one bundle where they hold the same tokens of
     the same peers, all tasks of the rank are in one step, and it passes nothing on: then their lives are equal, too. Otherwise
-    each is a bundle of its own. Buffers whose tensors would not be aligned in a row are in none: fast kernels would refuse the
-    tensors, and padding would be sent.
+    each is a bundle of its own. Buffers whose tensors would not be aligned in a row are in none, since fast kernels would refuse
+    the tensors; nor are those whose rows would need much padding.
     """
     found: dict[tuple[int, BufferKey], Bundle] = {}
     moves, tasks = table.moves, table.tasks
@@ -112,12 +121,14 @@ def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, Buffe
 
 
 def _is_aligned(call: Call, key: BufferKey) -> bool:
-    """Return whether all of a buffer's tensors stay aligned in a row, in memory and as they are sent."""
+    """Return whether all of a buffer's tensors stay aligned in a row with little padding, in memory and as they are sent."""
     heads = key.h1 - key.h0
     for fields in (call.payload_fields(key.payload), call.comm_fields(key.payload)):
         sizes = [heads * (width or 1) * DTYPE_BYTES[name] for width, name in fields]
         wide = [size for size, (width, _) in zip(sizes, fields, strict=True) if width is not None]
-        if any(size % _ALIGNMENT for size in (sum(sizes), *wide)):
+        row = RowFormat.of([(heads, fields)])
+        padding = row.numbers * DTYPE_BYTES[row.dtype] - sum(sizes)
+        if any(size % _ADDRESS_ALIGNMENT for size in wide) or padding > _MOST_PADDING * sum(sizes):
             return False
     return True
 

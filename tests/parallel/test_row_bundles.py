@@ -10,7 +10,7 @@ from oracle import assert_close, dense, random_inputs, run_all_ranks
 from test_budgets import packed, plan_of
 
 from distattn.ir.mask import Mask
-from distattn.ir.plan import POLICIES, Payload
+from distattn.ir.plan import DTYPE_BYTES, POLICIES, Payload
 from distattn.parallel.make_plan import make_plan
 from distattn.parallel.runtime.program import lower
 from distattn.parallel.runtime.row_bundles import RowFormat
@@ -63,26 +63,46 @@ def test_both_ends_find_the_same_bundles():
             assert sent == received and sent
 
 
-def test_a_row_has_no_gaps_and_one_number_tensors_lie_last():
+def test_a_row_has_no_gaps_and_ends_with_one_number_tensors_and_padding():
     row = RowFormat.of([(3, ((8, "bfloat16"), (None, "float32"))), (1, ((4, "float32"),))])
     (outputs, numbers), (gradients,) = row.tensors
     assert (outputs.first, gradients.first, numbers.first) == (0, 48 // 4, 64 // 4)
-    assert (row.dtype, row.numbers) == ("bfloat16", 76 // 2)
+    # 76 bytes of tensors
+    assert (row.dtype, row.numbers) == ("bfloat16", 128 // 2)
     assert numbers.dtype == torch.float32 and numbers.width is None
 
 
-def test_tensors_of_bundles_are_aligned_and_none_of_what_is_sent_is_padding():
-    # heads of a rank: two, one with a number for each that fills no sixteen bytes, and four
-    for heads in (8, 4, 16):
-        shape = dict(heads=heads, kv_heads=4, head_dim=8, dtype="bfloat16", comm_dtype="bfloat16")
+@pytest.mark.parametrize("head_dim", [128, 64])
+def test_rows_are_multiples_of_sixteen_numbers_with_little_padding(head_dim):
+    # heads of a rank: one, two, four and eight, with log-sum-exps and deltas, so that the tensors of a row alone are no such multiple
+    bundled = collections.defaultdict(set)
+    for heads in (4, 8, 16, 32):
+        shape = dict(heads=heads, kv_heads=4, head_dim=head_dim, dtype="bfloat16", comm_dtype="bfloat16")
         plan = make_plan(masks()["documents"], layouts(LENGTHS, 4)["zigzag"], strategy="ulysses", **shape)
-        bundled = set()
         for program in (lower(plan, rank, lambda mask: None) for rank in range(4)):
-            for payload, message in (one for step in (*program.forward, *program.backward) for one in step.sends):
-                assert sum(bytes for _, bytes in message.row_bytes) % 16 == 0
-                bundled |= {payload} if message.bundle else set()
-        assert {Payload.Q, Payload.KV, Payload.dKV} <= bundled
-        assert (Payload.O in bundled) == (heads == 16) and (Payload.dO in bundled) == (heads > 4)
+            for step in (*program.forward, *program.backward):
+                for payload, message in step.sends:
+                    if message.bundle:
+                        bundled[heads].add(payload)
+                        row, sent = message.row_format, sum(bytes for _, bytes in message.row_bytes)
+                        padding = row.numbers * DTYPE_BYTES[row.dtype] - sent
+                        assert 0 <= padding <= sent / 8
+                # numbers of one head each are read one by one
+                keys = keys_of_bundles(step) & step.places.keys()
+                for place in (place for key in keys for place in step.places[key] if len(place.shape) == 3):
+                    assert place.strides[0] % 16 == 0 and place.offset * place.dtype.itemsize % 16 == 0
+    everything = {Payload.Q, Payload.KV, Payload.O, Payload.dO, Payload.dQ, Payload.dKV}
+    assert bundled[8] == bundled[16] == bundled[32] == everything
+    # of one head of 64 the padding would be 28 bytes for the 132 of O, and 24 for the 136 of dO
+    assert bundled[4] == (everything if head_dim == 128 else everything - {Payload.O, Payload.dO})
+
+
+def keys_of_bundles(step):
+    """Return the buffers and messages of a step that lie in rows that others share."""
+    messages = [("send", step.sends), ("receive", step.receives)]
+    return {(name, i) for name, some in messages for i, (_, message) in enumerate(some) if message.bundle} | {
+        key for _, some in messages for _, message in some for key in message.bundle
+    }
 
 
 CASES = {

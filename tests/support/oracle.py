@@ -107,7 +107,9 @@ class RecordingTransport:
             # rows that several payloads share: all their bytes belong to one of them
             per_row = packet.tensor.nbytes // max(len(packet.tensor), 1)
             shares = packet.row_bytes or ((packet.payload, per_row),)
-            assert sum(bytes for _, bytes in shares) == per_row
+            padding = per_row - sum(bytes for _, bytes in shares)
+            # so that the distance of rows is a multiple of 16 numbers
+            assert 0 <= padding <= (per_row / 9 if packet.row_format else 0)
             for payload, bytes in shares:
                 self.record.bytes[self.rank, packet.peer, int(payload)] += bytes * len(packet.tensor)
         if sends or receives:
