@@ -55,8 +55,8 @@ class RowTensor(NamedTuple):
 class RowFormat(NamedTuple):
     """What a row of a bundle holds. tensors: by part, in order; the row is `numbers` numbers of `dtype`.
 
-    Tensors with one number for each head (log-sum-exp, delta) lie behind the others. Padding ends the row, so that the distance of
-    rows is a multiple of 16 numbers of every other tensor.
+    Tensors with one number for each head (log-sum-exp, delta) lie behind the others. Padding ends the row, so that the
+    distance of rows is a multiple of 16 numbers of every other tensor.
     """
 
     dtype: str

@@ -74,7 +74,7 @@ def test_a_row_has_no_gaps_and_ends_with_one_number_tensors_and_padding():
 
 @pytest.mark.parametrize("head_dim", [128, 64])
 def test_rows_are_multiples_of_sixteen_numbers_with_little_padding(head_dim):
-    # heads of a rank: one, two, four and eight, with log-sum-exps and deltas, so that the tensors of a row alone are no such multiple
+    # heads of a rank: one, two, four and eight; with log-sum-exps and deltas the tensors of a row alone are no such multiple
     bundled = collections.defaultdict(set)
     for heads in (4, 8, 16, 32):
         shape = dict(heads=heads, kv_heads=4, head_dim=head_dim, dtype="bfloat16", comm_dtype="bfloat16")
