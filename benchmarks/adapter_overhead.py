@@ -30,8 +30,8 @@ import distattn as da
 from distattn.adapters import huggingface
 from distattn.adapters.pytorch import local_loss
 from distattn.batch.planner import AttentionShape
-from distattn.training import config as configuration
-from distattn.training.run_settings import build_model, configured_model
+from distattn.training.config import run_file as configuration
+from distattn.training.config.run_settings import build_model, configured_model
 
 ROOT = Path(__file__).parents[1]
 AIM_LAYER, AIM_STEP = 200, 0.02

@@ -30,7 +30,7 @@ from process_guard import guard_processes
 
 from distattn.checkpoints.owner import Owner
 from distattn.launch.attempts import Attempts
-from distattn.training.json_lines import read_rows
+from distattn.training.reporting.json_lines import read_rows
 
 ROOT = Path(__file__).parents[1]
 FAULTS = (signal.SIGKILL, signal.SIGSTOP)

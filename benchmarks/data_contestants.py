@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from harness import Unsupported
 
-from distattn.data.corpus import Corpus
-from distattn.data.indexed_file import IndexedFile
+from distattn.data.files.corpus import Corpus
+from distattn.data.files.indexed_file import IndexedFile
 from distattn.data.loader import PackLoader
-from distattn.data.make_pack_plan import make_pack_plan
-from distattn.data.pack_plan import PackPlan
-from distattn.data.pack_rule import PackRule
+from distattn.data.packing.make_pack_plan import make_pack_plan
+from distattn.data.packing.pack_plan import PackPlan
+from distattn.data.packing.pack_rule import PackRule
 from distattn.data.planned_batch import PlannedBatch
 from distattn.ir.layout import Layout
 

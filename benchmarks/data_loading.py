@@ -40,7 +40,7 @@ from harness import Unsupported, environment
 from pack_planning import LENGTHS, QUANTILES
 from process_guard import guard_processes
 
-from distattn.data.indexed_file import IndexedFileWriter
+from distattn.data.files.indexed_file import IndexedFileWriter
 
 SCALE = 4
 PART = 10_000

@@ -27,7 +27,7 @@ from data_contestants import Case, Contestant, Filled, Ours, import_rival
 from data_loading import PeakMemory, in_a_process, say, write_corpus
 from harness import Unsupported
 
-from distattn.data.indexed_file import IndexedFile
+from distattn.data.files.indexed_file import IndexedFile
 
 
 def main() -> None:

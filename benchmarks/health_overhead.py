@@ -22,14 +22,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from distattn.training import config as configuration
-from distattn.training.collective_waits import count_waits
+from distattn.training.config import run_file as configuration
 from distattn.training.engines.opened import open_engine
-from distattn.training.health import HealthReport, HealthReports
-from distattn.training.metrics import MetricsReporter
+from distattn.training.health.collective_waits import count_waits
+from distattn.training.health.health_reports import HealthReport, HealthReports
+from distattn.training.reporting.metrics import MetricsReporter
 from distattn.training.run_folder import RunFolder
-from distattn.training.state_digest import StateDigest
-from distattn.training.weight_growth import WeightGrowth
+from distattn.training.watch.state_digest import StateDigest
+from distattn.training.watch.weight_growth import WeightGrowth
 
 ROOT = Path(__file__).parents[1]
 STEPS, EVERY, CALLS = 12, 50, 200

@@ -27,9 +27,9 @@ from process_guard import guard_processes
 from distattn.launch.command_line import no_progress
 from distattn.launch.start_run import start_run
 from distattn.supervision import heartbeats
-from distattn.training import config as configuration
 from distattn.training import loop
-from distattn.training.config import Config
+from distattn.training.config import run_file as configuration
+from distattn.training.config.run_file import Config
 from distattn.training.rank import on_rank
 from distattn.training.run_folder import RunFolder
 

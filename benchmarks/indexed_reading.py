@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from harness import Cell, Unsupported, compare, table
 
-from distattn.data.block_digests import BLOCK_BYTES
-from distattn.data.indexed_file import IndexedFile, IndexedFileWriter
+from distattn.data.files.block_digests import BLOCK_BYTES
+from distattn.data.files.indexed_file import IndexedFile, IndexedFileWriter
 
 
 def main() -> None:

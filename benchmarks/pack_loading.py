@@ -29,12 +29,12 @@ import numpy as np
 from pack_planning import draw
 from process_guard import guard_processes
 
-from distattn.data.corpus import Corpus
-from distattn.data.indexed_file import IndexedFileWriter
+from distattn.data.files.corpus import Corpus
+from distattn.data.files.indexed_file import IndexedFileWriter
 from distattn.data.loader import PackLoader
-from distattn.data.make_pack_plan import make_pack_plan
-from distattn.data.pack_plan import PackPlan
-from distattn.data.pack_rule import PackRule
+from distattn.data.packing.make_pack_plan import make_pack_plan
+from distattn.data.packing.pack_plan import PackPlan
+from distattn.data.packing.pack_rule import PackRule
 from distattn.data.planned_batch import PlannedBatch
 from distattn.ir.layout import Layout
 

@@ -30,10 +30,10 @@ from typing import NamedTuple
 import numpy as np
 from process_guard import guard_processes
 
-from distattn.data.make_pack_plan import make_pack_plan
-from distattn.data.order import permuted
-from distattn.data.pack_plan import PackPlan
-from distattn.data.pack_rule import PackRule
+from distattn.data.packing.make_pack_plan import make_pack_plan
+from distattn.data.packing.order import permuted
+from distattn.data.packing.pack_plan import PackPlan
+from distattn.data.packing.pack_rule import PackRule
 
 QUANTILES = (0, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999, 1)
 LENGTHS = (575, 678, 919, 1914, 6051, 16_270, 47_397, 239_610, 340_149)

@@ -25,8 +25,8 @@ import numpy as np
 import tokenizers
 from harness import Unsupported, compare, table, write
 
-from distattn.data.indexed_file import IndexedFile
-from distattn.data.tokenize import plan_job
+from distattn.data.files.indexed_file import IndexedFile
+from distattn.data.tokenizing.tokenize import plan_job
 from distattn.launch.data.tokenize_processes import tokenize
 
 

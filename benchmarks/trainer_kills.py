@@ -48,8 +48,8 @@ from distattn.parallel.runtime.transport import GroupTransport, Packet, PendingM
 from distattn.supervision import heartbeats
 from distattn.supervision.culprits import process_state
 from distattn.supervision.heartbeats import Heartbeat
-from distattn.training import config as configuration
-from distattn.training.config_sections import (
+from distattn.training.config import run_file as configuration
+from distattn.training.config.sections import (
     CheckpointConfig,
     Config,
     DataConfig,
@@ -61,9 +61,9 @@ from distattn.training.config_sections import (
     SupervisionConfig,
     TrainConfig,
 )
-from distattn.training.json_lines import read_rows
+from distattn.training.reporting.json_lines import read_rows
+from distattn.training.reporting.step_documents import documents_of_step
 from distattn.training.run_folder import RunFolder
-from distattn.training.step_documents import documents_of_step
 
 STEPS = 14
 TEXT = Path(__file__).parents[1] / "LICENSE"

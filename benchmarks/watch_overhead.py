@@ -26,19 +26,19 @@ from harness import environment
 
 import distattn as da
 from distattn.adapters import pytorch
-from distattn.data.byte_corpus import byte_corpus
+from distattn.data.files.byte_corpus import byte_corpus
+from distattn.data.files.text import find_corpus
 from distattn.data.loader import PackLoader
-from distattn.data.make_pack_plan import make_pack_plan
-from distattn.data.pack_rule import PackRule
-from distattn.data.text import find_corpus
-from distattn.training import config as configuration
-from distattn.training.loss_by_position import LossByPosition, token_losses
-from distattn.training.metrics import MetricsReporter
-from distattn.training.numerics_watch import NumericsWatch, WatchSettings
-from distattn.training.replay_check import ReplayCheck
+from distattn.data.packing.make_pack_plan import make_pack_plan
+from distattn.data.packing.pack_rule import PackRule
+from distattn.training.config import run_file as configuration
+from distattn.training.config.run_settings import build_model, configured_model
+from distattn.training.reporting.loss_by_position import LossByPosition, token_losses
+from distattn.training.reporting.metrics import MetricsReporter
+from distattn.training.reporting.step_clock import StepClock
 from distattn.training.run_folder import RunFolder, StepMetrics
-from distattn.training.run_settings import build_model, configured_model
-from distattn.training.step_clock import StepClock
+from distattn.training.watch.numerics_watch import NumericsWatch, WatchSettings
+from distattn.training.watch.replay_check import ReplayCheck
 
 ROOT = Path(__file__).parents[1]
 AIM = 0.01

@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from distattn.adapters import huggingface
-from distattn.data.byte_corpus import byte_corpus
+from distattn.data.files.byte_corpus import byte_corpus
+from distattn.data.files.text import VOCABULARY, find_corpus
 from distattn.data.loader import PackLoader
-from distattn.data.make_pack_plan import make_pack_plan
-from distattn.data.pack_rule import PackRule
-from distattn.data.text import VOCABULARY, find_corpus
+from distattn.data.packing.make_pack_plan import make_pack_plan
+from distattn.data.packing.pack_rule import PackRule
 
 PACKS_PER_STEP = 2
 FOLDER = tempfile.TemporaryDirectory()

@@ -10,7 +10,7 @@ from typing import Any
 
 from distattn.supervision.culprits import process_state
 from distattn.supervision.heartbeats import Heartbeat, HeartbeatBoard
-from distattn.training.json_lines import append_rows, json_text, parse_json, read_rows, write_whole
+from distattn.training.reporting.json_lines import append_rows, json_text, parse_json, read_rows, write_whole
 
 _BEGUN, _NODE = "begun.json", "trouble-"
 

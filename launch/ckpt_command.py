@@ -20,7 +20,7 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.launch.command_line import CommandParser, ResultConsole
 from distattn.launch.data.progress import ProgressReporter
 from distattn.parallel.analysis.columns import readable_bytes
-from distattn.training.json_lines import json_text
+from distattn.training.reporting.json_lines import json_text
 
 USAGE = """usage: distattn ckpt {list,verify,show} RUN_OR_FOLDER [--json]
        distattn ckpt {export-hf,import-hf} FROM TO

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distattn.ir.errors import DistattnError
-from distattn.training.config import all_keys
+from distattn.training.config.run_file import all_keys
 
 
 def _keys(*names: str) -> frozenset[str]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distattn.ir.errors import DistattnError
-from distattn.training.shipped_configs import SHIPPED, shipped_names
+from distattn.training.config.shipped_configs import SHIPPED, shipped_names
 
 _USAGE = """usage: distattn configs [list]
        distattn configs show NAME

@@ -10,8 +10,8 @@ from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import print_message
 from distattn.launch.node_needs import node_needs
 from distattn.launch.start_run import change_config
-from distattn.training.config import Config
-from distattn.training.config_checks import problems_of
+from distattn.training.config.checks import problems_of
+from distattn.training.config.run_file import Config
 from distattn.training.run_folder import RunFolder
 
 

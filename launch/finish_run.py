@@ -19,12 +19,12 @@ from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import finish_command, print_line
 from distattn.launch.stop_signals import CommandStopped, answering_signals, end_now, stopped
 from distattn.parallel.analysis.columns import plural
-from distattn.training import config as configuration
-from distattn.training.config import Config
-from distattn.training.json_lines import json_text, parse_json
-from distattn.training.reference_check import run_reference_check
-from distattn.training.report import write_report
+from distattn.training.config import run_file as configuration
+from distattn.training.config.run_file import Config
+from distattn.training.reporting.json_lines import json_text, parse_json
+from distattn.training.reporting.report import write_report
 from distattn.training.run_folder import RunFolder, StepMetrics
+from distattn.training.watch.reference_check import run_reference_check
 
 
 def finish_run(run: RunFolder, config: Config, report_progress: Callable[[str], None], json_lines: bool) -> int:

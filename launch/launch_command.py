@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from distattn.data.text import find_files
+from distattn.data.files.text import find_files
 from distattn.ir.errors import DistattnError
 from distattn.kernels.registry import AUTO, CPU_KERNELS
 from distattn.launch.command_keys import refuse_keys_that_do_nothing
@@ -34,9 +34,9 @@ from distattn.launch.slurm import jobs as slurm
 from distattn.launch.start_run import preflight_alone, start_run
 from distattn.parallel.analysis.columns import plural, readable_bytes
 from distattn.planning.compare_strategies import cluster_for_run
-from distattn.training import config as configuration
-from distattn.training.config import Config
-from distattn.training.plan_settings import PlanSettings
+from distattn.training.config import run_file as configuration
+from distattn.training.config.plan_settings import PlanSettings
+from distattn.training.config.run_file import Config
 from distattn.training.run_data import first_packs, pack_config, planned_packs
 from distattn.training.run_folder import RunFolder
 from distattn.training.state_bytes import state_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from distattn.kernels.registry import CPU_KERNELS
-from distattn.training.config import Config
+from distattn.training.config.run_file import Config
 
 # for data loading, planning ahead and NCCL's threads
 _CPUS_PER_GPU = 4

@@ -32,9 +32,9 @@ from distattn.planning.compare_strategies import (
     truncate_documents,
 )
 from distattn.planning.comparison_page import write_comparison_page
-from distattn.training import config as configuration
-from distattn.training.config import Config
-from distattn.training.plan_settings import PlanSettings
+from distattn.training.config import run_file as configuration
+from distattn.training.config.plan_settings import PlanSettings
+from distattn.training.config.run_file import Config
 from distattn.training.run_data import first_packs, planned_packs
 
 USAGE = """usage: distattn plan CONFIG [--section.key value ...] [options]

@@ -14,8 +14,8 @@ from distattn.launch.command_line import check_options, no_progress, print_messa
 from distattn.launch.ranks.machine_limits import check_run_fits
 from distattn.launch.run_locally import run_ranks_and_finish
 from distattn.launch.start_run import preflight_alone, start_run
-from distattn.training import config as configuration
-from distattn.training.config_sections import PreflightConfig
+from distattn.training.config import run_file as configuration
+from distattn.training.config.sections import PreflightConfig
 
 USAGE = """usage: distattn preflight CONFIG [--json] [--section.key value ...]
 

@@ -11,8 +11,8 @@ from distattn.launch.command_keys import refuse_keys_that_do_nothing
 from distattn.launch.command_line import check_options, print_message
 from distattn.launch.finish_run import report_finished
 from distattn.launch.run_locally import resume_locally
-from distattn.training import config as configuration
-from distattn.training.config import Config
+from distattn.training.config import run_file as configuration
+from distattn.training.config.run_file import Config
 from distattn.training.run_facts import check_same_run
 from distattn.training.run_folder import RunFolder
 

@@ -17,9 +17,9 @@ from distattn.launch.ranks.rank import set_allocator
 from distattn.launch.start_run import require_packages, resume_run, start_run
 from distattn.launch.stop_signals import stopped
 from distattn.supervision.rank_watch import Patience
-from distattn.training.config import Config
-from distattn.training.json_lines import json_text, parse_json
+from distattn.training.config.run_file import Config
 from distattn.training.proposal import Proposal
+from distattn.training.reporting.json_lines import json_text, parse_json
 from distattn.training.run_folder import RunFolder
 
 # the function of a rank

@@ -19,8 +19,8 @@ from distattn.launch.command_line import print_message
 from distattn.launch.node_needs import node_needs
 from distattn.launch.ranks.rank import set_allocator
 from distattn.launch.stop_signals import CommandStopped, answering_signals, stopped
-from distattn.training import config as configuration
-from distattn.training.config import Config
+from distattn.training.config import run_file as configuration
+from distattn.training.config.run_file import Config
 from distattn.training.run_folder import RunFolder
 
 

@@ -18,7 +18,7 @@ from distattn.launch.command_line import finish_command
 from distattn.launch.slurm import jobs as slurm
 from distattn.parallel.analysis.columns import plural
 from distattn.supervision.culprits import last_activity, process_state
-from distattn.training.json_lines import parse_json
+from distattn.training.reporting.json_lines import parse_json
 from distattn.training.run_folder import RunFolder
 
 _ALL_DONE = "all steps are done"

@@ -15,11 +15,11 @@ from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import print_message
 from distattn.parallel.analysis.columns import readable_bytes
 from distattn.parallel.analysis.explain import explain
-from distattn.training import config as configuration
-from distattn.training.config import Config
+from distattn.training.config import run_file as configuration
+from distattn.training.config.plan_settings import PlanSettings
+from distattn.training.config.run_file import Config
 from distattn.training.held_out import check_held_out
 from distattn.training.job_secret import write_secret
-from distattn.training.plan_settings import PlanSettings
 from distattn.training.proposal import Proposal
 from distattn.training.run_data import (
     RunData,

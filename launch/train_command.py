@@ -10,7 +10,7 @@ from distattn.launch.command_keys import refuse_keys_that_do_nothing
 from distattn.launch.command_line import check_options, print_message
 from distattn.launch.run_locally import run_locally
 from distattn.launch.start_run import preflight_alone
-from distattn.training import config as configuration
+from distattn.training.config import run_file as configuration
 
 USAGE = "usage: distattn train CONFIG [--json] [--section.key value ...]\n\n"
 

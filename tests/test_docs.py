@@ -26,10 +26,10 @@ from transformers import AutoModelForCausalLM
 
 import distattn as da
 from distattn.adapters import huggingface, pytorch
-from distattn.data.corpus import Corpus
-from distattn.data.indexed_file import IndexedFileWriter
-from distattn.data.label_masks import LabelMasks
-from distattn.data.pack_config import (
+from distattn.data.files.corpus import Corpus
+from distattn.data.files.indexed_file import IndexedFileWriter
+from distattn.data.files.label_masks import LabelMasks
+from distattn.data.packing.pack_config import (
     CorpusConfig,
     CostConfig,
     PackConfig,
@@ -37,11 +37,11 @@ from distattn.data.pack_config import (
     make_configured_plan,
     open_corpora,
 )
-from distattn.data.pack_rule import PackCost, PackRule
+from distattn.data.packing.pack_rule import PackCost, PackRule
 from distattn.launch import cli
 from distattn.models.build import materialise, meta_model
 from distattn.models.export import export_model
-from distattn.training.config import Config
+from distattn.training.config.run_file import Config
 from docs import draw_strategies
 
 ROOT = Path(__file__).parents[1]

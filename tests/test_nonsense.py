@@ -12,7 +12,7 @@ import torch
 
 import distattn as da
 from distattn.launch import cli
-from distattn.training import config as configuration
+from distattn.training.config import run_file as configuration
 
 ROOT = Path(__file__).parents[1]
 # much longer than any of these takes; a machine may be busy

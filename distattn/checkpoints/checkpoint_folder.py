@@ -20,7 +20,7 @@ from distattn.checkpoints.manifest import BLOCK_BYTES, MANIFEST_FILE, FileDigest
 from distattn.checkpoints.owner import file_age, writer_is_alive, writer_name
 from distattn.checkpoints.pickled_names import foreign_pickles
 from distattn.checkpoints.verdicts import GOOD, SET_ASIDE, UNTESTED, VERDICT_FILE, CheckpointVerdict
-from distattn.data.indexed_file import synchronise_folder
+from distattn.data.files.indexed_file import synchronise_folder
 from distattn.ir.errors import DamagedDataError, DistattnError
 
 # a writer on another machine, whose process cannot be looked up, counts as dead after so long without a byte

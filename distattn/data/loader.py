@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from distattn.batch.packed_batch import BatchFacts
-from distattn.data.block_digests import combined_digest
-from distattn.data.corpus import Corpus
-from distattn.data.label_masks import check_planned_masks
-from distattn.data.pack_plan import Pack, PackPlan, StepPacks
+from distattn.data.files.block_digests import combined_digest
+from distattn.data.files.corpus import Corpus
+from distattn.data.files.label_masks import check_planned_masks
+from distattn.data.packing.pack_plan import Pack, PackPlan, StepPacks
+from distattn.data.packing.shares import check_counts, check_shares, deal_packs
 from distattn.data.planned_batch import PlannedBatch
 from distattn.data.reading_thread import ReadingThread, Started
-from distattn.data.shares import check_counts, check_shares, deal_packs
 from distattn.ir.errors import DistattnError
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from distattn.data.corpus import Corpus
+from distattn.data.files.corpus import Corpus
 from distattn.data.loader import PackLoader
-from distattn.data.pack_plan import PackPlan
+from distattn.data.packing.pack_plan import PackPlan
 from distattn.ir.errors import DistattnError
 
 

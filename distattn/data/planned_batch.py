@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from distattn.batch.packed_batch import IGNORE_INDEX, local_tensors
-from distattn.data.corpus import Corpus
-from distattn.data.label_masks import LabelMasks
-from distattn.data.pack_plan import Pack
+from distattn.data.files.corpus import Corpus
+from distattn.data.files.label_masks import LabelMasks
+from distattn.data.packing.pack_plan import Pack
 from distattn.data.reading_thread import ReadingThread, Started
 from distattn.ir.cached import cached_property
 from distattn.ir.errors import DistattnError
@@ -33,7 +33,7 @@ class PlannedBatch:
     bytes of tokens that were copied from files so far; if files have digests, whole blocks of 16 KiB are read to check them.
 
     The label of a token is the next token of its document, also if the piece ends before the document does. The last token of a
-    document has no label (-100), and neither has a token whose next token is masked (`distattn.data.label_masks`).
+    document has no label (-100), and neither has a token whose next token is masked (`distattn.data.files.label_masks`).
     """
 
     def __init__(

@@ -17,8 +17,8 @@ from distattn.ir.layout import LAYOUTS
 from distattn.parallel.analysis.columns import aligned, in_one_unit, plural
 from distattn.parallel.analysis.simulate import simulate
 from distattn.parallel.analysis.timeline import Timeline
-from distattn.training.config import Config
-from distattn.training.plan_settings import PlanSettings
+from distattn.training.config.plan_settings import PlanSettings
+from distattn.training.config.run_file import Config
 
 # a strategy or a layout that takes more than this many times as long as the fastest gets a sentence
 _NOTABLY_SLOWER = 1.02

@@ -33,10 +33,10 @@ from distattn.ops.executable import Executable, ExecutionKey
 from distattn.parallel.analysis.columns import aligned, in_one_unit
 from distattn.parallel.runtime.program import lower
 from distattn.parallel.runtime.transport import SingleRankTransport
-from distattn.training.config import Config
-from distattn.training.plan_settings import PlanSettings
+from distattn.training.config.plan_settings import PlanSettings
+from distattn.training.config.run_file import Config
+from distattn.training.config.run_settings import configured_model, memory_settings
 from distattn.training.run_data import vocabulary_size
-from distattn.training.run_settings import configured_model, memory_settings
 
 _META = torch.device("meta")
 # more layers than are copied to and from the host at the same time

@@ -26,11 +26,11 @@ from distattn.kernels.recurrence.hopper import fla_core_advice
 from distattn.memory.host_memory import available_bytes
 from distattn.preflight.device_state import DeviceState, device_state, driver_version
 from distattn.preflight.memory_forecast import MemoryForecast, forecast_memory
-from distattn.training.config import Config
+from distattn.training.config.run_file import Config
+from distattn.training.config.run_settings import configured_model
 from distattn.training.run_data import open_data
 from distattn.training.run_facts import facts_of
 from distattn.training.run_folder import RunFolder
-from distattn.training.run_settings import configured_model
 from distattn.training.state_bytes import model_parameters
 
 # suffixes of the files that count as code

@@ -30,8 +30,8 @@ from distattn.preflight.outliers import outliers_of
 from distattn.preflight.probes import RankSpeed, measure_speed
 from distattn.preflight.report import report_facts, report_table
 from distattn.supervision.heartbeats import activity
-from distattn.training.config import Config
-from distattn.training.json_lines import json_text, write_whole
+from distattn.training.config.run_file import Config
+from distattn.training.reporting.json_lines import json_text, write_whole
 from distattn.training.run_folder import RunFolder
 
 # how much longer than others a rank may take to open its data, or to answer

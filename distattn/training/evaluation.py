@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
-from distattn.training.loss_by_position import LossByPosition, LossTable, token_losses
+from distattn.training.reporting.loss_by_position import LossByPosition, LossTable, token_losses
 
 # called with each token's loss (T,) and the local batch of these tokens
 AddLosses = Callable[[Tensor, Mapping[str, Any]], None]

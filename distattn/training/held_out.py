@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distattn.data.corpus import Corpus
-from distattn.data.indexed_file import IndexedFile
-from distattn.data.pack_plan import PackPlan
+from distattn.data.files.corpus import Corpus
+from distattn.data.files.indexed_file import IndexedFile
+from distattn.data.packing.pack_plan import PackPlan
 from distattn.ir.errors import DistattnError
-from distattn.training.config import Config
+from distattn.training.config.run_file import Config
 from distattn.training.run_data import RunData, held_out_data
 
 # a file's dtype, size, and digests of index and tokens: copies have the same

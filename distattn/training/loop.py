@@ -23,38 +23,38 @@ from distattn.checkpoints.checkpoints import Checkpoints
 from distattn.checkpoints.retention import KeepRule
 from distattn.checkpoints.run_lock import RunLock
 from distattn.data.loader import PackLoader
-from distattn.data.order import derived_key
-from distattn.data.pack_plan import StepPacks
+from distattn.data.packing.order import derived_key
+from distattn.data.packing.pack_plan import StepPacks
 from distattn.ir.errors import DistattnError, RunStopped
 from distattn.ir.plan import Plan
 from distattn.supervision.heartbeats import activity, set_activity
-from distattn.training.config import Config
-from distattn.training.engines.engine import Batch, Engine
-from distattn.training.engines.opened import open_engine
-from distattn.training.evaluation import evaluate
-from distattn.training.json_lines import write_whole
-from distattn.training.loss_by_position import LossByPosition
-from distattn.training.metrics import MetricsReporter, warn
-from distattn.training.numerics_watch import ROLLBACK, STOP, NumericsWatch, Verdict
-from distattn.training.proposal import Proposal
-from distattn.training.replay_check import ReplayCheck
-from distattn.training.run_checkpoints import RunCheckpoints, describe_streak
-from distattn.training.run_data import RunData, held_out_data, open_data, piece_rows
-from distattn.training.run_facts import TrainingRun, check_steps_left, facts_of
-from distattn.training.run_folder import TRAINING, RunFolder, StepMetrics
-from distattn.training.run_health import RunHealth
-from distattn.training.run_settings import (
+from distattn.training.config.run_file import Config
+from distattn.training.config.run_settings import (
     Utilisation,
     configured_model,
     schedule_settings,
     watch_settings,
 )
+from distattn.training.engines.engine import Batch, Engine
+from distattn.training.engines.opened import open_engine
+from distattn.training.evaluation import evaluate
+from distattn.training.health.run_health import RunHealth
+from distattn.training.proposal import Proposal
+from distattn.training.reporting.json_lines import write_whole
+from distattn.training.reporting.loss_by_position import LossByPosition
+from distattn.training.reporting.metrics import MetricsReporter, warn
+from distattn.training.reporting.step_clock import StepClock
+from distattn.training.reporting.step_documents import append_documents
+from distattn.training.run_checkpoints import RunCheckpoints, describe_streak
+from distattn.training.run_data import RunData, held_out_data, open_data, piece_rows
+from distattn.training.run_facts import TrainingRun, check_steps_left, facts_of
+from distattn.training.run_folder import TRAINING, RunFolder, StepMetrics
 from distattn.training.schedule import learning_rate
-from distattn.training.state_digest import Damage
-from distattn.training.step_clock import StepClock
-from distattn.training.step_documents import append_documents
 from distattn.training.stop_request import Stop, StopRequest
-from distattn.training.weight_growth import WeightGrowth
+from distattn.training.watch.numerics_watch import ROLLBACK, STOP, NumericsWatch, Verdict
+from distattn.training.watch.replay_check import ReplayCheck
+from distattn.training.watch.state_digest import Damage
+from distattn.training.watch.weight_growth import WeightGrowth
 
 
 def train(

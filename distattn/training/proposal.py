@@ -17,8 +17,8 @@ import xxhash
 from distattn.checkpoints.checkpoint_folder import choose_step
 from distattn.checkpoints.owner import writer_is_alive, writer_name
 from distattn.ir.errors import DistattnError
-from distattn.training import config as configuration
-from distattn.training.config import Config
+from distattn.training.config import run_file as configuration
+from distattn.training.config.run_file import Config
 from distattn.training.run_folder import RunFolder
 
 

@@ -16,14 +16,14 @@ import xxhash
 from distattn.ir.errors import DistattnError, LostRankError
 from distattn.supervision.flight_recorder import lengthen_flight_recorder
 from distattn.supervision.heartbeats import activity, set_end
-from distattn.training import config as configuration
-from distattn.training.config import Config
+from distattn.training.config import run_file as configuration
+from distattn.training.config.run_file import Config
+from distattn.training.config.run_settings import runs_on_gpus
 from distattn.training.job_store import job_store
 from distattn.training.loop import train
 from distattn.training.proposal import Proposal
 from distattn.training.rank_authentication import authenticate_ranks
 from distattn.training.run_folder import RunFolder
-from distattn.training.run_settings import runs_on_gpus
 
 # timeout for the store of a job that is about to end
 _STORE_PATIENCE = timedelta(seconds=5)

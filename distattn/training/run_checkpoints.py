@@ -23,14 +23,14 @@ from distattn.checkpoints.verdicts import GOOD, REFUSED, CheckpointVerdict
 from distattn.ir.errors import DamagedStateError, DistattnError
 from distattn.parallel.analysis.columns import plural
 from distattn.training.engines.engine import Engine, EngineState, host_tensor
-from distattn.training.loss_by_position import LossByPosition
-from distattn.training.metrics import MetricsReporter, warn
-from distattn.training.module_observer import gathered
-from distattn.training.numerics_watch import ROLLBACK, SKIP, STOP, NumericsWatch, Streak, Verdict
+from distattn.training.reporting.loss_by_position import LossByPosition
+from distattn.training.reporting.metrics import MetricsReporter, warn
 from distattn.training.run_facts import REQUIRED, TrainingRun
 from distattn.training.run_folder import RESUMED
-from distattn.training.state_digest import MOST_OF_ONE_RANK, Damage, StateDigest
-from distattn.training.weight_growth import WeightGrowth
+from distattn.training.watch.module_observer import gathered
+from distattn.training.watch.numerics_watch import ROLLBACK, SKIP, STOP, NumericsWatch, Streak, Verdict
+from distattn.training.watch.state_digest import MOST_OF_ONE_RANK, Damage, StateDigest
+from distattn.training.watch.weight_growth import WeightGrowth
 
 
 class RunCheckpoints:

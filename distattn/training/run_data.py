@@ -11,16 +11,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from distattn.data.byte_corpus import byte_corpus
-from distattn.data.corpus import Corpus
-from distattn.data.make_pack_plan import CorpusLengths, make_pack_plan
-from distattn.data.pack_config import PackConfig, load_pack_config, open_configured_plan, open_corpora, vocabulary_of
-from distattn.data.pack_plan import PackPlan
-from distattn.data.pack_rule import PackRule
-from distattn.data.shares import check_shares, deal_packs
-from distattn.data.text import VOCABULARY, TextCorpus, find_corpus
+from distattn.data.files.byte_corpus import byte_corpus
+from distattn.data.files.corpus import Corpus
+from distattn.data.files.text import VOCABULARY, TextCorpus, find_corpus
+from distattn.data.packing.make_pack_plan import CorpusLengths, make_pack_plan
+from distattn.data.packing.pack_config import (
+    PackConfig,
+    load_pack_config,
+    open_configured_plan,
+    open_corpora,
+    vocabulary_of,
+)
+from distattn.data.packing.pack_plan import PackPlan
+from distattn.data.packing.pack_rule import PackRule
+from distattn.data.packing.shares import check_shares, deal_packs
 from distattn.ir.errors import DistattnError
-from distattn.training.config import Config
+from distattn.training.config.run_file import Config
 from distattn.training.run_folder import RunFolder
 
 # maximum number of packs among which a document is placed

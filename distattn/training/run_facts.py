@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import xxhash
 
 from distattn.ir.errors import DistattnError
-from distattn.training.config import Config
+from distattn.training.config.run_file import Config
 from distattn.training.run_data import RunData
 from distattn.training.run_folder import RunFolder
 

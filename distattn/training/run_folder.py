@@ -11,10 +11,10 @@ from typing import Any
 
 from distattn.checkpoints.held_folder import HeldFolder
 from distattn.ir.errors import DistattnError
-from distattn.training import config as configuration
-from distattn.training.config import Config
+from distattn.training.config import run_file as configuration
+from distattn.training.config.run_file import Config
 from distattn.training.job_secret import write_secret
-from distattn.training.json_lines import JsonLines, Row, append_rows, json_text, read_rows, write_whole
+from distattn.training.reporting.json_lines import JsonLines, Row, append_rows, json_text, read_rows, write_whole
 
 # the splits whose losses by position and corpus are written
 TRAINING, EVALUATION = "training", "evaluation"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from distattn.ir.errors import DistattnError
-from distattn.training.config_sections import SCHEDULES
+from distattn.training.config.sections import SCHEDULES
 
 # parameters of more dims that are added, not multiplied, such as biases of stacked experts
 _BIAS = "bias"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distattn.training.config import Config
+from distattn.training.config.run_file import Config
 from distattn.training.run_data import vocabulary_size
 
 

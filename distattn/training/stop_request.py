@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from distattn.training.module_observer import gathered
+from distattn.training.watch.module_observer import gathered
 
 
 class Stop(IntEnum):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from distattn.checkpoints.digested_files import DigestingFile
 from distattn.checkpoints.manifest import Manifest
-from distattn.data.indexed_file import synchronise_folder
+from distattn.data.files.indexed_file import synchronise_folder
 from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import CommandParser
 

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from distattn.data.pack_config import load_pack_config, make_configured_plan, open_corpora
+from distattn.data.packing.pack_config import load_pack_config, make_configured_plan, open_corpora
 from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import CommandParser
 from distattn.launch.data.progress import ProgressReporter

@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
-from distattn.data.corpus import Corpus
-from distattn.data.manifest import Manifest
-from distattn.data.pack_config import load_pack_config, open_configured_plan, open_corpora
-from distattn.data.text import VOCABULARY
-from distattn.data.tokenizer import Tokenizer, load_tokenizer
+from distattn.data.files.corpus import Corpus
+from distattn.data.files.manifest import Manifest
+from distattn.data.files.text import VOCABULARY
+from distattn.data.packing.pack_config import load_pack_config, open_configured_plan, open_corpora
+from distattn.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.launch.command_line import CommandParser, ResultConsole, print_to_stderr
+from distattn.training.reporting.step_documents import documents_of_step
 from distattn.training.run_folder import RunFolder
-from distattn.training.step_documents import documents_of_step
 
 USAGE = """usage: distattn data show PACKS.toml|RUN STEP [--pack N] [--tokens N] [--json]
 

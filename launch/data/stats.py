@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from distattn.data.corpus import Corpus
-from distattn.data.pack_config import load_pack_config, open_configured_plan, open_corpora
-from distattn.data.pack_plan import PackPlan
+from distattn.data.files.corpus import Corpus
+from distattn.data.packing.pack_config import load_pack_config, open_configured_plan, open_corpora
+from distattn.data.packing.pack_plan import PackPlan
 from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import CommandParser
 from distattn.launch.data.progress import ProgressReporter

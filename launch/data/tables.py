@@ -8,7 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from distattn.data.pack_plan import PackPlan, PlannedSource
+from distattn.data.packing.pack_plan import PackPlan, PlannedSource
 from distattn.launch.command_line import ResultConsole
 
 _WIDTH = 140

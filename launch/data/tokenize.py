@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from distattn.data.tokenize import Progress, plan_job
+from distattn.data.tokenizing.tokenize import Progress, plan_job
 from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import CommandParser
 from distattn.launch.data.progress import ProgressReporter

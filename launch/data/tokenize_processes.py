@@ -14,8 +14,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from distattn.data.manifest import Manifest
-from distattn.data.tokenize import (
+from distattn.data.files.manifest import Manifest
+from distattn.data.tokenizing.tokenize import (
     Progress,
     TokenizeJob,
     finished_manifest,
@@ -29,7 +29,7 @@ from distattn.launch.command_line import print_message
 from distattn.supervision.helpers import LOOK_SECONDS, MOST_REPLACEMENTS, Helper, how_it_ended
 
 _WRAPPER = "distattn.launch.ranks.die_with_launcher"
-_WORKER = "distattn.data.tokenize_worker"
+_WORKER = "distattn.data.tokenizing.tokenize_worker"
 # the time for which a process may be stopped
 _STOPPED_SECONDS = 10.0
 

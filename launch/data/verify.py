@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from rich.markup import escape
 from rich.table import Table
 
-from distattn.data.pack_config import load_pack_config, open_configured_plan, open_corpora
-from distattn.data.plan_coverage import CorpusCoverage, check_coverage
-from distattn.data.verify_files import VerifiedFile, verify_file
+from distattn.data.files.verify_files import VerifiedFile, verify_file
+from distattn.data.packing.pack_config import load_pack_config, open_configured_plan, open_corpora
+from distattn.data.packing.plan_coverage import CorpusCoverage, check_coverage
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.launch.command_line import CommandParser, ResultConsole
 from distattn.launch.data.progress import ProgressReporter

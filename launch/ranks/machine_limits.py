@@ -7,8 +7,8 @@ from distattn.ir.errors import DistattnError
 from distattn.kernels.registry import AUTO, CPU_KERNELS
 from distattn.memory.host_memory import available_bytes
 from distattn.parallel.analysis.columns import plural
-from distattn.training.config import Config
-from distattn.training.config_checks import NO_GPU_FOR_MEGATRON
+from distattn.training.config.checks import NO_GPU_FOR_MEGATRON
+from distattn.training.config.run_file import Config
 from distattn.training.state_bytes import model_parameters, state_bytes
 
 # 10^6 bytes of one rank's private memory. Estimates from Private_Dirty in /proc/PID/smaps_rollup of ranks with torch 2.13 and

@@ -23,8 +23,8 @@ from distattn.launch.ray.run import RayRun, new_job, stopping
 from distattn.launch.ray.sweep import run_sweep
 from distattn.launch.run_status import sweep_runs
 from distattn.launch.stop_signals import CommandStopped, answering_signals, stopped
-from distattn.training import config as configuration
-from distattn.training.config import Config
+from distattn.training.config import run_file as configuration
+from distattn.training.config.run_file import Config
 from distattn.training.run_folder import RunFolder
 
 

@@ -24,8 +24,8 @@ from distattn.launch.ray.head import completing
 from distattn.launch.ray.nodes import NodeCounts, RayNodes
 from distattn.launch.run_status import ray_facts
 from distattn.launch.stop_signals import CommandStopped
-from distattn.training.config import Config
-from distattn.training.json_lines import write_whole
+from distattn.training.config.run_file import Config
+from distattn.training.reporting.json_lines import write_whole
 from distattn.training.run_folder import RunFolder
 
 

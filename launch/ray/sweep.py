@@ -12,7 +12,7 @@ from distattn.launch.ray.head import completing, watched_head
 from distattn.launch.ray.room import node_slots
 from distattn.launch.ray.run import RayRun, new_job, note_launcher, note_state, stopping
 from distattn.launch.stop_signals import stopped
-from distattn.training.config import Config
+from distattn.training.config.run_file import Config
 from distattn.training.run_folder import RunFolder
 
 # between two looks at the runs, at the cluster, and at the file that asks to stop

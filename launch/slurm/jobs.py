@@ -21,7 +21,7 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.launch.attempts import Attempts
 from distattn.launch.node_needs import node_needs
 from distattn.launch.slurm.commands import ask_slurm, job_state
-from distattn.training.config import Config
+from distattn.training.config.run_file import Config
 from distattn.training.run_folder import RunFolder
 
 _TEMPLATES = Environment(

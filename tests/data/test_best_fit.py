@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distattn.data.best_fit import BestFitPacks
-from distattn.data.pack_rule import PackCost, PackLimits
+from distattn.data.packing.best_fit import BestFitPacks
+from distattn.data.packing.pack_rule import PackCost, PackLimits
 
 COST = PackCost(token_cells=3, document_cells=50)
 

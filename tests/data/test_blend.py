@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distattn.data.blend import DocumentColumns, Source, blend_documents, weight_units
+from distattn.data.packing.blend import DocumentColumns, Source, blend_documents, weight_units
 from distattn.ir.errors import DistattnError
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(any).map(lambda x: np.array(x, np.int32))

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distattn.data.block_digests import BLOCK_BYTES, CheckedBlocks
-from distattn.data.indexed_file import IndexedFile, IndexedFileWriter
+from distattn.data.files.block_digests import BLOCK_BYTES, CheckedBlocks
+from distattn.data.files.indexed_file import IndexedFile, IndexedFileWriter
 from distattn.ir.errors import DamagedDataError
 
 # of uint16, in blocks of 8,192 tokens: nine whole ones and a part

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distattn.data.block_digests import BLOCK_BYTES
-from distattn.data.indexed_file import IndexedFile, IndexedFileWriter
-from distattn.data.indexed_format import section_offsets
+from distattn.data.files.block_digests import BLOCK_BYTES
+from distattn.data.files.indexed_file import IndexedFile, IndexedFileWriter
+from distattn.data.files.indexed_format import section_offsets
 from distattn.ir.errors import DamagedDataError, DistattnError
 
 VOCABULARY = 50_000

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distattn.data.block_digests import BLOCK_BYTES, root_digest
-from distattn.data.corpus import Corpus
-from distattn.data.indexed_file import IndexedFile, IndexedFileWriter
-from distattn.data.indexed_format import DTYPES
+from distattn.data.files.block_digests import BLOCK_BYTES, root_digest
+from distattn.data.files.corpus import Corpus
+from distattn.data.files.indexed_file import IndexedFile, IndexedFileWriter
+from distattn.data.files.indexed_format import DTYPES
 from distattn.ir.errors import DistattnError
 
 DTYPE_NAMES = [dtype.name for dtype in DTYPES.values()]

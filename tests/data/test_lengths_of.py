@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from planned_data import write_corpus
 
-from distattn.data.corpus import Corpus
-from distattn.data.indexed_file import IndexedFile
-from distattn.data.indexed_format import HEADER, MAGIC, VERSION
+from distattn.data.files.corpus import Corpus
+from distattn.data.files.indexed_file import IndexedFile
+from distattn.data.files.indexed_format import HEADER, MAGIC, VERSION
 from distattn.ir.errors import DamagedDataError, DistattnError
 
 

@@ -16,12 +16,12 @@ import pytest
 from planned_data import small_plan, write_corpus
 
 import distattn
-from distattn.data.corpus import Corpus
+from distattn.data.files.corpus import Corpus
 from distattn.data.loader import PackLoader
 from distattn.data.pack_dataset import PackDataset
-from distattn.data.pack_plan import PackPlan, StepPacks
-from distattn.data.pack_windows import PIECE
-from distattn.data.shares import deal_packs
+from distattn.data.packing.pack_plan import PackPlan, StepPacks
+from distattn.data.packing.pack_windows import PIECE
+from distattn.data.packing.shares import deal_packs
 from distattn.ir.errors import DamagedDataError, DistattnError
 
 PACKS = 16
@@ -282,7 +282,7 @@ def test_a_loader_that_is_dropped_ends_its_thread(plan, corpora):
 def test_a_process_ends_while_its_loader_has_work_begun(folder):
     code = f"""
 import threading, numpy as np
-from distattn.data.corpus import Corpus
+from distattn.data.files.corpus import Corpus
 from distattn.data.loader import PackLoader
 from distattn.data.pack_dataset import PackDataset
 corpora = [Corpus.open(name, [r"{folder}/" + name + "-0"]) for name in ("web", "books")]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from planned_data import write_corpus, write_mask
 
-from distattn.data.manifest import Manifest
-from distattn.data.pack_config import (
+from distattn.data.files.manifest import Manifest
+from distattn.data.packing.pack_config import (
     CorpusConfig,
     PackConfig,
     load_pack_config,
@@ -18,7 +18,7 @@ from distattn.data.pack_config import (
     open_corpora,
     vocabulary_of,
 )
-from distattn.data.pack_rule import PackCost, PackRule
+from distattn.data.packing.pack_rule import PackCost, PackRule
 from distattn.ir.errors import DamagedDataError, DistattnError
 
 HEAD = 'plan = "run.packs"\nseed = 7\nsteps = 5\n'

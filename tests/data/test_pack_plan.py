@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from test_best_fit import web_like
 
-from distattn.data import pack_plan_format, pack_plan_writer
-from distattn.data.blend import Source, blend_documents
-from distattn.data.make_pack_plan import make_pack_plan
-from distattn.data.pack_plan import PackPlan
-from distattn.data.pack_plan_writer import PackPlanWriter
-from distattn.data.pack_rule import PackRule
-from distattn.data.pack_windows import PIECE, PackedWindow, plan_windows
+from distattn.data.packing import pack_plan_format, pack_plan_writer
+from distattn.data.packing.blend import Source, blend_documents
+from distattn.data.packing.make_pack_plan import make_pack_plan
+from distattn.data.packing.pack_plan import PackPlan
+from distattn.data.packing.pack_plan_writer import PackPlanWriter
+from distattn.data.packing.pack_rule import PackRule
+from distattn.data.packing.pack_windows import PIECE, PackedWindow, plan_windows
 from distattn.ir.errors import DamagedDataError, DistattnError
 
 
@@ -52,7 +52,7 @@ def test_a_plan_read_back_is_what_was_planned(plan, tmp_path):
             super().add(window)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("distattn.data.make_pack_plan.PackPlanWriter", Recorded)
+        patch.setattr("distattn.data.packing.make_pack_plan.PackPlanWriter", Recorded)
         corpora = [Lengths("web", [0, 0, *web_like(3000)]), Lengths("books", web_like(200, seed=1) * 4)]
         again = make_pack_plan(
             tmp_path / "again", corpora, seed=7, rule=RULE, weights=[3.0, 1.0], max_epochs=[1.0, 2.0]
@@ -184,7 +184,7 @@ def test_open_and_step_read_a_few_bytes_of_a_large_plan(tmp_path, monkeypatch):
 def test_blocks_are_digested_however_they_are_written(plan, tmp_path, monkeypatch):
     for module in (pack_plan_writer, pack_plan_format):
         monkeypatch.setattr(module, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr("distattn.data.pack_plan.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("distattn.data.packing.pack_plan.BLOCK_BYTES", 1000)
     small = make_pack_plan(tmp_path / "small", [Lengths("web", web_like(500))], seed=0, rule=RULE, max_epochs=[1])
     seen = []
     small.verify(lambda done, total: seen.append((done, total)))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from distattn.data.pack_rule import PackCost, PackRule
+from distattn.data.packing.pack_rule import PackCost, PackRule
 from distattn.ir.errors import DistattnError
 
 

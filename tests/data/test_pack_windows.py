@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_best_fit import web_like
 
-from distattn.data.blend import Source, blend_documents
-from distattn.data.cut_documents import CorpusSpans
-from distattn.data.pack_rule import PackCost, PackRule
-from distattn.data.pack_windows import plan_windows
+from distattn.data.packing.blend import Source, blend_documents
+from distattn.data.packing.cut_documents import CorpusSpans
+from distattn.data.packing.pack_rule import PackCost, PackRule
+from distattn.data.packing.pack_windows import plan_windows
 from distattn.ir.errors import DistattnError
 
 COST = PackCost(token_cells=2, document_cells=30)

@@ -7,12 +7,12 @@ from test_best_fit import web_like
 from test_pack_plan import Lengths
 from test_pack_windows import CORPORA, rules
 
-from distattn.data import plan_coverage
-from distattn.data.make_pack_plan import make_pack_plan
-from distattn.data.pack_plan_writer import PackPlanWriter
-from distattn.data.pack_rule import PackRule
-from distattn.data.pack_windows import PackedWindow
-from distattn.data.plan_coverage import CorpusCoverage, check_coverage
+from distattn.data.packing import plan_coverage
+from distattn.data.packing.make_pack_plan import make_pack_plan
+from distattn.data.packing.pack_plan_writer import PackPlanWriter
+from distattn.data.packing.pack_rule import PackRule
+from distattn.data.packing.pack_windows import PackedWindow
+from distattn.data.packing.plan_coverage import CorpusCoverage, check_coverage
 from distattn.ir.errors import DamagedDataError
 
 RULE = PackRule(((0, 256),), 8 * 256, window=16)

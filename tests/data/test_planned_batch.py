@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planned_data import document_tokens, write_corpus, write_mask
 
-from distattn.data.corpus import Corpus
-from distattn.data.label_masks import LabelMasks
-from distattn.data.pack_plan import Pack
-from distattn.data.pack_windows import PIECE
+from distattn.data.files.corpus import Corpus
+from distattn.data.files.label_masks import LabelMasks
+from distattn.data.packing.pack_plan import Pack
+from distattn.data.packing.pack_windows import PIECE
 from distattn.data.planned_batch import PlannedBatch
 from distattn.data.reading_thread import ReadingThread
 from distattn.ir.errors import DamagedDataError, DistattnError

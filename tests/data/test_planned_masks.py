@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from planned_data import small_plan, write_corpus, write_mask
 
-from distattn.data.corpus import Corpus
+from distattn.data.files.corpus import Corpus
 from distattn.data.loader import PackLoader
-from distattn.data.pack_config import load_pack_config, make_configured_plan, open_configured_plan, open_corpora
+from distattn.data.packing.pack_config import load_pack_config, make_configured_plan, open_configured_plan, open_corpora
 from distattn.ir.errors import DistattnError
 
 LENGTHS = [[30] * 60 + [500, 90], [45] * 30]
@@ -105,7 +105,8 @@ def test_a_changed_mask_is_noticed_without_reading_it(folder, monkeypatch):
     write_masks(folder)
     read = []
     monkeypatch.setattr(
-        "distattn.data.indexed_file.root_digest", lambda file: read.append(file) or pytest.fail(f"{file} is read whole")
+        "distattn.data.files.indexed_file.root_digest",
+        lambda file: read.append(file) or pytest.fail(f"{file} is read whole"),
     )
     assert opened(folder).masks.digest == opened(folder).masks.digest
     (Path(folder) / "web-0.loss.xxh3").unlink()

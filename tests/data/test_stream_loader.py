@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distattn.batch.packed_batch import PackedBatch
-from distattn.data.streams import StreamLoader
+from distattn.data.streaming.streams import StreamLoader
 from distattn.ir.errors import DistattnError
 
 SETTINGS = {"context": 64, "packs_per_step": 4, "window": 8}

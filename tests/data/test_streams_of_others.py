@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_stream_loader import SETTINGS, documents, flat, pieces_of
 
-from distattn.data.streams import StreamLoader
+from distattn.data.streaming.streams import StreamLoader
 
 
 def package(name, shown):

@@ -11,11 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distattn.data import document_sources
-from distattn.data.indexed_file import IndexedFile
-from distattn.data.manifest import Manifest
-from distattn.data.tokenize import Progress, TokenizeJob, finished_parts, locked, plan_job, publish, tokenize_shard
-from distattn.data.tokenizer import load_tokenizer, token_dtype
+from distattn.data.files.indexed_file import IndexedFile
+from distattn.data.files.manifest import Manifest
+from distattn.data.tokenizing import document_sources
+from distattn.data.tokenizing.tokenize import (
+    Progress,
+    TokenizeJob,
+    finished_parts,
+    locked,
+    plan_job,
+    publish,
+    tokenize_shard,
+)
+from distattn.data.tokenizing.tokenizer import load_tokenizer, token_dtype
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.launch import cli
 
@@ -170,7 +178,8 @@ def test_the_number_of_processes_changes_nothing_and_a_finished_command_does_not
 
 
 def test_torch_is_not_imported_by_what_tokenizes():
-    code = "import sys, distattn.data.tokenize_worker, distattn.launch.data.tokenize; assert 'torch' not in sys.modules"
+    modules = "distattn.data.tokenizing.tokenize_worker, distattn.launch.data.tokenize"
+    code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 from waiting import LIMIT_SECONDS, eventually
 
-from distattn.data import document_sources
-from distattn.data import tokenize as tokenize_files
+from distattn.data.tokenizing import document_sources
+from distattn.data.tokenizing import tokenize as tokenize_files
 from distattn.launch.data import tokenize_processes
 from distattn.supervision.helpers import MOST_REPLACEMENTS
 
@@ -27,7 +27,8 @@ SHARDS = 40
 # seconds after its workers have done so many shards
 DRIVER = """
 import os, signal, sys, time
-from distattn.data import document_sources, tokenize
+from distattn.data.tokenizing import document_sources
+from distattn.data.tokenizing import tokenize
 from distattn.launch import cli
 from distattn.launch.data import tokenize_processes
 
@@ -234,7 +235,7 @@ def test_a_worker_that_is_killed_again_and_again_ends_the_command(corpus, tmp_pa
 
 
 def test_two_commands_do_not_work_in_one_place(corpus, tmp_path, monkeypatch):
-    from distattn.data import tokenize
+    from distattn.data.tokenizing import tokenize
 
     folder, whole = corpus
     monkeypatch.setattr(tokenize, "_LOCK_SECONDS", 0.3)

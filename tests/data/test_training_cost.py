@@ -7,9 +7,9 @@ import pytest
 from planned_data import write_corpus
 
 from distattn.cluster.cost import attention_speed, flops_per_cell, overhead_keys, padded_cells
-from distattn.data.pack_config import load_pack_config, make_configured_plan, open_configured_plan, open_corpora
-from distattn.data.pack_rule import PackCost, PackRule
-from distattn.data.training_cost import ModelShape, load_device, training_cost
+from distattn.data.packing.pack_config import load_pack_config, make_configured_plan, open_configured_plan, open_corpora
+from distattn.data.packing.pack_rule import PackCost, PackRule
+from distattn.data.packing.training_cost import ModelShape, load_device, training_cost
 from distattn.ir.errors import DistattnError
 
 LLAMA = {

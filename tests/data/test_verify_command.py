@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from planned_data import small_plan, write_corpus
 
-from distattn.data import extra_packages, indexed_file
-from distattn.data.block_digests import BLOCK_BYTES, BlockDigests
-from distattn.data.corpus import Corpus
-from distattn.data.indexed_file import IndexedFile, IndexedFileWriter
+from distattn.data import extra_packages
+from distattn.data.files import indexed_file
+from distattn.data.files.block_digests import BLOCK_BYTES, BlockDigests
+from distattn.data.files.corpus import Corpus
+from distattn.data.files.indexed_file import IndexedFile, IndexedFileWriter
 from distattn.data.loader import PackLoader
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.launch import cli

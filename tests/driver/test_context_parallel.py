@@ -14,8 +14,8 @@ from distattn.batch.packed_batch import IGNORE_INDEX
 from distattn.ir.layout import LAYOUTS
 from distattn.ops.executable import EXECUTABLES
 from distattn.parallel.make_plan import STRATEGIES
-from distattn.training.config import Config, ModelConfig
-from distattn.training.run_settings import build_model, configured_model
+from distattn.training.config.run_file import Config, ModelConfig
+from distattn.training.config.run_settings import build_model, configured_model
 
 pytestmark = pytest.mark.sampled(3)
 

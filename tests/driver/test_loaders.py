@@ -7,7 +7,7 @@ from processes import run_on_ranks
 
 import distattn as da
 from distattn.adapters import pytorch
-from distattn.data.stream_documents import DocumentReader
+from distattn.data.streaming.stream_documents import DocumentReader
 from distattn.memory.tiled_loss import tiled_loss
 
 STEPS = 5

@@ -9,9 +9,9 @@ from planned_data import small_plan, write_corpus
 from processes import run_on_ranks, run_survivors
 
 import distattn as da
-from distattn.data.corpus import Corpus
+from distattn.data.files.corpus import Corpus
 from distattn.data.loader import PackLoader
-from distattn.data.pack_plan import PackPlan
+from distattn.data.packing.pack_plan import PackPlan
 from distattn.ir.errors import DamagedDataError, LostRankError
 
 # of int32: eight blocks of 16 KiB, each with a digest of its own

@@ -16,9 +16,9 @@ from torch.nn.utils import parameters_to_vector
 import distattn as da
 from distattn.adapters.pytorch import local_loss
 from distattn.batch.collectives import HostGroup
-from distattn.data.corpus import Corpus
+from distattn.data.files.corpus import Corpus
 from distattn.data.loader import PackLoader
-from distattn.data.pack_plan import PackPlan
+from distattn.data.packing.pack_plan import PackPlan
 
 STEPS, PACKS = 2, 4
 OPTIONS = dict(options=dict(block=8, tolerance=0.0))

@@ -14,7 +14,7 @@ from distattn.checkpoints.checkpoints import Checkpoints
 from distattn.checkpoints.retention import KeepRule
 from distattn.checkpoints.verdicts import GOOD, REFUSED
 from distattn.launch import cli, resume_command
-from distattn.training import config as configuration
+from distattn.training.config import run_file as configuration
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import pytest
 
 from distattn.ir.errors import DistattnError
 from distattn.launch import cli
-from distattn.training import config as configuration
-from distattn.training.shipped_configs import shipped_names
+from distattn.training.config import run_file as configuration
+from distattn.training.config.shipped_configs import shipped_names
 
 
 def test_every_shipped_configuration_is_listed_and_loads_by_name_from_anywhere(capsys, tmp_path, monkeypatch):

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distattn.data.indexed_file import IndexedFile, IndexedFileWriter
-from distattn.data.manifest import Manifest
-from distattn.data.pack_config import load_pack_config
-from distattn.data.pack_plan import PackPlan
-from distattn.data.tokenizer import load_tokenizer
+from distattn.data.files.indexed_file import IndexedFile, IndexedFileWriter
+from distattn.data.files.manifest import Manifest
+from distattn.data.packing.pack_config import load_pack_config
+from distattn.data.packing.pack_plan import PackPlan
+from distattn.data.tokenizing.tokenizer import load_tokenizer
 from distattn.launch import cli
 from distattn.launch.data import progress as data_progress
 from distattn.launch.data import stats as data_stats

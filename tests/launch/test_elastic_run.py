@@ -11,7 +11,7 @@ from distattn.launch.command_line import no_progress
 from distattn.launch.elastic_run import ElasticRun, node_counts
 from distattn.launch.node_attempts import NodeAttempts
 from distattn.launch.start_run import start_run
-from distattn.training import config as configuration
+from distattn.training.config import run_file as configuration
 
 ROOT = Path(__file__).parents[2]
 MEGATRON = ("--engine.name=megatron", "--parallel.tensor_parallel_size=2", "--parallel.pipeline_parallel_size=2")

@@ -11,7 +11,7 @@ import pytest
 from distattn.launch import cli, finish_run
 from distattn.launch.slurm import jobs as slurm
 from distattn.planning.compare_strategies import cluster_for_run
-from distattn.training import config as configuration
+from distattn.training.config import run_file as configuration
 from distattn.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]

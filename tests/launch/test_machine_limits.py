@@ -10,10 +10,10 @@ from distattn.ir.errors import DistattnError
 from distattn.launch import cli
 from distattn.launch.ranks import machine_limits
 from distattn.memory.host_memory import available_bytes
-from distattn.training import config as configuration
-from distattn.training.config import Config, ModelConfig, ParallelConfig
-from distattn.training.config_sections import EngineConfig
-from distattn.training.run_settings import build_model, configured_model
+from distattn.training.config import run_file as configuration
+from distattn.training.config.run_file import Config, ModelConfig, ParallelConfig
+from distattn.training.config.run_settings import build_model, configured_model
+from distattn.training.config.sections import EngineConfig
 from distattn.training.state_bytes import model_parameters, state_bytes
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from distattn.ir.errors import DistattnError
 from distattn.launch.attempt_end import AttemptEnd
 from distattn.launch.attempts import Attempts
 from distattn.launch.node_attempts import NodeAttempts
-from distattn.training.config import Config, RunConfig
+from distattn.training.config.run_file import Config, RunConfig
 from distattn.training.run_folder import RunFolder
 
 KILLED, REFUSED = ("killed", 137), ("refused", 2)

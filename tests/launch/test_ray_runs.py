@@ -17,8 +17,8 @@ from waiting import eventually
 
 from distattn.checkpoints.owner import Owner
 from distattn.launch.attempts import Attempts
-from distattn.training import config as configuration
-from distattn.training.json_lines import read_rows
+from distattn.training.config import run_file as configuration
+from distattn.training.reporting.json_lines import read_rows
 
 pytestmark = pytest.mark.waits(11)
 

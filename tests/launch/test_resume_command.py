@@ -21,8 +21,8 @@ from distattn.launch.ranks import supervised
 from distattn.launch.run_node import check_places
 from distattn.launch.start_run import resume_run, start_run
 from distattn.launch.stop_signals import CommandStopped
-from distattn.training import config as configuration
-from distattn.training.config import ReferenceCheckConfig, RunConfig, TrainConfig
+from distattn.training.config import run_file as configuration
+from distattn.training.config.run_file import ReferenceCheckConfig, RunConfig, TrainConfig
 from distattn.training.proposal import Proposal
 from distattn.training.run_folder import StepMetrics
 

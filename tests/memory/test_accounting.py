@@ -30,7 +30,7 @@ from distattn.planning.memory_of_run import (
     on_meta,
     step_memory,
 )
-from distattn.training import config as configuration
+from distattn.training.config import run_file as configuration
 
 TOKENS = 96
 SETTINGS = [

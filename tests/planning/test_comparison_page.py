@@ -9,7 +9,7 @@ import distattn as da
 from distattn.cluster import spec
 from distattn.planning.compare_strategies import PlanRequest, compare_strategies
 from distattn.planning.comparison_page import comparison_page, write_comparison_page
-from distattn.training.plan_settings import PlanSettings
+from distattn.training.config.plan_settings import PlanSettings
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,10 @@ from distattn.launch.start_run import start_run
 from distattn.preflight import facts as facts_module
 from distattn.preflight import probes
 from distattn.preflight.preflight import check_run, preflight
-from distattn.training import config as configuration
 from distattn.training import rank as rank_module
-from distattn.training.config import Config, DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from distattn.training.config_sections import PreflightConfig
+from distattn.training.config import run_file as configuration
+from distattn.training.config.run_file import Config, DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from distattn.training.config.sections import PreflightConfig
 from distattn.training.run_folder import RunFolder
 
 CPU = torch.device("cpu")

@@ -17,9 +17,9 @@ from distattn.preflight.memory_forecast import MemoryForecast, forecast_memory
 from distattn.preflight.outliers import outliers_of
 from distattn.preflight.probes import Link, RankSpeed, rounds_across, rounds_of
 from distattn.preflight.report import report_table
-from distattn.training.config import Config, ModelConfig, ParallelConfig, TrainConfig
-from distattn.training.config_sections import CheckpointConfig, EngineConfig, MemoryConfig
-from distattn.training.plan_settings import PlanSettings
+from distattn.training.config.plan_settings import PlanSettings
+from distattn.training.config.run_file import Config, ModelConfig, ParallelConfig, TrainConfig
+from distattn.training.config.sections import CheckpointConfig, EngineConfig, MemoryConfig
 from distattn.training.run_folder import RunFolder
 from distattn.training.state_bytes import model_parameters, state_bytes
 

@@ -18,7 +18,7 @@ from distattn.supervision.culprits import process_state
 from distattn.supervision.heartbeats import HeartbeatBoard
 from distattn.supervision.helpers import Helper
 from distattn.supervision.rank_watch import Patience, RankWatch
-from distattn.training import reference_check
+from distattn.training.watch import reference_check
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 TRACKED = """

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distattn.data.corpus import Corpus
+from distattn.data.files.corpus import Corpus
 from distattn.data.loader import PackLoader
 
 

@@ -7,8 +7,8 @@ from torch.nn.utils import parameters_to_vector
 
 import distattn as da
 from distattn.adapters.pytorch import local_loss
-from distattn.training.config import Config, ModelConfig
-from distattn.training.run_settings import build_model, configured_model
+from distattn.training.config.run_file import Config, ModelConfig
+from distattn.training.config.run_settings import build_model, configured_model
 
 # of each rank, for each step, the documents of its micro-batches: unequal numbers of them, and of steps
 PACKS = [

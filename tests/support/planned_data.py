@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from distattn.data.corpus import Corpus
-from distattn.data.indexed_file import IndexedFileWriter
-from distattn.data.make_pack_plan import make_pack_plan
-from distattn.data.pack_plan import PackPlan
-from distattn.data.pack_rule import PackRule
+from distattn.data.files.corpus import Corpus
+from distattn.data.files.indexed_file import IndexedFileWriter
+from distattn.data.packing.make_pack_plan import make_pack_plan
+from distattn.data.packing.pack_plan import PackPlan
+from distattn.data.packing.pack_rule import PackRule
 
 
 def document_tokens(document: int, length: int) -> np.ndarray:

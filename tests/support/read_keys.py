@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from distattn.training import config as configuration
-from distattn.training.config import Config
+from distattn.training.config import run_file as configuration
+from distattn.training.config.run_file import Config
 
 
 @contextmanager

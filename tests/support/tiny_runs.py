@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 
-from distattn.training.config import Config, DataConfig, ModelConfig, ParallelConfig, ReferenceCheckConfig, RunConfig
+from distattn.training.config.run_file import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    ReferenceCheckConfig,
+    RunConfig,
+)
 from distattn.training.loop import train
 from distattn.training.run_data import find_text, write_text
 from distattn.training.run_folder import RunFolder

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from waiting import LIMIT_SECONDS
 
-from distattn.data.text import check_text, find_corpus
+from distattn.data.files.text import check_text, find_corpus
 from distattn.ir.errors import DistattnError
 from distattn.launch.cli import main
-from distattn.training import config as configuration
-from distattn.training.config import Config
+from distattn.training.config import run_file as configuration
+from distattn.training.config.run_file import Config
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "tiny.toml")

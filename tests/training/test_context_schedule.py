@@ -15,12 +15,12 @@ from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import no_progress
 from distattn.launch.plan_command import main as plan_command
 from distattn.launch.start_run import start_run
-from distattn.training import config as configuration
 from distattn.training import loop
-from distattn.training.config import Config, TrainConfig
-from distattn.training.config_sections import CheckpointConfig, ContextPhase
+from distattn.training.config import run_file as configuration
+from distattn.training.config.run_file import Config, TrainConfig
+from distattn.training.config.sections import CheckpointConfig, ContextPhase
 from distattn.training.loop import train
-from distattn.training.report import _curves
+from distattn.training.reporting.report import _curves
 from distattn.training.run_data import open_data, planned_packs
 from distattn.training.run_folder import RunFolder
 

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from tiny_runs import new_run
 
-from distattn.data import text
-from distattn.data.byte_corpus import byte_corpus
-from distattn.data.indexed_file import IndexedFileWriter
+from distattn.data.files import text
+from distattn.data.files.byte_corpus import byte_corpus
+from distattn.data.files.indexed_file import IndexedFileWriter
+from distattn.data.files.text import Document, check_text, find_corpus, read_tokens
 from distattn.data.loader import PackLoader
-from distattn.data.pack_config import load_pack_config, make_configured_plan, open_corpora
-from distattn.data.text import Document, check_text, find_corpus, read_tokens
+from distattn.data.packing.pack_config import load_pack_config, make_configured_plan, open_corpora
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.launch.command_line import no_progress
 from distattn.launch.start_run import start_run
-from distattn.training.config import (
+from distattn.training.config.run_file import (
     Config,
     DataConfig,
     ModelConfig,

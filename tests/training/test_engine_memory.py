@@ -15,7 +15,7 @@ from live_bytes import LiveBytes  # noqa: E402
 from processes import run_on_ranks  # noqa: E402
 
 from distattn.driver.context_parallel import ContextParallel  # noqa: E402
-from distattn.training.config_sections import Config, EngineConfig, ModelConfig, ParallelConfig  # noqa: E402
+from distattn.training.config.sections import Config, EngineConfig, ModelConfig, ParallelConfig  # noqa: E402
 from distattn.training.engines import deepspeed, fsdp2, megatron  # noqa: E402
 from distattn.training.engines.opened import open_engine  # noqa: E402
 

@@ -22,8 +22,9 @@ from processes import run_on_ranks  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 
 from distattn.ir.errors import DistattnError  # noqa: E402
-from distattn.training.config_checks import problems_of  # noqa: E402
-from distattn.training.config_sections import (  # noqa: E402
+from distattn.training.config.checks import problems_of  # noqa: E402
+from distattn.training.config.run_settings import build_model, configured_model  # noqa: E402
+from distattn.training.config.sections import (  # noqa: E402
     Config,
     DataConfig,
     EngineConfig,
@@ -35,7 +36,6 @@ from distattn.training.config_sections import (  # noqa: E402
 from distattn.training.engines import deepspeed, megatron  # noqa: E402, F401
 from distattn.training.engines.engine import EngineState  # noqa: E402
 from distattn.training.engines.opened import open_engine  # noqa: E402
-from distattn.training.run_settings import build_model, configured_model  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.sampled(6)]
 

@@ -10,7 +10,7 @@ import distattn as da
 from distattn.adapters import huggingface, pytorch
 from distattn.ir.errors import DistattnError
 from distattn.training.evaluation import evaluate, evaluation_mode
-from distattn.training.loss_by_position import LossByPosition
+from distattn.training.reporting.loss_by_position import LossByPosition
 
 HELD_OUT = [[micro_batch([33, 7])], [micro_batch([5, 5, 21]), micro_batch([64])]]
 TRAINED = [[micro_batch(lengths) for lengths in STEPS[number % 2]] for number in range(5)]

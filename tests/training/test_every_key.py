@@ -18,8 +18,8 @@ from distattn.launch.ranks.machine_limits import check_run_fits
 from distattn.launch.start_run import start_run
 from distattn.planning.memory_of_run import memory_of_config
 from distattn.preflight import facts
-from distattn.training import config as configuration
-from distattn.training.config import Config
+from distattn.training.config import run_file as configuration
+from distattn.training.config.run_file import Config
 
 ROOT = Path(__file__).parents[2]
 TEXT_KEYS = ("suffix", "exclude", "tokens_per_step", "max_document_tokens", "context_length")

@@ -17,13 +17,13 @@ from waiting import eventually
 
 from distattn.checkpoints.checkpoint_folder import list_checkpoints, newest_good
 from distattn.checkpoints.owner import Owner
-from distattn.training.config import Config, TrainConfig
-from distattn.training.config_sections import CheckpointConfig, EvaluationConfig
+from distattn.training.config.run_file import Config, TrainConfig
+from distattn.training.config.sections import CheckpointConfig, EvaluationConfig
 from distattn.training.engines.fsdp2 import Fsdp2Engine
 from distattn.training.loop import train
+from distattn.training.reporting.step_documents import documents_of_step
 from distattn.training.run_data import find_text, write_text
 from distattn.training.run_folder import EVALUATION, RunFolder
-from distattn.training.step_documents import documents_of_step
 
 STEPS = 10
 DISK_BYTES = 8 << 20

@@ -19,14 +19,14 @@ from tiny_runs import new_run, tiny_config
 import distattn as da
 from distattn.ir.errors import DistattnError
 from distattn.training import loop
-from distattn.training.config_checks import problems_of
-from distattn.training.config_sections import CheckpointConfig, Config, EngineConfig, HealthConfig, TrainConfig
-from distattn.training.device_counters import COUNTERS, DeviceCounters
-from distattn.training.health import HealthReport, HealthReports, slowest_rank
-from distattn.training.json_lines import read_rows
-from distattn.training.prometheus import PrometheusFile, PrometheusPort, prometheus_text
+from distattn.training.config.checks import problems_of
+from distattn.training.config.sections import CheckpointConfig, Config, EngineConfig, HealthConfig, TrainConfig
+from distattn.training.health.device_counters import COUNTERS, DeviceCounters
+from distattn.training.health.health_reports import HealthReport, HealthReports, slowest_rank
+from distattn.training.reporting.json_lines import read_rows
+from distattn.training.reporting.prometheus import PrometheusFile, PrometheusPort, prometheus_text
+from distattn.training.reporting.step_clock import StepCosts
 from distattn.training.run_folder import RunFolder
-from distattn.training.step_clock import StepCosts
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 HOST = socket.gethostname()

@@ -5,11 +5,11 @@ import shutil
 import numpy as np
 import pytest
 
-from distattn.data.indexed_file import IndexedFileWriter
-from distattn.data.pack_config import load_pack_config, make_configured_plan, open_corpora
+from distattn.data.files.indexed_file import IndexedFileWriter
+from distattn.data.packing.pack_config import load_pack_config, make_configured_plan, open_corpora
 from distattn.ir.errors import DistattnError
-from distattn.training.config import Config, DataConfig, ModelConfig, ReferenceCheckConfig, TrainConfig
-from distattn.training.config_sections import EvaluationConfig
+from distattn.training.config.run_file import Config, DataConfig, ModelConfig, ReferenceCheckConfig, TrainConfig
+from distattn.training.config.sections import EvaluationConfig
 from distattn.training.held_out import check_held_out
 from distattn.training.run_data import open_data
 from distattn.training.run_folder import RunFolder

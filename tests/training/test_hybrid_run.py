@@ -13,8 +13,8 @@ from tiny_runs import new_run
 from distattn.batch import recurrent_run
 from distattn.cluster.spec import Link, load
 from distattn.ir.errors import DistattnError
-from distattn.training import reference_replay
-from distattn.training.config import (
+from distattn.training.config.checks import problems_of
+from distattn.training.config.run_file import (
     Config,
     DataConfig,
     ModelConfig,
@@ -23,13 +23,13 @@ from distattn.training.config import (
     RunConfig,
     TrainConfig,
 )
-from distattn.training.config_checks import problems_of
-from distattn.training.config_sections import ClusterConfig
+from distattn.training.config.run_settings import configured_model
+from distattn.training.config.sections import ClusterConfig
 from distattn.training.loop import train
-from distattn.training.model_flops import ModelFlops
-from distattn.training.reference_check import compare_with_reference, write_initial_weights
+from distattn.training.reporting.model_flops import ModelFlops
 from distattn.training.run_folder import RunFolder
-from distattn.training.run_settings import configured_model
+from distattn.training.watch import reference_replay
+from distattn.training.watch.reference_check import compare_with_reference, write_initial_weights
 
 # bytes, and what begins and ends a document
 VOCABULARY = 258

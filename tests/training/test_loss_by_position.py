@@ -12,11 +12,11 @@ from processes import run_on_ranks
 from small import build
 
 import distattn as da
-from distattn.data.corpus import Corpus
+from distattn.data.files.corpus import Corpus
 from distattn.data.loader import PackLoader
-from distattn.data.pack_plan import PackPlan
+from distattn.data.packing.pack_plan import PackPlan
 from distattn.ir.layout import Layout
-from distattn.training.loss_by_position import CorpusLoss, LossByPosition, token_losses
+from distattn.training.reporting.loss_by_position import CorpusLoss, LossByPosition, token_losses
 
 
 def by_hand(losses, labels, positions, corpora, first, last):

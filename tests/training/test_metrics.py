@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 import distattn as da
 from distattn.adapters import pytorch
 from distattn.ir.errors import DistattnError
-from distattn.training import config as configuration
-from distattn.training.json_lines import read_rows
-from distattn.training.loss_by_position import LossByPosition
-from distattn.training.metrics import MetricsReporter
-from distattn.training.model_flops import ModelFlops, flops_utilisation
+from distattn.training.config import run_file as configuration
+from distattn.training.reporting.json_lines import read_rows
+from distattn.training.reporting.loss_by_position import LossByPosition
+from distattn.training.reporting.metrics import MetricsReporter
+from distattn.training.reporting.model_flops import ModelFlops, flops_utilisation
+from distattn.training.reporting.step_clock import StepClock
 from distattn.training.run_folder import RunFolder, StepMetrics
-from distattn.training.step_clock import StepClock
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from distattn.adapters import pytorch
 from distattn.ir.errors import DistattnError
-from distattn.training.numerics_watch import NumericsWatch, Verdict, WatchSettings
-from distattn.training.spike_detector import SpikeDetector
+from distattn.training.watch.numerics_watch import NumericsWatch, Verdict, WatchSettings
+from distattn.training.watch.spike_detector import SpikeDetector
 
 NAN = float("nan")
 

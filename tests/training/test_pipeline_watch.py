@@ -12,8 +12,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from processes import run_on_ranks  # noqa: E402
 
-from distattn.training.config_checks import problems_of  # noqa: E402
-from distattn.training.config_sections import (  # noqa: E402
+from distattn.training.config.checks import problems_of  # noqa: E402
+from distattn.training.config.sections import (  # noqa: E402
     Config,
     DataConfig,
     EngineConfig,
@@ -24,8 +24,8 @@ from distattn.training.config_sections import (  # noqa: E402
 from distattn.training.engines import megatron  # noqa: E402, F401
 from distattn.training.engines.engine import PipelineStage  # noqa: E402
 from distattn.training.engines.opened import open_engine  # noqa: E402
-from distattn.training.numerics_watch import NumericsWatch, WatchSettings  # noqa: E402
-from distattn.training.replay_check import ReplayCheck  # noqa: E402
+from distattn.training.watch.numerics_watch import NumericsWatch, WatchSettings  # noqa: E402
+from distattn.training.watch.replay_check import ReplayCheck  # noqa: E402
 
 # ranks 0 and 1 have layers 0 and 1, ranks 2 and 3 layers 2 and 3; each pair splits documents
 CONFIG = Config(

@@ -12,10 +12,10 @@ import pytest
 from made_once import made_once
 from waiting import LIMIT_SECONDS
 
-from distattn.data.pack_plan import PackPlan
+from distattn.data.packing.pack_plan import PackPlan
 from distattn.launch import cli
-from distattn.training import config as configuration
-from distattn.training.config import (
+from distattn.training.config import run_file as configuration
+from distattn.training.config.run_file import (
     Config,
     DataConfig,
     ModelConfig,
@@ -24,9 +24,9 @@ from distattn.training.config import (
     RunConfig,
     TrainConfig,
 )
+from distattn.training.reporting.step_documents import append_documents
 from distattn.training.run_data import open_data, piece_rows
 from distattn.training.run_folder import RunFolder
-from distattn.training.step_documents import append_documents
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4

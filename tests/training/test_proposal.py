@@ -6,8 +6,8 @@ from distattn.checkpoints.checkpoint_folder import list_checkpoints, preferred_s
 from distattn.checkpoints.manifest import Manifest
 from distattn.checkpoints.verdicts import GOOD, SET_ASIDE, UNTESTED, CheckpointVerdict
 from distattn.ir.errors import DistattnError
-from distattn.training import config as configuration
-from distattn.training.config import Config, RunConfig, TrainConfig
+from distattn.training.config import run_file as configuration
+from distattn.training.config.run_file import Config, RunConfig, TrainConfig
 from distattn.training.proposal import Proposal
 from distattn.training.rank import on_rank
 from distattn.training.run_folder import RunFolder

@@ -20,13 +20,13 @@ from distattn.checkpoints.verdicts import GOOD, REFUSED, SET_ASIDE, UNTESTED, Ch
 from distattn.ir.errors import RunStopped
 from distattn.launch import finish_run as finishing
 from distattn.launch.run_status import status
-from distattn.training.config import Config, RunConfig, TrainConfig
-from distattn.training.config_sections import CheckpointConfig, WatchConfig
+from distattn.training.config.run_file import Config, RunConfig, TrainConfig
+from distattn.training.config.sections import CheckpointConfig, WatchConfig
 from distattn.training.engines.fsdp2 import Fsdp2Engine
 from distattn.training.loop import train
-from distattn.training.numerics_watch import ROLLBACK, Streak, Verdict
 from distattn.training.run_checkpoints import RunCheckpoints
 from distattn.training.run_folder import EVALUATION, RunFolder, StepMetrics
+from distattn.training.watch.numerics_watch import ROLLBACK, Streak, Verdict
 
 STEPS = 12
 

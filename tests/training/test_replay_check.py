@@ -11,7 +11,7 @@ from torch.nn.utils import parameters_to_vector
 import distattn as da
 from distattn.adapters import pytorch
 from distattn.kernels import cpu
-from distattn.training.replay_check import ReplayCheck, bits_digest
+from distattn.training.watch.replay_check import ReplayCheck, bits_digest
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn])

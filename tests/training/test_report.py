@@ -9,8 +9,8 @@ import pytest
 from browser import LEGIBLE, as_printed, needs_browser, what_a_script_says
 
 import distattn as da
-from distattn.training import config as configuration
-from distattn.training.report import write_report
+from distattn.training.config import run_file as configuration
+from distattn.training.reporting.report import write_report
 from distattn.training.run_folder import RunFolder, StepMetrics
 
 LOSSES = [5.5, 4.25, float("nan"), 3.125, 3.0]

@@ -22,9 +22,9 @@ from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import no_progress
 from distattn.launch.start_run import resume_run
 from distattn.parallel.analysis.columns import plural
-from distattn.training import config as configuration
-from distattn.training.config import Config, ParallelConfig, RunConfig, TrainConfig
-from distattn.training.config_sections import (
+from distattn.training.config import run_file as configuration
+from distattn.training.config.run_file import Config, ParallelConfig, RunConfig, TrainConfig
+from distattn.training.config.sections import (
     CheckpointConfig,
     EngineConfig,
     EvaluationConfig,
@@ -32,12 +32,12 @@ from distattn.training.config_sections import (
     WatchConfig,
 )
 from distattn.training.engines.fsdp2 import Fsdp2Engine
-from distattn.training.json_lines import read_rows
 from distattn.training.loop import train
 from distattn.training.proposal import Proposal
+from distattn.training.reporting.json_lines import read_rows
+from distattn.training.reporting.step_documents import documents_of_step
 from distattn.training.run_data import open_data
 from distattn.training.run_folder import EVALUATION, TRAINING, RunFolder
-from distattn.training.step_documents import documents_of_step
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
@@ -256,7 +256,7 @@ def _train_with_fault(rank: int, folder: Path, config: Config, bad_step: int) ->
 
 
 def seed_of(config: Config, step: int, rank: int) -> int:
-    from distattn.data.order import derived_key
+    from distattn.data.packing.order import derived_key
 
     return derived_key(config.run.seed, step, rank)
 

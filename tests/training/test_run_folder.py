@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from distattn.training import json_lines
-from distattn.training.json_lines import append_lines, read_rows
+from distattn.training.reporting import json_lines
+from distattn.training.reporting.json_lines import append_lines, read_rows
 from distattn.training.run_folder import RunFolder, StepMetrics
 
 

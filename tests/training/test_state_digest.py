@@ -11,15 +11,16 @@ from tiny_runs import new_run, tiny_config
 
 from distattn.checkpoints.checkpoint_folder import list_checkpoints
 from distattn.ir.errors import DamagedStateError, DistattnError
-from distattn.training import loop, state_digest
-from distattn.training.config import Config, RunConfig, TrainConfig
-from distattn.training.config_sections import CheckpointConfig, EngineConfig, HealthConfig, MemoryConfig, WatchConfig
+from distattn.training import loop
+from distattn.training.config.run_file import Config, RunConfig, TrainConfig
+from distattn.training.config.sections import CheckpointConfig, EngineConfig, HealthConfig, MemoryConfig, WatchConfig
 from distattn.training.engines.opened import open_engine
-from distattn.training.json_lines import read_rows
+from distattn.training.reporting.json_lines import read_rows
 from distattn.training.run_checkpoints import RunCheckpoints
 from distattn.training.run_folder import RunFolder
-from distattn.training.state_digest import StateDigest, state_tensors
-from distattn.training.weight_growth import WeightGrowth
+from distattn.training.watch import state_digest
+from distattn.training.watch.state_digest import StateDigest, state_tensors
+from distattn.training.watch.weight_growth import WeightGrowth
 
 STEPS = 6
 

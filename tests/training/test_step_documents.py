@@ -7,7 +7,7 @@ import random
 import pytest
 
 from distattn.ir.errors import DamagedDataError, DistattnError
-from distattn.training.step_documents import append_documents, documents_of_step
+from distattn.training.reporting.step_documents import append_documents, documents_of_step
 
 
 def rows_of(step, attempt, rng):

@@ -9,7 +9,7 @@ from processes import run_on_ranks
 from tiny_runs import new_run, tiny_config
 
 from distattn.ir.errors import RunStopped
-from distattn.training.config import Config, RunConfig, TrainConfig
+from distattn.training.config.run_file import Config, RunConfig, TrainConfig
 from distattn.training.loop import train
 from distattn.training.run_folder import RunFolder
 

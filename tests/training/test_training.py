@@ -27,12 +27,12 @@ from distattn.launch.finish_run import finish_run
 from distattn.launch.start_run import start_run
 from distattn.parallel.analysis.explain import explain
 from distattn.parallel.make_plan import STRATEGIES
-from distattn.training import config as configuration
-from distattn.training.config import Config, ParallelConfig, ReferenceCheckConfig, TrainConfig
-from distattn.training.plan_settings import PlanSettings
-from distattn.training.reference_check import compare_with_reference, run_reference_check
+from distattn.training.config import run_file as configuration
+from distattn.training.config.plan_settings import PlanSettings
+from distattn.training.config.run_file import Config, ParallelConfig, ReferenceCheckConfig, TrainConfig
 from distattn.training.run_data import open_data
 from distattn.training.run_folder import RunFolder, StepMetrics
+from distattn.training.watch.reference_check import compare_with_reference, run_reference_check
 
 pytestmark = pytest.mark.sampled(7)
 

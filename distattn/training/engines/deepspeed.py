@@ -36,7 +36,9 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from distattn.adapters import pytorch
 from distattn.adapters.deepspeed import ProbeTarget, SequenceGroups
 from distattn.models.shards import shard_rows, whole_modules
-from distattn.training.config import Config
+from distattn.training.config.plan_settings import PlanSettings
+from distattn.training.config.run_file import Config
+from distattn.training.config.run_settings import build_model, configured_model, prepare_layers, tiled_loss
 from distattn.training.engines.engine import (
     COUNTS,
     MASTER_WEIGHT,
@@ -50,10 +52,8 @@ from distattn.training.engines.engine import (
     cloned,
 )
 from distattn.training.engines.keepers import keepers_of
-from distattn.training.plan_settings import PlanSettings
-from distattn.training.run_settings import build_model, configured_model, prepare_layers, tiled_loss
 from distattn.training.schedule import parameter_groups, set_learning_rate
-from distattn.training.state_digest import state_tensors
+from distattn.training.watch.state_digest import state_tensors
 
 # what AdamW keeps of each parameter
 _AVERAGES = ("exp_avg", "exp_avg_sq")

@@ -13,12 +13,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.nn.utils import clip_grad_norm_
 
 from distattn.adapters import pytorch
-from distattn.training.config import Config
+from distattn.training.config.plan_settings import PlanSettings
+from distattn.training.config.run_file import Config
+from distattn.training.config.run_settings import build_model, configured_model, prepare_layers, tiled_loss
 from distattn.training.engines.engine import Batch, EngineState, Keep, OnTokenLosses, PipelineStage, StateTensor, cloned
-from distattn.training.plan_settings import PlanSettings
-from distattn.training.run_settings import build_model, configured_model, prepare_layers, tiled_loss
 from distattn.training.schedule import parameter_groups, set_learning_rate
-from distattn.training.state_digest import state_tensors
+from distattn.training.watch.state_digest import state_tensors
 
 # what AdamW keeps of each parameter
 _AVERAGES = ("exp_avg", "exp_avg_sq")

@@ -35,8 +35,10 @@ from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
 from distattn.models.megatron_names import MegatronShard, check_megatron, to_huggingface, to_megatron
 from distattn.models.shards import shard_rows
-from distattn.training.config import Config
-from distattn.training.config_checks import NO_GPU_FOR_MEGATRON
+from distattn.training.config.checks import NO_GPU_FOR_MEGATRON
+from distattn.training.config.plan_settings import PlanSettings
+from distattn.training.config.run_file import Config
+from distattn.training.config.run_settings import build_model, configured_model
 from distattn.training.engines.engine import (
     MASTER_WEIGHT,
     WEIGHT,
@@ -49,8 +51,6 @@ from distattn.training.engines.engine import (
     cloned,
 )
 from distattn.training.engines.keepers import keepers_of
-from distattn.training.plan_settings import PlanSettings
-from distattn.training.run_settings import build_model, configured_model
 
 # master weights, and what AdamW keeps of each parameter
 _KINDS = ("param", "exp_avg", "exp_avg_sq")

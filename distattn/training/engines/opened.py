@@ -8,7 +8,7 @@ import os
 import torch
 
 from distattn.ir.errors import DistattnError
-from distattn.training.config import Config
+from distattn.training.config.run_file import Config
 from distattn.training.engines.engine import Engine
 
 # by name: its class, and the package it needs beside torch and transformers, with our extra that installs it

@@ -1,0 +1,125 @@
+"""A corpus: the documents of several indexed files as one list, in the order in which the files are given."""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Sequence
+
+import numpy as np
+
+from distattn.data.files.block_digests import combined_digest
+from distattn.data.files.indexed_file import IndexedFile
+from distattn.data.files.label_masks import LabelMasks
+from distattn.ir.cached import cached_property
+from distattn.ir.errors import DistattnError
+
+_MOST_TOKENS = np.iinfo(np.int32).max
+
+
+class Corpus:
+    """Several indexed files, opened in O(1).
+
+    name: used in a blend and in messages. documents, tokens: of all files together.
+    """
+
+    def __init__(self, name: str, files: Sequence[IndexedFile]):
+        self.name, self.files = name, list(files)
+        # the number of each file's first document
+        self._first = [0, *itertools.accumulate(file.documents for file in self.files)]
+        self.documents = self._first.pop()
+        self.tokens = sum(file.tokens for file in self.files)
+
+    @classmethod
+    def open(cls, name: str, paths: Sequence[str], check_tokens: bool = True) -> Corpus:
+        """Open the files of these prefixes, as `IndexedFile.open` does. Raise DistattnError also if there are no tokens."""
+        corpus = cls(name, [IndexedFile.open(path, check_tokens) for path in paths])
+        if not corpus.tokens:
+            files = ", ".join(paths) or "no files"
+            raise DistattnError(f"corpus {name!r}: no tokens in {files}; name indexed files that have some.")
+        return corpus
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, int32 (documents,). Reads and checks the index of every file.
+
+        The array is memory-mapped if there is one file and each of its documents is one sequence. Raises DamagedDataError if an
+        index is wrong, and DistattnError for a document of more than 2,147,483,647 tokens.
+        """
+        for file in self.files:
+            file.check_index()
+        if len(self.files) == 1 and self.files[0].one_sequence_each:
+            return self.files[0].sequence_lengths
+        lengths = np.empty(self.documents, np.int32)
+        start = 0
+        for file in self.files:
+            for part in file.iterate_lengths():
+                if part.max() > _MOST_TOKENS:
+                    longest = int(part.argmax())
+                    raise DistattnError(
+                        f"{file.prefix}.idx: a document of {part[longest]:,} tokens; at most {_MOST_TOKENS:,} can be packed."
+                    )
+                lengths[start : start + len(part)] = part
+                start += len(part)
+        return lengths
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of the dtypes, sizes and indices of all files in their order; names and folders do not count.
+
+        With side files it is O(1), and covers the tokens, too. Without them the indices are read, and only the sizes of the
+        tokens are covered. So the digest changes when a side file is removed.
+        """
+        return self._digest(True)
+
+    def has_digest(self, digest: str) -> bool:
+        """Return whether `digest` is that of these files, or was theirs before all of them had side files."""
+        return digest in (self.digest, self._digest(False))
+
+    def _digest(self, of_tokens: bool) -> str:
+        return combined_digest(
+            [
+                [
+                    file.dtype.name,
+                    file.bin_bytes,
+                    file.index_digest,
+                    file.digests.bin_root if file.digests and of_tokens else None,
+                ]
+                for file in self.files
+            ]
+        )
+
+    @cached_property
+    def masks(self) -> LabelMasks | None:
+        """The files beside the corpus that say which tokens are labels, looked up at first use; None if there are no such files.
+
+        Raises the errors of `LabelMasks.open`.
+        """
+        return LabelMasks.open(self)
+
+    def read(self, document: int, start: int, count: int, vocabulary: int | None = None) -> np.ndarray:
+        """Read tokens [start, start + count) of a document, as `IndexedFile.read` does."""
+        file, number = self.file_of(document)
+        return file.read(number, start, count, vocabulary)
+
+    def lengths_of(self, documents: np.ndarray) -> np.ndarray:
+        """Return the tokens of documents, given by number; both int64 (n,).
+
+        Like `IndexedFile.lengths_of`, it reads no index whole.
+        """
+        if len(self.files) == 1:
+            return self.files[0].lengths_of(documents)
+        file_of = np.searchsorted(self._first, documents, "right") - 1
+        lengths = np.empty(len(documents), np.int64)
+        for number in np.unique(file_of).tolist():
+            in_file = file_of == number
+            lengths[in_file] = self.files[number].lengths_of(documents[in_file] - self._first[number])
+        return lengths
+
+    def file_of(self, document: int) -> tuple[IndexedFile, int]:
+        """Return the file that has a document, and the document's number in it. Raise DistattnError if no file has it."""
+        if not 0 <= document < self.documents:
+            raise DistattnError(f"corpus {self.name!r}: there is no document {document}; it has {self.documents:,}.")
+        # the last file that begins at or before the document: files without documents begin where the next file does
+        at = bisect_right(self._first, document) - 1
+        return self.files[at], document - self._first[at]

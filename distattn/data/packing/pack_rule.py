@@ -1,0 +1,160 @@
+"""How documents are packed: context lengths by step, the size of a step, caps of a pack, and the treatment of long documents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from distattn.ir.errors import DistattnError
+
+MOST_TOKENS = (1 << 31) - 1
+LONG_DOCUMENTS = ("cut", "keep")
+# the cost of a document, and that of a window, must fit into an int64
+_MOST_CELLS = 1 << 30
+_MOST_CELLS_OF_WINDOW = 1 << 62
+
+
+@dataclass(frozen=True)
+class PackCost:
+    """The cost of computing a document, in cells of causal attention: n (n + 1) / 2 + token_cells x n + document_cells.
+
+    token_cells: how many cells take as long as the rest of a token's work (products with weights). The default is that of an 8B
+    Llama: 436 million operations of a layer for a token, compared with 16 thousand for a cell. document_cells: the extra cost of
+    a document. The default is a tile of 128 rows and 1,024 keys, about what starting and ending a kernel's programs takes
+    (`overhead_keys` and `padded_cells` in `distattn.cluster.cost`) and the half-empty tile at its end. cell_femtoseconds: the
+    time of a cell, or 0 if no device was named. `training_cost.py` computes all three for a model and a device. They
+    are whole numbers, so that costs are the same everywhere.
+    """
+
+    token_cells: int = 26_600
+    document_cells: int = 128 * 1024
+    cell_femtoseconds: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise DistattnError if a number is negative or too large."""
+        for name in ("token_cells", "document_cells"):
+            cells = getattr(self, name)
+            if not 0 <= cells <= _MOST_CELLS:
+                raise DistattnError(f"cost.{name} is {cells:,}; it must be 0 to {_MOST_CELLS:,} cells of attention.")
+        if self.cell_femtoseconds < 0:
+            raise DistattnError(f"cost.cell_femtoseconds is {self.cell_femtoseconds:,}; it must be 0 or more.")
+
+    def of(self, length: Any) -> Any:
+        """Return the cells of a document with this many tokens (a number, or int64 (N,))."""
+        return length * (length + 1) // 2 + self.token_cells * length + self.document_cells
+
+    def seconds(self, length: int) -> float:
+        """Return the estimated seconds of a training step that a document takes on one device; 0 if no device was named."""
+        return float(self.of(length)) * self.cell_femtoseconds * 1e-15
+
+    def longest(self, cells: int) -> int:
+        """Return the length of the longest document that costs at most this many cells; below 1 if every document costs more."""
+        spare = cells - self.document_cells
+        if spare <= 0:
+            return 0
+        # n^2 + b n <= 2 x spare
+        b = 2 * self.token_cells + 1
+        return (math.isqrt(b * b + 8 * spare) - b) // 2
+
+
+@dataclass(frozen=True)
+class PackLimits:
+    """Caps of one pack, for a certain context length: tokens, documents and cells (`PackCost`)."""
+
+    tokens: int
+    cost: PackCost
+    max_documents: int | None = None
+    max_cells: int | None = None
+
+
+@dataclass(frozen=True)
+class PackRule:
+    """How documents become packs, and packs become steps.
+
+    context: ((first step, tokens of a pack), ...), a curriculum of context lengths; it begins at step 0.
+    tokens_per_step: room of all packs of a step together, whatever their context length; a multiple of each context length.
+    window: packs among which a document's place is chosen, rounded up to whole steps. A larger one fills packs better.
+    max_documents: documents (pieces, where they are cut) of a pack.
+    max_cost: cost of a pack; 1.0 is the cost of a single document that fills it. `cost` says how it is counted. Below 1.0,
+      packs of long documents are left partly empty. A single piece may always be alone in a pack, whatever it costs.
+    long_documents: "cut" makes pieces of exactly the context length, and a rest. "keep" leaves a longer document whole: its pack
+      is as large as several packs, and takes their place in its step. If all ranks split every pack, ranks have as many tokens
+      as before; of several data-parallel shares, one gets the whole pack, and so has more tokens than the others. Its free room
+      is filled as in other packs, and its caps are higher by the same factor. A document that is longer than a step is refused.
+    level: each step gets packs with nearly equal attention work (sum of squared lengths), for strategies that do not move work
+      between ranks. Otherwise the packs of a window are shuffled.
+    """
+
+    context: tuple[tuple[int, int], ...]
+    tokens_per_step: int
+    window: int = 1024
+    max_documents: int | None = None
+    max_cost: float | None = None
+    cost: PackCost = field(default_factory=PackCost)
+    long_documents: str = "cut"
+    level: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise DistattnError naming the first field that is wrong, and a value that would work."""
+        steps = [step for step, _ in self.context]
+        if not steps or steps[0] != 0 or sorted(set(steps)) != steps:
+            raise DistattnError(f"context: the first steps are {steps}; they must begin with 0 and rise.")
+        for _, tokens in self.context:
+            if not 0 < tokens <= MOST_TOKENS:
+                raise DistattnError(f"context: {tokens:,} tokens; a pack must have 1 to {MOST_TOKENS:,}.")
+            if self.tokens_per_step <= 0 or self.tokens_per_step % tokens:
+                raise DistattnError(
+                    f"tokens_per_step: {self.tokens_per_step:,} is not a multiple of the context length {tokens:,}; "
+                    f"{max(1, self.tokens_per_step // tokens) * tokens:,} would be."
+                )
+        for name in ("window", "max_documents"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise DistattnError(f"{name}: {value} is too small; it must be at least 1.")
+        if self.max_cost is not None:
+            if not (math.isfinite(self.max_cost) and self.max_cost > 0):
+                raise DistattnError(f"max_cost: {self.max_cost} is not a cost; name a number above 0, such as 1.0.")
+            for step, tokens in self.context:
+                packs = self.window + self.packs_at(step)
+                if packs * max(self.cost.of(tokens), self.limits_at(step).max_cells or 0) > _MOST_CELLS_OF_WINDOW:
+                    raise DistattnError(
+                        f"max_cost: the cost of {packs:,} packs of {tokens:,} tokens is more than an integer holds; "
+                        "use a smaller window, or no max_cost."
+                    )
+        if self.long_documents not in LONG_DOCUMENTS:
+            raise DistattnError(f'long_documents: {self.long_documents!r} is unknown; "cut" and "keep" are not.')
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> PackRule:
+        """Return the rule that `as_dict` wrote."""
+        context = tuple((int(step), int(tokens)) for step, tokens in fields["context"])
+        return cls(**{**fields, "context": context, "cost": PackCost(**fields["cost"])})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the rule as JSON types."""
+        facts = asdict(self)
+        # without a device, a plan's file is the same as those of earlier versions
+        if not self.cost.cell_femtoseconds:
+            del facts["cost"]["cell_femtoseconds"]
+        return facts
+
+    def context_at(self, step: int) -> int:
+        """Return the tokens of a pack of this step."""
+        return max((first, tokens) for first, tokens in self.context if first <= step)[1]
+
+    def packs_at(self, step: int) -> int:
+        """Return the number of packs of this step."""
+        return self.tokens_per_step // self.context_at(step)
+
+    def next_change(self, step: int) -> int | None:
+        """Return the first step after this one that has another context length; None if the length does not change again."""
+        return min((first for first, _ in self.context if first > step), default=None)
+
+    def limits_at(self, step: int) -> PackLimits:
+        """Return the caps of a pack of this step."""
+        tokens = self.context_at(step)
+        cells = None if self.max_cost is None else math.floor(Fraction(self.max_cost) * self.cost.of(tokens))
+        return PackLimits(tokens, self.cost, self.max_documents, cells)

@@ -1,0 +1,135 @@
+"""The cost of a document in a training step of a given model on a given device, for the cap on the cost of packs.
+
+Attention takes as long as in `distattn.cluster.cost`, the cost model that strategies are planned with. Products with weights take
+as long as the device's large ones. The result is whole numbers that a plan keeps, so a later change to the device's description
+does not change a plan.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from distattn.cluster.cost import attention_speed, flops_per_cell, overhead_keys
+from distattn.cluster.spec import DIRECTIONS, ClusterSpec, load, shipped_names
+from distattn.data.packing.pack_rule import PackCost
+from distattn.ir.errors import DistattnError
+
+# products with each weight matrix: one forward, two backward
+_PRODUCTS = 3
+# a length beyond which no kernel of a table gets faster
+_LONG = 1 << 20
+_TERA, _MICRO, _FEMTO = 1e12, 1e-6, 1e-15
+# the keys of a transformers configuration whose names differ from ours
+_KEYS = {"num_hidden_layers": "num_layers"}
+# keys of models whose tokens do not all pass through the same products
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The parts of a decoder that determine its time: attention, a gated feed-forward layer, and an output layer.
+
+    head_dim: by default hidden_size / num_attention_heads. num_key_value_heads: by default the number of query heads.
+    intermediate_size: width of the feed-forward layer; for experts, of all experts together that one token uses.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    intermediate_size: int
+    vocab_size: int
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise DistattnError naming the first wrong size."""
+        for name in (field.name for field in fields(self)):
+            value, least = getattr(self, name), 0 if name in ("num_key_value_heads", "head_dim") else 1
+            if value < least:
+                raise DistattnError(f"{name}: {value} is too small; it must be at least {least}.")
+        if not self.head_dim and self.hidden_size % self.num_attention_heads:
+            raise DistattnError(
+                f"num_attention_heads: hidden_size {self.hidden_size} does not divide among {self.num_attention_heads} heads; "
+                "give head_dim."
+            )
+
+    @classmethod
+    def of_configuration(cls, path: str | Path) -> ModelShape:
+        """Return the shape that a model's config.json has, as transformers writes it.
+
+        Raises DistattnError if it cannot be read, if a size is missing, and for models with experts.
+        """
+        try:
+            configuration = json.loads(Path(path).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
+            raise DistattnError(f"{path}: cannot be read: {reason}; name a model's config.json.") from None
+        if not isinstance(configuration, dict):
+            raise DistattnError(f"{path}: is not a model's configuration; name a config.json of transformers.")
+        if experts := [key for key in _EXPERTS if configuration.get(key)]:
+            raise DistattnError(
+                f"{path}: {experts[0]}: the configuration of a model with experts does not say what a token costs; name the "
+                "sizes one by one, and as intermediate_size that of all experts together that one token uses."
+            )
+        sizes = {_KEYS.get(key, key): value for key, value in configuration.items()}
+        needed = {}
+        for field in fields(cls):
+            # head_dim may be null
+            value = sizes.get(field.name) or (None if field.default is MISSING else field.default)
+            if type(value) is not int:
+                raise DistattnError(
+                    f"{path}: {field.name} is missing, or not a whole number; name the sizes one by one in place of model."
+                )
+            needed[field.name] = value
+        return cls(**needed)
+
+    @property
+    def width(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def multiplications(self) -> int:
+        """The number of weights that a token is multiplied with in all layers and the output layer."""
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
+        attention = 2 * (heads + kv_heads) * self.width
+        return self.num_layers * self.hidden_size * (attention + 3 * self.intermediate_size) + (
+            self.hidden_size * self.vocab_size
+        )
+
+
+def load_device(name: str | Path) -> ClusterSpec:
+    """Load a shipped device ("h100"), a cluster ("h100-8x8"), or a TOML file of one. Only its device matters.
+
+    Raises DistattnError if there is no device or cluster of this name.
+    """
+    return load(f"{name}-1x1" if name in shipped_names() else name)
+
+
+def training_cost(shape: ModelShape, cluster: ClusterSpec) -> PackCost:
+    """Return the time of one training step, forward and backward, on one device, as whole cells of attention.
+
+    A (query, key) pair costs what kernels reach on long sequences. A token costs its products with weights, and the time of a
+    kernel's row that does not depend on its keys. A document costs the empty rows of its last tile, half a tile on average, and
+    one task of the launch in each layer and direction. Recomputed activations, optimizer and messages are left out. Raises
+    DistattnError if a cost is too large for a plan.
+    """
+    device, head_dim = cluster.device, shape.width
+    # half a tile of rows is empty at a document's end
+    empty_rows = (device.tile[0] - 1) / 2
+    cell = token = document = 0.0
+    for direction in DIRECTIONS:
+        speed = float(attention_speed(cluster, direction, head_dim, np.array([_LONG]), np.array([_LONG]))[0])
+        heads = shape.num_layers * shape.num_attention_heads
+        seconds = heads * flops_per_cell(direction, head_dim, head_dim) / speed
+        row_keys = overhead_keys(cluster, direction, head_dim)
+        # a document of n tokens has n + empty_rows rows of (n + 1) / 2 + row_keys keys, as in `padded_cells`
+        cell += seconds
+        token += seconds * (row_keys + empty_rows / 2)
+        document += seconds * empty_rows * (row_keys + 0.5) + shape.num_layers * device.task_us * _MICRO
+    token += 2 * _PRODUCTS * shape.multiplications / (device.gemm_tflops * _TERA)
+    return PackCost(round(token / cell), round(document / cell), max(1, round(cell / _FEMTO)))

@@ -1,0 +1,133 @@
+"""Files that hold documents (text, JSON lines, also compressed, and Parquet), and how they are cut into shards.
+
+A shard is the work that one process tokenizes at a time. The cuts depend on the files only, so shards that are done need not be
+done again, whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from distattn.data.extra_packages import import_extra
+from distattn.data.files.text import find_files
+from distattn.ir.errors import DamagedDataError, DistattnError
+
+# bytes of text in a shard: small corpora have smaller shards so that all cores have work, but a shard must be large enough that
+# writing it safely costs little
+_LARGEST_SHARD, _SMALLEST_SHARD = 1 << 26, 1 << 22
+# about how many bytes of text one stored byte expands to
+_COMPRESSION = {"gzip": 4, "zstd": 4, "parquet": 3, "lines": 1, "text": 1}
+# the kind of a file by the end of its name
+SUFFIXES = {".parquet": "parquet", ".txt": "text", ".text": "text", ".md": "text", ".rst": "text"}
+for _lines in (".jsonl", ".ndjson", ".json"):
+    SUFFIXES |= {_lines: "lines", f"{_lines}.gz": "gzip", f"{_lines}.zst": "zstd"}
+
+
+class Source(NamedTuple):
+    """A file of documents. kind: a value of SUFFIXES. modified: nanoseconds since 1970."""
+
+    file: str
+    kind: str
+    bytes: int
+    modified: int
+
+
+class Piece(NamedTuple):
+    """A part of a source. source: its number. start, stop: bytes, or row groups of Parquet. bytes: its stored size."""
+
+    source: int
+    start: int
+    stop: int
+    bytes: int
+
+
+def find_sources(paths: Sequence[str], suffix: str = "", exclude: Sequence[str] = ()) -> list[Source]:
+    """Return the files of folders, files and globs, in the order of `paths` and by name within each.
+
+    suffix: take only files whose names end in it; files with an unknown suffix are then read as text. Raises DistattnError for
+    files of unknown kinds, and for files that are named twice.
+    """
+    sources: list[Source] = []
+    named: dict[str, str] = {}
+    for path in paths:
+        for file in find_files(path, suffix, exclude, options=("tokenize", "--exclude")):
+            real = os.path.realpath(file)
+            if real in named:
+                raise DistattnError(f"{file} is {named[real]} again; its documents would be in the data twice.")
+            named[real] = file
+            status = os.stat(file)
+            if not stat.S_ISREG(status.st_mode):
+                raise DistattnError(f"{file}: not a regular file; leave it out with --exclude.")
+            sources.append(Source(file, _kind(file, suffix), status.st_size, status.st_mtime_ns))
+    return sources
+
+
+def cut_shards(sources: Sequence[Source]) -> list[list[Piece]]:
+    """Cut sources, in order, into shards of 4 to 64 MiB of text each. Only the footers of Parquet files are read."""
+    shards: list[list[Piece]] = []
+    size, room = _shard_bytes(sources), 0
+    for number, source in enumerate(sources):
+        for piece in _pieces(number, source, size):
+            if room <= 0:
+                shards.append([])
+                room = size
+            shards[-1].append(piece)
+            # opening a file takes time, however small it is
+            room -= max(piece.bytes * _COMPRESSION[source.kind], 1024)
+    return shards
+
+
+def open_parquet(file: str) -> Any:
+    """Open a Parquet file. Raise DamagedDataError if it is not one."""
+    arrow = import_extra("pyarrow", f"reading {file}")
+    parquet = import_extra("pyarrow.parquet", f"reading {file}")
+    try:
+        return parquet.ParquetFile(file)
+    except (arrow.ArrowException, OSError) as error:
+        raise DamagedDataError(f"{file}: not a Parquet file, or damaged: {first_line(error)}.") from None
+
+
+def _shard_bytes(sources: Sequence[Source]) -> int:
+    """Return the bytes of a shard, a power of two: a file that is added or changed rarely changes how the others are cut."""
+    text = sum(source.bytes * _COMPRESSION[source.kind] for source in sources)
+    return max(_SMALLEST_SHARD, min(_LARGEST_SHARD, 1 << text.bit_length() >> 6))
+
+
+def _pieces(number: int, source: Source, shard_bytes: int) -> Iterator[Piece]:
+    """Yield a source in pieces of about this many bytes of text, as far as it can be cut."""
+    if source.kind == "parquet":
+        metadata = open_parquet(source.file).metadata
+        start = size = 0
+        for group in range(metadata.num_row_groups):
+            columns = metadata.row_group(group)
+            size += sum(columns.column(column).total_compressed_size for column in range(columns.num_columns))
+            if size * _COMPRESSION["parquet"] >= shard_bytes or group + 1 == metadata.num_row_groups:
+                yield Piece(number, start, group + 1, size)
+                start, size = group + 1, 0
+    elif source.kind == "lines":
+        for start in range(0, source.bytes, shard_bytes):
+            stop = min(start + shard_bytes, source.bytes)
+            yield Piece(number, start, stop, stop - start)
+    else:
+        yield Piece(number, 0, source.bytes, source.bytes)
+
+
+def _kind(file: str, suffix: str) -> str:
+    name = os.path.basename(file).lower()
+    for known_suffix, kind in SUFFIXES.items():
+        if name.endswith(known_suffix):
+            return kind
+    if suffix:
+        return "text"
+    ending = os.path.splitext(name)[1] or name
+    raise DistattnError(
+        f"{file}: unknown suffix {ending!r}; known are {', '.join(sorted(SUFFIXES))}. With --suffix {ending} such files are "
+        "read as text; --exclude leaves files out."
+    )
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

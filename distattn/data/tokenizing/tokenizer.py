@@ -1,0 +1,134 @@
+"""Turning text into token ids: bytes, or any tokenizer.json of Hugging Face's library `tokenizers`."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from distattn.data.extra_packages import import_extra
+from distattn.data.files.block_digests import combined_digest
+from distattn.data.files.text import VOCABULARY as BYTE_VALUES
+from distattn.ir.errors import DistattnError
+
+
+class Encoded(NamedTuple):
+    """Documents as tokens. tokens: ids of all documents in order, (sum of lengths,). lengths: of each document, (documents,)."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+
+class Tokenizer(Protocol):
+    """A function from texts to tokens. vocabulary: ids are below it. eos: the id that ends a document, or None."""
+
+    name: str
+    vocabulary: int
+    eos: int | None
+    digest: str
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Encode documents. The only token that is added is `eos`, at the end of each document that has any text."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of some tokens, as far as they have one."""
+        ...
+
+
+def load_tokenizer(name: str, eos: str | None = None) -> Tokenizer:
+    """Load a tokenizer: "bytes", a tokenizer.json, or a folder that has one.
+
+    eos: a token of its vocabulary, or a number. Raises DistattnError if there is no such tokenizer or token.
+    """
+    return ByteTokenizer(eos) if name == "bytes" else FileTokenizer(name, eos)
+
+
+def token_dtype(vocabulary: int) -> np.dtype:
+    """Return the narrowest dtype of the indexed format that holds all ids: uint8, uint16 or int32."""
+    return np.dtype(np.uint8 if vocabulary <= 1 << 8 else np.uint16 if vocabulary <= 1 << 16 else np.int32)
+
+
+class ByteTokenizer:
+    """A tokenizer whose 256 tokens are the bytes of UTF-8 text."""
+
+    name = "bytes"
+    vocabulary = BYTE_VALUES
+
+    def __init__(self, eos: str | None = None):
+        self.eos = None if eos is None else _eos_number(eos, self.vocabulary, self.name)
+        self.digest = combined_digest(self.name, self.eos)
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Encode documents, as `Tokenizer` says. tokens: uint8."""
+        contents = [text.encode() for text in texts]
+        if self.eos is not None:
+            contents = [content + bytes([self.eos]) if content else content for content in contents]
+        return Encoded(
+            np.frombuffer(b"".join(contents), np.uint8), np.fromiter(map(len, contents), np.int64, len(contents))
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of some tokens; bytes that are not UTF-8 are replaced."""
+        return bytes(ids).decode("utf-8", "replace")
+
+
+class FileTokenizer:
+    """A tokenizer.json. Special tokens that occur in a text become their ids, as in Hugging Face's tokenizers."""
+
+    def __init__(self, path: str, eos: str | None = None):
+        file = Path(path, "tokenizer.json") if os.path.isdir(path) else Path(path)
+        tokenizers = import_extra("tokenizers", f"the tokenizer {path}")
+        try:
+            content = file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise DistattnError(
+                f"tokenizer {path}: {file} cannot be read: {reason}; name a tokenizer.json, a folder that has one, or bytes."
+            ) from None
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content)
+        # the library raises bare Exceptions
+        except Exception as error:
+            raise DistattnError(f"tokenizer {path}: {file} is not a tokenizer of Hugging Face: {error}.") from None
+        # some files have settings for batches of equal length, which would cut and pad documents
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # ids may have gaps
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        self.name, self.vocabulary = path, max(ids, default=-1) + 1
+        if not self.vocabulary:
+            raise DistattnError(f"tokenizer {path}: {file} has no tokens.")
+        self.eos = None
+        if eos is not None:
+            # a number is an id, even if a token is written like it
+            named = None if eos.isdecimal() else self._tokenizer.token_to_id(eos)
+            self.eos = _eos_number(eos, self.vocabulary, path) if named is None else named
+        self.digest = combined_digest(content, self.eos)
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Encode documents, as `Tokenizer` says. tokens: of `token_dtype`."""
+        # the fast method leaves out the position of each token in the text, and nothing else
+        ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        if self.eos is not None:
+            ids = [[*document, self.eos] if document else document for document in ids]
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        tokens = np.fromiter(itertools.chain.from_iterable(ids), token_dtype(self.vocabulary), int(lengths.sum()))
+        return Encoded(tokens, lengths)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of some tokens, special tokens included."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def _eos_number(eos: str, vocabulary: int, name: str) -> int:
+    if not eos.isdecimal() or int(eos) >= vocabulary:
+        raise DistattnError(
+            f"tokenizer {name}: {eos!r} is not one of its tokens; give --eos a token of its vocabulary, or a number below "
+            f"{vocabulary:,}."
+        )
+    return int(eos)

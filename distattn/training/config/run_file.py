@@ -1,0 +1,337 @@
+"""One run, one TOML file: frozen dataclasses, checked all at once, overridable as `--section.key value`."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import json
+import tomllib
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, fields, is_dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import tomli_w
+import tyro
+from pydantic import TypeAdapter, ValidationError
+
+from distattn.ir.errors import DistattnError
+from distattn.ir.toml_lines import Key, TomlLines, syntax_place
+from distattn.training.config.checks import problems_of
+from distattn.training.config.idle_keys import SHAPE_KEYS, with_defaults, without_idle_keys
+from distattn.training.config.sections import Config as Config
+from distattn.training.config.sections import DataConfig as DataConfig
+from distattn.training.config.sections import ModelConfig as ModelConfig
+from distattn.training.config.sections import ParallelConfig as ParallelConfig
+from distattn.training.config.sections import ReferenceCheckConfig as ReferenceCheckConfig
+from distattn.training.config.sections import RunConfig as RunConfig
+from distattn.training.config.sections import TrainConfig as TrainConfig
+from distattn.training.config.shipped_configs import configuration_file, shipped_names
+from distattn.training.reporting.json_lines import write_whole
+
+# every key takes a value, also those that are true or false
+_VALUES = (tyro.conf.FlagConversionOff,)
+# for pydantic's names of wrong types: a description of the right type, and an example for keys without a default
+_WANTED = {
+    "int_type": ("a whole number", "1"),
+    "int_from_float": ("a whole number", "1"),
+    "float_type": ("a number", "0.1"),
+    "finite_number": ("a finite number", "0.1"),
+    "bool_type": ("true or false", ""),
+    "string_type": ("text in quotes", '"name"'),
+    "tuple_type": ("a list", '["a", "b"]'),
+    "dataclass_type": ("a table", ""),
+}
+# pydantic's names for wrong values on the command line, by the key's type
+_KINDS: dict[Any, str] = {int: "int_type", float: "float_type"}
+# added to the help text, since no option sets these tables
+_TABLES = """only in the run file:
+  [[data.context_schedule]] context lengths by step: tables with context_length and steps, one
+                            after the other; the last may leave steps out
+"""
+# pydantic's names for the error of an unknown key
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
+# keys of the shape, and their other names in config.json
+_FOLDER_NAMES: dict[str, tuple[str, ...]] = {
+    "num_layers": ("num_hidden_layers", "n_layer"),
+    "hidden_size": ("n_embd",),
+    "num_attention_heads": ("n_head",),
+    "num_key_value_heads": (),
+    "head_dim": (),
+    "intermediate_size": ("n_inner",),
+    "vocab_size": (),
+}
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), report: Callable[[str], None] = lambda line: None) -> Config:
+    """Read the configuration of a file, or the shipped one of a name, with command-line overrides.
+
+    report: called with a sentence about keys of the file that the overrides make useless and that get their defaults.
+    Raises DistattnError naming every bad key and its line.
+    """
+    path = configuration_file(path)
+    try:
+        text = Path(path).read_text("utf-8")
+        content = tomllib.loads(text)
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.stem, shipped_names(), 1, 0.6)
+        hint = (
+            f"did you mean {near[0]}, which distattn ships?"
+            if near
+            else "distattn configs lists those that distattn ships."
+        )
+        raise DistattnError(f"{path}: there is no such configuration file; {hint}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise DistattnError(f"{syntax_place(path, error)}: cannot be read as TOML: {error}.") from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise DistattnError(f"{path}: cannot be read as TOML: {error}.") from None
+    _find_model_folder(Path(path), content)
+    lines = TomlLines(text)
+    config = _validated(content, lambda key: lines.place(path, key))
+    if overrides:
+        _check_overrides(config, overrides)
+        changed = tyro.cli(Config, default=config, args=list(overrides), config=_VALUES)
+        named = {word.removeprefix("--").partition("=")[0].replace("-", "_") for word in overrides if word[:2] == "--"}
+        replaced: list[str] = []
+        if changed.model.path != config.model.path and changed.model.path:
+            replaced = [key for key in SHAPE_KEYS if key not in named]
+            changed = with_defaults(changed, replaced)
+        changed, left_out = without_idle_keys(changed, named)
+        # the file does not have a shape that came from a folder
+        left_out += [key for key in replaced if key.split(".")[1] in content.get("model", {}) and not config.model.path]
+        if left_out:
+            report(f"{path}: left out, since the command line makes them useless: {', '.join(left_out)}.")
+        config = _validated(asdict(changed), lambda _: "command line", named)
+    return config
+
+
+def _find_model_folder(file: Path, content: dict[str, Any]) -> None:
+    """Replace a model.path that does not exist here, but in the run file's folder, by the path there."""
+    model = content.get("model")
+    model_path = model.get("path") if isinstance(model, dict) else None
+    if (
+        model is not None
+        and isinstance(model_path, str)
+        and model_path
+        and not Path(model_path).exists()
+        and (file.parent / model_path).exists()
+    ):
+        model["path"] = str((file.parent / model_path).absolute())
+
+
+def help_text() -> str:
+    """Return the help text of every key with its default, as tyro prints it, and of the tables of run files."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        tyro.cli(Config, args=["--help"], prog="distattn train CONFIG", config=_VALUES)
+    return out.getvalue() + _TABLES
+
+
+def save(config: Config, path: Path, comment: str = "") -> None:
+    """Write the resolved configuration, whole or not at all; `load` reads it back. Raises OSError.
+
+    comment: whole lines of TOML comments, written first.
+    """
+    write_whole(path, comment + tomli_w.dumps(asdict(config)))
+
+
+def _validated(content: dict[str, Any], place: Callable[[Key], str], named: Collection[str] = ()) -> Config:
+    """Return the configuration that a nested dict describes.
+
+    place: returns where a key was set, such as a file and its line. named: the keys set on the command line. Raises
+    DistattnError with all mistakes, each on a line that begins with its place.
+    """
+    try:
+        # through JSON: strict about types, but a TOML array becomes a tuple; a TOML date becomes a table, which fits no
+        # key
+        text = json.dumps(content, default=lambda value: {type(value).__name__: str(value)})
+        config = TypeAdapter(Config).validate_json(text, strict=True)
+        config = replace(config, model=_with_folder_s_shape(config.model, named))
+        problems = [(_place_of(problem.key), str(problem)) for problem in problems_of(config, named)]
+    except ValidationError as error:
+        errors = error.errors()
+        misspelled = {error_row["loc"][:-1] for error_row in errors if error_row["type"] in _UNKNOWN}
+        # a misspelled required key is also reported as missing
+        reported = [
+            error_row
+            for error_row in errors
+            if error_row["type"] != "missing" or error_row["loc"][:-1] not in misspelled
+        ]
+        problems = [(error_row["loc"], _sentence(error_row)) for error_row in reported]
+    if problems:
+        raise DistattnError("\n".join(f"{place(key)}: {problem}" for key, problem in problems))
+    return config
+
+
+def _place_of(key: str) -> Key:
+    """Return the parts of a dotted key; entries of lists are numbers."""
+    return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+
+
+def _with_folder_s_shape(model: ModelConfig, named: Collection[str] = ()) -> ModelConfig:
+    """Return the model of a folder, with the shape of its config.json.
+
+    named: the keys set on the command line. Raises DistattnError where config.json lacks a key, or where another shape
+    is set.
+    """
+    if not model.path:
+        return model
+    file = Path(model.path, "config.json")
+    try:
+        model_config = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise DistattnError(f"model.path: there is no {file}; name a folder of a transformers model.") from None
+    except (OSError, ValueError) as error:
+        raise DistattnError(f"model.path: {file} cannot be read: {error}.") from None
+    shape: dict[str, int] = {}
+    for name, others in _FOLDER_NAMES.items():
+        value_of_key = next(
+            (
+                model_config[config_name]
+                for config_name in (name, *others)
+                if isinstance(model_config, dict) and model_config.get(config_name)
+            ),
+            None,
+        )
+        if isinstance(value_of_key, int):
+            shape[name] = value_of_key
+    if missing := [name for name in ("num_layers", "hidden_size", "num_attention_heads") if name not in shape]:
+        raise DistattnError(
+            f"model.path: {file} does not have {missing[0]}, which configurations of language models have."
+        )
+    defaults = {"num_key_value_heads": shape["num_attention_heads"], "intermediate_size": 4 * shape["hidden_size"]}
+    filled: dict[str, Any] = defaults | {"head_dim": 0} | shape
+    default_model = ModelConfig()
+    for name, value in filled.items():
+        model_value = getattr(model, name)
+        if model_value != value and (model_value != getattr(default_model, name) or f"model.{name}" in named):
+            raise DistattnError(
+                f"model.{name}: {model_value} has no effect together with model.path: {file} has {value}; leave it out."
+            )
+    return replace(model, **filled)
+
+
+def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
+    """Raise DistattnError for overrides that tyro would refuse: unknown keys, stray words, values of a wrong type."""
+    starts = [i for i, word in enumerate(overrides) if word.startswith("--")]
+    if not starts or starts[0] != 0:
+        raise DistattnError(f"command line: {overrides[0]!r} is not a key; write --section.key value.")
+    config_keys = all_keys()
+    for begin, end in pairwise([*starts, len(overrides)]):
+        key = overrides[begin].removeprefix("--").split("=", 1)[0].replace("-", "_")
+        if key == "help":
+            continue
+        if key == "data.context_schedule":
+            raise DistattnError(
+                f"command line: {key}: its tables [[{key}]] can only be set in the run file; change them there."
+            )
+        if key not in config_keys:
+            raise DistattnError(f"command line: {_unknown(key)}")
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            try:
+                tyro.cli(Config, default=config, args=list(overrides[begin:end]), config=_VALUES)
+            except SystemExit:
+                section, name = key.split(".")
+                value_type = get_type_hints(type(getattr(config, section)))[name]
+                inline = overrides[begin].partition("=")[2]
+                value = " ".join([*([inline] if inline else []), *overrides[begin + 1 : end]])
+                if not value:
+                    raise DistattnError(f"command line: --{key} needs a value.") from None
+                if value_type in _KINDS:
+                    raise DistattnError(f"command line: {_not_wanted(key, value, _KINDS[value_type])}") from None
+                kind = "True or False" if value_type is bool else "one value; put quotes around one that has spaces"
+                raise DistattnError(
+                    f"command line: {key}: {json.dumps(value, ensure_ascii=False)} is not {kind}."
+                ) from None
+
+
+def _unknown(key: str) -> str:
+    """Return a sentence about an unknown key, with a similar key if there is one, otherwise those of its section."""
+    if similar := _similar_keys(key):
+        *others, last = similar
+        return f"{key}: unknown key. Did you mean {', '.join(others)}{' or ' if others else ''}{last}?"
+    section = key.partition(".")[0] + "."
+    keys = _keys(Config)
+    return f"{key}: unknown key. There are {', '.join([name for name in keys if name.startswith(section)] or keys)}."
+
+
+def _similar_keys(key: str) -> list[str]:
+    """Return the known keys that an unknown one may mean."""
+    keys = _keys(Config)
+    section, dot, name = key.rpartition(".")
+    if dot and section not in keys:
+        return difflib.get_close_matches(key, keys, 1, 0.6)
+    # the section is right or missing: only the name is wrong, or belongs to another section
+    names = {
+        known_key.removeprefix(section + dot): known_key for known_key in keys if known_key.startswith(section + dot)
+    }
+    near = difflib.get_close_matches(name, names, 1, 0.6)
+    if not near and dot and len(name) > 3:
+        near = [known_key for known_key in names if name in known_key][:1]
+    elsewhere = [known_key for known_key in keys if known_key.endswith(f".{name}")]
+    if near and (dot or not elsewhere):
+        return [names[near[0]]]
+    return elsewhere or [known_key for known_key in keys if known_key == f"{name}.name"]
+
+
+def _sentence(error: Any) -> str:
+    *table, name = error["loc"]
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] in _UNKNOWN and any(isinstance(part, int) for part in table):
+        names = _names_in_table(table)
+        near = difflib.get_close_matches(name, names, 1, 0.5)
+        return f"{key}: unknown key." + (f" Did you mean {near[0]}?" if near else f" There are {', '.join(names)}.")
+    if error["type"] in _UNKNOWN:
+        return _unknown(key)
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{key}: is missing."
+    return _not_wanted(key, error["input"], error["type"])
+
+
+def _not_wanted(key: str, value: Any, error: str) -> str:
+    """Return a sentence about a value of a wrong type, with an example of the right one.
+
+    error: pydantic's name of the error.
+    """
+    expected, example = _WANTED[error]
+    section, _, name = key.partition(".")
+    default = getattr(getattr(Config(), section, None), name, None)
+    if default and not isinstance(default, bool):
+        example = json.dumps(default)
+    if "context_schedule" in (name, key):
+        example = "[{context_length = 4096}]"
+    if error == "dataclass_type":
+        # a table in a list has a number in its key
+        list_of_tables, _, number = key.rpartition(".")
+        example = f"[[{list_of_tables}]]" if number.isdecimal() else f"[{key}]"
+    shown = json.dumps(value, ensure_ascii=False)
+    if isinstance(value, float) or (isinstance(value, dict) and set(value) <= {"date", "time", "datetime"}):
+        # show nan, inf, and dates and times, as TOML has them: JSON has no type for them
+        shown = str(value if isinstance(value, float) else next(iter(value.values()), value))
+    hint = f"; give one such as {example}" if example else ""
+    return f"{key}: {shown} is not {expected}{hint}."
+
+
+def _names_in_table(place: Sequence[int | str]) -> list[str]:
+    """Return the keys of a table of run files. place: the keys, and the numbers in arrays of tables, that lead to it."""
+    kind: Any = Config
+    for part in place:
+        kind = get_args(kind)[0] if isinstance(part, int) else get_type_hints(kind)[part]
+    return [key_field.name for key_field in fields(kind)]
+
+
+def all_keys() -> list[str]:
+    """List all keys of run files, such as "train.steps"."""
+    return [key for key in _keys(Config) if "." in key]
+
+
+def _keys(config: Any, prefix: str = "") -> list[str]:
+    """List all sections and keys, dotted."""
+    keys = []
+    for key_field in fields(config):
+        keys.append(prefix + key_field.name)
+        if is_dataclass(factory := key_field.default_factory):
+            keys += _keys(factory, f"{prefix}{key_field.name}.")
+    return keys

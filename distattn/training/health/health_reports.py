@@ -1,0 +1,252 @@
+"""Reports of slow ranks and of GPUs with errors, at regular steps, from numbers that ranks measure anyway.
+
+On CPUs a rank's own compute time is a step's time without waiting for other ranks and for data. On GPUs the host does
+not know how long its device waits for others, so each rank's GPU computes the same matrix product once per report,
+alone.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import statistics
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distattn.driver.context_parallel import ContextParallel
+from distattn.driver.message_monitor import MessageMonitor
+from distattn.parallel.runtime.communicator import sendable_device
+from distattn.training.health.collective_waits import count_waits
+from distattn.training.health.device_counters import COUNTERS, DeviceCounters
+from distattn.training.health.device_probe import DeviceProbe
+from distattn.training.reporting.step_clock import StepClock, StepCosts
+
+# a rank is named if it takes this share longer than the median
+SLOW_SHARE = 0.1
+# and is reported on the console after this many consecutive reports that name it
+_REPORTS_IN_A_ROW = 3
+_HOST_BYTES = 64
+# the numbers that each rank sends before its counters
+_TIMES = ("seconds", "data_seconds", "wait_seconds", "probe_seconds", "device", "last_xid")
+_UNKNOWN = math.nan
+
+
+@dataclass(frozen=True)
+class HealthReport:
+    """A report on all ranks, over the steps since the last one. Times are seconds, means per step, by rank; None if
+    unknown.
+
+    compute_seconds: of a step without waits and data. probe_seconds: of the fixed matrix product of `DeviceProbe`.
+    slowest: the rank that takes longest, by compute_seconds or, on GPUs, by probe_seconds; over_median: by which share
+    of the median it takes longer. slow: whether that is enough to name it; reports_in_a_row: consecutive reports that
+    name it, including this one. errors: a sentence for each counter of a GPU that has grown. counters: of each rank's
+    GPU by `COUNTERS`. state_checks: comparisons of state digests so far, in this process; damaged: a sentence for each
+    that found a difference since the last report. text: the whole report in sentences.
+    """
+
+    step: int
+    steps: int
+    hosts: tuple[str, ...]
+    seconds: tuple[float | None, ...]
+    data_seconds: tuple[float | None, ...]
+    wait_seconds: tuple[float | None, ...]
+    compute_seconds: tuple[float | None, ...]
+    probe_seconds: tuple[float | None, ...]
+    slowest: int | None
+    over_median: float | None
+    slow: bool
+    reports_in_a_row: int
+    errors: tuple[str, ...]
+    counters: tuple[tuple[float | None, ...], ...]
+    text: str
+    state_checks: int = 0
+    damaged: tuple[str, ...] = ()
+
+    @property
+    def is_news(self) -> bool:
+        """Whether a person should look: a counter has grown, or a rank has been slow in several reports."""
+        return bool(self.errors) or (self.slow and self.reports_in_a_row == _REPORTS_IN_A_ROW)
+
+
+class HealthReports:
+    """Measures the steps of a loop on every rank of the default group. Creating it and `after_step` are collective
+    calls.
+
+    every: steps between two reports, 0 for none. publish: called with each report, on all ranks. counters: of this
+    rank's GPU, by default those of NVML. While it is open, this thread's waits for all collectives of torch.distributed
+    are counted.
+    """
+
+    def __init__(
+        self,
+        cp: ContextParallel,
+        device: torch.device,
+        every: int,
+        publish: Callable[[HealthReport], None],
+        counters: DeviceCounters | None = None,
+    ):
+        self._cp, self._device, self._every, self._publish = cp, device, every, publish
+        self._waits = cp.messages or MessageMonitor()
+        self._waits.complete = self._waits.complete and device.type == "cpu"
+        self._stop_counting = count_waits(self._waits)
+        self._counters = counters or DeviceCounters.of_device(device)
+        self._probe = DeviceProbe(device)
+        self._times = [0.0, 0.0, 0.0]
+        self._steps, self._reports, self._in_a_row = 0, 0, 0
+        self._named: Counter[int] = Counter()
+        self._last: int | None = None
+        self._counted: list[list[float]] | None = None
+        self._hosts: tuple[str, ...] = ()
+        # counts of the state digest
+        self.state_checks = 0
+        self._damaged: tuple[str, ...] = ()
+        if every:
+            self._hosts = self._host_names()
+            self._counted = self._gather([_UNKNOWN] * len(_TIMES) + self._counters.read())
+
+    def clock(self) -> StepClock:
+        """Return a clock of steps that uses all counted waits."""
+        return StepClock(self._device, self._waits)
+
+    def wait(self, work: Callable[[], Any]) -> Any:
+        """Return the result of `work`; its time counts as waiting. For calls whose waits PyTorch hides, such as
+        clipping DTensors.
+        """
+        return self._waits.timed(work)
+
+    def after_step(self, step: int, costs: StepCosts) -> None:
+        """Count a step, the step-th of the run; at report steps, share and publish the ranks' measurements."""
+        if not self._every:
+            return
+        waited = _UNKNOWN if costs.wait_seconds is None else costs.wait_seconds
+        self._times = [
+            before + now for before, now in zip(self._times, (costs.seconds, costs.data_seconds, waited), strict=True)
+        ]
+        self._steps += 1
+        if step % self._every == 0:
+            self._report_now(step)
+
+    def report_damage(self, step: int, text: str) -> None:
+        """Report a damaged state at once; a collective call. text: a sentence."""
+        self._damaged += (text,)
+        if self._every and self._steps:
+            self._report_now(step)
+
+    def _report_now(self, step: int) -> None:
+        times = [seconds / self._steps for seconds in self._times]
+        counters = self._counters.read()
+        local = [*times, self._probe.seconds(), float(self._counters.index), float(self._counters.last_xid)]
+        rows = self._gather(local + counters)
+        self._publish(self._report(step, rows))
+        self._times, self._steps, self._damaged = [0.0, 0.0, 0.0], 0, ()
+
+    def close(self) -> None:
+        """Stop counting waits, and shut NVML down."""
+        self._stop_counting()
+        self._counters.close()
+
+    def _gather(self, row: list[float]) -> list[list[float]]:
+        """Return every rank's numbers, by rank; each rank has the same number of them."""
+        local = torch.tensor(row, dtype=torch.float64)
+        return [remote.tolist() for remote in self._all_gather(local)]
+
+    def _host_names(self) -> tuple[str, ...]:
+        name = socket.gethostname().encode()[:_HOST_BYTES].ljust(_HOST_BYTES, b"\0")
+        names = self._all_gather(torch.frombuffer(bytearray(name), dtype=torch.uint8))
+        return tuple(host.numpy().tobytes().rstrip(b"\0").decode("utf-8", "replace") for host in names)
+
+    def _all_gather(self, local: Tensor) -> list[Tensor]:
+        group = dist.group.WORLD if dist.is_initialized() else None
+        if group is None:
+            return [local]
+        local, label = local.to(sendable_device(group)), "a report of health"
+        gathered = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+        self._cp.begin(label)
+        limit = self._cp.wait_timeout
+        work = dist.all_gather(gathered, local, async_op=True)
+        assert work is not None
+        self._cp.guarded(lambda: work.wait() if limit is None else work.wait(limit), label)
+        return [remote.cpu() for remote in gathered]
+
+    def _report(self, step: int, rows: list[list[float]]) -> HealthReport:
+        by_time = {name: [_known(row[place]) for row in rows] for place, name in enumerate(_TIMES)}
+        compute = [_known(max(seconds - data - waited, 0.0)) for seconds, data, waited, *_ in rows]
+        times = compute if None not in compute else by_time["probe_seconds"]
+        slowest, excess = slowest_rank(times)
+        slow = excess is not None and excess >= SLOW_SHARE
+        self._reports += 1
+        self._in_a_row = (self._in_a_row if slowest == self._last else 0) + 1 if slow else 0
+        self._last = slowest if slow else None
+        if slow and slowest is not None:
+            self._named[slowest] += 1
+        errors = self._grown(rows)
+        text = self._sentence(slowest, excess, times, times is compute) if slowest is not None else ""
+        return HealthReport(
+            step,
+            self._steps,
+            self._hosts,
+            tuple(by_time["seconds"]),
+            tuple(by_time["data_seconds"]),
+            tuple(by_time["wait_seconds"]),
+            tuple(compute),
+            tuple(by_time["probe_seconds"]),
+            slowest,
+            excess,
+            slow,
+            self._in_a_row,
+            errors,
+            tuple(tuple(_known(value) for value in row[len(_TIMES) :]) for row in rows),
+            " ".join([text, *errors, *self._damaged]).strip() or "Neither compute times nor counters are known.",
+            self.state_checks,
+            self._damaged,
+        )
+
+    def _sentence(self, slowest: int, excess: float | None, times: Sequence[float | None], of_steps: bool) -> str:
+        assert excess is not None
+        median = statistics.median_low([seconds for seconds in times if seconds is not None])
+        unit = "s a step" if of_steps else "s for the same matrix product"
+        if not self._in_a_row:
+            return f"No rank computes {SLOW_SHARE:.0%} longer than the median of {median:.3g} {unit}."
+        history = f"named in {self._named[slowest]} of {self._reports} reports, the last {self._in_a_row} in a row"
+        balanced = ""
+        if self._cp.speeds is not None:
+            balanced = "; attention is already balanced by the ranks' speeds, so this is the remaining difference"
+        return (
+            f"Rank {slowest} on {self._hosts[slowest]} computes {times[slowest]:.3g} {unit}, {excess:.0%} over the median of "
+            f"{median:.3g} ({history}){balanced}."
+        )
+
+    def _grown(self, rows: list[list[float]]) -> tuple[str, ...]:
+        """Return a sentence for each counter that has grown since the last report."""
+        sentences = []
+        for rank, (before, now) in enumerate(zip(self._counted or rows, rows, strict=True)):
+            for column, counter in enumerate(COUNTERS, len(_TIMES)):
+                increase = now[column] - before[column]
+                if increase > 0:
+                    code = f" (the last: {now[5]:.0f})" if counter == COUNTERS[-1] else ""
+                    device = f"rank {rank} on {self._hosts[rank]}, GPU {now[4]:.0f}"
+                    sentences.append(f"{device}: {increase:,.0f} more {counter}{code}, {now[column]:,.0f} in all.")
+        self._counted = rows
+        return tuple(sentences)
+
+
+def slowest_rank(times: Sequence[float | None]) -> tuple[int | None, float | None]:
+    """Return the rank that takes longest, and its excess as a share of the median; None where a rank's time is unknown.
+
+    The median is some rank's time: of two middle ones the lower.
+    """
+    known_times = [seconds for seconds in times if seconds is not None]
+    if len(known_times) < len(times) or not known_times:
+        return None, None
+    slowest, median = max(range(len(known_times)), key=known_times.__getitem__), statistics.median_low(known_times)
+    return slowest, known_times[slowest] / median - 1 if median else 0.0
+
+
+def _known(number: float) -> float | None:
+    return None if math.isnan(number) else number

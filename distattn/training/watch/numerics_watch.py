@@ -1,0 +1,404 @@
+"""The numerics watch: it skips and explains a step whose loss or gradient is not finite or far too large.
+
+After backward and before the optimizer's step a loop calls `judge` with the two numbers that all ranks have anyway. For
+a refused step, `find` runs its micro-batches again and observes what every module computes: the first tensor that is
+not finite is named, with its rank. `keep_evidence` stores the data for further investigation.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distattn.driver.message_monitor import MessageMonitor
+from distattn.ir.errors import DistattnError, named_ranks
+from distattn.training.engines.engine import PipelineStage
+from distattn.training.watch import evidence
+from distattn.training.watch.module_observer import (
+    OUTPUT,
+    Observations,
+    gathered,
+    local_part,
+    observed_modules,
+    plain_name,
+)
+from distattn.training.watch.spike_detector import SpikeDetector
+from distattn.training.watch.weight_growth import WeightGrowth
+
+APPLY, SKIP, STOP, ROLLBACK = "apply", "skip", "stop", "rollback"
+ACTIONS = (SKIP, STOP, ROLLBACK)
+NOT_FINITE, LARGE, CLEAN = "not finite", "large", "clean"
+_WATCHED = ("loss", "grad_norm")
+_SHOWN = {"loss": "loss", "grad_norm": "gradient norm"}
+# in the first steps of a run a gradient norm may grow tenfold, but a mean loss does not
+_EARLY = {"loss": 0.5, "grad_norm": 5.0}
+# order within a step: weights before micro-batch 0, reduced gradients after everything that a micro-batch's modules
+# compute
+_BEFORE, _AFTER = -1, 1 << 40
+
+
+@dataclass(frozen=True)
+class WatchSettings:
+    """Settings of the watch: the steps it refuses, and the reaction. Raises DistattnError naming a setting that is out of range.
+
+    action: for a refused step; skip: go on without it, stop: end the run, rollback: go back to the last checkpoint, and
+    skip the step if it is bad again. spike_window: number of last steps whose losses and gradient norms define the
+    usual range; 0 for non-finite values only. spike_threshold: median absolute deviations above the median from which a
+    value is a spike. most_in_a_row: after this many non-finite steps in a row the run stops, whatever the action.
+    evidence: number of newest steps whose evidence is kept.
+    """
+
+    action: str = SKIP
+    spike_window: int = 128
+    spike_threshold: float = 20.0
+    most_in_a_row: int = 10
+    evidence: int = 8
+
+    def __post_init__(self) -> None:
+        if self.action not in ACTIONS:
+            raise DistattnError(f"action must be one of {', '.join(ACTIONS)}, not {self.action!r}.")
+        if self.spike_window < 0 or 0 < self.spike_window < 8:
+            raise DistattnError(f"spike_window must be 0, or at least 8 steps, not {self.spike_window}.")
+        if not (math.isfinite(self.spike_threshold) and self.spike_threshold > 0):
+            raise DistattnError(f"spike_threshold must be a number above 0, not {self.spike_threshold}.")
+        for name in ("most_in_a_row", "evidence"):
+            if getattr(self, name) < 1:
+                raise DistattnError(f"{name} must be at least 1, not {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class Streak:
+    """Refused steps in a row. first, last: their numbers; count: how many; reason: of the first.
+
+    limits: for "loss" and "grad_norm", the limit of the values when the streak began.
+    """
+
+    first: int
+    last: int
+    count: int
+    reason: str
+    limits: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The decision on a step. action: apply, skip, stop or rollback; reason: a sentence, empty if the step is applied.
+
+    streak: the refused steps in a row, this one included; for an applied step the streak that it ends, else None.
+    recovered: for an applied step after a streak, whether it would also have been applied before the streak; if not,
+    the refused level has become the usual one.
+    """
+
+    step: int
+    action: str
+    reason: str = ""
+    streak: Streak | None = field(default=None, compare=False)
+    recovered: bool = field(default=True, compare=False)
+
+    @property
+    def applies(self) -> bool:
+        """Whether the optimizer may take the step."""
+        return self.action == APPLY
+
+    @property
+    def begins_streak(self) -> bool:
+        """Return whether the step is refused and the one before was not: only such a step is examined and reported."""
+        return not self.applies and (self.streak is None or self.streak.count == 1)
+
+
+@dataclass(frozen=True)
+class StepFinding:
+    """The result of a second run of a step. text: a sentence for people.
+
+    kind: "not finite", "large" (all is finite, and this tensor stands out) or "clean" (the fault did not repeat).
+    tensor, computed_in: the tensor, and the module whose code computes it. ranks: those that had it first; micro_batch:
+    in which, -1 before all. bad, elements: numbers of non-finite and of all values, on the first of the ranks. largest:
+    absolute value.
+    """
+
+    step: int
+    kind: str
+    text: str
+    tensor: str = ""
+    computed_in: str = ""
+    ranks: tuple[int, ...] = ()
+    micro_batch: int = _BEFORE
+    bad: int = 0
+    elements: int = 0
+    largest: float = 0.0
+
+
+class NumericsWatch:
+    """Judges steps and explains refused ones. All ranks of `group` call alike; they have the modules of their stage.
+
+    group: None for one process. folder: evidence is written into its subfolder `evidence`. messages: the driver's
+    (`ContextParallel.messages`), so that a rank which sends non-finite values is named, not those that receive them.
+    weights: the object with `named_parameters`, if not the model. stage: the pipeline stage that `model` is. growth:
+    growth of weights in the last updates, so that an update that has destroyed them is named.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        settings: WatchSettings,
+        group: dist.ProcessGroup | None,
+        folder: Path | str,
+        messages: MessageMonitor | None = None,
+        weights: Any = None,
+        stage: PipelineStage = PipelineStage(),  # noqa: B008
+        growth: WeightGrowth | None = None,
+    ):
+        self._stage, self._growth = stage, growth
+        self._weights = model if weights is None else weights
+        self.settings, self.folder, self._messages = settings, Path(folder), messages
+        self._model, self._group = model, group
+        self._rank = 0 if group is None else dist.get_rank()
+        self._curves = {
+            name: SpikeDetector(settings.spike_window, settings.spike_threshold, _EARLY[name]) for name in _WATCHED
+        }
+        self._in_a_row = 0
+        # the refused steps up to the last judged one
+        self.streak: Streak | None = None
+        # of the last judged step
+        self._was_finite = True
+        # in the second run of the streak's first step
+        self._found_bad_weights = False
+        # steps for which the run has gone back: if they are bad again, they are skipped
+        self._rolled_back: set[int] = set()
+
+    @property
+    def doubts_weights(self) -> bool:
+        """Return whether refused steps cast doubt on the weights: several in a row, or one whose second run found bad weights.
+
+        One refused step changed nothing, and its cause may be its data or a fault that does not repeat.
+        """
+        return self.streak is not None and (self.streak.count > 1 or self._found_bad_weights)
+
+    def judge(self, step: int, loss: float, grad_norm: float) -> Verdict:
+        """Decide whether a step may be applied. All ranks pass the same reduced numbers and get the same verdict.
+
+        step: its number; loss: the mean over all ranks, grad_norm: of the whole gradient, before clipping. Nothing is
+        sent.
+        """
+        values = {"loss": float(loss), "grad_norm": float(grad_norm)}
+        self._was_finite = all(map(math.isfinite, values.values()))
+        reason = next(filter(None, (self._reason(name, value) for name, value in values.items())), "")
+        streak_before, limits = self.streak, {name: curve.limit() for name, curve in self._curves.items()}
+        for name, value in values.items():
+            self._curves[name].add(value)
+        # a new level becomes usual after some steps; non-finite values never do
+        self._in_a_row = 0 if self._was_finite else self._in_a_row + 1
+        if not reason:
+            self.streak = None
+            recovered = streak_before is None or all(
+                value <= streak_before.limits[name] for name, value in values.items()
+            )
+            return Verdict(step, APPLY, "", streak_before, recovered)
+        self.streak = Streak(step, step, 1, reason, limits)
+        if streak_before is None:
+            self._found_bad_weights = False
+        else:
+            self.streak = replace(streak_before, last=step, count=streak_before.count + 1)
+        action = self.settings.action
+        if self._in_a_row >= self.settings.most_in_a_row:
+            action, reason = STOP, f"{reason[:-1]}; {self._in_a_row} steps in a row were not finite."
+        elif action == ROLLBACK:
+            action = SKIP if step in self._rolled_back else ROLLBACK
+            self._rolled_back.add(step)
+        return Verdict(step, action, reason, self.streak)
+
+    def find(self, step: int, run: Callable[[int], Tensor | None], micro_batches: int) -> StepFinding:
+        """Run a refused step again; name the first non-finite tensor, or the one that stands out. A collective call.
+
+        run(i): forward and backward of micro-batch i, as in the step; it may return the loss. The caller drops the
+        step's gradients before, and these afterwards. Compiled modules run uncompiled.
+        """
+        first, outputs, largest = self._first_bad_weight(), [], []
+        with torch.compiler.set_stance("force_eager"):
+            for index in range(micro_batches):
+                with observed_modules(self._model, _counted, self._messages, self._stage) as observations:
+                    loss = run(index)
+                values_and_counts = observations.read().tolist()
+                first = first or self._first_bad(index, observations, values_and_counts, loss)
+                module_outputs = [
+                    (tensor.module, look[1])
+                    for tensor, look in zip(observations.seen, values_and_counts, strict=True)
+                    if tensor.kind == OUTPUT and not tensor.gradient
+                ]
+                outputs = [module for module, _ in module_outputs]
+                largest.append([value for _, value in module_outputs])
+        growth = self._growth and self._growth.largest()
+        first_by_rank, outputs_by_rank, growth_by_rank = zip(
+            *gathered(self._group, (first, (outputs, largest), growth)), strict=True
+        )
+        bad = [tensor for tensor in first_by_rank if tensor is not None]
+        if bad:
+            finding = _not_finite(step, bad)
+        elif not self._was_finite:
+            finding = StepFinding(step, CLEAN, "all values are finite in a second run: the fault did not repeat.")
+        else:
+            finding = _largest_output(step, outputs_by_rank)
+        causes = [
+            (grown.step, -grown.factor, rank, grown) for rank, grown in enumerate(growth_by_rank) if grown is not None
+        ]
+        if causes:
+            *_, rank, cause = min(causes, key=lambda growth: growth[:3])
+            finding = replace(finding, text=f"{cause.text(rank)}; {finding.text}")
+        self._found_bad_weights = bool(causes) or finding.kind == NOT_FINITE and finding.micro_batch == _BEFORE
+        return finding
+
+    def keep_evidence(
+        self,
+        verdict: Verdict,
+        finding: StepFinding | None,
+        documents: Sequence[Mapping[str, Any]],
+        batches: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Write the evidence of a refused step to `evidence/step-N`; every rank calls it. A full disk only causes a
+        warning.
+
+        documents: pieces of the step's documents, a JSON object each. batches: this rank's micro-batches, whose tokens
+        are kept.
+        """
+        evidence.keep(
+            evidence.Evidence(verdict, finding, documents, batches, self._weights),
+            self.folder / "evidence",
+            self._rank,
+            self.settings.evidence,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for a resumed run: last values, non-finite steps in a row, and steps for which it has gone
+        back.
+        """
+        return {
+            **{name: curve.values() for name, curve in self._curves.items()},
+            "in_a_row": self._in_a_row,
+            "rolled_back": sorted(self._rolled_back),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state. Steps for which this process has gone back since then are remembered."""
+        for name, curve in self._curves.items():
+            curve.load(state[name])
+        self._in_a_row = max(int(state["in_a_row"]), self._in_a_row)
+        # the weights are other ones now
+        self.streak = None
+        self._rolled_back |= set(state["rolled_back"])
+
+    def _reason(self, name: str, value: float) -> str:
+        if not math.isfinite(value):
+            return f"the {_SHOWN[name]} is {value}."
+        limit = self._curves[name].limit()
+        if value <= limit:
+            return ""
+        return (
+            f"the {_SHOWN[name]} is {value:.4g}, above {limit:.4g}, which is {self.settings.spike_threshold:g} median absolute "
+            f"deviations above the median of {self.settings.spike_window} steps."
+        )
+
+    def _first_bad_weight(self) -> _Bad | None:
+        for name, parameter in self._weights.named_parameters():
+            bad = int((~local_part(parameter).isfinite()).sum())
+            if bad:
+                return _Bad(
+                    (_BEFORE, 0, 0, 0), f"weight {plain_name(name)}", "", self._rank, bad, local_part(parameter).numel()
+                )
+        return None
+
+    def _first_bad(
+        self, index: int, observations: Observations, looks: list[list[float]], loss: Tensor | None
+    ) -> _Bad | None:
+        observed = zip(observations.places, observations.seen, looks, strict=True)
+        place, seen, bad = next(
+            ((place, tensor, int(look[0])) for place, tensor, look in observed if look[0]), ((_AFTER, 0, 0), None, 0)
+        )
+        loss_place = (self._stage.turn_of_loss, 0, 0)
+        if self._stage.is_last and place > loss_place and isinstance(loss, Tensor) and not bool(loss.isfinite().all()):
+            return _Bad((index, *loss_place), "loss", "", self._rank, 1, 1)
+        if seen is not None:
+            return _Bad((index, *place), str(seen), seen.computed_in, self._rank, bad, seen.elements)
+        for name, parameter in self._weights.named_parameters():
+            if parameter.grad is not None and (bad := int((~local_part(parameter.grad).isfinite()).sum())):
+                elements = local_part(parameter.grad).numel()
+                return _Bad(
+                    (index, _AFTER, 0, 0), f"gradient of weight {plain_name(name)}", "", self._rank, bad, elements
+                )
+        return None
+
+
+class _Bad(NamedTuple):
+    """The first bad tensor of a rank. order: micro-batch and place in it, the same on all ranks."""
+
+    order: tuple[int, int, int, int]
+    tensor: str
+    computed_in: str
+    rank: int
+    bad: int
+    elements: int
+
+
+def _counted(tensor: Tensor) -> Tensor:
+    """Return the number of non-finite values and the largest absolute value of the others; float64 (2,)."""
+    finite = tensor.isfinite()
+    largest = torch.where(finite, tensor, 0).abs().amax()
+    return torch.stack([(~finite).sum().double(), largest.double()])
+
+
+def _not_finite(step: int, bad_tensors: Sequence[_Bad]) -> StepFinding:
+    """Return the finding of the earliest of the ranks' first bad tensors."""
+    earliest = min(bad_tensor.order for bad_tensor in bad_tensors)
+    first = [bad_tensor for bad_tensor in bad_tensors if bad_tensor.order == earliest]
+    ranks = tuple(sorted(bad_tensor.rank for bad_tensor in first))
+    example = min(first, key=lambda bad_tensor: bad_tensor.rank)
+    micro_batch = "" if earliest[0] == _BEFORE else f", micro-batch {earliest[0]}"
+    # an output's name already contains its module
+    around = f", computed in {example.computed_in}" if example.computed_in not in ("", *example.tensor.split()) else ""
+    values = "value" if example.elements == 1 else "values"
+    count = f"{example.bad:,} of {example.elements:,} {values} {'is' if example.bad == 1 else 'are'}"
+    text = f"{example.tensor}, {named_ranks(ranks)}{micro_batch}{around}: {count} not finite."
+    facts = example.tensor, example.computed_in, ranks, earliest[0], example.bad, example.elements
+    return StepFinding(step, NOT_FINITE, text, *facts)
+
+
+def _largest_output(
+    step: int, outputs_by_rank: Sequence[tuple[Sequence[str], Sequence[Sequence[float]]]]
+) -> StepFinding:
+    """Return the finding of the output that is furthest above the median of the same module.
+
+    outputs_by_rank: for each rank the names of its modules, and by micro-batch their values.
+    """
+    cells = [
+        (value, rank, micro_batch, (at, module))
+        for rank, (modules, by_micro_batch) in enumerate(outputs_by_rank)
+        for micro_batch, values in enumerate(by_micro_batch)
+        # a rank may have observed a module more often than others
+        for (at, module), value in zip(enumerate(modules), values, strict=False)
+    ]
+    if not cells:
+        return StepFinding(step, CLEAN, "no module has a floating-point output: this step cannot be explained.")
+    by_module: dict[tuple[int, str], list[float]] = {}
+    for value, _, _, at in cells:
+        by_module.setdefault(at, []).append(value)
+    medians = {at: statistics.median(values) for at, values in by_module.items()}
+    alone = len(by_module[cells[0][3]]) < 3
+    value, rank, micro_batch, at = max(
+        cells, key=lambda cell: (0.0 if alone else cell[0] / max(medians[cell[3]], 1e-30), cell[0])
+    )
+    comparison = (
+        "" if alone else f", {value / max(medians[at], 1e-30):.3g} times the median of all ranks and micro-batches"
+    )
+    text = (
+        f"all values are finite in a second run; the largest output {'' if alone else 'compared with others '}is that of "
+        f"{at[1]}, rank {rank}, micro-batch {micro_batch}: {value:.4g}{comparison}."
+    )
+    facts = f"{at[1]} {OUTPUT}", at[1], (rank,), micro_batch
+    return StepFinding(step, LARGE, text, *facts, largest=value)

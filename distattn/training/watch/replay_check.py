@@ -1,0 +1,126 @@
+"""The replay check: a micro-batch is run twice and must give the same bits. If it does not, a rank computes wrongly.
+
+Silent data corruption is rare and does not repeat, so every module's tensors are hashed in both runs. The earliest
+tensor that differs on any rank names that rank: messages of attention spread a wrong number to other ranks only later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distattn.driver.message_monitor import MessageMonitor
+from distattn.ir.errors import named_ranks
+from distattn.training.engines.engine import PipelineStage
+from distattn.training.watch.module_observer import Observations, gathered, observed_modules
+
+# integers of the same size; 64-bit values in halves, because two flipped sign bits would add up to 2^64, which is 0
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The difference between two runs of one micro-batch. text: a sentence for people; tensor: the first that differs.
+
+    computed_in: the module whose code computes it; ranks: those that computed another result first.
+    """
+
+    step: int
+    text: str
+    tensor: str
+    computed_in: str
+    ranks: tuple[int, ...]
+
+
+class ReplayCheck:
+    """Runs a micro-batch twice at regular steps. All ranks of `group` have the same modules, or their stage's, and call
+    alike.
+
+    interval: steps between checks; 0 for never. group: None for one process. messages: the driver's
+    (`ContextParallel.messages`), so that a rank which computes attention wrongly for others is named instead of them.
+    Kernels must be deterministic: where they are not on all ranks, the check reports it.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        interval: int,
+        group: dist.ProcessGroup | None = None,
+        messages: MessageMonitor | None = None,
+        stage: PipelineStage = PipelineStage(),  # noqa: B008
+    ):
+        self.interval, self._messages, self._stage = interval, messages, stage
+        self._model, self._group = model, group
+        self._rank = 0 if group is None else dist.get_rank()
+
+    def due(self, step: int) -> bool:
+        """Return whether to check this step, counted from 0: every interval-th, but not the first."""
+        return bool(self.interval) and step > 0 and step % self.interval == 0
+
+    def check(self, step: int, run: Callable[[], Any], drop: Callable[[], Any]) -> Difference | None:
+        """Run a micro-batch twice and compare. A collective call, which waits for the device. Returns None where all is
+        equal.
+
+        run: forward and backward of the step's first micro-batch. drop: discards the gradients of the first run; those
+        of the second stay and are used by the step, so a check costs one micro-batch. Both runs begin with the same
+        random state.
+        """
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices), self._observed() as first:
+            run()
+        drop()
+        with self._observed() as second:
+            run()
+        differences = [
+            difference
+            for difference in gathered(self._group, _first_difference(first, second, self._rank))
+            if difference is not None
+        ]
+        if not differences:
+            return None
+        earliest = min(place for place, _, _, _ in differences)
+        first_differences = [difference for difference in differences if difference[0] == earliest]
+        ranks = tuple(sorted(rank for *_, rank in first_differences))
+        _, tensor, computed_in, _ = first_differences[0]
+        text = f"{named_ranks(ranks)} computed another result for the same inputs in {computed_in} ({tensor})."
+        if self._group is not None and len(ranks) == dist.get_world_size(self._group) > 1:
+            text = f"{text[:-1]}; all ranks do, so the program is not deterministic; no single device is at fault."
+        return Difference(step, text, tensor, computed_in, ranks)
+
+    def _observed(self) -> AbstractContextManager[Observations]:
+        return observed_modules(self._model, bits_digest, self._messages, self._stage)
+
+
+def bits_digest(tensor: Tensor) -> Tensor:
+    """Return a digest of a tensor's bits, an int64 on its device: exact, and independent of the order of summation.
+
+    The bits of each row, the last dim, are added as integers, and the rows' sums are weighted with odd numbers, modulo
+    2^64. It detects any single number that changes, and rows that change places.
+    """
+    sums = row_sums(tensor)
+    return (sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum()
+
+
+def row_sums(tensor: Tensor) -> Tensor:
+    """Add up the bits of each row of a tensor, its last dim, as integers modulo 2^64: int64 (rows,) on its device."""
+    rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
+    return rows.contiguous().view(_BITS[tensor.element_size()]).sum(-1, dtype=torch.int64)
+
+
+def _first_difference(
+    first: Observations, second: Observations, rank: int
+) -> tuple[tuple[int, int, int], str, str, int] | None:
+    """Return place, tensor, module and rank of the first tensor that differs; None where all are equal."""
+    if [str(tensor) for tensor in first.seen] != [str(tensor) for tensor in second.seen]:
+        return (0, 0, 0), "another order of modules", "the model", rank
+    differs = (first.read() != second.read()).nonzero()
+    if not len(differs):
+        return None
+    at = int(differs[0])
+    return first.places[at], str(first.seen[at]), first.seen[at].computed_in, rank
