@@ -31,7 +31,7 @@ from distattn.ir.plan import (
 )
 from distattn.kernels.launch_mask import LaunchMask, WrittenRows
 from distattn.parallel.analysis.verify import Proof
-from distattn.parallel.runtime.landing import Landing, land
+from distattn.parallel.runtime.landing import Landing, land, may_land
 from distattn.parallel.runtime.launches import LaunchTable
 from distattn.parallel.runtime.memory import FlatPlaces, PlacedTensor, PlaceKey, lay_out, place_kept, rounded
 from distattn.parallel.runtime.packed_messages import PackedMessages, pack
@@ -227,6 +227,8 @@ class _TableLowering:
         self.extents = [*self.buffers, *inherited, *(self._own(payload) for payload in payloads)]
         ends = sorted_unique(np.concatenate([[rank], self.outgoing["dst"], self.incoming["src"]]))
         self.bundles_of_ranks = find_bundles(call, table, ends)
+        # bytes of each payload in a row of a message, and its format, by payloads and heads of the bundle
+        self._formats: dict[tuple[tuple[Payload, int], ...], tuple[tuple[tuple[Payload, int], ...], RowFormat]] = {}
         # of this rank's buffers
         self.bundles = {key: bundle for (end, key), bundle in self.bundles_of_ranks.items() if end == rank}
 
@@ -258,8 +260,8 @@ class _TableLowering:
             step.joined_sends, step.joined_receives = _joined(step.sends), _joined(step.receives)
         self._add_launches(steps, launches, views)
         self._land(steps, kept, inherited)
-        landings = {key: landing for key, landing in self.landings.items() if key not in self.bundles}
-        self.staged = stage(self.call, steps, landings)
+        landings = {key: landing for key, landing in self.landings.items() if len(self.bundles.get(key, (key,))) == 1}
+        self.staged = stage(self.call, steps, landings, self.bundles)
         self.sizes |= {key: view.rows for key, view in self.staged.items()}
         self._set_lifetimes(steps, kept)
         self._mark_first_writes(steps)
@@ -276,9 +278,12 @@ class _TableLowering:
         bundle = self.bundles_of_ranks.get((holder, key), ())
         if not bundle:
             return bundle, (), None
-        sent = ((one.payload, (one.h1 - one.h0) * self.call.token_head_bytes(one.payload)) for one in bundle)
-        fields = [(one.h1 - one.h0, self.call.comm_fields(one.payload)) for one in bundle]
-        return bundle, tuple(sent), RowFormat.of(fields)
+        heads = tuple((one.payload, one.h1 - one.h0) for one in bundle)
+        if heads not in self._formats:
+            sent = ((payload, count * self.call.token_head_bytes(payload)) for payload, count in heads)
+            parts = [(count, self.call.comm_fields(payload)) for payload, count in heads]
+            self._formats[heads] = tuple(sent), RowFormat.of(parts)
+        return bundle, *self._formats[heads]
 
     def _query_buffers(self) -> Ints:
         """For each task, a number for the buffer in which its query rows lie with its first head; -1 where in several."""
@@ -314,7 +319,10 @@ class _TableLowering:
     def _messages(
         self, moves: Columns, peer: str
     ) -> tuple[list[tuple[int, BufferKey]], ViewParts, list[tuple[slice, ...]]]:
-        """Peer and buffer of every message, in order, what each carries, a view with one part, and its stretches."""
+        """Peer and buffer of every message, in order, what each carries, a view with one part, and its stretches.
+
+        peer: the column of `moves` that names it, "src" or "dst".
+        """
         moves, first = _grouped(moves, ("step", peer, "payload", "h0", "h1"), ("t0",))
         each = select_rows(moves, np.array(first[:-1], np.int64))
         columns = (each[name].tolist() for name in (peer, "payload", "step", "h0", "h1"))
@@ -326,9 +334,10 @@ class _TableLowering:
         row = before - before[np.array(first[:-1], np.int64)][part]
         intervals = part, moves["t0"], moves["t1"], row
         views = ViewParts(number, each["payload"], each["h0"], each["h1"], np.zeros_like(number), *intervals)
-        # both ends cut a message by its tokens alone, and so alike
+        # both ends cut a message by the table alone, and so alike
+        is_cut = may_land(self.call, self.table, each)[part[1:]]
         begins = np.ones(len(part), bool)
-        begins[1:] = (part[1:] != part[:-1]) | (moves["t0"][1:] != moves["t1"][:-1])
+        begins[1:] = (part[1:] != part[:-1]) | ((moves["t0"][1:] != moves["t1"][:-1]) & is_cut)
         starts = [row[a:b][begins[a:b]].tolist() for a, b in itertools.pairwise(first)]
         sizes = np.bincount(part, length, len(names)).astype(np.int64).tolist()
         stretches = [
