@@ -36,8 +36,10 @@ class LaunchMask(NamedTuple):
     group_size: int
     first_head: int = 0
     # whether messages of the same step are in flight while the call runs: the communicator's kernels then hold some
-    # multiprocessors. Messages of other micro-batches and of other groups are not known here.
+    # multiprocessors
     overlaps_messages: bool = False
+    # whether messages may be in flight that the plan does not know, of FSDP or of other micro-batches: the job has several ranks
+    in_larger_job: bool = False
 
     @staticmethod
     def from_mask(mask: Mask, heads: int, kv_heads: int) -> LaunchMask:

@@ -26,7 +26,7 @@ from distattn.kernels.latent import latent_workspace
 from distattn.kernels.registry import AUTO, Kernel, choose_kernel, kernel_preparer, load_kernel
 from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.trials import Trial
-from distattn.ops.kernel_choice import agreed_ranking, first_that_serves, has_choice, kernel_trials
+from distattn.ops.kernel_choice import agreed_ranking, first_that_serves, has_choice, in_larger_job, kernel_trials
 from distattn.parallel.analysis.verify import check_max_buffer_bytes, verify
 from distattn.parallel.runtime.attendance import attended
 from distattn.parallel.runtime.communicator import (
@@ -173,7 +173,7 @@ class ExecutableCache:
                 proof = next((other.proof for other in known.values() if other.proof), None)
                 proof = verify(plan) if proof is None and proven else proof
                 make = kernel_preparer(key.kernel, kernel_requirements(plan.call, key.device))
-                known[key] = on_device(lower(plan, key.rank, make, proof), key.device)
+                known[key] = on_device(lower(plan, key.rank, make, proof, in_larger_job()), key.device)
             return known[key]
 
     def transport(

@@ -144,17 +144,20 @@ class Program:
     backward_states: StateProgram | None = None
 
 
-def lower(plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = None) -> Program:
+def lower(
+    plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = None, in_larger_job: bool = False
+) -> Program:
     """Lower a plan for one rank. `prepare` turns the mask of a launch, or of a recurrence its stretches, into the kernel's own
     schedule.
 
-    The proof is stored with the program; running an unproven plan is at the caller's risk. The arenas have room for results of
-    kernels that take `into`; others make their own, and leave it unused.
+    The proof is stored with the program; running an unproven plan is at the caller's risk. in_larger_job: other ranks than the
+    plan's belong to the job, so that messages may be in flight that a plan for one rank does not know. The arenas have room for
+    results of kernels that take `into`; others make their own, and leave it unused.
     """
     call = plan.call
     tokens = int(call.layout.shard_sizes()[rank])
     # the backward's launches are mostly the forward's
-    prepare = _memoized(prepare)
+    prepare = _memoized(prepare, in_larger_job or call.ranks > 1)
     forward = _TableLowering(call, plan.forward, rank, FORWARD_PAYLOADS, prepare)
     kept = {
         key: rows for key, rows in forward.sizes.items() if plan.keeps_inputs and key.payload in (Payload.Q, Payload.KV)
@@ -467,14 +470,14 @@ def _joined(messages: list[tuple[Payload, Message]]) -> list[tuple[int, ...]]:
     return list(groups.values())
 
 
-def _memoized(prepare: PrepareKernel) -> PrepareKernel:
-    """Return the same function, called once for equal masks or stretches."""
+def _memoized(prepare: PrepareKernel, in_larger_job: bool) -> PrepareKernel:
+    """Return the same function, called once for equal masks or stretches; masks say whether the job has several ranks."""
     made: dict[tuple[Any, ...], Any] = {}
 
     def once(cells: Any) -> Any:
         key = cells.cache_key() if isinstance(cells, LaunchMask) else cells
         if key not in made:
-            made[key] = prepare(cells)
+            made[key] = prepare(cells._replace(in_larger_job=in_larger_job) if isinstance(cells, LaunchMask) else cells)
         return made[key]
 
     return once
