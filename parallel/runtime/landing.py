@@ -107,12 +107,12 @@ def may_land(call: Call, table: Table, moves: Columns) -> np.ndarray:
         i, j = overlapping_pairs(chunks["t0"], chunks["t1"], tasks[t0], tasks[t1])
         rank = tasks["rank"][i]
         has[(chunks["rank"][j] == rank).astype(np.int64), rank, tasks["step"][i]] = True
-        mixes = has.all(0)
+        mixes = has[0] & has[1]
         # whether a step does that is no later, or no earlier
         before = np.logical_or.accumulate(mixes, 1)
         after = np.logical_or.accumulate(mixes[:, ::-1], 1)[:, ::-1]
-        mixed = np.where(is_result, before[holder, moves["step"]], after[holder, moves["step"]])
-        out[of_kind] = mixed[of_kind]
+        for of_moves, mixed in ((of_kind & is_result, before), (of_kind & ~is_result, after)):
+            out[of_moves] = mixed[holder[of_moves], moves["step"][of_moves]]
     return out
 
 

@@ -34,7 +34,7 @@ from distattn.parallel.analysis.verify import Proof
 from distattn.parallel.runtime.landing import Landing, land, may_land
 from distattn.parallel.runtime.launches import LaunchTable
 from distattn.parallel.runtime.memory import FlatPlaces, PlacedTensor, PlaceKey, lay_out, place_kept, rounded
-from distattn.parallel.runtime.packed_messages import PackedMessages, pack
+from distattn.parallel.runtime.packed_messages import PackedMessages, pack, uses_copies_of
 from distattn.parallel.runtime.row_bundles import Bundle, RowFormat, find_bundles
 from distattn.parallel.runtime.staging import stage
 from distattn.parallel.runtime.state_program import StateProgram, StateStep, lower_states
@@ -139,6 +139,8 @@ class Program:
     unadded: frozenset[Payload]
     forward_bytes: int
     backward_bytes: int
+    # whether all that uses a rank's own dO are copies to messages and buffers, where rowsum(dO * O) can be made
+    sums_where_copied: bool = False
     uploaded: Handover | None = None
     forward_states: StateProgram | None = None
     backward_states: StateProgram | None = None
@@ -172,7 +174,8 @@ def lower(
     blank = frozenset(forward.blank | backward.blank)
     unadded = frozenset(forward.unadded | backward.unadded)
     sizes = lay_out(call, ahead, forward.bundles), lay_out(call, back, backward.bundles)
-    program = Program(call, proof, rank, tokens, ahead, back, kept, kept_places, blank, unadded, *sizes)
+    sums = call.op.kind == "attention" and all(uses_copies_of(Payload.dO, step) for step in back)
+    program = Program(call, proof, rank, tokens, ahead, back, kept, kept_places, blank, unadded, *sizes, sums)
     return _with_states(plan, program) if call.op.is_recurrent else program
 
 

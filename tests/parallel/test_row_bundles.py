@@ -5,7 +5,7 @@ import collections
 import pytest
 import torch
 from cases import LENGTHS, layouts, masks
-from meta_run import Layer, MetaBackend
+from meta_run import Layer, MetaBackend, layer_call
 from oracle import assert_close, dense, random_inputs, run_all_ranks
 from test_budgets import packed, plan_of
 
@@ -168,3 +168,14 @@ def test_rows_that_are_packed_are_not_copied_to_the_arena_before():
         ] == [2]
         # own rows are copied only to where others' arrive, not to be sent
         assert all(key.step == 0 for key, _ in step.own_copies)
+
+
+def test_row_sums_are_made_where_do_is_copied_unless_a_kernel_reads_it_in_place():
+    found = {}
+    for strategy in ("ulysses", "usp", "ring", "allgather"):
+        plan = plan_of(strategy, [8192] * 8, 64, 8)
+        found[strategy] = lower(plan, 1, lambda mask: None).sums_where_copied
+        _, backward, _ = layer_call(plan, 1)
+        assert ("row_products" in backward.launches) != found[strategy]
+        assert ("copy_rows_with_products" in backward.launches) == found[strategy]
+    assert found == {"ulysses": True, "usp": True, "ring": False, "allgather": False}
