@@ -6,14 +6,14 @@ Names are loaded when first used, so that planning and verifying never import to
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from distattn.ir.renamed import current_name
+
 if TYPE_CHECKING:
-    from distattn.batch.recurrent_run import RecurrentRun as RecurrentRun
-    from distattn.batch.recurrent_run import recurrent_run as recurrent_run
+    from distattn.batch.recurrent_span import RecurrentSpan as RecurrentSpan
+    from distattn.batch.recurrent_span import recurrent_span as recurrent_span
     from distattn.cluster.topology import Cluster as Cluster
     from distattn.driver.context_parallel import ContextParallel as ContextParallel
     from distattn.driver.overlap import OverlapSchedule as OverlapSchedule
-    from distattn.driver.pipeline import PipelineSchedule as PipelineSchedule
-    from distattn.driver.pipeline import StageSpec as StageSpec
     from distattn.driver.servers import serve as serve
     from distattn.ir.errors import DamagedDataError as DamagedDataError
     from distattn.ir.errors import DistattnError as DistattnError
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from distattn.parallel.analysis.timeline import Timeline as Timeline
     from distattn.parallel.analysis.verify import Proof as Proof
     from distattn.parallel.analysis.verify import verify as verify
+    from distattn.parallel.attention_config import AttentionConfig as AttentionConfig
     from distattn.parallel.latent_plan import make_latent_plan as make_latent_plan
     from distattn.parallel.make_plan import make_plan as make_plan
     from distattn.parallel.prefix_softmax_plans import PrefixSoftmaxPlans as PrefixSoftmaxPlans
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from distattn.parallel.recurrent_plan import make_recurrent_plan as make_recurrent_plan
 
 _HOME = {
+    "AttentionConfig": "distattn.parallel.attention_config",
     "Call": "distattn.ir.plan",
     "Cluster": "distattn.cluster.topology",
     "ContextParallel": "distattn.driver.context_parallel",
@@ -64,15 +66,13 @@ _HOME = {
     "Mask": "distattn.ir.mask",
     "Payload": "distattn.ir.plan",
     "OverlapSchedule": "distattn.driver.overlap",
-    "PipelineSchedule": "distattn.driver.pipeline",
     "Op": "distattn.ir.op",
     "Plan": "distattn.ir.plan",
     "PrefixSoftmaxPlans": "distattn.parallel.prefix_softmax_plans",
     "PrefixSoftmaxState": "distattn.ops.prefix_softmax",
     "LostRankError": "distattn.ir.errors",
     "PlanError": "distattn.ir.errors",
-    "RecurrentRun": "distattn.batch.recurrent_run",
-    "StageSpec": "distattn.driver.pipeline",
+    "RecurrentSpan": "distattn.batch.recurrent_span",
     "Executable": "distattn.ops.executable",
     "Proof": "distattn.parallel.analysis.verify",
     "Table": "distattn.ir.plan",
@@ -93,17 +93,19 @@ _HOME = {
     "prepare": "distattn.ops.executable",
     "quality": "distattn.parallel.analysis.quality",
     "recurrence": "distattn.ops.recurrence",
-    "recurrent_run": "distattn.batch.recurrent_run",
+    "recurrent_span": "distattn.batch.recurrent_span",
     "save_attention": "distattn.ops.attention",
     "serve": "distattn.driver.servers",
     "simulate": "distattn.parallel.analysis.simulate",
     "token_shift": "distattn.ops.convolution",
     "verify": "distattn.parallel.analysis.verify",
 }
+_RENAMED = {"RecurrentRun": "RecurrentSpan", "recurrent_run": "recurrent_span"}
 __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
+    name = current_name(name, _RENAMED, "distattn")
     if name not in _HOME:
         raise AttributeError(f"module 'distattn' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)

@@ -12,7 +12,7 @@ from distattn.adapters.hf_trainer import ContextParallelTrainer
 from distattn.data.pack_dataset import PackDataset
 
 
-class Say(TrainerCallback):
+class PrintLoss(TrainerCallback):
     """Every step's loss."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: ANN001
@@ -49,7 +49,7 @@ def main() -> None:
             train_dataset=PackDataset(*planned(given.steps)),
             # a row is a whole pack
             data_collator=lambda rows: rows[0],
-            callbacks=[Say()],
+            callbacks=[PrintLoss()],
             context_parallel=cp,
         )
         trainer.train()

@@ -19,7 +19,7 @@ from distattn.checkpoints.checkpoint_folder import (
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.launch.command_line import CommandParser, ResultConsole
 from distattn.launch.data.progress import ProgressReporter
-from distattn.parallel.analysis.columns import readable_bytes
+from distattn.parallel.analysis.text_format import readable_bytes
 from distattn.training.reporting.json_lines import json_text
 
 USAGE = """usage: distattn ckpt {list,verify,show} RUN_OR_FOLDER [--json]
@@ -112,7 +112,8 @@ def _verify(arguments: Sequence[str]) -> int:
             results.append((checkpoint, verify_checkpoint(checkpoint.folder, reporter.advance)))
     for checkpoint, problems in results:
         if as_json:
-            _write_json({"folder": str(checkpoint.folder), "problems": [problem._asdict() for problem in problems]})
+            rows = [{"file": problem.file, "offset": problem.offset, "what": problem.text} for problem in problems]
+            _write_json({"folder": str(checkpoint.folder), "problems": rows})
             continue
         bytes_are = "[red]damaged[/]" if problems else "[green]good[/]"
         # the weights may be bad although every byte is what was written

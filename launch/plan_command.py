@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from distattn.ir.layout import LAYOUTS
 from distattn.launch.command_keys import refuse_keys_that_do_nothing
 from distattn.launch.command_line import CommandParser, ResultConsole, no_progress, print_message, print_to_stderr
 from distattn.parallel.analysis.timeline import Timeline
+from distattn.parallel.attention_config import AttentionConfig
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.planning.compare_strategies import (
     PlanRequest,
@@ -87,7 +88,8 @@ def main(arguments: Sequence[str]) -> int:
     settings = PlanSettings.of_config(config) if config else _settings(options, cluster)
     if options.docs:
         # one pack over all ranks, even if the run's ranks have packs of their own
-        settings = replace(settings, data="replicated", context_parallel_size=None)
+        one_pack = replace(settings.config, data="replicated", context_parallel_size=None)
+        settings = replace(settings, config=one_pack)
     report_progress = print_to_stderr if sys.stderr.isatty() else no_progress
     phases = _phases(options, config)
     facts: list[dict[str, Any]] = []
@@ -102,9 +104,10 @@ def main(arguments: Sequence[str]) -> int:
         if config and settings == PlanSettings.of_config(config):
             layouts = compare_layouts(request, cluster)
             facts[-1]["layouts"] = {name: {"seconds": seconds} for name, seconds in layouts.items()}
-            lines = strategy_lines(timelines, settings.strategy) + layout_lines(request, layouts)
+            lines = strategy_lines(timelines, settings.config.strategy) + layout_lines(request, layouts)
         if not options.json:
-            _show_table([*phase.title(len(phases)), str(request), *comparison_table(timelines, cluster), *lines])
+            table = comparison_table(timelines, cluster)
+            _show_table([*phase.title(len(phases)), str(request), *table, *lines], table)
     if options.json:
         for phase, phase_facts in zip(phases, facts, strict=True):
             phase_facts |= {"first_step": phase.first_step, "context_length": phase.context} if len(phases) > 1 else {}
@@ -140,11 +143,15 @@ def _show_memory(options: argparse.Namespace, config: Config | None) -> int:
     return 0
 
 
-def _show_table(lines: Sequence[str]) -> None:
-    """Print a comparison, with the fastest strategy in colour if there is one."""
+# styles of a table's lines, by kind
+_STYLES = {"fastest": "bold green", "refused": "dim", "": ""}
+
+
+def _show_table(lines: Sequence[str], kinds: Mapping[str, str] | None = None) -> None:
+    """Print a comparison. kinds: of lines, see `comparison_table`; the fastest strategy is in colour."""
     console = ResultConsole(highlight=False)
     for line in lines:
-        style = "bold green" if line.endswith("<- fastest") else "dim" if " is refused: " in line else ""
+        style = _STYLES[(kinds or {}).get(line, "")]
         # a folded line would break the table
         console.print(Text(line, style=style), soft_wrap=True)
 
@@ -250,7 +257,7 @@ def _settings(options: argparse.Namespace, cluster: describe.ClusterSpec) -> Pla
         kv_heads=int(kv_heads or heads),
         head_dim=options.head_dim or 128,
         dtype=options.dtype or "bfloat16",
-        layout=layout,
+        config=AttentionConfig(layout=layout),
     )
 
 

@@ -1,19 +1,19 @@
-"""Plans of a softmax over the tokens so far: its maxima, its sums, and the sums of values that it weights."""
+"""Plans of a softmax over the preceding tokens: of its maxima, its sums, and the weighted sums of values."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from distattn.ir.arguments import checked
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
-from distattn.ir.op import OPS, PREFIX_MAX
+from distattn.ir.op import OPS, PREFIX_MAX, Op
 from distattn.ir.plan import Plan, dtype_name
 from distattn.parallel.make_plan import make_plan
 
 
 class PrefixSoftmaxPlans(NamedTuple):
-    """The plans of `prefix_softmax`, or what `prepare` made of them, in the order in which they run.
+    """Plans of `prefix_softmax`, or their executables, in the order in which they run.
 
     maximum: of "prefix_max", of each latent's logits. total: of "ssd" with a head for each latent, the sums of exponentials.
     weighted: of "gla", the sums of values times exponentials, one row of a state for each latent.
@@ -22,6 +22,17 @@ class PrefixSoftmaxPlans(NamedTuple):
     maximum: Any
     total: Any
     weighted: Any
+
+
+class CallSizes(TypedDict):
+    """Heads, dims, dtype and op of a call, as arguments of `make_plan`."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: str
+    op: Op
 
 
 @checked
@@ -36,22 +47,22 @@ def make_prefix_softmax_plans(
     strategy: str = "scan",
     **settings: Any,
 ) -> PrefixSoftmaxPlans:
-    """Plan one call of `prefix_softmax` on causal documents: a pure host function, the same on every rank, no torch.
+    """Plan one call of `prefix_softmax` on causal documents: a pure host function without torch, equal on every rank.
 
-    latents: softmaxes over tokens that each head has. dtype: of values. strategy, settings: as of `make_plan` for recurrences
-    (cluster, options, working_layout, ...), for all three. Raises what `make_plan` raises.
+    latents: number of softmaxes over tokens in each head. dtype: of values. strategy, settings: those of `make_plan` for
+    recurrences (cluster, options, working_layout, ...), for all three plans. Raise what `make_plan` raises.
     """
     shapes = prefix_softmax_shapes(heads, latents, v_head_dim, dtype_name(dtype))
-    made: list[Plan] = [make_plan(mask, layout, strategy=strategy, **shape, **settings) for shape in shapes]
-    return PrefixSoftmaxPlans(*made)
+    plans: list[Plan] = [make_plan(mask, layout, strategy=strategy, **shape, **settings) for shape in shapes]
+    return PrefixSoftmaxPlans(*plans)
 
 
-def prefix_softmax_shapes(heads: int, latents: int, v_head_dim: int, dtype: str) -> list[dict[str, Any]]:
-    """Heads, dims, dtype and op of the three calls: maxima and sums are of the accumulation's dtype."""
+def prefix_softmax_shapes(heads: int, latents: int, v_head_dim: int, dtype: str) -> list[CallSizes]:
+    """Return heads, dims, dtype and op of the three calls. Maxima and sums have the accumulation dtype."""
     wide = "float64" if dtype == "float64" else "float32"
     return [
-        dict(heads=heads, kv_heads=heads, head_dim=1, v_head_dim=latents, dtype=wide, op=PREFIX_MAX),
-        # a sum is a recurrence whose queries and keys are 1, for all heads
-        dict(heads=heads * latents, kv_heads=1, head_dim=1, v_head_dim=1, dtype=wide, op=OPS["ssd"]),
-        dict(heads=heads, kv_heads=heads, head_dim=latents, v_head_dim=v_head_dim, dtype=dtype, op=OPS["gla"]),
+        CallSizes(heads=heads, kv_heads=heads, head_dim=1, v_head_dim=latents, dtype=wide, op=PREFIX_MAX),
+        # a sum is a recurrence whose queries and keys are 1 in all heads
+        CallSizes(heads=heads * latents, kv_heads=1, head_dim=1, v_head_dim=1, dtype=wide, op=OPS["ssd"]),
+        CallSizes(heads=heads, kv_heads=heads, head_dim=latents, v_head_dim=v_head_dim, dtype=dtype, op=OPS["gla"]),
     ]

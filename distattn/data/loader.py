@@ -21,7 +21,7 @@ from distattn.data.files.label_masks import check_planned_masks
 from distattn.data.packing.pack_plan import Pack, PackPlan, StepPacks
 from distattn.data.packing.shares import check_counts, check_shares, deal_packs
 from distattn.data.planned_batch import PlannedBatch
-from distattn.data.reading_thread import ReadingThread, Started
+from distattn.data.reading_thread import PendingRead, ReadingThread
 from distattn.ir.errors import DistattnError
 
 
@@ -96,19 +96,27 @@ class PackLoader:
         self._corpus_ids = corpus_ids
         self._thread = ReadingThread()
         # records that are being read ahead, by step
-        self._started: dict[int, Started[StepPacks]] = {}
+        self._started: dict[int, PendingRead[StepPacks]] = {}
         # the batch that was prepared is yielded again as long as there is a reference to it
         self._batches: weakref.WeakValueDictionary[tuple[int, int], PlannedBatch] = weakref.WeakValueDictionary()
         check_shares(self.plan, self.size, self.step, self.end, self.even)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let other processes open the plan and the files themselves, and go on from the same step."""
-        settings: dict[str, Any] = dict(
-            start_step=self.step, steps=self.end - self.step, ahead=self.ahead, even=self.even
+        make = partial(
+            PackLoader,
+            rank=self.rank,
+            size=self.size,
+            start_step=self.step,
+            steps=self.end - self.step,
+            ahead=self.ahead,
+            even=self.even,
+            vocabulary=self._vocabulary,
+            device=self._device,
+            pin_memory=self._pins,
+            corpus_ids=self._corpus_ids,
         )
-        settings |= dict(vocabulary=self._vocabulary, device=self._device, pin_memory=self._pins)
-        settings |= dict(corpus_ids=self._corpus_ids)
-        return partial(PackLoader, rank=self.rank, size=self.size, **settings), (self.plan, self._corpora)
+        return make, (self.plan, self._corpora)
 
     def __iter__(self) -> Iterator[list[PlannedBatch]]:
         """Yield this share's batches from `step` on. Increase `step` before each is yielded."""
@@ -131,7 +139,7 @@ class PackLoader:
         return [[self._batch(step, pack, packs[pack]) for pack in share] for share in self._deal(record)]
 
     @property
-    def known_by(self) -> str:
+    def data_digest(self) -> str:
         """A digest of everything that the batches depend on."""
         return combined_digest(self.plan.digest, self.size)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from distattn.batch.local_batch import BatchAttention
 from distattn.doctor.comparison import in_global_order
 from distattn.ir.errors import DistattnError
-from distattn.kernels.latent import expanded
+from distattn.kernels.latent import expand_latents
 from distattn.kernels.recurrence.tokens import RecurrenceTokens, token_by_token
 
 # arguments of attention that a layer may pass in addition to q, k and v
@@ -185,7 +185,7 @@ class _EmulatedRank(BatchAttention):
         **options: Any,
     ) -> Tensor:
         """Compute latent attention (T, H, E) as `LocalBatch.latent_attention` does."""
-        k_THD, v_THE = expanded(rope_TR, latent_TL, up_HEL, q_THD.shape[2] - rope_TR.shape[1])
+        k_THD, v_THE = expand_latents(rope_TR, latent_TL, up_HEL, q_THD.shape[2] - rope_TR.shape[1])
         return self.attention(q_THD, k_THD, v_THE, scale, **options)
 
     def recurrence(
@@ -321,11 +321,11 @@ def _convolution(x_NC: Tensor, weight: Tensor, bias: Tensor | None, sequences: S
 def dense_attention(call: AttentionCall, mistake: Mistake) -> Tensor:
     """Compute attention (N, H, E) by its definition."""
     options = {name: value for name, value in call.options.items() if name != mistake.dropped}
-    allowed_NN = visible(call._replace(options=options), mistake.window_change)
+    allowed_NN = visible_keys(call._replace(options=options), mistake.window_change)
     return attend(call.q_NHD, call.k_NKD, call.v_NKE, allowed_NN, options)
 
 
-def visible(call: AttentionCall, window_change: int = 0) -> Tensor:
+def visible_keys(call: AttentionCall, window_change: int = 0) -> Tensor:
     """Return the keys (N, N) that a call's queries see, windows included."""
     window = call.options.get("window")
     if window is None:

@@ -1,4 +1,4 @@
-"""Ranks that only compute attention: `serve`."""
+"""`serve`, which ranks call that only compute attention."""
 
 # T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim
 
@@ -27,11 +27,11 @@ from distattn.ir.arguments import checked
 from distattn.ir.errors import DistattnError
 from distattn.kernels.devices import current_device
 from distattn.kernels.merge import accumulation_dtype
-from distattn.ops.executable import whole_device
+from distattn.ops.executable import with_device_index
 
 
 class ServerStats(NamedTuple):
-    """How many passes a server took part in."""
+    """The number of passes that a server took part in."""
 
     forward: int
     backward: int
@@ -39,12 +39,13 @@ class ServerStats(NamedTuple):
 
 @checked
 def serve(group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> ServerStats:
-    """Compute attention for the other ranks of a group until they close their driver. For its last ranks, without a model.
+    """Compute attention for the other ranks of a group until they close their driver. The group's last ranks, without a model,
+    call it.
 
-    The group's other ranks make `ContextParallel(group, servers=...)`; everything else this rank is told. Raises LostRankError
-    when one of them stops answering, and what their plans raise.
+    The other ranks create `ContextParallel(group, servers=...)`, and send all settings. Raise LostRankError if one of them stops
+    answering, and the errors of their plans.
     """
-    device = whole_device(device)
+    device = with_device_index(device)
     if not (dist.is_available() and dist.is_initialized()):
         raise DistattnError("a server needs torch.distributed; call init_process_group first.")
     counts = {FORWARD: 0, BACKWARD: 0}
@@ -64,12 +65,12 @@ def serve(group: dist.ProcessGroup | None = None, device: torch.device | str = "
                     batch.executable(message.shape, device)
                 else:
                     counts[message.kind] += 1
-                    participate(batch, message, device)
+                    join_pass(batch, message, device)
     return ServerStats(counts[FORWARD], counts[BACKWARD])
 
 
-def participate(batch: LocalBatch, message: ControlMessage, device: torch.device) -> None:
-    """Take part in one forward or backward pass of a batch without tokens of one's own."""
+def join_pass(batch: LocalBatch, message: ControlMessage, device: torch.device) -> None:
+    """Take part in a forward or backward pass of a batch without local tokens."""
     shape = message.shape
     assert shape is not None
     executable = batch.executable(shape, device)
@@ -90,7 +91,7 @@ def participate(batch: LocalBatch, message: ControlMessage, device: torch.device
 
 
 def _joined(group: dist.ProcessGroup | None) -> ContextParallel:
-    """The driver of a rank that only serves, as the others have made it."""
+    """Return the driver of a rank that only serves, with the other ranks' settings."""
     cp = ContextParallel.__new__(ContextParallel)
     cp._open(group, None, None)
     return cp
@@ -101,10 +102,9 @@ def _empty(shape: AttentionShape, heads: int, width: int, device: torch.device) 
 
 
 def _batch(steps: dict[int, AwaitedResult[GatheredStep]], number: int) -> LocalBatch:
-    """The batch of that number, of the steps that are not over."""
+    """Return the batch of this number among the steps that are not released. Raise DistattnError if there is no such batch."""
     for step in steps.values():
-        for batch in step.result().made:
+        for batch in step.result().batches:
             if batch.number == number:
-                found: LocalBatch = batch
-                return found
-    raise DistattnError(f"batch {number} is of a step that is over, or that nobody has told of.")
+                return batch
+    raise DistattnError(f"batch {number} is of a step that is over, or that was not announced.")

@@ -14,8 +14,8 @@ from distattn.cluster import spec as describe
 from distattn.cluster.spec import ClusterSpec
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import LAYOUTS
-from distattn.parallel.analysis.columns import aligned, in_one_unit, plural
 from distattn.parallel.analysis.simulate import simulate
+from distattn.parallel.analysis.text_format import align_columns, plural, with_common_unit
 from distattn.parallel.analysis.timeline import Timeline
 from distattn.training.config.plan_settings import PlanSettings
 from distattn.training.config.run_file import Config
@@ -38,7 +38,8 @@ class PlanRequest:
 
     def timeline(self, strategy: str, cluster: ClusterSpec) -> Timeline:
         """Plan the call by one strategy for a cluster, prove the plan, and simulate it."""
-        return simulate(replace(self.settings, strategy=strategy, cluster=cluster).plan(*self.packs), cluster)
+        config = replace(self.settings.config, strategy=strategy, cluster=cluster)
+        return simulate(replace(self.settings, config=config).plan(*self.packs), cluster)
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -50,7 +51,7 @@ class PlanRequest:
         return (
             f"{sum(self.lengths):,} tokens in {plural(len(self.lengths), 'document')} on {shape.ranks} ranks, "
             f"{shape.heads} query and {shape.kv_heads} key/value heads of {shape.head_dim}, {shape.dtype}, "
-            f"{shape.layout} layout"
+            f"{shape.config.layout} layout"
         )
 
 
@@ -91,23 +92,21 @@ def compare_strategies(
     return out
 
 
-def comparison_table(results: dict[str, Timeline | str], cluster: ClusterSpec) -> list[str]:
+def comparison_table(results: dict[str, Timeline | str], cluster: ClusterSpec) -> dict[str, str]:
     """Return the lines of a text table with one line per strategy; the fastest is marked. All times are simulated.
 
-    results: from `compare_strategies`.
+    results: from `compare_strategies`. By line: "fastest", "refused" or "".
     """
     timed = {name: result for name, result in results.items() if isinstance(result, Timeline)}
     fastest = min(timed, key=lambda name: _seconds(timed[name]))
     head = ["strategy", *COMPARED]
-    marks = ["   <- fastest" if name == fastest else "" for name in timed]
     cells = comparison_cells(list(timed.values()))
-    table = aligned([head, *([name, *row] for name, row in zip(timed, cells, strict=True))])
-    return [
-        f"simulated on {cluster.name}; per attention call, TFLOP/s per device",
-        table[0],
-        *(line + mark for line, mark in zip(table[1:], marks, strict=True)),
-        *(f"{name} is refused: {result}" for name, result in results.items() if isinstance(result, str)),
-    ]
+    table = align_columns([head, *([name, *row] for name, row in zip(timed, cells, strict=True))])
+    lines = {f"simulated on {cluster.name}; per attention call, TFLOP/s per device": "", table[0]: ""}
+    for name, line in zip(timed, table[1:], strict=True):
+        lines |= {f"{line}   <- fastest": "fastest"} if name == fastest else {line: ""}
+    refused = {name: result for name, result in results.items() if isinstance(result, str)}
+    return lines | {f"{name} is refused: {result}": "refused" for name, result in refused.items()}
 
 
 def compare_layouts(request: PlanRequest, cluster: ClusterSpec) -> dict[str, float]:
@@ -115,16 +114,17 @@ def compare_layouts(request: PlanRequest, cluster: ClusterSpec) -> dict[str, flo
 
     Layouts that are refused are left out. Return an empty dict if each rank has its own packs, since no layout spreads them.
     """
-    settings = request.settings
+    settings, config = request.settings, request.settings.config
     if settings.ranks == settings.data_parallel_size:
         return {}
     seconds: dict[str, float] = {}
     for layout in LAYOUTS:
         # options belong to the layout that the request names
-        options = settings.layout_options if layout == settings.layout else {}
-        other = replace(request, settings=replace(settings, layout=layout, layout_options=options))
+        options = config.layout_options if layout == config.layout else None
+        of_layout = replace(config, layout=layout, layout_options=options)
+        other = replace(request, settings=replace(settings, config=of_layout))
         with suppress(DistattnError):
-            seconds[layout] = _seconds(other.timeline(settings.strategy, cluster))
+            seconds[layout] = _seconds(other.timeline(config.strategy, cluster))
     return dict(sorted(seconds.items(), key=lambda item: item[1]))
 
 
@@ -133,8 +133,8 @@ def layout_lines(request: PlanRequest, seconds: dict[str, float]) -> list[str]:
     if not seconds:
         return []
     times = ", ".join(f"{name} {value * 1e3:,.2f} ms" for name, value in seconds.items())
-    lines = [f"layouts with {request.settings.strategy}, forward + backward: {times}"]
-    return lines + _faster_choice("layout", request.settings.layout, seconds)
+    lines = [f"layouts with {request.settings.config.strategy}, forward + backward: {times}"]
+    return lines + _faster_choice("layout", request.settings.config.layout, seconds)
 
 
 def strategy_lines(results: dict[str, Timeline | str], strategy: str) -> list[str]:
@@ -175,14 +175,14 @@ def comparison_cells(timelines: Sequence[Timeline]) -> list[list[str]]:
         return [row["forward"][name] + row["backward"][name] for row in facts]
 
     columns = [
-        in_one_unit([row["forward"]["seconds"] for row in facts], "s"),
-        in_one_unit([row["backward"]["seconds"] for row in facts], "s"),
+        with_common_unit([row["forward"]["seconds"] for row in facts], "s"),
+        with_common_unit([row["backward"]["seconds"] for row in facts], "s"),
         [_three_digits(row["forward"]["tflops"]) for row in facts],
         [_three_digits(row["backward"]["tflops"]) for row in facts],
-        in_one_unit(sum_of_passes("bytes_inter_node"), "B"),
-        in_one_unit(sum_of_passes("exposed_seconds"), "s"),
+        with_common_unit(sum_of_passes("bytes_inter_node"), "B"),
+        with_common_unit(sum_of_passes("exposed_seconds"), "s"),
         [f"{row['balance']:.2f}" for row in facts],
-        in_one_unit([row["peak_bytes"] for row in facts], "B"),
+        with_common_unit([row["peak_bytes"] for row in facts], "B"),
     ]
     return [list(row) for row in zip(*columns, strict=True)]
 

@@ -33,32 +33,39 @@ from distattn.kernels.launch_mask import LaunchMask, WrittenRows
 from distattn.parallel.analysis.verify import Proof
 from distattn.parallel.runtime.landing import Landing, land, may_land
 from distattn.parallel.runtime.launches import LaunchTable
-from distattn.parallel.runtime.memory import FlatPlaces, PlacedTensor, PlaceKey, lay_out, place_kept, rounded
-from distattn.parallel.runtime.packed_messages import PackedMessages, pack, uses_copies_of
+from distattn.parallel.runtime.memory import (
+    FlatPlaces,
+    PlacedTensor,
+    PlaceKey,
+    assign_places,
+    place_kept,
+    rounded_arena_bytes,
+)
+from distattn.parallel.runtime.packed_messages import PackedMessages, joined_messages, pack, uses_copies_of
 from distattn.parallel.runtime.row_bundles import Bundle, RowFormat, find_bundles
+from distattn.parallel.runtime.segment_launches import SegmentLaunches
 from distattn.parallel.runtime.staging import stage
 from distattn.parallel.runtime.state_program import StateProgram, StateStep, lower_states
 from distattn.parallel.runtime.streams import Handover
-from distattn.parallel.runtime.stretch_launches import StretchLaunches
 from distattn.parallel.runtime.views import OWN, BufferExtent, BufferKey, BufferSlice, View, ViewParts, resolve_views
 
-# from the mask of a launch, or of a recurrence from its stretches
+# from the mask of a launch, or of a recurrence from its segments
 PrepareKernel = Callable[[Any], Any]
-# stretches of a message that travel by themselves, at most
-_MOST_STRETCHES = 4
+# segments of a message that travel by themselves, at most
+_MOST_SEGMENTS = 4
 
 
 class Message(NamedTuple):
     """What one peer sends or receives of one payload and head range: the same rows, in the same order, at both ends.
 
-    stretches: the rows of the view, cut where tokens do not follow one another; each travels by itself. Where there are many of
+    segments: the rows of the view, cut where tokens do not follow one another; each travels by itself. Where there are many of
     them, all rows are one. bundle: the buffers whose rows travel as one message with this one's, see `row_bundles`; empty where
     each tensor travels by itself. row_bytes: what is sent of each payload in such a row; row_format: what lies where in it.
     """
 
     peer: int
     view: View
-    stretches: tuple[slice, ...]
+    segments: tuple[slice, ...]
     bundle: Bundle = ()
     row_bytes: tuple[tuple[Payload, int], ...] = ()
     row_format: RowFormat | None = None
@@ -149,7 +156,7 @@ class Program:
 def lower(
     plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = None, in_larger_job: bool = False
 ) -> Program:
-    """Lower a plan for one rank. `prepare` turns the mask of a launch, or of a recurrence its stretches, into the kernel's own
+    """Lower a plan for one rank. `prepare` turns the mask of a launch, or of a recurrence its segments, into the kernel's own
     schedule.
 
     The proof is stored with the program; running an unproven plan is at the caller's risk. in_larger_job: other ranks than the
@@ -173,7 +180,7 @@ def lower(
     kept_places = place_kept(call, kept, forward.bundles)
     blank = frozenset(forward.blank | backward.blank)
     unadded = frozenset(forward.unadded | backward.unadded)
-    sizes = lay_out(call, ahead, forward.bundles), lay_out(call, back, backward.bundles)
+    sizes = assign_places(call, ahead, forward.bundles), assign_places(call, back, backward.bundles)
     sums = call.op.kind == "attention" and all(uses_copies_of(Payload.dO, step) for step in back)
     program = Program(call, proof, rank, tokens, ahead, back, kept, kept_places, blank, unadded, *sizes, sums)
     return _with_states(plan, program) if call.op.is_recurrent else program
@@ -191,7 +198,7 @@ def _with_states(plan: Plan, program: Program) -> Program:
         for moves, step in zip(one.steps, steps, strict=True):
             step.states = moves
     sizes = zip((program.forward_bytes, program.backward_bytes), states, strict=True)
-    ahead, back = (rounded(size + one.message_bytes) for size, one in sizes)
+    ahead, back = (rounded_arena_bytes(size + one.message_bytes) for size, one in sizes)
     changes: dict[str, Any] = dict(forward_states=states[0], backward_states=states[1])
     return replace(program, forward_bytes=ahead, backward_bytes=back, **changes)
 
@@ -245,25 +252,25 @@ class _TableLowering:
         steps = [ProgramStep(collective=dense) for dense in _dense_steps(self.call, self.table)]
         outgoing, sends, cut_sends = self._messages(self.outgoing, "dst")
         incoming, receives, cut_receives = self._messages(self.incoming, "src")
-        launches: LaunchTable | StretchLaunches
+        launches: LaunchTable | SegmentLaunches
         if self.call.op.is_recurrent:
-            launches = StretchLaunches.of(self.call, self.tasks)
+            launches = SegmentLaunches.of(self.call, self.tasks)
         else:
             launches = LaunchTable.of(self.tasks, self.call.gqa_group_size, self._query_buffers())
         of_payloads = [launches.parts(payload) for payload in self.payloads]
         # one search for all views of the table
         views = iter(resolve_views(self.extents, ViewParts.joined([sends, receives, *of_payloads])))
-        for (peer, key), stretches in zip(outgoing, cut_sends, strict=True):
+        for (peer, key), segments in zip(outgoing, cut_sends, strict=True):
             # copies lie as they do where they arrive, partial results as they do where they leave
             holder = self.rank if key.payload in REDUCED_PAYLOADS else peer
             shared = self._shared_rows(holder, key)
-            steps[key.step].sends.append((key.payload, Message(peer, next(views), stretches, *shared)))
-        for (peer, key), stretches in zip(incoming, cut_receives, strict=True):
+            steps[key.step].sends.append((key.payload, Message(peer, next(views), segments, *shared)))
+        for (peer, key), segments in zip(incoming, cut_receives, strict=True):
             holder = peer if key.payload in REDUCED_PAYLOADS else self.rank
             shared = self._shared_rows(holder, key)
-            steps[key.step].receives.append((key.payload, Message(peer, next(views), stretches, *shared)))
+            steps[key.step].receives.append((key.payload, Message(peer, next(views), segments, *shared)))
         for step in steps:
-            step.joined_sends, step.joined_receives = _joined(step.sends), _joined(step.receives)
+            step.joined_sends, step.joined_receives = joined_messages(step.sends), joined_messages(step.receives)
         self._add_launches(steps, launches, views)
         self._land(steps, kept, inherited)
         landings = {key: landing for key, landing in self.landings.items() if len(self.bundles.get(key, (key,))) == 1}
@@ -325,7 +332,7 @@ class _TableLowering:
     def _messages(
         self, moves: Columns, peer: str
     ) -> tuple[list[tuple[int, BufferKey]], ViewParts, list[tuple[slice, ...]]]:
-        """Peer and buffer of every message, in order, what each carries, a view with one part, and its stretches.
+        """Peer and buffer of every message, in order, what each carries, a view with one part, and its segments.
 
         peer: the column of `moves` that names it, "src" or "dst".
         """
@@ -346,11 +353,11 @@ class _TableLowering:
         begins[1:] = (part[1:] != part[:-1]) | ((moves["t0"][1:] != moves["t1"][:-1]) & is_cut)
         starts = [row[a:b][begins[a:b]].tolist() for a, b in itertools.pairwise(first)]
         sizes = np.bincount(part, length, len(names)).astype(np.int64).tolist()
-        stretches = [
-            tuple(slice(a, b) for a, b in itertools.pairwise([*(some if len(some) <= _MOST_STRETCHES else [0]), size]))
+        segments = [
+            tuple(slice(a, b) for a, b in itertools.pairwise([*(some if len(some) <= _MOST_SEGMENTS else [0]), size]))
             for some, size in zip(starts, sizes, strict=True)
         ]
-        return names, views, stretches
+        return names, views, segments
 
     def _land(
         self, steps: list[ProgramStep], kept: Container[BufferKey], inherited: Mapping[BufferKey, Landing]
@@ -369,11 +376,11 @@ class _TableLowering:
                     step.own_results.append((key, landing.own_view))
 
     def _add_launches(
-        self, steps: list[ProgramStep], launches: LaunchTable | StretchLaunches, views: Iterator[View]
+        self, steps: list[ProgramStep], launches: LaunchTable | SegmentLaunches, views: Iterator[View]
     ) -> None:
         """Add the kernel launches to their steps; `views` of each payload come launch by launch."""
         of_payload = {payload: list(itertools.islice(views, len(launches.steps))) for payload in self.payloads}
-        if isinstance(launches, StretchLaunches):
+        if isinstance(launches, SegmentLaunches):
             schedules: list[Any] = launches.schedules(self.prepare)
         else:
             masks = launches.launch_masks(task_bands(self.call.mask, launches.tasks))
@@ -434,7 +441,7 @@ class _TableLowering:
             if not (isinstance(piece.rows, slice) and isinstance(piece.view_rows, slice)):
                 return [piece]
             shift = piece.view_rows.start - piece.rows.start
-            parts = written[piece.buffer].stretches(piece.heads, piece.rows)
+            parts = written[piece.buffer].segments(piece.heads, piece.rows)
             return [piece._replace(rows=r, view_rows=slice(r.start + shift, r.stop + shift)) for r in parts]
 
         for step in steps:
@@ -464,17 +471,8 @@ def _result_views(step: ProgramStep) -> Iterator[View]:
             yield message.view
 
 
-def _joined(messages: list[tuple[Payload, Message]]) -> list[tuple[int, ...]]:
-    """Return the numbers of the messages of a step that travel together, in the order of their first ones."""
-    groups: dict[tuple[int, Bundle | int], tuple[int, ...]] = {}
-    for number, (_, message) in enumerate(messages):
-        together = (message.peer, message.bundle or number)
-        groups[together] = (*groups.get(together, ()), number)
-    return list(groups.values())
-
-
 def _memoized(prepare: PrepareKernel, in_larger_job: bool) -> PrepareKernel:
-    """Return the same function, called once for equal masks or stretches; masks say whether the job has several ranks."""
+    """Return the same function, called once for equal masks or segments; masks say whether the job has several ranks."""
     made: dict[tuple[Any, ...], Any] = {}
 
     def once(cells: Any) -> Any:

@@ -45,7 +45,7 @@ def stage(
             all_heads = message.view.heads == call.payload_heads(payload)
             if not own or len(message.bundle) > 1 or (message.bundle and not all_heads):
                 continue
-            if not travels_from_its_buffer(call, payload, message.view, message.stretches):
+            if not travels_from_its_buffer(call, payload, message.view, message.segments):
                 continue
             landed = next((found for key, one in alive if (found := _in_landed(message, key, one))), None)
             if landed:
@@ -91,7 +91,7 @@ class _CopiedRows:
 
 
 def _in_landed(message: Message, key: BufferKey, landing: Landing) -> list[BufferSlice] | None:
-    """Return the slices of a message of own rows in a landed buffer; None where not all its stretches lie there whole."""
+    """Return the slices of a message of own rows in a landed buffer; None where not all its segments lie there whole."""
     if len(message.view.slices) != 1:
         return None
     (piece,) = message.view.slices
@@ -100,12 +100,12 @@ def _in_landed(message: Message, key: BufferKey, landing: Landing) -> list[Buffe
     if where is None or piece.rows.stop > len(where):
         return None
     slices = []
-    for stretch in message.stretches:
-        rows = where[piece.rows][stretch]
+    for segment in message.segments:
+        rows = where[piece.rows][segment]
         if rows[0] < 0 or (np.diff(rows) != 1).any():
             return None
         there = slice(int(rows[0]), int(rows[-1]) + 1)
-        slices.append(piece._replace(buffer=key, rows=there, view_rows=stretch))
+        slices.append(piece._replace(buffer=key, rows=there, view_rows=segment))
     return slices
 
 

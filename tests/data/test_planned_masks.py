@@ -19,7 +19,7 @@ def opened(folder):
 
 
 def write_masks(folder, last=0):
-    """Loss masks of the first file, and spans of both."""
+    """Write loss masks of the first file, and spans of both."""
     for number, lengths in enumerate(LENGTHS):
         spans = [[0, 9, 40, 70, 100, 160, 160, 170] if length > 90 else [3, 9] for length in lengths]
         write_mask(str(folder / f"web-{number}"), "spans", spans)
@@ -52,7 +52,7 @@ def test_masks_are_part_of_a_plan_and_of_its_digests(folder):
     assert plain.plan.sources[0].masks is None
     write_masks(folder)
     masked = PackLoader(small_plan(folder, [opened(folder)]), [opened(folder)], rank=0, size=1)
-    assert masked.plan.sources[0].masks == opened(folder).masks.digest and masked.known_by != plain.known_by
+    assert masked.plan.sources[0].masks == opened(folder).masks.digest and masked.data_digest != plain.data_digest
     for before, after in zip(plain.batches(0), masked.batches(0), strict=True):
         assert before.digest != after.digest
     assert sum(batch.valid_labels for step in masked for batch in step) < sum(

@@ -1,4 +1,4 @@
-"""Recurrent layers beside attention in one model: the same batch, any layout, packed documents, equal on any number of ranks."""
+"""Recurrent layers and attention in one model: the same batch, any layout, packed documents, equal on any number of ranks."""
 
 import pytest
 import torch
@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from processes import run_on_ranks, sum_gradients
 
 import distattn as da
-from distattn.batch.recurrent_run import RecurrentRun
+from distattn.batch.recurrent_span import RecurrentSpan
 from distattn.driver.overlap import OverlapSchedule
-from distattn.driver.pipeline import _TickBatch
 
 LENGTHS = [5, 40, 1, 30]
 WIDTH, HEADS, DIM = 24, 4, 6
@@ -28,15 +27,15 @@ class Hybrid(torch.nn.Module):
         )
         self.taps = torch.nn.Parameter(torch.randn(WIDTH, 4, generator=generator, dtype=torch.float64))
 
-    def run_of_recurrences(self, batch, layout):
-        """Three layers in a row, on a layout of their own."""
-        run = RecurrentRun(batch["context_parallel"], layout)
-        assert run.is_relaid == (layout is not None)
-        x = run.enter(self.embed[batch["input_ids"][0]])
+    def span_of_recurrences(self, batch, layout):
+        """Run three layers in a row on a layout of their own."""
+        span = RecurrentSpan(batch["context_parallel"], layout)
+        assert span.is_relaid == (layout is not None)
+        x = span.enter(self.embed[batch["input_ids"][0]])
         for map_, op in zip(self.maps, ("gated_delta_rule", "ssd", "gated_delta_rule"), strict=False):
-            x = x + self.recurrent(x @ map_, run.batch, op)
-        # attention after the run is where it was before it
-        q, k, v, _ = (y.reshape(-1, HEADS, DIM) for y in (run.leave(x) @ self.maps[3]).chunk(4, -1))
+            x = x + self.recurrent(x @ map_, span.batch, op)
+        # attention after the span has the layout of before the span
+        q, k, v, _ = (y.reshape(-1, HEADS, DIM) for y in (span.leave(x) @ self.maps[3]).chunk(4, -1))
         return batch["context_parallel"].attention(q, k, v).flatten(1)
 
     def recurrent(self, projected, local, op):
@@ -66,21 +65,21 @@ class Hybrid(torch.nn.Module):
         return x
 
 
-def losses(rank, layout, pad_to, run_layout=False):
-    """run_layout: of a run of recurrences in place of the model; None: where the model's tokens are."""
+def losses(rank, layout, pad_to, span_layout=False):
+    """Return losses and gradients. span_layout: of a span of recurrences in place of the model; None: the model's own layout."""
     cp = da.ContextParallel(strategy="ring", layout=layout, pad_to=pad_to)
-    model, found = Hybrid(), []
+    model, losses_ = Hybrid(), []
     for seed in (0, 1):
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(0, 64, (1, sum(LENGTHS)), generator=generator)
         batch = cp.shard({"input_ids": ids, "document_lengths": LENGTHS[seed:] + LENGTHS[:seed]})
-        out = model(batch) if run_layout is False else model.run_of_recurrences(batch, run_layout)
+        out = model(batch) if span_layout is False else model.span_of_recurrences(batch, span_layout)
         # padding has no label
         loss = out[batch["labels"][0] >= 0].square().sum()
         loss.backward()
-        found.append(float(loss.detach()))
+        losses_.append(float(loss.detach()))
     sum_gradients(model)
-    return found, [p.grad for p in model.parameters()]
+    return losses_, [p.grad for p in model.parameters()]
 
 
 @pytest.mark.sampled(3)
@@ -89,14 +88,14 @@ def losses(rank, layout, pad_to, run_layout=False):
 )
 def test_a_hybrid_model_is_the_same_on_any_number_of_ranks(layout, pad_to, run):
     (wanted, gradients), *_ = run_on_ranks(1, losses, layout, 1, run and None)
-    everyone = run_on_ranks(3, losses, layout, pad_to, run)
+    results = run_on_ranks(3, losses, layout, pad_to, run)
     for i, loss in enumerate(wanted):
-        assert sum(found[i] for found, _ in everyone) == pytest.approx(loss, rel=1e-11)
-    for a, b in zip(everyone[0][1], gradients, strict=True):
+        assert sum(rank_losses[i] for rank_losses, _ in results) == pytest.approx(loss, rel=1e-11)
+    for a, b in zip(results[0][1], gradients, strict=True):
         assert float((a - b).abs().max()) <= 1e-10 * float(b.abs().max())
 
 
-# of each rank, for each step, the documents of its one micro-batch; the third rank has none in two of the steps
+# by rank and step, the documents of its one micro-batch; the third rank has none in two of the steps
 PACKS = [[[64, 3], [1], [90]], [[20, 70, 2], [100], [8]], [[31], [], []]]
 
 
@@ -108,8 +107,8 @@ def packs_of(rank):
 
 
 def steps_of(model, cp, loader, group=None):
-    """Losses and gradients of every step, summed over the ranks that have a model."""
-    found = []
+    """Return losses and gradients of every step, summed over the ranks that have a model."""
+    results = []
     for micro_batches in cp.steps(loader):
         total = torch.zeros((), dtype=torch.float64)
         for batch in micro_batches:
@@ -119,9 +118,9 @@ def steps_of(model, cp, loader, group=None):
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
         for part in (total, *gradients):
             dist.all_reduce(part, group=group)
-        found.append((float(total), gradients))
+        results.append((float(total), gradients))
         model.zero_grad()
-    return found
+    return results
 
 
 def pooled(rank, servers, ops):
@@ -130,18 +129,18 @@ def pooled(rank, servers, ops):
         return tuple(da.serve()) if servers else None
     settings = dict(strategy="cad", options=dict(block=8, tolerance=0.0), data="per_rank", servers=servers)
     with da.ContextParallel(None if servers else trainers, **settings) as cp:
-        found = steps_of(Hybrid(ops), cp, packs_of(rank), trainers)
+        results = steps_of(Hybrid(ops), cp, packs_of(rank), trainers)
         if servers:
             latent = Hybrid(["latent_attention"])
             with pytest.raises(
                 da.DistattnError, match="servers compute attention only, and layers of latent_attention"
             ):
                 steps_of(latent, cp, packs_of(rank), trainers)
-    return found
+    return results
 
 
 def alone(rank, ops):
-    """Every step of all ranks in one process, one micro-batch after another."""
+    """Run every step of all ranks in one process, one micro-batch after another."""
     steps = [
         [pack for of_rank in step for pack in of_rank] for step in zip(*(packs_of(r) for r in range(3)), strict=True)
     ]
@@ -155,9 +154,9 @@ def test_recurrent_layers_stay_where_tokens_are_while_attention_is_pooled_or_ser
     ops = ["gated_delta_rule", "attention", "ssd"] + ([] if servers else ["latent_attention"])
     (wanted,) = run_on_ranks(1, alone, ops)
     *results, served = run_on_ranks(4, pooled, servers, ops)
-    for found in results:
-        assert len(found) == len(wanted) == 3
-        for (loss, gradients), (other_loss, others) in zip(found, wanted, strict=True):
+    for rank_steps in results:
+        assert len(rank_steps) == len(wanted) == 3
+        for (loss, gradients), (other_loss, others) in zip(rank_steps, wanted, strict=True):
             assert loss == pytest.approx(other_loss, rel=1e-11)
             for a, b in zip(gradients, others, strict=True):
                 assert float((a - b).abs().max()) <= 1e-10 * float(b.abs().max())
@@ -180,7 +179,7 @@ class Recurrent(torch.nn.Module):
 
 
 @pytest.mark.parametrize("op", ["recurrence", "causal_conv1d", "latent_attention"])
-def test_schedules_of_attention_refuse_other_layers_in_a_sentence(op):
+def test_layers_of_other_ops_do_not_take_turns(op):
     with da.ContextParallel(strategy="ring") as cp:
         batch = cp.shard({"input_ids": torch.zeros(1, 12, dtype=torch.int64), "document_lengths": [12]})
         layer, x = Recurrent(batch["context_parallel"], op), torch.ones(12, 8, requires_grad=True)
@@ -188,7 +187,3 @@ def test_schedules_of_attention_refuse_other_layers_in_a_sentence(op):
             da.DistattnError, match="cannot take turns with other micro-batches yet; leave OverlapSchedule out"
         ):
             OverlapSchedule([layer]).step([lambda: layer(x).sum()] * 2)
-        with pytest.raises(
-            da.DistattnError, match="a PipelineSchedule compute attention only; train models with other"
-        ):
-            Recurrent(_TickBatch(None), op)(x)

@@ -1,5 +1,9 @@
 """Two batches that take turns give the gradients of the plain run, and one computes while the other's messages travel."""
 
+import gc
+import weakref
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,10 +12,12 @@ from packs_of_ranks import model_of, shared
 from processes import run_on_ranks
 from torch import nn
 from torch.nn.utils import parameters_to_vector
+from torch.utils.checkpoint import checkpoint
 
 import distattn as da
 from distattn.adapters.pytorch import local_loss
-from distattn.ops.interleaving import RECOMPUTING, interleaved_batch
+from distattn.memory.activation_checkpointing import checkpoint_layers
+from distattn.ops.current_micro_batch import RECOMPUTING, current_micro_batch
 from distattn.parallel.make_plan import STRATEGIES
 
 pytestmark = pytest.mark.sampled(3)
@@ -29,7 +35,7 @@ def batches(rank):
 
 
 class Block(nn.Module):
-    """A layer with a gate: what comes before attention and what comes after share the norm. `twice` attends two times."""
+    """A layer with a gate: its parts before and after attention share the norm. `twice` attends two times."""
 
     def __init__(self, width: int, heads: int, twice: bool = False):
         super().__init__()
@@ -63,7 +69,7 @@ class Stack(nn.Module):
 
 
 def made(kind):
-    """(layers, loss function, parameters)"""
+    """Return (layers, loss function, parameters)."""
     torch.manual_seed(0)
     if kind == "reentrant":
         model = model_of()
@@ -81,7 +87,7 @@ def made(kind):
 
 
 def alternating_run(rank, kind, options):
-    """(losses, gradients) one after the other, then taking turns, with the trace of the latter."""
+    """Return (losses, gradients) one after the other, then taking turns, with the trace of the latter."""
     layers, loss, parameters = made(kind)
     out = []
     with shared(**options) as cp:
@@ -92,11 +98,11 @@ def alternating_run(rank, kind, options):
                 losses = schedule.step([lambda batch=batch: loss(batch) for batch in local])
             else:
                 losses = [loss(batch) for batch in local]
-                for one in losses:
-                    one.backward()
+                for batch_loss in losses:
+                    batch_loss.backward()
             gradient = parameters_to_vector([parameter.grad for parameter in parameters])
             dist.all_reduce(gradient)
-            out.append(([float(one.detach()) for one in losses], gradient))
+            out.append(([float(batch_loss.detach()) for batch_loss in losses], gradient))
             for parameter in parameters:
                 parameter.grad = None
     return out, [tuple(span) for span in schedule.spans]
@@ -123,18 +129,18 @@ def test_any_strategy_may_take_turns_by_nccls_rules(strategy):
 
 
 def _thread_state():
-    """What belongs to a thread and must be as it was."""
+    """Return the thread's state that a step must not change."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled("cpu"),
-        interleaved_batch(),
+        current_micro_batch(),
         list(RECOMPUTING),
     )
 
 
 def trained_run(rank, kind, turns):
-    """Losses and parameters of five optimizer steps of two micro-batches."""
+    """Return losses and parameters of five optimizer steps of two micro-batches."""
     layers, loss, parameters = made(kind)
     optimizer, losses = torch.optim.SGD(parameters, lr=0.05), []
     before = _thread_state()
@@ -142,17 +148,17 @@ def trained_run(rank, kind, turns):
         schedule = da.OverlapSchedule(layers)
         for local in cp.steps([batches(rank)] * 5):
             if turns:
-                found = schedule.step([lambda batch=batch: loss(batch) for batch in local])
+                step_losses = schedule.step([lambda batch=batch: loss(batch) for batch in local])
             else:
-                found = [loss(batch) for batch in local]
-                for one in found:
-                    one.backward()
+                step_losses = [loss(batch) for batch in local]
+                for batch_loss in step_losses:
+                    batch_loss.backward()
             assert _thread_state() == before
             for parameter in parameters:
                 dist.all_reduce(parameter.grad)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(cp.mean_loss(found))
+            losses.append(cp.mean_loss(step_losses))
     return losses, parameters_to_vector(parameters).detach()
 
 
@@ -164,6 +170,33 @@ def test_many_steps_train_as_without_turns_and_leave_the_thread_as_it_was(kind):
     ):
         assert turned == pytest.approx(losses, rel=1e-11) and len(set(losses)) == 5
         assert (weights - turned_weights).abs().max() <= 1e-11 * weights.abs().max()
+
+
+class DroppingBlock(Block):
+    """A layer with dropout before and after attention."""
+
+    def forward(self, x, batch):
+        x = nn.functional.dropout(x, 0.5)
+        return nn.functional.dropout(super().forward(x, batch), 0.5)
+
+
+@pytest.mark.parametrize("by", ["checkpoint_layers", "torch"])
+def test_checkpointed_layers_repeat_their_dropout(by):
+    gradients = []
+    with shared() as cp:
+        for is_checkpointed in (False, True):
+            torch.manual_seed(0)
+            model = Stack(False).double()
+            model.layers = nn.ModuleList(DroppingBlock(32, 4) for _ in range(2)).double()
+            if is_checkpointed and by == "torch":
+                for layer in model.layers:
+                    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            elif is_checkpointed:
+                checkpoint_layers(model.layers)
+            (local,) = cp.steps([batches(0)])
+            da.OverlapSchedule(model.layers).step([partial(model.loss, batch) for batch in local])
+            gradients.append(parameters_to_vector([parameter.grad for parameter in model.parameters()]))
+    assert (gradients[0] - gradients[1]).abs().max() <= 1e-12 * gradients[0].abs().max()
 
 
 def test_reentrant_checkpointing_is_refused_in_a_sentence():
@@ -198,7 +231,7 @@ def order_run(rank):
         schedule.step([lambda batch=batch: loss(batch) for batch in local])
         trace = schedule.trace(rank)
     assert any(event["name"] == "moves 1" for event in trace["traceEvents"])
-    return [part for part, what, *_ in schedule.spans if what == "runs"]
+    return [part for part, event_kind, *_ in schedule.spans if event_kind == "runs"]
 
 
 def test_there_is_one_order_of_issue_on_all_ranks():
@@ -213,9 +246,29 @@ def test_without_gradients_only_forward_runs():
     (local,) = cp.steps([batches(0)])
     with torch.no_grad():
         losses = da.OverlapSchedule(layers).step([lambda batch=batch: loss(batch) for batch in local])
-    assert [float(one) for one in losses] == pytest.approx([float(loss(batch).detach()) for batch in local])
+    assert [float(turn_loss) for turn_loss in losses] == pytest.approx([float(loss(batch).detach()) for batch in local])
     assert all(parameter.grad is None for parameter in parameters)
     cp.close()
+
+
+def test_a_step_leaves_nothing_to_the_garbage_collector():
+    layers, loss, parameters = made("plain")
+    with shared() as cp:
+        (local,) = cp.steps([batches(0)])
+        kept = []
+
+        def watched(batch):
+            result = loss(batch)
+            kept.append(weakref.ref(result))
+            return result
+
+        gc.collect()
+        gc.disable()
+        try:
+            da.OverlapSchedule(layers).step([partial(watched, batch) for batch in local])
+            assert [reference() for reference in kept] == [None, None]
+        finally:
+            gc.enable()
 
 
 def test_a_failure_in_one_batch_ends_the_others():
@@ -237,6 +290,6 @@ def test_what_cannot_take_turns_is_refused():
     layers, loss, _ = made("plain")
     cp = shared()
     (local,) = cp.steps([batches(0)])
-    with pytest.raises(da.DistattnError, match="before the first layer"):
+    with pytest.raises(da.DistattnError, match="outside of the layers"):
         da.OverlapSchedule(layers[1:]).step([lambda: loss(local[0])])
     cp.close()

@@ -1,4 +1,4 @@
-"""fla-core's kernels compute every task of a recurrence, and are chosen by trial; where they cannot be used, that is said."""
+"""fla-core's kernels compute every task of a recurrence, and are chosen by trial; their absence is reported."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from distattn.ir.op import OPS
 from distattn.kernels import registry, trial_cache, trials
 from distattn.kernels.recurrence import chunked
 from distattn.kernels.spec import KernelRequirements
-from distattn.kernels.trials import ranking
+from distattn.kernels.trials import rank_kernels
 from distattn.ops import kernel_choice
 
 ROOT = Path(__file__).parents[2]
@@ -27,8 +27,8 @@ NEEDED = KernelRequirements(torch.float32, 16, 16, torch.device("cpu"), op=OPS["
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What a process found in which fla-core is there and kernels are interpreted."""
+def results(tmp_path_factory):
+    """Return the results of a process that has fla-core and interprets kernels."""
     if not FOLDER.exists():
         pytest.skip("fla-core is not there; `make fla` puts it beside the environment")
     return json.loads((made_once(tmp_path_factory, "fla", interpret) / "found.json").read_text())
@@ -44,31 +44,31 @@ def interpret(folder: Path) -> None:
 
 
 @pytest.mark.full
-def test_outputs_states_and_gradients_are_those_of_the_chunked_kernel(found):
-    assert list(found["differences"]) == sorted(RECURRENT, key=lambda name: name == "delta_rule")
-    for name, difference in found["differences"].items():
-        # in half precision: a few roundings
+def test_outputs_states_and_gradients_are_those_of_the_chunked_kernel(results):
+    assert list(results["differences"]) == sorted(RECURRENT, key=lambda name: name == "delta_rule")
+    for name, difference in results["differences"].items():
+        # half precision allows a few roundings
         assert difference < (3e-3 if name == "delta_rule" else 2e-5), name
 
 
 @pytest.mark.full
-def test_states_travel_over_ranks(found):
-    assert not found["ranks"]
+def test_states_travel_over_ranks(results):
+    assert not results["ranks"]
 
 
-def test_convolutions_are_those_of_the_taps(found):
-    assert all(difference < 1e-6 for difference in found["convolutions"].values()), found["convolutions"]
+def test_convolutions_are_those_of_the_taps(results):
+    assert all(difference < 1e-6 for difference in results["convolutions"].values()), results["convolutions"]
 
 
-def test_the_operator_runs_them(found):
-    assert max(found["operator"].values()) < 3e-3, found["operator"]
+def test_the_operator_runs_them(results):
+    assert max(results["operator"].values()) < 3e-3, results["operator"]
 
 
-def test_what_they_do_not_take_is_refused_by_name(found):
-    said = found["refusals"]
-    assert said["served"] == "" and "bfloat16 and float16, not float32" in said["fp32"]
-    assert "multiples of 16 up to 256, not 24" in said["dim"] and "not 512" in said["wide"]
-    assert said["filters"] == "" and "not of groups" in said["groups"] and "a shift has none" in said["shift"]
+def test_what_they_do_not_take_is_refused_by_name(results):
+    reasons = results["refusals"]
+    assert reasons["served"] == "" and "bfloat16 and float16, not float32" in reasons["fp32"]
+    assert "multiples of 16 up to 256, not 24" in reasons["dim"] and "not 512" in reasons["wide"]
+    assert reasons["filters"] == "" and "not of groups" in reasons["groups"] and "a shift has none" in reasons["shift"]
 
 
 @pytest.mark.full
@@ -87,16 +87,16 @@ def test_its_own_context_parallelism_is_right_as_the_cluster_check_calls_it():
 
 def test_on_gpus_they_are_tried_before_the_chunked_kernel():
     gpu = torch.device("cuda", 0)
-    assert registry.candidates(gpu, OPS["kda"]) == ("fla", "triton_chunked", "chunked")
-    assert registry.candidates(torch.device("cpu"), OPS["kda"]) == ("chunked",)
-    assert registry.candidates(gpu, OPS["convolution"]) == ("fla_conv1d", "taps")
+    assert registry.candidate_kernels(gpu, OPS["kda"]) == ("fla", "triton_chunked", "chunked")
+    assert registry.candidate_kernels(torch.device("cpu"), OPS["kda"]) == ("chunked",)
+    assert registry.candidate_kernels(gpu, OPS["convolution"]) == ("fla_conv1d", "taps")
 
 
 @pytest.fixture
 def as_on_gpus(monkeypatch, tmp_path):
-    """The CPU has the choice that a GPU has, and nothing is kept of it."""
+    """Give the CPU the choice of kernels that a GPU has, and keep none of its results."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kernel_choice, "candidates", lambda device, op: ("fla", "chunked"))
+    monkeypatch.setattr(kernel_choice, "candidate_kernels", lambda device, op: ("fla", "chunked"))
     monkeypatch.setattr(kernel_choice, "_TRIALS_OF_SHAPE", {})
     monkeypatch.setattr(kernel_choice, "_OUT_OF_MEMORY", {})
     kernel_choice._warn.cache_clear()
@@ -124,25 +124,25 @@ class WrongGradient:
     unsupported_reason, prepare = chunked.unsupported_reason, chunked.prepare
 
     @staticmethod
-    def backward(*given):
-        dx, dstate = chunked.backward(*given)
+    def backward(*args):
+        dx, dstate = chunked.backward(*args)
         return dx._replace(g=dx.g * 1.1), dstate
 
 
 def test_a_kernel_that_is_wrong_is_not_used_by_later_processes_either(as_on_gpus, monkeypatch):
     def tried_again():
         kernel_choice._TRIALS_OF_SHAPE.clear()
-        return kernel_choice.kernel_trials(plan, 0, NEEDED._replace(op=plan.call.op))
+        return kernel_choice.local_kernel_trials(plan, 0, NEEDED._replace(op=plan.call.op))
 
     monkeypatch.setitem(sys.modules, "distattn.kernels.recurrence.fla", WrongGradient)
     plan = plan_of("gated_delta_rule")
-    own = tried_again()
-    assert own["fla"].fault.startswith("wrong") and not own["chunked"].fault
-    assert ranking([own], ("fla", "chunked")) == ["chunked"]
+    own_trials = tried_again()
+    assert own_trials["fla"].fault.startswith("wrong") and not own_trials["chunked"].fault
+    assert rank_kernels([own_trials], ("fla", "chunked")) == ["chunked"]
     ((key, kept),) = trial_cache.all_trials().items()
-    assert kept == own and "fla-core" in key and key.endswith("gated_delta_rule float32 2:1 16/16")
-    monkeypatch.setattr(trials, "tried", lambda name, *given: trials.Trial(0.0, 1.0))
-    assert tried_again() == own
+    assert kept == own_trials and "fla-core" in key and key.endswith("gated_delta_rule float32 2:1 16/16")
+    monkeypatch.setattr(trials, "run_trial", lambda name, *args: trials.Trial(0.0, 1.0))
+    assert tried_again() == own_trials
     # another version of the package is another kernel
     monkeypatch.setattr(trial_cache, "version", lambda package: "9")
     assert not tried_again()["fla"].fault

@@ -1,4 +1,4 @@
-"""Where fla-core's kernels would compute decays of tokens wrongly, what to install is said."""
+"""If fla-core's kernels would compute decays of tokens wrongly, a message says what to install."""
 
 import types
 
@@ -13,7 +13,7 @@ from distattn.preflight.facts import kernel_advice
 
 @pytest.fixture
 def versions(monkeypatch):
-    """The versions of installed packages, to be changed."""
+    """Replace the versions of installed packages by a dictionary, which tests change."""
     installed = {"triton": "3.6.0", "fla-core": "0.6.0"}
 
     def version(name):
@@ -38,11 +38,11 @@ def test_the_tritons_that_are_wrong_are_refused_on_hopper_alone(versions, triton
 
 def test_the_triton_of_nightly_builds_counts(versions):
     versions["pytorch-triton"] = versions.pop("triton")
-    assert "Triton 3.6.0" in hopper.token_decay_fault(90, True)
+    assert "Triton 3.6.0" in str(hopper.token_decay_fault(90, True))
 
 
 def test_the_advice_names_both_ways_out(versions):
-    assert hopper.fla_core_advice(90).endswith(
+    assert str(hopper.fla_core_advice(90)).endswith(
         "install torch 2.13 (Triton 3.7.1) or tilelang with the CUDA compiler nvcc"
     )
     del versions["fla-core"]
@@ -54,7 +54,9 @@ def test_tilelang_helps_the_delta_rule_alone_and_only_with_the_cuda_compiler(ver
     assert hopper.token_decay_fault(90, True) is not None
     versions["nvcc"] = "13.0"
     assert hopper.token_decay_fault(90, True) is None
-    assert hopper.fla_core_advice(90).endswith("(Mamba-2) wrongly on Hopper GPUs: install torch 2.13 (Triton 3.7.1)")
+    assert str(hopper.fla_core_advice(90)).endswith(
+        "(Mamba-2) wrongly on Hopper GPUs: install torch 2.13 (Triton 3.7.1)"
+    )
     monkeypatch.setenv("FLA_TILELANG", "0")
     assert hopper.token_decay_fault(90, True) is not None
 
@@ -76,10 +78,10 @@ def test_the_preflight_says_it_only_of_models_with_such_layers(model, op, versio
 
 
 def test_the_doctor_says_it_of_each_gpu(versions, monkeypatch):
-    known = types.SimpleNamespace(major=9, minor=0, name="NVIDIA H100")
+    properties = types.SimpleNamespace(major=9, minor=0, name="NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: known)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     (check,) = [check for check in environment._devices() if check.name.startswith("kernel fla")]
     assert check.ok is None and "Triton 3.6.0" in check.state and "torch 2.13" in check.advice

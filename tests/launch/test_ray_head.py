@@ -1,4 +1,4 @@
-"""A launcher on Ray says that the cluster's head is lost, before Ray ends it, and what completes the run."""
+"""A launcher on Ray says that the cluster's head is lost, before Ray ends it, and how to complete the run."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ pytest.importorskip("ray")
 
 from distattn.launch.ray import attempts, head
 from distattn.launch.ray.run import stopping
-from distattn.launch.stop_signals import CommandStopped, answering_signals
+from distattn.launch.stop_signals import CommandStopped, stop_on_signals
 
 
 def test_a_head_that_is_lost_is_told_of_once_with_what_completes_the_run():
@@ -30,7 +30,7 @@ def test_a_head_that_is_lost_is_told_of_once_with_what_completes_the_run():
         with (
             patch.object(head, "_answers", lambda at: answers.append(real(at)) or answers[-1]),
             patch.object(head.ray, "get_runtime_context", lambda: context),
-            head.watched_head("runs/far"),
+            head.watch_head("runs/far"),
         ):
             eventually(lambda: len(answers) > head._LOOKS, "the head is not looked at")
             assert all(answers) and not sentences
@@ -39,14 +39,16 @@ def test_a_head_that_is_lost_is_told_of_once_with_what_completes_the_run():
     assert len(sentences) == 1 and sentences[0].startswith(
         f"the head of the Ray cluster at {address} does not answer any more."
     )
-    assert "python -m distattn.launch.ray.attempts runs/far ends them, goes on and reports" in sentences[0]
-    eventually(lambda: not [one for one in threading.enumerate() if one.name == "distattn-ray-head"], "it looks on")
+    assert "python -m distattn.launch.ray.attempts runs/far ends them, continues the run and reports" in sentences[0]
+    eventually(
+        lambda: not [thread for thread in threading.enumerate() if thread.name == "distattn-ray-head"], "it looks on"
+    )
 
 
 def test_a_second_ctrl_c_has_its_sentence():
     asked = []
     stopped = pytest.raises(CommandStopped, match="stopped by SIGINT")
-    with answering_signals(), stopping(asked.append), stopped:
+    with stop_on_signals(), stopping(asked.append), stopped:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
     assert asked == [signal.SIGINT]

@@ -1,4 +1,4 @@
-"""Every signal that ends a run has its sentence and its exit code, in every phase; one that was ignored stays ignored."""
+"""Every signal that ends a run has its sentence and its exit code, in every phase. An ignored signal stays ignored."""
 
 import contextlib
 import os
@@ -16,10 +16,10 @@ from waiting import LIMIT_SECONDS
 from distattn.launch import cli, finish_run, run_locally, start_run
 from distattn.launch.ranks import supervised
 from distattn.launch.ranks.local import RanksInterrupted, restore_process_state
-from distattn.launch.stop_signals import STOPPING, CommandStopped, answering_signals, stopped
+from distattn.launch.stop_signals import STOPPING, CommandStopped, stop_on_signals, stopped
 
 ROOT = Path(__file__).parents[2]
-# as a batch system that asks again and again
+# like a batch system that repeats its signal
 OFTEN = 40
 SECTIONS = """
 [train]
@@ -27,7 +27,7 @@ steps = 6
 [reference_check]
 steps = 2
 """
-# by the rows of the table in docs/local.md: where the signal comes, in a run whose ranks are stood in for
+# by the rows of the table in docs/local.md: where the signal comes, in a run with stand-ins for ranks
 WHERE = {
     "it starts": (start_run, "_check_plans"),
     "ranks train or save": (supervised, "run_supervised"),
@@ -58,7 +58,7 @@ def documented_codes() -> dict[str, int]:
 def send(number: int) -> None:
     for _ in range(OFTEN):
         os.kill(os.getpid(), number)
-    # nothing has come of it
+    # the signal had no effect
     os._exit(99)
 
 
@@ -81,8 +81,8 @@ def in_a_fork(work) -> tuple[int, str]:
             os.write(2, repr(error).encode())
         os._exit(98)
     os.close(write)
-    with open(read) as said:
-        text = said.read()
+    with open(read) as output:
+        text = output.read()
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text
 
 
@@ -103,15 +103,15 @@ def test_a_signal_has_its_sentence_and_code_in_every_phase(number, phase, place)
                     patches.enter_context(patch.object(module, name, lambda *_, **__: send(number)))
                 elif at != "it starts":
                     patches.enter_context(patch.object(module, name, lambda *_, **__: None))
-            # of a run that has saved, and has a checkpoint of step 4
+            # the run has saved a checkpoint of step 4
             patches.enter_context(patch.object(run_locally, "preferred_step", lambda folder: 4))
             sys.argv = ["distattn", "launch", "local", "run.toml"]
             cli.entry()
 
-    code, said = in_a_fork(launch)
+    code, output = in_a_fork(launch)
     sentence = documented()[phase].replace("SIGTERM", number.name).replace("RUN", "run")
-    assert (code, said) == (128 + number, f"distattn: {sentence}\n")
-    # what the sentence says
+    assert (code, output) == (128 + number, f"distattn: {sentence}\n")
+    # the folder is as the sentence says
     assert (place / "run").exists() == (phase != "it starts")
 
 
@@ -119,7 +119,7 @@ def test_a_signal_that_was_ignored_stays_ignored(place):
     def ignore() -> None:
         for number in STOPPING:
             signal.signal(number, signal.SIG_IGN)
-        with answering_signals(), restore_process_state():
+        with stop_on_signals(), restore_process_state():
             for number in STOPPING:
                 os.kill(os.getpid(), number)
         sys.exit(7)
@@ -131,9 +131,9 @@ def test_what_the_caller_answers_itself_is_left_to_it():
     asked = []
     before = signal.signal(signal.SIGUSR1, lambda *_: asked.append("by the caller"))
     try:
-        with answering_signals():
+        with stop_on_signals():
             os.kill(os.getpid(), signal.SIGUSR1)
-            again = answering_signals(), stopped("here", "there is more"), stopped("")
+            again = stop_on_signals(), stopped("here", "there is more"), stopped("")
             expected_stop = pytest.raises(CommandStopped, match="stopped by SIGTERM here; there is more.")
             with expected_stop, again[0], again[1], again[2]:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -143,14 +143,14 @@ def test_what_the_caller_answers_itself_is_left_to_it():
 
 
 def test_torchrun_ends_its_ranks_by_a_signal_that_they_take():
-    with answering_signals(), pytest.raises(RanksInterrupted) as interrupted, restore_process_state():
+    with stop_on_signals(), pytest.raises(RanksInterrupted) as interrupted, restore_process_state():
         os.kill(os.getpid(), signal.SIGHUP)
     assert interrupted.value.sigval == signal.SIGINT and interrupted.value.stop.exit_code == 129
 
 
 def test_a_process_that_was_forked_meanwhile_ends_as_by_itself():
     def fork() -> None:
-        with answering_signals():
+        with stop_on_signals():
             if not (child := os.fork()):
                 send(signal.SIGTERM)
             sys.exit(-os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
@@ -172,16 +172,16 @@ def test_a_run_bears_a_closed_terminal_after_nohup_and_one_stopped_in_its_compar
     run = subprocess.Popen([*command, "launch", "local", "run.toml"], start_new_session=True, preexec_fn=nohup, **how)
     for line in run.stdout:
         if line.startswith("step 1/"):
-            # as a terminal that closes: to the launcher and to all that it has started
+            # a terminal that closes signals the launcher and all its processes
             os.killpg(run.pid, signal.SIGHUP)
         if line.startswith("the first"):
             break
-    # nothing is ended by it, and 40 are answered once
+    # this ends nothing, and 40 signals are answered once
     for _ in range(OFTEN):
         run.send_signal(signal.SIGQUIT)
-    _, said = run.communicate(timeout=LIMIT_SECONDS)
+    _, error = run.communicate(timeout=LIMIT_SECONDS)
     sentence = documented()["it compares"].replace("SIGTERM", "SIGQUIT").replace("RUN", "run")
-    assert (run.returncode, said) == (131, f"distattn: {sentence}\n")
+    assert (run.returncode, error) == (131, f"distattn: {sentence}\n")
     shown = subprocess.run([*command, "launch", "status", "run"], **how)
     assert "compares and reports" in shown.stdout.splitlines()[0], shown
     completing = re.search(r"python -m (\S+) run", shown.stdout)[1]

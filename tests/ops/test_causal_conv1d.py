@@ -82,7 +82,7 @@ def test_every_strategy_and_layout_equals_conv1d(strategy, ranks):
 
 
 def test_what_moves_does_not_depend_on_the_length():
-    # zigzag on 8 ranks: the halos of 3 tokens of 14 stretches come from others; x twice, and its gradient once
+    # zigzag on 8 ranks: the halos of 3 tokens of 14 segments come from others; x twice, and its gradient once
     for length in (512, 65536):
         moved = plan_of(da.Layout.zigzag((length,), 8)).forward.moves
         assert int((moved["t1"] - moved["t0"]).sum()) == 3 * 14
@@ -107,8 +107,8 @@ def test_real_ranks_equal_one_process():
     x, weight, bias, dy = (value.requires_grad_() for value in inputs(layout.n))
     wanted = by_document(x, weight, bias, LENGTHS)
     grads = torch.autograd.grad(wanted, (x, weight, bias), dy.detach())
-    found = layout.unshard(list(y)), layout.unshard(list(dx)), dweight[0], dbias[0]
-    for a, b in zip(found, (wanted.detach(), *grads), strict=True):
+    results = layout.unshard(list(y)), layout.unshard(list(dx)), dweight[0], dbias[0]
+    for a, b in zip(results, (wanted.detach(), *grads), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
@@ -152,6 +152,6 @@ def test_a_compiled_convolution_is_the_same():
         return F.silu(da.causal_conv1d(x, weight, ready, bias=bias))
 
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    both = [torch.autograd.grad(f(x).square().sum(), (x, weight, bias)) for f in (layer, compiled)]
-    for a, b in zip(*both, strict=True):
+    gradients = [torch.autograd.grad(f(x).square().sum(), (x, weight, bias)) for f in (layer, compiled)]
+    for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)

@@ -31,7 +31,7 @@ def modifiers(softcap=True, alibi=True, sink=True, gate=(HEADS, 8)):
 
 
 def oracle(mask, inputs, softcap, alibi_slopes, sink, gate):
-    """The definition, on the whole axis: (o, lse, dq, dk, dv, dsink, dgate)."""
+    """Compute (o, lse, dq, dk, dv, dsink, dgate) by definition, on the whole axis."""
     q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
     extra = [x.detach().requires_grad_() for x in (sink, gate) if x is not None]
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(HEADS // KV_HEADS, 1)) / math.sqrt(q.shape[-1])
@@ -101,10 +101,10 @@ def test_sinks_and_gates_need_nothing_of_the_kernel(strategy):
     check(plan_for(strategy, masks()["documents"], "zigzag"), masks()["documents"], "cpu", modified)
 
 
-@pytest.mark.parametrize("one", ["softcap", "alibi", "sink", "gate"])
-def test_each_modifier_alone_equals_the_oracle(one):
+@pytest.mark.parametrize("modifier", ["softcap", "alibi", "sink", "gate"])
+def test_each_modifier_alone_equals_the_oracle(modifier):
     absent = dict(softcap=False, alibi=False, sink=False, gate=())
-    modified = modifiers(**absent | {one: (HEADS, 8) if one == "gate" else True})
+    modified = modifiers(**absent | {modifier: (HEADS, 8) if modifier == "gate" else True})
     check(plan_for("ring", masks()["odd"], "document_zigzag", 2), masks()["odd"], "reference", modified)
 
 
@@ -115,8 +115,8 @@ def test_each_modifier_alone_equals_the_oracle(one):
         (dict(softcap=-1.0), "softcap is a positive number"),
         (dict(softcap=2.0), "no soft-capping and no ALiBi"),
         (dict(alibi_slopes=torch.ones(4)), 'no soft-capping and no ALiBi slopes. Use kernel="reference"'),
-        (dict(alibi_slopes=torch.ones(4, requires_grad=True)), "want a gradient"),
-        (dict(sink=torch.ones(3)), r"sink has shape \(3,\); the plan wants \(4,\) \(heads,\)"),
+        (dict(alibi_slopes=torch.ones(4, requires_grad=True)), "require a gradient"),
+        (dict(sink=torch.ones(3)), r"sink has shape \(3,\); the plan needs \(4,\) \(heads,\)"),
         (dict(sink=torch.ones(4, dtype=torch.int64)), "floating point is needed"),
         (dict(gate=torch.ones(200, 4, dtype=torch.int64)), "gate is int64; floating point"),
         (dict(scale=torch.tensor(0.3)), "scale is a number"),

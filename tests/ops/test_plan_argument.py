@@ -5,14 +5,14 @@ import torch
 
 import distattn as da
 
-# what is wrong with a plan is said before shapes are looked at
+# a wrong plan is refused before shapes are checked
 CALLS = {
-    "attention": lambda x, *given: da.attention(x, x, x, *given),
-    "latent_attention": lambda x, *given: da.latent_attention(x, x[:, 0, :2], x[:, 0], x, *given),
-    "recurrence": lambda x, *given: da.recurrence(x, x, x, *given),
-    "causal_conv1d": lambda x, *given: da.causal_conv1d(x[:, 0], x[:, 0], *given),
-    "token_shift": lambda x, *given: da.token_shift(x, *given),
-    "prefix_max": lambda x, *given: da.prefix_max(x, *given),
+    "attention": lambda x, *args: da.attention(x, x, x, *args),
+    "latent_attention": lambda x, *args: da.latent_attention(x, x[:, 0, :2], x[:, 0], x, *args),
+    "recurrence": lambda x, *args: da.recurrence(x, x, x, *args),
+    "causal_conv1d": lambda x, *args: da.causal_conv1d(x[:, 0], x[:, 0], *args),
+    "token_shift": lambda x, *args: da.token_shift(x, *args),
+    "prefix_max": lambda x, *args: da.prefix_max(x, *args),
 }
 
 
@@ -27,13 +27,13 @@ def test_what_is_no_plan_or_has_a_group_twice_is_refused(op, plan):
     call, x = CALLS[op], torch.zeros(4, 2, 8)
     with pytest.raises(da.DistattnError, match=r"plan is .*, not (a str|'ring')"):
         call(x, "ring")
-    with pytest.raises(da.DistattnError, match="an executable knows its group and kernel; give them to prepare"):
+    with pytest.raises(da.DistattnError, match="an executable has its group and kernel; pass them to prepare"):
         call(x, da.prepare(plan), torch.distributed.ProcessGroup(0, 1))
 
 
 @pytest.mark.parametrize("op", [op for op in CALLS if op != "attention"])
 def test_only_attention_takes_turns_with_other_micro_batches(op, plan, monkeypatch):
-    monkeypatch.setattr("distattn.ops.interleaving.RECOMPUTING", [object()])
+    monkeypatch.setattr("distattn.ops.current_micro_batch.RECOMPUTING", [object()])
     with pytest.raises(da.DistattnError, match=f"^{op} cannot take turns with other micro-batches yet; leave Overlap"):
         CALLS[op](torch.zeros(4, 2, 8), plan)
 

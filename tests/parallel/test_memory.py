@@ -1,4 +1,4 @@
-"""Where the tensors of a pass lie: nothing on top of something that is still needed, and no more memory than was said."""
+"""The places of a pass's tensors: no two live tensors overlap, and memory is what was announced."""
 
 import itertools
 import random
@@ -18,7 +18,7 @@ from distattn.kernels.registry import KERNELS
 from distattn.parallel.make_plan import make_plan
 from distattn.parallel.runtime import execute, memory, program
 from distattn.parallel.runtime.buffers import Buffers
-from distattn.parallel.runtime.memory import Request, find_places, rounded
+from distattn.parallel.runtime.memory import Request, find_places, rounded_arena_bytes
 from distattn.parallel.runtime.transport import InProcessNetwork
 
 requests = st.builds(
@@ -47,13 +47,13 @@ def test_places_of_one_moment_do_not_overlap(wanted):
 
 @given(st.integers(0, 1 << 42))
 def test_arenas_have_few_sizes_and_waste_little(size):
-    assert size <= rounded(size) <= max(size * 33 / 32, size + 512)
-    assert rounded(rounded(size)) == rounded(size)
+    assert size <= rounded_arena_bytes(size) <= max(size * 33 / 32, size + 512)
+    assert rounded_arena_bytes(rounded_arena_bytes(size)) == rounded_arena_bytes(size)
 
 
 @pytest.mark.parametrize("low", [1 << 20, 3 << 28])
 def test_batches_of_nearly_one_size_have_arenas_of_one_size(low):
-    assert len({rounded(size) for size in range(low, 2 * low, low // 999)}) <= 34
+    assert len({rounded_arena_bytes(size) for size in range(low, 2 * low, low // 999)}) <= 34
 
 
 @pytest.mark.parametrize("ranks", [8, 64])
@@ -66,10 +66,10 @@ def test_an_arena_is_hardly_larger_than_what_lives_at_once(strategy, ranks):
     passes = []
 
     def recorded(call, steps, bundles):
-        passes.append((steps, bundles, memory.lay_out(call, steps, bundles)))
+        passes.append((steps, bundles, memory.assign_places(call, steps, bundles)))
         return passes[-1][-1]
 
-    with mock.patch.object(program, "lay_out", recorded):
+    with mock.patch.object(program, "assign_places", recorded):
         program.lower(plan, 1, lambda mask: None)
     for steps, bundles, size in passes:
         change = Counter()
@@ -81,7 +81,7 @@ def test_an_arena_is_hardly_larger_than_what_lives_at_once(strategy, ranks):
 
 
 class LateNetwork(InProcessNetwork):
-    """Delivers when it is waited for, as NCCL may: what is sent is read then, and what is received is NaN until then."""
+    """A network that delivers at the wait, as NCCL may: sends are read then, and received tensors are NaN until then."""
 
     def __init__(self):
         super().__init__()
@@ -107,7 +107,7 @@ class LateNetwork(InProcessNetwork):
 
 @pytest.fixture
 def places_die(monkeypatch):
-    """Every tensor is NaN when it is placed, and again when its life ends."""
+    """Fill every tensor with NaN when it is placed, and again when its life ends."""
     place, release, launch, step = Buffers.place, Buffers.release, execute._launch, execute._run_step
 
     def nan(tensors):

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from distattn.supervision import evidence
-from distattn.supervision.evidence import is_in_collective, keep_evidence
+from distattn.supervision.evidence import is_in_collective, save_evidence
 from distattn.supervision.heartbeats import Heartbeat
 
 OTHER = 'Thread 0x1 (most recent call first):\n  File "/a/threading.py", line 1 in wait\n  <no Python frame>\n'
@@ -16,7 +16,7 @@ MAIN = (
     'Current thread 0x2 (most recent call first):\n  File "/a/torch/distributed/c10d.py", line 2 in all_reduce\n',
     '  File "train.py", line 3 in <module>\n',
 )
-# answers SIGUSR2 in parts, some time apart
+# answers SIGUSR2 in parts, with pauses
 RANK = """
 import signal, sys, time
 
@@ -34,7 +34,7 @@ while True:
 
 
 def kept(folder, *parts: str, answers: bool = True) -> str:
-    """The stacks of a rank that writes them so."""
+    """Return the stacks that are kept of a rank that writes these parts."""
     (folder / "stacks-0.txt").write_text("of a hang before\n")
     rank = subprocess.Popen(
         [sys.executable, "-c", RANK, str(folder / "stacks-0.txt"), *parts], stdout=subprocess.PIPE, text=True
@@ -45,7 +45,7 @@ def kept(folder, *parts: str, answers: bool = True) -> str:
         rank.wait()
     beat = Heartbeat(rank.pid, 1, time.monotonic(), 1, 2, 0.0, True, "all-reduce")
     try:
-        return keep_evidence(folder, {0: rank.pid}, {0: beat})[0]
+        return save_evidence(folder, {0: rank.pid}, {0: beat})[0]
     finally:
         rank.kill()
         rank.wait()

@@ -1,0 +1,176 @@
+"""Hugging Face transformers: change the layout around spans of recurrent layers, by public forward hooks of decoder layers.
+
+Hooks are called outside of checkpointed layers: transformers and `memory.checkpoint_layers` checkpoint the inside of a layer. So
+rows move once, and the kept input of a layer has the layout in which the layer is computed.
+"""
+
+# T tokens of this rank, C channels
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distattn.adapters.huggingface_masks import MaskPattern
+from distattn.adapters.huggingface_recurrent import check_mixing_layer
+from distattn.adapters.pytorch import unwrapped
+from distattn.batch.local_batch import LocalBatch
+from distattn.batch.recurrent_span import RecurrentSpan, recurrent_span
+from distattn.ir.errors import DistattnError
+
+_RECURRENT = "linear_attention"
+# a layer of attention and a recurrence side by side
+_WITH_ATTENTION = "hybrid"
+# kinds of layers that work in any layout, such as those between recurrent layers
+_BY_TOKEN = ("mlp", "moe")
+# an op, and the names in configurations of its value heads, query and key heads, key dim and value dim
+_SHAPES = (
+    (
+        "gated_delta_rule",
+        ("linear_num_value_heads", "linear_num_key_heads", "linear_key_head_dim", "linear_value_head_dim"),
+    ),
+    ("kda", ("linear_num_heads", "linear_num_heads", "linear_head_dim", "linear_head_dim")),
+    ("ssd", ("mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_head")),
+    ("ssd", ("mamba_num_heads", "n_groups", "ssm_state_size", "mamba_head_dim")),
+)
+# models whose configurations have none of these sizes, and the op of their recurrent layers
+_OPS_OF_OTHERS = {"mamba2": "ssd", "zamba2": "ssd"}
+# arguments that decoders pass to all layers, and only attention reads: recurrent layers have no positions
+_POSITIONS = ("position_ids", "position_embeddings")
+# outputs of each layer or router that decoders may return; the caller expects their rows in the model's layout
+_RETURNED = ("output_hidden_states", "output_router_logits")
+
+
+def relayout_recurrent_spans(model: Any) -> list[Any]:
+    """Move tokens to contiguous slices for spans of recurrent layers if that is faster on the batch's `cluster`.
+
+    model: a transformers model; call this once, before it is sharded or compiled. `distattn.recurrent_span` chooses for each
+    batch and span: without a described cluster rows stay. They also stay if hidden states or router logits are to be returned, if
+    layers get other tensors of tokens, and in models whose configuration has no shape of their states. Return handles with
+    `remove()`, an empty list for a model without such spans. Other hooks on layers inside a span see its rows.
+    """
+    decoder = unwrapped(model).get_decoder()
+    shape = recurrence_shape(decoder.config)
+    if shape is None:
+        return []
+    asked = _Returned(decoder.config)
+    handles = [decoder.register_forward_pre_hook(asked.note, with_kwargs=True)]
+    for numbers in find_spans(decoder.config.layer_types):
+        layers = [decoder.layers[number] for number in numbers]
+        count = sum(decoder.config.layer_types[number] == _RECURRENT for number in numbers)
+        span = _Span(f"layers {numbers[0]} to {numbers[-1]}", shape | dict(layers=count), asked)
+        handles.append(layers[0].register_forward_pre_hook(span.enter, with_kwargs=True))
+        handles += [layer.register_forward_pre_hook(span.within, with_kwargs=True) for layer in layers[1:]]
+        handles.append(layers[-1].register_forward_hook(span.leave))
+    return handles
+
+
+def find_spans(kinds: Sequence[str]) -> list[range]:
+    """Return the numbers of layers of each span: from a recurrent layer to the last one after it without attention between."""
+    spans: list[range] = []
+    begin: int | None = None
+    for number, kind in enumerate([*kinds, ""]):
+        if kind == _RECURRENT:
+            begin, last = (number if begin is None else begin), number
+        elif kind not in _BY_TOKEN and begin is not None:
+            spans.append(range(begin, last + 1))
+            begin = None
+    return spans
+
+
+def recurrence_shape(config: Any) -> dict[str, Any] | None:
+    """Return op, heads, kv_heads, head_dim and v_head_dim of a configuration's recurrent layers; None if they are unknown."""
+    if _RECURRENT not in (getattr(config, "layer_types", None) or ()):
+        return None
+    check_mixing_layer(list(config.layer_types).index(_RECURRENT), config)
+    op, names = _op_and_sizes(config)
+    if op is None:
+        return None
+    sizes = (getattr(config, name) for name in names)
+    return dict(op=op) | dict(zip(("heads", "kv_heads", "head_dim", "v_head_dim"), sizes, strict=True))
+
+
+def recurrent_op(config: Any) -> str | None:
+    """Return the op of a configuration's recurrent layers; None without such layers, and for unknown ones."""
+    kinds = getattr(config, "layer_types", None) or ()
+    if _RECURRENT not in kinds and _WITH_ATTENTION not in kinds:
+        return None
+    return _op_and_sizes(config)[0] or _OPS_OF_OTHERS.get(config.model_type)
+
+
+def _op_and_sizes(config: Any) -> tuple[str | None, tuple[str, ...]]:
+    """Return the op whose sizes a configuration has, and the names of these sizes there."""
+    return next(((op, names) for op, names in _SHAPES if all(hasattr(config, name) for name in names)), (None, ()))
+
+
+class _Returned:
+    """A flag: the decoder has to return rows of its layers in this forward pass."""
+
+    def __init__(self, config: Any):
+        self._config, self.any = config, False
+
+    @torch.compiler.disable
+    def note(self, module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+        self.any = any(kwargs.get(name, getattr(self._config, name, False)) for name in _RETURNED)
+
+
+class _Span:
+    """The hooks of one span of layers."""
+
+    def __init__(self, name: str, shape: Mapping[str, Any], asked: _Returned):
+        self._name, self._shape, self._asked = name, dict(shape), asked
+        # for the batch whose forward pass is between the first layer and the last; None if rows stay
+        self._span: RecurrentSpan | None = None
+
+    @torch.compiler.disable
+    def enter(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Choose a layout before the first layer, and move the rows."""
+        self._span = None
+        batch = kwargs.get("context_parallel")
+        if not isinstance(batch, LocalBatch) or self._asked.any or not _hidden_states_only(args, kwargs):
+            return None
+        hidden_1TC = args[0]
+        kind = hidden_1TC.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_1TC.dtype
+        span = recurrent_span(batch, width=hidden_1TC.shape[-1], dtype=dtype, device=hidden_1TC.device, **self._shape)
+        if not span.is_relaid:
+            return None
+        self._span = span
+        return (span.enter(hidden_1TC.squeeze(0))[None],), _within(span, kwargs)
+
+    @torch.compiler.disable
+    def within(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Replace the batch and the positions before each other layer."""
+        if self._span is None:
+            return None
+        if not _hidden_states_only(args, kwargs):
+            raise DistattnError(
+                f"the tokens of {self._name} were moved, and one of the layers got other tensors than its hidden states; leave "
+                "relayout_recurrent_spans out."
+            )
+        return args, _within(self._span, kwargs)
+
+    @torch.compiler.disable
+    def leave(self, layer: Any, args: tuple[Any, ...], output: Any) -> Any:
+        """Move the rows back after the last layer."""
+        span, self._span = self._span, None
+        if span is None:
+            return None
+        hidden_1TC, *others = output if isinstance(output, tuple) else (output,)
+        moved = span.leave(hidden_1TC.squeeze(0))[None]
+        return (moved, *others) if isinstance(output, tuple) else moved
+
+
+def _within(span: RecurrentSpan, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a layer's arguments in a span. Without positions a layer that reads them fails, and does not compute wrongly."""
+    return {**kwargs, **{name: None for name in _POSITIONS if name in kwargs}, "context_parallel": span.batch}
+
+
+def _hidden_states_only(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a layer gets only hidden states (1, T, C), the batch, positions, and values that are not tensors."""
+    others = (value for name, value in kwargs.items() if name not in (*_POSITIONS, "context_parallel"))
+    plain = (type(None), bool, int, float, str, MaskPattern)
+    return len(args) == 1 and isinstance(args[0], Tensor) and all(isinstance(value, plain) for value in others)

@@ -1,0 +1,111 @@
+"""A span of recurrent layers, for which tokens may move to another layout before the first and back after the last."""
+
+# T tokens of this rank, U in the layout of the span, C channels
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distattn.batch.local_batch import LocalBatch, RelaidBatch
+from distattn.batch.packed_batch import padded
+from distattn.batch.planner import AttentionShape
+from distattn.cluster.spec import ClusterSpec
+from distattn.ir.arguments import checked
+from distattn.ir.errors import DistattnError
+from distattn.ir.op import Op, op_of
+from distattn.ir.plan import Plan, dtype_name
+from distattn.ops.executable import with_device_index
+from distattn.parallel.runtime.relaid_rows import move_rows
+from distattn.parallel.span_layout import SPAN_LAYOUT, relayout_is_faster, relayout_may_be_faster
+
+
+class RecurrentSpan:
+    """A span of recurrent layers: they take `batch` in place of the model's, and rows from `enter`; `leave` moves rows back.
+
+    Everything between the two that works token by token (norms, projections, MLPs) needs no change. Positions are not moved:
+    recurrent layers have none.
+
+        span = da.recurrent_span(batch, "gated_delta_rule", layers=3, width=4096, heads=32, head_dim=128)
+        x = span.enter(x)
+        for layer in layers:
+            x = layer(x, span.batch)
+        x = span.leave(x)
+    """
+
+    def __init__(self, batch: LocalBatch, layout: str | None):
+        """Make the batch of the span. layout: of the span, by name; None if rows stay."""
+        self.batch = batch if layout is None else RelaidBatch(batch, layout)
+        self._model, self._layout, self.is_relaid = batch, layout, layout is not None
+
+    def enter(self, x_TC: Tensor) -> Tensor:
+        """Move rows (T, C) of the model to the span's rows (U, C), with gradients. A collective call of all ranks."""
+        return self._move(x_TC, inward=True)
+
+    def leave(self, x_UC: Tensor) -> Tensor:
+        """Move rows back: the inverse of `enter`."""
+        return self._move(x_UC, inward=False)
+
+    @torch.compiler.disable
+    def _move(self, x: Tensor, inward: bool) -> Tensor:
+        if self._layout is None:
+            return x
+        planner = self._model.planner
+        moves = self._model.row_moves(self._layout, x.device)
+        moves = moves if inward else moves.reversed()
+        rows, pad_to = sum(map(len, moves.sends.values())), planner.config.pad_to
+        if len(x) not in (rows, padded(rows, pad_to)):
+            raise DistattnError(f"a span of layers moves the {rows} rows of this rank (or as padded), not {len(x)}.")
+        moved = move_rows(x[:rows], moves, planner.ranks.transport(x.device))
+        if len(x) != padded(rows, pad_to):
+            return moved
+        return F.pad(moved, (0, 0) * (x.dim() - 1) + (0, padded(moves.rows, pad_to) - moves.rows))
+
+
+@checked
+def recurrent_span(
+    batch: LocalBatch,
+    op: Op | str,
+    *,
+    layers: int,
+    width: int,
+    heads: int,
+    head_dim: int,
+    kv_heads: int | None = None,
+    v_head_dim: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | None = None,
+) -> RecurrentSpan:
+    """Return the span of `layers` consecutive recurrent layers, re-laid to contiguous slices if that is faster in simulation.
+
+    width: channels of the hidden states that would move. heads are those of values, kv_heads (by default as many) those of
+    queries and keys. Rows stay if no cluster is described, because times are then unknown, and if a rank has no tokens. All
+    ranks come to the same result, once per batch. The choice compares two plans of such a layer, in the model's layout and in
+    the other, unless moving tokens takes longer than it could gain. device: of the rows; with it plans are made ahead for
+    later batches, on the planning thread, and a call that is new in the run is collective.
+    """
+    cluster, op = batch.planner.config.cluster, op_of(op)
+    if not isinstance(cluster, ClusterSpec) or isinstance(batch, RelaidBatch):
+        return RecurrentSpan(batch, None)
+    home = batch.planner.layout_of(batch.key, None)
+    if not home.shard_sizes().all():
+        # ranks without tokens may be servers, which compute attention only
+        return RecurrentSpan(batch, None)
+    shape = AttentionShape(heads, kv_heads or heads, head_dim, v_head_dim or head_dim, dtype_name(dtype), op=op)
+    span_key = shape, layers, width
+    if span_key not in batch.relaid_spans:
+        here, there = _plan(batch, shape, device), batch.planner.layout_of(batch.key, SPAN_LAYOUT)
+        is_faster = relayout_may_be_faster(here, there, layers=layers, width=width, cluster=cluster)
+        if is_faster:
+            relaid = _plan(batch, shape._replace(layout=SPAN_LAYOUT), device)
+            is_faster = relayout_is_faster(here, relaid, layers=layers, width=width, cluster=cluster)
+        batch.relaid_spans[span_key] = is_faster
+    return RecurrentSpan(batch, SPAN_LAYOUT if batch.relaid_spans[span_key] else None)
+
+
+def _plan(batch: LocalBatch, shape: AttentionShape, device: torch.device | str | None) -> Plan:
+    if device is not None:
+        # later batches have it made ahead
+        batch.executable(shape, with_device_index(device))
+    return batch.plan(*shape)

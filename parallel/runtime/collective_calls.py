@@ -1,0 +1,85 @@
+"""Collective calls that name missing ranks: each rank notes its calls in the job's store, which is read only after a failure."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from distattn.ir.errors import LostRankError, named_ranks
+
+Result = TypeVar("Result")
+# number of this rank's calls by name, by group
+_CALLS: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary()
+# seconds that the store may take to answer, and by which other ranks may be late: a broken connection is noticed at once
+_ANSWER, _LATER = 5.0, 10.0
+
+
+def run_collective(group: dist.ProcessGroup, call: str, work: Callable[[], Result]) -> Result:
+    """Run the collective `work` and return its result. If it fails, raise LostRankError naming the ranks that never joined.
+
+    call: the name of the call, for the error; all ranks of the group make it equally often. Ranks are those of the default
+    group.
+    """
+    calls = _CALLS.setdefault(group, Counter())
+    calls[call] += 1
+    name = f"distattn/{call}/{group.group_name}"
+    # the note is needed only after a failure, and some stores have no process behind them
+    with contextlib.suppress(RuntimeError):
+        dist.PrefixStore(name, default_store()).set(str(dist.get_rank()), str(calls[call]))
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        # a fault of this rank
+        raise
+    except RuntimeError as error:
+        raise _missing(name, dist.get_process_group_ranks(group), calls[call], call, error) from None
+
+
+def default_store() -> dist.Store:
+    """Return the store of the default process group, which PyTorch offers only under a private name."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def ask_store(work: Callable[[], Result], seconds: float) -> Result | None:
+    """Return the result of `work`, or None if the store does not answer in time. PyTorch's own calls would wait forever."""
+    answers: list[Result] = []
+
+    def attempt() -> None:
+        with contextlib.suppress(RuntimeError):
+            answers.append(work())
+
+    thread = threading.Thread(target=attempt, daemon=True, name="distattn-store")
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else None
+
+
+def _missing(name: str, members: list[int], number: int, call: str, error: RuntimeError) -> LostRankError:
+    def look_up() -> list[int]:
+        # a separate connection: other threads may block theirs
+        store = dist.PrefixStore(name, default_store().clone())  # type: ignore[attr-defined]
+        ends, absent = time.monotonic() + _LATER, list(members)
+        while absent and time.monotonic() < ends:
+            keys = {rank: str(rank) for rank in absent}
+            came = [rank for rank, key in keys.items() if store.check([key]) and int(store.get(key).decode()) >= number]
+            absent = [rank for rank in absent if rank not in came]
+            time.sleep(0.05)
+        return absent
+
+    reason = str(error).strip().partition("\n")[0].rstrip(".")
+    absent = ask_store(look_up, _LATER + _ANSWER)
+    if absent is None:
+        text = f"the process that holds the job's store (rank 0, or the launcher) stopped answering: {reason}."
+        return LostRankError(text)
+    if not absent:
+        return LostRankError(f"all ranks came to {call}, but it failed: {reason}.")
+    text = f"{named_ranks(absent)} did not come to {call}: killed, stopped or elsewhere ({reason})."
+    return LostRankError(text, absent)

@@ -1,0 +1,96 @@
+"""The address under which other ranks reach this machine: that of one interface, for sockets that must not listen on all."""
+
+from __future__ import annotations
+
+import fcntl
+import ipaddress
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+
+from distattn.ir.errors import DistattnError
+from distattn.parallel.runtime.collective_calls import default_store
+
+LOOPBACK = "127.0.0.1"
+# Linux's call for the IPv4 address of an interface, and its table of IPv6 ones
+_SIOCGIFADDR = 0x8915
+_IPV6_TABLE = Path("/proc/net/if_inet6")
+# scope of an IPv6 address that is valid everywhere
+_GLOBAL_SCOPE = "00"
+
+
+def reachable_address() -> str:
+    """Return the address of this machine that ranks of other machines connect to, in numeric form.
+
+    It is that of the interface in GLOO_SOCKET_IFNAME, or of the first if there are several; else that of the interface
+    towards the job's store, or the one that this machine's name resolves to, as in gloo. Raise DistattnError if there is
+    none.
+    """
+    if names := os.environ.get("GLOO_SOCKET_IFNAME"):
+        name = names.split(",")[0].strip()
+        address = interface_address(name)
+        if address is None:
+            raise DistattnError(f"GLOO_SOCKET_IFNAME: {name} has no address here; name an interface of `ip addr`.")
+        return address
+    for address in (*_towards_store(), *resolve_host(socket.gethostname())):
+        if not ipaddress.ip_address(address).is_loopback:
+            return address
+    raise DistattnError(
+        f"{socket.gethostname()}: no address is known under which other machines reach this one; name the interface between "
+        "the machines in GLOO_SOCKET_IFNAME."
+    )
+
+
+def interface_address(name: str) -> str | None:
+    """Return the IPv4 address of an interface of this machine, or its global IPv6 address; None without either."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            reply = fcntl.ioctl(sock.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))
+            return socket.inet_ntoa(reply[20:24])
+        except (OSError, struct.error):
+            pass
+    for line in _IPV6_TABLE.read_text("ascii").splitlines() if _IPV6_TABLE.exists() else ():
+        digits, _, _, scope, _, owner = line.split()
+        if owner == name and scope == _GLOBAL_SCOPE:
+            return str(ipaddress.IPv6Address(int(digits, 16)))
+    return None
+
+
+def resolve_host(host: str) -> list[str]:
+    """Return the addresses that a name resolves to, in numeric form; [] if it resolves to nothing."""
+    try:
+        return list(dict.fromkeys(str(entry[4][0]) for entry in socket.getaddrinfo(host, None)))
+    except OSError:
+        return []
+
+
+def listening_socket(address: str, port: int, waiting: int) -> socket.socket:
+    """Open a socket that listens on one address only. port: 0 for a free one; waiting: length of the queue. Raise OSError."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.create_server((address, port), family=family, backlog=waiting)
+
+
+def _towards_store() -> Iterator[str]:
+    """Yield the address from which this machine sends to the job's store."""
+    store = default_store()
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    if not isinstance(store, dist.TCPStore):
+        return
+    yield from addresses_towards(store.host, store.port)
+
+
+def addresses_towards(host: str, port: int) -> Iterator[str]:
+    """Yield the addresses from which this machine sends to a host. host: a name or an address."""
+    for address in resolve_host(host):
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                # nothing is sent: the system only chooses an interface
+                probe.connect((address, port))
+            except OSError:
+                continue
+            yield probe.getsockname()[0]

@@ -1,0 +1,108 @@
+"""The kernel launches of a recurrence's tasks on one rank: tasks of one step, kind and head range are one launch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from distattn.ir.intervals import Ints, lexicographic_argsort
+from distattn.ir.plan import Call, Columns, Payload, has_rows_and_keys, select_rows
+from distattn.kernels.recurrence.tokens import Segments
+from distattn.parallel.runtime.launches import TokenIntervals
+from distattn.parallel.runtime.views import ViewParts
+
+
+class SegmentKind(Enum):
+    """Result of the tasks of a launch: outputs or gradients ("whole"), the state of keys, or the gradient state of rows."""
+
+    WHOLE = "whole"
+    STATE = "state"
+    GRADIENT_STATE = "gradient state"
+
+
+# a launch has a state for each of its segments: packs of short documents take several launches
+_MOST_SEGMENTS = 64
+_OPERANDS = {
+    SegmentKind.WHOLE: (Payload.Q, Payload.KV, Payload.dO),
+    SegmentKind.STATE: (Payload.Q, Payload.KV),
+    SegmentKind.GRADIENT_STATE: (Payload.Q, Payload.KV, Payload.dO),
+}
+
+
+class SegmentLaunches(NamedTuple):
+    """All launches of a table on one rank, sorted by step.
+
+    steps, kinds, heads: of each launch. tasks: with the number of each in the table (column `row`), sorted by launch and
+    token; launch: of each task. tokens, shared: the tokens of each launch, with its heads and with the heads of queries and
+    keys.
+    """
+
+    steps: list[int]
+    kinds: list[SegmentKind]
+    heads: list[tuple[int, int]]
+    tasks: Columns
+    launch: Ints
+    tokens: TokenIntervals
+    shared: TokenIntervals
+    shared_payloads: tuple[str, ...]
+
+    @staticmethod
+    def of(call: Call, tasks: Columns) -> SegmentLaunches:
+        """Group one rank's tasks into launches."""
+        kind = np.where(has_rows_and_keys(tasks), 0, np.where(tasks["q0"] == tasks["q1"], 1, 2))
+        tasks = {**tasks, "kind": kind}
+        by = ("step", "kind", "h0", "h1")
+        tasks = select_rows(tasks, lexicographic_argsort(*(tasks[name] for name in (*by, "q0", "k1"))))
+        labels = np.stack([tasks[name] for name in by], 1)
+        is_first = np.ones(len(labels), bool)
+        is_first[1:] = (labels[1:] != labels[:-1]).any(1)
+        place = np.arange(len(labels))
+        is_first |= (place - np.maximum.accumulate(np.where(is_first, place, 0))) % _MOST_SEGMENTS == 0
+        launch, first = np.cumsum(is_first) - 1, np.flatnonzero(is_first)
+        h0, h1, group = tasks["h0"], tasks["h1"], call.gqa_group_size
+        tokens = TokenIntervals.of(launch, tasks["q0"], tasks["k1"], h0, h1)
+        shared = TokenIntervals.of(launch, tasks["q0"], tasks["k1"], h0 // group, -(-h1 // group))
+        kinds = [list(SegmentKind)[number] for number in kind_of(tasks, first)]
+        heads = list(zip(h0[first].tolist(), h1[first].tolist(), strict=True))
+        steps = tasks["step"][first].tolist()
+        return SegmentLaunches(steps, kinds, heads, tasks, launch, tokens, shared, call.op.shared_payloads)
+
+    def parts(self, payload: Payload) -> ViewParts:
+        """Return the parts of one view of a payload per launch."""
+        return (self.shared if payload.name in self.shared_payloads else self.tokens).parts(payload)
+
+    def uses(self, number: int, payload: Payload) -> bool:
+        """Return whether a launch reads or gives a payload."""
+        kind = self.kinds[number]
+        return payload in _OPERANDS[kind] or (
+            kind is SegmentKind.WHOLE and payload in (Payload.O, Payload.dQ, Payload.dKV)
+        )
+
+    def schedules(self, prepare: Callable[[Segments], Any]) -> list[SegmentSchedule]:
+        """Return the schedule of each launch. prepare: turns segments, in rows of its tensors, into the kernel's lists."""
+        shift = self.tokens.to_row(self.launch, self.tasks["q0"])
+        begin, end = (self.tasks[name] + shift for name in ("q0", "k1"))
+        rows = list(zip(begin.tolist(), end.tolist(), strict=True))
+        bounds = np.searchsorted(self.launch, np.arange(len(self.steps) + 1)).tolist()
+        numbers = self.tasks["row"].tolist()
+        return [
+            SegmentSchedule(kind, tuple(numbers[a:b]), prepare(tuple(rows[a:b])))
+            for kind, (a, b) in zip(self.kinds, itertools.pairwise(bounds), strict=True)
+        ]
+
+
+class SegmentSchedule(NamedTuple):
+    """A launch: its kind, the numbers of its tasks in the table, and the kernel's schedule of their segments."""
+
+    kind: SegmentKind
+    tasks: tuple[int, ...]
+    segments: Any
+
+
+def kind_of(tasks: Columns, first: Ints) -> list[int]:
+    """Return the kinds of launches that begin at these tasks, as numbers."""
+    return [int(number) for number in tasks["kind"][first]]
