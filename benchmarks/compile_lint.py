@@ -178,7 +178,7 @@ def main() -> int:
         else f"{len(names)} kernels"
     )
     if arguments.update:
-        if arguments.production == [] and not arguments.only:
+        if arguments.production == [] and not arguments.only.pattern:
             # what is launched no longer
             linted = tuple(f"sm_{arch} " for arch in arguments.arch)
             budget = {name: kept for name, kept in budget.items() if name in names or not name.startswith(linted)}

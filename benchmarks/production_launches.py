@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
 LENGTHS = (700, 260, 64)
 RANKS = 4
 _TIERS = ("distattn.kernels.triton", "distattn.kernels.gluon")
-_GLUE = ("rows_kernel", "merge_kernel", "products_kernel")
+_GLUE = ("rows_kernel", "merge_kernel", "products_kernel", "rows_with_products_kernel")
 
 
 class ShapeOfCall(NamedTuple):

@@ -43,6 +43,22 @@ def test_passes_that_are_under_way_at_once_have_an_arena_each():
     assert pool.idle_bytes(CPU) == []
 
 
+def test_arenas_of_a_stream_that_is_used_no_longer_are_freed(monkeypatch):
+    pool, stream = ArenaPool(), ["training"]
+    monkeypatch.setattr(arenas, "_place", lambda device: (device, stream[0]))
+    monkeypatch.setattr(arenas, "_FORGOTTEN_AFTER", 10)
+    address_of_next(pool, 4096)
+    stream[0] = "evaluation"
+    address_of_next(pool, 8192)
+    stream[0] = "training"
+    for _ in range(9):
+        address_of_next(pool, 4096)
+    assert pool.idle_bytes(CPU) == [4096, 8192]
+    for _ in range(9):
+        address_of_next(pool, 4096)
+    assert pool.idle_bytes(CPU) == [4096]
+
+
 def test_the_arena_of_a_pass_that_fails_is_not_used_again():
     pool = ArenaPool()
     with pytest.raises(ValueError), pool.borrowed(4096, CPU):

@@ -170,9 +170,10 @@ def causal_plan(strategy="ring"):
     ("breach", "sentence"),
     [
         (lambda x: torch.empty_like(x, device="meta"), "a tensor on meta, the communicator is on cpu"),
+        (lambda x: x.transpose(0, 1), "NCCL takes contiguous tensors only"),
         (lambda x: x[:-1].contiguous(), r"rank 1 receives \d+ bytes from rank 0, which sends \d+"),
     ],
-    ids=["another device", "another size"],
+    ids=["another device", "other strides", "another size"],
 )
 def test_breaches_that_end_a_run_are_named(breach, sentence):
     inputs = random_inputs(sum(LENGTHS), 4, 2, 8)
