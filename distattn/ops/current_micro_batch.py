@@ -44,16 +44,16 @@ class InterleavedBatch(Protocol):
 
 
 class _PerThread(threading.local):
-    """Which micro-batch this thread works on, where several take turns."""
+    """The micro-batch that this thread works on, if several take turns."""
 
     batch: InterleavedBatch | None = None
 
 
 INTERLEAVED = _PerThread()
-# the micro-batch whose backward pass runs: a forward that is recomputed there may be on a thread of autograd's
+# micro-batches whose backward pass runs: a recomputed forward in it may be on a thread of autograd
 RECOMPUTING: list[InterleavedBatch] = []
 
 
 def current_micro_batch() -> InterleavedBatch | None:
-    """Return the micro-batch whose turn it is, where several take turns."""
+    """Return the micro-batch whose turn it is, if several take turns."""
     return INTERLEAVED.batch or (RECOMPUTING[-1] if RECOMPUTING else None)

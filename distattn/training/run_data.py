@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from distattn.data.files.byte_corpus import byte_corpus
 from distattn.data.files.corpus import Corpus
-from distattn.data.files.text import VOCABULARY, TextCorpus, find_corpus
+from distattn.data.files.text import VOCABULARY, TextCorpus, byte_corpus, find_corpus
 from distattn.data.packing.make_pack_plan import CorpusLengths, make_pack_plan
 from distattn.data.packing.pack_config import (
     PackConfig,

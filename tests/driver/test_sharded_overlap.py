@@ -52,7 +52,7 @@ def counted_collectives(calls):
 
 
 def trained_run(rank, turns, count, memory, frozen=False):
-    """Return losses and norms of each step, the weights, and how often parameters were gathered and gradients reduced."""
+    """Return (loss, gradient norm) of each step, the weights, and how often parameters were gathered and gradients reduced."""
     model = model_of()
     MemorySettings(**memory).apply(model)
     model.get_input_embeddings().requires_grad_(not frozen)

@@ -30,7 +30,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def config(texts, tmp_path_factory) -> Config:
-    """Return a run with four micro-batches a step, gradients clipped in some steps, and evaluations."""
+    """Return a run with four micro-batches a step, clipped in some steps, evaluated in between."""
     return tiny_config(
         texts,
         tmp_path_factory.mktemp("runs") / "run",
@@ -141,7 +141,7 @@ def test_a_rank_that_raises_in_its_turn_is_named_by_the_others(config):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("overrides", "sentence"),
     [
         (
             ["--engine.name=deepspeed"],
@@ -156,11 +156,11 @@ def test_a_rank_that_raises_in_its_turn_is_named_by_the_others(config):
         ),
     ],
 )
-def test_what_does_not_take_turns_is_refused_by_name(arguments, sentence, tmp_path):
+def test_what_does_not_take_turns_is_refused_by_name(overrides, sentence, tmp_path):
     file = tmp_path / "run.toml"
     file.write_text("")
     with pytest.raises(DistattnError) as error:
-        configuration.load(file, ["--parallel.overlap=True", "--data.context_length=4096", *arguments])
+        configuration.load(file, ["--parallel.overlap=True", "--data.context_length=4096", *overrides])
     assert sentence in str(error.value)
 
 
@@ -185,9 +185,9 @@ def test_a_plan_without_pairs_of_packs_is_refused_before_the_first_step(tmp_path
 
 
 def test_the_memory_of_a_pair_is_counted():
-    arguments = ["--data.context_length=4096", "--memory.activation_checkpointing=full"]
+    overrides = ["--data.context_length=4096", "--memory.activation_checkpointing=full"]
     alone, pair, saved = (
-        memory_of_config(configuration.load("configs/tiny.toml", [*arguments, *more]), [[1024]])
+        memory_of_config(configuration.load("configs/tiny.toml", [*overrides, *more]), [[1024]])
         for more in ([], ["--parallel.overlap=True"], ["--memory.activation_checkpointing=save_attention"])
     )
     for one_rank, pair_rank, saved_rank in zip(alone, pair, saved, strict=True):

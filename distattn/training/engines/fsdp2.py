@@ -1,4 +1,4 @@
-"""PyTorch's own: parameters, gradients and optimizer sharded by FSDP2 over all ranks, or in groups that hold copies."""
+"""PyTorch's FSDP2: parameters, gradients and optimizer sharded over all ranks, or in groups of ranks that hold copies."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from distattn.training.engines.engine import Batch, EngineState, Keep, OnTokenLo
 from distattn.training.learning_rate import parameter_groups, set_learning_rate
 from distattn.training.watch.state_digest import state_tensors
 
-# what AdamW keeps of each parameter
+# AdamW's averages for each parameter
 _AVERAGES = ("exp_avg", "exp_avg_sq")
 # micro-batches that take turns: while the messages of one travel, the other one computes
 _TAKE_TURNS = 2
 
 
 class Fsdp2Engine:
-    """An `Engine`. Weights and optimizer are float32 where bfloat16 is computed in, and gradients are reduced in float32."""
+    """An `Engine`. With bfloat16 compute, weights and optimizer are float32, and gradients are reduced in float32."""
 
     def __init__(self, config: Config, device: torch.device, vocabulary: int, context: int):
         parallel, train = config.parallel, config.train
@@ -49,7 +49,7 @@ class Fsdp2Engine:
             shard=partial(_shard, config, mesh),
         )
         for buffer in self.model.buffers():
-            # these are not sharded, and nobody brings them
+            # buffers are not sharded, and FSDP2 does not move them to the device
             buffer.data = buffer.data.to(device)
         self._schedule = OverlapSchedule(self.model.get_decoder().layers, self.model) if parallel.overlap else None
         self.cp.loss_scale(pytorch.ProbeTarget(self.model))
@@ -60,9 +60,9 @@ class Fsdp2Engine:
             eps=train.epsilon,
             fused=state_device.type == "cuda",
         )
-        # the sharded parameters: those of the model are whole between forward and backward
+        # the sharded parameters; those of the model are whole between forward and backward
         self._sharded = dict(self.model.named_parameters())
-        # AdamW makes these in its first step; a checkpoint is read into them before
+        # AdamW would create the averages in its first step, but a checkpoint may be read into them before
         for parameter in self.model.parameters():
             self.optimizer.state[parameter] = {"step": torch.tensor(0.0, device=state_device)} | {
                 name: torch.zeros_like(parameter) for name in _AVERAGES
@@ -118,12 +118,13 @@ class Fsdp2Engine:
         exp_avg, exp_avg_sq = (
             {name: self.optimizer.state[parameter][kind] for name, parameter in named.items()} for kind in _AVERAGES
         )
-        return EngineState({name: one.detach() for name, one in named.items()}, exp_avg, exp_avg_sq, self._updates())
+        model = {name: parameter.detach() for name, parameter in named.items()}
+        return EngineState(model, exp_avg, exp_avg_sq, self._updates())
 
     def load(self, state: EngineState) -> None:
-        """See `Engine`. The tensors are there already."""
-        for kept in self.optimizer.state.values():
-            kept["step"].fill_(state.updates)
+        """See `Engine`. The values are already in the engine's own tensors."""
+        for parameter_state in self.optimizer.state.values():
+            parameter_state["step"].fill_(state.updates)
 
     def close(self) -> None:
         """See `Engine`."""
@@ -149,7 +150,7 @@ def _check_overlap(shape: Any) -> None:
 
 
 def _shard(config: Config, mesh: DeviceMesh, model: Any) -> None:
-    """Prepare the layers of a model of the meta device, and shard its parameters, each layer's and what is left."""
+    """Prepare the layers of a model on the meta device, and shard the parameters of each layer and those of no layer."""
     prepare_layers(model, config)
     flat, size = pytorch.gradient_mesh(mesh), config.engine.shard_size or config.parallel.ranks
     if size < config.parallel.ranks:
