@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[1]
                 "another plan ... found: rank 1 plans a different call",
                 "message of ring is altered on its way ... found: ring is wrong: rank 0: ",
                 "message of ulysses is altered on its way ... found: ulysses is wrong: rank ",
-                "used again before it was waited for ... found: ring is wrong: rank 0: ",
+                "used again before the wait ... found: ring is wrong: rank 0: ",
                 "; rank 1: ",
                 "state of a recurrent layer is altered on its way ... found: scan is wrong: rank 1: o is off by",
             ],
