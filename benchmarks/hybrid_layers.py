@@ -194,7 +194,7 @@ def planned(layout: da.Layout, strategy: str, cluster: ClusterSpec, **shape: Any
 
 
 def fla(layout: da.Layout, cluster: ClusterSpec) -> float:
-    """Return the seconds of a recurrent layer where each rank makes its slices' states, all go to all ranks, and each goes on."""
+    """Return the seconds of one recurrent layer where each rank sends the states of its slices to all ranks before it goes on."""
     call = Call(
         da.Mask.documents(layout.lengths), layout, v_head_dim=128, **{**RECURRENCE, "op": op_of("gated_delta_rule")}
     )

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from distattn.cluster.topology import Cluster as Cluster
     from distattn.driver.context_parallel import ContextParallel as ContextParallel
     from distattn.driver.overlap import OverlapSchedule as OverlapSchedule
-    from distattn.driver.pipeline import PipelineSchedule as PipelineSchedule
-    from distattn.driver.pipeline import StageSpec as StageSpec
     from distattn.driver.servers import serve as serve
     from distattn.ir.errors import DamagedDataError as DamagedDataError
     from distattn.ir.errors import DistattnError as DistattnError
@@ -49,6 +47,7 @@ if TYPE_CHECKING:
     from distattn.parallel.analysis.timeline import Timeline as Timeline
     from distattn.parallel.analysis.verify import Proof as Proof
     from distattn.parallel.analysis.verify import verify as verify
+    from distattn.parallel.attention_config import AttentionConfig as AttentionConfig
     from distattn.parallel.latent_plan import make_latent_plan as make_latent_plan
     from distattn.parallel.make_plan import make_plan as make_plan
     from distattn.parallel.prefix_softmax_plans import PrefixSoftmaxPlans as PrefixSoftmaxPlans
@@ -56,6 +55,7 @@ if TYPE_CHECKING:
     from distattn.parallel.recurrent_plan import make_recurrent_plan as make_recurrent_plan
 
 _HOME = {
+    "AttentionConfig": "distattn.parallel.attention_config",
     "Call": "distattn.ir.plan",
     "Cluster": "distattn.cluster.topology",
     "ContextParallel": "distattn.driver.context_parallel",
@@ -66,7 +66,6 @@ _HOME = {
     "Mask": "distattn.ir.mask",
     "Payload": "distattn.ir.plan",
     "OverlapSchedule": "distattn.driver.overlap",
-    "PipelineSchedule": "distattn.driver.pipeline",
     "Op": "distattn.ir.op",
     "Plan": "distattn.ir.plan",
     "PrefixSoftmaxPlans": "distattn.parallel.prefix_softmax_plans",
@@ -74,7 +73,6 @@ _HOME = {
     "LostRankError": "distattn.ir.errors",
     "PlanError": "distattn.ir.errors",
     "RecurrentSpan": "distattn.batch.recurrent_span",
-    "StageSpec": "distattn.driver.pipeline",
     "Executable": "distattn.ops.executable",
     "Proof": "distattn.parallel.analysis.verify",
     "Table": "distattn.ir.plan",

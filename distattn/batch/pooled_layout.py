@@ -1,22 +1,22 @@
-"""The token axis of a batch over all ranks that share attention: blocks of ranks, each with documents of its own."""
+"""The token axis of a batch over all ranks that share attention: blocks of ranks, each with its own documents."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from distattn.ir.layout import Layout, make_layout
 from distattn.ir.mask import Mask
+from distattn.parallel.attention_config import AttentionConfig
 
 # the documents of each block of ranks that hold one batch together
 Documents = tuple[tuple[int, ...], ...]
 
 
 class BatchBlock(NamedTuple):
-    """Of the ranks that share attention those that hold one batch together, and the numbers of its documents on the axis."""
+    """The ranks, among those that share attention, that hold one batch together, and the numbers of its documents on the axis."""
 
     ranks: range
     documents: range
@@ -25,25 +25,23 @@ class BatchBlock(NamedTuple):
 class BlockLayouts:
     """Layouts of batches over blocks of `block_ranks` ranks, end to end; ranks beyond the blocks own nothing.
 
-    One block over all ranks is a batch that all ranks hold; blocks of one rank are ranks that each have their own.
+    One block over all ranks is a batch that all ranks hold; blocks of one rank are ranks that each have their own batch.
     """
 
     def __init__(
         self,
         ranks: int,
         block_ranks: int,
-        layout: str,
-        options: Mapping[str, Any],
-        document_mask: str | tuple[int, int],
+        config: AttentionConfig,
     ):
         self.ranks, self.block_ranks, self.is_one_block = ranks, block_ranks, block_ranks == ranks
-        self._layout, self._options, self._document_mask = layout, dict(options), document_mask
+        self._config = config
         self.of_block = lru_cache(maxsize=8)(self._of_block)
 
     def of_batch(self, documents: Documents) -> tuple[Mask, Layout]:
-        """Mask and layout of all blocks' documents."""
+        """Return mask and layout of all blocks' documents."""
         if len(documents) == 1 and self.block_ranks == self.ranks:
-            return Mask.documents(documents[0], self._document_mask), self.of_block(documents[0])
+            return Mask.documents(documents[0], self._config.document_mask), self.of_block(documents[0])
         lengths = [length for block in documents for length in block]
         parts = []
         token = 0
@@ -54,18 +52,21 @@ class BlockLayouts:
                 rank = chunks["rank"] + number * self.block_ranks
                 parts.append(np.stack([rank, chunks["t0"] + token, chunks["t1"] + token])[:, order])
                 token += sum(block)
-        return Mask.documents(lengths, self._document_mask), Layout(lengths, self.ranks, *np.concatenate(parts, 1))
+        return Mask.documents(lengths, self._config.document_mask), Layout(
+            lengths, self.ranks, *np.concatenate(parts, 1)
+        )
 
     def block_of(self, rank: int, documents: Documents) -> BatchBlock:
-        """A rank's block, without documents where the rank is beyond the blocks."""
+        """Return a rank's block, without documents if the rank is beyond the blocks."""
         number = rank // self.block_ranks
         ranks, first = number * self.block_ranks, sum(map(len, documents[:number]))
-        own = sum(map(len, documents[number : number + 1]))
-        return BatchBlock(range(ranks, ranks + self.block_ranks), range(first, first + own))
+        num_documents = sum(map(len, documents[number : number + 1]))
+        return BatchBlock(range(ranks, ranks + self.block_ranks), range(first, first + num_documents))
 
     def _of_block(self, lengths: tuple[int, ...]) -> Layout:
-        """Who of a block's ranks owns which of its tokens."""
+        """Return the layout of a block's tokens over its ranks."""
         if self.block_ranks == 1:
             return Layout.contiguous(lengths, 1)
-        mask = Mask.documents(lengths, self._document_mask)
-        return make_layout(self._layout, lengths, self.block_ranks, mask, **self._options)
+        mask = Mask.documents(lengths, self._config.document_mask)
+        options = self._config.layout_options or {}
+        return make_layout(self._config.layout, lengths, self.block_ranks, mask, **options)

@@ -490,7 +490,7 @@ def _refused(rank: int) -> list[str]:
             build(config_of(cp=2, mrope_section=[1, 1, 2]), position_embedding_type="mrope")
         ),
     )
-    ask("loaders choose layout", lambda: megatron.replace_core_attention(get_gpt_layer_local_spec(), layout="zigzag"))
+    ask("loaders take no layout", lambda: megatron.replace_core_attention(get_gpt_layer_local_spec(), layout="zigzag"))
     ask("strategy 'star'", lambda: megatron.replace_core_attention(get_gpt_layer_local_spec(), strategy="star"))
     ask("support only Megatron's own order", lambda: megatron.ProbeTarget([build(config)]))
     experts = config_of(cp=2, num_moe_experts=2)

@@ -122,7 +122,7 @@ def test_replicas_share_a_scale():
         ),
         (
             lambda: da.ContextParallel(strategy="ring").shard({"input_ids": torch.zeros(1, 4)}),
-            "input_ids is float32; whole numbers are wanted",
+            "input_ids is float32; whole numbers are needed",
         ),
         (
             lambda: da.ContextParallel(strategy="ring").shard({"input_ids": torch.tensor([[1, -4]])}),
@@ -203,10 +203,10 @@ def test_replicas_share_a_scale():
             lambda: da.ContextParallel(strategy="ring", inner="causal"),
             "there is no setting 'inner'; there are strategy",
         ),
-        (lambda: da.ContextParallel(strategy="ring", data="both"), "data is 'replicated' or 'per_rank', not 'both'"),
+        (lambda: da.ContextParallel(strategy="ring", data="both"), "data: there is no 'both'; there are replicated"),
         (lambda: da.ContextParallel(strategy="ring", context_parallel_size=2), "context_parallel_size belongs to data"),
         (lambda: da.ContextParallel(strategy="ring", verify_every=1.5), "verify_every is a whole number"),
-        (lambda: da.ContextParallel(strategy="ring", kernel="bogus"), "kernel 'bogus'"),
+        (lambda: da.ContextParallel(strategy="ring", kernel="bogus"), "kernel: there is no 'bogus'; there are auto"),
         (lambda: da.ContextParallel(strategy="ring", backward="bogus"), "policy 'bogus'"),
         (lambda: da.ContextParallel(strategy="ring", document_mask="bogus"), "document_mask is"),
         (

@@ -10,11 +10,12 @@ from processes import run_on_ranks, sum_gradients
 
 import distattn as da
 from distattn.batch.local_batch import LocalBatch
-from distattn.batch.planner import AttentionShape, BatchKey, Planner, PlannerConfig
+from distattn.batch.planner import AttentionShape, BatchKey, Planner
 from distattn.batch.pooled_layout import BatchBlock
 from distattn.batch.recurrent_span import RecurrentSpan
 from distattn.cluster.spec import Link, load
 from distattn.ir.op import OPS
+from distattn.parallel.attention_config import AttentionConfig
 
 HEADS, DIM, TAPS = 2, 4, 4
 WIDTH = 4 * HEADS * DIM
@@ -179,7 +180,7 @@ def test_states_that_are_not_of_the_documents_are_refused():
             batch.recurrence(q, q, q, "linear_attention", initial_state=0.0)
     # a batch of the first rank only, whose rows would lie on both ranks in the span
     planner = Planner(
-        PlannerConfig(strategy="ring"), None, lambda ends: (da.Mask.causal(12), da.Layout.zigzag([12], 2))
+        AttentionConfig(strategy="ring"), None, lambda ends: (da.Mask.causal(12), da.Layout.zigzag([12], 2))
     )
     batch = LocalBatch(planner, BatchKey(()), 0, False, BatchBlock(range(1), range(1)))
     assert batch.documents == (12,)

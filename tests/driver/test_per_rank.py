@@ -332,7 +332,7 @@ def test_one_process_is_a_pool_of_its_own():
         (dict(context_parallel_size=2), "context_parallel_size 2 does not divide"),
         (dict(adaptive=True, strategy="ring"), "does not share out by speed"),
         (dict(layout="spiral"), "layout 'spiral'"),
-        (dict(verify_every=0), "verify_every is a whole number of at least 1"),
+        (dict(verify_every=0), "verify_every: at least 1, not 0"),
     ],
 )
 def test_pools_that_cannot_be_are_refused(options, sentence):

@@ -4,17 +4,18 @@ import numpy as np
 import torch
 
 from distattn.batch.local_batch import LocalBatch
-from distattn.batch.planner import BatchKey, Planner, PlannerConfig
+from distattn.batch.planner import BatchKey, Planner
 from distattn.batch.recurrent_span import recurrent_span
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
+from distattn.parallel.attention_config import AttentionConfig
 from distattn.parallel.runtime.relaid_rows import RowMoves
 
 TOKENS = 8192 * 8
 
 
 def batch_of(layout: Layout, **settings) -> LocalBatch:
-    config = PlannerConfig(strategy="ring", **settings)
+    config = AttentionConfig(strategy="ring", **settings)
     lay_out = lambda lengths: (Mask.documents(lengths), layout)  # noqa: E731
     return LocalBatch(Planner(config, None, lay_out), BatchKey((TOKENS,)), 0, False)
 

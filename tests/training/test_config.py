@@ -46,7 +46,7 @@ def test_the_command_line_overrides_the_file():
         ("[train]\nsteps = 1.5", ["train.steps: 1.5 is not a whole number; give one such as 60."]),
         ("[slurm]\noptions = '-a'", ['slurm.options: "-a" is not a list; give one such as ["a", "b"].']),
         ("train = [1]", ["train: [1] is not a table; give one such as [train]."]),
-        ("[data]\ncontext_schedule = 3", ["is not a list; give one such as [{context_length = 4096}]."]),
+        ("[data]\ncontext_schedule = 3", ["is not a list; give one such as [[data.context_schedule]]."]),
         ("[data]\ncontext_schedule = [3]", ["is not a table; give one such as [[data.context_schedule]]."]),
         ("[data]\ncontext_schedule = [{steps = 3}]", ["data.context_schedule.0.context_length: is missing."]),
         (
@@ -158,7 +158,10 @@ def test_every_mistake_is_named_at_once(text, sentences, tmp_path):
         ("[parallel]\npipeline_parallel_size = 0", "parallel.pipeline_parallel_size: at least 1, not 0."),
         ("[data]\ntokens_per_step = 1", "data.tokens_per_step: at least 2"),
         ("[model]\nhidden_size = 0", "model.hidden_size: at least 1, not 0."),
-        ("[data]\ncontext_schedule = [{contxt_length = 4096}]", "unknown key. Did you mean context_length?"),
+        (
+            "[data]\ncontext_schedule = [{contxt_length = 4096}]",
+            "unknown key. Did you mean data.context_schedule.context_length?",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence_whatever_follows_from_it(text, sentence, tmp_path):

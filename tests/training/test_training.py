@@ -28,7 +28,7 @@ from distattn.launch.start_run import start_run
 from distattn.parallel.analysis.explain import explain
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.training.config import run_file as configuration
-from distattn.training.config.plan_settings import PlanSettings
+from distattn.training.config.plan_settings import PlanSettings, attention_config
 from distattn.training.config.run_file import Config, ParallelConfig, ReferenceCheckConfig, TrainConfig
 from distattn.training.run_data import open_data
 from distattn.training.run_folder import RunFolder, StepMetrics
@@ -289,7 +289,7 @@ def test_a_host_name_that_does_not_resolve_is_no_obstacle(config_file, tmp_path)
 def test_the_plan_in_the_run_folder_is_the_one_that_trains(texts, tmp_path):
     config = dataclasses.replace(small(texts, tmp_path / "run", "float32"), parallel=ParallelConfig(ranks=1))
     run = start_run(config, no_progress)
-    cp = ContextParallel(**PlanSettings.of_config(config).context_parallel_arguments())
+    cp = ContextParallel(config=attention_config(config))
     model = config.model
     shape = model.num_attention_heads, model.num_key_value_heads, model.head_size, model.head_size, model.dtype
     data = open_data(run, config)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+from distattn.ir.limits import Problem, nested_problems
 from distattn.training.config.idle_keys import idle_problems
-from distattn.training.config.limits import Problem, engine_problems, limit_problems
+from distattn.training.config.limits import engine_problems
 from distattn.training.config.sections import ENGINES, Config, DataConfig
 
 # the number of ranks is a multiple of each
@@ -33,6 +34,7 @@ _COMPARED_WITH = {
     "parallel.context_parallel_size": _DEGREES,
     "parallel.devices_per_node": ("parallel.ranks",),
     "parallel.min_chunk": ("parallel.layout",),
+    "parallel.overlap": ("data.context_length", "data.tokens_per_step", "parallel.data", *_DEGREES),
     "parallel.tensor_parallel_size": ("parallel.ranks", "parallel.pipeline_parallel_size", "engine.name"),
     "ray.min_nodes": ("checkpoint.every_steps", "parallel.data", *_DEGREES),
     "slurm.container_mounts": ("slurm.container_image",),
@@ -50,13 +52,14 @@ def problems_of(config: Config, named: Collection[str] = ()) -> list[Problem]:
     """
     checks = (
         # checks of single keys come first
-        limit_problems(config),
+        nested_problems(config),
         _engine_problems(config),
         _train_problems(config),
         _schedule_problems(config),
         _shape_problems(config),
         _megatron_problems(config),
         _elastic_problems(config),
+        _overlap_problems(config),
         idle_problems(config, named),
     )
     problems: list[Problem] = []
@@ -157,6 +160,28 @@ def _pack_problems(data: DataConfig, shares: int) -> Iterator[Problem]:
         )
 
 
+def _overlap_problems(config: Config) -> Iterator[Problem]:
+    """Yield the reasons why micro-batches cannot take turns."""
+    parallel, data = config.parallel, config.data
+    if not parallel.overlap:
+        return
+    if config.engine.compile:
+        yield Problem("parallel.overlap", "compiled layers do not take turns; use engine.compile = false.")
+    if parallel.latents:
+        yield Problem("parallel.overlap", "layers that send latents do not take turns; use parallel.latents = false.")
+    shares = parallel.data_parallel_size
+    for _, tokens in () if data.path.endswith(".toml") else data.context_by_step:
+        if (data.tokens_per_step // tokens) % (2 * shares):
+            wanted = 2 * shares * tokens
+            yield Problem(
+                "parallel.overlap",
+                f"pairs of micro-batches take turns, and {data.tokens_per_step} tokens of a step are "
+                f"{data.tokens_per_step // tokens / shares:g} packs of {tokens} for each share of the ranks; use a multiple of "
+                f"{wanted} as data.tokens_per_step.",
+            )
+            return
+
+
 def _schedule_problems(config: Config) -> Iterator[Problem]:
     """Yield problems of phases of context lengths."""
     data, steps = config.data, config.train.steps
@@ -167,11 +192,6 @@ def _schedule_problems(config: Config) -> Iterator[Problem]:
             "data.context_length", "data.context_schedule has the context length by step; leave one of them out."
         )
     *first, last = data.context_schedule
-    for number, phase in enumerate(data.context_schedule):
-        if phase.context_length < 1:
-            yield Problem(f"data.context_schedule.{number}.context_length", f"at least 1, not {phase.context_length}.")
-        if phase.steps < 0:
-            yield Problem(f"data.context_schedule.{number}.steps", f"at least 0, not {phase.steps}.")
     for number, phase in enumerate(first):
         if not phase.steps:
             yield Problem(
