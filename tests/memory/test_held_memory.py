@@ -6,7 +6,8 @@ import pytest
 import small
 import torch
 from imitated_allocator import QUEUE, HeldBytes
-from meta_run import GROUP, META, MetaBackend
+from imitated_nccl import GROUP
+from meta_run import META, MetaBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

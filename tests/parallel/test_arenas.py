@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from imitated_cuda import DEVICE, StreamNccl, imitated_cuda
+from imitated_nccl import GROUP
+from planted_changes import ChangedGradient
 
 from distattn.ir.plan import Payload
 from distattn.parallel.runtime import arenas
@@ -75,22 +77,9 @@ def test_the_arena_of_a_pass_that_fails_is_not_used_again():
     assert pool.idle_bytes(CPU) == []
 
 
-class InBackward(torch.autograd.Function):
-    """A function that runs in the backward pass, as a checkpoint repeats a layer there."""
-
-    @staticmethod
-    def forward(ctx, x, work):
-        ctx.work = work
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        ctx.work()
-        return grad, None
-
-
 def in_backward(work):
-    InBackward.apply(torch.ones(1, requires_grad=True), work).sum().backward()
+    """Call a function in a backward pass, as a checkpoint repeats a layer there."""
+    ChangedGradient.apply(torch.ones(1, requires_grad=True), lambda gradient: (work(), gradient)[1]).sum().backward()
 
 
 def kept_by_a_pass(pool, count=8):
@@ -203,13 +192,6 @@ def test_a_forked_process_has_a_pool_of_its_own_and_leaves_the_memory_of_its_par
     assert os.waitpid(child, 0)[1] == 0
     arenas.ARENAS.free()
     assert freed
-
-
-class Group:
-    """A stand-in for a process group: transports only ask whether it still exists."""
-
-
-GROUP = Group()
 
 
 def a_pass(pool, transport):

@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 import torch
 from cases import LENGTHS, layouts, masks
-from imitated_nccl import ImitatedNccl, QueueWire
+from imitated_nccl import GROUP, ImitatedNccl, QueueWire
 from oracle import assert_close, dense, random_inputs, run_all_ranks
 
 from distattn.ir.layout import Layout
@@ -17,12 +17,6 @@ from distattn.parallel.runtime import communicator, execute
 from distattn.parallel.runtime.communicator import backend_name, warm_up
 from distattn.parallel.runtime.transport import GroupTransport, Packet
 
-
-class Group:
-    """A stand-in for a process group: transports only ask whether it still exists."""
-
-
-GROUP = Group()
 # seconds of a wait that would never end, in tests of breaches
 SOON = 5.0
 

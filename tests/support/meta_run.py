@@ -15,6 +15,7 @@ from unittest import mock
 import meta_kernel
 import torch
 from imitated_allocator import QUEUE, HeldBytes
+from imitated_nccl import GROUP
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -133,13 +134,6 @@ class MetaBackend:
 
     def wait(self) -> None:
         return None
-
-
-class _Group:
-    """A stand-in for a process group."""
-
-
-GROUP = _Group()
 
 
 class Layer:
