@@ -137,7 +137,9 @@ class AllocationWatch(TorchDispatchMode):
             executable = EXECUTABLES.by_handle(args[number])
             memory = executable.memory()[direction]
             self._largest_arena = max(self._largest_arena, memory.arena)
-            self._note(self.alive + memory.beside_arena)
+            # what a repeated pass receives for its backward is counted with the arena: see `_repeat`
+            kept = executable.program.kept_places.bytes if direction == "forward" and runs_backward() else 0
+            self._note(self.alive + memory.beside_arena - kept)
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             # a model that needs a value, as transformers does to detect a packed batch, gets 0
             return torch.zeros((), dtype=args[0].dtype).item()
