@@ -218,16 +218,18 @@ SNIPPETS: dict[str, list[Callable[[dict[str, Any]], None] | None]] = {
     "data.md": [_packs, _masks],
     "data-formats.md": [_packs, _tokens],
     "data-streams.md": [_stream],
+    "doctor.md": [_reference],
     "dynamic-context-parallelism.md": [_model, _schedule],
+    "huggingface.md": [_model],
     "models.md": [_pretrained],
     "monitoring.md": [_monitored],
     "memory.md": [_memory],
+    "own-loop.md": [_loop, _model, _packs_one_by_one],
     "planning-a-cluster.md": [_cluster],
     "recurrence.md": [_own_model] * 2,
     "recurrence-schedules.md": [_own_model],
     "convolutions-and-latents.md": [_own_model] * 2,
-    "trainers.md": [_model, _packs_one_by_one, _model, _mesh, _own_model, None, _reference],
-    "training.md": [_loop],
+    "trainers.md": [_mesh, _own_model, None],
 }
 # what is made small, or runs on one CPU rank, where the page has more
 SMALLER = {
@@ -446,6 +448,6 @@ NAVIGATION = """
 
 @needs_browser
 def test_the_groups_of_pages_are_beside_the_text_and_names_in_tables_stay_whole(site):
-    facts = what_a_script_says((site / "trainers.html").read_text(), NAVIGATION, site, 1200)
+    facts = what_a_script_says((site / "own-loop.html").read_text(), NAVIGATION, site, 1200)
     assert facts["groups"] == ["Start", "Use", "Run", "Understand", "Reference"], facts
     assert facts["pages"] >= len(PAGES) and facts["names"] > 20 and not facts["broken"], facts
