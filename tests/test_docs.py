@@ -123,7 +123,7 @@ def _model(names: dict[str, Any]) -> None:
     huggingface.register()
     model = AutoModelForCausalLM.from_config(tiny_llama()["config"], attn_implementation="distattn")
     names |= dict(da=da, pytorch=pytorch, model=model, sum_gradients=lambda: None, loader=tiny_loader())
-    names |= dict(group=None, everyone=None, target=pytorch.ProbeTarget(model), micro_batches=tiny_loader()[0])
+    names |= dict(group=None, all_ranks=None, target=pytorch.ProbeTarget(model), micro_batches=tiny_loader()[0])
 
 
 def _packs_one_by_one(names: dict[str, Any]) -> None:
