@@ -114,4 +114,4 @@ def test_megatrons_example_says_that_it_wants_gpus():
     how = dict(env={**os.environ, **alone}, capture_output=True, text=True, timeout=LIMIT_SECONDS)
     done = subprocess.run([sys.executable, str(EXAMPLES / "megatron_gpt.py")], **how)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "megatron_gpt.py: Megatron-core wants GPUs, and there is none here" in done.stderr
+    assert "megatron_gpt.py: Megatron-core needs a GPU, and this machine has none" in done.stderr
