@@ -382,8 +382,8 @@ def test_private_names_of_other_projects_are_listed():
 def test_every_picture_of_a_strategy_is_what_its_script_draws_today():
     shown = {file.stem: file.read_text() for file in draw_strategies.FOLDER.glob("*.svg")}
     assert shown == draw_strategies.drawings(), "run python docs/draw_strategies.py"
-    concepts = (ROOT / "docs" / "concepts.md").read_text()
-    assert all(f"](strategies/{name}.svg)" in concepts for name in ("ring", "ulysses", "usp", "cad"))
+    page = (ROOT / "docs" / "strategies.md").read_text()
+    assert all(f"](strategies/{name}.svg)" in page for name in ("ring", "ulysses", "usp", "cad"))
 
 
 @needs_browser
