@@ -47,7 +47,7 @@ class Instant(da.ContextParallel):
 
 
 class InstantWatch:
-    """See `distattn.ops.executable.Watch`."""
+    """See `distattn.ops.executable.PassObserver`."""
 
     alternates = False
 

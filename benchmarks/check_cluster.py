@@ -54,14 +54,14 @@ def main() -> int:
         contestants,
         lambda result: check(result, job.wanted),
         repeats=9 if job.cuda else 1,
-        progress=lambda line: findings.say(line) if job.cuda else None,
+        progress=lambda line: findings.print_line(line) if job.cuda else None,
     )
     for cell in cells:
         cell.facts["bytes"] = moved.get(cell.contestant, max(moved.values(), default=0))
         wrong = "" if cell.status == "ok" else f"{cell.status}: {cell.note}"
         findings.check(f"{cell.contestant} on {job.ranks} ranks over {backend}", wrong)
-    findings.say(table(cells, {"bytes": lambda value: f"{value / 1e6:.0f} MB"}))
-    findings.say(exposure(cells))
+    findings.print_line(table(cells, {"bytes": lambda value: f"{value / 1e6:.0f} MB"}))
+    findings.print_line(exposure(cells))
     dist.destroy_process_group()
     return findings.ended()
 

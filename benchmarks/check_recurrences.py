@@ -28,7 +28,7 @@ import torch.distributed as dist
 from findings import Findings
 from gpu_recurrence import NAMES
 from harness import Contestant, compare, joined, slowest, table, write
-from recurrence import Way, contestant
+from recurrence import RecurrencePlan, contestant
 from torch import Tensor
 
 import distattn as da
@@ -37,15 +37,15 @@ from distattn.kernels.recurrence import chunked
 from distattn.kernels.recurrence.tokens import RecurrenceTokens
 from distattn.kernels.recurrence.trial import RecurrenceInputs
 from distattn.kernels.spec import KernelRequirements
-from distattn.parallel.analysis.columns import readable_bytes
+from distattn.parallel.analysis.text_format import readable_bytes
 from distattn.parallel.runtime.transport import Transport
 
 WAYS = {
-    "in turn": Way("contiguous", schedule="in_turn"),
-    "gathered": Way("zigzag", schedule="gathered"),
-    "by heads": Way("zigzag", schedule="by_heads"),
-    "by halves": Way("zigzag", schedule="by_halves"),
-    "all-to-all": Way("zigzag", "ulysses"),
+    "in turn": RecurrencePlan("contiguous", schedule="sequential"),
+    "gathered": RecurrencePlan("zigzag", schedule="allgather_states"),
+    "by heads": RecurrencePlan("zigzag", schedule="head_sharded"),
+    "by halves": RecurrencePlan("zigzag", schedule="tree"),
+    "all-to-all": RecurrencePlan("zigzag", "ulysses"),
 }
 # ops of which fla-core has context parallelism: the module and the function
 FLA = {
@@ -96,7 +96,7 @@ def main() -> int:
             else:
                 findings.check(what, note)
             findings.time(named, cell.contestant, note, cell.median)
-        findings.say(table(cells, {"plan_bytes": readable_bytes}))
+        findings.print_line(table(cells, {"plan_bytes": readable_bytes}))
         if arguments.out and rank == 0:
             write(arguments.out, cells)
     dist.destroy_process_group()
@@ -121,7 +121,9 @@ class Case(NamedTuple):
         # documents begin with nothing, and what ranks hand on counts for hundreds of tokens
         x = given.x if given.x.g is None else given.x._replace(g=given.x.g / 100)
         given = given._replace(x=x, state=torch.zeros_like(given.state), dstate=torch.zeros_like(given.dstate))
-        kernel = da.prepare(Way("contiguous").plan(op, lengths, dist.get_world_size(), x), device=device).kernel
+        kernel = da.prepare(
+            RecurrencePlan("contiguous").plan(op, lengths, dist.get_world_size(), x), device=device
+        ).kernel
 
         def one_device() -> tuple[Tensor, ...]:
             return torch.arange(len(x.v)), *computed(kernel, given)
@@ -136,7 +138,9 @@ class Case(NamedTuple):
             ways |= {name: lambda slices=slices: of_fla(self, slices) for name, slices in SLICES_OF_FLA.items()}
         return ways | {"one device": lambda: self.one_device}
 
-    def by(self, way: Way, wrap: Callable[[Transport], Transport] = lambda transport: transport) -> Contestant:
+    def by(
+        self, way: RecurrencePlan, wrap: Callable[[Transport], Transport] = lambda transport: transport
+    ) -> Contestant:
         """By a plan. wrap: what becomes of the transport of its messages."""
         return contestant(way, self.op, self.lengths, self.given.x, self.given.do, wrap)
 

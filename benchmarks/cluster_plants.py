@@ -28,7 +28,7 @@ from check_recurrences import Case as RecurrenceCase
 from findings import Findings
 from gpu_executor import HEADS, KV_HEADS
 from harness import Contestant, compare
-from recurrence import Way
+from recurrence import RecurrencePlan
 from torch import Tensor
 
 import distattn as da
@@ -105,7 +105,7 @@ def recurrence(job: Job) -> Parity:
     """Gated DeltaNet by states that are handed from rank to rank, beside fp64."""
     tokens, heads = (STATE_TOKENS, 32) if job.cuda else (128, 4)
     case = RecurrenceCase.of("gated_delta_rule", [tokens], heads, job.device)
-    return Parity("scan", lambda wrap: case.by(Way("contiguous", schedule="in_turn"), wrap), case.check)
+    return Parity("scan", lambda wrap: case.by(RecurrencePlan("contiguous", schedule="sequential"), wrap), case.check)
 
 
 def found_by_parity(what: str, parity: Parity, wrap: Callable[[Transport], Transport], findings: Findings) -> None:
@@ -213,7 +213,7 @@ def rank_stops(timeout: float | None, path: Path | None) -> int:
     named = all(f"rank {lost}" in text for text in everyone)
     detailed = next((text for text in everyone[:-1] if "KV" in text and "in step" in text), "")
     findings.planted("a rank stops", detailed if named else "")
-    findings.say(f"all {ranks} ranks have left the loop, {time.monotonic() - began:.0f} s after they began it")
+    findings.print_line(f"all {ranks} ranks have left the loop, {time.monotonic() - began:.0f} s after they began it")
     dist.destroy_process_group()
     return findings.ended()
 

@@ -48,7 +48,7 @@ from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.triton import attention as triton_attention
 from distattn.kernels.triton import spinner
 from distattn.kernels.triton.launch import TritonLaunch
-from distattn.kernels.triton.sums import plan_sums, scratch_of_parts
+from distattn.kernels.triton.sums import scratch_of_parts, sums_launch
 from distattn.parallel.make_plan import STRATEGIES
 
 ARCHITECTURES = (80, 90, 100)
@@ -142,7 +142,7 @@ def main() -> int:
     path = Path(__file__).parent / "budgets" / f"triton-{triton.__version__.split('+')[0]}.json"
     budget: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
     if not budget and not arguments.update:
-        say(f"there is no budget for Triton {triton.__version__}; make one with --update")
+        print_line(f"there is no budget for Triton {triton.__version__}; make one with --update")
         return 1
     complaints: list[str] = []
     names: set[str] = set()
@@ -168,9 +168,11 @@ def main() -> int:
                 *(worse(found, budget.get(name)) if not arguments.update else []),
             ]
             complaints += [f"{name}: {what}" for what in wrong]
-            say(f"{name:42s} {'  '.join(f'{key} {value}' for key, value in found.items())}{'  <- ' * bool(wrong)}")
+            print_line(
+                f"{name:42s} {'  '.join(f'{key} {value}' for key, value in found.items())}{'  <- ' * bool(wrong)}"
+            )
             budget[name] = found | {"digest": given}
-    say(
+    print_line(
         f"{unchanged} kernels are what their budgets were taken from"
         if not arguments.names
         else f"{len(names)} kernels"
@@ -183,7 +185,7 @@ def main() -> int:
         path.parent.mkdir(exist_ok=True)
         lines = (f"{json.dumps(name)}: {json.dumps(budget[name])}" for name in sorted(budget))
         path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    say("\n".join(complaints) or "nothing is worse than its budget")
+    print_line("\n".join(complaints) or "nothing is worse than its budget")
     return 1 if complaints else 0
 
 
@@ -203,7 +205,7 @@ def variants(arch: int) -> Iterator[tuple[str, TritonLaunch]]:
                 yield f"sm_{arch} {str(dtype)[6:]} {dim}/{dim} {kernel}{' softcap alibi' if modifiers else ''}", launch
     for kernel, launch in recurrence_launches(torch.bfloat16, 128):
         yield f"sm_{arch} bfloat16 128/128 recurrence {kernel}", launch
-    yield f"sm_{arch} spin", spinner.plan_spin(torch.zeros(2, dtype=torch.int32), torch.zeros(1), 16)
+    yield f"sm_{arch} spin", spinner.spin_launch(torch.zeros(2, dtype=torch.int32), torch.zeros(1), 16)
 
 
 def launched(arch: int, known: set[str], strategies: Iterable[str]) -> Iterator[tuple[str, TritonLaunch, str]]:
@@ -224,21 +226,21 @@ def launches(
     work = triton_attention.prepare_tiles(LaunchMask.from_mask(Mask.causal(TOKENS), HEADS, KV_HEADS), tiles, 1)
     with mock.patch.object(triton_attention, "compute_capability", lambda device: arch):
         for epilogue, how in epilogues():
-            yield f"forward {epilogue}", triton_attention.plan_forward(q, k, v, o, lse, work, score, **how)
+            yield f"forward {epilogue}", triton_attention.forward_launch(q, k, v, o, lse, work, score, **how)
         given = (do, q, k, v, lse, lse, grads, work, score)
-        numbers, dkdv, dq = triton_attention.plan_backward(*given, accumulate=(True, True))
+        numbers, dkdv, dq = triton_attention.backward_launch(*given, accumulate=(True, True))
         yield "backward numbers", numbers
         yield "backward dkdv", dkdv
         yield "backward dq", dq
         cut = work.dkdv._replace(sums=torch.zeros(1, 3, dtype=torch.int32), slots=2)
-        yield "backward sums", plan_sums(scratch_of_parts(*grads[1:], cut, tiles.dkdv), *grads[1:], cut, True)
+        yield "backward sums", sums_launch(scratch_of_parts(*grads[1:], cut, tiles.dkdv), *grads[1:], cut, True)
         if (dtype, dim, modifiers) == (torch.bfloat16, 128, False):
-            _, dkdv, dq = triton_attention.plan_backward(*given)
+            _, dkdv, dq = triton_attention.backward_launch(*given)
             yield "backward dkdv, written", dkdv
             yield "backward dq, written", dq
         if dtype == torch.float32 and dim == 128:
-            yield "forward write tf32", triton_attention.plan_forward(q, k, v, o, lse, work, score, precision="tf32")
-            _, dkdv, dq = triton_attention.plan_backward(*given, precision="tf32")
+            yield "forward write tf32", triton_attention.forward_launch(q, k, v, o, lse, work, score, precision="tf32")
+            _, dkdv, dq = triton_attention.backward_launch(*given, precision="tf32")
             yield "backward dkdv tf32", dkdv
             yield "backward dq tf32", dq
 
@@ -249,8 +251,11 @@ def gluon_launches(dtype: torch.dtype, dim: int, modifiers: bool) -> Iterator[tu
     cells = LaunchMask.from_mask(Mask.causal(TOKENS), HEADS, KV_HEADS)
     work = gluon_attention.prepare(cells, KernelRequirements(dtype, dim, dim, CPU))
     for epilogue, how in epilogues():
-        yield f"gluon forward {epilogue}", gluon_attention.plan_forward(q, k, v, o, lse, work, score, **how)
-    yield "gluon backward", gluon_attention.plan_backward(do, q, k, v, lse, lse, grads, work, score, accumulate=True)[1]
+        yield f"gluon forward {epilogue}", gluon_attention.forward_launch(q, k, v, o, lse, work, score, **how)
+    yield (
+        "gluon backward",
+        gluon_attention.backward_launch(do, q, k, v, lse, lse, grads, work, score, accumulate=True)[1],
+    )
 
 
 def recurrence_launches(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, TritonLaunch]]:
@@ -405,7 +410,7 @@ def output(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 

@@ -64,7 +64,7 @@ def main() -> None:
         case = Case(os.path.join(folder, "corpus"), folder, arguments.context, arguments.packs, arguments.cp)
         tokens = write_corpus(case.corpus, arguments.documents, arguments.scale)
         step = tokens // (arguments.packs * arguments.context) // 2
-        say(
+        print_line(
             f"{arguments.documents:,} documents, {tokens:,} tokens; {arguments.packs} packs of {arguments.context:,} tokens a "
             f"step; resumed at step {step}\n{HEAD}"
         )
@@ -80,7 +80,7 @@ def main() -> None:
                 resumed[name].append(in_a_process(resume, CONTESTANTS[name], case, rows[name], arguments.rivals))
         for name, row in rows.items():
             row |= summary(resumed.get(name, []))
-            say(line(name, row, rows[arguments.only[0]]))
+            print_line(line(name, row, rows[arguments.only[0]]))
         if arguments.out:
             with arguments.out.open("a") as file:
                 for name, row in rows.items():
@@ -239,7 +239,7 @@ def _run(send: Any, work: Callable[..., dict[str, Any]], contestant: Contestant,
     os._exit(0)
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Benchmarks print; the library does not."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from data_contestants import Case, Contestant, Filled, Ours, import_rival
-from data_loading import PeakMemory, in_a_process, say, write_corpus
+from data_loading import PeakMemory, in_a_process, print_line, write_corpus
 from harness import Unsupported
 
 from distattn.data.files.indexed_file import IndexedFile
@@ -43,14 +43,16 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             case = Case(os.path.join(folder, "corpus"), folder, arguments.context, arguments.packs, 1)
             tokens = write_corpus(case.corpus, documents)
-            say(f"{documents:,} documents, {tokens:,} tokens, packs of {arguments.context:,}")
-            say(f"{'':24s}{'seconds':>9s}{'CPU s':>9s}{'MB':>7s}{'utilisation':>13s}{'cuts':>7s}{'dropped':>10s}")
+            print_line(f"{documents:,} documents, {tokens:,} tokens, packs of {arguments.context:,}")
+            print_line(
+                f"{'':24s}{'seconds':>9s}{'CPU s':>9s}{'MB':>7s}{'utilisation':>13s}{'cuts':>7s}{'dropped':>10s}"
+            )
             for packer in (Plan(), Greedy(), ScanAndPick(arguments.most_scanned)):
                 row = in_a_process(measure, packer, case, arguments.rivals)
                 if "left out" in row:
-                    say(f"{packer.name:24s} left out: {row['left out']}")
+                    print_line(f"{packer.name:24s} left out: {row['left out']}")
                     continue
-                say(
+                print_line(
                     f"{packer.name:24s}{row['seconds']:9.2f}{row['CPU']:9.2f}{row['MB']:7.0f}{row['utilisation']:13.3%}"
                     f"{row['cuts']:7,d}{row['dropped']:10.3%}"
                 )

@@ -32,7 +32,7 @@ import numpy as np
 
 # numpy imports it at the first np.unique
 import numpy.ma  # noqa: F401
-from data_loading import say, write_corpus
+from data_loading import print_line, write_corpus
 from process_guard import guard_processes
 
 from distattn.data.files.corpus import Corpus
@@ -72,7 +72,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         for documents in arguments.open_documents:
-            say(opening(folder, documents))
+            print_line(opening(folder, documents))
         prefix, plan_file = os.path.join(folder, "corpus"), os.path.join(folder, "plan.packs")
         tokens = write_corpus(prefix, arguments.documents)
         packs = arguments.ranks // CP * arguments.micro_batches
@@ -80,17 +80,17 @@ def main() -> None:
         plan = make_pack_plan(plan_file, [Corpus.open("documents", [prefix])], seed=1, rule=rule, max_epochs=[1.0])
         # the first step warms up, and the last may be shorter
         steps = min(arguments.steps, plan.steps - 2)
-        say(
+        print_line(
             f"\n{tokens:,} tokens in one file; a step is {packs} packs of {arguments.context:,}; {os.cpu_count()} cores"
         )
         for processes in arguments.processes:
             rows = read_together(prefix, plan_file, processes, arguments.ranks, steps)
-            say(measured(processes, rows))
+            print_line(measured(processes, rows))
         bandwidth = copied_together(prefix, max(arguments.processes))
-        say(
+        print_line(
             f"page cache, {max(arguments.processes)} processes: {bandwidth / 1e9:.1f} GB/s by pread of {COPIED_BYTES:,} bytes"
         )
-        say(simulated(rows, bandwidth, arguments.ranks, arguments.cores, arguments.step_seconds))
+        print_line(simulated(rows, bandwidth, arguments.ranks, arguments.cores, arguments.step_seconds))
 
 
 def opening(folder: str, documents: int) -> str:

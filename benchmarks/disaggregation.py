@@ -71,22 +71,22 @@ def main() -> int:
         per_node = min(max(8 // given.tensor_parallel, 1), servers)
         cluster = describe.load(f"h200-{servers // per_node}x{per_node}")
         shape = dict(heads=query, kv_heads=key, head_dim=128, dtype="bfloat16", comm_dtype=given.wire, cluster=cluster)
-        say(
+        print_line(
             f"\n{servers} servers x {context:,} tokens, lengths x{scale}, {query}:{key} heads, {given.inner}"
             f"{', packs grouped by work' * given.grouped}, {given.wire} wire; simulated on {cluster.name}"
         )
-        say(f"{COLUMNS[0]:24s}" + "".join(f"{name:>12s}" for name in COLUMNS[1:]))
+        print_line(f"{COLUMNS[0]:24s}" + "".join(f"{name:>12s}" for name in COLUMNS[1:]))
         batches = list(packs(known * scale, servers, context, given.batches, given.seed, given.grouped))
         for name, make in contestants(given.inner, given.tolerance, given.hypergraph).items():
             rows = [row for batch in batches if (row := measured(make, batch, shape, cluster))]
             if not rows:
-                say(f"{name:24s} left out: more than {MOST_PAIRS:,} pairs of chunks, or not this mask")
+                print_line(f"{name:24s} left out: more than {MOST_PAIRS:,} pairs of chunks, or not this mask")
                 continue
             means = {
                 key: float(max(r[key] for r in rows) if key in ("cells", "cost") else np.mean([r[key] for r in rows]))
                 for key in rows[0]
             }
-            say(f"{name:24s}" + "".join(f"{means[key]:12.3f}" for key in COLUMNS[1:]))
+            print_line(f"{name:24s}" + "".join(f"{means[key]:12.3f}" for key in COLUMNS[1:]))
             if given.out:
                 setting = dict(
                     servers=servers,
@@ -209,7 +209,7 @@ def measured(
     }
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Benchmarks print; the library does not."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()

@@ -28,12 +28,12 @@ class Findings:
     def planted(self, what: str, found: str) -> None:
         """A fault that was made on purpose, and by which message it was found; an empty text where it was not."""
         self.all_right &= bool(found)
-        self.say(f"planted: {what} ... " + (f"found: {found}" if found else "NOT FOUND"))
+        self.print_line(f"planted: {what} ... " + (f"found: {found}" if found else "NOT FOUND"))
         self._keep("planted", what, found)
 
     def left_out(self, what: str, why: str) -> None:
         """What was not looked at."""
-        self.say(f"{what}: left out: {why}")
+        self.print_line(f"{what}: left out: {why}")
         self._keep("left out", what, why)
 
     def speed(self, case: str, contestant: str, note: str, **facts: Any) -> None:
@@ -49,7 +49,7 @@ class Findings:
         self._keep("ended", "", "", **environment())
         return 0 if self.all_right else 1
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """One line for people."""
         if self.speaks and line:
             sys.stdout.write(line + "\n")

@@ -124,7 +124,7 @@ def first_hour(stages: Sequence[Sequence[Part]], folder: Path, seconds: float, w
     with (folder / "output.txt").open("w") as kept:
         lock = threading.Lock()
 
-        def say(text: str) -> None:
+        def print_line(text: str) -> None:
             # parts that run together speak from threads
             with lock:
                 for file in (sys.stdout, kept):
@@ -134,29 +134,33 @@ def first_hour(stages: Sequence[Sequence[Part]], folder: Path, seconds: float, w
         environment = os.environ | (NO_GPU if without else {})
         for stage in stages:
             left = max(began + seconds - time.monotonic(), 0.0)
-            say(f"\n--- {', '.join(part.name for part in stage)} ({left:.0f} s left)")
+            print_line(f"\n--- {', '.join(part.name for part in stage)} ({left:.0f} s left)")
             if left < LEAST_SECONDS:
                 outcomes += [Outcome(part.name, [], left_out="no time was left") for part in stage]
             else:
-                outcomes += run_stage(stage, folder, left, environment, say)
+                outcomes += run_stage(stage, folder, left, environment, print_line)
         rows = [row for outcome in outcomes for row in outcome.findings]
-        say("\n" + ("" if without else "\n\n".join(filter(None, (speed_table(rows), time_table(rows))))))
+        print_line("\n" + ("" if without else "\n\n".join(filter(None, (speed_table(rows), time_table(rows))))))
         text, right = verdict(outcomes, without)
-        say(f"\n{text}")
+        print_line(f"\n{text}")
         for machine in [row for row in rows if row["kind"] == "ended"][:1]:
             versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-            say(f"{machine['device']}; {versions}; commit {machine['commit']}; {time.monotonic() - began:.0f} s.")
-        say(f"To send something back, or only the figures: {folder}, with the output of distattn doctor --json.")
+            print_line(
+                f"{machine['device']}; {versions}; commit {machine['commit']}; {time.monotonic() - began:.0f} s."
+            )
+        print_line(f"To send something back, or only the figures: {folder}, with the output of distattn doctor --json.")
     with suppress(FileNotFoundError):
         shutil.copy(cache_file(), folder)
     return 0 if right else 1
 
 
 def run_stage(
-    stage: Sequence[Part], folder: Path, left: float, environment: dict[str, str], say: Callable[[str], None]
+    stage: Sequence[Part], folder: Path, left: float, environment: dict[str, str], print_line: Callable[[str], None]
 ) -> list[Outcome]:
     """Run parts side by side; their outcomes. None takes more than its time, or than what is left."""
-    running = [Running(part, folder, min(part.seconds, left), environment, say, len(stage) > 1) for part in stage]
+    running = [
+        Running(part, folder, min(part.seconds, left), environment, print_line, len(stage) > 1) for part in stage
+    ]
     try:
         return [one.outcome() for one in running]
     finally:
@@ -174,7 +178,7 @@ class Running:
         folder: Path,
         seconds: float,
         environment: dict[str, str],
-        say: Callable[[str], None],
+        print_line: Callable[[str], None],
         named: bool,
     ):
         self.part, self.seconds, self.ends = part, seconds, time.monotonic() + seconds
@@ -192,12 +196,14 @@ class Running:
         )
         self.last: deque[str] = deque([""], maxlen=1)
         prefix = f"{part.name}: " if named else ""
-        self.reader = threading.Thread(target=self._pass_on, args=(self.process.stdout, prefix, say), daemon=True)
+        self.reader = threading.Thread(
+            target=self._pass_on, args=(self.process.stdout, prefix, print_line), daemon=True
+        )
         self.reader.start()
 
-    def _pass_on(self, output: IO[str], prefix: str, say: Callable[[str], None]) -> None:
+    def _pass_on(self, output: IO[str], prefix: str, print_line: Callable[[str], None]) -> None:
         for line in output:
-            say(prefix + line.rstrip())
+            print_line(prefix + line.rstrip())
             if line.strip():
                 self.last.append(line.strip())
 

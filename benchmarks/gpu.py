@@ -55,7 +55,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     began, longest = time.perf_counter(), 0.0
     ceilings = measure_ceilings(device)
-    findings.say("  ".join(f"{name} {value:.1f}" for name, value in ceilings.items()))
+    findings.print_line("  ".join(f"{name} {value:.1f}" for name, value in ceilings.items()))
     runners = contestants(arguments.fa3, arguments.tutorial) | ({} if arguments.tiers_only else epilogues())
     everything: list[Cell] = []
     for case in cases(device, arguments.quick):
@@ -77,7 +77,7 @@ def main() -> int:
             "graph": lambda value: "graph" if value else "eager",
             "auto": lambda value: "auto" if value else "",
         }
-        findings.say(table(cells, shown) + f"\n  auto: {auto}\n  ({time.perf_counter() - began:.0f} s)")
+        findings.print_line(table(cells, shown) + f"\n  auto: {auto}\n  ({time.perf_counter() - began:.0f} s)")
         everything += cells
         if arguments.out:
             write(arguments.out, cells, ceilings=ceilings)
@@ -85,7 +85,7 @@ def main() -> int:
             torch.cuda.empty_cache()
         longest = max(longest, time.perf_counter() - case_began)
     wrong = [cell for cell in everything if is_ours(cell) and cell.status in ("wrong", "error")]
-    findings.say(f"{len(everything)} cells; ours wrong or failing in {len(wrong)}")
+    findings.print_line(f"{len(everything)} cells; ours wrong or failing in {len(wrong)}")
     return findings.ended()
 
 

@@ -117,10 +117,10 @@ def ours(tier: ModuleType) -> Callable[[Case, Inputs], Run]:
     def make(case: Case, x: Inputs) -> Run:
         work, score = prepared(tier, case, case.mask, x.q.device), ScoreMod(case.dims[0] ** -0.5)
         o, lse = tier.forward(x.q, x.k, x.v, work, score)
-        if case.direction == "forward" and not hasattr(tier, "plan_forward"):
+        if case.direction == "forward" and not hasattr(tier, "forward_launch"):
             return lambda: tier.forward(x.q, x.k, x.v, work, score, into=(o, lse))[0]
         if case.direction == "forward":
-            launch = tier.plan_forward(x.q, x.k, x.v, o, lse, work, score)
+            launch = tier.forward_launch(x.q, x.k, x.v, o, lse, work, score)
 
             def forward() -> Tensor:
                 run_launch(launch)
@@ -145,7 +145,7 @@ def ring(tier: ModuleType, chunks: int = 8) -> Callable[[Case, Inputs], Run]:
         for i in range(chunks):
             part = case.mask.cut((0, case.tokens), (i * n, (i + 1) * n))
             work = prepared(tier, case, part, x.q.device)
-            steps.append(tier.plan_forward(x.q, x.k, x.v, o, lse, work, score, merge=i > 0))
+            steps.append(tier.forward_launch(x.q, x.k, x.v, o, lse, work, score, merge=i > 0))
 
         def forward() -> Tensor:
             for step in steps:
@@ -166,7 +166,7 @@ def step(tier: ModuleType, merge: bool) -> Callable[[Case, Inputs], Run]:
         work, score = prepared(tier, case, case.mask, x.q.device), ScoreMod(case.dims[0] ** -0.5)
         o, lse = tier.forward(x.q, x.k, x.v, work, score)
         # merging a result with itself leaves it as it is
-        launch = tier.plan_forward(x.q, x.k, x.v, o, lse, work, score, merge=merge)
+        launch = tier.forward_launch(x.q, x.k, x.v, o, lse, work, score, merge=merge)
 
         def forward() -> Tensor:
             run_launch(launch)

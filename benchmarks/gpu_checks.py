@@ -31,7 +31,7 @@ from torch import Tensor
 import distattn as da
 from distattn.kernels import glue, reference
 from distattn.kernels.flash import attention as flash_attention
-from distattn.kernels.glue import Rows
+from distattn.kernels.glue import RowSelection
 from distattn.kernels.gluon import attention as gluon_attention
 from distattn.kernels.gluon import split as gluon_split
 from distattn.kernels.launch_mask import LaunchMask
@@ -89,7 +89,7 @@ def main() -> int:
         complaints += differences
     if ran and not arguments.only_run and device.type == "cuda":
         complaints += sanitized(sorted(set(ran)), min(SANITIZER_SECONDS, ends - time.monotonic()), findings)
-    findings.say("\n".join(complaints) or "guards whole, results the same bits every time" * bool(ran))
+    findings.print_line("\n".join(complaints) or "guards whole, results the same bits every time" * bool(ran))
     return findings.ended()
 
 
@@ -110,7 +110,7 @@ def checked(what: str, call: Call, findings: Findings, only_run: bool) -> list[s
     host = ""
     if not (only_run or call.modifiers or complaints):
         host = f", {host_time(call):.0f} us of host time per forward launch"
-    findings.say(f"{what}: {time.perf_counter() - began:.0f} s{host}")
+    findings.print_line(f"{what}: {time.perf_counter() - began:.0f} s{host}")
     return complaints
 
 
@@ -240,14 +240,14 @@ def whole(x: Tensor) -> bool:
 def glue_differences(device: torch.device) -> list[str]:
     """What is wrong with the operators around kernels, by the CPU's."""
     torch.manual_seed(0)
-    listed, stretch = torch.randperm(900)[:500], Rows(7, 500)
+    listed, segment = torch.randperm(900)[:500], RowSelection(7, 500)
 
     def results(on: torch.device) -> list[Tensor]:
         o, other, lse, other_lse = (x.to(on) for x in tensors)
-        index = Rows.of(listed.to(on))
-        glue.copy_rows(o[:, 1:3], stretch, other[:, :2], index)
-        glue.add_rows(o[:, 3:], index, other[:, 3:], stretch)
-        glue.merge_rows(o, lse, index, other, other_lse, stretch)
+        index = RowSelection.of(listed.to(on))
+        glue.copy_rows(o[:, 1:3], segment, other[:, :2], index)
+        glue.add_rows(o[:, 3:], index, other[:, 3:], segment)
+        glue.merge_rows(o, lse, index, other, other_lse, segment)
         return [o, lse, glue.row_products(other, other)]
 
     tensors = torch.randn(1000, 5, 80), torch.randn(1000, 5, 80).bfloat16(), torch.randn(1000, 5), torch.randn(1000, 5)
@@ -301,7 +301,7 @@ def sanitized(tiers: list[str], seconds: float, findings: Findings) -> list[str]
     except subprocess.TimeoutExpired:
         findings.left_out("compute-sanitizer", f"it has not ended within {seconds:.0f} s: no verdict")
         return []
-    findings.say("compute-sanitizer: " + (done.stdout.strip().splitlines() or ["no output"])[-1])
+    findings.print_line("compute-sanitizer: " + (done.stdout.strip().splitlines() or ["no output"])[-1])
     complaints = [f"compute-sanitizer: {(done.stdout + done.stderr)[-1000:]}"] if done.returncode else []
     findings.check("compute-sanitizer", "".join(complaints))
     return complaints

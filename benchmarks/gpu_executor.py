@@ -153,7 +153,7 @@ def main() -> int:
         if cuda:
             line += f"  host {layer.host_microseconds():.0f} us per rank and step (budget {BUDGET})"
             line += f"  {layer.overlap(arguments.trace):.0%} of copying under kernels"
-        findings.say(f"{strategy:12s} {line}{'  <- wrong' * bool(wrong)}")
+        findings.print_line(f"{strategy:12s} {line}{'  <- wrong' * bool(wrong)}")
     return findings.ended()
 
 

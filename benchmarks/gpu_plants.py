@@ -36,8 +36,8 @@ from distattn.ir.bands import HI, K0, K1
 from distattn.kernels import registry
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.spec import KernelRequirements
-from distattn.ops.executable import EXECUTABLES, Executable, ExecutionKey, kernel_requirements, whole_device
-from distattn.ops.kernel_choice import kernel_trials
+from distattn.ops.executable import EXECUTABLES, Executable, ExecutionKey, kernel_requirements, with_device_index
+from distattn.ops.kernel_choice import local_kernel_trials
 from distattn.parallel.runtime.transport import SingleRankTransport
 
 # the tier that is wrapped; what is planted does not depend on it
@@ -61,7 +61,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--findings", type=Path, help="where they are kept, as JSON lines")
     findings = Findings(parser.parse_args().findings)
-    device = whole_device("cuda" if torch.cuda.is_available() else "cpu")
+    device = with_device_index("cuda" if torch.cuda.is_available() else "cpu")
     dims = (128, 128) if device.type == "cuda" else (32, 32)
     call = gpu_checks.call_of(TIER, dims, False, device)
     if why_not := call.tier.unsupported_reason(KernelRequirements(call.dtype, *dims, device)):
@@ -170,7 +170,7 @@ def faults_by_trial(planted: list[Plant], call: gpu_checks.Call) -> dict[str, st
     modules = {f"planted {number}": plant.tier for number, plant in enumerate(planted)}
     with candidates(modules, call.device):
         chosen = da.prepare(plan, device=call.device).key.kernel
-        trials = kernel_trials(plan, 0, kernel_requirements(plan.call, call.device))
+        trials = local_kernel_trials(plan, 0, kernel_requirements(plan.call, call.device))
     faults = {name: trials[name].fault for name in modules}
     right = {name: fault if fault.startswith("wrong") and chosen == TIER else "" for name, fault in faults.items()}
     return dict(zip((plant.what for plant in planted), right.values(), strict=True))

@@ -35,11 +35,11 @@ import distattn as da
 from distattn.cluster.spec import DIRECTIONS, ClusterSpec, load
 from distattn.ir.op import op_of
 from distattn.ir.plan import Call, Payload, Table
-from distattn.parallel.analysis.columns import aligned, readable_bytes
 from distattn.parallel.analysis.simulate import simulate_pass, simulated_seconds
+from distattn.parallel.analysis.text_format import align_columns, readable_bytes
 from distattn.parallel.latent_plan import latent_seconds
 from distattn.parallel.make_plan import STRATEGIES
-from distattn.parallel.run_layout import relayout_seconds
+from distattn.parallel.span_layout import relayout_seconds
 
 ATTENTION_LAYERS, RECURRENT_LAYERS, RUN, WIDTH = 8, 24, 3, 4096
 ATTENTION = dict(heads=32, kv_heads=8, head_dim=128, dtype="bfloat16")
@@ -62,7 +62,7 @@ def main() -> None:
     arguments = parser.parse_args()
     table = latent_rows if arguments.latent else choice_rows if arguments.choices else hybrid_rows
     rows = table(arguments)
-    for line in aligned(rows):
+    for line in align_columns(rows):
         sys.stdout.write(line + "\n")
     sys.stdout.write(
         "(milliseconds forward and backward, simulated; kernel times of recurrences and expansions estimated)\n"

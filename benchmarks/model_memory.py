@@ -54,7 +54,9 @@ def main() -> None:
     model = meta_model(config)
     whole = sum(parameter.numel() * 4 for parameter in model.parameters())
     largest = max(sum(p.numel() * 4 for p in module.parameters(recurse=False)) for module in model.modules())
-    say(f"{whole / 4e6:,.0f}M parameters in float32: {whole / 1e6:,.0f} MB, the largest module {largest / 1e6:,.0f} MB")
+    print_line(
+        f"{whole / 4e6:,.0f}M parameters in float32: {whole / 1e6:,.0f} MB, the largest module {largest / 1e6:,.0f} MB"
+    )
     share = whole / given.ranks
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         context = multiprocessing.get_context("spawn")
@@ -67,10 +69,10 @@ def main() -> None:
                 most = max(rank[phase][0] for rank in found)
                 seconds = max(rank[phase][1] for rank in found)
                 beside = "" if phase == "exported" else f" = its share and {(most - share) / 1e6:,.0f} MB"
-                say(f"{phase:9} {most / 1e6:8,.0f} MB at most on a rank{beside}; {seconds:.1f} s of CPU")
+                print_line(f"{phase:9} {most / 1e6:8,.0f} MB at most on a rank{beside}; {seconds:.1f} s of CPU")
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Print a line that appears at once."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()

@@ -55,14 +55,14 @@ def main() -> None:
             ("long", arguments.long_documents, 1, 131_072, 8),
         ):
             tokens = write(Path(folder, name), documents, divisor)
-            say(f"{name}: {documents:,} documents, {tokens:,} tokens, packs of {context:,}, {packs} a step")
+            print_line(f"{name}: {documents:,} documents, {tokens:,} tokens, packs of {context:,}, {packs} a step")
             for digests in (True, False):
                 if not digests:
                     Path(folder, f"{name}.xxh3").unlink()
                 corpus = Corpus.open(name, [f"{folder}/{name}"])
                 rule = PackRule(((0, context),), packs * context, window=1024)
                 make_pack_plan(f"{folder}/{name}.packs", [corpus], seed=0, rule=rule, max_epochs=[1.0]).close()
-                say(f"  {'with' if digests else 'without'} digests")
+                print_line(f"  {'with' if digests else 'without'} digests")
                 process = multiprocessing.get_context("spawn").Process(target=measure, args=(folder, name))
                 process.start()
                 process.join()
@@ -170,10 +170,10 @@ def timed(work: Callable[[], object]) -> float:
 
 def line(what: str, value: str) -> None:
     """One line of the table."""
-    say(f"    {what:44s} {value}")
+    print_line(f"    {what:44s} {value}")
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Benchmarks print; the library does not."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()

@@ -31,9 +31,9 @@ import numpy as np
 from process_guard import guard_processes
 
 from distattn.data.packing.make_pack_plan import make_pack_plan
-from distattn.data.packing.order import permuted
 from distattn.data.packing.pack_plan import PackPlan
 from distattn.data.packing.pack_rule import PackRule
+from distattn.data.packing.permutation import permuted
 
 QUANTILES = (0, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999, 1)
 LENGTHS = (575, 678, 919, 1914, 6051, 16_270, 47_397, 239_610, 340_149)
@@ -87,17 +87,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "lengths.int32")
         tokens = draw(path, arguments.documents, arguments.lengths)
-        say(f"{arguments.documents:,} documents, {tokens:,} tokens, drawn from {arguments.lengths or 'quantiles'}")
+        print_line(
+            f"{arguments.documents:,} documents, {tokens:,} tokens, drawn from {arguments.lengths or 'quantiles'}"
+        )
         for context in arguments.context:
-            say(f"\n{arguments.packs} packs of {context:,} tokens a step")
-            say(f"{'':20s} seconds    CPU s  us/document  peak GB  utilisation     cuts  documents/pack  work max/mean")
+            print_line(f"\n{arguments.packs} packs of {context:,} tokens a step")
+            print_line(
+                f"{'':20s} seconds    CPU s  us/document  peak GB  utilisation     cuts  documents/pack  work max/mean"
+            )
             for name in arguments.only:
                 if name == "first-fit" and arguments.documents > MOST_FIRST_FIT:
-                    say(f"{name:20s} left out: quadratic, {MOST_FIRST_FIT:,} documents at most")
+                    print_line(f"{name:20s} left out: quadratic, {MOST_FIRST_FIT:,} documents at most")
                     continue
                 row = in_a_process(name, path, context, arguments.packs, caps)
                 each = row.cpu_seconds / arguments.documents * 1e6
-                say(
+                print_line(
                     f"{name:20s} {row.seconds:7.1f} {row.cpu_seconds:8.1f} {each:12.2f} {row.peak_gb:8.2f} "
                     f"{row.utilisation:12.4%} {row.cuts:8,d} {row.most_documents:15,d} {row.work:14.2f}"
                 )
@@ -215,7 +219,7 @@ def draw(path: str, documents: int, source: Path | None) -> int:
     return tokens
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Benchmarks print; the library does not."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()

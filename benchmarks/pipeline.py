@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from disaggregation import packs, say
+from disaggregation import packs, print_line
 
 import distattn as da
 from distattn.cluster import spec as describe
@@ -42,8 +42,8 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, default=0.02)
     given = parser.parse_args()
     known = np.array(json.loads(given.lengths.read_text()))
-    say("simulated, seconds of one step of attention and everything else; 8 GPUs a rank of the pool")
-    say(
+    print_line("simulated, seconds of one step of attention and everything else; 8 GPUs a rank of the pool")
+    print_line(
         f"{'stages':>6s}{'ranks':>7s}{'ticks':>7s}{'lost':>6s}{'1F1B':>9s}{'aligned':>9s}{'pooled':>9s}{'ping-pong':>11s}"
     )
     for stages in given.stages:
@@ -71,7 +71,7 @@ def main() -> int:
             pooled += layers * (others + seconds)
             hidden += layers * max(others + kernels_only, messages)
         lost = len(order) - 2 * (given.micro_batches + stages - 1)
-        say(
+        print_line(
             f"{stages:6d}{cluster.ranks:7d}{len(order):7d}{lost:6d}{plain:9.2f}{aligned:9.2f}{pooled:9.2f}{hidden:11.2f}"
         )
     return 0

@@ -53,11 +53,11 @@ def main() -> None:
     keys_ms, _ = best(lambda: mask.needed_keys(spans))
     tiles_ms, runs = best(lambda: mask.tiles(128, 128))
     documents = f"{len(lengths)} documents, the longest {max(lengths):,}"
-    say(f"{mask.n:,} tokens, {documents}; {arguments.ranks} ranks; python {sys.version.split()[0]}")
-    say(f"mask {mask_ms:.1f} ms, area {area_ms:.1f} ms, needed keys {keys_ms:.1f} ms")
-    say(f"{len(runs['tile']):,} tile runs {tiles_ms:.1f} ms\n")
+    print_line(f"{mask.n:,} tokens, {documents}; {arguments.ranks} ranks; python {sys.version.split()[0]}")
+    print_line(f"mask {mask_ms:.1f} ms, area {area_ms:.1f} ms, needed keys {keys_ms:.1f} ms")
+    print_line(f"{len(runs['tile']):,} tile runs {tiles_ms:.1f} ms\n")
     times = "layout ms  plan ms  verify ms  lower ms"
-    say(f"strategy    layout            {times}    tasks    moves  max/mean  moved GB  peak GB fwd/bwd")
+    print_line(f"strategy    layout            {times}    tasks    moves  max/mean  moved GB  peak GB fwd/bwd")
     for strategy in STRATEGIES:
         for name in LAYOUTS:
             layout_ms, layout = best(lambda name=name: make_layout(name, lengths, arguments.ranks, mask))
@@ -66,7 +66,7 @@ def main() -> None:
                     lambda layout=layout, strategy=strategy: planned(mask, layout, strategy, *arguments.heads)
                 )
             except da.DistattnError as refusal:
-                say(f"{strategy:11s} {name:16s} refused: {refusal}")
+                print_line(f"{strategy:11s} {name:16s} refused: {refusal}")
                 continue
             verify_ms, proof = best(lambda plan=plan: da.verify(plan))
             lower_ms, _ = best(
@@ -77,7 +77,7 @@ def main() -> None:
             area, tables = plan.area_by_rank(), plan.forward
             sizes = f"{len(tables.tasks['step']):8,d} {len(tables.moves['step']):8,d} {area.max() / area.mean():9.2f}"
             peaks = "/".join(f"{peak.max() / 1e9:.2f}" for peak in (proof.forward_peak, proof.backward_peak))
-            say(
+            print_line(
                 f"{strategy:11s} {name:16s} {layout_ms:9.1f} {plan_ms:8.1f} {verify_ms:10.1f} {lower_ms:9.1f} {sizes}"
                 f" {plan.bytes()['bytes'].sum() / 1e9:9.2f}  {peaks}"
             )
@@ -108,7 +108,7 @@ def best(work: Callable[[], Any]) -> tuple[float, Any]:
     return min(times), result
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Benchmarks print; the library does not."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()

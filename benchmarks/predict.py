@@ -69,29 +69,29 @@ def main() -> int:
     arguments = parser.parse_args()
     pool = np.array(json.loads(arguments.lengths.read_text())) if arguments.lengths else None
     rows, errors, orders = [], {}, []
-    say("predicted (simulated) / published TFLOP/s per GPU on 8, 16, 32, 64 H100\n")
+    print_line("predicted (simulated) / published TFLOP/s per GPU on 8, 16, 32, 64 H100\n")
     for (mask, direction), columns in PUBLISHED.items():
-        say(f"{mask}, {direction}")
+        print_line(f"{mask}, {direction}")
         guesses = {}
         for strategy, published in columns.items():
             guesses[strategy] = [predicted(mask, direction, strategy, ranks, pool) for ranks in RANKS]
             cells = [f"{guess:4.0f}/{real:<4d}" for guess, real in zip(guesses[strategy], published, strict=True)]
             off = [abs(guess / real - 1) for guess, real in zip(guesses[strategy], published, strict=True)]
             errors.setdefault(strategy, []).extend(off)
-            say(f"  {strategy:10s} {'  '.join(cells)}   median error {np.median(off):.0%}")
+            print_line(f"  {strategy:10s} {'  '.join(cells)}   median error {np.median(off):.0%}")
             rows += [
                 dict(mask=mask, direction=direction, strategy=strategy, ranks=ranks, simulated=guess, published=real)
                 for ranks, guess, real in zip(RANKS, guesses[strategy], published, strict=True)
             ]
         orders += agreement(guesses, columns)
-    say("")
+    print_line("")
     for strategy, off in errors.items():
-        say(f"{strategy:10s} median error {np.median(off):.0%}, worst {max(off):.0%}")
+        print_line(f"{strategy:10s} median error {np.median(off):.0%}, worst {max(off):.0%}")
     every = np.concatenate(list(errors.values()))
-    say(
+    print_line(
         f"all        median error {np.median(every):.0%}, {np.mean(every < 0.15):.0%} of {len(every)} cells within 15 %"
     )
-    say(f"order: {np.mean(orders):.0%} of pairs of schemes that differ by more than 5 % are ranked as published")
+    print_line(f"order: {np.mean(orders):.0%} of pairs of schemes that differ by more than 5 % are ranked as published")
     if arguments.json:
         arguments.json.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     return 0
@@ -143,7 +143,7 @@ def agreement(guesses: dict[str, list[float]], published: dict[str, tuple[int, .
     return out
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 

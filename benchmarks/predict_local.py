@@ -53,7 +53,7 @@ def main() -> int:
             subprocess.run([*launcher, __file__, "--measure", str(file)], check=True)
             rows += report(ranks, cluster, json.loads(file.read_text()))
     errors = [abs(row["simulated"] / row["measured"] - 1) for row in rows]
-    say(f"median error {np.median(errors):.0%}, worst {max(errors):.0%}")
+    print_line(f"median error {np.median(errors):.0%}, worst {max(errors):.0%}")
     if arguments.json:
         arguments.json.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     return 0
@@ -104,16 +104,16 @@ def report(ranks: int, cluster: describe.ClusterSpec, times: dict[str, float | N
         rows.append(dict(ranks=ranks, pack=pack, strategy=strategy, simulated=guess, measured=real))
     for pack in PACKS:
         here = [row for row in rows if row["pack"] == pack]
-        say(f"{ranks} ranks, {pack}: milliseconds simulated / measured")
+        print_line(f"{ranks} ranks, {pack}: milliseconds simulated / measured")
         for row in sorted(here, key=lambda row: row["measured"]):
-            say(
+            print_line(
                 f"  {row['strategy']:12s}{row['simulated']:8.0f} / {row['measured']:<8.0f}"
                 f"{row['simulated'] / row['measured'] - 1:+.0%}"
             )
     return rows
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 

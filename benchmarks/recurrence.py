@@ -33,7 +33,7 @@ from distattn.ir.op import OPS
 from distattn.kernels.recurrence import chunked
 from distattn.kernels.recurrence.tokens import RecurrenceTokens
 from distattn.kernels.spec import KernelRequirements
-from distattn.parallel.analysis.columns import readable_bytes
+from distattn.parallel.analysis.text_format import readable_bytes
 from distattn.parallel.runtime.transport import Transport
 
 HEADS, DIM = 4, 64
@@ -41,7 +41,7 @@ NEEDED = KernelRequirements(torch.float32, DIM, DIM, torch.device("cpu"), op=OPS
 TOLERANCE = 2e-4
 
 
-class Way(NamedTuple):
+class RecurrencePlan(NamedTuple):
     """How a recurrence is split: the layout of tokens, the strategy and its schedule."""
 
     layout: str
@@ -59,11 +59,11 @@ class Way(NamedTuple):
 
 
 WAYS = {
-    "contiguous, in turn": Way("contiguous", schedule="in_turn"),
-    "contiguous, gathered": Way("contiguous", schedule="gathered"),
-    "zigzag, gathered": Way("zigzag", schedule="gathered"),
-    "zigzag, by heads": Way("zigzag", schedule="by_heads"),
-    "all-to-all": Way("zigzag", "ulysses"),
+    "contiguous, in turn": RecurrencePlan("contiguous", schedule="sequential"),
+    "contiguous, gathered": RecurrencePlan("contiguous", schedule="allgather_states"),
+    "zigzag, gathered": RecurrencePlan("zigzag", schedule="allgather_states"),
+    "zigzag, by heads": RecurrencePlan("zigzag", schedule="head_sharded"),
+    "all-to-all": RecurrencePlan("zigzag", "ulysses"),
 }
 
 
@@ -91,9 +91,9 @@ def _rank(rank: int, arguments: argparse.Namespace, store: str, argv: list[str])
         x, do = make_inputs(sum(lengths))
         contestants = {name: contestant(way, "gated_delta_rule", lengths, x, do) for name, way in WAYS.items()}
         contestants["contiguous, fla's way"] = lambda lengths=lengths, x=x, do=do: gathered_by_all(lengths, x, do)
-        say = (lambda line: sys.stderr.write(line + "\n")) if rank == 0 else (lambda line: None)
+        print_line = (lambda line: sys.stderr.write(line + "\n")) if rank == 0 else (lambda line: None)
         named = f"{case}, {sum(lengths):,} tokens, {arguments.ranks} ranks"
-        cells += compare(named, contestants, checker(lengths, x, do), repeats=arguments.repeats, progress=say)
+        cells += compare(named, contestants, checker(lengths, x, do), repeats=arguments.repeats, progress=print_line)
     if rank == 0:
         sys.stdout.write(table(cells, {"plan_bytes": readable_bytes}) + "\n")
         if arguments.out:
@@ -112,9 +112,9 @@ def make_inputs(tokens: int) -> tuple[RecurrenceTokens, Tensor]:
 def checker(lengths: list[int], x: RecurrenceTokens, do: Tensor) -> Any:
     """Compares a rank's (tokens, o, dq, dk, dv, dg, dbeta) with one process."""
     ends = np.cumsum([0, *lengths]).tolist()
-    stretches = list(itertools.pairwise(ends))
+    segments = list(itertools.pairwise(ends))
     state = torch.zeros(len(lengths), HEADS, DIM, DIM)
-    chunks = chunked.prepare(stretches, NEEDED)
+    chunks = chunked.prepare(segments, NEEDED)
     o, _ = chunked.forward(x, chunks, state)
     dx, _ = chunked.backward(x, chunks, state, do, torch.zeros_like(state))
     wanted = {"o": o, **{f"d{name}": value for name, value in dx.by_token().items()}}
@@ -131,7 +131,7 @@ def checker(lengths: list[int], x: RecurrenceTokens, do: Tensor) -> Any:
 
 
 def contestant(
-    way: Way,
+    way: RecurrencePlan,
     op: str,
     lengths: Sequence[int],
     x: RecurrenceTokens,
@@ -167,14 +167,14 @@ def gathered_by_all(lengths: list[int], x: RecurrenceTokens, do: Tensor) -> Any:
     mine = torch.from_numpy(layout.tokens(rank))
     begin, end = int(mine[0]), int(mine[-1]) + 1
     bounds = [0, *np.cumsum(lengths).tolist()]
-    stretches = [
+    segments = [
         (max(a, begin) - begin, min(b, end) - begin) for a, b in itertools.pairwise(bounds) if a < end and b > begin
     ]
-    # whether the first stretch goes on from the rank before, and the last one to the rank after
+    # whether the first segment goes on from the rank before, and the last one to the rank after
     enters, leaves = begin not in bounds, end not in bounds
     local, do_local = x._replace(**{name: value[mine] for name, value in x.by_token().items()}), do[mine]
-    nothing = torch.zeros(len(stretches), HEADS, DIM, DIM)
-    every, first_one, last_one = (chunked.prepare(some, NEEDED) for some in (stretches, stretches[:1], stretches[-1:]))
+    nothing = torch.zeros(len(segments), HEADS, DIM, DIM)
+    every, first_one, last_one = (chunked.prepare(some, NEEDED) for some in (segments, segments[:1], segments[-1:]))
 
     def gathered(state: Tensor, transition: Tensor, passes: bool) -> list[Tensor]:
         """(transition, state) of every rank; a slice inside which a document begins passes nothing on."""
@@ -186,7 +186,7 @@ def gathered_by_all(lengths: list[int], x: RecurrenceTokens, do: Tensor) -> Any:
     def run() -> tuple[Tensor, ...]:
         # fla sends the transition of every slice
         last, transition = chunked.states(local, last_one, nothing[:1], True)
-        whole = enters and leaves and len(stretches) == 1
+        whole = enters and leaves and len(segments) == 1
         everyone = gathered(last[0], transition[0], whole)
         state = nothing.clone()
         for of_slice in everyone[:rank] if enters else ():

@@ -33,7 +33,7 @@ from process_guard import guard_processes
 from torch import Tensor
 
 import distattn as da
-from distattn.parallel.analysis.columns import readable_bytes
+from distattn.parallel.analysis.text_format import readable_bytes
 
 HEADS, DIM, DOCUMENTS = 4, 64, 64
 LAYOUTS = {"ring": "zigzag", "allgather": "zigzag", "ulysses": "contiguous", "usp": "zigzag"}
@@ -65,9 +65,9 @@ def _rank(rank: int, arguments: argparse.Namespace, store: str, argv: list[str])
         check = Checker(lengths, inputs, arguments.ranks)
         contestants = ours(lengths, inputs, balanced=len(lengths) > 1)
         contestants |= torch_rings(lengths, inputs) | {"deepspeed ulysses": deepspeed(lengths, inputs)}
-        say = (lambda line: sys.stderr.write(line + "\n")) if rank == 0 else (lambda line: None)
+        print_line = (lambda line: sys.stderr.write(line + "\n")) if rank == 0 else (lambda line: None)
         named = f"{case}, {arguments.tokens:,} tokens, {arguments.ranks} ranks"
-        cells += compare(named, contestants, check, repeats=arguments.repeats, count=wire_bytes, progress=say)
+        cells += compare(named, contestants, check, repeats=arguments.repeats, count=wire_bytes, progress=print_line)
     if rank == 0:
         for cell in cells:
             cell.facts = {"plan_bytes": None, "planning": ""} | cell.facts

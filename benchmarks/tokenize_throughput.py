@@ -65,7 +65,7 @@ def main() -> None:
                 return "" if tokens == len(expected) else f"{tokens:,} tokens instead of {len(expected):,}"
             return "" if np.array_equal(tokens, expected) else "other tokens"
 
-        cells = compare(case, contestants, check, repeats=arguments.repeats, count=cpu_time, progress=say)
+        cells = compare(case, contestants, check, repeats=arguments.repeats, count=cpu_time, progress=print_line)
         contestants = {
             f"bytes, distattn, {count} processes": lambda count=count: ours(folder, "bytes", count) for count in (1, 2)
         }
@@ -76,7 +76,7 @@ def main() -> None:
             lambda result: "" if result().tobytes() == raw else "other bytes",
             repeats=arguments.repeats,
             count=cpu_time,
-            progress=say,
+            progress=print_line,
         )
     for cell in cells:
         tokens = len(raw) if cell.contestant.startswith("bytes") else len(expected)
@@ -193,7 +193,7 @@ def datatrove(folder: Path) -> Callable[[], Callable[[], np.ndarray]]:
     return run
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Progress goes to the error stream."""
     sys.stderr.write(line + "\n")
 

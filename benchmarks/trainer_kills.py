@@ -369,8 +369,8 @@ def rank(folder: str, json_lines: bool, proposed: str = "") -> int:
     # a network that takes messages and does not bring them
     GroupTransport.exchange = lose  # type: ignore[method-assign]
 
-    def write_and_hang(words: str, step: int, seconds: float, waits: bool) -> None:
-        write(words, step, seconds, waits)
+    def write_and_hang(words: str, step: int, *fields: Any) -> None:
+        write(words, step, *fields)
         if step >= 0 and not first:
             first.append(step)
         # in the first steps of an attempt ranks are given longer

@@ -6,9 +6,11 @@ Names are loaded when first used, so that planning and verifying never import to
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from distattn.ir.renamed import current_name
+
 if TYPE_CHECKING:
-    from distattn.batch.recurrent_run import RecurrentRun as RecurrentRun
-    from distattn.batch.recurrent_run import recurrent_run as recurrent_run
+    from distattn.batch.recurrent_span import RecurrentSpan as RecurrentSpan
+    from distattn.batch.recurrent_span import recurrent_span as recurrent_span
     from distattn.cluster.topology import Cluster as Cluster
     from distattn.driver.context_parallel import ContextParallel as ContextParallel
     from distattn.driver.overlap import OverlapSchedule as OverlapSchedule
@@ -71,7 +73,7 @@ _HOME = {
     "PrefixSoftmaxState": "distattn.ops.prefix_softmax",
     "LostRankError": "distattn.ir.errors",
     "PlanError": "distattn.ir.errors",
-    "RecurrentRun": "distattn.batch.recurrent_run",
+    "RecurrentSpan": "distattn.batch.recurrent_span",
     "StageSpec": "distattn.driver.pipeline",
     "Executable": "distattn.ops.executable",
     "Proof": "distattn.parallel.analysis.verify",
@@ -93,17 +95,19 @@ _HOME = {
     "prepare": "distattn.ops.executable",
     "quality": "distattn.parallel.analysis.quality",
     "recurrence": "distattn.ops.recurrence",
-    "recurrent_run": "distattn.batch.recurrent_run",
+    "recurrent_span": "distattn.batch.recurrent_span",
     "save_attention": "distattn.ops.attention",
     "serve": "distattn.driver.servers",
     "simulate": "distattn.parallel.analysis.simulate",
     "token_shift": "distattn.ops.convolution",
     "verify": "distattn.parallel.analysis.verify",
 }
+_RENAMED = {"RecurrentRun": "RecurrentSpan", "recurrent_run": "recurrent_span"}
 __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
+    name = current_name(name, _RENAMED, "distattn")
     if name not in _HOME:
         raise AttributeError(f"module 'distattn' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)

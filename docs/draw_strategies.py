@@ -124,8 +124,8 @@ def owners(plan: Plan, scale: float) -> Iterator[str]:
     layout = plan.call.layout
     for rank in range(RANKS):
         tokens = layout.tokens(rank)
-        for stretch in np.split(tokens, np.flatnonzero(np.diff(tokens) != 1) + 1):
-            y, height = stretch[0] * scale, len(stretch) * scale
+        for segment in np.split(tokens, np.flatnonzero(np.diff(tokens) != 1) + 1):
+            y, height = segment[0] * scale, len(segment) * scale
             yield f'<rect x="{-STRIP - 3}" y="{y:.4g}" width="{STRIP}" height="{height:.4g}" fill="{COLOURS[rank]}"/>'
 
 

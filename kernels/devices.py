@@ -31,7 +31,7 @@ def current_device(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def on_device_of_tensors(function: Function) -> Function:
-    """Decorate a function whose first argument is a tensor: it runs with that tensor's device as the current one."""
+    """Decorate a function whose first argument is a tensor: make that tensor's device current during a call."""
 
     @wraps(function)
     def on_device(first: Tensor, *others: Any) -> Any:

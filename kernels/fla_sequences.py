@@ -1,4 +1,4 @@
-"""Where sequences begin and end, as the kernels of fla-core take it."""
+"""Offsets of sequences, in the form that the kernels of fla-core take."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 
-# fla-core keeps its lists of chunks by the identity of these: layers of one plan have the same
+# fla-core caches its lists of chunks by the identity of these tensors, and layers of one plan share them
 @lru_cache(maxsize=64)
 def sequence_offsets(ends: tuple[int, ...]) -> Tensor:
-    """Return 0 and the ends of sequences that follow one another, int64, on the host."""
-    # one that is made while inference runs cannot be kept for a backward pass
+    """Return 0 and the ends of consecutive sequences, int64, on the host."""
+    # an inference tensor could not be saved for a backward pass
     with torch.inference_mode(False):
         return torch.tensor([0, *ends], dtype=torch.int64)

@@ -1,7 +1,7 @@
-"""What is done around kernels: rows copied, added and merged from one tensor to another, and row sums. Each is one operator.
+"""Row operations around kernels: copy, add and merge rows of one tensor into another, and sum products of rows.
 
-On GPUs each is one Triton kernel that reads and writes every number once; elsewhere it is plain PyTorch. Rows are a stretch from
-`start` on, or listed. Tensors are (rows, heads, width) or (rows, heads), of any strides but that of the width, which is one.
+Each is one operator. On GPUs it is one Triton kernel that reads and writes every number once; elsewhere it is plain PyTorch. Rows
+are contiguous or listed. Tensors are (rows, heads, width) or (rows, heads), with any strides, except that the width's is one.
 """
 
 # T tokens, H heads, E value head dim
@@ -17,51 +17,53 @@ from distattn.kernels.devices import on_device_of_tensors
 from distattn.kernels.merge import accumulation_dtype, merge_
 
 
-class Rows(NamedTuple):
-    """Some rows of a tensor: those listed, or `size` of them from `start` on."""
+class RowSelection(NamedTuple):
+    """Rows of a tensor: the listed ones, or `size` rows from `start` on."""
 
     start: int
     size: int
     listed: Tensor | None = None
 
     @staticmethod
-    def of(rows: slice | Tensor) -> Rows:
-        """The rows of a slice without a step, or of a list of row numbers."""
+    def of(rows: slice | Tensor) -> RowSelection:
+        """Select the rows of a slice without a step, or of a list of row numbers."""
         if isinstance(rows, slice):
-            return Rows(rows.start, rows.stop - rows.start)
-        return Rows(0, len(rows), rows)
+            return RowSelection(rows.start, rows.stop - rows.start)
+        return RowSelection(0, len(rows), rows)
 
     @property
     def key(self) -> Any:
-        """What indexes a tensor."""
+        """The index for these rows of a tensor."""
         return slice(self.start, self.start + self.size) if self.listed is None else self.listed
 
 
-def copy_rows(target: Tensor, target_rows: Rows, source: Tensor, source_rows: Rows) -> None:
-    """target[target_rows] = source[source_rows], in the target's dtype."""
+def copy_rows(target: Tensor, target_rows: RowSelection, source: Tensor, source_rows: RowSelection) -> None:
+    """Assign target[target_rows] = source[source_rows], in the target's dtype."""
     count = _count(target_rows, source_rows)
     torch.ops.distattn.copy_rows(target, *target_rows[::2], source, *source_rows[::2], count)
 
 
-def add_rows(target: Tensor, target_rows: Rows, source: Tensor, source_rows: Rows) -> None:
-    """target[target_rows] += source[source_rows], in the target's dtype. No row of the target is listed twice."""
+def add_rows(target: Tensor, target_rows: RowSelection, source: Tensor, source_rows: RowSelection) -> None:
+    """Add target[target_rows] += source[source_rows], in the target's dtype. No row of the target is listed twice."""
     count = _count(target_rows, source_rows)
     torch.ops.distattn.add_rows(target, *target_rows[::2], source, *source_rows[::2], count)
 
 
-def merge_rows(o: Tensor, lse: Tensor, rows: Rows, other_o: Tensor, other_lse: Tensor, other_rows: Rows) -> None:
-    """Merge rows of a partial result into (o, lse) by log-sum-exp, see `merge_`. No row of (o, lse) is listed twice."""
+def merge_rows(
+    o: Tensor, lse: Tensor, rows: RowSelection, other_o: Tensor, other_lse: Tensor, other_rows: RowSelection
+) -> None:
+    """Merge rows of a partial result into (o, lse) by log-sum-exp (see `merge_`). No row of (o, lse) is listed twice."""
     count = _count(rows, other_rows)
     torch.ops.distattn.merge_rows(o, lse, *rows[::2], other_o, other_lse, *other_rows[::2], count)
 
 
 def row_products(do_THE: Tensor, o_THE: Tensor) -> Tensor:
-    """rowsum(dO * O) (T, H) in the accumulation dtype."""
+    """Return rowsum(dO * O) (T, H) in the accumulation dtype."""
     return torch.ops.distattn.row_products(do_THE, o_THE)  # type: ignore[no-any-return]
 
 
-def _count(a: Rows, b: Rows) -> int:
-    assert a.size == b.size, "equally many rows on both sides"
+def _count(a: RowSelection, b: RowSelection) -> int:
+    assert a.size == b.size, "both sides have the same number of rows"
     return a.size
 
 
@@ -81,7 +83,7 @@ def _on_gpu(x: Tensor) -> bool:
 
 
 def _key(start: int, index: Tensor | None, count: int) -> Any:
-    return Rows(start, count, index).key
+    return RowSelection(start, count, index).key
 
 
 def _read(source: Tensor, start: int, index: Tensor | None, count: int) -> Tensor:

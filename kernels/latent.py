@@ -1,8 +1,8 @@
-"""Latent attention (MLA) on one device: latents are expanded to keys and values of all heads, then attention's kernel runs.
+"""Latent attention (MLA) on one device: latents are expanded to keys and values of all heads, then an attention kernel runs.
 
 DeepSeek-AI 2024, arXiv 2405.04434, in its training form: k_h = [W_UK,h c | k_rope] and v_h = W_UV,h c of a latent c and one
-rotary key that all heads share. Gradients of keys and values are contracted to those of latents where they are made, so that
-latents and their gradients are all that moves; those of the weights stay on the rank.
+rotary key that all heads share. Gradients of keys and values are contracted to those of latents on the rank that computes them,
+so that only latents and their gradients move; gradients of the weights stay on the rank.
 """
 
 # T query rows, S key rows, H query heads, N key dim without the rotary part, R rotary dim, L latent dim, E value head dim
@@ -21,10 +21,10 @@ from distattn.kernels.spec import LaunchShape, ScoreMod, Workspace
 
 
 class LatentScore(NamedTuple):
-    """The score of attention, and the weights that keys and values are made with.
+    """Score of attention, and the weights that expand latents to keys and values.
 
-    up: (H, N + E, L), the rows of a head's keys, then those of its values; key_dim: N. dup: where gradients of them are added,
-    in the accumulation dtype; None in a forward pass.
+    up: (H, N + E, L), the rows of a head's keys, then those of its values. key_dim: N. dup: the tensor that gradients of the
+    weights are added to, in the accumulation dtype; None in a forward pass.
     """
 
     score: ScoreMod
@@ -33,17 +33,17 @@ class LatentScore(NamedTuple):
     dup: Tensor | None = None
 
     def for_heads(self, heads: slice) -> LatentScore:
-        """The same for a range of the heads; gradients are added to the same memory."""
+        """Return the score of a range of the heads. Gradients are added to the same memory."""
         dup = None if self.dup is None else self.dup[heads]
         return LatentScore(self.score.for_heads(heads), self.up[heads], self.key_dim, dup)
 
     def part(self, rows: slice) -> LatentScore:
-        """The same with some of the weights' rows of each head: those of keys, or those of values."""
+        """Return the score with some of the weights' rows of each head: those of keys, or those of values."""
         return self._replace(up=self.up[:, rows], dup=None if self.dup is None else self.dup[:, rows])
 
 
 class LatentKernel:
-    """A kernel of attention, on latents. It writes, merges and adds to tensors that it is given where that kernel does."""
+    """Kernel of attention, applied to latents. It writes, merges and adds to given tensors if that kernel does."""
 
     DIFFERENTIABLE_LSE = False
 
@@ -59,7 +59,7 @@ class LatentKernel:
         score: LatentScore,
         **into: Any,
     ) -> tuple[Tensor, Tensor]:
-        """(o_THE, lse_TH)."""
+        """Compute (o_THE, lse_TH)."""
         keys, values = expanded(rope_S1R[:, 0], latent_S1L[:, 0], score.up, score.key_dim)
         return self.inner.forward(q_THD, keys, values, schedule, score.score, **into)
 
@@ -76,7 +76,7 @@ class LatentKernel:
         into: tuple[Tensor, tuple[Tensor, Tensor]] | None = None,
         add: tuple[bool, bool] = (False, False),
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(dq_THD, drope_S1R, dlatent_S1L); adds to the gradient of the weights. into, add: as of kernels that accumulate."""
+        """Compute (dq_THD, drope_S1R, dlatent_S1L), and add to the gradient of the weights. into, add: see `Kernel`."""
         dq, dk, dv = self._of_expanded(
             (do_THE, q_THD, rope_S1R, latent_S1L, lse_TH, delta_TH), schedule, score, into, add[0]
         )
@@ -103,21 +103,22 @@ class LatentKernel:
         into: tuple[Tensor, tuple[Tensor, Tensor]] | None,
         adds: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(dq_THD, dk_SHD, dv_SHE) in the accumulation dtype; what was expanded is gone when this returns."""
+        """Compute (dq_THD, dk_SHD, dv_SHE) in the accumulation dtype. The expanded keys and values are freed on return."""
         do, q, rope, latent, lse, delta = inputs
         keys, values = expanded(rope[:, 0], latent[:, 0], score.up, score.key_dim)
-        given = do, q, keys, values, lse, delta, schedule, score.score
+        arguments = do, q, keys, values, lse, delta, schedule, score.score
         if into is None:
-            return self.inner.backward(*given)
+            return self.inner.backward(*arguments)
         wide = accumulation_dtype(q.dtype)
         of_keys = tuple(torch.empty_like(x, dtype=wide) for x in (keys, values))
-        return self.inner.backward(*given, into=(into[0], of_keys), add=(adds, False))
+        return self.inner.backward(*arguments, into=(into[0], of_keys), add=(adds, False))
 
 
 def latent_workspace(op: Op, dtype: torch.dtype, inner: Workspace | None) -> Workspace:
-    """Bytes that a launch on latents of an op and dtype allocates beside its operands and results, as kernels say theirs.
+    """Return a function that counts the bytes that a launch on latents allocates in addition to its operands and results.
 
-    Those of the kernel of attention itself, and what it makes where it does not accumulate, are known where `inner` is.
+    inner: the same function of the attention kernel, or None. Without it, the kernel's own workspace, and what it allocates
+    if it does not accumulate, are not counted.
     """
     size, wide = dtype.itemsize, accumulation_dtype(dtype).itemsize
     rotary, latent = op.rotary_dim, op.latent_dim
@@ -127,28 +128,31 @@ def latent_workspace(op: Op, dtype: torch.dtype, inner: Workspace | None) -> Wor
         key_dim, value_dim = shape.head_dim - rotary, shape.v_head_dim
         keys_and_values = cells * (shape.head_dim + value_dim)
         making = keys_and_values + cells * (key_dim + value_dim)
-        own = 0 if inner is None else inner(direction, shape._replace(kv_heads=heads), schedule)
+        inner_bytes = 0 if inner is None else inner(direction, shape._replace(kv_heads=heads), schedule)
         if direction == "forward":
-            return max(making * size, keys_and_values * size + own)
-        # gradients of latents and rotary keys, and latents as wide as sums
+            return max(making * size, keys_and_values * size + inner_bytes)
+        # gradients of latents and rotary keys, and latents in the accumulation dtype
         stays = shape.keys * (latent + rotary + (latent if wide > size else 0))
-        # what `_contract` makes: of keys a copy without the rotary part, and twice a matrix like the weights, one by one
+        # allocated by `_contract`: for keys a copy without the rotary part, and twice a matrix of the weights' size, one at a
+        # time
         of_keys = keys_and_values + (cells if heads > 1 else 0) * key_dim + heads * latent * key_dim
         of_values = cells * value_dim + heads * latent * value_dim
-        return max(making * size, keys_and_values * (size + wide) + own, (stays + max(of_keys, of_values)) * wide)
+        return max(
+            making * size, keys_and_values * (size + wide) + inner_bytes, (stays + max(of_keys, of_values)) * wide
+        )
 
     return workspace
 
 
 def expanded(rope_SR: Tensor, latent_SL: Tensor, up_HEL: Tensor, key_dim: int) -> tuple[Tensor, Tensor]:
-    """(keys_SHD, values_SHE), as a projection in the inputs' dtype makes them; key_dim: N, without the rotary part."""
-    made = torch.einsum("sl,hel->she", latent_SL, up_HEL)
+    """Expand to (keys_SHD, values_SHE), like a projection in the inputs' dtype. key_dim: N, without the rotary part."""
+    expanded_SHW = torch.einsum("sl,hel->she", latent_SL, up_HEL)
     rope_SHR = rope_SR[:, None].expand(-1, len(up_HEL), -1)
-    return torch.cat([made[..., :key_dim], rope_SHR], -1), made[..., key_dim:].contiguous()
+    return torch.cat([expanded_SHW[..., :key_dim], rope_SHR], -1), expanded_SHW[..., key_dim:].contiguous()
 
 
 def _contract(dmade_SHW: Tensor, latent_SL: Tensor, score: LatentScore, dlatent_SL: Tensor) -> None:
-    """Add to the gradient of latents, and of weights, what gradients of a part of the keys, or of the values, give."""
+    """Add the gradient of a part of the keys, or of the values, to the gradients of latents and of weights."""
     dmade = dmade_SHW.flatten(1)
     dlatent_SL.addmm_(dmade, score.up.to(dmade.dtype).flatten(0, 1))
     if score.dup is not None:

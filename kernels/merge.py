@@ -1,4 +1,4 @@
-"""Joining partial attention results by their log-sum-exp, and what operators want that take outputs for row sums."""
+"""Merge partial attention results by their log-sum-exp, and make an output for operators that recompute row sums."""
 
 # T tokens, H heads, E value head dim
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything else."""
+    """Return float64 for float64, and float32 for every other dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -25,10 +25,11 @@ def merge_(o_THE: Tensor, lse_TH: Tensor, other_THE: Tensor, other_lse_TH: Tenso
 
 
 def output_with_delta(do_THE: Tensor, delta_TH: Tensor) -> Tensor:
-    """Some o in dO's dtype with rowsum(dO * o) = delta: all that backward operators use o for. delta may be of a wider dtype.
+    """Return an o in dO's dtype with rowsum(dO * o) = delta, for backward operators that use o only in this sum.
 
-    It is parallel to dO, so that all terms have one sign and roundings of half precision average out. Rows are scaled by their
-    largest number before they are squared: nothing overflows, and tiny gradients do not vanish.
+    delta may have a wider dtype. The result is parallel to dO, so that all terms have one sign and roundings of half
+    precision average out. Rows are scaled by their largest number before they are squared: nothing overflows, and tiny
+    gradients do not vanish.
     """
     largest_TH1 = do_THE.abs().amax(-1, keepdim=True).to(delta_TH.dtype)
     largest_TH1 = largest_TH1.masked_fill(largest_TH1 == 0, 1.0)

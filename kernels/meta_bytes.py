@@ -1,4 +1,4 @@
-"""What PyTorch functions allocate, counted on meta tensors: nothing is computed."""
+"""Count the bytes that PyTorch functions allocate, on meta tensors: nothing is computed."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ META = torch.device("meta")
 
 
 class MetaBytes(TorchDispatchMode):
-    """Counts the bytes of meta tensors that are made in this context: `alive` now, and `peak`, the most that were alive at once.
+    """Counter of the bytes of meta tensors made in this context: `alive` now, and `peak`, the most alive at once.
 
-    What operators allocate inside themselves, such as the workspace of a matrix library, is not seen.
+    Memory that operators allocate inside themselves, such as the workspace of a matrix library, is not counted.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.alive = self.peak = 0
-        # bytes of storages by place; 0 for those that were there before
+        # bytes of each storage by its address; 0 for storages that existed before
         self._bytes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in _meta_tensors((args, kwargs)):
-            # a view of what was there before is not new
+            # a view of a tensor that existed before is not new
             self._note(tensor.untyped_storage(), 0)
         result = func(*args, **(kwargs or {}))
         for tensor in _meta_tensors(result):
@@ -40,7 +40,7 @@ class MetaBytes(TorchDispatchMode):
             self._bytes[key] = size
             self.alive += size
             self.peak = max(self.peak, self.alive)
-            # its place comes again
+            # the address may be reused
             weakref.finalize(storage, self._free, key).atexit = False
 
     def _free(self, key: int) -> None:

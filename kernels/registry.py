@@ -1,4 +1,4 @@
-"""Which kernel computes core attention. Explicit: a kernel that cannot serve a call refuses, nothing falls back."""
+"""The table of kernels and the choice of one for a call. A kernel that cannot serve a call raises; there is no fallback."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# names are known without importing torch
+# names are available without importing torch
 KERNELS = {
     "reference": "distattn.kernels.reference",
     "cpu": "distattn.kernels.cpu",
@@ -25,7 +25,7 @@ KERNELS = {
     "gluon": "distattn.kernels.gluon.attention",
     "gluon_split": "distattn.kernels.gluon.split",
 }
-# by kind of op, those that compute it
+# kernels of other ops, by kind of op
 OTHER_KERNELS: dict[str, dict[str, str]] = {
     "recurrence": {
         "chunked": "distattn.kernels.recurrence.chunked",
@@ -35,18 +35,18 @@ OTHER_KERNELS: dict[str, dict[str, str]] = {
     "prefix_max": {"cummax": "distattn.kernels.recurrence.cummax"},
     "convolution": {"taps": "distattn.kernels.convolution.taps", "fla_conv1d": "distattn.kernels.convolution.fla"},
 }
-# kernels that need a package of an extra of ours, and the extra
+# kernels that need a package of one of our extras, and the extra
 _EXTRAS = {"fla": "fla", "fla_conv1d": "fla"}
-# the fastest of those that a trial finds right (see `trials`)
+# the fastest kernel that a trial finds correct (see `trials`)
 AUTO = "auto"
 # these run on CPUs, all others on GPUs
 CPU_KERNELS = ("reference", "cpu")
-# what replaces a kernel whose sums have no fixed order, under torch.use_deterministic_algorithms
+# replacements, under torch.use_deterministic_algorithms, of kernels whose sums have no fixed order
 _DETERMINISTIC = {"gluon": "gluon_split"}
 _DEFAULTS = {"cpu": "cpu", "cuda": "triton"}
-# by device, the kernels among which "auto" chooses by trial, preferred ones first
+# by device: the kernels that "auto" chooses from by trial, preferred ones first
 CANDIDATES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("gluon", "flash", "triton")}
-# the same of other kinds of ops; the last one computes everything everywhere
+# the same for other kinds of ops; the last kernel computes everything everywhere
 _OTHER_CANDIDATES: dict[str, dict[str, tuple[str, ...]]] = {
     "recurrence": {"cuda": ("fla", "triton_chunked", "chunked")},
     "convolution": {"cuda": ("fla_conv1d", "taps")},
@@ -54,7 +54,7 @@ _OTHER_CANDIDATES: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def candidates(device: torch.device, op: Op = ATTENTION) -> tuple[str, ...]:
-    """The kernels that may be chosen on a device, as things are: deterministic ones where that is asked for."""
+    """Return the kernels that may be chosen on a device; only deterministic ones if PyTorch is set so."""
     import torch
 
     if op.kind in OTHER_KERNELS:
@@ -68,11 +68,10 @@ def candidates(device: torch.device, op: Op = ATTENTION) -> tuple[str, ...]:
 class Kernel(Protocol):
     """The functions and flags of a kernel module.
 
-    DIFFERENTIABLE_LSE says whether `backward` is right for any delta, so that gradients may flow through the log-sum-exp.
-    ACCUMULATES says whether `forward` and `backward` also take `into`: tensors that results are written to, or merged into
-    (`merge`) or added to (`add`).
-    `prepare` turns a launch mask into the kernel's own schedule once per plan; `forward` and `backward` take that schedule.
-    A kernel whose own memory is known beforehand has `workspace_bytes(direction, shape, schedule)`, too.
+    DIFFERENTIABLE_LSE: `backward` is correct for any delta, so that gradients may flow through the log-sum-exp. ACCUMULATES:
+    `forward` and `backward` also take `into`, tensors that results are written to, merged into (`merge`) or added to (`add`).
+    `prepare` turns a launch mask into the kernel's schedule once per plan; `forward` and `backward` take that schedule. A kernel
+    that can count its memory in advance also has `workspace_bytes(direction, shape, schedule)`.
     """
 
     DIFFERENTIABLE_LSE: bool
@@ -102,30 +101,30 @@ class Kernel(Protocol):
 
 
 def load_kernel(name: str) -> Kernel:
-    """The kernel module of that name. Raises DistattnError where there is none, or what it needs is not installed."""
-    known = dict(KERNELS)
+    """Import the kernel module of a name. Raise DistattnError if it does not exist, or needs a package that is not installed."""
+    modules = dict(KERNELS)
     for some in OTHER_KERNELS.values():
-        known |= some
-    if name not in known:
+        modules |= some
+    if name not in modules:
         raise DistattnError(f"kernel {name!r} does not exist; there are {AUTO}, {', '.join(KERNELS)}.")
     try:
-        return cast(Kernel, import_module(known[name]))
+        return cast(Kernel, import_module(modules[name]))
     except ModuleNotFoundError as error:
         way_out = f': pip install "distattn[{_EXTRAS[name]}]"' if name in _EXTRAS else ""
         raise DistattnError(f'kernel "{name}" needs {error.name}, which is not installed here{way_out}.') from None
 
 
 def kernel_preparer(name: str, requirements: KernelRequirements) -> Callable[[Any], Any]:
-    """Return the function from a launch mask, or of a recurrence from its stretches, to the kernel's own schedule."""
+    """Return a function that turns a launch mask, or the segments of a recurrence, into the kernel's schedule."""
     kernel = load_kernel(name)
     if requirements.op.kind == "latent_attention":
-        # it runs on keys and values of all heads
+        # the kernel runs on keys and values of all heads
         return lambda mask: kernel.prepare(mask._replace(kv_heads=mask.heads, group_size=1, first_head=0), requirements)
     return lambda mask: kernel.prepare(mask, requirements)
 
 
 def _way_out(requirements: KernelRequirements) -> str:
-    """What to do instead: the device's own kernel where it can serve the call, else the slow one that computes everything."""
+    """Return advice for a refused call: the device's default kernel if it can serve the call, else the reference."""
     if requirements.op.kind in OTHER_KERNELS:
         return f'Use kernel="{next(iter(OTHER_KERNELS[requirements.op.kind]))}".'
     name = _DEFAULTS.get(requirements.device.type, "reference")
@@ -135,11 +134,10 @@ def _way_out(requirements: KernelRequirements) -> str:
 
 
 def choose_kernel(name: str | None, requirements: KernelRequirements) -> str:
-    """The name of the kernel of a call: `name` if it can serve the call, or the device's default ("cpu", "triton").
+    """Return the kernel of a call: `name` if it can serve the call, or the device's default ("cpu", "triton").
 
-    What "auto" finds by trial is `ops.kernel_choice`'s matter; here it is the default.
-
-    "gluon" becomes "gluon_split" under torch.use_deterministic_algorithms. Raises DistattnError.
+    "auto" means the default here; `ops.kernel_choice` chooses by trial. "gluon" becomes "gluon_split" under
+    torch.use_deterministic_algorithms. Raise DistattnError if the kernel cannot serve the call.
     """
     op = requirements.op
     of_op = OTHER_KERNELS.get(op.kind, KERNELS)
@@ -156,7 +154,7 @@ def choose_kernel(name: str | None, requirements: KernelRequirements) -> str:
             )
         name = _DEFAULTS[requirements.device.type]
         if op.kind == "latent_attention" and load_kernel(name or "").unsupported_reason(requirements):
-            # keys are wider than values, which not every kernel takes
+            # keys are wider than values, which some kernels do not support
             name = "reference"
     import torch
 

@@ -1,4 +1,4 @@
-"""How a score is made from a query and a key, and what a call requires of a kernel."""
+"""The score of a query and a key, and what a call requires of a kernel."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class ScoreMod(NamedTuple):
-    """The score of query q and key k in head h: cap(scale * <q, k>) - slope_h * |q - k|.
+    """Score of query q and key k in head h: cap(scale * <q, k>) - slope_h * |q - k|.
 
-    cap(s) = softcap * tanh(s / softcap), or s where softcap is 0. The distance |q - k| is in tokens of the axis, which
-    inside a document is that of positions (ALiBi, Press et al. 2022, arXiv 2108.12409); slopes_H of the heads at hand.
+    cap(s) = softcap * tanh(s / softcap), or s if softcap is 0. The distance |q - k| is in tokens of the axis, which inside a
+    document equals the distance of positions (ALiBi, Press et al. 2022, arXiv 2108.12409). slopes_H: of the call's heads.
     """
 
     scale: float
@@ -24,15 +24,15 @@ class ScoreMod(NamedTuple):
     slopes_H: Tensor | None = None
 
     def for_heads(self, heads: slice) -> ScoreMod:
-        """The same for a range of the heads."""
+        """Return the score of a range of the heads."""
         return self if self.slopes_H is None else self._replace(slopes_H=self.slopes_H[heads])
 
 
 class KernelRequirements(NamedTuple):
-    """What a call requires of a kernel: dtype, head dims, device, and which changes of scores.
+    """Requirements of a call: dtype, head dims, device, and modifications of scores.
 
-    lse: whether gradients go through the log-sum-exp. least_step: rows of the lowest step of its masks, where they climb in
-    steps; 0 where they do not. op: what is computed. grouped: filters of a convolution mix the channels of a head.
+    lse: gradients flow through the log-sum-exp. least_step: rows of the smallest step of staircase masks, 0 without such
+    masks. op: the op to compute. grouped: filters of a convolution mix the channels of a head.
     """
 
     dtype: torch.dtype
@@ -48,7 +48,7 @@ class KernelRequirements(NamedTuple):
 
 
 class LaunchShape(NamedTuple):
-    """How large the tensors of a kernel launch are; dq_bytes: of one number of the tensor that dQ is written to."""
+    """Sizes of the tensors of a kernel launch. dq_bytes: bytes per element of the tensor that dQ is written to."""
 
     rows: int
     keys: int
@@ -59,5 +59,5 @@ class LaunchShape(NamedTuple):
     dq_bytes: int = 4
 
 
-# a kernel's `workspace_bytes`: direction, shape and schedule of a launch
+# type of a kernel's `workspace_bytes`: direction, shape and schedule of a launch -> bytes
 Workspace = Callable[[str, LaunchShape, Any], int]

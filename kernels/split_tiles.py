@@ -1,4 +1,4 @@
-"""Tiles of keys with far more work than others, cut into parts, so that one processor does not work long after the rest.
+"""Cut tiles of keys that have far more work than others into parts, so that no processor works long after the rest.
 
 Keys that all rows see (sink tokens, the tokens of a global window) are few tiles with much of a launch's work. Their runs are
 cut along the query rows. Each part is a program of its own and leaves its sums in a scratch tensor; a last small launch adds
@@ -15,16 +15,16 @@ from distattn.ir.intervals import Ints, expand_ranges
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.tile_runs import TileRuns
 
-# a tile is cut where its work is more than this share of what a processor does on average, into parts of at most that share;
-# in tiles of query rows, none is smaller than a program's fixed costs are worth (benchmarks/LOG.md)
+# a tile is cut if its work is more than this share of the mean work of a processor, into parts of at most that share; no part
+# has fewer tiles of query rows than a program's fixed costs are worth (benchmarks/LOG.md)
 _LONG, _SHARE, _LEAST = 0.75, 0.25, 8
 
 
 class SplitTiles(NamedTuple):
-    """Runs by part: where `TileRuns` says tile it is a part, and most tiles have one.
+    """Runs by part: each part takes the place of a tile in `TileRuns`, and most tiles have one part.
 
-    part: (parts, 2), tile of each and its slot in the scratch tensor, -1 where it writes the result itself.
-    sums: (split tiles, 3), tile, its first slot, and how many they are. slots: of the scratch tensor.
+    part: (parts, 2), the tile of each part and its slot in the scratch tensor, -1 if it writes the result itself. sums:
+    (split tiles, 3), the tile, its first slot, and the number of its slots. slots: number of slots of the scratch tensor.
     """
 
     runs: TileRuns
@@ -34,7 +34,7 @@ class SplitTiles(NamedTuple):
 
 
 def split_long_tiles(runs: TileRuns, mask: LaunchMask, step: int, processors: int) -> SplitTiles:
-    """Runs of `transposed_runs`, their long tiles cut; step: query rows that a program takes at a time."""
+    """Cut the long tiles of `transposed_runs`. step: query rows that a program takes at a time."""
     tiles = runs.tiles
     if not tiles:
         return SplitTiles(runs, np.zeros((0, 2), np.int32), np.zeros((0, 3), np.int32), 0)
@@ -52,7 +52,7 @@ def split_long_tiles(runs: TileRuns, mask: LaunchMask, step: int, processors: in
     slot = np.full(parts, -1)
     slot[np.isin(tile, split)] = np.arange(slots)
     sums = np.stack([split, slot[first_part[split]], count[split]], 1)
-    # the tile's blocks of rows, one head group after the other, go to its parts in equal shares
+    # the tile's blocks of rows, one head group after another, are dealt to its parts in equal shares
     group, tile_of = np.divmod(place, tiles)
     before = np.cumsum(size) - size
     begin = before - before[runs.first[place]]
@@ -79,7 +79,7 @@ def split_long_tiles(runs: TileRuns, mask: LaunchMask, step: int, processors: in
 
 
 def _parts_of(blocks: Ints, runs: TileRuns, mask: LaunchMask, processors: int) -> Ints:
-    """How many parts each tile is cut into; blocks: (head groups, tiles), of rows that each query head of a group takes."""
+    """Return the number of parts of each tile. blocks: (head groups, tiles), blocks of rows for each query head of a group."""
     kv_head = (np.arange(mask.heads) + mask.first_head) // mask.group_size
     heads = np.zeros((mask.kv_heads, len(blocks)), np.int64)
     np.add.at(heads, (kv_head, runs.group), 1)

@@ -1,11 +1,11 @@
-"""Which tiles a Triton program visits: runs of key tiles for every tile of query rows, as short int32 lists.
+"""The tiles that a Triton program visits: runs of key tiles for every tile of query rows, as short int32 lists.
 
-A *run* is a stretch of keys that some rows of one query tile need: tiles at its ends that hold some allowed cells, and
-tiles in the middle that hold nothing else, so that their mask is never evaluated. The length of the lists is that of the
-bands that meet a query tile, not of its key tiles. A band transposed (queries for keys) is a band, so the same lists
-serve kernels that own a tile of keys and walk over queries.
+A *run* is an interval of keys that some rows of one query tile need. The tiles at its ends hold some allowed cells; the tiles in
+its middle hold only allowed cells, so that their mask is never evaluated. The length of the lists is that of the bands that meet
+a query tile, not of its key tiles. A transposed band (queries for keys) is a band, so the same lists serve kernels that own a
+tile of keys and loop over queries.
 
-Other kinds of pieces (block lists, neighbourhood tiles) fit in as runs of one tile.
+Other kinds of pieces (block lists, neighbourhood tiles) can be added as runs of one tile.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints, expand_ranges, lexicographic_argsort, sorted_unique
 from distattn.kernels.launch_mask import LaunchMask
 
-# columns of a run: keys [begin, full) and [rest, end) need the mask, [full, rest) do not; the band of its rows; and where
-# the bands of single rows begin in `row_band` (-1: one band for all rows)
+# columns of a run: keys [begin, full) and [rest, end) need the mask, [full, rest) do not; the band of its rows; and the place
+# where the bands of single rows begin in `row_band` (-1: one band for all rows)
 RUN = ("begin", "full", "rest", "end", "band", "rows")
-# columns of a band: row r in [q0, q1) allows keys from max(k0, low + bk * ((r - oq) // bq)) up to min(k1, high + same)
+# columns of a band: row r in [q0, q1) allows keys from max(k0, low + s) up to min(k1, high + s), s = bk * ((r - oq) // bq)
 BAND = ("q0", "q1", "k0", "k1", "low", "high", "bq", "bk", "oq", "shift")
-# runs begin at multiples of this, so that numbers of rows and keys are loaded several at a time
+# runs begin at multiples of this, so that several row and key numbers are loaded at a time
 RUN_ALIGNMENT = 16
 _LIMIT = 1 << 30
 
@@ -38,13 +38,13 @@ class TileRuns(NamedTuple):
     run: Ints
     # (bands, 10)
     band: Ints
-    # bands of rows, `block` of them for every run that wants it
+    # bands of single rows, `block` rows for every run that has several bands
     row_band: Ints
     # head group of each head
     group: Ints
     # tiles, those with most key tiles first
     order: Ints
-    # keys of all tiles that are visited, all heads together
+    # keys of all visited tiles, summed over all heads
     visited: int
 
     @property
@@ -53,7 +53,7 @@ class TileRuns(NamedTuple):
         return len(self.order)
 
     def work(self, step: int) -> Ints:
-        """(head groups, tiles): how many times a program takes `step` keys for a tile of each head of a group."""
+        """Return (head groups, tiles): the number of steps of `step` keys in a program of a tile and one head of a group."""
         run = self.run.astype(np.int64)
         places = len(self.first) - 1
         size = -(-(run[:, 3] - run[:, 0]) // step)
@@ -62,12 +62,12 @@ class TileRuns(NamedTuple):
 
 
 def tile_runs(mask: LaunchMask, block_rows: int, block_keys: int) -> TileRuns:
-    """Runs for programs that own `block_rows` query rows of one head and take `block_keys` keys at a time."""
+    """Return the runs of programs that own `block_rows` query rows of one head and take `block_keys` keys at a time."""
     return _runs_of(mask.bands, mask, mask.rows, block_rows, block_keys)
 
 
 def transposed_runs(mask: LaunchMask, block_keys: int, block_rows: int) -> TileRuns:
-    """Runs for programs that own `block_keys` keys and take `block_rows` query rows of one head at a time."""
+    """Return the runs of programs that own `block_keys` keys and take `block_rows` query rows of one head at a time."""
     turned = mask.bands[:, [K0, K1, Q0, Q1, HI, LO, BK, BQ, OK, OQ]]
     turned[:, [LO, HI]] *= -1
     return _runs_of(turned, mask, mask.keys, block_keys, block_rows)
@@ -79,15 +79,15 @@ def _runs_of(bands: Ints, mask: LaunchMask, rows: int, block_rows: int, block_ke
     tight, shift, heads = tight[kept], mask.distance_shift[kept], mask.band_heads[kept]
     cuts = sorted_unique(np.concatenate([[0, mask.heads], heads.ravel()]))
     tiles = -(-rows // block_rows)
-    # one row per band, head group and query tile that meet
+    # one row for each band, head group and query tile that meet
     band, group = expand_ranges(np.searchsorted(cuts, heads[:, 0]), np.searchsorted(cuts, heads[:, 1]))
     i, tile = expand_ranges(tight[band, Q0] // block_rows, (tight[band, Q1] - 1) // block_rows + 1)
     band, group = band[i], group[i]
     q0, q1 = np.maximum(tile * block_rows, tight[band, Q0]), np.minimum((tile + 1) * block_rows, tight[band, Q1])
     begin, first_end = row_key_ranges(tight[band], q0)
     last_begin, end = row_key_ranges(tight[band], q1 - 1)
-    # nothing is masked where all rows of the tile are in the band, between the last one's begin and the first one's end;
-    # rows past the tensor's are zeros that must not count, nor overflow
+    # nothing is masked if all rows of the tile are in the band, between the begin of the last row and the end of the first row;
+    # rows past the end of the tensor are zeros that must not count, nor overflow
     whole = (q0 == tile * block_rows) & (q1 == (tile + 1) * block_rows)
     order = lexicographic_argsort(group, tile, q0, begin)
     band, group, tile, q0, q1, begin, end = (x[order] for x in (band, group, tile, q0, q1, begin, end))
@@ -119,20 +119,20 @@ def _runs_of(bands: Ints, mask: LaunchMask, rows: int, block_rows: int, block_ke
 
 
 def _joined_bands(place: Ints, q0: Ints, q1: Ints, begin: Ints, end: Ints) -> Ints:
-    """Where runs begin: bands of a tile are one run where rows and keys go on together (short packed documents do)."""
-    fresh = np.ones(len(place), bool)
+    """Return where runs begin. Bands of a tile are one run if rows and keys continue (as in short packed documents)."""
+    is_first = np.ones(len(place), bool)
     on = (place[1:] == place[:-1]) & (q0[1:] >= q1[:-1]) & (begin[1:] >= begin[:-1]) & (begin[1:] <= end[:-1])
-    fresh[1:] = ~on
-    return np.flatnonzero(fresh)
+    is_first[1:] = ~on
+    return np.flatnonzero(is_first)
 
 
 def _row_bands(
     first: Ints, size: Ints, alone: Ints, band: Ints, tile_row: Ints, q0: Ints, q1: Ints, block_rows: int
 ) -> Ints:
-    """The band of every row, for runs of several bands; rows of none get the run's first, which is not theirs either."""
-    several = np.flatnonzero(~alone)
-    out = np.repeat(band[first[several]], block_rows)
-    number, member = expand_ranges(first[several], first[several] + size[several])
+    """Return the band of every row, for runs of several bands. Rows without a band get the run's first, which excludes them."""
+    multi_band = np.flatnonzero(~alone)
+    out = np.repeat(band[first[multi_band]], block_rows)
+    number, member = expand_ranges(first[multi_band], first[multi_band] + size[multi_band])
     base = number * block_rows - tile_row[member]
     i, at = expand_ranges(base + q0[member], base + q1[member])
     out[at] = band[member][i]
@@ -140,7 +140,7 @@ def _row_bands(
 
 
 def _to_int32(bands: Ints, shift: Ints) -> Ints:
-    """Bands in 32 bits, their block numbers counted from the first row, so that no product overflows."""
+    """Return bands in 32 bits with block numbers that count from the first row, so that no product overflows."""
     q0, q1, k0, k1, lo, hi, bq, bk, oq, ok = bands.T
     skipped = (q0 - oq) // bq
     oq = oq + bq * skipped
@@ -149,6 +149,6 @@ def _to_int32(bands: Ints, shift: Ints) -> Ints:
             "a block staircase climbs more than 2^30 keys in one call; the triton kernels count in 32 bits."
         )
     low, high = (np.clip(ok + bk * (edge + skipped), -_LIMIT, _LIMIT - 1) for edge in (lo, hi + 1))
-    # a block larger than the call is the call
+    # limit a block that is larger than the call
     small = np.minimum(bq, 1 << 30), np.minimum(bk, 1 << 30)
     return np.stack([q0, q1, k0, k1, low, high, *small, oq, shift], 1).astype(np.int32)

@@ -1,4 +1,4 @@
-"""What kernels' trials found on this machine, in a file: by device, driver, PyTorch, Triton and shape."""
+"""Results of kernel trials on this machine, in a file: by device, driver, PyTorch, Triton and shape."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from distattn.kernels.trials import Trial, mostly_overlap_messages
 
 
 def cache_file() -> Path:
-    """Where trials are kept; the folder is that of the XDG base directories."""
+    """Return the file in which trials are kept, in the folder of the XDG base directories."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base, "distattn", "kernels.json")
 
 
 def trial_key(masks: list[LaunchMask], requirements: KernelRequirements) -> str:
-    """What a trial depends on, as a line that people can read."""
+    """Return everything that a trial depends on, as a readable line."""
     largest = max((mask.rows for mask in masks), default=0)
     first = max(masks, key=lambda mask: mask.heads, default=None)
-    # within a factor of two the same kernel is the fastest
+    # kernels rank alike for sizes within a factor of two
     rows = 1 << max(largest - 1, 0).bit_length()
     heads = f"{first.heads}:{first.kv_heads}" if first else "no heads"
     shape = f"{str(requirements.dtype)[6:]} {heads} {requirements.head_dim}/{requirements.v_head_dim}"
@@ -45,7 +45,7 @@ def trial_key(masks: list[LaunchMask], requirements: KernelRequirements) -> str:
 
 
 def trial_key_of_op(requirements: KernelRequirements, heads: int, key_heads: int) -> str:
-    """The same for a recurrence or convolution, whose trials depend on no plan, but on packages that have its kernels."""
+    """Return the key of a recurrence or convolution. Its trials depend on packages that have its kernels, and on no plan."""
     packages = ", ".join(f"{name} {_version(name)}" for name in ("fla-core", "tilelang"))
     shape = f"{str(requirements.dtype)[6:]} {heads}:{key_heads} {requirements.head_dim}/{requirements.v_head_dim}"
     groups = " groups" * requirements.grouped
@@ -54,22 +54,22 @@ def trial_key_of_op(requirements: KernelRequirements, heads: int, key_heads: int
 
 
 def read_trials(key: str, names: tuple[str, ...]) -> dict[str, Trial] | None:
-    """The trials of these kernels, or None where one has not been tried."""
-    found = _read().get(key, {})
-    # a file of another version, or that somebody has changed, is none
+    """Return the trials of these kernels, or None if one of them has not been tried."""
+    stored = _read().get(key, {})
+    # ignore a file of another version, or one that was changed by hand
     with suppress(TypeError, KeyError):
-        return {name: Trial(**found[name]) for name in names}
+        return {name: Trial(**stored[name]) for name in names}
     return None
 
 
 def write_trials(key: str, trials: dict[str, Trial]) -> None:
-    """Keep trials, if there are any. A file that cannot be written is no reason to stop."""
+    """Store trials, if there are any. Do nothing if the file cannot be written."""
     if not trials:
         return
     path = cache_file()
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # other ranks of this machine write, too: one at a time, and whole files or nothing
+        # other ranks of this machine write, too: take turns, and replace the file as a whole
         with open(path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             everything = _read()
@@ -80,7 +80,7 @@ def write_trials(key: str, trials: dict[str, Trial]) -> None:
 
 
 def all_trials() -> dict[str, dict[str, Trial]]:
-    """Everything that is kept, by key."""
+    """Return all stored trials, by key."""
     out = {}
     for key, trials in _read().items():
         with suppress(TypeError, AttributeError):
@@ -90,15 +90,15 @@ def all_trials() -> dict[str, dict[str, Trial]]:
 
 def _read() -> dict[str, Any]:
     try:
-        found = json.loads(cache_file().read_text())
+        content = json.loads(cache_file().read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 @cache
 def _sources() -> str:
-    """A short hash of the kernels' sources: what was found of others does not count."""
+    """Return a short hash of the kernels' sources: trials of other sources do not count."""
     folder = Path(__file__).parent
     texts = b"".join(file.read_bytes() for file in sorted(folder.rglob("*.py")))
     return hashlib.sha1(texts).hexdigest()[:8]

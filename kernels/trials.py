@@ -1,8 +1,8 @@
-"""Kernels on trial: each that could serve a launch is compared with the reference on a sample of it, and timed on a larger one.
+"""Trials of kernels: each is compared with the reference on a sample of a launch, and timed on a larger sample.
 
-So a kernel that is wrong on this device, with this driver or compiler, is found before it computes anything, and the fastest
-right one is taken. Where most of a rank's cells are computed while messages are in flight, kernels are timed beside another
-kernel that holds some multiprocessors, as the communicator's do then.
+Trials find a kernel that is wrong on this device, with this driver or compiler, before it computes anything, and choose the
+fastest correct one. If most of a rank's cells are computed while messages are in flight, kernels are timed next to another kernel
+that holds some multiprocessors, as the communicator does in training.
 """
 
 # T query rows, S key rows, H query heads, K key/value heads, D head dim, E value head dim
@@ -32,22 +32,22 @@ from distattn.kernels.registry import Kernel, load_kernel
 from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.triton.launch import schedule_to_device
 
-# of a tensor's norm: what rounding of inputs and weights explains, several times over
+# relative to a tensor's norm: several times what rounding of inputs and weights explains
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4, torch.float64: 1e-9}
-# rows, keys and heads of samples: some for comparison, and at most so many for times
+# the largest numbers of rows, keys and heads of samples for comparison, and for timing
 _COMPARED, _TIMED = (384, 512, 8), (16384, 16384, 1 << 30)
 _RUNS = 3
 _SEED = 1234
-# of a trial that runs out of memory, and by how much free memory has to grow before the next one
+# attempts of a trial that runs out of memory, and the factor by which free memory has to grow before the next one
 _MOST_ATTEMPTS, _MORE_MEMORY = 3, 1.25
 _LOG = logging.getLogger("distattn")
 
 
 class Trial(NamedTuple):
-    """How a kernel did: the largest relative difference of a row from the reference, and seconds of forward and backward.
+    """Result of a kernel's trial: the largest relative difference of a row from the reference, and seconds forward and backward.
 
-    fault: why it must not be used; an empty text where it is right. passing: the fault may be gone another time. lacked: bytes of
-    device memory that were free before it, if they were too few. attempts: how often that has happened.
+    fault: the reason not to use the kernel, "" if it is correct. passing: the fault may be gone another time. lacked: bytes of
+    free device memory before the trial, if they were too few. attempts: number of attempts that ran out of memory.
     """
 
     difference: float = 0.0
@@ -57,8 +57,14 @@ class Trial(NamedTuple):
     lacked: int = 0
     attempts: int = 0
 
+    @property
+    def is_wrong(self) -> bool:
+        """Return whether the kernel has computed wrong numbers."""
+        # a kernel that could not run has no difference
+        return bool(self.fault) and self.difference != 0.0
+
     def may_succeed_now(self, device: torch.device) -> bool:
-        """Return whether a trial that ran out of memory should be made again: a few times, each with a quarter more memory."""
+        """Return whether to repeat a trial that ran out of memory: a few times, each with a quarter more free memory."""
         return 0 < self.attempts < _MOST_ATTEMPTS and free_bytes(device) >= _MORE_MEMORY * self.lacked
 
 
@@ -69,13 +75,13 @@ def try_each(
     seconds: Callable[[Any], float],
     report: Callable[[str], None],
 ) -> dict[str, Trial]:
-    """The trials of kernels, one after another; differences and seconds: of a loaded kernel."""
-    found = {}
+    """Try kernels one after another. differences, seconds: measure a loaded kernel."""
+    trials = {}
     for name in names:
         report(f"trying kernel {name} ...")
         with current_device(requirements.device):
-            found[name] = tried(name, requirements, differences, seconds)
-    return found
+            trials[name] = tried(name, requirements, differences, seconds)
+    return trials
 
 
 def try_kernels(
@@ -84,9 +90,9 @@ def try_kernels(
     requirements: KernelRequirements,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Trial]:
-    """Return the trials of kernels on all launches of a rank's plan. Nothing is tried without a launch.
+    """Try kernels on the launches of a rank's plan; return {} without launches.
 
-    The largest launch of the kind that has most cells is sampled: with messages in flight, or without.
+    The sample is taken from the largest launch of the kind that has most cells: with messages in flight, or without.
     """
     if not masks:
         return {}
@@ -102,34 +108,37 @@ def try_kernels(
 
 
 def mostly_overlap_messages(masks: Sequence[LaunchMask]) -> bool:
-    """Return whether at least half of the cells of some launches are computed while messages are in flight."""
+    """Return whether at least half of the cells of these launches are computed while messages are in flight."""
     overlapped = sum(_cells(mask) for mask in masks if mask.overlaps_messages)
     return overlapped > 0 and 2 * overlapped >= sum(map(_cells, masks))
 
 
 def _cells(mask: LaunchMask) -> int:
-    """Return the cells of a launch, of all heads."""
+    """Return the cells of a launch in all heads."""
     return int((areas(mask.bands) * (mask.band_heads[:, 1] - mask.band_heads[:, 0])).sum())
 
 
 def sample(mask: LaunchMask, rows: int, keys: int, heads: int, at: float) -> LaunchMask:
-    """At most so many rows and keys and about so many heads of a launch, where row `at` (0 to 1) of the largest band ends."""
-    # whole groups, from the first on
-    wanted = -(-heads // mask.group_size) * mask.group_size - mask.first_head
-    count = min(max(wanted, 1), mask.heads)
+    """Return a part of a launch around row `at` (0 to 1) of its largest band.
+
+    It has at most `rows` rows and `keys` keys, and about `heads` heads.
+    """
+    # whole groups, starting with the first
+    num_heads = -(-heads // mask.group_size) * mask.group_size - mask.first_head
+    count = min(max(num_heads, 1), mask.heads)
     theirs = mask.bands[mask.band_heads[:, 0] < count]
     band = theirs[int(areas(theirs).argmax())]
     row = int(band[Q0]) + round(at * (int(band[Q1] - band[Q0]) - 1))
     _, end = (int(x[0]) for x in row_key_ranges(band[None], np.array([row])))
     first_row = min(max(row - rows // 2, 0), max(mask.rows - rows, 0))
-    # the end of that row's keys, with some that it does not see
+    # the last of that row's keys, and some keys that it does not see
     first_key = min(max(end - keys * 7 // 8, 0), max(mask.keys - keys, 0))
     some = slice(first_row, min(first_row + rows, mask.rows)), slice(first_key, min(first_key + keys, mask.keys))
     return cropped(mask, *some, count)
 
 
 def cropped(mask: LaunchMask, rows: slice, keys: slice, heads: int) -> LaunchMask:
-    """These rows and keys of the first heads of a launch, as a launch of its own."""
+    """Return these rows and keys of the first heads of a launch, as a separate launch."""
     bands = clip(mask.bands, rows.start, rows.stop, keys.start, keys.stop)
     band_heads = np.minimum(mask.band_heads, heads)
     kept = (bands[:, Q0] < bands[:, Q1]) & (bands[:, K0] < bands[:, K1]) & (band_heads[:, 0] < band_heads[:, 1])
@@ -149,9 +158,9 @@ def tried(
     differences: Callable[[Any], Sequence[float]],
     seconds: Callable[[Any], float],
 ) -> Trial:
-    """The trial of one kernel module, by functions of it: how far its results are from right ones, and what it needs.
+    """Try one kernel. differences: of its results from correct ones; seconds: of a forward and backward pass.
 
-    Raises DistattnError where the device can no longer be used.
+    Raise DistattnError if the trial has made the device unusable.
     """
     free = free_bytes(requirements.device)
     try:
@@ -163,14 +172,14 @@ def tried(
             return Trial(difference, fault=f"wrong: {difference:.1e} from the reference")
         return Trial(difference, seconds(kernel))
     except DistattnError as error:
-        # a package that is not installed may be there another time
+        # the package may be installed another time
         return Trial(fault=str(error), passing=True)
     except torch.OutOfMemoryError:
-        # of the tensors of the sample, or of the kernel's own: another time there may be room
+        # memory for the sample or the kernel's workspace may be free another time
         fault = f'its trial ran out of device memory; kernel="{name}" uses it without a trial'
         return Trial(fault=fault, passing=True, lacked=free, attempts=1)
     except Exception as error:
-        # a compiler's or a driver's trouble is this kernel's alone, unless the device is lost for all
+        # an error of a compiler or a driver concerns this kernel only, unless the device is lost
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
         try:
             _wait(requirements.device)
@@ -208,32 +217,33 @@ class _Inputs(NamedTuple):
 
 
 def _difference(kernel: Kernel, mask: LaunchMask, requirements: KernelRequirements) -> float:
-    """The largest relative difference of a row of outputs and gradients from the reference in fp64, of the same inputs.
+    """Return the largest relative difference of a row of outputs and gradients from the reference in fp64 on equal inputs.
 
-    Results are new, and, where the kernel takes places for them, also written in the inputs' dtype, and added to themselves.
+    Results are new tensors. If the kernel can write into given tensors, results in the inputs' dtype and added results count,
+    too.
     """
-    given = _Inputs.of(mask, requirements)
-    q, k, v, do = (x.double() for x in given[:4])
+    inputs = _Inputs.of(mask, requirements)
+    q, k, v, do = (x.double() for x in inputs[:4])
     exact = reference.prepare(mask, requirements)
-    o, lse = reference.forward(q, k, v, exact, given.score)
+    o, lse = reference.forward(q, k, v, exact, inputs.score)
     delta = (do * o).sum(-1)
-    wanted = (o, lse, *reference.backward(do, q, k, v, lse, delta, exact, given.score))
+    expected = (o, lse, *reference.backward(do, q, k, v, lse, delta, exact, inputs.score))
     schedule = schedule_to_device(kernel.prepare(mask, requirements), requirements.device)
-    # the backward's own inputs are exact, so that a fault of the forward is not seen twice
+    # the backward pass gets exact inputs, so that a fault of the forward pass is not counted twice
     wide = accumulation_dtype(requirements.dtype)
-    backward = (given.do, *given[:3], lse.to(wide), delta.to(wide), schedule, given.score)
+    backward = (inputs.do, *inputs[:3], lse.to(wide), delta.to(wide), schedule, inputs.score)
 
     def run(dtype: torch.dtype | None, add: bool) -> float:
         if dtype is None:
-            return _far((*kernel.forward(*given[:3], schedule, given.score), *kernel.backward(*backward)), wanted)
-        places = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in wanted]
+            return _far((*kernel.forward(*inputs[:3], schedule, inputs.score), *kernel.backward(*backward)), expected)
+        places = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in expected]
         places[1] = torch.full(lse.shape, -torch.inf, dtype=wide, device=lse.device)
         into = places[0], places[1]
-        # a kernel that writes where it should add is right on zeros, and the second time wrong
+        # a kernel that writes where it should add is correct on zeros, and wrong the second time
         for _ in range(1 + add):
-            kernel.forward(*given[:3], schedule, given.score, into=into, merge=add)
+            kernel.forward(*inputs[:3], schedule, inputs.score, into=into, merge=add)
             kernel.backward(*backward, into=(places[2], (places[3], places[4])), add=(add, add))
-        return _far(places, (o, lse + math.log(2), *(2 * x for x in wanted[2:])) if add else wanted)
+        return _far(places, (o, lse + math.log(2), *(2 * x for x in expected[2:])) if add else expected)
 
     ways: list[tuple[torch.dtype | None, bool]] = [(None, False)]
     if kernel.ACCUMULATES:
@@ -241,33 +251,35 @@ def _difference(kernel: Kernel, mask: LaunchMask, requirements: KernelRequiremen
     return _largest([run(*way) for way in ways])
 
 
-def _far(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """The largest difference of a row of a head, relative to it or to a usual one. Results are (o, lse, dq, dk, dv)."""
-    empty = wanted[1] == -torch.inf
+def _far(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the largest difference of a row of a head, relative to the row or to a usual one. Results: (o, lse, dq, dk, dv)."""
+    empty = expected[1] == -torch.inf
     if not torch.equal(empty, got[1] == -torch.inf):
         return float("inf")
-    found = []
-    for a, b in zip(got, wanted, strict=True):
+    differences = []
+    for a, b in zip(got, expected, strict=True):
         a, b = (x[..., None].masked_fill(empty[..., None], 0.0) if x.dim() == 2 else x for x in (a.double(), b))
         size = b.norm(dim=-1)
         usual = size.square().mean().sqrt().clamp(min=1e-12)
-        found.append(float(((a - b).norm(dim=-1) / size.clamp(min=usual)).max()))
-    return _largest(found)
+        differences.append(float(((a - b).norm(dim=-1) / size.clamp(min=usual)).max()))
+    return _largest(differences)
 
 
 def _largest(values: Sequence[float]) -> float:
-    """The largest of some numbers; infinite where one is none."""
+    """Return the largest number; infinity if one is NaN."""
     return max((value if value == value else float("inf") for value in values), default=0.0)
 
 
 def _seconds(kernel: Kernel, mask: LaunchMask, requirements: KernelRequirements) -> float:
-    """Return the seconds of forward and backward; beside a kernel that holds multiprocessors if the launch overlaps messages."""
-    given = _Inputs.of(mask, requirements)
+    """Return the seconds of forward and backward, next to a kernel that holds multiprocessors if the launch overlaps messages."""
+    inputs = _Inputs.of(mask, requirements)
     schedule = schedule_to_device(kernel.prepare(mask, requirements), requirements.device)
 
     def run() -> Any:
-        o, lse = kernel.forward(given.q, given.k, given.v, schedule, given.score)
-        return kernel.backward(given.do, given.q, given.k, given.v, lse, torch.zeros_like(lse), schedule, given.score)
+        o, lse = kernel.forward(inputs.q, inputs.k, inputs.v, schedule, inputs.score)
+        return kernel.backward(
+            inputs.do, inputs.q, inputs.k, inputs.v, lse, torch.zeros_like(lse), schedule, inputs.score
+        )
 
     return median_seconds(run, requirements.device, multiprocessors_held if mask.overlaps_messages else nullcontext)
 
@@ -277,7 +289,7 @@ def median_seconds(
     device: torch.device,
     beside: Callable[[torch.device], AbstractContextManager[Any]] = nullcontext,
 ) -> float:
-    """Return the median of a few runs, after one that compiles. beside: what else happens during each of the few runs."""
+    """Return the median seconds of a few runs, after one that compiles. beside: context with other work during each run."""
     times = []
     run()
     for _ in range(_RUNS):
@@ -285,7 +297,7 @@ def median_seconds(
         with beside(device):
             began = time.perf_counter()
             run()
-            # not for the device, which what is beside keeps busy
+            # do not wait for the whole device, which the other work keeps busy
             if device.type == "cuda":
                 torch.cuda.current_stream(device).synchronize()
             times.append(time.perf_counter() - began)
@@ -298,7 +310,7 @@ def multiprocessors_held(device: torch.device) -> Iterator[None]:
     spinner = None
     if device.type == "cuda":
         try:
-            # Triton is not everywhere where kernels are tried
+            # Triton is not installed everywhere
             from distattn.kernels.triton.spinner import Spinner
 
             spinner = Spinner(device)
@@ -313,14 +325,14 @@ def multiprocessors_held(device: torch.device) -> Iterator[None]:
 
 @cache
 def _warn_of_spinner(reason: str) -> None:
-    """Say once that times are without a kernel that holds multiprocessors."""
+    """Warn once that kernels are timed without a kernel that holds multiprocessors."""
     _LOG.warning(
         "kernels are timed as if no messages were in flight: the kernel that stands for messages failed (%s)", reason
     )
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return how much memory of a GPU tensors can have: what is free, and what PyTorch's allocator holds unused; 0 for CPUs."""
+    """Return the bytes of a GPU that tensors can use: free memory, and unused memory of PyTorch's allocator; 0 for CPUs."""
     if device.type != "cuda":
         return 0
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -331,12 +343,12 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def ranking(everyone: Sequence[dict[str, Trial]], names: Sequence[str]) -> list[str]:
-    """Kernels that were right on every rank that tried them, by the slowest rank's time; all ranks come to the same list.
+def ranking(trials_by_rank: Sequence[dict[str, Trial]], names: Sequence[str]) -> list[str]:
+    """Return the kernels that were correct on every rank that tried them, by the slowest rank's time; equal on all ranks.
 
-    names: the kernels. An empty list where nobody has tried any. Raises DistattnError where none is right.
+    names: the kernels to rank. Return [] if no rank has tried any. Raise DistattnError if none is correct.
     """
-    tried = [trials for trials in everyone if trials]
+    tried = [trials for trials in trials_by_rank if trials]
     if not tried:
         return []
     right = [name for name in names if all(name in trials and not trials[name].fault for trials in tried)]

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError, RunStopped
-from distattn.supervision.culprits import names_lost_peer
 
 # a rank that ends with one of these has given its reason, and would end again
 _FINAL = (DistattnError.exit_code, DamagedDataError.exit_code)
@@ -180,5 +179,6 @@ class LeftOut:
 
 def _rank_of_cause(facts: Mapping[str, Any]) -> int:
     """Return how likely a node's report is the cause of the others' failures: 0 is most likely."""
-    follows = facts["exit_code"] == LostRankError.exit_code or names_lost_peer(facts["why"])
+    # reports of older releases have no "lost_peer"
+    follows = facts.get("lost_peer", facts["exit_code"] == LostRankError.exit_code)
     return len(_KINDS) if follows and facts["kind"] in ("raised", "refused") else _KINDS.index(facts["kind"])

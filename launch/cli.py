@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from distattn.ir.errors import DistattnError
-from distattn.launch.stop_signals import CommandStopped, answering_signals, end_now
+from distattn.launch.stop_signals import CommandStopped, end_now, stop_on_signals
 
 _USAGE = """usage: distattn COMMAND ...
 
@@ -52,7 +52,7 @@ _COMMANDS = ("train", "resume", "preflight", "plan", "calibrate", "doctor", "lau
 def entry() -> None:
     """Run one command and end the process with its exit code."""
     # a signal that is sent many times is answered once, until the process ends
-    with answering_signals():
+    with stop_on_signals():
         code = main()
         if code > 128:
             end_now(code)
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command not in _COMMANDS:
             commands = f"{', '.join(_COMMANDS[:-1])} and {_COMMANDS[-1]}"
             raise DistattnError(f"there is no command {command!r}; there are {commands}. See distattn --help.")
-        with answering_signals():
+        with stop_on_signals():
             # import only what this command needs: some commands need torch, which takes seconds
             code: int = importlib.import_module(f"distattn.launch.{command}_command").main(rest)
             # the reader may have closed the pipe: flush here, where BrokenPipeError is handled

@@ -17,8 +17,8 @@ from distattn.checkpoints.checkpoint_folder import by_preference, list_checkpoin
 from distattn.ir.errors import DistattnError
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import finish_command, print_line
-from distattn.launch.stop_signals import CommandStopped, answering_signals, end_now, stopped
-from distattn.parallel.analysis.columns import plural
+from distattn.launch.stop_signals import CommandStopped, end_now, stop_on_signals, stopped
+from distattn.parallel.analysis.text_format import plural
 from distattn.training.config import run_file as configuration
 from distattn.training.config.run_file import Config
 from distattn.training.reporting.json_lines import json_text, parse_json
@@ -134,7 +134,7 @@ def main(folder: str) -> int:
     try:
         config = configuration.load(run.config_file)
         # a preflight alone has no steps
-        with answering_signals():
+        with stop_on_signals():
             return 0 if config.preflight.action == "only" else finish_run(run, config, print_line, False)
     except CommandStopped as stop:
         sys.stderr.write(f"distattn: {stop}\n")
@@ -145,7 +145,7 @@ def main(folder: str) -> int:
 
 
 if __name__ == "__main__":
-    with answering_signals():
+    with stop_on_signals():
         if (_code := main(sys.argv[1])) > 128:
             end_now(_code)
     sys.exit(_code)

@@ -32,7 +32,7 @@ from distattn.launch.ranks.machine_limits import (
 from distattn.launch.run_status import cancel, state_of_ended, status, status_lines, sweep_runs
 from distattn.launch.slurm import jobs as slurm
 from distattn.launch.start_run import preflight_alone, start_run
-from distattn.parallel.analysis.columns import plural, readable_bytes
+from distattn.parallel.analysis.text_format import plural, readable_bytes
 from distattn.planning.compare_strategies import cluster_for_run
 from distattn.training.config import run_file as configuration
 from distattn.training.config.plan_settings import PlanSettings

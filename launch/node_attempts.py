@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 from distattn.checkpoints.checkpoint_folder import preferred_step
-from distattn.checkpoints.held_folder import HeldFolder
+from distattn.checkpoints.folder_handle import FolderHandle
 from distattn.ir.errors import RunStopped
 from distattn.launch.attempt_end import AttemptEnd
 from distattn.launch.attempts import Attempts
@@ -69,10 +69,10 @@ class NodeAttempts:
 
     def run(self) -> Outcome:
         """Run attempt after attempt. Raises DistattnError if the run's folder is missing or replaced before an attempt."""
-        with HeldFolder(self._run.folder) as held:
+        with FolderHandle(self._run.folder) as held:
             return self._run_attempts(held)
 
-    def _run_attempts(self, held: HeldFolder) -> Outcome:
+    def _run_attempts(self, held: FolderHandle) -> Outcome:
         self._attempts.end_open("ended with its job, which left no reason")
         self._run.forget_requests()
         if self._signal:
@@ -90,20 +90,20 @@ class NodeAttempts:
                 self._attempts.end(number, 0, "ended well")
                 code = self._nodes.finish(hosts)
                 # if the signal has ended the report, too, only the report is left to do later
-                return Outcome(code, again=code != 0 and self._asked().startswith("SIG"))
+                return Outcome(code, again=code != 0 and self._asked_by_signal())
             if end.code == _STOPPED and end.next_nodes and not asked:
                 self._attempts.end(number, _STOPPED, f"saved, to continue with {end.next_nodes} nodes")
                 continue
             if end.code == _STOPPED:
                 self._attempts.end(number, _STOPPED, f"stopped at the request of {asked or 'a file in the run folder'}")
-                return Outcome(_STOPPED, again=asked.startswith("SIG"))
+                return Outcome(_STOPPED, again=self._asked_by_signal())
             node_reports = self._attempts.node_reports(number)
             why, blamed = end.cause(hosts, node_reports)
             self._attempts.end(number, end.code, why, blamed=blamed)
             if end.unstarted and started:
                 # the request is right, since ranks were started before: the scheduler has lost track of the nodes
                 print_message(f"{why}.")
-                return Outcome(_STOPPED, again=not asked or asked.startswith("SIG"))
+                return Outcome(_STOPPED, again=not asked or self._asked_by_signal())
             started = started or not end.unstarted
             # before the first step of a later attempt, ranks may refuse what the one before has left: memory, locks, files
             left_over = not first and bool(node_reports)
@@ -117,7 +117,7 @@ class NodeAttempts:
             if asked or restarts > self._max_restarts:
                 reason = "the run had to stop" if asked else f"{restarts} attempts made no progress"
                 print_message(f"{why}; {reason}.")
-                return Outcome(end.code, again=asked.startswith("SIG"))
+                return Outcome(end.code, again=self._asked_by_signal())
             if not end.is_final():
                 self._nodes.blame(blamed, end)
             # without progress, other nodes would most likely fail, too
@@ -130,7 +130,7 @@ class NodeAttempts:
         asked = self._asked()
         message = f"stopped between attempts at the request of {asked}" if asked else self._nodes.shortage()
         print_message(f"{message}.")
-        return Outcome(_STOPPED, again=not asked or asked.startswith("SIG"))
+        return Outcome(_STOPPED, again=not asked or self._asked_by_signal())
 
     def _asked(self) -> str:
         """Return who asked the ranks to stop, "" if there was no request. Slurm also signals nodes, which write its name."""
@@ -138,6 +138,10 @@ class NodeAttempts:
             return self._signal or self._run.stop_file.read_text("utf-8").strip()
         except FileNotFoundError:
             return ""
+
+    def _asked_by_signal(self) -> bool:
+        """Return whether a signal has asked the ranks to stop, so that the run continues later."""
+        return self._asked() in signal.Signals.__members__
 
     def _progress(self) -> int:
         return preferred_step(self._run.checkpoints)

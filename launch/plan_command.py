@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,7 +104,8 @@ def main(arguments: Sequence[str]) -> int:
             facts[-1]["layouts"] = {name: {"seconds": seconds} for name, seconds in layouts.items()}
             lines = strategy_lines(timelines, settings.strategy) + layout_lines(request, layouts)
         if not options.json:
-            _show_table([*phase.title(len(phases)), str(request), *comparison_table(timelines, cluster), *lines])
+            table = comparison_table(timelines, cluster)
+            _show_table([*phase.title(len(phases)), str(request), *table, *lines], table)
     if options.json:
         for phase, phase_facts in zip(phases, facts, strict=True):
             phase_facts |= {"first_step": phase.first_step, "context_length": phase.context} if len(phases) > 1 else {}
@@ -140,11 +141,15 @@ def _show_memory(options: argparse.Namespace, config: Config | None) -> int:
     return 0
 
 
-def _show_table(lines: Sequence[str]) -> None:
-    """Print a comparison, with the fastest strategy in colour if there is one."""
+# styles of a table's lines, by kind
+_STYLES = {"fastest": "bold green", "refused": "dim", "": ""}
+
+
+def _show_table(lines: Sequence[str], kinds: Mapping[str, str] | None = None) -> None:
+    """Print a comparison. kinds: of lines, see `comparison_table`; the fastest strategy is in colour."""
     console = ResultConsole(highlight=False)
     for line in lines:
-        style = "bold green" if line.endswith("<- fastest") else "dim" if " is refused: " in line else ""
+        style = _STYLES[(kinds or {}).get(line, "")]
         # a folded line would break the table
         console.print(Text(line, style=style), soft_wrap=True)
 

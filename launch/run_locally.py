@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from distattn.checkpoints.checkpoint_folder import preferred_step
-from distattn.checkpoints.held_folder import HeldFolder
+from distattn.checkpoints.folder_handle import FolderHandle
 from distattn.checkpoints.run_lock import LAUNCHER, RunLock
 from distattn.ir.errors import DistattnError
 from distattn.launch.attempts import Attempts
@@ -83,7 +83,7 @@ def run_ranks_and_finish(
     proposal: the configuration and checkpoint that the ranks continue with, if it was written.
     """
     alone = config.preflight.action == "only"
-    with HeldFolder(run.folder) as held:
+    with FolderHandle(run.folder) as held:
         with stopped("in the preflight") if alone else stopped("in training", lambda: _continue_command(run)):
             # heavy imports only once the run is known to be possible
             from distattn.launch.finish_run import finish_run

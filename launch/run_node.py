@@ -18,7 +18,7 @@ from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import print_message
 from distattn.launch.node_needs import node_needs
 from distattn.launch.ranks.rank import set_allocator
-from distattn.launch.stop_signals import CommandStopped, answering_signals, stopped
+from distattn.launch.stop_signals import CommandStopped, stop_on_signals, stopped
 from distattn.training.config import run_file as configuration
 from distattn.training.config.run_file import Config
 from distattn.training.run_folder import RunFolder
@@ -56,7 +56,7 @@ def main(folder: str, address: str, *place: str) -> int:
         set_allocator()
         board = HeartbeatBoard.make(per_node)
         served = fork_server(PRELOAD, node, folder)
-        with answering_signals(), stopped("in training"), served, contextlib.closing(board):
+        with stop_on_signals(), stopped("in training"), served, contextlib.closing(board):
             code, trouble = run_attempt(ranks, attempt, attempts.folder(attempt), board)
     except CommandStopped as stop:
         print_message(f"node {number}: {stop}")

@@ -16,14 +16,14 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import finish_command
 from distattn.launch.slurm import jobs as slurm
-from distattn.parallel.analysis.columns import plural
+from distattn.parallel.analysis.text_format import plural
 from distattn.supervision.culprits import last_activity, process_state
 from distattn.training.reporting.json_lines import parse_json
 from distattn.training.run_folder import RunFolder
 
 _ALL_DONE = "all steps are done"
-# first words of the states of ended runs here and on Ray
-_ENDED = ("ended", "killed")
+# phases of runs that have ended
+_OVER = ("ended", "killed")
 # states of Slurm (squeue(1)) in which a job still has work to do: it runs, waits for nodes, or another cluster runs it
 _JOB_GOES_ON = (
     *("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"),
@@ -44,6 +44,9 @@ _JOB_GOES_ON = (
 def status(run: RunFolder) -> dict[str, Any]:
     """Look up a run: its state, its steps and attempts; its job's number on Slurm, else its ranks' activities by rank.
 
+    state: a sentence. phase: the same for programs: "new", "starting", "waiting" for nodes, "running", "between" attempts,
+    "ended", "killed" or "unknown". all_done: whether the sentence says that all steps are done.
+
     A run that another scheduler starts has no attempts; it has its nodes' last reports of failed ranks, by node.
     Raises DistattnError as `slurm.status` does.
     """
@@ -51,45 +54,59 @@ def status(run: RunFolder) -> dict[str, Any]:
     # a run that was started on Slurm may have been resumed here
     if run.job_file.exists() and attempts.beats() is None and launcher is None:
         job = slurm.status(run)
-        return job if job["state"] in _JOB_GOES_ON else job | {"state": job["state"] + _unreported(run, job)}
+        return job if job["state"] in _JOB_GOES_ON else _with_report(run, job)
     steps = run.steps_done()
     beats, rows = attempts.beats(), attempts.rows()
     if beats is None and rows and "why" not in rows[-1]:
         # the attempt has begun in between, or no launcher runs it any more
         beats = attempts.beats()
     if run.ray_file.exists() and beats is None and launcher is None:
-        ray_run: dict[str, Any] = {"run": str(run.folder), "state": _ray_state(run), "steps": steps, "attempts": rows}
-        if not ray_run["state"].startswith(_ENDED):
+        phase, state = _ray_state(run)
+        ray_run: dict[str, Any] = {
+            "run": str(run.folder),
+            "state": state,
+            "phase": phase,
+            "steps": steps,
+            "attempts": rows,
+        }
+        if phase not in _OVER:
             return ray_run
-        missing = _unreported(run, ray_run)
-        if not missing and ray_run["state"].startswith("killed"):
-            missing = f", python -m distattn.launch.ray.attempts {run.folder} continues"
-        return ray_run | {"state": ray_run["state"] + missing}
-    last = rows[-1] if rows else {}
+        ray_run = _with_report(run, ray_run)
+        if phase == "killed" and not ray_run["all_done"]:
+            ray_run["state"] += f", python -m distattn.launch.ray.attempts {run.folder} continues"
+        return ray_run
+    last, all_done = rows[-1] if rows else {}, False
     # heartbeats of another user's ranks cannot be read
-    state = "killed with its launcher" if beats is None and launcher is None else "running"
+    killed = beats is None and launcher is None
+    phase, state = ("killed", "killed with its launcher") if killed else ("running", "running")
     if beats is None and launcher is not None and last.get("process") != launcher.writer_name:
-        state = f"starting: {launcher}"
+        phase, state = "starting", f"starting: {launcher}"
     elif not rows:
-        state = _state_elsewhere(run, steps)
+        phase, state = _state_elsewhere(run, steps)
     elif "why" in last:
-        state = f"ended, exit code {last['exit_code']}"
+        phase, state = "ended", f"ended, exit code {last['exit_code']}"
         alive = launcher is not None or (writer_is_alive(last["process"]) if "process" in last else False)
         if missing := _unreported(run, {"attempts": rows, "steps": steps}):
-            state = f"{_ALL_DONE}, its launcher compares and reports" if alive else state + missing
+            all_done = True
+            if alive:
+                phase, state = "between", f"{_ALL_DONE}, its launcher compares and reports"
+            else:
+                state += missing
             if alive is None:
                 state += f", unless its launcher on {last['host']} still does so"
         elif alive:
             # the launcher starts the ranks again, or ends
+            phase = "between"
             state = f"attempt {last['attempt']} ended with exit code {last['exit_code']}, its launcher continues"
     elif (host := last.get("host")) != socket.gethostname():
-        state = f"begun on {host}, which knows whether it is running"
+        phase, state = "unknown", f"begun on {host}, which knows whether it is running"
     ranks = {str(rank): last_activity(beat) for rank, beat in (beats or {}).items()}
     reports = {} if rows else attempts.node_reports(attempts.latest)
     nodes = {str(node): facts["why"] for node, facts in sorted(reports.items())}
     # of the furthest rank, from 1; 0 before the first step
     at_step = 1 + max((beat.step for beat in (beats or {}).values()), default=-1)
-    facts = {"run": str(run.folder), "state": state, "steps": steps, "attempts": rows, "ranks": ranks, "nodes": nodes}
+    facts = {"run": str(run.folder), "state": state, "phase": phase, "all_done": all_done, "steps": steps}
+    facts |= {"attempts": rows, "ranks": ranks, "nodes": nodes}
     return facts | ({"at_step": at_step} if at_step else {})
 
 
@@ -100,13 +117,13 @@ def state_of_ended(run: RunFolder) -> str | None:
     """
     if sweep_runs(run.folder):
         # on Slurm each task of a sweep ends on its own
-        state = _ray_state(run) if run.ray_file.exists() else ""
+        phase, state = _ray_state(run) if run.ray_file.exists() else ("unknown", "")
     else:
         facts = status(run)
-        state = facts["state"]
+        phase, state = facts["phase"], facts["state"]
         if "job" in facts:
             return None if state in _JOB_GOES_ON else state
-    return state if state.startswith(_ENDED) else None
+    return state if phase in _OVER else None
 
 
 def cancel(run: RunFolder) -> tuple[str, int | str]:
@@ -160,6 +177,12 @@ def _launcher(run: RunFolder) -> Owner | None:
     return None
 
 
+def _with_report(run: RunFolder, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts of a run that has ended, with what is left to do for its report."""
+    missing = _unreported(run, facts)
+    return facts | {"state": facts["state"] + missing, "all_done": bool(missing)}
+
+
 def _unreported(run: RunFolder, facts: Mapping[str, Any]) -> str:
     """Return an addition to the state of a run that ended after all steps without a report, with the command for it; or ""."""
     last = facts["attempts"][-1] if facts["attempts"] else {}
@@ -169,16 +192,18 @@ def _unreported(run: RunFolder, facts: Mapping[str, Any]) -> str:
     return f", {_ALL_DONE}, but not reported: {finish_command(run.folder)} compares and reports"
 
 
-def _state_elsewhere(run: RunFolder, steps: int) -> str:
-    """Return the state of a run without recorded attempts, from the owner of its folder."""
+def _state_elsewhere(run: RunFolder, steps: int) -> tuple[str, str]:
+    """Return the phase and the state of a run without recorded attempts, from the owner of its folder."""
     if not steps and not run.attempts.exists():
-        return "not begun"
+        return "new", "not begun"
     begun = "begun by another scheduler, no attempts are recorded"
     owner_and_life = folder_owner(run.folder)
     if owner_and_life is None:
-        return f"{begun}, " + ("its report is written" if run.report_file.exists() else "no ranks work on it")
+        return "unknown", f"{begun}, " + (
+            "its report is written" if run.report_file.exists() else "no ranks work on it"
+        )
     owner, alive = owner_and_life
-    return f"{begun}, {'running' if alive else 'was killed'}: {owner}"
+    return "unknown", f"{begun}, {'running' if alive else 'was killed'}: {owner}"
 
 
 def ray_facts(run: RunFolder) -> dict[str, Any]:
@@ -190,20 +215,20 @@ def ray_facts(run: RunFolder) -> dict[str, Any]:
         raise DamagedDataError(f"{run.ray_file}: damaged; remove it.") from None
 
 
-def _ray_state(run: RunFolder) -> str:
-    """Return the state of a run on Ray, as its launcher has left it in the run folder."""
+def _ray_state(run: RunFolder) -> tuple[str, str]:
+    """Return the phase and the state of a run on Ray, as its launcher has left it in the run folder."""
     facts = ray_facts(run)
     state, *ended = run.state_file.read_text("utf-8").split()
     place = f"{facts['host']} on the Ray cluster at {facts['cluster']}"
     if ended:
-        return f"ended, exit code {ended[0]}"
+        return "ended", f"ended, exit code {ended[0]}"
     if facts["host"] == socket.gethostname():
         if process_state(facts["launcher"]) not in "XZ":
-            return f"{state} from {place}"
+            return state, f"{state} from {place}"
         # the launcher may have noted its end just before
         ended = run.state_file.read_text("utf-8").split()[1:]
-        return f"ended, exit code {ended[0]}" if ended else "killed with its launcher"
-    return f"begun from {place}, which knows whether it is running"
+        return ("ended", f"ended, exit code {ended[0]}") if ended else ("killed", "killed with its launcher")
+    return "unknown", f"begun from {place}, which knows whether it is running"
 
 
 def status_lines(facts: Mapping[str, Any]) -> str:
@@ -212,7 +237,7 @@ def status_lines(facts: Mapping[str, Any]) -> str:
     state, steps = facts["state"], facts["steps"]
     # if the state says that all steps are done, put their number there, to name it once
     counted = state.replace(_ALL_DONE, f"all {steps:,} steps are done" if steps > 1 else _ALL_DONE)
-    lines = [f"{job}{counted}" if _ALL_DONE in state else f"{job}{state}, {plural(steps, 'step')} done"]
+    lines = [f"{job}{counted}" if facts.get("all_done") else f"{job}{state}, {plural(steps, 'step')} done"]
     for row in facts["attempts"]:
         began, ended = row.get("began"), row.get("ended")
         lasted = f"{ended - began:,.0f} s, " if began and ended else ""
@@ -224,9 +249,7 @@ def status_lines(facts: Mapping[str, Any]) -> str:
 
 
 def _without_end(facts: Mapping[str, Any]) -> str:
-    """Describe an attempt whose end is not noted, from the state of its run."""
-    # Slurm's states are written in capitals
-    state = facts["state"].lower()
-    if state.startswith("running"):
+    """Describe an attempt whose end is not noted, from the phase of its run."""
+    if facts["phase"] == "running":
         return f"runs, at step {facts['at_step']:,}" if "at_step" in facts else "runs"
-    return "was killed" if state.startswith(("killed", "starting")) else "is running, or was killed with its job"
+    return "was killed" if facts["phase"] in ("killed", "starting") else "is running, or was killed with its job"

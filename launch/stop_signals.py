@@ -44,7 +44,7 @@ class CommandStopped(KeyboardInterrupt):
 
 
 @contextmanager
-def answering_signals() -> Iterator[None]:
+def stop_on_signals() -> Iterator[None]:
     """Raise CommandStopped in the main thread for the first of the signals that comes in this context.
 
     Only signals with their default action are handled. Nested contexts and other threads do nothing.

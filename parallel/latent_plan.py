@@ -1,8 +1,8 @@
-"""Plans of multi-head latent attention: latents move, or the keys and values that their owners expand them to.
+"""Plans of multi-head latent attention: either latents move, or the keys and values that their owners expand them to.
 
-A latent of 512 and a rotary key of 64 are as many numbers as two heads' keys and values have, so where a rank reads the keys of
-many heads, latents are far fewer bytes. But every rank that a latent comes to expands it again, in each direction, and a strategy
-that deals heads to ranks needs only a few heads' share of the keys. So both are planned, and the faster is taken.
+A latent of 512 and a rotary key of 64 have as many numbers as the keys and values of two heads. So if a rank reads the keys of
+many heads, latents take far fewer bytes. But every rank that receives a latent expands it again, in each direction, and a
+strategy that deals heads to ranks needs the keys of only a few heads. Both plans are made, and the faster one is taken.
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ def make_latent_plan(
     cluster: AnyCluster | str | Path | None = None,
     **settings: Any,
 ) -> Plan:
-    """Plan one call of latent attention: of `latent_op(rotary_dim, latent_dim)`, or of attention with one key head a query head.
+    """Plan one call of latent attention: of `latent_op(rotary_dim, latent_dim)`, or of attention with one key head per query
+    head.
 
-    heads, head_dim (with the rotary part) and v_head_dim are those of queries and values; settings are `make_plan`'s. On a
-    described cluster the faster in simulation is taken, forward and backward together with all expansions; elsewhere the one
-    that moves fewer bytes; where one cannot be planned, the other. `latent_attention` takes either. Raises as `make_plan` does.
+        heads, head_dim (with the rotary part) and v_head_dim are those of queries and values; settings are `make_plan`'s. On a
+        described cluster take the plan that is faster in simulation, forward and backward together with all expansions. Otherwise
+        take the one that moves fewer bytes. If one cannot be planned, take the other. `latent_attention` takes either. Raise as
+        `make_plan` does.
     """
     cluster = resolve_cluster(cluster)
     shape = dict(heads=heads, head_dim=head_dim, v_head_dim=v_head_dim, cluster=cluster) | settings
@@ -51,7 +53,7 @@ def make_latent_plan(
         try:
             plans.append(make_plan(mask, layout, **form, **shape))
         except PlanError as refusal:
-            # of more memory than there may be, perhaps: the other form may need less
+            # the other form may need less memory
             refusals.append(refusal)
     if not plans:
         raise refusals[0]
@@ -61,11 +63,11 @@ def make_latent_plan(
 
 
 def latent_seconds(plan: Plan, cluster: ClusterSpec, rotary_dim: int, latent_dim: int) -> float:
-    """Simulated seconds of either plan, forward and backward. Owners expand their latents before a call on keys and values."""
+    """Return the simulated seconds of either plan, forward and backward, with the owners' expansion of their latents."""
     call = plan.call
     total = simulated_seconds(plan, cluster)
     if call.op.kind == "latent_attention":
-        # its expansions are in its kernels
+        # its kernels include the expansions
         return total
     most = np.array([max(call.layout.shard_sizes())])
     widths = latent_dim, call.head_dim - rotary_dim + call.v_head_dim

@@ -1,4 +1,4 @@
-"""From a name to a plan: the table of strategies, and the one function that uses it and chooses between candidates."""
+"""Make plans: the table of strategies by name, and the function that runs one and chooses between its candidates."""
 
 from __future__ import annotations
 
@@ -35,17 +35,15 @@ from distattn.parallel.tables.written_once import written_once
 
 @dataclass(frozen=True)
 class Strategy:
-    """A pure function (call, cluster[, options][, direction]) -> candidate forward tables, and how it is used.
+    """A pure function (call, cluster[, options][, direction]) -> candidate forward tables, and how to use it.
 
-    backward: the backward policy that suits it. options: the frozen dataclass of its options, None where it has none.
-    by_direction: the function takes direction="backward" as well, for tasks that are assigned by what they cost there.
-    choose_by: "bytes" takes the candidate that moves fewest. "seconds" simulates them on a described cluster: the first is
-    what was asked for, the second moves nothing but what it must, and the others, which lie between the two, are made only
-    where the first is not faster than the second. Elsewhere the first is taken.
-    own_backward: candidates for direction="backward" are backward tables themselves; nothing is derived from the forward. The
-    function takes working_layout, too, and `seconds`: of a table of that direction, simulated, or None where speeds are not
-    known.
-    recurrent, others: whether it plans recurrences, and all other ops.
+    backward: the backward policy that suits it. options: the frozen dataclass of its options, or None. by_direction: the
+    function also takes direction="backward", to assign tasks by their cost there. choose_by: "bytes" takes the candidate that
+    moves fewest. "seconds" simulates candidates on a described cluster: the first is what was asked for, the second moves
+    only what it must. The others lie between the two, and are made only if the first is not faster than the second. Without a
+    described cluster the first is taken. own_backward: candidates for direction="backward" are backward tables themselves,
+    not derived from forward ones. The function then also takes working_layout, and `seconds`, which simulates a table of that
+    direction, or is None if speeds are unknown. recurrent, others: it plans recurrences, and all other ops.
     """
 
     forward: Callable[..., Iterable[Table]]
@@ -63,7 +61,7 @@ class Strategy:
         return [] if self.options is None else [field.name for field in fields(self.options)]
 
     def takes(self, option: str) -> bool:
-        """Whether the strategy has an option of this name."""
+        """Return whether the strategy has an option of this name."""
         return option in self.option_names
 
     def candidates(
@@ -74,14 +72,14 @@ class Strategy:
         direction: str,
         working_layout: Layout | None = None,
     ) -> Iterable[Table]:
-        """The candidates of a call; raises DistattnError where it cannot be planned so.
+        """Return the candidates of a call. Raise DistattnError if it cannot be planned so.
 
         working_layout: for strategies that send tokens there themselves.
         """
         arguments: dict[str, Any] = {}
         if self.options is not None:
-            arguments["options"] = given = self.options(**options)
-            check_fields(given)
+            arguments["options"] = checked_options = self.options(**options)
+            check_fields(checked_options)
         if self.by_direction:
             arguments["direction"] = direction
         if self.own_backward:
@@ -102,8 +100,12 @@ _ALL_STRATEGIES: Mapping[str, Strategy] = {
 
 
 def strategies_of(op: Op) -> Mapping[str, Strategy]:
-    """The strategies that plan an op, by name."""
-    return {name: one for name, one in _ALL_STRATEGIES.items() if (one.recurrent if op.is_recurrent else one.others)}
+    """Return the strategies that plan an op, by name."""
+    return {
+        name: strategy
+        for name, strategy in _ALL_STRATEGIES.items()
+        if (strategy.recurrent if op.is_recurrent else strategy.others)
+    }
 
 
 STRATEGIES: Mapping[str, Strategy] = strategies_of(ATTENTION)
@@ -128,24 +130,25 @@ def make_plan(
     max_buffer_bytes: int | None = None,
     op: Op | str = ATTENTION,
 ) -> Plan:
-    """Plan one call: a pure host function, the same on every rank, no torch.
+    """Plan one call: a pure host function without torch, with the same result on every rank.
 
     heads and kv_heads are query and key/value heads on one tensor-parallel rank; dtype is that of q, k and v ("float16",
-    "bfloat16", "float32", "float64", or as torch and NumPy have them). backward is one of POLICIES, by default the strategy's
-    own. cluster says which ranks share a node, and, where it is a ClusterSpec, its name ("h200-8x8") or its TOML file, how
-    fast kernels and links are. options are the strategy's own, by name. comm_dtype: the dtype outputs and gradients travel in,
-    q's own or (by default) that of accumulation; where no two partial results meet, q's own loses nothing. working_layout:
-    where the strategy shall have the tokens, if not where q, k, v and o are; tokens are moved there and back inside the call.
-    max_buffer_bytes: of buffers that a rank may need at once (see `verify`); where a plan needs more, heads are computed in so
-    many chunks that it does not, and the backward has "keep" only where it is asked for: what is kept would stay as large.
+    "bfloat16", "float32", "float64", or the dtype of torch or NumPy). backward is one of POLICIES, by default the strategy's
+    own. cluster says which ranks share a node, and, if it is a ClusterSpec, its name ("h200-8x8") or its TOML file, the
+    speeds of kernels and links. options are the strategy's own, by name. comm_dtype: the dtype in which outputs and gradients
+    are sent, q's or (by default) that of accumulation; if no two partial results are added, q's loses nothing.
+    working_layout: the layout that the strategy works on, if it is not that of q, k, v and o; tokens are moved there and back
+    inside the call. max_buffer_bytes: the most bytes of buffers that a rank may need at once (see `verify`). If a plan needs
+    more, heads are computed in several chunks, and the backward policy is "keep" only if it was asked for: kept tensors do
+    not shrink.
 
-    op: what is computed, an Op or its name: "attention", or a recurrence ("gated_delta_rule", "ssd", "gla", ...; see
-    `distattn.ir.op`). Then heads are those of values and states, kv_heads those of queries and keys, head_dim and v_head_dim the
-    sides of a state; strategies are those of `strategies_of(op)`.
+    op: the op to compute, an Op or its name: "attention", or a recurrence ("gated_delta_rule", "ssd", "gla", ...; see
+    `distattn.ir.op`). For a recurrence, heads are those of values and states, kv_heads those of queries and keys, head_dim
+    and v_head_dim the sides of a state; strategies are those of `strategies_of(op)`.
 
-    Candidates of a strategy are chosen between by bytes or by simulated seconds (see `Strategy`), forward and backward each
-    (together where the backward keeps what it received). Raises DistattnError when the call cannot be planned as asked, and
-    PlanError, with the least bytes possible, when no chunks are small enough.
+    A strategy's candidates are compared by bytes or by simulated seconds (see `Strategy`), forward and backward separately
+    (together if the backward keeps what it received). Raise DistattnError if the call cannot be planned as asked, and
+    PlanError, with the least possible bytes, if no chunks are small enough.
     """
     op = op_of(op)
     check_names(strategy, backward, options, op)
@@ -162,20 +165,20 @@ def make_plan(
         raise DistattnError(f"the working layout has {working_layout.ranks} ranks, the layout {call.ranks}.")
 
     def candidates(direction: str, policy: str) -> list[Table]:
-        found = chosen.candidates(working, cluster, options or {}, direction, working_layout)
+        candidate_tables = chosen.candidates(working, cluster, options or {}, direction, working_layout)
         if chosen.choose_by == "seconds":
-            return [_fastest(working, cluster, found, direction, policy)]
-        return list(found)
+            return [_fastest(working, cluster, candidate_tables, direction, policy)]
+        return list(candidate_tables)
 
     def planned(
         policy: str, forwards: list[Table], backwards: list[Table] | None, cut: HeadChunks | None = None
     ) -> Plan:
-        def tables(given: list[Table]) -> list[Table]:
+        def tables(candidate_tables: list[Table]) -> list[Table]:
             if cut is not None:
-                given = [in_head_chunks(working, table, cut) for table in given]
+                candidate_tables = [in_head_chunks(working, table, cut) for table in candidate_tables]
             if working is not call:
-                given = [relayout_table(call, working, table) for table in given]
-            return [_without_idle_steps(table) for table in given]
+                candidate_tables = [relayout_table(call, working, table) for table in candidate_tables]
+            return [_without_idle_steps(table) for table in candidate_tables]
 
         forwards = tables(forwards)
         derived = forwards if backwards is None else tables(backwards)
@@ -188,17 +191,17 @@ def make_plan(
 
     policy = backward or chosen.backward
     forwards = candidates("forward", policy)
-    # where the backward pass has tasks of its own
-    anew = op.has_gradient and (chosen.own_backward or (chosen.by_direction and policy != "keep"))
-    backwards = candidates("backward", policy) if anew else None
+    # the backward pass has its own tasks
+    has_backward_tasks = op.has_gradient and (chosen.own_backward or (chosen.by_direction and policy != "keep"))
+    backwards = candidates("backward", policy) if has_backward_tasks else None
     plan = planned(policy, forwards, backwards)
     if max_buffer_bytes is None or (least := _most_needed(plan)) <= max_buffer_bytes:
         return plan
-    again = "refetch-home" if policy == "keep" and backward is None else policy
-    # states are not cut by heads
+    chunked_policy = "refetch-home" if policy == "keep" and backward is None else policy
+    # states cannot be cut by heads
     cuts = [] if op.is_recurrent else possible_head_chunks(working, forwards[0])
     for cut in cuts:
-        plan = planned(again, forwards, backwards, cut)
+        plan = planned(chunked_policy, forwards, backwards, cut)
         if (needed := _most_needed(plan)) <= max_buffer_bytes:
             return plan
         least = min(least, needed)
@@ -209,7 +212,7 @@ def make_plan(
 
 
 def check_names(strategy: str, backward: str | None, options: Mapping[str, object] | None, op: Op = ATTENTION) -> None:
-    """Refuse a strategy, backward policy or option that does not exist for an op, naming those that do."""
+    """Refuse a strategy, backward policy or option that an op does not have, naming those that it has."""
     strategies = strategies_of(op)
     if strategy not in strategies:
         of_op = "" if op == ATTENTION else f" for {op.name}"
@@ -218,20 +221,20 @@ def check_names(strategy: str, backward: str | None, options: Mapping[str, objec
         raise DistattnError(f'strategy {strategy} keeps what it received; its backward is "keep", not {backward!r}.')
     if backward is not None and backward not in POLICIES:
         raise DistattnError(f"backward policy {backward!r} does not exist; there are {', '.join(POLICIES)}.")
-    known = strategies[strategy].option_names
-    for name in (options or {}).keys() - known:
-        takes = f"it takes {', '.join(known)}" if known else "it takes none"
+    option_names = strategies[strategy].option_names
+    for name in (options or {}).keys() - option_names:
+        takes = f"it takes {', '.join(option_names)}" if option_names else "it takes none"
         raise DistattnError(f"strategy {strategy} has no option {name!r}; {takes}.")
 
 
 def _most_needed(plan: Plan) -> int:
-    """Bytes of buffers at once of the rank and pass that need most."""
+    """Return the bytes of buffers that the rank and pass with the largest need have at once."""
     proof = verify(plan)
     return int(max(proof.forward_peak.max(), proof.backward_peak.max()))
 
 
 def _fewest_bytes(call: Call, forwards: list[Table], backwards: list[Table], policy: str) -> tuple[Table, Table]:
-    """The forward and the backward table that move fewest bytes; of one candidate where the backward keeps what it received."""
+    """Return the forward and backward table that move fewest bytes, of one candidate if the backward keeps what it received."""
     forward_bytes, backward_bytes = (
         np.array([int(move_bytes(call, table.moves).sum()) for table in tables]) for tables in (forwards, backwards)
     )
@@ -242,13 +245,13 @@ def _fewest_bytes(call: Call, forwards: list[Table], backwards: list[Table], pol
 
 
 def _fastest(call: Call, cluster: AnyCluster | None, candidates: Iterable[Table], direction: str, policy: str) -> Table:
-    """The fastest candidate in simulation, or the first where nothing is known of speeds; see `Strategy.choose_by`."""
+    """Return the fastest candidate in simulation, or the first if speeds are unknown; see `Strategy.choose_by`."""
     remaining = iter(candidates)
     asked_for = next(remaining)
     if not isinstance(cluster, ClusterSpec):
         return asked_for
     spec = cluster
-    # candidates are made when they are asked for: planning does not pay for what nobody simulates
+    # candidates are made lazily: do not plan tables that are not simulated
     at_home = next(remaining, None)
     if at_home is None:
         return asked_for
@@ -262,13 +265,13 @@ def _fastest(call: Call, cluster: AnyCluster | None, candidates: Iterable[Table]
     if seconds(asked_for) < fewest_seconds:
         return asked_for
     for table in remaining:
-        if (found := seconds(table)) < fewest_seconds:
-            fewest_seconds, best = found, table
+        if (table_seconds := seconds(table)) < fewest_seconds:
+            fewest_seconds, best = table_seconds, table
     return best
 
 
 def _seconds_of_tables(call: Call, cluster: AnyCluster | None, direction: str) -> Callable[[Table], float] | None:
-    """Simulated seconds of tables of one direction; None where nothing is known of speeds."""
+    """Return a function that simulates tables of one direction, in seconds; None if speeds are unknown."""
     if not isinstance(cluster, ClusterSpec):
         return None
     spec = cluster
@@ -276,7 +279,7 @@ def _seconds_of_tables(call: Call, cluster: AnyCluster | None, direction: str) -
 
 
 def _without_idle_steps(table: Table) -> Table:
-    """The same table, numbered without the steps in which no rank does anything."""
+    """Return the table with steps renumbered, without those in which no rank does anything."""
     busy = sorted_unique(np.concatenate([table.tasks["step"], table.moves["step"]]))
     tasks, moves = ({**part, "step": np.searchsorted(busy, part["step"])} for part in (table.tasks, table.moves))
     return Table(tasks, moves, table.label)

@@ -1,4 +1,4 @@
-"""Plans of a softmax over the tokens so far: its maxima, its sums, and the sums of values that it weights."""
+"""Plans of a softmax over the preceding tokens: of its maxima, its sums, and the weighted sums of values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distattn.parallel.make_plan import make_plan
 
 
 class PrefixSoftmaxPlans(NamedTuple):
-    """The plans of `prefix_softmax`, or what `prepare` made of them, in the order in which they run.
+    """Plans of `prefix_softmax`, or their executables, in the order in which they run.
 
     maximum: of "prefix_max", of each latent's logits. total: of "ssd" with a head for each latent, the sums of exponentials.
     weighted: of "gla", the sums of values times exponentials, one row of a state for each latent.
@@ -36,22 +36,22 @@ def make_prefix_softmax_plans(
     strategy: str = "scan",
     **settings: Any,
 ) -> PrefixSoftmaxPlans:
-    """Plan one call of `prefix_softmax` on causal documents: a pure host function, the same on every rank, no torch.
+    """Plan one call of `prefix_softmax` on causal documents: a pure host function without torch, equal on every rank.
 
-    latents: softmaxes over tokens that each head has. dtype: of values. strategy, settings: as of `make_plan` for recurrences
-    (cluster, options, working_layout, ...), for all three. Raises what `make_plan` raises.
+    latents: number of softmaxes over tokens in each head. dtype: of values. strategy, settings: those of `make_plan` for
+    recurrences (cluster, options, working_layout, ...), for all three plans. Raise what `make_plan` raises.
     """
     shapes = prefix_softmax_shapes(heads, latents, v_head_dim, dtype_name(dtype))
-    made: list[Plan] = [make_plan(mask, layout, strategy=strategy, **shape, **settings) for shape in shapes]
-    return PrefixSoftmaxPlans(*made)
+    plans: list[Plan] = [make_plan(mask, layout, strategy=strategy, **shape, **settings) for shape in shapes]
+    return PrefixSoftmaxPlans(*plans)
 
 
 def prefix_softmax_shapes(heads: int, latents: int, v_head_dim: int, dtype: str) -> list[dict[str, Any]]:
-    """Heads, dims, dtype and op of the three calls: maxima and sums are of the accumulation's dtype."""
+    """Return heads, dims, dtype and op of the three calls. Maxima and sums have the accumulation dtype."""
     wide = "float64" if dtype == "float64" else "float32"
     return [
         dict(heads=heads, kv_heads=heads, head_dim=1, v_head_dim=latents, dtype=wide, op=PREFIX_MAX),
-        # a sum is a recurrence whose queries and keys are 1, for all heads
+        # a sum is a recurrence whose queries and keys are 1 in all heads
         dict(heads=heads * latents, kv_heads=1, head_dim=1, v_head_dim=1, dtype=wide, op=OPS["ssd"]),
         dict(heads=heads, kv_heads=heads, head_dim=latents, v_head_dim=v_head_dim, dtype=dtype, op=OPS["gla"]),
     ]

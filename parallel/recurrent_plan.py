@@ -1,6 +1,6 @@
-"""Plans of recurrences: states move and tokens stay (`scan`), or tokens move and states stay (`ulysses`).
+"""Plans of recurrences: either states move and tokens stay (`scan`), or tokens move and states stay (`ulysses`).
 
-A state is smaller than the tokens of most stretches, so `scan` is faster where documents have few stretches. Where a layout cuts
+A state is smaller than the tokens of most segments, so `scan` is faster if documents have few segments. If a layout cuts
 documents into many, or gives ranks unequal numbers of tokens, two all-to-alls of tokens may take less time.
 """
 
@@ -35,9 +35,9 @@ def make_recurrent_plan(
 ) -> Plan:
     """Plan one call of a recurrence by `scan` or by `ulysses`, whichever is faster in simulation, forward and backward together.
 
-    op and heads as in `make_plan`, which has the other settings; `explain` says what both take. It is scan where its options are
-    given, where nothing is known of speeds, where there are fewer heads than ranks, and where a rank has no tokens: it may be
-    a server, which computes attention only. Raises as `make_plan` does, of two refusals scan's.
+    op and heads as in `make_plan`, which has the other settings; `explain` reports both times. The plan is scan's if its
+    options are given, if speeds are unknown, if there are fewer heads than ranks, and if a rank has no tokens: it may be a
+    server, which computes attention only. Raise as `make_plan` does; if both strategies are refused, raise scan's error.
     """
     cluster = resolve_cluster(cluster)
     shape = dict(op=op, heads=heads, cluster=cluster) | settings
@@ -48,12 +48,12 @@ def make_recurrent_plan(
         try:
             plans.append(make_plan(mask, layout, strategy=strategy, **shape))
         except PlanError as refusal:
-            # of more memory than there may be: the other one may need less
+            # the other strategy may need less memory
             refusals.append(refusal)
     if not plans:
         raise refusals[0]
-    # the first of equals is scan, whose ranks keep less for the backward pass
-    timed = sorted(((simulated_seconds(plan, cluster), plan) for plan in plans), key=lambda one: one[0])
+    # scan comes first among equals, because its ranks keep less for the backward pass
+    timed = sorted(((simulated_seconds(plan, cluster), plan) for plan in plans), key=lambda timed_plan: timed_plan[0])
     times = ", ".join(f"{plan.strategy} {1e3 * seconds:.3f} ms" for seconds, plan in timed)
     chosen = timed[0][1]
     label = f"{chosen.forward.label or 'all tokens move'}; {times}, simulated, forward and backward"

@@ -146,7 +146,7 @@ def right_calls():
         (lambda loader: list(cp.steps(loader)), dict(loader=[BATCH, [BATCH]])),
         (cp.loss_scale, dict(target=None)),
         (cp.mean_loss, dict(losses=[torch.ones(())])),
-        (da.recurrent_run, run | dict(batch=cp.shard(BATCH)["context_parallel"])),
+        (da.recurrent_span, run | dict(batch=cp.shard(BATCH)["context_parallel"])),
     ]
     return calls
 
@@ -196,7 +196,7 @@ def test_every_public_name_is_called():
     # data that is returned, not made by users; what needs several ranks; what the others call
     others = {"Call", "Executable", "Explanation", "Payload", "Proof", "Table", "Timeline", "StageSpec", "block_mask"}
     others |= {
-        "RecurrentRun",
+        "RecurrentSpan",
         "PrefixSoftmaxPlans",
         "PrefixSoftmaxState",
         "PipelineSchedule",

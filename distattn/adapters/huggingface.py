@@ -24,30 +24,32 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from distattn.adapters.huggingface_latent import attend_by_latents as attend_by_latents
 from distattn.adapters.huggingface_latent import has_latents, latent_attention, latents_expanded
-from distattn.adapters.huggingface_mamba import hand_batches_on
+from distattn.adapters.huggingface_mamba import pass_batches_to_layers
 from distattn.adapters.huggingface_masks import NAME as NAME
 from distattn.adapters.huggingface_masks import MaskPattern as MaskPattern
 from distattn.adapters.huggingface_masks import refuse_attention_classes
-from distattn.adapters.huggingface_modules import change_models
+from distattn.adapters.huggingface_modules import patch_model_modules
 from distattn.adapters.huggingface_recurrent import MIXING, check_mixing_layer, replace_functions
 from distattn.adapters.huggingface_rope import BY_LENGTH, check_rope
 from distattn.adapters.huggingface_rope import scale_rope_by_pack as scale_rope_by_pack
-from distattn.adapters.huggingface_runs import relayout_recurrent_runs as relayout_recurrent_runs
+from distattn.adapters.huggingface_spans import relayout_recurrent_spans as relayout_recurrent_spans
 from distattn.adapters.pytorch import inputs as inputs
 from distattn.batch.local_batch import BatchAttention
 from distattn.ir.errors import DistattnError
+from distattn.ir.renamed import renamed_attributes
 
 # kinds of layers in configurations that are computed: attention, and layers that read no other tokens
 _COMPUTED = ("full_attention", "sliding_attention", "mlp", "moe")
+__getattr__ = renamed_attributes(__name__, {"relayout_recurrent_runs": "relayout_recurrent_spans"})
 
 
 def register() -> None:
     """Register attn_implementation="distattn" with transformers."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, mask_pattern)
-    change_models(refuse_attention_classes)
-    change_models(replace_functions)
-    change_models(hand_batches_on)
+    patch_model_modules(refuse_attention_classes)
+    patch_model_modules(replace_functions)
+    patch_model_modules(pass_batches_to_layers)
 
 
 @contextmanager
@@ -157,7 +159,7 @@ def mask_pattern(
     return MaskPattern(local_size)
 
 
-def mixes_outside_attention(config: Any) -> bool:
+def has_recurrence_or_convolution(config: Any) -> bool:
     """Return whether a model has layers that read other tokens by a recurrence or a convolution."""
     return any(kind in MIXING for kind in getattr(config, "layer_types", None) or ())
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from distattn.adapters.huggingface_modules import folder_of
+from distattn.adapters.huggingface_modules import model_folder
 from distattn.ir.errors import DistattnError
 
 # transformers' folders of models whose layers pass the result of expand_kv unchanged to their attention function; all are tested
@@ -32,7 +32,7 @@ def attend_by_latents(model: torch.nn.Module) -> None:
     A rank expands the latents of all tokens that it attends to, and again in the backward pass. Call this before the model is
     compiled. Raises DistattnError for a model without such layers, or if their up-projections are not plain linear layers (LoRA).
     """
-    folder = folder_of(type(model).__module__)
+    folder = model_folder(type(model).__module__)
     layers = [layer for layer in model.modules() if hasattr(layer, "expand_kv")]
     if folder not in MODELS or not layers:
         raise DistattnError(

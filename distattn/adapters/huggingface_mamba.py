@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from distattn.adapters.huggingface_modules import folder_of
+from distattn.adapters.huggingface_modules import model_folder
 from distattn.adapters.huggingface_recurrent import check_mixing_layer
 from distattn.batch.local_batch import BatchAttention
 from distattn.ir.errors import DistattnError
@@ -22,12 +22,12 @@ from distattn.ir.errors import DistattnError
 _ALONE = {"falcon_mamba": "FalconMamba", "mamba": "Mamba", "mamba2": "Mamba2"}
 
 
-def hand_batches_on(module: ModuleType) -> None:
+def pass_batches_to_layers(module: ModuleType) -> None:
     """Change language models without attention to pass a sharded batch on to their layers, or to refuse it (Mamba-1).
 
-    module: one of transformers' modules of models, see `huggingface_modules.change_models`.
+    module: one of transformers' modules of models, see `huggingface_modules.patch_model_modules`.
     """
-    begin = _ALONE.get(folder_of(module.__name__))
+    begin = _ALONE.get(model_folder(module.__name__))
     if begin is not None:
         outer, inner = getattr(module, f"{begin}ForCausalLM"), getattr(module, f"{begin}Model")
         outer.forward, inner.forward = _in_place_of_mask(outer.forward), _from_place_of_mask(inner.forward)

@@ -62,7 +62,7 @@ for _name in (
 def refuse_attention_classes(module: ModuleType) -> None:
     """Let models that choose an attention class by the implementation's name (Falcon, GPT-J, GPT-Neo) refuse ours.
 
-    module: one of transformers' modules of models, see `huggingface_modules.change_models`.
+    module: one of transformers' modules of models, see `huggingface_modules.patch_model_modules`.
     """
     for name, classes in vars(module).items():
         if name.endswith(_CLASSES) and isinstance(classes, dict) and "eager" in classes:

@@ -14,7 +14,7 @@ _MODELING = ".modeling_"
 Change = Callable[[ModuleType], None]
 
 
-def change_models(change: Change) -> None:
+def patch_model_modules(change: Change) -> None:
     """Call `change` once with every module that has models (`transformers.models.llama.modeling_llama`).
 
     Modules that are imported already are changed at once, others when they are imported. A repeated change does nothing.
@@ -31,7 +31,7 @@ def change_models(change: Change) -> None:
             change(module)
 
 
-def folder_of(module: str) -> str:
+def model_folder(module: str) -> str:
     """Return the folder of a module below transformers/models, such as "llama"; "" for modules elsewhere."""
     return module.removeprefix(_MODELS).split(".")[0] if module.startswith(_MODELS) else ""
 

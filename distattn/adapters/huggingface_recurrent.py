@@ -21,7 +21,7 @@ from packaging.version import Version
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from distattn.adapters.huggingface_modules import folder_of
+from distattn.adapters.huggingface_modules import model_folder
 from distattn.adapters.pytorch import MIXING as MIXING
 from distattn.adapters.recurrent_layers import l2norm, ssd_scan
 from distattn.batch.local_batch import LocalBatch
@@ -54,7 +54,7 @@ _LEAST = "5.23"
 def check_mixing_layer(number: int, config: Any) -> None:
     """Raise DistattnError if a model's layer of this number, whose kind is in `MIXING`, is not computed here."""
     layer = f"layer {number} is a {config.layer_types[number]} layer, which mixes tokens outside of attention"
-    if (folder := folder_of(type(config).__module__)) not in MODELS:
+    if (folder := model_folder(type(config).__module__)) not in MODELS:
         of_mamba_1 = " by the selective scan of Mamba-1, which decays every channel by itself and is no op here"
         raise DistattnError(
             f"{layer}{of_mamba_1 if folder in _MAMBA_1 else ''}; such layers are computed in models of {', '.join(MODELS)}, "
@@ -67,9 +67,9 @@ def check_mixing_layer(number: int, config: Any) -> None:
 def replace_functions(module: ModuleType) -> None:
     """Let the recurrent layers of a module of `MODELS` compute by the plans of sharded batches.
 
-    module: one of transformers' modules of models, see `huggingface_modules.change_models`.
+    module: one of transformers' modules of models, see `huggingface_modules.patch_model_modules`.
     """
-    if folder_of(module.__name__) not in MODELS:
+    if model_folder(module.__name__) not in MODELS:
         return
     for name, planned in _FUNCTIONS.items():
         alone = getattr(module, name, None)

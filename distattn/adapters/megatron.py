@@ -35,7 +35,7 @@ from megatron.core.transformer.utils import is_layer_window_attention, make_shar
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from distattn.adapters.megatron_batches import MegatronBatches, Packed
+from distattn.adapters.megatron_batches import MegatronBatches, PackedShard
 from distattn.adapters.megatron_experts import check_experts, padding_of, replace_router
 from distattn.adapters.pytorch import full_tensor, gradients_aside, probed_parameters, unwrapped
 from distattn.batch.packed_batch import IGNORE_INDEX
@@ -178,7 +178,7 @@ class CoreAttention(MegatronModule):
         o_THE = batch.attention(*flat, self.scale, **how)
         if packed:
             # multi-latent attention leaves out the dim of rows for every pack, and puts it back for thd alone
-            return o_THE.flatten(1)[:, None] if isinstance(packed_seq_params, Packed) else o_THE.flatten(1)
+            return o_THE.flatten(1)[:, None] if isinstance(packed_seq_params, PackedShard) else o_THE.flatten(1)
         return o_THE.reshape(rows, tokens, -1).transpose(0, 1).contiguous()
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
@@ -213,7 +213,7 @@ class Rotary(torch.nn.Module):
 
     def get_rotary_seq_len(self, *arguments: Any, **named: Any) -> int:
         """Return the sequence length for Megatron; for sharded batches the number also carries the batch's positions."""
-        packed = next((x for x in (*arguments, *named.values()) if isinstance(x, Packed)), None)
+        packed = next((x for x in (*arguments, *named.values()) if isinstance(x, PackedShard)), None)
         if packed is None:
             return self.base.get_rotary_seq_len(*arguments, **named)  # type: ignore[operator,no-any-return]
         return _Positions.of(packed.batch["position_ids"][0])
@@ -270,7 +270,7 @@ def forward_step(batches: Iterator[Mapping[str, Any]], model: Any, config: Any) 
     check_rotary(model)
     # `loss_of` leaves out tokens without a label; Megatron has no label for them
     labels = batch["labels"].clamp(min=0)
-    packed = Packed.of(batch)
+    packed = PackedShard.of(batch)
     named = dict(labels=labels, packed_seq_params=packed, padding_mask=padding_of(batch, config))
     losses = model(batch["input_ids"], batch["position_ids"], None, **named)
     return losses, partial(loss_of, batch, config)
@@ -349,7 +349,7 @@ class ProbeTarget:
             return (total, tokens, {}) if self.config.calculate_per_token_loss else (total, {})
 
         def step(batches: Iterator[Any], model: Any) -> tuple[Tensor, Callable[..., Any]]:
-            packed = Packed.of(batch)
+            packed = PackedShard.of(batch)
             named = dict(packed_seq_params=packed, padding_mask=padding_of(batch, self.config))
             logits = model(batch["input_ids"], batch["position_ids"], None, **named)
             return logits, loss

@@ -30,15 +30,15 @@ _MOST_ROWS = 64
 
 
 @dataclass
-class Packed(PackedSeqParams):
+class PackedShard(PackedSeqParams):
     """A sharded batch on its way through a model, in the place of Megatron's description of packs."""
 
     batch: Any = None
 
     @staticmethod
-    def of(batch: Mapping[str, Any]) -> Packed:
+    def of(batch: Mapping[str, Any]) -> PackedShard:
         """Wrap a batch as sbhd with one row; only the batch has its documents."""
-        return Packed(qkv_format="sbhd", batch=batch)
+        return PackedShard(qkv_format="sbhd", batch=batch)
 
 
 class MegatronBatches:
@@ -59,8 +59,8 @@ class MegatronBatches:
         self._closed = False
 
     def batch(self, shape: tuple[int, ...], packed: Any, group: dist.ProcessGroup) -> LocalBatch:
-        """Return the batch of (T, B) tokens. packed: Megatron's PackedSeqParams for a pack, or `Packed` for a sharded batch."""
-        if isinstance(packed, Packed):
+        """Return the batch of (T, B) tokens. packed: Megatron's PackedSeqParams, or the `PackedShard` of a sharded batch."""
+        if isinstance(packed, PackedShard):
             sharded: LocalBatch = packed.batch["context_parallel"]
             return sharded
         tokens, rows = shape

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from distattn.batch.health import HealthMonitor
-from distattn.parallel.runtime.attendance import default_store
+from distattn.parallel.runtime.collective_calls import default_store
 from distattn.parallel.runtime.communicator import all_gather_objects, all_gather_objects_over_gloo
 from distattn.parallel.runtime.sealed_values import seal, unseal
 from distattn.supervision.heartbeats import thread_activity
@@ -44,14 +44,14 @@ class HostGroup:
         store = dist.PrefixStore(f"distattn/{name}", default_store())
         arguments = store, self.rank, self.ranks, _FOREVER if idles else monitor.wait_timeout
         self._received: queue.SimpleQueue[Any] | None = None
-        with thread_activity("connecting to the other ranks", waits=True):
+        with thread_activity("connecting to the other ranks", waits=True, key="connecting"):
             self._gloo: Any = self._guarded(lambda: dist.ProcessGroupGloo(*arguments), "connecting")
         self._in_flight: dict[int, deque[tuple[Any, torch.Tensor]]] = {}
 
     def all_gather(self, value: Any, what: str) -> list[Any]:
         """Every rank's value, by rank; values are pickled. what: what ranks do here, for the error of a missing one."""
         self._monitor.enter(what)
-        with thread_activity(what, waits=True):
+        with thread_activity(what, waits=True, key=what):
             return list(self._guarded(lambda: all_gather_objects_over_gloo(self._gloo, value), what))
 
     def send(self, message: Any, destination: int) -> None:
@@ -82,7 +82,7 @@ class HostGroup:
             except queue.Empty:
                 waited = time.monotonic() - silent_since
                 if self._monitor.verdict is not None:
-                    found = RuntimeError(self._monitor.verdict)
+                    found = RuntimeError(self._monitor.verdict.text)
                     break
                 if waited > self._monitor.wait_timeout.total_seconds():
                     self._monitor.check_alive(self.members[source], what)

@@ -16,19 +16,36 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from distattn.ir.errors import LostRankError, named_ranks
-from distattn.parallel.runtime.attendance import ask_store, default_store
+from distattn.parallel.runtime.collective_calls import ask_store, default_store
 
 Result = TypeVar("Result")
 # seconds between two looks for a question
 _POLL = 0.5
 # of the time-out, the share that is left for asking and answering; at most and at least so many seconds
 _ASKING_SHARE, _MOST_ASKING, _LEAST_ASKING = 0.25, 15.0, 2.0
+
+
+class Verdict(NamedTuple):
+    """Why the ranks have given up. text: for people. peers: the ranks to blame; empty where they are unknown."""
+
+    text: str
+    peers: tuple[int, ...] = ()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Verdict:
+        """Read a verdict from the store."""
+        sentence, peers = json.loads(text)
+        return cls(sentence, tuple(peers))
+
+    def error(self) -> LostRankError:
+        """Return the error of the ranks that give up."""
+        return LostRankError(self.text, self.peers)
 
 
 class HealthMonitor:
@@ -44,7 +61,7 @@ class HealthMonitor:
         self.wait_timeout = timedelta(seconds=seconds - self.asking)
         # how often this rank has begun each kind of collective work
         self._begun: Counter[str] = Counter()
-        self._verdict: str | None = None
+        self._verdict: Verdict | None = None
         self._name = name
         self._closed = threading.Event()
         self._lock = threading.Lock()
@@ -78,12 +95,12 @@ class HealthMonitor:
                 self._verdict = (
                     found
                     or self._verdict
-                    or (
+                    or Verdict(
                         "the process that holds the job's store (rank 0, or the launcher) stopped answering: "
                         f"{_first_line(error)}."
                     )
                 )
-            return LostRankError(self._verdict)
+            return self._verdict.error()
 
     def _with_store(self, work: Callable[[], Result]) -> Result | None:
         return ask_store(work, self.asking + 8 * _POLL)
@@ -97,18 +114,18 @@ class HealthMonitor:
         raise self._explained(error, what, [rank])
 
     @property
-    def verdict(self) -> str | None:
+    def verdict(self) -> Verdict | None:
         """Why the ranks have given up, once one of them has."""
         return self._verdict
 
     def raise_verdict(self) -> None:
         """Raise LostRankError where the ranks have given up."""
         if self._verdict is not None:
-            raise LostRankError(self._verdict)
+            raise self._verdict.error()
 
     def report(self, reason: str) -> None:
         """Tell the others that this rank leaves, and why; the first one to leave is who they name."""
-        self._with_store(lambda: self._judge(f"rank {self.rank} has left: {reason}"))
+        self._with_store(lambda: self._judge(Verdict(f"rank {self.rank} has left: {reason}", (self.rank,))))
 
     def close(self) -> None:
         """End the thread. Later questions of others are not answered."""
@@ -132,15 +149,15 @@ class HealthMonitor:
                         store.set(f"answer/{self.rank}", json.dumps({"question": asked, "begun": dict(self._begun)}))
                         answered = asked
                 if self._verdict is None and store.check(["verdict"]):
-                    self._verdict = store.get("verdict").decode()
+                    self._verdict = Verdict.from_json(store.get("verdict"))
                     store.set(f"seen/{self.rank}", "1")
         except RuntimeError:
             # the store has gone with its process: whoever waits finds that out itself
             return
 
-    def _ask(self, error: Exception, what: str, members: Sequence[int]) -> str:
+    def _ask(self, error: Exception, what: str, members: Sequence[int]) -> Verdict:
         if self._store.check(["verdict"]):
-            return self._store.get("verdict").decode()
+            return Verdict.from_json(self._store.get("verdict"))
         return self._judge(self._named(self._answers(), error, what, members))
 
     def _answers(self) -> dict[int, Any]:
@@ -157,28 +174,32 @@ class HealthMonitor:
             time.sleep(0.05)
         return answers
 
-    def _named(self, answers: dict[int, Any], error: Exception, what: str, members: Sequence[int]) -> str:
+    def _named(self, answers: dict[int, Any], error: Exception, what: str, members: Sequence[int]) -> Verdict:
         silent = [rank for rank in self.ranks if rank not in answers]
         closed = [rank for rank in silent if self._store.check([f"closed/{rank}"])]
         gone = [rank for rank in silent if rank not in closed]
         if gone:
-            return f"{named_ranks(gone)} stopped answering: killed, stopped or unreachable ({_first_line(error)})"
+            text = f"{named_ranks(gone)} stopped answering: killed, stopped or unreachable ({_first_line(error)})"
+            return Verdict(text, tuple(gone))
         if closed:
-            return f"{named_ranks(closed)} closed its ContextParallel while others still need it."
+            text = f"{named_ranks(closed)} closed its ContextParallel while others still need it."
+            return Verdict(text, tuple(closed))
         # those furthest behind: others may wait for them in turn
         least = min(answers[rank].get(what, 0) for rank in members)
         if least < self._begun[what]:
             behind = [rank for rank in members if answers[rank].get(what, 0) == least]
-            return (
+            return Verdict(
                 f"{named_ranks(behind)} did not come to {what} number {least + 1}: the process lives, but is elsewhere "
-                "(in its data loader or training loop, or it has left the loop)."
+                "(in its data loader or training loop, or it has left the loop).",
+                tuple(behind),
             )
-        return f"all ranks live, but {what} failed on rank {self.rank}: {_first_line(error)}"
+        text = f"all ranks live, but {what} failed on rank {self.rank}: {_first_line(error)}"
+        return Verdict(text, (self.rank,))
 
-    def _judge(self, text: str) -> str:
+    def _judge(self, verdict: Verdict) -> Verdict:
         """Make this the verdict unless there is one; returns the verdict, once the others know it."""
-        found = self._store.compare_set("verdict", "", text).decode()
-        self._verdict = found
+        first = Verdict.from_json(self._store.compare_set("verdict", "", json.dumps(verdict)))
+        self._verdict = first
         self._store.set(f"seen/{self.rank}", "1")
         # whoever holds the store must not take it away before the others have read this
         ends = time.monotonic() + 3 * _POLL
@@ -186,7 +207,7 @@ class HealthMonitor:
             if all(self._store.check([f"seen/{rank}"]) for rank in self.ranks):
                 break
             time.sleep(0.05)
-        return found
+        return first
 
 
 def _first_line(error: Exception) -> str:

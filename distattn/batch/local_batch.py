@@ -67,8 +67,8 @@ class LocalBatch(BatchAttention):
     positions: of this rank's tokens (1, T), where models are to be held to them. stands_in: whether this rank has no such
     micro-batch, and padding for one. layout: where its rows lie, by name, if not where the batch was laid out. used: whether a
     layer has asked for anything; mixed: for a recurrence or a convolution. number: of the batch, in the run. proven: whether its
-    plans are proven before they run. relaid_runs: of runs of recurrent layers, by their shape, number and width, whether their
-    rows move (see `recurrent_run`). block: whose batch it is; by default all ranks', with all documents.
+    plans are proven before they run. relaid_spans: of spans of recurrent layers, by their shape, number and width, whether their
+    rows move (see `recurrent_span`). block: whose batch it is; by default all ranks', with all documents.
     """
 
     positions: Tensor | None = None
@@ -79,7 +79,7 @@ class LocalBatch(BatchAttention):
         self.planner, self.key, self.number, self.proven = planner, key, number, proven
         self._block = block
         self.used = self.mixed = False
-        self.relaid_runs: dict[tuple[AttentionShape, int, int], bool] = {}
+        self.relaid_spans: dict[tuple[AttentionShape, int, int], bool] = {}
         self._row_moves: dict[tuple[str, torch.device], RowMoves] = {}
         self._plans: dict[AttentionShape, Plan] = {}
         self._executables: dict[tuple[AttentionShape, torch.device], Executable] = {}
@@ -395,8 +395,8 @@ class RelaidBatch(LocalBatch):
         block, ranks = super().block, self.planner.lay_out(self.key.documents)[1].ranks
         if len(block.ranks) < ranks:
             raise DistattnError(
-                "a run of re-laid layers has no states of documents where ranks have batches of their own; give the layer the "
-                "model's batch, outside of the run."
+                "a span of re-laid layers has no states of documents where ranks have batches of their own; give the layer the "
+                "model's batch, outside of the span."
             )
         return block
 

@@ -33,7 +33,7 @@ from distattn.ops.executable import (
     checked_program,
     kernel_requirements,
 )
-from distattn.ops.kernel_choice import agreed_ranking, first_that_serves, has_choice, kernel_trials
+from distattn.ops.kernel_choice import common_kernel_ranking, first_supported, local_kernel_trials, may_choose_kernel
 from distattn.ops.latent import latent_kernel
 from distattn.parallel.latent_plan import make_latent_plan
 from distattn.parallel.make_plan import check_names, make_plan
@@ -228,7 +228,7 @@ class Planner:
             kernel = latent_kernel(plan.call, device)
         ranked = self._ranked.get(self._trial_of(shape, device))
         if ranked is not None:
-            kernel = first_that_serves(ranked, kernel_requirements(plan.call, device, shape.modifiers))
+            kernel = first_supported(ranked, kernel_requirements(plan.call, device, shape.modifiers))
         key, _ = checked_program(plan, self.ranks.rank, kernel, device, config.max_buffer_bytes, proven)
         return Planned(plan, key)
 
@@ -246,7 +246,7 @@ class Planner:
         trial = self._trial_of(shape, device)
         # the kernel that is asked for is one of attention
         is_asked_for = shape.op == ATTENTION and self.config.kernel not in (None, AUTO)
-        if is_asked_for or not has_choice(shape.op):
+        if is_asked_for or not may_choose_kernel(shape.op):
             return
         if trial in self._ranked and not self._may_find_more(shape, device):
             return
@@ -257,11 +257,15 @@ class Planner:
             plan = self.plan_of(batch, shape)
         if plan is not None:
             try:
-                own = kernel_trials(plan, self.ranks.rank, kernel_requirements(plan.call, device, shape.modifiers))
+                own = local_kernel_trials(
+                    plan, self.ranks.rank, kernel_requirements(plan.call, device, shape.modifiers)
+                )
             except DistattnError as error:
                 # the others wait for this rank's trials, whatever has become of them
                 broken = error
-        ranked = agreed_ranking(own, device, lambda value: self.ranks.gather(value, "the trial of kernels"), shape.op)
+        ranked = common_kernel_ranking(
+            own, device, lambda value: self.ranks.gather(value, "the trial of kernels"), shape.op
+        )
         if broken is not None:
             raise broken
         # without a launch nobody has tried anything: another batch will

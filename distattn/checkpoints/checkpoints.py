@@ -142,7 +142,7 @@ class Checkpoints:
         self._seconds_before: float | None = None
         # of the writing thread; whether it was raised and stays
         self._error: DistattnError | None = None
-        self._told = False
+        self._failure_reported = False
         self._last: _Save | None = None
         # of all optimizers, while a save overlaps
         self._step_hook: RemovableHandle | None = None
@@ -227,7 +227,7 @@ class Checkpoints:
         self._queue.put(None)
         self._writer.join()
         self._exchange.close()
-        if not self._told:
+        if not self._failure_reported:
             self._raise_error()
 
     def load_newest(self, state: dict[str, Any], *, required: Mapping[str, str] | None = None) -> Loaded | None:
@@ -344,7 +344,7 @@ class Checkpoints:
             error = self._error
             # ranks that are lost stay lost
             if isinstance(error, LostRankError):
-                self._told = True
+                self._failure_reported = True
             else:
                 self._error = None
             raise error
@@ -358,7 +358,7 @@ class Checkpoints:
             self._failed_steps.add(save.step)
             try:
                 with thread_activity(f"writing {checkpoint_name(save.step)}"):
-                    self._write_or_tell(save)
+                    self._write_or_report(save)
             except Exception as error:
                 # this thread must live, others wait for its words
                 self._error = RankFailure.of(error, self._exchange.rank).raised()
@@ -376,7 +376,7 @@ class Checkpoints:
         finally:
             note.done.set()
 
-    def _write_or_tell(self, save: _Save) -> None:
+    def _write_or_report(self, save: _Save) -> None:
         try:
             self._write(save)
         except RankFailure as failure:

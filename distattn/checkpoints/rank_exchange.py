@@ -59,6 +59,7 @@ class RankExchange:
     def __init__(self, group: dist.ProcessGroup | None):
         self.rank = 0 if group is None else dist.get_rank(group)
         self.ranks = 1 if group is None else dist.get_world_size(group)
+        self._members = [0] if group is None else dist.get_process_group_ranks(group)
         self._connections: dict[int, RankConnection] = {}
         if group is not None and self.ranks > 1:
             self._connections = connect_to_root(group)
@@ -128,7 +129,7 @@ class RankExchange:
         return _Answer(answers[0], failure)
 
     def _receive(self, rank: int) -> Any:
-        with thread_activity(f"the part of a checkpoint from rank {rank}", waits=True):
+        with thread_activity(f"the part of a checkpoint from rank {rank}", waits=True, peers=(self._members[rank],)):
             if not self._connections[rank].poll(_SLOWEST_SECONDS):
                 raise TimeoutError(f"no answer for {_SLOWEST_SECONDS / 60:.0f} minutes")
             return self._connections[rank].recv()

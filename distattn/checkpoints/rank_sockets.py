@@ -27,9 +27,9 @@ import torch.distributed as dist
 
 from distattn.checkpoints.owner import machine_digest
 from distattn.ir.errors import DistattnError, LostRankError, named_ranks
-from distattn.parallel.runtime.attendance import attended, default_store
+from distattn.parallel.runtime.collective_calls import default_store, run_collective
 from distattn.parallel.runtime.communicator import sendable_device, timeout_of
-from distattn.parallel.runtime.interfaces import LOOPBACK, listening_socket, own_address
+from distattn.parallel.runtime.network_interfaces import LOOPBACK, listening_socket, reachable_address
 
 _KEY_BYTES, _RANK_BYTES, _DIGEST_BYTES = 32, 4, 32
 # that a connection to rank 0, and the proofs over it, may take, in seconds
@@ -100,7 +100,7 @@ def connect_to_root(group: dist.ProcessGroup) -> dict[int, RankConnection]:
         store.wait(everyone, timeout)
         return len(set(store.multi_get(everyone))) == 1, _shared_key(group, timeout)
 
-    here, key = attended(group, "the opening of checkpoints", meet)
+    here, key = run_collective(group, "the opening of checkpoints", meet)
     if rank == 0:
         return _accept_all(store, here, key, ranks, timeout)
     return {0: _connect(store, key, rank, timeout)}
@@ -119,7 +119,7 @@ def _accept_all(store: dist.Store, here: bool, key: bytes, ranks: int, timeout: 
     ends = time.monotonic() + timeout.total_seconds()
     found: dict[int, RankConnection] = {}
     try:
-        address = LOOPBACK if here else own_address()
+        address = LOOPBACK if here else reachable_address()
     except DistattnError as error:
         store.set("root", json.dumps({"refused": str(error)}))
         raise

@@ -21,7 +21,7 @@ from distattn.data.files.label_masks import check_planned_masks
 from distattn.data.packing.pack_plan import Pack, PackPlan, StepPacks
 from distattn.data.packing.shares import check_counts, check_shares, deal_packs
 from distattn.data.planned_batch import PlannedBatch
-from distattn.data.reading_thread import ReadingThread, Started
+from distattn.data.reading_thread import PendingRead, ReadingThread
 from distattn.ir.errors import DistattnError
 
 
@@ -96,7 +96,7 @@ class PackLoader:
         self._corpus_ids = corpus_ids
         self._thread = ReadingThread()
         # records that are being read ahead, by step
-        self._started: dict[int, Started[StepPacks]] = {}
+        self._started: dict[int, PendingRead[StepPacks]] = {}
         # the batch that was prepared is yielded again as long as there is a reference to it
         self._batches: weakref.WeakValueDictionary[tuple[int, int], PlannedBatch] = weakref.WeakValueDictionary()
         check_shares(self.plan, self.size, self.step, self.end, self.even)
@@ -131,7 +131,7 @@ class PackLoader:
         return [[self._batch(step, pack, packs[pack]) for pack in share] for share in self._deal(record)]
 
     @property
-    def known_by(self) -> str:
+    def data_digest(self) -> str:
         """A digest of everything that the batches depend on."""
         return combined_digest(self.plan.digest, self.size)
 

@@ -17,7 +17,7 @@ from distattn.batch.packed_batch import IGNORE_INDEX, local_tensors
 from distattn.data.files.corpus import Corpus
 from distattn.data.files.label_masks import LabelMasks
 from distattn.data.packing.pack_plan import Pack
-from distattn.data.reading_thread import ReadingThread, Started
+from distattn.data.reading_thread import PendingRead, ReadingThread
 from distattn.ir.cached import cached_property
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout
@@ -64,7 +64,7 @@ class PlannedBatch:
         self._pack, self._corpora, self._thread, self._vocabulary = pack, corpora, thread, vocabulary
         self._masks = [corpus.masks for corpus in corpora] if masks is None else masks
         self._begins = np.cumsum([0, *self.lengths])
-        self._started: list[tuple[np.ndarray, Started[tuple[Tensor, Tensor]]]] = []
+        self._started: list[tuple[np.ndarray, PendingRead[tuple[Tensor, Tensor]]]] = []
         self._lock = threading.Lock()
 
     @cached_property
@@ -118,7 +118,7 @@ class PlannedBatch:
         Memory is allocated here; `read` raises the errors of reading.
         """
         work = self._prepared(tokens)
-        started = self._thread.start(work) if self._thread else Started(work)
+        started = self._thread.start(work) if self._thread else PendingRead(work)
         if not self._thread:
             started.run()
         self._started.append((np.array(tokens), started))

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 _Result = TypeVar("_Result")
 
 
-class Started(Generic[_Result]):
+class PendingRead(Generic[_Result]):
     """Work that the thread will do, unless its result is asked for before the thread begins: then the caller does it itself."""
 
     def __init__(self, work: Callable[[], _Result]) -> None:
@@ -54,9 +54,9 @@ class ReadingThread:
         self._process: int | None = None
         self._lock = threading.Lock()
 
-    def start(self, work: Callable[[], _Result]) -> Started[_Result]:
+    def start(self, work: Callable[[], _Result]) -> PendingRead[_Result]:
         """Append work to the queue, after all work that was started before."""
-        started = Started(work)
+        started = PendingRead(work)
         with self._lock:
             if self._process != os.getpid():
                 self._process = os.getpid()

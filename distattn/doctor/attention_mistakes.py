@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distattn.doctor.changed_values import common_change, describe_change, search_factor
 from distattn.doctor.comparison import Finding, name_ranks
-from distattn.doctor.emulation import ATTENTION_OPTIONS, AttentionCall, attend, visible
+from distattn.doctor.emulation import ATTENTION_OPTIONS, AttentionCall, attend, visible_keys
 from distattn.doctor.replay import LinkedCall, LocalError, Replay
 
 # tokens of each rank that are compared: enough to distinguish mistakes
@@ -77,7 +77,7 @@ def _fits(computed_MHE: Tensor, rows: _Rows) -> bool:
 
 def _results(call: AttentionCall, tiled: bool = False) -> Callable[[_Rows], Tensor]:
     """Return a function that computes the results (M, H, E) of some tokens for this call."""
-    allowed_NN = visible(call)
+    allowed_NN = visible_keys(call)
 
     def compute(rows: _Rows) -> Tensor:
         tokens_M = rows.tokens_M
@@ -163,7 +163,7 @@ def _exchanged_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterat
 
 def _mask_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Variant]:
     """Yield wrong masks, which allow too many or too few keys."""
-    allowed_NN = visible(call)
+    allowed_NN = visible_keys(call)
     size = len(allowed_NN)
     document_NN = allowed_NN | allowed_NN.t()
     # documents as a whole, without windows
@@ -183,7 +183,7 @@ def _mask_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_V
         yield masked("causal mask shifted", observed, mask_NN)
     window = call.options.get("window")
     for step in _STEPS if window else ():
-        mask_NN = visible(call, step)
+        mask_NN = visible_keys(call, step)
         observed = f"has windows of {abs(step)} token{'s' * (abs(step) > 1)} too {'many' if step > 0 else 'few'}"
         yield masked("window off by one", observed, mask_NN)
     yield masked("mask not causal", "sees tokens that come after its queries", document_NN)

@@ -321,11 +321,11 @@ def _convolution(x_NC: Tensor, weight: Tensor, bias: Tensor | None, sequences: S
 def dense_attention(call: AttentionCall, mistake: Mistake) -> Tensor:
     """Compute attention (N, H, E) by its definition."""
     options = {name: value for name, value in call.options.items() if name != mistake.dropped}
-    allowed_NN = visible(call._replace(options=options), mistake.window_change)
+    allowed_NN = visible_keys(call._replace(options=options), mistake.window_change)
     return attend(call.q_NHD, call.k_NKD, call.v_NKE, allowed_NN, options)
 
 
-def visible(call: AttentionCall, window_change: int = 0) -> Tensor:
+def visible_keys(call: AttentionCall, window_change: int = 0) -> Tensor:
     """Return the keys (N, N) that a call's queries see, windows included."""
     window = call.options.get("window")
     if window is None:

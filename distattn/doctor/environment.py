@@ -97,13 +97,8 @@ def _devices() -> Iterator[Check]:
         advice = "" if fine else 'the Triton kernels need compute capability 8.0; use kernel="reference"'
         yield Check(f"GPU {index}", fine, f"{gpu.name}, sm_{gpu.major}{gpu.minor}", advice)
         if missing := fla_core_advice(10 * gpu.major + gpu.minor):
-            fault, _, remedy = missing.partition(": ")
-            yield Check(
-                f"kernel fla on GPU {index}",
-                None,
-                fault,
-                f"{remedy}; until then a slower kernel computes them (triton_chunked or chunked)",
-            )
+            advice = f"{missing.remedy}; until then a slower kernel computes them (triton_chunked or chunked)"
+            yield Check(f"kernel fla on GPU {index}", None, missing.fault, advice)
     nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
     nccl_version = ".".join(map(str, torch.cuda.nccl.version())) if nccl else "missing"
     yield Check("NCCL", nccl, nccl_version, "" if nccl else "install a PyTorch with NCCL")
@@ -120,7 +115,7 @@ def _kernels() -> Iterator[Check]:
     for key, trials in all_trials().items():
         right = sorted((trial.seconds, name) for name, trial in trials.items() if not trial.fault)
         faults = {name: trial.fault for name, trial in trials.items() if trial.fault}
-        wrong = [name for name, fault in faults.items() if fault.startswith("wrong")]
+        wrong = [name for name, trial in trials.items() if trial.is_wrong]
         results = ", ".join(
             [*(f"{name} {1e3 * seconds:.2f} ms" for seconds, name in right), *map(": ".join, faults.items())]
         )

@@ -218,7 +218,7 @@ def _from_rank_on(batch: MicroBatch) -> list[Tensor]:
     return [torch.arange(len(tokens)) + rank * len(tokens) for rank, tokens in enumerate(batch.tokens)]
 
 
-def over_the_pack() -> Hypothesis:
+def positions_over_pack() -> Hypothesis:
     """Return the mistake that positions are not reset at documents."""
     return RIGHT._replace(positions=_over_the_pack)
 

@@ -14,7 +14,7 @@ from distattn.doctor.changed_values import Change, common_change, describe_chang
 from distattn.doctor.comparison import Finding, RankResult, name_ranks, name_tokens
 from distattn.doctor.emulated_model import EmulatedModel
 from distattn.doctor.gradient_mistakes import KEY_VALUE
-from distattn.doctor.logit_mistakes import over_the_pack
+from distattn.doctor.logit_mistakes import positions_over_pack
 from distattn.doctor.recording import lookups
 from distattn.doctor.replay import LocalError, Place, Replay
 
@@ -138,7 +138,7 @@ def _explain_lookup(
     """Find the positions that ranks have used from the values of a lookup; if no position fits, compare frequencies."""
     place = errors[0].place
     try:
-        table = replay.computed(over_the_pack())
+        table = replay.computed(positions_over_pack())
     except Exception as failure:
         # for example an index error for positions beyond the model's table
         emulation.note_failure(failure)

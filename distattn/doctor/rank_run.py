@@ -35,7 +35,7 @@ from distattn.doctor.recording import (
 from distattn.doctor.reference import digests_of, packs_of
 from distattn.doctor.target import Target
 from distattn.driver.context_parallel import ContextParallel
-from distattn.ir.errors import DistattnError
+from distattn.ir.errors import DistattnError, shows_lost_peer
 
 
 def run_on_this_rank(target: Target) -> RankResult:
@@ -64,10 +64,10 @@ def run_on_this_rank(target: Target) -> RankResult:
         result["gradients"] = {name: gradient.cpu() for name, gradient in target.gradients(model).items()}
         result["buffers_after"] = {name: digest(buffer) for name, buffer in buffers_of(unwrapped(model)).items()}
     except DistattnError as refusal:
-        result["refusal"] = str(refusal)
+        result["refusal"], result["lost_peer"] = str(refusal), shows_lost_peer(refusal)
     # a script that calls sys.exit has not been examined
     except (Exception, SystemExit) as error:
-        result["failure"] = target.describe_error(error)
+        result["failure"], result["lost_peer"] = target.describe_error(error), shows_lost_peer(error)
     result["at"] = time.time()
     return result
 

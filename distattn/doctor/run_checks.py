@@ -8,7 +8,6 @@ import torch
 
 from distattn.doctor.comparison import Finding, RankResult, parts_of
 from distattn.doctor.reference import ReferenceResult
-from distattn.supervision.culprits import names_lost_peer
 
 _SAME_START = "seed before the model is made, or broadcast its weights and buffers from one rank"
 
@@ -88,17 +87,12 @@ def _stopped_rank(ranks: Sequence[RankResult]) -> Finding | None:
     if not stopped:
         return None
     # when the first rank stops, others lose their connection to it
-    rank = min(stopped, key=lambda rank: (_lost_its_peer(ranks[rank]), ranks[rank]["at"]))
+    rank = min(stopped, key=lambda rank: (ranks[rank]["lost_peer"], ranks[rank]["at"]))
     if "refusal" in ranks[rank]:
         return Finding("refused", f"rank {rank}: {ranks[rank]['refusal'].rstrip('.')}", "do what the sentence says")
     return Finding(
         "failed", f"rank {rank}: {ranks[rank]['failure'].rstrip('.')}", "mend the error at the line that it names"
     )
-
-
-def _lost_its_peer(result: RankResult) -> bool:
-    message = result.get("refusal", "") + result.get("failure", "")
-    return names_lost_peer(message)
 
 
 def _other_tokens(reference: ReferenceResult, ranks: Sequence[RankResult]) -> Finding | None:

@@ -15,7 +15,7 @@ from distattn.batch.collectives import HostGroup
 from distattn.batch.health import HealthMonitor
 from distattn.driver.control_channel import ControlChannel
 from distattn.driver.message_monitor import MessageMonitor
-from distattn.driver.message_watch import MESSAGES, MessageWatch, awaited
+from distattn.driver.message_watch import MESSAGES, Awaited, MessageWatch, describe_messages
 from distattn.ir.errors import DistattnError
 from distattn.ops.executable import EXECUTABLES
 from distattn.parallel.runtime.transport import (
@@ -57,19 +57,19 @@ class MonitoredTransport:
         where += heartbeats.layer_suffix()
         if self.messages.on_send is not None:
             self.messages.on_send(sends)
-        watch, words = self._watch if sends or receives else None, ""
+        watch, messages = self._watch if sends or receives else None, Awaited()
         if watch is not None or heartbeats.is_attached():
-            words = awaited(sends, receives, self._members, where)
+            messages = describe_messages(sends, receives, self._members, where)
 
         def start() -> Any:
             return self._transport.exchange(sends, receives, collective, where)
 
         if watch is None:
-            return _MonitoredWork(self, self.guarded(start), words)
-        with watch.watching(words) as under_way:
+            return _MonitoredWork(self, self.guarded(start), messages)
+        with watch.watching(messages.text) as under_way:
             work = self.guarded(start)
             under_way.works = work.requests
-        return _MonitoredWork(self, work, words)
+        return _MonitoredWork(self, work, messages)
 
     def guarded(self, work: Callable[[], Any]) -> Any:
         return self._monitor.guarded(work, MESSAGES, self._members)
@@ -84,11 +84,10 @@ class MonitoredTransport:
 class _MonitoredWork(NamedTuple):
     transport: MonitoredTransport
     work: PendingMessages
-    # what is waited for
-    words: str
+    messages: Awaited
 
     def wait(self) -> None:
-        with heartbeats.activity(self.words, waits=True):
+        with heartbeats.activity(self.messages.text, waits=True, peers=self.messages.peers):
             self.transport.messages.timed(lambda: self.transport.guarded(self.work.wait))
 
 
@@ -144,7 +143,7 @@ class Communicators:
 
     def guarded(self, work: Callable[[], Result], what: str, members: Sequence[int]) -> Result:
         """What `work` returns, in which this rank waits for members, on the clock. Raises LostRankError as the monitor does."""
-        with heartbeats.activity(what, waits=True):
+        with heartbeats.activity(what, waits=True, key=what):
             return self.messages.timed(lambda: self.monitor.guarded(work, what, members))
 
     def close(self, gracefully: bool) -> None:

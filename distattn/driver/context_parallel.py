@@ -29,8 +29,8 @@ from distattn.batch.pooled_layout import BlockLayouts, Documents
 from distattn.driver.communicators import SINGLE_RANK, Communicators
 from distattn.driver.control_channel import ANNOUNCE_STEP, NEW_SHAPE, RELEASE_STEP, ControlMessage
 from distattn.driver.driver_config import DriverConfig
+from distattn.driver.global_loader import GlobalLoader, GlobalStepInfos
 from distattn.driver.gradient_probe import NOT_PROBED, OTHER_COUNT, GradientProbeTarget, Reduction, probe, probe_ids
-from distattn.driver.known_steps import KnownInfos, KnownSteps
 from distattn.driver.loss_sums import sum_over_loss_group
 from distattn.driver.pass_observer import BatchObserver
 from distattn.driver.rank_speeds import RankSpeeds
@@ -297,7 +297,7 @@ class ContextParallel:
         loop = StepLoop(loader, self._ahead)
         # ranks that only serve, and speeds, are not in a plan of packs
         ask = bool(self.config.servers) or self.speeds is not None
-        known = KnownInfos(loader, self._table, same_batch, ask) if isinstance(loader, KnownSteps) else None
+        known = GlobalStepInfos(loader, self._table, same_batch, ask) if isinstance(loader, GlobalLoader) else None
         packed = loop.next()
         number, future = self._announce(packed, make, same_batch, known)
         running = failure = None
@@ -417,7 +417,7 @@ class ContextParallel:
         packed: Sequence[Batch] | None,
         make: Callable[[GatheredStep], tuple[Any, list[LocalBatch]]],
         same_batch: Sequence[int] | None,
-        known: KnownInfos | None = None,
+        known: GlobalStepInfos | None = None,
     ) -> tuple[int, AwaitedResult[GatheredStep]]:
         if self._closed:
             raise DistattnError("this ContextParallel has been closed.")

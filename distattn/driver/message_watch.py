@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,7 +29,7 @@ _POLL = 0.5
 
 
 @dataclass(eq=False)
-class UnderWay:
+class PendingMessage:
     """Messages that are watched. works: as the backend gave them, None until it has.
 
     What is sent and received is not here: it is not to live longer for being watched.
@@ -54,19 +54,19 @@ class MessageWatch:
         self, monitor: HealthMonitor, members: Sequence[int], give_up: Callable[[], None], device: torch.device
     ):
         self._monitor, self._members, self._give_up, self._device = monitor, members, give_up, device
-        self._under_way: deque[UnderWay] = deque()
+        self._under_way: deque[PendingMessage] = deque()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="distattn-messages")
         self._thread.start()
 
     @contextlib.contextmanager
-    def watching(self, what: str) -> Iterator[UnderWay]:
+    def watching(self, what: str) -> Iterator[PendingMessage]:
         """Watch messages from before they are started until they have arrived. what: which they are, for the error.
 
         The block starts them and notes their works. NCCL blocks the host there until two ranks that have never sent each other
         a message have connected.
         """
-        under_way = UnderWay(what, time.monotonic())
+        under_way = PendingMessage(what, time.monotonic())
         self._under_way.append(under_way)
         try:
             yield under_way
@@ -110,12 +110,20 @@ class MessageWatch:
         self._give_up()
 
 
-def awaited(sends: Sequence[Packet], receives: Sequence[Packet], members: Sequence[int], where: str) -> str:
-    """Which messages a step waits for, by payload and rank (as the default group numbers them)."""
-    of = receives or sends
+class Awaited(NamedTuple):
+    """Messages that a step waits for. text: for people. peers: the ranks that they come from, or go to."""
+
+    text: str = ""
+    peers: tuple[int, ...] = ()
+
+
+def describe_messages(
+    sends: Sequence[Packet], receives: Sequence[Packet], members: Sequence[int], where: str
+) -> Awaited:
+    """Return the messages that a step waits for; ranks as the default group numbers them."""
     ranks: dict[str, set[int]] = {}
-    for packet in of:
+    for packet in receives or sends:
         ranks.setdefault(packet.name, set()).add(members[packet.peer])
     direction = "from" if receives else "to"
     moves = ", ".join(f"{name} {direction} {named_ranks(who)}" for name, who in ranks.items())
-    return f"{moves} {where}".strip()
+    return Awaited(f"{moves} {where}".strip(), tuple(sorted(set().union(*ranks.values()))))

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from distattn.ir.errors import DistattnError
 from distattn.kernels.devices import current_device, has_streams
 from distattn.ops.attention import backward_pass, forward_pass
+from distattn.ops.current_micro_batch import INTERLEAVED, RECOMPUTING, current_micro_batch
 from distattn.ops.executable import Executable
-from distattn.ops.interleaving import INTERLEAVED, RECOMPUTING, interleaved_batch
 from distattn.parallel.runtime.execute import PausableRun
 from distattn.parallel.runtime.transport import Packet, PendingMessages, Transport
 
@@ -190,7 +190,7 @@ class _MicroBatch:
 
 
 def _enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    micro_batch = interleaved_batch()
+    micro_batch = current_micro_batch()
     if not isinstance(micro_batch, _MicroBatch):
         return args, kwargs
     others = [*args[1:], *kwargs.values()] if args else [x for name, x in kwargs.items() if name != "hidden_states"]
@@ -206,7 +206,7 @@ def _enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 
 def _leave(layer: nn.Module, args: Any, output: Any) -> Any:
-    micro_batch = interleaved_batch()
+    micro_batch = current_micro_batch()
     if not isinstance(micro_batch, _MicroBatch) or micro_batch.recomputed is not None:
         return output
     if isinstance(output, Tensor):

@@ -23,14 +23,14 @@ from distattn.batch.pooled_layout import Documents
 from distattn.driver.context_parallel import ContextParallel
 from distattn.driver.control_channel import BACKWARD, FORWARD, ControlMessage
 from distattn.driver.pipeline_ticks import Tick, ticks
-from distattn.driver.servers import participate
+from distattn.driver.servers import join_pass
 from distattn.driver.step_exchange import GatheredStep
 from distattn.ir.arguments import check_fields
 from distattn.ir.errors import DistattnError
 from distattn.ops.attention import attention, autocast_inputs, score_modifiers
-from distattn.ops.executable import EXECUTABLES, Executable, whole_device
+from distattn.ops.executable import EXECUTABLES, Executable, with_device_index
 from distattn.parallel.make_plan import STRATEGIES
-from distattn.parallel.runtime.arenas import ARENAS, Room, room_bytes
+from distattn.parallel.runtime.arenas import ARENAS, ArenaAllocator, aligned_bytes
 from distattn.parallel.runtime.communicator import all_gather_objects
 from distattn.parallel.runtime.transport import Packet
 
@@ -86,7 +86,7 @@ class PipelineSchedule:
         self.cp, self.stages, self.spec = cp, stages, spec
         self.replicas = cp.ranks // stages
         self.stage, self.replica = divmod(cp.rank, self.replicas)
-        self.device = whole_device(spec.device)
+        self.device = with_device_index(spec.device)
         # a collective call, and the first to send may be some ranks only
         cp.transport(self.device)
         scale = spec.shape.head_dim**-0.5 if spec.scale is None else float(spec.scale)
@@ -212,12 +212,12 @@ class _PipelineStep:
         leaves = leaves if 0 <= pipe.stage + ahead < pipe.stages else None
         shape = (1, 0 if number is None else self._local(number)["input_ids"].shape[1], pipe.spec.hidden_size)
         sizes = 0 if leaves is None else leaves.nbytes, prod(shape) * pipe.spec.dtype.itemsize
-        with torch.no_grad(), ARENAS.borrowed(room_bytes(*sizes), pipe.device) as arena:
-            room = Room(arena)
+        with torch.no_grad(), ARENAS.borrowed(aligned_bytes(*sizes), pipe.device) as arena:
+            allocator = ArenaAllocator(arena)
             if leaves is not None:
-                sends.append(Packet(self._peer(ahead), name, room.copy_of(leaves)))
+                sends.append(Packet(self._peer(ahead), name, allocator.copy_of(leaves)))
             if number is not None:
-                receives.append(Packet(self._peer(-ahead), name, room.tensor(shape, pipe.spec.dtype)))
+                receives.append(Packet(self._peer(-ahead), name, allocator.tensor(shape, pipe.spec.dtype)))
             # also with nothing to say: whoever has come to fewer exchanges than others counts as behind
             pipe.cp.transport(pipe.device).exchange(sends, receives, False, f"in a {tick.direction} tick").wait()
             if number is not None:
@@ -262,7 +262,7 @@ class _PipelineStep:
         pipe = self.pipeline
         for batch in batches:
             if batch is not None:
-                participate(batch, ControlMessage(direction, batch.number, pipe.spec.shape, *pipe.score), pipe.device)
+                join_pass(batch, ControlMessage(direction, batch.number, pipe.spec.shape, *pipe.score), pipe.device)
 
     def _peer(self, stages: int) -> int:
         """The rank of this replica so many stages on."""

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from distattn.batch.collectives import shared_name
 from distattn.driver.driver_config import DriverConfig
 from distattn.ir.errors import DistattnError
-from distattn.parallel.runtime.attendance import attended
+from distattn.parallel.runtime.collective_calls import run_collective
 from distattn.parallel.runtime.communicator import all_gather_objects
 
 
@@ -46,7 +46,7 @@ class RankTable(NamedTuple):
             def compare() -> tuple[list[Any], str]:
                 return all_gather_objects(exchange, mine), shared_name(exchange)
 
-            everyone, name = attended(exchange, "the making of a ContextParallel", compare)
+            everyone, name = run_collective(exchange, "the making of a ContextParallel", compare)
         first = _checked(everyone, members)
         rank = members.index(dist.get_rank()) if len(members) > 1 else 0
         first_of_block, has_model = [], []

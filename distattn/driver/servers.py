@@ -27,7 +27,7 @@ from distattn.ir.arguments import checked
 from distattn.ir.errors import DistattnError
 from distattn.kernels.devices import current_device
 from distattn.kernels.merge import accumulation_dtype
-from distattn.ops.executable import whole_device
+from distattn.ops.executable import with_device_index
 
 
 class ServerStats(NamedTuple):
@@ -44,7 +44,7 @@ def serve(group: dist.ProcessGroup | None = None, device: torch.device | str = "
     The group's other ranks make `ContextParallel(group, servers=...)`; everything else this rank is told. Raises LostRankError
     when one of them stops answering, and what their plans raise.
     """
-    device = whole_device(device)
+    device = with_device_index(device)
     if not (dist.is_available() and dist.is_initialized()):
         raise DistattnError("a server needs torch.distributed; call init_process_group first.")
     counts = {FORWARD: 0, BACKWARD: 0}
@@ -64,11 +64,11 @@ def serve(group: dist.ProcessGroup | None = None, device: torch.device | str = "
                     batch.executable(message.shape, device)
                 else:
                     counts[message.kind] += 1
-                    participate(batch, message, device)
+                    join_pass(batch, message, device)
     return ServerStats(counts[FORWARD], counts[BACKWARD])
 
 
-def participate(batch: LocalBatch, message: ControlMessage, device: torch.device) -> None:
+def join_pass(batch: LocalBatch, message: ControlMessage, device: torch.device) -> None:
     """Take part in one forward or backward pass of a batch without tokens of one's own."""
     shape = message.shape
     assert shape is not None

@@ -25,7 +25,7 @@ class StepInfo(NamedTuple):
     """What a rank tells of a step: of each micro-batch its documents and a digest of its tokens; how many labels in all.
 
     ended: the rank has no more steps. speed: how fast its kernels have been (see `RankSpeeds`). loader: what its loader is known
-    by, where that knows all steps (see `known_steps`).
+    by, where that knows all steps (see `global_loader`).
     """
 
     documents: tuple[tuple[int, ...], ...]

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from distattn.batch.packed_batch import Batch, micro_batches_of
-from distattn.driver.known_steps import KnownSteps
+from distattn.driver.global_loader import GlobalLoader
 from distattn.ir.errors import DistattnError
 
 
@@ -80,7 +80,7 @@ class StepLoop:
         self._loader, self._ahead = loader, ahead
         self._held: StepAhead | None = None
         # an iterator goes on, and so does a loader with a position; what else can be iterated over begins anew
-        self._goes_on = self._given is loader or isinstance(loader, KnownSteps)
+        self._goes_on = self._given is loader or isinstance(loader, GlobalLoader)
         self._left = ahead.take(loader) if self._goes_on else None
 
     def next(self) -> list[Batch] | None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+# phrases in PyTorch's errors about a communicator or a connection
+_LOST_CONNECTION = ("Connection", "gloo", "NCCL", "timed out", "Broken pipe")
+
 
 class DistattnError(ValueError):
     """A request that cannot be fulfilled exactly, and is refused. Exit code 2 on the command line."""
@@ -11,10 +14,29 @@ class DistattnError(ValueError):
     exit_code = 2
 
 
+class SettingError(DistattnError):
+    """A setting whose value cannot be used. key: its dotted name, with which the message begins."""
+
+    def __init__(self, key: str, fault: str):
+        super().__init__(f"{key}: {fault}")
+        self.key = key
+
+    def __reduce__(self) -> tuple[type[DistattnError], tuple[str]]:
+        """Return what pickles it: a DistattnError with the same message."""
+        return DistattnError, (str(self),)
+
+
 class LostRankError(DistattnError):
-    """Another rank stopped answering; the message names it. Exit code 4: another attempt may succeed."""
+    """Another rank stopped answering; the message names it. Exit code 4: another attempt may succeed.
+
+    peers: the ranks that are lost, as the default group numbers them; empty if they are unknown.
+    """
 
     exit_code = 4
+
+    def __init__(self, message: str, peers: Iterable[int] = ()):
+        super().__init__(message)
+        self.peers = tuple(sorted(set(peers)))
 
 
 class DamagedStateError(DistattnError):
@@ -37,6 +59,23 @@ class DamagedDataError(DistattnError):
     """A file exists, but its content is damaged. Exit code 3 on the command line."""
 
     exit_code = 3
+
+
+def shows_lost_peer(error: BaseException) -> bool:
+    """Return whether an error shows that this rank failed because it lost another one."""
+    if isinstance(error, DistattnError):
+        return isinstance(error, LostRankError)
+    if isinstance(error, OSError):
+        # with a name it is an error of a file
+        return isinstance(error, (ConnectionError, TimeoutError)) and error.filename is None
+    # PyTorch's errors by name: this file does not import it
+    names = {base.__name__ for base in type(error).__mro__}
+    if "DistError" in names:
+        return True
+    # gloo raises a plain RuntimeError, which only its text identifies
+    text = str(error).strip().partition("\n")[0]
+    is_foreign = "RuntimeError" in names and "OutOfMemoryError" not in names
+    return is_foreign and any(phrase in text for phrase in _LOST_CONNECTION)
 
 
 def named_ranks(ranks: Iterable[int]) -> str:

@@ -24,8 +24,8 @@ from distattn.kernels.glue import row_products
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.registry import choose_kernel
 from distattn.kernels.spec import ScoreMod
+from distattn.ops.current_micro_batch import current_micro_batch
 from distattn.ops.executable import EXECUTABLES, NOT_IN_CUDA_GRAPHS, Executable, kernel_requirements
-from distattn.ops.interleaving import interleaved_batch
 from distattn.ops.plan_argument import executable_of
 from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.transport import Transport
@@ -101,7 +101,7 @@ def attention(
     ready = executable_of(
         plan, group, "attention", q_THD.device, kernel=kernel, modifiers=modifiers, can_interleave=True
     )
-    interleaved = interleaved_batch()
+    interleaved = current_micro_batch()
     if interleaved is not None:
         # it lets the others run while its messages travel
         if return_lse:

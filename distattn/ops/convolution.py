@@ -60,7 +60,7 @@ def causal_conv1d(
     inside torch.compile.
 
     plan: of op "convolution" on the mask `Mask.documents(lengths, (W - 1, 0))` with heads x v_head_dim = C (G heads where there
-    are groups), which ranks compare at every call, or what `prepare` made of one. What moves is each stretch's W - 1 tokens
+    are groups), which ranks compare at every call, or what `prepare` made of one. What moves is each segment's W - 1 tokens
     before it. Raises PlanError when the plan cannot be proven or ranks have different ones, DistattnError when the tensors do
     not fit it.
     """
@@ -101,7 +101,7 @@ def token_shift(
     of float64, and y_t is `fill` where there is no such token.
 
     plan: of op "token_shift" on the mask `Mask.token_shift(lengths, distance)` with heads x v_head_dim numbers a token, or what
-    `prepare` made of one. What moves is `distance` tokens a stretch. Raises PlanError when the plan cannot be proven or ranks
+    `prepare` made of one. What moves is `distance` tokens a segment. Raises PlanError when the plan cannot be proven or ranks
     have different ones, DistattnError when x does not fit it, or has whole numbers of 2^52 or more; of a tensor on a GPU that is
     an assertion of the device, which ends the process's use of the GPU.
     """

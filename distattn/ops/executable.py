@@ -26,9 +26,9 @@ from distattn.kernels.latent import latent_workspace
 from distattn.kernels.registry import AUTO, Kernel, choose_kernel, kernel_preparer, load_kernel
 from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.trials import Trial
-from distattn.ops.kernel_choice import agreed_ranking, first_that_serves, has_choice, kernel_trials
+from distattn.ops.kernel_choice import common_kernel_ranking, first_supported, local_kernel_trials, may_choose_kernel
 from distattn.parallel.analysis.verify import check_max_buffer_bytes, verify
-from distattn.parallel.runtime.attendance import attended
+from distattn.parallel.runtime.collective_calls import run_collective
 from distattn.parallel.runtime.communicator import (
     all_gather_objects_over_gloo,
     open_communicator,
@@ -227,19 +227,19 @@ def prepare(
     without asking the others.
     """
     rank, group = _membership(plan, group)
-    device = whole_device(device)
+    device = with_device_index(device)
     refusal = program = key = None
     own: dict[str, Trial] = {}
     needed = kernel_requirements(plan.call, device, modifiers)
-    is_chosen = kernel in (None, AUTO) and has_choice(plan.call.op)
+    is_chosen = kernel in (None, AUTO) and may_choose_kernel(plan.call.op)
     try:
-        own = kernel_trials(plan, rank, needed) if is_chosen else {}
+        own = local_kernel_trials(plan, rank, needed) if is_chosen else {}
     except DistattnError as error:
         # the others wait for this rank's trials, whatever has become of them
         refusal = error
     try:
-        if (ranked := agreed_ranking(own, device, _gather_over(group), plan.call.op)) and is_chosen:
-            kernel = first_that_serves(ranked, needed)
+        if (ranked := common_kernel_ranking(own, device, _gather_over(group), plan.call.op)) and is_chosen:
+            kernel = first_supported(ranked, needed)
         if refusal is None:
             key, program = checked_program(plan, rank, kernel, device, max_buffer_bytes, proven)
     except LostRankError:
@@ -257,10 +257,12 @@ def _gather_over(group: dist.ProcessGroup | None) -> Callable[[Any], list[Any]]:
     if group is None:
         return lambda value: [value]
     host = EXECUTABLES.host(group)
-    return lambda value: attended(group, "the trial of kernels", lambda: all_gather_objects_over_gloo(host, value))
+    return lambda value: run_collective(
+        group, "the trial of kernels", lambda: all_gather_objects_over_gloo(host, value)
+    )
 
 
-def whole_device(device: torch.device | str | int) -> torch.device:
+def with_device_index(device: torch.device | str | int) -> torch.device:
     """The device with its index: "cuda" is the current one of this thread, which on another thread may be another one.
 
     Raises DistattnError where there is no such device.
@@ -362,11 +364,11 @@ def _agree(plan: Plan, group: dist.ProcessGroup, refusal: DistattnError | None) 
     """
     host = EXECUTABLES.host(group)
     mine = plan.digest, refusal is not None
-    everyone = attended(group, "the comparison of plans", lambda: all_gather_objects_over_gloo(host, mine))
+    everyone = run_collective(group, "the comparison of plans", lambda: all_gather_objects_over_gloo(host, mine))
     if all(other == mine for other in everyone) and refusal is None:
         return
     own = plan_summary(plan) | {"refusal": str(refusal or "")}
-    summaries = attended(group, "the comparison of plans", lambda: all_gather_objects_over_gloo(host, own))
+    summaries = run_collective(group, "the comparison of plans", lambda: all_gather_objects_over_gloo(host, own))
     raise_disagreement([digest for digest, _ in everyone], summaries, refusal)
 
 

@@ -39,12 +39,12 @@ _TRIALS_OF_KIND = {"recurrence": try_recurrence, "convolution": try_convolution}
 _LOG = logging.getLogger("distattn")
 
 
-def has_choice(op: Op) -> bool:
+def may_choose_kernel(op: Op) -> bool:
     """Whether "auto" may choose among several kernels of an op, by trial."""
     return op == ATTENTION or op.kind in _TRIALS_OF_KIND
 
 
-def agreed_ranking(
+def common_kernel_ranking(
     own: dict[str, Trial], device: torch.device, gather: Callable[[Any], list[Any]], op: Op = ATTENTION
 ) -> list[str]:
     """The right kernels, fastest first: this rank's trials and those of all others. A collective call, of ranks without any, too.
@@ -62,7 +62,7 @@ def agreed_ranking(
     return ranking([trials for _, trials in everyone], candidates(device, op))
 
 
-def kernel_trials(plan: Plan, rank: int, requirements: KernelRequirements) -> dict[str, Trial]:
+def local_kernel_trials(plan: Plan, rank: int, requirements: KernelRequirements) -> dict[str, Trial]:
     """Return this rank's trials of kernels on its launches of a plan, from the cache where they are there; none without a choice.
 
     A trial that ran out of memory is made again, a few times in a process, if more memory is free by then.
@@ -98,7 +98,7 @@ def _trials_of_launches(
     key = trial_key(masks, requirements)
     trials = _with_retries(key, names, requirements, lambda rest: try_kernels(rest, masks, requirements, _LOG.info))
     for name, trial in trials.items():
-        if trial.passing or trial.fault.startswith("wrong"):
+        if trial.passing or trial.is_wrong:
             _warn(name, key, trial.fault)
     return trials
 
@@ -152,6 +152,6 @@ def _warn(name: str, key: str, fault: str) -> None:
     _LOG.warning("kernel %s is not used on %s: %s", name, key, fault)
 
 
-def first_that_serves(ranked: list[str], requirements: KernelRequirements) -> str:
+def first_supported(ranked: list[str], requirements: KernelRequirements) -> str:
     """The first kernel of a ranking that serves such a call, or the first of all, which then says why it does not."""
     return next((name for name in ranked if not load_kernel(name).unsupported_reason(requirements)), ranked[0])

@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
+from distattn.ops.current_micro_batch import current_micro_batch
 from distattn.ops.executable import Executable, prepare
-from distattn.ops.interleaving import interleaved_batch
 
 
 def check_flag(name: str, value: object) -> None:
@@ -39,7 +39,7 @@ def executable_of(
     """
     if not isinstance(plan, (Plan, Executable)):
         raise DistattnError(f"plan is what make_plan or prepare returned, not a {type(plan).__name__}.")
-    if not can_interleave and interleaved_batch() is not None:
+    if not can_interleave and current_micro_batch() is not None:
         raise DistattnError(f"{op} cannot take turns with other micro-batches yet; leave OverlapSchedule out.")
     if isinstance(plan, Executable):
         if group is not None or kernel is not None:

@@ -43,7 +43,7 @@ def prefix_max(
     whole documents, (M, H, V) in fp32 (fp64): those of documents that end on this rank, 0 for others.
 
     plan: of op "prefix_max" with head_dim 1, which ranks compare at every call, or what `prepare` made of one. What moves is one
-    number for each of H x V and a stretch. Raises PlanError when the plan cannot be proven or ranks have different ones,
+    number for each of H x V and a segment. Raises PlanError when the plan cannot be proven or ranks have different ones,
     DistattnError when the tensors do not fit it.
     """
     for name, tensor in (("x", x_THV), ("initial_state", initial_state)):

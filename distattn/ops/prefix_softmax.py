@@ -68,7 +68,7 @@ def prefix_softmax(
     initial_state: of all M documents, on every rank; gradients of its sums are this rank's share, to be summed over ranks. With
     return_final_state also the states after all documents: those of documents that end on this rank, 0 for others.
 
-    plans: what `make_prefix_softmax_plans` made, or what `prepare` made of each. Of a head and a stretch L numbers move twice,
+    plans: what `make_prefix_softmax_plans` made, or what `prepare` made of each. Of a head and a segment L numbers move twice,
     and then L x V. Raises PlanError when a plan cannot be proven or ranks have different ones, DistattnError when the tensors
     do not fit them.
     """

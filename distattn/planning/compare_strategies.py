@@ -14,8 +14,8 @@ from distattn.cluster import spec as describe
 from distattn.cluster.spec import ClusterSpec
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import LAYOUTS
-from distattn.parallel.analysis.columns import aligned, in_one_unit, plural
 from distattn.parallel.analysis.simulate import simulate
+from distattn.parallel.analysis.text_format import align_columns, plural, with_common_unit
 from distattn.parallel.analysis.timeline import Timeline
 from distattn.training.config.plan_settings import PlanSettings
 from distattn.training.config.run_file import Config
@@ -91,23 +91,21 @@ def compare_strategies(
     return out
 
 
-def comparison_table(results: dict[str, Timeline | str], cluster: ClusterSpec) -> list[str]:
+def comparison_table(results: dict[str, Timeline | str], cluster: ClusterSpec) -> dict[str, str]:
     """Return the lines of a text table with one line per strategy; the fastest is marked. All times are simulated.
 
-    results: from `compare_strategies`.
+    results: from `compare_strategies`. By line: "fastest", "refused" or "".
     """
     timed = {name: result for name, result in results.items() if isinstance(result, Timeline)}
     fastest = min(timed, key=lambda name: _seconds(timed[name]))
     head = ["strategy", *COMPARED]
-    marks = ["   <- fastest" if name == fastest else "" for name in timed]
     cells = comparison_cells(list(timed.values()))
-    table = aligned([head, *([name, *row] for name, row in zip(timed, cells, strict=True))])
-    return [
-        f"simulated on {cluster.name}; per attention call, TFLOP/s per device",
-        table[0],
-        *(line + mark for line, mark in zip(table[1:], marks, strict=True)),
-        *(f"{name} is refused: {result}" for name, result in results.items() if isinstance(result, str)),
-    ]
+    table = align_columns([head, *([name, *row] for name, row in zip(timed, cells, strict=True))])
+    lines = {f"simulated on {cluster.name}; per attention call, TFLOP/s per device": "", table[0]: ""}
+    for name, line in zip(timed, table[1:], strict=True):
+        lines |= {f"{line}   <- fastest": "fastest"} if name == fastest else {line: ""}
+    refused = {name: result for name, result in results.items() if isinstance(result, str)}
+    return lines | {f"{name} is refused: {result}": "refused" for name, result in refused.items()}
 
 
 def compare_layouts(request: PlanRequest, cluster: ClusterSpec) -> dict[str, float]:
@@ -175,14 +173,14 @@ def comparison_cells(timelines: Sequence[Timeline]) -> list[list[str]]:
         return [row["forward"][name] + row["backward"][name] for row in facts]
 
     columns = [
-        in_one_unit([row["forward"]["seconds"] for row in facts], "s"),
-        in_one_unit([row["backward"]["seconds"] for row in facts], "s"),
+        with_common_unit([row["forward"]["seconds"] for row in facts], "s"),
+        with_common_unit([row["backward"]["seconds"] for row in facts], "s"),
         [_three_digits(row["forward"]["tflops"]) for row in facts],
         [_three_digits(row["backward"]["tflops"]) for row in facts],
-        in_one_unit(sum_of_passes("bytes_inter_node"), "B"),
-        in_one_unit(sum_of_passes("exposed_seconds"), "s"),
+        with_common_unit(sum_of_passes("bytes_inter_node"), "B"),
+        with_common_unit(sum_of_passes("exposed_seconds"), "s"),
         [f"{row['balance']:.2f}" for row in facts],
-        in_one_unit([row["peak_bytes"] for row in facts], "B"),
+        with_common_unit([row["peak_bytes"] for row in facts], "B"),
     ]
     return [list(row) for row in zip(*columns, strict=True)]
 

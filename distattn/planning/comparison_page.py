@@ -11,8 +11,8 @@ from markupsafe import Markup
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan, move_bytes
 from distattn.pages.render import render_page
-from distattn.parallel.analysis.columns import in_one_unit
 from distattn.parallel.analysis.explain import explain
+from distattn.parallel.analysis.text_format import with_common_unit
 from distattn.parallel.analysis.timeline import PassTimeline, Timeline
 from distattn.planning.compare_strategies import COMPARED, comparison_cells
 
@@ -62,7 +62,7 @@ def _bar(part: PassTimeline, longest: float) -> dict[str, Any]:
     seconds = part.seconds or 1.0
     kernels, waiting = float(part.busy.mean()) / seconds, float(part.exposed.mean()) / seconds
     shares = dict(kernels=100 * kernels, waiting=100 * waiting, idle=100 * max(1 - kernels - waiting, 0.0))
-    (length,) = in_one_unit([part.seconds], "s")
+    (length,) = with_common_unit([part.seconds], "s")
     text = f"{length}, {kernels:.0%} kernels"
     return {"width": f"{70 * part.seconds / longest:.2f}", "text": text, **{k: f"{v:.2f}" for k, v in shares.items()}}
 

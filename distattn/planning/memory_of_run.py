@@ -30,7 +30,7 @@ from distattn.memory.accounting import (
 from distattn.memory.settings import MemorySettings
 from distattn.models.build import meta_model
 from distattn.ops.executable import Executable, ExecutionKey
-from distattn.parallel.analysis.columns import aligned, in_one_unit
+from distattn.parallel.analysis.text_format import align_columns, with_common_unit
 from distattn.parallel.runtime.program import lower
 from distattn.parallel.runtime.transport import SingleRankTransport
 from distattn.training.config.plan_settings import PlanSettings
@@ -117,7 +117,7 @@ def memory_of_config(
     # the context length only sizes positions, which need no memory
     context = max(max(map(sum, packs)), config.data.max_document_tokens)
     shape = configured_model(config, vocabulary, context)
-    if huggingface.mixes_outside_attention(shape):
+    if huggingface.has_recurrence_or_convolution(shape):
         raise DistattnError(
             f"memory is only counted for models without recurrent layers and convolutions; {shape.model_type} has some."
         )
@@ -198,11 +198,11 @@ def memory_table(counted: Sequence[RankMemory], ranks: int) -> list[str]:
         ]
         for memory in counted
     ]
-    cells = iter(in_one_unit([float(number) for row in rows for number in row], "B"))
+    cells = iter(with_common_unit([float(number) for row in rows for number in row], "B"))
     numbers = [[next(cells) for _ in row] for row in rows]
     first = [[_rank_range(memory.ranks), f"{memory.tokens:,}"] for memory in counted]
     left = ranks - sum(len(memory.ranks) for memory in counted)
-    table = aligned([head, *(a + b for a, b in zip(first, numbers, strict=True))])
+    table = align_columns([head, *(a + b for a, b in zip(first, numbers, strict=True))])
     return [
         "a step of one rank on its device: weights are computed, the rest is counted on meta tensors; host: in pinned memory",
         *table,
@@ -214,7 +214,7 @@ def memory_table(counted: Sequence[RankMemory], ranks: int) -> list[str]:
 def fit_line(counted: Sequence[RankMemory], cluster: ClusterSpec) -> str:
     """Return a sentence that says whether a run fits on the cluster's devices, and how much of their memory it needs."""
     device_bytes, most = cluster.device.memory_gb * 1e9, max(memory.total for memory in counted)
-    needed, whole = in_one_unit([float(most), device_bytes], "B")
+    needed, whole = with_common_unit([float(most), device_bytes], "B")
     verdict = "fits" if most <= device_bytes else "does not fit"
     return (
         f"{verdict}: the rank that needs most takes {needed} of the {whole} of a device of {cluster.name} "

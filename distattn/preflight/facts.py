@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from distattn.adapters.huggingface_runs import recurrent_op
+from distattn.adapters.huggingface_spans import recurrent_op
 from distattn.checkpoints.checkpoint_folder import list_checkpoints
 from distattn.checkpoints.owner import machine_digest
 from distattn.doctor.environment import PACKAGES
@@ -115,7 +115,7 @@ def kernel_advice(device: torch.device, model: Any) -> str:
     if device.type != "cuda" or op is None or OPS[op].decay != "token":
         return ""
     major, minor = torch.cuda.get_device_capability(device)
-    return fla_core_advice(10 * major + minor, (OPS[op].delta,)) or ""
+    return str(fla_core_advice(10 * major + minor, (OPS[op].delta,)) or "")
 
 
 def code_digest() -> str:

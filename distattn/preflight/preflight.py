@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from distattn.parallel.runtime.attendance import attended
+from distattn.parallel.runtime.collective_calls import run_collective
 from distattn.parallel.runtime.communicator import (
     all_gather_objects_over_gloo,
     open_communicator,
@@ -87,8 +87,8 @@ def preflight(
     host = open_host_communicator(group, limit)
 
     def gather(value: Any, label: str) -> list[Any]:
-        with activity(f"the preflight's {label}", waits=True):
-            return attended(group, f"the preflight's {label}", lambda: all_gather_objects_over_gloo(host, value))
+        with activity(f"the preflight's {label}", waits=True, key=label):
+            return run_collective(group, f"the preflight's {label}", lambda: all_gather_objects_over_gloo(host, value))
 
     with activity("reading its data and disk for the preflight"):
         mine = collect_facts(run, config, device)
@@ -100,7 +100,7 @@ def preflight(
         facts = list(map(RankFacts.from_json, texts))
         report = report._replace(problems=problems_of(facts), facts=facts)
     if not report.problems:
-        with activity("measuring its device and links for the preflight", waits=True):
+        with activity("measuring its device and links for the preflight", waits=True, key="preflight probes"):
             measured = _measure(mine.rank, report.facts, host, device, limit)
         speeds, clocks = zip(*gather(measured, "measurement of devices and links"), strict=True)
         warnings = warnings_of(report.facts) + outliers_of(report.facts, speeds, clocks, device.type)

@@ -150,9 +150,11 @@ class _LinkProbe(NamedTuple):
         while not arrived.query():
             if time.monotonic() > ends:
                 self.transport.abort()
-                peers = ", ".join(str(packet.peer) for packet in receives)
+                peers = [packet.peer for packet in receives]
                 raise LostRankError(
-                    f"messages of the preflight between this rank and {peers} did not arrive; look at the link."
+                    f"messages of the preflight between this rank and {', '.join(map(str, peers))} did not arrive; look at "
+                    "the link.",
+                    peers,
                 )
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from distattn.ir.errors import named_ranks
-from distattn.parallel.analysis.columns import aligned, plural, readable_bytes
+from distattn.parallel.analysis.text_format import align_columns, plural, readable_bytes
 from distattn.preflight.device_state import Clock
 from distattn.preflight.facts import RankFacts
 from distattn.preflight.probes import Link, RankSpeed
@@ -31,7 +31,7 @@ def report_table(
     to_all = min(speed.all_to_all_gbs for speed in speeds)
     slowest = f", all-to-all {to_all:.3g} GB/s a rank" if to_all else ""
     title = f"preflight: {plural(len(facts), 'rank')} on {plural(len(hosts), 'host')} in {seconds:.1f} s{slowest}"
-    table = [f"  {line}" for line in aligned([_HEAD, *rows], left=3)]
+    table = [f"  {line}" for line in align_columns([_HEAD, *rows], left=3)]
     return [title, *table, *(f"  {line}" for line in _need_legend(facts))]
 
 

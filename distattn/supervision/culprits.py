@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from distattn.supervision.heartbeats import Heartbeat
-
-# phrases in errors of ranks that end because another rank has ended
-_LOST_PEER = ("stopped answering", "Connection", "gloo", "NCCL", "timed out", "Broken pipe")
 
 
 class Culprit(NamedTuple):
@@ -40,11 +36,6 @@ def process_state(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[0]
     except OSError:
         return "X"
-
-
-def names_lost_peer(message: str) -> bool:
-    """Return whether an error's message shows that the rank failed because it lost another rank."""
-    return any(phrase in message for phrase in _LOST_PEER)
 
 
 def culprits(
@@ -79,17 +70,18 @@ def culprits(
     behind = [rank for rank, beat in last_beats.items() if beat.step == least]
     if len(behind) < len(last_beats):
         return [Culprit(rank, "is behind the others", last_activity(last_beats[rank])) for rank in behind]
-    counts = Counter(beat.activity for beat in last_beats.values())
+    counts = Counter(beat.key for beat in last_beats.values())
     common, number = counts.most_common(1)[0]
     if 1 < number < len(last_beats):
-        alone = [rank for rank, beat in last_beats.items() if beat.activity != common]
+        common_words = next(beat.words for beat in last_beats.values() if beat.key == common)
         return [
             Culprit(
                 rank,
                 "waits for something that no other rank waits for",
-                f"{last_activity(last_beats[rank])}; the others: {common}",
+                f"{last_activity(beat)}; the others: {common_words}",
             )
-            for rank in alone
+            for rank, beat in last_beats.items()
+            if beat.key != common
         ]
     return [Culprit(rank, "waits like all other ranks", last_activity(beat)) for rank, beat in last_beats.items()]
 
@@ -100,24 +92,17 @@ def _waiting_for_messages(beats: Mapping[int, Heartbeat]) -> list[int]:
     If all of them wait for each other, return all: the receiver of a lost message and its sender stop one message apart, in
     either order.
     """
-    awaited = {rank: _peers(beat.activity) for rank, beat in beats.items()}
-    waiting = {rank for rank, peers in awaited.items() if peers}
-    roots = [rank for rank in sorted(waiting) if not awaited[rank] <= waiting]
+    waiting = {rank for rank, beat in beats.items() if beat.peers}
+    roots = [rank for rank in sorted(waiting) if not waiting.issuperset(beats[rank].peers)]
     return roots or sorted(waiting)
 
 
-def _peers(text: str) -> set[int]:
-    """Return the ranks that a message comes from or goes to, as `distattn.ir.errors.named_ranks` writes them."""
-    matches = re.findall(r"\b(?:from|to) ranks? (\d+(?:, \d+)*)", text)
-    return {int(number) for numbers in matches for number in numbers.split(", ")}
-
-
 def _call(beat: Heartbeat, in_collective: bool) -> str:
-    return f"a collective, {beat.activity}" if in_collective and not beat.waits else beat.activity
+    return f"a collective, {beat.words}" if in_collective and not beat.waits else beat.words
 
 
 def last_activity(beat: Heartbeat | None) -> str:
     """Return the last activity of a rank, with its step."""
     if beat is None:
         return "no heartbeat"
-    return beat.activity if beat.step < 0 else f"step {beat.step + 1}, {beat.activity}"
+    return beat.words if beat.step < 0 else f"step {beat.step + 1}, {beat.words}"

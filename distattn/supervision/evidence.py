@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from distattn.supervision.culprits import process_state
-from distattn.supervision.flight_recorder import keep_flight_recorders
+from distattn.supervision.flight_recorder import save_flight_recorders
 from distattn.supervision.heartbeats import Heartbeat
 
 # batch systems send USR1 before a time limit
@@ -51,13 +51,13 @@ def answer_with_stacks(folder: Path, rank: int) -> None:
     faulthandler.register(_TELL_STACKS, file=descriptor, all_threads=True)
 
 
-def be_read_by(pid: int) -> None:
+def allow_stack_reads(pid: int) -> None:
     """Let a process and its children read this process's stacks, which Yama may restrict to parents."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(pid), 0, 0, 0)
 
 
-def keep_evidence(folder: Path, pids: Mapping[int, int], beats: Mapping[int, Heartbeat]) -> dict[int, str]:
+def save_evidence(folder: Path, pids: Mapping[int, int], beats: Mapping[int, Heartbeat]) -> dict[int, str]:
     """Write the last heartbeat, the stacks and the flight recorder of each rank into a folder; return the stacks by rank.
 
     pids: by rank. The ranks write their stacks themselves. A stopped rank cannot answer: py-spy reads its stacks if it is
@@ -75,7 +75,7 @@ def keep_evidence(folder: Path, pids: Mapping[int, int], beats: Mapping[int, Hea
             os.kill(pid, _TELL_STACKS)
     asked = time.monotonic()
     _spy({_stacks_file(folder, rank): pids[rank] for rank in stopped})
-    keep_flight_recorders(folder, answering)
+    save_flight_recorders(folder, answering)
     files = {rank: _stacks_file(folder, rank) for rank in pids}
     _wait_for_answers(answering, {rank: (files[rank], before[rank]) for rank in answering}, asked)
     return {rank: _added_to(file, before[rank]) for rank, file in files.items()}
@@ -90,7 +90,13 @@ def is_in_collective(stacks: str) -> bool:
 
 def _fields(beat: Heartbeat) -> dict[str, object]:
     silent = time.monotonic() - beat.at
-    return {"step": beat.step + 1, "activity": beat.activity, "waits": beat.waits, "silent_seconds": round(silent, 2)}
+    return {
+        "step": beat.step + 1,
+        "activity": beat.words,
+        "waits": beat.waits,
+        "peers": beat.peers,
+        "silent_seconds": round(silent, 2),
+    }
 
 
 def _stacks_file(folder: Path, rank: int) -> Path:

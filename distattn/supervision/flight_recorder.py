@@ -45,7 +45,7 @@ def answer_with_flight_recorder() -> None:
             os.open(path, os.O_PATH | os.O_CLOEXEC)
 
 
-def lengthen_flight_recorder(layers: int) -> None:
+def size_flight_recorder(layers: int) -> None:
     """Make this process's recorder hold the calls of one step of a model of `layers` layers, unless the user set its length.
 
     Call it before the first process group. It holds 2,000 to 24,000 calls, each about 1.3 kB of host memory once it is made.
@@ -54,7 +54,7 @@ def lengthen_flight_recorder(layers: int) -> None:
         os.environ[_LENGTHS[0]] = str(min(max(_ENTRIES_A_LAYER * layers, _FEWEST), _MOST))
 
 
-def keep_flight_recorders(folder: Path, pids: Mapping[int, int]) -> None:
+def save_flight_recorders(folder: Path, pids: Mapping[int, int]) -> None:
     """Write flight-recorder-RANK.json into a folder for each rank that answers: its traces by backend. Raises OSError.
 
     pids: by rank. Takes 3 s at most, even if no rank answers.

@@ -13,24 +13,29 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 from zlib import crc32
 
-from distattn.ir.errors import DistattnError
+from distattn.ir.errors import DistattnError, LostRankError, shows_lost_peer
 
-SLOT_BYTES = 256
-# name of the memory in /proc
-_NAME = "distattn-heartbeats"
-# a rank's last activity: it has done its part, refuses to go on, or an exception was raised; the reason follows
-ENDED, REFUSED, RAISED = "ended", "refused with exit code ", "raised "
-# activity of a rank that has ended and no longer waits for the others to end
-LEFT = "left"
-# pid, attempt, nanoseconds, beats, step, first, seconds, waits, bytes of the activity; a checksum of all of it comes before
-_HEAD = struct.Struct("<IIQQqqfBB")
+SLOT_BYTES = 512
+# name of the memory in /proc; another number means another layout of the slots
+_NAME = "distattn-heartbeats-2"
+# a rank works; it has done its part, refuses to go on, or an exception was raised; it no longer waits for the others to end
+State = Literal["working", "ended", "refused", "raised", "left"]
+_STATES: tuple[State, ...] = get_args(State)
+# states of ranks that have done their part, and of ranks that gave a reason for their end
+DONE, WITH_REASON = ("ended", "left"), ("refused", "raised")
+# pid, attempt, nanoseconds, beats, step, first, seconds, key, exit code, waits, state, lost_peer, number of peers, bytes of the
+# activity; a checksum of all comes before, the peers and the activity follow
+_HEAD = struct.Struct("<IIQQqqfIHBBBBB")
 _SUM_BYTES = 4
-_ACTIVITY_BYTES = SLOT_BYTES - _SUM_BYTES - _HEAD.size
+# a rank may wait for more peers than a slot has room for
+_MOST_PEERS = 60
+_MOST_TEXT = min(255, SLOT_BYTES - _SUM_BYTES - _HEAD.size - 4 * _MOST_PEERS)
 _TRIES = 20
 
 
@@ -39,7 +44,10 @@ class Heartbeat(NamedTuple):
 
     at: seconds of CLOCK_MONOTONIC. step: the training step; first: the first step of the process; both -1 before training.
     seconds: how long the activity may take without another heartbeat; 0: the supervisor decides. waits: the rank waits for
-    other ranks, so another rank is to blame if it stands still. activity: what the rank does, as text.
+    other ranks, so another rank is to blame if it stands still. activity: what the rank does, or why it ends, as text that no
+    program reads. peers: the ranks whose messages it waits for; of a rank that refuses, the ranks it has lost. key: equal for
+    ranks that wait for the same, or that raised the same error. exit_code: of a rank that refuses. lost_peer: it ends because
+    it lost another rank.
     """
 
     pid: int
@@ -51,6 +59,48 @@ class Heartbeat(NamedTuple):
     waits: bool
     activity: str
     first: int = -1
+    state: State = "working"
+    peers: tuple[int, ...] = ()
+    key: int = 0
+    exit_code: int = 0
+    lost_peer: bool = False
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Heartbeat:
+        """Build a heartbeat from its `_asdict`, which another release may have written: it may have other fields."""
+        shared = {name: value for name, value in fields.items() if name in cls._fields}
+        return cls(**shared)._replace(peers=tuple(shared.get("peers", ())))
+
+    @property
+    def has_done_its_part(self) -> bool:
+        """Return whether the rank's work is done."""
+        return self.state in DONE
+
+    @property
+    def words(self) -> str:
+        """Return what the rank does, or how it has ended and why, for people."""
+        if self.state == "refused":
+            return f"refused with exit code {self.exit_code}" + (f": {self.activity}" if self.activity else "")
+        if self.state == "raised":
+            return f"raised {self.activity}"
+        return self.activity if self.state == "working" else self.state
+
+
+# writes a heartbeat: see `HeartbeatBoard.writer`
+Write = Callable[..., None]
+
+
+class Activity(NamedTuple):
+    """What a process does next. The fields are those of `Heartbeat`; key: as text."""
+
+    text: str
+    seconds: float = 0.0
+    waits: bool = False
+    peers: tuple[int, ...] = ()
+    key: str = ""
+    state: State = "working"
+    exit_code: int = 0
+    lost_peer: bool = False
 
 
 class HeartbeatBoard:
@@ -96,18 +146,34 @@ class HeartbeatBoard:
         """Path by which other processes of this user can open the board while this process lives."""
         return Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
 
-    def writer(self, slot: int, attempt: int) -> Callable[[str, int, float, bool], None]:
-        """Return a function that writes a heartbeat into a slot: write(activity, step, seconds, waits)."""
+    def writer(self, slot: int, attempt: int) -> Write:
+        """Return a function that writes a heartbeat into a slot, with the fields of `Heartbeat`; key: as text."""
         memory, start = self._memory, slot * SLOT_BYTES
         pack, clock, pid, beats, first = _HEAD.pack, time.monotonic_ns, os.getpid(), 0, -1
 
-        def write(activity: str, step: int, seconds: float, waits: bool) -> None:
+        def write(
+            activity: str,
+            step: int,
+            seconds: float,
+            waits: bool,
+            peers: tuple[int, ...] = (),
+            key: str = "",
+            state: State = "working",
+            exit_code: int = 0,
+            lost_peer: bool = False,
+        ) -> None:
             nonlocal beats, first
             beats += 1
             if first < 0:
                 first = step
-            text = activity.encode(errors="replace")[:_ACTIVITY_BYTES]
-            content = pack(pid, attempt, clock(), beats, step, first, seconds, waits, len(text)) + text
+            text = activity.encode(errors="replace")[:_MOST_TEXT]
+            peers = peers[:_MOST_PEERS]
+            number, code = _STATES.index(state), exit_code & 0xFFFF
+            content = pack(
+                *(pid, attempt, clock(), beats, step, first, seconds, _key_number(key)),
+                *(code, waits, number, lost_peer, len(peers), len(text)),
+            )
+            content += b"".join([peer.to_bytes(4, "little") for peer in peers]) + text
             # neither Python nor the CPU guarantees write order; the checksum detects torn writes
             content = crc32(content).to_bytes(_SUM_BYTES, "little") + content
             memory[start : start + len(content)] = content
@@ -122,12 +188,16 @@ class HeartbeatBoard:
         start = slot * SLOT_BYTES
         for _ in range(_TRIES):
             raw = self._memory[start : start + SLOT_BYTES]
-            pid, attempt, at, beats, step, first, seconds, waits, size = _HEAD.unpack_from(raw, _SUM_BYTES)
-            content = raw[_SUM_BYTES : _SUM_BYTES + _HEAD.size + size]
+            pid, attempt, at, beats, step, first, seconds, *fields = _HEAD.unpack_from(raw, _SUM_BYTES)
+            key, exit_code, waits, state, lost_peer, peers, size = fields
+            begin = _HEAD.size + 4 * peers
+            content = raw[_SUM_BYTES : _SUM_BYTES + begin + size]
             if crc32(content) == int.from_bytes(raw[:_SUM_BYTES], "little"):
-                text = content[_HEAD.size :].decode(errors="replace")
-                beat = Heartbeat(pid, attempt, at / 1e9, beats, step, seconds, bool(waits), text, first)
-                self._last_beats[slot] = beat
+                text = content[begin:].decode(errors="replace")
+                self._last_beats[slot] = Heartbeat(
+                    *(pid, attempt, at / 1e9, beats, step, seconds, bool(waits), text, first, _STATES[state]),
+                    *(struct.unpack_from(f"<{peers}I", content, _HEAD.size), key, exit_code, bool(lost_peer)),
+                )
                 break
         return self._last_beats.get(slot)
 
@@ -137,23 +207,29 @@ class HeartbeatBoard:
         os.close(self._descriptor)
 
 
+@cache
+def _key_number(key: str) -> int:
+    """Return a number that identifies a key; 0 for an empty one."""
+    return crc32(key.encode(errors="replace")) if key else 0
+
+
 class _CurrentActivity:
     """The last heartbeat of this process, and the function that writes it; None by default. Threads take turns."""
 
     def __init__(self) -> None:
-        self.write: Callable[[str, int, float, bool], None] | None = None
+        self.write: Write | None = None
         self.lock = threading.Lock()
         self.step = -1
         self.layer: int | None = None
-        self.last: tuple[str, float, bool] = "", 0.0, False
-        # other threads: what each does and whether it waits for other ranks; and the thread that the main thread waits for
-        self.other_threads: dict[int, tuple[str, bool]] = {}
+        self.last = Activity("")
+        # what other threads do, and the thread that the main thread waits for
+        self.other_threads: dict[int, Activity] = {}
         self.awaited: int | None = None
 
-    def set(self, activity: str, seconds: float, waits: bool) -> None:
+    def set(self, activity: Activity) -> None:
         if self.write is not None:
             with self.lock:
-                self.last = activity, seconds, waits
+                self.last = activity
                 self._write_now()
 
     def repeat(self) -> None:
@@ -162,13 +238,13 @@ class _CurrentActivity:
             with self.lock:
                 self._write_now()
 
-    def set_thread(self, thread: int, activity: tuple[str, bool] | None) -> None:
+    def set_thread(self, thread: int, activity: Activity | None) -> None:
         with self.lock:
             before = self.other_threads.pop(thread, None)
             if activity is not None:
                 self.other_threads[thread] = activity
             # a background thread's wait is reported only while the main thread waits for that thread
-            if thread == self.awaited or not all(waits for _, waits in filter(None, (before, activity))):
+            if thread == self.awaited or not all(other.waits for other in (before, activity) if other is not None):
                 self._write_now()
 
     def wait_for(self, thread: int | None) -> None:
@@ -180,15 +256,16 @@ class _CurrentActivity:
         if self.write is not None:
             self._write(self.write)
 
-    def _write(self, write: Callable[[str, int, float, bool], None]) -> None:
-        activity, seconds, waits = self.last
+    def _write(self, write: Write) -> None:
+        activity = self.last
         if self.other_threads:
-            awaited, waits_too = self.other_threads.get(self.awaited or 0, ("", False))
-            if waits_too:
-                activity, seconds, waits = awaited, 0.0, True
-            busy_threads = (text for text, waiting in self.other_threads.values() if not waiting)
-            activity = "; meanwhile ".join(dict.fromkeys((activity, *busy_threads)))
-        write(activity, self.step, seconds, waits)
+            awaited = self.other_threads.get(self.awaited or 0)
+            if awaited is not None and awaited.waits:
+                activity = awaited
+            busy_threads = (other.text for other in self.other_threads.values() if not other.waits)
+            activity = activity._replace(text="; meanwhile ".join(dict.fromkeys((activity.text, *busy_threads))))
+        text, *fields = activity
+        write(text, self.step, *fields)
 
 
 _CURRENT = _CurrentActivity()
@@ -206,7 +283,7 @@ def set_activity(text: str, *, step: int | None = None, seconds: float = 0.0, wa
     """
     if step is not None:
         _CURRENT.step = step
-    _CURRENT.set(text, seconds, waits)
+    _CURRENT.set(Activity(text, seconds, waits))
 
 
 def repeat_heartbeat() -> None:
@@ -215,24 +292,29 @@ def repeat_heartbeat() -> None:
 
 
 class activity:  # noqa: N801
-    """Context manager that reports an activity of this process; afterwards the activity before it goes on."""
+    """Context manager that reports an activity of this process; afterwards the activity before it goes on.
+
+    peers: ranks whose messages it waits for. key: names a collective that it waits for, alike on all its ranks.
+    """
 
     # a generator would double the cost
     __slots__ = ("_before", "_now")
 
-    def __init__(self, text: str, *, seconds: float = 0.0, waits: bool = False):
-        self._now = text, seconds, waits
+    def __init__(
+        self, text: str, *, seconds: float = 0.0, waits: bool = False, peers: tuple[int, ...] = (), key: str = ""
+    ):
+        self._now = Activity(text, seconds, waits, peers, key)
 
     def __enter__(self) -> None:
         self._before = _CURRENT.last
-        _CURRENT.set(*self._now)
+        _CURRENT.set(self._now)
 
     def __exit__(self, *exception: object) -> None:
-        _CURRENT.set(*self._before)
+        _CURRENT.set(self._before)
 
 
 @contextlib.contextmanager
-def thread_activity(text: str, *, waits: bool = False) -> Iterator[None]:
+def thread_activity(text: str, *, waits: bool = False, peers: tuple[int, ...] = (), key: str = "") -> Iterator[None]:
     """Report what the calling thread does: like `activity` on the main thread; other threads add to the main thread's activity.
 
     waits: the thread waits for other ranks; for a background thread this is reported while the main thread waits for it
@@ -242,12 +324,12 @@ def thread_activity(text: str, *, waits: bool = False) -> Iterator[None]:
         yield
         return
     if threading.current_thread() is threading.main_thread():
-        with activity(text, waits=waits):
+        with activity(text, waits=waits, peers=peers, key=key):
             yield
         return
     thread = threading.get_ident()
     before = _CURRENT.other_threads.get(thread)
-    _CURRENT.set_thread(thread, (text, waits))
+    _CURRENT.set_thread(thread, Activity(text, 0.0, waits, peers, key))
     try:
         yield
     finally:
@@ -280,13 +362,23 @@ def layer_suffix() -> str:
 
 def set_end(code: int, error: BaseException | None = None) -> None:
     """Report how this process ends, with the first line of the exception. An end that was already reported stays."""
-    if _CURRENT.last[0].startswith((REFUSED, RAISED)):
+    if _CURRENT.last.state in WITH_REASON:
         return
-    line = (str(error).strip().splitlines() or [""])[0]
+    line = "" if error is None else (str(error).strip().splitlines() or [""])[0]
+    lost_peer = error is not None and shows_lost_peer(error)
     if error is not None and not isinstance(error, DistattnError):
-        set_activity(f"{RAISED}{type(error).__name__}: {line}")
+        text = f"{type(error).__name__}: {line}"
+        _CURRENT.set(Activity(text, key=text, state="raised", exit_code=code, lost_peer=lost_peer))
+    elif code:
+        peers = error.peers if isinstance(error, LostRankError) else ()
+        _CURRENT.set(Activity(line, peers=peers, state="refused", exit_code=code, lost_peer=lost_peer))
     else:
-        set_activity(f"{REFUSED}{code}" + (f": {line}" if line and error is not None else "") if code else ENDED)
+        _CURRENT.set(Activity("", state="ended"))
+
+
+def set_left() -> None:
+    """Report that this process has ended and no longer waits for the others to end."""
+    _CURRENT.set(Activity("", state="left"))
 
 
 def is_attached() -> bool:

@@ -41,7 +41,7 @@ class NodeReports:
         # one moment by the file system's clock and by this process's clock
         self._moment = time.time(), time.monotonic()
         # network file systems remember for a while that a file was not there
-        for file in (self._asked_by(node), self._told_by(node)):
+        for file in (self._question_of(node), self._answer_of(node)):
             with contextlib.suppress(OSError):
                 file.write_text("", "utf-8")
 
@@ -51,14 +51,14 @@ class NodeReports:
 
     def ask(self) -> float:
         """Ask all nodes what their ranks do. Return the time by the file system's clock. Raises OSError."""
-        file = self._asked_by(self.node)
+        file = self._question_of(self.node)
         file.write_text("what do your ranks do?\n", "utf-8")
         self._moment = file.stat().st_mtime, time.monotonic()
         return self._moment[0]
 
     def asked(self) -> float:
         """Return when another node last asked, by the file system's clock; 0 if no node has."""
-        return max((_read(self._asked_by(node))[0] for node in self._others()), default=0.0)
+        return max((_read(self._question_of(node))[0] for node in self._others()), default=0.0)
 
     def answer(self, report: NodeReport) -> None:
         """Write this node's report for the others. Raises OSError.
@@ -70,15 +70,15 @@ class NodeReports:
             for rank, beat in report.beats.items()
         }
         text = json.dumps(report._replace(beats={})._asdict() | {"beats": beats})
-        self._told_by(self.node).write_text(text, "utf-8")
+        self._answer_of(self.node).write_text(text, "utf-8")
 
     def answers(self, since: float) -> dict[int, NodeReport]:
         """Return the reports of other nodes since a time that `ask` has returned, by node."""
         reports = {}
         for node in self._others():
-            at, text = _read(self._told_by(node))
+            at, text = _read(self._answer_of(node))
             # an answer that is being written is incomplete
-            with contextlib.suppress(ValueError, KeyError):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
                 if text and at >= since:
                     reports[node] = _report(json.loads(text), self._moment[1] + at - self._moment[0])
         return reports
@@ -86,10 +86,10 @@ class NodeReports:
     def _others(self) -> list[int]:
         return [node for node in range(self.nodes) if node != self.node]
 
-    def _asked_by(self, node: int) -> Path:
+    def _question_of(self, node: int) -> Path:
         return self._folder / f"asked-{node}"
 
-    def _told_by(self, node: int) -> Path:
+    def _answer_of(self, node: int) -> Path:
         return self._folder / f"beats-{node}.json"
 
 
@@ -114,7 +114,7 @@ def merged(reports: Mapping[int, NodeReport]) -> NodeReport:
 def _report(fields: dict[str, Any], answered: float) -> NodeReport:
     """Build the report of a node from its JSON. answered: its time by this process's clock."""
     beats = {
-        int(rank): None if beat is None else Heartbeat(**beat | {"at": beat["at"] + answered})
+        int(rank): None if beat is None else Heartbeat.from_fields(beat | {"at": beat["at"] + answered})
         for rank, beat in fields["beats"].items()
     }
     states = {int(rank): state for rank, state in fields["states"].items()}

@@ -8,15 +8,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from distattn.ir.errors import LostRankError
-from distattn.supervision.culprits import Culprit, culprits, last_activity, names_lost_peer, process_state
-from distattn.supervision.evidence import is_in_collective, keep_evidence
-from distattn.supervision.heartbeats import ENDED, LEFT, RAISED, REFUSED, Heartbeat, HeartbeatBoard
-from distattn.supervision.helpers import LOOK_SECONDS, Helper
+from distattn.supervision.culprits import Culprit, culprits, last_activity, process_state
+from distattn.supervision.evidence import is_in_collective, save_evidence
+from distattn.supervision.heartbeats import WITH_REASON, Heartbeat, HeartbeatBoard
+from distattn.supervision.helper_processes import LOOK_SECONDS, Helper
 from distattn.supervision.node_links import CutLink, blamed_nodes
 from distattn.supervision.node_reports import ANSWER_SECONDS, NodeReport, NodeReports, merged
 
@@ -32,8 +31,6 @@ _LATE_SECONDS = 1.0
 _STOPPED_LOOKS = 10
 # seconds in which torchrun notices how a rank has ended; only torchrun gets the exit code
 _TORCHRUN_SECONDS = 5.0
-# activities of ranks that have done their part
-_DONE = (ENDED, LEFT)
 Kind = Literal["killed", "cut", "hung", "raised", "refused"]
 
 
@@ -57,7 +54,8 @@ class Trouble:
     kind: the ranks were killed or ended without giving a reason, lost the link to other nodes, hung, raised an error, or refused
     to go on. steps: done in this attempt by the rank that was furthest. seconds: from the last sign of life to the decision,
     without pauses of the machine; from the rank's report of its end; or at most from its death. exit_code: of a rank that
-    refuses. nodes: to blame for a cut link.
+    refuses. nodes: to blame for a cut link. lost_peer: the ranks to blame ended because they lost another rank. error: equal for
+    equal errors that ranks raised.
     """
 
     culprits: tuple[Culprit, ...]
@@ -66,6 +64,8 @@ class Trouble:
     seconds: float
     exit_code: int = 1
     nodes: tuple[int, ...] = ()
+    lost_peer: bool = False
+    error: int = 0
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.culprits))
@@ -78,8 +78,16 @@ class Trouble:
             "kind": self.kind,
             "steps": self.steps,
             "noticed_seconds": round(self.seconds, 3),
+            "lost_peer": self.lost_peer,
         }
         return facts | ({"nodes": list(self.nodes)} if self.nodes else {})
+
+    def repeats(self, before: Trouble | None) -> bool:
+        """Return whether the same rank has raised the same error again."""
+        return before is not None and self._identity() == before._identity()
+
+    def _identity(self) -> tuple[object, ...]:
+        return self.kind, self.error, [culprit.rank for culprit in self.culprits]
 
 
 class RankWatch:
@@ -179,7 +187,7 @@ class RankWatch:
 
     def _is_too_long(self, silent: float, beats: Mapping[int, Heartbeat]) -> bool:
         """Return whether ranks hang that have been silent for `silent` seconds."""
-        if silent <= self._patience.running or beats and all(beat.activity in _DONE for beat in beats.values()):
+        if silent <= self._patience.running or beats and all(beat.has_done_its_part for beat in beats.values()):
             return False
         is_stopped = any(process_state(beat.pid) in "Tt" for beat in beats.values())
         # when a stopped job continues, its processes continue one after another
@@ -193,24 +201,24 @@ class RankWatch:
     def _end_of_one(self, beats: Mapping[int, Heartbeat]) -> bool:
         """Return whether a rank has ended without having done its part; if so, end all others."""
         dead = {
-            rank: beat.pid for rank, beat in beats.items() if beat.activity != LEFT and process_state(beat.pid) in "XZ"
+            rank: beat.pid for rank, beat in beats.items() if beat.state != "left" and process_state(beat.pid) in "XZ"
         }
         if not dead:
             return False
         # read again: a rank may have reported its reason, or that it leaves, just before it ended
         beats = self._read()
         gone = {
-            rank: beats[rank] for rank, pid in dead.items() if beats[rank].activity != LEFT and beats[rank].pid == pid
+            rank: beats[rank] for rank, pid in dead.items() if beats[rank].state != "left" and beats[rank].pid == pid
         }
         if not gone:
             return False
         # a killed rank could not report a reason; ranks that lost it report that, and end later
-        if killed := {rank: beat for rank, beat in gone.items() if not _has_reason(beat)}:
+        if killed := {rank: beat for rank, beat in gone.items() if beat.state not in WITH_REASON}:
             first = tuple(
                 Culprit(rank, "ended without giving a reason", last_activity(beat)) for rank, beat in killed.items()
             )
             others = [beat.pid for rank, beat in beats.items() if rank not in gone]
-            noticed = self._wait_for_torchrun(others, all(beat.activity == ENDED for beat in killed.values()))
+            noticed = self._wait_for_torchrun(others, all(beat.state == "ended" for beat in killed.values()))
             # ranks whose parent is a helper are killed with it
             if (helper := self._lost_helper()) is not None:
                 self._end_with_helper(helper, helper.end(), "killed", POLL_SECONDS, beats)
@@ -219,13 +227,12 @@ class RankWatch:
         else:
             rank, beat = min(gone.items(), key=lambda item: item[1].at)
             silent = time.monotonic() - beat.at
-            if _lost_another_rank(beat) and self._reports is not None and (cut := self._reports.cut_links()):
+            if beat.lost_peer and self._reports is not None and (cut := self._reports.cut_links()):
                 self._end_with_cut(cut, silent, beats)
-            elif beat.activity.startswith(REFUSED):
-                code = int(beat.activity.removeprefix(REFUSED).partition(":")[0])
-                self._end((Culprit(rank, beat.activity),), "refused", silent, beats, code)
             else:
-                self._end((Culprit(rank, beat.activity),), "raised", silent, beats)
+                kind: Kind = "refused" if beat.state == "refused" else "raised"
+                code = beat.exit_code if kind == "refused" else 1
+                self._end((Culprit(rank, beat.words),), kind, silent, beats, code, reason=beat)
         return True
 
     def _fault_of_helper(self, beats: Mapping[int, Heartbeat]) -> bool:
@@ -304,12 +311,12 @@ class RankWatch:
 
     def _report(self, last_beats: Mapping[int, Heartbeat], silent: float) -> NodeReport:
         """Return the report about this machine's ranks, and keep evidence in the folder."""
-        pids = {rank: beat.pid for rank, beat in last_beats.items() if beat.activity not in _DONE}
+        pids = {rank: beat.pid for rank, beat in last_beats.items() if not beat.has_done_its_part}
         states = {rank: process_state(pid) for rank, pid in pids.items()}
         stacks: dict[int, str] = {}
         # a full disk must not keep a run from going on
         with contextlib.suppress(OSError):
-            stacks = keep_evidence(self._folder, pids, last_beats)
+            stacks = save_evidence(self._folder, pids, last_beats)
         beats = {rank: last_beats.get(rank) for rank in self._ranks if rank not in last_beats or rank in pids}
         collective = [rank for rank, text in stacks.items() if is_in_collective(text)]
         return NodeReport(beats, states, collective, silent, self._reports.cut_links() if self._reports else ())
@@ -352,8 +359,13 @@ class RankWatch:
         code: int = 1,
         noticed: bool = True,
         nodes: tuple[int, ...] = (),
+        reason: Heartbeat | None = None,
     ) -> None:
-        self._record(Trouble(culprits, kind, max(self._done(beats).values(), default=0), seconds, code, nodes))
+        done = max(self._done(beats).values(), default=0)
+        trouble = Trouble(culprits, kind, done, seconds, code, nodes)
+        if reason is not None:
+            trouble = replace(trouble, lost_peer=reason.lost_peer, error=reason.key)
+        self._record(trouble)
         if not beats or not noticed:
             # no rank has reported its process id, or torchrun waits for a dead rank: it ends its ranks with this process
             os.kill(os.getpid(), INTERRUPT)
@@ -363,7 +375,7 @@ class RankWatch:
         self.trouble = trouble
         for beat in self._read().values():
             # the process id of a rank that has ended may belong to another process by now
-            if beat.activity not in _DONE:
+            if not beat.has_done_its_part:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(beat.pid, signal.SIGKILL)
         # a stopped torchrun does not learn that the ranks ended
@@ -386,13 +398,3 @@ def _is_asked_to_end(pid: int) -> bool:
     except OSError:
         return True
     return fields["State"].strip()[0] in "XZ" or bool(int(fields["ShdPnd"], 16) >> (signal.SIGTERM - 1) & 1)
-
-
-def _lost_another_rank(beat: Heartbeat) -> bool:
-    """Return whether a rank ends because it has lost another one."""
-    refused = beat.activity.removeprefix(REFUSED).partition(":")[0]
-    return refused == str(LostRankError.exit_code) or names_lost_peer(beat.activity)
-
-
-def _has_reason(beat: Heartbeat) -> bool:
-    return beat.activity.startswith((REFUSED, RAISED))

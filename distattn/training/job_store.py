@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
 from distattn.ir.errors import DistattnError
-from distattn.parallel.runtime.interfaces import listening_socket, resolved
+from distattn.parallel.runtime.network_interfaces import listening_socket, resolve_host
 
 
 def job_store() -> dict[str, Any]:
@@ -34,7 +34,7 @@ def job_store() -> dict[str, Any]:
 
 def _listen(host: str, port: int, ranks: int) -> int:
     """Return the descriptor of a socket that listens on the address that a name of this machine has."""
-    addresses = resolved(host)
+    addresses = resolve_host(host)
     if not addresses:
         raise DistattnError(f"MASTER_ADDR: {host} does not resolve; name an address of rank 0's machine.")
     try:

@@ -23,8 +23,8 @@ from distattn.checkpoints.checkpoints import Checkpoints
 from distattn.checkpoints.retention import KeepRule
 from distattn.checkpoints.run_lock import RunLock
 from distattn.data.loader import PackLoader
-from distattn.data.packing.order import derived_key
 from distattn.data.packing.pack_plan import StepPacks
+from distattn.data.packing.permutation import derived_key
 from distattn.ir.errors import DistattnError, RunStopped
 from distattn.ir.plan import Plan
 from distattn.supervision.heartbeats import activity, set_activity
@@ -36,9 +36,10 @@ from distattn.training.config.run_settings import (
     watch_settings,
 )
 from distattn.training.engines.engine import Batch, Engine
-from distattn.training.engines.opened import open_engine
+from distattn.training.engines.open_engine import open_engine
 from distattn.training.evaluation import evaluate
 from distattn.training.health.run_health import RunHealth
+from distattn.training.learning_rate import learning_rate
 from distattn.training.proposal import Proposal
 from distattn.training.reporting.json_lines import write_whole
 from distattn.training.reporting.loss_by_position import LossByPosition
@@ -49,7 +50,6 @@ from distattn.training.run_checkpoints import RunCheckpoints, describe_streak
 from distattn.training.run_data import RunData, held_out_data, open_data, piece_rows
 from distattn.training.run_facts import TrainingRun, check_steps_left, facts_of
 from distattn.training.run_folder import TRAINING, RunFolder, StepMetrics
-from distattn.training.schedule import learning_rate
 from distattn.training.stop_request import Stop, StopRequest
 from distattn.training.watch.numerics_watch import ROLLBACK, STOP, NumericsWatch, Verdict
 from distattn.training.watch.replay_check import ReplayCheck
@@ -226,11 +226,11 @@ class TrainingLoop:
             self._replay(step, batches)
         token_losses: list[tuple[Tensor, Batch]] = []
         losses = self.engine.backward(batches, lambda losses_T, batch: token_losses.append((losses_T, batch)))
-        with activity("the norm of all gradients", waits=True):
+        with activity("the norm of all gradients", waits=True, key="gradient norm"):
             norm = self.health.wait(lambda: self.engine.clip(train.max_grad_norm))
         # the state is copied between two digests, before the update changes it
         self.checkpoints.wait_staged()
-        with activity("the mean loss of all ranks", waits=True):
+        with activity("the mean loss of all ranks", waits=True, key="mean loss"):
             mean, damage = self._mean_loss(step, losses)
         if damage is not None:
             self.engine.drop()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import xxhash
 
 from distattn.ir.errors import DistattnError, LostRankError
-from distattn.supervision.flight_recorder import lengthen_flight_recorder
+from distattn.supervision.flight_recorder import size_flight_recorder
 from distattn.supervision.heartbeats import activity, set_end
 from distattn.training.config import run_file as configuration
 from distattn.training.config.run_file import Config
@@ -74,10 +74,10 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int],
     if runs_on_gpus(config):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    lengthen_flight_recorder(config.model.num_layers)
+    size_flight_recorder(config.model.num_layers)
     # norms of gradients on the host are added there, over gloo
     gpu_backend = "cpu:gloo,cuda:nccl" if config.memory.state_on_host else "nccl"
-    with activity("connecting to the other ranks", waits=True):
+    with activity("connecting to the other ranks", waits=True, key="connecting"):
         store_arguments = job_store()
         dist.init_process_group("gloo" if device.type == "cpu" else gpu_backend, **store_arguments)
     try:

@@ -21,13 +21,13 @@ from distattn.checkpoints.run_lock import RunLock
 from distattn.checkpoints.staging import HostBuffers
 from distattn.checkpoints.verdicts import GOOD, REFUSED, CheckpointVerdict
 from distattn.ir.errors import DamagedStateError, DistattnError
-from distattn.parallel.analysis.columns import plural
+from distattn.parallel.analysis.text_format import plural
 from distattn.training.engines.engine import Engine, EngineState, host_tensor
 from distattn.training.reporting.loss_by_position import LossByPosition
 from distattn.training.reporting.metrics import MetricsReporter, warn
 from distattn.training.run_facts import REQUIRED, TrainingRun
 from distattn.training.run_folder import RESUMED
-from distattn.training.watch.module_observer import gathered
+from distattn.training.watch.module_observer import gather_values
 from distattn.training.watch.numerics_watch import ROLLBACK, SKIP, STOP, NumericsWatch, Streak, Verdict
 from distattn.training.watch.state_digest import MOST_OF_ONE_RANK, Damage, StateDigest
 from distattn.training.watch.weight_growth import WeightGrowth
@@ -115,7 +115,7 @@ class RunCheckpoints:
         newest: list[int] = []
         self.checkpoints.note(lambda folder: newest.append(preferred_step(folder)))
         self.checkpoints.wait()
-        steps_of_rank_0: list[int] = gathered(dist.group.WORLD, newest)[0]
+        steps_of_rank_0: list[int] = gather_values(dist.group.WORLD, newest)[0]
         return steps_of_rank_0[0] if steps_of_rank_0 else 0
 
     def resume(self) -> int:

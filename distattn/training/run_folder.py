@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distattn.checkpoints.held_folder import HeldFolder
+from distattn.checkpoints.folder_handle import FolderHandle
 from distattn.ir.errors import DistattnError
 from distattn.training.config import run_file as configuration
 from distattn.training.config.run_file import Config
@@ -63,7 +63,7 @@ class RunFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         self._lines: dict[Path, JsonLines] = {}
-        self._held: HeldFolder | None = None
+        self._held: FolderHandle | None = None
         self.config_file = folder / "config.toml"
         # for a run on text: its bytes as an indexed file, and the plan of its packs
         self.corpus_prefix = folder / "corpus"
@@ -176,10 +176,10 @@ class RunFolder:
             self._lines[path] = JsonLines(path, append, self.is_in_place)
         return self._lines[path]
 
-    def hold(self) -> HeldFolder:
+    def hold(self) -> FolderHandle:
         """Keep the folder open until `close`, so that this process notices if it is moved or deleted. Raises OSError."""
         if self._held is None:
-            self._held = HeldFolder(self.folder)
+            self._held = FolderHandle(self.folder)
         return self._held
 
     def is_in_place(self) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from distattn.training.watch.module_observer import gathered
+from distattn.training.watch.module_observer import gather_values
 
 
 class Stop(IntEnum):
@@ -58,7 +58,7 @@ class StopRequest:
 
     def text_of_rank_0(self, text: str) -> str:
         """Return rank 0's text on all ranks, so that they end with the same sentence. A collective call."""
-        texts: list[str] = gathered(self._group, text)
+        texts: list[str] = gather_values(self._group, text)
         return texts[0]
 
     def close(self) -> None:

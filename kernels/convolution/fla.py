@@ -1,7 +1,7 @@
 """Causal depthwise convolutions on GPUs by the kernel of flash-linear-attention (package `fla-core`, our extra `fla`).
 
-The cells of a launch are sequences: a band's keys, with zeros for tokens whose x another launch has, end at its last row. Of what
-the convolution gives, the band's rows are added up.
+The cells of a launch are sequences: a band's keys end at its last row, and tokens whose x is in another launch are zeros. Only
+the results of the band's rows are added up.
 """
 
 # T rows, S keys (tokens whose x is there), P tokens of all sequences, R rows of all bands, H heads of D channels each, W taps
@@ -29,8 +29,10 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Sequences(NamedTuple):
-    """Sequences of heads [h0, h1): where they end, on the host and with 0 as a tensor; the key of each token or S for none;
-    and which tokens are which rows.
+    """Sequences of heads [h0, h1).
+
+    ends: where they end, on the host; offsets: 0 and the ends as a tensor; key_P: the key of each token, S for none; token_R
+    and row_R: which tokens are which rows.
     """
 
     h0: int
@@ -51,7 +53,7 @@ class SequenceSchedule(NamedTuple):
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Why this kernel cannot serve such a call, or None."""
+    """Return the reason why this kernel cannot serve such a call, or None."""
     device = requirements.device
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return f"the kernels of fla-core run on GPUs, not on {device.type}"
@@ -67,20 +69,22 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 def prepare(mask: LaunchMask, requirements: KernelRequirements) -> SequenceSchedule:
-    """The sequences of each range of heads."""
-    found: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+    """Return the sequences of each range of heads."""
+    sequences_by_heads: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
     for band, (h0, h1), shift in zip(mask.bands, mask.band_heads.tolist(), mask.distance_shift.tolist(), strict=True):
         row = np.arange(int(band[Q0]), int(band[Q1]))
         begin, end = row_key_ranges(band[None].repeat(len(row), 0), row)
         begin, end = np.maximum(begin, band[K0]), np.minimum(end, band[K1])
         row, begin, end = (side[begin < end] for side in (row, begin, end))
         if len(row):
-            # the place of a row among keys, which has distance 0
+            # the position of a row among the keys, at distance 0
             place = row - shift
             key = np.arange(begin.min(), place.max() + 1)
-            found.setdefault((h0, h1), []).append((np.where(key < end.max(), key, mask.keys), place - key[0], row))
+            sequences_by_heads.setdefault((h0, h1), []).append(
+                (np.where(key < end.max(), key, mask.keys), place - key[0], row)
+            )
     sequences = []
-    for (h0, h1), parts in sorted(found.items()):
+    for (h0, h1), parts in sorted(sequences_by_heads.items()):
         keys, places, rows = zip(*parts, strict=True)
         ends = np.cumsum([len(key) for key in keys])
         token = [place + first for place, first in zip(places, [0, *ends[:-1]], strict=True)]
@@ -91,11 +95,11 @@ def prepare(mask: LaunchMask, requirements: KernelRequirements) -> SequenceSched
 
 
 def forward(x_SHD: Tensor, weight_HDW: Tensor, schedule: SequenceSchedule) -> Tensor:
-    """y_THD in the accumulation dtype; rows without a cell are 0."""
+    """Compute y_THD in the accumulation dtype. Rows without a cell are 0."""
     y_THD = x_SHD.new_zeros((schedule.rows, *x_SHD.shape[1:]), dtype=accumulation_dtype(x_SHD.dtype))
     for part in schedule.sequences:
         heads = slice(part.h0, part.h1)
-        # tensors that want gradients are given here, too
+        # inputs may require gradients
         with torch.no_grad():
             y_1PC = _convolved(_gathered(x_SHD[:, heads], part), weight_HDW[heads].flatten(0, 1), part)
         y_RHD = y_1PC[0, part.token_R].unflatten(1, (part.h1 - part.h0, -1))
@@ -104,7 +108,7 @@ def forward(x_SHD: Tensor, weight_HDW: Tensor, schedule: SequenceSchedule) -> Te
 
 
 def backward(do_THD: Tensor, x_SHD: Tensor, weight_HDW: Tensor, schedule: SequenceSchedule) -> tuple[Tensor, Tensor]:
-    """(dx_SHD, dweight_HDW) of these cells, in the accumulation dtype."""
+    """Compute (dx_SHD, dweight_HDW) of these cells in the accumulation dtype."""
     wide = accumulation_dtype(x_SHD.dtype)
     dx_SHD = x_SHD.new_zeros((schedule.keys + 1, *x_SHD.shape[1:]), dtype=wide)
     dweight_HDW = torch.zeros_like(weight_HDW, dtype=wide)
@@ -114,18 +118,18 @@ def backward(do_THD: Tensor, x_SHD: Tensor, weight_HDW: Tensor, schedule: Sequen
         weight_CW = weight_HDW[heads].detach().flatten(0, 1).to(wide).requires_grad_()
         do_1PC = torch.zeros_like(x_1PC)
         do_1PC[0, part.token_R] = do_THD[part.row_R, heads].flatten(1).to(do_1PC.dtype)
-        # one function of autograd's, and nothing else: inside an operator no other graph is recorded
+        # only this function is recorded: inside an operator autograd records no other graph
         with torch.enable_grad():
             y_1PC = _convolved(x_1PC, weight_CW, part)
         dx_1PC, dweight_CW = torch.autograd.grad(y_1PC, [x_1PC, weight_CW], do_1PC)
-        # what has no key is the last row
+        # tokens without a key add to the last row
         dx_SHD[:, heads].index_add_(0, part.key_P, dx_1PC[0].unflatten(1, (part.h1 - part.h0, -1)).to(wide))
         dweight_HDW[heads] += dweight_CW.unflatten(0, (part.h1 - part.h0, -1))
     return dx_SHD[: schedule.keys], dweight_HDW
 
 
 def _gathered(x_SHD: Tensor, part: Sequences) -> Tensor:
-    """The tokens of all sequences, (1, P, channels), with zeros where there is no key."""
+    """Return the tokens of all sequences, (1, P, channels), with zeros for tokens without a key."""
     x = x_SHD.detach().flatten(1)
     return torch.cat([x, x.new_zeros(1, x.shape[1])])[part.key_P][None]
 

@@ -2,7 +2,8 @@
 
 y_t = sum_d weight[W - 1 - d] x_(t - d) for distances d = 0 .. W - 1 inside a document, as `torch.nn.functional.conv1d` with
 groups computes it on one document with W - 1 zeros before it. A launch computes the taps of its cells; parts of a row are added.
-A weight is (H, D, W), one a channel, or (H, D, D, W), of all channels of a head to all of them; without one every cell counts 1.
+A weight is (H, D, W), one per channel, or (H, D, D, W), from all channels of a head to all of them. Without a weight every cell
+has weight 1.
 """
 
 # T rows, S keys (tokens whose x is there), H heads of D channels each (E where they are results), W taps
@@ -25,7 +26,7 @@ ACCUMULATES = False
 
 
 class TapRows(NamedTuple):
-    """For some heads and one distance: the rows, and the key that many tokens before each of them."""
+    """Rows of some heads at one distance, and for each row the key that is `distance` tokens before it."""
 
     h0: int
     h1: int
@@ -43,13 +44,13 @@ class TapSchedule(NamedTuple):
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """None: it computes every convolution on every device."""
+    """Return None: this kernel computes every convolution on every device."""
     return None
 
 
 def prepare(mask: LaunchMask, requirements: KernelRequirements) -> TapSchedule:
-    """The rows of each tap."""
-    found: dict[tuple[int, int, int], list[tuple[np.ndarray, np.ndarray]]] = {}
+    """Return the rows of each tap."""
+    rows_by_tap: dict[tuple[int, int, int], list[tuple[np.ndarray, np.ndarray]]] = {}
     for band, (h0, h1), shift in zip(mask.bands, mask.band_heads.tolist(), mask.distance_shift.tolist(), strict=True):
         row = np.arange(int(band[Q0]), int(band[Q1]))
         begin, end = row_key_ranges(band[None].repeat(len(row), 0), row)
@@ -57,22 +58,22 @@ def prepare(mask: LaunchMask, requirements: KernelRequirements) -> TapSchedule:
         distance = row[i] - key - shift
         for d in np.unique(distance).tolist():
             chosen = distance == d
-            found.setdefault((h0, h1, d), []).append((row[i][chosen], key[chosen]))
+            rows_by_tap.setdefault((h0, h1, d), []).append((row[i][chosen], key[chosen]))
     taps = []
-    for (h0, h1, d), parts in sorted(found.items()):
+    for (h0, h1, d), parts in sorted(rows_by_tap.items()):
         rows, keys = (torch.from_numpy(np.concatenate(side)) for side in zip(*parts, strict=True))
         taps.append(TapRows(h0, h1, d, rows, keys))
     return TapSchedule(tuple(taps), mask.rows, mask.keys)
 
 
 def forward(x_SHD: Tensor, weight: Tensor | None, schedule: TapSchedule) -> Tensor:
-    """y_THD in the accumulation dtype; rows without a cell are 0."""
+    """Compute y_THD in the accumulation dtype. Rows without a cell are 0."""
     wide = accumulation_dtype(x_SHD.dtype)
     x, weight = x_SHD.to(wide), None if weight is None else weight.to(wide)
     y_THD = x.new_zeros((schedule.rows, *x.shape[1:]))
     for tap in schedule.taps:
         heads = slice(tap.h0, tap.h1)
-        # a row has one cell at each distance, so that nothing is added twice
+        # a row has one cell at each distance, so nothing is added twice
         y_THD[tap.rows, heads] += _weighted(x[tap.keys, heads], _of_distance(weight, tap))
     return y_THD
 
@@ -80,7 +81,7 @@ def forward(x_SHD: Tensor, weight: Tensor | None, schedule: TapSchedule) -> Tens
 def backward(
     do_THD: Tensor, x_SHD: Tensor, weight: Tensor | None, schedule: TapSchedule
 ) -> tuple[Tensor, Tensor | None]:
-    """(dx_SHD, gradient of the weight) of these cells, in the accumulation dtype."""
+    """Compute (dx_SHD, gradient of the weight) of these cells in the accumulation dtype."""
     wide = accumulation_dtype(x_SHD.dtype)
     do, x, weight = do_THD.to(wide), x_SHD.to(wide), None if weight is None else weight.to(wide)
     dx_SHD, dweight = torch.zeros_like(x), None if weight is None else torch.zeros_like(weight)
@@ -92,13 +93,13 @@ def backward(
         dx_SHD[tap.keys, heads] += _weighted(of_rows, of_weight)
         if total is not None:
             of_keys = x[tap.keys, heads]
-            # einsum is slower where it adds up nothing but tokens
+            # einsum is slower if it sums over tokens only
             total += (of_rows * of_keys).sum(0) if total.dim() == 2 else torch.einsum("the,thd->hed", of_rows, of_keys)
     return dx_SHD, dweight
 
 
 def _of_distance(weight: Tensor | None, tap: TapRows) -> Tensor | None:
-    """The tap's weight of its heads, (H, D) or (H, E, D); a view."""
+    """Return the tap's weight of its heads, (H, D) or (H, E, D), as a view."""
     return None if weight is None else weight[tap.h0 : tap.h1, ..., weight.shape[-1] - 1 - tap.distance]
 
 

@@ -1,4 +1,4 @@
-"""Kernels of convolutions on trial: each is compared with the taps in fp64 on packed documents, and timed."""
+"""Trials of convolution kernels: each is compared with the taps in fp64 on packed documents, and timed."""
 
 # T tokens, H heads of D channels each, W taps
 
@@ -17,13 +17,13 @@ from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.trials import Trial, median_seconds, try_each
 from distattn.kernels.triton.launch import schedule_to_device
 
-# lengths of documents, some for comparison, some for times; taps as most models have
+# lengths of documents for comparison and for timing; taps as most models have
 _COMPARED, _TIMED, _TAPS = (150, 1, 64, 33), (2048, 1500, 548), 4
 _SEED = 1234
 
 
 class ConvolutionInputs(NamedTuple):
-    """Tokens and gradients (T, H, D), weights (H, D, W), and what is computed of them."""
+    """Tokens and gradients (T, H, D), weights (H, D, W), and the mask to compute."""
 
     x: Tensor
     do: Tensor
@@ -32,12 +32,12 @@ class ConvolutionInputs(NamedTuple):
 
     @staticmethod
     def random(lengths: Sequence[int], heads: int, requirements: KernelRequirements) -> ConvolutionInputs:
-        """Of packed documents of such lengths."""
+        """Make random inputs of packed documents of these lengths."""
         generator = torch.Generator(requirements.device).manual_seed(_SEED)
 
         def normal(*shape: int) -> Tensor:
-            made = torch.randn(*shape, generator=generator, device=requirements.device)
-            return made.to(requirements.dtype)
+            values = torch.randn(*shape, generator=generator, device=requirements.device)
+            return values.to(requirements.dtype)
 
         tokens, dim = sum(lengths), requirements.v_head_dim
         mask = LaunchMask.from_mask(Mask.documents(lengths, (_TAPS - 1, 0)), heads, heads)
@@ -53,7 +53,7 @@ def try_convolution(
     key_heads: int,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Trial]:
-    """The trials of kernels on calls with so many heads; those of queries and keys do not matter."""
+    """Try kernels on calls with `heads` heads. key_heads does not matter for convolutions."""
     return try_each(
         names,
         requirements,
@@ -63,20 +63,20 @@ def try_convolution(
     )
 
 
-def differences(kernel: Any, given: ConvolutionInputs, requirements: KernelRequirements) -> list[float]:
-    """Of every result of a kernel from those of the taps in fp64, relative, by Frobenius norms."""
-    exact = ConvolutionInputs(given.x.double(), given.do.double(), given.weight.double(), given.mask)
-    pairs = zip(_work(kernel, given, requirements)(), _work(taps, exact, requirements)(), strict=True)
+def differences(kernel: Any, inputs: ConvolutionInputs, requirements: KernelRequirements) -> list[float]:
+    """Return the relative difference (Frobenius norm) of each result of a kernel from that of the taps in fp64."""
+    exact = ConvolutionInputs(inputs.x.double(), inputs.do.double(), inputs.weight.double(), inputs.mask)
+    pairs = zip(_work(kernel, inputs, requirements)(), _work(taps, exact, requirements)(), strict=True)
     return [float((a.double() - b).norm() / b.norm()) for a, b in pairs]
 
 
-def _seconds(kernel: Any, given: ConvolutionInputs, requirements: KernelRequirements) -> float:
-    return median_seconds(_work(kernel, given, requirements), requirements.device)
+def _seconds(kernel: Any, inputs: ConvolutionInputs, requirements: KernelRequirements) -> float:
+    return median_seconds(_work(kernel, inputs, requirements), requirements.device)
 
 
-def _work(kernel: Any, given: ConvolutionInputs, requirements: KernelRequirements) -> Callable[[], tuple[Tensor, ...]]:
-    """Forward and backward of a kernel: (y, dx, dweight)."""
-    x, do, weight, mask = given
+def _work(kernel: Any, inputs: ConvolutionInputs, requirements: KernelRequirements) -> Callable[[], tuple[Tensor, ...]]:
+    """Return a function that runs a kernel forward and backward: (y, dx, dweight)."""
+    x, do, weight, mask = inputs
     schedule = schedule_to_device(kernel.prepare(mask, requirements), requirements.device)
 
     def run() -> tuple[Tensor, ...]:

@@ -1,10 +1,10 @@
-"""Core attention by PyTorch's own variable-length flash attention (FlashAttention 2; 3 and 4 where they are activated).
+"""Core attention by PyTorch's variable-length flash attention (FlashAttention 2; 3 and 4 if they are activated).
 
-`torch.nn.attention.activate_flash_attention_impl("FA3")` changes what the operators run; only what they serve differs here. They
-are private to PyTorch (`aten::_flash_attention_forward` and `_backward`); a test watches that their arguments stay. Partial
-outputs come in the precision of the inputs, as from every library that merges them. The operators take one head dim: where
-values have another than queries and keys (MLA: 192 and 128), the narrower are filled up with zeros. See `pieces` for how masks
-are said.
+`torch.nn.attention.activate_flash_attention_impl("FA3")` changes the implementation of the operators; here only the calls that
+they support differ. The operators are private to PyTorch (`aten::_flash_attention_forward` and `_backward`); a test checks their
+arguments. Partial outputs have the precision of the inputs, as in every library that merges them. The operators take one head
+dim: if values have another than queries and keys (MLA: 192 and 128), the narrower ones are padded with zeros. `pieces` describes
+how masks are expressed.
 """
 
 # T query rows, S key rows, H query heads, K key/value heads, D head dim, E value head dim
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from distattn.kernels.flash.pieces import LEAST_STEP, FlashCall, FlashSchedule, flash_schedule
-from distattn.kernels.glue import Rows, add_rows, copy_rows, merge_rows
+from distattn.kernels.glue import RowSelection, add_rows, copy_rows, merge_rows
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.merge import output_with_delta
 from distattn.kernels.spec import KernelRequirements, LaunchShape, ScoreMod
 from distattn.kernels.triton.launch import multiprocessors
 
-# the operator takes o, not delta; a row with dO = 0 and delta != 0 cannot be told to it
+# the operator takes o, not delta: a row with dO = 0 and delta != 0 cannot be expressed
 DIFFERENTIABLE_LSE = False
 ACCUMULATES = True
 DTYPES = (torch.bfloat16, torch.float16)
@@ -35,7 +35,7 @@ backward_operator: Any = getattr(torch.ops.aten, "_flash_attention_backward", No
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Why this kernel cannot serve such a call, or None."""
+    """Return the reason why this kernel cannot serve such a call, or None."""
     if requirements.device.type != "cuda":
         return f"PyTorch's variable-length flash attention runs on GPUs, not on {requirements.device.type}"
     if forward_operator is None or backward_operator is None:
@@ -59,13 +59,13 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 def implementation() -> str:
-    """What the operators run: "FA2", or what `torch.nn.attention.activate_flash_attention_impl` has put in its place."""
+    """Return the active implementation: "FA2", or the one set by `torch.nn.attention.activate_flash_attention_impl`."""
     current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
     return (current and current()) or "FA2"
 
 
 def _implementation_reason(name: str, device: torch.device, dim: int) -> str | None:
-    """Why an activated implementation cannot serve a call (`torch/nn/attention/_fa3.py`, `_fa4.py`; FA4's own head dims)."""
+    """Return why an activated implementation cannot serve a call (`torch/nn/attention/_fa3.py`, `_fa4.py`; FA4's head dims)."""
     if name not in ("FA3", "FA4") or not torch.cuda.is_available():
         return None
     major = torch.cuda.get_device_capability(device)[0]
@@ -79,7 +79,7 @@ def _implementation_reason(name: str, device: torch.device, dim: int) -> str | N
 
 
 def prepare(mask: LaunchMask, requirements: KernelRequirements) -> FlashSchedule:
-    """The calls that compute the mask. Raises DistattnError for masks that they cannot say."""
+    """Return the calls that compute the mask. Raise DistattnError for masks that they cannot express."""
     return flash_schedule(mask)
 
 
@@ -92,7 +92,7 @@ def forward(
     into: tuple[Tensor, Tensor] | None = None,
     merge: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(o_THE, lse_TH), in fp32 unless `into` is not; rows without keys have o = 0 and lse = -inf.
+    """Compute (o_THE, lse_TH), in fp32 unless `into` has another dtype. Rows without keys have o = 0 and lse = -inf.
 
     into: (o, lse) to write the result to or, with `merge`, to merge it into.
     """
@@ -101,7 +101,7 @@ def forward(
         o_THE = q_THD.new_empty(*q_THD.shape[:2], dim, dtype=torch.float32)
         into = o_THE, q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
     o_THE, lse_TH = into
-    # several calls meet in single precision only
+    # results of several calls are merged in single precision only
     wide_THE = o_THE if o_THE.dtype == torch.float32 else torch.empty_like(o_THE, dtype=torch.float32)
     if wide_THE is not o_THE and merge:
         wide_THE.copy_(o_THE)
@@ -113,17 +113,17 @@ def forward(
         q, k, v = q_all[call.rows, call.heads], k_all[call.keys, call.kv_heads], v_all[call.keys, call.kv_heads]
         part, lse_HT, *_ = forward_operator(q, k, v, *_how(call), **_window(call, score))
         part = part[..., :dim]
-        # rows without keys have an infinite sum of nothing there
+        # the operator gives rows without keys an lse of +inf
         part_lse = lse_HT.t().masked_fill(lse_HT.t() == torch.inf, -torch.inf)
         o, lse = wide_THE[:, call.heads], lse_TH[:, call.heads]
-        for stretch in call.row_stretches:
-            rows = Rows(stretch.start, stretch.stop - stretch.start)
-            own = Rows(stretch.start - call.rows.start, rows.size)
-            if stretch.first and not merge:
-                copy_rows(o, rows, part, own)
-                copy_rows(lse, rows, part_lse, own)
+        for segment in call.row_segments:
+            rows = RowSelection(segment.start, segment.stop - segment.start)
+            part_rows = RowSelection(segment.start - call.rows.start, rows.size)
+            if segment.first and not merge:
+                copy_rows(o, rows, part, part_rows)
+                copy_rows(lse, rows, part_lse, part_rows)
             else:
-                merge_rows(o, lse, rows, part, part_lse, own)
+                merge_rows(o, lse, rows, part, part_lse, part_rows)
     if wide_THE is not o_THE:
         o_THE.copy_(wide_THE)
     return o_THE, lse_TH
@@ -141,9 +141,10 @@ def backward(
     into: tuple[Tensor | None, tuple[Tensor, Tensor] | None] = (None, None),
     add: tuple[bool, bool] = (False, False),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq_THD, dk_SKD, dv_SKE) of these cells, given the final lse and delta = rowsum(dO * O) of each row; fp32, or as `into` is.
+    """Compute (dq_THD, dk_SKD, dv_SKE) of these cells from the final lse and delta = rowsum(dO * O), in fp32 or the dtype of
+    `into`.
 
-    into: dq, and (dk, dv), to write results to; add: whether they are added to what is there, to dq, and to dk and dv.
+        into: dq, and (dk, dv), to write results to. add: add to their contents, for dq, and for dk and dv.
     """
     places = into[0], *(into[1] or (None, None))
     adds = add[0], add[1], add[1]
@@ -152,32 +153,37 @@ def backward(
     for total, adds_, overwritten in zip(grads, adds, reached, strict=True):
         if not adds_ and not overwritten:
             total.zero_()
-    # the true o never travels to where tasks call
+    # the true o is never sent to the ranks that compute tasks
     o_THE = output_with_delta(do_THE, delta_TH)
     do_all, q_all, k_all, v_all, o_all = _of_one_dim(do_THE, q_THD, k_SKD, v_SKE, o_THE)
-    # weights are exp(score - lse): a row without keys has none
+    # weights are exp(score - lse): those of a row without keys must be 0
     lse_HT = lse_TH.masked_fill(lse_TH == -torch.inf, torch.inf).t()
-    # of dropout, which there is none of
+    # random state for dropout, which is off
     random = q_THD.new_zeros(2, dtype=torch.uint64), q_THD.new_empty(0, dtype=torch.uint64)
     for call in schedule.calls:
         rows, keys = (call.rows, call.heads), (call.keys, call.kv_heads)
         lse = lse_HT[call.heads, call.rows].contiguous()
-        given = do_all[rows], q_all[rows], k_all[keys], v_all[keys], o_all[rows], lse
+        inputs = do_all[rows], q_all[rows], k_all[keys], v_all[keys], o_all[rows], lse
         starts = call.starts_q, call.starts_k, call.longest_q, call.longest_k, 0.0, _is_causal(call)
-        dq_part, dk_part, dv_part = backward_operator(*given, *starts, *random, **_window(call, score))
-        rows_of = call.row_stretches, call.rows.start, call.heads
-        keys_of = call.key_stretches, call.keys.start, call.kv_heads
-        for number, part, (stretches, first, heads) in (
+        dq_part, dk_part, dv_part = backward_operator(*inputs, *starts, *random, **_window(call, score))
+        rows_of = call.row_segments, call.rows.start, call.heads
+        keys_of = call.key_segments, call.keys.start, call.kv_heads
+        for number, part, (segments, first, heads) in (
             (0, dq_part, rows_of),
             (1, dk_part, keys_of),
             (2, dv_part, keys_of),
         ):
-            for stretch in stretches:
-                at = Rows(stretch.start, stretch.stop - stretch.start)
-                # the first to write need not read
-                put = copy_rows if stretch.first and not adds[number] else add_rows
+            for segment in segments:
+                target_rows = RowSelection(segment.start, segment.stop - segment.start)
+                # the first write need not read
+                put = copy_rows if segment.first and not adds[number] else add_rows
                 total = grads[number]
-                put(total[:, heads], at, part[..., : total.shape[2]], Rows(stretch.start - first, at.size))
+                put(
+                    total[:, heads],
+                    target_rows,
+                    part[..., : total.shape[2]],
+                    RowSelection(segment.start - first, target_rows.size),
+                )
     for place, total in zip(places, grads, strict=True):
         if place is not None and place is not total:
             place.copy_(total)
@@ -185,49 +191,49 @@ def backward(
 
 
 def workspace_bytes(direction: str, shape: LaunchShape, schedule: FlashSchedule) -> int:
-    """Return an upper bound of the bytes that a pass allocates on the device beside its operands and results.
+    """Return an upper bound of the bytes that a pass allocates on the device in addition to its operands and results.
 
-    It counts what this module allocates and what the operators do. FlashAttention 2 (`mha_varlen_fwd` and `mha_varlen_bwd` in
-    PyTorch's `aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp`) allocates dQ in fp32 and softmax_d with 128 rows
-    more for each sequence, and dK and dV of all query heads; it splits keys only in calls with one query row. FlashAttention 3
-    (`mha_fwd` and `mha_bwd` in `hopper/flash_api.cpp` of Dao-AILab/flash-attention) rounds all rows up to whole blocks once more,
-    allocates fp32 sums of dK and dV, a second log-sum-exp and semaphores, and in the forward pass fp32 results of parts of the
-    keys. What FlashAttention 4 allocates has not been looked up.
+    It counts the allocations of this module and of the operators. FlashAttention 2 (`mha_varlen_fwd` and `mha_varlen_bwd` in
+    PyTorch's `aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp`) allocates dQ in fp32 and softmax_d with 128
+    rows more for each sequence, and dK and dV of all query heads; it splits keys only in calls with one query row.
+    FlashAttention 3 (`mha_fwd` and `mha_bwd` in `hopper/flash_api.cpp` of Dao-AILab/flash-attention) rounds all rows up to
+    whole blocks once more, allocates fp32 sums of dK and dV, a second log-sum-exp and semaphores, and in the forward pass
+    fp32 results of parts of the keys. The allocations of FlashAttention 4 are unknown.
     """
     widest = max(shape.head_dim, shape.v_head_dim)
     rows, keys = shape.rows * shape.heads, shape.keys * shape.kv_heads
-    # operands that are filled up to the wider head dim, in half precision
+    # operands padded to the wider head dim, in half precision
     padded = 0 if shape.head_dim == shape.v_head_dim else 2 * widest * (rows + 2 * keys)
     calls = [_call_bytes(direction, call, widest) for call in schedule.calls]
-    # the results of one call live until those of the next are there
-    of_calls = 2 * max((results for results, _ in calls), default=0) + max((own for _, own in calls), default=0)
+    # the results of one call live until those of the next exist
+    of_calls = 2 * max((results for results, _ in calls), default=0) + max((other for _, other in calls), default=0)
     if direction == "forward":
         return 4 * rows * shape.v_head_dim + padded + of_calls
     sums = 4 * ((shape.dq_bytes != 4) * rows * shape.head_dim + keys * (shape.head_dim + shape.v_head_dim))
-    # o in the inputs' precision, made of dO and delta in single precision; filled up, like dO; log-sum-exps and a mask of them
+    # o in the inputs' precision, made from dO and delta in single precision; padded, like dO; log-sum-exps and their mask
     outputs = rows * (3 * 4 * shape.v_head_dim + 2 * 2 * widest + 4 + 1)
     return sums + outputs + padded + of_calls
 
 
 def _call_bytes(direction: str, call: FlashCall, dim: int) -> tuple[int, int]:
-    """Bytes of a call's results, and of what else there is until it returns."""
+    """Return the bytes of a call's results, and of its other memory until it returns."""
     heads, kv_heads = call.heads.stop - call.heads.start, call.kv_heads.stop - call.kv_heads.start
     rows, keys = call.rows.stop - call.rows.start, call.keys.stop - call.keys.start
-    # two numbers of a generator come with every call, in blocks of 512 bytes
+    # every call has two numbers of a random generator, in blocks of 512 bytes
     few = 2 * 512
     if direction == "forward":
         # results of parts of the keys in single precision
         parts = _key_parts(call, dim)
         of_parts = (parts > 1) * parts * rows * heads * 4 * (dim + 1) + 4 * (len(call.starts_q) + 1)
-        # the log-sum-exp, and it again with its mask
+        # the log-sum-exp, and its masked copy
         return rows * heads * (2 * dim + 4 + 4), rows * heads * 2 + few + of_parts
     sequences = len(call.starts_q) - 1
     rounded = -(-dim // 64) * 64
     # a block for each sequence, and one for rounding
     long_rows, long_keys = rows + 128 * (sequences + 1), keys + 128 * (sequences + 1)
-    # one number for each block of each sequence as if it were the longest: of dQ, and of dK and dV if sums have a fixed order
+    # one number for each block of each sequence as if all were the longest: for dQ, and for dK and dV if sums have a fixed order
     semaphores = 4 * sequences * (-(-call.longest_q // 64) * heads + 2 * -(-call.longest_k // 64) * kv_heads)
-    # under torch.use_deterministic_algorithms one sum of dQ for each of some groups of programs
+    # under torch.use_deterministic_algorithms: one sum of dQ for each of several groups of programs
     splits = 1
     if torch.are_deterministic_algorithms_enabled():
         splits = -(-multiprocessors(call.starts_q.device) // (sequences * heads))
@@ -238,7 +244,7 @@ def _call_bytes(direction: str, call: FlashCall, dim: int) -> tuple[int, int]:
 
 
 def _key_parts(call: FlashCall, dim: int) -> int:
-    """Return an upper bound of the parts that FlashAttention 3 cuts keys into in the forward pass; 1 where it does not.
+    """Return an upper bound of the parts that FlashAttention 3 cuts keys into in the forward pass; 1 if it does not cut them.
 
     The rule is that of `get_num_splits` (`hopper/flash_api.cpp`) and `num_splits_heuristic` (`hopper/heuristics.h`): PyTorch
     leaves the choice to them, unless sums have a fixed order (`torch/nn/attention/_fa3.py`).
@@ -247,21 +253,21 @@ def _key_parts(call: FlashCall, dim: int) -> int:
         return 1
     heads, kv_heads = call.heads.stop - call.heads.start, call.kv_heads.stop - call.kv_heads.start
     processors = multiprocessors(call.starts_q.device)
-    # keys and values of one head that do not fit into the L2 cache are cut into pieces that do
+    # keys and values of one head that exceed the L2 cache are cut into pieces that fit
     part_counts = [1] if _is_causal(call) else [-(-4 * dim * call.longest_k // (50 << 20))]
-    # the kernel has query rows of one of these numbers in a block, and at least 64 keys
+    # the kernel takes one of these numbers of query rows per block, and at least 64 keys
     for block in (64, 128, 192):
         blocks = kv_heads * -(-call.longest_q * (heads // kv_heads) // block)
         most = min(_MOST_KEY_PARTS, processors, -(-call.longest_k // 64))
         if blocks < 0.8 * processors and most > 1:
-            # the first number that keeps 85 % of the multiprocessors busy is good enough for the rule
+            # the rule takes the first number that keeps 85 % of the multiprocessors busy
             waves = ((parts, blocks * parts / processors) for parts in range(1, most + 1))
             part_counts.append(next((parts for parts, w in waves if w >= 0.85 * math.ceil(w)), most))
     return min(max(part_counts), _MOST_KEY_PARTS)
 
 
 def _single(place: Tensor | None, like: Tensor, adds: bool) -> Tensor:
-    """Where gradients are summed in single precision: the place itself, or a tensor for the meantime."""
+    """Return a tensor in which gradients are summed in single precision: `place` itself, or a temporary one."""
     if place is not None and place.dtype == torch.float32:
         return place
     total = like.new_empty(like.shape, dtype=torch.float32)
@@ -269,13 +275,13 @@ def _single(place: Tensor | None, like: Tensor, adds: bool) -> Tensor:
 
 
 def _of_one_dim(*tensors: Tensor) -> list[Tensor]:
-    """Tensors as wide as the widest, with zeros at their ends."""
+    """Pad tensors with zeros to the width of the widest."""
     dim = max(x.shape[2] for x in tensors)
     return [x if x.shape[2] == dim else torch.nn.functional.pad(x, (0, dim - x.shape[2])) for x in tensors]
 
 
 def _how(call: FlashCall) -> tuple[Any, ...]:
-    """Arguments of the forward operator behind q, k and v: no dropout, no debug mask."""
+    """Return the arguments of the forward operator after q, k and v: no dropout, no debug mask."""
     return call.starts_q, call.starts_k, call.longest_q, call.longest_k, 0.0, _is_causal(call), False
 
 

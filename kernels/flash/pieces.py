@@ -1,9 +1,8 @@
-"""How variable-length flash attention is told a launch's bands: sequences of one window, aligned at their bottom right corners.
+"""Express a launch's bands for variable-length flash attention: sequences of one window, aligned at their bottom right corners.
 
-A call takes sequences that lie one after another in its queries and in its keys, all with one window: row i of T rows sees key
-j of S keys where i + S - T - left <= j <= i + S - T + right. A band becomes at most three such sequences, one for rows whose
-keys begin or end where the band's rectangle does and one for those between; those of equal windows that lie in order are
-one call.
+A call takes sequences that are consecutive in its queries and in its keys, all with one window: row i of T rows sees key j of S
+keys if i + S - T - left <= j <= i + S - T + right. A band becomes at most three such sequences: rows whose keys begin at the
+rectangle's edge, rows whose keys end there, and the rows between. Sequences of equal windows in ascending order are one call.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from distattn.kernels.launch_mask import LaunchMask, WrittenRows, split_even_gro
 
 # no limit on that side of a window
 OPEN = -1
-# a staircase is cut at every step: of fewer rows than this no kernel makes good use
+# a staircase is cut at every step: kernels are inefficient with fewer rows than this
 LEAST_STEP = 16
 
 
@@ -37,8 +36,8 @@ class Sequence(NamedTuple):
     right: int
 
 
-class Stretch(NamedTuple):
-    """Rows or keys of sequences that touch; first: no earlier call has written them in these heads."""
+class Segment(NamedTuple):
+    """Rows or keys of adjacent sequences. first: no earlier call has written them in these heads."""
 
     start: int
     stop: int
@@ -46,7 +45,7 @@ class Stretch(NamedTuple):
 
 
 class FlashCall(NamedTuple):
-    """One call: its heads, rows and keys, and where in these its sequences begin (int32, one more than there are)."""
+    """One call: its heads, rows and keys, and where its sequences begin in these (int32, one more than there are sequences)."""
 
     heads: slice
     kv_heads: slice
@@ -58,12 +57,12 @@ class FlashCall(NamedTuple):
     longest_k: int
     left: int
     right: int
-    row_stretches: list[Stretch]
-    key_stretches: list[Stretch]
+    row_segments: list[Segment]
+    key_segments: list[Segment]
 
 
 class FlashSchedule(NamedTuple):
-    """The calls of a launch; whether first writes reach every row, and every key."""
+    """Calls of a launch, and whether first writes reach every row and every key."""
 
     calls: tuple[FlashCall, ...]
     all_rows: bool
@@ -71,7 +70,7 @@ class FlashSchedule(NamedTuple):
 
 
 def flash_schedule(mask: LaunchMask) -> FlashSchedule:
-    """The calls that compute a launch's mask. Raises DistattnError for bands that no such call can say."""
+    """Return the calls that compute a launch's mask. Raise DistattnError for bands that no such call can express."""
     tight = tighten(mask.bands)
     some = tight[:, Q0] < tight[:, Q1]
     parts = [
@@ -82,23 +81,23 @@ def flash_schedule(mask: LaunchMask) -> FlashSchedule:
     rows = WrittenRows(mask.rows, [0, mask.heads, *(end for heads, *_ in parts for end in (heads.start, heads.stop))])
     keys = WrittenRows(mask.keys, [0, mask.kv_heads, *(end for _, kv, _ in parts for end in (kv.start, kv.stop))])
     calls = []
-    for heads, kv_heads, together in parts:
-        q = _stretches([(one.q0, one.q1) for one in together], heads, rows)
-        k = _stretches([(one.k0, one.k1) for one in together], kv_heads, keys)
-        starts_q, starts_k = _starts(together)
+    for heads, kv_heads, call_sequences in parts:
+        q = _segments([(sequence.q0, sequence.q1) for sequence in call_sequences], heads, rows)
+        k = _segments([(sequence.k0, sequence.k1) for sequence in call_sequences], kv_heads, keys)
+        starts_q, starts_k = _starts(call_sequences)
         calls.append(
             FlashCall(
                 heads,
                 kv_heads,
-                slice(together[0].q0, together[-1].q1),
-                slice(together[0].k0, together[-1].k1),
+                slice(call_sequences[0].q0, call_sequences[-1].q1),
+                slice(call_sequences[0].k0, call_sequences[-1].k1),
                 starts_q,
                 starts_k,
-                # for one row the operator takes another path, which gaps between keys do not fit
+                # for one row the operator takes another path, which does not support gaps between keys
                 max(int(starts_q.diff().max()), 2),
                 int(starts_k.diff().max()),
-                together[0].left,
-                together[0].right,
+                call_sequences[0].left,
+                call_sequences[0].right,
                 q,
                 k,
             )
@@ -107,14 +106,14 @@ def flash_schedule(mask: LaunchMask) -> FlashSchedule:
 
 
 def sequences(band: Ints) -> Iterator[Sequence]:
-    """The sequences of a tight band."""
+    """Yield the sequences of a tight band."""
     q0, q1, k0, k1, lo, hi, bq, bk, oq, ok = (int(number) for number in band)
     low, high = lo + ok - oq, hi + ok - oq
     if (bq, bk) != (1, 1):
         yield from _steps(band)
         return
-    # rows below `ends` end by the upper limit, rows from `begins` on begin by the lower one, others with the rectangle; the
-    # first or last of them does both, and is not worth a sequence of its own
+    # rows below `ends` end at the upper limit, rows from `begins` on begin at the lower limit, others at the edges of the
+    # rectangle; the first or last of them does both, and is not worth a separate sequence
     ends, begins = (min(max(row, q0), q1) for row in (k1 - high, k0 - low))
     begins = q1 if begins == q1 - 1 and begins > q0 else begins
     cuts = sorted({q0, ends, begins, q1})
@@ -125,25 +124,25 @@ def sequences(band: Ints) -> Iterator[Sequence]:
 
 
 def _steps(band: Ints) -> Iterator[Sequence]:
-    """A staircase, step by step: all rows of one see the same keys."""
+    """Yield a staircase step by step: all rows of a step see the same keys."""
     q0, q1, size, origin = int(band[Q0]), int(band[Q1]), int(band[BQ]), int(band[OQ])
-    at = [q0, *range(q0 + size - (q0 - origin) % size, q1, size), q1]
-    if size < LEAST_STEP and len(at) > 2:
+    bounds = [q0, *range(q0 + size - (q0 - origin) % size, q1, size), q1]
+    if size < LEAST_STEP and len(bounds) > 2:
         raise DistattnError(
-            f'kernel "flash" cannot say a mask that climbs in steps of {size} rows; use kernel="triton".'
+            f'kernel "flash" cannot express a mask that climbs in steps of {size} rows; use kernel="triton".'
         )
-    first, end = row_key_ranges(band[None].repeat(len(at) - 1, 0), np.array(at[:-1]))
-    for a, b, k0, k1 in zip(at[:-1], at[1:], first.tolist(), end.tolist(), strict=True):
+    first, end = row_key_ranges(band[None].repeat(len(bounds) - 1, 0), np.array(bounds[:-1]))
+    for a, b, k0, k1 in zip(bounds[:-1], bounds[1:], first.tolist(), end.tolist(), strict=True):
         if k0 < k1:
             yield Sequence(a, b, k0, k1, OPEN, OPEN)
 
 
 def _by_heads(mask: LaunchMask, bands: Ints, band_heads: Ints) -> Iterator[tuple[slice, Ints]]:
-    """Ranges of heads in which key/value heads serve equally many query heads, and their bands."""
+    """Yield the ranges of heads in which all key/value heads serve the same number of query heads, and their bands."""
     for h0, h1 in sorted(set(map(tuple, band_heads.tolist()))):
-        own = bands[(band_heads == (h0, h1)).all(1)]
+        head_bands = bands[(band_heads == (h0, h1)).all(1)]
         for low, high in split_even_groups(h0, h1, mask.group_size, mask.first_head):
-            yield slice(low, high), own
+            yield slice(low, high), head_bands
 
 
 def _kv_heads(mask: LaunchMask, heads: slice) -> slice:
@@ -152,7 +151,7 @@ def _kv_heads(mask: LaunchMask, heads: slice) -> slice:
 
 
 def _calls(pieces: list[Sequence]) -> list[list[Sequence]]:
-    """The sequences by call: of one window, and in order in queries and keys."""
+    """Group sequences by call: those of one window, in ascending order of queries and keys."""
     calls: list[list[Sequence]] = []
     for piece in pieces:
         for call in calls:
@@ -165,26 +164,26 @@ def _calls(pieces: list[Sequence]) -> list[list[Sequence]]:
     return calls
 
 
-def _starts(together: list[Sequence]) -> tuple[Tensor, Tensor]:
-    """Where sequences begin, counted from the first; between them rows without keys, and keys without rows."""
+def _starts(call_sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
+    """Return the offsets of sequences from the first one. Gaps become rows without keys, and keys without rows."""
     q, k = [0], [0]
-    first = together[0]
-    for one in together:
-        # rows that are skipped, then keys that are
-        if one.q0 - first.q0 > q[-1]:
-            q, k = [*q, one.q0 - first.q0], [*k, k[-1]]
-        if one.k0 - first.k0 > k[-1]:
-            q, k = [*q, q[-1]], [*k, one.k0 - first.k0]
-        q, k = [*q, one.q1 - first.q0], [*k, one.k1 - first.k0]
+    first = call_sequences[0]
+    for sequence in call_sequences:
+        # rows that are skipped, then skipped keys
+        if sequence.q0 - first.q0 > q[-1]:
+            q, k = [*q, sequence.q0 - first.q0], [*k, k[-1]]
+        if sequence.k0 - first.k0 > k[-1]:
+            q, k = [*q, q[-1]], [*k, sequence.k0 - first.k0]
+        q, k = [*q, sequence.q1 - first.q0], [*k, sequence.k1 - first.k0]
     return torch.tensor(q, dtype=torch.int32), torch.tensor(k, dtype=torch.int32)
 
 
-def _stretches(ranges: list[tuple[int, int]], heads: slice, written: WrittenRows) -> list[Stretch]:
-    """Joined ranges, in order, noted as written."""
+def _segments(ranges: list[tuple[int, int]], heads: slice, written: WrittenRows) -> list[Segment]:
+    """Join adjacent ranges, in order, and mark them as written."""
     joined: list[list[int]] = []
     for start, stop in ranges:
         if joined and joined[-1][1] == start:
             joined[-1][1] = stop
         else:
             joined.append([start, stop])
-    return [Stretch(start, stop, written.mark(heads, slice(start, stop))) for start, stop in joined]
+    return [Segment(start, stop, written.mark(heads, slice(start, stop))) for start, stop in joined]

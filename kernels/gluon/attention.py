@@ -1,7 +1,7 @@
-"""Core attention for Hopper in Gluon (tier B): which tiles, which launches. The kernels are in forward.py and backward.py.
+"""Core attention for Hopper in Gluon (tier B): tiles and launches. The kernels are in forward.py and backward.py.
 
-For bfloat16 and float16 and head dims 64 and 128 on sm_90, everything else is the plain Triton kernel's: masks, run lists,
-merging, score modifiers, any lengths and head groups. The sum in dQ has no fixed order; "gluon_split" has one.
+It supports bfloat16 and float16 and head dims 64 and 128 on sm_90. Everything else is that of the plain Triton kernel: masks, run
+lists, merging, score modifiers, any lengths and head groups. The sums in dQ have no fixed order; those of "gluon_split" have.
 """
 
 # T query rows, S key rows, H query heads, K key/value heads, D head dim, E value head dim
@@ -22,7 +22,7 @@ from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.spec import KernelRequirements, LaunchShape, ScoreMod
 from distattn.kernels.split_tiles import split_long_tiles
 from distattn.kernels.tile_runs import TileRuns, tile_runs, transposed_runs
-from distattn.kernels.triton.attention import plan_row_numbers, row_number_bytes
+from distattn.kernels.triton.attention import row_number_bytes, row_numbers_launch
 from distattn.kernels.triton.launch import (
     TMA_LIMIT,
     SplitTileTensors,
@@ -38,20 +38,20 @@ from distattn.kernels.triton.launch import (
     tensor_arguments,
     tile_run_tensors,
 )
-from distattn.kernels.triton.sums import part_bytes, plan_sums, scratch_of_parts
+from distattn.kernels.triton.sums import part_bytes, scratch_of_parts, sums_launch
 
 DIFFERENTIABLE_LSE = True
 ACCUMULATES = True
-# by head dim; 128 query rows at a time spill more in the backward (64 at head dim 128: 35 in Triton 3.6, 44 in 3.9)
+# by head dim; with 128 query rows at a time the backward spills more (64 at head dim 128: 35 in Triton 3.6, 44 in 3.9)
 FORWARD = {64: Tile(192, 128, 4, 3), 128: Tile(128, 128, 4, 2)}
 BACKWARD = {64: Tile(64, 128, 4, 3), 128: Tile(64, 128, 4, 3)}
-# the slowest program's work, as a multiple of the mean, up to which tiles are dealt out in advance
+# the most work of a program, as a multiple of the mean, up to which tiles are dealt in advance
 _UNEVEN = 1.15
 _TYPES = {torch.bfloat16: bfloat16, torch.float16: float16, torch.float32: float32}
 
 
 class TileSchedule(NamedTuple):
-    """The lists of both kernels, programs of the forward, and the shape of the call."""
+    """Lists of both kernels, number of programs of the forward, and the shape of the call."""
 
     forward: TileRunTensors
     programs: int
@@ -61,7 +61,7 @@ class TileSchedule(NamedTuple):
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Why this kernel cannot serve such a call, or None."""
+    """Return the reason why this kernel cannot serve such a call, or None."""
     if requirements.device.type != "cuda" or compute_capability(requirements.device) != 90:
         return "it is written for Hopper GPUs (sm_90)"
     if requirements.dtype not in (torch.bfloat16, torch.float16):
@@ -72,7 +72,7 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 def prepare(mask: LaunchMask, requirements: KernelRequirements) -> TileSchedule:
-    """The lists of tiles that compute the mask."""
+    """Return the lists of tiles that compute the mask."""
     forward, backward = FORWARD[requirements.head_dim], BACKWARD[requirements.head_dim]
     processors = multiprocessors(requirements.device)
     by_rows = tile_runs(mask, forward.rows, forward.keys)
@@ -87,11 +87,12 @@ def prepare(mask: LaunchMask, requirements: KernelRequirements) -> TileSchedule:
 
 
 def forward_programs(runs: TileRuns, keys: int, processors: int, overlaps_messages: bool = False) -> int:
-    """Return how many programs the forward launch has: one for each processor, or one for each tile of each head.
+    """Return the number of programs of the forward launch: one per multiprocessor, or one per tile of each head.
 
-    With one for each processor, tiles are dealt out beforehand, to and fro. That is not done where some programs would get far
-    more work than others, nor while messages are in flight: a program takes a multiprocessor's whole shared memory, so programs
-    that find theirs held by the communicator begin when it ends, each with a full share of the work.
+    With one per multiprocessor, tiles are dealt in advance, back and forth. Each tile has its own program if some programs
+    would otherwise get far more work than others, or if messages are in flight: a program takes a multiprocessor's whole
+    shared memory, so programs whose multiprocessor is held by the communicator begin only when it ends, each with a full
+    share of the work.
     """
     work = runs.work(keys)[runs.group][:, runs.order].T.ravel()
     programs = min(processors, len(work))
@@ -99,7 +100,7 @@ def forward_programs(runs: TileRuns, keys: int, processors: int, overlaps_messag
         return len(work)
     dealt = np.pad(work, (0, -len(work) % programs)).reshape(-1, programs)
     dealt[1::2] = dealt[1::2, ::-1]
-    # as many as there are at a time take what is left as soon as they are done
+    # programs of single tiles start as soon as a multiprocessor is free
     return programs if dealt.sum(0).max() * programs <= _UNEVEN * work.sum() else len(work)
 
 
@@ -112,14 +113,14 @@ def forward(
     into: tuple[Tensor, Tensor] | None = None,
     merge: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(o_THE, lse_TH), in fp32 unless `into` is not; rows without keys have o = 0 and lse = -inf.
+    """Compute (o_THE, lse_TH), in fp32 unless `into` has another dtype. Rows without keys have o = 0 and lse = -inf.
 
     into: (o, lse) to write the result to or, with `merge`, to merge it into.
     """
     if into is None:
         o_THE = q_THD.new_empty(*q_THD.shape[:2], v_SKE.shape[2], dtype=torch.float32)
         into = o_THE, q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
-    run_launch(plan_forward(q_THD, k_SKD, v_SKE, *into, schedule, score, merge=merge))
+    run_launch(forward_launch(q_THD, k_SKD, v_SKE, *into, schedule, score, merge=merge))
     return into
 
 
@@ -135,11 +136,12 @@ def backward(
     into: tuple[Tensor | None, tuple[Tensor, Tensor] | None] = (None, None),
     add: tuple[bool, bool] = (False, False),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq_THD, dk_SKD, dv_SKE) of these cells, given the final lse and delta = rowsum(dO * O) of each row; fp32, or as `into` is.
+    """Compute (dq_THD, dk_SKD, dv_SKE) of these cells from the final lse and delta = rowsum(dO * O), in fp32 or the dtype of
+    `into`.
 
-    into: dq, and (dk, dv), to write results to; add: whether they are added to what is there, to dq, and to dk and dv.
+        into: dq, and (dk, dv), to write results to. add: add to their contents, for dq, and for dk and dv.
     """
-    # programs add to it, in single precision
+    # programs add to dQ in single precision
     direct = into[0] is not None and into[0].dtype == torch.float32
     dq = into[0] if direct else q_THD.new_empty(q_THD.shape, dtype=torch.float32)
     assert dq is not None
@@ -147,7 +149,7 @@ def backward(
         dq.zero_()
     dk, dv = into[1] or (x.new_empty(x.shape, dtype=torch.float32) for x in (k_SKD, v_SKE))
     tensors = do_THE, q_THD, k_SKD, v_SKE, lse_TH, delta_TH
-    for launch in plan_backward(*tensors, (dq, dk, dv), schedule, score, accumulate=add[1]):
+    for launch in backward_launch(*tensors, (dq, dk, dv), schedule, score, accumulate=add[1]):
         run_launch(launch)
     if into[0] is not None and not direct:
         into[0].add_(dq) if add[0] else into[0].copy_(dq)
@@ -155,7 +157,7 @@ def backward(
 
 
 def workspace_bytes(direction: str, shape: LaunchShape, schedule: TileSchedule) -> int:
-    """Bytes that a pass allocates on the device beside its operands and results."""
+    """Return the bytes that a pass allocates on the device in addition to its operands and results."""
     if direction == "forward":
         return 0
     parts = part_bytes(shape, schedule.backward, BACKWARD[shape.head_dim])
@@ -164,7 +166,7 @@ def workspace_bytes(direction: str, shape: LaunchShape, schedule: TileSchedule) 
     return row_number_bytes(shape) + parts + dq
 
 
-def plan_forward(
+def forward_launch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -175,7 +177,7 @@ def plan_forward(
     *,
     merge: bool = False,
 ) -> TritonLaunch:
-    """The forward launch; see `triton_attention.plan_forward`."""
+    """Return the forward launch; see `triton_attention.forward_launch`."""
     (rows, heads, dim), keys = q.shape, len(k)
     tile = FORWARD[dim]
     arguments = _operands(q=(q, 64), k=(k, tile.keys), v=(v, tile.keys))
@@ -186,7 +188,7 @@ def plan_forward(
     return make_launch(forward_kernel, schedule.programs, arguments, tile)
 
 
-def plan_backward(
+def backward_launch(
     do: Tensor,
     q: Tensor,
     k: Tensor,
@@ -199,11 +201,11 @@ def plan_backward(
     *,
     accumulate: bool = False,
 ) -> list[TritonLaunch]:
-    """The backward launches; grads: (dq, dk, dv), dq in fp32. dq is added to, and with `accumulate` dk and dv are, too."""
+    """Return the backward launches. grads: (dq, dk, dv), dq in fp32. They add to dq, and with `accumulate` to dk and dv."""
     (rows, heads, dim), (keys, kv_heads, _) = q.shape, k.shape
     tile = BACKWARD[dim]
     dq, dk, dv = grads
-    numbers, first_launch = plan_row_numbers(lse, delta)
+    numbers, first_launch = row_numbers_launch(lse, delta)
     half = tile.keys // 2
     arguments = _operands(q=(q, tile.rows), do=(do, tile.rows), k=(k, half), v=(v, half))
     arguments |= {"dq_": _descriptor(dq, tile.rows, dim // 2), "dq_head": dq.stride(1)}
@@ -218,11 +220,11 @@ def plan_backward(
     arguments |= dict(kv_heads=kv_heads, BM=tile.rows, BN=tile.keys, D=dim, E=v.shape[2], STAGES=tile.stages)
     arguments["ACC"] = accumulate
     launches = [first_launch, make_launch(backward_kernel, len(split.runs.order) * kv_heads, arguments, tile)]
-    return [*launches, plan_sums(parts, dk, dv, split, accumulate)] if split.slots else launches
+    return [*launches, sums_launch(parts, dk, dv, split, accumulate)] if split.slots else launches
 
 
 def _operands(**tensors: tuple[Tensor, int]) -> dict[str, Any]:
-    """Descriptors of tensors, by tiles of so many rows, and the stride of their heads."""
+    """Return descriptors of tensors, by tiles of these numbers of rows, and the stride of their heads."""
     arguments: dict[str, Any] = {}
     for name, (x, block) in tensors.items():
         far = max(x.shape[0], x.shape[1] * abs(x.stride(1))) >= TMA_LIMIT
@@ -233,10 +235,10 @@ def _operands(**tensors: tuple[Tensor, int]) -> dict[str, Any]:
 
 
 def _descriptor(x: Tensor, block: int, width: int) -> TensorDescriptor:
-    """A descriptor of the matrix (tokens, heads x dim)."""
+    """Return a descriptor of the matrix (tokens, heads x dim)."""
     layout = NVMMASharedLayout.get_default_for([block, width], _TYPES[x.dtype])
     if not x.numel():
-        # nothing of it is ever read
+        # it is never read
         x = x.new_empty(1, *x.shape[1:])
     columns = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
     return TensorDescriptor(x, [x.shape[0], columns], [x.stride(0), 1], [block, width], layout)

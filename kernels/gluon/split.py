@@ -1,4 +1,4 @@
-"""The gluon forward with the backward of the plain Triton kernels: results are the same bits every time."""
+"""The gluon forward with the backward of the plain Triton kernels: results have the same bits every time."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ ACCUMULATES = True
 
 
 class SplitTileSchedule(NamedTuple):
-    """The lists of both tiers."""
+    """Lists of both tiers."""
 
     forward: gluon_attention.TileSchedule
     backward: triton_attention.TileSchedule
 
 
 def prepare(mask: LaunchMask, requirements: KernelRequirements) -> SplitTileSchedule:
-    """The lists of tiles that compute these cells."""
+    """Return the lists of tiles that compute these cells."""
     return SplitTileSchedule(gluon_attention.prepare(mask, requirements), triton_attention.prepare(mask, requirements))
 
 

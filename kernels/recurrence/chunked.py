@@ -1,16 +1,16 @@
 """Recurrences on any device in PyTorch: chunk by chunk, forward and backward, with states in and out.
 
-Inside a chunk all pairs of tokens are products of matrices; from chunk to chunk the state passes on. Outputs are affine in the
-state that enters, and so is the state that leaves (Yang et al. 2024, arXiv 2406.06484 and 2412.06464). What does not depend on
-the state is computed for many chunks at once, and one loop over the chunks passes on the state alone. Stretches of any lengths
-go side by side. The backward pass makes the chunks again, from the last to the first, so that only the states between chunks
-are kept. Numbers are those of the accumulation dtype throughout.
+Inside a chunk, all pairs of tokens are matrix products; the state passes from chunk to chunk. Outputs are affine in the state
+that enters, and so is the state that leaves (Yang et al. 2024, arXiv 2406.06484 and 2412.06464). Everything that does not depend
+on the state is computed for many chunks at once, and one loop over the chunks passes on only the state. Segments of any lengths
+are computed side by side. The backward pass recomputes the chunks, from the last to the first, so that only the states between
+chunks are kept. All numbers have the accumulation dtype.
 
-Decays are sums of logarithms, exponentiated only as differences of a later and an earlier sum: nothing overflows, and what has
-decayed to nothing is 0. The sums are of double precision: the difference of two large sums would lose what matters.
+Decays are sums of logarithms, exponentiated only as differences of a later and an earlier sum: nothing overflows, and vanished
+decays are 0. The sums have double precision, because the difference of two large sums loses digits.
 """
 
-# N stretches, n of them still going on, M chunks of a block, C tokens of a chunk, T tokens, H heads, G heads of queries and keys,
+# N segments, n of them not ended yet, M chunks of a block, C tokens of a chunk, T tokens, H heads, G heads of queries and keys,
 # K key dim, V value dim; a state is S_NHKV
 
 from __future__ import annotations
@@ -21,45 +21,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distattn.kernels.recurrence.tokens import RecurrenceTokens, Stretches, bounds_of
+from distattn.kernels.recurrence.tokens import RecurrenceTokens, Segments, bounds_of
 from distattn.kernels.recurrence.transitions import diagonal_transitions, finite_decays
 from distattn.kernels.spec import KernelRequirements
 
-# its functions take meta tensors, too, and allocate there what they allocate elsewhere
+# the functions also take meta tensors, and then allocate as they do on devices
 RUNS_ON_META = True
-# tokens of a chunk; with a decay for each channel all pairs of a chunk have a number for each channel
+# tokens of a chunk; with a decay per channel all pairs of a chunk have a number per channel
 _CHUNK, _CHUNK_OF_CHANNELS = 64, 16
-# chunks that are computed at once: more would not fit into a processor's cache; on GPUs launches take most of the time
+# chunks computed at once: more do not fit into a processor's cache; on GPUs launches dominate the time
 _BLOCK, _BLOCK_ON_GPUS = 16, 64
 
 
 class Level(NamedTuple):
-    """Chunks [begin, end) of a block, each of another stretch, and which stretches; None for all of them, in order."""
+    """Chunks [begin, end) of a block, each of another segment. segments: their numbers, None for all segments, in order."""
 
     begin: int
     end: int
-    stretches: Tensor | None
+    segments: Tensor | None
 
 
 class Block(NamedTuple):
-    """Some chunks: rows_MC of the tensors, -1 where there is no token, and in which order states pass through them."""
+    """Some chunks.
+
+    rows_MC: rows of the tensors, -1 where there is no token. levels: the order in which states pass through them.
+    """
 
     rows: Tensor
     levels: tuple[Level, ...]
 
 
 class ChunkSchedule(NamedTuple):
-    """The chunks of all stretches, and the rows [begin, end) of each stretch as a tensor (N, 2)."""
+    """Chunks of all segments, and the rows [begin, end) of each segment as a tensor (N, 2)."""
 
     blocks: tuple[Block, ...]
     bounds: Tensor
 
 
 class Maps(NamedTuple):
-    """What a chunk does to a state S that enters it: o = read S + pairs (u - w S), and S becomes decay S + key^T (u - w S).
+    """Effect of a chunk on a state S that enters it: o = read S + pairs (u - w S), and S becomes decay S + key^T (u - w S).
 
-    read, key: (M, H, C, K). pairs_MHCC: how far each token hears the others. u, w: (M, H, C, V) and (M, H, C, K), what each
-    token stores, and what it replaces; w is None without the delta rule. decay: (M, H, K), or one number for all channels.
+    read, key: (M, H, C, K). pairs_MHCC: weights of the chunk's tokens in each output. u, w: (M, H, C, V) and (M, H, C, K),
+    what each token stores, and what it replaces; w is None without the delta rule. decay: (M, H, K), or one number for all
+    channels.
     """
 
     read: Tensor
@@ -71,44 +75,44 @@ class Maps(NamedTuple):
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """None: it computes every recurrence on every device."""
+    """Return None: this kernel computes every recurrence on every device."""
     return None
 
 
-def prepare(stretches: Stretches, requirements: KernelRequirements) -> ChunkSchedule:
-    """Return the first chunk of each stretch, then the second, and so on, some of them at once, on the host."""
+def prepare(segments: Segments, requirements: KernelRequirements) -> ChunkSchedule:
+    """Return blocks of chunks on the host: the first chunk of each segment, then the second chunk of each, and so on."""
     size = _CHUNK_OF_CHANNELS if requirements.op.decay == "channel" else _CHUNK
-    longest = max((end - begin for begin, end in stretches), default=0)
+    longest = max((end - begin for begin, end in segments), default=0)
     size = min(size, max(longest, 1))
     at_once = _BLOCK if requirements.device.type == "cpu" else _BLOCK_ON_GPUS
     blocks: list[Block] = []
     first: list[tuple[int, int]] = []
     levels: list[Level] = []
-    going, which = list(range(len(stretches))), None
+    going, which = list(range(len(segments))), None
     for number in range(-(-longest // size)):
-        still = [i for i in going if stretches[i][1] - stretches[i][0] > number * size]
-        # levels share the list until the next stretch ends: each list is a tensor that is copied to the device
+        still = [i for i in going if segments[i][1] - segments[i][0] > number * size]
+        # levels share a list until the next segment ends, because each list is a tensor that is copied to the device
         if len(still) < len(going):
             going, which = still, torch.tensor(still)
         levels.append(Level(len(first), len(first) + len(going), which))
-        first += [(stretches[i][0] + number * size, stretches[i][1]) for i in going]
+        first += [(segments[i][0] + number * size, segments[i][1]) for i in going]
         if len(first) >= at_once or (number + 1) * size >= longest:
             begin, end = torch.tensor(first).unbind(1)
             rows = begin[:, None] + torch.arange(size)
             blocks.append(Block(torch.where(rows < end[:, None], rows, -1), tuple(levels)))
             first, levels = [], []
-    return ChunkSchedule(tuple(blocks), bounds_of(stretches))
+    return ChunkSchedule(tuple(blocks), bounds_of(segments))
 
 
 def forward(x: RecurrenceTokens, chunks: ChunkSchedule, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
-    """(o_THV, the state after each stretch), in the dtype of the states; o is 0 in no stretch."""
+    """Compute (o_THV, the state after each segment), in the dtype of the states. o is 0 outside of segments."""
     state = state_NHKV.clone()
     o_THV = state.new_zeros((len(x.v) + 1, *x.v.shape[1:]))
     for block in chunks.blocks:
         maps = _maps(_gathered(x, block, state.dtype))
         entering = _passed_on(maps, block, state)
         u = maps.u if maps.w is None else maps.u - maps.w @ entering
-        # rows without a token are the last
+        # the last row stands for rows without a token
         o_THV[block.rows] = (maps.read @ entering + maps.pairs @ u).transpose(1, 2)
     return o_THV[: len(x.v)], state
 
@@ -116,12 +120,12 @@ def forward(x: RecurrenceTokens, chunks: ChunkSchedule, state_NHKV: Tensor) -> t
 def states(
     x: RecurrenceTokens, chunks: ChunkSchedule, state_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(the state after each stretch, A of each), in the dtype of the states; None without `transitions`.
+    """Compute (the state after each segment, A of each), in the dtype of the states. A is None without `transitions`.
 
-    A is its diagonal (N, H, K), (N, H, 1) where that is constant, or for the delta rule (N, H, K, K).
+    A is its diagonal (N, H, K), (N, H, 1) if that is constant, or (N, H, K, K) with the delta rule.
     """
     key_dim, value_dim = state_NHKV.shape[2:]
-    # the recurrence on values 0 carries any state on: that of all unit vectors becomes A
+    # with values 0 the recurrence maps a state linearly: from all unit vectors it computes A
     more = key_dim if transitions and x.beta is not None else 0
     identity = torch.eye(key_dim, more, dtype=state_NHKV.dtype, device=state_NHKV.device)
     state = torch.cat([state_NHKV, identity.expand(*state_NHKV.shape[:2], -1, -1)], -1)
@@ -138,9 +142,9 @@ def states(
 def backward(
     x: RecurrenceTokens, chunks: ChunkSchedule, state_NHKV: Tensor, do_THV: Tensor, dstate_NHKV: Tensor
 ) -> tuple[RecurrenceTokens, Tensor]:
-    """(gradients of the tokens, gradients of the states that enter), in the dtype of the states.
+    """Compute (gradients of the tokens, gradients of the states that enter), in the dtype of the states.
 
-    dstate_NHKV: gradients of the states that leave. A decay that is the same for all tokens has no gradient here.
+    dstate_NHKV: gradients of the states that leave. A decay that is the same for all tokens gets no gradient.
     """
     dtype, group = state_NHKV.dtype, x.heads // x.q.shape[1]
     state, dstate = state_NHKV.clone(), dstate_NHKV.clone()
@@ -154,20 +158,20 @@ def backward(
         leaves = {name: value for name, value in part.present().items() if name in totals}
 
         def maps_of(
-            *given: Tensor, part: RecurrenceTokens = part, names: tuple[str, ...] = tuple(leaves)
+            *values: Tensor, part: RecurrenceTokens = part, names: tuple[str, ...] = tuple(leaves)
         ) -> tuple[Tensor, ...]:
-            return tuple(y for y in _maps(part._replace(**dict(zip(names, given, strict=True)))) if y is not None)
+            return tuple(y for y in _maps(part._replace(**dict(zip(names, values, strict=True)))) if y is not None)
 
-        # unlike autograd's own functions, this works inside an operator
+        # unlike autograd.grad, this works inside an operator
         pulled: Any = torch.func.vjp(maps_of, *leaves.values())
         (read, pairs, key, decay, u, *w), pull_back = pulled
         maps = Maps(read, pairs, key, decay, u, w[0] if w else None)
         dmaps = _gradients(maps, block, entering.pop(), _rows(do_THV, block, dtype), dstate)
-        found = pull_back(tuple(dy for dy in dmaps if dy is not None))
-        for name, grad_MHC in zip(leaves, found, strict=True):
+        grads = pull_back(tuple(dy for dy in dmaps if dy is not None))
+        for name, grad_MHC in zip(leaves, grads, strict=True):
             if name in ("q", "k"):
                 grad_MHC = grad_MHC.unflatten(1, (-1, group)).sum(2)
-            # rows without a token are of no stretch
+            # rows without a token belong to no segment
             totals[name][block.rows] = grad_MHC.transpose(1, 2)
     return x._replace(**{name: total[: len(x.v)] for name, total in totals.items()}), dstate
 
@@ -175,7 +179,7 @@ def backward(
 def gradient_states(
     x: RecurrenceTokens, chunks: ChunkSchedule, do_THV: Tensor, dstate_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(the gradient of the state before each stretch, A of each), in the dtype of the states; see `states`.
+    """Compute (the gradient of the state before each segment, A of each), in the dtype of the states; see `states`.
 
     dstate_NHKV: gradients of the states that leave.
     """
@@ -186,8 +190,11 @@ def gradient_states(
 
 
 def _gathered(x: RecurrenceTokens, block: Block, dtype: torch.dtype) -> RecurrenceTokens:
-    """The tokens of a block's chunks, (M, H, C, ...) each; where there is no token, zeros leave every state as it is."""
-    # a decay that is the same for all tokens becomes one of each, so that rows without a token have none
+    """Gather the tokens of a block's chunks, (M, H, C, ...) each.
+
+    Zeros in place of missing tokens leave every state unchanged.
+    """
+    # expand a decay that all tokens share, so that rows without a token have none
     g = x.g if x.g is None or x.decays_by_token else x.g.expand(len(x.v), -1)
     group = x.heads // x.q.shape[1]
     tokens = {**x.present(), **({} if g is None else {"g": g})}
@@ -197,7 +204,7 @@ def _gathered(x: RecurrenceTokens, block: Block, dtype: torch.dtype) -> Recurren
 
 
 def _rows(y: Tensor, block: Block, dtype: torch.dtype, group: int = 1) -> Tensor:
-    """Rows of a tensor (T, H, ...) as (M, H, C, ...), each head so many times; zeros where there is no token."""
+    """Return rows of a tensor (T, H, ...) as (M, H, C, ...), each head repeated `group` times, with zeros for missing tokens."""
     heads = torch.arange(y.shape[1] * group, device=y.device) // group
     absent = block.rows < 0
     rows_MHC = y[block.rows.clamp(min=0)[:, None], heads[:, None]].to(dtype)
@@ -205,7 +212,7 @@ def _rows(y: Tensor, block: Block, dtype: torch.dtype, group: int = 1) -> Tensor
 
 
 def _passed_on(maps: Maps, block: Block, state_NHKV: Tensor) -> Tensor:
-    """The states that enter a block's chunks, (M, H, K, V); those of stretches become what leaves the block."""
+    """Return the states that enter a block's chunks, (M, H, K, V). Replace the segments' states by those that leave the block."""
     entering = state_NHKV.new_empty((len(block.rows), *state_NHKV.shape[1:]))
     for begin, end, which in block.levels:
         entering[begin:end] = state_NHKV if which is None else state_NHKV[which]
@@ -223,13 +230,16 @@ def _with_product(base: Tensor, left: Tensor, right: Tensor, factor: float = 1.0
 
 
 def _passed_back(maps: Maps, block: Block, do_MHCV: Tensor, dstate_NHKV: Tensor) -> tuple[Tensor, Tensor]:
-    """(gradients of u - w S, of the states that leave) of a block's chunks; those of stretches become what is before it."""
+    """Return the gradients (of u - w S, of the states that leave) of a block's chunks.
+
+    Replace the segments' gradients by those of the states before the block.
+    """
     dentering, du = maps.read.transpose(-1, -2) @ do_MHCV, maps.pairs.transpose(-1, -2) @ do_MHCV
     dleaving = torch.empty_like(dentering)
     for begin, end, which in reversed(block.levels):
         dleaving[begin:end] = dstate_NHKV if which is None else dstate_NHKV[which]
         after = dleaving[begin:end]
-        # a view, in which the sum is made
+        # a view, which receives the sum
         du[begin:end].view(-1, *du.shape[2:]).baddbmm_(maps.key[begin:end].flatten(0, 1), after.flatten(0, 1))
         before = torch.addcmul(dentering[begin:end], maps.decay[begin:end, ..., None], after)
         if maps.w is not None:
@@ -239,7 +249,7 @@ def _passed_back(maps: Maps, block: Block, do_MHCV: Tensor, dstate_NHKV: Tensor)
 
 
 def _gradients(maps: Maps, block: Block, state_MHKV: Tensor, do_MHCV: Tensor, dstate_NHKV: Tensor) -> Maps:
-    """Gradients of the maps of a block's chunks, whose entering states are given; those of stretches as in `_passed_back`."""
+    """Return the gradients of the maps of a block's chunks from their entering states. Update the segments' as `_passed_back`."""
     du, dleaving = _passed_back(maps, block, do_MHCV, dstate_NHKV)
     heard = maps.u if maps.w is None else maps.u - maps.w @ state_MHKV
     ddecay = (state_MHKV * dleaving).sum(-1)
@@ -254,34 +264,34 @@ def _gradients(maps: Maps, block: Block, state_MHKV: Tensor, do_MHCV: Tensor, ds
 
 
 def _maps(part: RecurrenceTokens, outputs: bool = True) -> Maps:
-    """The maps of chunks whose tokens are (M, H, C, ...). Differentiable. Without `outputs` no use is made of the pairs."""
+    """Compute the maps of chunks whose tokens are (M, H, C, ...), differentiable. Without `outputs` the pairs are not used."""
     q, k, v, g, beta = part
     chunks, heads, size, _ = v.shape
     dtype = v.dtype
-    # sums of logarithms up to and with each token, (M, H, C, 1 or K)
+    # sums of logarithms up to and including each token, (M, H, C, 1 or K)
     if g is None:
         total = v.new_zeros((chunks, heads, size, 1), dtype=torch.float64)
     else:
         total = finite_decays(g).cumsum(2).reshape(chunks, heads, size, -1)
     lower = torch.ones(size, size, dtype=torch.bool, device=v.device).tril()
-    # once the difference is made, it may be rounded: an exponent's error grows slower than its power falls
+    # the difference may be rounded: the error of an exponent grows slower than its power falls
     later = (total[:, :, :, None] - total[:, :, None]).to(dtype).masked_fill(~lower[..., None], -torch.inf).exp()
     from_start, to_end = total.to(dtype).exp(), (total[:, :, -1:] - total).to(dtype).exp()
     read, key, decay = q * from_start, k * to_end, from_start[:, :, -1]
     pairs = _products(q, k, later) if outputs else v
     if beta is None:
         return Maps(read, pairs, key, decay, v, None)
-    # what a token replaces depends on what earlier ones of the chunk have: a triangular system
+    # what a token replaces depends on earlier tokens of the chunk: a triangular system
     beta = beta[..., None]
     replaced = (beta * _products(k, k, later)).tril(-1)
-    # its diagonal is not read; a product with the inverse is faster than a solution for every column
+    # the diagonal is not read; a product with the inverse is faster than solving for every column
     unit = torch.eye(size, dtype=dtype, device=v.device).expand_as(replaced)
     inverse = torch.linalg.solve_triangular(replaced, unit, upper=False, unitriangular=True)
     return Maps(read, pairs, key, decay, inverse @ (beta * v), inverse @ (beta * k * from_start))
 
 
 def _products(x_MHCK: Tensor, y_MHCK: Tensor, later_MHCC1: Tensor) -> Tensor:
-    """<x_t, decay from i to t, y_i> of all pairs i <= t, (M, H, C, C)."""
+    """Return <x_t, decay from i to t, y_i> for all pairs i <= t, (M, H, C, C)."""
     if later_MHCC1.shape[-1] == 1:
         return (x_MHCK @ y_MHCK.transpose(-1, -2)) * later_MHCC1[..., 0]
     return torch.einsum("mhtk,mhik,mhtik->mhti", x_MHCK, y_MHCK, later_MHCC1)

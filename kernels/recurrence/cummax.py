@@ -1,34 +1,34 @@
-"""Maxima over the tokens before each, in stretches, on any device in PyTorch."""
+"""Maxima over the preceding tokens, in segments, on any device in PyTorch."""
 
-# N stretches, T tokens, H heads, V value dim; a state is (H, V)
+# N segments, T tokens, H heads, V value dim; a state is (H, V)
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from distattn.kernels.recurrence.tokens import Stretches
+from distattn.kernels.recurrence.tokens import Segments
 from distattn.kernels.spec import KernelRequirements
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """None: it computes every prefix maximum on every device."""
+    """Return None: this kernel computes every prefix maximum on every device."""
     return None
 
 
-def prepare(stretches: Stretches, requirements: KernelRequirements) -> Stretches:
-    """Return the stretches as they are: this kernel needs no lists."""
-    return stretches
+def prepare(segments: Segments, requirements: KernelRequirements) -> Segments:
+    """Return the segments as they are: this kernel needs no lists."""
+    return segments
 
 
-def forward(x_THV: Tensor, stretches: Stretches, state_NHV: Tensor) -> tuple[Tensor, Tensor]:
-    """(the maximum of the state that enters and the stretch's tokens before each, that of all of them), in the states' dtype.
+def forward(x_THV: Tensor, segments: Segments, state_NHV: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute (the maximum before each token, the maximum after each segment), in the states' dtype.
 
-    Rows in no stretch are -inf.
+    Both include the state that enters the segment. Rows in no segment are -inf.
     """
     before_THV = state_NHV.new_full(x_THV.shape, -torch.inf)
     leaving_NHV = torch.empty_like(state_NHV)
-    for number, (begin, end) in enumerate(stretches):
+    for number, (begin, end) in enumerate(segments):
         state = state_NHV[number]
         until = torch.maximum(x_THV[begin:end].to(state.dtype).cummax(0).values, state)
         before_THV[begin] = state
@@ -37,7 +37,7 @@ def forward(x_THV: Tensor, stretches: Stretches, state_NHV: Tensor) -> tuple[Ten
     return before_THV, leaving_NHV
 
 
-def states(x_THV: Tensor, stretches: Stretches, state_NHV: Tensor) -> Tensor:
-    """The maximum of the state that enters each stretch and all its tokens, in the states' dtype."""
-    of_tokens = [x_THV[begin:end].amax(0) for begin, end in stretches]
+def states(x_THV: Tensor, segments: Segments, state_NHV: Tensor) -> Tensor:
+    """Return the maximum of the state that enters each segment and all its tokens, in the states' dtype."""
+    of_tokens = [x_THV[begin:end].amax(0) for begin, end in segments]
     return torch.maximum(torch.stack(of_tokens).to(state_NHV.dtype), state_NHV)

@@ -1,14 +1,14 @@
 """Recurrences on GPUs by the chunk kernels of flash-linear-attention (package `fla-core`, our extra `fla`).
 
-Only its public functions are called, which take and give states. Every task of a plan is one of them: what a stretch does to any
-state, (A, B), is what the recurrence leaves of the values [v | 0] after the state [0 | I], namely [B | A]; what it does to a
-gradient is the gradient of its initial state. The backward pass makes the forward again, as their functions keep its tensors
-with autograd's graph alone.
+Only its public functions are called, which take and return states. Each task of a plan is one such call. The effect (A, B) of a
+segment on any state is computed by the recurrence on values [v | 0] from the state [0 | I], which leaves [B | A]; its effect on a
+gradient is the gradient of its initial state. The backward pass repeats the forward pass, because fla-core keeps its tensors only
+in autograd's graph.
 
-Products are of the inputs' dtype, or of TF32 for float32, which this kernel does not take; states are float32.
+Products have the inputs' dtype (fla-core would use TF32 for float32, which this kernel refuses); states are float32.
 """
 
-# N stretches, T tokens, H heads, G heads of queries and keys, K key dim, V value dim; a state is S_NHKV
+# N segments, T tokens, H heads, G heads of queries and keys, K key dim, V value dim; a state is S_NHKV
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from torch import Tensor
 from distattn.ir.errors import DistattnError
 from distattn.kernels.fla_sequences import sequence_offsets
 from distattn.kernels.recurrence.hopper import token_decay_fault
-from distattn.kernels.recurrence.tokens import RecurrenceTokens, Stretches, bounds_of
+from distattn.kernels.recurrence.tokens import RecurrenceTokens, Segments, bounds_of
 from distattn.kernels.recurrence.transitions import diagonal_transitions
 from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.triton.launch import compute_capability
 from distattn.kernels.triton.tiles import INTERPRETED
 
 _DTYPES = (torch.bfloat16, torch.float16)
-# exp of less is 0 in float32; sums of a chunk's decays are float32 here, and lose less where none is infinite
+# exp of less is 0 in float32; fla-core sums a chunk's decays in float32, more accurately without infinite ones
 _LEAST_DECAY = -100.0
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Why this kernel cannot serve such a call, or None."""
+    """Return the reason why this kernel cannot serve such a call, or None."""
     device = requirements.device
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return f"the kernels of fla-core run on GPUs, not on {device.type}"
@@ -53,28 +53,29 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
     if capability < 80:
         return "it needs compute capability 8.0 (A100) or later"
     op = requirements.op
-    return token_decay_fault(capability, op.delta) if op.decay == "token" else None
+    fault = token_decay_fault(capability, op.delta) if op.decay == "token" else None
+    return None if fault is None else str(fault)
 
 
 class SequenceEnds(NamedTuple):
-    """Where stretches that follow one another end: on the host, and as tensors."""
+    """Ends of consecutive segments: on the host, and as tensors."""
 
     ends: tuple[int, ...]
     offsets: Tensor
     bounds: Tensor
 
 
-def prepare(stretches: Stretches, requirements: KernelRequirements) -> SequenceEnds:
-    """Return where the stretches end. Raise DistattnError where one does not begin with the end of the one before it."""
-    begins, ends = [begin for begin, _ in stretches], [end for _, end in stretches]
+def prepare(segments: Segments, requirements: KernelRequirements) -> SequenceEnds:
+    """Return where the segments end. Raise DistattnError if a segment does not begin at the end of the previous one."""
+    begins, ends = [begin for begin, _ in segments], [end for _, end in segments]
     if begins != [0, *ends[:-1]]:
-        raise DistattnError('kernel "fla" takes stretches that follow one another; use kernel="chunked".')
-    return SequenceEnds(tuple(ends), sequence_offsets(tuple(ends)), bounds_of(stretches))
+        raise DistattnError('kernel "fla" takes segments that follow one another; use kernel="chunked".')
+    return SequenceEnds(tuple(ends), sequence_offsets(tuple(ends)), bounds_of(segments))
 
 
 def forward(x: RecurrenceTokens, sequences: SequenceEnds, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
-    """(o_THV in the inputs' dtype, the state after each stretch in float32); all rows are of a stretch, in order."""
-    # tensors that want gradients are given here, too
+    """Compute (o_THV in the inputs' dtype, the state after each segment in float32). All rows belong to a segment, in order."""
+    # inputs may require gradients
     with torch.no_grad():
         o, leaving = _called(_prepared(x), sequences, state_NHKV)
     return o[0], leaving
@@ -83,7 +84,7 @@ def forward(x: RecurrenceTokens, sequences: SequenceEnds, state_NHKV: Tensor) ->
 def states(
     x: RecurrenceTokens, sequences: SequenceEnds, state_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(the state after each stretch, A of each or None), in float32; see `chunked.states`."""
+    """Compute (the state after each segment, A of each or None), in float32; see `chunked.states`."""
     key_dim, value_dim = state_NHKV.shape[2:]
     if not transitions or x.beta is None:
         _, leaving = forward(x, sequences, state_NHKV)
@@ -97,16 +98,16 @@ def states(
 def backward(
     x: RecurrenceTokens, sequences: SequenceEnds, state_NHKV: Tensor, do_THV: Tensor, dstate_NHKV: Tensor
 ) -> tuple[RecurrenceTokens, Tensor]:
-    """(gradients of the tokens in their dtypes, those of the states that enter in float32); see `chunked.backward`."""
+    """Compute (gradients of the tokens in their dtypes, those of the states that enter in float32); see `chunked.backward`."""
     part = _prepared(x)
     leaves = {name: y.detach().requires_grad_() for name, y in part.by_token().items()}
     entering = state_NHKV.detach().requires_grad_()
-    # one function of autograd's, and nothing else: inside an operator no other graph is recorded
+    # only this function is recorded: inside an operator autograd records no other graph
     with torch.enable_grad():
         o, leaving = _called(part._replace(**leaves), sequences, entering)
     gradients = [do_THV.to(o.dtype)[None], dstate_NHKV]
-    *found, dentering = torch.autograd.grad([o, leaving], [*leaves.values(), entering], gradients)
-    dx = {name: dy[0] for name, dy in zip(leaves, found, strict=True)}
+    *grads, dentering = torch.autograd.grad([o, leaving], [*leaves.values(), entering], gradients)
+    dx = {name: dy[0] for name, dy in zip(leaves, grads, strict=True)}
     group = part.q.shape[2] // x.q.shape[1]
     for name in ("q", "k"):
         dx[name] = dx[name].unflatten(1, (-1, group)).float().sum(2) if group > 1 else dx[name]
@@ -116,13 +117,14 @@ def backward(
 def gradient_states(
     x: RecurrenceTokens, sequences: SequenceEnds, do_THV: Tensor, dstate_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(the gradient of the state before each stretch, A of each or None), in float32; see `chunked.gradient_states`."""
+    """Compute (the gradient of the state before each segment, A of each or None), in float32; see `chunked.gradient_states`."""
     _, dentering = backward(x, sequences, torch.zeros_like(dstate_NHKV), do_THV, dstate_NHKV)
     return dentering, states(x, sequences, torch.zeros_like(dstate_NHKV), True)[1] if transitions else None
 
 
 def _prepared(x: RecurrenceTokens) -> RecurrenceTokens:
-    """The tokens as fla-core takes them: (1, T, ...), decays finite, and queries and keys of all heads where it shares none."""
+    """Return the tokens as fla-core takes them: (1, T, ...), finite decays, and queries and keys repeated if it shares no
+    heads."""
     q, k, v, g, beta = x
     if beta is None or g is None:
         q, k = (y.repeat_interleave(v.shape[1] // y.shape[1], 1) for y in (q, k))
@@ -132,10 +134,10 @@ def _prepared(x: RecurrenceTokens) -> RecurrenceTokens:
 
 
 def _called(x: RecurrenceTokens, sequences: SequenceEnds, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
-    """(o (1, T, H, V), the state after each stretch), of tokens as `_prepared` returns them. One function of autograd's."""
+    """Call fla-core on tokens of `_prepared`: (o (1, T, H, V), the state after each segment). One autograd function."""
     q, k, v, g, beta = x
     if sequences.ends[-1:] != (v.shape[1],):
-        raise DistattnError('kernel "fla" takes stretches that end with the last token; use kernel="chunked".')
+        raise DistattnError('kernel "fla" takes segments that end with the last token; use kernel="chunked".')
     states = {"scale": 1.0, "initial_state": state_NHKV, "output_final_state": True}
     arguments = {**states, "cu_seqlens": sequences.offsets, "cu_seqlens_cpu": sequence_offsets(sequences.ends)}
     if beta is None:

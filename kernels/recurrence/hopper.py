@@ -7,6 +7,7 @@ import shutil
 from importlib.metadata import PackageNotFoundError, files, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from packaging.version import Version
 
@@ -18,7 +19,17 @@ _FIRST_WRONG, _FIRST_RIGHT = Version("3.4.0"), Version("3.7.1")
 _TRITONS = ("triton", "pytorch-triton")
 
 
-def token_decay_fault(capability: int, has_delta_rule: bool) -> str | None:
+class DecayFault(NamedTuple):
+    """Why fla-core cannot compute decays per token here, and what to install so that it can."""
+
+    fault: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.fault}: {self.remedy}"
+
+
+def token_decay_fault(capability: int, has_delta_rule: bool) -> DecayFault | None:
     """Return why fla-core cannot compute decays per token on a GPU of this compute capability (90 is Hopper), or None.
 
     has_delta_rule: the op has a delta rule, as Gated DeltaNet has. fla-core 0.6 computes such ops by tilelang where it can, and
@@ -28,14 +39,15 @@ def token_decay_fault(capability: int, has_delta_rule: bool) -> str | None:
     if capability != 90 or triton is None or not _FIRST_WRONG <= Version(triton) < _FIRST_RIGHT:
         return None
     if not has_delta_rule:
-        return f"Triton {triton} computes decays per token (Mamba-2) wrongly on Hopper GPUs: {NEWER_TORCH}"
+        return DecayFault(f"Triton {triton} computes decays per token (Mamba-2) wrongly on Hopper GPUs", NEWER_TORCH)
     if _tilelang_compiles():
         return None
-    return f"Triton {triton} computes decays per token (Gated DeltaNet) wrongly on Hopper GPUs: {NEWER_TORCH} or {TILELANG}"
+    fault = f"Triton {triton} computes decays per token (Gated DeltaNet) wrongly on Hopper GPUs"
+    return DecayFault(fault, f"{NEWER_TORCH} or {TILELANG}")
 
 
-def fla_core_advice(capability: int, delta_rules: tuple[bool, ...] = (True, False)) -> str | None:
-    """Return what to install so that fla-core computes decays per token here, or None if it does or is not installed.
+def fla_core_advice(capability: int, delta_rules: tuple[bool, ...] = (True, False)) -> DecayFault | None:
+    """Return why fla-core computes no decays per token here, with a remedy; None if it does or is not installed.
 
     delta_rules: whether the ops that are wanted have a delta rule; by default both kinds are wanted.
     """

@@ -5,7 +5,7 @@
 Without b the first factor is I and the last b is 1. See `distattn.ir.op` for the ops that are special cases of it.
 """
 
-# T tokens, H heads, G heads of queries and keys (H is a multiple of G), K key dim, V value dim, N stretches of tokens
+# T tokens, H heads, G heads of queries and keys (H is a multiple of G), K key dim, V value dim, N segments of tokens
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# the range of tokens [begin, end) of each stretch, in rows of the tensors
-Stretches = Sequence[tuple[int, int]]
+# the range of tokens [begin, end) of each segment, in rows of the tensors
+Segments = Sequence[tuple[int, int]]
 
 
 class RecurrenceTokens(NamedTuple):
-    """What a recurrence reads of its tokens.
+    """Inputs of a recurrence for some tokens.
 
-    q, k: (T, G, K); consecutive heads share them. v: (T, H, V). g: logarithms of decays, none of them positive: (T, H), or
-    (T, H, K) by channel of the key, or (H,) where they are the same for all tokens, or None for no decay. beta: (T, H), how much
-    of what a key has stored is replaced, or None where nothing is.
+    q, k: (T, G, K); consecutive heads share them. v: (T, H, V). g: logarithms of decays, at most 0: (T, H), or (T, H, K) by
+    channel of the key, or (H,) if all tokens have the same, or None for no decay. beta: (T, H), the share of a key's stored
+    value that is replaced, or None without the delta rule.
     """
 
     q: Tensor
@@ -35,7 +35,7 @@ class RecurrenceTokens(NamedTuple):
 
     @property
     def heads(self) -> int:
-        """H."""
+        """The number of heads H."""
         return self.v.shape[1]
 
     @property
@@ -44,29 +44,29 @@ class RecurrenceTokens(NamedTuple):
         return self.g is not None and self.g.dim() > 1
 
     def present(self) -> dict[str, Tensor]:
-        """The tensors that are there, by name."""
+        """Return the tensors that are not None, by name."""
         return {name: value for name, value in self._asdict().items() if value is not None}
 
     def by_token(self) -> dict[str, Tensor]:
-        """The tensors that have an entry for each token, by name."""
+        """Return the tensors that have an entry for each token, by name."""
         return {name: value for name, value in self.present().items() if name != "g" or self.decays_by_token}
 
     def cut(self, begin: int, end: int) -> RecurrenceTokens:
-        """Tokens [begin, end)."""
+        """Return tokens [begin, end)."""
         return self._replace(**{name: value[begin:end] for name, value in self.by_token().items()})
 
 
-def bounds_of(stretches: Stretches) -> Tensor:
-    """Return stretches as a tensor (N, 2) of int64, on the host."""
-    return torch.tensor([tuple(stretch) for stretch in stretches], dtype=torch.int64).reshape(-1, 2)
+def bounds_of(segments: Segments) -> Tensor:
+    """Return segments as a tensor (N, 2) of int64, on the host."""
+    return torch.tensor([tuple(segment) for segment in segments], dtype=torch.int64).reshape(-1, 2)
 
 
-def token_by_token(x: RecurrenceTokens, stretches: Stretches, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
-    """(o_THV, the state after each stretch): the definition. Rows in no stretch are 0. Differentiable, slow."""
+def token_by_token(x: RecurrenceTokens, segments: Segments, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute (o_THV, the state after each segment) by the definition. Rows in no segment are 0. Differentiable, slow."""
     group = x.heads // x.q.shape[1]
     outputs: dict[int, Tensor] = {}
     states = []
-    for (begin, end), s_HKV in zip(stretches, state_NHKV, strict=True):
+    for (begin, end), s_HKV in zip(segments, state_NHKV, strict=True):
         for t in range(begin, end):
             q_HK, k_HK = (y[t].repeat_interleave(group, 0) for y in (x.q, x.k))
             v_HV = x.v[t]

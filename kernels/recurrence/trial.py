@@ -1,6 +1,6 @@
-"""Kernels of recurrences on trial: all that a task may ask of one is compared with the chunked kernel in fp64, and timed."""
+"""Trials of recurrence kernels: all functions that tasks call are compared with the chunked kernel in fp64, and timed."""
 
-# N stretches, T tokens, H heads, G heads of queries and keys, K key dim, V value dim
+# N segments, T tokens, H heads, G heads of queries and keys, K key dim, V value dim
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.trials import Trial, median_seconds, try_each
 from distattn.kernels.triton.launch import schedule_to_device
 
-# of stretches: some for comparison, some for times; and heads at most
+# lengths of segments for comparison and for timing; and the most heads
 _COMPARED, _TIMED = (150, 1, 64, 33), (2048, 1500, 548)
 _HEADS_COMPARED, _HEADS_TIMED = 4, 32
 _SEED = 1234
 
 
 class RecurrenceInputs(NamedTuple):
-    """Tokens, states that enter, gradients of outputs and of states that leave; the stretches, and what the call requires."""
+    """Inputs of a trial: tokens, entering states, gradients of outputs and of leaving states, segments and requirements."""
 
     x: RecurrenceTokens
     state: Tensor
     do: Tensor
     dstate: Tensor
-    stretches: tuple[tuple[int, int], ...]
+    segments: tuple[tuple[int, int], ...]
     requirements: KernelRequirements
 
     def schedule_of(self, kernel: Any) -> Any:
-        """Return the stretches as a kernel's `prepare` makes them, on the device of the tokens."""
-        return schedule_to_device(kernel.prepare(self.stretches, self.requirements), self.state.device)
+        """Return the kernel's schedule of the segments, on the device of the tokens."""
+        return schedule_to_device(kernel.prepare(self.segments, self.requirements), self.state.device)
 
     @staticmethod
     def random(
         lengths: Sequence[int], heads: int, key_heads: int, requirements: KernelRequirements
     ) -> RecurrenceInputs:
-        """Of stretches of such lengths, as a trained layer has them: keys of length 1, decays of some tokens to thousands."""
+        """Make random inputs like those of a trained layer: keys of length 1, and decays over some to thousands of tokens."""
         op, device, dtype = requirements.op, requirements.device, requirements.dtype
         generator = torch.Generator(device).manual_seed(_SEED)
         tokens, key_dim, value_dim = sum(lengths), requirements.head_dim, requirements.v_head_dim
@@ -70,7 +70,7 @@ def try_recurrence(
     key_heads: int,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Trial]:
-    """The trials of kernels on calls of an op with so many heads, and heads of queries and keys."""
+    """Try kernels on calls of an op. heads: of values. key_heads: of queries and keys."""
     group = heads // key_heads
 
     def inputs(lengths: Sequence[int], most: int) -> RecurrenceInputs:
@@ -86,23 +86,23 @@ def try_recurrence(
     )
 
 
-def differences(kernel: Any, given: RecurrenceInputs) -> list[float]:
-    """Of every result of a kernel from those of the chunked kernel in fp64, relative, by Frobenius norms."""
+def differences(kernel: Any, inputs: RecurrenceInputs) -> list[float]:
+    """Return the relative difference (Frobenius norm) of each result of a kernel from that of the chunked kernel in fp64."""
     exact = RecurrenceInputs(
-        x=given.x._replace(**{name: y.double() for name, y in given.x.present().items()}),
-        state=given.state.double(),
-        do=given.do.double(),
-        dstate=given.dstate.double(),
-        stretches=given.stretches,
-        requirements=given.requirements._replace(dtype=torch.float64),
+        x=inputs.x._replace(**{name: y.double() for name, y in inputs.x.present().items()}),
+        state=inputs.state.double(),
+        do=inputs.do.double(),
+        dstate=inputs.dstate.double(),
+        segments=inputs.segments,
+        requirements=inputs.requirements._replace(dtype=torch.float64),
     )
-    pairs = zip(_results(kernel, given), _results(chunked, exact), strict=True)
+    pairs = zip(_results(kernel, inputs), _results(chunked, exact), strict=True)
     return [float((a.double() - b).norm() / b.norm().clamp(min=1e-12)) for a, b in pairs]
 
 
-def _results(kernel: Any, given: RecurrenceInputs) -> list[Tensor]:
-    x, state, do, dstate = given[:4]
-    schedule = given.schedule_of(kernel)
+def _results(kernel: Any, inputs: RecurrenceInputs) -> list[Tensor]:
+    x, state, do, dstate = inputs[:4]
+    schedule = inputs.schedule_of(kernel)
     dx, dentering = kernel.backward(x, schedule, state, do, dstate)
     results = [*kernel.forward(x, schedule, state), *dx.by_token().values(), dentering]
     return results + [
@@ -111,10 +111,10 @@ def _results(kernel: Any, given: RecurrenceInputs) -> list[Tensor]:
     ]
 
 
-def _seconds(kernel: Any, given: RecurrenceInputs) -> float:
-    """Of forward and backward."""
-    x, state, do, dstate = given[:4]
-    schedule = given.schedule_of(kernel)
+def _seconds(kernel: Any, inputs: RecurrenceInputs) -> float:
+    """Return the seconds of forward and backward."""
+    x, state, do, dstate = inputs[:4]
+    schedule = inputs.schedule_of(kernel)
 
     def run() -> Any:
         return kernel.forward(x, schedule, state), kernel.backward(x, schedule, state, do, dstate)

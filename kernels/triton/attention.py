@@ -1,7 +1,7 @@
-"""Core attention in plain Triton (tier A): which tiles, which launches. The kernels are in forward.py and backward.py.
+"""Core attention in plain Triton (tier A): tiles and launches. The kernels are in forward.py and backward.py.
 
-Runs on NVIDIA GPUs from sm_80 on, and on the CPU in Triton's interpreter (TRITON_INTERPRET=1) for tests. Lengths, runs and
-strides of tokens are data: another batch compiles nothing.
+It runs on NVIDIA GPUs from sm_80 on, and for tests on the CPU in Triton's interpreter (TRITON_INTERPRET=1). Lengths, runs and
+strides are data: another batch compiles nothing.
 """
 
 # T query rows, S key rows, H query heads, K key/value heads, D head dim, E value head dim
@@ -36,7 +36,7 @@ from distattn.kernels.triton.launch import (
     tensor_arguments,
     tile_run_tensors,
 )
-from distattn.kernels.triton.sums import part_bytes, plan_sums, scratch_of_parts
+from distattn.kernels.triton.sums import part_bytes, scratch_of_parts, sums_launch
 from distattn.kernels.triton.tiles import INTERPRETED
 
 DIFFERENTIABLE_LSE = True
@@ -52,7 +52,7 @@ class Tiles(NamedTuple):
     dq: Tile
 
 
-# by the sum of both head dims, at most: what the compile lint finds best (its budgets tell what still spills in loops)
+# by the largest sum of both head dims: best in the compile lint, whose budgets record the remaining spills in loops
 _HALF_90 = {
     128: Tiles(Tile(128, 128, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
     192: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 3), Tile(128, 64, 8, 3)),
@@ -75,12 +75,12 @@ _SINGLE = {
     256: Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     512: Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1)),
 }
-# rows of a program that prepares log-sum-exp and delta; no tile has more
+# rows of a program that prepares log-sum-exp and delta; no tile has more rows
 _ROW_BLOCK = 256
 
 
 class TileSchedule(NamedTuple):
-    """The lists of the three kernels and the shape of the call."""
+    """Lists of the three kernels and the shape of the call."""
 
     forward: TileRunTensors
     dkdv: SplitTileTensors
@@ -91,7 +91,7 @@ class TileSchedule(NamedTuple):
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Why this kernel cannot serve such a call, or None."""
+    """Return the reason why this kernel cannot serve such a call, or None."""
     if requirements.device.type != "cuda" and not (INTERPRETED and requirements.device.type == "cpu"):
         return f"Triton kernels run on NVIDIA GPUs, not on {requirements.device.type}"
     if compute_capability(requirements.device) < 80:
@@ -105,21 +105,21 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 def tiles_for(requirements: KernelRequirements, capability: int) -> Tiles:
-    """The tiles for such a call on a device of this compute capability (80, 90, ...)."""
-    # consumer chips have as little shared memory as older ones
+    """Return the tiles of such a call on a device of this compute capability (80, 90, ...)."""
+    # consumer GPUs have as little shared memory as older ones
     table = _HALF_90 if 90 <= capability < 120 else _HALF_80
     table = _SINGLE if requirements.dtype == torch.float32 else table
     return table[min(dims for dims in table if dims >= requirements.head_dim + requirements.v_head_dim)]
 
 
 def prepare(mask: LaunchMask, requirements: KernelRequirements) -> TileSchedule:
-    """The lists of tiles that compute the mask."""
+    """Return the lists of tiles that compute the mask."""
     tiles = tiles_for(requirements, compute_capability(requirements.device))
     return prepare_tiles(mask, tiles, multiprocessors(requirements.device))
 
 
 def prepare_tiles(mask: LaunchMask, tiles: Tiles, processors: int) -> TileSchedule:
-    """The same with given tiles, for a device of so many processors."""
+    """Return the lists of given tiles, for a device with this number of multiprocessors."""
     by_keys = transposed_runs(mask, tiles.dkdv.keys, tiles.dkdv.rows)
     return TileSchedule(
         tile_run_tensors(tile_runs(mask, tiles.forward.rows, tiles.forward.keys)),
@@ -141,14 +141,14 @@ def forward(
     merge: bool = False,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
-    """(o_THE, lse_TH), in fp32 unless `into` is not; rows without keys have o = 0 and lse = -inf.
+    """Compute (o_THE, lse_TH), in fp32 unless `into` has another dtype. Rows without keys have o = 0 and lse = -inf.
 
     into: (o, lse) to write the result to or, with `merge`, to merge it into.
     """
     if into is None:
         o_THE = q_THD.new_empty(*q_THD.shape[:2], v_SKE.shape[2], dtype=torch.float32)
         into = o_THE, q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
-    run_launch(plan_forward(q_THD, k_SKD, v_SKE, *into, schedule, score, precision=precision, merge=merge))
+    run_launch(forward_launch(q_THD, k_SKD, v_SKE, *into, schedule, score, precision=precision, merge=merge))
     return into
 
 
@@ -165,19 +165,20 @@ def backward(
     add: tuple[bool, bool] = (False, False),
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq_THD, dk_SKD, dv_SKE) of these cells, given the final lse and delta = rowsum(dO * O) of each row; fp32, or as `into` is.
+    """Compute (dq_THD, dk_SKD, dv_SKE) of these cells from the final lse and delta = rowsum(dO * O), in fp32 or the dtype of
+    `into`.
 
-    into: dq, and (dk, dv), to write results to; add: whether they are added to what is there, to dq, and to dk and dv.
+        into: dq, and (dk, dv), to write results to. add: add to their contents, for dq, and for dk and dv.
     """
     dq = q_THD.new_empty(q_THD.shape, dtype=torch.float32) if into[0] is None else into[0]
     dk, dv = into[1] or (x.new_empty(x.shape, dtype=torch.float32) for x in (k_SKD, v_SKE))
     tensors = do_THE, q_THD, k_SKD, v_SKE, lse_TH, delta_TH
-    for launch in plan_backward(*tensors, (dq, dk, dv), schedule, score, precision=precision, accumulate=add):
+    for launch in backward_launch(*tensors, (dq, dk, dv), schedule, score, precision=precision, accumulate=add):
         run_launch(launch)
     return dq, dk, dv
 
 
-def plan_forward(
+def forward_launch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -189,7 +190,7 @@ def plan_forward(
     precision: str = "ieee",
     merge: bool = False,
 ) -> TritonLaunch:
-    """The forward launch. o (T, H, E) and lse (T, H) are written, or with `merge` folded into what they hold."""
+    """Return the forward launch. It writes o (T, H, E) and lse (T, H), or with `merge` merges into their contents."""
     (rows, heads, _), keys = q.shape, len(k)
     tile = schedule.tiles.forward
     arguments = _operands({"q": (q, tile.rows), "k": (k, tile.keys), "v": (v, tile.keys)})
@@ -200,7 +201,7 @@ def plan_forward(
     return make_launch(forward_kernel, len(schedule.forward.order) * heads, arguments, tile)
 
 
-def plan_backward(
+def backward_launch(
     do: Tensor,
     q: Tensor,
     k: Tensor,
@@ -214,12 +215,12 @@ def plan_backward(
     precision: str = "ieee",
     accumulate: tuple[bool, bool] = (False, False),
 ) -> list[TritonLaunch]:
-    """The backward launches; grads: (dq, dk, dv). accumulate: add to dq, to dk and dv, instead of writing."""
+    """Return the backward launches. grads: (dq, dk, dv). accumulate: add instead of writing, for dq, and for dk and dv."""
     (rows, heads, _), (keys, kv_heads, _) = q.shape, k.shape
     dq, dk, dv = grads
-    numbers, first_launch = plan_row_numbers(lse, delta)
+    numbers, first_launch = row_numbers_launch(lse, delta)
     padded = numbers.shape[2]
-    # arguments that are not used are of one alignment: another would compile another kernel
+    # unused arguments always have the same alignment: another one would compile another kernel
     slopes = numbers if score.slopes_H is None else score.slopes_H
     split = schedule.dkdv
     parts = scratch_of_parts(dk, dv, split, schedule.tiles.dkdv)
@@ -236,11 +237,11 @@ def plan_backward(
         arguments["PRECISION"] = precision
         arguments |= dict(BM=tile.rows, BN=tile.keys, ACC=acc)
         launches.append(make_launch(kernel, len(lists.order) * owners, arguments, tile))
-    return [*launches, plan_sums(parts, dk, dv, split, accumulate[1])] if split.slots else launches
+    return [*launches, sums_launch(parts, dk, dv, split, accumulate[1])] if split.slots else launches
 
 
-def plan_row_numbers(lse: Tensor, delta: Tensor) -> tuple[Tensor, TritonLaunch]:
-    """(2, H, more than T): log-sum-exp in base 2 and delta as backward kernels read them, and the launch that fills it."""
+def row_numbers_launch(lse: Tensor, delta: Tensor) -> tuple[Tensor, TritonLaunch]:
+    """Return a tensor (2, H, more than T) for the log-sum-exp in base 2 and delta, and the launch that fills it."""
     rows, heads = lse.shape
     numbers = scratch_of_numbers(lse)
     padded = numbers.shape[2]
@@ -251,19 +252,19 @@ def plan_row_numbers(lse: Tensor, delta: Tensor) -> tuple[Tensor, TritonLaunch]:
 
 
 def scratch_of_numbers(lse: Tensor) -> Tensor:
-    """Where the row numbers of a launch go."""
+    """Allocate the tensor for the row numbers of a launch."""
     return lse.new_empty(2, lse.shape[1], _padded(len(lse)))
 
 
 def workspace_bytes(direction: str, shape: LaunchShape, schedule: TileSchedule) -> int:
-    """Bytes that a pass allocates on the device beside its operands and results."""
+    """Return the bytes that a pass allocates on the device in addition to its operands and results."""
     if direction == "forward":
         return 0
     return row_number_bytes(shape) + part_bytes(shape, schedule.dkdv, schedule.tiles.dkdv)
 
 
 def row_number_bytes(shape: LaunchShape) -> int:
-    """Bytes of the row numbers of a backward launch."""
+    """Return the bytes of the row numbers of a backward launch."""
     return 2 * shape.heads * _padded(shape.rows) * 4
 
 
@@ -274,12 +275,12 @@ def _padded(rows: int) -> int:
 
 @cache
 def _parts(dim: int) -> list[int]:
-    """A head dim as powers of two, largest first."""
+    """Return a head dim as a sum of powers of two, largest first."""
     return [1 << bit for bit in range(dim.bit_length() - 1, -1, -1) if dim >> bit & 1]
 
 
 def _operands(tensors: dict[str, tuple[Tensor, int]]) -> dict[str, Any]:
-    """Tensors with their strides and the parts of their head dims: by tensor-memory accelerator where all of them can."""
+    """Return tensors with their strides and the parts of their head dims, as TMA descriptors if all tensors allow it."""
     tensors = {name: (x if x.stride(2) == 1 else x.contiguous(), block) for name, (x, block) in tensors.items()}
     tma = all(_fits_tma(x) for x, _ in tensors.values())
     arguments: dict[str, Any] = {"TMA": tma}
@@ -304,6 +305,6 @@ def _fits_tma(x: Tensor) -> bool:
 
 
 def _descriptor(x: Tensor, block: int, width: int) -> TensorDescriptor:
-    """A descriptor of the matrix (tokens, heads x dim)."""
+    """Return a descriptor of the matrix (tokens, heads x dim)."""
     columns = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
     return TensorDescriptor(x, [x.shape[0], columns], [x.stride(0), 1], [block, width])

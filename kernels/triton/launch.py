@@ -1,4 +1,4 @@
-"""What goes into a launch of a Triton or Gluon kernel: tiles, lists of runs, tensors with their strides."""
+"""Arguments and launches of Triton and Gluon kernels: tiles, lists of runs, tensors with their strides."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Tile(NamedTuple):
 
 
 class TileRunTensors(NamedTuple):
-    """Runs as the kernels read them: int32 tensors, see `Runs`."""
+    """Runs as the kernels read them: int32 tensors, see `TileRuns`."""
 
     first: Tensor
     run: Tensor
@@ -46,7 +46,7 @@ class SplitTileTensors(NamedTuple):
 
 
 class TritonLaunch(NamedTuple):
-    """One launch: what `kernel[grid](**arguments, **options)` gets. The compile lint reads the same."""
+    """One launch: the arguments of `kernel[grid](**arguments, **options)`, which the compile lint also reads."""
 
     kernel: Any
     grid: tuple[int]
@@ -62,7 +62,7 @@ def run_launch(launch: TritonLaunch) -> None:
 
 @cache
 def compute_capability(device: torch.device) -> int:
-    """Compute capability of a device: 80, 90, ...; 80 in the interpreter."""
+    """Return the compute capability of a device: 80, 90, ...; 80 in the interpreter."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return 80
     major, minor = torch.cuda.get_device_capability(device)
@@ -71,25 +71,25 @@ def compute_capability(device: torch.device) -> int:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors a device has; those of an H100 where there is no GPU."""
+    """Return the number of multiprocessors of a device; that of an H100 without a GPU."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return 132
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def tile_run_tensors(runs: TileRuns) -> TileRunTensors:
-    """Runs as tensors on the host."""
+    """Copy runs into tensors on the host."""
     return TileRunTensors(*(torch.from_numpy(column) for column in runs[:6]))
 
 
 def split_tile_tensors(tiles: SplitTiles) -> SplitTileTensors:
-    """The same of tiles of keys that are cut."""
+    """Copy runs of split tiles into tensors on the host."""
     part, sums = (torch.from_numpy(column) for column in (tiles.part, tiles.sums))
     return SplitTileTensors(tile_run_tensors(tiles.runs), part, sums, tiles.slots)
 
 
 def schedule_to_device(schedule: Any, device: torch.device) -> Any:
-    """A kernel's schedule, as its `prepare` made it, with all tensors on a device."""
+    """Return a kernel's schedule with all tensors on a device."""
     if isinstance(schedule, Tensor):
         return schedule.to(device)
     if not isinstance(schedule, tuple):
@@ -99,7 +99,7 @@ def schedule_to_device(schedule: Any, device: torch.device) -> Any:
 
 
 def tensor_arguments(**tensors: Tensor) -> dict[str, Any]:
-    """Arguments for tensors (tokens, heads, ...) and their strides."""
+    """Return arguments for tensors (tokens, heads, ...) and their strides."""
     out: dict[str, Any] = {}
     for name, x in tensors.items():
         out |= {f"{name}_": x, f"{name}_row": x.stride(0), f"{name}_head": x.stride(1)}
@@ -109,16 +109,16 @@ def tensor_arguments(**tensors: Tensor) -> dict[str, Any]:
 def call_arguments(
     lists: TileRunTensors, rows: int, keys: int, heads: int, group: int, first: int, score: ScoreMod
 ) -> dict[str, Any]:
-    """Arguments for the runs, the shape of the call and how scores are made."""
+    """Return arguments for the runs, the shape of the call and the score."""
     columns = {f"{name}_": column for name, column in lists._asdict().items()}
     numbers = dict(rows=rows, keys=keys, heads=heads, tiles=len(lists.order), shift=first, GROUP=group)
-    how = dict(scale=score.scale, cap=score.softcap, CAP=score.softcap > 0, ALIBI=score.slopes_H is not None)
-    return columns | numbers | how
+    score_options = dict(scale=score.scale, cap=score.softcap, CAP=score.softcap > 0, ALIBI=score.slopes_H is not None)
+    return columns | numbers | score_options
 
 
 def make_launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile) -> TritonLaunch:
-    """A launch with those of the arguments that the kernel has."""
-    wanted = {name: arguments[name] for name in kernel.arg_names}
-    # Triton 3.10 no longer joins products and sums by itself
+    """Make a launch with those of the arguments that the kernel has."""
+    kernel_arguments = {name: arguments[name] for name in kernel.arg_names}
+    # Triton 3.10 no longer fuses products and sums by default
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    return TritonLaunch(kernel, (programs,), wanted, options)
+    return TritonLaunch(kernel, (programs,), kernel_arguments, options)

@@ -41,7 +41,7 @@ def spin_kernel(flags_, numbers_, most, NUMBERS: tl.constexpr):
     tl.store(place, x)
 
 
-def plan_spin(flags: Tensor, numbers: Tensor, programs: int, most: int = _MOST_TURNS) -> TritonLaunch:
+def spin_launch(flags: Tensor, numbers: Tensor, programs: int, most: int = _MOST_TURNS) -> TritonLaunch:
     """Return the launch of `programs` programs. flags: two int32 zeros. numbers: (programs * _NUMBERS,) fp32."""
     arguments: dict[str, Any] = dict(flags_=flags, numbers_=numbers, most=most, NUMBERS=_NUMBERS)
     return TritonLaunch(spin_kernel, (programs,), arguments, {"num_warps": _WARPS})
@@ -58,7 +58,7 @@ class Spinner:
         numbers = torch.zeros(self.programs * _NUMBERS, device=device)
         self.stream = torch.cuda.Stream(device)
         self.stream.wait_stream(torch.cuda.current_stream(device))
-        launch = plan_spin(self.flags, numbers, self.programs)
+        launch = spin_launch(self.flags, numbers, self.programs)
         with torch.cuda.stream(self.stream):
             launch.kernel[launch.grid](**launch.arguments, **launch.options)
         # held until `stop` has waited for the stream

@@ -62,7 +62,7 @@ def part_bytes(shape: LaunchShape, lists: SplitTileTensors, tile: Tile) -> int:
     return lists.slots * tile.keys * shape.kv_heads * (shape.head_dim + shape.v_head_dim) * 4
 
 
-def plan_sums(parts: Tensor, dk: Tensor, dv: Tensor, lists: SplitTileTensors, accumulate: bool) -> TritonLaunch:
+def sums_launch(parts: Tensor, dk: Tensor, dv: Tensor, lists: SplitTileTensors, accumulate: bool) -> TritonLaunch:
     """The launch that adds the parts up."""
     _, keys_of_tile, kv_heads, _ = parts.shape
     dims = dk.shape[2], dv.shape[2]

@@ -12,7 +12,7 @@ from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import CommandParser
 from distattn.launch.data.progress import ProgressReporter
 from distattn.launch.data.tables import plan_facts, print_plan
-from distattn.parallel.analysis.columns import readable_bytes
+from distattn.parallel.analysis.text_format import readable_bytes
 
 USAGE = """usage: distattn data pack PACKS.toml [--force] [--json]
 

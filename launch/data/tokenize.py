@@ -13,7 +13,7 @@ from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import CommandParser
 from distattn.launch.data.progress import ProgressReporter
 from distattn.launch.data.tokenize_processes import tokenize
-from distattn.parallel.analysis.columns import readable_bytes
+from distattn.parallel.analysis.text_format import readable_bytes
 
 USAGE = """usage: distattn data tokenize PATH... --out PREFIX --tokenizer NAME [options]
 

@@ -26,7 +26,7 @@ from distattn.data.tokenizing.tokenize import (
 )
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.launch.command_line import print_message
-from distattn.supervision.helpers import LOOK_SECONDS, MOST_REPLACEMENTS, Helper, how_it_ended
+from distattn.supervision.helper_processes import LOOK_SECONDS, MOST_REPLACEMENTS, Helper, describe_exit
 
 _WRAPPER = "distattn.launch.ranks.die_with_launcher"
 _WORKER = "distattn.data.tokenizing.tokenize_worker"
@@ -167,7 +167,7 @@ class _Worker:
         code = self._process.wait()
         if self.shard is None:
             return ""
-        how = self._fault or how_it_ended(code)
+        how = self._fault or describe_exit(code)
         return (
             f"tokenize: process {self.number} ({self._process.pid}) {how} while it worked on {job.describe(self.shard)}"
         )

@@ -17,7 +17,7 @@ from distattn.data.packing.plan_coverage import CorpusCoverage, check_coverage
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.launch.command_line import CommandParser, ResultConsole
 from distattn.launch.data.progress import ProgressReporter
-from distattn.parallel.analysis.columns import readable_bytes
+from distattn.parallel.analysis.text_format import readable_bytes
 
 USAGE = """usage: distattn data verify PREFIX|PACKS.toml... [--vocabulary N] [--write-digests] [--json]
 

@@ -31,7 +31,7 @@ from distattn.launch.ranks.process_title import RUN_VARIABLE
 from distattn.launch.stop_signals import STOPPING
 from distattn.supervision.culprits import Culprit
 from distattn.supervision.heartbeats import HeartbeatBoard
-from distattn.supervision.helpers import Helper, how_it_ended
+from distattn.supervision.helper_processes import Helper, describe_exit
 from distattn.supervision.node_links import NodeLinks
 from distattn.supervision.node_reports import NodeReports
 from distattn.supervision.rank_watch import Patience, RankWatch, Trouble
@@ -164,7 +164,8 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
             code, trouble = _ended({}, trouble)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        code, trouble = _ended(codes, watch.close() or _silent_end(error))
+        trouble = watch.close()
+        code, trouble = _ended(codes, trouble) if trouble is not None else _silent_end(error)
     except (EOFError, OSError) as error:
         # the fork server ended while it was asked for ranks
         if (trouble := watch.close()) is None:
@@ -228,19 +229,23 @@ def _ended(codes: Mapping[int, int], trouble: Trouble) -> tuple[int, Trouble]:
     if trouble.kind != "killed" or any(culprit.helper for culprit in trouble.culprits):
         return trouble.exit_code, trouble
     first = [culprit for culprit in trouble.culprits if culprit.rank in codes]
-    named = tuple(culprit._replace(how=_how_it_died(codes[culprit.rank])) for culprit in first if culprit.does)
-    code = codes[first[0].rank] if first else trouble.exit_code
-    return (code if code > 0 else 128 - code), replace(trouble, culprits=named or trouble.culprits)
+    named = tuple(culprit._replace(how=_how_it_died(codes[culprit.rank])) for culprit in first)
+    code = _exit_code(codes[first[0].rank] if first else trouble.exit_code)
+    return code, replace(trouble, culprits=named or trouble.culprits)
+
+
+def _exit_code(code: int) -> int:
+    """Return the exit code that a shell gives for torchrun's, which is -N for signal N."""
+    return code if code > 0 else 128 - code
 
 
 def _how_it_died(code: int) -> str:
-    return how_it_ended(code) + (" without giving a reason" if code >= 0 else "")
+    return describe_exit(code) + (" without giving a reason" if code >= 0 else "")
 
 
-def _silent_end(error: ChildFailedError) -> Trouble:
-    """Return the trouble of ranks without a heartbeat, with the rank that ended first."""
+def _silent_end(error: ChildFailedError) -> tuple[int, Trouble]:
+    """Return the exit code of an attempt whose ranks had no heartbeat, and its trouble with the rank that ended first."""
     rank, failure = min(error.failures.items(), key=lambda item: item[1].timestamp)
-    culprits = (Culprit(rank, f"{how_it_ended(failure.exitcode)} before its first heartbeat"),)
-    if failure.exitcode < 0:
-        return Trouble(culprits, "killed", 0, 0.0)
-    return Trouble(culprits, "raised", 0, 0.0, failure.exitcode)
+    culprits = (Culprit(rank, f"{describe_exit(failure.exitcode)} before its first heartbeat"),)
+    code = _exit_code(failure.exitcode)
+    return code, Trouble(culprits, "killed" if failure.exitcode < 0 else "raised", 0, 0.0, code)

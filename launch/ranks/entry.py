@@ -16,9 +16,9 @@ from pathlib import Path
 
 from distattn.ir.errors import DistattnError
 from distattn.launch.ranks.die_with_launcher import set_parent_death_signal
-from distattn.supervision.evidence import answer_with_stacks, be_read_by
+from distattn.supervision.evidence import allow_stack_reads, answer_with_stacks
 from distattn.supervision.flight_recorder import answer_with_flight_recorder
-from distattn.supervision.heartbeats import LEFT, attach, set_activity, set_end
+from distattn.supervision.heartbeats import attach, set_activity, set_end, set_left
 
 _AFTER_OTHERS_SECONDS = 0.5
 # seconds for which threads of libraries may run on after a rank's work
@@ -39,7 +39,7 @@ def run_rank(launcher: int, board: str, attempt: int, evidence: str, function: s
     rank = int(os.environ["RANK"])
     attach(Path(board), int(os.environ["LOCAL_RANK"]), attempt)
     answer_with_stacks(Path(evidence), rank)
-    be_read_by(launcher)
+    allow_stack_reads(launcher)
     answer_with_flight_recorder()
     set_activity("starting")
     module, name = function.split(":")
@@ -79,7 +79,7 @@ def end_with_process(pid: int) -> None:
 
 def _leave(seconds: float, rank: int) -> None:
     """End this process with exit code 0 after some time, even if Python waits for threads: its work is done."""
-    set_activity(LEFT)
+    set_left()
 
     def end() -> None:
         main = threading.main_thread()

@@ -25,12 +25,12 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from distattn.ir.errors import LostRankError
-from distattn.parallel.runtime.interfaces import (
+from distattn.parallel.runtime.network_interfaces import (
     LOOPBACK,
     addresses_towards,
     interface_address,
     listening_socket,
-    resolved,
+    resolve_host,
 )
 from distattn.supervision.node_links import NodeAddress
 
@@ -146,7 +146,7 @@ def _socket_of(host: str, port: int) -> socket.socket:
     It listens on all interfaces if the name has no address here, an address of another machine, or the loopback's, as in
     /etc/hosts of some systems, although other machines reach this one by the name.
     """
-    for address in resolved(host)[:1]:
+    for address in resolve_host(host)[:1]:
         if host in (address, "localhost") or not ipaddress.ip_address(address).is_loopback:
             with suppress(OSError):
                 return listening_socket(address, port, _WAITING)

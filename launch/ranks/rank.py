@@ -12,7 +12,7 @@ from typing import Any
 
 from distattn.launch.ranks import copy_output
 from distattn.launch.ranks.process_title import set_title
-from distattn.supervision.helpers import LOOK_SECONDS, Helper
+from distattn.supervision.helper_processes import LOOK_SECONDS, Helper
 
 # less than the time that ranks may be silent: rank 0 waits for a stopped copier once the pipe is full
 _COPY_PATIENCE_SECONDS = 3.0

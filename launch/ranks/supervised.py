@@ -8,14 +8,14 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from distattn.checkpoints.held_folder import HeldFolder
+from distattn.checkpoints.folder_handle import FolderHandle
 from distattn.checkpoints.owner import writer_name
 from distattn.ir.errors import LostRankError
 from distattn.launch.attempt_end import RepeatedFailures
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import print_message
 from distattn.launch.ranks.attempt import Ranks, fork_server, run_attempt
-from distattn.launch.stop_signals import CommandStopped, answering_signals
+from distattn.launch.stop_signals import CommandStopped, stop_on_signals
 from distattn.supervision.heartbeats import HeartbeatBoard
 from distattn.supervision.rank_watch import Trouble
 
@@ -29,7 +29,7 @@ class Restarts:
 
     limit: int
     progress: Callable[[], int]
-    folder: HeldFolder | None = None
+    folder: FolderHandle | None = None
 
 
 def run_supervised(ranks: Ranks, attempts: Attempts, restarts: Restarts, preload: Sequence[str] = ()) -> int:
@@ -41,12 +41,13 @@ def run_supervised(ranks: Ranks, attempts: Attempts, restarts: Restarts, preload
     Return 0 if all ranks end well, else the exit code of `run_attempt`. Raises CommandStopped if this process is stopped.
     """
     attempts.end_open("ended with its launcher, before the cause was known")
-    with answering_signals(), fork_server(preload, run=ranks.run):
+    with stop_on_signals(), fork_server(preload, run=ranks.run):
         return _run_until_done(ranks, attempts, restarts)
 
 
 def _run_until_done(ranks: Ranks, attempts: Attempts, restarts: Restarts) -> int:
-    without_progress, furthest, before = 0, restarts.progress(), ""
+    without_progress, furthest = 0, restarts.progress()
+    before: Trouble | None = None
     failures = RepeatedFailures()
     while True:
         code, trouble = _run_once(ranks, attempts)
@@ -57,7 +58,7 @@ def _run_until_done(ranks: Ranks, attempts: Attempts, restarts: Restarts) -> int
         failures.add(culprit.name for culprit in trouble.culprits)
         now = restarts.progress()
         without_progress, furthest = (1, now) if now > furthest else (without_progress + 1, furthest)
-        repeated = without_progress > 1 and str(trouble) == before
+        repeated = without_progress > 1 and trouble.repeats(before)
         if trouble.kind == "refused" and restarts.folder is not None and not restarts.folder.is_in_place():
             # the fate of the run's folder concerns all ranks; one rank has reported it
             return code
@@ -70,7 +71,7 @@ def _run_until_done(ranks: Ranks, attempts: Attempts, restarts: Restarts) -> int
                 same, host = f"{failures.culprit} failed {failures.count} times in a row", socket.gethostname()
                 print_message(f"{same} on {host}: if its memory or a device is the cause, leave {host} out.")
             return code
-        before = str(trouble)
+        before = trouble
         count = f"restart {without_progress} of {restarts.limit} until the run comes further"
         print_message(f"{trouble}; all ranks start again on {socket.gethostname()} from step {now:,} ({count}).")
 

@@ -18,11 +18,11 @@ from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import CommandParser, print_message
 from distattn.launch.node_needs import node_needs
 from distattn.launch.ray import driver as ray_driver
-from distattn.launch.ray.head import completing, watched_head
+from distattn.launch.ray.head import resume_command, watch_head
 from distattn.launch.ray.run import RayRun, new_job, stopping
 from distattn.launch.ray.sweep import run_sweep
 from distattn.launch.run_status import sweep_runs
-from distattn.launch.stop_signals import CommandStopped, answering_signals, stopped
+from distattn.launch.stop_signals import CommandStopped, stop_on_signals, stopped
 from distattn.training.config import run_file as configuration
 from distattn.training.config.run_file import Config
 from distattn.training.run_folder import RunFolder
@@ -51,8 +51,8 @@ def _cores_here(configs: Sequence[Config]) -> int:
 def run_attempts(run: RunFolder, config: Config) -> int:
     """Run attempts of a run on the cluster that this process is connected to. Returns the exit code, 75 where it was stopped."""
     one = RayRun(run, config, new_job())
-    then = f"{completing(run.folder)} goes on from the newest checkpoint"
-    with stopped("on Ray", then), stopping(one.stop), watched_head(run.folder):
+    then = f"{resume_command(run.folder)} goes on from the newest checkpoint"
+    with stopped("on Ray", then), stopping(one.stop), watch_head(run.folder):
         return one.train()
 
 
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--ray.address", dest="address")
     try:
         options = parser.parse_args(arguments)
-        with answering_signals():
+        with stop_on_signals():
             return _go_on(RunFolder(options.run), options.address)
     except CommandStopped as stop:
         print_message(str(stop))

@@ -15,13 +15,13 @@ from distattn.launch.command_line import print_message
 _LOOK_SECONDS, _ANSWER_SECONDS, _LOOKS = 2.0, 2.0, 5
 
 
-def completing(folder: object) -> str:
+def resume_command(folder: object) -> str:
     """Return the command that goes on with the run, or the sweep, of a folder."""
     return f"python -m distattn.launch.ray.attempts {folder}"
 
 
 @contextmanager
-def watched_head(folder: object) -> Iterator[None]:
+def watch_head(folder: object) -> Iterator[None]:
     """Watch the head of this process's cluster while the block works on the run or sweep of a folder; say once if it is lost."""
     address = ray.get_runtime_context().gcs_address
     closed = threading.Event()
@@ -40,8 +40,8 @@ def _watch(address: str, folder: object, closed: threading.Event) -> None:
         if missed == _LOOKS:
             print_message(
                 f"the head of the Ray cluster at {address} does not answer any more. Ranks train on while their nodes live, and "
-                f"no report is written. Once the cluster has a head again, {completing(folder)} ends them, goes on and reports "
-                "(--ray.address=HOST:PORT where it is elsewhere)."
+                f"no report is written. Once the cluster has a head again, {resume_command(folder)} ends them, goes on and "
+                "reports (--ray.address=HOST:PORT where it is elsewhere)."
             )
 
 

@@ -18,7 +18,7 @@ from distattn.launch.attempt_end import OTHERS_SECONDS, AttemptEnd, LeftOut
 from distattn.launch.command_line import print_message
 from distattn.launch.node_needs import NodeNeeds
 from distattn.launch.ray.agent import NodeAgent, NodePlace
-from distattn.launch.ray.room import MoreNodes, bundle_nodes, hold_nodes
+from distattn.launch.ray.placement import NodeReservation, bundle_nodes, hold_nodes
 from distattn.training.run_folder import RunFolder
 
 # that an agent may take to start: Ray may be late to know that a node is gone, and a new process imports
@@ -107,19 +107,19 @@ class RayNodes:
         }
         end, failed_at = AttemptEnd(), 0.0
         taken = [place.node for place in self._places.values()]
-        more = MoreNodes(self._needs, taken, self._size.counts, self._left_out.hosts)
+        reservation = NodeReservation(self._needs, taken, self._size.counts, self._left_out.hosts)
         try:
             while runs and (not failed_at or time.monotonic() - failed_at < OTHERS_SECONDS):
                 for done in ray.wait(list(runs), num_returns=1, timeout=_LOOK_SECONDS)[0]:
                     code, words = _exit(done)
                     if end.add(runs.pop(done), code, words) and code != 0 and not failed_at:
                         failed_at = time.monotonic()
-                if not end.codes and not end.next_nodes and (nodes := more.found()):
+                if not end.codes and not end.next_nodes and (nodes := reservation.available_nodes()):
                     end.next_nodes = nodes
                     self._ask_to_regroup(nodes)
         finally:
             _end(self._agents.values())
-            more.close()
+            reservation.close()
         alive = _alive()
         end.lost = [host for host, code in end.codes.items() if code is None and self._places[host].node not in alive]
         if any(end.codes.values()) or None in end.codes.values():

@@ -20,7 +20,7 @@ from distattn.launch.command_line import print_message
 from distattn.launch.elastic_run import ElasticRun
 from distattn.launch.node_attempts import NodeAttempts, Outcome
 from distattn.launch.node_needs import node_needs
-from distattn.launch.ray.head import completing
+from distattn.launch.ray.head import resume_command
 from distattn.launch.ray.nodes import NodeCounts, RayNodes
 from distattn.launch.run_status import ray_facts
 from distattn.launch.stop_signals import CommandStopped
@@ -68,7 +68,7 @@ class RayRun:
                     f"{self.run.state_file}: cannot be written: {error.strerror}; the run ended with exit code {outcome.code}."
                 )
         if outcome.code == RunStopped.exit_code:
-            print_message(f"{completing(self.run.folder)} goes on from the newest checkpoint.")
+            print_message(f"{resume_command(self.run.folder)} goes on from the newest checkpoint.")
         return outcome.code
 
 

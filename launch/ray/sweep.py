@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from distattn.ir.errors import RunStopped
 from distattn.launch.command_line import print_message
-from distattn.launch.ray.head import completing, watched_head
-from distattn.launch.ray.room import node_slots
+from distattn.launch.ray.head import resume_command, watch_head
+from distattn.launch.ray.placement import node_slots
 from distattn.launch.ray.run import RayRun, new_job, note_launcher, note_state, stopping
 from distattn.launch.stop_signals import stopped
 from distattn.training.config.run_file import Config
@@ -89,8 +89,8 @@ def run_sweep(folder: RunFolder, runs: Sequence[tuple[RunFolder, Config]]) -> in
     note_launcher(folder, "running")
     code = 1
     try:
-        then = f"{completing(folder.folder)} goes on with runs that have not ended well"
-        with stopped("on Ray", then), stopping(sweep.stop), watched_head(folder.folder):
+        then = f"{resume_command(folder.folder)} goes on with runs that have not ended well"
+        with stopped("on Ray", then), stopping(sweep.stop), watch_head(folder.folder):
             code = sweep.train()
     finally:
         note_state(folder, f"ended {code}")

@@ -36,7 +36,7 @@ from distattn.launch.slurm.commands import (
     job_state,
     usable_hosts,
 )
-from distattn.launch.slurm.steps import JobHosts, read_line
+from distattn.launch.slurm.steps import JobHosts, read_srun_line
 from distattn.training.run_folder import RunFolder
 
 # for Slurm to end a step of which one node has failed, and OTHERS_SECONDS have passed
@@ -114,7 +114,7 @@ class JobNodes:
             if line is None:
                 break
             # what becomes of tasks after the step was ended is our doing
-            if read_line(end, line, tasks=not killed) and not failed_at:
+            if read_srun_line(end, line, tasks=not killed) and not failed_at:
                 failed_at = time.monotonic()
             waited = time.monotonic() - failed_at if failed_at else 0.0
             if waited > OTHERS_SECONDS and not killed:

@@ -18,7 +18,11 @@ OUTAGE_SECONDS, _PAUSE_SECONDS = 120.0, 2.0
 
 
 class SlurmError(DistattnError):
-    """Slurm refuses, or does not answer."""
+    """Slurm refuses, or does not answer. answer: its own words."""
+
+    def __init__(self, command: str, answer: str):
+        super().__init__(f"{command} refused: {answer}")
+        self.answer = answer
 
 
 def ask_slurm(*command: str, patience: float = 0.0) -> str:
@@ -36,7 +40,7 @@ def ask_slurm(*command: str, patience: float = 0.0) -> str:
             return done.stdout.strip()
         words = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         if time.monotonic() >= ends or not _UNANSWERED.search(words):
-            raise SlurmError(f"{command[0]} refused: {words}")
+            raise SlurmError(command[0], words)
         time.sleep(_PAUSE_SECONDS)
 
 
@@ -85,9 +89,9 @@ def job_state(job: str, patience: float = 0.0) -> str:
     """Slurm's word for the state of a job, such as RUNNING; empty once Slurm has forgotten it. patience: see `ask_slurm`."""
     try:
         return ask_slurm("squeue", "--noheader", "--jobs", job, "--format=%T", patience=patience)
-    except DistattnError as error:
+    except SlurmError as error:
         # Slurm forgets a job some minutes after its end
-        if "Invalid job id" not in str(error):
+        if "Invalid job id" not in error.answer:
             raise
         return ""
 

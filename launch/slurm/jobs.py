@@ -123,15 +123,16 @@ def status(run: RunFolder) -> dict[str, Any]:
     """
     job = _job(run)
     state = job_state(str(job))
+    phase = "running" if state == "RUNNING" else "unknown"
     if not state:
         left = run.state_file.read_text("utf-8").split() if run.state_file.exists() else []
-        state = (
-            "gone: it never began" if not left else "killed" if left == ["running"] else f"ended, exit code {left[1]}"
-        )
+        phase = "unknown" if not left else "killed" if left == ["running"] else "ended"
+        state = {"unknown": "gone: it never began", "killed": "killed"}.get(phase) or f"ended, exit code {left[1]}"
     return {
         "run": str(run.folder),
         "job": job,
         "state": state,
+        "phase": phase,
         "steps": run.steps_done(),
         "attempts": Attempts(run.attempts).rows(),
     }

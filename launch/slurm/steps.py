@@ -14,7 +14,7 @@ _NO_STEP = re.compile(r"srun: error: Unable to create step for job \S+: (.*\S)")
 _NODE_LOST = re.compile(r"srun: error: (?:Node failure on|[^\n]*failed on node) ([\w.,\[\]-]+)")
 
 
-def read_line(end: AttemptEnd, line: str, tasks: bool) -> bool:
+def read_srun_line(end: AttemptEnd, line: str, tasks: bool) -> bool:
     """Take over what a line of srun's says; returns whether it tells of a failure. tasks: whether ends of tasks count."""
     if found := _NO_STEP.search(line):
         end.unstarted = found[1]

@@ -1,4 +1,4 @@
-"""Finds two rectangles of a group that overlap, by sorts and searches: near-linear whatever the rectangles are."""
+"""Find two rectangles of a group that overlap, by sorts and searches, in almost linear time for any rectangles."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _SLABS = 16
 
 
 def first_overlap(group: Ints, box: tuple[Ints, Ints, Ints, Ints]) -> tuple[int, int] | None:
-    """Two rows of one group whose rectangles [q0, q1) x [k0, k1) share a cell, or None.
+    """Return two rows of one group whose rectangles [q0, q1) x [k0, k1) share a cell, or None.
 
-    Rectangles of a plan mostly line up: cut at each other's ends along one axis they become few slabs, in which the
-    other axis must be disjoint. Where they do not (random cuts make M ** 1.5 slabs) a segment tree takes O(M log M).
+    Rectangles of a plan are mostly aligned: cut at each other's ends along one axis they become few slabs, in which the other
+    axis must be disjoint. If they are not aligned (random cuts make M ** 1.5 slabs) a segment tree takes O(M log M).
     """
     q0, q1, k0, k1 = box
     rows = len(group)
@@ -40,15 +40,15 @@ def _clash_in_slabs(group: Ints, low: Ints, high: Ints, begin: Ints, end: Ints) 
 
 
 def _clash_in_levels(group: Ints, low: Ints, high: Ints, begin: Ints, end: Ints) -> tuple[int, int] | None:
-    """A segment tree over the first axis, level by level.
+    """Search a segment tree over the first axis, level by level.
 
-    An interval fills at most two nodes a level whole (it is *long* there) and meets at most two in part (*short*). Two
-    intervals overlap just when, at some node, both are long or one is long and the other short.
+    An interval covers at most two nodes of a level completely (it is *long* there) and meets at most two in part (*short*).
+    Two intervals overlap exactly if, at some node, both are long or one is long and the other short.
     """
     base = int(high.max()) + 2
     points = sorted_unique(np.concatenate([group * base + low, group * base + high]))
     a, b = np.searchsorted(points, group * base + low), np.searchsorted(points, group * base + high)
-    # the second axis as ranks, with the group in them: then a node and a rank fit in one number
+    # the second axis as ranks that include the group: then a node and a rank fit in one number
     width = int(end.max()) + 2
     ranks = sorted_unique(np.concatenate([group * width + begin, group * width + end]))
     c, d = np.searchsorted(ranks, group * width + begin), np.searchsorted(ranks, group * width + end)
@@ -59,20 +59,20 @@ def _clash_in_levels(group: Ints, low: Ints, high: Ints, begin: Ints, end: Ints)
         from_left, from_right = inside & (left % 2 == 1), inside & (right % 2 == 1)
         long = np.concatenate([index[from_left], index[from_right]])
         node = np.concatenate([left[from_left], right[from_right] - 1])
-        # an odd single node is taken once
-        both = len(index[from_left])
+        # a single odd node counts once
+        num_left = len(index[from_left])
         twice = np.zeros(len(long), bool)
-        twice[both:] = (from_left & from_right & (left == right - 1))[index[from_right]]
+        twice[num_left:] = (from_left & from_right & (left == right - 1))[index[from_right]]
         long, node = long[~twice], node[~twice]
         by_key = stable_argsort(node * span + c[long])
         long, node = long[by_key], node[by_key]
         low_key, high_key = node * span + c[long], node * span + d[long]
-        if found := _first(low_key[1:] < high_key[:-1], long[:-1], long[1:]):
-            return found
+        if clash := _first(low_key[1:] < high_key[:-1], long[:-1], long[1:]):
+            return clash
         for leaf in (a, b - 1):
-            at = leaf >> level
-            short = ((at << level) < a) | (((at + 1) << level) > b)
-            key = at[short] * span
+            leaf_node = leaf >> level
+            short = ((leaf_node << level) < a) | (((leaf_node + 1) << level) > b)
+            key = leaf_node[short] * span
             first = np.searchsorted(high_key, key + c[short], "right")
             hit = first < np.searchsorted(low_key, key + d[short], "left")
             if hit.any():
@@ -82,8 +82,8 @@ def _clash_in_levels(group: Ints, low: Ints, high: Ints, begin: Ints, end: Ints)
     return None
 
 
-def _first(clash: np.ndarray, one: Ints, other: Ints) -> tuple[int, int] | None:
+def _first(clash: np.ndarray, first: Ints, other: Ints) -> tuple[int, int] | None:
     if not clash.any():
         return None
     i = int(np.flatnonzero(clash)[0])
-    return int(one[i]), int(other[i])
+    return int(first[i]), int(other[i])

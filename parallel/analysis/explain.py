@@ -1,4 +1,4 @@
-"""A plan shown to a person: who computes what, what moves, how even it is, and a picture of the score matrix."""
+"""Explain a plan to users: the ranks that compute and send, the balance, and a picture of the score matrix."""
 
 from __future__ import annotations
 
@@ -24,25 +24,28 @@ from distattn.ir.plan import (
     task_areas,
 )
 from distattn.parallel.analysis import quality
-from distattn.parallel.analysis.columns import aligned, plural, readable_bytes
 from distattn.parallel.analysis.lower_bounds import lower_bound, plain_ring_traffic, plan_traffic
 from distattn.parallel.analysis.score_matrix import draw_score_matrix, score_matrix_html
+from distattn.parallel.analysis.text_format import align_columns, plural, readable_bytes
 from distattn.parallel.analysis.verify import Proof, verify
 
-# ranks listed one by one before only the extremes are shown
+# the most ranks that are listed; of more only the extremes are shown
 _LISTED_RANKS = 16
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """`str()` is the text; `.html()` a page fragment with the picture; `.as_dict()` the same facts for programs."""
+    """Explanation of a plan.
+
+    `str()` is the text; `.html()` a page fragment with the picture; `.as_dict()` the facts as a dict.
+    """
 
     plan: Plan
     proof: Proof
     cluster: AnyCluster
 
     def as_dict(self) -> dict[str, Any]:
-        """Every number of the text, in bytes, tokens and cells x query heads."""
+        """Return every number of the text, in bytes, tokens and cells x query heads."""
         call, moved = self.plan.call, self.plan.bytes()
         payloads = [p for p in Payload if p in (*call.payloads("forward"), *call.payloads("backward"))]
         yardsticks = {
@@ -110,19 +113,19 @@ class Explanation:
         return "\n".join(lines)
 
     def html(self) -> str:
-        """Return the picture and the text as an HTML fragment that needs nothing else. Needs matplotlib."""
+        """Return the picture and the text as a self-contained HTML fragment. Needs matplotlib."""
         return f"{score_matrix_html(self.plan)}\n<pre>{html.escape(str(self))}</pre>"
 
     def picture(self) -> bytes:
-        """Return a PNG of the score matrix: who computes each cell, and in which step (forward). Needs matplotlib."""
+        """Return a PNG of the score matrix: the rank that computes each cell, and the step (forward). Needs matplotlib."""
         return draw_score_matrix(self.plan)
 
 
 @checked
 def explain(plan: Plan, cluster: AnyCluster | None = None) -> Explanation:
-    """Prove a plan and show it; `cluster` says which ranks share a node, all of them by default.
+    """Prove and explain a plan. cluster: says which ranks share a node, all of them by default.
 
-    Raises PlanError when it cannot be proven, DistattnError when the cluster has another number of ranks.
+    Raise PlanError if the plan cannot be proven, DistattnError if the cluster has another number of ranks.
     """
     cluster = Cluster(1, plan.call.ranks) if cluster is None else cluster
     if cluster.ranks != plan.call.ranks:
@@ -174,7 +177,7 @@ def _rank_table(ranks: list[dict[str, int]]) -> str:
         + [readable_bytes(row[name]) for name in sizes]
         for row in shown
     ]
-    lines = aligned([head, *rows], left=0)
+    lines = align_columns([head, *rows], left=0)
     if len(shown) < len(ranks):
         lines.append(f"     (the least and the most loaded of {len(ranks)} ranks)")
     return "\n".join(lines)
@@ -190,7 +193,7 @@ def _step_table(plan: Plan, direction: str, table: Table) -> str:
         size = readable_bytes(int(move_bytes(plan.call, moves).sum()))
         rows.append([f"step {step}", f"{tasks.sum():,d}", f"{work[tasks].sum():,d}", f"{num_rows(moves):,d}", size])
         payloads.append(", ".join(Payload(p).name for p in np.unique(moves["payload"])))
-    steps = [f"{line}   {names}".rstrip() for line, names in zip(aligned(rows), payloads, strict=True)]
+    steps = [f"{line}   {names}".rstrip() for line, names in zip(align_columns(rows), payloads, strict=True)]
     return "\n".join([*schedules, *steps])
 
 

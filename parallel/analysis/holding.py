@@ -2,10 +2,11 @@
 
 A payload is *held* (Q, KV, dO) or *reduced* (O, dQ, dKV). A (token, head) of a held payload arrives at a rank at most once,
 before every use, and is used. A (token, head) of a reduced payload leaves a rank at most once, after every deposit, and
-carries something. The second is the first with time and arrows reversed, so one routine checks both.
+carries something. The second rule is the first with time and arrows reversed, so one routine checks both.
 
-Buffers are counted as the executor allocates them. What one rank receives of one payload in one step and head range lives from
-its arrival to the last use of any of it; partial results that leave together live from the first of them to the leaving.
+Buffers are counted as the executor allocates them. Tokens that one rank receives of one payload in one step and head range live
+from their arrival to the last use of any of them; partial results that leave together live from the first of them until they
+leave.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _EXTENT = ("rank", "t0", "t1", "h0", "h1", "step")
 
 
 class _Sentences(NamedTuple):
-    """How an error says what went wrong."""
+    """The wording of errors."""
 
     arrives_twice: str
     missing: str
@@ -54,9 +55,9 @@ class _Sentences(NamedTuple):
     unused: str
 
 
-_HELD = _Sentences("comes twice, or to its holder, at", "is not at hand for", "comes too late for", "arrives unused")
+_HELD = _Sentences("arrives twice, or at its holder, on", "is missing for", "arrives too late for", "arrives unused")
 _REDUCED = _Sentences(
-    "leaves twice, or from its owner, at", "is left behind by", "has already left at", "carries nothing"
+    "is sent twice, or by its owner, from", "is never sent after", "was already sent before", "carries nothing"
 )
 
 
@@ -73,9 +74,9 @@ class BufferLifetimes:
 def check_payload(
     call: Call, table: Table, payload: Payload, direction: str, kept: Columns | None = None
 ) -> BufferLifetimes:
-    """Check the moves and uses of one payload in one table. Returns its buffers; raises PlanError naming the first bad row.
+    """Check the moves and uses of one payload in one table. Return its buffers; raise PlanError naming the first bad row.
 
-    kept: moves of the forward table whose tokens are still there.
+    kept: moves of the forward table whose tokens are still held.
     """
     label = f"{direction}: {payload.name}"
     if payload in HELD_PAYLOADS:
@@ -83,7 +84,7 @@ def check_payload(
     mirrored = _HoldingCheck(call, table, payload, label, mirrored=True).run()
     last = table.steps - 1
     moves = moves_of(table.moves, (payload,))
-    # what arrives at a step is merged at its end: alive for that step only
+    # tokens that arrive at a step are merged at its end: alive for that step only
     return BufferLifetimes(
         np.concatenate([mirrored.rank, moves["dst"]]),
         np.concatenate([last - mirrored.last, moves["step"]]),
@@ -93,18 +94,18 @@ def check_payload(
 
 
 def moves_of(moves: Columns, payloads: tuple[Payload, ...]) -> Columns:
-    """The moves of these payloads, with their row numbers in column `row`."""
+    """Return the moves of these payloads, with their row numbers in column `row`."""
     row = np.flatnonzero(np.isin(moves["payload"], [int(payload) for payload in payloads]))
     return {**select_rows(moves, row), "row": row}
 
 
-def show_row(rows: Columns, names: tuple[str, ...], i: int) -> str:
-    """Row i as an error shows it."""
+def describe_row(rows: Columns, names: tuple[str, ...], i: int) -> str:
+    """Return row i as an error shows it."""
     return "(" + ", ".join(f"{name} {rows[name][i]}" for name in names) + ")"
 
 
 class _Held(NamedTuple):
-    """Intervals that are held, sorted: [begin, end) on the line of `_HoldingCheck.to_line`, and the row of `holders`."""
+    """Held intervals, sorted: [begin, end) on the line of `_HoldingCheck.to_line`, and the row of `holders`."""
 
     row: Ints
     begin: Ints
@@ -112,7 +113,7 @@ class _Held(NamedTuple):
 
 
 class _Used(NamedTuple):
-    """Intervals that are used, sorted and distinct, with the first and last step in which they are; and all single uses.
+    """Used intervals, sorted and distinct, with the first and last step of their use; and all single uses.
 
     row, step, interval: for each use its row of `uses`, its step, and the number of its interval.
     """
@@ -128,7 +129,7 @@ class _Used(NamedTuple):
 
 @dataclass(frozen=True)
 class _HoldingCheck:
-    """A (token, head) is owned, kept or received at most once, held before every use, and every arrival is used.
+    """A check: a (token, head) is owned, kept or received at most once, held before every use, and every arrival is used.
 
     `mirrored` reads the table with time and arrows reversed: it leaves at most once, after every deposit, and is never empty.
     """
@@ -141,11 +142,11 @@ class _HoldingCheck:
     mirrored: bool = False
 
     def run(self) -> BufferLifetimes:
-        """All checks, and the lifetimes of the buffers of arrivals, counted in reading direction."""
+        """Run all checks. Return the lifetimes of the buffers of arrivals, counted in reading direction."""
         held, used = self._held(), self._used()
         self._refuse_second_arrivals(held)
         self._refuse_missing(held, used)
-        # which held interval serves which use
+        # the held interval that serves each use
         use, holder = overlapping_pairs(held.begin, held.end, used.begin, used.end)
         self._refuse_late(held, used, use, holder)
         self._refuse_unused(held, used)
@@ -159,7 +160,7 @@ class _HoldingCheck:
 
     @cached_property
     def moves(self) -> Columns:
-        """Moves of the payload in reading direction, with their row numbers."""
+        """Return moves of the payload in reading direction, with their row numbers."""
         moves = moves_of(self.table.moves, (self.payload,))
         if not self.mirrored:
             return moves
@@ -168,7 +169,7 @@ class _HoldingCheck:
 
     @cached_property
     def holders(self) -> Columns:
-        """Who has which (token, head) from which step on: owners and keepers from -1, then receivers, from `first_move` on."""
+        """Return the holders of each (token, head) by step: owners and keepers from -1, then receivers, from `first_move` on."""
         chunks, heads = self.call.layout.chunks, self.call.payload_heads(self.payload)
         before = np.full_like(chunks["t0"], -1)
         owners = {"rank": chunks["rank"], "t0": chunks["t0"], "t1": chunks["t1"], "step": before}
@@ -180,12 +181,12 @@ class _HoldingCheck:
 
     @property
     def first_move(self) -> int:
-        """The first row of `holders` that is a move."""
+        """Return the first row of `holders` that is a move."""
         return len(self.holders["rank"]) - len(self.moves["row"])
 
     @cached_property
     def uses(self) -> Columns:
-        """Who needs which (token, head) at which step: tasks, then moves at their source."""
+        """Return the users of each (token, head) by step: tasks, then moves at their source."""
         tasks = self.table.tasks
         step = self.table.steps - 1 - tasks["step"] if self.mirrored else tasks["step"]
         of_tasks = task_token_ranges(self.call, self.payload, tasks) | {"rank": tasks["rank"], "step": step}
@@ -194,13 +195,13 @@ class _HoldingCheck:
 
     @cached_property
     def head_limits(self) -> Ints:
-        """The ends of all head ranges: between two of them nothing changes."""
+        """Return the ends of all head ranges: between two of them nothing changes."""
         return sorted_unique(
             np.concatenate([rows[name] for rows in (self.holders, self.uses) for name in ("h0", "h1")])
         )
 
     def to_line(self, rows: Columns) -> tuple[Ints, Ints, Ints]:
-        """Rows as intervals of one line: (rank, elementary head range, token) packed. Returns (row, begin, end)."""
+        """Return rows as intervals of one line, which packs (rank, elementary head range, token): (row, begin, end)."""
         limits = self.head_limits
         row, head = expand_ranges(np.searchsorted(limits, rows["h0"]), np.searchsorted(limits, rows["h1"]))
         base = (rows["rank"][row] * len(limits) + head) * (self.call.mask.n + 1)
@@ -239,7 +240,7 @@ class _HoldingCheck:
             raise PlanError(f"{self.label} {self.sentences.missing} {self._user(row)}.")
 
     def _refuse_late(self, held: _Held, used: _Used, use: Ints, holder: Ints) -> None:
-        # the step at which all of an interval is there
+        # the step at which an interval is complete
         complete = np.full(len(used.begin), -1)
         np.maximum.at(complete, use, self.holders["step"][held.row[holder]])
         if (complete >= used.first).any():
@@ -253,7 +254,7 @@ class _HoldingCheck:
         if unused.any():
             first = int(np.flatnonzero(unused)[0])
             row = int(self.moves["row"][held.row[arrived][first] - self.first_move])
-            shown = show_row(self.table.moves, MOVE_COLUMNS, row)
+            shown = describe_row(self.table.moves, MOVE_COLUMNS, row)
             raise PlanError(f"{self.label} of move {row} {shown} {self.sentences.unused}.")
 
     def _lifetimes(self, last: Ints) -> BufferLifetimes:
@@ -263,22 +264,22 @@ class _HoldingCheck:
         buffer, row = np.unique(key, return_inverse=True)
         end, size = np.zeros(len(buffer), np.int64), np.zeros(len(buffer), np.int64)
         np.maximum.at(end, row, last)
-        # what is reduced is held in full width until it leaves
+        # partial results are held in full width until they leave
         np.add.at(size, row, move_bytes(self.call, moves, in_memory=self.mirrored))
         rank, step = np.divmod(buffer // heads**2, MAX_STEP)
         return BufferLifetimes(rank, step, end, size)
 
     def _user(self, row: int) -> str:
-        """The task or move of a row of `uses`, as an error shows it."""
+        """Return the task or move of a row of `uses`, as an error shows it."""
         tasks = num_rows(self.table.tasks)
         if row < tasks:
-            return f"task {row} {show_row(self.table.tasks, TASK_COLUMNS, row)}"
+            return f"task {row} {describe_row(self.table.tasks, TASK_COLUMNS, row)}"
         move = self.moves["row"][row - tasks]
-        return f"move {move} {show_row(self.table.moves, MOVE_COLUMNS, move)}"
+        return f"move {move} {describe_row(self.table.moves, MOVE_COLUMNS, move)}"
 
 
 def _covered(low: Ints, high: Ints, a: Ints, b: Ints) -> np.ndarray:
-    """Whether the sorted disjoint intervals [low, high) cover all of [a_i, b_i)."""
+    """Return whether the sorted disjoint intervals [low, high) cover all of [a_i, b_i)."""
     if not len(low):
         return a >= b
     before = np.append(0, np.cumsum(high - low))

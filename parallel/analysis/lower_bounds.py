@@ -1,4 +1,4 @@
-"""What a plan has to move at least, and what a plain ring would move: references for a plan's own bytes."""
+"""The bytes that a plan must move at least, and those of a plain ring: references for a plan's own bytes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Traffic(NamedTuple):
 
 
 def plan_traffic(plan: Plan, cluster: AnyCluster) -> Traffic:
-    """The bytes that the plan moves."""
+    """Return the bytes that the plan moves."""
     moves = concat_rows(MOVE_COLUMNS, [plan.forward.moves, plan.backward.moves])
     size = move_bytes(plan.call, moves)
     node = cluster.node
@@ -37,7 +37,7 @@ def plan_traffic(plan: Plan, cluster: AnyCluster) -> Traffic:
 
 
 def lower_bound(plan: Plan, cluster: AnyCluster) -> Traffic:
-    """The bytes that any plan with the same tasks at the same ranks and the same policy moves at least.
+    """Return the fewest bytes that any plan with the same tasks at the same ranks and the same policy moves.
 
     Every rank that uses a token it does not own receives it at least once, and so does every node without its owner;
     every partial result leaves its rank, and its node, at least once.
@@ -46,7 +46,7 @@ def lower_bound(plan: Plan, cluster: AnyCluster) -> Traffic:
     for direction, table in (("forward", plan.forward), ("backward", plan.backward)):
         moved_states = np.isin(table.moves["payload"], STATE_PAYLOADS)
         if moved_states.any():
-            # how states are put together is part of the plan: what it moves of them is what it has to
+            # the plan decides how states are combined, so it needs all its moves of states
             states = select_rows(table.moves, moved_states)
             size = move_bytes(plan.call, states)
             total += int(size.sum())
@@ -54,7 +54,7 @@ def lower_bound(plan: Plan, cluster: AnyCluster) -> Traffic:
         for payload in plan.call.payloads(direction):
             if payload in STATE_PAYLOADS:
                 continue
-            # what the forward brought is still there
+            # tokens received in the forward are kept
             if table is plan.backward and plan.policy == "keep" and payload in (Payload.Q, Payload.KV):
                 continue
             users = remote_users(plan.call, payload, table.tasks, latest=payload in REDUCED_PAYLOADS)
@@ -70,7 +70,7 @@ def lower_bound(plan: Plan, cluster: AnyCluster) -> Traffic:
 
 
 def plain_ring_traffic(call: Call, cluster: AnyCluster) -> Traffic:
-    """The bytes of a ring that sends every key and value to every rank with tokens, twice, and every dKV all the way round."""
+    """Return the bytes of a ring that sends every key and value to every rank with tokens, twice, and every dKV all around."""
     tokens = call.layout.shard_sizes()
     members = np.flatnonzero(tokens)
     ring_size = len(members)
@@ -78,7 +78,7 @@ def plain_ring_traffic(call: Call, cluster: AnyCluster) -> Traffic:
         return Traffic(0, 0)
     keys, grads = (call.kv_heads * call.token_head_bytes(payload) for payload in (Payload.KV, Payload.dKV))
     node = cluster.node[members]
-    # edge i leads from member i to the next; keys of member i travel all edges but the one that leads to it
+    # edge i leads from member i to the next; keys of member i travel all edges except the one that leads to it
     crosses = node != np.roll(node, -1)
     travelled = int(crosses.sum()) - np.roll(crosses, 1)
     total = int(tokens.sum()) * (2 * (ring_size - 1) * keys + ring_size * grads)

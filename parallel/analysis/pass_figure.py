@@ -1,4 +1,4 @@
-"""One pass of a simulated plan as a drawing of vectors: when every rank computes, and when its messages travel."""
+"""A vector drawing of one pass of a simulated plan: when every rank computes, and when its messages travel."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from distattn.ir.intervals import Ints
-from distattn.parallel.analysis.columns import in_one_unit
+from distattn.parallel.analysis.text_format import with_common_unit
 
 if TYPE_CHECKING:
     from distattn.parallel.analysis.timeline import Numbers, PassTimeline
 
-# most ranks that a picture shows
+# the most ranks that a picture shows
 _MAX_DRAWN = 64
-# in CSS pixels at the natural size, as of score matrices: a line is a rank, whose kernels are above its messages
+# in CSS pixels at the natural size, as for score matrices: each rank has a line with its kernels above its messages
 _LEFT, _TOP, _WIDTH, _RIGHT, _LINE, _BAR = 40, 18, 372, 8, 14, 6
-# our pages have colours of their own for bright and dark grounds; these are seen on both
+# our pages define colours for light and dark backgrounds; these are visible on both
 _COLOURS = {"kernels": "var(--kernels,#4a86d0)", "messages": "var(--waiting,#d97a12)"}
 
 
@@ -26,33 +26,36 @@ def drawn_ranks(ranks: int) -> Ints:
     return np.unique(np.linspace(0, ranks - 1, min(ranks, _MAX_DRAWN)).astype(np.int64))
 
 
-def stretches(one: PassTimeline, ends: Numbers, ranks: Ints) -> tuple[Numbers, Numbers, Ints]:
-    """Return begin and end, in seconds, of what ranks do in steps that have any of it, and the line of its rank in `ranks`.
+def busy_intervals(timeline: PassTimeline, ends: Numbers, ranks: Ints) -> tuple[Numbers, Numbers, Ints]:
+    """Return begin and end, in seconds, of the kernels or messages in each rank's steps, and the line of the rank in `ranks`.
 
     ends: seconds, (steps, all ranks): `computed` or `arrived` of the pass.
     """
-    step, line = np.nonzero((ends > one.begin)[:, ranks])
-    return one.begin[step, ranks[line]], ends[step, ranks[line]], line
+    step, line = np.nonzero((ends > timeline.begin)[:, ranks])
+    return timeline.begin[step, ranks[line]], ends[step, ranks[line]], line
 
 
-def pass_figure(one: PassTimeline, title: str) -> str:
-    """Return the drawing as an HTML figure with an inline SVG. title: what is simulated, for people who do not see it."""
-    ranks = drawn_ranks(one.begin.shape[1])
+def pass_figure(timeline: PassTimeline, title: str) -> str:
+    """Return the drawing as an HTML figure with an inline SVG. title: describes it for users who cannot see it."""
+    ranks = drawn_ranks(timeline.begin.shape[1])
     bottom, wide = _TOP + _LINE * len(ranks), _WIDTH - _LEFT - _RIGHT
-    scale = wide / (one.seconds or 1.0)
+    scale = wide / (timeline.seconds or 1.0)
     bars = "".join(
-        f'<path style="fill:{_COLOURS[kind]}" d="{_boxes(*stretches(one, ends, ranks), scale, down)}"/>'
-        for kind, ends, down in (("kernels", one.computed, 1), ("messages", one.arrived, 1 + _BAR))
+        f'<path style="fill:{_COLOURS[kind]}" d="{_boxes(*busy_intervals(timeline, ends, ranks), scale, down)}"/>'
+        for kind, ends, down in (("kernels", timeline.computed, 1), ("messages", timeline.arrived, 1 + _BAR))
     )
     names = "".join(_text(_LEFT - 6, _TOP + _LINE * line + 11, str(rank), "end") for line, rank in enumerate(ranks))
     times = zip(
-        (0.0, 0.5, 1.0), in_one_unit([0.0, one.seconds / 2, one.seconds], "s"), ("start", "middle", "end"), strict=True
+        (0.0, 0.5, 1.0),
+        with_common_unit([0.0, timeline.seconds / 2, timeline.seconds], "s"),
+        ("start", "middle", "end"),
+        strict=True,
     )
     ticks = "".join(_text(_LEFT + wide * share, bottom + 16, text, anchor) for share, text, anchor in times)
     keys = "".join(f'<span style="color:{colour}">\u25a0</span> {kind} ' for kind, colour in _COLOURS.items())
-    shown = f"{one.direction}, simulated"
-    some = f", {len(ranks)} of {one.begin.shape[1]} ranks" if len(ranks) < one.begin.shape[1] else ""
-    label = html.escape(f"{title}, {one.direction}: kernels and messages of each rank in time (simulated)")
+    shown = f"{timeline.direction}, simulated"
+    some = f", {len(ranks)} of {timeline.begin.shape[1]} ranks" if len(ranks) < timeline.begin.shape[1] else ""
+    label = html.escape(f"{title}, {timeline.direction}: kernels and messages of each rank in time (simulated)")
     return (
         f'<figure style="margin:0;flex:1 1 18rem;max-width:34rem"><figcaption>{shown}{some}: {keys}</figcaption>'
         f'<svg viewBox="0 0 {_WIDTH} {bottom + 22}" role="img" aria-label="{label}" fill="currentColor" '

@@ -1,4 +1,4 @@
-"""How good a plan is: the busiest server, what moves, and how far that is from what any plan as even would have to move."""
+"""The quality of a plan: the busiest server, the bytes that move, and the fewest that any equally balanced plan moves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distattn.ir.plan import (
     select_rows,
     task_areas,
 )
-from distattn.parallel.analysis.columns import readable_bytes
+from distattn.parallel.analysis.text_format import readable_bytes
 from distattn.parallel.tables.cost import CostModel, bytes_per_row_and_key
 from distattn.parallel.tables.partition import mask_rectangles, owns_range, split_by_query_owner
 
@@ -30,11 +30,12 @@ _BLOCK = 128
 
 @dataclass(frozen=True)
 class PassStats:
-    """One direction of a plan.
+    """Statistics of one direction of a plan.
 
-    cells_imbalance, cost_imbalance: the busiest rank over the mean, in cells x heads and in what kernels take for them
-    (`CostModel`). kernel_seconds: kernel time of the busiest rank by the cluster's table, None without one. moved_bytes: all;
-    max_sent_bytes: sent by one rank; inter_node_bytes: between nodes. lower_bound_bytes: what any plan as even in cells moves.
+    cells_imbalance, cost_imbalance: the busiest rank over the mean, in cells x heads and in the kernels' cost of them
+    (`CostModel`). kernel_seconds: kernel time of the busiest rank by the cluster's table, None without one. moved_bytes: of
+    all ranks; max_sent_bytes: sent by one rank; inter_node_bytes: between nodes. lower_bound_bytes: the fewest that any plan
+    moves whose cells are as evenly distributed.
     """
 
     cells_imbalance: float
@@ -57,14 +58,14 @@ class PassStats:
 
 @checked
 def quality(plan: Plan, cluster: AnyCluster | str | None = None) -> dict[str, PassStats]:
-    """Statistics of both passes, by direction ("forward", "backward"). cluster: also by name, such as "h200-8x8"."""
+    """Return statistics of both passes, by direction ("forward", "backward"). cluster: may be a name, such as "h200-8x8"."""
     cluster = resolve_cluster(cluster)
     return {name: _pass_stats(plan, name, cluster) for name in ("forward", "backward")}
 
 
 def as_dict(stats: dict[str, PassStats]) -> dict[str, dict[str, Any]]:
-    """The same as plain numbers."""
-    return {direction: asdict(one) for direction, one in stats.items()}
+    """Return the statistics as plain numbers."""
+    return {direction: asdict(pass_stats) for direction, pass_stats in stats.items()}
 
 
 def _pass_stats(plan: Plan, direction: str, cluster: AnyCluster | None) -> PassStats:
@@ -97,36 +98,37 @@ def _pass_stats(plan: Plan, direction: str, cluster: AnyCluster | None) -> PassS
 
 
 def _lower_bound_bytes(plan: Plan, direction: str, most: float) -> np.ndarray:
-    """Bytes that move at least, (ranks,), if no rank computes more than `most` cells x heads; of work with local keys only.
+    """Return the fewest bytes that move, (ranks,), if no rank computes more than `most` cells x heads and ranks hold only own
+    keys.
 
-    What passes `most` has to be computed elsewhere. A server that computes w cells of one group of g heads needs R rows and
-    C keys of it with R * C >= w / g, and so at least 2 * sqrt(R * C * bytes of a row * bytes of a key) bytes of this group.
-    The root is concave: the bound is reached when few servers get as much as they can, and nobody gets more than `most`, or
-    than all that a rank has of one group.
+        Work above `most` has to be computed elsewhere. A server that computes w cells of one group of g heads needs R rows and C
+        keys of it with R * C >= w / g, and so at least 2 * sqrt(R * C * bytes of a row * bytes of a key) bytes of this group. The
+        root is concave: the bound is reached if few servers get as much as they can, and none gets more than `most`, or than all
+        work that a rank has of one group.
     """
     call = plan.call
     if call.op.is_recurrent:
-        # work that is uneven may move as states of any size
+        # uneven work may move as states of any size
         return np.zeros(call.ranks)
     area, rank = split_by_query_owner(call, mask_rectangles(call), call.layout.chunks)
     tasks = make_columns(TASK_COLUMNS, step=0, rank=rank, **vars(area))
     tasks = select_rows(tasks, owns_range(call, rank, area.k0, area.k1))
     cells = task_areas(call, tasks).astype(float)
     excess = np.maximum(np.bincount(tasks["rank"], cells, call.ranks) - most, 0)
-    # cells of one group; where heads differ, no less than that
+    # cells of one group; if heads differ, at least that many
     group_size = call.gqa_group_size
     largest = np.bincount(tasks["rank"], cells / (tasks["h1"] - tasks["h0"]) * group_size, call.ranks)
     portion = np.maximum(np.minimum(largest, most), 1.0)
     row, key = bytes_per_row_and_key(call, direction)
     if direction == "backward" and plan.policy == "keep":
-        # queries, keys and values are still there
+        # queries, keys and values are kept
         row -= call.heads * call.token_head_bytes(Payload.Q)
         key -= call.kv_heads * call.token_head_bytes(Payload.KV)
     # bytes of a row times bytes of a key, of one group
-    both = (row / call.kv_heads) * (key / call.kv_heads)
+    row_times_key = (row / call.kv_heads) * (key / call.kv_heads)
     whole = np.floor(excess / portion)
     rest = excess - whole * portion
-    return 2 * (whole * np.sqrt(both * portion / group_size) + np.sqrt(both * rest / group_size))
+    return 2 * (whole * np.sqrt(row_times_key * portion / group_size) + np.sqrt(row_times_key * rest / group_size))
 
 
 def _max_over_mean(load: np.ndarray | Ints) -> float:

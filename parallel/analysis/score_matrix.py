@@ -16,14 +16,14 @@ from distattn.ir.intervals import Ints
 from distattn.ir.plan import Columns, Plan, has_rows_and_keys, select_rows, task_bands
 
 Numbers = np.ndarray
-# most head ranges that are drawn side by side
+# the most head ranges drawn side by side
 _PANELS = 4
-# most rows at which the outline of a task is drawn
+# the most rows for which a task's outline is exact
 _OUTLINE_ROWS = 48
-# relative luminance of all colours, so that they are seen on white and on a dark page (contrast of 2.2 or more with both)
+# relative luminance of all colours, so that they are visible on light and dark pages (contrast of 2.2 or more with both)
 _DARKEST, _LIGHTEST = 0.11, 0.42
 # the used part of a palette, whose ends are nearly black
-_STRETCH = (0.06, 0.96)
+_COLOUR_RANGE = (0.06, 0.96)
 _PALETTES = {"rank": "turbo", "step": "viridis"}
 # red, green and blue in relative luminance (WCAG 2)
 _LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
@@ -33,7 +33,7 @@ _LEFT, _TOP, _SIDE, _WIDTH, _HEIGHT = 72, 22, 240, 372, 302
 
 
 class Panel(NamedTuple):
-    """One picture of the score matrix. tasks: the rows that are drawn. colours: how many ranks or steps there are."""
+    """One picture of the score matrix. tasks: the rows to draw. colours: the number of ranks or steps."""
 
     title: str
     colour_by: str
@@ -55,19 +55,19 @@ def draw_score_matrix(plan: Plan) -> bytes:
 
 
 def score_matrix_html(plan: Plan) -> str:
-    """Return the panels as an HTML fragment that needs nothing else.
+    """Return the panels as a self-contained HTML fragment.
 
-    Panels stand side by side where there is room. Their text has the colour of the page's text and a size of its own.
+    Panels are placed side by side if there is room. Their text has the page's text colour and a fixed size.
     """
     figures = "".join(_figure_html(plan, panel) for panel in _panels(plan))
     return f'<div class="matrices" style="display:flex;flex-wrap:wrap;gap:1rem">{figures}</div>'
 
 
 def legible_colours(name: str, count: int) -> Numbers:
-    """Return `count` colours of a palette of matplotlib, (count, 3) in [0, 1], none too light or too dark to be seen."""
+    """Return `count` colours of a matplotlib palette, (count, 3) in [0, 1], none too light or too dark to see."""
     from matplotlib import colormaps
 
-    srgb = colormaps[name](np.linspace(*_STRETCH, max(count, 1)))[:, :3]
+    srgb = colormaps[name](np.linspace(*_COLOUR_RANGE, max(count, 1)))[:, :3]
     linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
     luminance = (linear @ _LUMINANCE)[:, None]
     linear *= np.minimum(1, _LIGHTEST / luminance)
@@ -95,7 +95,7 @@ def _of_head(tasks: Columns, head: int) -> Columns:
 
 
 def _drawn_tasks(plan: Plan) -> Columns:
-    """Return the forward tasks; of a recurrence those with outputs, each with all cells that pass through its stretch."""
+    """Return the forward tasks. For a recurrence return tasks with outputs, each with all cells that pass through its segment."""
     tasks = plan.forward.tasks
     return select_rows(tasks, has_rows_and_keys(tasks)) if plan.call.op.is_recurrent else tasks
 
@@ -105,7 +105,7 @@ def _fill(axis: Any, plan: Plan, panel: Panel) -> None:
     from matplotlib.collections import PolyCollection
 
     paint = _scale(panel).to_rgba(panel.tasks[panel.colour_by])
-    # edges in the face's colour close the hairlines between neighbours
+    # edges in the face's colour close hairlines between neighbours
     axis.add_collection(
         PolyCollection(task_outlines(plan, panel.tasks), facecolors=paint, edgecolors=paint, linewidths=0.4)
     )
@@ -140,7 +140,7 @@ def task_outlines(plan: Plan, tasks: Columns) -> list[np.ndarray]:
 
 
 def _figure_html(plan: Plan, panel: Panel) -> str:
-    """Return one panel: the cells as a picture without a ground, with axes and colour bar as vectors and text around it."""
+    """Return one panel: the cells as a transparent picture, with axes and colour bar as vectors and text around it."""
     n, bottom, bar = plan.call.mask.n, _TOP + _SIDE, _LEFT + _SIDE + 14
     x_axis = "".join(
         _text(_LEFT + _SIDE * share, bottom + 16, f"{round(n * share):,}", anchor)
@@ -178,7 +178,7 @@ def _image(png: bytes, x: float, y: float, width: float) -> str:
 
 
 def _cells_png(plan: Plan, panel: Panel) -> bytes:
-    """Return the cells of a panel alone, on no ground."""
+    """Return the cells of a panel alone, transparent."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4, 4), facecolor="none")
@@ -189,7 +189,7 @@ def _cells_png(plan: Plan, panel: Panel) -> bytes:
 
 
 def _bar_png(panel: Panel) -> bytes:
-    """Return the colours of a panel, the first one uppermost, one pixel wide and so tall that edges stay sharp."""
+    """Return the colours of a panel, the first at the top, one pixel wide and tall enough for sharp edges."""
     from matplotlib.image import imsave
 
     colours = legible_colours(_PALETTES[panel.colour_by], panel.colours)

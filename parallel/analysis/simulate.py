@@ -1,9 +1,9 @@
-"""A plan timed on a described cluster without running it: kernels, messages, waiting and memory. All numbers are simulated.
+"""Time a plan on a described cluster without running it: kernels, messages, waiting and memory. All numbers are simulated.
 
-What is simulated is our executor (parallel.runtime.execute). On every rank a step begins when the rank's own previous step has
+The simulation is of our executor (parallel.runtime.execute). On every rank a step begins when the rank's previous step has
 ended: its kernels are done and its messages have arrived. Then one launch computes the step's tasks on the compute stream,
 while the step's messages travel on the communication stream. A message begins when both of its ends have begun the step, and
-shares links with the other messages of the step. Packing before sending and merging of what arrives are copies on the
+shares links with the other messages of the step. Packing before sending and merging of arrivals are copies on the
 device. A step cannot begin before the host has issued it.
 
 Everything is arrays over ranks and messages; the only loop is over steps.
@@ -50,10 +50,10 @@ Numbers = np.ndarray
 
 @checked
 def simulate(plan: Plan, cluster: AnyCluster | str | Path, proof: Proof | None = None) -> Timeline:
-    """Time one attention call, forward and backward, on a ClusterSpec, or on what `distattn.cluster.spec.load` takes.
+    """Time one attention call, forward and backward, on a ClusterSpec, or on anything that `distattn.cluster.spec.load` takes.
 
-    proof: what `verify` returned for this plan, where it is at hand; otherwise the plan is proven here. Raises PlanError when
-    the plan cannot be proven, DistattnError when the cluster has not as many devices as the plan has ranks, or no speeds.
+    proof: the result of `verify` for this plan, if available; otherwise the plan is proven here. Raise PlanError if the plan
+    cannot be proven, DistattnError if the cluster has not as many devices as the plan has ranks, or no speeds.
     """
     spec = resolve_cluster(cluster)
     if not isinstance(spec, ClusterSpec):
@@ -69,7 +69,7 @@ def simulate(plan: Plan, cluster: AnyCluster | str | Path, proof: Proof | None =
 
 
 def simulated_seconds(plan: Plan, cluster: ClusterSpec) -> float:
-    """Seconds of a plan, forward and backward, simulated to choose between plans: it need not be proven yet."""
+    """Return the simulated seconds of a plan, forward and backward, to choose between plans: it need not be proven yet."""
     return sum(simulate_pass(plan.call, cluster, name, getattr(plan, name)).seconds for name in DIRECTIONS)
 
 
@@ -78,7 +78,7 @@ def simulate_pass(call: Call, cluster: ClusterSpec, direction: str, table: Table
     ranks, steps = call.ranks, table.steps
     kernel_seconds = _kernel_seconds(call, cluster, direction, table)
     moves = table.moves
-    # messages: the moves of one step between two ranks
+    # a message: the moves of one step between two ranks
     key = (moves["step"] * ranks + moves["src"]) * ranks + moves["dst"]
     size = move_bytes(call, moves)
     # rows of a table are sorted by step, source and destination
@@ -94,9 +94,9 @@ def simulate_pass(call: Call, cluster: ClusterSpec, direction: str, table: Table
     ready = np.zeros(ranks)
     host = cluster.device.host_us * 1e-6
     for step in range(steps):
-        here = slice(bounds[step], bounds[step + 1])
+        step_messages = slice(bounds[step], bounds[step + 1])
         start = np.maximum(ready, host * (step + 1))
-        s, d, n = src[here], dst[here], sizes[here]
+        s, d, n = src[step_messages], dst[step_messages], sizes[step_messages]
         # a message waits for both ends, and until its sender has packed it
         packed = start + copy_seconds(cluster, np.bincount(s, n, ranks))
         delivered = np.maximum(packed[s], start[d]) + message_seconds(cluster, s, d, n)
@@ -104,7 +104,7 @@ def simulate_pass(call: Call, cluster: ClusterSpec, direction: str, table: Table
         np.maximum.at(done, d, delivered)
         np.maximum.at(done, s, delivered)
         # a partial result is added: read twice and written once
-        done += copy_seconds(cluster, 1.5 * np.bincount(d, merged[here], ranks))
+        done += copy_seconds(cluster, 1.5 * np.bincount(d, merged[step_messages], ranks))
         begin[step], computed[step], arrived[step] = start, start + kernel_seconds[step], done
         ready = np.maximum(computed[step], done)
     crossing = src // cluster.devices != dst // cluster.devices
@@ -126,7 +126,7 @@ def simulate_pass(call: Call, cluster: ClusterSpec, direction: str, table: Table
 
 
 def _kernel_seconds(call: Call, cluster: ClusterSpec, direction: str, table: Table) -> Numbers:
-    """Kernel seconds of each step on each rank, (steps, ranks)."""
+    """Return the kernel seconds of each step on each rank, (steps, ranks)."""
     tasks = table.tasks
     out = np.zeros((table.steps, call.ranks))
     if not num_rows(tasks):
@@ -147,7 +147,8 @@ def _kernel_seconds(call: Call, cluster: ClusterSpec, direction: str, table: Tab
 
 
 def _expansion_seconds(call: Call, cluster: ClusterSpec, direction: str, table: Table) -> Numbers:
-    """What latent attention's kernels take before they attend: a launch expands each latent that it reads once, for its heads."""
+    """Return the seconds in which latent attention expands latents: a launch expands each latent that it reads once, for its
+    heads."""
     tasks = table.tasks
     launch = tasks["step"] * call.ranks + tasks["rank"]
     limits = sorted_unique(np.concatenate([tasks["h0"], tasks["h1"]]))
@@ -161,7 +162,7 @@ def _expansion_seconds(call: Call, cluster: ClusterSpec, direction: str, table: 
 
 
 def _recurrence_seconds(call: Call, cluster: ClusterSpec, direction: str, table: Table) -> Numbers:
-    """The same of a recurrence, estimated: tokens x heads, and what launches and tasks cost by themselves."""
+    """Estimate the kernel seconds of a recurrence, (steps, ranks): of tokens x heads, and fixed costs of launches and tasks."""
     tasks, device = table.tasks, cluster.device
     tokens, heads = tasks["k1"] - tasks["q0"], tasks["h1"] - tasks["h0"]
     shape = call.head_dim, call.v_head_dim
@@ -175,7 +176,7 @@ def _recurrence_seconds(call: Call, cluster: ClusterSpec, direction: str, table:
 
 
 def _convolution_seconds(call: Call, cluster: ClusterSpec, direction: str, table: Table) -> Numbers:
-    """The same of a convolution: its kernels do nothing but read and write rows."""
+    """Return the kernel seconds of a convolution, (steps, ranks): its kernels only read and write rows."""
     tasks, device = table.tasks, cluster.device
     tensors = 2 if direction == "forward" else 4
     cells = (tasks["q1"] - tasks["q0"]) * (tasks["h1"] - tasks["h0"])

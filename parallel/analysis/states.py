@@ -1,11 +1,12 @@
-"""The proof that every state of a recurrence that is read is there, sums up exactly its tokens, and comes once.
+"""The proof that every state of a recurrence that is read is available, sums up exactly its tokens, and arrives once.
 
-A task leaves the state of what it has read, a move copies one. A state is there from the end of that step on, or from the
-forward pass, which keeps what its tasks began with. An interval may be read where states tile it: they touch, in order, and all
-are there before the step. By induction each sums up its tokens once and in order, and since coverage forces tasks to begin
-where documents do, what enters a stretch sums up all its document's tokens before it and no others.
+A task computes the state of the tokens that it has read, a move copies a state. A state is available from the end of that step
+on, or from the forward pass, which keeps the states that its tasks began with. An interval may be read if states tile it: they
+are adjacent, in order, and all available before the step. By induction each sums up its tokens once and in order. Since coverage
+forces tasks to begin where documents do, the state that enters a segment sums up all earlier tokens of its document and no
+others.
 
-Gradients of states are the same in a mirror: the token axis from its end.
+Gradients of states mirror this: the token axis is read from its end.
 """
 
 from __future__ import annotations
@@ -30,19 +31,22 @@ from distattn.ir.plan import (
     num_rows,
     select_rows,
 )
-from distattn.parallel.analysis.holding import BufferLifetimes, show_row
+from distattn.parallel.analysis.holding import BufferLifetimes, describe_row
 from distattn.parallel.tables.held_states import HeldState, HeldStates
 
 
 class StateName(NamedTuple):
-    """Where a state comes from: a "task" or a "move" of the table, or a task of the forward pass ("kept"); row: its number."""
+    """Origin of a state: a "task" or a "move" of the table, or a task of the forward pass ("kept"). row: its number."""
 
     kind: str
     row: int
 
 
 class StateUse(NamedTuple):
-    """What a task reads, or a move sends, for heads [h0, h1): states that tile it, in the order in which they are passed."""
+    """States that a task reads, or a move sends, for heads [h0, h1), in the order in which they are passed.
+
+    They tile an interval.
+    """
 
     user: StateName
     h0: int
@@ -51,7 +55,7 @@ class StateUse(NamedTuple):
 
 
 class StateLife(NamedTuple):
-    """A state of tokens [t0, t1) at a rank, in so many heads: from the end of one step to the last step that uses it."""
+    """A state of tokens [t0, t1) at a rank, in `heads` heads: from the end of one step to the last step that uses it."""
 
     rank: int
     name: StateName
@@ -63,21 +67,21 @@ class StateLife(NamedTuple):
 
 
 class StateTrace(NamedTuple):
-    """The uses of the states of one payload in a table (of one rank only), and the lives of the states that are used."""
+    """Uses of the states of one payload in a table (or of one rank in it), and the lives of the states that are used."""
 
     uses: list[StateUse]
     lives: list[StateLife]
 
 
 def begun_with_state(tasks: Columns) -> np.ndarray:
-    """Which tasks compute outputs or gradients from a state of tokens before them."""
+    """Return which tasks compute outputs or gradients from a state of earlier tokens."""
     return has_rows_and_keys(tasks) & (tasks["k0"] < tasks["q0"])
 
 
 def trace_states(plan: Plan, direction: str, payload: Payload, rank: int | None = None) -> StateTrace:
-    """Where every state of a payload comes from and is used, at all ranks or at one.
+    """Find the origin and the uses of every state of a payload, at all ranks or at one.
 
-    Raises PlanError where one is not there when it is read, comes twice, or is never used.
+    Raise PlanError if a state is missing when it is read, arrives twice, or is never used.
     """
     table = plan.forward if direction == "forward" else plan.backward
     kept = None
@@ -87,10 +91,10 @@ def trace_states(plan: Plan, direction: str, payload: Payload, rank: int | None 
 
 
 def state_lifetimes(call: Call, payload: Payload, lives: list[StateLife]) -> BufferLifetimes:
-    """The same as buffers; what the forward pass has kept is not among them."""
-    made = [life for life in lives if life.name.kind != "kept"]
+    """Return the states as buffers, without those kept by the forward pass."""
+    received = [life for life in lives if life.name.kind != "kept"]
     rank, heads, t0, t1, there, last = (
-        np.array([getattr(life, name) for life in made], np.int64)
+        np.array([getattr(life, name) for life in received], np.int64)
         for name in ("rank", "heads", "t0", "t1", "there", "last")
     )
     prefix = call.is_prefix(payload, t0, t1)
@@ -99,7 +103,7 @@ def state_lifetimes(call: Call, payload: Payload, lives: list[StateLife]) -> Buf
 
 
 class _Tracing:
-    """One payload of one table. Of gradients of states, tokens are counted from the end of the axis."""
+    """Trace of one payload of one table. For gradients of states, tokens are counted from the end of the axis."""
 
     def __init__(
         self, call: Call, table: Table, payload: Payload, direction: str, kept: Columns | None, rank: int | None
@@ -120,34 +124,34 @@ class _Tracing:
         rows = [tasks, moves, *([] if kept is None else [kept])]
         self.limits = sorted_unique(np.concatenate([part[name] for part in rows for name in ("h0", "h1")]))
         self.held: dict[tuple[int, int], dict[tuple[int, int], HeldState]] = defaultdict(dict)
-        # states that were made or sent for use, and have not been used yet
+        # states computed or sent for use, and not used yet
         self.unused: dict[tuple[int, int, Hashable], None] = {}
 
     def run(self) -> StateTrace:
         self._collect()
-        known = {place: HeldStates(states.values()) for place, states in self.held.items()}
+        held_states = {place: HeldStates(states.values()) for place, states in self.held.items()}
         uses = []
-        # of each rank and part of the heads, by first token: the last use of each interval
-        wanted: dict[tuple[int, int], dict[int, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
+        # by rank and part of the heads, then by first token: the last use of each interval
+        last_uses: dict[tuple[int, int], dict[int, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
         for user, part, rank, t0, t1, step in self._wanted():
-            there = known[rank, part].there(t0, t1) if (rank, part) in known else None
+            there = held_states[rank, part].there(t0, t1) if (rank, part) in held_states else None
             if there is None:
-                raise PlanError(f"{self.label} of {self._tokens(t0, t1)} is not at hand for {self._show(user)}.")
+                raise PlanError(f"{self.label} of {self._tokens(t0, t1)} is missing for {self._show(user)}.")
             if there >= step:
-                raise PlanError(f"{self.label} of {self._tokens(t0, t1)} comes too late for {self._show(user)}.")
-            ends = wanted[rank, part][t0]
+                raise PlanError(f"{self.label} of {self._tokens(t0, t1)} arrives too late for {self._show(user)}.")
+            ends = last_uses[rank, part][t0]
             ends[t1] = max(ends.get(t1, -1), step)
             if self.rank is not None:
-                tiling = known[rank, part].find(t0, t1)
+                tiling = held_states[rank, part].find(t0, t1)
                 assert tiling is not None
                 uses.append(StateUse(user, int(self.limits[part]), int(self.limits[part + 1]), tiling.states))
         # by rank and state: its heads that are used, and the last step
         lives: dict[tuple[int, HeldState], tuple[int, int]] = {}
-        for (rank, part), starts in wanted.items():
+        for (rank, part), starts in last_uses.items():
             width = int(self.limits[part + 1] - self.limits[part])
             used: dict[HeldState, int] = {}
             for t0, ends in starts.items():
-                for state, step in known[rank, part].last_uses(t0, ends).items():
+                for state, step in held_states[rank, part].last_uses(t0, ends).items():
                     used[state] = max(used.get(state, -1), step)
             for state, step in used.items():
                 self.unused.pop((rank, part, state.name), None)
@@ -160,13 +164,13 @@ class _Tracing:
     def _life(self, rank: int, state: HeldState, heads: int, last: int) -> StateLife:
         assert isinstance(state.name, StateName)
         if state.name.kind == "task":
-            # it is held whole, though others may use a part of its heads; of what has come all heads are used
+            # it is held as a whole, though others may use a part of its heads; of received states all heads are used
             tasks, row = self.table.tasks, state.name.row
             heads = int(tasks["h1"][row] - tasks["h0"][row])
         return StateLife(rank, state.name, heads, *self._unmirrored(state.t0, state.t1), state.there, last)
 
     def _collect(self) -> None:
-        """All states that ranks come to hold. What a rank has had, or an earlier row makes in that step, is not kept again."""
+        """Collect all states that ranks come to hold. A state that a rank already has is not kept again."""
         if self.kept is not None:
             for i, part in self._by_heads(self.kept):
                 row, rank, t0, t1 = _ints(self.kept, i, "row", "rank", "k0", "q0")
@@ -186,12 +190,12 @@ class _Tracing:
                 continue
             name = StateName("move", row)
             if (t0, t1) in self.held[rank, part]:
-                raise PlanError(f"{self.label} of {self._show(name)} comes twice, or to its maker.")
+                raise PlanError(f"{self.label} of {self._show(name)} arrives twice, or at the rank that computes it.")
             self.held[rank, part][t0, t1] = HeldState(t0, t1, step, name)
             self.unused[rank, part, name] = None
 
     def _makes(self) -> np.ndarray:
-        """The tasks that leave a state of this payload."""
+        """Return the tasks that compute a state of this payload."""
         tasks = self.tasks
         # in the mirror a task without keys is one without rows
         makes = tasks["q0"] == tasks["q1"]
@@ -200,7 +204,7 @@ class _Tracing:
         return makes
 
     def _wanted(self) -> list[tuple[StateName, int, int, int, int, int]]:
-        """(user, part of the heads, rank, t0, t1, step) of every state that is read."""
+        """Return (user, part of the heads, rank, t0, t1, step) of every state that is read."""
         tasks, moves = self.tasks, self.moves
         reads = tasks["k0"] < tasks["q0"]
         out = []
@@ -215,7 +219,7 @@ class _Tracing:
         return out
 
     def _by_heads(self, rows: Columns) -> list[tuple[int, int]]:
-        """(row, part): rows cut at all ends of head ranges."""
+        """Return (row, part): rows cut at all ends of head ranges."""
         i, part = expand_ranges(np.searchsorted(self.limits, rows["h0"]), np.searchsorted(self.limits, rows["h1"]))
         return list(zip(i.tolist(), part.tolist(), strict=True))
 
@@ -237,7 +241,7 @@ class _Tracing:
     def _show(self, name: Hashable) -> str:
         assert isinstance(name, StateName)
         rows, columns = (self.table.moves, MOVE_COLUMNS) if name.kind == "move" else (self.table.tasks, TASK_COLUMNS)
-        return f"{name.kind} {name.row} {show_row(rows, columns, name.row)}"
+        return f"{name.kind} {name.row} {describe_row(rows, columns, name.row)}"
 
 
 def _numbered(rows: Columns, chosen: np.ndarray) -> Columns:

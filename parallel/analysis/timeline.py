@@ -1,4 +1,4 @@
-"""What a simulation gives: when every rank computed and waited; as text, numbers, a picture and a Perfetto trace."""
+"""The result of a simulation: when every rank computed and waited; as text, numbers, a picture and a Perfetto trace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distattn.cluster.spec import ClusterSpec
 from distattn.ir.cached import cached_property
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import Plan
-from distattn.parallel.analysis.pass_figure import drawn_ranks, pass_figure, stretches
+from distattn.parallel.analysis.pass_figure import busy_intervals, drawn_ranks, pass_figure
 from distattn.parallel.analysis.verify import Proof
 
 Numbers = np.ndarray
@@ -22,11 +22,11 @@ _KERNELS, _MESSAGES = "#1f5fa8", "#e08a1e"
 
 @dataclass(frozen=True)
 class PassTimeline:
-    """One direction of a plan in time.
+    """Timeline of one direction of a plan.
 
-    begin, computed, arrived: seconds, (steps, ranks), at which each step began, its kernels ended and its messages ended.
-    Kernels or messages that a rank does not have in a step end when the step begins. seconds: of the whole pass.
-    intra_node_bytes, inter_node_bytes: sent by each rank within its node and to other nodes.
+    begin, computed, arrived: seconds, (steps, ranks), at which each step began, its kernels ended and its messages ended. A
+    rank without kernels or messages in a step ends them when the step begins. seconds: of the whole pass. intra_node_bytes,
+    inter_node_bytes: sent by each rank within its node and to other nodes.
     """
 
     direction: str
@@ -40,23 +40,23 @@ class PassTimeline:
 
     @property
     def busy(self) -> Numbers:
-        """Seconds in which each rank computes."""
+        """Return the seconds in which each rank computes."""
         return (self.computed - self.begin).sum(0)
 
     @property
     def idle(self) -> Numbers:
-        """Seconds in which each rank does not compute, until the slowest rank has ended."""
+        """Return the seconds in which each rank does not compute, until the slowest rank has ended."""
         return self.seconds - self.busy
 
     @property
     def exposed(self) -> Numbers:
-        """Seconds in which each rank waits for messages and computes nothing."""
+        """Return the seconds in which each rank waits for messages and computes nothing."""
         return np.maximum(self.arrived - self.computed, 0).sum(0)
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """A plan on a cluster, simulated. `str()` is the text, `.as_dict()` the numbers, `.html()` and `.perfetto()` show it."""
+    """Simulated plan on a cluster. `str()` is the text, `.as_dict()` the numbers, `.html()` and `.perfetto()` show it."""
 
     plan: Plan
     cluster: ClusterSpec
@@ -70,7 +70,7 @@ class Timeline:
 
     @cached_property
     def peak_bytes(self) -> Ints:
-        """Bytes of buffers each rank needs at once beside its own tensors, with what it keeps for the backward."""
+        """Bytes of buffers that each rank needs at once in addition to its own tensors, including kept ones."""
         return np.maximum(self.proof.forward_peak, self.proof.backward_peak) + self.proof.kept
 
     @property
@@ -80,7 +80,7 @@ class Timeline:
         return float(area.max() / area.mean()) if area.any() else 1.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Every number of the text; seconds, bytes, 10^12 operations per second and device."""
+        """Return every number of the text; seconds, bytes, 10^12 operations per second and device."""
         out: dict[str, Any] = {
             "simulated": True,
             "strategy": self.plan.strategy,
@@ -89,24 +89,24 @@ class Timeline:
             "balance": self.balance,
             "peak_bytes": int(self.peak_bytes.max()),
         }
-        for one in self.passes:
-            out[one.direction] = {
-                "seconds": one.seconds,
-                "tflops": one.flops / max(one.seconds, 1e-30) / self.plan.call.ranks / 1e12,
-                "exposed_seconds": float(one.exposed.max(initial=0)),
-                "idle_seconds": float(one.idle.mean()),
-                "bytes_intra_node": int(one.intra_node_bytes.sum()),
-                "bytes_inter_node": int(one.inter_node_bytes.sum()),
+        for timeline in self.passes:
+            out[timeline.direction] = {
+                "seconds": timeline.seconds,
+                "tflops": timeline.flops / max(timeline.seconds, 1e-30) / self.plan.call.ranks / 1e12,
+                "exposed_seconds": float(timeline.exposed.max(initial=0)),
+                "idle_seconds": float(timeline.idle.mean()),
+                "bytes_intra_node": int(timeline.intra_node_bytes.sum()),
+                "bytes_inter_node": int(timeline.inter_node_bytes.sum()),
             }
         return out
 
     def __str__(self) -> str:
         facts = self.as_dict()
         lines = [f"{self.plan.strategy} on {self.cluster.name}, {self.plan.call.ranks} ranks (simulated)"]
-        for one in self.passes:
-            row = facts[one.direction]
+        for timeline in self.passes:
+            row = facts[timeline.direction]
             lines.append(
-                f"{one.direction:8s} {row['seconds'] * 1e3:9.3f} ms  {row['tflops']:5.0f} TFLOP/s per device  "
+                f"{timeline.direction:8s} {row['seconds'] * 1e3:9.3f} ms  {row['tflops']:5.0f} TFLOP/s per device  "
                 f"waiting for messages {row['exposed_seconds'] * 1e3:.3f} ms at most  idle {row['idle_seconds'] * 1e3:.3f} ms "
                 f"on average  {row['bytes_intra_node'] / 1e9:.2f} GB inside nodes, {row['bytes_inter_node'] / 1e9:.2f} GB across"
             )
@@ -116,23 +116,23 @@ class Timeline:
         return "\n".join(lines)
 
     def perfetto(self) -> dict[str, Any]:
-        """Both passes as trace events for ui.perfetto.dev: a process for each rank, a thread for each stream."""
+        """Return both passes as trace events for ui.perfetto.dev: a process for each rank, a thread for each stream."""
         events: list[dict[str, Any]] = []
         start = 0.0
-        for one in self.passes:
-            for stream, ends in enumerate((one.computed, one.arrived)):
-                for step, rank in np.argwhere(ends > one.begin).tolist():
+        for timeline in self.passes:
+            for stream, ends in enumerate((timeline.computed, timeline.arrived)):
+                for step, rank in np.argwhere(ends > timeline.begin).tolist():
                     events.append(
                         {
-                            "name": f"{one.direction} step {step} {('kernels', 'messages')[stream]}",
+                            "name": f"{timeline.direction} step {step} {('kernels', 'messages')[stream]}",
                             "ph": "X",
                             "pid": rank,
                             "tid": stream,
-                            "ts": (start + float(one.begin[step, rank])) * 1e6,
-                            "dur": float(ends[step, rank] - one.begin[step, rank]) * 1e6,
+                            "ts": (start + float(timeline.begin[step, rank])) * 1e6,
+                            "dur": float(ends[step, rank] - timeline.begin[step, rank]) * 1e6,
                         }
                     )
-            start += one.seconds
+            start += timeline.seconds
         names = [
             {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank} (simulated)"}}
             for rank in range(self.plan.call.ranks)
@@ -140,16 +140,19 @@ class Timeline:
         return {"traceEvents": names + events, "displayTimeUnit": "ms"}
 
     def html(self) -> str:
-        """Return a drawing of each pass and the text, as an HTML fragment that needs nothing else.
+        """Return a drawing of each pass and the text, as a self-contained HTML fragment.
 
-        Passes stand side by side where there is room. Drawings are vectors, as wide as their place, in the page's colours.
+        Passes are placed side by side if there is room. Drawings are vectors, as wide as their place, in the page's
+        colours.
         """
-        figures = "".join(pass_figure(one, f"{self.plan.strategy} on {self.cluster.name}") for one in self.passes)
+        figures = "".join(
+            pass_figure(timeline, f"{self.plan.strategy} on {self.cluster.name}") for timeline in self.passes
+        )
         text = f'<pre style="white-space:pre-wrap">{html.escape(str(self))}</pre>'
         return f'<div style="display:flex;flex-wrap:wrap;gap:1rem">{figures}</div>\n{text}'
 
     def picture(self) -> bytes:
-        """A PNG: for each rank a line of kernels above a line of messages, forward then backward. Needs matplotlib."""
+        """Return a PNG: for each rank a line of kernels above a line of messages, forward then backward. Needs matplotlib."""
         from matplotlib.collections import PolyCollection
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
@@ -158,19 +161,19 @@ class Timeline:
         figure = Figure(figsize=(11, 1.6 + 0.16 * len(ranks)), layout="constrained")
         axis = figure.subplots()
         start = 0.0
-        for one in self.passes:
-            for ends, low, colour in ((one.computed, 0.0, _KERNELS), (one.arrived, 0.45, _MESSAGES)):
-                begin, end, line = stretches(one, ends, ranks)
+        for timeline in self.passes:
+            for ends, low, colour in ((timeline.computed, 0.0, _KERNELS), (timeline.arrived, 0.45, _MESSAGES)):
+                begin, end, line = busy_intervals(timeline, ends, ranks)
                 x0, x1, y = (start + begin) * 1e3, (start + end) * 1e3, line + low
                 boxes = np.stack([x0, y, x1, y, x1, y + 0.42, x0, y + 0.42], 1).reshape(-1, 4, 2)
                 axis.add_collection(PolyCollection(list(boxes), facecolors=colour, edgecolors="white", linewidths=0.2))
-            start += one.seconds
+            start += timeline.seconds
             axis.axvline(start * 1e3, color="#444444", linewidth=0.8)
         axis.set(xlim=(0, start * 1e3 or 1), ylim=(len(ranks), 0), xlabel="milliseconds (simulated)", ylabel="rank")
         axis.set_yticks(np.arange(len(ranks)) + 0.45, [str(rank) for rank in ranks], fontsize=7)
         drawn = f"; {len(ranks)} of {self.plan.call.ranks} ranks" if len(ranks) < self.plan.call.ranks else ""
         axis.set_title("forward, then backward" + drawn)
-        # beside the axis: with few ranks it would cover what they do last
+        # beside the axis: with few ranks it would cover their last kernels
         figure.legend(
             handles=[
                 Patch(color=_KERNELS, label="kernels"),

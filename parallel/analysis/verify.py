@@ -1,8 +1,8 @@
 """The proof of a plan: every allowed cell computed once, every input present when used, every result at its owner.
 
-`verify` reads only the tables, the mask and the layout; it knows no strategy. Everything is sorts, joins and prefix sums over
-whole columns. What moves must satisfy is checked in `distattn.parallel.analysis.holding`, what states of recurrences must
-in `distattn.parallel.analysis.states`.
+`verify` reads only the tables, the mask and the layout; it knows no strategy. All computations are sorts, joins and prefix sums
+over whole columns. Rules for moves are checked in `distattn.parallel.analysis.holding`, rules for states of recurrences in
+`distattn.parallel.analysis.states`.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from distattn.ir.plan import (
     task_bands,
 )
 from distattn.parallel.analysis.disjoint import first_overlap
-from distattn.parallel.analysis.holding import MAX_STEP, BufferLifetimes, check_payload, moves_of, show_row
+from distattn.parallel.analysis.holding import MAX_STEP, BufferLifetimes, check_payload, describe_row, moves_of
 from distattn.parallel.analysis.states import begun_with_state, state_lifetimes, trace_states
 from distattn.parallel.tables.written_once import written_once
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was proven of a plan, and what it costs in memory.
+    """Result of a proof, with the memory that the plan needs.
 
     forward_peak, backward_peak: per rank, the most bytes of received tensors and of partial results for other ranks that are
     alive at once in one pass; `kept` bytes excluded. kept: bytes per rank that stay from forward to backward, per
@@ -53,9 +53,10 @@ class Proof:
 
 @checked
 def verify(plan: Plan, max_buffer_bytes: int | None = None) -> Proof:
-    """Prove a plan, or raise PlanError naming the first offending row (numbered within its canonical table).
+    """Prove a plan, or raise PlanError naming the first wrong row (numbered within its canonical table).
 
-    max_buffer_bytes: bytes of buffers that a rank may need at once in one pass, beside what is kept; no limit by default.
+    max_buffer_bytes: the most bytes of buffers that a rank may need at once in one pass, without kept ones; no limit by
+    default.
     """
     call = plan.call
     forward = _verify_table(plan, "forward", None)
@@ -67,10 +68,10 @@ def verify(plan: Plan, max_buffer_bytes: int | None = None) -> Proof:
     kept_bytes = np.zeros(call.ranks, np.int64)
     if kept is not None:
         np.add.at(kept_bytes, kept["dst"], move_bytes(call, kept))
-        # what is kept is counted apart
+        # kept tensors are counted separately
         forward = {p: buffers for p, buffers in forward.items() if p not in (Payload.Q, Payload.KV)}
     if call.op.is_recurrent and call.op.has_gradient:
-        # what tasks began with stays for the backward pass; it begins where its document does
+        # states that tasks began with stay for the backward pass
         reads = select_rows(plan.forward.tasks, begun_with_state(plan.forward.tasks))
         np.add.at(kept_bytes, reads["rank"], (reads["h1"] - reads["h0"]) * call.state_bytes(True))
     proof = Proof(plan.digest, _peak(call, forward), _peak(call, backward), kept_bytes)
@@ -80,7 +81,7 @@ def verify(plan: Plan, max_buffer_bytes: int | None = None) -> Proof:
 
 
 def check_max_buffer_bytes(proof: Proof, max_buffer_bytes: int) -> None:
-    """Raise PlanError where a rank needs more bytes of buffers at once; every rank raises the same error."""
+    """Raise PlanError if a rank needs more bytes of buffers at once. Every rank raises the same error."""
     for direction, peak in (("forward", proof.forward_peak), ("backward", proof.backward_peak)):
         if peak.max() > max_buffer_bytes:
             rank = int(peak.argmax())
@@ -91,7 +92,7 @@ def check_max_buffer_bytes(proof: Proof, max_buffer_bytes: int) -> None:
 
 
 def _verify_table(plan: Plan, direction: str, kept: Columns | None) -> dict[Payload, BufferLifetimes]:
-    """The buffers of each payload of a table that is right."""
+    """Verify a table, and return the buffers of each payload."""
     call, table = plan.call, plan.forward if direction == "forward" else plan.backward
     payloads = call.payloads(direction)
     if direction == "backward" and not call.op.has_gradient:
@@ -102,28 +103,28 @@ def _verify_table(plan: Plan, direction: str, kept: Columns | None) -> dict[Payl
     _check_task_numbers(call, table.tasks, direction)
     _check_move_numbers(call, table.moves, direction, payloads)
     if call.op.is_recurrent:
-        _check_stretches(call, table.tasks, direction)
+        _check_segments(call, table.tasks, direction)
     else:
         _check_coverage(call, table.tasks, direction)
-    found = {}
+    buffers = {}
     for payload in payloads:
         if payload in STATE_PAYLOADS:
-            found[payload] = state_lifetimes(call, payload, trace_states(plan, direction, payload).lives)
+            buffers[payload] = state_lifetimes(call, payload, trace_states(plan, direction, payload).lives)
             continue
         still_there = None
         if kept is not None and payload in (Payload.Q, Payload.KV):
             still_there = select_rows(kept, kept["payload"] == payload)
-        found[payload] = check_payload(call, table, payload, direction, still_there)
-    return found
+        buffers[payload] = check_payload(call, table, payload, direction, still_there)
+    return buffers
 
 
 def _check_task_numbers(call: Call, tasks: Columns, direction: str) -> None:
-    """Are the numbers in range, before anything is computed with them?"""
+    """Check that the numbers are in range, before anything is computed with them."""
     _refuse_task(_outside(tasks["piece"], len(call.mask.pieces)), tasks, direction, "names no piece of the mask")
     _refuse_task(_outside(tasks["rank"], call.ranks), tasks, direction, f"is at no rank of {call.ranks}")
     bad = _not_inside(tasks, "q", call.mask.n) | _not_inside(tasks, "k", call.mask.n)
     if call.op.is_recurrent:
-        # what they may lack is said by `_check_stretches`
+        # `_check_segments` checks the other columns
         names = ("q0", "q1", "k0", "k1")
         bad = np.logical_or.reduce([(tasks[name] < 0) | (tasks[name] > call.mask.n) for name in names])
     _refuse_task(bad, tasks, direction, f"has an empty or impossible rectangle on {call.mask.n} tokens")
@@ -132,9 +133,9 @@ def _check_task_numbers(call: Call, tasks: Columns, direction: str) -> None:
 
 
 def _check_move_numbers(call: Call, moves: Columns, direction: str, payloads: tuple[Payload, ...]) -> None:
-    known = np.isin(moves["payload"], [int(payload) for payload in payloads])
+    is_valid = np.isin(moves["payload"], [int(payload) for payload in payloads])
     names = [payload.name for payload in payloads]
-    _refuse_move(~known, moves, direction, f"carries a payload that is not one of {names}")
+    _refuse_move(~is_valid, moves, direction, f"carries a payload that is not one of {names}")
     bad = _outside(moves["src"], call.ranks) | _outside(moves["dst"], call.ranks) | (moves["src"] == moves["dst"])
     _refuse_move(bad, moves, direction, f"does not go from one to another of {call.ranks} ranks")
     heads = np.array([call.payload_heads(payload) for payload in Payload])[moves["payload"]]
@@ -142,8 +143,9 @@ def _check_move_numbers(call: Call, moves: Columns, direction: str, payloads: tu
     _refuse_move(bad, moves, direction, "has an impossible step, token or head range")
 
 
-def _check_stretches(call: Call, tasks: Columns, direction: str) -> None:
-    """Rows and keys of a task meet in its stretch; each output, and gradient, once and from all that it depends on."""
+def _check_segments(call: Call, tasks: Columns, direction: str) -> None:
+    """Check that rows and keys of a task meet in its segment, and that outputs and gradients are computed once from all
+    inputs."""
     q0, q1, k0, k1 = (tasks[name] for name in ("q0", "q1", "k0", "k1"))
     backward = direction == "backward"
     whole = has_rows_and_keys(tasks)
@@ -152,16 +154,16 @@ def _check_stretches(call: Call, tasks: Columns, direction: str) -> None:
     good = only_state | only_gradient | (whole & (k0 <= q0) & (q0 < k1) & ((k1 <= q1) if backward else (k1 == q1)))
     document = call.documents[tasks["piece"]]
     inside = (np.minimum(q0, k0) >= document[:, 0]) & (np.maximum(q1, k1) <= document[:, 1])
-    _refuse_task(~(good & inside), tasks, direction, "is not a stretch of its document with what passes through it")
+    _refuse_task(~(good & inside), tasks, direction, "is not a segment of its document with what passes through it")
     complete = select_rows(tasks, whole)
-    # outputs depend on all keys before them, gradients of keys on all rows after them as well
+    # outputs depend on all earlier keys, gradients of keys also on all later rows
     _check_coverage(call, {**complete, "q1": complete["k1"]}, direction)
     if backward:
         _check_coverage(call, {**complete, "k0": complete["q0"]}, direction)
 
 
 def _check_coverage(call: Call, tasks: Columns, direction: str) -> None:
-    """Tasks are tight rectangles of their pieces, disjoint for every head, and their areas add up to the mask's."""
+    """Check that tasks are tight rectangles of their pieces, disjoint for every head, with the areas of the mask."""
     bands = task_bands(call.mask, tasks)
     tight = tighten(bands)
     rectangle = np.stack([tasks[name] for name in ("q0", "q1", "k0", "k1")], 1)
@@ -174,11 +176,11 @@ def _check_coverage(call: Call, tasks: Columns, direction: str) -> None:
     work = cell_counts(call, tasks, bands)
     done = np.zeros(len(call.mask.pieces), work.dtype)
     np.add.at(done, tasks["piece"], work)
-    wanted = areas(call.mask.pieces).astype(work.dtype) * np.diff(call.piece_heads, axis=1)[:, 0]
-    if (done != wanted).any():
-        i = int(np.flatnonzero(done != wanted)[0])
+    expected = areas(call.mask.pieces).astype(work.dtype) * np.diff(call.piece_heads, axis=1)[:, 0]
+    if (done != expected).any():
+        i = int(np.flatnonzero(done != expected)[0])
         raise PlanError(
-            f"{direction}: of piece {i}, {wanted[i]} cells x heads are allowed but tasks compute {done[i]}."
+            f"{direction}: of piece {i}, {expected[i]} cells x heads are allowed but tasks compute {done[i]}."
         )
 
 
@@ -190,19 +192,21 @@ def _check_disjoint(tasks: Columns, direction: str) -> None:
     overlap = first_overlap(group, (q0, q1, k0, k1))
     if overlap is not None:
         a, b = sorted((int(row[overlap[0]]), int(row[overlap[1]])))
-        raise PlanError(f"{direction}: tasks {a} and {b} compute the same cells ({show_row(tasks, TASK_COLUMNS, b)}).")
+        raise PlanError(
+            f"{direction}: tasks {a} and {b} compute the same cells ({describe_row(tasks, TASK_COLUMNS, b)})."
+        )
 
 
 def _peak(call: Call, buffers: dict[Payload, BufferLifetimes]) -> Ints:
-    """The most bytes alive at one step, (ranks,)."""
+    """Return the most bytes alive at one step, (ranks,)."""
     rank, first, last, size = (
-        np.concatenate([np.zeros(0, np.int64), *(getattr(one, name) for one in buffers.values())])
+        np.concatenate([np.zeros(0, np.int64), *(getattr(lifetimes, name) for lifetimes in buffers.values())])
         for name in ("rank", "first", "last", "size")
     )
     peak = np.zeros(call.ranks, np.int64)
     if not len(rank):
         return peak
-    # a running sum over (rank, step) events; releases count after the step they belong to
+    # a running sum over (rank, step) events; releases count after their step
     event = np.concatenate([rank * (2 * MAX_STEP) + first, rank * (2 * MAX_STEP) + last + 1])
     change = np.concatenate([size, -size])
     by_event = np.lexsort((change, event))
@@ -219,10 +223,10 @@ def _refuse_move(bad: np.ndarray, moves: Columns, direction: str, why: str) -> N
 
 
 def _refuse(kind: str, bad: np.ndarray, rows: Columns, names: tuple[str, ...], direction: str, why: str) -> None:
-    """Raise for the first bad row, if there is one."""
+    """Raise PlanError for the first bad row, if there is one."""
     if bad.any():
         i = int(np.flatnonzero(bad)[0])
-        raise PlanError(f"{direction}: {kind} {i} {show_row(rows, names, i)} {why}.")
+        raise PlanError(f"{direction}: {kind} {i} {describe_row(rows, names, i)} {why}.")
 
 
 def _outside(values: Ints, limit: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distattn.parallel.runtime.arenas import ARENAS, Room, room_bytes
+from distattn.parallel.runtime.arenas import ARENAS, ArenaAllocator, aligned_bytes
 from distattn.parallel.runtime.transport import Packet, Transport
 
 
@@ -40,13 +40,13 @@ def _summed(x: Tensor, ranks: Sequence[int], rank: int, transport: Transport) ->
     # the ranks' parts of x and of the sum, and what is given to this rank's part
     sizes = [part.numel() for part in x.reshape(-1).tensor_split(len(ranks))]
     own = sizes[list(ranks).index(rank)]
-    nbytes = room_bytes(*(2 * [x.nbytes] + len(ranks) * [own * x.element_size()]))
+    nbytes = aligned_bytes(*(2 * [x.nbytes] + len(ranks) * [own * x.element_size()]))
     with ARENAS.borrowed(nbytes, x.device) as arena:
-        room = Room(arena)
-        parts = dict(zip(ranks, room.copy_of(x).view(-1).split(sizes), strict=True))
-        whole = room.tensor(x.shape, x.dtype)
+        allocator = ArenaAllocator(arena)
+        parts = dict(zip(ranks, allocator.copy_of(x).view(-1).split(sizes), strict=True))
+        whole = allocator.tensor(x.shape, x.dtype)
         sums = dict(zip(ranks, whole.view(-1).split(sizes), strict=True))
-        given = {peer: parts[rank] if peer == rank else room.tensor((own,), x.dtype) for peer in ranks}
+        given = {peer: parts[rank] if peer == rank else allocator.tensor((own,), x.dtype) for peer in ranks}
         _exchange(parts, given, rank, transport)
         total = sums[rank].zero_()
         for peer in ranks:

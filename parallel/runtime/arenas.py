@@ -123,30 +123,30 @@ class ArenaPool:
             return _new(nbytes, place[0])
 
 
-class Room:
-    """A part of an arena that tensors are laid in, one behind another."""
+class ArenaAllocator:
+    """An allocator that places tensors in a part of an arena, one behind another."""
 
     def __init__(self, arena: Tensor):
         """arena: bytes, aligned as an arena is."""
         self._arena, self._used = arena, 0
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return a contiguous tensor in the room; what is in it has no meaning."""
+        """Return a contiguous tensor of the arena, uninitialized."""
         begin, size = self._used, prod(shape) * dtype.itemsize
-        self._used += room_bytes(size)
+        self._used += aligned_bytes(size)
         return self._arena[begin : begin + size].view(dtype).view(tuple(shape))
 
     def copy_of(self, x: Tensor) -> Tensor:
-        """Return a contiguous copy of a tensor in the room."""
+        """Return a contiguous copy of a tensor, placed in the arena."""
         return self.tensor(x.shape, x.dtype).copy_(x)
 
     def clear(self) -> None:
-        """Lay tensors from the beginning again."""
+        """Place tensors from the beginning again."""
         self._used = 0
 
 
-def room_bytes(*sizes: int) -> int:
-    """Return the bytes of room that tensors of these sizes in bytes need."""
+def aligned_bytes(*sizes: int) -> int:
+    """Return the bytes of an arena that tensors of these sizes in bytes take, with alignment."""
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 

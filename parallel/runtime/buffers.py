@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distattn.ir.plan import Call, Payload
-from distattn.kernels.glue import Rows, add_rows, copy_rows, merge_rows
+from distattn.kernels.glue import RowSelection, add_rows, copy_rows, merge_rows
 from distattn.parallel.runtime.memory import FlatPlaces, PlacedTensor, PlaceKey, own_result_fields
 from distattn.parallel.runtime.packed_messages import PackedMessages
 from distattn.parallel.runtime.views import OWN, BufferKey, View
@@ -101,7 +101,7 @@ class Buffers:
     def copy_own(self, key: BufferKey, view: View) -> None:
         """Copy own rows into a buffer of copies."""
         for piece in view.slices:
-            rows, view_rows = Rows.of(piece.rows), Rows.of(piece.view_rows)
+            rows, view_rows = RowSelection.of(piece.rows), RowSelection.of(piece.view_rows)
             for whole, tensor in zip(self.fields[key], self.fields[piece.buffer], strict=True):
                 copy_rows(_of_heads(whole, piece.view_heads), view_rows, _of_heads(tensor, piece.heads), rows)
 
@@ -117,7 +117,7 @@ class Buffers:
             own_fields = self.fields[BufferKey(part.payload, OWN, 0, self.call.payload_heads(part.payload))]
             for whole, tensor in zip(self.place(of_part), own_fields, strict=True):
                 source = tensor.reshape(-1, part.heads, *tensor.shape[2:])
-                copy_rows(whole, Rows(0, packed.rows), source, Rows.of(part.rows))
+                copy_rows(whole, RowSelection(0, packed.rows), source, RowSelection.of(part.rows))
 
     def unpack(self, packed: PackedMessages, fields: Sequence[Fields]) -> None:
         """Write results that have arrived to the own tensors, where none are yet. fields: of each part of a row."""
@@ -125,26 +125,26 @@ class Buffers:
             own_fields = self.fields[BufferKey(part.payload, OWN, 0, self.call.payload_heads(part.payload))]
             for whole, tensor in zip(own_fields, tensors, strict=True):
                 target = whole.view(-1, part.heads, *whole.shape[2:])
-                copy_rows(target, Rows.of(part.rows), tensor, Rows(0, packed.rows))
+                copy_rows(target, RowSelection.of(part.rows), tensor, RowSelection(0, packed.rows))
 
-    def place_rows(self, places: Places, stretches: tuple[slice, ...], begin: int = 0) -> list[Fields]:
-        """Return rows of a bundle or of tensors in the arena, by stretch of a message that begins at row `begin`."""
+    def place_rows(self, places: Places, segments: tuple[slice, ...], begin: int = 0) -> list[Fields]:
+        """Return rows of a bundle or of tensors in the arena, by segment of a message that begins at row `begin`."""
         tensors = [self._view(place) for place in places]
-        return [tuple(x[begin + part.start : begin + part.stop] for x in tensors) for part in stretches]
+        return [tuple(x[begin + part.start : begin + part.stop] for x in tensors) for part in segments]
 
-    def message_parts(self, view: View, stretches: tuple[slice, ...], in_rows: bool = False) -> list[Fields]:
-        """Return the tensors of a message by stretch: parts of buffers, or of the bundles that begin with them (in_rows)."""
+    def message_parts(self, view: View, segments: tuple[slice, ...], in_rows: bool = False) -> list[Fields]:
+        """Return the tensors of a message by segment: parts of buffers, or of the bundles that begin with them (in_rows)."""
         if len(view.slices) == 1:
             (only,) = view.slices
-            assert isinstance(only.rows, slice), "messages leave from and land in stretches of rows"
+            assert isinstance(only.rows, slice), "messages leave from and land in segments of rows"
             begin, tensors = only.rows.start, self._whole(only.buffer, in_rows)
-            return [tuple(x[begin + part.start : begin + part.stop] for x in tensors) for part in stretches]
+            return [tuple(x[begin + part.start : begin + part.stop] for x in tensors) for part in segments]
         return [tuple(x[piece.rows] for x in self._whole(piece.buffer, in_rows)) for piece in view.slices]
 
     def part(self, view: View) -> Fields:
         """The part of a buffer that a view is."""
         (only,) = view.slices
-        assert isinstance(only.rows, slice), "a part of a buffer is a stretch of rows"
+        assert isinstance(only.rows, slice), "a part of a buffer is a segment of rows"
         return tuple(_of_heads(_of_rows(tensor, only.rows), only.heads) for tensor in self.fields[only.buffer])
 
     def gather(self, view: View, places: Places | None) -> Fields:
@@ -154,7 +154,7 @@ class Buffers:
     def accumulate(self, payload: Payload, view: View, fields: Fields) -> None:
         """Accumulate the tensors of a view into its buffers: O as the op says, gradients by sum."""
         for piece in view.slices:
-            rows, view_rows = Rows.of(piece.rows), Rows.of(piece.view_rows)
+            rows, view_rows = RowSelection.of(piece.rows), RowSelection.of(piece.view_rows)
             parts = [_of_heads(tensor, piece.view_heads) for tensor in fields]
             totals = [_of_heads(tensor, piece.heads) for tensor in self.fields[piece.buffer]]
             if payload == Payload.O and self._merges_by_lse and not piece.is_first:
@@ -181,7 +181,7 @@ class Buffers:
             for tensor in out:
                 tensor.zero_()
         for piece in view.slices:
-            rows, view_rows = Rows.of(piece.rows), Rows.of(piece.view_rows)
+            rows, view_rows = RowSelection.of(piece.rows), RowSelection.of(piece.view_rows)
             for whole, tensor in zip(out, self.fields[piece.buffer], strict=True):
                 copy_rows(_of_heads(whole, piece.view_heads), view_rows, _of_heads(tensor, piece.heads), rows)
         return out
@@ -199,7 +199,7 @@ class Buffers:
 
 
 def _of_rows(tensor: Tensor, rows: slice) -> Tensor:
-    """Return a stretch of rows of a tensor: the tensor itself where these are all."""
+    """Return a segment of rows of a tensor: the tensor itself where these are all."""
     return tensor if rows.start == 0 and rows.stop == len(tensor) else tensor[rows]
 
 

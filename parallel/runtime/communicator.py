@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
 from distattn.ir.errors import DistattnError
-from distattn.parallel.runtime.attendance import attended, default_store
+from distattn.parallel.runtime.collective_calls import default_store, run_collective
 from distattn.parallel.runtime.communicator_end import end_communicator, end_with_group
 from distattn.parallel.runtime.sealed_values import seal, unseal
 
@@ -199,7 +199,7 @@ def _opened(group: dist.ProcessGroup, make: Callable[..., Any], device: torch.de
             raise
         return backend
 
-    return attended(group, "the making of a communicator", work)
+    return run_collective(group, "the making of a communicator", work)
 
 
 def _open_gloo(store: dist.Store, rank: int, members: Sequence[int], timeout: timedelta, name: str) -> Any:

@@ -241,14 +241,12 @@ def _outgoing(buffers: Buffers, step: ProgramStep, numbers: tuple[int, ...]) -> 
     packed = _packed_with(numbers, step.packed_sends)
     if packed:
         places = step.places["rows of send" if message.bundle else "send", packed.first[0]]
-        return _packets(payload, message, buffers.place_rows(places, message.stretches, packed.begins[numbers]))
+        return _packets(payload, message, buffers.place_rows(places, message.segments, packed.begins[numbers]))
     if ("send", numbers[0]) not in step.places:
-        return _packets(payload, message, buffers.message_parts(message.view, message.stretches, bool(message.bundle)))
+        return _packets(payload, message, buffers.message_parts(message.view, message.segments, bool(message.bundle)))
     copies = [buffers.gathered(step.sends[number][1].view, step.places["send", number]) for number in numbers]
     if message.bundle:
-        return _packets(
-            payload, message, buffers.place_rows(step.places["rows of send", numbers[0]], message.stretches)
-        )
+        return _packets(payload, message, buffers.place_rows(step.places["rows of send", numbers[0]], message.segments))
     return _packets(payload, message, _cut(copies[0], message))
 
 
@@ -260,21 +258,21 @@ def _incoming(
     packed = _packed_with(numbers, step.packed_receives)
     if packed:
         places = step.places["rows of receive" if message.bundle else "receive", packed.first[0]]
-        return _packets(payload, message, buffers.place_rows(places, message.stretches, packed.begins[numbers]))
+        return _packets(payload, message, buffers.place_rows(places, message.segments, packed.begins[numbers]))
     if payload not in REDUCED_PAYLOADS:
-        return _packets(payload, message, buffers.message_parts(message.view, message.stretches, bool(message.bundle)))
+        return _packets(payload, message, buffers.message_parts(message.view, message.segments, bool(message.bundle)))
     for number in numbers:
         results[number] = buffers.place(step.places["receive", number])
     if message.bundle:
         return _packets(
-            payload, message, buffers.place_rows(step.places["rows of receive", numbers[0]], message.stretches)
+            payload, message, buffers.place_rows(step.places["rows of receive", numbers[0]], message.segments)
         )
     return _packets(payload, message, _cut(results[numbers[0]], message))
 
 
 def _cut(fields: Fields, message: Message) -> list[Fields]:
-    """Return the tensors of a message by stretch."""
-    return [tuple(tensor[stretch] for tensor in fields) for stretch in message.stretches]
+    """Return the tensors of a message by segment."""
+    return [tuple(tensor[segment] for tensor in fields) for segment in message.segments]
 
 
 def _packets(payload: Payload, message: Message, parts: list[Fields]) -> list[Packet]:

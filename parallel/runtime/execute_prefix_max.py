@@ -1,6 +1,6 @@
 """The executor of prefix maxima: like that of recurrences, with values alone, and forward only."""
 
-# T tokens on this rank, H heads, V value dim, N stretches of a launch, M documents
+# T tokens on this rank, H heads, V value dim, N segments of a launch, M documents
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from distattn.ir.plan import Payload
-from distattn.kernels.recurrence.tokens import Stretches
+from distattn.kernels.recurrence.tokens import Segments
 from distattn.kernels.spec import KernelRequirements
 from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.buffers import Fields
 from distattn.parallel.runtime.execute import PausableRun, Target, run_steps
 from distattn.parallel.runtime.program import KernelLaunch, Program
+from distattn.parallel.runtime.segment_launches import SegmentKind
 from distattn.parallel.runtime.state_pass import StatePass
 from distattn.parallel.runtime.state_tensors import State
-from distattn.parallel.runtime.stretch_launches import StretchKind
 from distattn.parallel.runtime.transport import Transport
 
 
 class PrefixMaxKernel(Protocol):
     """The functions of a kernel module for prefix maxima; see `distattn.kernels.recurrence.cummax`."""
 
-    def prepare(self, stretches: Stretches, requirements: KernelRequirements) -> Any: ...
+    def prepare(self, segments: Segments, requirements: KernelRequirements) -> Any: ...
 
-    def forward(self, x_THV: Tensor, stretches: Any, state_NHV: Tensor) -> tuple[Tensor, Tensor]: ...
+    def forward(self, x_THV: Tensor, segments: Any, state_NHV: Tensor) -> tuple[Tensor, Tensor]: ...
 
-    def states(self, x_THV: Tensor, stretches: Any, state_NHV: Tensor) -> Tensor: ...
+    def states(self, x_THV: Tensor, segments: Any, state_NHV: Tensor) -> Tensor: ...
 
 
 class PrefixMaxResult(NamedTuple):
@@ -53,13 +53,13 @@ def forward(
     def compute(
         launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
     ) -> dict[Payload, Fields]:
-        (x,), tasks, stretches = operands[Payload.KV], run.tasks(launch), launch.schedule.stretches
+        (x,), tasks, segments = operands[Payload.KV], run.tasks(launch), launch.schedule.segments
         entering = run.side_by_side(launch, [run.entering(launch, task) for task in tasks])[:, :, 0]
-        if launch.schedule.kind is StretchKind.STATE:
-            for task, leaving in zip(tasks, kernel.states(x, stretches, entering), strict=True):
+        if launch.schedule.kind is SegmentKind.STATE:
+            for task, leaving in zip(tasks, kernel.states(x, segments, entering), strict=True):
                 run.leave(launch, task, State(None, leaving[:, None]))
             return {}
-        before, leaving_NHV = kernel.forward(x, stretches, entering)
+        before, leaving_NHV = kernel.forward(x, segments, entering)
         run.leave_final(launch, tasks, leaving_NHV[:, :, None])
         return {Payload.O: (before,)}
 

@@ -1,10 +1,10 @@
-"""The executor of recurrences: a program's stretches and states on one rank, forward and backward.
+"""The executor of recurrences: a program's segments and states on one rank, forward and backward.
 
-Steps, messages and buffers of tokens are those of `execute`. Here is what a launch does: states that precede its stretches, or
+Steps, messages and buffers of tokens are those of `execute`. Here is what a launch does: states that precede its segments, or
 gradients of states that follow them, are put together, go into the kernel side by side, and what leaves is kept for others.
 """
 
-# T tokens on this rank, H heads of values, G heads of queries and keys, K key dim, V value dim, N stretches of a launch,
+# T tokens on this rank, H heads of values, G heads of queries and keys, K key dim, V value dim, N segments of a launch,
 # M documents
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distattn.ir.op import Op
 from distattn.ir.plan import Payload
-from distattn.kernels.recurrence.tokens import RecurrenceTokens, Stretches
+from distattn.kernels.recurrence.tokens import RecurrenceTokens, Segments
 from distattn.kernels.spec import KernelRequirements
 from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.buffers import Fields, narrowed
@@ -25,30 +25,30 @@ from distattn.parallel.runtime.execute import PausableRun, Target, run_steps
 from distattn.parallel.runtime.kept_tensors import KeptPlaces
 from distattn.parallel.runtime.memory import forward_arena_bytes
 from distattn.parallel.runtime.program import KernelLaunch, Program, kept_key
+from distattn.parallel.runtime.segment_launches import SegmentKind
 from distattn.parallel.runtime.state_pass import StatePass
-from distattn.parallel.runtime.state_program import StretchStates
+from distattn.parallel.runtime.state_program import SegmentStates
 from distattn.parallel.runtime.state_tensors import State, composed
-from distattn.parallel.runtime.stretch_launches import StretchKind
 from distattn.parallel.runtime.transport import Transport
 
 
 class RecurrenceKernel(Protocol):
     """The functions of a kernel module for recurrences; see `distattn.kernels.recurrence.chunked`."""
 
-    def prepare(self, stretches: Stretches, requirements: KernelRequirements) -> Any: ...
+    def prepare(self, segments: Segments, requirements: KernelRequirements) -> Any: ...
 
-    def forward(self, x: RecurrenceTokens, stretches: Any, state_NHKV: Tensor) -> tuple[Tensor, Tensor]: ...
+    def forward(self, x: RecurrenceTokens, segments: Any, state_NHKV: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def states(
-        self, x: RecurrenceTokens, stretches: Any, state_NHKV: Tensor, transitions: bool
+        self, x: RecurrenceTokens, segments: Any, state_NHKV: Tensor, transitions: bool
     ) -> tuple[Tensor, Tensor | None]: ...
 
     def backward(
-        self, x: RecurrenceTokens, stretches: Any, state_NHKV: Tensor, do_THV: Tensor, dstate_NHKV: Tensor
+        self, x: RecurrenceTokens, segments: Any, state_NHKV: Tensor, do_THV: Tensor, dstate_NHKV: Tensor
     ) -> tuple[RecurrenceTokens, Tensor]: ...
 
     def gradient_states(
-        self, x: RecurrenceTokens, stretches: Any, do_THV: Tensor, dstate_NHKV: Tensor, transitions: bool
+        self, x: RecurrenceTokens, segments: Any, do_THV: Tensor, dstate_NHKV: Tensor, transitions: bool
     ) -> tuple[Tensor, Tensor | None]: ...
 
 
@@ -147,11 +147,11 @@ class _Pass(StatePass):
     ) -> dict[Payload, Fields]:
         """One launch of the forward pass."""
         x, tasks = self._tokens(launch, operands), self.tasks(launch)
-        if launch.schedule.kind is StretchKind.STATE:
+        if launch.schedule.kind is SegmentKind.STATE:
             self._leave_states(launch, x, tasks)
             return {}
         entering = self.side_by_side(launch, [self.entering(launch, task) for task in tasks])
-        o_THV, leaving = self.kernel.forward(x, launch.schedule.stretches, entering)
+        o_THV, leaving = self.kernel.forward(x, launch.schedule.segments, entering)
         for task, begins in zip(tasks, entering, strict=True):
             if task.begun >= 0:
                 self.begun[task.begun].copy_(begins)
@@ -163,16 +163,16 @@ class _Pass(StatePass):
     ) -> dict[Payload, Fields]:
         """One launch of the backward pass."""
         x, tasks = self._tokens(launch, operands), self.tasks(launch)
-        if launch.schedule.kind is StretchKind.STATE:
+        if launch.schedule.kind is SegmentKind.STATE:
             self._leave_states(launch, x, tasks)
             return {}
         (do_THV,) = operands[Payload.dO]
-        if launch.schedule.kind is StretchKind.GRADIENT_STATE:
+        if launch.schedule.kind is SegmentKind.GRADIENT_STATE:
             self._leave_gradient_states(launch, x, do_THV, tasks)
             return {}
         entering = self.side_by_side(launch, [self.entering(launch, task) for task in tasks])
         dleaving = self.side_by_side(launch, [self._following(launch, task) for task in tasks])
-        dx, dentering = self.kernel.backward(x, launch.schedule.stretches, entering, do_THV, dleaving)
+        dx, dentering = self.kernel.backward(x, launch.schedule.segments, entering, do_THV, dleaving)
         for task, begins in zip(tasks, dentering, strict=True):
             if task.initial >= 0 and self.edge_states is not None:
                 self.edge_states[task.initial, launch.heads] = begins
@@ -181,11 +181,11 @@ class _Pass(StatePass):
         shared = tuple(self._folded(launch, dy) for dy in (dq, dk))
         return {Payload.dQ: shared, Payload.dKV: tuple(rest)}
 
-    def _leave_states(self, launch: KernelLaunch, x: RecurrenceTokens, tasks: Sequence[StretchStates]) -> None:
-        """(A, B) of stretches, after what precedes them."""
+    def _leave_states(self, launch: KernelLaunch, x: RecurrenceTokens, tasks: Sequence[SegmentStates]) -> None:
+        """(A, B) of segments, after what precedes them."""
         before = [self.entering(launch, task) for task in tasks]
         entering, wanted = self.side_by_side(launch, before), _need_transitions(tasks)
-        leaving, transitions = self.kernel.states(x, launch.schedule.stretches, entering, wanted)
+        leaving, transitions = self.kernel.states(x, launch.schedule.segments, entering, wanted)
         for i, (task, state) in enumerate(zip(tasks, before, strict=True)):
             a = None
             if not task.is_prefix and transitions is not None:
@@ -193,20 +193,20 @@ class _Pass(StatePass):
             self.leave(launch, task, State(a, leaving[i]))
 
     def _leave_gradient_states(
-        self, launch: KernelLaunch, x: RecurrenceTokens, do_THV: Tensor, tasks: Sequence[StretchStates]
+        self, launch: KernelLaunch, x: RecurrenceTokens, do_THV: Tensor, tasks: Sequence[SegmentStates]
     ) -> None:
-        """(A, C) of stretches, before what follows them."""
+        """(A, C) of segments, before what follows them."""
         after = [self._following(launch, task) for task in tasks]
         dleaving, wanted = self.side_by_side(launch, after), _need_transitions(tasks)
-        dentering, transitions = self.kernel.gradient_states(x, launch.schedule.stretches, do_THV, dleaving, wanted)
+        dentering, transitions = self.kernel.gradient_states(x, launch.schedule.segments, do_THV, dleaving, wanted)
         for i, (task, state) in enumerate(zip(tasks, after, strict=True)):
             a = None
             if not task.is_prefix and transitions is not None:
                 a = transitions[i] if state is None or state.a is None else composed(transitions[i], state.a)
             self.leave(launch, task, State(a, dentering[i]))
 
-    def _following(self, launch: KernelLaunch, task: StretchStates) -> State | None:
-        """Return the gradient of the state that leaves a stretch: from what follows it, or of its document's final state."""
+    def _following(self, launch: KernelLaunch, task: SegmentStates) -> State | None:
+        """Return the gradient of the state that leaves a segment: from what follows it, or of its document's final state."""
         if task.after:
             return self.states.put_together(task.after)
         return self.edge(launch, self.dfinal, task.final)
@@ -243,6 +243,6 @@ class _Pass(StatePass):
         return out.index_add_(1, index, dy_THK)
 
 
-def _need_transitions(tasks: Sequence[StretchStates]) -> bool:
-    """Whether the A of any stretch is part of what it leaves."""
+def _need_transitions(tasks: Sequence[SegmentStates]) -> bool:
+    """Whether the A of any segment is part of what it leaves."""
     return not all(task.is_prefix for task in tasks)

@@ -74,7 +74,7 @@ def land(
             # what is in several buffers is gathered before it is sent, wherever it lies
             if len(message.view.slices) == 1:
                 (piece,) = message.view.slices
-                messages[piece.buffer].append((piece, message.stretches))
+                messages[piece.buffer].append((piece, message.segments))
     landings: dict[BufferKey, Landing] = {}
     for key, rows in sizes.items():
         landing = next((one for _, view in launches[key] if (one := _landing(key, rows, view))), None)
@@ -114,7 +114,7 @@ def _fits(
     launches: list[tuple[BufferSlice, View]],
     messages: list[tuple[BufferSlice, tuple[slice, ...]]],
 ) -> bool:
-    """Whether messages land in whole stretches, and nobody else needs the buffer as it was."""
+    """Whether messages land in whole segments, and nobody else needs the buffer as it was."""
     if key.payload in REDUCED_PAYLOADS and len(launches) != 1:
         # what several kernels add to is not ready before the last of them
         return False
@@ -123,8 +123,8 @@ def _fits(
         if was_direct and not _is_run(landing.new_row[_numbers(piece.rows)]):
             return False
     return all(
-        isinstance(piece.rows, slice) and all(_is_run(landing.new_row[piece.rows][stretch]) for stretch in stretches)
-        for piece, stretches in messages
+        isinstance(piece.rows, slice) and all(_is_run(landing.new_row[piece.rows][segment]) for segment in segments)
+        for piece, segments in messages
     )
 
 
@@ -137,7 +137,7 @@ def _change(step: ProgramStep, found: Mapping[BufferKey, Landing]) -> None:
         for i, (payload, message) in enumerate(messages):
             slices = [_moved(piece, found) for piece in message.view.slices]
             if len(slices) == 1:
-                slices = _in_stretches(message.view.slices[0], message.stretches, found)
+                slices = _in_segments(message.view.slices[0], message.segments, found)
             messages[i] = payload, message._replace(view=message.view._replace(slices=slices))
 
 
@@ -182,14 +182,14 @@ def _moved(piece: BufferSlice, found: Mapping[BufferKey, Landing]) -> BufferSlic
     return piece._replace(rows=_index(found[piece.buffer].new_row[_numbers(piece.rows)]))
 
 
-def _in_stretches(
-    piece: BufferSlice, stretches: tuple[slice, ...], found: Mapping[BufferKey, Landing]
+def _in_segments(
+    piece: BufferSlice, segments: tuple[slice, ...], found: Mapping[BufferKey, Landing]
 ) -> list[BufferSlice]:
-    """The slices of a message: one for each of its stretches, where the buffer has changed."""
+    """The slices of a message: one for each of its segments, where the buffer has changed."""
     if piece.buffer not in found:
         return [piece]
     rows = found[piece.buffer].new_row[_numbers(piece.rows)]
-    return [piece._replace(rows=_index(rows[stretch]), view_rows=stretch) for stretch in stretches]
+    return [piece._replace(rows=_index(rows[segment]), view_rows=segment) for segment in segments]
 
 
 def _numbers(rows: RowIndex) -> Ints:

@@ -331,7 +331,7 @@ def _travels_from_its_buffer(
     call: Call, messages: list[tuple[Payload, Message]], bundles: Mapping[BufferKey, Bundle]
 ) -> bool:
     """Return whether messages that travel together are sent from where they lie: from tensors, or from rows of a bundle."""
-    if not all(travels_from_its_buffer(call, payload, one.view, one.stretches) for payload, one in messages):
+    if not all(travels_from_its_buffer(call, payload, one.view, one.segments) for payload, one in messages):
         return False
     first = messages[0][1]
     if not first.bundle:

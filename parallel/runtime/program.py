@@ -36,29 +36,29 @@ from distattn.parallel.runtime.launches import LaunchTable
 from distattn.parallel.runtime.memory import FlatPlaces, PlacedTensor, PlaceKey, lay_out, place_kept, rounded
 from distattn.parallel.runtime.packed_messages import PackedMessages, pack
 from distattn.parallel.runtime.row_bundles import Bundle, RowFormat, find_bundles
+from distattn.parallel.runtime.segment_launches import SegmentLaunches
 from distattn.parallel.runtime.staging import stage
 from distattn.parallel.runtime.state_program import StateProgram, StateStep, lower_states
 from distattn.parallel.runtime.streams import Handover
-from distattn.parallel.runtime.stretch_launches import StretchLaunches
 from distattn.parallel.runtime.views import OWN, BufferExtent, BufferKey, BufferSlice, View, ViewParts, resolve_views
 
-# from the mask of a launch, or of a recurrence from its stretches
+# from the mask of a launch, or of a recurrence from its segments
 PrepareKernel = Callable[[Any], Any]
-# stretches of a message that travel by themselves, at most
-_MOST_STRETCHES = 4
+# segments of a message that travel by themselves, at most
+_MOST_SEGMENTS = 4
 
 
 class Message(NamedTuple):
     """What one peer sends or receives of one payload and head range: the same rows, in the same order, at both ends.
 
-    stretches: the rows of the view, cut where tokens do not follow one another; each travels by itself. Where there are many of
+    segments: the rows of the view, cut where tokens do not follow one another; each travels by itself. Where there are many of
     them, all rows are one. bundle: the buffers whose rows travel as one message with this one's, see `row_bundles`; empty where
     each tensor travels by itself. row_bytes: what is sent of each payload in such a row; row_format: what lies where in it.
     """
 
     peer: int
     view: View
-    stretches: tuple[slice, ...]
+    segments: tuple[slice, ...]
     bundle: Bundle = ()
     row_bytes: tuple[tuple[Payload, int], ...] = ()
     row_format: RowFormat | None = None
@@ -145,7 +145,7 @@ class Program:
 
 
 def lower(plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = None) -> Program:
-    """Lower a plan for one rank. `prepare` turns the mask of a launch, or of a recurrence its stretches, into the kernel's own
+    """Lower a plan for one rank. `prepare` turns the mask of a launch, or of a recurrence its segments, into the kernel's own
     schedule.
 
     The proof is stored with the program; running an unproven plan is at the caller's risk. The arenas have room for results of
@@ -237,23 +237,23 @@ class _TableLowering:
         steps = [ProgramStep(collective=dense) for dense in _dense_steps(self.call, self.table)]
         outgoing, sends, cut_sends = self._messages(self.outgoing, "dst")
         incoming, receives, cut_receives = self._messages(self.incoming, "src")
-        launches: LaunchTable | StretchLaunches
+        launches: LaunchTable | SegmentLaunches
         if self.call.op.is_recurrent:
-            launches = StretchLaunches.of(self.call, self.tasks)
+            launches = SegmentLaunches.of(self.call, self.tasks)
         else:
             launches = LaunchTable.of(self.tasks, self.call.gqa_group_size, self._query_buffers())
         of_payloads = [launches.parts(payload) for payload in self.payloads]
         # one search for all views of the table
         views = iter(resolve_views(self.extents, ViewParts.joined([sends, receives, *of_payloads])))
-        for (peer, key), stretches in zip(outgoing, cut_sends, strict=True):
+        for (peer, key), segments in zip(outgoing, cut_sends, strict=True):
             # copies lie as they do where they arrive, partial results as they do where they leave
             holder = self.rank if key.payload in REDUCED_PAYLOADS else peer
             shared = self._shared_rows(holder, key)
-            steps[key.step].sends.append((key.payload, Message(peer, next(views), stretches, *shared)))
-        for (peer, key), stretches in zip(incoming, cut_receives, strict=True):
+            steps[key.step].sends.append((key.payload, Message(peer, next(views), segments, *shared)))
+        for (peer, key), segments in zip(incoming, cut_receives, strict=True):
             holder = peer if key.payload in REDUCED_PAYLOADS else self.rank
             shared = self._shared_rows(holder, key)
-            steps[key.step].receives.append((key.payload, Message(peer, next(views), stretches, *shared)))
+            steps[key.step].receives.append((key.payload, Message(peer, next(views), segments, *shared)))
         for step in steps:
             step.joined_sends, step.joined_receives = _joined(step.sends), _joined(step.receives)
         self._add_launches(steps, launches, views)
@@ -314,7 +314,7 @@ class _TableLowering:
     def _messages(
         self, moves: Columns, peer: str
     ) -> tuple[list[tuple[int, BufferKey]], ViewParts, list[tuple[slice, ...]]]:
-        """Peer and buffer of every message, in order, what each carries, a view with one part, and its stretches."""
+        """Peer and buffer of every message, in order, what each carries, a view with one part, and its segments."""
         moves, first = _grouped(moves, ("step", peer, "payload", "h0", "h1"), ("t0",))
         each = select_rows(moves, np.array(first[:-1], np.int64))
         columns = (each[name].tolist() for name in (peer, "payload", "step", "h0", "h1"))
@@ -331,11 +331,11 @@ class _TableLowering:
         begins[1:] = (part[1:] != part[:-1]) | (moves["t0"][1:] != moves["t1"][:-1])
         starts = [row[a:b][begins[a:b]].tolist() for a, b in itertools.pairwise(first)]
         sizes = np.bincount(part, length, len(names)).astype(np.int64).tolist()
-        stretches = [
-            tuple(slice(a, b) for a, b in itertools.pairwise([*(some if len(some) <= _MOST_STRETCHES else [0]), size]))
+        segments = [
+            tuple(slice(a, b) for a, b in itertools.pairwise([*(some if len(some) <= _MOST_SEGMENTS else [0]), size]))
             for some, size in zip(starts, sizes, strict=True)
         ]
-        return names, views, stretches
+        return names, views, segments
 
     def _land(
         self, steps: list[ProgramStep], kept: Container[BufferKey], inherited: Mapping[BufferKey, Landing]
@@ -354,11 +354,11 @@ class _TableLowering:
                     step.own_results.append((key, landing.own_view))
 
     def _add_launches(
-        self, steps: list[ProgramStep], launches: LaunchTable | StretchLaunches, views: Iterator[View]
+        self, steps: list[ProgramStep], launches: LaunchTable | SegmentLaunches, views: Iterator[View]
     ) -> None:
         """Add the kernel launches to their steps; `views` of each payload come launch by launch."""
         of_payload = {payload: list(itertools.islice(views, len(launches.steps))) for payload in self.payloads}
-        if isinstance(launches, StretchLaunches):
+        if isinstance(launches, SegmentLaunches):
             schedules: list[Any] = launches.schedules(self.prepare)
         else:
             masks = launches.launch_masks(task_bands(self.call.mask, launches.tasks))
@@ -419,7 +419,7 @@ class _TableLowering:
             if not (isinstance(piece.rows, slice) and isinstance(piece.view_rows, slice)):
                 return [piece]
             shift = piece.view_rows.start - piece.rows.start
-            parts = written[piece.buffer].stretches(piece.heads, piece.rows)
+            parts = written[piece.buffer].segments(piece.heads, piece.rows)
             return [piece._replace(rows=r, view_rows=slice(r.start + shift, r.stop + shift)) for r in parts]
 
         for step in steps:
@@ -459,7 +459,7 @@ def _joined(messages: list[tuple[Payload, Message]]) -> list[tuple[int, ...]]:
 
 
 def _memoized(prepare: PrepareKernel) -> PrepareKernel:
-    """Return the same function, called once for equal masks or stretches."""
+    """Return the same function, called once for equal masks or segments."""
     made: dict[tuple[Any, ...], Any] = {}
 
     def once(cells: Any) -> Any:

@@ -3,7 +3,7 @@
 Kernels of recurrences make tensors of many sizes, most of them PyTorch's own; a formula for their sum would be a second truth.
 """
 
-# T tokens, N stretches, H heads of values, G heads of queries and keys, K key dim, V value dim
+# T tokens, N segments, H heads of values, G heads of queries and keys, K key dim, V value dim
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distattn.kernels.meta_bytes import META, MetaBytes
 from distattn.kernels.recurrence.tokens import RecurrenceTokens
 from distattn.kernels.triton.launch import schedule_to_device
 from distattn.parallel.runtime.program import KernelLaunch, Program
-from distattn.parallel.runtime.stretch_launches import StretchKind
+from distattn.parallel.runtime.segment_launches import SegmentKind
 
 
 def recurrence_workspace(program: Program, direction: str, kernel: Any) -> int:
@@ -37,7 +37,7 @@ def recurrence_workspace(program: Program, direction: str, kernel: Any) -> int:
     for launch in (launch for step in steps for launch in step.launches):
         tasks = [states.tasks[number] for number in launch.schedule.tasks]
         is_prefix = all(task.is_prefix for task in tasks)
-        lists = tuple(_sizes(launch.schedule.stretches))
+        lists = tuple(_sizes(launch.schedule.segments))
         key = launch.schedule.kind, _shape(program, launch), is_prefix, len(tasks), lists
         if key not in bytes_of:
             bytes_of[key] = _launch_bytes(program, is_forward, launch, is_prefix, kernel)
@@ -81,14 +81,14 @@ def _launch_bytes(program: Program, is_forward: bool, launch: KernelLaunch, is_p
         shape = shape_of_g[call.op.decay]
         g = None if shape is None else tensor(*shape, dtype=wide)
         beta = tensor(rows, heads) if call.op.delta else None
-        lists = schedule_to_device(launch.schedule.stretches, META)
+        lists = schedule_to_device(launch.schedule.segments, META)
         input_bytes = counted.peak = counted.alive
         # where heads that share queries and keys are cut, each head gets its own
         queries_and_keys = (q, k) if is_even else tuple(tensor(rows, heads, call.head_dim) for _ in range(2))
         x, entering = RecurrenceTokens(queries_and_keys[0], queries_and_keys[1], v, g, beta), states()
-        if kind is StretchKind.STATE:
+        if kind is SegmentKind.STATE:
             kernel.states(x, lists, entering, not is_prefix)
-        elif kind is StretchKind.GRADIENT_STATE:
+        elif kind is SegmentKind.GRADIENT_STATE:
             kernel.gradient_states(x, lists, do, entering, not is_prefix)
         elif is_forward:
             kernel.forward(x, lists, entering)

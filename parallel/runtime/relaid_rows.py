@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distattn.ir.intervals import Ints
 from distattn.ir.layout import Layout
-from distattn.parallel.runtime.arenas import ARENAS, Room, room_bytes
+from distattn.parallel.runtime.arenas import ARENAS, ArenaAllocator, aligned_bytes
 from distattn.parallel.runtime.streams import copied_to
 from distattn.parallel.runtime.transport import Packet, Transport
 
@@ -79,14 +79,14 @@ def _moved(x: Tensor, moves: RowMoves, transport: Transport) -> Tensor:
         return len(rows), *x.shape[1:]
 
     travelling = (*sends.values(), *receives.values())
-    nbytes = room_bytes(*(prod(shape(rows)) * x.element_size() for rows in travelling))
+    nbytes = aligned_bytes(*(prod(shape(rows)) * x.element_size() for rows in travelling))
     with ARENAS.borrowed(nbytes, x.device) as arena:
-        room = Room(arena)
+        allocator = ArenaAllocator(arena)
         leaving = [
-            Packet(peer, "rows", torch.index_select(x, 0, rows, out=room.tensor(shape(rows), x.dtype)))
+            Packet(peer, "rows", torch.index_select(x, 0, rows, out=allocator.tensor(shape(rows), x.dtype)))
             for peer, rows in sends.items()
         ]
-        arriving = [Packet(peer, "rows", room.tensor(shape(rows), x.dtype)) for peer, rows in receives.items()]
+        arriving = [Packet(peer, "rows", allocator.tensor(shape(rows), x.dtype)) for peer, rows in receives.items()]
         pending = transport.exchange(leaving, arriving, True, "of a re-layout")
         if moves.rank in moves.sends:
             out[moves.receives[moves.rank]] = x[moves.sends[moves.rank]]

@@ -38,7 +38,7 @@ def stage(call: Call, steps: list[ProgramStep], landings: Mapping[BufferKey, Lan
         sent_in_place: list[int] = []
         for i, (payload, message) in enumerate(step.sends):
             own = [piece for piece in message.view.slices if piece.buffer.step == OWN]
-            if not own or message.bundle or not travels_from_its_buffer(call, payload, message.view, message.stretches):
+            if not own or message.bundle or not travels_from_its_buffer(call, payload, message.view, message.segments):
                 continue
             landed = next((found for key, one in alive if (found := _in_landed(message, key, one))), None)
             if landed:
@@ -82,7 +82,7 @@ class _CopiedRows:
 
 
 def _in_landed(message: Message, key: BufferKey, landing: Landing) -> list[BufferSlice] | None:
-    """Return the slices of a message of own rows in a landed buffer; None where not all its stretches lie there whole."""
+    """Return the slices of a message of own rows in a landed buffer; None where not all its segments lie there whole."""
     if len(message.view.slices) != 1:
         return None
     (piece,) = message.view.slices
@@ -91,12 +91,12 @@ def _in_landed(message: Message, key: BufferKey, landing: Landing) -> list[Buffe
     if where is None or piece.rows.stop > len(where):
         return None
     slices = []
-    for stretch in message.stretches:
-        rows = where[piece.rows][stretch]
+    for segment in message.segments:
+        rows = where[piece.rows][segment]
         if rows[0] < 0 or (np.diff(rows) != 1).any():
             return None
         there = slice(int(rows[0]), int(rows[-1]) + 1)
-        slices.append(piece._replace(buffer=key, rows=there, view_rows=stretch))
+        slices.append(piece._replace(buffer=key, rows=there, view_rows=segment))
     return slices
 
 

@@ -1,4 +1,4 @@
-"""What passes of all recurrent ops share on one rank: states that enter stretches, states that leave them, edges of documents."""
+"""What passes of all recurrent ops share on one rank: states that enter segments, states that leave them, edges of documents."""
 
 # T tokens on this rank, H heads, K key dim, V value dim, M documents
 
@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distattn.parallel.runtime.arenas import Room
+from distattn.parallel.runtime.arenas import ArenaAllocator
 from distattn.parallel.runtime.buffers import Buffers
 from distattn.parallel.runtime.program import KernelLaunch, Program
-from distattn.parallel.runtime.state_program import StateProgram, StretchStates
+from distattn.parallel.runtime.state_program import SegmentStates, StateProgram
 from distattn.parallel.runtime.state_tensors import HeldStateTensors, State
 
 
@@ -40,8 +40,8 @@ class StatePass:
         nbytes = program.forward_bytes if is_forward else program.backward_bytes
         self.buffers = Buffers(self.call, arena, program.blank, program.unadded)
         self.dtype, self._device = getattr(torch, self.call.accumulation_dtype), arena.device
-        room = Room(arena[nbytes - states.message_bytes : nbytes])
-        self.states = HeldStateTensors(self.call, g_H, arena.device, room)
+        allocator = ArenaAllocator(arena[nbytes - states.message_bytes : nbytes])
+        self.states = HeldStateTensors(self.call, g_H, arena.device, allocator)
         # of all documents: not made where nobody asks for them
         self.edge_states: Tensor | None = None
 
@@ -50,12 +50,12 @@ class StatePass:
         shape = (len(self.call.documents), self.call.heads, self.call.head_dim, self.call.v_head_dim)
         self.edge_states = torch.zeros(shape, dtype=self.dtype, device=self._device)
 
-    def tasks(self, launch: KernelLaunch) -> list[StretchStates]:
-        """The states of a launch's stretches, in order."""
+    def tasks(self, launch: KernelLaunch) -> list[SegmentStates]:
+        """The states of a launch's segments, in order."""
         return [self.program_states.tasks[number] for number in launch.schedule.tasks]
 
-    def entering(self, launch: KernelLaunch, task: StretchStates) -> State | None:
-        """Return the state that enters a stretch: of what precedes it, or the initial state of its document, if any."""
+    def entering(self, launch: KernelLaunch, task: SegmentStates) -> State | None:
+        """Return the state that enters a segment: of what precedes it, or the initial state of its document, if any."""
         if task.before:
             return self.states.put_together(task.before)
         return self.edge(launch, self.initial, task.initial)
@@ -67,25 +67,25 @@ class StatePass:
         return State(None, states_MHKV[document, launch.heads].to(self.dtype))
 
     def side_by_side(self, launch: KernelLaunch, states: Sequence[State | None]) -> Tensor:
-        """Return B of the states of a launch's stretches, (N, H, K, V); that of no tokens for None."""
+        """Return B of the states of a launch's segments, (N, H, K, V); that of no tokens for None."""
         present = [(number, state.b) for number, state in enumerate(states) if state is not None]
         if len(present) == len(states):
             return torch.stack([b for _, b in present])
-        # one operator for all stretches without a state: packs of short documents have many
+        # one operator for all segments without a state: packs of short documents have many
         out = self.states.of_no_tokens(len(states), launch.heads.stop - launch.heads.start)
         for number, b in present:
             out[number].copy_(b)
         return out
 
-    def leave(self, launch: KernelLaunch, task: StretchStates, state: State) -> None:
-        """Keep what a stretch leaves, where it is needed."""
+    def leave(self, launch: KernelLaunch, task: SegmentStates, state: State) -> None:
+        """Keep what a segment leaves, where it is needed."""
         if task.leaves is not None:
             # a copy: what a launch makes side by side is not forgotten together
             a = None if state.a is None else state.a.clone()
             self.states.put(task.leaves, launch.heads.start, State(a, state.b.clone()))
 
-    def leave_final(self, launch: KernelLaunch, tasks: Sequence[StretchStates], leaving_NHKV: Tensor) -> None:
-        """Keep what whole stretches of the forward pass leave, and the final states of documents that end with them."""
+    def leave_final(self, launch: KernelLaunch, tasks: Sequence[SegmentStates], leaving_NHKV: Tensor) -> None:
+        """Keep what whole segments of the forward pass leave, and the final states of documents that end with them."""
         for task, ends in zip(tasks, leaving_NHKV, strict=True):
             if task.final >= 0 and self.edge_states is not None:
                 self.edge_states[task.final, launch.heads] = ends

@@ -44,11 +44,11 @@ class StateMessage(NamedTuple):
     parts: tuple[StatePart, ...] = ()
 
 
-class StretchStates(NamedTuple):
+class SegmentStates(NamedTuple):
     """The states of one task.
 
-    before, after: states of what precedes the stretch, gradient states of what follows it; empty where there is none. initial,
-    final: the document that begins, or ends, with the stretch, or -1. leaves: where what it leaves is needed. is_prefix: what it
+    before, after: states of what precedes the segment, gradient states of what follows it; empty where there is none. initial,
+    final: the document that begins, or ends, with the segment, or -1. leaves: where what it leaves is needed. is_prefix: what it
     leaves has no transition. begun: the place of what it begins with among what is kept for the backward pass, or -1.
     """
 
@@ -87,7 +87,7 @@ class StateProgram:
     """
 
     steps: list[StateStep]
-    tasks: dict[int, StretchStates]
+    tasks: dict[int, SegmentStates]
     kept: list[KeptState]
     kept_bytes: int
     peak_bytes: int
@@ -117,7 +117,7 @@ def lower_states(plan: Plan, rank: int, direction: str) -> StateProgram:
         only_state, name = q0 == q1, StateName("task", row)
         # what a task leaves: the state of its keys, in a backward table the gradient state of its rows
         leaves = StateKey(Payload.S if only_state or direction == "forward" else Payload.dS, name)
-        tasks[row] = StretchStates(
+        tasks[row] = SegmentStates(
             parts[Payload.S].get(name, ()) if k0 < q0 else (),
             parts[Payload.dS].get(name, ()) if k1 < q1 else (),
             starts.get(q0, -1) if k0 == q0 else -1,

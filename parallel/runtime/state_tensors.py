@@ -1,6 +1,6 @@
 """The states that one rank holds during a pass of a recurrence: put together, sent, received and forgotten."""
 
-# N stretches, H heads, K key dim, V value dim; a state's A is (H, K), (H, 1) or (H, K, K), its B (H, K, V); a maximum is a B
+# N segments, H heads, K key dim, V value dim; a state's A is (H, K), (H, 1) or (H, K, K), its B (H, K, V); a maximum is a B
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distattn.ir.plan import Call, Payload
 from distattn.kernels.recurrence.transitions import constant_transition
-from distattn.parallel.runtime.arenas import Room
+from distattn.parallel.runtime.arenas import ArenaAllocator
 from distattn.parallel.runtime.state_program import StateKey, StateMessage, StatePart, StateStep
 from distattn.parallel.runtime.transport import Packet
 
@@ -30,9 +30,9 @@ class State(NamedTuple):
 class HeldStateTensors:
     """The tensors of all states that are there, by where they come from."""
 
-    def __init__(self, call: Call, g_H: Tensor | None, device: torch.device, room: Room):
-        """g_H: the logarithm of each head's decay, where it is the same for all tokens. room: for the messages of a step."""
-        self._room = room
+    def __init__(self, call: Call, g_H: Tensor | None, device: torch.device, allocator: ArenaAllocator):
+        """g_H: the logarithm of each head's decay, where it is the same for all tokens. allocator: for the messages of a step."""
+        self._allocator = allocator
         # what is received in a step: where it stays, and where it arrives
         self._arriving: list[tuple[Tensor, Tensor]] = []
         self.call, self._g_H, self._device = call, g_H, device
@@ -58,7 +58,7 @@ class HeldStateTensors:
         for there, tensor in self._arriving:
             there.copy_(tensor)
         self._arriving.clear()
-        self._room.clear()
+        self._allocator.clear()
         for key in step.release:
             _, state = self._held.pop(key)
             self.bytes -= 0 if key in self._kept else _nbytes(state)
@@ -75,7 +75,7 @@ class HeldStateTensors:
         """The tensors of a state that is sent."""
         a, b = self.put_together(message.parts)
         tensors = [b] if message.is_prefix or not self.call.op.transition_travels else [b, _present(a)]
-        return [Packet(message.peer, message.key.payload, self._room.copy_of(tensor)) for tensor in tensors]
+        return [Packet(message.peer, message.key.payload, self._allocator.copy_of(tensor)) for tensor in tensors]
 
     def receive(self, message: StateMessage) -> list[Packet]:
         """Room for a state that comes: there from the end of the step on."""
@@ -92,13 +92,13 @@ class HeldStateTensors:
             length = torch.full((1,), message.tokens, device=self._device)
             state, tensors = State(constant_transition(g, heads, length)[0].to(self._dtype), b), [b]
         self.put(message.key, message.h0, state)
-        arriving = [(tensor, self._room.tensor(tensor.shape, tensor.dtype)) for tensor in tensors]
+        arriving = [(tensor, self._allocator.tensor(tensor.shape, tensor.dtype)) for tensor in tensors]
         self._arriving += arriving
         return [Packet(message.peer, message.key.payload, tensor) for _, tensor in arriving]
 
-    def of_no_tokens(self, stretches: int, heads: int) -> Tensor:
-        """Return B of no tokens for each of some stretches, (N, H, K, V): 0, or of maxima -inf."""
-        b = self._empty(stretches, heads, self.call.head_dim, self.call.v_head_dim)
+    def of_no_tokens(self, segments: int, heads: int) -> Tensor:
+        """Return B of no tokens for each of some segments, (N, H, K, V): 0, or of maxima -inf."""
+        b = self._empty(segments, heads, self.call.head_dim, self.call.v_head_dim)
         return b.fill_(-torch.inf if self.call.op.is_maximum else 0.0)
 
     def _of(self, part: StatePart) -> State:
@@ -130,7 +130,7 @@ def applied(a: Tensor, b: Tensor, transposed: bool = False) -> Tensor:
 
 
 def composed(a: Tensor, later: Tensor) -> Tensor:
-    """The transition of two stretches, a's first: diagonals (H, K), or matrices (H, K, K)."""
+    """The transition of two segments, a's first: diagonals (H, K), or matrices (H, K, K)."""
     return a * later if a.dim() == 2 else later @ a
 
 

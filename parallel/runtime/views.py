@@ -161,15 +161,15 @@ def same_rows(these: RowIndex, those: RowIndex) -> bool:
     return torch.equal(these, those)
 
 
-def travels_from_its_buffer(call: Call, payload: Payload, view: View, stretches: tuple[slice, ...]) -> bool:
-    """Whether a message of these stretches is sent from where it lies: whole rows of buffers, in the dtype that travels."""
+def travels_from_its_buffer(call: Call, payload: Payload, view: View, segments: tuple[slice, ...]) -> bool:
+    """Whether a message of these segments is sent from where it lies: whole rows of buffers, in the dtype that travels."""
     whole_rows = all(
         isinstance(piece.rows, slice)
         and piece.heads == slice(0, piece.buffer.h1 - piece.buffer.h0)
         and piece.view_heads == slice(0, view.heads)
         for piece in view.slices
     )
-    in_order = len(view.slices) == 1 or [piece.view_rows for piece in view.slices] == list(stretches)
+    in_order = len(view.slices) == 1 or [piece.view_rows for piece in view.slices] == list(segments)
     return view.is_complete and whole_rows and in_order and call.comm_fields(payload) == call.payload_fields(payload)
 
 

@@ -1,9 +1,9 @@
-"""All-gather attention: queries stay, every rank fetches the keys and values that its own queries see.
+"""All-gather attention: queries stay, and every rank fetches the keys and values that its own queries see.
 
-Llama 3 (Dubey et al. 2024, arXiv 2407.21783, section 3.3.2) gathers all keys. Here only the keys that some local query needs
-are sent, once each, from their owner. Given a cluster, what several ranks of another node need crosses once and is passed on
-inside that node. Tasks that need no foreign key are computed while keys travel, where they are a good part of a rank's work: the
-rows of two kernel calls are copied apart and together again.
+Llama 3 (Dubey et al. 2024, arXiv 2407.21783, section 3.3.2) gathers all keys. Here only keys that some local query needs are
+sent, once each, from their owner. With a cluster, keys that several ranks of another node need enter that node once and are
+passed on inside it. Tasks that need only local keys are computed while other keys travel, if they are a good part of a rank's
+work; with two kernel calls, rows are copied apart and together again.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from distattn.ir.plan import (
 from distattn.parallel.tables.partition import mask_rectangles, owns_range, split_by_query_owner
 from distattn.parallel.tables.routes import remote_users, send_direct, send_hierarchical
 
-# the part of a rank's work that its own keys suffice for, from which on that is a kernel call of its own
+# the part of a rank's work that needs only local keys, from which on it is a separate kernel call
 _LEAST_EARLY = 1 / 8
 
 
 def allgather(call: Call, cluster: AnyCluster | None = None) -> list[Table]:
-    """Tasks and moves of one pass: fetch at step 0, pass on at 1; compute at 0 (own keys, if many), 1, and 2 (passed-on)."""
+    """Return the table of one pass: fetch at step 0, pass on at 1; compute at 0 (local keys, if many), 1, and 2 (passed-on
+    keys)."""
     area, rank = split_by_query_owner(call, mask_rectangles(call), call.layout.chunks)
     early = owns_range(call, rank, area.k0, area.k1)
     tasks = make_columns(TASK_COLUMNS, step=np.where(early, 0, 1), rank=rank, **vars(area))
@@ -45,7 +46,7 @@ def allgather(call: Call, cluster: AnyCluster | None = None) -> list[Table]:
 
 
 def _many_are_early(call: Call, tasks: Columns) -> np.ndarray:
-    """Of which ranks the tasks of step 0 are a good part of all work, (ranks,)."""
+    """Return the ranks whose tasks of step 0 are a good part of all their work, bool (ranks,)."""
     work = task_areas(call, tasks, task_bands(call.mask, tasks)).astype(np.float64)
     whole, early = (
         np.bincount(tasks["rank"], work * chosen, call.ranks) for chosen in (np.ones(len(work)), tasks["step"] == 0)
@@ -54,7 +55,7 @@ def _many_are_early(call: Call, tasks: Columns) -> np.ndarray:
 
 
 def _uses_late_keys(call: Call, tasks: Columns, late: Columns) -> Ints:
-    """1 for each task that needs some (rank, head, token) of `late`, 0 for the others."""
+    """Return 1 for each task that needs some (rank, head, token) of `late`, 0 for the others."""
     ranges = task_token_ranges(call, Payload.KV, tasks)
     task, task_head = expand_ranges(ranges["h0"], ranges["h1"])
     row, head = expand_ranges(late["h0"], late["h1"])

@@ -1,8 +1,8 @@
 """Core-attention disaggregation: ranks with too much attention hand some of it to ranks with too little.
 
-Core attention has no weights, so any rank may serve any piece of it (Zhuang et al. 2025, arXiv 2510.18121). Queries, keys
-and values travel to the server and outputs return; all else stays where the tokens are. Unlike that paper's greedy rule
-(`cad_greedy`) every server is bounded, shares are head groups, rows and ranges of keys, and what is counted is what moves.
+Core attention has no weights, so any rank may compute any piece of it (Zhuang et al. 2025, arXiv 2510.18121). Queries, keys and
+values travel to the server and outputs return; everything else stays with the tokens. Unlike that paper's greedy rule
+(`cad_greedy`), every server's work is bounded, shares are head groups, rows and ranges of keys, and bytes are counted exactly.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from distattn.parallel.tables.cost import CostModel, bytes_per_row_and_key
 from distattn.parallel.tables.partition import mask_rectangles, owns_range, split_by_key_owner, split_by_query_owner
 from distattn.parallel.tables.routes import reduce_direct, remote_users, send_direct
 
-# about so much of an item leaves at most, where there are others: its first rows hold little work for their bytes
+# about the largest fraction of an item that leaves, if there are other items: its first rows have little work for their bytes
 _DENSE_FRACTION = 0.75
 _MILLION = 1_000_000
 # attempts to keep every rank within max_buffer_bytes
 _MEMORY_ROUNDS = 6
-# tolerances of the further candidates: the looser, the less work moves
+# tolerances of the further candidates: the larger, the less work moves
 FALLBACK_TOLERANCES = (0.1, 0.3, 1.0, 3.0)
 
 
@@ -58,9 +58,9 @@ FALLBACK_TOLERANCES = (0.1, 0.3, 1.0, 3.0)
 class CadOptions:
     """Options of strategy "cad".
 
-    tolerance: no server gets more than (1 + tolerance) of its part of the work, but for the last block of cells.
+    tolerance: no server gets more than (1 + tolerance) of its part of the work, except for the last block of cells.
     speeds: a whole number for each rank, its throughput relative to the others'; a rank of speed 0 serves nothing.
-    max_buffer_bytes: bytes of others' tensors that a rank may hold at once in one pass; who is near it gets less work.
+    max_buffer_bytes: bytes of other ranks' tensors that a rank may hold at once in one pass; ranks near it get less work.
     block: rows and keys that kernels take at once; documents are cut at multiples of it.
     """
 
@@ -81,10 +81,11 @@ class CadOptions:
 def cad(
     call: Call, cluster: AnyCluster | None = None, options: CadOptions = CadOptions(), direction: str = "forward"
 ) -> Iterator[Table]:
-    """Tasks and moves of one pass: send at step 0, compute (at home at 0, away at 1), outputs return at 2.
+    """Yield tables of one pass: send at step 0, compute (at home at 0, away at 1), return outputs at 2.
 
     Candidates are made one by one: first the work balanced within the tolerance, then all work at home, then less and less
-    balanced. Where ranks differ in speed there is the first only, because a cluster's table of speeds does not say how much.
+    balanced work. If ranks differ in speed there is only the first, because a cluster's table of speeds does not include
+    that.
     """
     speeds = _checked_speeds(call, options)
     cost_model = CostModel.for_cluster(cluster, direction, call.head_dim, options.block)
@@ -102,7 +103,7 @@ def cad(
 
 
 def _checked_speeds(call: Call, options: CadOptions) -> Ints:
-    """Speeds of all ranks; also refuses work that int64 cannot count."""
+    """Return the speeds of all ranks. Refuse work that int64 cannot count."""
     speeds = np.ones(call.ranks, np.int64) if options.speeds is None else as_int64(options.speeds, "speeds")
     if speeds.shape != (call.ranks,) or (speeds < 0).any() or (speeds > _MILLION).any() or not speeds.any():
         raise DistattnError(
@@ -115,7 +116,7 @@ def _checked_speeds(call: Call, options: CadOptions) -> Ints:
 
 
 class _Limits(NamedTuple):
-    """What a distribution of work keeps to: nodes and speeds of ranks, the tolerance, and bytes of buffers."""
+    """Limits of a distribution of work: nodes and speeds of ranks, the tolerance, and bytes of buffers."""
 
     node: Ints
     speeds: Ints
@@ -124,15 +125,15 @@ class _Limits(NamedTuple):
 
 
 def work_limits(work: int, speeds: Ints, tolerance: float) -> Ints:
-    """How much each rank may have to do: its part of all work, by its speed, and the tolerance."""
-    # Python integers: the product passes int64
+    """Return the most work of each rank: its part of all work, by its speed, times 1 + tolerance."""
+    # Python integers: the product exceeds int64
     scale = _MILLION + round(tolerance * _MILLION)
-    parts = [-(-work * scale * own // (int(speeds.sum()) * _MILLION)) for own in speeds.tolist()]
+    parts = [-(-work * scale * rank_speed // (int(speeds.sum()) * _MILLION)) for rank_speed in speeds.tolist()]
     return np.array(parts, np.int64)
 
 
 def home_tasks(call: Call, cost_model: CostModel) -> Columns:
-    """Every task at the rank of its queries; at that of its keys, or by groups of heads, where that moves fewer bytes."""
+    """Assign every task to the owner of its queries, or of its keys, or by groups of heads if that moves fewer bytes."""
     weights = bytes_per_row_and_key(call, cost_model.direction)
     area, rank = split_by_query_owner(call, mask_rectangles(call), call.layout.chunks)
     tasks = make_columns(TASK_COLUMNS, step=0, rank=rank, **vars(area))
@@ -148,14 +149,14 @@ def home_tasks(call: Call, cost_model: CostModel) -> Columns:
 
 
 def _split_by_heads(call: Call, tasks: Columns, cost_model: CostModel, weights: tuple[int, int]) -> Columns:
-    """The same, but mask pieces of many owners are cut into lanes, an equal share for each, where that moves fewer bytes."""
+    """Cut mask pieces with many owners into head groups, an equal share for each owner, if that moves fewer bytes."""
     order = lexicographic_argsort(tasks["piece"], tasks["rank"])
     first = run_starts(tasks["piece"][order], tasks["rank"][order])
     piece, owner = tasks["piece"][order][first], tasks["rank"][order][first]
-    seen = np.maximum.reduceat(tasks["k1"][order], first) - np.minimum.reduceat(tasks["k0"][order], first)
-    here = np.add.reduceat((tasks["q1"] - tasks["q0"])[order], first)
+    num_keys = np.maximum.reduceat(tasks["k1"][order], first) - np.minimum.reduceat(tasks["k0"][order], first)
+    num_rows = np.add.reduceat((tasks["q1"] - tasks["q0"])[order], first)
     size = len(call.mask.pieces)
-    owners, keys = np.bincount(piece, minlength=size), np.bincount(piece, np.maximum(seen - here, 0), size)
+    owners, keys = np.bincount(piece, minlength=size), np.bincount(piece, np.maximum(num_keys - num_rows, 0), size)
     wide = np.flatnonzero(owners > 2)
     if not len(wide):
         return tasks
@@ -163,7 +164,7 @@ def _split_by_heads(call: Call, tasks: Columns, cost_model: CostModel, weights: 
     everything = np.ones(len(wide))
     groups = num_head_groups(items, call.gqa_group_size)
     moved = choose_cut(items, groups, everything, owners[wide], cost_model, weights).moved_bytes
-    # every owner has its own part of the rows and keys
+    # every owner already has its own part of the rows and keys
     better = moved * (1 - 1 / owners[wide]) < weights[1] * keys[wide]
     wide, items = wide[better], items.at(better)
     if not len(wide):
@@ -175,16 +176,16 @@ def _split_by_heads(call: Call, tasks: Columns, cost_model: CostModel, weights: 
     total = np.zeros(len(wide), np.int64)
     np.add.at(total, cut.sender, cost_model.band_costs(cut.lanes.bands) * (cut.lanes.h1 - cut.lanes.h0))
     transfers = Transfers(sender, -(-total[sender] // owners[wide][sender]), owner[mine])
-    others = select_rows(tasks, ~np.isin(tasks["piece"], wide))
-    return concat_rows(TASK_COLUMNS, [others, assign_lanes(cut, transfers, cost_model)])
+    other_tasks = select_rows(tasks, ~np.isin(tasks["piece"], wide))
+    return concat_rows(TASK_COLUMNS, [other_tasks, assign_lanes(cut, transfers, cost_model)])
 
 
 def route_tasks(call: Call, tasks: Columns) -> Table:
-    """The table of these tasks: inputs come straight from their owners, outputs go straight to theirs."""
+    """Return the table of these tasks: inputs come directly from their owners, outputs go directly to theirs."""
     owns_rows = owns_range(call, tasks["rank"], tasks["q0"], tasks["q1"])
     local = owns_rows & owns_range(call, tasks["rank"], tasks["k0"], tasks["k1"])
     tasks = {**tasks, "step": np.where(local, 0, 1)}
-    # most tasks have all they need at home
+    # most tasks need only local tensors
     away = select_rows(tasks, ~local)
     moves = [
         send_direct(Payload.Q, remote_users(call, Payload.Q, away), 0),
@@ -195,31 +196,34 @@ def route_tasks(call: Call, tasks: Columns) -> Table:
 
 
 def _rebalance_within_memory(call: Call, tasks: Columns, cost_model: CostModel, limits: _Limits) -> Columns:
-    """Balance the work so that nobody holds more than max_buffer_bytes; refused where that breaks the tolerance."""
+    """Balance the work so that no rank holds more than max_buffer_bytes. Raise DistattnError if that breaks the tolerance."""
     direction, budget = cost_model.direction, limits.max_buffer_bytes
     if budget is None:
         return _rebalance(call, tasks, cost_model, limits, np.ones(call.ranks))[0]
     room_fraction = np.ones(call.ranks)
-    held, left = np.zeros(call.ranks, np.int64), 0
+    held, rest = np.zeros(call.ranks, np.int64), 0
     for _ in range(_MEMORY_ROUNDS):
-        found, left = _rebalance(call, tasks, cost_model, limits, room_fraction)
-        table = route_tasks(call, found)
+        balanced_tasks, rest = _rebalance(call, tasks, cost_model, limits, room_fraction)
+        table = route_tasks(call, balanced_tasks)
         held = _buffer_bytes(call, table if direction == "forward" else derive_backward(call, table, "refetch-home"))
-        if left or held.max() <= budget:
+        if rest or held.max() <= budget:
             break
         room_fraction *= np.where(held > budget, 0.9 * budget / np.maximum(held, 1), 1.0)
-    if left or held.max() > budget:
+    if rest or held.max() > budget:
         raise DistattnError(
             f"cad cannot keep every rank within {limits.tolerance} of its part of the work and within {budget:,} bytes of "
             f"others' tensors in the {direction} pass. Raise max_buffer_bytes or tolerance."
         )
-    return found
+    return balanced_tasks
 
 
 def _rebalance(
     call: Call, tasks: Columns, cost_model: CostModel, limits: _Limits, room_fraction: np.ndarray
 ) -> tuple[Columns, int]:
-    """(the same work with no rank above its limit, cost that nobody would take). Receivers take a fraction of their room."""
+    """Return (the same work with no rank above its limit, remaining cost above limits).
+
+    Receivers take a fraction of their room.
+    """
     weights = bytes_per_row_and_key(call, cost_model.direction)
     cost = cost_model.task_costs(call, tasks)
     load = np.zeros(call.ranks, np.int64)
@@ -232,11 +236,11 @@ def _rebalance(
     home, leaving = tasks["rank"][chosen], select_rows(tasks, chosen)
     items = WorkItems(leaving["piece"], task_bands(call.mask, leaving), leaving["h0"], leaving["h1"])
     fraction = np.minimum(excess / np.maximum(np.bincount(home, cost[chosen], call.ranks), 1), 1.0)[home]
-    # a typical receiver has room for so much
+    # room of a typical receiver
     typical = max(sum(space * space for space in room.tolist()) // int(room.sum()), 1)
     receivers = -(-excess[home] // typical)
     cut = cut_into_lanes(items, home, fraction, receivers, cost_model, call.gqa_group_size, weights)
-    # what is cut costs more: everybody may have a little more
+    # cut work costs more: all ranks may have a little more
     extra = np.append(cut.extra, np.zeros(call.ranks - len(cut.extra), np.int64))
     limit = work_limits(int(load.sum() + extra.sum()), limits.speeds, limits.tolerance)
     excess = np.where(excess > 0, np.maximum(load - limit, 0) + extra, 0)
@@ -246,13 +250,13 @@ def _rebalance(
     transfers = Transfers(*match_work(excess, room, limits.node, peers))
     stays = np.ones(len(cost), bool)
     stays[chosen] = False
-    left = int(excess.sum() - transfers.cost.sum())
+    rest = int(excess.sum() - transfers.cost.sum())
     moved = assign_lanes(cut, transfers, cost_model)
-    return concat_rows(TASK_COLUMNS, [select_rows(tasks, stays), moved]), left
+    return concat_rows(TASK_COLUMNS, [select_rows(tasks, stays), moved]), rest
 
 
 def _buffer_bytes(call: Call, table: Table) -> Ints:
-    """The most bytes of others' tensors, and of results for others, that each rank can hold at once."""
+    """Return the most bytes of other ranks' tensors, and of results for others, that each rank can hold at once."""
     size = move_bytes(call, table.moves)
     arriving = np.bincount(table.moves["dst"], size, call.ranks)
     is_result = np.isin(table.moves["payload"], REDUCED_PAYLOADS)
@@ -260,7 +264,7 @@ def _buffer_bytes(call: Call, table: Table) -> Ints:
 
 
 def _most_work_per_byte(tasks: Columns, cost: Ints, excess: Ints, weights: tuple[int, int]) -> Ints:
-    """The tasks that ranks with an excess hand work from, by rank: those with most work for their bytes."""
+    """Return the tasks from which ranks with an excess hand out work, by rank: those with most work for their bytes."""
     mine = np.flatnonzero(excess[tasks["rank"]] > 0)
     rows, keys = tasks["q1"][mine] - tasks["q0"][mine], tasks["k1"][mine] - tasks["k0"][mine]
     work_per_byte = cost[mine] / (weights[0] * rows + weights[1] * keys)

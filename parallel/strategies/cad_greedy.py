@@ -1,9 +1,9 @@
-"""The greedy rule of the paper on core-attention disaggregation, to compare with: `cad` is what to use.
+"""The greedy rule of the paper on core-attention disaggregation, for comparison; use `cad` otherwise.
 
-Zhuang et al. 2025, arXiv 2510.18121, section 4.2 and appendix B. Ranks below the mean, the emptiest first, take the piece that
-gives most work for its bytes until they are within the tolerance; pieces are head-tail pairs of a document (the i-th row
-from the front with the i-th from the back: every pair has the same work) with all the keys they see; bytes are estimated in
-closed form. Only receivers are bounded: a rank that has too much may keep it. What is not a causal document stays at home.
+Zhuang et al. 2025, arXiv 2510.18121, section 4.2 and appendix B. Ranks below the mean, the emptiest first, take the piece with
+the most work for its bytes until they are within the tolerance. Pieces are head-tail pairs of a document (the i-th row from the
+front with the i-th from the back: every pair has the same work) with all the keys they see. Bytes are estimated in closed form.
+Only receivers are bounded: a rank that has too much may keep it. Masks other than causal documents stay at home.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from distattn.parallel.tables.partition import Rectangles, clip_rectangles, mask
 
 @dataclass(frozen=True)
 class CadGreedyOptions:
-    """tolerance: how far below the mean a receiver may stay. block: a half of a pair has a multiple of so many rows."""
+    """Options of "cad_greedy".
+
+    tolerance: how far below the mean a receiver may stay. block: halves of pairs have a multiple of this number of rows.
+    """
 
     tolerance: float = 0.1
     block: int = 128
@@ -33,14 +36,14 @@ class CadGreedyOptions:
         is_share = isinstance(self.tolerance, int | float) and 0 <= self.tolerance <= 1
         if not is_share or int(as_int64(self.block, "block")) < 1:
             raise DistattnError(
-                f"cad_greedy wants a tolerance of 0 to 1 and a block of at least 1, not {self.tolerance}, {self.block}."
+                f"cad_greedy needs a tolerance of 0 to 1 and a block of at least 1, not {self.tolerance}, {self.block}."
             )
 
 
 def cad_greedy(
     call: Call, cluster: AnyCluster | None = None, options: CadGreedyOptions = CadGreedyOptions()
 ) -> list[Table]:
-    """Tasks and moves of one pass: send at step 0, compute (at home at 0, away at 1), outputs return at 2."""
+    """Return the table of one pass: send at step 0, compute (at home at 0, away at 1), return outputs at 2."""
     area, rank = split_by_query_owner(call, mask_rectangles(call), call.layout.chunks)
     pairs = _Pairs(area, rank, call, options.block)
     mean = pairs.load.sum() / call.ranks
@@ -63,14 +66,14 @@ class _Pairs:
         pairs = rows / 2
         work = areas(clip(band, area.q0, area.q1, area.k0, area.k1)) * self.heads
         self.load = np.bincount(rank, work, call.ranks)
-        # of every pair; an odd row in the middle is half a pair
+        # work of every pair; an odd row in the middle is half a pair
         self.each = work / pairs
         causal = (band[:, [BQ, BK]] == 1).all(1) & (band[:, HI] + band[:, OK] == band[:, OQ])
         self.causal = causal & (band[:, LO] + band[:, OK] - band[:, OQ] <= -call.mask.n)
         self.items = {"part": np.arange(len(rank)), "first": np.zeros(len(rank)), "last": pairs, "rank": rank.copy()}
 
     def move(self, receiver: int, mean: float, weights: tuple[int, int]) -> bool:
-        """Hand the best piece there is to the receiver; returns whether there was one."""
+        """Hand the best available piece to the receiver; return whether there was one."""
         surplus = self.load - mean
         items = self.items
         some = np.flatnonzero((surplus[items["rank"]] > 0) & self.causal[items["part"]])
@@ -82,9 +85,9 @@ class _Pairs:
         size = _estimated(moved / work, last - first, self.context[part] + last, self.length[part], weights)
         best = int(np.argmax(moved / (size * self.heads[part])))
         wanted = moved[best] / self.each[part[best]]
-        # whole blocks, but for the last bit of a receiver's need
+        # whole blocks, except for the last bit of a receiver's need
         item, count = int(some[best]), np.round(wanted / self.block) * self.block or np.ceil(wanted)
-        # the innermost pairs: they see the fewest keys for their work
+        # the innermost pairs see the fewest keys for their work
         begin = last[best] // 1 - count
         if begin <= first[best]:
             items["rank"][item], count = receiver, last[best] - first[best]
@@ -97,7 +100,7 @@ class _Pairs:
         return True
 
     def tasks(self) -> Columns:
-        """The tasks of all items: two rectangles for each, or one where its halves meet."""
+        """Return the tasks of all items: two rectangles each, or one if the halves touch."""
         part, rank, area = self.items["part"].astype(np.int64), self.items["rank"].astype(np.int64), self.area
         first, last = self.items["first"].astype(np.int64), np.ceil(self.items["last"]).astype(np.int64)
         q0, q1 = area.q0[part], area.q1[part]
@@ -117,6 +120,6 @@ class _Pairs:
 def _estimated(
     share: np.ndarray, rows: np.ndarray, context: np.ndarray, length: np.ndarray, weights: tuple[int, int]
 ) -> np.ndarray:
-    """Bytes of a share of head-tail pairs of `rows` rows each, whose front half ends at `context` (appendix B of the paper)."""
+    """Estimate the bytes of a share of head-tail pairs of `rows` rows each, whose front half ends at `context` (appendix B)."""
     queries = context - np.sqrt(np.maximum(context**2 - share * (2 * context - rows) * rows, 0))
     return queries * weights[0] + (length - (context - queries)) * weights[1]

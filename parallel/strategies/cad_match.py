@@ -1,4 +1,4 @@
-"""Matching ranks that have too much work with ranks that have room: few pairs, and near ones."""
+"""Match ranks that have too much work with ranks that have room: few pairs, and near ones."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from distattn.ir.intervals import Ints
 
 
 def match_work(excess: Ints, room: Ints, node: Ints, peers: Mapping[int, Ints]) -> tuple[Ints, Ints, Ints]:
-    """Match the excess of each rank, (ranks,), with the room of others. Returns (sender, cost, receiver), sorted by sender.
+    """Match the excess of each rank, (ranks,), with the room of others. Return (sender, cost, receiver), sorted by sender.
 
-    First with ranks that see the same documents (`peers` of a sender), then inside nodes, then anywhere. The largest excess
-    chooses first: the smallest room that takes all of it, or else the largest room. Fewer pairs move fewer bytes.
+    Match first with ranks that see the same documents (`peers` of a sender), then inside nodes, then anywhere. The largest
+    excess chooses first: the smallest room that takes all of it, or else the largest room. Fewer pairs move fewer bytes.
     """
     left, free = excess.tolist(), room.tolist()
     transfers: list[tuple[int, int, int]] = []
@@ -43,7 +43,7 @@ def _match(
     free: list[int],
     transfers: list[tuple[int, int, int]],
 ) -> None:
-    """Best fit: append (sender, receiver, cost) to `transfers`, and take it off what is `left` and what is `free`."""
+    """Match by best fit: append (sender, receiver, cost) to `transfers`, and subtract it from `left` and from `free`."""
     rooms = sorted((free[receiver], -receiver) for receiver in receivers if free[receiver])
     for sender in senders:
         while left[sender] and rooms:

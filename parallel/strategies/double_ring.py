@@ -1,7 +1,7 @@
-"""Double ring: keys and values go round inside a node while the next node's are on their way.
+"""Double ring: keys and values travel around inside a node while the next node's are on their way.
 
 Gu et al. 2024, LoongTrain, arXiv 2406.18485, section 4.4. The inner ring has one node's ranks, the outer ring the nodes.
-Where inner rings are whole nodes, a token crosses into a node at most once, one outer hop ahead of its use there.
+If inner rings are whole nodes, a token enters a node at most once, one outer hop ahead of its use there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from distattn.parallel.tables.routes import remote_users, send_along_double_ring
 
 @dataclass(frozen=True)
 class DoubleRingOptions:
-    """inner_ring_size: ranks in an inner ring, by default those of a node, or about the root of all ranks without a cluster."""
+    """Options of "double_ring".
+
+    inner_ring_size: ranks in an inner ring, by default those of a node; without a cluster about the square root of all ranks.
+    """
 
     inner_ring_size: int | None = None
 
@@ -35,7 +38,7 @@ class DoubleRingOptions:
 def double_ring(
     call: Call, cluster: AnyCluster | None = None, options: DoubleRingOptions = DoubleRingOptions()
 ) -> list[Table]:
-    """Tasks and moves of one pass: what is o outer and i inner hops away is used in step o * inner_ring_size + i."""
+    """Return the table of one pass: tokens from o outer and i inner hops away are used in step o * inner_ring_size + i."""
     size = options.inner_ring_size
     if size is None:
         size = _near_root(call.ranks) if cluster is None else cluster.devices
@@ -45,7 +48,7 @@ def double_ring(
     node = np.arange(call.ranks) // size
     key_node, query_node = node[key_owner], node[query_owner]
     outer_hops = hops_in_rings(key_node, query_node, call.ranks // size)
-    # nodes that exchange tokens have one order of inner hops: they count between places in a node, whichever nodes these are in
+    # nodes that exchange tokens share one order of inner hops, which count positions in a node whatever the node is
     place = connected_members(key_node, query_node, call.ranks // size)[query_node] * size
     inner_hops = hops_in_rings(place + key_owner % size, place + query_owner % size, call.ranks)
     tasks = make_columns(TASK_COLUMNS, step=outer_hops * size + inner_hops, rank=query_owner, **vars(area))
@@ -54,5 +57,5 @@ def double_ring(
 
 
 def _near_root(ranks: int) -> int:
-    """The largest divisor of the ranks that is not above their square root."""
+    """Return the largest divisor of the ranks up to their square root."""
     return max(divisor for divisor in range(1, isqrt(ranks) + 1) if ranks % divisor == 0)

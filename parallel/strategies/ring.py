@@ -1,8 +1,8 @@
-"""Ring attention: tokens travel round the ranks, one neighbour a step, and are used where they pass.
+"""Ring attention: tokens travel around the ranks, one neighbour per step, and are used where they pass.
 
 Liu, Zaharia, Abbeel 2023, arXiv 2310.01889. Either keys and values travel and queries stay, or queries travel (and their
 outputs to their owners, as in BurstAttention, Sun et al. 2024, arXiv 2403.09347). Both are candidates, in the forward and in the
-backward pass. Ranks that do not use a token are skipped, and ranks that no documents connect are in rings of their own. Balance
+backward pass. Ranks that do not use a token are skipped, and ranks that no documents connect are in separate rings. Balance
 comes from the layout (zigzag), not from here.
 """
 
@@ -23,7 +23,10 @@ _ROTATIONS = ("fewest bytes", "keys", "queries")
 
 @dataclass(frozen=True)
 class RingOptions:
-    """rotate: what travels, "keys" (with values), "queries", or whichever of the two moves "fewest bytes"."""
+    """Options of "ring".
+
+    rotate: the tokens that travel: "keys" (with values), "queries", or the one of both that moves "fewest bytes".
+    """
 
     rotate: str = "fewest bytes"
 
@@ -33,7 +36,7 @@ class RingOptions:
 
 
 def ring(call: Call, cluster: AnyCluster | None = None, options: RingOptions = RingOptions()) -> list[Table]:
-    """Tasks and moves of a ring pass: what is d hops away is used in step d. One candidate for each kind of rotation."""
+    """Return one table for each kind of rotation: tokens from d hops away are used in step d."""
     parts = split_by_owners(call)
     candidates = {"keys": _rotate_keys, "queries": _rotate_queries}
     return [make(call, *parts) for name, make in candidates.items() if options.rotate in (name, "fewest bytes")]

@@ -1,9 +1,9 @@
-"""Scan: every rank reads its own tokens of a recurrence, and states move from stretch to stretch.
+"""Scan: every rank reads its own tokens of a recurrence, and states move from segment to segment.
 
-A document is a chain of stretches, each at the rank that owns its tokens. The state that enters a stretch sums up all before it.
-`scan_schedules` has the schedules that bring it there, one for each document, and `scan_mixture` looks for those that are fastest
-together. The backward pass is the same in a mirror: the token axis from its end, and gradients of states. The layout may
-be any.
+A document is a chain of segments, each at the rank that owns its tokens. The state that enters a segment is the sum of everything
+before it. `scan_schedules` has the schedules that bring it there, one for each document, and `scan_mixture` searches those that
+are fastest together. The backward pass mirrors the forward pass: it reads the token axis from its end, and gradients of states
+move. Any layout is supported.
 """
 
 # R ranks, N tokens on the axis, H heads
@@ -17,22 +17,30 @@ from distattn.cluster.spec import AnyCluster
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout
 from distattn.ir.plan import Call, Table
+from distattn.ir.renamed import current_name
 from distattn.parallel.strategies.scan_mixture import DocumentSchedule, fastest_mixture
 from distattn.parallel.strategies.scan_schedules import LAST_STEP, SCHEDULES
 from distattn.parallel.strategies.scan_tables import layout_chains, ranks_of_chains, table_of_rows
 
-# where no speeds are known: few steps, and about the same bytes a rank for any number of ranks
-_DEFAULT = "by_heads"
+# the default if speeds are unknown: few steps, and about the same bytes per rank for any number of ranks
+_DEFAULT = "head_sharded"
+_RENAMED_SCHEDULES = {
+    "in_turn": "sequential",
+    "gathered": "allgather_states",
+    "by_heads": "head_sharded",
+    "by_halves": "tree",
+}
 
 
 @dataclass(frozen=True)
 class ScanOptions:
-    """schedule: "in_turn", "gathered", "by_heads", "by_halves" for all documents, or "auto": for each what is fastest together.
+    """Options of `scan`.
 
-    "auto" needs a described cluster to simulate, and is by heads elsewhere; the other options are of the other schedules.
-
-    state_first: whether the first stretch of a document, which waits for nothing, gives its state before it is computed whole.
-    head_groups: in turn, so many groups of heads follow each other; with equal bits on any number of ranks.
+    schedule: "sequential", "allgather_states", "head_sharded" or "tree" for all documents, or "auto": for each document the one
+    that is fastest together with the others. "auto" needs a described cluster to simulate; without one it is "head_sharded".
+    state_first: the first segment of a document, which waits for nothing, computes its state before its outputs. head_groups:
+    with "sequential", this many groups of heads follow each other, with equal bits on any number of ranks. If "auto" simulates,
+    it ignores both.
     """
 
     schedule: str = "auto"
@@ -40,6 +48,7 @@ class ScanOptions:
     head_groups: int = 1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "schedule", current_name(self.schedule, _RENAMED_SCHEDULES, "schedule"))
         if self.schedule != "auto" and self.schedule not in SCHEDULES:
             raise DistattnError(f"scan's schedule is one of auto, {', '.join(SCHEDULES)}, not {self.schedule!r}.")
         if self.head_groups < 1:
@@ -54,17 +63,17 @@ def scan(
     working_layout: Layout | None = None,
     seconds: Callable[[Table], float] | None = None,
 ) -> Iterable[Table]:
-    """The table of one direction, the backward's too.
+    """Return the table of one direction, "forward" or "backward".
 
-    working_layout: tokens are computed where it has them; they are sent there and results come back. seconds: of a table, where
-    speeds are known.
+    working_layout: the layout in which tokens are computed; they are sent there and results come back. seconds: simulates a
+    table; None if speeds are unknown.
     """
     chains = layout_chains(call, working_layout or call.layout)
     if options.schedule == "auto" and seconds is not None:
         devices = call.ranks if cluster is None else cluster.devices
         return [fastest_mixture(call, chains, devices, direction, seconds, working_layout is not None)]
     name = _DEFAULT if options.schedule == "auto" else options.schedule
-    first_whole = LAST_STEP if options.state_first and name != "in_turn" else 0
+    first_whole = LAST_STEP if options.state_first and name != "sequential" else 0
     schedule = DocumentSchedule(name, first_whole, options.head_groups)
     ranks = ranks_of_chains(chains)
     rows = [rows for chain in chains for rows in schedule.rows(chain, ranks, direction)]

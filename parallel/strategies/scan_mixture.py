@@ -1,9 +1,9 @@
-"""The schedules of a scan's documents that are fastest together, by simulation.
+"""Search for the schedules of a scan's documents that are fastest together, by simulation.
 
-Documents of one stretch wait for nothing: they may fill the steps in which others' states move. Which schedule suits a longer
-one depends on how many stretches it has and how long they are, on whether its ranks share a node, and on what the other
-documents do in the same steps. So the search begins with the best single schedule for all documents, and gives one class of them
-after another a schedule of its own wherever that makes the whole faster: it is never slower than any single schedule.
+Documents of one segment wait for nothing: they may fill the steps in which other documents' states move. The best schedule of a
+longer document depends on the number and length of its segments, on whether its ranks share a node, and on the other documents in
+the same steps. So the search begins with the best single schedule for all documents, and then changes the schedule of one class
+of documents after another if that makes the whole faster. The result is never slower than any single schedule.
 """
 
 from __future__ import annotations
@@ -17,58 +17,63 @@ from distattn.ir.plan import Call, Table
 from distattn.parallel.strategies.scan_schedules import LAST_STEP, SCHEDULES, Chain, Schedule, alone
 from distattn.parallel.strategies.scan_tables import TableRows, chain_rows, concatenated, ranks_of_chains, table_of_rows
 
-# in turn, as many groups of heads follow each other from rank to rank
-_GROUPS_IN_TURN = 8
-# so few documents of several stretches each choose for themselves; of more, those that are alike choose together
+# groups of heads that follow each other from rank to rank with "sequential"
+_SEQUENTIAL_HEAD_GROUPS = 8
+# up to this number of documents of several segments each chooses for itself; with more, similar ones choose together
 _FEW_DOCUMENTS = 6
 
 
 class DocumentSchedule(NamedTuple):
-    """How a document is computed: by a schedule, with its first stretch in a step, in groups of heads (see `scan_schedules`)."""
+    """A way to compute a document: its schedule, the step of its first segment, and groups of heads (see `scan_schedules`)."""
 
     schedule: str
     first_whole: int = 0
     head_groups: int = 1
 
     def rows(self, chain: Chain, ranks: Sequence[int], direction: str) -> list[TableRows]:
-        """The tasks and moves of a document, for each group of heads."""
+        """Return the tasks and moves of a document, for each group of heads."""
         schedule: Schedule = partial(alone, step=self.first_whole) if self.schedule == "alone" else self._of_states()
         return [chain_rows(part, schedule, ranks, direction) for part in chain.in_head_groups(self.head_groups)]
 
     def _of_states(self) -> Schedule:
         chosen = SCHEDULES[self.schedule]
-        return chosen if self.schedule == "in_turn" else partial(chosen, first_whole=self.first_whole)
+        return chosen if self.schedule == "sequential" else partial(chosen, first_whole=self.first_whole)
 
     def __str__(self) -> str:
-        words = {"alone": "of one stretch"}.get(self.schedule, self.schedule)
+        name = {"alone": "of one segment"}.get(self.schedule, self.schedule)
         if self.head_groups > 1:
-            words += f" in {self.head_groups} groups of heads"
+            name += f" in {self.head_groups} groups of heads"
         if self.first_whole == 0:
-            return words
-        what = "" if self.schedule == "alone" else ", its first stretch"
-        return f"{words}{what} {'last' if self.first_whole == LAST_STEP else 'while states move'}"
+            return name
+        suffix = "" if self.schedule == "alone" else ", its first segment"
+        return f"{name}{suffix} {'last' if self.first_whole == LAST_STEP else 'while states move'}"
 
 
-# for all documents; what users may ask for, too
+# candidates for all documents, which users can also ask for
 _SINGLE = (
-    DocumentSchedule("by_heads"),
-    DocumentSchedule("by_heads", LAST_STEP),
-    DocumentSchedule("gathered"),
-    DocumentSchedule("gathered", LAST_STEP),
-    DocumentSchedule("by_halves"),
-    DocumentSchedule("by_halves", LAST_STEP),
-    DocumentSchedule("in_turn"),
-    DocumentSchedule("in_turn", 0, _GROUPS_IN_TURN),
+    DocumentSchedule("head_sharded"),
+    DocumentSchedule("head_sharded", LAST_STEP),
+    DocumentSchedule("allgather_states"),
+    DocumentSchedule("allgather_states", LAST_STEP),
+    DocumentSchedule("tree"),
+    DocumentSchedule("tree", LAST_STEP),
+    DocumentSchedule("sequential"),
+    DocumentSchedule("sequential", 0, _SEQUENTIAL_HEAD_GROUPS),
 )
-_OF_ONE_STRETCH = (DocumentSchedule("alone"), DocumentSchedule("alone", 1), DocumentSchedule("alone", 2))
-# with two stretches one state moves, and schedules differ in what waits for it
-_OF_TWO_STRETCHES = (
-    DocumentSchedule("in_turn"),
-    DocumentSchedule("in_turn", 0, _GROUPS_IN_TURN),
-    DocumentSchedule("gathered", 1),
-    DocumentSchedule("gathered", LAST_STEP),
+_OF_ONE_SEGMENT = (DocumentSchedule("alone"), DocumentSchedule("alone", 1), DocumentSchedule("alone", 2))
+# with two segments one state moves, and schedules differ in what waits for it
+_OF_TWO_SEGMENTS = (
+    DocumentSchedule("sequential"),
+    DocumentSchedule("sequential", 0, _SEQUENTIAL_HEAD_GROUPS),
+    DocumentSchedule("allgather_states", 1),
+    DocumentSchedule("allgather_states", LAST_STEP),
 )
-_OF_MORE = (*_SINGLE, DocumentSchedule("gathered", 1), DocumentSchedule("by_heads", 1), DocumentSchedule("by_heads", 2))
+_OF_MORE = (
+    *_SINGLE,
+    DocumentSchedule("allgather_states", 1),
+    DocumentSchedule("head_sharded", 1),
+    DocumentSchedule("head_sharded", 2),
+)
 
 
 def fastest_mixture(
@@ -79,9 +84,9 @@ def fastest_mixture(
     seconds: Callable[[Table], float],
     tokens_move: bool,
 ) -> Table:
-    """The fastest table found, with the schedules of its documents as its label.
+    """Return the fastest table found, with the schedules of its documents as its label.
 
-    devices: of a node. seconds: of a table, simulated; it is asked for some two hundred, whatever the number of documents.
+    devices: of a node. seconds: simulates a table; it is called about two hundred times, for any number of documents.
     """
     classes, ranks = _classes(chains, devices), ranks_of_chains(chains)
 
@@ -110,28 +115,28 @@ def fastest_mixture(
 
 
 def _candidates(chain: Chain) -> Sequence[DocumentSchedule]:
-    return {1: _OF_ONE_STRETCH, 2: _OF_TWO_STRETCHES}.get(len(chain.stretches), _OF_MORE)
+    return {1: _OF_ONE_SEGMENT, 2: _OF_TWO_SEGMENTS}.get(len(chain.segments), _OF_MORE)
 
 
 def _classes(chains: Sequence[Chain], devices: int) -> list[list[Chain]]:
-    """Documents that choose together, those of most stretches first."""
-    several = sum(len(chain.stretches) > 1 for chain in chains)
-    found: dict[tuple[int, ...], list[Chain]] = defaultdict(list)
+    """Group documents that choose together, those with most segments first."""
+    num_multi_segment = sum(len(chain.segments) > 1 for chain in chains)
+    classes: dict[tuple[int, ...], list[Chain]] = defaultdict(list)
     for chain in chains:
-        stretches = len(chain.stretches)
-        key: tuple[int, ...] = (stretches,)
-        if stretches > 1:
-            crosses = len({stretch.rank // devices for stretch in chain.stretches}) > 1
-            # many stretches in powers of two, tokens in powers of four
-            alike = min(stretches, 2 + stretches.bit_length()), crosses, (chain.t1 - chain.t0).bit_length() // 2
-            key = (stretches, chain.piece) if several <= _FEW_DOCUMENTS else alike
-        found[key].append(chain)
-    return sorted(found.values(), key=lambda alike: -len(alike[0].stretches))
+        segments = len(chain.segments)
+        key: tuple[int, ...] = (segments,)
+        if segments > 1:
+            crosses = len({segment.rank // devices for segment in chain.segments}) > 1
+            # many segments count in powers of two, tokens in powers of four
+            alike = min(segments, 2 + segments.bit_length()), crosses, (chain.t1 - chain.t0).bit_length() // 2
+            key = (segments, chain.piece) if num_multi_segment <= _FEW_DOCUMENTS else alike
+        classes[key].append(chain)
+    return sorted(classes.values(), key=lambda alike: -len(alike[0].segments))
 
 
 def _label(classes: Sequence[Sequence[Chain]], chosen: Sequence[DocumentSchedule]) -> str:
     count: Counter[str] = Counter()
     for chains, schedule in zip(classes, chosen, strict=True):
-        one_stretch = len(chains[0].stretches) == 1 and schedule.schedule != "alone"
-        count[str(DocumentSchedule("alone") if one_stretch else schedule)] += len(chains)
-    return "; ".join(f"{number:,} {words}" for words, number in count.items())
+        one_segment = len(chains[0].segments) == 1 and schedule.schedule != "alone"
+        count[str(DocumentSchedule("alone") if one_segment else schedule)] += len(chains)
+    return "; ".join(f"{number:,} {name}" for name, number in count.items())

@@ -1,12 +1,12 @@
-"""The schedules of `scan`: in which steps stretches of a document are computed, and which states are sent meanwhile.
+"""The schedules of `scan`: the steps in which segments of a document are computed, and the states sent meanwhile.
 
-A document is a chain of stretches, each at a rank. Either the state is handed on and ranks compute one after the other
-("in_turn"), or every rank first makes the state of its stretch alone, in a pass over its keys that is cheaper than the whole, and
-states are put together while they move:
+A document is a chain of segments, each at a rank. Either the state is passed on and ranks compute one after another
+("sequential"), or every rank first computes the state of its segment alone, in a pass over its keys that is cheaper than the
+whole, and states are combined while they move:
 
-    gathered    every stretch's state goes to all ranks that have a later one (Sun et al. 2025, arXiv 2502.07563)
-    by_heads    each rank puts together the states of a share of the heads, and sends each stretch what precedes it
-    by_halves   up and down a tree of stretches (Blelloch 1990, "Prefix sums and their applications")
+    allgather_states  every segment's state goes to all ranks that have a later one (Sun et al. 2025, arXiv 2502.07563)
+    head_sharded      each rank combines the states of a share of the heads, and sends each segment the state before it
+    tree              up and down a tree of segments (Blelloch 1990, "Prefix sums and their applications")
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 from distattn.parallel.tables.held_states import HeldState, HeldStates
 
-# a step that is later than those of any chain
+# a step later than those of any chain
 LAST_STEP = 1 << 30
 
 
-class Stretch(NamedTuple):
+class Segment(NamedTuple):
     """Tokens [t0, t1) of a document, computed at `rank`."""
 
     t0: int
@@ -30,21 +30,21 @@ class Stretch(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """Who computes a document for heads [h0, h1): stretches in the order in which the state passes."""
+    """Segments of a document for heads [h0, h1), in the order in which the state passes."""
 
     piece: int
     t0: int
     t1: int
     h0: int
     h1: int
-    stretches: list[Stretch]
+    segments: list[Segment]
 
     def mirrored(self) -> Chain:
-        """The same for gradients: from the end of the document to its start."""
-        return self._replace(stretches=self.stretches[::-1])
+        """Return the chain for gradients: from the end of the document to its start."""
+        return self._replace(segments=self.segments[::-1])
 
     def in_head_groups(self, groups: int) -> list[Chain]:
-        """The same chain for each of so many groups of its heads, or for each head where they are fewer."""
+        """Return the same chain for each of this number of groups of its heads, or for each head if there are fewer."""
         heads = self.h1 - self.h0
         groups = min(groups, heads)
         bounds = [self.h0 + group * heads // groups for group in range(groups + 1)]
@@ -52,15 +52,15 @@ class Chain(NamedTuple):
 
 
 class Compute(NamedTuple):
-    """Stretch number `stretch` of a chain: the whole of it, or only its state."""
+    """Computation of segment number `segment` of a chain: the whole of it, or only its state."""
 
     step: int
-    stretch: int
+    segment: int
     whole: bool
 
 
 class Send(NamedTuple):
-    """The state of stretches [first, end) of a chain, for heads [h0, h1)."""
+    """Message with the state of segments [first, end) of a chain, for heads [h0, h1)."""
 
     step: int
     src: int
@@ -71,66 +71,68 @@ class Send(NamedTuple):
     h1: int
 
 
-# (chain, ranks that take part) -> what is computed and sent, in steps
+# (chain, participating ranks) -> computations and messages, with their steps
 Schedule = Callable[[Chain, Sequence[int]], tuple[list[Compute], list[Send]]]
 
 
-def in_turn(chain: Chain, ranks: Sequence[int]) -> tuple[list[Compute], list[Send]]:
-    """One stretch after the other: nothing is computed twice, and the states that move are the smallest.
+def sequential(chain: Chain, ranks: Sequence[int]) -> tuple[list[Compute], list[Send]]:
+    """Compute one segment after another: nothing is computed twice, and the fewest bytes move.
 
     The state of a group of heads is a step behind that of the group before it.
     """
-    stretches = chain.stretches
-    behind = -(-chain.h0 // max(chain.h1 - chain.h0, 1))
-    computes = [Compute(behind + 2 * i, i, True) for i in range(len(stretches))]
-    hops = [i for i in range(1, len(stretches)) if stretches[i].rank != stretches[i - 1].rank]
-    sends = [Send(behind + 2 * i - 1, stretches[i - 1].rank, stretches[i].rank, 0, i, chain.h0, chain.h1) for i in hops]
+    segments = chain.segments
+    delay = -(-chain.h0 // max(chain.h1 - chain.h0, 1))
+    computes = [Compute(delay + 2 * i, i, True) for i in range(len(segments))]
+    hops = [i for i in range(1, len(segments)) if segments[i].rank != segments[i - 1].rank]
+    sends = [Send(delay + 2 * i - 1, segments[i - 1].rank, segments[i].rank, 0, i, chain.h0, chain.h1) for i in hops]
     return computes, sends
 
 
 def alone(chain: Chain, ranks: Sequence[int], step: int = 0) -> tuple[list[Compute], list[Send]]:
-    """A document of one stretch, at a step in which its rank would only wait for others' states."""
+    """Compute a document of one segment, at a step in which its rank would only wait for other documents' states."""
     return [Compute(step, 0, True)], []
 
 
-def gathered(chain: Chain, ranks: Sequence[int], first_whole: int = 0) -> tuple[list[Compute], list[Send]]:
-    """Every stretch's state goes to all ranks that have a later one; each puts together what precedes its own."""
-    stretches, last = chain.stretches, len(chain.stretches) - 1
+def allgather_states(chain: Chain, ranks: Sequence[int], first_whole: int = 0) -> tuple[list[Compute], list[Send]]:
+    """Send every segment's state to all ranks that have a later one; each rank combines the states before its own."""
+    segments, last = chain.segments, len(chain.segments) - 1
     sends = []
-    for i, stretch in enumerate(stretches[:-1]):
-        users = sorted({later.rank for later in stretches[i + 1 :]} - {stretch.rank})
-        sends += [Send(1, stretch.rank, user, i, i + 1, chain.h0, chain.h1) for user in users]
+    for i, segment in enumerate(segments[:-1]):
+        users = sorted({later.rank for later in segments[i + 1 :]} - {segment.rank})
+        sends += [Send(1, segment.rank, user, i, i + 1, chain.h0, chain.h1) for user in users]
     return _states_then_all([2] * (last + 1), first_whole), sends
 
 
-def by_heads(chain: Chain, ranks: Sequence[int], first_whole: int = 0) -> tuple[list[Compute], list[Send]]:
-    """Every rank puts together all states of the document for a share of the heads, and sends each stretch what precedes it."""
-    stretches, last = chain.stretches, len(chain.stretches) - 1
+def head_sharded(chain: Chain, ranks: Sequence[int], first_whole: int = 0) -> tuple[list[Compute], list[Send]]:
+    """Let every rank combine all states of the document for a share of the heads, and send each segment the state before it."""
+    segments, last = chain.segments, len(chain.segments) - 1
     if last < 2:
-        return gathered(chain, ranks, first_whole)
+        return allgather_states(chain, ranks, first_whole)
     sends = []
     heads = chain.h1 - chain.h0
     for share, rank in enumerate(ranks):
         h0, h1 = (chain.h0 + part * heads // len(ranks) for part in (share, share + 1))
         if h0 == h1:
             continue
-        sends += [Send(1, one.rank, rank, i, i + 1, h0, h1) for i, one in enumerate(stretches[:-1]) if one.rank != rank]
         sends += [
-            Send(2, rank, stretches[i].rank, 0, i, h0, h1) for i in range(1, last + 1) if stretches[i].rank != rank
+            Send(1, segment.rank, rank, i, i + 1, h0, h1)
+            for i, segment in enumerate(segments[:-1])
+            if segment.rank != rank
         ]
+        sends += [Send(2, rank, segments[i].rank, 0, i, h0, h1) for i in range(1, last + 1) if segments[i].rank != rank]
     return _states_then_all([3] * (last + 1), first_whole), sends
 
 
-def by_halves(chain: Chain, ranks: Sequence[int], first_whole: int = 0) -> tuple[list[Compute], list[Send]]:
-    """Up a tree of stretches, and down again: the steps grow as the logarithm of their number."""
-    stretches, last = chain.stretches, len(chain.stretches) - 1
+def tree(chain: Chain, ranks: Sequence[int], first_whole: int = 0) -> tuple[list[Compute], list[Send]]:
+    """Combine states up a tree of segments, and down again: the number of steps is logarithmic."""
+    segments, last = chain.segments, len(chain.segments) - 1
     sends: list[Send] = []
     arrived: dict[tuple[int, int, int], int] = {}
     received: dict[tuple[int, int], int] = {}
     begins = [0] * (last + 1)
 
     def send(step: int, src: int, dst: int, first: int, end: int) -> int:
-        """The step at the end of which the state is at `dst`."""
+        """Send a state, and return the step at the end of which it is at `dst`."""
         if src == dst:
             return step - 1
         if (dst, first, end) not in arrived:
@@ -143,7 +145,7 @@ def by_halves(chain: Chain, ranks: Sequence[int], first_whole: int = 0) -> tuple
             return 0
         middle = (first + end) // 2
         left, right = up(first, middle), up(middle, end)
-        received[first, end] = send(left + 1, stretches[middle - 1].rank, stretches[end - 1].rank, first, middle)
+        received[first, end] = send(left + 1, segments[middle - 1].rank, segments[end - 1].rank, first, middle)
         return max(right, received[first, end])
 
     def down(first: int, end: int, ready: int) -> None:
@@ -151,7 +153,7 @@ def by_halves(chain: Chain, ranks: Sequence[int], first_whole: int = 0) -> tuple
             begins[first] = ready + 1
             return
         middle = (first + end) // 2
-        left = send(ready + 1, stretches[end - 1].rank, stretches[middle - 1].rank, 0, first) if first else ready
+        left = send(ready + 1, segments[end - 1].rank, segments[middle - 1].rank, 0, first) if first else ready
         down(first, middle, left)
         down(middle, end, max(ready, received[first, end]))
 
@@ -162,52 +164,52 @@ def by_halves(chain: Chain, ranks: Sequence[int], first_whole: int = 0) -> tuple
 
 
 SCHEDULES: dict[str, Callable[..., tuple[list[Compute], list[Send]]]] = {
-    "in_turn": in_turn,
-    "gathered": gathered,
-    "by_heads": by_heads,
-    "by_halves": by_halves,
+    "sequential": sequential,
+    "allgather_states": allgather_states,
+    "head_sharded": head_sharded,
+    "tree": tree,
 }
 
 
 def _states_then_all(begins: Sequence[int], first_whole: int) -> list[Compute]:
-    """States first, then everything; begins: the step at which each stretch may be computed whole.
+    """Compute states first, then whole segments. begins: the step at which each segment may be computed whole.
 
-    first_whole: the step at which what has nothing before it is computed. At step 0 it leaves its state by the way. Later, its
-    state is made as all others' are: it is there earlier, for the price of another pass over its keys.
+    first_whole: the step at which the first segment is computed. At step 0 this also gives its state. If it is later, its
+    state is computed like all others: it is available earlier, for the price of another pass over its keys.
     """
     last = len(begins) - 1
     if not last:
         return [Compute(0, 0, True)]
     states = [Compute(0, i, False) for i in range(1 if first_whole == 0 else 0, last)]
-    # nobody waits for it after the last step
+    # after the last step no rank waits for it
     first = Compute(min(first_whole, max(begins)), 0, True)
     return [first, *states, *(Compute(begins[i], i, True) for i in range(1, last + 1))]
 
 
 def needed_sends(chain: Chain, computes: list[Compute], sends: list[Send]) -> list[Send]:
-    """Without sends of what the destination can put together itself (a rank may have several stretches), or nobody needs."""
+    """Drop messages with states that no rank needs, or that the destination can combine itself (it may have several segments)."""
     needed: list[Send] = []
     for h0, h1 in sorted({(send.h0, send.h1) for send in sends}):
         held: dict[int, list[HeldState]] = {}
         for step, number, whole in computes:
-            made = HeldState(0 if whole else number, number + 1, step, None)
-            held.setdefault(chain.stretches[number].rank, []).append(made)
+            held_state = HeldState(0 if whole else number, number + 1, step, None)
+            held.setdefault(chain.segments[number].rank, []).append(held_state)
         for send in sorted(send for send in sends if (send.h0, send.h1) == (h0, h1)):
-            there = held.setdefault(send.dst, [])
-            # a single stretch is put together of nothing
-            found = HeldStates(there).find(send.first, send.end) if send.end - send.first > 1 else None
-            if found is None or found.there > send.step:
-                there.append(HeldState(send.first, send.end, send.step, send))
+            held_there = held.setdefault(send.dst, [])
+            # a single segment cannot be combined from others
+            tiling = HeldStates(held_there).find(send.first, send.end) if send.end - send.first > 1 else None
+            if tiling is None or tiling.there > send.step:
+                held_there.append(HeldState(send.first, send.end, send.step, send))
         known_by = {rank: HeldStates(states) for rank, states in held.items()}
-        uses = [(chain.stretches[number].rank, 0, number) for _, number, whole in computes if whole and number]
-        wanted: set[Send] = set()
+        uses = [(chain.segments[number].rank, 0, number) for _, number, whole in computes if whole and number]
+        used: set[Send] = set()
         while uses:
             rank, first, end = uses.pop()
-            found = known_by[rank].find(first, end)
-            assert found is not None, "a schedule brings every state that is needed"
-            for state in found.states:
-                if isinstance(state.name, Send) and state.name not in wanted:
-                    wanted.add(state.name)
+            tiling = known_by[rank].find(first, end)
+            assert tiling is not None, "a schedule brings every state that is needed"
+            for state in tiling.states:
+                if isinstance(state.name, Send) and state.name not in used:
+                    used.add(state.name)
                     uses.append((state.name.src, state.name.first, state.name.end))
-        needed += sorted(wanted)
+        needed += sorted(used)
     return needed

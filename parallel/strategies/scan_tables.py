@@ -1,4 +1,4 @@
-"""Tables of `scan`: chains of stretches, each by its schedule, as tasks and moves of one direction."""
+"""Tables of `scan`: chains of segments, each with its schedule, as tasks and moves of one direction."""
 
 # R ranks, N tokens on the axis, H heads
 
@@ -21,7 +21,7 @@ from distattn.ir.plan import (
     has_rows_and_keys,
     select_rows,
 )
-from distattn.parallel.strategies.scan_schedules import Chain, Schedule, Stretch, needed_sends
+from distattn.parallel.strategies.scan_schedules import Chain, Schedule, Segment, needed_sends
 from distattn.parallel.tables.routes import remote_users, reversed_moves, send_direct
 
 # tasks (A, 9) and moves (B, 8), with the columns of a table
@@ -29,7 +29,7 @@ TableRows = tuple[Ints, Ints]
 
 
 def layout_chains(call: Call, layout: Layout) -> list[Chain]:
-    """The chain of each document: every rank computes the tokens that a layout gives it."""
+    """Return the chain of each document: every rank computes the tokens that a layout gives it."""
     chunks = layout.chunks
     order = np.argsort(chunks["t0"])
     t0, t1, rank = (chunks[name][order] for name in ("t0", "t1", "rank"))
@@ -37,33 +37,36 @@ def layout_chains(call: Call, layout: Layout) -> list[Chain]:
     for piece, (begin, end) in enumerate(call.documents.tolist()):
         inside = slice(np.searchsorted(t1, begin, "right"), np.searchsorted(t0, end))
         rows = zip(t0[inside].tolist(), t1[inside].tolist(), rank[inside].tolist(), strict=True)
-        stretches = [Stretch(max(a, begin), min(b, end), at) for a, b, at in rows]
-        chains.append(Chain(piece, begin, end, 0, call.heads, stretches))
+        segments = [Segment(max(a, begin), min(b, end), at) for a, b, at in rows]
+        chains.append(Chain(piece, begin, end, 0, call.heads, segments))
     return chains
 
 
 def ranks_of_chains(chains: Iterable[Chain]) -> list[int]:
-    """The ranks that have tokens. Others have no part in recurrences: they may be servers, which compute attention only."""
-    return sorted({stretch.rank for chain in chains for stretch in chain.stretches})
+    """Return the ranks that have tokens.
+
+    Others take no part in recurrences: they may be servers, which compute attention only.
+    """
+    return sorted({segment.rank for chain in chains for segment in chain.segments})
 
 
 def chain_rows(chain: Chain, schedule: Schedule, ranks: Sequence[int], direction: str) -> TableRows:
-    """What is computed of one chain, and the states that are sent for it."""
+    """Return the tasks of one chain, and the moves of its states."""
     back = direction == "backward"
     payload = int(Payload.dS if back else Payload.S)
     path = chain.mirrored() if back else chain
     computes, sends = schedule(path, ranks)
     tasks, moves = [], []
     for step, number, whole in computes:
-        t0, t1, rank = path.stretches[number]
+        t0, t1, rank = path.segments[number]
         if whole:
             box = (t0, chain.t1 if back else t1, chain.t0, t1)
         else:
             box = (t0, t1, t1, t1) if back else (t0, t0, t0, t1)
-        # a step before the first is left for tokens that move
+        # the step before the first is for tokens that move
         tasks.append((step + 1, rank, chain.piece, *box, chain.h0, chain.h1))
     for step, src, dst, first, end, h0, h1 in needed_sends(path, computes, sends):
-        edges = path.stretches[first], path.stretches[end - 1]
+        edges = path.segments[first], path.segments[end - 1]
         interval = min(edge.t0 for edge in edges), max(edge.t1 for edge in edges)
         moves.append((step + 1, src, dst, payload, *interval, h0, h1))
     return (
@@ -73,7 +76,7 @@ def chain_rows(chain: Chain, schedule: Schedule, ranks: Sequence[int], direction
 
 
 def concatenated(rows: Iterable[TableRows]) -> TableRows:
-    """The rows of several chains as one."""
+    """Concatenate the rows of several chains."""
     nothing = np.zeros((0, len(TASK_COLUMNS)), np.int64), np.zeros((0, len(MOVE_COLUMNS)), np.int64)
     tasks, moves = (np.concatenate(parts) for parts in zip(nothing, *rows, strict=True))
     return tasks, moves
@@ -82,9 +85,9 @@ def concatenated(rows: Iterable[TableRows]) -> TableRows:
 def table_of_rows(
     call: Call, rows: Iterable[TableRows], direction: str, label: str = "", tokens_move: bool = True
 ) -> Table:
-    """The table of the rows of all chains, with the tokens that move to where they are computed, and results home.
+    """Return the table of the rows of all chains, with moves of tokens to the ranks that compute them, and of results back.
 
-    tokens_move: False where all chains are at the owners of their tokens: nobody needs to look for what moves.
+    tokens_move: False if all chains are at the owners of their tokens, so that there are no such moves.
     """
     tasks, moves = concatenated(rows)
     table = Table.from_rows(tasks, moves, label)
@@ -95,7 +98,7 @@ def table_of_rows(
 
 
 def _token_moves(call: Call, table: Table, back: bool) -> list[Columns]:
-    """Tokens to where they are computed and results home, where that is not at their owner."""
+    """Return moves of tokens to the ranks that compute them and of results back, without tokens computed at their owner."""
     tasks, last = table.tasks, table.steps
     whole = select_rows(tasks, has_rows_and_keys(tasks))
 

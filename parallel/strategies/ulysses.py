@@ -14,7 +14,7 @@ from distattn.parallel.tables.routes import remote_users, reversed_moves, send_d
 
 
 def ulysses(call: Call, cluster: AnyCluster | None = None) -> list[Table]:
-    """Tasks and moves of one pass: queries, keys and values are sent at step 0, used at 1, and outputs return at 2."""
+    """Return the table of one pass: queries, keys and values are sent at step 0, used at 1, and outputs return at 2."""
     if call.ranks > call.heads:
         raise DistattnError(
             f"ulysses splits {call.heads} query heads over {call.ranks} ranks: at most {call.heads} ranks can take part. "

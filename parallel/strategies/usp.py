@@ -1,7 +1,7 @@
 """USP: Ulysses in one dimension of a 2-D mesh of ranks, a ring in the other.
 
-Fang & Zhao 2024, arXiv 2405.07719. A rank collects the tokens of its Ulysses group for its share of the query heads;
-those keys and values then go round the ranks that have the same share in the other groups.
+Fang & Zhao 2024, arXiv 2405.07719. A rank collects the tokens of its Ulysses group for its share of the query heads. Those keys
+and values then travel around the ranks that have the same share in the other groups.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ _DIMS = ("ulysses", "ring")
 
 @dataclass(frozen=True)
 class UspOptions:
-    """ulysses: ranks in an Ulysses group, by default as many as copy no key/value head (and fit in a node, given a cluster).
+    """Options of "usp".
 
-    inner_dim: which of the two, "ulysses" or "ring", has neighbouring ranks (0, 1, 2, ...) in one group.
+    ulysses: ranks in an Ulysses group, by default as many as copy no key/value head (and fit in a node, given a cluster).
+    inner_dim: the dimension, "ulysses" or "ring", that has neighbouring ranks (0, 1, 2, ...) in one group.
     """
 
     ulysses: int | None = None
@@ -39,7 +40,7 @@ class UspOptions:
 
 
 def usp(call: Call, cluster: AnyCluster | None = None, options: UspOptions = UspOptions()) -> list[Table]:
-    """Tasks and moves of one pass: collect at step 0, compute what is d groups away at step 1 + d, outputs straight to owners."""
+    """Return the table of one pass: collect at step 0, compute keys from d groups away at step 1 + d, send outputs to owners."""
     degree = _default_degree(call, cluster) if options.ulysses is None else options.ulysses
     if degree < 1 or call.ranks % degree or degree > call.heads:
         fitting = [u for u in range(1, call.heads + 1) if call.ranks % u == 0]
@@ -48,14 +49,16 @@ def usp(call: Call, cluster: AnyCluster | None = None, options: UspOptions = Usp
             f"{', '.join(map(str, fitting))} would work."
         )
     groups, ranks = call.ranks // degree, np.arange(call.ranks)
-    # the Ulysses group of each rank, and the ring: the ranks that have the same share of the heads
+    # the Ulysses group of each rank, and its ring: the ranks with the same share of the heads
     neighbours = options.inner_dim == "ulysses"
     group, ring = (ranks // degree, ranks % degree) if neighbours else (ranks % groups, ranks // groups)
     whole, query_group, key_group = split_by_owners(call, chunks_of_groups(call, group))
     area, row, share = split_heads(whole, degree, call.heads)
-    here, origin = query_group[row], key_group[row]
-    rank = here * degree + share if neighbours else share * groups + here
-    tasks = make_columns(TASK_COLUMNS, step=1 + hops_in_rings(origin, here, groups), rank=rank, **vars(area))
+    query_group_of_row, origin = query_group[row], key_group[row]
+    rank = query_group_of_row * degree + share if neighbours else share * groups + query_group_of_row
+    tasks = make_columns(
+        TASK_COLUMNS, step=1 + hops_in_rings(origin, query_group_of_row, groups), rank=rank, **vars(area)
+    )
     moves = [
         send_direct(Payload.Q, remote_users(call, Payload.Q, tasks), 0),
         send_along_ring(Payload.KV, remote_users(call, Payload.KV, tasks), ring),

@@ -1,12 +1,12 @@
-"""The backward table, derived from the forward one.
+"""Derive the backward table from the forward table.
 
-The tasks are the same. In attention dO travels as Q did, and dQ travels home as O did. A recurrence's queries have other heads
-than its outputs, and several ranks may add to one dQ: dO goes straight to its users, and dQ is summed as dKV is. For keys and
-values a policy decides:
+The tasks are the same. In attention dO travels as Q did, and dQ returns as O did. A recurrence's queries have another number of
+heads than its outputs, and several ranks may add to one dQ: dO goes directly to its users, and dQ is summed like dKV. For keys
+and values a policy decides:
 
-    keep            what the forward received is still there: the forward transposed, time and arrows reversed
-    refetch-home    Q and KV are sent again; every rank sends its dKV straight to the owner after its last deposit
-    refetch-follow  Q and KV are sent again; dKV travels from its first user to its last, summing, then home
+    keep            tensors received in the forward are kept: the forward transposed, with time and arrows reversed
+    refetch-home    Q and KV are sent again; every rank sends its dKV directly to the owner after its last deposit
+    refetch-follow  Q and KV are sent again; dKV travels from its first user to its last, is summed on the way, then returns
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TRANSPOSED = {Payload.Q: Payload.dQ, Payload.KV: Payload.dKV, Payload.O: Payloa
 
 
 def derive_backward(call: Call, forward: Table, policy: str, cluster: AnyCluster | None = None) -> Table:
-    """The backward table of `forward` under `policy`. Given a cluster, dKV is summed inside a node before it leaves."""
+    """Derive the backward table of `forward` under `policy`. With a cluster, sum dKV inside a node before it leaves the node."""
     if policy == "keep":
         return _transpose(forward)
     tasks, moves = forward.tasks, forward.moves

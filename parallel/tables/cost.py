@@ -1,4 +1,4 @@
-"""The integer cost model that strategies balance work with: every rank that plans gets the same plan, bit for bit.
+"""The integer cost model that strategies balance work with: every rank computes the same plan, bit for bit.
 
 It is the kernel-time model of `distattn.cluster.cost` in whole numbers. A kernel takes whole blocks of rows, and each row costs
 `overhead` keys more than it has. So a document shorter than a block costs as much as a whole block, and short documents cost
@@ -19,11 +19,11 @@ from distattn.ir.bands import K0, K1, Q0, Q1, areas, clip
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import Call, Columns, Payload, task_bands
 
-# a cluster without a table of kernel speeds is taken to be of these devices
+# the devices that are assumed for a cluster without a table of kernel speeds
 _DEFAULT_DEVICES = "h100-1x1"
-# a length at which no kernel of a table gets faster any more
+# a length from which on no kernel of a table gets faster
 _LONG = 1 << 20
-# candidates that one round of the search tests at once
+# candidates tested at once in a round of the search
 _PROBES = 16
 
 
@@ -31,7 +31,7 @@ _PROBES = 16
 class CostModel:
     """Costs in one direction ("forward" or "backward"), in blocks of cells: 1 is `block` rows x 1 key of one head.
 
-    block: rows a kernel takes at once. overhead: keys' worth of time that each row costs besides its keys.
+    block: rows that a kernel takes at once. overhead: fixed cost of a row, as a number of keys.
     """
 
     direction: str
@@ -40,35 +40,35 @@ class CostModel:
 
     @staticmethod
     def for_cluster(cluster: AnyCluster | None, direction: str, head_dim: int, block: int) -> CostModel:
-        """The model of a cluster's kernels; without a table of speeds, that of an H100 at head dim 128."""
+        """Return the model of a cluster's kernels; without a table of speeds, that of an H100 at head dim 128."""
         if isinstance(cluster, ClusterSpec):
             return CostModel(direction, block, overhead_keys(cluster, direction, head_dim))
         return CostModel(direction, block, _default_overhead(direction))
 
     def band_costs(self, bands: Ints) -> Ints:
-        """Cost of each tightened band (M, 10) for one head."""
+        """Return the cost of each tightened band (M, 10) for one head."""
         return -(-padded_cells(bands, self.block, self.overhead) // self.block)
 
     def task_costs(self, call: Call, tasks: Columns) -> Ints:
-        """Cost of each task with all its heads."""
+        """Return the cost of each task with all its heads."""
         return self.band_costs(task_bands(call.mask, tasks)) * (tasks["h1"] - tasks["h0"])
 
     def rank_costs(self, call: Call, tasks: Columns) -> Ints:
-        """Cost of all tasks of each rank, (ranks,)."""
+        """Return the cost of all tasks of each rank, (ranks,)."""
         out = np.zeros(call.ranks, np.int64)
         np.add.at(out, tasks["rank"], self.task_costs(call, tasks))
         return out
 
     def seconds(self, call: Call, cluster: ClusterSpec, cost: int) -> float:
-        """Kernel time of a cost on a cluster. Overheads are part of the cost, so the speed is that of long sequences."""
+        """Return the kernel time of a cost on a cluster. Costs include overheads, so the speed is that of long sequences."""
         long = np.array([_LONG])
         speed = float(attention_speed(cluster, self.direction, call.head_dim, long, long)[0])
         return cost * self.block * flops_per_cell(self.direction, call.head_dim, call.v_head_dim) / speed
 
     def last_rows_of_cost(self, bands: Ints, wanted: Ints) -> tuple[Ints, Ints]:
-        """The fewest whole blocks of rows at the end of each band that cost at least `wanted`.
+        """Find the fewest whole blocks of rows at the end of each band that cost at least `wanted`.
 
-        Returns (first row, end of the first block), both (M,).
+        Return (first row, end of the first block), both (M,).
         """
         q0, q1 = bands[:, Q0], bands[:, Q1]
 
@@ -80,7 +80,8 @@ class CostModel:
         return np.maximum(q1 - blocks * self.block, q0), q1 - (blocks - 1) * self.block
 
     def last_keys_of_area(self, bands: Ints, wanted: Ints) -> Ints:
-        """The first key of the fewest whole blocks of keys at the end of each band that hold `wanted` cells, (M,)."""
+        """Find the fewest whole blocks of keys at the end of each band that hold `wanted` cells; return their first keys,
+        (M,)."""
         k0, k1 = bands[:, K0], bands[:, K1]
 
         def is_enough(i: Ints, blocks: Ints) -> np.ndarray:
@@ -90,7 +91,7 @@ class CostModel:
 
 
 def bytes_per_row_and_key(call: Call, direction: str) -> tuple[int, int]:
-    """Bytes that move for each row, and for each key, that a task needs away from its owner; all heads of the call."""
+    """Return the bytes that move for each row, and for each key, that a task needs from other ranks, for all heads."""
     queries, keys = {
         "forward": ((Payload.Q, Payload.O), (Payload.KV,)),
         "backward": ((Payload.Q, Payload.dO, Payload.dQ), (Payload.KV, Payload.dKV)),
@@ -107,15 +108,15 @@ def _default_overhead(direction: str) -> int:
 
 
 def _smallest_sufficient(limit: Ints, is_enough: Callable[[Ints, Ints], np.ndarray]) -> Ints:
-    """For each i the least x of 1, 2, ... limit_i with is_enough(i, x), which holds from then on; limit_i if there is none."""
+    """Return for each i the least x in 1 .. limit_i for which is_enough(i, x), or limit_i. is_enough must be monotonic in x."""
     low, high = np.minimum(1, limit), limit
     i = np.repeat(np.arange(len(limit)), _PROBES)
-    # few rounds of many probes: numpy's cost of a round hardly grows with the probes
+    # few rounds of many probes: the time of a round in numpy hardly grows with the probes
     while (low < high).any():
         probes = low[:, None] + (high - low)[:, None] * np.arange(_PROBES) // _PROBES
         sufficient = is_enough(i, probes.ravel()).reshape(probes.shape)
         failed = (~sufficient).sum(1)
-        # the probe after the last that failed, if any
+        # the probe after the last one that failed
         above = np.append(probes, high[:, None], 1)[np.arange(len(limit)), failed]
         low, high = np.where(failed > 0, probes[np.arange(len(limit)), failed - 1] + 1, low), above
         low = np.minimum(low, high)

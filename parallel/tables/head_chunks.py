@@ -1,9 +1,9 @@
 """Attention in chunks of heads: the same tasks and moves with fewer heads at once, so that buffers are smaller.
 
-Every rank's heads are cut into chunks. A chunk is the whole table again, for fewer heads and some steps later. They may
-overlap, so that the messages of one travel while another is computed. That is what Untied Ulysses does to Ulysses (UPipe, arXiv
-2602.21196), and it works for every strategy. A key/value head that query heads of several chunks share is sent for the first of
-them, and stays.
+Every rank's heads are cut into chunks. A chunk is the whole table again, for fewer heads and some steps later. Chunks may
+overlap, so that messages of one travel while another is computed. Untied Ulysses does this to Ulysses (UPipe, arXiv 2602.21196);
+here it works for every strategy. A key/value head that query heads of several chunks share is sent for the first of them, and
+stays.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from distattn.ir.plan import (
 
 
 class HeadChunks(NamedTuple):
-    """How a table is cut. chunks: how many; stride: steps between the begin of one and of the next."""
+    """A cut of a table. chunks: number of chunks. stride: steps between the begin of one chunk and of the next."""
 
     chunks: int
     stride: int
 
 
 def possible_head_chunks(call: Call, table: Table) -> Iterator[HeadChunks]:
-    """Ways to cut a forward table, the fewest chunks first; of those that need least the slowest comes last.
+    """Yield ways to cut a forward table, fewest chunks first; of those that need least memory the slowest comes last.
 
-    Where a table only sends, computes and returns, chunks overlap; the last ways have them follow one another. In longer tables
+    If a table only sends, computes and returns, chunks overlap; in the last ways they follow one another. In longer tables
     steps overlap anyway.
     """
     low, high = _heads_of_ranks(call, table.tasks)
@@ -52,7 +52,7 @@ def possible_head_chunks(call: Call, table: Table) -> Iterator[HeadChunks]:
 
 
 def in_head_chunks(call: Call, table: Table, cut: HeadChunks) -> Table:
-    """A forward table with its heads in chunks. Moves go with the chunk of the rank that uses or has computed what they carry."""
+    """Cut a forward table's heads into chunks. A move belongs to the chunk of the rank that uses or has computed its content."""
     low, high = _heads_of_ranks(call, table.tasks)
     limits = low[:, None] + (high - low)[:, None] * np.arange(cut.chunks + 1) // cut.chunks
     # the group of a key/value head that two chunks share is sent with the first
@@ -70,7 +70,7 @@ def in_head_chunks(call: Call, table: Table, cut: HeadChunks) -> Table:
 
 
 def _heads_of_ranks(call: Call, tasks: Columns) -> tuple[Ints, Ints]:
-    """The query heads [low, high) that each rank has tasks of, (ranks,); all where it has no task."""
+    """Return the query heads [low, high) of each rank's tasks, (ranks,); all heads for ranks without tasks."""
     low, high = np.full(call.ranks, call.heads), np.zeros(call.ranks, np.int64)
     np.minimum.at(low, tasks["rank"], tasks["h0"])
     np.maximum.at(high, tasks["rank"], tasks["h1"])
@@ -79,7 +79,7 @@ def _heads_of_ranks(call: Call, tasks: Columns) -> tuple[Ints, Ints]:
 
 
 def _cut(rows: Columns, rank: Ints, limits: Ints, stride: int) -> Columns:
-    """Rows cut where the chunks of their rank meet; limits: (ranks, chunks + 1) of heads."""
+    """Cut rows at the chunks of their rank. limits: (ranks, chunks + 1) of heads."""
     parts = []
     for chunk in range(limits.shape[1] - 1):
         h0 = np.maximum(rows["h0"], limits[rank, chunk])

@@ -1,4 +1,4 @@
-"""The states of a recurrence that one rank holds of one head: intervals of tokens. Those that touch can be put together."""
+"""The states of a recurrence that one rank holds of one head: intervals of tokens. Adjacent states can be combined."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class HeldState(NamedTuple):
-    """Tokens [t0, t1) are summed up in `name`, from the end of step `there` on (-1: before the first)."""
+    """State `name` of tokens [t0, t1), available from the end of step `there` on (-1: before the first step)."""
 
     t0: int
     t1: int
@@ -16,37 +16,37 @@ class HeldState(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """States that tile an interval in order, and the step at the end of which the last of them is there."""
+    """States that tile an interval in order, and the step at the end of which the last of them is available."""
 
     there: int
     states: list[HeldState]
 
 
 class HeldStates:
-    """The states that a rank comes to hold of one head, and what can be put together of them.
+    """States that a rank comes to hold of one head, and the states that can be combined from them.
 
-    Of all tilings of an interval the one that is there first counts, then the one whose last state is longest. So what is put
-    together is defined, and holding more never makes impossible what was possible.
+    Of all tilings of an interval the one that is available first counts, then the one whose last state is longest. So the
+    result is unique, and holding more states never makes a combination impossible.
     """
 
     def __init__(self, states: Iterable[HeldState]):
-        # states that end earlier first: all ways to a state's beginning are known before it
+        # sorted by end: all tilings up to a state's first token are known before the state
         self._states = sorted(states, key=lambda state: (state.t1, state.t0, state.there))
-        # by first token: for each token that tilings from there reach, when the earliest is there, and its last state
+        # by first token: for each token that tilings from it reach, the earliest step and the last state
         self._reached: dict[int, dict[int, tuple[int, HeldState | None]]] = {}
 
     def there(self, t0: int, t1: int) -> int | None:
-        """The step at the end of which tokens [t0, t1) can be put together; None where they never can."""
-        found = self._from(t0).get(t1)
-        return None if found is None else found[0]
+        """Return the step at the end of which tokens [t0, t1) can be combined; None if they never can."""
+        reached = self._from(t0).get(t1)
+        return None if reached is None else reached[0]
 
     def last_uses(self, t0: int, uses: Mapping[int, int]) -> dict[HeldState, int]:
-        """The states that tilings from t0 consist of, and the last step that uses each; uses: of each end t1, the last step.
+        """Return the states in tilings from t0, and the last step that uses each. uses: the last step by end t1.
 
-        Tilings that share a beginning are walked once.
+        Tilings with the same beginning are walked once.
         """
         reached, steps, last = self._from(t0), dict(uses), {}
-        # a tiling's last state goes first; what precedes it ends before it
+        # a tiling's last state first: what precedes it ends before it
         for t1 in sorted(reached, reverse=True):
             state = reached[t1][1]
             if state is not None and t1 in steps:
@@ -55,17 +55,17 @@ class HeldStates:
         return last
 
     def find(self, t0: int, t1: int) -> Tiling | None:
-        """The tiling of tokens [t0, t1); None where there is none."""
+        """Return the tiling of tokens [t0, t1), or None."""
         reached = self._from(t0)
         if t1 not in reached:
             return None
         tiles: list[HeldState] = []
-        at = t1
-        while at != t0:
-            state = reached[at][1]
+        end = t1
+        while end != t0:
+            state = reached[end][1]
             assert state is not None
             tiles.append(state)
-            at = state.t0
+            end = state.t0
         return Tiling(reached[t1][0], tiles[::-1])
 
     def _from(self, t0: int) -> dict[int, tuple[int, HeldState | None]]:

@@ -1,6 +1,6 @@
-"""From a mask and a layout to rectangles: the operations that strategies are written with.
+"""Operations of strategies on rectangles of the score matrix, from a mask and a layout.
 
-Every function is vectorised over int64 rows and knows no strategy.
+Every function is vectorised over int64 rows, and independent of the strategy.
 """
 
 from dataclasses import dataclass
@@ -26,20 +26,20 @@ class Rectangles:
 
 
 def mask_rectangles(call: Call) -> Rectangles:
-    """One tight rectangle per piece of the mask."""
+    """Return one tight rectangle per piece of the mask."""
     tight = tighten(call.mask.pieces)
     return Rectangles(np.arange(len(tight)), *(tight[:, column] for column in (Q0, Q1, K0, K1)), *call.piece_heads.T)
 
 
 def split_by_query_owner(call: Call, area: Rectangles, chunks: Columns) -> tuple[Rectangles, Ints]:
-    """Cut rectangles where the owner of the queries changes. Returns (rectangles, rank that owns their queries)."""
+    """Cut rectangles where the owner of the queries changes. Return (rectangles, rank that owns their queries)."""
     i, j = overlapping_pairs(chunks["t0"], chunks["t1"], area.q0, area.q1)
     parts, kept = clip_rectangles(call, area, i, chunks["t0"][j], chunks["t1"][j], area.k0[i], area.k1[i])
     return parts, chunks["rank"][j][kept]
 
 
 def split_by_key_owner(call: Call, area: Rectangles, chunks: Columns) -> tuple[Rectangles, Ints, Ints]:
-    """Cut rectangles where the owner of the keys changes. Returns (rectangles, input row, rank that owns their keys)."""
+    """Cut rectangles where the owner of the keys changes. Return (rectangles, input row, rank that owns their keys)."""
     i, j = overlapping_pairs(chunks["t0"], chunks["t1"], area.k0, area.k1)
     k0, k1 = np.maximum(area.k0[i], chunks["t0"][j]), np.minimum(area.k1[i], chunks["t1"][j])
     parts, kept = clip_rectangles(call, area, i, area.q0[i], area.q1[i], k0, k1)
@@ -47,7 +47,7 @@ def split_by_key_owner(call: Call, area: Rectangles, chunks: Columns) -> tuple[R
 
 
 def split_by_owners(call: Call, chunks: Columns | None = None) -> tuple[Rectangles, Ints, Ints]:
-    """The whole mask cut where either owner changes. Returns (rectangles, owner of the queries, owner of the keys)."""
+    """Cut the whole mask where either owner changes. Return (rectangles, owner of the queries, owner of the keys)."""
     chunks = call.layout.chunks if chunks is None else chunks
     area, query_owner = split_by_query_owner(call, mask_rectangles(call), chunks)
     area, row, key_owner = split_by_key_owner(call, area, chunks)
@@ -55,7 +55,7 @@ def split_by_owners(call: Call, chunks: Columns | None = None) -> tuple[Rectangl
 
 
 def split_heads(area: Rectangles, parts: int, heads: int) -> tuple[Rectangles, Ints, Ints]:
-    """Deal query heads to `parts` as evenly as whole heads allow. Returns (rectangles, input row, part)."""
+    """Deal query heads to `parts` as evenly as whole heads allow. Return (rectangles, input row, part)."""
     bounds = np.arange(parts + 1) * heads // parts
     i, part = expand_ranges(np.searchsorted(bounds, area.h0, "right") - 1, np.searchsorted(bounds, area.h1, "left"))
     h0, h1 = np.maximum(area.h0[i], bounds[part]), np.minimum(area.h1[i], bounds[part + 1])
@@ -64,17 +64,17 @@ def split_heads(area: Rectangles, parts: int, heads: int) -> tuple[Rectangles, I
 
 
 def chunks_of_groups(call: Call, group: Ints) -> Columns:
-    """The layout's chunks by group of ranks (their column `rank`), touching ones of a group joined."""
+    """Return the layout's chunks by group of ranks (their column `rank`); adjacent chunks of a group are joined."""
     chunks = call.layout.chunks
     owner = group[chunks["rank"]]
-    fresh = np.ones(len(owner), bool)
-    fresh[1:] = owner[1:] != owner[:-1]
-    last = np.append(np.flatnonzero(fresh)[1:], len(owner)) - 1
-    return {"rank": owner[fresh], "t0": chunks["t0"][fresh], "t1": chunks["t1"][last]}
+    is_first = np.ones(len(owner), bool)
+    is_first[1:] = owner[1:] != owner[:-1]
+    last = np.append(np.flatnonzero(is_first)[1:], len(owner)) - 1
+    return {"rank": owner[is_first], "t0": chunks["t0"][is_first], "t1": chunks["t1"][last]}
 
 
 def owns_range(call: Call, rank: Ints, a: Ints, b: Ints) -> np.ndarray:
-    """Whether rank_i owns every token of [a_i, b_i)."""
+    """Return whether rank_i owns every token of [a_i, b_i)."""
     chunks = call.layout.chunks
     i, j = overlapping_pairs(chunks["t0"], chunks["t1"], a, b)
     out = np.ones(len(rank), bool)
@@ -85,7 +85,7 @@ def owns_range(call: Call, rank: Ints, a: Ints, b: Ints) -> np.ndarray:
 def clip_rectangles(
     call: Call, area: Rectangles, i: Ints, q0: Ints, q1: Ints, k0: Ints, k1: Ints
 ) -> tuple[Rectangles, Ints]:
-    """Rectangles i cut by [q0, q1) x [k0, k1), tight again; empty ones are left out. Returns (rectangles, rows kept)."""
+    """Clip rectangles i to [q0, q1) x [k0, k1), tight again, without empty ones. Return (rectangles, rows kept)."""
     tight = tighten(
         clip(clip(call.mask.pieces[area.piece[i]], area.q0[i], area.q1[i], area.k0[i], area.k1[i]), q0, q1, k0, k1)
     )

@@ -1,8 +1,8 @@
 """Routes: how tokens reach the ranks that use them, and how partial results are reduced to their owners.
 
-A strategy says who computes what in which step. From its tasks follow, by token and head, the ranks that use it (or add to it)
-without owning it: its remote users. A route visits those and nobody else, so what moves is the least that the assignment of
-tasks allows. Tokens and heads with the same users form a *segment* and travel together.
+A strategy says which rank computes what in which step. Its tasks determine, by token and head, the ranks that use it (or add to
+it) without owning it: its remote users. A route visits only those, so the fewest bytes move that the assignment of tasks allows.
+Tokens and heads with the same users form a *segment* and travel together.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from distattn.ir.plan import (
 
 
 def remote_users(call: Call, payload: Payload, tasks: Columns, latest: bool = False) -> Columns:
-    """The ranks that use tokens of a payload without owning them: rows (segment, owner, rank, t0, t1, h0, h1, step).
+    """Return the ranks that use tokens of a payload without owning them: rows (segment, owner, rank, t0, t1, h0, h1, step).
 
     step: the first step in which `rank` uses the segment, or the last one with `latest`. Rows are sorted by segment, step and
     rank. Two segments are equal or disjoint, and each has one owner.
@@ -40,9 +40,9 @@ def remote_users(call: Call, payload: Payload, tasks: Columns, latest: bool = Fa
     ranges = task_token_ranges(call, payload, tasks)
     some = ranges["t0"] < ranges["t1"]
     if not some.all():
-        # tasks of a recurrence that only leave a state have no results
+        # tasks of a recurrence that only compute a state have no results
         tasks, ranges = select_rows(tasks, some), {name: column[some] for name, column in ranges.items()}
-    # cut at chunks, so that no segment crosses an owner
+    # cut at chunks, so that each segment has one owner
     i, j = overlapping_pairs(chunks["t0"], chunks["t1"], ranges["t0"], ranges["t1"])
     foreign = np.flatnonzero(tasks["rank"][i] != chunks["rank"][j])
     i, j = i[foreign], j[foreign]
@@ -67,12 +67,12 @@ def remote_users(call: Call, payload: Payload, tasks: Columns, latest: bool = Fa
 
 
 def send_direct(payload: Payload, users: Columns, step: int | Ints) -> Columns:
-    """Moves from the owner straight to every remote user."""
+    """Return moves from the owner directly to every remote user."""
     return _make_moves(payload, users, users["owner"], users["rank"], step)
 
 
 def send_along_ring(payload: Payload, users: Columns, ring: Ints | None = None) -> Columns:
-    """Moves from the owner to its first user, from there to the next, each one step before it is used.
+    """Return moves from the owner to its first user, from there to the next, each one step before its use.
 
     The users of a segment have different steps. With `ring`, the number of the ring that each rank is in, the users of one
     ring receive from each other, and the first user of every ring from the owner.
@@ -86,14 +86,14 @@ def send_along_ring(payload: Payload, users: Columns, ring: Ints | None = None) 
 
 
 def send_along_double_ring(payload: Payload, users: Columns, node: Ints, devices: int) -> Columns:
-    """Moves from node to node, and inside each node along its users: a token crosses into a node once.
+    """Return moves from node to node, and inside each node along its users: a token enters a node once.
 
-    Users o nodes away from the owner compute in steps [o * devices, (o + 1) * devices). What crosses leaves one node ahead.
+    Users o nodes away from the owner compute in steps [o * devices, (o + 1) * devices). A token is sent on one node ahead.
     """
     user_node, owner_node = node[users["rank"]], node[users["owner"]]
     is_first = differs_from_previous(users["segment"])
     enters = (user_node != owner_node) & (is_first | (user_node != np.append(-1, user_node[:-1])))
-    # who has the token first in each node: the user it entered at, or the owner
+    # the first rank with the token in each node: the user it arrives at, or the owner
     leader = np.where(enters, users["rank"], users["owner"])
     entry = np.maximum.accumulate(np.where(enters | is_first, np.arange(len(user_node)), 0))
     previous_entry = np.append(0, entry[:-1]) if len(entry) else entry
@@ -105,12 +105,13 @@ def send_along_double_ring(payload: Payload, users: Columns, node: Ints, devices
 
 
 def send_hierarchical(payload: Payload, users: Columns, node: Ints) -> tuple[Columns, Columns]:
-    """Moves from the owner to the users of its own node and to one leader in every other node (step 0); leaders pass on (step 1).
+    """Return moves to the users of the owner's node and to one leader in every other node (step 0), which pass tokens on (step
+    1).
 
-    Returns (moves, the rows of `users` that receive in the second step).
+        Return (moves, the rows of `users` that receive in the second step).
     """
     user_node, owner_node = node[users["rank"]], node[users["owner"]]
-    # the leader is the user nearest to the owner's place in its node: leaders are spread as owners are
+    # the leader is the user nearest to the owner's place in its node: this spreads leaders as owners are spread
     devices = int(np.bincount(node).max())
     order = lexicographic_argsort(users["segment"], user_node, (users["rank"] - users["owner"]) % devices)
     users, user_node, owner_node = select_rows(users, order), user_node[order], owner_node[order]
@@ -123,15 +124,15 @@ def send_hierarchical(payload: Payload, users: Columns, node: Ints) -> tuple[Col
 
 
 def reduce_direct(payload: Payload, users: Columns, node: Ints | None = None) -> Columns:
-    """Moves of partial results from every user to the owner, after the user's last deposit.
+    """Return moves of partial results from every user to the owner, after the user's last deposit.
 
-    With `node`, the users of a foreign node are summed at a leader there first. `users`: by their latest step.
+    With `node`, the users of another node are summed at a leader there first. `users`: by their latest step.
     """
     if node is None:
         return _make_moves(payload, users, users["rank"], users["owner"], users["step"] + 1)
     user_node, owner_node = node[users["rank"]], node[users["owner"]]
-    # the leader is one of the last to deposit, of those the nearest to the owner's place in its node: leaders are spread as
-    # owners are
+    # the leader is one of the last users to deposit, the nearest to the owner's place in its node: this spreads leaders as owners
+    # are spread
     devices = int(np.bincount(node).max())
     nearness = -((users["rank"] - users["owner"]) % devices)
     order = lexicographic_argsort(users["segment"], user_node, users["step"], nearness)
@@ -142,16 +143,16 @@ def reduce_direct(payload: Payload, users: Columns, node: Ints | None = None) ->
     leader = np.minimum.accumulate(np.where(leads, np.arange(rows), rows)[::-1])[::-1]
     to_owner = (user_node == owner_node) | leads
     dst = np.where(to_owner, users["owner"], users["rank"][np.minimum(leader, max(rows - 1, 0))])
-    # a leader waits a step for the others of its node
+    # a leader waits one step for the other users of its node
     waits = leads & ~is_first & (user_node != owner_node)
     return _make_moves(payload, users, users["rank"], dst, users["step"] + np.where(waits, 2, 1))
 
 
 def reduce_along_ring(payload: Payload, users: Columns, node: Ints | None = None) -> Columns:
-    """Moves of partial results along the users in the order of their last deposits, summing, then to the owner.
+    """Return moves of partial results along the users in the order of their last deposits, summed on the way, then to the owner.
 
-    With `node`, what the owner's own node adds goes to the owner on its own, and the others are visited node by node, so
-    that the sum crosses into no node twice. `users`: by their latest step.
+    With `node`, the sum of the owner's own node goes to the owner separately, and the others are visited node by node, so
+    that the sum enters no node twice. `users`: by their latest step.
     """
     rows = num_rows(users)
     if not rows:
@@ -161,8 +162,8 @@ def reduce_along_ring(payload: Payload, users: Columns, node: Ints | None = None
         users = {**users, "segment": 2 * users["segment"] + (distance > 0)}
         users = select_rows(users, lexicographic_argsort(users["segment"], distance, users["step"], users["rank"]))
     is_first = differs_from_previous(users["segment"])
-    # leave after one's own last deposit and after the sum so far has arrived: step_i = max_j<=i (deposit_j + i - j) + 1;
-    # an offset for each segment keeps the running maximum inside it
+    # a sum leaves after the user's last deposit and its arrival: step_i = max_j<=i (deposit_j + i - j) + 1; an offset for each
+    # segment keeps the running maximum inside it
     index, segment = np.arange(rows), np.cumsum(is_first)
     offset = int(users["step"].max()) + rows + 1
     step = np.maximum.accumulate(users["step"] - index + segment * offset) - segment * offset + index + 1
@@ -172,7 +173,7 @@ def reduce_along_ring(payload: Payload, users: Columns, node: Ints | None = None
 
 
 def differs_from_previous(*keys: Ints) -> np.ndarray:
-    """Which rows differ from the row before in any of the keys; the first row does."""
+    """Return which rows differ from the row before in any of the keys; the first row does."""
     differs = np.ones(len(keys[0]), bool)
     if len(differs):
         differs[1:] = np.logical_or.reduce([key[1:] != key[:-1] for key in keys])
@@ -180,7 +181,7 @@ def differs_from_previous(*keys: Ints) -> np.ndarray:
 
 
 def reversed_moves(moves: Columns, payload: Payload, step: int | Ints) -> Columns:
-    """The same moves with source and destination exchanged, carrying `payload` at `step`."""
+    """Return moves with source and destination exchanged, with another payload and step."""
     turned = {**moves, "src": moves["dst"], "dst": moves["src"], "payload": int(payload), "step": step}
     return make_columns(MOVE_COLUMNS, **turned)
 

@@ -17,7 +17,7 @@ from distattn.checkpoints import rank_sockets
 from distattn.checkpoints.rank_exchange import RankExchange, RankFailure
 from distattn.checkpoints.rank_sockets import RankConnection
 from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError
-from distattn.parallel.runtime import attendance, interfaces
+from distattn.parallel.runtime import collective_calls, network_interfaces
 
 
 def answers(rank):
@@ -67,7 +67,7 @@ def test_every_rank_hears_of_the_same_failure():
 
 def one_does_not_come(rank):
     rank_sockets.timeout_of = lambda group: timedelta(seconds=8)
-    attendance._LATER = 5.0
+    collective_calls._LATER = 5.0
     if rank == 2:
         return ""
     try:
@@ -174,7 +174,7 @@ def from_another_machine(rank, interface):
         os.environ["GLOO_SOCKET_IFNAME"] = interface
     if interface is None:
         # a machine whose name stands for the loopback alone
-        interfaces.resolved = lambda host: ["127.0.1.1"]
+        network_interfaces.resolve_host = lambda host: ["127.0.1.1"]
     try:
         return RankExchange(dist.group.WORLD).decide(lambda: rank, lambda results: [results] * 2)
     except DistattnError as error:

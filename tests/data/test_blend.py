@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distattn.data.packing.blend import DocumentColumns, Source, blend_documents, weight_units
+from distattn.data.packing.blend import BlendSource, DocumentColumns, blend_documents, weight_units
 from distattn.ir.errors import DistattnError
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(any).map(lambda x: np.array(x, np.int32))
@@ -17,7 +17,7 @@ CORPORA = st.lists(st.tuples(LENGTHS, st.floats(0.05, 5), st.floats(0.1, 3)), mi
 
 def sources_of(corpora):
     return [
-        Source(f"corpus {i}", len(lengths), int(lengths.sum()), weight, max_epochs)
+        BlendSource(f"corpus {i}", len(lengths), int(lengths.sum()), weight, max_epochs)
         for i, (lengths, weight, max_epochs) in enumerate(corpora)
     ]
 
@@ -73,9 +73,9 @@ def test_the_others_keep_their_proportion_when_a_corpus_has_ended():
     rng = np.random.default_rng(0)
     lengths = [rng.integers(1, 100, 400).astype(np.int32) for _ in range(3)]
     sources = [
-        Source("ends", 400, int(lengths[0].sum()), 0.5, 1.0),
-        Source("twice", 400, int(lengths[1].sum()), 0.4, 50.0),
-        Source("once", 400, int(lengths[2].sum()), 0.2, 50.0),
+        BlendSource("ends", 400, int(lengths[0].sum()), 0.5, 1.0),
+        BlendSource("twice", 400, int(lengths[1].sum()), 0.4, 50.0),
+        BlendSource("once", 400, int(lengths[2].sum()), 0.2, 50.0),
     ]
     read = gathered(sources, lengths, 0)
     last = np.flatnonzero(read.corpus == 0)[-1]
@@ -102,7 +102,10 @@ def test_a_blend_of_large_numbers_does_not_overflow():
     # 14 documents of 2^31 - 1 tokens and the smallest weight there is
     long = np.full(14, (1 << 31) - 1, np.int32)
     short = np.full(1000, 3, np.int32)
-    sources = [Source("long", 14, int(long.sum(dtype=np.int64)), 1e-9, 2.0), Source("short", 1000, 3000, 1.0, 3.0)]
+    sources = [
+        BlendSource("long", 14, int(long.sum(dtype=np.int64)), 1e-9, 2.0),
+        BlendSource("short", 1000, 3000, 1.0, 3.0),
+    ]
     read = gathered(sources, [long, short], 0)
     assert len(read.corpus) == 28 + 3000
     assert read.corpus[:2].tolist() == [0, 1]
@@ -124,7 +127,7 @@ def test_a_blend_of_large_numbers_does_not_overflow():
 )
 def test_a_source_that_cannot_be_is_refused_by_name(arguments, sentence):
     with pytest.raises(DistattnError, match=f"corpus books: .*{sentence}"):
-        Source(**{"name": "books", "documents": 10, "tokens": 100, "weight": 1.0} | arguments)
+        BlendSource(**{"name": "books", "documents": 10, "tokens": 100, "weight": 1.0} | arguments)
 
 
 def test_a_blend_of_nothing_is_refused():

@@ -315,7 +315,7 @@ def test_a_loader_and_a_dataset_go_to_other_processes(plan, corpora, reference):
     loader = PackLoader(plan, corpora, rank=1, size=4, start_step=3, steps=5)
     next(iter(loader))
     other = pickle.loads(pickle.dumps(loader))
-    assert (other.rank, other.size, other.step, other.end) == (1, 4, 4, 8) and other.known_by == loader.known_by
+    assert (other.rank, other.size, other.step, other.end) == (1, 4, 4, 8) and other.data_digest == loader.data_digest
     assert [[one.digest for one in step] for step in other] == [[one.digest for one in step] for step in loader]
     dataset = pickle.loads(pickle.dumps(PackDataset(plan, corpora, steps=2)))
     assert len(dataset) == 2 * PACKS

@@ -116,7 +116,7 @@ def test_names_with_brackets_are_themselves_and_masks_are_no_tokens(folder):
         (HEAD + RULE + 'level = "yes"\n' + WEB, 'rule.level: must be true or false, not "yes".'),
         (HEAD + RULE + 'long_documents = "drop"\n' + WEB, "rule.long_documents: 'drop' is unknown"),
         (HEAD + RULE + "max_cost = inf\n" + WEB, "rule.max_cost: must be a finite number, not Infinity."),
-        (HEAD + RULE + "[rule.cost]\ntoken_cells = -1\n" + WEB, "rule.cost.token_cells is -1; it must be 0 to"),
+        (HEAD + RULE + "[rule.cost]\ntoken_cells = -1\n" + WEB, "rule.cost.token_cells: -1 is not 0 to"),
         (HEAD + RULE + WEB.replace('["web-*"]', '"web-*"'), 'corpus web: files: must be a list, not "web-*".'),
         (HEAD + RULE + WEB.replace('["web-*"]', "[]"), "corpus web: files: is empty; name prefixes of indexed files."),
         (HEAD + RULE + WEB.replace('name = "web"', ""), "corpus 1: name: is missing."),

@@ -12,7 +12,7 @@ import pytest
 from test_best_fit import web_like
 
 from distattn.data.packing import pack_plan_format, pack_plan_writer
-from distattn.data.packing.blend import Source, blend_documents
+from distattn.data.packing.blend import BlendSource, blend_documents
 from distattn.data.packing.make_pack_plan import make_pack_plan
 from distattn.data.packing.pack_plan import PackPlan
 from distattn.data.packing.pack_plan_writer import PackPlanWriter
@@ -257,7 +257,7 @@ def test_a_damaged_step_is_found_when_it_is_read_and_others_are_not_harmed(plan,
 def test_a_step_in_another_ones_place_is_found(tmp_path):
     """Record, offsets and checksum all fit: only the number of the step, which a checksum includes, does not."""
     window = next(
-        plan_windows(RULE, blend_documents([Source("a", 80, 8000, 1.0, 1.0)], [np.full(80, 100, np.int32)], 0), 0)
+        plan_windows(RULE, blend_documents([BlendSource("a", 80, 8000, 1.0, 1.0)], [np.full(80, 100, np.int32)], 0), 0)
     )
     twice = PackedWindow(*(np.concatenate([column, column]) for column in window))
     with PackPlanWriter(tmp_path / "plan") as writer:
@@ -388,7 +388,7 @@ def test_the_header_is_json_that_others_can_read(plan):
 
 def test_windows_do_not_depend_on_how_documents_come():
     lengths = [web_like(800).astype(np.int32), web_like(300, seed=1).astype(np.int32)]
-    sources = [Source(str(i), len(x), int(x.sum()), 1.0, 1.5) for i, x in enumerate(lengths)]
+    sources = [BlendSource(str(i), len(x), int(x.sum()), 1.0, 1.5) for i, x in enumerate(lengths)]
     rows = [
         np.concatenate([w.rows for w in plan_windows(RULE, blend_documents(sources, lengths, 0, block_documents=b), 0)])
         for b in (5, 77, None)

@@ -67,5 +67,5 @@ def test_a_rule_that_cannot_be_is_refused_by_name(fields, sentence):
 
 
 def test_a_cost_that_cannot_be_is_refused_by_name():
-    with pytest.raises(DistattnError, match="cost.document_cells is -1"):
+    with pytest.raises(DistattnError, match="cost.document_cells: -1 is not"):
         PackCost(document_cells=-1)

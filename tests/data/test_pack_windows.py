@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_best_fit import web_like
 
-from distattn.data.packing.blend import Source, blend_documents
+from distattn.data.packing.blend import BlendSource, blend_documents
 from distattn.data.packing.cut_documents import CorpusSpans
 from distattn.data.packing.pack_rule import PackCost, PackRule
 from distattn.data.packing.pack_windows import plan_windows
@@ -17,7 +17,7 @@ COST = PackCost(token_cells=2, document_cells=30)
 
 def documents_of(corpora, seed, max_epochs=1.0):
     sources = [
-        Source(str(number), len(lengths), int(lengths.sum()), 1.0 + number, max_epochs)
+        BlendSource(str(number), len(lengths), int(lengths.sum()), 1.0 + number, max_epochs)
         for number, lengths in enumerate(corpora)
     ]
     return blend_documents(sources, corpora, seed)

@@ -52,7 +52,7 @@ def test_masks_are_part_of_a_plan_and_of_its_digests(folder):
     assert plain.plan.sources[0].masks is None
     write_masks(folder)
     masked = PackLoader(small_plan(folder, [opened(folder)]), [opened(folder)], rank=0, size=1)
-    assert masked.plan.sources[0].masks == opened(folder).masks.digest and masked.known_by != plain.known_by
+    assert masked.plan.sources[0].masks == opened(folder).masks.digest and masked.data_digest != plain.data_digest
     for before, after in zip(plain.batches(0), masked.batches(0), strict=True):
         assert before.digest != after.digest
     assert sum(batch.valid_labels for step in masked for batch in step) < sum(

@@ -18,7 +18,7 @@ from waiting import LIMIT_SECONDS, eventually
 from distattn.data.tokenizing import document_sources
 from distattn.data.tokenizing import tokenize as tokenize_files
 from distattn.launch.data import tokenize_processes
-from distattn.supervision.helpers import MOST_REPLACEMENTS
+from distattn.supervision.helper_processes import MOST_REPLACEMENTS
 
 ROOT = Path(__file__).parents[2]
 SUFFIXES = (".bin", ".idx", ".xxh3", ".json")

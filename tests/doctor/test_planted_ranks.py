@@ -60,7 +60,7 @@ plant(
         "results scaled": ATTENTION.format(f"out = call(q, k, v); return (out[0] * (1 + 0.05 * {ON_1}), *out[1:])"),
         "keys and values detached": ATTENTION.format("return call(q, k.detach(), v.detach())"),
         "detached on a rank": ATTENTION.format("return call(q, *((k, v) if rank == 0 else (k.detach(), v.detach())))"),
-        "stretches of ranks": POSITIONS.format("torch.arange(tokens)[None] + tokens * dist.get_rank()"),
+        "segments of ranks": POSITIONS.format("torch.arange(tokens)[None] + tokens * dist.get_rank()"),
         "later by one": POSITIONS.format("part['position_ids'] + (dist.get_rank() == 1)"),
         "some positions": POSITIONS.format(
             "part['position_ids'] * (1 + (part['position_ids'] == 7) * dist.get_rank())"
@@ -165,7 +165,7 @@ PLANTED = [
     ("results scaled", "attention output changed", "on rank 1", "1.05"),
     ("keys and values detached", "keys and values detached", "k_proj", "v_proj"),
     ("detached on a rank", "keys and values detached", "on rank 1", "v_proj"),
-    ("stretches of ranks", "positions not sharded", "its number times its tokens"),
+    ("segments of ranks", "positions not sharded", "its number times its tokens"),
     ("later by one", "positions not sharded", "rank 1 has positions that are one too large"),
     ("some positions", "positions not sharded", "rank 1 has wrong positions for", "position 14, where 7 is right"),
     ("seeded dropout", "dropout on", "model.layers.1.mlp"),

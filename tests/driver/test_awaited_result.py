@@ -94,7 +94,7 @@ def trained_beside_a_late_rank(rank, folder):
     """What this rank told: pairs of words and whether it waits for others."""
     told = []
 
-    def write(words, step, seconds, waits):
+    def write(words, step, seconds, waits, *fields):
         told.append((words, waits))
         if rank == 0 and waits and words in LATE:
             (folder / words).touch()

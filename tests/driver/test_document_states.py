@@ -12,7 +12,7 @@ import distattn as da
 from distattn.batch.local_batch import LocalBatch
 from distattn.batch.planner import AttentionShape, BatchKey, Planner, PlannerConfig
 from distattn.batch.pooled_layout import BatchBlock
-from distattn.batch.recurrent_run import RecurrentRun
+from distattn.batch.recurrent_span import RecurrentSpan
 from distattn.cluster.spec import Link, load
 from distattn.ir.op import OPS
 
@@ -34,11 +34,11 @@ class Layers(torch.nn.Module):
         made = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes)
         self.rows, self.filters, self.before, self.state = map(torch.nn.Parameter, made)
 
-    def forward(self, local, ids, states, run=None):
-        """(o, states) of a batch; run: where tokens lie otherwise meanwhile."""
+    def forward(self, local, ids, states, span=None):
+        """(o, states) of a batch; span: where tokens lie otherwise meanwhile."""
         x, before, state = self.rows[ids], *states
-        if run is not None:
-            x, local = run.enter(x), run.batch
+        if span is not None:
+            x, local = span.enter(x), span.batch
         how = dict(activation="silu", return_final_state=True)
         x, before = local.causal_conv1d(x, self.filters, initial_state=before, **how)
         q, k, v, gates = (y.reshape(-1, HEADS, DIM) for y in x.chunk(4, -1))
@@ -54,7 +54,7 @@ class Layers(torch.nn.Module):
             return_final_state=True,
         )
         o = o.flatten(1)
-        return (o if run is None else run.leave(o)), (before, state)
+        return (o if span is None else span.leave(o)), (before, state)
 
 
 def of_two_batches(rank, settings, relaid, blocks):
@@ -81,8 +81,8 @@ def of_two_batches(rank, settings, relaid, blocks):
             (batch,) = cp.shard_step(given)
             local = batch["context_parallel"]
             assert local.documents == tuple(lengths)
-            run = RecurrentRun(local, relaid) if relaid else None
-            o, states = model(local, batch["input_ids"][0], states, run)
+            span = RecurrentSpan(local, relaid) if relaid else None
+            o, states = model(local, batch["input_ids"][0], states, span)
             loss = loss + weighted(o, batch["input_ids"][0])[: local.own_tokens].sum()
         loss = loss + sum(state.square().sum() for state in states) / size
         loss.backward()
@@ -177,14 +177,14 @@ def test_states_that_are_not_of_the_documents_are_refused():
         q = torch.randn(12, 2, 4)
         with pytest.raises(da.DistattnError, match="initial_state is float; "):
             batch.recurrence(q, q, q, "linear_attention", initial_state=0.0)
-    # a batch of the first rank's own, whose rows would lie on both in the run
+    # a batch of the first rank's own, whose rows would lie on both in the span
     planner = Planner(
         PlannerConfig(strategy="ring"), None, lambda ends: (da.Mask.causal(12), da.Layout.zigzag([12], 2))
     )
     batch = LocalBatch(planner, BatchKey(()), 0, False, BatchBlock(range(1), range(1)))
     assert batch.documents == (12,)
     with pytest.raises(da.DistattnError, match="re-laid layers has no states of documents"):
-        RecurrentRun(batch, "contiguous").batch._states_in(torch.zeros(1, 2, 4, 4))
+        RecurrentSpan(batch, "contiguous").batch._states_in(torch.zeros(1, 2, 4, 4))
 
 
 SHAPE = dict(heads=2, kv_heads=2, head_dim=64, v_head_dim=64, dtype="float32")

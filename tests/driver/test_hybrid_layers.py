@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from processes import run_on_ranks, sum_gradients
 
 import distattn as da
-from distattn.batch.recurrent_run import RecurrentRun
+from distattn.batch.recurrent_span import RecurrentSpan
 from distattn.driver.overlap import OverlapSchedule
 from distattn.driver.pipeline import _TickBatch
 
@@ -28,15 +28,15 @@ class Hybrid(torch.nn.Module):
         )
         self.taps = torch.nn.Parameter(torch.randn(WIDTH, 4, generator=generator, dtype=torch.float64))
 
-    def run_of_recurrences(self, batch, layout):
+    def span_of_recurrences(self, batch, layout):
         """Three layers in a row, on a layout of their own."""
-        run = RecurrentRun(batch["context_parallel"], layout)
-        assert run.is_relaid == (layout is not None)
-        x = run.enter(self.embed[batch["input_ids"][0]])
+        span = RecurrentSpan(batch["context_parallel"], layout)
+        assert span.is_relaid == (layout is not None)
+        x = span.enter(self.embed[batch["input_ids"][0]])
         for map_, op in zip(self.maps, ("gated_delta_rule", "ssd", "gated_delta_rule"), strict=False):
-            x = x + self.recurrent(x @ map_, run.batch, op)
-        # attention after the run is where it was before it
-        q, k, v, _ = (y.reshape(-1, HEADS, DIM) for y in (run.leave(x) @ self.maps[3]).chunk(4, -1))
+            x = x + self.recurrent(x @ map_, span.batch, op)
+        # attention after the span is where it was before it
+        q, k, v, _ = (y.reshape(-1, HEADS, DIM) for y in (span.leave(x) @ self.maps[3]).chunk(4, -1))
         return batch["context_parallel"].attention(q, k, v).flatten(1)
 
     def recurrent(self, projected, local, op):
@@ -66,15 +66,15 @@ class Hybrid(torch.nn.Module):
         return x
 
 
-def losses(rank, layout, pad_to, run_layout=False):
-    """run_layout: of a run of recurrences in place of the model; None: where the model's tokens are."""
+def losses(rank, layout, pad_to, span_layout=False):
+    """span_layout: of a span of recurrences in place of the model; None: where the model's tokens are."""
     cp = da.ContextParallel(strategy="ring", layout=layout, pad_to=pad_to)
     model, found = Hybrid(), []
     for seed in (0, 1):
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(0, 64, (1, sum(LENGTHS)), generator=generator)
         batch = cp.shard({"input_ids": ids, "document_lengths": LENGTHS[seed:] + LENGTHS[:seed]})
-        out = model(batch) if run_layout is False else model.run_of_recurrences(batch, run_layout)
+        out = model(batch) if span_layout is False else model.span_of_recurrences(batch, span_layout)
         # padding has no label
         loss = out[batch["labels"][0] >= 0].square().sum()
         loss.backward()

@@ -12,7 +12,7 @@ from packs_of_ranks import loader, shared
 from processes import run_survivors
 
 import distattn as da
-from distattn.driver.message_watch import awaited
+from distattn.driver.message_watch import describe_messages
 from distattn.ir.plan import Payload
 from distattn.parallel.runtime import communicator
 from distattn.parallel.runtime.transport import Packet
@@ -95,5 +95,6 @@ def test_moves_are_named_by_payload_rank_and_step():
         return [Packet(peer, payload, torch.empty(0)) for peer, payload in pairs]
 
     receives = packets((2, Payload.KV), (2, Payload.KV), (0, Payload.Q), (1, Payload.Q))
-    assert awaited([], receives, [4, 5, 6], "in step 1 of 2") == "KV from rank 6, Q from ranks 4, 5 in step 1 of 2"
-    assert awaited(packets((1, "hidden states")), [], [0, 8], "") == "hidden states to rank 8"
+    text = "KV from rank 6, Q from ranks 4, 5 in step 1 of 2"
+    assert describe_messages([], receives, [4, 5, 6], "in step 1 of 2") == (text, (4, 5, 6))
+    assert describe_messages(packets((1, "hidden states")), [], [0, 8], "") == ("hidden states to rank 8", (8,))

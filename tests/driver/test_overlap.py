@@ -11,7 +11,7 @@ from torch.nn.utils import parameters_to_vector
 
 import distattn as da
 from distattn.adapters.pytorch import local_loss
-from distattn.ops.interleaving import RECOMPUTING, interleaved_batch
+from distattn.ops.current_micro_batch import RECOMPUTING, current_micro_batch
 from distattn.parallel.make_plan import STRATEGIES
 
 pytestmark = pytest.mark.sampled(3)
@@ -128,7 +128,7 @@ def _thread_state():
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled("cpu"),
-        interleaved_batch(),
+        current_micro_batch(),
         list(RECOMPUTING),
     )
 

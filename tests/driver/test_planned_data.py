@@ -57,9 +57,9 @@ def test_ranks_read_their_own_tokens_and_together_all(folder, layout):
         wanted = torch.from_numpy(corpora[0].read(int(row["document"]), 0, TOKENS).astype(np.int64))
         assert torch.equal(ids, wanted) and torch.equal(positions, torch.arange(TOKENS))
         assert torch.equal(labels[:-1], wanted[1:]) and labels[-1] == -100
-    # int32, and one token more for the label of each stretch but the last of the document
-    stretches = 4 if layout == "contiguous" else 7
-    assert sum(size for _, size in results) == 4 * STEPS * (TOKENS + stretches - 1)
+    # int32, and one token more for the label of each segment but the last of the document
+    segments = 4 if layout == "contiguous" else 7
+    assert sum(size for _, size in results) == 4 * STEPS * (TOKENS + segments - 1)
 
 
 CONTEXT = 64

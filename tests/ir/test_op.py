@@ -64,9 +64,9 @@ def test_gates_are_as_wide_as_sums_and_heads_share_queries_and_keys():
     assert len(call_of("linear_attention").payload_fields(Payload.KV)) == 1
 
 
-def test_a_task_reads_the_tokens_of_its_stretch():
+def test_a_task_reads_the_tokens_of_its_segment():
     call = call_of("gla")
-    # the whole of a stretch, a state, a gradient state
+    # the whole of a segment, a state, a gradient state
     tasks = Table.from_rows(
         [(0, 0, 1, 8, 16, 5, 11, 1, 4), (1, 0, 1, 8, 8, 5, 11, 1, 4), (2, 0, 1, 8, 16, 11, 11, 1, 4)]
     ).tasks

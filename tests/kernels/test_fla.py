@@ -132,7 +132,7 @@ class WrongGradient:
 def test_a_kernel_that_is_wrong_is_not_used_by_later_processes_either(as_on_gpus, monkeypatch):
     def tried_again():
         kernel_choice._TRIALS_OF_SHAPE.clear()
-        return kernel_choice.kernel_trials(plan, 0, NEEDED._replace(op=plan.call.op))
+        return kernel_choice.local_kernel_trials(plan, 0, NEEDED._replace(op=plan.call.op))
 
     monkeypatch.setitem(sys.modules, "distattn.kernels.recurrence.fla", WrongGradient)
     plan = plan_of("gated_delta_rule")

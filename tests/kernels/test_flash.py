@@ -138,7 +138,7 @@ def test_packed_documents_are_one_call():
     mask = LaunchMask.from_mask(Mask.documents((300, 20, 7, 500)), 8, 2)
     (call,) = flash_schedule(mask).calls
     assert call.starts_q.tolist() == call.starts_k.tolist() == [0, 300, 320, 327, 827]
-    assert (call.left, call.right, call.longest_q) == (-1, 0, 500) and len(call.row_stretches) == 1
+    assert (call.left, call.right, call.longest_q) == (-1, 0, 500) and len(call.row_segments) == 1
 
 
 def test_what_lies_between_sequences_is_left_out():
@@ -156,7 +156,7 @@ def test_what_lies_between_sequences_is_left_out():
 def test_what_it_cannot_do_is_refused_by_name():
     staircase = Mask.block_causal_documents((100,), 4)
     with pytest.raises(
-        DistattnError, match='"flash" cannot say a mask that climbs in steps of 4 rows; use kernel="triton"'
+        DistattnError, match='"flash" cannot express a mask that climbs in steps of 4 rows; use kernel="triton"'
     ):
         flash_schedule(LaunchMask.from_mask(staircase, 1, 1))
     cuda = torch.device("cuda")

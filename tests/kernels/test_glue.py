@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distattn.kernels import glue
-from distattn.kernels.glue import Rows
+from distattn.kernels.glue import RowSelection
 from distattn.kernels.merge import merge_, output_with_delta
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -22,9 +22,9 @@ def path(request, monkeypatch):
 @st.composite
 def rows_of(draw, total, count):
     if draw(st.booleans()):
-        return Rows(draw(st.integers(0, total - count)), count)
+        return RowSelection(draw(st.integers(0, total - count)), count)
     order = draw(st.permutations(range(total)))
-    return Rows(0, count, torch.tensor(order[:count], dtype=torch.int64))
+    return RowSelection(0, count, torch.tensor(order[:count], dtype=torch.int64))
 
 
 @st.composite

@@ -15,7 +15,7 @@ LENGTHS = (1, 2, 200, 16, 65, 64, 17)
 def chunk_by_chunk(op, case, dtype=torch.float64) -> RecurrenceResult:
     x = case.x._replace(**{name: value.to(dtype) for name, value in case.x.present().items()})
     initial, do, dfinal = (value.to(dtype) for value in (case.initial, case.do, case.dfinal))
-    chunks = prepared(chunked, op, x, case.stretches)
+    chunks = prepared(chunked, op, x, case.segments)
     o, final = chunked.forward(x, chunks, initial)
     dx, dinitial = chunked.backward(x, chunks, initial, do, dfinal)
     return RecurrenceResult(o, final, dx, dinitial)
@@ -47,11 +47,11 @@ def test_thousands_of_tokens(name):
 
 
 @pytest.mark.parametrize("name", RECURRENT)
-def test_a_stretch_is_an_affine_map_of_the_state_that_enters(name):
+def test_a_segment_is_an_affine_map_of_the_state_that_enters(name):
     case = recurrence_case(OPS[name], (70, 3, 1))
-    chunks = prepared(chunked, OPS[name], case.x, case.stretches)
+    chunks = prepared(chunked, OPS[name], case.x, case.segments)
     b, a = chunked.states(case.x, chunks, torch.zeros_like(case.initial), True)
-    _, final = token_by_token(case.x, case.stretches, case.initial)
+    _, final = token_by_token(case.x, case.segments, case.initial)
     carried = a @ case.initial if OPS[name].delta else a[..., None] * case.initial
     torch.testing.assert_close(carried + b, final, rtol=1e-10, atol=1e-11)
     assert a.shape[2:] == OPS[name].transition_shape(3)
@@ -65,7 +65,7 @@ def test_a_stretch_is_an_affine_map_of_the_state_that_enters(name):
 
 
 @pytest.mark.parametrize("name", ["gla", "gated_delta_rule"])
-def test_rows_in_no_stretch_are_zero_and_empty_stretches_pass_the_state_on(name):
+def test_rows_in_no_segment_are_zero_and_empty_segments_pass_the_state_on(name):
     case = recurrence_case(OPS[name], (30,))
     chunks = prepared(chunked, OPS[name], case.x, [(3, 9), (12, 12)])
     o, final = chunked.forward(case.x, chunks, case.initial.expand(2, -1, -1, -1))
@@ -75,26 +75,26 @@ def test_rows_in_no_stretch_are_zero_and_empty_stretches_pass_the_state_on(name)
     assert not o.any() and len(final) == 0
 
 
-def test_a_list_of_stretches_is_made_once_for_all_levels_that_have_it():
-    stretches = [(0, 5000), (5000, 5100), (5100, 5100), (5100, 9000)]
+def test_a_list_of_segments_is_made_once_for_all_levels_that_have_it():
+    segments = [(0, 5000), (5000, 5100), (5100, 5100), (5100, 9000)]
     needed = KernelRequirements(torch.float32, 8, 8, torch.device("cpu"), op=OPS["ssd"])
-    levels = [level for block in chunked.prepare(stretches, needed).blocks for level in block.levels]
-    lists = [level.stretches for level in levels]
+    levels = [level for block in chunked.prepare(segments, needed).blocks for level in block.levels]
+    lists = [level.segments for level in levels]
     assert len(levels) == 79 and [x.tolist() for x in dict.fromkeys(lists)] == [[0, 1, 3], [0, 3], [0]]
     for number, level in enumerate(levels):
-        going = [i for i, (begin, end) in enumerate(stretches) if end - begin > 64 * number]
-        assert level.stretches.tolist() == going and level.end - level.begin == len(going)
+        going = [i for i, (begin, end) in enumerate(segments) if end - begin > 64 * number]
+        assert level.segments.tolist() == going and level.end - level.begin == len(going)
 
 
 def test_on_gpus_more_chunks_are_computed_at_once_and_the_numbers_are_the_same():
     case = recurrence_case(OPS["gated_delta_rule"], (1, 300, 64, 65), heads=2, key_heads=1)
     needed = KernelRequirements(torch.float64, 3, 5, torch.device("cuda", 0), op=OPS["gated_delta_rule"])
-    together, apart = chunked.prepare(case.stretches, needed), prepared(chunked, needed.op, case.x, case.stretches)
+    together, apart = chunked.prepare(case.segments, needed), prepared(chunked, needed.op, case.x, case.segments)
     for a, b in zip(*(chunked.forward(case.x, chunks, case.initial) for chunks in (together, apart)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    stretches = [(1024 * i, 1024 * i + 1024) for i in range(8)]
+    segments = [(1024 * i, 1024 * i + 1024) for i in range(8)]
     found = {
-        kind: len(chunked.prepare(stretches, needed._replace(device=torch.device(kind))).blocks)
+        kind: len(chunked.prepare(segments, needed._replace(device=torch.device(kind))).blocks)
         for kind in ("cpu", "cuda")
     }
     assert found == {"cpu": 8, "cuda": 2}
@@ -105,7 +105,7 @@ def test_an_infinite_decay_forgets_everything_and_nothing_is_not_a_number():
     g = case.x.g.clone()
     g[20] = -torch.inf
     x = case.x._replace(g=g)
-    chunks = prepared(chunked, OPS["gla"], x, case.stretches)
+    chunks = prepared(chunked, OPS["gla"], x, case.segments)
     o, _ = chunked.forward(x, chunks, case.initial)
     alone, _ = chunked.forward(x, prepared(chunked, OPS["gla"], x, [(20, 40)]), torch.zeros_like(case.initial))
     torch.testing.assert_close(o[20:], alone[20:])

@@ -16,7 +16,7 @@ from distattn.kernels import cpu, registry, trials
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.trials import median_seconds, mostly_overlap_messages, try_kernels
 from distattn.ops.executable import kernel_requirements
-from distattn.ops.kernel_choice import kernel_trials
+from distattn.ops.kernel_choice import local_kernel_trials
 
 CPU = torch.device("cpu")
 
@@ -81,7 +81,7 @@ def test_a_plan_with_messages_gets_another_kernel_and_its_own_line_in_the_cache(
     chosen = {}
     for strategy in ("ring", "ulysses"):
         plan = da.make_plan(masks()["causal"], layouts(LENGTHS, 2)["zigzag"], strategy=strategy, **SHAPE)
-        found = kernel_trials(plan, 0, kernel_requirements(plan.call, CPU))
+        found = local_kernel_trials(plan, 0, kernel_requirements(plan.call, CPU))
         chosen[strategy] = min(found, key=lambda name: found[name].seconds)
     assert chosen == {"ring": "single", "ulysses": "dealt"}
     kept = json.loads((tmp_path / "distattn" / "kernels.json").read_text())
@@ -138,7 +138,7 @@ def test_the_kernel_that_holds_multiprocessors_ends_by_itself_and_when_it_is_tol
     flags, numbers = torch.zeros(2, dtype=torch.int32), torch.zeros(3 * spinner._NUMBERS)
     for told, turns in ((0, 5), (1, 1)):
         flags.zero_()[1] = told
-        launch = spinner.plan_spin(flags, numbers.zero_(), 3, most=5)
+        launch = spinner.spin_launch(flags, numbers.zero_(), 3, most=5)
         launch.kernel[launch.grid](**launch.arguments, **launch.options)
         assert flags.tolist() == [3, told]
         # x * 0.5 + 1, once a turn

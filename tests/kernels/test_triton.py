@@ -284,7 +284,7 @@ def test_half_precision_goes_by_descriptors_and_single_by_pointers():
         q, k, v, _ = (x.to(dtype) for x in random_inputs(20, 2, 1, 32))
         work = triton_attention.prepare_tiles(LaunchMask.from_mask(Mask.causal(20), 2, 1), SMALL, 132)
         o, lse = torch.empty(20, 2, 32), torch.empty(20, 2)
-        plan = triton_attention.plan_forward
+        plan = triton_attention.forward_launch
         assert plan(q, k, v, o, lse, work, ScoreMod(SCALE)).arguments["TMA"] is tma
         # rows that do not begin at 16 bytes
         odd = torch.zeros(20 * 64 + 1, dtype=dtype)[1:].view(20, 2, 32)

@@ -1,4 +1,4 @@
-"""The Triton kernel of recurrences equals the definition, in Triton's interpreter; all stretches are in one launch."""
+"""The Triton kernel of recurrences equals the definition, in Triton's interpreter; all segments are in one launch."""
 
 from unittest import mock
 
@@ -45,17 +45,17 @@ def in_single(case):
 def test_outputs_states_and_gradients_equal_the_definition(short_chunks, name, decay):
     case = recurrence_case(OPS[name], LENGTHS, 2, 1, decay=decay)
     x, initial, do, dfinal = in_single(case)
-    chunks = prepared(kernel, OPS[name], x, case.stretches)
+    chunks = prepared(kernel, OPS[name], x, case.segments)
     found = RecurrenceResult(*kernel.forward(x, chunks, initial), *kernel.backward(x, chunks, initial, do, dfinal))
     assert_same(found, by_definition(case), 2e-5)
 
 
 @pytest.mark.parametrize("name", ["gated_delta_rule", "ssd", "retention"])
-def test_a_stretch_is_an_affine_map_of_the_state_that_enters(short_chunks, name):
+def test_a_segment_is_an_affine_map_of_the_state_that_enters(short_chunks, name):
     case = recurrence_case(OPS[name], (18, 3), 2, 1)
     x, initial, do, dfinal = in_single(case)
-    exact = prepared(chunked, OPS[name], case.x, case.stretches)
-    chunks = prepared(kernel, OPS[name], x, case.stretches)
+    exact = prepared(chunked, OPS[name], case.x, case.segments)
+    chunks = prepared(kernel, OPS[name], x, case.segments)
     for got, wanted in (
         (kernel.states(x, chunks, initial, True), chunked.states(case.x, exact, case.initial, True)),
         (
@@ -73,7 +73,7 @@ def test_a_stretch_is_an_affine_map_of_the_state_that_enters(short_chunks, name)
 def test_dims_that_are_no_powers_of_two_and_wide_keys(key_dim, value_dim):
     case = recurrence_case(OPS["gated_delta_rule"], (37,), 1, 1, key_dim, value_dim)
     x, initial, do, dfinal = in_single(case)
-    chunks = prepared(kernel, OPS["gated_delta_rule"], x, case.stretches)
+    chunks = prepared(kernel, OPS["gated_delta_rule"], x, case.segments)
     assert chunks.size == (16 if key_dim > 128 else 64)
     found = RecurrenceResult(*kernel.forward(x, chunks, initial), *kernel.backward(x, chunks, initial, do, dfinal))
     assert_same(found, by_definition(case), 2e-5)
@@ -84,12 +84,12 @@ def test_repeated_keys_do_not_cancel_in_chunks_of_64_tokens():
     x = case.x._replace(k=case.x.k[:1].expand(70, -1, -1), beta=torch.full((70, 1), 1.9, dtype=torch.float64))
     case = case._replace(x=x)
     x, initial, do, dfinal = in_single(case)
-    chunks = prepared(kernel, OPS["delta_rule"], x, case.stretches)
+    chunks = prepared(kernel, OPS["delta_rule"], x, case.segments)
     found = RecurrenceResult(*kernel.forward(x, chunks, initial), *kernel.backward(x, chunks, initial, do, dfinal))
     assert_same(found, by_definition(case), 2e-5)
 
 
-def test_rows_in_no_stretch_are_zero_and_empty_stretches_pass_the_state_on(short_chunks):
+def test_rows_in_no_segment_are_zero_and_empty_segments_pass_the_state_on(short_chunks):
     case = recurrence_case(OPS["ssd"], (30,), 2, 1)
     x, initial, do, dfinal = in_single(case)
     chunks = prepared(kernel, OPS["ssd"], x, [(3, 9), (12, 12)])
@@ -109,16 +109,16 @@ def test_infinite_decays_leave_numbers(short_chunks):
     case = recurrence_case(OPS["gated_delta_rule"], (20,), 2, 1)
     x, initial, do, dfinal = in_single(case)
     x.g[7] = -torch.inf
-    chunks = prepared(kernel, OPS["gated_delta_rule"], x, case.stretches)
+    chunks = prepared(kernel, OPS["gated_delta_rule"], x, case.segments)
     wide = x._replace(**{name: value.double() for name, value in x.present().items()})
-    exact = prepared(chunked, OPS["gated_delta_rule"], wide, case.stretches)
+    exact = prepared(chunked, OPS["gated_delta_rule"], wide, case.segments)
     o, final = chunked.forward(wide, exact, case.initial)
     wanted = RecurrenceResult(o, final, *chunked.backward(wide, exact, case.initial, case.do, case.dfinal))
     found = RecurrenceResult(*kernel.forward(x, chunks, initial), *kernel.backward(x, chunks, initial, do, dfinal))
     assert_same(found, wanted, 2e-5)
 
 
-def test_cut_stretches_over_ranks_equal_the_definition(short_chunks):
+def test_cut_segments_over_ranks_equal_the_definition(short_chunks):
     case = recurrence_case(OPS["gated_delta_rule"], (5, 40), 2, 1)
     shape = dict(heads=2, kv_heads=1, head_dim=3, v_head_dim=5, dtype="float32", op="gated_delta_rule")
     layout = da.Layout.zigzag(case.lengths, ranks=2)

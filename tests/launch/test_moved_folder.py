@@ -1,6 +1,6 @@
 """A run whose folder is renamed ends with one sentence, which a rank says."""
 
-from distattn.checkpoints.held_folder import HeldFolder
+from distattn.checkpoints.folder_handle import FolderHandle
 from distattn.ir.errors import DistattnError
 from distattn.launch.ranks import supervised
 from distattn.supervision.culprits import Culprit
@@ -17,6 +17,6 @@ def test_the_launcher_adds_nothing_to_what_ranks_say_of_a_renamed_folder(tmp_pat
         return DistattnError.exit_code, refused
 
     monkeypatch.setattr(supervised, "_run_once", rename)
-    with HeldFolder(folder) as held:
+    with FolderHandle(folder) as held:
         code = supervised._run_until_done(None, None, supervised.Restarts(3, lambda: 0, held))
     assert code == DistattnError.exit_code and not capsys.readouterr().err

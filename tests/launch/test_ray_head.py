@@ -14,7 +14,7 @@ pytest.importorskip("ray")
 
 from distattn.launch.ray import attempts, head
 from distattn.launch.ray.run import stopping
-from distattn.launch.stop_signals import CommandStopped, answering_signals
+from distattn.launch.stop_signals import CommandStopped, stop_on_signals
 
 
 def test_a_head_that_is_lost_is_told_of_once_with_what_completes_the_run():
@@ -30,7 +30,7 @@ def test_a_head_that_is_lost_is_told_of_once_with_what_completes_the_run():
         with (
             patch.object(head, "_answers", lambda at: answers.append(real(at)) or answers[-1]),
             patch.object(head.ray, "get_runtime_context", lambda: context),
-            head.watched_head("runs/far"),
+            head.watch_head("runs/far"),
         ):
             eventually(lambda: len(answers) > head._LOOKS, "the head is not looked at")
             assert all(answers) and not sentences
@@ -46,7 +46,7 @@ def test_a_head_that_is_lost_is_told_of_once_with_what_completes_the_run():
 def test_a_second_ctrl_c_has_its_sentence():
     asked = []
     stopped = pytest.raises(CommandStopped, match="stopped by SIGINT")
-    with answering_signals(), stopping(asked.append), stopped:
+    with stop_on_signals(), stopping(asked.append), stopped:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
     assert asked == [signal.SIGINT]

@@ -214,7 +214,7 @@ def test_what_nodes_say_of_their_ranks_is_the_cause_that_others_failed_for():
     assert end.cause(hosts, {2: missed, 0: raised}) == ("a: rank 0 raised an error", ["a"])
     hung = killed | {"why": "rank 3 is stopped", "exit_code": 1, "kind": "hung"}
     # of a node whose launcher is dead, too, nobody tells: others miss it
-    reset = raised | {"why": "rank 0 raised RuntimeError: Read error: Connection reset by peer"}
+    reset = raised | {"why": "rank 0 raised RuntimeError: Read error: Connection reset by peer", "lost_peer": True}
     assert end.cause(hosts, {0: reset, 2: missed}) == ("b ended with exit code 137", ["b"])
     assert end.cause(hosts, {0: reset, 1: missed}) == ("c no longer answered", ["c"])
     # all nodes say it

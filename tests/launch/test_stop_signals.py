@@ -16,7 +16,7 @@ from waiting import LIMIT_SECONDS
 from distattn.launch import cli, finish_run, run_locally, start_run
 from distattn.launch.ranks import supervised
 from distattn.launch.ranks.local import RanksInterrupted, restore_process_state
-from distattn.launch.stop_signals import STOPPING, CommandStopped, answering_signals, stopped
+from distattn.launch.stop_signals import STOPPING, CommandStopped, stop_on_signals, stopped
 
 ROOT = Path(__file__).parents[2]
 # as a batch system that asks again and again
@@ -119,7 +119,7 @@ def test_a_signal_that_was_ignored_stays_ignored(place):
     def ignore() -> None:
         for number in STOPPING:
             signal.signal(number, signal.SIG_IGN)
-        with answering_signals(), restore_process_state():
+        with stop_on_signals(), restore_process_state():
             for number in STOPPING:
                 os.kill(os.getpid(), number)
         sys.exit(7)
@@ -131,9 +131,9 @@ def test_what_the_caller_answers_itself_is_left_to_it():
     asked = []
     before = signal.signal(signal.SIGUSR1, lambda *_: asked.append("by the caller"))
     try:
-        with answering_signals():
+        with stop_on_signals():
             os.kill(os.getpid(), signal.SIGUSR1)
-            again = answering_signals(), stopped("here", "there is more"), stopped("")
+            again = stop_on_signals(), stopped("here", "there is more"), stopped("")
             expected_stop = pytest.raises(CommandStopped, match="stopped by SIGTERM here; there is more.")
             with expected_stop, again[0], again[1], again[2]:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -143,14 +143,14 @@ def test_what_the_caller_answers_itself_is_left_to_it():
 
 
 def test_torchrun_ends_its_ranks_by_a_signal_that_they_take():
-    with answering_signals(), pytest.raises(RanksInterrupted) as interrupted, restore_process_state():
+    with stop_on_signals(), pytest.raises(RanksInterrupted) as interrupted, restore_process_state():
         os.kill(os.getpid(), signal.SIGHUP)
     assert interrupted.value.sigval == signal.SIGINT and interrupted.value.stop.exit_code == 129
 
 
 def test_a_process_that_was_forked_meanwhile_ends_as_by_itself():
     def fork() -> None:
-        with answering_signals():
+        with stop_on_signals():
             if not (child := os.fork()):
                 send(signal.SIGTERM)
             sys.exit(-os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

@@ -251,7 +251,7 @@ def _breaks_in_a_trial(rank: int):
     def trials(*_):
         raise da.DistattnError("kernel gluon has broken the device")
 
-    breaks = mock.patch.object(executable, "kernel_trials", trials) if rank == 0 else nullcontext()
+    breaks = mock.patch.object(executable, "local_kernel_trials", trials) if rank == 0 else nullcontext()
     with breaks, pytest.raises(da.DistattnError) as error:
         da.prepare(plan_for(2))
     # all are in step: the next call is as good as any

@@ -138,7 +138,7 @@ def test_bytes_of_a_shift_do_not_depend_on_the_length(distance):
         layout = da.Layout.zigzag((length,), 8)
         plan = plan_of(layout, "token_shift", torch.float32, distance, heads=1)
         da.verify(plan)
-        # 14 stretches have a neighbour elsewhere; x forward, its gradient backward
+        # 14 segments have a neighbour elsewhere; x forward, its gradient backward
         assert int(plan.bytes()["bytes"].sum()) == 2 * 14 * abs(distance) * CHANNELS * 4
 
 

@@ -142,7 +142,7 @@ LAYERS = {
     "attention, usp": lambda: attention("usp"),
     "latent attention": latent,
     **{name: lambda name=name: recurrence(name) for name in RECURRENT},
-    "retention by heads": lambda: recurrence("retention", options={"schedule": "by_heads"}),
+    "retention by heads": lambda: recurrence("retention", options={"schedule": "head_sharded"}),
     # a launch has some of the heads that share queries and keys
     "groups of heads that are cut": lambda: recurrence("gated_delta_rule", "ulysses", heads=6, lengths=(600, 700)),
     "convolution": lambda: convolution(False),

@@ -33,7 +33,7 @@ def test_what_is_no_plan_or_has_a_group_twice_is_refused(op, plan):
 
 @pytest.mark.parametrize("op", [op for op in CALLS if op != "attention"])
 def test_only_attention_takes_turns_with_other_micro_batches(op, plan, monkeypatch):
-    monkeypatch.setattr("distattn.ops.interleaving.RECOMPUTING", [object()])
+    monkeypatch.setattr("distattn.ops.current_micro_batch.RECOMPUTING", [object()])
     with pytest.raises(da.DistattnError, match=f"^{op} cannot take turns with other micro-batches yet; leave Overlap"):
         CALLS[op](torch.zeros(4, 2, 8), plan)
 

@@ -136,8 +136,8 @@ def test_ranks_equal_dense_softmaxes(ranks):
     wanted = {id(case): dense(case) for case in (usual, strong, fresh)}
     cases, checks = [], []
     for layout in layouts(ranks):
-        in_turn = dict(options={"schedule": "in_turn"})
-        for case, chosen in ((usual, {}), (usual, in_turn), (strong, {}), (fresh, {})):
+        sequential = dict(options={"schedule": "sequential"})
+        for case, chosen in ((usual, {}), (usual, sequential), (strong, {}), (fresh, {})):
             cases.append((case, layout, chosen))
             checks.append((layout, wanted[id(case)], 1e-10))
     for case in (usual, strong):

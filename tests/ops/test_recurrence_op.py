@@ -43,7 +43,7 @@ def work(rank, ranks, names):
     for name in names:
         case = recurrence_case(OPS[name], LENGTHS)
         for layout in layouts(ranks):
-            for strategy, options in (("scan", {}), ("scan", {"schedule": "in_turn"}), ("ulysses", {})):
+            for strategy, options in (("scan", {}), ("scan", {"schedule": "sequential"}), ("ulysses", {})):
                 if strategy == "ulysses" and ranks > 4:
                     continue
                 found.append(run(rank, layout, case, plan_of(layout, name, strategy, **options)))
@@ -70,7 +70,7 @@ def test_ranks_equal_one_process(ranks):
         case = recurrence_case(OPS[name], LENGTHS)
         wanted = by_definition(case)
         for layout in layouts(ranks):
-            for strategy in ("scan", "in_turn", "ulysses"):
+            for strategy in ("scan", "sequential", "ulysses"):
                 if strategy != "ulysses" or ranks <= 4:
                     assert_same(together(layout, case, next(of_call)), wanted, 1e-10)
     assert next(of_call, None) is None

@@ -197,7 +197,7 @@ def test_the_greedy_rule_brings_every_taker_near_the_mean():
 
 def test_bad_options_are_refused():
     for tolerance, block in ((-1, 16), (float("nan"), 16), (0.1, 0)):
-        with pytest.raises(DistattnError, match="cad_greedy wants"):
+        with pytest.raises(DistattnError, match="cad_greedy needs"):
             planned(PACKS, "cad_greedy", tolerance=tolerance, block=block)
     for options, words in (
         (dict(tolerance=-1), "tolerance"),

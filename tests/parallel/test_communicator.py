@@ -74,8 +74,8 @@ def test_a_device_without_index_is_the_current_one(monkeypatch):
     # another thread's current device is another one
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    assert executable.whole_device("cuda") == torch.device("cuda:3")
-    assert executable.whole_device("cuda:1") == torch.device("cuda:1")
-    assert executable.whole_device("cpu") == torch.device("cpu")
+    assert executable.with_device_index("cuda") == torch.device("cuda:3")
+    assert executable.with_device_index("cuda:1") == torch.device("cuda:1")
+    assert executable.with_device_index("cpu") == torch.device("cpu")
     with pytest.raises(da.DistattnError, match="there is no device 'gpu'"):
-        executable.whole_device("gpu")
+        executable.with_device_index("gpu")

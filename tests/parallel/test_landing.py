@@ -40,7 +40,7 @@ def test_ulysses_reads_and_writes_in_place():
         # the two chunks of a peer travel by themselves (the last rank's touch), none is gathered from where a kernel wrote
         steps = (*program.forward, *program.backward)
         received = [m for step in steps for payload, m in step.receives]
-        assert {len(message.stretches) for message in received} == {1, 2} or program.rank == 3
+        assert {len(message.segments) for message in received} == {1, 2} or program.rank == 3
         sent = [m.view for step in steps for payload, m in step.sends if payload in REDUCED_PAYLOADS]
         assert all(isinstance(piece.rows, slice) for view in sent for piece in view.slices)
 
@@ -91,7 +91,7 @@ def test_launches_of_some_rows_read_a_run_of_what_has_landed():
     assert_close(run_all_ranks(plan, inputs), dense(mask, inputs), 1e-11)
 
 
-def test_messages_in_many_stretches_are_gathered_as_before():
+def test_messages_in_many_segments_are_gathered_as_before():
     layout = Layout.block_cyclic(LENGTHS, 4, block=5)
     shape = dict(heads=8, kv_heads=4, head_dim=8, dtype="bfloat16", backward="refetch-home")
     plan = make_plan(Mask.causal(TOKENS), layout, strategy="ulysses", **shape)
@@ -113,9 +113,9 @@ def test_both_ends_cut_a_message_alike():
             for program in every:
                 for number, step in enumerate(getattr(program, direction)):
                     for payload, message in step.sends:
-                        sent.setdefault((program.rank, message.peer, number, payload), []).append(message.stretches)
+                        sent.setdefault((program.rank, message.peer, number, payload), []).append(message.segments)
                     for payload, message in step.receives:
-                        received.setdefault((message.peer, program.rank, number, payload), []).append(message.stretches)
+                        received.setdefault((message.peer, program.rank, number, payload), []).append(message.segments)
             assert sent == received
 
 
@@ -141,10 +141,10 @@ def _count(rows):
 def test_rows_written_in_part_are_cut_where_that_changes():
     written = WrittenRows(20, [0, 2, 4])
     assert written.mark(slice(0, 2), slice(5, 8))
-    assert written.stretches(slice(0, 4), slice(2, 12)) == [slice(2, 5), slice(5, 8), slice(8, 12)]
-    assert written.stretches(slice(2, 4), slice(2, 12)) == [slice(2, 12)]
+    assert written.segments(slice(0, 4), slice(2, 12)) == [slice(2, 5), slice(5, 8), slice(8, 12)]
+    assert written.segments(slice(2, 4), slice(2, 12)) == [slice(2, 12)]
     written.mark(slice(0, 4), np.arange(0, 20, 2))
-    assert written.stretches(slice(0, 4), slice(0, 20)) == [slice(0, 20)]
+    assert written.segments(slice(0, 4), slice(0, 20)) == [slice(0, 20)]
 
 
 def test_launches_that_need_some_heads_of_what_has_landed_get_those():

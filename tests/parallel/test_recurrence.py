@@ -68,18 +68,18 @@ def test_groups_of_heads_follow_each_other_to_the_same_result():
     wanted = by_definition(case)
     layout = layouts(LENGTHS, 4)["zigzag"]
     # four groups of six heads cut those that share keys
-    options = {"schedule": "in_turn", "head_groups": 4}
+    options = {"schedule": "sequential", "head_groups": 4}
     assert_same(run_recurrence(plan_of(layout, "kda", heads=6, options=options), case), wanted, 1e-10)
 
 
 @pytest.mark.parametrize("lengths", [(256,), (256, 64)])
 def test_results_in_turn_have_the_same_bits_on_any_number_of_ranks(lengths):
-    # stretches of whole chunks
+    # segments of whole chunks
     case = recurrence_case(OPS["gated_delta_rule"], lengths)
     found = []
     for ranks in (1, 2, 4):
         layout = Layout.block_cyclic(lengths, ranks, block=64)
-        found.append(run_recurrence(plan_of(layout, "gated_delta_rule", options={"schedule": "in_turn"}), case))
+        found.append(run_recurrence(plan_of(layout, "gated_delta_rule", options={"schedule": "sequential"}), case))
     for other in found[1:]:
         assert torch.equal(other.o, found[0].o) and torch.equal(other.final, found[0].final)
         # gradients of documents that lie side by side in a launch are products of other shapes

@@ -32,24 +32,24 @@ def test_times_are_those_of_the_design():
     alone = plan_of(1, (8192,))
     assert simulate(alone, "h100-1x1").forward.seconds * 1e3 == pytest.approx(0.60, rel=0.15)
     estimated = {name: milliseconds(plan_of(schedule=name)) for name in SCHEDULES}
-    assert estimated["in_turn"] == pytest.approx(5.01, rel=0.15)
-    assert estimated["by_heads"] == min(estimated.values())
-    assert estimated["by_heads"] == pytest.approx(0.99, rel=0.25)
-    assert milliseconds(plan_of(schedule="in_turn", head_groups=8)) < estimated["in_turn"] / 2
+    assert estimated["sequential"] == pytest.approx(5.01, rel=0.15)
+    assert estimated["head_sharded"] == min(estimated.values())
+    assert estimated["head_sharded"] == pytest.approx(0.99, rel=0.25)
+    assert milliseconds(plan_of(schedule="sequential", head_groups=8)) < estimated["sequential"] / 2
 
 
 def test_the_fastest_schedule_is_chosen_where_speeds_are_known():
     fastest = min(milliseconds(plan_of(schedule=name)) for name in SCHEDULES)
     assert milliseconds(plan_of(cluster=H100)) <= fastest
     # without them, by heads
-    assert plan_of().digest == plan_of(schedule="by_heads").digest
+    assert plan_of().digest == plan_of(schedule="head_sharded").digest
 
 
 def test_documents_have_schedules_of_their_own_and_together_are_never_slower_than_any_one_schedule():
     rng = np.random.default_rng(5)
     cluster, faster = load("h100-2x4"), 0
     singles = [{"schedule": name, "state_first": first} for name in SCHEDULES for first in (False, True)]
-    singles += [{"schedule": "in_turn", "head_groups": 8}]
+    singles += [{"schedule": "sequential", "head_groups": 8}]
     for layout in ("contiguous", "zigzag", "balanced"):
         lengths = tuple(int(length) for length in 1 + rng.lognormal(8.0, 1.6, 9))
         mixed = simulate(plan_of(8, lengths, layout, cluster), cluster)
@@ -67,13 +67,13 @@ def test_documents_have_schedules_of_their_own_and_together_are_never_slower_tha
 
 
 def test_a_saved_plan_knows_its_schedules(tmp_path):
-    plan = plan_of(4, (40, 60), schedule="gathered")
+    plan = plan_of(4, (40, 60), schedule="allgather_states")
     plan.save(tmp_path / "plan")
-    assert Plan.load(tmp_path / "plan").forward.label == plan.forward.label == "gathered"
+    assert Plan.load(tmp_path / "plan").forward.label == plan.forward.label == "allgather_states"
 
 
 def test_an_explanation_speaks_of_tokens_and_states():
-    plan = plan_of(4, (40, 60), schedule="gathered")
+    plan = plan_of(4, (40, 60), schedule="allgather_states")
     shown = explain(plan)
     text, facts = str(shown), shown.as_dict()
     assert "gated_delta_rule, 32 states of 128 x 128 and 32 key heads" in text
@@ -94,6 +94,6 @@ def test_states_count_as_what_has_to_move():
 
 def test_quality_is_in_tokens():
     for cluster in (None, load("h100-1x4")):
-        stats = quality(plan_of(4, (100,), layout="contiguous", schedule="in_turn"), cluster)["forward"]
+        stats = quality(plan_of(4, (100,), layout="contiguous", schedule="sequential"), cluster)["forward"]
         assert stats.cells_imbalance == pytest.approx(1.0) and stats.cost_imbalance == pytest.approx(1.0)
         assert np.isfinite(stats.kernel_seconds or 0.0) and stats.lower_bound_bytes == 0

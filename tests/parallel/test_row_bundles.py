@@ -36,7 +36,7 @@ def test_a_rank_sends_at_most_four_messages_to_each_peer_and_pass(strategy, poli
     monkeypatch.setattr(MetaBackend, "send", lambda self, x, peer, tag: (sent.append(peer), send(self, x, peer, tag)))
     for lengths in (packed(65536), [8192] * 8):
         sent.clear()
-        # two stretches of every peer's tokens, two steps with messages, two passes
+        # two segments of every peer's tokens, two steps with messages, two passes
         layer_call(plan_of(strategy, lengths, 64, 8, backward=policy), 1)
         assert len(set(sent)) == 7 and max(collections.Counter(sent).values()) <= 2 * 4
 
@@ -59,7 +59,7 @@ def test_both_ends_find_the_same_bundles():
                             payloads = [(messages[i][0], messages[i][1].view.heads) for i in numbers]
                             peer, bundle = messages[numbers[0]][1].peer, messages[numbers[0]][1].bundle
                             ends = (program.rank, peer) if found is sent else (peer, program.rank)
-                            found[number, *ends].append((payloads, bundle, messages[numbers[0]][1].stretches))
+                            found[number, *ends].append((payloads, bundle, messages[numbers[0]][1].segments))
             assert sent == received and sent
 
 

@@ -46,8 +46,8 @@ def test_every_schedule_is_proven(ranks, schedule):
 
 def test_states_in_turn_move_once_per_hop_and_in_the_fewest_bytes():
     layout = Layout.zigzag((1024,), 8)
-    plan = plan_of(layout, heads=32, kv_heads=32, head_dim=128, v_head_dim=128, options={"schedule": "in_turn"})
-    # 15 stretches; every state is a prefix
+    plan = plan_of(layout, heads=32, kv_heads=32, head_dim=128, v_head_dim=128, options={"schedule": "sequential"})
+    # 15 segments; every state is a prefix
     assert move_bytes(plan.call, plan.forward.moves).tolist() == [32 * 65536] * 14
     assert move_bytes(plan.call, plan.backward.moves).tolist() == [32 * 65536] * 14
 
@@ -55,7 +55,7 @@ def test_states_in_turn_move_once_per_hop_and_in_the_fewest_bytes():
 @pytest.mark.parametrize("op, megabytes", [("gla", (28, 6.8)), ("gated_delta_rule", (55, 9.7))])
 def test_bytes_are_those_of_the_design(op, megabytes):
     layout = Layout.zigzag((8192 * 8,), 8)
-    for schedule, most in zip(("gathered", "by_heads"), megabytes, strict=True):
+    for schedule, most in zip(("allgather_states", "head_sharded"), megabytes, strict=True):
         shape = dict(heads=32, kv_heads=32, head_dim=128, v_head_dim=128, dtype="bfloat16")
         plan = plan_of(layout, op, options={"schedule": schedule}, **shape)
         received = np.zeros(8)
@@ -74,10 +74,10 @@ def test_ulysses_plans_recurrences_with_fewer_heads_of_keys():
 
 def test_steps_of_the_schedules():
     plan = lambda schedule: plan_of(Layout.contiguous((64,), 8), options={"schedule": schedule})  # noqa: E731
-    assert plan("in_turn").forward.steps == 15
-    assert plan("gathered").forward.steps == 3
-    assert plan("by_heads").forward.steps == 4
-    assert plan("by_halves").forward.steps <= 7
+    assert plan("sequential").forward.steps == 15
+    assert plan("allgather_states").forward.steps == 3
+    assert plan("head_sharded").forward.steps == 4
+    assert plan("tree").forward.steps <= 7
 
 
 def test_what_cannot_be_planned_is_refused_with_what_can():
@@ -92,7 +92,7 @@ def test_what_cannot_be_planned_is_refused_with_what_can():
         plan_of(layout, backward="refetch-home")
 
 
-# what a proof must refuse, row by row, in a plan by hand: two stretches of one document on two ranks
+# what a proof must refuse, row by row, in a plan by hand: two segments of one document on two ranks
 S, DS = int(Payload.S), int(Payload.dS)
 FORWARD = [(0, 0, 0, 0, 6, 0, 6, 0, 2), (2, 1, 0, 6, 10, 0, 10, 0, 2)], [(1, 0, 1, S, 0, 6, 0, 2)]
 BACKWARD = [(0, 1, 0, 6, 10, 0, 10, 0, 2), (2, 0, 0, 0, 10, 0, 6, 0, 2)], [(1, 1, 0, DS, 6, 10, 0, 2)]
@@ -114,16 +114,16 @@ def test_a_plan_by_hand_is_accepted():
 @pytest.mark.parametrize(
     "forward, backward, why",
     [
-        ((FORWARD[0], []), BACKWARD, "not at hand"),
+        ((FORWARD[0], []), BACKWARD, "is missing"),
         ((FORWARD[0], [(2, 0, 1, S, 0, 6, 0, 2)]), BACKWARD, "too late"),
-        ((FORWARD[0], [(1, 0, 1, S, 0, 5, 0, 2)]), BACKWARD, "not at hand"),
-        ((FORWARD[0], [*FORWARD[1], (1, 0, 1, S, 0, 6, 0, 2)]), BACKWARD, "comes twice"),
+        ((FORWARD[0], [(1, 0, 1, S, 0, 5, 0, 2)]), BACKWARD, "is missing"),
+        ((FORWARD[0], [*FORWARD[1], (1, 0, 1, S, 0, 6, 0, 2)]), BACKWARD, "arrives twice"),
         (([FORWARD[0][0], (2, 1, 0, 6, 10, 6, 10, 0, 2)], []), BACKWARD, "cells x heads are allowed"),
         (([*FORWARD[0], (0, 0, 0, 0, 0, 0, 3, 0, 2)], FORWARD[1]), BACKWARD, "never used"),
-        (([FORWARD[0][0], (2, 1, 0, 6, 10, 0, 9, 0, 2)], FORWARD[1]), BACKWARD, "not a stretch"),
+        (([FORWARD[0][0], (2, 1, 0, 6, 10, 0, 9, 0, 2)], FORWARD[1]), BACKWARD, "not a segment"),
         (FORWARD, ([BACKWARD[0][0], (2, 0, 0, 0, 6, 0, 6, 0, 2)], []), "cells x heads are allowed"),
-        (FORWARD, (BACKWARD[0], []), "dS of tokens .6, 10. is not at hand"),
-        (FORWARD, (BACKWARD[0], [(1, 1, 0, S, 6, 10, 0, 2)]), "not at hand"),
+        (FORWARD, (BACKWARD[0], []), "dS of tokens .6, 10. is missing"),
+        (FORWARD, (BACKWARD[0], [(1, 1, 0, S, 6, 10, 0, 2)]), "is missing"),
     ],
 )
 def test_a_wrong_plan_by_hand_is_refused(forward, backward, why):

@@ -207,14 +207,14 @@ TASK = (0, 0, 0, 0, 4, 0, 4, 0, 2)
         ([(0, 2, 0, 0, 4, 0, 4, 0, 2)], [], "is at no rank of 2"),
         ([(0, 0, 0, 0, 4, 0, 4, 0, 3)], [], "head range of 2 heads"),
         ([(-1, 0, 0, 0, 4, 0, 4, 0, 2)], [], "impossible step"),
-        ([(0, 1, 0, 0, 4, 0, 4, 0, 2)], [], "Q is not at hand for task 0"),
+        ([(0, 1, 0, 0, 4, 0, 4, 0, 2)], [], "Q is missing for task 0"),
         ([TASK], [(0, 0, 0, KV, 0, 4, 0, 1)], "does not go from one to another"),
         ([TASK], [(0, 0, 1, dKV, 0, 4, 0, 1)], "carries a payload"),
         ([TASK], [(0, 0, 1, KV, 0, 4, 0, 2)], "head range"),
         ([TASK], [(0, 0, 1, KV, 0, 4, 0, 1)], "KV of move 0 .* arrives unused"),
-        ([TASK], [(0, 1, 0, KV, 0, 4, 0, 1)], "comes twice, or to its holder, at rank 0"),
+        ([TASK], [(0, 1, 0, KV, 0, 4, 0, 1)], "arrives twice, or at its holder, on rank 0"),
         ([TASK], [(0, 1, 0, O, 0, 4, 0, 2)], "O of move 0 .* carries nothing"),
-        ([TASK], [(1, 0, 1, O, 0, 4, 0, 2)], "leaves twice, or from its owner, at rank 0"),
+        ([TASK], [(1, 0, 1, O, 0, 4, 0, 2)], "is sent twice, or by its owner, from rank 0"),
     ],
 )
 def test_wrong_plans_are_refused_by_the_first_offender(tasks, moves, sentence):
@@ -236,11 +236,11 @@ def test_late_arrivals_and_early_departures_are_refused():
     def plan(moves):
         return Plan(call([4], layout), Table.from_rows([work], moves), Table.from_rows([TASK]), "refetch-home")
 
-    with pytest.raises(PlanError, match="forward: KV comes too late for task 0"):
+    with pytest.raises(PlanError, match="forward: KV arrives too late for task 0"):
         verify(plan([sends[0], (1, 0, 1, KV, 0, 4, 0, 1), (2, 1, 0, O, 0, 4, 0, 2)]))
-    with pytest.raises(PlanError, match="forward: O has already left at task 0"):
+    with pytest.raises(PlanError, match="forward: O was already sent before task 0"):
         verify(plan([*sends, (1, 1, 0, O, 0, 4, 0, 2)]))
-    with pytest.raises(PlanError, match="forward: O is left behind by task 0"):
+    with pytest.raises(PlanError, match="forward: O is never sent after task 0"):
         verify(plan(sends))
 
 

@@ -1,5 +1,8 @@
 """Which of the ranks that stand still is named."""
 
+import random
+import string
+
 import pytest
 
 from distattn.supervision.culprits import culprits
@@ -9,82 +12,104 @@ from distattn.supervision.heartbeats import Heartbeat
 FORWARD, SUM, KEYS = "forward and backward", "the norm of all gradients", "keys from rank {} in step 2 of layer 1"
 
 
-def beat(words, at=1.0, step=5, waits=None):
-    return Heartbeat(1, 1, at, 7, step, 0.0, words != FORWARD if waits is None else waits, words)
+def beat(words, at=1.0, step=5, peers=()):
+    waits = words != FORWARD
+    return Heartbeat(1, 1, at, 7, step, 0.0, waits, words, peers=peers, key=len(words) * (waits and not peers))
 
 
-@pytest.mark.parametrize(
-    ("beats", "states", "collective", "wanted"),
-    [
-        (
-            [beat(FORWARD), beat(SUM)],
-            "TS",
-            [],
-            ["rank 0 is stopped (SIGSTOP or a debugger): step 6, forward and backward"],
-        ),
-        ([None, beat(SUM)], "SS", [], ["rank 0 has sent no heartbeat since its start"]),
-        (
-            [beat(SUM), beat(SUM)],
-            "SD",
-            [],
-            ["rank 1 waits for its disk or a device: step 6, the norm of all gradients"],
-        ),
-        # who is slow to come keeps others in what they do
-        (
-            [beat(FORWARD, 3.0), beat(FORWARD, 2.0)],
-            "SS",
-            [],
-            ["rank 1 waits for no other rank and makes no progress: step 6"],
-        ),
-        # a gather of FSDP2 that rank 0 does not come to
-        (
-            [beat(FORWARD, 3.0), beat(FORWARD, 2.0)],
-            "SS",
-            [1],
-            ["rank 0 waits for no other rank and makes no progress: step 6"],
-        ),
-        (
-            [beat(KEYS.format(1), 3.0), beat(FORWARD, 2.0)],
-            "SS",
-            [1],
-            [
-                "rank 0 waits for a message that does not arrive: step 6, "
-                "keys from rank 1 in step 2 of layer 1; the others: a collective"
-            ],
-        ),
-        # rank 2 waits for one that waits itself
-        (
-            [beat(SUM), beat(KEYS.format(0)), beat(KEYS.format(1))],
-            "SSS",
-            [],
-            [
-                "rank 1 waits for a message that does not arrive: step 6, "
-                "keys from rank 0 in step 2 of layer 1; the others: the norm"
-            ],
-        ),
-        # one of the messages is lost, and soon everybody waits
-        (
-            [beat(KEYS.format(1), 3.0), beat(KEYS.format(2), 2.0), beat(KEYS.format(0), 2.5)],
-            "SSS",
-            [],
-            [
-                f"rank {rank} waits for a message that does not arrive: step 6, keys from rank {peer} "
-                for rank, peer in ((0, 1), (1, 2), (2, 0))
-            ],
-        ),
-        ([beat(SUM), beat(SUM, step=4), beat(SUM)], "SSS", [], ["rank 1 is behind the others: step 5, the norm"]),
-        (
-            [beat(SUM), beat("evaluation", waits=True), beat(SUM)],
-            "SSS",
-            [],
-            ["rank 1 waits for something that no other rank waits for: step 6, evaluation; the others: the norm"],
-        ),
-        ([beat(SUM)] * 2, "SS", [], [f"rank {rank} waits like all other ranks: step 6, the norm" for rank in range(2)]),
-    ],
-)
+def waiting_for(peer, at=1.0):
+    return beat(KEYS.format(peer), at, peers=(peer,))
+
+
+CASES = [
+    (
+        [beat(FORWARD), beat(SUM)],
+        "TS",
+        [],
+        ["rank 0 is stopped (SIGSTOP or a debugger): step 6, forward and backward"],
+    ),
+    ([None, beat(SUM)], "SS", [], ["rank 0 has sent no heartbeat since its start"]),
+    (
+        [beat(SUM), beat(SUM)],
+        "SD",
+        [],
+        ["rank 1 waits for its disk or a device: step 6, the norm of all gradients"],
+    ),
+    # who is slow to come keeps others in what they do
+    (
+        [beat(FORWARD, 3.0), beat(FORWARD, 2.0)],
+        "SS",
+        [],
+        ["rank 1 waits for no other rank and makes no progress: step 6"],
+    ),
+    # a gather of FSDP2 that rank 0 does not come to
+    (
+        [beat(FORWARD, 3.0), beat(FORWARD, 2.0)],
+        "SS",
+        [1],
+        ["rank 0 waits for no other rank and makes no progress: step 6"],
+    ),
+    (
+        [waiting_for(1, 3.0), beat(FORWARD, 2.0)],
+        "SS",
+        [1],
+        [
+            "rank 0 waits for a message that does not arrive: step 6, "
+            "keys from rank 1 in step 2 of layer 1; the others: a collective"
+        ],
+    ),
+    # rank 2 waits for one that waits itself
+    (
+        [beat(SUM), waiting_for(0), waiting_for(1)],
+        "SSS",
+        [],
+        [
+            "rank 1 waits for a message that does not arrive: step 6, "
+            "keys from rank 0 in step 2 of layer 1; the others: the norm"
+        ],
+    ),
+    # one of the messages is lost, and soon everybody waits
+    (
+        [waiting_for(1, 3.0), waiting_for(2, 2.0), waiting_for(0, 2.5)],
+        "SSS",
+        [],
+        [
+            f"rank {rank} waits for a message that does not arrive: step 6, keys from rank {peer} "
+            for rank, peer in ((0, 1), (1, 2), (2, 0))
+        ],
+    ),
+    ([beat(SUM), beat(SUM, step=4), beat(SUM)], "SSS", [], ["rank 1 is behind the others: step 5, the norm"]),
+    (
+        [beat(SUM), beat("evaluation"), beat(SUM)],
+        "SSS",
+        [],
+        ["rank 1 waits for something that no other rank waits for: step 6, evaluation; the others: the norm"],
+    ),
+    ([beat(SUM)] * 2, "SS", [], [f"rank {rank} waits like all other ranks: step 6, the norm" for rank in range(2)]),
+]
+
+
+@pytest.mark.parametrize(("beats", "states", "collective", "wanted"), CASES)
 def test_who_does_not_merely_wait_is_named(beats, states, collective, wanted):
     found = culprits(dict(enumerate(beats)), dict(enumerate(states)), collective)
     assert len(found) == len(wanted) and all(map(str.startswith, map(str, found), wanted)), found
+
+
+@pytest.mark.parametrize(("beats", "states", "collective", "wanted"), CASES)
+def test_no_sentence_of_a_rank_changes_who_is_named(beats, states, collective, wanted):
+    draws = random.Random(len(wanted))
+    for _ in range(10):
+        # nonsense, with what programs once looked for
+        lures = ["from rank 1", "to ranks 0, 1", "ended", "left", "refused with exit code 3: ", "raised NCCL"]
+        sentences = ["".join(draws.choices(string.printable, k=20)) + draws.choice(lures) for _ in beats]
+        if draws.random() < 0.5:
+            sentences = sentences[:1] * len(beats)
+        others = [
+            before and before._replace(activity=sentence) for before, sentence in zip(beats, sentences, strict=True)
+        ]
+        found = culprits(dict(enumerate(others)), dict(enumerate(states)), collective)
+        before = culprits(dict(enumerate(beats)), dict(enumerate(states)), collective)
+        assert [(blamed.rank, blamed.how) for blamed in found] == [(blamed.rank, blamed.how) for blamed in before]
 
 
 def test_a_collective_is_seen_in_the_main_threads_stack():

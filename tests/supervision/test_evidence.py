@@ -8,7 +8,7 @@ import time
 import pytest
 
 from distattn.supervision import evidence
-from distattn.supervision.evidence import is_in_collective, keep_evidence
+from distattn.supervision.evidence import is_in_collective, save_evidence
 from distattn.supervision.heartbeats import Heartbeat
 
 OTHER = 'Thread 0x1 (most recent call first):\n  File "/a/threading.py", line 1 in wait\n  <no Python frame>\n'
@@ -45,7 +45,7 @@ def kept(folder, *parts: str, answers: bool = True) -> str:
         rank.wait()
     beat = Heartbeat(rank.pid, 1, time.monotonic(), 1, 2, 0.0, True, "all-reduce")
     try:
-        return keep_evidence(folder, {0: rank.pid}, {0: beat})[0]
+        return save_evidence(folder, {0: rank.pid}, {0: beat})[0]
     finally:
         rank.kill()
         rank.wait()

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from distattn.supervision.flight_recorder import lengthen_flight_recorder
+from distattn.supervision.flight_recorder import size_flight_recorder
 
 NAMES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 # more calls than PyTorch records by default
@@ -15,9 +15,9 @@ PROGRAM = """
 import sys, tempfile
 import torch, torch.distributed as dist
 from torch._C._distributed_c10d import _dump_fr_trace_json
-from distattn.supervision.flight_recorder import lengthen_flight_recorder
+from distattn.supervision.flight_recorder import size_flight_recorder
 
-lengthen_flight_recorder(layers=7)
+size_flight_recorder(layers=7)
 dist.init_process_group("gloo", init_method="file://" + tempfile.mkdtemp() + "/store", rank=0, world_size=1)
 for _ in range(2900):
     dist.all_reduce(torch.zeros(1))
@@ -35,14 +35,14 @@ def unset(monkeypatch):
 
 @pytest.mark.parametrize("layers, entries", [(2, 2_000), (32, 12_800), (200, 24_000)])
 def test_the_recorder_holds_a_step_of_the_model_within_bounds(unset, layers, entries):
-    lengthen_flight_recorder(layers)
+    size_flight_recorder(layers)
     assert os.environ[NAMES[0]] == str(entries)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_length_that_the_user_has_set_stays(unset, monkeypatch, name):
     monkeypatch.setenv(name, "0")
-    lengthen_flight_recorder(32)
+    size_flight_recorder(32)
     assert [os.environ.get(other) for other in NAMES] == ["0" if other == name else None for other in NAMES]
 
 

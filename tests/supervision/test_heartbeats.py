@@ -74,13 +74,13 @@ def test_a_thread_that_says_that_it_goes_on_does_not_take_back_what_is_told_mean
     write = board.writer(0, 1)
     beats, told = threading.Thread(target=heartbeats.repeat_heartbeat), threading.Event()
 
-    def slow(words, step, seconds, waits):
+    def slow(words, step, *fields):
         if not told.is_set():
             told.set()
             beats.start()
             # the thread waits for its turn now
             time.sleep(0.2)
-        write(words, step, seconds, waits)
+        write(words, step, *fields)
 
     heartbeats._CURRENT.write = slow
     heartbeats.set_activity("keys from rank 1", waits=True)

@@ -102,13 +102,13 @@ def test_a_rank_that_ends_before_it_tells_anything_is_named():
     killed = SimpleNamespace(
         failures={1: SimpleNamespace(exitcode=-9, timestamp=1), 0: SimpleNamespace(exitcode=1, timestamp=2)}
     )
-    trouble = _silent_end(killed)
+    code, trouble = _silent_end(killed)
     assert trouble.kind == "killed" and str(trouble) == "rank 1 was killed by SIGKILL before its first heartbeat"
-    assert _ended({1: -9, 0: 1}, trouble) == (137, trouble)
+    assert code == trouble.exit_code == 137
     broken = SimpleNamespace(failures={2: SimpleNamespace(exitcode=1, timestamp=1)})
-    trouble = _silent_end(broken)
+    code, trouble = _silent_end(broken)
     assert trouble.kind == "raised" and str(trouble) == "rank 2 ended with exit code 1 before its first heartbeat"
-    assert _ended({2: 1}, trouble) == (1, trouble)
+    assert code == trouble.exit_code == 1
 
 
 def test_torchrun_that_waits_for_ranks_that_died_at_their_end_is_interrupted(tmp_path):
@@ -116,7 +116,7 @@ def test_torchrun_that_waits_for_ranks_that_died_at_their_end_is_interrupted(tmp
     board = HeartbeatBoard.make(2)
     for slot, rank in enumerate(ranks):
         with patch.object(os, "getpid", lambda pid=rank.pid: pid):
-            board.writer(slot, 1)("ended", 13, 0.0, False)
+            board.writer(slot, 1)("", 13, 0.0, False, state="ended")
     watch = RankWatch(board, range(2), Patience(starting=600.0, running=600.0), tmp_path)
     ranks[0].kill()
     with patch.object(rank_watch, "_TORCHRUN_SECONDS", 0.1), patch.object(os, "kill") as killed:
@@ -126,7 +126,7 @@ def test_torchrun_that_waits_for_ranks_that_died_at_their_end_is_interrupted(tmp
     assert str(watch.close()) == "rank 0 ended without giving a reason: step 14, ended"
     # as all do whom torchrun has let go
     with patch.object(os, "getpid", lambda: ranks[0].pid):
-        board.writer(0, 1)("left", 13, 0.0, False)
+        board.writer(0, 1)("", 13, 0.0, False, state="left")
     watch = RankWatch(board, range(2), Patience(starting=600.0, running=600.0), tmp_path)
     assert watch.close() is None
     ranks[1].kill()
@@ -135,19 +135,19 @@ def test_torchrun_that_waits_for_ranks_that_died_at_their_end_is_interrupted(tmp
 
 
 @pytest.mark.parametrize(
-    ("last", "said"), [("left", "None"), ("raised ValueError: no", "rank 0 raised ValueError: no")]
+    ("state", "text", "said"), [("left", "", "None"), ("raised", "ValueError: no", "rank 0 raised ValueError: no")]
 )
-def test_what_a_rank_says_between_two_looks_and_ends_is_heard(last, said, tmp_path):
+def test_what_a_rank_says_between_two_looks_and_ends_is_heard(state, text, said, tmp_path):
     rank = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     board = HeartbeatBoard.make(1)
     with patch.object(os, "getpid", lambda: rank.pid):
         write = board.writer(0, 1)
-    write("ended" if last == "left" else "forward and backward", 13, 0.0, False)
+    write("forward and backward", 13, 0.0, False, state="ended" if state == "left" else "working")
     looked = threading.Event()
 
     def end_first(pid: int) -> str:
         # after the watch has read what the rank told before
-        write(last, 13, 0.0, False)
+        write(text, 13, 0.0, False, state=state)
         rank.kill()
         rank.wait()
         looked.set()

@@ -26,7 +26,7 @@ def run(folder: str, steps: int) -> int:
     """Steps of a sum that depends on all before it; resumes from the last that is in the folder."""
     rank, torn = int(os.environ["RANK"]), Path(folder, "fault.json")
     torch.set_num_threads(1)
-    with activity("rendezvous", waits=True):
+    with activity("rendezvous", waits=True, key="rendezvous"):
         dist.init_process_group("gloo")
     file = Path(folder, "losses.jsonl")
     before = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -51,7 +51,7 @@ def run(folder: str, steps: int) -> int:
                 torn.unlink()
             hang(fault["kind"], Path(folder))
         part = (value * (rank + 1)).sin()
-        with activity("all-reduce of the loss", seconds=seconds, waits=True):
+        with activity("all-reduce of the loss", seconds=seconds, waits=True, key="loss"):
             dist.all_reduce(part)
         value = part
         if rank == 0:
@@ -94,7 +94,7 @@ def hang(kind: str, folder: Path) -> None:
             ctypes.PyDLL(None).sleep(1000)
     if kind == "message":
         peer = (int(os.environ["RANK"]) + 1) % dist.get_world_size()
-        with activity(f"key/value move 3 of layer 17 from rank {peer}", waits=True):
+        with activity(f"key/value move 3 of layer 17 from rank {peer}", waits=True, peers=(peer,)):
             dist.recv(torch.zeros(1), peer, tag=9)
     if kind == "refused":
         raise DistattnError("tokens.bin: token 7 is not in the vocabulary.")

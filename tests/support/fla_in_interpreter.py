@@ -28,7 +28,7 @@ from distattn.kernels.spec import KernelRequirements
 from distattn.parallel.runtime.program import lower
 
 CPU = torch.device("cpu")
-# a stretch is one token, and of one op another has more than one chunk
+# a segment is one token, and of one op another has more than one chunk
 LENGTHS = {"gated_delta_rule": (3, 1, 70)}
 
 

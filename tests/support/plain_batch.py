@@ -44,8 +44,8 @@ class PlainBatch:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         ends = list(itertools.accumulate(self.lengths, initial=0))
         zeros = v.new_zeros(len(self.lengths), v.shape[1], q.shape[2], v.shape[2])
-        x, stretches = RecurrenceTokens(q * scale, k, v, g, beta), list(itertools.pairwise(ends))
-        o, final = token_by_token(x, stretches, zeros if initial_state is None else initial_state)
+        x, segments = RecurrenceTokens(q * scale, k, v, g, beta), list(itertools.pairwise(ends))
+        o, final = token_by_token(x, segments, zeros if initial_state is None else initial_state)
         return (o, final) if return_final_state else o
 
     def prefix_softmax(self, weights: Tensor, logits: Tensor, v: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.ir.op import OPS
 from distattn.ir.plan import MOVE_COLUMNS, TASK_COLUMNS, Call, Plan, Table, has_rows_and_keys, num_rows, select_rows
-from distattn.parallel.strategies.scan_schedules import LAST_STEP, SCHEDULES, Chain, Schedule, Stretch
+from distattn.parallel.strategies.scan_schedules import LAST_STEP, SCHEDULES, Chain, Schedule, Segment
 from distattn.parallel.strategies.scan_tables import chain_rows, layout_chains, table_of_rows
 
 KEY_DIM, VALUE_DIM = 3, 4
@@ -51,7 +51,7 @@ def random_layout(rng: random.Random) -> Layout:
 
 
 def random_recurrent_plan(rng: random.Random, ops: Sequence[str] = RECURRENT) -> RandomPlan:
-    """Stretches at owners, by heads or anywhere; schedules mixed or not; some tasks in two."""
+    """Segments at owners, by heads or anywhere; schedules mixed or not; some tasks in two."""
     layout = random_layout(rng)
     kv_heads = rng.randint(1, 2)
     heads, op = kv_heads * rng.randint(1, 2), OPS[rng.choice(ops)]
@@ -134,7 +134,7 @@ def _changed(plan: Plan, rng: random.Random) -> Plan | None:
 
 def _one(rng: random.Random, name: str) -> Schedule:
     first_whole = rng.choice([0, 1, 2, LAST_STEP])
-    return SCHEDULES[name] if name == "in_turn" else partial(SCHEDULES[name], first_whole=first_whole)
+    return SCHEDULES[name] if name == "sequential" else partial(SCHEDULES[name], first_whole=first_whole)
 
 
 def table_of(call: Call, chains: list[Chain], schedules: list[Schedule], direction: str) -> Table:
@@ -147,7 +147,7 @@ def _by_heads(call: Call) -> list[Chain]:
     """Every rank computes whole documents for a share of the heads."""
     cuts = [rank * call.heads // call.ranks for rank in range(call.ranks + 1)]
     return [
-        Chain(piece, t0, t1, cuts[rank], cuts[rank + 1], [Stretch(t0, t1, rank)])
+        Chain(piece, t0, t1, cuts[rank], cuts[rank + 1], [Segment(t0, t1, rank)])
         for piece, (t0, t1) in enumerate(call.documents.tolist())
         for rank in range(call.ranks)
         if cuts[rank] < cuts[rank + 1]
@@ -155,15 +155,15 @@ def _by_heads(call: Call) -> list[Chain]:
 
 
 def _anywhere(call: Call, rng: random.Random) -> list[Chain]:
-    """Any stretches at any ranks, differently for groups of heads."""
+    """Any segments at any ranks, differently for groups of heads."""
     bounds = [0, *sorted(rng.sample(range(1, call.heads), rng.randint(0, call.heads - 1))), call.heads]
     out = []
     for h0, h1 in zip(bounds[:-1], bounds[1:], strict=True):
         for piece, (start, end) in enumerate(call.documents.tolist()):
             inner = sorted(rng.sample(range(start + 1, end), min(end - start - 1, rng.randint(0, 4))))
             edges = [start, *inner, end]
-            stretches = [Stretch(a, b, rng.randrange(call.ranks)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
-            out.append(Chain(piece, start, end, h0, h1, stretches))
+            segments = [Segment(a, b, rng.randrange(call.ranks)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+            out.append(Chain(piece, start, end, h0, h1, segments))
     return out
 
 
@@ -201,14 +201,14 @@ def attacked(rng: random.Random) -> tuple[Plan, str] | None:
     chains, schedule = layout_chains(call, layout), _one(rng, rng.choice(list(SCHEDULES)))
     how = rng.choice(["state lost", "gradient lost", "documents joined", "gradients joined"])
     if "lost" in how:
-        long = [i for i, chain in enumerate(chains) if len(chain.stretches) > 1]
+        long = [i for i, chain in enumerate(chains) if len(chain.segments) > 1]
         if not long:
             return None
         i = rng.choice(long)
-        chain, cut = chains[i], rng.randrange(1, len(chains[i].stretches))
-        middle = chain.stretches[cut].t0
-        first = chain._replace(t1=middle, stretches=chain.stretches[:cut])
-        second = chain._replace(t0=middle, stretches=chain.stretches[cut:])
+        chain, cut = chains[i], rng.randrange(1, len(chains[i].segments))
+        middle = chain.segments[cut].t0
+        first = chain._replace(t1=middle, segments=chain.segments[:cut])
+        second = chain._replace(t0=middle, segments=chain.segments[cut:])
         wrong = [*chains[:i], first, second, *chains[i + 1 :]]
         start, end, begin = (middle, chain.t1, middle) if how == "state lost" else (chain.t0, chain.t1, chain.t0)
     else:
@@ -216,7 +216,7 @@ def attacked(rng: random.Random) -> tuple[Plan, str] | None:
             return None
         i = rng.randrange(len(chains) - 1)
         one, two = chains[i : i + 2]
-        both = rng.choice([one, two])._replace(t0=one.t0, t1=two.t1, stretches=one.stretches + two.stretches)
+        both = rng.choice([one, two])._replace(t0=one.t0, t1=two.t1, segments=one.segments + two.segments)
         wrong = [*chains[:i], both, *chains[i + 2 :]]
         start, end, begin = two.t0, two.t1, one.t0 if how == "documents joined" else two.t0
     right, other = (
@@ -231,7 +231,7 @@ def attacked(rng: random.Random) -> tuple[Plan, str] | None:
 
 
 def _begun_at(table: Table, q0: int, q1: int, start: int) -> Table:
-    """The same backward table, but tasks of whole stretches in [q0, q1) begin with what has been summed up from `start` on."""
+    """The same backward table, but tasks of whole segments in [q0, q1) begin with what has been summed up from `start` on."""
     tasks = table.tasks
     whole = has_rows_and_keys(tasks) & (q0 <= tasks["q0"]) & (tasks["q0"] < q1)
     return Table({**tasks, "k0": np.where(whole, start, tasks["k0"])}, table.moves)

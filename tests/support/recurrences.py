@@ -16,7 +16,7 @@ from distattn.ir.op import OPS, Op
 from distattn.ir.plan import STATE_PAYLOADS, Plan
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.recurrence import chunked
-from distattn.kernels.recurrence.tokens import RecurrenceTokens, Stretches, token_by_token
+from distattn.kernels.recurrence.tokens import RecurrenceTokens, Segments, token_by_token
 from distattn.kernels.spec import KernelRequirements
 from distattn.parallel.analysis.verify import verify
 from distattn.parallel.runtime import execute_recurrence, state_pass
@@ -39,15 +39,15 @@ class RecurrenceCase(NamedTuple):
     lengths: tuple[int, ...]
 
     @property
-    def stretches(self) -> list[tuple[int, int]]:
+    def segments(self) -> list[tuple[int, int]]:
         ends = list(itertools.accumulate(self.lengths, initial=0))
         return list(itertools.pairwise(ends))
 
 
-def prepared(kernel: Any, op: Op, x: RecurrenceTokens, stretches: Stretches) -> Any:
-    """Return stretches as a kernel takes them."""
+def prepared(kernel: Any, op: Op, x: RecurrenceTokens, segments: Segments) -> Any:
+    """Return segments as a kernel takes them."""
     needed = KernelRequirements(x.v.dtype, x.k.shape[2], x.v.shape[2], torch.device("cpu"), op=op)
-    return kernel.prepare(stretches, needed)
+    return kernel.prepare(segments, needed)
 
 
 class RecurrenceResult(NamedTuple):
@@ -94,7 +94,7 @@ def by_definition(case: RecurrenceCase) -> RecurrenceResult:
     """Outputs, final states and all gradients, by autograd through the definition."""
     leaves = {name: value.clone().requires_grad_() for name, value in case.x.by_token().items()}
     initial = case.initial.clone().requires_grad_()
-    o, final = token_by_token(case.x._replace(**leaves), case.stretches, initial)
+    o, final = token_by_token(case.x._replace(**leaves), case.segments, initial)
     *found, dinitial = torch.autograd.grad([o, final], [*leaves.values(), initial], [case.do, case.dfinal])
     dx = case.x._replace(**dict(zip(leaves, found, strict=True)))
     return RecurrenceResult(o.detach(), final.detach(), dx, dinitial)
@@ -120,7 +120,7 @@ def run_recurrence(
     record = Record() if record is None else record
     proof = verify(plan)
     needed = KernelRequirements(dtype, call.head_dim, call.v_head_dim, torch.device("cpu"), op=call.op)
-    programs = [lower(plan, rank, lambda stretches: kernel.prepare(stretches, needed), proof) for rank in ranks]
+    programs = [lower(plan, rank, lambda segments: kernel.prepare(segments, needed), proof) for rank in ranks]
     record.programs = programs
     local = [
         case.x._replace(

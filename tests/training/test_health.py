@@ -1,5 +1,6 @@
 """Reports of health: the slow rank is named while it is slow, and a GPU whose counters grow."""
 
+import importlib.util
 import os
 import socket
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run_on_ranks
+from prometheus_client.parser import text_string_to_metric_families
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import new_run, tiny_config
 
@@ -138,7 +140,7 @@ def test_in_every_engine_the_rank_that_sleeps_is_named(texts, tmp_path, engine, 
     assert second["compute_seconds"][1] >= NAP and second["wait_seconds"][0] > NAP / 4
     # both sleep now: it is no longer the one
     assert third["compute_seconds"][0] > NAP / 2 and third["over_median"] < second["over_median"]
-    assert f'distattn_compute_seconds{{rank="1",host="{HOST}"}}' in metrics.read_text()
+    assert f'distattn_compute_seconds{{host="{HOST}",rank="1"}}' in metrics.read_text()
     events = EventAccumulator(str(run.folder / "tensorboard"))
     events.Reload()
     assert {"health/slowest_rank", "health_compute_seconds/1", "health_wait_seconds/0"} <= set(events.Tags()["scalars"])
@@ -226,14 +228,18 @@ def test_without_nvml_there_are_no_counters(monkeypatch):
 
 def test_prometheus_reads_a_file_or_a_port_with_the_token(tmp_path, capsys):
     report = HealthReport(**run_on_ranks(2, with_counters)[0][1] | {"hosts": ('a"b', "c")})
-    text = prometheus_text(report)
-    assert (
-        "# TYPE distattn_compute_seconds gauge\n" in text and 'distattn_wait_seconds{rank="1",host="c"} 0.5\n' in text
-    )
-    assert (
-        'distattn_device_errors{rank="1",host="c",kind="NVLink CRC errors"} 14.0\n' in text and r'host="a\"b"' in text
-    )
-    assert "nan" not in text and len(COUNTERS) == len(report.counters[0])
+    text = prometheus_text(report).decode()
+    metrics = {metric.name: metric for metric in text_string_to_metric_families(text)}
+    seconds = {f"distattn_{name}_seconds" for name in ("step", "compute", "wait", "data")}
+    assert metrics.keys() == seconds | {"distattn_step", "distattn_device_errors", "distattn_slowest_over_median"}
+    assert {metric.type for metric in metrics.values()} == {"gauge"}
+    values = {
+        (sample.name, *sample.labels.items()): sample.value for metric in metrics.values() for sample in metric.samples
+    }
+    assert values["distattn_wait_seconds", ("host", "c"), ("rank", "1")] == 0.5
+    errors = ("host", "c"), ("kind", "NVLink CRC errors"), ("rank", "1")
+    assert values["distattn_device_errors", *errors] == 14.0 and 'host="a\\"b"' in text
+    assert "nan" not in text.lower() and len(COUNTERS) == len(report.counters[0])
     PrometheusFile(tmp_path / "a.prom").publish(report)
     assert (tmp_path / "a.prom").read_text() == text and [one.name for one in tmp_path.iterdir()] == ["a.prom"]
     missing = PrometheusFile(tmp_path / "no" / "a.prom")
@@ -255,6 +261,12 @@ def test_prometheus_reads_a_file_or_a_port_with_the_token(tmp_path, capsys):
             PrometheusPort("127.0.0.1", port.port, "right")
     finally:
         port.close()
+
+
+def test_reports_for_prometheus_without_its_package_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DistattnError, match=r"need the package prometheus_client: pip install 'distattn\[train\]'"):
+        PrometheusFile(tmp_path / "a.prom")
 
 
 def test_health_that_cannot_be_is_refused_by_name():

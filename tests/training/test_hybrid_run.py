@@ -10,7 +10,7 @@ import torch
 from processes import run_on_ranks
 from tiny_runs import new_run
 
-from distattn.batch import recurrent_run
+from distattn.batch import recurrent_span
 from distattn.cluster.spec import Link, load
 from distattn.ir.errors import DistattnError
 from distattn.training.config.checks import problems_of
@@ -51,8 +51,8 @@ def config_of(texts: Path, folder: Path, name: str, **changes: object) -> Config
 
 
 def _train(rank: int, folder: Path, config: Config) -> int:
-    """How often rows moved for a run of recurrent layers."""
-    with mock.patch.object(recurrent_run, "move_rows", wraps=recurrent_run.move_rows) as moved:
+    """How often rows moved for a span of recurrent layers."""
+    with mock.patch.object(recurrent_span, "move_rows", wraps=recurrent_span.move_rows) as moved:
         train(RunFolder(folder), config, True, torch.device("cpu"))
     return moved.call_count
 
@@ -66,7 +66,7 @@ def test_a_run_has_the_curve_of_plain_transformers(texts, tmp_path, name, relaid
     wide = dict(linear_key_head_dim=32, linear_value_head_dim=32) if relaid else {}
     config = config_of(texts, tmp_path, name, **wide)
     if relaid:
-        # on links so slow that the states of many stretches take longer than two moves of all tokens
+        # on links so slow that the states of many segments take longer than two moves of all tokens
         slow = dataclasses.replace(load("laptop-1x2"), intra_node=Link(1e-5, 10.0))
         slow.save(tmp_path / "slow.toml")
         config = dataclasses.replace(

@@ -21,7 +21,7 @@ from distattn.ir.errors import DistattnError
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import no_progress
 from distattn.launch.start_run import resume_run
-from distattn.parallel.analysis.columns import plural
+from distattn.parallel.analysis.text_format import plural
 from distattn.training.config import run_file as configuration
 from distattn.training.config.run_file import Config, ParallelConfig, RunConfig, TrainConfig
 from distattn.training.config.sections import (
@@ -256,7 +256,7 @@ def _train_with_fault(rank: int, folder: Path, config: Config, bad_step: int) ->
 
 
 def seed_of(config: Config, step: int, rank: int) -> int:
-    from distattn.data.packing.order import derived_key
+    from distattn.data.packing.permutation import derived_key
 
     return derived_key(config.run.seed, step, rank)
 

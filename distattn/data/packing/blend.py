@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distattn.data.packing.order import derived_key, permuted
+from distattn.data.packing.permutation import derived_key, permuted
 from distattn.ir.errors import DistattnError
 
 # weights are multiples of 1 / 2^20 of all weights together, and turns of 1 / 2^20 of a token over a weight
@@ -34,7 +34,7 @@ _MOST_BLOCK_TOKENS = (1 << 43) - 1
 
 
 @dataclass(frozen=True)
-class Source:
+class BlendSource:
     """One corpus of a blend.
 
     documents, tokens: the size of the corpus. weight: its share of the tokens is weight / sum of weights. max_epochs: how often
@@ -87,14 +87,14 @@ def most_documents(documents: int, max_epochs: float | None) -> int | None:
     return None if max_epochs is None else math.floor(Fraction(max_epochs) * documents)
 
 
-def weight_units(sources: Sequence[Source]) -> list[int]:
+def weight_units(sources: Sequence[BlendSource]) -> list[int]:
     """Return the weights as whole numbers, at least 1 each: multiples of 1 / 2^20 of the sum of all weights."""
     total = sum(Fraction(source.weight) for source in sources)
     return [max(1, round(Fraction(source.weight) / total * WEIGHT_UNITS)) for source in sources]
 
 
 def blend_documents(
-    sources: Sequence[Source], lengths: Sequence[np.ndarray], seed: int, *, block_documents: int | None = None
+    sources: Sequence[BlendSource], lengths: Sequence[np.ndarray], seed: int, *, block_documents: int | None = None
 ) -> Iterator[DocumentColumns]:
     """Yield blocks of documents of all epochs, in their order, until every corpus has ended.
 
@@ -137,7 +137,9 @@ def epoch_order(seed: int, corpus: int, epoch: int, documents: int, positions: n
 class _CorpusReader:
     """A reader of one corpus, which gives its documents in their order with the turn of each."""
 
-    def __init__(self, number: int, source: Source, units: int, lengths: np.ndarray, seed: int, block: int) -> None:
+    def __init__(
+        self, number: int, source: BlendSource, units: int, lengths: np.ndarray, seed: int, block: int
+    ) -> None:
         self._number = number
         self._source = source
         self._units = units

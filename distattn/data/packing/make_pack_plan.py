@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from distattn.data.files.label_masks import LabelMasks
-from distattn.data.packing.blend import Source, blend_documents
+from distattn.data.packing.blend import BlendSource, blend_documents
 from distattn.data.packing.cut_documents import CorpusSpans
 from distattn.data.packing.pack_plan import PackPlan, PlannedSource
 from distattn.data.packing.pack_plan_writer import PackPlanWriter
@@ -153,7 +153,7 @@ def _sources(
     rule: PackRule,
     weights: Sequence[float] | None,
     max_epochs: Sequence[float | None] | None,
-) -> list[Source]:
+) -> list[BlendSource]:
     """Return each corpus as the blend needs it. Raise DistattnError for impossible lengths, and for lists of the wrong length."""
     names = [corpus.name for corpus in corpora]
     for argument, values in (("weights", weights), ("max_epochs", max_epochs)):
@@ -182,7 +182,7 @@ def _sources(
         weight = float(tokens if weights is None else weights[number])
         epochs = None if max_epochs is None else max_epochs[number]
         sources.append(
-            Source(corpus.name, len(corpus.lengths), tokens, weight, None if epochs is None else float(epochs))
+            BlendSource(corpus.name, len(corpus.lengths), tokens, weight, None if epochs is None else float(epochs))
         )
     return sources
 

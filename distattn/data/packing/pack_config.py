@@ -7,7 +7,6 @@ import glob
 import json
 import math
 import os
-import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -24,7 +23,7 @@ from distattn.data.packing.make_pack_plan import make_pack_plan
 from distattn.data.packing.pack_plan import PackPlan, PlannedSource
 from distattn.data.packing.pack_rule import PackCost, PackRule
 from distattn.data.packing.training_cost import ModelShape, load_device, training_cost
-from distattn.ir.errors import DistattnError
+from distattn.ir.errors import DistattnError, SettingError
 from distattn.ir.toml_lines import Key, TomlLines, syntax_place
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -144,9 +143,8 @@ def load_pack_config(path: str | Path) -> PackConfig:
     if config.cost is not None:
         try:
             rule = replace(rule, cost=_estimated_cost(config.cost, folder))
-        except DistattnError as error:
-            key = str(error).partition(":")[0]
-            raise DistattnError(f"{lines.place(path, ('cost', key))}: cost.{error}") from None
+        except SettingError as error:
+            raise DistattnError(f"{lines.place(path, ('cost', error.key))}: cost.{error}") from None
     return replace(config, plan=os.path.join(folder, config.plan), corpus=tuple(corpora), rule=rule)
 
 
@@ -257,28 +255,28 @@ def _impossible(config: PackConfig, content: Mapping[str, Any]) -> Iterator[tupl
 
 
 def _estimated_cost(cost: CostConfig, folder: str) -> PackCost:
-    """Return the cost of a model on a device. Raise a DistattnError whose sentence begins with a key of [cost]."""
+    """Return the cost of a model on a device. Raise SettingError with a key of [cost]."""
     sizes = {
         name: value for name, value in asdict(cost).items() if name not in ("device", "model") and value is not None
     }
     if cost.model is not None and sizes:
-        raise DistattnError(
-            f"{next(iter(sizes))}: is given in addition to model, which has all sizes; leave out one of the two."
+        raise SettingError(
+            next(iter(sizes)), "is given in addition to model, which has all sizes; leave out one of the two."
         )
     try:
         # a name that ends in .toml is a file, and any other is a device or a cluster
         device = load_device(os.path.join(folder, cost.device) if cost.device.endswith(".toml") else cost.device)
     except DistattnError as error:
-        raise DistattnError(f"device: {error}") from None
+        raise SettingError("device", str(error)) from None
     if cost.model is not None:
         try:
             shape = ModelShape.of_configuration(os.path.join(folder, cost.model))
         except DistattnError as error:
-            raise DistattnError(f"model: {error}") from None
+            raise SettingError("model", str(error)) from None
     else:
         missing = [field.name for field in fields(ModelShape) if field.default is MISSING and field.name not in sizes]
         if missing:
-            raise DistattnError(f"{missing[0]}: is missing; name all sizes of the model, or model = its config.json.")
+            raise SettingError(missing[0], "is missing; name all sizes of the model, or model = its config.json.")
         shape = ModelShape(**sizes)
     return training_cost(shape, device)
 
@@ -325,9 +323,7 @@ def _key_of(error: Any) -> Key:
     """Return the key that an error is about."""
     if error["type"] != "value_error":
         return tuple(error["loc"])
-    # a sentence of the rule, which begins with a key
-    key = re.match(r"[\w.]+", str(error["ctx"]["error"]))
-    return ("rule", *(key[0].split(".") if key else ()))
+    return ("rule", *error["ctx"]["error"].key.split("."))
 
 
 def _described(loc: Sequence[str | int], content: Mapping[str, Any]) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from distattn.ir.errors import DistattnError
+from distattn.ir.errors import SettingError
 
 MOST_TOKENS = (1 << 31) - 1
 LONG_DOCUMENTS = ("cut", "keep")
@@ -38,9 +38,9 @@ class PackCost:
         for name in ("token_cells", "document_cells"):
             cells = getattr(self, name)
             if not 0 <= cells <= _MOST_CELLS:
-                raise DistattnError(f"cost.{name} is {cells:,}; it must be 0 to {_MOST_CELLS:,} cells of attention.")
+                raise SettingError(f"cost.{name}", f"{cells:,} is not 0 to {_MOST_CELLS:,} cells of attention.")
         if self.cell_femtoseconds < 0:
-            raise DistattnError(f"cost.cell_femtoseconds is {self.cell_femtoseconds:,}; it must be 0 or more.")
+            raise SettingError("cost.cell_femtoseconds", f"{self.cell_femtoseconds:,} is below 0.")
 
     def of(self, length: Any) -> Any:
         """Return the cells of a document with this many tokens (a number, or int64 (N,))."""
@@ -101,31 +101,33 @@ class PackRule:
         """Raise DistattnError naming the first field that is wrong, and a value that would work."""
         steps = [step for step, _ in self.context]
         if not steps or steps[0] != 0 or sorted(set(steps)) != steps:
-            raise DistattnError(f"context: the first steps are {steps}; they must begin with 0 and rise.")
+            raise SettingError("context", f"the first steps are {steps}; they must begin with 0 and rise.")
         for _, tokens in self.context:
             if not 0 < tokens <= MOST_TOKENS:
-                raise DistattnError(f"context: {tokens:,} tokens; a pack must have 1 to {MOST_TOKENS:,}.")
+                raise SettingError("context", f"{tokens:,} tokens; a pack must have 1 to {MOST_TOKENS:,}.")
             if self.tokens_per_step <= 0 or self.tokens_per_step % tokens:
-                raise DistattnError(
-                    f"tokens_per_step: {self.tokens_per_step:,} is not a multiple of the context length {tokens:,}; "
-                    f"{max(1, self.tokens_per_step // tokens) * tokens:,} would be."
+                raise SettingError(
+                    "tokens_per_step",
+                    f"{self.tokens_per_step:,} is not a multiple of the context length {tokens:,}; "
+                    f"{max(1, self.tokens_per_step // tokens) * tokens:,} would be.",
                 )
         for name in ("window", "max_documents"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise DistattnError(f"{name}: {value} is too small; it must be at least 1.")
+                raise SettingError(name, f"{value} is too small; it must be at least 1.")
         if self.max_cost is not None:
             if not (math.isfinite(self.max_cost) and self.max_cost > 0):
-                raise DistattnError(f"max_cost: {self.max_cost} is not a cost; name a number above 0, such as 1.0.")
+                raise SettingError("max_cost", f"{self.max_cost} is not a cost; name a number above 0, such as 1.0.")
             for step, tokens in self.context:
                 packs = self.window + self.packs_at(step)
                 if packs * max(self.cost.of(tokens), self.limits_at(step).max_cells or 0) > _MOST_CELLS_OF_WINDOW:
-                    raise DistattnError(
-                        f"max_cost: the cost of {packs:,} packs of {tokens:,} tokens is more than an integer holds; "
-                        "use a smaller window, or no max_cost."
+                    raise SettingError(
+                        "max_cost",
+                        f"the cost of {packs:,} packs of {tokens:,} tokens is more than an integer holds; "
+                        "use a smaller window, or no max_cost.",
                     )
         if self.long_documents not in LONG_DOCUMENTS:
-            raise DistattnError(f'long_documents: {self.long_documents!r} is unknown; "cut" and "keep" are not.')
+            raise SettingError("long_documents", f'{self.long_documents!r} is unknown; "cut" and "keep" are not.')
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> PackRule:

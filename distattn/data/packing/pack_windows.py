@@ -16,8 +16,8 @@ import numpy as np
 from distattn.data.packing.best_fit import BestFitPacks
 from distattn.data.packing.blend import DocumentColumns
 from distattn.data.packing.cut_documents import CorpusSpans, cut_documents
-from distattn.data.packing.order import derived_key, permuted
 from distattn.data.packing.pack_rule import PackLimits, PackRule
+from distattn.data.packing.permutation import derived_key, permuted
 
 # a piece of a document: tokens start .. start + length of it, the epoch in which it is read, and whether the document ends there
 PIECE = np.dtype(

@@ -16,7 +16,7 @@ import numpy as np
 from distattn.cluster.cost import attention_speed, flops_per_cell, overhead_keys
 from distattn.cluster.spec import DIRECTIONS, ClusterSpec, load, shipped_names
 from distattn.data.packing.pack_rule import PackCost
-from distattn.ir.errors import DistattnError
+from distattn.ir.errors import DistattnError, SettingError
 
 # products with each weight matrix: one forward, two backward
 _PRODUCTS = 3
@@ -50,11 +50,12 @@ class ModelShape:
         for name in (field.name for field in fields(self)):
             value, least = getattr(self, name), 0 if name in ("num_key_value_heads", "head_dim") else 1
             if value < least:
-                raise DistattnError(f"{name}: {value} is too small; it must be at least {least}.")
+                raise SettingError(name, f"{value} is too small; it must be at least {least}.")
         if not self.head_dim and self.hidden_size % self.num_attention_heads:
-            raise DistattnError(
-                f"num_attention_heads: hidden_size {self.hidden_size} does not divide among {self.num_attention_heads} heads; "
-                "give head_dim."
+            raise SettingError(
+                "num_attention_heads",
+                f"hidden_size {self.hidden_size} does not divide among {self.num_attention_heads} heads; "
+                "give head_dim.",
             )
 
     @classmethod

@@ -13,8 +13,8 @@ import torch
 
 from distattn.batch.packed_batch import IGNORE_INDEX
 from distattn.data.packing.best_fit import BestFitPacks
-from distattn.data.packing.order import derived_key, permuted
 from distattn.data.packing.pack_rule import PackCost, PackLimits
+from distattn.data.packing.permutation import derived_key, permuted
 from distattn.data.streaming.stream_documents import DocumentReader, StreamDocument
 from distattn.data.streaming.stream_sources import stream_source
 from distattn.ir.errors import DistattnError

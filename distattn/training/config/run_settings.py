@@ -18,8 +18,8 @@ from distattn.memory.tiled_loss import TiledLoss
 from distattn.models.build import llama_config, materialise, meta_model, model_config
 from distattn.models.safetensors_files import load_pretrained
 from distattn.training.config.run_file import Config
+from distattn.training.learning_rate import ScheduleSettings
 from distattn.training.reporting.model_flops import ModelFlops, flops_utilisation
-from distattn.training.schedule import ScheduleSettings
 from distattn.training.watch.numerics_watch import WatchSettings
 
 
@@ -104,7 +104,7 @@ def prepare_layers(model: Any, config: Config) -> None:
 
     Tokens move to another layout for consecutive recurrent layers where that is faster.
     """
-    huggingface.relayout_recurrent_runs(model)
+    huggingface.relayout_recurrent_spans(model)
     if config.parallel.latents:
         huggingface.attend_by_latents(model)
     memory, layers = memory_settings(config), list(model.get_decoder().layers)

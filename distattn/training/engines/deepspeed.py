@@ -51,8 +51,8 @@ from distattn.training.engines.engine import (
     StateTensor,
     cloned,
 )
-from distattn.training.engines.keepers import keepers_of
-from distattn.training.schedule import parameter_groups, set_learning_rate
+from distattn.training.engines.parameter_keepers import assign_keepers
+from distattn.training.learning_rate import parameter_groups, set_learning_rate
 from distattn.training.watch.state_digest import state_tensors
 
 # what AdamW keeps of each parameter
@@ -84,7 +84,7 @@ class DeepSpeedEngine:
         shard = partial(shard_rows, mesh=pytorch.gradient_mesh(mesh))
         model = build_model(config, configured_model(config, vocabulary, context), device=device, shard=shard)
         prepare_layers(model, config)
-        self._keepers = keepers_of(model, range(dist.get_world_size()))
+        self._keepers = assign_keepers(model, range(dist.get_world_size()))
         settings = _settings(config)
         if device.type == "cpu":
             # else a C++ extension for shared memory is compiled

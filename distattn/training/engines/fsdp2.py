@@ -17,7 +17,7 @@ from distattn.training.config.plan_settings import PlanSettings
 from distattn.training.config.run_file import Config
 from distattn.training.config.run_settings import build_model, configured_model, prepare_layers, tiled_loss
 from distattn.training.engines.engine import Batch, EngineState, Keep, OnTokenLosses, PipelineStage, StateTensor, cloned
-from distattn.training.schedule import parameter_groups, set_learning_rate
+from distattn.training.learning_rate import parameter_groups, set_learning_rate
 from distattn.training.watch.state_digest import state_tensors
 
 # what AdamW keeps of each parameter

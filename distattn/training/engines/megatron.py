@@ -50,7 +50,7 @@ from distattn.training.engines.engine import (
     StateTensor,
     cloned,
 )
-from distattn.training.engines.keepers import keepers_of
+from distattn.training.engines.parameter_keepers import assign_keepers
 
 # master weights, and what AdamW keeps of each parameter
 _KINDS = ("param", "exp_avg", "exp_avg_sq")
@@ -264,7 +264,7 @@ class MegatronEngine:
         A rank's rows are freed as they are gathered.
         """
         self._wholes = {name: one.shape for name, one in model.named_parameters()}
-        self._keepers = keepers_of(model, dist.get_process_group_ranks(self._stage_group))
+        self._keepers = assign_keepers(model, dist.get_process_group_ranks(self._stage_group))
 
         def read(name: str) -> Tensor:
             owner, _, leaf = name.rpartition(".")

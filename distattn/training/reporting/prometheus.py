@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import importlib.util
 import ipaddress
 import socket
 import sys
@@ -10,11 +11,15 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distattn.ir.errors import DistattnError
 from distattn.training.health.device_counters import COUNTERS
 from distattn.training.health.health_reports import HealthReport
 from distattn.training.reporting.json_lines import write_whole
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
 
 # for each field of a report: its metric's name and help text
 _BY_RANK = {
@@ -24,26 +29,38 @@ _BY_RANK = {
     "data_seconds": ("distattn_data_seconds", "Seconds of a step until its data arrive."),
     "probe_seconds": ("distattn_probe_seconds", "Seconds of a fixed matrix product on the device."),
 }
-_ESCAPED = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 # seconds in which a scrape must send its request
 _REQUEST_SECONDS = 10.0
 
 
-def prometheus_text(report: HealthReport) -> str:
+def prometheus_text(report: HealthReport) -> bytes:
     """Return a report in the text exposition format, version 0.0.4; unknown values are left out."""
-    return "".join(f"{line}\n" for line in _lines(report))
+    # half a second to import, and only for runs that publish their reports
+    from prometheus_client import generate_latest
+
+    return generate_latest(_Report(report))
+
+
+def _require_client() -> None:
+    """Raise DistattnError if prometheus_client is not installed."""
+    if importlib.util.find_spec("prometheus_client") is None:
+        raise DistattnError(
+            "health.prometheus_file and health.prometheus_port need the package prometheus_client: pip install "
+            "'distattn[train]'."
+        )
 
 
 class PrometheusFile:
     """A file for the node exporter's textfile collector, which each report replaces. A full disk does not end the run."""
 
     def __init__(self, path: Path):
+        _require_client()
         self._path, self._warned = path, False
 
     def publish(self, report: HealthReport) -> None:
         """Write a report, whole or not at all; warns at the first failure."""
         try:
-            write_whole(self._path, prometheus_text(report))
+            write_whole(self._path, prometheus_text(report).decode())
         except OSError as error:
             if not self._warned:
                 sys.stderr.write(f"distattn: {self._path}: cannot be written: {error.strerror}; the run goes on.\n")
@@ -57,6 +74,7 @@ class PrometheusPort:
     """
 
     def __init__(self, address: str, port: int, token: str):
+        _require_client()
         self._text = b""
         family = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
 
@@ -77,7 +95,7 @@ class PrometheusPort:
 
     def publish(self, report: HealthReport) -> None:
         """Serve this report from now on."""
-        self._text = prometheus_text(report).encode()
+        self._text = prometheus_text(report)
 
     def close(self) -> None:
         """Stop listening."""
@@ -115,30 +133,39 @@ class PrometheusPort:
         return Handler
 
 
-def _lines(report: HealthReport) -> Iterator[str]:
-    yield from _gauge("distattn_step", "Steps done.", [("", float(report.step))])
-    for field, (name, description) in _BY_RANK.items():
-        rows = [(_labels(report, rank), value) for rank, value in enumerate(getattr(report, field))]
-        yield from _gauge(name, description, rows)
-    errors = [
-        (_labels(report, rank, kind=kind), value)
-        for rank, counters in enumerate(report.counters)
-        for kind, value in zip(COUNTERS, counters, strict=True)
-    ]
-    yield from _gauge("distattn_device_errors", "Error counts of the rank's GPU, from NVML.", errors)
-    if report.slowest is not None:
-        slow = [(_labels(report, report.slowest), report.over_median)]
-        yield from _gauge("distattn_slowest_over_median", "Share by which the slowest rank is above the median.", slow)
+class _Report:
+    """A report as a collector of prometheus_client."""
 
+    def __init__(self, report: HealthReport):
+        self._report = report
 
-def _gauge(name: str, description: str, rows: list[tuple[str, float | None]]) -> Iterator[str]:
-    known_rows = [(labels, value) for labels, value in rows if value is not None]
-    if known_rows:
-        yield f"# HELP {name} {description}"
-        yield f"# TYPE {name} gauge"
-        yield from (f"{name}{labels} {value!r}" for labels, value in known_rows)
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics, without those that have no value."""
+        report = self._report
+        yield from self._gauge("distattn_step", "Steps done.", [({}, float(report.step))])
+        for field, (name, description) in _BY_RANK.items():
+            rows = [(self._labels(rank), value) for rank, value in enumerate(getattr(report, field))]
+            yield from self._gauge(name, description, rows)
+        errors = [
+            (self._labels(rank) | {"kind": kind}, value)
+            for rank, counters in enumerate(report.counters)
+            for kind, value in zip(COUNTERS, counters, strict=True)
+        ]
+        yield from self._gauge("distattn_device_errors", "Error counts of the rank's GPU, from NVML.", errors)
+        if report.slowest is not None:
+            slow = [(self._labels(report.slowest), report.over_median)]
+            description = "Share by which the slowest rank is above the median."
+            yield from self._gauge("distattn_slowest_over_median", description, slow)
 
+    def _gauge(self, name: str, description: str, rows: list[tuple[dict[str, str], float | None]]) -> Iterator[Metric]:
+        from prometheus_client.core import Metric
 
-def _labels(report: HealthReport, rank: int, **more: str) -> str:
-    labels = {"rank": str(rank), "host": report.hosts[rank], **more}
-    return "{" + ",".join(f'{name}="{value.translate(_ESCAPED)}"' for name, value in labels.items()) + "}"
+        metric = Metric(name, description, "gauge")
+        for labels, value in rows:
+            if value is not None:
+                metric.add_sample(name, labels, value)
+        if metric.samples:
+            yield metric
+
+    def _labels(self, rank: int) -> dict[str, str]:
+        return {"rank": str(rank), "host": self._report.hosts[rank]}

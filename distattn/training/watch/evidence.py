@@ -39,7 +39,7 @@ class Evidence(NamedTuple):
     model: Any
 
 
-def keep(evidence: Evidence, folder: Path, rank: int, most: int) -> None:
+def save_evidence(evidence: Evidence, folder: Path, rank: int, most: int) -> None:
     """Write one step's evidence to `folder/step-N`, and remove the oldest beyond `most` steps. Every rank calls it.
 
     Files: `verdict.json` and `documents.jsonl` (rank 0), and for each rank R `tokens-R.npz` (arrays "I.input_ids" and

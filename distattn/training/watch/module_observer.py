@@ -163,7 +163,7 @@ def observed_modules(
             hook.remove()
 
 
-def gathered(group: dist.ProcessGroup | None, value: Any) -> list[Any]:
+def gather_values(group: dist.ProcessGroup | None, value: Any) -> list[Any]:
     """Return the value of every rank of a group; None is this process alone. A collective call."""
     if group is None or dist.get_world_size(group) == 1:
         return [value]

@@ -25,7 +25,7 @@ from distattn.training.watch import evidence
 from distattn.training.watch.module_observer import (
     OUTPUT,
     Observations,
-    gathered,
+    gather_values,
     local_part,
     observed_modules,
     plain_name,
@@ -237,7 +237,7 @@ class NumericsWatch:
                 largest.append([value for _, value in module_outputs])
         growth = self._growth and self._growth.largest()
         first_by_rank, outputs_by_rank, growth_by_rank = zip(
-            *gathered(self._group, (first, (outputs, largest), growth)), strict=True
+            *gather_values(self._group, (first, (outputs, largest), growth)), strict=True
         )
         bad = [tensor for tensor in first_by_rank if tensor is not None]
         if bad:
@@ -268,7 +268,7 @@ class NumericsWatch:
         documents: pieces of the step's documents, a JSON object each. batches: this rank's micro-batches, whose tokens
         are kept.
         """
-        evidence.keep(
+        evidence.save_evidence(
             evidence.Evidence(verdict, finding, documents, batches, self._weights),
             self.folder / "evidence",
             self._rank,

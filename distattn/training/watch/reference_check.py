@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from distattn.ir.errors import DistattnError
-from distattn.supervision.helpers import LOOK_SECONDS, MOST_REPLACEMENTS, Helper, how_it_ended
+from distattn.supervision.helper_processes import LOOK_SECONDS, MOST_REPLACEMENTS, Helper, describe_exit
 from distattn.training.config.run_file import Config
 from distattn.training.reporting.json_lines import json_text, read_rows
 from distattn.training.reporting.metrics import warn
@@ -41,7 +41,7 @@ def run_reference_check(run: RunFolder, config: Config) -> dict[str, Any]:
     code, error_output = _run_watched([*wrapper, *command])
     if code:
         # a replay that a signal ended has not printed a reason
-        last = error_output.strip().splitlines()[-1] if code > 0 and error_output.strip() else how_it_ended(code)
+        last = error_output.strip().splitlines()[-1] if code > 0 and error_output.strip() else describe_exit(code)
         raise DistattnError(f"the replay in plain transformers failed ({last}); run it by hand: {' '.join(command)}")
     verdict = compare_with_reference(run, config)
     run.reference_check_file.write_text(json_text(verdict, indent=1))
@@ -65,7 +65,7 @@ def _run_watched(command: Sequence[str]) -> tuple[int, str]:
                 raise
         if process.returncode >= 0:
             return process.returncode, error_output
-        fault = f"{helper} {stopped or how_it_ended(process.returncode)}"
+        fault = f"{helper} {stopped or describe_exit(process.returncode)}"
         if not left and stopped:
             raise DistattnError(f"{fault}; compare again later.")
         if not left:

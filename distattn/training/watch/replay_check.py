@@ -18,7 +18,7 @@ from torch import Tensor
 from distattn.driver.message_monitor import MessageMonitor
 from distattn.ir.errors import named_ranks
 from distattn.training.engines.engine import PipelineStage
-from distattn.training.watch.module_observer import Observations, gathered, observed_modules
+from distattn.training.watch.module_observer import Observations, gather_values, observed_modules
 
 # integers of the same size; 64-bit values in halves, because two flipped sign bits would add up to 2^64, which is 0
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
@@ -79,7 +79,7 @@ class ReplayCheck:
             run()
         differences = [
             difference
-            for difference in gathered(self._group, _first_difference(first, second, self._rank))
+            for difference in gather_values(self._group, _first_difference(first, second, self._rank))
             if difference is not None
         ]
         if not differences:

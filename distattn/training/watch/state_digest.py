@@ -23,7 +23,7 @@ from torch import Tensor
 from distattn.ir.errors import named_ranks
 from distattn.parallel.runtime.communicator import sendable_device
 from distattn.training.engines.engine import COUNTS, WEIGHT, StateTensor
-from distattn.training.watch.module_observer import gathered, local_part, plain_name
+from distattn.training.watch.module_observer import gather_values, local_part, plain_name
 from distattn.training.watch.replay_check import row_sums
 
 # number of changes of one rank in one process that ends the run: repeated ones are not chance
@@ -117,7 +117,7 @@ class StateDigest:
         step: the number of the step, from 0. changed: the result of `changed`. until: the moment before which it was
         found, by default the update of the step.
         """
-        changed_by_rank = gathered(self._group, (changed, socket.gethostname()))
+        changed_by_rank = gather_values(self._group, (changed, socket.gethostname()))
         ranks = tuple(rank for rank, (names, _) in enumerate(changed_by_rank) if names)
         if not ranks:
             return None

@@ -1,15 +1,15 @@
-"""Recurrences with one decay a head, in Triton: chunk by chunk, all stretches in one launch (kernel "triton_chunked").
+"""Recurrences with one decay a head, in Triton: chunk by chunk, all segments in one launch (kernel "triton_chunked").
 
-The algebra is that of `chunked`. Forward in three launches: what each chunk does to any state, the scan of states over the chunks
-of each stretch, outputs. Backward in five: the first two again, the gradient that a chunk's own outputs have, the scan of
-gradients backwards, gradients of tokens. Without the delta rule the first launch is left out. There are no atomics: results have
-the same bits every time.
+The algebra is that of `chunked`. Forward takes three launches: the effect of each chunk on any state, the scan of states over the
+chunks of each segment, and outputs. Backward takes five: the first two again, the part of the gradient that depends on a chunk's
+own outputs, the backward scan of gradients, and gradients of tokens. Without the delta rule the first launch is left out. There
+are no atomics: results have the same bits every time.
 
-Products are of the inputs' dtype, those of float32 as three products of TF32; what launches leave to later ones is of the inputs'
-dtype. Sums and states are float32, and sums of logarithms of decays are of double precision.
+Products have the inputs' dtype, for float32 as three products of TF32; tensors that launches leave to later ones have the inputs'
+dtype. Sums and states are float32, and sums of logarithms of decays have double precision.
 """
 
-# N stretches, M chunks, C tokens of a chunk, T tokens, H heads, G heads of queries and keys, K key dim, V value dim;
+# N segments, M chunks, C tokens of a chunk, T tokens, H heads, G heads of queries and keys, K key dim, V value dim;
 # a state is S_NHKV
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 
 from distattn.kernels.meta_bytes import META
-from distattn.kernels.recurrence.tokens import RecurrenceTokens, Stretches, bounds_of
+from distattn.kernels.recurrence.tokens import RecurrenceTokens, Segments, bounds_of
 from distattn.kernels.recurrence.transitions import diagonal_transitions
 from distattn.kernels.recurrence.triton.gradients import gradient_kernel
 from distattn.kernels.recurrence.triton.local import asked_kernel, output_kernel, triangular_kernel
@@ -37,23 +37,23 @@ from distattn.kernels.triton.launch import (
 )
 from distattn.kernels.triton.tiles import INTERPRETED
 
-# its functions take meta tensors, too, and allocate there what they allocate elsewhere
+# the functions also take meta tensors, and then allocate as they do on devices
 RUNS_ON_META = True
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_DIM = 256
-# tokens of a chunk at most. Wider keys leave registers and shared memory room for fewer: bytes of a chunk's keys at most
+# most tokens of a chunk; wider keys leave registers and shared memory for fewer: the most bytes of a chunk's keys
 _CHUNK, _LEAST_CHUNK, _BYTES_OF_KEYS = 64, 16, 1 << 14
-# columns of values at a time, at most, and bytes of a state's columns: a scan keeps them in registers. Products have 16 at least
+# most columns of values at a time, and bytes of a state's columns, which a scan keeps in registers; products have at least 16
 _COLUMNS, _BYTES_OF_STATE, _LEAST_SIDE = 32, 1 << 13, 16
-# channels of keys at a time in the kernel that ends a backward pass, at most: with 64 it spills registers on A100 and H100
+# most channels of keys at a time in the kernel that ends a backward pass: with 64 it spills registers on A100 and H100
 _CHANNELS = 32
 
 
 class ChunkTable(NamedTuple):
-    """Rows [begin, end) of each chunk, int32 (M, 2), and the first chunk of each stretch, int32 (N + 1).
+    """Table of chunks: rows [begin, end) of each chunk, int32 (M, 2), and the first chunk of each segment, int32 (N + 1).
 
-    bounds: rows of each stretch, int64 (N, 2). size: C. rows: how many rows stretches that follow one another have, 0 where
-    they leave rows out.
+    bounds: rows of each segment, int64 (N, 2). size: C. rows: number of rows of consecutive segments, 0 if segments leave
+    rows out.
     """
 
     chunks: Tensor
@@ -64,7 +64,7 @@ class ChunkTable(NamedTuple):
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Return why this kernel cannot serve such a call, or None."""
+    """Return the reason why this kernel cannot serve such a call, or None."""
     device = requirements.device
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return f"Triton kernels run on NVIDIA GPUs, not on {device.type}"
@@ -81,29 +81,29 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 def chunk_size(requirements: KernelRequirements) -> int:
-    """Return C."""
+    """Return the tokens of a chunk, C."""
     bytes_of_key = max(triton.next_power_of_2(requirements.head_dim), _LEAST_SIDE) * requirements.dtype.itemsize
     return max(min(_CHUNK, _BYTES_OF_KEYS // bytes_of_key), _LEAST_CHUNK)
 
 
-def prepare(stretches: Stretches, requirements: KernelRequirements) -> ChunkTable:
-    """Return the chunks of all stretches, on the host."""
+def prepare(segments: Segments, requirements: KernelRequirements) -> ChunkTable:
+    """Return the chunks of all segments, on the host."""
     size = chunk_size(requirements)
     chunks: list[tuple[int, int]] = []
     first = [0]
-    for begin, end in stretches:
+    for begin, end in segments:
         chunks += [(start, min(start + size, end)) for start in range(begin, end, size)]
         first.append(len(chunks))
-    ends = [0, *(end for _, end in stretches)]
-    follow = all(begin == before for (begin, _), before in zip(stretches, ends, strict=False))
+    ends = [0, *(end for _, end in segments)]
+    follow = all(begin == before for (begin, _), before in zip(segments, ends, strict=False))
     table = torch.tensor(chunks, dtype=torch.int32).reshape(-1, 2)
     return ChunkTable(
-        table, torch.tensor(first, dtype=torch.int32), bounds_of(stretches), size, ends[-1] if follow else 0
+        table, torch.tensor(first, dtype=torch.int32), bounds_of(segments), size, ends[-1] if follow else 0
     )
 
 
 def forward(x: RecurrenceTokens, chunks: ChunkTable, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (o_THV, the state after each stretch), in float32; o is 0 in no stretch."""
+    """Compute (o_THV, the state after each segment), in float32. o is 0 outside of segments."""
     call = _Call(x, chunks, state_NHKV)
     leaving = call.passed_on(state_NHKV, keep=True)
     o = call.result(x.heads, x.v.shape[2])
@@ -114,12 +114,12 @@ def forward(x: RecurrenceTokens, chunks: ChunkTable, state_NHKV: Tensor) -> tupl
 def states(
     x: RecurrenceTokens, chunks: ChunkTable, state_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (the state after each stretch, A of each or None), in float32; see `chunked.states`."""
+    """Compute (the state after each segment, A of each or None), in float32; see `chunked.states`."""
     key_dim, value_dim = state_NHKV.shape[2:]
     if not transitions or x.beta is None:
         leaving = _Call(x, chunks, state_NHKV).passed_on(state_NHKV, keep=False)
         return leaving, diagonal_transitions(x, chunks.bounds, state_NHKV.dtype) if transitions else None
-    # the recurrence on values 0 carries any state on: that of all unit vectors becomes A
+    # with values 0 the recurrence maps a state linearly: from all unit vectors it computes A
     identity = torch.eye(key_dim, dtype=state_NHKV.dtype, device=state_NHKV.device)
     state = torch.cat([state_NHKV, identity.expand(*state_NHKV.shape[:2], -1, -1)], -1)
     leaving = _Call(x._replace(v=F.pad(x.v, (0, key_dim))), chunks, state).passed_on(state, keep=False)
@@ -129,7 +129,7 @@ def states(
 def backward(
     x: RecurrenceTokens, chunks: ChunkTable, state_NHKV: Tensor, do_THV: Tensor, dstate_NHKV: Tensor
 ) -> tuple[RecurrenceTokens, Tensor]:
-    """Return (gradients of the tokens, gradients of the states that enter), in float32; see `chunked.backward`."""
+    """Compute (gradients of the tokens, gradients of the states that enter), in float32; see `chunked.backward`."""
     call = _Call(x, chunks, state_NHKV)
     call.passed_on(state_NHKV, keep=True, inverses=True)
     dentering = call.passed_back(do_THV, dstate_NHKV, keep=True)
@@ -143,14 +143,14 @@ def backward(
     call.run(gradient_kernel, call.programs, **rows, **tensors, DG=dg is not None)
     if call.group > 1:
         dq, dk = (dy.unflatten(1, (-1, call.group)).sum(2) for dy in (dq, dk))
-    # a decay that is the same for all tokens has no gradient
+    # a decay that all tokens share has no gradient
     return RecurrenceTokens(dq, dk, dv, x.g if dg is None else dg, dbeta), dentering
 
 
 def gradient_states(
     x: RecurrenceTokens, chunks: ChunkTable, do_THV: Tensor, dstate_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (the gradient of the state before each stretch, A of each or None), in float32; see `chunked.gradient_states`."""
+    """Compute (the gradient of the state before each segment, A of each or None), in float32; see `chunked.gradient_states`."""
     call = _Call(x, chunks, dstate_NHKV)
     if x.beta is not None:
         call.solve()
@@ -159,7 +159,7 @@ def gradient_states(
 
 
 class _Call:
-    """One call: its tensors as kernels take them, and what its launches leave to later ones."""
+    """One call: its tensors as kernels take them, and the tensors that its launches leave to later ones."""
 
     def __init__(self, x: RecurrenceTokens, chunks: ChunkTable, state_NHKV: Tensor):
         self.chunks, self.tokens, self.heads = chunks, len(x.v), x.heads
@@ -167,7 +167,7 @@ class _Call:
         self.key_dim, self.value_dim = x.q.shape[2], x.v.shape[2]
         self.is_delta, self.programs = x.beta is not None, len(chunks.chunks) * x.heads
         q, k, self.v = (_with_dense_rows(y) for y in (x.q, x.k, x.v))
-        # what is not there is not read: any tensor stands for it
+        # missing tensors are not read: pass any tensor
         g = q if x.g is None else x.g.expand(self.tokens, -1)
         self.q, self.dtype = q, q.dtype
         tokens = {"q": q, "k": k, "v": self.v, "g": g, "beta": q if x.beta is None else x.beta}
@@ -188,12 +188,12 @@ class _Call:
             "DECAY": x.g is not None,
             "DELTA": self.is_delta,
         }
-        # places of what launches leave; where nothing is left, any tensor
+        # tensors that launches write for later ones; any tensor if nothing is written
         self.w = self.inverse = self.entering = self.dleaving = self.heard = self.du = self.do = self.v
         self.scans = len(chunks.bounds) * self.heads * triton.cdiv(self.value_dim, columns)
 
     def solve(self, inverses: bool = False) -> None:
-        """Compute u and w of all chunks; with `inverses` keep those of the triangular systems, too."""
+        """Compute u and w of all chunks. With `inverses` keep those of the triangular systems."""
         size = self.chunks.size
         self.w, self.heard = self._scratch(self.tokens, self.key_dim), self._scratch(self.tokens, self.value_dim)
         if inverses:
@@ -207,7 +207,7 @@ class _Call:
         )
 
     def passed_on(self, state_NHKV: Tensor, keep: bool, inverses: bool = False) -> Tensor:
-        """Return the state after each stretch; with `keep` later launches find what enters chunks and what tokens store."""
+        """Return the state after each segment. With `keep` store what enters chunks and what tokens store, for later launches."""
         if self.is_delta:
             self.solve(inverses)
         if keep:
@@ -218,7 +218,10 @@ class _Call:
         return leaving
 
     def passed_back(self, do_THV: Tensor, dstate_NHKV: Tensor, keep: bool) -> Tensor:
-        """Return the gradient of the state before each stretch; with `keep` later launches find du and what leaves chunks."""
+        """Return the gradient of the state before each segment.
+
+        With `keep` store du and what leaves chunks, for later launches.
+        """
         self.do = _with_dense_rows(do_THV)
         if keep:
             self.dleaving = self._states()
@@ -232,16 +235,16 @@ class _Call:
         return dentering
 
     def result(self, *shape: int) -> Tensor:
-        """Return a float32 tensor (T, ...) for results; 0 where stretches leave rows out."""
+        """Return a float32 tensor (T, ...) for results; it is 0 where segments leave rows out."""
         make = torch.empty if self.chunks.rows == self.tokens else torch.zeros
         return make((self.tokens, *shape), dtype=torch.float32, device=self.q.device)
 
     def run(self, kernel: Any, programs: int, **arguments: Any) -> None:
-        """Launch a kernel with the tensors of the call and some others."""
-        # products of few rows cannot be shared by many warps
+        """Launch a kernel with the tensors of the call and these arguments."""
+        # many warps cannot share products of few rows
         warps = 8 if self.chunks.size == _CHUNK else 4
         launch = make_launch(kernel, programs, self.arguments | arguments, Tile(0, 0, warps, 1))
-        # of meta tensors only the sizes are wanted
+        # for meta tensors only the sizes matter
         if self.q.device != META:
             run_launch(launch)
 

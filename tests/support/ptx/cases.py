@@ -78,7 +78,7 @@ def forward_call(case: Case, into: tuple[torch.Tensor, torch.Tensor] | None = No
     schedule = gluon_attention.prepare(_cells(case), _requirements(case))
     # as few programs as that, however unevenly tiles are dealt out to them
     schedule = schedule._replace(programs=min(len(schedule.forward.order) * case.heads, case.multiprocessors))
-    launch = gluon_attention.plan_forward(q, k, v, o, lse, schedule, case.score, merge=case.kernels == "merge")
+    launch = gluon_attention.forward_launch(q, k, v, o, lse, schedule, case.score, merge=case.kernels == "merge")
     return Call([launch], {"o": o, "lse": lse})
 
 
@@ -89,13 +89,13 @@ def backward_call(case: Case, lse: torch.Tensor, delta: torch.Tensor) -> Call:
     given = do, q, k, v, lse.contiguous(), delta.contiguous(), grads
     if case.kernels == "backward":
         schedule = gluon_attention.prepare(_cells(case), _requirements(case))
-        launches = gluon_attention.plan_backward(*given, schedule, case.score, accumulate=True)
+        launches = gluon_attention.backward_launch(*given, schedule, case.score, accumulate=True)
     else:
         # as on the GPU: there, not here, tiles are fetched by the tensor-memory accelerator
         tiles = triton_attention.tiles_for(_requirements(case), HOPPER)
         work = triton_attention.prepare_tiles(_cells(case), tiles, 132)
         with mock.patch.object(triton_attention, "compute_capability", lambda device: HOPPER):
-            launches = triton_attention.plan_backward(*given, work, case.score, accumulate=(True, True))
+            launches = triton_attention.backward_launch(*given, work, case.score, accumulate=(True, True))
     return Call(launches, dict(zip(("dq", "dk", "dv"), grads, strict=True)))
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: change the layout around runs of recurrent layers, by public forward hooks of decoder layers.
+"""Hugging Face transformers: change the layout around spans of recurrent layers, by public forward hooks of decoder layers.
 
 Hooks are called outside of checkpointed layers: transformers and `memory.checkpoint_layers` checkpoint the inside of a layer. So
 rows move once, and the kept input of a layer has the layout in which the layer is computed.
@@ -18,7 +18,7 @@ from distattn.adapters.huggingface_masks import MaskPattern
 from distattn.adapters.huggingface_recurrent import check_mixing_layer
 from distattn.adapters.pytorch import unwrapped
 from distattn.batch.local_batch import LocalBatch
-from distattn.batch.recurrent_run import RecurrentRun, recurrent_run
+from distattn.batch.recurrent_span import RecurrentSpan, recurrent_span
 from distattn.ir.errors import DistattnError
 
 _RECURRENT = "linear_attention"
@@ -44,13 +44,13 @@ _POSITIONS = ("position_ids", "position_embeddings")
 _RETURNED = ("output_hidden_states", "output_router_logits")
 
 
-def relayout_recurrent_runs(model: Any) -> list[Any]:
-    """Move tokens to contiguous slices for runs of recurrent layers if that is faster on the batch's `cluster`.
+def relayout_recurrent_spans(model: Any) -> list[Any]:
+    """Move tokens to contiguous slices for spans of recurrent layers if that is faster on the batch's `cluster`.
 
-    model: a transformers model; call this once, before it is sharded or compiled. `distattn.recurrent_run` chooses for each batch
-    and run: without a described cluster rows stay. They also stay if hidden states or router logits are to be returned, if layers
-    get other tensors of tokens, and in models whose configuration has no shape of their states. Return handles with `remove()`,
-    an empty list for a model without such runs. Other hooks on layers inside a run see its rows.
+    model: a transformers model; call this once, before it is sharded or compiled. `distattn.recurrent_span` chooses for each
+    batch and span: without a described cluster rows stay. They also stay if hidden states or router logits are to be returned, if
+    layers get other tensors of tokens, and in models whose configuration has no shape of their states. Return handles with
+    `remove()`, an empty list for a model without such spans. Other hooks on layers inside a span see its rows.
     """
     decoder = unwrapped(model).get_decoder()
     shape = recurrence_shape(decoder.config)
@@ -58,27 +58,27 @@ def relayout_recurrent_runs(model: Any) -> list[Any]:
         return []
     asked = _Returned(decoder.config)
     handles = [decoder.register_forward_pre_hook(asked.note, with_kwargs=True)]
-    for numbers in runs_of(decoder.config.layer_types):
+    for numbers in find_spans(decoder.config.layer_types):
         layers = [decoder.layers[number] for number in numbers]
         count = sum(decoder.config.layer_types[number] == _RECURRENT for number in numbers)
-        run = _Run(f"layers {numbers[0]} to {numbers[-1]}", shape | dict(layers=count), asked)
-        handles.append(layers[0].register_forward_pre_hook(run.enter, with_kwargs=True))
-        handles += [layer.register_forward_pre_hook(run.within, with_kwargs=True) for layer in layers[1:]]
-        handles.append(layers[-1].register_forward_hook(run.leave))
+        span = _Span(f"layers {numbers[0]} to {numbers[-1]}", shape | dict(layers=count), asked)
+        handles.append(layers[0].register_forward_pre_hook(span.enter, with_kwargs=True))
+        handles += [layer.register_forward_pre_hook(span.within, with_kwargs=True) for layer in layers[1:]]
+        handles.append(layers[-1].register_forward_hook(span.leave))
     return handles
 
 
-def runs_of(kinds: Sequence[str]) -> list[range]:
-    """Return the numbers of layers of each run: from a recurrent layer to the last one after it without attention between."""
-    runs: list[range] = []
+def find_spans(kinds: Sequence[str]) -> list[range]:
+    """Return the numbers of layers of each span: from a recurrent layer to the last one after it without attention between."""
+    spans: list[range] = []
     begin: int | None = None
     for number, kind in enumerate([*kinds, ""]):
         if kind == _RECURRENT:
             begin, last = (number if begin is None else begin), number
         elif kind not in _BY_TOKEN and begin is not None:
-            runs.append(range(begin, last + 1))
+            spans.append(range(begin, last + 1))
             begin = None
-    return runs
+    return spans
 
 
 def recurrence_shape(config: Any) -> dict[str, Any] | None:
@@ -117,56 +117,56 @@ class _Returned:
         self.any = any(kwargs.get(name, getattr(self._config, name, False)) for name in _RETURNED)
 
 
-class _Run:
-    """The hooks of one run of layers."""
+class _Span:
+    """The hooks of one span of layers."""
 
     def __init__(self, name: str, shape: Mapping[str, Any], asked: _Returned):
         self._name, self._shape, self._asked = name, dict(shape), asked
         # for the batch whose forward pass is between the first layer and the last; None if rows stay
-        self._run: RecurrentRun | None = None
+        self._span: RecurrentSpan | None = None
 
     @torch.compiler.disable
     def enter(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Choose a layout before the first layer, and move the rows."""
-        self._run = None
+        self._span = None
         batch = kwargs.get("context_parallel")
         if not isinstance(batch, LocalBatch) or self._asked.any or not _hidden_states_only(args, kwargs):
             return None
         hidden_1TC = args[0]
         kind = hidden_1TC.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_1TC.dtype
-        run = recurrent_run(batch, width=hidden_1TC.shape[-1], dtype=dtype, device=hidden_1TC.device, **self._shape)
-        if not run.is_relaid:
+        span = recurrent_span(batch, width=hidden_1TC.shape[-1], dtype=dtype, device=hidden_1TC.device, **self._shape)
+        if not span.is_relaid:
             return None
-        self._run = run
-        return (run.enter(hidden_1TC.squeeze(0))[None],), _within(run, kwargs)
+        self._span = span
+        return (span.enter(hidden_1TC.squeeze(0))[None],), _within(span, kwargs)
 
     @torch.compiler.disable
     def within(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Replace the batch and the positions before each other layer."""
-        if self._run is None:
+        if self._span is None:
             return None
         if not _hidden_states_only(args, kwargs):
             raise DistattnError(
                 f"the tokens of {self._name} were moved, and one of the layers got other tensors than its hidden states; leave "
-                "relayout_recurrent_runs out."
+                "relayout_recurrent_spans out."
             )
-        return args, _within(self._run, kwargs)
+        return args, _within(self._span, kwargs)
 
     @torch.compiler.disable
     def leave(self, layer: Any, args: tuple[Any, ...], output: Any) -> Any:
         """Move the rows back after the last layer."""
-        run, self._run = self._run, None
-        if run is None:
+        span, self._span = self._span, None
+        if span is None:
             return None
         hidden_1TC, *others = output if isinstance(output, tuple) else (output,)
-        moved = run.leave(hidden_1TC.squeeze(0))[None]
+        moved = span.leave(hidden_1TC.squeeze(0))[None]
         return (moved, *others) if isinstance(output, tuple) else moved
 
 
-def _within(run: RecurrentRun, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a layer's arguments in a run. Without positions a layer that reads them fails, and does not compute wrongly."""
-    return {**kwargs, **{name: None for name in _POSITIONS if name in kwargs}, "context_parallel": run.batch}
+def _within(span: RecurrentSpan, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a layer's arguments in a span. Without positions a layer that reads them fails, and does not compute wrongly."""
+    return {**kwargs, **{name: None for name in _POSITIONS if name in kwargs}, "context_parallel": span.batch}
 
 
 def _hidden_states_only(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

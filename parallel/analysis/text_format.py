@@ -1,4 +1,4 @@
-"""Tables in plain text: columns as wide as what stands in them, numbers of a column in one unit."""
+"""Tables in plain text, with columns as wide as their content and one unit per column of numbers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ _UNITS = {
 }
 
 
-def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Lines of a table, the first `left` columns to the left and the others to the right; short rows end early."""
+def align_columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Return the lines of a table, the first `left` columns left-aligned and the others right-aligned; short rows end early."""
     columns = max(map(len, rows))
     widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(columns)]
     return [
@@ -23,8 +23,8 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     ]
 
 
-def in_one_unit(values: Sequence[float], kind: str) -> list[str]:
-    """Seconds ("s") or bytes ("B"), all in the unit of the largest."""
+def with_common_unit(values: Sequence[float], kind: str) -> list[str]:
+    """Format seconds ("s") or bytes ("B"), all in the unit of the largest."""
     largest = max(map(abs, values), default=0.0)
     size, unit = next(((size, unit) for size, unit in _UNITS[kind] if largest >= size), _UNITS[kind][-1])
     digits = {"s": 3, "B": 0}.get(unit, 2)
@@ -32,7 +32,7 @@ def in_one_unit(values: Sequence[float], kind: str) -> list[str]:
 
 
 def readable_bytes(number: int) -> str:
-    """Bytes with a unit; powers of 1000."""
+    """Format bytes with a unit; powers of 1000."""
     value = float(number)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
@@ -41,6 +41,6 @@ def readable_bytes(number: int) -> str:
     return f"{value:.1f} TB"
 
 
-def plural(number: int, what: str) -> str:
-    """A number of things, by the name of one."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def plural(number: int, noun: str) -> str:
+    """Format a number of things. noun: the name of one."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

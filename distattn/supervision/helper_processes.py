@@ -40,7 +40,7 @@ class Helper:
         """Return how it has ended, such as "was killed by SIGKILL"; "" while it lives."""
         if process_state(self.pid) not in "XZ":
             return ""
-        return how_it_ended(code) if (code := self.exit_code()) is not None else "has ended"
+        return describe_exit(code) if (code := self.exit_code()) is not None else "has ended"
 
     def exit_code(self) -> int | None:
         """Return the exit code after its end, -N for signal N; None if it is unknown. Does not reap it."""
@@ -82,7 +82,7 @@ class Helper:
             time.sleep(0.001)
 
 
-def how_it_ended(code: int) -> str:
+def describe_exit(code: int) -> str:
     """Return how a process ended, from its exit code, which is negative if a signal killed it."""
     if code >= 0:
         return f"ended with exit code {code}"

@@ -7,18 +7,18 @@ from test_per_rank import assert_same
 
 from distattn.batch.collectives import HostGroup
 from distattn.batch.packed_batch import BatchFacts, PackedBatch
-from distattn.driver.known_steps import KnownInfos, share_numbers
+from distattn.driver.global_loader import GlobalStepInfos, share_numbers
 from distattn.driver.rank_table import RankTable
 from distattn.ir.errors import DistattnError
 
 pytestmark = pytest.mark.sampled(3)
 
 
-class KnownLoader:
+class SharedPacks:
     """Packs of all shares, as a plan of packs would have them."""
 
-    def __init__(self, rank, size, known_by="plan"):
-        self.rank, self.size, self.known_by, self.step = rank, size, known_by, 0
+    def __init__(self, rank, size, data_digest="plan"):
+        self.rank, self.size, self.data_digest, self.step = rank, size, data_digest, 0
         self.labels_are_known = True
         self.end = max(len(PACKS[share]) for share in range(size))
 
@@ -47,7 +47,7 @@ def trained_run(rank, shares, options, digests=None):
     HostGroup.all_gather = counted
     model = model_of()
     with shared(**options) as cp:
-        loader = KnownLoader(cp.data_parallel_rank, shares, digests[rank] if digests else "plan")
+        loader = SharedPacks(cp.data_parallel_rank, shares, digests[rank] if digests else "plan")
         out = [trained(model, step) for step in cp.steps(loader)]
     return out, asked.count("the exchange of a step")
 
@@ -76,7 +76,7 @@ def left_run(rank):
     """Numbers of the loader's next step: after a loop that is left in its second step, and after a loop over the rest."""
     model = model_of()
     with shared(options=dict(block=8)) as cp:
-        loader, seen = KnownLoader(rank, 2), []
+        loader, seen = SharedPacks(rank, 2), []
         for step in cp.steps(loader):
             seen.append(trained(model, step))
             if len(seen) == 2:
@@ -96,7 +96,7 @@ def held_run(rank):
     """Hold a loop's generator while another loop goes on. Return the trained steps, and the refusal when the first goes on."""
     model = model_of()
     with shared(options=dict(block=8)) as cp:
-        loader = KnownLoader(rank, 2)
+        loader = SharedPacks(rank, 2)
         held = cp.steps(loader)
         seen = [trained(model, next(held))]
         seen += [trained(model, step) for step in cp.steps(loader)]
@@ -113,7 +113,7 @@ def test_a_loop_whose_generator_is_held_loses_no_step():
 
 def nested_run(rank):
     with shared(options=dict(block=8)) as cp:
-        loader = KnownLoader(rank, 2)
+        loader = SharedPacks(rank, 2)
         for _ in cp.steps(loader):
             for _ in cp.steps(loader):
                 pass
@@ -135,4 +135,4 @@ def test_a_loader_of_another_share_is_refused():
     with pytest.raises(
         DistattnError, match="share 0 of 2, but this rank has share 1 of 2; make it with rank=1, size=2"
     ):
-        KnownInfos(KnownLoader(0, 2), table, None, ask=False)
+        GlobalStepInfos(SharedPacks(0, 2), table, None, ask=False)

@@ -37,6 +37,6 @@ INTERLEAVED = _PerThread()
 RECOMPUTING: list[InterleavedBatch] = []
 
 
-def interleaved_batch() -> InterleavedBatch | None:
+def current_micro_batch() -> InterleavedBatch | None:
     """The micro-batch whose turn it is, where several take turns."""
     return INTERLEAVED.batch or (RECOMPUTING[-1] if RECOMPUTING else None)

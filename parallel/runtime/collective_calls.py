@@ -22,7 +22,7 @@ _CALLS: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary
 _ANSWER, _LATER = 5.0, 10.0
 
 
-def attended(group: dist.ProcessGroup, what: str, work: Callable[[], Result]) -> Result:
+def run_collective(group: dist.ProcessGroup, what: str, work: Callable[[], Result]) -> Result:
     """What `work`, a collective call of a group, returns. Raises LostRankError, with the ranks that did not come, where it fails.
 
     what: the call, for the error; all ranks of the group make it equally often. Ranks are those of the default group.
@@ -39,7 +39,7 @@ def attended(group: dist.ProcessGroup, what: str, work: Callable[[], Result]) ->
         # this rank's own trouble
         raise
     except RuntimeError as error:
-        raise LostRankError(_missing(name, dist.get_process_group_ranks(group), calls[what], what, error)) from None
+        raise _missing(name, dist.get_process_group_ranks(group), calls[what], what, error) from None
 
 
 def default_store() -> dist.Store:
@@ -61,7 +61,7 @@ def ask_store(work: Callable[[], Result], seconds: float) -> Result | None:
     return found[0] if found else None
 
 
-def _missing(name: str, members: list[int], number: int, what: str, error: RuntimeError) -> str:
+def _missing(name: str, members: list[int], number: int, what: str, error: RuntimeError) -> LostRankError:
     def look_up() -> list[int]:
         # a connection of its own: others may block theirs
         store = dist.PrefixStore(name, default_store().clone())  # type: ignore[attr-defined]
@@ -76,7 +76,9 @@ def _missing(name: str, members: list[int], number: int, what: str, error: Runti
     reason = str(error).strip().partition("\n")[0].rstrip(".")
     absent = ask_store(look_up, _LATER + _ANSWER)
     if absent is None:
-        return f"the process that holds the job's store (rank 0, or the launcher) stopped answering: {reason}."
+        text = f"the process that holds the job's store (rank 0, or the launcher) stopped answering: {reason}."
+        return LostRankError(text)
     if not absent:
-        return f"all ranks came to {what}, but it failed: {reason}."
-    return f"{named_ranks(absent)} did not come to {what}: killed, stopped or elsewhere ({reason})."
+        return LostRankError(f"all ranks came to {what}, but it failed: {reason}.")
+    text = f"{named_ranks(absent)} did not come to {what}: killed, stopped or elsewhere ({reason})."
+    return LostRankError(text, absent)

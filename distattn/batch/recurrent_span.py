@@ -1,6 +1,6 @@
-"""A run of recurrent layers, for which tokens may move to another layout before the first and back after the last."""
+"""A span of recurrent layers, for which tokens may move to another layout before the first and back after the last."""
 
-# T tokens of this rank, U in the layout of the run, C channels
+# T tokens of this rank, U in the layout of the span, C channels
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from distattn.ir.arguments import checked
 from distattn.ir.errors import DistattnError
 from distattn.ir.op import Op, op_of
 from distattn.ir.plan import Plan, dtype_name
-from distattn.ops.executable import whole_device
-from distattn.parallel.run_layout import RUN_LAYOUT, relayout_is_faster, relayout_may_be_faster
+from distattn.ops.executable import with_device_index
 from distattn.parallel.runtime.relaid_rows import move_rows
+from distattn.parallel.span_layout import SPAN_LAYOUT, relayout_is_faster, relayout_may_be_faster
 
 
-class RecurrentRun:
-    """The layers of a run take `batch` in place of the model's, and rows that `enter` gave; `leave` gives the model's back.
+class RecurrentSpan:
+    """The layers of a span take `batch` in place of the model's, and rows that `enter` gave; `leave` gives the model's back.
 
     Everything between the two that works token by token (norms, projections, MLPs) needs no change. Positions are not moved:
     recurrent layers have none.
 
-        run = da.recurrent_run(batch, "gated_delta_rule", layers=3, width=4096, heads=32, head_dim=128)
-        x = run.enter(x)
+        span = da.recurrent_span(batch, "gated_delta_rule", layers=3, width=4096, heads=32, head_dim=128)
+        x = span.enter(x)
         for layer in layers:
-            x = layer(x, run.batch)
-        x = run.leave(x)
+            x = layer(x, span.batch)
+        x = span.leave(x)
     """
 
     def __init__(self, batch: LocalBatch, layout: str | None):
-        """layout: of the run, by name; None where rows stay."""
+        """layout: of the span, by name; None where rows stay."""
         self.batch = batch if layout is None else RelaidBatch(batch, layout)
         self._model, self._layout, self.is_relaid = batch, layout, layout is not None
 
     def enter(self, x_TC: Tensor) -> Tensor:
-        """Rows (U, C) where the run has them, from the model's (T, C), with gradients. A collective call of all ranks."""
+        """Rows (U, C) where the span has them, from the model's (T, C), with gradients. A collective call of all ranks."""
         return self._move(x_TC, inward=True)
 
     def leave(self, x_UC: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class RecurrentRun:
         moves = moves if inward else moves.reversed()
         rows, pad_to = sum(map(len, moves.sends.values())), planner.config.pad_to
         if len(x) not in (rows, padded(rows, pad_to)):
-            raise DistattnError(f"a run of layers moves the {rows} rows of this rank (or as padded), not {len(x)}.")
+            raise DistattnError(f"a span of layers moves the {rows} rows of this rank (or as padded), not {len(x)}.")
         moved = move_rows(x[:rows], moves, planner.ranks.transport(x.device))
         if len(x) != padded(rows, pad_to):
             return moved
@@ -66,7 +66,7 @@ class RecurrentRun:
 
 
 @checked
-def recurrent_run(
+def recurrent_span(
     batch: LocalBatch,
     op: Op | str,
     *,
@@ -78,8 +78,8 @@ def recurrent_run(
     v_head_dim: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | None = None,
-) -> RecurrentRun:
-    """The run of `layers` recurrent layers in a row: re-laid to contiguous slices where that is faster, in simulation.
+) -> RecurrentSpan:
+    """The span of `layers` recurrent layers in a row: re-laid to contiguous slices where that is faster, in simulation.
 
     width: channels of the hidden states that would move. heads are those of values, kv_heads (by default as many) those of
     queries and keys. Without a described cluster nothing is known of time, and rows stay; so they do where a rank has no tokens.
@@ -89,24 +89,24 @@ def recurrent_run(
     """
     cluster, op = batch.planner.config.cluster, op_of(op)
     if not isinstance(cluster, ClusterSpec) or isinstance(batch, RelaidBatch):
-        return RecurrentRun(batch, None)
+        return RecurrentSpan(batch, None)
     home = batch.planner.layout_of(batch.key, None)
     if not home.shard_sizes().all():
         # ranks without tokens may be servers, which compute attention only
-        return RecurrentRun(batch, None)
+        return RecurrentSpan(batch, None)
     shape = AttentionShape(heads, kv_heads or heads, head_dim, v_head_dim or head_dim, dtype_name(dtype), op=op)
     known = shape, layers, width
-    if known not in batch.relaid_runs:
+    if known not in batch.relaid_spans:
         how: dict[str, Any] = dict(layers=layers, width=width, cluster=cluster)
-        here, there = _plan(batch, shape, device), batch.planner.layout_of(batch.key, RUN_LAYOUT)
-        batch.relaid_runs[known] = relayout_may_be_faster(here, there, **how) and relayout_is_faster(
-            here, _plan(batch, shape._replace(layout=RUN_LAYOUT), device), **how
+        here, there = _plan(batch, shape, device), batch.planner.layout_of(batch.key, SPAN_LAYOUT)
+        batch.relaid_spans[known] = relayout_may_be_faster(here, there, **how) and relayout_is_faster(
+            here, _plan(batch, shape._replace(layout=SPAN_LAYOUT), device), **how
         )
-    return RecurrentRun(batch, RUN_LAYOUT if batch.relaid_runs[known] else None)
+    return RecurrentSpan(batch, SPAN_LAYOUT if batch.relaid_spans[known] else None)
 
 
 def _plan(batch: LocalBatch, shape: AttentionShape, device: torch.device | str | None) -> Plan:
     if device is not None:
         # later batches have it made ahead
-        batch.executable(shape, whole_device(device))
+        batch.executable(shape, with_device_index(device))
     return batch.plan(*shape)

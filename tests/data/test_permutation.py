@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distattn.data.packing.order import derived_key, permuted
+from distattn.data.packing.permutation import derived_key, permuted
 from distattn.ir.errors import DistattnError
 
 SIZES = [1, 2, 3, 5, 7, 8, 13, 255, 256, 257, 997, 4095, 4096, 4097, 65535, 65536, 65537, 99991, (1 << 18) + 1]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 
-def keepers_of(model: torch.nn.Module, ranks: Sequence[int]) -> dict[str, int]:
+def assign_keepers(model: torch.nn.Module, ranks: Sequence[int]) -> dict[str, int]:
     """By parameter the rank that keeps it where each keeps a share: whoever has least so far."""
     kept, found = dict.fromkeys(ranks, 0), {}
     for name, parameter in model.named_parameters():

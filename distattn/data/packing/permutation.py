@@ -2,7 +2,7 @@
 
 A Feistel network permutes the numbers of b bits. Numbers that land outside [0, n) are permuted again until they land inside
 (cycle walking; Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). Only additions, multiplications, shifts and
-exclusive ors of 64-bit integers are used. Golden values in tests/data/test_order.py fix the order for ever.
+exclusive ors of 64-bit integers are used. Golden values in tests/data/test_permutation.py fix the order for ever.
 """
 
 from __future__ import annotations

@@ -11,12 +11,12 @@ import numpy as np
 
 from distattn.ir.intervals import Ints, lexicographic_argsort
 from distattn.ir.plan import Call, Columns, Payload, has_rows_and_keys, select_rows
-from distattn.kernels.recurrence.tokens import Stretches
+from distattn.kernels.recurrence.tokens import Segments
 from distattn.parallel.runtime.launches import TokenIntervals
 from distattn.parallel.runtime.views import ViewParts
 
 
-class StretchKind(Enum):
+class SegmentKind(Enum):
     """What the tasks of a launch leave: outputs or gradients ("whole"), the state of keys, or the gradient state of rows."""
 
     WHOLE = "whole"
@@ -24,16 +24,16 @@ class StretchKind(Enum):
     GRADIENT_STATE = "gradient state"
 
 
-# a launch has a state for each of its stretches: packs of short documents are several launches
-_MOST_STRETCHES = 64
+# a launch has a state for each of its segments: packs of short documents are several launches
+_MOST_SEGMENTS = 64
 _OPERANDS = {
-    StretchKind.WHOLE: (Payload.Q, Payload.KV, Payload.dO),
-    StretchKind.STATE: (Payload.Q, Payload.KV),
-    StretchKind.GRADIENT_STATE: (Payload.Q, Payload.KV, Payload.dO),
+    SegmentKind.WHOLE: (Payload.Q, Payload.KV, Payload.dO),
+    SegmentKind.STATE: (Payload.Q, Payload.KV),
+    SegmentKind.GRADIENT_STATE: (Payload.Q, Payload.KV, Payload.dO),
 }
 
 
-class StretchLaunches(NamedTuple):
+class SegmentLaunches(NamedTuple):
     """All launches of a table on one rank, sorted by step.
 
     by launch: its step, kind and heads [h0, h1). tasks: with the number of each in the table (column `row`), sorted by launch and
@@ -41,7 +41,7 @@ class StretchLaunches(NamedTuple):
     """
 
     steps: list[int]
-    kinds: list[StretchKind]
+    kinds: list[SegmentKind]
     heads: list[tuple[int, int]]
     tasks: Columns
     launch: Ints
@@ -50,7 +50,7 @@ class StretchLaunches(NamedTuple):
     shared_payloads: tuple[str, ...]
 
     @staticmethod
-    def of(call: Call, tasks: Columns) -> StretchLaunches:
+    def of(call: Call, tasks: Columns) -> SegmentLaunches:
         """The launches of one rank's tasks."""
         kind = np.where(has_rows_and_keys(tasks), 0, np.where(tasks["q0"] == tasks["q1"], 1, 2))
         tasks = {**tasks, "kind": kind}
@@ -60,15 +60,15 @@ class StretchLaunches(NamedTuple):
         fresh = np.ones(len(labels), bool)
         fresh[1:] = (labels[1:] != labels[:-1]).any(1)
         place = np.arange(len(labels))
-        fresh |= (place - np.maximum.accumulate(np.where(fresh, place, 0))) % _MOST_STRETCHES == 0
+        fresh |= (place - np.maximum.accumulate(np.where(fresh, place, 0))) % _MOST_SEGMENTS == 0
         launch, first = np.cumsum(fresh) - 1, np.flatnonzero(fresh)
         h0, h1, group = tasks["h0"], tasks["h1"], call.gqa_group_size
         tokens = TokenIntervals.of(launch, tasks["q0"], tasks["k1"], h0, h1)
         shared = TokenIntervals.of(launch, tasks["q0"], tasks["k1"], h0 // group, -(-h1 // group))
-        kinds = [list(StretchKind)[number] for number in kind_of(tasks, first)]
+        kinds = [list(SegmentKind)[number] for number in kind_of(tasks, first)]
         heads = list(zip(h0[first].tolist(), h1[first].tolist(), strict=True))
         steps = tasks["step"][first].tolist()
-        return StretchLaunches(steps, kinds, heads, tasks, launch, tokens, shared, call.op.shared_payloads)
+        return SegmentLaunches(steps, kinds, heads, tasks, launch, tokens, shared, call.op.shared_payloads)
 
     def parts(self, payload: Payload) -> ViewParts:
         """The parts of one view of a payload per launch."""
@@ -78,28 +78,28 @@ class StretchLaunches(NamedTuple):
         """Whether a launch reads or gives a payload."""
         kind = self.kinds[number]
         return payload in _OPERANDS[kind] or (
-            kind is StretchKind.WHOLE and payload in (Payload.O, Payload.dQ, Payload.dKV)
+            kind is SegmentKind.WHOLE and payload in (Payload.O, Payload.dQ, Payload.dKV)
         )
 
-    def schedules(self, prepare: Callable[[Stretches], Any]) -> list[StretchSchedule]:
-        """Return the schedule of each launch. prepare: turns stretches, in rows of its tensors, into the kernel's lists."""
+    def schedules(self, prepare: Callable[[Segments], Any]) -> list[SegmentSchedule]:
+        """Return the schedule of each launch. prepare: turns segments, in rows of its tensors, into the kernel's lists."""
         shift = self.tokens.to_row(self.launch, self.tasks["q0"])
         begin, end = (self.tasks[name] + shift for name in ("q0", "k1"))
         rows = list(zip(begin.tolist(), end.tolist(), strict=True))
         bounds = np.searchsorted(self.launch, np.arange(len(self.steps) + 1)).tolist()
         numbers = self.tasks["row"].tolist()
         return [
-            StretchSchedule(kind, tuple(numbers[a:b]), prepare(tuple(rows[a:b])))
+            SegmentSchedule(kind, tuple(numbers[a:b]), prepare(tuple(rows[a:b])))
             for kind, (a, b) in zip(self.kinds, itertools.pairwise(bounds), strict=True)
         ]
 
 
-class StretchSchedule(NamedTuple):
-    """A launch: its kind, the numbers of its tasks in the table, and what the kernel's `prepare` made of their stretches."""
+class SegmentSchedule(NamedTuple):
+    """A launch: its kind, the numbers of its tasks in the table, and what the kernel's `prepare` made of their segments."""
 
-    kind: StretchKind
+    kind: SegmentKind
     tasks: tuple[int, ...]
-    stretches: Any
+    segments: Any
 
 
 def kind_of(tasks: Columns, first: Ints) -> list[int]:

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from distattn.adapters import pytorch
 from distattn.ir.errors import DistattnError
-from distattn.training.schedule import (
+from distattn.training.learning_rate import (
     SCHEDULES,
     ScheduleSettings,
     learning_rate,

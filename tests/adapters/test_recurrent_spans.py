@@ -1,4 +1,4 @@
-"""Runs of recurrent layers of transformers' models on contiguous slices: loss and gradients are those of one process."""
+"""Spans of recurrent layers of transformers' models on contiguous slices: loss and gradients are those of one process."""
 
 from dataclasses import replace
 
@@ -9,8 +9,8 @@ from hybrid_models import batch_of, double_precision, in_one_process, worst
 from processes import run_on_ranks, sum_gradients
 
 import distattn as da
-from distattn.adapters import huggingface, huggingface_runs
-from distattn.adapters.huggingface_runs import recurrence_shape, runs_of
+from distattn.adapters import huggingface, huggingface_spans
+from distattn.adapters.huggingface_spans import find_spans, recurrence_shape
 from distattn.adapters.pytorch import local_loss
 from distattn.cluster.spec import ClusterSpec, Link, load
 from distattn.ir.op import op_of
@@ -35,7 +35,7 @@ CHOSEN = ["qwen3_next", "nemotron_h", "bamba"]
 
 
 def _cluster(ranks: int) -> ClusterSpec:
-    """Links so slow that the states of many stretches take longer than two moves of all tokens."""
+    """Links so slow that the states of many segments take longer than two moves of all tokens."""
     return replace(load(f"h100-1x{ranks}"), intra_node=Link(0.001, 10.0))
 
 
@@ -43,11 +43,11 @@ def _split(rank: int, names: list, pad_to: int, cluster: ClusterSpec | None) -> 
     """Checkpointed; cluster: what the choice is by, or None for rows that move in any case."""
     found = []
     if cluster is None:
-        huggingface_runs.recurrent_run = lambda batch, *given, **named: da.RecurrentRun(batch, "contiguous")
+        huggingface_spans.recurrent_span = lambda batch, *given, **named: da.RecurrentSpan(batch, "contiguous")
     for name in names:
         model = hybrid_models.build(name, **MODELS[name])
         model.gradient_checkpointing_enable()
-        assert huggingface.relayout_recurrent_runs(model)
+        assert huggingface.relayout_recurrent_spans(model)
         settings = dict(layout="block_cyclic", layout_options={"block": 2}, pad_to=pad_to)
         cp = da.ContextParallel(strategy="ring", kernel="reference", cluster=cluster, **settings)
         with double_precision(), cp:
@@ -59,7 +59,7 @@ def _split(rank: int, names: list, pad_to: int, cluster: ClusterSpec | None) -> 
         torch.distributed.all_reduce(total)
         local = batch["context_parallel"]
         if cluster is not None:
-            assert any(local.relaid_runs.values()), name
+            assert any(local.relaid_spans.values()), name
         asked = {shape.layout for shape, _ in local.planner.registered_shapes() if shape.op.is_recurrent}
         assert "contiguous" in asked, name
         found.append((total, [parameter.grad for parameter in model.parameters()]))
@@ -86,10 +86,10 @@ def _forward(model: torch.nn.Module, **asked: bool) -> tuple:
 
     def choose(batch, op, **settings):
         choices.append(settings | dict(op=op))
-        return da.RecurrentRun(batch, "contiguous")
+        return da.RecurrentSpan(batch, "contiguous")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(huggingface_runs, "recurrent_run", choose)
+        patch.setattr(huggingface_spans, "recurrent_span", choose)
         model(**huggingface.inputs(batch), **asked)
     return batch["context_parallel"], choices
 
@@ -97,10 +97,11 @@ def _forward(model: torch.nn.Module, **asked: bool) -> tuple:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_shape_that_is_chosen_by_is_the_shape_that_layers_ask_for(name):
     model = hybrid_models.build(name, **MODELS[name])
-    huggingface.relayout_recurrent_runs(model)
+    huggingface.relayout_recurrent_spans(model)
     local, choices = _forward(model)
     assert [one["layers"] for one in choices] == [
-        sum(model.config.layer_types[number] == _LINEAR for number in run) for run in runs_of(model.config.layer_types)
+        sum(model.config.layer_types[number] == _LINEAR for number in span)
+        for span in find_spans(model.config.layer_types)
     ]
     (asked,) = (shape for shape, _ in local.planner.registered_shapes() if shape.op.is_recurrent)
     shape = recurrence_shape(model.config)
@@ -114,7 +115,7 @@ def test_the_shape_that_is_chosen_by_is_the_shape_that_layers_ask_for(name):
 
 def test_rows_stay_where_hooks_cannot_see_what_becomes_of_them():
     model = hybrid_models.build("qwen3_next", **MODELS["qwen3_next"])
-    handles = huggingface.relayout_recurrent_runs(model)
+    handles = huggingface.relayout_recurrent_spans(model)
     assert len(_forward(model)[1]) == 2
     for name in ("output_hidden_states", "output_router_logits"):
         assert not _forward(model, **{name: True})[1]
@@ -140,10 +141,10 @@ def test_rows_stay_where_hooks_cannot_see_what_becomes_of_them():
 def test_models_without_such_runs_are_left_alone():
     # attention beside each recurrence, convolutions alone, embeddings that go to all layers, attention alone
     for name in ("falcon_h1", "lfm2", "zamba2", "qwen3_moe"):
-        assert not huggingface.relayout_recurrent_runs(hybrid_models.build(name)), name
+        assert not huggingface.relayout_recurrent_spans(hybrid_models.build(name)), name
 
 
 def test_runs_reach_from_a_recurrent_layer_to_the_last_before_one_that_attends():
     m, f, a = _LINEAR, "mlp", _FULL
-    assert runs_of([m, m, a, f, m, f, m, f, a, m]) == [range(2), range(4, 7), range(9, 10)]
-    assert runs_of([a, f, "conv"]) == runs_of([]) == []
+    assert find_spans([m, m, a, f, m, f, m, f, a, m]) == [range(2), range(4, 7), range(9, 10)]
+    assert find_spans([a, f, "conv"]) == find_spans([]) == []

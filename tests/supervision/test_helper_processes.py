@@ -13,10 +13,10 @@ import pytest
 from waiting import eventually
 
 from distattn.ir.errors import DistattnError
-from distattn.supervision import helpers, rank_watch
+from distattn.supervision import helper_processes, rank_watch
 from distattn.supervision.culprits import process_state
 from distattn.supervision.heartbeats import HeartbeatBoard
-from distattn.supervision.helpers import Helper
+from distattn.supervision.helper_processes import Helper
 from distattn.supervision.rank_watch import Patience, RankWatch
 from distattn.training.watch import reference_check
 
@@ -66,7 +66,7 @@ def test_ranks_that_end_with_a_helper_are_not_to_blame(how, sleeping, tmp_path):
     rank, server, board = sleeping(), Helper("the fork server", sleeping()), HeartbeatBoard.make(1)
     with patch.object(os, "getpid", lambda: rank):
         board.writer(0, 1)("forward and backward", 0, 0.0, False)
-    with patch.object(rank_watch, "LOOK_SECONDS", 0.0), patch.object(helpers, "LOOK_SECONDS", 0.1):
+    with patch.object(rank_watch, "LOOK_SECONDS", 0.0), patch.object(helper_processes, "LOOK_SECONDS", 0.1):
         watch = RankWatch(board, range(4, 5), Patience(600.0, 0.2), tmp_path, helpers=[server])
         os.kill(server.pid, how)
         trouble = eventually(lambda: watch.trouble, "the helper's end is not noticed")
@@ -96,7 +96,7 @@ def test_a_rank_that_dies_in_the_same_moment_as_the_helper_is_not_to_blame(sleep
 def test_a_helper_that_can_be_replaced_is(how, sleeping, tmp_path):
     sentences, first = [], sleeping()
     helper, board = Helper("the resource tracker", first, sleeping), HeartbeatBoard.make(1)
-    with patch.object(rank_watch, "LOOK_SECONDS", 0.0), patch.object(helpers, "LOOK_SECONDS", 0.1):
+    with patch.object(rank_watch, "LOOK_SECONDS", 0.0), patch.object(helper_processes, "LOOK_SECONDS", 0.1):
         watch = RankWatch(board, range(1), Patience(600.0, 0.2), tmp_path, helpers=[helper], notify=sentences.append)
         os.kill(first, how)
         eventually(lambda: sentences, "nothing is said")
@@ -151,7 +151,7 @@ sys.exit("the last words")
 @pytest.mark.parametrize("faults", [1, 100])
 def test_a_replay_that_dies_or_stops_begins_again_a_few_times(how, faults, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reference_check, "LOOK_SECONDS", 0.05)
-    monkeypatch.setattr(helpers, "LOOK_SECONDS", 0.5)
+    monkeypatch.setattr(helper_processes, "LOOK_SECONDS", 0.5)
     monkeypatch.setattr(reference_check, "_STOPPED_SECONDS", 1.0)
     command = [sys.executable, "-c", FAULTY_REPLAY, str(tmp_path / "tries"), str(faults), str(int(how))]
     named = rf"the replay in plain transformers \(process \d+\) {re.escape(HOW[how])}"
@@ -162,7 +162,7 @@ def test_a_replay_that_dies_or_stops_begins_again_a_few_times(how, faults, tmp_p
             reference_check._run_watched(command)
     else:
         assert reference_check._run_watched(command) == (-signal.SIGKILL, "")
-    began_again = min(faults, helpers.MOST_REPLACEMENTS)
+    began_again = min(faults, helper_processes.MOST_REPLACEMENTS)
     error_lines = capsys.readouterr().err.splitlines()
     assert len(error_lines) == began_again
     assert all(re.fullmatch(rf"distattn: {named}; it begins again\.", line) for line in error_lines), error_lines

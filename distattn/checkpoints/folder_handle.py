@@ -8,7 +8,7 @@ from pathlib import Path
 from distattn.ir.errors import DistattnError
 
 
-class HeldFolder:
+class FolderHandle:
     """A folder that this process keeps open, and knows again under another name. Use it as a context, or close it."""
 
     def __init__(self, path: Path):
@@ -54,7 +54,7 @@ class HeldFolder:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def __enter__(self) -> HeldFolder:
+    def __enter__(self) -> FolderHandle:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,7 @@
-"""Loaders that know every step of every rank beforehand: with them ranks need not tell each other what comes.
+"""Loaders that know the global batch of every step: with them ranks need not exchange facts about each step.
 
-A pack plan is such a one (`distattn.data.loader`). All ranks compare once that they read the same plan from the same step on;
-from then on what each of them will have is arithmetic.
+The loader of a pack plan is one (`distattn.data`). All ranks compare once that they read the same plan from the same step on;
+from then on each rank computes what all others will have.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from distattn.ir.errors import DistattnError
 
 
 @runtime_checkable
-class KnownSteps(Protocol):
-    """A loader of one share of the data that knows the batches of all shares. Iterating yields a step's micro-batches.
+class GlobalLoader(Protocol):
+    """A loader of one share of the data that knows the global batch: the batches of all shares, of any step.
 
-    rank, size: the share, and of how many. step, end: the next step that it yields, and the one before which it ends. known_by: a
-    digest of all that the batches depend on. labels_are_known: whether labels are counted without reading.
+    Iterating yields the micro-batches of a step of its own share. rank, size: number of the share, and how many there are. step:
+    the next step that it yields. end: the step before which it ends. data_digest: a digest of everything that the batches depend
+    on. labels_are_known: labels can be counted without reading.
     """
 
     rank: int
@@ -29,7 +30,7 @@ class KnownSteps(Protocol):
     end: int
 
     @property
-    def known_by(self) -> str: ...
+    def data_digest(self) -> str: ...
 
     @property
     def labels_are_known(self) -> bool: ...
@@ -37,17 +38,17 @@ class KnownSteps(Protocol):
     def __iter__(self) -> Iterator[list[Any]]: ...
 
     def facts(self, step: int) -> list[list[BatchFacts]]:
-        """Of a step, the micro-batches of each share."""
+        """Return the facts about the micro-batches of each share in a step."""
         ...
 
 
-class KnownInfos:
+class GlobalStepInfos:
     """What all ranks of an exchange will tell of each step, as far as this rank knows it.
 
     Raises DistattnError where the loader is not that of this rank.
     """
 
-    def __init__(self, loader: KnownSteps, table: RankTable, same_batch: Sequence[int] | None, ask: bool):
+    def __init__(self, loader: GlobalLoader, table: RankTable, same_batch: Sequence[int] | None, ask: bool):
         """same_batch: of each rank, the rank whose data it has, by default that of the table. ask: whatever the loader knows."""
         self._loader, self._table = loader, table
         self._share_of = share_numbers(same_batch or table.first_of_block, table.has_model)
@@ -58,7 +59,7 @@ class KnownInfos:
                 f"make it with rank={mine[0]}, size={mine[1]}."
             )
         # the loader goes on meanwhile
-        self.name = f"{loader.known_by} from step {loader.step} to {loader.end}"
+        self.name = f"{loader.data_digest} from step {loader.step} to {loader.end}"
         self._next = loader.step
         # whether ranks have to be asked, which they are until all have said that they read the same
         self._may_know, self._asks = loader.labels_are_known and not ask, True

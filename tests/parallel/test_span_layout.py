@@ -1,11 +1,11 @@
-"""Runs of recurrent layers move to contiguous slices where that is faster, and rows move as layouts say."""
+"""Spans of recurrent layers move to contiguous slices where that is faster, and rows move as layouts say."""
 
 import numpy as np
 import torch
 
 from distattn.batch.local_batch import LocalBatch
 from distattn.batch.planner import BatchKey, Planner, PlannerConfig
-from distattn.batch.recurrent_run import recurrent_run
+from distattn.batch.recurrent_span import recurrent_span
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.parallel.runtime.relaid_rows import RowMoves
@@ -19,20 +19,20 @@ def batch_of(layout: Layout, **settings) -> LocalBatch:
     return LocalBatch(Planner(config, None, lay_out), BatchKey((TOKENS,)), 0, False)
 
 
-def test_many_stretches_and_layers_pay_for_a_relayout_and_few_do_not():
+def test_many_segments_and_layers_pay_for_a_relayout_and_few_do_not():
     shape = dict(width=2048, heads=32, kv_heads=16, head_dim=128)
     many, few = Layout.block_cyclic((TOKENS,), 8, block=1024), Layout.zigzag((TOKENS,), 8)
     for layout, layers, relaid in ((many, 1, False), (many, 6, True), (few, 6, False)):
         batch = batch_of(layout, cluster="h100-1x8")
-        run = recurrent_run(batch, "gated_delta_rule", layers=layers, **shape)
-        assert run.is_relaid == relaid and (run.batch is batch) != relaid
+        span = recurrent_span(batch, "gated_delta_rule", layers=layers, **shape)
+        assert span.is_relaid == relaid and (span.batch is batch) != relaid
     # nothing is known of time
-    run = recurrent_run(batch_of(many), "gated_delta_rule", layers=6, **shape)
-    assert not run.is_relaid and run.enter(x := torch.ones(3, 2)) is x
+    span = recurrent_span(batch_of(many), "gated_delta_rule", layers=6, **shape)
+    assert not span.is_relaid and span.enter(x := torch.ones(3, 2)) is x
     # a rank without tokens may be a server
     blocks = [(at, at + 1024) for at in range(0, TOKENS, 1024)]
     idle = Layout.from_chunks((TOKENS,), [*(blocks[rank::7] for rank in range(7)), []])
-    assert not recurrent_run(batch_of(idle, cluster="h100-1x8"), "gated_delta_rule", layers=6, **shape).is_relaid
+    assert not recurrent_span(batch_of(idle, cluster="h100-1x8"), "gated_delta_rule", layers=6, **shape).is_relaid
 
 
 def test_every_row_goes_to_its_new_owner_and_back():

@@ -1,4 +1,4 @@
-"""Room on nodes of a Ray cluster: placement groups with one bundle a node, and what is held beside an attempt to grow."""
+"""Placement groups of a Ray cluster with one bundle a node, and reservations of more nodes while an attempt runs."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def bundle_nodes(group: PlacementGroup) -> dict[int, str]:
     return {bundle: node for bundle, node in found.items() if node}
 
 
-class MoreNodes:
-    """Holds nodes beside those of an attempt, until there are enough for one of the larger numbers that the run may have.
+class NodeReservation:
+    """A reservation of nodes for an attempt that may grow: it holds them until they make up one of the larger node counts.
 
-    A question that waits for room is what Ray's autoscaler adds nodes for.
+    A placement group that waits is what Ray's autoscaler adds nodes for.
     """
 
     def __init__(self, needs: NodeNeeds, nodes: Sequence[str], counts: Sequence[int], left_out: Sequence[str]):
@@ -52,8 +52,11 @@ class MoreNodes:
         self._placed = 0
         self._looked = self._found_at = float("-inf")
 
-    def found(self) -> int:
-        """How many nodes the run can have now, the attempt's included; 0 for no more, or where further ones may follow soon."""
+    def available_nodes(self) -> int:
+        """Return how many nodes the run can have now, those of the attempt included.
+
+        Return 0 if there are no more, or if further ones may follow soon.
+        """
         now = time.monotonic()
         if self._placed + 1 < len(self._counts) and now - self._looked > _LOOK_SECONDS:
             self._looked = now

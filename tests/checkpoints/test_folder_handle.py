@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from distattn.checkpoints.held_folder import HeldFolder
+from distattn.checkpoints.folder_handle import FolderHandle
 from distattn.ir.errors import DistattnError
 
 
@@ -13,7 +13,7 @@ from distattn.ir.errors import DistattnError
 def test_a_renamed_folder_is_found_under_its_new_name(replaced, tmp_path):
     place = tmp_path / "run"
     place.mkdir()
-    with HeldFolder(place) as held:
+    with FolderHandle(place) as held:
         held.check()
         place.rename(tmp_path / "other")
         if replaced:
@@ -32,7 +32,7 @@ def test_a_renamed_folder_is_found_under_its_new_name(replaced, tmp_path):
 def test_a_deleted_folder_is_nowhere_also_where_another_one_has_its_name(tmp_path):
     place = tmp_path / "run"
     place.mkdir()
-    with HeldFolder(place) as held:
+    with FolderHandle(place) as held:
         shutil.rmtree(place)
         assert not held.is_in_place() and held.where() is None
         place.mkdir()

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from distattn.ir.errors import DistattnError
-from distattn.parallel.runtime.attendance import default_store
+from distattn.parallel.runtime.collective_calls import default_store
 
 LOOPBACK = "127.0.0.1"
 # Linux's call for the IPv4 address of an interface, and its table of IPv6 ones
@@ -23,7 +23,7 @@ _IPV6_TABLE = Path("/proc/net/if_inet6")
 _GLOBAL_SCOPE = "00"
 
 
-def own_address() -> str:
+def reachable_address() -> str:
     """The address of this machine that ranks of other machines connect to, as a number.
 
     That of the interface in GLOO_SOCKET_IFNAME, the first where it names several; else the one that faces the job's store, or
@@ -35,7 +35,7 @@ def own_address() -> str:
         if address is None:
             raise DistattnError(f"GLOO_SOCKET_IFNAME: {name} has no address here; name an interface of `ip addr`.")
         return address
-    for address in (*_towards_store(), *resolved(socket.gethostname())):
+    for address in (*_towards_store(), *resolve_host(socket.gethostname())):
         if not ipaddress.ip_address(address).is_loopback:
             return address
     raise DistattnError(
@@ -59,7 +59,7 @@ def interface_address(name: str) -> str | None:
     return None
 
 
-def resolved(host: str) -> list[str]:
+def resolve_host(host: str) -> list[str]:
     """The addresses that a name stands for, as numbers; none where it stands for nothing."""
     try:
         return list(dict.fromkeys(str(found[4][0]) for found in socket.getaddrinfo(host, None)))
@@ -85,7 +85,7 @@ def _towards_store() -> Iterator[str]:
 
 def addresses_towards(host: str, port: int) -> Iterator[str]:
     """Yield the addresses from which this machine sends to a host. host: a name or an address."""
-    for address in resolved(host):
+    for address in resolve_host(host):
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
                 # nothing is sent: the system only chooses an interface

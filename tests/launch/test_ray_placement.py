@@ -11,7 +11,7 @@ if importlib.util.find_spec("ray") is None:
     pytest.skip("ray is not installed", allow_module_level=True)
 
 from distattn.launch.ray import nodes as ray_nodes
-from distattn.launch.ray import room as ray_room
+from distattn.launch.ray import placement
 from distattn.launch.ray.nodes import NodeCounts, RayNodes, _natural
 from distattn.training.run_folder import RunFolder
 
@@ -30,19 +30,19 @@ def ray(monkeypatch):
         nodes = cluster.given.get(group, [])
         return {"state": "CREATED" if nodes else "PENDING", "bundles_to_node_id": dict(enumerate(nodes))}
 
-    monkeypatch.setattr(ray_room, "hold_nodes", hold)
-    monkeypatch.setattr(ray_room, "placement_group_table", table)
-    monkeypatch.setattr(ray_room, "remove_placement_group", cluster.held.remove)
-    monkeypatch.setattr(ray_room, "time", SimpleNamespace(monotonic=lambda: cluster.now))
+    monkeypatch.setattr(placement, "hold_nodes", hold)
+    monkeypatch.setattr(placement, "placement_group_table", table)
+    monkeypatch.setattr(placement, "remove_placement_group", cluster.held.remove)
+    monkeypatch.setattr(placement, "time", SimpleNamespace(monotonic=lambda: cluster.now))
     return cluster
 
 
 def test_nodes_that_come_together_are_taken_together_and_the_most_at_once(ray):
-    more = ray_room.MoreNodes(NodeNeeds(2, 0, 2), ["a", "b"], (8, 4, 3, 2, 1), ["bad"])
+    reservation = placement.NodeReservation(NodeNeeds(2, 0, 2), ["a", "b"], (8, 4, 3, 2, 1), ["bad"])
 
     def found(seconds: float) -> int:
         ray.now += seconds
-        return more.found()
+        return reservation.available_nodes()
 
     assert found(0) == 0 and ray.asked == [(1, ["bad", "a", "b"])]
     ray.given[1] = ["c"]
@@ -53,12 +53,14 @@ def test_nodes_that_come_together_are_taken_together_and_the_most_at_once(ray):
     assert found(2) == 0 and ray.asked[2:] == [(4, ["bad", "a", "b", "c", "d"])]
     ray.given[3] = ["e", "f", "g", "h"]
     assert found(2) == 8 and len(ray.asked) == 3
-    more.close()
+    reservation.close()
     assert not ray.held
 
 
 def test_an_attempt_that_has_all_nodes_asks_for_none(ray):
-    assert ray_room.MoreNodes(NodeNeeds(2, 0, 2), ["a", "b"], (2, 1), []).found() == 0 and not ray.asked
+    assert (
+        placement.NodeReservation(NodeNeeds(2, 0, 2), ["a", "b"], (2, 1), []).available_nodes() == 0 and not ray.asked
+    )
 
 
 def test_nodes_keep_the_order_of_their_numbers():

@@ -1,7 +1,7 @@
-"""Where a run of recurrent layers wants its tokens: where they are, or on contiguous slices, with two re-layouts around the run.
+"""The faster layout of a span of recurrent layers: that of the model, or contiguous slices with a re-layout at both ends.
 
-Contiguous slices have the fewest states: a document of m stretches moves at least m - 1 in every layer. Tokens that move before
-the run and back after it move once, however many layers it has.
+Contiguous slices have the fewest states: a document of m segments moves at least m - 1 in every layer. Tokens that move before
+the span and back after it move once, however many layers it has.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from distattn.ir.plan import Plan
 from distattn.parallel.analysis.simulate import simulated_seconds
 from distattn.parallel.make_plan import make_plan
 
-# the layout of fewest stretches, by its name
-RUN_LAYOUT = "contiguous"
+# the name of the layout with the fewest segments
+SPAN_LAYOUT = "contiguous"
 
 
 def relayout_may_be_faster(here: Plan, there: Layout, *, layers: int, width: int, cluster: ClusterSpec) -> bool:
-    """Whether it may be, before a layer is planned in the other layout: no plan is faster than kernels of equal shares.
+    """Return whether it may be, without planning a layer in the other layout: no plan beats kernels of equal shares.
 
-    here, layers, width and cluster as in `relayout_is_faster`. False where both layouts are one.
+    here, layers, width and cluster as in `relayout_is_faster`. Return False if both layouts are equal.
     """
     call = here.call
     if there == call.layout:
@@ -38,9 +38,10 @@ def relayout_may_be_faster(here: Plan, there: Layout, *, layers: int, width: int
 
 
 def relayout_is_faster(here: Plan, there: Plan, *, layers: int, width: int, cluster: ClusterSpec) -> bool:
-    """Whether `layers` recurrent layers in a row are faster in the layout of another plan, in simulation, forward and backward.
+    """Return whether a span of recurrent layers is faster in the layout of another plan, in simulation, forward and backward.
 
-    here, there: of one such layer where its tokens are, and where they would be. width: of hidden states, which move in and out.
+    here, there: plans of one layer in the model's layout and in the other. layers: number of layers. width: of the hidden
+    states, which move in and out.
     """
     gained = layers * (simulated_seconds(here, cluster) - simulated_seconds(there, cluster))
     call = here.call
@@ -48,8 +49,8 @@ def relayout_is_faster(here: Plan, there: Plan, *, layers: int, width: int, clus
 
 
 def relayout_seconds(here: Layout, there: Layout, width: int, dtype: str, cluster: ClusterSpec) -> float:
-    """Simulated seconds in which rows of `width` numbers go to another layout and come back, and so do their gradients."""
-    # a convolution of one tap moves nothing but tokens to where it is computed, and results home
+    """Return the simulated seconds in which rows of `width` numbers, and their gradients, move to another layout and back."""
+    # a convolution of one tap moves only tokens to the ranks that compute them, and results back
     plan = make_plan(
         Mask.documents(here.lengths, (0, 0)),
         here,

@@ -1,0 +1,155 @@
+"""Python calls and frames of a layer: from transformers' call of attention to the kernel, forward, and the host time of it.
+
+    python benchmarks/layer_calls.py [--rounds 2000]
+
+One rank, a tiny Llama, whose second call is counted: plans and programs are there by then. Calls inside the kernel do not count.
+To compare two checkouts, run this file several times in turn with each of them in PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import distattn as da
+from distattn.adapters import huggingface
+from distattn.kernels.registry import load_kernel
+
+_OURS = Path(da.__file__).resolve().parents[1]
+
+
+class LayerCalls(NamedTuple):
+    """What lies between transformers and the kernel. frames, own_frames: on the stack when the kernel is entered.
+
+    calls: of Python functions, by file and function, without those of the kernel.
+    """
+
+    frames: int
+    own_frames: int
+    calls: Counter[tuple[str, str]]
+
+    @property
+    def own_calls(self) -> int:
+        """Calls of functions of distattn."""
+        return sum(number for (file, _), number in self.calls.items() if _is_ours(file))
+
+    @property
+    def own_files(self) -> int:
+        """Files of distattn with such functions."""
+        return len({file for file, _ in self.calls if _is_ours(file)})
+
+
+class Layer:
+    """One attention layer of a tiny Llama on one rank. kernel: by name; its forward is replaced by `computes` if given."""
+
+    def __init__(self, kernel: str = "cpu", tokens: int = 64) -> None:
+        config = LlamaConfig(
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=64,
+            attn_implementation="eager",
+        )
+        huggingface.register()
+        model = LlamaForCausalLM(config)
+        self.module = model.model.layers[0].self_attn
+        self.cp = da.ContextParallel(strategy="ring", kernel=kernel)
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        self.batch = self.cp.shard({"input_ids": ids, "document_lengths": [tokens // 2, tokens - tokens // 2]})
+        self.inputs = [torch.randn(1, heads, tokens, 16, requires_grad=True) for heads in (4, 2, 2)]
+        self.kernel = load_kernel(kernel)
+
+    def __call__(self) -> Any:
+        """Run the layer's attention as transformers calls it."""
+        local, positions = self.batch["context_parallel"], self.batch["position_ids"]
+        return huggingface.attention_forward(
+            *(self.module, *self.inputs, None, 0.25), position_ids=positions, context_parallel=local
+        )
+
+
+def count_calls(layer: Layer) -> LayerCalls:
+    """Count the Python calls of one call of the layer, and the frames at the kernel's forward."""
+    calls: Counter[tuple[str, str]] = Counter()
+    code, first = layer.kernel.forward.__code__, sys._getframe()
+    stacks: list[list[FrameType]] = []
+    inside = [0]
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        if event not in ("call", "return"):
+            return
+        is_kernel = frame.f_code is code
+        if event == "return":
+            inside[0] -= is_kernel
+            return
+        if is_kernel and not inside[0]:
+            stacks.append(_stack(frame.f_back, first))
+        inside[0] += is_kernel
+        # the frame of `Layer.__call__` is not the layer's
+        if not inside[0] and frame.f_code is not Layer.__call__.__code__:
+            calls[frame.f_code.co_filename, frame.f_code.co_qualname] += 1
+
+    layer()
+    sys.setprofile(note)
+    try:
+        layer()
+    finally:
+        sys.setprofile(None)
+    (stack,) = stacks
+    return LayerCalls(len(stack), sum(_is_ours(frame.f_code.co_filename) for frame in stack), calls)
+
+
+def host_seconds(layer: Layer, rounds: int) -> float:
+    """Return the median of the seconds that a call of the layer takes."""
+    seconds = []
+    with torch.no_grad():
+        for _ in range(rounds):
+            began = time.perf_counter()
+            layer()
+            seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def _stack(frame: FrameType | None, end: FrameType) -> list[FrameType]:
+    frames = []
+    while frame is not None and frame is not end:
+        if frame.f_code is not Layer.__call__.__code__:
+            frames.append(frame)
+        frame = frame.f_back
+    return frames
+
+
+def _is_ours(file: str) -> bool:
+    path = Path(file).resolve()
+    return path.is_relative_to(_OURS) and "site-packages" not in path.parts
+
+
+def main() -> None:
+    """Print the counts and the time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2000)
+    parser.add_argument("--all", action="store_true", help="print every function that is called")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    layer = Layer()
+    found = count_calls(layer)
+    for (file, name), number in found.calls.most_common() if options.all else ():
+        sys.stdout.write(f"{number:5d}  {'/'.join(Path(file).parts[-3:])} {name}\n")
+    sys.stdout.write(
+        f"{found.frames} frames, {found.own_frames} of distattn; {found.calls.total()} Python calls, {found.own_calls} of "
+        f"distattn in {found.own_files} files; {host_seconds(layer, options.rounds) * 1e6:,.1f} us\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
