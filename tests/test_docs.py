@@ -366,7 +366,7 @@ def test_private_names_of_other_projects_are_listed():
     own = set().union(*map(_own_names, files))
     # documented by Python, underscore or not
     public = {"_replace", "_asdict", "_fields", "_exit"}
-    table = (ROOT / "docs" / "correctness.md").read_text()
+    table = (ROOT / "docs" / "private-hooks.md").read_text()
     rows = [line for line in table.splitlines() if line.startswith("| ")]
     for file in files:
         name = file.relative_to(ROOT).as_posix()
@@ -377,6 +377,12 @@ def test_private_names_of_other_projects_are_listed():
 
 
 # ---- the pages
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_is_short(page):
+    text = re.sub(r"```.*?```|^    .*?$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert len(text.split()) <= 1500
 
 
 def test_every_picture_of_a_strategy_is_what_its_script_draws_today():
