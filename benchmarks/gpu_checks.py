@@ -57,7 +57,7 @@ LEAST_SECONDS = 15
 
 
 def main() -> int:
-    """All checks, one line each."""
+    """Make all checks and print one line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only-run", action="store_true", help="a few calls, for a memory checker around them")
     parser.add_argument("--tiers", nargs="+", choices=TIERS, default=list(TIERS))
@@ -73,14 +73,14 @@ def main() -> int:
     complaints, ran = [], []
     for dims, modifiers in shapes if device.type == "cuda" else [((32, 32), True)]:
         for name in arguments.tiers:
-            what = f"{name} {dims}{' softcap alibi' * modifiers}"
+            label = f"{name} {dims}{' softcap alibi' * modifiers}"
             call = call_of(name, dims, modifiers, device)
             if why_not := call.tier.unsupported_reason(KernelRequirements(call.dtype, *dims, device)):
-                findings.left_out(what, why_not)
+                findings.left_out(label, why_not)
             elif time.monotonic() > ends:
-                findings.left_out(what, "no time was left")
+                findings.left_out(label, "no time was left")
             else:
-                complaints += checked(what, call, findings, arguments.only_run)
+                complaints += checked(label, call, findings, arguments.only_run)
                 ran.append(name)
     # the same whatever the tier: once, where each has a program of its own
     if next(iter(TIERS)) in arguments.tiers:
@@ -93,24 +93,24 @@ def main() -> int:
     return findings.ended()
 
 
-def checked(what: str, call: Call, findings: Findings, only_run: bool) -> list[str]:
-    """All masks with a tier and shape: what is wrong with them."""
+def checked(label: str, call: Call, findings: Findings, only_run: bool) -> list[str]:
+    """Check all masks with a tier and shape; return what is wrong with them."""
     began, complaints = time.perf_counter(), []
     chosen = dict(list(masks(call.device).items())[:2]) if only_run else masks(call.device)
     for name, mask in chosen.items():
         try:
-            found = check(call, mask)
+            problems = check(call, mask)
         except Exception as error:
-            found = [f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"]
-        findings.check(f"{what} {name}", "; ".join(found))
-        complaints += [f"{what} {name}: {text}" for text in found]
+            problems = [f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"]
+        findings.check(f"{label} {name}", "; ".join(problems))
+        complaints += [f"{label} {name}: {text}" for text in problems]
         if call.device.type == "cuda":
             # what a compiler refuses is one call's trouble; a device that is lost ends the program here
             torch.cuda.synchronize()
     host = ""
     if not (only_run or call.modifiers or complaints):
         host = f", {host_time(call):.0f} us of host time per forward launch"
-    findings.print_line(f"{what}: {time.perf_counter() - began:.0f} s{host}")
+    findings.print_line(f"{label}: {time.perf_counter() - began:.0f} s{host}")
     return complaints
 
 
@@ -125,7 +125,7 @@ class Call(NamedTuple):
     device: torch.device
 
     def work(self, mask: da.Mask) -> Any:
-        """The kernel's lists, on the device."""
+        """Return the kernel's lists, on the device."""
         cells = LaunchMask.from_mask(mask, HEADS, KV_HEADS)
         return schedule_to_device(
             self.tier.prepare(cells, KernelRequirements(self.dtype, *self.dims, self.device)), self.device
@@ -133,13 +133,13 @@ class Call(NamedTuple):
 
 
 def call_of(name: str, dims: tuple[int, int], modifiers: bool, device: torch.device) -> Call:
-    """A tier by its name, in the precision that is used on such a device."""
+    """Return a call of a tier by its name, in the precision that is used on such a device."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     return Call(TIERS[name], name in LOOSE, dims, modifiers, dtype, device)
 
 
 def masks(device: torch.device) -> dict[str, da.Mask]:
-    """Small, with uneven ends."""
+    """Return small masks with uneven ends."""
     n = 1037 if device.type == "cuda" else 77
     third = n // 3
     some = {
@@ -162,7 +162,7 @@ def masks(device: torch.device) -> dict[str, da.Mask]:
 
 
 def check(call: Call, mask: da.Mask) -> list[str]:
-    """What is wrong with one call, forward and backward, adding to zeros, and then to what is there."""
+    """Return what is wrong with one call, forward and backward, adding to zeros, and then to what is there."""
     torch.manual_seed(0)
     (dim, v_dim), device = call.dims, call.device
     work = call.work(mask)
@@ -197,13 +197,13 @@ def check(call: Call, mask: da.Mask) -> list[str]:
     backward(second, first["lse"], delta)
     forward(second)
     doubled = {key: {"o": x, "lse": x + math.log(2)}.get(key, 2 * x) for key, x in wanted.items()}
-    found = [text for key, x in second.items() if (text := difference(key, x, doubled[key], call.dtype))]
-    complaints += [f"added to itself, {text}" for text in found if text not in complaints]
+    problems = [text for key, x in second.items() if (text := difference(key, x, doubled[key], call.dtype))]
+    complaints += [f"added to itself, {text}" for text in problems if text not in complaints]
     return complaints + [f"a write beyond {key}" for key, x in second.items() if not whole(x)]
 
 
 def by_reference(mask: da.Mask, operands: tuple[Tensor, ...], score: ScoreMod) -> dict[str, Tensor]:
-    """The same by the reference kernel in fp64."""
+    """Compute the same by the reference kernel in fp64."""
     q, k, v, do = (x.double() for x in operands)
     cells = LaunchMask.from_mask(mask, HEADS, KV_HEADS)
     work = schedule_to_device(
@@ -215,7 +215,7 @@ def by_reference(mask: da.Mask, operands: tuple[Tensor, ...], score: ScoreMod) -
 
 
 def difference(name: str, got: Tensor, wanted: Tensor, dtype: torch.dtype) -> str:
-    """What is wrong with a result, or nothing; -inf is the log-sum-exp of rows without keys."""
+    """Return what is wrong with a result, or an empty text; -inf is the log-sum-exp of rows without keys."""
     if not torch.equal(got == -torch.inf, wanted == -torch.inf):
         return f"{name} is -inf elsewhere"
     got, wanted = (torch.where(wanted == -torch.inf, 0.0, x.double()) for x in (got, wanted))
@@ -225,20 +225,20 @@ def difference(name: str, got: Tensor, wanted: Tensor, dtype: torch.dtype) -> st
 
 
 def guarded(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, guard: float) -> Tensor:
-    """Random numbers between guards."""
+    """Return random numbers between guards."""
     size = torch.Size(shape).numel()
     around = torch.full((size + 2 * GUARD,), guard, dtype=dtype, device=device)
     return around[GUARD : GUARD + size].view(shape).normal_()
 
 
 def whole(x: Tensor) -> bool:
-    """Whether both guards of a result are as they were."""
+    """Tell whether both guards of a result are as they were."""
     around = torch.as_strided(x, (x.numel() + 2 * GUARD,), (1,), 0)
     return bool((around[:GUARD] == PATTERN).all() and (around[-GUARD:] == PATTERN).all())
 
 
 def glue_differences(device: torch.device) -> list[str]:
-    """What is wrong with the operators around kernels, by the CPU's."""
+    """Return what is wrong with the operators around kernels, compared with the CPU's."""
     torch.manual_seed(0)
     listed, segment = torch.randperm(900)[:500], RowSelection(7, 500)
 
@@ -261,7 +261,7 @@ def glue_differences(device: torch.device) -> list[str]:
 
 
 def host_time(call: Call) -> float:
-    """Microseconds the host needs to plan and begin one small forward."""
+    """Measure the microseconds that the host needs to plan and begin one small forward."""
     (dim, v_dim), device, n = call.dims, call.device, 128
     q, k, v = (
         torch.randn(n, *shape, device=device, dtype=call.dtype)
@@ -287,7 +287,7 @@ def host_time(call: Call) -> float:
 
 
 def sanitized(tiers: list[str], seconds: float, findings: Findings) -> list[str]:
-    """The same calls under compute-sanitizer."""
+    """Make the same calls under compute-sanitizer."""
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if not tool:
         findings.left_out("compute-sanitizer", "it is not installed here; the guards alone have spoken")

@@ -86,7 +86,7 @@ def main() -> None:
     }
     told = {name: median(work, before=dist.barrier) for name, work in kinds.items()}
     norms = median(lambda: growth.after_update(0), before=dist.barrier)
-    state = sum(one.numel() * one.element_size() for _, _, one in engine.state_tensors())
+    state = sum(tensor.numel() * tensor.element_size() for _, _, tensor in engine.state_tensors())
     done = dist.all_reduce(torch.zeros(1), async_op=True)
     assert done is not None
     done.wait()
@@ -126,14 +126,14 @@ def main() -> None:
 
 
 def median(work: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:
-    """Seconds."""
-    found = []
+    """Return the median seconds of a call."""
+    seconds = []
     for _ in range(CALLS):
         before()
         began = time.perf_counter()
         work()
-        found.append(time.perf_counter() - began)
-    return statistics.median(found)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
 
 
 if __name__ == "__main__":

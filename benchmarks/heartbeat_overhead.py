@@ -1,9 +1,9 @@
-"""What telling heartbeats costs a training step, end to end: the training loop with and without them, in one run.
+"""Measure what heartbeats cost a training step, end to end: the training loop with and without them, in one run.
 
     python benchmarks/heartbeat_overhead.py --steps 400
 
-Ranks train the tiny Llama of configs/tiny.toml by FSDP2. Each step is drawn to be told on a board, as for a launcher, or for
-nobody, the same on all ranks; or it is told and every call is timed. Of steps the wall time and the processor time of rank 0 are
+Ranks train the tiny Llama of configs/tiny.toml by FSDP2. Each step is drawn to be told on a board, as for a launcher, or not at
+all, the same on all ranks; or it is told and every call is timed. Of steps the wall time and the processor time of rank 0 are
 compared: ratios of medians, with the interval that holds 95 % of those of the steps drawn again. The aim is 0.1 % of a step.
 """
 
@@ -45,16 +45,23 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="of a step")
     # of a rank
     parser.add_argument("--folder", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.folder:
-        sys.exit(on_rank(given.folder, rank))
+    arguments = parser.parse_args()
+    if arguments.folder:
+        sys.exit(on_rank(arguments.folder, rank))
     with tempfile.TemporaryDirectory() as folder:
-        words = [f"--parallel.ranks={given.ranks}", f"--train.steps={given.steps}", "--checkpoint.every_steps=-1"]
-        words += [f"--data.tokens_per_step={given.tokens}", f"--data.max_document_tokens={given.tokens // 3}"]
-        words += [f"--run.folder={folder}/run", "--health.every_steps=0"]
-        config = configuration.load(ROOT / "configs/tiny.toml", words)
+        overrides = [
+            f"--parallel.ranks={arguments.ranks}",
+            f"--train.steps={arguments.steps}",
+            "--checkpoint.every_steps=-1",
+        ]
+        overrides += [
+            f"--data.tokens_per_step={arguments.tokens}",
+            f"--data.max_document_tokens={arguments.tokens // 3}",
+        ]
+        overrides += [f"--run.folder={folder}/run", "--health.every_steps=0"]
+        config = configuration.load(ROOT / "configs/tiny.toml", overrides)
         run = start_run(config, no_progress)
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={given.ranks}"]
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={arguments.ranks}"]
         # a line for each step
         subprocess.run([*command, __file__, f"--folder={run.folder}"], check=True, stdout=subprocess.DEVNULL)
         steps = json.loads((run.folder / "costs.json").read_text())
@@ -67,24 +74,24 @@ def rank(run: RunFolder, config: Config, device: torch.device) -> int:
     board = heartbeats.HeartbeatBoard.make(1)
     write, spent, steps = board.writer(0, 1), [0.0], []
 
-    def timed(*given: Any) -> None:
+    def timed(*values: Any) -> None:
         # of this thread: what others do meanwhile does not count; without what looking at the clock takes
         before, began = time.thread_time(), time.thread_time()
-        type(told).set(told, *given)
+        type(told).set(told, *values)
         spent[0] += time.thread_time() - began - (began - before)
 
     def marks() -> list[float]:
-        found = board.read(0)
-        return [time.perf_counter(), time.process_time(), found.beats if found else 0, spent[0]]
+        heartbeat = board.read(0)
+        return [time.perf_counter(), time.process_time(), heartbeat.beats if heartbeat else 0, spent[0]]
 
     arm, before = "", marks()
 
-    def tell_step(words: str, **given: Any) -> None:
-        """Where a step begins the one before has ended."""
+    def tell_step(activity: str, **fields: Any) -> None:
+        """Note the times of the step before, which ends where another one begins."""
         nonlocal arm, before
-        if "step" in given:
+        if "step" in fields:
             now = marks()
-            steps.append([arm, *(after - one for one, after in zip(before, now, strict=True))])
+            steps.append([arm, *(now_at - earlier for earlier, now_at in zip(before, now, strict=True))])
             arm = draws.choice(ARMS)
             told.write = None if arm == "untold" else write
             # where it is found instead of the class's
@@ -92,7 +99,7 @@ def rank(run: RunFolder, config: Config, device: torch.device) -> int:
             if arm == "timed":
                 told.set = timed  # type: ignore[method-assign]
             before = marks()
-        tell(words, **given)
+        tell(activity, **fields)
 
     loop.set_activity = tell_step  # type: ignore[assignment]
     loop.train(run, config, True, device)
@@ -120,7 +127,7 @@ def show(steps: list[list[Any]]) -> None:
 
 
 def ratio(told: list[float], untold: list[float]) -> float:
-    """How much longer the median of steps is where they are told, as a share."""
+    """Return by how much the median of steps is longer where they are told, as a share."""
     return statistics.median(told) / statistics.median(untold) - 1
 
 

@@ -51,7 +51,7 @@ class Nowhere:
 
 
 def main() -> None:
-    """One case per strategy and mask; each timed call is all steps of forward and backward of one rank."""
+    """Measure one case per strategy and mask; each timed call is all steps of forward and backward of one rank."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=1024)
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def layer(program: Program):  # noqa: ANN201
-    """A call of one layer: the forward and backward tables of one rank."""
+    """Return a call of one layer: the forward and backward tables of one rank."""
     call = program.call
     q, do = (torch.empty(program.tokens, call.heads, call.head_dim, dtype=torch.bfloat16) for _ in range(2))
     k, v = (torch.empty(program.tokens, call.kv_heads, call.head_dim, dtype=torch.bfloat16) for _ in range(2))

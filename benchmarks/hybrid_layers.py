@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def hybrid_rows(arguments: argparse.Namespace) -> list[list[str]]:
-    """The table of a hybrid: milliseconds of attention's layers + recurrent ones, and all of them over ours."""
+    """Return the table of a hybrid: milliseconds of attention's layers + recurrent ones, and all of them over ours."""
     head = ["tokens", "GPUs", "ours", "all-to-all", "fla, contiguous", "fla, zigzag", "ours: attention, recurrences"]
     rows = [head]
     for documents, tokens, name in itertools.product(arguments.documents, arguments.tokens, arguments.clusters):
@@ -101,13 +101,13 @@ def hybrid_rows(arguments: argparse.Namespace) -> list[list[str]]:
             ),
         ]
         ours = ATTENTION_LAYERS * best_attention[1] + RECURRENT_LAYERS * best_recurrence[1]
-        rows.append([f"{tokens:,}", str(cluster.ranks), *(cell(*one, ours) for one in columns)])
+        rows.append([f"{tokens:,}", str(cluster.ranks), *(cell(*column, ours) for column in columns)])
         rows[-1].append(f"{best_attention[0]}, {best_recurrence[0]}")
     return rows
 
 
 def choice_rows(arguments: argparse.Namespace) -> list[list[str]]:
-    """The table of choices for recurrent layers: milliseconds of a layer, by strategy and layout, and of a run."""
+    """Return the table of choices for recurrent layers: milliseconds of a layer, by strategy and layout, and of a run."""
     head = [
         "GPUs",
         "documents",
@@ -140,7 +140,7 @@ def choice_rows(arguments: argparse.Namespace) -> list[list[str]]:
             run = RUN * best, RUN * slices + moves
             rows.append([str(cluster.ranks), str(documents), make.__name__, *map(milliseconds, seconds.values())])
             rows[-1] += [
-                " + ".join(f"{one:.2f} s" for one in planning),
+                " + ".join(f"{seconds:.2f} s" for seconds in planning),
                 strategy,
                 milliseconds(slices),
                 milliseconds(moves),
@@ -150,19 +150,19 @@ def choice_rows(arguments: argparse.Namespace) -> list[list[str]]:
 
 
 def chosen_recurrence(layout: da.Layout, cluster: ClusterSpec) -> float:
-    """Seconds of one recurrent layer by the faster strategy."""
+    """Return the seconds of one recurrent layer by the faster strategy."""
     return simulated_seconds(
         da.make_recurrent_plan(da.Mask.documents(layout.lengths), layout, cluster=cluster, **RECURRENCE), cluster
     )
 
 
 def milliseconds(seconds: float | None) -> str:
-    """A number of the table; None where a strategy refuses."""
+    """Format a number of the table; None where a strategy refuses."""
     return "refused" if seconds is None else f"{1e3 * seconds:.2f}"
 
 
 def cell(of_attention: float | None, of_recurrence: float | None, ours: float) -> str:
-    """One contestant of a row; None where it refuses."""
+    """Format one contestant of a row; None where it refuses."""
     if of_attention is None or of_recurrence is None:
         return "refused"
     parts = ATTENTION_LAYERS * of_attention, RECURRENT_LAYERS * of_recurrence
@@ -175,17 +175,17 @@ def fastest(seconds: Iterable[tuple[str, float | None]]) -> tuple[str, float]:
 
 
 def attention(layout: da.Layout, strategy: str, cluster: ClusterSpec) -> float | None:
-    """Seconds of one layer of attention; None where the strategy refuses."""
+    """Return the seconds of one layer of attention; None where the strategy refuses."""
     return planned(layout, strategy, cluster, **ATTENTION)
 
 
 def recurrence(layout: da.Layout, strategy: str, cluster: ClusterSpec) -> float | None:
-    """Seconds of one recurrent layer; None where the strategy refuses."""
+    """Return the seconds of one recurrent layer; None where the strategy refuses."""
     return planned(layout, strategy, cluster, **RECURRENCE)
 
 
 def planned(layout: da.Layout, strategy: str, cluster: ClusterSpec, **shape: Any) -> float | None:
-    """Seconds of one layer, forward and backward."""
+    """Return the seconds of one layer, forward and backward; None where the strategy refuses."""
     try:
         plan = da.make_plan(da.Mask.documents(layout.lengths), layout, strategy=strategy, cluster=cluster, **shape)
     except da.DistattnError:
@@ -194,7 +194,7 @@ def planned(layout: da.Layout, strategy: str, cluster: ClusterSpec, **shape: Any
 
 
 def fla(layout: da.Layout, cluster: ClusterSpec) -> float:
-    """Seconds of one recurrent layer where every rank makes its slices' states, all go to all ranks, and each goes on."""
+    """Return the seconds of one recurrent layer where each rank sends the states of its slices to all ranks before it goes on."""
     call = Call(
         da.Mask.documents(layout.lengths), layout, v_head_dim=128, **{**RECURRENCE, "op": op_of("gated_delta_rule")}
     )
@@ -202,9 +202,10 @@ def fla(layout: da.Layout, cluster: ClusterSpec) -> float:
 
 
 def gather_of_all(call: Call, cluster: ClusterSpec, direction: str) -> Table:
-    """States of all slices in step 0, to all other ranks in steps 1 and 2, everything in step 3; for simulation alone.
+    """Make the states of all slices in step 0, send them to all other ranks in steps 1 and 2, and do the rest in step 3.
 
-    An all-gather that knows of nodes: a state goes to one rank of each other node, and from there to the others of that node.
+    For simulation alone. The all-gather knows of nodes: a state goes to one rank of each other node, and from there to the
+    others of that node.
     """
     back = direction == "backward"
     chunks, ends = call.layout.chunks, call.documents
@@ -229,7 +230,7 @@ def gather_of_all(call: Call, cluster: ClusterSpec, direction: str) -> Table:
 
 
 def latent_rows(arguments: argparse.Namespace) -> list[list[str]]:
-    """The table of latent attention: both forms of each strategy, in bytes that a rank receives and in milliseconds."""
+    """Return the table of latent attention: both forms of each strategy, in bytes that a rank receives and in milliseconds."""
     rows = [
         ["tokens", "GPUs", "strategy", "bytes/rank: latent", "expanded", "factor", "ms: latent", "expanded", "chosen"]
     ]
@@ -250,7 +251,7 @@ def latent_rows(arguments: argparse.Namespace) -> list[list[str]]:
             seconds = [latent_seconds(plan, cluster, ROTARY_DIM, LATENT_DIM) for plan in plans]
             rows.append(
                 [f"{tokens:,}", str(cluster.ranks), strategy, *(readable_bytes(int(size)) for size in moved)]
-                + [f"{moved[1] / moved[0]:.1f}", *(f"{one * 1e3:,.1f}" for one in seconds)]
+                + [f"{moved[1] / moved[0]:.1f}", *(f"{form_seconds * 1e3:,.1f}" for form_seconds in seconds)]
                 + ["latent" if seconds[0] <= seconds[1] else "expanded"]
             )
     return rows

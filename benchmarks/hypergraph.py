@@ -33,7 +33,7 @@ def _library() -> Any:
 
 
 def partitioned(mask: da.Mask, lengths: list[int], ranks: int, shape: dict[str, Any], tolerance: float) -> Plan | None:
-    """A plan by the partition, or None where mtkahypar is not installed."""
+    """Return a plan by the partition, or None where mtkahypar is not installed."""
     if _library() is None:
         return None
     import mtkahypar

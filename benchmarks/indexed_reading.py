@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def case(prefix: str, asked: list[int], sizes: list[int], cold: bool, repeats: int) -> list[Cell]:
-    """All readers on the same documents."""
+    """Measure all readers on the same documents."""
     contestants: dict[str, Callable[[], Callable[[], int]]] = {
         "with digests": lambda: ours(prefix, asked, sizes, cold, True),
         "without digests": lambda: ours(prefix, asked, sizes, cold, False),
@@ -53,7 +53,7 @@ def case(prefix: str, asked: list[int], sizes: list[int], cold: bool, repeats: i
     cells = compare(
         f"{'cold' if cold else 'warm'}, {size}",
         contestants,
-        lambda found: "" if found == tokens else f"{found:,} tokens",
+        lambda count: "" if count == tokens else f"{count:,} tokens",
         repeats=repeats,
     )
     for cell in cells:
@@ -62,7 +62,7 @@ def case(prefix: str, asked: list[int], sizes: list[int], cold: bool, repeats: i
 
 
 def make(prefix: str, mean: float, tokens: int) -> np.ndarray:
-    """Write documents until there are so many tokens; returns their lengths."""
+    """Write documents until there are `tokens` tokens; return their lengths."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(mean, 1.2, 1 << 20), 1, 1 << 20).astype(np.int64)
     lengths = lengths[: max(1, int(np.searchsorted(np.cumsum(lengths), tokens)))]
@@ -73,7 +73,7 @@ def make(prefix: str, mean: float, tokens: int) -> np.ndarray:
 
 
 def ours(prefix: str, asked: list[int], sizes: list[int], cold: bool, digests: bool) -> Callable[[], int]:
-    """Our reader, opened anew each time."""
+    """Read with our reader, opened anew each time."""
 
     def run() -> int:
         file = IndexedFile.open(prefix, check_tokens=digests)
@@ -84,7 +84,7 @@ def ours(prefix: str, asked: list[int], sizes: list[int], cold: bool, digests: b
 
 
 def megatron(prefix: str, asked: list[int], cold: bool) -> Callable[[], int]:
-    """IndexedDataset gives views of a mapping; a copy is what ours returns, too."""
+    """Read with Megatron's IndexedDataset, which gives views of a mapping; a copy is what ours returns, too."""
     try:
         from megatron.core.datasets.indexed_dataset import IndexedDataset
     except ModuleNotFoundError as error:
@@ -99,7 +99,7 @@ def megatron(prefix: str, asked: list[int], cold: bool) -> Callable[[], int]:
 
 
 def drop(prefix: str, cold: bool) -> None:
-    """Have the kernel drop the pages of the tokens."""
+    """Have the kernel drop the pages of the tokens where `cold` asks for it."""
     if cold:
         descriptor = os.open(f"{prefix}.bin", os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

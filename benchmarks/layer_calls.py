@@ -142,12 +142,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     layer = Layer()
-    found = count_calls(layer)
-    for (file, name), number in found.calls.most_common() if options.all else ():
+    counts = count_calls(layer)
+    for (file, name), number in counts.calls.most_common() if options.all else ():
         sys.stdout.write(f"{number:5d}  {'/'.join(Path(file).parts[-3:])} {name}\n")
     sys.stdout.write(
-        f"{found.frames} frames, {found.own_frames} of distattn; {found.calls.total()} Python calls, {found.own_calls} of "
-        f"distattn in {found.own_files} files; {host_seconds(layer, options.rounds) * 1e6:,.1f} us\n"
+        f"{counts.frames} frames, {counts.own_frames} of distattn; {counts.calls.total()} Python calls, {counts.own_calls} of "
+        f"distattn in {counts.own_files} files; {host_seconds(layer, options.rounds) * 1e6:,.1f} us\n"
     )
 
 

@@ -28,7 +28,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Mark:
-    """A length that somebody trains on so many GPUs with so many bytes each."""
+    """A published length of training, with the number of GPUs and the bytes of each."""
 
     by: str
     model: str
@@ -50,7 +50,7 @@ MARKS = {
 
 
 def build(model: str) -> Any:
-    """A model of transformers in bf16."""
+    """Return a model of transformers in bf16."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, shape = MODELS[model]
@@ -65,13 +65,13 @@ def show(mark: Mark) -> list[str]:
     shape |= dict(strategy=mark.strategy, max_buffer_bytes=mark.max_buffer_bytes)
     plan = da.make_plan(mask, layout, **shape)
     state: dict[str, Any] = dict(master_weights=True, state_on_host=mark.state_on_host)
-    found = memory_of_run(partial(build, mark.model), plan, ALL, print_to_stderr, **state)
-    most = max(one.total for one in found)
+    memory = memory_of_run(partial(build, mark.model), plan, ALL, print_to_stderr, **state)
+    most = max(rank_memory.total for rank_memory in memory)
     verdict = "fits" if most <= mark.limit else "does not fit"
     return [
         f"{mark.by}: {mark.tokens:,} tokens of {mark.model} on {mark.ranks} x {mark.limit / 1e9:.1f} GB, {mark.strategy}"
         f"{', state on the host' if mark.state_on_host else ''}: {most / 1e9:.1f} GB {verdict}",
-        *memory_table(found, mark.ranks),
+        *memory_table(memory, mark.ranks),
     ]
 
 

@@ -41,14 +41,14 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=80)
     parser.add_argument("--folder", type=Path)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     config = llama_config(
-        num_layers=given.layers,
-        hidden_size=given.hidden,
+        num_layers=arguments.layers,
+        hidden_size=arguments.hidden,
         num_attention_heads=64,
         num_key_value_heads=8,
-        intermediate_size=given.hidden * 7 // 2,
-        vocab_size=given.hidden * 501 // 32,
+        intermediate_size=arguments.hidden * 7 // 2,
+        vocab_size=arguments.hidden * 501 // 32,
         max_position_embeddings=8192,
     )
     model = meta_model(config)
@@ -57,17 +57,17 @@ def main() -> None:
     print_line(
         f"{whole / 4e6:,.0f}M parameters in float32: {whole / 1e6:,.0f} MB, the largest module {largest / 1e6:,.0f} MB"
     )
-    share = whole / given.ranks
-    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+    share = whole / arguments.ranks
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         context = multiprocessing.get_context("spawn")
         for number, work in enumerate((_initial_and_exported, _loaded)):
             # processes that have freed nothing yet, whose memory would be used again
-            with context.Pool(given.ranks) as pool:
-                given_to = [(work, rank, given.ranks, folder, number, config) for rank in range(given.ranks)]
-                found = pool.starmap(_rank, given_to, 1)
-            for phase in found[0]:
-                most = max(rank[phase][0] for rank in found)
-                seconds = max(rank[phase][1] for rank in found)
+            with context.Pool(arguments.ranks) as pool:
+                given_to = [(work, rank, arguments.ranks, folder, number, config) for rank in range(arguments.ranks)]
+                ranks_phases = pool.starmap(_rank, given_to, 1)
+            for phase in ranks_phases[0]:
+                most = max(rank[phase][0] for rank in ranks_phases)
+                seconds = max(rank[phase][1] for rank in ranks_phases)
                 beside = "" if phase == "exported" else f" = its share and {(most - share) / 1e6:,.0f} MB"
                 print_line(f"{phase:9} {most / 1e6:8,.0f} MB at most on a rank{beside}; {seconds:.1f} s of CPU")
 
@@ -81,29 +81,29 @@ def print_line(line: str) -> None:
 def _rank(
     work: Callable[..., None], rank: int, ranks: int, folder: str, number: int, config: Any
 ) -> dict[str, tuple[int, float]]:
-    """(Most anonymous resident bytes over those before, seconds of CPU) of every phase."""
+    """Return (most anonymous resident bytes over those before, seconds of CPU) of every phase."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{number}", rank=rank, world_size=ranks)
     mesh = init_device_mesh("cpu", (ranks,))
-    found: dict[str, tuple[int, float]] = {}
+    phases: dict[str, tuple[int, float]] = {}
     # what is imported and started once
     materialise(_sharded(llama_config(**_TINY), mesh), 1)
-    work(found, config, mesh, Path(folder, "model"))
+    work(phases, config, mesh, Path(folder, "model"))
     dist.barrier()
     dist.destroy_process_group()
-    return found
+    return phases
 
 
-def _initial_and_exported(found: dict[str, tuple[int, float]], config: Any, mesh: Any, folder: Path) -> None:
-    with _measured(found, "initial"):
+def _initial_and_exported(phases: dict[str, tuple[int, float]], config: Any, mesh: Any, folder: Path) -> None:
+    with _measured(phases, "initial"):
         model = _sharded(config, mesh)
         materialise(model, 1)
-    with _measured(found, "exported"):
+    with _measured(phases, "exported"):
         export_model(model, folder, max_shard_bytes=FILE_BYTES)
 
 
-def _loaded(found: dict[str, tuple[int, float]], config: Any, mesh: Any, folder: Path) -> None:
-    with _measured(found, "loaded"):
+def _loaded(phases: dict[str, tuple[int, float]], config: Any, mesh: Any, folder: Path) -> None:
+    with _measured(phases, "loaded"):
         load_pretrained(_sharded(config, mesh), folder)
 
 
@@ -125,7 +125,7 @@ def _sharded(config: Any, mesh: Any) -> Any:
 
 
 @contextmanager
-def _measured(found: dict[str, tuple[int, float]], phase: str) -> Iterator[None]:
+def _measured(phases: dict[str, tuple[int, float]], phase: str) -> Iterator[None]:
     before, began, most, stop = _anonymous_bytes(), time.process_time(), [0], threading.Event()
 
     def sample() -> None:
@@ -137,7 +137,7 @@ def _measured(found: dict[str, tuple[int, float]], phase: str) -> Iterator[None]
     yield
     stop.set()
     watcher.join()
-    found[phase] = max(most[0], _anonymous_bytes()) - before, time.process_time() - began
+    phases[phase] = max(most[0], _anonymous_bytes()) - before, time.process_time() - began
 
 
 def _anonymous_bytes() -> int:

@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def measure(folder: str, name: str) -> None:
-    """Everything that is measured of one corpus."""
+    """Print everything that is measured of one corpus."""
     path, prefix = f"{folder}/{name}.packs", f"{folder}/{name}"
 
     def open_and_seek(step: int) -> PlannedBatch:
@@ -89,8 +89,10 @@ def measure(folder: str, name: str) -> None:
         began = time.perf_counter()
         batch = open_and_seek(step)
         taken.append((time.perf_counter() - began, timed(lambda batch=batch: first_tokens(batch))))  # type: ignore[misc]
-    for what, seconds in zip(("open and seek", "first tokens"), zip(*taken, strict=True), strict=True):
-        line(what, f"{seconds[0] * 1e3:.1f} ms in a fresh process, then {statistics.median(seconds[1:]) * 1e3:.1f} ms")
+    for suffix, seconds in zip(("open and seek", "first tokens"), zip(*taken, strict=True), strict=True):
+        line(
+            suffix, f"{seconds[0] * 1e3:.1f} ms in a fresh process, then {statistics.median(seconds[1:]) * 1e3:.1f} ms"
+        )
     corpus = Corpus.open(name, [prefix])
     loader = PackLoader(path, [corpus], rank=0, size=1)
     lengths = statistics.median(timed(lambda step=step: loader.lengths(step)) for step in range(10))  # type: ignore[misc]
@@ -104,7 +106,7 @@ def measure(folder: str, name: str) -> None:
     corpora = [Corpus.open(name, [prefix]) for _ in range(RANKS)]
     # looking it up is itself counted
     looking = -(characters_read() - characters_read())
-    for what in ("", ", again"):
+    for suffix in ("", ", again"):
         used = copied = by_system = 0
         busy = 0.0
         for batch in batches:
@@ -113,15 +115,15 @@ def measure(folder: str, name: str) -> None:
             for rank, of_rank in enumerate(corpora):
                 tokens, mine = layout.tokens(rank), PlannedBatch(batch._pack, [of_rank], "")
                 before = characters_read()
-                found: list[np.ndarray] = []
-                busy += timed(lambda mine=mine, tokens=tokens, found=found: found.extend(mine.read(tokens)))  # type: ignore[misc]
+                pieces: list[np.ndarray] = []
+                busy += timed(lambda mine=mine, tokens=tokens, found=pieces: found.extend(mine.read(tokens)))  # type: ignore[misc]
                 by_system += characters_read() - before - looking
-                assert (found[0] == axis[tokens]).all(), "other tokens than numpy reads"
+                assert (pieces[0] == axis[tokens]).all(), "other tokens than numpy reads"
                 used += 2 * len(tokens)
                 copied += mine.bytes_read
-        line(f"CP {RANKS} zigzag{what}", f"{used / 2 / busy / 1e6:.0f} million tokens/s")
-        line(f"bytes copied over bytes used{what}", f"{copied / used:.4f}")
-        line(f"bytes read by the system over them{what}", f"{by_system / used:.4f}")
+        line(f"CP {RANKS} zigzag{suffix}", f"{used / 2 / busy / 1e6:.0f} million tokens/s")
+        line(f"bytes copied over bytes used{suffix}", f"{copied / used:.4f}")
+        line(f"bytes read by the system over them{suffix}", f"{by_system / used:.4f}")
     # long runs of one document: the part that is not per document
     longest = max(batches, key=lambda batch: max(batch.lengths))
     begin = int(np.cumsum([0, *longest.lengths])[int(np.argmax(longest.lengths))])
@@ -137,7 +139,7 @@ def measure(folder: str, name: str) -> None:
 
 
 def places(corpus: Corpus, rows: np.ndarray) -> list[tuple[int, int]]:
-    """(First token in the file, tokens) of each piece."""
+    """Return (first token in the file, tokens) of each piece."""
     firsts = corpus.files[0].pointers[rows["document"]] // 2 + rows["start"]
     return list(zip(firsts.tolist(), rows["length"].tolist(), strict=True))
 
@@ -157,24 +159,24 @@ def write(prefix: Path, documents: int, divisor: int) -> int:
 
 
 def characters_read() -> int:
-    """Bytes that this process has read so far, from the page cache or not."""
+    """Return the bytes that this process has read so far, from the page cache or not."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds that it takes."""
+    """Return the seconds that a call takes."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
-def line(what: str, value: str) -> None:
-    """One line of the table."""
-    print_line(f"    {what:44s} {value}")
+def line(label: str, value: str) -> None:
+    """Print one line of the table."""
+    print_line(f"    {label:44s} {value}")
 
 
 def print_line(text: str) -> None:
-    """Benchmarks print; the library does not."""
+    """Print a line at once."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 

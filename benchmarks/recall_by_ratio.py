@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def kept(path: Path, steps: int) -> list[dict[str, Any]]:
-    """The runs of so many steps in a file; none where there is no file."""
+    """Return the runs of `steps` steps in a file; none where there is no file."""
     rows = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
     return [row for row in rows if row["steps"] == steps]
 
@@ -84,20 +84,20 @@ def setting_of(row: dict[str, Any]) -> Setting:
 
 
 def trained(setting: Setting, seed: int, steps: int) -> dict[str, Any]:
-    """One run of the example: recall at every step, and CPU seconds. Raises CalledProcessError where it fails."""
-    given = dict(setting._asdict(), seed=seed, steps=steps)
-    command = ["examples/recall.py", *(word for name, value in given.items() for word in (f"--{name}", str(value)))]
-    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    """Run the example once: recall at every step, and CPU seconds. Raises CalledProcessError where it fails."""
+    arguments = dict(setting._asdict(), seed=seed, steps=steps)
+    command = ["examples/recall.py", *(word for name, value in arguments.items() for word in (f"--{name}", str(value)))]
+    extra = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    how = dict(check=True, cwd=ROOT, env=os.environ | own, stdout=subprocess.PIPE, text=True)
-    said = subprocess.run([sys.executable, *command], **how).stdout
+    how = dict(check=True, cwd=ROOT, env=os.environ | extra, stdout=subprocess.PIPE, text=True)
+    output = subprocess.run([sys.executable, *command], **how).stdout
     seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-    recall = [float(value) for value in re.findall(r"^step \d+ loss \S+ recall (\S+)$", said, re.M)]
-    return {**given, "recall": recall, "cpu_seconds": round(seconds, 1), "command": " ".join(["python", *command])}
+    recall = [float(value) for value in re.findall(r"^step \d+ loss \S+ recall (\S+)$", output, re.M)]
+    return {**arguments, "recall": recall, "cpu_seconds": round(seconds, 1), "command": " ".join(["python", *command])}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Recall at the end of each run by setting, as rows of a table in Markdown."""
+    """Format recall at the end of each run by setting, as rows of a table in Markdown."""
     seeds = sorted({row["seed"] for row in rows})
     head = ["model", "layers", *(f"seed {seed}" for seed in seeds), "0.9 at step", "CPU seconds"]
     lines = [head, ["---"] * len(head)]
@@ -111,12 +111,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def first_step(recall: Sequence[float], level: float) -> str:
-    """The first step from which recall is at such a level, or a dash."""
+    """Return the first step from which recall is at such a level, or a dash."""
     return next((str(step + 1) for step, value in enumerate(recall) if value >= level), "-")
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """On the left every run's curve, on the right where it ended, by setting."""
+    """Draw on the left every run's curve, on the right where it ended, by setting."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -134,7 +134,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     curves.legend(fontsize="x-small", loc="center right")
     ends.set_title("At the end; dotted: a guess")
     short = {0: "attention\nalone", -1: "recurrent\nalone"}
-    names = [f"{short.get(one.ratio, f'{one.ratio} : 1')}\n{one.layers} layers" for one in SETTINGS]
+    names = [f"{short.get(setting.ratio, f'{setting.ratio} : 1')}\n{setting.layers} layers" for setting in SETTINGS]
     ends.set_xticks(range(len(SETTINGS)), names, fontsize="x-small")
     figure.savefig(path, dpi=120, metadata={"Software": None})
 

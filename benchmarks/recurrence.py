@@ -49,7 +49,7 @@ class RecurrencePlan(NamedTuple):
     schedule: str | None = None
 
     def plan(self, op: str, lengths: Sequence[int], ranks: int, x: RecurrenceTokens) -> da.Plan:
-        """Of documents of such lengths, and heads as the tokens have them."""
+        """Return a plan of documents of such lengths, with heads as the tokens have them."""
         shape: dict[str, Any] = dict(
             heads=x.heads, kv_heads=x.q.shape[1], head_dim=x.q.shape[2], dtype=str(x.q.dtype)[6:]
         )
@@ -102,7 +102,7 @@ def _rank(rank: int, arguments: argparse.Namespace, store: str, argv: list[str])
 
 
 def make_inputs(tokens: int) -> tuple[RecurrenceTokens, Tensor]:
-    """q, k, v, g, beta and do of the whole axis; the same on every rank."""
+    """Return q, k, v, g, beta and do of the whole axis; the same on every rank."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, do = (torch.randn(tokens, HEADS, DIM, generator=generator) for _ in range(4))
     g, beta = -0.1 * torch.rand(tokens, HEADS, generator=generator), torch.rand(tokens, HEADS, generator=generator)
@@ -110,7 +110,7 @@ def make_inputs(tokens: int) -> tuple[RecurrenceTokens, Tensor]:
 
 
 def checker(lengths: list[int], x: RecurrenceTokens, do: Tensor) -> Any:
-    """Compares a rank's (tokens, o, dq, dk, dv, dg, dbeta) with one process."""
+    """Return a function that compares a rank's (tokens, o, dq, dk, dv, dg, dbeta) with one process."""
     ends = np.cumsum([0, *lengths]).tolist()
     segments = list(itertools.pairwise(ends))
     state = torch.zeros(len(lengths), HEADS, DIM, DIM)
@@ -138,7 +138,7 @@ def contestant(
     do: Tensor,
     wrap: Callable[[Transport], Transport] = lambda transport: transport,
 ) -> Contestant:
-    """One way to compute it, on this rank's tokens of the whole axis. wrap: what becomes of the transport of its messages."""
+    """Return one way to compute it, on this rank's tokens of the whole axis. wrap: replaces the transport of its messages."""
 
     def make() -> Any:
         plan = way.plan(op, lengths, dist.get_world_size(), x)
@@ -161,7 +161,7 @@ def contestant(
 
 
 def gathered_by_all(lengths: list[int], x: RecurrenceTokens, do: Tensor) -> Any:
-    """Contiguous slices; every rank gathers the states of all ranks' slices, and puts together what precedes its own."""
+    """Cut the axis into contiguous slices; every rank gathers all ranks' states, and puts together what precedes its own."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     layout = da.Layout.contiguous(lengths, ranks)
     mine = torch.from_numpy(layout.tokens(rank))
@@ -177,25 +177,25 @@ def gathered_by_all(lengths: list[int], x: RecurrenceTokens, do: Tensor) -> Any:
     every, first_one, last_one = (chunked.prepare(some, NEEDED) for some in (segments, segments[:1], segments[-1:]))
 
     def gathered(state: Tensor, transition: Tensor, passes: bool) -> list[Tensor]:
-        """(transition, state) of every rank; a slice inside which a document begins passes nothing on."""
-        own = torch.stack([transition if passes else torch.zeros_like(transition), state])
-        everyone = [torch.empty_like(own) for _ in range(ranks)]
-        dist.all_gather(everyone, own)
-        return everyone
+        """Return (transition, state) of every rank; a slice inside which a document begins passes nothing on."""
+        own_state = torch.stack([transition if passes else torch.zeros_like(transition), state])
+        states = [torch.empty_like(own_state) for _ in range(ranks)]
+        dist.all_gather(states, own_state)
+        return states
 
     def run() -> tuple[Tensor, ...]:
         # fla sends the transition of every slice
         last, transition = chunked.states(local, last_one, nothing[:1], True)
         whole = enters and leaves and len(segments) == 1
-        everyone = gathered(last[0], transition[0], whole)
+        states = gathered(last[0], transition[0], whole)
         state = nothing.clone()
-        for of_slice in everyone[:rank] if enters else ():
+        for of_slice in states[:rank] if enters else ():
             state[0] = of_slice[0] @ state[0] + of_slice[1]
         o, _ = chunked.forward(local, every, state)
         dstate = nothing.clone()
         first, transition = chunked.gradient_states(local, first_one, do_local, nothing[:1], True)
-        everyone = gathered(first[0], transition[0].mT, whole)
-        for of_slice in reversed(everyone[rank + 1 :]) if leaves else ():
+        states = gathered(first[0], transition[0].mT, whole)
+        for of_slice in reversed(states[rank + 1 :]) if leaves else ():
             dstate[-1] = of_slice[0] @ dstate[-1] + of_slice[1]
         dx, _ = chunked.backward(local, every, state, do_local, dstate)
         return mine, o, *dx.by_token().values()

@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
 
 
 def speed_table(rows: Sequence[dict[str, Any]]) -> str:
-    """TFLOP/s by case, and the share of the fastest; an empty text where nothing was timed."""
+    """Format TFLOP/s by case, and the share of the fastest; an empty text where nothing was timed."""
     cases = by_case(rows)
     columns = {**TIERS, **OTHERS}
     best = {
@@ -60,19 +60,19 @@ def speed_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def time_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Milliseconds of recurrences by task and kernel; an empty text where nothing was timed."""
+    """Format the milliseconds of recurrences by task and kernel; an empty text where nothing was timed."""
     timed = [row for row in rows if row["kind"] == "time" and row["seconds"]]
     kernels = list(dict.fromkeys(row["contestant"] for row in timed))
     width = max((len(row["what"]) for row in timed), default=0)
     lines = ["ms of recurrences", f"{'':{width}s}" + "".join(f"{name:>12s}" for name in kernels)]
     for case in dict.fromkeys(row["what"] for row in timed):
-        found = {row["contestant"]: f"{row['seconds'] * 1e3:.2f}" for row in timed if row["what"] == case}
-        lines.append(f"{case:{width}s}" + "".join(f"{found.get(name, '-'):>12s}" for name in kernels))
+        numbers = {row["contestant"]: f"{row['seconds'] * 1e3:.2f}" for row in timed if row["what"] == case}
+        lines.append(f"{case:{width}s}" + "".join(f"{numbers.get(name, '-'):>12s}" for name in kernels))
     return "\n".join(lines) if timed else ""
 
 
 def by_case(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """What was timed, by case and contestant."""
+    """Return what was timed, by case and contestant."""
     cases: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         if row["kind"] == "speed" and row["seconds"]:
@@ -81,12 +81,12 @@ def by_case(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any
 
 
 def chosen(cells: dict[str, dict[str, Any]]) -> str:
-    """The tier that "auto" chose in a case."""
+    """Return the tier that "auto" chose in a case."""
     return next((name.removeprefix("distattn ") for name, cell in cells.items() if cell["auto"]), "")
 
 
 def verdict(outcomes: Sequence[Outcome], without: str) -> tuple[str, bool]:
-    """The verdict in words, and whether all is right. without: what could not be shown on this machine, as a sentence."""
+    """Return the verdict in words, and whether all is right. without: what could not be shown on this machine, as a sentence."""
     rows = [row for outcome in outcomes for row in outcome.findings]
     planted, checks = ([row for row in rows if row["kind"] == kind] for kind in ("planted", "check"))
     missed, wrong = [row for row in planted if not row["text"]], [row for row in checks if row["text"]]
@@ -108,7 +108,7 @@ def verdict(outcomes: Sequence[Outcome], without: str) -> tuple[str, bool]:
     left += [(outcome.name, outcome.left_out) for outcome in outcomes if outcome.left_out]
     # by reason
     for why in dict.fromkeys(why for _, why in left):
-        lines.append(f"Left out ({why}): {', '.join(what for what, reason in left if reason == why)}.")
+        lines.append(f"Left out ({why}): {', '.join(label for label, reason in left if reason == why)}.")
     lines.append("" if without else speed_sentence(by_case(rows)))
     send = [f"planted, not found: {row['what']}" for row in missed]
     send += [f"{row['what']}: {row['text'][:300]}" for row in wrong]
@@ -123,7 +123,7 @@ def verdict(outcomes: Sequence[Outcome], without: str) -> tuple[str, bool]:
 
 
 def speed_sentence(cases: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """What "auto" chooses, how fast that is, and how fast beside the fastest of the others."""
+    """Say what "auto" chooses, how fast that is, and how fast beside the fastest of the others."""
     choices = Counter(filter(None, (chosen(cells) for cells in cases.values())))
     if not choices:
         return "Nothing about speed was measured."
@@ -132,11 +132,11 @@ def speed_sentence(cases: dict[str, dict[str, dict[str, Any]]]) -> str:
     for direction in ("forward", "backward"):
         figures, ratios = [], []
         for case, cells in cases.items():
-            own = next((cell["tflops"] for cell in cells.values() if cell["auto"]), None)
-            if own and case.startswith(direction):
-                figures.append(own)
+            chosen_speed = next((cell["tflops"] for cell in cells.values() if cell["auto"]), None)
+            if chosen_speed and case.startswith(direction):
+                figures.append(chosen_speed)
                 others = [cells[name]["tflops"] for names in OTHERS.values() for name in names if name in cells]
-                ratios += [own / max(others)] if others else []
+                ratios += [chosen_speed / max(others)] if others else []
         if figures:
             beside = f", {exp(sum(map(log, ratios)) / len(ratios)):.2f}x of the fastest other" if ratios else ""
             parts.append(f"{direction} up to {max(figures):.0f} TFLOP/s{beside}")
@@ -144,8 +144,8 @@ def speed_sentence(cases: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def slow_choices(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Cases in which another tier needs less time than the one that "auto" chose, forward and backward together."""
-    cases, found = by_case(rows), []
+    """Return cases where another tier needs less time than the one that "auto" chose, forward and backward together."""
+    cases, problems = by_case(rows), []
     for case, forward in cases.items():
         direction, _, name = case.partition(" ")
         backward = cases.get(f"backward {name}", {})
@@ -159,7 +159,7 @@ def slow_choices(rows: Sequence[dict[str, Any]]) -> list[str]:
         }
         fastest = min(seconds, key=lambda tier: seconds[tier], default="")
         if auto in seconds and seconds[auto] > CHOICE * seconds[fastest]:
-            found.append(
+            problems.append(
                 f"auto chose {auto} in {name}, where {fastest} is {seconds[auto] / seconds[fastest]:.2f}x as fast"
             )
-    return found
+    return problems

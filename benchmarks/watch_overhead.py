@@ -1,4 +1,4 @@
-"""What monitoring costs a training step: the numerics watch, the replay check, losses by position, the reporter.
+"""Measure what monitoring costs a training step: the numerics watch, the replay check, losses by position, the reporter.
 
     python benchmarks/watch_overhead.py
 
@@ -51,10 +51,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--interval", type=int, default=500, help="steps between two replay checks")
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        rows = measured(Path(folder), given.steps, given.tokens, given.interval)
+        rows = measured(Path(folder), arguments.steps, arguments.tokens, arguments.interval)
     plain = rows["a step"]
     for name, seconds in rows.items():
         share = (
@@ -63,13 +63,13 @@ def main() -> None:
             else f"{seconds / plain:9.3%} of a step{'' if seconds / plain < AIM else '   <- above the aim'}"
         )
         sys.stdout.write(f"{name:48s}{seconds * 1e3:12.4f} ms{share}\n")
-    if given.out:
-        with given.out.open("a") as file:
-            file.write(json.dumps({"seconds": rows, "tokens": given.tokens} | environment()) + "\n")
+    if arguments.out:
+        with arguments.out.open("a") as file:
+            file.write(json.dumps({"seconds": rows, "tokens": arguments.tokens} | environment()) + "\n")
 
 
 def measured(folder: Path, steps: int, tokens: int, interval: int) -> dict[str, float]:
-    """Median seconds by name."""
+    """Return the median seconds by name."""
     config = configuration.load(str(ROOT / "configs/tiny.toml"))
     text = find_corpus(
         "{stdlib}", suffix=".py", exclude=["test*", "idle*", "*-packages"], max_document_tokens=tokens // 3
@@ -128,11 +128,11 @@ def measured(folder: Path, steps: int, tokens: int, interval: int) -> dict[str, 
             line = StepMetrics(number + 1, loss, norm, tokens, **costs._asdict())
             with Silence():
                 timed("reporter, each step", partial(reporter.report, line))
-    found = {name: statistics.median(values[4:]) for name, values in seconds.items()}
-    extra = found.pop("replay check, a micro-batch twice") - found.pop("forward and backward")
-    found["replay check, when it is due, beyond the step"] = extra
-    found[f"replay check, every {interval} steps"] = extra / interval
-    return found
+    medians = {name: statistics.median(values[4:]) for name, values in seconds.items()}
+    extra = medians.pop("replay check, a micro-batch twice") - medians.pop("forward and backward")
+    medians["replay check, when it is due, beyond the step"] = extra
+    medians[f"replay check, every {interval} steps"] = extra / interval
+    return medians
 
 
 class Silence:

@@ -8,24 +8,33 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from distattn.cluster.topology import Cluster
 from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints
+from distattn.ir.limits import Check, Number, OneOf, Problem, nested_problems
+from distattn.ir.toml_records import TomlFile, parse_record, raise_problems
 
 # pydantic and tomli_w are imported only to read and write files: kernels are checked where only torch and Triton are installed
 if TYPE_CHECKING:
-    from pydantic import ConfigDict, TypeAdapter
+    from pydantic import ConfigDict
 
 Record = TypeVar("Record")
 _STRICT: ConfigDict = {"extra": "forbid", "allow_inf_nan": False}
 DIRECTIONS = ("forward", "backward")
 _NAME = re.compile(r"(?P<kind>[a-z0-9_]+)-(?P<nodes>[1-9]\d*)x(?P<devices>[1-9]\d*)")
+
+_POSITIVE = Number(gt=0)
+
+
+def _tile_problem(sides: tuple[int, int]) -> str | None:
+    return None if min(sides) > 0 else f"both sides are above 0, not {list(sides)}."
 
 
 @dataclass(frozen=True)
@@ -35,22 +44,22 @@ class Device:
     __pydantic_config__ = _STRICT
 
     name: str
-    memory_gb: float
+    memory_gb: Annotated[float, _POSITIVE]
     # dense bf16, from the manufacturer's data sheet
-    peak_tflops: float
+    peak_tflops: Annotated[float, _POSITIVE]
     # reached in large matrix products
-    gemm_tflops: float
+    gemm_tflops: Annotated[float, _POSITIVE]
     # 10^9 bytes per second that are read and written
-    copy_gbs: float
+    copy_gbs: Annotated[float, _POSITIVE]
     # streaming multiprocessors, each of which runs one program of a kernel at a time
-    num_sms: int
+    num_sms: Annotated[int, _POSITIVE]
     # sides of the kernels' tiles (query rows, keys); kernels compute whole tiles
-    tile: tuple[int, int]
+    tile: Annotated[tuple[int, int], Check(_tile_problem)]
     # microseconds from the end of a kernel to the beginning of the next one, and for each task of a launch
-    launch_us: float
-    task_us: float
+    launch_us: Annotated[float, Number(ge=0)]
+    task_us: Annotated[float, Number(ge=0)]
     # microseconds the host needs to issue one step
-    host_us: float
+    host_us: Annotated[float, Number(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -59,8 +68,8 @@ class Link:
 
     __pydantic_config__ = _STRICT
 
-    gbs: float
-    latency_us: float
+    gbs: Annotated[float, _POSITIVE]
+    latency_us: Annotated[float, Number(ge=0)]
     shared: bool = False
 
 
@@ -73,11 +82,11 @@ class KernelThroughput:
 
     __pydantic_config__ = _STRICT
 
-    direction: str
-    head_dim: int
-    queries: int
-    keys: int
-    tflops: float
+    direction: Annotated[str, OneOf(DIRECTIONS)]
+    head_dim: Annotated[int, _POSITIVE]
+    queries: Annotated[int, _POSITIVE]
+    keys: Annotated[int, _POSITIVE]
+    tflops: Annotated[float, _POSITIVE]
 
 
 @dataclass(frozen=True)
@@ -87,8 +96,8 @@ class ClusterSpec:
     __pydantic_config__ = _STRICT
 
     name: str
-    nodes: int
-    devices: int
+    nodes: Annotated[int, _POSITIVE]
+    devices: Annotated[int, _POSITIVE]
     device: Device
     intra_node: Link
     inter_node: Link
@@ -146,10 +155,9 @@ def load(name: str | Path, ranks: int | None = None) -> ClusterSpec:
     if matched and matched["kind"] in shipped_names():
         cluster = _sized(_load_shipped(matched["kind"]), str(name), int(matched["nodes"]), int(matched["devices"]))
     elif Path(name).suffix == ".toml":
-        try:
-            cluster = _parsed(str(name), Path(name).read_text("utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise DistattnError(f"{name}: the cluster description cannot be read: {error}.") from None
+        file = TomlFile.read(name, "name the TOML file of a cluster")
+        cluster = parse_record(ClusterSpec, file.content, file.place)
+        raise_problems([*nested_problems(cluster)] or _table_problems(cluster), file.place)
     else:
         shipped = ", ".join(f"{kind}-NODESxDEVICES" for kind in shipped_names())
         raise DistattnError(f"there is no cluster {str(name)!r}; there are {shipped}, or the path of a .toml file.")
@@ -169,7 +177,7 @@ def _load_shipped(kind: str) -> ClusterSpec:
 def _record(kind: type[Record], values: dict[str, Any]) -> Record:
     """Return a dataclass of these values; whole numbers become floats in fields of type float."""
     types = kind.__annotations__
-    return kind(**{name: float(value) if types[name] == "float" else value for name, value in values.items()})
+    return kind(**{name: float(value) if "float" in types[name] else value for name, value in values.items()})
 
 
 def with_ranks(cluster: ClusterSpec, ranks: int) -> ClusterSpec:
@@ -195,53 +203,20 @@ def _sized(cluster: ClusterSpec, name: str, nodes: int, devices: int) -> Cluster
     return replace(cluster, name=name, nodes=nodes, devices=devices)
 
 
-@cache
-def _adapter() -> TypeAdapter[ClusterSpec]:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(ClusterSpec)
-
-
-def _parsed(source: str, text: str) -> ClusterSpec:
-    from pydantic import ValidationError
-
-    try:
-        content: dict[str, Any] = tomllib.loads(text)
-        cluster = _adapter().validate_python(content)
-    except tomllib.TOMLDecodeError as error:
-        raise DistattnError(f"{source}: cannot be read as TOML: {error}.") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise DistattnError(f"{source}: {key}: {first['msg'].lower().rstrip('.')}.") from None
-    problem = _problem(cluster)
-    if problem:
-        raise DistattnError(f"{source}: {problem}")
-    return cluster
-
-
-def _problem(cluster: ClusterSpec) -> str | None:
-    numbers = {
-        f"device.{key}": value for key, value in asdict(cluster.device).items() if isinstance(value, int | float)
-    }
-    numbers |= {f"{name}.gbs": getattr(cluster, name).gbs for name in ("intra_node", "inter_node")}
-    numbers |= {f"{name}.latency_us": getattr(cluster, name).latency_us for name in ("intra_node", "inter_node")}
-    numbers |= {"nodes": cluster.nodes, "devices": cluster.devices, "device.tile": min(cluster.device.tile)}
-    zeros = ("device.launch_us", "device.task_us", "device.host_us", "intra_node.latency_us", "inter_node.latency_us")
-    for key, value in numbers.items():
-        if value < 0 or (value == 0 and key not in zeros):
-            return f"{key}: must be a positive number, not {value}."
-    for row in cluster.attention:
-        if row.direction not in DIRECTIONS or min(row.tflops, row.head_dim, row.queries, row.keys) <= 0:
-            return f"attention: a row must have a direction (forward, backward) and positive numbers, not {row}."
-    for kind in {(row.direction, row.head_dim) for row in cluster.attention}:
-        points = {(row.queries, row.keys) for row in cluster.attention if (row.direction, row.head_dim) == kind}
+def _table_problems(cluster: ClusterSpec) -> Iterator[Problem]:
+    """Yield the problems of the table of speeds as a whole."""
+    for direction, head_dim in sorted({(row.direction, row.head_dim) for row in cluster.attention}):
+        points = {
+            (row.queries, row.keys)
+            for row in cluster.attention
+            if (row.direction, row.head_dim) == (direction, head_dim)
+        }
         grid = len({q for q, _ in points}) * len({k for _, k in points})
         if len(points) != grid and not any(q == k for q, k in points):
-            return (
-                f"attention: {kind[0]}, head dim {kind[1]}: rows must be a full grid of queries and keys, or squares."
+            yield Problem(
+                "attention",
+                f"{direction}, head dim {head_dim}: rows must be a full grid of queries and keys, or squares.",
             )
-    missing = [name for name in DIRECTIONS if not any(row.direction == name for row in cluster.attention)]
-    if missing:
-        return f"attention: there is no row of direction {missing[0]}."
-    return None
+    for direction in DIRECTIONS:
+        if not any(row.direction == direction for row in cluster.attention):
+            yield Problem("attention", f"there is no row of direction {direction}.")

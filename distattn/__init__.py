@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from distattn.parallel.analysis.timeline import Timeline as Timeline
     from distattn.parallel.analysis.verify import Proof as Proof
     from distattn.parallel.analysis.verify import verify as verify
+    from distattn.parallel.attention_config import AttentionConfig as AttentionConfig
     from distattn.parallel.latent_plan import make_latent_plan as make_latent_plan
     from distattn.parallel.make_plan import make_plan as make_plan
     from distattn.parallel.prefix_softmax_plans import PrefixSoftmaxPlans as PrefixSoftmaxPlans
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from distattn.parallel.recurrent_plan import make_recurrent_plan as make_recurrent_plan
 
 _HOME = {
+    "AttentionConfig": "distattn.parallel.attention_config",
     "Call": "distattn.ir.plan",
     "Cluster": "distattn.cluster.topology",
     "ContextParallel": "distattn.driver.context_parallel",

@@ -27,7 +27,7 @@ parallel_state.initialize_model_parallel(**sizes, create_gloo_process_groups=Fal
 try:
     random.model_parallel_cuda_manual_seed(0)
 except AssertionError as error:
-    raise SystemExit(f"megatron_gpt.py: Megatron-core needs a GPU, and this machine has none: {error}.") from None
+    raise SystemExit(f"megatron_gpt.py: Megatron-core needs GPUs, and this machine has no GPU: {error}.") from None
 # the same weights however the model is cut
 names = ("init_method", "output_layer_init_method")
 start = {

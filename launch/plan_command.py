@@ -18,6 +18,7 @@ from distattn.ir.layout import LAYOUTS
 from distattn.launch.command_keys import refuse_keys_that_do_nothing
 from distattn.launch.command_line import CommandParser, ResultConsole, no_progress, print_message, print_to_stderr
 from distattn.parallel.analysis.timeline import Timeline
+from distattn.parallel.attention_config import AttentionConfig
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.planning.compare_strategies import (
     PlanRequest,
@@ -87,7 +88,8 @@ def main(arguments: Sequence[str]) -> int:
     settings = PlanSettings.of_config(config) if config else _settings(options, cluster)
     if options.docs:
         # one pack over all ranks, even if the run's ranks have packs of their own
-        settings = replace(settings, data="replicated", context_parallel_size=None)
+        one_pack = replace(settings.config, data="replicated", context_parallel_size=None)
+        settings = replace(settings, config=one_pack)
     report_progress = print_to_stderr if sys.stderr.isatty() else no_progress
     phases = _phases(options, config)
     facts: list[dict[str, Any]] = []
@@ -102,7 +104,7 @@ def main(arguments: Sequence[str]) -> int:
         if config and settings == PlanSettings.of_config(config):
             layouts = compare_layouts(request, cluster)
             facts[-1]["layouts"] = {name: {"seconds": seconds} for name, seconds in layouts.items()}
-            lines = strategy_lines(timelines, settings.strategy) + layout_lines(request, layouts)
+            lines = strategy_lines(timelines, settings.config.strategy) + layout_lines(request, layouts)
         if not options.json:
             table = comparison_table(timelines, cluster)
             _show_table([*phase.title(len(phases)), str(request), *table, *lines], table)
@@ -255,7 +257,7 @@ def _settings(options: argparse.Namespace, cluster: describe.ClusterSpec) -> Pla
         kv_heads=int(kv_heads or heads),
         head_dim=options.head_dim or 128,
         dtype=options.dtype or "bfloat16",
-        layout=layout,
+        config=AttentionConfig(layout=layout),
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from distattn.checkpoints.checkpoint_folder import check_step, preferred_step, set_aside_since
 from distattn.checkpoints.run_lock import RunLock
+from distattn.cluster.spec import resolve_cluster
 from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import print_message
 from distattn.parallel.analysis.explain import explain
@@ -186,7 +187,7 @@ def _removed_afterwards(file: Path) -> Iterator[Path]:
 def _explain_first_step(run: RunFolder, config: Config, data: RunData) -> None:
     """Plan the first step's first micro-batch, and write the plan and its explanation into the run folder."""
     settings = PlanSettings.of_config(config)
-    explanation = explain(settings.plan(*first_packs(data.plan, config)), settings.cluster)
+    explanation = explain(settings.plan(*first_packs(data.plan, config)), resolve_cluster(settings.config.cluster))
     explanation.plan.save(run.plan_file)
     run.explanation_file.write_text(f"{explanation}\n", "utf-8")
 

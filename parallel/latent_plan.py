@@ -7,6 +7,7 @@ strategy that deals heads to ranks needs the keys of only a few heads. Both plan
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from distattn.ir.arguments import checked
 from distattn.ir.errors import PlanError
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
-from distattn.ir.op import latent_op
+from distattn.ir.op import ATTENTION, latent_op
 from distattn.ir.plan import Plan
 from distattn.parallel.analysis.simulate import simulated_seconds
+from distattn.parallel.attention_config import AttentionConfig
 from distattn.parallel.make_plan import make_plan
 
 
@@ -34,29 +36,31 @@ def make_latent_plan(
     v_head_dim: int,
     rotary_dim: int,
     latent_dim: int,
+    config: AttentionConfig | None = None,
     cluster: AnyCluster | str | Path | None = None,
     **settings: Any,
 ) -> Plan:
     """Plan one call of latent attention: of `latent_op(rotary_dim, latent_dim)`, or of attention with one key head per query
     head.
 
-        heads, head_dim (with the rotary part) and v_head_dim are those of queries and values; settings are `make_plan`'s. On a
-        described cluster take the plan that is faster in simulation, forward and backward together with all expansions. Otherwise
-        take the one that moves fewer bytes. If one cannot be planned, take the other. `latent_attention` takes either. Raise as
-        `make_plan` does.
+    heads, head_dim (with the rotary part) and v_head_dim are those of queries and values; config, cluster and settings are
+    `make_plan`'s. On a described cluster take the plan that is faster in simulation, forward and backward together with all
+    expansions. Otherwise take the one that moves fewer bytes. If one cannot be planned, take the other. `latent_attention`
+    takes either. Raise as `make_plan` does.
     """
     cluster = resolve_cluster(cluster)
-    shape = dict(heads=heads, head_dim=head_dim, v_head_dim=v_head_dim, cluster=cluster) | settings
-    forms: tuple[dict[str, Any], ...] = (dict(kv_heads=1, op=latent_op(rotary_dim, latent_dim)), dict(kv_heads=heads))
+    widths = partial(make_plan, mask, layout, heads=heads, head_dim=head_dim, v_head_dim=v_head_dim)
+    plan = partial(widths, config=config, cluster=cluster, **settings)
     plans, refusals = [], []
-    for form in forms:
+    for kv_heads, op in ((1, latent_op(rotary_dim, latent_dim)), (heads, ATTENTION)):
         try:
-            plans.append(make_plan(mask, layout, **form, **shape))
+            plans.append(plan(kv_heads=kv_heads, op=op))
         except PlanError as refusal:
             # the other form may need less memory
             refusals.append(refusal)
     if not plans:
         raise refusals[0]
+    cluster = cluster if config is None else config.cluster
     if not isinstance(cluster, ClusterSpec):
         return min(plans, key=lambda plan: int(plan.bytes()["bytes"].sum()))
     return min(plans, key=lambda plan: latent_seconds(plan, cluster, rotary_dim, latent_dim))

@@ -1,114 +1,32 @@
-"""Make plans: the table of strategies by name, and the function that runs one and chooses between its candidates."""
+"""Make plans: the function that runs a strategy of the table, and chooses between its candidates."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from distattn.cluster.spec import AnyCluster, ClusterSpec, resolve_cluster
-from distattn.ir.arguments import check_fields, checked
+from distattn.ir.arguments import checked
 from distattn.ir.errors import DistattnError, PlanError
 from distattn.ir.intervals import sorted_unique
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.ir.op import ATTENTION, Op, op_of
-from distattn.ir.plan import POLICIES, Call, Plan, Table, dtype_name, move_bytes
+from distattn.ir.plan import Call, Plan, Table, dtype_name, move_bytes
 from distattn.parallel.analysis.simulate import simulate_pass
 from distattn.parallel.analysis.verify import verify
-from distattn.parallel.strategies.allgather import allgather
-from distattn.parallel.strategies.cad import CadOptions, cad
-from distattn.parallel.strategies.cad_greedy import CadGreedyOptions, cad_greedy
-from distattn.parallel.strategies.double_ring import DoubleRingOptions, double_ring
-from distattn.parallel.strategies.ring import RingOptions, ring
-from distattn.parallel.strategies.scan import ScanOptions, scan
-from distattn.parallel.strategies.ulysses import ulysses
-from distattn.parallel.strategies.usp import UspOptions, usp
+from distattn.parallel.attention_config import AttentionConfig
+from distattn.parallel.strategy_table import STRATEGIES as STRATEGIES
+from distattn.parallel.strategy_table import check_names
+from distattn.parallel.strategy_table import strategies_of as strategies_of
 from distattn.parallel.tables.backward import derive_backward
 from distattn.parallel.tables.head_chunks import HeadChunks, in_head_chunks, possible_head_chunks
 from distattn.parallel.tables.relayout import relayout_table
 from distattn.parallel.tables.written_once import written_once
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """A pure function (call, cluster[, options][, direction]) -> candidate forward tables, and how to use it.
-
-    backward: the backward policy that suits it. options: the frozen dataclass of its options, or None. by_direction: the
-    function also takes direction="backward", to assign tasks by their cost there. choose_by: "bytes" takes the candidate that
-    moves fewest. "seconds" simulates candidates on a described cluster: the first is what was asked for, the second moves
-    only what it must. The others lie between the two, and are made only if the first is not faster than the second. Without a
-    described cluster the first is taken. own_backward: candidates for direction="backward" are backward tables themselves,
-    not derived from forward ones. The function then also takes working_layout, and `seconds`, which simulates a table of that
-    direction, or is None if speeds are unknown. recurrent, others: it plans recurrences, and all other ops.
-    """
-
-    forward: Callable[..., Iterable[Table]]
-    backward: str
-    options: type | None = None
-    by_direction: bool = False
-    choose_by: str = "bytes"
-    own_backward: bool = False
-    recurrent: bool = False
-    others: bool = True
-
-    @property
-    def option_names(self) -> list[str]:
-        """Names of the options, in the order of their dataclass."""
-        return [] if self.options is None else [field.name for field in fields(self.options)]
-
-    def takes(self, option: str) -> bool:
-        """Return whether the strategy has an option of this name."""
-        return option in self.option_names
-
-    def candidates(
-        self,
-        call: Call,
-        cluster: AnyCluster | None,
-        options: Mapping[str, object],
-        direction: str,
-        working_layout: Layout | None = None,
-    ) -> Iterable[Table]:
-        """Return the candidates of a call. Raise DistattnError if it cannot be planned so.
-
-        working_layout: for strategies that send tokens there themselves.
-        """
-        arguments: dict[str, Any] = {}
-        if self.options is not None:
-            arguments["options"] = checked_options = self.options(**options)
-            check_fields(checked_options)
-        if self.by_direction:
-            arguments["direction"] = direction
-        if self.own_backward:
-            arguments |= {"working_layout": working_layout, "seconds": _seconds_of_tables(call, cluster, direction)}
-        return self.forward(call, cluster, **arguments)
-
-
-_ALL_STRATEGIES: Mapping[str, Strategy] = {
-    "scan": Strategy(scan, "keep", ScanOptions, by_direction=True, own_backward=True, recurrent=True, others=False),
-    "ring": Strategy(ring, "refetch-follow", RingOptions),
-    "double_ring": Strategy(double_ring, "refetch-follow", DoubleRingOptions),
-    "allgather": Strategy(allgather, "refetch-home"),
-    "ulysses": Strategy(ulysses, "keep", recurrent=True),
-    "usp": Strategy(usp, "refetch-follow", UspOptions),
-    "cad": Strategy(cad, "refetch-home", CadOptions, by_direction=True, choose_by="seconds"),
-    "cad_greedy": Strategy(cad_greedy, "refetch-home", CadGreedyOptions),
-}
-
-
-def strategies_of(op: Op) -> Mapping[str, Strategy]:
-    """Return the strategies that plan an op, by name."""
-    return {
-        name: strategy
-        for name, strategy in _ALL_STRATEGIES.items()
-        if (strategy.recurrent if op.is_recurrent else strategy.others)
-    }
-
-
-STRATEGIES: Mapping[str, Strategy] = strategies_of(ATTENTION)
 
 
 @checked
@@ -116,7 +34,8 @@ def make_plan(
     mask: Mask,
     layout: Layout,
     *,
-    strategy: str,
+    config: AttentionConfig | None = None,
+    strategy: str | None = None,
     heads: int,
     kv_heads: int,
     head_dim: int,
@@ -146,11 +65,25 @@ def make_plan(
     `distattn.ir.op`). For a recurrence, heads are those of values and states, kv_heads those of queries and keys, head_dim
     and v_head_dim the sides of a state; strategies are those of `strategies_of(op)`.
 
+    config: settings in place of strategy, backward, options, comm_dtype, cluster and max_buffer_bytes. A strategy next to it
+    replaces the config's, together with its backward and options; options without a strategy are added to the config's.
+
     A strategy's candidates are compared by bytes or by simulated seconds (see `Strategy`), forward and backward separately
     (together if the backward keeps what it received). Raise DistattnError if the call cannot be planned as asked, and
     PlanError, with the least possible bytes, if no chunks are small enough.
     """
     op = op_of(op)
+    if config is not None:
+        if (comm_dtype, cluster, max_buffer_bytes) != (None, None, None):
+            raise DistattnError(
+                "make_plan: comm_dtype, cluster and max_buffer_bytes are those of config; set them there."
+            )
+        if strategy is None:
+            strategy, backward = config.strategy, backward or config.backward
+            options = {**config.strategy_options, **(options or {})}
+        comm_dtype, cluster, max_buffer_bytes = config.comm_dtype, config.cluster, config.max_buffer_bytes
+    if strategy is None:
+        raise DistattnError('a strategy is needed, such as strategy="ring".')
     check_names(strategy, backward, options, op)
     cluster = resolve_cluster(cluster)
     if cluster is not None and cluster.ranks != layout.ranks:
@@ -165,7 +98,8 @@ def make_plan(
         raise DistattnError(f"the working layout has {working_layout.ranks} ranks, the layout {call.ranks}.")
 
     def candidates(direction: str, policy: str) -> list[Table]:
-        candidate_tables = chosen.candidates(working, cluster, options or {}, direction, working_layout)
+        seconds = _seconds_of_tables(working, cluster, direction)
+        candidate_tables = chosen.candidates(working, cluster, options or {}, direction, working_layout, seconds)
         if chosen.choose_by == "seconds":
             return [_fastest(working, cluster, candidate_tables, direction, policy)]
         return list(candidate_tables)
@@ -209,22 +143,6 @@ def make_plan(
         f"{strategy}: a rank needs {least:,} bytes of buffers at least, with heads in as many chunks as there can be; "
         f"max_buffer_bytes is {max_buffer_bytes:,}. Raise it, or use more ranks or another strategy."
     )
-
-
-def check_names(strategy: str, backward: str | None, options: Mapping[str, object] | None, op: Op = ATTENTION) -> None:
-    """Refuse a strategy, backward policy or option that an op does not have, naming those that it has."""
-    strategies = strategies_of(op)
-    if strategy not in strategies:
-        of_op = "" if op == ATTENTION else f" for {op.name}"
-        raise DistattnError(f"strategy {strategy!r} does not exist{of_op}; there are {', '.join(strategies)}.")
-    if backward not in (None, "keep") and strategies[strategy].own_backward:
-        raise DistattnError(f'strategy {strategy} keeps what it received; its backward is "keep", not {backward!r}.')
-    if backward is not None and backward not in POLICIES:
-        raise DistattnError(f"backward policy {backward!r} does not exist; there are {', '.join(POLICIES)}.")
-    option_names = strategies[strategy].option_names
-    for name in (options or {}).keys() - option_names:
-        takes = f"it takes {', '.join(option_names)}" if option_names else "it takes none"
-        raise DistattnError(f"strategy {strategy} has no option {name!r}; {takes}.")
 
 
 def _most_needed(plan: Plan) -> int:

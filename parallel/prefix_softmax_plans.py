@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from distattn.ir.arguments import checked
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
-from distattn.ir.op import OPS, PREFIX_MAX
+from distattn.ir.op import OPS, PREFIX_MAX, Op
 from distattn.ir.plan import Plan, dtype_name
 from distattn.parallel.make_plan import make_plan
 
@@ -22,6 +22,17 @@ class PrefixSoftmaxPlans(NamedTuple):
     maximum: Any
     total: Any
     weighted: Any
+
+
+class CallSizes(TypedDict):
+    """Heads, dims, dtype and op of a call, as arguments of `make_plan`."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: str
+    op: Op
 
 
 @checked
@@ -46,12 +57,12 @@ def make_prefix_softmax_plans(
     return PrefixSoftmaxPlans(*plans)
 
 
-def prefix_softmax_shapes(heads: int, latents: int, v_head_dim: int, dtype: str) -> list[dict[str, Any]]:
+def prefix_softmax_shapes(heads: int, latents: int, v_head_dim: int, dtype: str) -> list[CallSizes]:
     """Return heads, dims, dtype and op of the three calls. Maxima and sums have the accumulation dtype."""
     wide = "float64" if dtype == "float64" else "float32"
     return [
-        dict(heads=heads, kv_heads=heads, head_dim=1, v_head_dim=latents, dtype=wide, op=PREFIX_MAX),
+        CallSizes(heads=heads, kv_heads=heads, head_dim=1, v_head_dim=latents, dtype=wide, op=PREFIX_MAX),
         # a sum is a recurrence whose queries and keys are 1 in all heads
-        dict(heads=heads * latents, kv_heads=1, head_dim=1, v_head_dim=1, dtype=wide, op=OPS["ssd"]),
-        dict(heads=heads, kv_heads=heads, head_dim=latents, v_head_dim=v_head_dim, dtype=dtype, op=OPS["gla"]),
+        CallSizes(heads=heads * latents, kv_heads=1, head_dim=1, v_head_dim=1, dtype=wide, op=OPS["ssd"]),
+        CallSizes(heads=heads, kv_heads=heads, head_dim=latents, v_head_dim=v_head_dim, dtype=dtype, op=OPS["gla"]),
     ]

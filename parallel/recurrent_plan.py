@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from distattn.ir.mask import Mask
 from distattn.ir.op import Op
 from distattn.ir.plan import Plan
 from distattn.parallel.analysis.simulate import simulated_seconds
+from distattn.parallel.attention_config import AttentionConfig
 from distattn.parallel.make_plan import make_plan
 
 
@@ -29,24 +31,27 @@ def make_recurrent_plan(
     *,
     op: Op | str,
     heads: int,
+    config: AttentionConfig | None = None,
     cluster: AnyCluster | str | Path | None = None,
     options: Mapping[str, object] | None = None,
     **settings: Any,
 ) -> Plan:
     """Plan one call of a recurrence by `scan` or by `ulysses`, whichever is faster in simulation, forward and backward together.
 
-    op and heads as in `make_plan`, which has the other settings; `explain` reports both times. The plan is scan's if its
-    options are given, if speeds are unknown, if there are fewer heads than ranks, and if a rank has no tokens: it may be a
-    server, which computes attention only. Raise as `make_plan` does; if both strategies are refused, raise scan's error.
+    op and heads as in `make_plan`, which has the other settings; config's strategy, backward and options are attention's, and
+    not used. `explain` reports both times. The plan is scan's if its options are given, if speeds are unknown, if there are
+    fewer heads than ranks, and if a rank has no tokens: it may be a server, which computes attention only. Raise as
+    `make_plan` does; if both strategies are refused, raise scan's error.
     """
     cluster = resolve_cluster(cluster)
-    shape = dict(op=op, heads=heads, cluster=cluster) | settings
+    plan = partial(make_plan, mask, layout, op=op, heads=heads, config=config, cluster=cluster, **settings)
+    cluster = cluster if config is None else config.cluster
     if options or not isinstance(cluster, ClusterSpec) or heads < layout.ranks or not layout.shard_sizes().all():
-        return make_plan(mask, layout, strategy="scan", options=options, **shape)
+        return plan(strategy="scan", options=options)
     plans, refusals = [], []
     for strategy in ("scan", "ulysses"):
         try:
-            plans.append(make_plan(mask, layout, strategy=strategy, **shape))
+            plans.append(plan(strategy=strategy))
         except PlanError as refusal:
             # the other strategy may need less memory
             refusals.append(refusal)

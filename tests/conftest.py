@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread per process (forked ranks need it), seeds that are printed on failure, what is sampled.
+"""Shared by all tests: one thread per process (forked ranks need it), seeds that are printed on failure, and sampling.
 
 Triton's kernels run in its interpreter; they are what the environment makes them when Triton is first imported.
 """
@@ -10,9 +10,9 @@ from collections.abc import Generator
 from zlib import crc32
 
 os.environ["TRITON_INTERPRET"] = "1"
-# as torchrun sets it: else accelerate has every rank compute on as many threads as there are cores
+# as torchrun sets it: otherwise accelerate has every rank compute on as many threads as there are cores
 os.environ["OMP_NUM_THREADS"] = "1"
-# a run of one rank has all cores, which other tests have, too: threads that spin while they wait take three times as long then
+# a run of one rank uses all cores, as other tests do: threads that spin while they wait then take three times as long
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import pytest
@@ -20,11 +20,11 @@ import torch
 from hypothesis import settings
 from process_guard import guard_processes
 
-# a shell has what it starts in the background ignore these, and an ignored signal stays ignored; tests send them
+# a shell's background processes ignore these signals, and an ignored signal stays ignored; tests send them
 for number, handler in {signal.SIGINT: signal.default_int_handler, signal.SIGQUIT: signal.SIG_DFL}.items():
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
-# what tests start ends with this process, however it ends
+# processes that tests start end with this process, however it ends
 guard_processes()
 torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None, print_blob=True, derandomize=True)
@@ -43,10 +43,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
-    """Of the cases of a test marked sampled(n), the first and every n-th are for `make test`; the others are marked full.
+    """Mark all but the first and every n-th case of a test marked sampled(n) as full: `make test` leaves those out.
 
-    With --quarter only a quarter of those is run, and half of the other tests marked full. Tests marked waits come first in some
-    processes, so that the suite does not end with one process that waits.
+    With --quarter only a quarter of those is run, and half of the other tests marked full. Some processes begin with tests marked
+    waits, so that the suite does not end with one process that waits.
     """
     quarter = config.getoption("quarter")
     seen: Counter[str] = Counter()
@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if sampled is not None and seen[name] % sampled.args[0]:
             item.add_marker(pytest.mark.full)
             parts = 4
-        # not every second or fourth one in order: those may all have the same value of a parameter
+        # not every second or fourth in order: those may all have the same value of a parameter
         if quarter is not None and item.get_closest_marker("full") and (crc32(item.nodeid.encode()) - quarter) % parts:
             left_out.append(item)
         seen[name] += 1
@@ -66,13 +66,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
         gone = set(left_out)
         items[:] = [item for item in items if item not in gone]
-    # -m leaves tests out
+    # -m deselects tests in between
     yield
     items[:] = _spread(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 
 def _spread(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
-    """Return the tests in an order of which each process gets an equal part, as `--dist worksteal` deals them out.
+    """Order the tests so that each process gets an equal part, as `--dist worksteal` deals them out.
 
     The parts of half the processes, or one more, begin with whole modules of tests that wait: the others compute meanwhile.
     """

@@ -1,4 +1,4 @@
-"""The house keeps its shape: who imports whom, what is public, what is packaged, how long files are."""
+"""The shape of the code base: imports between folders, public names, packages, lengths of files."""
 
 import ast
 import os
@@ -14,14 +14,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("distattn", "parallel", "kernels", "cluster", "launch", "configs")
-# from the ground up: a folder may import those of lower levels and itself, nothing else
+# from the ground up: a folder may import only folders of lower levels and itself
 LEVELS = {
     "ir": 0,
     "kernels": 1,
     "cluster": 1,
     "supervision": 1,
     "parallel.tables": 2,
-    # neither imports the other: parallel.make_plan chooses between a strategy's candidates, or tells it what simulation says
+    # neither imports the other: parallel.make_plan chooses between a strategy's candidates, by bytes or by simulation
     "parallel.strategies": 3,
     "parallel.analysis": 3,
     "parallel.runtime": 4,
@@ -54,29 +54,29 @@ def tracked(*patterns: str) -> list[Path]:
 
 
 def folder_of(module: str) -> str:
-    """The folder of distattn.X.Y as LEVELS names it."""
+    """Return the folder of distattn.X.Y as LEVELS names it."""
     parts = module.split(".")[1:]
     return max((name for name in LEVELS if parts[: name.count(".") + 1] == name.split(".")), key=len, default="")
 
 
 def imports(file: Path) -> set[str]:
-    """The distattn modules a file imports, anywhere in it; type-checking blocks do not count."""
+    """Return the distattn modules that a file imports anywhere, without type-checking blocks."""
     tree = ast.parse((ROOT / file).read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             node.body = []
-    found = set()
+    imported = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "distattn":
-            found |= {f"{node.module}.{name.name}" for name in node.names}
+            imported |= {f"{node.module}.{name.name}" for name in node.names}
         elif isinstance(node, ast.Import):
-            found |= {name.name for name in node.names if name.name.split(".")[0] == "distattn"}
+            imported |= {name.name for name in node.names if name.name.split(".")[0] == "distattn"}
         assert not (isinstance(node, ast.ImportFrom) and node.level), f"{file}: relative import"
-    return found
+    return imported
 
 
 def modules() -> dict[Path, str]:
-    """Source files of the package and the module each of them is."""
+    """Return the source files of the package, each with its module."""
     files = [file for file in tracked("*.py") if file.parts[0] in ROOMS]
     return {
         file: ".".join([*([] if file.parts[0] == "distattn" else ["distattn"]), *file.with_suffix("").parts])
@@ -88,7 +88,7 @@ def test_imports_only_look_down():
     assert len(modules()) > 20
     for file, module in modules().items():
         if module == "distattn.__init__":
-            # the public face names everything
+            # the public module imports from all folders
             continue
         assert folder_of(module), f"{file} lies in no folder of LEVELS"
         here = folder_of(module)
@@ -99,9 +99,14 @@ def test_imports_only_look_down():
 
 
 def test_no_module_imports_itself_in_a_circle():
-    known = set(modules().values())
+    all_modules = set(modules().values())
     edges = {
-        module: {name for found in imports(file) for name in (found, found.rpartition(".")[0]) if name in known}
+        module: {
+            name
+            for imported in imports(file)
+            for name in (imported, imported.rpartition(".")[0])
+            if name in all_modules
+        }
         - {module}
         for file, module in modules().items()
     }
@@ -183,9 +188,9 @@ def test_rooms_are_linked_into_the_package_and_shadow_nobody():
 
 
 def test_no_object_is_unpickled_that_has_not_matched_its_digest():
-    """PyTorch's collectives of objects unpickle what comes; `distattn.parallel.runtime.sealed_values` is used instead."""
+    """Refuse PyTorch's collectives of objects, which unpickle what arrives; `sealed_values` is used instead."""
     sealed = {Path("parallel/runtime/sealed_values.py"), Path("distattn/checkpoints/rank_sockets.py")}
-    # and what may be named in what is unpickled
+    # the names that unpickled data may contain
     listed = {Path("distattn/checkpoints/pickled_names.py")}
     theirs = ("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list", "recv_object_list")
     for file in modules():
@@ -194,7 +199,7 @@ def test_no_object_is_unpickled_that_has_not_matched_its_digest():
             if isinstance(node, ast.Attribute):
                 names |= {node.attr, f"{ast.unparse(node.value)}.{node.attr}"}
             elif isinstance(node, ast.ImportFrom):
-                names |= {name for one in node.names for name in (one.name, f"{node.module}.{one.name}")}
+                names |= {name for alias in node.names for name in (alias.name, f"{node.module}.{alias.name}")}
         assert not names & set(theirs), file
         assert file in sealed | listed or not names & {"pickle.loads", "pickle.load", "pickle.Unpickler"}, file
 
@@ -230,7 +235,7 @@ def test_files_are_short():
 
 
 def test_no_two_files_of_tests_have_one_name():
-    """pytest imports each as a top module, so it would refuse the second one."""
+    """Require unique names: pytest imports each file as a top-level module, and would refuse the second one."""
     names = [file.name for file in tracked("tests/**/test_*.py")]
     assert sorted(names) == sorted(set(names))
 
@@ -253,7 +258,7 @@ def test_wheel_and_sdist_hold_every_tracked_source_and_nothing_else(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    # an unfinished deletion or a new folder that pyproject.toml does not list shows up here
+    # this finds an unfinished deletion, and a new folder that pyproject.toml does not list
     wanted = {str(Path(*module.split(".")).with_suffix(".py")) for module in modules().values()}
     wanted |= {
         f"distattn/{file}"

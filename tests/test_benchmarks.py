@@ -1,4 +1,4 @@
-"""The benchmarks run, and their harness tells right from wrong before it tells fast from slow."""
+"""The benchmarks run, and their harness checks results before it times them."""
 
 import json
 import os
@@ -205,7 +205,7 @@ def test_recurrent_layers_are_right_on_every_rank_over_gloo(tmp_path):
     assert "fla-core's own context parallelism: left out: it " in done.stdout
     rows = findings.read(out)
     checks = [row for row in rows if row["kind"] == "check"]
-    # seven ops, one document or nine, five ways and one device
+    # seven ops, one document or nine, five variants and one device
     assert len(checks) == 7 * 2 * 6 and not any(row["text"] for row in checks) and rows[-1]["kind"] == "ended"
 
 
@@ -213,11 +213,11 @@ def test_recurrent_layers_are_right_on_every_rank_over_gloo(tmp_path):
 def test_ranks_that_are_as_wrong_as_one_device_are_wrong(dtype, most):
     lengths = (300, 20)
     needed = KernelRequirements(dtype, 16, 16, torch.device("cpu"), op=OPS["gated_delta_rule"])
-    given = RecurrenceInputs.random(lengths, 2, 2, needed)
-    given = given._replace(state=torch.zeros_like(given.state), dstate=torch.zeros_like(given.dstate))
-    mine, exact = check_recurrences.computed(chunked, given), check_recurrences.in_fp64(given)
+    inputs = RecurrenceInputs.random(lengths, 2, 2, needed)
+    inputs = inputs._replace(state=torch.zeros_like(inputs.state), dstate=torch.zeros_like(inputs.dstate))
+    mine, exact = check_recurrences.computed(chunked, inputs), check_recurrences.in_fp64(inputs)
     tokens = torch.arange(sum(lengths))
-    right = check_recurrences.Case(needed.op.name, lengths, given, exact, lambda: (tokens, *mine), mine)
+    right = check_recurrences.Case(needed.op.name, lengths, inputs, exact, lambda: (tokens, *mine), mine)
     assert right.check((tokens, *mine)) == ""
     for off in (2 * most, float("nan")):
         o = mine[0].clone()
@@ -233,7 +233,7 @@ def test_what_hybrids_recall_is_a_table_and_a_figure_of_all_runs(tmp_path):
     assert len(row["recall"]) == 2 and max(row["recall"]) < 0.2 and row["cpu_seconds"] > 0
     rows = [row | dict(seed=seed, recall=[0.0, 0.5, 0.95]) for seed in (0, 1)]
     rows.append(row | other._asdict() | dict(seed=1, recall=[0.03, 0.03, 0.04], cpu_seconds=2.0))
-    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert recall_by_ratio.kept(tmp_path / "runs.jsonl", 2) == rows
     assert recall_by_ratio.kept(tmp_path / "runs.jsonl", 3) == recall_by_ratio.kept(tmp_path / "none", 2) == []
     text = recall_by_ratio.table(rows)

@@ -1,4 +1,4 @@
-"""What the documents say is so: snippets run, links lead somewhere, names exist, and the pages build."""
+"""What the documents say is true: snippets run, links work, names exist, and the pages build."""
 
 import ast
 import importlib.util
@@ -89,10 +89,10 @@ def test_configuration_keys_that_are_named_exist(file):
     text = file.read_text()
     keys = {f"{section}.{key}" for section, values in asdict(Config()).items() for key in values}
     sections = "|".join(asdict(Config()))
-    found = re.findall(rf"--((?:{sections})\.[\w-]+)", text)
-    found += re.findall(rf"`((?:{sections})\.[a-z_]+)(?: = [^`]*)?`", text)
-    for key in found:
-        # files, and names of other libraries
+    keys_of_text = re.findall(rf"--((?:{sections})\.[\w-]+)", text)
+    keys_of_text += re.findall(rf"`((?:{sections})\.[a-z_]+)(?: = [^`]*)?`", text)
+    for key in keys_of_text:
+        # these are files, or names of other libraries
         if not key.endswith((".toml", ".json", ".jsonl")) and key not in OF_OTHERS:
             assert key.replace("-", "_") in keys, key
 
@@ -102,7 +102,7 @@ def test_the_reference_has_every_public_name_once():
     assert sorted(named) == da.__all__
 
 
-# ---- snippets: of each page what names each one is given, in order; None where the page says that it was not run
+# ---- snippets: for each page the functions that give each snippet its names, in order; None if the page says "not run"
 
 
 def _plan(names: dict[str, Any]) -> None:
@@ -156,7 +156,7 @@ def _reference(names: dict[str, Any]) -> None:
 
 
 def _packs(names: dict[str, Any]) -> None:
-    """An indexed file that the model has a token for each id of, and a plan of it."""
+    """Write an indexed file whose tokens the model knows, and a plan of it."""
     _model(names)
     os.mkdir("data")
     with IndexedFileWriter("data/code", "uint8") as writer:
@@ -184,7 +184,7 @@ def _stream(names: dict[str, Any]) -> None:
 
 
 def _pretrained(names: dict[str, Any]) -> None:
-    """A folder of the name that the snippet gives, of a tiny model."""
+    """Export a tiny model to a folder of the name in the snippet."""
     model = meta_model(names["config"])
     materialise(model, 1)
     export_model(model, "Llama-3.1-8B")
@@ -192,7 +192,7 @@ def _pretrained(names: dict[str, Any]) -> None:
 
 
 def _tokens(names: dict[str, Any]) -> None:
-    """The snippet goes on where the one before it ended."""
+    """Run the snippet before this one, which it continues."""
     _packs(names)
     exec(python_snippets((ROOT / "docs" / "data-formats.md").read_text())[0], names)
 
@@ -205,7 +205,7 @@ def _saving(names: dict[str, Any]) -> None:
 
 
 def _monitored(names: dict[str, Any]) -> None:
-    """A plan of packs, its corpora, and a folder for what the run says."""
+    """Make a plan of packs, its corpora, and a folder for the run's reports."""
     _packs(names)
     os.mkdir("run")
     corpora = open_corpora(load_pack_config("packs.toml"))
@@ -231,26 +231,28 @@ SNIPPETS: dict[str, list[Callable[[dict[str, Any]], None] | None]] = {
     "convolutions-and-latents.md": [_own_model] * 2,
     "trainers.md": [_mesh, _own_model, None],
 }
-# what is made small, or runs on one CPU rank, where the page has more
+# texts of pages, and the smaller sizes or the single CPU rank that replace them
 SMALLER = {
     "ranks=8)  # which": "ranks=1)  # which",
     "[4096, 1024, 3072]  # documents": "[40, 10, 30]  # documents",
     '"cuda"': '"cpu"',
 }
-ALL = [(page, number) for page, given in SNIPPETS.items() for number in range(len(given))]
+ALL = [(page, number) for page, set_ups in SNIPPETS.items() for number in range(len(set_ups))]
 
 
 def test_every_snippet_is_listed_here():
-    found = {page.name: len(python_snippets(page.read_text())) for page in PAGES}
-    assert {page: count for page, count in found.items() if count} == {p: len(given) for p, given in SNIPPETS.items()}
+    counts = {page.name: len(python_snippets(page.read_text())) for page in PAGES}
+    assert {page: count for page, count in counts.items() if count} == {
+        p: len(set_ups) for p, set_ups in SNIPPETS.items()
+    }
 
 
 @pytest.mark.parametrize(("page", "number"), ALL, ids=[f"{page} {number}" for page, number in ALL])
 def test_snippets_run_as_written(page, number, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = python_snippets((ROOT / "docs" / page).read_text())[number]
-    given = SNIPPETS[page][number]
-    if given is None:
+    set_up = SNIPPETS[page][number]
+    if set_up is None:
         compile(code, page, "exec")
         assert "not run" in (ROOT / "docs" / page).read_text()
         return
@@ -261,7 +263,7 @@ def test_snippets_run_as_written(page, number, capsys, tmp_path, monkeypatch):
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         names = tiny_llama()
-        given(names)
+        set_up(names)
         exec(code, names)
     finally:
         if needs_group:
@@ -286,20 +288,20 @@ def _check_data(page: str, number: int, names: dict[str, Any]) -> None:
         masks = LabelMasks.open(Corpus.open("chat", ["data/chat"]))
         assert masks.may_be_labels(0, 0, 9).tolist() == [False] * 3 + [True, False, False] + [True] * 3
     else:
-        found = names["made"].step(names["step"])
-        assert np.array_equal(names["tokens"], found.rows["length"])
-        assert np.array_equal(names["ends_document"], found.rows["ends_document"])
+        step = names["made"].step(names["step"])
+        assert np.array_equal(names["tokens"], step.rows["length"])
+        assert np.array_equal(names["ends_document"], step.rows["ends_document"])
         assert all(
-            np.array_equal(names["pieces"][key], found.rows[key]) for key in ("document", "start", "corpus", "epoch")
+            np.array_equal(names["pieces"][key], step.rows[key]) for key in ("document", "start", "corpus", "epoch")
         )
-        assert np.array_equal(np.cumsum(names["pieces_of_pack"]), found.ends)
+        assert np.array_equal(np.cumsum(names["pieces_of_pack"]), step.ends)
         if number == 1:
-            _, start, length, *_ = found.rows[0].item()
+            _, start, length, *_ = step.rows[0].item()
             assert names["ids"].tolist() == list(range(start, start + length))
 
 
 def test_the_commands_of_the_pages_on_data_run(capsys, tmp_path, monkeypatch):
-    """Run them on the files that the pages name; the plan has all keys that exist."""
+    """Run the commands on the files that the pages name. The plan has all keys that exist."""
     tokenizers, zstandard = pytest.importorskip("tokenizers"), pytest.importorskip("zstandard")
     for name in ("tests", "parallel", "kernels", "launch", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -314,9 +316,9 @@ def test_the_commands_of_the_pages_on_data_run(capsys, tmp_path, monkeypatch):
     Path("packs.toml").write_text(toml)
     keys = set(re.findall(r"^(\w+) =", toml, re.MULTILINE))
     sections = (PackConfig, CorpusConfig, PackRule, PackCost)
-    assert keys == {one.name for section in sections for one in fields(section)} - {"corpus", "rule", "cost"}
+    assert keys == {field.name for section in sections for field in fields(section)} - {"corpus", "rule", "cost"}
     keys = set(re.findall(r"^(\w+) =", cost, re.MULTILINE))
-    assert keys | {"model"} == {one.name for one in fields(CostConfig)}
+    assert keys | {"model"} == {field.name for field in fields(CostConfig)}
     commands = re.findall(r"^    distattn (data .*)$", page, re.MULTILINE)
     assert [command.split()[1] for command in commands] == ["tokenize"] * 3 + ["pack", "stats", "show", "verify"]
     for command in commands:
@@ -332,38 +334,38 @@ def test_the_commands_of_the_pages_on_data_run(capsys, tmp_path, monkeypatch):
 
 
 def _private(file: Path) -> set[str]:
-    """Names with a leading underscore that a file takes from modules and objects which are not distattn's."""
+    """Return names with a leading underscore that a file takes from modules and objects which are not distattn's."""
     tree = ast.parse(file.read_text())
-    found: set[str] = set()
+    names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
-            found.add(node.attr)
+            names.add(node.attr)
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr", "setattr"):
-            found |= {arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant)}
+            names |= {arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant)}
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             module = getattr(node, "module", None) or ""
-            found |= {part for name in node.names for part in (*module.split("."), *name.name.split("."))}
-    return {name for name in found if name.startswith("_") and not name.startswith("__")}
+            names |= {part for alias in node.names for part in (*module.split("."), *alias.name.split("."))}
+    return {name for name in names if name.startswith("_") and not name.startswith("__")}
 
 
 def _own_names(file: Path) -> set[str]:
-    """Private names that a file defines."""
-    own: set[str] = set()
+    """Return private names that a file defines."""
+    names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            own.add(node.name)
+            names.add(node.name)
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            own |= {node.attr} if getattr(node.value, "id", "") in ("self", "cls", "one") else set()
+            names |= {node.attr} if getattr(node.value, "id", "") in ("self", "cls", "one") else set()
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            own.add(node.id)
-    return own
+            names.add(node.id)
+    return names
 
 
 def test_private_names_of_other_projects_are_listed():
     files = [
         file for top in ("distattn", "parallel", "kernels", "cluster", "launch") for file in (ROOT / top).rglob("*.py")
     ]
-    own = set().union(*map(_own_names, files))
+    own_names = set().union(*map(_own_names, files))
     # documented by Python, underscore or not
     public = {"_replace", "_asdict", "_fields", "_exit"}
     table = (ROOT / "docs" / "private-hooks.md").read_text()
@@ -372,7 +374,7 @@ def test_private_names_of_other_projects_are_listed():
         name = file.relative_to(ROOT).as_posix()
         if any(part.is_symlink() for part in file.parents):
             continue
-        for private in sorted(_private(file) - own - public):
+        for private in sorted(_private(file) - own_names - public):
             assert any(f"`{name}`" in row and private in row for row in rows), f"{name}: {private} is not listed"
 
 
@@ -394,7 +396,7 @@ def test_every_picture_of_a_strategy_is_what_its_script_draws_today():
 
 @needs_browser
 def test_pictures_of_strategies_are_legible_in_the_dark(tmp_path):
-    """Draw them as wide as the text of a page in a window of 1,200 pixels."""
+    """Draw the pictures as wide as the text of a page in a window of 1,200 pixels."""
     dark = "body { background: #14181e; margin: 0 } svg { width: 636px; height: auto }"
     page = f"<!doctype html><style>{dark}</style><body>{''.join(draw_strategies.drawings().values())}</body>"
     facts = what_a_script_says(page, LEGIBLE, tmp_path, 636, dark=True)
@@ -406,7 +408,7 @@ def test_the_installation_page_has_every_extra_and_the_supported_versions():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert set(re.findall(r"^\| `distattn\[(\w+)\]`", page, re.MULTILINE)) == set(project["optional-dependencies"])
     # torch>=2.11,<2.14
-    (torch,) = [one for one in project["dependencies"] if one.startswith("torch")]
+    (torch,) = [requirement for requirement in project["dependencies"] if requirement.startswith("torch")]
     least, above = map(int, re.findall(r"2\.(\d+)", torch))
     assert all(f"2.{minor}" in page for minor in range(least, above)) and f"2.{above}" not in page
     assert f"Python {project['requires-python'].removeprefix('>=')} or later" in page
@@ -414,14 +416,14 @@ def test_the_installation_page_has_every_extra_and_the_supported_versions():
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """Build the pages; return their folder."""
+    """Build the pages. Return their folder."""
     folder = tmp_path_factory.mktemp("docs") / "site"
     for name in ("mkdocs", "material", "mkdocstrings_handlers.python"):
         try:
-            found = importlib.util.find_spec(name)
+            spec = importlib.util.find_spec(name)
         except ModuleNotFoundError:
-            found = None
-        if found is None:
+            spec = None
+        if spec is None:
             pytest.skip(f"{name.split('.')[0]} is not installed; make docs installs it")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     done = subprocess.run(

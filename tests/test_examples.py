@@ -19,16 +19,16 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def losses(ranks: int, example: str, *arguments: str) -> list[float]:
     before = "megatron_on_cpu" if example == "megatron_gpt" else None
-    said = run_script_on_ranks(ranks, EXAMPLES / f"{example}.py", *arguments, before=before)
-    # what a user can do nothing about is not said
-    assert example != "deepspeed_zero" or "Warning" not in said[0], said[0]
-    return [float(loss) for loss in re.findall(r"^step \d+ loss (\S+)", said[0], re.M)]
+    outputs = run_script_on_ranks(ranks, EXAMPLES / f"{example}.py", *arguments, before=before)
+    # no warnings that a user cannot act on
+    assert example != "deepspeed_zero" or "Warning" not in outputs[0], outputs[0]
+    return [float(loss) for loss in re.findall(r"^step \d+ loss (\S+)", outputs[0], re.M)]
 
 
-# core-attention disaggregation: ranks with packs of their own share attention
+# core-attention disaggregation: ranks with their own packs share attention
 SHARED = ["--data", "per_rank"]
 RUNS = {
-    # (example, its arguments for one process, [(ranks, further arguments)], tolerance); the first one is a newcomer's
+    # (example, its arguments for one process, [(ranks, further arguments)], tolerance); the first example is a newcomer's
     "own_model": ("own_model", [], [(2, []), (4, []), (2, SHARED)], 1e-4),
     "fsdp2 in float64": (
         "fsdp2",
@@ -69,7 +69,7 @@ def test_losses_are_those_of_one_process_over_20_steps(run):
     example, arguments, others, tolerance = RUNS[run]
     if example in NEEDS:
         pytest.importorskip(NEEDS[example], reason=f"{NEEDS[example]} is not installed")
-    # once, for all ranks that are forked from here
+    # imported once, for all ranks that are forked from here
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     importlib.import_module(f"distattn.adapters.{ADAPTERS.get(example, 'pytorch')}")
     wanted = losses(1, example, *arguments)
@@ -114,4 +114,4 @@ def test_megatrons_example_says_that_it_wants_gpus():
     how = dict(env={**os.environ, **alone}, capture_output=True, text=True, timeout=LIMIT_SECONDS)
     done = subprocess.run([sys.executable, str(EXAMPLES / "megatron_gpt.py")], **how)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "megatron_gpt.py: Megatron-core needs a GPU, and this machine has none" in done.stderr
+    assert "megatron_gpt.py: Megatron-core needs GPUs, and this machine has no GPU" in done.stderr

@@ -1,4 +1,4 @@
-"""The first hour on GPUs, without one: planted faults are found, a part that fails stops no other, and the verdict names it."""
+"""The first hour on GPUs, without a GPU: planted faults are found, a failed part stops no other, and the verdict names it."""
 
 import contextlib
 import dataclasses
@@ -63,7 +63,7 @@ def test_every_planted_fault_is_found(command, ranks, wanted, tmp_path):
     assert not [text for text in wanted if text not in done.stdout], done.stdout
     rows = findings.read(tmp_path / "found.jsonl")
     assert all(row["text"] for row in rows if row["kind"] == "planted") and rows[-1]["kind"] == "ended"
-    # before anything is planted all is well
+    # before a fault is planted all is well
     assert not any(row["text"] for row in rows if row["kind"] == "check")
 
 
@@ -74,16 +74,16 @@ BLIND = {
 }
 
 
-@pytest.mark.parametrize("found", BLIND)
-def test_a_planted_fault_that_is_not_found_makes_the_exit_code_1(found, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("finder", BLIND)
+def test_a_planted_fault_that_is_not_found_makes_the_exit_code_1(finder, monkeypatch, capsys, tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed")
     import gpu_checks
     import gpu_plants
 
-    complaints, trial, before = BLIND[found]
+    complaints, trial, before = BLIND[finder]
     call = gpu_checks.call_of("triton", (32, 32), False, torch.device("cpu"))
     monkeypatch.setattr(
-        gpu_checks, "check", lambda given, mask: complaints if given.tier is not call.tier else [before] * bool(before)
+        gpu_checks, "check", lambda call_, mask: complaints if call_.tier is not call.tier else [before] * bool(before)
     )
     monkeypatch.setattr(gpu_plants, "faults_by_trial", lambda planted, call: {plant.what: trial for plant in planted})
     record = findings.Findings(tmp_path / "found.jsonl")
@@ -92,13 +92,13 @@ def test_a_planted_fault_that_is_not_found_makes_the_exit_code_1(found, monkeypa
     missed = [
         row["what"] for row in findings.read(tmp_path / "found.jsonl") if row["kind"] == "planted" and not row["text"]
     ]
-    # the trial looks at results only
-    assert len(missed) == (4 if found == "comparison only" else 7)
+    # the trial checks results only
+    assert len(missed) == (4 if finder == "comparison only" else 7)
     assert capsys.readouterr().out.count("NOT FOUND") == len(missed)
 
 
 class LateLists:
-    """The lists of a program whose copy to the device comes when the stream is made to wait for it, and not before."""
+    """The lists of a program whose copy to the device happens only when the stream waits for it."""
 
     def __init__(self, packed):
         self.real, self.packed, self.ready, self.late = packed, self, self, None
@@ -113,14 +113,14 @@ class LateLists:
         self.late = source
 
     def record(self):
-        """The event after the copy."""
+        """Record the event after the copy."""
 
     def join(self):
         self.real.copy_(self.late)
 
 
 def with_late_lists(program):
-    """A program whose lists are in one tensor, as on a GPU."""
+    """Return a program whose lists are in one tensor, as on a GPU."""
     from distattn.parallel.runtime.upload_program import with_tensors
 
     lists = {}
@@ -152,7 +152,7 @@ def test_what_streams_are_not_made_to_wait_for_is_found(monkeypatch, tmp_path):
             return
         other, _, other_done = waiting.popleft()
         source, target = (tensor, other) if sends else (other, tensor)
-        # the receiver's wait
+        # the copy happens at the receiver's wait
         (other_done if sends else done).append(lambda: target.copy_(source))
 
     monkeypatch.setattr(gpu_executor.DelayedCopies, "post", post)
@@ -162,7 +162,7 @@ def test_what_streams_are_not_made_to_wait_for_is_found(monkeypatch, tmp_path):
         for name, value in sizes.items():
             monkeypatch.setattr(module, name, value)
     for name in ("synchronize", "_sleep", "Stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda *given: None)
+        monkeypatch.setattr(torch.cuda, name, lambda *args: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     program = gpu_plants.EXECUTABLES.program
     monkeypatch.setattr(gpu_plants.EXECUTABLES, "program", lambda plan, key: with_late_lists(program(plan, key)))
@@ -177,7 +177,7 @@ def test_what_streams_are_not_made_to_wait_for_is_found(monkeypatch, tmp_path):
 
 
 def part(name, body, seconds=20.0, **more):
-    """A program that finds what `body` says: lines of Python, with `note(kind, what, text)`."""
+    """Return a part that runs `body`: lines of Python, with `note(kind, what, text)` for findings."""
     script = (
         "import json, signal, sys, time\n"
         "path = sys.argv[sys.argv.index('--findings') + 1]\n"
@@ -194,17 +194,17 @@ PLANTED = "note('planted', 'a fault', 'it is off')\nended()"
 
 def hour(stages, tmp_path, capsys, seconds=60.0, without=""):
     code = first_hour.first_hour(stages, tmp_path / "gpu", seconds, without)
-    said = capsys.readouterr().out
-    assert (tmp_path / "gpu" / "output.txt").read_text() == said
-    return code, said
+    output = capsys.readouterr().out
+    assert (tmp_path / "gpu" / "output.txt").read_text() == output
+    return code, output
 
 
 def test_parts_run_side_by_side_and_what_they_say_is_kept(tmp_path, capsys):
     stages = [[part("planted faults", PLANTED)], [part("one", RIGHT), part("other", RIGHT)]]
-    code, said = hour(stages, tmp_path, capsys, without="No GPU here.")
+    code, output = hour(stages, tmp_path, capsys, without="No GPU here.")
     assert code == 0
-    assert "one: all is well\n" in said and "other: all is well\n" in said
-    verdict_of = said[said.index("Verdict") :]
+    assert "one: all is well\n" in output and "other: all is well\n" in output
+    verdict_of = output[output.index("Verdict") :]
     assert verdict_of.startswith(
         "Verdict: right.\nNo GPU here.\nAll 1 planted faults were found.\n2 of 2 checks are right.\nNothing has to be sent back."
     )
@@ -230,16 +230,16 @@ def test_a_part_that_fails_is_named_and_the_others_run(fault, tmp_path, capsys, 
     body, wanted = FAILING[fault]
     seconds = 10.0 if fault == "a hang" else 60.0
     stages = [[part("planted faults", PLANTED)], [part("the odd one", body, seconds)], [part("the last one", RIGHT)]]
-    code, said = hour(stages, tmp_path, capsys)
-    assert code == 1 and "Verdict: NOT right." in said and wanted in said and "to send back:" in said
-    assert "all is well" in said
+    code, output = hour(stages, tmp_path, capsys)
+    assert code == 1 and "Verdict: NOT right." in output and wanted in output and "to send back:" in output
+    assert "all is well" in output
     if fault not in ("a wrong result", "not found"):
-        assert "The part the odd one failed: " in said
+        assert "The part the odd one failed: " in output
 
 
 @pytest.mark.full
 def test_what_no_time_is_left_for_is_left_out_by_name(tmp_path, capsys, monkeypatch):
-    # Python starts within a fifth of what is left, on a loaded machine too
+    # Python starts within a fifth of the time that is left, also on a loaded machine
     monkeypatch.setattr(first_hour, "LEAST_SECONDS", 10.0)
     slow = "time.sleep(float(sys.argv[sys.argv.index('--seconds') + 1]))\n"
     stages = [
@@ -247,28 +247,30 @@ def test_what_no_time_is_left_for_is_left_out_by_name(tmp_path, capsys, monkeypa
         [part("long", slow + RIGHT, 99, keeps_time=True)],
         [part("late", RIGHT)],
     ]
-    code, said = hour(stages, tmp_path, capsys, seconds=20.0)
-    assert code == 0 and "Left out (no time was left): late." in said and "1 of 1 checks are right" in said
+    code, output = hour(stages, tmp_path, capsys, seconds=20.0)
+    assert code == 0 and "Left out (no time was left): late." in output and "1 of 1 checks are right" in output
 
 
 NONE, ONE = "No GPU here", "One GPU here"
 
 
 @pytest.mark.parametrize(
-    ("what", "gpus", "said"),
+    ("program", "gpus", "sentence"),
     [("gpu", 0, NONE), ("cluster", 0, NONE), ("cluster", 1, ONE), ("gpu", 1, ""), ("cluster", 8, "")],
 )
-def test_faults_are_planted_first_and_the_rank_that_is_lost_is_last(what, gpus, said):
-    stages = first_hour.one_gpu(gpus > 0, ["--quick"]) if what == "gpu" else first_hour.cluster(gpus, ["--tokens", "9"])
-    names = [one.name for stage in stages for one in stage]
+def test_faults_are_planted_first_and_the_rank_that_is_lost_is_last(program, gpus, sentence):
+    stages = (
+        first_hour.one_gpu(gpus > 0, ["--quick"]) if program == "gpu" else first_hour.cluster(gpus, ["--tokens", "9"])
+    )
+    names = [part_.name for stage in stages for part_ in stage]
     assert names[0] == "planted faults" and len(set(names)) == len(names)
-    text = first_hour.missing(what, gpus)
-    assert text.startswith(said) and bool(text) == bool(said)
-    if what == "cluster":
+    text = first_hour.missing(program, gpus)
+    assert text.startswith(sentence) and bool(text) == bool(sentence)
+    if program == "cluster":
         assert names[-1] == "planted: a lost rank" and stages[1][0].command[-2:] == ["--tokens", "9"]
         assert stages[0][0].command[5] == str(max(gpus, 2))
     else:
-        # a speed without a GPU says nothing
+        # a speed without a GPU means nothing
         assert (names[-1] == "speed") == (gpus > 0)
 
 

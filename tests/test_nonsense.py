@@ -1,4 +1,4 @@
-"""Nonsense at the door: whatever a public function or a command is given, it works or refuses in a sentence of ours, and soon."""
+"""Nonsense as input: a public function or a command works or refuses in a sentence of ours, whatever its arguments, and soon."""
 
 import inspect
 import os
@@ -15,7 +15,7 @@ from distattn.launch import cli
 from distattn.training.config import run_file as configuration
 
 ROOT = Path(__file__).parents[1]
-# much longer than any of these takes; a machine may be busy
+# much longer than any of these calls takes; a machine may be busy
 TOO_LONG = 60.0
 LENGTHS = [5, 3, 8]
 MASK, LAYOUT = da.Mask.documents(LENGTHS), da.Layout.zigzag(LENGTHS, 2)
@@ -27,20 +27,20 @@ BATCH = {"input_ids": IDS, "document_lengths": LENGTHS}
 
 
 def anything():
-    """Fresh every time: some of it is used up."""
+    """Return values of all kinds, new ones at every call: some are used up."""
     numbers = [0, 1, 2, 3, -1, 7, 64, 10**9, 2**62, 10**30, 1.5, -0.5, float("nan"), float("inf"), True, np.int64(4)]
-    words = ["", "x", "1GB", "ring", "causal", "float32", "h200-1x2", "/nowhere", "a\0b", b"bytes", "é" * 300]
+    texts = ["", "x", "1GB", "ring", "causal", "float32", "h200-1x2", "/nowhere", "a\0b", b"bytes", "é" * 300]
     lists = [[], [1], [0], [-1], [16], [5, 3, 8], [1.5], ["a"], [[1, 2], [3]], [None], (), (1, 2), (2, 1, 0), range(3)]
     maps = [{}, {"a": 1}, {"input_ids": IDS}, {1: 2}, set(), {"chunk": "big"}, {"tolerance": -1}, {"block": 0}]
     arrays = [np.zeros(3), np.arange(4), np.array("a"), np.zeros((2, 6), np.int64), torch.zeros(2, 3), torch.zeros(0)]
     tensors = [torch.ones(16, 4, 8), torch.ones(16, 2, 8), torch.tensor(3), torch.tensor([[1.5]]), IDS, -IDS, IDS > 3]
     ours = [MASK, LAYOUT, PLAN, ALONE, da.Mask, da.Cluster(1, 2), torch.float32, torch.bfloat16, np.float64]
-    rest = [None, object(), lambda *given: None, iter([]), Path("nowhere"), type, torch.nn.Linear(2, 2)]
-    return [*numbers, *words, *lists, *maps, *arrays, *tensors, *ours, *rest]
+    rest = [None, object(), lambda *args: None, iter([]), Path("nowhere"), type, torch.nn.Linear(2, 2)]
+    return [*numbers, *texts, *lists, *maps, *arrays, *tensors, *ours, *rest]
 
 
 def right_calls():
-    """(What, a function, arguments that are right) for the whole public face that one process can call."""
+    """Return (function, right arguments) for all public functions that one process can call."""
     calls = [
         (da.Mask.full, dict(n=16)),
         (da.Mask.causal, dict(n=16)),
@@ -73,7 +73,10 @@ def right_calls():
         (LAYOUT.unshard, dict(shards=[torch.arange(8), torch.arange(8)], dim=0)),
         (LAYOUT.shift_labels, dict(labels=torch.arange(16), dim=0, ignore_index=-100)),
         (da.Cluster, dict(nodes=1, devices=2)),
-        (da.make_plan, dict(mask=MASK, layout=LAYOUT, strategy="cad", backward="refetch-home", v_head_dim=8, **SHAPE)),
+        (
+            da.make_plan,
+            dict(mask=MASK, layout=LAYOUT, strategy="cad", backward="refetch-home", v_head_dim=8, config=None, **SHAPE),
+        ),
         (
             da.make_plan,
             dict(mask=MASK, layout=LAYOUT, strategy="ring", comm_dtype="float32", cluster="h200-1x2", **SHAPE),
@@ -98,30 +101,34 @@ def right_calls():
     numbers = dict(group=None, scale=0.5, softcap=0.0, dropout=0.0, kernel="reference", return_lse=False)
     calls.append((da.attention, dict(q_THD=q, k_TKD=k, v_TKE=k, plan=ALONE, **numbers)))
     layer = dict(dtype="float32", heads=4, head_dim=8, v_head_dim=8, options=None)
-    one = da.Layout.zigzag(LENGTHS, 1)
-    gla = da.make_plan(MASK, one, strategy="scan", kv_heads=2, op="gla", **layer)
+    on_one_rank = da.Layout.zigzag(LENGTHS, 1)
+    gla = da.make_plan(MASK, on_one_rank, strategy="scan", kv_heads=2, op="gla", **layer)
     gates = dict(g=-torch.ones(16, 4, 8), beta=None, initial_state=torch.zeros(3, 4, 8, 8))
     some = dict(group=None, scale=0.5, kernel="chunked", return_final_state=False)
     calls.append((da.recurrence, dict(q_TGK=k, k_TGK=k, v_THV=q, plan=gla, **gates, **some)))
-    halo = da.make_plan(da.Mask.documents(LENGTHS, (2, 0)), one, strategy="ring", kv_heads=4, op="convolution", **layer)
+    halo = da.make_plan(
+        da.Mask.documents(LENGTHS, (2, 0)), on_one_rank, strategy="ring", kv_heads=4, op="convolution", **layer
+    )
     taps = dict(weight=torch.ones(32, 3), plan=halo, group=None, bias=torch.ones(32), activation="silu")
     taps |= dict(initial_state=torch.zeros(3, 32, 2))
     calls.append((da.causal_conv1d, dict(x_TC=torch.ones(16, 32), **taps)))
-    moved = da.make_plan(da.Mask.token_shift(LENGTHS, 1), one, strategy="ring", kv_heads=4, op="token_shift", **layer)
+    moved = da.make_plan(
+        da.Mask.token_shift(LENGTHS, 1), on_one_rank, strategy="ring", kv_heads=4, op="token_shift", **layer
+    )
     calls.append((da.token_shift, dict(x_T=torch.ones(16, 32), plan=moved, group=None, fill=0)))
-    mla = da.make_plan(MASK, one, strategy="ring", kv_heads=1, op=da.latent_op(2, 5), **layer)
+    mla = da.make_plan(MASK, on_one_rank, strategy="ring", kv_heads=1, op=da.latent_op(2, 5), **layer)
     latents = dict(rope_TR=torch.ones(16, 2), latent_TL=torch.ones(16, 5), up_HEL=torch.ones(4, 14, 5))
     calls.append((da.latent_attention, dict(q_THD=q, plan=mla, group=None, scale=0.5, kernel="reference", **latents)))
     calls.append((da.latent_op, dict(rotary_dim=2, latent_dim=5)))
     calls.append(
-        (da.make_latent_plan, dict(mask=MASK, layout=one, strategy="ring", rotary_dim=2, latent_dim=5, **layer))
+        (da.make_latent_plan, dict(mask=MASK, layout=on_one_rank, strategy="ring", rotary_dim=2, latent_dim=5, **layer))
     )
-    calls.append((da.make_recurrent_plan, dict(mask=MASK, layout=one, kv_heads=2, op="gla", **layer)))
+    calls.append((da.make_recurrent_plan, dict(mask=MASK, layout=on_one_rank, kv_heads=2, op="gla", **layer)))
     sums = dict(heads=4, latents=3, v_head_dim=8, dtype="float32")
-    softmaxes = da.make_prefix_softmax_plans(MASK, one, **sums)
+    softmaxes = da.make_prefix_softmax_plans(MASK, on_one_rank, **sums)
     logits = dict(logits_THL=torch.ones(16, 4, 3), v_THV=q, plans=softmaxes, group=None)
     states = dict(initial_state=None, return_final_state=False)
-    calls.append((da.make_prefix_softmax_plans, dict(mask=MASK, layout=one, strategy="scan", **sums)))
+    calls.append((da.make_prefix_softmax_plans, dict(mask=MASK, layout=on_one_rank, strategy="scan", **sums)))
     calls.append((da.prefix_softmax, dict(weights_THL=torch.ones(16, 4, 3), **logits, **states)))
     maxima = dict(plan=softmaxes.maximum, group=None, initial_state=torch.zeros(3, 4, 3))
     calls.append((da.prefix_max, dict(x_THV=torch.ones(16, 4, 3), return_final_state=False, **maxima)))
@@ -131,7 +138,9 @@ def right_calls():
     settings |= dict(
         options={}, max_buffer_bytes=None, verify_every=2, pad_to=2, servers=0, adaptive=False, timeout=9.0
     )
-    calls.append((closed, settings))
+    calls.append((closed, settings | dict(config=None)))
+    del settings["group"], settings["loss_group"]
+    calls.append((da.AttentionConfig, settings | dict(layers={0: {"strategy": "ring"}}, context_parallel_size=None)))
     calls.append((da.OverlapSchedule, dict(layers=[torch.nn.Linear(2, 2)])))
     cp = da.ContextParallel(strategy="ring", kernel="reference")
     run = dict(
@@ -152,33 +161,33 @@ def right_calls():
 
 
 def closed(**settings):
-    """A driver's settings, and a batch by them."""
+    """Make a driver by its settings, shard a batch, and close it."""
     with da.ContextParallel(**settings) as cp:
         cp.shard(BATCH)
 
 
 def some_calls(cases, seed):
-    """What happened that should not have, of so many calls with one or two arguments replaced by anything."""
+    """Call functions with one or two arguments replaced by anything. Return the failures that are no refusals."""
     chance, wrong = random.Random(seed), {}
     calls = right_calls()
     for _ in range(cases):
         function, right = chance.choice(calls)
-        given = dict(right)
+        arguments = dict(right)
         for name in chance.sample(list(right), min(len(right), chance.choice([1, 1, 2]))):
-            given[name] = chance.choice(anything())
+            arguments[name] = chance.choice(anything())
         began = time.monotonic()
         try:
-            function(**given)
+            function(**arguments)
         except da.DistattnError as refusal:
             if not str(refusal).strip():
-                wrong[f"{function}: an empty sentence"] = given
+                wrong[f"{function}: an empty sentence"] = arguments
         except Exception as error:
-            changed = {name: value for name, value in given.items() if value is not right[name]}
+            changed = {name: value for name, value in arguments.items() if value is not right[name]}
             wrong.setdefault(
                 f"{getattr(function, '__qualname__', function)}: {type(error).__name__}", (str(error)[:80], changed)
             )
         if time.monotonic() - began > TOO_LONG:
-            wrong[f"{function}: too long"] = given
+            wrong[f"{function}: too long"] = arguments
     return wrong
 
 
@@ -193,7 +202,7 @@ def test_right_calls_are_right_and_an_object_fits_nowhere():
 
 def test_every_public_name_is_called():
     called = {getattr(function, "__qualname__", "").split(".")[0] for function, _ in right_calls()}
-    # data that is returned, not made by users; what needs several ranks; what the others call
+    # data that is returned, not made by users; functions that need several ranks; functions that the others call
     others = {"Call", "Executable", "Explanation", "Payload", "Proof", "Table", "Timeline", "StageSpec", "block_mask"}
     others |= {
         "RecurrentSpan",
@@ -212,7 +221,7 @@ def test_every_public_name_is_called():
 def test_nonsense_is_refused_in_a_sentence(seed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     wrong = some_calls(400, seed)
-    assert not wrong, "\n".join(f"{what}: {case}" for what, case in wrong.items())
+    assert not wrong, "\n".join(f"{failure}: {case}" for failure, case in wrong.items())
     assert not os.listdir(tmp_path)
 
 
@@ -221,7 +230,7 @@ def test_nonsense_is_refused_in_a_sentence(seed, tmp_path, monkeypatch):
 def test_much_more_nonsense_is_refused_in_a_sentence(seed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     wrong = some_calls(9600, seed)
-    assert not wrong, "\n".join(f"{what}: {case}" for what, case in wrong.items())
+    assert not wrong, "\n".join(f"{failure}: {case}" for failure, case in wrong.items())
     assert not os.listdir(tmp_path)
 
 
@@ -259,7 +268,7 @@ WORDS += [
 
 
 def some_commands(cases, seed, folder):
-    """What of so many command lines ended otherwise than by an exit code and sentences."""
+    """Run this many command lines. Return those that did not end with an exit code and sentences."""
     chance, wrong = random.Random(seed), {}
     config = folder / "config.toml"
     config.write_text(f'[data]\npath = "{ROOT}/configs"\ntokens_per_step = 4096\n[run]\nfolder = "{folder}/run"\n')
@@ -303,7 +312,7 @@ def test_nonsense_on_the_command_line_is_refused_in_a_sentence(seed, tmp_path, m
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     wrong = some_commands(200, seed, tmp_path)
-    assert not wrong, "\n".join(f"{what}: {line}" for what, line in wrong.items())
+    assert not wrong, "\n".join(f"{failure}: {line}" for failure, line in wrong.items())
     assert sorted(os.listdir(tmp_path)) == ["config.toml", "here"]
 
 

@@ -1,4 +1,4 @@
-"""Nothing that tests or benchmarks start outlives them, however they end."""
+"""No process that tests or benchmarks start outlives them, however they end."""
 
 import ast
 import os
@@ -12,7 +12,7 @@ import pytest
 from waiting import eventually
 
 ROOT = Path(__file__).parents[1]
-# a runner that starts a program in a session of its own, which starts another one and ends, and a fork with one of its own
+# a runner that starts a program in its own session, which starts another program and ends, and a fork with its own session
 RUNNER = """
 import os, subprocess, sys, time
 from pathlib import Path

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 from transformers import Trainer
 
 from distattn.adapters.huggingface import single_process_attention
@@ -81,13 +81,12 @@ class ContextParallelTrainer(Trainer):
         args: Any = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
         dataset: Any = self.train_dataset
-        how: dict[str, Any] = dict(batch_size=self._train_batch_size)
-        if not isinstance(dataset, IterableDataset):
-            how["drop_last"] = args.dataloader_drop_last
-            how["sampler"] = SequentialSampler(dataset)
-            if args.train_sampling_strategy == "random":
-                how["sampler"] = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed))
-        return self._shared_loader(dataset, seed, how)
+        if isinstance(dataset, IterableDataset):
+            return self._shared_loader(dataset, seed, self._train_batch_size)
+        sampler: Sampler[int] = SequentialSampler(dataset)
+        if args.train_sampling_strategy == "random":
+            sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed))
+        return self._shared_loader(dataset, seed, self._train_batch_size, sampler, args.dataloader_drop_last)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return the same for evaluation if only the loss is needed; with metrics each process has its own batches."""
@@ -97,23 +96,31 @@ class ContextParallelTrainer(Trainer):
         dataset = self.eval_dataset[chosen] if isinstance(chosen, str) else chosen  # type: ignore[index]
         if dataset is None:
             raise DistattnError("evaluation needs an eval_dataset.")
-        self._split = self._shared_loader(dataset, self.args.seed, dict(batch_size=self.args.eval_batch_size))
+        self._split = self._shared_loader(dataset, self.args.seed, self.args.eval_batch_size)
         return self._split
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """Return the rows of the data set in a step: ranks that split a sequence have the same rows, which count once."""
         return self._train_batch_size * args.gradient_accumulation_steps * self.context_parallel.data_parallel_size
 
-    def _shared_loader(self, dataset: Any, seed: int, how: dict[str, Any]) -> DataLoader:
+    def _shared_loader(
+        self, dataset: Any, seed: int, batch_size: int, sampler: Sampler[int] | None = None, drop_last: bool = False
+    ) -> DataLoader:
         args: Any = self.args
-        how |= dict(collate_fn=partial(_copied_batch, self.data_collator))
-        how |= dict(num_workers=args.dataloader_num_workers, pin_memory=args.dataloader_pin_memory)
-        how |= dict(
-            persistent_workers=args.dataloader_persistent_workers, prefetch_factor=args.dataloader_prefetch_factor
+        loader: DataLoader = DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            drop_last=drop_last,
+            collate_fn=partial(_copied_batch, self.data_collator),
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
         )
         cp = self.context_parallel
         return prepare_data_loader(
-            DataLoader(dataset, **how),
+            loader,
             args.device,
             num_processes=cp.data_parallel_size,
             process_index=cp.data_parallel_rank,

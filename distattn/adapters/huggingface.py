@@ -122,12 +122,16 @@ def attention_forward(
             f"{where}{key.shape[2]} keys for {query.shape[2]} queries: generation with a key/value cache is not computed; "
             "generate inside huggingface.single_process_attention(model)."
         )
-    how: dict[str, Any] = dict(window=sliding_window, layer=layer, softcap=softcap or 0.0, sink=s_aux)
+    softcap = softcap or 0.0
     if has_latents(module):
-        return latent_attention(module, context_parallel, query, key, value, scaling, **how), None
+        inputs = module, context_parallel, query, key, value
+        return latent_attention(*inputs, scaling, window=sliding_window, layer=layer, softcap=softcap, sink=s_aux), None
     # squeeze costs nothing in the backward pass, indexing row 0 would cost a copy
     q_THD, k_TKD, v_TKE = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    return context_parallel.attention(q_THD, k_TKD, v_TKE, scaling, **how)[None], None
+    out_THE = context_parallel.attention(
+        q_THD, k_TKD, v_TKE, scaling, window=sliding_window, layer=layer, softcap=softcap, sink=s_aux
+    )
+    return out_THE[None], None
 
 
 def mask_pattern(

@@ -55,7 +55,7 @@ def replace_core_attention(spec: Any, **settings: Any) -> Any:
     """Put distattn's core attention into the spec of a layer, or of every layer of a block or a Mamba stack; return the spec.
 
     The core attention of multi-latent attention is replaced, too. Gated DeltaNet and Mamba-2 layers become those of
-    `megatron_recurrent`, routers of experts that of `megatron_experts`. settings: fields of `PlannerConfig`, for batches that
+    `megatron_recurrent`, routers of experts that of `megatron_experts`. settings: fields of `AttentionConfig`, for batches that
     Megatron's loaders shard; strategy="ring" by default.
     """
     batches = MegatronBatches({"strategy": "ring", **settings})
@@ -302,7 +302,7 @@ def check_shard(batch: Mapping[str, Any], config: Any) -> None:
 
 def check_servers(batch: Mapping[str, Any]) -> None:
     """Raise DistattnError if some ranks of the batch's group only serve."""
-    if getattr(batch["context_parallel"].planner.config, "servers", 0):
+    if batch["context_parallel"].planner.config.servers:
         raise DistattnError("Megatron trains on all ranks, so no rank can only serve; leave servers out.")
 
 

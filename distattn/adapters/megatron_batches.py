@@ -15,18 +15,22 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from distattn.batch.collectives import HostGroup, shared_name
 from distattn.batch.health import HealthMonitor
 from distattn.batch.local_batch import LocalBatch
-from distattn.batch.planner import AttentionShape, BatchKey, Planned, Planner, PlannerConfig
+from distattn.batch.planner import AttentionShape, BatchKey, Planned, Planner
 from distattn.driver.communicators import SINGLE_RANK, MonitoredTransports
 from distattn.driver.step_exchange import agree_on_plan
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.ir.plan import Plan
+from distattn.parallel.attention_config import AttentionConfig
 from distattn.parallel.runtime.communicator import timeout_of
 from distattn.parallel.runtime.transport import Transport
 
 # the largest number of row shapes that are kept; batches of varying length have many
 _MOST_ROWS = 64
+# settings that Megatron's loaders choose, or that only ContextParallel has
+_OF_DRIVER = {"layout", "layout_options", "document_mask", "data", "context_parallel_size", "loss_group"}
+_OF_DRIVER |= {"servers", "adaptive", "timeout"}
 
 
 @dataclass
@@ -42,17 +46,19 @@ class PackedShard(PackedSeqParams):
 
 
 class MegatronBatches:
-    """The plans for the inputs of layers; one object for all layers of a spec. settings: fields of `PlannerConfig`.
+    """The plans for the inputs of layers; one object for all layers of a spec. settings: fields of `AttentionConfig`.
 
     Megatron's loaders announce no batch before its first layer, so the ranks compare their plans there, once per batch.
     """
 
-    def __init__(self, settings: dict[str, Any]):
-        if refused := settings.keys() & {"layout", "layout_options", "document_mask", "loss_group", "data"}:
+    def __init__(self, settings: Mapping[str, Any]):
+        if refused := settings.keys() & _OF_DRIVER:
             raise DistattnError(
-                f"Megatron's loaders choose {sorted(refused)[0]}; to choose it, use ContextParallel and use_batch_positions."
+                f"batches of Megatron's loaders take no {sorted(refused)[0]}; to set it, use ContextParallel and "
+                "use_batch_positions."
             )
-        self._config: PlannerConfig = PlannerConfig.of(settings)
+        self._config = AttentionConfig.of(None, **settings)
+        self._config.check_kernel()
         self._planners: dict[dist.ProcessGroup, _GroupPlanner] = {}
         self._rows: dict[tuple[int, int, dist.ProcessGroup], LocalBatch] = {}
         self._pack: tuple[Any, LocalBatch] | None = None
@@ -115,7 +121,7 @@ class MegatronBatches:
 class _GroupPlanner:
     """A planner of batches over the ranks of one of Megatron's groups, which all run the same layers in the same order."""
 
-    def __init__(self, config: PlannerConfig, group: dist.ProcessGroup):
+    def __init__(self, config: AttentionConfig, group: dist.ProcessGroup):
         self._group, self.rank = group, dist.get_rank(group)
         self.planner = Planner(config, self, lambda lengths: _zigzags(lengths, dist.get_world_size(group)))
         self._batches = 0

@@ -33,6 +33,7 @@ from distattn.driver.parameter_probe import ProbedParameter, held_part
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
 from distattn.memory.tiled_loss import LogitChange, TiledLoss
+from distattn.parallel.attention_config import AttentionConfig
 
 # kinds of layers in transformers' configurations that read other tokens by a recurrence or a convolution
 MIXING = ("linear_attention", "conv", "hybrid")
@@ -40,25 +41,28 @@ MIXING = ("linear_attention", "conv", "hybrid")
 _OUTPUT_LAYERS = ("lm_head", "head", "output", "unembedding")
 
 
-def context_parallel(mesh: DeviceMesh, dim: str = "cp", **settings: Any) -> ContextParallel:
+def context_parallel(
+    mesh: DeviceMesh, dim: str = "cp", *, config: AttentionConfig | None = None, **settings: Any
+) -> ContextParallel:
     """Make a `ContextParallel` over a mesh of data- and context-parallel ranks; the loss is over the whole mesh.
 
-    settings: those of `ContextParallel`. With replicated data the ranks along `dim` split a batch. With data="per_rank" attention
-    is shared over the whole mesh; the ranks along `dim`, its last one, hold the same batch; without such a dim each rank has its
-    own.
+    config, settings: those of `ContextParallel`. With replicated data the ranks along `dim` split a batch. With data="per_rank"
+    attention is shared over the whole mesh; the ranks along `dim`, its last one, hold the same batch; without such a dim each
+    rank has its own.
     """
     names = mesh.mesh_dim_names or ()
     all_ranks = gradient_mesh(mesh).get_group()
-    if settings.get("data") == "per_rank" and "context_parallel_size" not in settings:
+    config = AttentionConfig.of(config, **settings)
+    if config.data == "per_rank" and config.context_parallel_size is None:
         if dim in names and names[-1] != dim:
             raise DistattnError(f"neighbouring ranks hold the same batch: {dim!r} has to be the mesh's last dim.")
         size = mesh[dim].size() if dim in names else 1
-        return ContextParallel(all_ranks, context_parallel_size=size, **settings)
-    if settings.get("data") == "per_rank":
-        return ContextParallel(all_ranks, **settings)
+        return ContextParallel(all_ranks, config=config, context_parallel_size=size)
+    if config.data == "per_rank":
+        return ContextParallel(all_ranks, config=config)
     if dim not in names:
         raise DistattnError(f"the mesh has dims {', '.join(names) or 'without names'}, none called {dim!r}.")
-    return ContextParallel(mesh[dim].get_group(), loss_group=all_ranks, **settings)
+    return ContextParallel(mesh[dim].get_group(), loss_group=all_ranks, config=config)
 
 
 def gradient_mesh(mesh: DeviceMesh) -> DeviceMesh:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
-from distattn.batch.packed_batch import checked_layout_options
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout, make_layout
 from distattn.ir.mask import Mask
-from distattn.parallel.make_plan import check_names
+from distattn.parallel.attention_config import check_layout
+from distattn.parallel.strategy_table import check_names
 
 # layers may be named by number, or by what they attend to
 KINDS = ("window", "full")
@@ -36,19 +36,17 @@ class LayerOverride(NamedTuple):
             raise DistattnError(f"layers {name!r} need a strategy of their own; give one.")
         check_names(given["strategy"], given.get("backward"), given.get("options"))
         if given.get("layout") is not None:
-            checked_layout_options(given["layout"], given.get("layout_options"), "causal")
+            check_layout(given["layout"], given.get("layout_options"), "causal")
         elif given.get("layout_options"):
             raise DistattnError(f"layers {name!r} have layout_options without a layout; give both.")
         as_items = {key: tuple(sorted((given.get(key) or {}).items())) for key in ("options", "layout_options")}
         return LayerOverride(**{**given, **as_items})
 
-    def settings(self, mask: Mask, layout: Layout) -> dict[str, Any]:
-        """Arguments of `make_plan` for a batch of that mask and layout."""
-        working = None
-        if self.layout is not None:
-            working = make_layout(self.layout, layout.lengths, layout.ranks, mask, **dict(self.layout_options))
-        how = dict(strategy=self.strategy, backward=self.backward, options=dict(self.options))
-        return how | {"working_layout": working}
+    def working_layout(self, mask: Mask, layout: Layout) -> Layout | None:
+        """Return the layout where these layers want a batch's tokens; None if that is the batch's own."""
+        if self.layout is None:
+            return None
+        return make_layout(self.layout, layout.lengths, layout.ranks, mask, **dict(self.layout_options))
 
 
 class LayerOverrides:

@@ -148,10 +148,20 @@ class LocalBatch(BatchAttention):
         # a decay of each head has no tokens
         of_heads = g if g is not None and g.dim() == 1 else None
 
-        how: dict[str, Any] = dict(initial_state=self._states_in(initial_state), return_final_state=return_final_state)
+        states = self._states_in(initial_state)
 
         def compute(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> Any:
-            return recurrence(q, k, v, executable, g=of_heads if g is None else g, beta=beta, scale=scale, **how)
+            return recurrence(
+                q,
+                k,
+                v,
+                executable,
+                g=of_heads if g is None else g,
+                beta=beta,
+                scale=scale,
+                initial_state=states,
+                return_final_state=return_final_state,
+            )
 
         by_token = g if of_heads is None else None
         return self._states_out(self._without_padding(executable, compute, q_TGK, k_TGK, v_THV, by_token, beta))
@@ -223,10 +233,18 @@ class LocalBatch(BatchAttention):
         modifiers = ("grouped",) if weight.dim() == 3 else ()
         shape = AttentionShape(groups, groups, 1, channels, dtype, modifiers=modifiers, op=CONVOLUTION, taps=taps)
         executable = self.executable(shape, x_TC.device)
-        how: dict[str, Any] = dict(initial_state=self._states_in(initial_state), return_final_state=return_final_state)
+        states = self._states_in(initial_state)
 
         def compute(x: Tensor) -> Any:
-            return causal_conv1d(x, weight, executable, bias=bias, activation=activation, **how)
+            return causal_conv1d(
+                x,
+                weight,
+                executable,
+                bias=bias,
+                activation=activation,
+                initial_state=states,
+                return_final_state=return_final_state,
+            )
 
         return self._states_out(self._without_padding(executable, compute, x_TC))
 

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -15,8 +14,7 @@ from torch import Tensor
 
 from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints, as_int64
-from distattn.ir.layout import LAYOUTS, Layout, make_layout
-from distattn.ir.mask import Mask
+from distattn.ir.layout import Layout
 from distattn.parallel.runtime.streams import copied_to
 
 IGNORE_INDEX = -100
@@ -217,21 +215,6 @@ def _on_device(numbers: Ints, device: torch.device) -> Tensor:
 def padded(tokens: int, pad_to: int) -> int:
     """A number of tokens rounded up to a multiple: at least one multiple, because models refuse empty batches."""
     return max(-(-tokens // pad_to), 1) * pad_to
-
-
-def checked_layout_options(
-    layout: str, options: Mapping[str, Any] | None, document_mask: str | tuple[int, int]
-) -> dict[str, Any]:
-    """The options of a layout. Raises DistattnError for layouts, options and document masks that do not exist."""
-    if layout not in LAYOUTS:
-        raise DistattnError(f"layout {layout!r} does not exist; there are {', '.join(LAYOUTS)}.")
-    given = dict(options or {})
-    for name in given.keys() - inspect.signature(LAYOUTS[layout]).parameters.keys():
-        raise DistattnError(f"layout {layout} has no option {name!r}.")
-    # refuse what no document and no layout can be: better now than at the first batch
-    mask = Mask.documents([64], document_mask)
-    make_layout(layout, [64], 2, mask, **given)
-    return given
 
 
 def _documents(batch: Mapping[str, Any], ids: Tensor) -> tuple[Tensor | None, tuple[int, ...]]:

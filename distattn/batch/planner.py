@@ -6,26 +6,22 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from contextlib import suppress
-from dataclasses import dataclass, fields
-from functools import lru_cache
-from pathlib import Path
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from distattn.batch.layer_overrides import LayerOverride, LayerOverrides, apply_window
-from distattn.batch.packed_batch import checked_layout_options
-from distattn.cluster.spec import AnyCluster, resolve_cluster
-from distattn.ir.arguments import check_fields
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout, make_layout
 from distattn.ir.mask import Mask
 from distattn.ir.op import ATTENTION, CONVOLUTION, TOKEN_SHIFT, Op
-from distattn.ir.plan import DTYPE_BYTES, Plan, dtype_name
-from distattn.kernels.registry import AUTO, candidates, load_kernel
+from distattn.ir.plan import Plan
+from distattn.kernels.registry import AUTO, candidates
 from distattn.kernels.trials import Trial
 from distattn.ops.executable import (
     ExecutionKey,
@@ -35,71 +31,19 @@ from distattn.ops.executable import (
 )
 from distattn.ops.kernel_choice import common_kernel_ranking, first_supported, local_kernel_trials, may_choose_kernel
 from distattn.ops.latent import latent_kernel
+from distattn.parallel.attention_config import AttentionConfig
 from distattn.parallel.latent_plan import make_latent_plan
-from distattn.parallel.make_plan import check_names, make_plan
+from distattn.parallel.make_plan import make_plan
 from distattn.parallel.recurrent_plan import make_recurrent_plan
 from distattn.parallel.runtime.transport import Transport
 
 if TYPE_CHECKING:
     from distattn.batch.local_batch import LocalBatch
 
-# of steps between proofs, and of tokens that are padded to
-_MOST = 1 << 20
 # steps whose plans are not made ahead if a kernel could not be used: ranks compare their trials again then
 _COMPARED_AT = (8, 64)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannerConfig:
-    """How attention of batches is planned.
-
-    strategy, backward, comm_dtype, cluster and options are as in `make_plan`; layout is a name of LAYOUTS with its options;
-    document_mask is what a document attends to in itself (see `Mask.documents`). layers: of some layers, by number (0, 1,
-    ...) or kind ("window", "full"), how they are planned otherwise: a mapping with strategy, and maybe backward, options,
-    layout and layout_options; tokens are re-laid inside those layers' calls. kernel as in `attention`; max_buffer_bytes
-    as in `make_plan`. verify_every: of so many steps the plans of one are proven before they run, the first in any case.
-    pad_to: each rank's tokens are padded to a multiple of it. Raises DistattnError for names that do not exist.
-    """
-
-    strategy: str
-    layout: str = "zigzag"
-    layout_options: Mapping[str, Any] | None = None
-    document_mask: str | tuple[int, int] = "causal"
-    layers: Mapping[int | str, Mapping[str, Any]] | None = None
-    kernel: str | None = None
-    backward: str | None = None
-    comm_dtype: Any = None
-    cluster: AnyCluster | str | Path | None = None
-    options: Mapping[str, object] | None = None
-    max_buffer_bytes: int | None = None
-    verify_every: int = 1
-    pad_to: int = 1
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        # compared between ranks by value
-        object.__setattr__(self, "cluster", resolve_cluster(self.cluster))
-        object.__setattr__(self, "comm_dtype", dtype_name(self.comm_dtype) or None)
-        if self.comm_dtype not in (None, *DTYPE_BYTES):
-            raise DistattnError(f"comm_dtype is one of {', '.join(DTYPE_BYTES)}, not {self.comm_dtype!r}.")
-        check_names(self.strategy, self.backward, self.options)
-        checked_layout_options(self.layout, self.layout_options, self.document_mask)
-        if self.kernel not in (None, AUTO):
-            load_kernel(self.kernel)
-        for name in ("verify_every", "pad_to"):
-            value = getattr(self, name)
-            if not 1 <= value <= _MOST:
-                raise DistattnError(f"{name} is a whole number of at least 1, and at most {_MOST:,}, not {value!r}.")
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> Any:
-        """From keyword arguments. Raises DistattnError for one that does not exist."""
-        known = [one.name for one in fields(cls)]
-        if unknown := settings.keys() - known:
-            raise DistattnError(f"there is no setting {sorted(unknown)[0]!r}; there are {', '.join(known)}.")
-        if "strategy" not in settings:
-            raise DistattnError('a strategy is needed, such as strategy="ring".')
-        return cls(**settings)
+# the few tokens that convolutions and token shifts receive stay for the backward pass
+_GATHERED = LayerOverride("allgather", "keep")
 
 
 class AttentionShape(NamedTuple):
@@ -186,12 +130,14 @@ class Planner:
 
     def __init__(
         self,
-        config: PlannerConfig,
+        config: AttentionConfig,
         ranks: Ranks,
         lay_out: Callable[[Any], tuple[Mask, Layout]],
         is_one_block: bool = True,
     ):
         self.config, self.ranks, self._is_one_block = config, ranks, is_one_block
+        # whole numbers travel as float64, whatever gradients travel as
+        self._whole_numbers = replace(config, comm_dtype=None)
         self.overrides = LayerOverrides(config.layers)
         # fixed-length batches have the same documents again and again; packed ones never do
         self.lay_out = lru_cache(maxsize=8)(lay_out)
@@ -301,38 +247,37 @@ class Planner:
         self.lay_out.cache_clear()
 
     def _plan(self, batch: BatchKey, shape: AttentionShape) -> Plan:
-        config = self.config
+        config, override, op = self.config, shape.override, shape.op
         mask, layout = self.lay_out(batch.documents)[0], self.layout_of(batch, shape.layout)
-        how: dict[str, Any] = dict(strategy=config.strategy, backward=config.backward)
-        how["options"] = {**(config.options or {}), **dict(batch.options)}
-        comm_dtype = config.comm_dtype
-        # of other ops than attention tokens are where attention's are; what attention moves is another matter
-        if shape.op == TOKEN_SHIFT:
+        # tokens of other ops are where attention's are, but they have strategies of their own
+        if op == TOKEN_SHIFT:
             mask = Mask.token_shift(layout.lengths, shape.shift_distance)
-            # whole numbers travel as float64, whatever gradients travel as
-            how, comm_dtype = dict(strategy="allgather", backward="keep"), None
-        elif shape.op == CONVOLUTION:
-            # the few tokens that come stay for the backward pass
-            mask = Mask.documents(layout.lengths, (shape.taps - 1, 0))
-            how = dict(strategy="allgather", backward="keep")
-        elif shape.op.is_recurrent:
-            # states move or tokens, whichever is faster
-            mask, how = Mask.documents(layout.lengths), {}
+            override, config = _GATHERED, self._whole_numbers
+        elif op == CONVOLUTION:
+            mask, override = Mask.documents(layout.lengths, (shape.taps - 1, 0)), _GATHERED
+        elif op.is_recurrent:
+            mask = Mask.documents(layout.lengths)
+            # states of documents are known to the ranks that have the batch: tokens stay there
+            override = None if self._is_one_block else LayerOverride("scan")
         elif shape.window is not None:
             mask = Mask.documents(layout.lengths, apply_window(config.document_mask, shape.window))
-        if shape.override is not None:
-            how |= shape.override.settings(mask, layout)
-        of_layer = shape._asdict()
-        for name in ("window", "override", "modifiers", "layout", "taps", "shift_distance"):
-            del of_layer[name]
-        how |= dict(comm_dtype=comm_dtype, cluster=config.cluster, max_buffer_bytes=config.max_buffer_bytes)
-        if shape.op.kind == "latent_attention":
-            del of_layer["op"], of_layer["kv_heads"]
-            how |= dict(rotary_dim=shape.op.rotary_dim, latent_dim=shape.op.latent_dim)
-            return make_latent_plan(mask, layout, **how, **of_layer)
-        if shape.op.is_recurrent and not self._is_one_block:
-            # states of documents are known to the ranks that have the batch: tokens stay there
-            return make_plan(mask, layout, strategy="scan", **how, **of_layer)
-        if shape.op.is_recurrent:
-            return make_recurrent_plan(mask, layout, **how, **of_layer)
-        return make_plan(mask, layout, **how, **of_layer)
+        plan: Callable[..., Plan] = partial(make_plan, kv_heads=shape.kv_heads, op=op)
+        if op.kind == "latent_attention":
+            plan = partial(make_latent_plan, rotary_dim=op.rotary_dim, latent_dim=op.latent_dim)
+        if override is not None:
+            plan = partial(
+                plan,
+                strategy=override.strategy,
+                backward=override.backward,
+                options=dict(override.options),
+                working_layout=override.working_layout(mask, layout),
+            )
+        elif op.is_recurrent:
+            # states move or tokens, whichever is faster
+            plan = partial(make_recurrent_plan, kv_heads=shape.kv_heads, op=op)
+        else:
+            plan = partial(plan, options=dict(batch.options))
+        heads, head_dim, v_head_dim = shape.heads, shape.head_dim, shape.v_head_dim
+        return plan(
+            mask, layout, config=config, heads=heads, head_dim=head_dim, v_head_dim=v_head_dim, dtype=shape.dtype
+        )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from distattn.ir.layout import Layout, make_layout
 from distattn.ir.mask import Mask
+from distattn.parallel.attention_config import AttentionConfig
 
 # the documents of each block of ranks that hold one batch together
 Documents = tuple[tuple[int, ...], ...]
@@ -32,18 +32,16 @@ class BlockLayouts:
         self,
         ranks: int,
         block_ranks: int,
-        layout: str,
-        options: Mapping[str, Any],
-        document_mask: str | tuple[int, int],
+        config: AttentionConfig,
     ):
         self.ranks, self.block_ranks, self.is_one_block = ranks, block_ranks, block_ranks == ranks
-        self._layout, self._options, self._document_mask = layout, dict(options), document_mask
+        self._config = config
         self.of_block = lru_cache(maxsize=8)(self._of_block)
 
     def of_batch(self, documents: Documents) -> tuple[Mask, Layout]:
         """Mask and layout of all blocks' documents."""
         if len(documents) == 1 and self.block_ranks == self.ranks:
-            return Mask.documents(documents[0], self._document_mask), self.of_block(documents[0])
+            return Mask.documents(documents[0], self._config.document_mask), self.of_block(documents[0])
         lengths = [length for block in documents for length in block]
         parts = []
         token = 0
@@ -54,7 +52,9 @@ class BlockLayouts:
                 rank = chunks["rank"] + number * self.block_ranks
                 parts.append(np.stack([rank, chunks["t0"] + token, chunks["t1"] + token])[:, order])
                 token += sum(block)
-        return Mask.documents(lengths, self._document_mask), Layout(lengths, self.ranks, *np.concatenate(parts, 1))
+        return Mask.documents(lengths, self._config.document_mask), Layout(
+            lengths, self.ranks, *np.concatenate(parts, 1)
+        )
 
     def block_of(self, rank: int, documents: Documents) -> BatchBlock:
         """A rank's block, without documents where the rank is beyond the blocks."""
@@ -67,5 +67,6 @@ class BlockLayouts:
         """Who of a block's ranks owns which of its tokens."""
         if self.block_ranks == 1:
             return Layout.contiguous(lengths, 1)
-        mask = Mask.documents(lengths, self._document_mask)
-        return make_layout(self._layout, lengths, self.block_ranks, mask, **self._options)
+        mask = Mask.documents(lengths, self._config.document_mask)
+        options = self._config.layout_options or {}
+        return make_layout(self._config.layout, lengths, self.block_ranks, mask, **options)

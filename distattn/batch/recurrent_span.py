@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -97,11 +95,12 @@ def recurrent_span(
     shape = AttentionShape(heads, kv_heads or heads, head_dim, v_head_dim or head_dim, dtype_name(dtype), op=op)
     known = shape, layers, width
     if known not in batch.relaid_spans:
-        how: dict[str, Any] = dict(layers=layers, width=width, cluster=cluster)
         here, there = _plan(batch, shape, device), batch.planner.layout_of(batch.key, SPAN_LAYOUT)
-        batch.relaid_spans[known] = relayout_may_be_faster(here, there, **how) and relayout_is_faster(
-            here, _plan(batch, shape._replace(layout=SPAN_LAYOUT), device), **how
-        )
+        is_faster = relayout_may_be_faster(here, there, layers=layers, width=width, cluster=cluster)
+        if is_faster:
+            relaid = _plan(batch, shape._replace(layout=SPAN_LAYOUT), device)
+            is_faster = relayout_is_faster(here, relaid, layers=layers, width=width, cluster=cluster)
+        batch.relaid_spans[known] = is_faster
     return RecurrentSpan(batch, SPAN_LAYOUT if batch.relaid_spans[known] else None)
 
 

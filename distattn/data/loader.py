@@ -103,12 +103,20 @@ class PackLoader:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let other processes open the plan and the files themselves, and go on from the same step."""
-        settings: dict[str, Any] = dict(
-            start_step=self.step, steps=self.end - self.step, ahead=self.ahead, even=self.even
+        make = partial(
+            PackLoader,
+            rank=self.rank,
+            size=self.size,
+            start_step=self.step,
+            steps=self.end - self.step,
+            ahead=self.ahead,
+            even=self.even,
+            vocabulary=self._vocabulary,
+            device=self._device,
+            pin_memory=self._pins,
+            corpus_ids=self._corpus_ids,
         )
-        settings |= dict(vocabulary=self._vocabulary, device=self._device, pin_memory=self._pins)
-        settings |= dict(corpus_ids=self._corpus_ids)
-        return partial(PackLoader, rank=self.rank, size=self.size, **settings), (self.plan, self._corpora)
+        return make, (self.plan, self._corpora)
 
     def __iter__(self) -> Iterator[list[PlannedBatch]]:
         """Yield this share's batches from `step` on. Increase `step` before each is yielded."""

@@ -28,7 +28,6 @@ from distattn.batch.planner import AttentionShape, BatchKey, Planned, Planner
 from distattn.batch.pooled_layout import BlockLayouts, Documents
 from distattn.driver.communicators import SINGLE_RANK, Communicators
 from distattn.driver.control_channel import ANNOUNCE_STEP, NEW_SHAPE, RELEASE_STEP, ControlMessage
-from distattn.driver.driver_config import DriverConfig
 from distattn.driver.global_loader import GlobalLoader, GlobalStepInfos
 from distattn.driver.gradient_probe import NOT_PROBED, OTHER_COUNT, GradientProbeTarget, Reduction, probe, probe_ids
 from distattn.driver.loss_sums import sum_over_loss_group
@@ -39,6 +38,7 @@ from distattn.driver.step_exchange import GatheredStep, StepExchange, agree_on_p
 from distattn.driver.steps_ahead import StepLoop, StepsAhead
 from distattn.ir.errors import DistattnError, LostRankError
 from distattn.ir.plan import Plan
+from distattn.parallel.attention_config import AttentionConfig
 from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.communicator import new_group, timeout_of
 from distattn.parallel.runtime.transport import Transport
@@ -55,9 +55,9 @@ class ContextParallel:
     """Splits attention over the ranks of a process group, batch by batch.
 
     group defaults to the default process group, or one rank without torch.distributed. loss_group: all ranks whose tokens
-    make up the loss, data-parallel replicas included; by default the ranks of the group that have a model. settings: the
-    fields of `DriverConfig`; strategy is needed. A collective call of the loss group. Raises DistattnError for settings that
-    do not exist, or differ from rank to rank.
+    make up the loss, data-parallel replicas included; by default the ranks of the group that have a model. settings: fields of
+    `AttentionConfig`, of which strategy is needed; with config they replace its values. A collective call of the loss group.
+    Raises DistattnError for settings that do not exist, or differ from rank to rank.
 
         with ContextParallel(group, strategy="ring") as cp:
             for micro_batches in cp.steps(loader):
@@ -70,12 +70,13 @@ class ContextParallel:
         group: dist.ProcessGroup | None = None,
         *,
         loss_group: dist.ProcessGroup | None = None,
+        config: AttentionConfig | None = None,
         **settings: Any,
     ):
-        self._open(group, loss_group, DriverConfig.of(settings))
+        self._open(group, loss_group, AttentionConfig.of(config, **settings))
 
     def _open(
-        self, group: dist.ProcessGroup | None, loss_group: dist.ProcessGroup | None, config: DriverConfig | None
+        self, group: dist.ProcessGroup | None, loss_group: dist.ProcessGroup | None, config: AttentionConfig | None
     ) -> None:
         """config: None on ranks that only serve, which take the first rank's."""
         for name, value in (("group", group), ("loss_group", loss_group)):
@@ -93,9 +94,10 @@ class ContextParallel:
         self.ranks = 1 if group is None else dist.get_world_size(group)
         if config is not None:
             config.block_ranks(self.ranks)
+            config.check_kernel()
         exchange = group if loss_group is None else loss_group
         self._table = table = RankTable.gather(config, group, exchange)
-        self.config: DriverConfig = table.config
+        self.config: AttentionConfig = table.config
         self.block_ranks = self.config.block_ranks(self.ranks)
         self.models = self.ranks - self.config.servers
         self._communicators: Communicators | None = None
@@ -107,13 +109,8 @@ class ContextParallel:
         self.messages = None if self._communicators is None else self._communicators.messages
         self._exchange = StepExchange(host, table.first_of_block, table.sharing, table.members)
         self.loss_group = self._loss_group(loss_group)
-        layouts = self.config
-        self._layouts = BlockLayouts(
-            self.ranks, self.block_ranks, layouts.layout, layouts.layout_options or {}, layouts.document_mask
-        )
-        self.planner = Planner(
-            self.config.with_buffer_limit(), self, self._layouts.of_batch, self._layouts.is_one_block
-        )
+        self._layouts = BlockLayouts(self.ranks, self.block_ranks, self.config)
+        self.planner = Planner(self.config, self, self._layouts.of_batch, self._layouts.is_one_block)
         self.speeds = RankSpeeds(self.config.adaptive, self.ranks) if self.config.adaptive else None
         # by which a trainer's losses are to be multiplied, so that its gradients are sums over ranks
         self._factor = 1.0

@@ -29,7 +29,6 @@ from distattn.ir.arguments import check_fields
 from distattn.ir.errors import DistattnError
 from distattn.ops.attention import attention, autocast_inputs, score_modifiers
 from distattn.ops.executable import EXECUTABLES, Executable, with_device_index
-from distattn.parallel.make_plan import STRATEGIES
 from distattn.parallel.runtime.arenas import ARENAS, ArenaAllocator, aligned_bytes
 from distattn.parallel.runtime.communicator import all_gather_objects
 from distattn.parallel.runtime.transport import Packet
@@ -73,7 +72,7 @@ class PipelineSchedule:
         config = cp.config
         if stages < 1 or cp.ranks % stages:
             raise DistattnError(f"{stages} stages do not divide the {cp.ranks} ranks that share attention.")
-        keeps = (config.backward or STRATEGIES[config.strategy].backward) == "keep"
+        keeps = config.backward_policy == "keep"
         if config.servers or config.data != "per_rank" or cp.block_ranks > 1 or keeps or cp.loss_group is not cp.group:
             raise DistattnError(
                 'a pipeline needs data="per_rank" without context_parallel_size, servers, a loss group and backward "keep".'

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from distattn.batch.collectives import shared_name
-from distattn.driver.driver_config import DriverConfig
 from distattn.ir.errors import DistattnError
+from distattn.parallel.attention_config import AttentionConfig
 from distattn.parallel.runtime.collective_calls import run_collective
 from distattn.parallel.runtime.communicator import all_gather_objects
 
@@ -21,7 +21,7 @@ class RankTable(NamedTuple):
     has_model: false for those that only serve.
     """
 
-    config: DriverConfig
+    config: AttentionConfig
     name: str
     members: list[int]
     rank: int
@@ -31,7 +31,7 @@ class RankTable(NamedTuple):
 
     @staticmethod
     def gather(
-        config: DriverConfig | None, group: dist.ProcessGroup | None, exchange: dist.ProcessGroup | None
+        config: AttentionConfig | None, group: dist.ProcessGroup | None, exchange: dist.ProcessGroup | None
     ) -> RankTable:
         """The table of the ranks of `exchange`, all of which call this. config: None on ranks that only serve.
 
@@ -68,7 +68,7 @@ class RankTable(NamedTuple):
         return [value for value, has in zip(values, self.has_model, strict=True) if has]
 
 
-def _checked(everyone: list[tuple[DriverConfig | None, list[int]]], members: list[int]) -> DriverConfig:
+def _checked(everyone: list[tuple[AttentionConfig | None, list[int]]], members: list[int]) -> AttentionConfig:
     """The settings of all ranks. Raises DistattnError where they differ, or where groups do not fit them."""
     first = everyone[0][0]
     if first is None:

@@ -38,7 +38,8 @@ class PlanRequest:
 
     def timeline(self, strategy: str, cluster: ClusterSpec) -> Timeline:
         """Plan the call by one strategy for a cluster, prove the plan, and simulate it."""
-        return simulate(replace(self.settings, strategy=strategy, cluster=cluster).plan(*self.packs), cluster)
+        config = replace(self.settings.config, strategy=strategy, cluster=cluster)
+        return simulate(replace(self.settings, config=config).plan(*self.packs), cluster)
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -50,7 +51,7 @@ class PlanRequest:
         return (
             f"{sum(self.lengths):,} tokens in {plural(len(self.lengths), 'document')} on {shape.ranks} ranks, "
             f"{shape.heads} query and {shape.kv_heads} key/value heads of {shape.head_dim}, {shape.dtype}, "
-            f"{shape.layout} layout"
+            f"{shape.config.layout} layout"
         )
 
 
@@ -113,16 +114,17 @@ def compare_layouts(request: PlanRequest, cluster: ClusterSpec) -> dict[str, flo
 
     Layouts that are refused are left out. Return an empty dict if each rank has its own packs, since no layout spreads them.
     """
-    settings = request.settings
+    settings, config = request.settings, request.settings.config
     if settings.ranks == settings.data_parallel_size:
         return {}
     seconds: dict[str, float] = {}
     for layout in LAYOUTS:
         # options belong to the layout that the request names
-        options = settings.layout_options if layout == settings.layout else {}
-        other = replace(request, settings=replace(settings, layout=layout, layout_options=options))
+        options = config.layout_options if layout == config.layout else None
+        of_layout = replace(config, layout=layout, layout_options=options)
+        other = replace(request, settings=replace(settings, config=of_layout))
         with suppress(DistattnError):
-            seconds[layout] = _seconds(other.timeline(settings.strategy, cluster))
+            seconds[layout] = _seconds(other.timeline(config.strategy, cluster))
     return dict(sorted(seconds.items(), key=lambda item: item[1]))
 
 
@@ -131,8 +133,8 @@ def layout_lines(request: PlanRequest, seconds: dict[str, float]) -> list[str]:
     if not seconds:
         return []
     times = ", ".join(f"{name} {value * 1e3:,.2f} ms" for name, value in seconds.items())
-    lines = [f"layouts with {request.settings.strategy}, forward + backward: {times}"]
-    return lines + _faster_choice("layout", request.settings.layout, seconds)
+    lines = [f"layouts with {request.settings.config.strategy}, forward + backward: {times}"]
+    return lines + _faster_choice("layout", request.settings.config.layout, seconds)
 
 
 def strategy_lines(results: dict[str, Timeline | str], strategy: str) -> list[str]:

@@ -160,8 +160,8 @@ def _measure_link(device: torch.device, ranks: int) -> Link:
 def _step_microseconds(device: torch.device, ranks: int) -> float:
     """Measure the microseconds of one ring step with very few tokens: the time that is neither arithmetic nor bytes."""
     tokens, dtype = 16 * ranks, torch.bfloat16 if device.type == "cuda" else torch.float32
-    shape: dict[str, Any] = dict(heads=4, kv_heads=4, head_dim=64, dtype=str(dtype)[6:])
-    plan = make_plan(Mask.full(tokens), Layout.contiguous([tokens], ranks), strategy="ring", **shape)
+    mask, layout = Mask.full(tokens), Layout.contiguous([tokens], ranks)
+    plan = make_plan(mask, layout, strategy="ring", heads=4, kv_heads=4, head_dim=64, dtype=dtype)
     group = dist.group.WORLD if dist.is_initialized() else None
     executable = prepare(plan, group, device=device)
     q, k, v = (torch.randn(16, 4, 64, device=device, dtype=dtype) for _ in range(3))

@@ -53,5 +53,5 @@ def _is_planned(config: Config, plan: Plan) -> bool:
     shapes = (wanted.ranks, wanted.heads, wanted.kv_heads, wanted.head_dim, wanted.dtype)
     return (
         shapes == (call.ranks, call.heads, call.kv_heads, call.head_dim, call.dtype)
-        and plan.strategy == wanted.strategy
+        and plan.strategy == wanted.config.strategy
     )

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO stages, as one process; and what its own ways get wrong."""
+"""DeepSpeed's ZeRO stages equal one process; what its own reductions get wrong is refused."""
 
 import os
 
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.s
 
 def _start(rank: int) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
-    # else it compiles a C++ extension for shared memory
+    # otherwise DeepSpeed compiles a C++ extension for shared memory
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
@@ -44,12 +44,12 @@ def engine_of(cp, stage: int, micro_batches: int, dtype=torch.float32, **config)
         "steps_per_print": 10**9,
         **config,
     }
-    given = dict(model=model, model_parameters=model.parameters(), optimizer=optimizer, config=settings)
-    return deepspeed.initialize(**given, mpu=SequenceGroups(cp))[0]
+    arguments = dict(model=model, model_parameters=model.parameters(), optimizer=optimizer, config=settings)
+    return deepspeed.initialize(**arguments, mpu=SequenceGroups(cp))[0]
 
 
 def take_step(cp, engine, rank: int, degree: int, micro_batches: int) -> list[torch.Tensor]:
-    """The gradients before the step."""
+    """Take a step. Return the gradients before the optimizer's step."""
     for batch in cp.shard_step(small.step(rank // degree, micro_batches)):
         engine.backward(local_loss(engine, batch))
         if engine.is_gradient_accumulation_boundary():
@@ -59,9 +59,12 @@ def take_step(cp, engine, rank: int, degree: int, micro_batches: int) -> list[to
 
 
 def _gradients(rank: int, stage: int, degree: int, shared: bool = False):
-    """shared: blocks of `degree` ranks have batches of their own, and share attention."""
+    """Return the factor and the gradients of steps.
+
+    shared: blocks of `degree` ranks have their own batches, and share attention.
+    """
     _start(rank)
-    found = []
+    results = []
     for micro_batches in (1, 2):
         if shared:
             cp = da.ContextParallel(dist.group.WORLD, context_parallel_size=degree, **small.CAD)
@@ -72,8 +75,8 @@ def _gradients(rank: int, stage: int, degree: int, shared: bool = False):
             )
         engine = engine_of(cp, stage, micro_batches)
         cp.loss_scale(ProbeTarget(engine))
-        found.append((cp.loss_scale(), take_step(cp, engine, rank, degree, micro_batches)))
-    return found
+        results.append((cp.loss_scale(), take_step(cp, engine, rank, degree, micro_batches)))
+    return results
 
 
 @pytest.mark.parametrize("degree", [2, 4])
@@ -83,7 +86,7 @@ def test_gradients_are_those_of_one_process_in_every_stage(stage, degree):
     for number, micro_batches in enumerate((1, 2)):
         batches = [batch for replica in range(4 // degree) for batch in small.step(replica, micro_batches)]
         _, wanted = small.in_one_process(small.build(torch.float32), batches)
-        for factor, gradients in (found[number] for found in every):
+        for factor, gradients in (results[number] for results in every):
             assert abs(small.norm_ratio(gradients, wanted) - 1) < 1e-4, factor
 
 
@@ -94,12 +97,12 @@ def test_replicas_that_share_attention_have_the_gradients_of_one_process(stage, 
     for number, micro_batches in enumerate((1, 2)):
         batches = [batch for replica in range(2) for batch in small.step(replica, micro_batches)]
         _, wanted = small.in_one_process(small.build(torch.float32), batches)
-        for factor, gradients in (found[number] for found in every):
+        for factor, gradients in (results[number] for results in every):
             assert abs(small.norm_ratio(gradients, wanted) - 1) < 1e-4, factor
 
 
 def _stepped(rank: int, stage: int, config: dict):
-    """(Gradient norm as DeepSpeed says, parameters) after a clipped step; offloaded where it can be."""
+    """Return (gradient norm that DeepSpeed reports, parameters) after a clipped step, offloaded if the stage allows it."""
     _start(rank)
     cp = da.ContextParallel(groups(rank, 2), loss_group=dist.group.WORLD, strategy="ring", layout="document_zigzag")
     dtype = torch.bfloat16 if "bf16" in config else torch.float32
@@ -150,7 +153,7 @@ VARIANTS = {
 
 
 def _variant(rank: int, variant: str, stage: int, probes: bool):
-    """Parameters and optimizer state after three steps, maybe with a probe between any two."""
+    """Return parameters and optimizer state after three steps, optionally with a probe between any two."""
     _start(rank)
     config = dict(VARIANTS[variant])
     if config.pop("offload", False):
@@ -215,8 +218,8 @@ def _by_mesh(rank: int) -> str:
     cp = da.ContextParallel(groups(rank, 2), loss_group=dist.group.WORLD, strategy="ring")
     model = small.build(torch.float32)
     settings = {"train_micro_batch_size_per_gpu": 1, "steps_per_print": 10**9}
-    given = dict(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=settings)
-    engine = deepspeed.initialize(**given, mesh_param=(2, 2))[0]
+    arguments = dict(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=settings)
+    engine = deepspeed.initialize(**arguments, mesh_param=(2, 2))[0]
     with pytest.raises(da.DistattnError) as refusal:
         cp.loss_scale(ProbeTarget(engine))
     return str(refusal.value)
@@ -230,7 +233,7 @@ def test_deepspeeds_mesh_does_not_reduce_over_the_sequence_and_is_refused():
 def _refusals(rank: int) -> list[str]:
     _start(rank)
     cp = da.ContextParallel(groups(rank, 2), strategy="ring")
-    said = []
+    refusals = []
     for ask in (
         lambda: SequenceGroups(cp),
         lambda: SequenceGroups(da.ContextParallel(dist.group.WORLD, strategy="ring")).initialize_sequence_parallel(2),
@@ -239,7 +242,7 @@ def _refusals(rank: int) -> list[str]:
     ):
         with pytest.raises(da.DistattnError) as refusal:
             ask()
-        said.append(str(refusal.value))
+        refusals.append(str(refusal.value))
     cp = da.ContextParallel(dist.group.WORLD, strategy="ring")
     engine = engine_of(cp, 1, 2)
     batch = cp.shard(small.micro_batch([20]))
@@ -247,7 +250,7 @@ def _refusals(rank: int) -> list[str]:
     engine.step()
     with pytest.raises(da.DistattnError) as refusal:
         cp.loss_scale(ProbeTarget(engine))
-    return [*said, str(refusal.value)]
+    return [*refusals, str(refusal.value)]
 
 
 def _with_servers(rank: int) -> str:
@@ -261,11 +264,11 @@ def _with_servers(rank: int) -> str:
 
 
 def test_ranks_that_only_serve_are_refused():
-    *said, _ = run_on_ranks(3, _with_servers)
-    assert all("no rank can only serve; leave servers out" in refusal for refusal in said)
+    *refusals, _ = run_on_ranks(3, _with_servers)
+    assert all("no rank can only serve; leave servers out" in refusal for refusal in refusals)
 
 
 def test_what_deepspeed_cannot_do_is_refused_by_name():
     wanted = ["has 2; give", "split over 4 ranks, not 2", "PipelineModule", "expert parallelism", "1 of a step's 2"]
-    for said in run_on_ranks(4, _refusals):
-        assert all(sentence in refusal for sentence, refusal in zip(wanted, said, strict=True)), said
+    for refusals in run_on_ranks(4, _refusals):
+        assert all(sentence in refusal for sentence, refusal in zip(wanted, refusals, strict=True)), refusals

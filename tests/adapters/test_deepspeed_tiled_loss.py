@@ -1,4 +1,4 @@
-"""A tiled loss under ZeRO: the output layer's weight is there when its tiles are computed, also where it is partitioned."""
+"""A tiled loss under ZeRO: the output layer's weight is available when its tiles are computed, also if it is partitioned."""
 
 import memory_run
 import pytest
@@ -23,7 +23,9 @@ def step(rank, stage):
         losses.append(pytorch.local_loss(engine, batch, loss=TiledLoss(5)))
         engine.backward(losses[-1])
         if engine.is_gradient_accumulation_boundary():
-            gradients = [test_deepspeed.safe_get_full_grad(one).float() for one in engine.module.parameters()]
+            gradients = [
+                test_deepspeed.safe_get_full_grad(parameter).float() for parameter in engine.module.parameters()
+            ]
         engine.step()
     return cp.mean_loss(losses), gradients
 
@@ -31,7 +33,7 @@ def step(rank, stage):
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.full), pytest.param(2, marks=pytest.mark.full), 3])
 def test_gradients_are_those_of_one_process(stage):
     loss, wanted = small.in_one_process(small.build(torch.float32), memory_run.batches())
-    for found, gradients in run_on_ranks(2, step, stage):
-        assert found == pytest.approx(float(loss), rel=1e-5)
+    for mean_loss, gradients in run_on_ranks(2, step, stage):
+        assert mean_loss == pytest.approx(float(loss), rel=1e-5)
         for a, b in zip(gradients, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)

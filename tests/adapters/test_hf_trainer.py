@@ -1,4 +1,4 @@
-"""transformers' Trainer on several ranks: the curve of one process, evaluation, and what is refused."""
+"""transformers' Trainer on several ranks: the curve of one process, evaluation, and refusals."""
 
 import contextlib
 import io
@@ -37,7 +37,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """The same, one after the other."""
+    """The same sequences, one after the other."""
 
     def __iter__(self):
         return map(Rows().__getitem__, range(48))
@@ -68,16 +68,16 @@ def arguments(folder, micro_batches: int, replicas: int, **changes) -> TrainingA
 
 
 class Watched(ContextParallelTrainer):
-    """Keeps the parts of each step."""
+    """A trainer that keeps the parts of each step."""
 
-    def get_batch_samples(self, *given):
-        parts, count = super().get_batch_samples(*given)
+    def get_batch_samples(self, *args):
+        parts, count = super().get_batch_samples(*args)
         self.parts = [*getattr(self, "parts", ()), *parts]
         return parts, count
 
 
 def _as_torchrun(rank: int) -> None:
-    # accelerate reads who it is from the environment
+    # accelerate reads its rank from the environment
     ranks = str(dist.get_world_size())
     os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")} | {"WORLD_SIZE": ranks}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
@@ -105,7 +105,7 @@ def test_a_collator_may_fill_one_tensor_again(tmp_path):
 def _train(
     rank: int, folder, degree: int, micro_batches: int, changes: dict, dtype=torch.float64, data=Rows, shared=False
 ):
-    """shared: blocks of `degree` ranks have batches of their own, and share attention."""
+    """Train. shared: blocks of `degree` ranks have their own batches, and share attention."""
     ranks = dist.get_world_size()
     _as_torchrun(rank)
     if changes.get("deepspeed"):
@@ -117,8 +117,8 @@ def _train(
         cp = da.ContextParallel(context_parallel_size=degree, **small.CAD)
     else:
         groups = [dist.new_group(range(first, first + degree)) for first in range(0, ranks, degree)]
-        everyone = dist.group.WORLD if degree < ranks else None
-        cp = da.ContextParallel(groups[rank // degree] if everyone else None, loss_group=everyone, strategy="ring")
+        all_ranks = dist.group.WORLD if degree < ranks else None
+        cp = da.ContextParallel(groups[rank // degree] if all_ranks else None, loss_group=all_ranks, strategy="ring")
     trainer = Watched(
         model=small.build(dtype),
         args=arguments(folder, micro_batches, ranks // degree, **changes),
@@ -159,9 +159,9 @@ def _check_rates(metrics: dict, kind: str, samples: int, steps: int) -> None:
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    (found,) = run_on_ranks(1, _train, tmp_path_factory.mktemp("one"), 1, 1, {})
-    assert len(found[0]) == STEPS and found[0][-1] < found[0][0]
-    return found
+    (results,) = run_on_ranks(1, _train, tmp_path_factory.mktemp("one"), 1, 1, {})
+    assert len(results[0]) == STEPS and results[0][-1] < results[0][0]
+    return results
 
 
 @pytest.mark.parametrize(("ranks", "degree", "micro_batches"), [(2, 2, 1), (2, 2, 2), (4, 2, 2), (4, 4, 1)])
@@ -179,8 +179,8 @@ def test_the_curve_is_that_of_one_process(tmp_path, one_process, ranks, degree, 
 def test_replicas_that_share_attention_have_the_curve_of_one_process(
     tmp_path, one_process, ranks, degree, micro_batches
 ):
-    given = tmp_path, degree, micro_batches, {}, torch.float64, Rows, True
-    for curve, norms, evaluated, tokens in run_on_ranks(ranks, _train, *given):
+    settings = tmp_path, degree, micro_batches, {}, torch.float64, Rows, True
+    for curve, norms, evaluated, tokens in run_on_ranks(ranks, _train, *settings):
         assert tokens == one_process[3]
         assert curve == pytest.approx(one_process[0], rel=1e-4)
         assert norms == pytest.approx(one_process[1], rel=1e-4)
@@ -188,12 +188,12 @@ def test_replicas_that_share_attention_have_the_curve_of_one_process(
 
 
 def _packs(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """One pack of rows, which no model takes whole without context parallelism."""
+    """Collate rows into one pack, which no model takes whole without context parallelism."""
     return {"input_ids": torch.cat(rows)[None], "document_lengths": [len(row) for row in rows]}
 
 
 def _evaluates(rank: int, folder, degree: int, metrics: bool = False):
-    """Losses of evaluations before, in and after training, on packs; with metrics on whole rows."""
+    """Return losses of evaluations before, in and after training, on packs; with metrics on whole rows."""
     ranks = dist.get_world_size()
     _as_torchrun(rank)
     groups = [dist.new_group(range(first, first + degree)) for first in range(0, ranks, degree)]
@@ -220,7 +220,7 @@ def test_long_sequences_are_evaluated_split(tmp_path, ranks, degree):
     assert len(expected) == 4 and expected[-1] < expected[0]
     for losses, _ in run_on_ranks(ranks, _evaluates, tmp_path, degree):
         assert losses == pytest.approx(expected, rel=1e-5)
-    # metrics want logits of whole sequences
+    # metrics need logits of whole sequences
     for _, tokens in run_on_ranks(2, _evaluates, tmp_path / "metrics", 2, True):
         assert tokens == 15
 
@@ -236,17 +236,19 @@ def _with_servers(rank: int, folder) -> str:
 
 
 def test_ranks_that_only_serve_are_refused(tmp_path):
-    *said, _ = run_on_ranks(3, _with_servers, tmp_path)
-    assert all("ranks that only serve (the Trainer trains on all ranks) is not supported" in one for one in said)
+    *refusals, _ = run_on_ranks(3, _with_servers, tmp_path)
+    assert all(
+        "ranks that only serve (the Trainer trains on all ranks) is not supported" in refusal for refusal in refusals
+    )
 
 
 @pytest.mark.full
 def test_a_stream_is_shared_out_over_replicas(tmp_path):
-    (one,) = run_on_ranks(1, _train, tmp_path, 1, 1, {}, torch.float64, Stream)
+    (alone,) = run_on_ranks(1, _train, tmp_path, 1, 1, {}, torch.float64, Stream)
     for ranks in (2, 4):
         for curve, _, _, tokens in run_on_ranks(ranks, _train, tmp_path, 2, 1, {}, torch.float64, Stream):
-            assert tokens == one[3] == sum(len(Rows()[row]) for row in range(STEPS * ROWS_PER_STEP))
-            assert curve == pytest.approx(one[0], rel=1e-4)
+            assert tokens == alone[3] == sum(len(Rows()[row]) for row in range(STEPS * ROWS_PER_STEP))
+            assert curve == pytest.approx(alone[0], rel=1e-4)
 
 
 @pytest.mark.parametrize(("degree", "shared"), [(2, False), (1, True)], ids=["split", "shared"])
@@ -269,10 +271,10 @@ def test_deepspeed_under_the_trainer_has_the_same_curve(tmp_path):
         "zero_optimization": {"stage": 2},
         "zero_allow_untested_optimizer": True,
     }
-    (one,) = run_on_ranks(1, _train, tmp_path, 1, 1, {}, torch.float32)
+    (alone,) = run_on_ranks(1, _train, tmp_path, 1, 1, {}, torch.float32)
     for curve, _, _, tokens in run_on_ranks(2, _train, tmp_path, 2, 2, {"deepspeed": settings}, torch.float32):
-        assert tokens == one[3]
-        assert curve == pytest.approx(one[0], rel=2e-3)
+        assert tokens == alone[3]
+        assert curve == pytest.approx(alone[0], rel=2e-3)
 
 
 def _refused(rank: int, folder, error: Exception | None) -> tuple[str, int | None]:
@@ -300,7 +302,7 @@ def test_a_refusal_is_one_sentence_of_one_rank(tmp_path):
     (sentence,) = "".join(outputs).splitlines()
     assert sentence.startswith("distattn: rank ") and "label_smoothing_factor is not supported" in sentence
     assert "(test_hf_trainer.py, line " in sentence
-    # other errors are every rank's own
+    # each rank reports other errors itself
     for printed, code in run_on_ranks(2, _refused, tmp_path, KeyError("mine")):
         assert "KeyError: 'mine'" in printed and code is None
 

@@ -1,4 +1,4 @@
-"""transformers models of every kind of attention, on several ranks, beside themselves in one process; and what is refused."""
+"""transformers models of every kind of attention on several ranks compared with one process; and refusals."""
 
 import copy
 import subprocess
@@ -60,7 +60,7 @@ LENGTHS = [17, 1, 22]
 
 
 def build(name: str) -> torch.nn.Module:
-    """In float64 and seeded, sinks of gpt-oss included."""
+    """Return a seeded model in float64, with random sinks for gpt-oss."""
     huggingface.register()
     torch.manual_seed(0)
     # transformers' grouped experts have no float64
@@ -74,7 +74,7 @@ def token_ids() -> torch.Tensor:
 
 
 def plain(model: torch.nn.Module) -> torch.Tensor:
-    """The loss in one process, transformers' own attention, one document at a time."""
+    """Compute the loss in one process with transformers' own attention, one document at a time."""
     with huggingface.single_process_attention(model):
         whole = {"input_ids": token_ids(), "document_lengths": LENGTHS}
         return loss_by_document(lambda ids: model(ids, use_cache=False).logits[0], [whole])
@@ -157,11 +157,11 @@ def test_the_adapter_refuses_by_name_what_it_would_get_wrong():
 def test_positions_that_a_model_makes_itself_are_refused():
     model = build("llama")
     batch = da.ContextParallel(strategy="ring").shard({"input_ids": token_ids(), "document_lengths": LENGTHS})
-    given = huggingface.inputs(batch)
-    model(**{**given, "position_ids": batch["position_ids"].clone()})
+    inputs = huggingface.inputs(batch)
+    model(**{**inputs, "position_ids": batch["position_ids"].clone()})
     for wrong in (None, torch.arange(sum(LENGTHS))[None]):
         with pytest.raises(da.DistattnError, match="counts positions itself"):
-            model(**{**given, "position_ids": wrong})
+            model(**{**inputs, "position_ids": wrong})
 
 
 CHUNKED = dict(attention_chunk_size=2, num_local_experts=1, layer_types=["chunked_attention"] * 2)

@@ -1,4 +1,4 @@
-"""transformers' hybrid models on several ranks, beside themselves in one process with one document at a time."""
+"""transformers' hybrid models on several ranks compared with one process that has one document at a time."""
 
 import copy
 import sys
@@ -17,7 +17,7 @@ from distattn.adapters.huggingface_recurrent import MODELS
 from distattn.adapters.pytorch import local_loss
 
 PACK = [17, 1, 22]
-# of each kind of layer one: Gated DeltaNet, KDA beside latent attention, Mamba-2 in groups and alone, convolutions alone
+# one of each kind of layer: Gated DeltaNet, KDA with latent attention, Mamba-2 in groups and alone, convolutions alone
 KINDS = ["qwen3_next", "kimi_linear", "nemotron_h", "mamba2", "lfm2"]
 CASES = {
     2: [(name, PACK, dict(layout="zigzag")) for name in RECURRENT],
@@ -36,7 +36,7 @@ def _precision(dtype: torch.dtype) -> AbstractContextManager[None]:
 
 
 def _split(rank: int, cases: list, dtype: torch.dtype) -> list:
-    found = []
+    results = []
     for name, lengths, how in cases:
         model = hybrid_models.build(name, dtype)
         with _precision(dtype), da.ContextParallel(strategy="ring", kernel="reference", **how) as cp:
@@ -45,13 +45,13 @@ def _split(rank: int, cases: list, dtype: torch.dtype) -> list:
         sum_gradients(model)
         total = loss.detach().clone()
         torch.distributed.all_reduce(total)
-        found.append((total, [parameter.grad for parameter in model.parameters()]))
-    return found
+        results.append((total, [parameter.grad for parameter in model.parameters()]))
+    return results
 
 
 def _check(ranks: int, cases: list, dtype: torch.dtype, tolerance: float) -> None:
-    found = run_on_ranks(ranks, _split, cases, dtype)[-1]
-    for (name, lengths, how), (total, gradients) in zip(cases, found, strict=True):
+    results = run_on_ranks(ranks, _split, cases, dtype)[-1]
+    for (name, lengths, how), (total, gradients) in zip(cases, results, strict=True):
         model = hybrid_models.build(name, dtype)
         with _precision(dtype):
             loss, wanted = in_one_process(model, batch_of(lengths))
@@ -70,8 +70,8 @@ def test_loss_and_gradients_in_float32():
 
 
 def test_bfloat16_errs_at_most_twice_as_much_as_one_process():
-    found = run_on_ranks(2, _split, [(name, PACK, dict(layout="zigzag")) for name in KINDS], torch.bfloat16)[-1]
-    for name, (_, gradients) in zip(KINDS, found, strict=True):
+    results = run_on_ranks(2, _split, [(name, PACK, dict(layout="zigzag")) for name in KINDS], torch.bfloat16)[-1]
+    for name, (_, gradients) in zip(KINDS, results, strict=True):
         model = hybrid_models.build(name, torch.bfloat16)
         _, rounded = in_one_process(copy.deepcopy(model), batch_of(PACK))
         _, wanted = in_one_process(model.float(), batch_of(PACK))
@@ -113,15 +113,15 @@ def test_a_layer_that_does_not_ask_for_its_plan_is_noticed(monkeypatch):
     model = hybrid_models.build("lfm2")
     module = sys.modules[type(model).__module__]
     planned = module.causal_conv1d_fn.__wrapped__
-    # as where another transformers calls it by another name
-    monkeypatch.setattr(module, "causal_conv1d_fn", lambda *given, context_parallel, **named: planned(*given, **named))
+    # as in a transformers that calls the function by another name
+    monkeypatch.setattr(module, "causal_conv1d_fn", lambda *args, context_parallel, **named: planned(*args, **named))
     cp = da.ContextParallel(strategy="ring", kernel="reference")
     with pytest.raises(da.DistattnError, match="the conv layers of Lfm2ForCausalLM did not ask for their plans"):
         local_loss(model, cp.shard(batch_of(PACK)))
 
 
 def _checkpointed(rank: int, checkpointed: bool) -> list:
-    # both are there at once, and so are their batches
+    # both models exist at once, and so do their batches
     cp = da.ContextParallel(strategy="ring", kernel="reference")
     models = [hybrid_models.build(name) for name in ("qwen3_next", "mamba2", "mamba2")]
     losses = []
@@ -141,16 +141,16 @@ def test_activation_checkpointing_and_other_models_change_nothing():
 
 def test_mamba_1_and_masks_beside_a_batch_are_refused():
     cp = da.ContextParallel(strategy="ring", kernel="reference")
-    given = huggingface.inputs(cp.shard(batch_of(PACK)))
+    inputs = huggingface.inputs(cp.shard(batch_of(PACK)))
     huggingface.register()
     for kind in (MambaConfig, FalconMambaConfig):
         config = kind(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)
         model = AutoModelForCausalLM.from_config(config)
         named = rf"scan of Mamba-1.* models of bailing_hybrid,.* not of {config.model_type}\."
         with pytest.raises(da.DistattnError, match=named):
-            model(**given)
-        model(given["input_ids"])
+            model(**inputs)
+        model(inputs["input_ids"])
     with pytest.raises(da.DistattnError, match="selective scan of Mamba-1.* not of jamba"):
         huggingface.check_config(JambaConfig(num_hidden_layers=2))
     with pytest.raises(da.DistattnError, match="a padding mask was passed"):
-        hybrid_models.build("mamba2")(**given, attention_mask=torch.ones(1, sum(PACK)))
+        hybrid_models.build("mamba2")(**inputs, attention_mask=torch.ones(1, sum(PACK)))

@@ -1,4 +1,4 @@
-"""transformers' models with latent attention, expanded and by latents, beside themselves in one process."""
+"""transformers' models with latent attention, expanded and by latents, compared with one process."""
 
 import hybrid_models
 import pytest
@@ -28,7 +28,7 @@ CASES = {
 
 
 def _split(rank: int, cases: list) -> list:
-    found = []
+    results = []
     for name, strategy, by_latents in cases:
         model = hybrid_models.build(name)
         if by_latents:
@@ -41,15 +41,17 @@ def _split(rank: int, cases: list) -> list:
         sum_gradients(model)
         total = loss.detach().clone()
         torch.distributed.all_reduce(total)
-        found.append((total, [parameter.grad for parameter in model.parameters()], [shape.op.kind for shape in shapes]))
-    return found
+        results.append(
+            (total, [parameter.grad for parameter in model.parameters()], [shape.op.kind for shape in shapes])
+        )
+    return results
 
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("ranks", CASES)
 def test_loss_and_gradients_are_those_of_one_process(ranks):
-    found = run_on_ranks(ranks, _split, CASES[ranks])[-1]
-    for case, (total, gradients, ops) in zip(CASES[ranks], found, strict=True):
+    results = run_on_ranks(ranks, _split, CASES[ranks])[-1]
+    for case, (total, gradients, ops) in zip(CASES[ranks], results, strict=True):
         model = hybrid_models.build(case[0])
         with double_precision():
             loss, wanted = in_one_process(model, batch_of(PACK))

@@ -1,4 +1,4 @@
-"""Megatron-core on CPU ranks beside its own attention in one process, by our layouts and by its own."""
+"""Megatron-core on CPU ranks compared with its own attention in one process, by our layouts and by its own."""
 
 import threading
 from functools import partial
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.sampled(6)
 
 
 def start(tp: int = 1, pp: int = 1, cp: int = 1) -> None:
-    # in this process of a rank only: it changes torch
+    # only in this process of a rank: the import changes torch
     import megatron_on_cpu  # noqa: F401
 
     parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp, create_gloo_process_groups=False)
@@ -73,7 +73,7 @@ def config_of(tp: int = 1, pp: int = 1, cp: int = 1, of: type = TransformerConfi
 
 
 def build(config, spec=None, **changes) -> GPTModel:
-    """Seeded; spec: distattn's with the kernel that computes everything, by default."""
+    """Return a seeded model. spec: by default distattn's with the kernel that computes everything."""
     torch.manual_seed(0)
     spec = spec or megatron.replace_core_attention(
         get_gpt_layer_local_spec(normalization="RMSNorm"), kernel="reference"
@@ -108,17 +108,17 @@ def schedule(chunk, config, batches, forward_only: bool = False) -> list[dict]:
 
 
 def context_parallel(shared: bool = False, **settings) -> da.ContextParallel:
-    """shared: replicas share attention, each tensor-parallel index for itself."""
-    everyone = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    """Return a driver. shared: replicas share attention, separately for each tensor-parallel index."""
+    all_ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
     if shared:
         size = parallel_state.get_context_parallel_world_size()
-        return da.ContextParallel(everyone, context_parallel_size=size, **small.CAD, kernel="reference", **settings)
+        return da.ContextParallel(all_ranks, context_parallel_size=size, **small.CAD, kernel="reference", **settings)
     how = dict(strategy="ring", layout="document_zigzag", layout_options={"min_chunk": 4}, kernel="reference")
-    return da.ContextParallel(parallel_state.get_context_parallel_group(), loss_group=everyone, **{**how, **settings})
+    return da.ContextParallel(parallel_state.get_context_parallel_group(), loss_group=all_ranks, **{**how, **settings})
 
 
 def _stock(rank: int, micro_batches: int, replicas: int, changes: dict):
-    """Loss and gradients in one process with Megatron's own attention, one document at a time."""
+    """Compute loss and gradients in one process with Megatron's own attention, one document at a time."""
     start()
     model = build(config_of(), get_gpt_layer_local_spec(normalization="RMSNorm"), **changes)
     total, valid = torch.zeros(()), 0
@@ -173,7 +173,7 @@ def test_gradients_are_those_of_megatrons_own_attention(cp, shared, distributed_
 
 
 def zigzag(tokens: torch.Tensor, lengths: list[int], rank: int, ranks: int) -> torch.Tensor:
-    """What Megatron's loaders give a rank of rows (B, S), each row or document of it dealt out by itself."""
+    """Return a rank's part of rows (B, S) as Megatron's loaders give it, each row or document split separately."""
     parts = []
     for document in tokens.split(lengths, 1):
         chunks = document.chunk(2 * ranks, 1)
@@ -182,7 +182,7 @@ def zigzag(tokens: torch.Tensor, lengths: list[int], rank: int, ranks: int) -> t
 
 
 def _own_batches(rank: int, cp: int, kind: str, changes: dict, spec_kind: str = "ours"):
-    """Summed loss and gradients of a batch as Megatron's own loaders shard it; summed over ranks by hand."""
+    """Return summed loss and gradients of a batch as Megatron's own loaders shard it, summed over ranks by hand."""
     start(cp=cp)
     config = config_of(cp=cp, **changes)
     stock = get_gpt_layer_local_spec(normalization="RMSNorm")
@@ -215,7 +215,7 @@ def _own_batches(rank: int, cp: int, kind: str, changes: dict, spec_kind: str = 
 
 
 def _alone(rank: int):
-    """Ranks of a context-parallel group, each with a batch of its own for once."""
+    """Run ranks of a context-parallel group, each with its own batch."""
     start(cp=2)
     alone = [dist.new_group([other]) for other in range(2)][rank]
     packed = PackedSeqParams("sbhd", max_seqlen_q=20, max_seqlen_kv=20, local_cp_size=1, cp_group=alone)
@@ -237,13 +237,13 @@ def test_a_batch_may_have_a_group_of_its_own():
 
 
 def _closed(rank: int) -> tuple[int, set[str], str]:
-    """Of a model that saw rows of many lengths and was closed: batches it remembered, its threads, what it says then."""
+    """Close a model after rows of many lengths. Return the batches it remembered, its threads, and its error afterwards."""
     start(cp=2)
     model = build(config_of(cp=2))
     for rows in range(1, 71):
         model(torch.zeros(rows, 2, dtype=torch.int64), None, None, labels=torch.zeros(rows, 2, dtype=torch.int64))
-    (own,) = {module.batches for module in model.modules() if isinstance(module, megatron.CoreAttention)}
-    remembered = len(own._rows)
+    (batches,) = {module.batches for module in model.modules() if isinstance(module, megatron.CoreAttention)}
+    remembered = len(batches._rows)
     for _ in range(2):
         megatron.close(model)
     threads = {thread.name for thread in threading.enumerate() if thread.name.startswith("distattn")}
@@ -291,15 +291,15 @@ def _one_by_one(rank: int):
     model = build(config_of(), get_gpt_layer_local_spec(normalization="RMSNorm"))
     ids = torch.randint(0, 64, (1, 48), generator=torch.Generator().manual_seed(1))
     total = torch.zeros(())
-    for own, labels in zip(ids.split([8, 32, 8], 1), ids.roll(-1, 1).split([8, 32, 8], 1), strict=True):
-        mask = torch.ones(1, 1, own.shape[1], own.shape[1], dtype=torch.bool).triu(1)
-        total = total + model(own, None, mask, labels=labels).sum()
+    for ids_, labels in zip(ids.split([8, 32, 8], 1), ids.roll(-1, 1).split([8, 32, 8], 1), strict=True):
+        mask = torch.ones(1, 1, ids_.shape[1], ids_.shape[1], dtype=torch.bool).triu(1)
+        total = total + model(ids_, None, mask, labels=labels).sum()
     total.backward()
     return total.detach(), [parameter.grad for parameter in model.parameters()]
 
 
 class SequenceNorm(torch.nn.Module):
-    """Of the norms that megatron-core has without Apex and Transformer Engine none is for sequence parallelism."""
+    """A norm for sequence parallelism, which megatron-core lacks without Apex and Transformer Engine."""
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5):
         super().__init__()
@@ -318,11 +318,11 @@ def sequence_parallel_spec():
 
 
 def _parallel(rank: int, tp: int, pp: int, cp: int, changes: dict):
-    """Loss of a step that is run with tensor and pipeline parallelism, and of one that only evaluates."""
+    """Return the losses of a step with tensor and pipeline parallelism, and of one that only evaluates."""
     start(tp, pp, cp)
 
     def seeded(weight):
-        # whatever stage or tensor-parallel rank a layer is on
+        # the same weights on any stage and tensor-parallel rank
         torch.nn.init.normal_(weight, std=0.2, generator=torch.Generator().manual_seed(weight.numel()))
 
     config = config_of(
@@ -365,7 +365,7 @@ def test_tensor_and_pipeline_parallelism_change_nothing(tp, pp, cp, changes):
 
 
 def _shared(rank: int, tp: int, pp: int, per_token: bool, distributed_optimizer: bool, replicas: list[int]):
-    """Loss and squared norm of the gradients of a step, of replicas that share attention if there are several ranks of them."""
+    """Return loss and squared gradient norm of a step. Several data-parallel ranks share attention."""
     start(tp, pp)
 
     def seeded(weight):
@@ -375,13 +375,13 @@ def _shared(rank: int, tp: int, pp: int, per_token: bool, distributed_optimizer:
     model = megatron.use_batch_positions(build(config))
     chunk = wrapped(config, model, distributed_optimizer)
     ours = context_parallel(shared=len(replicas) == 1)
-    own = parallel_state.get_data_parallel_rank() if len(replicas) == 1 else None
-    batches = [batch for replica in (replicas if own is None else [own]) for batch in small.step(replica, 2)]
+    replica_ = parallel_state.get_data_parallel_rank() if len(replicas) == 1 else None
+    batches = [batch for replica in (replicas if replica_ is None else [replica_]) for batch in small.step(replica, 2)]
     chunks = megatron.ProbeTarget([chunk], len(batches))
     ours.loss_scale(chunks)
     chunk.zero_grad_buffer()
     parts = ours.shard_step(batches)
-    if own is not None:
+    if replica_ is not None:
         assert small.shared_between_blocks(parts, 1, "float32", tp)
     sums = torch.zeros(2, dtype=torch.float64)
     for report in schedule(chunk, config, parts):
@@ -414,7 +414,7 @@ def _with_servers(rank: int) -> list[str]:
     config = config_of(calculate_per_token_loss=True)
     model = megatron.use_batch_positions(build(config))
     with da.ContextParallel(servers=1, **small.CAD) as ours:
-        said = []
+        refusals = []
         batch = ours.shard(small.micro_batch([9, 30]))
         for ask in (
             lambda: megatron.forward_step(iter([batch]), model, config),
@@ -422,16 +422,18 @@ def _with_servers(rank: int) -> list[str]:
         ):
             with pytest.raises(da.DistattnError) as refusal:
                 ask()
-            said.append(str(refusal.value))
-        return said
+            refusals.append(str(refusal.value))
+        return refusals
 
 
 def test_ranks_that_only_serve_are_refused():
-    *said, _ = run_on_ranks(3, _with_servers)
+    *refusals, _ = run_on_ranks(3, _with_servers)
     assert all(
-        "Megatron trains on all ranks, so no rank can only serve" in one for refusals in said for one in refusals
+        "Megatron trains on all ranks, so no rank can only serve" in refusal
+        for of_rank in refusals
+        for refusal in of_rank
     )
-    assert [len(refusals) for refusals in said] == [2, 2]
+    assert [len(of_rank) for of_rank in refusals] == [2, 2]
 
 
 def _untouched(rank: int, distributed_optimizer: bool) -> bool:
@@ -451,7 +453,9 @@ def _untouched(rank: int, distributed_optimizer: bool) -> bool:
 
     def state() -> list[torch.Tensor]:
         # gradients are reduced, but not used yet
-        moments = [x for one in optimizer.chained_optimizers for s in one.optimizer.state.values() for x in s.values()]
+        moments = [
+            x for state_ in optimizer.chained_optimizers for s in state_.optimizer.state.values() for x in s.values()
+        ]
         buffers = [buffer.grad_data for buffer in chunk.buffers]
         return [x.detach().clone() for x in (*model.parameters(), *buffers, *moments) if isinstance(x, torch.Tensor)]
 
@@ -470,12 +474,12 @@ def test_the_probe_leaves_everything_bit_identical(distributed_optimizer):
 def _refused(rank: int) -> list[str]:
     start(cp=2)
     config = config_of(cp=2)
-    said = []
+    refusals = []
 
     def ask(sentence, call):
         with pytest.raises(da.DistattnError, match=sentence):
             call()
-        said.append(sentence)
+        refusals.append(sentence)
 
     ask("attention dropout 0.1", lambda: build(config_of(cp=2, attention_dropout=0.1)))
     ask("qk_clip", lambda: build(config_of(cp=2, qk_clip=True)))
@@ -486,7 +490,7 @@ def _refused(rank: int) -> list[str]:
             build(config_of(cp=2, mrope_section=[1, 1, 2]), position_embedding_type="mrope")
         ),
     )
-    ask("loaders choose layout", lambda: megatron.replace_core_attention(get_gpt_layer_local_spec(), layout="zigzag"))
+    ask("loaders take no layout", lambda: megatron.replace_core_attention(get_gpt_layer_local_spec(), layout="zigzag"))
     ask("strategy 'star'", lambda: megatron.replace_core_attention(get_gpt_layer_local_spec(), strategy="star"))
     ask("support only Megatron's own order", lambda: megatron.ProbeTarget([build(config)]))
     experts = config_of(cp=2, num_moe_experts=2)
@@ -507,11 +511,11 @@ def _refused(rank: int) -> list[str]:
     ask("pad_to=2", lambda: megatron.check_shard(uneven, config))
     config.sequence_parallel, config.pipeline_model_parallel_size, config.variable_seq_lengths = False, 2, False
     ask("variable_seq_lengths=True", lambda: megatron.check_shard(uneven, config))
-    return said
+    return refusals
 
 
 def _direct(rank: int, kind: str):
-    """What the sinks of one layer come to, and the definition: a key without value in every softmax."""
+    """Return the outputs of one layer with sinks, and of the definition: a key without value in every softmax."""
     start()
     config = config_of(softmax_type=kind)
     core = build(config).decoder.layers[0].self_attention.core_attention
@@ -548,5 +552,5 @@ def _without_attention():
 
 
 def test_what_would_be_wrong_is_refused_by_name():
-    for said in run_on_ranks(2, _refused):
-        assert len(said) == 17
+    for refusals in run_on_ranks(2, _refused):
+        assert len(refusals) == 17

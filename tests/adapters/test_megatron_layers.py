@@ -1,4 +1,4 @@
-"""Megatron-core's latent attention, Gated DeltaNet, Mamba-2 and experts on CPU ranks beside themselves in one process."""
+"""Megatron-core's latent attention, Gated DeltaNet, Mamba-2 and experts on CPU ranks compared with one process."""
 
 import zlib
 
@@ -63,14 +63,14 @@ MODELS = {
         linear_num_value_heads=4,
         deterministic_mode=True,
     ),
-    # heads that context-parallel ranks could not share out
+    # numbers of heads that context-parallel ranks could not split
     "mamba": dict(mamba_state_dim=6, mamba_head_dim=8, mamba_num_heads=6, mamba_num_groups=2, num_layers=3),
 }
 RECURRENT = ["gated delta net", "mamba"]
 
 
 class DenseAttention(torch.nn.Module):
-    """What Transformer Engine computes for latent attention; Megatron's own core attention knows no other width of values."""
+    """Transformer Engine's computation for latent attention; Megatron's own core attention knows one width of values only."""
 
     def __init__(self, config, softmax_scale: float, **others):
         super().__init__()
@@ -83,7 +83,7 @@ class DenseAttention(torch.nn.Module):
 
 
 class GatedNorm(torch.nn.Module):
-    """Of each group of channels, as mamba-ssm's on GPUs."""
+    """A norm of each group of channels, as mamba-ssm has on GPUs."""
 
     def __init__(self, width: int, eps: float, group_size: int, **others):
         super().__init__()
@@ -94,7 +94,7 @@ class GatedNorm(torch.nn.Module):
 
 
 def read_token_by_token(zxbcdt, weight, bias, dt_bias, a, D, headdim, ngroups, **others):  # noqa: N803
-    """What mamba-ssm's fused kernel computes: (B, T, ...) to (B, T, H * headdim), without a norm."""
+    """Compute the output of mamba-ssm's fused kernel: (B, T, ...) to (B, T, H * headdim), without a norm."""
     heads = len(a)
     inner = heads * headdim
     z, mixed, dt = zxbcdt.split([inner, zxbcdt.shape[-1] - 2 * inner + inner - heads, heads], -1)
@@ -115,7 +115,7 @@ def read_token_by_token(zxbcdt, weight, bias, dt_bias, a, D, headdim, ngroups, *
 
 
 def without_kernels() -> None:
-    """Megatron's layers have kernels for GPUs only: of one process we compute their definitions. In a rank's process."""
+    """Replace the GPU kernels of Megatron's layers in this rank's process by their definitions."""
     multi_latent_attention.HAVE_TE = False
     moe_utils.te_general_gemm = None
     gated_delta_net.HAVE_FLA = mamba_mixer.HAVE_MAMBA_SSM = True
@@ -135,8 +135,8 @@ def layer_spec(config, kind: str):
     )
     norm = SequenceNorm if config.sequence_parallel else WrappedTorchNorm
     if config.sequence_parallel:
-        for one in (layer, first):
-            one.submodules.input_layernorm = one.submodules.pre_mlp_layernorm = norm
+        for spec in (layer, first):
+            spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
     if kind == "gated delta net":
         parts = gated_delta_net.GatedDeltaNetSubmodules(ColumnParallelLinear, norm, RowParallelLinear)
         first.submodules.self_attention = ModuleSpec(gated_delta_net.GatedDeltaNet, submodules=parts)
@@ -165,7 +165,7 @@ def model_of(kind: str, config, ours: bool):
 
 
 def sums_of(model) -> list[torch.Tensor]:
-    """Gradients of a rank, summed over all."""
+    """Return the gradients of a rank, summed over all ranks."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         dist.all_reduce(parameter.grad)
@@ -173,7 +173,7 @@ def sums_of(model) -> list[torch.Tensor]:
 
 
 def _stock(rank: int, kind: str):
-    """Loss and gradients in one process with Megatron's own layers, one document at a time."""
+    """Compute loss and gradients in one process with Megatron's own layers, one document at a time."""
     start()
     model = model_of(kind, config_of(**MODELS[kind]), ours=False)
     total, valid = torch.zeros(()), 0
@@ -203,12 +203,12 @@ def _ours(rank: int, kind: str, cp: int):
     return float(whole), sums_of(model)
 
 
-def same(found, wanted, tolerance: float = 1e-4) -> None:
-    for loss, gradients in found:
+def same(results, wanted, tolerance: float = 1e-4) -> None:
+    for loss, gradients in results:
         assert loss == pytest.approx(wanted[0], rel=1e-5)
         assert small.norm_ratio(gradients, wanted[1]) == pytest.approx(1, abs=tolerance)
-        for one, other in zip(gradients, wanted[1], strict=True):
-            assert float((one - other).norm()) <= tolerance * float(other.norm()) + 1e-6
+        for gradient, wanted_gradient in zip(gradients, wanted[1], strict=True):
+            assert float((gradient - wanted_gradient).norm()) <= tolerance * float(wanted_gradient.norm()) + 1e-6
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -219,37 +219,37 @@ def test_layers_of_packed_documents_are_megatrons_own_of_each_document(kind):
 
 
 def _own_batches(rank: int, kind: str, cp: int):
-    """Rows and a pack as Megatron's own loaders shard them."""
+    """Run rows and a pack as Megatron's own loaders shard them."""
     start(cp=cp)
     model = model_of(kind, config_of(cp=cp, **MODELS[kind]), ours=True)
     ids = torch.randint(0, 64, (2, 48), generator=torch.Generator().manual_seed(1))
     ends = torch.tensor([0, 8, 40, 48], dtype=torch.int32)
-    found = []
-    for given, lengths, packed in (
+    results = []
+    for ids_, lengths, packed in (
         (ids, [48], None),
         (ids[:1], [8, 32, 8], PackedSeqParams("thd", ends, ends, max_seqlen_q=32, max_seqlen_kv=32)),
     ):
-        own, labels = (zigzag(x, lengths, rank, cp) for x in (given, given.roll(-1, 1)))
-        losses = model(own, torch.zeros_like(own), None, labels=labels, packed_seq_params=packed)
+        tokens, labels = (zigzag(x, lengths, rank, cp) for x in (ids_, ids_.roll(-1, 1)))
+        losses = model(tokens, torch.zeros_like(tokens), None, labels=labels, packed_seq_params=packed)
         losses.sum().backward()
         total = losses.detach().sum()
         dist.all_reduce(total)
-        found.append((float(total), [gradient.clone() for gradient in sums_of(model)]))
+        results.append((float(total), [gradient.clone() for gradient in sums_of(model)]))
         model.zero_grad()
     megatron.close(model)
-    return found
+    return results
 
 
 @pytest.mark.parametrize("kind", ["latent", "gated delta net", "mamba"])
 def test_batches_of_megatrons_own_loaders_do_not_depend_on_the_number_of_ranks(kind):
     (wanted,) = run_on_ranks(1, _own_batches, kind, 1)
-    for found in run_on_ranks(2, _own_batches, kind, 2):
-        for one, other in zip(found, wanted, strict=True):
-            same([one], other)
+    for results in run_on_ranks(2, _own_batches, kind, 2):
+        for result, wanted_result in zip(results, wanted, strict=True):
+            same([result], wanted_result)
 
 
 def sections_of(name: str, config) -> list[int]:
-    """The parts of a whole weight of which every tensor-parallel rank has its share."""
+    """Return the sizes of the parts of a whole weight of which every tensor-parallel rank has its share."""
     if "linear_fc1" in name:
         return [config.ffn_hidden_size] * 2
     inner, keys = config.mamba_num_heads, config.mamba_num_groups * config.mamba_state_dim
@@ -264,7 +264,7 @@ def sections_of(name: str, config) -> list[int]:
 
 
 def _tensor_parallel(rank: int, kind: str, weights: dict, gradients: list, changes: dict):
-    """Loss on 2 tensor- x 2 context-parallel ranks, and the errors of this rank's gradients by name."""
+    """Return the loss on 2 tensor- x 2 context-parallel ranks, and the errors of this rank's gradients by name."""
     start(tp=2, cp=2)
     config = config_of(tp=2, cp=2, calculate_per_token_loss=True, **MODELS[kind], **changes)
     model = megatron.use_batch_positions(model_of(kind, config, ours=True))
@@ -327,7 +327,7 @@ EXPERTS = dict(
 
 
 def _experts(rank: int, cp: int, ep: int, per_token: bool, stock_router: bool = False):
-    """Loss, gradients by name, and the biases of experts after a step of Megatron's schedule."""
+    """Return loss, gradients by name, and the biases of experts after a step of Megatron's schedule."""
     import megatron_on_cpu  # noqa: F401
 
     without_kernels()
@@ -339,18 +339,18 @@ def _experts(rank: int, cp: int, ep: int, per_token: bool, stock_router: bool = 
     first = parallel_state.get_expert_model_parallel_rank() * EXPERTS["num_moe_experts"] // ep
     names = {}
     for name, parameter in model.named_parameters():
-        before, found, after = name.partition("local_experts.")
+        before, separator, after = name.partition("local_experts.")
         number, _, rest = after.partition(".")
-        names[parameter] = f"{before}{found}{first + int(number)}.{rest}" if found else name
-        # the same weights on whatever rank an expert is
+        names[parameter] = f"{before}{separator}{first + int(number)}.{rest}" if separator else name
+        # the same weights on any rank of an expert
         seeded = torch.Generator().manual_seed(zlib.crc32(names[parameter].encode()))
         torch.nn.init.normal_(parameter, std=0.2, generator=seeded)
     routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
     for router in routers if stock_router else ():
         router.__class__ = TopKRouter
-        megatron.padding_of = lambda *given: None
+        megatron.padding_of = lambda *args: None
     chunk = wrapped(config, model, distributed_optimizer=False)
-    # the stock router counts padding, so that it shall have none
+    # the stock router counts padding, so it must have none
     with context_parallel(pad_to=1 if stock_router else 4) as ours:
         chunks = megatron.ProbeTarget([chunk], 2)
         ours.loss_scale(chunks)
@@ -370,7 +370,7 @@ def test_experts_and_the_losses_of_their_routers_are_those_of_one_process(per_to
         for got_loss, got, got_biases, counted in run_on_ranks(cp, _experts, cp, ep, per_token):
             assert got_loss == pytest.approx(loss, rel=1e-5)
             assert counted == [0, 0], "the probe has counted tokens"
-            for one, other in zip(got_biases, biases, strict=True):
-                assert torch.equal(one, other)
+            for bias, wanted_bias in zip(got_biases, biases, strict=True):
+                assert torch.equal(bias, wanted_bias)
             for name, gradient in got.items():
                 assert float((gradient - gradients[name]).norm()) <= 1e-4 * float(gradients[name].norm()), name

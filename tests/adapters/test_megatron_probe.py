@@ -1,4 +1,4 @@
-"""The probe on Megatron-core's models: which ranks a parameter's gradient is summed over, and what is left out."""
+"""The probe on Megatron-core's models: the ranks over which a parameter's gradient is summed, and missing reductions."""
 
 import pytest
 
@@ -12,7 +12,7 @@ import distattn as da  # noqa: E402
 from distattn.adapters import megatron  # noqa: E402
 
 
-def _only_data_parallel(chunks, *given, **named):
+def _only_data_parallel(chunks, *args, **named):
     """Reduce gradients over data-parallel ranks, and forget what tensor- and pipeline-parallel ranks share."""
     for chunk in chunks:
         chunk.finish_grad_sync()
@@ -34,10 +34,10 @@ def _probed(rank: int, tp: int, pp: int, changes: dict, is_tied: bool) -> tuple[
 
 
 def test_gradients_that_tensor_parallel_ranks_have_to_sum_are_named():
-    for factor, said in run_on_ranks(2, _probed, 2, 1, {"sequence_parallel": True}, False):
+    for factor, refusal in run_on_ranks(2, _probed, 2, 1, {"sequence_parallel": True}, False):
         assert factor == 1
-        assert "on rank 0 of the loss group the gradient of " in said and "norm" in said
-        assert "is the rank's own (it is left out of the reduction)" in said
+        assert "on rank 0 of the loss group the gradient of " in refusal and "norm" in refusal
+        assert "is the rank's own (it is left out of the reduction)" in refusal
 
 
 def test_an_embedding_that_the_first_and_the_last_stage_share_is_named():
@@ -56,7 +56,9 @@ def _fused(rank: int) -> list[str]:
     config.gradient_accumulation_fusion = True
     parameters = megatron.ProbeTarget([chunk]).parameters()
     megatron._LOG.warning = before
-    assert all(one.leaf() is None for one in parameters) and torch.equal(parameters[0].held, next(chunk.parameters()))
+    assert all(parameter.leaf() is None for parameter in parameters) and torch.equal(
+        parameters[0].held, next(chunk.parameters())
+    )
     return warnings
 
 

@@ -1,4 +1,4 @@
-"""Ray Train's `TorchTrainer` on a real Ray: a worker that is killed changes nothing of what is learned."""
+"""Ray Train's `TorchTrainer` on a real Ray: a killed worker does not change what the model learns."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.full
 def test_a_worker_that_is_killed_costs_no_step_and_checkpoints_are_reported(tmp_path):
-    # what Ray Train needs itself
+    # packages that Ray Train needs
     for name in ("ray", "pandas", "pyarrow"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed")
@@ -31,9 +31,9 @@ def test_a_worker_that_is_killed_costs_no_step_and_checkpoints_are_reported(tmp_
         cluster.stop()
     assert done.returncode == 0, done.stdout + done.stderr
     reported = json.loads(re.search(r"^reported (.*)", done.stdout, re.M)[1])
-    # nothing was done again
+    # no step was repeated
     assert (tmp_path / "killed").exists() and (tmp_path / "steps").read_text().split() == ["2", "4", "6", "8"]
-    # the controller asks every two seconds: it need not have heard of what was reported before the failure
+    # the controller asks every two seconds: it may have missed what was reported before the failure
     steps = [step for step, _, _ in reported]
     assert steps[-2:] == [6, 8] and steps == sorted({2, 4, 6, 8} & set(steps))
     for step, _, path in reported:
@@ -41,8 +41,8 @@ def test_a_worker_that_is_killed_costs_no_step_and_checkpoints_are_reported(tmp_
             Path(path) == tmp_path / f"ray_train/checkpoints/step-{step:08d}" and Path(path, "manifest.json").exists()
         )
     # the same loop without Ray, uninterrupted
-    said = run_script_on_ranks(2, ROOT / "examples/fsdp2.py", "--steps", "8")[0]
-    wanted = [float(loss) for loss in re.findall(r"^step \d+ loss (\S+)", said, re.M)]
+    output = run_script_on_ranks(2, ROOT / "examples/fsdp2.py", "--steps", "8")[0]
+    wanted = [float(loss) for loss in re.findall(r"^step \d+ loss (\S+)", output, re.M)]
     assert len(wanted) == 8
     # in float32, on another number of threads
     differences = [abs(loss - wanted[step - 1]) / wanted[step - 1] for step, loss, _ in reported]

@@ -22,7 +22,7 @@ _FOUR = dict(num_hidden_layers=4, layer_types=_TYPES)
 MODELS = {
     "qwen3_next": _FOUR,
     "nemotron_h": dict(num_hidden_layers=6, layers_block_type=[_LINEAR, "mlp", "moe", _LINEAR, _FULL, "mlp"]),
-    # its layers return tuples
+    # this model's layers return tuples
     "bamba": dict(num_hidden_layers=3, attn_layer_indices=[2]),
     "qwen3_5_text": _FOUR,
     "qwen3_5_moe_text": _FOUR,
@@ -35,15 +35,15 @@ CHOSEN = ["qwen3_next", "nemotron_h", "bamba"]
 
 
 def _cluster(ranks: int) -> ClusterSpec:
-    """Links so slow that the states of many segments take longer than two moves of all tokens."""
+    """Return links so slow that the states of many segments take longer than two moves of all tokens."""
     return replace(load(f"h100-1x{ranks}"), intra_node=Link(0.001, 10.0))
 
 
 def _split(rank: int, names: list, pad_to: int, cluster: ClusterSpec | None) -> list:
-    """Checkpointed; cluster: what the choice is by, or None for rows that move in any case."""
-    found = []
+    """Run checkpointed models. cluster: for the choice, or None for rows that move in any case."""
+    results = []
     if cluster is None:
-        huggingface_spans.recurrent_span = lambda batch, *given, **named: da.RecurrentSpan(batch, "contiguous")
+        huggingface_spans.recurrent_span = lambda batch, *args, **named: da.RecurrentSpan(batch, "contiguous")
     for name in names:
         model = hybrid_models.build(name, **MODELS[name])
         model.gradient_checkpointing_enable()
@@ -62,16 +62,16 @@ def _split(rank: int, names: list, pad_to: int, cluster: ClusterSpec | None) -> 
             assert any(local.relaid_spans.values()), name
         asked = {shape.layout for shape, _ in local.planner.registered_shapes() if shape.op.is_recurrent}
         assert "contiguous" in asked, name
-        found.append((total, [parameter.grad for parameter in model.parameters()]))
-    return found
+        results.append((total, [parameter.grad for parameter in model.parameters()]))
+    return results
 
 
 @pytest.mark.sampled(20)
 @pytest.mark.parametrize("ranks, pad_to, chosen", [(2, 8, True), (4, 1, True), (2, 1, False)])
 def test_loss_and_gradients_are_those_of_one_process(ranks, pad_to, chosen):
     names = [name for name in MODELS if (name in CHOSEN) == chosen]
-    found = run_on_ranks(ranks, _split, names, pad_to, _cluster(ranks) if chosen else None)[-1]
-    for name, (total, gradients) in zip(names, found, strict=True):
+    results = run_on_ranks(ranks, _split, names, pad_to, _cluster(ranks) if chosen else None)[-1]
+    for name, (total, gradients) in zip(names, results, strict=True):
         model = hybrid_models.build(name, **MODELS[name])
         with double_precision():
             loss, wanted = in_one_process(model, batch_of(PACK))
@@ -80,7 +80,7 @@ def test_loss_and_gradients_are_those_of_one_process(ranks, pad_to, chosen):
 
 
 def _forward(model: torch.nn.Module, **asked: bool) -> tuple:
-    """A local batch on one rank after a forward pass, and the settings of each choice that was asked for."""
+    """Run a forward pass on one rank. Return its local batch, and the settings of each choice."""
     cp, choices = da.ContextParallel(strategy="ring", kernel="reference"), []
     batch = cp.shard(batch_of(PACK))
 
@@ -99,7 +99,7 @@ def test_the_shape_that_is_chosen_by_is_the_shape_that_layers_ask_for(name):
     model = hybrid_models.build(name, **MODELS[name])
     huggingface.relayout_recurrent_spans(model)
     local, choices = _forward(model)
-    assert [one["layers"] for one in choices] == [
+    assert [choice["layers"] for choice in choices] == [
         sum(model.config.layer_types[number] == _LINEAR for number in span)
         for span in find_spans(model.config.layer_types)
     ]
@@ -119,14 +119,14 @@ def test_rows_stay_where_hooks_cannot_see_what_becomes_of_them():
     assert len(_forward(model)[1]) == 2
     for name in ("output_hidden_states", "output_router_logits"):
         assert not _forward(model, **{name: True})[1]
-    # no batch: nothing is split
+    # without a batch nothing is split
     with huggingface.single_process_attention(model):
         model(batch_of([9])["input_ids"])
     model.config.output_router_logits = True
     assert not _forward(model)[1]
     model.config.output_router_logits = False
 
-    # layers that read other tensors of tokens: none knows in which order
+    # layers that read other tensors of tokens: their order is unknown
     def give_more(layer, args, named):
         return args, named | {"image_mask": torch.ones(1, 24)}
 

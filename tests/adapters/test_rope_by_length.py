@@ -1,4 +1,4 @@
-"""RoPE whose frequencies depend on the length: loss and gradients of one process that has the whole pack, at every step."""
+"""RoPE whose frequencies depend on the length: loss and gradients equal one process with the whole pack at every step."""
 
 import copy
 import re
@@ -26,7 +26,7 @@ ROPES = {
         "original_max_position_embeddings": 16,
     },
 }
-# the longest documents are above, below and at the model's own length, 16, and in another order than they grow
+# the longest documents are above, below and at the model's own length, 16, and not in increasing order
 STEPS = [[30, 8], [10, 3, 3], [5, 45], [20, 7], [16, 12], [17]]
 
 
@@ -41,7 +41,7 @@ def _model(kind: str) -> torch.nn.Module:
 
 
 def _whole_pack(model: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Plain transformers in one process: the pack in one call, documents apart by a mask, positions counted in each."""
+    """Run plain transformers in one process: the pack in one call, a mask between documents, positions counted in each."""
     lengths, ids = batch["document_lengths"], batch["input_ids"]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
@@ -55,38 +55,38 @@ def _whole_pack(model: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, list
 
 
 def _differences(rank: int, kind: str, layout: str) -> list[float]:
-    """By step the largest difference of loss and gradients, of a model that goes on and one that is new at every step."""
-    new, model, found = _plain(kind), _model(kind), []
+    """Return, by step, the largest difference of loss and gradients of a lasting model from one that is new at every step."""
+    new, model, differences = _plain(kind), _model(kind), []
     batches = [small.micro_batch(lengths) for lengths in STEPS]
     with da.ContextParallel(dist.group.WORLD, strategy="ring", layout=layout, kernel="reference") as cp:
         cp.loss_scale(pytorch.ProbeTarget(model, reduce=lambda: sum_gradients(model)))
-        for batch, (local,) in zip(batches, cp.steps([[one] for one in batches]), strict=True):
+        for batch, (local,) in zip(batches, cp.steps([[batch_] for batch_ in batches]), strict=True):
             loss = pytorch.local_loss(model, local)
             loss.backward()
             sum_gradients(model)
             wanted, gradients = _whole_pack(copy.deepcopy(new), batch)
             differs = [abs(cp.mean_loss([loss.detach()]) - float(wanted))]
             differs += [
-                float((one.grad - gradient).abs().max())
-                for one, gradient in zip(model.parameters(), gradients, strict=True)
+                float((parameter.grad - gradient).abs().max())
+                for parameter, gradient in zip(model.parameters(), gradients, strict=True)
             ]
-            found.append(max(differs))
+            differences.append(max(differs))
             model.zero_grad()
-    return found
+    return differences
 
 
 @pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", ROPES)
 @pytest.mark.parametrize(("ranks", "layout"), [(1, "zigzag"), (2, "document_zigzag"), (4, "zigzag"), (4, "contiguous")])
 def test_loss_and_gradients_are_those_of_one_process_over_steps_of_different_lengths(kind, ranks, layout):
-    for found in run_on_ranks(ranks, _differences, kind, layout):
-        # cosines are of float32 frequencies, which both sides have to the bit
-        assert max(found) < 1e-12, found
+    for differences in run_on_ranks(ranks, _differences, kind, layout):
+        # cosines are of float32 frequencies, which are bitwise equal on both sides
+        assert max(differences) < 1e-12, differences
 
 
 @pytest.mark.parametrize("kind", ROPES)
 def test_frequencies_follow_the_pack_and_not_this_rank_s_tokens(kind):
-    """The reason for all this: without it a rank's own positions would count."""
+    """Show the reason for this scaling: without it a rank's own positions would count."""
     model, plain = _model(kind), _plain(kind)
     batch = da.ContextParallel(strategy="ring", kernel="reference").shard(small.micro_batch([40, 4]))
     logits = model(**huggingface.inputs(batch)).logits

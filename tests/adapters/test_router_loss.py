@@ -15,9 +15,9 @@ import distattn as da
 from distattn.adapters import huggingface, pytorch
 from distattn.memory.tiled_loss import TiledLoss
 
-# what the router loss weighs beside the token losses; large, for errors to be seen
+# the weight of the router loss relative to the token losses; large, so that errors show
 WEIGHT = 0.7
-# the micro-batches of two replicas; one has fewer
+# the micro-batches of two replicas; one replica has fewer
 STEPS = [[[17, 1, 22], [9]], [[12, 4]]]
 CASES = [(name, None) for name in EXPERTS] + [("mixtral", TiledLoss(tile_tokens=8))]
 
@@ -29,7 +29,7 @@ def build(name: str) -> torch.nn.Module:
 
 def _split(rank: int, replicas: int, ranks: int, cases: list) -> list:
     mesh = init_device_mesh("cpu", (replicas, ranks), mesh_dim_names=("dp", "cp"))
-    found = []
+    results = []
     for name, tiled in cases:
         model = build(name)
         with double_precision(), pytorch.context_parallel(mesh, strategy="ring", kernel="reference", pad_to=8) as cp:
@@ -37,12 +37,12 @@ def _split(rank: int, replicas: int, ranks: int, cases: list) -> list:
             losses = [pytorch.local_loss(model, batch, tiled) for batch in cp.shard_step(step)]
             torch.stack(losses).sum().backward()
         sum_gradients(model)
-        found.append((cp.mean_loss(losses), [parameter.grad for parameter in model.parameters()]))
-    return found
+        results.append((cp.mean_loss(losses), [parameter.grad for parameter in model.parameters()]))
+    return results
 
 
 def in_one_process(model: torch.nn.Module, replicas: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The same of all replicas: token losses over all labels, and transformers' router loss of each round of micro-batches."""
+    """Compute token losses over all labels of all replicas, and transformers' router loss of each round of micro-batches."""
     router = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
     rounds, labels = [], []
     with huggingface.single_process_attention(model):
@@ -68,8 +68,8 @@ def in_one_process(model: torch.nn.Module, replicas: int) -> tuple[torch.Tensor,
 @pytest.mark.parametrize(("replicas", "ranks"), [(1, 2), (2, 2)])
 def test_loss_and_gradients_are_those_of_one_process(replicas, ranks):
     cases = CASES if replicas == 1 else CASES[1:2]
-    found = run_on_ranks(replicas * ranks, _split, replicas, ranks, cases)[-1]
-    for (name, _), (total, gradients) in zip(cases, found, strict=True):
+    results = run_on_ranks(replicas * ranks, _split, replicas, ranks, cases)[-1]
+    for (name, _), (total, gradients) in zip(cases, results, strict=True):
         model = build(name)
         with double_precision():
             loss, wanted = in_one_process(model, replicas)

@@ -1,4 +1,4 @@
-"""Damage to a checkpoint is found before anything of it is unpickled, named by file and byte, and the one before is loaded."""
+"""Damage to a checkpoint is found before any of it is unpickled, named by file and byte, and the checkpoint before is loaded."""
 
 import dataclasses
 import io
@@ -25,7 +25,7 @@ from distattn.models.checkpoint_files import checkpoint_tensors
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """Two checkpoints that two ranks have saved."""
+    """Save two checkpoints on two ranks."""
     folder = tmp_path_factory.mktemp("pair")
     run_on_ranks(2, faults.save_pair, str(folder))
     return folder
@@ -38,7 +38,7 @@ def copy(pair, tmp_path):
 
 
 def load(folder, group=None):
-    """The newest checkpoint: what was loaded, the state, the warnings."""
+    """Load the newest checkpoint. Return what was loaded, the state, the warnings."""
     warned: list[str] = []
     checkpoints = Checkpoints(Path(folder), group=group, facts={}, keep=KeepRule(), warn=warned.append)
     state = faults.empty_state()
@@ -56,12 +56,12 @@ def test_no_damage_is_loaded_silently(kind, pair, tmp_path):
     injector.close()
     assert not injector.silent, injector.silent[:3]
     if kind != "edited manifest":
-        # a blank of the manifest may be another one
+        # a changed blank in the manifest changes nothing
         assert injector.counts[kind] == {"passed over": 25}
 
 
 def test_plain_dcp_loads_flipped_bits_silently(pair, tmp_path):
-    """Why there are digests."""
+    """Show why there are digests."""
     injector = faults.Injector(pair, tmp_path, seed=1)
     for _ in range(20):
         injector.inject("flipped bit of a tensor file")
@@ -111,7 +111,7 @@ def test_nothing_is_unpickled_before_its_digest_is_right(copy):
 
 
 class RunsCode:
-    """Makes a folder when it is unpickled."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -121,7 +121,7 @@ class RunsCode:
 
 
 def forged(folder, where, marker):
-    """Write a hostile checkpoint, which wants code to run and has the right digests. where: the part that names the code."""
+    """Write a hostile checkpoint that tries to run code and has the right digests. where: the part that names the code."""
     step = folder / "step-00000007"
     state = {"weights": torch.ones(4), "model.w": torch.ones(4), "words": "plain", "hostile": RunsCode(marker)}
     dcp.save(state, checkpoint_id=step, no_dist=True)
@@ -163,7 +163,7 @@ def test_a_checkpoint_with_right_digests_runs_no_code_and_is_not_called_good(whe
         with pytest.raises(DamagedDataError, match=r"metadata: names posix\.mkdir|model\.w cannot be read"):
             dict(checkpoint_tensors(step))
     assert not marker.exists()
-    # why: DCP alone runs it
+    # DCP alone runs the code
     dcp.load({"weights": torch.zeros(4), "words": ""} if where != "tensor" else {"words": ""}, checkpoint_id=step)
     assert marker.exists() == (where != "tensor")
 
@@ -234,7 +234,7 @@ def test_a_value_that_could_not_be_read_again_is_refused_when_it_is_saved(tmp_pa
 
 
 def test_damage_between_the_check_and_the_reading_is_found_too(copy, monkeypatch):
-    # as a disk that returns something else the second time
+    # like a disk that returns other bytes the second time
     from distattn.checkpoints import checkpoints as module
 
     def check_then_flip(folder, manifest, part, parts):
@@ -270,8 +270,8 @@ def test_a_manifest_of_another_version_is_refused_by_its_version(copy, monkeypat
     monkeypatch.undo()
     with pytest.raises(DamagedDataError, match="format version 2; this distattn reads version 1"):
         Manifest.read(copy / faults.NEWER)
-    # what cannot be read stands at the end
-    assert [one.manifest is None for one in list_checkpoints(copy)] == [False, True]
+    # a checkpoint that cannot be read is last
+    assert [listed.manifest is None for listed in list_checkpoints(copy)] == [False, True]
 
 
 def test_checked_files_are_read_in_any_order(tmp_path):
@@ -284,10 +284,10 @@ def test_checked_files_are_read_in_any_order(tmp_path):
     with CheckedFile(tmp_path / "file", digests) as file:
         for start, size in ((5, 10), (BLOCK_BYTES - 3, 6), (2 * BLOCK_BYTES, 500), (0, 1)):
             file.seek(start)
-            found = b""
-            while part := file.read(size - len(found)):
-                found += part
-            assert found == content[start : start + size]
+            content_read = b""
+            while part := file.read(size - len(content_read)):
+                content_read += part
+            assert content_read == content[start : start + size]
         assert file.seek(-100, os.SEEK_END) == 2 * BLOCK_BYTES
 
 

@@ -1,4 +1,4 @@
-"""Ranks that are killed while they save: a good checkpoint is left, the others do not wait, leftovers are removed."""
+"""Ranks that are killed while they save: a good checkpoint is left, the others do not hang, leftovers are removed."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ def test_a_good_checkpoint_is_left_by_every_kill(tmp_path):
 
 
 def lose_a_rank(rank, folder, victim):
-    """The victim is killed as it begins to write its part; the others' errors."""
+    """Kill the victim as it begins to write its part. Return the others' errors."""
     saver = Checkpoints(folder, group=dist.group.WORLD, facts={}, keep=KeepRule(), warn=faults.no_warning)
     saver.save(1, faults.state_of(1))
     saver.wait()
@@ -46,7 +46,7 @@ def test_a_rank_that_dies_amid_a_save_leaves_the_others_with_an_error(victim, tm
     for first, second in survivors.values():
         assert first == second
         assert f"rank {victim} of the group ended during a checkpoint" in first
-    assert [one.step for one in list_checkpoints(tmp_path)] == [1]
+    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path)] == [1]
 
 
 def leave(tmp_path, writer):
@@ -59,7 +59,7 @@ def leave(tmp_path, writer):
 def test_leftovers_of_dead_writers_are_removed_and_those_of_live_ones_are_not(tmp_path):
     machine, pid, started = writer_name().split("-")
     alive = leave(tmp_path, writer_name())
-    # numbers of processes end at 2**22, and the second process has this one's number at another time
+    # no process number exceeds 2**22, and the second process had this one's number at another time
     dead = [leave(tmp_path, f"{machine}-{2**22 + 1}-{started}"), leave(tmp_path, f"{machine}-{pid}-{started}0")]
     far, silent = leave(tmp_path, "00000000-1-1"), leave(tmp_path, "00000000-2-1")
     outdated = tmp_path / "step-00000001.removed-00000005"

@@ -17,25 +17,25 @@ from distattn.memory.pinned_memory import pinned_like
 
 @pytest.fixture
 def pinned(monkeypatch):
-    """Bytes that CUDA was told to pin, by address. Ranges have to be whole pages that are mapped, and are pinned once."""
+    """Record the bytes that CUDA was asked to pin, by address. Ranges must be whole mapped pages, and are pinned once."""
     ranges: dict[int, int] = {}
-    found = SimpleNamespace(ranges=ranges, error=0)
+    record = SimpleNamespace(ranges=ranges, error=0)
 
     def register(address, size, flags):
-        assert not found.ranges.get(address) and address % mmap.PAGESIZE == 0
-        if not found.error:
+        assert not record.ranges.get(address) and address % mmap.PAGESIZE == 0
+        if not record.error:
             ranges[address] = size
-        return found.error
+        return record.error
 
     def unregister(address):
-        # still mapped
+        # the memory must still be mapped
         ctypes.string_at(address, ranges.pop(address))
         return 0
 
     monkeypatch.setattr(
         torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister)
     )
-    return found
+    return record
 
 
 def test_pinned_memory_is_not_rounded_to_a_power_of_two(pinned):

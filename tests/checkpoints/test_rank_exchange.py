@@ -1,4 +1,4 @@
-"""What ranks tell each other about a checkpoint: everybody gets rank 0's answer, or the same failure."""
+"""Messages between ranks about a checkpoint: all ranks get rank 0's answer, or the same failure."""
 
 import json
 import os
@@ -22,11 +22,11 @@ from distattn.parallel.runtime import collective_calls, network_interfaces
 
 def answers(rank):
     exchange = RankExchange(dist.group.WORLD)
-    found = [exchange.decide(lambda: rank * 10, lambda results: [sum(results) + r for r in range(len(results))])]
+    results_ = [exchange.decide(lambda: rank * 10, lambda results: [sum(results) + r for r in range(len(results))])]
     # more than a socket holds at once
-    found.append(len(exchange.decide(lambda: bytes(3_000_000), lambda results: [b"".join(results)] * 3)))
+    results_.append(len(exchange.decide(lambda: bytes(3_000_000), lambda results: [b"".join(results)] * 3)))
     exchange.close()
-    return found
+    return results_
 
 
 def test_every_rank_gets_its_answer():
@@ -34,7 +34,7 @@ def test_every_rank_gets_its_answer():
 
 
 def failures(rank):
-    exchange, found = RankExchange(dist.group.WORLD), []
+    exchange, seen = RankExchange(dist.group.WORLD), []
 
     def fail(who, error):
         if rank == who:
@@ -49,11 +49,11 @@ def failures(rank):
         with pytest.raises(RankFailure) as raised:
             exchange.decide(work, decision)
         failure = raised.value
-        found.append((failure.kind, failure.rank, failure.what, type(failure.raised()).__name__))
-    # and nothing is out of step
+        seen.append((failure.kind, failure.rank, failure.what, type(failure.raised()).__name__))
+    # the ranks are still in step
     assert exchange.decide(lambda: rank, lambda results: [results] * 3) == [0, 1, 2]
     exchange.close()
-    return found
+    return seen
 
 
 def test_every_rank_hears_of_the_same_failure():
@@ -84,18 +84,18 @@ def test_a_rank_that_does_not_come_is_named():
 
 
 def among_strangers(rank):
-    """Who says nothing, who does not know the key, and who listens in rank 0's place: nobody is let in, or believed."""
+    """Connect strangers that send nothing or have a wrong key, and one that listens in rank 0's place. None is accepted."""
     refused = []
     if rank == 0:
-        # for who says nothing; the other rank waits for a busy machine
+        # for the stranger that sends nothing; the other rank waits for a busy machine
         rank_sockets._CONNECT_SECONDS = 0.2
     if rank == 1:
         connect = rank_sockets._connect
 
-        def connect_after_strangers(store, key, own, timeout):
+        def connect_after_strangers(store, key, rank_, timeout):
             store.wait(["root"], timedelta(seconds=60))
             where = json.loads(store.get("root"))
-            # the key is not among what the store tells
+            # the store does not hold the key
             assert sorted(where) == ["address", "port"] and where["address"] == "127.0.0.1"
             address = where["address"], where["port"]
             strangers = [socket.create_connection(address) for _ in range(3)]
@@ -105,15 +105,15 @@ def among_strangers(rank):
                 rank_sockets._introduce(wrong, time.monotonic() + 60, bytes(32), 1)
             refused.append(str(raised.value))
             with socket.create_server(("127.0.0.1", 0)) as false:
-                known = SimpleNamespace(
-                    wait=lambda *given: None,
+                false_store = SimpleNamespace(
+                    wait=lambda *args: None,
                     get=lambda name: json.dumps({"address": "127.0.0.1", "port": false.getsockname()[1]}),
                 )
                 threading.Thread(target=answer_falsely, args=(false,), daemon=True).start()
                 with pytest.raises(LostRankError) as raised:
-                    connect(known, key, own, timedelta(0))
+                    connect(false_store, key, rank_, timedelta(0))
             refused.append(str(raised.value))
-            connection = connect(store, key, own, timeout)
+            connection = connect(store, key, rank_, timeout)
             for stranger in strangers:
                 stranger.close()
             return connection
@@ -144,36 +144,36 @@ def test_what_does_not_match_its_digest_is_never_unpickled():
             return exec, ("raise SystemExit('unpickled')",)
 
     ends = socket.socketpair()
-    one, other = (Connection(end.detach()) for end in ends)
+    sending, receiving = (Connection(end.detach()) for end in ends)
     key = bytes(range(32))
-    sender, receiver = RankConnection(one, key, 1, 0), RankConnection(other, key, 0, 1)
+    sender, receiver = RankConnection(sending, key, 1, 0), RankConnection(receiving, key, 0, 1)
     sender.send({"step": 3})
     assert receiver.recv() == {"step": 3}
-    stranger = RankConnection(one, bytes(32), 1, 0)
+    stranger = RankConnection(sending, bytes(32), 1, 0)
     stranger._sent = 1
     stranger.send(Armed())
     with pytest.raises(ConnectionError, match="does not match its digest"):
         receiver.recv()
-    # nor one that was sent before, or the other way
-    for own, sent in ((1, 0), (0, 1)):
-        again = RankConnection(one, key, own, 1 - own)
+    # neither is a message that was sent before, or in the other direction
+    for side, sent in ((1, 0), (0, 1)):
+        again = RankConnection(sending, key, side, 1 - side)
         again._sent = sent
         again.send(Armed())
         with pytest.raises(ConnectionError, match="does not match its digest"):
             receiver.recv()
-    one.close()
+    sending.close()
     with pytest.raises(EOFError):
         receiver.recv()
 
 
 def from_another_machine(rank, interface):
-    """Ranks of two machines, as far as they know."""
+    """Exchange between ranks that take themselves for two machines."""
     rank_sockets.machine_digest = lambda: f"machine {rank}"
     os.environ.pop("GLOO_SOCKET_IFNAME", None)
     if interface:
         os.environ["GLOO_SOCKET_IFNAME"] = interface
     if interface is None:
-        # a machine whose name stands for the loopback alone
+        # a machine whose name resolves to the loopback only
         network_interfaces.resolve_host = lambda host: ["127.0.1.1"]
     try:
         return RankExchange(dist.group.WORLD).decide(lambda: rank, lambda results: [results] * 2)

@@ -1,10 +1,10 @@
-"""What some ranks have saved, other numbers of ranks load, bitwise: a model sharded by FSDP2, and the state of AdamW."""
+"""Other numbers of ranks load bitwise what some ranks have saved: a model sharded by FSDP2, and the state of AdamW."""
 
 import checkpoint_faults as faults
 import pytest
 import torch
 
-# once, and not by every forked rank at its first optimizer step
+# imported once, and not by every forked rank at its first optimizer step
 import torch._dynamo  # noqa: F401
 import torch.distributed as dist
 from processes import run_on_ranks
@@ -18,7 +18,7 @@ from distattn.checkpoints.retention import KeepRule
 
 
 def build(seed, replicas=1):
-    """A model whose parameters divide among no number of ranks, one of them in half precision, and its optimizer."""
+    """Return a model whose parameters divide among no number of ranks, one of them in half precision, and its optimizer."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3, bias=False))
     model.register_buffer("counts", torch.rand(3))
@@ -36,7 +36,7 @@ def train(model, optimizer, steps):
 
 
 def whole(state):
-    """Every tensor of a state, not sharded, by name; and its plain values."""
+    """Return every tensor of a state unsharded, and its plain values, by name."""
     if isinstance(state, dict):
         return {key: whole(value) for key, value in state.items()}
     if isinstance(state, torch.Tensor):
@@ -58,7 +58,7 @@ def save(rank, folder, replicas=1):
         state = both(model, optimizer)
         wanted = whole(state)
         saver.save(step, state, overlap=True)
-        # goes on at once; PyTorch does not count the changes of sharded tensors, the optimizer's step waits for the copies
+        # trains on at once; PyTorch does not count changes of sharded tensors, so the optimizer's step waits for the copies
         train(model, optimizer, 1)
     saver.close()
     return wanted
@@ -66,7 +66,7 @@ def save(rank, folder, replicas=1):
 
 def load(rank, folder, replicas=1):
     model, optimizer = build(1, replicas)
-    # as a trainer resumes: the optimizer has no state yet, get_state_dict makes it
+    # as when a trainer resumes: the optimizer has no state yet, get_state_dict makes it
     state = both(model, optimizer)
     saver = Checkpoints(folder, group=dist.group.WORLD, facts={}, keep=KeepRule(), warn=faults.no_warning)
     loaded = saver.load_newest(state)
@@ -94,9 +94,9 @@ def test_replicated_shards_are_written_once_and_loaded_by_other_meshes(tmp_path)
 
 def check(saved_on, loaded_on, folder, replicas=1):
     wanted = run_on_ranks(saved_on, save, folder, replicas)
-    found = run_on_ranks(loaded_on, load, folder)
-    assert all(faults.equal(one, wanted[0]) for one in wanted)
-    for step, state in found:
+    loaded = run_on_ranks(loaded_on, load, folder)
+    assert all(faults.equal(saved, wanted[0]) for saved in wanted)
+    for step, state in loaded:
         assert step == 3 and faults.equal(state, wanted[0])
     state = wanted[0]["optimizer"]["state"]
-    assert len(state) == 3 and all(int(one["step"]) == 6 for one in state.values())
+    assert len(state) == 3 and all(int(parameter_state["step"]) == 6 for parameter_state in state.values())

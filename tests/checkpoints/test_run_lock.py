@@ -1,4 +1,4 @@
-"""Two jobs on one folder: the second refuses and says who has it; a dead owner's folder is taken over."""
+"""Two jobs on one folder: the second refuses and names the owner; a dead owner's folder is taken over."""
 
 import json
 import multiprocessing
@@ -23,7 +23,7 @@ def hold(folder, job, ready, child, role):
         os.environ["SLURM_JOB_ID"] = job
     lock = RunLock(folder, role)
     if child:
-        # as a loader's worker, which outlives its parent
+        # like a loader's worker, which outlives its parent
         pid = os.fork()
         if pid == 0:
             time.sleep(600)
@@ -35,7 +35,7 @@ def hold(folder, job, ready, child, role):
 
 @pytest.fixture
 def owner(tmp_path):
-    """Starts another process that holds the folder; all are killed at the end."""
+    """Start other processes that hold the folder. All are killed at the end."""
     context = multiprocessing.get_context("fork")
     started = []
 
@@ -70,7 +70,7 @@ def test_the_folder_of_a_killed_owner_is_free_at_once(owner, tmp_path):
     process.kill()
     process.join()
     RunLock(tmp_path).close()
-    # as is that of one that has closed its lock
+    # so is the folder of an owner that has closed its lock
     with RunLock(tmp_path) as lock:
         lock.check()
     assert os.listdir(tmp_path) == ["owner.lock"]
@@ -90,7 +90,7 @@ def test_children_of_a_killed_owner_do_not_keep_the_folder(owner, tmp_path):
 
 
 def contend(folder, start, outcomes, done):
-    """Try to take the folder when the others do; say how it went, and keep the folder until all have."""
+    """Try to take the folder when the others do. Report the outcome, and keep the folder until all have reported."""
     os.environ.pop("SLURM_JOB_ID", None)
     start.wait()
     try:
@@ -104,7 +104,7 @@ def contend(folder, start, outcomes, done):
 
 
 def own_and_die(folder, children):
-    """Take the folder, leave a child that has all of this process's open files, and be killed."""
+    """Take the folder, leave a child that has all of this process's open files, and kill this process."""
     RunLock(folder)
     if (child := os.fork()) == 0:
         signal.pause()
@@ -129,7 +129,7 @@ def test_one_of_three_jobs_that_come_at_once_gets_the_folder_of_a_killed_owner(t
         for job in jobs:
             job.join()
         os.kill(children.get(), signal.SIGKILL)
-        assert refusals[0] == "" and all("belongs to process" in one for one in refusals[1:]), refusals
+        assert refusals[0] == "" and all("belongs to process" in refusal for refusal in refusals[1:]), refusals
         assert named is not None and named.pid in {job.pid for job in jobs}
 
 
@@ -160,9 +160,9 @@ def test_an_attempt_of_the_same_job_waits_for_the_one_before_to_end(owner, tmp_p
 
 
 def elsewhere(folder, role=OWNER, **changes):
-    """Another machine's process has the folder, over a file system that does not share flock."""
-    one = Owner.of_this_process()
-    facts = {**one.__dict__, "host": "node-7", "machine": "another", "job": "4711", **changes}
+    """Write the file of another machine's process that has the folder, over a file system that does not share flock."""
+    owner_ = Owner.of_this_process()
+    facts = {**owner_.__dict__, "host": "node-7", "machine": "another", "job": "4711", **changes}
     file = folder / f"{role}.json"
     file.write_text(json.dumps(facts))
     return file
@@ -232,7 +232,7 @@ def test_the_lease_is_renewed_and_its_loss_is_noticed(tmp_path, monkeypatch):
         elsewhere(tmp_path)
         with pytest.raises(DistattnError, match="was taken by process .* on node-7"):
             lock.check()
-    # what is another's stays
+    # another owner's file stays
     assert file.exists()
 
 

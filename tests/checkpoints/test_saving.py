@@ -1,4 +1,4 @@
-"""Saving goes on beside the training, survives a disk that is full or cannot be written, and keeps what the rule says."""
+"""Saving overlaps with training, survives a disk that is full or cannot be written, and keeps the checkpoints of the rule."""
 
 import dataclasses
 import errno
@@ -39,7 +39,7 @@ def open_checkpoints(folder, warn=faults.no_warning, keep=None, group=None, **fa
 
 
 def steps(folder):
-    return [one.step for one in list_checkpoints(folder)]
+    return [checkpoint.step for checkpoint in list_checkpoints(folder)]
 
 
 def test_twenty_saves_leave_the_last_ones_and_nothing_else(tmp_path):
@@ -49,7 +49,7 @@ def test_twenty_saves_leave_the_last_ones_and_nothing_else(tmp_path):
     saver.close()
     assert sorted(os.listdir(tmp_path)) == ["step-00000018", "step-00000019", "step-00000020"]
     assert not any(verify_checkpoint(tmp_path / name) for name in os.listdir(tmp_path))
-    assert [one.manifest.serial for one in list_checkpoints(tmp_path)] == [18, 19, 20]
+    assert [checkpoint.manifest.serial for checkpoint in list_checkpoints(tmp_path)] == [18, 19, 20]
 
 
 def test_nothing_is_loaded_where_there_is_nothing(tmp_path):
@@ -142,7 +142,7 @@ def test_a_state_that_changes_while_it_is_copied_is_not_saved(tmp_path, monkeypa
     ):
         saver.wait()
     assert steps(tmp_path) == []
-    # once it is told of, the next save is tried
+    # after the error was raised, the next save is tried
     saver.save(2, state)
     saver.close()
     assert steps(tmp_path) == [2]
@@ -198,9 +198,9 @@ def test_a_required_fact_that_differs_is_refused_with_both_values(tmp_path):
 def test_a_save_waits_for_the_one_before_with_a_warning(tmp_path, monkeypatch):
     warned, slow = [], module.commit
 
-    def slow_commit(*given):
+    def slow_commit(*args):
         time.sleep(0.05)
-        return slow(*given)
+        return slow(*args)
 
     monkeypatch.setattr(module, "commit", slow_commit)
     monkeypatch.setattr(module, "_LONG_WAIT", 0.0)
@@ -226,7 +226,7 @@ def test_after_a_run_has_gone_back_the_newest_is_what_was_saved_last(tmp_path):
     assert steps(tmp_path) == [15, 30] and len(os.listdir(tmp_path)) == 2
 
 
-# ---- what cannot be written
+# ---- writes that fail
 
 
 def test_a_disk_that_is_full_costs_a_warning_and_the_next_save_works(tmp_path):
@@ -234,7 +234,7 @@ def test_a_disk_that_is_full_costs_a_warning_and_the_next_save_works(tmp_path):
 
 
 def fill_the_disk(rank, folder):
-    """RLIMIT_FSIZE is what a process of its own can have in place of a full disk."""
+    """Use RLIMIT_FSIZE in a process of its own in place of a full disk."""
     warned = []
     saver = open_checkpoints(folder, warned.append, group=dist.group.WORLD)
     saver.save(1, faults.state_of(1))
@@ -302,12 +302,12 @@ def hang_on_one_rank(rank, folder, hangs, board):
     def is_waited_for():
         beats = {0: read(0), 1: read(1)}
         mine, other = beats[rank], beats[1 - rank]
-        # the same words as in the exchange before
+        # the same text as in the exchange before
         waits = other.waits and other.activity == f"{told} {rank}" and other.seconds == 0
         return mine.seconds and waits and culprits(beats, {0: "S", 1: "S"}) == wanted
 
     def hang(file, content):
-        # until the other one has done its part, and waits for this one
+        # until the other rank has done its part, and waits for this one
         eventually(is_waited_for, lambda: f"{read(0)}, {read(1)}")
         return write(file, content)
 
@@ -324,7 +324,7 @@ def hang_on_one_rank(rank, folder, hangs, board):
 
 @pytest.mark.parametrize("name", ["new_unfinished", "commit", "synchronise"])
 def test_a_folder_that_cannot_be_written_costs_a_warning(name, tmp_path, monkeypatch):
-    def refuse(*given):
+    def refuse(*args):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(tmp_path))
 
     warned = []
@@ -383,7 +383,7 @@ def save_other_steps(rank, folder):
     saver.close()
 
 
-# ---- what is kept
+# ---- the rule
 
 
 def fill(folder, hours, keep):
@@ -403,11 +403,11 @@ def fill(folder, hours, keep):
 
 def test_one_checkpoint_of_every_few_hours_is_kept(tmp_path):
     hours = [0, 1, 2, 3, 4.5, 5, 6, 7, 8]
-    found, removable = fill(tmp_path, hours, KeepRule(last=2, every_hours=3))
+    checkpoints, removable = fill(tmp_path, hours, KeepRule(last=2, every_hours=3))
     # kept: hours 0, 3 and 6, and the last two
     assert removable == [1, 2, 4, 5]
     # what is kept does not depend on how often the rule was applied
-    left = [one for one in found if one.step not in removable]
+    left = [checkpoint for checkpoint in checkpoints if checkpoint.step not in removable]
     assert KeepRule(last=2, every_hours=3).removable(left) == []
 
 
@@ -440,16 +440,16 @@ def test_checkpoints_of_versions_that_counted_no_seconds_stay(tmp_path):
 
 
 def test_the_only_good_checkpoint_is_never_removed(tmp_path):
-    found, removable = fill(tmp_path, [0, 1, 2, 3], KeepRule(last=2))
+    checkpoints, removable = fill(tmp_path, [0, 1, 2, 3], KeepRule(last=2))
     assert removable == [0, 1]
     for step in (2, 3):
-        os.truncate(found[step].folder / "__0_0.distcp", 5)
-    assert KeepRule(last=2).removable(found) == []
-    (found[3].folder / "__0_0.distcp").unlink()
-    assert KeepRule(last=2).removable(found) == []
-    # one whose manifest cannot be trusted counts for nothing, and stays
-    (found[3].folder / "manifest.json").unlink()
-    assert [one.step for one in KeepRule(last=2).removable(list_checkpoints(tmp_path))] == [0]
+        os.truncate(checkpoints[step].folder / "__0_0.distcp", 5)
+    assert KeepRule(last=2).removable(checkpoints) == []
+    (checkpoints[3].folder / "__0_0.distcp").unlink()
+    assert KeepRule(last=2).removable(checkpoints) == []
+    # a checkpoint whose manifest cannot be trusted does not count, and stays
+    (checkpoints[3].folder / "manifest.json").unlink()
+    assert [checkpoint.step for checkpoint in KeepRule(last=2).removable(list_checkpoints(tmp_path))] == [0]
 
 
 @pytest.mark.parametrize(("rule", "why"), [({"last": 0}, "at least 1"), ({"every_hours": 0.0}, "more than 0")])

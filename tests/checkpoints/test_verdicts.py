@@ -1,4 +1,4 @@
-"""Verdicts of training decide which checkpoints are kept and loaded; a person's choice counts more."""
+"""Verdicts of training decide which checkpoints are kept and loaded; a user's choice counts more."""
 
 import errno
 import multiprocessing
@@ -32,7 +32,7 @@ def open_checkpoints(folder, warned, last=9):
 
 
 def steps(folder):
-    return [one.step for one in list_checkpoints(folder)]
+    return [checkpoint.step for checkpoint in list_checkpoints(folder)]
 
 
 def test_checkpoints_in_doubt_push_no_good_one_out_and_are_loaded_last(tmp_path):
@@ -53,12 +53,12 @@ def test_checkpoints_in_doubt_push_no_good_one_out_and_are_loaded_last(tmp_path)
     state = {"a": 0}
     assert saver.load_newest(state).step == 4 and state == {"a": 4}
     assert warned == [f"{tmp_path / 'step-00000005'}: why. Resuming from step-00000004 instead."]
-    # once it is shown to be good, nothing before it is kept
+    # once a checkpoint is shown to be good, none before it is kept
     saver.note(lambda folder: judge_checkpoint(folder, 4, GOOD))
     saver.wait()
     assert steps(tmp_path) == [4, 5]
     assert list_checkpoints(tmp_path)[0].manifest.facts == {"loss": "4"}
-    # what is kept for a refused step stays, until it is released
+    # a checkpoint that is kept for a refused step stays until it is released
     saver.note(lambda folder: keep_newest_good(folder, 9))
     for step in (6, 7):
         judged(step, GOOD)
@@ -68,7 +68,7 @@ def test_checkpoints_in_doubt_push_no_good_one_out_and_are_loaded_last(tmp_path)
     saver.wait()
     assert steps(tmp_path) == [4, 7]
     saver.note(lambda folder: release_kept(folder, 10))
-    # where all are in doubt, the newest is taken
+    # if all are in doubt, the newest is taken
     saver.note(lambda folder: judge_checkpoint(folder, 7, REFUSED, "why"))
     loaded = saver.load_newest(state)
     assert (loaded.step, loaded.doubt) == (7, "refused: why") and steps(tmp_path) == [7]
@@ -87,10 +87,10 @@ def test_the_mark_of_a_refused_step_goes_once_the_run_has_passed_it(new_level, k
 
     def marked():
         saver.wait()
-        return [one.step for one in list_checkpoints(tmp_path) if one.verdict.kept]
+        return [checkpoint.step for checkpoint in list_checkpoints(tmp_path) if checkpoint.verdict.kept]
 
     save_good(5)
-    # step 8 is refused; the run goes back or is started again, which ends the streak without a word
+    # step 8 is refused; the run goes back or is started again, which ends the streak silently
     saver.note(lambda folder: keep_newest_good(folder, 8))
     if new_level:
         saver.note(lambda folder: keep_for_good(folder, 8))
@@ -110,7 +110,7 @@ def test_a_verdict_on_a_save_that_failed_leaves_an_older_checkpoint_of_the_same_
     older = list_checkpoints(tmp_path)
     assert older[0].verdict.kind == GOOD and not saver.has_failed(5)
 
-    def refuse(*given):
+    def refuse(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
@@ -136,13 +136,13 @@ def test_a_verdict_that_cannot_be_read_is_none(tmp_path, content):
     saver = open_checkpoints(tmp_path, [])
     saver.save(1, {"a": 1})
     saver.close()
-    (one,) = list_checkpoints(tmp_path)
-    (one.folder / "verdict.json").write_bytes(content)
-    assert list_checkpoints(tmp_path)[0].verdict == CheckpointVerdict() and not verify_checkpoint(one.folder)
+    (checkpoint,) = list_checkpoints(tmp_path)
+    (checkpoint.folder / "verdict.json").write_bytes(content)
+    assert list_checkpoints(tmp_path)[0].verdict == CheckpointVerdict() and not verify_checkpoint(checkpoint.folder)
 
 
 def kinds_of(folder):
-    return [one.verdict.kind for one in list_checkpoints(folder)]
+    return [checkpoint.verdict.kind for checkpoint in list_checkpoints(folder)]
 
 
 def test_a_person_chooses_a_step_and_later_ones_are_set_aside(tmp_path):
@@ -192,7 +192,7 @@ def test_a_choice_of_which_the_process_is_killed_holds_or_was_not_made(tmp_path,
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
-    # one that was refused first, then those that were saved later
+    # a checkpoint that was refused first, then those that were saved later
     assert preferred_step(tmp_path) == (20 if replaced == 3 else 40)
     with choose_step(tmp_path, 40):
         pass

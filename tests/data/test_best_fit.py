@@ -1,4 +1,4 @@
-"""Packs hold what they may, are almost full, and are alike."""
+"""Packs stay within their limits, are almost full, and are alike."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ COST = PackCost(token_cells=3, document_cells=50)
 
 
 def web_like(documents, seed=0):
-    """Log-normal lengths with a tail, as a corpus of web pages, books and code has them."""
+    """Return log-normal lengths with a tail, like those of a corpus of web pages, books and code."""
     rng = np.random.default_rng(seed)
     lengths = 575 + rng.lognormal(7.2, 1.0, documents)
     tail = rng.random(documents) < 0.002
@@ -43,7 +43,7 @@ def test_no_pack_holds_more_than_it_may_except_what_is_alone(groups, tokens, max
     for number, (slots, room) in enumerate(zip(packs.slots.tolist(), packs.room.tolist(), strict=True)):
         mine = lengths[pack == number]
         assert room == slots * tokens - mine.sum() >= 0
-        # only a piece longer than a pack takes several slots, and no more than it needs
+        # only a piece longer than a pack takes several slots, and only as many as it needs
         assert slots == max(1, -(-int(mine.max()) // tokens))
         if max_documents is not None:
             assert len(mine) <= max_documents * slots

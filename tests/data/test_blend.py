@@ -63,10 +63,10 @@ def test_the_corpus_that_is_furthest_behind_comes_next_and_shares_are_kept_to_a_
             turns = [tokens * (1 << 20) // unit for tokens, unit in zip(read, units, strict=True)]
             assert number == turns.index(min(turns))
             read[number] += length
-            for tokens, unit, own in zip(read, units, longest, strict=True):
+            for tokens, unit, longest_document in zip(read, units, longest, strict=True):
                 share = Fraction(unit, sum(units))
                 # turns are rounded to less than a token
-                assert -share * sum(longest) - 1 <= tokens - share * sum(read) <= own + 1
+                assert -share * sum(longest) - 1 <= tokens - share * sum(read) <= longest_document + 1
 
 
 def test_the_others_keep_their_proportion_when_a_corpus_has_ended():
@@ -86,7 +86,7 @@ def test_the_others_keep_their_proportion_when_a_corpus_has_ended():
 
 def test_epochs_corpora_and_seeds_have_orders_of_their_own():
     lengths = [np.arange(1, 200, dtype=np.int32)] * 2
-    sources = sources_of([(one, 1.0, 2.0) for one in lengths])
+    sources = sources_of([(of_corpus, 1.0, 2.0) for of_corpus in lengths])
     orders = set()
     for seed in (0, 1):
         read = gathered(sources, lengths, seed)

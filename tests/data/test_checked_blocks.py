@@ -1,4 +1,4 @@
-"""A block with a digest is read whole and checked once a process; after that only what is asked for is read."""
+"""A block with a digest is read whole and checked once per process; after that only the requested bytes are read."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from distattn.data.files.block_digests import BLOCK_BYTES, CheckedBlocks
 from distattn.data.files.indexed_file import IndexedFile, IndexedFileWriter
 from distattn.ir.errors import DamagedDataError
 
-# of uint16, in blocks of 8,192 tokens: nine whole ones and a part
+# uint16 tokens, in blocks of 8,192: nine whole blocks and a part
 TOKENS = 9 * BLOCK_BYTES // 2 + 777
 
 
@@ -33,7 +33,7 @@ def flip(prefix, byte):
 
 @pytest.fixture
 def bytes_read(monkeypatch):
-    """Sizes of all that is read of token files."""
+    """Return the sizes of all reads of token files."""
     sizes, preadv = [], os.preadv
 
     def noted(file, buffers, offset):

@@ -20,7 +20,7 @@ PAGE = 4096
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
-    """Two files with the same number of tokens and documents, and what the first one holds."""
+    """Write two files with the same number of tokens and documents. Return their folder and the first one's documents."""
     folder = tmp_path_factory.mktemp("originals")
     rng = np.random.default_rng(3)
     # many documents, so that each section of the index has several pages
@@ -32,7 +32,7 @@ def originals(tmp_path_factory):
 
 
 def read_all(prefix):
-    """Open a file, look at all lengths, read all documents; returns the documents."""
+    """Open a file, look at all lengths, and return all documents."""
     file = IndexedFile.open(prefix)
     lengths = file.document_lengths.tolist()
     return [file.read(number, 0, length, VOCABULARY) for number, length in enumerate(lengths)]
@@ -75,7 +75,7 @@ FAULTS = (flip, flip, flip, zero_page, swap_pages, cut, lengthen, garble)
 
 
 def damaged_copies(originals, folder, faults, suffixes):
-    """Copies of the first file with one fault each: (fault, suffix, bytes that differ, prefix)."""
+    """Yield copies of the first file with one fault each: (fault, suffix, bytes that differ, prefix)."""
     rng = np.random.default_rng(11)
     source = originals[0]
     whole = {suffix: (source / f"file{suffix}").read_bytes() for suffix in suffixes}
@@ -93,17 +93,17 @@ def damaged_copies(originals, folder, faults, suffixes):
 
 
 def test_no_fault_is_silent_where_there_are_digests(originals, tmp_path):
-    found = 0
-    for what, _, _, prefix in damaged_copies(originals, tmp_path, 900, SUFFIXES):
+    refusals = 0
+    for fault, _, _, prefix in damaged_copies(originals, tmp_path, 900, SUFFIXES):
         with pytest.raises(DamagedDataError) as refusal:
             read_all(prefix)
-            pytest.fail(what)
+            pytest.fail(fault)
         message = str(refusal.value)
-        # one sentence, the file by name, and where in it
-        assert str(tmp_path / "file.") in message and "\n" not in message, what
-        assert re.search(r"bytes? \d|a table of digests was altered", message), (what, message)
-        found += 1
-    assert found >= 800
+        # one sentence with the file's name and the place of the fault
+        assert str(tmp_path / "file.") in message and "\n" not in message, fault
+        assert re.search(r"bytes? \d|a table of digests was altered", message), (fault, message)
+        refusals += 1
+    assert refusals >= 800
 
 
 @pytest.mark.full
@@ -111,25 +111,25 @@ def test_without_digests_only_tokens_and_limits_of_documents_can_be_altered_unno
     *_, ends, modes, _ = section_offsets(3000, 3001)
     whole = (originals[0] / "file.idx").read_bytes()
     silent = {".bin": 0, ".idx": 0}
-    found = 0
-    for what, suffix, content, prefix in damaged_copies(originals, tmp_path, 640, (".bin", ".idx")):
+    refusals = 0
+    for fault, suffix, content, prefix in damaged_copies(originals, tmp_path, 640, (".bin", ".idx")):
         try:
             documents = read_all(prefix)
         except DamagedDataError as refusal:
             assert str(tmp_path / "file.") in str(refusal)
-            found += 1
+            refusals += 1
             continue
         silent[suffix] += 1
         if suffix == ".bin":
-            # of the right size, and every id is one of the vocabulary
-            assert len(content) == (originals[0] / "file.bin").stat().st_size, what
+            # the file has the right size, and every id is in the vocabulary
+            assert len(content) == (originals[0] / "file.bin").stat().st_size, fault
             assert [len(document) for document in documents] == [len(document) for document in originals[1]]
         else:
-            # lengths and pointers would contradict each other: only limits of documents may differ, and they are in order
+            # altered lengths and pointers would contradict each other: only limits of documents may differ, and they are in order
             differing = [at for at in range(len(whole)) if whole[at] != content[at]]
-            assert len(content) == len(whole) and ends <= min(differing) and max(differing) < modes, what
+            assert len(content) == len(whole) and ends <= min(differing) and max(differing) < modes, fault
             np.testing.assert_array_equal(np.concatenate(documents), np.concatenate(originals[1]))
-    assert silent[".bin"] > 10 and found > 300
+    assert silent[".bin"] > 10 and refusals > 300
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -157,10 +157,10 @@ def test_altered_tokens_are_found_when_they_are_read_and_not_before(originals, t
     with pytest.raises(DamagedDataError, match=rf"file\.bin: bytes {3 * BLOCK_BYTES:,} to {4 * BLOCK_BYTES:,} are not"):
         read_all(file.prefix)
     np.testing.assert_array_equal(file.read(0, 0, len(originals[1][0])), originals[1][0])
-    # unless one goes without
+    # without the check the fault is not noticed
     unchecked = pickle.loads(pickle.dumps(IndexedFile.open(file.prefix, check_tokens=False)))
-    found = [unchecked.read(number, 0, len(document)) for number, document in enumerate(originals[1])]
-    assert sum((here != there).sum() for here, there in zip(found, originals[1], strict=True)) == 1
+    read_documents = [unchecked.read(number, 0, len(document)) for number, document in enumerate(originals[1])]
+    assert sum((here != there).sum() for here, there in zip(read_documents, originals[1], strict=True)) == 1
 
 
 def test_a_file_that_is_cut_while_it_is_open_is_named(originals, tmp_path):

@@ -1,4 +1,4 @@
-"""Indexed files: what we write megatron-core reads and the other way round, and only what was asked for is read."""
+"""Indexed files: megatron-core reads ours and we read its files, and only the requested bytes are read."""
 
 import os
 import pickle
@@ -35,9 +35,9 @@ def assert_holds(file, documents):
     assert len(file) == len(documents)
     np.testing.assert_array_equal(file.document_lengths, [len(document) for document in documents])
     for number, document in enumerate(documents):
-        found = file.read(number, 0, len(document))
-        assert found.dtype == document.dtype
-        np.testing.assert_array_equal(found, document)
+        tokens = file.read(number, 0, len(document))
+        assert tokens.dtype == document.dtype
+        np.testing.assert_array_equal(tokens, document)
 
 
 def megatron():
@@ -236,10 +236,10 @@ def test_the_digest_of_a_corpus_is_of_what_is_in_it(tmp_path):
     lengths = write(tmp_path / "lengths", documents_of("uint16", LENGTHS[::-1]), "uint16")
     digests = {file.prefix: Corpus.open("any", [file.prefix]).digest for file in (first, same, tokens, lengths)}
     assert digests[first.prefix] == digests[same.prefix] and len(set(digests.values())) == 3
-    both = [
+    orders = [
         Corpus.open("any", order).digest for order in ([first.prefix, tokens.prefix], [tokens.prefix, first.prefix])
     ]
-    assert both[0] != both[1]
+    assert orders[0] != orders[1]
     # without side files the tokens are not known, but the indices are
     for file in (first, tokens, lengths):
         os.unlink(f"{file.prefix}.xxh3")

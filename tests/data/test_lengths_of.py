@@ -1,4 +1,4 @@
-"""Lengths of some documents are read without the rest of the index, and are those of the whole."""
+"""Lengths of some documents are read without the rest of the index, and equal those of the whole."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 
 
 def write_sequences(prefix, documents):
-    """An indexed file of uint8 whose documents have several sequences, or none."""
+    """Write an indexed file of uint8 whose documents have several sequences, or none."""
     lengths = np.array([length for document in documents for length in document], "<i4")
     limits = np.cumsum([0, *map(len, documents)]).astype("<i8")
     pointers = (np.cumsum(lengths, dtype="<i8") - lengths).astype("<i8")

@@ -1,4 +1,4 @@
-"""A plan's steps are dealt out to any number of shares, and the order never changes: state is one integer."""
+"""A plan's steps are dealt out to any number of shares, and the order never changes: the state is one integer."""
 
 import gc
 import os
@@ -32,7 +32,9 @@ SCRIPT = Path(__file__).parents[1] / "support" / "loading_process.py"
 def folder(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(5)
     lengths = [(rng.lognormal(3, 1, count).astype(int) + 1).tolist() for count in (300, 900)]
-    corpora = [write_corpus(folder, name, [one]) for name, one in zip(("web", "books"), lengths, strict=True)]
+    corpora = [
+        write_corpus(folder, name, [documents]) for name, documents in zip(("web", "books"), lengths, strict=True)
+    ]
     small_plan(folder, corpora, packs=PACKS, steps=25)
     return folder
 
@@ -57,7 +59,7 @@ def digests(step_of_shares):
 
 @pytest.fixture(scope="module")
 def reference(plan, corpora):
-    """Of each step the digests of its batches, and the sums of their ids and labels."""
+    """Return, for each step, the digests of its batches with the sums of their ids and labels."""
     steps = []
     for batches, *others in zip(*shares_of(plan, corpora, 1, ahead=0), strict=True):
         assert not others
@@ -130,7 +132,7 @@ def test_iterating_yields_the_batches_that_were_prepared(plan, corpora):
     for batch in prepared:
         batch.start_reading(np.arange(0, batch.tokens, 2))
     steps = list(loader)
-    assert all(one is other for one, other in zip(steps[3], prepared, strict=True))
+    assert all(batch is other for batch, other in zip(steps[3], prepared, strict=True))
     assert sum(batch.bytes_read for batch in steps[4]) == 0
 
 
@@ -160,7 +162,7 @@ def test_documents_that_are_kept_whole_are_dealt_out_whole(tmp_path):
     plan = small_plan(tmp_path, [corpus], rule={"long_documents": "keep"})
     loaders = shares_of(plan, [corpus], 3, steps=plan.steps - 1)
     seen = Counter(
-        length for step in zip(*loaders, strict=True) for share in step for one in share for length in one.lengths
+        length for step in zip(*loaders, strict=True) for share in step for batch in share for length in batch.lengths
     )
     assert seen[200] == seen[90] == seen[350] == 1
 
@@ -223,8 +225,10 @@ def test_leaving_out_the_last_step_leaves_out_no_full_one(tmp_path):
 
 def test_other_corpora_than_the_plans_are_refused_and_their_order_does_not_matter(folder, plan, corpora, tmp_path):
     books, web = corpora
-    one, other = (PackLoader(plan, given, rank=0, size=1).batches(0)[0] for given in ([books, web], [web, books]))
-    np.testing.assert_array_equal(one.read(np.arange(40)), other.read(np.arange(40)))
+    batches_0, batches_1 = (
+        PackLoader(plan, order, rank=0, size=1).batches(0)[0] for order in ([books, web], [web, books])
+    )
+    np.testing.assert_array_equal(batches_0.read(np.arange(40)), batches_1.read(np.arange(40)))
     with pytest.raises(DistattnError, match="was made of the corpora web, books; give these, not web"):
         PackLoader(plan, [web], rank=0, size=1)
     changed = write_corpus(tmp_path, "web", [[5, 6]])
@@ -316,14 +320,14 @@ def test_a_loader_and_a_dataset_go_to_other_processes(plan, corpora, reference):
     next(iter(loader))
     other = pickle.loads(pickle.dumps(loader))
     assert (other.rank, other.size, other.step, other.end) == (1, 4, 4, 8) and other.data_digest == loader.data_digest
-    assert [[one.digest for one in step] for step in other] == [[one.digest for one in step] for step in loader]
+    assert [[batch.digest for batch in step] for step in other] == [[batch.digest for batch in step] for step in loader]
     dataset = pickle.loads(pickle.dumps(PackDataset(plan, corpora, steps=2)))
     assert len(dataset) == 2 * PACKS
-    found = [
+    sums = [
         (int(row["input_ids"].sum()), int(row["shift_labels"].sum()))
         for row in map(dataset.__getitem__, range(len(dataset)))
     ]
-    assert sorted(found) == sorted(sums for step in reference[:2] for sums in step.values())
+    assert sorted(sums) == sorted(row_sums for step in reference[:2] for row_sums in step.values())
     with pytest.raises(IndexError):
         dataset[len(dataset)]
 
@@ -334,6 +338,8 @@ def test_what_a_loader_says_of_a_step_is_what_its_batches_have(plan, corpora):
         for loader in loaders:
             for share, facts in zip(loaders, loader.facts(step), strict=True):
                 batches = share.batches(step)
-                assert [(one.lengths, one.digest) for one in facts] == [(one.lengths, one.digest) for one in batches]
-                labels = [int((one.read(np.arange(one.tokens))[1] >= 0).sum()) for one in batches]
-                assert [one.valid_labels for one in facts] == labels
+                assert [(batch.lengths, batch.digest) for batch in facts] == [
+                    (batch.lengths, batch.digest) for batch in batches
+                ]
+                labels = [int((batch.read(np.arange(batch.tokens))[1] >= 0).sum()) for batch in batches]
+                assert [fact.valid_labels for fact in facts] == labels

@@ -1,4 +1,4 @@
-"""The TOML file of a pack plan: what it says is what the plan is made of, and what cannot be is refused with the key."""
+"""The TOML file of a pack plan: a plan is made of its settings, and a wrong setting is refused with its key."""
 
 import json
 import os
@@ -75,24 +75,24 @@ def test_names_with_brackets_are_themselves_and_masks_are_no_tokens(folder):
     write_mask(corpus.files[0].prefix, "loss", [[1] * 20, [0] * 30])
     write_mask(corpus.files[0].prefix, "spans", [[], [3, 9]])
     for pattern in ("x[[]0[]]-*", "x[[]0[]]-[01]"):
-        found = load_pack_config(written(strange, HEAD, RULE, WEB.replace("web-*", pattern)))
-        assert found.corpus[0].files == (f"{strange}/x[0]-0", f"{strange}/x[0]-1")
-    found = load_pack_config(written(strange, HEAD, RULE, WEB.replace("web-*", "x[0]-1")))
-    assert found.corpus[0].files == (f"{strange}/x[0]-1",)
+        config = load_pack_config(written(strange, HEAD, RULE, WEB.replace("web-*", pattern)))
+        assert config.corpus[0].files == (f"{strange}/x[0]-0", f"{strange}/x[0]-1")
+    config = load_pack_config(written(strange, HEAD, RULE, WEB.replace("web-*", "x[0]-1")))
+    assert config.corpus[0].files == (f"{strange}/x[0]-1",)
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
         (HEAD.replace("steps", "stpes") + RULE + WEB, "stpes: unknown key. Did you mean steps?"),
-        (HEAD + RULE.replace("window", "windw") + WEB, "rule.windw: unknown key. Did you mean window?"),
-        (HEAD + RULE + WEB + "weigth = 1", "corpus web: weigth: unknown key. Did you mean weight?"),
-        (HEAD + RULE + "[rule.cost]\ntokencells = 1\n" + WEB, "rule.cost.tokencells: unknown key. Did you mean token_c"),
-        (HEAD + "level = true\n" + RULE + WEB, "level: unknown key. Did you mean level in [rule]?"),
-        (HEAD + RULE + WEB + "seed = 3", "corpus web: seed: unknown key. Did you mean seed above all tables?"),
-        (HEAD + "token_cells = 3\n" + RULE + WEB, "token_cells: unknown key. Did you mean token_cells in [rule.cost]?"),
-        (HEAD + "max_epochs = 3\n" + RULE + WEB, "max_epochs: unknown key. Did you mean max_epochs in a [[corpus]]?"),
-        (HEAD + RULE + WEB + "qqq = 3", "corpus web: qqq: unknown key. There are name, files, weight, max_epochs."),
+        (HEAD + RULE.replace("window", "windw") + WEB, "rule.windw: unknown key. Did you mean rule.window?"),
+        (HEAD + RULE + WEB + "weigth = 1", "corpus.0.weigth: unknown key. Did you mean corpus.weight?"),
+        (HEAD + RULE + "[rule.cost]\ntokencells = 1\n" + WEB, "rule.cost.tokencells: unknown key. Did you mean rule.cost.tok"),
+        (HEAD + "level = true\n" + RULE + WEB, "level: unknown key. Did you mean rule.level?"),
+        (HEAD + RULE + WEB + "seed = 3", "corpus.0.seed: unknown key. Did you mean seed, above all tables?"),
+        (HEAD + "token_cells = 3\n" + RULE + WEB, "token_cells: unknown key. Did you mean rule.cost.token_cells?"),
+        (HEAD + "max_epochs = 3\n" + RULE + WEB, "max_epochs: unknown key. Did you mean corpus.max_epochs?"),
+        (HEAD + RULE + WEB + "qqq = 3", "corpus.0.qqq: unknown key. There are corpus.name, corpus.files, corpus.weight, c"),
         (HEAD + RULE + WEB.replace("[", "").replace("]", ""), "cannot be read as TOML: "),
         (HEAD + RULE + "[[corpus", "cannot be read as TOML: "),
         (HEAD + RULE, "corpus: is missing."),
@@ -100,32 +100,32 @@ def test_names_with_brackets_are_themselves_and_masks_are_no_tokens(folder):
         (HEAD + WEB, "rule: is missing."),
         ("", "plan: is missing.\ncorpus: is missing.\nrule: is missing."),
         (HEAD.replace('"run.packs"', '""') + RULE + WEB, "plan: is empty; name the plan's file."),
-        (HEAD.replace('"run.packs"', "3") + RULE + WEB, "plan: must be a string in quotes, not 3."),
-        (HEAD.replace("5", "5.5") + RULE + WEB, "steps: must be a whole number, not 5.5."),
-        (HEAD.replace("5", "true") + RULE + WEB, "steps: must be a whole number, not true."),
-        (HEAD.replace("5", "0") + RULE + WEB, "steps: 0 is too few; a plan has at least 1."),
-        (HEAD.replace("7", "-1") + RULE + WEB, "seed: -1 is out of range; name an integer from 0 to 2^64 - 1."),
-        (HEAD.replace("7", str(1 << 64)) + RULE + WEB, "seed: 18446744073709551616 is out of range; name an integer from 0"),
-        (HEAD.replace("7", "2026-11-23") + RULE + WEB, 'seed: must be a whole number, not "2026-11-23".'),
-        (HEAD + RULE.replace("[[0, 64], [2, 128]]", "64") + WEB, "rule.context: must be a list, not 64."),
-        (HEAD + RULE.replace("64", '"x"') + WEB, 'rule.context.entry 1.entry 2: must be a whole number, not "x".'),
-        (HEAD + RULE.replace("2, 128", "2") + WEB, "rule.context.entry 2.entry 2: is missing."),
-        (HEAD + RULE.replace("2, 128", "2, 3, 4") + WEB, "rule.context.entry 2: must be a list of two numbers, not [2, 3, 4]."),
+        (HEAD.replace('"run.packs"', "3") + RULE + WEB, 'plan: 3 is not text in quotes; give one such as "name".'),
+        (HEAD.replace("5", "5.5") + RULE + WEB, "steps: 5.5 is not a whole number; give one such as 1."),
+        (HEAD.replace("5", "true") + RULE + WEB, "steps: true is not a whole number; give one such as 1."),
+        (HEAD.replace("5", "0") + RULE + WEB, "steps: at least 1, not 0."),
+        (HEAD.replace("7", "-1") + RULE + WEB, "seed: at least 0, not -1."),
+        (HEAD.replace("7", str(1 << 64)) + RULE + WEB, "seed: at most 18,446,744,073,709,551,615, not 18446744073709551616."),
+        (HEAD.replace("7", "2026-11-23") + RULE + WEB, "seed: 2026-11-23 is not a whole number; give one such as 1."),
+        (HEAD + RULE.replace("[[0, 64], [2, 128]]", "64") + WEB, "rule.context: 64 is not a list"),
+        (HEAD + RULE.replace("64", '"x"') + WEB, 'rule.context.0.1: "x" is not a whole number; give one such as 1.'),
+        (HEAD + RULE.replace("2, 128", "2") + WEB, "rule.context.1.1: is missing."),
+        (HEAD + RULE.replace("2, 128", "2, 3, 4") + WEB, "rule.context.1: [2, 3, 4] is not a list of 2 entries."),
         (HEAD + RULE.replace("0, 64", "1, 64") + WEB, "rule.context: the first steps are [1, 2]; they must begin with 0"),
         (HEAD + RULE.replace("512", "500") + WEB, "rule.tokens_per_step: 500 is not a multiple of the context length 64; 448"),
-        (HEAD + RULE + 'level = "yes"\n' + WEB, 'rule.level: must be true or false, not "yes".'),
-        (HEAD + RULE + 'long_documents = "drop"\n' + WEB, "rule.long_documents: 'drop' is unknown"),
-        (HEAD + RULE + "max_cost = inf\n" + WEB, "rule.max_cost: must be a finite number, not Infinity."),
-        (HEAD + RULE + "[rule.cost]\ntoken_cells = -1\n" + WEB, "rule.cost.token_cells: -1 is not 0 to"),
-        (HEAD + RULE + WEB.replace('["web-*"]', '"web-*"'), 'corpus web: files: must be a list, not "web-*".'),
-        (HEAD + RULE + WEB.replace('["web-*"]', "[]"), "corpus web: files: is empty; name prefixes of indexed files."),
-        (HEAD + RULE + WEB.replace('name = "web"', ""), "corpus 1: name: is missing."),
-        (HEAD + RULE + WEB.replace("3", "nan"), "corpus web: weight: must be a finite number, not NaN."),
-        (HEAD + RULE + WEB.replace("3", "0"), "corpus web: weight is 0.0; it must be a number above 0."),
-        (HEAD + RULE + WEB + "max_epochs = -1", "corpus web: max_epochs is -1.0; it must be a number above 0."),
-        (HEAD + RULE + WEB + BOOKS.replace("weight = 1.5", ""), "corpus books: weight is missing, but web has one; give all"),
-        (HEAD + RULE + WEB + WEB, "corpus web: two corpora have this name; give each a name of its own."),
-        (HEAD.replace("steps = 5", "") + RULE + WEB, "corpus web: max_epochs is missing: without steps a plan ends when"),
+        (HEAD + RULE + 'level = "yes"\n' + WEB, 'rule.level: "yes" is not true or false.'),
+        (HEAD + RULE + 'long_documents = "drop"\n' + WEB, "rule.long_documents: there is no 'drop'; there are cut, keep."),
+        (HEAD + RULE + "max_cost = inf\n" + WEB, "rule.max_cost: inf is not a finite number; give one such as 0.1."),
+        (HEAD + RULE + "[rule.cost]\ntoken_cells = -1\n" + WEB, "rule.cost.token_cells: at least 0, not -1."),
+        (HEAD + RULE + WEB.replace('["web-*"]', '"web-*"'), 'corpus.0.files: "web-*" is not a list; give one such as ["a", '),
+        (HEAD + RULE + WEB.replace('["web-*"]', "[]"), "corpus.0.files: is empty; name prefixes of indexed files."),
+        (HEAD + RULE + WEB.replace('name = "web"', ""), "corpus.0.name: is missing."),
+        (HEAD + RULE + WEB.replace("3", "nan"), "corpus.0.weight: nan is not a finite number; give one such as 0.1."),
+        (HEAD + RULE + WEB.replace("3", "0"), "corpus.0.weight: above 0, not 0.0."),
+        (HEAD + RULE + WEB + "max_epochs = -1", "corpus.0.max_epochs: above 0, not -1.0."),
+        (HEAD + RULE + WEB + BOOKS.replace("weight = 1.5", ""), "corpus.1: books has no weight, but web has one; give all or"),
+        (HEAD + RULE + WEB + WEB, "corpus.1.name: another corpus is called web; give each a name of its own."),
+        (HEAD.replace("steps = 5", "") + RULE + WEB, "corpus.0: web has no max_epochs: without steps a plan ends when"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_with_its_key(folder, text, sentence):
@@ -153,7 +153,7 @@ def test_refusals_name_the_line(folder):
 
 def test_all_unknown_keys_are_named_at_once(folder):
     lines = refusal(folder, HEAD, "sed = 1\n", RULE, WEB, "wieght = 2\n").splitlines()
-    assert sorted(line.partition(":")[0] for line in lines) == ["corpus web", "sed"]
+    assert sorted(line.partition(":")[0] for line in lines) == ["corpus.0.wieght", "sed"]
 
 
 def test_files_that_are_not_there_are_named(folder):
@@ -205,10 +205,10 @@ def test_a_plan_is_opened_as_it_was_made(folder):
     corpora = open_corpora(config)
     with pytest.raises(DistattnError, match=r"run.packs: there is no such plan yet; make it with distattn data pack"):
         open_configured_plan(config, corpora)
-    made = make_configured_plan(config, corpora)
-    found = open_configured_plan(config, corpora)
-    assert found.digest == made.digest and found.steps == 5 and found.seed == 7
-    assert [source.weight for source in found.sources] == [3.0, 1.5]
+    plan = make_configured_plan(config, corpora)
+    opened = open_configured_plan(config, corpora)
+    assert opened.digest == plan.digest and opened.steps == 5 and opened.seed == 7
+    assert [source.weight for source in opened.sources] == [3.0, 1.5]
 
 
 def test_a_plan_of_another_configuration_is_refused_with_the_key(folder):
@@ -238,8 +238,8 @@ def test_a_plan_that_ends_before_its_corpora_is_refused_where_no_steps_are_named
     corpora = open_corpora(whole)
     with pytest.raises(DistattnError, match="was made with steps = 5, not none"):
         open_configured_plan(whole, corpora)
-    made = make_configured_plan(whole, corpora)
-    assert open_configured_plan(whole, corpora).steps == made.steps > 5
+    plan = make_configured_plan(whole, corpora)
+    assert open_configured_plan(whole, corpora).steps == plan.steps > 5
 
 
 def test_a_corpus_that_has_changed_is_refused(folder):

@@ -1,4 +1,4 @@
-"""A plan's file says what was planned, at once and in any order, and never anything else."""
+"""A plan's file returns what was planned, in any order of steps, and damage is refused."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 
 
 class Lengths:
-    """A corpus of which nothing but the lengths is known."""
+    """A corpus of which only the lengths are known."""
 
     def __init__(self, name, lengths, digest="d1"):
         self.name, self.digest = name, digest
@@ -109,15 +109,15 @@ def test_a_document_that_is_kept_whole_takes_the_place_of_several_packs(tmp_path
 def test_a_plan_finds_the_steps_of_a_document(plan):
     step = plan.step(5)
     row = step.rows[np.argmax(step.rows["start"])]
-    found = plan.find(int(row["corpus"]), int(row["document"]))
-    assert 5 in found
+    steps = plan.find(int(row["corpus"]), int(row["document"]))
+    assert 5 in steps
     wanted = [
         number
         for number in range(plan.steps)
         for pack in plan.step(number).packs
         if ((pack.document == row["document"]) & (pack.corpus == row["corpus"])).any()
     ]
-    assert found == sorted(set(wanted))
+    assert steps == sorted(set(wanted))
 
 
 def test_a_plan_of_fewer_steps_is_the_beginning_of_one_with_more(tmp_path):
@@ -147,11 +147,11 @@ def test_the_plan_is_pinned_for_ever(tmp_path):
         level=True,
     )
     corpora = [Lengths("a", lengths), Lengths("b", lengths[::-1][:50])]
-    made = make_pack_plan(tmp_path / "plan", corpora, seed=3, rule=rule, weights=[0.7, 0.3], max_epochs=[1.0, 2.5])
-    assert made.digest == GOLDEN_DIGEST
-    # what is in the packs, however a file says it
+    plan = make_pack_plan(tmp_path / "plan", corpora, seed=3, rule=rule, weights=[0.7, 0.3], max_epochs=[1.0, 2.5])
+    assert plan.digest == GOLDEN_DIGEST
+    # the content of the packs, independent of the file's format
     packs = hashlib.sha256()
-    for step in map(made.step, range(made.steps)):
+    for step in map(plan.step, range(plan.steps)):
         packs.update(step.ends.astype("<i8").tobytes())
         for name in ("document", "start", "length", "corpus", "epoch"):
             packs.update(step.rows[name].tobytes())
@@ -205,7 +205,7 @@ def read_all(path, digest):
 
 
 def test_no_damage_is_silent(plan, tmp_path):
-    """1,000 faults: flipped bits, truncations, swapped blocks, zeroed pages, foreign bytes between."""
+    """Try 1,000 faults: flipped bits, truncations, swapped blocks, zeroed pages, inserted bytes."""
     content = Path(plan.path).read_bytes()
     rng = np.random.default_rng(0)
     path = tmp_path / "damaged"
@@ -213,7 +213,7 @@ def test_no_damage_is_silent(plan, tmp_path):
         damaged = bytearray(content)
         kind = fault % 5
         if kind == 0:
-            # a hundred in the first 64 bytes, which say where all else is
+            # a hundred in the first 64 bytes, which hold the places of everything
             place = int(rng.integers(64 if fault < 500 else len(content)))
             damaged[place] ^= 1 << int(rng.integers(8))
         elif kind == 1:

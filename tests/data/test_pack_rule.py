@@ -53,12 +53,12 @@ def test_a_rule_survives_json():
         ({"context": ((0, 1 << 31),)}, "2,147,483,648 tokens"),
         ({"tokens_per_step": 200}, "tokens_per_step: 200 is not a multiple of the context length 64; 192 would be"),
         ({"tokens_per_step": 0}, "tokens_per_step: 0 is not a multiple"),
-        ({"window": 0}, "window: 0 is too small"),
-        ({"max_documents": 0}, "max_documents: 0 is too small"),
-        ({"max_cost": 0.0}, "max_cost: 0.0 is not a cost"),
-        ({"max_cost": float("inf")}, "max_cost: inf is not a cost"),
+        ({"window": 0}, "window: at least 1, not 0"),
+        ({"max_documents": 0}, "max_documents: at least 1, not 0"),
+        ({"max_cost": 0.0}, "max_cost: above 0, not 0.0"),
+        ({"max_cost": float("inf")}, "max_cost: at most .*, not inf"),
         ({"max_cost": 1.0, "context": ((0, 1 << 30),), "tokens_per_step": 1 << 34}, "more than an integer holds"),
-        ({"long_documents": "drop"}, "long_documents: 'drop' is unknown"),
+        ({"long_documents": "drop"}, "long_documents: there is no 'drop'; there are cut, keep"),
     ],
 )
 def test_a_rule_that_cannot_be_is_refused_by_name(fields, sentence):
@@ -67,5 +67,5 @@ def test_a_rule_that_cannot_be_is_refused_by_name(fields, sentence):
 
 
 def test_a_cost_that_cannot_be_is_refused_by_name():
-    with pytest.raises(DistattnError, match="cost.document_cells: -1 is not"):
+    with pytest.raises(DistattnError, match="document_cells: at least 0, not -1"):
         PackCost(document_cells=-1)

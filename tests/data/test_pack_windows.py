@@ -24,7 +24,7 @@ def documents_of(corpora, seed, max_epochs=1.0):
 
 
 def packs_of(rule, documents, seed, spans=None):
-    """(step, pack's pieces, waits) of all packs, and the windows' sizes in steps."""
+    """Return (step, pack's pieces, waits) of all packs, and the windows' sizes in steps."""
     packs, sizes, step = [], [], 0
     for window in plan_windows(rule, documents, seed, spans or {}):
         assert window.packs.min() > 0
@@ -80,7 +80,7 @@ def test_every_token_of_every_document_is_there_once_an_epoch_and_packs_keep_the
         for block in documents_of(corpora, seed, epochs)
         for corpus, document, epoch, length in zip(*block, strict=True)
     }
-    found: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
+    pieces_read: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
     slots_of_step: dict[int, int] = {}
     for step, pack, _ in packs:
         limits, slots = rule.limits_at(step), slots_of(pack, rule, step)
@@ -88,7 +88,7 @@ def test_every_token_of_every_document_is_there_once_an_epoch_and_packs_keep_the
         assert lengths.min() > 0
         assert lengths.sum() <= limits.tokens * slots
         assert slots == 1 or rule.long_documents == "keep"
-        # what takes several slots is one document, and comes first
+        # a pack of several slots is one document, which comes first
         assert slots == 1 or lengths[0] == lengths.max()
         if limits.max_documents is not None:
             assert len(pack) <= limits.max_documents * slots
@@ -96,26 +96,26 @@ def test_every_token_of_every_document_is_there_once_an_epoch_and_packs_keep_the
             assert len(pack) == 1 or COST.of(lengths).sum() <= limits.max_cells * slots
         slots_of_step[step] = slots_of_step.get(step, 0) + slots
         for document, start, length, corpus, epoch, ends_document in pack.tolist():
-            found.setdefault((corpus, document, epoch), []).append((start, start + length))
+            pieces_read.setdefault((corpus, document, epoch), []).append((start, start + length))
             assert ends_document == (start + length == read[corpus, document, epoch])
-    for key, pieces in found.items():
+    for key, pieces in pieces_read.items():
         ends = [0]
         for start, end in sorted(pieces):
             assert start == ends[-1]
             ends.append(end)
         assert ends[-1] == read[key]
         assert rule.long_documents == "cut" or len(pieces) == 1
-    assert found.keys() == read.keys()
+    assert pieces_read.keys() == read.keys()
     assert sorted(slots_of_step) == list(range(len(slots_of_step)))
     for step, slots in slots_of_step.items():
         assert slots <= rule.packs_at(step)
-        # only packs of several slots, and the end, leave any free
+        # only packs of several slots, and the last step, leave slots free
         assert slots == rule.packs_at(step) or step == len(slots_of_step) - 1 or rule.long_documents == "keep"
 
 
 @st.composite
 def spanned_corpora(draw):
-    """Corpora and, of some documents, spans that a pack of 8 tokens holds; often one directly behind the other."""
+    """Draw corpora and, for some documents, spans that a pack of 8 tokens holds; often one directly behind the other."""
     corpora, spans = draw(CORPORA), {}
     for number, lengths in enumerate(corpora):
         for document, length in enumerate(lengths.tolist()):
@@ -141,19 +141,19 @@ def test_spans_are_never_cut_and_steps_are_full_all_the_same(corpora_and_spans, 
         for number in range(len(corpora))
     }
     packs, _ = packs_of(rule, documents_of(corpora, seed, 2.0), seed, of_corpus)
-    found: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
+    pieces_read: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
     packs_of_step: dict[int, int] = {}
     for step, pack, waited in packs:
         assert pack["length"].sum() <= rule.context_at(step)
         assert waited.max() <= 12
         packs_of_step[step] = packs_of_step.get(step, 0) + 1
         for document, start, length, corpus, epoch, ends_document in pack.tolist():
-            found.setdefault((corpus, document, epoch), []).append((start, start + length))
+            pieces_read.setdefault((corpus, document, epoch), []).append((start, start + length))
             assert ends_document == (start + length == corpora[corpus][document])
             limits = spans[corpus, document]
             assert not ((limits[:, 0] < start + length) & (start + length < limits[:, 1])).any()
-    assert len(found) == 2 * sum(np.count_nonzero(lengths) for lengths in corpora)
-    for (corpus, document, _), pieces in found.items():
+    assert len(pieces_read) == 2 * sum(np.count_nonzero(lengths) for lengths in corpora)
+    for (corpus, document, _), pieces in pieces_read.items():
         begins, ends = zip(*sorted(pieces), strict=True)
         assert begins == (0, *ends[:-1]) and ends[-1] == corpora[corpus][document]
     for step in range(len(packs_of_step) - 1):

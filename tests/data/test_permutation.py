@@ -31,7 +31,7 @@ def test_a_position_has_the_same_number_whatever_is_asked_beside_it(size, key, d
     positions = np.array(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20)))
     together = permuted(positions, size, key)
     assert ((together >= 0) & (together < size)).all()
-    assert together.tolist() == [int(permuted(np.array([one]), size, key)[0]) for one in positions]
+    assert together.tolist() == [int(permuted(np.array([position]), size, key)[0]) for position in positions]
     assert len(set(together.tolist())) == len(set(positions.tolist()))
 
 

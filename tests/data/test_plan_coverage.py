@@ -1,4 +1,4 @@
-"""A plan that reads a document twice, not to its end or not at all is found out, and a right one is not."""
+"""A plan that reads a document twice, not to its end or not at all is detected, and a right one is not."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def plan(tmp_path, part_rows):
 
 
 def rewritten(plan, path, change):
-    """The plan with other pieces: `change` takes and returns (pieces of all steps, PIECE (N,), the step of each (N,))."""
+    """Rewrite the plan with the pieces that `change` returns for (pieces of all steps, PIECE (N,), the step of each (N,))."""
     steps = list(map(plan.step, range(plan.steps)))
     rows, step_of = change(
         np.concatenate([step.rows for step in steps]),
@@ -47,7 +47,7 @@ def rewritten(plan, path, change):
         for number, source in enumerate(plan.sources)
     ]
     with PackPlanWriter(path) as writer:
-        # a pack for each step: packs are not looked at
+        # one pack for each step: the check does not look at packs
         writer.add(PackedWindow(np.ones_like(counts), counts, rows, np.zeros(len(rows), np.int64)))
         writer.finish(
             seed=plan.seed,
@@ -75,18 +75,20 @@ def test_a_right_plan_is_right_however_its_pieces_are_ordered(plan, tmp_path):
 @given(CORPORA, rules())
 def test_what_is_planned_is_right_whatever_the_rule(tmp_path_factory, lengths, rule):
     if rule.long_documents == "keep":
-        lengths = [np.minimum(one, rule.tokens_per_step) for one in lengths]
-    given = [Lengths(str(number), one) for number, one in enumerate(lengths)]
+        lengths = [np.minimum(corpus_lengths, rule.tokens_per_step) for corpus_lengths in lengths]
+    corpora_ = [Lengths(str(number), corpus_lengths) for number, corpus_lengths in enumerate(lengths)]
     path = tmp_path_factory.mktemp("plan") / "plan"
-    whole = make_pack_plan(path, given, seed=1, rule=rule, max_epochs=[2.0] * len(given))
-    assert [found.epochs for found in check_coverage(whole, given)] == [2] * len(given)
+    whole = make_pack_plan(path, corpora_, seed=1, rule=rule, max_epochs=[2.0] * len(corpora_))
+    assert [reading.epochs for reading in check_coverage(whole, corpora_)] == [2] * len(corpora_)
     if whole.steps > 1:
-        short = make_pack_plan(path, given, seed=1, rule=rule, max_epochs=[2.0] * len(given), steps=whole.steps - 1)
-        check_coverage(short, given)
+        short = make_pack_plan(
+            path, corpora_, seed=1, rule=rule, max_epochs=[2.0] * len(corpora_), steps=whole.steps - 1
+        )
+        check_coverage(short, corpora_)
 
 
 def first_cut(rows):
-    """The row of a piece that begins in the middle of its document, in epoch 1 of books."""
+    """Return the row of a piece that begins in the middle of its document, in epoch 1 of books."""
     return int(np.flatnonzero((rows["start"] > 0) & ~rows["ends_document"] & (rows["epoch"] == 1))[0])
 
 

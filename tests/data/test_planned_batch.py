@@ -1,4 +1,4 @@
-"""A planned batch has the token ids and labels of its documents, of which only what is asked for is read."""
+"""A planned batch has the token ids and labels of its documents, and reads only the requested ones."""
 
 import gc
 import threading
@@ -34,7 +34,7 @@ def pack_of(pieces, corpus=0):
 
 
 def expected(pieces, allowed=lambda document, tokens: np.ones(len(tokens), bool)):
-    """Ids and labels of the whole axis, by the definition."""
+    """Return ids and labels of the whole axis, by definition."""
     lengths, ids, labels = sum(LENGTHS, []), [], []
     for document, start, length in pieces:
         whole = document_tokens(document, lengths[document])
@@ -59,9 +59,9 @@ def test_any_positions_in_any_order_are_read_as_from_the_whole_axis(corpus, piec
     some = st.lists(st.integers(0, batch.tokens - 1), max_size=60)
     strides = st.builds(range, st.integers(0, 99), st.just(batch.tokens), st.sampled_from([1, 2, 7, 1100]))
     tokens = np.array(list(data.draw(some | strides)), np.int64)
-    found = batch.read(tokens)
-    assert found[0].dtype == found[1].dtype == np.int64
-    np.testing.assert_array_equal(found, (ids[tokens], labels[tokens]))
+    pair = batch.read(tokens)
+    assert pair[0].dtype == pair[1].dtype == np.int64
+    np.testing.assert_array_equal(pair, (ids[tokens], labels[tokens]))
 
 
 @pytest.mark.parametrize("layout", [Layout.zigzag, Layout.contiguous])
@@ -172,9 +172,11 @@ def test_what_was_started_is_returned_and_what_was_not_is_read(corpus, thread):
     batch.start_reading(other)
     np.testing.assert_array_equal(batch.read(mine[::2]), (ids[mine[::2]], labels[mine[::2]]))
     for tokens in (other, mine, mine):
-        found = batch.read_tensors(tokens)
-        assert all(isinstance(one, torch.Tensor) and one.is_pinned() == torch.cuda.is_available() for one in found)
-        np.testing.assert_array_equal(found, (ids[tokens], labels[tokens]))
+        pair = batch.read_tensors(tokens)
+        assert all(
+            isinstance(tensor, torch.Tensor) and tensor.is_pinned() == torch.cuda.is_available() for tensor in pair
+        )
+        np.testing.assert_array_equal(pair, (ids[tokens], labels[tokens]))
 
 
 def test_work_that_waits_behind_other_work_is_done_by_whoever_needs_it():

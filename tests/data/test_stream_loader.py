@@ -1,4 +1,4 @@
-"""Streams of others are packed as they come, and resumed where their own state allows it."""
+"""Streams of other libraries are packed as they come, and resumed if their own state allows it."""
 
 import copy
 import io
@@ -18,14 +18,14 @@ SETTINGS = {"context": 64, "packs_per_step": 4, "window": 8}
 
 
 def documents(count=400, seed=0, longest=200):
-    """Documents whose first two ids tell which they are; some are longer than a pack, some empty."""
+    """Return documents whose first two ids identify them; some are longer than a pack, some empty."""
     rng = np.random.default_rng(seed)
     lengths = np.minimum(rng.lognormal(2.5, 1.2, count).astype(int), longest)
     return [[number, 1000 + number, *rng.integers(0, 99, length)][:length] for number, length in enumerate(lengths)]
 
 
 class Stateful:
-    """As a StatefulDataLoader or an IterableDataset of Hugging Face: the state moves while it is iterated."""
+    """A stream like a StatefulDataLoader or an IterableDataset of Hugging Face: iterating moves its state."""
 
     def __init__(self, items):
         self.items_, self.position, self.read = items, 0, 0
@@ -44,7 +44,7 @@ class Stateful:
 
 
 class TellsLate(Stateful):
-    """A loaded state shows only once it is iterated, as in Hugging Face's datasets; a finished one begins anew."""
+    """A stream like Hugging Face's datasets: a loaded state shows only in the iteration; a finished one begins anew."""
 
     def load_state_dict(self, state):
         self.loaded = state["position"] % len(self.items_)
@@ -55,7 +55,7 @@ class TellsLate(Stateful):
 
 
 class Counted:
-    """As mosaicml-streaming's StreamingDataset: the reader counts samples."""
+    """A stream like mosaicml-streaming's StreamingDataset: the reader counts samples."""
 
     def __init__(self, items, replication=None):
         self.items_, self.begin, self.read, self.replication = items, 0, 0, replication
@@ -79,7 +79,7 @@ class Counted:
 
 
 class Plain:
-    """Can be iterated, and nothing else."""
+    """A stream that can only be iterated."""
 
     def __init__(self, items):
         self.items_ = items
@@ -92,7 +92,7 @@ KINDS = {"list": list, "plain": Plain, "stateful": Stateful, "tells late": Tells
 
 
 def flat(steps):
-    """Everything that steps have, to be compared."""
+    """Return the contents of steps, to compare them."""
     return [
         [(batch["document_lengths"], batch["input_ids"].tolist(), batch["shift_labels"].tolist()) for batch in step]
         for step in steps
@@ -100,10 +100,10 @@ def flat(steps):
 
 
 def pieces_of(steps):
-    found = []
+    read = []
     for batch in itertools.chain.from_iterable(steps):
-        found += torch.split(batch["input_ids"][0], batch["document_lengths"])
-    return found
+        read += torch.split(batch["input_ids"][0], batch["document_lengths"])
+    return read
 
 
 @settings(deadline=None, max_examples=40)
@@ -163,7 +163,7 @@ def test_resuming_reads_only_the_windows_documents_again_where_the_stream_has_a_
 def test_shares_together_have_the_same_packs_and_their_number_may_change(size):
     whole = flat(StreamLoader(documents(), **SETTINGS))
     ones = [StreamLoader(documents(), **SETTINGS, rank=rank, size=4) for rank in range(4)]
-    seen = [sum(shares, []) for shares in zip(*(flat(itertools.islice(one, 7)) for one in ones), strict=True)]
+    seen = [sum(shares, []) for shares in zip(*(flat(itertools.islice(loader, 7)) for loader in ones), strict=True)]
     others = [StreamLoader(documents(), **SETTINGS, rank=rank, size=size) for rank in range(size)]
     for other in others:
         other.load_state_dict(ones[-1].state_dict())
@@ -176,12 +176,12 @@ def test_packs_are_filled_and_steps_are_not_sorted_by_length():
         np.zeros(length)
         for length in np.minimum(np.random.default_rng(4).lognormal(4.5, 1.3, 20_000).astype(int), 9000)
     ]
-    stream = [one.astype(int) for one in stream]
+    stream = [document.astype(int) for document in stream]
     steps = list(StreamLoader(stream, context=4096, packs_per_step=8, window=64))[:-1]
     tokens = [batch["input_ids"].shape[1] for step in steps for batch in step]
     assert sum(tokens) / len(tokens) / 4096 > 0.99
     longest = [max(batch["document_lengths"]) for step in steps[:8] for batch in step]
-    # the correlation of the longest document with the place in the window
+    # the correlation of the longest document with its place in the window
     assert abs(np.corrcoef(longest, np.arange(64))[0, 1]) < 0.5
 
 
@@ -205,24 +205,24 @@ def test_packs_are_filled_and_steps_are_not_sorted_by_length():
     ],
 )
 def test_documents_and_batches_of_any_shape_are_understood(wrap):
-    given = [ids for ids in documents(60) if ids]
-    assert flat(StreamLoader([wrap(ids) for ids in given], **SETTINGS)) == flat(StreamLoader(given, **SETTINGS))
+    items = [ids for ids in documents(60) if ids]
+    assert flat(StreamLoader([wrap(ids) for ids in items], **SETTINGS)) == flat(StreamLoader(items, **SETTINGS))
 
 
 def test_batches_are_as_their_documents_one_by_one():
-    given = documents(64)
-    batched = [given[first : first + 8] for first in range(0, 64, 8)]
+    items = documents(64)
+    batched = [items[first : first + 8] for first in range(0, 64, 8)]
     settings = {**SETTINGS, "window": 1000}
-    assert flat(StreamLoader(Stateful(batched), **settings)) == flat(StreamLoader(given, **settings))
+    assert flat(StreamLoader(Stateful(batched), **settings)) == flat(StreamLoader(items, **settings))
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_label_is_the_next_token_of_the_document_also_where_it_is_cut_and_carried(masked):
-    """Token ids are in sequence, so that each says what its label is; every third may not be learnt."""
+    """Give token ids in sequence, so that each identifies its label; every third is masked."""
     lengths = [min(len(ids), 150) for ids in documents(200)]
-    given = [np.arange(1000 * number, 1000 * number + length) for number, length in enumerate(lengths)]
-    ends = {int(ids[-1]) for ids in given if len(ids)}
-    items = [{"input_ids": ids, "labels": np.where(ids % 3, ids, -100)} if masked else ids for ids in given]
+    sequences = [np.arange(1000 * number, 1000 * number + length) for number, length in enumerate(lengths)]
+    ends = {int(ids[-1]) for ids in sequences if len(ids)}
+    items = [{"input_ids": ids, "labels": np.where(ids % 3, ids, -100)} if masked else ids for ids in sequences]
     settings = {**SETTINGS, "context": 40, "window": 4}
     loader = StreamLoader(Stateful(items), **settings)
     first = list(itertools.islice(loader, 5))

@@ -22,7 +22,7 @@ def nonempty(count=200):
 
 
 def assert_resumes(make, every=3):
-    """A loader of `make()` that goes on after any step is as one that went through; all documents are in it."""
+    """Assert that a loader of `make()` that resumes after any step equals an unbroken one, and that all documents are in it."""
     whole = list(StreamLoader(make(), **SETTINGS))
     assert len(whole) > 8
     for done in range(0, len(whole) + 1, every):

@@ -131,8 +131,8 @@ def test_a_tokenizer_file_gives_the_librarys_own_ids(tmp_path):
 
 
 def test_dtypes_are_the_narrowest_that_hold_every_id():
-    found = {size: token_dtype(size).name for size in (1, 256, 257, 65_536, 65_537, 200_000)}
-    assert found == {1: "uint8", 256: "uint8", 257: "uint16", 65_536: "uint16", 65_537: "int32", 200_000: "int32"}
+    dtypes = {size: token_dtype(size).name for size in (1, 256, 257, 65_536, 65_537, 200_000)}
+    assert dtypes == {1: "uint8", 256: "uint8", 257: "uint16", 65_536: "uint16", 65_537: "int32", 200_000: "int32"}
 
 
 def run(*arguments, **more):
@@ -148,9 +148,9 @@ def contents(prefix):
 def test_the_number_of_processes_changes_nothing_and_a_finished_command_does_nothing(tmp_path):
     for number in range(5):
         write_jsonl(tmp_path / f"{number}.jsonl", [f"{number} {i} " + text for i, text in enumerate(TEXTS * 200)])
-    found = {}
+    by_processes = {}
     for processes in (1, 3):
-        given = [
+        arguments = [
             "tokenize",
             tmp_path,
             "--suffix",
@@ -160,19 +160,19 @@ def test_the_number_of_processes_changes_nothing_and_a_finished_command_does_not
             "--tokenizer",
             "bytes",
         ]
-        done = run(*given, "--processes", processes, "--json")
+        done = run(*arguments, "--processes", processes, "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["documents"] == 5 * 200 * len(TEXTS)
-        found[processes] = contents(tmp_path / f"out{processes}")
+        by_processes[processes] = contents(tmp_path / f"out{processes}")
         assert not Path(f"{tmp_path}/out{processes}.parts").exists()
-    assert found[1] == found[3]
-    again = run(*given)
+    assert by_processes[1] == by_processes[3]
+    again = run(*arguments)
     assert again.returncode == 0 and "nothing was to do" in again.stdout
-    other = run(*given, "--eos", "0")
+    other = run(*arguments, "--eos", "0")
     assert (
         other.returncode == 2 and "out3.json: exists already, made of other files or by another command" in other.stderr
     )
-    assert contents(tmp_path / "out3") == found[3] and not Path(f"{tmp_path}/out3.parts").exists()
+    assert contents(tmp_path / "out3") == by_processes[3] and not Path(f"{tmp_path}/out3.parts").exists()
     right = run("verify", tmp_path / "out1", tmp_path / "out3")
     assert right.returncode == 0 and right.stdout.count("right") == 2, right.stdout
 
@@ -228,11 +228,11 @@ def test_a_job_is_saved_whole(tmp_path):
         assert TokenizeJob.load(job.save()) == job
 
 
-# ---- what is refused
+# ---- refusals
 
 
 def bad_files():
-    """Name, content, and what is said of it."""
+    """Return (name, content, refusal) of each bad file."""
     line = b'{"text": "fine", "id": 1}\n'
     return [
         (
@@ -252,7 +252,7 @@ def bad_files():
         ("a.txt", b"fine \xe9", r"a\.txt: not UTF-8 text \(byte 5\)"),
         ("a.jsonl.gz", gzip.compress(line * 100, mtime=0)[:-20], r"a\.jsonl\.gz: cut or damaged after line \d+"),
         ("a.jsonl.gz", line, r"a\.jsonl\.gz: cut or damaged after line 0: Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(line + b"{}", mtime=0), r"a\.jsonl\.gz:2: no field 'text'; its fields are none"),
+        ("a.jsonl.gz", gzip.compress(line + b"{}", mtime=0), r"a\.jsonl\.gz:2: no field 'text'; its fields are (none)"),
         ("a.jsonl.gz", b"", r"a\.jsonl\.gz: is empty, so not a compressed file"),
         ("a.parquet", b"PAR1 and no more", r"a\.parquet: not a Parquet file, or damaged"),
         ("a.parquet", b"", r"a\.parquet: not a Parquet file, or damaged"),
@@ -352,12 +352,14 @@ def test_commands_that_cannot_be_are_refused_in_a_sentence(tmp_path, capsys):
         ({"--field": ""}, "no field ''"),
         ({"--suffix": ".c"}, "holds no files ending in '.c'"),
     ):
-        given = {**fine, **changed}
-        paths = given.pop("paths")
-        code = cli.main(["data", "tokenize", *map(str, paths), *(str(word) for pair in given.items() for word in pair)])
+        arguments = {**fine, **changed}
+        paths = arguments.pop("paths")
+        code = cli.main(
+            ["data", "tokenize", *map(str, paths), *(str(word) for pair in arguments.items() for word in pair)]
+        )
         captured = capsys.readouterr()
         assert code in (2, 3), captured
-        found = captured.err.replace("|", "")
-        assert len(found.splitlines()) == 1
-        assert re.search(why.replace("|", ""), found), (why, found)
+        message = captured.err.replace("|", "")
+        assert len(message.splitlines()) == 1
+        assert re.search(why.replace("|", ""), message), (why, message)
         assert not list(tmp_path.glob("out.b*"))

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 SUFFIXES = (".bin", ".idx", ".xxh3", ".json")
 SHARDS = 40
 # shards small enough that there are many; the process kills itself before the n-th time that it gives a file its name, or some
-# seconds after its workers have done so many shards
+# seconds after its workers have done this many shards
 DRIVER = """
 import os, signal, sys, time
 from distattn.data.tokenizing import document_sources
@@ -44,14 +44,14 @@ def fatal_rename(*names):
         os.kill(os.getpid(), signal.SIGKILL)
     rename(*names)
 
-def fatal_give(*given):
+def fatal_give(*arguments):
     global shards
     shards -= 1
     if shards == 0:
-        # amid what the other worker does
+        # while the other worker works
         time.sleep(seconds)
         os.kill(os.getpid(), signal.SIGKILL)
-    give(*given)
+    give(*arguments)
 
 os.rename = fatal_rename
 tokenize_processes._Worker.give = fatal_give
@@ -63,7 +63,7 @@ WORKERS = 2
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A file of about 40 shards, and what an uninterrupted command makes of it."""
+    """Write a file of about 40 shards. Return its folder, and the output of an uninterrupted command."""
     folder = tmp_path_factory.mktemp("corpus")
     rng = random.Random(5)
     with open(folder / "a.jsonl", "w") as file:
@@ -154,11 +154,11 @@ def test_workers_end_with_a_command_that_is_killed(corpus, tmp_path):
     folder, _ = corpus
     process = start(folder, tmp_path / "out")
     eventually(lambda: len(workers(process)) == 2, "no workers")
-    found = workers(process)
+    processes = workers(process)
     process.kill()
     process.communicate()
-    eventually(lambda: not any(map(alive, found)), "workers live on")
-    assert not any(map(alive, found))
+    eventually(lambda: not any(map(alive, processes)), "workers live on")
+    assert not any(map(alive, processes))
 
 
 @pytest.mark.parametrize("die_at", range(1, 6))
@@ -247,9 +247,9 @@ def test_two_commands_do_not_work_in_one_place(corpus, tmp_path, monkeypatch):
     ):
         pass
     # started together, the later one waits, and finds everything done
-    both = [start(folder, tmp_path / "out") for _ in range(2)]
-    outputs = [process.communicate(timeout=LIMIT_SECONDS) for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
+    processes = [start(folder, tmp_path / "out") for _ in range(2)]
+    outputs = [process.communicate(timeout=LIMIT_SECONDS) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
     assert sum("nothing was to do" in stdout for stdout, _ in outputs) == 1
     assert contents(tmp_path / "out") == whole
 

@@ -1,4 +1,4 @@
-"""distattn data verify: what is right is called so, and the first fault of what is not is named."""
+"""distattn data verify: right files are called right, and the first fault of a wrong one is named."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def test_what_is_right_is_called_right(prefix, capsys):
 
 
 def test_digests_are_written_where_there_are_none(prefix, capsys, monkeypatch):
-    """Files of Megatron's tools have none; with them nothing but a header is read to open a corpus, and changes are noticed."""
+    """Write digests of files of Megatron's tools: then opening a corpus reads only headers, and changes are noticed."""
     expected = Path(f"{prefix}.xxh3").read_bytes()
     plain = Corpus.open("web", [prefix]).digest
     os.unlink(f"{prefix}.xxh3")
@@ -80,7 +80,7 @@ def test_digests_are_written_where_there_are_none(prefix, capsys, monkeypatch):
     monkeypatch.setattr(BlockDigests, "check", lambda self, *rest: (checked.append(len(rest[3])), check(self, *rest)))
     corpus = Corpus.open("web", [prefix])
     assert corpus.digest == plain != bare and corpus.has_digest(plain) and sum(checked) <= 2 * BLOCK_BYTES
-    # a plan that was made before they were there is of these files, too
+    # a plan that was made before the digests existed is of these files, too
     assert corpus.has_digest(bare) and not corpus.has_digest("0" * 32)
     monkeypatch.undo()
     alter(f"{prefix}.bin", 100_000, Path(f"{prefix}.bin").read_bytes()[100_000] ^ 1)
@@ -147,8 +147,8 @@ def test_tables_of_digests_manifests_and_ids_are_checked(prefix, capsys):
 def test_a_manifest_of_another_file_is_found(tmp_path, capsys):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text("text" * (1 + len(name) + ord(name)))
-        given = ["data", "tokenize", tmp_path / f"{name}.txt", "--out", tmp_path / name, "--tokenizer", "bytes"]
-        assert cli.main(list(map(str, given))) == 0
+        command = ["data", "tokenize", tmp_path / f"{name}.txt", "--out", tmp_path / name, "--tokenizer", "bytes"]
+        assert cli.main(list(map(str, command))) == 0
     capsys.readouterr()
     (tmp_path / "b.json").rename(tmp_path / "a.json")
     code, shown = verify(capsys, tmp_path / "a")
@@ -178,7 +178,7 @@ def test_packages_that_are_missing_are_named_with_the_extra(monkeypatch):
 
 @pytest.fixture
 def packs(tmp_path, prefix):
-    """A TOML file and its plan: an epoch of one corpus and a bit more."""
+    """Write a TOML file and its plan: an epoch of one corpus and a bit more."""
     (tmp_path / "packs.toml").write_text(
         f"""
 plan = "run.packs"

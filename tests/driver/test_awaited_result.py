@@ -1,4 +1,4 @@
-"""Whoever waits for another thread's answer is told to wait for other ranks while that thread does, and only then."""
+"""A thread that waits for another thread's answer reports a wait for other ranks while that thread waits for them."""
 
 import re
 import threading
@@ -17,7 +17,7 @@ from distattn.supervision.heartbeats import HeartbeatBoard, set_activity, thread
 
 @pytest.fixture
 def told(monkeypatch):
-    """What this process tells."""
+    """Return a function that reads this process's heartbeat."""
     monkeypatch.setattr(heartbeats, "_CURRENT", heartbeats._CurrentActivity())
     board = HeartbeatBoard.make(1)
     heartbeats.attach(board.path, 0, 1)
@@ -32,7 +32,7 @@ def test_a_rank_waits_for_others_only_while_they_are_asked(told):
 
     def thread():
         idents.append(threading.get_ident())
-        # of the step before, whose plans nobody waits for yet
+        # of the step before, for whose plans no thread waits yet
         with thread_activity("the comparison of plans", waits=True):
             steps[0].wait()
         steps[1].wait()
@@ -45,14 +45,14 @@ def test_a_rank_waits_for_others_only_while_they_are_asked(told):
         try:
             pool.submit(thread)
             eventually(lambda: idents and heartbeats._CURRENT.other_threads, "the thread does not come")
-            # nobody waits for it: this rank does its own work
+            # no thread waits for it: this rank does its own work
             assert not told().waits and told().activity == "evaluation" and told().seconds == 300
             results.append(AwaitedResult(idents[0]))
             waiting = pool.submit(results[0].result)
             eventually(lambda: told().waits, lambda: str(told()))
             assert (told().activity, told().seconds, told().step) == ("the comparison of plans", 0.0, 3)
             steps[0].set()
-            # the thread works for itself: that is this rank's own time
+            # the thread computes alone: that is this rank's own time
             eventually(lambda: not told().waits, lambda: str(told()))
             assert told().activity == "evaluation" and told().seconds == 300
             steps[1].set()
@@ -86,22 +86,22 @@ def test_errors_of_the_thread_come_to_whoever_waits(told):
     assert heartbeats._CURRENT.awaited is None
 
 
-# what rank 0 is to say while rank 1 is elsewhere: before its first layer, and in its loader
+# the activities of rank 0 while rank 1 is late: before its first layer, and in its loader
 LATE = ("the trial of kernels", "the exchange of a step")
 
 
 def trained_beside_a_late_rank(rank, folder):
-    """What this rank told: pairs of words and whether it waits for others."""
+    """Train. Return this rank's heartbeats: pairs of the activity and whether it waits for others."""
     told = []
 
-    def write(words, step, seconds, waits, *fields):
-        told.append((words, waits))
-        if rank == 0 and waits and words in LATE:
-            (folder / words).touch()
+    def write(activity, step, seconds, waits, *fields):
+        told.append((activity, waits))
+        if rank == 0 and waits and activity in LATE:
+            (folder / activity).touch()
 
-    def late(words):
+    def late(activity):
         if rank == 1:
-            eventually((folder / words).exists, f"rank 0 does not say that it waits for {words}")
+            eventually((folder / activity).exists, f"rank 0 does not say that it waits for {activity}")
 
     def steps():
         for number, step in enumerate([*loader(0), *loader(0)]):
@@ -124,11 +124,11 @@ def trained_beside_a_late_rank(rank, folder):
 def test_ranks_say_what_they_wait_for_and_of_which_layer(tmp_path):
     of_ranks = run_on_ranks(2, trained_beside_a_late_rank, tmp_path)
     for rank, told in enumerate(of_ranks):
-        messages = [words for words, waits in told if waits and "from rank" in words]
+        messages = [activity for activity, waits in told if waits and "from rank" in activity]
         form = rf"\w+(, \w+)* from rank {1 - rank} in step \d+ of \d+ of the (forward|backward) pass of layer [01]"
-        assert messages and all(re.fullmatch(form, words) for words in messages), told
-        passes = {words.rpartition("the ")[2] for words in messages}
+        assert messages and all(re.fullmatch(form, activity) for activity in messages), told
+        passes = {activity.rpartition("the ")[2] for activity in messages}
         assert passes == {f"{direction} pass of layer {n}" for direction in ("forward", "backward") for n in (0, 1)}
         # backward passes come in the opposite order
-        order = [words[-1] for words in messages if "backward" in words]
+        order = [activity[-1] for activity in messages if "backward" in activity]
         assert order[0] == "1" and "0" in order

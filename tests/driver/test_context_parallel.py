@@ -1,4 +1,4 @@
-"""What trainers touch: sharded batches, and equal losses on any number of ranks."""
+"""The calls of trainers: sharded batches, and equal losses on any number of ranks."""
 
 from collections.abc import Sequence
 
@@ -203,10 +203,10 @@ def test_replicas_share_a_scale():
             lambda: da.ContextParallel(strategy="ring", inner="causal"),
             "there is no setting 'inner'; there are strategy",
         ),
-        (lambda: da.ContextParallel(strategy="ring", data="both"), "data is 'replicated' or 'per_rank', not 'both'"),
+        (lambda: da.ContextParallel(strategy="ring", data="both"), "data: there is no 'both'; there are replicated"),
         (lambda: da.ContextParallel(strategy="ring", context_parallel_size=2), "context_parallel_size belongs to data"),
         (lambda: da.ContextParallel(strategy="ring", verify_every=1.5), "verify_every is a whole number"),
-        (lambda: da.ContextParallel(strategy="ring", kernel="bogus"), "kernel 'bogus'"),
+        (lambda: da.ContextParallel(strategy="ring", kernel="bogus"), "kernel: there is no 'bogus'; there are auto"),
         (lambda: da.ContextParallel(strategy="ring", backward="bogus"), "policy 'bogus'"),
         (lambda: da.ContextParallel(strategy="ring", document_mask="bogus"), "document_mask is"),
         (
@@ -251,12 +251,12 @@ CONFIG = Config(
 
 
 def _gradients(rank: int, strategy: str, layouts: Sequence[str], lengths: list[int]):
-    """Of each layout; all of them by the same processes, which take longer to start than to compute."""
-    found = []
+    """Return the gradients of each layout, all by the same processes, which take longer to start than to compute."""
+    gradients = []
     for layout in layouts:
         with da.ContextParallel(strategy=strategy, layout=layout) as cp:
-            found.append(_gradients_of(cp, lengths))
-    return found
+            gradients.append(_gradients_of(cp, lengths))
+    return gradients
 
 
 def _gradients_of(cp: da.ContextParallel, lengths: list[int]):
@@ -272,7 +272,7 @@ def _gradients_of(cp: da.ContextParallel, lengths: list[int]):
 
 
 def _plain(lengths: list[int]):
-    """One process, one document at a time, transformers' own attention."""
+    """Compute the loss in one process, one document at a time, with transformers' own attention."""
     model = build_model(CONFIG, configured_model(CONFIG, 256, 4096), "sdpa")
     loss = loss_by_document(lambda ids: model(ids, use_cache=False).logits[0], [batch(lengths)])
     loss.backward()
@@ -285,7 +285,7 @@ def _plain(lengths: list[int]):
 @pytest.mark.parametrize("rules", ["gloo", pytest.param("nccl", marks=pytest.mark.full)])
 def test_loss_and_every_gradient_equal_plain_transformers(strategy, lengths, rules):
     loss, gradients = _plain(lengths)
-    # half of the layouts with gloo and half by NCCL's rules, with the next strategy and for the other pack the other way round
+    # half of the layouts run with gloo and half by NCCL's rules; the next strategy and the other pack swap the halves
     first = list(STRATEGIES).index(strategy) + (rules == "nccl") + (len(lengths) == 1)
     layouts = list(LAYOUTS)[first % 2 :: 2]
     for of_rank in run_on_ranks(4, by_rules(rules, _gradients), strategy, layouts, lengths):
@@ -309,7 +309,7 @@ def test_programs_for_known_shapes_are_made_ahead():
 
     def layer(lengths):
         sharded = cp.shard(batch(lengths))["context_parallel"]
-        ahead = {known: future.result() for known, future in sharded._ahead.items()}
+        ahead = {shape: future.result() for shape, future in sharded._ahead.items()}
         q, k, v = (torch.randn(sum(lengths), heads, 8) for heads in (4, 2, 2))
         sharded.attention(q, k, v)
         (executable,) = sharded._executables.values()

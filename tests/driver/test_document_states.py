@@ -1,4 +1,4 @@
-"""States of documents in and out of local batches: documents in two batches that hand on their states are those of one."""
+"""States of documents in and out of local batches: documents in two batches that pass on their states equal whole ones."""
 
 from dataclasses import replace
 
@@ -10,17 +10,18 @@ from processes import run_on_ranks, sum_gradients
 
 import distattn as da
 from distattn.batch.local_batch import LocalBatch
-from distattn.batch.planner import AttentionShape, BatchKey, Planner, PlannerConfig
+from distattn.batch.planner import AttentionShape, BatchKey, Planner
 from distattn.batch.pooled_layout import BatchBlock
 from distattn.batch.recurrent_span import RecurrentSpan
 from distattn.cluster.spec import Link, load
 from distattn.ir.op import OPS
+from distattn.parallel.attention_config import AttentionConfig
 
 HEADS, DIM, TAPS = 2, 4, 4
 WIDTH = 4 * HEADS * DIM
-# of each document what the first and the second batch have; the third is shorter than a filter
+# tokens of each document in the first and the second batch; the third part is shorter than a filter
 FIRST, SECOND = [5, 40, 1, 30], [7, 3, 1, 21]
-# of each block of ranks; the last has nothing in either batch
+# for each block of ranks; the last block has nothing in either batch
 OF_BLOCKS = [([5, 40, 1], [7, 3, 1]), ([30], [21])]
 
 
@@ -31,11 +32,11 @@ class Layers(torch.nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         shapes = (tokens, WIDTH), (WIDTH, TAPS), (documents, WIDTH, TAPS - 1), (documents, HEADS, DIM, DIM)
-        made = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes)
-        self.rows, self.filters, self.before, self.state = map(torch.nn.Parameter, made)
+        tensors = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes)
+        self.rows, self.filters, self.before, self.state = map(torch.nn.Parameter, tensors)
 
     def forward(self, local, ids, states, span=None):
-        """(o, states) of a batch; span: where tokens lie otherwise meanwhile."""
+        """Return (o, states) of a batch. span: the layout on which tokens lie meanwhile."""
         x, before, state = self.rows[ids], *states
         if span is not None:
             x, local = span.enter(x), span.batch
@@ -58,9 +59,9 @@ class Layers(torch.nn.Module):
 
 
 def of_two_batches(rank, settings, relaid, blocks):
-    """(loss of this rank, final states, gradients summed over ranks) of documents of which each batch has a part.
+    """Return (loss of this rank, final states, gradients summed over ranks) of documents of which each batch has a part.
 
-    blocks: of each block of ranks the tokens of its documents in the first and the second batch.
+    blocks: for each block of ranks the tokens of its documents in the first and the second batch.
     """
     total = sum(sum(first) + sum(second) for first, second in blocks)
     documents = sum(len(first) for first, _ in blocks)
@@ -70,15 +71,15 @@ def of_two_batches(rank, settings, relaid, blocks):
         mine = rank // size
         token = sum(sum(first) + sum(second) for first, second in blocks[:mine])
         number = sum(len(first) for first, _ in blocks[:mine])
-        both = blocks[mine] if mine < len(blocks) else ([], [])
-        states = [every[number : number + len(both[0])] for every in (model.before, model.state)]
-        # a rank's share of what all ranks of a block have alike
+        lengths_of_batches = blocks[mine] if mine < len(blocks) else ([], [])
+        states = [every[number : number + len(lengths_of_batches[0])] for every in (model.before, model.state)]
+        # all ranks of a block have the same loss: a rank counts its share
         loss = torch.zeros((), dtype=torch.float64)
-        for lengths in both:
+        for lengths in lengths_of_batches:
             ids = torch.arange(token, token + sum(lengths))[None]
             token += sum(lengths)
-            given = [{"input_ids": ids, "document_lengths": lengths}] if lengths else []
-            (batch,) = cp.shard_step(given)
+            packs = [{"input_ids": ids, "document_lengths": lengths}] if lengths else []
+            (batch,) = cp.shard_step(packs)
             local = batch["context_parallel"]
             assert local.documents == tuple(lengths)
             span = RecurrentSpan(local, relaid) if relaid else None
@@ -93,12 +94,12 @@ def of_two_batches(rank, settings, relaid, blocks):
 
 
 def weighted(o, ids):
-    """By token, so that no two are exchanged."""
+    """Sum squared outputs with weights by token, so that exchanged tokens change the loss."""
     return o.square().sum(1) * (1 + ids % 7)
 
 
 def of_one_batch(blocks):
-    """The same of whole documents, each computed alone."""
+    """Compute the same results of whole documents, each alone."""
     total = sum(sum(first) + sum(second) for first, second in blocks)
     model = Layers(total, sum(len(first) for first, _ in blocks))
     loss, token, number, final = 0.0, 0, 0, []
@@ -119,7 +120,7 @@ def of_one_batch(blocks):
 
 
 REPLICATED = [(FIRST, SECOND)]
-# in which it takes no time to move tokens, where that may be
+# on this cluster moving tokens takes no time
 _H100 = load("h100-1x2")
 FAST = replace(
     _H100,
@@ -130,14 +131,14 @@ CASES = {
     1: [(dict(layout="zigzag"), None, REPLICATED)],
     2: [
         (dict(layout="block_cyclic", layout_options=dict(block=1), cluster=FAST), None, REPLICATED),
-        # states of a rank's own documents are not known to the other one
+        # the other rank does not know the states of a rank's own documents
         (dict(data="per_rank", cluster=FAST), None, OF_BLOCKS),
     ],
     4: [
         (dict(layout="zigzag", pad_to=8), None, REPLICATED),
         (dict(layout="balanced"), None, REPLICATED),
         (dict(layout="block_cyclic", layout_options=dict(block=3), pad_to=8), "contiguous", REPLICATED),
-        # ranks that split a batch of their own, and ranks that each have one, of which two have none
+        # ranks that split their own batch, and ranks that each have one, two of them an empty one
         (dict(data="per_rank", context_parallel_size=2, layout="zigzag", pad_to=8), None, OF_BLOCKS),
         (dict(data="per_rank"), None, OF_BLOCKS),
     ],
@@ -151,20 +152,20 @@ def work(rank, ranks):
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("ranks", CASES)
 def test_batches_that_hand_on_states_equal_one(ranks):
-    for (settings, _, blocks), everyone in zip(
+    for (settings, _, blocks), results in zip(
         CASES[ranks], zip(*run_on_ranks(ranks, work, ranks), strict=True), strict=True
     ):
         loss, final, gradients = of_one_batch(blocks)
-        assert float(sum(one for one, *_ in everyone)) == pytest.approx(float(loss), rel=1e-11), settings
+        assert float(sum(rank_loss for rank_loss, *_ in results)) == pytest.approx(float(loss), rel=1e-11), settings
         size = settings.get("context_parallel_size", 1) if "data" in settings else ranks
-        for rank, (_, states, found) in enumerate(everyone):
+        for rank, (_, states, rank_gradients) in enumerate(results):
             mine = rank // size
-            # on every rank that has the batch, whole, and the same bits
-            assert all(map(torch.equal, states, everyone[mine * size][1]))
+            # whole and bitwise equal on every rank that has the batch
+            assert all(map(torch.equal, states, results[mine * size][1]))
             for a, b in zip(states, final[mine] if mine < len(final) else [], strict=False):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
             assert [len(state) for state in states] == [len(blocks[mine][0]) if mine < len(blocks) else 0] * 2
-            for a, b in zip(found, gradients, strict=True):
+            for a, b in zip(rank_gradients, gradients, strict=True):
                 assert float((a - b).abs().max()) <= 1e-10 * float(b.abs().max()), settings
 
 
@@ -177,9 +178,9 @@ def test_states_that_are_not_of_the_documents_are_refused():
         q = torch.randn(12, 2, 4)
         with pytest.raises(da.DistattnError, match="initial_state is float; "):
             batch.recurrence(q, q, q, "linear_attention", initial_state=0.0)
-    # a batch of the first rank's own, whose rows would lie on both in the span
+    # a batch of the first rank only, whose rows would lie on both ranks in the span
     planner = Planner(
-        PlannerConfig(strategy="ring"), None, lambda ends: (da.Mask.causal(12), da.Layout.zigzag([12], 2))
+        AttentionConfig(strategy="ring"), None, lambda ends: (da.Mask.causal(12), da.Layout.zigzag([12], 2))
     )
     batch = LocalBatch(planner, BatchKey(()), 0, False, BatchBlock(range(1), range(1)))
     assert batch.documents == (12,)
@@ -191,7 +192,7 @@ SHAPE = dict(heads=2, kv_heads=2, head_dim=64, v_head_dim=64, dtype="float32")
 
 
 def _strategies(rank):
-    """What a batch of the rank's own is planned by, and what would be faster."""
+    """Return the strategy that plans a batch of the rank's own, and the faster strategy."""
     with da.ContextParallel(strategy="ring", data="per_rank", cluster=FAST) as cp:
         lengths = [[4000, 96], [8]][rank]
         batch = cp.shard({"input_ids": torch.zeros(1, sum(lengths), dtype=torch.int64), "document_lengths": lengths})

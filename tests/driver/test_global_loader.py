@@ -1,4 +1,4 @@
-"""Loaders that know all steps of all ranks: nobody is asked what comes, and the training is the same."""
+"""Loaders that know all steps of all ranks: ranks exchange no facts of steps, and the training is the same."""
 
 import pytest
 from packs_of_ranks import PACKS, documents, model_of, shared, trained, whole_run
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.sampled(3)
 
 
 class SharedPacks:
-    """Packs of all shares, as a plan of packs would have them."""
+    """A loader that knows the packs of all shares, as one of a plan does."""
 
     def __init__(self, rank, size, data_digest="plan"):
         self.rank, self.size, self.data_digest, self.step = rank, size, data_digest, 0
@@ -29,7 +29,7 @@ class SharedPacks:
 
     def facts(self, step):
         packed = [self._batches(share, step) for share in range(self.size)]
-        return [[BatchFacts(one.lengths, one.digest, one.valid_labels) for one in share] for share in packed]
+        return [[BatchFacts(batch.lengths, batch.digest, batch.valid_labels) for batch in share] for share in packed]
 
     def _batches(self, share, step):
         count = len(PACKS[share][step]) if step < len(PACKS[share]) else 0
@@ -37,12 +37,12 @@ class SharedPacks:
 
 
 def trained_run(rank, shares, options, digests=None):
-    """(losses and gradients, what ranks asked each other of steps)."""
+    """Return (losses and gradients, number of exchanges of a step's facts)."""
     asked, gather = [], HostGroup.all_gather
 
-    def counted(group, value, what):
-        asked.append(what)
-        return gather(group, value, what)
+    def counted(group, value, label):
+        asked.append(label)
+        return gather(group, value, label)
 
     HostGroup.all_gather = counted
     model = model_of()
@@ -61,19 +61,19 @@ def test_ranks_ask_once_and_train_as_one_process():
 def test_ranks_that_split_a_batch_read_the_same_share():
     options = dict(strategy="ring", layout="zigzag", context_parallel_size=2)
     for result, asked in run_on_ranks(4, trained_run, 2, options):
-        # a step's losses are summed over ranks, each of which has its own tokens
+        # a step's losses are summed over ranks, which have their own tokens
         assert_same(result, whole_run(2), 1e-11)
         assert asked == 1
 
 
 def test_ranks_with_other_plans_are_refused():
-    said = "rank 1 reads the plan another from step 0 to 3, rank 0 one plan from step 0 to 3: begin all ranks"
-    with pytest.raises(AssertionError, match=said):
+    refusal = "rank 1 reads the plan another from step 0 to 3, rank 0 one plan from step 0 to 3: begin all ranks"
+    with pytest.raises(AssertionError, match=refusal):
         run_on_ranks(2, trained_run, 2, dict(options=dict(block=8)), ["one plan", "another"])
 
 
 def left_run(rank):
-    """Numbers of the loader's next step: after a loop that is left in its second step, and after a loop over the rest."""
+    """Return the loader's next step after a loop that is left in its second step, and after a loop over the rest."""
     model = model_of()
     with shared(options=dict(block=8)) as cp:
         loader, seen = SharedPacks(rank, 2), []
@@ -106,9 +106,9 @@ def held_run(rank):
 
 
 def test_a_loop_whose_generator_is_held_loses_no_step():
-    for seen, said in run_on_ranks(2, held_run):
+    for seen, refusal in run_on_ranks(2, held_run):
         assert_same(seen, whole_run(2), 1e-11)
-        assert "something else went on with it, such as a loop inside this one" in said
+        assert "something else went on with it, such as a loop inside this one" in refusal
 
 
 def nested_run(rank):

@@ -1,4 +1,4 @@
-"""Whatever a trainer does to gradients, losses are scaled so that they come out as one process has them."""
+"""Losses are scaled so that any trainer's gradients come out as one process has them."""
 
 import logging
 import random
@@ -52,7 +52,7 @@ RING = dict(strategy="ring", layout="document_zigzag")
 
 
 def _gradients(rank: int, kind: str, degree: int, micro_batches: int, changes: dict, settings: dict):
-    """(Factor, loss as one process has it, gradients); degree: ranks that hold the same batch, in a mesh dim if several."""
+    """Return (factor, loss of one process, gradients). degree: ranks with the same batch, a mesh dim if there are several."""
     replicas = dist.get_world_size() // degree
     shape, names = ((replicas, degree), ("dp", "cp")) if degree > 1 else ((replicas,), ("dp",))
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
@@ -96,28 +96,28 @@ def test_replicas_that_share_attention_have_the_gradients_of_one_process(kind, r
     changes = {"tie_word_embeddings": kind == "ddp"}
     batches = [batch for replica in range(2) for batch in small.step(replica, micro_batches)]
     loss, gradients = small.in_one_process(small.build(**changes), batches)
-    given = kind, degree, micro_batches, changes, small.CAD
-    for factor, got_loss, got in run_on_ranks(ranks, _gradients, *given):
+    arguments = kind, degree, micro_batches, changes, small.CAD
+    for factor, got_loss, got in run_on_ranks(ranks, _gradients, *arguments):
         assert factor == (1 if FACTORS[kind] == 1 else ranks)
         assert abs(got_loss - loss) < 1e-6
         assert abs(small.norm_ratio(got, gradients) - 1) < 1e-4
 
 
 def _meshes(rank: int) -> list[str]:
-    said = []
+    refusals = []
     for shape, names, settings in (
         ((2, 2), ("cp", "dp"), small.CAD),
         ((2, 2), ("dp", "sp"), {"strategy": "ring"}),
     ):
         with pytest.raises(DistattnError) as refusal:
             pytorch.context_parallel(init_device_mesh("cpu", shape, mesh_dim_names=names), **settings)
-        said.append(str(refusal.value))
-    return said
+        refusals.append(str(refusal.value))
+    return refusals
 
 
 def test_meshes_that_do_not_fit_are_refused():
-    for said in run_on_ranks(4, _meshes):
-        assert "'cp' has to be the mesh's last dim" in said[0] and "dims dp, sp, none called 'cp'" in said[1]
+    for refusals in run_on_ranks(4, _meshes):
+        assert "'cp' has to be the mesh's last dim" in refusals[0] and "dims dp, sp, none called 'cp'" in refusals[1]
 
 
 def _refused(rank: int, kind: str) -> str:
@@ -139,7 +139,7 @@ def _refused(rank: int, kind: str) -> str:
         loop._reduce = lambda: (right(), [p.grad.clamp_(-0.1, 0.1) for p in model.parameters()])
     cp = pytorch.context_parallel(mesh, strategy="ring", kernel="reference")
     if kind == "only the group's":
-        # gradients are summed over both replicas, but the loss is said to be of one
+        # gradients are summed over both replicas, but loss_group names one replica
         cp = ContextParallel(mesh["cp"].get_group(), strategy="ring", kernel="reference")
     with pytest.raises(DistattnError) as refusal:
         cp.loss_scale(loop)
@@ -166,7 +166,7 @@ def _frozen(rank: int, kind: str) -> float:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
     model = small.build()
     model.requires_grad_(False)
-    # as LoRA does: adapters only
+    # trains adapters only, as LoRA does
     model.model.layers[1].mlp.down_proj.weight.requires_grad_(True)
     if kind == "ddp":
         model = DistributedDataParallel(model)
@@ -186,20 +186,20 @@ def _accumulating(rank: int) -> list[str]:
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "cp"))
     model, loop = trainer("fsdp", mesh)
     cp = pytorch.context_parallel(mesh, strategy="ring", kernel="reference")
-    said = []
+    refusals = []
     for synchronized in (False, True):
         model.set_requires_gradient_sync(False)
         pytorch.local_loss(model, cp.shard(small.micro_batch([9, 30]))).backward()
         model.set_requires_gradient_sync(synchronized)
         with pytest.raises(DistattnError) as refusal:
             cp.loss_scale(loop)
-        said.append(str(refusal.value))
-    return said
+        refusals.append(str(refusal.value))
+    return refusals
 
 
 def test_a_probe_amid_accumulated_gradients_of_fsdp2_is_refused():
-    for said in run_on_ranks(2, _accumulating):
-        assert all("between steps" in refusal for refusal in said) and len(said) == 2
+    for refusals in run_on_ranks(2, _accumulating):
+        assert all("between steps" in refusal for refusal in refusals) and len(refusals) == 2
 
 
 def _state(model) -> list[torch.Tensor]:
@@ -221,7 +221,7 @@ def _untouched(rank: int, kind: str) -> bool:
 
     take_step()
     optimizer.step()
-    # gradients stay: a probe in the middle of a step
+    # a probe in the middle of a step keeps the gradients
     before, moments = (
         _state(model),
         [x.clone() for s in optimizer.state.values() for x in map(pytorch.full_tensor, s.values())],
@@ -261,9 +261,9 @@ class _Said(logging.Handler):
 
 
 def _not_probed(rank):
-    """What is said in steps of a trainer whose scale nobody has measured, and of another, and of an evaluation."""
+    """Return the warnings of a trainer whose scale was not measured, of one whose scale was, and of an evaluation."""
     batch = {"input_ids": torch.arange(8)[None]}
-    said = []
+    warnings = []
     for kind in ("trains", "was probed", "evaluates"):
         handler = _Said()
         logging.getLogger("distattn").addHandler(handler)
@@ -274,18 +274,18 @@ def _not_probed(rank):
             for _ in range(3):
                 cp.shard(batch)
         logging.getLogger("distattn").removeHandler(handler)
-        said.append(handler.lines)
-    return said
+        warnings.append(handler.lines)
+    return warnings
 
 
 def test_a_scale_that_nobody_asked_for_is_said_once():
-    (said, *silent), others = run_on_ranks(2, _not_probed)
-    assert len(said) == 1 and "loss_scale(target) was not called" in said[0] and silent == [[], []]
+    (warnings, *silent), others = run_on_ranks(2, _not_probed)
+    assert len(warnings) == 1 and "loss_scale(target) was not called" in warnings[0] and silent == [[], []]
     assert others == [[], [], []]
 
 
 def _other_weights(rank):
-    """What is said of ranks that were seeded unlike each other."""
+    """Return the refusal of ranks with different seeds."""
     cp, model = ContextParallel(strategy="ring", kernel="reference"), small.build()
     torch.manual_seed(rank)
     torch.nn.init.normal_(model.get_output_embeddings().weight)
@@ -295,13 +295,13 @@ def _other_weights(rank):
 
 
 def test_ranks_that_begin_with_other_weights_are_refused():
-    for said in run_on_ranks(2, _other_weights):
-        assert "rank 1 of the loss group begins with other weights than rank 0: seed before" in said
-        assert said.endswith("Different: lm_head.weight.")
+    for refusal in run_on_ranks(2, _other_weights):
+        assert "rank 1 of the loss group begins with other weights than rank 0: seed before" in refusal
+        assert refusal.endswith("Different: lm_head.weight.")
 
 
 def _other_counts(rank):
-    """A trainer that accumulates four micro-batches, and steps of two."""
+    """Return the refusal of a trainer that accumulates four micro-batches and makes steps of two."""
     cp = ContextParallel(strategy="ring", kernel="reference")
     model = small.build()
     target = pytorch.ProbeTarget(model, reduce=lambda: _sum(model))

@@ -1,4 +1,4 @@
-"""Recurrent layers beside attention in one model: the same batch, any layout, packed documents, equal on any number of ranks."""
+"""Recurrent layers and attention in one model: the same batch, any layout, packed documents, equal on any number of ranks."""
 
 import pytest
 import torch
@@ -29,13 +29,13 @@ class Hybrid(torch.nn.Module):
         self.taps = torch.nn.Parameter(torch.randn(WIDTH, 4, generator=generator, dtype=torch.float64))
 
     def span_of_recurrences(self, batch, layout):
-        """Three layers in a row, on a layout of their own."""
+        """Run three layers in a row on a layout of their own."""
         span = RecurrentSpan(batch["context_parallel"], layout)
         assert span.is_relaid == (layout is not None)
         x = span.enter(self.embed[batch["input_ids"][0]])
         for map_, op in zip(self.maps, ("gated_delta_rule", "ssd", "gated_delta_rule"), strict=False):
             x = x + self.recurrent(x @ map_, span.batch, op)
-        # attention after the span is where it was before it
+        # attention after the span has the layout of before the span
         q, k, v, _ = (y.reshape(-1, HEADS, DIM) for y in (span.leave(x) @ self.maps[3]).chunk(4, -1))
         return batch["context_parallel"].attention(q, k, v).flatten(1)
 
@@ -67,9 +67,9 @@ class Hybrid(torch.nn.Module):
 
 
 def losses(rank, layout, pad_to, span_layout=False):
-    """span_layout: of a span of recurrences in place of the model; None: where the model's tokens are."""
+    """Return losses and gradients. span_layout: of a span of recurrences in place of the model; None: the model's own layout."""
     cp = da.ContextParallel(strategy="ring", layout=layout, pad_to=pad_to)
-    model, found = Hybrid(), []
+    model, losses_ = Hybrid(), []
     for seed in (0, 1):
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(0, 64, (1, sum(LENGTHS)), generator=generator)
@@ -78,9 +78,9 @@ def losses(rank, layout, pad_to, span_layout=False):
         # padding has no label
         loss = out[batch["labels"][0] >= 0].square().sum()
         loss.backward()
-        found.append(float(loss.detach()))
+        losses_.append(float(loss.detach()))
     sum_gradients(model)
-    return found, [p.grad for p in model.parameters()]
+    return losses_, [p.grad for p in model.parameters()]
 
 
 @pytest.mark.sampled(3)
@@ -89,14 +89,14 @@ def losses(rank, layout, pad_to, span_layout=False):
 )
 def test_a_hybrid_model_is_the_same_on_any_number_of_ranks(layout, pad_to, run):
     (wanted, gradients), *_ = run_on_ranks(1, losses, layout, 1, run and None)
-    everyone = run_on_ranks(3, losses, layout, pad_to, run)
+    results = run_on_ranks(3, losses, layout, pad_to, run)
     for i, loss in enumerate(wanted):
-        assert sum(found[i] for found, _ in everyone) == pytest.approx(loss, rel=1e-11)
-    for a, b in zip(everyone[0][1], gradients, strict=True):
+        assert sum(rank_losses[i] for rank_losses, _ in results) == pytest.approx(loss, rel=1e-11)
+    for a, b in zip(results[0][1], gradients, strict=True):
         assert float((a - b).abs().max()) <= 1e-10 * float(b.abs().max())
 
 
-# of each rank, for each step, the documents of its one micro-batch; the third rank has none in two of the steps
+# by rank and step, the documents of its one micro-batch; the third rank has none in two of the steps
 PACKS = [[[64, 3], [1], [90]], [[20, 70, 2], [100], [8]], [[31], [], []]]
 
 
@@ -108,8 +108,8 @@ def packs_of(rank):
 
 
 def steps_of(model, cp, loader, group=None):
-    """Losses and gradients of every step, summed over the ranks that have a model."""
-    found = []
+    """Return losses and gradients of every step, summed over the ranks that have a model."""
+    results = []
     for micro_batches in cp.steps(loader):
         total = torch.zeros((), dtype=torch.float64)
         for batch in micro_batches:
@@ -119,9 +119,9 @@ def steps_of(model, cp, loader, group=None):
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
         for part in (total, *gradients):
             dist.all_reduce(part, group=group)
-        found.append((float(total), gradients))
+        results.append((float(total), gradients))
         model.zero_grad()
-    return found
+    return results
 
 
 def pooled(rank, servers, ops):
@@ -130,18 +130,18 @@ def pooled(rank, servers, ops):
         return tuple(da.serve()) if servers else None
     settings = dict(strategy="cad", options=dict(block=8, tolerance=0.0), data="per_rank", servers=servers)
     with da.ContextParallel(None if servers else trainers, **settings) as cp:
-        found = steps_of(Hybrid(ops), cp, packs_of(rank), trainers)
+        results = steps_of(Hybrid(ops), cp, packs_of(rank), trainers)
         if servers:
             latent = Hybrid(["latent_attention"])
             with pytest.raises(
                 da.DistattnError, match="servers compute attention only, and layers of latent_attention"
             ):
                 steps_of(latent, cp, packs_of(rank), trainers)
-    return found
+    return results
 
 
 def alone(rank, ops):
-    """Every step of all ranks in one process, one micro-batch after another."""
+    """Run every step of all ranks in one process, one micro-batch after another."""
     steps = [
         [pack for of_rank in step for pack in of_rank] for step in zip(*(packs_of(r) for r in range(3)), strict=True)
     ]
@@ -155,9 +155,9 @@ def test_recurrent_layers_stay_where_tokens_are_while_attention_is_pooled_or_ser
     ops = ["gated_delta_rule", "attention", "ssd"] + ([] if servers else ["latent_attention"])
     (wanted,) = run_on_ranks(1, alone, ops)
     *results, served = run_on_ranks(4, pooled, servers, ops)
-    for found in results:
-        assert len(found) == len(wanted) == 3
-        for (loss, gradients), (other_loss, others) in zip(found, wanted, strict=True):
+    for rank_steps in results:
+        assert len(rank_steps) == len(wanted) == 3
+        for (loss, gradients), (other_loss, others) in zip(rank_steps, wanted, strict=True):
             assert loss == pytest.approx(other_loss, rel=1e-11)
             for a, b in zip(gradients, others, strict=True):
                 assert float((a - b).abs().max()) <= 1e-10 * float(b.abs().max())

@@ -21,7 +21,7 @@ WIDTH, HEADS, DIM, LATENTS, VOCABULARY, AHEAD = 12, 2, 3, 4, 32, 2
 
 
 class GatedAttention(nn.Module):
-    """As Qwen3-Next has it: a sigmoid of the layer's input scales outputs, which no other rank has to know of."""
+    """Attention as in Qwen3-Next: a sigmoid of the layer's input scales outputs, without communication."""
 
     def __init__(self, affine: bool) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Model(nn.Module):
         self.double()
 
     def loss(self, ids, labels, batch):
-        """The sum over tokens of the usual loss, and that of the labels further ahead."""
+        """Return the sum over tokens of the usual loss, and that of the labels further ahead."""
         x = self.embed(ids)
         for mixer in self.mixers:
             x = mixer(x, batch)
@@ -95,7 +95,7 @@ def test_layers_equal_each_document_alone(ranks):
     labels = batch.token_shift(ids, -1, fill=-100)
     loss = model.loss(ids, labels, batch)
     wanted = torch.autograd.grad(loss, list(model.parameters()))
-    # what is AHEAD tokens further than the successor, written out
+    # the tokens that are AHEAD tokens after the successor, by definition
     later = batch.token_shift(labels, -AHEAD, fill=-100)
     assert later[5 : 5 + 40 - 1 - AHEAD].tolist() == ids[5 + 1 + AHEAD : 45].tolist()
     assert (later[45 - 1 - AHEAD : 46] == -100).all()

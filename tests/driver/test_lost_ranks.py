@@ -1,4 +1,4 @@
-"""Whatever a rank does, the others end within the time-out by an error that names it."""
+"""When a rank is lost in any way, the others end within the time-out by an error that names it."""
 
 import os
 import signal
@@ -15,20 +15,20 @@ from distattn.batch.planner import AttentionShape
 
 pytestmark = [pytest.mark.sampled(16), pytest.mark.waits(7)]
 
-# of the driver: long enough for a rank that is only slow on a loaded machine, short enough for a test
+# the driver's time-out: long enough for a rank that is only slow on a loaded machine, short enough for a test
 TIMEOUT = 16.0
 WHERE = ("the loader", "the loop", "a forward pass", "a backward pass")
 
 
 def lose(how):
-    """What the lost rank does."""
+    """End or stop this rank in one of several ways."""
     if how == "stops":
         os.kill(os.getpid(), signal.SIGSTOP)
     if how == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "raises":
         raise KeyError("a mistake of the script")
-    # lives, and is elsewhere
+    # the rank lives, but does not come
     time.sleep(600)
 
 
@@ -40,11 +40,11 @@ def packs(rank, where, how):
 
 
 def trained(rank, lost, where, how, settings):
-    """The error by which this rank's training ends."""
+    """Return the error that ends this rank's training."""
     if rank >= 3 - settings.get("servers", 0):
         if rank == lost:
             # its first pass
-            torch.ops.distattn.forward = lambda *given: lose(how)
+            torch.ops.distattn.forward = lambda *args: lose(how)
         with pytest.raises(da.LostRankError) as error:
             da.serve()
         return str(error.value), error.value.peers
@@ -52,7 +52,7 @@ def trained(rank, lost, where, how, settings):
     model = model_of()
     if where in WHERE[2:]:
         layer = model.model.layers[1]
-        layer.register_forward_hook(lambda module, given, out: pass_through(out, where, how))
+        layer.register_forward_hook(lambda module, args, out: pass_through(out, where, how))
     with pytest.raises(da.LostRankError) as error, shared(timeout=TIMEOUT, **settings) as cp:
         for number, micro_batches in enumerate(cp.steps(packs(rank, where, how))):
             STEP[0] = number
@@ -110,7 +110,7 @@ def test_the_rank_that_holds_the_store_is_named(how):
 
 
 def staged(rank, lost, where, how):
-    """The error by which this stage of a pipeline ends."""
+    """Return the error that ends this stage of a pipeline."""
     shape = AttentionShape(4, 4, 8, 8, "float64")
     spec = da.StageSpec(shape=shape, attention_layers=1, hidden_size=32, dtype=torch.float64)
     layer = torch.nn.Linear(32, 96).double()

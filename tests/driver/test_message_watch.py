@@ -1,4 +1,4 @@
-"""Messages that only a device waits for: a rank that is lost is named all the same."""
+"""Messages that only a device waits for: a lost rank is named nevertheless."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ from distattn.parallel.runtime.transport import Packet
 
 pytestmark = pytest.mark.waits
 
-# of the driver: what a loaded machine takes for a step is far less
+# the driver's time-out: a loaded machine takes far less for a step
 TIMEOUT = 16.0
 SHAPES = dict(q=4, k=2, v=2)
 
@@ -31,7 +31,7 @@ def attend(batch):
 
 
 def late_run(rank, lost, how):
-    """The error by which calls of attention end, none of which waits on the host."""
+    """Return the error that ends calls of attention, none of which waits on the host."""
     imitate_nccl(seconds=600, blocks=False)
     with pytest.raises(da.LostRankError) as error, shared(strategy="ring", data="replicated", timeout=TIMEOUT) as cp:
         batch = cp.shard(next(iter(loader(0)))[0])
@@ -41,7 +41,7 @@ def late_run(rank, lost, how):
         if rank == lost:
             os.kill(os.getpid(), how)
         attend(batch)
-        # a loop that never looks at what comes out; the test's own limit ends it
+        # a loop that never reads the outputs; the test's own limit ends it
         while True:
             time.sleep(0.2)
             attend(batch)
@@ -54,14 +54,14 @@ def test_a_lost_rank_is_named_with_the_move_that_is_waited_for(how):
     errors = run_survivors(3, 1, late_run, 1, how)
     for error in errors.values():
         assert "rank 1 stopped answering: killed, stopped or unreachable" in error
-    # of those who wait for it
+    # the ranks that wait for it
     assert any(
         "KV from rank" in error and "of the forward pass did not come within 12 s" in error for error in errors.values()
     )
 
 
 def first_contact(rank, lost, how):
-    """The error by which calls of attention end whose first message to the lost rank blocks the host."""
+    """Return the error that ends calls of attention whose first message to the lost rank blocks the host."""
     imitate_nccl(seconds=600, blocks=False)
     communicator._CONNECTED_NEIGHBOURS = 0
     ids = torch.zeros(1, 96, dtype=torch.int64)

@@ -29,7 +29,7 @@ def batches(rank):
 
 
 class Block(nn.Module):
-    """A layer with a gate: what comes before attention and what comes after share the norm. `twice` attends two times."""
+    """A layer with a gate: its parts before and after attention share the norm. `twice` attends two times."""
 
     def __init__(self, width: int, heads: int, twice: bool = False):
         super().__init__()
@@ -63,7 +63,7 @@ class Stack(nn.Module):
 
 
 def made(kind):
-    """(layers, loss function, parameters)"""
+    """Return (layers, loss function, parameters)."""
     torch.manual_seed(0)
     if kind == "reentrant":
         model = model_of()
@@ -81,7 +81,7 @@ def made(kind):
 
 
 def alternating_run(rank, kind, options):
-    """(losses, gradients) one after the other, then taking turns, with the trace of the latter."""
+    """Return (losses, gradients) one after the other, then taking turns, with the trace of the latter."""
     layers, loss, parameters = made(kind)
     out = []
     with shared(**options) as cp:
@@ -92,11 +92,11 @@ def alternating_run(rank, kind, options):
                 losses = schedule.step([lambda batch=batch: loss(batch) for batch in local])
             else:
                 losses = [loss(batch) for batch in local]
-                for one in losses:
-                    one.backward()
+                for batch_loss in losses:
+                    batch_loss.backward()
             gradient = parameters_to_vector([parameter.grad for parameter in parameters])
             dist.all_reduce(gradient)
-            out.append(([float(one.detach()) for one in losses], gradient))
+            out.append(([float(batch_loss.detach()) for batch_loss in losses], gradient))
             for parameter in parameters:
                 parameter.grad = None
     return out, [tuple(span) for span in schedule.spans]
@@ -123,7 +123,7 @@ def test_any_strategy_may_take_turns_by_nccls_rules(strategy):
 
 
 def _thread_state():
-    """What belongs to a thread and must be as it was."""
+    """Return the thread's state that a step must not change."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -134,7 +134,7 @@ def _thread_state():
 
 
 def trained_run(rank, kind, turns):
-    """Losses and parameters of five optimizer steps of two micro-batches."""
+    """Return losses and parameters of five optimizer steps of two micro-batches."""
     layers, loss, parameters = made(kind)
     optimizer, losses = torch.optim.SGD(parameters, lr=0.05), []
     before = _thread_state()
@@ -142,17 +142,17 @@ def trained_run(rank, kind, turns):
         schedule = da.OverlapSchedule(layers)
         for local in cp.steps([batches(rank)] * 5):
             if turns:
-                found = schedule.step([lambda batch=batch: loss(batch) for batch in local])
+                step_losses = schedule.step([lambda batch=batch: loss(batch) for batch in local])
             else:
-                found = [loss(batch) for batch in local]
-                for one in found:
-                    one.backward()
+                step_losses = [loss(batch) for batch in local]
+                for batch_loss in step_losses:
+                    batch_loss.backward()
             assert _thread_state() == before
             for parameter in parameters:
                 dist.all_reduce(parameter.grad)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(cp.mean_loss(found))
+            losses.append(cp.mean_loss(step_losses))
     return losses, parameters_to_vector(parameters).detach()
 
 
@@ -198,7 +198,7 @@ def order_run(rank):
         schedule.step([lambda batch=batch: loss(batch) for batch in local])
         trace = schedule.trace(rank)
     assert any(event["name"] == "moves 1" for event in trace["traceEvents"])
-    return [part for part, what, *_ in schedule.spans if what == "runs"]
+    return [part for part, event_kind, *_ in schedule.spans if event_kind == "runs"]
 
 
 def test_there_is_one_order_of_issue_on_all_ranks():
@@ -213,7 +213,7 @@ def test_without_gradients_only_forward_runs():
     (local,) = cp.steps([batches(0)])
     with torch.no_grad():
         losses = da.OverlapSchedule(layers).step([lambda batch=batch: loss(batch) for batch in local])
-    assert [float(one) for one in losses] == pytest.approx([float(loss(batch).detach()) for batch in local])
+    assert [float(turn_loss) for turn_loss in losses] == pytest.approx([float(loss(batch).detach()) for batch in local])
     assert all(parameter.grad is None for parameter in parameters)
     cp.close()
 

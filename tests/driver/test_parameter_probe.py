@@ -1,4 +1,4 @@
-"""All parameters are compared: ranks that begin with other numbers, gradients that are clipped, left out or reduced otherwise."""
+"""All parameters are compared: ranks with different weights, gradients that are clipped, left out or reduced otherwise."""
 
 import pytest
 import small
@@ -19,7 +19,7 @@ NORM = "model.norm.weight"
 
 
 def summed(model, left_out=(), divided=(), clip=None, clip_first=False):
-    """Return what a loop calls after backward: it sums gradients, but not all of them. clip: to this norm, in the same place."""
+    """Return a loop's function after backward, which sums some of the gradients. clip: clip to this norm, in the same place."""
 
     def reduce():
         if clip_first:
@@ -35,17 +35,17 @@ def summed(model, left_out=(), divided=(), clip=None, clip_first=False):
     return reduce
 
 
-def refusal_of(cp, model, **given) -> str:
-    """Return the refusal of loss_scale; "" where it accepts the trainer."""
+def refusal_of(cp, model, **arguments) -> str:
+    """Return the refusal of loss_scale, or "" if it accepts the trainer."""
     before = [pytorch.full_tensor(parameter.detach()).clone() for parameter in model.parameters()]
     try:
-        cp.loss_scale(pytorch.ProbeTarget(model, **given))
+        cp.loss_scale(pytorch.ProbeTarget(model, **arguments))
     except DistattnError as refusal:
         sentence = str(refusal)
     else:
         sentence = ""
     after = [pytorch.full_tensor(parameter.detach()) for parameter in model.parameters()]
-    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert all(torch.equal(value, value_before) for value, value_before in zip(before, after, strict=True))
     assert all(parameter.grad is None for parameter in model.parameters())
     return sentence
 
@@ -67,7 +67,7 @@ def looped(rank: int) -> dict[str, str]:
         model = small.build()
         if rank == 1:
             with torch.no_grad():
-                # the same numbers at other places
+                # the same numbers in other places
                 weight = model.get_parameter(DOWN)
                 weight.copy_(weight.flip(0))
         model.get_parameter(DOWN).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Ranks with documents of their own that share attention train as one process would."""
+"""Ranks with their own documents that share attention train as one process would."""
 
 import time
 
@@ -60,7 +60,7 @@ def test_any_strategy_may_share_out_a_pool(strategy, rules):
 
 
 def windowed_run(rank):
-    """(four ranks' losses and gradients, the same data in a pool of one rank's group)"""
+    """Return (four ranks' losses and gradients, those of the same data in a pool of a single rank's group)."""
     options = dict(document_mask=(11, 0), options=dict(block=8, tolerance=0.0), kernel="reference")
     together, _ = pooled_run(rank, options)
     alone = dist.new_group([rank], use_local_synchronization=True)
@@ -118,7 +118,7 @@ def test_context_parallel_ranks_share_one_batch(layout):
 
 
 def served_run(rank, servers, wrap, options):
-    """Ranks below the servers train, checkpointed or sharded, and evaluate after every step; the last ones serve."""
+    """Train, checkpointed or sharded, and evaluate after every step on ranks below the servers; the last ranks serve."""
     models = dist.get_world_size() - servers
     trainers = dist.new_group(list(range(models)))
     if rank >= models:
@@ -176,7 +176,7 @@ def test_ranks_without_a_model_serve(servers, wrap, rules):
 
 
 def leaving_run(rank, adaptive):
-    """Leaves a loop, begins again, and evaluates inside the training loop."""
+    """Leave a loop, begin again, and evaluate inside the training loop."""
     trainers = dist.new_group([0, 1])
     if rank == 2:
         return tuple(da.serve())
@@ -225,7 +225,7 @@ def idle_run(rank):
     model = model_of()
     with shared(servers=1, timeout=20.0) as cp:
         for number, micro_batches in enumerate(cp.steps(loader(0))):
-            # evaluation, a checkpoint: longer than a rank that does not answer is waited for
+            # like an evaluation or a checkpoint: longer than the time-out for a rank that does not answer
             time.sleep(22 if number == 1 else 0)
             for batch in micro_batches:
                 local_loss(model, batch).backward()
@@ -238,7 +238,7 @@ def test_servers_wait_for_ranks_that_live_however_long_they_are_silent():
 
 
 def replicas_run(rank, data):
-    """Of each step the numbers of micro-batches and the gradients; the second pair of ranks has fewer of both."""
+    """Return each step's number of micro-batches and gradients. The second pair of ranks has fewer of both."""
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     settings = dict(strategy="ring") if data == "replicated" else dict(options=dict(block=8))
     model, out = model_of(), []
@@ -253,7 +253,7 @@ def replicas_run(rank, data):
 def test_replicas_may_have_unequally_many_steps_and_micro_batches(data):
     blocks = 2 if data == "replicated" else 4
     wanted = whole_run(blocks)
-    # as many as the rank with most
+    # as many as the rank with the most steps
     most = [max(len(steps[s : s + 1] and steps[s]) for steps in PACKS[:blocks]) for s in range(len(wanted))]
     for result in run_on_ranks(4, replicas_run, data):
         assert [count for count, *_ in result] == most
@@ -300,7 +300,7 @@ def test_measured_speeds_are_applied_two_steps_later_and_a_log_replays_the_run()
     wanted = whole_run(4)
     logs = [log for _, log in results]
     assert all(log == logs[0] for log in logs)
-    # nothing is known of the first two steps
+    # no speeds are known in the first two steps
     assert logs[0][:2] == [None, None] and len(logs[0]) == len(wanted) and all(logs[0][2:])
     for result, _ in results:
         assert_same(result, wanted, 1e-11)
@@ -332,7 +332,7 @@ def test_one_process_is_a_pool_of_its_own():
         (dict(context_parallel_size=2), "context_parallel_size 2 does not divide"),
         (dict(adaptive=True, strategy="ring"), "does not share out by speed"),
         (dict(layout="spiral"), "layout 'spiral'"),
-        (dict(verify_every=0), "verify_every is a whole number of at least 1"),
+        (dict(verify_every=0), "verify_every: at least 1, not 0"),
     ],
 )
 def test_pools_that_cannot_be_are_refused(options, sentence):

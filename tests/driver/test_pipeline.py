@@ -19,7 +19,7 @@ from distattn.parallel.make_plan import STRATEGIES
 
 WIDTH, HEADS = 32, 4
 SHAPE = AttentionShape(HEADS, HEADS, WIDTH // HEADS, WIDTH // HEADS, "float64")
-# of each replica and step, micro-batches
+# by replica and step: micro-batches
 PACKS = [[[[150], [40, 9], [7]], [[33, 60]]], [[[20, 20], [90]], [[128], [4, 4]]]]
 
 
@@ -44,7 +44,7 @@ def test_every_stage_does_every_micro_batch_forward_before_backward(stages, micr
 def test_one_forward_one_backward_takes_as_long_as_its_slots():
     assert one_forward_one_backward(4, [1.0] * 6, [2.0] * 6) == 3.0 * (6 + 3)
     assert one_forward_one_backward(1, [1.0, 3.0], [2.0, 5.0]) == 11.0
-    # the longest micro-batch holds up everybody
+    # the longest micro-batch delays all stages
     assert one_forward_one_backward(2, [1.0, 5.0, 1.0], [2.0, 10.0, 2.0]) > 3 * 7
 
 
@@ -72,7 +72,7 @@ def rows(replica, step, number):
 
 
 def plain_steps(replicas):
-    """(loss, gradients) of every step: one process, one document at a time."""
+    """Return (loss, gradients) of every step: one process, one document at a time."""
     model, out = whole_model(), []
     causal = nn.functional.scaled_dot_product_attention
     for step in range(2):
@@ -158,13 +158,13 @@ def test_stages_that_pool_their_attention_have_the_gradients_of_one_process(repl
 @pytest.mark.full
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_any_strategy_may_serve_a_pipeline_by_nccls_rules(strategy):
-    # what the forward keeps has no place in a pipeline
+    # a pipeline cannot hold the tensors that the forward pass keeps
     settings = dict(strategy=strategy, backward="refetch-home")
     assert_same_gradients(run_on_ranks(4, by_rules("nccl", staged), 2, (1, 2), settings), 2)
 
 
 def adaptive_run(rank):
-    """The log of speeds of a pipeline of two stages."""
+    """Return the log of speeds of a pipeline of two stages."""
     model = whole_model()
     cp = shared(adaptive=True, options=dict(block=8))
     pipeline = da.PipelineSchedule(cp, stages=2, spec=spec())

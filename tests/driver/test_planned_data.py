@@ -1,4 +1,4 @@
-"""Packs of a plan over real ranks: each reads its own tokens alone, and damage on one of them ends all, with its name."""
+"""Packs of a plan over real ranks: each reads only its own tokens, and damage on one rank ends all, with its name."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from distattn.data.loader import PackLoader
 from distattn.data.packing.pack_plan import PackPlan
 from distattn.ir.errors import DamagedDataError, LostRankError
 
-# of int32: eight blocks of 16 KiB, each with a digest of its own
+# int32 tokens: eight blocks of 16 KiB, each with its own digest
 TOKENS = 32_768
 STEPS = 6
 
@@ -27,12 +27,12 @@ def folder(tmp_path):
 
 
 def opened(folder: Path):
-    # of each process: blocks that were checked are remembered with the file
+    # opened in each process: a file remembers its checked blocks
     return PackPlan.open(folder / "plan.packs"), [Corpus.open("web", [str(folder / "web-0")])]
 
 
 def sharded(rank, folder, layout, digests):
-    """(token ids, labels and positions of each step, bytes read)."""
+    """Return (token ids, labels and positions of each step, bytes read)."""
     plan, corpora = opened(folder)
     if not digests:
         corpora = [Corpus.open("web", [str(folder / "web-0")], check_tokens=False)]
@@ -57,7 +57,7 @@ def test_ranks_read_their_own_tokens_and_together_all(folder, layout):
         wanted = torch.from_numpy(corpora[0].read(int(row["document"]), 0, TOKENS).astype(np.int64))
         assert torch.equal(ids, wanted) and torch.equal(positions, torch.arange(TOKENS))
         assert torch.equal(labels[:-1], wanted[1:]) and labels[-1] == -100
-    # int32, and one token more for the label of each segment but the last of the document
+    # int32, and one more token for the label of each segment except the document's last
     segments = 4 if layout == "contiguous" else 7
     assert sum(size for _, size in results) == 4 * STEPS * (TOKENS + segments - 1)
 
@@ -67,23 +67,26 @@ CONTEXT = 64
 
 @pytest.fixture
 def kept(tmp_path):
-    """Documents three times as long as the context, and others; the long ones are kept whole."""
+    """Write documents three times as long as the context, which are kept whole, and others."""
     corpora = [write_corpus(tmp_path, "web", [[3 * CONTEXT, 30, 20, 64, 11, 40, 9, 64, 2] * 3])]
     small_plan(tmp_path, corpora, context=CONTEXT, packs=6, rule={"long_documents": "keep"})
     return tmp_path
 
 
 def kept_run(rank, folder, settings):
-    """Of each step and micro-batch of this rank's share, in the plan's order: (documents' tokens, its own (id, label) pairs)."""
+    """Return, for each step and micro-batch of this rank's share: (documents' tokens, its own (id, label) pairs)."""
     plan, corpora = opened(folder)
     out = []
     with da.ContextParallel(strategy="ring", layout="zigzag", **settings) as cp:
         loader = PackLoader(plan, corpora, rank=cp.data_parallel_rank, size=cp.data_parallel_size)
         packs = [[batch.lengths for batch in loader.batches(step)] for step in range(plan.steps)]
         for lengths, micro_batches in zip(packs, cp.steps(loader), strict=True):
-            pairs = [torch.stack([one["input_ids"][0], one["labels"][0]], 1).tolist() for one in micro_batches]
-            # a share with fewer packs than another takes part with batches that have no token of its own
-            assert all(pair == [0, -100] for one in pairs[len(lengths) :] for pair in one)
+            pairs = [
+                torch.stack([micro_batch["input_ids"][0], micro_batch["labels"][0]], 1).tolist()
+                for micro_batch in micro_batches
+            ]
+            # a share with fewer packs than another takes part with batches without tokens of its own
+            assert all(pair == [0, -100] for of_micro_batch in pairs[len(lengths) :] for pair in of_micro_batch)
             out.append(list(zip(lengths, pairs, strict=False)))
     return cp.data_parallel_rank, out
 
@@ -95,7 +98,7 @@ def kept_run(rank, folder, settings):
     ids=["2 ranks", "4 ranks", "2 shares of 2 ranks"],
 )
 def test_the_ranks_of_a_share_split_a_document_that_is_kept_whole(kept, ranks, settings):
-    """Together they have all its tokens and labels, and each as many tokens as the others."""
+    """Check that together they have all tokens and labels, and each as many tokens as the others."""
     plan, corpora = opened(kept)
     results = run_on_ranks(ranks, kept_run, kept, settings)
     whole = 0
@@ -107,13 +110,16 @@ def test_the_ranks_of_a_share_split_a_document_that_is_kept_whole(kept, ranks, s
                 ids, labels = batch.read_tensors(np.arange(batch.tokens))
                 parts = [out[step][number] for out in of_ranks]
                 assert {lengths for lengths, _ in parts} == {batch.lengths}
-                pairs = [pair for _, own in parts for pair in own if pair != [0, -100]]
+                pairs = [pair for _, own_pairs in parts for pair in own_pairs if pair != [0, -100]]
                 assert sorted(pairs) == sorted(
                     pair for pair in torch.stack([ids, labels], 1).tolist() if pair != [0, -100]
                 )
                 if 3 * CONTEXT in batch.lengths:
                     whole += 1
-                    assert len({len(own) for _, own in parts}) == 1 and len(parts[0][1]) <= 3 * CONTEXT / len(parts) + 2
+                    assert (
+                        len({len(own_pairs) for _, own_pairs in parts}) == 1
+                        and len(parts[0][1]) <= 3 * CONTEXT / len(parts) + 2
+                    )
                     # no label is lost inside the document
                     begin = sum(batch.lengths[: batch.lengths.index(3 * CONTEXT)])
                     assert torch.equal(labels[begin : begin + 3 * CONTEXT - 1], ids[begin + 1 : begin + 3 * CONTEXT])
@@ -121,7 +127,7 @@ def test_the_ranks_of_a_share_split_a_document_that_is_kept_whole(kept, ranks, s
 
 
 def trained(rank, folder):
-    """How this rank's loop ends: after how many steps, and by which error."""
+    """Return the error that ends this rank's loop, or write step and error to a file if the data is damaged."""
     plan, corpora = opened(folder)
     steps = 0
     try:
@@ -138,7 +144,7 @@ def trained(rank, folder):
 def test_a_file_that_is_damaged_where_one_rank_reads_ends_all_ranks(folder):
     plan, _ = opened(folder)
     document = int(plan.step(3).packs[0].rows[0]["document"])
-    # in the last block, which is rank 3's alone
+    # in the last block, which only rank 3 reads
     place = 4 * (TOKENS * document + TOKENS - 5)
     with open(folder / "web-0.bin", "r+b") as file:
         file.seek(place)
@@ -146,6 +152,6 @@ def test_a_file_that_is_damaged_where_one_rank_reads_ends_all_ranks(folder):
         file.seek(place)
         file.write(bytes([byte ^ 1]))
     others = run_survivors(4, 3, trained, folder)
-    said = (folder / "said").read_text()
-    assert said.startswith("3 in step 3: ") and "web-0.bin" in said and "byte" in said
+    message = (folder / "said").read_text()
+    assert message.startswith("3 in step 3: ") and "web-0.bin" in message and "byte" in message
     assert all(error and "rank 3" in error for error in others.values()), others

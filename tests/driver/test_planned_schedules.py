@@ -38,7 +38,7 @@ def loader_of(folder, share, shares, **more):
 
 
 def whole_run(folder, model, logits_of, begin=0, end=STEPS):
-    """(loss, gradients) of steps of the plan: one process, one document at a time."""
+    """Return (loss, gradients) of steps of the plan: one process, one document at a time."""
     plan, corpus, out = PackPlan.open(folder / "plan.packs"), Corpus.open("web", [str(folder / "web-0")]), []
     for step in range(begin, end):
         rows = [row for pack in plan.step(step).packs for row in pack.rows]
@@ -58,7 +58,7 @@ def plain_run(folder, begin=0, end=STEPS):
 
 
 def served_run(rank, folder):
-    """Two ranks train and evaluate inside the training loop, on the plan's step after the trained ones; the third serves."""
+    """Train on two ranks, with an evaluation of the plan's next step inside the loop. The third rank serves."""
     trainers = dist.new_group([0, 1])
     if rank == 2:
         return tuple(da.serve())
@@ -82,15 +82,15 @@ def test_ranks_without_a_model_serve_a_plan_and_its_evaluation(folder):
     for result, evaluated in results:
         assert_same(result, wanted, 1e-11)
         assert evaluated == pytest.approx([held_out] * STEPS, rel=1e-11)
-    # of two layers, backward
+    # the backward passes of two layers
     assert served[1] == 2 * STEPS * (PACKS // 2)
 
 
 def alternating_run(rank, folder):
-    """Two micro-batches of each share take turns. (losses and gradients, how often ranks asked what comes)"""
+    """Let two micro-batches of each share take turns. Return (losses and gradients, number of exchanges of a step's facts)."""
     layers, loss, parameters = made("huggingface")
     asked, gather, out = [], HostGroup.all_gather, []
-    HostGroup.all_gather = lambda group, value, what: (asked.append(what), gather(group, value, what))[1]
+    HostGroup.all_gather = lambda group, value, label: (asked.append(label), gather(group, value, label))[1]
     with shared(**OPTIONS) as cp:
         schedule = da.OverlapSchedule(layers)
         for local in cp.steps(loader_of(folder, cp.data_parallel_rank, cp.data_parallel_size)):
@@ -111,7 +111,7 @@ def test_micro_batches_of_a_plan_take_turns(folder):
 
 
 def staged_run(rank, folder):
-    """Two replicas of two stages: both stages of a replica read its share."""
+    """Run two replicas of two stages. Both stages of a replica read its share."""
     stage, replica = divmod(rank, 2)
     model = whole_model()
     layers = model["layers"][:1] if stage == 0 else model["layers"][1:]

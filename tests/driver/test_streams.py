@@ -33,7 +33,7 @@ from distattn.parallel.runtime.transport import GroupTransport, _PendingRequests
 
 WIDTH, HEADS = 64, 4
 SHAPE = AttentionShape(HEADS, HEADS, WIDTH // HEADS, WIDTH // HEADS, "float32")
-# of each rank, for each step, the documents of its micro-batches
+# by rank and step: the documents of its micro-batches
 PACKS = [
     [[[200, 9], [40, 60]], [[70, 70], [9, 80]], [[100, 31], [150]]],
     [[[30, 30], [5, 50]], [[128]], [[16] * 6]],
@@ -66,7 +66,7 @@ class Model(nn.Module):
         x = self.embed(local["input_ids"].to(DEVICE, non_blocking=True))
         for layer in self.layers:
             if self.is_checkpointed:
-                # random numbers are CUDA's, of which there is no imitation
+                # CUDA's random numbers are not imitated
                 x = checkpoint(layer, x, local["context_parallel"], use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, local["context_parallel"])
@@ -106,30 +106,30 @@ def loader(rank, device):
 
 
 def watched(rank, work, *arguments):
-    """What was found while `work` ran in a side stream, and how much was looked at."""
+    """Return the violations while `work` ran in a side stream, and the counts of checked accesses."""
     with imitated_cuda() as cuda:
         with torch.cuda.stream(torch.cuda.Stream()):
             work(rank, *arguments)
-        # tensors that are freed count as well
+        # tensors that are freed count, too
         gc.collect()
         return cuda.clocks.violations, cuda.clocks.counts
 
 
 def assert_none_found(results):
-    """And that there was something to be found: streams that depend on each other, memory that passes between them."""
-    for found, counts in results:
-        assert not found, "\n".join(found)
+    """Assert that there are no violations, but streams that depend on each other and memory that passes between them."""
+    for violations, counts in results:
+        assert not violations, "\n".join(violations)
         assert counts["accesses after another stream's"] and counts["freed after another stream's use"]
 
 
 def trained(rank, settings, loads="cpu", takes_turns=False, is_checkpointed=False):
-    """A few steps of micro-batches, one after another or taking turns. loads: the device of what the loader yields."""
+    """Run a few steps of micro-batches, one after another or taking turns. loads: the device of the loader's batches."""
     model = Model(is_checkpointed).to(DEVICE)
     optimizer, schedule = torch.optim.SGD(model.parameters(), lr=0.1), da.OverlapSchedule(model.layers)
     is_first_over = False
-    own = rank if settings.get("data") == "per_rank" else 0
+    share = rank if settings.get("data") == "per_rank" else 0
     with da.ContextParallel(kernel=KERNEL, **settings) as cp:
-        for micro_batches in cp.steps(loader(own, loads)):
+        for micro_batches in cp.steps(loader(share, loads)):
             if takes_turns:
                 losses = schedule.step([lambda batch=batch: model(batch) for batch in micro_batches])
             else:
@@ -138,36 +138,36 @@ def trained(rank, settings, loads="cpu", takes_turns=False, is_checkpointed=Fals
                     loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            # the host waits for the device as seldom as it may
+            # the host waits for the device as seldom as possible
             if not is_first_over:
                 cp.mean_loss(losses)
             is_first_over = True
 
 
 def trained_on_two_streams(rank, settings, arenas_at_end=2):
-    """Steps of nested checkpoints; another stream evaluates the first micro-batch meanwhile."""
-    model, other, own = NestedModel().to(DEVICE), torch.cuda.Stream(), torch.cuda.current_stream(DEVICE)
+    """Run steps of nested checkpoints, while another stream evaluates the first micro-batch."""
+    model, other, stream = NestedModel().to(DEVICE), torch.cuda.Stream(), torch.cuda.current_stream(DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with da.ContextParallel(kernel=KERNEL, **settings) as cp:
         for micro_batches in cp.steps(loader(rank if settings.get("data") == "per_rank" else 0, DEVICE)):
-            other.wait_stream(own)
+            other.wait_stream(stream)
             with torch.cuda.stream(other), torch.no_grad():
                 model(micro_batches[0])
             for batch in micro_batches:
                 model(batch).backward()
-            own.wait_stream(other)
+            stream.wait_stream(other)
             optimizer.step()
             optimizer.zero_grad()
-        # one for each stream, of the largest pass
+        # one arena for each stream, of the size of the largest pass
         assert len(ARENAS.idle_bytes(DEVICE)) == arenas_at_end
     assert ARENAS.idle_bytes(DEVICE) == []
 
 
-# a double ring of three ranks has one ring only
+# a double ring of three ranks has only one ring
 FOUR_RANKS = ("double_ring", "allgather", "usp", "cad_greedy")
 
 
-# with batches that the loader has put on the device, and with some of the host
+# with batches that the loader puts on the device, and with batches on the host
 @pytest.mark.sampled(12)
 @pytest.mark.parametrize(
     ("strategy", "ranks", "loads"),
@@ -194,7 +194,7 @@ def test_nested_checkpoints_of_several_shapes_share_arenas_without_a_race(settin
 
 
 def watched_from_another_device(rank, work, *arguments):
-    """What was found while `work` ran in a thread whose current device is not that of the tensors."""
+    """Return the violations while `work` ran in a thread whose current device is not that of the tensors."""
     with imitated_cuda(current=0) as cuda:
         work(rank, *arguments)
         gc.collect()
@@ -204,8 +204,8 @@ def watched_from_another_device(rank, work, *arguments):
 @pytest.mark.parametrize("takes_turns", [False, True])
 def test_passes_make_the_device_of_their_tensors_current(takes_turns):
     settings = dict(strategy="allgather")
-    for found, devices_set in run_on_ranks(2, watched_from_another_device, trained, settings, DEVICE, takes_turns):
-        assert not found, "\n".join(found)
+    for violations, devices_set in run_on_ranks(2, watched_from_another_device, trained, settings, DEVICE, takes_turns):
+        assert not violations, "\n".join(violations)
         assert devices_set
 
 
@@ -215,8 +215,8 @@ def trained_by_default(rank, *arguments):
 
 
 def test_threads_that_all_use_the_default_stream_have_an_order():
-    for found, _ in run_on_ranks(2, watched, trained_by_default, POOLED, DEVICE, True):
-        assert not found, "\n".join(found)
+    for violations, _ in run_on_ranks(2, watched, trained_by_default, POOLED, DEVICE, True):
+        assert not violations, "\n".join(violations)
 
 
 def test_a_pool_whose_speeds_are_measured_has_no_race():
@@ -265,7 +265,7 @@ def test_pipeline_stages_have_no_race(ranks, stages):
     assert_none_found(run_on_ranks(ranks, watched, staged, stages))
 
 
-# breaches: what each changes in a process that is thrown away afterwards
+# breaches: each changes a process that ends afterwards
 
 
 def lists_are_not_joined():
@@ -371,11 +371,11 @@ BREACHES = {
 def test_breaches_are_found_and_named(breach):
     loads = DEVICE if breach is batches_are_not_handed_over else "cpu"
     settings = dict(strategy="ring"), loads, breach in (threads_keep_their_stream, arenas_are_given_back_at_once)
-    found = run_on_ranks(2, breached, breach, *settings)[0]
-    assert any(re.search(BREACHES[breach], text) for text in found), "\n".join(found)
+    violations = run_on_ranks(2, breached, breach, *settings)[0]
+    assert any(re.search(BREACHES[breach], text) for text in violations), "\n".join(violations)
 
 
 def test_an_arena_that_two_streams_share_is_found():
-    found = run_on_ranks(2, breached_on_two_streams)[0]
+    violations = run_on_ranks(2, breached_on_two_streams)[0]
     named = re.compile(r"writes on a side stream .* what .* on a side stream .*, without waiting for it")
-    assert any(named.search(text) for text in found), "\n".join(found)
+    assert any(named.search(text) for text in violations), "\n".join(violations)

@@ -21,9 +21,9 @@ from distattn.parallel.runtime.program import lower
 pytestmark = pytest.mark.sampled(4)
 
 PROCESSORS = 132
-# query rows and keys of a tile at head dim 128, of Triton's and of Gluon's kernels alike
+# query rows and keys of a tile at head dim 128, equal for Triton's and Gluon's kernels
 ROWS, KEYS, STEP = 128, 128, 64
-# what a program costs beside its tiles, in tiles
+# the cost of a program in addition to its tiles, in tiles
 FIXED = 2
 # a pack of very uneven documents, 16K tokens a rank
 LENGTHS = (70_000, 24_000, 9_000, 700, 12_000, 31, 3_000, 12_341)
@@ -32,7 +32,7 @@ KERNELS = ("forward", "dq", "dkdv")
 
 
 def programs(runs: TileRuns, mask: LaunchMask, step: int, by_keys: bool) -> np.ndarray:
-    """Tiles that each program visits, in the order of the launch."""
+    """Return the tiles that each program visits, in the order of the launch."""
     size = -(-(runs.run[:, 3] - runs.run[:, 0]) // step)
     place = np.repeat(np.arange(len(runs.first) - 1), np.diff(runs.first))
     work = np.bincount(place, size, len(runs.first) - 1).reshape(-1, runs.tiles)[runs.group]
@@ -44,7 +44,7 @@ def programs(runs: TileRuns, mask: LaunchMask, step: int, by_keys: bool) -> np.n
 
 
 def makespan(work: np.ndarray) -> float:
-    """When the last processor is done, if each takes the next program as soon as it is free."""
+    """Return when the last processor is done, if each takes the next program as soon as it is free."""
     free = [0.0] * PROCESSORS
     for tiles in work:
         heapq.heapreplace(free, free[0] + tiles)
@@ -52,7 +52,7 @@ def makespan(work: np.ndarray) -> float:
 
 
 def launches(plan, rank):
-    """(kernel, work of its programs) of all launches of a layer call."""
+    """Yield (kernel, work of its programs) of all launches of a layer call."""
     program = lower(plan, rank, lambda mask: mask, None)
     for step in program.forward:
         for launch in step.launches:
@@ -85,7 +85,7 @@ def test_processors_finish_together(name, strategy):
             spans[kernel] += makespan(work)
             means[kernel] += work.sum() / PROCESSORS
         for kernel in KERNELS:
-            # a hundred tiles are a tenth of a millisecond: less than that is in the hands of latencies
+            # a hundred tiles are a tenth of a millisecond: below that latencies decide
             assert spans[kernel] <= 1.2 * means[kernel] or means[kernel] < 100, f"{kernel} on {layout}"
 
 

@@ -1,4 +1,4 @@
-"""fla-core's kernels compute every task of a recurrence, and are chosen by trial; where they cannot be used, that is said."""
+"""fla-core's kernels compute every task of a recurrence, and are chosen by trial; their absence is reported."""
 
 import json
 import logging
@@ -27,8 +27,8 @@ NEEDED = KernelRequirements(torch.float32, 16, 16, torch.device("cpu"), op=OPS["
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What a process found in which fla-core is there and kernels are interpreted."""
+def results(tmp_path_factory):
+    """Return the results of a process that has fla-core and interprets kernels."""
     if not FOLDER.exists():
         pytest.skip("fla-core is not there; `make fla` puts it beside the environment")
     return json.loads((made_once(tmp_path_factory, "fla", interpret) / "found.json").read_text())
@@ -44,31 +44,31 @@ def interpret(folder: Path) -> None:
 
 
 @pytest.mark.full
-def test_outputs_states_and_gradients_are_those_of_the_chunked_kernel(found):
-    assert list(found["differences"]) == sorted(RECURRENT, key=lambda name: name == "delta_rule")
-    for name, difference in found["differences"].items():
-        # in half precision: a few roundings
+def test_outputs_states_and_gradients_are_those_of_the_chunked_kernel(results):
+    assert list(results["differences"]) == sorted(RECURRENT, key=lambda name: name == "delta_rule")
+    for name, difference in results["differences"].items():
+        # half precision allows a few roundings
         assert difference < (3e-3 if name == "delta_rule" else 2e-5), name
 
 
 @pytest.mark.full
-def test_states_travel_over_ranks(found):
-    assert not found["ranks"]
+def test_states_travel_over_ranks(results):
+    assert not results["ranks"]
 
 
-def test_convolutions_are_those_of_the_taps(found):
-    assert all(difference < 1e-6 for difference in found["convolutions"].values()), found["convolutions"]
+def test_convolutions_are_those_of_the_taps(results):
+    assert all(difference < 1e-6 for difference in results["convolutions"].values()), results["convolutions"]
 
 
-def test_the_operator_runs_them(found):
-    assert max(found["operator"].values()) < 3e-3, found["operator"]
+def test_the_operator_runs_them(results):
+    assert max(results["operator"].values()) < 3e-3, results["operator"]
 
 
-def test_what_they_do_not_take_is_refused_by_name(found):
-    said = found["refusals"]
-    assert said["served"] == "" and "bfloat16 and float16, not float32" in said["fp32"]
-    assert "multiples of 16 up to 256, not 24" in said["dim"] and "not 512" in said["wide"]
-    assert said["filters"] == "" and "not of groups" in said["groups"] and "a shift has none" in said["shift"]
+def test_what_they_do_not_take_is_refused_by_name(results):
+    reasons = results["refusals"]
+    assert reasons["served"] == "" and "bfloat16 and float16, not float32" in reasons["fp32"]
+    assert "multiples of 16 up to 256, not 24" in reasons["dim"] and "not 512" in reasons["wide"]
+    assert reasons["filters"] == "" and "not of groups" in reasons["groups"] and "a shift has none" in reasons["shift"]
 
 
 @pytest.mark.full
@@ -94,7 +94,7 @@ def test_on_gpus_they_are_tried_before_the_chunked_kernel():
 
 @pytest.fixture
 def as_on_gpus(monkeypatch, tmp_path):
-    """The CPU has the choice that a GPU has, and nothing is kept of it."""
+    """Give the CPU the choice of kernels that a GPU has, and keep none of its results."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(kernel_choice, "candidates", lambda device, op: ("fla", "chunked"))
     monkeypatch.setattr(kernel_choice, "_TRIALS_OF_SHAPE", {})
@@ -124,8 +124,8 @@ class WrongGradient:
     unsupported_reason, prepare = chunked.unsupported_reason, chunked.prepare
 
     @staticmethod
-    def backward(*given):
-        dx, dstate = chunked.backward(*given)
+    def backward(*args):
+        dx, dstate = chunked.backward(*args)
         return dx._replace(g=dx.g * 1.1), dstate
 
 
@@ -136,13 +136,13 @@ def test_a_kernel_that_is_wrong_is_not_used_by_later_processes_either(as_on_gpus
 
     monkeypatch.setitem(sys.modules, "distattn.kernels.recurrence.fla", WrongGradient)
     plan = plan_of("gated_delta_rule")
-    own = tried_again()
-    assert own["fla"].fault.startswith("wrong") and not own["chunked"].fault
-    assert ranking([own], ("fla", "chunked")) == ["chunked"]
+    own_trials = tried_again()
+    assert own_trials["fla"].fault.startswith("wrong") and not own_trials["chunked"].fault
+    assert ranking([own_trials], ("fla", "chunked")) == ["chunked"]
     ((key, kept),) = trial_cache.all_trials().items()
-    assert kept == own and "fla-core" in key and key.endswith("gated_delta_rule float32 2:1 16/16")
-    monkeypatch.setattr(trials, "tried", lambda name, *given: trials.Trial(0.0, 1.0))
-    assert tried_again() == own
+    assert kept == own_trials and "fla-core" in key and key.endswith("gated_delta_rule float32 2:1 16/16")
+    monkeypatch.setattr(trials, "tried", lambda name, *args: trials.Trial(0.0, 1.0))
+    assert tried_again() == own_trials
     # another version of the package is another kernel
     monkeypatch.setattr(trial_cache, "version", lambda package: "9")
     assert not tried_again()["fla"].fault

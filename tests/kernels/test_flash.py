@@ -43,10 +43,10 @@ def test_the_operators_still_take_what_they_are_given():
 
 def cells(pieces, rows, keys):
     seen = np.zeros((rows, keys), int)
-    for one in pieces:
-        left, right = one.left, one.right
-        inside = varlen_flash.allowed(one.q1 - one.q0, one.k1 - one.k0, (left, right) == (-1, 0), left, right)
-        seen[one.q0 : one.q1, one.k0 : one.k1] += inside.numpy()
+    for piece in pieces:
+        left, right = piece.left, piece.right
+        inside = varlen_flash.allowed(piece.q1 - piece.q0, piece.k1 - piece.k0, (left, right) == (-1, 0), left, right)
+        seen[piece.q0 : piece.q1, piece.k0 : piece.k1] += inside.numpy()
     return seen
 
 
@@ -70,8 +70,8 @@ def test_sequences_are_the_cells_of_their_band(data):
         wanted[row, a:b] = 1
     pieces = list(sequences(band[0]))
     assert (cells(pieces, q1, k1) == wanted).all()
-    # the operators take a negative limit for none
-    assert all(one.left >= -1 and one.right in (-1, 0) for one in pieces)
+    # the operators treat a negative limit as no limit
+    assert all(piece.left >= -1 and piece.right in (-1, 0) for piece in pieces)
     if step == (1, 1):
         assert len(pieces) <= 3
 

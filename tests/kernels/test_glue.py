@@ -36,7 +36,7 @@ def cases(draw):
 
 
 def strided(rows, shape, dtype=torch.float32):
-    """Some heads of a wider tensor."""
+    """Return some heads of a wider tensor, and that tensor."""
     whole = torch.randn(rows, shape[0] + 2, *shape[1:]).to(dtype)
     return whole[:, 1:-1], whole
 
@@ -44,17 +44,17 @@ def strided(rows, shape, dtype=torch.float32):
 @pytest.mark.usefixtures("path")
 @settings(max_examples=40, deadline=None)
 @given(cases(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.sampled_from(["copy", "add"]))
-def test_rows_are_copied_and_added(case, dtype, what):
+def test_rows_are_copied_and_added(case, dtype, action):
     shape, (to_size, from_size), (to_rows, from_rows) = case
     target, around = strided(to_size, shape)
     source, _ = strided(from_size, shape, dtype)
     before = around.clone()
     wanted = target.clone()
     part = source[from_rows.key].float()
-    wanted[to_rows.key] = part if what == "copy" else wanted[to_rows.key] + part
-    {"copy": glue.copy_rows, "add": glue.add_rows}[what](target, to_rows, source, from_rows)
+    wanted[to_rows.key] = part if action == "copy" else wanted[to_rows.key] + part
+    {"copy": glue.copy_rows, "add": glue.add_rows}[action](target, to_rows, source, from_rows)
     assert torch.equal(target, wanted)
-    # nothing beside these heads has changed
+    # the other heads have not changed
     assert torch.equal(around[:, 0], before[:, 0]) and torch.equal(around[:, -1], before[:, -1])
 
 
@@ -81,9 +81,9 @@ def test_rows_are_merged(case, dtype):
 @pytest.mark.parametrize("shape", [(0, 2, 8), (5, 1, 128), (70, 3, 80)])
 def test_row_products(shape):
     do, o = torch.randn(shape).half(), torch.randn(shape).half()
-    found = glue.row_products(do, o)
-    assert found.dtype == torch.float32 and found.shape == shape[:2]
-    assert torch.allclose(found, (do.double() * o.double()).sum(-1).float(), atol=1e-4)
+    products = glue.row_products(do, o)
+    assert products.dtype == torch.float32 and products.shape == shape[:2]
+    assert torch.allclose(products, (do.double() * o.double()).sum(-1).float(), atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -91,7 +91,7 @@ def test_row_products(shape):
 def test_outputs_are_found_that_have_a_delta(dtype, size):
     torch.manual_seed(0)
     do = (torch.randn(50, 3, 64, dtype=torch.float64) * size).to(dtype)
-    # as of an output of usual size
+    # as for an output of usual size
     delta = (
         (do.double() * torch.randn(50, 3, 64).double())
         .sum(-1)

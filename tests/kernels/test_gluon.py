@@ -43,7 +43,7 @@ FACTORS = {
 
 
 def run_emulated(launch, seed=0):
-    """What `run` does, without a GPU."""
+    """Run a launch in the emulator in place of `run`."""
     if launch.kernel is gluon_forward.forward_kernel:
         warpgroups = ["1", "2", "3"][: launch.arguments["BM"] // 64]
         for begun in emulate(launch, seed):
@@ -57,8 +57,7 @@ def run_emulated(launch, seed=0):
 @pytest.fixture(autouse=True)
 def on_the_emulator(monkeypatch):
     monkeypatch.setattr(gluon_attention, "run_launch", run_emulated)
-    # programs take several tiles
-    # however unevenly tiles are dealt out to them
+    # programs take several tiles, however unevenly tiles are dealt out to them
     monkeypatch.setattr(gluon_attention, "forward_programs", lambda runs, *_: min(2, runs.tiles * len(runs.group)))
     for kernel in (gluon_attention, gluon_split):
         monkeypatch.setattr(kernel, "unsupported_reason", lambda demand: None)
@@ -215,7 +214,7 @@ def statements_that_synchronise(function) -> list[int]:
 
 
 def without(function, line: int):
-    """The function less one statement."""
+    """Return the function without one statement."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
 
     class Remove(ast.NodeTransformer):
@@ -240,8 +239,8 @@ MUTANTS = [
 
 @pytest.mark.parametrize(("kernel", "line"), MUTANTS, ids=lambda x: x if isinstance(x, int) else x.fn.__qualname__)
 def test_every_barrier_and_fence_is_needed(kernel, line, monkeypatch):
-    # also the proof that the emulator sees what it is for
-    # the last tile of a head needs one tile of keys: queries of the next but one would come too early
+    # this also proves that the emulator finds such faults
+    # the last tile of a head needs one tile of keys: the queries of the tile after the next would come too early
     lengths = [576, 300, 84, 24]
     mask, inputs = Mask.documents(lengths), random_inputs(sum(lengths), 3, 1, 64)
     cells, wanted = LaunchMask.from_mask(mask, 3, 1), dense(mask, inputs, 0.25)
@@ -253,7 +252,7 @@ def test_every_barrier_and_fence_is_needed(kernel, line, monkeypatch):
             assert_close(both(cells, inputs), wanted, 4e-3)
         except AssertionError:
             return
-    raise AssertionError(f"nobody misses {statement}")
+    raise AssertionError(f"no run misses {statement}")
 
 
 def test_dispatch_is_explicit(monkeypatch):

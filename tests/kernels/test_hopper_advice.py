@@ -1,4 +1,4 @@
-"""Where fla-core's kernels would compute decays of tokens wrongly, what to install is said."""
+"""If fla-core's kernels would compute decays of tokens wrongly, a message says what to install."""
 
 import types
 
@@ -13,7 +13,7 @@ from distattn.preflight.facts import kernel_advice
 
 @pytest.fixture
 def versions(monkeypatch):
-    """The versions of installed packages, to be changed."""
+    """Replace the versions of installed packages by a dictionary, which tests change."""
     installed = {"triton": "3.6.0", "fla-core": "0.6.0"}
 
     def version(name):
@@ -78,10 +78,10 @@ def test_the_preflight_says_it_only_of_models_with_such_layers(model, op, versio
 
 
 def test_the_doctor_says_it_of_each_gpu(versions, monkeypatch):
-    known = types.SimpleNamespace(major=9, minor=0, name="NVIDIA H100")
+    properties = types.SimpleNamespace(major=9, minor=0, name="NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: known)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     (check,) = [check for check in environment._devices() if check.name.startswith("kernel fla")]
     assert check.ok is None and "Triton 3.6.0" in check.state and "torch 2.13" in check.advice

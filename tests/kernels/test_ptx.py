@@ -57,13 +57,13 @@ OLDER_TRITON = ROOT / ".venv" / "triton-3.6.0"
 
 @cache
 def wanted(case: Case) -> Result:
-    """By the reference, of the rounded inputs."""
+    """Compute the reference results of the rounded inputs."""
     inputs = Inputs(*(x.double() for x in case.inputs()))
     return wanted_of(case.mask, inputs, case.score) if case.modifiers else dense(case.mask, inputs, case.score.scale)
 
 
 def run(case: Case, kernels: list[Compiled], seed: int = 0, programs=None) -> dict[str, torch.Tensor]:
-    """What the compiled launches of a case make of it."""
+    """Run the compiled launches of a case, and return their results."""
     if case.kernels == "forward":
         call = forward_call(case)
     else:
@@ -106,7 +106,7 @@ def test_all_programs_equal_the_reference(case):
     first = run(case, compiled(case))
     assert_close_to_the_reference(case, first)
     if case in (SEVERAL, Case("backward"), Case("split")):
-        # whatever the order of warps and copies, the numbers are the same to the last bit
+        # for any order of warps and copies the numbers are bitwise the same
         second = run(case, compiled(case), seed=1)
         assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -124,20 +124,20 @@ def test_a_merge_weighs_what_was_there_against_what_comes():
     case = Case("merge", dim=128)
     generator = torch.Generator().manual_seed(1)
     before_o, before_lse = (torch.randn(case.tokens, 2, *dim, generator=generator) for dim in ((128,), ()))
-    # rows that had no keys yet, some of which weigh nothing against what comes
+    # some rows had no keys before, and others outweigh all that is merged
     before_o[::7], before_lse[::7] = 0, -torch.inf
     before_lse[1::7] = 20
     o, lse = before_o.clone(), before_lse.clone()
     interpret(forward_call(case, into=(o, lse)).launches[0], *compiled(case))
     exact = wanted(case)
-    both = torch.logaddexp(before_lse.double(), exact.lse)
-    shares = torch.exp(before_lse.double() - both)[..., None], torch.exp(exact.lse - both)[..., None]
+    merged = torch.logaddexp(before_lse.double(), exact.lse)
+    shares = torch.exp(before_lse.double() - merged)[..., None], torch.exp(exact.lse - merged)[..., None]
     assert relative_error(o, before_o * shares[0] + exact.o * shares[1]) < TOLERANCES["bfloat16"]
-    assert relative_error(lse, both) < LSE_TOLERANCE
+    assert relative_error(lse, merged) < LSE_TOLERANCE
 
 
 def replaced(pattern: str, replacement: str, which: int = 0):
-    """A change of the text, less what it says of source lines: of one of the places that match."""
+    """Return a change of the text without source lines: it replaces one of the places that match."""
 
     def change(kernel: Compiled) -> Compiled:
         text = re.sub(r"^\s*(\.loc|//).*\n", "", kernel.ptx, flags=re.M)
@@ -148,13 +148,13 @@ def replaced(pattern: str, replacement: str, which: int = 0):
 
 
 def remapped(number: int, **fields):
-    """A change of a tensor map."""
+    """Return a change of a tensor map."""
     return lambda kernel: kernel._replace(
         maps=[entry | fields if i == number else entry for i, entry in enumerate(kernel.maps)]
     )
 
 
-# by name: the kernels, what is changed in the last of them, and what must be said of it.
+# by name: the kernels, the change of the last of them, and the error that must follow.
 # swizzle of 128 bytes and a stride of 1024 from 8 rows to the next 8
 DESCRIPTOR = str(0x4000004000000000)
 BUGS = {
@@ -233,7 +233,7 @@ BUGS = {
 
 
 def finding(case: Case, kernels: list[Compiled]) -> str:
-    """What the interpreter or the comparison says of a call, nothing if all is well."""
+    """Return the error of the interpreter or the comparison, or an empty text if all is well."""
     try:
         assert_close_to_the_reference(case, run(case, kernels))
     except MachineError as error:
@@ -251,20 +251,20 @@ def test_a_planted_bug_is_found(bug):
     *before, last = compiled(case)
     changed = change(last)
     assert changed != last
-    found = finding(case, [*before, changed])
-    assert re.search(expected, found, re.S), found or "nobody notices"
+    error = finding(case, [*before, changed])
+    assert re.search(expected, error, re.S), error or "no error"
 
 
-# what removes an instruction; a wait is over at once
+# patterns of instructions to remove; a removed wait is over at once
 NEEDED = re.compile(r"^\s*(@\S+\s+)?(mbarrier|fence\.proxy|cp\.async\.bulk\.wait_group).*;$", re.M)
 
 
-# orders of warps and copies that are tried; those that have shown what others did not come first
+# orders of warps and copies to try; those that found faults that others missed come first
 SEEDS = list(dict.fromkeys([0, 26, 15, 10, 8, 7, 5, *range(48)]))
 
 
 def without(kernel: Compiled, place: re.Match) -> Compiled:
-    """The kernel less one instruction; what waits goes on."""
+    """Return the kernel without one instruction; a wait is over at once."""
     rest = "mov.pred complete, -1;" if "try_wait" in place[0] else ""
     return kernel._replace(ptx=kernel.ptx[: place.start()] + rest + kernel.ptx[place.end() :])
 
@@ -272,7 +272,7 @@ def without(kernel: Compiled, place: re.Match) -> Compiled:
 @full
 @pytest.mark.parametrize(("case", "program"), [(SEVERAL, 0), (Case("backward"), 0)], ids=["forward", "backward"])
 def test_every_barrier_and_fence_is_needed(case, program):
-    # also the proof that the interpreter sees what it is for
+    # this also proves that the interpreter finds such faults
     *before, last = compiled(case)
     good = run(case, [*before, last], programs=[program])
     unnoticed = []
@@ -290,7 +290,7 @@ def test_every_barrier_and_fence_is_needed(case, program):
 
 
 def toy(body: str, threads: int = 32) -> torch.Tensor:
-    """What a small kernel stores to its only tensor, of 32 integers."""
+    """Run a small kernel, and return the 32 integers that it stores to its only tensor."""
     text = f"""
     .visible .entry toy(.param .u64 .ptr .global .align 1 toy_param_0) .reqntid {threads}
     {{

@@ -21,7 +21,7 @@ def chunk_by_chunk(op, case, dtype=torch.float64) -> RecurrenceResult:
     return RecurrenceResult(o, final, dx, dinitial)
 
 
-# what has no decay has no other cases
+# ops without a decay have no other cases
 DECAYS = [
     (name, decay)
     for name in RECURRENT
@@ -55,10 +55,10 @@ def test_a_segment_is_an_affine_map_of_the_state_that_enters(name):
     carried = a @ case.initial if OPS[name].delta else a[..., None] * case.initial
     torch.testing.assert_close(carried + b, final, rtol=1e-10, atol=1e-11)
     assert a.shape[2:] == OPS[name].transition_shape(3)
-    # and so is, backwards, the gradient of the state that leaves
+    # and so is, backwards, the gradient of the final state
     c, again = chunked.gradient_states(case.x, chunks, case.do, torch.zeros_like(case.dfinal), True)
     assert torch.equal(again, a)
-    # of states that begin, or end, with their document nobody asks for an A
+    # no A is needed for states that begin or end with their document
     assert chunked.states(case.x, chunks, case.initial, False)[1] is None
     carried = a.transpose(-1, -2) @ case.dfinal if OPS[name].delta else a[..., None] * case.dfinal
     torch.testing.assert_close(carried + c, by_definition(case).dinitial, rtol=1e-10, atol=1e-11)
@@ -93,11 +93,11 @@ def test_on_gpus_more_chunks_are_computed_at_once_and_the_numbers_are_the_same()
     for a, b in zip(*(chunked.forward(case.x, chunks, case.initial) for chunks in (together, apart)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     segments = [(1024 * i, 1024 * i + 1024) for i in range(8)]
-    found = {
+    blocks = {
         kind: len(chunked.prepare(segments, needed._replace(device=torch.device(kind))).blocks)
         for kind in ("cpu", "cuda")
     }
-    assert found == {"cpu": 8, "cuda": 2}
+    assert blocks == {"cpu": 8, "cuda": 2}
 
 
 def test_an_infinite_decay_forgets_everything_and_nothing_is_not_a_number():

@@ -29,7 +29,7 @@ HELD = ((16, 0.1), (16, 0.3), (16, 0.6), (32, 0.6), (32, 1.0))
 
 
 def work_of_programs(mask, programs):
-    """Key tiles, and one for a tile's fixed costs, of each program, as the kernel deals tiles out to `programs` programs."""
+    """Return the key tiles of each of `programs` programs, plus one for a tile's fixed costs, as the kernel deals out tiles."""
     runs = tile_runs(mask, TILE.rows, TILE.keys)
     work = runs.work(TILE.keys)[runs.group][:, runs.order].T.ravel() + 1.0
     dealt = np.pad(work, (0, -len(work) % programs)).reshape(-1, programs)
@@ -49,7 +49,7 @@ def slowdown(mask, programs, held, share):
 
 
 def overlapped_launches(strategy):
-    """The launch masks of a forward pass by whether messages are in flight, as the lowering says it."""
+    """Return the launch masks of a forward pass. Check that lowering marks those with messages in flight."""
     lengths = [65536]
     shape = dict(heads=64, kv_heads=8, head_dim=128, dtype="bfloat16")
     plan = make_plan(Mask.documents(lengths), Layout.zigzag(lengths, 8), strategy=strategy, **shape)
@@ -80,11 +80,11 @@ def test_dealt_tiles_lose_what_is_held_and_single_tiles_do_not(mask):
     )
     dealt = [slowdown(mask, quiet, *held) for held in HELD]
     single = [slowdown(mask, overlapped, *held) for held in HELD]
-    # programs that begin late have a full share of the work: computing and communicating do not overlap at all
+    # programs that begin late have a full share of the work: computation and communication do not overlap
     for (_, share), time in zip(HELD, dealt, strict=True):
         assert time >= 1 + share - 0.01
     for (held, share), time in zip(HELD, single, strict=True):
-        # no more than the multiprocessors' time that is lost to the communicator, but for the last tiles
+        # only the multiprocessors' time that the communicator takes is lost, except for the last tiles
         assert time <= 1 + held * share / PROCESSORS + 0.03
     assert max(single) < 1.25 and max(dealt) > 1.95
 

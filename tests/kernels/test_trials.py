@@ -1,4 +1,4 @@
-"""Kernels on trial: wrong ones are found and never used, the fastest right one is taken, alike on all ranks."""
+"""Kernels on trial: wrong ones are found and never used, the fastest right one is taken, the same on all ranks."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ SHAPE = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64")
 
 
 def planted(name, monkeypatch, **changed):
-    """A kernel module of that name: the CPU kernel's functions, but for those given."""
+    """Register a kernel module of that name: the CPU kernel's functions, except the given ones."""
     module = types.ModuleType(f"planted_{name}")
     for attribute in ("DIFFERENTIABLE_LSE", "ACCUMULATES", "unsupported_reason", "prepare", "forward", "backward"):
         setattr(module, attribute, changed.get(attribute, getattr(cpu, attribute)))
@@ -40,40 +40,40 @@ def planted(name, monkeypatch, **changed):
     return name
 
 
-def wrong_gradient(*given):
-    dq, dk, dv = cpu.backward(*given)
+def wrong_gradient(*args):
+    dq, dk, dv = cpu.backward(*args)
     # one key of one head
     dv[3, 0] *= 1.5
     return dq, dk, dv
 
 
-def empty_rows(*given):
-    o, lse = cpu.forward(*given)
+def empty_rows(*args):
+    o, lse = cpu.forward(*args)
     return o, lse.masked_fill(lse == -torch.inf, 0.0)
 
 
-def raising(*given):
+def raising(*args):
     raise RuntimeError("an illegal memory access was encountered\nat 0x7f")
 
 
-def out_of_memory(*given):
+def out_of_memory(*args):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
 
 
-def no_number_at_the_end(*given):
-    dq, dk, dv = cpu.backward(*given)
+def no_number_at_the_end(*args):
+    dq, dk, dv = cpu.backward(*args)
     dv[-1] = torch.nan
     return dq, dk, dv
 
 
-def one_wrong_row(*given):
-    o, lse = cpu.forward(*given)
+def one_wrong_row(*args):
+    o, lse = cpu.forward(*args)
     o[-1, 0] *= 1.1
     return o, lse
 
 
 def wrong_in_place(q, k, v, schedule, score, into=None, merge=False):
-    """Right where it makes its results, and where it adds to others it forgets what is there."""
+    """Compute right results if they are new; when adding to others, forget the earlier values."""
     o, lse = cpu.forward(q, k, v, schedule, score)
     if into is None:
         return o, lse
@@ -82,8 +82,8 @@ def wrong_in_place(q, k, v, schedule, score, into=None, merge=False):
     return into
 
 
-def backward_in_place(*given, into=None, add=(False, False)):
-    grads = cpu.backward(*given)
+def backward_in_place(*args, into=None, add=(False, False)):
+    grads = cpu.backward(*args)
     if into is None:
         return grads
     for place, grad in zip((into[0], *into[1]), grads, strict=True):
@@ -91,12 +91,12 @@ def backward_in_place(*given, into=None, add=(False, False)):
     return into[0], *into[1]
 
 
-def written_instead_of_added(*given, into=None, add=(False, False)):
-    return added(*given, into=into, add=(add[0], False))
+def written_instead_of_added(*args, into=None, add=(False, False)):
+    return added(*args, into=into, add=(add[0], False))
 
 
-def added(*given, into=None, add=(False, False)):
-    grads = cpu.backward(*given)
+def added(*args, into=None, add=(False, False)):
+    grads = cpu.backward(*args)
     if into is None:
         return grads
     for place, grad, adds in zip((into[0], *into[1]), grads, (add[0], add[1], add[1]), strict=True):
@@ -121,7 +121,7 @@ WRONG = {
     "one wrong row": dict(forward=one_wrong_row),
     "in place": dict(ACCUMULATES=True, forward=wrong_in_place, backward=backward_in_place),
     "wrong gradient": dict(backward=wrong_gradient),
-    "no number": dict(forward=lambda *given: tuple(x * torch.nan for x in cpu.forward(*given))),
+    "no number": dict(forward=lambda *args: tuple(x * torch.nan for x in cpu.forward(*args))),
     "rows without keys": dict(forward=empty_rows),
     "raises": dict(forward=raising),
     "refuses": dict(unsupported_reason=lambda requirements: "it is for other chips"),
@@ -131,19 +131,19 @@ WRONG = {
 def test_a_kernel_that_adds_to_what_is_there_is_right(monkeypatch):
     changed = dict(ACCUMULATES=True, forward=merged, backward=added)
     masks_ = [LaunchMask.from_mask(Mask.from_pieces([[2, 300, 0, 290, -400, 0]], 300), 4, 2)]
-    found = try_kernels([planted("adding", monkeypatch, **changed)], masks_, NEEDED)
-    assert not found["adding"].fault and found["adding"].difference < 1e-12
+    by_kernel = try_kernels([planted("adding", monkeypatch, **changed)], masks_, NEEDED)
+    assert not by_kernel["adding"].fault and by_kernel["adding"].difference < 1e-12
 
 
 @pytest.mark.parametrize("fault", WRONG)
 def test_wrong_kernels_are_found(fault, monkeypatch):
     mask = Mask.from_pieces([[2, 300, 0, 290, -400, 0]], 300)
     masks_ = [LaunchMask.from_mask(mask, 4, 2)]
-    found = try_kernels([planted("odd", monkeypatch, **WRONG[fault]), "cpu"], masks_, NEEDED)
-    assert not found["cpu"].fault and found["cpu"].difference < 1e-12 and found["cpu"].seconds > 0
-    words = {"raises": "RuntimeError: an illegal memory access was encountered", "refuses": "it is for other chips"}
-    assert found["odd"].fault.startswith(words.get(fault, "wrong: "))
-    assert ranking([found, {}], ["odd", "cpu"]) == ["cpu"]
+    by_kernel = try_kernels([planted("odd", monkeypatch, **WRONG[fault]), "cpu"], masks_, NEEDED)
+    assert not by_kernel["cpu"].fault and by_kernel["cpu"].difference < 1e-12 and by_kernel["cpu"].seconds > 0
+    reasons = {"raises": "RuntimeError: an illegal memory access was encountered", "refuses": "it is for other chips"}
+    assert by_kernel["odd"].fault.startswith(reasons.get(fault, "wrong: "))
+    assert ranking([by_kernel, {}], ["odd", "cpu"]) == ["cpu"]
 
 
 def test_a_trial_that_runs_out_of_memory_is_told_and_not_kept(candidates, monkeypatch, caplog):
@@ -162,12 +162,12 @@ def test_a_trial_that_runs_out_of_memory_is_told_and_not_kept(candidates, monkey
 
 @pytest.fixture
 def room(candidates, monkeypatch):
-    """A kernel whose trial needs more memory than is free, until 100 bytes are; what is free, and how often it was tried."""
+    """Register a kernel whose trial needs 100 free bytes. Return the free bytes and the number of its trials."""
     room = types.SimpleNamespace(free=40, tried=0)
 
-    def backward(*given):
+    def backward(*args):
         room.tried += 1
-        return cpu.backward(*given) if room.free >= 100 else out_of_memory(*given)
+        return cpu.backward(*args) if room.free >= 100 else out_of_memory(*args)
 
     planted("large", monkeypatch, backward=backward)
     monkeypatch.setitem(registry.CANDIDATES, "cpu", ("large", "cpu"))
@@ -186,14 +186,14 @@ def test_a_trial_that_ran_out_of_memory_is_made_again_where_more_is_free(room, c
             before = room.tried
             assert da.prepare(plan).key.kernel == kernel
             assert (room.tried > before) == (free in (40, 50, 100)), (free, room.tried, tried)
-    # the user hears of it once
+    # the user is warned once
     assert caplog.text.count("ran out of device memory") == 1
 
 
 def test_a_trial_that_runs_out_of_memory_is_made_three_times_at_most_by_all_plans_of_a_shape(room):
     for free in (1, 2, 4, 8, 16, 32):
         room.free = free
-        # a plan of its own every time
+        # a new plan every time
         assert da.prepare(plan_for(1, "documents" if free % 3 else "causal")).key.kernel == "cpu"
     assert room.tried == 3
 
@@ -246,7 +246,7 @@ def test_the_driver_compares_trials_again_in_a_few_steps(room, needed, monkeypat
             (executable,) = batch["context_parallel"]._executables.values()
             chosen.append(executable.key.kernel)
     if needed == 100:
-        # found in step 4, and used by the plans that are made ahead from then on
+        # right in step 4, and used by plans that are made after it
         assert chosen[:4] == ["cpu"] * 4 and chosen[-1] == "large"
     else:
         assert chosen == ["cpu"] * 8 and room.tried <= 3
@@ -271,9 +271,9 @@ def test_ranks_take_the_kernel_that_is_right_on_all_of_them_and_fastest_on_the_s
     right, slower, wrong = Trial(0.0, 1.0), Trial(0.0, 2.0), Trial(1.0, 0.1, "wrong: 1.0e+00 from the reference")
     names = ["a", "b", "c"]
     assert ranking([dict(a=slower, b=right, c=wrong)], names) == ["b", "a"]
-    # on another rank b is slow, and c right
+    # on another rank b is slow, and c is right
     assert ranking([dict(a=slower, b=right, c=wrong), dict(a=slower, b=Trial(0.0, 3.0), c=right)], names) == ["a", "b"]
-    # nobody had a launch
+    # no rank had a launch
     assert ranking([{}, {}], names) == []
     with pytest.raises(DistattnError, match=r"no kernel can be used here \(a: wrong: 1.0e\+00 from the reference\)"):
         ranking([dict(a=wrong)], ["a"])
@@ -281,14 +281,14 @@ def test_ranks_take_the_kernel_that_is_right_on_all_of_them_and_fastest_on_the_s
 
 @pytest.fixture
 def candidates(monkeypatch, tmp_path):
-    """Two right kernels for the CPU, of which "tardy" is slow, and a wrong one."""
+    """Register two right kernels for the CPU, of which "tardy" is slow, and a wrong one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    # a clock of its own: a busy machine may keep either kernel waiting
+    # an own clock: a busy machine may delay either kernel
     now = [0.0]
 
-    def slow(*given):
+    def slow(*args):
         now[0] += 1.0
-        return cpu.forward(*given)
+        return cpu.forward(*args)
 
     monkeypatch.setattr(trials, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
     planted("tardy", monkeypatch, forward=slow)
@@ -304,14 +304,14 @@ def plan_for(ranks, mask="documents"):
 def test_the_fastest_right_kernel_is_taken_and_kept(candidates, caplog, monkeypatch):
     with caplog.at_level(logging.INFO, "distattn"):
         assert da.prepare(plan_for(1)).key.kernel == "cpu"
-    said = caplog.text
-    assert "trying kernel tardy" in said and "kernel wrong is not used on CPU | driver unknown | torch" in said
+    log = caplog.text
+    assert "trying kernel tardy" in log and "kernel wrong is not used on CPU | driver unknown | torch" in log
     ((key, kept),) = json.loads(candidates.read_text()).items()
     assert "float64 4:2 8/8" in key and kept["wrong"]["fault"].startswith("wrong: ") and not kept["tardy"]["fault"]
     # the next process finds it
     monkeypatch.setattr(trials, "tried", None)
     assert da.prepare(plan_for(1), kernel="auto").key.kernel == "cpu"
-    # one line switches it off
+    # naming a kernel switches the choice off
     assert da.prepare(plan_for(1), kernel="tardy").key.kernel == "tardy"
 
 
@@ -325,7 +325,7 @@ def test_a_cache_that_cannot_be_read_is_no_cache(candidates):
 
 
 def chosen_run(rank, driver):
-    """The kernel of this rank; on rank 1 the fastest one is wrong."""
+    """Return the kernel of this rank and its error. On rank 1 the fastest kernel is wrong."""
     if rank == 1:
         sys.modules["distattn.kernels.cpu"].backward = wrong_gradient_of(cpu.backward)
     inputs = random_inputs(sum(LENGTHS), 4, 2, 8)
@@ -346,8 +346,8 @@ def chosen_run(rank, driver):
 
 
 def wrong_gradient_of(right):
-    def backward(*given):
-        dq, dk, dv = right(*given)
+    def backward(*args):
+        dq, dk, dv = right(*args)
         return dq, dk, dv * 1.5
 
     return backward

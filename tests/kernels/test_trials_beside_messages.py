@@ -1,4 +1,4 @@
-"""Kernels are timed beside a kernel that holds multiprocessors where a rank computes while messages are in flight."""
+"""Kernels are timed next to a kernel that holds multiprocessors if a rank computes while messages are in flight."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Machine:
-    """A clock of its own, and whether multiprocessors are held; seconds: what a forward takes without and with that."""
+    """An own clock, and whether multiprocessors are held. A forward's seconds depend on that."""
 
     def __init__(self):
         self.now, self.is_held, self.times_held = 0.0, False, 0
@@ -34,16 +34,16 @@ class Machine:
         self.is_held = False
 
     def kernel(self, name, monkeypatch, alone, beside):
-        def forward(*given):
+        def forward(*args):
             self.now += beside if self.is_held else alone
-            return cpu.forward(*given)
+            return cpu.forward(*args)
 
         return planted(name, monkeypatch, forward=forward)
 
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """Two right kernels: "dealt" is the faster one alone, "single" beside messages."""
+    """Register two right kernels: "dealt" is faster alone, "single" next to messages."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     machine = Machine()
     monkeypatch.setattr(trials, "time", types.SimpleNamespace(perf_counter=lambda: machine.now))
@@ -70,9 +70,9 @@ def test_a_plan_is_of_the_kind_of_most_of_its_cells():
 def test_kernels_are_timed_for_the_kind_of_step(machine, overlaps):
     # the largest launch is of the other kind, and most cells are not
     cells = [launch(100, not overlaps), *[launch(80, overlaps)] * 3]
-    found = try_kernels(["dealt", "single"], cells, NEEDED)
+    by_kernel = try_kernels(["dealt", "single"], cells, NEEDED)
     assert machine.times_held == (6 if overlaps else 0)
-    assert [found[name].seconds for name in ("dealt", "single")] == pytest.approx(
+    assert [by_kernel[name].seconds for name in ("dealt", "single")] == pytest.approx(
         [2.0, 1.2] if overlaps else [1.0, 1.1]
     )
 
@@ -81,8 +81,8 @@ def test_a_plan_with_messages_gets_another_kernel_and_its_own_line_in_the_cache(
     chosen = {}
     for strategy in ("ring", "ulysses"):
         plan = da.make_plan(masks()["causal"], layouts(LENGTHS, 2)["zigzag"], strategy=strategy, **SHAPE)
-        found = local_kernel_trials(plan, 0, kernel_requirements(plan.call, CPU))
-        chosen[strategy] = min(found, key=lambda name: found[name].seconds)
+        by_kernel = local_kernel_trials(plan, 0, kernel_requirements(plan.call, CPU))
+        chosen[strategy] = min(by_kernel, key=lambda name: by_kernel[name].seconds)
     assert chosen == {"ring": "single", "ulysses": "dealt"}
     kept = json.loads((tmp_path / "distattn" / "kernels.json").read_text())
     assert sorted(key.endswith(", messages in flight") for key in kept) == [False, True]
@@ -96,7 +96,7 @@ def test_the_run_that_compiles_is_not_timed_nor_held(machine):
 
 @pytest.fixture
 def imitated_device(monkeypatch):
-    """torch.cuda's streams as far as a trial asks for them: what is waited for is written down."""
+    """Replace the functions of torch.cuda's streams that a trial calls. Return the list of waits."""
     waits = []
     stream = types.SimpleNamespace(synchronize=lambda: waits.append("current stream"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
@@ -141,12 +141,12 @@ def test_the_kernel_that_holds_multiprocessors_ends_by_itself_and_when_it_is_tol
         launch = spinner.spin_launch(flags, numbers.zero_(), 3, most=5)
         launch.kernel[launch.grid](**launch.arguments, **launch.options)
         assert flags.tolist() == [3, told]
-        # x * 0.5 + 1, once a turn
+        # x * 0.5 + 1, once per turn
         assert (numbers == 2 - 2 * 0.5**turns).all()
 
 
 class Device:
-    """A device of 132 multiprocessors, whose programs start as they are asked about; streams keep what is queued."""
+    """A device of 132 multiprocessors, whose programs start when their number is read; streams keep the queued work."""
 
     def __init__(self, monkeypatch, spinner, starts):
         self.log, self.starts = [], starts

@@ -62,7 +62,7 @@ def both(mask, inputs, tiles=SMALL, score=PLAIN, dtype=torch.float32) -> Result:
 def visited(
     runs: TileRuns, heads: int, shape: tuple[int, int], block_rows: int, block_keys: int, tile_of: Sequence[int] = ()
 ) -> np.ndarray:
-    """How often each cell is visited and found allowed, by the lists alone; tile_of: of each part, where tiles are cut."""
+    """Count how often each cell is visited and found allowed, by the lists alone. tile_of: the tile of each part of cut tiles."""
     rows, keys = shape
     out = np.zeros((heads, rows, keys), int)
     for head in range(heads):
@@ -93,7 +93,7 @@ def test_runs_visit_every_allowed_cell_once_and_no_other(name, blocks):
     turned = wanted.transpose(0, 2, 1)
     runs = transposed_runs(cells, *blocks)
     assert (visited(runs, 4, (mask.n, mask.n), *blocks) == turned).all()
-    # on a device of ever so many processors every tile that is worth it is cut
+    # on a device with very many processors every tile that is long enough is cut
     split = split_long_tiles(runs, cells, blocks[1], 10_000)
     assert (visited(split.runs, 4, (mask.n, mask.n), *blocks, split.part[:, 0].tolist()) == turned).all()
     assert split.slots == split.sums[:, 2].sum() == (split.part[:, 1] >= 0).sum()
@@ -110,7 +110,7 @@ def test_short_documents_of_one_query_tile_are_one_run():
 
 
 def wanted_of(mask, inputs, score) -> Result:
-    """By the reference kernel in fp64, itself proven against the oracle, which knows no modifiers of scores."""
+    """Compute by the reference kernel in fp64, which is tested against the oracle; the oracle has no modifiers of scores."""
     demand = KernelRequirements(torch.float64, *inputs.v.shape[1:], torch.device("cpu"))
     work = reference.prepare(LaunchMask.from_mask(mask, inputs.q.shape[1], inputs.k.shape[1]), demand)
     o, lse = reference.forward(*inputs[:3], work, score)
@@ -179,7 +179,7 @@ def test_results_are_the_same_bits_every_time():
 
 
 def thirds(n):
-    """The causal axis in three parts by keys, as a ring sees it; the second part has rows without keys."""
+    """Return the causal axis in three parts by keys, as a ring sees it. The second part has rows without keys."""
     return [Mask.from_pieces([[0, n, k, k + n // 3, -n, 0]], n) for k in range(0, n, n // 3)]
 
 
@@ -224,7 +224,7 @@ def test_keys_that_all_rows_see_are_summed_by_several_programs(dims, dtype):
     wanted = wanted_of(mask, inputs, score)
     assert_close(got, wanted, TOLERANCE[dtype])
     assert torch.equal(got.dk, again.dk) and torch.equal(got.dv, again.dv)
-    # added to what is there
+    # gradients are added to earlier values
     delta = (inputs.do * wanted.o).sum(-1).float()
     dk, dv = torch.ones_like(got.dk), torch.ones_like(got.dv)
     triton_attention.backward(
@@ -254,7 +254,7 @@ def test_strategies_equal_the_oracle_with_the_triton_kernel(strategy, mask):
 
 
 def test_a_ring_step_writes_and_merges_in_the_kernel(monkeypatch):
-    # whoever folds partial results outside the kernel is caught
+    # fail if partial results are merged outside the kernel
     def refuse(*fields):
         raise AssertionError("a second kernel merges")
 

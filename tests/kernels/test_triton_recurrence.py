@@ -20,7 +20,7 @@ from distattn.kernels.triton.launch import make_launch
 # one token, more than a chunk, less than one
 LENGTHS = (1, 18, 7)
 WITH_ONE_DECAY = [name for name, op in OPS.items() if op.kind == "recurrence" and op.decay != "channel"]
-# what has no decay has no other cases
+# ops without a decay have no other cases
 CASES = [
     (name, decay)
     for name in WITH_ONE_DECAY
@@ -30,12 +30,12 @@ CASES = [
 
 @pytest.fixture
 def short_chunks(monkeypatch):
-    """Chunks have 16 tokens: the interpreter needs a fifth of the time."""
+    """Use chunks of 16 tokens, with which the interpreter needs a fifth of the time."""
     monkeypatch.setattr(kernel, "_CHUNK", 16)
 
 
 def in_single(case):
-    """The tokens, states that enter, and gradients of a case in float32."""
+    """Return the tokens, initial states, and gradients of a case in float32."""
     x = case.x._replace(**{name: value.float() for name, value in case.x.present().items()})
     return x, *(value.float() for value in (case.initial, case.do, case.dfinal))
 
@@ -46,8 +46,8 @@ def test_outputs_states_and_gradients_equal_the_definition(short_chunks, name, d
     case = recurrence_case(OPS[name], LENGTHS, 2, 1, decay=decay)
     x, initial, do, dfinal = in_single(case)
     chunks = prepared(kernel, OPS[name], x, case.segments)
-    found = RecurrenceResult(*kernel.forward(x, chunks, initial), *kernel.backward(x, chunks, initial, do, dfinal))
-    assert_same(found, by_definition(case), 2e-5)
+    results = RecurrenceResult(*kernel.forward(x, chunks, initial), *kernel.backward(x, chunks, initial, do, dfinal))
+    assert_same(results, by_definition(case), 2e-5)
 
 
 @pytest.mark.parametrize("name", ["gated_delta_rule", "ssd", "retention"])
@@ -75,8 +75,8 @@ def test_dims_that_are_no_powers_of_two_and_wide_keys(key_dim, value_dim):
     x, initial, do, dfinal = in_single(case)
     chunks = prepared(kernel, OPS["gated_delta_rule"], x, case.segments)
     assert chunks.size == (16 if key_dim > 128 else 64)
-    found = RecurrenceResult(*kernel.forward(x, chunks, initial), *kernel.backward(x, chunks, initial, do, dfinal))
-    assert_same(found, by_definition(case), 2e-5)
+    results = RecurrenceResult(*kernel.forward(x, chunks, initial), *kernel.backward(x, chunks, initial, do, dfinal))
+    assert_same(results, by_definition(case), 2e-5)
 
 
 def test_repeated_keys_do_not_cancel_in_chunks_of_64_tokens():
@@ -85,19 +85,19 @@ def test_repeated_keys_do_not_cancel_in_chunks_of_64_tokens():
     case = case._replace(x=x)
     x, initial, do, dfinal = in_single(case)
     chunks = prepared(kernel, OPS["delta_rule"], x, case.segments)
-    found = RecurrenceResult(*kernel.forward(x, chunks, initial), *kernel.backward(x, chunks, initial, do, dfinal))
-    assert_same(found, by_definition(case), 2e-5)
+    results = RecurrenceResult(*kernel.forward(x, chunks, initial), *kernel.backward(x, chunks, initial, do, dfinal))
+    assert_same(results, by_definition(case), 2e-5)
 
 
 def test_rows_in_no_segment_are_zero_and_empty_segments_pass_the_state_on(short_chunks):
     case = recurrence_case(OPS["ssd"], (30,), 2, 1)
     x, initial, do, dfinal = in_single(case)
     chunks = prepared(kernel, OPS["ssd"], x, [(3, 9), (12, 12)])
-    both = initial.expand(2, -1, -1, -1)
-    o, final = kernel.forward(x, chunks, both)
+    states = initial.expand(2, -1, -1, -1)
+    o, final = kernel.forward(x, chunks, states)
     assert not o[:3].any() and not o[9:].any() and o[3:9].all()
     assert torch.equal(final[1], initial[0])
-    dx, dinitial = kernel.backward(x, chunks, both, do, dfinal.expand(2, -1, -1, -1))
+    dx, dinitial = kernel.backward(x, chunks, states, do, dfinal.expand(2, -1, -1, -1))
     for dy in dx.by_token().values():
         assert not dy[:3].any() and not dy[9:].any() and dy[3:9].any()
     assert torch.equal(dinitial[1], dfinal[0])
@@ -114,8 +114,8 @@ def test_infinite_decays_leave_numbers(short_chunks):
     exact = prepared(chunked, OPS["gated_delta_rule"], wide, case.segments)
     o, final = chunked.forward(wide, exact, case.initial)
     wanted = RecurrenceResult(o, final, *chunked.backward(wide, exact, case.initial, case.do, case.dfinal))
-    found = RecurrenceResult(*kernel.forward(x, chunks, initial), *kernel.backward(x, chunks, initial, do, dfinal))
-    assert_same(found, wanted, 2e-5)
+    results = RecurrenceResult(*kernel.forward(x, chunks, initial), *kernel.backward(x, chunks, initial, do, dfinal))
+    assert_same(results, wanted, 2e-5)
 
 
 def test_cut_segments_over_ranks_equal_the_definition(short_chunks):
@@ -168,8 +168,8 @@ def test_launches_are_at_most_a_tenth_of_those_of_the_kernel_in_pytorch(lengths,
     state = tensor(len(lengths), heads, 128, 128, dtype=torch.float32)
     launched = []
 
-    def make(*given):
-        launched.append(make_launch(*given))
+    def make(*args):
+        launched.append(make_launch(*args))
         return launched[-1]
 
     with mock.patch.object(kernel, "make_launch", make), host_waits() as watch:

@@ -1,4 +1,4 @@
-"""What kernels allocate for themselves is what they say: nothing is launched, on meta tensors."""
+"""Kernels allocate the workspace that they announce: on meta tensors, without launches."""
 
 import types
 
@@ -25,7 +25,7 @@ def no_launches(monkeypatch):
         monkeypatch.setattr(module, "_descriptor", lambda x, *how: x)
         monkeypatch.setattr(module, "compute_capability", lambda device: 90)
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(gluon_attention, "TensorDescriptor", types.SimpleNamespace(from_tensor=lambda *given: 0))
+    monkeypatch.setattr(gluon_attention, "TensorDescriptor", types.SimpleNamespace(from_tensor=lambda *args: 0))
     monkeypatch.setattr(gluon_attention, "NVMMASharedLayout", lambda **how: 0)
     monkeypatch.setattr(torch.Tensor, "data_ptr", lambda x: 512)
 
@@ -74,7 +74,7 @@ def flash_backward(do, q, k, v, o, lse, starts_q, starts_k, *how, **window):
 
 
 def key_parts(longest_q, longest_k, heads, kv_heads, dim, is_causal):
-    """Return what `get_num_splits` and `num_splits_heuristic` of FlashAttention 3 do for bf16 on an H100."""
+    """Return the result of `get_num_splits` and `num_splits_heuristic` of FlashAttention 3 for bf16 on an H100."""
     block_m, block_n = (192, 128) if dim <= 96 else (128, 176 if dim == 128 and not is_causal else 128)
     m_blocks, n_blocks = -(-longest_q * (heads // kv_heads) // block_m), -(-longest_k // block_n)
     blocks, size = kv_heads * m_blocks, longest_k * 2 * dim * 2

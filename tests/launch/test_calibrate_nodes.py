@@ -1,4 +1,4 @@
-"""Descriptions of the nodes of a Ray cluster: slow ones are named, and what cannot be is refused. The tasks are stood in for."""
+"""Descriptions of the nodes of a Ray cluster: slow ones are named, and bad input is refused. Stand-ins replace the tasks."""
 
 import importlib.util
 import json
@@ -19,15 +19,15 @@ CPU = replace(HOT, device=replace(HOT.device, name="CPU, 2 threads a rank", gemm
 
 
 def test_nodes_are_compared_with_those_of_the_same_device():
-    found = list(slow_nodes({"a": USUAL, "b": HOT, "c": USUAL, "d": LOOSE, "e": CPU}))
-    assert [sentence.partition(" at ")[0] for sentence in found] == ["b: matrix products", "d: links inside"]
-    assert found[0].endswith(f"the median of 4 nodes is {USUAL.device.gemm_tflops:.3g}.")
+    sentences = list(slow_nodes({"a": USUAL, "b": HOT, "c": USUAL, "d": LOOSE, "e": CPU}))
+    assert [sentence.partition(" at ")[0] for sentence in sentences] == ["b: matrix products", "d: links inside"]
+    assert sentences[0].endswith(f"the median of 4 nodes is {USUAL.device.gemm_tflops:.3g}.")
     assert not list(slow_nodes({"a": HOT}))
 
 
 @pytest.fixture
 def tasks(monkeypatch):
-    """Nodes that answer with what a test says, in place of a cluster."""
+    """Replace a cluster by nodes whose answers a test sets."""
     if importlib.util.find_spec("ray") is None:
         pytest.skip("ray is not installed")
     from distattn.launch.ray import driver as ray_driver
@@ -39,8 +39,8 @@ def tasks(monkeypatch):
         ray_tasks, "task_nodes", lambda: [ray_tasks.RayNode(name, name * 9, 8.0, 8.0) for name in nodes]
     )
 
-    def run(given):
-        for task in given:
+    def run(tasks_):
+        for task in tasks_:
             assert task.words[-4:] == ("--ranks", "2", "--name", task.name) and (task.gpus, task.node) == (
                 8.0,
                 task.name * 9,

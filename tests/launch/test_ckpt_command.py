@@ -1,4 +1,4 @@
-"""`distattn ckpt`: what a person sees of checkpoints, without torch."""
+"""`distattn ckpt`: what a user sees of checkpoints, without torch."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from distattn.training.config import run_file as configuration
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """A run with three checkpoints."""
+    """Make a run with three checkpoints."""
     run = tmp_path_factory.mktemp("run")
     facts = {"config": "0123", "plan": "4567"}
     saver = Checkpoints(run / "checkpoints", group=None, facts=facts, keep=KeepRule(), warn=lambda line: None)
@@ -83,8 +83,8 @@ def test_resume_goes_on_from_the_step_that_is_asked_for(run, monkeypatch, capsys
     for arguments in (["--step", "1,020"], ["--step=1020", "--json"]):
         assert cli.main(["resume", *arguments, str(run)]) == 0
     assert cli.main(["resume", str(run), "--train.steps", "70"]) == 0
-    assert [one["step"] for one in asked] == [1020, 1020, None]
-    assert [one["json_lines"] for one in asked] == [False, True, False]
+    assert [others["step"] for others in asked] == [1020, 1020, None]
+    assert [others["json_lines"] for others in asked] == [False, True, False]
     for arguments in (["--step"], ["--step", "last"], ["--step=-1"]):
         assert cli.main(["resume", str(run), *arguments]) == 2
         assert "is not the step of a checkpoint" in capsys.readouterr().err
@@ -99,11 +99,11 @@ def test_verify_names_what_is_damaged_with_exit_code_3(run, capsys):
     out = said(capsys, "verify", run, code=3).out
     assert out.count("good") == 2 and out.count("damaged") == 1
     assert f"{file}: bytes 0 to {len(content):,} are not what was written." in out
-    # one of them
+    # in one of them
     assert said(capsys, "verify", run / "checkpoints/step-00000030").out.count("good") == 1
     (row,) = map(json.loads, said(capsys, "verify", file.parent, "--json", code=3).out.splitlines())
     assert row["problems"][0]["file"] == "__0_0.distcp" and row["problems"][0]["offset"] == 0
-    # a copy with another name
+    # a copy under another name
     file.parent.rename(run / "copy")
     assert "copy" in said(capsys, "verify", run / "copy", code=3).out
 

@@ -34,15 +34,15 @@ def test_commands_take_a_name(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "sentence"),
     [
         (["show", "tiney"], "did you mean tiny?"),
         (["show"], "wrong number of arguments, 0"),
         (["sow", "tiny"], "there are list, show and copy"),
     ],
 )
-def test_a_mistake_is_one_sentence(capsys, words, sentence):
-    assert cli.main(["configs", *words]) == 2
+def test_a_mistake_is_one_sentence(capsys, arguments, sentence):
+    assert cli.main(["configs", *arguments]) == 2
     err = capsys.readouterr().err
     assert sentence in err and err.count("\n") == 1
 

@@ -1,4 +1,4 @@
-"""What rank 0 prints reaches its log and the console, and a console that takes nothing keeps nobody waiting."""
+"""What rank 0 prints reaches its log and the console, and a console that takes nothing delays no rank."""
 
 import contextlib
 import fcntl
@@ -30,7 +30,7 @@ sys.stdout.flush()
 Path("printed").touch()
 if "stay" in sys.argv:
     time.sleep(1000)
-# as a library does that knows nothing of Python
+# as a library does that is not written in Python
 os.write(2, b"the end\\n")
 """
 
@@ -43,7 +43,7 @@ def started_copiers(rank):
 
 @contextlib.contextmanager
 def killed_at_last(command, **how):
-    """A process, which a test that fails does not wait for."""
+    """Start a process that is killed at the end, so that a failed test does not wait for it."""
     with subprocess.Popen(command, **how) as process:
         try:
             yield process
@@ -85,8 +85,8 @@ def test_a_log_that_cannot_be_written_leaves_the_console_which_says_so_once(log,
         copy.stdin.close()
         shown = copy.stdout.read()
         assert copy.wait() == 0
-    said = f"distattn: {log} lacks lines: {why}; the console has them.\n".encode()
-    assert shown.count(said) == 1 and shown.replace(said, b"") == LINES
+    sentence = f"distattn: {log} lacks lines: {why}; the console has them.\n".encode()
+    assert shown.count(sentence) == 1 and shown.replace(sentence, b"") == LINES
 
 
 def test_a_pager_that_was_left_leaves_the_log(tmp_path):
@@ -113,7 +113,7 @@ def test_a_paused_terminal_does_not_hold_up_rank_0(end, tmp_path):
         termios.tcflow(terminal, termios.TCOON)
         os.close(terminal)
         shown = bytearray()
-        # of a terminal that nobody has open any more: what copies has ended, too
+        # the read fails once no process has the terminal open: the copier has ended, too
         with contextlib.suppress(OSError):
             while chunk := os.read(reader, 1 << 16):
                 shown += chunk
@@ -122,7 +122,7 @@ def test_a_paused_terminal_does_not_hold_up_rank_0(end, tmp_path):
     assert shown.replace(b"\r\n", b"\n") == wanted == (tmp_path / "rank-0.log").read_bytes()
 
 
-# of 3 s, in which a copier that is stopped may go on
+# waits 3 s, in which a stopped copier may go on
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda how: how.name)
 def test_a_copier_that_is_lost_is_replaced_and_named(how, tmp_path):
     pipes = dict(stdout=subprocess.PIPE, stdin=subprocess.PIPE, env=os.environ | {"RANK": "0", "PYTHONPATH": str(ROOT)})

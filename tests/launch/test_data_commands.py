@@ -1,4 +1,4 @@
-"""distattn data pack, stats and show: from a TOML file to a plan, what a run will see of it, and the text of any step."""
+"""distattn data pack, stats and show: from a TOML file to a plan, what a run will read of it, and the text of any step."""
 
 import json
 import os
@@ -43,7 +43,7 @@ BOOKS = ["A long story, told again and again. " * 12, "Zwölf Boxkämpfer\tund e
 
 
 def write_bytes(prefix: str, texts: list[str]) -> None:
-    """What `distattn data tokenize --tokenizer bytes` writes."""
+    """Write what `distattn data tokenize --tokenizer bytes` writes."""
     contents = [text.encode() for text in texts]
     with IndexedFileWriter(prefix, np.uint8) as writer:
         for content in contents:
@@ -75,7 +75,7 @@ def data(capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 def rows_of(text: str) -> dict[str, list[str]]:
-    """A table's rows by their first word."""
+    """Return a table's rows by their first word."""
     return {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
 
 
@@ -114,7 +114,7 @@ def test_pack_says_which_files_have_no_digests_and_how_long_full_packs_take(fold
     code, out, _ = data(capsys, "pack", "packs.toml", "--force")
     assert code == 0 and "\nweb has no digests: each opening reads the index, and altered tokens are not found; " in out
     seconds = [load_pack_config("packs.toml").rule.cost.seconds(tokens) for tokens in (64, 128)]
-    shown = ", ".join(f"{one:.3g}" for one in seconds)
+    shown = ", ".join(f"{value:.3g}" for value in seconds)
     assert (
         seconds[0] > 0
         and f"a pack that one document fills: {shown} s of a training step on one device (estimated)" in out
@@ -251,7 +251,7 @@ def test_show_has_all_text_of_a_step_between_borders(packed, capsys):
     assert first.startswith(f"==== step 4, pack 0: {count} document{'s' * (count > 1)}, {packs[0].tokens} tokens ===")
     name = ("web", "books")[corpus]
     assert border.startswith(f"---- {name} {document} ({name}.bin {document}), epoch {epoch}: {length} tokens ")
-    # every document's text is there, as long as it is
+    # every document's whole text is there
     for row in (row for pack in packs for row in pack.rows if row["corpus"] == 0 and not row["start"]):
         assert WEB[row["document"]][: row["length"]] in out
 
@@ -275,10 +275,10 @@ def test_show_has_one_pack_and_the_begin_and_end_of_documents(packed, capsys):
 
 def test_show_has_documents_as_json(packed, capsys):
     code, out, err = data(capsys, "show", "packs.toml", "4", "--json")
-    found = [json.loads(line) for line in out.splitlines()]
+    rows = [json.loads(line) for line in out.splitlines()]
     plan = PackPlan.open("run.packs")
     assert (code, err) == (0, "")
-    assert found == [
+    assert rows == [
         {"step": 4, "pack": number, "corpus": ("web", "books")[row["corpus"]], "document": row["document"]}
         | {
             "epoch": row["epoch"],
@@ -311,13 +311,13 @@ def test_show_refuses_what_is_not_there(packed, capsys, arguments, sentence):
 
 
 def test_show_has_token_ids_where_the_tokenizer_is_gone_and_says_so(packed, capsys):
-    known = json.loads(Path("web.json").read_text())
+    manifest = json.loads(Path("web.json").read_text())
     os.unlink("books.json")
     for change, why in (
         ({"tokenizer": "nix/tokenizer.json"}, "nix/tokenizer.json cannot be read: No such file or directory"),
         ({"tokenizer_digest": "0"}, "bytes is another tokenizer than the one that made it"),
     ):
-        Path("web.json").write_text(json.dumps(known | change))
+        Path("web.json").write_text(json.dumps(manifest | change))
         code, out, err = data(capsys, "show", "packs.toml", "0", "--tokens", "0")
         assert code == 0 and why in err
         assert all(line.startswith("data show: ") and "token ids are shown" in line for line in err.splitlines())
@@ -328,13 +328,13 @@ def test_show_has_token_ids_where_the_tokenizer_is_gone_and_says_so(packed, caps
 
 
 def test_show_refuses_ids_that_the_vocabulary_does_not_have(packed, capsys):
-    known = json.loads(Path("web.json").read_text())
-    Path("web.json").write_text(json.dumps(known | {"vocabulary": 50}))
+    manifest = json.loads(Path("web.json").read_text())
+    Path("web.json").write_text(json.dumps(manifest | {"vocabulary": 50}))
     code, _, err = data(capsys, "show", "packs.toml", "0")
     assert code == 3 and "web.bin: byte " in err and "is not below 50, the size of the vocabulary" in err
 
 
-# ---- all of them
+# ---- all commands
 
 
 @pytest.mark.parametrize("command", ["stats", "show"])

@@ -36,7 +36,7 @@ time.sleep(100000)
 
 
 def alive(process: int) -> bool:
-    """Whether a process exists and is no zombie."""
+    """Return whether a process exists and is no zombie."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -126,7 +126,7 @@ def test_without_prctl_the_parent_is_watched(tmp_path):
 
 
 def test_a_rank_whose_launcher_died_before_it_could_ask_ends_at_once(tmp_path):
-    # a process of that id is not the parent of the rank: the launcher is gone, and somebody else has adopted the rank
+    # a process of that id is not the parent of the rank: the launcher is gone, and another process has adopted the rank
     command = [sys.executable, "-m", "distattn.launch.ranks.die_with_launcher", str(1 << 30), "this"]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL and not done.stdout

@@ -1,4 +1,4 @@
-"""With which numbers of nodes a run may go on, and what its folder says of each."""
+"""The numbers of nodes with which a run may go on, and what its folder records of each."""
 
 from pathlib import Path
 
@@ -18,10 +18,15 @@ MEGATRON = ("--engine.name=megatron", "--parallel.tensor_parallel_size=2", "--pa
 
 
 def elastic(*overrides: str):
-    given = ("--parallel.ranks=8", "--parallel.devices_per_node=2", "--data.context_length=1024", "--ray.min_nodes=1")
+    settings = (
+        "--parallel.ranks=8",
+        "--parallel.devices_per_node=2",
+        "--data.context_length=1024",
+        "--ray.min_nodes=1",
+    )
     return configuration.load(
         ROOT / "configs/tiny.toml",
-        [*given, "--data.max_document_tokens=900", "--parallel.context_parallel_size=2", *overrides],
+        [*settings, "--data.max_document_tokens=900", "--parallel.context_parallel_size=2", *overrides],
     )
 
 
@@ -34,7 +39,7 @@ def elastic(*overrides: str):
         # a replica takes two nodes
         (("--parallel.context_parallel_size=4",), (4, 2)),
         (("--parallel.strategy=cad", "--parallel.data=per_rank", "--parallel.context_parallel_size=1"), (4, 2, 1)),
-        # tensor- and pipeline-parallel ranks are of one replica, too
+        # tensor- and pipeline-parallel ranks belong to one replica, too
         (
             (*MEGATRON, "--parallel.context_parallel_size=1"),
             (4, 2),
@@ -75,7 +80,7 @@ def test_a_run_that_has_fewer_nodes_now_may_have_as_many_as_before():
 
 
 class Nodes:
-    """Has two nodes, then one, then two again, where another one asks the run to stop."""
+    """Two nodes, then one, then two again, when another process asks the run to stop."""
 
     def __init__(self, run, elastic):
         self.run_folder, self.elastic, self.sizes, self.ranks = run, elastic, [2, 1, 2], []
@@ -91,7 +96,7 @@ class Nodes:
             return AttemptEnd(75, dict.fromkeys(hosts, 75), next_nodes=2)
         if self.sizes:
             return AttemptEnd(1, {"node1": None}, {"node1": "was lost"}, ["node1"])
-        # what was asked meanwhile counts more than room for others
+        # a request to stop counts more than room for more nodes
         self.run_folder.ask_to_stop("a person")
         return AttemptEnd(75, dict.fromkeys(hosts, 75), next_nodes=4)
 

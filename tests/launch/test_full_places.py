@@ -77,7 +77,7 @@ def attempted(folder, monkeypatch, launch):
 
 def test_an_attempt_without_a_folder_for_its_evidence_goes_on(no_folder, monkeypatch, capsys):
     ran = []
-    attempted(no_folder, monkeypatch, lambda *given: ran.append(given))
+    attempted(no_folder, monkeypatch, lambda *args: ran.append(args))
     assert len(ran) == 1
     assert (
         "cannot be created: Not a directory; no evidence of ranks that hang is kept there." in capsys.readouterr().err

@@ -83,12 +83,12 @@ def test_spare_nodes_containers_and_sweeps_are_in_the_script(capsys):
     assert code == 0 and "#SBATCH --nodes=33\n" in out and "  --nodes=32 --max-restarts=3" in out and "--no-kill" in out
     code, out, _ = run(capsys, "slurm", tiny, "--dry-run", "--slurm.container-image=/i.sqsh", "--run.folder=/runs/a")
     assert code == 0 and "--container-image=/i.sqsh --container-mounts=/runs/a:/runs/a \\\n" in out
-    given = (
+    container = (
         "--slurm.container-image=/i.sif",
         "--slurm.container-runtime=apptainer",
         "--slurm.container-mounts=/data:/data:ro",
     )
-    code, out, _ = run(capsys, "slurm", tiny, "--dry-run", *given, "--run.folder=/runs/a")
+    code, out, _ = run(capsys, "slurm", tiny, "--dry-run", *container, "--run.folder=/runs/a")
     assert code == 0 and "  apptainer exec --bind=/runs/a:/runs/a,/data:/data:ro /i.sif python -m" in out
     sweep = "--array=train.learning_rate=1e-3,3e-3"
     code, out, _ = run(capsys, "slurm", tiny, "--dry-run", sweep, "--run.folder=/runs/a", "--checkpoint.every-steps=-1")
@@ -99,11 +99,11 @@ def test_spare_nodes_containers_and_sweeps_are_in_the_script(capsys):
 
 
 def test_a_preflight_alone_has_a_folder_of_its_own_and_is_neither_repeated_nor_reported(capsys, tmp_path):
-    given = (str(ROOT / "configs/tiny.toml"), f"--run.folder={tmp_path}/run/", "--preflight.action=only", *SHORT)
-    code, out, _ = run(capsys, "slurm", *given, "--dry-run")
+    arguments = (str(ROOT / "configs/tiny.toml"), f"--run.folder={tmp_path}/run/", "--preflight.action=only", *SHORT)
+    code, out, _ = run(capsys, "slurm", *arguments, "--dry-run")
     assert code == 0 and f"run={tmp_path}/run-preflight\n" in out and "#SBATCH --no-requeue" in out
     assert "--max-restarts=0 --max-requeues=0" in out
-    code, out, _ = run(capsys, "folder", *given, "--json")
+    code, out, _ = run(capsys, "folder", *arguments, "--json")
     folder = Path(json.loads(out)["run"])
     assert code == 0 and list(tmp_path.iterdir()) == [folder] and folder.name == "run-preflight"
     # as a scheduler does once the ranks have ended
@@ -114,20 +114,20 @@ def test_a_preflight_alone_has_a_folder_of_its_own_and_is_neither_repeated_nor_r
 
 def test_each_task_of_a_sweep_has_a_run_folder(capsys, slurm_that):
     folder = slurm_that(sbatch="echo 7", squeue='echo "PENDING"')
-    given = (
+    arguments = (
         "slurm",
         str(ROOT / "configs/tiny.toml"),
         "--array=train.learning_rate=1e-3,3e-3",
         f"--run.folder={folder}",
     )
-    assert run(capsys, *given, *SHORT)[0] == 0
+    assert run(capsys, *arguments, *SHORT)[0] == 0
     rates = [configuration.load(folder / task / "config.toml").train.learning_rate for task in "01"]
     assert rates == [1e-3, 3e-3] and json.loads((folder / "1/job.json").read_text()) == {"job": "7_1"}
     code, out, _ = run(capsys, "status", str(folder))
     assert code == 0 and out == "job 7_0: PENDING, 0 steps done\njob 7_1: PENDING, 0 steps done\n"
     code, _, err = run(capsys, "logs", str(folder))
     assert code == 2 and f"name one of its runs, such as {folder}/0" in err
-    code, _, err = run(capsys, *given, *SHORT)
+    code, _, err = run(capsys, *arguments, *SHORT)
     assert code == 2 and "exists already; name another one for the sweep" in err
 
 
@@ -141,8 +141,8 @@ def test_real_configurations_are_planned_and_submitted_dry(capsys, config):
     assert code == 0 and chosen["forward"]["tflops"] > 0
     assert cli.main(["plan", str(config), "--memory", "--json"]) == 0
     device = cluster_for_run(configuration.load(config), configuration.load(config).cluster.description).device
-    most = max(one["total"] for one in json.loads(capsys.readouterr().out))
-    # what the kernels, NCCL and the allocator need beside it
+    most = max(rank["total"] for rank in json.loads(capsys.readouterr().out))
+    # the rest is for the kernels, NCCL and the allocator
     assert most < 0.9 * device.memory_gb * 1e9
     code, out, _ = run(capsys, "slurm", str(config), "--dry-run")
     assert code == 0 and "#SBATCH --gpus-per-node=8" in out
@@ -200,7 +200,7 @@ def test_a_run_that_is_not_there_is_not_submitted_dry(capsys):
 
 @pytest.fixture
 def slurm_that(tmp_path, monkeypatch):
-    """Commands of a Slurm that says what a test wants."""
+    """Put commands of a Slurm into PATH whose answers a test sets."""
 
     def answers(**scripts: str) -> Path:
         folder = tmp_path / "bin"

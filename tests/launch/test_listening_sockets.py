@@ -1,4 +1,4 @@
-"""Where a run listens, who may join it, and where its secret is: nowhere but on the loopback, nobody, and in one file."""
+"""A run listens on the loopback only, no stranger may join it, and its secret is in one file only."""
 
 import contextlib
 import os
@@ -49,22 +49,22 @@ def test_a_run_listens_on_the_loopback_alone_and_keeps_its_secret(tmp_path):
     command = [sys.executable, "-m", "distattn.launch.cli", "train", "run.toml"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
-    said = []
+    lines = []
     try:
         for line in process.stdout:
-            said.append(line)
+            lines.append(line)
             if line.startswith("step "):
                 break
         family = list(family_of(process.pid))
         listening = {at for member in family for at in listening_addresses(member)}
-        assert len(family) >= 3 and listening, said
+        assert len(family) >= 3 and listening, lines
         assert {address for address, _ in listening} == {"127.0.0.1"}
         secret = (tmp_path / "run" / "secret").read_text().strip()
         assert (tmp_path / "run" / "secret").stat().st_mode & 0o777 == 0o600
-        # the store answers whoever asks on this machine: no secret is in it
+        # the store answers any process of this machine: no secret is in it
         ((_, port),) = set(listening_addresses(family[0]))
         content = list(content_of_store(port))
-        assert content and not any(bytes.fromhex(secret) in one or secret.encode() in one for one in content)
+        assert content and not any(bytes.fromhex(secret) in entry or secret.encode() in entry for entry in content)
         titles = [" ".join(member.cmdline()).strip() for member in family]
         for role in ("rank 0", "rank 1", "fork server"):
             assert sum(title == f"distattn {role}: run" for title in titles) == 1, titles
@@ -72,23 +72,23 @@ def test_a_run_listens_on_the_loopback_alone_and_keeps_its_secret(tmp_path):
             assert secret not in " ".join(member.cmdline()) and secret not in str(environment_of(member))
     finally:
         process.terminate()
-        said.append(process.communicate(timeout=LIMIT_SECONDS)[0])
-    assert secret not in "".join(said) and PLANTED not in "".join(said)
+        lines.append(process.communicate(timeout=LIMIT_SECONDS)[0])
+    assert secret not in "".join(lines) and PLANTED not in "".join(lines)
     for file in (tmp_path / "run").rglob("*"):
         if file.is_file() and file.name != "secret":
-            found = file.read_bytes()
-            assert secret.encode() not in found and PLANTED.encode() not in found, file
+            content_of_file = file.read_bytes()
+            assert secret.encode() not in content_of_file and PLANTED.encode() not in content_of_file, file
 
 
 def environment_of(process):
-    """Its environment; none of one that has just ended."""
+    """Return a process's environment, or an empty one if it has just ended."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.environ()
     return {}
 
 
 def content_of_store(port):
-    """All keys and values of the TCPStore on a port."""
+    """Yield all keys and values of the TCPStore on a port."""
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     for key in store.list_keys():
         yield key.encode()
@@ -137,14 +137,14 @@ def test_a_secret_is_its_users_alone(tmp_path):
 def test_the_store_of_rank_0_listens_on_the_address_that_it_was_given(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        given = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}
-        for name, value in given.items():
+        variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}
+        for name, value in variables.items():
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
         with pytest.raises(DistattnError, match=f"rank 0 cannot listen on 127.0.0.1, port {port}"):
             job_store()
-    found = job_store()
-    assert (found["rank"], found["world_size"]) == (0, 1)
+    store = job_store()
+    assert (store["rank"], store["world_size"]) == (0, 1)
     assert ("127.0.0.1", port) in listening_addresses(psutil.Process())
     assert {address for address, at in listening_addresses(psutil.Process()) if at == port} == {"127.0.0.1"}
     monkeypatch.setenv("MASTER_ADDR", "192.0.2.1")
@@ -159,8 +159,8 @@ def test_the_store_of_several_nodes_listens_on_the_address_that_they_were_given(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with _socket_of(host, port):
-        found = {address for address, at in listening_addresses(psutil.Process()) if at == port}
-    assert found == ({"::"} if everywhere else {"127.0.0.1"})
+        addresses = {address for address, at in listening_addresses(psutil.Process()) if at == port}
+    assert addresses == ({"::"} if everywhere else {"127.0.0.1"})
 
 
 def test_agents_of_several_nodes_meet_in_the_first_ones_store():
@@ -171,9 +171,9 @@ def test_agents_of_several_nodes_meet_in_the_first_ones_store():
         # each waits for the other
         there = threads.submit(first.next_rendezvous)
         here = second.next_rendezvous()
-        one = there.result()
-    assert [(found.rank, found.world_size) for found in (one, here)] == [(0, 2), (1, 2)]
-    one.store.set("of the first", "word")
+        there_ = there.result()
+    assert [(end.rank, end.world_size) for end in (there_, here)] == [(0, 2), (1, 2)]
+    there_.store.set("of the first", "word")
     assert here.store.get("of the first") == b"word"
     assert {address for address, at in listening_addresses(psutil.Process()) if at == port} == {"127.0.0.1"}
 

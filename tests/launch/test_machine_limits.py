@@ -40,13 +40,13 @@ def test_too_many_ranks_are_refused_with_the_arithmetic(capsys, tmp_path, monkey
     monkeypatch.setattr("distattn.launch.ranks.supervised.run_supervised", started)
     monkeypatch.setattr(machine_limits, "available_bytes", lambda: 8_000_000_000)
     code = cli.main([word.replace("{folder}", str(tmp_path)) for word in command])
-    said = capsys.readouterr().err
-    assert code == 2 and said.startswith(f"distattn: {key}: 100,000 ranks need ") and said.count("\n") == 1
-    rank_mb = float(said.partition("GB of memory (")[2].split(" MB each: ")[0].replace(",", ""))
-    total_gb = float(said.partition(" ranks need ")[2].split(" GB")[0].replace(",", ""))
+    error = capsys.readouterr().err
+    assert code == 2 and error.startswith(f"distattn: {key}: 100,000 ranks need ") and error.count("\n") == 1
+    rank_mb = float(error.partition("GB of memory (")[2].split(" MB each: ")[0].replace(",", ""))
+    total_gb = float(error.partition(" ranks need ")[2].split(" GB")[0].replace(",", ""))
     assert total_gb == pytest.approx(100_000 * rank_mb / 1e3, rel=2e-3)
-    fit = int(said.partition(": at most ")[2].split(" ranks fit")[0])
-    assert "this machine has 8.0 GB available" in said and fit == pytest.approx(8000 / rank_mb, abs=1)
+    fit = int(error.partition(": at most ")[2].split(" ranks fit")[0])
+    assert "this machine has 8.0 GB available" in error and fit == pytest.approx(8000 / rank_mb, abs=1)
     assert not list(tmp_path.iterdir())
 
 
@@ -61,7 +61,7 @@ def test_ranks_that_fit_are_not_refused(monkeypatch):
     monkeypatch.setattr(machine_limits, "available_bytes", lambda: 1_000_000)
     with pytest.raises(DistattnError, match="not even one fits"):
         machine_limits.check_run_fits(configuration.load(TINY))
-    # not Linux: nobody tells how much there is
+    # on other systems than Linux the memory is unknown
     monkeypatch.setattr(machine_limits, "available_bytes", lambda: None)
     machine_limits.check_run_fits(configuration.load(TINY, ["--parallel.ranks=1000"]))
 

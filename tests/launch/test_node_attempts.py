@@ -1,4 +1,4 @@
-"""Attempts on several nodes: which failures are followed by another one. The nodes are stood in for."""
+"""Attempts on several nodes: which failures are followed by another attempt. Stand-ins replace the nodes."""
 
 import shutil
 import signal
@@ -18,7 +18,7 @@ KILLED, REFUSED = ("killed", 137), ("refused", 2)
 
 
 class Nodes:
-    """Two nodes, whose attempts end as told: (kind, exit code, steps done) of the second one's ranks, or well."""
+    """Two nodes, whose attempts end as given: (kind, exit code, steps done) of the second one's ranks, or well."""
 
     def __init__(self, run, *ends):
         self._run, self._ends, self.blamed, self.asked, self.report = run, list(ends), [], [], 0
@@ -57,7 +57,7 @@ def run(tmp_path):
     ("ends", "code", "attempts", "blamed"),
     [
         ([(*REFUSED, 0)], 2, 1, []),
-        # what the attempt before has left may be what is refused, and no node is blamed for it
+        # ranks may refuse what the attempt before has left, and no node is blamed for it
         ([(*KILLED, 5), (*REFUSED, 0)], 0, 3, ["b"]),
         ([(*KILLED, 5), (*REFUSED, 3)], 2, 2, ["b"]),
         ([(*KILLED, 5), *[(*REFUSED, 0)] * 3], 2, 4, ["b"]),
@@ -113,8 +113,8 @@ def test_no_attempt_makes_half_of_a_folder_that_was_deleted_anew(run):
     nodes = Nodes(run, (*KILLED, 5))
     end_of_attempt = nodes.run
 
-    def run_and_delete(*given):
-        end = end_of_attempt(*given)
+    def run_and_delete(*args):
+        end = end_of_attempt(*args)
         shutil.rmtree(run.folder)
         return end
 

@@ -1,4 +1,4 @@
-"""A launcher on Ray says that the cluster's head is lost, before Ray ends it, and what completes the run."""
+"""A launcher on Ray says that the cluster's head is lost, before Ray ends it, and how to complete the run."""
 
 import os
 import signal
@@ -40,7 +40,9 @@ def test_a_head_that_is_lost_is_told_of_once_with_what_completes_the_run():
         f"the head of the Ray cluster at {address} does not answer any more."
     )
     assert "python -m distattn.launch.ray.attempts runs/far ends them, goes on and reports" in sentences[0]
-    eventually(lambda: not [one for one in threading.enumerate() if one.name == "distattn-ray-head"], "it looks on")
+    eventually(
+        lambda: not [thread for thread in threading.enumerate() if thread.name == "distattn-ray-head"], "it looks on"
+    )
 
 
 def test_a_second_ctrl_c_has_its_sentence():

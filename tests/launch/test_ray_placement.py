@@ -1,4 +1,4 @@
-"""Nodes that are held beside an attempt until there are enough of them. What Ray answers is stood in for."""
+"""Nodes that are held during an attempt until there are enough of them. A stand-in answers for Ray."""
 
 import importlib.util
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from distattn.training.run_folder import RunFolder
 
 @pytest.fixture
 def ray(monkeypatch):
-    """A cluster that gives nodes when a test says so. asked: (how many, without which); now: seconds."""
+    """Return a cluster that gives nodes when a test says so. asked: (how many, without which); now: seconds."""
     cluster = SimpleNamespace(asked=[], given={}, held=[], now=0.0)
 
     def hold(needs, count, without):
@@ -71,16 +71,16 @@ def test_nodes_keep_the_order_of_their_numbers():
 @pytest.mark.parametrize(
     ("usable", "fewer"),
     [
-        # there are as many as before, and fewer are asked for once Ray has had the time to free them
+        # as many nodes exist as before, and fewer are requested once Ray has had the time to free them
         (2, [False, False, True, False, True]),
-        # one is lost
+        # one node is lost
         (1, [False, True, True, False, True]),
     ],
 )
 def test_nodes_that_are_there_but_taken_are_waited_for(usable, fewer, tmp_path, monkeypatch):
     nodes = RayNodes(RunFolder(tmp_path), "job", NodeNeeds(2, 0, 2), NodeCounts((2, 1), 600, 30, lambda nodes: None))
     monkeypatch.setattr(nodes, "_usable", lambda: usable)
-    # seconds for so many nodes, and in all
+    # seconds for this many nodes, and in all
     waited = [(29, 29), (31, 31), (61, 61), (29, 90), (31, 92)]
     assert [nodes._is_short(*seconds) for seconds in waited] == fewer
     hasty = RayNodes(RunFolder(tmp_path), "job", NodeNeeds(2, 0, 2), NodeCounts((2, 1), 40, 10, lambda nodes: None))
@@ -93,7 +93,7 @@ def test_a_node_that_never_answers_while_others_stay_taken_ends_the_waiting(tmp_
     clock, left_out = [0.0], nodes._left_out.hosts
 
     def placed():
-        # there are a, b and c, and c is taken; Ray gives a node for the rest once it is not left out any more
+        # a, b and c exist, and c is busy; Ray gives the other one once it is not left out any more
         while "b" in left_out:
             clock[0] += 70.0
             if clock[0] > 2000:
@@ -112,6 +112,6 @@ def test_a_node_that_never_answers_while_others_stay_taken_ends_the_waiting(tmp_
     monkeypatch.setattr(ray_nodes, "_alive", lambda: {"a", "b", "c"})
     monkeypatch.setattr(ray_nodes, "_end", lambda agents: None)
     monkeypatch.setattr(ray_nodes, "bundle_nodes", lambda group: {0: "a", 1: "b"})
-    monkeypatch.setattr(ray_nodes, "node_names", lambda: {one: one for one in "abc"})
+    monkeypatch.setattr(ray_nodes, "node_names", lambda: {name: name for name in "abc"})
     monkeypatch.setattr(ray_nodes, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     assert nodes.choose() is None and 600 < clock[0] < 800

@@ -1,4 +1,4 @@
-"""Runs on a real Ray of several raylets: killed ranks and lost nodes change nothing of what is learned."""
+"""Runs on a real Ray of several raylets: killed ranks and lost nodes do not change what the model learns."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 STEPS = 80
 SHORT = (
     f"--train.steps={STEPS}",
-    # at the configuration's 3e-3 roundings that differ grow beyond the tolerance within 80 steps
+    # at the configuration's 3e-3 different roundings grow beyond the tolerance within 80 steps
     "--train.learning_rate=1e-3",
     "--data.tokens_per_step=2048",
     "--data.max_document_tokens=900",
@@ -45,9 +45,9 @@ ELASTIC = ("--ray.min_nodes=1", "--ray.shrink_seconds=1", "--supervision.max_res
 def cluster():
     if importlib.util.find_spec("ray") is None:
         pytest.skip("ray is not installed")
-    found = RayCluster(2, "node1", "node2")
-    yield found
-    found.stop()
+    ray_cluster = RayCluster(2, "node1", "node2")
+    yield ray_cluster
+    ray_cluster.stop()
 
 
 def distattn(cluster, *arguments: str, module: str = "cli", output=subprocess.PIPE) -> subprocess.Popen:
@@ -57,9 +57,9 @@ def distattn(cluster, *arguments: str, module: str = "cli", output=subprocess.PI
 
 
 def launch(cluster, folder: Path, *arguments: str) -> subprocess.Popen:
-    given = (f"--ray.address={cluster.address}", f"--run.folder={folder}", *SHORT)
+    settings = (f"--ray.address={cluster.address}", f"--run.folder={folder}", *SHORT)
     with open(f"{folder}.out", "w", encoding="utf-8") as output:
-        return distattn(cluster, "launch", "ray", "configs/tiny.toml", *given, *arguments, output=output)
+        return distattn(cluster, "launch", "ray", "configs/tiny.toml", *settings, *arguments, output=output)
 
 
 def rows(folder: Path, file: str) -> list[dict]:
@@ -67,14 +67,14 @@ def rows(folder: Path, file: str) -> list[dict]:
 
 
 def curve(folder: Path) -> list[tuple[int, float, float]]:
-    """Of steps that were done again the last."""
+    """Return (step, loss, gradient norm) of each step; of a repeated step the last."""
     last = {row["step"]: (row["step"], row["loss"], row["grad_norm"]) for row in rows(folder, "metrics.jsonl")}
     return [last[step] for step in sorted(last)]
 
 
-def wait_for(run: subprocess.Popen, folder: Path, what: str, condition) -> None:
+def wait_for(run: subprocess.Popen, folder: Path, problem: str, condition) -> None:
     def trouble() -> str:
-        return f"{what}\n{Path(f'{folder}.out').read_text()[-6000:]}"
+        return f"{problem}\n{Path(f'{folder}.out').read_text()[-6000:]}"
 
     eventually(lambda: condition() or run.poll() is not None, trouble)
     assert condition(), trouble()
@@ -91,7 +91,7 @@ def test_a_run_that_loses_ranks_and_a_node_and_gets_another_learns_the_same(clus
     wait_for_attempt(run, far, 3)
     cluster.kill("node2")
     wait_for(run, far, "no fourth attempt", lambda: Attempts(far / "attempts").latest == 4 and begun(far))
-    # while the ranks of the only node start
+    # at this moment the ranks of the only node start
     cluster.add("node3")
     wait_for_attempt(run, far, 5)
     assert f"running from {socket.gethostname()} on the Ray cluster at {cluster.address}, " in status(cluster, far)
@@ -109,9 +109,9 @@ def test_a_run_that_loses_ranks_and_a_node_and_gets_another_learns_the_same(clus
     sizes = [
         (row["hosts"], row["nodes"], row["replicas"]) for row in (killed, hung, lost, narrow, cancelled, stopped, last)
     ]
-    both, again = [(["node1", "node2"], 2, 2)] * 2, [(["node1", "node3"], 2, 2)] * 3
-    # node1 has failed twice, and is taken again only where there is no other
-    assert sizes == both + [(["node2"], 1, 1), (["node1"], 1, 1)] + again
+    two_nodes, again = [(["node1", "node2"], 2, 2)] * 2, [(["node1", "node3"], 2, 2)] * 3
+    # node1 has failed twice, and is taken again only if there is no other
+    assert sizes == two_nodes + [(["node2"], 1, 1), (["node1"], 1, 1)] + again
     assert (
         killed["blamed"] == ["node1"] and killed["exit_code"] == 137 and "rank 0 was killed by SIGKILL" in killed["why"]
     )
@@ -125,8 +125,8 @@ def test_a_run_that_loses_ranks_and_a_node_and_gets_another_learns_the_same(clus
         and stopped["why"] == "stopped at the request of SIGINT"
     )
     assert last["exit_code"] == 0
-    said = status(cluster, far)
-    assert said.startswith(f"ended, exit code 0, {STEPS} steps done") and "attempt 7 on node1 node3: " in said
+    output = status(cluster, far)
+    assert output.startswith(f"ended, exit code 0, {STEPS} steps done") and "attempt 7 on node1 node3: " in output
     assert {file.name for file in (far / "logs").iterdir()} == {f"rank-{rank}.log" for rank in range(4)}
     assert (far / "report.html").exists()
     # configurations before and after the attempt on one node
@@ -135,13 +135,13 @@ def test_a_run_that_loses_ranks_and_a_node_and_gets_another_learns_the_same(clus
     # a cluster of this machine alone, without any interruption
     run = launch(cluster, near, "--gpus=4", "--ray.address=local")
     wait_for(run, near, "no steps", lambda: rows(near, "metrics.jsonl"))
-    assert {address for one in family_of(run.pid) for address, _ in listening_addresses(one)} == {"127.0.0.1"}
+    assert {address for process in family_of(run.pid) for address, _ in listening_addresses(process)} == {"127.0.0.1"}
     wait_for(run, near, "the run does not end", lambda: run.poll() == 0)
     before = min(int(file.stem.split("-")[1]) for file in far.glob("config.until-*.toml"))
     assert curve(far)[:before] == curve(near)[:before] and before > 2
-    # two packs of a step on one replica are added in another order than on two: fp32, over steps that follow each other
+    # one replica adds the two packs of a step in another order than two replicas do, in fp32, and differences accumulate
     np.testing.assert_allclose(curve(far), curve(near), rtol=1e-5)
-    # steps after the newest checkpoint were done again, with the same pieces
+    # steps after the newest checkpoint were repeated, with the same pieces
     assert set(pieces(far)) == set(pieces(near)) and len(set(pieces(near))) == len(pieces(near))
     assert len(curve(near)) == STEPS
 
@@ -162,7 +162,7 @@ def begun(folder: Path) -> bool:
 
 
 def wait_for_attempt(run: subprocess.Popen, folder: Path, number: int) -> None:
-    """Until an attempt has done some steps."""
+    """Wait until an attempt has done some steps."""
     wait_for(run, folder, f"no attempt {number}", lambda: Attempts(folder / "attempts").latest == number)
     again = len(rows(folder, "metrics.jsonl"))
     wait_for(run, folder, f"no steps of attempt {number}", lambda: len(rows(folder, "metrics.jsonl")) > again)
@@ -179,7 +179,7 @@ def status(cluster, folder: Path) -> str:
 
 @pytest.mark.full
 def test_nodes_that_fail_or_do_not_answer_are_left_out(cluster, tmp_path):
-    # beside the two that others of these tests leave
+    # in addition to the two that the other tests leave
     cluster.add("node9")
     try:
         environment = os.environ | cluster.environment | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests/support"}
@@ -189,22 +189,22 @@ def test_nodes_that_fail_or_do_not_answer_are_left_out(cluster, tmp_path):
         cluster.kill("node9")
         cluster.wait_without("node9")
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout.split("found ", 1)[1])
-    first, second, third = found["nodes"]
-    assert found["ends"][1] == 0
+    results = json.loads(done.stdout.split("found ", 1)[1])
+    first, second, third = results["nodes"]
+    assert results["ends"][1] == 0
     # the process of its actor was killed, not the node
-    hosts, code, why, blamed = found["dies"]
+    hosts, code, why, blamed = results["dies"]
     assert hosts == [first, second] and code == 1 and blamed == [second] and f"{second} was lost: " in why
-    assert found["fails twice"] == [[first, second], 137, f"{second} ended with exit code 137", [second]]
-    assert found["is left out"][:2] == [sorted([first, third]), 0]
-    assert found["is taken again"][:2] == [[first, second], 0]
+    assert results["fails twice"] == [[first, second], 137, f"{second} ended with exit code 137", [second]]
+    assert results["is left out"][:2] == [sorted([first, third]), 0]
+    assert results["is taken again"][:2] == [[first, second], 0]
     assert f"there are no others: {second} may be taken again" in done.stderr
     assert f"{third} is left out: its agent did not answer for 1 s" in done.stderr
-    assert found["was slow"][:2] == [sorted([first, third]), 0]
+    assert results["was slow"][:2] == [sorted([first, third]), 0]
     assert f"there are too few others: {third} is asked again" in done.stderr
     assert f"{second} is left out: its agent did not answer for 1 s" in done.stderr
-    assert found["no room"] == [None, "for 100 s there was no room for 2 nodes of 2 CPUs: 2 nodes are that large"]
-    assert found["given up"] == -signal.SIGKILL
+    assert results["no room"] == [None, "for 100 s there was no room for 2 nodes of 2 CPUs: 2 nodes are that large"]
+    assert results["given up"] == -signal.SIGKILL
 
 
 @pytest.mark.full
@@ -213,17 +213,17 @@ def test_commands_run_on_every_node_and_for_every_value(cluster, tmp_path):
     code = (
         "import sys; print(*sys.argv[2:]); open(sys.argv[1] + '/file', 'w').write('kept'); sys.exit('3' in sys.argv[2])"
     )
-    words = ("--", sys.executable, "-c", code, "{out}")
-    run = distattn(cluster, str(tmp_path / "nodes"), address, "--every-node", *words, "1", module="ray.tasks")
-    said = run.communicate()[0]
-    assert run.returncode == 0, said
-    # those that others of these tests have left
+    program = ("--", sys.executable, "-c", code, "{out}")
+    run = distattn(cluster, str(tmp_path / "nodes"), address, "--every-node", *program, "1", module="ray.tasks")
+    output = run.communicate()[0]
+    assert run.returncode == 0, output
+    # the nodes that the other tests have left
     nodes = sorted(file.stem for file in (tmp_path / "nodes").glob("*.log"))
-    assert len(nodes) == 2 and all(f"{node}: exit code 0" in said for node in nodes)
+    assert len(nodes) == 2 and all(f"{node}: exit code 0" in output for node in nodes)
     assert {(tmp_path / f"nodes/{node}/file").read_text() for node in nodes} == {"kept"}
-    run = distattn(cluster, str(tmp_path / "values"), address, "--array=side=2,3,4", *words, module="ray.tasks")
-    said = run.communicate()[0]
-    assert run.returncode == 1 and "3: exit code 1" in said, said
+    run = distattn(cluster, str(tmp_path / "values"), address, "--array=side=2,3,4", *program, module="ray.tasks")
+    output = run.communicate()[0]
+    assert run.returncode == 1 and "3: exit code 1" in output, output
     assert [(tmp_path / f"values/{side}.log").read_text() for side in (2, 3, 4)] == [
         f"--side={side}\n" for side in (2, 3, 4)
     ]

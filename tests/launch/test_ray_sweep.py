@@ -1,4 +1,4 @@
-"""The runs of a sweep: how many at a time, and how the whole is stopped. Attempts are stood in for."""
+"""The runs of a sweep: how many run at a time, and how the sweep is stopped. Stand-ins replace attempts."""
 
 import importlib.util
 import threading
@@ -26,7 +26,7 @@ class Run:
 
     def train(self) -> int:
         self.began.set()
-        eventually(lambda: self.may_end.is_set() or self.signals or self.run.stop_file.exists(), "nobody ends the run")
+        eventually(lambda: self.may_end.is_set() or self.signals or self.run.stop_file.exists(), "the run is not ended")
         return self.code if self.may_end.is_set() else 75
 
     def stop(self, number: int) -> None:
@@ -35,26 +35,26 @@ class Run:
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
-    """Begins a sweep of three runs on a cluster of five nodes."""
+    """Return functions that begin a sweep on a cluster of five nodes, and that wait for its exit code."""
     monkeypatch.setattr(ray_sweep, "_LOOK_SECONDS", 0.01)
     monkeypatch.setattr(ray_sweep, "node_slots", lambda needs: 5)
-    found = {}
+    outcome = {}
 
     def begin(*codes: int):
         runs = [Run(tmp_path / str(number), code) for number, code in enumerate(codes)]
         whole = ray_sweep.RaySweep(RunFolder(tmp_path), runs)
-        thread = threading.Thread(target=lambda: found.update(code=whole.train()), daemon=True)
+        thread = threading.Thread(target=lambda: outcome.update(code=whole.train()), daemon=True)
         thread.start()
         return whole, runs
 
     def end() -> int:
-        return eventually(lambda: found, "the sweep does not end")["code"]
+        return eventually(lambda: outcome, "the sweep does not end")["code"]
 
     return begin, end
 
 
 def states(runs) -> list[str]:
-    return [one.run.state_file.read_text().strip() for one in runs]
+    return [run.run.state_file.read_text().strip() for run in runs]
 
 
 def test_as_many_runs_go_on_as_have_room_and_the_exit_code_is_that_of_a_failure(sweep):
@@ -63,8 +63,8 @@ def test_as_many_runs_go_on_as_have_room_and_the_exit_code_is_that_of_a_failure(
     assert runs[0].began.wait(60) and runs[1].began.wait(60) and not runs[2].began.is_set()
     runs[1].may_end.set()
     assert runs[2].began.wait(60)
-    for one in runs:
-        one.may_end.set()
+    for run in runs:
+        run.may_end.set()
     assert end() == 2 and states(runs) == ["ended 0", "ended 2", "ended 0"]
 
 
@@ -85,4 +85,4 @@ def test_a_signal_stops_the_runs_that_go_on_and_begins_no_other(sweep):
     whole, runs = begin(0, 0, 0)
     assert runs[1].began.wait(60)
     whole.stop(15)
-    assert end() == 75 and [one.signals for one in runs] == [[15], [15], []] and not runs[2].began.is_set()
+    assert end() == 75 and [run.signals for run in runs] == [[15], [15], []] and not runs[2].began.is_set()

@@ -1,4 +1,4 @@
-"""A refused `distattn resume` leaves the run as it was, and derived settings are derived anew."""
+"""A refused `distattn resume` leaves the run unchanged, and derived settings are derived again."""
 
 import errno
 import json
@@ -93,7 +93,7 @@ def test_a_run_without_a_step_left_starts_no_ranks_unless_its_report_or_comparis
     facts = {"run": str(run.folder), "first_loss": 2.0, "last_loss": 2.0, "reference_check": None}
     assert json.loads(capsys.readouterr().out) == facts | {"report": str(run.report_file)}
     assert len(ranks) == 1 and content_of(run.folder) == before
-    # a comparison that is asked for and was not made, or did not agree
+    # a comparison that is configured and was not made, or did not agree
     configuration.save(replace(config, reference_check=ReferenceCheckConfig(steps=2)), run.config_file)
     assert resume_command.main(arguments) == 2 and len(ranks) == 2
     run.reference_check_file.write_text('{"passed"')
@@ -128,7 +128,7 @@ def test_a_second_resume_leaves_what_the_first_one_proposes(run, ranks):
 def test_a_resume_of_a_run_that_is_starting_is_refused_and_touches_nothing(run, monkeypatch, tmp_path):
     refused = []
 
-    def begin_ranks(run, *given):
+    def begin_ranks(run, *args):
         # the ranks have not taken the lock yet
         before = content_of(run.folder)
         with pytest.raises(DistattnError, match=f"belongs to process {os.getpid()}"):
@@ -156,7 +156,7 @@ def test_a_run_that_cannot_be_locked_leaves_no_folder(run, monkeypatch, tmp_path
     with pytest.raises(DistattnError, match="new: cannot be locked: No locks available"):
         run_locally.run_locally(new, json_lines=True, logs=True)
     assert not (tmp_path / "new").exists()
-    # nor does one of which nothing can be printed
+    # neither does a run of which nothing can be printed
     with pytest.raises(TypeError):
         start_run(new, None)
     assert not (tmp_path / "new").exists()
@@ -197,7 +197,7 @@ def test_a_resume_says_which_checkpoints_are_set_aside(run, monkeypatch, capsys)
     monkeypatch.setattr(run_locally, "run_ranks_and_finish", lambda *_: 2)
     for serial, step in ((2, 36), (3, 38)):
         Manifest(serial, step, "2026-01-01T00:00:00+00:00", 4, "2.13.0", {}, []).write(folder_of(run, step))
-    # as by a launcher that was killed while its ranks loaded
+    # as a launcher leaves it that was killed while its ranks loaded
     with choose_step(run.checkpoints, 34):
         pass
     assert resume_command.main([str(run.folder)]) == 2
@@ -213,15 +213,15 @@ def test_a_resume_says_which_checkpoints_are_set_aside(run, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
-    ("words", "ranks_and_nodes"),
+    ("arguments", "ranks_and_nodes"),
     [
         (["--parallel.ranks", "2"], (2, 0)),
         (["--parallel.ranks=2", "--parallel.devices-per-node=1"], (2, 1)),
         (["--train.learning_rate=0.5"], (4, 4)),
     ],
 )
-def test_ranks_of_a_node_are_derived_anew_where_a_resume_has_other_ranks(words, ranks_and_nodes, run, ranks):
-    resume_command.main([str(run.folder), *words])
+def test_ranks_of_a_node_are_derived_anew_where_a_resume_has_other_ranks(arguments, ranks_and_nodes, run, ranks):
+    resume_command.main([str(run.folder), *arguments])
     assert (ranks[0].parallel.ranks, ranks[0].parallel.devices_per_node) == ranks_and_nodes
 
 

@@ -25,7 +25,7 @@ from distattn.training.run_folder import RunFolder, StepMetrics
 
 @pytest.fixture
 def job_in_state(tmp_path, monkeypatch):
-    """Make the run of job 7, of which Slurm says that it is in a state."""
+    """Make the run of job 7, and a Slurm that reports the job's state."""
 
     def make(state):
         run = RunFolder(tmp_path)
@@ -45,10 +45,10 @@ def test_a_run_of_another_scheduler_tells_who_works_on_it_and_what_nodes_said(tm
     begun = "begun by another scheduler, no attempts are recorded"
     with RunLock(tmp_path):
         assert cli.main(["launch", "status", str(tmp_path)]) == 0
-        said = capsys.readouterr().out
+        output = capsys.readouterr().out
         host = f"process {os.getpid()} on {socket.gethostname()}, sky-7, since "
-        assert said.startswith(f"{begun}, running: {host}") and said.endswith(", 1 step done\n")
-        # on a machine that has been silent for longer than its lease
+        assert output.startswith(f"{begun}, running: {host}") and output.endswith(", 1 step done\n")
+        # the owner's machine has been silent for longer than its lease
         owner = json.loads((tmp_path / "owner.json").read_text())
         elsewhere = json.dumps(owner | {"machine": "another"})
     (tmp_path / "owner.json").write_text(elsewhere)
@@ -59,9 +59,9 @@ def test_a_run_of_another_scheduler_tells_who_works_on_it_and_what_nodes_said(tm
     # as run_node does
     Attempts(run.attempts).report_node(1, 3, {"why": "rank 6 was killed by SIGKILL: step 2"})
     assert cli.main(["launch", "status", str(tmp_path)]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        said
+        output
         == f"{begun}, no ranks work on it, 1 step done\n  last report of node 3: rank 6 was killed by SIGKILL: step 2\n"
     )
     run.report_file.touch()
@@ -85,14 +85,14 @@ def test_a_run_whose_launcher_was_killed_in_the_comparison_says_what_completes_i
     assert capsys.readouterr().out.startswith(f"{wanted}\n")
     run.report_file.touch()
     assert status(run)["state"] == "ended, exit code 0"
-    # of the run before it was resumed for further steps
+    # the file of the run before it was resumed for further steps
     os.utime(run.report_file, (0, 0))
     assert status(run)["state"] == wanted
     # on Ray the launcher has written down that it reports, and on Slurm that it has ended
     run.ray_file.write_text(json.dumps({"host": socket.gethostname(), "launcher": launcher.pid, "cluster": "a:1"}))
     run.state_file.write_text("running\n")
     assert status(run)["state"] == wanted.replace("ended, exit code 0", "killed with its launcher")
-    # of one that was killed before all steps were done
+    # for a launcher that was killed before all steps were done
     attempts.begin(**facts)
     wanted = f"killed with its launcher, python -m distattn.launch.ray.attempts {tmp_path} continues"
     assert status(run)["state"] == wanted
@@ -131,18 +131,18 @@ def test_a_run_of_this_machine_tells_its_attempts_and_what_its_ranks_do(tmp_path
     number = attempts.begin(**facts)
     board.writer(1, number)("key/value move 3 of layer 17 from rank 0", 11, 0.0, True)
     assert cli.main(["launch", "status", str(tmp_path)]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        said.startswith("running, 0 steps done\n  attempt 1: runs, at step 12\n")
-        and "  rank 1: step 12, key/value move 3" in said
+        output.startswith("running, 0 steps done\n  attempt 1: runs, at step 12\n")
+        and "  rank 1: step 12, key/value move 3" in output
     )
     assert cli.main(["launch", "cancel", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"launcher": launcher.pid, "cancelled": True}
     assert launcher.wait() == -15 and status(run)["state"] == "killed with its launcher"
     assert status_lines(status(run)).endswith("  attempt 1: was killed\n")
     attempts.end(number, 143, "stopped by SIGTERM")
-    found = status(run)
-    assert found["state"] == "ended, exit code 143" and found["attempts"][0]["why"] == "stopped by SIGTERM"
+    shown = status(run)
+    assert shown["state"] == "ended, exit code 143" and shown["attempts"][0]["why"] == "stopped by SIGTERM"
     # a second time there is nothing to cancel
     capsys.readouterr()
     assert cli.main(["launch", "cancel", str(tmp_path)]) == 0

@@ -1,4 +1,4 @@
-"""Attempts of a run in one Slurm job, with commands of a Slurm that says what a test wants."""
+"""Attempts of a run in one Slurm job, with Slurm commands whose answers a test sets."""
 
 import json
 import os
@@ -25,10 +25,10 @@ SAVED = "srun: error: node[1-2]: tasks 0-1: Exited with exit code 75"
 
 @pytest.fixture
 def job(tmp_path):
-    """Runs the helper in a job of three nodes; `steps` are what srun says and its exit code, one step after another.
+    """Run the helper in a job of three nodes. steps: the output and the exit code of srun, one step after another.
 
-    A first attempt that is KILLED has saved step 4. broken: a command of Slurm's that does not work. others: nodes of the cluster
-    beside the job's.
+    A first attempt that is KILLED has saved step 4. broken: a command of Slurm that does not work. others: nodes of the cluster
+    that are not the job's.
     """
 
     def run(
@@ -44,15 +44,15 @@ def job(tmp_path):
         bin_folder, folder = tmp_path / "bin", tmp_path / "run"
         bin_folder.mkdir()
         folder.mkdir()
-        for number, (words, code) in enumerate(steps):
+        for number, (output, code) in enumerate(steps):
             first = f"echo SIGTERM > {folder}/stop\n" if code == 75 else ""
-            if words == KILLED and number == 0:
+            if output == KILLED and number == 0:
                 Manifest(0, 4, "2026-11-25T12:00:00+00:00", 2, "2.13.0", {}, []).write(tmp_path)
                 saved = f"{folder}/checkpoints/step-00000004"
                 first = f"mkdir -p {saved}\ncp {tmp_path}/manifest.json {saved}\n"
             # a step that does not end by itself
             last = "exec sleep 1000" if code < 0 else f"exit {code}"
-            (bin_folder / f"step{number}").write_text(f"{first}echo '{words}' >&2\n{last}\n")
+            (bin_folder / f"step{number}").write_text(f"{first}echo '{output}' >&2\n{last}\n")
         listed = [*(f"node{number} allocated" for number in (1, 2, 3)), *others.splitlines()]
         scripts = {
             "srun": f'echo "$@" >> {tmp_path}/steps\nexec bash {bin_folder}/step$(($(wc -l < {tmp_path}/steps) - 1))',
@@ -86,7 +86,7 @@ def job(tmp_path):
         started = (tmp_path / "steps").read_text().splitlines() if (tmp_path / "steps").exists() else []
         requeued = (tmp_path / "requeued").read_text().split() if (tmp_path / "requeued").exists() else []
         assert (folder / "state").read_text() == f"ended {done.returncode}\n"
-        # also where somebody has submitted the script again
+        # also if a user has submitted the script again
         task = environment.get("SLURM_ARRAY_TASK_ID")
         assert json.loads((folder / "job.json").read_text()) == {"job": f"9_{task}" if task else 12}
         assert not task or json.loads((tmp_path / "job.json").read_text()) == {"job": 9}
@@ -181,7 +181,7 @@ def test_ranks_that_say_why_they_cannot_go_on_are_not_started_again(job):
 def test_a_run_that_comes_no_further_ends(job):
     done, started, requeued, rows = job(*[(FAILED, 1)] * 3, restarts=2)
     assert done.returncode == 1 and len(started) == 3 and not requeued and "3 attempts made no progress" in done.stderr
-    # of several that said the same the first
+    # of several nodes with the same message the first is named
     assert rows[0]["why"] == "node1 ended with exit code 1"
 
 
@@ -213,7 +213,7 @@ def test_what_nodes_say_of_their_ranks_is_the_cause_that_others_failed_for():
     assert end.cause(hosts, {0: raised, 1: killed, 2: missed}) == ("b: rank 3 was killed", ["b"])
     assert end.cause(hosts, {2: missed, 0: raised}) == ("a: rank 0 raised an error", ["a"])
     hung = killed | {"why": "rank 3 is stopped", "exit_code": 1, "kind": "hung"}
-    # of a node whose launcher is dead, too, nobody tells: others miss it
+    # a node whose launcher is dead, too, reports nothing: others miss it
     reset = raised | {"why": "rank 0 raised RuntimeError: Read error: Connection reset by peer", "lost_peer": True}
     assert end.cause(hosts, {0: reset, 2: missed}) == ("b ended with exit code 137", ["b"])
     assert end.cause(hosts, {0: reset, 1: missed}) == ("c no longer answered", ["c"])
@@ -233,7 +233,7 @@ def test_an_attempt_whose_job_was_killed_is_noted_by_the_next(tmp_path):
     assert (
         rows == attempts.rows()
         and rows[0]["ended"] is None
-        and [one.name for one in (tmp_path / "attempts").iterdir()] == ["attempts.jsonl"]
+        and [path.name for path in (tmp_path / "attempts").iterdir()] == ["attempts.jsonl"]
     )
 
 
@@ -263,22 +263,22 @@ def test_hosts_that_did_not_answer_are_asked_again_the_first_one_first():
     ("blamed", "left_out"),
     [
         ("a a", "a"),
-        # failures of several hosts over weeks, and errors that all of them raise
+        # failures of several hosts over weeks, and errors that all hosts raise
         ("a b a b", ""),
         ("abc abc abc", ""),
         ("ab ac", "a"),
     ],
 )
 def test_a_host_is_left_out_that_alone_failed_again_and_again(blamed, left_out):
-    found = LeftOut()
+    left_out_ = LeftOut()
     for hosts in blamed.split():
-        found.blame(list(hosts), AttemptEnd(1, dict.fromkeys(hosts, 137)), spare=3)
-    assert found.hosts == found.failing == list(left_out)
+        left_out_.blame(list(hosts), AttemptEnd(1, dict.fromkeys(hosts, 137)), spare=3)
+    assert left_out_.hosts == left_out_.failing == list(left_out)
 
 
 def test_a_host_that_failed_once_in_a_while_stays():
-    found = LeftOut()
+    left_out = LeftOut()
     for day in (0.0, 86401.0):
         with patch.object(time, "monotonic", lambda day=day: day):
-            found.blame(["a"], AttemptEnd(1, {"a": 137}), spare=3)
-    assert not found.hosts and not found.failing
+            left_out.blame(["a"], AttemptEnd(1, {"a": 137}), spare=3)
+    assert not left_out.hosts and not left_out.failing

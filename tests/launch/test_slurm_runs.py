@@ -1,4 +1,4 @@
-"""Runs on a real Slurm of four nodes: lost nodes, preemptions and time limits change nothing of what is learned."""
+"""Runs on a real Slurm of four nodes: lost nodes, preemptions and time limits do not change what the model learns."""
 
 import json
 import os
@@ -27,12 +27,12 @@ SHORT = (f"--train.steps={STEPS}", "--data.tokens_per_step=2048", "--data.max_do
 def cluster(tmp_path_factory):
     if reason := why_not():
         pytest.skip(reason)
-    found = SlurmCluster(tmp_path_factory.mktemp("slurm"))
+    slurm = SlurmCluster(tmp_path_factory.mktemp("slurm"))
     try:
-        found.start()
-        yield found
+        slurm.start()
+        yield slurm
     finally:
-        found.stop()
+        slurm.stop()
 
 
 def distattn(cluster, *arguments: str) -> subprocess.CompletedProcess:
@@ -44,7 +44,7 @@ def distattn(cluster, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def submit(cluster, folder: Path, *arguments: str) -> str:
-    """The number of the job."""
+    """Submit a run. Return the number of the job."""
     done = distattn(cluster, "launch", "slurm", "configs/tiny.toml", f"--run.folder={folder}", *SHORT, *arguments)
     assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("job "), done.stderr
     return done.stdout.splitlines()[-1].removeprefix("job ").partition(":")[0]
@@ -55,29 +55,29 @@ def rows(folder: Path, file: str) -> list[dict]:
 
 
 def curve(folder: Path) -> list[tuple[int, float, float]]:
-    """Of steps that were done again the last."""
+    """Return (step, loss, gradient norm) of each step; of a repeated step the last."""
     last = {row["step"]: (row["step"], row["loss"], row["grad_norm"]) for row in rows(folder, "metrics.jsonl")}
     return [last[step] for step in sorted(last)]
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(cluster, tmp_path_factory) -> list[tuple[int, float, float]]:
-    """The curve of the same plan on one machine."""
+    """Return the curve of the same plan on one machine."""
 
     def make(folder: Path) -> None:
         plain = ("--parallel.devices_per_node=2", "--reference_check.steps=0", f"--run.folder={folder}/run")
         done = distattn(cluster, "train", "configs/tiny.toml", *SHORT, *plain)
         assert done.returncode == 0, done.stderr
 
-    found = curve(made_once(tmp_path_factory, "uninterrupted", make) / "run")
-    assert len(found) == STEPS
-    return found
+    steps = curve(made_once(tmp_path_factory, "uninterrupted", make) / "run")
+    assert len(steps) == STEPS
+    return steps
 
 
-def wait_for(cluster, folder: Path, what: str, condition) -> None:
+def wait_for(cluster, folder: Path, problem: str, condition) -> None:
     def trouble() -> str:
         logs = "".join(file.read_text()[-3000:] for file in sorted(folder.glob("slurm-*.out")))
-        return f"{what}\n{cluster.run('squeue')}{cluster.run('sinfo', '-N')}{logs}"
+        return f"{problem}\n{cluster.run('squeue')}{cluster.run('sinfo', '-N')}{logs}"
 
     eventually(condition, trouble)
 
@@ -85,7 +85,7 @@ def wait_for(cluster, folder: Path, what: str, condition) -> None:
 @pytest.mark.full
 def test_a_run_that_loses_a_node_hangs_and_is_preempted_learns_the_same(cluster, uninterrupted, tmp_path):
     far = tmp_path / "far"
-    # no loaded machine is to be taken for a hang
+    # patient enough for a loaded machine
     how = ("--checkpoint.every_steps=4", "--reference_check.steps=1", "--supervision.patience_seconds=30")
     submit(cluster, far, "--nodes=3", "--spare=1", "--gpus=2", *how)
     wait_for(cluster, far, "no steps", lambda: len(rows(far, "metrics.jsonl")) > 5)
@@ -93,7 +93,7 @@ def test_a_run_that_loses_a_node_hangs_and_is_preempted_learns_the_same(cluster,
     wait_for(cluster, far, "no second attempt", lambda: len(rows(far, "attempts/attempts.jsonl")) == 1)
     cluster.start_node("node2")
     again = len(rows(far, "metrics.jsonl"))
-    # until two steps are done ranks have longer
+    # ranks have more time until two steps are done
     wait_for(cluster, far, "no steps of the second attempt", lambda: len(rows(far, "metrics.jsonl")) > again + 3)
     cluster.signal_ranks("node3", signal.SIGSTOP, most=1)
     wait_for(cluster, far, "no third attempt", lambda: len(rows(far, "attempts/attempts.jsonl")) == 2)
@@ -111,8 +111,8 @@ def test_a_run_that_loses_a_node_hangs_and_is_preempted_learns_the_same(cluster,
         assert rows(kept, "heartbeats.jsonl") and list(kept.glob("stacks-*.txt")), list(kept.iterdir())
     assert third["hosts"] == ["node1", "node3"] and third["exit_code"] == 75 and "SIGTERM" in third["why"]
     assert fourth["exit_code"] == 0 and fourth["requeues"] == 1 and fourth["job"] == first["job"] == second["job"]
-    said = distattn(cluster, "launch", "status", str(far)).stdout
-    assert f"{STEPS} steps done" in said and "attempt 2 on node1 node3: " in said and "ended well" in said
+    output = distattn(cluster, "launch", "status", str(far)).stdout
+    assert f"{STEPS} steps done" in output and "attempt 2 on node1 node3: " in output and "ended well" in output
     log = distattn(cluster, "launch", "logs", str(far)).stdout
     assert "largest relative difference to plain transformers" in log and (far / "report.html").exists()
     assert {file.name for file in (far / "logs").iterdir()} == {f"rank-{rank}.log" for rank in range(4)}
@@ -125,7 +125,7 @@ def test_a_run_out_of_time_is_queued_again_learns_the_same_and_can_be_cancelled(
     began = time.time()
     limits = ("--slurm.signal_seconds=100", "--supervision.patience_seconds=600")
     job = submit(cluster, folder, "--nodes=2", "--gpus=2", *limits)
-    # on the nodes that are free
+    # these jobs use the free nodes
     submit(cluster, tmp_path / "new", "--nodes=2", "--gpus=2", "--preflight.action=only")
     rates = ("--array=train.learning_rate=1e-3,3e-3", "--train.steps=2", "--reference_check.steps=0")
     submit(cluster, tmp_path / "rates", "--nodes=1", "--gpus=2", *rates)
@@ -142,22 +142,22 @@ def test_a_run_out_of_time_is_queued_again_learns_the_same_and_can_be_cancelled(
     again = len(rows(folder, "metrics.jsonl"))
     wait_for(cluster, folder, "no steps afterwards", lambda: len(rows(folder, "metrics.jsonl")) > again + 2)
     assert len(list(folder.glob("checkpoints/step-*"))) == 1
-    # somebody takes a node away, and gives it back
+    # an administrator takes a node away, and gives it back
     down = Attempts(folder / "attempts").rows()[-1]["hosts"][1]
     cluster.run("scontrol", "update", f"nodename={down}", "state=down", "reason=test")
     wait_for(
         cluster, folder, "it is not queued again", lambda: "Restarts=2" in cluster.run("scontrol", "show", "job", job)
     )
     # Slurm may have taken it back by itself: with ReturnToService=2 any node that registers is. It waits for cred_expire before
-    # it starts the job again: steps have the same numbers, and what it is told late of an old one it takes for the new one's end
+    # starting the job again: steps have the same numbers, and it takes a late message about an old step for the new one's end
     cluster.run("scontrol", "update", f"nodename={down}", "state=resume", check=False)
     again = len(rows(folder, "metrics.jsonl"))
     wait_for(cluster, folder, "no steps without the node", lambda: len(rows(folder, "metrics.jsonl")) > again + 2)
     first = Attempts(folder / "attempts").rows()[-1]["hosts"][0]
     cluster.signal_ranks(first, signal.SIGSTOP, most=2)
-    # what a node that is taken back too soon has left of the attempt before may cost others
+    # leftovers of the earlier attempt on a node that came back too soon may end later attempts
     stopped, *lost = rows(folder, "attempts/attempts.jsonl")
-    assert lost and all(one["exit_code"] != 0 for one in lost), lost
+    assert lost and all(attempt["exit_code"] != 0 for attempt in lost), lost
     assert stopped["why"] == "stopped at the request of SIGUSR1" and stopped["exit_code"] == 75, stopped
     assert stopped["hosts"] == ["node1", "node2"]
     assert distattn(cluster, "launch", "cancel", str(folder)).returncode == 0
@@ -181,10 +181,10 @@ def test_a_run_out_of_time_is_queued_again_learns_the_same_and_can_be_cancelled(
     sweep = [tmp_path / "rates" / task for task in "01"]
     for run in sweep:
         wait_for(cluster, run, "no end of the sweep", lambda run=run: (run / "state").read_text() == "ended 0\n")
-    found = [[(row["step"], row["learning_rate"]) for row in rows(run, "metrics.jsonl")] for run in sweep]
+    rates_of_runs = [[(row["step"], row["learning_rate"]) for row in rows(run, "metrics.jsonl")] for run in sweep]
     # with a schedule the rates of a step differ as the sweep's do
-    assert [[step for step, _ in one] for one in found] == [[1, 2], [1, 2]]
-    assert [3 * rate for _, rate in found[0]] == pytest.approx([rate for _, rate in found[1]])
+    assert [[step for step, _ in run_rates] for run_rates in rates_of_runs] == [[1, 2], [1, 2]]
+    assert [3 * rate for _, rate in rates_of_runs[0]] == pytest.approx([rate for _, rate in rates_of_runs[1]])
     assert distattn(cluster, "launch", "status", str(tmp_path / "rates")).stdout.count("2 steps done") == 2
 
 

@@ -1,4 +1,4 @@
-"""Every signal that ends a run has its sentence and its exit code, in every phase; one that was ignored stays ignored."""
+"""Every signal that ends a run has its sentence and its exit code, in every phase. An ignored signal stays ignored."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ from distattn.launch.ranks.local import RanksInterrupted, restore_process_state
 from distattn.launch.stop_signals import STOPPING, CommandStopped, stop_on_signals, stopped
 
 ROOT = Path(__file__).parents[2]
-# as a batch system that asks again and again
+# like a batch system that repeats its signal
 OFTEN = 40
 SECTIONS = """
 [train]
@@ -27,7 +27,7 @@ steps = 6
 [reference_check]
 steps = 2
 """
-# by the rows of the table in docs/local.md: where the signal comes, in a run whose ranks are stood in for
+# by the rows of the table in docs/local.md: where the signal comes, in a run with stand-ins for ranks
 WHERE = {
     "it starts": (start_run, "_check_plans"),
     "ranks train or save": (supervised, "run_supervised"),
@@ -58,7 +58,7 @@ def documented_codes() -> dict[str, int]:
 def send(number: int) -> None:
     for _ in range(OFTEN):
         os.kill(os.getpid(), number)
-    # nothing has come of it
+    # the signal had no effect
     os._exit(99)
 
 
@@ -81,8 +81,8 @@ def in_a_fork(work) -> tuple[int, str]:
             os.write(2, repr(error).encode())
         os._exit(98)
     os.close(write)
-    with open(read) as said:
-        text = said.read()
+    with open(read) as output:
+        text = output.read()
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text
 
 
@@ -103,15 +103,15 @@ def test_a_signal_has_its_sentence_and_code_in_every_phase(number, phase, place)
                     patches.enter_context(patch.object(module, name, lambda *_, **__: send(number)))
                 elif at != "it starts":
                     patches.enter_context(patch.object(module, name, lambda *_, **__: None))
-            # of a run that has saved, and has a checkpoint of step 4
+            # the run has saved a checkpoint of step 4
             patches.enter_context(patch.object(run_locally, "preferred_step", lambda folder: 4))
             sys.argv = ["distattn", "launch", "local", "run.toml"]
             cli.entry()
 
-    code, said = in_a_fork(launch)
+    code, output = in_a_fork(launch)
     sentence = documented()[phase].replace("SIGTERM", number.name).replace("RUN", "run")
-    assert (code, said) == (128 + number, f"distattn: {sentence}\n")
-    # what the sentence says
+    assert (code, output) == (128 + number, f"distattn: {sentence}\n")
+    # the folder is as the sentence says
     assert (place / "run").exists() == (phase != "it starts")
 
 
@@ -172,16 +172,16 @@ def test_a_run_bears_a_closed_terminal_after_nohup_and_one_stopped_in_its_compar
     run = subprocess.Popen([*command, "launch", "local", "run.toml"], start_new_session=True, preexec_fn=nohup, **how)
     for line in run.stdout:
         if line.startswith("step 1/"):
-            # as a terminal that closes: to the launcher and to all that it has started
+            # a terminal that closes signals the launcher and all its processes
             os.killpg(run.pid, signal.SIGHUP)
         if line.startswith("the first"):
             break
-    # nothing is ended by it, and 40 are answered once
+    # this ends nothing, and 40 signals are answered once
     for _ in range(OFTEN):
         run.send_signal(signal.SIGQUIT)
-    _, said = run.communicate(timeout=LIMIT_SECONDS)
+    _, error = run.communicate(timeout=LIMIT_SECONDS)
     sentence = documented()["it compares"].replace("SIGTERM", "SIGQUIT").replace("RUN", "run")
-    assert (run.returncode, said) == (131, f"distattn: {sentence}\n")
+    assert (run.returncode, error) == (131, f"distattn: {sentence}\n")
     shown = subprocess.run([*command, "launch", "status", "run"], **how)
     assert "compares and reports" in shown.stdout.splitlines()[0], shown
     completing = re.search(r"python -m (\S+) run", shown.stdout)[1]

@@ -1,4 +1,4 @@
-"""The count of a run's bytes: on meta tensors what real tensors take, by arithmetic what FSDP2's shards are."""
+"""The count of a run's bytes: on meta tensors that of real tensors, by arithmetic that of FSDP2's shards."""
 
 import json
 from dataclasses import replace
@@ -90,15 +90,15 @@ def test_latents_are_counted_as_real_ones_are():
 
 def test_a_run_by_latents_counts_all_keys_and_values_that_a_rank_expands(tmp_path):
     hybrid_models.config("deepseek_v3", **DENSE).save_pretrained(tmp_path)
-    words = ["--model.path", str(tmp_path), "--reference_check.steps", "0", "--parallel.ranks", "2"]
-    words += ["--parallel.strategy", "allgather", "--parallel.kernel", "reference", "--memory.loss_tile_tokens", "8"]
-    words += ["--memory.activation_checkpointing", "full", "--parallel.latents"]
+    settings = ["--model.path", str(tmp_path), "--reference_check.steps", "0", "--parallel.ranks", "2"]
+    settings += ["--parallel.strategy", "allgather", "--parallel.kernel", "reference", "--memory.loss_tile_tokens", "8"]
+    settings += ["--memory.activation_checkpointing", "full", "--parallel.latents"]
     tokens = 512
-    # of one head 12 and 6 numbers a token, in fp32, and gradients of them: made of latents, or gathered
+    # one head has 12 and 6 numbers a token, in fp32, and their gradients: expanded from latents, or gathered
     sizes = tokens * 4 * (12 + 6) * 4 * 2
     for latents in ("True", "False"):
-        found = memory_of_config(configuration.load("configs/tiny.toml", [*words, latents]), [[tokens]])
-        assert all(sizes < one.counts.working[ATTENTION] < 3 * sizes for one in found), latents
+        rows = memory_of_config(configuration.load("configs/tiny.toml", [*settings, latents]), [[tokens]])
+        assert all(sizes < row.counts.working[ATTENTION] < 3 * sizes for row in rows), latents
 
 
 def test_what_was_there_before_is_not_counted_but_what_comes_at_its_address_is():
@@ -126,11 +126,11 @@ def test_what_saves_memory_saves_memory():
         )
 
     plain, loss, mlp, full, attention, all_of_it = map(counted, SETTINGS)
-    # logits of 8 or 16 tokens for 96
+    # logits of 8 or 16 tokens instead of 96
     assert plain.working[LOSS] > 4 * loss.working[LOSS]
     assert mlp.saved < 0.75 * plain.saved
     assert full.saved < attention.saved < 0.5 * plain.saved
-    # inputs of four layers of 96 x 32 numbers: on the host
+    # the inputs of four layers, 96 x 32 numbers each, are on the host
     assert all_of_it.host == 4 * TOKENS * 32 * 4 and all_of_it.saved < full.saved
 
 
@@ -146,29 +146,29 @@ def sharded(rank):
     optimizer.step()
 
     def local(tensors):
-        return sum(one.to_local().nbytes for one in tensors)
+        return sum(tensor.to_local().nbytes for tensor in tensors)
 
-    moments = [one for state in optimizer.state.values() for name, one in state.items() if name != "step"]
-    held = (model.parameters(), (one.grad for one in model.parameters()), moments)
+    moments = [moment for state in optimizer.state.values() for name, moment in state.items() if name != "step"]
+    held = (model.parameters(), (parameter.grad for parameter in model.parameters()), moments)
     return tuple(whole), [local(tensors) for tensors in held]
 
 
 def test_state_is_what_fsdp2_shards():
-    for (parameters, gradients, optimizer, *_), found in run_on_ranks(2, sharded):
-        assert [parameters, gradients, optimizer] == pytest.approx(found, rel=0.01)
+    for (parameters, gradients, optimizer, *_), bytes_ in run_on_ranks(2, sharded):
+        assert [parameters, gradients, optimizer] == pytest.approx(bytes_, rel=0.01)
 
 
 def test_ranks_with_equally_many_tokens_share_a_line():
     settings = MemorySettings(activation_checkpointing="full", loss_tile_tokens=8)
-    found = memory_of_run(lambda: small.build(torch.float32), plan(97, 4), settings, master_weights=True)
+    rows = memory_of_run(lambda: small.build(torch.float32), plan(97, 4), settings, master_weights=True)
     assert (
-        sorted(rank for one in found for rank in one.ranks) == [0, 1, 2, 3]
-        and sum(len(one.ranks) * one.tokens for one in found) == 97
+        sorted(rank for row in rows for rank in row.ranks) == [0, 1, 2, 3]
+        and sum(len(row.ranks) * row.tokens for row in rows) == 97
     )
-    lines = memory_table(found, 4)
-    assert "gathered" in lines[1] and len(lines) == len(found) + 3
+    lines = memory_table(rows, 4)
+    assert "gathered" in lines[1] and len(lines) == len(rows) + 3
     on_host = memory_of_run(lambda: small.build(torch.float32), plan(97, 4), settings, state_on_host=True)
-    assert on_host[0].total < found[0].total and on_host[0].host > 0
+    assert on_host[0].total < rows[0].total and on_host[0].host > 0
 
 
 @pytest.mark.sampled(5)
@@ -177,8 +177,8 @@ def test_many_equal_layers_are_counted_by_few(settings):
     def model():
         return small.build(torch.float32, num_hidden_layers=9)
 
-    (found,) = memory_of_run(model, plan(), settings)
-    assert found.counts == step_memory(AllocationWatch(), on_meta(model), executable("meta"), settings)
+    (row,) = memory_of_run(model, plan(), settings)
+    assert row.counts == step_memory(AllocationWatch(), on_meta(model), executable("meta"), settings)
 
 
 def test_of_ranks_that_differ_the_extremes_say_how_much_is_needed():
@@ -187,9 +187,11 @@ def test_of_ranks_that_differ_the_extremes_say_how_much_is_needed():
     shape = dict(heads=4, kv_heads=2, head_dim=8, dtype="float32", strategy="ring")
     uneven = da.make_plan(da.Mask.causal(97), layout, **shape)
     settings = MemorySettings(activation_checkpointing="full", loss_tile_tokens=8)
-    few, every = (memory_of_run(lambda: small.build(torch.float32), uneven, settings, extremes=one) for one in (1, 0))
+    few, every = (
+        memory_of_run(lambda: small.build(torch.float32), uneven, settings, extremes=extremes) for extremes in (1, 0)
+    )
     assert len(every) == 6 and len(few) < 5 and [few[0].tokens, few[-1].tokens] == [2, 37]
-    assert max(one.total for one in few) == max(one.total for one in every)
+    assert max(row.total for row in few) == max(row.total for row in every)
     assert (
         memory_table(few, 6)[-1] == f"{6 - len(few)} ranks have numbers of tokens between these, and were not counted"
     )
@@ -209,37 +211,46 @@ def test_settings_that_cannot_be_are_refused(wrong, message):
 
 
 def test_plan_shows_the_memory_of_a_run(capsys):
-    words = ["configs/tiny.toml", "--memory", "--memory.activation_checkpointing", "full"]
-    assert main(words) == 0
+    arguments = ["configs/tiny.toml", "--memory", "--memory.activation_checkpointing", "full"]
+    assert main(arguments) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[1].split()[:3] == ["ranks", "tokens", "weights"] and table[2].startswith("0-3")
     assert table[-1].startswith("without a cluster it is unknown whether the run fits")
-    assert main([*words, "--json"]) == 0
-    (found,) = json.loads(capsys.readouterr().out)
-    assert found["ranks"] == [0, 1, 2, 3] and found["total"] > found["saved"] > 0
+    assert main([*arguments, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["ranks"] == [0, 1, 2, 3] and row["total"] > row["saved"] > 0
     with pytest.raises(DistattnError, match="--memory needs a run: name its configuration"):
         main(["--docs", "4096", "--cluster", "h200-1x8", "--memory"])
 
 
 @pytest.mark.full
 def test_a_run_is_trained_with_all_that_saves_memory(tmp_path):
-    words = ["loss_tile_tokens", "64", "mlp_tile_tokens", "32", "activation_checkpointing", "full", "offload", "True"]
-    memory = [word if i % 2 else f"--memory.{word}" for i, word in enumerate(words)]
+    settings = [
+        "loss_tile_tokens",
+        "64",
+        "mlp_tile_tokens",
+        "32",
+        "activation_checkpointing",
+        "full",
+        "offload",
+        "True",
+    ]
+    memory = [word if i % 2 else f"--memory.{word}" for i, word in enumerate(settings)]
     small_run = ["--train.steps", "2", "--parallel.ranks", "2", "--run.folder", str(tmp_path / "run")]
     assert train(["configs/tiny.toml", *small_run, "--reference_check.steps", "2", *memory]) == 0
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("settings", "message"),
     [
         (["--memory.offload", "True"], "memory.offload: needs memory.activation_checkpointing"),
         (["--memory.activation_checkpointing", "some"], "memory.activation_checkpointing: there is no 'some'"),
         (["--memory.loss_tile_tokens", "-1"], "memory.loss_tile_tokens: at least 1, not -1"),
     ],
 )
-def test_what_a_configuration_cannot_have_is_refused(words, message):
+def test_what_a_configuration_cannot_have_is_refused(settings, message):
     with pytest.raises(DistattnError, match=message):
-        configuration.load("configs/tiny.toml", words)
+        configuration.load("configs/tiny.toml", settings)
 
 
 def test_a_count_says_of_how_much_memory_and_whether_it_fits():

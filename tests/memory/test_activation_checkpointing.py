@@ -56,7 +56,7 @@ def test_compiled_layers_have_the_gradients_of_plain_ones(how):
 
 
 def passes(rank, save, offload):
-    """How many forward passes of attention two layers make in a step."""
+    """Return the number of forward passes of attention that two layers make in a step."""
     model, calls = small.build(), []
     checkpoint_layers(model.model.layers, save=save, offload=HostOffload() if offload else None)
     right = attention.forward_pass

@@ -1,4 +1,4 @@
-"""What a step holds where NCCL records messages and the host is layers ahead of the device: what `plan --memory` counts."""
+"""The memory of a step while NCCL records messages and the host is layers ahead of the device: that of `plan --memory`."""
 
 from unittest import mock
 
@@ -33,7 +33,7 @@ def build():
 
 
 class HeldWatch(TorchDispatchMode):
-    """Runs passes as the executor does, and tells the imitated allocator of all memory that is made."""
+    """A dispatch mode that runs passes as the executor does, and reports all new memory to the imitated allocator."""
 
     def __init__(self, memory):
         super().__init__()
@@ -42,7 +42,7 @@ class HeldWatch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
         for x in tree_leaves((args, kwargs)):
             if isinstance(x, torch.Tensor) and not self.memory.knows(x.untyped_storage()):
-                # kept, so that nothing new has its address
+                # kept alive, so that no new storage gets its address
                 self.older.append(x.untyped_storage())
         if func.name() in PASSES:
             with self:
@@ -52,21 +52,21 @@ class HeldWatch(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             return torch.zeros((), dtype=args[0].dtype).item()
         out = func(*args, **(kwargs or {}))
-        known = {storage._cdata for storage in self.older}
+        older_keys = {storage._cdata for storage in self.older}
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and x.device == META:
                 storage = x.untyped_storage()
-                if not self.memory.knows(storage) and storage._cdata not in known:
+                if not self.memory.knows(storage) and storage._cdata not in older_keys:
                     self.memory.allocate(storage)
         return out
 
 
 def held_by_steps(executable, backend, settings):
-    """Bytes that two steps hold at most, weights and their gradients left out."""
+    """Return the peak bytes of two steps, without weights and their gradients."""
     model, memory = on_meta(build), HeldBytes(QUEUE)
     settings.apply(model, None)
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(lambda one: setattr(one, "grad", None))
+        parameter.register_post_accumulate_grad_hook(lambda parameter_: setattr(parameter_, "grad", None))
     ids = torch.zeros(1, executable.program.tokens, dtype=torch.int64, device=META)
     batch = dict(input_ids=ids, labels=ids, position_ids=ids, loss_scale=1.0)
     batch["context_parallel"] = PlannedAttention(executable)

@@ -1,4 +1,4 @@
-"""Tensors that wait on the host: no race on streams, few at once on the device, and all of it really gone from there."""
+"""Tensors that wait on the host: no race on streams, few at once on the device, and their device memory really freed."""
 
 import gc
 import weakref
@@ -26,7 +26,7 @@ class Layer(nn.Module):
 
 
 def watched(in_flight, work):
-    """What was found while a side stream worked on layers whose inputs are offloaded."""
+    """Return violations and counts while a side stream worked on layers whose inputs are offloaded."""
     with imitated_cuda() as cuda:
         with torch.cuda.stream(torch.cuda.Stream()):
             work(in_flight)
@@ -38,14 +38,14 @@ def trained(in_flight, steps=2, micro_batches=2):
     layers = nn.Sequential(*(Layer() for _ in range(LAYERS))).to(DEVICE)
     checkpoint_layers(layers, offload=HostOffload(in_flight))
     for _ in range(steps):
-        # both are alive before either goes backward
+        # both graphs exist before either backward pass
         losses = [layers(torch.ones(8, WIDTH, device=DEVICE)).sum() for _ in range(micro_batches)]
         for loss in losses:
             loss.backward()
 
 
 def dropped(in_flight):
-    """The graph is given up in the middle of the backward pass, while copies are under way."""
+    """Drop the graph in the middle of the backward pass, while copies are under way."""
     layers = nn.Sequential(*(Layer() for _ in range(LAYERS))).to(DEVICE)
     checkpoint_layers(layers, offload=HostOffload(in_flight))
     out = layers(torch.ones(8, WIDTH, device=DEVICE))
@@ -57,8 +57,8 @@ def dropped(in_flight):
 @pytest.mark.parametrize("in_flight", [1, 2, 9])
 @pytest.mark.parametrize("work", [trained, dropped])
 def test_copies_that_overlap_have_no_race(work, in_flight):
-    found, counts = watched(in_flight, work)
-    assert not found, "\n".join(found)
+    violations, counts = watched(in_flight, work)
+    assert not violations, "\n".join(violations)
     assert counts["accesses after another stream's"] > 5
 
 
@@ -74,8 +74,8 @@ def test_the_watch_finds_a_copy_that_is_not_waited_for(forgotten, monkeypatch):
         return right(ticket)
 
     monkeypatch.setattr(Ticket, forgotten, wrong)
-    found, _ = watched(1, trained)
-    assert found
+    violations, _ = watched(1, trained)
+    assert violations
 
 
 def test_no_more_inputs_are_on_the_device_than_may_be_in_flight():
@@ -90,7 +90,7 @@ def test_no_more_inputs_are_on_the_device_than_may_be_in_flight():
     assert max(most) == 2 and offload.host_bytes == 7 * 20
     for ticket in reversed(tickets):
         assert torch.equal(ticket.get(), torch.ones(5))
-        assert sum(one._device is not None for one in tickets) <= 2
+        assert sum(ticket_._device is not None for ticket_ in tickets) <= 2
     assert torch.equal(tickets[3].get(), torch.ones(5))
     del tickets, ticket
     assert offload.host_bytes == 0
@@ -107,7 +107,7 @@ def test_pinned_memory_is_exact_and_used_again():
 
         patch.setattr(pinned_memory, "pinned_bytes", counted)
         offload = HostOffload(2)
-        # of steps with other lengths, as many are kept as were alive at once, and none that is too small
+        # for steps with other lengths, as many buffers are kept as were alive at once, and none that is too small
         for tokens, wanted in ((5, [20] * 3), (5, []), (3, []), (6, [24] * 3), (5, [])):
             tickets = [offload.put(torch.ones(tokens, device=DEVICE)) for _ in range(3)]
             for ticket in reversed(tickets):
@@ -142,11 +142,11 @@ def test_layers_keep_nothing_of_their_inputs():
     layers = nn.Sequential(*(Layer() for _ in range(LAYERS)))
     checkpoint_layers(layers, offload=HostOffload(1))
     inputs = []
-    hooks = [layer.register_forward_pre_hook(lambda _, given: inputs.append(weakref.ref(given[0]))) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0]))) for layer in layers]
     x = torch.ones(8, WIDTH, requires_grad=True)
     out = layers(x)
-    # the first is the caller's
-    assert not any(one() is not None for one in inputs[1:])
+    # the first input is the caller's
+    assert not any(reference() is not None for reference in inputs[1:])
     out.sum().backward()
     for hook in hooks:
         hook.remove()

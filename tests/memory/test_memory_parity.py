@@ -1,4 +1,4 @@
-"""Whatever saves memory changes no gradient: beside plain PyTorch in one process, with ranks without labels."""
+"""Memory settings change no gradient: compared with plain PyTorch in one process, with ranks without labels."""
 
 import memory_run
 import pytest
@@ -12,15 +12,15 @@ def every_variant(rank, ranks, fsdp, tied):
 
 
 @pytest.mark.full
-# every two of them meet
+# every two values meet
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("ranks", "fsdp", "tied"), [(4, True, False), (4, False, True), (2, True, True), (2, False, False)]
 )
 def test_gradients_are_those_of_one_process_where_ranks_have_no_labels(ranks, fsdp, tied):
     loss, gradients = small.in_one_process(small.build(tie_word_embeddings=tied), memory_run.batches())
-    for found in run_on_ranks(ranks, every_variant, ranks, fsdp, tied):
-        for name, (got_loss, got) in found.items():
+    for results in run_on_ranks(ranks, every_variant, ranks, fsdp, tied):
+        for name, (got_loss, got) in results.items():
             assert got_loss == pytest.approx(float(loss), rel=1e-12), name
             for a, b in zip(got, gradients, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")

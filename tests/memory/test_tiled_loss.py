@@ -1,4 +1,4 @@
-"""A loss over tiles is the loss of all logits, and so are its gradients; what it cannot do is refused by name."""
+"""A loss over tiles equals the loss of all logits, and so do its gradients; what it cannot compute is refused by name."""
 
 from types import SimpleNamespace
 
@@ -17,11 +17,11 @@ TOKENS, WIDTH, VOCABULARY = 23, 16, 40
 def tensors(dtype, has_bias, weight_dtype=None):
     generator = torch.Generator().manual_seed(0)
     shapes = [(TOKENS, WIDTH), (VOCABULARY, WIDTH)] + [(VOCABULARY,)] * has_bias
-    made = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    values = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     labels = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
     # one tile has labels, the next none, the next some
     labels[[0, 5, 6, 7, 8, 9, 10, 11]] = -100
-    return [x.to(weight_dtype or dtype if i else dtype).requires_grad_() for i, x in enumerate(made)], labels
+    return [x.to(weight_dtype or dtype if i else dtype).requires_grad_() for i, x in enumerate(values)], labels
 
 
 def dense(inputs, labels, z_loss, soft_cap, logit_scale):
@@ -40,13 +40,13 @@ def test_loss_and_gradients_are_those_of_all_logits(tile_tokens, has_bias, chang
     inputs, labels = tensors(torch.float64, has_bias)
     names = dict(zip(("z_loss", "soft_cap", "logit_scale"), changes, strict=True))
     bias = inputs[2] if has_bias else None
-    found, losses = tiled_loss(*inputs[:2], labels, tile_tokens=tile_tokens, bias_V=bias, **names)
+    loss, losses = tiled_loss(*inputs[:2], labels, tile_tokens=tile_tokens, bias_V=bias, **names)
     wanted, wanted_losses = dense(inputs, labels, *changes)
-    torch.testing.assert_close(found, wanted, rtol=1e-13, atol=0)
+    torch.testing.assert_close(loss, wanted, rtol=1e-13, atol=0)
     torch.testing.assert_close(losses, wanted_losses, rtol=1e-12, atol=1e-14)
     assert not losses.requires_grad
-    # as a loss scale: not 1
-    for a, b in zip(torch.autograd.grad(found * 0.3, inputs), torch.autograd.grad(wanted * 0.3, inputs), strict=True):
+    # a factor other than 1, like a loss scale
+    for a, b in zip(torch.autograd.grad(loss * 0.3, inputs), torch.autograd.grad(wanted * 0.3, inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
 
@@ -66,11 +66,11 @@ def test_a_weight_in_half_precision_has_a_gradient_summed_in_single():
 def test_autocast_computes_as_it_does_for_a_linear_layer(hidden):
     inputs, labels = tensors(hidden, True, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        found, losses = tiled_loss(*inputs[:2], labels, tile_tokens=4, bias_V=inputs[2])
+        loss, losses = tiled_loss(*inputs[:2], labels, tile_tokens=4, bias_V=inputs[2])
         wanted, _ = dense(inputs, labels, 0.0, 0.0, 1.0)
     assert losses.dtype == torch.float32
-    torch.testing.assert_close(found, wanted, rtol=5e-3, atol=0)
-    for a, b in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(wanted, inputs), strict=True):
+    torch.testing.assert_close(loss, wanted, rtol=5e-3, atol=0)
+    for a, b in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(wanted, inputs), strict=True):
         assert a.dtype == b.dtype
         assert float((a - b).norm() / b.norm()) < 2e-2
 
@@ -84,16 +84,16 @@ def test_without_labels_the_loss_is_zero_and_has_a_gradient(tokens):
 
 
 def test_logits_of_all_tokens_are_never_there(monkeypatch):
-    made = []
+    products = []
     right = torch.Tensor.__matmul__
-    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (made.append(right(a, b)), made[-1])[1])
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (products.append(right(a, b)), products[-1])[1])
     inputs, labels = tensors(torch.float32, False)
     tiled_loss(*inputs, labels, tile_tokens=4)[0].backward()
-    assert max(x.shape[0] for x in made if x.shape[-1] == VOCABULARY) == 4
+    assert max(x.shape[0] for x in products if x.shape[-1] == VOCABULARY) == 4
 
 
 class Model(nn.Module):
-    """Of one's own: what it does to logits is its own matter."""
+    """A model that changes logits in its own way."""
 
     def __init__(self, head=None, change=lambda logits: logits, **config):
         super().__init__()
@@ -125,11 +125,11 @@ def batch_of(tokens=9):
 def test_what_models_do_to_logits_is_known_by_their_configuration(change, config):
     torch.manual_seed(0)
     model, batch = Model(change=change, **config), batch_of()
-    found = pytorch.local_loss(model, batch, loss=TiledLoss(tile_tokens=2))
+    loss = pytorch.local_loss(model, batch, loss=TiledLoss(tile_tokens=2))
     wanted = pytorch.local_loss(model, batch)
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(loss, wanted)
     parameters = list(model.parameters())
-    for a, b in zip(torch.autograd.grad(found, parameters), torch.autograd.grad(wanted, parameters), strict=True):
+    for a, b in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(wanted, parameters), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -150,7 +150,7 @@ class Headless(nn.Module):
 def test_what_cannot_be_computed_is_refused_by_name(model, message):
     with pytest.raises(DistattnError, match=message):
         pytorch.local_loss(model, batch_of(), loss=TiledLoss())
-    # and the layer is what it was for everybody else
+    # the layer is unchanged for other users
     if hasattr(model, "head"):
         assert model.head(torch.zeros(1, WIDTH)).shape == (1, VOCABULARY)
 
@@ -188,6 +188,6 @@ def test_an_output_layer_that_is_not_linear_or_not_called_is_refused():
 )
 def test_bad_input_is_refused_in_a_sentence(wrong, message):
     inputs, labels = tensors(torch.float32, False)
-    given = dict(labels=labels, weight=inputs[1], tile_tokens=4) | wrong
+    arguments = dict(labels=labels, weight=inputs[1], tile_tokens=4) | wrong
     with pytest.raises(DistattnError, match=message):
-        tiled_loss(inputs[0], given.pop("weight"), given.pop("labels"), **given)
+        tiled_loss(inputs[0], arguments.pop("weight"), arguments.pop("labels"), **arguments)

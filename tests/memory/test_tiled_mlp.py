@@ -1,4 +1,4 @@
-"""Feed-forward layers by tiles: the same outputs and gradients, one gradient a weight, and refusals by name."""
+"""Feed-forward layers by tiles: the same outputs and gradients, one gradient per weight, and refusals by name."""
 
 import pytest
 import small
@@ -35,7 +35,10 @@ class Block(nn.Module):
 
 def results(model, x, autocast=None):
     calls = []
-    hooks = [one.register_post_accumulate_grad_hook(lambda one: calls.append(one)) for one in model.parameters()]
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda parameter: calls.append(parameter))
+        for parameter in model.parameters()
+    ]
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
         y = model(x)
@@ -44,9 +47,9 @@ def results(model, x, autocast=None):
         hook.remove()
     # a trainer's hook runs once for each weight
     assert len(calls) == len(set(calls)) == len(list(model.parameters()))
-    found = [y.detach(), x.grad, *(one.grad for one in model.parameters())]
+    results_ = [y.detach(), x.grad, *(parameter.grad for parameter in model.parameters())]
     model.zero_grad()
-    return found
+    return results_
 
 
 @pytest.mark.parametrize("shape", [(1, 11), (2, 7), (5,), (1, 3), (1, 0)])
@@ -135,7 +138,7 @@ def test_parameters_that_zero_3_holds_are_refused():
 
 
 def uneven(rank):
-    """Ranks with 11, 0 and 2 tokens: 4 tiles, none, and no need for any. How many all-gathers each of them makes."""
+    """Run ranks with 11, 0 and 2 tokens: 4 tiles, none, and no tiling. Return each rank's number of all-gathers."""
     torch.manual_seed(0)
     model = nn.Sequential(Block(), Block())
     mesh = init_device_mesh("cpu", (3,))
@@ -145,8 +148,8 @@ def uneven(rank):
     x = torch.randn(1, 11, WIDTH, generator=torch.Generator().manual_seed(1))[:, : (11, 0, 2)[rank]]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         model(x).square().sum().backward()
-    gathers = sum(one.count for one in profile.key_averages() if one.key == "c10d::_allgather_base_")
-    return gathers, [one.grad.full_tensor() for one in model.parameters()]
+    gathers = sum(event.count for event in profile.key_averages() if event.key == "c10d::_allgather_base_")
+    return gathers, [parameter.grad.full_tensor() for parameter in model.parameters()]
 
 
 def test_ranks_with_unequally_many_tiles_gather_weights_once_a_layer():
@@ -154,7 +157,7 @@ def test_ranks_with_unequally_many_tiles_gather_weights_once_a_layer():
     model, x = nn.Sequential(Block(), Block()), torch.randn(1, 11, WIDTH, generator=torch.Generator().manual_seed(1))
     sum(model(x[:, :tokens]).square().sum() for tokens in (11, 0, 2)).backward()
     for gathers, gradients in run_on_ranks(3, uneven):
-        # each of two layers, forward and backward; the last one stays, as it is needed at once
+        # each of two layers, forward and backward; the last one stays, because it is needed at once
         assert 3 <= gathers <= 4
         for a, b in zip(gradients, model.parameters(), strict=True):
             torch.testing.assert_close(3 * a, b.grad, rtol=1e-4, atol=1e-5)

@@ -254,7 +254,7 @@ def _breaks_in_a_trial(rank: int):
     breaks = mock.patch.object(executable, "local_kernel_trials", trials) if rank == 0 else nullcontext()
     with breaks, pytest.raises(da.DistattnError) as error:
         da.prepare(plan_for(2))
-    # all are in step: the next call is as good as any
+    # the ranks are in step: the next call works
     da.prepare(plan_for(2))
     return str(error.value)
 
@@ -267,9 +267,9 @@ def test_a_trial_that_breaks_one_rank_is_heard_of_by_all():
 def _count_bytes(rank: int, plan: da.Plan, inputs: Inputs):
     from oracle import Record, RecordingTransport
 
-    own = da.prepare(plan).transport
+    transport = da.prepare(plan).transport
     record = Record()
-    recording = RecordingTransport(own, rank, record)
+    recording = RecordingTransport(transport, rank, record)
     with mock.patch.object(ExecutableCache, "transport", lambda cache, group, timeout=None: recording):
         _attention_on_rank(rank, plan, inputs, False, 1)
     return dict(record.bytes), [event for _, event in record.events]
@@ -284,7 +284,7 @@ def test_bytes_on_the_wire_are_the_plans_bytes(strategy):
     for counts, _ in run_on_ranks(4, _count_bytes, plan, inputs):
         counted |= counts
     assert counted == planned_bytes(plan)
-    # and the simulator's
+    # and equal those of the simulator
     timeline = da.simulate(plan, "h100-1x4")
-    on_the_wire = sum(int(one.intra_node_bytes.sum() + one.inter_node_bytes.sum()) for one in timeline.passes)
+    on_the_wire = sum(int(pass_.intra_node_bytes.sum() + pass_.inter_node_bytes.sum()) for pass_ in timeline.passes)
     assert on_the_wire == sum(counted.values())

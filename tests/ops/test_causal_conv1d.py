@@ -107,8 +107,8 @@ def test_real_ranks_equal_one_process():
     x, weight, bias, dy = (value.requires_grad_() for value in inputs(layout.n))
     wanted = by_document(x, weight, bias, LENGTHS)
     grads = torch.autograd.grad(wanted, (x, weight, bias), dy.detach())
-    found = layout.unshard(list(y)), layout.unshard(list(dx)), dweight[0], dbias[0]
-    for a, b in zip(found, (wanted.detach(), *grads), strict=True):
+    results = layout.unshard(list(y)), layout.unshard(list(dx)), dweight[0], dbias[0]
+    for a, b in zip(results, (wanted.detach(), *grads), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
@@ -152,6 +152,6 @@ def test_a_compiled_convolution_is_the_same():
         return F.silu(da.causal_conv1d(x, weight, ready, bias=bias))
 
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    both = [torch.autograd.grad(f(x).square().sum(), (x, weight, bias)) for f in (layer, compiled)]
-    for a, b in zip(*both, strict=True):
+    gradients = [torch.autograd.grad(f(x).square().sum(), (x, weight, bias)) for f in (layer, compiled)]
+    for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)

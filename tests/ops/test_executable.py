@@ -56,7 +56,7 @@ def test_ranks_with_different_plans_all_say_which(change, how):
 
 
 def _compiled(rank, plans, inputs):
-    """Losses and gradients of a compiled step and of the plain one, over batches with different plans."""
+    """Return differences of losses and gradients of a compiled step from the plain one, over batches with different plans."""
     compiled = 0
 
     def backend(graph, example):
@@ -153,12 +153,12 @@ def _over_capacity(rank, plan):
 def test_index_lists_move_to_the_device_together():
     plan = plan_for(masks()["odd"], 4, "ring", "from_chunks")
     program = lower(plan, 0, kernel_preparer("reference", kernel_requirements(plan.call, torch.device("cpu"))))
-    found, originals = [], []
-    with_tensors(on_device(program, torch.device("meta")), lambda tensor: found.append(tensor) or tensor)
+    moved, originals = [], []
+    with_tensors(on_device(program, torch.device("meta")), lambda tensor: moved.append(tensor) or tensor)
     with_tensors(program, lambda tensor: originals.append(tensor) or tensor)
-    assert found and all(tensor.device.type == "meta" for tensor in found)
-    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in originals]
-    assert {torch.bool, torch.int64} <= {tensor.dtype for tensor in found}
+    assert moved and all(tensor.device.type == "meta" for tensor in moved)
+    assert [(x.shape, x.dtype) for x in moved] == [(x.shape, x.dtype) for x in originals]
+    assert {torch.bool, torch.int64} <= {tensor.dtype for tensor in moved}
 
 
 def test_empty_lists_move_to_the_device_whatever_their_strides():
@@ -193,8 +193,8 @@ def test_messages_have_a_communicator_of_their_own():
 
 
 def _two_groups(rank, plan, inputs):
-    """Forward on one group, forward on another with the ranks the other way round, then the first one's backward."""
-    own, layout = [], plan.call.layout
+    """Run forward on one group, forward on another with the ranks reversed, then both backwards."""
+    runs, layout = [], plan.call.layout
     for ranks in ([0, 1], [1, 0]):
         keep = (
             {"sort_ranks": False} if "sort_ranks" in inspect.signature(torch.distributed.new_group).parameters else {}
@@ -202,9 +202,9 @@ def _two_groups(rank, plan, inputs):
         group = torch.distributed.new_group(ranks, **keep)
         at = torch.distributed.get_rank(group)
         q, k, v = (layout.shard(x, at).requires_grad_() for x in inputs[:3])
-        own.append((at, (q, k, v), da.attention(q, k, v, plan, group)))
+        runs.append((at, (q, k, v), da.attention(q, k, v, plan, group)))
     results = []
-    for at, leaves, o in own:
+    for at, leaves, o in runs:
         o.backward(layout.shard(inputs.do, at))
         results.append((at, [leaf.grad for leaf in leaves]))
     return results
@@ -236,7 +236,7 @@ def test_communicators_end_with_their_group():
 
 
 def _later(rank, kind):
-    """A plan all ranks know already, then one that only some of them do."""
+    """Run a plan that all ranks know, then one that only some of them know."""
     mask, layout = masks()["documents"], layouts(LENGTHS, 2)["zigzag"]
     plan = da.make_plan(mask, layout, strategy="ring", **SHAPE)
     q, k, v = (torch.ones(len(layout.tokens(rank)), heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
@@ -270,5 +270,5 @@ def _one_refuses(rank, change):
     ],
 )
 def test_where_one_rank_refuses_all_do(change, sentence):
-    other, own = run_on_ranks(2, _one_refuses, change)
-    assert own.endswith(sentence) and other == f"rank 1 refuses this plan: {own}"
+    other, refusal = run_on_ranks(2, _one_refuses, change)
+    assert refusal.endswith(sentence) and other == f"rank 1 refuses this plan: {refusal}"

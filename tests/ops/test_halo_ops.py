@@ -12,7 +12,7 @@ from processes import run_on_ranks
 import distattn as da
 from distattn.ops import convolution as convolution_op
 
-# the third one is shorter than what comes before it
+# the third document is shorter than the state before it
 LENGTHS = (9, 37, 2, 40)
 GROUPS, DIM, TAPS = 2, 3, 4
 CHANNELS = GROUPS * DIM
@@ -39,15 +39,15 @@ def inputs(grouped: bool, dtype: torch.dtype) -> Convolution:
     return Convolution(*(torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes))
 
 
-def by_document(given: Convolution) -> list[torch.Tensor]:
-    """(y, final states, dx, dweight, dbias, dinitial): `conv1d` of each document behind its initial state."""
-    weight = given.weight if given.weight.dim() == 3 else given.weight[:, None]
-    parts = zip(given.x.split(list(LENGTHS)), given.initial, strict=True)
+def by_document(case: Convolution) -> list[torch.Tensor]:
+    """Return (y, final states, dx, dweight, dbias, dinitial): `conv1d` of each document behind its initial state."""
+    weight = case.weight if case.weight.dim() == 3 else case.weight[:, None]
+    parts = zip(case.x.split(list(LENGTHS)), case.initial, strict=True)
     rows = [torch.cat([initial, part.t()], 1)[None] for part, initial in parts]
     groups = CHANNELS // weight.shape[1]
-    y = F.silu(torch.cat([F.conv1d(row, weight, given.bias, groups=groups)[0].t() for row in rows]))
+    y = F.silu(torch.cat([F.conv1d(row, weight, case.bias, groups=groups)[0].t() for row in rows]))
     final = torch.stack([row[0, :, 1 - TAPS :] for row in rows])
-    grads = torch.autograd.grad([y, final], given[:4], [given.dy.detach(), given.dfinal.detach()])
+    grads = torch.autograd.grad([y, final], case[:4], [case.dy.detach(), case.dfinal.detach()])
     return [y.detach(), final.detach(), *grads]
 
 
@@ -77,13 +77,13 @@ def plan_of(layout: da.Layout, op: str, dtype: torch.dtype, reach: int, heads: i
     return da.make_plan(mask, layout, strategy="allgather", op=op, backward="keep", **shape)
 
 
-def convolve(rank: int, layout: da.Layout, given: Convolution) -> list[torch.Tensor]:
-    leaves = [layout.shard(given.x, rank), *given[1:4]]
+def convolve(rank: int, layout: da.Layout, case: Convolution) -> list[torch.Tensor]:
+    leaves = [layout.shard(case.x, rank), *case[1:4]]
     x, weight, bias, initial = (leaf.clone().requires_grad_() for leaf in leaves)
     plan = plan_of(layout, "convolution", x.dtype, TAPS - 1)
     how = dict(bias=bias, activation="silu", initial_state=initial)
     y, final = da.causal_conv1d(x, weight, plan, **how, return_final_state=True)
-    grads = torch.autograd.grad([y, final], (x, weight, bias, initial), [layout.shard(given.dy, rank), given.dfinal])
+    grads = torch.autograd.grad([y, final], (x, weight, bias, initial), [layout.shard(case.dy, rank), case.dfinal])
     return [y.detach(), final.detach(), *grads]
 
 
@@ -98,12 +98,12 @@ def shift(rank: int, layout: da.Layout, x: torch.Tensor, dy: torch.Tensor, dista
 
 
 def work(rank: int, ranks: int) -> list[list[torch.Tensor]]:
-    found = []
+    results = []
     for layout, dtype in itertools.product(layouts(ranks), (torch.float64, torch.float32)):
-        found += [convolve(rank, layout, inputs(grouped, dtype)) for grouped in (False, True)]
+        results += [convolve(rank, layout, inputs(grouped, dtype)) for grouped in (False, True)]
         x, dy = inputs(False, dtype)[::4]
-        found += [shift(rank, layout, x, dy, distance) for distance in DISTANCES]
-    return found
+        results += [shift(rank, layout, x, dy, distance) for distance in DISTANCES]
+    return results
 
 
 def assert_close(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:
@@ -115,21 +115,21 @@ def assert_close(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) ->
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("ranks", [4, 2, 1])
 def test_ranks_equal_each_document_alone(ranks):
-    everyone = iter(zip(*run_on_ranks(ranks, work, ranks), strict=True))
+    by_rank = iter(zip(*run_on_ranks(ranks, work, ranks), strict=True))
     for layout, dtype in itertools.product(layouts(ranks), (torch.float64, torch.float32)):
         for grouped in (False, True):
-            given = Convolution(*(value.requires_grad_() for value in inputs(grouped, torch.float64)))
-            y, final, dx, *of_parameters = zip(*next(everyone), strict=True)
-            found = [layout.unshard(list(y)), sum(final), layout.unshard(list(dx)), *map(sum, of_parameters)]
-            for a, b in zip(found, by_document(given), strict=True):
+            case = Convolution(*(value.requires_grad_() for value in inputs(grouped, torch.float64)))
+            y, final, dx, *of_parameters = zip(*next(by_rank), strict=True)
+            shifted_ = [layout.unshard(list(y)), sum(final), layout.unshard(list(dx)), *map(sum, of_parameters)]
+            for a, b in zip(shifted_, by_document(case), strict=True):
                 assert_close(a.double(), b, dtype)
         x, dy = inputs(False, dtype)[::4]
         labels = torch.arange(len(x) * CHANNELS).view(x.shape) % 97 - 100
         for distance in DISTANCES:
-            found = [layout.unshard(list(each)) for each in zip(*next(everyone), strict=True)]
+            shifted_ = [layout.unshard(list(each)) for each in zip(*next(by_rank), strict=True)]
             wanted = shifted(x, distance), shifted(dy, -distance), shifted(labels, distance, -100)
-            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    assert next(everyone, None) is None
+            assert all(torch.equal(a, b) for a, b in zip(shifted_, wanted, strict=True))
+    assert next(by_rank, None) is None
 
 
 @pytest.mark.parametrize("distance", [1, 3, -2])
@@ -152,7 +152,7 @@ def test_on_gpus_numbers_that_are_too_large_are_refused_by_an_assertion_of_the_d
     x[5, 1] = sign * (2**52 - 1)
     assert x[5, 1] in da.token_shift(x, plan)
     x[5, 1] += sign
-    # of a tensor on the host PyTorch's assertion raises at once; the device raises it when it comes to it
+    # for a host tensor PyTorch's assertion raises at once; a device raises it when it reaches the assertion
     with pytest.raises(RuntimeError, match="whole numbers below 2.52") as refusal:
         da.token_shift(x, plan)
     assert type(refusal.value) is RuntimeError and asserted.call_count == 2
@@ -161,16 +161,16 @@ def test_on_gpus_numbers_that_are_too_large_are_refused_by_an_assertion_of_the_d
 def test_what_does_not_fit_is_refused_by_name():
     layout = da.Layout.contiguous(LENGTHS, 1)
     x, weight, bias, initial, *_ = inputs(True, torch.float32)
-    convolution, one = (plan_of(layout, op, torch.float32, 3) for op in ("convolution", "token_shift"))
+    convolution, shift_ = (plan_of(layout, op, torch.float32, 3) for op in ("convolution", "token_shift"))
     prefix = dict(heads=2, kv_heads=2, head_dim=1, v_head_dim=3, dtype="float32", op="token_shift")
     sums = da.make_plan(da.Mask.documents(LENGTHS), layout, strategy="ring", **prefix)
     for call, why in (
-        (lambda: da.causal_conv1d(x, weight, one), "is of token_shift, not of a convolution"),
+        (lambda: da.causal_conv1d(x, weight, shift_), "is of token_shift, not of a convolution"),
         (lambda: da.token_shift(x, convolution), "is of convolution, not of a token shift"),
         (lambda: da.token_shift(x, sums), "at one distance"),
-        (lambda: da.token_shift(x, one, fill=1), "fill is for whole numbers"),
-        (lambda: da.token_shift(x[:5], one), r"x has shape \(5, 6\)"),
-        (lambda: da.token_shift(torch.full((88, 6), 1 << 60), one), "whole numbers below 2.52"),
+        (lambda: da.token_shift(x, shift_, fill=1), "fill is for whole numbers"),
+        (lambda: da.token_shift(x[:5], shift_), r"x has shape \(5, 6\)"),
+        (lambda: da.token_shift(torch.full((88, 6), 1 << 60), shift_), "whole numbers below 2.52"),
         (
             lambda: da.causal_conv1d(x, weight[:, :2], convolution),
             r"for groups that the plan has as heads \(6, 3, taps\)",

@@ -21,7 +21,7 @@ RECURRENT = [name for name, op in OPS.items() if op.kind == "recurrence"]
 
 
 def ready_for(plan, kernel=None) -> Executable:
-    """An executable of rank 1, whose messages come and go as with NCCL."""
+    """Return an executable of rank 1, whose messages are those of NCCL."""
     kernel = kernel or choose_kernel(None, kernel_requirements(plan.call, META))
     key, program = checked_program(plan, 1, kernel, META, max_buffer_bytes=None, proven=True)
     return Executable(program, key, GroupTransport(GROUP, MetaBackend()))
@@ -39,8 +39,8 @@ def plan_of(op="attention", strategy="ring", mask=None, lengths=LENGTHS, **shape
 
 
 def tensor(*shape, dtype=torch.bfloat16, grad=True):
-    made = torch.empty(shape, dtype=dtype, device=META)
-    return made.requires_grad_() if grad and dtype.is_floating_point else made
+    x = torch.empty(shape, dtype=dtype, device=META)
+    return x.requires_grad_() if grad and dtype.is_floating_point else x
 
 
 def differentiated(y, *leaves):
@@ -81,8 +81,8 @@ def recurrence(name, strategy="scan", heads=HEADS, **how):
     leaves = tensor(tokens, 2, DIM), tensor(tokens, 2, DIM), tensor(tokens, heads, DIM)
 
     def layer():
-        given = dict(g=g, beta=beta, initial_state=initial, return_final_state=True)
-        return differentiated(da.recurrence(*leaves, ready, **given), *leaves, g, beta, initial)
+        settings = dict(g=g, beta=beta, initial_state=initial, return_final_state=True)
+        return differentiated(da.recurrence(*leaves, ready, **settings), *leaves, g, beta, initial)
 
     return layer
 
@@ -128,7 +128,7 @@ def prefix_softmax():
     tokens = plans.maximum.program.tokens
     leaves = tensor(tokens, HEADS, 3), tensor(tokens, HEADS, 3), tensor(tokens, HEADS, DIM)
     shapes = (len(LENGTHS), HEADS, 3), (len(LENGTHS), HEADS, 3), (len(LENGTHS), HEADS, 3, DIM)
-    state = da.PrefixSoftmaxState(*(tensor(*one, dtype=torch.float32) for one in shapes))
+    state = da.PrefixSoftmaxState(*(tensor(*shape, dtype=torch.float32) for shape in shapes))
 
     def layer():
         o, final = da.prefix_softmax(*leaves, plans, initial_state=state, return_final_state=True)
@@ -176,7 +176,7 @@ def ways_to_wait(x):
     yield "copies between host and device", lambda: torch.ones(3).to(META)
     yield "copies between host and device", lambda: torch.ones(3).to(META, non_blocking=True)
     yield "copies between host and device", lambda: x.copy_(torch.ones(3))
-    # a number on the host that a list of rows is set to is copied there, unlike that of a slice
+    # a host number that is assigned to a list of rows is copied to the device, unlike one assigned to a slice
     rows = torch.empty(2, dtype=torch.int64, device=META)
     yield "a number is copied to the device", lambda: x.__setitem__(rows, 1.0)
     yield "index_put_ copies", lambda: x.__setitem__(rows, torch.ones(()))
@@ -189,11 +189,11 @@ def ways_to_wait(x):
 
 def test_every_way_to_wait_is_counted_and_a_pinned_copy_is_none():
     x = torch.empty(3, device=META)
-    for what, wait in ways_to_wait(x):
-        # meta tensors have no numbers; the wait is known before that is found
+    for reason, wait in ways_to_wait(x):
+        # meta tensors have no numbers; the wait is noted before that error
         with host_waits() as watch, contextlib.suppress(RuntimeError, NotImplementedError):
             wait()
-        assert watch.waits and what in watch.waits[0], (what, watch.waits)
+        assert watch.waits and reason in watch.waits[0], (reason, watch.waits)
     with host_waits() as watch:
         torch.empty(3, pin_memory=True).to(META, non_blocking=True)
         (x * 2.0)[1:2].fill_(1)

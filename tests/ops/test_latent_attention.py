@@ -33,18 +33,18 @@ def inputs():
 
 
 def by_definition():
-    """(o, dq, drope, dlatent, dup) on one device."""
+    """Compute (o, dq, drope, dlatent, dup) on one device."""
     q, rope, latent, up, do = inputs()
     leaves = [x.requires_grad_() for x in (q, rope, latent, up)]
-    made = torch.einsum("sl,hel->she", latent, up)
-    k, v = torch.cat([made[..., :NOPE], rope[:, None].expand(-1, HEADS, -1)], -1), made[..., NOPE:]
+    expanded = torch.einsum("sl,hel->she", latent, up)
+    k, v = torch.cat([expanded[..., :NOPE], rope[:, None].expand(-1, HEADS, -1)], -1), expanded[..., NOPE:]
     result = dense(da.Mask.documents(LENGTHS), Inputs(q, k, v, do))
     grads = torch.autograd.grad([k, v], leaves[1:], [result.dk, result.dv])
     return result.o, result.dq, *grads
 
 
 def attend(rank, ranks, strategies):
-    found = []
+    results = []
     for strategy, expanded in strategies:
         layout = da.Layout.zigzag(LENGTHS, ranks)
         q, rope, latent, up, do = inputs()
@@ -55,13 +55,13 @@ def attend(rank, ranks, strategies):
         o = da.latent_attention(*local, module.up, plan_of(layout, strategy, **form))
         o.backward(layout.shard(do, rank))
         sum_gradients(module)
-        found.append((o.detach(), *(x.grad for x in local), module.up.grad))
-    return found
+        results.append((o.detach(), *(x.grad for x in local), module.up.grad))
+    return results
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_ranks_equal_attention_on_expanded_keys_and_values(ranks):
-    # latents move, or keys and values that their owners have expanded
+    # either latents move, or keys and values that their owners have expanded
     strategies = [
         ("ring", False),
         ("allgather", False),
@@ -70,15 +70,15 @@ def test_ranks_equal_attention_on_expanded_keys_and_values(ranks):
         ("ring", True),
         ("ulysses", True),
     ]
-    everyone = run_on_ranks(ranks, attend, ranks, strategies)
+    results = run_on_ranks(ranks, attend, ranks, strategies)
     layout, wanted = da.Layout.zigzag(LENGTHS, ranks), by_definition()
-    for of_ranks in zip(*everyone, strict=True):
+    for of_ranks in zip(*results, strict=True):
         *by_token, dup = zip(*of_ranks, strict=True)
         for got, right in zip([*(layout.unshard(list(parts)) for parts in by_token), dup[0]], wanted, strict=True):
             torch.testing.assert_close(got, right, rtol=0, atol=1e-11)
 
 
-# DeepSeek-V3: heads of 192 and 128, a latent of 512 beside 64 rotary numbers
+# DeepSeek-V3: heads of 192 and 128, a latent of 512 with 64 rotary numbers
 V3 = dict(head_dim=192, v_head_dim=128, dtype="bfloat16")
 
 
@@ -97,7 +97,7 @@ def test_latents_are_what_moves(heads, factor):
 
 def test_the_faster_form_is_planned():
     tokens, widths = 1 << 17, dict(rotary_dim=64, latent_dim=512)
-    mask, found = da.Mask.causal(tokens), {}
+    mask, ops = da.Mask.causal(tokens), {}
     for name in ("h100-1x8", "h100-8x8"):
         cluster = load(name)
         for strategy in ("ring", "allgather", "ulysses"):
@@ -110,12 +110,12 @@ def test_the_faster_form_is_planned():
             chosen = da.make_latent_plan(mask, layout, **shape, **widths)
             seconds = [latent_seconds(plan, cluster, 64, 512) for plan in (*forms, chosen)]
             assert seconds[2] == min(seconds)
-            found[name, strategy] = chosen.call.op.name
+            ops[name, strategy] = chosen.call.op.name
     # ring hides all messages inside a node; between nodes it does not, and dealt heads are few where ranks are many
-    assert found["h100-1x8", "ring"] == "attention" and found["h100-8x8", "ring"] == "latent_attention"
-    assert found["h100-1x8", "allgather"] == found["h100-8x8", "allgather"] == "latent_attention"
-    assert found["h100-1x8", "ulysses"] == "latent_attention" and found["h100-8x8", "ulysses"] == "attention"
-    # where speeds are not known, by bytes
+    assert ops["h100-1x8", "ring"] == "attention" and ops["h100-8x8", "ring"] == "latent_attention"
+    assert ops["h100-1x8", "allgather"] == ops["h100-8x8", "allgather"] == "latent_attention"
+    assert ops["h100-1x8", "ulysses"] == "latent_attention" and ops["h100-8x8", "ulysses"] == "attention"
+    # without known speeds, bytes decide
     layout = da.Layout.zigzag((4096,), 128)
     settings = dict(heads=128, **V3, **widths)
     for strategy, op in (("allgather", "latent_attention"), ("ulysses", "attention")):
@@ -139,7 +139,7 @@ def test_a_selective_checkpoint_does_not_attend_again():
     *leaves, _ = (x.requires_grad_() for x in inputs())
     ready, passes = da.prepare(plan_of(layout, "ring")), []
     begin = ready.begin_pass
-    ready.begin_pass = lambda *given: (passes.append(given[0]), begin(*given))
+    ready.begin_pass = lambda *args: (passes.append(args[0]), begin(*args))
     context = functools.partial(create_selective_checkpoint_contexts, da.save_attention)
     layer = lambda q, *others: da.latent_attention(q * 2, *others, ready)  # noqa: E731
     plain = torch.autograd.grad(layer(*leaves).square().sum(), leaves)

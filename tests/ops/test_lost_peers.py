@@ -1,4 +1,4 @@
-"""A peer that is lost outside of any driver: in `prepare`, or between two calls of attention."""
+"""A peer that is lost outside of a driver: in `prepare`, or between two calls of attention."""
 
 import os
 import signal
@@ -15,12 +15,12 @@ import distattn as da
 
 pytestmark = pytest.mark.waits(3)
 
-# of the group, and so of what is made beside it; then others are given some seconds to come
+# of the group, and of the communicators next to it; then other ranks get some seconds to come
 TIMEOUT = timedelta(seconds=15)
 
 
 def lost_in(rank, lost, how, where):
-    """(The error, the seconds until it came) where a rank is lost before a driver is made, before `prepare`, or after."""
+    """Kill or stop a rank before a driver is made, before `prepare`, or after. Return (the error, the seconds until it came)."""
     group = dist.new_group(timeout=TIMEOUT)
     shape = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64")
     plan = da.make_plan(masks()["causal"], layouts(LENGTHS, 3)["zigzag"], strategy="ring", **shape)
@@ -31,7 +31,7 @@ def lost_in(rank, lost, how, where):
         os.kill(os.getpid(), how)
     began = time.monotonic()
     with pytest.raises(da.LostRankError) as error:
-        # the second time nobody can still be sending
+        # at the second call no rank can still be sending
         if where == "driver":
             da.ContextParallel(group, strategy="ring")
         for _ in range(2):

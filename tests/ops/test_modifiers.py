@@ -31,7 +31,7 @@ def modifiers(softcap=True, alibi=True, sink=True, gate=(HEADS, 8)):
 
 
 def oracle(mask, inputs, softcap, alibi_slopes, sink, gate):
-    """The definition, on the whole axis: (o, lse, dq, dk, dv, dsink, dgate)."""
+    """Compute (o, lse, dq, dk, dv, dsink, dgate) by definition, on the whole axis."""
     q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
     extra = [x.detach().requires_grad_() for x in (sink, gate) if x is not None]
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(HEADS // KV_HEADS, 1)) / math.sqrt(q.shape[-1])
@@ -101,10 +101,10 @@ def test_sinks_and_gates_need_nothing_of_the_kernel(strategy):
     check(plan_for(strategy, masks()["documents"], "zigzag"), masks()["documents"], "cpu", modified)
 
 
-@pytest.mark.parametrize("one", ["softcap", "alibi", "sink", "gate"])
-def test_each_modifier_alone_equals_the_oracle(one):
+@pytest.mark.parametrize("modifier", ["softcap", "alibi", "sink", "gate"])
+def test_each_modifier_alone_equals_the_oracle(modifier):
     absent = dict(softcap=False, alibi=False, sink=False, gate=())
-    modified = modifiers(**absent | {one: (HEADS, 8) if one == "gate" else True})
+    modified = modifiers(**absent | {modifier: (HEADS, 8) if modifier == "gate" else True})
     check(plan_for("ring", masks()["odd"], "document_zigzag", 2), masks()["odd"], "reference", modified)
 
 

@@ -1,4 +1,4 @@
-"""What all operators of the library share: where they run, and that CUDA graphs leave out those that run plans."""
+"""Properties of all operators: the device where they run, and that CUDA graphs leave out those that run plans."""
 
 import gc
 import importlib
@@ -16,11 +16,11 @@ from distattn.kernels.spec import KernelRequirements
 from distattn.ops import convolution, latent, prefix_max, recurrence  # noqa: F401
 from distattn.ops.executable import EXECUTABLES
 
-# those that run a plan: they send messages, and wait for the upload of its tables
+# operators that run a plan: they send messages, and wait for the upload of its tables
 RUN_PLANS = [
     f"{op}{direction}" for op in ("", "latent_", "recurrence_", "convolution_") for direction in ("forward", "backward")
 ]
-# those that launch one kernel on the current stream, and do nothing else
+# operators that only launch one kernel on the current stream
 LAUNCH_ONE_KERNEL = ["copy_rows", "add_rows", "merge_rows", "row_products"]
 OPERATORS = RUN_PLANS + LAUNCH_ONE_KERNEL
 # by an argument's type, a value
@@ -28,7 +28,7 @@ VALUES = {"Tensor": torch.zeros(2, 2, 2), "SymInt": 2, "int": 0, "float": 1.0}
 
 
 class Reached(Exception):
-    """The place was reached where work for the device begins."""
+    """A signal that work for the device would begin here."""
 
 
 def operator(name):
@@ -40,9 +40,9 @@ def test_all_operators_are_known_here():
         importlib.import_module(f"distattn.ops.{module.name}")
     names = [name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("distattn::")]
     assert sorted(names) == sorted(OPERATORS)
-    assert {name for name in names if "plan" in {one.name for one in operator(name)._schema.arguments}} == set(
-        RUN_PLANS
-    )
+    assert {
+        name for name in names if "plan" in {argument.name for argument in operator(name)._schema.arguments}
+    } == set(RUN_PLANS)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -63,10 +63,10 @@ def test_every_operator_works_on_the_device_of_its_tensors(name, monkeypatch):
     monkeypatch.setattr(glue, "_on_gpu", reach)
     # its change ends before the imitation's own: undone later, it would put the imitation's value back
     with imitated_cuda(current=0) as cuda, monkeypatch.context() as patch:
-        # PyTorch would only compute the shapes of tensors on "meta"
+        # otherwise PyTorch would only compute shapes for tensors on "meta"
         patch.setattr(devices, "_KINDS", {"cpu"})
         with pytest.raises(Reached):
-            operator(name)(*(VALUES.get(str(one.type)) for one in operator(name)._schema.arguments))
+            operator(name)(*(VALUES.get(str(argument.type)) for argument in operator(name)._schema.arguments))
         assert reached_on == [TENSORS_ON] and cuda.devices_set == 1
         assert cuda.current == 0
 

@@ -20,12 +20,12 @@ import distattn as da
 from distattn.ir.layout import make_layout
 from distattn.kernels.registry import KERNELS
 
-# documents of many lengths, some shorter than a filter; and one alone
+# documents of many lengths, some shorter than a filter; and a single one
 PACKED, ALONE = (1, 7, 90, 2, 41), (130,)
 HEADS, NOPE, ROPE, LATENT, VALUE = 8, 6, 2, 10, 5
 CHANNELS, TAPS, DISTANCE = 6, 4, 3
-# attention's strategies take turns, and so do kernels that make results and those that write where they are told: five beside
-# six, so that they meet
+# attention's strategies take turns, and so do kernels that make results and those that write into given tensors: five of one
+# and six of the other, so that all combinations meet
 STRATEGIES = ["ring", "allgather", "ulysses", "cad", "double_ring", "usp"]
 KERNELS_OF_LATENTS = ["reference", "in_place", "reference", "in_place", "in_place"]
 TOLERANCES = {"float64": 1e-10, "float32": 2e-5}
@@ -37,12 +37,12 @@ DTYPES = {
 }
 
 
-# loaded here, not by every rank
+# imported here, not by every rank
 FUNCTIONS = da.latent_attention, da.causal_conv1d, da.recurrence, da.token_shift
 
 
 class Inputs(NamedTuple):
-    """Of all tokens; what is not by token; the gradient of the output."""
+    """Tensors by token, tensors that all tokens share, and the gradient of the output."""
 
     by_token: list[torch.Tensor]
     shared: list[torch.Tensor]
@@ -66,14 +66,14 @@ def inputs(op, n, dtype):
     return Inputs([normal(n, CHANNELS)], shared, normal(n, CHANNELS))
 
 
-def alone(op, lengths, given):
-    """The output of each document by definition, differentiable."""
-    batch, tensors = PlainBatch(list(lengths)), [*given.by_token, *given.shared]
+def alone(op, lengths, tensors_):
+    """Compute the output of each document by definition, differentiable."""
+    batch, tensors = PlainBatch(list(lengths)), [*tensors_.by_token, *tensors_.shared]
     if op == "latent_attention":
         q, rope, latent, up = tensors
-        made = torch.einsum("sl,hel->she", latent, up)
-        k = torch.cat([made[..., :NOPE], rope[:, None].expand(-1, HEADS, -1)], -1)
-        return batch.attention(q, k, made[..., NOPE:])
+        expanded = torch.einsum("sl,hel->she", latent, up)
+        k = torch.cat([expanded[..., :NOPE], rope[:, None].expand(-1, HEADS, -1)], -1)
+        return batch.attention(q, k, expanded[..., NOPE:])
     if op == "gated_delta_rule":
         q, k, v, g, beta = tensors
         return batch.recurrence(q, k, v, op, g=g, beta=beta)
@@ -115,33 +115,33 @@ class Case(NamedTuple):
 
 
 def cases(ranks):
-    """All combinations of layouts, ops and dtypes; of the document that is alone, without narrow dtypes."""
-    made, turns = [], zip(itertools.cycle(STRATEGIES), itertools.cycle(KERNELS_OF_LATENTS), strict=False)
+    """Return all combinations of layouts, ops and dtypes; for the single document without narrow dtypes."""
+    all_cases, turns = [], zip(itertools.cycle(STRATEGIES), itertools.cycle(KERNELS_OF_LATENTS), strict=False)
     for lengths in (PACKED, ALONE):
         named = [
             (op, dtype) for op, dtypes in DTYPES.items() for dtype in (dtypes if lengths == PACKED else dtypes[:1])
         ]
-        # with whole documents at one rank, of one document the others have nothing
+        # with whole documents on one rank, a single document leaves the other ranks empty
         placed = {"placed": make_layout("placed", lengths, ranks, da.Mask.documents(lengths))}
         for name, layout in (layouts(lengths, ranks) | placed).items():
             for op, dtype in named:
                 latents = op == "latent_attention"
                 strategy, kernel = next(turns) if latents else (None, None)
-                made.append(Case(op, dtype, kernel, name, plan_of(op, layout, dtype, strategy)))
-    return made
+                all_cases.append(Case(op, dtype, kernel, name, plan_of(op, layout, dtype, strategy)))
+    return all_cases
 
 
 def run(rank, case):
-    """([output, gradients by token], gradients of what all ranks share, bytes sent)."""
+    """Return ([output, gradients by token], gradients of shared tensors, bytes sent)."""
     layout, record = case.plan.call.layout, Record()
-    given = inputs(case.op, layout.n, case.dtype)
-    by_token = [layout.shard(x, rank).requires_grad_() for x in given.by_token]
-    shared = [x.clone().requires_grad_() for x in given.shared]
+    tensors = inputs(case.op, layout.n, case.dtype)
+    by_token = [layout.shard(x, rank).requires_grad_() for x in tensors.by_token]
+    shared = [x.clone().requires_grad_() for x in tensors.shared]
     with mock.patch.dict(KERNELS, in_place="in_place_kernel"):
         ready = da.prepare(case.plan, kernel=case.kernel, proven=False)
     ready.transport = RecordingTransport(ready.transport, rank, record)
     o = call(case.op, ready, by_token, shared)
-    grads = torch.autograd.grad(o, [*by_token, *shared], layout.shard(given.do, rank))
+    grads = torch.autograd.grad(o, [*by_token, *shared], layout.shard(tensors.do, rank))
     return [o.detach(), *grads[: len(by_token)]], list(grads[len(by_token) :]), dict(record.bytes)
 
 
@@ -151,20 +151,20 @@ def work(rank, all_cases):
 
 @functools.cache
 def wanted_of(op, lengths, dtype):
-    """[output, gradients] by definition, in fp64, of inputs of that dtype."""
-    given = inputs(op, sum(lengths), dtype)
-    wide = Inputs(*([x.double().requires_grad_() for x in some] for some in given[:2]), given.do.double())
+    """Return [output, gradients] by definition, in fp64, of inputs of that dtype."""
+    tensors = inputs(op, sum(lengths), dtype)
+    wide = Inputs(*([x.double().requires_grad_() for x in some] for some in tensors[:2]), tensors.do.double())
     o = alone(op, lengths, wide)
     return [o.detach(), *torch.autograd.grad(o, [*wide.by_token, *wide.shared], wide.do)]
 
 
 def errors(case, results):
-    """Of each tensor, as a share of its largest number: of what ranks (output, gradients) have computed together."""
+    """Return the error of each tensor that the ranks have computed together, as a share of its largest number."""
     layout = case.plan.call.layout
     by_token, shared, _ = zip(*results, strict=True)
-    found = [layout.unshard(list(parts)) for parts in zip(*by_token, strict=True)]
-    found += [sum(share.double() for share in shares) for shares in zip(*shared, strict=True)]
-    pairs = zip(found, wanted_of(case.op, tuple(layout.lengths), case.dtype), strict=True)
+    joined = [layout.unshard(list(parts)) for parts in zip(*by_token, strict=True)]
+    joined += [sum(share.double() for share in shares) for shares in zip(*shared, strict=True)]
+    pairs = zip(joined, wanted_of(case.op, tuple(layout.lengths), case.dtype), strict=True)
     return [float((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs]
 
 
@@ -181,13 +181,13 @@ def test_every_op_equals_each_document_alone(ranks):
     all_cases = cases(ranks)
     for case in all_cases:
         da.verify(case.plan)
-    known = {(case.op, tuple(case.plan.call.layout.lengths), case.dtype) for case in all_cases}
-    one_device = {each: errors_of_one_device(*each) for each in known}
+    references = {(case.op, tuple(case.plan.call.layout.lengths), case.dtype) for case in all_cases}
+    one_device = {each: errors_of_one_device(*each) for each in references}
     for case, *results in zip(all_cases, *run_on_ranks(ranks, work, all_cases), strict=True):
         moved = {key: size for *_, sizes in results for key, size in sizes.items()}
         assert moved == dict(+planned_bytes(case.plan)), case[:4]
         least = one_device[case.op, tuple(case.plan.call.layout.lengths), case.dtype]
         most = [TOLERANCES[case.dtype]] * len(least) if case.dtype in TOLERANCES else [2 * error for error in least]
-        found = errors(case, results)
-        for error in (found, least) if case.dtype in TOLERANCES else (found,):
+        actual = errors(case, results)
+        for error in (actual, least) if case.dtype in TOLERANCES else (actual,):
             assert all(a <= b for a, b in zip(error, most, strict=True)), (case[:4], case.plan.strategy, error, most)

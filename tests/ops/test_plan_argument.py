@@ -5,14 +5,14 @@ import torch
 
 import distattn as da
 
-# what is wrong with a plan is said before shapes are looked at
+# a wrong plan is refused before shapes are checked
 CALLS = {
-    "attention": lambda x, *given: da.attention(x, x, x, *given),
-    "latent_attention": lambda x, *given: da.latent_attention(x, x[:, 0, :2], x[:, 0], x, *given),
-    "recurrence": lambda x, *given: da.recurrence(x, x, x, *given),
-    "causal_conv1d": lambda x, *given: da.causal_conv1d(x[:, 0], x[:, 0], *given),
-    "token_shift": lambda x, *given: da.token_shift(x, *given),
-    "prefix_max": lambda x, *given: da.prefix_max(x, *given),
+    "attention": lambda x, *args: da.attention(x, x, x, *args),
+    "latent_attention": lambda x, *args: da.latent_attention(x, x[:, 0, :2], x[:, 0], x, *args),
+    "recurrence": lambda x, *args: da.recurrence(x, x, x, *args),
+    "causal_conv1d": lambda x, *args: da.causal_conv1d(x[:, 0], x[:, 0], *args),
+    "token_shift": lambda x, *args: da.token_shift(x, *args),
+    "prefix_max": lambda x, *args: da.prefix_max(x, *args),
 }
 
 

@@ -17,7 +17,7 @@ HEADS, LATENTS, VALUES = 2, 3, 4
 
 
 class Case(NamedTuple):
-    """By token: weights, logits and values; the state of documents before them; gradients of outputs and of final sums."""
+    """Weights, logits and values by token; the initial state of documents; gradients of outputs and of final sums."""
 
     weights: Tensor
     logits: Tensor
@@ -39,7 +39,7 @@ class Result(NamedTuple):
 
 
 def case_of(strength=1.0, seed=0, earlier=True):
-    """strength: of logits. earlier: whether documents go on from a state, but the second one, which begins."""
+    """Return a random case. strength: of logits. earlier: whether all documents but the second go on from a state."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -58,7 +58,7 @@ def case_of(strength=1.0, seed=0, earlier=True):
 
 
 def dense(case):
-    """By a softmax over all earlier tokens and one that stands for the state, document by document."""
+    """Compute a softmax over all earlier tokens and one that stands for the state, document by document."""
     weights, logits, v, total, weighted = leaves = [
         y.clone().requires_grad_() for y in (case.weights, case.logits, case.v, *case.initial[1:])
     ]
@@ -103,17 +103,17 @@ def on_rank(rank, layout, case, plans):
     state = da.PrefixSoftmaxState(maximum, *sums)
     o, final = da.prefix_softmax(*local, plans, initial_state=state, return_final_state=True)
     gradients = [layout.shard(case.do, rank), case.dtotal, case.dweighted]
-    found = torch.autograd.grad([o, *final[1:]], [*local, *sums], gradients)
+    gradients_ = torch.autograd.grad([o, *final[1:]], [*local, *sums], gradients)
     # plain tuples travel between processes
-    return o.detach(), tuple(y.detach() for y in final), list(found)
+    return o.detach(), tuple(y.detach() for y in final), list(gradients_)
 
 
 def work(rank, cases):
-    found = []
+    results = []
     for case, layout, settings in cases:
         dtype = str(case.v.dtype)[6:]
-        found.append(on_rank(rank, layout, case, plans_of(layout, dtype, **settings)))
-    return found
+        results.append(on_rank(rank, layout, case, plans_of(layout, dtype, **settings)))
+    return results
 
 
 def assert_same(layout, results, wanted, tolerance):
@@ -131,7 +131,7 @@ def assert_same(layout, results, wanted, tolerance):
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("ranks", [4, 2, 1])
 def test_ranks_equal_dense_softmaxes(ranks):
-    # usual logits, and such that exponentials of no sum of theirs are finite
+    # usual logits, and logits whose exponentials overflow
     usual, strong, fresh = case_of(), case_of(1000.0, 1), case_of(1.0, 2, earlier=False)
     wanted = {id(case): dense(case) for case in (usual, strong, fresh)}
     cases, checks = [], []
@@ -145,8 +145,8 @@ def test_ranks_equal_dense_softmaxes(ranks):
         narrow, layout = case.to(torch.float32), layouts(ranks)[1]
         cases.append((narrow, layout, {}))
         checks.append((layout, dense(narrow.to(torch.float64)), 2e-5))
-    everyone = zip(*run_on_ranks(ranks, work, cases), strict=True)
-    for (layout, right, tolerance), results in zip(checks, everyone, strict=True):
+    by_case = zip(*run_on_ranks(ranks, work, cases), strict=True)
+    for (layout, right, tolerance), results in zip(checks, by_case, strict=True):
         assert_same(layout, results, right, tolerance)
 
 
@@ -177,12 +177,12 @@ def test_halves_of_a_document_go_on_from_each_others_state():
     for a, b in ((begin, middle), (middle, end)):
         part = da.Layout.contiguous((b - a,), 1)
         plans = da.make_prefix_softmax_plans(da.Mask.documents((b - a,)), part, **shape)
-        given = (y[a:b] for y in leaves)
-        out, state = da.prefix_softmax(*given, plans, initial_state=state, return_final_state=True)
+        inputs = (y[a:b] for y in leaves)
+        out, state = da.prefix_softmax(*inputs, plans, initial_state=state, return_final_state=True)
         o.append(out)
     torch.testing.assert_close(torch.cat(o), right.o[begin:end], rtol=0, atol=1e-12)
-    found = torch.autograd.grad(torch.cat(o), leaves, case.do[begin:end])
-    for got, wanted in zip(found, right.gradients, strict=False):
+    gradients = torch.autograd.grad(torch.cat(o), leaves, case.do[begin:end])
+    for got, wanted in zip(gradients, right.gradients, strict=False):
         torch.testing.assert_close(got[begin:end], wanted[begin:end], rtol=0, atol=1e-12)
 
 
@@ -198,8 +198,8 @@ def test_a_selective_checkpoint_repeats_maxima_alone():
             begin(way, score),
         )
 
-    def layer(*given):
-        return da.prefix_softmax(*given, ready).square()
+    def layer(*args):
+        return da.prefix_softmax(*args, ready).square()
 
     plain = torch.autograd.grad(layer(*leaves).sum(), leaves)
     once = Counter(passes)
@@ -235,11 +235,11 @@ def test_autocast_and_bf16_keep_sums_wide():
 def test_what_does_not_fit_is_refused_by_name(change, why):
     weights, logits, v = (y.float() for y in case_of()[:3])
     plans = plans_of(da.Layout.contiguous(LENGTHS, 1), "float32")
-    given = dict(weights=weights, logits=logits, v=v, plans=plans) | change
-    if given.pop("swap", False):
-        given["plans"] = da.PrefixSoftmaxPlans(plans.total, plans.maximum, plans.weighted)
+    arguments = dict(weights=weights, logits=logits, v=v, plans=plans) | change
+    if arguments.pop("swap", False):
+        arguments["plans"] = da.PrefixSoftmaxPlans(plans.total, plans.maximum, plans.weighted)
     with pytest.raises(da.DistattnError, match=why):
-        da.prefix_softmax(*given.values())
+        da.prefix_softmax(*arguments.values())
 
 
 def test_other_plans_are_refused():

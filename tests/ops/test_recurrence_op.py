@@ -21,7 +21,7 @@ def plan_of(layout, op, strategy="scan", dtype="float64", **options):
 
 
 def run(rank, layout, case, plan):
-    """This rank's results: (o, final, dx by token, dinitial, gradient of a constant decay)."""
+    """Return this rank's results: (o, final, dx by token, dinitial)."""
     local = {name: layout.shard(value, rank).requires_grad_() for name, value in case.x.by_token().items()}
     x = case.x._replace(**local)
     initial = case.initial.clone().requires_grad_()
@@ -34,20 +34,20 @@ def run(rank, layout, case, plan):
 
 def together(layout, case, results):
     o, final, dx, dinitial = zip(*results, strict=True)
-    dx = {name: layout.unshard([one[name] for one in dx]) for name in case.x.by_token()}
+    dx = {name: layout.unshard([gradients[name] for gradients in dx]) for name in case.x.by_token()}
     return RecurrenceResult(layout.unshard(list(o)), sum(final), case.x._replace(**dx), sum(dinitial))
 
 
 def work(rank, ranks, names):
-    found = []
+    results = []
     for name in names:
         case = recurrence_case(OPS[name], LENGTHS)
         for layout in layouts(ranks):
             for strategy, options in (("scan", {}), ("scan", {"schedule": "sequential"}), ("ulysses", {})):
                 if strategy == "ulysses" and ranks > 4:
                     continue
-                found.append(run(rank, layout, case, plan_of(layout, name, strategy, **options)))
-    return found
+                results.append(run(rank, layout, case, plan_of(layout, name, strategy, **options)))
+    return results
 
 
 def layouts(ranks):
@@ -64,8 +64,8 @@ def layouts(ranks):
 @pytest.mark.parametrize("ranks", [4, 1, 2, 8])
 def test_ranks_equal_one_process(ranks):
     names = RECURRENT if ranks < 8 else ["gated_delta_rule"]
-    everyone = run_on_ranks(ranks, work, ranks, names)
-    of_call = iter(zip(*everyone, strict=True))
+    results = run_on_ranks(ranks, work, ranks, names)
+    of_call = iter(zip(*results, strict=True))
     for name in names:
         case = recurrence_case(OPS[name], LENGTHS)
         wanted = by_definition(case)
@@ -86,8 +86,8 @@ def test_bf16_is_at_most_twice_as_far_off_as_one_pass_over_all_tokens():
         layout = da.Layout.zigzag((512,), ranks)
         plan = plan_of(layout, "gated_delta_rule", strategy, dtype="bfloat16")
         results = run_on_ranks(ranks, run, layout, case._replace(x=narrow, do=case.do.bfloat16()), plan)
-        found = together(layout, case, results)
-        pairs = [(found.o, wanted.o), *zip(found.dx.by_token().values(), wanted.dx.by_token().values(), strict=True)]
+        joined = together(layout, case, results)
+        pairs = [(joined.o, wanted.o), *zip(joined.dx.by_token().values(), wanted.dx.by_token().values(), strict=True)]
         return [float((a.double() - b).abs().max()) for a, b in pairs]
 
     alone = errors(1, "scan")
@@ -117,7 +117,7 @@ def test_a_selective_checkpoint_repeats_no_recurrence():
     q, k, v, g, _ = (value if value is None else value.float().requires_grad_() for value in case.x)
     ready, passes = da.prepare(plan_of(layout, "gla", dtype="float32")), []
     begin = ready.begin_pass
-    ready.begin_pass = lambda *given: (passes.append(given[0]), begin(*given))
+    ready.begin_pass = lambda *args: (passes.append(args[0]), begin(*args))
 
     def layer(q, k, v, g):
         return da.recurrence(q * 2, k, v, ready, g=g)

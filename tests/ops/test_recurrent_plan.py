@@ -16,17 +16,17 @@ from distattn.parallel.make_plan import make_plan
 
 SHAPE = dict(kv_heads=2, head_dim=3, v_head_dim=5, dtype="float64", heads=4)
 LENGTHS = (1, 17, 31, 3)
-# of links that make bytes what counts: the states of segments of one token are more of them than the tokens
+# over these links bytes decide: the states of segments of one token have more bytes than the tokens
 SLOW = replace(load("h100-1x4"), intra_node=Link(0.001, 10.0))
 
 
 def plans_of(layout: da.Layout, cluster: str, **shape) -> dict[str, da.Plan]:
-    """The chosen plan, and that of each strategy alone."""
-    mask, given = da.Mask.documents(layout.lengths), dict(op="gated_delta_rule", cluster=cluster) | shape
-    found = {"chosen": da.make_recurrent_plan(mask, layout, **given)}
+    """Return the chosen plan, and that of each strategy alone."""
+    mask, settings = da.Mask.documents(layout.lengths), dict(op="gated_delta_rule", cluster=cluster) | shape
+    plans = {"chosen": da.make_recurrent_plan(mask, layout, **settings)}
     if shape["heads"] >= layout.ranks:
-        found["ulysses"] = make_plan(mask, layout, strategy="ulysses", **given)
-    return found | {"scan": make_plan(mask, layout, strategy="scan", **given)}
+        plans["ulysses"] = make_plan(mask, layout, strategy="ulysses", **settings)
+    return plans | {"scan": make_plan(mask, layout, strategy="scan", **settings)}
 
 
 def test_the_choice_is_never_slower_than_either_strategy_and_each_is_chosen_somewhere():
@@ -42,7 +42,7 @@ def test_the_choice_is_never_slower_than_either_strategy_and_each_is_chosen_some
         assert seconds["chosen"] == min(seconds.values()), (number, seconds)
         assert plans["chosen"].digest == plans[plans["chosen"].strategy].digest
         chosen.append(plans["chosen"].strategy)
-        # both times are said, the faster one first
+        # the reason names both times, the faster one first
         text = str(da.explain(plans["chosen"]))
         for name in ("scan", "ulysses"):
             assert heads < 4 or f"{name} {1e3 * seconds[name]:.3f} ms" in text

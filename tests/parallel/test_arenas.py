@@ -1,4 +1,4 @@
-"""The pool of arenas: passes share them, those that failed do not give theirs back."""
+"""The pool of arenas: passes share them, and a failed pass does not return its arena."""
 
 import gc
 import os
@@ -36,8 +36,8 @@ def test_passes_one_after_another_have_one_arena_which_grows():
 
 def test_passes_that_are_under_way_at_once_have_an_arena_each():
     pool = ArenaPool()
-    with pool.borrowed(4096, CPU) as one, pool.borrowed(4096, CPU) as other:
-        assert one.data_ptr() != other.data_ptr()
+    with pool.borrowed(4096, CPU) as first, pool.borrowed(4096, CPU) as second:
+        assert first.data_ptr() != second.data_ptr()
     assert pool.idle_bytes(CPU) == [4096, 4096]
     pool.free(CPU)
     assert pool.idle_bytes(CPU) == []
@@ -60,7 +60,7 @@ def test_the_arena_of_a_pass_that_fails_is_not_used_again():
 
 
 class InBackward(torch.autograd.Function):
-    """Calls a function in the backward pass, as a checkpoint repeats a layer there."""
+    """A function that runs in the backward pass, as a checkpoint repeats a layer there."""
 
     @staticmethod
     def forward(ctx, x, work):
@@ -92,7 +92,7 @@ def test_what_first_passes_keep_is_new_memory_while_something_refers_to_it():
     weakref.finalize(held[0].untyped_storage(), freed.append, True).atexit = False
     held.append(kept_by_a_pass(pool))
     assert held[1].data_ptr() != address
-    # the pool has the last one alone
+    # only the pool refers to the last one
     held.clear()
     assert freed
 
@@ -101,19 +101,19 @@ def test_repeated_layers_keep_what_the_backward_finds_again_in_the_same_memory()
     pool, held = ArenaPool(), []
 
     def repeat_layers():
-        # two layers are repeated at once, where a checkpoint is of both
-        one, other = kept_by_a_pass(pool), kept_by_a_pass(pool)
-        addresses = {one.data_ptr(), other.data_ptr()}
+        # two layers are repeated at once if a checkpoint contains both
+        first, second = kept_by_a_pass(pool), kept_by_a_pass(pool)
+        addresses = {first.data_ptr(), second.data_ptr()}
         assert len(addresses) == 2
-        part = other[1:]
-        del one, other
+        part = second[1:]
+        del first, second
         # a view is enough to hold it
         held.append(kept_by_a_pass(pool))
         assert held[0].data_ptr() in addresses and held[0].data_ptr() != part.data_ptr() - part.element_size()
         assert (held[0] == 8).all() and (part == 8).all()
 
     in_backward(repeat_layers)
-    # the first pass keeps until a backward that comes much later
+    # the first pass keeps its tensors until a much later backward
     before = kept_by_a_pass(pool)
     in_backward(lambda: kept_by_a_pass(pool, 5))
     assert (held[0] == 8).all() and (before == 8).all()
@@ -151,9 +151,9 @@ def test_what_a_failed_pass_kept_is_not_used_again():
 
 def test_idle_arenas_are_freed_where_memory_is_short(monkeypatch):
     pool, new, alive = ArenaPool(), arenas._new, weakref.WeakSet()
-    with pool.borrowed(1024, CPU) as one, pool.borrowed(1024, CPU) as other:
-        alive |= {one.untyped_storage(), other.untyped_storage()}
-    del one, other
+    with pool.borrowed(1024, CPU) as first, pool.borrowed(1024, CPU) as second:
+        alive |= {first.untyped_storage(), second.untyped_storage()}
+    del first, second
 
     def full(nbytes, device):
         if alive:
@@ -190,7 +190,7 @@ def test_a_forked_process_has_a_pool_of_its_own_and_leaves_the_memory_of_its_par
 
 
 class Group:
-    """Stands for a process group: transports only ask whether it is still there."""
+    """A stand-in for a process group: transports only ask whether it still exists."""
 
 
 GROUP = Group()
@@ -244,5 +244,5 @@ def test_an_arena_that_is_handed_back_before_its_messages_are_there_is_found():
         a_pass(pool, transport)
         pending.wait()
         pool.free()
-        found = cuda.clocks.violations
-    assert any("zero_ (32,) writes" in one and "receive from rank 1" in one for one in found)
+        violations = cuda.clocks.violations
+    assert any("zero_ (32,) writes" in violation and "receive from rank 1" in violation for violation in violations)

@@ -15,7 +15,7 @@ STRATEGIES = ["ring", "allgather", "ulysses", "usp", "cad"]
 
 
 def packed(tokens):
-    """Documents of ever other lengths, as packs have them."""
+    """Return documents of very different lengths, as packs have them."""
     lengths, left, source = [], tokens, random.Random(0)
     while left:
         lengths.append(min(left, int(source.lognormvariate(7.5, 1.3)) + 1))
@@ -30,8 +30,8 @@ def plan_of(strategy, lengths, heads, kv_heads, **how):
     return da.make_plan(mask, layout, strategy=strategy, **shape, **how)
 
 
-# of a pack of 8 x 8K tokens, 64:8 heads: operators a pass, and GB that they move; what meta tensors count, and a little more.
-# The ring copies what it sends of its own rows in two steps, 37 MB, and cad 48 MB: only arenas are sent from
+# for a pack of 8 x 8K tokens, 64:8 heads: operators per pass, and GB that they move, a little above the count on meta tensors.
+# The ring copies the own rows that it sends in two steps, 37 MB, and cad 48 MB: messages are sent from arenas only
 PACK = {
     "ring": ((5, 0.44), (14, 0.96)),
     "allgather": ((2, 0.07), (16, 0.7)),
@@ -44,9 +44,9 @@ PACK = {
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_glue_of_a_pack_stays_in_its_budget(strategy):
     plan = plan_of(strategy, packed(65536), 64, 8)
-    for found, (launches, size) in zip(layer_call(plan, 1)[:2], PACK[strategy], strict=True):
-        assert found.kernels and sum(found.launches.values()) <= launches
-        assert sum(found.bytes.values()) <= size * GB
+    for traffic, (launches, size) in zip(layer_call(plan, 1)[:2], PACK[strategy], strict=True):
+        assert traffic.kernels and sum(traffic.launches.values()) <= launches
+        assert sum(traffic.bytes.values()) <= size * GB
 
 
 @pytest.mark.sampled(10)
@@ -57,22 +57,26 @@ def test_what_a_pass_needs_is_known_beforehand_to_the_byte(strategy, heads, poli
     for lengths in (packed(65536), [1 << 18]):
         plan = plan_of(strategy, lengths, *heads, backward=policy)
         for rank in (0, 3):
-            assert all(found.peak == found.said for found in layer_call(plan, rank)[:2])
+            assert all(traffic.peak == traffic.predicted_peak for traffic in layer_call(plan, rank)[:2])
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_so_is_what_latents_are_expanded_to(strategy):
-    # heads of DeepSeek-V3, of which a tensor-parallel rank may have few
+    # heads of DeepSeek-V3; a tensor-parallel rank may have few of them
     for heads, dtype, lengths in ((16, "bfloat16", packed(65536)), (8, "float32", [1 << 13]), (8, "bfloat16", [128])):
         mask, layout = da.Mask.documents(lengths), da.Layout.zigzag(lengths, 8)
         shape = dict(heads=heads, kv_heads=1, head_dim=192, v_head_dim=128, dtype=dtype, op=da.latent_op(64, 512))
         plan = da.make_plan(mask, layout, strategy=strategy, **shape)
-        assert all(found.peak == found.said for found in layer_call(plan, 1)[:2]), (heads, dtype, lengths)
+        assert all(traffic.peak == traffic.predicted_peak for traffic in layer_call(plan, 1)[:2]), (
+            heads,
+            dtype,
+            lengths,
+        )
 
 
-# of a million tokens: GB of new tensors that are alive at once. The arena stays while results become those of the inputs' dtype,
+# for a million tokens: GB of new tensors that are alive at once. The arena stays while results are cast to the inputs' dtype,
 # which costs the ring 1.07 GB forward and 0.54 GB backward, allgather and cad 0.27 GB backward (with 8:1 heads a quarter of the
-# ring's forward, 0.27 GB); the ring copies half its own keys and values, 0.27 GB, before it sends them
+# ring's forward, 0.27 GB). The ring copies half its own keys and values, 0.27 GB, before it sends them
 MILLION = {
     (32, 8): {
         "ring": (4.6, 8.4),
@@ -81,7 +85,7 @@ MILLION = {
         "usp": (4.2, 6.9),
         "cad": (5.9, 13.5),
     },
-    # 70B, on one tensor-parallel rank of 8
+    # a 70B model, on one tensor-parallel rank of 8
     (8, 1): {
         "ring": (0.98, 1.45),
         "allgather": (0.8, 2.0),
@@ -92,17 +96,17 @@ MILLION = {
 }
 
 
-# compared with what the proof and the tensors themselves need; arenas are up to 1/32 larger than that, and have copies of own
-# rows that are sent: the proof does not count the ring's
+# compared with the bytes of the proof and of the tensors themselves; arenas are up to 1/32 larger, and have copies of own rows
+# that are sent: the proof does not count the ring's
 MOST = {"ring": (1.07, 1.05), "allgather": (1.15, 1.1), "ulysses": (1.45, 1.4), "usp": (1.22, 1.28), "cad": (1.51, 1.3)}
 
 
 def needed(plan, proof, rank):
-    """Bytes of both passes: what the proof says, and the results, as they are summed up and as they are returned."""
+    """Return the bytes of both passes: those of the proof, and the results, summed up and as returned."""
     call, tokens = plan.call, int(plan.call.layout.shard_sizes()[rank])
 
     def results(*payloads):
-        """Bytes as they are summed up, and what the narrower ones need on top, which replace them one by one."""
+        """Return the bytes of sums, and the extra bytes of narrower results, which replace the sums one by one."""
         sizes = []
         for payload in payloads:
             for width, dtype in call.payload_fields(payload):
@@ -121,7 +125,7 @@ def needed(plan, proof, rank):
         ((Payload.O,), proof.forward_peak[rank]),
         ((Payload.dQ, Payload.dKV), proof.backward_peak[rank]),
     ):
-        # delta, and what kernels read of it and of the log-sum-exp
+        # delta, and the numbers that kernels read of it and of the log-sum-exp
         numbers = 0 if payloads == (Payload.O,) else 3 * tokens * call.heads * 4
         out.append(int(peak) + results(*payloads) + numbers)
     out[0] += int(proof.kept[rank])
@@ -143,20 +147,20 @@ def test_a_million_tokens_take_so_much_memory(strategy, heads):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_layers_share_one_arena_while_the_host_is_many_layers_ahead(strategy):
     plan, layers = plan_of(strategy, [1 << 20], 32, 8), 20
-    layer, known = Layer(plan, 1), Layer(plan, 1).memory
-    # what the forward keeps is received where it stays
+    layer, predicted = Layer(plan, 1), Layer(plan, 1).memory
+    # tensors that the forward keeps are received in their final place
     kept = layers * layer.ready.kept_elements * getattr(torch, plan.call.dtype).itemsize
-    found = layers_ahead(plan, 1, layers, launches=60)
-    assert found["forward"].peak_of_messages <= known["forward"].arena + kept
-    assert found["backward"].peak_of_messages <= known["backward"].arena
+    held = layers_ahead(plan, 1, layers, launches=60)
+    assert held["forward"].peak_of_messages <= predicted["forward"].arena + kept
+    assert held["backward"].peak_of_messages <= predicted["backward"].arena
 
 
 @pytest.mark.parametrize("strategy", ["ulysses", "usp"])
 def test_repeated_layers_keep_what_the_backward_finds_again_once(strategy):
     plan = plan_of(strategy, [1 << 20], 32, 8, backward="keep")
-    layer, found = Layer(plan, 1), repeated_layers(plan, 1, layers=20, launches=60)
+    layer, memory = Layer(plan, 1), repeated_layers(plan, 1, layers=20, launches=60)
     kept = layer.ready.kept_elements * getattr(torch, plan.call.dtype).itemsize
-    assert kept > GB and found.peak_of_messages == kept + layer.memory["backward"].arena
+    assert kept > GB and memory.peak_of_messages == kept + layer.memory["backward"].arena
 
 
 def test_results_that_no_two_kernels_add_to_are_held_and_sent_in_half_precision():
@@ -168,6 +172,6 @@ def test_results_that_no_two_kernels_add_to_are_held_and_sent_in_half_precision(
     moved = {Payload(int(payload)): 0 for payload in plan.bytes()["payload"]}
     for payload, size in zip(plan.bytes()["payload"], plan.bytes()["bytes"], strict=True):
         moved[Payload(int(payload))] += int(size)
-    # outputs take as many bytes as queries, and a log-sum-exp of four bytes for each 256; gradients as many as what they are of
+    # outputs take as many bytes as queries, and a log-sum-exp of four bytes for each 256; gradients as many as their tensors
     assert moved[Payload.O] * 64 == moved[Payload.Q] * 65 and moved[Payload.dQ] == moved[Payload.Q]
     assert moved[Payload.dKV] == moved[Payload.KV]

@@ -27,12 +27,12 @@ from distattn.parallel.tables.cost import CostModel
 pytestmark = pytest.mark.sampled(3)
 
 SHAPE = dict(heads=8, kv_heads=2, head_dim=8, dtype="float64")
-# each rank its own pack: one long document, many short ones, single tokens
+# each rank has its own pack: one long document, many short ones, single tokens
 PACKS = [[160], [1] * 20 + [46], [17, 30, 2], [5, 5, 86]]
 
 
 def pool(packs: list[list[int]]) -> tuple[list[int], Layout]:
-    """The documents of all ranks on one axis, and the layout as the data came."""
+    """Return the documents of all ranks on one axis, and the layout of the data."""
     ends = np.cumsum([0, *(sum(pack) for pack in packs)]).tolist()
     chunks = [[(a, b)] if a < b else [] for a, b in zip(ends, ends[1:], strict=False)]
     lengths = [length for pack in packs for length in pack]
@@ -73,7 +73,7 @@ def test_no_server_does_more_than_the_tolerance_allows(packs, tolerance, block, 
     for direction in ("forward", "backward"):
         price = CostModel.for_cluster(None, direction, 8, block)
         work = loads(plan, direction, block)
-        # both ends of each of its shares may split a block of rows, which then costs its overhead twice
+        # both ends of each share may split a block of rows, which then costs its overhead twice
         shares = np.bincount(getattr(plan, direction).tasks["rank"], minlength=len(packs))
         edge = shares * heads[0] * (price.overhead + block)
         assert (work <= (1 + tolerance) * work.sum() / len(packs) + edge).all()
@@ -148,7 +148,7 @@ def test_limits_are_whole_numbers_that_together_hold_all_work():
 
 
 def test_work_goes_to_where_the_keys_are_when_queries_are_few():
-    """A document that runs on into the next rank by a few rows: their queries travel, not the keys."""
+    """Let a document extend into the next rank by a few rows: their queries travel, not the keys."""
     lengths = [1000, 1000]
     layout = Layout.from_chunks(lengths, [[(0, 980)], [(980, 2000)]])
     plan = make_plan(Mask.documents(lengths), layout, strategy="cad", options=dict(tolerance=0.5), **SHAPE)
@@ -180,7 +180,7 @@ def test_fewer_bytes_than_the_greedy_rule_and_better_balance(heads, least):
     generator = np.random.default_rng(3)
     packs = [(1 + generator.lognormal(6, 1.8, 200)).astype(int).tolist() for _ in range(12)]
     packs = [pack[: int(np.searchsorted(np.cumsum(pack), 30000))] for pack in packs]
-    # all in one dtype: where the greedy rule lets no two results meet, its own would travel in half precision anyway
+    # all in one dtype: results that the greedy rule does not merge would travel in half precision anyway
     shape = dict(heads=heads[0], kv_heads=heads[1], head_dim=128, dtype="bfloat16", comm_dtype="bfloat16")
     ours, theirs = (planned(packs, strategy, shape=shape) for strategy in ("cad", "cad_greedy"))
     assert theirs.bytes()["bytes"].sum() > least * ours.bytes()["bytes"].sum()
@@ -199,13 +199,13 @@ def test_bad_options_are_refused():
     for tolerance, block in ((-1, 16), (float("nan"), 16), (0.1, 0)):
         with pytest.raises(DistattnError, match="cad_greedy needs"):
             planned(PACKS, "cad_greedy", tolerance=tolerance, block=block)
-    for options, words in (
+    for options, name in (
         (dict(tolerance=-1), "tolerance"),
         (dict(tolerance="0.1"), "tolerance"),
         (dict(block=0), "block"),
         (dict(speed=3), "no option"),
     ):
-        with pytest.raises(DistattnError, match=words):
+        with pytest.raises(DistattnError, match=name):
             planned(PACKS, **options)
 
 
@@ -287,8 +287,8 @@ def test_where_moving_all_takes_too_long_less_is_moved():
     shape = dict(heads=4, kv_heads=1, head_dim=128, dtype="bfloat16")
     cluster = describe.load("h200-8x1")
     seconds = {}
-    for name, known in (("all", cluster.topology), ("best", cluster)):
-        timeline = simulate(planned(packs, shape=shape, cluster=known), cluster)
+    for name, described in (("all", cluster.topology), ("best", cluster)):
+        timeline = simulate(planned(packs, shape=shape, cluster=described), cluster)
         seconds[name] = timeline.forward.seconds + timeline.backward.seconds
     home = simulate(planned(packs, "allgather", shape=shape, cluster=cluster), cluster)
     assert seconds["best"] <= min(seconds["all"], home.forward.seconds + home.backward.seconds) * 1.0001

@@ -1,4 +1,4 @@
-"""The end of communicators: shut down once, with their driver, their group or the process; aborted where a rank is lost."""
+"""The end of communicators: one shutdown, with their driver, their group or the process; an abort if a rank is lost."""
 
 import os
 import subprocess
@@ -19,12 +19,12 @@ SUPPORT = Path(__file__).parents[1] / "support"
 
 
 class Group:
-    """Stands for a process group."""
+    """A stand-in for a process group."""
 
 
 @pytest.fixture
 def opened(monkeypatch):
-    """A communicator of one rank and its group; waits for its end are short."""
+    """Make a communicator of one rank and its group. Waits for its end are short."""
     monkeypatch.setattr(communicator_end, "_END_SECONDS", 0.2)
     group, backend = Group(), ImitatedNccl(QueueWire().end(0), 0, 1)
     end_with_group(backend, group)
@@ -83,7 +83,7 @@ def test_no_thread_is_left_after_a_communicator(opened):
 def test_a_communicator_ends_with_its_group(opened):
     group, backend = opened
     del group
-    # the fixture's own reference is gone with the group's last name
+    # the fixture's own reference disappears with the group's last name
     communicator_end._OPEN[id(backend)].finalizer()
     assert backend._is_shut and id(backend) not in communicator_end._OPEN
 
@@ -147,11 +147,11 @@ def test_after_an_error_that_ended_the_process_nobody_is_waited_for(opened, monk
 
 
 def test_a_forked_process_leaves_communicators_of_its_parent_alone(opened, monkeypatch):
-    backend, own = opened[1], os.getpid()
-    monkeypatch.setattr(os, "getpid", lambda: own + 1)
+    backend, process_id = opened[1], os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: process_id + 1)
     end_communicator(backend)
     assert not backend._is_shut and not backend._is_aborted
-    # for the fixture: the warning is not wanted
+    # abort here, so that the fixture prints no warning
     backend.abort()
 
 
@@ -163,14 +163,14 @@ import torch, torch.distributed as dist
 import distattn as da
 from distattn.parallel.runtime import communicator_end
 
-# the advice to call loss_scale is not what is looked for
+# without the advice to call loss_scale
 logging.getLogger("distattn").setLevel(logging.ERROR)
 communicator_end._END_SECONDS = {seconds}
 folder = tempfile.mkdtemp()
 ranks = [os.fork()]
 ranks += [os.fork()] if ranks[0] else []
 if all(ranks):
-    # neither rank waits for the other's end except by what is tested
+    # neither rank waits for the other's end except in the tested calls
     sys.exit(max(os.waitpid(rank, 0)[1] for rank in ranks) and 3)
 rank = len(ranks) - 1
 if {nccl}:
@@ -218,12 +218,12 @@ except ValueError:
 
 
 def test_a_process_whose_peer_died_ends_without_a_word():
-    # the shutdown waits for the peer, and is given up
+    # the shutdown waits for the peer, and gives up
     assert printed("dist.barrier(); os._exit(0) if rank else None", nccl=True, seconds=0.5) == (0, "", "")
 
 
 def printed(end, nccl, seconds):
-    """Run the program of two ranks; return its exit status and what both printed."""
+    """Run the program of two ranks. Return its exit status and both ranks' output."""
     program = PROGRAM.format(support=str(SUPPORT), nccl=nccl, end=end, seconds=seconds)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
     return done.returncode, done.stdout, done.stderr

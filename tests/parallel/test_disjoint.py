@@ -9,17 +9,17 @@ from distattn.parallel.analysis import disjoint
 
 
 def random_cuts(rng, count: int, size: int) -> np.ndarray:
-    """A square cut in two, again and again at random: (count, 4) rectangles that tile it."""
+    """Cut a square in two, again and again at random. Return the (count, 4) rectangles that tile it."""
     boxes = [(0, size, 0, size)]
     while len(boxes) < count:
-        # the largest of a few, so that none gets too small to cut
+        # the largest of a few rectangles, so that none gets too small to cut
         i = max(rng.integers(0, len(boxes), 4), key=lambda i: (boxes[i][1] - boxes[i][0]) * (boxes[i][3] - boxes[i][2]))
         box = boxes.pop(i)
         axis = 0 if box[1] - box[0] > box[3] - box[2] else 2
         cut = int(rng.integers(box[axis] + 1, box[axis + 1]))
-        one, other = list(box), list(box)
-        one[axis + 1], other[axis] = cut, cut
-        boxes += [tuple(one), tuple(other)]
+        left, right = list(box), list(box)
+        left[axis + 1], right[axis] = cut, cut
+        boxes += [tuple(left), tuple(right)]
     return np.array(boxes)
 
 
@@ -47,10 +47,10 @@ def test_any_overlap_is_found_and_none_invented(method):
             for j in range(i)
             if group[i] == group[j] and overlap(changed[i], changed[j])
         ]
-        found = check(group, *changed.T)
-        assert (found is not None) == bool(pairs), seed
-        if found is not None:
-            assert tuple(sorted(found, reverse=True)) in pairs, seed
+        pair = check(group, *changed.T)
+        assert (pair is not None) == bool(pairs), seed
+        if pair is not None:
+            assert tuple(sorted(pair, reverse=True)) in pairs, seed
 
 
 def test_random_cuts_take_near_linear_time():

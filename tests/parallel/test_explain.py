@@ -1,4 +1,4 @@
-"""What a person is shown of a plan agrees with the plan."""
+"""The text and pictures of a plan agree with the plan."""
 
 import struct
 import zlib
@@ -66,7 +66,7 @@ def test_every_colour_is_seen_on_white_and_on_dark_pages(palette, count):
     colours = legible_colours(palette, count)
     linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
     luminance = linear @ [0.2126, 0.7152, 0.0722]
-    # of #14181e, the ground of the pages in the dark
+    # seen on #14181e, the background of the pages in the dark
     dark = 0.009
     assert colours.shape == (count, 3) and len(np.unique(colours.round(6), axis=0)) == count
     assert (1.05 / (luminance + 0.05)).min() > 2.2 and ((luminance + 0.05) / (dark + 0.05)).min() > 2.2
@@ -79,7 +79,7 @@ def test_a_mask_without_cells_has_a_picture_too():
 
 
 def pixels(png: bytes) -> np.ndarray:
-    """Raw bytes of a PNG, four to a row: enough to see that it is not blank."""
+    """Return the raw bytes of a PNG, four to a row: enough to see that it is not blank."""
     at, data = 8, b""
     while at < len(png):
         size, kind = struct.unpack(">I4s", png[at : at + 8])
@@ -100,8 +100,8 @@ def test_bytes_stand_beside_the_least_possible_and_a_plain_ring():
     assert facts["nodes"] == 2 and rows["plan"] == rows["lower_bound"]
     assert rows["plan"]["total_bytes"] == sum(facts["bytes_by_payload"].values()) < rows["plain_ring"]["total_bytes"]
     assert rows["plan"]["inter_node_bytes"] < rows["plain_ring"]["inter_node_bytes"]
-    for words in ("this plan:", "the least for these tasks:", "a plain ring:", "between nodes"):
-        assert words in str(told)
+    for label in ("this plan:", "the least for these tasks:", "a plain ring:", "between nodes"):
+        assert label in str(told)
     with pytest.raises(DistattnError, match="2 x 3 ranks, the plan 8"):
         explain(told.plan, Cluster(2, 3))
 
@@ -115,5 +115,5 @@ def test_a_plain_ring_on_a_full_mask_moves_what_ours_moves_but_for_the_own_gradi
     ours, plain = plan_traffic(plan, one_node), plain_ring_traffic(plan.call, one_node)
     assert plain.total_bytes == ours.total_bytes + own_gradient
     # every second edge leads to the other node
-    both = plain_ring_traffic(plan.call, Cluster(2, 2))
-    assert both.inter_node_bytes * 2 == both.total_bytes
+    two_nodes = plain_ring_traffic(plan.call, Cluster(2, 2))
+    assert two_nodes.inter_node_bytes * 2 == two_nodes.total_bytes

@@ -1,4 +1,4 @@
-"""A limit of buffers has heads computed in chunks: proven, executed right, smaller, and refused where nothing is small enough."""
+"""With a limit of buffers heads are computed in chunks: proven, executed right, smaller, and refused if no chunks fit."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def needed(plan: Plan) -> int:
 
 
 def least(strategy, mask, layout, **shape):
-    """The least bytes that a plan can be cut to, from the refusal of none."""
+    """Return the least bytes to which a plan can be cut, from the refusal of 0 bytes."""
     with pytest.raises(PlanError, match=f"^{strategy}: a rank needs [0-9,]+ bytes of buffers at least") as refused:
         make_plan(mask, layout, strategy=strategy, max_buffer_bytes=0, **shape)
     return int(str(refused.value).split(" bytes")[0].rpartition(" ")[2].replace(",", ""))
@@ -44,10 +44,10 @@ WAYS = [*({"backward": policy} for policy in POLICIES), {"working_layout": "cont
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_outputs_and_gradients_of_chunks_equal_the_oracle(strategy, mask, heads):
-    made = all_masks(heads[0])[mask]
+    dense_mask = all_masks(heads[0])[mask]
     inputs = random_inputs(sum(LENGTHS), *heads, 8)
-    wanted = dense(made, inputs)
-    # every other way, and of those every other one on three ranks; with the next mask, heads or strategy the other way round
+    wanted = dense(dense_mask, inputs)
+    # half of the ways, and half of those on three ranks; the next mask, heads or strategy swaps the halves
     turn = MASKS.index(mask) + HEADS.index(heads) + list(STRATEGIES).index(strategy)
     for number, way in list(enumerate(WAYS, turn))[turn % 2 :: 2]:
         ranks, layout = ((3, "from_chunks"), (4, "balanced"))[number // 2 % 2]
@@ -55,16 +55,16 @@ def test_outputs_and_gradients_of_chunks_equal_the_oracle(strategy, mask, heads)
         shape = dict(heads=heads[0], kv_heads=heads[1], head_dim=8, dtype="float64")
         shape["cluster"] = da.Cluster(2, 2) if ranks == 4 else None
         how = {name: laid_out[value] if name == "working_layout" else value for name, value in way.items()}
-        whole = make_plan(made, laid_out[layout], strategy=strategy, **shape, **how)
+        whole = make_plan(dense_mask, laid_out[layout], strategy=strategy, **shape, **how)
         if whole.policy != "keep" and not whole.forward.moves["step"].size:
             continue
-        smallest = least(strategy, made, laid_out[layout], **shape, **how)
-        plan = make_plan(made, laid_out[layout], strategy=strategy, max_buffer_bytes=smallest, **shape, **how)
+        smallest = least(strategy, dense_mask, laid_out[layout], **shape, **how)
+        plan = make_plan(dense_mask, laid_out[layout], strategy=strategy, max_buffer_bytes=smallest, **shape, **how)
         assert needed(plan) == smallest
         assert_close(run_all_ranks(plan, inputs, "cpu"), wanted, 1e-11)
 
 
-# of a million tokens in bf16 on 8 ranks, 32:8 heads: GB of buffers without a limit, and the least; simulated seconds do not grow
+# a million tokens in bf16 on 8 ranks, 32:8 heads: GB of buffers without a limit, and the least; simulated seconds do not grow
 BUFFERS = {"ring": (4.3, 0.54), "allgather": (11.3, 1.9), "ulysses": (2.82, 2.36), "usp": (3.8, 2.36)}
 
 
@@ -82,18 +82,18 @@ def test_buffers_of_a_million_tokens_shrink_and_the_simulated_time_does_not_grow
     cut = million(strategy, max_buffer_bytes=smallest)
     assert needed(cut) <= smallest
     seconds = [
-        sum(one.seconds for one in (run.forward, run.backward))
+        sum(pass_.seconds for pass_ in (run.forward, run.backward))
         for run in (simulate(whole, "h100-1x8"), simulate(cut, "h100-1x8"))
     ]
     assert seconds[1] <= 1.01 * seconds[0]
 
 
 def test_ulysses_in_chunks_of_heads_has_a_quarter_of_the_buffers():
-    # 32 key/value heads: four of them a rank; messages of results that land at their owners are buffers, too
+    # 32 key/value heads: four per rank; messages of results that land at their owners are buffers, too
     whole, cut = million("ulysses", 32, backward="refetch-home"), million("ulysses", 32, max_buffer_bytes=int(1.7e9))
     assert needed(whole) == 4 * needed(cut)
     assert cut.policy == "refetch-home" and cut.forward.steps == 12
-    # chunks that overlap need more, and come first
+    # chunks that overlap need more memory, and come first
     assert million("ulysses", 32, max_buffer_bytes=int(4.1e9)).forward.steps == 6
 
 

@@ -1,4 +1,4 @@
-"""Buffers that are working tensors: where kernels read and write in place, and where they still get copies."""
+"""Buffers that are working tensors: where kernels read and write in place, and where they get copies."""
 
 import itertools
 
@@ -37,7 +37,7 @@ def test_ulysses_reads_and_writes_in_place():
         (forward, backward) = launches(program)
         for launch in (forward, backward):
             assert all(is_direct(view) for view in (*launch.operands.values(), *launch.results.values()))
-        # the two chunks of a peer travel by themselves (the last rank's touch), none is gathered from where a kernel wrote
+        # the two chunks of a peer are separate messages (the last rank's touch), and kernels' results are not gathered
         steps = (*program.forward, *program.backward)
         received = [m for step in steps for payload, m in step.receives]
         assert {len(message.segments) for message in received} == {1, 2} or program.rank == 3
@@ -61,16 +61,16 @@ def test_own_rows_lie_among_those_that_arrive():
 
 def test_what_is_kept_lies_where_both_passes_read_it_if_that_makes_it_little_larger():
     for program in programs("ulysses", "zigzag", backward="keep"):
-        # a rank has a quarter of the tokens: what is kept is a third larger than what arrived
+        # a rank has a quarter of the tokens: kept tensors are a third larger than arriving ones
         assert program.kept and set(program.kept.values()) == {TOKENS}
         assert {key.payload for step in program.forward for key, _ in step.own_copies} == {Payload.Q, Payload.KV}
         assert {key.payload for step in program.backward for key, _ in step.own_copies} == {Payload.dO}
         for launch in launches(program):
             assert all(is_direct(view) for view in (*launch.operands.values(), *launch.results.values()))
     for program in programs("ulysses", "zigzag", ranks=2, backward="keep"):
-        # it would be twice as large
+        # kept tensors would be twice as large
         assert program.kept and set(program.kept.values()) == {TOKENS - program.tokens}
-        # results leave from where they are computed all the same
+        # results are nevertheless sent from where they are computed
         assert any(step.own_results for step in program.forward)
         assert not any(step.own_copies for step in program.forward)
 
@@ -124,14 +124,14 @@ def test_rows_that_came_with_some_heads_are_a_launch_of_their_own():
     layout = layouts(lengths, 4)["contiguous"]
     shape = dict(heads=8, kv_heads=4, head_dim=8, dtype="bfloat16", options=dict(block=64, tolerance=0.0))
     plan = make_plan(Mask.documents(lengths), layout, strategy="cad", **shape)
-    found = 0
+    direct = 0
     for rank in range(4):
         for launch in launches(lower(plan, rank, lambda mask: None)):
             view = launch.operands[Payload.Q]
             cells = sum((piece.heads.stop - piece.heads.start) * _count(piece.rows) for piece in view.slices)
             assert view.rows * view.heads <= 2 * cells
-            found += is_direct(view) and view.slices[0].buffer.step != OWN
-    assert found
+            direct += is_direct(view) and view.slices[0].buffer.step != OWN
+    assert direct
 
 
 def _count(rows):
@@ -150,19 +150,19 @@ def test_rows_written_in_part_are_cut_where_that_changes():
 def test_launches_that_need_some_heads_of_what_has_landed_get_those():
     # keys of ranks 1 and 2 lie between each other; rank 0 needs them with all heads, then with half of them each
     n, heads, kv_heads = 12, 4, 2
-    own = {0: [(0, 4)], 1: [(4, 6), (8, 10)], 2: [(6, 8), (10, 12)]}
-    call = Call(Mask.full(n), Layout.from_chunks([n], list(own.values())), heads, kv_heads, 8, 8, "float64")
+    chunks = {0: [(0, 4)], 1: [(4, 6), (8, 10)], 2: [(6, 8), (10, 12)]}
+    call = Call(Mask.full(n), Layout.from_chunks([n], list(chunks.values())), heads, kv_heads, 8, 8, "float64")
     moves = [
         (0, src, dst, int(Payload.KV), a, b, 0, kv_heads)
-        for dst in own
-        for src in own
+        for dst in chunks
+        for src in chunks
         if src != dst
-        for a, b in own[src]
+        for a, b in chunks[src]
     ]
     tasks = []
-    for rank, rows in own.items():
-        for (q0, q1), other in itertools.product(rows, own):
-            for k0, k1 in own[other]:
+    for rank, rows in chunks.items():
+        for (q0, q1), other in itertools.product(rows, chunks):
+            for k0, k1 in chunks[other]:
                 parts = [(int(other != rank), q0, q1, 0, heads)]
                 if rank == 0 != other:
                     parts = [(1, q0, 2, 0, heads), (2, 2, q1, 0, 2), (3, 2, q1, 2, heads)]

@@ -1,4 +1,4 @@
-"""Where the tensors of a pass lie: nothing on top of something that is still needed, and no more memory than was said."""
+"""The places of a pass's tensors: no two live tensors overlap, and memory is what was announced."""
 
 import itertools
 import random
@@ -67,7 +67,7 @@ def test_an_arena_is_hardly_larger_than_what_lives_at_once(strategy, ranks):
     program = lower(plan, 1, lambda mask: None)
     for steps, size in ((program.forward, program.forward_bytes), (program.backward, program.backward_bytes)):
         change = Counter()
-        # tensors one by one: none of these strategies' rows are bundled
+        # tensors one by one: these strategies bundle no rows
         for _, _, fields, rows, heads, begin, end in memory._tensors(plan.call, steps, {}):
             change[begin] += (bytes := memory.place_fields(fields, rows, heads, 0)[1])
             change[end + 1] -= bytes
@@ -76,7 +76,7 @@ def test_an_arena_is_hardly_larger_than_what_lives_at_once(strategy, ranks):
 
 
 class LateNetwork(InProcessNetwork):
-    """Delivers when it is waited for, as NCCL may: what is sent is read then, and what is received is NaN until then."""
+    """A network that delivers at the wait, as NCCL may: sends are read then, and received tensors are NaN until then."""
 
     def __init__(self):
         super().__init__()
@@ -102,7 +102,7 @@ class LateNetwork(InProcessNetwork):
 
 @pytest.fixture
 def places_die(monkeypatch):
-    """Every tensor is NaN when it is placed, and again when its life ends."""
+    """Fill every tensor with NaN when it is placed, and again when its life ends."""
     place, release, launch, step = Buffers.place, Buffers.release, execute._launch, execute._run_step
 
     def nan(tensors):

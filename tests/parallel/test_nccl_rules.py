@@ -1,4 +1,4 @@
-"""Every strategy over a communicator with NCCL's rules, and each rule's breach."""
+"""Every strategy over a communicator with NCCL's rules, and the breach of each rule."""
 
 import threading
 from datetime import timedelta
@@ -19,16 +19,16 @@ from distattn.parallel.runtime.transport import GroupTransport, Packet
 
 
 class Group:
-    """Stands for a process group: transports only ask whether it is still there."""
+    """A stand-in for a process group: transports only ask whether it still exists."""
 
 
 GROUP = Group()
-# of a wait that is never to end, in tests of breaches
+# seconds of a wait that would never end, in tests of breaches
 SOON = 5.0
 
 
 def on_threads(runs):
-    """Every rank on a thread of its own; its result, or what it raised."""
+    """Run every rank on its own thread. Return the results, or raise a rank's error."""
     runs, results = list(runs), {}
 
     def work(rank, run):
@@ -49,7 +49,7 @@ def on_threads(runs):
 
 
 def network(ranks, seconds=60.0, warm="all", wrap=lambda backend, rank: backend):
-    """A function from a rank to its transport, opened as `open_communicator` opens it.
+    """Return a function from a rank to its transport, opened as `open_communicator` opens it.
 
     warm: "all" calls of `warm_up`, only its first, the "collective" one, or "none".
     """
@@ -88,7 +88,7 @@ def test_every_strategy_runs_by_nccls_rules(strategy, layout):
 
 
 def sparse_plan():
-    """Rank 3 has a document of its own: nobody sends it anything."""
+    """Return a plan in which rank 3 has its own document, so that no rank sends to it, and inputs."""
     lengths = (100, 40, 50)
     layout = Layout.from_chunks(lengths, [[(0, 50)], [(50, 100)], [(100, 140)], [(140, 190)]])
     return make_plan(Mask.documents(lengths), layout, strategy="ring", **SHAPE), random_inputs(190, 4, 2, 8)
@@ -110,7 +110,7 @@ def test_the_first_message_of_two_ranks_waits_on_the_host_unless_they_are_connec
     with pytest.raises(Exception, match="rank 0's first message with rank 1 waits on the host for rank 1"):
         on_threads([send(hub(0), torch.ones(4), peer=1), never_calls()])
     hub = network(2, seconds=SOON)
-    # the host goes on; the message is waited for later
+    # the host goes on; the wait for the message comes later
     posted = hub(0).exchange([Packet(1, Payload.KV, torch.ones(4))], [], False)
     on_threads([receive_and_use(hub(1), torch.empty(4), peer=0), waited(posted)])
 
@@ -134,13 +134,13 @@ def test_a_rank_that_does_not_come_to_the_opening_of_a_communicator_does_not_hol
     wire = QueueWire(60.0)
     with pytest.raises(RuntimeError, match="was aborted"):
         backend = ImitatedNccl(wire.end(0), 0, 2)
-        # the other one has made its first call, and no message
+        # the other rank has made its first call, and sent no message
         wire.queue(1, 0, "here").put(torch.zeros(1))
         warm_up(backend, 0, 2, torch.device("cpu"), timedelta(seconds=0.5))
 
 
 class Breaching:
-    """A backend that is used against the rules on rank 0: `breach(tensor)` is what becomes of a tensor that it sends."""
+    """A backend that breaks the rules on rank 0: it sends `breach(tensor)` in place of a tensor."""
 
     def __init__(self, backend, rank, breach=None, waits=True):
         self.inner, self.rank, self.breach, self.waits = backend, rank, breach, waits
@@ -149,8 +149,8 @@ class Breaching:
         return getattr(self.inner, name)
 
     def send(self, tensors, peer, tag):
-        given = self.breach(tensors[0]) if self.breach and self.rank == 0 else tensors[0]
-        self.inner.send([given], peer, tag)
+        sent = self.breach(tensors[0]) if self.breach and self.rank == 0 else tensors[0]
+        self.inner.send([sent], peer, tag)
 
     def _end_coalescing(self):
         call = self.inner._end_coalescing()
@@ -159,7 +159,7 @@ class Breaching:
 
 class NoWait:
     def wait(self):
-        """Nobody waits for what comes."""
+        """Return at once, without the message."""
 
 
 def causal_plan(strategy="ring"):
@@ -167,16 +167,16 @@ def causal_plan(strategy="ring"):
 
 
 @pytest.mark.parametrize(
-    ("breach", "found"),
+    ("breach", "sentence"),
     [
         (lambda x: torch.empty_like(x, device="meta"), "a tensor on meta, the communicator is on cpu"),
         (lambda x: x[:-1].contiguous(), r"rank 1 receives \d+ bytes from rank 0, which sends \d+"),
     ],
     ids=["another device", "another size"],
 )
-def test_breaches_that_end_a_run_are_named(breach, found):
+def test_breaches_that_end_a_run_are_named(breach, sentence):
     inputs = random_inputs(sum(LENGTHS), 4, 2, 8)
-    with pytest.raises(Exception, match=found):
+    with pytest.raises(Exception, match=sentence):
         together(causal_plan(), inputs, seconds=SOON, wrap=lambda b, rank: Breaching(b, rank, breach))
 
 
@@ -191,7 +191,7 @@ def test_what_is_received_is_not_there_before_the_wait():
         try:
             return on_threads([run_0, run_1])[0]
         except Exception as error:
-            # the sender waits for whoever does not
+            # the sender waits for a receiver that does not wait
             assert "waits for rank 0 to receive" in str(error)
             return here
 
@@ -206,10 +206,10 @@ def receive_and_use(transport, here, peer=1):
     return here.clone()
 
 
-def send(transport, what, spoil=False, peer=0):
-    work = transport.exchange([Packet(peer, Payload.KV, what)], [], False)
+def send(transport, tensor, spoil=False, peer=0):
+    work = transport.exchange([Packet(peer, Payload.KV, tensor)], [], False)
     if spoil:
-        what.zero_()
+        tensor.zero_()
     yield
     work.wait()
 
@@ -222,7 +222,7 @@ def test_what_is_sent_is_read_at_the_wait():
 
 
 def send_then_receive(transport, peer, in_one):
-    """As neighbours of a pipeline do that pass on hidden states and gradients."""
+    """Exchange messages as neighbours of a pipeline do that pass on hidden states and gradients."""
     ours, theirs = torch.ones(4), torch.empty(4)
     sends, receives = [Packet(peer, "hidden states", ours)], [Packet(peer, "hidden states", theirs)]
     if in_one:

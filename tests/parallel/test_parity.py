@@ -55,7 +55,7 @@ FACTORS = {
 
 @functools.cache
 def rows(strategy):
-    """Every two values of FACTORS meet, but for what is refused: more Ulysses ranks than heads, unequal dims on cpu."""
+    """Return rows in which every two values of FACTORS meet, except what is refused: few heads in Ulysses, two dims on cpu."""
     return all_pairs(
         FACTORS,
         lambda row: (
@@ -124,15 +124,15 @@ def test_a_step_is_one_kernel_call_or_one_for_each_buffer_of_its_rows(strategy, 
     assert_close(run_all_ranks(plan, inputs, "cpu", record), wanted, TOLERANCE["float64"])
     programs = [lower(plan, rank, lambda cells: cells) for rank in range(4)]
     launches = [step.launches for program in programs for step in (*program.forward, *program.backward)]
-    assert sum(what == "compute" for _, what in record.events) == sum(map(len, launches))
+    assert sum(kind == "compute" for _, kind in record.events) == sum(map(len, launches))
     for of_step in launches:
-        # where the rank's own rows and those that came are several calls, none of them needs another's
+        # if the rank's own rows and arriving rows are several calls, no call needs rows of another
         buffers = [{piece.buffer for piece in launch.operands[Payload.Q].slices} for launch in of_step]
         assert sum(map(len, buffers)) == len(set().union(*buffers))
 
 
 def test_head_groups_of_different_tokens_do_not_share_a_tensor_that_is_mostly_unused():
-    # every head has keys of its own: one call for all of them would gather all keys for each
+    # every head has its own keys: one call for all heads would gather all keys for each
     n, heads = 64, 8
     bands = [Mask.from_pieces([[0, n, h * 8, h * 8 + 8, -n, n]], n) for h in range(heads)]
     mask = Mask.by_head([(1, band) for band in bands])
@@ -178,7 +178,7 @@ def test_ranks_without_tokens_one_document_and_thousands(strategy):
 def test_bfloat16_is_at_most_twice_as_far_off_as_one_device(strategy, kernel):
     for mask in ("causal", "documents", "window"):
         inputs, _ = case(LENGTHS, mask, (8, 2), 64)
-        # the inputs are what bf16 holds: only the computation is judged
+        # the inputs are exact in bf16: only the computation is judged
         inputs = type(inputs)(*(x.bfloat16().double() for x in inputs))
         wanted = dense(masks(LENGTHS)[mask], inputs)
         shape = dict(heads=8, kv_heads=2, head_dim=64, dtype="bfloat16")
@@ -221,7 +221,7 @@ def test_every_policy_is_right_moves_what_it_says_and_stays_in_memory(strategy, 
     for number, mask in enumerate(("causal", "documents", "window")):
         inputs, wanted = case(LENGTHS, mask, (6, 2))
         for ranks in (2, 4):
-            # every other layout, and the rest with the other number of ranks and the next mask
+            # every other layout; the other number of ranks and the next mask have the rest
             for layout in list(all_layouts(LENGTHS, ranks).values())[(number + ranks // 2) % 2 :: 2]:
                 shape = dict(heads=6, kv_heads=2, head_dim=8, dtype="float64", backward=policy)
                 plan = make_plan(masks(LENGTHS)[mask], layout, strategy=strategy, **shape)
@@ -269,7 +269,7 @@ def test_bfloat16_is_at_most_twice_as_far_off_as_pytorch(name, kernel):
     for part, x in theirs.items():
         exact = getattr(wanted, part)
         ours, other = ((y.detach().double() - exact).abs().max() for y in (getattr(got, part), x))
-        # the last term: where the true gradient is zero, rounding in fp32
+        # the last term is fp32's rounding where the true gradient is zero
         assert ours <= 2 * other + 4e-6, part
 
 
@@ -288,7 +288,7 @@ def test_sixty_four_ranks_in_lock_step(strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_results_may_travel_in_half_width(strategy, policy):
-    """Bytes and memory are as proven; outputs that come from one task are as good as in full width."""
+    """Compare bytes and memory with the proof. Outputs of one task are as exact as in full width."""
     mask, layout = Mask.documents(LENGTHS), Layout.zigzag(LENGTHS, 4)
     inputs = random_inputs(mask.n, 8, 2, 64)
     inputs = type(inputs)(*(x.bfloat16().double() for x in inputs))
@@ -304,5 +304,5 @@ def test_results_may_travel_in_half_width(strategy, policy):
     for part in ("o", "dq", "dk", "dv"):
         exact = getattr(wanted, part)
         ours, other = ((getattr(x, part).double() - exact).abs().max() for x in (got, usual))
-        # a rounding more for each partial result
+        # one more rounding for each partial result
         assert ours <= 2 * other + exact.abs().max() * 2**-8, part

@@ -1,4 +1,4 @@
-"""Prefix maxima over ranks: those of one process, for any plan; and plans with changed rows are refused or right."""
+"""Prefix maxima over ranks equal those of one process for any plan; plans with changed rows are refused or right."""
 
 from functools import partial
 from unittest.mock import patch
@@ -39,7 +39,7 @@ def plan_of(layout, strategy="scan", **changes):
 
 
 def case_of(call, seed=0):
-    """(x_THV, initial maxima_MHV), the maximum before each token, and that of each document."""
+    """Return (x_THV, initial maxima_MHV), and (the maximum before each token, that of each document)."""
     generator = torch.Generator().manual_seed(seed)
     n, documents, heads, dim = call.mask.n, len(call.documents), call.heads, call.v_head_dim
     x = torch.randn(n, heads, dim, generator=generator, dtype=torch.float64)
@@ -54,7 +54,7 @@ def case_of(call, seed=0):
 
 
 def run(plan, x, initial, record=None):
-    """What all ranks of a plan make of it in one process, put together; its states alive are those of the proof."""
+    """Run all ranks of a plan in one process, and join the results. States alive are those of the proof."""
     proof, ranks, network = verify(plan), range(plan.call.ranks), InProcessNetwork()
     record = Record() if record is None else record
     programs = record.programs = [lower(plan, rank, lambda mask: mask, proof) for rank in ranks]
@@ -66,8 +66,8 @@ def run(plan, x, initial, record=None):
     # states alive, by rank
     held = []
 
-    def noted(*given):
-        held.append(HeldStateTensors(*given))
+    def noted(*args):
+        held.append(HeldStateTensors(*args))
         return held[-1]
 
     with patch.object(state_pass, "HeldStateTensors", noted):
@@ -79,8 +79,8 @@ def run(plan, x, initial, record=None):
 
 
 def assert_right(plan, seed=0, record=None):
-    given, wanted = case_of(plan.call, seed)
-    for got, right in zip(run(plan, *given, record), wanted, strict=True):
+    inputs, wanted = case_of(plan.call, seed)
+    for got, right in zip(run(plan, *inputs, record), wanted, strict=True):
         assert torch.equal(got, right)
 
 

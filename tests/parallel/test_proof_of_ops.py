@@ -24,14 +24,14 @@ from distattn.parallel.runtime.program import lower
 from distattn.parallel.runtime.transport import InProcessNetwork
 
 ROPE, LATENT = 2, 3
-# results of one row are added, or joined by log-sum-exp
+# results of one row are added, or merged by log-sum-exp
 OPS = [CONVOLUTION, TOKEN_SHIFT, latent_op(ROPE, LATENT)]
 SCORE = ScoreMod(0.5)
 TOLERANCE = 1e-11
 
 
 def inputs_of(call, seed):
-    """([inputs by token], weight or None, gradient of the output)."""
+    """Return ([inputs by token], weight or None, gradient of the output)."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -46,13 +46,13 @@ def inputs_of(call, seed):
 
 
 def by_definition(call, by_token, weight, do):
-    """[output, gradients by token, gradient of the weight], of the dense mask."""
+    """Return [output, gradients by token, gradient of the weight] by the dense mask."""
     leaves = [x.clone().requires_grad_() for x in (*by_token, *([] if weight is None else [weight]))]
     if call.op.kind == "latent_attention":
         q, rope, latent, up = leaves
         k, v = expanded(rope[:, 0], latent[:, 0], up, call.head_dim - ROPE)
-        found = dense(call.mask, Inputs(q, k.detach(), v.detach(), do), SCORE.scale)
-        return [found.o, found.dq, *torch.autograd.grad([k, v], leaves[1:], [found.dk, found.dv])]
+        result = dense(call.mask, Inputs(q, k.detach(), v.detach(), do), SCORE.scale)
+        return [result.o, result.dq, *torch.autograd.grad([k, v], leaves[1:], [result.dk, result.dv])]
     allowed = torch.from_numpy(call.mask.dense()).double()
     if call.op == CONVOLUTION:
         distance = torch.arange(call.mask.n)[:, None] - torch.arange(call.mask.n)
@@ -64,7 +64,7 @@ def by_definition(call, by_token, weight, do):
 
 
 def run(plan, by_token, weight, do, record=None):
-    """The same of all ranks of a plan in one process."""
+    """Run all ranks of a plan in one process. Return the same tensors as `by_definition`."""
     call, layout, ranks = plan.call, plan.call.layout, range(plan.call.ranks)
     record = Record() if record is None else record
     proof, latents = verify(plan), plan.call.op.kind == "latent_attention"
@@ -78,9 +78,9 @@ def run(plan, by_token, weight, do, record=None):
     dweight = None if weight is None else torch.zeros_like(weight)
     shared = LatentScore(SCORE, weight, call.head_dim - ROPE, dweight) if latents else weight
 
-    def passes(direction, given):
+    def passes(direction, columns_):
         network = InProcessNetwork()
-        each = zip(record.programs, given, strict=True)
+        each = zip(record.programs, columns_, strict=True)
         return run_in_lock_step(
             direction(
                 program, RecordingTransport(network.transport(program.rank), program.rank, record), computes, *mine
@@ -100,14 +100,14 @@ def run(plan, by_token, weight, do, record=None):
         back = passes(module.backward, [(g, *mine, weight, stays) for g, mine, stays in zip(*columns, strict=True)])
         *back, shares = zip(*back, strict=True)
         back, dweight = list(zip(*back, strict=True)), None if weight is None else sum(shares)
-    found = [layout.unshard(list(parts)) for parts in (outputs, *zip(*back, strict=True))]
-    return found if weight is None else [*found, dweight]
+    joined = [layout.unshard(list(parts)) for parts in (outputs, *zip(*back, strict=True))]
+    return joined if weight is None else [*joined, dweight]
 
 
 def assert_right(plan, seed, record=None):
-    given = inputs_of(plan.call, seed)
-    found, wanted = run(plan, *given, record), by_definition(plan.call, *given)
-    for got, right in zip(found, wanted, strict=True):
+    inputs = inputs_of(plan.call, seed)
+    results, wanted = run(plan, *inputs, record), by_definition(plan.call, *inputs)
+    for got, right in zip(results, wanted, strict=True):
         # absolute: a row with one key has gradients of exactly zero
         assert (got - right).abs().max() < TOLERANCE
 

@@ -1,4 +1,4 @@
-"""Recurrences over ranks: outputs, final states and all gradients are those of one process, for any layout and schedule."""
+"""Recurrences over ranks: outputs, final states and all gradients equal one process, for any layout and schedule."""
 
 import pytest
 import torch
@@ -23,15 +23,15 @@ def plan_of(layout, op, strategy="scan", dtype="float64", heads=4, kv_heads=2, *
 
 @pytest.fixture(scope="module")
 def cases():
-    """Of each op its case and the definition's results."""
-    made = {}
+    """Return a function from an op to its case and the definition's results."""
+    cache = {}
 
     def case_of(name, **changes):
         key = name, tuple(sorted(changes.items()))
-        if key not in made:
+        if key not in cache:
             case = recurrence_case(OPS[name], LENGTHS, **changes)
-            made[key] = case, by_definition(case)
-        return made[key]
+            cache[key] = case, by_definition(case)
+        return cache[key]
 
     return case_of
 
@@ -42,7 +42,7 @@ def cases():
 @pytest.mark.parametrize("name", RECURRENT)
 def test_every_schedule_and_layout_equals_the_definition(cases, name, schedule, ranks):
     case, wanted = cases(name)
-    # of each op every other layout: the next one, or the next schedule, has the others
+    # half of the layouts for each op: the next op, or the next schedule, has the others
     first = (RECURRENT.index(name) + list(SCHEDULES).index(schedule)) % 2
     for layout in list(layouts(LENGTHS, ranks).values())[first::2]:
         plan = plan_of(layout, name, options={"schedule": schedule, "state_first": ranks == 4})
@@ -76,15 +76,15 @@ def test_groups_of_heads_follow_each_other_to_the_same_result():
 def test_results_in_turn_have_the_same_bits_on_any_number_of_ranks(lengths):
     # segments of whole chunks
     case = recurrence_case(OPS["gated_delta_rule"], lengths)
-    found = []
+    results = []
     for ranks in (1, 2, 4):
         layout = Layout.block_cyclic(lengths, ranks, block=64)
-        found.append(run_recurrence(plan_of(layout, "gated_delta_rule", options={"schedule": "sequential"}), case))
-    for other in found[1:]:
-        assert torch.equal(other.o, found[0].o) and torch.equal(other.final, found[0].final)
-        # gradients of documents that lie side by side in a launch are products of other shapes
+        results.append(run_recurrence(plan_of(layout, "gated_delta_rule", options={"schedule": "sequential"}), case))
+    for other in results[1:]:
+        assert torch.equal(other.o, results[0].o) and torch.equal(other.final, results[0].final)
+        # gradients of documents that are adjacent in a launch are products of other shapes
         if len(lengths) == 1:
-            assert all(map(torch.equal, other.dx.by_token().values(), found[0].dx.by_token().values()))
+            assert all(map(torch.equal, other.dx.by_token().values(), results[0].dx.by_token().values()))
 
 
 @pytest.mark.parametrize("strategy", ["scan", "ulysses"])
@@ -106,8 +106,11 @@ def test_packs_of_very_many_documents(name):
     for ranks in (1, 3):
         record = Record()
         assert_same(run_recurrence(plan_of(Layout.zigzag(lengths, ranks), name), case, record), wanted, 1e-10)
-        # no launch has more states than it is allowed
+        # no launch has more states than allowed
         sizes = [
-            len(launch.schedule.tasks) for one in record.programs for step in one.forward for launch in step.launches
+            len(launch.schedule.tasks)
+            for program in record.programs
+            for step in program.forward
+            for launch in step.launches
         ]
         assert max(sizes) <= 64 and sum(sizes) >= len(lengths)

@@ -19,8 +19,8 @@ H100 = load("h100-1x8")
 
 def plan_of(ranks=8, lengths=(8192 * 8,), layout="zigzag", cluster=None, strategy="scan", **options) -> Plan:
     shape = dict(heads=32, kv_heads=32, head_dim=128, dtype="bfloat16", op="gated_delta_rule", cluster=cluster)
-    made = getattr(Layout, layout)(lengths, ranks)
-    return make_plan(Mask.documents(lengths), made, strategy=strategy, options=options or None, **shape)
+    token_layout = getattr(Layout, layout)(lengths, ranks)
+    return make_plan(Mask.documents(lengths), token_layout, strategy=strategy, options=options or None, **shape)
 
 
 def milliseconds(plan: Plan) -> float:
@@ -28,7 +28,7 @@ def milliseconds(plan: Plan) -> float:
 
 
 def test_times_are_those_of_the_design():
-    # on 8 ranks, computing alone takes 0.60 ms; in turn nobody computes at once
+    # on 8 ranks, computing alone takes 0.60 ms; in sequence no two ranks compute at once
     alone = plan_of(1, (8192,))
     assert simulate(alone, "h100-1x1").forward.seconds * 1e3 == pytest.approx(0.60, rel=0.15)
     estimated = {name: milliseconds(plan_of(schedule=name)) for name in SCHEDULES}
@@ -55,12 +55,12 @@ def test_documents_have_schedules_of_their_own_and_together_are_never_slower_tha
         mixed = simulate(plan_of(8, lengths, layout, cluster), cluster)
         alone = [simulate(plan_of(8, lengths, layout, cluster, **options), cluster) for options in singles]
         for direction in ("forward", "backward"):
-            fastest = min(getattr(one, direction).seconds for one in alone)
-            found = getattr(mixed, direction).seconds
-            assert found <= fastest, (layout, lengths)
-            faster += found < 0.99 * fastest
+            fastest = min(getattr(simulated, direction).seconds for simulated in alone)
+            seconds = getattr(mixed, direction).seconds
+            assert seconds <= fastest, (layout, lengths)
+            faster += seconds < 0.99 * fastest
     assert faster
-    # who does what is shown, and saved with the plan
+    # the schedules are shown, and saved with the plan
     label = mixed.plan.forward.label
     assert ";" in label and f"forward schedules: {label}" in str(explain(mixed.plan))
     assert explain(mixed.plan).as_dict()["schedules"]["forward"] == label

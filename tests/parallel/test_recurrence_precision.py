@@ -1,4 +1,4 @@
-"""All recurrences over ranks in the precisions that are trained in: as exact as on one device, for any layout and decays."""
+"""All recurrences over ranks in training precisions: as exact as on one device, for any layout and decays."""
 
 import itertools
 
@@ -13,8 +13,8 @@ from distattn.parallel.make_plan import make_plan
 
 LENGTHS = (1, 7, 129, 63)
 SINGLE = 2e-5
-# states and gradients of decays are summed, and stay, in float32: of bfloat16 inputs, which are exact, they are off by about
-# 1e-7, so that one device may be closer by chance (3 times, of decays of gated_delta_rule), and twice its error is no bound
+# states and gradients of decays are summed, and stay, in float32: for bfloat16 inputs, which are exact, their error is about
+# 1e-7, so one device may be closer by chance (3 times, for decays of gated_delta_rule), and twice its error is no bound
 LEAST_ALLOWED = 5e-6
 
 
@@ -24,14 +24,14 @@ def plan_of(layout, op, dtype, strategy="scan"):
 
 
 def rounded(case: RecurrenceCase) -> RecurrenceCase:
-    """The same with numbers that have no more bits than what ranks are given of them."""
+    """Round the numbers of a case to the precision that ranks get."""
     x = {name: value.float() if name == "g" else value.bfloat16() for name, value in case.x.present().items()}
     x = case.x._replace(**{name: value.double() for name, value in x.items()})
     return case._replace(x=x, do=case.do.bfloat16().double())
 
 
 def errors(got: RecurrenceResult, wanted: RecurrenceResult) -> dict[str, float]:
-    """Of each tensor, as a share of its largest number."""
+    """Return each tensor's error, as a share of its largest number."""
     pairs = {name: (getattr(got, name), getattr(wanted, name)) for name in ("o", "final", "dinitial")}
     pairs |= {f"d{name}": (got.dx.by_token()[name], value) for name, value in wanted.dx.by_token().items()}
     return {
@@ -47,17 +47,17 @@ def test_every_recurrence_is_as_exact_as_on_one_device(name):
     some += itertools.product(["usual"], ["zigzag", "block_cyclic"], ["ulysses"])
     if OPS[name].decay != "none":
         some += itertools.product(["near 1", "mixed"], ["zigzag"], ["scan", "ulysses"])
-    for decay, group in itertools.groupby(some, key=lambda one: one[0]):
+    for decay, group in itertools.groupby(some, key=lambda combination: combination[0]):
         case = recurrence_case(OPS[name], LENGTHS, decay=decay)
         narrow, wanted = rounded(case), by_definition(case)
         wanted_of_narrow = by_definition(narrow)
         alone = plan_of(Layout.contiguous(LENGTHS, 1), name, "bfloat16")
         one_device = errors(run_recurrence(alone, narrow), wanted_of_narrow)
-        most = {what: max(2 * error, LEAST_ALLOWED) for what, error in one_device.items()}
+        most = {name: max(2 * error, LEAST_ALLOWED) for name, error in one_device.items()}
         for _, layout, strategy in group:
             where = decay, layout, strategy
             single, half = (plan_of(laid_out[layout], name, dtype, strategy) for dtype in ("float32", "bfloat16"))
-            found = errors(run_recurrence(single, case), wanted)
-            assert all(error <= SINGLE for error in found.values()), (where, found)
-            found = errors(run_recurrence(half, narrow), wanted_of_narrow)
-            assert all(error <= most[what] for what, error in found.items()), (where, found, most)
+            actual = errors(run_recurrence(single, case), wanted)
+            assert all(error <= SINGLE for error in actual.values()), (where, actual)
+            actual = errors(run_recurrence(half, narrow), wanted_of_narrow)
+            assert all(error <= most[name] for name, error in actual.items()), (where, actual, most)

@@ -1,4 +1,4 @@
-"""The verifier of recurrences: plans no strategy would make are accepted and right, changed ones refused or right."""
+"""The verifier of recurrences: plans no strategy would make are accepted and right, changed ones are refused or right."""
 
 import functools
 import random
@@ -35,7 +35,7 @@ def check_plans(plans: int, seed: int) -> None:
 
 def random_case(rng: random.Random, seed: int) -> tuple[Plan, Callable[[Plan], None]]:
     plan, _ = random_recurrent_plan(rng)
-    # computed where a mutant is accepted, for all of them
+    # computed when the first mutant is accepted, for all of them
     case = functools.cache(partial(case_of, plan, seed))
     return plan, lambda other: assert_same(run_recurrence(other, case()[0]), case()[1], TOLERANCE)
 
@@ -58,7 +58,7 @@ def test_a_state_of_which_others_use_a_part_of_its_heads_is_counted_whole():
     backward = [(0, 0, 0, 5, 10, 0, 10, 0, 2), (1, 0, 0, 0, 10, 0, 5, 0, 2)]
     plan = Plan(call, Table.from_rows(forward), Table.from_rows(backward), "keep")
     case, wanted = case_of(plan, 0)
-    # which compares states alive with the proof
+    # this run compares states alive with the proof
     assert_same(run_recurrence(plan, case), wanted, TOLERANCE)
     assert verify(plan).forward_peak.tolist() == [3 * KEY_DIM * VALUE_DIM * 8]
 
@@ -75,17 +75,17 @@ def test_five_thousand_mutants_are_refused_or_right():
 
 
 def check_attacks(attacks: int, seed: int) -> dict[str, int]:
-    """How many plans of each kind were refused; fails where one is accepted."""
+    """Count the refused plans of each kind. Fail if one is accepted."""
     refused: dict[str, int] = {}
     number = 0
     while sum(refused.values()) < attacks:
         number += 1
-        made = attacked(random.Random(20_000_000 + seed + number))
-        if made is None:
+        attack = attacked(random.Random(20_000_000 + seed + number))
+        if attack is None:
             continue
         with pytest.raises(PlanError):
-            verify(made[0])
-        refused[made[1]] = refused.get(made[1], 0) + 1
+            verify(attack[0])
+        refused[attack[1]] = refused.get(attack[1], 0) + 1
     return refused
 
 

@@ -1,4 +1,4 @@
-"""What a layer of a recurrence needs on the device is known beforehand: compared with what it makes on meta tensors."""
+"""The device memory of a recurrent layer is known beforehand: compared with its allocations on meta tensors."""
 
 import itertools
 from unittest import mock
@@ -28,14 +28,14 @@ def plan_of(op, lengths, ranks, strategy="scan", heads=8, dtype="bfloat16"):
 
 
 def ready_for(plan, kernel):
-    """An executable of a rank in the middle, on meta tensors."""
+    """Return an executable of a rank in the middle, on meta tensors."""
     with mock.patch.object(triton_kernel, "unsupported_reason", lambda requirements: None):
         key, program = checked_program(plan, plan.call.ranks // 2, kernel, META, max_buffer_bytes=None, proven=False)
     return Executable(program, key, GroupTransport(GROUP, MetaBackend()))
 
 
 def peak_on_meta(run):
-    """(the most bytes of meta tensors that were alive at once, what `run` returned)."""
+    """Return (the most bytes of meta tensors alive at once, the result of `run`)."""
     traffic = Traffic()
     with Watch(traffic):
         result = run()
@@ -43,16 +43,16 @@ def peak_on_meta(run):
 
 
 def peak_on_cpu(run):
-    """The same, as PyTorch's allocator for CPUs tells its profiler."""
+    """Return the same from PyTorch's CPU allocator, as its profiler reports it."""
     with profile(profile_memory=True) as told:
         result = run()
-    events = [one for one in told.profiler.kineto_results.events() if one.name() == "[memory]"]
-    sizes = [one.nbytes() for one in sorted(events, key=lambda one: one.start_ns())]
+    events = [event for event in told.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return max(itertools.accumulate(sizes)), result
 
 
 def peaks(ready, peak=peak_on_meta):
-    """The most bytes that are alive at once in a forward and a backward pass, besides their inputs."""
+    """Return the most bytes alive at once in a forward and a backward pass, without their inputs."""
     call, tokens, device = ready.program.call, ready.program.tokens, ready.key.device
     narrow, wide = getattr(torch, call.dtype), getattr(torch, call.accumulation_dtype)
 
@@ -84,19 +84,19 @@ def peaks(ready, peak=peak_on_meta):
 )
 def test_what_a_layer_needs_is_known_beforehand(op, kernel, ranks, pack):
     ready = ready_for(plan_of(op, PACKS[pack], ranks), kernel)
-    for said, found in zip(ready.memory().values(), peaks(ready), strict=True):
-        assert said.workspace > said.results + said.states
-        # states of other ranks may be gone when the launch that needs most runs
-        assert found <= said.peak <= found + said.states
+    for predicted, peak in zip(ready.memory().values(), peaks(ready), strict=True):
+        assert predicted.workspace > predicted.results + predicted.states
+        # states of other ranks may be gone when the largest launch runs
+        assert peak <= predicted.peak <= peak + predicted.states
 
 
 def test_where_groups_of_heads_are_cut_queries_and_keys_of_each_head_are_counted():
     ready = ready_for(plan_of("gated_delta_rule", (600, 700), 8, "ulysses", heads=12), "triton_chunked")
     launch = next(step.launches[0] for step in ready.program.forward if step.launches)
     assert launch.heads.start % 3 or launch.heads.stop % 3
-    for said, found in zip(ready.memory().values(), peaks(ready), strict=True):
-        # what is kept for the backward pass is rounded up, which is not counted
-        assert abs(found - said.peak) < 1024
+    for predicted, peak in zip(ready.memory().values(), peaks(ready), strict=True):
+        # tensors kept for the backward pass are rounded up, which is not counted
+        assert abs(peak - predicted.peak) < 1024
 
 
 def test_what_was_there_before_is_not_counted_and_its_place_is_counted_again():

@@ -27,8 +27,10 @@ def test_every_strategy_works_on_a_layout_of_its_own(strategy, policy):
     inputs, here = random_inputs(200, 8, 2, 4), layouts(LENGTHS, 4)
     for mask in (masks()["odd"], masks()["documents"], by_head):
         wanted = dense(mask, inputs)
-        for own, other in CHANGES:
-            plan = make_plan(mask, here[own], strategy=strategy, backward=policy, working_layout=here[other], **SHAPE)
+        for own_layout, other in CHANGES:
+            plan = make_plan(
+                mask, here[own_layout], strategy=strategy, backward=policy, working_layout=here[other], **SHAPE
+            )
             assert verify(plan).digest == plan.digest
             assert plan_traffic(plan, Cluster(2, 2)).total_bytes == lower_bound(plan, Cluster(2, 2)).total_bytes
             record = Record()
@@ -37,12 +39,12 @@ def test_every_strategy_works_on_a_layout_of_its_own(strategy, policy):
 
 
 def test_the_work_is_where_the_working_layout_puts_it():
-    own, other = Layout.contiguous([64], 4), Layout.zigzag([64], 4)
+    own_layout, other = Layout.contiguous([64], 4), Layout.zigzag([64], 4)
     there = make_plan(Mask.causal(64), other, strategy="allgather", **SHAPE)
-    bent = make_plan(Mask.causal(64), own, strategy="allgather", working_layout=other, **SHAPE)
+    bent = make_plan(Mask.causal(64), own_layout, strategy="allgather", working_layout=other, **SHAPE)
     assert bent.area_by_rank().tolist() == there.area_by_rank().tolist()
-    same = make_plan(Mask.causal(64), own, strategy="allgather", working_layout=own, **SHAPE)
-    assert same.digest == make_plan(Mask.causal(64), own, strategy="allgather", **SHAPE).digest
+    same = make_plan(Mask.causal(64), own_layout, strategy="allgather", working_layout=own_layout, **SHAPE)
+    assert same.digest == make_plan(Mask.causal(64), own_layout, strategy="allgather", **SHAPE).digest
 
 
 def test_a_working_layout_of_other_ranks_is_refused():

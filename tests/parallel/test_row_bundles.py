@@ -1,4 +1,4 @@
-"""Messages that carry several tensors: how many there are, and that all that is computed stays right."""
+"""Messages that carry several tensors: their number, and that all results stay right."""
 
 import collections
 
@@ -51,15 +51,15 @@ def test_both_ends_find_the_same_bundles():
             sent, received = collections.defaultdict(list), collections.defaultdict(list)
             for program in programs:
                 for number, step in enumerate(getattr(program, direction)):
-                    for found, messages, joined in (
+                    for bundles, messages, joined in (
                         (sent, step.sends, step.joined_sends),
                         (received, step.receives, step.joined_receives),
                     ):
                         for numbers in joined:
                             payloads = [(messages[i][0], messages[i][1].view.heads) for i in numbers]
                             peer, bundle = messages[numbers[0]][1].peer, messages[numbers[0]][1].bundle
-                            ends = (program.rank, peer) if found is sent else (peer, program.rank)
-                            found[number, *ends].append((payloads, bundle, messages[numbers[0]][1].segments))
+                            ends = (program.rank, peer) if bundles is sent else (peer, program.rank)
+                            bundles[number, *ends].append((payloads, bundle, messages[numbers[0]][1].segments))
             assert sent == received and sent
 
 
@@ -78,7 +78,7 @@ def test_tensors_of_bundles_are_aligned_and_none_of_what_is_sent_is_padding():
         plan = make_plan(masks()["documents"], layouts(LENGTHS, 4)["zigzag"], strategy="ulysses", **shape)
         bundled = set()
         for program in (lower(plan, rank, lambda mask: None) for rank in range(4)):
-            for payload, message in (one for step in (*program.forward, *program.backward) for one in step.sends):
+            for payload, message in (entry for step in (*program.forward, *program.backward) for entry in step.sends):
                 assert sum(bytes for _, bytes in message.row_bytes) % 16 == 0
                 bundled |= {payload} if message.bundle else set()
         assert {Payload.Q, Payload.KV, Payload.dKV} <= bundled
@@ -106,7 +106,7 @@ def test_results_equal_the_oracle_whatever_shares_a_row(case, strategy, policy):
         mask = Mask.documents(LENGTHS)
         plan = make_plan(mask, layouts(LENGTHS, 4)[layout], strategy=strategy, **shape)
         inputs = random_inputs(sum(LENGTHS), heads, kv_heads, 8)
-        # numbers of eight heads at most, summed over two hundred keys
+        # numbers of at most eight heads, summed over two hundred keys
         assert_close(run_all_ranks(plan, inputs), dense(mask, inputs), 1e-11 if dtype == "float64" else 2e-5)
 
 
@@ -119,5 +119,5 @@ def test_rows_that_are_packed_are_not_copied_to_the_arena_before():
         assert all(message.bundle for _, message in step.sends) and [
             len(packed.parts) for packed in step.packed_sends
         ] == [2]
-        # own rows are copied only to where others' arrive, not to be sent
+        # own rows are copied only to where other ranks' rows arrive, not for sending
         assert all(key.step == 0 for key, _ in step.own_copies)

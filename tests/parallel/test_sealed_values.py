@@ -1,4 +1,4 @@
-"""What ranks tell each other is not unpickled unless it matches its digest, by the job's secret where there is one."""
+"""Values from other ranks are unpickled only if they match their digest, by the job's secret if there is one."""
 
 import queue
 
@@ -17,14 +17,14 @@ UNPICKLED = []
 
 
 class Planted:
-    """Tells that it was unpickled."""
+    """An object that records that it was unpickled."""
 
     def __reduce__(self):
         return told, ("it was",)
 
 
-def told(words):
-    UNPICKLED.append(words)
+def told(message):
+    UNPICKLED.append(message)
 
 
 @pytest.fixture(autouse=True)
@@ -57,19 +57,19 @@ def test_a_value_is_taken_as_it_was_made_and_not_at_all_when_a_bit_of_it_is_anot
 def test_what_does_not_come_from_this_job_is_not_unpickled():
     plain = seal(Planted())
     use_secret(b"of this job")
-    own = seal("hello")
+    sealed_here = seal("hello")
     for secret in (b"of another", b"of this job"):
         use_secret(secret)
         with pytest.raises(RuntimeError, match=REFUSED):
             unseal(plain)
-    assert unseal(own) == "hello" and not UNPICKLED
+    assert unseal(sealed_here) == "hello" and not UNPICKLED
 
 
 def gather(rank, stranger):
     use_secret(b"one" if rank != stranger else b"another")
-    own = "x" * (rank + 1), rank
+    value = "x" * (rank + 1), rank
     try:
-        return all_gather_objects(dist.group.WORLD, own)
+        return all_gather_objects(dist.group.WORLD, value)
     except RuntimeError as error:
         return str(error)
 
@@ -77,11 +77,11 @@ def gather(rank, stranger):
 def test_ranks_of_one_secret_tell_each_other_values_of_any_length():
     wanted = [("x" * (rank + 1), rank) for rank in range(3)]
     assert run_on_ranks(3, gather, None) == [wanted] * 3
-    assert all(REFUSED in said for said in run_on_ranks(3, gather, 1))
+    assert all(REFUSED in result for result in run_on_ranks(3, gather, 1))
 
 
 class Gloo:
-    """Gives a message, changed."""
+    """A backend that returns a changed message."""
 
     def recv(self, tensors, source, tag):
         data = seal(Planted())
@@ -96,5 +96,5 @@ class Gloo:
 def test_a_message_that_was_changed_ends_the_channel_that_it_comes_by():
     received = queue.SimpleQueue()
     _receive_all(Gloo(), 0, received)
-    found = received.get_nowait()
-    assert isinstance(found, RuntimeError) and REFUSED in str(found) and received.empty() and not UNPICKLED
+    error = received.get_nowait()
+    assert isinstance(error, RuntimeError) and REFUSED in str(error) and received.empty() and not UNPICKLED

@@ -20,7 +20,7 @@ TERA = 1e12
 
 
 def machine(ranks: int, devices: int | None = None, **changes) -> ClusterSpec:
-    """A device of 1 TFLOP/s whatever the shape, that launches and copies in no time, on a network without limits."""
+    """Return a device of 1 TFLOP/s for any shape, that launches and copies in no time, on a network without limits."""
     device = replace(
         describe.load("h100-1x8").device, tile=(1, 1), num_sms=1, launch_us=0.0, task_us=0.0, copy_gbs=np.inf
     )
@@ -42,10 +42,10 @@ def plan_of(strategy, ranks, lengths=(600, 300, 124), devices=None, mask=None, *
 def test_without_costs_of_moving_a_pass_takes_the_busiest_ranks_compute(strategy):
     plan = plan_of(strategy, 4)
     timeline = simulate(plan, machine(4))
-    for one, per_cell in ((timeline.forward, 256.0), (timeline.backward, 640.0)):
-        assert one.seconds == pytest.approx(plan.area_by_rank().max() * per_cell / TERA, rel=1e-12)
-        assert one.busy == pytest.approx(plan.area_by_rank() * per_cell / TERA, rel=1e-12)
-        assert (one.exposed <= 1e-18).all() or strategy == "allgather"
+    for simulated, per_cell in ((timeline.forward, 256.0), (timeline.backward, 640.0)):
+        assert simulated.seconds == pytest.approx(plan.area_by_rank().max() * per_cell / TERA, rel=1e-12)
+        assert simulated.busy == pytest.approx(plan.area_by_rank() * per_cell / TERA, rel=1e-12)
+        assert (simulated.exposed <= 1e-18).all() or strategy == "allgather"
 
 
 def test_even_steps_of_a_ring_take_the_busiest_ranks_compute():
@@ -66,22 +66,24 @@ def test_one_rank_waits_for_nobody():
 
 
 def test_a_rank_that_computes_longer_makes_the_next_one_in_the_ring_wait():
-    # rank 1 has nothing to compute at first; what it needs next leaves rank 0 when that has begun its first step
+    # rank 1 has nothing to compute at first; its next input leaves rank 0 when rank 0 has begun its first step
     plan = plan_of("ring", 2)
-    one = simulate(plan, machine(2)).forward
-    ready = np.maximum(one.computed[:-1], one.arrived[:-1])
-    assert (one.begin[1:] == ready).all() and one.seconds == max(one.computed[-1].max(), one.arrived[-1].max())
+    forward = simulate(plan, machine(2)).forward
+    ready = np.maximum(forward.computed[:-1], forward.arrived[:-1])
+    assert (forward.begin[1:] == ready).all() and forward.seconds == max(
+        forward.computed[-1].max(), forward.arrived[-1].max()
+    )
 
 
 def test_messages_share_the_ports_of_both_ends():
     four = machine(4, 2, intra_node=Link(10.0, 1.0), inter_node=Link(1.0, 5.0))
-    # two messages leave rank 0 inside and across; rank 1 also gets one from rank 2
+    # two messages leave rank 0, inside and across nodes; rank 1 also gets one from rank 2
     src, dst, size = np.array([0, 0, 2]), np.array([1, 2, 1]), np.array([10, 4, 6]) * GIGA
     assert message_seconds(four, src, dst, size) == pytest.approx([1 + 1e-6, 4 + 5e-6, 6 + 5e-6])
-    # rank 1 gets two across: both take what its port takes
+    # rank 1 gets two across nodes: both take as long as its port needs
     src, dst = np.array([2, 3]), np.array([1, 1])
     assert message_seconds(four, src, dst, size[:2]) == pytest.approx([14 + 5e-6] * 2)
-    # a shared link is all of the node's
+    # a shared link is the whole node's
     shared = machine(4, 2, intra_node=Link(10.0, 0.0), inter_node=Link(1.0, 0.0, shared=True))
     assert message_seconds(shared, np.array([0, 1]), np.array([2, 3]), size[:2]) == pytest.approx([14, 14])
 
@@ -101,8 +103,8 @@ def test_bytes_inside_and_across_nodes_are_the_plans():
     plan = plan_of("usp", 8, devices=4)
     timeline, moved = simulate(plan, machine(8, 4)), plan.bytes()
     crossing = moved["src"] // 4 != moved["dst"] // 4
-    assert sum(int(one.inter_node_bytes.sum()) for one in timeline.passes) == moved["bytes"][crossing].sum() > 0
-    assert sum(int(one.intra_node_bytes.sum()) for one in timeline.passes) == moved["bytes"][~crossing].sum()
+    assert sum(int(pass_.inter_node_bytes.sum()) for pass_ in timeline.passes) == moved["bytes"][crossing].sum() > 0
+    assert sum(int(pass_.intra_node_bytes.sum()) for pass_ in timeline.passes) == moved["bytes"][~crossing].sum()
 
 
 def test_a_slower_link_or_device_never_makes_a_plan_faster():
@@ -125,7 +127,7 @@ def test_tiled_cells_are_those_of_the_tiles_a_mask_touches(lengths, tile):
     mask = da.Mask.documents(lengths)
     plan = da.make_plan(mask, da.Layout.contiguous(lengths, 1), strategy="ring", **SHAPE)
     cells, _ = tiled_area(task_bands(mask, plan.forward.tasks), tile)
-    # row of tiles by row of tiles, for every document on its own: its tiles begin where it does
+    # one row of tiles at a time, separately for every document: its tiles begin with it
     tall, wide = tile
     last_rows = [min(row + tall, length) for length in lengths for row in range(0, length, tall)]
     wanted = sum(tall * -(-last // wide) * wide for last in last_rows)
@@ -156,9 +158,9 @@ def test_fewer_tokens_take_no_longer(strategy):
     seconds = []
     for tokens in (8, 100, 1000, 4096, 16384):
         plan = da.make_plan(da.Mask.causal(tokens), da.Layout.zigzag([tokens], 8), strategy=strategy, **shape)
-        found = simulate(plan, cluster)
-        seconds.append(found.forward.seconds + found.backward.seconds)
-    # a plan of few pieces may have a step more than one of many
+        timeline = simulate(plan, cluster)
+        seconds.append(timeline.forward.seconds + timeline.backward.seconds)
+    # a plan of few pieces may have one step more than a plan of many
     assert all(few < 1.3 * many for few, many in zip(seconds, seconds[1:], strict=False)), seconds
     assert seconds[0] < 2e-3
 

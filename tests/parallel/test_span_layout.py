@@ -4,17 +4,18 @@ import numpy as np
 import torch
 
 from distattn.batch.local_batch import LocalBatch
-from distattn.batch.planner import BatchKey, Planner, PlannerConfig
+from distattn.batch.planner import BatchKey, Planner
 from distattn.batch.recurrent_span import recurrent_span
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
+from distattn.parallel.attention_config import AttentionConfig
 from distattn.parallel.runtime.relaid_rows import RowMoves
 
 TOKENS = 8192 * 8
 
 
 def batch_of(layout: Layout, **settings) -> LocalBatch:
-    config = PlannerConfig(strategy="ring", **settings)
+    config = AttentionConfig(strategy="ring", **settings)
     lay_out = lambda lengths: (Mask.documents(lengths), layout)  # noqa: E731
     return LocalBatch(Planner(config, None, lay_out), BatchKey((TOKENS,)), 0, False)
 
@@ -39,9 +40,9 @@ def test_every_row_goes_to_its_new_owner_and_back():
     lengths = (5, 40, 1, 30)
     here, there = Layout.zigzag(lengths, 4), Layout.from_chunks(lengths, [[(50, 76)], [], [(0, 20)], [(20, 50)]])
     moves = [RowMoves.of(here, there, rank) for rank in range(4)]
-    for rank, one in enumerate(moves):
-        found = np.full(one.rows, -1)
-        for peer, rows in one.receives.items():
-            found[rows.numpy()] = here.tokens(peer)[moves[peer].sends[rank].numpy()]
-        assert found.tolist() == there.tokens(rank).tolist()
-        assert one.reversed().reversed() == one and one.reversed().rows == len(here.tokens(rank))
+    for rank, row_moves in enumerate(moves):
+        received = np.full(row_moves.rows, -1)
+        for peer, rows in row_moves.receives.items():
+            received[rows.numpy()] = here.tokens(peer)[moves[peer].sends[rank].numpy()]
+        assert received.tolist() == there.tokens(rank).tolist()
+        assert row_moves.reversed().reversed() == row_moves and row_moves.reversed().rows == len(here.tokens(rank))

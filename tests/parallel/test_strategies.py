@@ -1,4 +1,4 @@
-"""What each strategy promises beyond being right: what it moves, when, and how much it holds."""
+"""The promises of each strategy: what it moves, when, and how much it holds."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ SHAPE = dict(heads=8, kv_heads=2, head_dim=8, dtype="float64")
 
 
 def received(plan: Plan, payload: Payload, rank: int) -> np.ndarray:
-    """The tokens of a payload that reach a rank in the forward pass, with repetitions."""
+    """Return the tokens of a payload that reach a rank in the forward pass, with repetitions."""
     moves = plan.forward.moves
     rows = (moves["payload"] == payload) & (moves["dst"] == rank)
     spans = [np.arange(a, b) for a, b in zip(moves["t0"][rows], moves["t1"][rows], strict=True)]
@@ -33,8 +33,8 @@ def test_allgather_sends_each_needed_key_once_and_nothing_else(mask):
         plan = make_plan(masks()[mask], layout, strategy="allgather", **SHAPE)
         dense = masks()[mask].dense()
         for rank in range(4):
-            own = layout.tokens(rank)
-            needed = np.setdiff1d(np.flatnonzero(dense[own].any(0)), own)
+            own_tokens = layout.tokens(rank)
+            needed = np.setdiff1d(np.flatnonzero(dense[own_tokens].any(0)), own_tokens)
             assert received(plan, Payload.KV, rank).tolist() == needed.tolist()
 
 
@@ -55,7 +55,7 @@ def test_nothing_moves_that_the_assignment_of_tasks_does_not_ask_for(strategy, p
 
 
 def test_the_least_is_counted_token_by_token():
-    """`lower_bound` against sets of (rank, token, head), for a mask with windows in some heads."""
+    """Compare `lower_bound` with sets of (rank, token, head), for a mask with windows in some heads."""
     mask = Mask.by_head([(4, Mask.causal(60)), (2, Mask.sliding_window(60, 7)), (2, Mask.full(60))])
     layout, cluster = Layout.zigzag([60], 4), Cluster(2, 2)
     plan = make_plan(mask, layout, strategy="allgather", cluster=cluster, **SHAPE)
@@ -152,7 +152,7 @@ def test_a_strategy_knows_its_options():
     assert STRATEGIES["cad"].takes("max_buffer_bytes") and STRATEGIES["cad"].takes("speeds")
     assert STRATEGIES["usp"].option_names == ["ulysses", "inner_dim"]
     assert not STRATEGIES["cad_greedy"].takes("speeds") and not STRATEGIES["allgather"].option_names
-    # what a strategy is called with is no option
+    # the arguments of every strategy are not options
     assert not STRATEGIES["cad"].takes("direction") and not STRATEGIES["ring"].takes("cluster")
 
 
@@ -199,7 +199,7 @@ def test_a_ring_holds_two_foreign_shards_a_rank_and_three_where_ranks_are_skippe
             record = Record()
             run_all_ranks(plan, inputs, "reference", record)
             shard = int(layout.shard_sizes().max()) * SHAPE["kv_heads"] * plan.call.token_head_bytes(Payload.KV)
-            # the one it computes on and the one that arrives; and one it keeps for a rank further on
+            # the shard of its computation and the arriving one; and one that it keeps for a later rank
             for passes in zip(*((program.forward, program.backward) for program in record.programs), strict=True):
                 held = [alive_bytes(plan.call, steps, (Payload.KV,)) for steps in passes]
                 assert max(held) <= (2 if mask == "full" else 3) * shard and np.mean(held) <= 2.1 * shard
@@ -222,7 +222,7 @@ def test_ulysses_splits_uneven_heads_and_replicates_key_value_heads():
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_moves_are_issued_before_the_compute_they_can_overlap(strategy):
-    # of one document an all-gather has next to nothing to compute with a rank's own keys
+    # with one document an all-gather has almost no computation with a rank's own keys
     mask = Mask.documents([4, *[8] * 7, 4]) if strategy == "allgather" else Mask.causal(64)
     plan = make_plan(mask, Layout.zigzag([64], 4), strategy=strategy, **SHAPE)
     record = Record()

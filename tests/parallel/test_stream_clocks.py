@@ -1,4 +1,4 @@
-"""Clocks of streams: what each kind of wait orders, and what is found where it is missing; messages of a transport."""
+"""Clocks of streams: the order that each kind of wait makes, and what is found without it; messages of a transport."""
 
 import re
 from concurrent.futures import Future
@@ -14,7 +14,7 @@ from distattn.parallel.runtime.transport import GroupTransport, Packet
 
 
 def violations(work):
-    """Of `work`, which is given a side stream."""
+    """Return the violations of `work`, which gets a side stream."""
     with imitated_cuda() as cuda:
         work(torch.cuda.Stream())
         return cuda.clocks.violations
@@ -27,9 +27,9 @@ def event(side, x):
 
 
 def handover(side, x):
-    given = Handover.of([x])
+    waited = Handover.of([x])
     with torch.cuda.stream(side):
-        given.join()
+        waited.join()
 
 
 WAITS = {
@@ -61,7 +61,7 @@ def test_a_read_on_another_stream_must_wait_for_the_write(wait):
 def test_an_event_knows_of_what_was_queued_before_it_was_recorded_only():
     def work(side):
         x, y, done = torch.ones(4, device=DEVICE), torch.ones(4, device=DEVICE), torch.cuda.Event()
-        # not recorded yet: nothing is waited for
+        # not recorded yet: there is nothing to wait for
         side.wait_event(done)
         with torch.cuda.stream(side):
             x.sum()
@@ -73,8 +73,8 @@ def test_an_event_knows_of_what_was_queued_before_it_was_recorded_only():
             y.amax()
         side.synchronize()
 
-    found = [re.match(r"(\w+) .* what (\w+) ", text).groups() for text in violations(work)]
-    assert found == [("sum", "ones"), ("amax", "zero_")]
+    pairs = [re.match(r"(\w+) .* what (\w+) ", text).groups() for text in violations(work)]
+    assert pairs == [("sum", "ones"), ("amax", "zero_")]
 
 
 def test_a_write_must_wait_for_reads_of_the_same_elements_only():
@@ -123,7 +123,7 @@ def test_threads_that_use_one_stream_have_an_order(joins):
 
         thread = Thread(target=write, name="W")
         thread.start()
-        # which is no order that the two have told each other
+        # this is not an order that the two threads know of
         while not done.clock and thread.is_alive():
             pass
         if joins:
@@ -171,19 +171,19 @@ def test_pinned_memory_is_not_written_while_it_is_copied(waits):
             torch.cuda.current_stream().synchronize()
         pinned.fill_(1)
 
-    found = violations(work)
-    assert bool(found) != waits and all("fill_ (4,) writes on the main thread what _to_copy" in text for text in found)
+    texts = violations(work)
+    assert bool(texts) != waits and all("fill_ (4,) writes on the main thread what _to_copy" in text for text in texts)
 
 
 class Group:
-    """Stands for a process group: transports only ask whether it is still there."""
+    """A stand-in for a process group: transports only ask whether it still exists."""
 
 
 GROUP = Group()
 
 
 def messages(work):
-    """The violations of `work`, which is given a transport."""
+    """Return the violations of `work`, which gets a transport."""
     with imitated_cuda() as cuda:
         work(GroupTransport(GROUP, StreamNccl(cuda)))
         return cuda.clocks.violations
@@ -199,10 +199,10 @@ def test_what_is_received_is_read_after_the_wait(reads_early):
         pending.wait()
         x.sum()
 
-    found = messages(work)
-    assert bool(found) == reads_early
+    texts = messages(work)
+    assert bool(texts) == reads_early
     assert all(
-        "sum (4,) reads on the default stream" in one and "receive from rank 1 (4,) writes" in one for one in found
+        "sum (4,) reads on the default stream" in text and "receive from rank 1 (4,) writes" in text for text in texts
     )
 
 
@@ -211,16 +211,18 @@ def test_what_is_sent_is_written_after_the_wait(writes_early):
     def work(transport):
         x = torch.ones(4, device=DEVICE)
         pending = transport.exchange([Packet(1, Payload.KV, x)], [], False)
-        # reading it is no matter
+        # reading it is allowed
         x.sum()
         if writes_early:
             x.zero_()
         pending.wait()
         x.zero_()
 
-    found = messages(work)
-    assert bool(found) == writes_early
-    assert all("zero_ (4,) writes on the default stream" in one and "send to rank 1 (4,) reads" in one for one in found)
+    texts = messages(work)
+    assert bool(texts) == writes_early
+    assert all(
+        "zero_ (4,) writes on the default stream" in text and "send to rank 1 (4,) reads" in text for text in texts
+    )
 
 
 def test_messages_of_one_call_are_in_no_order():

@@ -1,4 +1,4 @@
-"""The verifier: wrong plans are refused, whoever made them; right ones accepted, whoever made them."""
+"""The verifier refuses wrong plans and accepts right ones, whatever made them."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ def oracle(mask: Mask):
 
 
 def mutate(plan: Plan, rng: random.Random) -> tuple[Plan, bool] | None:
-    """A plan with one row changed, and whether the change might leave it valid (a step, a rank, a source, a destination)."""
+    """Change one row of a plan. Return it, and whether it may still be valid (a step, a rank, a source, a destination)."""
     direction, kind = rng.choice(["forward", "backward"]), rng.choice(["tasks", "moves"])
     table = getattr(plan, direction)
     rows = {name: column.copy() for name, column in getattr(table, kind).items()}
@@ -40,7 +40,7 @@ def mutate(plan: Plan, rng: random.Random) -> tuple[Plan, bool] | None:
     i = rng.randrange(len(rows["step"]))
     ranges = ["q", "k", "h"] if kind == "tasks" else ["t", "h"]
     of = rng.choice(ranges)
-    what = rng.choice(
+    change = rng.choice(
         [
             "delete",
             "duplicate",
@@ -52,26 +52,26 @@ def mutate(plan: Plan, rng: random.Random) -> tuple[Plan, bool] | None:
         ]
     )
     by = rng.choice([-1, 1])
-    if what == "delete":
+    if change == "delete":
         rows = {name: np.delete(column, i) for name, column in rows.items()}
-    elif what == "duplicate":
+    elif change == "duplicate":
         rows = {name: np.append(column, column[i]) for name, column in rows.items()}
-    elif what == "shift":
+    elif change == "shift":
         rows[of + "0"][i] += by
         rows[of + "1"][i] += by
-    elif what in ("grow", "shrink"):
+    elif change in ("grow", "shrink"):
         end = rng.choice([of + "0", of + "1"])
-        rows[end][i] += (1 if end.endswith("1") else -1) * (1 if what == "grow" else -1)
-    elif what == "step":
+        rows[end][i] += (1 if end.endswith("1") else -1) * (1 if change == "grow" else -1)
+    elif change == "step":
         rows["step"][i] += by
     else:
-        size = {"piece": len(plan.call.mask.pieces), "payload": 6}.get(what, plan.call.ranks)
+        size = {"piece": len(plan.call.mask.pieces), "payload": 6}.get(change, plan.call.ranks)
         if size < 2:
             return None
-        rows[what][i] = (rows[what][i] + rng.randrange(1, size)) % size
+        rows[change][i] = (rows[change][i] + rng.randrange(1, size)) % size
     changed = Table(**({"tasks": table.tasks, "moves": table.moves} | {kind: rows}))
     tables = {"forward": plan.forward, "backward": plan.backward} | {direction: changed}
-    return Plan(plan.call, **tables, policy=plan.policy), what in ("step", "rank", "src", "dst")
+    return Plan(plan.call, **tables, policy=plan.policy), change in ("step", "rank", "src", "dst")
 
 
 @pytest.mark.full
@@ -94,7 +94,7 @@ def test_mutated_plans_are_refused_or_harmless():
         accepted += 1
         inputs, wanted = oracle(plan.call.mask)
         assert_close(run_all_ranks(changed, inputs), wanted, 1e-11)
-    # sanity of the test itself: harmless changes exist, and are rare
+    # check of the test itself: harmless changes exist, and are rare
     assert 0 < accepted < MUTATIONS // 4
 
 

@@ -12,9 +12,9 @@ from distattn.supervision.heartbeats import Heartbeat
 FORWARD, SUM, KEYS = "forward and backward", "the norm of all gradients", "keys from rank {} in step 2 of layer 1"
 
 
-def beat(words, at=1.0, step=5, peers=()):
-    waits = words != FORWARD
-    return Heartbeat(1, 1, at, 7, step, 0.0, waits, words, peers=peers, key=len(words) * (waits and not peers))
+def beat(activity, at=1.0, step=5, peers=()):
+    waits = activity != FORWARD
+    return Heartbeat(1, 1, at, 7, step, 0.0, waits, activity, peers=peers, key=len(activity) * (waits and not peers))
 
 
 def waiting_for(peer, at=1.0):
@@ -35,14 +35,14 @@ CASES = [
         [],
         ["rank 1 waits for its disk or a device: step 6, the norm of all gradients"],
     ),
-    # who is slow to come keeps others in what they do
+    # a rank that is slow to reach a collective delays the others
     (
         [beat(FORWARD, 3.0), beat(FORWARD, 2.0)],
         "SS",
         [],
         ["rank 1 waits for no other rank and makes no progress: step 6"],
     ),
-    # a gather of FSDP2 that rank 0 does not come to
+    # a gather of FSDP2 that rank 0 does not reach
     (
         [beat(FORWARD, 3.0), beat(FORWARD, 2.0)],
         "SS",
@@ -58,7 +58,7 @@ CASES = [
             "keys from rank 1 in step 2 of layer 1; the others: a collective"
         ],
     ),
-    # rank 2 waits for one that waits itself
+    # rank 2 waits for a rank that waits itself
     (
         [beat(SUM), waiting_for(0), waiting_for(1)],
         "SSS",
@@ -68,7 +68,7 @@ CASES = [
             "keys from rank 0 in step 2 of layer 1; the others: the norm"
         ],
     ),
-    # one of the messages is lost, and soon everybody waits
+    # one of the messages is lost, and soon all ranks wait
     (
         [waiting_for(1, 3.0), waiting_for(2, 2.0), waiting_for(0, 2.5)],
         "SSS",
@@ -91,15 +91,15 @@ CASES = [
 
 @pytest.mark.parametrize(("beats", "states", "collective", "wanted"), CASES)
 def test_who_does_not_merely_wait_is_named(beats, states, collective, wanted):
-    found = culprits(dict(enumerate(beats)), dict(enumerate(states)), collective)
-    assert len(found) == len(wanted) and all(map(str.startswith, map(str, found), wanted)), found
+    named = culprits(dict(enumerate(beats)), dict(enumerate(states)), collective)
+    assert len(named) == len(wanted) and all(map(str.startswith, map(str, named), wanted)), named
 
 
 @pytest.mark.parametrize(("beats", "states", "collective", "wanted"), CASES)
 def test_no_sentence_of_a_rank_changes_who_is_named(beats, states, collective, wanted):
     draws = random.Random(len(wanted))
     for _ in range(10):
-        # nonsense, with what programs once looked for
+        # nonsense, with phrases that programs once searched for
         lures = ["from rank 1", "to ranks 0, 1", "ended", "left", "refused with exit code 3: ", "raised NCCL"]
         sentences = ["".join(draws.choices(string.printable, k=20)) + draws.choice(lures) for _ in beats]
         if draws.random() < 0.5:
@@ -107,9 +107,9 @@ def test_no_sentence_of_a_rank_changes_who_is_named(beats, states, collective, w
         others = [
             before and before._replace(activity=sentence) for before, sentence in zip(beats, sentences, strict=True)
         ]
-        found = culprits(dict(enumerate(others)), dict(enumerate(states)), collective)
+        named = culprits(dict(enumerate(others)), dict(enumerate(states)), collective)
         before = culprits(dict(enumerate(beats)), dict(enumerate(states)), collective)
-        assert [(blamed.rank, blamed.how) for blamed in found] == [(blamed.rank, blamed.how) for blamed in before]
+        assert [(blamed.rank, blamed.how) for blamed in named] == [(blamed.rank, blamed.how) for blamed in before]
 
 
 def test_a_collective_is_seen_in_the_main_threads_stack():

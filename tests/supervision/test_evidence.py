@@ -16,7 +16,7 @@ MAIN = (
     'Current thread 0x2 (most recent call first):\n  File "/a/torch/distributed/c10d.py", line 2 in all_reduce\n',
     '  File "train.py", line 3 in <module>\n',
 )
-# answers SIGUSR2 in parts, some time apart
+# answers SIGUSR2 in parts, with pauses
 RANK = """
 import signal, sys, time
 
@@ -34,7 +34,7 @@ while True:
 
 
 def kept(folder, *parts: str, answers: bool = True) -> str:
-    """The stacks of a rank that writes them so."""
+    """Return the stacks that are kept of a rank that writes these parts."""
     (folder / "stacks-0.txt").write_text("of a hang before\n")
     rank = subprocess.Popen(
         [sys.executable, "-c", RANK, str(folder / "stacks-0.txt"), *parts], stdout=subprocess.PIPE, text=True

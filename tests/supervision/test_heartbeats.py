@@ -1,4 +1,4 @@
-"""What a rank tells is read whole or not at all, however the writer and the reader take turns."""
+"""A heartbeat is read whole or not at all, in any order of steps of writer and reader."""
 
 import contextlib
 import os
@@ -16,18 +16,18 @@ from distattn.supervision.heartbeats import HeartbeatBoard
 
 @pytest.fixture
 def board():
-    made = HeartbeatBoard.make(2)
-    yield made
+    board_ = HeartbeatBoard.make(2)
+    yield board_
     with contextlib.suppress(ValueError):
-        made.close()
+        board_.close()
 
 
 def test_what_is_half_written_is_what_was_told_before(board):
     write = board.writer(1, 3)
     assert board.read(0) is None and board.read(1) is None
     slots = [board._memory[:]]
-    for step, words in enumerate(("reading", "key/value move 3 of layer 17 from rank 5", "")):
-        write(words, step, 2.5, step == 1)
+    for step, activity in enumerate(("reading", "key/value move 3 of layer 17 from rank 5", "")):
+        write(activity, step, 2.5, step == 1)
         slots.append(board._memory[:])
     told = [None]
     for before, after in zip(slots, slots[1:], strict=False):
@@ -74,19 +74,19 @@ def test_a_thread_that_says_that_it_goes_on_does_not_take_back_what_is_told_mean
     write = board.writer(0, 1)
     beats, told = threading.Thread(target=heartbeats.repeat_heartbeat), threading.Event()
 
-    def slow(words, step, *fields):
+    def slow(activity, step, *fields):
         if not told.is_set():
             told.set()
             beats.start()
             # the thread waits for its turn now
             time.sleep(0.2)
-        write(words, step, *fields)
+        write(activity, step, *fields)
 
     heartbeats._CURRENT.write = slow
     heartbeats.set_activity("keys from rank 1", waits=True)
     beats.join()
-    found = board.read(0)
-    assert (found.activity, found.waits, found.beats) == ("keys from rank 1", True, 2)
+    beat = board.read(0)
+    assert (beat.activity, beat.waits, beat.beats) == ("keys from rank 1", True, 2)
 
 
 def test_a_board_that_is_being_made_is_none_yet():

@@ -1,4 +1,4 @@
-"""A link that is cut between nodes is named; nodes are networks of their own, which end with the test."""
+"""A link that is cut between nodes is named; the nodes are networks of their own, which end with the test."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ DIGESTS = "from distattn.checkpoints.owner import *; print(machine_digest(), wri
 def networks() -> Iterator[list[list[str]]]:
     """Make two networks with a link between them, 10.77.0.1 and 10.77.0.2, that end with their processes.
 
-    Yields what stands before a command that is to run in each. Skips the test where they cannot be had.
+    Yield the command's prefix for each network. Skip the test if networks cannot be made.
     """
     with contextlib.ExitStack() as opened:
         try:
@@ -69,7 +69,7 @@ def test_a_link_that_is_cut_is_named_by_both_nodes_and_they_are_two_machines(tmp
             subprocess.run([*enter, sys.executable, "-c", DIGESTS], env=ENVIRONMENT, capture_output=True, text=True)
             for enter in inside
         ]
-        # they see each other's processes, and have loopbacks of their own
+        # the networks see each other's processes, and have their own loopbacks
         machines, writers = zip(*(done.stdout.split() for done in digests), strict=True)
         assert len({*machines, machine_digest()}) == 3 and {*writers} == {writer_name().partition("-")[0]}
         script = [sys.executable, str(ROOT / "tests" / "support" / "supervised_nodes.py"), str(tmp_path)]
@@ -83,8 +83,8 @@ def test_a_link_that_is_cut_is_named_by_both_nodes_and_they_are_two_machines(tmp
             for node in range(2)
         ]
         for node in nodes:
-            _, said = node.communicate(timeout=LIMIT_SECONDS)
-            assert node.returncode == 0, said
+            _, output = node.communicate(timeout=LIMIT_SECONDS)
+            assert node.returncode == 0, output
     host = socket.gethostname()
     for node in range(2):
         told = json.loads((tmp_path / "cut" / f"node-{node}.json").read_text())
@@ -107,17 +107,17 @@ def test_a_node_that_all_others_miss_is_to_blame_and_of_two_both_are():
 def test_a_link_counts_as_cut_only_where_it_was_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(node_links, "_LOOK_SECONDS", 0.01)
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        # one that takes connections, and one that refuses them
+        # one port takes connections, and one refuses them
         ports = [taken.getsockname()[1], free_ports(1)[0]]
-        own, *others = [NodeAddress("a", "127.0.0.1", port) for port in (1, *ports)]
+        address, *others = [NodeAddress("a", "127.0.0.1", port) for port in (1, *ports)]
         for node, at in enumerate(others, 1):
             (tmp_path / f"address-{node}.json").write_text(json.dumps(at))
-        links = NodeLinks(tmp_path, 0, 4, own)
+        links = NodeLinks(tmp_path, 0, 4, address)
         eventually(lambda: len(links._reached) == 2, "nodes are not reached")
         assert links.cut() == []
-        # of a node that was never reached nothing is said
+        # a node that was never reached is not reported
         monkeypatch.setattr(node_links, "unreached", lambda places, seconds: dict.fromkeys(places, "No route to host"))
-        assert [(one.first, one.second) for one in links.cut()] == [(0, 1), (0, 2)]
+        assert [(cut.first, cut.second) for cut in links.cut()] == [(0, 1), (0, 2)]
         (_, second) = links.cut()
         sentence = f"{second.names} {second.how}"
         assert (
@@ -125,12 +125,12 @@ def test_a_link_counts_as_cut_only_where_it_was_whole(tmp_path, monkeypatch):
             == "node 0 (a, 127.0.0.1) and node 2 (a, 127.0.0.1) no longer reach each other (No route to host): "
             + ("the link between them is cut")
         )
-        # the folder is cut off, too, and the other has begun again elsewhere
+        # the folder is unreachable, too, and the other node has started again elsewhere
         (tmp_path / "address-1.json").unlink()
-        (tmp_path / "address-2.json").write_text(json.dumps(own))
-        assert [(one.first, one.second) for one in links.cut()] == [(0, 1)]
+        (tmp_path / "address-2.json").write_text(json.dumps(address))
+        assert [(cut.first, cut.second) for cut in links.cut()] == [(0, 1)]
         links.close()
-    assert NodeAddress(*json.loads((tmp_path / "address-0.json").read_text())) == own
+    assert NodeAddress(*json.loads((tmp_path / "address-0.json").read_text())) == address
 
 
 def test_what_ranks_raise_follows_from_a_link_that_is_cut():

@@ -1,4 +1,4 @@
-"""How long ranks may be silent, and what is said of one that told nothing."""
+"""How long ranks may be silent, and the report on a rank that sent no heartbeat."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ from distattn.supervision.rank_watch import Patience, RankWatch, Trouble
 
 
 def test_steps_that_are_silent_for_long_are_no_hang_and_a_silence_that_stays_is_one(tmp_path):
-    # what tells, and is ended in the end
+    # the process that sends heartbeats, and is killed at the end
     how = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     sleeper = subprocess.Popen([sys.executable, "-c", "print(flush=True); input()"], **how)
     assert sleeper.stdout.readline()
@@ -36,33 +36,33 @@ def test_steps_that_are_silent_for_long_are_no_hang_and_a_silence_that_stays_is_
     watch = RankWatch(board, range(1), Patience(starting=600.0, running=0.05, factor=200.0), tmp_path)
     with_pid.start()
     with_pid.join()
-    # two steps were done, of 0.2 s without a word each
+    # two steps were done, each 0.2 s long without a heartbeat
     assert watch.trouble is None
     watch.close()
-    # nothing but the patience is left
+    # only the patience is left
     watch = RankWatch(board, range(1), Patience(starting=0.05, running=0.05), tmp_path)
     eventually(lambda: watch.trouble is not None, "the silence is not noticed")
     assert str(watch.close()) == "rank 0 waits for no other rank and makes no progress: step 4, forward and backward"
-    # it is asked for its stacks, of which it knows nothing, and killed
+    # it is asked for its stacks, which it cannot write, and killed
     assert sleeper.wait() < 0
     board.close()
 
 
 def _steps(board, pid, seen):
-    # of another process, which is the one to be ended
+    # heartbeats of another process, which is the one to kill
     with patch.object(os, "getpid", lambda: pid):
         write = board.writer(0, 1)
     for step in range(4):
         write("forward and backward", step, 0.0, False)
         # the watch of a busy machine may be late
-        eventually(lambda step=step: seen[0] == step, "nobody looks")
+        eventually(lambda step=step: seen[0] == step, "the watch does not look")
         time.sleep(0.2)
 
 
 def test_time_in_which_nobody_ran_is_no_silence(tmp_path):
     rank = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     board = HeartbeatBoard.make(1)
-    # seconds that the machine was suspended for, looks of the watch, seconds that each takes, and all have taken
+    # seconds of the machine's suspension, looks of the watch, seconds per look, and seconds of all looks
     suspended, looks, tick, passed = [0.0], [0], [0.0], [0.0]
 
     def seconds() -> float:
@@ -75,7 +75,7 @@ def test_time_in_which_nobody_ran_is_no_silence(tmp_path):
 
     def wait_for_looks() -> None:
         before = looks[0]
-        eventually(lambda: watch.trouble or looks[0] > before + 2, "nobody looks")
+        eventually(lambda: watch.trouble or looks[0] > before + 2, "the watch does not look")
 
     clock = SimpleNamespace(monotonic_ns=lambda: int(1e9 * seconds()))
     with patch.object(os, "getpid", lambda: rank.pid), patch.object(heartbeats, "time", clock):
@@ -89,12 +89,12 @@ def test_time_in_which_nobody_ran_is_no_silence(tmp_path):
             write("forward and backward", step, 0.0, False)
             wait_for_looks()
         assert watch.trouble is None
-        # looks that follow each other see a silence that stays
+        # consecutive looks see a silence that lasts
         tick[0] = 0.9
         eventually(lambda: watch.trouble is not None, "the silence is not noticed")
-    found = watch.close()
-    # and no step is taken for one of a thousand seconds
-    assert found.kind == "hung" and 60 < found.seconds < 1000 and rank.wait() < 0
+    trouble = watch.close()
+    # no step counts as one of a thousand seconds
+    assert trouble.kind == "hung" and 60 < trouble.seconds < 1000 and rank.wait() < 0
     board.close()
 
 
@@ -124,7 +124,7 @@ def test_torchrun_that_waits_for_ranks_that_died_at_their_end_is_interrupted(tmp
         eventually(lambda: killed.called, "nothing interrupts torchrun")
         killed.assert_called_once_with(os.getpid(), rank_watch.INTERRUPT)
     assert str(watch.close()) == "rank 0 ended without giving a reason: step 14, ended"
-    # as all do whom torchrun has let go
+    # as all ranks do that torchrun has released
     with patch.object(os, "getpid", lambda: ranks[0].pid):
         board.writer(0, 1)("", 13, 0.0, False, state="left")
     watch = RankWatch(board, range(2), Patience(starting=600.0, running=600.0), tmp_path)
@@ -135,9 +135,9 @@ def test_torchrun_that_waits_for_ranks_that_died_at_their_end_is_interrupted(tmp
 
 
 @pytest.mark.parametrize(
-    ("state", "text", "said"), [("left", "", "None"), ("raised", "ValueError: no", "rank 0 raised ValueError: no")]
+    ("state", "text", "sentence"), [("left", "", "None"), ("raised", "ValueError: no", "rank 0 raised ValueError: no")]
 )
-def test_what_a_rank_says_between_two_looks_and_ends_is_heard(state, text, said, tmp_path):
+def test_what_a_rank_says_between_two_looks_and_ends_is_heard(state, text, sentence, tmp_path):
     rank = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     board = HeartbeatBoard.make(1)
     with patch.object(os, "getpid", lambda: rank.pid):
@@ -146,7 +146,7 @@ def test_what_a_rank_says_between_two_looks_and_ends_is_heard(state, text, said,
     looked = threading.Event()
 
     def end_first(pid: int) -> str:
-        # after the watch has read what the rank told before
+        # after the watch has read the rank's earlier heartbeat
         write(text, 13, 0.0, False, state=state)
         rank.kill()
         rank.wait()
@@ -155,19 +155,21 @@ def test_what_a_rank_says_between_two_looks_and_ends_is_heard(state, text, said,
 
     with patch.object(rank_watch, "process_state", end_first):
         watch = RankWatch(board, range(1), Patience(starting=600.0, running=600.0), tmp_path)
-        eventually(looked.is_set, "nobody looks")
-        assert str(watch.close()) == said
+        eventually(looked.is_set, "the watch does not look")
+        assert str(watch.close()) == sentence
     board.close()
 
 
 def test_how_a_rank_has_ended_is_what_torchrun_was_told_of_it():
-    both = Trouble(tuple(Culprit(rank, "ended without giving a reason", "step 3") for rank in (0, 1)), "killed", 2, 0.1)
+    trouble_of_two = Trouble(
+        tuple(Culprit(rank, "ended without giving a reason", "step 3") for rank in (0, 1)), "killed", 2, 0.1
+    )
 
     def said(**codes):
-        code, trouble = _ended({int(rank[1:]): number for rank, number in codes.items()}, both)
+        code, trouble = _ended({int(rank[1:]): number for rank, number in codes.items()}, trouble_of_two)
         return code, str(trouble)
 
-    # torchrun ended rank 0 for it, before the watch looked
+    # torchrun ended rank 0 because of rank 1, before the watch looked
     assert said(r1=-9) == (137, "rank 1 was killed by SIGKILL: step 3")
     assert said(r0=-6, r1=3) == (
         134,
@@ -175,5 +177,5 @@ def test_how_a_rank_has_ended_is_what_torchrun_was_told_of_it():
     )
     assert said(r1=255) == (255, "rank 1 ended with exit code 255 without giving a reason: step 3")
     assert said(r1=-40) == (168, "rank 1 was killed by signal 40: step 3")
-    # of another rank, which the watch has ended
-    assert said(r2=-9) == (1, str(both)) == said()
+    # the exit code of another rank, which the watch has killed
+    assert said(r2=-9) == (1, str(trouble_of_two)) == said()

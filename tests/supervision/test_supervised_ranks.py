@@ -1,4 +1,4 @@
-"""Ranks that are killed or hang are noticed, named and started again; real processes over gloo."""
+"""Ranks that are killed or hang are detected, named and started again; real processes over gloo."""
 
 import json
 import os
@@ -21,12 +21,12 @@ pytestmark = pytest.mark.waits(4)
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
 BUSY = "rank 1 waits for no other rank and makes no progress: step 6, "
-# what is said of a rank that is killed, or hangs
+# the report on a rank that is killed or hangs
 KINDS = {
     "kill": "rank 1 was killed by SIGKILL: step 6, computing",
     "abort": "rank 1 was killed by SIGABRT: step 6, computing",
     "exit": "rank 1 ended with exit code 255 without giving a reason: step 6, computing",
-    # what torchrun takes for a good end
+    # torchrun takes this for a good end
     "leave": "rank 1 ended without giving a reason: step 6, computing",
     "raised": "rank 1 raised RuntimeError: CUDA error: uncorrectable ECC error encountered",
     "stop": r"rank 1 is stopped \(SIGSTOP or a debugger\): step 6, computing",
@@ -40,7 +40,7 @@ KINDS = {
 COLLECTIVES = 6
 ENDS = {"kill": "killed", "abort": "killed", "exit": "killed", "leave": "killed", "raised": "raised"}
 HANGS = [kind for kind in KINDS if kind not in ENDS]
-# of ranks that hang in a step, and where no loaded machine is to be taken for a hang
+# the patience for ranks that hang in a step, and for cases in which a loaded machine must not count as a hang
 PATIENCE, ENDLESS = 15.0, 600.0
 
 
@@ -71,9 +71,9 @@ def run_cases(folder: Path) -> None:
 
 
 def outcome(folder: Path) -> tuple[int, str, list[dict]]:
-    """The exit code, what the launcher said, and what is known of the attempts."""
-    said = [line for line in (folder / "said").read_text().splitlines() if line.startswith("distattn: ")]
-    return int((folder / "code").read_text()), "\n".join(said), Attempts(folder / "attempts").rows()
+    """Return the exit code, the launcher's output, and the record of the attempts."""
+    lines = [line for line in (folder / "said").read_text().splitlines() if line.startswith("distattn: ")]
+    return int((folder / "code").read_text()), "\n".join(lines), Attempts(folder / "attempts").rows()
 
 
 @pytest.mark.full
@@ -82,18 +82,18 @@ def test_a_process_that_was_forked_of_a_launcher_launches_too(runs):
 
 
 def test_a_run_that_nothing_happens_to_says_nothing(runs):
-    code, said, attempts = outcome(runs / "whole")
-    assert code == 0 and said == "" and [one["exit_code"] for one in attempts] == [0]
+    code, output, attempts = outcome(runs / "whole")
+    assert code == 0 and output == "" and [attempt["exit_code"] for attempt in attempts] == [0]
     assert sorted(os.listdir(runs / "whole" / "attempts")) == ["attempts.jsonl"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rank_that_is_killed_or_hangs_is_named_and_the_run_goes_on(kind, runs):
-    code, said, attempts = outcome(runs / kind)
-    assert code == 0 and len(attempts) == 2, said
+    code, output, attempts = outcome(runs / kind)
+    assert code == 0 and len(attempts) == 2, output
     first, last = attempts
-    assert re.search(KINDS[kind], said) and f"start again on {socket.gethostname()} from step 5" in said, said
-    # bit for bit that of a run that nothing happened to
+    assert re.search(KINDS[kind], output) and f"start again on {socket.gethostname()} from step 5" in output, output
+    # bitwise that of a run without a fault
     assert (runs / kind / "losses.jsonl").read_text() == (runs / "whole" / "losses.jsonl").read_text()
     assert first["ranks"] == [1] and last["exit_code"] == 0
     assert first["kind"] == ENDS.get(kind, "hung") and 0 < first["steps"] <= 5
@@ -106,39 +106,39 @@ def test_a_rank_that_is_killed_or_hangs_is_named_and_the_run_goes_on(kind, runs)
 
 
 def recorded(folder: Path) -> dict[int, int]:
-    """How many collectives each rank has begun, by the flight recorders that are kept."""
-    found = {}
+    """Return how many collectives each rank has begun, by the flight recorders that are kept."""
+    begun = {}
     for file in folder.glob("flight-recorder-*.json"):
         trace = json.loads(file.read_text())["gloo"]
         assert {entry["profiling_name"] for entry in trace["entries"]} == {"gloo:all_reduce", "gloo:barrier"}
-        found[int(file.stem.rpartition("-")[2])] = int(trace["pg_status"]["0"]["last_enqueued_collective"])
-    return found
+        begun[int(file.stem.rpartition("-")[2])] = int(trace["pg_status"]["0"]["last_enqueued_collective"])
+    return begun
 
 
 def test_a_fork_server_that_is_killed_is_named_and_replaced(runs):
-    code, said, attempts = outcome(runs / "server")
-    assert code == 0 and [one["exit_code"] for one in attempts] == [137, 0], said
+    code, output, attempts = outcome(runs / "server")
+    assert code == 0 and [attempt["exit_code"] for attempt in attempts] == [137, 0], output
     assert re.search(
-        r"the fork server \(process \d+\) was killed by SIGKILL; all ranks start again on .* from step 5", said
+        r"the fork server \(process \d+\) was killed by SIGKILL; all ranks start again on .* from step 5", output
     )
     assert attempts[0]["ranks"] == [] and attempts[0]["kind"] == "killed"
     assert (runs / "server" / "losses.jsonl").read_text() == (runs / "whole" / "losses.jsonl").read_text()
 
 
 def test_what_a_rank_says_of_its_end_is_no_reason_to_start_again(runs):
-    code, said, attempts = outcome(runs / "refused")
+    code, output, attempts = outcome(runs / "refused")
     assert code == 2 and len(attempts) == 1
     assert attempts[0]["why"] == "rank 2 refused with exit code 2: tokens.bin: token 7 is not in the vocabulary."
-    assert said.endswith("distattn: rank 2 ended with exit code 2; the other ranks were stopped.")
-    # what is raised in the first step would be raised again
-    code, said, attempts = outcome(runs / "raised at once")
+    assert output.endswith("distattn: rank 2 ended with exit code 2; the other ranks were stopped.")
+    # an error of the first step would be raised again
+    code, output, attempts = outcome(runs / "raised at once")
     assert code == 1 and len(attempts) == 1 and attempts[0]["kind"] == "raised"
 
 
 def test_a_rank_that_is_killed_too_often_ends_the_run_and_its_host_is_named(runs):
-    code, said, attempts = outcome(runs / "too often")
+    code, output, attempts = outcome(runs / "too often")
     assert code == 128 + 9 and len(attempts) == 2
-    end, host = said.splitlines()[-2:]
+    end, host = output.splitlines()[-2:]
     assert end == "distattn: rank 0 was killed by SIGKILL: step 4, computing; the other ranks were stopped."
     assert host.startswith(f"distattn: rank 0 failed 2 times in a row on {socket.gethostname()}: ")
 
@@ -151,11 +151,15 @@ def test_ranks_end_with_their_launcher_and_tell_what_they_do_until_then(kind, do
 
     def hung() -> dict[int, Heartbeat] | None:
         beats = attempts.beats() or {}
-        # earlier steps have the same words
+        # earlier steps have the same activities
         if (tmp_path / "run" / "fault.json").exists() or {beat.step for beat in beats.values()} != {5}:
             return None
-        words = [beats[rank].activity for rank in range(3)]
-        return beats if words[1] == does and all(words[rank].startswith("all-reduce") for rank in (0, 2)) else None
+        activities = [beats[rank].activity for rank in range(3)]
+        return (
+            beats
+            if activities[1] == does and all(activities[rank].startswith("all-reduce") for rank in (0, 2))
+            else None
+        )
 
     beats = eventually(hung, "no rank hangs")
     launcher.kill()

@@ -13,7 +13,7 @@ LENGTHS = (1, 7, 129, 63)
 
 
 def masks(lengths: tuple[int, ...] = LENGTHS) -> dict[str, Mask]:
-    """A few masks of very different shapes."""
+    """Return a few masks of very different shapes."""
     n = sum(lengths)
     return {
         "causal": Mask.causal(n),
@@ -34,7 +34,7 @@ def masks(lengths: tuple[int, ...] = LENGTHS) -> dict[str, Mask]:
 
 @functools.cache
 def all_masks(heads: int, lengths: tuple[int, ...] = LENGTHS) -> dict[str, Mask]:
-    """The twelve static patterns of the long-context attention benchmark, sink tokens, odd bands and head groups."""
+    """Return twelve static patterns of the long-context attention benchmark, sink tokens, odd bands and head groups."""
     n = sum(lengths)
     some = masks(lengths)
     return some | {
@@ -72,7 +72,7 @@ def layouts(lengths: tuple[int, ...], ranks: int) -> dict[str, Layout]:
 
 
 def small_plans(policies: tuple[str | None, ...] = (None,)) -> Iterator[Plan]:
-    """Plans of all strategies, small enough to mutate and run many times."""
+    """Yield plans of all strategies, small enough to mutate and run many times."""
     lengths = (1, 7, 30, 2, 24)
     some = (
         Mask.causal(64),

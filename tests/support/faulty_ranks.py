@@ -1,4 +1,4 @@
-"""A small training of ranks that sum over gloo, for tests of supervision: told to be killed or to hang in one of several ways."""
+"""A small training of ranks that sum over gloo, for tests of supervision: a rank dies or hangs in one of several ways."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ import torch.distributed as dist
 from distattn.ir.errors import DistattnError
 from distattn.supervision.heartbeats import activity, set_activity
 
-# that a step without a fault may take
+# the limit of a step without a fault
 ENDLESS_SECONDS = 600.0
 
 
 def run(folder: str, steps: int) -> int:
-    """Steps of a sum that depends on all before it; resumes from the last that is in the folder."""
+    """Run steps of a sum in which each depends on all before it. Resume from the last step in the folder."""
     rank, torn = int(os.environ["RANK"]), Path(folder, "fault.json")
     torch.set_num_threads(1)
     with activity("rendezvous", waits=True, key="rendezvous"):
@@ -32,19 +32,19 @@ def run(folder: str, steps: int) -> int:
     before = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     dist.barrier()
     fault = {}
-    # the rank with the fault may have taken it away
+    # the rank with the fault may have removed the file
     with contextlib.suppress(FileNotFoundError):
         fault = json.loads(torn.read_text())
     value = torch.tensor(before[-1][1] if before else 1.0, dtype=torch.float64)
     for step in range(len(before), steps):
-        # so that no loaded machine is taken for a hang
+        # a long limit, so that a slow machine is not taken for a hang
         seconds = 0.0 if fault.get("step") == step else ENDLESS_SECONDS
         set_activity("computing", step=step, seconds=seconds)
-        # several looks of the watch
+        # long enough for the watch to look several times
         time.sleep(0.05)
         mine = fault.get("rank") == rank and fault.get("step") == step
         if mine:
-            # rank 0 may be ended before it has written what all have summed
+            # rank 0 may be killed before it has written a step that all ranks have summed
             while step and not (file.exists() and file.read_text().count("\n") >= step):
                 time.sleep(0.001)
             if not fault.get("again"):
@@ -62,13 +62,13 @@ def run(folder: str, steps: int) -> int:
 
 
 def hang(kind: str, folder: Path) -> None:
-    """Plant a fault of this kind. Return only where the fault is found elsewhere."""
+    """Make the fault of this kind happen. Return only if another rank reports the fault."""
     if kind == "cut":
         subprocess.run(["ip", "link", "set", os.environ["GLOO_SOCKET_IFNAME"], "down"], check=True)
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if kind in ("server is killed", "server is stopped"):
-        # the fork server, with which ranks end
+        # the fork server, which ends its ranks when it ends
         os.kill(os.getppid(), signal.SIGKILL if kind == "server is killed" else signal.SIGSTOP)
         set_activity("computing", seconds=ENDLESS_SECONDS)
         time.sleep(ENDLESS_SECONDS)
@@ -90,7 +90,7 @@ def hang(kind: str, folder: Path) -> None:
             (folder / "never").read_bytes()
     if kind == "interpreter":
         while True:
-            # a signal ends one of them
+            # a signal ends only one of these sleeps
             ctypes.PyDLL(None).sleep(1000)
     if kind == "message":
         peer = (int(os.environ["RANK"]) + 1) % dist.get_world_size()

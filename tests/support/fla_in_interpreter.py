@@ -1,7 +1,7 @@
-"""fla-core's kernels in Triton's interpreter, in a process of their own: prints what was found as JSON.
+"""fla-core's kernels in Triton's interpreter, in a process of their own: prints the results as JSON.
 
-With fla-core installed, transformers gives its kernels tensors on CPUs, too, and fails: so it lies in a folder beside the
-environment (`make fla`), which no other process has on its path.
+If fla-core is installed, transformers calls its kernels for CPU tensors, too, and fails. `make fla` therefore installs it in a
+folder next to the environment, which no other process has on its path.
 """
 
 import ctypes
@@ -10,7 +10,7 @@ import json
 import os
 import sys
 
-# before triton is imported
+# must be set before triton is imported
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
@@ -28,19 +28,19 @@ from distattn.kernels.spec import KernelRequirements
 from distattn.parallel.runtime.program import lower
 
 CPU = torch.device("cpu")
-# a segment is one token, and of one op another has more than one chunk
+# each op has a document of one token, and one op has documents of more than one chunk
 LENGTHS = {"gated_delta_rule": (3, 1, 70)}
 
 
 def make_kernels_run() -> None:
-    """What the interpreter cannot do otherwise."""
-    # loop counters are plain numbers there, and kernels call `.to` on them
+    """Patch Triton's interpreter and autotuner, so that fla-core's kernels run in them."""
+    # loop counters are plain ints in the interpreter, and kernels call `.to` on them
     gc.get_referents(int.__dict__)[0]["to"] = lambda number, *_: number
     ctypes.pythonapi.PyType_Modified(ctypes.py_object(int))
     begin = Autotuner.__init__
 
     def with_one_configuration(self, fn, arg_names, configs, key, *rest, **more):
-        # timing configurations would take hours
+        # timing several configurations would take hours
         begin(self, fn, arg_names, list(configs)[:1], key, *rest, **more)
         self.early_config_prune = self.perf_model = None
 
@@ -48,14 +48,14 @@ def make_kernels_run() -> None:
 
 
 def largest_difference(name: str, dtype: torch.dtype) -> float:
-    """Of outputs, states, gradients and transitions of an op from those of the chunked kernel in fp64."""
+    """Return the largest difference of an op's outputs, states, gradients and transitions from the chunked kernel in fp64."""
     needed = KernelRequirements(dtype, 16, 16, CPU, op=OPS[name])
-    given = RecurrenceInputs.random(LENGTHS.get(name, (18, 1)), 2, 1, needed)
-    return max(differences(load_kernel("fla"), given))
+    inputs = RecurrenceInputs.random(LENGTHS.get(name, (18, 1)), 2, 1, needed)
+    return max(differences(load_kernel("fla"), inputs))
 
 
 def over_ranks() -> str:
-    """A plan of two ranks whose states are put together by heads: an empty text, or what is wrong."""
+    """Run a plan of two ranks whose states are combined by heads. Return an empty text, or the difference."""
     case = recurrence_case(OPS["gated_delta_rule"], (5, 19), 2, 1, 16, 16)
     shape = dict(heads=2, kv_heads=1, head_dim=16, v_head_dim=16, dtype="float32", op="gated_delta_rule")
     layout = da.Layout.zigzag(case.lengths, ranks=2)
@@ -68,28 +68,28 @@ def over_ranks() -> str:
 
 
 def as_operator() -> dict[str, float]:
-    """`da.recurrence` by kernel "fla", in a half precision, beside the chunked kernel: relative differences by name."""
+    """Return relative differences of `da.recurrence` by kernel "fla" from the chunked kernel, in half precision, by name."""
     shape = dict(heads=2, kv_heads=2, head_dim=16, v_head_dim=32, dtype="float16", op="gated_delta_rule")
     plan = da.make_plan(da.Mask.documents([25]), da.Layout.contiguous([25], 1), strategy="scan", **shape)
-    given = RecurrenceInputs.random((25,), 2, 2, KernelRequirements(torch.float16, 16, 32, CPU, op=plan.call.op))
+    inputs = RecurrenceInputs.random((25,), 2, 2, KernelRequirements(torch.float16, 16, 32, CPU, op=plan.call.op))
     results = []
     for kernel in ("fla", "chunked"):
         ready = da.prepare(plan, kernel=kernel)
         assert ready.key.kernel == kernel
-        leaves = [y.clone().requires_grad_() for y in given.x]
+        leaves = [y.clone().requires_grad_() for y in inputs.x]
         q, k, v, g, beta = leaves
         out = da.recurrence(q, k, v, ready, g=g, beta=beta, return_final_state=True)
-        results.append([*out, *torch.autograd.grad(out, leaves, [given.do, given.dstate])])
+        results.append([*out, *torch.autograd.grad(out, leaves, [inputs.do, inputs.dstate])])
     names = ("o", "final", "dq", "dk", "dv", "dg", "dbeta")
     pairs = zip(names, *results, strict=True)
     return {name: float((a.double() - b.double()).norm() / b.double().norm()) for name, a, b in pairs}
 
 
 def convolutions() -> dict[str, float]:
-    """The largest differences from the taps: of packed documents, and of what a ring's steps have of them, summed."""
+    """Return the largest differences from the taps: of packed documents, and of the launches of a ring's steps."""
     needed = KernelRequirements(torch.float32, 1, 6, CPU, op=OPS["convolution"])
-    given = ConvolutionInputs.random((66, 1, 9), 2, needed)
-    found = {"documents": max(convolution_differences(load_kernel("fla_conv1d"), given, needed))}
+    inputs = ConvolutionInputs.random((66, 1, 9), 2, needed)
+    largest = {"documents": max(convolution_differences(load_kernel("fla_conv1d"), inputs, needed))}
     layout = da.Layout.zigzag([20, 1, 9], 2)
     shape = dict(heads=1, kv_heads=1, head_dim=1, v_head_dim=6, dtype="float32", op="convolution")
     plan = da.make_plan(da.Mask.documents([20, 1, 9], (3, 0)), layout, strategy="ring", **shape)
@@ -100,12 +100,12 @@ def convolutions() -> dict[str, float]:
         x, do = torch.randn(mask.keys, 1, 6), torch.randn(mask.rows, 1, 6)
         part = ConvolutionInputs(x, do, torch.randn(1, 6, 4), mask)
         far = convolution_differences(load_kernel("fla_conv1d"), part, needed)
-        found[f"launch {number}"] = max(far)
-    return found
+        largest[f"launch {number}"] = max(far)
+    return largest
 
 
 def refusals() -> dict[str, str]:
-    """Of calls that its specification leaves to the chunked kernel."""
+    """Return the reasons for which kernels refuse calls that belong to the chunked kernel."""
     usual = KernelRequirements(torch.float16, 16, 16, CPU, op=OPS["ssd"])
     odd = {
         "served": usual,
@@ -119,17 +119,17 @@ def refusals() -> dict[str, str]:
         "groups": filters._replace(grouped=True),
         "shift": filters._replace(op=OPS["token_shift"]),
     }
-    found = {name: load_kernel("fla").unsupported_reason(needed) for name, needed in odd.items()}
-    found |= {name: load_kernel("fla_conv1d").unsupported_reason(needed) for name, needed in others.items()}
-    return {name: why or "" for name, why in found.items()}
+    reasons = {name: load_kernel("fla").unsupported_reason(needed) for name, needed in odd.items()}
+    reasons |= {name: load_kernel("fla_conv1d").unsupported_reason(needed) for name, needed in others.items()}
+    return {name: why or "" for name, why in reasons.items()}
 
 
 if __name__ == "__main__":
     sys.path.append(sys.argv[1])
     torch.set_num_threads(1)
     make_kernels_run()
-    # a delta rule without a decay is refused in float32 by fla-core itself
-    found = {name: largest_difference(name, torch.float32) for name in sys.argv[2:] if name != "delta_rule"}
-    found |= {name: largest_difference(name, torch.float16) for name in sys.argv[2:] if name == "delta_rule"}
+    # fla-core itself refuses a delta rule without a decay in float32
+    by_op = {name: largest_difference(name, torch.float32) for name in sys.argv[2:] if name != "delta_rule"}
+    by_op |= {name: largest_difference(name, torch.float16) for name in sys.argv[2:] if name == "delta_rule"}
     chosen = {"ranks": over_ranks(), "convolutions": convolutions(), "operator": as_operator(), "refusals": refusals()}
-    sys.stdout.write(json.dumps({"differences": found, **chosen}) + "\n")
+    sys.stdout.write(json.dumps({"differences": by_op, **chosen}) + "\n")

@@ -1,11 +1,10 @@
 """Runs Gluon kernels on the CPU, out of order where the hardware may: the proof that they wait for what they need.
 
-Triton's interpreter does not know Gluon. Here the kernels' own Python is run with stand-ins for its operations. Each group
+Triton's interpreter does not know Gluon. This module runs the kernels' own Python with stand-ins for its operations. Each group
 of warps is a thread; one runs at a time, a random one after every synchronising operation. Copies of the tensor-memory
 accelerator land at a random later moment, and until then their target is NaN; asynchronous products read their operands at
-a random moment before they are waited for; registers that are not waited for cannot be used. What was stored to shared
-memory and not fenced must not be read by a product or copy. Accesses outside of a tensor and deadlocks raise. Layouts,
-which the compiler checks, are ignored.
+a random moment before the wait; registers cannot be used before the wait. A product or copy must not read shared memory that was
+written and not fenced. Accesses outside of a tensor and deadlocks raise. Layouts, which the compiler checks, are ignored.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ ACTIVE: list[Machine] = []
 
 
 def emulate(launch, seed: int) -> list[list[str]]:
-    """Run all programs of a launch; returns, for each, the groups of warps that began products which add to nothing, in order."""
+    """Run all programs of a launch. Return, for each, the groups of warps that began products which add to nothing, in order."""
     code = emulated(launch.kernel, {})
     arguments = {name: stand_in(value) for name, value in launch.arguments.items()}
     programs, begun = launch.grid[0], []
@@ -44,12 +43,12 @@ class Machine:
         self.shared: list[Shared] = []
         self.groups: list[Group] = []
         self.begun: list[str] = []
-        # how likely a copy lands although somebody could go on, and which one: that which began last, first, or any
+        # the chance that a copy lands while a group could go on, and which copy lands: the newest, the oldest, or any
         self.eagerness, self.lands = chance.choice([0.02, 0.3]), chance.choice([-1, 0, None])
 
     def run(self, functions, warps, registers) -> None:
-        """warp_specialize: all groups until their ends."""
-        self.groups = [Group(str(i + 1), function, given) for i, (function, given) in enumerate(functions)]
+        """Run all groups until they end, as `warp_specialize` does."""
+        self.groups = [Group(str(i + 1), function, arguments) for i, (function, arguments) in enumerate(functions)]
         # some are slow: one group may run far ahead of another
         for group in self.groups:
             group.speed = self.chance.choice([1, 1, 20])
@@ -84,9 +83,9 @@ class Machine:
 
 
 class Group:
-    """A group of warps: a thread that runs when it is told to."""
+    """A group of warps: a thread that runs one step at a time."""
 
-    def __init__(self, name: str, function, given):
+    def __init__(self, name: str, function, arguments):
         self.name, self.ready, self.where = name, lambda: True, ""
         self.ended = self.stopped = False
         self.speed = 1
@@ -96,13 +95,13 @@ class Group:
         # copies out of shared memory, oldest first
         self.stores: list[tuple[str | None, object]] = []
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
-        self.thread = threading.Thread(target=self.main, args=(function, given), daemon=True)
+        self.thread = threading.Thread(target=self.main, args=(function, arguments), daemon=True)
         self.thread.start()
 
-    def main(self, function, given) -> None:
+    def main(self, function, arguments) -> None:
         self.go.acquire()
         try:
-            function(*given)
+            function(*arguments)
         except Stopped:
             pass
         except BaseException as error:
@@ -127,7 +126,7 @@ class Stopped(BaseException):
 
 
 class Shared:
-    """A piece of shared memory, and who wrote each number of it without a fence."""
+    """A piece of shared memory, and for each element the group that wrote it without a fence."""
 
     def __init__(self, data, writers):
         self.data, self.writers, self.dtype = data, writers, data.dtype
@@ -151,7 +150,7 @@ class Shared:
         self.writers.fill_(int(ACTIVE[0].me().name))
 
     def read(self):
-        """By a product or a copy."""
+        """Return the data to a product or a copy."""
         assert not self.writers.any(), "shared memory is read by another proxy without a fence"
         return self.data
 
@@ -219,7 +218,7 @@ class Pointer:
         return Pointer(self.tensor, self.place + more)
 
     def reach(self, mask):
-        """(flat memory, places, mask), all inside the tensor."""
+        """Return (flat memory, offsets, mask), all inside the tensor."""
         place = torch.as_tensor(self.place)
         mask = torch.as_tensor(True if mask is None else mask).expand(place.shape)
         first = self.tensor.storage_offset()
@@ -233,9 +232,9 @@ class Pointer:
 class Descriptor:
     """A matrix in global memory as the tensor-memory accelerator sees it."""
 
-    def __init__(self, given):
-        self.matrix = torch.as_strided(given.base, given.shape, given.strides)
-        self.block, self.dtype, self.layout = given.block_shape, given.base.dtype, given.layout
+    def __init__(self, descriptor):
+        self.matrix = torch.as_strided(descriptor.base, descriptor.shape, descriptor.strides)
+        self.block, self.dtype, self.layout = descriptor.block_shape, descriptor.base.dtype, descriptor.layout
 
     def part(self, place):
         row, column = (int(x) for x in place)
@@ -328,7 +327,7 @@ def warpgroup_mma_wait(count, deps):
     while len(products) > count:
         products.pop(0).compute()
     (wanted,) = deps
-    assert wanted not in products, "a product is used before it is waited for"
+    assert wanted not in products, "a product is used before the wait for it"
     return wanted.value
 
 
@@ -356,10 +355,10 @@ LANGUAGE = SimpleNamespace(
     program_id=lambda axis: ACTIVE[0].number,
     num_programs=lambda axis: ACTIVE[0].programs,
     allocate_shared_memory=allocate,
-    warp_specialize=lambda *given: ACTIVE[0].run(*given),
-    SliceLayout=lambda *given: None,
-    DotOperandLayout=lambda *given: None,
-    NVMMASharedLayout=SimpleNamespace(get_default_for=lambda *given: None),
+    warp_specialize=lambda *arguments: ACTIVE[0].run(*arguments),
+    SliceLayout=lambda *arguments: None,
+    DotOperandLayout=lambda *arguments: None,
+    NVMMASharedLayout=SimpleNamespace(get_default_for=lambda *arguments: None),
     math=SimpleNamespace(exp2=torch.exp2, log2=torch.log2),
     float32=torch.float32,
     int32=torch.int32,
@@ -387,19 +386,19 @@ FUNCTIONS = {
 }
 
 
-def emulated(function, known: dict):
-    """The Python of a kernel or of what it calls, with stand-ins for what it names."""
+def emulated(function, cache: dict):
+    """Return the Python function of a kernel, or of a function that it calls, with stand-ins for the names it uses."""
     code = function.fn
-    if code not in known:
+    if code not in cache:
         names: dict = {}
-        known[code] = FunctionType(code.__code__, names, code.__name__, code.__defaults__)
+        cache[code] = FunctionType(code.__code__, names, code.__name__, code.__defaults__)
         for name, value in code.__globals__.items():
             if isinstance(value, ModuleType) and name in MODULES:
                 names[name] = MODULES[name]
             elif isinstance(value, GluonJITFunction | InterpretedFunction):
-                names[name] = emulated(value, known)
+                names[name] = emulated(value, cache)
             elif name in FUNCTIONS:
                 names[name] = FUNCTIONS[name]
             else:
                 names[name] = value.value if isinstance(value, triton.language.constexpr) else value
-    return known[code]
+    return cache[code]

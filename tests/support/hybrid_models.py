@@ -1,4 +1,4 @@
-"""Tiny models of transformers with recurrent layers, short convolutions or latent attention, and one process beside them."""
+"""Tiny models of transformers with recurrent layers, short convolutions or latent attention, and their reference."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ _ZAMBA = dict(
 )
 _CONVOLUTION = dict(layer_types=["conv", "full_attention"], conv_L_cache=3)
 _MAMBA_2 = dict(num_heads=4, head_dim=16, expand=2, n_groups=2, state_size=6, conv_kernel=4, chunk_size=16)
-# by transformers' model_type
+# keyed by transformers' model_type
 RECURRENT: dict[str, dict[str, Any]] = {
     "qwen3_next": _TINY | _DELTA_NET | _SHARED,
     "qwen3_5_text": _TINY | _DELTA_NET,
@@ -118,12 +118,12 @@ MODELS = RECURRENT | LATENT | EXPERTS
 
 
 def config(name: str, **changes: Any) -> PretrainedConfig:
-    """A new configuration of a model_type."""
+    """Return a new configuration of a model_type."""
     return AutoConfig.for_model(name, **MODELS[name] | changes)
 
 
 def build(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> torch.nn.Module:
-    """In training, the same on all ranks; parameters that begin as zeros or ones are changed, so that they matter."""
+    """Return a model in training mode, the same on all ranks. No parameter is left at its initial zeros or ones."""
     huggingface.register()
     torch.manual_seed(0)
     # transformers' grouped experts have no float64
@@ -137,13 +137,13 @@ def build(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> torc
 
 
 def batch_of(lengths: Sequence[int]) -> dict[str, Any]:
-    """Random token ids of packed documents."""
+    """Return random token ids of packed documents."""
     ids = torch.randint(0, 64, (1, sum(lengths)), generator=torch.Generator().manual_seed(len(lengths)))
     return {"input_ids": ids, "document_lengths": list(lengths)}
 
 
 def in_one_process(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """Loss and gradients by transformers alone, one document at a time."""
+    """Compute the loss and gradients by transformers alone, one document at a time."""
     with huggingface.single_process_attention(model):
         loss = loss_by_document(lambda ids: model(ids, use_cache=False).logits[0], [batch])
         loss.backward()
@@ -152,7 +152,7 @@ def in_one_process(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[to
 
 @contextmanager
 def double_precision() -> Iterator[None]:
-    """Meanwhile what asks for float32 gets float64: transformers computes decays, states and routers in float32 throughout."""
+    """Replace float32 by float64 in torch: transformers computes decays, states and routers in float32 throughout."""
     names, as_float = ("float32", "float"), torch.Tensor.float
     before = {name: getattr(torch, name) for name in names}
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
@@ -167,9 +167,9 @@ def double_precision() -> Iterator[None]:
 
 
 def worst(got: Sequence[torch.Tensor | None], wanted: Sequence[torch.Tensor | None]) -> float:
-    """The largest error of a gradient, relative in norm.
+    """Return the largest error of a gradient, relative in norm.
 
-    A gradient that is all but 0, as that of keys where each sees itself alone, is measured by the largest of the model's.
+    The error of a gradient near 0 (of keys that see only themselves) is relative to the model's largest gradient.
     """
     assert [x is None for x in got] == [x is None for x in wanted]
     pairs = [(a, b) for a, b in zip(got, wanted, strict=True) if a is not None and b is not None]

@@ -1,4 +1,4 @@
-"""CUDA's caching allocator as far as it decides what is held: memory that another stream has used waits for the device.
+"""The rules of CUDA's caching allocator that decide which memory is held when another stream has used it.
 
 `ProcessGroupNCCL` tells the allocator of the storage of every message (`record_stream`). The allocator then records an event on
 NCCL's stream when that memory is freed, and gives it to others only once the device has passed the event. The host may be many
@@ -17,10 +17,10 @@ QUEUE = 1024
 
 
 class HeldBytes:
-    """Bytes that nothing else can have: of storages that are alive, and of freed ones that wait for the device.
+    """Bytes that no other tensor can use: of storages that are alive, and of freed ones that wait for the device.
 
     queue: launches that the host is ahead of the device, all the time. peak: the most bytes that were held; peak_of_messages:
-    the same of storages that messages were sent from or received in.
+    the same for storages that messages were sent from or received in.
     """
 
     def __init__(self, queue: int = 0):
@@ -32,7 +32,7 @@ class HeldBytes:
         self._waiting: deque[tuple[int, int]] = deque()
 
     def held(self) -> int:
-        """Return the bytes that nothing else can have now."""
+        """Return the bytes that no other tensor can use now."""
         return self.alive + self._waiting_bytes()
 
     def knows(self, storage: UntypedStorage) -> bool:
@@ -48,7 +48,7 @@ class HeldBytes:
         weakref.finalize(storage, self._free, key).atexit = False
 
     def record(self, storage: UntypedStorage) -> None:
-        """Tell the allocator that another stream uses a storage; one that is not counted is left out."""
+        """Note that another stream uses a storage. Ignore a storage that is not counted."""
         if not self.knows(storage):
             return
         self._recorded.add(storage._cdata)
@@ -56,7 +56,7 @@ class HeldBytes:
         self.peak_of_messages = max(self.peak_of_messages, in_use + self._waiting_bytes())
 
     def launch(self, count: int = 1) -> None:
-        """Queue launches: the device passes all but the last `queue`."""
+        """Count launches as queued: the device has passed all but the last `queue`."""
         self.launched += count
 
     def _free(self, key: int) -> None:

@@ -1,15 +1,15 @@
-"""CUDA's streams and events on a machine without a GPU: the device is "meta", nothing is computed, and clocks watch.
+"""CUDA's streams and events on a machine without a GPU: the device is "meta", nothing is computed, and clocks check the order.
 
-Inside `imitated_cuda` there is a stand-in for what distattn asks of torch.cuda; every operator is watched, in every thread that
-is started; Triton's launches are recorded instead of compiled; and communicators queue messages as NCCL does: after what the
-current stream has when they start, on a stream of their own, which the current stream waits for at `wait`.
+`imitated_cuda` replaces the functions of torch.cuda that distattn calls. It watches every operator in every thread that starts
+inside; it records Triton's launches instead of compiling them; and communicators queue messages as NCCL does: behind the work
+that is on the current stream, on a stream of their own, which the current stream waits for at `wait`.
 
 There are two devices. All tensors are on device TENSORS_ON, none on device 0. The current device belongs to a thread, and a new
 thread begins with device 0. To launch a kernel on the device without tensors, or to ask for its current stream, is a violation.
 PyTorch's own operators and NCCL's calls go to the device of their tensors by themselves.
 
-A number that is asked of the device is one, and a tensor copied from it is zeros; the host waits for both, and for copies to the
-device unless they are non_blocking.
+A number read from the device is 1, and a tensor copied from it is zeros. The host waits for both, and for copies to the device
+unless they are non_blocking.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import torch
 
-# modes import it at the first operator: once, before ranks are forked
+# dispatch modes import it at the first operator: import it once, before ranks are forked
 import torch._dynamo
 from stream_clocks import Clock, StreamClocks, Timeline
 from torch import Tensor
@@ -36,7 +36,7 @@ from distattn.kernels.registry import KERNELS
 from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.triton import attention as triton_attention
 
-# the kernel that is registered as KERNEL: Triton's, whose launches are recorded
+# this module is registered as the kernel KERNEL: Triton's kernel, with recorded launches
 from distattn.kernels.triton.attention import ACCUMULATES, DIFFERENTIABLE_LSE, backward, forward, prepare
 from distattn.kernels.triton.launch import TritonLaunch
 from distattn.memory import pinned_memory
@@ -49,7 +49,7 @@ DEVICE = torch.device("meta")
 # the number of the device that all tensors are on
 TENSORS_ON = 1
 KERNEL = "recorded"
-# of Triton's launches, the arguments that are written; all others are read
+# the arguments that each of Triton's launches writes; it reads all others
 _WRITTEN = {
     "forward_kernel": ("o_", "lse_"),
     "row_numbers_kernel": ("numbers_",),
@@ -58,18 +58,18 @@ _WRITTEN = {
     "sum_parts_kernel": ("dk_", "dv_"),
 }
 _ALLOCATE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
-# of meta tensors PyTorch would only have the shapes: it has other code for them
+# run these operators' code: for meta tensors PyTorch would only compute shapes
 _PASSES = {"distattn::forward": attention._forward, "distattn::backward": attention._backward}
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """A recorded launch serves every call."""
+    """Return None: a recorded launch serves every call."""
     return None
 
 
 @contextmanager
 def imitated_cuda(current: int = TENSORS_ON) -> Iterator[Cuda]:
-    """In here "meta" is a device with streams. This thread is watched, and those that it starts.
+    """Make "meta" a device with streams. This thread and those that it starts are watched.
 
     current: the number of this thread's current device, as a program sets it at its start.
     """
@@ -132,7 +132,7 @@ class Cuda:
 
     @contextmanager
     def device(self, device: Any) -> Iterator[None]:
-        """Another current device for this thread."""
+        """Make another device current for this thread."""
         before = self.current
         self.set_device(device)
         try:
@@ -140,20 +140,20 @@ class Cuda:
         finally:
             self._per_thread.device = before
 
-    def check_device(self, what: str) -> None:
-        """Note a violation where another device than that of the tensors is current in this thread."""
+    def check_device(self, action: str) -> None:
+        """Note a violation if the device of the tensors is not current in this thread."""
         if self.current != TENSORS_ON:
-            self.clocks.violation(f"{what} on device {self.current}, where no tensor is ({self.clocks.host().name})")
+            self.clocks.violation(f"{action} on device {self.current}, where no tensor is ({self.clocks.host().name})")
 
     def current_stream(self, device: Any = None) -> Stream:
-        """Of this thread, by default of its current device; that of a new thread is the default one."""
+        """Return the current stream of this thread, by default on its current device: the default stream in a new thread."""
         if device is None:
             self.check_device("the current stream is asked for")
         return getattr(self._per_thread, "current", self.default)
 
     @contextmanager
     def stream(self, stream: Stream | None) -> Iterator[None]:
-        """Make a stream and its device current in this thread for a while; does nothing for None."""
+        """Make a stream and its device current in this thread meanwhile. Do nothing for None."""
         before, device_before = self.current_stream(DEVICE), self.current
         if stream is not None:
             self._per_thread.current, self._per_thread.device = stream, TENSORS_ON
@@ -163,7 +163,7 @@ class Cuda:
             self._per_thread.current, self._per_thread.device = before, device_before
 
     def wait_on_host(self, clock: Clock) -> None:
-        """This thread of the host waits until all that a clock knows of is done."""
+        """Make this thread of the host wait until all that a clock has seen is done."""
         self.clocks.join(self.clocks.host(), clock)
 
 
@@ -179,7 +179,7 @@ class Stream:
         return event
 
     def wait_event(self, event: Event) -> None:
-        """Nothing to wait for where the event has not been recorded, as in CUDA."""
+        """Make the stream wait for an event. As in CUDA, an event that was not recorded is no wait."""
         waiting = self.cuda.clocks.host()
         if not waiting.knows(event.host, event.tick):
             self.cuda.clocks.violation(
@@ -195,12 +195,12 @@ class Stream:
 
 
 class Event:
-    """See torch.cuda.Event. Whatever is asked about is over."""
+    """An event as torch.cuda.Event has it. Every query answers that its work is done."""
 
     def __init__(self, cuda: Cuda, enable_timing: bool = False):
         self.cuda = cuda
         self.clock: Clock = {}
-        # who recorded it, and when
+        # the host thread that recorded it, and when
         self.host, self.tick = cuda.clocks.host(), 0
 
     def record(self, stream: Stream | None = None) -> None:
@@ -223,7 +223,7 @@ class Event:
 
 
 class _Watch(TorchDispatchMode):
-    """Tells the clocks of every operator of its thread."""
+    """A dispatch mode that reports every operator of its thread to the clocks."""
 
     def __init__(self, cuda: Cuda):
         super().__init__()
@@ -234,33 +234,33 @@ class _Watch(TorchDispatchMode):
         if func.name() in _PASSES:
             with _Watch(self.cuda):
                 return _PASSES[func.name()](*args, **kwargs)
-        # there is none to be had
+        # this machine cannot pin memory
         pins = bool(kwargs.pop("pin_memory", False))
         name = func.overloadpacket.__name__
-        given, written = _tensors((args, kwargs)), _written(func, args, kwargs)
-        to_host = any(x.device == DEVICE for x in given) and self._comes_to_host(name, written, kwargs)
+        tensors, written = _tensors((args, kwargs)), _written(func, args, kwargs)
+        to_host = any(x.device == DEVICE for x in tensors) and self._comes_to_host(name, written, kwargs)
         if to_host:
-            out = self._of_device(name, given[-1], args, kwargs)
+            out = self._of_device(name, tensors[-1], args, kwargs)
         else:
             out = func(*args, **kwargs)
-        storages = {x.untyped_storage()._cdata for x in given}
+        storages = {x.untyped_storage()._cdata for x in tensors}
         new = [x for x in _tensors(out) if x.untyped_storage()._cdata not in storages]
         stream = self.cuda.current_stream(DEVICE).timeline
-        is_queued = any(x.device == DEVICE for x in (*given, *new))
-        for x in (*given, *new):
+        is_queued = any(x.device == DEVICE for x in (*tensors, *new))
+        for x in (*tensors, *new):
             if x.device == DEVICE or (pins and x in new):
                 self.clocks.allocated(x, stream if x.device == DEVICE else self.clocks.host())
         if name in _ALLOCATE or not (new or written or to_host):
             # views touch nothing
             return out
-        reads = [x for x in given if all(x is not other for other in written)]
+        reads = [x for x in tensors if all(x is not other for other in written)]
         if not is_queued:
             self.clocks.on_host(name, reads, [*written, *new])
             return out
         self.clocks.queue(stream, name, reads, [*written, *new])
-        from_host = name in ("_to_copy", "copy_") and any(x.device != DEVICE for x in given)
+        from_host = name in ("_to_copy", "copy_") and any(x.device != DEVICE for x in tensors)
         blocks = not (kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,)))
-        # of the device's copies into memory of the host only those into pinned memory need not be waited for
+        # the host need not wait for a copy from the device into pinned memory; it waits for other copies to the host
         leaves = name == "copy_" and to_host and not blocks and self.clocks.knows(written[0])
         if (to_host and not leaves) or (from_host and blocks):
             self.cuda.wait_on_host(self.clocks.snapshot(stream))
@@ -289,12 +289,12 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that an operator's schema says are changed."""
-    found = []
+    """Return the tensors that an operator changes, by its schema."""
+    changed = []
     for number, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            found += _tensors(args[number] if number < len(args) else kwargs.get(argument.name))
-    return found
+            changed += _tensors(args[number] if number < len(args) else kwargs.get(argument.name))
+    return changed
 
 
 def _record_launch(cuda: Cuda, launch: TritonLaunch) -> None:
@@ -311,14 +311,14 @@ def _record_launch(cuda: Cuda, launch: TritonLaunch) -> None:
 
 
 class StreamNccl:
-    """One rank's end of a communicator: what distattn calls of ProcessGroupNCCL. Nothing is sent."""
+    """One rank's end of a communicator, with the methods of ProcessGroupNCCL that distattn calls. Nothing is sent."""
 
     supports_coalescing = True
 
     def __init__(self, cuda: Cuda):
         self._cuda = cuda
         self._timeline = cuda.clocks.new_stream("a communicator's stream")
-        # messages of one call travel side by side
+        # messages of one call travel concurrently
         self._lanes: list[Timeline] = []
         self._used: list[Tensor] = []
 
@@ -336,7 +336,7 @@ class StreamNccl:
     def recv(self, tensors: list[Tensor], peer: int, tag: int) -> None:
         self._add(f"receive from rank {peer}", [], tensors)
 
-    def _add(self, what: str, reads: list[Tensor], writes: list[Tensor]) -> None:
+    def _add(self, label: str, reads: list[Tensor], writes: list[Tensor]) -> None:
         clocks = self._cuda.clocks
         assert all(x.device == DEVICE and x.is_contiguous() for x in (*reads, *writes))
         number = len(self._used)
@@ -346,7 +346,7 @@ class StreamNccl:
         self._used += writes or reads
         clocks.join(lane, clocks.snapshot(self._timeline))
         clocks.join(lane, clocks.snapshot(self._cuda.current_stream(DEVICE).timeline))
-        clocks.queue(lane, what, reads, writes)
+        clocks.queue(lane, label, reads, writes)
 
     def _end_coalescing(self) -> _Work:
         clocks = self._cuda.clocks
@@ -359,11 +359,11 @@ class StreamNccl:
         """End; the messages of these tests have all been waited for."""
 
     def abort(self) -> None:
-        """Nothing is under way."""
+        """End. No message is under way."""
 
 
 class _Work:
-    """What a call of a communicator returns. As NCCL's it keeps its tensors until it is waited for."""
+    """The work that a communicator's call returns. As NCCL's it keeps its tensors until `wait`."""
 
     def __init__(self, cuda: Cuda, clock: Clock, tensors: list[Tensor]):
         self.cuda, self.clock, self._tensors = cuda, clock, tensors
@@ -377,15 +377,15 @@ class _Work:
 
 
 def _follow_hosts(patch: pytest.MonkeyPatch, cuda: Cuda) -> None:
-    """What one thread of the host knows when it starts, ends, or tells another something, the other one knows, too."""
+    """Pass clocks between host threads at the start and end of a thread and at each notification."""
     clocks = cuda.clocks
 
     def start(thread: threading.Thread, original: Callable[..., None] = threading.Thread.start) -> None:
-        known, run = clocks.snapshot(clocks.host()), thread.run
+        clock, run = clocks.snapshot(clocks.host()), thread.run
 
         def watched() -> None:
             clocks.host().name = f"thread {thread.name}"
-            cuda.wait_on_host(known)
+            cuda.wait_on_host(clock)
             with _Watch(cuda):
                 run()
             thread.known = clocks.snapshot(clocks.host())
@@ -397,7 +397,7 @@ def _follow_hosts(patch: pytest.MonkeyPatch, cuda: Cuda) -> None:
         original(thread, timeout)
         cuda.wait_on_host(getattr(thread, "known", {}))
 
-    # futures, events and queues have one inside
+    # futures, events and queues contain a condition
     def told(condition: Any) -> None:
         cuda.wait_on_host(getattr(condition, "known", {}))
 
@@ -424,8 +424,8 @@ def _follow_hosts(patch: pytest.MonkeyPatch, cuda: Cuda) -> None:
             super().put((clocks.snapshot(clocks.host()), item), *rest, **how)
 
         def get(self, *rest: Any, **how: Any) -> Any:
-            known, item = super().get(*rest, **how)
-            cuda.wait_on_host(known)
+            clock, item = super().get(*rest, **how)
+            cuda.wait_on_host(clock)
             return item
 
     patch.setattr(threading.Thread, "start", start)

@@ -1,12 +1,11 @@
 """A backend with NCCL's rules, for tests: over queues between threads of one process, or over gloo between processes.
 
-What NCCL does and gloo does not: the first call of a communicator blocks until all its ranks make one; the first message from one
-rank to another connects them, which blocks the host, without a time-out, until both have come to it; tensors of another
-device are refused; messages are one call, and calls are worked off in order, each only when both ends have come to it; what is
-sent is read late, and what is received is there only after the wait. So here sends are read at the wait, what is to be received
-is NaN until then, and where ranks would wait for each other for ever a Hang says who for whom. A shutdown waits for calls under
-way and for the other ranks; after it no call may be made. A communicator that was neither shut down nor aborted prints a warning
-when it is dropped.
+NCCL's rules that gloo does not have: the first call of a communicator blocks until all its ranks make one. The first message from
+one rank to another connects them, which blocks the host, without a time-out, until both have reached it. Tensors of another
+device are refused. Messages are one call, and calls run in order, each only when both ends have reached it. Sent tensors are read
+at the wait, and received tensors are NaN until the wait.
+Where ranks would wait for each other for ever, a Hang names both. A shutdown waits for calls under way and for the other ranks;
+no call may follow it. A communicator that was neither shut down nor aborted prints a warning when it is deleted.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from torch import Tensor
 
 
 class Hang(RuntimeError):
-    """What would never end."""
+    """A wait that would never end."""
 
 
 class QueueWire:
-    """Between threads: rank r uses `end(r)`."""
+    """Queues between threads: rank r uses `end(r)`."""
 
     def __init__(self, seconds: float = 60.0):
         self.seconds = seconds
@@ -68,7 +67,7 @@ class QueueWire:
 
 
 class GlooWire:
-    """Between processes."""
+    """Messages over gloo between processes."""
 
     KINDS = ("here", "data", "taken", "end")
 
@@ -107,14 +106,14 @@ class ImitatedNccl:
     supports_coalescing = True
 
     def __init__(self, wire: Any, rank: int, ranks: int, device: str = "cpu", blocks: bool = True):
-        """blocks: waits return once messages have come; otherwise at once, as where a device's stream waits."""
+        """Make the end of `rank`. blocks: a wait returns once messages have come, and otherwise at once."""
         self._blocks = blocks
         self._wire, self._rank, self._ranks, self._device = wire, rank, ranks, torch.device(device)
         self._has_called, self._is_aborted, self._is_shut = False, False, False
         # (source, destination) of messages that this rank has sent or received
         self._connected: set[tuple[int, int]] = set()
         self._group: _Call | None = None
-        # calls that are not worked off yet, oldest first
+        # calls that have not run yet, oldest first
         self._stream: list[_Call] = []
         self._lock = threading.RLock()
         self._end_lock = threading.Lock()
@@ -126,7 +125,7 @@ class ImitatedNccl:
         return "nccl"
 
     def allreduce(self, tensors: list[Tensor]) -> _Call:
-        """Of what is only used to open a communicator: nothing is summed."""
+        """Open the communicator. distattn calls it for nothing else, so nothing is summed."""
         self._check(*tensors)
         self._first_call()
         return _Call(self, [], [])
@@ -138,7 +137,7 @@ class ImitatedNccl:
     def _end_coalescing(self) -> _Call:
         call, self._group = self._group, None
         assert call is not None and (call.sends or call.receives), "a group of no calls"
-        # every message has both ends in the same group of calls, and no message is for oneself
+        # both ends of every message are in the same group of calls, and no rank sends to itself
         assert self._rank not in {peer for peer, _ in (*call.sends, *call.receives)}
         self._first_call()
         self._connect(call)
@@ -153,13 +152,13 @@ class ImitatedNccl:
     def recv(self, tensors: list[Tensor], peer: int, tag: int) -> _Call | None:
         return self._add(tensors, peer, "receives")
 
-    def _add(self, tensors: list[Tensor], peer: int, what: str) -> _Call | None:
+    def _add(self, tensors: list[Tensor], peer: int, kind: str) -> _Call | None:
         self._check(*tensors)
-        # a call of its own, where it is in no group
+        # outside a group a message is a call of its own
         alone = self._group is None
         if alone:
             self._start_coalescing()
-        getattr(self._group, what).append((peer, tensors[0]))
+        getattr(self._group, kind).append((peer, tensors[0]))
         return self._end_coalescing() if alone else None
 
     def _check(self, *tensors: Tensor) -> None:
@@ -176,8 +175,8 @@ class ImitatedNccl:
         self._has_called = True
         self._meet("here", "first call of a communicator")
 
-    def _meet(self, kind: str, what: str) -> None:
-        """Wait until all ranks have come to this."""
+    def _meet(self, kind: str, action: str) -> None:
+        """Wait until all ranks have reached this call."""
         others = [rank for rank in range(self._ranks) if rank != self._rank]
         for rank in others:
             self._wire.put(rank, kind, torch.zeros(1, dtype=torch.uint8))
@@ -185,10 +184,10 @@ class ImitatedNccl:
             try:
                 self._wire.take(rank, kind)
             except TimeoutError:
-                raise Hang(f"rank {self._rank}'s {what} waits for a call of rank {rank}") from None
+                raise Hang(f"rank {self._rank}'s {action} waits for a call of rank {rank}") from None
 
     def _connect(self, call: _Call) -> None:
-        """Wait, on the host, for the other end of each message between ranks that have not had one in this direction."""
+        """Wait, on the host, for the other end of each message that is the first in its direction between two ranks."""
         sent = {(self._rank, peer): peer for peer, _ in call.sends}
         received = {(peer, self._rank): peer for peer, _ in call.receives}
         new = {pair: peer for pair, peer in (sent | received).items() if pair not in self._connected}
@@ -205,7 +204,7 @@ class ImitatedNccl:
         self._connected |= set(new)
 
     def shutdown(self) -> None:
-        """Wait for calls under way and for the other ranks' shutdown. Meanwhile nothing aborts it: both take one lock."""
+        """Wait for calls under way and for the other ranks' shutdown. `abort` waits meanwhile: both take one lock."""
         with self._end_lock:
             if self._stream:
                 self.work_off(self._stream[-1])
@@ -214,7 +213,7 @@ class ImitatedNccl:
             self._is_shut = True
 
     def __del__(self) -> None:
-        # the words of PyTorch's destructor, which aborts then
+        # the text of PyTorch's destructor, which then aborts
         if not (self._is_shut or self._is_aborted):
             os.write(
                 2, b"WARNING: destroy_process_group() was not called before program exit, which can leak resources.\n"
@@ -222,13 +221,13 @@ class ImitatedNccl:
             self.abort()
 
     def abort(self) -> None:
-        """End all calls under way, so that what waits for them goes on."""
+        """End all calls under way, so that threads that wait for them go on."""
         with self._end_lock:
             self._is_aborted = True
             self._stream.clear()
 
     def work_off(self, last: _Call) -> None:
-        """All calls up to this one, in order."""
+        """Run all calls up to this one, in order."""
         with self._lock:
             while last in self._stream:
                 self._stream[0].run()
@@ -236,7 +235,7 @@ class ImitatedNccl:
 
 
 class _Call:
-    """Messages that are one call, and the work to be waited for."""
+    """Messages that are one call, and the work to wait for."""
 
     def __init__(self, communicator: ImitatedNccl, sends: list, receives: list):
         self._communicator, self.sends, self.receives = communicator, sends, receives
@@ -269,12 +268,12 @@ class _Call:
         try:
             return wire.take(peer, kind)
         except TimeoutError:
-            what = f"a message of rank {peer}" if kind == "data" else f"rank {peer} to receive"
-            raise Hang(f"rank {rank} waits for {what}") from None
+            event = f"a message of rank {peer}" if kind == "data" else f"rank {peer} to receive"
+            raise Hang(f"rank {rank} waits for {event}") from None
 
 
 def imitate_nccl(seconds: float = 60.0, blocks: bool = True) -> None:
-    """From now on, communicators that this process opens beside gloo groups have NCCL's rules."""
+    """Open communicators with NCCL's rules next to gloo groups from now on in this process."""
     from distattn.parallel.runtime import communicator
 
     def opened(store: dist.Store, rank: int, members: list[int], timeout: Any, name: str) -> ImitatedNccl:
@@ -285,7 +284,7 @@ def imitate_nccl(seconds: float = 60.0, blocks: bool = True) -> None:
 
 
 def by_rules(rules: str, work: Any) -> Any:
-    """`work` for `run_on_ranks`, in processes whose communicators have NCCL's rules, or "gloo"'s own."""
+    """Return `work` for `run_on_ranks`, in processes whose communicators have NCCL's rules, or "gloo"'s own."""
 
     def run(rank: int, *arguments: Any) -> Any:
         if rules == "nccl":

@@ -1,4 +1,4 @@
-"""The reference kernel with the habits of those on GPUs: it writes, adds and merges into the tensors that it is given."""
+"""The reference kernel with a GPU kernel's habits: it writes, adds and merges into the tensors that it is given."""
 
 from distattn.kernels import reference
 from distattn.kernels.merge import merge_
@@ -24,8 +24,8 @@ def forward(q, k, v, schedule, score, into, merge=False):
 
 def backward(do, q, k, v, lse, delta, schedule, score, into, add):
     dq, (dk, dv) = into
-    made = reference.backward(do, q, k, v, lse, delta, schedule, score)
-    for target, result, adds in zip((dq, dk, dv), made, (add[0], add[1], add[1]), strict=True):
+    gradients = reference.backward(do, q, k, v, lse, delta, schedule, score)
+    for target, result, adds in zip((dq, dk, dv), gradients, (add[0], add[1], add[1]), strict=True):
         if adds:
             target += result
         else:

@@ -1,4 +1,4 @@
-"""Where processes wait for connections."""
+"""The sockets on which processes wait for connections."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,18 +7,20 @@ import psutil
 
 
 def listening_addresses(process: psutil.Process) -> list[tuple[str, int]]:
-    """(address, port) of the TCP sockets on which a process waits for connections; none of one that has just ended."""
+    """Return (address, port) of the TCP sockets on which a process waits for connections; none if it has just ended."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        found = process.net_connections("tcp")
-        # IPv6 sockets of addresses of IPv4 are told as those
+        connections = process.net_connections("tcp")
+        # IPv6 sockets with IPv4 addresses are listed as IPv4
         return [
-            (one.laddr.ip.removeprefix("::ffff:"), one.laddr.port) for one in found if one.status == psutil.CONN_LISTEN
+            (connection.laddr.ip.removeprefix("::ffff:"), connection.laddr.port)
+            for connection in connections
+            if connection.status == psutil.CONN_LISTEN
         ]
     return []
 
 
 def family_of(number: int) -> Iterator[psutil.Process]:
-    """A process and all that come of it."""
+    """Yield a process and all its descendants."""
     first = psutil.Process(number)
     yield first
     yield from first.children(recursive=True)

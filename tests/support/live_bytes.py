@@ -1,4 +1,4 @@
-"""Counts the bytes of tensors of the host that are alive, and the most that ever were. Independent of the allocator."""
+"""Counts the bytes of host tensors that are alive, and their peak. Independent of the allocator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside, `now` and `peak` count bytes of storages that operations have made. Tensors of the meta device have none."""
+    """A dispatch mode whose `now` and `peak` count bytes of storages that operations make. Meta tensors have none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,14 +21,14 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(one, DTensor) for one in types):
-            # a DTensor's operations come back here, as those on its local tensors
+        if any(issubclass(type_, DTensor) for type_ in types):
+            # a DTensor's operations come back here as operations on its local tensors
             return NotImplemented
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
             if type(tensor) is torch.Tensor and tensor.device.type == "cpu":
                 self._count(tensor.untyped_storage())
-        return made
+        return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage.data_ptr(), storage.nbytes()

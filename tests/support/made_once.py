@@ -1,4 +1,4 @@
-"""What is made for many tests, once for all processes of pytest: a fixture alone would make it in each of them."""
+"""Folders that many tests read, made once for all processes of pytest: a fixture would make them in each process."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +8,9 @@ from filelock import FileLock
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """A folder of this name that `make` has filled, by whichever process of pytest came first. It is only read."""
+    """Return a folder of this name that `make` has filled in the first process of pytest that came. It is only read."""
     whole = factory.getbasetemp()
-    # of all workers of xdist
+    # shared by all workers of xdist
     base = whole.parent if whole.name.startswith("popen-") else whole
     folder, done = base / name, base / f"{name}.done"
     with FileLock(base / f"{name}.lock"):

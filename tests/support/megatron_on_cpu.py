@@ -1,6 +1,6 @@
-"""What megatron-core 0.16 needs to train without CUDA, on gloo. For tests and examples here only.
+"""Stand-ins that megatron-core 0.16 needs to train without CUDA, on gloo. For tests and examples here only.
 
-Import it before anything of megatron; it does nothing where CUDA is.
+Import this module before any module of megatron. It does nothing where CUDA is available.
 """
 
 import contextlib
@@ -11,27 +11,31 @@ import torch
 
 
 def _on_cpu(make: Any) -> Any:
-    def made(*given: Any, **named: Any) -> Any:
+    def made(*args: Any, **named: Any) -> Any:
         if str(named.get("device", "")).startswith("cuda"):
             named["device"] = "cpu"
         named.pop("pin_memory", None)
-        return make(*given, **named)
+        return make(*args, **named)
 
     return made
 
 
-def _type(self: torch.Tensor, *given: Any, **named: Any) -> Any:
-    found = _TYPE(self, *given, **named)
+def _type(self: torch.Tensor, *args: Any, **named: Any) -> Any:
+    type_name = _TYPE(self, *args, **named)
     # optimizers look for torch.cuda.FloatTensor
-    return found.replace("torch.", "torch.cuda.", 1) if isinstance(found, str) and not given and not named else found
+    return (
+        type_name.replace("torch.", "torch.cuda.", 1)
+        if isinstance(type_name, str) and not args and not named
+        else type_name
+    )
 
 
 def _lists(make: Any) -> Any:
-    """Splits that Megatron copies to the host where they are on a device are not lists on a CPU."""
+    """Turn splits into lists: Megatron does it only when it copies them from a device."""
 
-    def made(*given: Any, **named: Any) -> Any:
+    def made(*args: Any, **named: Any) -> Any:
         return make(
-            *given, **{name: x.tolist() if "split" in name and x is not None else x for name, x in named.items()}
+            *args, **{name: x.tolist() if "split" in name and x is not None else x for name, x in named.items()}
         )
 
     return made
@@ -39,33 +43,33 @@ def _lists(make: Any) -> Any:
 
 class _Stream:
     def wait_stream(self, other: Any) -> None:
-        """Everything is done in turn."""
+        """Skip the wait: on a CPU everything runs in order."""
 
-    def record_event(self, *given: Any) -> "_Stream":
+    def record_event(self, *args: Any) -> "_Stream":
         return self
 
-    synchronize = wait_event = lambda self, *given: None
+    synchronize = wait_event = lambda self, *args: None
 
 
 _TYPE = torch.Tensor.type
 
 if not torch.cuda.is_available():
     warnings.filterwarnings("ignore", module="megatron")
-    # `with torch.device(...)` knows the functions that are there when it is first used
+    # `with torch.device(...)` patches the functions that exist when it is first used
     with torch.device("meta"):
         torch.empty(0)
     torch.cuda.current_device = lambda: torch.device("cpu")
-    # what sends tokens to experts copies counts to the host beside them
-    torch.cuda.Stream = torch.cuda.current_stream = lambda *given, **named: _Stream()
+    # the token dispatcher of experts copies counts to the host on a side stream
+    torch.cuda.Stream = torch.cuda.current_stream = lambda *args, **named: _Stream()
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
     torch.distributed.all_to_all_single = _lists(torch.distributed.all_to_all_single)
     for name in ("synchronize", "set_device", "manual_seed"):
-        setattr(torch.cuda, name, lambda *given, **named: None)
-    torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *given, **named: self
+        setattr(torch.cuda, name, lambda *args, **named: None)
+    torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *args, **named: self
     torch.Tensor.type = _type
     for name in ("zeros", "ones", "empty", "tensor", "full", "arange"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     from megatron.core.tensor_parallel import random
 
     random.CudaRNGStatesTracker.fork = lambda self, name="": contextlib.nullcontext()
-    random.model_parallel_cuda_manual_seed = lambda *given, **named: None
+    random.model_parallel_cuda_manual_seed = lambda *args, **named: None

@@ -1,4 +1,4 @@
-"""A small model trained one step with some memory settings on gloo ranks, for gradients to be compared with one process."""
+"""A small model trained one step with some memory settings on gloo ranks, to compare gradients with one process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distattn.memory.host_offload import HostOffload
 from distattn.memory.tiled_loss import TiledLoss
 from distattn.memory.tiled_mlp import tile_feed_forward
 
-# of 81 tokens, whose first half has no labels: in contiguous layout the first rank of two or four has none
+# 81 tokens, whose first half has no labels: in contiguous layout the first rank of two or four has none
 LENGTHS = [30, 8, 43]
 VARIANTS: dict[str, dict[str, Any]] = {
     "tiled loss": dict(loss=TiledLoss(tile_tokens=7)),
@@ -31,12 +31,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def batches() -> list[dict[str, Any]]:
-    """Two micro-batches; ranks have unequally many labels, some none."""
+    """Return two micro-batches. Ranks have unequal numbers of labels, some none."""
     return [small.micro_batch(LENGTHS, masked=True), small.micro_batch([11, 21])]
 
 
 def apply(model: Any, *, mlp_tile: int = 0, save: str | None = None, offload: bool = False) -> None:
-    """Settings of a variant that change the model."""
+    """Apply the settings of a variant that change the model."""
     if mlp_tile:
         tile_feed_forward(model, mlp_tile)
     if save is not None:
@@ -44,7 +44,7 @@ def apply(model: Any, *, mlp_tile: int = 0, save: str | None = None, offload: bo
 
 
 def step(rank: int, ranks: int, fsdp: bool, variant: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
-    """(loss, whole gradients) of a step on this rank."""
+    """Run a step on this rank. Return (loss, whole gradients)."""
     model = small.build(dtype, **changes)
     how = dict(VARIANTS[variant])
     loss = how.pop("loss", None)

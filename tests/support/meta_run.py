@@ -1,7 +1,7 @@
-"""A layer call of one rank on meta tensors, at full size: which operators run around the kernels, what they move, and the peak.
+"""A layer call of one rank on meta tensors, at full size: the operators around the kernels, the bytes they move, and the peak.
 
-Nothing is computed, so a million tokens take a moment. An operator that would make a GPU's host wait, or copy between the two,
-is an error.
+Nothing is computed, so a million tokens take a moment. An operator that would make a GPU's host wait, or copy between host and
+GPU, is an error.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.transport import GroupTransport
 
-# read or write nothing, or only their result's shape
+# these read or write nothing, or only their result's shape
 _FREE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias", "set_")
 
 
 @dataclass
 class Traffic:
-    """What one pass does around its kernels. launches: of operators; bytes: read and written by them; peak: of new tensors.
+    """The work of one pass around its kernels. launches: of operators; bytes: read and written by them; peak: of new tensors.
 
-    said: the peak that is known before the pass.
+    predicted_peak: the peak that is known before the pass.
     """
 
     launches: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
     peak: int = 0
-    said: int = 0
+    predicted_peak: int = 0
     kernels: int = 0
     messages: int = 0
 
@@ -52,7 +52,10 @@ class Traffic:
 
 
 class Watch(TorchDispatchMode):
-    """Counts what passes through PyTorch's dispatcher. memory: of what is made meanwhile."""
+    """A counter of the operators that pass through PyTorch's dispatcher.
+
+    memory: of the tensors that are made meanwhile.
+    """
 
     def __init__(self, traffic: Traffic, memory: HeldBytes | None = None):
         super().__init__()
@@ -62,21 +65,21 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        assert (wait := wait_of(func, args, kwargs, made)) is None, wait
-        before = {x.untyped_storage()._cdata for x in given}
+        arguments = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        assert (wait := wait_of(func, args, kwargs, results)) is None, wait
+        before = {x.untyped_storage()._cdata for x in arguments}
         # a view of what was there is not new
-        for x in given:
+        for x in arguments:
             self._leave_out(x.untyped_storage())
         in_place = name.endswith("_") or name.startswith("_index_put") or "out" in (kwargs or {})
-        view = bool(made) and not in_place and all(x.untyped_storage()._cdata in before for x in made)
+        view = bool(results) and not in_place and all(x.untyped_storage()._cdata in before for x in results)
         if not view and name not in _FREE:
             self.traffic.launches[name] += 1
             self.traffic.bytes[name] += _row_bytes(name, args) or (
-                sum(x.nbytes for x in given) + (0 if in_place else sum(x.nbytes for x in made))
+                sum(x.nbytes for x in arguments) + (0 if in_place else sum(x.nbytes for x in results))
             )
-        for x in made:
+        for x in results:
             self._track(x)
         return out
 
@@ -84,7 +87,7 @@ class Watch(TorchDispatchMode):
         key = storage._cdata
         if not self.memory.knows(storage) and key not in self._older:
             self._older.add(key)
-            # its address comes again
+            # a later storage may have its address
             weakref.finalize(storage, self._older.discard, key).atexit = False
 
     def _track(self, x: Tensor) -> None:
@@ -95,18 +98,18 @@ class Watch(TorchDispatchMode):
 
 
 def _row_bytes(name: str, args: tuple[Any, ...]) -> int:
-    """What the operators of `kernels.glue` read and write: some rows, not whole tensors."""
+    """Return the bytes that the operators of `kernels.glue` read and write: of some rows, not whole tensors."""
     if name not in ("copy_rows", "add_rows", "merge_rows"):
         return 0
     count, tensors = args[-1], [x for x in args if isinstance(x, Tensor) and x.dtype.is_floating_point]
     row = [x[:1].numel() * x.element_size() for x in tensors]
-    # results are read before they are added to, or merged into; they come first
+    # results come first; they are read before they are added to or merged into
     read_too = {"copy_rows": 0, "add_rows": 1, "merge_rows": 2}[name]
     return int(count * (sum(row) + sum(row[:read_too])))
 
 
 class MetaBackend:
-    """Takes messages as NCCL does, and delivers nothing. memory: the allocator is told of the storage of each message."""
+    """A backend that takes messages as NCCL does, and delivers none. memory: records the storage of each message."""
 
     supports_coalescing = True
 
@@ -133,14 +136,14 @@ class MetaBackend:
 
 
 class _Group:
-    """Stands for a process group."""
+    """A stand-in for a process group."""
 
 
 GROUP = _Group()
 
 
 class Layer:
-    """A rank's layer of a plan, made ready as `prepare` does. its memory: what is known of it beforehand."""
+    """A rank's layer of a plan, as `prepare` makes it. memory: the plan's prediction."""
 
     def __init__(self, plan: Plan, rank: int):
         self.backend = MetaBackend()
@@ -151,7 +154,7 @@ class Layer:
         self.new_inputs()
 
     def new_inputs(self) -> None:
-        """Make the rank's own tensors: q, k, v, of latent attention the weights, and the gradient of the output."""
+        """Make the rank's own tensors: q, k, v, the weights of latent attention, and the gradient of the output."""
         call, op = self.ready.program.call, self.ready.program.call.op
 
         def tensor(heads: int, width: int, rows: int = self.ready.program.tokens) -> Tensor:
@@ -164,32 +167,35 @@ class Layer:
             self.up = tensor(call.head_dim - op.rotary_dim + call.v_head_dim, op.latent_dim, rows=call.heads)
 
     def forward(self) -> Any:
-        """(o, lse, kept)."""
+        """Run the forward pass. Return (o, lse, kept)."""
         if self.up is not None:
             facts = self.ready.handle, self.ready.kept_elements, 0.1
             return latent._forward(self.q, self.k, self.v, self.up, *facts)
         return execute.run_to_completion(forward_pass(self.ready, self.q, self.k, self.v, None, None, 0.1, 0.0))
 
     def backward(self, o: Tensor, lse: Tensor, kept: Tensor) -> Any:
-        """Gradients of the inputs."""
+        """Run the backward pass. Return gradients of the inputs."""
         if self.up is not None:
-            given = self.do, self.q, self.k, self.v, self.up, o, lse, kept
-            return latent._backward(*given, self.ready.handle, 0.1)
-        given = self.do, None, self.q, self.k, self.v, None, None, o, lse, kept
-        return execute.run_to_completion(backward_pass(self.ready, *given, 0.1, 0.0))
+            tensors = self.do, self.q, self.k, self.v, self.up, o, lse, kept
+            return latent._backward(*tensors, self.ready.handle, 0.1)
+        tensors = self.do, None, self.q, self.k, self.v, None, None, o, lse, kept
+        return execute.run_to_completion(backward_pass(self.ready, *tensors, 0.1, 0.0))
 
 
 def layer_call(plan: Plan, rank: int) -> tuple[Traffic, Traffic, int]:
-    """(forward, backward, bytes that stay from the one to the other) of a rank's layer call."""
+    """Return (forward, backward, bytes kept between the two) of a rank's layer call."""
     layer = Layer(plan, rank)
     passes = []
 
-    def watched(direction: str, run: Any, *given: Tensor) -> Any:
-        traffic, before = Traffic(said=layer.memory[direction].peak), (len(meta_kernel.CALLS), layer.backend.messages)
-        # what other passes have left would not be counted
+    def watched(direction: str, run: Any, *tensors: Tensor) -> Any:
+        traffic, before = (
+            Traffic(predicted_peak=layer.memory[direction].peak),
+            (len(meta_kernel.CALLS), layer.backend.messages),
+        )
+        # otherwise memory left by other passes would not be counted
         ARENAS.free(META)
         with Watch(traffic) as watch:
-            result = run(*given)
+            result = run(*tensors)
             kept = watch.memory.alive - sum(ARENAS.idle_bytes(META))
         traffic.kernels, traffic.messages = len(meta_kernel.CALLS) - before[0], layer.backend.messages - before[1]
         passes.append(traffic)
@@ -201,15 +207,16 @@ def layer_call(plan: Plan, rank: int) -> tuple[Traffic, Traffic, int]:
 
 
 def layers_ahead(plan: Plan, rank: int, layers: int, launches: int) -> dict[str, HeldBytes]:
-    """Memory of so many layers in each direction, with the host ahead of the device. launches: of a layer in one direction.
+    """Return the memory of this many layers in each direction, with the host ahead of the device.
 
-    Each layer has inputs of its own, which are counted in the forward pass, as are its outputs and what it keeps.
+    launches: of a layer in one direction. Each layer has inputs of its own. The forward pass counts them, its outputs and the
+    tensors that it keeps.
     """
     layer = Layer(plan, rank)
     ARENAS.free(META)
-    found, saved = {}, []
+    by_direction, saved = {}, []
     for direction in ("forward", "backward"):
-        memory = layer.backend.memory = found[direction] = HeldBytes(QUEUE)
+        memory = layer.backend.memory = by_direction[direction] = HeldBytes(QUEUE)
         with Watch(Traffic(), memory):
             for _ in range(layers):
                 if direction == "forward":
@@ -219,11 +226,11 @@ def layers_ahead(plan: Plan, rank: int, layers: int, launches: int) -> dict[str,
                     layer.q, layer.k, layer.v, outputs = saved.pop()
                     layer.backward(*outputs)
                 memory.launch(launches)
-    return found
+    return by_direction
 
 
 class _Repeated(torch.autograd.Function):
-    """A layer behind a checkpoint: its forward pass is repeated within the backward pass, and its backward follows."""
+    """A layer behind a checkpoint: the backward pass repeats its forward pass, then runs its backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Layer, memory: HeldBytes, launches: int) -> Tensor:
@@ -244,7 +251,7 @@ class _Repeated(torch.autograd.Function):
 def repeated_layers(plan: Plan, rank: int, layers: int, launches: int) -> HeldBytes:
     """Return the memory of the backward pass of checkpointed layers, with the host ahead of the device; see `layers_ahead`.
 
-    The arena has grown before, without messages.
+    The arena has grown before these layers, without messages.
     """
     layer, memory = Layer(plan, rank), HeldBytes(QUEUE)
     ARENAS.free(META)

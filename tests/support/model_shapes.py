@@ -1,4 +1,4 @@
-"""Tiny models of transformers of several kinds, and what to compare them by."""
+"""Tiny models of transformers of several kinds, and how to compare them."""
 
 from __future__ import annotations
 
@@ -63,25 +63,25 @@ NAMES = tuple(_MAKE)
 
 
 def config(name: str) -> PretrainedConfig:
-    """A new configuration of the kind."""
+    """Return a new configuration of the kind."""
     return _MAKE[name]()
 
 
 def materialised(name: str) -> PreTrainedModel:
-    """The kind's model, whole, with the initial weights of seed 1."""
+    """Return the kind's whole model, with the initial weights of seed 1."""
     model = meta_model(config(name))
     materialise(model, 1)
     return model
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:
-    """Of `IDS`, without splitting anything."""
+    """Compute the logits of `IDS` in one process."""
     model.set_attn_implementation("eager")
     return model.eval()(IDS, use_cache=False).logits.detach()
 
 
 def assert_equal(got: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
-    """The same names, dtypes and bits."""
+    """Assert that names, dtypes and bits are equal."""
     assert got.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert got[name].dtype == tensor.dtype and torch.equal(got[name], tensor), name

@@ -1,4 +1,4 @@
-"""Mutants of plans: what the verifier accepts must compute the right thing."""
+"""Mutants of plans: a mutant that the verifier accepts must compute the right result."""
 
 import random
 from collections.abc import Callable
@@ -9,16 +9,16 @@ from distattn.ir.errors import PlanError
 from distattn.ir.plan import Plan
 from distattn.parallel.analysis.verify import verify
 
-# of one plan
+# mutants of one plan
 _TRIALS = 12
 
 
 def check_mutants(
     mutants: int, seed: int, make: Callable[[random.Random, int], tuple[Plan, Callable[[Plan], None]]]
 ) -> tuple[int, int]:
-    """(refused, accepted and right) of at least so many mutants; fails where one is accepted and wrong.
+    """Try at least this many mutants. Return (refused, accepted and right). Raise if one is accepted and wrong.
 
-    make: of a seed a random plan, and what raises where a mutant of it computes something wrong.
+    make: returns a random plan of a seed, and a function that raises if a mutant of the plan computes a wrong result.
     """
     refused = right = 0
     while refused + right < mutants:

@@ -1,4 +1,4 @@
-"""What all ranks together are compared with: one process, one document at a time."""
+"""The reference for all ranks together: one process, one document at a time."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from distattn.batch.packed_batch import IGNORE_INDEX
 def loss_by_document(
     logits_of: Callable[[torch.Tensor], torch.Tensor], batches: Sequence[Mapping[str, Any]]
 ) -> torch.Tensor:
-    """The sum of token losses over all documents / valid labels, differentiable.
+    """Return the sum of token losses over all documents / valid labels, differentiable.
 
     logits_of: token ids (1, L) of one document to logits (L, V). batches: input_ids and maybe labels (1, N), and
     document_lengths.

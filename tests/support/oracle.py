@@ -41,7 +41,7 @@ class Inputs(NamedTuple):
 def random_inputs(
     n: int, heads: int, kv_heads: int, head_dim: int, v_head_dim: int | None = None, seed: int = 0
 ) -> Inputs:
-    """fp64 tensors (n, heads, dim)."""
+    """Return fp64 tensors (n, heads, dim)."""
     generator = torch.Generator().manual_seed(seed)
     v_head_dim = head_dim if v_head_dim is None else v_head_dim
     shapes = [(n, heads, head_dim), (n, kv_heads, head_dim), (n, kv_heads, v_head_dim), (n, heads, v_head_dim)]
@@ -49,15 +49,15 @@ def random_inputs(
 
 
 def dense(mask: Mask, inputs: Inputs, scale: float | None = None) -> Result:
-    """softmax(QK^T)V by its definition, gradients by autograd. lse is (n, heads)."""
+    """Compute softmax(QK^T)V by its definition, gradients by autograd. lse is (n, heads)."""
     q, k, v = (x.detach().double().requires_grad_() for x in inputs[:3])
     group = q.shape[1] // k.shape[1]
-    # (n, n), or (heads, n, n) where it differs by head
+    # (n, n), or (heads, n, n) if it differs by head
     allowed = torch.from_numpy(mask.dense()).expand(q.shape[1], -1, -1)
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * (scale or 1 / math.sqrt(q.shape[-1]))
     scores = scores.masked_fill(~allowed, -torch.inf)
     empty = ~allowed.any(-1)
-    # a row without keys: softmax is not a number, o is 0 by definition
+    # for a row without keys softmax is NaN; o is 0 by definition
     weights = torch.softmax(scores.masked_fill(empty[..., None], 0.0), -1) * ~empty[..., None]
     o = torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(group, 1))
     lse = torch.logsumexp(scores, -1).t()
@@ -66,7 +66,7 @@ def dense(mask: Mask, inputs: Inputs, scale: float | None = None) -> Result:
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """max|a-b| / max|b|, 0 if both are zero; infinities must match exactly."""
+    """Return max|a-b| / max|b|, 0 if both are zero. Infinities must match exactly."""
     a, b = a.double(), b.double()
     infinite = torch.isinf(b)
     if not torch.equal(torch.isinf(a), infinite):
@@ -89,7 +89,7 @@ def assert_close(got: Result, wanted: Result, tolerance: float) -> None:
 
 @dataclass
 class Record:
-    """What really happened: bytes per (src, dst, payload), events per rank in order; programs by rank."""
+    """A record of a run: bytes per (src, dst, payload), events per rank in order, programs by rank."""
 
     bytes: Counter = field(default_factory=Counter)
     events: list[tuple[int, str]] = field(default_factory=list)
@@ -97,14 +97,14 @@ class Record:
 
 
 class RecordingTransport:
-    """Counts what the real transport is given."""
+    """A transport that counts the packets it is given."""
 
     def __init__(self, inner, rank: int, record: Record):
         self.inner, self.rank, self.record = inner, rank, record
 
     def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""):
         for packet in sends:
-            # rows that several payloads share: all their bytes belong to one of them
+            # several payloads share these rows: count each payload's bytes
             per_row = packet.tensor.nbytes // max(len(packet.tensor), 1)
             shares = packet.row_bytes or ((packet.payload, per_row),)
             assert sum(bytes for _, bytes in shares) == per_row
@@ -130,7 +130,7 @@ class RecordingWork(NamedTuple):
 
 
 class RecordingKernel:
-    """Notes when the real kernel runs."""
+    """A kernel that notes its runs."""
 
     def __init__(self, inner, rank: int, record: Record):
         self.inner, self.rank, self.record = inner, rank, record
@@ -153,9 +153,9 @@ def run_all_ranks(
     network: Callable[[], Callable[[int], Transport]] = lambda: InProcessNetwork().transport,
     together: Callable[..., list] = execute.run_in_lock_step,
 ) -> Result:
-    """Forward and backward of every rank of a plan, put together again: in lock step, or as `together` runs them.
+    """Run forward and backward of every rank of a plan, in lock step or as `together` runs them. Return the joined results.
 
-    network: makes what joins the ranks of a pass, a function from a rank to its transport.
+    network: makes the network of a pass, a function from a rank to its transport.
     """
     record = Record() if record is None else record
     layout, ranks = plan.call.layout, range(plan.call.ranks)
@@ -188,13 +188,13 @@ def run_all_ranks(
 
 
 def alive_bytes(call: Call, steps: list[ProgramStep], payloads: Container[Payload] = tuple(Payload)) -> int:
-    """The most bytes that buffers and arriving partial results of a pass have at once, own rows among them left out."""
+    """Return the most bytes that a pass's buffers and arriving partial results have at once, without the rank's own rows."""
     alive = peak = 0
     sizes: dict[BufferKey, int] = {}
     for step in steps:
-        own = Counter({key: _rows(view) for key, view in (*step.own_copies, *step.own_results)})
+        own_rows = Counter({key: _rows(view) for key, view in (*step.own_copies, *step.own_results)})
         for key, rows in step.allocate.items():
-            sizes[key] = (rows - own[key]) * (key.h1 - key.h0) * call.token_head_bytes(key.payload, in_memory=True)
+            sizes[key] = (rows - own_rows[key]) * (key.h1 - key.h0) * call.token_head_bytes(key.payload, in_memory=True)
             alive += sizes[key] if key.payload in payloads else 0
         arriving = sum(
             message.view.rows * message.view.heads * call.token_head_bytes(payload)

@@ -1,4 +1,4 @@
-"""Packs that ranks have of their own, a small model, and what one process makes of them."""
+"""Packs that differ by rank, a small model, and the results of one process."""
 
 import torch
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from distattn.adapters.pytorch import local_loss
 from distattn.training.config.run_file import Config, ModelConfig
 from distattn.training.config.run_settings import build_model, configured_model
 
-# of each rank, for each step, the documents of its micro-batches: unequal numbers of them, and of steps
+# by rank and step: the documents of the micro-batches. Ranks have unequal numbers of documents and steps
 PACKS = [
     [[[150], [40, 9]], [[7, 7, 100]], [[64]]],
     [[[1] * 20 + [30], [3, 60], [33]], [[128]]],
@@ -43,7 +43,7 @@ def model_of(attention="distattn", dtype="float64"):
 
 
 def whole_run(ranks, dtype="float64"):
-    """Losses and gradients of every step by plain transformers: one process, one document at a time."""
+    """Compute losses and gradients of every step by plain transformers: one process, one document at a time."""
     model = model_of("sdpa", dtype)
     out = []
     for step in range(max(len(PACKS[rank]) for rank in range(ranks))):
@@ -58,7 +58,7 @@ def whole_run(ranks, dtype="float64"):
 
 
 def trained(model, micro_batches, group=None):
-    """(loss, gradients) of one step over the ranks of the group."""
+    """Run one step over the ranks of the group. Return (loss, gradients)."""
     total = torch.zeros((), dtype=torch.float64)
     for batch in micro_batches:
         loss = local_loss(model, batch)
@@ -72,5 +72,5 @@ def trained(model, micro_batches, group=None):
 
 
 def shared(**settings):
-    """A driver of ranks that share attention, each with its own documents."""
+    """Return a driver of ranks that share attention, each with its own documents."""
     return da.ContextParallel(settings.pop("group", None), **{"strategy": "cad", "data": "per_rank", **settings})

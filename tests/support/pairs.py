@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 
 def all_pairs(factors: Mapping[str, Sequence[Any]], allowed: Callable[[Row], bool] = lambda row: True) -> list[Row]:
-    """Rows that satisfy `allowed` and cover every pair of values that some such row has. Greedy; always the same."""
+    """Return rows that satisfy `allowed` and cover every pair of values that such a row has. Greedy; always the same."""
     rng = random.Random(0)
     rows = [dict(zip(factors, values, strict=True)) for values in itertools.product(*factors.values())]
     rows = [row for row in rows if allowed(row)]

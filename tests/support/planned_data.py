@@ -1,4 +1,4 @@
-"""Small corpora in indexed files, and plans of them. Token t of document d is a number that tells both."""
+"""Small corpora in indexed files, and plans of them. A token's id depends on its document and its place there."""
 
 from pathlib import Path
 
@@ -12,12 +12,12 @@ from distattn.data.packing.pack_rule import PackRule
 
 
 def document_tokens(document: int, length: int) -> np.ndarray:
-    """Ids of a document, int32 (length,)."""
+    """Return the ids of a document, int32 (length,)."""
     return ((document * 7919 + np.arange(length) * 13) % 50_000).astype(np.int32)
 
 
 def write_corpus(folder: Path, name: str, lengths: list[list[int]], dtype: str = "int32") -> Corpus:
-    """A corpus of a file for each list of lengths; documents are numbered through."""
+    """Write a corpus with a file for each list of lengths. Documents are numbered across files."""
     prefixes, first = [], 0
     for number, of_file in enumerate(lengths):
         prefix = str(folder / f"{name}-{number}")
@@ -30,14 +30,14 @@ def write_corpus(folder: Path, name: str, lengths: list[list[int]], dtype: str =
 
 
 def write_mask(prefix: str, kind: str, documents: list[np.ndarray]) -> None:
-    """PREFIX.loss or PREFIX.spans."""
+    """Write PREFIX.loss or PREFIX.spans."""
     with IndexedFileWriter(f"{prefix}.{kind}", "uint8" if kind == "loss" else "int32") as writer:
         for document in documents:
             writer.add(np.asarray(document, np.int64).reshape(-1))
 
 
 def small_plan(folder: Path, corpora: list[Corpus], context: int = 64, packs: int = 16, **more) -> PackPlan:
-    """A plan of one epoch (or of `steps`)."""
+    """Make a plan of one epoch (or of `steps`)."""
     rule = PackRule(((0, context),), context * packs, **{"window": 64, **more.pop("rule", {})})
     if "steps" not in more:
         more["max_epochs"] = [1.0] * len(corpora)

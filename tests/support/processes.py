@@ -25,17 +25,17 @@ import torch
 import torch.distributed as dist
 from ports import free_ports
 
-# a message that never comes is told of by the group, before a rank counts as hung
+# the group reports a message that never comes, before a rank counts as hung
 _GROUP_TIMEOUT = timedelta(seconds=120)
 _SECONDS = 300
 _MUCH_MEMORY = 1 << 30
 _TELL_STACKS = signal.SIGUSR1
-# native threads that have been there for a while
+# native threads of libraries' pools
 _POOLS: set[int | None] = set()
 
 
 def run_on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`work(rank, *arguments)` on every rank of a gloo group; their results by rank. A failure carries its traceback."""
+    """Run `work(rank, *arguments)` on every rank of a gloo group. Return the results by rank. A failure carries its traceback."""
     context = _fork_context()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
@@ -59,10 +59,10 @@ def run_on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[
 def run_survivors(
     ranks: int, lost: int, work: Callable[..., Any], *arguments: Any, rank_0_holds_store: bool = False
 ) -> dict[int, Any]:
-    """`work(rank, *arguments)` on every rank, one of which is lost: the others' results, by rank.
+    """Run `work(rank, *arguments)` on every rank, one of which is lost. Return the others' results by rank.
 
-    The store is held by a process of its own, as torchrun's agent holds it, or by rank 0. It is not a file: a rank that is
-    stopped while it has locked the file would stop all others.
+    A process of its own holds the store, as torchrun's agent does, or rank 0 does. It is not a file: a rank that is stopped
+    while it has locked the file would stop all others.
     """
     context = _fork_context()
     with tempfile.TemporaryDirectory() as folder:
@@ -73,8 +73,8 @@ def run_survivors(
             holder = context.Process(target=_hold_store, args=(port,))
             holder.start()
         store = ("rank 0" if holder is None else "launcher", port.get())
-        given = [(rank, ranks, folder, work, arguments, store) for rank in range(ranks)]
-        processes = [context.Process(target=_rank, args=one) for one in given]
+        rank_arguments = [(rank, ranks, folder, work, arguments, store) for rank in range(ranks)]
+        processes = [context.Process(target=_rank, args=arguments_) for arguments_ in rank_arguments]
         for process in processes:
             process.start()
         survivors = [rank for rank in range(ranks) if rank != lost]
@@ -91,12 +91,12 @@ def run_survivors(
 
 
 def run_script_on_ranks(ranks: int, script: Path, *arguments: str, before: str | None = None) -> list[str]:
-    """What a script prints on its ranks, started as torchrun would; before: a module to be imported first."""
+    """Return what a script prints on its ranks, started as torchrun would start it. before: a module to import first."""
     context = _fork_context()
     with tempfile.TemporaryDirectory() as folder:
         (port,) = free_ports(1)
-        given = [(rank, ranks, port, Path(folder), script, arguments, before) for rank in range(ranks)]
-        processes = [context.Process(target=_script, args=one) for one in given]
+        rank_arguments = [(rank, ranks, port, Path(folder), script, arguments, before) for rank in range(ranks)]
+        processes = [context.Process(target=_script, args=arguments_) for arguments_ in rank_arguments]
         for process in processes:
             process.start()
         for process in processes:
@@ -104,9 +104,9 @@ def run_script_on_ranks(ranks: int, script: Path, *arguments: str, before: str |
         codes = [process.exitcode for process in processes]
         for process in processes:
             process.kill()
-        said = [Path(folder, f"{rank}.txt").read_text() for rank in range(ranks)]
-    assert codes == [0] * ranks, f"exit codes {codes}\n" + "\n".join(said)
-    return said
+        outputs = [Path(folder, f"{rank}.txt").read_text() for rank in range(ranks)]
+    assert codes == [0] * ranks, f"exit codes {codes}\n" + "\n".join(outputs)
+    return outputs
 
 
 def _script(
@@ -126,28 +126,28 @@ def _script(
     if before is not None:
         importlib.import_module(before)
     runpy.run_path(str(script), run_name="__main__")
-    # nobody leaves while others still talk
+    # no rank leaves while others still communicate
     if dist.is_initialized():
         dist.barrier()
 
 
 def sum_gradients(model: torch.nn.Module) -> None:
-    """Over the ranks of the default group, as the simplest of trainers does."""
+    """Sum gradients over the ranks of the default group, as the simplest trainer does."""
     for parameter in model.parameters():
         if parameter.grad is not None:
             dist.all_reduce(parameter.grad)
 
 
 def _give_back_memory() -> None:
-    """What tests have freed stays with this process, 10 GB in one run, and every fork would copy the tables of its pages."""
+    """Give freed memory back: it stays with this process, 10 GB in one run, and every fork would copy its page tables."""
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     if resident > _MUCH_MEMORY:
-        # glibc's
+        # a function of glibc
         getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
 
 
 def _fork_context() -> Any:
-    """To fork from, once no thread is ending and none computes: what they hold, the child would wait for in vain.
+    """Return the fork context once no thread is ending and none computes: a child would wait for their locks for ever.
 
     A thread that has multiplied matrices takes a lock of MKL's while it ends, after Python's `join` has returned; a fork at
     that moment never gets the lock back, and its first product spins for ever. A planning thread that an earlier test left
@@ -167,7 +167,7 @@ def _fork_context() -> Any:
 
 
 def _others_compute() -> bool:
-    """Whether another thread of Python's uses the processor for more than what polling takes."""
+    """Return whether another Python thread uses the processor for more than polling."""
     others = {thread.native_id for thread in threading.enumerate()} - {threading.get_native_id()}
     before = {thread: _nanoseconds(thread) for thread in others}
     time.sleep(0.02 if others else 0)
@@ -175,7 +175,7 @@ def _others_compute() -> bool:
 
 
 def _nanoseconds(thread: int | None) -> int:
-    """Of processor time that a thread has had; 0 once it has ended."""
+    """Return the processor time that a thread has had, in nanoseconds; 0 once it has ended."""
     try:
         return int(Path(f"/proc/self/task/{thread}/schedstat").read_text().split()[0])
     except (FileNotFoundError, ProcessLookupError):
@@ -193,7 +193,7 @@ def _native_threads() -> set[int | None]:
 
 
 def _hung(processes: dict[int, Any], folder: str) -> str:
-    """Where each rank that has not ended stands; an empty text where all have."""
+    """Return where each rank that has not ended stands; an empty text if all have ended."""
     alive = {rank: process for rank, process in processes.items() if process.is_alive()}
     for process in alive.values():
         os.kill(process.pid, _TELL_STACKS)
@@ -216,9 +216,9 @@ def _rank(
     arguments: tuple[Any, ...],
     store: tuple[str, int] | None = None,
 ) -> None:
-    """store: who holds it, and its port, in runs that lose a rank; nobody waits for the others at the end of them."""
+    """Run `work` on one rank. store: its holder and its port, in runs that lose a rank, where ranks do not wait at the end."""
     faulthandler.register(_TELL_STACKS, os.open(Path(folder, f"{rank}.stacks"), os.O_CREAT | os.O_WRONLY))
-    # looking through all that was there before would copy the memory of it
+    # a garbage collection of the parent's objects would copy their memory
     gc.freeze()
     # before anything is computed: a forked child must not use the parent's thread pool
     torch.set_num_threads(1)
@@ -236,9 +236,9 @@ def _rank(
         outcome = ("failed", traceback.format_exc())
     torch.save(outcome, Path(folder, f"{rank}.tmp"))
     Path(folder, f"{rank}.tmp").rename(Path(folder, f"{rank}.pt"))
-    # nobody leaves while others still talk
+    # no rank leaves while others still communicate
     if not together:
-        # as a process that fails ends: at once
+        # end at once, as a process that fails does
         os._exit(0)
     if outcome[0] == "done":
         dist.barrier()

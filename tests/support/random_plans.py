@@ -1,6 +1,6 @@
-"""Valid plans that no strategy would make: random rectangles at random ranks and steps, inputs and results by way of others.
+"""Valid plans that no strategy would make: random rectangles at random ranks and steps, inputs and results through other ranks.
 
-LaunchMask are (token, head) pairs, one by one: slow and obvious, for axes of a dozen tokens.
+Cells are (token, head) pairs, handled one by one: slow and obvious, for axes of a dozen tokens.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from distattn.ir.plan import (
 
 Cell = tuple[int, int]
 Row = tuple[int, ...]
-# how many tokens a convolution's tokens see
+# the number of tokens that a convolution's token sees
 TAPS = 3
 # steps before the first task, so that inputs have time to travel
 _LEAD = 4
-# an accumulating payload travels like this holding one, in reversed time
+# an accumulating payload travels as this held one does, with time reversed
 _MIRROR = {Payload.O: Payload.Q, Payload.dQ: Payload.Q, Payload.dKV: Payload.KV}
 
 
 def random_plan(rng: random.Random, op: Op = ATTENTION) -> Plan:
-    """A plan of attention, latent attention, a convolution of `TAPS` taps or a token shift, that `verify` must accept."""
+    """Return a plan of attention, latent attention, a convolution of `TAPS` taps or a token shift that `verify` must accept."""
     n, ranks = rng.randrange(6, 16), rng.randrange(1, 5)
     heads, kv_heads = rng.choice([(2, 1), (6, 2), (4, 4), (6, 3)])
     if op != ATTENTION:
-        # all heads of a latent are one
+        # all heads share one latent
         kv_heads = 1 if op.kind == "latent_attention" else heads
     mask = _mask_of_few_tokens(rng, n, op) if op.kind == "convolution" else _mask(rng, n)
     call = Call(mask, _layout(rng, n, ranks), heads, kv_heads, 4, 4, "float64", op=op)
@@ -71,7 +71,7 @@ def _mask(rng: random.Random, n: int) -> Mask:
 
 
 def _mask_of_few_tokens(rng: random.Random, n: int, op: Op) -> Mask:
-    """Of documents, some of which may be shorter than what their tokens see."""
+    """Return a mask of documents, some of which may be shorter than what their tokens see."""
     cuts = sorted(rng.sample(range(1, n // 2), rng.randrange(3)))
     lengths = [b - a for a, b in zip([0, *cuts], [*cuts, n], strict=True)]
     return (
@@ -82,7 +82,7 @@ def _mask_of_few_tokens(rng: random.Random, n: int, op: Op) -> Mask:
 
 
 def _layout(rng: random.Random, n: int, ranks: int) -> Layout:
-    """Random chunks at random ranks, in random local order; some ranks may own nothing."""
+    """Return random chunks at random ranks, in random local order; some ranks may own nothing."""
     cuts = sorted({0, n, *(rng.randrange(n) for _ in range(4))})
     spans = list(zip(cuts[:-1], cuts[1:], strict=True))
     rng.shuffle(spans)
@@ -93,7 +93,7 @@ def _layout(rng: random.Random, n: int, ranks: int) -> Layout:
 
 
 def _tasks(rng: random.Random, call: Call) -> list[Row]:
-    """The mask cut at random, along queries, keys or heads; each rectangle at a random rank and step."""
+    """Cut the mask at random along queries, keys or heads, and put each rectangle at a random rank and step."""
     rows = []
     for piece, band in enumerate(call.mask.pieces):
         waiting = [(0, call.mask.n, 0, call.mask.n, 0, call.heads)]
@@ -124,7 +124,7 @@ def _moves(rng: random.Random, call: Call, payload: Payload, tasks: list[Row], k
 
 
 def _deliveries(rng: random.Random, call: Call, payload: Payload, tasks: list[Row], kept: set) -> list[Row]:
-    """Every cell a task needs, brought in time to where it is needed, sometimes by way of a rank that does not need it."""
+    """Return moves that bring every cell to its tasks in time, sometimes through a rank that does not need it."""
     owner = {int(token): rank for rank in range(call.ranks) for token in call.layout.tokens(rank)}
     needed: dict[Cell, dict[int, int]] = defaultdict(dict)
     for step, rank, _, q0, q1, k0, k1, h0, h1 in tasks:
@@ -137,7 +137,7 @@ def _deliveries(rng: random.Random, call: Call, payload: Payload, tasks: list[Ro
         for cell in ((token, head) for token in rows for head in heads):
             if owner[cell[0]] != rank and (rank, cell) not in kept:
                 needed[cell][rank] = min(step, needed[cell].get(rank, step))
-    # cells that go the same way go together
+    # cells with the same route travel together
     block = rng.choice([1, 3, 100])
     alike: dict[tuple, list[Cell]] = defaultdict(list)
     for cell, users in needed.items():
@@ -166,7 +166,7 @@ def _cells(row: Row) -> Iterable[Cell]:
 
 
 def _boxes(cells: Iterable[Cell]) -> list[Row]:
-    """LaunchMask as disjoint (t0, t1, h0, h1)."""
+    """Return the cells as disjoint (t0, t1, h0, h1)."""
     left, boxes = set(cells), []
     while left:
         t0, h0 = min(left)

@@ -1,4 +1,4 @@
-"""Random plans of recurrences, right by construction, and changes of one or two of their rows."""
+"""Random plans of recurrences, right by construction, and mutations of one or two of their rows."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ KEY_DIM, VALUE_DIM = 3, 4
 
 
 class RandomPlan(NamedTuple):
-    """A plan and what it is made of."""
+    """A plan, and how it was made."""
 
     plan: Plan
     name: str
 
 
 def random_layout(rng: random.Random) -> Layout:
-    """Documents of any lengths, on 1 to 8 ranks, some of which may own nothing."""
+    """Return documents of any lengths, on 1 to 8 ranks, some of which may own nothing."""
     n, ranks = rng.randint(1, 60), rng.randint(1, 8)
     cuts = sorted(rng.sample(range(1, n), min(n - 1, rng.choice([0, 0, 1, 3, 8]))))
     lengths = np.diff([0, *cuts, n]).tolist()
@@ -51,7 +51,7 @@ def random_layout(rng: random.Random) -> Layout:
 
 
 def random_recurrent_plan(rng: random.Random, ops: Sequence[str] = RECURRENT) -> RandomPlan:
-    """Segments at owners, by heads or anywhere; schedules mixed or not; some tasks in two."""
+    """Return a plan of segments at owners, by heads or anywhere; schedules mixed or not; some tasks split in two."""
     layout = random_layout(rng)
     kv_heads = rng.randint(1, 2)
     heads, op = kv_heads * rng.randint(1, 2), OPS[rng.choice(ops)]
@@ -75,7 +75,7 @@ def random_recurrent_plan(rng: random.Random, ops: Sequence[str] = RECURRENT) ->
 
 
 def case_of(plan: Plan, seed: int) -> tuple[RecurrenceCase, RecurrenceResult]:
-    """Inputs of a plan, and what they become by definition."""
+    """Return inputs of a plan, and their results by definition."""
     call = plan.call
     shape = dict(heads=call.heads, key_heads=call.kv_heads, key_dim=KEY_DIM, value_dim=VALUE_DIM)
     case = recurrence_case(call.op, tuple(call.layout.lengths), seed=seed, **shape)
@@ -83,7 +83,7 @@ def case_of(plan: Plan, seed: int) -> tuple[RecurrenceCase, RecurrenceResult]:
 
 
 def mutated(plan: Plan, rng: random.Random) -> Plan | None:
-    """The plan with one row of one table changed, or two; None where nothing has changed."""
+    """Return the plan with one row of one table changed, or two; None if nothing has changed."""
     other = _changed(plan, rng)
     if other is not None and rng.random() < 0.3:
         return _changed(other, rng)
@@ -138,13 +138,15 @@ def _one(rng: random.Random, name: str) -> Schedule:
 
 
 def table_of(call: Call, chains: list[Chain], schedules: list[Schedule], direction: str) -> Table:
-    """Of chains, each by its schedule."""
+    """Return the table of chains, each by its schedule."""
     each = zip(chains, schedules, strict=True)
-    return table_of_rows(call, [chain_rows(*one, range(call.ranks), direction) for one in each], direction)
+    return table_of_rows(
+        call, [chain_rows(chain, schedule, range(call.ranks), direction) for chain, schedule in each], direction
+    )
 
 
 def _by_heads(call: Call) -> list[Chain]:
-    """Every rank computes whole documents for a share of the heads."""
+    """Return chains by which every rank computes whole documents for a share of the heads."""
     cuts = [rank * call.heads // call.ranks for rank in range(call.ranks + 1)]
     return [
         Chain(piece, t0, t1, cuts[rank], cuts[rank + 1], [Segment(t0, t1, rank)])
@@ -155,7 +157,7 @@ def _by_heads(call: Call) -> list[Chain]:
 
 
 def _anywhere(call: Call, rng: random.Random) -> list[Chain]:
-    """Any segments at any ranks, differently for groups of heads."""
+    """Return chains of any segments at any ranks, different for groups of heads."""
     bounds = [0, *sorted(rng.sample(range(1, call.heads), rng.randint(0, call.heads - 1))), call.heads]
     out = []
     for h0, h1 in zip(bounds[:-1], bounds[1:], strict=True):
@@ -168,9 +170,9 @@ def _anywhere(call: Call, rng: random.Random) -> list[Chain]:
 
 
 def _split(tables: dict[str, Table], rng: random.Random) -> dict[str, Table]:
-    """The same tables with some tasks in two: the second begins with the state that the first leaves."""
+    """Split some tasks of the tables in two: the second begins with the state that the first leaves."""
     cuts: dict[tuple[int, ...], int] = {}
-    found = {}
+    split_tables = {}
     for direction, table in tables.items():
         rows = []
         for row in zip(*(table.tasks[name].tolist() for name in TASK_COLUMNS), strict=True):
@@ -186,16 +188,16 @@ def _split(tables: dict[str, Table], rng: random.Random) -> dict[str, Table]:
                 boxes = [(q0, cut, k0, cut), (cut, k1, k0, k1)]
             else:
                 boxes = [(cut, q1, k0, k1), (q0, q1, k0, cut)]
-            # doubled steps leave room for the first halves, and nothing comes before the first step
+            # doubled steps leave room for the first halves; no step is below the first
             first = 2 * step + 2 - len(boxes)
             rows += [(first + i, rank, piece, *box, *heads) for i, box in enumerate(boxes)]
         moves = {**table.moves, "step": 2 * table.moves["step"] + 2}
-        found[direction] = Table(Table.from_rows([(row[0] + 1, *row[1:]) for row in rows]).tasks, moves)
-    return found
+        split_tables[direction] = Table(Table.from_rows([(row[0] + 1, *row[1:]) for row in rows]).tasks, moves)
+    return split_tables
 
 
 def attacked(rng: random.Random) -> tuple[Plan, str] | None:
-    """A plan in which every row fits the others, but a document is forgotten in its middle, or goes on into the next."""
+    """Return a plan whose rows fit each other, but a document is forgotten in its middle, or goes on into the next one."""
     layout = random_layout(rng)
     call = Call(Mask.documents(layout.lengths), layout, 2, 2, KEY_DIM, VALUE_DIM, "float64", op=OPS["gla"])
     chains, schedule = layout_chains(call, layout), _one(rng, rng.choice(list(SCHEDULES)))
@@ -215,10 +217,10 @@ def attacked(rng: random.Random) -> tuple[Plan, str] | None:
         if len(chains) < 2:
             return None
         i = rng.randrange(len(chains) - 1)
-        one, two = chains[i : i + 2]
-        both = rng.choice([one, two])._replace(t0=one.t0, t1=two.t1, segments=one.segments + two.segments)
-        wrong = [*chains[:i], both, *chains[i + 2 :]]
-        start, end, begin = two.t0, two.t1, one.t0 if how == "documents joined" else two.t0
+        left, right_ = chains[i : i + 2]
+        joined = rng.choice([left, right_])._replace(t0=left.t0, t1=right_.t1, segments=left.segments + right_.segments)
+        wrong = [*chains[:i], joined, *chains[i + 2 :]]
+        start, end, begin = right_.t0, right_.t1, left.t0 if how == "documents joined" else right_.t0
     right, other = (
         [table_of(call, some, [schedule] * len(some), direction) for direction in ("forward", "backward")]
         for some in (chains, wrong)
@@ -231,7 +233,7 @@ def attacked(rng: random.Random) -> tuple[Plan, str] | None:
 
 
 def _begun_at(table: Table, q0: int, q1: int, start: int) -> Table:
-    """The same backward table, but tasks of whole segments in [q0, q1) begin with what has been summed up from `start` on."""
+    """Return the backward table with tasks of whole segments in [q0, q1) that begin with the sum from `start` on."""
     tasks = table.tasks
     whole = has_rows_and_keys(tasks) & (q0 <= tasks["q0"]) & (tasks["q0"] < q1)
     return Table({**tasks, "k0": np.where(whole, start, tasks["k0"])}, table.moves)

@@ -1,6 +1,6 @@
-"""Nodes of Ray that fail as a test wants: python ray_cases.py ADDRESS FOLDER prints what `RayNodes` makes of each case.
+"""Nodes of Ray that fail as a test wants: python ray_cases.py ADDRESS FOLDER prints the result of `RayNodes` in each case.
 
-The agents are real actors; what they would run is replaced by what the file FOLDER/NODE says: an exit code, die, or silent.
+The agents are real actors. The file FOLDER/NODE says what they do instead of running a launcher: an exit code, die, or silent.
 """
 
 import json
@@ -24,7 +24,7 @@ from distattn.training.run_folder import RunFolder
 
 
 class Agent(ray_agent.NodeAgent):
-    """Does as its node's file says."""
+    """An agent that behaves as its node's file says."""
 
     def _says(self) -> str:
         name = ray_nodes.node_names()[ray.get_runtime_context().get_node_id()]
@@ -32,13 +32,13 @@ class Agent(ray_agent.NodeAgent):
         return file.read_text() if file.exists() else "0"
 
     def place(self) -> ray_agent.NodePlace:
-        """Or never."""
+        """Return the place, or never answer."""
         if self._says() == "silent":
             Path(os.environ["CASES"], f"{ray.get_runtime_context().get_actor_id()}.silent").touch()
             time.sleep(3600)
         return super().place()
 
-    def run(self, folder: Path, job: str, attempt: int, *words: str) -> int:
+    def run(self, folder: Path, job: str, attempt: int, *arguments: str) -> int:
         """Return the exit code, or end this process."""
         if self._says() == "die":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -46,17 +46,17 @@ class Agent(ray_agent.NodeAgent):
 
 
 class Clock:
-    """Stands in for the module `time` of `nodes`; a test moves it on."""
+    """A stand-in for the module `time` of `nodes`, which a test moves on."""
 
     seconds = 0.0
 
     def monotonic(self) -> float:
-        """The time with what was added."""
+        """Return the time with the seconds that were added."""
         return time.monotonic() + self.seconds
 
 
 class Answers:
-    """Stands in for `nodes._answers`: an agent that answers at all has the time it takes, however busy the machine is."""
+    """A stand-in for `nodes._answers`: an agent that answers at all gets the time it takes, however busy the machine is."""
 
     def __init__(self, folder: Path, clock: Clock):
         self._folder, self._clock, self._truly = folder, clock, ray_nodes._answers
@@ -77,7 +77,7 @@ class Answers:
 
 def main(address: str, folder: str) -> None:
     ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": {"CASES": folder}})
-    run, needs, found = RunFolder(Path(folder)), NodeNeeds(2, 0, 2), {}
+    run, needs, results = RunFolder(Path(folder)), NodeNeeds(2, 0, 2), {}
     clock = Clock()
     stands_in = {"NodeAgent": Agent, "_answers": Answers(run.folder, clock), "_ANSWER_SECONDS": 1.0, "time": clock}
     with patch.multiple(ray_nodes, **stands_in):
@@ -85,41 +85,41 @@ def main(address: str, folder: str) -> None:
         def size(waiting: float) -> ray_nodes.NodeCounts:
             return ray_nodes.NodeCounts((2,), waiting, 5.0, lambda count: None)
 
-        # what a busy machine takes for room is far less
+        # a busy machine takes far less for room
         nodes = ray_nodes.RayNodes(run, "a job", needs, size(LIMIT_SECONDS))
 
         def attempt(name: str, **says: str) -> None:
-            for node, words in says.items():
-                Path(folder, node).write_text(words)
+            for node, behaviour in says.items():
+                Path(folder, node).write_text(behaviour)
             hosts = nodes.choose()
             assert hosts is not None, nodes.shortage()
             end = nodes.run(hosts, 1)
-            found[name] = [hosts, end.code, *end.cause(hosts, {})]
+            results[name] = [hosts, end.code, *end.cause(hosts, {})]
             if end.code:
                 nodes.blame(end.blamed(hosts), end)
 
         attempt("ends")
-        first, second = found["ends"][0]
+        first, second = results["ends"][0]
         attempt("dies", **{second: "die"})
         attempt("fails twice", **{second: "137"})
         attempt("is left out", **{second: "0"})
-        (third,) = set(found["is left out"][0]) - {first}
-        found["nodes"] = [first, second, third]
+        (third,) = set(results["is left out"][0]) - {first}
+        results["nodes"] = [first, second, third]
         attempt("is taken again", **{third: "silent"})
-        # it was slow, and answers now; another one does not
+        # this agent was slow and answers now; another one does not
         attempt("was slow", **{third: "0", second: "silent"})
         Path(folder, first).write_text("silent")
         Path(folder, third).write_text("silent")
         nodes._size = size(100.0)
-        found["no room"] = [nodes.choose(), nodes.shortage()]
+        results["no room"] = [nodes.choose(), nodes.shortage()]
         nodes.close()
-    # of an attempt that others have followed
+    # an attempt that later ones have followed
     attempts = Attempts(run.attempts)
     for _ in range(2):
         attempts.end(attempts.begin(), 0, "ended well")
     with patch.object(subprocess, "Popen", lambda *_, popen=subprocess.Popen, **__: popen(["sleep", "3600"])):
-        found["given up"] = ray_agent.NodeAgent().run(Path(folder), "a job", 2)
-    sys.stdout.write(f"found {json.dumps(found)}\n")
+        results["given up"] = ray_agent.NodeAgent().run(Path(folder), "a job", 2)
+    sys.stdout.write(f"found {json.dumps(results)}\n")
 
 
 if __name__ == "__main__":

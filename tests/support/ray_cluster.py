@@ -1,7 +1,7 @@
 """A Ray of several raylets on this machine, each a node of its own; everything listens on the loopback.
 
-The cluster is another process, since Ray reads its environment when it is imported: python ray_cluster.py CPUS, which does what
-its input says (add NAME, kill NAME, miss NAME) and answers each line with one.
+The cluster is another process, since Ray reads its environment when it is imported: python ray_cluster.py CPUS, which obeys the
+lines of its input (add NAME, kill NAME, miss NAME) and answers each with a line.
 """
 
 import os
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 NODE = {"object_store_memory": 80 << 20, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
-# how soon Ray knows that a node is gone: 5 s of one that is killed, whose checks fail at once; its own settings take 12 s. A node
-# that a loaded machine keeps from answering has a minute and more
+# Ray notices a killed node, whose checks fail at once, after 5 s; its own settings take 12 s. A node that is slow on a loaded
+# machine has more than a minute
 HEALTH = {
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 500,
@@ -24,16 +24,16 @@ HEALTH = {
 
 
 class RayCluster:
-    """Nodes of CPUs beside a head without any. environment: of processes that use the cluster; address: where its head is."""
+    """Nodes with CPUs, and a head without CPUs. environment: of processes that use the cluster; address: of its head."""
 
     def __init__(self, cpus: int, *names: str):
-        # paths of sockets must be short, and nobody else reads the token
+        # paths of sockets must be short, and no other user may read the token
         self._folder = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
         token = Path(self._folder.name, "token")
         token.touch(0o600)
         token.write_text(os.urandom(32).hex())
         self.environment = {
-            # or Ray takes another address than the loopback
+            # otherwise Ray takes another address than the loopback
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",
@@ -64,17 +64,17 @@ class RayCluster:
         self._ask(f"kill {name}")
 
     def wait_without(self, name: str) -> None:
-        """Until the others know that a node is gone."""
+        """Wait until the others know that a node is gone."""
         self._ask(f"miss {name}")
 
     def stop(self) -> None:
-        """End all of it."""
+        """Stop the cluster."""
         self._process.communicate()
         self._folder.cleanup()
 
-    def _ask(self, words: str) -> None:
+    def _ask(self, request: str) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{words}\n")
+        self._process.stdin.write(f"{request}\n")
         self._process.stdin.flush()
         self._answer()
 
@@ -90,24 +90,24 @@ def main(cpus: int) -> None:
     from ray.cluster_utils import Cluster
 
     answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    # what Ray prints is no answer
+    # output of Ray is not an answer
     os.dup2(2, 1)
     head = {"num_cpus": 0, "_system_config": HEALTH, **NODE}
     cluster = Cluster(initialize_head=True, shutdown_at_exit=True, head_node_args=head)
     nodes: dict[str, Any] = {}
     answers.write(f"{cluster.address}\n")
     for line in sys.stdin:
-        what, name = line.split()
-        if what == "add":
+        action, name = line.split()
+        if action == "add":
             nodes[name] = cluster.add_node(num_cpus=cpus, node_name=name, **NODE)
-        elif what == "kill":
+        elif action == "kill":
             cluster.remove_node(nodes.pop(name), allow_graceful=False)
         else:
             if not ray.is_initialized():
                 ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
             while any(node["Alive"] and node["NodeName"] == name for node in ray.nodes()):
                 time.sleep(0.1)
-        answers.write(f"{what} {name}\n")
+        answers.write(f"{action} {name}\n")
     cluster.shutdown()
 
 

@@ -1,4 +1,4 @@
-"""Ray Train's example, whose last worker kills itself once: python ray_train_run.py STORAGE. Prints what was reported."""
+"""Ray Train's example, whose last worker kills itself once: python ray_train_run.py STORAGE prints the reports."""
 
 import json
 import os
@@ -12,27 +12,27 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 
-def train_and_die(given: dict) -> None:
+def train_and_die(settings: dict) -> None:
     """Train, and die after the report of step 4, unless that has been done before."""
     sys.path.insert(0, str(EXAMPLES))
     import ray_train
 
     from distattn.adapters.ray_train import RunCheckpoints
 
-    report, done = RunCheckpoints.report, Path(given["storage"], "killed")
+    report, done = RunCheckpoints.report, Path(settings["storage"], "killed")
 
     def report_and_die(self, step: int, *others) -> None:
         report(self, step, *others)
         rank = torch.distributed.get_rank()
         if rank == 0:
-            with open(Path(given["storage"], "steps"), "a", encoding="utf-8") as file:
+            with open(Path(settings["storage"], "steps"), "a", encoding="utf-8") as file:
                 file.write(f"{step}\n")
-        if step == 4 and rank == given["workers"] - 1 and not done.exists():
+        if step == 4 and rank == settings["workers"] - 1 and not done.exists():
             done.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
     RunCheckpoints.report = report_and_die
-    ray_train.train(given)
+    ray_train.train(settings)
 
 
 if __name__ == "__main__":

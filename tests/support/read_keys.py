@@ -1,4 +1,4 @@
-"""Notes which keys of run files code reads."""
+"""A record of the keys of run files that code reads."""
 
 import dataclasses
 import sys
@@ -22,7 +22,7 @@ def noted_keys() -> Iterator[set[str]]:
 
             def get(self, name, section=section.name, names=names):
                 frame = sys._getframe(1)
-                # asdict and replace, and the methods that dataclasses write
+                # asdict and replace, and the methods that dataclasses generate
                 copies = frame.f_globals.get("__name__") == "dataclasses" or frame.f_code.co_filename == "<string>"
                 if name in names and not copies and not loading[0]:
                     read.add(f"{section}.{name}")
@@ -31,10 +31,10 @@ def noted_keys() -> Iterator[set[str]]:
             patch.setattr(section.default_factory, "__getattribute__", get, raising=False)
         load = configuration.load
 
-        def load_unnoted(*given):
+        def load_unnoted(*arguments):
             loading[0] = True
             try:
-                return load(*given)
+                return load(*arguments)
             finally:
                 loading[0] = False
 

@@ -1,4 +1,4 @@
-"""Inputs of recurrences, and what the recurrence makes of them token by token, in fp64."""
+"""Inputs of recurrences, and their results token by token, in fp64."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RECURRENT = [name for name, op in OPS.items() if op.kind == "recurrence"]
 
 
 class RecurrenceCase(NamedTuple):
-    """Tokens, states that enter, and gradients of outputs and of states that leave."""
+    """Tokens, initial states, and gradients of outputs and of final states."""
 
     x: RecurrenceTokens
     initial: Tensor
@@ -67,7 +67,7 @@ def recurrence_case(
     seed: int = 0,
     decay: str = "usual",
 ) -> RecurrenceCase:
-    """decay: "usual", "near 1", "near 0", "mixed" (most near 1, some that nothing survives)."""
+    """Return random inputs. decay: "usual", "near 1", "near 0", "mixed" (most near 1, some that nothing survives)."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -91,21 +91,21 @@ def recurrence_case(
 
 
 def by_definition(case: RecurrenceCase) -> RecurrenceResult:
-    """Outputs, final states and all gradients, by autograd through the definition."""
+    """Compute outputs, final states and all gradients, by autograd through the definition."""
     leaves = {name: value.clone().requires_grad_() for name, value in case.x.by_token().items()}
     initial = case.initial.clone().requires_grad_()
     o, final = token_by_token(case.x._replace(**leaves), case.segments, initial)
-    *found, dinitial = torch.autograd.grad([o, final], [*leaves.values(), initial], [case.do, case.dfinal])
-    dx = case.x._replace(**dict(zip(leaves, found, strict=True)))
+    *gradients, dinitial = torch.autograd.grad([o, final], [*leaves.values(), initial], [case.do, case.dfinal])
+    dx = case.x._replace(**dict(zip(leaves, gradients, strict=True)))
     return RecurrenceResult(o.detach(), final.detach(), dx, dinitial)
 
 
 def assert_same(got: RecurrenceResult, wanted: RecurrenceResult, tolerance: float) -> None:
-    """Relative to the largest number of each tensor."""
+    """Assert that results are equal, relative to the largest number of each tensor."""
     pairs = [("o", got.o, wanted.o), ("final", got.final, wanted.final), ("dinitial", got.dinitial, wanted.dinitial)]
     pairs += [(f"d{name}", got.dx.by_token()[name], value) for name, value in wanted.dx.by_token().items()]
     for name, a, b in pairs:
-        # a tensor of zeros: what a state of nothing but underflow has for a gradient
+        # a tensor of zeros: the gradient of a state that underflows everywhere
         scale = max(float(b.abs().max()), 1e-30) if b.numel() else 1.0
         error = float((a.double() - b).abs().max()) / scale if b.numel() else 0.0
         assert error <= tolerance, f"{name} is off by {error:.2e}, more than {tolerance:.0e}"
@@ -114,7 +114,7 @@ def assert_same(got: RecurrenceResult, wanted: RecurrenceResult, tolerance: floa
 def run_recurrence(
     plan: Plan, case: RecurrenceCase, record: Record | None = None, kernel: Any = chunked
 ) -> RecurrenceResult:
-    """Forward and backward of every rank of a plan in one process, put together again; states alive are those of the proof."""
+    """Run forward and backward of every rank of a plan in one process, and join the results. Check the proof's live states."""
     layout, call = plan.call.layout, plan.call
     ranks, dtype = range(call.ranks), getattr(torch, call.dtype)
     record = Record() if record is None else record
@@ -137,8 +137,8 @@ def run_recurrence(
     # states alive, by rank, of both passes
     held: list[HeldStateTensors] = []
 
-    def noted(*given: Any) -> HeldStateTensors:
-        held.append(HeldStateTensors(*given))
+    def noted(*arguments: Any) -> HeldStateTensors:
+        held.append(HeldStateTensors(*arguments))
         return held[-1]
 
     runs = [
@@ -173,12 +173,12 @@ def run_recurrence(
 
 
 def _kept_bytes(program: Program) -> int:
-    """Of the tensors themselves, without what aligns them."""
+    """Return the bytes of the tensors themselves, without alignment."""
     places = KeptPlaces.of(program)
     tensors = [*places.states, *(place for some in places.tokens.values() for place in some)]
     return sum(math.prod(place.shape) * place.dtype.itemsize for place in tensors)
 
 
 def _as(value: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-    """Gates stay as wide as sums."""
+    """Convert `value`. Gates stay as wide as sums."""
     return value.to(accumulation_dtype(dtype) if name == "g" else dtype)

@@ -55,7 +55,7 @@ PartitionName=urgent Nodes=node[1-4] MaxTime=INFINITE State=UP PriorityTier=10 P
 
 
 def why_not() -> str | None:
-    """Why no Slurm can be started here, or None."""
+    """Return why no Slurm can be started here, or None."""
     missing = [name for name in _DAEMONS if shutil.which(name) is None]
     if missing:
         return f"Slurm is not installed ({', '.join(missing)} missing): apt-get install slurm-wlm munge"
@@ -63,7 +63,7 @@ def why_not() -> str | None:
 
 
 class SlurmCluster:
-    """Four nodes of two processors; `environment` makes Slurm's commands find it."""
+    """Four nodes of two processors. Slurm's commands find them by `environment`."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -95,15 +95,15 @@ class SlurmCluster:
     def kill_node(self, node: str) -> None:
         """End a node as a power cut does: its daemon, and all that it has started."""
         os.kill(int((self.root / f"slurmd.{node}.pid").read_text()), signal.SIGKILL)
-        # a daemon of a step has no name of its node, but its children have
+        # a step's daemon does not have its node's name in the environment, but its children do
         for pid, (parent, command) in self._processes(node).items():
-            # a signal to 0 would be for all processes of these tests, and 1 has taken in whose parent has ended
+            # a signal to 0 would reach all processes of these tests, and 1 is the parent of orphans
             if b"run_node" in command:
                 for number in (parent, pid) if parent > 1 else (pid,):
                     os.kill(number, signal.SIGKILL)
 
     def signal_ranks(self, node: str, number: int, most: int) -> None:
-        """Send a signal to at most so many of the ranks that work on a node."""
+        """Send a signal to at most `most` ranks that work on a node."""
         processes = self._processes(node)
         ranks = sorted(pid for pid, (_, command) in processes.items() if command.startswith(b"distattn rank "))
         assert ranks, f"there are no ranks on {node}: {processes}"
@@ -111,7 +111,7 @@ class SlurmCluster:
             os.kill(pid, number)
 
     def stop(self) -> None:
-        """End the daemons, those of steps included, and what a failed test has left on the nodes, stopped ranks among it."""
+        """Kill the daemons, those of steps included, and the processes that a failed test has left on the nodes."""
         # a daemon may be about to start another process
         while ours := self._processes(None):
             for pid in ours:
@@ -119,20 +119,20 @@ class SlurmCluster:
                     os.kill(pid, signal.SIGKILL)
 
     def _processes(self, node: str | None) -> dict[int, tuple[int, bytes]]:
-        """(Parent, command line) of what runs on a node, but its daemons, by number; None: of all that is the cluster's."""
-        found = {}
+        """Return {pid: (parent, command line)} of a node's processes without its daemons, or of the whole cluster for None."""
+        processes = {}
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 environment = (process / "environ").read_bytes().split(b"\0")
                 command = (process / "cmdline").read_bytes()
                 parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
-                # it has ended meanwhile
+                # the process has ended meanwhile
                 continue
             ours = f"SLURM_CONF={self.environment['SLURM_CONF']}".encode() in environment
             if ours and (node is None or f"SLURMD_NODENAME={node}".encode() in environment):
-                found[int(process.name)] = parent, command
-        return found
+                processes[int(process.name)] = parent, command
+        return processes
 
     def _node_states(self) -> list[str]:
         return self.run("sinfo", "-h", "-N", "-p", "test", "-o", "%T", check=False).split()

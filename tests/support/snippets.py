@@ -8,30 +8,30 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 
 def python_snippets(text: str) -> list[str]:
-    """The Python code blocks of a Markdown text."""
+    """Return the Python code blocks of a Markdown text."""
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def tiny_llama() -> dict[str, Any]:
-    """Names that snippets use: a configuration, its class of models, and an optimizer that is made of the model when asked."""
+    """Return names that snippets use: a configuration, its class of models, and an optimizer."""
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1)
     config = LlamaConfig(vocab_size=64, num_attention_heads=4, num_key_value_heads=2, **sizes)
     return dict(AutoModelForCausalLM=AutoModelForCausalLM, config=config, optimizer=_Optimizer())
 
 
 def tiny_loader() -> list[Any]:
-    """Two steps of two packs each."""
+    """Return two steps of two packs each."""
     return [[tiny_batch(seed) for seed in (step, step + 1)] for step in (0, 2)]
 
 
 def tiny_batch(seed: int = 0) -> dict[str, Any]:
-    """A pack of two documents."""
+    """Return a pack of two documents."""
     ids = torch.randint(0, 64, (1, 40), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "document_lengths": [30, 10]}
 
 
 class _Optimizer:
-    """Counts steps."""
+    """An optimizer that counts steps."""
 
     steps = 0
 
@@ -39,4 +39,4 @@ class _Optimizer:
         self.steps += 1
 
     def zero_grad(self) -> None:
-        """Gradients add up."""
+        """Keep gradients: they add up."""

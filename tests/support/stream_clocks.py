@@ -1,13 +1,13 @@
 """Vector clocks of streams and host threads: every access to a tensor must come after the accesses that it depends on.
 
-Lamport 1978 and Mattern 1989, as race detectors use them (FastTrack, Flanagan and Freund 2009). A clock says of each timeline how
-much of it is known to be done. Work on a stream comes after what its thread's host had seen done when it was queued, and after
-all that the stream has waited for. A read must come after all earlier writes of the same memory, a write after all earlier
-accesses. Memory that is freed goes back to the stream that allocated it: what other streams do with it must be done by then, as
-far as that stream can know, unless the allocator was told of them (`record_stream`).
+Lamport 1978 and Mattern 1989, as race detectors use them (FastTrack, Flanagan and Freund 2009). A clock holds, for each timeline,
+how much of it is known to be done. Work on a stream comes after all that its host thread knew to be done when it queued the work,
+and after all that the stream has waited for. A read must come after all earlier writes of the same memory, a write after all
+earlier accesses. Freed memory goes back to the stream that allocated it: that stream must know that other streams' accesses are
+done, unless `record_stream` registered those streams with the allocator.
 
-Two threads that queue on one stream, or wait for each other's events, must have an order, too: that of their calls is chance.
-What orders threads of the host is followed in `imitated_cuda`.
+Two threads that queue on one stream, or wait for each other's events, must be ordered, too: otherwise the order is chance.
+`imitated_cuda` follows the operations that order host threads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# of each timeline, by number: how many of its accesses are known to be done
+# for each timeline, by number: how many of its accesses are known to be done
 Clock = dict[int, int]
 
 
@@ -32,11 +32,11 @@ class Timeline:
         self.clock: Clock = {}
 
     def knows(self, other: Timeline, tick: int) -> bool:
-        """Whether another timeline has come so far, as far as this one can know."""
+        """Return whether another timeline has reached a tick, as far as this one can know."""
         return self.clock.get(other.number, 0) >= tick
 
     def advance(self) -> int:
-        """The number of one more access."""
+        """Count one more access, and return its number."""
         tick = self.clock[self.number] = self.clock.get(self.number, 0) + 1
         return tick
 
@@ -49,8 +49,8 @@ class _Access(NamedTuple):
     by: Timeline
     tick: int
     writes: bool
-    what: str
-    # who queued it, and when
+    action: str
+    # the host thread that queued it, and when
     host: Timeline
     host_tick: int
 
@@ -59,7 +59,7 @@ class _Access(NamedTuple):
 
 
 class _Storage:
-    """What is known of a storage: where it was allocated, streams that the allocator was told of, accesses that still matter."""
+    """A storage: the stream that allocated it, the streams of `record_stream`, and the accesses that still matter."""
 
     def __init__(self, stream: Timeline, shape: str):
         self.stream, self.shape = stream, shape
@@ -67,7 +67,7 @@ class _Storage:
         self.accesses: list[_Access] = []
 
     def add(self, access: _Access) -> None:
-        # whoever comes after this access comes after those that it comes after; a read does not stand for a write
+        # whatever comes after this access comes after those before it; a read does not stand for a write
         self.accesses = [
             old
             for old in self.accesses
@@ -80,7 +80,7 @@ class _Storage:
 
 
 class StreamClocks:
-    """The clocks of a process. violations: what was found, in words; counts: what was looked at, so that tests can tell."""
+    """The clocks of a process. violations: sentences; counts: accesses that were checked, so that tests see that some were."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -92,7 +92,7 @@ class StreamClocks:
         self.counts: Counter[str] = Counter()
 
     def new_stream(self, name: str) -> Timeline:
-        """A stream; what is queued on it later comes after what is queued on it now."""
+        """Make a stream. Work that is queued on it later comes after work that is on it now."""
         with self._lock:
             self._numbers += 1
             stream = Timeline(self._numbers, name)
@@ -100,38 +100,41 @@ class StreamClocks:
             return stream
 
     def host(self) -> Timeline:
-        """The timeline of this thread of the host."""
+        """Return the timeline of this host thread."""
         if not hasattr(self._per_thread, "timeline"):
             with self._lock:
                 self._numbers += 1
                 # a thread that is just starting cannot be asked for its name yet
                 self._per_thread.timeline = Timeline(self._numbers, "the main thread", is_host=True)
-        found: Timeline = self._per_thread.timeline
-        return found
+        timeline: Timeline = self._per_thread.timeline
+        return timeline
 
     def snapshot(self, timeline: Timeline) -> Clock:
-        """What is done once all that is on a timeline now is done."""
+        """Return the clock of the moment when all that is on a timeline now is done."""
         with self._lock:
             return dict(timeline.clock)
 
     def join(self, timeline: Timeline, clock: Clock) -> None:
-        """What is on a timeline later comes after all that a clock knows of."""
+        """Order later work of a timeline after all that a clock knows."""
         with self._lock:
             _join(timeline.clock, clock)
 
-    def queue(self, stream: Timeline, what: str, reads: Iterable[Tensor], writes: Iterable[Tensor]) -> None:
-        """An operator is queued on a stream by this thread. Of host tensors only the tracked ones count: pinned memory."""
+    def queue(self, stream: Timeline, action: str, reads: Iterable[Tensor], writes: Iterable[Tensor]) -> None:
+        """Note that this thread queues an operator on a stream.
+
+        The only host tensors that count are tracked ones: pinned memory.
+        """
         with self._lock:
             _join(stream.clock, self.host().clock)
-            self._access(stream, what, reads, writes)
+            self._access(stream, action, reads, writes)
 
-    def on_host(self, what: str, reads: Iterable[Tensor], writes: Iterable[Tensor]) -> None:
-        """An operator on host tensors is done now, by this thread."""
+    def on_host(self, action: str, reads: Iterable[Tensor], writes: Iterable[Tensor]) -> None:
+        """Note that this thread runs an operator on host tensors now."""
         with self._lock:
-            self._access(self.host(), what, reads, writes)
+            self._access(self.host(), action, reads, writes)
 
     def allocated(self, tensor: Tensor, stream: Timeline) -> None:
-        """A tensor is allocated on a stream, unless its storage is known."""
+        """Note that a tensor is allocated on a stream, unless its storage is known."""
         storage = tensor.untyped_storage()
         with self._lock:
             if storage._cdata in self._storages:
@@ -140,18 +143,18 @@ class StreamClocks:
         weakref.finalize(storage, self._freed, storage._cdata).atexit = False
 
     def knows(self, tensor: Tensor) -> bool:
-        """Whether accesses to a tensor are watched: of host tensors those to pinned memory."""
+        """Return whether accesses to a tensor are watched: of host tensors those to pinned memory."""
         with self._lock:
             return tensor.untyped_storage()._cdata in self._storages
 
     def record(self, tensor: Tensor, stream: Timeline) -> None:
-        """The allocator is told that a stream uses a tensor."""
+        """Register a stream that uses a tensor, as the allocator's `record_stream` does."""
         with self._lock:
-            found = self._storages.get(tensor.untyped_storage()._cdata)
-            if found is not None:
-                found.recorded.add(stream.number)
+            storage = self._storages.get(tensor.untyped_storage()._cdata)
+            if storage is not None:
+                storage.recorded.add(stream.number)
 
-    def _access(self, by: Timeline, what: str, reads: Iterable[Tensor], writes: Iterable[Tensor]) -> None:
+    def _access(self, by: Timeline, action: str, reads: Iterable[Tensor], writes: Iterable[Tensor]) -> None:
         tick, host = by.advance(), self.host()
         host_tick = tick if by is host else host.advance()
         for tensors, is_write in ((reads, False), (writes, True)):
@@ -161,7 +164,7 @@ class StreamClocks:
                 storage = self._storages.get(tensor.untyped_storage()._cdata)
                 if storage is None:
                     continue
-                described = f"{what} {tuple(tensor.shape)}"
+                described = f"{action} {tuple(tensor.shape)}"
                 access = _Access(*_extent(tensor), by, tick, is_write, described, host, host_tick)
                 self._check(access, storage)
                 storage.add(access)
@@ -172,33 +175,33 @@ class StreamClocks:
                 continue
             if old.by is not access.by:
                 self.counts["accesses after another stream's"] += 1
-            does, did = ("writes" if one.writes else "reads" for one in (access, old))
-            both = f"{access.what} {does} on {access.where()} what {old.what} {did} on {old.where()}"
+            does, did = ("writes" if access_.writes else "reads" for access_ in (access, old))
+            accesses = f"{access.action} {does} on {access.where()} what {old.action} {did} on {old.where()}"
             if not access.by.knows(old.by, old.tick):
-                self.violation(f"{both}, without waiting for it")
+                self.violation(f"{accesses}, without waiting for it")
             elif old.by is access.by and not access.host.knows(old.host, old.host_tick):
-                self.violation(f"{both}, and the threads have no order")
+                self.violation(f"{accesses}, and the threads have no order")
 
     def _freed(self, key: int) -> None:
         with self._lock:
             storage = self._storages.pop(key)
             if storage.stream.is_host:
-                # the allocator of pinned memory looks after copies under way by itself
+                # the allocator of pinned memory tracks copies under way itself
                 return
-            known = Timeline(storage.stream.number, storage.stream.name)
-            _join(known.clock, storage.stream.clock)
-            _join(known.clock, self.host().clock)
+            freer = Timeline(storage.stream.number, storage.stream.name)
+            _join(freer.clock, storage.stream.clock)
+            _join(freer.clock, self.host().clock)
             others = [old for old in storage.accesses if old.by is not storage.stream]
             self.counts["freed after another stream's use"] += bool(others)
             for old in others:
-                if old.by.number not in storage.recorded and not known.knows(old.by, old.tick):
+                if old.by.number not in storage.recorded and not freer.knows(old.by, old.tick):
                     self.violation(
-                        f"memory {storage.shape} of {storage.stream.name} is freed while {old.what} may still use it on "
+                        f"memory {storage.shape} of {storage.stream.name} is freed while {old.action} may still use it on "
                         f"{old.where()}, without record_stream"
                     )
 
     def violation(self, text: str) -> None:
-        """Note what was found, once."""
+        """Note a violation, once."""
         if text not in self.violations:
             self.violations.append(text)
 
@@ -210,7 +213,7 @@ def _join(clock: Clock, other: Clock) -> None:
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """Bytes of the storage between a view's first and last element."""
+    """Return the bytes of the storage between a view's first and last element."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     begin = tensor.storage_offset()
     return begin * tensor.element_size(), (begin + last + 1) * tensor.element_size()

@@ -18,7 +18,7 @@ RANKS, STEPS = 3, 12
 
 
 def main() -> None:
-    """Each case in a folder of its name, with the exit code and what was said in files of it."""
+    """Run each case in a folder of its name, which gets the exit code and the output in files."""
     for case in json.loads(sys.argv[2]):
         folder = Path(sys.argv[1], case["name"])
         folder.mkdir()
@@ -33,8 +33,8 @@ def main() -> None:
 
 
 def _run(folder: Path, case: dict) -> None:
-    said = os.open(folder / "said", os.O_WRONLY | os.O_CREAT)
-    os.dup2(said, 2)
+    output = os.open(folder / "said", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 2)
     losses = folder / "losses.jsonl"
 
     def progress() -> int:

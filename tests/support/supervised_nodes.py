@@ -14,12 +14,12 @@ PER_NODE, STEPS = 2, 12
 
 
 def main() -> None:
-    """What became of each case goes into a file of its folder."""
+    """Run this node's part of each case, and write the result into a file of the case's folder."""
     number = int(sys.argv[2])
     with fork_server(["faulty_ranks"], Node(nodes=2, keeps_sigterm=True)):
         for name, port in json.loads(sys.argv[3]):
             folder, node = Path(sys.argv[1], name), Node(number, 2, f"{sys.argv[4]}:{port}", keeps_sigterm=True)
-            # no loaded machine is to be taken for a hang
+            # a long limit, so that a slow machine is not taken for a hang
             patience = Patience(600, 600.0 if name in ("whole", "kill") else 15.0)
             ranks = Ranks(PER_NODE, "faulty_ranks:run", [str(folder), STEPS], patience, node)
             with closing(HeartbeatBoard.make(PER_NODE)) as board:

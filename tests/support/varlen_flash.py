@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def allowed(rows: int, keys: int, causal: bool, left: int, right: int) -> Tensor:
-    """Which keys a row of a sequence sees; a negative side is open, as the operators take it."""
+    """Return which keys a row of a sequence sees. A negative side is open, as in the operators."""
     if causal:
         right = 0
     apart = torch.arange(keys)[None, :] - torch.arange(rows)[:, None] - (keys - rows)
@@ -39,7 +39,7 @@ def _checked(q, k, v, starts_q, starts_k, longest_q, longest_k):  # noqa: ANN001
 
 
 def _scores(q, k, scale, seen):  # noqa: ANN001, ANN202
-    """(H, T, S) in fp64."""
+    """Return scores (H, T, S) in fp64."""
     group = q.shape[1] // k.shape[1]
     wide = k.double().repeat_interleave(group, 1)
     return (torch.einsum("thd,shd->hts", q.double(), wide) * scale).masked_fill(~seen, -torch.inf)
@@ -62,7 +62,7 @@ def forward(
     window_size_right,  # noqa: ANN001
 ) -> tuple[Tensor, ...]:
     """See `aten::_flash_attention_forward`."""
-    # what no sequence reaches is not written
+    # rows that no sequence reaches are not written
     o = torch.full_like(q, torch.nan, memory_format=torch.contiguous_format)
     lse = torch.full(
         (q.shape[1], len(q)), torch.nan, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32

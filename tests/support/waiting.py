@@ -1,17 +1,17 @@
-"""How tests wait: they poll for what must become true, with a limit that no loaded machine reaches."""
+"""Polling for tests, with a limit that no loaded machine reaches."""
 
 import time
 from collections.abc import Callable
 from typing import Any
 
-# only what never comes takes so long
+# a wait takes this long only if the condition never becomes true
 LIMIT_SECONDS = 900
 
 
 def eventually(condition: Callable[[], Any], otherwise: str | Callable[[], str]) -> Any:
-    """Poll until `condition()` is true; returns what it returned. Fails with `otherwise` after LIMIT_SECONDS."""
+    """Poll until `condition()` is true, and return its result. Fail with `otherwise` after LIMIT_SECONDS."""
     end = time.monotonic() + LIMIT_SECONDS
-    while not (found := condition()):
+    while not (result := condition()):
         assert time.monotonic() < end, otherwise if isinstance(otherwise, str) else otherwise()
         time.sleep(0.1)
-    return found
+    return result

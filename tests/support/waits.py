@@ -1,7 +1,7 @@
-"""What makes a GPU's host wait for the device, found on meta tensors: every operator is looked at, those inside our own too.
+"""Operators that make a GPU's host wait for the device, found on meta tensors, also inside our own operators.
 
-A number that is asked of the device, an operator whose result's size depends on its numbers, a copy from the device, or one to it
-from memory that is not pinned, or without `non_blocking`. `torch.tensor(list, device=...)` is such a copy, which
+They are: reading a number of the device, an operator whose result's size depends on its numbers, a copy from the device, and a
+copy to it from memory that is not pinned or without `non_blocking`. `torch.tensor(list, device=...)` is such a copy, which
 PyTorch leaves out for meta tensors: so the functions that make tensors of lists are watched by name.
 """
 
@@ -40,41 +40,41 @@ _FILL = ("masked_fill", "masked_fill_", "index_fill", "index_fill_")
 _PUT = ("index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put")
 # functions that make a tensor of numbers on the host, and copy it to the device
 _OF_NUMBERS = ((torch, "tensor"), (torch, "as_tensor"), (torch, "asarray"), (Tensor, "new_tensor"))
-# our operators: of meta tensors PyTorch would only make results of their shapes, without what they do
+# our operators: for meta tensors PyTorch would only make results of their shapes, without running them
 _OURS = {"": attention, "latent_": latent, "recurrence_": recurrence, "convolution_": convolution}
 _VIEWS_AND_EMPTY = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias", "set_")
 
 
-def wait_of(func: Any, args: Any, kwargs: Any, made: list[Tensor]) -> str | None:
-    """Return why an operator makes the host wait, or None. made: its results."""
-    return _wait_of_numbers(func, args, kwargs) or _wait_of_copy(func, args, kwargs, made)
+def wait_of(func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> str | None:
+    """Return why an operator makes the host wait, or None."""
+    return _wait_of_numbers(func, args, kwargs) or _wait_of_copy(func, args, kwargs, results)
 
 
 def _wait_of_numbers(func: Any, args: Any, kwargs: Any) -> str | None:
-    """Return why an operator waits for numbers of the device, as far as its arguments say."""
-    name, given = func.overloadpacket.__name__, _tensors((args, kwargs))
-    if not any(x.device == META for x in given):
+    """Return why an operator waits for numbers of the device, as far as its arguments show."""
+    name, tensors = func.overloadpacket.__name__, _tensors((args, kwargs))
+    if not any(x.device == META for x in tensors):
         return None
     if name in _SYNCHRONISE or str(func).startswith("aten.repeat_interleave.Tensor"):
         return f"{name} waits for the device"
     if name in _FILL and any(x.dim() == 0 and x.device == META for x in _tensors(args[1:])):
         return f"{name} asks the device for the number that it fills in"
-    if "index" in name and any(x.dtype == torch.bool for x in given):
+    if "index" in name and any(x.dtype == torch.bool for x in tensors):
         return f"{name} by a boolean mask counts on the host"
     return None
 
 
-def _wait_of_copy(func: Any, args: Any, kwargs: Any, made: list[Tensor], pinned: Container[int] = ()) -> str | None:
-    """Return why an operator waits for a copy. pinned: storages that are."""
-    name, given = func.overloadpacket.__name__, _tensors((args, kwargs))
-    if {x.device.type for x in (*given, *made)} != {"cpu", "meta"}:
+def _wait_of_copy(func: Any, args: Any, kwargs: Any, results: list[Tensor], pinned: Container[int] = ()) -> str | None:
+    """Return why an operator waits for a copy, or None. pinned: the storages that are pinned."""
+    name, tensors = func.overloadpacket.__name__, _tensors((args, kwargs))
+    if {x.device.type for x in (*tensors, *results)} != {"cpu", "meta"}:
         return None
-    host = next(x for x in (*given, *made) if x.device.type == "cpu")
+    host = next(x for x in (*tensors, *results) if x.device.type == "cpu")
     asynchronous = (kwargs or {}).get("non_blocking") or (name == "copy_" and tuple(args[2:]) == (True,))
     if name in ("_to_copy", "copy_") and asynchronous and host.untyped_storage()._cdata in pinned:
         return None
     # a number on the host is an argument of the launch, but index_put_ copies it to the device
-    if name not in ("_to_copy", "copy_", *_PUT) and all(x.dim() == 0 for x in given if x.device.type == "cpu"):
+    if name not in ("_to_copy", "copy_", *_PUT) and all(x.dim() == 0 for x in tensors if x.device.type == "cpu"):
         return None
     return f"{name} copies between host and device"
 
@@ -84,56 +84,56 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 class HostWaits(TorchDispatchMode):
-    """Counts the waits of this thread, with the line of ours that is to blame, and launches of operators."""
+    """A counter of this thread's waits, each with the line of our code that causes it, and of operators' launches."""
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
         self.launches: Counter[str] = Counter()
-        # kept, so that no other storage has their place
+        # kept alive, so that no other storage gets their addresses
         self._pinned: dict[int, Tensor] = {}
 
-    def found(self, what: str) -> None:
+    def note(self, reason: str) -> None:
         """Note a wait."""
         ours = [line for line in traceback.extract_stack() if "/tests/support/" not in line.filename]
         lines = [line for line in ours if "/torch/" not in line.filename and "site-packages" not in line.filename]
-        self.waits.append(f"{what}: {lines[-1].filename}:{lines[-1].lineno}")
+        self.waits.append(f"{reason}: {lines[-1].filename}:{lines[-1].lineno}")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
         kwargs = dict(kwargs or {})
         name = func.overloadpacket.__name__
         pins = bool(kwargs.pop("pin_memory", False))
         if name == "_local_scalar_dense" and args[0].device == META:
-            self.found("a number of the device is asked for")
+            self.note("a number of the device is asked for")
             return torch.ones((), dtype=args[0].dtype).item()
         if name == "_to_copy" and args[0].device == META and torch.device(kwargs.get("device") or META) != META:
-            self.found("a tensor is copied to the host")
+            self.note("a tensor is copied to the host")
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         if wait := _wait_of_numbers(func, args, kwargs):
-            self.found(wait)
+            self.note(wait)
         out = func(*args, **kwargs)
-        made = _tensors(out)
+        results = _tensors(out)
         if pins:
-            self._pinned |= {x.untyped_storage()._cdata: x for x in made}
-        if wait := _wait_of_copy(func, args, kwargs, made, self._pinned):
-            self.found(wait)
-        given = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
-        written = any(one.alias_info and one.alias_info.is_write for one in func._schema.arguments)
-        is_view = all(x.untyped_storage()._cdata in given for x in made) and not written
-        if name not in _VIEWS_AND_EMPTY and not is_view and any(x.device == META for x in made or args):
+            self._pinned |= {x.untyped_storage()._cdata: x for x in results}
+        if wait := _wait_of_copy(func, args, kwargs, results, self._pinned):
+            self.note(wait)
+        storages = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
+        written = any(argument.alias_info and argument.alias_info.is_write for argument in func._schema.arguments)
+        is_view = all(x.untyped_storage()._cdata in storages for x in results) and not written
+        if name not in _VIEWS_AND_EMPTY and not is_view and any(x.device == META for x in results or args):
             self.launches[name] += 1
         return out
 
 
 @contextmanager
 def host_waits() -> Iterator[HostWaits]:
-    """In here waits are counted, "meta" is a device with streams, and memory can be pinned."""
+    """Count waits in here, where "meta" is a device with streams, and memory can be pinned."""
     watch = HostWaits()
 
-    def counted(make: Any, *given: Any, **how: Any) -> Tensor:
-        out = make(*given, **how)
-        if out.device == META and not (isinstance(given[-1], Tensor) and given[-1].device == META):
-            watch.found("a list is copied to the device")
+    def counted(make: Any, *args: Any, **how: Any) -> Tensor:
+        out = make(*args, **how)
+        if out.device == META and not (isinstance(args[-1], Tensor) and args[-1].device == META):
+            watch.note("a list is copied to the device")
         return out
 
     autocast, is_enabled = torch.autocast, torch.is_autocast_enabled
@@ -151,8 +151,8 @@ def host_waits() -> Iterator[HostWaits]:
             stand_in: Any = partial(counted, make)
             if owner is Tensor:
 
-                def stand_in(x: Tensor, *given: Any, make: Any = make, **how: Any) -> Tensor:
-                    return counted(make, x, *given, **how)
+                def stand_in(x: Tensor, *args: Any, make: Any = make, **how: Any) -> Tensor:
+                    return counted(make, x, *args, **how)
 
             patches.append(mock.patch.object(owner, name, stand_in))
         patches.append(mock.patch.object(Tensor, "__setitem__", partialmethod(_assigned, watch)))
@@ -163,9 +163,9 @@ def host_waits() -> Iterator[HostWaits]:
 
 
 def _assigned(x: Tensor, watch: HostWaits, index: Any, value: Any) -> None:
-    """Assign to x[index] as Python does. For GPUs it makes a tensor on the host of a number; on "meta" it does not."""
-    if x.device == META and isinstance(value, (bool, int, float)) and any(one.dim() for one in _tensors(index)):
-        watch.found("a number is copied to the device")
+    """Assign to x[index] as Python does. For GPUs PyTorch makes a host tensor of a number; on "meta" it does not."""
+    if x.device == META and isinstance(value, (bool, int, float)) and any(tensor.dim() for tensor in _tensors(index)):
+        watch.note("a number is copied to the device")
     TensorBase.__setitem__(x, index, value)
 
 

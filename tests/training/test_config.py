@@ -46,7 +46,7 @@ def test_the_command_line_overrides_the_file():
         ("[train]\nsteps = 1.5", ["train.steps: 1.5 is not a whole number; give one such as 60."]),
         ("[slurm]\noptions = '-a'", ['slurm.options: "-a" is not a list; give one such as ["a", "b"].']),
         ("train = [1]", ["train: [1] is not a table; give one such as [train]."]),
-        ("[data]\ncontext_schedule = 3", ["is not a list; give one such as [{context_length = 4096}]."]),
+        ("[data]\ncontext_schedule = 3", ["is not a list; give one such as [[data.context_schedule]]."]),
         ("[data]\ncontext_schedule = [3]", ["is not a table; give one such as [[data.context_schedule]]."]),
         ("[data]\ncontext_schedule = [{steps = 3}]", ["data.context_schedule.0.context_length: is missing."]),
         (
@@ -158,7 +158,10 @@ def test_every_mistake_is_named_at_once(text, sentences, tmp_path):
         ("[parallel]\npipeline_parallel_size = 0", "parallel.pipeline_parallel_size: at least 1, not 0."),
         ("[data]\ntokens_per_step = 1", "data.tokens_per_step: at least 2"),
         ("[model]\nhidden_size = 0", "model.hidden_size: at least 1, not 0."),
-        ("[data]\ncontext_schedule = [{contxt_length = 4096}]", "unknown key. Did you mean context_length?"),
+        (
+            "[data]\ncontext_schedule = [{contxt_length = 4096}]",
+            "unknown key. Did you mean data.context_schedule.context_length?",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence_whatever_follows_from_it(text, sentence, tmp_path):
@@ -244,7 +247,7 @@ def test_bad_input_ends_with_one_sentence_and_nothing_started(arguments, code, s
     assert done.returncode == code
     shown = done.stdout + done.stderr
     assert sentence in shown and "Traceback" not in shown
-    # one sentence, nothing else
+    # only one sentence
     assert not done.stderr or (done.stderr.startswith("distattn: ") and done.stderr.count("\n") == 1)
     assert not (tmp_path / "run").exists()
 
@@ -265,7 +268,7 @@ def test_help_lists_commands_and_keys_without_importing_torch(capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "sentence"),
     [
         ("--train.engine fsdp", "train.engine: unknown key. Did you mean engine.name?"),
         ("--train.optimizer adam", "train.optimizer: unknown key. There are train.steps, train.learning_rate, "),
@@ -282,14 +285,14 @@ def test_help_lists_commands_and_keys_without_importing_torch(capsys):
         ("--run.folder a b", 'run.folder: "a b" is not one value; put quotes around one that has spaces.'),
     ],
 )
-def test_a_mistake_on_the_command_line_leads_to_what_was_meant(words, sentence):
+def test_a_mistake_on_the_command_line_leads_to_what_was_meant(arguments, sentence):
     with pytest.raises(DistattnError) as refusal:
-        configuration.load(TINY, words.split())
+        configuration.load(TINY, arguments.split())
     assert sentence in str(refusal.value)
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "sentence"),
     [
         ("launch local tiny --gpu 2", "launch: '--gpu' is not known. Did you mean --gpus?"),
         ("launch local tiny --gpus x", "launch: --gpus: 'x' is not a whole number."),
@@ -300,8 +303,8 @@ def test_a_mistake_on_the_command_line_leads_to_what_was_meant(words, sentence):
         ("preflight", "for example: distattn preflight tiny"),
     ],
 )
-def test_a_misspelled_option_leads_to_the_one_that_was_meant(words, sentence, capsys):
-    assert main(words.split()) == 2
+def test_a_misspelled_option_leads_to_the_one_that_was_meant(arguments, sentence, capsys):
+    assert main(arguments.split()) == 2
     printed = capsys.readouterr()
     assert sentence in printed.err and printed.err.count("\n") == 1 and not printed.out
 
@@ -333,11 +336,11 @@ def test_an_empty_configuration_is_a_run(tmp_path):
     ],
 )
 def test_keys_about_text_are_refused_with_a_plan_of_packs(key, value):
-    packs, words = ["--data.path", "packs.toml"], [f"--data.{key}", value]
-    # the run file's keys of text belong to its text
+    packs, setting = ["--data.path", "packs.toml"], [f"--data.{key}", value]
+    # the run file's keys about text belong to its text
     assert configuration.load("configs/tiny.toml", packs).data.path == "packs.toml"
     with pytest.raises(DistattnError, match=f"data.{key}: does nothing here"):
-        configuration.load("configs/tiny.toml", [*packs, *words])
+        configuration.load("configs/tiny.toml", [*packs, *setting])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A schedule of context lengths: the packs of each phase, a run resumed in the middle of each, and what is shown of it."""
+"""A schedule of context lengths: the packs of each phase, a run resumed in the middle of each, and its display."""
 
 import dataclasses
 import json
@@ -58,30 +58,30 @@ def test_a_run_goes_on_bit_by_bit_from_the_middle_of_each_phase(config, tmp_path
     assert [context for _, context, _, _ in _rows(run)] == CONTEXTS
     for middle in (1, 3, 5):
         copy = RunFolder(shutil.copytree(run.folder, tmp_path / f"again-{middle}"))
-        for found in copy.checkpoints.glob("step-*"):
-            if int(found.name.removeprefix("step-")) > middle:
-                shutil.rmtree(found)
+        for checkpoint in copy.checkpoints.glob("step-*"):
+            if int(checkpoint.name.removeprefix("step-")) > middle:
+                shutil.rmtree(checkpoint)
         run_on_ranks(2, train_on_rank, copy.folder, config)
         assert _rows(copy) == _rows(run) and len(_rows(run)) == STEPS
     events = EventAccumulator(str(run.folder / "tensorboard"))
     events.Reload()
-    assert [(one.step, one.value) for one in events.Scalars("context_length")] == list(enumerate(CONTEXTS, 1))
+    assert [(scalar.step, scalar.value) for scalar in events.Scalars("context_length")] == list(enumerate(CONTEXTS, 1))
     assert _curves(run.metrics(), [], None)["labels"]["context_length"] == "context length"
     assert "context_length" not in _curves(run.metrics()[:2], [], None)["labels"]
 
 
 def _told(rank: int, folder: Path, config: Config) -> list[tuple[int, float]]:
-    """(step, seconds that it may take without another heartbeat) as it is told of each step."""
-    tell, found = loop.set_activity, []
+    """Return (step, seconds that it may take without another heartbeat) of each step's heartbeat."""
+    tell, limits = loop.set_activity, []
 
-    def note(words, **given):
-        if words == "forward and backward":
-            found.append((given["step"], given["seconds"]))
-        tell(words, **given)
+    def note(activity, **fields):
+        if activity == "forward and backward":
+            limits.append((fields["step"], fields["seconds"]))
+        tell(activity, **fields)
 
     loop.set_activity = note
     train(RunFolder(folder), config, True, torch.device("cpu"))
-    return found
+    return limits
 
 
 def test_the_first_step_of_a_phase_may_take_as_long_as_the_first_of_a_run(config):
@@ -106,8 +106,8 @@ def test_a_plan_shows_every_phase(config, tmp_path, capsys):
         assert line in shown
     assert plan_command([*options, "--json"]) == 0
     phases = json.loads(capsys.readouterr().out)["phases"]
-    assert [(one["first_step"], one["context_length"]) for one in phases] == [(0, 64), (2, 128), (4, 256)]
-    assert all(one["candidates"][0]["strategy"] == "ring" for one in phases)
+    assert [(phase["first_step"], phase["context_length"]) for phase in phases] == [(0, 64), (2, 128), (4, 256)]
+    assert all(phase["candidates"][0]["strategy"] == "ring" for phase in phases)
 
 
 def test_a_shorter_run_has_the_phases_that_it_reaches(config):
@@ -146,8 +146,8 @@ def test_a_shorter_run_has_the_phases_that_it_reaches(config):
 )
 def test_a_schedule_that_cannot_be_is_refused_by_key_and_line(config, tmp_path, text, sentence):
     file = tmp_path / "run.toml"
-    given = "[data]\ntokens_per_step = 256\nmax_document_tokens = 200\n[train]\nsteps = 8\n[parallel]\nranks = 2\n"
-    file.write_text(f"{given}[[data.context_schedule]]\n{text}\n")
+    head = "[data]\ntokens_per_step = 256\nmax_document_tokens = 200\n[train]\nsteps = 8\n[parallel]\nranks = 2\n"
+    file.write_text(f"{head}[[data.context_schedule]]\n{text}\n")
     with pytest.raises(DistattnError) as caught:
         configuration.load(file)
     assert sentence in str(caught.value), caught.value
@@ -163,7 +163,9 @@ def test_packs_that_are_planned_already_have_no_other_schedule(config):
     planned = dataclasses.replace(config, data=dataclasses.replace(config.data, path="packs.toml", context_length=64))
     problems = [str(problem) for problem in configuration.problems_of(planned)]
     assert any(problem.startswith("data.context_schedule: packs are planned already") for problem in problems)
-    assert any(one.startswith("data.context_length: does nothing here: packs are planned already") for one in problems)
+    assert any(
+        problem.startswith("data.context_length: does nothing here: packs are planned already") for problem in problems
+    )
 
 
 def test_a_schedule_beside_a_context_length_is_refused(config):
@@ -174,7 +176,7 @@ def test_a_schedule_beside_a_context_length_is_refused(config):
 
 def test_a_later_phase_that_cannot_be_planned_is_refused_before_ranks_start(config):
     parallel = dataclasses.replace(config.parallel, max_buffer_bytes=8_000)
-    # the first phase alone can be
+    # the first phase alone can be planned
     start_run(dataclasses.replace(config, parallel=parallel, train=TrainConfig(steps=2)), no_progress)
     with pytest.raises(DistattnError, match="max_buffer_bytes"):
         start_run(dataclasses.replace(config, parallel=parallel), no_progress)

@@ -1,4 +1,4 @@
-"""Text in, packs out: every byte exactly once, in an order the seed alone decides."""
+"""Text in, packs out: every byte exactly once, in an order that only the seed decides."""
 
 import contextlib
 import os
@@ -54,12 +54,12 @@ def test_an_epoch_tiles_every_file(tmp_path):
     # the pieces of the first epoch are its documents, whole, and these are the files
     rows = [row for step in range(120) for row in piece_rows(data, step) if row["epoch"] == 0]
     assert sorted(row["document"] for row in rows) == list(range(len(text_.documents)))
-    found = defaultdict(bytes)
+    by_file = defaultdict(bytes)
     for row in sorted(rows, key=lambda row: row["document"]):
         assert row["start"] == 0 and not row["follows"]
         tokens = np.fromfile(row["file"], row["dtype"], row["length"], offset=row["byte"])
-        found[text_.documents[row["document"]].file] += tokens.tobytes()
-    assert found == contents
+        by_file[text_.documents[row["document"]].file] += tokens.tobytes()
+    assert by_file == contents
 
 
 def test_steps_of_text_have_the_same_documents_whatever_the_number_of_shares(tmp_path):
@@ -68,7 +68,7 @@ def test_steps_of_text_have_the_same_documents_whatever_the_number_of_shares(tmp
     for number in range(40):
         (tmp_path / "text" / f"{number}.txt").write_text("a" * int(rng.integers(1, 100)))
     data = DataConfig(path=str(tmp_path / "text"), tokens_per_step=400, context_length=100, max_document_tokens=80)
-    found = []
+    rows_of_runs = []
     for number, (ranks, how, size) in enumerate(
         [(1, "replicated", 0), (2, "per_rank", 0), (4, "per_rank", 0), (8, "per_rank", 2)]
     ):
@@ -79,11 +79,11 @@ def test_steps_of_text_have_the_same_documents_whatever_the_number_of_shares(tmp
         run = new_run(config)
         opened = open_data(run, config)
         rows = [list(piece_rows(opened, step)) for step in range(30)]
-        found.append([[{**row, "file": ""} for row in step] for step in rows])
+        rows_of_runs.append([[{**row, "file": ""} for row in step] for step in rows])
         shares = config.parallel.data_parallel_size
         loaders = [PackLoader(opened.plan, opened.corpora, rank=share, size=shares) for share in range(shares)]
         assert {len(next(iter(loader))) for loader in loaders} == {4 // shares}
-    assert found[1:] == found[:1] * 3 and max(row["pack"] for row in found[0][0]) == 3
+    assert rows_of_runs[1:] == rows_of_runs[:1] * 3 and max(row["pack"] for row in rows_of_runs[0][0]) == 3
 
 
 def test_tokens_of_a_run_are_compared_with_their_digests_unless_it_says_otherwise(tmp_path):
@@ -158,7 +158,7 @@ def test_binary_files_among_texts_are_skipped_and_counted(tmp_path):
     corpus = find_corpus(str(tmp_path), max_document_tokens=10**6)
     assert [Path(document.file).name for document in corpus.documents] == ["a.txt"]
     assert (corpus.files, corpus.binary_files) == (3, 2)
-    # a file that is named is meant
+    # a file that is named is not skipped
     with pytest.raises(DamagedDataError, match="b.bin: not UTF-8 text"):
         check_text(find_corpus(str(tmp_path / "b.bin"), max_document_tokens=9))
     (tmp_path / "late").mkdir()

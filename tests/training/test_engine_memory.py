@@ -1,4 +1,4 @@
-"""While an engine opens, a rank holds its share of the weights and little beside, counted in bytes of tensors."""
+"""While an engine opens, a rank holds its share of the weights and little else, counted in bytes of tensors."""
 
 import math
 import os
@@ -27,26 +27,26 @@ VOCABULARY = 2048
 
 
 class _WeightsAreThere(Exception):
-    """Ends the opening of an engine."""
+    """The end of an engine's opening."""
 
 
 def _opened(rank: int, name: str, how: EngineConfig, parallel: dict[str, int]) -> tuple[int, int]:
-    """Bytes at most, over those before the model was built: while it was, and until the engine had its weights."""
+    """Return peak bytes, over those before the model was built: while it was, and until the engine had its weights."""
     module = {"fsdp2": fsdp2, "deepspeed": deepspeed, "megatron": megatron}[name]
     os.environ["LOCAL_RANK"] = str(rank)
     if name == "megatron":
         import megatron_on_cpu  # noqa: F401
     live, build, counted = LiveBytes(), module.build_model, []
 
-    def counting(*given, **named):
+    def counting(*args, **named):
         counted.append(live.now)
         live.peak = live.now
-        model = build(*given, **named)
+        model = build(*args, **named)
         counted.append(live.peak)
         live.peak = live.now
         return model
 
-    def end(*given, **named):
+    def end(*args, **named):
         raise _WeightsAreThere
 
     module.build_model = counting
@@ -60,7 +60,7 @@ def _opened(rank: int, name: str, how: EngineConfig, parallel: dict[str, int]) -
 
 
 def _sizes() -> tuple[int, int]:
-    """Bytes of the model and of its largest module, in float32."""
+    """Return the bytes of the model and of its largest module, in float32."""
     layer = 4 * SHAPE.hidden_size**2 + 3 * SHAPE.hidden_size * SHAPE.intermediate_size + 2 * SHAPE.hidden_size
     embedding = VOCABULARY * SHAPE.hidden_size
     return 4 * (SHAPE.num_layers * layer + 2 * embedding + SHAPE.hidden_size), 4 * embedding
@@ -84,18 +84,18 @@ def test_a_rank_holds_its_share_and_one_module_while_an_engine_opens(engine):
     name, how, parallel = ENGINES[engine]
     whole, largest = _sizes()
     for building, handing_over in run_on_ranks(4, _opened, name, EngineConfig(name=name, **how), parallel):
-        # norms and rotary frequencies are a little more
+        # norms and rotary frequencies need a little more
         assert whole / 4 + largest <= building < 1.01 * (whole / 4 + largest)
         if engine == "deepspeed 2":
-            # whole on every device by design; a rank's rows go as they are gathered
+            # whole on every device by design; a rank's rows are freed as they are gathered
             assert whole <= handing_over < whole + 2 * largest
         else:
-            # an embedding that is gathered, and a copy of it
+            # a gathered embedding, and a copy of it
             assert math.ceil(whole / 4) <= handing_over < 1.01 * whole / 4 + 2.5 * largest
 
 
 def _held_by_a_state(rank: int, name: str, how: EngineConfig) -> int:
-    """Bytes at most, over those before, while an engine makes its state and what it gathers is copied elsewhere."""
+    """Return the peak bytes, over those before, while an engine makes its state and gathered tensors are copied elsewhere."""
     os.environ["LOCAL_RANK"] = str(rank)
     if name == "megatron":
         import megatron_on_cpu  # noqa: F401
@@ -111,7 +111,7 @@ def _held_by_a_state(rank: int, name: str, how: EngineConfig) -> int:
         try:
             before = live.peak = live.now
             state = engine.state(keep)
-            # on both ranks there are weights to be saved, and a name stands for one tensor
+            # both ranks have weights to save, and a name stands for one tensor
             assert len(set(kept)) == len(kept) == sum(map(len, state[:3])) > 10
             return live.peak - before
         finally:
@@ -124,5 +124,5 @@ def test_a_rank_holds_few_gathered_tensors_while_its_state_is_saved(engine):
     name, how, _ = ENGINES[engine]
     _, largest = _sizes()
     for held in run_on_ranks(2, _held_by_a_state, name, EngineConfig(name=name, **how)):
-        # one that is gathered, from its parts; all that a rank keeps are 14 times the largest
+        # one gathered tensor with its parts; all that a rank keeps are 14 times the largest
         assert largest <= held < 5 * largest

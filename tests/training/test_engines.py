@@ -12,7 +12,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
-# here and not in every rank: DeepSpeed imports it, 3 s
+# imported here and not in every rank, since DeepSpeed imports it: 3 s
 import functorch.compile  # noqa: E402, F401
 import small  # noqa: E402
 import torch  # noqa: E402
@@ -48,14 +48,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-# its gradients are below it in some steps only
+# the gradients' norms are below it in some steps only
 CLIP = 2.0
 
 
 def config_of(
     engine: str, ranks: int = 4, size: int = 2, dtype: str = "float32", stage: int = 2, memory=None, **parallel
 ) -> Config:
-    # packs of one rank's own have no layout
+    # packs of a single rank have no layout
     spread = dict(layout="document_zigzag", min_chunk=4) if size > 1 else {}
     return Config(
         data=DataConfig(context_length=2048, max_document_tokens=1000),
@@ -81,7 +81,7 @@ def config_of(
 
 
 def micro_batches(step: int, replica: int) -> list[dict]:
-    """One to three a step, for two replicas, of documents that are never the same."""
+    """Return one to three micro-batches for a step of one of two replicas. Their documents are never the same."""
     return [
         small.micro_batch([5 + step, 3 + 7 * number, 11 + 2 * replica + step % 3], masked=replica == 1)
         for number in range(1 + step % 3)
@@ -89,9 +89,11 @@ def micro_batches(step: int, replica: int) -> list[dict]:
 
 
 def steps(first: int, last: int, replica: int, replicas: int) -> list[list[dict]]:
-    """With one replica it has the batches of both."""
+    """Return steps of a replica. A single replica has the batches of both."""
     mine = range(replica, 2, replicas)
-    return [[batch for one in mine for batch in micro_batches(step, one)] for step in range(first, last)]
+    return [
+        [batch for batch_replica in mine for batch in micro_batches(step, batch_replica)] for step in range(first, last)
+    ]
 
 
 def learning_rate(step: int) -> float:
@@ -99,24 +101,24 @@ def learning_rate(step: int) -> float:
 
 
 def opened(config: Config):
-    # as torchrun sets it; DeepSpeed asks for it
+    # as torchrun sets it; DeepSpeed reads it
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
     if config.engine.name == "megatron":
-        # in this process of a rank only: it changes torch
+        # only in this process of a rank: the import changes torch
         import megatron_on_cpu  # noqa: F401
     return open_engine(config, torch.device("cpu"), small.VOCABULARY, 128)
 
 
 def train(engine, first: int, last: int) -> list[tuple[float, float]]:
-    """(Loss, gradient norm) of each step."""
-    found = []
+    """Train. Return (loss, gradient norm) of each step."""
+    curve = []
     cp = engine.cp
     loader = steps(first, last, cp.data_parallel_rank, cp.data_parallel_size)
     for number, batches in enumerate(cp.steps(loader)):
         loss = cp.mean_loss(engine.backward(batches))
-        found.append((loss, engine.clip(CLIP)))
+        curve.append((loss, engine.clip(CLIP)))
         engine.update(learning_rate(first + number))
-    return found
+    return curve
 
 
 def _curve(rank: int, config: Config, count: int = STEPS) -> list[tuple[float, float]]:
@@ -128,12 +130,16 @@ def _curve(rank: int, config: Config, count: int = STEPS) -> list[tuple[float, f
 
 
 def plain_curve(config: Config, count: int = STEPS) -> list[tuple[float, float]]:
-    """A loop of plain PyTorch in one process."""
+    """Train in a loop of plain PyTorch in one process."""
     model = build_model(config, configured_model(config, small.VOCABULARY, 128))
-    kinds = [[one for one in model.parameters() if (one.dim() > 1) == decays] for decays in (True, False)]
-    groups = [{"params": one, "weight_decay": decay} for one, decay in zip(kinds, (0.1, 0.0), strict=True)]
+    kinds = [
+        [parameter for parameter in model.parameters() if (parameter.dim() > 1) == decays] for decays in (True, False)
+    ]
+    groups = [
+        {"params": parameters, "weight_decay": decay} for parameters, decay in zip(kinds, (0.1, 0.0), strict=True)
+    ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
-    found = []
+    curve = []
     for step, (batches,) in enumerate(zip(steps(0, count, 0, 1), strict=True)):
         loss, gradients = small.in_one_process(model, batches)
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
@@ -142,8 +148,8 @@ def plain_curve(config: Config, count: int = STEPS) -> list[tuple[float, float]]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
         optimizer.step()
-        found.append((float(loss), float(norm)))
-    return found
+        curve.append((float(loss), float(norm)))
+    return curve
 
 
 @pytest.fixture(scope="module")
@@ -197,14 +203,14 @@ def test_tiles_and_checkpointed_layers_have_the_same_curve(run, wanted):
 
 
 def spoil(model: torch.nn.Module) -> list:
-    """Let what embeddings give be no number, on the stage that has them."""
+    """Make the outputs of embeddings NaN, on the stage that has them."""
     ends = ("embed_tokens", "word_embeddings")
-    found = [module for name, module in model.named_modules() if name.endswith(ends)]
-    return [module.register_forward_hook(lambda module, given, output: output * math.nan) for module in found]
+    embeddings = [module for name, module in model.named_modules() if name.endswith(ends)]
+    return [module.register_forward_hook(lambda module, inputs, output: output * math.nan) for module in embeddings]
 
 
 def _dropped(rank: int, config: Config):
-    """Parameters before and after steps that are clipped and dropped, one of them amid gradients that are not finite."""
+    """Compare parameters before and after steps that are clipped and dropped, one with gradients that are not finite."""
     engine = opened(config)
     try:
         train(engine, 0, 2)
@@ -220,9 +226,9 @@ def _dropped(rank: int, config: Config):
         after = engine.state()
         assert after.updates == before.updates == 2
         same = all(
-            torch.equal(one[name], other[name])
-            for one, other in zip(before[:3], after[:3], strict=True)
-            for name in one
+            torch.equal(part_before[name], part_after[name])
+            for part_before, part_after in zip(before[:3], after[:3], strict=True)
+            for name in part_before
         )
         return same, train(engine, 2, 4)
     finally:
@@ -238,7 +244,7 @@ def test_a_dropped_step_leaves_nothing_behind(run, wanted):
 
 
 def _evaluated(rank: int, config: Config):
-    """A step's loss without gradients, with them, and as its token losses say."""
+    """Return a step's loss without gradients, with them, and by its token losses."""
     engine = opened(config)
     try:
         cp, sums = engine.cp, []
@@ -248,11 +254,11 @@ def _evaluated(rank: int, config: Config):
             sums.append(losses.double().sum() * batch["loss_scale"])
 
         for batches in cp.steps(steps(2, 3, cp.data_parallel_rank, cp.data_parallel_size)):
-            found = [engine.evaluate(batches, add)]
+            losses_ = [engine.evaluate(batches, add)]
             assert engine.model.training
-            found.append(engine.backward(batches, add))
+            losses_.append(engine.backward(batches, add))
             engine.drop()
-        return [cp.mean_loss(one) for one in (*found, sums[: len(batches)])]
+        return [cp.mean_loss(values) for values in (*losses_, sums[: len(batches)])]
     finally:
         engine.close()
 
@@ -287,8 +293,8 @@ def _gone_on(rank: int, config: Config, middle: int, folder: str):
         engine.load(state._replace(updates=middle))
         again = engine.state()
         assert again.updates == middle
-        for one, other in zip(state[:3], again[:3], strict=True):
-            assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+        for part, part_again in zip(state[:3], again[:3], strict=True):
+            assert part.keys() == part_again.keys() and all(torch.equal(part[name], part_again[name]) for name in part)
         return train(engine, middle, middle + 2)
     finally:
         engine.close()
@@ -325,7 +331,7 @@ HALF = {
 
 
 def _half(rank: int, config: Config):
-    """A curve; and of a dropped step whether it left anything, and the dtypes of what is saved."""
+    """Return a curve, whether a dropped step left anything, and the dtypes of the saved state."""
     engine = opened(config)
     try:
         curve = train(engine, 0, 4)
@@ -338,11 +344,11 @@ def _half(rank: int, config: Config):
         engine.load(before)
         after = engine.state()
         same = all(
-            torch.equal(one[name], other[name])
-            for one, other in zip(before[:3], after[:3], strict=True)
-            for name in one
+            torch.equal(part_before[name], part_after[name])
+            for part_before, part_after in zip(before[:3], after[:3], strict=True)
+            for name in part_before
         )
-        return curve + train(engine, 4, 10), same, {one.dtype for kept in after[:3] for one in kept.values()}
+        return curve + train(engine, 4, 10), same, {tensor.dtype for kept in after[:3] for tensor in kept.values()}
     finally:
         engine.close()
 
@@ -351,7 +357,7 @@ def _half(rank: int, config: Config):
 @pytest.mark.parametrize("run", HALF)
 def test_bfloat16_follows_the_curve_and_keeps_weights_in_float32(run, wanted):
     for curve, same, dtypes in run_on_ranks(4, _half, HALF[run]):
-        # 8 bits of mantissa, summed over tokens and layers
+        # errors of 8 bits of mantissa, summed over tokens and layers
         assert torch.allclose(torch.tensor(curve), torch.tensor(wanted[:10]), rtol=5e-2, atol=0)
         assert same and dtypes <= {torch.float32}
 

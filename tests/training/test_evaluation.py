@@ -1,4 +1,4 @@
-"""Evaluation inside training: the right losses, and a run whose every bit is that of one without it."""
+"""Evaluation inside training: the right losses, and a run that is bitwise equal to one without it."""
 
 import pytest
 import torch
@@ -17,10 +17,10 @@ TRAINED = [[micro_batch(lengths) for lengths in STEPS[number % 2]] for number in
 
 
 def alone(model):
-    """(sum of losses, tokens) by bucket of positions and in all: plain transformers, one document at a time."""
+    """Return (sum of losses, tokens) by bucket of positions: plain transformers, one document at a time."""
     sums = {}
     with huggingface.single_process_attention(model), torch.no_grad():
-        for batch in (one for step in HELD_OUT for one in step):
+        for batch in (pack for step in HELD_OUT for pack in step):
             for ids in batch["input_ids"].split(batch["document_lengths"], 1):
                 logits = model(ids, use_cache=False).logits[0, :-1]
                 losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
@@ -32,7 +32,7 @@ def alone(model):
 
 
 def _trained(rank, evaluated, settings):
-    """Losses and gradient norms of all steps, and what the first and second evaluation found."""
+    """Return losses and gradient norms of all steps, and the tables of the first and second evaluation."""
     model = build(torch.float64, attention_dropout=0.0)
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
     wanted = alone(model)
@@ -47,7 +47,7 @@ def _trained(rank, evaluated, settings):
             losses = []
             for batch in batches:
                 if evaluated and number in (0, 3):
-                    # amid a step, as long as no gradient has been made of what FSDP2 holds
+                    # within a step, before FSDP2 has gradients
                     table = evaluate(cp, model, HELD_OUT, sums)
                     tables.append({bucket.first: (bucket.loss, bucket.tokens) for bucket in table.by_position})
                     modes = [module.training for module in (model, model.model.layers[0], model.model.layers[1].mlp)]

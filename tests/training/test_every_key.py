@@ -23,7 +23,7 @@ from distattn.training.config.run_file import Config
 
 ROOT = Path(__file__).parents[2]
 TEXT_KEYS = ("suffix", "exclude", "tokens_per_step", "max_document_tokens", "context_length")
-# by key: another valid value and, after it, what must be set with it for it to do something; the value alone is refused
+# by key: another valid value and, after it, the settings without which it does nothing; the value alone is refused
 OTHERS = {
     "data.path": ["x"],
     "data.suffix": [".md"],
@@ -51,6 +51,7 @@ OTHERS = {
     "parallel.backward": ["refetch-home"],
     "parallel.devices_per_node": ["2"],
     "parallel.comm_dtype": ["bfloat16"],
+    "parallel.max_buffer_bytes": ["1000000000"],
     "parallel.latents": ["True", "--model.path={latent}"],
     "engine.name": ["deepspeed"],
     "engine.shard_size": ["2"],
@@ -82,7 +83,7 @@ KEYS = [
     for section in dataclasses.fields(Config)
     for field in dataclasses.fields(section.default_factory)
 ]
-# what else does nothing, and with which other value
+# other settings that do nothing, and the value with which they do nothing
 IDLE = [
     ("checkpoint.keep_last", "2", ["--checkpoint.every_steps=-1"]),
     ("checkpoint.keep_every_hours", "2", ["--checkpoint.every_steps=-1"]),
@@ -132,13 +133,13 @@ def empty(tmp_path_factory):
     return file
 
 
-def words_of(empty: Path, *words: str) -> list[str]:
+def words_of(empty: Path, *texts: str) -> list[str]:
     folders = {"model": ROOT / "configs/models/llama-3-8b", "latent": empty.parent / "latent"}
-    return [word.format(**folders) for word in words]
+    return [word.format(**folders) for word in texts]
 
 
 def another(key: str) -> list[str]:
-    """Return another value of a key: that of the table, else one of its type."""
+    """Return another value of a key: that of the table, or one of its type."""
     if key in OTHERS:
         return OTHERS[key]
     section, name = key.split(".")
@@ -162,7 +163,7 @@ def test_a_key_changes_the_configuration_and_is_refused_without_what_it_belongs_
             configuration.load(empty, key_arguments)
 
 
-@pytest.mark.parametrize(("key", "value", "others"), IDLE, ids=[f"{one[0]} {' '.join(one[2])}" for one in IDLE])
+@pytest.mark.parametrize(("key", "value", "others"), IDLE, ids=[f"{case[0]} {' '.join(case[2])}" for case in IDLE])
 def test_a_key_that_does_nothing_is_refused_with_its_name(key, value, others, empty):
     others = words_of(empty, *others)
     configuration.load(empty, others)
@@ -170,7 +171,7 @@ def test_a_key_that_does_nothing_is_refused_with_its_name(key, value, others, em
         configuration.load(empty, [*others, f"--{key}={value}"])
     assert str(refused.value).count("\n") == 0
     if key.startswith(("data.", "model.")):
-        # as these are amounts, their default is refused, too
+        # these are amounts: their default is refused, too
         default = value_of(Config(), key)
         shown = " ".join(default) if isinstance(default, tuple) else str(default)
         with pytest.raises(DistattnError, match=key):
@@ -198,7 +199,7 @@ def test_every_key_is_read_outside_of_the_configuration():
     read = set()
     for folder in ("distattn", "launch"):
         for file in (ROOT / folder).rglob("*.py"):
-            if file.name in ("config.py", "config_checks.py", "config_idle_keys.py", "config_limits.py"):
+            if file.parent.name == "config" and file.name in ("run_file.py", "checks.py", "idle_keys.py", "limits.py"):
                 continue
             nodes = ast.walk(ast.parse(file.read_text("utf-8")))
             read |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
@@ -225,14 +226,14 @@ def test_keys_that_a_command_does_not_read_are_refused_on_its_command_line(comma
             assert f"it belongs to distattn launch {key.partition('.')[0]}." in error
 
 
-# runs that read other keys, by what each has
+# runs that read other keys, by their names
 VARIANTS = {
     "text": [],
     "own packs": ["--parallel.data=per_rank", "--parallel.strategy=cad", "--data.context_length=256"],
     "held out": ["--evaluation.every_steps=2", "--evaluation.steps=2", "--train.steps=4"],
     "planned": ["--data.path={planned}", "--train.steps=2"],
 }
-# read when a configuration is loaded, for other engines or corpora with masks, or all at once
+# keys that are read when a configuration is loaded, for other engines or corpora with masks, or all at once
 UNNOTED = {
     "model.path",
     "engine.zero_stage",
@@ -243,7 +244,7 @@ UNNOTED = {
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
-    """A plan of two steps of a corpus without a tokenizer's manifest."""
+    """Make a plan of two steps of a corpus without a tokenizer's manifest."""
     folder = tmp_path_factory.mktemp("planned")
     write_corpus(folder, "web", [[300] * 16])
     (folder / "p.toml").write_text(
@@ -255,7 +256,7 @@ def planned(tmp_path_factory):
 
 
 def small_run(empty, planned, variant: str) -> list[str]:
-    """The words of a run whose packs are small, and whose text is one file."""
+    """Return the arguments of a run whose packs are small, and whose text is one file."""
     arguments = [word.replace("{planned}", str(planned)) for word in VARIANTS[variant]]
     if variant == "planned":
         return [*arguments, "--model.vocab_size=60000", "--reference_check.steps=0"]
@@ -275,7 +276,7 @@ def read_by_plan(empty, planned, *options: str) -> set[str]:
 def test_plan_reads_the_keys_that_it_takes(command, empty, planned, capsys):
     options = ["--docs=512" if word == "--docs" else word for word in command.split()[1:]]
     read = read_by_plan(empty, planned, *options)
-    # settings of plans have the kernel, but plans of all kernels are alike
+    # settings of plans contain the kernel, but plans of all kernels are equal
     assert read - READ_BY[command] == {"parallel.kernel"}
     assert READ_BY[command] - read <= UNNOTED
 
@@ -294,7 +295,7 @@ def test_preflight_reads_the_keys_that_it_takes(empty, planned, tmp_path, monkey
     assert READ_BY["preflight"] - read <= UNNOTED | {"supervision.patience_seconds", "supervision.starting_seconds"}
 
 
-# what is given to a command before its options
+# the arguments of a command before its options
 COMMANDS = {
     "plan": ["--docs=512"],
     "launch local": ["tiny"],
@@ -316,14 +317,14 @@ COMMANDS = {
 
 
 class _ParsedError(Exception):
-    """A command has come to its options."""
+    """The end of a command that parses its options."""
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_of_a_command_is_read(command, monkeypatch):
     parsers = []
 
-    def parse(self, *given):
+    def parse(self, *args):
         parsers.append(self)
         raise _ParsedError
 
@@ -338,7 +339,7 @@ def test_every_option_of_a_command_is_read(command, monkeypatch):
                 read.add(node.attr)
             elif isinstance(node, (ast.For, ast.GeneratorExp)):
                 # getattr(given, name) for names of a tuple
-                read |= {one.value for one in ast.walk(node) if isinstance(one, ast.Constant)}
+                read |= {constant.value for constant in ast.walk(node) if isinstance(constant, ast.Constant)}
     options = {action.dest for action in parsers[0]._actions} - {"help"}
     assert options and options <= read
 

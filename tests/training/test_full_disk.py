@@ -1,4 +1,4 @@
-"""A disk that is full or cannot be written ends no run: it says so once, and saves when there is room."""
+"""A disk that is full or cannot be written ends no run: the run says so once, and saves when there is room."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ DISK_FILES = 1000
 
 @pytest.fixture
 def disk(tmp_path):
-    """A small file system of its own."""
+    """Make a small file system."""
     folder = tmp_path / "disk"
     folder.mkdir()
     done = subprocess.run(
@@ -65,7 +65,7 @@ def fill(disk: Path) -> None:
 
 
 def fill_with_files(disk: Path) -> None:
-    """Leave room for not a byte, nor for another file or folder."""
+    """Leave no room for another byte, file or folder."""
     fill(disk)
     (many := disk / "many").mkdir()
     with suppress(OSError):
@@ -73,19 +73,19 @@ def fill_with_files(disk: Path) -> None:
             (many / str(number)).touch()
 
 
-def warned_of(step: int, said: Path) -> None:
-    """Wait until the save of a step, which goes on beside the training, has failed."""
-    eventually(lambda: f"step-{step:08d}" in said.read_text(), said.read_text)
+def warned_of(step: int, messages: Path) -> None:
+    """Wait until the save of a step, which overlaps with training, has failed."""
+    eventually(lambda: f"step-{step:08d}" in messages.read_text(), messages.read_text)
 
 
 def mounted(disk: Path, how: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{how}", str(disk)], check=True)
 
 
-def _train(rank: int, folder: Path, config: Config, said: Path, events: dict) -> None:
-    """events: what happens to the disk after so many updates. said: gets what rank 0 warns of."""
+def _train(rank: int, folder: Path, config: Config, messages: Path, events: dict) -> None:
+    """Train. events: changes of the disk by the number of updates before them. messages: gets rank 0's warnings."""
     if rank == 0:
-        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+        os.dup2(os.open(messages, os.O_WRONLY | os.O_CREAT), 2)
         sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     update, updates = Fsdp2Engine.update, []
 
@@ -102,12 +102,12 @@ def _train(rank: int, folder: Path, config: Config, said: Path, events: dict) ->
     train(RunFolder(folder), config, True, torch.device("cpu"))
 
 
-def trained(config: Config, said: Path, events: dict, checkpoints: Path | None = None) -> RunFolder:
+def trained(config: Config, messages: Path, events: dict, checkpoints: Path | None = None) -> RunFolder:
     run = RunFolder.create(config)
     if checkpoints is not None:
         run.checkpoints.symlink_to(checkpoints)
     write_text(run, config, find_text(config))
-    run_on_ranks(2, _train, run.folder, config, said, events)
+    run_on_ranks(2, _train, run.folder, config, messages, events)
     return run
 
 
@@ -121,9 +121,9 @@ def test_a_disk_that_is_full_or_cannot_be_written_for_a_while_ends_no_run(texts,
     # the whole run is on the disk, which is full from before the first save to after the third
     full = {1: lambda: fill(disk), 7: lambda: (warned_of(6, tmp_path / "said-1"), (disk / "ballast").unlink())}
     run = trained(config_of(texts, disk / "run"), tmp_path / "said-1", full)
-    assert [one.step for one in list_checkpoints(run.checkpoints)] == [8, 10]
+    assert [checkpoint.step for checkpoint in list_checkpoints(run.checkpoints)] == [8, 10]
     assert newest_good(run.checkpoints) == run.checkpoints / "step-00000010"
-    # nothing that was written down meanwhile is lost
+    # nothing that was recorded meanwhile is lost
     assert rows(run) == rows(plain) and len(rows(run)) == STEPS
     assert run.losses(EVALUATION) == plain.losses(EVALUATION)
     for step in range(STEPS):
@@ -131,13 +131,13 @@ def test_a_disk_that_is_full_or_cannot_be_written_for_a_while_ends_no_run(texts,
     lines = (tmp_path / "said-1").read_text().splitlines()
     ours = [line for line in lines if line.startswith("distattn: ")]
     assert all("No space left on device" in line for line in ours)
-    for what in ("metrics.jsonl", "tensorboard", "step-00000002", "step-00000004", "step-00000006"):
-        assert sum(what in line for line in ours) == 1, lines
+    for name in ("metrics.jsonl", "tensorboard", "step-00000002", "step-00000004", "step-00000006"):
+        assert sum(name in line for line in ours) == 1, lines
     # checkpoints are on the disk, which cannot be written from before the first save to after the second
     shutil.rmtree(run.folder)
     read_only = {1: lambda: mounted(disk, "ro"), 5: lambda: (warned_of(4, tmp_path / "said-2"), mounted(disk, "rw"))}
     run = trained(config_of(texts, tmp_path / "run"), tmp_path / "said-2", read_only, disk)
-    assert [one.step for one in list_checkpoints(run.checkpoints)] == [6, 8, 10]
+    assert [checkpoint.step for checkpoint in list_checkpoints(run.checkpoints)] == [6, 8, 10]
     assert rows(run) == rows(plain)
     lines = (tmp_path / "said-2").read_text().splitlines()
     assert len(lines) == 2 and all("was not saved" in line and "Read-only file system" in line for line in lines), lines
@@ -145,19 +145,19 @@ def test_a_disk_that_is_full_or_cannot_be_written_for_a_while_ends_no_run(texts,
 
 @pytest.mark.full
 def test_a_restart_bears_a_full_disk(texts, disk, tmp_path):
-    config, said = config_of(texts, disk / "run"), tmp_path / "said"
+    config, messages = config_of(texts, disk / "run"), tmp_path / "said"
     run = new_run(config)
     run_on_ranks(2, _train, run.folder, replace(config, train=replace(config.train, steps=4)), tmp_path / "said-0", {})
-    # as a killed rank 0 leaves it: its own name is that of a process that is no more
+    # as a killed rank 0 leaves it: its file names a process that does not exist
     dead = replace(Owner.of_this_process(), pid=2**22 + 1)
     dead.write(run.folder / "owner.json")
     fill_with_files(disk)
     room = {2: lambda: (shutil.rmtree(disk / "many"), (disk / "ballast").unlink())}
-    run_on_ranks(2, _train, run.folder, config, said, room)
-    assert [one.step for one in list_checkpoints(run.checkpoints)] == [6, 8, 10]
+    run_on_ranks(2, _train, run.folder, config, messages, room)
+    assert [checkpoint.step for checkpoint in list_checkpoints(run.checkpoints)] == [6, 8, 10]
     assert [step.step for step in run.metrics()] == list(range(1, STEPS + 1))
-    lines = [line for line in said.read_text().splitlines() if line.startswith("distattn: ")]
-    assert "Traceback" not in said.read_text()
+    lines = [line for line in messages.read_text().splitlines() if line.startswith("distattn: ")]
+    assert "Traceback" not in messages.read_text()
     assert all("No space left on device" in line for line in lines) and any("owner.json" in line for line in lines), (
         lines
     )
@@ -167,7 +167,7 @@ def test_a_run_whose_folder_is_renamed_is_saved_there_and_ends(texts, tmp_path):
     place, moved = tmp_path / "run", tmp_path / "moved"
 
     def rename():
-        # and another run begins under the name
+        # another run begins under the old name
         place.rename(moved)
         place.mkdir()
 
@@ -175,7 +175,7 @@ def test_a_run_whose_folder_is_renamed_is_saved_there_and_ends(texts, tmp_path):
         AssertionError, match=rf"run: was renamed to {moved} meanwhile; the run was saved there after step 5"
     ) as ended:
         trained(config_of(texts, place), tmp_path / "said", {4: rename})
-    # ranks say a sentence once where it is the same one
+    # ranks print the same sentence once
     assert (
         str(ended.value).count("DistattnError: ") == str(ended.value).count(f"was renamed to {moved} meanwhile; ") > 1
     )

@@ -1,4 +1,4 @@
-"""Reports of health: the slow rank is named while it is slow, and a GPU whose counters grow."""
+"""Reports of health: the slow rank is named while it is slow, and so is a GPU whose counters grow."""
 
 import importlib.util
 import os
@@ -32,7 +32,7 @@ from distattn.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 HOST = socket.gethostname()
-# seconds of a planted sleep: long beside what the tiny model computes, on a busy machine too
+# seconds of a planted sleep: long compared with the tiny model's computation, also on a busy machine
 NAP = 3.0
 
 
@@ -41,22 +41,22 @@ def costs(compute):
 
 
 def reported(rank, adaptive):
-    """Two steps a report, with compute times given: rank 2 is slow, then nobody, then rank 0."""
+    """Return reports of two steps each, with given compute times: rank 2 is slow, then no rank, then rank 0."""
     settings = dict(strategy="cad", data="per_rank", adaptive=True) if adaptive else dict(strategy="ring")
-    found = []
+    reports = []
     with da.ContextParallel(**settings) as cp:
-        health = HealthReports(cp, torch.device("cpu"), 2, found.append)
+        health = HealthReports(cp, torch.device("cpu"), 2, reports.append)
         for step, computes in enumerate([(1, 1, 1.5)] * 6 + [(1, 1, 1.05)] * 2 + [(1.25, 1, 1)] * 2, 1):
             health.after_step(step, costs(computes[rank]))
         health.close()
-    return [asdict(one) for one in found]
+    return [asdict(report) for report in reports]
 
 
 def test_a_slow_rank_is_named_as_long_as_it_is_slow():
     reports, same, others = run_on_ranks(3, reported, False)
     assert reports == same == others
-    reports = [HealthReport(**one) for one in reports]
-    assert [one.step for one in reports] == [2, 4, 6, 8, 10]
+    reports = [HealthReport(**report) for report in reports]
+    assert [report.step for report in reports] == [2, 4, 6, 8, 10]
     first, _, third, fourth, fifth = reports
     assert first.compute_seconds == pytest.approx((1, 1, 1.5)) and first.wait_seconds == (0.5, 0.5, 0.5)
     assert (first.slowest, first.slow, first.hosts) == (2, True, (HOST,) * 3) and first.over_median == pytest.approx(
@@ -66,8 +66,8 @@ def test_a_slow_rank_is_named_as_long_as_it_is_slow():
         f"Rank 2 on {HOST} computes 1.5 s a step, 50% over the median of 1 (named in 1 of 1 reports, the last 1 in a row)."
     )
     assert "named in 3 of 3 reports, the last 3 in a row" in third.text
-    # said to a person once
-    assert [one.is_news for one in reports] == [False, False, True, False, False]
+    # shown to the user once
+    assert [report.is_news for report in reports] == [False, False, True, False, False]
     assert fourth.text == "No rank computes 10% longer than the median of 1 s a step." and not fourth.slow
     assert f"Rank 0 on {HOST}" in fifth.text and "named in 1 of 5 reports" in fifth.text
 
@@ -98,8 +98,8 @@ def train_with_naps(rank, folder, config, place):
         import megatron_on_cpu  # noqa: F401
     open_engine = loop.open_engine
 
-    def opened(*given):
-        engine = open_engine(*given)
+    def opened(*args):
+        engine = open_engine(*args)
         step = [0]
         backward, update = engine.backward, engine.update
 
@@ -107,13 +107,13 @@ def train_with_naps(rank, folder, config, place):
             if step[0] > 2 and (rank == 1 or step[0] > 4):
                 time.sleep(NAP)
 
-        def counted(*given):
+        def counted(*args):
             step[0] += 1
-            return backward(*given)
+            return backward(*args)
 
         engine.backward = counted
         if place == "layer":
-            layer = next(one for name, one in engine.model.named_modules() if name.endswith(".mlp"))
+            layer = next(module for name, module in engine.model.named_modules() if name.endswith(".mlp"))
             layer.register_forward_pre_hook(nap)
         else:
             engine.update = lambda rate: (nap(), update(rate))
@@ -132,13 +132,13 @@ def test_in_every_engine_the_rank_that_sleeps_is_named(texts, tmp_path, engine, 
     config = config_of(engine, texts, tmp_path / "run", prometheus_file=str(metrics))
     run = new_run(config)
     run_on_ranks(2, train_with_naps, run.folder, config, place)
-    # in the first one ranks also load what they need, which may take one of them long
+    # in the first step ranks also load modules, which may take one of them long
     _, second, third = read_rows(run.health_file)
     assert second["slowest"] == 1 and second["slow"] and f"Rank 1 on {HOST}" in second["text"]
     # the sleep is the sleeper's own, and the other one's wait, but for what it waits for the report between two steps; a machine
     # that is busy only adds to both
     assert second["compute_seconds"][1] >= NAP and second["wait_seconds"][0] > NAP / 4
-    # both sleep now: it is no longer the one
+    # both sleep now, so rank 1 is no longer the slow one
     assert third["compute_seconds"][0] > NAP / 2 and third["over_median"] < second["over_median"]
     assert f'distattn_compute_seconds{{host="{HOST}",rank="1"}}' in metrics.read_text()
     events = EventAccumulator(str(run.folder / "tensorboard"))
@@ -187,11 +187,11 @@ class Nvml(types.ModuleType):
 
 
 def with_counters(rank):
-    nvml, found = Nvml(index=4 + rank), []
+    nvml, reports = Nvml(index=4 + rank), []
     sys.modules["pynvml"] = nvml
     nvml.memory[0], nvml.crc = 7, [5, 6]
     with da.ContextParallel(strategy="ring") as cp:
-        health = HealthReports(cp, torch.device("cpu"), 1, found.append, DeviceCounters("GPU-1"))
+        health = HealthReports(cp, torch.device("cpu"), 1, reports.append, DeviceCounters("GPU-1"))
         health.after_step(1, costs(1.0))
         if rank == 1:
             nvml.memory[1], nvml.crc, nvml.xids = 2, [5, 9], [48, 63]
@@ -199,12 +199,12 @@ def with_counters(rank):
         health.after_step(3, costs(1.0))
         health.close()
     assert nvml.ended == ["events", "shut down"]
-    return [asdict(one) for one in found]
+    return [asdict(report) for report in reports]
 
 
 def test_a_counter_that_grows_is_named_with_its_gpu():
-    quiet, grown, after = (HealthReport(**one) for one in run_on_ranks(2, with_counters)[0])
-    # what was there before the run is no news
+    quiet, grown, after = (HealthReport(**report) for report in run_on_ranks(2, with_counters)[0])
+    # errors from before the run are no news
     assert quiet.errors == () and not quiet.is_news and quiet.counters[0][:5] == (7, 0, 0, 11, None)
     place = f"rank 1 on {HOST}, GPU 5: "
     assert grown.errors == (
@@ -212,7 +212,7 @@ def test_a_counter_that_grows_is_named_with_its_gpu():
         f"{place}3 more NVLink CRC errors, 14 in all.",
         f"{place}2 more Xid messages (the last: 63), 2 in all.",
     )
-    assert grown.is_news and all(one in grown.text for one in grown.errors)
+    assert grown.is_news and all(error in grown.text for error in grown.errors)
     assert after.errors == () and after.counters[1][-1] == 2
 
 
@@ -221,7 +221,7 @@ def test_without_nvml_there_are_no_counters(monkeypatch):
         monkeypatch.setitem(sys.modules, "pynvml", module)
         for uuid in (None, "GPU-of another container"):
             counters = DeviceCounters(uuid)
-            assert counters.index == -1 and all(one != one for one in counters.read())
+            assert counters.index == -1 and all(value != value for value in counters.read())
             counters.close()
     assert DeviceCounters.of_device(torch.device("cpu")).index == -1
 
@@ -241,7 +241,7 @@ def test_prometheus_reads_a_file_or_a_port_with_the_token(tmp_path, capsys):
     assert values["distattn_device_errors", *errors] == 14.0 and 'host="a\\"b"' in text
     assert "nan" not in text.lower() and len(COUNTERS) == len(report.counters[0])
     PrometheusFile(tmp_path / "a.prom").publish(report)
-    assert (tmp_path / "a.prom").read_text() == text and [one.name for one in tmp_path.iterdir()] == ["a.prom"]
+    assert (tmp_path / "a.prom").read_text() == text and [path.name for path in tmp_path.iterdir()] == ["a.prom"]
     missing = PrometheusFile(tmp_path / "no" / "a.prom")
     missing.publish(report)
     missing.publish(report)

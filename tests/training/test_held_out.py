@@ -19,7 +19,7 @@ TRAINED = 4
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two files of documents, and a copy of one under another name."""
+    """Write two files of documents, and a copy of one under another name."""
     rng = np.random.default_rng(0)
     for name, documents in (("web", 60), ("books", 20)):
         with IndexedFileWriter(str(tmp_path / name), np.uint16) as writer:
@@ -31,7 +31,7 @@ def folder(tmp_path):
 
 
 def planned(folder, name, files, steps="steps = 4", epochs=""):
-    corpora = "".join(f'[[corpus]]\nname = "{one}s"\nfiles = ["{one}"]\n{epochs}\n' for one in files)
+    corpora = "".join(f'[[corpus]]\nname = "{file}s"\nfiles = ["{file}"]\n{epochs}\n' for file in files)
     toml = folder / f"{name}.toml"
     toml.write_text(
         f'plan = "{name}.packs"\n{steps}\n[rule]\ncontext = [[0, 64]]\ntokens_per_step = 128\nwindow = 8\n{corpora}'
@@ -82,7 +82,7 @@ def test_other_documents_may_be_evaluated(folder):
 
 
 def test_a_document_that_is_cut_is_not_trained_and_evaluated(folder):
-    """Of the run's own plan the last steps are held out; somewhere a document lies on both sides."""
+    """Hold out the last steps of the run's own plan; somewhere a document lies on both sides."""
     path = planned(folder, "trained", ["web"], "steps = 16")
     refused = 0
     for steps in range(4, 15):

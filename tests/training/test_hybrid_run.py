@@ -1,4 +1,4 @@
-"""Runs of models with recurrent layers, latents and experts, beside plain transformers, one document at a time."""
+"""Runs of models with recurrent layers, latents and experts compared with plain transformers, one document at a time."""
 
 import dataclasses
 from pathlib import Path
@@ -31,14 +31,14 @@ from distattn.training.run_folder import RunFolder
 from distattn.training.watch import reference_replay
 from distattn.training.watch.reference_check import compare_with_reference, write_initial_weights
 
-# bytes, and what begins and ends a document
+# the bytes, and the tokens that begin and end a document
 VOCABULARY = 258
 
 
 def config_of(texts: Path, folder: Path, name: str, **changes: object) -> Config:
     hybrid_models.config(name, vocab_size=VOCABULARY, **changes).save_pretrained(folder / name)
     latents = name in hybrid_models.LATENT
-    # PyTorch's CPU kernel wants keys as wide as values
+    # PyTorch's CPU kernel needs keys as wide as values
     parallel = ParallelConfig(ranks=2, latents=latents, kernel="reference" if latents else "cpu")
     return Config(
         run=RunConfig(folder=str(folder / "run"), seed=3),
@@ -51,7 +51,7 @@ def config_of(texts: Path, folder: Path, name: str, **changes: object) -> Config
 
 
 def _train(rank: int, folder: Path, config: Config) -> int:
-    """How often rows moved for a span of recurrent layers."""
+    """Train. Return how often rows moved for a span of recurrent layers."""
     with mock.patch.object(recurrent_span, "move_rows", wraps=recurrent_span.move_rows) as moved:
         train(RunFolder(folder), config, True, torch.device("cpu"))
     return moved.call_count
@@ -62,7 +62,7 @@ def _train(rank: int, folder: Path, config: Config) -> int:
     ("name", "relaid"), [("qwen3_next", True), ("nemotron_h", False), ("mamba2", False), ("deepseek_v3", False)]
 )
 def test_a_run_has_the_curve_of_plain_transformers(texts, tmp_path, name, relaid):
-    # large states beside narrow layers
+    # large states with narrow layers
     wide = dict(linear_key_head_dim=32, linear_value_head_dim=32) if relaid else {}
     config = config_of(texts, tmp_path, name, **wide)
     if relaid:

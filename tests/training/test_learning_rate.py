@@ -20,8 +20,8 @@ from distattn.training.learning_rate import (
 
 
 def rates(name, steps=100, **settings):
-    given = ScheduleSettings(2.0, steps, name, **settings)
-    return [learning_rate(given, step) for step in range(steps)]
+    settings_ = ScheduleSettings(2.0, steps, name, **settings)
+    return [learning_rate(settings_, step) for step in range(steps)]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -32,9 +32,9 @@ def test_every_schedule_rises_to_its_peak_and_ends_at_its_minimum(name, steps, w
         with pytest.raises(DistattnError, match="warmup_steps"):
             rates(name, steps, warmup_steps=warmup)
         return
-    found = rates(name, steps, warmup_steps=warmup, min_learning_rate=0.5)
-    assert all(0 < rate <= 2.0 for rate in found)
-    rising, falling = found[:warmup], found[warmup:]
+    all_rates = rates(name, steps, warmup_steps=warmup, min_learning_rate=0.5)
+    assert all(0 < rate <= 2.0 for rate in all_rates)
+    rising, falling = all_rates[:warmup], all_rates[warmup:]
     assert rising == [2.0 * (step + 1) / warmup for step in range(warmup)]
     assert all(a >= b for a, b in zip(falling, falling[1:], strict=False))
     if name == "constant":
@@ -42,7 +42,7 @@ def test_every_schedule_rises_to_its_peak_and_ends_at_its_minimum(name, steps, w
     elif len(falling) > 1:
         assert falling[-1] == 0.5 and falling[0] == 2.0
     if steps - warmup > 10:
-        assert 2.0 in found
+        assert 2.0 in all_rates
 
 
 def test_rates_are_those_of_the_formulas():
@@ -57,7 +57,7 @@ def test_rates_are_those_of_the_formulas():
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "sentence"),
     [
         (dict(learning_rate=-1, steps=1), "learning_rate must be a number of at least 0"),
         (dict(learning_rate=math.nan, steps=1), "learning_rate must be a number of at least 0"),
@@ -68,8 +68,8 @@ def test_rates_are_those_of_the_formulas():
         (dict(learning_rate=1, steps=10, name="wsd", decay_share=0.5, warmup_steps=6), "begins at step 5; use fewer"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(settings, said):
-    with pytest.raises(DistattnError, match=said):
+def test_what_cannot_be_is_refused_by_name(settings, sentence):
+    with pytest.raises(DistattnError, match=sentence):
         ScheduleSettings(**settings)
 
 
@@ -91,7 +91,9 @@ class Experts(torch.nn.Module):
 def test_norms_biases_and_vectors_do_not_decay():
     model = Experts()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, others = ([names[id(one)] for one in group["params"]] for group in parameter_groups(model, 0.1))
+    decayed, others = (
+        [names[id(parameter)] for parameter in group["params"]] for group in parameter_groups(model, 0.1)
+    )
     assert decayed == ["gate_up_proj", "embedding.weight"]
     assert others == ["gate_up_proj_bias", "norm.weight", "norm.bias", "head.bias"]
     (only,) = parameter_groups(torch.nn.LayerNorm(3), 0.1)
@@ -111,12 +113,16 @@ def test_an_optimizer_takes_groups_and_rates():
 
 def _sharded_groups(rank):
     model = build(torch.float32)
-    whole = [[one.shape for one in group["params"]] for group in parameter_groups(model, 0.1)]
+    whole = [[parameter.shape for parameter in group["params"]] for group in parameter_groups(model, 0.1)]
     pytorch.shard_parameters(model, init_device_mesh("cpu", (2,), mesh_dim_names=("cp",)))
     groups = parameter_groups(model, 0.1)
     optimizer = torch.optim.AdamW(groups, lr=1.0)
     set_learning_rate(optimizer, 0.5)
-    return whole, [[one.shape for one in group["params"]] for group in groups], optimizer.param_groups[1]["lr"]
+    return (
+        whole,
+        [[parameter.shape for parameter in group["params"]] for group in groups],
+        optimizer.param_groups[1]["lr"],
+    )
 
 
 def test_sharded_parameters_are_judged_by_their_global_shapes():

@@ -1,4 +1,4 @@
-"""Losses by position and corpus are those that a loop over tokens finds, on any ranks, whatever the layout."""
+"""Losses by position and corpus equal those of a loop over tokens, on any ranks and layout."""
 
 import pickle
 from dataclasses import asdict
@@ -35,15 +35,15 @@ def test_buckets_are_powers_of_two_and_hold_every_token_once(context):
     seen = [[], [], [], []]
     for _ in range(3):
         count = 400
-        given = (
+        columns = (
             torch.rand(count, generator=generator),
             torch.where(torch.rand(count, generator=generator) < 0.3, -100, 7),
             torch.randint(0, context, (count,), generator=generator),
             torch.randint(-1, 2, (count,), generator=generator),
         )
-        losses.add(*(one[None] for one in given))
-        for kept, one in zip(seen, given, strict=True):
-            kept += one.tolist()
+        losses.add(*(column[None] for column in columns))
+        for kept, column in zip(seen, columns, strict=True):
+            kept += column.tolist()
     table = losses.reduce()
     assert table.by_position[0].first == 0 and table.by_position[-1].last >= context - 1
     for before, after in zip(table.by_position, table.by_position[1:], strict=False):
@@ -104,7 +104,7 @@ def test_local_batches_say_of_which_corpus_each_token_is(tmp_path):
 def _on_ranks(rank, folder, layout):
     plan, corpora = planned_again(folder)
     model = build(torch.float64)
-    # the corpora's token ids are below it
+    # the corpora's token ids are below this vocabulary size
     model.resize_token_embeddings(50_000, mean_resizing=False)
     losses = LossByPosition(64, [source.name for source in plan.sources])
     with da.ContextParallel(strategy="ring", layout=layout, pad_to=8) as cp, torch.no_grad():

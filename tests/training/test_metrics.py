@@ -1,4 +1,4 @@
-"""What a run writes of its steps: JSON lines, TensorBoard, Weights & Biases; and where a step's seconds and FLOPs come from."""
+"""The records of a run's steps: JSON lines, TensorBoard, Weights & Biases; and the sources of a step's seconds and FLOPs."""
 
 import json
 import sys
@@ -77,7 +77,7 @@ def test_json_lines_and_tensorboard_hold_everything(run, capsys):
     assert "memory_allocated" not in tags["scalars"]
     assert [event.value for event in events.Scalars("tokens_per_second")] == [400, 400]
     assert [event.value for event in events.Scalars("skipped")] == [0, 1]
-    # a gradient without any finite number has no histogram
+    # a gradient without a finite number has no histogram
     assert set(tags["histograms"]) == {"weights/weight", "weights/bias", "gradients/weight"}
     assert set(tags["images"]) == {
         "score matrix of the first plan",
@@ -86,7 +86,7 @@ def test_json_lines_and_tensorboard_hold_everything(run, capsys):
     }
     shown = capsys.readouterr().out
     assert "step 1/3  loss 2.500  400 tokens/s" in shown and "s left; not applied: the loss is nan.\n" in shown
-    # of training as well there are losses by position, which are for the files
+    # training has losses by position, too, which go to the files only
     assert shown.count("evaluation loss") == 1 and "step 2/3  evaluation loss 3.500  of 8 held-out tokens\n" in shown
 
 
@@ -99,28 +99,28 @@ def test_evaluations_are_json_lines_where_all_is(run, capsys):
 def test_of_a_step_that_was_done_again_the_last_counts(run):
     for step, loss in ((1, 3.0), (2, 2.0), (3, 9.0), (2, 1.0)):
         run.append(run.metrics_file, StepMetrics(step, loss, 1.0, 1, 1.0).as_dict())
-    assert [(one.step, one.loss) for one in run.metrics()] == [(1, 3.0), (2, 1.0), (3, 9.0)]
+    assert [(step.step, step.loss) for step in run.metrics()] == [(1, 3.0), (2, 1.0), (3, 9.0)]
 
 
 def test_weights_and_biases_gets_the_same(run, monkeypatch):
     seen = []
     stand_in = types.SimpleNamespace(
-        init=lambda **given: types.SimpleNamespace(
-            log=lambda values, step: seen.append((step, values)), finish=lambda: seen.append(("end", given))
+        init=lambda **settings: types.SimpleNamespace(
+            log=lambda values, step: seen.append((step, values)), finish=lambda: seen.append(("end", settings))
         )
     )
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     write_all(run, wandb="long-documents")
     assert seen[0][0] == 1 and seen[0][1]["loss"] == 2.5 and seen[0][1]["tokens_per_second"] == 400
     assert any(values.get("evaluation_by_corpus/books") == 4.5 for step, values in seen[:-1])
-    kind, given = seen[-1]
+    kind, settings = seen[-1]
     seen.clear()
     write_all(run, wandb="long-documents")
-    # a run that is resumed goes on there
-    assert seen[-1][1]["id"] == given["id"] == run.wandb_file.read_text() and given["resume"] == "allow"
-    assert (kind, given["project"], given["name"]) == ("end", "long-documents", "run") and "[train]" in given["config"][
-        "configuration"
-    ]
+    # a resumed run continues the same record
+    assert seen[-1][1]["id"] == settings["id"] == run.wandb_file.read_text() and settings["resume"] == "allow"
+    assert (kind, settings["project"], settings["name"]) == ("end", "long-documents", "run") and "[train]" in settings[
+        "config"
+    ]["configuration"]
 
 
 def test_a_missing_package_is_one_sentence_and_other_ranks_do_nothing(run, monkeypatch):
@@ -150,9 +150,9 @@ def test_a_clock_tells_data_from_the_rest():
     for _ in clock.steps(slow()):
         time.sleep(0.02)
         costs.append(clock.lap())
-    for one in costs:
-        assert one.data_seconds >= 0.05 and one.seconds - one.data_seconds >= 0.02 and one.wait_seconds == 0
-        assert one.memory_resident > 1 << 20 and one.memory_allocated is None
+    for cost in costs:
+        assert cost.data_seconds >= 0.05 and cost.seconds - cost.data_seconds >= 0.02 and cost.wait_seconds == 0
+        assert cost.memory_resident > 1 << 20 and cost.memory_allocated is None
     assert clock.lap().data_seconds == 0
 
 
@@ -162,7 +162,7 @@ def _waited(rank):
         clock, out = StepClock(torch.device("cpu"), cp.messages), []
         for batches in clock.steps(cp.steps([micro_batch([40])] * 3)):
             if rank == 1 and len(out) == 2:
-                # ranks have compared the plans of a shape that was new
+                # ranks have compared the plans of a new shape
                 time.sleep(5.0)
             losses = [pytorch.local_loss(model, batch) for batch in batches]
             losses[0].backward()
@@ -187,12 +187,12 @@ def test_flops_are_those_that_pytorch_counts(kind):
         num_key_value_heads=2,
         vocab_size=64,
     )
-    made = LlamaConfig(**sizes, tie_word_embeddings=kind == "tied")
+    config = LlamaConfig(**sizes, tie_word_embeddings=kind == "tied")
     if kind == "experts":
-        made = MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)
-    # what multiplies several experts at once PyTorch does not count
+        config = MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)
+    # PyTorch does not count grouped products of several experts
     one_by_one = {"experts_implementation": "eager"} if kind == "experts" else {}
-    model = AutoModelForCausalLM.from_config(made, attn_implementation="eager", **one_by_one)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", **one_by_one)
     flops, tokens = ModelFlops.of_model(model), 24
     with FlopCounterMode(display=False) as counter:
         model(torch.arange(tokens)[None], use_cache=False)

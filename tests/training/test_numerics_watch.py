@@ -1,4 +1,4 @@
-"""The numerics watch: what is refused, whom a second run of the step blames, and what is kept of it."""
+"""The numerics watch: the steps it refuses, the tensor that a second run of the step blames, and the evidence it keeps."""
 
 import json
 import math
@@ -25,12 +25,12 @@ def watch_of(folder=".", **settings):
 
 
 def falling(step, scatter):
-    """A loss that falls from 11 to 2.5, and scatters."""
+    """Return a loss that falls from 11 to 2.5 with noise."""
     return 2.5 + 8.5 * math.exp(-step / 2000) + scatter.gauss(0, 0.05)
 
 
 def heavy_tailed(scatter):
-    """Gradient norms scatter by a factor, and now and then by three."""
+    """Return a gradient norm that varies by a factor, and rarely by three."""
     return 0.5 * math.exp(scatter.gauss(0, 0.35))
 
 
@@ -106,15 +106,15 @@ def test_refused_steps_in_a_row_are_a_streak_that_says_how_it_ended():
     assert last.applies and last.recovered and last.streak == second.streak and watch.streak is None
     # a level that becomes usual is no recovery
     verdicts = [watch.judge(step, 9.0, 1.0) for step in range(23, 40)]
-    ended = next(one for one in verdicts if one.applies)
+    ended = next(verdict for verdict in verdicts if verdict.applies)
     assert ended.streak.count == verdicts.index(ended) > 1 and not ended.recovered
 
 
 def test_a_state_goes_on_as_the_run_would_have():
-    scatter, one = random.Random(4), watch_of(spike_window=32)
+    scatter, whole_watch = random.Random(4), watch_of(spike_window=32)
     curve = [(falling(step, scatter) + 9 * (step % 97 == 96), heavy_tailed(scatter)) for step in range(400)]
     curve[150] = (NAN, 1.0)
-    whole = [one.judge(step, *values) for step, values in enumerate(curve)]
+    whole = [whole_watch.judge(step, *values) for step, values in enumerate(curve)]
     for cut in (1, 20, 151, 300):
         first, second = watch_of(spike_window=32), watch_of(spike_window=32)
         parts = [first.judge(step, *values) for step, values in enumerate(curve[:cut])]
@@ -146,7 +146,7 @@ def test_a_run_of_nothing_but_bad_steps_stops():
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "sentence"),
     [
         (dict(action="ignore"), "action must be one of skip, stop, rollback, not 'ignore'"),
         (dict(spike_window=3), "spike_window must be 0, or at least 8 steps, not 3"),
@@ -154,8 +154,8 @@ def test_a_run_of_nothing_but_bad_steps_stops():
         (dict(evidence=0), "evidence must be at least 1"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings, said):
-    with pytest.raises(DistattnError, match=said):
+def test_settings_that_cannot_be_are_refused(settings, sentence):
+    with pytest.raises(DistattnError, match=sentence):
         WatchSettings(**settings)
 
 
@@ -163,7 +163,7 @@ def test_settings_that_cannot_be_are_refused(settings, said):
 
 
 def planted(model, rank, module, spoil, runs=()):
-    """Have a module's output spoilt on this rank, in these of its calls (all by default). Returns what undoes it."""
+    """Change a module's output on this rank, in these of its calls (all by default). Return a function that undoes it."""
     calls = []
 
     def hook(_, __, out):
@@ -174,7 +174,7 @@ def planted(model, rank, module, spoil, runs=()):
 
 
 def some(value, count):
-    """Spoil the first `count` numbers of an output."""
+    """Change the first `count` numbers of an output."""
 
     def spoil(out):
         first = torch.arange(out.numel()).view(out.shape) < count
@@ -197,7 +197,7 @@ class BadBackward(torch.autograd.Function):
         return gradient
 
 
-# of each fault: the rank and the module, what happens to its output, in which of its calls
+# for each fault: the rank and the module, the change of its output, the calls in which it happens
 FAULTS = {
     "mlp": (3, "model.layers.1.mlp", some(NAN, 17), (1, 3)),
     "key": (2, "model.layers.0.self_attn.k_proj", some(math.inf, 1), ()),
@@ -260,15 +260,15 @@ def evidence(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def findings(evidence):
-    everyone = run_on_ranks(4, _found, evidence)
-    assert all(one == everyone[0] for one in everyone)
-    return everyone[0]
+    results = run_on_ranks(4, _found, evidence)
+    assert all(result == results[0] for result in results)
+    return results[0]
 
 
 def test_the_first_tensor_its_rank_and_micro_batch_are_named(findings):
-    for kind, (reason, found) in findings.items():
-        assert found is not None and reason, kind
-    text = {kind: found[1] for kind, (_, found) in findings.items()}
+    for kind, (reason, finding) in findings.items():
+        assert finding is not None and reason, kind
+    text = {kind: finding[1] for kind, (_, finding) in findings.items()}
     assert text["mlp"] == ("model.layers.1.mlp output, rank 3, micro-batch 1: 17 of 256 values are not finite.")
     # rank 2's keys have gone round the ring
     assert text["key"] == (
@@ -282,9 +282,9 @@ def test_the_first_tensor_its_rank_and_micro_batch_are_named(findings):
 
 
 def test_a_fault_that_does_not_repeat_is_said_to_be_one(findings):
-    reason, found = findings["once"]
+    reason, finding = findings["once"]
     assert reason == "the loss is nan."
-    assert found[:2] == ("clean", "all values are finite in a second run: the fault did not repeat.")
+    assert finding[:2] == ("clean", "all values are finite in a second run: the fault did not repeat.")
 
 
 def test_of_a_finite_spike_the_output_that_stands_out_is_named(findings):
@@ -299,9 +299,9 @@ def test_evidence_says_which_documents_tokens_and_weights_it_was(findings, evide
     assert len(folders) == len(findings)
     kinds = list(findings)
     for folder in folders:
-        said = json.loads((folder / "verdict.json").read_text())
-        kind = kinds[said["finding"]["step"]]
-        assert said["finding"]["text"] == findings[kind][1][1] and said["verdict"]["reason"] == findings[kind][0]
+        verdict = json.loads((folder / "verdict.json").read_text())
+        kind = kinds[verdict["finding"]["step"]]
+        assert verdict["finding"]["text"] == findings[kind][1][1] and verdict["verdict"]["reason"] == findings[kind][0]
         assert [json.loads(line)["rank"] for line in (folder / "documents.jsonl").open()] == [0]
         ids = [[], []]
         for rank in range(4):
@@ -312,10 +312,10 @@ def test_evidence_says_which_documents_tokens_and_weights_it_was(findings, evide
         # the ranks' tokens together are the micro-batches'
         for got, lengths in zip(ids, STEPS[0], strict=True):
             assert sorted(i for i in got if i) == sorted(i for i in micro_batch(lengths)["input_ids"][0].tolist() if i)
-    # the weights were the same in all steps but the one in which one was spoilt
+    # the weights were the same in all steps except the one in which a weight was spoilt
     digests = {folder: [(folder / f"weights-{rank}.json").read_text() for rank in range(4)] for folder in folders}
     usual = digests[evidence / "evidence" / "step-8"]
-    others = {folder.name for folder, one in digests.items() if one != usual}
+    others = {folder.name for folder, texts in digests.items() if texts != usual}
     assert others == {f"step-{8 + kinds.index('weight')}"}
     assert "model.layers.1.mlp.up_proj.weight" in json.loads(usual[0])
 
@@ -324,7 +324,7 @@ def test_evidence_is_bounded_and_a_full_disk_ends_no_run(tmp_path, caplog):
     watch = watch_of(tmp_path, evidence=3)
     for step in (1, 2, 3, 4, 2, 900):
         watch.keep_evidence(Verdict(step, "skip", "nan"), None, [], [])
-    assert {one.name for one in (tmp_path / "evidence").iterdir()} == {"step-4", "step-2", "step-900"}
+    assert {path.name for path in (tmp_path / "evidence").iterdir()} == {"step-4", "step-2", "step-900"}
     (tmp_path / "file").write_text("")
     watch_of(tmp_path / "file").keep_evidence(Verdict(1, "skip", "nan"), None, [], [])
     assert "the evidence of step 1 was not written" in caplog.text

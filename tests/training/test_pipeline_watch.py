@@ -45,7 +45,7 @@ CONFIG = Config(
 
 
 class _Spoilt(torch.autograd.Function):
-    """The identity, with one number of the gradient made another."""
+    """The identity, with one number of the gradient changed."""
 
     @staticmethod
     def forward(ctx, x, value):
@@ -60,7 +60,7 @@ class _Spoilt(torch.autograd.Function):
 
 
 def _forward(value):
-    """Spoil one number of a module's output."""
+    """Change one number of a module's output."""
 
     def spoil(out):
         out = out.clone()
@@ -71,11 +71,11 @@ def _forward(value):
 
 
 def _backward(value):
-    """Spoil one number of the gradient of a module's output."""
+    """Change one number of the gradient of a module's output."""
     return lambda out: _Spoilt.apply(out, value)
 
 
-# the rank and the module, as its stage counts layers, and what happens to its output
+# the rank and the module, as its stage counts layers, and the change of its output
 FAULTS = {
     "first stage": (1, "decoder.layers.1.mlp.linear_fc2", _forward),
     "second stage": (2, "decoder.layers.0.mlp.linear_fc2", _forward),
@@ -86,7 +86,7 @@ FAULTS = {
 
 
 def _planted(model, module, spoil, in_calls=None):
-    """Spoil a module's output, in all of its calls or in these."""
+    """Change a module's output, in all of its calls or in these."""
     calls = []
 
     def hook(_, __, out):
@@ -102,7 +102,7 @@ def _found(rank: int, folder: str) -> dict[str, str]:
     os.environ["LOCAL_RANK"] = str(rank)
     import megatron_on_cpu  # noqa: F401
 
-    engine, found = open_engine(CONFIG, torch.device("cpu"), small.VOCABULARY, 128), {}
+    engine, texts = open_engine(CONFIG, torch.device("cpu"), small.VOCABULARY, 128), {}
     watch = NumericsWatch(
         engine.model, WatchSettings(), dist.group.WORLD, folder, engine.cp.messages, engine, engine.stage
     )
@@ -129,35 +129,35 @@ def _found(rank: int, folder: str) -> dict[str, str]:
         fault = None
         if name in FAULTS and FAULTS[name][0] == rank:
             _, module, spoil = FAULTS[name]
-            # the second of the two runs that are compared
+            # the second of the two compared runs
             in_calls = None if kind == "find" else (1,)
             fault = _planted(engine.model, module, spoil(math.nan if kind == "find" else 7.0), in_calls)
         if name == "weight" and rank == 2:
             engine.model.get_parameter("decoder.layers.1.mlp.linear_fc2.weight").data[0, 0] = math.nan
-        found[f"{kind} {name}"] = explained(number, batches) if kind == "find" else replayed(batches)
+        texts[f"{kind} {name}"] = explained(number, batches) if kind == "find" else replayed(batches)
         if fault is not None:
             fault.remove()
     engine.close()
-    return found
+    return texts
 
 
 @pytest.mark.full
 def test_the_first_tensor_layer_and_rank_are_named_over_the_stages_of_a_pipeline(tmp_path):
-    everyone = run_on_ranks(4, _found, str(tmp_path))
-    assert all(one == everyone[0] for one in everyone)
-    found = everyone[0]
+    results = run_on_ranks(4, _found, str(tmp_path))
+    assert all(result == results[0] for result in results)
+    texts = results[0]
     for kind, module, rank, tensor in (
         ("first stage", "decoder.layers.1.mlp.linear_fc2", 1, "{} output"),
         ("second stage", "decoder.layers.2.mlp.linear_fc2", 2, "{} output"),
         ("second stage backward", "decoder.layers.3.mlp.linear_fc2", 3, "gradient of {} "),
         ("first stage backward", "decoder.layers.0.mlp.linear_fc2", 0, "gradient of {} "),
     ):
-        text = found[f"find {kind}"]
+        text = texts[f"find {kind}"]
         assert text.startswith(tensor.format(module)) and f", rank {rank}, micro-batch 0" in text, text
-        text = found[f"replay {kind}"]
+        text = texts[f"replay {kind}"]
         assert text.startswith(f"rank {rank} computed another result") and tensor.format(module) in text, text
-    assert found["replay "] is None
-    assert found["find weight"].startswith("weight model.layers.3.mlp.down_proj.weight, rank 2: 1 of ")
+    assert texts["replay "] is None
+    assert texts["find weight"].startswith("weight model.layers.3.mlp.down_proj.weight, rank 2: 1 of ")
 
 
 def test_replays_are_not_refused_with_pipelines():

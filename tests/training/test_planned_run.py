@@ -47,13 +47,13 @@ files = ["web"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A plan whose documents are cut, with a context length that doubles, and a run file of two ranks, which was run."""
+    """Make a plan whose documents are cut, with a context length that doubles, and a run of two ranks on it."""
     return made_once(tmp_path_factory, "planned", plan_and_train)
 
 
 @pytest.fixture
 def run(folder, tmp_path):
-    """The run; a copy, since some add to it."""
+    """Copy the run, since some tests add to it."""
     shutil.copytree(folder / "out", tmp_path / "out")
     return RunFolder(tmp_path / "out")
 
@@ -92,17 +92,17 @@ def test_a_run_on_a_plan_trains_as_plain_transformers(folder, run):
 
 def test_the_documents_of_a_step_of_a_run_are_shown(folder, run, capsys):
     assert cli.main(["data", "show", str(run.folder), "2", "--json"]) == 0
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    rows_shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     config = configuration.load(run.config_file)
-    assert [{**row, "attempt": 0} for row in piece_rows(open_data(run, config), 2)] == found
-    # the same text as of the plan
+    assert [{**row, "attempt": 0} for row in piece_rows(open_data(run, config), 2)] == rows_shown
+    # the text equals that of the plan
     for arguments in (["2", "--tokens", "0"], ["1", "--pack", "3", "--tokens", "4"]):
         texts = []
-        for what in (run.folder, folder / "packs.toml"):
-            assert cli.main(["data", "show", str(what), *arguments]) == 0
+        for source in (run.folder, folder / "packs.toml"):
+            assert cli.main(["data", "show", str(source), *arguments]) == 0
             texts.append([line for line in capsys.readouterr().out.splitlines() if not line.startswith("----")])
         assert texts[0] == texts[1] and "==== step" in texts[0][0]
-    # another attempt goes on behind, with its own rows
+    # another attempt appends its own rows
     rows = [row | {"epoch": 7} for row in piece_rows(open_data(run, config), 1)]
     append_documents(run.documents_file, rows)
     assert cli.main(["data", "show", str(run.folder), "1", "--tokens", "2"]) == 0

@@ -30,7 +30,7 @@ def with_rate(tmp_path, rate, steps=40):
 
 
 def kinds(run):
-    return [one.verdict.kind for one in list_checkpoints(run.checkpoints)]
+    return [checkpoint.verdict.kind for checkpoint in list_checkpoints(run.checkpoints)]
 
 
 def test_a_proposal_is_applied_once(run, tmp_path):
@@ -40,7 +40,7 @@ def test_a_proposal_is_applied_once(run, tmp_path):
     with proposal.applied(config):
         assert preferred_step(run.checkpoints) == 10
     assert kinds(run) == [UNTESTED, SET_ASIDE, SET_ASIDE]
-    # ranks that are started again read it, and go on from what they have saved meanwhile
+    # restarted ranks read it, and go on from their newest checkpoint
     CheckpointVerdict(GOOD).write(run.checkpoints / "step-00000020")
     assert proposal.load() == config and proposal.step() is None
     with proposal.applied(config):

@@ -45,7 +45,7 @@ def config(texts, tmp_path) -> Config:
 
 
 def _train(rank: int, folder: Path, config: Config, ruined: tuple[int, ...] = (), factor: float = float("nan")) -> None:
-    """Train; the updates of these numbers, counted from 1 over rollbacks, multiply the weights by a factor."""
+    """Train. The updates of these numbers, counted from 1 over rollbacks, multiply the weights by a factor."""
     update, done = Fsdp2Engine.update, []
 
     def ruin(self, rate):
@@ -68,12 +68,12 @@ def trained(config: Config, *fault, run: RunFolder | None = None) -> RunFolder:
 
 
 def verdicts(run: RunFolder) -> dict[int, str]:
-    return {one.step: one.verdict.kind for one in list_checkpoints(run.checkpoints)}
+    return {checkpoint.step: checkpoint.verdict.kind for checkpoint in list_checkpoints(run.checkpoints)}
 
 
 def test_a_destroyed_run_keeps_its_good_checkpoints_and_goes_on_from_them(config, capsys, monkeypatch):
-    # its page is another test's
-    monkeypatch.setattr(finishing, "write_report", lambda *given: None)
+    # another test covers the page
+    monkeypatch.setattr(finishing, "write_report", lambda *args: None)
     finish_run = finishing.finish_run
     run = trained(config, (6,))
     # the sixth update destroyed the weights, which were saved before a step could show it; nothing was saved then but the end
@@ -82,30 +82,30 @@ def test_a_destroyed_run_keeps_its_good_checkpoints_and_goes_on_from_them(config
     assert "step 7, computed from it, was refused: the loss is nan" in checkpoints[6].verdict.text
     assert "saved after refused steps, from 7 on" in checkpoints[STEPS].verdict.text and checkpoints[5].verdict.kept
     assert checkpoints[STEPS].manifest.facts["loss"] == "nan" and float(checkpoints[5].manifest.facts["loss"]) < 7
-    # the first refused step is looked into and told of, and then the whole streak
+    # the first refused step is examined and reported, and then the whole streak
     refused = [event["text"] for event in run.events() if event["kind"] == "refused"]
     assert len(refused) == 2 and refused[0].startswith("the loss is nan. In a second run: ")
     assert "the update of step 6 made weight model.embed_tokens.weight of rank 0 infinite or NaN" in refused[0]
     assert refused[1] == "The run ends with refused steps: 6 steps in a row were refused, 7 to 12."
-    assert [one.name for one in (run.folder / "evidence").iterdir()] == ["step-6"]
-    # a last loss that is no number is no good end
+    assert [path.name for path in (run.folder / "evidence").iterdir()] == ["step-6"]
+    # a run whose last loss is NaN does not end well
     assert finish_run(run, config, lambda line: None, json_lines=True) == 1
     printed = capsys.readouterr().err
     assert "the loss of the last step, 12, is nan: steps from 7 on were refused" in printed
     assert f"distattn resume {run.folder} --step 5 continues" in printed
-    # what goes on takes the newest good one
+    # a resumed run takes the newest good checkpoint
     trained(config, run=run)
     assert [event["text"] for event in run.events() if event["kind"] == "resumed"] == ["Resumed from step-00000005."]
     steps = run.metrics()
     assert not any(step.skipped for step in steps) and len(steps) == STEPS and steps[-1].loss < steps[0].loss
-    # it has passed the step for which the older one was kept
+    # the run has passed the step for which the older checkpoint was kept
     assert verdicts(run) == {STEPS - 1: GOOD, STEPS: UNTESTED}
     assert finish_run(run, config, lambda line: None, json_lines=True) == 0
 
 
 def test_steps_that_a_run_with_fewer_steps_has_abandoned_are_not_reported(config, capsys, monkeypatch):
     reported = []
-    monkeypatch.setattr(finishing, "write_report", lambda *given: None)
+    monkeypatch.setattr(finishing, "write_report", lambda *args: None)
     # `distattn resume --step 1 --train.steps 2` on a run of four steps, whose last ones were destroyed
     config = dataclasses.replace(config, train=TrainConfig(steps=2))
     run = RunFolder.create(config)
@@ -125,9 +125,9 @@ def test_a_rollback_goes_further_back_where_the_first_step_is_bad_again(config, 
     resumed = [event["text"] for event in run.events() if event["kind"] == "resumed"]
     assert resumed == ["Resumed from step-00000006.", "Resumed from step-00000005."]
     other = trained(dataclasses.replace(config, run=RunConfig(folder=str(tmp_path / "other"), seed=3)))
-    losses = [[(step.step, step.loss, step.skipped) for step in one.metrics()] for one in (run, other)]
+    losses = [[(step.step, step.loss, step.skipped) for step in run_.metrics()] for run_ in (run, other)]
     assert losses[0] == losses[1] and not any(skipped for *_, skipped in losses[0])
-    # nothing is kept for the refused step any more, which the run has passed
+    # no checkpoint is kept for the refused step any more, which the run has passed
     assert verdicts(run) == {STEPS - 1: GOOD, STEPS: UNTESTED}
 
 
@@ -139,14 +139,14 @@ def test_a_new_level_is_taken_as_usual_but_the_checkpoint_from_before_stays(conf
     assert refused and refused[0] == 9 and refused[-1] < steps - 2
     events = [event["text"] for event in run.events() if event["kind"] == "refused"]
     assert events[0].startswith("the loss is ") and "have become usual" in events[1]
-    # two later ones are there, and the one from before is kept for good
+    # there are two later checkpoints, and the one before the new level is kept permanently
     newest = by_preference(list_checkpoints(run.checkpoints))
-    assert [one.step for one in newest[:2]] == [steps, steps - 1]
-    assert [one.step for one in newest if one.verdict.kept] == [7]
+    assert [checkpoint.step for checkpoint in newest[:2]] == [steps, steps - 1]
+    assert [checkpoint.step for checkpoint in newest if checkpoint.verdict.kept] == [7]
 
 
 def _train_and_fail_to_save(rank: int, folder: Path, config: Config, failing: int) -> None:
-    """Train; the save after this step fails as on a full disk."""
+    """Train. The save after this step fails as on a full disk."""
     new_unfinished = checkpoints.new_unfinished
 
     def refuse(place, step):
@@ -172,8 +172,8 @@ def test_a_run_does_not_take_an_older_checkpoint_of_its_last_step_for_its_own(co
 
 
 def _train_until_stopped(rank: int, runs: list[RunFolder], config: Config) -> list[str]:
-    """Train runs whose first, second, ... update destroys the weights, and that are asked to stop then; return what they say."""
-    update, said = Fsdp2Engine.update, []
+    """Train runs whose first, second, ... update destroys the weights, and that are asked to stop then. Return their messages."""
+    update, messages = Fsdp2Engine.update, []
     for ruined, run in enumerate(runs, 1):
         done = []
 
@@ -189,18 +189,18 @@ def _train_until_stopped(rank: int, runs: list[RunFolder], config: Config) -> li
         Fsdp2Engine.update = ruin
         with pytest.raises(RunStopped) as stopped:
             train(run, config, True, torch.device("cpu"))
-        said.append(str(stopped.value))
-    # the first one goes on from weights that are bad
+        messages.append(str(stopped.value))
+    # the first run goes on from bad weights
     with pytest.raises(RunStopped):
         train(runs[0], config, True, torch.device("cpu"))
-    return said
+    return messages
 
 
 def test_a_run_that_is_stopped_amid_refused_steps_says_from_where_it_goes_on(config, capfd):
     config = dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=1, keep_last=9))
     runs = [new_run(config) for _ in range(2)]
     ((first, second),) = run_on_ranks(1, _train_until_stopped, runs, config)
-    # where all are in doubt, the newest is taken, and it is said so
+    # if all are in doubt, the newest is taken, with a message
     assert verdicts(runs[0]) == {1: REFUSED, 2: REFUSED, 3: REFUSED}
     assert first.startswith("stopped after step 2,") and first.endswith("distattn resume goes on from there.")
     doubt = "refused: it was saved after refused steps, from 2 on: the loss is nan"
@@ -215,16 +215,16 @@ def test_a_run_that_is_stopped_amid_refused_steps_says_from_where_it_goes_on(con
 
 
 def _train_with_a_bad_step(rank: int, run: RunFolder, config: Config, bad: int, stops: bool, flips: bool) -> str:
-    """Train; the loss of this step, counted from 1, is NaN once. Return what is said where the run is asked to stop then.
+    """Train. The loss of this step, counted from 1, is NaN once. Return the message if the run is asked to stop then.
 
     flips: whether a bit of the state flips in the step that follows.
     """
     backward, update, updates, steps = Fsdp2Engine.backward, Fsdp2Engine.update, [], []
 
-    def spoil(self, *given):
-        losses = backward(self, *given)
+    def spoil(self, *args):
+        losses = backward(self, *args)
         steps.append(None)
-        # the bad step is computed a second time
+        # the watch computes the bad step a second time
         if flips and len(steps) == bad + 2:
             weight = next(part for kind, _, part in self.state_tensors() if kind == "weight")
             weight.view(torch.uint8).view(-1)[0] ^= 1
@@ -247,8 +247,8 @@ def _train_with_a_bad_step(rank: int, run: RunFolder, config: Config, bad: int, 
 
 def with_a_bad_step(config: Config, folder: Path, bad: int, stops: bool = False, flips: bool = False):
     run = new_run(dataclasses.replace(config, run=RunConfig(folder=str(folder), seed=3)))
-    (said,) = run_on_ranks(1, _train_with_a_bad_step, run, config, bad, stops, flips)
-    return run, said
+    (message,) = run_on_ranks(1, _train_with_a_bad_step, run, config, bad, stops, flips)
+    return run, message
 
 
 def losses_of(run: RunFolder) -> list[tuple]:
@@ -257,20 +257,20 @@ def losses_of(run: RunFolder) -> list[tuple]:
 
 def test_a_stop_amid_one_refused_step_loses_nothing(config, tmp_path):
     config = dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=4))
-    run, said = with_a_bad_step(config, tmp_path / "stopped", 6, stops=True)
-    assert said.startswith("stopped after step 6,") and said.endswith("distattn resume goes on from there.")
+    run, message = with_a_bad_step(config, tmp_path / "stopped", 6, stops=True)
+    assert message.startswith("stopped after step 6,") and message.endswith("distattn resume goes on from there.")
     assert verdicts(run) == {4: GOOD, 6: UNTESTED}
     run.forget_requests()
     trained(config, run=run)
     assert [event["text"] for event in run.events() if event["kind"] == "resumed"] == ["Resumed from step-00000006."]
     whole, _ = with_a_bad_step(config, tmp_path / "whole", 6)
     assert losses_of(run) == losses_of(whole) and [step for step, _, skipped in losses_of(run) if skipped] == [6]
-    # the last step is followed by none that could tell
+    # no later step could test the last one
     run, _ = with_a_bad_step(config, tmp_path / "last", STEPS)
     assert verdicts(run) == {4: GOOD, 8: GOOD, STEPS: REFUSED}
-    # one refused step says nothing against the checkpoint that it was computed from
-    run, said = with_a_bad_step(config, tmp_path / "saved before", 5, stops=True)
-    assert said.endswith("distattn resume goes on from there.") and verdicts(run) == {4: UNTESTED, 5: UNTESTED}
+    # one refused step does not discredit the checkpoint that it was computed from
+    run, message = with_a_bad_step(config, tmp_path / "saved before", 5, stops=True)
+    assert message.endswith("distattn resume goes on from there.") and verdicts(run) == {4: UNTESTED, 5: UNTESTED}
 
 
 def test_a_checkpoint_whose_state_was_whole_after_the_save_outlives_damage(config, tmp_path):
@@ -293,20 +293,20 @@ def test_a_checkpoint_that_a_step_refuses_is_not_kept_as_the_newest_good_one(tmp
     keeper = object.__new__(RunCheckpoints)
     keeper.config = SimpleNamespace(watch=SimpleNamespace(action=ROLLBACK))
     keeper.checkpoints = SimpleNamespace(note=lambda change, step=None: change(tmp_path))
-    # a rollback has loaded the checkpoint of step 8, from which training went on well before
+    # a rollback has loaded the checkpoint of step 8, from which training had continued well
     keeper._saved_step, keeper._loaded = 8, SimpleNamespace(step=8)
     keeper.judge_refused(Verdict(8, ROLLBACK, "the loss rose.", Streak(8, 8, 1, "the loss rose.", {})))
-    older, newer = (one.verdict for one in list_checkpoints(tmp_path))
+    older, newer = (checkpoint.verdict for checkpoint in list_checkpoints(tmp_path))
     assert (newer.kind, newer.kept) == (REFUSED, "") and older.kind == GOOD and older.kept
 
 
 def _train_and_count(rank: int, run: RunFolder, config: Config) -> list[int]:
-    """Train; return the steps that `status` counts in the forward pass of each step."""
+    """Train. Return the steps that `status` counts in the forward pass of each step."""
     backward, counted = Fsdp2Engine.backward, []
 
-    def count(self, *given):
+    def count(self, *args):
         counted.append(status(run)["steps"])
-        return backward(self, *given)
+        return backward(self, *args)
 
     Fsdp2Engine.backward = count
     train(run, config, True, torch.device("cpu"))

@@ -28,7 +28,7 @@ def test_a_digest_sees_every_bit_and_where_rows_are(dtype):
             other.view(size)[place] ^= 1 << bit
             assert bits_digest(other) != digest
     assert bits_digest(x[torch.tensor([1, 0, 2])]) != digest
-    # bits, not values: two zeros, and a NaN that is the same NaN
+    # bits, not values: two kinds of zero, and one NaN
     assert bits_digest(torch.zeros(2).to(dtype)) != bits_digest((-torch.zeros(2)).to(dtype))
     nan = torch.full((4,), float("nan")).to(dtype)
     assert bits_digest(nan) == bits_digest(nan.clone())
@@ -36,7 +36,7 @@ def test_a_digest_sees_every_bit_and_where_rows_are(dtype):
 
 
 def an_ulp(out):
-    """One number of an output is the next larger one."""
+    """Replace one number of an output by the next larger one."""
     other = out.detach().clone()
     other.view(-1)[3] = torch.nextafter(other.view(-1)[3], torch.tensor(torch.inf))
     return out + (other - out.detach())
@@ -55,7 +55,7 @@ class UlpInBackward(torch.autograd.Function):
 
 
 def bad_kernel(rank, which):
-    """On this rank the kernel for CPUs computes an ulp too much in its call `which`; None: as it should. Returns a reset."""
+    """Make this rank's CPU kernel compute an ulp too much in call `which`, or in no call for None. Return a reset."""
     calls, right = [], (cpu.forward, cpu.backward)
 
     def wrong(name, function):
@@ -79,7 +79,7 @@ def bad_kernel(rank, which):
 
 
 def _kernel_checked(rank, settings, which):
-    """What is found where rank 1 computes something wrongly for another rank, in the second run."""
+    """Return the finding if rank 1 computes a wrong result for another rank, in the second run."""
     model = build(torch.float32)
     pytorch.shard_parameters(model, init_device_mesh("cpu", (4,), mesh_dim_names=("cp",)))
     with da.ContextParallel(kernel="cpu", **settings) as cp:
@@ -94,11 +94,11 @@ def _kernel_checked(rank, settings, which):
                 pytorch.local_loss(model, batch).backward()
                 assert rank != 1 or len(runs) == 1 or undo().count(which[0]) > which[1]
 
-            found = check.check(1, run, model.zero_grad)
-    return found and (found.ranks, found.computed_in, found.tensor)
+            difference = check.check(1, run, model.zero_grad)
+    return difference and (difference.ranks, difference.computed_in, difference.tensor)
 
 
-# rank, module, what it does to an output, in which run
+# rank, module, the change of its output, the run in which it happens
 FAULTS = [
     (2, "model.layers.0.self_attn.k_proj", an_ulp, 1),
     (1, "model.layers.1.mlp", an_ulp, 0),
@@ -122,8 +122,8 @@ def _checked(rank, settings):
     with pytorch.context_parallel(mesh, **settings) as cp:
         cp.loss_scale(pytorch.ProbeTarget(model))
         lengths = [[19, 1, 8], [30], [7, 25], [9, 40]]
-        own = lengths[rank] if settings.get("data") == "per_rank" else lengths[0]
-        for number, (batch,) in enumerate(cp.steps([[micro_batch(own)]] * (len(FAULTS) + 1))):
+        own_lengths = lengths[rank] if settings.get("data") == "per_rank" else lengths[0]
+        for number, (batch,) in enumerate(cp.steps([[micro_batch(own_lengths)]] * (len(FAULTS) + 1))):
             fault = None
             if number < len(FAULTS) and FAULTS[number][0] == rank:
                 _, module, spoil, when = FAULTS[number]
@@ -138,8 +138,8 @@ def _checked(rank, settings):
             def run(batch=batch):
                 pytorch.local_loss(model, batch).backward()
 
-            found = check.check(number, run, model.zero_grad)
-            out.append(found and (found.ranks, found.computed_in, found.text))
+            difference = check.check(number, run, model.zero_grad)
+            out.append(difference and (difference.ranks, difference.computed_in, difference.text))
             if fault is not None:
                 fault.remove()
         # the gradients of the second run are those of a step without a check
@@ -162,33 +162,33 @@ def _checked(rank, settings):
     ids=["ring", "allgather", "cad"],
 )
 def test_the_rank_that_computes_another_result_is_named(settings):
-    everyone = run_on_ranks(4, _checked, settings)
-    assert all(one == everyone[0] for one in everyone)
-    *found, clean = everyone[0]
+    results = run_on_ranks(4, _checked, settings)
+    assert all(result == results[0] for result in results)
+    *differences, clean = results[0]
     assert clean is None
-    for (rank, module), (ranks, computed_in, text) in zip(WANTED, found, strict=True):
+    for (rank, module), (ranks, computed_in, text) in zip(WANTED, differences, strict=True):
         assert (ranks, computed_in) == ((rank,), module), text
-    assert found[0][2] == (
+    assert differences[0][2] == (
         "rank 2 computed another result for the same inputs in model.layers.0.self_attn.k_proj "
         "(model.layers.0.self_attn.k_proj output)."
     )
 
 
 @pytest.mark.parametrize(
-    ("settings", "which", "module", "said"),
+    ("settings", "which", "module", "sentence"),
     [
-        # the second call is of another rank's keys or queries, whose gradients or results are sent
+        # the second call is for another rank's keys or queries, whose gradients or results are sent
         (dict(strategy="ring", layout="zigzag"), ("backward", 1), "model.layers.1.self_attn", "message dKV to rank"),
         ({**CAD, "context_parallel_size": 1}, ("forward", 1), "model.layers.0.self_attn", "message O to rank"),
     ],
     ids=["ring", "cad"],
 )
-def test_who_computes_attention_wrongly_for_another_rank_is_named_not_the_other(settings, which, module, said):
-    everyone = run_on_ranks(4, _kernel_checked, settings, which)
-    ranks, computed_in, tensor = everyone[0]
-    assert everyone == [everyone[0]] * 4
+def test_who_computes_attention_wrongly_for_another_rank_is_named_not_the_other(settings, which, module, sentence):
+    results = run_on_ranks(4, _kernel_checked, settings, which)
+    ranks, computed_in, tensor = results[0]
+    assert results == [results[0]] * 4
     assert (ranks, computed_in) == ((1,), module), tensor
-    assert said in tensor
+    assert sentence in tensor
 
 
 def test_random_numbers_are_no_fault_but_a_program_that_differs_everywhere_is_told():
@@ -201,8 +201,8 @@ def test_random_numbers_are_no_fault_but_a_program_that_differs_everywhere_is_to
     model(x)
     assert torch.rand(1) == after_check
     numbers = iter([1.0, 2.0])
-    found = check.check(1, lambda: model(x * next(numbers)).sum().backward(), model.zero_grad)
-    assert found is not None and found.ranks == (0,) and found.computed_in == "the model"
+    difference = check.check(1, lambda: model(x * next(numbers)).sum().backward(), model.zero_grad)
+    assert difference is not None and difference.ranks == (0,) and difference.computed_in == "the model"
 
 
 def test_compiled_blocks_are_checked_from_outside():
@@ -218,5 +218,5 @@ def test_compiled_blocks_are_checked_from_outside():
     x = torch.ones(3, 4)
     model(x)
     calls.clear()
-    found = ReplayCheck(model, 1).check(1, lambda: model(x).sum().backward(), model.zero_grad)
-    assert found is not None and found.computed_in == "0"
+    difference = ReplayCheck(model, 1).check(1, lambda: model(x).sum().backward(), model.zero_grad)
+    assert difference is not None and difference.computed_in == "0"

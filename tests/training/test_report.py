@@ -51,8 +51,8 @@ def page_of(run, checked, attempts=()):
 def test_it_is_offline_and_says_the_run_in_numbers(run):
     page = page_of(run, CHECKED)
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page) and "&lt;run&gt;" in page and "<run>" not in page
-    for said in ("<b>3.000</b>", "from 5.500", "<b>2,000</b>", "2 steps agree with plain transformers", "5.0e-07"):
-        assert said in page
+    for text in ("<b>3.000</b>", "from 5.500", "<b>2,000</b>", "2 steps agree with plain transformers", "5.0e-07"):
+        assert text in page
     data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page)[1])
     assert data["steps"]["loss"] == [5.5, 4.25, None, 3.125, 3.0] and data["reference"]["loss"][:3] == [5.5, 5.5, None]
     without = page_of(run, None)
@@ -60,7 +60,7 @@ def test_it_is_offline_and_says_the_run_in_numbers(run):
     assert "differ from plain transformers" in page_of(run, {**CHECKED, "passed": False})
 
 
-# what a person does, and what the page says then
+# a user's actions, and the page's texts after them
 SCRIPT = """
   const canvas = document.querySelector("canvas"), box = canvas.getBoundingClientRect(), tip = canvas.nextElementSibling;
   const point = x => canvas.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + x, clientY: box.top + 90}));
@@ -78,18 +78,20 @@ SCRIPT = """
 @needs_browser
 @pytest.mark.parametrize("width", [1200, 500])
 def test_a_person_points_zooms_and_chooses(run, tmp_path, width):
-    said = what_a_script_says(page_of(run, CHECKED), SCRIPT, tmp_path, width)
-    assert said["drawn"] and said["second"] and not said["error"] and not said["cut"], said
-    assert (
-        said["first"].startswith("step 1: loss 5.5000, gradient norm 2.000, tokens")
-        or "step 1: loss 5.5000" in said["first"]
+    page_texts = what_a_script_says(page_of(run, CHECKED), SCRIPT, tmp_path, width)
+    assert page_texts["drawn"] and page_texts["second"] and not page_texts["error"] and not page_texts["cut"], (
+        page_texts
     )
-    assert "plain transformers 5.5000" in said["first"] and said["last"].startswith("step 5: loss 3.0000")
-    assert said["zoomed"].startswith("step 2:") and said["panels"] == [True, False, True, True], said
+    assert (
+        page_texts["first"].startswith("step 1: loss 5.5000, gradient norm 2.000, tokens")
+        or "step 1: loss 5.5000" in page_texts["first"]
+    )
+    assert "plain transformers 5.5000" in page_texts["first"] and page_texts["last"].startswith("step 5: loss 3.0000")
+    assert page_texts["zoomed"].startswith("step 2:") and page_texts["panels"] == [True, False, True, True], page_texts
 
 
 def month(run, steps=12_000):
-    """A long run with everything that is told: evaluations, losses by corpus, refused steps and a restart."""
+    """Write a long run with everything that a page shows: evaluations, losses by corpus, refused steps and a restart."""
     run.metrics_file.unlink()
     rows = []
     for number in range(1, steps + 1):
@@ -125,7 +127,7 @@ def test_a_long_run_shows_what_became_of_it(run):
     evaluated = {step: loss for step, loss in zip(steps, data["steps"]["evaluation"], strict=True) if loss is not None}
     assert evaluated == {1000: 3.5 - 1 / 12, 6000: 3.0, 12_000: 2.5}
     assert "memory_allocated" not in data["labels"] and data["labels"]["mfu"] == "MFU"
-    for said in (
+    for text in (
         "<b>40.0%</b>",
         "<b>10.0%</b>",
         "<b>3.00 GiB</b>",
@@ -135,7 +137,7 @@ def test_a_long_run_shows_what_became_of_it(run):
         "7,000</td><td>not applied</td><td>the loss is nan.",
         "8 to 15: 0.0000, 150 tokens",
     ):
-        assert said in page, said
+        assert text in page, text
     assert page.count('<svg class="chart"') == 2 and "step 1,000" in page and "step 6,000" not in page
 
 
@@ -155,7 +157,7 @@ def test_kills_restarts_and_both_numbers_of_ranks_are_told(run):
     assert "1970-01-01 00:00:00 UTC</td><td>61 s</td><td>rank 1 was killed by SIGKILL: &lt;forward&gt;</td>" in page
     assert "<td>2</td><td>-</td><td>-</td><td>ended with its launcher</td>" in page
     assert '<span class="soft">restarts</span><b>2</b>' in page
-    # a run that began once and ended well has nothing to tell
+    # a run that began once and ended well shows no attempts
     assert "Starts and ends" not in page_of(run, None, attempts[2:]) and "Starts and ends" not in page_of(run, None)
     assert "Starts and ends" in page_of(run, None, attempts[:1])
 
@@ -194,9 +196,9 @@ MONTH_SCRIPT = """
 @pytest.mark.parametrize("width", [1200, 500])
 def test_every_curve_of_a_long_run_is_drawn(run, tmp_path, width):
     month(run)
-    said = what_a_script_says(page_of(run, None), MONTH_SCRIPT, tmp_path, width)
-    assert not said["error"] and not said["cut"], said
-    assert said["tabs"][4:] == [
+    page_texts = what_a_script_says(page_of(run, None), MONTH_SCRIPT, tmp_path, width)
+    assert not page_texts["error"] and not page_texts["cut"], page_texts
+    assert page_texts["tabs"][4:] == [
         "evaluation loss",
         "learning rate",
         "MFU",
@@ -204,13 +206,13 @@ def test_every_curve_of_a_long_run_is_drawn(run, tmp_path, width):
         "waiting for ranks",
         "memory of the process",
     ]
-    assert said["inked"] == [True] * len(said["tabs"])
+    assert page_texts["inked"] == [True] * len(page_texts["tabs"])
     assert (
-        said["tip"].startswith("step 12000: loss")
-        and "evaluation loss 2.5000" in said["tip"]
-        and "MFU 40.0 %" in said["tip"]
+        page_texts["tip"].startswith("step 12000: loss")
+        and "evaluation loss 2.5000" in page_texts["tip"]
+        and "MFU 40.0 %" in page_texts["tip"]
     )
-    assert said["dot"][0] and said["dot"][1].startswith("step 12,000, 1: 3.0000") and said["dot"][2]
+    assert page_texts["dot"][0] and page_texts["dot"][1].startswith("step 12,000, 1: 3.0000") and page_texts["dot"][2]
 
 
 @needs_browser

@@ -1,4 +1,4 @@
-"""A run goes on from its newest checkpoint as if nothing had happened: bit by bit, or on other ranks, strategies and engines."""
+"""A run goes on from its newest checkpoint as if uninterrupted: bitwise, or on other ranks, strategies and engines."""
 
 import dataclasses
 import json
@@ -67,12 +67,12 @@ def trained(config: Config) -> RunFolder:
 
 
 def resumed_at(run: RunFolder, step: int, config: Config, folder: Path) -> RunFolder:
-    """A copy of a run without what came after a checkpoint, resumed."""
+    """Resume a copy of a run without what came after a checkpoint."""
     shutil.copytree(run.folder, folder)
     copy = RunFolder(folder)
-    for found in copy.checkpoints.glob("step-*"):
-        if int(found.name.removeprefix("step-")) > step:
-            shutil.rmtree(found)
+    for checkpoint in copy.checkpoints.glob("step-*"):
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
     run_on_ranks(config.parallel.ranks, train_on_rank, folder, config)
     return copy
 
@@ -82,7 +82,7 @@ def rows(run: RunFolder) -> list[tuple[int, float, float]]:
 
 
 def files_of(run: RunFolder) -> dict[str, str]:
-    """Digests of the files of the last checkpoint."""
+    """Return digests of the files of the last checkpoint."""
     manifest = json.loads((run.checkpoints / f"step-{STEPS:08d}" / "manifest.json").read_text())
     return {file["name"]: file["blocks"] for file in manifest["files"] if file["name"].endswith(".distcp")}
 
@@ -90,7 +90,7 @@ def files_of(run: RunFolder) -> dict[str, str]:
 def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(config, tmp_path):
     config = dataclasses.replace(config, evaluation=EvaluationConfig(every_steps=4, steps=1))
     run = trained(config)
-    assert [one.name for one in sorted(run.checkpoints.glob("step-*"))] == [
+    assert [path.name for path in sorted(run.checkpoints.glob("step-*"))] == [
         "step-00000003",
         "step-00000006",
         "step-00000008",
@@ -149,7 +149,7 @@ def test_a_run_goes_on_with_other_ranks_strategies_and_engines(config, tmp_path,
 
 @pytest.mark.full
 def test_what_is_computed_less_often_or_logged_changes_no_number(config, tmp_path):
-    """Rollbacks, replays and histograms beside a run without them."""
+    """Compare rollbacks, replays and histograms with a run without them."""
     plain = trained(config)
     more = dataclasses.replace(
         config,
@@ -186,26 +186,28 @@ def test_a_run_whose_last_checkpoint_cannot_be_saved_does_not_end_well(config):
 def test_held_out_documents_are_evaluated(config):
     config = dataclasses.replace(config, evaluation=EvaluationConfig(every_steps=4, steps=2))
     run = trained(config)
-    found = read_rows(run.losses_file)
-    assert [(row["step"], row["split"]) for row in found] == [
+    loss_rows = read_rows(run.losses_file)
+    assert [(row["step"], row["split"]) for row in loss_rows] == [
         (s, t) for s in (4, 8) for t in ("evaluation", "training")
     ]
-    assert all(0 < row["loss"] < 7 and row["by_corpus"] and row["by_position"] for row in found)
+    assert all(0 < row["loss"] < 7 and row["by_corpus"] and row["by_position"] for row in loss_rows)
 
 
 def test_ranks_that_refuse_a_proposal_leave_all_checkpoints_as_they_were(config):
     config = dataclasses.replace(config, parallel=ParallelConfig(ranks=1))
     run = trained(config)
-    proposal, verdicts = Proposal(run, "ours"), [one.verdict for one in list_checkpoints(run.checkpoints)]
+    proposal, verdicts = Proposal(run, "ours"), [checkpoint.verdict for checkpoint in list_checkpoints(run.checkpoints)]
     slower = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=1e-5))
     proposal.write(slower, 3)
-    # refused once the checkpoint is looked at, as the folder's data are not those of the proposal
+    # refused once the checkpoint is read, because the folder's data are not those of the proposal
     other = dataclasses.replace(slower, run=dataclasses.replace(config.run, seed=4))
     with pytest.raises(AssertionError, match="seed"):
         run_on_ranks(1, _train_accepting, run.folder, other)
-    assert [one.verdict for one in list_checkpoints(run.checkpoints)] == verdicts and proposal.file.exists()
+    assert [
+        checkpoint.verdict for checkpoint in list_checkpoints(run.checkpoints)
+    ] == verdicts and proposal.file.exists()
     for begin in (3, STEPS):
-        # a second time the ranks are started again, and go on from what they have saved
+        # the second time restarted ranks go on from their own checkpoint
         run_on_ranks(1, _train_accepting, run.folder, slower)
         assert run.events()[-1]["step"] == begin
     assert configuration.load(run.config_file) == slower and not proposal.file.exists()
@@ -213,7 +215,7 @@ def test_ranks_that_refuse_a_proposal_leave_all_checkpoints_as_they_were(config)
 
 @pytest.mark.full
 def test_a_run_goes_on_for_longer_than_its_packs_were_planned(config):
-    """The text begins anew as often as there are steps; the steps that were planned before stay."""
+    """Repeat the text for as many steps as there are; the steps that were planned before stay."""
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, schedule="constant"))
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3 * STEPS))
     run = trained(config)
@@ -230,7 +232,7 @@ def test_a_run_goes_on_for_longer_than_its_packs_were_planned(config):
     assert configuration.load(run.config_file).train.steps == STEPS and rows(run) == before
     resume_run(run, longer, no_progress, proposal)
     assert not (run.folder / "corpus.longer.packs").exists()
-    # the run's own configuration is another one once the ranks have found nothing against it
+    # the run's own configuration changes once the ranks have accepted it
     assert configuration.load(run.config_file).train.steps == STEPS
     run_on_ranks(2, _train_accepting, run.folder, proposal.load())
     assert configuration.load(run.config_file).train.steps == 3 * STEPS and not proposal.file.exists()
@@ -241,7 +243,7 @@ def test_a_run_goes_on_for_longer_than_its_packs_were_planned(config):
 
 
 def _train_with_fault(rank: int, folder: Path, config: Config, bad_step: int) -> None:
-    """The gradient of rank 1 is not finite in one step, whenever that step is computed."""
+    """Train. The gradient of rank 1 is not finite in one step, each time that step is computed."""
     backward, asked = Fsdp2Engine.backward, []
 
     def broken(self, batches, on_token_losses=None):
@@ -300,7 +302,7 @@ def config_file(config, tmp_path) -> Path:
 
 @pytest.mark.full
 def test_a_rank_that_is_killed_and_a_run_that_is_resumed_by_the_command(config, config_file, tmp_path):
-    # long enough for a busy machine to see it before its end
+    # long enough that a busy machine sees it before its end
     wanted = trained(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=60)))
     more = (str(config_file), f"--run.folder={tmp_path}/killed", "--supervision.max_restarts=0", "--train.steps=60")
     process = subprocess.Popen(

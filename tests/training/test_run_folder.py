@@ -1,4 +1,4 @@
-"""What a run writes down survives full disks and machines that go down in the middle of a line."""
+"""The records of a run survive full disks and machines that stop in the middle of a line."""
 
 import errno
 import json
@@ -33,8 +33,8 @@ def test_lines_wait_until_a_full_disk_has_room_and_it_is_said_once(tmp_path, mon
     monkeypatch.setattr(json_lines, "append_lines", limited)
     for step in (1, 2):
         run.append(run.metrics_file, {"step": step})
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "metrics.jsonl: cannot be written: No space left on device" in said
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "metrics.jsonl: cannot be written: No space left on device" in message
     room = True
     run.append(run.metrics_file, {"step": 3})
     assert [row["step"] for row in read_rows(run.metrics_file)] == [1, 2, 3]
@@ -87,4 +87,4 @@ def test_a_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(json_lines.os, "fsync", full)
     with pytest.raises(OSError):
         json_lines.write_whole(file, "after")
-    assert [one.name for one in tmp_path.iterdir()] == ["config.toml"] and file.read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"] and file.read_text() == "before"

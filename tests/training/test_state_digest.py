@@ -26,7 +26,7 @@ STEPS = 6
 
 
 def events_of(run):
-    """Return what happened in a run, but for ranks that were slow: those of a busy machine are."""
+    """Return the events of a run without slow ranks: ranks of a busy machine are slow."""
     return [event for event in run.events() if event["kind"] != "health"]
 
 
@@ -59,7 +59,7 @@ def test_every_bit_counts_and_names_its_tensor(dtype, on_device, monkeypatch):
     assert len(names) == 3 * 4 + 1
     for name, (_, _, tensor) in zip(names, state_tensors(model.named_parameters(), optimizer), strict=True):
         if name == "counts of updates":
-            # a copy of counts that lie apart
+            # a copy of counts that are not contiguous
             tensor = optimizer.state[model[0].bias]["step"]
         for bit in (0, 8 * tensor.element_size() - 1):
             flip(tensor, bit)
@@ -119,7 +119,7 @@ def test_the_update_that_made_a_weight_grow_is_named():
 
 
 def _told(rank: int) -> list[bool]:
-    """What ranks tell each other, while they send other things."""
+    """Return the changes that ranks share, while they send other messages."""
     import torch.distributed as dist
 
     digest = StateDigest(lambda: [("weight", "w", torch.ones(2))], dist.group.WORLD)
@@ -131,7 +131,7 @@ def _told(rank: int) -> list[bool]:
         if rank == 1:
             dist.recv(other, 0)
         told = digest.share(changed)
-        # the other rank has not begun
+        # the other rank has not begun its exchange
         if rank == 0:
             dist.send(other, 1)
         changes.append(told())
@@ -168,7 +168,7 @@ ENGINES = {
 
 
 def _compared(rank: int, config: Config) -> tuple[list[str], list[tuple]]:
-    """Return the names of all digested tensors, and what was found of one flipped bit in each."""
+    """Return the names of all digested tensors, and the damage found after one flipped bit in each."""
     import small
     import torch.distributed as dist
 
@@ -177,12 +177,12 @@ def _compared(rank: int, config: Config) -> tuple[list[str], list[tuple]]:
         import megatron_on_cpu  # noqa: F401
     engine = open_engine(config, torch.device("cpu"), small.VOCABULARY, 128)
     digest = StateDigest(engine.state_tensors, dist.group.WORLD)
-    names, found = [], []
+    names, damages = [], []
     for batches in engine.cp.steps([[small.micro_batch([9, 14, 5])]] * 3):
         engine.backward(batches)
         engine.clip(1.0)
-        # nothing that is there between two updates changes the state
-        found.append(digest.compare(0))
+        # nothing between two updates changes the state
+        damages.append(digest.compare(0))
         engine.update(1e-3)
         digest.take("the update of step 1")
     for number, (kind, name, tensor) in enumerate(list(engine.state_tensors())):
@@ -190,9 +190,9 @@ def _compared(rank: int, config: Config) -> tuple[list[str], list[tuple]]:
         if rank == 1 and names[-1] != "counts of updates" and tensor.numel():
             flip(tensor, bit=number % 8)
     damage = digest.compare(1)
-    found.append((damage.ranks, damage.text))
+    damages.append((damage.ranks, damage.text))
     engine.close()
-    return names, found
+    return names, damages
 
 
 @pytest.mark.sampled(2)
@@ -204,11 +204,11 @@ def test_engines_digest_all_that_an_update_changes(texts, tmp_path, engine):
     config = config_of(name, texts, tmp_path / "run", **others)
     if "host" in engine:
         config = dataclasses.replace(config, memory=MemoryConfig(state_on_host=True))
-    (names, found), (_, other) = run_on_ranks(2, _compared, config)
-    assert found == other and found[:-1] == [None] * 3
-    ranks, text = found[-1]
+    (names, damages), (_, other) = run_on_ranks(2, _compared, config)
+    assert damages == other and damages[:-1] == [None] * 3
+    ranks, text = damages[-1]
     assert ranks == (1,) and text.startswith("rank 1 on ") and "changed between the update of step 1" in text
-    kinds = {one.split(" ")[0] for one in names}
+    kinds = {name.split(" ")[0] for name in names}
     assert {"weight", "exp_avg", "exp_avg_sq"} <= kinds and len(set(names)) == len(names)
     assert ("master" in kinds) == (engine in ("deepspeed 2", "deepspeed 3", "megatron"))
 
@@ -217,21 +217,26 @@ def test_engines_digest_all_that_an_update_changes(texts, tmp_path, engine):
 
 
 def _train_with_flips(rank: int, folder: Path, config: Config, before: tuple[int, ...], kind: str = "weight") -> None:
-    """Train; a bit of rank 1's state flips before these updates, counted from 1 over rollbacks, amid forward and backward."""
+    """Train. A bit of rank 1's state flips before these updates, counted from 1 over rollbacks, after forward and backward."""
     if config.engine.name == "megatron":
         import megatron_on_cpu  # noqa: F401
     os.environ["LOCAL_RANK"] = str(rank)
     open_engine, done = loop.open_engine, []
 
-    def opened(*given):
-        engine = open_engine(*given)
+    def opened(*args):
+        engine = open_engine(*args)
         backward = engine.backward
 
-        def flipping(*given):
-            losses = backward(*given)
+        def flipping(*backward_args):
+            losses = backward(*backward_args)
             done.append(None)
             if rank == 1 and len(done) in before:
-                flip(next(part for found, _, part in engine.state_tensors() if found == kind and part.numel()), bit=9)
+                flip(
+                    next(
+                        part for tensor_kind, _, part in engine.state_tensors() if tensor_kind == kind and part.numel()
+                    ),
+                    bit=9,
+                )
             return losses
 
         engine.backward = flipping
@@ -259,14 +264,14 @@ def test_a_run_with_a_flipped_bit_ends_as_one_without(texts, tmp_path):
     assert rows(run) == wanted and len(wanted) == STEPS
     damaged = [event["text"] for event in events_of(run) if event["kind"] == "damaged state"]
     assert len(damaged) == 2 and all(
-        "rank 1 on" in one and ": exp_avg_sq model.embed_tokens.weight" in one for one in damaged
+        "rank 1 on" in text and ": exp_avg_sq model.embed_tokens.weight" in text for text in damaged
     )
     assert "changed between the update of step 3 and the update of step 4" in damaged[0]
-    # that of step 4 was copied while the bit flipped: it does not count, the run goes back to the one before
+    # the checkpoint of step 4 was copied while the bit flipped: it does not count, and the run goes back to the one before
     assert "changed between the update of step 4 and the update of step 5" in damaged[1]
     resumed = [event["text"] for event in events_of(run) if event["kind"] == "resumed"]
     assert resumed == ["Resumed from step-00000002."] * 2
-    assert [one.step for one in list_checkpoints(run.checkpoints)] == [4, 6]
+    assert [checkpoint.step for checkpoint in list_checkpoints(run.checkpoints)] == [4, 6]
     told = [row for row in read_rows(run.health_file) if row["damaged"]]
     assert [row["damaged"] for row in told] == [[text] for text in damaged]
     assert read_rows(run.health_file)[-1]["state_checks"] > STEPS
@@ -285,12 +290,12 @@ def test_ranks_of_a_pipeline_that_share_no_loss_learn_of_it_too(texts, tmp_path)
 
 @pytest.mark.full
 def test_the_last_checkpoint_is_not_one_of_a_damaged_state(texts, tmp_path):
-    """Flip a bit while the last state is copied, when no later step could show it."""
+    """Change a bit while the last state is copied, when no later step could show it."""
     config = config_of("fsdp2", texts, tmp_path / "run")
     run = new_run(config)
     run_on_ranks(2, _train_and_flip_last, run.folder, config)
     assert [event["kind"] for event in events_of(run)] == ["damaged state", "resumed"]
-    assert [one.step for one in list_checkpoints(run.checkpoints)] == [4, 6]
+    assert [checkpoint.step for checkpoint in list_checkpoints(run.checkpoints)] == [4, 6]
     assert rows(run) == rows(trained(dataclasses.replace(config, run=RunConfig(str(tmp_path / "other"), 3)), ()))
 
 
@@ -338,7 +343,7 @@ def test_without_a_checkpoint_the_run_begins_anew_and_what_repeats_ends_it(texts
 def test_a_digest_every_so_many_steps_is_taken_before_every_save(texts, tmp_path):
     config = dataclasses.replace(config_of("fsdp2", texts, tmp_path / "run"), watch=WatchConfig(digest_every=100))
     run = trained(config, (4, 5))
-    # the first flip lies between updates that are not compared, the second amid the save after step 4
+    # the first flip lies between updates that are not compared, the second within the save after step 4
     events = [(event["kind"], event["text"]) for event in events_of(run)]
     assert [kind for kind, _ in events] == ["damaged state", "resumed"]
     assert "between the update of step 4 and the update of step 5" in events[0][1]

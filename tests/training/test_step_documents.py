@@ -29,7 +29,7 @@ def without_begin(rows):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_last_attempt_that_trained_a_step_counts(tmp_path, seed):
-    """Attempts end anywhere, also within a row, and begin at any step that was trained, or the one after."""
+    """Let attempts end anywhere, also within a row, and begin at any step that was trained, or the one after."""
     rng, path, expected, end = random.Random(seed), tmp_path / "documents.jsonl", {}, 0
     for attempt in range(rng.randrange(1, 6)):
         begin = rng.randrange(end + 1)
@@ -55,7 +55,7 @@ def test_a_long_file_is_not_read(tmp_path, monkeypatch):
             for row in rows_of(step, 0, rng)[:6]:
                 file.write(json.dumps(row | {"attempt": 0}) + "\n")
     sizes, pread = [], os.pread
-    monkeypatch.setattr(os, "pread", lambda *rest: (found := pread(*rest), sizes.append(len(found)))[0])
+    monkeypatch.setattr(os, "pread", lambda *rest: (part := pread(*rest), sizes.append(len(part)))[0])
     for step in (0, 1, 7_777, 19_999):
         sizes.clear()
         assert {row["step"] for row in documents_of_step(path, step)} == {step}

@@ -36,15 +36,15 @@ def test_all_ranks_stop_after_the_same_step_and_go_on_bit_by_bit(texts, tmp_path
     )
     runs = []
     for name in ("stopped", "whole"):
-        one = dataclasses.replace(config, run=RunConfig(folder=str(tmp_path / name), seed=3))
-        runs.append(new_run(one))
+        named = dataclasses.replace(config, run=RunConfig(folder=str(tmp_path / name), seed=3))
+        runs.append(new_run(named))
     stopped, whole = runs
     stopped.ask_to_stop("SIGUSR1")
-    # the first who asks is remembered
+    # the first request is kept
     stopped.ask_to_stop("SIGTERM")
     assert stopped.stop_file.read_text() == "SIGUSR1\n"
     run_on_ranks(2, _train, stopped.folder, whole.folder, config)
     curves = [[(step.step, step.loss, step.grad_norm) for step in run.metrics()] for run in runs]
     assert curves[0] == curves[1] and len(curves[0]) == 4
     assert [event["kind"] for event in stopped.events()] == ["stopped", "resumed"]
-    assert sorted(one.name for one in stopped.checkpoints.glob("step-*")) == ["step-00000001", "step-00000004"]
+    assert sorted(path.name for path in stopped.checkpoints.glob("step-*")) == ["step-00000001", "step-00000004"]

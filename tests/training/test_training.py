@@ -1,4 +1,4 @@
-"""Training end to end: the same curve on any number of ranks and strategy, and the command that shows it."""
+"""Training end to end: the same curve for any number of ranks and strategy, and the command that shows it."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ from distattn.launch.start_run import start_run
 from distattn.parallel.analysis.explain import explain
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.training.config import run_file as configuration
-from distattn.training.config.plan_settings import PlanSettings
+from distattn.training.config.plan_settings import PlanSettings, attention_config
 from distattn.training.config.run_file import Config, ParallelConfig, ReferenceCheckConfig, TrainConfig
 from distattn.training.run_data import open_data
 from distattn.training.run_folder import RunFolder, StepMetrics
@@ -68,7 +68,7 @@ def test_the_loss_curve_is_the_same_for_every_strategy_and_number_of_ranks(
 ):
     wanted = curve_of_one_rank(dtype)
     assert len(wanted) == STEPS and wanted[-1] < wanted[0] - 0.5
-    # float32 on most ranks only
+    # float32 only on the most ranks
     for ranks in (2, 4) if dtype == "float64" else (4,):
         got = curve(texts, tmp_path / f"{ranks}", dtype, ranks, strategy)
         assert max(abs(a - b) / b for a, b in zip(got, wanted, strict=True)) <= tolerance, ranks
@@ -77,7 +77,7 @@ def test_the_loss_curve_is_the_same_for_every_strategy_and_number_of_ranks(
 @pytest.mark.full
 @pytest.mark.parametrize(("ranks", "size"), [(2, 0), (4, 2)])
 def test_ranks_with_packs_of_their_own_train_as_plain_transformers(texts, tmp_path, ranks, size):
-    """Core-attention disaggregation: 20 steps beside one process, one document at a time."""
+    """Compare 20 steps of core-attention disaggregation with one process, one document at a time."""
     parallel = ParallelConfig(ranks=ranks, strategy="cad", data="per_rank", context_parallel_size=size)
     check = ReferenceCheckConfig(steps=STEPS, tolerance=1e-9)
     config = dataclasses.replace(small(texts, tmp_path / "run", "float64"), parallel=parallel, reference_check=check)
@@ -147,7 +147,7 @@ def test_one_command_trains_compares_and_leaves_a_run_folder(config_file, tmp_pa
     page = run.report_file.read_text()
     html.parser.HTMLParser().feed(page)
     assert "<canvas" in page and "data:image/png;base64," in page
-    # self-contained: nothing is fetched from anywhere
+    # self-contained: nothing is downloaded
     assert 'src="http' not in page and "<link" not in page and "<script src" not in page
     verified = distattn("ckpt", "verify", "out", cwd=tmp_path)
     assert verified.returncode == 0 and "step-00000006" in verified.stdout, verified.stdout + verified.stderr
@@ -207,7 +207,7 @@ def test_a_terminal_gets_a_progress_bar(config_file, tmp_path):
 
 
 def working(launcher: int) -> bool:
-    """Whether the launcher has a child process that has loaded torch: the fork server of ranks, or the reference check's."""
+    """Return whether the launcher has a child process that has loaded torch: the fork server, or the reference check's."""
     listed = subprocess.run(["pgrep", "-P", str(launcher)], capture_output=True, text=True).stdout.split()
     try:
         return any("libtorch" in Path(f"/proc/{child}/maps").read_text() for child in listed)
@@ -221,7 +221,7 @@ def interrupted(config_file: Path, folder: Path, when: str, *overrides: str) -> 
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
     def listening() -> None:
-        # whoever runs the tests in a shell's background may have Ctrl-C ignored
+        # tests that run in a shell's background may ignore Ctrl-C
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -229,7 +229,7 @@ def interrupted(config_file: Path, folder: Path, when: str, *overrides: str) -> 
     assert process.stdout is not None
     assert any(line.startswith(when) for line in process.stdout)
     eventually(lambda: working(process.pid), "no child process imports torch")
-    # as a terminal does: to every process of the group
+    # like a terminal: to every process of the group
     os.killpg(process.pid, signal.SIGINT)
     out, errors = process.communicate(timeout=LIMIT_SECONDS)
     return subprocess.CompletedProcess(command, process.returncode, out, errors)
@@ -289,7 +289,7 @@ def test_a_host_name_that_does_not_resolve_is_no_obstacle(config_file, tmp_path)
 def test_the_plan_in_the_run_folder_is_the_one_that_trains(texts, tmp_path):
     config = dataclasses.replace(small(texts, tmp_path / "run", "float32"), parallel=ParallelConfig(ranks=1))
     run = start_run(config, no_progress)
-    cp = ContextParallel(**PlanSettings.of_config(config).context_parallel_arguments())
+    cp = ContextParallel(config=attention_config(config))
     model = config.model
     shape = model.num_attention_heads, model.num_key_value_heads, model.head_size, model.head_size, model.dtype
     data = open_data(run, config)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
-import json
 import math
 import os
-import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 
 from distattn.data.files.corpus import Corpus
 from distattn.data.files.label_masks import FileMasks, check_planned_masks
@@ -24,23 +21,10 @@ from distattn.data.packing.pack_plan import PackPlan, PlannedSource
 from distattn.data.packing.pack_rule import PackCost, PackRule
 from distattn.data.packing.training_cost import ModelShape, load_device, training_cost
 from distattn.ir.errors import DistattnError, SettingError
-from distattn.ir.toml_lines import Key, TomlLines, syntax_place
+from distattn.ir.limits import Check, Number, Problem, nested_problems
+from distattn.ir.toml_records import TomlFile, parse_record, raise_problems
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-_MOST_SEED = (1 << 64) - 1
-# what TOML calls the types that pydantic expects
-_WANTED = {
-    "bool_type": "true or false",
-    "dataclass_type": "a table",
-    "finite_number": "a finite number",
-    "float_type": "a number",
-    "int_from_float": "a whole number",
-    "int_type": "a whole number",
-    "string_type": "a string in quotes",
-    # entries of a curriculum
-    "too_long": "a list of two numbers",
-    "tuple_type": "a list",
-}
 
 
 @dataclass(frozen=True)
@@ -52,9 +36,11 @@ class CorpusConfig:
     """
 
     name: str
-    files: tuple[str, ...]
-    weight: float | None = None
-    max_epochs: float | None = None
+    files: Annotated[
+        tuple[str, ...], Check(lambda files: None if files else "is empty; name prefixes of indexed files.")
+    ]
+    weight: Annotated[float | None, Number(gt=0, le=math.inf)] = None
+    max_epochs: Annotated[float | None, Number(gt=0, le=math.inf)] = None
 
 
 @dataclass(frozen=True)
@@ -83,11 +69,11 @@ class PackConfig:
     cost: the model and device that `rule.cost` is estimated from. Paths are relative to the folder of the TOML file.
     """
 
-    plan: str
+    plan: Annotated[str, Check(lambda plan: None if plan else "is empty; name the plan's file.")]
     corpus: tuple[CorpusConfig, ...]
     rule: PackRule
-    seed: int = 1
-    steps: int | None = None
+    seed: Annotated[int, Number(ge=0, le=(1 << 64) - 1)] = 1
+    steps: Annotated[int | None, Number(ge=1)] = None
     cost: CostConfig | None = None
 
 
@@ -100,35 +86,16 @@ def load_pack_config(path: str | Path) -> PackConfig:
 
     Raises DistattnError naming file, line and key.
     """
-    try:
-        text = Path(path).read_text("utf-8")
-        content = tomllib.loads(text)
-    except OSError as error:
-        raise DistattnError(f"{path}: cannot be read: {error.strerror}; name the TOML file of a pack plan.") from None
-    except tomllib.TOMLDecodeError as error:
-        raise DistattnError(f"{syntax_place(path, error)}: cannot be read as TOML: {error}.") from None
-    except UnicodeDecodeError as error:
-        raise DistattnError(f"{path}: cannot be read as TOML: byte {error.start:,} is not UTF-8.") from None
-    lines = TomlLines(text)
-    try:
-        # dates and times, which no key has, become strings
-        config = TypeAdapter(PackConfig).validate_json(json.dumps(content, default=str), strict=True)
-    except ValidationError as error:
-        raise DistattnError(
-            "\n".join(
-                f"{lines.place(path, _key_of(fault))}: {_sentence(fault, *_described(fault['loc'], content))}"
-                for fault in error.errors()
-            )
-        ) from None
-    if wrong := list(_impossible(config, content)):
-        raise DistattnError("\n".join(f"{lines.place(path, key)}: {sentence}" for key, sentence in wrong))
+    file = TomlFile.read(path, "name the TOML file of a pack plan")
+    config = parse_record(PackConfig, file.content, file.place)
+    raise_problems([*nested_problems(config), *_problems(config, "cost" in file.content["rule"])], file.place)
     folder = os.path.dirname(path)
     corpora = []
     owners: dict[str, str] = {}
     for at, corpus in enumerate(config.corpus):
         prefixes: list[str] = []
         for entry, pattern in enumerate(corpus.files):
-            where = f"{lines.place(path, ('corpus', at, 'files', entry))}: corpus {corpus.name}"
+            where = f"{file.place(('corpus', at, 'files', entry))}: corpus {corpus.name}"
             for prefix in _matching_prefixes(where, folder, pattern):
                 real = os.path.realpath(f"{prefix}.idx")
                 if real in owners:
@@ -144,7 +111,7 @@ def load_pack_config(path: str | Path) -> PackConfig:
         try:
             rule = replace(rule, cost=_estimated_cost(config.cost, folder))
         except SettingError as error:
-            raise DistattnError(f"{lines.place(path, ('cost', error.key))}: cost.{error}") from None
+            raise DistattnError(f"{file.place(('cost', error.key))}: cost.{error}") from None
     return replace(config, plan=os.path.join(folder, config.plan), corpus=tuple(corpora), rule=rule)
 
 
@@ -221,37 +188,25 @@ def open_configured_plan(config: PackConfig, corpora: Sequence[Corpus]) -> PackP
     return plan
 
 
-def _impossible(config: PackConfig, content: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
-    """Yield (key, a sentence) for each value that has the right type and is wrong."""
-    if not config.plan:
-        yield ("plan",), "plan: is empty; name the plan's file."
-    if not 0 <= config.seed <= _MOST_SEED:
-        yield ("seed",), f"seed: {config.seed} is out of range; name an integer from 0 to 2^64 - 1."
-    if config.steps is not None and config.steps < 1:
-        yield ("steps",), f"steps: {config.steps} is too few; a plan has at least 1."
+def _problems(config: PackConfig, has_rule_cost: bool) -> Iterator[Problem]:
+    """Yield problems of keys that do not go together. has_rule_cost: whether there is a table [rule.cost]."""
     if not config.corpus:
-        yield ("corpus",), "corpus: is missing; add a [[corpus]] with a name and files."
+        yield Problem("corpus", "is missing; add a [[corpus]] with a name and files.")
     names = [corpus.name for corpus in config.corpus]
     weighted = [corpus.name for corpus in config.corpus if corpus.weight is not None]
     for number, corpus in enumerate(config.corpus):
-        table: Key = ("corpus", number)
-        where = f"corpus {corpus.name}"
+        table = f"corpus.{number}"
         if corpus.name in names[:number]:
-            yield (*table, "name"), f"{where}: two corpora have this name; give each a name of its own."
-        if not corpus.files:
-            yield (*table, "files"), f"{where}: files: is empty; name prefixes of indexed files."
-        for key, value in (("weight", corpus.weight), ("max_epochs", corpus.max_epochs)):
-            if value is not None and value <= 0:
-                yield (*table, key), f"{where}: {key} is {value}; it must be a number above 0."
+            yield Problem(f"{table}.name", f"another corpus is called {corpus.name}; give each a name of its own.")
         if config.steps is None and corpus.max_epochs is None:
-            yield (
+            yield Problem(
                 table,
-                f"{where}: max_epochs is missing: without steps a plan ends when all corpora have ended; give one of them.",
+                f"{corpus.name} has no max_epochs: without steps a plan ends when all corpora have ended; give one of them.",
             )
         if weighted and corpus.weight is None:
-            yield table, f"{where}: weight is missing, but {weighted[0]} has one; give all or none."
-    if config.cost is not None and "cost" in content["rule"]:
-        yield ("cost",), "cost: is estimated for a device, but [rule.cost] names numbers; leave out one of the two."
+            yield Problem(table, f"{corpus.name} has no weight, but {weighted[0]} has one; give all or none.")
+    if config.cost is not None and has_rule_cost:
+        yield Problem("cost", "is estimated for a device, but [rule.cost] names numbers; leave out one of the two.")
 
 
 def _estimated_cost(cost: CostConfig, folder: str) -> PackCost:
@@ -317,69 +272,3 @@ def _matching_prefixes(where: str, folder: str, pattern: str) -> Iterator[str]:
         missing = os.path.join(folder, name)
         raise DistattnError(f"{where}: there is no {missing}; make it with distattn data tokenize.")
     yield from (os.path.join(folder, file.removesuffix(".idx")) for file in files)
-
-
-def _key_of(error: Any) -> Key:
-    """Return the key that an error is about."""
-    if error["type"] != "value_error":
-        return tuple(error["loc"])
-    return ("rule", *error["ctx"]["error"].key.split("."))
-
-
-def _described(loc: Sequence[str | int], content: Mapping[str, Any]) -> tuple[str, str]:
-    """Return (the place of an error, which ends in a colon or is empty; the key), such as ("corpus web: ", "weight")."""
-    if loc[0] != "corpus" or len(loc) < 2:
-        return "", _dotted(loc)
-    number = int(loc[1])
-    entry = content["corpus"][number]
-    name = entry.get("name") if isinstance(entry, Mapping) else None
-    return f"corpus {name if isinstance(name, str) else number + 1}: ", _dotted(loc[2:])
-
-
-def _dotted(loc: Sequence[str | int]) -> str:
-    """Return a key with the sections it is in; entries of lists are counted from 1."""
-    return ".".join(part if isinstance(part, str) else f"entry {part + 1}" for part in loc)
-
-
-def _sentence(error: Any, where: str, key: str) -> str:
-    """Return a sentence that says what is wrong, with the key."""
-    kind, value = error["type"], error["input"]
-    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{where}{key}: unknown key.{_meant(error['loc'])}"
-    if kind == "value_error":
-        # a sentence of the rule, which begins with a key
-        return f"rule.{error['ctx']['error']}"
-    separator = ": " if key else ""
-    if kind in ("missing", "missing_argument"):
-        return f"{where}{key}{separator}is missing."
-    wanted = _WANTED.get(kind)
-    rule = f"must be {wanted}" if wanted else error["msg"].lower().rstrip(".")
-    return f"{where}{key}{separator}{rule}, not {json.dumps(value, default=str)}."
-
-
-def _meant(loc: Sequence[str | int]) -> str:
-    """Return a sentence with the key that was probably meant, in its own section or another."""
-    section, key = tuple(part for part in loc[:-1] if isinstance(part, str)), str(loc[-1])
-    # its own section comes first: among keys that are equally near the first is taken
-    sections = sorted(_SECTIONS, key=lambda other: other != section)
-    near = {name: other for other in reversed(sections) for name in _SECTIONS[other]}
-    matches = [key] if key in near else difflib.get_close_matches(key, near, 1, 0.6)
-    if not matches:
-        return f" There are {', '.join(_SECTIONS[section])}."
-    other = near[matches[0]]
-    if other == section:
-        return f" Did you mean {matches[0]}?"
-    place = {(): "above all tables", ("corpus",): "in a [[corpus]]"}.get(other, f"in [{'.'.join(other)}]")
-    return f" Did you mean {matches[0]} {place}?"
-
-
-_SECTIONS: dict[tuple[str, ...], list[str]] = {
-    place: [field.name for field in fields(section)]
-    for place, section in (
-        ((), PackConfig),
-        (("corpus",), CorpusConfig),
-        (("rule",), PackRule),
-        (("rule", "cost"), PackCost),
-        (("cost",), CostConfig),
-    )
-}

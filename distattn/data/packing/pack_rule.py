@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Annotated, Any
 
 from distattn.ir.errors import SettingError
+from distattn.ir.limits import Number, OneOf, check_limits
 
 MOST_TOKENS = (1 << 31) - 1
-LONG_DOCUMENTS = ("cut", "keep")
 # the cost of a document, and that of a window, must fit into an int64
 _MOST_CELLS = 1 << 30
 _MOST_CELLS_OF_WINDOW = 1 << 62
@@ -29,18 +29,13 @@ class PackCost:
     are whole numbers, so that costs are the same everywhere.
     """
 
-    token_cells: int = 26_600
-    document_cells: int = 128 * 1024
-    cell_femtoseconds: int = 0
+    token_cells: Annotated[int, Number(ge=0, le=_MOST_CELLS)] = 26_600
+    document_cells: Annotated[int, Number(ge=0, le=_MOST_CELLS)] = 128 * 1024
+    cell_femtoseconds: Annotated[int, Number(ge=0, le=math.inf)] = 0
 
     def __post_init__(self) -> None:
         """Raise DistattnError if a number is negative or too large."""
-        for name in ("token_cells", "document_cells"):
-            cells = getattr(self, name)
-            if not 0 <= cells <= _MOST_CELLS:
-                raise SettingError(f"cost.{name}", f"{cells:,} is not 0 to {_MOST_CELLS:,} cells of attention.")
-        if self.cell_femtoseconds < 0:
-            raise SettingError("cost.cell_femtoseconds", f"{self.cell_femtoseconds:,} is below 0.")
+        check_limits(self)
 
     def of(self, length: Any) -> Any:
         """Return the cells of a document with this many tokens (a number, or int64 (N,))."""
@@ -90,11 +85,11 @@ class PackRule:
 
     context: tuple[tuple[int, int], ...]
     tokens_per_step: int
-    window: int = 1024
-    max_documents: int | None = None
-    max_cost: float | None = None
+    window: Annotated[int, Number(ge=1, le=math.inf)] = 1024
+    max_documents: Annotated[int | None, Number(ge=1, le=math.inf)] = None
+    max_cost: Annotated[float | None, Number(gt=0)] = None
     cost: PackCost = field(default_factory=PackCost)
-    long_documents: str = "cut"
+    long_documents: Annotated[str, OneOf(("cut", "keep"))] = "cut"
     level: bool = False
 
     def __post_init__(self) -> None:
@@ -111,13 +106,8 @@ class PackRule:
                     f"{self.tokens_per_step:,} is not a multiple of the context length {tokens:,}; "
                     f"{max(1, self.tokens_per_step // tokens) * tokens:,} would be.",
                 )
-        for name in ("window", "max_documents"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingError(name, f"{value} is too small; it must be at least 1.")
+        check_limits(self)
         if self.max_cost is not None:
-            if not (math.isfinite(self.max_cost) and self.max_cost > 0):
-                raise SettingError("max_cost", f"{self.max_cost} is not a cost; name a number above 0, such as 1.0.")
             for step, tokens in self.context:
                 packs = self.window + self.packs_at(step)
                 if packs * max(self.cost.of(tokens), self.limits_at(step).max_cells or 0) > _MOST_CELLS_OF_WINDOW:
@@ -126,8 +116,6 @@ class PackRule:
                         f"the cost of {packs:,} packs of {tokens:,} tokens is more than an integer holds; "
                         "use a smaller window, or no max_cost.",
                     )
-        if self.long_documents not in LONG_DOCUMENTS:
-            raise SettingError("long_documents", f'{self.long_documents!r} is unknown; "cut" and "keep" are not.')
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> PackRule:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from distattn.cluster.cost import attention_speed, flops_per_cell, overhead_keys
 from distattn.cluster.spec import DIRECTIONS, ClusterSpec, load, shipped_names
 from distattn.data.packing.pack_rule import PackCost
 from distattn.ir.errors import DistattnError, SettingError
+from distattn.ir.limits import Number, check_limits
 
 # products with each weight matrix: one forward, two backward
 _PRODUCTS = 3
@@ -37,20 +39,17 @@ class ModelShape:
     intermediate_size: width of the feed-forward layer; for experts, of all experts together that one token uses.
     """
 
-    num_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    intermediate_size: int
-    vocab_size: int
-    num_key_value_heads: int = 0
-    head_dim: int = 0
+    num_layers: Annotated[int, Number(ge=1)]
+    hidden_size: Annotated[int, Number(ge=1)]
+    num_attention_heads: Annotated[int, Number(ge=1)]
+    intermediate_size: Annotated[int, Number(ge=1)]
+    vocab_size: Annotated[int, Number(ge=1)]
+    num_key_value_heads: Annotated[int, Number(ge=0)] = 0
+    head_dim: Annotated[int, Number(ge=0)] = 0
 
     def __post_init__(self) -> None:
         """Raise DistattnError naming the first wrong size."""
-        for name in (field.name for field in fields(self)):
-            value, least = getattr(self, name), 0 if name in ("num_key_value_heads", "head_dim") else 1
-            if value < least:
-                raise SettingError(name, f"{value} is too small; it must be at least {least}.")
+        check_limits(self)
         if not self.head_dim and self.hidden_size % self.num_attention_heads:
             raise SettingError(
                 "num_attention_heads",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+from distattn.ir.limits import Problem, nested_problems
 from distattn.training.config.idle_keys import idle_problems
-from distattn.training.config.limits import Problem, engine_problems, limit_problems
+from distattn.training.config.limits import engine_problems
 from distattn.training.config.sections import ENGINES, Config, DataConfig
 
 # the number of ranks is a multiple of each
@@ -50,7 +51,7 @@ def problems_of(config: Config, named: Collection[str] = ()) -> list[Problem]:
     """
     checks = (
         # checks of single keys come first
-        limit_problems(config),
+        nested_problems(config),
         _engine_problems(config),
         _train_problems(config),
         _schedule_problems(config),
@@ -167,11 +168,6 @@ def _schedule_problems(config: Config) -> Iterator[Problem]:
             "data.context_length", "data.context_schedule has the context length by step; leave one of them out."
         )
     *first, last = data.context_schedule
-    for number, phase in enumerate(data.context_schedule):
-        if phase.context_length < 1:
-            yield Problem(f"data.context_schedule.{number}.context_length", f"at least 1, not {phase.context_length}.")
-        if phase.steps < 0:
-            yield Problem(f"data.context_schedule.{number}.steps", f"at least 0, not {phase.steps}.")
     for number, phase in enumerate(first):
         if not phase.steps:
             yield Problem(

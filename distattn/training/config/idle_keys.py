@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
-from distattn.training.config.limits import Problem
+from distattn.ir.limits import Problem
 from distattn.training.config.sections import Config, DataConfig, ModelConfig
 
 # the keys of a model's shape; they come from the config.json of a model's folder

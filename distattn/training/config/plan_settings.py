@@ -1,28 +1,38 @@
-"""Settings that all attention plans of a run share: the one place that turns a run's configuration into them."""
+"""The settings of attention of a run, and of the plans of its batches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from distattn.batch.pooled_layout import BlockLayouts
 from distattn.cluster.spec import AnyCluster, load
 from distattn.cluster.topology import Cluster
 from distattn.ir.plan import Plan
+from distattn.parallel.attention_config import AttentionConfig
 from distattn.parallel.latent_plan import make_latent_plan
-from distattn.parallel.make_plan import STRATEGIES, make_plan
+from distattn.parallel.make_plan import make_plan
 from distattn.training.config.run_file import Config
+
+
+def attention_config(config: Config) -> AttentionConfig:
+    """Return the settings of attention of a run, as `ContextParallel` and `make_plan` take them."""
+    parallel = config.parallel
+    return AttentionConfig.of(
+        parallel,
+        layout_options=parallel.layout_options,
+        cluster=_cluster_of(config),
+        context_parallel_size=parallel.split_ranks if parallel.data == "per_rank" else None,
+    )
 
 
 @dataclass(frozen=True)
 class PlanSettings:
     """Everything that a plan depends on, except the lengths of the documents.
 
-    heads and kv_heads are query and key/value heads, head_dim is the width of one head, v_head_dim that of values where
-    it differs. latents: the widths of rotary keys and of latents, where latents may be sent in place of keys and
-    values. None leaves a choice to the strategy (backward), the device (kernel) or the accumulation dtype (comm_dtype),
-    or sets no limit (max_buffer_bytes).
+    ranks share attention. heads and kv_heads are query and key/value heads, head_dim is the width of one head, v_head_dim that of
+    values where it differs. latents: the widths of rotary keys and of latents, where latents may be sent in place of keys and
+    values.
     """
 
     ranks: int
@@ -30,16 +40,7 @@ class PlanSettings:
     kv_heads: int
     head_dim: int
     dtype: str
-    strategy: str = "ring"
-    data: str = "replicated"
-    context_parallel_size: int | None = None
-    layout: str = "zigzag"
-    layout_options: dict[str, int] = field(default_factory=dict)
-    kernel: str | None = None
-    backward: str | None = None
-    comm_dtype: str | None = None
-    cluster: AnyCluster | None = None
-    max_buffer_bytes: int | None = None
+    config: AttentionConfig = field(default_factory=AttentionConfig)
     v_head_dim: int | None = None
     latents: tuple[int, int] | None = None
 
@@ -53,69 +54,45 @@ class PlanSettings:
             kv_heads=max(model.num_key_value_heads // parallel.tensor_parallel_size, 1),
             head_dim=model.head_size,
             dtype=model.dtype,
-            strategy=parallel.strategy,
-            data=parallel.data,
-            context_parallel_size=parallel.split_ranks if parallel.data == "per_rank" else None,
-            layout=parallel.layout,
-            layout_options=parallel.layout_options,
-            kernel=parallel.kernel,
-            backward=parallel.backward or None,
-            comm_dtype=parallel.comm_dtype or None,
-            cluster=_cluster_of(config),
-            max_buffer_bytes=parallel.max_buffer_bytes or None,
+            config=attention_config(config),
         )
 
     @property
     def data_parallel_size(self) -> int:
         """Number of packs of one attention call: one that all ranks split, or one for each rank or block of ranks."""
-        return 1 if self.data == "replicated" else self.ranks // (self.context_parallel_size or 1)
+        return self.ranks // self.config.block_ranks(self.ranks)
 
     def plan(self, *packs: Sequence[int]) -> Plan:
         """Return the plan of one attention call on a step's packs, given by the lengths of their documents.
 
         Raises DistattnError where no plan is possible.
         """
-        block_ranks = self.ranks // self.data_parallel_size
-        layouts = BlockLayouts(self.ranks, block_ranks, self.layout, self.layout_options, "causal")
+        layouts = BlockLayouts(self.ranks, self.config.block_ranks(self.ranks), self.config)
         mask, layout = layouts.of_batch(tuple(tuple(lengths) for lengths in packs))
-        options: dict[str, Any] = dict(
-            strategy=self.strategy,
+        v_head_dim = self.v_head_dim or self.head_dim
+        if self.latents is None:
+            return make_plan(
+                mask,
+                layout,
+                config=self.config,
+                heads=self.heads,
+                kv_heads=self.kv_heads,
+                head_dim=self.head_dim,
+                v_head_dim=v_head_dim,
+                dtype=self.dtype,
+            )
+        rotary_dim, latent_dim = self.latents
+        return make_latent_plan(
+            mask,
+            layout,
+            config=self.config,
             heads=self.heads,
             head_dim=self.head_dim,
-            v_head_dim=self.v_head_dim or self.head_dim,
+            v_head_dim=v_head_dim,
+            rotary_dim=rotary_dim,
+            latent_dim=latent_dim,
             dtype=self.dtype,
-            backward=self.backward,
-            comm_dtype=self.comm_dtype,
-            cluster=self.cluster,
-            options=self.strategy_options,
-            max_buffer_bytes=self.max_buffer_bytes,
         )
-        if self.latents is None:
-            return make_plan(mask, layout, kv_heads=self.kv_heads, **options)
-        rotary_dim, latent_dim = self.latents
-        return make_latent_plan(mask, layout, rotary_dim=rotary_dim, latent_dim=latent_dim, **options)
-
-    @property
-    def strategy_options(self) -> dict[str, Any]:
-        """Options of the strategy, with max_buffer_bytes where it can keep to that."""
-        limited = self.max_buffer_bytes is not None and STRATEGIES[self.strategy].takes("max_buffer_bytes")
-        return {"max_buffer_bytes": self.max_buffer_bytes} if limited else {}
-
-    def context_parallel_arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments with which `ContextParallel` makes the same plans; it takes shapes from the
-        model.
-        """
-        return {
-            "strategy": self.strategy,
-            "data": self.data,
-            "layout": self.layout,
-            "layout_options": self.layout_options,
-            "kernel": self.kernel,
-            "backward": self.backward,
-            "comm_dtype": self.comm_dtype,
-            "cluster": self.cluster,
-            "max_buffer_bytes": self.max_buffer_bytes,
-        }
 
 
 def _cluster_of(config: Config) -> AnyCluster | None:

@@ -6,19 +6,19 @@ import contextlib
 import difflib
 import io
 import json
-import tomllib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, fields, replace
 from itertools import pairwise
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 import tomli_w
 import tyro
-from pydantic import TypeAdapter, ValidationError
 
 from distattn.ir.errors import DistattnError
-from distattn.ir.toml_lines import Key, TomlLines, syntax_place
+from distattn.ir.toml_lines import Key
+from distattn.ir.toml_records import TomlFile, parse_record, raise_problems, unknown_key, wrong_type
 from distattn.training.config.checks import problems_of
 from distattn.training.config.idle_keys import SHAPE_KEYS, with_defaults, without_idle_keys
 from distattn.training.config.sections import Config as Config
@@ -33,17 +33,6 @@ from distattn.training.reporting.json_lines import write_whole
 
 # every key takes a value, also those that are true or false
 _VALUES = (tyro.conf.FlagConversionOff,)
-# for pydantic's names of wrong types: a description of the right type, and an example for keys without a default
-_WANTED = {
-    "int_type": ("a whole number", "1"),
-    "int_from_float": ("a whole number", "1"),
-    "float_type": ("a number", "0.1"),
-    "finite_number": ("a finite number", "0.1"),
-    "bool_type": ("true or false", ""),
-    "string_type": ("text in quotes", '"name"'),
-    "tuple_type": ("a list", '["a", "b"]'),
-    "dataclass_type": ("a table", ""),
-}
 # pydantic's names for wrong values on the command line, by the key's type
 _KINDS: dict[Any, str] = {int: "int_type", float: "float_type"}
 # added to the help text, since no option sets these tables
@@ -51,8 +40,6 @@ _TABLES = """only in the run file:
   [[data.context_schedule]] context lengths by step: tables with context_length and steps, one
                             after the other; the last may leave steps out
 """
-# pydantic's names for the error of an unknown key
-_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 # keys of the shape, and their other names in config.json
 _FOLDER_NAMES: dict[str, tuple[str, ...]] = {
     "num_layers": ("num_hidden_layers", "n_layer"),
@@ -72,24 +59,17 @@ def load(path: str | Path, overrides: Sequence[str] = (), report: Callable[[str]
     Raises DistattnError naming every bad key and its line.
     """
     path = configuration_file(path)
-    try:
-        text = Path(path).read_text("utf-8")
-        content = tomllib.loads(text)
-    except FileNotFoundError:
+    if not path.exists():
         near = difflib.get_close_matches(path.stem, shipped_names(), 1, 0.6)
         hint = (
             f"did you mean {near[0]}, which distattn ships?"
             if near
             else "distattn configs lists those that distattn ships."
         )
-        raise DistattnError(f"{path}: there is no such configuration file; {hint}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise DistattnError(f"{syntax_place(path, error)}: cannot be read as TOML: {error}.") from None
-    except (UnicodeDecodeError, OSError) as error:
-        raise DistattnError(f"{path}: cannot be read as TOML: {error}.") from None
-    _find_model_folder(Path(path), content)
-    lines = TomlLines(text)
-    config = _validated(content, lambda key: lines.place(path, key))
+        raise DistattnError(f"{path}: there is no such configuration file; {hint}")
+    file = TomlFile.read(path, "name a configuration file")
+    _find_model_folder(path, file.content)
+    config = _validated(file.content, file.place)
     if overrides:
         _check_overrides(config, overrides)
         changed = tyro.cli(Config, default=config, args=list(overrides), config=_VALUES)
@@ -100,7 +80,9 @@ def load(path: str | Path, overrides: Sequence[str] = (), report: Callable[[str]
             changed = with_defaults(changed, replaced)
         changed, left_out = without_idle_keys(changed, named)
         # the file does not have a shape that came from a folder
-        left_out += [key for key in replaced if key.split(".")[1] in content.get("model", {}) and not config.model.path]
+        left_out += [
+            key for key in replaced if key.split(".")[1] in file.content.get("model", {}) and not config.model.path
+        ]
         if left_out:
             report(f"{path}: left out, since the command line makes them useless: {', '.join(left_out)}.")
         config = _validated(asdict(changed), lambda _: "command line", named)
@@ -134,7 +116,11 @@ def save(config: Config, path: Path, comment: str = "") -> None:
 
     comment: whole lines of TOML comments, written first.
     """
-    write_whole(path, comment + tomli_w.dumps(asdict(config)))
+    sections = {
+        section: {name: value for name, value in keys.items() if value is not None}
+        for section, keys in asdict(config).items()
+    }
+    write_whole(path, comment + tomli_w.dumps(sections))
 
 
 def _validated(content: dict[str, Any], place: Callable[[Key], str], named: Collection[str] = ()) -> Config:
@@ -143,31 +129,10 @@ def _validated(content: dict[str, Any], place: Callable[[Key], str], named: Coll
     place: returns where a key was set, such as a file and its line. named: the keys set on the command line. Raises
     DistattnError with all mistakes, each on a line that begins with its place.
     """
-    try:
-        # through JSON: strict about types, but a TOML array becomes a tuple; a TOML date becomes a table, which fits no
-        # key
-        text = json.dumps(content, default=lambda value: {type(value).__name__: str(value)})
-        config = TypeAdapter(Config).validate_json(text, strict=True)
-        config = replace(config, model=_with_folder_s_shape(config.model, named))
-        problems = [(_place_of(problem.key), str(problem)) for problem in problems_of(config, named)]
-    except ValidationError as error:
-        errors = error.errors()
-        misspelled = {error_row["loc"][:-1] for error_row in errors if error_row["type"] in _UNKNOWN}
-        # a misspelled required key is also reported as missing
-        reported = [
-            error_row
-            for error_row in errors
-            if error_row["type"] != "missing" or error_row["loc"][:-1] not in misspelled
-        ]
-        problems = [(error_row["loc"], _sentence(error_row)) for error_row in reported]
-    if problems:
-        raise DistattnError("\n".join(f"{place(key)}: {problem}" for key, problem in problems))
+    config = parse_record(Config, content, place)
+    config = replace(config, model=_with_folder_s_shape(config.model, named))
+    raise_problems(problems_of(config, named), place)
     return config
-
-
-def _place_of(key: str) -> Key:
-    """Return the parts of a dotted key; entries of lists are numbers."""
-    return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
 
 
 def _with_folder_s_shape(model: ModelConfig, named: Collection[str] = ()) -> ModelConfig:
@@ -228,110 +193,28 @@ def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
                 f"command line: {key}: its tables [[{key}]] can only be set in the run file; change them there."
             )
         if key not in config_keys:
-            raise DistattnError(f"command line: {_unknown(key)}")
+            raise DistattnError(f"command line: {unknown_key(Config, key, arrays=False)}")
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             try:
                 tyro.cli(Config, default=config, args=list(overrides[begin:end]), config=_VALUES)
             except SystemExit:
                 section, name = key.split(".")
-                value_type = get_type_hints(type(getattr(config, section)))[name]
+                hint = get_type_hints(type(getattr(config, section)))[name]
+                value_type = get_args(hint)[0] if isinstance(hint, UnionType) else hint
                 inline = overrides[begin].partition("=")[2]
                 value = " ".join([*([inline] if inline else []), *overrides[begin + 1 : end]])
                 if not value:
                     raise DistattnError(f"command line: --{key} needs a value.") from None
                 if value_type in _KINDS:
-                    raise DistattnError(f"command line: {_not_wanted(key, value, _KINDS[value_type])}") from None
+                    problem = wrong_type(Config, key, value, _KINDS[value_type])
+                    raise DistattnError(f"command line: {problem}") from None
                 kind = "True or False" if value_type is bool else "one value; put quotes around one that has spaces"
                 raise DistattnError(
                     f"command line: {key}: {json.dumps(value, ensure_ascii=False)} is not {kind}."
                 ) from None
 
 
-def _unknown(key: str) -> str:
-    """Return a sentence about an unknown key, with a similar key if there is one, otherwise those of its section."""
-    if similar := _similar_keys(key):
-        *others, last = similar
-        return f"{key}: unknown key. Did you mean {', '.join(others)}{' or ' if others else ''}{last}?"
-    section = key.partition(".")[0] + "."
-    keys = _keys(Config)
-    return f"{key}: unknown key. There are {', '.join([name for name in keys if name.startswith(section)] or keys)}."
-
-
-def _similar_keys(key: str) -> list[str]:
-    """Return the known keys that an unknown one may mean."""
-    keys = _keys(Config)
-    section, dot, name = key.rpartition(".")
-    if dot and section not in keys:
-        return difflib.get_close_matches(key, keys, 1, 0.6)
-    # the section is right or missing: only the name is wrong, or belongs to another section
-    names = {
-        known_key.removeprefix(section + dot): known_key for known_key in keys if known_key.startswith(section + dot)
-    }
-    near = difflib.get_close_matches(name, names, 1, 0.6)
-    if not near and dot and len(name) > 3:
-        near = [known_key for known_key in names if name in known_key][:1]
-    elsewhere = [known_key for known_key in keys if known_key.endswith(f".{name}")]
-    if near and (dot or not elsewhere):
-        return [names[near[0]]]
-    return elsewhere or [known_key for known_key in keys if known_key == f"{name}.name"]
-
-
-def _sentence(error: Any) -> str:
-    *table, name = error["loc"]
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] in _UNKNOWN and any(isinstance(part, int) for part in table):
-        names = _names_in_table(table)
-        near = difflib.get_close_matches(name, names, 1, 0.5)
-        return f"{key}: unknown key." + (f" Did you mean {near[0]}?" if near else f" There are {', '.join(names)}.")
-    if error["type"] in _UNKNOWN:
-        return _unknown(key)
-    if error["type"] in ("missing", "missing_argument"):
-        return f"{key}: is missing."
-    return _not_wanted(key, error["input"], error["type"])
-
-
-def _not_wanted(key: str, value: Any, error: str) -> str:
-    """Return a sentence about a value of a wrong type, with an example of the right one.
-
-    error: pydantic's name of the error.
-    """
-    expected, example = _WANTED[error]
-    section, _, name = key.partition(".")
-    default = getattr(getattr(Config(), section, None), name, None)
-    if default and not isinstance(default, bool):
-        example = json.dumps(default)
-    if "context_schedule" in (name, key):
-        example = "[{context_length = 4096}]"
-    if error == "dataclass_type":
-        # a table in a list has a number in its key
-        list_of_tables, _, number = key.rpartition(".")
-        example = f"[[{list_of_tables}]]" if number.isdecimal() else f"[{key}]"
-    shown = json.dumps(value, ensure_ascii=False)
-    if isinstance(value, float) or (isinstance(value, dict) and set(value) <= {"date", "time", "datetime"}):
-        # show nan, inf, and dates and times, as TOML has them: JSON has no type for them
-        shown = str(value if isinstance(value, float) else next(iter(value.values()), value))
-    hint = f"; give one such as {example}" if example else ""
-    return f"{key}: {shown} is not {expected}{hint}."
-
-
-def _names_in_table(place: Sequence[int | str]) -> list[str]:
-    """Return the keys of a table of run files. place: the keys, and the numbers in arrays of tables, that lead to it."""
-    kind: Any = Config
-    for part in place:
-        kind = get_args(kind)[0] if isinstance(part, int) else get_type_hints(kind)[part]
-    return [key_field.name for key_field in fields(kind)]
-
-
 def all_keys() -> list[str]:
     """List all keys of run files, such as "train.steps"."""
-    return [key for key in _keys(Config) if "." in key]
-
-
-def _keys(config: Any, prefix: str = "") -> list[str]:
-    """List all sections and keys, dotted."""
-    keys = []
-    for key_field in fields(config):
-        keys.append(prefix + key_field.name)
-        if is_dataclass(factory := key_field.default_factory):
-            keys += _keys(factory, f"{prefix}{key_field.name}.")
-    return keys
+    sections = get_type_hints(Config)
+    return [f"{section}.{field.name}" for section in sections for field in fields(sections[section])]

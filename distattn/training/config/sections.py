@@ -17,12 +17,11 @@ from pydantic import ConfigDict
 from tyro.conf import UseAppendAction
 
 from distattn.cluster.topology import Cluster
-from distattn.ir.layout import LAYOUTS
-from distattn.ir.plan import POLICIES
+from distattn.ir.limits import Check, Number, OneOf
 from distattn.kernels.registry import AUTO, KERNELS
 from distattn.memory.checkpointing_modes import CHECKPOINTING
-from distattn.parallel.make_plan import STRATEGIES
-from distattn.training.config.limits import Check, Engines, Number, OneOf
+from distattn.parallel.attention_config import AttentionKeys
+from distattn.training.config.limits import Engines
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 DTYPES = ("float32", "float64", "bfloat16")
@@ -96,9 +95,9 @@ class RunConfig:
 class ContextPhase:
     """Steps of one context length."""
 
-    context_length: int
+    context_length: Annotated[int, Number(ge=1)]
     """Tokens (bytes) of a pack in these steps."""
-    steps: int = 0
+    steps: Annotated[int, Number(ge=0)] = 0
     """Number of steps; 0, in the last phase only, for all remaining ones."""
 
 
@@ -164,36 +163,30 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(AttentionKeys):
     ranks: Annotated[int, Number(ge=1)] = 4
     """Number of processes. After tensor and pipeline parallelism, the remaining ranks share each step's tokens."""
-    strategy: Annotated[str, OneOf(tuple(STRATEGIES))] = "ring"
-    """How attention is split: a name of distattn's strategies."""
-    data: Annotated[str, OneOf(("replicated", "per_rank"))] = "replicated"
-    """replicated: all ranks split one pack; per_rank: each rank, or block of ranks, has its own, and attention is shared."""
     context_parallel_size: int = 0
     """Neighbouring ranks that split one pack; 0 for all of them, or for one with data = "per_rank"."""
     tensor_parallel_size: Annotated[int, Number(ge=1), Engines(("megatron",))] = 1
     """Ranks that split each layer's weights; engine megatron."""
     pipeline_parallel_size: Annotated[int, Number(ge=1), Engines(("megatron",))] = 1
     """Stages, each with a part of the layers; engine megatron."""
-    layout: Annotated[str, OneOf(tuple(LAYOUTS))] = "zigzag"
-    """Assignment of tokens to ranks: a name of distattn's layouts."""
     min_chunk: Annotated[int, Number(ge=0)] = 0
     """document_zigzag cuts documents into chunks of at least this many tokens; 0 for 512, or fewer where tokens are
     few."""
     kernel: Annotated[str, OneOf((AUTO, *KERNELS))] = "cpu"
     """Core attention on one device: cpu or reference; on GPUs auto, flash, triton, triton_tf32 or gluon."""
-    backward: Annotated[str, OneOf(("", *POLICIES))] = ""
-    """keep, refetch-home or refetch-follow; empty for the strategy's own."""
     devices_per_node: Annotated[int, Number(ge=0)] = 0
     """Ranks that share a node, so that strategies can use links between nodes less; 0 for all of them."""
-    comm_dtype: Annotated[str, OneOf(("", *DTYPES))] = ""
-    """Dtype of partial outputs and gradients in messages: model.dtype, or empty for the accumulation dtype."""
-    max_buffer_bytes: Annotated[int, Number(ge=0)] = 0
-    """Maximum bytes of attention buffers on a rank at once; a batch that needs more is refused. 0 for no limit."""
     latents: Annotated[bool, Engines(("fsdp2", "deepspeed"))] = False
     """Let latent attention (MLA) send latents, expanded on arrival, instead of keys and values of all heads."""
+
+    def __post_init__(self) -> None:
+        # run files may say "" and 0 where Python says None, since TOML has no word for it
+        for name in ("backward", "comm_dtype", "max_buffer_bytes"):
+            if not getattr(self, name):
+                object.__setattr__(self, name, None)
 
     @property
     def data_ranks(self) -> int:

@@ -36,7 +36,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from distattn.adapters import pytorch
 from distattn.adapters.deepspeed import ProbeTarget, SequenceGroups
 from distattn.models.shards import shard_rows, whole_modules
-from distattn.training.config.plan_settings import PlanSettings
+from distattn.training.config.plan_settings import attention_config
 from distattn.training.config.run_file import Config
 from distattn.training.config.run_settings import build_model, configured_model, prepare_layers, tiled_loss
 from distattn.training.engines.engine import (
@@ -78,7 +78,7 @@ class DeepSpeedEngine:
         self.stage = PipelineStage()
         sizes = parallel.data_parallel_size, parallel.split_ranks
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("dp", "cp"))
-        self.cp = pytorch.context_parallel(mesh, **PlanSettings.of_config(config).context_parallel_arguments())
+        self.cp = pytorch.context_parallel(mesh, config=attention_config(config))
         self._stage, self._device = config.engine.zero_stage, device
         self._loss = tiled_loss(config)
         shard = partial(shard_rows, mesh=pytorch.gradient_mesh(mesh))

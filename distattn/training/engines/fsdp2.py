@@ -13,7 +13,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.nn.utils import clip_grad_norm_
 
 from distattn.adapters import pytorch
-from distattn.training.config.plan_settings import PlanSettings
+from distattn.training.config.plan_settings import attention_config
 from distattn.training.config.run_file import Config
 from distattn.training.config.run_settings import build_model, configured_model, prepare_layers, tiled_loss
 from distattn.training.engines.engine import Batch, EngineState, Keep, OnTokenLosses, PipelineStage, StateTensor, cloned
@@ -32,7 +32,7 @@ class Fsdp2Engine:
         self.stage = PipelineStage()
         sizes = parallel.data_parallel_size, parallel.split_ranks
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("dp", "cp"))
-        self.cp = pytorch.context_parallel(mesh, **PlanSettings.of_config(config).context_parallel_arguments())
+        self.cp = pytorch.context_parallel(mesh, config=attention_config(config))
         self._loss = tiled_loss(config)
         state_device = torch.device("cpu") if config.memory.state_on_host else device
         self.model = build_model(

@@ -36,7 +36,7 @@ from distattn.ir.errors import DistattnError
 from distattn.models.megatron_names import MegatronShard, check_megatron, to_huggingface, to_megatron
 from distattn.models.shards import shard_rows
 from distattn.training.config.checks import NO_GPU_FOR_MEGATRON
-from distattn.training.config.plan_settings import PlanSettings
+from distattn.training.config.plan_settings import attention_config
 from distattn.training.config.run_file import Config
 from distattn.training.config.run_settings import build_model, configured_model
 from distattn.training.engines.engine import (
@@ -428,8 +428,8 @@ def _gpt_model(config: Any, shape: PretrainedConfig, context: int) -> Any:
 
 def _context_parallel(config: Config) -> ContextParallel:
     """Attention of a batch is split over context-parallel ranks, or shared over all data- and context-parallel ones."""
-    settings = PlanSettings.of_config(config).context_parallel_arguments()
-    everyone = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    if config.parallel.data == "per_rank":
-        return ContextParallel(everyone, context_parallel_size=config.parallel.split_ranks, **settings)
-    return ContextParallel(parallel_state.get_context_parallel_group(), loss_group=everyone, **settings)
+    attention = attention_config(config)
+    all_ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    if attention.data == "per_rank":
+        return ContextParallel(all_ranks, config=attention)
+    return ContextParallel(parallel_state.get_context_parallel_group(), loss_group=all_ranks, config=attention)

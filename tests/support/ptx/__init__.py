@@ -1,6 +1,6 @@
 """An interpreter of the PTX that Triton and Gluon make for Hopper: one program (CTA) at a time, on the CPU, in numpy.
 
-It runs the compiled text itself: registers of 32 lanes a warp, warps that block on barriers, matrix products that read
+It runs the compiled text itself: registers of 32 lanes per warp, warps that block on barriers, matrix products that read
 shared memory by descriptors and swizzles, tensor-memory copies by boxes that count bytes on barriers. What the hardware
 may do late is done as late as allowed, and what would be a race on a GPU is a named error here (errors.py).
 
@@ -10,7 +10,7 @@ may do late is done as late as allowed, and what would be a race on a GPU is a n
     barriers.py     mbarriers with phases and bytes, named barriers with counts
     tensor_core.py  wgmma: descriptors, swizzles, fragments
     copies.py       tensor maps, bulk copies and reductions, cp.async
-    operands.py     what instructions are given
+    operands.py     operands of instructions
     operations.py   every instruction that is not arithmetic, by name; memory, shuffles
     asynchronous.py instructions for barriers, fences, copies, products
     machine.py      warps, divergence, the scheduler

@@ -27,12 +27,12 @@ from .tensor_core import ROWS, Descriptor, Product
 if TYPE_CHECKING:
     from .machine import Warp
 
-# of an mbarrier
+# the size of an mbarrier
 _BARRIER_BYTES = 8
 
 
 def named_barrier(instruction: Instruction) -> Run:
-    """bar.sync number, threads; without a count, all threads of the program."""
+    """Compile bar.sync number, threads; without a count, all threads of the program."""
     number, *count = (constant(operand) for operand in instruction.operands)
 
     def run(warp: Warp, mask: Mask) -> Wait:
@@ -45,7 +45,7 @@ def named_barrier(instruction: Instruction) -> Run:
 
 
 def proxy_fence(instruction: Instruction) -> Run:
-    """fence.proxy.async: products and bulk copies may use what the warp has written."""
+    """Compile fence.proxy.async: products and bulk copies may use the warp's earlier writes."""
 
     def run(warp: Warp, mask: Mask) -> object:
         warp.program.shared.fence(warp.number)
@@ -55,7 +55,7 @@ def proxy_fence(instruction: Instruction) -> Run:
 
 
 def _on_barriers(instruction: Instruction, place: int, act: Callable[[Warp, MBarrier], None]) -> Run:
-    """What does something with the mbarrier of each active lane."""
+    """Compile an action on the mbarrier of each active lane."""
     address = addresses_of(instruction.operands[place])
 
     def run(warp: Warp, mask: Mask) -> object:
@@ -67,7 +67,7 @@ def _on_barriers(instruction: Instruction, place: int, act: Callable[[Warp, MBar
 
 
 def init_barrier(instruction: Instruction) -> Run:
-    """mbarrier.init address, arrivals"""
+    """Compile mbarrier.init address, arrivals."""
     address, count = addresses_of(instruction.operands[0]), constant(instruction.operands[1])
 
     def run(warp: Warp, mask: Mask) -> None:
@@ -83,7 +83,7 @@ def init_barrier(instruction: Instruction) -> Run:
 
 
 def end_barrier(instruction: Instruction) -> Run:
-    """mbarrier.inval: its bytes are free again."""
+    """Compile mbarrier.inval, after which the barrier's bytes are free."""
 
     def act(warp: Warp, barrier: MBarrier) -> None:
         del warp.program.barriers[barrier.address]
@@ -93,20 +93,20 @@ def end_barrier(instruction: Instruction) -> Run:
 
 
 def arrive(instruction: Instruction) -> Run:
-    """One arrival of every active lane."""
+    """Compile an arrival of every active lane."""
     if len(instruction.operands) != 2:
         raise UnknownOperationError("an arrival with a count")
     return _on_barriers(instruction, 1, lambda warp, barrier: barrier.arrive())
 
 
 def arrive_expecting(instruction: Instruction) -> Run:
-    """The same, after more bytes are expected."""
+    """Compile an arrival of every active lane after more bytes are expected."""
     size = constant(instruction.operands[2])
     return _on_barriers(instruction, 1, lambda warp, barrier: barrier.arrive(size))
 
 
 def wait_for_barrier(instruction: Instruction) -> Run:
-    """try_wait, which a program repeats until it holds: the warp goes on when the phase is over."""
+    """Compile try_wait, which a program repeats until it holds: the warp goes on when the phase is over."""
     target, place, parity_ = instruction.operands
     assert isinstance(target, Register)
     address, parity = addresses_of(place), reader(parity_, "b32")
@@ -121,7 +121,7 @@ def wait_for_barrier(instruction: Instruction) -> Run:
 
 
 def copy_in(instruction: Instruction) -> Run:
-    """A box of a tensor map to shared memory, and its bytes on an mbarrier when it is there."""
+    """Compile a copy of a tensor map's box to shared memory, which counts its bytes on an mbarrier when it lands."""
     target, source, signal = instruction.operands
     assert isinstance(source, Address)
     to, map_at, signal_at = addresses_of(target), reader(source.base, "b64"), addresses_of(signal)
@@ -129,14 +129,14 @@ def copy_in(instruction: Instruction) -> Run:
 
     def run(warp: Warp, mask: Mask) -> object:
         for lane in active_lanes(mask):
-            one = lane == LANE_NUMBERS
-            column, row = (same_in_all(read(warp), one) for read in reads)
+            in_lane = lane == LANE_NUMBERS
+            column, row = (same_in_all(read(warp), in_lane) for read in reads)
             _start_landing(
                 warp,
-                same_in_all(to(warp), one),
-                same_in_all(map_at(warp), one),
+                same_in_all(to(warp), in_lane),
+                same_in_all(map_at(warp), in_lane),
                 (column, row),
-                same_in_all(signal_at(warp), one),
+                same_in_all(signal_at(warp), in_lane),
             )
         return PAUSE
 
@@ -159,7 +159,7 @@ def _start_landing(warp: Warp, to: int, map_at: int, coordinates: tuple[int, int
 
 
 def add_out(instruction: Instruction) -> Run:
-    """Add a tile of shared memory to a box of a tensor map; shared memory is read when the copy is waited for."""
+    """Compile an addition of a tile of shared memory to a box of a tensor map. Shared memory is read at the wait for the copy."""
     target, source = instruction.operands
     assert isinstance(target, Address)
     map_at, start = reader(target.base, "b64"), addresses_of(source)
@@ -168,10 +168,10 @@ def add_out(instruction: Instruction) -> Run:
     def run(warp: Warp, mask: Mask) -> object:
         shared, memory = warp.program.shared, warp.program.memory
         for lane in active_lanes(mask):
-            one = lane == LANE_NUMBERS
-            tensor_map = warp.program.map(same_in_all(map_at(warp), one))
-            column, row = (same_in_all(read(warp), one) for read in reads)
-            box = tensor_map.at(same_in_all(start(warp), one), (column, row))
+            in_lane = lane == LANE_NUMBERS
+            tensor_map = warp.program.map(same_in_all(map_at(warp), in_lane))
+            column, row = (same_in_all(read(warp), in_lane) for read in reads)
+            box = tensor_map.at(same_in_all(start(warp), in_lane), (column, row))
             shared.take(box.shared)
 
             def finish(tensor_map: Any = tensor_map, box: Any = box) -> None:
@@ -185,9 +185,9 @@ def add_out(instruction: Instruction) -> Run:
 
 
 def copy_words(instruction: Instruction) -> Run:
-    """cp.async: a few bytes a lane to shared memory, zeros past the number that is given; there when waited for."""
-    target, source, size_, given = instruction.operands
-    to, origin, size, count = addresses_of(target), addresses_of(source), constant(size_), reader(given, "b32")
+    """Compile cp.async: a few bytes per lane to shared memory, zeros past the given number. They land at the wait."""
+    target, source, size_, count_ = instruction.operands
+    to, origin, size, count = addresses_of(target), addresses_of(source), constant(size_), reader(count_, "b32")
 
     def run(warp: Warp, mask: Mask) -> None:
         lanes = active_lanes(mask)
@@ -203,19 +203,19 @@ def copy_words(instruction: Instruction) -> Run:
 
 
 def commit_copies(instruction: Instruction) -> Run:
-    """End a group: of bulk copies out of shared memory, or of cp.async into it."""
+    """Compile the end of a group: of bulk copies out of shared memory, or of cp.async into it."""
     bulk = ".bulk" in instruction.opcode
     return lambda warp, mask: (warp.stores if bulk else warp.loads).commit()
 
 
 def wait_for_copies(instruction: Instruction) -> Run:
-    """Wait until at most so many groups are left."""
+    """Compile a wait until at most this many groups are left."""
     bulk, allowed = ".bulk" in instruction.opcode, constant(instruction.operands[0])
     return lambda warp, mask: (warp.stores if bulk else warp.loads).wait(allowed)
 
 
 def product(instruction: Instruction) -> Run:
-    """wgmma.mma_async: results, left, right, whether to add, two signs, and which operands in memory are transposed."""
+    """Compile wgmma.mma_async: results, left, right, whether to add, two signs, and which operands in memory are transposed."""
     results, left, right, adds_, *rest = instruction.operands
     shape, *kinds = instruction.opcode.split(".")[4:]
     in_memory = isinstance(left, Register)
@@ -243,17 +243,17 @@ def product(instruction: Instruction) -> Run:
 
 
 def product_fence(instruction: Instruction) -> Run:
-    """wgmma.fence"""
+    """Compile wgmma.fence."""
     return lambda warp, mask: warp.products.fence()
 
 
 def commit_products(instruction: Instruction) -> Run:
-    """wgmma.commit_group"""
+    """Compile wgmma.commit_group."""
     return lambda warp, mask: warp.products.commit()
 
 
 def wait_for_products(instruction: Instruction) -> Run:
-    """wgmma.wait_group"""
+    """Compile wgmma.wait_group."""
     allowed = constant(instruction.operands[0])
 
     def run(warp: Warp, mask: Mask) -> object:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from .errors import BarrierError
 from .memory import SHARED_BASE
 
-# what the count of an mbarrier can hold, in bytes
+# the most bytes that the count of an mbarrier can hold
 _MOST_BYTES = (1 << 20) - 1
 
 
@@ -25,7 +25,7 @@ class MBarrier:
         self.pending = self.count
 
     def arrive(self, expected_bytes: int = 0) -> None:
-        """One arrival, after as many bytes are added to what the phase waits for."""
+        """Count one arrival, after adding the bytes that the phase must wait for."""
         if not self.pending:
             raise BarrierError(f"{self} gets more arrivals than its {self.count}")
         self._add(expected_bytes)
@@ -33,12 +33,12 @@ class MBarrier:
         self._flip()
 
     def complete(self, size: int) -> None:
-        """So many bytes have landed."""
+        """Count `size` bytes as landed."""
         self._add(-size)
         self._flip()
 
     def passed(self, parity: int) -> bool:
-        """Whether the phase of this parity is over: that before the present one."""
+        """Return whether the phase of this parity, the one before the present phase, is over."""
         return self.phase % 2 != parity
 
     def _add(self, size: int) -> None:
@@ -60,7 +60,7 @@ class MBarrier:
 
 @dataclass
 class NamedBarrier:
-    """One of the sixteen barriers of bar.sync: the warps that have arrived, and how often all had."""
+    """One of the sixteen barriers of bar.sync: the warps that have arrived, and how often all have passed."""
 
     number: int
     warps: int = 0
@@ -68,7 +68,7 @@ class NamedBarrier:
     passes: int = 0
 
     def arrive(self, warp: int, warps: int) -> int:
-        """A warp arrives, one of `warps`; returns the number of the pass that it waits for."""
+        """Count the arrival of a warp, one of `warps`. Return the number of the pass that it waits for."""
         if self.arrived and self.warps != warps:
             raise BarrierError(f"barrier {self.number} is used by {self.warps} and by {warps} warps at a time")
         if warp in self.arrived:

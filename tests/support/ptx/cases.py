@@ -20,20 +20,20 @@ CPU = torch.device("cpu")
 
 
 class Case(NamedTuple):
-    """A call: which kernels, of what shape."""
+    """A call: its kernels and its shape."""
 
-    # "forward", "merge" (the forward into what is there), "backward" or "split" (the backward of plain Triton)
+    # "forward", "merge" (the forward into earlier results), "backward" or "split" (the backward of plain Triton)
     kernels: str
     dtype: str = "bfloat16"
     dim: int = 64
     heads: int = 2
     kv_heads: int = 1
     modifiers: bool = False
-    # tiles of queries and keys that need no mask, some that do, and some that pass the tensors' ends
+    # some tiles of queries and keys need no mask, some do, and some pass the tensors' ends
     tokens: int = 340
     # lengths of packed documents, if there are several
     documents: tuple[int, ...] = ()
-    # of the GPU: where they are few, programs of the forward take several tiles
+    # the GPU's; if they are few, programs of the forward take several tiles
     multiprocessors: int = 132
 
     def __str__(self) -> str:
@@ -44,18 +44,18 @@ class Case(NamedTuple):
 
     @property
     def score(self) -> ScoreMod:
-        """How scores are made."""
+        """The modifiers of scores."""
         if not self.modifiers:
             return ScoreMod(0.25)
         return ScoreMod(0.25, 3.0, torch.arange(1, self.heads + 1, dtype=torch.float32) / 64)
 
     @property
     def mask(self) -> Mask:
-        """Causal, so that tiles at the diagonal need the mask and others do not; documents meet inside of tiles."""
+        """A causal mask: tiles at the diagonal need it and others do not. Documents meet inside of tiles."""
         return Mask.documents(list(self.documents)) if self.documents else Mask.causal(self.tokens)
 
     def inputs(self) -> Inputs:
-        """Queries, keys, values and dO, rounded to the call's precision."""
+        """Return queries, keys, values and dO, rounded to the call's precision."""
         inputs = random_inputs(self.tokens, self.heads, self.kv_heads, self.dim)
         return Inputs(*(x.to(getattr(torch, self.dtype)) for x in inputs))
 
@@ -68,7 +68,7 @@ class Call(NamedTuple):
 
 
 def forward_call(case: Case, into: tuple[torch.Tensor, torch.Tensor] | None = None) -> Call:
-    """The forward; `into`: o and lse to merge into. Else they are not numbers before."""
+    """Return the forward call. into: o and lse to merge into; otherwise they are NaN before."""
     q, k, v, _ = case.inputs()
     nothing = (
         torch.full((case.tokens, case.heads, case.dim), torch.nan),
@@ -76,31 +76,31 @@ def forward_call(case: Case, into: tuple[torch.Tensor, torch.Tensor] | None = No
     )
     o, lse = into or nothing
     schedule = gluon_attention.prepare(_cells(case), _requirements(case))
-    # as few programs as that, however unevenly tiles are dealt out to them
+    # use at most this many programs, however unevenly tiles are spread over them
     schedule = schedule._replace(programs=min(len(schedule.forward.order) * case.heads, case.multiprocessors))
     launch = gluon_attention.forward_launch(q, k, v, o, lse, schedule, case.score, merge=case.kernels == "merge")
     return Call([launch], {"o": o, "lse": lse})
 
 
 def backward_call(case: Case, lse: torch.Tensor, delta: torch.Tensor) -> Call:
-    """The backward, given lse and rowsum(dO * O) in single precision. All gradients are added to zeros."""
+    """Return the backward call for lse and rowsum(dO * O) in single precision. All gradients are added to zeros."""
     q, k, v, do = case.inputs()
     grads = tuple(torch.zeros(x.shape) for x in (q, k, v))
-    given = do, q, k, v, lse.contiguous(), delta.contiguous(), grads
+    inputs = do, q, k, v, lse.contiguous(), delta.contiguous(), grads
     if case.kernels == "backward":
         schedule = gluon_attention.prepare(_cells(case), _requirements(case))
-        launches = gluon_attention.backward_launch(*given, schedule, case.score, accumulate=True)
+        launches = gluon_attention.backward_launch(*inputs, schedule, case.score, accumulate=True)
     else:
-        # as on the GPU: there, not here, tiles are fetched by the tensor-memory accelerator
+        # as on the GPU, where the tensor-memory accelerator fetches tiles
         tiles = triton_attention.tiles_for(_requirements(case), HOPPER)
         work = triton_attention.prepare_tiles(_cells(case), tiles, 132)
         with mock.patch.object(triton_attention, "compute_capability", lambda device: HOPPER):
-            launches = triton_attention.backward_launch(*given, work, case.score, accumulate=(True, True))
+            launches = triton_attention.backward_launch(*inputs, work, case.score, accumulate=(True, True))
     return Call(launches, dict(zip(("dq", "dk", "dv"), grads, strict=True)))
 
 
 def any_call(case: Case) -> Call:
-    """The call with numbers that do not matter, to compile it."""
+    """Return the call with numbers that do not matter, to compile it."""
     row_numbers = torch.zeros(case.tokens, case.heads), torch.zeros(case.tokens, case.heads)
     if case.kernels == "forward":
         return forward_call(case)

@@ -23,23 +23,23 @@ ROOT = Path(__file__).parents[3]
 
 
 class Compiled(NamedTuple):
-    """What the launcher of Triton needs to know of a kernel, and the kernel itself."""
+    """A compiled kernel, and what Triton's launcher needs to know about it."""
 
     ptx: str
     # bytes of shared memory
     shared: int
     # types of the arguments by name; "constexpr" for those that are compiled in
     signature: dict[str, str]
-    # of the tensor maps, in order
+    # metadata of the tensor maps, in order
     maps: list[dict[str, Any]]
-    # what the compiler was told of the arguments: values that it compiled in, and which are multiples of 16
+    # properties of the arguments: values that were compiled in, and which arguments are multiples of 16
     constants: dict[str, Any]
     divisible: list[str]
 
 
 def compiled(case: Case, triton: Path | None = None) -> list[Compiled]:
-    """The compiled launches of a case; `triton`: the folder of another version of Triton than the environment's."""
-    # lengths, masks and the grid are data: another compiles nothing
+    """Return the compiled launches of a case. triton: the folder of another version of Triton than the environment's."""
+    # lengths, masks and the grid are data: other values need no compilation
     data = {name: Case._field_defaults[name] for name in ("tokens", "documents", "multiprocessors")}
     return _compiled(case._replace(**data), triton)
 

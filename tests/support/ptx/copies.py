@@ -12,19 +12,19 @@ from .errors import OutOfBoundsError, TensorMapError
 from .memory import GlobalMemory
 from .tensor_core import swizzled
 
-# of cuTensorMapEncodeTiled, by its number in the metadata
+# widths of cuTensorMapEncodeTiled's swizzles, by their number in the metadata
 _SWIZZLE_WIDTHS = (0, 32, 64, 128)
 _FLOAT32 = 7
 
 
 class Box(NamedTuple):
-    """A box of a matrix: where its bytes go in shared memory, and which of them exist in global memory, and where."""
+    """A box of a matrix: the places of its bytes in shared memory, and which of them exist in global memory."""
 
     # (rows, bytes) addresses in shared memory
     shared: np.ndarray
     # (rows, numbers)
     exists: np.ndarray
-    # addresses of those that do
+    # addresses of those that exist
     addresses: np.ndarray
 
 
@@ -42,7 +42,7 @@ class TensorMap:
 
     @staticmethod
     def encode(address: int, shape: Any, strides: Any, metadata: dict[str, Any]) -> TensorMap:
-        """What the launcher makes of a descriptor's shape and strides and the compiler's metadata."""
+        """Encode a descriptor's shape and strides with the compiler's metadata, as the launcher does."""
         if len(shape) != 2 or strides[1] != 1:
             raise TensorMapError("only matrices whose rows are contiguous")
         size, box = metadata["elem_size"], metadata["block_size"]
@@ -62,11 +62,11 @@ class TensorMap:
 
     @property
     def bytes(self) -> int:
-        """Bytes of a box; those past the matrix's edges count, too."""
+        """Bytes of a box, including those past the matrix's edges."""
         return self.box[0] * self.box[1] * self.element_size
 
     def at(self, target: int, coordinates: tuple[int, int]) -> Box:
-        """The box that begins at (column, row) coordinates, for a tile at this address of shared memory."""
+        """Return the box that begins at (column, row) coordinates, for a tile at this address of shared memory."""
         if target % 128:
             raise OutOfBoundsError("a tile in shared memory is not aligned to 128 bytes")
         rows, columns = self.box
@@ -78,13 +78,13 @@ class TensorMap:
         return Box(swizzled(linear, self.swizzle), exists, addresses[exists])
 
     def load(self, box: Box, memory: GlobalMemory) -> np.ndarray:
-        """(rows, bytes) of a box; zeros past the matrix's edges."""
+        """Return the (rows, bytes) of a box, with zeros past the matrix's edges."""
         out = np.zeros((*box.exists.shape, self.element_size), np.uint8)
         out[box.exists] = memory.bytes[memory.places(box.addresses, self.element_size)]
         return out.reshape(box.shared.shape)
 
     def add(self, box: Box, data: np.ndarray, memory: GlobalMemory) -> None:
-        """Add (rows, bytes) to a box; what lies past the matrix's edges is left out."""
+        """Add (rows, bytes) to a box, without those past the matrix's edges."""
         if self.element_type != _FLOAT32:
             raise TensorMapError("only single precision is added")
         values = np.ascontiguousarray(data).view(np.float32)[box.exists]
@@ -94,7 +94,7 @@ class TensorMap:
 
 
 class Landing(NamedTuple):
-    """A copy under way into shared memory, and what happens when it is there."""
+    """A copy under way into shared memory, and the action when it lands."""
 
     land: Callable[[], None]
     text: str
@@ -102,7 +102,7 @@ class Landing(NamedTuple):
 
 @dataclass
 class CopyQueue:
-    """Copies of a warp in groups: what happens when a group is waited for."""
+    """Copies of a warp in groups: the actions of a wait for a group."""
 
     uncommitted: list[Callable[[], None]] = field(default_factory=list)
     groups: list[list[Callable[[], None]]] = field(default_factory=list)
@@ -119,5 +119,5 @@ class CopyQueue:
                 finish()
 
     def busy(self) -> bool:
-        """Whether a copy has not been waited for."""
+        """Return whether a copy has not been waited for."""
         return bool(self.uncommitted or any(self.groups))

@@ -1,4 +1,4 @@
-"""What can go wrong in a program, each with a name."""
+"""Errors of a program, each with a name."""
 
 
 class MachineError(Exception):
@@ -30,7 +30,7 @@ class SharedMemoryRaceError(MachineError):
 
 
 class RegisterRaceError(MachineError):
-    """A register of a matrix product is used before the product is waited for, or reaches it without wgmma.fence."""
+    """A register of a matrix product is used before the wait for the product, or reaches it without wgmma.fence."""
 
 
 class BarrierError(MachineError):

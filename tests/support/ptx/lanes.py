@@ -1,7 +1,7 @@
-"""Arithmetic of 32 lanes: what one instruction makes of the registers of a warp.
+"""Arithmetic of 32 lanes: the effect of one instruction on the registers of a warp.
 
-Integers wrap, shifts by the width or more give zero or the sign, division truncates; single precision rounds once, like
-the hardware (fma by way of double precision, which is the same but for a last bit in a few cases).
+Integers wrap, shifts by the width or more give zero or the sign, division truncates. Single precision rounds once, like
+the hardware (fma goes through double precision, which differs in the last bit in a few cases).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SMALLEST_NORMAL = np.float32(2.0**-126)
 
 
 def reader(operand: Operand, kind: str) -> Callable[[Warp], Any]:
-    """What gets an operand's value in all lanes (or one value for all), as this kind of number."""
+    """Return a function that gets an operand's value in all lanes (or one value for all), as this kind of number."""
     if isinstance(operand, Register):
         number = operand.number
         return lambda warp: warp.registers[kind][number]
@@ -59,12 +59,12 @@ def write(warp: Warp, mask: Mask, target: Register, kind: str, value: Any) -> No
 
 
 def flushed(x: Any) -> Any:
-    """Numbers too small to be normal as zero of their sign."""
+    """Replace numbers too small to be normal by zero of their sign."""
     return np.where(np.abs(x) < _SMALLEST_NORMAL, np.copysign(np.float32(0), x), x)
 
 
 def bfloat16_bits(x: np.ndarray) -> np.ndarray:
-    """Single precision rounded to the nearest bfloat16, ties to even, as its bits."""
+    """Round single precision to the nearest bfloat16, ties to even. Return its bits."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(x), np.uint32(0x7FFF), rounded).astype(np.uint16)
@@ -77,7 +77,7 @@ def _fused(a: Any, b: Any, c: Any) -> Any:
 def _divided(a: Any, b: Any) -> Any:
     a, b = np.int64(a), np.int64(b)
     quotient = np.abs(a) // np.maximum(np.abs(b), 1)
-    # what a division by zero gives is not defined
+    # the result of a division by zero is not defined
     return np.where(b == 0, -1, np.sign(a) * np.sign(b) * quotient)
 
 
@@ -93,7 +93,7 @@ def _shift_right(a: Any, count: Any) -> Any:
 
 
 def _extract(a: Any, first: Any, length: Any) -> Any:
-    """Some bits of a number; of a signed one, with the sign that the highest of them is."""
+    """Return some bits of a number; of a signed one, with the highest of them as sign."""
     first, length = np.int64(first), np.int64(length)
     field = (np.int64(a) >> first) & ((np.int64(1) << length) - 1)
     if a.dtype.kind == "i":
@@ -106,7 +106,7 @@ def _high(a: Any, b: Any) -> Any:
     return (np.int64(a) * np.int64(b)) >> np.int64(32)
 
 
-# by name without its kind: what it computes, and the kinds of sources that differ from the instruction's
+# by name without its kind: the function, and the kinds of sources that differ from the instruction's
 _OPERATIONS: dict[str, tuple[Callable[..., Any], dict[int, str]]] = {
     "mov": (lambda a: a, {}),
     "add": (lambda a, b: a + b, {}),
@@ -126,7 +126,7 @@ _OPERATIONS: dict[str, tuple[Callable[..., Any], dict[int, str]]] = {
     "shl": (_shift_left, {1: "u32"}),
     "shr": (_shift_right, {1: "u32"}),
     "bfe": (_extract, {1: "u32", 2: "u32"}),
-    # of a number and what is not a number, the number
+    # of a number and NaN, the number
     "min": (np.fmin, {}),
     "max": (np.fmax, {}),
     "fma.rn": (_fused, {}),
@@ -149,7 +149,7 @@ _HALVES: dict[str, Callable[[Any], np.ndarray]] = {
 
 
 def arithmetic(instruction: Instruction) -> Run | None:
-    """What runs the instruction if it is arithmetic, else None."""
+    """Compile an arithmetic instruction. Return None for others."""
     *stem, kind = instruction.opcode.split(".")
     name = ".".join(stem)
     if stem[:1] == ["cvt"]:

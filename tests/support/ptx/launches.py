@@ -27,7 +27,7 @@ def interpret(
 ) -> list[list[int]]:
     """Run some programs of a launch, by default all, one after the other; results go to the launch's tensors.
 
-    Returns, for each program, its warpgroups in the order in which they began products that add to nothing.
+    Return, for each program, its warpgroups in the order in which they began products that add to nothing.
     seed: of the order in which warps run and copies land. fenced_barriers: see `LoadedKernel`.
     """
     _refuse_other_arguments(launch, kernel)
@@ -49,7 +49,7 @@ def interpret(
 
 
 def _refuse_other_arguments(launch: TritonLaunch, kernel: Compiled) -> None:
-    """Raise where the kernel was compiled for arguments of other values."""
+    """Raise if the kernel was compiled for arguments of other values."""
     for name, wanted in kernel.constants.items():
         if launch.arguments[name] != wanted:
             raise ValueError(f"the kernel was compiled for {name} = {wanted}, not {launch.arguments[name]}")
@@ -68,7 +68,7 @@ def _tensors(launch: TritonLaunch) -> Iterator[torch.Tensor]:
 
 
 def _parameters(launch: TritonLaunch, kernel: Compiled, memory: GlobalMemory) -> Iterator[int | TensorMap]:
-    """The kernel's parameters in the order in which Triton's launcher passes them."""
+    """Yield the kernel's parameters in the order in which Triton's launcher passes them."""
     maps = iter(kernel.maps)
     for name, kind in kernel.signature.items():
         value: Any = launch.arguments[name]

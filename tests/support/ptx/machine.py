@@ -1,7 +1,7 @@
 """One program: its warps, their divergence, and a scheduler that lets them run as far apart as their barriers allow.
 
-A warp runs until it waits, or synchronises in any way; then chance decides, from a seed, who is next and which copy
-lands. Some warps are much faster than others.
+A warp runs until it waits, or synchronises in any way. Then a seeded random choice decides which warp is next and which
+copy lands. Some warps are much faster than others.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Step(NamedTuple):
 
     instruction: Instruction
     run: Run | None
-    # where a branch goes, else None
+    # the target of a branch, otherwise None
     target: int | None
     # 32-bit registers that it names, and those it writes
     uses: frozenset[int]
@@ -56,7 +56,7 @@ class Step(NamedTuple):
 
 
 def prepare(kernel: Kernel) -> list[Step]:
-    """All instructions of a kernel, made ready; one that is unknown raises an error that names it."""
+    """Prepare all instructions of a kernel. Raise an error that names an unknown one."""
     return [_step(kernel, instruction) for instruction in kernel.instructions]
 
 
@@ -68,7 +68,7 @@ def _step(kernel: Kernel, instruction: Instruction) -> Step:
         return Step(instruction, None, kernel.labels[label.name], frozenset(), frozenset(), False, False)
     if opcode == "brx.idx":
         return Step(instruction, _indexed_branch(kernel, instruction), None, _words(operands), frozenset(), True, False)
-    # what begins with an address stores
+    # an instruction whose first operand is an address stores
     results = () if operands and isinstance(operands[0], Address) else operands[:1]
     uses, writes = _words(operands), _words(results)
     collective = ".aligned" in opcode or opcode.startswith(("bar", "shfl", "elect", "ret"))
@@ -80,7 +80,7 @@ def _step(kernel: Kernel, instruction: Instruction) -> Step:
 
 
 def _indexed_branch(kernel: Kernel, instruction: Instruction) -> Run:
-    """brx.idx: go on at a label of a list, by its number."""
+    """Compile brx.idx: go on at a label of a list, by its number."""
     number, table = instruction.operands
     assert isinstance(table, Symbol)
     labels = kernel.instructions[kernel.labels[table.name]].operands
@@ -91,14 +91,14 @@ def _indexed_branch(kernel: Kernel, instruction: Instruction) -> Run:
         which = same_in_all(read(warp))
         if which >= len(targets):
             raise MachineError(f"number {which} of {len(targets)} labels")
-        # the warp goes on after it
+        # the warp goes on at the next step
         warp.at = targets[which] - 1
 
     return run
 
 
 def _words(operands: tuple[Operand, ...]) -> frozenset[int]:
-    """Numbers of the 32-bit registers among operands."""
+    """Return the numbers of the 32-bit registers among operands."""
     return frozenset(register.number for register in registers_of(operands) if register.width == "b32")
 
 
@@ -107,7 +107,7 @@ class Warp:
 
     def __init__(self, program: Program, number: int, widths: dict[str, int]):
         self.program, self.number = program, number
-        # what nobody has written is not a number
+        # registers that were never written are NaN
         files = {width: np.full((count, LANES), ~DTYPES[width](0)) for width, count in widths.items()}
         self.registers: dict[str, np.ndarray] = {
             kind: files[width].view(DTYPES[kind]) for width, kinds in _VIEWS.items() for kind in kinds
@@ -126,7 +126,7 @@ class Warp:
         self.stores, self.loads = CopyQueue(), CopyQueue()
 
     def special(self, name: str) -> np.ndarray:
-        """A special register."""
+        """Return the value of a special register."""
         values = {
             "%tid.x": _LANE + LANES * self.number,
             "%ctaid.x": np.full(LANES, self.program.number),
@@ -137,11 +137,11 @@ class Warp:
         return values[name]
 
     def ready(self) -> bool:
-        """Whether it can go on."""
+        """Return whether the warp can go on."""
         return not self.ended and (self.wait is None or self.wait.ready())
 
     def branch(self, taken: np.ndarray, target: int) -> None:
-        """Some of the active lanes go to `target`, the others on."""
+        """Send some of the active lanes to `target`, and the others on."""
         stay = ~taken if self.active is None else self.active & ~taken
         if not stay.any():
             self.at = target
@@ -152,7 +152,7 @@ class Warp:
             self._pick()
 
     def converge(self) -> None:
-        """Put the present lanes back among the others, and go on with those that are behind."""
+        """Put the present lanes back among the others, and go on with the lanes that are furthest behind."""
         assert self.active is not None
         self.elsewhere.append((self.at, self.active))
         self._pick()
@@ -200,7 +200,7 @@ class Program:
         }
         self.warps = [Warp(self, i, kernel.widths) for i in range(kernel.warps)]
         self.chance = random.Random(f"{seed} {number}")
-        # how likely a copy lands although somebody could go on, and which one: that which began last, first, or any
+        # the chance that a copy lands while a warp could go on, and which copy lands: the newest, the oldest, or any
         self.eagerness, self.lands = self.chance.choice([0.0, 0.02, 0.3]), self.chance.choice([-1, 0, None])
         # the lane that elect.sync picks: any, but always the same
         self.leader = self.chance.randrange(LANES)
@@ -212,21 +212,21 @@ class Program:
                 warp.speed = speed
 
     def address_of(self, name: str) -> int:
-        """The address of shared memory or of a parameter."""
+        """Return the address of shared memory or of a parameter."""
         return SHARED_BASE if name == _SHARED_SYMBOL else self.addresses[name]
 
     def generic_address(self, address: np.ndarray) -> np.ndarray:
-        """The generic address of a parameter's."""
+        """Return the generic address of a parameter's address."""
         return address + np.uint64(_GENERIC_PARAMETERS)
 
     def map(self, address: int) -> TensorMap:
-        """The tensor map at a generic address."""
+        """Return the tensor map at a generic address."""
         if address not in self.maps:
             raise OutOfBoundsError("there is no tensor map at this address")
         return self.maps[address]
 
     def barrier(self, address: int) -> MBarrier:
-        """The mbarrier at an address of shared memory."""
+        """Return the mbarrier at an address of shared memory."""
         if address not in self.barriers:
             raise BarrierError(f"there is no mbarrier at byte {address - SHARED_BASE} of shared memory")
         return self.barriers[address]
@@ -243,20 +243,20 @@ class Program:
                     (warp,) = self.chance.choices(able, [warp.speed for warp in able])
                     self._advance(warp)
                 else:
-                    raise DeadlockError("nobody can go on, all wait: " + "; ".join(self._waiting()))
+                    raise DeadlockError("no warp can go on, all wait: " + "; ".join(self._waiting()))
             self._finish()
 
     def _waiting(self) -> list[str]:
-        """Which warps wait where for what."""
+        """Return which warps wait where, and for what."""
         warps: dict[str, list[str]] = {}
         for warp in self.warps:
             if warp.wait is not None and not warp.ended:
                 instruction = self.steps[warp.at - 1].instruction
-                warps.setdefault(f"{instruction.where()} for {warp.wait.what()}", []).append(str(warp.number))
-        return [f"at {what}: warp {', '.join(numbers)}" for what, numbers in warps.items()]
+                warps.setdefault(f"{instruction.where()} for {warp.wait.describe()}", []).append(str(warp.number))
+        return [f"at {place}: warp {', '.join(numbers)}" for place, numbers in warps.items()]
 
     def _finish(self) -> None:
-        """What must be true when a program has ended."""
+        """Check what must be true when a program has ended."""
         for warp in self.warps:
             if warp.products.groups or warp.products.uncommitted:
                 raise SharedMemoryRaceError(f"warp {warp.number} ended with products that it never waited for")
@@ -289,7 +289,7 @@ class Program:
         return self.steps[warp.at]
 
     def _execute(self, warp: Warp, step: Step) -> Any:
-        """Run one instruction; returns what it waits for, if anything."""
+        """Run one instruction. Return its wait, if any."""
         warp.steps += 1
         if warp.steps > _MOST_INSTRUCTIONS:
             raise EndlessLoopError(f"{_MOST_INSTRUCTIONS:,} instructions and no end")

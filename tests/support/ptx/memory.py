@@ -1,4 +1,4 @@
-"""Memory of a program: shared, with a watch over who may touch which bytes when; and global, with bounds."""
+"""Memory of a program: shared memory with checks of every access, and global memory with bounds."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .errors import MissingProxyFenceError, OutOfBoundsError, SharedMemoryRaceEr
 # the first kilobyte of a program's shared memory is the system's on Hopper
 SHARED_BASE = 1024
 _GLOBAL_BASE = 1 << 40
-# between two tensors, so that what runs past one's end meets none
+# bytes between two tensors, so that an access past the end of one does not reach another
 _GAP = 1 << 12
 _ALIGNMENT = 256
 
 
 class SharedMemory:
-    """Bytes by address. What nobody has written is all ones: not a number, whatever is read of it.
+    """Bytes by address. Bytes that were never written are all ones, which is NaN in every floating-point type.
 
     Every byte knows whether a copy is landing in it, which warp wrote it without a fence for the asynchronous proxy, and
     how many products, copies and barriers need it as it is.
@@ -32,7 +32,7 @@ class SharedMemory:
         self.users = np.zeros(self.end, np.uint16)
 
     def read(self, addresses: np.ndarray, size: int) -> np.ndarray:
-        """(lanes, size) bytes, by ordinary loads."""
+        """Return (lanes, size) bytes, by ordinary loads."""
         places = self._places(addresses, size)
         self._refuse_landing(places, "read")
         return self.bytes[places]
@@ -46,22 +46,22 @@ class SharedMemory:
         self.unfenced[places] = warp + 1
 
     def fence(self, warp: int) -> None:
-        """fence.proxy.async: what the warp has written is seen by products and bulk copies from now on."""
+        """Let products and bulk copies see the warp's earlier writes: fence.proxy.async."""
         self.unfenced[self.unfenced == warp + 1] = 0
 
     def take(self, places: np.ndarray) -> None:
-        """A product or bulk copy begins to read these bytes; nobody may write them until `release`."""
+        """Begin to read these bytes by a product or bulk copy. They must not be written until `release`."""
         self._refuse_outside(places)
         self._refuse_landing(places, "read by a product or copy")
         self._refuse_unfenced(places)
         self.users[places] += 1
 
     def release(self, places: np.ndarray) -> None:
-        """They have been read."""
+        """End a reading of these bytes."""
         self.users[places] -= 1
 
     def expect(self, places: np.ndarray, bulk: bool = True) -> None:
-        """A copy begins to write these bytes; until `land` they are nobody's. Only bulk copies need a fence before."""
+        """Begin to write these bytes by a copy. They must not be used until `land`. Only bulk copies need a fence before."""
         self._refuse_outside(places)
         self._refuse_landing(places, "written by a second copy")
         self._refuse_users(places, "written by a copy")
@@ -71,13 +71,13 @@ class SharedMemory:
         self.landing[places] = True
 
     def land(self, places: np.ndarray, data: np.ndarray, warp: int | None = None) -> None:
-        """The copy is there; `warp`: it counts as that warp's ordinary store."""
+        """End a copy. warp: it counts as that warp's ordinary store."""
         self.bytes[places] = data
         self.landing[places] = False
         self.unfenced[places] = 0 if warp is None else warp + 1
 
     def refuse_unfenced(self, address: int, size: int) -> None:
-        """Raise where the asynchronous proxy is about to use an object that was written without a fence."""
+        """Raise if the asynchronous proxy is about to use an object that was written without a fence."""
         self._refuse_unfenced(np.arange(address, address + size))
 
     def _places(self, addresses: np.ndarray, size: int) -> np.ndarray:
@@ -99,8 +99,8 @@ class SharedMemory:
 
     def _refuse_users(self, places: np.ndarray, how: str) -> None:
         if self.users[places].any():
-            what = "a product, copy or barrier still needs it"
-            raise SharedMemoryRaceError(f"{self._first(places, self.users)} is {how} while {what}")
+            user = "a product, copy or barrier still needs it"
+            raise SharedMemoryRaceError(f"{self._first(places, self.users)} is {how} while {user}")
 
     def _refuse_unfenced(self, places: np.ndarray) -> None:
         if self.unfenced[places].any():
@@ -142,17 +142,17 @@ class GlobalMemory:
             self._part(region)[:] = _as_numpy(region.storage)
 
     def address(self, tensor: torch.Tensor) -> int:
-        """The address of a tensor's first element."""
+        """Return the address of a tensor's first element."""
         storage = tensor.untyped_storage()
         return self.regions[storage.data_ptr()].begin + int(tensor.storage_offset()) * tensor.element_size()
 
     def write_back(self) -> None:
-        """Put what the program made of them into the tensors."""
+        """Write the program's memory back into the tensors."""
         for region in self.regions.values():
             _as_numpy(region.storage)[:] = self._part(region)
 
     def places(self, addresses: np.ndarray, size: int) -> np.ndarray:
-        """Where (..., size) bytes at these addresses lie in `bytes`; all of each must be in one tensor and aligned."""
+        """Return the places of (..., size) bytes in `bytes`. All of each address's bytes must be in one tensor, and aligned."""
         addresses = np.asarray(addresses, np.int64)
         region = np.searchsorted(self.begins, addresses, "right") - 1
         outside = (region < 0) | (addresses + size > self.ends[region])
@@ -170,5 +170,5 @@ class GlobalMemory:
 
 
 def _as_numpy(storage: torch.UntypedStorage) -> np.ndarray:
-    """The bytes of a storage, shared with it."""
+    """Return the bytes of a storage, shared with it."""
     return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()

@@ -1,4 +1,4 @@
-"""What instructions are given: addresses, registers, constants; and what they answer to the scheduler."""
+"""Operands of instructions (addresses, registers, constants), and the answers of instructions to the scheduler."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 
 
 class Wait(NamedTuple):
-    """What a warp waits for: whether it is there, and its description."""
+    """A wait of a warp: whether it is over, and its description."""
 
     ready: Callable[[], bool]
-    what: Callable[[], str]
+    describe: Callable[[], str]
 
 
-# the warp ends; the warp goes on, but others may run before
+# the warp ends; the warp goes on, but others may run first
 EXIT, PAUSE = object(), object()
 LANE_NUMBERS = np.arange(LANES)
 
 
 def active_lanes(mask: Mask) -> np.ndarray:
-    """The numbers of the lanes that take part."""
+    """Return the numbers of the lanes that take part."""
     return LANE_NUMBERS if mask is None else np.flatnonzero(mask)
 
 
 def addresses_of(operand: Operand) -> Callable[[Warp], np.ndarray]:
-    """What gets the address that each lane forms."""
+    """Return a function that gets the address that each lane forms."""
     assert isinstance(operand, Address)
     kind = operand.base.width if isinstance(operand.base, Register) else "b32"
     base, offset = reader(operand.base, kind), operand.offset
@@ -45,7 +45,7 @@ def addresses_of(operand: Operand) -> Callable[[Warp], np.ndarray]:
 
 
 def same_in_all(values: Any, mask: Mask = None) -> int:
-    """The value that all active lanes have."""
+    """Return the value that all active lanes have."""
     values = np.broadcast_to(values, LANES)[active_lanes(mask)]
     if (values != values[0]).any():
         raise MachineError("the lanes of the warp do not agree on an operand that must be the same in all")
@@ -53,17 +53,17 @@ def same_in_all(values: Any, mask: Mask = None) -> int:
 
 
 def parts_of(operand: Operand) -> tuple[Operand, ...]:
-    """What is in braces, or the operand alone."""
+    """Return the operands in braces, or the operand alone."""
     return operand.parts if isinstance(operand, Vector) else (operand,)
 
 
 def register_numbers(operand: Operand) -> tuple[int, ...]:
-    """The numbers of registers in braces."""
+    """Return the numbers of registers in braces."""
     return tuple(part.number for part in parts_of(operand) if isinstance(part, Register))
 
 
 def constant(operand: Operand) -> int:
-    """The value of an operand that must be a number in the text."""
+    """Return the value of an operand that must be a number in the text."""
     if not isinstance(operand, Immediate):
         raise UnknownOperationError("a constant is expected here")
     return operand.bits

@@ -1,4 +1,4 @@
-"""Every instruction that is not arithmetic, by its name; here are those for memory and what moves between lanes."""
+"""Every instruction that is not arithmetic, by its name. Those for memory and for moves between lanes are here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def operation(instruction: Instruction) -> Run:
-    """What runs an instruction that is not arithmetic."""
+    """Compile an instruction that is not arithmetic."""
     # in a cluster of one program both names of shared memory mean the program's own
     opcode = instruction.opcode.replace("::cta", "").replace("::cluster", "")
     for name, build in _BUILDERS.items():
@@ -57,11 +57,11 @@ def _load_parameter(instruction: Instruction) -> Run:
 
 
 def _element(opcode: str) -> np.dtype:
-    """The type of one element that a load or store moves."""
+    """Return the type of one element that a load or store moves."""
     kind = opcode.rpartition(".")[2]
     if kind[0] not in "bus" or kind[1:] not in ("8", "16", "32", "64"):
         raise UnknownOperationError(f"the instruction {opcode}")
-    # a signed number is made wider where its register is
+    # a signed number is widened in its register
     return np.dtype(f"{'i' if kind[0] == 's' else 'u'}{int(kind[1:]) // 8}")
 
 
@@ -102,7 +102,7 @@ def _store(instruction: Instruction) -> Run:
 
 
 def _store_matrices(instruction: Instruction) -> Run:
-    """stmatrix: four matrices of 8 x 8; lane 8 i + r has the address of row r of the i-th."""
+    """Compile stmatrix: four matrices of 8 x 8; lane 8 i + r has the address of row r of the i-th."""
     target, source = instruction.operands
     address, registers = addresses_of(target), list(register_numbers(source))
 
@@ -114,7 +114,7 @@ def _store_matrices(instruction: Instruction) -> Run:
 
 
 def _shuffle(instruction: Instruction) -> Run:
-    """Every lane gets another's number: of lane `which` (idx), or of the lane that differs in these bits (bfly)."""
+    """Compile a shuffle: a lane gets the number of lane `which` (idx), or of the lane that differs in these bits (bfly)."""
     target, source, which, clamp, members = instruction.operands
     if (constant(clamp), constant(members)) != (31, -1):
         raise UnknownOperationError("a shuffle in parts of a warp")
@@ -136,7 +136,7 @@ def _elect(instruction: Instruction) -> Run:
     return run
 
 
-# by opcode, or by its beginning where that ends in a dot
+# by opcode, or by its beginning if the key ends in a dot
 _BUILDERS: dict[str, Callable[[Instruction], Run]] = {
     "ret": _exit,
     # a list of labels for brx.idx
@@ -152,7 +152,7 @@ _BUILDERS: dict[str, Callable[[Instruction], Run]] = {
     "shfl.sync.bfly.b32": _shuffle,
     "shfl.sync.idx.b32": _shuffle,
     "elect.sync": _elect,
-    # the lanes of a warp go in step
+    # the lanes of a warp run in step
     "bar.warp.sync": _nothing,
     "bar.sync": asynchronous.named_barrier,
     "barrier.sync": asynchronous.named_barrier,

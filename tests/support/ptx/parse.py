@@ -62,13 +62,13 @@ class Instruction:
     text: str
 
     def where(self) -> str:
-        """Its line and its beginning, for messages."""
+        """Return the line and the beginning of the instruction, for messages."""
         short = self.text if len(self.text) < 100 else self.text[:97] + "..."
         return f"line {self.line} ({short})"
 
 
 def registers_of(operands: tuple[Operand, ...]) -> Iterator[Register]:
-    """All registers that operands name."""
+    """Yield all registers that operands name."""
     waiting = list(operands)
     while waiting:
         operand = waiting.pop()
@@ -124,8 +124,8 @@ _SIZES = {"u64": 8, "b64": 8, "u32": 4, "b32": 4, "f32": 4, "s32": 4}
 
 
 def parse(text: str) -> Kernel:
-    """The only kernel of a PTX file."""
-    # what the compiler says about source lines, and comments; line breaks stay, for line numbers
+    """Parse the only kernel of a PTX file."""
+    # remove source lines and comments; line breaks stay, for line numbers
     text = re.sub(r"//[^\n]*|^\s*\.(?:loc|file)\b[^\n]*", "", text, flags=re.M)
     entry = _ENTRY.search(text)
     if entry is None:
@@ -140,7 +140,7 @@ def parse(text: str) -> Kernel:
 
 
 class _Parser:
-    """Reads statements from the opening brace of a body to its closing one."""
+    """A parser of statements, from the opening brace of a body to its closing one."""
 
     def __init__(self, text: str, start: int):
         self.text, self.start = text, start
@@ -151,7 +151,7 @@ class _Parser:
         self.scope_count = 1
 
     def kernel(self, name: str, parameters: list[Parameter], warps: int) -> Kernel:
-        """The kernel whose body begins here."""
+        """Parse the kernel whose body begins here."""
         at, line = self.start, self.text.count("\n", 0, self.start) + 1
         while self.scopes:
             begin = _BEGIN.search(self.text, at)
@@ -162,7 +162,7 @@ class _Parser:
         return Kernel(name, parameters, self.instructions, self.labels, self.widths, warps)
 
     def _statement(self, at: int, line: int) -> int:
-        """Read one statement; returns where it ends."""
+        """Read one statement. Return where it ends."""
         if self.text[at] == "{":
             self.scopes.append(_Scope(self.scope_count))
             self.scope_count += 1
@@ -203,7 +203,7 @@ class _Parser:
         self.instructions.append(Instruction(opcode, operands, register, bool(negated), line, body))
 
     def _operand(self, text: str) -> list[Operand]:
-        """The operand; two for a|b."""
+        """Return the operand; two for a|b."""
         if text.startswith("["):
             return [self._address(text[1:-1].strip())]
         if text.startswith("{"):
@@ -252,7 +252,7 @@ class _Parser:
 
 
 def _split(text: str) -> list[str]:
-    """Parts between commas that are in no bracket."""
+    """Split at commas that are in no bracket."""
     parts, depth, begin = [], 0, 0
     for i, letter in enumerate(text):
         depth += (letter in "[{") - (letter in "]}")

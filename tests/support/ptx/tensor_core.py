@@ -1,7 +1,7 @@
-"""Matrix products of a warpgroup (wgmma): descriptors of shared memory, swizzles, fragments in registers, their lateness.
+"""Matrix products of a warpgroup (wgmma): descriptors of shared memory, swizzles, fragments in registers, late reads.
 
-Every warp computes its own 16 of the 64 rows. A product reads its operands when it is waited for, the latest moment
-allowed; until then its registers and its bytes of shared memory must be left alone.
+Every warp computes its own 16 of the 64 rows. A product reads its operands at the wait, the latest moment allowed; until
+then its registers and its bytes of shared memory must not change.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LANE = np.arange(32)
 
 
 class Descriptor(NamedTuple):
-    """A matrix in shared memory as the instruction is told of it; offsets in bytes, `width` of the swizzle or 0."""
+    """The instruction's description of a matrix in shared memory; offsets in bytes, `width` of the swizzle or 0."""
 
     start: int
     leading: int
@@ -34,14 +34,14 @@ class Descriptor(NamedTuple):
 
     @staticmethod
     def decode(bits: int) -> Descriptor:
-        """The fields of 64 bits (PTX ISA, "Matrix descriptor format"); addresses and offsets count 16 bytes."""
+        """Decode the fields of 64 bits (PTX ISA, "Matrix descriptor format"); addresses and offsets count 16 bytes."""
         if bits >> 49 & 7:
             raise UnknownOperationError("a matrix descriptor with a base offset")
         start, leading, stride = (16 * (bits >> shift & 0x3FFF) for shift in (0, 16, 32))
         return Descriptor(start, leading, stride, (0, 128, 64, 32)[bits >> 62])
 
     def places(self, size: int, first: int, transposed: bool) -> np.ndarray:
-        """(size, DEPTH) addresses of the numbers of rows [first, first + size); `transposed`: rows lie side by side."""
+        """Return (size, DEPTH) addresses of the numbers of rows [first, first + size). transposed: rows lie side by side."""
         row, k = np.arange(first, first + size)[:, None], np.arange(DEPTH)[None, :]
         if transposed:
             if not self.width:
@@ -56,12 +56,12 @@ class Descriptor(NamedTuple):
 
 
 def swizzled(address: np.ndarray, width: int) -> np.ndarray:
-    """Where a byte of a swizzled tile lies: its piece of 16 bytes is moved about by the number of its row, modulo 8."""
+    """Return where a byte of a swizzled tile lies: the number of its row, modulo 8, moves its piece of 16 bytes."""
     return address ^ (address >> 3 & max(width - 16, 0))
 
 
 def numbers(bits: np.ndarray, kind: str) -> np.ndarray:
-    """16-bit numbers (bf16 or f16) in single precision."""
+    """Convert 16-bit numbers (bf16 or f16) to single precision."""
     if kind == "bf16":
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return bits.view(np.float16).astype(np.float32)
@@ -75,17 +75,17 @@ class Product:
     left: tuple[int, ...] | np.ndarray
     right: np.ndarray
     kind: str
-    # whether it adds to what is in the accumulators
+    # whether it adds to the accumulators
     adds: bool
     # both signs multiplied
     sign: float
 
     def registers(self) -> frozenset[int]:
-        """The registers that it reads and does not write."""
+        """Return the registers that it reads and does not write."""
         return frozenset(self.left) if isinstance(self.left, tuple) else frozenset()
 
     def places(self) -> np.ndarray:
-        """All bytes of shared memory that it reads."""
+        """Return all bytes of shared memory that it reads."""
         parts = [self.right] if isinstance(self.left, tuple) else [self.left, self.right]
         first = np.concatenate([part.ravel() for part in parts])
         return np.concatenate([first, first + 1])
@@ -107,13 +107,13 @@ class Product:
 
 
 def _accumulator_places(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(count, 32) row and column that a lane holds in each of its accumulators."""
+    """Return the (count, 32) row and column that a lane holds in each of its accumulators."""
     i = np.arange(count)[:, None]
     return _LANE // 4 + i // 2 % 2 * 8, i // 4 * 8 + _LANE % 4 * 2 + i % 2
 
 
 def _from_fragment(registers: np.ndarray, kind: str) -> np.ndarray:
-    """(16, 16) numbers that four registers of each lane hold, two in each."""
+    """Return the (16, 16) numbers that four registers of each lane hold, two in each."""
     i = np.arange(4)[:, None]
     row, k = _LANE // 4 + i % 2 * 8, _LANE % 4 * 2 + i // 2 * 8
     out = np.empty((ROWS, DEPTH), np.uint16)
@@ -150,17 +150,17 @@ class ProductQueue:
         self.operands |= product.registers()
 
     def fence(self) -> None:
-        """wgmma.fence: products may use all registers as they are now."""
+        """Let products use all registers as they are now: wgmma.fence."""
         self.touched.clear()
         self.written.clear()
 
     def commit(self) -> None:
-        """wgmma.commit_group"""
+        """Close a group of products: wgmma.commit_group."""
         self.groups.append(self.uncommitted)
         self.uncommitted = []
 
     def wait(self, allowed: int, warp: Warp, shared: SharedMemory) -> None:
-        """wgmma.wait_group: compute until at most so many groups are left."""
+        """Compute until at most `allowed` groups are left: wgmma.wait_group."""
         while len(self.groups) > allowed:
             for product in self.groups.popleft():
                 product.compute(warp, shared)
@@ -169,13 +169,13 @@ class ProductQueue:
         self.operands = {number for product in self._all() for number in product.registers()}
 
     def pass_by(self, uses: frozenset[int], writes: frozenset[int]) -> None:
-        """Another instruction uses registers; raise where a product needs them."""
+        """Note that another instruction uses registers. Raise if a product needs them."""
         self.touched |= uses
         self.written |= writes
         if early := uses & self.results:
-            raise RegisterRaceError(f"{_names(early)} is used before the product that makes it is waited for")
+            raise RegisterRaceError(f"{_names(early)} is used before the wait for the product that makes it")
         if early := writes & self.operands:
-            raise RegisterRaceError(f"{_names(early)} is written before the product that reads it is waited for")
+            raise RegisterRaceError(f"{_names(early)} is written before the wait for the product that reads it")
 
     def _all(self) -> list[Product]:
         return [*(product for group in self.groups for product in group), *self.uncommitted]

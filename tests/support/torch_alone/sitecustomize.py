@@ -1,4 +1,4 @@
-"""In PYTHONPATH: no package but torch, Triton and what these need can be imported, as on a machine lent for an hour."""
+"""Loaded through PYTHONPATH: only torch, Triton and their requirements can be imported, as on a machine lent for an hour."""
 
 import sys
 from importlib.abc import MetaPathFinder
@@ -9,9 +9,9 @@ from re import match
 
 def _needed(names: set[str]) -> set[str]:
     """Return the names of these packages and of all that they need, without extras."""
-    found: set[str] = set()
+    all_names: set[str] = set()
     while names:
-        found |= names
+        all_names |= names
         lines = []
         for name in names:
             try:
@@ -20,8 +20,8 @@ def _needed(names: set[str]) -> set[str]:
                 continue
         names = {
             match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in lines if "extra ==" not in line
-        } - found
-    return found
+        } - all_names
+    return all_names
 
 
 _ALLOWED = _needed({"torch", "triton", "numpy"})

@@ -1,0 +1,125 @@
+"""Limits of settings, which stand beside the fields of their dataclass as `Annotated[int, Number(ge=1)]`."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, NamedTuple, get_type_hints
+
+from distattn.ir.errors import SettingError
+
+# of a number without another maximum
+MOST = 1 << 40
+# values by their names in other programs
+_MEANT = {
+    "zero": "deepspeed",
+    "zero2": "deepspeed",
+    "zero3": "deepspeed",
+    "fsdp": "fsdp2",
+    "ddp": "fsdp2",
+    "megatron-core": "megatron",
+    "fp16": "bfloat16",
+    "float16": "bfloat16",
+    "half": "bfloat16",
+    "bf16": "bfloat16",
+    "fp32": "float32",
+    "fp64": "float64",
+    "double": "float64",
+    "cp": "ring",
+    "all-gather": "allgather",
+    "flash_attention_2": "flash",
+    "sdpa": "auto",
+    "selective": "save_attention",
+}
+
+
+class Problem(NamedTuple):
+    """A key, such as "train.steps", and a sentence about its value."""
+
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Number:
+    """Limits of a number: ge and le are its least and its greatest value, gt and lt are out of its range."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float = MOST
+    lt: float | None = None
+
+    def problem(self, value: float) -> str | None:
+        """Return a sentence about a value out of range, or None. NaN is out of every range."""
+        if self.ge is not None and not value >= self.ge:
+            return f"at least {self.ge}, not {value}."
+        if self.gt is not None and not value > self.gt:
+            return f"above {self.gt}, not {value}."
+        if self.lt is not None and not value < self.lt:
+            return f"below {self.lt}, not {value}."
+        return None if value <= self.le else f"at most {self.le:,}, not {value}."
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """The values that a setting may have."""
+
+    choices: tuple[str, ...]
+
+    def problem(self, value: str) -> str | None:
+        """Return a sentence about another value, with the choice that is probably meant, or None."""
+        if value in self.choices:
+            return None
+        meant = _MEANT.get(value.lower())
+        near = [meant] if meant in self.choices else difflib.get_close_matches(value, self.choices, 1, 0.5)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        return f"there is no {value!r}; there are {', '.join(filter(None, self.choices))}.{hint}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check of a value: it returns a sentence about a bad one, or None."""
+
+    problem: Callable[[Any], str | None]
+
+
+def limit_problems(settings: Any, table: str = "") -> Iterator[Problem]:
+    """Yield a problem for each value of a dataclass that does not keep to the limits beside its field; None keeps to all.
+
+    table: what stands before the names of fields, such as "train.".
+    """
+    for name, limits in annotations_of(settings.__class__).items():
+        value = getattr(settings, name)
+        reasons = (limit.problem(value) for limit in limits if isinstance(limit, Number | OneOf | Check))
+        if value is not None and (reason := next(filter(None, reasons), None)):
+            yield Problem(table + name, reason)
+
+
+def nested_problems(record: Any, table: str = "") -> Iterator[Problem]:
+    """Yield the problems of a dataclass and of all dataclasses in its fields. Keys are dotted; entries of tuples have numbers."""
+    yield from limit_problems(record, table)
+    for field in fields(record):
+        value = getattr(record, field.name)
+        entries = enumerate(value) if isinstance(value, tuple) else [("", value)]
+        for number, entry in entries:
+            if is_dataclass(entry):
+                yield from nested_problems(entry, ".".join(filter(None, (f"{table}{field.name}", str(number)))) + ".")
+
+
+def check_limits(settings: Any) -> None:
+    """Raise SettingError for the first value of a dataclass that does not keep to the limits beside its field."""
+    for problem in limit_problems(settings):
+        raise SettingError(*problem)
+
+
+@functools.cache
+def annotations_of(kind: Any) -> dict[str, tuple[Any, ...]]:
+    """Return the fields of a dataclass that have annotations, with their annotations."""
+    hints = get_type_hints(kind, include_extras=True)
+    annotated = {field.name: getattr(hints[field.name], "__metadata__", ()) for field in fields(kind)}
+    return {name: annotations for name, annotations in annotated.items() if annotations}

@@ -1,0 +1,156 @@
+"""The settings of attention: one record for run files, `ContextParallel`, planners and `make_plan`.
+
+Limits and choices stand beside the fields. A setting that run files have, too, is a field of `AttentionKeys`; one that only
+Python code sets is a field of `AttentionConfig`. Nothing else copies or lists them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from distattn.cluster.spec import AnyCluster, resolve_cluster
+from distattn.ir.arguments import check_fields
+from distattn.ir.errors import DistattnError
+from distattn.ir.layout import LAYOUTS, make_layout
+from distattn.ir.limits import Number, OneOf, check_limits
+from distattn.ir.mask import Mask
+from distattn.ir.plan import DTYPE_BYTES, POLICIES, dtype_name
+from distattn.kernels.registry import AUTO, KERNELS, load_kernel
+from distattn.parallel.strategy_table import STRATEGIES, check_names
+
+# of steps between proofs, and of tokens that are padded to
+_MOST = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionKeys:
+    """The settings of attention that run files have as well. Their docstrings are the help of `distattn train --help`."""
+
+    strategy: Annotated[str, OneOf(tuple(STRATEGIES))] = "ring"
+    """How attention is split: a name of distattn's strategies."""
+    data: Annotated[str, OneOf(("replicated", "per_rank"))] = "replicated"
+    """replicated: all ranks split one pack; per_rank: each rank, or block of ranks, has its own, and attention is shared."""
+    layout: Annotated[str, OneOf(tuple(LAYOUTS))] = "zigzag"
+    """Assignment of tokens to ranks: a name of distattn's layouts."""
+    kernel: Annotated[str | None, OneOf((AUTO, *KERNELS))] = None
+    """Core attention on one device: cpu or reference; on GPUs auto, flash, triton, triton_tf32 or gluon."""
+    backward: Annotated[str | None, OneOf(POLICIES)] = None
+    """keep, refetch-home or refetch-follow; the strategy's own if it is left out."""
+    comm_dtype: Annotated[str | None, OneOf(tuple(DTYPE_BYTES))] = None
+    """Dtype of partial outputs and gradients in messages: that of the model, or the accumulation dtype if it is left out."""
+    max_buffer_bytes: Annotated[int | None, Number(ge=0)] = None
+    """Maximum bytes of attention buffers on a rank at once; a batch that needs more is refused. No limit if it is left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig(AttentionKeys):
+    """How attention of batches is split over ranks, planned and computed.
+
+    strategy, backward, comm_dtype, cluster, options and max_buffer_bytes are as in `make_plan`, kernel as in `attention`; layout
+    is a name of LAYOUTS, layout_options are its own. document_mask: what a document attends to in itself (see
+    `Mask.documents`). layers: settings of some layers, by number (0, 1, ...) or kind ("window", "full"): a mapping with strategy,
+    and maybe backward, options, layout and layout_options; tokens move to that layout and back inside those layers' calls.
+    verify_every: plans of every `verify_every`-th step are proven before they run, the first step's always. pad_to: each rank's
+    tokens are padded to a multiple of it.
+
+    data: "replicated", all ranks of the group hold the same batch and split it; or "per_rank", every rank, or every block of
+    `context_parallel_size` neighbouring ranks, has its own documents, and attention is shared over all of them. servers: number
+    of last ranks that have no model and call `serve` instead. adaptive: attention is shared out by measured speeds of ranks, or
+    by a log of them (see `RankSpeeds`). timeout: seconds after which a rank that does not answer is named; by default the process
+    group's own.
+
+    Raises DistattnError for values that do not exist, or do not go together.
+    """
+
+    layout_options: Mapping[str, Any] | None = None
+    document_mask: str | tuple[int, int] = "causal"
+    layers: Mapping[int | str, Mapping[str, Any]] | None = None
+    cluster: AnyCluster | str | Path | None = None
+    options: Mapping[str, object] | None = None
+    verify_every: Annotated[int, Number(ge=1, le=_MOST)] = 1
+    pad_to: Annotated[int, Number(ge=1, le=_MOST)] = 1
+    context_parallel_size: int | None = None
+    servers: int = 0
+    adaptive: bool | Sequence[Sequence[int] | None] = False
+    timeout: Annotated[float | None, Number(gt=0)] = None
+
+    def __post_init__(self) -> None:
+        # ranks compare settings by value
+        object.__setattr__(self, "cluster", resolve_cluster(self.cluster))
+        object.__setattr__(self, "comm_dtype", dtype_name(self.comm_dtype) or None)
+        check_fields(self)
+        check_names(self.strategy, self.backward, self.options)
+        check_layout(self.layout, self.layout_options, self.document_mask)
+        check_limits(self)
+        if self.data == "replicated" and self.context_parallel_size is not None:
+            raise DistattnError(
+                'context_parallel_size belongs to data="per_rank"; with data="replicated" all ranks of the group split the '
+                "same batch."
+            )
+        if self.servers and self.backward_policy == "keep":
+            raise DistattnError('servers keep nothing from pass to pass; use backward "refetch-home".')
+        if self.adaptive and not STRATEGIES[self.strategy].takes("speeds"):
+            raise DistattnError(f'strategy {self.strategy} does not share out by speed; adaptive needs "cad".')
+
+    @classmethod
+    def of(cls, base: AttentionKeys | None, /, **settings: Any) -> AttentionConfig:
+        """Return the settings of keyword arguments, or those of `base` where these replace some.
+
+        Raises DistattnError for a setting that does not exist, and without a strategy.
+        """
+        if not isinstance(base, AttentionKeys | None):
+            raise DistattnError(f"config is an AttentionConfig, not a {type(base).__name__}.")
+        names = [field.name for field in fields(cls)]
+        if unknown := settings.keys() - names:
+            raise DistattnError(f"there is no setting {sorted(unknown)[0]!r}; there are {', '.join(names)}.")
+        if isinstance(base, AttentionConfig):
+            return replace(base, **settings)
+        if base is None and "strategy" not in settings:
+            raise DistattnError('a strategy is needed, such as strategy="ring".')
+        keys = {} if base is None else {field.name: getattr(base, field.name) for field in fields(AttentionKeys)}
+        return cls(**{**keys, **settings})
+
+    @property
+    def backward_policy(self) -> str:
+        """The backward policy: the one that is set, or the strategy's own."""
+        return self.backward or STRATEGIES[self.strategy].backward
+
+    @property
+    def strategy_options(self) -> dict[str, object]:
+        """The strategy's options, with max_buffer_bytes if the strategy can keep to it."""
+        is_limited = self.max_buffer_bytes is not None and STRATEGIES[self.strategy].takes("max_buffer_bytes")
+        return {**({"max_buffer_bytes": self.max_buffer_bytes} if is_limited else {}), **(self.options or {})}
+
+    def check_kernel(self) -> None:
+        """Import the kernel. Raise DistattnError if something that it needs is not installed."""
+        if self.kernel not in (None, AUTO):
+            load_kernel(self.kernel)
+
+    def block_ranks(self, ranks: int) -> int:
+        """Return the number of neighbouring ranks of a group that hold the same batch. ranks: those of the group.
+
+        Raises DistattnError if servers or context_parallel_size do not fit the group.
+        """
+        if type(self.servers) is not int or not 0 <= self.servers < ranks:
+            raise DistattnError(f"servers is 0 to {ranks - 1} of the group's {ranks} ranks, not {self.servers!r}.")
+        models = ranks - self.servers
+        if self.data == "replicated":
+            return models
+        size = self.context_parallel_size or 1
+        if type(size) is not int or size < 1 or models % size:
+            raise DistattnError(f"context_parallel_size {size!r} does not divide the {models} ranks with a model.")
+        return size
+
+
+def check_layout(layout: str, options: Mapping[str, Any] | None, document_mask: str | tuple[int, int]) -> None:
+    """Raise DistattnError for a layout, its options or a document mask that do not exist."""
+    if layout not in LAYOUTS:
+        raise DistattnError(f"layout {layout!r} does not exist; there are {', '.join(LAYOUTS)}.")
+    for name in (options or {}).keys() - inspect.signature(LAYOUTS[layout]).parameters.keys():
+        raise DistattnError(f"layout {layout} has no option {name!r}.")
+    # refuse what no document and no layout can be: better now than at the first batch
+    make_layout(layout, [64], 2, Mask.documents([64], document_mask), **(options or {}))
