@@ -45,7 +45,6 @@ bench-adapters: $(VENV)/.dev
 # simulated; LENGTHS=FILE.json, a list of document lengths. mtkahypar is optional: .venv/bin/pip install mtkahypar
 bench-disaggregation: $(VENV)/.dev
 	$(BIN)/python benchmarks/disaggregation.py --lengths $(LENGTHS) --servers 8 16 64 --heads 32:8 64:16 --hypergraph $(ARGS)
-	$(BIN)/python benchmarks/pipeline.py --lengths $(LENGTHS)
 
 # with the Python of a machine that has a GPU, torch and Triton; under 10 minutes. ARGS: of benchmarks/gpu.py, --minutes
 bench-gpu:

@@ -37,7 +37,7 @@ from distattn.parallel.make_plan import STRATEGIES
 from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.program import Program, lower
 from distattn.parallel.runtime.transport import Packet
-from distattn.parallel.runtime.upload_program import on_device
+from distattn.parallel.runtime.upload_program import copy_program_to_device
 
 BUDGET = 150
 # our kernels in a trace; what else runs there copies or merges
@@ -188,7 +188,9 @@ class Layer:
         self.ranks = range(plan.call.ranks)
         make = kernel_preparer(kernel, kernel_requirements(plan.call, device))
         proof = da.verify(plan)
-        self.programs: list[Program] = [on_device(lower(plan, rank, make, proof), device) for rank in self.ranks]
+        self.programs: list[Program] = [
+            copy_program_to_device(lower(plan, rank, make, proof), device) for rank in self.ranks
+        ]
         self.kernel = load_kernel(kernel)
         self.score = ScoreMod(plan.call.head_dim**-0.5)
         self.local = [{name: self.layout.shard(part, rank) for name, part in x.items()} for rank in self.ranks]

@@ -26,8 +26,7 @@ from harness import environment
 
 import distattn as da
 from distattn.adapters import pytorch
-from distattn.data.files.byte_corpus import byte_corpus
-from distattn.data.files.text import find_corpus
+from distattn.data.files.text import byte_corpus, find_corpus
 from distattn.data.loader import PackLoader
 from distattn.data.packing.make_pack_plan import make_pack_plan
 from distattn.data.packing.pack_rule import PackRule

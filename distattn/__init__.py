@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from distattn.cluster.topology import Cluster as Cluster
     from distattn.driver.context_parallel import ContextParallel as ContextParallel
     from distattn.driver.overlap import OverlapSchedule as OverlapSchedule
-    from distattn.driver.pipeline import PipelineSchedule as PipelineSchedule
-    from distattn.driver.pipeline import StageSpec as StageSpec
     from distattn.driver.servers import serve as serve
     from distattn.ir.errors import DamagedDataError as DamagedDataError
     from distattn.ir.errors import DistattnError as DistattnError
@@ -68,7 +66,6 @@ _HOME = {
     "Mask": "distattn.ir.mask",
     "Payload": "distattn.ir.plan",
     "OverlapSchedule": "distattn.driver.overlap",
-    "PipelineSchedule": "distattn.driver.pipeline",
     "Op": "distattn.ir.op",
     "Plan": "distattn.ir.plan",
     "PrefixSoftmaxPlans": "distattn.parallel.prefix_softmax_plans",
@@ -76,7 +73,6 @@ _HOME = {
     "LostRankError": "distattn.ir.errors",
     "PlanError": "distattn.ir.errors",
     "RecurrentSpan": "distattn.batch.recurrent_span",
-    "StageSpec": "distattn.driver.pipeline",
     "Executable": "distattn.ops.executable",
     "Proof": "distattn.parallel.analysis.verify",
     "Table": "distattn.ir.plan",

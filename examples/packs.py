@@ -10,8 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from distattn.adapters import huggingface
-from distattn.data.files.byte_corpus import byte_corpus
-from distattn.data.files.text import VOCABULARY, find_corpus
+from distattn.data.files.text import VOCABULARY, byte_corpus, find_corpus
 from distattn.data.loader import PackLoader
 from distattn.data.packing.make_pack_plan import make_pack_plan
 from distattn.data.packing.pack_rule import PackRule

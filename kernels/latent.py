@@ -60,7 +60,7 @@ class LatentKernel:
         **into: Any,
     ) -> tuple[Tensor, Tensor]:
         """Compute (o_THE, lse_TH)."""
-        keys, values = expanded(rope_S1R[:, 0], latent_S1L[:, 0], score.up, score.key_dim)
+        keys, values = expand_latents(rope_S1R[:, 0], latent_S1L[:, 0], score.up, score.key_dim)
         return self.inner.forward(q_THD, keys, values, schedule, score.score, **into)
 
     def backward(
@@ -105,7 +105,7 @@ class LatentKernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute (dq_THD, dk_SHD, dv_SHE) in the accumulation dtype. The expanded keys and values are freed on return."""
         do, q, rope, latent, lse, delta = inputs
-        keys, values = expanded(rope[:, 0], latent[:, 0], score.up, score.key_dim)
+        keys, values = expand_latents(rope[:, 0], latent[:, 0], score.up, score.key_dim)
         arguments = do, q, keys, values, lse, delta, schedule, score.score
         if into is None:
             return self.inner.backward(*arguments)
@@ -144,7 +144,7 @@ def latent_workspace(op: Op, dtype: torch.dtype, inner: Workspace | None) -> Wor
     return workspace
 
 
-def expanded(rope_SR: Tensor, latent_SL: Tensor, up_HEL: Tensor, key_dim: int) -> tuple[Tensor, Tensor]:
+def expand_latents(rope_SR: Tensor, latent_SL: Tensor, up_HEL: Tensor, key_dim: int) -> tuple[Tensor, Tensor]:
     """Expand to (keys_SHD, values_SHE), like a projection in the inputs' dtype. key_dim: N, without the rotary part."""
     expanded_SHW = torch.einsum("sl,hel->she", latent_SL, up_HEL)
     rope_SHR = rope_SR[:, None].expand(-1, len(up_HEL), -1)

@@ -53,7 +53,7 @@ _OTHER_CANDIDATES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-def candidates(device: torch.device, op: Op = ATTENTION) -> tuple[str, ...]:
+def candidate_kernels(device: torch.device, op: Op = ATTENTION) -> tuple[str, ...]:
     """Return the kernels that may be chosen on a device; only deterministic ones if PyTorch is set so."""
     import torch
 

@@ -1,7 +1,7 @@
 """Cut tiles of keys that have far more work than others into parts, so that no processor works long after the rest.
 
 Keys that all rows see (sink tokens, the tokens of a global window) are few tiles with much of a launch's work. Their runs are
-cut along the query rows. Each part is a program of its own and leaves its sums in a scratch tensor; a last small launch adds
+cut along the query rows. Each part is a separate program and leaves its sums in a scratch tensor; a last small launch adds
 them up, always in the same order.
 """
 

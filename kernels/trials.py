@@ -80,7 +80,7 @@ def try_each(
     for name in names:
         report(f"trying kernel {name} ...")
         with current_device(requirements.device):
-            trials[name] = tried(name, requirements, differences, seconds)
+            trials[name] = run_trial(name, requirements, differences, seconds)
     return trials
 
 
@@ -101,8 +101,8 @@ def try_kernels(
     return try_each(
         names,
         requirements,
-        lambda kernel: [_difference(kernel, sample(largest, *_COMPARED, at), requirements) for at in (0.0, 0.6)],
-        lambda kernel: _seconds(kernel, sample(largest, *_TIMED, 1.0), requirements),
+        lambda kernel: [_difference(kernel, sample_launch(largest, *_COMPARED, at), requirements) for at in (0.0, 0.6)],
+        lambda kernel: _seconds(kernel, sample_launch(largest, *_TIMED, 1.0), requirements),
         report,
     )
 
@@ -118,7 +118,7 @@ def _cells(mask: LaunchMask) -> int:
     return int((areas(mask.bands) * (mask.band_heads[:, 1] - mask.band_heads[:, 0])).sum())
 
 
-def sample(mask: LaunchMask, rows: int, keys: int, heads: int, at: float) -> LaunchMask:
+def sample_launch(mask: LaunchMask, rows: int, keys: int, heads: int, at: float) -> LaunchMask:
     """Return a part of a launch around row `at` (0 to 1) of its largest band.
 
     It has at most `rows` rows and `keys` keys, and about `heads` heads.
@@ -134,10 +134,10 @@ def sample(mask: LaunchMask, rows: int, keys: int, heads: int, at: float) -> Lau
     # the last of that row's keys, and some keys that it does not see
     first_key = min(max(end - keys * 7 // 8, 0), max(mask.keys - keys, 0))
     some = slice(first_row, min(first_row + rows, mask.rows)), slice(first_key, min(first_key + keys, mask.keys))
-    return cropped(mask, *some, count)
+    return crop_launch(mask, *some, count)
 
 
-def cropped(mask: LaunchMask, rows: slice, keys: slice, heads: int) -> LaunchMask:
+def crop_launch(mask: LaunchMask, rows: slice, keys: slice, heads: int) -> LaunchMask:
     """Return these rows and keys of the first heads of a launch, as a separate launch."""
     bands = clip(mask.bands, rows.start, rows.stop, keys.start, keys.stop)
     band_heads = np.minimum(mask.band_heads, heads)
@@ -152,7 +152,7 @@ def cropped(mask: LaunchMask, rows: slice, keys: slice, heads: int) -> LaunchMas
     return LaunchMask(bands, band_heads, shift, *counts, mask.overlaps_messages)
 
 
-def tried(
+def run_trial(
     name: str,
     requirements: KernelRequirements,
     differences: Callable[[Any], Sequence[float]],
@@ -343,16 +343,16 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def ranking(trials_by_rank: Sequence[dict[str, Trial]], names: Sequence[str]) -> list[str]:
+def rank_kernels(trials_by_rank: Sequence[dict[str, Trial]], names: Sequence[str]) -> list[str]:
     """Return the kernels that were correct on every rank that tried them, by the slowest rank's time; equal on all ranks.
 
     names: the kernels to rank. Return [] if no rank has tried any. Raise DistattnError if none is correct.
     """
-    tried = [trials for trials in trials_by_rank if trials]
-    if not tried:
+    nonempty = [trials for trials in trials_by_rank if trials]
+    if not nonempty:
         return []
-    right = [name for name in names if all(name in trials and not trials[name].fault for trials in tried)]
+    right = [name for name in names if all(name in trials and not trials[name].fault for trials in nonempty)]
     if not right:
-        reasons = "; ".join(f"{name}: {tried[0][name].fault}" for name in names if name in tried[0])
+        reasons = "; ".join(f"{name}: {nonempty[0][name].fault}" for name in names if name in nonempty[0])
         raise DistattnError(f'no kernel can be used here ({reasons}). Use kernel="reference", which is slow.')
-    return sorted(right, key=lambda name: max(trials[name].seconds for trials in tried))
+    return sorted(right, key=lambda name: max(trials[name].seconds for trials in nonempty))

@@ -112,7 +112,8 @@ def _verify(arguments: Sequence[str]) -> int:
             results.append((checkpoint, verify_checkpoint(checkpoint.folder, reporter.advance)))
     for checkpoint, problems in results:
         if as_json:
-            _write_json({"folder": str(checkpoint.folder), "problems": [problem._asdict() for problem in problems]})
+            rows = [{"file": problem.file, "offset": problem.offset, "what": problem.text} for problem in problems]
+            _write_json({"folder": str(checkpoint.folder), "problems": rows})
             continue
         bytes_are = "[red]damaged[/]" if problems else "[green]good[/]"
         # the weights may be bad although every byte is what was written

@@ -20,17 +20,19 @@ def _keys(*names: str) -> frozenset[str]:
 _DOCUMENTS = _keys("data", "run.seed", "train.steps", "evaluation", "reference_check.steps", "model.vocab_size")
 _SIZES = _keys("model.num_layers", "model.intermediate_size", "model.vocab_size")
 _MODEL = _keys("model") - {"model.weights"}
-_MEMORY = _keys("memory", "engine.name", "engine.shard_size") | _MODEL
-_ATTENTION = (_MODEL - _SIZES) | _keys("cluster", "parallel") - {"parallel.kernel", "parallel.latents"}
+# the memory of a step depends on these, its plan does not
+_NOT_PLANNED = _keys("parallel.latents", "parallel.overlap")
+_MEMORY = _keys("memory", "engine.name", "engine.shard_size") | _MODEL | _NOT_PLANNED
+_ATTENTION = (_MODEL - _SIZES) | _keys("cluster", "parallel") - {"parallel.kernel"} - _NOT_PLANNED
 _TRAINING = frozenset(all_keys()) - _keys("slurm", "ray")
 
 # keys by the command that they change. An error about a useless key names the first command that reads it
 READ_BY = {
     "plan": _ATTENTION | _DOCUMENTS,
     "plan --docs": _ATTENTION,
-    "plan --memory": _ATTENTION | _DOCUMENTS | _MEMORY | {"parallel.latents"},
+    "plan --memory": _ATTENTION | _DOCUMENTS | _MEMORY,
     # the vocabulary is read from the documents' file
-    "plan --memory --docs": _ATTENTION | _MEMORY | _keys("data.path", "data.max_document_tokens", "parallel.latents"),
+    "plan --memory --docs": _ATTENTION | _MEMORY | _keys("data.path", "data.max_document_tokens"),
     "train": _TRAINING,
     "launch local": _TRAINING,
     "launch folder": _TRAINING,

@@ -121,17 +121,17 @@ class LateLists:
 
 def with_late_lists(program):
     """Return a program whose lists are in one tensor, as on a GPU."""
-    from distattn.parallel.runtime.upload_program import with_tensors
+    from distattn.parallel.runtime.upload_program import replace_tensors
 
     lists = {}
-    with_tensors(program, lambda tensor: lists.setdefault(id(tensor), tensor))
+    replace_tensors(program, lambda tensor: lists.setdefault(id(tensor), tensor))
     ends = list(itertools.accumulate(tensor.nbytes for tensor in lists.values()))
     packed = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in lists.values()])
     places = {
         name: packed[end - tensor.nbytes : end].view(tensor.dtype).view(tensor.shape)
         for (name, tensor), end in zip(lists.items(), ends, strict=True)
     }
-    moved = with_tensors(program, lambda tensor: places[id(tensor)])
+    moved = replace_tensors(program, lambda tensor: places[id(tensor)])
     return dataclasses.replace(moved, uploaded=LateLists(packed))
 
 

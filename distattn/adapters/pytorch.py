@@ -33,6 +33,7 @@ from distattn.driver.parameter_probe import ProbedParameter, held_part
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
 from distattn.memory.tiled_loss import LogitChange, TiledLoss
+from distattn.ops.current_micro_batch import current_micro_batch
 from distattn.parallel.attention_config import AttentionConfig
 
 # kinds of layers in transformers' configurations that read other tokens by a recurrence or a convolution
@@ -167,6 +168,10 @@ def local_loss(
 def with_router_loss(loss: Tensor, model: torch.nn.Module, output: Any, batch: Mapping[str, Any]) -> Tensor:
     """Add this rank's share of the router loss, if the model's output has one, to its token losses (see `router_loss`)."""
     share = router_loss(unwrapped(model), output, batch)
+    if share is not None and current_micro_batch() is not None:
+        raise DistattnError(
+            "a router loss reads tensors inside of layers, which take turns with other micro-batches; leave OverlapSchedule out."
+        )
     return loss if share is None else loss + share
 
 

@@ -1,4 +1,4 @@
-"""Results of a thread that asks other ranks, and whoever waits for them."""
+"""Results that a thread computes together with other ranks, and the heartbeat of the thread that waits for them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Result = TypeVar("Result")
 
 
 class AwaitedResult(Future[Result]):
-    """A future whose thread may ask other ranks first: whoever waits for it is told to wait for them meanwhile, and not else."""
+    """A future whose thread may have to wait for other ranks. While a thread waits for the future, its heartbeat says so."""
 
     def __init__(self, thread: int):
-        """thread: that makes the result, by its ident."""
+        """Begin without a result. thread: the ident of the thread that computes it."""
         super().__init__()
         self._thread = thread
 
     def result(self, timeout: float | None = None) -> Result:
-        """As of any future."""
+        """Return the result like any future."""
         with contextlib.nullcontext() if self.done() else awaiting_thread(self._thread):
             return super().result(timeout)

@@ -1,7 +1,7 @@
-"""Collectives on the host: a gloo communicator beside a process group, for what ranks tell each other about batches.
+"""Collectives on the host: a gloo communicator next to a process group, for values that ranks exchange about batches.
 
-It is used from one thread at a time, next to whatever the trainer sends, and every wait ends within the time-out by a
-DistattnError that names who is missing (see `health`).
+It is used from one thread at a time, next to the trainer's messages, and every wait ends within the time-out with a
+DistattnError that names the missing ranks (see `health`).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from distattn.parallel.runtime.communicator import all_gather_objects, all_gathe
 from distattn.parallel.runtime.sealed_values import seal, unseal
 from distattn.supervision.heartbeats import thread_activity
 
-# a control message, padded: gloo's receiver has to know the size beforehand
+# a control message, padded: gloo's receiver must know the size beforehand
 _MESSAGE_BYTES = 2048
-# messages to one rank that may be under way before the sender waits for the oldest
+# unfinished messages to one rank after which the sender waits for the oldest
 _MAX_IN_FLIGHT = 64
 _FOREVER = timedelta(days=30)
 
@@ -35,9 +35,10 @@ class HostGroup:
     """Host-side communication of the ranks of a process group, in its rank order."""
 
     def __init__(self, name: str, members: Sequence[int], monitor: HealthMonitor, idles: bool = False):
-        """members: ranks of the default group; name: the same on all of them, and no other group's.
+        """Open the communicator.
 
-        idles: messages may be long in coming, and nothing is wrong as long as their sender lives.
+        members: ranks of the default group; name: the same on all of them, and different from other groups' names. idles:
+        messages may take long, and that is no error as long as their sender lives.
         """
         self.members, self._monitor = list(members), monitor
         self.rank, self.ranks = self.members.index(monitor.rank), len(self.members)
@@ -48,66 +49,69 @@ class HostGroup:
             self._gloo: Any = self._guarded(lambda: dist.ProcessGroupGloo(*arguments), "connecting")
         self._in_flight: dict[int, deque[tuple[Any, torch.Tensor]]] = {}
 
-    def all_gather(self, value: Any, what: str) -> list[Any]:
-        """Every rank's value, by rank; values are pickled. what: what ranks do here, for the error of a missing one."""
-        self._monitor.enter(what)
-        with thread_activity(what, waits=True, key=what):
-            return list(self._guarded(lambda: all_gather_objects_over_gloo(self._gloo, value), what))
+    def all_gather(self, value: Any, activity: str) -> list[Any]:
+        """Gather every rank's value, by rank; values are pickled. activity: of the ranks, for the error about a missing one."""
+        self._monitor.enter(activity)
+        with thread_activity(activity, waits=True, key=activity):
+            return list(self._guarded(lambda: all_gather_objects_over_gloo(self._gloo, value), activity))
 
     def send(self, message: Any, destination: int) -> None:
-        """Send a small picklable message; returns at once unless many are under way to that rank."""
+        """Send a small picklable message. Return at once unless many to that rank are unfinished."""
         data = seal(message)
         if len(data) > _MESSAGE_BYTES - 4:
             raise ValueError(f"a control message of {len(data)} bytes; at most {_MESSAGE_BYTES - 4} fit.")
         padded = len(data).to_bytes(4, "little") + data.ljust(_MESSAGE_BYTES - 4, b"\0")
         tensor = torch.frombuffer(bytearray(padded), dtype=torch.uint8)
         pending = self._in_flight.setdefault(destination, deque())
-        # in order, and gloo never says that a send is done unless it is waited for: so the oldest is waited for
+        # in order; gloo reports that a send is done only to a waiting caller, so wait for the oldest
         while len(pending) >= _MAX_IN_FLIGHT:
             self._wait_oldest(pending)
         pending.append((self._guarded(lambda: self._gloo.send([tensor], destination, 0), "sending"), tensor))
 
-    def receive(self, source: int, what: str) -> Any:
-        """The next message of a rank, always the same one. Raises LostRankError once that rank, or another, is lost."""
+    def receive(self, source: int, activity: str) -> Any:
+        """Return the next message of a rank; `source` is always the same.
+
+        Raise LostRankError once that or another rank is lost.
+        """
         if self._received is None:
             self._received = queue.SimpleQueue()
-            # gloo's own wait could not look after the sender meanwhile
+            # while gloo's own wait runs, the sender could not be checked
             arguments = self._gloo, source, self._received
             threading.Thread(target=_receive_all, args=arguments, daemon=True, name="distattn-control").start()
         silent_since = time.monotonic()
         while True:
             try:
-                found = self._received.get(timeout=1.0)
+                message = self._received.get(timeout=1.0)
                 break
             except queue.Empty:
                 waited = time.monotonic() - silent_since
                 if self._monitor.verdict is not None:
-                    found = RuntimeError(self._monitor.verdict.text)
+                    message = RuntimeError(self._monitor.verdict.text)
                     break
                 if waited > self._monitor.wait_timeout.total_seconds():
-                    self._monitor.check_alive(self.members[source], what)
+                    self._monitor.check_alive(self.members[source], activity)
                     silent_since = time.monotonic()
 
         def result() -> Any:
-            if isinstance(found, RuntimeError):
-                raise found
-            return found
+            if isinstance(message, RuntimeError):
+                raise message
+            return message
 
-        return self._guarded(result, what)
+        return self._guarded(result, activity)
 
     def flush(self) -> None:
-        """Return when every message that was sent has left."""
+        """Wait until every message that was sent has left."""
         for pending in self._in_flight.values():
             while pending:
                 self._wait_oldest(pending)
 
     def close(self) -> None:
-        """End the communicator; messages under way are given up."""
+        """End the communicator; unfinished messages are given up."""
         self._in_flight.clear()
         self._gloo = None
 
-    def _guarded(self, work: Callable[[], Any], what: str) -> Any:
-        return self._monitor.guarded(work, what, self.members)
+    def _guarded(self, work: Callable[[], Any], activity: str) -> Any:
+        return self._monitor.guarded(work, activity, self.members)
 
     def _wait_oldest(self, pending: deque[tuple[Any, torch.Tensor]]) -> None:
         work, _ = pending.popleft()
@@ -115,7 +119,7 @@ class HostGroup:
 
 
 def _receive_all(gloo: Any, source: int, received: queue.SimpleQueue[Any]) -> None:
-    """Receive messages of a rank until the connection ends, which is the last thing received."""
+    """Receive messages of a rank until the connection ends; its error is the last item."""
     while True:
         tensor = torch.empty(_MESSAGE_BYTES, dtype=torch.uint8)
         try:
@@ -128,5 +132,5 @@ def _receive_all(gloo: Any, source: int, received: queue.SimpleQueue[Any]) -> No
 
 
 def shared_name(group: dist.ProcessGroup) -> str:
-    """A name that nobody else uses, the same on all ranks of a group. A collective call."""
+    """Return a unique name that is the same on all ranks of a group. A collective call."""
     return str(all_gather_objects(group, uuid.uuid4().hex)[0])

@@ -1,11 +1,11 @@
-"""Which rank has stopped answering: said once something has failed, by asking every rank for a sign of life.
+"""Find the rank that has stopped answering: after a failure, every rank is asked for a sign of life.
 
-A broken connection or a time-out names a neighbour at best, and when one rank is lost the others break off one after
-another. So every rank has a thread that looks once in a while for a question in the job's store, and answers it with how far
-the rank has come. A rank that waits in vain asks, and names the ranks that do not answer (killed, stopped, unreachable), or
-else those that have not come as far as itself (still in their own code). The first verdict is everybody's verdict.
+A broken connection or a time-out names a neighbour at best, and when one rank is lost the others disconnect one after another. So
+every rank has a thread that looks regularly for a question in the job's store, and answers it with the rank's progress. A rank
+that waits in vain asks, and names the ranks that do not answer (killed, stopped, unreachable), or else those with less progress
+than its own (still in their own code). The first verdict is the verdict of all ranks.
 
-Nothing is written to the store while all is well.
+Without a failure nothing is written to the store.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from distattn.parallel.runtime.collective_calls import ask_store, default_store
 Result = TypeVar("Result")
 # seconds between two looks for a question
 _POLL = 0.5
-# of the time-out, the share that is left for asking and answering; at most and at least so many seconds
+# share of the time-out that is reserved for asking and answering; the most and the fewest seconds for it
 _ASKING_SHARE, _MOST_ASKING, _LEAST_ASKING = 0.25, 15.0, 2.0
 
 
 class Verdict(NamedTuple):
-    """Why the ranks have given up. text: for people. peers: the ranks to blame; empty where they are unknown."""
+    """Reason why the ranks have given up. text: for users. peers: the ranks to blame; empty if they are unknown."""
 
     text: str
     peers: tuple[int, ...] = ()
@@ -49,9 +49,9 @@ class Verdict(NamedTuple):
 
 
 class HealthMonitor:
-    """Signs of life of some ranks of the job (numbered as in the default group). name: the same on all, and nobody else's.
+    """Monitor of the signs of life of some ranks of the job (numbered as in the default group). name: unique, the same on all.
 
-    Waits of this process last `wait_timeout`, so that with the asking that follows they end within `timeout`.
+    Waits of this process last `wait_timeout`, so that they end within `timeout` together with the questions that follow.
     """
 
     def __init__(self, name: str, rank: int, ranks: Sequence[int], timeout: timedelta):
@@ -70,30 +70,30 @@ class HealthMonitor:
         self._thread.name = "distattn-health"
         self._thread.start()
 
-    def enter(self, what: str) -> None:
-        """This rank begins something that all ranks do together and equally often."""
-        self._begun[what] += 1
+    def enter(self, activity: str) -> None:
+        """Note that this rank begins an activity that all ranks do together and equally often."""
+        self._begun[activity] += 1
 
-    def guarded(self, work: Callable[[], Result], what: str, members: Sequence[int]) -> Result:
-        """What `work` returns. Raises LostRankError, which names the rank that is to blame, where communication fails.
+    def guarded(self, work: Callable[[], Result], activity: str, members: Sequence[int]) -> Result:
+        """Return the result of `work`. If communication fails, raise LostRankError naming the rank that is to blame.
 
         members: the ranks that take part.
         """
         try:
             return work()
         except torch.OutOfMemoryError:
-            # this rank's own trouble, and no message's
+            # a fault of this rank, not of a message
             raise
         except (RuntimeError, TimeoutError, LostRankError) as error:
-            raise self._explained(error, what, members) from None
+            raise self._explained(error, activity, members) from None
 
-    def _explained(self, error: Exception, what: str, members: Sequence[int]) -> LostRankError:
-        """The verdict: who is missing. Asks all ranks, and waits a while for their answers, unless it is known already."""
+    def _explained(self, error: Exception, activity: str, members: Sequence[int]) -> LostRankError:
+        """Return the verdict about missing ranks. Unless it is known, ask all ranks, and wait a while for their answers."""
         with self._lock:
             if self._verdict is None:
-                found = self._with_store(lambda: self._ask(error, what, members))
+                verdict = self._with_store(lambda: self._ask(error, activity, members))
                 self._verdict = (
-                    found
+                    verdict
                     or self._verdict
                     or Verdict(
                         "the process that holds the job's store (rank 0, or the launcher) stopped answering: "
@@ -105,26 +105,26 @@ class HealthMonitor:
     def _with_store(self, work: Callable[[], Result]) -> Result | None:
         return ask_store(work, self.asking + 8 * _POLL)
 
-    def check_alive(self, rank: int, what: str) -> None:
-        """Ask whether a rank that has been silent for long still lives. Raises LostRankError where one does not."""
+    def check_alive(self, rank: int, activity: str) -> None:
+        """Ask whether a rank that has been silent for long still lives. Raise LostRankError if a rank does not."""
         error = TimeoutError(f"nothing came of rank {rank} within {self.wait_timeout.total_seconds():.0f} s")
         with self._lock:
             if self._verdict is None and self._with_store(lambda: rank in self._answers()):
                 return
-        raise self._explained(error, what, [rank])
+        raise self._explained(error, activity, [rank])
 
     @property
     def verdict(self) -> Verdict | None:
-        """Why the ranks have given up, once one of them has."""
+        """The reason why the ranks have given up, or None."""
         return self._verdict
 
     def raise_verdict(self) -> None:
-        """Raise LostRankError where the ranks have given up."""
+        """Raise LostRankError if the ranks have given up."""
         if self._verdict is not None:
             raise self._verdict.error()
 
     def report(self, reason: str) -> None:
-        """Tell the others that this rank leaves, and why; the first one to leave is who they name."""
+        """Report to the other ranks that this rank leaves, and why; errors name the first one to leave."""
         self._with_store(lambda: self._judge(Verdict(f"rank {self.rank} has left: {reason}", (self.rank,))))
 
     def close(self) -> None:
@@ -135,33 +135,33 @@ class HealthMonitor:
         self._thread.join(timeout=2 * _POLL)
 
     def _open_store(self) -> dist.Store:
-        # a connection of its own: others may block theirs
+        # a separate connection: other threads may block theirs
         return dist.PrefixStore(f"distattn/health/{self._name}", default_store().clone())  # type: ignore[attr-defined]
 
     def _answer(self, store: dist.Store) -> None:
-        """The thread: answers questions, and remembers the verdict so that it survives the process that holds the store."""
+        """Answer questions, and remember the verdict so that it survives the process that holds the store. Runs in the thread."""
         answered = 0
         try:
             while not self._closed.wait(_POLL):
                 if store.check(["questions"]):
-                    asked = store.add("questions", 0)
-                    if asked > answered:
-                        store.set(f"answer/{self.rank}", json.dumps({"question": asked, "begun": dict(self._begun)}))
-                        answered = asked
+                    question = store.add("questions", 0)
+                    if question > answered:
+                        store.set(f"answer/{self.rank}", json.dumps({"question": question, "begun": dict(self._begun)}))
+                        answered = question
                 if self._verdict is None and store.check(["verdict"]):
                     self._verdict = Verdict.from_json(store.get("verdict"))
                     store.set(f"seen/{self.rank}", "1")
         except RuntimeError:
-            # the store has gone with its process: whoever waits finds that out itself
+            # the store is gone with its process: threads that wait for it notice that themselves
             return
 
-    def _ask(self, error: Exception, what: str, members: Sequence[int]) -> Verdict:
+    def _ask(self, error: Exception, activity: str, members: Sequence[int]) -> Verdict:
         if self._store.check(["verdict"]):
             return Verdict.from_json(self._store.get("verdict"))
-        return self._judge(self._named(self._answers(), error, what, members))
+        return self._judge(self._named(self._answers(), error, activity, members))
 
     def _answers(self) -> dict[int, Any]:
-        """Ask all ranks, and wait a while for their answers: of each rank that lives, how often it has begun what."""
+        """Ask all ranks, and wait a while for answers: for each living rank, how often it has begun each activity."""
         question = self._store.add("questions", 1)
         answers: dict[int, Any] = {}
         ends = time.monotonic() + self.asking
@@ -174,7 +174,7 @@ class HealthMonitor:
             time.sleep(0.05)
         return answers
 
-    def _named(self, answers: dict[int, Any], error: Exception, what: str, members: Sequence[int]) -> Verdict:
+    def _named(self, answers: dict[int, Any], error: Exception, activity: str, members: Sequence[int]) -> Verdict:
         silent = [rank for rank in self.ranks if rank not in answers]
         closed = [rank for rank in silent if self._store.check([f"closed/{rank}"])]
         gone = [rank for rank in silent if rank not in closed]
@@ -184,24 +184,24 @@ class HealthMonitor:
         if closed:
             text = f"{named_ranks(closed)} closed its ContextParallel while others still need it."
             return Verdict(text, tuple(closed))
-        # those furthest behind: others may wait for them in turn
-        least = min(answers[rank].get(what, 0) for rank in members)
-        if least < self._begun[what]:
-            behind = [rank for rank in members if answers[rank].get(what, 0) == least]
+        # the ranks with least progress: others may wait for them
+        least = min(answers[rank].get(activity, 0) for rank in members)
+        if least < self._begun[activity]:
+            late_ranks = [rank for rank in members if answers[rank].get(activity, 0) == least]
             return Verdict(
-                f"{named_ranks(behind)} did not come to {what} number {least + 1}: the process lives, but is elsewhere "
+                f"{named_ranks(late_ranks)} did not come to {activity} number {least + 1}: the process lives, but is elsewhere "
                 "(in its data loader or training loop, or it has left the loop).",
-                tuple(behind),
+                tuple(late_ranks),
             )
-        text = f"all ranks live, but {what} failed on rank {self.rank}: {_first_line(error)}"
+        text = f"all ranks live, but {activity} failed on rank {self.rank}: {_first_line(error)}"
         return Verdict(text, (self.rank,))
 
     def _judge(self, verdict: Verdict) -> Verdict:
-        """Make this the verdict unless there is one; returns the verdict, once the others know it."""
+        """Make this the verdict unless there is one; return the verdict, once the others know it."""
         first = Verdict.from_json(self._store.compare_set("verdict", "", json.dumps(verdict)))
         self._verdict = first
         self._store.set(f"seen/{self.rank}", "1")
-        # whoever holds the store must not take it away before the others have read this
+        # the process that holds the store must not end it before the others have read this
         ends = time.monotonic() + 3 * _POLL
         while time.monotonic() < ends:
             if all(self._store.check([f"seen/{rank}"]) for rank in self.ranks):

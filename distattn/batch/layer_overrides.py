@@ -1,4 +1,4 @@
-"""Layers whose attention is planned otherwise than the rest of their model's: windows beside full attention, say."""
+"""Layers whose attention is planned differently from the rest of their model, such as windows next to full attention."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from distattn.ir.mask import Mask
 from distattn.parallel.attention_config import check_layout
 from distattn.parallel.strategy_table import check_names
 
-# layers may be named by number, or by what they attend to
+# layers may be named by number, or by kind
 KINDS = ("window", "full")
 
 
 class LayerOverride(NamedTuple):
-    """How some layers are planned. layout: where they want their tokens, if elsewhere than the model."""
+    """Plan of some layers. layout: the layout in which they work, if it is not the model's."""
 
     strategy: str
     backward: str | None = None
@@ -25,25 +25,25 @@ class LayerOverride(NamedTuple):
     layout_options: tuple[tuple[str, int], ...] = ()
 
     @staticmethod
-    def of(name: object, given: Mapping[str, Any]) -> LayerOverride:
-        """From a mapping of these fields. Raises DistattnError for what does not exist."""
-        if not isinstance(given, Mapping):
-            raise DistattnError(f'layers {name!r} need a mapping, {{"strategy": ...}}, not {given!r}.')
-        if unknown := given.keys() - set(LayerOverride._fields):
-            known = ", ".join(LayerOverride._fields)
-            raise DistattnError(f"layers {name!r} have no {sorted(unknown)[0]!r}; an override consists of {known}.")
-        if "strategy" not in given:
-            raise DistattnError(f"layers {name!r} need a strategy of their own; give one.")
-        check_names(given["strategy"], given.get("backward"), given.get("options"))
-        if given.get("layout") is not None:
-            check_layout(given["layout"], given.get("layout_options"), "causal")
-        elif given.get("layout_options"):
+    def of(name: object, fields: Mapping[str, Any]) -> LayerOverride:
+        """Make an override from a mapping of these fields. Raise DistattnError for other fields."""
+        if not isinstance(fields, Mapping):
+            raise DistattnError(f'layers {name!r} need a mapping, {{"strategy": ...}}, not {fields!r}.')
+        if unknown := fields.keys() - set(LayerOverride._fields):
+            field_names = ", ".join(LayerOverride._fields)
+            raise DistattnError(f"layers {name!r} have no {sorted(unknown)[0]!r}; an override has {field_names}.")
+        if "strategy" not in fields:
+            raise DistattnError(f"layers {name!r} need their own strategy; give one.")
+        check_names(fields["strategy"], fields.get("backward"), fields.get("options"))
+        if fields.get("layout") is not None:
+            check_layout(fields["layout"], fields.get("layout_options"), "causal")
+        elif fields.get("layout_options"):
             raise DistattnError(f"layers {name!r} have layout_options without a layout; give both.")
-        as_items = {key: tuple(sorted((given.get(key) or {}).items())) for key in ("options", "layout_options")}
-        return LayerOverride(**{**given, **as_items})
+        as_items = {key: tuple(sorted((fields.get(key) or {}).items())) for key in ("options", "layout_options")}
+        return LayerOverride(**{**fields, **as_items})
 
     def working_layout(self, mask: Mask, layout: Layout) -> Layout | None:
-        """Return the layout where these layers want a batch's tokens; None if that is the batch's own."""
+        """Return the layout in which these layers work on a batch; None if it is the batch's own."""
         if self.layout is None:
             return None
         return make_layout(self.layout, layout.lengths, layout.ranks, mask, **dict(self.layout_options))
@@ -52,27 +52,27 @@ class LayerOverride(NamedTuple):
 class LayerOverrides:
     """Overrides by a layer's number (0, 1, ...) or kind: "window", or "full" for layers without one."""
 
-    def __init__(self, given: Mapping[int | str, Mapping[str, Any]] | None = None):
-        for name in given or {}:
+    def __init__(self, overrides: Mapping[int | str, Mapping[str, Any]] | None = None):
+        for name in overrides or {}:
             if not (name in KINDS or (type(name) is int and name >= 0)):
                 raise DistattnError(f"layers are named by number or as {' or '.join(KINDS)}, not {name!r}.")
-        self._overrides = {name: LayerOverride.of(name, way) for name, way in (given or {}).items()}
+        self._overrides = {name: LayerOverride.of(name, way) for name, way in (overrides or {}).items()}
         # numbers that no layer has had yet
         self.unused = {name for name in self._overrides if isinstance(name, int)}
 
     def of(self, layer: int | None, window: int | None) -> LayerOverride | None:
-        """The override of a layer with that number and window; None where it is planned like the others."""
+        """Return the override of a layer with that number and window; None if it is planned like the others."""
         if not self._overrides:
             return None
         if layer is None and any(isinstance(name, int) for name in self._overrides):
-            raise DistattnError("some layers are named by number, but this one does not tell its own (layer=).")
+            raise DistattnError("some layers are named by number, but this one does not pass its number (layer=).")
         self.unused.discard(layer)  # type: ignore[arg-type]
         kind = "full" if window is None else "window"
         return self._overrides.get(layer if layer in self._overrides else kind)  # type: ignore[arg-type]
 
 
 def apply_window(document_mask: str | tuple[int, int], window: int) -> tuple[int, int]:
-    """The document mask where each token sees only the last `window` tokens that it allows, itself among them."""
+    """Return the document mask in which each token sees only the last `window` allowed tokens, including itself."""
     if window < 1:
         raise DistattnError(f"a sliding window is of at least 1 token, not {window}.")
     if document_mask == "full":

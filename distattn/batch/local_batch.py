@@ -1,4 +1,4 @@
-"""What the layers of a model ask of one batch: attention, recurrences, convolutions and shifts of this rank's tokens."""
+"""The operations of a model's layers on one batch: attention, recurrences, convolutions and shifts of this rank's tokens."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from distattn.supervision.heartbeats import set_layer
 
 
 class BatchAttention(Protocol):
-    """What attention layers are given as their batch: one per rank and micro-batch, or one that follows a pipeline's ticks.
+    """Batch that attention layers get: one per rank and micro-batch, or an emulated one.
 
-    longest_document: tokens of the longest one of the micro-batch that this rank has a part of, whoever has its end; 0 where that
-    is not known.
+    longest_document: tokens of the longest document of the micro-batch that this rank has a part of, on any rank; 0 if it is
+    unknown.
     """
 
     longest_document: int = 0
@@ -54,21 +54,21 @@ class BatchAttention(Protocol):
         layer: int | None = None,
         **modifiers: Any,
     ) -> Tensor:
-        """`distattn.attention` of this rank's tokens (T, heads, dim)."""
+        """Compute `distattn.attention` of this rank's tokens (T, heads, dim)."""
         ...
 
-    def check_positions(self, given: Tensor) -> None:
-        """Refuse positions (1, T) that a model has made itself, where they are known."""
+    def check_positions(self, positions: Tensor) -> None:
+        """Refuse positions (1, T) that a model has made itself, if the right ones are known."""
 
 
 class LocalBatch(BatchAttention):
-    """The packed axis that one batch was laid out on: what attention layers need of it. It travels with the batch.
+    """The packed axis of one batch, for attention layers. It travels with the batch.
 
-    positions: of this rank's tokens (1, T), where models are to be held to them. stands_in: whether this rank has no such
-    micro-batch, and padding for one. layout: where its rows lie, by name, if not where the batch was laid out. used: whether a
-    layer has asked for anything; mixed: for a recurrence or a convolution. number: of the batch, in the run. proven: whether its
-    plans are proven before they run. relaid_spans: of spans of recurrent layers, by their shape, number and width, whether their
-    rows move (see `recurrent_span`). block: whose batch it is; by default all ranks', with all documents.
+    positions: of this rank's tokens (1, T), if models are to be checked. stands_in: this rank has no such micro-batch, but
+    padding in its place. layout: the name of the layout of its rows, if it is not that of the batch. used: a layer has called
+    an operation; mixed: a layer has called a recurrence or a convolution. number: of the batch, in the run. proven: its plans
+    are proven before they run. relaid_spans: by shape, number and width of spans of recurrent layers, whether their rows move
+    (see `recurrent_span`). block: the ranks that have this batch; by default all ranks, with all documents.
     """
 
     positions: Tensor | None = None
@@ -86,7 +86,7 @@ class LocalBatch(BatchAttention):
         self._ahead: dict[tuple[AttentionShape, torch.device], AwaitedResult[Planned]] = {}
         self._checked: Tensor | None = None
 
-    # plans are looked up, and maybe made: compiled layers are compiled before and behind it
+    # plans are looked up, and maybe made: only layers before and after it are compiled
     @torch.compiler.disable
     def attention(
         self,
@@ -99,17 +99,18 @@ class LocalBatch(BatchAttention):
         layer: int | None = None,
         **modifiers: Any,
     ) -> Tensor:
-        """`distattn.attention` of this rank's tokens (T, heads, dim), by the plan for these shapes.
+        """Compute `distattn.attention` of this rank's tokens (T, heads, dim), by the plan for these shapes.
 
-        window: each token sees the last so many of its document, itself among them. layer: the layer's number in the model.
+        window: each token sees the last `window` tokens of its document, including itself. layer: the layer's number in the
+        model.
         """
         self.used = True
         q_THD, k_TKD, v_TKE = autocast_inputs(q_THD, k_TKD, v_TKE)
         override = self.planner.overrides.of(layer, window)
-        asked = score_modifiers(modifiers.get("softcap"), modifiers.get("alibi_slopes"))
-        shape = AttentionShape.of(q_THD, k_TKD, v_TKE, window, override, asked)
+        modifier_names = score_modifiers(modifiers.get("softcap"), modifiers.get("alibi_slopes"))
+        shape = AttentionShape.of(q_THD, k_TKD, v_TKE, window, override, modifier_names)
         executable = self.executable(shape, q_THD.device)
-        # padding attends to nothing, but others may need the help of a rank that has nothing else
+        # padding attends to nothing, but other ranks may need the help of a rank with only padding
         return self._without_padding(
             executable,
             lambda q, k, v: attention(q, k, v, executable, scale=scale, **modifiers),
@@ -133,19 +134,19 @@ class LocalBatch(BatchAttention):
         initial_state: Tensor | None = None,
         return_final_state: bool = False,
     ) -> Any:
-        """`distattn.recurrence` of this rank's tokens, by the plan for this op ("gated_delta_rule", "ssd", ...) and these shapes.
+        """Compute `distattn.recurrence` of this rank's tokens, by the plan for this op ("gated_delta_rule", ...) and shapes.
 
         initial_state: (M, H, K, V) of `documents`, on every rank that has this batch; 0 by default. Its gradient is this rank's
-        share, to be summed over ranks like any parameter's. With return_final_state also the states after all documents, (M, H,
-        K, V) in fp32 (fp64), the same on every rank that has this batch, wherever documents end: they may be a later batch's
-        initial states as they are. Gradients go through both; those of final states are added over ranks, in a collective call
-        of the backward pass, so all of these ranks use them, or none.
+        share, to be summed over ranks like any parameter's. With return_final_state also return the states after all documents,
+        (M, H, K, V) in fp32 (fp64), the same on every rank that has this batch, wherever documents end: they may be a later
+        batch's initial states. Gradients go through both; those of final states are added over ranks, in a collective call of the
+        backward pass, so all of these ranks use them, or none.
         """
         self.used = self.mixed = True
         q_TGK, k_TGK, v_THV = autocast_inputs(q_TGK, k_TGK, v_THV)
         shape = AttentionShape.of(v_THV, q_TGK, v_THV)._replace(head_dim=q_TGK.shape[2], op=op_of(op))
         executable = self.executable(shape, q_TGK.device)
-        # a decay of each head has no tokens
+        # a decay per head has no tokens
         of_heads = g if g is not None and g.dim() == 1 else None
 
         states = self._states_in(initial_state)
@@ -168,9 +169,9 @@ class LocalBatch(BatchAttention):
 
     @torch.compiler.disable
     def prefix_softmax(self, weights_THL: Tensor, logits_THL: Tensor, v_THV: Tensor) -> Tensor:
-        """`distattn.prefix_softmax` of this rank's tokens: Latte, Aaren, Efficient Attention over the tokens so far.
+        """Compute `distattn.prefix_softmax` of this rank's tokens: Latte, Aaren, Efficient Attention over the preceding tokens.
 
-        weights, logits: (T, H, L) of L latents a head; v: (T, H, V). Every document of the batch begins anew.
+        weights, logits: (T, H, L) of L latents per head; v: (T, H, V). Every document of the batch begins without a state.
         """
         self.used = self.mixed = True
         (v_THV,) = autocast_inputs(v_THV)
@@ -192,7 +193,10 @@ class LocalBatch(BatchAttention):
         window: int | None = None,
         layer: int | None = None,
     ) -> Tensor:
-        """`distattn.latent_attention` of this rank's tokens, by the strategy that attention has; window, layer: as there."""
+        """Compute `distattn.latent_attention` of this rank's tokens, by attention's strategy.
+
+        window, layer: as in `attention`.
+        """
         self.used = True
         q_THD, rope_TR, latent_TL, up_HEL = autocast_inputs(q_THD, rope_TR, latent_TL, up_HEL)
         op, heads, dim = latent_op(rope_TR.shape[1], latent_TL.shape[1]), q_THD.shape[1], q_THD.shape[2]
@@ -216,16 +220,17 @@ class LocalBatch(BatchAttention):
         initial_state: Tensor | None = None,
         return_final_state: bool = False,
     ) -> Any:
-        """`distattn.causal_conv1d` of this rank's tokens (T, C), by the plan for filters (C, W), or (C, C / G, W) of G groups.
+        """Compute `distattn.causal_conv1d` of this rank's tokens (T, C), by the plan for filters (C, W), or (C, C / G, W) of G
+        groups.
 
-        initial_state: (M, C, W - 1), what comes before each of `documents`, and with return_final_state the last W - 1 inputs of
-        each, in x's dtype: on which ranks, and with which gradients, as in `recurrence`.
+        initial_state: (M, C, W - 1), the inputs before each of `documents`. With return_final_state also return the last W - 1
+        inputs of each, in x's dtype. Their ranks and gradients are as in `recurrence`.
         """
         self.used = self.mixed = True
         (x_TC,) = autocast_inputs(x_TC)
         if weight.dim() not in (2, 3):
             raise DistattnError(
-                f"weight has shape {tuple(weight.shape)}; (C, W), or (C, C / G, W) of G groups, is wanted."
+                f"weight has shape {tuple(weight.shape)}; (C, W), or (C, C / G, W) of G groups, is needed."
             )
         channels = weight.shape[1] if weight.dim() == 3 else len(weight)
         groups = max(len(weight) // max(channels, 1), 1)
@@ -250,7 +255,7 @@ class LocalBatch(BatchAttention):
 
     @torch.compiler.disable
     def token_shift(self, x_T: Tensor, distance: int = 1, *, fill: int = 0) -> Tensor:
-        """What the token `distance` before each of this rank's tokens (T, ...) has, inside documents; after it where negative.
+        """Return the token `distance` before each of this rank's tokens (T, ...), inside documents; after it if negative.
 
         Token shift and value shift: `token_shift(x)`. Labels of k tokens further ahead (multi-token prediction):
         `token_shift(labels, -k, fill=-100)`. See `distattn.token_shift`.
@@ -263,7 +268,7 @@ class LocalBatch(BatchAttention):
 
     @property
     def block(self) -> BatchBlock:
-        """Who has this batch, and which documents of the axis are its."""
+        """The ranks that have this batch, and its documents on the axis."""
         if self._block is None:
             layout = self.planner.lay_out(self.key.documents)[1]
             self._block = BatchBlock(range(layout.ranks), range(len(layout.lengths)))
@@ -271,33 +276,35 @@ class LocalBatch(BatchAttention):
 
     @property
     def documents(self) -> tuple[int, ...]:
-        """Tokens of each document of this rank's batch, in its order, on every rank that has it; none where it stands in."""
+        """Tokens of each document of this rank's batch, in its order, on every rank that has it; none if it stands in."""
         lengths, numbers = self.planner.lay_out(self.key.documents)[1].lengths, self.block.documents
         return () if self.stands_in else tuple(lengths[numbers.start : numbers.stop])
 
     @property
     def tokens(self) -> int:
-        """N, of all ranks together."""
+        """The number N of tokens of all ranks together."""
         return self.planner.layout_of(self.key, None).n
 
     @property
     def own_tokens(self) -> int:
-        """How many of this rank's tokens are of a document; the others are padding."""
+        """The number of this rank's tokens that belong to a document; the others are padding."""
         layout = self.planner.layout_of(self.key, self.layout)
         return 0 if self.stands_in else len(layout.tokens(self.planner.ranks.rank))
 
     @torch.compiler.disable
-    def check_positions(self, given: Tensor) -> None:
+    def check_positions(self, positions: Tensor) -> None:
         """Refuse positions (1, T) that a model has made itself: rotary embeddings would be those of other tokens."""
-        known = self.positions
-        if known is None or given is known or given is self._checked:
+        right_positions = self.positions
+        if right_positions is None or positions is right_positions or positions is self._checked:
             return
-        if given.shape != known.shape or not torch.equal(given.to(known.device), known):
+        if positions.shape != right_positions.shape or not torch.equal(
+            positions.to(right_positions.device), right_positions
+        ):
             raise DistattnError(
                 "the model counts positions itself, and would give this rank's tokens those of others: call it with "
                 'position_ids=batch["position_ids"].'
             )
-        self._checked = given
+        self._checked = positions
 
     def _without_padding(
         self,
@@ -307,68 +314,72 @@ class LocalBatch(BatchAttention):
         fill: int = 0,
         layer: int | None = None,
     ) -> Any:
-        """What `compute` makes of these tensors of this rank's tokens without those that pad them, and `fill` for these.
+        """Apply `compute` to tensors of this rank's tokens without padding, and pad its result with `fill`.
 
         compute: returns a tensor by token, or that and states of documents, which are returned as they are. layer: its number
-        in the model, for what is said of messages.
+        in the model, for descriptions of messages.
         """
         compute = _in_layer(layer, compute)
-        tokens, given = executable.program.tokens, by_token[0]
+        tokens, first = executable.program.tokens, by_token[0]
         padding = padded(tokens, self.planner.config.pad_to) - tokens
-        if not padding or given is None or len(given) != tokens + padding:
+        if not padding or first is None or len(first) != tokens + padding:
             return compute(*by_token)
-        found = compute(*(None if x is None else x[:tokens] for x in by_token))
-        out, *states = found if isinstance(found, tuple) else (found,)
+        result = compute(*(None if x is None else x[:tokens] for x in by_token))
+        out, *states = result if isinstance(result, tuple) else (result,)
         out = F.pad(out, (0, 0) * (out.dim() - 1) + (0, padding), value=fill)
         return (out, *states) if states else out
 
     def _states_in(self, states_M: Tensor | None) -> Tensor | None:
-        """States of all documents of the axis, from those of this batch; what other batches' are is not read on this rank."""
+        """Extend states of this batch's documents to all documents of the axis; this rank does not read those of other
+        batches."""
         if states_M is None:
             return None
         if not isinstance(states_M, Tensor) or not states_M.dim() or len(states_M) != len(self.documents):
-            given = f"of shape {tuple(states_M.shape)}" if isinstance(states_M, Tensor) else type(states_M).__name__
+            description = (
+                f"of shape {tuple(states_M.shape)}" if isinstance(states_M, Tensor) else type(states_M).__name__
+            )
             raise DistattnError(
-                f"initial_state is {given}; a tensor with one for each of the batch's {len(self.documents)} documents is wanted."
+                f"initial_state is {description}; a tensor with one state for each of the batch's {len(self.documents)} "
+                "documents is needed."
             )
         every, first = len(self.planner.lay_out(self.key.documents)[1].lengths), self.block.documents.start
-        behind = every - first - len(states_M)
-        return F.pad(states_M, (0, 0) * (states_M.dim() - 1) + (first, behind)) if first or behind else states_M
+        later = every - first - len(states_M)
+        return F.pad(states_M, (0, 0) * (states_M.dim() - 1) + (first, later)) if first or later else states_M
 
-    def _states_out(self, found: Any) -> Any:
-        """An output as it is; or that and the states of this batch's documents, from this rank's share of all documents'."""
-        if not isinstance(found, tuple):
-            return found
-        out, share = found
+    def _states_out(self, output: Any) -> Any:
+        """Return an output as it is; or it and the states of this batch's documents, from this rank's share of all documents'."""
+        if not isinstance(output, tuple):
+            return output
+        out, share = output
         ranks, first = self.block.ranks, self.block.documents.start
-        own = share[first : first + len(self.documents)]
+        batch_states = share[first : first + len(self.documents)]
         if len(ranks) == 1:
-            return out, own
+            return out, batch_states
         rank = self.planner.ranks.rank
-        return out, all_reduce_sum(own, ranks, rank, self.planner.ranks.transport(own.device))
+        return out, all_reduce_sum(batch_states, ranks, rank, self.planner.ranks.transport(batch_states.device))
 
     def plan(self, *shape: Any) -> Plan:
-        """The plan of this batch for one shape, given as the fields of `AttentionShape`; layers of equal shape share it."""
-        asked = AttentionShape(*shape)
-        return self._plans.get(asked) or self.planner.plan_of(self.key, asked)
+        """Return the plan of this batch for the fields of an `AttentionShape`; layers of equal shape share it."""
+        shape_of_call = AttentionShape(*shape)
+        return self._plans.get(shape_of_call) or self.planner.plan_of(self.key, shape_of_call)
 
     def row_moves(self, layout: str, device: torch.device) -> RowMoves:
-        """How this rank's rows go to another layout of the batch, by its name; their numbers are copied to a device once."""
-        known = layout, device
-        if known not in self._row_moves:
+        """Return the moves of this rank's rows to another layout of the batch, by its name; they are copied to a device once."""
+        key = layout, device
+        if key not in self._row_moves:
             home, there = self.planner.layout_of(self.key, None), self.planner.layout_of(self.key, layout)
-            self._row_moves[known] = RowMoves.of(home, there, self.planner.ranks.rank).to(device)
-        return self._row_moves[known]
+            self._row_moves[key] = RowMoves.of(home, there, self.planner.ranks.rank).to(device)
+        return self._row_moves[key]
 
     def executable(self, shape: AttentionShape, device: torch.device) -> Executable:
-        """The executable of this batch for one shape.
+        """Return the executable of this batch for one shape.
 
-        A shape that an earlier batch had was planned and agreed on ahead. One that is new to the run is planned now, and all
+        A shape that an earlier batch had was planned and agreed on ahead. A shape that is new in the run is planned now, and all
         ranks that share attention compare their plans, once.
         """
-        known = shape, device
-        if known not in self._executables:
-            ahead = self._ahead.pop(known, None)
+        asked = shape, device
+        if asked not in self._executables:
+            ahead = self._ahead.pop(asked, None)
             plan, key = self._planned_now(shape, device) if ahead is None else ahead.result()
             ranks = self.planner.ranks
             program = EXECUTABLES.program(plan, key, self.proven)
@@ -382,34 +393,34 @@ class LocalBatch(BatchAttention):
                     )
                 # speeds are measured on kernels of attention
                 observer = None
-            self._executables[known] = Executable(program, key, ranks.transport(device), observer)
-        return self._executables[known]
+            self._executables[asked] = Executable(program, key, ranks.transport(device), observer)
+        return self._executables[asked]
 
     def plan_ahead(self, shapes: Sequence[tuple[AttentionShape, torch.device]]) -> list[AwaitedResult[Planned]]:
-        """Expect to be asked for these shapes: futures for the planning thread, which calls this, to fulfil."""
-        self._ahead = {known: AwaitedResult(threading.get_ident()) for known in shapes}
+        """Expect these shapes: return futures that the planning thread, which calls this, fulfils."""
+        self._ahead = {key: AwaitedResult(threading.get_ident()) for key in shapes}
         return list(self._ahead.values())
 
     def _planned_now(self, shape: AttentionShape, device: torch.device) -> Planned:
         planner = self.planner
         planner.ranks.begin_shape(self, shape)
         planner.try_kernels(self.key, shape, device)
-        found = planner.ranks.agree(lambda: planner.planned(self.key, shape, device, self.proven))
+        planned = planner.ranks.agree(lambda: planner.planned(self.key, shape, device, self.proven))
         planner.register_shape(shape, device)
-        return found
+        return planned
 
 
 class RelaidBatch(LocalBatch):
-    """A batch whose rows lie as another layout has them. Its plans are made and cached with the batch's own."""
+    """A batch whose rows are in another layout. Its plans are made and cached with the batch's own."""
 
     def __init__(self, batch: LocalBatch, layout: str):
-        """layout: by name, over the batch's documents."""
+        """Change the layout of a batch's rows. layout: by name, over the batch's documents."""
         super().__init__(batch.planner, batch.key, batch.number, batch.proven, batch._block)
         self.stands_in, self.layout, self._batch = batch.stands_in, layout, batch
 
     @property
     def block(self) -> BatchBlock:
-        """See `LocalBatch`. Raises DistattnError where tokens of a block's documents may lie on other ranks."""
+        """See `LocalBatch`. Raise DistattnError if tokens of a block's documents may be on other ranks."""
         block, ranks = super().block, self.planner.lay_out(self.key.documents)[1].ranks
         if len(block.ranks) < ranks:
             raise DistattnError(
@@ -419,7 +430,7 @@ class RelaidBatch(LocalBatch):
         return block
 
     def plan(self, *shape: Any) -> Plan:
-        """See `LocalBatch.plan`: of the layout that rows lie in."""
+        """See `LocalBatch.plan`; the plan is for the layout of the rows."""
         return self._batch.plan(*AttentionShape(*shape)._replace(layout=self.layout))
 
     def executable(self, shape: AttentionShape, device: torch.device) -> Executable:
@@ -429,22 +440,22 @@ class RelaidBatch(LocalBatch):
 
 
 def _in_layer(layer: int | None, compute: Callable[..., Any]) -> Callable[..., Any]:
-    """`compute`, in whose forward and backward pass messages are said to be for a layer."""
+    """Return `compute` with a forward and backward pass whose messages are attributed to a layer."""
 
-    def computed(*given: Tensor | None) -> Any:
+    def computed(*tensors: Tensor | None) -> Any:
         set_layer(layer)
-        found = compute(*given)
-        out = found[0] if isinstance(found, tuple) else found
+        output = compute(*tensors)
+        out = output[0] if isinstance(output, tuple) else output
         if out.requires_grad:
             # called right before the gradient goes through what was computed
             out.register_hook(lambda _: set_layer(layer))
-        return found
+        return output
 
     return computed
 
 
 def _stays_at_owners(plan: Plan) -> bool:
-    """Whether ranks without tokens have no part in a plan."""
+    """Return whether ranks without tokens have no part in a plan."""
     owners = np.flatnonzero(plan.call.layout.shard_sizes())
     tables = plan.forward, plan.backward
     ranks = [column for table in tables for column in (table.tasks["rank"], table.moves["src"], table.moves["dst"])]

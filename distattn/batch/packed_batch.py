@@ -1,4 +1,4 @@
-"""Batches as data loaders give them, and the part of one that a rank gets."""
+"""Batches from data loaders, and the part of a batch that a rank gets."""
 
 # N tokens on the axis, T tokens on this rank
 
@@ -15,19 +15,19 @@ from torch import Tensor
 from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints, as_int64
 from distattn.ir.layout import Layout
-from distattn.parallel.runtime.streams import copied_to
+from distattn.parallel.runtime.streams import copy_to_device
 
 IGNORE_INDEX = -100
-# what transformers' collators add with return_flash_attn_kwargs
+# keys that transformers' collators add with return_flash_attn_kwargs
 _FLASH_KEYS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 KEYS = ("input_ids", "labels", "shift_labels", "document_lengths", "position_ids", "attention_mask")
 
 
 class Batch(Protocol):
-    """A micro-batch as a driver needs it: what is known of it, and a rank's part of it.
+    """A micro-batch as a driver needs it: its facts, and a rank's part of it.
 
-    lengths: tokens of each document. valid_labels: how many tokens have a label. digest: equal on ranks with the same batch.
-    tensors: what its maker may still be filling on a GPU. device: of a rank's part.
+    lengths: tokens of each document. valid_labels: number of tokens with a label. digest: equal on ranks with the same batch.
+    tensors: those that their maker may still be filling on a GPU. device: of a rank's part.
     """
 
     @property
@@ -46,15 +46,16 @@ class Batch(Protocol):
     def tensors(self) -> tuple[Tensor, ...]: ...
 
     def read_ahead(self, layout: Layout, rank: int) -> None:
-        """This rank will ask for its part soon. Called on another thread than `local_shard`."""
+        """Prepare to read the part of this rank, which will ask for it soon. Called on another thread than `local_shard`."""
 
     def local_shard(self, layout: Layout, rank: int, pad_to: int = 1) -> dict[str, Tensor]:
-        """`input_ids`, `labels` and `position_ids` (1, T) of a rank; padded to a multiple, and where it has no tokens."""
+        """Return `input_ids`, `labels` and `position_ids` (1, T) of a rank, padded to a multiple, also for a rank without
+        tokens."""
         ...
 
 
 class BatchFacts(NamedTuple):
-    """What is known of a micro-batch before it is read: tokens of each document, a digest, how many tokens have a label."""
+    """Facts about a micro-batch before it is read: tokens of each document, a digest, and the number of tokens with a label."""
 
     lengths: tuple[int, ...]
     digest: str
@@ -62,7 +63,7 @@ class BatchFacts(NamedTuple):
 
 
 class PackedBatch(NamedTuple):
-    """A batch with its rows laid end to end: token ids and labels (each token's successor, -100 where none), (N,).
+    """A batch with its rows end to end: token ids and labels (each token's successor, or -100), (N,).
 
     lengths: tokens of each document, in order; they add up to N.
     """
@@ -73,33 +74,33 @@ class PackedBatch(NamedTuple):
 
     @staticmethod
     def of(batch: Mapping[str, Any]) -> PackedBatch:
-        """Build the batch from a mapping as `ContextParallel.shard` takes it. Raises DistattnError where the mapping is invalid.
+        """Build the batch from a mapping as `ContextParallel.shard` takes it. Raise DistattnError if the mapping is invalid.
 
-        Nothing of the mapping is kept: a loader may fill the same tensors, or the arrays below them, with its next batch.
+        No tensor of the mapping is kept: a loader may fill the same tensors, or the arrays below them, with its next batch.
         """
         _check_keys(batch)
-        given = {name: value for name, value in batch.items() if value is not None}
-        if {"labels", "shift_labels"} <= given.keys():
+        present = {name: value for name, value in batch.items() if value is not None}
+        if {"labels", "shift_labels"} <= present.keys():
             raise DistattnError("batch has labels and shift_labels; give one of them.")
-        # a copy, not a comparison of versions: PyTorch does not count what numpy writes into memory that both share
+        # a copy, because PyTorch's tensor versions do not count what numpy writes into shared memory
         ids = _whole_numbers(batch, "input_ids").to(torch.int64, copy=True)
         if not ids.numel():
             raise DistattnError(f"input_ids {tuple(ids.shape)} has no tokens.")
         if int(ids.min()) < 0:
             raise DistattnError(f"input_ids has {int(ids.min())}; token ids count from 0.")
         for name in ("labels", "shift_labels", "position_ids", "attention_mask"):
-            if name in given:
-                _whole_numbers(given, name)
-        name = "labels" if given.get("shift_labels") is None else "shift_labels"
-        labels = int64_labels(given[name], name) if name in given else ids
+            if name in present:
+                _whole_numbers(present, name)
+        name = "labels" if present.get("shift_labels") is None else "shift_labels"
+        labels = int64_labels(present[name], name) if name in present else ids
         if ids.dim() != 2 or labels.shape != ids.shape:
             raise DistattnError(
-                f"input_ids and labels are (batch, tokens) alike, not {tuple(ids.shape)}, {tuple(labels.shape)}."
+                f"input_ids and labels both have shape (batch, tokens), not {tuple(ids.shape)}, {tuple(labels.shape)}."
             )
         kept, lengths = _documents(batch, ids)
         ids, labels = (ids[kept], labels[kept]) if kept is not None else (ids.reshape(-1), labels.reshape(-1))
         labels = labels.clone() if name == "shift_labels" else _shifted(labels, lengths)
-        if name in given and (least := int(labels.where(labels != IGNORE_INDEX, 0).min())) < 0:
+        if name in present and (least := int(labels.where(labels != IGNORE_INDEX, 0).min())) < 0:
             raise DistattnError(
                 f"{name} has {least}; labels are token ids, or {IGNORE_INDEX} for tokens without a label."
             )
@@ -107,50 +108,55 @@ class PackedBatch(NamedTuple):
 
     @property
     def valid_labels(self) -> int:
-        """How many tokens have a label."""
+        """The number of tokens with a label."""
         return int((self.labels_N != IGNORE_INDEX).sum())
 
     @property
     def digest(self) -> str:
-        """128-bit hash of the token ids and labels."""
-        found = hashlib.blake2b(digest_size=16)
+        """A 128-bit hash of the token ids and labels."""
+        hasher = hashlib.blake2b(digest_size=16)
         for tensor in self.tensors:
-            found.update(len(tensor).to_bytes(8, "little"))
-            found.update(tensor.cpu().numpy().tobytes())
-        return found.hexdigest()
+            hasher.update(len(tensor).to_bytes(8, "little"))
+            hasher.update(tensor.cpu().numpy().tobytes())
+        return hasher.hexdigest()
 
     @property
     def device(self) -> torch.device:
-        """Of the token ids and labels."""
+        """The device of the token ids and labels."""
         return self.ids_N.device
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Token ids and labels."""
+        """The token ids and labels."""
         return self.ids_N, self.labels_N
 
     def read_ahead(self, layout: Layout, rank: int) -> None:
-        """All of it has been read."""
+        """Return at once: the batch is in memory."""
 
     def local_shard(self, layout: Layout, rank: int, pad_to: int = 1) -> dict[str, Tensor]:
-        """`input_ids`, `labels` and `position_ids` (1, T) of a rank; padded to a multiple, and where it has no tokens."""
+        """Return `input_ids`, `labels` and `position_ids` (1, T) of a rank, padded to a multiple, also for a rank without
+        tokens."""
         tokens = layout.tokens(rank)
         index = _on_device(tokens, self.ids_N.device)
         return local_tensors(self.ids_N[index], self.labels_N[index], layout, tokens, pad_to)
 
 
 def micro_batches_of(step: Any) -> list[Batch] | None:
-    """A loader's step: batches as `ContextParallel.shard` takes them, or that read themselves; None where it has no more."""
+    """Return the micro-batches of a loader's step: mappings as for `ContextParallel.shard`, or batches; None after the last
+    step."""
     if step is None:
         return None
     if not isinstance(step, (Mapping, list, tuple)):
         raise DistattnError(f"a loader yields batches, or lists of them (micro-batches), not a {type(step).__name__}.")
-    given = [step] if isinstance(step, Mapping) else step
-    return [cast(Batch, batch) if hasattr(batch, "local_shard") else PackedBatch.of(batch) for batch in given]
+    batches = [step] if isinstance(step, Mapping) else step
+    return [cast(Batch, batch) if hasattr(batch, "local_shard") else PackedBatch.of(batch) for batch in batches]
 
 
 def local_tensors(ids: Tensor, labels: Tensor, layout: Layout, tokens: Ints, pad_to: int) -> dict[str, Tensor]:
-    """`input_ids`, `labels` and `position_ids` (1, T) of these tokens of a layout, padded to a multiple; ids, labels: (T,)."""
+    """Return `input_ids`, `labels` and `position_ids` (1, T) of these tokens of a layout, padded to a multiple.
+
+    ids, labels: (T,).
+    """
     positions = _on_device(layout.positions_of(tokens), ids.device)
     padding = padded(len(tokens), pad_to) - len(tokens)
     if padding:
@@ -160,21 +166,21 @@ def local_tensors(ids: Tensor, labels: Tensor, layout: Layout, tokens: Ints, pad
 
 
 def _whole_numbers(batch: Mapping[str, Any], name: str) -> Tensor:
-    """A tensor of the batch. Raises DistattnError for what is none, or not of whole numbers."""
+    """Return a tensor of the batch. Raise DistattnError if it is no tensor, or has no whole numbers."""
     value = batch[name]
     if not isinstance(value, Tensor):
-        raise DistattnError(f"{name} is a {type(value).__name__}; a tensor is wanted.")
-    # of a mask only the values matter, which are 0 and 1
+        raise DistattnError(f"{name} is a {type(value).__name__}; a tensor is needed.")
+    # a mask may have any dtype; its values are checked to be 0 and 1
     if name != "attention_mask" and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
-        raise DistattnError(f"{name} is {str(value.dtype)[6:]}; whole numbers are wanted, such as int64.")
+        raise DistattnError(f"{name} is {str(value.dtype)[6:]}; whole numbers are needed, such as int64.")
     return value
 
 
 def int64_labels(labels: Tensor, name: str = "labels") -> Tensor:
-    """Return labels as int64, without a copy where they are. Raises DistattnError for dtypes that cannot hold -100."""
+    """Return labels as int64, without a copy if they are. Raise DistattnError for dtypes that cannot hold -100."""
     dtype = str(labels.dtype)[6:]
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise DistattnError(f"{name} is {dtype}; whole numbers are wanted, such as int64.")
+        raise DistattnError(f"{name} is {dtype}; whole numbers are needed, such as int64.")
     if not labels.dtype.is_signed:
         wrapped = torch.iinfo(labels.dtype).max + 1 + IGNORE_INDEX
         raise DistattnError(
@@ -191,52 +197,52 @@ def _check_keys(batch: Any) -> None:
     if unknown & _FLASH_KEYS:
         raise DistattnError(
             f"batch has {', '.join(sorted(unknown & _FLASH_KEYS))}, which are for another attention: leave "
-            "return_flash_attn_kwargs out of the collator; position_ids say where documents begin."
+            "return_flash_attn_kwargs out of the collator; position_ids show where documents begin."
         )
     if unknown:
-        raise DistattnError(f"batch has {', '.join(sorted(map(str, unknown)))}; shard knows {', '.join(KEYS)}.")
+        raise DistattnError(f"batch has {', '.join(sorted(map(str, unknown)))}; shard takes {', '.join(KEYS)}.")
     if batch.get("input_ids") is None:
         raise DistattnError("batch has no input_ids; give token ids (batch, tokens).")
 
 
 def _shifted(labels_N: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """Each token's successor, none at the last token of each document."""
+    """Return each token's successor; the last token of a document has none."""
     out = torch.full_like(labels_N, IGNORE_INDEX)
     out[:-1] = labels_N[1:]
-    out[copied_to(labels_N.device, torch.tensor(lengths).cumsum(0) - 1)] = IGNORE_INDEX
+    out[copy_to_device(labels_N.device, torch.tensor(lengths).cumsum(0) - 1)] = IGNORE_INDEX
     return out
 
 
 def _on_device(numbers: Ints, device: torch.device) -> Tensor:
     """Return whole numbers as a tensor on a device."""
-    return copied_to(device, torch.from_numpy(numbers))
+    return copy_to_device(device, torch.from_numpy(numbers))
 
 
 def padded(tokens: int, pad_to: int) -> int:
-    """A number of tokens rounded up to a multiple: at least one multiple, because models refuse empty batches."""
+    """Round a number of tokens up to a multiple, at least one multiple, because models refuse empty batches."""
     return max(-(-tokens // pad_to), 1) * pad_to
 
 
 def _documents(batch: Mapping[str, Any], ids: Tensor) -> tuple[Tensor | None, tuple[int, ...]]:
-    """Which tokens are kept (None: all), and the lengths of documents among them."""
+    """Return which tokens are kept (None: all), and the lengths of documents among them."""
     padding = batch.get("attention_mask")
     if padding is not None:
         _check_padding(padding, ids)
         padding = None if bool(padding.all()) else padding
-    said = [name for name in ("document_lengths", "position_ids") if batch.get(name) is not None]
-    if len(said) > (padding is None):
-        both = " and ".join([*said, *(["an attention_mask with padding"] if padding is not None else [])])
-        raise DistattnError(f"batch has {both}; documents are said by one of them.")
+    sources = [name for name in ("document_lengths", "position_ids") if batch.get(name) is not None]
+    if len(sources) > (padding is None):
+        names = " and ".join([*sources, *(["an attention_mask with padding"] if padding is not None else [])])
+        raise DistattnError(f"batch has {names}; documents are given by only one of them.")
     if padding is not None:
         return _unpadded(padding)
-    if said == ["position_ids"]:
+    if sources == ["position_ids"]:
         return None, _restarts(batch["position_ids"], ids)
-    if not said:
+    if not sources:
         return None, (ids.shape[1],) * ids.shape[0]
-    found = as_int64(batch["document_lengths"], "document_lengths")
-    if found.ndim != 1 or not len(found):
+    lengths_array = as_int64(batch["document_lengths"], "document_lengths")
+    if lengths_array.ndim != 1 or not len(lengths_array):
         raise DistattnError("document_lengths is a flat list of the documents' tokens, such as [4096, 1024].")
-    lengths = tuple(found.tolist())
+    lengths = tuple(lengths_array.tolist())
     if min(lengths) < 1:
         raise DistattnError(f"document_lengths has {min(lengths)}; each document has at least one token.")
     if sum(lengths) != ids.numel():
@@ -251,13 +257,13 @@ def _check_padding(mask: Tensor, ids: Tensor) -> None:
         )
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise DistattnError(
-            "attention_mask has other values than 0 (padding) and 1; documents are said by document_lengths or position_ids."
+            "attention_mask has other values than 0 (padding) and 1; documents are given by document_lengths or position_ids."
         )
 
 
 def _unpadded(mask: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     kept = mask == 1
-    # a row's tokens are one run: it rises at most once, counting the row's begin
+    # a row's kept tokens are contiguous: the row rises at most once, counting its begin
     rises = kept[:, :1].sum(1) + (kept[:, 1:] & ~kept[:, :-1]).sum(1)
     if bool((rises > 1).any()):
         row = int((rises > 1).nonzero()[0])

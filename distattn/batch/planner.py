@@ -1,4 +1,4 @@
-"""Plans of batches: what a batch needs so that its attention layers find their executable, made ahead on a thread."""
+"""Plans of batches, made ahead on a thread, so that a batch's attention layers find their executables."""
 
 # T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim
 
@@ -21,7 +21,7 @@ from distattn.ir.layout import Layout, make_layout
 from distattn.ir.mask import Mask
 from distattn.ir.op import ATTENTION, CONVOLUTION, TOKEN_SHIFT, Op
 from distattn.ir.plan import Plan
-from distattn.kernels.registry import AUTO, candidates
+from distattn.kernels.registry import AUTO, candidate_kernels
 from distattn.kernels.trials import Trial
 from distattn.ops.executable import (
     ExecutionKey,
@@ -42,17 +42,18 @@ if TYPE_CHECKING:
 
 # steps whose plans are not made ahead if a kernel could not be used: ranks compare their trials again then
 _COMPARED_AT = (8, 64)
-# the few tokens that convolutions and token shifts receive stay for the backward pass
+# convolutions and token shifts receive few tokens, which stay for the backward pass
 _GATHERED = LayerOverride("allgather", "keep")
 
 
 class AttentionShape(NamedTuple):
-    """What one attention layer asks for, beside the batch.
+    """Requirements of one attention layer, in addition to the batch.
 
-    window: of attention, each token sees the last so many, itself among them. override: how this layer is planned otherwise than
-    others. modifiers: of its scores ("softcap", "alibi_slopes"), which not every kernel computes. op: of a recurrence heads are
-    those of values, kv_heads those of queries and keys. layout: in which this layer's rows lie, by name, if not in the batch's.
-    taps: of a convolution's filters. shift_distance: of a token shift, from a token that is read to the one that reads it.
+    window: for attention, each token sees the last `window` tokens, including itself. override: how this layer is planned
+    differently from others. modifiers: of its scores ("softcap", "alibi_slopes"), which some kernels do not compute. op: for
+    a recurrence heads are those of values, kv_heads those of queries and keys. layout: the name of the layout of this layer's
+    rows, if not the batch's. taps: of a convolution's filters. shift_distance: of a token shift, from the token that is read
+    to the one that reads it.
     """
 
     heads: int
@@ -82,82 +83,83 @@ class AttentionShape(NamedTuple):
 
 
 class BatchKey(NamedTuple):
-    """A batch to its planner: documents, in whatever form the planner's `lay_out` takes, and options of this batch alone."""
+    """Key of a batch for its planner: documents, in the form that the planner's `lay_out` takes, and options of this batch
+    only."""
 
     documents: Hashable
     options: tuple[tuple[str, Any], ...] = ()
 
 
 class Planned(NamedTuple):
-    """A plan, and what this rank's program of it is known by."""
+    """A plan, and the key of this rank's program of it."""
 
     plan: Plan
     key: ExecutionKey
 
 
-class Ranks(Protocol):
-    """The ranks that share attention, as a planner needs them: how they agree on a plan, and how its messages travel."""
+class PlanningRanks(Protocol):
+    """Interface of the ranks that share attention: how they agree on a plan, and how its messages travel."""
 
     rank: int
 
     def transport(self, device: torch.device) -> Transport:
-        """How messages between such devices travel. The first call for a device is collective."""
+        """Return the transport of messages between such devices. The first call for a device is collective."""
         ...
 
     def begin_shape(self, batch: LocalBatch, shape: AttentionShape) -> None:
-        """A batch is about to be planned for a shape that is new to the run; all ranks come to it."""
+        """Prepare for a batch's first plan of a shape that is new in the run; all ranks call this."""
 
     def agree(self, make: Callable[[], Planned]) -> Planned:
-        """Plan a batch for a shape that is new to the run, by `make`, and compare the plan with the other ranks'.
+        """Plan a batch for a shape that is new in the run, by `make`, and compare the plan with the other ranks'.
 
-        A collective call. Where one rank's plan differs or is refused, all raise DistattnError.
+        A collective call. If one rank's plan differs or is refused, all raise DistattnError.
         """
 
-    def gather(self, value: Any, what: str) -> list[Any]:
-        """A value of every rank, by rank. A collective call; what: ranks do here, for the error of a missing one."""
+    def gather(self, value: Any, activity: str) -> list[Any]:
+        """Gather a value of every rank, by rank. A collective call. activity: of the ranks, for the error about a missing one."""
         ...
 
     def observer(self, batch: LocalBatch, plan: Plan, shape: AttentionShape) -> PassObserver | None:
-        """Who is told of the passes of a batch, if anybody."""
+        """Return the observer of the passes of a batch, or None."""
 
 
 class Planner:
-    """Makes and caches the plans of batches over some ranks.
+    """Planner of batches over some ranks; it caches their plans.
 
-    lay_out: documents of a batch to its mask and layout. Equal documents, as batches of fixed length have, are planned once.
-    is_one_block: whether all ranks have the same batch.
+    lay_out: returns mask and layout of a batch's documents. Equal documents, as in batches of fixed length, are planned once.
+    is_one_block: all ranks have the same batch.
     """
 
     def __init__(
         self,
         config: AttentionConfig,
-        ranks: Ranks,
+        ranks: PlanningRanks,
         lay_out: Callable[[Any], tuple[Mask, Layout]],
         is_one_block: bool = True,
     ):
         self.config, self.ranks, self._is_one_block = config, ranks, is_one_block
-        # whole numbers travel as float64, whatever gradients travel as
+        # whole numbers are sent as float64, whatever the dtype of gradients
         self._whole_numbers = replace(config, comm_dtype=None)
         self.overrides = LayerOverrides(config.layers)
-        # fixed-length batches have the same documents again and again; packed ones never do
+        # fixed-length batches repeat the same documents; packed ones never do
         self.lay_out = lru_cache(maxsize=8)(lay_out)
         self.plan = lru_cache(maxsize=8)(self._plan)
         self._shapes: dict[tuple[AttentionShape, torch.device], None] = {}
-        # right kernels, fastest first, by what they were tried for
+        # correct kernels, fastest first, by the key of their trials
         self._ranked: dict[tuple[AttentionShape, str], list[str]] = {}
-        # how often all ranks have compared their trials
+        # number of comparisons of trials by all ranks
         self._comparisons: Counter[tuple[AttentionShape, str]] = Counter()
         self._lock = threading.Lock()
 
     def register_shape(self, shape: AttentionShape, device: torch.device) -> None:
-        """Later batches are planned for this shape ahead of time."""
+        """Plan later batches for this shape ahead of time."""
         with self._lock:
             self._shapes[shape, device] = None
 
     def registered_shapes(self, step: int = 0) -> tuple[tuple[AttentionShape, torch.device], ...]:
-        """Return the shapes layers have asked for so far, for a step's plans to be made ahead. May be called on any thread.
+        """Return the shapes that layers have asked for so far, to plan a step ahead. May be called on any thread.
 
-        In a few steps shapes are left out that a kernel could not be used for: layers ask for them, and it is tried again.
+        In a few steps, leave out shapes for which a kernel could not be used: layers ask for them, and kernels are tried again.
         """
         with self._lock:
             shapes = tuple(self._shapes)
@@ -166,9 +168,9 @@ class Planner:
         return tuple((shape, device) for shape, device in shapes if not self._may_find_more(shape, device))
 
     def planned(self, batch: BatchKey, shape: AttentionShape, device: torch.device, proven: bool) -> Planned:
-        """Plan, prove and lower: the plan of a batch, with this rank's program made. May be called on any thread."""
+        """Plan, prove and lower: return the plan of a batch, with this rank's program made. May be called on any thread."""
         config, plan = self.config, self.plan_of(batch, shape)
-        # the kernel that is asked for is one of attention
+        # the configured kernel is one of attention
         kernel = config.kernel if shape.op.is_softmax else None
         if shape.op.kind == "latent_attention" and kernel in (None, AUTO):
             kernel = latent_kernel(plan.call, device)
@@ -179,65 +181,66 @@ class Planner:
         return Planned(plan, key)
 
     def plan_of(self, batch: BatchKey, shape: AttentionShape) -> Plan:
-        """The plan of a batch for a shape. Which modifiers scores have is the kernel's matter, not the plan's."""
+        """Return the plan of a batch for a shape. Modifiers of scores concern the kernel, not the plan."""
         return self.plan(batch, shape._replace(modifiers=()))
 
     def try_kernels(self, batch: BatchKey, shape: AttentionShape, device: torch.device) -> None:
-        """Find the right kernels for calls of such a shape by trial, unless one is asked for. All ranks call it for a new shape.
+        """Find the correct kernels for calls of such a shape by trial, unless one is configured. All ranks call it for a new
+        shape.
 
-        If it is called again for what has been tried, and a kernel could not be used, ranks compare their trials again, a few
-        times: a trial that ran out of memory may find room by then.
-        Raises DistattnError on all of them where none is right.
+                If it is called again for such a shape, and a kernel could not be used, ranks compare their trials again, a few
+                times: a trial that ran out of memory may succeed by then. Raise DistattnError on all ranks if no kernel is
+                correct.
         """
         trial = self._trial_of(shape, device)
-        # the kernel that is asked for is one of attention
+        # the configured kernel is one of attention
         is_asked_for = shape.op == ATTENTION and self.config.kernel not in (None, AUTO)
         if is_asked_for or not may_choose_kernel(shape.op):
             return
         if trial in self._ranked and not self._may_find_more(shape, device):
             return
-        own: dict[str, Trial] = {}
+        trials: dict[str, Trial] = {}
         plan = broken = None
-        # what a plan is refused for all ranks hear when they compare plans
+        # the comparison of plans reports a refused plan to all ranks
         with suppress(DistattnError):
             plan = self.plan_of(batch, shape)
         if plan is not None:
             try:
-                own = local_kernel_trials(
+                trials = local_kernel_trials(
                     plan, self.ranks.rank, kernel_requirements(plan.call, device, shape.modifiers)
                 )
             except DistattnError as error:
-                # the others wait for this rank's trials, whatever has become of them
+                # the other ranks wait for this rank's trials, even if they failed
                 broken = error
         ranked = common_kernel_ranking(
-            own, device, lambda value: self.ranks.gather(value, "the trial of kernels"), shape.op
+            trials, device, lambda value: self.ranks.gather(value, "the trial of kernels"), shape.op
         )
         if broken is not None:
             raise broken
-        # without a launch nobody has tried anything: another batch will
+        # without a launch no rank has tried anything: another batch will
         if ranked:
             self._ranked[trial] = ranked
             self._comparisons[trial] += 1
 
     def _may_find_more(self, shape: AttentionShape, device: torch.device) -> bool:
-        """Return whether a kernel could not be used in a few comparisons of all ranks so far; alike on all ranks."""
+        """Return whether a kernel could not be used in a few comparisons of all ranks so far; equal on all ranks."""
         trial = self._trial_of(shape, device)
         ranked = self._ranked.get(trial)
         if ranked is None or self._comparisons[trial] > len(_COMPARED_AT):
             return False
-        return len(ranked) < len(candidates(device, shape.op))
+        return len(ranked) < len(candidate_kernels(device, shape.op))
 
     def _trial_of(self, shape: AttentionShape, device: torch.device) -> tuple[AttentionShape, str]:
-        """Return what trials of kernels are known by: windows, filters and shifts of all sizes are tried as one.
+        """Return the key of trials of kernels: windows, filters and shifts of all sizes share one.
 
-        Strategies are tried one by one, since one computes while messages are in flight, and another does not.
+        Strategies have separate keys, since one computes while messages are in flight, and another does not.
         """
         strategy = shape.override and LayerOverride(shape.override.strategy)
         one_size = shape._replace(window=shape.window and 1, taps=0, shift_distance=0)
         return one_size._replace(override=strategy, layout=None), device.type
 
     def layout_of(self, batch: BatchKey, name: str | None) -> Layout:
-        """The layout of a batch, or the one of that name over its documents."""
+        """Return the layout of a batch, or the one of that name over its documents."""
         mask, layout = self.lay_out(batch.documents)
         return layout if name is None else make_layout(name, layout.lengths, layout.ranks, mask)
 
@@ -249,7 +252,7 @@ class Planner:
     def _plan(self, batch: BatchKey, shape: AttentionShape) -> Plan:
         config, override, op = self.config, shape.override, shape.op
         mask, layout = self.lay_out(batch.documents)[0], self.layout_of(batch, shape.layout)
-        # tokens of other ops are where attention's are, but they have strategies of their own
+        # other ops keep their tokens in attention's layout, but have their own strategies
         if op == TOKEN_SHIFT:
             mask = Mask.token_shift(layout.lengths, shape.shift_distance)
             override, config = _GATHERED, self._whole_numbers
@@ -257,7 +260,7 @@ class Planner:
             mask, override = Mask.documents(layout.lengths, (shape.taps - 1, 0)), _GATHERED
         elif op.is_recurrent:
             mask = Mask.documents(layout.lengths)
-            # states of documents are known to the ranks that have the batch: tokens stay there
+            # only ranks that have the batch have states of its documents: tokens stay there
             override = None if self._is_one_block else LayerOverride("scan")
         elif shape.window is not None:
             mask = Mask.documents(layout.lengths, apply_window(config.document_mask, shape.window))
@@ -273,7 +276,7 @@ class Planner:
                 working_layout=override.working_layout(mask, layout),
             )
         elif op.is_recurrent:
-            # states move or tokens, whichever is faster
+            # either states or tokens move, whichever is faster
             plan = partial(make_recurrent_plan, kv_heads=shape.kv_heads, op=op)
         else:
             plan = partial(plan, options=dict(batch.options))

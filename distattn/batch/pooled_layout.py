@@ -1,4 +1,4 @@
-"""The token axis of a batch over all ranks that share attention: blocks of ranks, each with documents of its own."""
+"""The token axis of a batch over all ranks that share attention: blocks of ranks, each with its own documents."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Documents = tuple[tuple[int, ...], ...]
 
 
 class BatchBlock(NamedTuple):
-    """Of the ranks that share attention those that hold one batch together, and the numbers of its documents on the axis."""
+    """The ranks, among those that share attention, that hold one batch together, and the numbers of its documents on the axis."""
 
     ranks: range
     documents: range
@@ -25,7 +25,7 @@ class BatchBlock(NamedTuple):
 class BlockLayouts:
     """Layouts of batches over blocks of `block_ranks` ranks, end to end; ranks beyond the blocks own nothing.
 
-    One block over all ranks is a batch that all ranks hold; blocks of one rank are ranks that each have their own.
+    One block over all ranks is a batch that all ranks hold; blocks of one rank are ranks that each have their own batch.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class BlockLayouts:
         self.of_block = lru_cache(maxsize=8)(self._of_block)
 
     def of_batch(self, documents: Documents) -> tuple[Mask, Layout]:
-        """Mask and layout of all blocks' documents."""
+        """Return mask and layout of all blocks' documents."""
         if len(documents) == 1 and self.block_ranks == self.ranks:
             return Mask.documents(documents[0], self._config.document_mask), self.of_block(documents[0])
         lengths = [length for block in documents for length in block]
@@ -57,14 +57,14 @@ class BlockLayouts:
         )
 
     def block_of(self, rank: int, documents: Documents) -> BatchBlock:
-        """A rank's block, without documents where the rank is beyond the blocks."""
+        """Return a rank's block, without documents if the rank is beyond the blocks."""
         number = rank // self.block_ranks
         ranks, first = number * self.block_ranks, sum(map(len, documents[:number]))
-        own = sum(map(len, documents[number : number + 1]))
-        return BatchBlock(range(ranks, ranks + self.block_ranks), range(first, first + own))
+        num_documents = sum(map(len, documents[number : number + 1]))
+        return BatchBlock(range(ranks, ranks + self.block_ranks), range(first, first + num_documents))
 
     def _of_block(self, lengths: tuple[int, ...]) -> Layout:
-        """Who of a block's ranks owns which of its tokens."""
+        """Return the layout of a block's tokens over its ranks."""
         if self.block_ranks == 1:
             return Layout.contiguous(lengths, 1)
         mask = Mask.documents(lengths, self._config.document_mask)

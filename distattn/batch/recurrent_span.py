@@ -22,7 +22,7 @@ from distattn.parallel.span_layout import SPAN_LAYOUT, relayout_is_faster, relay
 
 
 class RecurrentSpan:
-    """The layers of a span take `batch` in place of the model's, and rows that `enter` gave; `leave` gives the model's back.
+    """A span of recurrent layers: they take `batch` in place of the model's, and rows from `enter`; `leave` moves rows back.
 
     Everything between the two that works token by token (norms, projections, MLPs) needs no change. Positions are not moved:
     recurrent layers have none.
@@ -35,16 +35,16 @@ class RecurrentSpan:
     """
 
     def __init__(self, batch: LocalBatch, layout: str | None):
-        """layout: of the span, by name; None where rows stay."""
+        """Make the batch of the span. layout: of the span, by name; None if rows stay."""
         self.batch = batch if layout is None else RelaidBatch(batch, layout)
         self._model, self._layout, self.is_relaid = batch, layout, layout is not None
 
     def enter(self, x_TC: Tensor) -> Tensor:
-        """Rows (U, C) where the span has them, from the model's (T, C), with gradients. A collective call of all ranks."""
+        """Move rows (T, C) of the model to the span's rows (U, C), with gradients. A collective call of all ranks."""
         return self._move(x_TC, inward=True)
 
     def leave(self, x_UC: Tensor) -> Tensor:
-        """The inverse of `enter`."""
+        """Move rows back: the inverse of `enter`."""
         return self._move(x_UC, inward=False)
 
     @torch.compiler.disable
@@ -77,13 +77,13 @@ def recurrent_span(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | None = None,
 ) -> RecurrentSpan:
-    """The span of `layers` recurrent layers in a row: re-laid to contiguous slices where that is faster, in simulation.
+    """Return the span of `layers` consecutive recurrent layers, re-laid to contiguous slices if that is faster in simulation.
 
     width: channels of the hidden states that would move. heads are those of values, kv_heads (by default as many) those of
-    queries and keys. Without a described cluster nothing is known of time, and rows stay; so they do where a rank has no tokens.
-    All ranks find the same, and once for a batch. It compares two plans of such a layer, where tokens are and where they would
-    be, unless moving them takes longer than it could gain. device: of the rows; then plans are made ahead for later batches, on
-    the planning thread, and a call that is new to the run is collective.
+    queries and keys. Rows stay if no cluster is described, because times are then unknown, and if a rank has no tokens. All
+    ranks come to the same result, once per batch. The choice compares two plans of such a layer, in the model's layout and in
+    the other, unless moving tokens takes longer than it could gain. device: of the rows; with it plans are made ahead for
+    later batches, on the planning thread, and a call that is new in the run is collective.
     """
     cluster, op = batch.planner.config.cluster, op_of(op)
     if not isinstance(cluster, ClusterSpec) or isinstance(batch, RelaidBatch):
@@ -93,15 +93,15 @@ def recurrent_span(
         # ranks without tokens may be servers, which compute attention only
         return RecurrentSpan(batch, None)
     shape = AttentionShape(heads, kv_heads or heads, head_dim, v_head_dim or head_dim, dtype_name(dtype), op=op)
-    known = shape, layers, width
-    if known not in batch.relaid_spans:
+    span_key = shape, layers, width
+    if span_key not in batch.relaid_spans:
         here, there = _plan(batch, shape, device), batch.planner.layout_of(batch.key, SPAN_LAYOUT)
         is_faster = relayout_may_be_faster(here, there, layers=layers, width=width, cluster=cluster)
         if is_faster:
             relaid = _plan(batch, shape._replace(layout=SPAN_LAYOUT), device)
             is_faster = relayout_is_faster(here, relaid, layers=layers, width=width, cluster=cluster)
-        batch.relaid_spans[known] = is_faster
-    return RecurrentSpan(batch, SPAN_LAYOUT if batch.relaid_spans[known] else None)
+        batch.relaid_spans[span_key] = is_faster
+    return RecurrentSpan(batch, SPAN_LAYOUT if batch.relaid_spans[span_key] else None)
 
 
 def _plan(batch: LocalBatch, shape: AttentionShape, device: torch.device | str | None) -> Plan:

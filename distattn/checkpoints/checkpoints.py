@@ -1,7 +1,7 @@
-"""Saving a training run's state beside the training, and resuming from the newest checkpoint that is whole.
+"""Saving a training run's state in the background, and resuming from the newest complete checkpoint.
 
-The files are those of torch.distributed.checkpoint; what is our own is when a checkpoint counts as one (docs/checkpoints.md): it
-is written into a folder with another name, synchronised, described by a manifest with digests, and renamed last.
+The files are those of torch.distributed.checkpoint. A checkpoint is written into a folder with a temporary name, synchronised,
+described by a manifest with digests, and renamed last; only then does it count as a checkpoint (docs/checkpoints.md).
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ from distattn.checkpoints.verdicts import REFUSED, CheckpointVerdict
 from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError
 from distattn.supervision.heartbeats import activity, awaiting_thread, thread_activity
 
-# waiting for an earlier save that is worth a warning, in seconds
+# seconds of waiting for an earlier save that cause a warning
 _LONG_WAIT = 1.0
-# that nothing of a checkpoint may be written or synchronised before its rank counts as hung
+# seconds without a write of a checkpoint after which its rank counts as hung
 _WRITE_SECONDS = 120.0
 
 
 class Loaded(NamedTuple):
-    """The checkpoint that a state was loaded from. step: training steps done. facts: those that it was saved with.
+    """The checkpoint that a state was loaded from. step: training steps done. facts: from its manifest.
 
-    doubt: what its verdict says against it, where no other checkpoint could be loaded; else empty.
+    doubt: its verdict if that is against it and no other checkpoint could be loaded, else "".
     """
 
     step: int
@@ -76,7 +76,7 @@ class _Save:
 
 @dataclass
 class _Note:
-    """Work on the folder of checkpoints that waits until what is being saved is written. step: as for `Checkpoints.note`."""
+    """Work on the folder of checkpoints that waits until earlier saves are written. step: as for `Checkpoints.note`."""
 
     work: Callable[[Path], None]
     step: int | None
@@ -84,7 +84,7 @@ class _Note:
 
 
 class _Start(NamedTuple):
-    """What rank 0 answers before a rank writes. plan: None where it is the one of the save before."""
+    """Rank 0's answer before a rank writes. plan: None if it is the same as for the previous save."""
 
     folder: Path
     serial: int
@@ -92,14 +92,14 @@ class _Start(NamedTuple):
 
 
 class _Written(NamedTuple):
-    """What a rank has written."""
+    """The files that a rank has written, and DCP's results."""
 
     results: list[WriteResult]
     files: list[FileDigests]
 
 
 class _Candidate(NamedTuple):
-    """A checkpoint that all ranks are to verify. passed_over: why newer or unreadable ones are not taken. doubt: see `Loaded`."""
+    """A checkpoint for all ranks to verify. passed_over: why newer or unreadable ones are not used. doubt: see `Loaded`."""
 
     folder: Path
     manifest: Manifest
@@ -108,14 +108,13 @@ class _Candidate(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of a run. Made, used and closed by all ranks of a group together, from one thread of each.
+    """The checkpoints of a run. All ranks of a group create, use and close it together, each from one thread.
 
-    folder: the same on all ranks, on a file system that they share; made by the first save. group: the ranks that save, of any
-    backend; None for one process. facts: names to digests or other words that are written into every manifest. keep: which
-    checkpoints stay. warn: is called on rank 0 with one sentence about what went wrong though the run goes on; also from the
-    thread that writes.
+    folder: the same on all ranks, on a file system that they share; the first save creates it. group: the ranks that save, of any
+    backend; None for one process. facts: digests and other texts by name for every manifest. keep: the rule of which checkpoints
+    stay. warn: called on rank 0 with a sentence about a failure after which the run continues, also from the writing thread.
 
-    Making it removes what dead writers have left in the folder.
+    Creating it removes the unfinished folders of dead writers.
     """
 
     def __init__(
@@ -131,29 +130,29 @@ class Checkpoints:
         self._exchange = RankExchange(group)
         self._is_root = self._exchange.rank == 0
         self._buffers = HostBuffers()
-        # of the last save that was begun: what its plan depends on, and what this rank writes
+        # of the last save that was begun: the state's signature, and this rank's plan
         self._signature: tuple[Any, ...] | None = None
         self._plan: SavePlan | None = None
         # on rank 0: of all ranks
         self._local_plans: list[SavePlan] = []
         self._metadata: Metadata | None = None
-        # when this was made, and the seconds that the folder was saved into before: see `Manifest.seconds`
+        # when this object was created, and the earlier jobs' seconds: see `Manifest.seconds`
         self._began = time.monotonic()
         self._seconds_before: float | None = None
-        # of the writing thread; whether it was raised and stays
+        # the writing thread's error, and whether a permanent one was raised already
         self._error: DistattnError | None = None
         self._failure_reported = False
         self._last: _Save | None = None
-        # of all optimizers, while a save overlaps
+        # a hook on all optimizers while a save overlaps
         self._step_hook: RemovableHandle | None = None
         self._last_note: _Note | None = None
-        # on rank 0: steps whose last save failed; a checkpoint of such a step is an older one
+        # on rank 0: steps whose last save failed; a checkpoint of such a step is from an earlier save
         self._failed_steps: set[int] = set()
         self._queue: queue.SimpleQueue[_Save | _Note | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_all, daemon=True, name="distattn-checkpoints")
         self._writer.start()
         if self._is_root:
-            # a folder that cannot be read is told of by whoever saves or loads
+            # saving and loading report a folder that cannot be read
             with contextlib.suppress(DistattnError):
                 clean_leftovers(self._folder)
 
@@ -169,17 +168,17 @@ class Checkpoints:
         """Save a state after `step` training steps; a thread writes it. Collective, and all ranks must save the same steps.
 
         state: nested dictionaries of tensors, DTensors and plain values, as `dcp.save` takes them, or a function that makes them
-        (`HostBuffers.made`). Returns once the tensors are copied to host memory; with `overlap` at once, and no tensor may change
-        before `wait_staged` has returned. Steps of torch.optim's optimizers wait by themselves; whatever else changes the state
-        must call it first. facts: more of them, of this save alone. verdict: what speaks against the state already.
+        (`HostBuffers.build_state`). Return once the tensors are copied to host memory; with `overlap` return at once, and no
+        tensor may change before `wait_staged` has returned. Steps of torch.optim's optimizers call it; any other code that
+        changes the state must call it first. facts: further ones for this save alone. verdict: an early verdict on the state.
 
-        An earlier save that still runs is waited for, with a warning: skipping this one would need all ranks to agree, at every
-        save, and a second copy of the state would need as much memory again. A disk that is full or cannot be written costs one
-        warning, and the next save tries again. Raises LostRankError where another rank ended during the save before, and
-        DistattnError where the save before could not be made for another reason.
+        Wait for an earlier save that still runs, with a warning: skipping this one would need all ranks to agree at every save,
+        and a second copy of the state would need as much memory again. A full or unwritable disk causes one warning, and the
+        next save tries again. Raise LostRankError if another rank ended during the previous save, and DistattnError if the
+        previous save failed for another reason.
         """
         self._wait_for_earlier(step)
-        staged = StagedState(self._buffers.made(state), self._is_root, self._buffers)
+        staged = StagedState(self._buffers.build_state(state), self._is_root, self._buffers)
         self._last = _Save(step, staged, facts or {}, verdict)
         self._queue.put(self._last)
         if not overlap:
@@ -188,11 +187,11 @@ class Checkpoints:
             self._step_hook = register_optimizer_step_pre_hook(lambda *_: self.wait_staged())
 
     def move_to(self, folder: Path) -> None:
-        """Save into another folder from the next save on; rank 0's is that of all ranks."""
+        """Use another folder from the next save on; rank 0's folder counts for all ranks."""
         self._folder = folder
 
     def wait_staged(self) -> None:
-        """Return once the tensors of the last save are copied, and may change."""
+        """Wait until the tensors of the last save are copied, and may change."""
         if self._last is not None:
             self._last.staged.wait()
         if self._step_hook is not None:
@@ -200,10 +199,10 @@ class Checkpoints:
             self._step_hook = None
 
     def note(self, work: Callable[[Path], None], step: int | None = None) -> None:
-        """Have rank 0 work on the folder of checkpoints once the last save is written, such as by `judge_checkpoint`.
+        """Run `work`, such as `judge_checkpoint`, on rank 0 once the last save is written; then apply the keep rule.
 
-        step: of the checkpoint that the work is about; the work is left out if the last save of that step failed. Not collective:
-        on other ranks it does nothing. The rule of what is kept is applied afterwards. An OSError is warned of.
+        step: of the checkpoint that the work is about; the work is skipped if the last save of that step failed. Not collective:
+        on other ranks it does nothing. An OSError becomes a warning.
         """
         if self._is_root:
             self._last_note = _Note(work, step)
@@ -214,7 +213,7 @@ class Checkpoints:
         return step in self._failed_steps
 
     def wait(self) -> None:
-        """Return once the last save is written, or has failed, and the work of `note` is done. Raises as `save` does."""
+        """Wait until the last save is written, or has failed, and the work of `note` is done. Raise as `save` does."""
         if self._last is not None:
             self._wait_for_writer(self._last)
         if self._last_note is not None:
@@ -222,7 +221,7 @@ class Checkpoints:
         self._raise_error()
 
     def close(self) -> None:
-        """Wait for the last save and end the thread that writes. Raises as `save` does, but nothing that was raised before."""
+        """Wait for the last save and end the writing thread. Raise as `save` does, but no error that was raised before."""
         self.wait_staged()
         self._queue.put(None)
         self._writer.join()
@@ -231,16 +230,16 @@ class Checkpoints:
             self._raise_error()
 
     def load_newest(self, state: dict[str, Any], *, required: Mapping[str, str] | None = None) -> Loaded | None:
-        """Load the newest checkpoint that is whole into a state, in place as `dcp.load` does. Collective.
+        """Load the newest undamaged checkpoint into a state, in place as `dcp.load` does. Collective.
 
-        Those in doubt by their verdict are tried last; a warning says so where that passes over a newer one, or where one of them
-        is loaded. Each rank reads a share of the checkpoint's blocks and compares their digests, before anything is unpickled.
-        One that is not whole is passed over, with one warning that says what is wrong with it. Where the newest is whole, those
-        that the rule does not keep are removed. required: facts that must be those of the checkpoint. The number of ranks and how
-        tensors are sharded need not be those of the save.
+        Doubtful checkpoints are tried last; a warning says so if that passes over a newer one, or if a doubtful one is loaded.
+        Each rank reads a share of the checkpoint's blocks and compares their digests, before any pickle is read. A damaged
+        checkpoint is passed over, with one warning that names the damage. If the newest one is undamaged, checkpoints that the
+        rule does not keep are removed. required: facts that the checkpoint must have. The number of ranks and the sharding of
+        tensors may differ from those of the save.
 
-        Returns None where there is no checkpoint. Raises DamagedDataError where there are some and none is whole, DistattnError
-        where a required fact differs or the state does not fit.
+        Return None if there is no checkpoint. Raise DamagedDataError if all checkpoints are damaged, DistattnError if a required
+        fact differs or the state does not fit.
         """
         self.wait()
         tried: set[Path] = set()
@@ -254,7 +253,7 @@ class Checkpoints:
                 self._failed_steps.discard(candidate.manifest.step)
                 folder, doubt = candidate.folder, candidate.doubt
                 if not passed and self._is_root:
-                    # a job that was killed right after its last save has not
+                    # a job that was killed right after its last save has not removed them
                     self._remove_old()
                 if (passed or doubt) and self._is_root:
                     how = f"all the same: it is in doubt, but no other can be loaded ({doubt})" if doubt else "instead"
@@ -266,50 +265,50 @@ class Checkpoints:
     # ---- loading
 
     def _next_candidate(self, tried: set[Path], passed: list[str]) -> _Candidate | None:
-        """Return the best untried checkpoint, the same on all ranks. passed: what is wrong with those that were tried."""
+        """Return the best untried checkpoint, the same on all ranks. passed: the problems of those that were tried."""
 
         def choose(_: Sequence[None]) -> Sequence[_Candidate | None]:
             clean_leftovers(self._folder)
-            found = list_checkpoints(self._folder)
-            unreadable = [] if tried else [one.problem for one in found if one.manifest is None]
-            left = [one for one in by_preference(found) if one.folder not in tried]
-            if left:
-                best, verdict = left[0], left[0].verdict
+            checkpoints = list_checkpoints(self._folder)
+            unreadable = [] if tried else [each.problem for each in checkpoints if each.manifest is None]
+            untried = [each for each in by_preference(checkpoints) if each.folder not in tried]
+            if untried:
+                best, verdict = untried[0], untried[0].verdict
                 assert best.manifest is not None
                 doubt = f"{verdict.kind}: {verdict.text}" if verdict.is_doubtful else ""
-                newer = found[found.index(best) + 1 :] if not tried and not doubt else []
+                newer = checkpoints[checkpoints.index(best) + 1 :] if not tried and not doubt else []
                 # do not report checkpoints that a person set aside
-                passed_over = [f"{one.folder}: {one.verdict.text}." for one in newer if one.verdict.kind == REFUSED]
+                passed_over = [f"{each.folder}: {each.verdict.text}." for each in newer if each.verdict.kind == REFUSED]
                 candidate = _Candidate(best.folder, best.manifest, doubt, [*passed_over, *unreadable])
                 return [candidate] * self._exchange.ranks
-            if found:
+            if checkpoints:
                 raise DamagedDataError(
-                    f"{self._folder}: none of its {len(found)} checkpoints is whole. {' '.join([*passed, *unreadable])} Put "
-                    "back a copy of one, or name another folder to begin anew."
+                    f"{self._folder}: none of its {len(checkpoints)} checkpoints is whole. {' '.join([*passed, *unreadable])} "
+                    "Put back a copy of one, or name another folder to begin anew."
                 )
             return [None] * self._exchange.ranks
 
-        found: _Candidate | None = self._decided(lambda: None, choose)
-        return found
+        candidate: _Candidate | None = self._decided(lambda: None, choose)
+        return candidate
 
     def _verify_and_read(self, candidate: _Candidate, state: dict[str, Any]) -> str | None:
-        """Verify and read a checkpoint; what is wrong with it, or None. The same on all ranks."""
+        """Verify and read a checkpoint; return its problem, or None. The same on all ranks."""
         part, parts = self._exchange.rank, self._exchange.ranks
         problem: Problem | None = self._decided(
             lambda: first_problem(candidate.folder, candidate.manifest, part, parts),
-            lambda found: [next((one for one in found if one is not None), None)] * parts,
+            lambda problems: [next((each for each in problems if each is not None), None)] * parts,
         )
         if problem is not None:
             return str(problem)
         try:
-            # every block is checked again as it is read: nothing lies between the check and the use
+            # every block is checked again as it is read, so no damage after the first check is loaded
             self._exchange.decide(
                 lambda: read_state(candidate.folder, candidate.manifest.files, state), lambda _: [None] * parts
             )
         except RankFailure as failure:
             if failure.kind not in ("damaged", "files"):
                 raise failure.raised() from None
-            return failure.what
+            return failure.text
         return None
 
     def _decided(self, work: Callable[[], Any], decision: Callable[[list[Any]], Sequence[Any]]) -> Any:
@@ -331,18 +330,18 @@ class Checkpoints:
                 f"{checkpoint_name(step)} waited {waited:.1f} s until {checkpoint_name(self._last.step)} was written; "
                 "save less often, or write to a faster disk."
             )
-        # once it is written, so that all ranks raise in the same call
+        # after the wait, so that all ranks raise in the same call
         self._raise_error()
 
     def _wait_for_writer(self, save: _Save) -> None:
-        words = f"writing {checkpoint_name(save.step)}"
-        with activity(words, seconds=_WRITE_SECONDS), awaiting_thread(self._writer.ident or 0):
+        action = f"writing {checkpoint_name(save.step)}"
+        with activity(action, seconds=_WRITE_SECONDS), awaiting_thread(self._writer.ident or 0):
             save.written.wait()
 
     def _raise_error(self) -> None:
         if self._error is not None:
             error = self._error
-            # ranks that are lost stay lost
+            # a lost rank is permanent
             if isinstance(error, LostRankError):
                 self._failure_reported = True
             else:
@@ -354,13 +353,13 @@ class Checkpoints:
             if isinstance(save, _Note):
                 self._do_note(save)
                 continue
-            # until it is committed
+            # `_commit` removes it
             self._failed_steps.add(save.step)
             try:
                 with thread_activity(f"writing {checkpoint_name(save.step)}"):
                     self._write_or_report(save)
             except Exception as error:
-                # this thread must live, others wait for its words
+                # this thread must live, since other threads wait for it
                 self._error = RankFailure.of(error, self._exchange.rank).raised()
             finally:
                 save.staged.set()
@@ -381,18 +380,18 @@ class Checkpoints:
             self._write(save)
         except RankFailure as failure:
             if failure.kind == "error":
-                what = f"{checkpoint_name(save.step)} cannot be saved: rank {failure.rank}: {failure.what}"
-                self._error = DistattnError(f"{what}; a state has tensors and plain values.")
+                reason = f"{checkpoint_name(save.step)} cannot be saved: rank {failure.rank}: {failure.text}"
+                self._error = DistattnError(f"{reason}; a state has tensors and plain values.")
             elif failure.kind != "files":
                 self._error = failure.raised()
             elif self._is_root:
                 self._warn(
-                    f"{checkpoint_name(save.step)} was not saved: rank {failure.rank}: {failure.what}; the run goes on, and the "
+                    f"{checkpoint_name(save.step)} was not saved: rank {failure.rank}: {failure.text}; the run goes on, and the "
                     "next save tries again."
                 )
 
     def _write(self, save: _Save) -> None:
-        """Copy, plan, write, and commit on rank 0. Raises RankFailure, the same on all ranks."""
+        """Copy, plan, write, and commit on rank 0. Raise RankFailure, the same on all ranks."""
         start: _Start | None = None
         try:
             start = self._exchange.decide(lambda: self._stage(save), self._start)
@@ -405,11 +404,11 @@ class Checkpoints:
             )
         finally:
             if self._is_root and start is not None:
-                # there is nothing where it was renamed
+                # after the rename there is no such folder
                 remove_folder(start.folder)
 
     def _stage(self, save: _Save) -> tuple[int, SavePlan | None]:
-        """Copy the tensors; the step, and DCP's plan of this rank's part, or None where it is that of the save before."""
+        """Copy the tensors; return (step, DCP's plan of this rank's part, or None if it is that of the previous save)."""
         try:
             save.state.copy_tensors()
         finally:
@@ -419,7 +418,7 @@ class Checkpoints:
         return save.step, plan
 
     def _start(self, staged: list[tuple[int, SavePlan | None]]) -> Sequence[_Start]:
-        """On rank 0: make the folder, and plan what each rank writes where that has changed."""
+        """Create the folder on rank 0, and plan each rank's part if any rank's plan has changed."""
         step, plans = staged[0][0], [plan for _, plan in staged]
         for rank, (other, _) in enumerate(staged):
             if other != step:
@@ -428,37 +427,37 @@ class Checkpoints:
                 )
         folder = new_unfinished(self._folder, step)
         try:
-            manifests = [one.manifest for one in list_checkpoints(self._folder) if one.manifest is not None]
-            serial = 1 + max((one.serial for one in manifests), default=0)
+            manifests = [each.manifest for each in list_checkpoints(self._folder) if each.manifest is not None]
+            serial = 1 + max((manifest.serial for manifest in manifests), default=0)
             if self._seconds_before is None:
-                self._seconds_before = max((one.seconds or 0.0 for one in manifests), default=0.0)
+                self._seconds_before = max((manifest.seconds or 0.0 for manifest in manifests), default=0.0)
             if all(plan is None for plan in plans):
                 return [_Start(folder, serial, None)] * len(plans)
             local = [plan or self._local_plans[rank] for rank, plan in enumerate(plans)]
-            written, self._metadata = DefaultSavePlanner().create_global_plan(local)
-            written = file_writer(folder)[0].prepare_global_plan(written)
+            final, self._metadata = DefaultSavePlanner().create_global_plan(local)
+            final = file_writer(folder)[0].prepare_global_plan(final)
             self._local_plans = local
         except BaseException:
             remove_folder(folder)
             raise
-        return [_Start(folder, serial, plan) for plan in written]
+        return [_Start(folder, serial, plan) for plan in final]
 
     def _write_files(self, state: StagedState, folder: Path) -> _Written:
-        """Write this rank's part, synchronised with the disk. Raises OSError."""
+        """Write this rank's part, synchronised with the disk. Raise OSError."""
         assert self._plan is not None
         writer, files = file_writer(folder)
         writer.set_up_storage_writer(self._is_root)
         try:
             results = writer.write_data(state.finish_plan(self._plan), state).wait()
         except Exception:
-            # torch.save turns an OSError into an error of its own
+            # torch.save replaces an OSError by an error of its own
             if files.failure is not None:
                 raise files.failure from None
             raise
         return _Written(results, files.digests())
 
     def _commit(self, save: _Save, folder: Path, serial: int, parts: list[_Written]) -> Sequence[None]:
-        """On rank 0, once all parts are on the disk: write the rest, and give the folder its name."""
+        """Write metadata and manifest on rank 0 once all parts are on the disk, and rename the folder."""
         assert self._metadata is not None
         writer, files = file_writer(folder)
         writer.finish(self._metadata, [part.results for part in parts])
@@ -480,7 +479,7 @@ class Checkpoints:
         return [None] * len(parts)
 
     def _remove_old(self) -> None:
-        """Remove what the rule does not keep. What cannot be removed costs a warning: the new checkpoint is there."""
+        """Remove checkpoints that the rule does not keep; warn of one that cannot be removed."""
         try:
             for old in self._keep.removable(list_checkpoints(self._folder)):
                 remove_checkpoint(old.folder)
@@ -489,11 +488,11 @@ class Checkpoints:
 
 
 def _check_facts(candidate: _Candidate, required: Mapping[str, str]) -> None:
-    """Raises DistattnError naming the first fact that differs; the same on all ranks."""
+    """Raise DistattnError naming the first fact that differs; the same on all ranks."""
     for name, wanted in required.items():
-        found = candidate.manifest.facts.get(name)
-        if found != wanted:
-            has = f"has {name} {found}" if found is not None else f"does not say its {name}"
+        actual = candidate.manifest.facts.get(name)
+        if actual != wanted:
+            has = f"has {name} {actual}" if actual is not None else f"does not say its {name}"
             raise DistattnError(
                 f"{candidate.folder}: {has}, but this run has {name} {wanted}; resume with what it was saved with, or name "
                 "another folder to begin anew."

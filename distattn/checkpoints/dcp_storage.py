@@ -1,7 +1,7 @@
 """Files of torch.distributed.checkpoint (DCP), digested while they are written and checked while they are read.
 
-They are DCP's own: `dcp.load` reads them, too, without the checks. Its metadata and plain values are pickles, which `dcp.load`
-has run whatever code they name; here they are read by what they may name (`pickled_names`).
+The format is DCP's: `dcp.load` reads the files, too, without the checks. DCP's metadata and plain values are pickles. `dcp.load`
+runs any code that they name; here they may name only what `pickled_names` lists.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ class DigestingFileSystem(FileSystem):
             yield file
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        """Give a written file another name."""
+        """Rename a written file."""
         super().rename(path, new_path)
         self._written[Path(new_path).name] = self._written.pop(Path(path).name)
 
     @property
     def failure(self) -> OSError | None:
-        """Why a file could not be written: torch.save raises an error of its own that does not say so."""
+        """The first file's error of writing; torch.save hides it behind an error of its own."""
         return next((file.failure for file in self._written.values() if file.failure is not None), None)
 
     def digests(self) -> list[FileDigests]:
-        """Of all files that were written."""
+        """Return the digests of all files that were written."""
         return [file.digests(name) for name, file in sorted(self._written.items())]
 
 
@@ -63,25 +63,25 @@ class CheckedFileSystem(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[Any, None, None]:
-        """Open a file for reading. Raises DistattnError for one that the manifest does not have."""
+        """Open a file for reading. Raise DistattnError for one that the manifest does not have."""
         assert mode == "rb", mode
         expected = self._expected.get(Path(path).name)
         if expected is None:
             raise DistattnError(f"{path}: is no file of this checkpoint.")
-        # not kept open: DCP opens each file once for all that it reads of it
+        # not kept open: DCP opens each file once, for all that it reads from it
         with io.BufferedReader(CheckedFile(path, expected), BLOCK_BYTES) as file:
             yield file
 
 
 class CheckpointReader(FileSystemReader):
-    """DCP's reader of a folder, whose metadata may name DCP's own classes only."""
+    """DCP's reader of a folder; the metadata may name only DCP's own classes."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
         self._file = folder / METADATA_FILE
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """Return the metadata. Raises DamagedDataError where it names what no checkpoint does, or files elsewhere; OSError."""
+        """Return the metadata. Raise DamagedDataError if it names files elsewhere or what no checkpoint names; raise OSError."""
         with self.fs.create_stream(self._file, "rb") as opened:
             metadata = load_metadata(opened, self._file)
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
@@ -95,31 +95,31 @@ class CheckpointReader(FileSystemReader):
 
 
 class PlainLoadPlanner(DefaultLoadPlanner):
-    """DCP's planner, which unpickles values that are no tensors only where they are plain."""
+    """DCP's planner, which unpickles values other than tensors only if they are plain."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Load a value. Raises DamagedDataError where it names more than `pickled_names.VALUES`."""
+        """Load a value. Raise DamagedDataError if it names more than `pickled_names.VALUES`."""
         super().load_bytes(read_item, _repickled(value, f"the checkpoint's value {read_item.dest_index.fqn}"))
 
 
-def _repickled(value: io.BytesIO, what: str) -> io.BytesIO:
-    """Return a plain value pickled anew, by this process: DCP's own planner unpickles anything."""
-    again = io.BytesIO()
+def _repickled(value: io.BytesIO, label: str) -> io.BytesIO:
+    """Return a plain value pickled again by this process, since DCP's own planner unpickles anything."""
+    repickled = io.BytesIO()
     try:
-        check_value(Path(what), value)
+        check_value(Path(label), value)
         value.seek(0)
-        torch.save(torch.load(value, weights_only=True), again)
+        torch.save(torch.load(value, weights_only=True), repickled)
     except (pickle.UnpicklingError, RuntimeError, EOFError, DamagedDataError):
         raise DamagedDataError(
-            f"{what} is not plain: it may run code, so it was not unpickled; ask who made the checkpoint."
+            f"{label} is not plain: it may run code, so it was not unpickled; ask who made the checkpoint."
         ) from None
-    again.seek(0)
-    return again
+    repickled.seek(0)
+    return repickled
 
 
 def file_writer(folder: Path) -> tuple[FileSystemWriter, DigestingFileSystem]:
-    """A DCP writer into a folder, and the digests of what it writes. Files are synchronised with the disk."""
-    # what it writes lies in host memory already
+    """Return a DCP writer into a folder, and the file system that digests its files. Files are synchronised with the disk."""
+    # the state to write is already in host memory
     writer = FileSystemWriter(folder, sync_files=True, per_thread_copy_ahead=0)
     writer.fs = files = DigestingFileSystem()
     return writer, files
@@ -128,8 +128,8 @@ def file_writer(folder: Path) -> tuple[FileSystemWriter, DigestingFileSystem]:
 def read_state(folder: Path, files: Iterable[FileDigests], state: dict[str, Any]) -> None:
     """Read this rank's part of a checkpoint into a state, in place, as `dcp.load` does. Not collective.
 
-    Raises DamagedDataError where a file is not what was written, OSError where one cannot be read, DistattnError where the state
-    is of another shape. Tensors that were read before the error have their new values.
+    Raise DamagedDataError if a file is not as written, OSError if one cannot be read, and DistattnError if the state has another
+    shape. Tensors that were read before the error have their new values.
     """
     reader, planner = CheckpointReader(folder), PlainLoadPlanner()
     reader.fs = CheckedFileSystem(files)

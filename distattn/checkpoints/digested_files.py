@@ -1,4 +1,4 @@
-"""Files whose blocks are digested while they are written, and compared with their digests while they are read."""
+"""Files whose blocks are digested while they are written, and compared with the digests while they are read."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from distattn.checkpoints.manifest import BLOCK_BYTES, FileDigests
 from distattn.ir.errors import DamagedDataError
 from distattn.supervision.heartbeats import repeat_heartbeat
 
-# small writes are collected; larger ones go to the system as they come
+# small writes are collected up to this size; larger ones go to the system at once
 _BUFFER_BYTES = 1 << 20
 
 
 class DigestingFile(io.RawIOBase):
-    """A new file. What is written is digested as it lies in memory: a fault of the disk does not get into the digests."""
+    """A new file. The bytes are digested in memory, so a fault of the disk does not affect the digests."""
 
     def __init__(self, path: os.PathLike[str] | str):
         self._file = open(path, "wb", buffering=_BUFFER_BYTES)  # noqa: SIM115
         self._block, self._filled = xxhash.xxh3_128(), 0
         self._digests: list[str] = []
         self._bytes = 0
-        # the first that writing has met
+        # the first error of writing
         self.failure: OSError | None = None
 
     def writable(self) -> bool:
-        """Yes."""
+        """Return True."""
         return True
 
     def write(self, content: Any) -> int:
-        """Append bytes. Raises OSError."""
+        """Append bytes. Raise OSError."""
         view = memoryview(content).cast("B")
         at = 0
         while at < len(view):
@@ -52,28 +52,28 @@ class DigestingFile(io.RawIOBase):
         return len(view)
 
     def tell(self) -> int:
-        """Bytes written so far."""
+        """Return the number of bytes written so far."""
         return self._bytes
 
     def flush(self) -> None:
-        """Hand everything to the system. Raises OSError."""
+        """Write all buffered bytes to the system. Raise OSError."""
         if not self._file.closed:
             self._file.flush()
 
     def fileno(self) -> int:
-        """The descriptor, for fsync: what is still buffered goes before."""
+        """Flush the buffer and return the descriptor, for fsync."""
         self._file.flush()
         return self._file.fileno()
 
     def close(self) -> None:
-        """Close the file. Raises OSError where what is buffered cannot be written."""
+        """Close the file. Raise OSError if buffered bytes cannot be written."""
         try:
             self._file.close()
         finally:
             super().close()
 
     def digests(self, name: str) -> FileDigests:
-        """Of all that was written, once it was."""
+        """Return the digests of the file's content; call it after the last write."""
         if self._filled or not self._digests:
             self._end_block()
         return FileDigests(name, self._bytes, tuple(self._digests))
@@ -85,9 +85,9 @@ class DigestingFile(io.RawIOBase):
 
 
 class CheckedFile(io.RawIOBase):
-    """A file to be read: every block is compared with its digest before a byte of it is handed out.
+    """A file to be read: every block is compared with its digest before a byte of it is returned.
 
-    Raises OSError where it cannot be read; reading raises DamagedDataError naming the bytes that are not what was written.
+    Opening raises OSError; reading raises OSError, and DamagedDataError naming the bytes that are not as written.
     """
 
     def __init__(self, path: os.PathLike[str] | str, expected: FileDigests):
@@ -97,25 +97,25 @@ class CheckedFile(io.RawIOBase):
         self._block, self._content = -1, b""
 
     def readable(self) -> bool:
-        """Yes."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """Yes."""
+        """Return True."""
         return True
 
     def tell(self) -> int:
-        """The position in bytes."""
+        """Return the position in bytes."""
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Move to a position; returns it."""
+        """Move to a position; return it."""
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._expected.bytes}[whence]
         self._position = start + offset
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Fill a buffer up to the end of a block; returns the bytes read, 0 at the end of the file."""
+        """Fill a buffer up to the end of a block; return the number of bytes read, 0 at the end of the file."""
         block, start = divmod(self._position, BLOCK_BYTES)
         if self._position >= self._expected.bytes:
             return 0
@@ -135,11 +135,11 @@ class CheckedFile(io.RawIOBase):
 
 
 def read_block(descriptor: int, path: os.PathLike[str] | str, expected: FileDigests, block: int) -> bytes:
-    """A block of a file, compared with its digest. Raises OSError, and DamagedDataError where it is not what was written."""
+    """Read a block of a file and compare it with its digest. Raise OSError, and DamagedDataError if it is not as written."""
     start = block * BLOCK_BYTES
     size = min(BLOCK_BYTES, expected.bytes - start)
     parts, missing = [], size
-    # the system may return less than it was asked for
+    # the system may return less than was requested
     while missing and (part := os.pread(descriptor, missing, start + size - missing)):
         parts.append(part)
         missing -= len(part)

@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: manifest.json, the last file that is written into its folder.
 
-It has the size of every other file and an xxh3-128 digest (github.com/Cyan4973/xxHash) of each block of it, what the checkpoint
-is of, and a digest of its own content. A folder without a manifest that agrees with its files is no checkpoint.
+It has the size of every other file, an xxh3-128 digest (github.com/Cyan4973/xxHash) of each block of each file, facts about the
+checkpoint, and a digest of its own content. A folder whose manifest is missing or does not match its files is no checkpoint.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import xxhash
 from distattn.ir.errors import DamagedDataError
 
 MANIFEST_FILE = "manifest.json"
-# a problem is named with the bytes of its block; at this size the manifest of a checkpoint of 1 TB has 9 MB
+# an error names the bytes of the damaged block; with this size the manifest of a checkpoint of 1 TB has 9 MB
 BLOCK_BYTES = 1 << 22
 FORMAT_VERSION = 1
 
 
 class FileDigests(NamedTuple):
-    """A file of a checkpoint: its name, its size in bytes, and the xxh3-128 of each block of BLOCK_BYTES, in hexadecimal.
+    """A file of a checkpoint: its name, its size in bytes, and the hexadecimal xxh3-128 of each block of BLOCK_BYTES.
 
-    The last block may be shorter. An empty file has one block, of no bytes.
+    The last block may be shorter. An empty file has one block of 0 bytes.
     """
 
     name: str
@@ -36,13 +36,13 @@ class FileDigests(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is.
+    """The facts of a checkpoint.
 
-    serial: checkpoints of a folder are numbered in the order in which they were saved, which is not that of their steps where a
-    run has gone back. step: training steps done. saved_at: ISO 8601, UTC, for people, since clocks jump. world_size: ranks that
-    saved. torch: its version. facts: names to digests or other words about what the state belongs to (configuration, plan,
-    corpora). files: all files but the manifest. seconds: for which jobs have saved into the folder so far, by a clock that never
-    jumps; None in manifests of earlier versions.
+    serial: the number of the save in its folder; the order of serials differs from that of steps if a run went back. step:
+    training steps done. saved_at: ISO 8601, UTC, only for people, since clocks jump. world_size: number of ranks that saved.
+    torch: its version. facts: digests and other texts by name that identify the run's configuration, plan and corpora. files:
+    all files but the manifest. seconds: time for which jobs have used the folder so far, by a monotonic clock; None in manifests
+    of earlier versions.
     """
 
     serial: int
@@ -56,11 +56,11 @@ class Manifest:
 
     @property
     def bytes(self) -> int:
-        """Of all files but the manifest."""
+        """The size of all files but the manifest."""
         return sum(file.bytes for file in self.files)
 
     def write(self, folder: Path) -> None:
-        """Write manifest.json into a folder, and synchronise the file with the disk. Raises OSError."""
+        """Write manifest.json into a folder, and synchronise the file with the disk. Raise OSError."""
         content = {"version": FORMAT_VERSION, "block_bytes": BLOCK_BYTES} | asdict(self)
         content["files"] = [file._asdict() for file in self.files]
         with open(folder / MANIFEST_FILE, "w", encoding="utf-8") as opened:
@@ -71,7 +71,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """The manifest of a checkpoint. Raises DamagedDataError where there is none, or one that was altered."""
+        """Return the manifest of a checkpoint. Raise DamagedDataError if it is missing or was altered."""
         file = folder / MANIFEST_FILE
         try:
             content: Any = json.loads(file.read_bytes())
@@ -83,12 +83,12 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise DamagedDataError(f"{file}: was altered: it is not what was written.") from None
         if digest != _own_digest({"version": version, "block_bytes": block} | content):
-            raise DamagedDataError(f"{file}: was altered: its content does not have the digest that stands in it.")
+            raise DamagedDataError(f"{file}: was altered: its content does not match the digest in it.")
         if (version, block) != (FORMAT_VERSION, BLOCK_BYTES):
             raise DamagedDataError(f"{file}: format version {version}; this distattn reads version {FORMAT_VERSION}.")
         try:
             content["files"] = [FileDigests(f["name"], f["bytes"], tuple(f["blocks"])) for f in content["files"]]
-            outside = [one.name for one in content["files"] if Path(one.name).name != one.name]
+            outside = [entry.name for entry in content["files"] if Path(entry.name).name != entry.name]
             manifest = cls(**content)
         except (KeyError, TypeError):
             raise DamagedDataError(
@@ -100,6 +100,6 @@ class Manifest:
 
 
 def _own_digest(content: Mapping[str, Any]) -> str:
-    """xxh3-128 of the content without the digest, as JSON with sorted keys and without blanks."""
+    """Return the xxh3-128 of the content without its digest, as JSON with sorted keys and without blanks."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return str(xxhash.xxh3_128_hexdigest(text.encode()))

@@ -1,4 +1,4 @@
-"""Who writes: a process, so named that others can tell whether it still lives."""
+"""The owner of a folder: a process, described so that other processes can tell whether it is alive."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pathlib import Path
 
 import xxhash
 
-# in the environment of processes that a launcher starts: the name of its job, which is that of its attempts alone
+# environment variable with the name of a launcher's job; the processes of all its attempts have it, and no others
 JOB_VARIABLE = "DISTATTN_JOB"
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process. host: its name; machine: what tells this boot of this machine (or container) from all others.
+    """A process. host: its name; machine: identifies this boot of this machine or container.
 
-    pid: within the machine; started: when, in clock ticks after the boot, since numbers of processes are used again. job: whose
-    attempts follow one another, the number of a Slurm job or a name that a launcher gave (JOB_VARIABLE), "" without one.
-    since: ISO 8601, UTC, when it became the owner. token: of this ownership alone.
+    pid: within the machine; started: the time of its start, in clock ticks after the boot, since process ids are reused. job: the
+    job whose attempts follow one another: the number of a Slurm job, or a name from a launcher (JOB_VARIABLE), "" without one.
+    since: when it became the owner, ISO 8601, UTC. token: unique for this ownership.
     """
 
     host: str
@@ -38,7 +38,7 @@ class Owner:
 
     @classmethod
     def of_this_process(cls) -> Owner:
-        """This process, as an owner from now on."""
+        """Return this process as an owner from now on."""
         since = datetime.now(UTC).isoformat(timespec="seconds")
         job = os.environ.get(JOB_VARIABLE) or os.environ.get("SLURM_JOB_ID", "")
         pid = os.getpid()
@@ -46,13 +46,13 @@ class Owner:
 
     @classmethod
     def read(cls, file: Path) -> Owner | None:
-        """The owner that a file names; None where it names none."""
+        """Return the owner that a file names, or None."""
         with contextlib.suppress(OSError, ValueError, TypeError):
             return cls(**json.loads(file.read_bytes()))
         return None
 
     def write(self, file: Path) -> None:
-        """Name this owner in a file, whole or not at all. Raises OSError."""
+        """Write this owner into a file atomically. Raise OSError."""
         aside = file.with_name(f"{file.name}.{self.token}")
         try:
             aside.write_text(json.dumps(asdict(self), indent=1) + "\n", "utf-8")
@@ -63,14 +63,14 @@ class Owner:
             raise
 
     def is_alive(self) -> bool | None:
-        """Whether the process still runs; None where it ran on another machine, or before this one was started again."""
+        """Return whether the process still runs; None if it ran on another machine, or before a reboot of this one."""
         if self.machine != _machine():
             return None
         return _started(self.pid) == self.started
 
     @property
     def writer_name(self) -> str:
-        """Return the name that `writer_name` gives to this process."""
+        """Return the name that the function `writer_name` returns in the owner's process."""
         return f"{_digest(self.machine)}-{self.pid}-{self.started}"
 
     def __str__(self) -> str:
@@ -80,15 +80,15 @@ class Owner:
 
 
 def machine_digest() -> str:
-    """Return 8 hexadecimal digits that ranks have in common which share a boot, process ids and a network, the loopback included.
+    """Return 8 hexadecimal digits, equal for ranks that share a boot, process ids and a network with its loopback.
 
-    Pods of one host may see all its processes (hostPID), and have networks of their own.
+    Pods of one host may see all its processes (hostPID), but have their own networks.
     """
     return _digest(f"{_machine()} {os.readlink('/proc/self/ns/net')}")
 
 
 def writer_name() -> str:
-    """This process in a word that can stand in the name of a file, such as 1f3870be-4711-8236."""
+    """Return a name of this process for the name of a file, such as 1f3870be-4711-8236."""
     pid = os.getpid()
     return f"{_digest(_machine())}-{pid}-{_started(pid)}"
 
@@ -98,7 +98,7 @@ def _digest(text: str) -> str:
 
 
 def writer_is_alive(name: str) -> bool | None:
-    """Whether the process of a `writer_name` still runs; None where it ran on another machine, or before a start of this one."""
+    """Return whether the process of a `writer_name` still runs; None if it ran on another machine, or before a reboot."""
     machine, pid, started = name.split("-")
     if machine != _digest(_machine()):
         return None
@@ -106,22 +106,22 @@ def writer_is_alive(name: str) -> bool | None:
 
 
 def file_age(path: Path) -> float:
-    """Seconds since a file was changed, by the clock of its file system. Raises OSError."""
+    """Return the seconds since a file was changed, by the clock of its file system. Raise OSError."""
     with tempfile.TemporaryFile(dir=path.parent) as now:
         return os.fstat(now.fileno()).st_mtime - path.stat().st_mtime
 
 
 @cache
 def _machine() -> str:
-    """The boot of this machine, and the numbering of processes that this one sees: containers have their own."""
+    """Return the boot id of this machine with the namespace of process ids, which containers have of their own."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _started(pid: int) -> int:
-    """When a process was started, in clock ticks after the boot; 0 where there is none, or only what is left of one."""
+    """Return when a process was started, in clock ticks after the boot; 0 if there is no such process, or only a zombie."""
     try:
-        # the name, in brackets, may have blanks in it
+        # the program's name, in brackets, may contain blanks
         fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
     except OSError:
         return 0

@@ -1,8 +1,8 @@
-"""Pickles of a checkpoint are read by what they name: DCP's own classes and PyTorch's tensors, and nothing else. Needs no torch.
+"""The names that a checkpoint's pickles may contain: DCP's own classes and PyTorch's tensors, and no others. Needs no torch.
 
-A pickle can name any function of any module and have it called when it is read. Digests do not help: whoever makes a checkpoint
-makes its digests, too. So what a checkpoint's pickles may name is listed here. `METADATA` is for DCP's `.metadata`; `VALUES` is
-for the tensors and plain values in the other files, and all of it is among what `torch.load(weights_only=True)` takes.
+A pickle can name any function of any module, which is called when the pickle is read. Digests do not help, since the author of a
+checkpoint makes its digests, too. So this file lists the permitted names. `METADATA` is for DCP's `.metadata`; `VALUES` is for
+the tensors and plain values in the other files, and is a subset of what `torch.load(weights_only=True)` permits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ METADATA = _OF_TORCH | {
     *((f"{_DCP}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata")),
     *((f"{_DCP}.metadata", name) for name in ("TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties")),
     (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
-    # some versions of Python 3.11 pickle the members of an enumeration by it; see `_enumeration_member`
+    # some versions of Python 3.11 pickle the members of an enumeration with it; see `_enumeration_member`
     ("builtins", "getattr"),
     (f"{_DCP}.filesystem", "_StorageInfo"),
     ("collections", "OrderedDict"),
@@ -45,7 +45,7 @@ VALUES = _OF_TORCH | {
     *(("torch", f"{name}Storage") for name in (*_STORAGES, "ComplexFloat", "ComplexDouble")),
     ("collections", "OrderedDict"),
     ("collections", "Counter"),
-    # texts of bytes in pickles of protocol 2
+    # bytes in pickles of protocol 2
     ("_codecs", "encode"),
     ("builtins", "bytearray"),
     ("builtins", "set"),
@@ -53,15 +53,15 @@ VALUES = _OF_TORCH | {
 
 
 class ForeignPickle(NamedTuple):
-    """A pickle that cannot be read without danger, or not at all. offset: where it begins in its file. what: a sentence."""
+    """A pickle that is dangerous to read, or unreadable. offset: where it begins in its file. text: a sentence."""
 
     file: str
     offset: int
-    what: str
+    text: str
 
 
 def refusal(path: Path, module: str, name: str) -> DamagedDataError:
-    """Make the error of a pickle that names what no checkpoint has."""
+    """Return the error for a pickle with a name that no checkpoint contains."""
     return DamagedDataError(
         f"{path}: names {module}.{name}, which no checkpoint of PyTorch's does and which could run code; it was not unpickled: "
         "do not use this folder, and ask who made it."
@@ -69,14 +69,14 @@ def refusal(path: Path, module: str, name: str) -> DamagedDataError:
 
 
 def unreadable(path: Path) -> DamagedDataError:
-    """Make the error of bytes that are no pickle of a checkpoint."""
+    """Return the error for bytes that are no pickle of a checkpoint."""
     return DamagedDataError(f"{path}: cannot be read as a part of a checkpoint of PyTorch's; take another checkpoint.")
 
 
 def foreign_pickles(folder: Path) -> Iterator[ForeignPickle]:
-    """Find the pickles of a checkpoint that are unreadable, or name what no checkpoint needs. Nothing they name is imported.
+    """Yield the pickles of a checkpoint that are unreadable, or have names that no checkpoint needs. Import none of the names.
 
-    Yields nothing for a folder without DCP's `.metadata`. Raises OSError.
+    Yield nothing for a folder without DCP's `.metadata`. Raise OSError.
     """
     path = folder / METADATA_FILE
     try:
@@ -102,7 +102,7 @@ def foreign_pickles(folder: Path) -> Iterator[ForeignPickle]:
 
 
 class _Item(NamedTuple):
-    """The place of a tensor or a value: its file, and its bytes there."""
+    """The place of a tensor or a value: its file, and its range of bytes in it."""
 
     file: str
     offset: int
@@ -117,14 +117,14 @@ def _place(info: Any) -> tuple[str, int, int]:
 
 
 def check_value(path: Path, part: Any) -> None:
-    """Raise DamagedDataError where a part that `torch.save` wrote names more than `VALUES`. part: the part, at its beginning.
+    """Raise DamagedDataError if a part that `torch.save` wrote has names outside `VALUES`. part: a file at its beginning.
 
-    `torch.load(weights_only=True)` alone would depend on what other packages add to its list: Megatron-core does.
+    `torch.load(weights_only=True)` alone is not enough, since other packages, such as Megatron-core, add names to its list.
     """
     try:
         with zipfile.ZipFile(part) as archive:
             pickles = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
-    # zipfile raises these for bytes that are no archive
+    # zipfile raises these errors for bytes that are no archive
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError):
         raise unreadable(path) from None
     if not pickles:
@@ -134,7 +134,7 @@ def check_value(path: Path, part: Any) -> None:
 
 
 class _Inert:
-    """A stand-in for everything that a pickle names: it takes any arguments, and does nothing."""
+    """A stand-in for everything that a pickle names: it accepts any arguments, and does nothing."""
 
     def __new__(cls, *_: Any, **__: Any) -> _Inert:
         return object.__new__(cls)
@@ -150,56 +150,56 @@ class _Inert:
         pass
 
     def append(self, value: Any) -> None:
-        """Take a part of a list."""
+        """Ignore an item of a list."""
 
     def add(self, value: Any) -> None:
-        """Take a part of a set."""
+        """Ignore an item of a set."""
 
 
 class _ListedUnpickler(pickle.Unpickler):
-    """An unpickler that finds only the classes of a list, by their names."""
+    """An unpickler that resolves only listed names."""
 
     def __init__(self, file: Any, path: Path, names: Collection[tuple[str, str]]):
         super().__init__(file)
         self._path, self._names = path, names
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what a pickle names. Raises DamagedDataError for what no checkpoint names."""
+        """Return the object of a name. Raise DamagedDataError for a name that is not listed."""
         if (module, name) not in self._names:
             raise refusal(self._path, module, name)
         if (module, name) == ("builtins", "getattr"):
             return _enumeration_member
-        # Python 3.13 writes a module that older ones do not have
+        # Python 3.13 names a module that older versions do not have
         return super().find_class("pathlib" if module.startswith("pathlib") else module, name)
 
 
 def _enumeration_member(enumeration: Any, name: Any) -> Any:
-    """Return the member of an enumeration that has this name. Raises ValueError for what is no enumeration."""
+    """Return the member of an enumeration that has this name. Raise ValueError if it is no enumeration."""
     if not isinstance(enumeration, EnumType):
         raise ValueError("not an enumeration")
     return enumeration[name]
 
 
 class _InertUnpickler(_ListedUnpickler):
-    """An unpickler that puts `_Inert` in place of everything that is named."""
+    """An unpickler that replaces everything that is named by `_Inert`."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return a class that does nothing. Raises DamagedDataError for what no checkpoint names."""
+        """Return a class that does nothing. Raise DamagedDataError for a name that is not listed."""
         if (module, name) not in self._names:
             raise refusal(self._path, module, name)
         return _Inert
 
     def persistent_load(self, pid: Any) -> Any:
-        """Return nothing: the numbers of tensors lie elsewhere."""
+        """Return None: the tensors' elements are elsewhere."""
 
 
 def load_metadata(file: Any, path: Path) -> Any:
-    """Return DCP's metadata of an open file. Raises DamagedDataError for another file, or one that names more."""
+    """Return DCP's metadata from an open file. Raise DamagedDataError if it is no pickle, or has names that are not listed."""
     return _load(_ListedUnpickler(file, path, METADATA), path)
 
 
 def _inert(path: Path, content: bytes, names: Collection[tuple[str, str]]) -> Any:
-    """Unpickle without importing what is named. Raises DamagedDataError."""
+    """Unpickle without importing any name. Raise DamagedDataError."""
     return _load(_InertUnpickler(io.BytesIO(content), path, names), path)
 
 
@@ -208,27 +208,27 @@ def _load(unpickler: pickle.Unpickler, path: Path) -> Any:
         return unpickler.load()
     except (DamagedDataError, OSError):
         raise
-    # for bytes that are no pickle it may raise almost any error
+    # bytes that are no pickle may raise almost any error
     except Exception:
         raise unreadable(path) from None
 
 
 class _Part(io.RawIOBase):
-    """A part of an open file, to be read as a file."""
+    """A part of an open file, readable as a file."""
 
     def __init__(self, file: Any, offset: int, length: int):
         self._file, self._offset, self._length, self._position = file, offset, length, 0
 
     def readable(self) -> bool:
-        """Return True: the part can be read."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """Return True: the position can be set."""
+        """Return True."""
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Move to a position; return it. Raises ValueError for one before the beginning."""
+        """Move to a position; return it. Raise ValueError for one before the beginning."""
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
         if start + offset < 0:
             raise ValueError("before the beginning")
@@ -240,7 +240,7 @@ class _Part(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Fill a buffer; return the bytes read, 0 at the end of the part."""
+        """Fill a buffer; return the number of bytes read, 0 at the end of the part."""
         left = max(self._length - self._position, 0)
         self._file.seek(self._offset + self._position)
         content = self._file.read(min(len(buffer), left))

@@ -1,7 +1,7 @@
-"""What the ranks of a checkpoint tell each other: rank 0 of the group hears all, decides, and answers each.
+"""Messages between the ranks of a checkpoint: rank 0 of the group receives all results, decides, and answers each rank.
 
-Over connections of its own, so that a thread can use them beside whatever the trainer sends. A rank that fails is heard of by
-all, and one that ends leaves the others with an error.
+They go over separate connections, so that a thread can use them while the trainer communicates. If a rank fails, all ranks learn
+of it; if a rank ends, the others raise an error.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from distattn.checkpoints.rank_sockets import RankConnection, connect_to_root
 from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError
 from distattn.supervision.heartbeats import thread_activity
 
-# that ranks may take longer than others to write their part, in seconds; one that has ended is noticed at once
+# seconds by which a rank may write its part later than others; a rank that has ended is noticed at once
 _SLOWEST_SECONDS = 1800.0
 Result = TypeVar("Result")
 
 
 class RankFailure(Exception):
-    """What one rank could not do, as all ranks learn of it. kind: "files" (OSError), "damaged", "refused", "lost" or "error"."""
+    """A failure of one rank, as all ranks raise it. kind: "files" (OSError), "damaged", "refused", "lost" or "error"."""
 
-    def __init__(self, kind: str, rank: int, what: str):
-        super().__init__(kind, rank, what)
-        self.kind, self.rank, self.what = kind, rank, what
+    def __init__(self, kind: str, rank: int, text: str):
+        super().__init__(kind, rank, text)
+        self.kind, self.rank, self.text = kind, rank, text
 
     @classmethod
     def of(cls, error: Exception, rank: int) -> RankFailure:
-        """An error of this rank, in words."""
+        """Return the failure that describes an error of this rank."""
         if isinstance(error, RankFailure):
             return error
         if isinstance(error, OSError):
@@ -42,10 +42,10 @@ class RankFailure(Exception):
         return cls("error", rank, f"{type(error).__name__}: {error}")
 
     def raised(self) -> DistattnError:
-        """The same as an error for people."""
+        """Return the failure as the DistattnError to raise to the user."""
         kinds = {"lost": LostRankError, "damaged": DamagedDataError}
         where = "" if self.kind in ("lost", "damaged", "refused") else f"rank {self.rank}: "
-        return kinds.get(self.kind, DistattnError)(where + self.what)
+        return kinds.get(self.kind, DistattnError)(where + self.text)
 
 
 class _Answer(NamedTuple):
@@ -54,7 +54,7 @@ class _Answer(NamedTuple):
 
 
 class RankExchange:
-    """The ranks of a group, or one process alone. Used by one thread at a time. Making it is a collective call."""
+    """The ranks of a group, or one process alone. One thread at a time may use it. Creating it is a collective call."""
 
     def __init__(self, group: dist.ProcessGroup | None):
         self.rank = 0 if group is None else dist.get_rank(group)
@@ -65,10 +65,10 @@ class RankExchange:
             self._connections = connect_to_root(group)
 
     def decide(self, work: Callable[[], Result], decision: Callable[[list[Result]], Sequence[Any]]) -> Any:
-        """Every rank does `work`; rank 0 hears all results, by rank, and `decision` gives an answer for each rank. Collective.
+        """Run `work` on every rank and `decision` on rank 0; return this rank's answer. Collective.
 
-        Returns this rank's answer. Where a rank raises, or the decision does, no answer is given and all ranks raise the same
-        RankFailure; where a rank has ended, its kind is "lost", and nothing more can be exchanged.
+        `decision` gets all results by rank, and returns an answer for each rank. If `work` or `decision` raises, all ranks raise
+        the same RankFailure. If a rank has ended, its kind is "lost", and no further exchange is possible.
         """
         outcome: Any
         try:
@@ -90,7 +90,7 @@ class RankExchange:
         return answer.value
 
     def close(self) -> None:
-        """End the connections: ranks that wait for this one are told so."""
+        """Close the connections; ranks that wait for this one notice it."""
         for connection in self._connections.values():
             connection.close()
         self._connections = {}
@@ -104,27 +104,28 @@ class RankExchange:
         except (EOFError, OSError) as error:
             return _lost(0, error)
 
-    def _answer_all(self, own: _Answer, decision: Callable[[list[Any]], Sequence[Any]]) -> _Answer:
-        outcomes = [own]
+    def _answer_all(self, own_outcome: _Answer, decision: Callable[[list[Any]], Sequence[Any]]) -> _Answer:
+        outcomes = [own_outcome]
         for rank in range(1, self.ranks):
             try:
                 outcomes.append(self._receive(rank))
             except (EOFError, OSError) as error:
                 outcomes.append(_lost(rank, error))
-        failures = [one.failure for one in outcomes if one.failure is not None]
-        # a lost rank is the worst: nothing can be tried again
-        failure = next((one for one in failures if one.kind == "lost"), failures[0] if failures else None)
+        failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
+        # a lost rank comes first, since nothing can be tried again
+        lost = (failure for failure in failures if failure.kind == "lost")
+        failure = next(lost, failures[0] if failures else None)
         answers: Sequence[Any] = [None] * self.ranks
         if failure is None:
             try:
-                answers = decision([one.value for one in outcomes])
+                answers = decision([outcome.value for outcome in outcomes])
             except Exception as error:
                 failure = RankFailure.of(error, 0)
         for rank in range(1, self.ranks):
             try:
                 self._connections[rank].send(_Answer(answers[rank], failure))
             except OSError:
-                # of those that are lost; one that went after it had done its part is noticed the next time
+                # this rank is lost; if it ended after its part was done, the next exchange raises
                 continue
         return _Answer(answers[0], failure)
 

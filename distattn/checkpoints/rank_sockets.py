@@ -1,10 +1,10 @@
-"""A connection from rank 0 of a group to each other rank: one that ends is noticed at once, whatever ended it.
+"""Connections from rank 0 of a group to each other rank, on which the end of a rank is noticed at once, whatever its cause.
 
-Gloo will not do for this: where a peer ends at the moment of a send, the send may wait for its whole time-out, which must be
-longer than the slowest write. It did so in 2 of 335 kills (benchmarks/LOG.md).
+Gloo is not suitable: if a peer ends at the moment of a send, the send may wait for its whole time-out, which must be longer than
+the slowest write. This happened in 2 of 335 kills (benchmarks/LOG.md).
 
-Rank 0 listens on one address while the others connect. Both ends prove that they know a key, which the group's own collective
-has brought to its ranks and which is written nowhere. A message has a digest by that key, and is unpickled only if it matches.
+Rank 0 listens on one address while the others connect. Both ends prove that they know a key, which a collective of the group has
+distributed and which is stored nowhere. A message has a digest by that key, and is unpickled only if the digest matches.
 """
 
 from __future__ import annotations
@@ -32,37 +32,38 @@ from distattn.parallel.runtime.communicator import sendable_device, timeout_of
 from distattn.parallel.runtime.network_interfaces import LOOPBACK, listening_socket, reachable_address
 
 _KEY_BYTES, _RANK_BYTES, _DIGEST_BYTES = 32, 4, 32
-# that a connection to rank 0, and the proofs over it, may take, in seconds
+# seconds for a connection to rank 0 and the proofs over it
 _CONNECT_SECONDS = 10.0
-# a machine that is gone is noticed by its silence: probed after so many seconds, so often, given up after two minutes
+# a lost machine is noticed by its silence: first probe after 60 s, then every 15 s, given up after two minutes
 _KEEPALIVE = {
     socket.TCP_KEEPIDLE: 60,
     socket.TCP_KEEPINTVL: 15,
     socket.TCP_KEEPCNT: 4,
     socket.TCP_USER_TIMEOUT: 120_000,
 }
-# how many times this process has connected a group
+# how often this process has connected each group
 _OPENED: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 class RankConnection:
-    """Picklable values between two ranks that know a key: a value whose digest does not match is never unpickled.
+    """A connection for picklable values between two ranks that know a key; a value whose digest differs is never unpickled.
 
-    own, other: the numbers of the two ranks in the group, so that no message passes for one of the other direction, or of before.
+    rank, other: this rank and the other one in the group. They enter the digests, so that a message cannot be replayed in the
+    other direction.
     """
 
-    def __init__(self, connection: Connection, key: bytes, own: int, other: int):
-        self._connection, self._key, self._own, self._other = connection, key, own, other
+    def __init__(self, connection: Connection, key: bytes, rank: int, other: int):
+        self._connection, self._key, self._rank, self._other = connection, key, rank, other
         self._sent = self._received = 0
 
     def send(self, value: Any) -> None:
-        """Send a value. Raises OSError where the other rank is gone."""
+        """Send a value. Raise OSError if the other rank is gone."""
         data = pickle.dumps(value)
-        self._connection.send_bytes(self._digest(self._own, self._sent, data) + data)
+        self._connection.send_bytes(self._digest(self._rank, self._sent, data) + data)
         self._sent += 1
 
     def recv(self) -> Any:
-        """The next value. Raises EOFError or OSError where the other rank is gone, or something else has come."""
+        """Return the next value. Raise EOFError or OSError if the other rank is gone, or if a message has a wrong digest."""
         message = self._connection.recv_bytes()
         digest, data = message[:_DIGEST_BYTES], message[_DIGEST_BYTES:]
         if not hmac.compare_digest(digest, self._digest(self._other, self._received, data)):
@@ -71,11 +72,11 @@ class RankConnection:
         return pickle.loads(data)
 
     def poll(self, timeout: float) -> bool:
-        """Whether a value comes, or the connection ends, within so many seconds."""
+        """Return whether a value arrives, or the connection ends, within `timeout` seconds."""
         return self._connection.poll(timeout)
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         self._connection.close()
 
     def _digest(self, sender: int, number: int, data: bytes) -> bytes:
@@ -83,10 +84,10 @@ class RankConnection:
 
 
 def connect_to_root(group: dist.ProcessGroup) -> dict[int, RankConnection]:
-    """Connections by rank of the group: on rank 0 to all others, on these to rank 0. A collective call of the group's ranks.
+    """Return connections by rank of the group: on rank 0 to all others, on the others to rank 0. A collective call of the group.
 
-    Raises LostRankError naming the ranks that do not come within the group's time-out, DistattnError where rank 0 knows no
-    address that ranks of other machines reach.
+    Raise LostRankError naming the ranks that do not come within the group's time-out, and DistattnError if rank 0 knows no
+    address that ranks on other machines reach.
     """
     number = _OPENED[group] = _OPENED.get(group, 0) + 1
     members = hashlib.sha1(str(dist.get_process_group_ranks(group)).encode()).hexdigest()[:12]
@@ -94,11 +95,11 @@ def connect_to_root(group: dist.ProcessGroup) -> dict[int, RankConnection]:
     rank, ranks, timeout = dist.get_rank(group), dist.get_world_size(group), timeout_of(group)
 
     def meet() -> tuple[bool, bytes]:
-        # on the host, before anything waits on a device without a time-out
+        # on the host, before any wait on a device, which has no time-out
         store.set(f"machine/{rank}", machine_digest())
-        everyone = [f"machine/{other}" for other in range(ranks)]
-        store.wait(everyone, timeout)
-        return len(set(store.multi_get(everyone))) == 1, _shared_key(group, timeout)
+        all_machines = [f"machine/{other}" for other in range(ranks)]
+        store.wait(all_machines, timeout)
+        return len(set(store.multi_get(all_machines))) == 1, _shared_key(group, timeout)
 
     here, key = run_collective(group, "the opening of checkpoints", meet)
     if rank == 0:
@@ -107,7 +108,7 @@ def connect_to_root(group: dist.ProcessGroup) -> dict[int, RankConnection]:
 
 
 def _shared_key(group: dist.ProcessGroup, timeout: timedelta) -> bytes:
-    """Bytes that rank 0 has drawn, and that go through the group itself: the job's store answers whoever asks."""
+    """Return random bytes of rank 0, broadcast in the group itself, since the job's store answers any process that asks."""
     drawn = secrets.token_bytes(_KEY_BYTES) if dist.get_rank(group) == 0 else bytes(_KEY_BYTES)
     key = torch.frombuffer(bytearray(drawn), dtype=torch.uint8).to(sendable_device(group))
     dist.broadcast(key, group_src=0, group=group, async_op=True).wait(timeout)
@@ -115,9 +116,9 @@ def _shared_key(group: dist.ProcessGroup, timeout: timedelta) -> bytes:
 
 
 def _accept_all(store: dist.Store, here: bool, key: bytes, ranks: int, timeout: timedelta) -> dict[int, RankConnection]:
-    """here: whether all ranks are on this machine."""
+    """Accept the connections of all other ranks. here: whether all ranks are on this machine."""
     ends = time.monotonic() + timeout.total_seconds()
-    found: dict[int, RankConnection] = {}
+    connections: dict[int, RankConnection] = {}
     try:
         address = LOOPBACK if here else reachable_address()
     except DistattnError as error:
@@ -125,24 +126,24 @@ def _accept_all(store: dist.Store, here: bool, key: bytes, ranks: int, timeout: 
         raise
     with listening_socket(address, 0, ranks) as server:
         store.set("root", json.dumps({"address": address, "port": server.getsockname()[1]}))
-        while len(found) < ranks - 1:
+        while len(connections) < ranks - 1:
             try:
                 server.settimeout(max(ends - time.monotonic(), 0.001))
                 opened, _ = server.accept()
                 rank = _within(opened, _admit, key)
             except OSError as error:
                 if time.monotonic() < ends:
-                    # somebody else's, or cut: the rank tries again
+                    # the connection was cut, or is not of a rank; a rank tries again
                     continue
-                for connection in found.values():
+                for connection in connections.values():
                     connection.close()
-                missing = named_ranks(set(range(1, ranks)) - found.keys())
+                missing = named_ranks(set(range(1, ranks)) - connections.keys())
                 raise LostRankError(f"{missing} of the group did not come to open the checkpoints ({error}).") from None
-            if rank in found:
-                # it has given up the one before
-                found[rank].close()
-            found[rank] = RankConnection(_kept_alive(opened), key, 0, rank)
-    return found
+            if rank in connections:
+                # the rank has given up its earlier connection
+                connections[rank].close()
+            connections[rank] = RankConnection(_kept_alive(opened), key, 0, rank)
+    return connections
 
 
 def _connect(store: dist.Store, key: bytes, rank: int, timeout: timedelta) -> RankConnection:
@@ -169,47 +170,49 @@ def _connect(store: dist.Store, key: bytes, rank: int, timeout: timedelta) -> Ra
         time.sleep(0.5)
 
 
-def _within(opened: socket.socket, handshake: Callable[..., int], *given: Any) -> int:
-    """What a handshake over a new connection returns; the connection is closed where it fails, or takes long. Raises OSError."""
+def _within(opened: socket.socket, handshake: Callable[..., int], *arguments: Any) -> int:
+    """Return the result of a handshake over a new connection; close the connection if it fails or is too slow. Raise OSError."""
     ends = time.monotonic() + _CONNECT_SECONDS
     try:
-        return handshake(opened, ends, *given)
+        return handshake(opened, ends, *arguments)
     except OSError:
         opened.close()
         raise
 
 
 def _admit(opened: socket.socket, ends: float, key: bytes) -> int:
-    """Rank 0's part: the number of the rank that has connected, once it has proven that it knows the key."""
-    own = secrets.token_bytes(_KEY_BYTES)
-    opened.sendall(own)
-    given = _receive(opened, _RANK_BYTES + _KEY_BYTES + _DIGEST_BYTES, ends)
-    rank, theirs = int.from_bytes(given[:_RANK_BYTES], "little"), given[_RANK_BYTES:-_DIGEST_BYTES]
-    if not hmac.compare_digest(given[-_DIGEST_BYTES:], _proof(key, b"rank", rank, own, theirs)):
+    """Return the number of the rank that has connected to rank 0, after it has proven that it knows the key."""
+    challenge = secrets.token_bytes(_KEY_BYTES)
+    opened.sendall(challenge)
+    reply = _receive(opened, _RANK_BYTES + _KEY_BYTES + _DIGEST_BYTES, ends)
+    rank, their_challenge = int.from_bytes(reply[:_RANK_BYTES], "little"), reply[_RANK_BYTES:-_DIGEST_BYTES]
+    if not hmac.compare_digest(reply[-_DIGEST_BYTES:], _proof(key, b"rank", rank, challenge, their_challenge)):
         raise ConnectionError("it does not know the key")
-    opened.sendall(_proof(key, b"root", rank, own, theirs))
+    opened.sendall(_proof(key, b"root", rank, challenge, their_challenge))
     return rank
 
 
 def _introduce(opened: socket.socket, ends: float, key: bytes, rank: int) -> int:
-    """The other ranks' part: they prove that they know the key, and ask for the same."""
-    own, theirs = secrets.token_bytes(_KEY_BYTES), _receive(opened, _KEY_BYTES, ends)
-    opened.sendall(rank.to_bytes(_RANK_BYTES, "little") + own + _proof(key, b"rank", rank, theirs, own))
-    if not hmac.compare_digest(_receive(opened, _DIGEST_BYTES, ends), _proof(key, b"root", rank, theirs, own)):
-        raise ConnectionError("what answers there does not know the key")
+    """Prove to rank 0 that this rank knows the key, and require the same proof of rank 0. Return the rank."""
+    challenge, their_challenge = secrets.token_bytes(_KEY_BYTES), _receive(opened, _KEY_BYTES, ends)
+    proof = _proof(key, b"rank", rank, their_challenge, challenge)
+    opened.sendall(rank.to_bytes(_RANK_BYTES, "little") + challenge + proof)
+    root_proof = _proof(key, b"root", rank, their_challenge, challenge)
+    if not hmac.compare_digest(_receive(opened, _DIGEST_BYTES, ends), root_proof):
+        raise ConnectionError("the process that answers there does not know the key")
     return rank
 
 
-def _proof(key: bytes, what: bytes, rank: int, *content: bytes) -> bytes:
-    """HMAC-SHA256. what: the kind of the content, whose parts but the last have a size by its kind; the kinds' lengths differ."""
-    digest = hmac.new(key, what + b"\0" + rank.to_bytes(_RANK_BYTES, "little"), "sha256")
+def _proof(key: bytes, kind: bytes, rank: int, *content: bytes) -> bytes:
+    """Return the HMAC-SHA256 of the content. kind: fixes the sizes of all parts of the content but the last."""
+    digest = hmac.new(key, kind + b"\0" + rank.to_bytes(_RANK_BYTES, "little"), "sha256")
     for part in content:
         digest.update(part)
     return digest.digest()
 
 
 def _receive(opened: socket.socket, size: int, ends: float) -> bytes:
-    """So many bytes. Raises OSError where they do not come in time."""
+    """Receive `size` bytes. Raise OSError if they do not arrive in time."""
     content = b""
     while len(content) < size:
         opened.settimeout(max(ends - time.monotonic(), 0.001))

@@ -1,4 +1,4 @@
-"""Which checkpoints of a folder are kept."""
+"""The rule that decides which checkpoints of a folder are kept."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from distattn.ir.errors import DistattnError
 
 @dataclass(frozen=True)
 class KeepRule:
-    """The rule of what is kept: the `last` newest checkpoints, and also one of every `every_hours` hours of training.
+    """Keeps the `last` newest checkpoints, and also one of every `every_hours` hours of training.
 
-    Hours are those in which jobs went on (`Manifest.seconds`), since the time of day may jump. Checkpoints in doubt
-    (`CheckpointVerdict`) do not count, so they push no other one out; they go with the ones before them. The newest good one
-    stays until one of the `last` newest is good, and those that are marked as kept stay.
+    Hours count while jobs run (`Manifest.seconds`), since the time of day may jump. Doubtful checkpoints (`CheckpointVerdict`) do
+    not count, so they displace no other one; each goes with the checkpoint before it. The newest good one stays until one of the
+    `last` newest is good. Checkpoints that are marked as kept stay.
 
-    last: at least 1. Raises DistattnError where a number is too small.
+    last: at least 1. Raises DistattnError if a number is too small.
     """
 
     last: int = 3
@@ -31,34 +31,39 @@ class KeepRule:
             raise DistattnError(f"every_hours: {self.every_hours} hours; give more than 0.")
 
     def removable(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-        """Those that need not be kept, of checkpoints in the order in which they were saved.
+        """Return the checkpoints that need not be kept. checkpoints: in the order of their saves.
 
-        None is, where no newer one that is kept has its manifest and all files in their sizes: never the only good one. What has
-        no manifest that can be trusted is not removed: a person may want to look at it.
+        Return [] unless one of the `last` newest has its manifest and all files in their sizes, so that the only good one stays.
+        A checkpoint without a valid manifest is never removed, since a user may want to examine it.
         """
-        whole = [one for one in checkpoints if one.manifest is not None]
-        counted = [one for one in whole if not one.verdict.is_doubtful]
+        whole = [checkpoint for checkpoint in checkpoints if checkpoint.manifest is not None]
+        counted = [checkpoint for checkpoint in whole if not checkpoint.verdict.is_doubtful]
         newest = counted[-self.last :]
         if not any(map(sizes_are_right, newest)):
             return []
-        good = (one for one in reversed(counted) if one.verdict.kind == GOOD and sizes_are_right(one))
-        others = [one for one in whole[whole.index(newest[0]) :] if one.verdict.is_doubtful]
-        others += [one for one in whole if one.verdict.kept] + [one for one in [next(good, None)] if one is not None]
-        kept = {one.folder for one in [*newest, *others, *self._spaced(counted)]}
-        return [one for one in whole if one.folder not in kept]
+        good = (
+            checkpoint
+            for checkpoint in counted[::-1]
+            if checkpoint.verdict.kind == GOOD and sizes_are_right(checkpoint)
+        )
+        others = [checkpoint for checkpoint in whole[whole.index(newest[0]) :] if checkpoint.verdict.is_doubtful]
+        others += [checkpoint for checkpoint in whole if checkpoint.verdict.kept]
+        others += [newest_good for newest_good in [next(good, None)] if newest_good is not None]
+        kept = {checkpoint.folder for checkpoint in [*newest, *others, *self._spaced(counted)]}
+        return [checkpoint for checkpoint in whole if checkpoint.folder not in kept]
 
     def _spaced(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-        """Return the first checkpoint, after each the first that is `every_hours` younger, and those whose hour is not known."""
+        """Return the first checkpoint, then each that is at least `every_hours` younger, and those of unknown hours."""
         if self.every_hours is None:
             return []
         kept, next_seconds = [], 0.0
-        for one in checkpoints:
-            assert one.manifest is not None
-            seconds = one.manifest.seconds
+        for checkpoint in checkpoints:
+            assert checkpoint.manifest is not None
+            seconds = checkpoint.manifest.seconds
             if seconds is None:
                 # earlier versions kept these by their own rule
-                kept.append(one)
+                kept.append(checkpoint)
             elif seconds >= next_seconds:
-                kept.append(one)
+                kept.append(checkpoint)
                 next_seconds = seconds + 3600 * self.every_hours
         return kept

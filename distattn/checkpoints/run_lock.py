@@ -1,4 +1,4 @@
-"""One job a folder: the second that comes refuses, and says who was there before."""
+"""The lock of a run folder: a second job on the same folder refuses to start, and names the first one."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from types import TracebackType
 from distattn.checkpoints.owner import Owner, file_age
 from distattn.ir.errors import DistattnError
 
-# who locks a folder: rank 0 while it trains, and the launcher from before it starts the ranks to its own end
+# roles that lock a folder: rank 0 while it trains, and the launcher from before it starts the ranks until it ends
 OWNER, LAUNCHER = "owner", "launcher"
-# the locked file, and the owner's name; two files, since the second one is replaced
+# the locked file, and the file with the owner; two files, since the second one is replaced
 _LOCK_FILE, _OWNER_FILE = "{}.lock", "{}.json"
-# an owner on another machine that does not renew its lease for so long is dead; it renews it so often
+# the age at which the lease of an owner on another machine ends, and the time between two renewals
 LEASE_SECONDS, RENEWAL_SECONDS = 120.0, 15.0
-# that a process of an earlier attempt of this job may take to end
+# seconds for a process of an earlier attempt of this job to end
 _ENDING_SECONDS = 30.0
-# that a new owner may take to write its name
+# seconds for a new owner to write its name
 _NAMING_SECONDS = 3.0
 # errors of a full disk, which may have room again later
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -33,43 +33,44 @@ _HELD: set[tuple[str, int, int]] = set()
 _HELD_MUTEX = threading.Lock()
 
 
-def _forget_parent_s_locks() -> None:
+def _forget_locks_of_parent() -> None:
     global _HELD_MUTEX  # noqa: PLW0603
-    # another thread of the parent may have had the mutex
+    # another thread of the parent may hold the mutex
     _HELD_MUTEX = threading.Lock()
     _HELD.clear()
 
 
-os.register_at_fork(after_in_child=_forget_parent_s_locks)
+os.register_at_fork(after_in_child=_forget_locks_of_parent)
 
 
 def _ending_seconds(owner: Owner) -> float:
-    """That an owner of the same job may take to end. A file server may keep the locks of a lost host for its own lease."""
+    """Return the seconds for an owner of the same job to end. A file server may keep a lost host's locks for its own lease."""
     return LEASE_SECONDS if owner.is_alive() is None else _ENDING_SECONDS
 
 
 class RunLock:
-    """Holds a folder for this process until it is closed, or ends. One process of a job takes it, as a rule rank 0.
+    """Holds a folder for this process until the lock is closed or the process ends. One process of a job takes it, mostly rank 0.
 
     role: OWNER or LAUNCHER; a folder may have one of each.
 
-    On one machine the lock is a record lock (fcntl): it ends with its process, and forked children do not have it, as they would
-    have flock's. To other machines, whose file system may not share it, the owner's file is a lease: its owner renews it every
-    RENEWAL_SECONDS, and it ends LEASE_SECONDS after the last time. For role OWNER an attempt of the same job (`Owner.job`) takes
-    over at once: its launcher ends one attempt before it starts the next. A launcher never takes over from another one: all
-    commands that are typed in one allocation of Slurm have the same job.
+    On one machine the lock is a record lock (fcntl). It ends with its process, and unlike with flock, forked children do not have
+    it. For other machines, whose file system may not share it, the owner's file is a lease: the owner renews it every
+    RENEWAL_SECONDS, and it ends LEASE_SECONDS after the last renewal. For role OWNER, an attempt of the same job (`Owner.job`)
+    takes over at once, since its launcher ends one attempt before it starts the next. A launcher never takes over from another
+    one, since all commands typed in one allocation of Slurm have the same job.
 
-    On a full disk the owner's name is written once there is room; until then only this machine's processes find the folder taken.
+    On a full disk, the owner's name is written once there is room; until then only processes on this machine see the lock.
     """
 
     def __init__(self, folder: Path, role: str = OWNER):
-        """Take the lock. Raises DistattnError naming the owner where another job has it, or why the folder cannot be locked."""
+        """Take the lock. Raise DistattnError naming the owner if another job has it, or why the folder cannot be locked."""
         self._folder, self._me = folder, Owner.of_this_process()
         self._closing = threading.Event()
         self._file, self._role = folder / _OWNER_FILE.format(role), role
-        # the descriptor of the lock file while this process has it; the name in the owner's file while a full disk keeps ours out
+        # the descriptor of the lock file while this process has the lock
         self._descriptor: int | None = None
         self._identity = (role, 0, 0)
+        # the previous owner, whose name stays in the file while a full disk prevents writing ours
         self._before: Owner | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,7 @@ class RunLock:
         self._renewer.start()
 
     def check(self) -> None:
-        """Raise DistattnError where another job has taken the folder meanwhile: this one was silent for longer than its lease."""
+        """Raise DistattnError if another job has taken the folder, because this process was silent for longer than its lease."""
         owner = Owner.read(self._file)
         if owner is not None and owner not in (self._me, self._before):
             raise DistattnError(
@@ -94,7 +95,7 @@ class RunLock:
             )
 
     def close(self) -> None:
-        """Let others have the folder. A forked child of the owner has nothing to let go."""
+        """Release the folder. This does nothing in a forked child of the owner."""
         if self._closing.is_set() or self._me.pid != os.getpid():
             return
         self._closing.set()
@@ -117,7 +118,7 @@ class RunLock:
         while not self._lock_file():
             owner = Owner.read(self._file)
             if owner is None or owner.is_alive() is False:
-                # its successor has the lock, and will write its name
+                # a successor has the lock, and is about to write its name
                 limit = _NAMING_SECONDS
             else:
                 # an earlier attempt of this job may not have ended yet
@@ -126,7 +127,7 @@ class RunLock:
                 raise self._refused(owner, "")
             time.sleep(0.1)
         owner = Owner.read(self._file)
-        # an owner on this machine is dead, one elsewhere may not share the lock
+        # an owner on this machine is dead now; the lock may not reach one on another machine
         if owner is not None and owner.is_alive() is None and not self._is_of_same_job(owner):
             self._wait_for_end_of_lease(owner)
         self._before = owner
@@ -137,16 +138,16 @@ class RunLock:
             )
 
     def _lock_file(self) -> bool:
-        """Lock the folder's lock file; return False where another owner has it. Raises OSError."""
+        """Lock the folder's lock file; return False if another owner has locked it. Raise OSError."""
         with _HELD_MUTEX:
             folder = os.stat(self._folder)
             self._identity = self._role, folder.st_dev, folder.st_ino
-            # to open and close the file would end the lock that this process has
+            # opening and closing the file would end the lock that this process has
             if self._identity in _HELD:
                 return False
             path = self._folder / _LOCK_FILE.format(self._role)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            # another owner has the lock, or the file was removed meanwhile
+            # another owner has the lock, or the file was removed in the meantime
             with contextlib.suppress(BlockingIOError, FileNotFoundError):
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)) and not self._another_lives():
@@ -157,7 +158,7 @@ class RunLock:
         return False
 
     def _another_lives(self) -> bool:
-        """Return whether the folder's owner is alive on this machine, though the file that it has locked was removed."""
+        """Return whether the folder's owner is alive on this machine although its lock file was removed."""
         owner = Owner.read(self._file)
         # the registry no longer has folders that this process has closed
         return owner is not None and owner.pid != self._me.pid and owner.is_alive() is True
@@ -171,10 +172,10 @@ class RunLock:
                 _HELD.discard(self._identity)
 
     def _wait_for_end_of_lease(self, owner: Owner) -> None:
-        """Return once an owner on another machine is known to be dead. Raises DistattnError where it may be alive, or OSError.
+        """Return once an owner on another machine is known to be dead. Raise DistattnError if it may be alive, or OSError.
 
-        A clock that jumps makes a lease look ended, or begin in the future. So a lease is not believed to have ended until
-        nothing has renewed it for twice RENEWAL_SECONDS of this process's own time.
+        After a clock has jumped, a lease may seem to have ended, or to begin in the future. So a lease counts as ended only after
+        it was not renewed for twice RENEWAL_SECONDS of this process's monotonic clock.
         """
         age = file_age(self._file)
         if 0 <= age < LEASE_SECONDS:
@@ -190,7 +191,7 @@ class RunLock:
                 raise self._refused(owner, "")
 
     def _is_of_same_job(self, owner: Owner) -> bool:
-        """Return whether the owner and this process are attempts of one job, of which the earlier one ends by itself."""
+        """Return whether the owner and this process are attempts of one job, so that the earlier one ends by itself."""
         return self._role == OWNER and owner.job != "" and owner.job == self._me.job
 
     def _refused(self, owner: Owner | None, hint: str) -> DistattnError:
@@ -199,7 +200,7 @@ class RunLock:
         return DistattnError(f"{self._folder}: belongs to {who}; end it, or choose another folder{hint}.")
 
     def _write_name(self) -> OSError | None:
-        """Write this process's name as the owner's; return the error of a full disk. Raises OSError."""
+        """Write this process's name as the owner's; return the error if the disk is full. Raise OSError."""
         try:
             self._me.write(self._file)
         except OSError as error:
@@ -220,7 +221,7 @@ class RunLock:
 
 
 def _modified(file: Path) -> int:
-    """Return when a file was last changed, in nanoseconds; 0 for a missing file. Raises OSError."""
+    """Return when a file was last changed, in nanoseconds; 0 for a missing file. Raise OSError."""
     with contextlib.suppress(FileNotFoundError), open(file, "rb") as opened:
         # a network file system may show an old time unless the file is opened
         return os.fstat(opened.fileno()).st_mtime_ns
@@ -228,7 +229,7 @@ def _modified(file: Path) -> int:
 
 
 def folder_owner(folder: Path, role: str = OWNER) -> tuple[Owner, bool] | None:
-    """Return who has a folder in a role, and whether it lives, as far as can be known; None for a free folder. Raises OSError."""
+    """Return (the owner of a folder in a role, whether it seems to be alive); None for a free folder. Raise OSError."""
     file = folder / _OWNER_FILE.format(role)
     if (owner := Owner.read(file)) is None:
         return None

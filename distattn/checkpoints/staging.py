@@ -1,4 +1,4 @@
-"""Copies of a state's tensors in host memory, which is kept from one save to the next."""
+"""Copies of a state's tensors in host memory, whose buffers are reused by the next save."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from distattn.memory import pinned_memory
 
 # tensors of `HostBuffers.keep` whose copies may be under way
 _IN_FLIGHT = 2
-# values that nothing can change
+# types of immutable values
 _PLAIN = (int, float, complex, bool, str, bytes, type(None))
 
 
 class HostBuffers:
-    """The memory that tensors are copied into, by the tensors' names; pinned for tensors of GPUs."""
+    """Host buffers for copies of tensors, by the tensors' names; pinned for tensors on GPUs."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
@@ -36,10 +36,10 @@ class HostBuffers:
         self._leaving: deque[tuple[torch.Tensor, Any]] = deque()
 
     def keep(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the buffer of a tensor, which is copied into it; the caller may drop the tensor at once.
+        """Copy a tensor into its buffer and return the buffer; the caller may drop the tensor at once.
 
-        On a GPU the copy is made beside what the device does, and two tensors at most are held for it; then the current stream
-        waits for the oldest. `finish_kept` comes after the last tensor.
+        On a GPU the copy overlaps with other work of the device. At most two tensors are held for it; before a third is held, the
+        current stream waits for the oldest. Call `finish_kept` after the last tensor.
         """
         source = tensor.detach()
         buffer = self.like(name, source)
@@ -58,14 +58,14 @@ class HostBuffers:
             self._leave()
         return buffer
 
-    def made(self, state: dict[str, Any] | Callable[[HostBuffers], dict[str, Any]]) -> dict[str, Any]:
-        """Return a state, or what a function makes of these buffers. The current stream then waits for what it kept."""
+    def build_state(self, state: dict[str, Any] | Callable[[HostBuffers], dict[str, Any]]) -> dict[str, Any]:
+        """Return a state, or a function's result for these buffers. The current stream then waits for the copies of `keep`."""
         state_dict = state(self) if callable(state) else state
         self.finish_kept()
         return state_dict
 
     def finish_kept(self) -> None:
-        """Have the current stream wait for the copies of `keep`: what it is given later may change the tensors."""
+        """Make the current stream wait for the copies of `keep`, so that later work on it may change the tensors."""
         while self._leaving:
             self._leave()
 
@@ -74,7 +74,7 @@ class HostBuffers:
         torch.cuda.current_stream(source.device).wait_event(event)
 
     def wait_kept(self) -> None:
-        """Return once the copies of `keep` are made."""
+        """Wait until the copies of `keep` are complete."""
         for stream in self._streams.values():
             stream.synchronize()
 
@@ -84,7 +84,7 @@ class HostBuffers:
         return self._buffers.get(self._kept.get(id(tensor), "")) is tensor
 
     def like(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the buffer of a tensor: on the host, of its shape and dtype."""
+        """Return the buffer of a tensor: on the host, with the tensor's shape and dtype."""
         buffer = self._buffers.get(name)
         if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
             buffer = (
@@ -96,16 +96,16 @@ class HostBuffers:
         return buffer
 
     def forget_others(self, names: set[str]) -> None:
-        """Let go of the buffers of other names, but for those that `keep` returned since the last save."""
+        """Drop the buffers of other names, except those that `keep` returned since the last save."""
         names = names | set(self._kept.values())
         self._buffers = {name: buffer for name, buffer in self._buffers.items() if name in names}
         self._kept = {}
 
 
 class StagedState(DefaultSavePlanner):
-    """A state as it was when this was made: DCP's plan of what to write, resolved from copies in host memory.
+    """A snapshot of a state: DCP's plan of the save, which takes the values from copies in host memory.
 
-    Made on the thread that trains. `copy_tensors` may run on another thread, and until it has returned no tensor may change.
+    Create it on the training thread. `copy_tensors` may run on another thread; until it returns, no tensor may change.
     """
 
     def __init__(self, state: dict[str, Any], is_coordinator: bool, buffers: HostBuffers):
@@ -114,7 +114,7 @@ class StagedState(DefaultSavePlanner):
         self._staged: dict[str, Any] = {}
         self._buffers = buffers
         self._refusal: DistattnError | None = None
-        # each with the count of changes made in place
+        # (name, tensor, count of in-place changes)
         self._sources: list[tuple[str, torch.Tensor, int]] = []
         signature: list[tuple[Any, ...]] = []
         for name, value in self.state_dict.items():
@@ -122,7 +122,7 @@ class StagedState(DefaultSavePlanner):
                 try:
                     self._staged[name] = value if type(value) in _PLAIN else _copied(name, value)
                 except DistattnError as error:
-                    # raised where all ranks learn of it
+                    # raised later by `copy_tensors`, where all ranks learn of it
                     self._refusal = self._refusal or error
                 signature.append((name,))
                 continue
@@ -135,9 +135,9 @@ class StagedState(DefaultSavePlanner):
             self._sources.append((name, local, local._version))
             where = (value.device_mesh, value.placements) if isinstance(value, DTensor) else ()
             signature.append((name, value.shape, value.dtype, local.shape, *where))
-        # equal for states that DCP plans alike
+        # states with equal signatures have the same plan of DCP
         self.signature = tuple(signature)
-        # copies start after what the device has been given to do so far, and beside what it is given later
+        # copies start after all work that the device has been given so far, and overlap with later work
         self._streams = {
             local.device: torch.cuda.Stream(local.device) for _, local, _ in self._sources if local.is_cuda
         }
@@ -145,7 +145,7 @@ class StagedState(DefaultSavePlanner):
             stream.wait_stream(torch.cuda.current_stream(device))
 
     def copy_tensors(self) -> None:
-        """Copy all tensors. Raises DistattnError where one was changed meanwhile, or another value cannot be saved."""
+        """Copy all tensors. Raise DistattnError if one was changed in the meantime, or if another value cannot be saved."""
         if self._refusal is not None:
             raise self._refusal
         sources = self._sources
@@ -161,7 +161,7 @@ class StagedState(DefaultSavePlanner):
             stream.synchronize()
         self._buffers.wait_kept()
         changed = [name for name, local, version in sources if local._version != version]
-        # nothing of the device's memory is held longer than this
+        # from here on, no memory of the device is held
         self._sources = []
         self._buffers.forget_others({name for name, _, _ in sources})
         if changed:
@@ -170,22 +170,22 @@ class StagedState(DefaultSavePlanner):
             )
 
     def forget_originals(self) -> None:
-        """Let go of the state's own tensors; `create_local_plan` needs them, writing does not."""
+        """Drop the original tensors, which `create_local_plan` needs but writing does not."""
         self.state_dict = {}
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """The copy of what DCP writes. A tensor sharded over ranks has one part on this rank, and that is what was copied."""
+        """Return the copy that DCP writes: of a tensor that is sharded over ranks, this rank's part."""
         return self._staged[index.fqn]
 
 
 def _copied(name: str, value: Any) -> Any:
-    """Return a copy of a value that is no tensor. Raises DistattnError for one that could not be read again without danger."""
-    again = io.BytesIO()
+    """Return a copy of a value other than a tensor. Raise DistattnError if it could not be read again safely."""
+    pickled = io.BytesIO()
     try:
-        torch.save(value, again)
-        check_value(Path(name), again)
-        again.seek(0)
-        return torch.load(again, weights_only=True)
+        torch.save(value, pickled)
+        check_value(Path(name), pickled)
+        pickled.seek(0)
+        return torch.load(pickled, weights_only=True)
     # a value that cannot be pickled may raise almost any error
     except Exception:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"

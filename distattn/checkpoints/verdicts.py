@@ -1,8 +1,8 @@
 """The verdict of training on a checkpoint, written after the save: verdict.json in its folder, not part of the manifest.
 
-A checkpoint is saved right after an update, when nothing has been computed with its weights. The first step that is computed
-with them shows whether they are good, so the verdict is written later. It is advice, not proof: it has no digest, and a file
-that cannot be read counts as no verdict. Needs no torch.
+A checkpoint is saved right after an update, before any step has used its weights. The first step with them shows whether they are
+good, so the verdict is written later. It is advice, not proof: it has no digest, and an unreadable file counts as no verdict.
+Needs no torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 VERDICT_FILE = "verdict.json"
-# the first step that was computed with its weights was applied, or refused; or a person chose an older checkpoint
+# the first step with these weights was applied; it was refused; a person chose an older checkpoint
 GOOD, REFUSED, SET_ASIDE = "good", "refused", "set aside"
 UNTESTED = "untested"
 
@@ -22,8 +22,8 @@ UNTESTED = "untested"
 class CheckpointVerdict(NamedTuple):
     """The verdict on a checkpoint. kind: GOOD, REFUSED, SET_ASIDE or UNTESTED; text: a sentence that says why, or empty.
 
-    kept: why it is never removed, empty where the rule decides. refused_step: the step, from 0, that it is kept for until the run
-    has passed it; None where it is kept until a person removes it.
+    kept: why it is not removed, "" if the rule decides. refused_step: the step, from 0, until which it is kept; None if it is
+    kept until a person removes it.
     """
 
     kind: str = UNTESTED
@@ -37,11 +37,11 @@ class CheckpointVerdict(NamedTuple):
         return self.kind in (REFUSED, SET_ASIDE)
 
     def write(self, checkpoint: Path) -> None:
-        """Write the verdict into the folder of a checkpoint, in place of the one before. Raises OSError."""
+        """Replace the verdict in the folder of a checkpoint. Raise OSError."""
         os.replace(self.write_aside(checkpoint), checkpoint / VERDICT_FILE)
 
     def write_aside(self, checkpoint: Path) -> Path:
-        """Write the verdict beside that of a checkpoint, which stays. Returns the file. Raises OSError."""
+        """Write the verdict into a temporary file in a checkpoint's folder; return the file. Raise OSError."""
         aside = checkpoint / f"{VERDICT_FILE}.tmp"
         try:
             aside.write_text(json.dumps(self._asdict()) + "\n", "utf-8")
@@ -53,10 +53,10 @@ class CheckpointVerdict(NamedTuple):
 
     @classmethod
     def read(cls, checkpoint: Path) -> CheckpointVerdict:
-        """Return the verdict of a checkpoint's folder; UNTESTED where no verdict can be read."""
+        """Return the verdict in a checkpoint's folder; UNTESTED if no verdict can be read."""
         with suppress(OSError, ValueError, TypeError, RecursionError):
             verdict = cls(**json.loads((checkpoint / VERDICT_FILE).read_bytes()))
-            texts_are_right = all(isinstance(one, str) for one in verdict[:-1])
+            texts_are_right = all(isinstance(text, str) for text in verdict[:-1])
             step_is_right = verdict.refused_step is None or isinstance(verdict.refused_step, int)
             if verdict.kind in (GOOD, REFUSED, SET_ASIDE, UNTESTED) and texts_are_right and step_is_right:
                 return verdict

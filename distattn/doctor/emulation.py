@@ -20,7 +20,7 @@ from torch import Tensor
 from distattn.batch.local_batch import BatchAttention
 from distattn.doctor.comparison import in_global_order
 from distattn.ir.errors import DistattnError
-from distattn.kernels.latent import expanded
+from distattn.kernels.latent import expand_latents
 from distattn.kernels.recurrence.tokens import RecurrenceTokens, token_by_token
 
 # arguments of attention that a layer may pass in addition to q, k and v
@@ -185,7 +185,7 @@ class _EmulatedRank(BatchAttention):
         **options: Any,
     ) -> Tensor:
         """Compute latent attention (T, H, E) as `LocalBatch.latent_attention` does."""
-        k_THD, v_THE = expanded(rope_TR, latent_TL, up_HEL, q_THD.shape[2] - rope_TR.shape[1])
+        k_THD, v_THE = expand_latents(rope_TR, latent_TL, up_HEL, q_THD.shape[2] - rope_TR.shape[1])
         return self.attention(q_THD, k_THD, v_THE, scale, **options)
 
     def recurrence(

@@ -1,4 +1,4 @@
-"""How the ranks of a driver reach each other: a transport for attention, host groups for words, a monitor of their health."""
+"""The communication of a driver's ranks: transports for attention, host groups for facts, a monitor of the ranks' health."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SINGLE_RANK: Transport = SingleRankTransport()
 
 
 class MonitoredTransport:
-    """A transport whose failures name the rank that is to blame, also where waiting is left to a device's stream."""
+    """A transport whose failures name the rank that is to blame, also if a device's stream does the waiting."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class MonitoredTransport:
     def exchange(
         self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""
     ) -> PendingMessages:
-        # what is under way since may have been given up: its results are not to be used
+        # after a verdict, messages in flight may have been aborted, and their results must not be used
         self._monitor.raise_verdict()
         self._monitor.enter(MESSAGES)
         where += heartbeats.layer_suffix()
@@ -75,7 +75,7 @@ class MonitoredTransport:
         return self._monitor.guarded(work, MESSAGES, self._members)
 
     def close(self, gracefully: bool) -> None:
-        """End the watch's thread, and the communicator after its last driver. gracefully: no rank is known to be lost."""
+        """End the watch's thread; the last driver also ends the communicator. gracefully: no rank is known to be lost."""
         if self._watch is not None:
             self._watch.close()
         self._transport.release(gracefully and self._monitor.verdict is None)
@@ -100,7 +100,7 @@ class MonitoredTransports:
         self._opened: dict[str, MonitoredTransport] = {}
 
     def on(self, device: torch.device) -> Transport:
-        """The transport for such devices; the first call for a kind of them is collective."""
+        """Return the transport for devices of this kind; the first call for a kind is collective."""
         if device.type not in self._opened:
             group = self._group()
             if group is None:
@@ -115,41 +115,41 @@ class MonitoredTransports:
         return self._opened[device.type]
 
     def close(self, gracefully: bool) -> None:
-        """End the threads that watch messages, and the communicators. A collective call where gracefully."""
+        """End the threads that watch messages, and the communicators. Collective if gracefully."""
         for transport in self._opened.values():
             transport.close(gracefully)
 
 
 class Communicators:
-    """Everything a driver of several ranks sends through. Made and closed by all ranks together.
+    """All channels of a driver with several ranks. All ranks create and close it together.
 
-    name: the same on all ranks, and no other driver's; exchange: ranks of the default group that tell each other of steps;
-    group: those that share attention, of which the last `servers` have no model.
+    name: the same on all ranks, and unique to this driver. exchange: ranks of the default group that exchange facts about steps.
+    group: the ranks that share attention; the last `servers` of them have no model.
     """
 
     def __init__(self, name: str, exchange: Sequence[int], group: dist.ProcessGroup, servers: int, timeout: timedelta):
         self.members = dist.get_process_group_ranks(group)
         self.monitor = HealthMonitor(name, dist.get_rank(), exchange, timeout)
         self.exchange = HostGroup(f"{name}/exchange", exchange, self.monitor)
-        # used on the thread that runs the model, where the exchange is used on the planning thread
-        own = f"{name}/group of rank {self.members[0]}"
-        self.agreement = HostGroup(f"{own}/agreement", self.members, self.monitor)
+        # for the thread that runs the model; the exchange is for the planning thread
+        group_name = f"{name}/group of rank {self.members[0]}"
+        self.agreement = HostGroup(f"{group_name}/agreement", self.members, self.monitor)
         self.transports = MonitoredTransports(group, self.monitor, self.members)
         self.messages = self.transports.messages
         self.control: ControlChannel | None = None
         if servers:
-            host = HostGroup(f"{own}/control", self.members, self.monitor, idles=True)
+            host = HostGroup(f"{group_name}/control", self.members, self.monitor, idles=True)
             self.control = ControlChannel(host, servers)
 
-    def guarded(self, work: Callable[[], Result], what: str, members: Sequence[int]) -> Result:
-        """What `work` returns, in which this rank waits for members, on the clock. Raises LostRankError as the monitor does."""
-        with heartbeats.activity(what, waits=True, key=what):
-            return self.messages.timed(lambda: self.monitor.guarded(work, what, members))
+    def guarded(self, work: Callable[[], Result], action: str, members: Sequence[int]) -> Result:
+        """Run `work`, in which this rank waits for members, and count its time. Raise LostRankError as the monitor does."""
+        with heartbeats.activity(action, waits=True, key=action):
+            return self.messages.timed(lambda: self.monitor.guarded(work, action, members))
 
     def close(self, gracefully: bool) -> None:
-        """End the communicators, the host groups and the monitor's thread; the exchange is its planning thread's to close.
+        """End the communicators, the host groups and the monitor's thread; `StepExchange` closes the exchange.
 
-        gracefully: servers are let go first; otherwise they notice that this rank has gone.
+        gracefully: release the servers first; otherwise they notice that this rank has ended.
         """
         with contextlib.ExitStack() as stack:
             stack.callback(self.monitor.close)

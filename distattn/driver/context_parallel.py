@@ -161,7 +161,7 @@ class ContextParallel:
         packed = [PackedBatch.of(batch) for batch in given]
         if not packed and self.config.data == "replicated":
             raise DistattnError("a step has at least one micro-batch.")
-        number, future = self._announce(packed, self._batches_of_step, None)
+        number, future = self._announce(packed)
         self._sharded.append(number)
         while len(self._sharded) > _LIVE_STEPS:
             self._release(self._sharded.popleft())
@@ -182,7 +182,7 @@ class ContextParallel:
             raise DistattnError(
                 f"steps takes an iterable of batches, or of lists of them, not a {type(loader).__name__}."
             )
-        for packed, step in self.gathered_steps(loader, self._batches_of_step):
+        for packed, step in self._gathered_steps(loader):
             counts = [len(info.documents) for info in self._table.of_models(step.infos)]
             if even and len(set(counts)) > 1:
                 raise DistattnError(
@@ -251,7 +251,7 @@ class ContextParallel:
 
     def close(self) -> None:
         """End threads and communicators, let servers go, and free arenas. All ranks call it; after an error it waits for none."""
-        self._close(gracefully=sys.exc_info()[0] is None)
+        self.__exit__(*sys.exc_info())
 
     def __enter__(self) -> ContextParallel:
         return self
@@ -261,7 +261,7 @@ class ContextParallel:
             self._communicators.monitor.report(f"{type(error).__name__}: {error}")
         self._close(gracefully=error is None)
 
-    # ---- what schedules and servers call
+    # ---- what servers and loss sums call
 
     def begin(self, what: str) -> None:
         """This rank begins something that all ranks of the loss group do equally often: whoever is behind can be named."""
@@ -280,23 +280,14 @@ class ContextParallel:
         """How long a wait may take, so that a lost rank is named within the time-out; None for a single rank."""
         return None if self._communicators is None else self._communicators.monitor.wait_timeout
 
-    def gathered_steps(
-        self,
-        loader: Iterable[Any],
-        make: Callable[[GatheredStep], tuple[Any, list[LocalBatch]]],
-        same_batch: Sequence[int] | None = None,
-    ) -> Iterator[tuple[list[Batch], GatheredStep]]:
-        """For each step of a loader this rank's packed micro-batches, and the gathered step, one step ahead.
-
-        make: what is to be made of a gathered step, and the batches in it. same_batch: of each rank of the group, the rank
-        whose data it has as well.
-        """
+    def _gathered_steps(self, loader: Iterable[Any]) -> Iterator[tuple[list[Batch], GatheredStep]]:
+        """Yield for each step of a loader this rank's packed micro-batches, and the gathered step, one step ahead."""
         loop = StepLoop(loader, self._ahead)
         # ranks that only serve, and speeds, are not in a plan of packs
         ask = bool(self.config.servers) or self.speeds is not None
-        known = GlobalStepInfos(loader, self._table, same_batch, ask) if isinstance(loader, GlobalLoader) else None
+        known = GlobalStepInfos(loader, self._table, ask) if isinstance(loader, GlobalLoader) else None
         packed = loop.next()
-        number, future = self._announce(packed, make, same_batch, known)
+        number, future = self._announce(packed, known)
         running = failure = None
         try:
             while True:
@@ -311,7 +302,7 @@ class ContextParallel:
                 except Exception as error:  # of the next step; this one is whole
                     failure = error
                 else:
-                    number, future = self._announce(packed, make, same_batch, known)
+                    number, future = self._announce(packed, known)
                     loop.hold(packed, None if known is None else known.rewind)
                 yield this or [], step
                 if failure is not None:
@@ -321,7 +312,7 @@ class ContextParallel:
                     if known is not None:
                         raise known.refusal()
                     packed = loop.next()
-                    number, future = self._announce(packed, make, same_batch, known)
+                    number, future = self._announce(packed, known)
                 self._release(running)
         except GeneratorExit:
             loop.leave()
@@ -337,28 +328,11 @@ class ContextParallel:
         """For ranks that only serve: the next step, with its batches."""
         return self._exchange.announce(None, self._batches_of_step, self.planner, self._measured_speed())
 
-    def batches(self, step: GatheredStep, documents: Sequence[Documents | None]) -> list[LocalBatch | None]:
-        """Batches of a step with these documents; None where there are none."""
-        if not documents:
-            return []
-        options = (
-            () if self.speeds is None else self.speeds.options([step.infos[at].speed for at in self._table.sharing])
-        )
-        proven, first = step.number % self.config.verify_every == 0, step.number * _BATCHES_PER_STEP
+    def _loss_scale_of(self, step: GatheredStep) -> float:
+        """Return the trainer's factor / valid labels of the step, counting ranks with the same batch once."""
+        return self._factor / max(sum(step.infos[rank].valid_labels for rank in self._table.blocks), 1)
 
-        def made(number: int, own: Documents) -> LocalBatch:
-            return LocalBatch(
-                self.planner, BatchKey(own, options), number, proven, self._layouts.block_of(self.rank, own)
-            )
-
-        return [None if own is None else made(first + index, own) for index, own in enumerate(documents)]
-
-    def loss_scale_of(self, step: GatheredStep, first_of_blocks: Sequence[int] | None = None) -> float:
-        """1 / valid labels of the step, each block of ranks with the same batch counted once, times the trainer's factor."""
-        counted = self._table.blocks if first_of_blocks is None else first_of_blocks
-        return self._factor / max(sum(step.infos[rank].valid_labels for rank in counted), 1)
-
-    def local_shard(self, packed: Batch | None) -> dict[str, Any]:
+    def _local_shard(self, packed: Batch | None) -> dict[str, Any]:
         """`input_ids`, `labels` and `position_ids` (1, T) of this rank; padding where it has no micro-batch."""
         if packed is None:
             tokens = padded(0, self.config.pad_to)
@@ -410,11 +384,7 @@ class ContextParallel:
                 stack.callback(self._communicators.close, gracefully)
 
     def _announce(
-        self,
-        packed: Sequence[Batch] | None,
-        make: Callable[[GatheredStep], tuple[Any, list[LocalBatch]]],
-        same_batch: Sequence[int] | None,
-        known: GlobalStepInfos | None = None,
+        self, packed: Sequence[Batch] | None, known: GlobalStepInfos | None = None
     ) -> tuple[int, AwaitedResult[GatheredStep]]:
         if self._closed:
             raise DistattnError("this ContextParallel has been closed.")
@@ -425,12 +395,12 @@ class ContextParallel:
         if self._communicators is not None and self._communicators.control is not None:
             self._communicators.control.send(ControlMessage(ANNOUNCE_STEP, number))
 
-        def read_and_make(step: GatheredStep) -> tuple[Any, list[LocalBatch]]:
+        def read_and_make(step: GatheredStep) -> list[LocalBatch]:
             for batch in packed or ():
                 batch.read_ahead(self._layouts.of_block(batch.lengths), self.rank % self.block_ranks)
-            return make(step)
+            return self._batches_of_step(step)
 
-        how = (packed, read_and_make, self.planner, self._measured_speed(), same_batch)
+        how = (packed, read_and_make, self.planner, self._measured_speed())
         return number, self._exchange.announce(
             *how, *(("", None) if known is None else (known.name, known.next(packed)))
         )
@@ -442,23 +412,27 @@ class ContextParallel:
             if self._communicators is not None and self._communicators.control is not None and not self._closed:
                 self._communicators.control.send(ControlMessage(RELEASE_STEP, number))
 
-    def _batches_of_step(self, step: GatheredStep) -> tuple[Any, list[LocalBatch]]:
-        """One batch for each micro-batch of the rank with most; ranks that share attention each bring theirs."""
-        own = [step.infos[at].documents for at in self._table.sharing[: self.models : self.block_ranks]]
+    def _batches_of_step(self, step: GatheredStep) -> list[LocalBatch]:
+        """Return a batch for each micro-batch of the rank with most; ranks that share attention each bring theirs."""
+        speeds = [step.infos[rank].speed for rank in self._table.sharing]
+        options = () if self.speeds is None else self.speeds.options(speeds)
+        proven, first = step.number % self.config.verify_every == 0, step.number * _BATCHES_PER_STEP
+        blocks = [step.infos[at].documents for at in self._table.sharing[: self.models : self.block_ranks]]
         # replicas go forward and backward equally often, too: where one has nothing, a token without a label stands in
-        nothing = ((1,), *((),) * (len(own) - 1))
-        each: list[Documents | None] = []
+        nothing = ((1,), *((),) * (len(blocks) - 1))
+        batches = []
         for index in range(max(len(info.documents) for info in step.infos)):
-            documents = tuple(given[index] if index < len(given) else () for given in own)
-            each.append(documents if any(documents) else nothing)
-        made = [batch for batch in self.batches(step, each) if batch is not None]
-        return made, made
+            documents: Documents = tuple(packs[index] if index < len(packs) else () for packs in blocks)
+            documents = documents if any(documents) else nothing
+            block = self._layouts.block_of(self.rank, documents)
+            batches.append(LocalBatch(self.planner, BatchKey(documents, options), first + index, proven, block))
+        return batches
 
     def _local_batches(self, packed: Sequence[Batch], step: GatheredStep) -> list[dict[str, Any]]:
-        self._check_scale(len(step.made))
-        scale, out = self.loss_scale_of(step), []
-        for index, batch in enumerate(step.made):
-            part = self.local_shard(own := packed[index] if index < len(packed) else None)
+        self._check_scale(len(step.batches))
+        scale, out = self._loss_scale_of(step), []
+        for index, batch in enumerate(step.batches):
+            part = self._local_shard(own := packed[index] if index < len(packed) else None)
             batch.positions, batch.stands_in = part["position_ids"], own is None
             batch.longest_document = max(own.lengths if own else (), default=1)
             out.append({**part, "loss_scale": scale, "context_parallel": batch})

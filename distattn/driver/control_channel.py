@@ -1,4 +1,4 @@
-"""Control messages: by them the first rank with a model tells ranks that only serve what all ranks do next."""
+"""Control messages, by which the first rank with a model tells ranks that only serve what all ranks do next."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ CLOSE, ANNOUNCE_STEP, RELEASE_STEP, NEW_SHAPE, FORWARD, BACKWARD = (
 
 
 class ControlMessage(NamedTuple):
-    """What the ranks do next.
+    """The next action of all ranks.
 
-    number: of the step that is announced or released, or of the batch. shape, scale and softcap: of the attention call.
+    kind: one of the constants above. number: of the step that is announced or released, or of the batch. shape, scale and
+    softcap: of the attention call.
     """
 
     kind: str
@@ -33,30 +34,30 @@ class ControlMessage(NamedTuple):
 
 
 class ControlChannel:
-    """From the first rank of a group to its last `servers` ranks, in order. Other ranks send nothing."""
+    """An ordered channel from the first rank of a group to its last `servers` ranks. Other ranks send nothing."""
 
     def __init__(self, host: HostGroup, servers: int):
         self._host = host
         self.servers = range(host.ranks - servers, host.ranks)
 
     def send(self, message: ControlMessage) -> None:
-        """Tell all servers; only the first rank does."""
+        """Send a message to all servers; this does nothing on ranks other than the first."""
         if self._host.rank == 0:
             for server in self.servers:
                 self._host.send(message, server)
 
     def begin_pass(self, direction: str, batch: int, shape: AttentionShape, score: ScoreMod) -> None:
-        """A forward or backward pass of a batch begins. Raises DistattnError for what servers cannot be told."""
+        """Announce a forward or backward pass of a batch. Raise DistattnError for ALiBi slopes, which have no message."""
         if score.slopes_H is not None:
             raise DistattnError("ALiBi slopes do not reach ranks that only serve; use a group without servers.")
         self.send(ControlMessage(direction, batch, shape, score.scale, score.softcap))
 
     def receive(self) -> ControlMessage:
-        """The next message; servers call it."""
+        """Return the next message; servers call it."""
         return ControlMessage(*self._host.receive(0, "a control message"))
 
     def close(self, gracefully: bool) -> None:
-        """End the channel; gracefully: the first rank lets the servers go before."""
+        """End the channel. gracefully: the first rank releases the servers before."""
         try:
             if gracefully and self._host.rank == 0:
                 self.send(ControlMessage(CLOSE))

@@ -1,7 +1,7 @@
-"""Loaders that know the global batch of every step: with them ranks need not exchange facts about each step.
+"""Loaders that know the global batch of every step, so that ranks need not exchange facts about each step.
 
 The loader of a pack plan is one (`distattn.data`). All ranks compare once that they read the same plan from the same step on;
-from then on each rank computes what all others will have.
+from then on each rank computes the facts of all others.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from distattn.ir.errors import DistattnError
 
 @runtime_checkable
 class GlobalLoader(Protocol):
-    """A loader of one share of the data that knows the global batch: the batches of all shares, of any step.
+    """A loader of one share of the data that knows the global batch: the batches of all shares in every step.
 
-    Iterating yields the micro-batches of a step of its own share. rank, size: number of the share, and how many there are. step:
-    the next step that it yields. end: the step before which it ends. data_digest: a digest of everything that the batches depend
-    on. labels_are_known: labels can be counted without reading.
+    Iterating yields the micro-batches of its share, step by step. rank, size: number of the share, and of all shares. step: the
+    next step that it yields. end: the step before which it ends. data_digest: a digest of everything that the batches depend on.
+    labels_are_known: labels can be counted without reading the data.
     """
 
     rank: int
@@ -43,43 +43,43 @@ class GlobalLoader(Protocol):
 
 
 class GlobalStepInfos:
-    """What all ranks of an exchange will tell of each step, as far as this rank knows it.
+    """The facts of all ranks of an exchange about each step, as far as this rank knows them.
 
-    Raises DistattnError where the loader is not that of this rank.
+    Raises DistattnError if the loader has another rank's share.
     """
 
-    def __init__(self, loader: GlobalLoader, table: RankTable, same_batch: Sequence[int] | None, ask: bool):
-        """same_batch: of each rank, the rank whose data it has, by default that of the table. ask: whatever the loader knows."""
+    def __init__(self, loader: GlobalLoader, table: RankTable, ask: bool):
+        """Check the loader's share. ask: always ask the other ranks."""
         self._loader, self._table = loader, table
-        self._share_of = share_numbers(same_batch or table.first_of_block, table.has_model)
-        mine = self._share_of[table.rank], max(self._share_of) + 1
-        if (loader.rank, loader.size) != mine:
+        self._share_of = share_numbers(table.first_of_block, table.has_model)
+        share, shares = self._share_of[table.rank], max(self._share_of) + 1
+        if (loader.rank, loader.size) != (share, shares):
             raise DistattnError(
-                f"this loader reads share {loader.rank} of {loader.size}, but this rank has share {mine[0]} of {mine[1]}; "
-                f"make it with rank={mine[0]}, size={mine[1]}."
+                f"this loader reads share {loader.rank} of {loader.size}, but this rank has share {share} of {shares}; "
+                f"make it with rank={share}, size={shares}."
             )
-        # the loader goes on meanwhile
+        # noted now, because the loader's step advances
         self.name = f"{loader.data_digest} from step {loader.step} to {loader.end}"
         self._next = loader.step
-        # whether ranks have to be asked, which they are until all have said that they read the same
+        # ranks are asked until all have confirmed that they read the same
         self._may_know, self._asks = loader.labels_are_known and not ask, True
 
     def confirm(self, infos: Sequence[StepInfo]) -> None:
-        """Hear what all ranks have told of the first step. Raises DistattnError where they read other plans or other steps."""
+        """Check all ranks' facts about the first step. Raise DistattnError if ranks read different plans or steps."""
         names = {info.loader: rank for rank, info in reversed(list(enumerate(infos))) if info.loader}
         if len(names) > 1:
-            (one, first), (other, second) = sorted(names.items(), key=lambda item: item[1])[:2]
+            (first_name, first), (other_name, other) = sorted(names.items(), key=lambda item: item[1])[:2]
             members = self._table.members
             raise DistattnError(
-                f"rank {members[second]} reads the plan {other}, rank {members[first]} {one}: begin all ranks with one plan and "
-                "step."
+                f"rank {members[other]} reads the plan {other_name}, rank {members[first]} {first_name}: begin all ranks with "
+                "one plan and step."
             )
         self._asks = not self._may_know or any(not info.loader for info in self._table.of_models(list(infos)))
 
     def next(self, batches: Sequence[Batch] | None) -> list[StepInfo] | None:
-        """What all ranks would tell of the next step, of which this one has these batches; None where they have to be asked.
+        """Return all ranks' facts about the next step; None if they have to be asked. batches: this rank's in that step.
 
-        Raises DistattnError where the loader has given another step.
+        Raise DistattnError if the loader has yielded another step.
         """
         step, self._next = self._next, self._next + 1
         if self._asks:
@@ -96,24 +96,24 @@ class GlobalStepInfos:
                 for share in self._loader.facts(step)
             ]
             infos = [of_shares[share] for share in self._share_of]
-        mine = infos[self._table.rank]
-        if mine.ended != (batches is None) or mine.digests != tuple(batch.digest for batch in batches or ()):
+        expected = infos[self._table.rank]
+        if expected.ended != (batches is None) or expected.digests != tuple(batch.digest for batch in batches or ()):
             raise self.refusal()
         return infos
 
     def refusal(self) -> DistattnError:
-        """Return the error of a loop whose loader was used by something else."""
+        """Return the error for a loop whose loader was also used by other code."""
         return DistattnError(
             f"the loader has given another step than step {self._next - 1:,}: something else went on with it, such as a loop "
             "inside this one or load_state_dict; give each loop a loader of its own."
         )
 
     def rewind(self) -> None:
-        """Let the loader go on with the step that was taken ahead and not given out."""
+        """Set the loader back to the step that was taken ahead but not yielded."""
         self._loader.step = self._next - 1
 
 
 def share_numbers(same_batch: Sequence[int], has_model: Sequence[bool]) -> list[int]:
-    """Of each rank, the number of its share of the data; -1 for those that only serve. same_batch: of each, who else has its."""
+    """Return the number of each rank's share of the data; -1 if it only serves. same_batch: see `GlobalStepInfos`."""
     first = sorted({other for other, model in zip(same_batch, has_model, strict=True) if model})
     return [first.index(other) if model else -1 for other, model in zip(same_batch, has_model, strict=True)]

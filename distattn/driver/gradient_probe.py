@@ -1,13 +1,13 @@
-"""Measure how a trainer reduces gradients, by two synthetic backward passes: users need not know it.
+"""Measure how a trainer reduces gradients, by two synthetic backward passes, so that users need not know it.
 
-Trainers differ in this, and so do the stages of one trainer: some sum over ranks, some take the mean over all or only over
-replicas, some divide by the number of micro-batches. The probe reads it off one weight matrix, that of the output layer. Rank r's
-loss is column r of its logits, so row r of the gradient belongs to rank r alone. The layer's input gives this row before the
-reduction; the quotient is the weight of rank r. Where that layer is frozen (LoRA), another linear layer is read: its gradient is
-a sum over ranks, which is solved for the weights.
+Trainers differ in this, and so do the modes of one trainer: some sum over ranks, some take the mean over all or only over
+replicas, some divide by the number of micro-batches. The probe measures it on one weight matrix, that of the output layer. Rank
+r's loss is column r of its logits, so row r of the gradient belongs to rank r alone. The layer's input gives this row before the
+reduction; the quotient is the weight of rank r. If that layer is frozen (LoRA), another linear layer is measured: its gradient is
+a weighted sum of the ranks' gradients, which is solved for the weights.
 
 The second pass has a larger loss, or a smaller one: gradients that do not change by the same factor were clipped. All other
-parameters are compared with the layer that is read (see `parameter_probe`).
+parameters are compared with the measured layer (see `parameter_probe`).
 """
 
 # N tokens on the axis, T tokens on this rank, V rows of the output layer's weight on this rank, E its columns, R ranks
@@ -28,16 +28,16 @@ from torch import Tensor
 from distattn.driver.parameter_probe import GradientSketches, ProbedParameter, check_same_weights
 from distattn.ir.errors import DistattnError
 
-# of a rank's weight: bf16 gradients are sums of a few terms
+# relative error of a rank's weight; bf16 gradients are sums of a few terms
 _TOLERANCE = 0.02
 # the factor of the second pass's loss; the smaller one is for half precision and trainers' own scales, which may overflow
 _LARGER, _SMALLER = 64.0, 1 / 32
-# of a gradient so many rows are read, at least
+# at least this many rows of a gradient are read
 _ROWS = 16
 # the warning for steps whose loss scale was not measured
 NOT_PROBED = (
     "ContextParallel.loss_scale(target) was not called, so gradients are right only if they are summed over the ranks. Most "
-    "trainers average them: call cp.loss_scale(...ProbeTarget(...)) once, before the first step; it measures sums as well."
+    "trainers average them: call cp.loss_scale(...ProbeTarget(...)) once, before the first step; it also works for sums."
 )
 OTHER_COUNT = (
     "this step has {} micro-batches, but the trainer accumulates {}: its gradients would be off by that factor. Give shard_step "
@@ -47,38 +47,38 @@ OTHER_COUNT = (
 
 @runtime_checkable
 class GradientProbeTarget(Protocol):
-    """What the probe asks of a trainer; `distattn.adapters` has one target for each.
+    """The trainer's side of the probe; `distattn.adapters` has a target for each trainer.
 
-    It may also have a number micro_batches_per_step: the trainer divides by it, and steps of others are refused.
+    It may also have an attribute micro_batches_per_step, if the trainer divides by it; steps with another number are refused.
     """
 
     def layer(self) -> torch.nn.Module | None:
-        """The linear layer that makes logits, or another one that is trained. None on ranks without, which take part."""
+        """Return the linear layer that computes logits, or another trained one; None on ranks without, which take part."""
 
     def vocab_rows(self) -> int:
-        """V, of the output layer's weight on its ranks."""
+        """Return V, the rows of the output layer's weight on its ranks."""
 
     def backward(self, batch: Mapping[str, Any], loss_of: Callable[[Tensor], Tensor]) -> None:
-        """Forward and backward of a sharded batch as in a step of one micro-batch, gradients reduced; no step is taken.
+        """Run a sharded batch forward and backward like a step of one micro-batch, and reduce gradients, without an update.
 
-        loss_of: logits (..., V) to the loss that the user would give.
+        loss_of: computes the user's loss from logits (..., V).
         """
 
     def inputs(self, x: Tensor) -> Tensor:
-        """What the layer multiplies (..., E), if it is not just what it is given (x)."""
+        """Return the tensor (..., E) that the layer multiplies by its weight, given the layer's input x."""
 
     def gradient(self) -> Tensor:
-        """The whole reduced gradient (rows, E) of the layer's weight; all ranks that have one call it."""
+        """Return the whole reduced gradient (rows, E) of the layer's weight; all ranks that have one call it."""
 
     def preserve_state(self) -> AbstractContextManager[None]:
-        """When it is left, parameters, gradients and optimizer are as before."""
+        """Return a context that restores parameters, gradients and optimizer when it is left."""
 
     def parameters(self) -> Sequence[ProbedParameter]:
-        """Return all parameters, in the same order on all ranks, also those that are not trained."""
+        """Return all parameters, trained or not, in the same order on all ranks."""
 
 
 class Reduction(NamedTuple):
-    """What a trainer does to the gradient of each rank of the loss group before it is used: multiplies by this, and sums."""
+    """A trainer's reduction of gradients over the loss group: it multiplies each rank's gradient by a weight, and sums."""
 
     weights: tuple[float, ...]
 
@@ -94,20 +94,20 @@ class Reduction(NamedTuple):
 
     @property
     def factor(self) -> float:
-        """By what losses are to be multiplied so that gradients are sums. Raises DistattnError where no number does."""
+        """The factor by which to multiply losses so that gradients are sums. Raises DistattnError if there is no such factor."""
         mean = self.mean
         left_out = [rank for rank, weight in enumerate(self.weights) if abs(weight) < _TOLERANCE * abs(mean)]
         if left_out or mean <= 0:
-            who = ", ".join(map(str, left_out)) or "all"
+            ranks = ", ".join(map(str, left_out)) or "all"
             raise DistattnError(
-                f"the trainer's gradients leave out ranks {who} of the loss group (weights {_listed(self.weights)}): it has to "
+                f"the trainer's gradients leave out ranks {ranks} of the loss group (weights {_listed(self.weights)}): it has to "
                 "reduce over all data- and context-parallel ranks; give it a group or mesh of both."
             )
         if not self.is_even:
             raise DistattnError(
                 f"the trainer weighs ranks unequally, {_listed(self.weights)}; no loss scale makes that right."
             )
-        # what trainers divide and multiply by are whole numbers; measuring has rounding errors
+        # trainers divide and multiply by whole numbers, and the measurement has rounding errors
         for exact in (round(1 / mean), 1 / max(round(mean), 1)):
             if abs(exact * mean - 1) < _TOLERANCE:
                 return float(exact)
@@ -115,16 +115,15 @@ class Reduction(NamedTuple):
 
 
 def probe(target: GradientProbeTarget, make_batch: MakeBatch, group: dist.ProcessGroup | None) -> Reduction | None:
-    """Run two synthetic backward passes; all ranks of the loss group call it. Return None where the trainer has no output layer.
+    """Measure the reduction by two synthetic backward passes; all ranks of the loss group call it. None without an output layer.
 
-    make_batch: see `MakeBatch`. See the top of the file for how weights are read off the gradient. Raises DistattnError, naming
-    parameters and ranks, where ranks hold other weights, where gradients are no weighted sums, and where the weights differ from
-    parameter to parameter.
+    make_batch: see `MakeBatch`. The top of the file explains the measurement. Raise DistattnError, naming parameters and ranks,
+    if ranks hold different weights, if gradients are no weighted sums, or if the weights differ between parameters.
     """
     ranks = 1 if group is None else dist.get_world_size(group)
     layer, rows = target.layer(), target.vocab_rows()
     if rows <= ranks:
-        raise DistattnError(f"the output layer has {rows} rows; to tell {ranks} ranks apart more are needed.")
+        raise DistattnError(f"the output layer has {rows} rows; more are needed to tell {ranks} ranks apart.")
     weight = getattr(layer, "weight", None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if weight is None else weight.device
     parameters = list(target.parameters())
@@ -137,7 +136,7 @@ def probe(target: GradientProbeTarget, make_batch: MakeBatch, group: dist.Proces
     if observed is None or again is None:
         sketches.check(None)
         return None
-    weights, weights_again = (_solve_weights(one.own, one.reduced, group, ranks) for one in (observed, again))
+    weights, weights_again = (_solve_weights(each.local, each.reduced, group, ranks) for each in (observed, again))
     agreed = _agreed_weights(weights, group, ranks)
     _check_linear(agreed, weights_again, again.magnitude, group, ranks)
     reduction = Reduction(agreed)
@@ -148,27 +147,27 @@ def probe(target: GradientProbeTarget, make_batch: MakeBatch, group: dist.Proces
 
 
 class MakeBatch(Protocol):
-    """(ranks, vocabulary rows, device) to a local batch whose token ids are none of 0 to ranks - 1.
+    """Makes a local batch whose token ids are all at least `ranks`. rows: of the output layer's weight.
 
-    So where output and input share weights, the input's gradient stays off the rows that are read.
+    So if output and input share weights, the input's gradient is not in the rows that are read.
     """
 
     def __call__(self, ranks: int, rows: int, device: torch.device) -> Mapping[str, Any]: ...
 
 
 def probe_ids(block_ranks: int, first: int, ranks: int, rows: int) -> Tensor:
-    """Return token ids (1, N), two for each rank of a block, none of them 0 to ranks - 1. first: the block's first rank."""
+    """Return token ids (1, N), two for each rank of a block, all at least `ranks`. first: the block's first rank."""
     return (ranks + (torch.arange(2 * block_ranks) + 3 * first) % (rows - ranks))[None]
 
 
 class _Observed(NamedTuple):
-    """A backward pass: this rank's own gradient of the rows that are read, and the reduced one, both (rows, E) fp64.
+    """A backward pass: this rank's gradient of the rows that are read before and after the reduction, both (rows, E) fp64.
 
-    scale: what the trainer multiplies the loss by before it goes backward. magnitude: what the probe has multiplied it by.
-    may_overflow: whether a larger loss may, because logits are in fp16 or the trainer has a scale for that.
+    scale: the trainer's factor of the loss. magnitude: the probe's factor of the loss. may_overflow: whether a larger loss may
+    overflow, because logits are in fp16 or the trainer scales the loss.
     """
 
-    own: Tensor
+    local: Tensor
     reduced: Tensor
     scale: float
     magnitude: float
@@ -184,16 +183,16 @@ def _observe_backward(
     magnitude: float,
     sketches: GradientSketches | None = None,
 ) -> _Observed | None:
-    """Run the backward pass of a loss times `magnitude`. sketches: are taken of the gradients of all parameters."""
+    """Run the backward pass of a loss times `magnitude`. sketches: record the gradients of all parameters."""
     seen: dict[str, Tensor] = {}
-    hook = None if layer is None else layer.register_forward_hook(lambda _, given, out: _record(seen, given, out))
+    hook = None if layer is None else layer.register_forward_hook(lambda _, inputs, out: _record(seen, inputs, out))
 
     def loss_of(logits: Tensor) -> Tensor:
         if sketches is not None:
             # FSDP2 has gathered the tensor after the forward pass
             sketches.watch()
         loss = magnitude * logits[..., me].float().sum()
-        # a trainer may scale the loss before it goes backward
+        # a trainer may scale the loss before the backward pass
         loss.register_hook(lambda gradient: seen.update(scale=gradient))
         return loss
 
@@ -216,84 +215,82 @@ def _observe_backward(
                 "no gradient reached the output layer; the trainer's loss does not come from its logits."
             )
         x_TE = target.inputs(seen["input"]).flatten(0, -2).double()
-        read = max(ranks, _ROWS)
-        dy_TV = seen["gradient"].flatten(0, -2)[:, :read].double()
+        rows = max(ranks, _ROWS)
+        dy_TV = seen["gradient"].flatten(0, -2)[:, :rows].double()
         scale = float(seen["scale"])
         may_overflow = scale != 1.0 or seen["gradient"].dtype == torch.float16
-        return _Observed(dy_TV.t() @ x_TE / scale, target.gradient()[:read].double(), scale, magnitude, may_overflow)
+        return _Observed(dy_TV.t() @ x_TE / scale, target.gradient()[:rows].double(), scale, magnitude, may_overflow)
 
 
 def _check_linear(
     agreed: tuple[float, ...], again: Tensor, magnitude: float, group: dist.ProcessGroup | None, ranks: int
 ) -> None:
-    """Raise DistattnError where gradients do not change as the loss does."""
-    everyone_RR = _gathered(again, group, ranks)
-    off = float((everyone_RR - everyone_RR.new_tensor(agreed)).abs().max())
+    """Raise DistattnError if gradients do not change by the same factor as the loss. again: this rank's second weights."""
+    all_weights_RR = _gathered(again, group, ranks)
+    difference = float((all_weights_RR - all_weights_RR.new_tensor(agreed)).abs().max())
     largest = max(map(abs, agreed))
-    if off <= _TOLERANCE * largest:
+    if difference <= _TOLERANCE * largest:
         return
-    times = float(everyone_RR.abs().max()) / largest * magnitude
-    become = f"{times:.3g} times as large" if math.isfinite(times) else "that are no sum of the ranks' own"
+    times = float(all_weights_RR.abs().max()) / largest * magnitude
+    change = f"{times:.3g} times as large" if math.isfinite(times) else "that are no sum of the ranks' own"
     raise DistattnError(
-        f"the trainer's gradients are not linear: a loss {magnitude:g} times as large makes gradients {become}. "
+        f"the trainer's gradients are not linear: a loss {magnitude:g} times as large makes gradients {change}. "
         "Clipping belongs after the reduction: take it out of `reduce`, and clip before the optimizer's step (with half "
         "precision it may be an overflow: lower the loss scale)."
     )
 
 
-def _solve_weights(own: Tensor, reduced: Tensor, group: dist.ProcessGroup | None, ranks: int) -> Tensor:
-    """By what each rank's gradient is multiplied in this rank's reduced gradient (ranks,); NaN where it is no such sum."""
-    everyone = _gathered(own, group, ranks)
-    # the input may share the output layer's weight: what it adds is elsewhere
-    rows_read = (everyone != 0).any(2).any(0)
-    everyone, reduced = everyone[:, rows_read].flatten(1), reduced[rows_read].flatten()
+def _solve_weights(local: Tensor, reduced: Tensor, group: dist.ProcessGroup | None, ranks: int) -> Tensor:
+    """Return the weight of each rank's gradient in this rank's reduced gradient, (ranks,); NaN if it is no weighted sum."""
+    gradients = _gathered(local, group, ranks)
+    # if the input shares the output layer's weight, its gradient is in other rows
+    rows_read = (gradients != 0).any(2).any(0)
+    gradients, reduced = gradients[:, rows_read].flatten(1), reduced[rows_read].flatten()
     # least squares: the reduced gradient is the sum of weight x gradient
-    products = (everyone @ everyone.t()).cpu()
+    products = (gradients @ gradients.t()).cpu()
     singular = torch.linalg.svdvals(products)
     if not singular[-1] > 1e-9 * singular[0]:
-        raise DistattnError(
-            "ranks' gradients of the layer that is read are too much alike; give output_layer=, unfrozen."
-        )
-    weights = torch.linalg.solve(products, (everyone @ reduced).cpu()).to(reduced.device)
-    if not float((reduced - weights @ everyone).norm()) <= _TOLERANCE * float(reduced.norm()):
+        raise DistattnError("ranks' gradients of the measured layer are too similar; give output_layer=, unfrozen.")
+    weights = torch.linalg.solve(products, (gradients @ reduced).cpu()).to(reduced.device)
+    if not float((reduced - weights @ gradients).norm()) <= _TOLERANCE * float(reduced.norm()):
         weights[:] = torch.nan
     return weights
 
 
 def _agreed_weights(weights: Tensor, group: dist.ProcessGroup | None, ranks: int) -> tuple[float, ...]:
-    """The weights that all ranks have found. Raises DistattnError where a rank has none, or others."""
-    everyone_RR = _gathered(weights, group, ranks)
-    for rank, row in enumerate(everyone_RR.tolist()):
+    """Return the weights that all ranks have measured. Raise DistattnError if a rank has none, or other weights."""
+    all_weights_RR = _gathered(weights, group, ranks)
+    for rank, row in enumerate(all_weights_RR.tolist()):
         if any(weight != weight for weight in row):
             raise DistattnError(
                 f"gradients on rank {rank} of the loss group are no weighted sum of the ranks' own: ranks outside of it add "
                 "theirs (give ContextParallel loss_group= all ranks with data), or something changes them (clipping, which "
                 "belongs after the reduction, an overflow, gradients of an earlier micro-batch)."
             )
-    uneven = (everyone_RR - everyone_RR[:1]).abs().max() > _TOLERANCE * everyone_RR.abs().max()
+    uneven = (all_weights_RR - all_weights_RR[:1]).abs().max() > _TOLERANCE * all_weights_RR.abs().max()
     if uneven:
-        each = "; ".join(f"rank {rank} {_listed(row)}" for rank, row in enumerate(everyone_RR.tolist()))
+        rows = "; ".join(f"rank {rank} {_listed(row)}" for rank, row in enumerate(all_weights_RR.tolist()))
         raise DistattnError(
-            f"ranks of the loss group end up with different gradients, of each rank's they have: {each}. The trainer has to "
-            "reduce over all data- and context-parallel ranks; give it a group or mesh of both."
+            f"ranks of the loss group end up with different gradients; the weights of all ranks in them are: {rows}. The trainer "
+            "has to reduce over all data- and context-parallel ranks; give it a group or mesh of both."
         )
-    return tuple(everyone_RR.mean(0).tolist())
+    return tuple(all_weights_RR.mean(0).tolist())
 
 
-def _record(seen: dict[str, Tensor], given: tuple[Any, ...], out: Any) -> None:
+def _record(seen: dict[str, Tensor], inputs: tuple[Any, ...], out: Any) -> None:
     y = out[0] if isinstance(out, tuple) else out
-    # the first micro-batch is the one that counts
+    # only the first micro-batch counts
     if y.requires_grad and "input" not in seen:
-        seen["input"] = given[0].detach()
+        seen["input"] = inputs[0].detach()
         y.register_hook(lambda gradient: seen.update(gradient=gradient.detach()))
 
 
-def _gathered(mine: Tensor, group: dist.ProcessGroup | None, ranks: int) -> Tensor:
+def _gathered(local: Tensor, group: dist.ProcessGroup | None, ranks: int) -> Tensor:
     if group is None:
-        return mine[None]
-    everyone = [torch.empty_like(mine) for _ in range(ranks)]
-    dist.all_gather(everyone, mine.contiguous(), group=group)
-    return torch.stack(everyone)
+        return local[None]
+    from_ranks = [torch.empty_like(local) for _ in range(ranks)]
+    dist.all_gather(from_ranks, local.contiguous(), group=group)
+    return torch.stack(from_ranks)
 
 
 @contextmanager

@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from distattn.driver.context_parallel import ContextParallel
 
 
-def sum_over_loss_group(cp: ContextParallel, x: torch.Tensor, what: str) -> torch.Tensor:
-    """The sum of a tensor over the loss group, on the tensor's device, without gradient; a collective call.
+def sum_over_loss_group(cp: ContextParallel, x: torch.Tensor, purpose: str) -> torch.Tensor:
+    """Return the sum of a tensor over the loss group, on the tensor's device, without gradient; a collective call.
 
-    what: it is a sum for. Raises LostRankError, which says that, where a rank is lost.
+    purpose: of the sum. Raise LostRankError, which names the purpose, if a rank is lost.
     """
     total = x.detach().clone()
     if cp.loss_group is None:
         return total
     limit = cp.wait_timeout or timeout_of(cp.loss_group)
-    cp.begin(what)
+    cp.begin(purpose)
     total = total.to(sendable_device(cp.loss_group))
     work = dist.all_reduce(total, group=cp.loss_group, async_op=True)
-    cp.guarded(lambda: work.wait(limit), what)
+    cp.guarded(lambda: work.wait(limit), purpose)
     return total.to(x.device)

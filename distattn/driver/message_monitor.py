@@ -1,4 +1,4 @@
-"""Messages of attention, watched from the host: how long a rank has waited for those of others, and a look at what it sends."""
+"""A monitor of attention's messages on the host: how long a rank has waited for other ranks, and a hook on what it sends."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ Result = TypeVar("Result")
 
 
 class MessageMonitor:
-    """Of one driver. seconds: waits of the thread that runs the model, added up: for messages, and for others' mean losses.
+    """The monitor of one driver. seconds: total time that the thread which runs the model waited for messages and mean losses.
 
-    Waits of a trainer's own collectives (FSDP2's) are not among them unless the trainer has them timed here, nor is the
-    comparison of plans where a shape of attention is new to the run, in its first steps. complete: whether all waits for messages
-    are. They are not where waiting is left to a device's stream (NCCL): the host goes on, and only a profile of the device can
-    tell. on_send: is given what this rank is about to send, once for each exchange of messages, also where it sends nothing;
+    Not included are waits of a trainer's own collectives (FSDP2's), unless the trainer has them timed here, and the comparison of
+    plans when a run meets a new shape of attention, in its first steps. complete: whether all waits for messages are included.
+    They are not if a device's stream waits (NCCL): then the host continues, and only a profile of the device shows the waits.
+    on_send: called with the packets that this rank is about to send, once for each exchange of messages, also without packets;
     None by default.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.complete = True
-        # a wait inside a wait counts once
+        # whether a wait is being timed; a wait inside a wait counts once
         self._waits = False
         self.on_send: Callable[[Sequence[Packet]], None] | None = None
 
     def timed(self, wait: Callable[[], Result]) -> Result:
-        """What `wait` returns; the time it takes counts."""
+        """Run `wait` and add its time; return its result."""
         if self._waits:
             return wait()
         began, self._waits = time.perf_counter(), True

@@ -1,7 +1,7 @@
-"""Messages that a device waits for, watched from the host: NCCL's own wait returns at once.
+"""A watch on the host over messages that a device waits for, since NCCL's own wait returns at once.
 
-A thread asks once in a while whether the oldest message under way has arrived. Where it is late, all ranks are asked for a
-sign of life, what was found is said, and the communicator is given up, so that the device goes on and this process hears of it.
+A thread checks periodically whether the oldest message in flight has arrived. If it is late, all ranks are asked for a sign of
+life, the result is logged, and the communicator is aborted, so that the device continues and this process gets an error.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _POLL = 0.5
 
 @dataclass(eq=False)
 class PendingMessage:
-    """Messages that are watched. works: as the backend gave them, None until it has.
+    """Messages that are watched. text: describes them. works: the backend's handles, None until the messages are started.
 
-    What is sent and received is not here: it is not to live longer for being watched.
+    It does not refer to the sent and received tensors, so that watching does not extend their lives.
     """
 
-    what: str
+    text: str
     since: float
     works: Sequence[Any] | None = None
 
@@ -47,7 +47,7 @@ class PendingMessage:
 class MessageWatch:
     """Watches the messages of one communicator, which arrive in the order in which they were started.
 
-    members: its ranks as the default group numbers them. give_up: ends what is under way. device: that waits.
+    members: its ranks as numbered in the default group. give_up: aborts messages in flight. device: the waiting device.
     """
 
     def __init__(
@@ -60,18 +60,18 @@ class MessageWatch:
         self._thread.start()
 
     @contextlib.contextmanager
-    def watching(self, what: str) -> Iterator[PendingMessage]:
-        """Watch messages from before they are started until they have arrived. what: which they are, for the error.
+    def watching(self, text: str) -> Iterator[PendingMessage]:
+        """Watch messages from before they are started until they have arrived. text: describes them in the error.
 
-        The block starts them and notes their works. NCCL blocks the host there until two ranks that have never sent each other
-        a message have connected.
+        The context's body starts the messages and sets their works. NCCL blocks the host there while two ranks connect that have
+        never sent each other a message.
         """
-        under_way = PendingMessage(what, time.monotonic())
+        under_way = PendingMessage(text, time.monotonic())
         self._under_way.append(under_way)
         try:
             yield under_way
         except BaseException:
-            # the thread may have taken it already
+            # the thread may have removed it already
             with contextlib.suppress(ValueError):
                 self._under_way.remove(under_way)
             raise
@@ -84,29 +84,29 @@ class MessageWatch:
 
     def _run(self) -> None:
         if has_streams(self._device):
-            # asking whether a message has arrived must not begin to use another device
+            # the checks below must not initialize another device
             torch.cuda.set_device(self._device)
         limit, arrived = self._monitor.wait_timeout.total_seconds(), time.monotonic()
         while not self._closed.wait(_POLL):
-            # a message whose call fails is removed meanwhile, on the thread that made the call
+            # a message whose call fails is removed concurrently, on the calling thread
             while (oldest := next(iter(tuple(self._under_way)), None)) is not None and oldest.have_arrived():
                 with contextlib.suppress(ValueError):
                     self._under_way.remove(oldest)
                 arrived = time.monotonic()
-            # a device works them off one after another: the oldest is under way since the one before has arrived
+            # a device processes messages in order: the oldest is in flight since the previous one has arrived
             if oldest is not None and time.monotonic() - max(oldest.since, arrived) > limit:
-                self._report(oldest.what, limit)
+                self._report(oldest.text, limit)
                 return
 
-    def _report(self, what: str, limit: float) -> None:
+    def _report(self, text: str, limit: float) -> None:
         def late() -> None:
-            raise TimeoutError(f"{what} did not come within {limit:.0f} s")
+            raise TimeoutError(f"{text} did not come within {limit:.0f} s")
 
         try:
             self._monitor.guarded(late, MESSAGES, self._members)
         except LostRankError as error:
             _LOG.error("%s", error)
-        # kernels that wait for messages end, and the next call of attention raises
+        # this ends kernels that wait for messages, and the next call of attention raises
         self._give_up()
 
 
@@ -120,10 +120,10 @@ class Awaited(NamedTuple):
 def describe_messages(
     sends: Sequence[Packet], receives: Sequence[Packet], members: Sequence[int], where: str
 ) -> Awaited:
-    """Return the messages that a step waits for; ranks as the default group numbers them."""
+    """Return the messages that a step waits for, with ranks as numbered in the default group."""
     ranks: dict[str, set[int]] = {}
     for packet in receives or sends:
         ranks.setdefault(packet.name, set()).add(members[packet.peer])
     direction = "from" if receives else "to"
-    moves = ", ".join(f"{name} {direction} {named_ranks(who)}" for name, who in ranks.items())
+    moves = ", ".join(f"{name} {direction} {named_ranks(peers)}" for name, peers in ranks.items())
     return Awaited(f"{moves} {where}".strip(), tuple(sorted(set().union(*ranks.values()))))

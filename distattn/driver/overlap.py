@@ -1,72 +1,99 @@
 """Overlap: micro-batches take turns on a rank, so that messages of one travel while another computes (ping-pong execution).
 
-As in Zhuang et al. 2025 (arXiv 2510.18121, section 4.2). Forward, every batch runs on a thread of its own and hands over
-whenever its messages have left. Its graph is cut at layers and at attention, so that backward can be driven piece by piece in
-the same manner. One runs at a time: there is one order of issue, the same on all ranks.
+As in Zhuang et al. 2025 (arXiv 2510.18121, section 4.2). Forward, each micro-batch runs on a thread of its own, and the next one
+continues when its messages have left. All of them enter and leave a layer together: outside of the layers there is one graph, in
+which a layer is one node for all micro-batches. Its backward pass takes turns in the same manner. FSDP2 therefore gathers a
+layer's parameters, and reduces their gradients, once for all micro-batches. One micro-batch runs at a time, in the same order on
+all ranks.
 """
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import ExitStack
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
+from distattn.driver.turns import Arrived, MicroBatchThread, RandomState, Returned, Span, ThreadModes, Turns, device_of
 from distattn.ir.errors import DistattnError
-from distattn.kernels.devices import current_device, has_streams
+from distattn.kernels.devices import current_device
 from distattn.ops.attention import backward_pass, forward_pass
-from distattn.ops.current_micro_batch import INTERLEAVED, RECOMPUTING, current_micro_batch
+from distattn.ops.current_micro_batch import INTERLEAVED, RECOMPUTING
 from distattn.ops.executable import Executable
 from distattn.parallel.runtime.execute import PausableRun
-from distattn.parallel.runtime.transport import Packet, PendingMessages, Transport
+
+# positional and keyword arguments of one micro-batch's call of a module
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+_OUTSIDE = "attention was called outside of the layers; give OverlapSchedule every layer that attends."
+_LEAVES = "a layer's tensors with gradients leave it by another way than its output; OverlapSchedule cannot cut there."
 
 
 class OverlapSchedule:
-    """Trains on batches that take turns.
+    """Trains on micro-batches that take turns.
 
-    layers: the modules of `model` that hidden states pass one after another as their first argument, such as
+    layers: the modules of a model that hidden states pass one after another as their first argument, such as
     `model.model.layers` of a Hugging Face decoder, or any list of layers. Each may call attention once or more.
+    model: the module that the losses call, needed where `fully_shard` (FSDP2) has sharded the layers.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]):
-        # arrays and tensors of no dims say that they can be iterated over
+    def __init__(self, layers: Sequence[nn.Module], model: nn.Module | None = None):
+        # arrays and tensors without dims can be iterated over according to their type
         self.layers = list(layers) if isinstance(layers, Iterable) and not hasattr(layers, "ndim") else []
         if not self.layers or not all(isinstance(layer, nn.Module) for layer in self.layers):
             raise DistattnError("an overlap schedule needs a list of at least one layer, each a module.")
-        self.spans: list[Span] = []
+        if not isinstance(model, (nn.Module, type(None))):
+            raise DistattnError(f"model is the module whose layers take turns, not a {type(model).__name__}.")
+        # the modules that all micro-batches call together
+        self._joined = [*self.layers, *_sharded_around(self.layers, model)]
+        self._turns = Turns()
+        self._micro_batches: list[_MicroBatch] = []
+        self._device: torch.device | None = None
+
+    @property
+    def spans(self) -> list[Span]:
+        """Return what each micro-batch did in the last step, and when."""
+        return self._turns.spans
 
     def step(self, losses: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
-        """Forward and backward of each: functions that return the loss of one batch. Gradients add up in the parameters.
+        """Run forward and backward of micro-batches; gradients are added up in the parameters.
 
-        Under torch.no_grad only forward. Returns the losses, detached.
+        losses: functions that return the loss of one micro-batch each. Under torch.no_grad only forward runs. Returns the losses,
+        detached. Raises DistattnError where a micro-batch cannot take turns.
         """
-        self.spans = []
-        turns = _Turns(len(losses), self.spans)
-        micro_batches = [_MicroBatch(number, turns, self.spans) for number in range(len(losses))]
-        hooks = [layer.register_forward_pre_hook(_enter, with_kwargs=True) for layer in self.layers]
-        hooks.append(self.layers[-1].register_forward_hook(_leave))
-        try:
-            sums_of_losses = _forward_together(micro_batches, losses, _current_stream(self.layers))
-            if torch.is_grad_enabled():
-                _backward_together(micro_batches, sums_of_losses, self.spans)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return [loss.detach() for loss in sums_of_losses]
+        self._turns = Turns()
+        self._device = device_of(self.layers)
+        modes, states = ThreadModes.current(self._device), RandomState.drawn(self._device, len(losses))
+        present = RandomState.current(self._device)
+        self._micro_batches = [
+            _MicroBatch(number, self, loss, modes, state)
+            for number, (loss, state) in enumerate(zip(losses, states, strict=True))
+        ]
+        # transformers' layers look at their class when they are recomputed in the backward pass
+        with _calls_joined(self._joined):
+            try:
+                loss_tensors = self._run_to_return([None] * len(losses))
+            finally:
+                for micro_batch in self._micro_batches:
+                    micro_batch.thread.cancel()
+                self._micro_batches = []
+                present.set()
+            if torch.is_grad_enabled() and loss_tensors:
+                torch.autograd.backward(loss_tensors)
+        return [loss.detach() for loss in loss_tensors]
 
     def trace(self, rank: int = 0) -> dict[str, Any]:
-        """The last step as trace events for ui.perfetto.dev: of each batch when it ran, and when its messages were under way."""
+        """Return trace events of the last step for ui.perfetto.dev: when micro-batches ran, and when their messages travelled."""
         first = min((span.begin for span in self.spans), default=0.0)
         events: list[dict[str, Any]] = [
             {
-                "name": f"{span.what} {span.micro_batch}",
+                "name": f"{span.activity} {span.micro_batch}",
                 "ph": "X",
                 "pid": rank,
-                "tid": 2 * span.micro_batch + (span.what == "moves"),
+                "tid": 2 * span.micro_batch + (span.activity == "moves"),
                 "ts": (span.begin - first) * 1e6,
                 "dur": (span.end - span.begin) * 1e6,
             }
@@ -75,47 +102,66 @@ class OverlapSchedule:
         names = {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}}
         return {"traceEvents": [names, *events], "displayTimeUnit": "ms"}
 
+    def _run_to_return(self, values: Sequence[Any]) -> list[Any]:
+        """Continue all micro-batches with these values until they return; modules that they call together are called once."""
+        while True:
+            threads = [micro_batch.thread for micro_batch in self._micro_batches]
+            events = self._turns.run([thread.resume(value) for thread, value in zip(threads, values, strict=True)])
+            returned = [event.value for event in events if isinstance(event, Returned)]
+            arrived = [event for event in events if isinstance(event, Arrived)]
+            if not arrived:
+                return returned
+            if returned or len({id(event.module) for event in arrived}) > 1:
+                raise DistattnError(
+                    "micro-batches that take turns call the same layers in the same order; these do not."
+                )
+            values = self._call(arrived[0].module, [(event.args, event.kwargs) for event in arrived])
 
-class Span(NamedTuple):
-    """What batch `micro_batch` did from `begin` to `end` (seconds): "runs", or has "moves" under way."""
+    def _call(self, module: nn.Module, calls: list[Call]) -> list[Any]:
+        """Call a module for all micro-batches; return their outputs."""
+        if not isinstance(module, FSDPModule):
+            return self._run_module(module, functools.partial(_original_class(module).__call__, module), calls)
+        # FSDP2's hooks run once, with the arguments and outputs of all micro-batches
+        forward, replaced = module.forward, module.__dict__.get("forward")
+        module.forward = lambda *joined: self._run_module(module, forward, list(joined))
+        try:
+            return nn.Module.__call__(module, *calls)  # type: ignore[no-any-return]
+        finally:
+            if replaced is None:
+                del module.__dict__["forward"]
+            else:
+                module.forward = replaced
 
-    micro_batch: int
-    what: str
-    begin: float
-    end: float
-
-
-class _Call(NamedTuple):
-    """One attention call of a micro_batch: its inputs, and its output as a leaf of the graph that follows."""
-
-    executable: Executable
-    inputs: tuple[Tensor, Tensor, Tensor]
-    sink: Tensor | None
-    slopes: Tensor | None
-    score: tuple[float, float]
-    o: Tensor
-    lse: Tensor
-    kept: Tensor
+    def _run_module(self, module: nn.Module, body: Callable[..., Any], calls: list[Call]) -> list[Any]:
+        """Run the body of a module for all micro-batches, each on its thread."""
+        if not torch.is_grad_enabled() or not any(module is layer for layer in self.layers):
+            return self._run_to_return([(body, *call) for call in calls])
+        segments = [
+            _Segment(micro_batch, module, *call, self._device)
+            for micro_batch, call in zip(self._micro_batches, calls, strict=True)
+        ]
+        joined = _JoinedSegments(self._turns, segments, lambda inner: self._run_to_return([(body, *c) for c in inner]))
+        # parameters may have gradients where no hidden states have any
+        gradient = torch.zeros((), requires_grad=True)
+        outputs = _JoinedLayer.apply(joined, gradient, *(segment.hidden for segment in segments))
+        joined.enter_graph()
+        return [segment.with_output(output) for segment, output in zip(segments, outputs, strict=True)]
 
 
 class _MicroBatch:
-    """One batch. cuts: (end of the graph before a layer, the leaf the layer begins with); calls: those of each layer."""
+    """A micro-batch on a thread of its own. segment: the layer that it is in."""
 
-    def __init__(self, number: int, turns: _Turns, spans: list[Span]):
-        self.number, self.turns, self.spans = number, turns, spans
-        self.cuts: list[tuple[Tensor, Tensor]] = []
-        self.calls: list[list[_Call]] = []
-        # layers whose forward is repeated in the backward pass (activation checkpointing): their calls, in order
-        self.recomputed: list[_Call] | None = None
+    def __init__(
+        self, number: int, schedule: OverlapSchedule, loss: Callable[[], Tensor], modes: ThreadModes, state: RandomState
+    ):
+        self.number, self.turns = number, schedule._turns
+        self.segment: _Segment | None = None
+        self.thread = MicroBatchThread(loss, self, modes, state)
 
-    def cut(self, hidden: Tensor) -> Tensor:
-        """Where a layer begins, or the last one has ended."""
-        if self.recomputed is not None or not torch.is_grad_enabled():
-            return hidden.detach().requires_grad_() if self.recomputed is not None else hidden
-        leaf = hidden.detach().requires_grad_()
-        self.cuts.append((hidden, leaf))
-        self.calls.append([])
-        return leaf
+    @property
+    def layer(self) -> nn.Module | None:
+        """See `InterleavedBatch`."""
+        return None if self.segment is None else self.segment.module
 
     def attention(
         self,
@@ -128,135 +174,298 @@ class _MicroBatch:
         scale: float,
         softcap: float,
     ) -> Tensor:
-        """Called by `distattn.attention` on this micro_batch's thread."""
-        if self.recomputed is not None:
-            if not self.recomputed:
-                raise DistattnError(
-                    "a layer was recomputed that had not been recorded: reentrant activation checkpointing does not take "
-                    "turns; use checkpoint(..., use_reentrant=False)."
-                )
-            return self.recomputed.pop(0).o.detach().requires_grad_()
+        """See `InterleavedBatch`. Called on this micro-batch's thread."""
         if executable.observer is not None and not executable.observer.allows_interleaving:
             raise DistattnError("ranks that only serve do not take turns; use OverlapSchedule without servers.")
+        if self.segment is None and torch.is_grad_enabled():
+            raise DistattnError(_OUTSIDE)
+        transport = self.turns.traced(executable.transport, self.number)
         # the current device belongs to the thread, and this thread is the micro-batch's own
         with torch.no_grad(), current_device(q.device):
-            run = forward_pass(executable, q, k, v, sink, slopes, scale, softcap, self.traced(executable.transport))
-            o, lse, kept = self.turns.run(self.number, run)
-        if torch.is_grad_enabled():
-            o.requires_grad_()
-            if not self.calls:
-                raise DistattnError(
-                    "attention was called before the first layer; give OverlapSchedule every layer that attends."
-                )
-            self.calls[-1].append(_Call(executable, (q, k, v), sink, slopes, (scale, softcap), o, lse, kept))
+            o, lse, kept = self.thread.run(forward_pass(executable, q, k, v, sink, slopes, scale, softcap, transport))
+        if self.segment is None:
+            return o
+        return self.segment.record(_AttentionCall(executable, (q, k, v), sink, slopes, (scale, softcap), o, lse, kept))
+
+    def checkpoint(self, *call: Any) -> Any:
+        """See `InterleavedBatch`."""
+        assert self.segment is not None
+        return self.segment.checkpoint(*call)
+
+
+class _AttentionCall(NamedTuple):
+    """One attention call of a micro-batch: its inputs q, k and v, and its output as a leaf of the graph that follows."""
+
+    executable: Executable
+    inputs: tuple[Tensor, ...]
+    sink: Tensor | None
+    slopes: Tensor | None
+    score: tuple[float, float]
+    o: Tensor
+    lse: Tensor
+    kept: Tensor
+
+
+class _Repetition(NamedTuple):
+    """How a checkpointed layer is computed again. ticket: its input on the host, if it waits there."""
+
+    forward: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    ticket: Any
+    modes: ThreadModes
+    random: RandomState
+
+
+class _Segment:
+    """One layer of one micro-batch: a graph of its own, from a leaf for its hidden states to its output, cut at attention."""
+
+    def __init__(
+        self,
+        micro_batch: _MicroBatch,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        device: torch.device | None,
+    ):
+        self.micro_batch, self.module, self._device = micro_batch, module, device
+        others = [*args[1:], *kwargs.values()] if args else [x for name, x in kwargs.items() if name != "hidden_states"]
+        if any(isinstance(x, Tensor) and x.requires_grad for x in others):
+            raise DistattnError(
+                "a layer takes tensors with gradients besides its hidden states; OverlapSchedule cannot cut there."
+            )
+        if not args and "hidden_states" not in kwargs:
+            raise DistattnError("layers of an OverlapSchedule take hidden states first, or as hidden_states=.")
+        self._args, self._kwargs = args, kwargs
+        self.hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        self.calls: list[_AttentionCall] = []
+        self._leaf: Tensor | None = None
+        self._output: Tensor | None = None
+        self._other_outputs: tuple[Any, ...] | None = None
+        self._repetition: _Repetition | None = None
+        # attention calls of a layer that is repeated in the backward pass, in order
+        self._repeated: list[int] = []
+        self.layer: nn.Module | None = None
+
+    def enter(self) -> Call:
+        """Begin the layer; return the arguments with which it is called."""
+        self.micro_batch.segment = self
+        self._leaf = self.hidden.detach().requires_grad_()
+        call = self._arguments(self._args, self._kwargs, self._leaf)
+        del self.hidden
+        self._args, self._kwargs = (), {}
+        return call
+
+    def leave(self, output: Any) -> Tensor:
+        """End the layer; return what it gives the next one, detached."""
+        self.micro_batch.segment = None
+        self._output, self._other_outputs = (output, None) if isinstance(output, Tensor) else (output[0], output[1:])
+        if any(isinstance(x, Tensor) and x.requires_grad for x in self._other_outputs or ()):
+            raise DistattnError(_LEAVES)
+        return self._output.detach()
+
+    def with_output(self, output: Tensor) -> Any:
+        """Return the layer's output with this tensor in place of its hidden states."""
+        others, self._other_outputs = self._other_outputs, None
+        return output if others is None else (output, *others)
+
+    def record(self, call: _AttentionCall) -> Tensor:
+        """Keep an attention call for the backward pass; return its output."""
+        if self._repetition is not None:
+            # its inputs are computed again
+            self.calls.append(call._replace(inputs=(), sink=None, slopes=None))
+        elif torch.is_grad_enabled():
+            self.calls.append(call)
+        return call.o.requires_grad_() if torch.is_grad_enabled() else call.o
+
+    def checkpoint(
+        self,
+        forward: Callable[..., Any],
+        put: Callable[[Tensor], Any] | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """See `InterleavedBatch`."""
+        assert self._leaf is not None
+        ticket = None if put is None else put(self._leaf.detach())
+        if ticket is not None:
+            self._leaf = None
+        kept = self._arguments(args, kwargs, None)
+        random = RandomState.current(self._device)
+        self._repetition = _Repetition(forward, *kept, ticket, ThreadModes.current(self._device), random)
+        with torch.no_grad():
+            return forward(*args, **kwargs)
+
+    def attention(
+        self,
+        executable: Executable,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sink: Tensor | None,
+        slopes: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> Tensor:
+        """See `InterleavedBatch`. Called where the layer is repeated, on the thread of the backward pass."""
+        if not self._repeated:
+            raise DistattnError(
+                "a layer was recomputed that had not been recorded: reentrant activation checkpointing does not take "
+                "turns; use checkpoint(..., use_reentrant=False)."
+            )
+        number = self._repeated.pop(0)
+        call = self.calls[number]
+        o = call.o.detach().requires_grad_()
+        if self._repetition is not None:
+            self.calls[number] = call._replace(inputs=(q, k, v), sink=sink, slopes=slopes, o=o)
         return o
 
-    def backward(self, loss: Tensor) -> Generator[None, None, None]:
-        """The whole backward pass, pausing while messages travel."""
-        loss.backward()
-        if self.calls.pop():
-            raise DistattnError(
-                "attention was called after the last layer; give OverlapSchedule every layer that attends."
-            )
-        end, leaf = self.cuts.pop()
-        while self.calls:
-            calls = self.calls.pop()
-            self._into([end], [leaf.grad], calls)
-            for call in reversed(calls):
-                do = torch.zeros_like(call.o) if call.o.grad is None else call.o.grad
-                given = (do, None, *call.inputs, call.sink, call.slopes, call.o, call.lse, call.kept, *call.score)
-                grads = yield from _by_steps(
-                    backward_pass(call.executable, *given, self.traced(call.executable.transport)), call.o.device
-                )
-                wanted = [*call.inputs, *([] if call.sink is None else [call.sink])]
-                pairs = [(x, grad) for x, grad in zip(wanted, grads, strict=False) if x.requires_grad]
-                self._into([x for x, _ in pairs], [grad for _, grad in pairs], calls)
-            end, leaf = self.cuts.pop()
-        if end.requires_grad:
-            torch.autograd.backward(end, leaf.grad)
+    def backward(self, gradient: Tensor) -> PausableRun[Tensor | None]:
+        """Run the layer's backward pass, pausing while messages travel; return the gradient of its hidden states."""
+        if self._repetition is not None:
+            self._repeat(self._repetition)
+        if self._leaf is None or self._leaf.grad is not None or any(call.o.grad is not None for call in self.calls):
+            raise DistattnError(_LEAVES)
+        outputs: list[Tensor] = [self._output] if self._output is not None and self._output.requires_grad else []
+        gradients: list[Tensor] = [gradient] if outputs else []
+        self._backward(outputs, gradients)
+        for call in reversed(self.calls):
+            do = torch.zeros_like(call.o) if call.o.grad is None else call.o.grad
+            transport = self.micro_batch.turns.traced(call.executable.transport, self.micro_batch.number)
+            kept: Any = (*call.inputs, call.sink, call.slopes, call.o, call.lse, call.kept, *call.score, transport)
+            call_gradients = yield from _by_steps(backward_pass(call.executable, do, None, *kept), call.o.device)
+            leaves = [*call.inputs, *([] if call.sink is None else [call.sink])]
+            pairs = [(x, grad) for x, grad in zip(leaves, call_gradients, strict=False) if x.requires_grad]
+            self._backward([x for x, _ in pairs], [grad for _, grad in pairs])
+        return self._leaf.grad
 
-    def _into(self, ends: list[Tensor], grads: list[Tensor | None], calls: list[_Call]) -> None:
-        self.recomputed = list(calls)
+    def _backward(self, outputs: list[Tensor], gradients: list[Tensor]) -> None:
+        """Run the backward pass of the graph from these tensors to the leaves that it is cut at."""
+        with self._repeating():
+            # what comes before attention and what comes after it may share a norm, which both pass
+            torch.autograd.backward(outputs, gradients, retain_graph=True)
+
+    def _repeat(self, repetition: _Repetition) -> None:
+        """Compute the layer again, with a graph; attention's outputs are those of the forward pass."""
+        if repetition.ticket is not None:
+            self._leaf = repetition.ticket.get().requires_grad_()
+        with repetition.random.restored(), repetition.modes.entered(), torch.enable_grad(), self._repeating():
+            args, kwargs = self._arguments(repetition.args, repetition.kwargs, self._leaf)
+            output = repetition.forward(*args, **kwargs)
+        self._output = output if isinstance(output, Tensor) else output[0]
+
+    @contextmanager
+    def _repeating(self) -> Iterator[None]:
+        """Answer attention calls from the record while the context is open."""
+        self._repeated = list(range(len(self.calls)))
         RECOMPUTING.append(self)
         try:
-            # what comes before attention and what comes after it may share a norm: both go through it
-            torch.autograd.backward(ends, grads, retain_graph=True)
+            yield
         finally:
             RECOMPUTING.pop()
-            self.recomputed = None
 
-    def traced(self, transport: Transport) -> Transport:
-        return _TracedTransport(transport, self.number, self.spans)
+    @staticmethod
+    def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor | None) -> Call:
+        """Return a call of the layer with other hidden states."""
+        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
 
-def _enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    micro_batch = current_micro_batch()
-    if not isinstance(micro_batch, _MicroBatch):
-        return args, kwargs
-    others = [*args[1:], *kwargs.values()] if args else [x for name, x in kwargs.items() if name != "hidden_states"]
-    if any(isinstance(x, Tensor) and x.requires_grad for x in others):
-        raise DistattnError(
-            "a layer takes tensors with gradients besides its hidden states; OverlapSchedule cannot cut there."
+class _JoinedSegments:
+    """One layer of all micro-batches. run: calls the layer for each of them."""
+
+    def __init__(self, turns: Turns, segments: list[_Segment], run: Callable[[list[Call]], list[Any]]):
+        self._turns, self._segments = turns, segments
+        self._run: Callable[[list[Call]], list[Any]] | None = run
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """Compute the layer; return its outputs, detached."""
+        assert self._run is not None
+        outputs = self._run([segment.enter() for segment in self._segments])
+        return tuple(segment.leave(output) for segment, output in zip(self._segments, outputs, strict=True))
+
+    def enter_graph(self) -> None:
+        """Drop what only the forward pass needs."""
+        self._run = None
+
+    def backward(self, gradients: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return the gradients of the hidden states; parameters get theirs meanwhile."""
+        segments, self._segments = self._segments, []
+        if not segments:
+            raise DistattnError("a step that takes turns has one backward pass, which has run.")
+        return self._turns.run(
+            [segment.backward(gradient) for segment, gradient in zip(segments, gradients, strict=True)]
         )
-    if args:
-        return (micro_batch.cut(args[0]), *args[1:]), kwargs
-    if "hidden_states" not in kwargs:
-        raise DistattnError("layers of an OverlapSchedule take hidden states first, or as hidden_states=.")
-    return args, kwargs | {"hidden_states": micro_batch.cut(kwargs["hidden_states"])}
 
 
-def _leave(layer: nn.Module, args: Any, output: Any) -> Any:
-    micro_batch = current_micro_batch()
-    if not isinstance(micro_batch, _MicroBatch) or micro_batch.recomputed is not None:
-        return output
-    if isinstance(output, Tensor):
-        return micro_batch.cut(output)
-    return (micro_batch.cut(output[0]), *output[1:])
+class _JoinedLayer(torch.autograd.Function):
+    """A layer of all micro-batches as one node of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, joined: _JoinedSegments, gradient: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
+        ctx.joined = joined
+        return joined.forward()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return (None, None, *ctx.joined.backward(gradients))
 
 
-class _Turns:
-    """Who may run: one at a time, in turn."""
+def _sharded_around(layers: Sequence[nn.Module], model: nn.Module | None) -> list[nn.Module]:
+    """Return the modules around the layers that FSDP2 shards. Raise DistattnError where FSDP2 and turns do not go together."""
+    sharded = [layer for layer in layers if isinstance(layer, FSDPModule)]
+    if sharded and model is None:
+        raise DistattnError("FSDP2 has sharded the layers: give OverlapSchedule the whole model, too (model=).")
+    for layer in layers:
+        inner = [module for module in layer.modules() if module is not layer and isinstance(module, FSDPModule)]
+        if inner:
+            raise DistattnError(
+                f"FSDP2 has sharded a {type(inner[0]).__name__} inside of a layer; OverlapSchedule takes whole layers only."
+            )
+    for layer in sharded:
+        if getattr(layer, "gradient_checkpointing", False):
+            raise DistattnError(
+                "layers that FSDP2 has sharded are not checkpointed by transformers where micro-batches take turns; use "
+                "distattn.memory.activation_checkpointing.checkpoint_layers instead."
+            )
+    ids = {id(layer) for layer in layers}
+    around = (module for module in (model.modules() if model is not None else ()) if id(module) not in ids)
+    return [
+        module
+        for module in around
+        if isinstance(module, FSDPModule) and any(id(inner) in ids for inner in module.modules())
+    ]
 
-    def __init__(self, micro_batches: int, spans: list[Span]):
-        self.changed, self.spans = threading.Condition(), spans
-        self.waiting = list(range(micro_batches))
-        self.failure: BaseException | None = None
-        self.began = 0.0
 
-    def begin(self, micro_batch: int) -> None:
-        with self.changed:
-            self.changed.wait_for(lambda: self.failure or self.waiting[0] == micro_batch)
-            if self.failure:
-                raise _Cancelled
-            self.began = time.perf_counter()
+@contextmanager
+def _calls_joined(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let threads of micro-batches wait for each other before and after these modules while the context is open."""
+    for module in modules:
+        original: Any = type(module)
+        module.__class__ = _joining_class(original)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.__class__ = _original_class(module)
 
-    def hand_over(self, micro_batch: int) -> None:
-        """To the next one, and wait for one's turn."""
-        with self.changed:
-            self._ran(micro_batch)
-            self.waiting.append(self.waiting.pop(0))
-            self.changed.notify_all()
-        self.begin(micro_batch)
 
-    def end(self, micro_batch: int, failure: BaseException | None) -> None:
-        with self.changed:
-            if self.waiting[0] == micro_batch:
-                self._ran(micro_batch)
-            self.waiting.remove(micro_batch)
-            self.failure = self.failure or failure
-            self.changed.notify_all()
+@functools.cache
+def _joining_class(original: Any) -> type[nn.Module]:
+    """Return a class like a module's whose calls are handed to the schedule: hooks, such as FSDP2's, have not run yet there."""
 
-    def run(self, micro_batch: int, paused: PausableRun[Any]) -> Any:
-        """To its end, handing over at every pause."""
-        while True:
-            try:
-                next(paused)
-            except StopIteration as stop:
-                return stop.value
-            self.hand_over(micro_batch)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        micro_batch = INTERLEAVED.batch
+        if not isinstance(micro_batch, _MicroBatch):
+            return original.__call__(self, *args, **kwargs)
+        body, args, kwargs = micro_batch.thread.suspend(Arrived(self, args, kwargs))
+        return micro_batch.thread.suspend(Returned(body(*args, **kwargs)))
 
-    def _ran(self, micro_batch: int) -> None:
-        self.spans.append(Span(micro_batch, "runs", self.began, time.perf_counter()))
+    return type(original.__name__, (original,), {"__call__": call, "__module__": original.__module__})
+
+
+def _original_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that a module had before its calls were joined."""
+    return type(module).__mro__[1]
 
 
 def _by_steps(run: PausableRun[Any], device: torch.device) -> PausableRun[Any]:
@@ -272,94 +481,3 @@ def _by_steps(run: PausableRun[Any], device: torch.device) -> PausableRun[Any]:
             except StopIteration as stop:
                 return stop.value
         yield
-
-
-class _Cancelled(Exception):
-    """Another micro_batch has failed."""
-
-
-def _current_stream(layers: Sequence[nn.Module]) -> Any:
-    """Return this thread's current stream of the layers' device, or None where there are no streams."""
-    devices = (x.device for layer in layers for x in layer.parameters())
-    # parameters that rest on the host (FSDP2's offload) do not say where their layers compute
-    device = next((device for device in devices if has_streams(device)), None)
-    if device is None and not torch.cuda.is_available():
-        return None
-    return torch.cuda.current_stream(device)
-
-
-def _forward_together(
-    micro_batches: list[_MicroBatch], losses: Sequence[Callable[[], Tensor]], stream: Any
-) -> list[Tensor]:
-    found: list[Any] = [None] * len(micro_batches)
-    modes = (
-        torch.is_grad_enabled(),
-        [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")],
-    )
-
-    def work(micro_batch: _MicroBatch, loss: Callable[[], Tensor]) -> None:
-        failure: BaseException | None = None
-        try:
-            micro_batch.turns.begin(micro_batch.number)
-            INTERLEAVED.batch = micro_batch
-            with ExitStack() as stack:
-                # device, stream and modes are a thread's own
-                stack.enter_context(torch.cuda.stream(stream))
-                stack.enter_context(torch.set_grad_enabled(modes[0]))
-                for kind, enabled, dtype in modes[1]:
-                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
-                found[micro_batch.number] = loss()
-        except BaseException as error:
-            failure = None if isinstance(error, _Cancelled) else error
-        micro_batch.turns.end(micro_batch.number, failure)
-
-    threads = [
-        threading.Thread(target=work, args=pair, daemon=True) for pair in zip(micro_batches, losses, strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if micro_batches and micro_batches[0].turns.failure is not None:
-        raise micro_batches[0].turns.failure
-    return found
-
-
-def _backward_together(micro_batches: list[_MicroBatch], losses: list[Tensor], spans: list[Span]) -> None:
-    waiting = [
-        (micro_batch.number, micro_batch.backward(loss))
-        for micro_batch, loss in zip(micro_batches, losses, strict=True)
-    ]
-    while waiting:
-        number, run = waiting.pop(0)
-        began = time.perf_counter()
-        try:
-            next(run)
-            waiting.append((number, run))
-        except StopIteration:
-            pass
-        spans.append(Span(number, "runs", began, time.perf_counter()))
-
-
-class _TracedTransport:
-    """A transport whose messages are noted: from when they leave until they are known to be there."""
-
-    def __init__(self, transport: Transport, micro_batch: int, spans: list[Span]):
-        self.transport, self.micro_batch, self.spans = transport, micro_batch, spans
-
-    def exchange(
-        self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""
-    ) -> PendingMessages:
-        began = time.perf_counter()
-        work = self.transport.exchange(sends, receives, collective, where)
-        return _TracedMessages(work, self, began) if sends or receives else work
-
-
-class _TracedMessages(NamedTuple):
-    work: PendingMessages
-    traced: _TracedTransport
-    began: float
-
-    def wait(self) -> None:
-        self.work.wait()
-        self.traced.spans.append(Span(self.traced.micro_batch, "moves", self.began, time.perf_counter()))

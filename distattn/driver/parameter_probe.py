@@ -1,10 +1,10 @@
-"""Check every parameter of a trainer: that all ranks hold the same numbers, and that its gradient is reduced as all others are.
+"""Checks of every parameter of a trainer: all ranks hold the same values, and all gradients are reduced alike.
 
 Weights are compared by checksums of their bits. Gradients are compared by sketches: a few sums of a gradient with random signs.
-A sketch is linear, so the sketch of a sum over ranks is the sum of the ranks' sketches; nothing as large as a gradient is sent.
+A sketch is linear, so the sketch of a sum over ranks is the sum of the ranks' sketches, and no whole gradient is sent.
 """
 
-# P parameters, R ranks of the loss group, S sketches of a gradient, n numbers of a tensor
+# P parameters, R ranks of the loss group, S sketches of a gradient
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from distattn.parallel.runtime.communicator import all_gather_objects, sendable_
 # relative to the norm of the ranks' own gradients: rounding in bf16 is under 0.01, leaving out one of R ranks changes 1 / sqrt(R)
 _TOLERANCE = 0.05
 _SKETCHES = 8
-# words of 8 bytes of a tensor that are summed as a row for its checksum
+# words of 8 bytes in a row of a checksum
 _COLUMNS = 4096
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# names in one sentence
+# most names in a sentence
 _NAMED = 3
 
 
 class ProbedParameter(NamedTuple):
-    """One parameter, as the probe looks at it.
+    """A parameter for the probe.
 
-    held: what this rank has of it. part: which part that is; ranks with equal parts hold equal numbers. leaf: returns the tensor
-    whose gradient in autograd is this rank's own; None before it exists, and for parameters that are not trained or whose own
-    gradient cannot be seen. reduced: returns the whole reduced gradient, or None; all ranks call it in the same order. group: the
-    ranks that the gradient is summed over, by default the loss group; further: groups whose sums are added up after that. share:
-    a further factor by which the trainer multiplies the gradient.
+    held: this rank's part of it. part: the number of that part; ranks with the same part hold equal values. leaf: returns the
+    tensor whose gradient in autograd is this rank's gradient; None before it exists, and for parameters that are not trained or
+    whose local gradient is not visible. reduced: returns the whole reduced gradient, or None; all ranks call it in the same
+    order. group: the ranks that the gradient is summed over, by default the loss group; further: groups to sum over after that.
+    share: a further factor by which the trainer multiplies the gradient.
     """
 
     name: str
@@ -51,7 +51,7 @@ class ProbedParameter(NamedTuple):
 
 
 def held_part(parameter: Tensor) -> tuple[Tensor, int]:
-    """Return what this rank holds of a parameter, sharded or not, and the number of that part: replicas hold equal parts."""
+    """Return this rank's part of a parameter, sharded or not, and the part's number; replicas have the same number."""
     if not isinstance(parameter, DTensor):
         return parameter, 0
     parameter = parameter.detach()
@@ -66,29 +66,29 @@ def held_part(parameter: Tensor) -> tuple[Tensor, int]:
 def check_same_weights(
     parameters: Sequence[ProbedParameter], group: dist.ProcessGroup | None, device: torch.device
 ) -> None:
-    """Raise DistattnError, naming parameters and ranks, where ranks of a group hold other numbers; all of them call it."""
+    """Raise DistattnError, naming parameters and ranks, if ranks of a group hold different values; all of them call it."""
     if group is None:
         return
     names = [parameter.name for parameter in parameters]
     names_by_rank = all_gather_objects(group, names)
     for rank, rank_names in enumerate(names_by_rank):
         if rank_names != names_by_rank[0]:
-            odd = next(iter(set(rank_names) ^ set(names_by_rank[0])), None)
-            difference = f"only one of them has {odd}" if odd else "their order differs"
+            unshared = next(iter(set(rank_names) ^ set(names_by_rank[0])), None)
+            difference = f"only one of them has {unshared}" if unshared else "their order differs"
             raise DistattnError(
                 f"rank {rank} of the loss group has other parameters than rank 0 ({difference}): "
                 "make the same model on all ranks."
             )
     if not parameters:
         return
-    mine = torch.stack([_checksum(parameter.held, parameter.part).to(device) for parameter in parameters])
-    numbers = _gathered(mine, group).tolist()
+    local_checksums = torch.stack([_checksum(parameter.held, parameter.part).to(device) for parameter in parameters])
+    checksums = _gathered(local_checksums, group).tolist()
     wrong: dict[int, list[str]] = {}
     first = 0
     for index, name in enumerate(names):
         by_part: dict[int, tuple[int, list[int]]] = {}
-        for rank, of_rank in enumerate(numbers):
-            part, *sums = of_rank[index]
+        for rank, rank_checksums in enumerate(checksums):
+            part, *sums = rank_checksums[index]
             first_rank, wanted = by_part.setdefault(part, (rank, sums))
             if sums != wanted:
                 first = first_rank if not wrong else first
@@ -102,7 +102,7 @@ def check_same_weights(
 
 
 class GradientSketches:
-    """Sketches of the gradients of one backward pass: each rank's own, and those that the trainer made of them."""
+    """Sketches of the gradients of one backward pass, of each rank's own and of the reduced ones."""
 
     def __init__(
         self, parameters: Sequence[ProbedParameter], group: dist.ProcessGroup | None, device: torch.device
@@ -115,19 +115,19 @@ class GradientSketches:
         self._signs: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
 
     def watch(self) -> None:
-        """See the gradients of all parameters whose leaves exist by now; called before and after the forward pass."""
+        """Watch the gradients of all parameters whose leaves exist; called before and after the forward pass."""
         for index, parameter in enumerate(self._parameters):
             leaf = None if index in self._hooks else parameter.leaf()
             if leaf is not None and leaf.requires_grad:
                 self._hooks[index] = leaf.register_hook(partial(self._add, index))
 
     def unwatch(self) -> None:
-        """See no more gradients."""
+        """Stop watching gradients."""
         for hook in self._hooks.values():
             hook.remove()
 
     def read_reduced(self) -> None:
-        """Read the reduced gradients of all parameters that some rank has a gradient of; all ranks call it."""
+        """Read the reduced gradients of all parameters of which any rank has a gradient; all ranks call it."""
         reached = self._summed((self._own != 0).any(1).double()[:, None])[:, 0]
         for index, parameter in enumerate(self._parameters):
             if not reached[index] > 0:
@@ -137,19 +137,19 @@ class GradientSketches:
             self._reduced[index] = 0.0 if gradient is None else self._sketch(gradient).to(self._device)
 
     def check(self, factor: float | None) -> None:
-        """Raise DistattnError, naming parameters and ranks, for gradients that are not reduced as the layer's that was read.
+        """Raise DistattnError, naming parameters and ranks, for gradients that are not reduced like the measured layer's.
 
-        factor: of that layer, by which own gradients are multiplied in the sum. None where it is not known, since the layer is
-        on another pipeline stage: then it is the median of all parameters' factors.
+        factor: the measured layer's weight of a rank's gradient in the sum. None if it is not known, because the layer is on
+        another pipeline stage; then the median of all parameters' factors counts.
         """
         share_P1 = self._own.new_tensor([parameter.share for parameter in self._parameters])[:, None]
-        weighted_own = self._own * share_P1
-        wanted, size = self._summed(weighted_own), self._summed(weighted_own.square().sum(1, keepdim=True)).sqrt()[:, 0]
+        weighted = self._own * share_P1
+        wanted, size = self._summed(weighted), self._summed(weighted.square().sum(1, keepdim=True)).sqrt()[:, 0]
         if factor is None:
             read = self._is_read.to(self._device)
             factor = float(_fitted(self._reduced, wanted)[read].nanmedian()) if bool(read.any()) else 1.0
         wanted, size = wanted * factor, size * abs(factor)
-        # the error of a gradient; the factor that it has instead, and the error then; the error of the rank's own gradient
+        # a gradient's error; its actual factor, and the error with that; the error compared with the rank's own gradient
         times, alone = _fitted(self._reduced, wanted), _fitted(self._reduced, self._own)
         facts = [
             (self._reduced - wanted).norm(dim=1) / size,
@@ -158,22 +158,22 @@ class GradientSketches:
             (self._reduced - alone[:, None] * self._own).norm(dim=1) / self._reduced.norm(dim=1),
             self._is_missing.to(self._device, torch.float64),
         ]
-        mine_P5 = torch.stack(facts, 1)
-        everyone_RP5 = _gathered(mine_P5, self._group) if self._group is not None else mine_P5[None]
+        facts_P5 = torch.stack(facts, 1)
+        facts_RP5 = _gathered(facts_P5, self._group) if self._group is not None else facts_P5[None]
         wrong: dict[str, tuple[list[str], list[int]]] = {}
         for index, parameter in enumerate(self._parameters):
             if not self._is_read[index]:
                 continue
-            of_ranks = everyone_RP5[:, index].tolist()
-            ranks = [rank for rank, (off, *_) in enumerate(of_ranks) if not off <= _TOLERANCE]
+            rank_facts = facts_RP5[:, index].tolist()
+            ranks = [rank for rank, (error, *_) in enumerate(rank_facts) if not error <= _TOLERANCE]
             if ranks:
-                names, wrong_ranks = wrong.setdefault(_how(of_ranks[ranks[0]]), ([], []))
+                names, wrong_ranks = wrong.setdefault(_describe(rank_facts[ranks[0]]), ([], []))
                 names.append(parameter.name)
                 wrong_ranks += [rank for rank in ranks if rank not in wrong_ranks]
         if wrong:
             differences = "; ".join(
-                f"on {_ranks(ranks)} of the loss group the gradient of {_few(names)} {how}"
-                for how, (names, ranks) in wrong.items()
+                f"on {_ranks(ranks)} of the loss group the gradient of {_few(names)} {difference}"
+                for difference, (names, ranks) in wrong.items()
             )
             raise DistattnError(
                 f"the trainer does not reduce all parameters alike: {differences}. "
@@ -184,7 +184,7 @@ class GradientSketches:
         self._own[index] += self._sketch(gradient).to(self._device)
 
     def _sketch(self, gradient: Tensor) -> Tensor:
-        """Return sums of a gradient (S,) in fp64, each with the signs of a random row times a random column."""
+        """Return sums of a gradient, (S,) in fp64; each has the signs of the product of a random row and a random column."""
         whole = gradient.detach()
         whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
         whole = whole.to_dense() if whole.is_sparse else whole
@@ -198,19 +198,19 @@ class GradientSketches:
         """Return random signs (size, S) for the rows (axis 0) or columns (axis 1) of a matrix, the same on all ranks."""
         key = size, axis, like.device, like.dtype
         if key not in self._signs:
-            # with the signs of its columns for its rows, an antisymmetric matrix would have the sketch 0
+            # with equal signs for rows and columns, an antisymmetric matrix would have the sketch 0
             generator = torch.Generator().manual_seed(2 * size + axis)
             signs = 2.0 * torch.randint(0, 2, (size, _SKETCHES), generator=generator) - 1.0
             self._signs[key] = signs.to(like.device, like.dtype)
         return self._signs[key]
 
-    def _summed(self, mine: Tensor) -> Tensor:
-        """Return the sums (P, ...) over the ranks over which each parameter's gradient is summed."""
-        total = mine.clone()
-        found: dict[tuple[Any, ...], list[int]] = {}
+    def _summed(self, local: Tensor) -> Tensor:
+        """Return sums (P, ...) over the ranks that each parameter's gradient is summed over."""
+        total = local.clone()
+        by_groups: dict[tuple[Any, ...], list[int]] = {}
         for index, parameter in enumerate(self._parameters):
-            found.setdefault((parameter.group or self._group, *parameter.further), []).append(index)
-        for groups, indices in found.items():
+            by_groups.setdefault((parameter.group or self._group, *parameter.further), []).append(index)
+        for groups, indices in by_groups.items():
             part = total[indices]
             for group in groups:
                 if group is not None:
@@ -222,10 +222,10 @@ class GradientSketches:
 
 
 def _checksum(held: Tensor, part: int) -> Tensor:
-    """Return (3,) int64: the part, and two position-weighted sums of a tensor's bits. Integer sums are exact on all devices."""
+    """Return (3,) int64: the part, and two position-weighted sums of a tensor's bits, exact on all devices."""
     flat = held.detach().contiguous().reshape(-1)
     flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
-    # words of 8 bytes begin at the tensor, wherever that lies in its storage
+    # a copy aligns the tensor, so that words of 8 bytes can be viewed
     flat = flat.clone() if flat.storage_offset() * flat.element_size() % 8 else flat
     whole = flat.numel() * flat.element_size() // (8 * _COLUMNS) * (8 * _COLUMNS) // flat.element_size()
     rows = flat[:whole].view(torch.int64).view(-1, _COLUMNS)
@@ -236,12 +236,12 @@ def _checksum(held: Tensor, part: int) -> Tensor:
 
 
 def _fitted(reduced: Tensor, wanted: Tensor) -> Tensor:
-    """Return the factors (P,) that bring `wanted` nearest to `reduced`, both (P, S); NaN where `wanted` is 0."""
+    """Return the factors (P,) of the least-squares fit of `wanted` to `reduced`, both (P, S); NaN where `wanted` is 0."""
     return (reduced * wanted).sum(1) / wanted.square().sum(1)
 
 
-def _how(facts: Sequence[float]) -> str:
-    """Describe a wrong gradient, as the rest of a sentence. facts: as in `GradientSketches.check`."""
+def _describe(facts: Sequence[float]) -> str:
+    """Describe a wrong gradient, as the end of a sentence. facts: as in `GradientSketches.check`."""
     _, factor, off_with_factor, off_own, is_missing = facts
     if is_missing:
         return "is not there after the reduction"
@@ -252,8 +252,8 @@ def _how(facts: Sequence[float]) -> str:
     return "is not the sum over all ranks that other gradients are"
 
 
-def _gathered(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
-    sent = mine.to(sendable_device(group)).contiguous()
+def _gathered(local: Tensor, group: dist.ProcessGroup) -> Tensor:
+    sent = local.to(sendable_device(group)).contiguous()
     received = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
     dist.all_gather(received, sent, group=group)
     return torch.stack(received)

@@ -1,4 +1,4 @@
-"""What happens when a pass of a batch begins: servers are told of it, and its work is counted."""
+"""An observer of a batch's passes: it announces each to servers, and counts its work for the speeds of ranks."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from distattn.kernels.registry import Kernel
 from distattn.kernels.spec import ScoreMod
 from distattn.parallel.tables.cost import CostModel
 
-# rows of a kernel's tile, for what passes cost
+# rows of a kernel's tile, for the cost of a pass
 _BLOCK = 128
 
 
 class BatchObserver:
-    """Of one batch and shape. control: None where this rank has nothing to tell; speeds: None where nobody measures.
+    """The observer of one batch and shape. control: None if this rank announces nothing; speeds: None if none are measured.
 
-    check: raises where the batch must not be used any more.
+    check: raises if the batch must not be used any more.
     """
 
     def __init__(
@@ -37,12 +37,12 @@ class BatchObserver:
         self._work: dict[str, int] = {}
         if speeds is not None:
             for direction, table in (("forward", plan.forward), ("backward", plan.backward)):
-                mine = select_rows(table.tasks, table.tasks["rank"] == rank)
+                tasks = select_rows(table.tasks, table.tasks["rank"] == rank)
                 cost = CostModel.for_cluster(None, direction, plan.call.head_dim, _BLOCK)
-                self._work[direction] = int(cost.task_costs(plan.call, mine).sum())
+                self._work[direction] = int(cost.task_costs(plan.call, tasks).sum())
 
     def on_pass_begin(self, direction: str, score: ScoreMod) -> None:
-        """Tell servers and the clock."""
+        """Announce the pass to servers, and count its work."""
         if self._control is not None:
             self._check()
             self._control.begin_pass(direction, self._batch, self._shape, score)
@@ -50,5 +50,5 @@ class BatchObserver:
             self._speeds.count_pass(self._work[direction])
 
     def wrap_kernel(self, kernel: Kernel) -> Kernel:
-        """The kernel, timed where speeds are measured."""
+        """Return the kernel, timed if speeds are measured."""
         return kernel if self._speeds is None else self._speeds.timed(kernel)

@@ -1,4 +1,4 @@
-"""How fast ranks are, measured while they compute: attention is shared out by it, two steps later."""
+"""The speeds of ranks, measured while they compute; attention is distributed by them two steps later."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import torch
 from distattn.kernels.devices import has_streams
 from distattn.kernels.registry import Kernel
 
-# speeds are whole multiples of this share of the mean: small changes shall not change plans
+# speeds are rounded to multiples of this share of the mean, so that small changes do not change plans
 _RESOLUTION = 0.05
 _SCALE = 1000
-# nobody is taken for slower, or faster, than this
+# limits of a rank's speed relative to the mean
 _SLOWEST, _FASTEST = 0.25, 4.0
 
 
 class RankSpeeds:
-    """Measured or replayed speeds of all ranks. `log` has those of every step, in whole thousandths of the mean, or None where
-    none was known yet: given back as `adaptive`, a run is replayed.
+    """Measured or replayed speeds of all ranks.
 
-    Measured is the time this rank's kernels take for what its plans say they cost; a rank without any says nothing and counts as
-    the mean.
+    `log` has the speeds of every step, in thousandths of the mean, or None if none were known yet; passed as `adaptive`, it
+    replays a run. A rank's speed is the cost of its tasks by the plan over the time of its kernels. A rank without tasks reports
+    None and counts as the mean.
     """
 
     def __init__(self, adaptive: bool | Sequence[Sequence[int] | None], ranks: int):
@@ -34,11 +34,11 @@ class RankSpeeds:
         self.log: list[Sequence[int] | None] = []
         self._work = 0
         self._seconds = 0.0
-        # those whose time is not counted yet, in the order in which they run
+        # passes whose time is not counted yet, in the order in which they run
         self._passes: deque[_Pass] = deque()
 
     def options(self, measured: Sequence[float | None]) -> tuple[tuple[str, Any], ...]:
-        """What a strategy shall know of this step, from what every rank has measured."""
+        """Return the strategy's options for this step, from the speeds that all ranks have measured."""
         number = len(self.log)
         if self.replayed is None:
             self.log.append(quantised(measured))
@@ -48,7 +48,7 @@ class RankSpeeds:
         return () if last is None else (("speeds", tuple(last)),)
 
     def measured(self) -> float | None:
-        """Cost per second of what this rank's kernels did since the last call, as far as a GPU has got: nobody waits for it."""
+        """Return the cost per second of this rank's kernels since the last call; only passes that a GPU has finished count."""
         while self._passes and all(end.query() for _, end in self._passes[0].clocks[-1:]):
             done = self._passes.popleft()
             self._work += done.work
@@ -58,21 +58,21 @@ class RankSpeeds:
         return work / seconds if work and seconds else None
 
     def count_pass(self, work: int) -> None:
-        """This rank begins one more pass, with tasks of this cost."""
+        """Count another pass of this rank, with tasks of this cost."""
         self._passes.append(_Pass(work))
 
     def timed(self, kernel: Kernel) -> Kernel:
-        """The same kernel, its time counted."""
+        """Return a wrapper of the kernel that counts its time."""
         return cast(Kernel, _Timed(kernel, self))
 
     def clock(self, device: torch.device) -> _Clock:
-        """Counts the time until its `stop`; on a GPU that of its stream, without waiting for it."""
+        """Return a clock that counts the time until its `stop`; on a GPU its stream's time, without waiting for the stream."""
         return _Clock(self, device)
 
 
 @dataclass
 class _Pass:
-    """A pass: what its tasks cost, the seconds of its kernels on CPUs, and on a GPU the events around them."""
+    """A pass: its tasks' cost, its kernels' seconds on a CPU, and on a GPU the events around the kernels."""
 
     work: int
     seconds: float = 0.0
@@ -97,7 +97,7 @@ class _Clock:
 
 
 class _Timed:
-    """A kernel that counts its time; everything else is the kernel's own."""
+    """A kernel that counts its time; all other attributes are those of the wrapped kernel."""
 
     def __init__(self, kernel: Kernel, speeds: RankSpeeds):
         self._kernel, self._speeds = kernel, speeds
@@ -119,10 +119,10 @@ class _Timed:
 
 
 def quantised(measured: Sequence[float | None]) -> list[int] | None:
-    """Speeds of all ranks in thousandths of their mean, whole steps; None if nobody knows any."""
-    known = [speed for speed in measured if speed]
-    if not known:
+    """Return the speeds of all ranks in thousandths of their mean, rounded to _RESOLUTION; None if no rank has measured any."""
+    speeds = [speed for speed in measured if speed]
+    if not speeds:
         return None
-    mean = sum(known) / len(known)
+    mean = sum(speeds) / len(speeds)
     shares = [min(max((speed or mean) / mean, _SLOWEST), _FASTEST) for speed in measured]
     return [round(round(share / _RESOLUTION) * _RESOLUTION * _SCALE) for share in shares]

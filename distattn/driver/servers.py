@@ -1,4 +1,4 @@
-"""Ranks that only compute attention: `serve`."""
+"""`serve`, which ranks call that only compute attention."""
 
 # T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim
 
@@ -31,7 +31,7 @@ from distattn.ops.executable import with_device_index
 
 
 class ServerStats(NamedTuple):
-    """How many passes a server took part in."""
+    """The number of passes that a server took part in."""
 
     forward: int
     backward: int
@@ -39,10 +39,11 @@ class ServerStats(NamedTuple):
 
 @checked
 def serve(group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> ServerStats:
-    """Compute attention for the other ranks of a group until they close their driver. For its last ranks, without a model.
+    """Compute attention for the other ranks of a group until they close their driver. The group's last ranks, without a model,
+    call it.
 
-    The group's other ranks make `ContextParallel(group, servers=...)`; everything else this rank is told. Raises LostRankError
-    when one of them stops answering, and what their plans raise.
+    The other ranks create `ContextParallel(group, servers=...)`, and send all settings. Raise LostRankError if one of them stops
+    answering, and the errors of their plans.
     """
     device = with_device_index(device)
     if not (dist.is_available() and dist.is_initialized()):
@@ -69,7 +70,7 @@ def serve(group: dist.ProcessGroup | None = None, device: torch.device | str = "
 
 
 def join_pass(batch: LocalBatch, message: ControlMessage, device: torch.device) -> None:
-    """Take part in one forward or backward pass of a batch without tokens of one's own."""
+    """Take part in a forward or backward pass of a batch without local tokens."""
     shape = message.shape
     assert shape is not None
     executable = batch.executable(shape, device)
@@ -90,7 +91,7 @@ def join_pass(batch: LocalBatch, message: ControlMessage, device: torch.device) 
 
 
 def _joined(group: dist.ProcessGroup | None) -> ContextParallel:
-    """The driver of a rank that only serves, as the others have made it."""
+    """Return the driver of a rank that only serves, with the other ranks' settings."""
     cp = ContextParallel.__new__(ContextParallel)
     cp._open(group, None, None)
     return cp
@@ -101,10 +102,9 @@ def _empty(shape: AttentionShape, heads: int, width: int, device: torch.device) 
 
 
 def _batch(steps: dict[int, AwaitedResult[GatheredStep]], number: int) -> LocalBatch:
-    """The batch of that number, of the steps that are not over."""
+    """Return the batch of this number among the steps that are not released. Raise DistattnError if there is no such batch."""
     for step in steps.values():
-        for batch in step.result().made:
+        for batch in step.result().batches:
             if batch.number == number:
-                found: LocalBatch = batch
-                return found
-    raise DistattnError(f"batch {number} is of a step that is over, or that nobody has told of.")
+                return batch
+    raise DistattnError(f"batch {number} is of a step that is over, or that was not announced.")

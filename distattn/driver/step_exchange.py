@@ -1,11 +1,11 @@
-"""What ranks tell each other of a step, once and ahead: on a host group, on a thread of its own, which then plans."""
+"""The exchange of facts about a step between ranks, one step ahead, on a separate thread, which then plans the step."""
 
 from __future__ import annotations
 
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -22,10 +22,10 @@ Shapes = tuple[tuple[AttentionShape, torch.device], ...]
 
 
 class StepInfo(NamedTuple):
-    """What a rank tells of a step: of each micro-batch its documents and a digest of its tokens; how many labels in all.
+    """A rank's facts about a step: the documents and a digest of the tokens of each micro-batch, and the number of labels.
 
-    ended: the rank has no more steps. speed: how fast its kernels have been (see `RankSpeeds`). loader: what its loader is known
-    by, where that knows all steps (see `global_loader`).
+    ended: the rank has no more steps. speed: of its kernels (see `RankSpeeds`). loader: the name of its loader if that knows all
+    steps (see `global_loader`), else "".
     """
 
     documents: tuple[tuple[int, ...], ...]
@@ -37,23 +37,25 @@ class StepInfo(NamedTuple):
 
     @staticmethod
     def of(micro_batches: Sequence[Batch] | None, speed: float | None, compared: bool, loader: str) -> StepInfo:
-        """Of a step's micro-batches; None: there are no more steps. compared: other ranks are to have the same tokens."""
-        given = micro_batches or ()
-        digests = tuple(batch.digest for batch in given) if compared else ("",) * len(given)
-        labels = sum(batch.valid_labels for batch in given)
-        return StepInfo(tuple(batch.lengths for batch in given), digests, labels, micro_batches is None, speed, loader)
+        """Return the facts about a step's micro-batches; None: no more steps. compared: other ranks must have the same tokens."""
+        batches = micro_batches or ()
+        digests = tuple(batch.digest for batch in batches) if compared else ("",) * len(batches)
+        labels = sum(batch.valid_labels for batch in batches)
+        return StepInfo(
+            tuple(batch.lengths for batch in batches), digests, labels, micro_batches is None, speed, loader
+        )
 
 
 class GatheredStep(NamedTuple):
-    """A step as all ranks announced it: its number in the run, and every rank's info. made: what was made of it ahead."""
+    """A step that all ranks have announced: its number in the run, every rank's info, and the batches made from it."""
 
     number: int
     infos: list[StepInfo]
-    made: Any = None
+    batches: Sequence[LocalBatch] = ()
 
 
 class PlanningThread:
-    """Runs one function after another on a daemon thread: at the end of the process nobody waits for it."""
+    """Runs one function after another on a daemon thread, which does not delay the end of the process."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -62,31 +64,31 @@ class PlanningThread:
 
     @property
     def ident(self) -> int:
-        """The thread's, as `threading.get_ident` gives it there."""
+        """The thread's identifier, as `threading.get_ident` returns it there."""
         assert self._thread.ident is not None
         return self._thread.ident
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Run `work`, which raises nothing, after all that was submitted before."""
+        """Run `work`, which must not raise, after all work that was submitted before."""
         self._queue.put(work)
 
     def close(self) -> None:
-        """Let the thread end once it has done what was submitted."""
+        """Let the thread end once it has done all submitted work."""
         self._queue.put(None)
         self._thread.join(timeout=10)
 
     def _run(self) -> None:
         while (work := self._queue.get()) is not None:
             work()
-            # nothing may hold on to a step until the next one comes
+            # otherwise the variable would keep a step alive until the next one comes
             del work
 
 
 class StepExchange:
     """Gathers steps over the ranks of a host group, and plans their batches ahead.
 
-    host: None for a single rank. same_batch: of each rank of the host group, the rank whose batches it is to have as well.
-    sharing: the ranks of the host group that share attention with this one. names: ranks as errors call them.
+    host: None for a single rank. same_batch: for each rank of the host group, the rank whose batches it must have as well.
+    sharing: the ranks of the host group that share attention with this one. names: the ranks' numbers in errors.
     """
 
     def __init__(self, host: HostGroup | None, same_batch: Sequence[int], sharing: Sequence[int], names: Sequence[int]):
@@ -98,40 +100,37 @@ class StepExchange:
     def announce(
         self,
         micro_batches: Sequence[Batch] | None,
-        make: Callable[[GatheredStep], tuple[Any, list[LocalBatch]]],
+        make: Callable[[GatheredStep], list[LocalBatch]],
         planner: Planner,
         speed: float | None = None,
-        same_batch: Sequence[int] | None = None,
         loader: str = "",
-        known: list[StepInfo] | None = None,
+        known_infos: list[StepInfo] | None = None,
     ) -> AwaitedResult[GatheredStep]:
-        """Tell the others of this rank's next step, and hear of theirs; all ranks call it in the same order.
+        """Announce this rank's next step, and gather all ranks' facts about it; all ranks call it in the same order.
 
-        loader: see `StepInfo`; known: what they would tell, where every rank knows it, so that nobody is asked.
-        make: what is to be made of the gathered step, and all batches in it; called on the thread, where the batches' plans
-        follow for the shapes that are known now.
+        make: returns the batches of the gathered step; called on the thread, which then plans them for the shapes that are
+        known now. loader: see `StepInfo`. known_infos: all ranks' facts if every rank knows them, so that no rank is asked.
         """
         number, shapes = self.steps, planner.registered_shapes(self.steps)
-        same = self.same_batch if same_batch is None else list(same_batch)
         self.steps += 1
         future = AwaitedResult[GatheredStep](self._thread.ident)
-        # this thread's stream may still have to fill a loader's tensors on a GPU
-        given = Handover.of(tensor for batch in micro_batches or () for tensor in batch.tensors)
+        # work on this thread's stream may still fill the loader's tensors on a GPU
+        handover = Handover.of(tensor for batch in micro_batches or () for tensor in batch.tensors)
 
         def gather_and_plan() -> None:
             try:
-                given.join()
-                infos = known
+                handover.join()
+                infos = known_infos
                 if infos is None:
-                    compared = any(rank != first for rank, first in enumerate(same))
-                    infos = self._gather(StepInfo.of(micro_batches, speed, compared, loader), same)
-                made, batches = make(GatheredStep(number, infos))
-                step = GatheredStep(number, infos, made)
-                pending = [known for batch in batches for known in batch.plan_ahead(shapes)]
+                    compared = any(rank != first for rank, first in enumerate(self.same_batch))
+                    infos = self._gather(StepInfo.of(micro_batches, speed, compared, loader))
+                batches = make(GatheredStep(number, infos))
+                step = GatheredStep(number, infos, batches)
+                pending = [plan for batch in batches for plan in batch.plan_ahead(shapes)]
             except BaseException as error:
                 future.set_exception(error)
                 return
-            # whoever waits for the step goes on; the plans follow here, in the same order on all ranks
+            # a thread that waits for the step continues; the plans follow here, in the same order on all ranks
             future.set_result(step)
             self._plan(batches, pending, planner, shapes)
 
@@ -144,21 +143,21 @@ class StepExchange:
         if self._host is not None:
             self._host.close()
 
-    def _gather(self, info: StepInfo, same: Sequence[int]) -> list[StepInfo]:
+    def _gather(self, info: StepInfo) -> list[StepInfo]:
         infos = [info] if self._host is None else self._host.all_gather(info, "the exchange of a step")
-        self._check(infos, same)
+        self._check(infos)
         return infos
 
-    def _check(self, infos: list[StepInfo], same: Sequence[int]) -> None:
-        """Raise DistattnError where ranks that are to have the same batches have others."""
-        for rank, first in enumerate(same):
-            mine, theirs = infos[rank], infos[first]
-            if mine._replace(speed=None) == theirs._replace(speed=None):
+    def _check(self, infos: list[StepInfo]) -> None:
+        """Raise DistattnError if ranks that must have the same batches have different ones."""
+        for rank, first in enumerate(self.same_batch):
+            info, first_info = infos[rank], infos[first]
+            if info._replace(speed=None) == first_info._replace(speed=None):
                 continue
             where = ""
-            for number, both in enumerate(zip(mine.digests, theirs.digests, strict=False)):
-                if both[0] != both[1]:
-                    where = f" (micro-batch {number})" if len(mine.digests) > 1 else ""
+            for number, digests in enumerate(zip(info.digests, first_info.digests, strict=False)):
+                if digests[0] != digests[1]:
+                    where = f" (micro-batch {number})" if len(info.digests) > 1 else ""
                     break
             raise DistattnError(
                 f"rank {self._names[rank]} holds another batch than rank {self._names[first]}{where}; ranks that split a "
@@ -170,35 +169,36 @@ class StepExchange:
     ) -> None:
         """Plan all batches of a step for all shapes, and compare the plans with the other ranks'."""
         try:
-            found = [_attempt(planner, batch, *shape) for batch in batches for shape in shapes]
-            self._compare(found)
+            results = [_attempt(planner, batch, *shape) for batch in batches for shape in shapes]
+            self._compare(results)
         except BaseException as error:
             for future in pending:
                 future.set_exception(error)
             return
-        for future, result in zip(pending, found, strict=True):
+        for future, result in zip(pending, results, strict=True):
             if isinstance(result, DistattnError):
                 future.set_exception(result)
             else:
                 future.set_result(result)
 
-    def _compare(self, found: Sequence[Planned | DistattnError]) -> None:
-        # of the whole host group, also where a rank has nothing to compare: the others may have
+    def _compare(self, results: Sequence[Planned | DistattnError]) -> None:
+        # the whole host group exchanges, even if this rank has nothing to compare, since others may have
         if self._host is None:
             return
-        refusal = next((one for one in found if isinstance(one, DistattnError)), None)
-        mine = [one.plan.digest if isinstance(one, Planned) else "" for one in found]
-        gathered = self._host.all_gather((mine, str(refusal or "")), "the comparison of plans")
-        everyone = [gathered[rank] for rank in self._sharing]
-        if all(digests == mine and not refused for digests, refused in everyone):
+        refusal = next((result for result in results if isinstance(result, DistattnError)), None)
+        local_digests = [result.plan.digest if isinstance(result, Planned) else "" for result in results]
+        gathered = self._host.all_gather((local_digests, str(refusal or "")), "the comparison of plans")
+        from_sharing = [gathered[rank] for rank in self._sharing]
+        if all(digests == local_digests and not refused for digests, refused in from_sharing):
             return
-        # every rank of the host group has come here; those that agree among themselves have gone on, so no more is asked
-        odd = next((at for at, (digests, refused) in enumerate(everyone) if refused or digests != everyone[0][0]), 0)
+        # no further exchange is possible here: ranks that agree among themselves have already gone on
+        first_digests = from_sharing[0][0]
+        odd = next((at for at, (digests, refused) in enumerate(from_sharing) if refused or digests != first_digests), 0)
         if refusal is not None:
             raise refusal
         name = self._names[self._sharing[odd]]
-        if everyone[odd][1]:
-            raise DistattnError(f"rank {name} refuses this step: {everyone[odd][1]}")
+        if from_sharing[odd][1]:
+            raise DistattnError(f"rank {name} refuses this step: {from_sharing[odd][1]}")
         raise DistattnError(
             f"rank {name} plans other attention calls than rank {self._names[self._sharing[0]]} for the same documents: its "
             "versions of distattn, numpy or the cluster's description differ."
@@ -206,9 +206,9 @@ class StepExchange:
 
 
 def agree_on_plan(host: HostGroup | None, make: Callable[[], Planned]) -> Planned:
-    """Plan by `make` and compare the plan with the other ranks' of a host group, which all call this.
+    """Plan by `make` and compare the plan with those of the other ranks of a host group, which all call this.
 
-    Raises PlanError where a rank has another plan or refuses it; where one raises, all do.
+    Raise PlanError if a rank has another plan or refuses it; if one rank raises, all do.
     """
     planned, refusal = None, None
     try:
@@ -217,9 +217,9 @@ def agree_on_plan(host: HostGroup | None, make: Callable[[], Planned]) -> Planne
         refusal = error
     if host is not None and host.ranks > 1:
         summary = {} if planned is None else plan_summary(planned.plan)
-        mine = "" if planned is None else planned.plan.digest, summary | {"refusal": str(refusal or "")}
-        everyone = host.all_gather(mine, "the comparison of a new plan")
-        raise_disagreement([digest for digest, _ in everyone], [summary for _, summary in everyone], refusal)
+        local = "" if planned is None else planned.plan.digest, summary | {"refusal": str(refusal or "")}
+        gathered = host.all_gather(local, "the comparison of a new plan")
+        raise_disagreement([digest for digest, _ in gathered], [summary for _, summary in gathered], refusal)
     if refusal is not None or planned is None:
         raise refusal or DistattnError("this batch has no plan.")
     return planned

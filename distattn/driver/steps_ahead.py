@@ -1,7 +1,7 @@
-"""Steps that loops have taken from a loader and not given out: the next loop over the same loader begins with them.
+"""Steps that loops have taken from a loader but not yielded; the next loop over the same loader begins with them.
 
-A loop over `ContextParallel.steps` takes each step while the one before it trains. A loop that is left would otherwise lose the
-step that it took last.
+A loop over `ContextParallel.steps` takes each step while the previous one trains. A loop that is left early would otherwise lose
+the step that it took last.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from distattn.ir.errors import DistattnError
 
 
 class StepAhead:
-    """A step that was taken from a source and not given out.
+    """A step that was taken from a source but not yielded.
 
-    packed: its micro-batches; None if the source had ended. put_back: for a source with a position of its own, which then yields
-    the step again. taken_over: whether another loop has begun with the step.
+    packed: its micro-batches; None if the source had ended. put_back: for a source with a position, sets the source back to this
+    step. taken_over: whether another loop has begun with the step.
     """
 
     def __init__(self, packed: list[Batch] | None, put_back: Callable[[], None] | None):
@@ -46,7 +46,7 @@ class StepsAhead:
         self._held[id(source)] = alive, step
 
     def take(self, source: Any) -> StepAhead | None:
-        """Return the step that is kept for this source, and forget it; None without one."""
+        """Return the step that is kept for this source, or None, and forget it."""
         _, step = self._held.pop(id(source), (None, None))
         if step is not None:
             step.taken_over = True
@@ -55,7 +55,7 @@ class StepsAhead:
         return step
 
     def drop(self, source: Any, step: StepAhead) -> None:
-        """Forget the step, which its own loop gives out."""
+        """Forget the step, because its own loop yields it."""
         if self._held.get(id(source), (None, None))[1] is step:
             del self._held[id(source)]
 
@@ -68,36 +68,36 @@ class StepsAhead:
 
 
 class StepLoop:
-    """One loop over a loader. It begins with the step that an earlier loop over the same source has left."""
+    """A loop over a loader. It begins with the step that an earlier loop over the same source has left."""
 
     def __init__(self, loader: Any, ahead: StepsAhead):
-        """Raises DistattnError for what cannot be iterated over."""
+        """Raise DistattnError for a loader that cannot be iterated over."""
         try:
-            self._given: Iterator[Any] = iter(loader)
+            self._iterator: Iterator[Any] = iter(loader)
         except TypeError as error:
             # such as an array without a dimension
             raise DistattnError(f"this loader cannot be iterated over: {error}.") from None
         self._loader, self._ahead = loader, ahead
         self._held: StepAhead | None = None
-        # an iterator goes on, and so does a loader with a position; what else can be iterated over begins anew
-        self._goes_on = self._given is loader or isinstance(loader, GlobalLoader)
+        # an iterator and a loader with a position continue; other iterables begin anew
+        self._goes_on = self._iterator is loader or isinstance(loader, GlobalLoader)
         self._left = ahead.take(loader) if self._goes_on else None
 
     def next(self) -> list[Batch] | None:
-        """Return the micro-batches of the next step, None after the last. Raises what the loader raises."""
+        """Return the micro-batches of the next step, None after the last. Raise the loader's errors."""
         left, self._left = self._left, None
         if left is not None and left.put_back is None:
             return left.packed
-        return micro_batches_of(next(self._given, None))
+        return micro_batches_of(next(self._iterator, None))
 
     def hold(self, packed: list[Batch] | None, put_back: Callable[[], None] | None) -> None:
-        """Keep a step that is not given out yet. put_back: see `StepAhead`."""
+        """Keep a step that is not yielded yet. put_back: see `StepAhead`."""
         self._held = StepAhead(packed, put_back)
         if self._goes_on:
             self._ahead.hold(self._loader, self._held)
 
     def take_back(self) -> bool:
-        """Return whether the step that was kept is still this loop's; if not, the next one is what the other loop has left."""
+        """Return whether the kept step still belongs to this loop; if not, the next step is one that another loop has left."""
         held, self._held = self._held, None
         if held is None or not held.taken_over:
             if held is not None:

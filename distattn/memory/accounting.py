@@ -1,8 +1,8 @@
-"""What a run needs on a rank's device, by kind: weights by arithmetic, activations by running the model on meta tensors.
+"""The memory that a run needs on a rank's device, by kind: weights by arithmetic, activations from a step on meta tensors.
 
-A step of a model on the meta device allocates what the same step allocates on a GPU, and computes nothing. `AllocationWatch`
-counts that. What an attention pass has inside is known of its executable to the byte (`Executable.memory()`, the kernel's own
-memory left out where the kernel is not here to tell).
+A step of a model on the meta device allocates the same storages as on a GPU, and computes nothing. `AllocationWatch` counts them.
+The memory inside an attention pass is known exactly from its executable (`Executable.memory()`, without the kernel's own memory
+if the kernel is not available here).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from distattn.parallel.runtime.arenas import runs_backward
 # parts of a step
 ATTENTION, FEED_FORWARD, LOSS, OTHER = "attention", "feed-forward", "loss", "other"
 SECTIONS = (ATTENTION, FEED_FORWARD, LOSS, OTHER)
-# the operators of attention, and the number of their argument that names the plan's executable
+# the direction of each attention operator, and the position of its argument with the executable's handle
 _PASSES = {
     "distattn::forward": ("forward", 5),
     "distattn::backward": ("backward", 10),
@@ -37,10 +37,10 @@ _PASSES = {
 
 
 class StateBytes(NamedTuple):
-    """Bytes a rank has of the weights' state all the time, and of whole layers while they are computed (FSDP2).
+    """Bytes of the weights' state that a rank always has, and of whole layers while they are computed (FSDP2).
 
-    gathered: weights of two layers, one of them on its way, and those that belong to no layer. reduced: gradients of a layer and
-    their copy that is being summed over ranks, and those of the weights of no layer, until the end of the step.
+    gathered: weights of two layers, one of them being gathered, and weights outside of layers. reduced: gradients of a layer and
+    their copy that is being summed over ranks, and until the end of the step those of weights outside of layers.
     """
 
     parameters: int
@@ -51,28 +51,28 @@ class StateBytes(NamedTuple):
 
     @staticmethod
     def of(model: nn.Module, layers: list[nn.Module], ranks: int, *, master_weights: bool) -> StateBytes:
-        """Of a model whose parameters are sharded over so many ranks, with AdamW.
+        """Return the bytes of a model whose parameters are sharded over `ranks` ranks, with AdamW.
 
-        master_weights: parameters, gradients and both moments are fp32, and layers are gathered in the model's dtype; else all of
-        it is in that.
+        master_weights: parameters, gradients and both moments are fp32, and layers are gathered in the model's dtype; otherwise
+        all of them have the model's dtype.
         """
-        whole = sum(one.numel() for one in model.parameters())
-        widest = max((sum(one.numel() for one in layer.parameters()) for layer in layers), default=0)
-        rest = whole - sum(one.numel() for layer in layers for one in layer.parameters())
-        narrow = next(model.parameters()).element_size()
-        wide = 4 if master_weights else narrow
-        shard = -(-whole // ranks)
-        gathered = (2 * widest + rest) * narrow
-        reduced = widest * (narrow + wide) + rest * narrow
-        return StateBytes(shard * wide, shard * wide, 2 * shard * wide, gathered, reduced)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        layer_sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+        widest, rest = max(layer_sizes, default=0), total - sum(layer_sizes)
+        narrow_bytes = next(model.parameters()).element_size()
+        wide_bytes = 4 if master_weights else narrow_bytes
+        shard = -(-total // ranks)
+        gathered = (2 * widest + rest) * narrow_bytes
+        reduced = widest * (narrow_bytes + wide_bytes) + rest * narrow_bytes
+        return StateBytes(shard * wide_bytes, shard * wide_bytes, 2 * shard * wide_bytes, gathered, reduced)
 
 
 class RankCounts(NamedTuple):
     """Bytes of activations. saved: on the device between the last layer and the loss, for the backward pass.
 
-    arena: what attention keeps between passes, and from step to step: the largest arena, and where layers are repeated in the
-    backward pass, what they receive for their own.
-    working: by section, what is alive at its worst moment besides both; they are not there at once. host: in pinned memory.
+    arena: memory that attention keeps between passes and steps: the largest arena and, if layers are repeated in the backward
+    pass, the receive buffers of the repeated passes. working: by section, the peak beyond saved and arena; the sections' peaks
+    do not coincide. host: in pinned memory.
     """
 
     saved: int
@@ -80,10 +80,15 @@ class RankCounts(NamedTuple):
     working: dict[str, int]
     host: int
 
+    def times(self, micro_batches: int) -> RankCounts:
+        """Return the counts of that many micro-batches that take turns: at most all of each exists at once."""
+        working = {name: micro_batches * size for name, size in self.working.items()}
+        return RankCounts(micro_batches * self.saved, micro_batches * self.arena, working, micro_batches * self.host)
+
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on the device of ranks that have equally many tokens, of the one that needs most; host: in pinned memory."""
+    """Bytes on the device for ranks with equally many tokens, of the rank that needs most; host: in pinned memory."""
 
     ranks: tuple[int, ...]
     tokens: int
@@ -93,15 +98,15 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        """The most that is there at once."""
+        """The peak number of bytes on the device."""
         return sum(self.state) + self.counts.saved + self.counts.arena + max(self.counts.working.values())
 
 
 class AllocationWatch(TorchDispatchMode):
-    """Counts the storages that are made in its context on one device and alive, and the most of them by section.
+    """Counts the bytes of storages that are created on one device in its context, and their peaks by section.
 
-    alive: bytes at this moment. peaks: the most by section. arena: see `RankCounts`; it is in neither of them.
-    host: the most bytes that a `CountingOffload` had on the host.
+    alive: bytes now. peaks: the highest `alive` by section. arena: see `RankCounts`; neither of the two includes it.
+    host: the peak bytes of a `CountingOffload` on the host.
     """
 
     def __init__(self, device: torch.device | str = "meta") -> None:
@@ -109,7 +114,7 @@ class AllocationWatch(TorchDispatchMode):
         self.device = torch.device(device)
         self.alive, self.section = 0, OTHER
         self._largest_arena = self._most_repeated = 0
-        # bytes that repeated passes have received for their backward, by storage
+        # bytes that repeated passes have received for their backward pass, by storage
         self._repeated: dict[int, int] = {}
         self.peaks = dict.fromkeys(SECTIONS, 0)
         self.host = self._host_alive = 0
@@ -119,22 +124,22 @@ class AllocationWatch(TorchDispatchMode):
 
     @property
     def arena(self) -> int:
-        """Bytes that passes keep between them."""
+        """Bytes that attention keeps between passes."""
         return self._largest_arena + self._most_repeated
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         direction = ""
         for x in tree_leaves((args, kwargs)):
             if isinstance(x, Tensor):
-                self._leave_out(x)
+                self._exclude(x)
         if func.name() in _PASSES:
             direction, number = _PASSES[func.name()]
-            executable = EXECUTABLES.by_handle(args[number]).for_direction(direction)
+            executable = EXECUTABLES.by_handle(args[number])
             memory = executable.memory()[direction]
             self._largest_arena = max(self._largest_arena, memory.arena)
             self._note(self.alive + memory.beside_arena)
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            # a model that asks for a number, as transformers does whether a batch is packed, gets no
+            # a model that needs a value, as transformers does to detect a packed batch, gets 0
             return torch.zeros((), dtype=args[0].dtype).item()
         out = func(*args, **(kwargs or {}))
         if direction == "forward" and runs_backward():
@@ -146,15 +151,15 @@ class AllocationWatch(TorchDispatchMode):
 
     @contextmanager
     def on_host(self) -> Iterator[None]:
-        """What is made in here is on the host."""
+        """Count storages that are created in this context as the host's."""
         self._to_host = True
         try:
             yield
         finally:
             self._to_host = False
 
-    def _leave_out(self, x: Tensor) -> None:
-        """What was there before is not counted, nor are views of it, while it lives: its address comes again."""
+    def _exclude(self, x: Tensor) -> None:
+        """Exclude an older storage and views of it from the count while it lives; its address may be reused afterwards."""
         storage = x.untyped_storage()
         key = storage._cdata
         if key not in self._sizes and key not in self._older:
@@ -176,7 +181,7 @@ class AllocationWatch(TorchDispatchMode):
         self._note(self.alive)
 
     def _repeat(self, kept: Tensor) -> None:
-        """Count what a repeated pass has received for its backward; it lies in memory of the pool (see `runtime.arenas`)."""
+        """Count the data that a repeated pass received for its backward pass, in the pool's memory (see `runtime.arenas`)."""
         storage = kept.untyped_storage()
         if storage._cdata not in self._repeated:
             self._repeated[storage._cdata] = storage.nbytes()
@@ -195,30 +200,31 @@ class AllocationWatch(TorchDispatchMode):
 
 
 class CountingOffload(HostOffload):
-    """An offload on a device without streams, whose copies a watch counts as the host's."""
+    """An offload on a device without streams; a watch counts its copies as the host's."""
 
     def __init__(self, watch: AllocationWatch, in_flight: int = 2):
         super().__init__(in_flight)
         self._watch = watch
 
     def put(self, x: Tensor) -> Ticket:
-        """See `HostOffload.put`."""
+        """Copy a tensor as `HostOffload.put` does, and count the copy as the host's."""
         with self._watch.on_host():
             return super().put(x)
 
 
 def count_step(watch: AllocationWatch, model: nn.Module, parts: Mapping[nn.Module, str], forward: Any) -> RankCounts:
-    """Count a step: `forward()` makes the loss, which goes backward. Gradients of weights are dropped as they come.
+    """Count a step: `forward()` returns the loss for the backward pass. Gradients of weights are dropped at once.
 
-    parts: modules that are sections of the step, one of them the loss: their forward passes, and what comes between the gradients
-    of their outputs and of their inputs.
+    parts: modules that are sections of the step, one of them the loss. A section is the module's forward pass, and in the
+    backward pass the time between the gradients of its outputs and of its inputs.
     """
 
     def drop(parameter: Tensor) -> None:
         parameter.grad = None
 
     saved: list[int] = []
-    hooks = [one.register_post_accumulate_grad_hook(drop) for one in model.parameters() if one.requires_grad]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    hooks = [parameter.register_post_accumulate_grad_hook(drop) for parameter in parameters]
     for module, name in parts.items():
         hooks += _mark(watch, module, name)
         if name == LOSS:
@@ -227,28 +233,28 @@ def count_step(watch: AllocationWatch, model: nn.Module, parts: Mapping[nn.Modul
         with watch:
             forward().backward()
     finally:
-        for one in hooks:
-            one.remove()
+        for hook in hooks:
+            hook.remove()
     working = {name: max(peak - saved[0], 0) for name, peak in watch.peaks.items()}
     return RankCounts(saved[0], watch.arena, working, watch.host)
 
 
 def _mark(watch: AllocationWatch, module: nn.Module, name: str) -> list[Any]:
-    """Hooks that make a module's passes a section of a watch; a repeated forward pass returns to the section that it is in."""
+    """Make a module's passes a section of a watch; return the hooks. A repeated forward pass returns to the outer section."""
     before: list[str] = []
 
     def enter(*_: Any) -> None:
         before.append(watch.section)
         watch.section = name
 
-    def leave(module: nn.Module, given: Any, out: Any) -> None:
-        # what becomes of logits is the loss, too
+    def leave(module: nn.Module, inputs: Any, out: Any) -> None:
+        # computing with the logits belongs to the loss, too
         watch.section = name if name == LOSS else before.pop()
         y = out[0] if isinstance(out, tuple) else out
         # a repetition may end early, without output
         if isinstance(y, Tensor) and y.requires_grad:
             y.register_hook(lambda gradient: setattr(watch, "section", name))
-            for x in given:
+            for x in inputs:
                 if isinstance(x, Tensor) and x.requires_grad:
                     x.register_hook(lambda gradient: setattr(watch, "section", OTHER))
 
@@ -256,17 +262,17 @@ def _mark(watch: AllocationWatch, module: nn.Module, name: str) -> list[Any]:
 
 
 class PlannedAttention:
-    """Attention of a batch by one executable, which need not be able to run: on meta tensors nothing is."""
+    """Attention of a batch by one executable, which need not be able to run, since meta tensors are not computed."""
 
     used = True
-    # any length: frequencies of positions have no values
+    # any length is fine, since the frequencies of positions have no values
     longest_document = 1
 
     def __init__(self, executable: Executable):
         self.executable = executable
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, **how: Any) -> Tensor:
-        """`distattn.attention` of this rank's tokens (T, heads, dim); all layers have one shape."""
+        """Return `distattn.attention` of this rank's tokens, (T, heads, dim); all layers have one shape."""
         modifiers = {name: value for name, value in how.items() if name not in ("window", "layer")}
         out: Tensor = attention(q, k, v, self.executable, scale=scale, **modifiers)
         return out
@@ -274,9 +280,9 @@ class PlannedAttention:
     def latent_attention(
         self, q: Tensor, rope: Tensor, latent: Tensor, up: Tensor, scale: float | None = None, **how: Any
     ) -> Tensor:
-        """`distattn.latent_attention` of this rank's tokens (T, heads, dim)."""
+        """Return `distattn.latent_attention` of this rank's tokens, (T, heads, dim)."""
         out: Tensor = latent_attention(q, rope, latent, up, self.executable, scale=scale)
         return out
 
-    def check_positions(self, given: Tensor) -> None:
-        """Positions are of no matter."""
+    def check_positions(self, positions: Tensor) -> None:
+        """Accept any positions, which meta tensors do not have."""

@@ -1,4 +1,4 @@
-"""Names of what checkpointed layers keep. No torch: a run's configuration is read without it."""
+"""The modes of activation checkpointing. Needs no torch, so that a run's configuration can be read without it."""
 
-# nothing is checkpointed; a layer keeps its input; it keeps what attention has computed as well
+# no layer is checkpointed; a layer keeps its input; it keeps attention's outputs as well
 CHECKPOINTING = ("none", "full", "save_attention")

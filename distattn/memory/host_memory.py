@@ -1,32 +1,32 @@
-"""Memory of this machine that new processes can have."""
+"""The memory of this machine that is available to new processes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-# the value cgroup v1 has for "no limit" is 2^63 less a page
+# cgroup v1 writes "no limit" as 2^63 minus a page
 _NO_LIMIT = 1 << 60
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
-    """Bytes that new processes can have: the machine's, or what its cgroups leave. None where nothing tells (not Linux)."""
-    left = _cgroup_bytes(root)
+    """Return the bytes available to new processes on the machine, or within its cgroups. None if unknown (not on Linux)."""
+    available = _cgroup_bytes(root)
     try:
         for line in (root / "proc/meminfo").read_text("ascii").splitlines():
             if line.startswith("MemAvailable:"):
-                left.append(int(line.split()[1]) * 1024)
+                available.append(int(line.split()[1]) * 1024)
     except OSError:
         pass
-    return min(left, default=None)
+    return min(available, default=None)
 
 
 def _cgroup_bytes(root: Path) -> list[int]:
-    """Bytes left below each memory limit of this process's cgroup and of those above it."""
+    """Return the bytes that are left below each memory limit of this process's cgroup and of its parents."""
     try:
         lines = (root / "proc/self/cgroup").read_text("utf-8").splitlines()
     except OSError:
         return []
-    left = []
+    bytes_left = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if not controllers:
@@ -37,18 +37,18 @@ def _cgroup_bytes(root: Path) -> list[int]:
         else:
             continue
         # a container sees its own cgroup at the mount point, whatever the path says
-        own = mount / path.strip("/")
-        for folder in (own, *own.parents):
-            found = _left_in(folder, limit, used, cache)
-            if found is not None:
-                left.append(found)
+        cgroup = mount / path.strip("/")
+        for folder in (cgroup, *cgroup.parents):
+            folder_bytes = _bytes_left(folder, limit, used, cache)
+            if folder_bytes is not None:
+                bytes_left.append(folder_bytes)
             if folder == mount:
                 break
-    return left
+    return bytes_left
 
 
-def _left_in(folder: Path, limit: str, used: str, cache: str) -> int | None:
-    """Bytes below one limit; file pages that the kernel would give up at once do not count as used."""
+def _bytes_left(folder: Path, limit: str, used: str, cache: str) -> int | None:
+    """Return the bytes left below a limit, None without one. Inactive file pages, which can be reclaimed, count as free."""
     try:
         most = (folder / limit).read_text("ascii").strip()
         if most == "max" or int(most) >= _NO_LIMIT:

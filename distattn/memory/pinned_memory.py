@@ -1,7 +1,7 @@
-"""Pinned host memory of exactly the bytes that are needed.
+"""Pinned host memory of exactly the required size.
 
 PyTorch rounds each pinned allocation up to a power of two (CachingHostAllocator.h, `PowerOf2Ceil`), so 1.1 GB takes 2.1 GB.
-Memory of our own pages, which CUDA is told to pin, takes at most a page more.
+Here distattn maps pages and has CUDA pin them, which takes at most a page more.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _PORTABLE = 1
 
 
 def pinned_like(tensor: Tensor) -> Tensor:
-    """Return an empty, contiguous tensor of a tensor's shape and dtype in pinned memory. Raises as `pinned_bytes`."""
+    """Return an empty, contiguous tensor of a tensor's shape and dtype in pinned memory. Raise as `pinned_bytes`."""
     # pinning uses the current device, and a new thread begins with device 0
     with current_device(tensor.device):
         return pinned_bytes(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
 
 
 def pinned_bytes(size: int) -> Tensor:
-    """Return bytes (size,) of pinned memory. Raises DistattnError where CUDA cannot pin as many."""
+    """Return bytes (size,) of pinned memory. Raise DistattnError if CUDA cannot pin that many."""
     if not size:
         return torch.empty(0, dtype=torch.uint8)
     pages = mmap.mmap(-1, size)

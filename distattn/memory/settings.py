@@ -1,4 +1,4 @@
-"""What a run does so that longer sequences fit, as one value: the same for the run and for the count of its bytes."""
+"""The settings by which a run saves memory, as one value for the run and for the count of its bytes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from distattn.memory.tiled_mlp import tile_feed_forward
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """loss_tile_tokens, mlp_tile_tokens: tokens of a tile of the loss and of feed-forward layers, 0 for all tokens at once.
+    """Settings that save memory.
 
+    loss_tile_tokens, mlp_tile_tokens: tokens in a tile of the loss and of feed-forward layers, 0 for all tokens at once.
     activation_checkpointing: "none"; "full", which keeps each layer's input; "save_attention", which keeps attention's outputs as
-    well. offload: the inputs wait on the host.
+    well. offload: whether the inputs wait on the host.
     """
 
     loss_tile_tokens: int = 0
@@ -33,8 +34,8 @@ class MemorySettings:
             if getattr(self, name) < 0:
                 raise DistattnError(f"{name} is at least 1, or 0 for all tokens at once, not {getattr(self, name)}.")
         if self.activation_checkpointing not in CHECKPOINTING:
-            known = ", ".join(CHECKPOINTING)
-            raise DistattnError(f"activation_checkpointing is one of {known}, not {self.activation_checkpointing!r}.")
+            modes = ", ".join(CHECKPOINTING)
+            raise DistattnError(f"activation_checkpointing is one of {modes}, not {self.activation_checkpointing!r}.")
         if self.offload and self.activation_checkpointing == "none":
             raise DistattnError(
                 'offload takes the inputs of checkpointed layers to the host: set activation_checkpointing = "full".'
@@ -42,11 +43,11 @@ class MemorySettings:
 
     @property
     def loss(self) -> TiledLoss | None:
-        """What `distattn.adapters.pytorch.local_loss` takes as its loss."""
+        """The `loss` argument of `distattn.adapters.pytorch.local_loss`."""
         return TiledLoss(self.loss_tile_tokens) if self.loss_tile_tokens else None
 
     def apply(self, model: Any, offload: HostOffload | None = None) -> None:
-        """Change a transformers model, once, before or after its parameters are sharded. offload: another one than a new one."""
+        """Change a transformers model, once, before or after its parameters are sharded. offload: used instead of a new one."""
         if self.mlp_tile_tokens:
             tile_feed_forward(model, self.mlp_tile_tokens)
         if self.activation_checkpointing != "none":

@@ -1,7 +1,7 @@
-"""The loss of a language model over tiles of tokens: logits of all tokens are never there at once.
+"""The loss of a language model over tiles of tokens, without the logits of all tokens in memory at once.
 
-Losses are summed, not averaged: tiles, and ranks, with unequally many labels weigh as much as they have labels. The backward
-pass makes a tile's logits again, from the log-sum-exps of the forward pass, so that nothing but the hidden states waits for it.
+Losses are summed, not averaged, so tiles and ranks weigh as much as they have labels. The backward pass computes a tile's logits
+again, with the log-sum-exps of the forward pass, so that only hidden states and log-sum-exps are kept for it.
 """
 
 # T tokens on this rank, H width of the hidden states, V vocabulary, t tokens of a tile
@@ -24,20 +24,20 @@ from distattn.ir.arguments import check_fields
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
 
-# numbers of a weight's gradient that are made at once in half precision, before they are added to a wider sum
+# elements of a weight's gradient that are computed at once in half precision before they are added to a wider sum
 _SLICE = 1 << 24
-# what a model is given in place of logits: so large that a soft cap shows, and exact in half precision
+# the model gets this number in place of logits: so large that a soft cap changes it, and exact in half precision
 _STAND_IN = 96.0
 
 
 class LogitChange(NamedTuple):
-    """What a model does to logits behind its output layer: logits times scale, then cap * tanh(logits / cap), cap 0 for none."""
+    """A model's change of the output layer's logits: logits times scale, then cap * tanh(logits / cap), cap 0 for none."""
 
     scale: float = 1.0
     soft_cap: float = 0.0
 
     def of(self, logits: Tensor) -> Tensor:
-        """The changed logits."""
+        """Return the changed logits."""
         logits = logits * self.scale if self.scale != 1.0 else logits
         return self.soft_cap * torch.tanh(logits / self.soft_cap) if self.soft_cap else logits
 
@@ -53,13 +53,14 @@ def tiled_loss(
     logit_scale: float = 1.0,
     bias_V: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss_sum, token_losses_T) of the labels under softmax(hidden @ weight^T + bias), never more than tile_tokens x V logits.
+    """Return (loss_sum, token_losses_T) of the labels under softmax(hidden @ weight^T + bias), by tiles.
 
     loss_sum: the sum over tokens with a label, a scalar with gradients for hidden, weight and bias; token_losses_T: each
-    token's cross-entropy, 0 without a label (-100), detached. Both are fp32, or fp64 for fp64. z_loss: z_loss * lse^2 a token is
-    added to loss_sum. Logits are multiplied by logit_scale, then become soft_cap * tanh(logits / soft_cap), where given.
+    token's cross-entropy, 0 without a label (-100), detached. Both are fp32, or fp64 for fp64. At most tile_tokens x V logits are
+    in memory. z_loss: adds z_loss * lse^2 of each token to loss_sum. Logits are multiplied by logit_scale, then become
+    soft_cap * tanh(logits / soft_cap) unless soft_cap is 0.
 
-    The gradient of a weight in half precision is summed over tiles in fp32. Under autocast products are of autocast's dtype. A
+    The gradient of a weight in half precision is summed over tiles in fp32. Under autocast, products have autocast's dtype. A
     weight that is a DTensor (FSDP2's, outside of the module's forward) is gathered; its gradient is the sum over ranks.
     """
     loss_sum, token_losses_T, _ = _losses(
@@ -72,8 +73,8 @@ def tiled_loss(
 class TiledLoss:
     """The loss of a model over tiles of its tokens, for `distattn.adapters.pytorch.local_loss(model, batch, loss=TiledLoss())`.
 
-    tile_tokens: a tile's logits take tile_tokens x vocabulary numbers, in the forward pass in fp32 and the weight's dtype, in
-    the backward pass once more. z_loss: see `tiled_loss`.
+    tile_tokens: a tile's logits are tile_tokens x vocabulary numbers, in fp32 and in the weight's dtype, in the forward pass and
+    again in the backward pass. z_loss: see `tiled_loss`.
     """
 
     tile_tokens: int = 1024
@@ -85,10 +86,10 @@ class TiledLoss:
 
     @contextmanager
     def instead_of_logits(self, layer: nn.Module, labels: Tensor, change: LogitChange) -> Iterator[TiledOutput]:
-        """Meanwhile the output layer computes losses instead of logits, for models that this thread calls.
+        """Make the output layer compute losses instead of logits in this context, for models that this thread calls.
 
-        It runs inside the model's forward, where FSDP2 and ZeRO 3 have gathered its weight. labels: of all tokens, any shape.
-        change: what the model does to logits behind the layer. Raises DistattnError where the layer is not linear.
+        The layer runs inside the model's forward, where FSDP2 and ZeRO 3 have gathered its weight. labels: of all tokens, any
+        shape. change: the model's change of the layer's logits. Raise DistattnError if the layer is not linear.
         """
         if not isinstance(layer, nn.Linear):
             raise DistattnError(
@@ -106,9 +107,9 @@ class TiledLoss:
 
 
 class TiledOutput:
-    """What the output layer has computed of one call of a model.
+    """The losses that the output layer has computed in one call of a model.
 
-    loss_sum and token_losses_T as `tiled_loss` returns them, token_losses_T (T,) in the order of the labels.
+    loss_sum and token_losses_T are as in `tiled_loss`, token_losses_T (T,) in the order of the labels.
     """
 
     def __init__(self, settings: TiledLoss, layer: nn.Module, labels_T: Tensor, change: LogitChange):
@@ -116,21 +117,21 @@ class TiledOutput:
         self._loss_sum: Tensor | None = None
         self.token_losses_T: Tensor | None = None
 
-    def loss_sum(self, given: Tensor, model: nn.Module) -> Tensor:
-        """The summed loss; given: what the model has returned as its logits.
+    def loss_sum(self, stand_in: Tensor, model: nn.Module) -> Tensor:
+        """Return the summed loss. stand_in: the tensor that the model has returned as its logits.
 
-        The gradient goes through that, too: hooks on a model's outputs, by which FSDP2 and ZeRO 3 know that backward begins, run.
-        Raises DistattnError where the model has not called the layer, or does something unknown to its logits.
+        The gradient also flows through it, so that hooks on the model's outputs run, from which FSDP2 and ZeRO 3 learn that the
+        backward pass begins. Raise DistattnError if the model has not called the layer, or changes its logits in an unknown way.
         """
         name = type(model).__name__
         if self._loss_sum is None:
             raise DistattnError(f"{name} did not call its output layer; a tiled loss cannot be computed for it.")
-        self._check_change(given, name)
-        joined: Tensor = _Join.apply(self._loss_sum, given)
+        self._check_change(stand_in, name)
+        joined: Tensor = _Join.apply(self._loss_sum, stand_in)
         return joined
 
     def compute(self, hidden: Tensor) -> Tensor:
-        """Losses of hidden states (..., H), on behalf of the layer; returns a number (1, 1, 1) for its logits."""
+        """Compute the losses of hidden states (..., H) in place of the layer; return a stand-in (1, 1, 1) for its logits."""
         if self._loss_sum is not None:
             raise DistattnError("the output layer is called twice in one forward pass: a tiled loss is of one output.")
         hidden_TH = hidden.flatten(0, -2)
@@ -147,14 +148,14 @@ class TiledOutput:
     def _numbers(self) -> tuple[int, float, LogitChange]:
         return self._settings.tile_tokens, self._settings.z_loss, self._change
 
-    def _check_change(self, given: Tensor, name: str) -> None:
-        """Raise DistattnError where a model does more to logits; looked at once for a layer, as the host waits for it."""
+    def _check_change(self, stand_in: Tensor, name: str) -> None:
+        """Raise DistattnError if a model changes logits in another way. Check once a layer, since the host waits for it."""
         forward: Any = self.layer.forward
-        # there is nothing to look at on the meta device
-        if forward.checked == self._change or given.is_meta:
+        # a meta tensor has no value to check
+        if forward.checked == self._change or stand_in.is_meta:
             return
         wanted = float(self._change.of(torch.tensor(_STAND_IN)))
-        if given.numel() != 1 or not math.isclose(float(given.detach()), wanted, rel_tol=1e-2):
+        if stand_in.numel() != 1 or not math.isclose(float(stand_in.detach()), wanted, rel_tol=1e-2):
             raise DistattnError(
                 f"{name} changes logits behind its output layer in a way that a tiled loss does not know; leave loss= out."
             )
@@ -162,9 +163,9 @@ class TiledOutput:
 
 
 class _OutputForward:
-    """The forward of an output layer: losses for a thread that asks for them, else what it was.
+    """The forward of an output layer: computes losses inside `TiledLoss.instead_of_logits`, else logits as before.
 
-    checked: what the model is known to do to logits, once that has been looked at.
+    checked: the change of logits that the model was found to make, None before the check.
     """
 
     def __init__(self, forward: Any):
@@ -180,7 +181,7 @@ class _OutputForward:
 
 
 class _PerThread(threading.local):
-    """Whose losses this thread computes."""
+    """The output that the losses of this thread go to."""
 
     output: TiledOutput | None = None
 
@@ -205,12 +206,12 @@ def _losses(
     z_loss: float,
     change: LogitChange,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss_sum, token_losses_T, a number (1, 1, 1) that depends on them as far as autograd knows)."""
+    """Return (loss_sum, token_losses_T, a stand-in (1, 1, 1) for the logits, connected to the loss in autograd's graph)."""
     _check_numbers(tile_tokens, z_loss, change.soft_cap)
     if hidden_TH.dim() != 2 or weight_VH.dim() != 2 or hidden_TH.shape[1] != weight_VH.shape[1]:
         raise DistattnError(
             f"hidden states {tuple(hidden_TH.shape)} and weight {tuple(weight_VH.shape)} do not fit: (T, H) and (V, H) are "
-            "wanted."
+            "needed."
         )
     if labels_T.shape != hidden_TH.shape[:1]:
         raise DistattnError(f"labels have shape {tuple(labels_T.shape)}, hidden states are of {len(hidden_TH)} tokens.")
@@ -220,21 +221,21 @@ def _losses(
     dtype = torch.get_autocast_dtype(kind) if has_autocast and torch.is_autocast_enabled(kind) else weight_VH.dtype
     settings = _Settings(tile_tokens, z_loss, change, torch.float64 if hidden_TH.dtype == torch.float64 else dtype)
     labels_T = int64_labels(labels_T)
-    # products are cast here, all else is in the accumulation dtype
+    # `_TiledLoss` casts the products' operands itself; all else is in the accumulation dtype
     with torch.autocast(kind, enabled=False) if has_autocast else nullcontext():
-        found: tuple[Tensor, Tensor, Tensor] = _TiledLoss.apply(hidden_TH, weight_VH, bias_V, labels_T, settings)
-    return found
+        losses: tuple[Tensor, Tensor, Tensor] = _TiledLoss.apply(hidden_TH, weight_VH, bias_V, labels_T, settings)
+    return losses
 
 
 def _whole(weight: Tensor) -> Tensor:
-    """A parameter as a plain tensor; every rank adds its part to the gradient of what was sharded."""
+    """Return a parameter as a plain tensor; each rank's gradient is added to the gradient of a sharded parameter."""
     if not isinstance(weight, DTensor):
         return weight
     return weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
 
 
 class _Settings(NamedTuple):
-    """Settings of a tiled loss; dtype: of the operands of its products."""
+    """Settings of a tiled loss. dtype: of the products' operands."""
 
     tile_tokens: int
     z_loss: float
@@ -243,7 +244,7 @@ class _Settings(NamedTuple):
 
 
 class _TiledLoss(torch.autograd.Function):
-    """Losses by tiles of tokens; logits are made twice, so that none are kept."""
+    """Losses by tiles of tokens; logits are computed twice, so that none are kept."""
 
     @staticmethod
     def forward(
@@ -254,7 +255,7 @@ class _TiledLoss(torch.autograd.Function):
         lse_T = torch.empty_like(losses_T)
         weight = weight_VH.to(settings.dtype)
         valid_T = labels_T != IGNORE_INDEX
-        # a token without a label is computed as one of token 0, and counts for nothing
+        # a token without a label is computed with label 0, and masked afterwards
         targets_T = labels_T.where(valid_T, 0)
         for tile in _tiles(len(hidden_TH), settings.tile_tokens):
             logits_tV = settings.change.of(_logits(hidden_TH[tile], weight, bias_V, settings.dtype))
@@ -301,7 +302,7 @@ def _tiles(tokens: int, tile_tokens: int) -> Iterator[slice]:
 
 
 def _logits(hidden_tH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What the output layer makes of a tile, in the accumulation dtype."""
+    """Return the output layer's logits of a tile, (t, V) in the accumulation dtype."""
     logits_tV = (hidden_tH.to(dtype) @ weight_VH.t()).to(accumulation_dtype(dtype))
     return logits_tV if bias_V is None else logits_tV + bias_V.to(logits_tV.dtype)
 
@@ -309,7 +310,7 @@ def _logits(hidden_tH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, dtype: 
 def _logit_gradient(
     hidden_tH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_t: Tensor, lse_t: Tensor, settings: _Settings
 ) -> Tensor:
-    """The gradient of the summed losses of a tile for what the output layer makes (t, V)."""
+    """Return the gradient of a tile's summed losses with respect to the output layer's logits, (t, V)."""
     scale, cap = settings.change
     logits_tV = settings.change.of(_logits(hidden_tH, weight_VH, bias_V, settings.dtype))
     # d(cap * tanh(x / cap)) = 1 - tanh^2
@@ -324,7 +325,7 @@ def _logit_gradient(
 
 
 def _add_product(sum_VH: Tensor, gradient_tV: Tensor, hidden_tH: Tensor) -> None:
-    """sum += gradient^T @ hidden; of half precision a slice at a time, so that the product is not as large as the weight."""
+    """Add gradient^T @ hidden to a sum; in half precision by slices, so that the product is smaller than the weight."""
     if sum_VH.dtype == gradient_tV.dtype:
         sum_VH.addmm_(gradient_tV.t(), hidden_tH)
         return
@@ -334,7 +335,7 @@ def _add_product(sum_VH: Tensor, gradient_tV: Tensor, hidden_tH: Tensor) -> None
 
 
 class _Join(torch.autograd.Function):
-    """A loss; a second tensor takes part in the graph, and gets a gradient of zeros."""
+    """The identity of a loss; a second tensor joins the graph, and gets a gradient of zeros."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, other: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ from distattn.checkpoints.manifest import FileDigests
 from distattn.ir.errors import DamagedDataError, DistattnError
 
 PREFIX = "model."
-_METADATA = ".metadata"
 
 
 def checkpoint_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:

@@ -1,6 +1,6 @@
 """`attention`: core attention of a planned call, as a pair of torch library operators with one autograd formula.
 
-The plan enters the operators as a whole number, the handle of its executable (see `executable`).
+The operators get the plan as a whole number, the handle of its executable (see `executable`).
 """
 
 # T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim
@@ -49,7 +49,7 @@ def attention(
     kernel: str | None = None,
     return_lse: bool = False,
 ) -> Any:
-    """Core attention of this rank's tokens, differentiable; a collective call of all ranks of the plan.
+    """Compute core attention of this rank's tokens, differentiable. A collective call of all ranks of the plan.
 
     q_THD (T, H, D), k_TKD (T, K, D), v_TKE (T, K, E) hold this rank's T tokens in the layout's local order;
     the result o_THE (T, H, E) has q's dtype. Under autocast they are cast first, as for PyTorch's own attention.
@@ -58,24 +58,23 @@ def attention(
     softcap: scores s become softcap * tanh(s / softcap). alibi_slopes (H,): slope * distance in tokens is subtracted
     (after the cap); no gradient. sink (H,): a logit per head that takes part in the softmax and has no value; its
     gradient is this rank's share, to be summed over ranks like any parameter's. gate (T, H) or (T, H, E): multiplies the
-    output. dropout is refused. With return_lse also lse_HT, natural log (with the sink), fp32 (fp64 for fp64), -inf
-    where a row has no allowed key; not every kernel has gradients through it ("reference" has).
+    output. dropout is refused. With return_lse also return lse_HT, natural log (with the sink), fp32 (fp64 for fp64), -inf
+    for rows without an allowed key; only some kernels have gradients through it ("reference" has).
 
-    plan: a Plan, which ranks then compare at every call, or what `prepare` made of one: once a batch, and the only way
-    inside torch.compile. group defaults to the default
-    process group; a plan for one rank needs none. Raises PlanError when the plan cannot be proven or ranks have different
-    ones, DistattnError when the tensors do not fit it.
+    plan: a Plan, which ranks then compare at every call, or its executable from `prepare`: made once per batch, and required
+    inside torch.compile. group defaults to the default process group; a plan for one rank needs none. Raise PlanError if the
+    plan cannot be proven or ranks have different ones, DistattnError if the tensors do not fit it.
     """
-    for name, given in (("q", q_THD), ("k", k_TKD), ("v", v_TKE)):
-        if not isinstance(given, Tensor):
-            raise DistattnError(f"{name} is a {type(given).__name__}; a tensor (tokens, heads, dim) is wanted.")
+    for name, operand in (("q", q_THD), ("k", k_TKD), ("v", v_TKE)):
+        if not isinstance(operand, Tensor):
+            raise DistattnError(f"{name} is a {type(operand).__name__}; a tensor (tokens, heads, dim) is needed.")
     if not isinstance(return_lse, bool):
         raise DistattnError(f"return_lse is True or False, not a {type(return_lse).__name__}.")
-    # strides of a fused projection are usual; kernels and messages read whole rows
+    # fused projections often give strided tensors; kernels and messages read whole rows
     q_THD, k_TKD, v_TKE = (x.contiguous() for x in autocast_inputs(q_THD, k_TKD, v_TKE))
-    for name, given in (("q", q_THD), ("k", k_TKD), ("v", v_TKE)):
-        if given.dim() != 3:
-            raise DistattnError(f"{name} has {given.dim()} dims; three are wanted: (tokens, heads, dim).")
+    for name, operand in (("q", q_THD), ("k", k_TKD), ("v", v_TKE)):
+        if operand.dim() != 3:
+            raise DistattnError(f"{name} has {operand.dim()} dims; three are needed: (tokens, heads, dim).")
     for name, number in (("scale", scale), ("softcap", softcap), ("dropout", dropout)):
         if not isinstance(number, (Real, type(None))) or isinstance(number, bool):
             hint = "; a tensor's gradient would be lost" if isinstance(number, Tensor) else ""
@@ -92,7 +91,7 @@ def attention(
         if tensor is not None and tensor.device != q_THD.device:
             raise DistattnError(f"{name} is on {tensor.device}, q on {q_THD.device}; they share one device.")
     if alibi_slopes is not None and alibi_slopes.requires_grad:
-        raise DistattnError("alibi_slopes want a gradient, which is not computed; pass alibi_slopes.detach().")
+        raise DistattnError("alibi_slopes require a gradient, which is not computed; pass alibi_slopes.detach().")
     if gate is not None:
         gate = _broadcast_gate(gate, (*q_THD.shape[:2], v_TKE.shape[2]))
     modifiers = score_modifiers(softcap, alibi_slopes)
@@ -103,7 +102,7 @@ def attention(
     )
     interleaved = current_micro_batch()
     if interleaved is not None:
-        # it lets the others run while its messages travel
+        # the micro-batch lets others run while its messages travel
         if return_lse:
             raise DistattnError("return_lse is not possible where micro-batches take turns; leave OverlapSchedule out.")
         o_THE = interleaved.attention(ready, q_THD, k_TKD, v_TKE, sink, alibi_slopes, scale, float(softcap))
@@ -117,13 +116,13 @@ def attention(
 
 
 def score_modifiers(softcap: Any, alibi_slopes: Any) -> tuple[str, ...]:
-    """The names of those that a call has."""
-    given = {"softcap": bool(softcap), "alibi_slopes": alibi_slopes is not None}
-    return tuple(name for name, has in given.items() if has)
+    """Return the names of the score modifiers of a call."""
+    is_used = {"softcap": bool(softcap), "alibi_slopes": alibi_slopes is not None}
+    return tuple(name for name, has in is_used.items() if has)
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """q, k and v in the dtype of autocast, where it is on: rotary embeddings leave q and k in fp32, but v not.
+    """Cast q, k and v to autocast's dtype if it is on: rotary embeddings leave q and k in fp32, but not v.
 
     fp64 stays, as in PyTorch's list of operators that autocast to lower precision.
     """
@@ -135,12 +134,12 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def save_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """A policy for selective activation checkpointing: outputs of attention and recurrences are saved, the rest recomputed.
+    """Save outputs of attention and recurrences and recompute the rest: a policy for selective activation checkpointing.
 
     Recomputation then neither communicates nor repeats them:
     checkpoint(f, x, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, save_attention))
     """
-    # by name: not all of them need be imported
+    # by name: some of their modules may not be imported
     if str(op) in _SAVED_BY_CHECKPOINTS:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
@@ -148,7 +147,7 @@ def save_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPo
 
 def _broadcast_gate(gate: Tensor, shape: tuple[int, ...]) -> Tensor:
     if tuple(gate.shape) not in (shape, shape[:2]):
-        raise DistattnError(f"gate has shape {tuple(gate.shape)}; wanted is {shape[:2]} or {shape}.")
+        raise DistattnError(f"gate has shape {tuple(gate.shape)}; expected is {shape[:2]} or {shape}.")
     if not gate.dtype.is_floating_point:
         raise DistattnError(f"gate is {str(gate.dtype)[6:]}; floating point is needed.")
     return gate if gate.dim() == 3 else gate[..., None]
@@ -174,7 +173,7 @@ def _check_inputs(
         if tensor.shape != shape:
             axes = "(tokens, heads, dim)" if len(shape) == 3 else "(heads,)"
             raise DistattnError(
-                f"{name} has shape {tuple(tensor.shape)}; the plan wants {shape} {axes} on rank {program.rank}."
+                f"{name} has shape {tuple(tensor.shape)}; the plan needs {shape} {axes} on rank {program.rank}."
             )
         if name in "qkv" and str(tensor.dtype) != f"torch.{call.dtype}":
             raise DistattnError(f"{name} is {str(tensor.dtype)[6:]}, the plan was made for {call.dtype}.")
@@ -192,7 +191,7 @@ def _score(executable: Executable, scale: float, softcap: float, slopes: Tensor 
 
 
 def _finite(lse: Tensor) -> Tensor:
-    # -inf - -inf is not a number: an absent sink and a row without keys
+    # -inf - -inf is NaN: an absent sink and a row without keys
     return lse.masked_fill(lse == -torch.inf, 0.0)
 
 
@@ -207,7 +206,7 @@ def forward_pass(
     softcap: float,
     transport: Transport | None = None,
 ) -> execute.PausableRun[tuple[Tensor, Tensor, Tensor]]:
-    """(o_THE, lse_TH, kept), pausing while messages travel; what the operator does without a pause."""
+    """Compute (o_THE, lse_TH, kept) like the operator, but pause while messages travel."""
     _check_inputs(executable, q, k, v, sink, slopes)
     score = _score(executable, scale, softcap, slopes)
     executable.begin_pass("forward", score)
@@ -216,7 +215,7 @@ def forward_pass(
     if sink is not None:
         # a key without value: it only widens the softmax
         wider_TH = torch.logaddexp(lse_TH, sink.to(lse_TH.dtype))
-        # in place: nobody else has it yet
+        # in place: no other code has it yet
         o *= torch.exp(lse_TH - _finite(wider_TH))[..., None]
         lse_TH = wider_TH
     return o.to(q.dtype), lse_TH, kept
@@ -238,11 +237,10 @@ def backward_pass(
     softcap: float,
     transport: Transport | None = None,
 ) -> execute.PausableRun[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """(dq, dk, dv, dsink), pausing while messages travel; dsink is empty without a sink."""
+    """Compute (dq, dk, dv, dsink), and pause while messages travel. dsink is empty without a sink."""
     if dlse_TH is not None and not executable.kernel.DIFFERENTIABLE_LSE:
         raise DistattnError('this kernel has no gradient for the log-sum-exp; use kernel="reference", or lse.detach().')
-    # the gradient of the log-sum-exp enters where delta does: ds = p * (dp - (delta - dlse))
-    # autograd may give it any strides
+    # the gradient of the log-sum-exp enters together with delta: ds = p * (dp - (delta - dlse)); autograd may give it any strides
     do = do.contiguous()
     delta_TH = row_products(do, o)
     if dlse_TH is not None:
@@ -275,7 +273,7 @@ torch.library.define(
 
 @on_device_of_tensors
 def _forward(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  # noqa: ANN001
-    executable = EXECUTABLES.by_handle(plan).for_direction("forward")
+    executable = EXECUTABLES.by_handle(plan)
     return execute.run_to_completion(forward_pass(executable, q, k, v, sink, slopes, scale, softcap))
 
 
@@ -292,7 +290,7 @@ def _forward_fake(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  
 @on_device_of_tensors
 def _backward(do, dlse, q, k, v, sink, slopes, o, lse, kept, plan, scale, softcap):  # noqa: ANN001
     inputs = do, dlse, q, k, v, sink, slopes, o, lse, kept, scale, softcap
-    executable = EXECUTABLES.by_handle(plan).for_direction("backward")
+    executable = EXECUTABLES.by_handle(plan)
     return execute.run_to_completion(backward_pass(executable, *inputs))
 
 

@@ -1,4 +1,4 @@
-"""`causal_conv1d` and `token_shift`: what reads a few tokens before each, in documents, by a plan, differentiable."""
+"""`causal_conv1d` and `token_shift`: ops that read a few tokens before each, in documents, by a plan, differentiable."""
 
 # T tokens on this rank, C channels, H heads of C / H channels each, W taps, G groups of C / G channels each, M documents
 
@@ -28,10 +28,10 @@ from distattn.ops.plan_argument import check_flag, executable_of
 from distattn.parallel.runtime import execute_convolution
 from distattn.parallel.runtime.execute import run_to_completion
 from distattn.parallel.runtime.execute_convolution import ConvolutionKernel
-from distattn.parallel.runtime.streams import copied_to, has_streams
+from distattn.parallel.runtime.streams import copy_to_device, has_streams
 
 _NO_SCORE = ScoreMod(1.0)
-# whole numbers up to it are exact in float64, in which they travel
+# whole numbers up to it are exact in float64, the dtype of their messages
 _MOST_WHOLE = 1 << 52
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -47,30 +47,30 @@ def causal_conv1d(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
 ) -> Any:
-    """A causal convolution of this rank's tokens, differentiable; a collective call of all ranks of the plan.
+    """Compute a causal convolution of this rank's tokens, differentiable. A collective call of all ranks of the plan.
 
-    y_t = activation(sum_i weight[..., i] x_(t - W + 1 + i) + bias), over the tokens of t's document alone. x_TC (T, C) holds
-    this rank's T tokens in the layout's local order. weight is (C, W), one filter a channel, or (C, C / G, W) of G groups, as
-    `torch.nn.Conv1d(C, C, W, groups=G)` has it. bias: (C,). activation: "silu" or None. The result has x's dtype.
+    y_t = activation(sum_i weight[..., i] x_(t - W + 1 + i) + bias), over the tokens of t's document only. x_TC (T, C) holds
+    this rank's T tokens in the layout's local order. weight is (C, W), one filter per channel, or (C, C / G, W) of G groups,
+    as in `torch.nn.Conv1d(C, C, W, groups=G)`. bias: (C,). activation: "silu" or None. The result has x's dtype.
 
-    initial_state: (M, C, W - 1), what comes before the first token of each of all M documents, on every rank; 0 by default.
-    weight and bias are the same on all ranks, too; gradients of all three are this rank's share, to be summed over ranks like
-    any parameter's. With return_final_state also (M, C, W - 1) in x's dtype, the last W - 1 inputs of each document, behind its
-    initial state where it is shorter: those that this rank has, 0 for others, so that their sum over ranks is the whole; not
-    inside torch.compile.
+    initial_state: (M, C, W - 1), the inputs before the first token of each of all M documents, on every rank; 0 by default.
+    weight and bias are also the same on all ranks; gradients of all three are this rank's share, to be summed over ranks like
+    any parameter's. With return_final_state also return (M, C, W - 1) in x's dtype, the last W - 1 inputs of each document,
+    after its initial state if it is shorter: those that this rank has, 0 for others, so that their sum over ranks is
+    complete; not inside torch.compile.
 
-    plan: of op "convolution" on the mask `Mask.documents(lengths, (W - 1, 0))` with heads x v_head_dim = C (G heads where there
-    are groups), which ranks compare at every call, or what `prepare` made of one. What moves is each segment's W - 1 tokens
-    before it. Raises PlanError when the plan cannot be proven or ranks have different ones, DistattnError when the tensors do
-    not fit it.
+    plan: of op "convolution" on the mask `Mask.documents(lengths, (W - 1, 0))` with heads x v_head_dim = C (G heads with
+    groups), which ranks compare at every call, or its executable from `prepare`. The W - 1 tokens before each segment are
+    sent. Raise PlanError if the plan cannot be proven or ranks have different ones, DistattnError if the tensors do not fit
+    it.
     """
     # `arguments.checked` would break the graph of torch.compile
     tensors = {"x": x_TC, "weight": weight, "bias": bias, "initial_state": initial_state}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) and (tensor is not None or name in ("x", "weight")):
-            raise DistattnError(f"{name} is a {type(tensor).__name__}; a tensor is wanted.")
+            raise DistattnError(f"{name} is a {type(tensor).__name__}; a tensor is needed.")
     if activation is not None and not (isinstance(activation, str) and activation == "silu"):
-        raise DistattnError(f'activation is "silu" or None, not {activation!r}; apply others to what is returned.')
+        raise DistattnError(f'activation is "silu" or None, not {activation!r}; apply others to the result.')
     check_flag("return_final_state", return_final_state)
     if return_final_state and torch.compiler.is_compiling():
         raise DistattnError("final states of a convolution are not compiled; leave the call out of torch.compile.")
@@ -94,37 +94,37 @@ def causal_conv1d(
 def token_shift(
     x_T: Tensor, plan: Plan | Executable, group: dist.ProcessGroup | None = None, *, fill: int = 0
 ) -> Tensor:
-    """What an earlier or a later token of its document has, for each of this rank's tokens: y_t = x_(t - distance).
+    """Return an earlier or a later token of the same document for each of this rank's tokens: y_t = x_(t - distance).
 
-    x_T: (T, ...), this rank's T tokens in the layout's local order; y_t is 0 where there is no such token. A collective call of
-    all ranks of the plan; differentiable in x. Whole numbers, such as labels, travel as float64: x may be of int64 and the plan
-    of float64, and y_t is `fill` where there is no such token.
+    x_T: (T, ...), this rank's T tokens in the layout's local order; y_t is 0 if there is no such token. A collective call of
+    all ranks of the plan; differentiable in x. Whole numbers, such as labels, are sent as float64: x may be of int64 and the
+    plan of float64, and y_t is `fill` if there is no such token.
 
-    plan: of op "token_shift" on the mask `Mask.token_shift(lengths, distance)` with heads x v_head_dim numbers a token, or what
-    `prepare` made of one. What moves is `distance` tokens a segment. Raises PlanError when the plan cannot be proven or ranks
-    have different ones, DistattnError when x does not fit it, or has whole numbers of 2^52 or more; of a tensor on a GPU that is
-    an assertion of the device, which ends the process's use of the GPU.
+    plan: of op "token_shift" on the mask `Mask.token_shift(lengths, distance)` with heads x v_head_dim numbers per token, or
+    its executable from `prepare`. `distance` tokens per segment are sent. Raise PlanError if the plan cannot be proven or
+    ranks have different ones, DistattnError if x does not fit it, or has whole numbers of 2^52 or more; for a tensor on a GPU
+    that is an assertion of the device, after which the process cannot use the GPU any more.
     """
     if not isinstance(x_T, Tensor):
-        raise DistattnError(f"x is a {type(x_T).__name__}; a tensor is wanted.")
+        raise DistattnError(f"x is a {type(x_T).__name__}; a tensor is needed.")
     if type(fill) is not int or abs(fill) > _MOST_WHOLE:
         raise DistattnError(f"fill is a whole number between -2^52 and 2^52, not {fill!r}.")
     executable = executable_of(plan, group, "token_shift", x_T.device)
     whole = x_T.dtype in _WHOLE
     if not x_T.dim() or not (whole or x_T.is_floating_point()):
         raise DistattnError(
-            f"x is {tuple(x_T.shape)} of {str(x_T.dtype)[6:]}; tokens of floating point, or whole numbers below 2^52, are wanted."
+            f"x is {tuple(x_T.shape)} of {str(x_T.dtype)[6:]}; tokens of floating point, or whole numbers below 2^52, are needed."
         )
     if x_T.dtype == torch.int64:
         _check_whole(x_T)
     if whole and not torch.iinfo(x_T.dtype).min <= fill <= torch.iinfo(x_T.dtype).max:
         raise DistattnError(f"x is {str(x_T.dtype)[6:]}, which cannot hold fill = {fill}; give int64.")
     if fill and not whole:
-        raise DistattnError("fill is for whole numbers; of floating point what is not there is 0.")
+        raise DistattnError("fill is for whole numbers; missing tokens of floating point are 0.")
     call, program = executable.program.call, executable.program
     if call.op != TOKEN_SHIFT:
         raise DistattnError(f'the plan is of {call.op.name}, not of a token shift; make_plan takes op="token_shift".')
-    # what is not there is 0
+    # missing tokens are 0
     x = x_T.double() - fill if whole else x_T
     _check_tokens(executable, x.reshape(len(x), math.prod(x.shape[1:])))
     by_heads = x.reshape(program.tokens, call.heads, call.v_head_dim)
@@ -134,8 +134,8 @@ def token_shift(
 
 
 def _check_whole(x_T: Tensor) -> None:
-    """Raise where a number of int64 is 2^52 or more. On a GPU the device raises it, later: the host does not wait to know."""
-    too_large = "x has whole numbers of 2^52 or more; whole numbers below 2^52 are wanted."
+    """Raise if a number of int64 is 2^52 or more. On a GPU the device raises later, so that the host does not wait."""
+    too_large = "x has whole numbers of 2^52 or more; whole numbers below 2^52 are needed."
     fits = ((x_T < _MOST_WHOLE) & (x_T > -_MOST_WHOLE)).all()
     if has_streams(x_T.device):
         torch._assert_async(fits, too_large)
@@ -153,20 +153,20 @@ def _check_inputs(
     channels = call.heads * call.v_head_dim
     if weight.dim() not in (2, 3) or len(weight) != channels or weight.shape[1:-1] not in ((), (call.v_head_dim,)):
         raise DistattnError(
-            f"weight has shape {tuple(weight.shape)}; wanted is ({channels}, taps), or for groups that the plan has as heads "
+            f"weight has shape {tuple(weight.shape)}; expected is ({channels}, taps), or for groups that the plan has as heads "
             f"({channels}, {call.v_head_dim}, taps)."
         )
     if bias is not None and tuple(bias.shape) != (channels,):
-        raise DistattnError(f"bias has shape {tuple(bias.shape)}; wanted is {(channels,)}.")
+        raise DistattnError(f"bias has shape {tuple(bias.shape)}; expected is {(channels,)}.")
     states = len(call.layout.ends), channels, weight.shape[-1] - 1
     if initial is not None and not states[2]:
         raise DistattnError("a convolution of 1 tap has no initial state; leave initial_state out.")
     if initial is not None and tuple(initial.shape) != states:
-        raise DistattnError(f"initial_state has shape {tuple(initial.shape)}; wanted is {states}, of all documents.")
+        raise DistattnError(f"initial_state has shape {tuple(initial.shape)}; expected is {states}, of all documents.")
     for name, tensor in (("weight", weight), ("bias", bias), ("initial_state", initial)):
         if tensor is not None and (not tensor.is_floating_point() or tensor.device != x.device):
             raise DistattnError(
-                f"{name} is {str(tensor.dtype)[6:]} on {tensor.device}; floating point on {x.device} is wanted."
+                f"{name} is {str(tensor.dtype)[6:]} on {tensor.device}; floating point on {x.device} is needed."
             )
 
 
@@ -174,13 +174,13 @@ def _check_tokens(executable: Executable, x: Tensor) -> None:
     program = executable.program
     shape = program.tokens, program.call.heads * program.call.v_head_dim
     if tuple(x.shape) != shape:
-        raise DistattnError(f"x has shape {tuple(x.shape)}; the plan wants {shape} on rank {program.rank}.")
+        raise DistattnError(f"x has shape {tuple(x.shape)}; the plan needs {shape} on rank {program.rank}.")
     if str(x.dtype) != f"torch.{program.call.dtype}":
         raise DistattnError(f"x is {str(x.dtype)[6:]}, the plan was made for {program.call.dtype}.")
 
 
 def _check_taps(call: Call, taps: int) -> None:
-    """Not where torch.compile traces: masks are NumPy's."""
+    """Check the taps against the plan's mask; not called while torch.compile traces, because masks are NumPy's."""
     planned = _taps(call)
     if planned not in (None, taps):
         raise DistattnError(
@@ -190,7 +190,7 @@ def _check_taps(call: Call, taps: int) -> None:
 
 
 def _check_kernel(executable: Executable, grouped: bool) -> None:
-    """An executable of a caller's own may have a kernel that was chosen for filters of one channel."""
+    """Check the kernel of an executable that a caller has prepared: it may support only filters of one channel."""
     key = executable.key
     needed = kernel_requirements(executable.program.call, key.device, ["grouped"] if grouped else [])
     if why := load_kernel(key.kernel).unsupported_reason(needed):
@@ -200,7 +200,7 @@ def _check_kernel(executable: Executable, grouped: bool) -> None:
 
 
 def _check_distance(call: Call) -> None:
-    """Not where torch.compile traces."""
+    """Check that the mask is a token shift; not called while torch.compile traces."""
     pieces = call.mask.pieces
     if len(np.unique(pieces[:, [LO, HI]] + (pieces[:, OK] - pieces[:, OQ])[:, None])) > 1:
         raise DistattnError(
@@ -209,7 +209,7 @@ def _check_distance(call: Call) -> None:
 
 
 def _taps(call: Call) -> int | None:
-    """How many tokens each sees, itself among them; None where every document is shorter. Raises where that differs."""
+    """Return the number of tokens that each sees, including itself; None if every document is shorter. Raise if it varies."""
     pieces = call.mask.pieces
     shift = pieces[:, OK] - pieces[:, OQ]
     reach, length = -(pieces[:, LO] + shift), pieces[:, Q1] - pieces[:, Q0]
@@ -234,15 +234,15 @@ torch.library.define(
 
 @on_device_of_tensors
 def _forward(x, weight, initial, plan, kept_elements):  # noqa: ANN001
-    executable = EXECUTABLES.by_handle(plan).for_direction("forward")
+    executable = EXECUTABLES.by_handle(plan)
     if weight is None:
         _check_distance(executable.program.call)
     else:
         _check_taps(executable.program.call, weight.shape[-1])
         _check_kernel(executable, weight.dim() == 4)
     executable.begin_pass("forward", _NO_SCORE)
-    given = executable.program, executable.transport, _kernel(executable), x.contiguous(), weight
-    y, kept = run_to_completion(execute_convolution.forward(*given))
+    arguments = executable.program, executable.transport, _kernel(executable), x.contiguous(), weight
+    y, kept = run_to_completion(execute_convolution.forward(*arguments))
     if initial is not None:
         first = _first_tokens(executable, weight.shape[-1], x.device)
         y.index_add_(0, first.rows, _from_initial(initial, weight, first, y.dtype).to(y.dtype))
@@ -259,14 +259,22 @@ def _forward_fake(x, weight, initial, plan, kept_elements):  # noqa: ANN001
 
 @on_device_of_tensors
 def _backward(dy, x, weight, initial, kept, plan):  # noqa: ANN001
-    executable = EXECUTABLES.by_handle(plan).for_direction("backward")
+    executable = EXECUTABLES.by_handle(plan)
     executable.begin_pass("backward", _NO_SCORE)
-    given = executable.program, executable.transport, _kernel(executable), dy.contiguous(), x.contiguous(), weight, kept
-    dx, dweight = run_to_completion(execute_convolution.backward(*given))
+    arguments = (
+        executable.program,
+        executable.transport,
+        _kernel(executable),
+        dy.contiguous(),
+        x.contiguous(),
+        weight,
+        kept,
+    )
+    dx, dweight = run_to_completion(execute_convolution.backward(*arguments))
     dinitial = None
     if initial is not None and dweight is not None:
         first = _first_tokens(executable, weight.shape[-1], x.device)
-        # unlike autograd's own functions, this works inside an operator
+        # unlike autograd.grad, this works inside an operator
         pull_back = torch.func.vjp(lambda state, w: _from_initial(state, w, first, x.dtype), initial, weight)[1]
         dinitial, of_first = pull_back(dy[first.rows].to(dweight.dtype))
         dweight = dweight + of_first
@@ -283,7 +291,7 @@ def _backward_fake(dy, x, weight, initial, kept, plan):  # noqa: ANN001
 
 
 class _FirstTokens(NamedTuple):
-    """The tokens of this rank that are among the first W - 1 of their document: rows, documents and positions in these."""
+    """Tokens of this rank among the first W - 1 of their document: rows, documents and positions in these."""
 
     rows: Tensor
     documents: Tensor
@@ -297,11 +305,13 @@ def _first_tokens(executable: Executable, taps: int, device: torch.device) -> _F
     document = np.searchsorted(call.layout.ends, tokens, "right")
     position = call.layout.positions_of(tokens)
     (rows,) = np.nonzero(position < taps - 1)
-    return _FirstTokens(*(copied_to(device, torch.from_numpy(one)) for one in (rows, document[rows], position[rows])))
+    return _FirstTokens(
+        *(copy_to_device(device, torch.from_numpy(numbers)) for numbers in (rows, document[rows], position[rows]))
+    )
 
 
 def _from_initial(initial_MCW: Tensor, weight: Tensor, first: _FirstTokens, dtype: torch.dtype) -> Tensor:
-    """What the first tokens of documents hear of what came before, (rows, H, D) as wide as sums of dtype. Differentiable."""
+    """Compute the part of first tokens that depends on earlier inputs, (rows, H, D), in the dtype of sums. Differentiable."""
     wide = accumulation_dtype(dtype)
     heads, dim, taps = weight.shape[0], weight.shape[1], weight.shape[-1]
     one_filter_a_channel = weight.dim() == 3
@@ -312,22 +322,22 @@ def _from_initial(initial_MCW: Tensor, weight: Tensor, first: _FirstTokens, dtyp
 
 
 def _final_state(executable: Executable, x_TC: Tensor, initial_MCW: Tensor | None, taps: int) -> Tensor:
-    """(M, C, W - 1), the last inputs of all documents as far as this rank has them, 0 for others. Differentiable."""
+    """Return (M, C, W - 1), the last inputs of all documents as far as this rank has them, 0 for others. Differentiable."""
     call = executable.program.call
     _check_documents(call)
     ends, width, tokens = call.layout.ends, taps - 1, call.layout.tokens(executable.program.rank)
     document = np.searchsorted(ends, tokens, "right")
-    # in the state, its last column is a document's last token
+    # the last column of the state is a document's last token
     column = width - (ends[document] - tokens)
     (rows,) = np.nonzero(column >= 0)
 
     def on_device(numbers: Ints) -> Tensor:
-        return copied_to(x_TC.device, torch.from_numpy(numbers))
+        return copy_to_device(x_TC.device, torch.from_numpy(numbers))
 
     states_NC = x_TC.new_zeros(len(ends) * width, x_TC.shape[1])
     states_NC = states_NC.index_copy(0, on_device(document[rows] * width + column[rows]), x_TC[on_device(rows)])
     if initial_MCW is not None:
-        # of documents that are shorter, where their last token is
+        # for shorter documents, at the rank of their last token
         ended, lengths = document[tokens == ends[document] - 1], np.array(call.layout.lengths)
         number, column = np.nonzero(lengths[ended][:, None] + np.arange(width) < width)
         to, short = ended[number] * width + column, lengths[ended[number]]
@@ -355,7 +365,7 @@ def _differentiate(ctx, dy, dkept):
     x, weight, initial, kept = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
     dx, *others = torch.ops.distattn.convolution_backward(dy, x, weight, initial, kept, ctx.plan)
-    of_others = (grad if given is not None else None for grad, given in zip(others, (weight, initial), strict=True))
+    of_others = (grad if tensor is not None else None for grad, tensor in zip(others, (weight, initial), strict=True))
     return dx, *of_others, None, None
 
 

@@ -1,7 +1,7 @@
-"""Executables: plans made ready to run on this rank, known to the operators by a whole number, their handle.
+"""Executables: plans made ready to run on this rank, identified in operators by a whole number, their handle.
 
-Lowering a plan to this rank's program needs nobody else and may happen on a thread ahead of time (`EXECUTABLES.program`).
-Agreeing with the other ranks and opening a communicator are collective and happen in `prepare`, on the caller's thread.
+Lowering a plan to this rank's program involves no other rank and may happen on a thread ahead of time (`EXECUTABLES.program`).
+Agreement with the other ranks and opening a communicator are collective and happen in `prepare`, on the caller's thread.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from distattn.parallel.runtime.memory import PassMemory, backward_memory, forwar
 from distattn.parallel.runtime.program import Program, lower
 from distattn.parallel.runtime.recurrence_workspace import recurrence_workspace
 from distattn.parallel.runtime.transport import GroupTransport, SingleRankTransport, Transport
-from distattn.parallel.runtime.upload_program import on_device
+from distattn.parallel.runtime.upload_program import copy_program_to_device
 
 # Tags of operators that run a plan: they send messages, and wait for events of other streams. Inductor partitions a graph at such
 # operators, so that torch.compile(mode="reduce-overhead") does not capture them (torch/_inductor/scheduler.py, should_partition).
@@ -48,7 +48,7 @@ NOT_IN_CUDA_GRAPHS = (torch.Tag.cudagraph_unsafe,)
 
 
 class ExecutionKey(NamedTuple):
-    """Where a plan runs: rank of the plan, name of the kernel, device."""
+    """Identity of an execution: rank of the plan, name of the kernel, device."""
 
     rank: int
     kernel: str
@@ -56,9 +56,9 @@ class ExecutionKey(NamedTuple):
 
 
 class PassObserver(Protocol):
-    """Is called before each forward or backward pass of an executable, and may wrap its kernel."""
+    """Observer that is called before each forward or backward pass of an executable, and may wrap its kernel."""
 
-    # whether passes of two micro-batches may interleave on this rank
+    # passes of two micro-batches may interleave on this rank
     allows_interleaving: bool
 
     def on_pass_begin(self, direction: str, score: ScoreMod) -> None: ...
@@ -69,26 +69,25 @@ class PassObserver(Protocol):
 class Executable:
     """A plan ready to run on this rank: its program, kernel and transport.
 
-    `handle` and `kept_elements` (numbers that the forward keeps for the backward) are plain whole numbers, so that under
-    torch.compile the second executable recompiles once, and later ones nothing. Hold it until the backward has run.
+    `handle` and `kept_elements` (elements that the forward keeps for the backward) are plain whole numbers, so that under
+    torch.compile the second executable recompiles once, and later ones not at all. Hold it until the backward has run.
     """
 
     def __init__(self, program: Program, key: ExecutionKey, transport: Transport, observer: PassObserver | None = None):
         self.program, self.key, self.transport, self.observer = program, key, transport, observer
         kernel: Kernel = load_kernel(key.kernel)
         self.kernel = kernel if observer is None else observer.wrap_kernel(kernel)
-        # of a recurrence, in bytes: what it keeps has several dtypes
+        # in bytes for a recurrence, whose kept tensors have several dtypes
         is_recurrence = program.forward_states is not None
         self.kept_elements = kept_size(program) if is_recurrence else kept_elements(program)
         self.handle = EXECUTABLES.add(self)
         self._memory: dict[str, PassMemory] = {}
 
     def memory(self) -> dict[str, PassMemory]:
-        """Return what a layer's "forward" and "backward" pass need on this rank's device, in bytes.
+        """Return the memory that a layer's "forward" and "backward" pass need on this rank's device, in bytes.
 
         It is exact for the triton and gluon kernels, and an upper bound for "flash". For recurrences it counts the launch that
-        needs most, with kernels "chunked" and "triton_chunked"; what fla-core and PyTorch's operators allocate inside
-        themselves is not known.
+        needs most, with kernels "chunked" and "triton_chunked"; allocations inside fla-core and PyTorch's operators are unknown.
         """
         if not self._memory:
             self._memory = self._count_memory()
@@ -108,26 +107,16 @@ class Executable:
                 passes[direction] = memory._replace(workspace=recurrence_workspace(self.program, direction, kernel))
         return passes
 
-    def for_direction(self, direction: str) -> Executable:
-        """What runs a "forward" or "backward" pass: itself. A pipeline schedule has another one in every tick."""
-        return self
-
     def begin_pass(self, direction: str, score: ScoreMod) -> None:
-        """A pass begins in the current stream of this thread."""
+        """Begin a pass in the current stream of this thread."""
         if self.program.uploaded is not None:
             self.program.uploaded.join()
         if self.observer is not None:
             self.observer.on_pass_begin(direction, score)
 
 
-class HasExecutable(Protocol):
-    """What a handle stands for: an executable, or what names the one of the next pass."""
-
-    def for_direction(self, direction: str) -> Executable: ...
-
-
 class ExecutableCache:
-    """Everything that is made once and used again: programs of plans, communicators of groups, executables by handle.
+    """Cache of programs of plans, communicators of groups, and executables by handle.
 
     Programs live as long as their plan, communicators as long as their group, handles as long as their executable.
     """
@@ -135,7 +124,7 @@ class ExecutableCache:
     def __init__(self) -> None:
         # torch.compile specialises on 0 and 1
         self._handles = itertools.count(2)
-        self._by_handle: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._by_handle: weakref.WeakValueDictionary[int, Executable] = weakref.WeakValueDictionary()
         self._programs: weakref.WeakKeyDictionary[Plan, dict[ExecutionKey, Program]] = weakref.WeakKeyDictionary()
         self._plan_locks: weakref.WeakKeyDictionary[Plan, threading.Lock] = weakref.WeakKeyDictionary()
         self._transports: weakref.WeakKeyDictionary[Any, dict[Any, GroupTransport]] = weakref.WeakKeyDictionary()
@@ -143,54 +132,54 @@ class ExecutableCache:
         self._lock = threading.Lock()
 
     def forget_locks(self) -> None:
-        """In a process that was forked: the threads that held them are not there to give them back."""
+        """Make new locks in a forked process: the threads that held the old ones do not exist there."""
         self._lock, self._plan_locks = threading.Lock(), weakref.WeakKeyDictionary()
 
-    def add(self, executable: HasExecutable) -> int:
-        """A new handle for an executable; the cache does not keep it alive."""
+    def add(self, executable: Executable) -> int:
+        """Return a new handle for an executable; the cache does not keep it alive."""
         handle = next(self._handles)
         self._by_handle[handle] = executable
         return handle
 
-    def by_handle(self, handle: int) -> HasExecutable:
-        """What a handle stands for. Raises DistattnError where its executable has been dropped."""
-        found = self._by_handle.get(handle)
-        if found is None:
+    def by_handle(self, handle: int) -> Executable:
+        """Return the executable of a handle. Raise DistattnError if it has been freed."""
+        executable = self._by_handle.get(handle)
+        if executable is None:
             raise DistattnError(
                 f"handle {handle} belongs to no executable that is still alive; hold what prepare returned until the "
                 "backward has run."
             )
-        return found  # type: ignore[no-any-return]
+        return executable
 
     def program(self, plan: Plan, key: ExecutionKey, proven: bool = True) -> Program:
-        """The program of a plan, made at the first call and proven then if `proven`. May be called on any thread."""
+        """Return the program of a plan, made at the first call, with a proof if `proven`. May be called on any thread."""
         with self._lock:
             lock = self._plan_locks.setdefault(plan, threading.Lock())
-        # one lock a plan: another plan's program need not wait for this one
+        # one lock per plan: other plans' programs need not wait for this one
         with lock:
-            known = self._programs.setdefault(plan, {})
-            if key not in known:
-                proof = next((other.proof for other in known.values() if other.proof), None)
+            programs = self._programs.setdefault(plan, {})
+            if key not in programs:
+                proof = next((other.proof for other in programs.values() if other.proof), None)
                 proof = verify(plan) if proof is None and proven else proof
                 make = kernel_preparer(key.kernel, kernel_requirements(plan.call, key.device))
-                known[key] = on_device(lower(plan, key.rank, make, proof), key.device)
-            return known[key]
+                programs[key] = copy_program_to_device(lower(plan, key.rank, make, proof), key.device)
+            return programs[key]
 
     def transport(
         self, group: dist.ProcessGroup, device: torch.device, timeout: timedelta | None = None
     ) -> GroupTransport:
-        """The communicator of a group's plans for such devices, opened at the first call, which is collective.
+        """Return the communicator of a group's plans for such devices; the first call opens it and is collective.
 
-        timeout: how long a message may take; by default the group's own.
+        timeout: the longest time of a message; by default the group's own.
         """
-        known = self._transports.setdefault(group, {})
-        if (device.type, timeout) not in known or not known[device.type, timeout].is_open:
+        transports = self._transports.setdefault(group, {})
+        if (device.type, timeout) not in transports or not transports[device.type, timeout].is_open:
             backend = open_communicator(group, device, timeout or timeout_of(group))
-            known[device.type, timeout] = GroupTransport(group, backend)
-        return known[device.type, timeout]
+            transports[device.type, timeout] = GroupTransport(group, backend)
+        return transports[device.type, timeout]
 
     def host(self, group: dist.ProcessGroup) -> Any:
-        """A communicator between the processes of a group, opened at the first call, which is collective."""
+        """Return a communicator between the processes of a group; the first call opens it and is collective."""
         if group not in self._hosts:
             self._hosts[group] = open_host_communicator(group, timeout_of(group))
         return self._hosts[group]
@@ -215,30 +204,30 @@ def prepare(
     """Make a plan ready to run: a collective call of all its ranks, which compare their plans every time.
 
     group defaults to the default process group; a plan for one rank needs none. kernel: a name of KERNELS, or of
-    OTHER_KERNELS for other ops, by default "auto": on GPUs the fastest of those that were right in a trial (see
-    `kernels.trials`), alike on all ranks; `Executable.key` has its name. modifiers:
-    "softcap" and "alibi_slopes" where calls will have them, "lse" where gradients go through it, for that choice.
-    max_buffer_bytes: bytes of buffers a rank may need at once (see `verify`). proven=False: without a proof, for callers
-    that prove every so many plans of one kind; max_buffer_bytes asks for the proof all the same. Hold the result until the
-    backward has run: under torch.compile nothing else keeps its program.
+    OTHER_KERNELS for other ops, by default "auto": on GPUs the fastest of those that a trial found correct (see
+    `kernels.trials`), the same on all ranks; `Executable.key` has its name. modifiers: for that choice, "softcap" and
+    "alibi_slopes" if calls will have them, "lse" if gradients go through it. max_buffer_bytes: the most bytes of buffers that
+    a rank may need at once (see `verify`). proven=False: without a proof, for callers that prove only some plans of one kind;
+    max_buffer_bytes requires the proof all the same. Hold the result until the backward has run: under torch.compile nothing
+    else keeps its program.
 
-    Raises PlanError when the plan cannot be proven or needs more than max_buffer_bytes, or when ranks have different plans;
-    DistattnError when it does not fit the kernel. Where one rank refuses, all do. A group of another size is refused
-    without asking the others.
+    Raise PlanError if the plan cannot be proven or needs more than max_buffer_bytes, or if ranks have different plans;
+    DistattnError if it does not fit the kernel. If one rank refuses, all do. A group of another size is refused without
+    asking the other ranks.
     """
     rank, group = _membership(plan, group)
     device = with_device_index(device)
     refusal = program = key = None
-    own: dict[str, Trial] = {}
+    trials: dict[str, Trial] = {}
     needed = kernel_requirements(plan.call, device, modifiers)
     is_chosen = kernel in (None, AUTO) and may_choose_kernel(plan.call.op)
     try:
-        own = local_kernel_trials(plan, rank, needed) if is_chosen else {}
+        trials = local_kernel_trials(plan, rank, needed) if is_chosen else {}
     except DistattnError as error:
-        # the others wait for this rank's trials, whatever has become of them
+        # the other ranks wait for this rank's trials, even if they failed
         refusal = error
     try:
-        if (ranked := common_kernel_ranking(own, device, _gather_over(group), plan.call.op)) and is_chosen:
+        if (ranked := common_kernel_ranking(trials, device, _gather_over(group), plan.call.op)) and is_chosen:
             kernel = first_supported(ranked, needed)
         if refusal is None:
             key, program = checked_program(plan, rank, kernel, device, max_buffer_bytes, proven)
@@ -263,23 +252,23 @@ def _gather_over(group: dist.ProcessGroup | None) -> Callable[[Any], list[Any]]:
 
 
 def with_device_index(device: torch.device | str | int) -> torch.device:
-    """The device with its index: "cuda" is the current one of this thread, which on another thread may be another one.
+    """Return the device with its index: "cuda" is the current one of this thread, which may differ on another thread.
 
-    Raises DistattnError where there is no such device.
+    Raise DistattnError if there is no such device.
     """
     try:
-        found = torch.device(device)
+        parsed = torch.device(device)
     except (RuntimeError, ValueError):
         raise DistattnError(f"there is no device {device!r}; write cpu, cuda or cuda:0.") from None
-    if found.type == "cuda" and found.index is None and torch.cuda.is_available():
+    if parsed.type == "cuda" and parsed.index is None and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
-    return found
+    return parsed
 
 
 def checked_program(
     plan: Plan, rank: int, kernel: str | None, device: torch.device, max_buffer_bytes: int | None, proven: bool
 ) -> tuple[ExecutionKey, Program]:
-    """This rank's program of a plan, with what it is known by. Raises what `prepare` raises; asks no other rank."""
+    """Return this rank's program of a plan, with its key. Raise what `prepare` raises; communicate with no other rank."""
     key = ExecutionKey(rank, choose_kernel(kernel, kernel_requirements(plan.call, device)), device)
     program = EXECUTABLES.program(plan, key, proven)
     if max_buffer_bytes is not None:
@@ -288,7 +277,10 @@ def checked_program(
 
 
 def kernel_requirements(call: Call, device: torch.device, modifiers: Sequence[str] = ()) -> KernelRequirements:
-    """What a call asks of a kernel, as far as its plan knows. modifiers: "softcap", "alibi_slopes", "lse", "grouped"."""
+    """Return what a call requires of a kernel, as far as its plan tells.
+
+    modifiers: "softcap", "alibi_slopes", "lse", "grouped".
+    """
     steps = call.mask.pieces[:, [BQ, BK]]
     climbs = steps[(steps != 1).any(1), 0]
     return KernelRequirements(
@@ -306,27 +298,29 @@ def kernel_requirements(call: Call, device: torch.device, modifiers: Sequence[st
 
 
 def plan_difference(digests: list[str], summaries: list[dict[str, Any]]) -> str:
-    """The sentence that names the ranks whose plan differs from the others', and in what. Both lists are by rank."""
-    # the majority is right; among equals rank 0's
+    """Return a sentence that names the ranks whose plan differs from the others', and the difference. Both lists are by rank."""
+    # the majority is right; in a tie the group with rank 0
     counts = Counter(digests)
     usual = max(counts, key=lambda digest: (counts[digest], digest == digests[0]))
     odd = [rank for rank, digest in enumerate(digests) if digest != usual]
     like = digests.index(usual)
     ours, theirs = summaries[odd[0]], summaries[like]
-    what = next((name for name in theirs if name != "refusal" and ours[name] != theirs[name]), "tables")
-    how = f"its {what} differ"
-    if what == "documents":
-        pairs = itertools.zip_longest(ours[what], theirs[what])
+    field = next((name for name in theirs if name != "refusal" and ours[name] != theirs[name]), "tables")
+    difference = f"its {field} differ"
+    if field == "documents":
+        pairs = itertools.zip_longest(ours[field], theirs[field])
         first = next(i for i, (a, b) in enumerate(pairs) if a != b)
-        how += f" from rank {like}'s from number {first + 1} on"
+        difference += f" from rank {like}'s from number {first + 1} on"
     else:
-        how += f" from rank {like}'s"
+        difference += f" from rank {like}'s"
     verb = "plans" if len(odd) == 1 else "plan"
-    return f"{named_ranks(odd)} {verb} a different call (digest {digests[odd[0]][:8]}, others {usual[:8]}): {how}."
+    return (
+        f"{named_ranks(odd)} {verb} a different call (digest {digests[odd[0]][:8]}, others {usual[:8]}): {difference}."
+    )
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
-    """What a call is, in words that can be compared from rank to rank."""
+    """Return a description of the call that can be compared between ranks."""
     call = plan.call
     starts = [0, *call.layout.ends.tolist()]
     return {
@@ -358,18 +352,18 @@ def _membership(plan: Plan, group: dist.ProcessGroup | None) -> tuple[int, dist.
 
 
 def _agree(plan: Plan, group: dist.ProcessGroup, refusal: DistattnError | None) -> None:
-    """All ranks compare their plans' digests and tell of a refusal, on the host; where anything is amiss every rank raises.
+    """Compare the plans' digests and refusals of all ranks, on the host. On any disagreement every rank raises.
 
-    They do so every time, not only where this rank has not seen the plan: what is new to one rank may be old to another.
+    They compare every time, not only if this rank has not seen the plan: a plan may be new to one rank only.
     """
     host = EXECUTABLES.host(group)
     mine = plan.digest, refusal is not None
-    everyone = run_collective(group, "the comparison of plans", lambda: all_gather_objects_over_gloo(host, mine))
-    if all(other == mine for other in everyone) and refusal is None:
+    digests = run_collective(group, "the comparison of plans", lambda: all_gather_objects_over_gloo(host, mine))
+    if all(other == mine for other in digests) and refusal is None:
         return
-    own = plan_summary(plan) | {"refusal": str(refusal or "")}
-    summaries = run_collective(group, "the comparison of plans", lambda: all_gather_objects_over_gloo(host, own))
-    raise_disagreement([digest for digest, _ in everyone], summaries, refusal)
+    summary = plan_summary(plan) | {"refusal": str(refusal or "")}
+    summaries = run_collective(group, "the comparison of plans", lambda: all_gather_objects_over_gloo(host, summary))
+    raise_disagreement([digest for digest, _ in digests], summaries, refusal)
 
 
 def raise_disagreement(digests: list[str], summaries: list[dict[str, Any]], refusal: DistattnError | None) -> None:

@@ -1,4 +1,4 @@
-"""`kernel="auto"`: which kernel computes a plan, found by trial (see `kernels.trials`); all ranks choose alike.
+"""`kernel="auto"`: the choice of a kernel for a plan, by trial (see `kernels.trials`), the same on all ranks.
 
 Kernels of recurrences and convolutions are tried, too, on tokens of the call's shape (see `kernels.recurrence.trial` and
 `kernels.convolution.trial`).
@@ -22,52 +22,52 @@ from distattn.kernels.convolution.trial import try_convolution
 from distattn.kernels.flash.attention import implementation
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.recurrence.trial import try_recurrence
-from distattn.kernels.registry import candidates, load_kernel
+from distattn.kernels.registry import candidate_kernels, load_kernel
 from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.trial_cache import read_trials, trial_key, trial_key_of_op, write_trials
-from distattn.kernels.trials import Trial, ranking, try_kernels
+from distattn.kernels.trials import Trial, rank_kernels, try_kernels
 from distattn.parallel.runtime.program import lower
 
-# of plans that are prepared again and again
+# by plan, for plans that are prepared repeatedly
 _TRIALS: weakref.WeakKeyDictionary[Plan, dict[Any, dict[str, Trial]]] = weakref.WeakKeyDictionary()
-# of calls of a recurrence or convolution, by kernels, requirements and heads: whatever their plans are
+# by kernels, requirements and heads, for recurrences and convolutions, independently of their plans
 _TRIALS_OF_SHAPE: dict[Any, dict[str, Trial]] = {}
-# trials that ran out of memory, by key and kernel: they are made again where there is more
+# trials that ran out of memory, by key and kernel: they are repeated once more memory is free
 _OUT_OF_MEMORY: dict[tuple[str, str], Trial] = {}
-# of other kinds of ops than attention: tried on calls of the plan's shape
+# for other kinds of ops than attention: tried on calls of the plan's shape
 _TRIALS_OF_KIND = {"recurrence": try_recurrence, "convolution": try_convolution}
 _LOG = logging.getLogger("distattn")
 
 
 def may_choose_kernel(op: Op) -> bool:
-    """Whether "auto" may choose among several kernels of an op, by trial."""
+    """Return whether "auto" may choose among several kernels of an op, by trial."""
     return op == ATTENTION or op.kind in _TRIALS_OF_KIND
 
 
 def common_kernel_ranking(
-    own: dict[str, Trial], device: torch.device, gather: Callable[[Any], list[Any]], op: Op = ATTENTION
+    trials: dict[str, Trial], device: torch.device, gather: Callable[[Any], list[Any]], op: Op = ATTENTION
 ) -> list[str]:
-    """The right kernels, fastest first: this rank's trials and those of all others. A collective call, of ranks without any, too.
+    """Return the correct kernels, fastest first, by the trials of all ranks. A collective call, also of ranks without trials.
 
-    gather: a value of every rank, by rank. Empty where nobody has tried any. Raises DistattnError on all ranks where no kernel
-    is right, or where ranks compute on unlike devices.
+    trials: of this rank. gather: returns a value of every rank, by rank. Return [] if no rank has tried any. Raise
+    DistattnError on all ranks if no kernel is correct, or if ranks compute on different kinds of devices.
     """
-    everyone = gather((device.type, own))
-    odd = next((rank for rank, (kind, _) in enumerate(everyone) if kind != everyone[0][0]), None)
+    trials_by_rank = gather((device.type, trials))
+    odd = next((rank for rank, (kind, _) in enumerate(trials_by_rank) if kind != trials_by_rank[0][0]), None)
     if odd is not None:
         raise DistattnError(
-            f"rank {odd} of the group has its tensors on {everyone[odd][0]}, rank 0 on {everyone[0][0]}: all ranks that "
-            "share attention compute on one kind of device (serve(device=...) says that of a server)."
+            f"rank {odd} of the group has its tensors on {trials_by_rank[odd][0]}, rank 0 on {trials_by_rank[0][0]}: all "
+            "ranks that share attention compute on one kind of device (serve(device=...) sets that of a server)."
         )
-    return ranking([trials for _, trials in everyone], candidates(device, op))
+    return rank_kernels([trials for _, trials in trials_by_rank], candidate_kernels(device, op))
 
 
 def local_kernel_trials(plan: Plan, rank: int, requirements: KernelRequirements) -> dict[str, Trial]:
-    """Return this rank's trials of kernels on its launches of a plan, from the cache where they are there; none without a choice.
+    """Return this rank's trials of kernels on its launches of a plan, if possible from the cache; {} without a choice.
 
-    A trial that ran out of memory is made again, a few times in a process, if more memory is free by then.
+    A trial that ran out of memory is repeated, a few times in a process, if more memory is free by then.
     """
-    names = candidates(requirements.device, requirements.op)
+    names = candidate_kernels(requirements.device, requirements.op)
     if len(names) < 2:
         return {}
     trials: dict[Any, dict[str, Trial]]
@@ -77,7 +77,7 @@ def local_kernel_trials(plan: Plan, rank: int, requirements: KernelRequirements)
         trials, call = _TRIALS_OF_SHAPE, (names, requirements, heads)
         attempt = partial(_trials_of_shape, names, requirements, *heads)
     else:
-        # what "flash" runs may be another one later
+        # the implementation behind "flash" may change later
         trials, call = _TRIALS.setdefault(plan, {}), (rank, requirements, names, implementation())
         attempt = partial(_trials_of_launches, plan, rank, requirements, names)
     if call not in trials or any(old.may_succeed_now(requirements.device) for old in trials[call].values()):
@@ -90,10 +90,10 @@ def _trials_of_launches(
 ) -> dict[str, Trial]:
     """Return the trials of kernels on a rank's launches of a plan of attention."""
     masks: list[LaunchMask] = []
-    # what a plan is refused for is said where plans are compared
+    # the comparison of plans reports why a plan is refused
     with suppress(DistattnError):
         program = lower(plan, rank, lambda mask: mask)
-        # alike launches count as often as they are
+        # equal launches count as often as they occur
         masks = [launch.schedule for step in (*program.forward, *program.backward) for launch in step.launches]
     key = trial_key(masks, requirements)
     trials = _with_retries(key, names, requirements, lambda rest: try_kernels(rest, masks, requirements, _LOG.info))
@@ -106,7 +106,7 @@ def _trials_of_launches(
 def _trials_of_shape(
     names: tuple[str, ...], requirements: KernelRequirements, heads: int, key_heads: int
 ) -> dict[str, Trial]:
-    """Return the trials of kernels on calls of such a shape, whatever their documents are."""
+    """Return the trials of kernels on calls of such a shape, for any documents."""
     key, try_op = trial_key_of_op(requirements, heads, key_heads), _TRIALS_OF_KIND[requirements.op.kind]
     trials = _with_retries(
         key, names, requirements, lambda rest: try_op(rest, requirements, heads, key_heads, _LOG.info)
@@ -123,7 +123,7 @@ def _with_retries(
     requirements: KernelRequirements,
     attempt: Callable[[tuple[str, ...]], dict[str, Trial]],
 ) -> dict[str, Trial]:
-    """Return the trials of a key, known ones or new ones. Those that lack memory are not made again until there is more."""
+    """Return the trials of a key, known or new ones. Those that lacked memory are not repeated until more is free."""
     out_of_memory = {name: _OUT_OF_MEMORY[key, name] for name in names if (key, name) in _OUT_OF_MEMORY}
     too_large = {name: old for name, old in out_of_memory.items() if not old.may_succeed_now(requirements.device)}
     rest = tuple(name for name in names if name not in too_large)
@@ -138,7 +138,7 @@ def _with_retries(
 
 
 def _kept_or_tried(key: str, names: tuple[str, ...], attempt: Callable[[], dict[str, Trial]]) -> dict[str, Trial]:
-    """The trials of a key from the cache, or else made now, and kept there."""
+    """Return the trials of a key from the cache, or try the kernels and store the trials."""
     trials = read_trials(key, names)
     if trials is None:
         trials = attempt()
@@ -148,10 +148,10 @@ def _kept_or_tried(key: str, names: tuple[str, ...], attempt: Callable[[], dict[
 
 @cache
 def _warn(name: str, key: str, fault: str) -> None:
-    """Say once that a kernel is not used."""
+    """Warn once that a kernel is not used."""
     _LOG.warning("kernel %s is not used on %s: %s", name, key, fault)
 
 
 def first_supported(ranked: list[str], requirements: KernelRequirements) -> str:
-    """The first kernel of a ranking that serves such a call, or the first of all, which then says why it does not."""
+    """Return the first kernel of a ranking that serves such a call, or the first of all, which then raises the reason."""
     return next((name for name in ranked if not load_kernel(name).unsupported_reason(requirements)), ranked[0])

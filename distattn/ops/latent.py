@@ -1,4 +1,4 @@
-"""`latent_attention`: multi-head latent attention (DeepSeek's MLA) by a plan: latents move, or keys and values of them do."""
+"""`latent_attention`: multi-head latent attention (DeepSeek's MLA) by a plan: either latents move, or their keys and values."""
 
 # T tokens on this rank, H query heads, N key dim without the rotary part, R rotary dim, D = N + R, L latent dim, E value head dim
 
@@ -17,7 +17,7 @@ from distattn.ir.op import ATTENTION, latent_op
 from distattn.ir.plan import Call, Plan
 from distattn.kernels.devices import on_device_of_tensors
 from distattn.kernels.glue import row_products
-from distattn.kernels.latent import LatentKernel, LatentScore, expanded
+from distattn.kernels.latent import LatentKernel, LatentScore, expand_latents
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.registry import Kernel, choose_kernel
 from distattn.kernels.spec import ScoreMod
@@ -40,16 +40,16 @@ def latent_attention(
     scale: float | None = None,
     kernel: str | None = None,
 ) -> Tensor:
-    """Latent attention of this rank's tokens, differentiable; a collective call of all ranks of the plan.
+    """Compute latent attention of this rank's tokens, differentiable. A collective call of all ranks of the plan.
 
-    Head h attends with keys [up_h[:N] c | rope] to values up_h[N:] c, of latents c. q_THD (T, H, N + R) has its rotary part last;
-    rope_TR (T, R) is the rotary key of all heads, latent_TL (T, L) the latent after its norm. up_HEL (H, N + E, L) is the weight
-    of the up-projection (`kv_b_proj.weight.view(H, N + E, L)`), the same on all ranks; its gradient is this rank's share, to be
-    summed over ranks like any parameter's. The result o_THE has q's dtype. scale defaults to (N + R) ** -0.5.
+    Head h attends with keys [up_h[:N] c | rope] to values up_h[N:] c, of latents c. q_THD (T, H, N + R) has its rotary part
+    last; rope_TR (T, R) is the rotary key of all heads, latent_TL (T, L) the latent after its norm. up_HEL (H, N + E, L) is
+    the weight of the up-projection (`kv_b_proj.weight.view(H, N + E, L)`), the same on all ranks; its gradient is this rank's
+    share, to be summed over ranks like any parameter's. The result o_THE has q's dtype. scale defaults to (N + R) ** -0.5.
 
-    plan: what `make_latent_plan` returned: of op `distattn.latent_op(R, L)` with kv_heads=1, head_dim=N + R and v_head_dim=E,
-    or of attention with kv_heads=H: then each rank expands its own latents, and keys and values move. Raises PlanError when the
-    plan cannot be proven or ranks have different ones, DistattnError when the tensors do not fit it.
+    plan: a result of `make_latent_plan`: of op `distattn.latent_op(R, L)` with kv_heads=1, head_dim=N + R and v_head_dim=E,
+    or of attention with kv_heads=H: then each rank expands its own latents, and keys and values move. Raise PlanError if the
+    plan cannot be proven or ranks have different ones, DistattnError if the tensors do not fit it.
     """
     q_THD, rope_TR, latent_TL, up_HEL = autocast_inputs(q_THD, rope_TR, latent_TL, up_HEL)
     if kernel is None and isinstance(plan, Plan):
@@ -58,7 +58,9 @@ def latent_attention(
     _check_inputs(executable, q_THD, rope_TR, latent_TL, up_HEL)
     if executable.program.call.op == ATTENTION:
         key_dim = q_THD.shape[2] - rope_TR.shape[1]
-        return cast(Tensor, attention(q_THD, *expanded(rope_TR, latent_TL, up_HEL, key_dim), executable, scale=scale))
+        return cast(
+            Tensor, attention(q_THD, *expand_latents(rope_TR, latent_TL, up_HEL, key_dim), executable, scale=scale)
+        )
     scale = 1.0 / math.sqrt(q_THD.shape[-1]) if scale is None else float(scale)
     if not 0 < scale < math.inf:
         raise DistattnError(f"scale is a positive number, not {scale}.")
@@ -68,7 +70,7 @@ def latent_attention(
 
 
 def latent_kernel(call: Call, device: torch.device) -> str:
-    """The name of the default kernel for either plan of latent attention; not every one takes keys wider than values."""
+    """Return the default kernel for either plan of latent attention; some kernels do not take keys wider than values."""
     return choose_kernel(None, kernel_requirements(call, device)._replace(op=latent_op(1, 1)))
 
 
@@ -77,7 +79,7 @@ def _check_inputs(executable: Executable, q: Tensor, rope: Tensor, latent: Tenso
     call, op, tokens = program.call, program.call.op, program.tokens
     rotary, width = op.rotary_dim, op.latent_dim
     if op == ATTENTION and call.kv_heads == call.heads:
-        # any that fit each other: keys and values are made before the call
+        # any sizes that fit each other: keys and values are made before the call
         rotary, width = min(rope.shape[-1], call.head_dim - 1), latent.shape[-1]
     elif op.kind != "latent_attention":
         raise DistattnError(
@@ -92,7 +94,7 @@ def _check_inputs(executable: Executable, q: Tensor, rope: Tensor, latent: Tenso
     for name, (tensor, shape) in wanted.items():
         if tuple(tensor.shape) != shape:
             raise DistattnError(
-                f"{name} has shape {tuple(tensor.shape)}; the plan wants {shape} on rank {program.rank}."
+                f"{name} has shape {tuple(tensor.shape)}; the plan needs {shape} on rank {program.rank}."
             )
         if str(tensor.dtype) != f"torch.{call.dtype}":
             raise DistattnError(f"{name} is {str(tensor.dtype)[6:]}, the plan was made for {call.dtype}.")
@@ -114,12 +116,12 @@ torch.library.define(
 
 @on_device_of_tensors
 def _forward(q, rope, latent, up, plan, kept_elements, scale):  # noqa: ANN001
-    executable = EXECUTABLES.by_handle(plan).for_direction("forward")
+    executable = EXECUTABLES.by_handle(plan)
     q, rope, latent = (x.contiguous() for x in (q, rope, latent))
     score = _score(executable, scale, up)
     executable.begin_pass("forward", score.score)
-    given = executable.program, executable.transport, _kernel(executable), q, rope, latent, cast(ScoreMod, score)
-    o, lse_TH, kept = run_to_completion(execute.forward(*given))
+    arguments = executable.program, executable.transport, _kernel(executable), q, rope, latent, cast(ScoreMod, score)
+    o, lse_TH, kept = run_to_completion(execute.forward(*arguments))
     return o.to(q.dtype), lse_TH, kept
 
 
@@ -135,7 +137,7 @@ def _forward_fake(q, rope, latent, up, plan, kept_elements, scale):  # noqa: ANN
 
 @on_device_of_tensors
 def _backward(do, q, rope, latent, up, o, lse, kept, plan, scale):  # noqa: ANN001
-    executable = EXECUTABLES.by_handle(plan).for_direction("backward")
+    executable = EXECUTABLES.by_handle(plan)
     do, q, rope, latent = (x.contiguous() for x in (do, q, rope, latent))
     dup = torch.zeros_like(up, dtype=getattr(torch, executable.program.call.accumulation_dtype))
     score = _score(executable, scale, up, dup)
@@ -154,20 +156,20 @@ def _backward_fake(do, q, rope, latent, up, o, lse, kept, plan, scale):  # noqa:
 
 
 def _save(ctx, inputs, output) -> None:
-    *given, plan, _, scale = inputs
+    *tensors, plan, _, scale = inputs
     o, lse, kept = output
     ctx.mark_non_differentiable(lse, kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*given, o, lse, kept)
+    ctx.save_for_backward(*tensors, o, lse, kept)
     ctx.plan, ctx.scale = plan, scale
     # the executable outlives its plan until the backward has run; under torch.compile the caller holds it
     ctx.executable = EXECUTABLES.by_handle(plan) if type(plan) is int else None
 
 
 def _differentiate(ctx, do, dlse, dkept):
-    *given, o, lse, kept = ctx.saved_tensors
+    *tensors, o, lse, kept = ctx.saved_tensors
     do = torch.zeros_like(o) if do is None else do
-    return *torch.ops.distattn.latent_backward(do, *given, o, lse, kept, ctx.plan, ctx.scale), None, None, None
+    return *torch.ops.distattn.latent_backward(do, *tensors, o, lse, kept, ctx.plan, ctx.scale), None, None, None
 
 
 def _refuse_second_derivative(ctx, *grads):

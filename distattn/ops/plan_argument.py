@@ -1,4 +1,4 @@
-"""The plan argument of all ops: what is wrong with it is said in the same sentences, and a plan is made ready to run."""
+"""The plan argument of all ops: common errors, and plans made ready to run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distattn.ops.executable import Executable, prepare
 
 
 def check_flag(name: str, value: object) -> None:
-    """Raise DistattnError where what is to be True or False is anything else."""
+    """Raise DistattnError if a flag is not True or False."""
     if not isinstance(value, bool):
         raise DistattnError(f"{name} is True or False, not a {type(value).__name__}.")
 
@@ -29,13 +29,13 @@ def executable_of(
     modifiers: Sequence[str] = (),
     can_interleave: bool = False,
 ) -> Executable:
-    """The executable that an op's plan argument is, or one prepared for this call, which is then collective.
+    """Return the executable that an op's plan argument is, or prepare one for this call, which is then collective.
 
-    op: the name of the public function, for errors. device, kernel and modifiers are for `prepare`. can_interleave: whether the
-    op may be called where micro-batches take turns.
+    op: the name of the public function, for errors. device, kernel and modifiers are for `prepare`. can_interleave: the op
+    may be called while micro-batches take turns.
 
-    Raises what `prepare` raises, and DistattnError for what is no plan, for an executable beside a group or a kernel, for a plan
-    inside torch.compile, and where micro-batches take turns that the op cannot take.
+    Raise what `prepare` raises, and DistattnError for other objects than plans, for an executable together with a group or a
+    kernel, for a plan inside torch.compile, and for an op that cannot take turns with other micro-batches.
     """
     if not isinstance(plan, (Plan, Executable)):
         raise DistattnError(f"plan is what make_plan or prepare returned, not a {type(plan).__name__}.")
@@ -43,7 +43,7 @@ def executable_of(
         raise DistattnError(f"{op} cannot take turns with other micro-batches yet; leave OverlapSchedule out.")
     if isinstance(plan, Executable):
         if group is not None or kernel is not None:
-            raise DistattnError("an executable knows its group and kernel; give them to prepare instead.")
+            raise DistattnError("an executable has its group and kernel; pass them to prepare instead.")
         return plan
     if torch.compiler.is_compiling():
         raise DistattnError(f"inside torch.compile, {op} takes prepare(plan, group) instead of a plan.")

@@ -1,4 +1,4 @@
-"""`prefix_max`: the maximum over the tokens before each of its document, by a plan; what keeps running softmaxes finite."""
+"""`prefix_max`: the maximum over the earlier tokens of a document, by a plan. It keeps running softmaxes finite."""
 
 # T tokens on this rank, H heads, V numbers a head, M documents
 
@@ -23,7 +23,7 @@ from distattn.parallel.runtime.execute_prefix_max import PrefixMaxKernel
 _NO_SCORE = ScoreMod(1.0)
 
 
-# ranks compare plans, and states are put together one by one: compiled layers are compiled before and behind it
+# ranks compare plans, and states are combined one by one: only layers before and after it are compiled
 @torch.compiler.disable
 def prefix_max(
     x_THV: Tensor,
@@ -33,22 +33,22 @@ def prefix_max(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
 ) -> Any:
-    """The elementwise maximum over the tokens before each of this rank's; a collective call of all ranks of the plan.
+    """Compute the elementwise maximum over the tokens before each of this rank's. A collective call of all ranks of the plan.
 
-    before_t = max(initial, x_s of all earlier tokens s of t's document), -inf where there are none; the maximum up to and with t
-    is torch.maximum(before, x). x_THV (T, H, V) holds this rank's T tokens in the layout's local order; the result has its shape
+    before_t = max(initial, x_s of all earlier tokens s of t's document), -inf for a first token; the maximum including t is
+    torch.maximum(before, x). x_THV (T, H, V) holds this rank's T tokens in the layout's local order; the result has its shape
     and dtype. It has no gradient: a maximum that is subtracted inside a softmax cancels.
 
-    initial_state: (M, H, V) of all M documents, on every rank; -inf by default. With return_final_state also the maxima over
-    whole documents, (M, H, V) in fp32 (fp64): those of documents that end on this rank, 0 for others.
+    initial_state: (M, H, V) of all M documents, on every rank; -inf by default. With return_final_state also return the
+    maxima over whole documents, (M, H, V) in fp32 (fp64): those of documents that end on this rank, 0 for others.
 
-    plan: of op "prefix_max" with head_dim 1, which ranks compare at every call, or what `prepare` made of one. What moves is one
-    number for each of H x V and a segment. Raises PlanError when the plan cannot be proven or ranks have different ones,
-    DistattnError when the tensors do not fit it.
+    plan: of op "prefix_max" with head_dim 1, which ranks compare at every call, or its executable from `prepare`. For each
+    segment H x V numbers are sent. Raise PlanError if the plan cannot be proven or ranks have different ones, DistattnError
+    if the tensors do not fit it.
     """
     for name, tensor in (("x", x_THV), ("initial_state", initial_state)):
         if not isinstance(tensor, Tensor) and (tensor is not None or name == "x"):
-            raise DistattnError(f"{name} is a {type(tensor).__name__}; a tensor is wanted.")
+            raise DistattnError(f"{name} is a {type(tensor).__name__}; a tensor is needed.")
     check_flag("return_final_state", return_final_state)
     executable = executable_of(plan, group, "prefix_max", x_THV.device)
     _check_inputs(executable, x_THV, initial_state)
@@ -76,7 +76,7 @@ def _check_inputs(executable: Executable, x_THV: Tensor, initial_MHV: Tensor | N
             continue
         if tuple(tensor.shape) != shape:
             raise DistattnError(
-                f"{name} has shape {tuple(tensor.shape)}; the plan wants {shape} on rank {program.rank}."
+                f"{name} has shape {tuple(tensor.shape)}; the plan needs {shape} on rank {program.rank}."
             )
         if tensor.device.type != executable.key.device.type:
             raise DistattnError(f"{name} is on {tensor.device}, the plan was prepared for {executable.key.device}.")

@@ -1,9 +1,9 @@
-"""`prefix_softmax`: values weighted by softmaxes over the tokens so far, in documents, by plans, differentiable.
+"""`prefix_softmax`: values weighted by softmaxes over the preceding tokens, in documents, by plans, differentiable.
 
-With m_t the maximum of the logits k up to token t, which `prefix_max` brings, both sums of a softmax are recurrences whose decays
-are exp(m_(t-1) - m_t) and whose inputs are exp(k_t - m_t): no exponent is positive, and the sum of exponentials is at least 1.
+Let m_t be the maximum of the logits k up to token t, computed by `prefix_max`. Then both sums of a softmax are recurrences with
+decays exp(m_(t-1) - m_t) and inputs exp(k_t - m_t): no exponent is positive, and the sum of exponentials is at least 1.
 Sums are relative to the last maximum, as in online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867). Results do not depend
-on the maximum, which is why it needs no gradient.
+on the maximum, so it needs no gradient.
 """
 
 # T tokens on this rank, H heads, L latents of a head, V value dim, M documents
@@ -29,10 +29,10 @@ from distattn.parallel.prefix_softmax_plans import PrefixSoftmaxPlans
 
 
 class PrefixSoftmaxState(NamedTuple):
-    """What the tokens of documents so far come to, in fp32 (fp64): the state of `prefix_softmax`.
+    """Sums over the preceding tokens of documents, in fp32 (fp64): the state of `prefix_softmax`.
 
-    maximum: (M, H, L), of logits. total: (M, H, L), sums of exp(logit - maximum). weighted: (M, H, L, V), sums of the same times
-    values. Where no token was: -inf, 0 and 0. total and weighted have gradients; those of the maximum cancel.
+    maximum: (M, H, L), of logits. total: (M, H, L), sums of exp(logit - maximum). weighted: (M, H, L, V), sums of the same
+    times values. Without tokens: -inf, 0 and 0. total and weighted have gradients; those of the maximum cancel.
     """
 
     maximum: Tensor
@@ -40,7 +40,7 @@ class PrefixSoftmaxState(NamedTuple):
     weighted: Tensor
 
 
-# as `prefix_max`, without which there is nothing to compile
+# like `prefix_max`, without which there is nothing to compile
 @torch.compiler.disable
 def prefix_softmax(
     weights_THL: Tensor,
@@ -52,25 +52,26 @@ def prefix_softmax(
     initial_state: PrefixSoftmaxState | None = None,
     return_final_state: bool = False,
 ) -> Any:
-    """Values weighted by L softmaxes over the tokens so far of their document, differentiable; a collective call of all ranks.
+    """Weight values by L softmaxes over the preceding tokens of their document, differentiable. A collective call of all ranks.
 
         o_t = sum_l weights_tl sum_(s <= t) exp(logits_sl) v_s / sum_(s <= t) exp(logits_sl)
 
-    weights and logits (T, H, L) and v_THV (T, H, V) hold this rank's T tokens in the layout's local order; the result (T, H, V)
-    has v's dtype. logits are finite, and are widened to fp32 (fp64 for fp64) before anything is computed.
+    weights and logits (T, H, L) and v_THV (T, H, V) hold this rank's T tokens in the layout's local order; the result (T, H,
+    V) has v's dtype. logits are finite, and are widened to fp32 (fp64 for fp64) before anything is computed.
 
     - Latte (Dolga et al. 2024, arXiv 2402.17512): weights are the softmax of a token's scores over L latents, logits its scores
       as a key.
     - Aaren (Feng et al. 2024, arXiv 2405.13956): L = 1, weights are 1, logits are products of keys with one learned query.
-    - Efficient Attention (Shen et al. 2018, arXiv 1812.01243), over the tokens so far: weights are the softmax of a query over
+    - Efficient Attention (Shen et al. 2018, arXiv 1812.01243), over the preceding tokens: weights are the softmax of a query over
       its L channels, logits are keys.
 
-    initial_state: of all M documents, on every rank; gradients of its sums are this rank's share, to be summed over ranks. With
-    return_final_state also the states after all documents: those of documents that end on this rank, 0 for others.
+    initial_state: of all M documents, on every rank; gradients of its sums are this rank's share, to be summed over ranks.
+    With return_final_state also return the states after all documents: those of documents that end on this rank, 0 for
+    others.
 
-    plans: what `make_prefix_softmax_plans` made, or what `prepare` made of each. Of a head and a segment L numbers move twice,
-    and then L x V. Raises PlanError when a plan cannot be proven or ranks have different ones, DistattnError when the tensors
-    do not fit them.
+    plans: the result of `make_prefix_softmax_plans`, or executables of its plans from `prepare`. For each head and segment L
+    numbers are sent twice, and then L x V. Raise PlanError if a plan cannot be proven or ranks have different ones,
+    DistattnError if the tensors do not fit them.
     """
     if not isinstance(plans, PrefixSoftmaxPlans):
         raise DistattnError(f"plans are what make_prefix_softmax_plans returned, not a {type(plans).__name__}.")
@@ -86,7 +87,7 @@ def prefix_softmax(
     _check_plans(plans)
     _check_state(initial_state, logits_THL, v_THV)
     (v_THV,) = autocast_inputs(v_THV)
-    # sums of exponentials stay wide
+    # sums of exponentials have the wider dtype
     with torch.autocast(v_THV.device.type, enabled=False):
         return _computed(weights_THL, logits_THL, v_THV, plans, group, initial_state, return_final_state)
 
@@ -111,7 +112,7 @@ def _check_state(state: PrefixSoftmaxState | None, logits_THL: Tensor, v_THV: Te
         state._fields, state, (of_latents, of_latents, (*of_latents, v_THV.shape[2])), strict=True
     ):
         if tuple(tensor.shape) != shape:
-            raise DistattnError(f"initial_state.{name} has shape {tuple(tensor.shape)}; {shape} is wanted.")
+            raise DistattnError(f"initial_state.{name} has shape {tuple(tensor.shape)}; {shape} is needed.")
 
 
 def _computed(
@@ -129,18 +130,18 @@ def _computed(
     maximum_MHL = total_M11 = weighted_MHLV = None
     if initial is not None:
         maximum_MHL, total_MHL, weighted_MHLV = initial
-        # of no tokens whatever is given there
+        # without earlier tokens the maximum is that of no tokens
         none_MHL = maximum_MHL == -torch.inf
         total_M11 = total_MHL.masked_fill(none_MHL, 0.0).reshape(-1, heads_and_latents, 1, 1)
         weighted_MHLV = weighted_MHLV.masked_fill(none_MHL[..., None], 0.0)
 
-    def with_state(call: Callable[..., Any], *given: Tensor, **named: Any) -> tuple[Tensor, Tensor | None]:
-        found = call(*given, group=group, return_final_state=return_final_state, **named)
-        return found if return_final_state else (found, None)
+    def with_state(call: Callable[..., Any], *tensors: Tensor, **named: Any) -> tuple[Tensor, Tensor | None]:
+        result = call(*tensors, group=group, return_final_state=return_final_state, **named)
+        return result if return_final_state else (result, None)
 
     before_THL, last_MHL = with_state(prefix_max, constant_THL, plan=plans.maximum, initial_state=maximum_MHL)
     maximum_THL = torch.maximum(before_THL, constant_THL)
-    # nothing has been summed up before a first token: it is not made less
+    # before a first token there is no sum to decay
     g_THL = (before_THL - maximum_THL).masked_fill(before_THL == -torch.inf, 0.0)
     exponential_THL = (logits_THL - maximum_THL).exp()
     ones = exponential_THL.new_ones(len(v_THV), 1, 1)

@@ -25,7 +25,7 @@ from distattn.parallel.runtime import execute_recurrence
 from distattn.parallel.runtime.execute import run_to_completion
 from distattn.parallel.runtime.execute_recurrence import RecurrenceKernel
 
-# the score of attention has no meaning for a recurrence
+# attention's score is unused in a recurrence
 _NO_SCORE = ScoreMod(1.0)
 
 
@@ -43,25 +43,26 @@ def recurrence(
     kernel: str | None = None,
     return_final_state: bool = False,
 ) -> Any:
-    """A recurrence over this rank's tokens, differentiable; a collective call of all ranks of the plan.
+    """Compute a recurrence over this rank's tokens, differentiable. A collective call of all ranks of the plan.
 
         S_t = (I - beta_t k_t k_t^T) diag(exp g_t) S_(t-1) + beta_t k_t v_t^T,    o_t = scale S_t^T q_t
 
-    without beta the first factor is I and the last beta is 1. Every document of the plan begins with its initial state.
-    q_TGK, k_TGK (T, G, K) and v_THV (T, H, V) hold this rank's T tokens in the layout's local order; H is a multiple of G, and
-    consecutive heads share queries and keys. The result o_THV has q's dtype. scale defaults to K ** -0.5.
+    Without beta the first factor is I and the last beta is 1. Every document of the plan begins with its initial state.
+    q_TGK, k_TGK (T, G, K) and v_THV (T, H, V) hold this rank's T tokens in the layout's local order; H is a multiple of G,
+    and consecutive heads share queries and keys. The result o_THV has q's dtype. scale defaults to K ** -0.5.
 
-    g: logarithms of decays, at most 0, in fp32 (fp64 for fp64): (T, H) for ops "ssd" and "gated_delta_rule", (T, H, K) for "gla"
-    and "kda", (H,) without gradient for "retention". beta: (T, H) in q's dtype, for "delta_rule", "gated_delta_rule" and "kda".
+    g: logarithms of decays, at most 0, in fp32 (fp64 for fp64): (T, H) for ops "ssd" and "gated_delta_rule", (T, H, K) for
+    "gla" and "kda", (H,) without gradient for "retention". beta: (T, H) in q's dtype, for "delta_rule", "gated_delta_rule"
+    and "kda".
 
     Under autocast q, k, v and beta are cast first; g never is.
 
-    initial_state: (M, H, K, V) of all M documents, on every rank; 0 by default. Its gradient is this rank's share, to be summed
-    over ranks like any parameter's. With return_final_state also the states after all documents, (M, H, K, V) in fp32 (fp64):
-    those of documents that end on this rank, 0 for others.
+    initial_state: (M, H, K, V) of all M documents, on every rank; 0 by default. Its gradient is this rank's share, to be
+    summed over ranks like any parameter's. With return_final_state also return the states after all documents, (M, H, K, V)
+    in fp32 (fp64): those of documents that end on this rank, 0 for others.
 
-    plan: a Plan of that op, which ranks compare at every call, or what `prepare` made of one. Raises PlanError when the plan
-    cannot be proven or ranks have different ones, DistattnError when the tensors do not fit it.
+    plan: a Plan of that op, which ranks compare at every call, or its executable from `prepare`. Raise PlanError if the plan
+    cannot be proven or ranks have different ones, DistattnError if the tensors do not fit it.
     """
     # `arguments.checked` would break the graph of torch.compile
     for name, tensor in (
@@ -73,7 +74,7 @@ def recurrence(
         ("initial_state", initial_state),
     ):
         if not isinstance(tensor, Tensor) and (tensor is not None or name in "qkv"):
-            raise DistattnError(f"{name} is a {type(tensor).__name__}; a tensor is wanted.")
+            raise DistattnError(f"{name} is a {type(tensor).__name__}; a tensor is needed.")
     check_flag("return_final_state", return_final_state)
     if not isinstance(scale, (Real, type(None))) or isinstance(scale, bool):
         raise DistattnError(f"scale is a number, not a {type(scale).__name__}.")
@@ -115,25 +116,25 @@ def _check_inputs(executable: Executable, x: RecurrenceTokens, initial: Tensor |
     for name, (tensor, shape, dtype) in wanted.items():
         if tensor is None or shape is None:
             if (tensor is None) != (shape is None):
-                what = "takes no" if shape is None else "needs"
-                raise DistattnError(f"{op.name} {what} {name}{'' if shape is None else f' of shape {shape}'}.")
+                verb = "takes no" if shape is None else "needs"
+                raise DistattnError(f"{op.name} {verb} {name}{'' if shape is None else f' of shape {shape}'}.")
             continue
         if tuple(tensor.shape) != shape:
             raise DistattnError(
-                f"{name} has shape {tuple(tensor.shape)}; the plan of {op.name} wants {shape} on rank {program.rank}."
+                f"{name} has shape {tuple(tensor.shape)}; the plan of {op.name} needs {shape} on rank {program.rank}."
             )
         if str(tensor.dtype) != f"torch.{dtype}":
             why = ": a product of thousands of rounded decays would be wrong" if name == "g" else ""
-            raise DistattnError(f"{name} is {str(tensor.dtype)[6:]}, the plan of {op.name} wants {dtype}{why}.")
+            raise DistattnError(f"{name} is {str(tensor.dtype)[6:]}, the plan of {op.name} needs {dtype}{why}.")
         if tensor.device.type != executable.key.device.type:
             raise DistattnError(f"{name} is on {tensor.device}, the plan was prepared for {executable.key.device}.")
     states = (len(call.documents), call.heads, call.head_dim, call.v_head_dim)
     if initial is not None and tuple(initial.shape) != states:
-        raise DistattnError(f"initial_state has shape {tuple(initial.shape)}; wanted is {states}, of all documents.")
+        raise DistattnError(f"initial_state has shape {tuple(initial.shape)}; expected is {states}, of all documents.")
     if initial is not None and not initial.is_floating_point():
         raise DistattnError(f"initial_state is {str(initial.dtype)[6:]}; floating point is needed.")
     if op.decay == "head" and x.g is not None and x.g.requires_grad:
-        raise DistattnError("g of a head wants a gradient, which is not computed; pass g.detach().")
+        raise DistattnError("g of a head requires a gradient, which is not computed; pass g.detach().")
 
 
 torch.library.define(
@@ -152,11 +153,11 @@ torch.library.define(
 
 @on_device_of_tensors
 def _forward(q, k, v, g, beta, initial, plan, kept_bytes, final_states):  # noqa: ANN001
-    executable = EXECUTABLES.by_handle(plan).for_direction("forward")
+    executable = EXECUTABLES.by_handle(plan)
     x = _contiguous(q, k, v, g, beta)
     executable.begin_pass("forward", _NO_SCORE)
-    given = executable.program, executable.transport, _kernel(executable), x, initial, final_states > 0
-    o, final, kept = run_to_completion(execute_recurrence.forward(*given))
+    arguments = executable.program, executable.transport, _kernel(executable), x, initial, final_states > 0
+    o, final, kept = run_to_completion(execute_recurrence.forward(*arguments))
     return o, q.new_empty(0, dtype=accumulation_dtype(q.dtype)) if final is None else final, kept
 
 
@@ -165,7 +166,7 @@ torch.library.impl("distattn::recurrence_forward", "CompositeExplicitAutograd", 
 
 @torch.library.register_fake("distattn::recurrence_forward")
 def _forward_fake(q, k, v, g, beta, initial, plan, kept_bytes, final_states):  # noqa: ANN001
-    # final_states: how many documents have one that is wanted
+    # final_states: the number of documents whose final state is returned
     shape = (final_states, v.shape[1], q.shape[2], v.shape[2]) if final_states else (0,)
     wide = accumulation_dtype(q.dtype)
     return v.new_empty(v.shape), v.new_empty(shape, dtype=wide), v.new_empty(kept_bytes, dtype=torch.uint8)
@@ -173,11 +174,11 @@ def _forward_fake(q, k, v, g, beta, initial, plan, kept_bytes, final_states):  #
 
 @on_device_of_tensors
 def _backward(do, dfinal, q, k, v, g, beta, initial, kept, plan):  # noqa: ANN001
-    executable = EXECUTABLES.by_handle(plan).for_direction("backward")
+    executable = EXECUTABLES.by_handle(plan)
     x = _contiguous(q, k, v, g, beta)
     executable.begin_pass("backward", _NO_SCORE)
-    given = executable.program, executable.transport, _kernel(executable), do.contiguous(), dfinal, x, initial, kept
-    dx, dinitial = run_to_completion(execute_recurrence.backward(*given))
+    arguments = executable.program, executable.transport, _kernel(executable), do.contiguous(), dfinal, x, initial, kept
+    dx, dinitial = run_to_completion(execute_recurrence.backward(*arguments))
     of_gates = dx.g if x.decays_by_token else None
     of_initial = None if dinitial is None else dinitial.to(initial.dtype)
     return tuple(q.new_empty(0) if y is None else y for y in (dx.q, dx.k, dx.v, of_gates, dx.beta, of_initial))
@@ -188,16 +189,16 @@ torch.library.impl("distattn::recurrence_backward", "CompositeExplicitAutograd",
 
 @torch.library.register_fake("distattn::recurrence_backward")
 def _backward_fake(do, dfinal, q, k, v, g, beta, initial, kept, plan):  # noqa: ANN001
-    given = (q, k, v, g if g is not None and g.dim() > 1 else None, beta, initial)
-    return tuple(q.new_empty(0) if y is None else y.new_empty(y.shape) for y in given)
+    inputs = (q, k, v, g if g is not None and g.dim() > 1 else None, beta, initial)
+    return tuple(q.new_empty(0) if y is None else y.new_empty(y.shape) for y in inputs)
 
 
 def _save(ctx, inputs, output) -> None:
-    *given, plan, _, _ = inputs
+    *tensors, plan, _, _ = inputs
     _, _, kept = output
     ctx.mark_non_differentiable(kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*given, kept)
+    ctx.save_for_backward(*tensors, kept)
     ctx.plan = plan
     # the executable outlives its plan until the backward has run; under torch.compile the caller holds it
     ctx.executable = EXECUTABLES.by_handle(plan) if type(plan) is int else None
@@ -205,14 +206,14 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, do, dfinal, dkept):
     # once: a checkpoint recomputes them then
-    *given, kept = ctx.saved_tensors
-    q, k, v, g, beta, initial = given
+    *tensors, kept = ctx.saved_tensors
+    q, k, v, g, beta, initial = tensors
     do = torch.zeros_like(v) if do is None else do
     dfinal = None if dfinal is None or dfinal.dim() == 1 else dfinal
-    found = torch.ops.distattn.recurrence_backward(do, dfinal, q, k, v, g, beta, initial, kept, ctx.plan)
-    # a decay of each head has no gradient
+    grads = torch.ops.distattn.recurrence_backward(do, dfinal, q, k, v, g, beta, initial, kept, ctx.plan)
+    # a decay per head has no gradient
     has = (True, True, True, g is not None and g.dim() > 1, beta is not None, initial is not None)
-    return *(y if is_there else None for y, is_there in zip(found, has, strict=True)), None, None, None
+    return *(y if is_there else None for y, is_there in zip(grads, has, strict=True)), None, None, None
 
 
 def _refuse_second_derivative(ctx, *grads):

@@ -142,10 +142,14 @@ def memory_of_config(
             huggingface.attend_by_latents(model)
         return model
 
-    return memory_of_run(
+    memory = memory_settings(config)
+    if config.parallel.overlap and memory.activation_checkpointing == "full":
+        # attention's outputs are kept where micro-batches take turns
+        memory = replace(memory, activation_checkpointing="save_attention")
+    counted = memory_of_run(
         make_model,
         plan or settings.plan(*packs),
-        memory_settings(config),
+        memory,
         report_progress,
         shards=config.engine.shard_size or config.parallel.ranks,
         master_weights=config.model.dtype == "bfloat16",
@@ -153,6 +157,9 @@ def memory_of_config(
         ranks=ranks,
         extremes=extremes,
     )
+    if not config.parallel.overlap:
+        return counted
+    return [replace(rank, counts=rank.counts.times(2), host=rank.host + rank.counts.host) for rank in counted]
 
 
 def on_meta(make_model: Callable[[], Any]) -> Any:

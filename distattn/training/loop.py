@@ -35,8 +35,7 @@ from distattn.training.config.run_settings import (
     schedule_settings,
     watch_settings,
 )
-from distattn.training.engines.engine import Batch, Engine
-from distattn.training.engines.open_engine import open_engine
+from distattn.training.engines.engine import Batch, Engine, open_engine
 from distattn.training.evaluation import evaluate
 from distattn.training.health.run_health import RunHealth
 from distattn.training.learning_rate import learning_rate

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from distattn.data.files.byte_corpus import byte_corpus
 from distattn.data.files.corpus import Corpus
-from distattn.data.files.text import VOCABULARY, TextCorpus, find_corpus
+from distattn.data.files.text import VOCABULARY, TextCorpus, byte_corpus, find_corpus
 from distattn.data.packing.make_pack_plan import CorpusLengths, make_pack_plan
 from distattn.data.packing.pack_config import (
     PackConfig,
@@ -24,7 +23,7 @@ from distattn.data.packing.pack_config import (
 )
 from distattn.data.packing.pack_plan import PackPlan
 from distattn.data.packing.pack_rule import PackRule
-from distattn.data.packing.shares import check_shares, deal_packs
+from distattn.data.packing.shares import check_pairs, check_shares, deal_packs
 from distattn.ir.errors import DistattnError
 from distattn.training.config.run_file import Config
 from distattn.training.run_folder import RunFolder
@@ -74,7 +73,10 @@ def open_data(run: RunFolder, config: Config) -> RunData:
     if planned is None:
         corpora = [Corpus.open(_TEXT, [str(run.corpus_prefix)], config.data.check_tokens)]
         return RunData(PackPlan.open(run.packs_file), corpora, vocabulary_size(config))
-    return _planned_data(config, planned)
+    data = _planned_data(config, planned)
+    if config.parallel.overlap:
+        check_pairs(data.plan, config.parallel.data_parallel_size, 0, config.train.steps)
+    return data
 
 
 def plan_longer(run: RunFolder, config: Config, data: RunData, path: Path) -> RunData:

@@ -144,7 +144,7 @@ def backward(
     """Compute (dq_THD, dk_SKD, dv_SKE) of these cells from the final lse and delta = rowsum(dO * O), in fp32 or the dtype of
     `into`.
 
-        into: dq, and (dk, dv), to write results to. add: add to their contents, for dq, and for dk and dv.
+    into: dq, and (dk, dv), to write results to. add: add to their contents, for dq, and for dk and dv.
     """
     places = into[0], *(into[1] or (None, None))
     adds = add[0], add[1], add[1]

@@ -139,7 +139,7 @@ def backward(
     """Compute (dq_THD, dk_SKD, dv_SKE) of these cells from the final lse and delta = rowsum(dO * O), in fp32 or the dtype of
     `into`.
 
-        into: dq, and (dk, dv), to write results to. add: add to their contents, for dq, and for dk and dv.
+    into: dq, and (dk, dv), to write results to. add: add to their contents, for dq, and for dk and dv.
     """
     # programs add to dQ in single precision
     direct = into[0] is not None and into[0].dtype == torch.float32

@@ -1,15 +1,15 @@
-"""Backward kernel in Gluon for Hopper: one program owns 128 keys of one key/value head and makes dK, dV and their part of dQ.
+"""Backward kernel in Gluon for Hopper: one program owns 128 keys of one key/value head and computes dK, dV and a part of dQ.
 
 Scores are computed once for all three gradients (five products instead of the seven of the split kernels). dQ of a query tile
-is summed over programs in global memory, by whole tiles and in no fixed order: results are not the same bits every time;
+is summed over programs in global memory, by whole tiles and in no fixed order: results do not have the same bits every time;
 the split kernels of distattn.kernels.triton are the alternative. Two warpgroups own 64 keys each and hold dK and dV; for dQ they
-exchange dS through shared memory, and each makes half of its columns (FlashAttention-3, Shah et al. 2024, arXiv 2407.08608).
-One warp fetches tiles, another adds dQ to global memory. The scores of the next tile are computed while dQ of this one is
-waited for and put into shared memory, so that a product is under way at any time.
+exchange dS through shared memory, and each computes half of its columns (FlashAttention-3, Shah et al. 2024, arXiv 2407.08608).
+One warp fetches tiles, another adds dQ to global memory. The scores of the next tile are computed while a warpgroup waits for dQ
+of this one and stores it to shared memory, so that a product is always running.
 
-Barriers: `full` is passed by the bytes of a fetched tile, `free` by both warpgroups when they have read it; ds_full and
-ds_free are the same for dS, whose writers are the warpgroups, and dq_full and dq_free for each half of dQ, which a
-warpgroup writes and the adding warp reads.
+Barriers: `full` is completed by the bytes of a fetched tile, `free` by both warpgroups when they have read it; ds_full and
+ds_free are the same for dS, which the warpgroups write, and dq_full and dq_free for each half of dQ, which a warpgroup
+writes and the adding warp reads.
 """
 
 # keys of a warpgroup HN = BN / 2, BM query rows; head dim D, value head dim E

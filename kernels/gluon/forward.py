@@ -1,15 +1,15 @@
 """Forward kernel in Gluon for Hopper: a program takes 128 or 192 query rows of one head at a time.
 
 One warp fetches queries, keys and values ahead by the tensor-memory accelerator; two or three warpgroups of 64 rows each
-multiply and take the softmax. The product with the values of one tile runs while the softmax of the next is computed
-(FlashAttention-3, Shah et al. 2024, arXiv 2407.08608). A program goes on to other rows, and fetches what these need while
-a warpgroup writes its results, or takes one tile only (see `attention.forward_programs`). Run lists, log-sum-exp and
+multiply and compute the softmax. The product with the values of one tile runs while the softmax of the next is computed
+(FlashAttention-3, Shah et al. 2024, arXiv 2407.08608). A program continues with other rows, and fetches their operands while
+a warpgroup writes its results, or takes only one tile (see `attention.forward_programs`). Run lists, log-sum-exp and
 merging are those of the plain Triton kernel; results are deterministic.
 
-Barriers: `full` is passed by the bytes of a fetched tile, `free` by all warpgroups when they have read it; those of queries
-are of one warpgroup each. Tiles of keys (t) and of queries (done) are counted from the program's first to its last: the
-count says which buffer is used, and which phase of its barriers. A warpgroup waits for its `turn` to begin products: the
-others do, then, their softmax, not all the same (section 3.1 of the paper).
+Barriers: `full` is completed by the bytes of a fetched tile, `free` by all warpgroups when they have read it; those of
+queries belong to one warpgroup each. Tiles of keys (t) and of queries (done) are counted from the program's first to its last:
+the count determines the buffer, and the phase of its barriers. A warpgroup waits for its `turn` to begin products, so that the
+others compute their softmax then, and not all at the same time (section 3.1 of the paper).
 """
 
 # rows of a warpgroup HM, BN keys; head dim D, value head dim E

@@ -1,4 +1,4 @@
-"""What the Gluon kernels share, and the names that differ between versions of Triton."""
+"""Device functions that the Gluon kernels share, and names that differ between versions of Triton."""
 
 from triton._C.libtriton import ir
 from triton.experimental import gluon
@@ -19,6 +19,6 @@ def product_layout(columns):
 @builtin
 def add_out(x_, place, buffer, _semantic=None):
     """Begin to add a tile of shared memory to a matrix in global memory; whole tiles at once, in no fixed order."""
-    # Triton had the instruction before 3.9 gave it a name in Gluon
+    # before Triton 3.9 the instruction had no name in Gluon
     place = _semantic._convert_to_ir_values(place, require_i64=False)
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, x_.handle, place, buffer.handle)

@@ -1,4 +1,4 @@
-"""Whether fla-core's kernels with a decay per token are correct on Hopper GPUs with this Triton, and what to install if not."""
+"""Check whether fla-core computes decays per token correctly on Hopper GPUs with this Triton, and advise what to install."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def token_decay_fault(capability: int, has_delta_rule: bool) -> DecayFault | Non
 def fla_core_advice(capability: int, delta_rules: tuple[bool, ...] = (True, False)) -> DecayFault | None:
     """Return why fla-core computes no decays per token here, with a remedy; None if it does or is not installed.
 
-    delta_rules: whether the ops that are wanted have a delta rule; by default both kinds are wanted.
+    delta_rules: for each op in use, whether it has a delta rule; by default both kinds.
     """
     if _installed_version("fla-core") is None:
         return None

@@ -40,7 +40,7 @@ class RecurrenceTokens(NamedTuple):
 
     @property
     def decays_by_token(self) -> bool:
-        """Whether g has an entry for each token."""
+        """Return whether g has an entry for each token."""
         return self.g is not None and self.g.dim() > 1
 
     def present(self) -> dict[str, Tensor]:

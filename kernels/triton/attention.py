@@ -168,7 +168,7 @@ def backward(
     """Compute (dq_THD, dk_SKD, dv_SKE) of these cells from the final lse and delta = rowsum(dO * O), in fp32 or the dtype of
     `into`.
 
-        into: dq, and (dk, dv), to write results to. add: add to their contents, for dq, and for dk and dv.
+    into: dq, and (dk, dv), to write results to. add: add to their contents, for dq, and for dk and dv.
     """
     dq = q_THD.new_empty(q_THD.shape, dtype=torch.float32) if into[0] is None else into[0]
     dk, dv = into[1] or (x.new_empty(x.shape, dtype=torch.float32) for x in (k_SKD, v_SKE))

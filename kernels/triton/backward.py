@@ -1,9 +1,9 @@
-"""Backward kernels in plain Triton, split in two so that nobody adds to another's numbers: dK and dV, then dQ.
+"""Backward kernels in plain Triton, split in two so that no program adds to another's numbers: dK and dV, then dQ.
 
-A program of the first owns a tile of keys of one key/value head and walks over the query tiles of all its query heads; one
-of the second owns a query tile of one head, like the forward. Scores are computed twice, nothing is atomic, results are
+A program of the first kernel owns a tile of keys of one key/value head and loops over the query tiles of all its query heads;
+one of the second owns a query tile of one head, like the forward. Scores are computed twice, nothing is atomic, results are
 deterministic (Dao 2023, arXiv 2307.08691). Both read the final log-sum-exp and delta = rowsum(dO * O), so they serve any
-part of the keys; ACC adds to gradients that are already there, across the steps of a ring.
+part of the keys. With ACC they add to gradients that exist already, across the steps of a ring.
 """
 
 # BM query rows, BN keys; head dim D = D0 + D1, value head dim E = E0 + E1, each part a power of two (or 0)

@@ -1,4 +1,4 @@
-"""Forward kernel in plain Triton: one program owns a tile of query rows of one head and walks its runs of key tiles.
+"""Forward kernel in plain Triton: one program owns a tile of query rows of one head and loops over its runs of key tiles.
 
 Online softmax in base 2 (Milakov & Gimelshein 2018, arXiv 1805.02867; Dao 2023, arXiv 2307.08691). Deterministic, no
 atomics. The result is written, or merged into a running (o, lse), so that a ring step needs no second kernel.

@@ -11,7 +11,7 @@ from torch import Tensor
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.triton.tiles import merge_shares
 
-# numbers of a program, and rows at most
+# elements of a program, and its most rows
 _NUMBERS, _MOST_ROWS = 4096, 64
 
 
@@ -100,7 +100,7 @@ def run_rows(
 ) -> None:
     """See `glue.copy_rows` and `glue.add_rows`."""
     target, source = _three_dims(target), _three_dims(source)
-    assert target.stride(2) == source.stride(2) == 1 or target.shape[2] == 1, "rows of a head lie in one piece"
+    assert target.stride(2) == source.stride(2) == 1 or target.shape[2] == 1, "rows of a head are contiguous"
     shape = _shape(target)
     if count:
         rows_kernel[_grid(shape, count, target.shape[1])](
@@ -123,7 +123,7 @@ def run_merge(
     count: int,
 ) -> None:
     """See `glue.merge_rows`."""
-    assert o.stride(2) == other_o.stride(2) == 1 or o.shape[2] == 1, "rows of a head lie in one piece"
+    assert o.stride(2) == other_o.stride(2) == 1 or o.shape[2] == 1, "rows of a head are contiguous"
     shape = _shape(o)
     if count:
         merge_kernel[_grid(shape, count, o.shape[1])](
@@ -138,7 +138,7 @@ def run_products(do_THE: Tensor, o_THE: Tensor) -> Tensor:
     """See `glue.row_products`."""
     out = do_THE.new_empty(do_THE.shape[:2], dtype=accumulation_dtype(o_THE.dtype))
     rows, heads, width = do_THE.shape
-    assert do_THE.stride(2) == o_THE.stride(2) == 1 or width == 1, "rows of a head lie in one piece"
+    assert do_THE.stride(2) == o_THE.stride(2) == 1 or width == 1, "rows of a head are contiguous"
     shape = _shape(do_THE)
     if rows:
         products_kernel[_grid(shape, rows, heads)](
@@ -152,7 +152,7 @@ def _three_dims(x: Tensor) -> Tensor:
 
 
 def _shape(x: Tensor) -> dict[str, Any]:
-    """Rows and columns of a program, powers of two."""
+    """Return the rows and columns of a program, powers of two."""
     width = triton.next_power_of_2(x.shape[-1] if x.dim() == 3 else 1)
     return {"ROWS": min(_MOST_ROWS, max(_NUMBERS // width, 1)), "WIDTH": width}
 

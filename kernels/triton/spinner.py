@@ -1,7 +1,7 @@
 """A kernel that only holds some multiprocessors, as the kernels of a communicator do while messages travel.
 
-Each program has 32 warps, whose numbers take most of a multiprocessor's registers, so that a program of an attention kernel does
-not fit beside it. It ends when it is told to, and by itself after a number of turns, so that nothing waits for it forever.
+Each program has 32 warps, whose registers take most of those of a multiprocessor, so that a program of an attention kernel does
+not fit next to it. It ends when a flag is set, and by itself after a number of turns, so that nothing waits for it forever.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from distattn.kernels.triton.launch import TritonLaunch, multiprocessors
 
 # with 32 numbers in each of its 1024 threads
 _WARPS, _NUMBERS = 32, 32 * 1024
-# NCCL takes 16 to 32 channels, of which each holds one of the 132 multiprocessors of an H100
+# NCCL takes 16 to 32 channels, each of which holds one of the 132 multiprocessors of an H100
 _SHARE = 8
-# a turn waits for a number from the L2 cache, about half a microsecond: seconds in all
+# a turn waits for a number from the L2 cache, about half a microsecond; all turns take some seconds
 _MOST_TURNS = 1 << 23
 # seconds until all programs run; only a device that other processes use needs longer
 _STARTS_WITHIN = 1.0
@@ -48,12 +48,12 @@ def spin_launch(flags: Tensor, numbers: Tensor, programs: int, most: int = _MOST
 
 
 class Spinner:
-    """The kernel at work on a stream of its own, on an eighth of the multiprocessors of a device, which is the current one."""
+    """The running kernel, on its own stream and on an eighth of the multiprocessors of the current device."""
 
     def __init__(self, device: torch.device):
-        """Start it. Raises TimeoutError where not all of its programs run in time; then they have been stopped."""
+        """Start the kernel. If not all of its programs run in time, stop them and raise TimeoutError."""
         self.programs = max(multiprocessors(device) // _SHARE, 1)
-        # how many programs have started, and whether they stop
+        # the number of programs that have started, and the flag that stops them
         self.flags = torch.zeros(2, dtype=torch.int32, device=device)
         numbers = torch.zeros(self.programs * _NUMBERS, device=device)
         self.stream = torch.cuda.Stream(device)
@@ -66,7 +66,7 @@ class Spinner:
         self._wait_for_start()
 
     def stop(self) -> None:
-        """End all programs, after what the current stream has, and wait until they have ended."""
+        """End all programs after the work of the current stream, and wait for their end."""
         self.flags[1].fill_(1)
         self.stream.synchronize()
 

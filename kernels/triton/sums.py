@@ -1,4 +1,4 @@
-"""The last launch of a backward whose long tiles were cut: what their parts left in scratch is added up, in a fixed order."""
+"""The last launch of a backward whose long tiles were cut: it adds up the sums of their parts, in a fixed order."""
 
 from __future__ import annotations
 
@@ -53,17 +53,17 @@ def sum_parts_kernel(
 
 
 def scratch_of_parts(dk: Tensor, dv: Tensor, lists: SplitTileTensors, tile: Tile) -> Tensor:
-    """Where the parts of cut tiles leave their sums: (slots, keys of a tile, kv_heads, D + E)."""
+    """Allocate the tensor for the sums of the parts of cut tiles: (slots, keys of a tile, kv_heads, D + E)."""
     return lists.part.new_empty(lists.slots, tile.keys, dk.shape[1], dk.shape[2] + dv.shape[2], dtype=torch.float32)
 
 
 def part_bytes(shape: LaunchShape, lists: SplitTileTensors, tile: Tile) -> int:
-    """Bytes of these sums for a launch of that shape."""
+    """Return the bytes of these sums for a launch of that shape."""
     return lists.slots * tile.keys * shape.kv_heads * (shape.head_dim + shape.v_head_dim) * 4
 
 
 def sums_launch(parts: Tensor, dk: Tensor, dv: Tensor, lists: SplitTileTensors, accumulate: bool) -> TritonLaunch:
-    """The launch that adds the parts up."""
+    """Return the launch that adds up the parts."""
     _, keys_of_tile, kv_heads, _ = parts.shape
     dims = dk.shape[2], dv.shape[2]
     arguments = dict(

@@ -1,4 +1,4 @@
-"""The triton kernels with products of float32 on tf32 matrix units: ten bits of mantissa, several times as fast."""
+"""The triton kernels with float32 products on tf32 matrix units: ten bits of mantissa, several times as fast."""
 
 from functools import partial
 

@@ -1,9 +1,9 @@
-"""What the Triton kernels share: tiles of operands, the keys a row may see, the score of a cell."""
+"""Device functions that the Triton kernels share: tiles of operands, the keys that a row may see, the score of a cell."""
 
 import triton
 import triton.language as tl
 
-# kernels are what the environment made them when Triton was first imported
+# kernels stay in the mode that the environment set when Triton was first imported
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

@@ -1,4 +1,4 @@
-"""How far a data command is, on the error stream: a bar on a terminal, a line now and then elsewhere."""
+"""The progress of a data command on the error stream: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from distattn.launch.command_line import print_to_stderr
 
-# a log file wants to be read: not more than one line in this many seconds
+# seconds between two lines in a log file
 _LINE_SECONDS = 10.0
 
 
 class ProgressReporter:
-    """Use as a context; call `advance` with what was done. total: of whatever is counted, such as bytes of files."""
+    """A context that shows progress; call `advance` with the amount done. total: in the unit that is counted, such as bytes."""
 
     def __init__(self, name: str, total: int):
         self.name, self.total = name, total
@@ -44,24 +44,26 @@ class ProgressReporter:
             self._bar.stop()
 
     def begin_at(self, done: int) -> None:
-        """What an earlier command did: it does not count in the rate."""
+        """Set the amount that an earlier command did, which does not count in the rate."""
         self.done = self.before = done
         if self._bar:
             self._bar.reset(self._bar.task_ids[0], completed=done, rates="")
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Seconds since the context was entered."""
         return max(time.monotonic() - self._began, 1e-9)
 
     def advance(self, amount: int, rates: str = "") -> None:
-        """So much more was done. rates: what to show beside it, such as tokens per second."""
+        """Add an amount that was done. rates: a text to show with it, such as tokens per second."""
         self.done += amount
         now = time.monotonic()
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=self.done, rates=rates)
         elif now - self._last_line >= _LINE_SECONDS:
             self._last_line = now
-            left = (self.total - self.done) * self.seconds / max(self.done - self.before, 1)
-            shown = f"  {rates}" if rates else ""
-            print_to_stderr(f"{self.name}: {self.done / max(self.total, 1):.1%}{shown}  about {left:,.0f} s left")
+            seconds_left = (self.total - self.done) * self.seconds / max(self.done - self.before, 1)
+            suffix = f"  {rates}" if rates else ""
+            print_to_stderr(
+                f"{self.name}: {self.done / max(self.total, 1):.1%}{suffix}  about {seconds_left:,.0f} s left"
+            )

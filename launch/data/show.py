@@ -1,4 +1,4 @@
-"""`distattn data show`: the packs of a step as text, with the borders of documents."""
+"""`distattn data show`: print the packs of a step as text, document by document."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ from distattn.training.run_folder import RunFolder
 
 USAGE = """usage: distattn data show PACKS.toml|RUN STEP [--pack N] [--tokens N] [--json]
 
-Prints the packs of a step (counted from 0) as text, each document under a line that says which one it is: so it is found which
-documents a spike in the loss was made of. RUN is the folder of a run: of a step that it has trained, last if several times.
-What metrics.jsonl calls step 18 is step 17.
+Prints the packs of a step (counted from 0) as text, each document below a line that names it, for example to find the documents
+behind a spike in the loss. RUN is the folder of a run that has trained the step; if several times, the last time counts.
+Step 18 of metrics.jsonl is step 17 here.
 
   --pack N     only the pack of this number
-  --tokens N   tokens of each document that are shown, from its begin and its end (default 64); 0 for all of it
+  --tokens N   tokens to show from the start and from the end of each document (default 64); 0 for all of it
   --json       the documents without their text, one line each
 
-Where the tokenizer that made the tokens is not known any more, token ids are shown instead.
+If the tokenizer that made the tokens is not available any more, token ids are shown instead.
 """
 
-# of the lines above packs and documents, in characters
+# characters in the lines above packs and documents
 _LINE_WIDTH = 100
-# tokens of a document by first token, count, and the size of the vocabulary or None
+# (first token, count, size of the vocabulary or None) to tokens of a document
 _Read = Callable[[int, int, int | None], np.ndarray]
-# all but line feeds and tabs: a terminal would obey them
+# control characters but line feeds and tabs: a terminal would obey them
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command; return the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0 if arguments else 2
@@ -58,38 +58,38 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--pack", type=int)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args(arguments)
-    if given.tokens < 0:
-        raise DistattnError(f"data show: --tokens: at least 1, or 0 for all of a document, not {given.tokens}.")
-    if os.path.isdir(given.config):
-        _show_run(RunFolder(Path(given.config)), given.step, given.pack, given.tokens, given.json)
+    options = parser.parse_args(arguments)
+    if options.tokens < 0:
+        raise DistattnError(f"data show: --tokens: at least 1, or 0 for all of a document, not {options.tokens}.")
+    if os.path.isdir(options.config):
+        _show_run(RunFolder(Path(options.config)), options.step, options.pack, options.tokens, options.json)
         return 0
-    config = load_pack_config(given.config)
+    config = load_pack_config(options.config)
     corpora = open_corpora(config)
     plan = open_configured_plan(config, corpora)
-    packs = plan.step(given.step).packs
-    if given.pack is not None and not 0 <= given.pack < len(packs):
-        raise DistattnError(f"data show: --pack: step {given.step:,} has packs 0 to {len(packs) - 1:,}.")
+    packs = plan.step(options.step).packs
+    if options.pack is not None and not 0 <= options.pack < len(packs):
+        raise DistattnError(f"data show: --pack: step {options.step:,} has packs 0 to {len(packs) - 1:,}.")
     texts = _Texts()
-    for number, pack in enumerate(packs) if given.pack is None else [(given.pack, packs[given.pack])]:
-        if not given.json:
+    for number, pack in enumerate(packs) if options.pack is None else [(options.pack, packs[options.pack])]:
+        if not options.json:
             pieces = f"{len(pack.rows):,} document{'s' if len(pack.rows) > 1 else ''}"
-            _print_line(f"==== step {given.step:,}, pack {number:,}: {pieces}, {pack.tokens:,} tokens ", "=", "bold")
+            _print_line(f"==== step {options.step:,}, pack {number:,}: {pieces}, {pack.tokens:,} tokens ", "=", "bold")
         for row in pack.rows:
             facts = {name: int(row[name]) for name in ("document", "epoch", "start", "length")}
             corpus = corpora[row["corpus"]]
-            if given.json:
-                line = {"step": given.step, "pack": number, "corpus": corpus.name, **facts}
+            if options.json:
+                line = {"step": options.step, "pack": number, "corpus": corpus.name, **facts}
                 sys.stdout.write(json.dumps(line | {"file": corpus.file_of(facts["document"])[0].prefix}) + "\n")
                 continue
             _print_line(f"---- {_title(corpus, **facts)} ", "-", "bold cyan")
             prefix, read = corpus.file_of(facts["document"])[0].prefix, partial(corpus.read, facts["document"])
-            texts.print(prefix, read, facts["start"], facts["length"], given.tokens)
+            texts.print(prefix, read, facts["start"], facts["length"], options.tokens)
     return 0
 
 
 def _show_run(run: RunFolder, step: int, pack: int | None, most: int, as_json: bool) -> None:
-    """Print the packs of a step that a run has trained, by what the run has written of it."""
+    """Print the packs of a step that a run has trained, from the run's record of it. most: see `_Texts.print`."""
     if step < 0:
         raise DistattnError(f"data show: there is no step {step}; steps are counted from 0.")
     rows = documents_of_step(run.documents_file, step)
@@ -110,33 +110,33 @@ def _show_run(run: RunFolder, step: int, pack: int | None, most: int, as_json: b
                 sys.stdout.write(json.dumps(row) + "\n")
                 continue
             part = f", from token {row['start']:,} on" if row["start"] else ""
-            what = f"{row['corpus']} {row['document']:,} ({row['file']}), epoch {row['epoch']}: {row['length']:,} tokens{part}"
-            _print_line(f"---- {what} ", "-", "bold cyan")
+            title = f"{row['corpus']} {row['document']:,} ({row['file']}), epoch {row['epoch']}: {row['length']:,} tokens{part}"
+            _print_line(f"---- {title} ", "-", "bold cyan")
             texts.print(row["file"].removesuffix(".bin"), partial(_read_row, row), row["start"], row["length"], most)
 
 
 def _read_row(row: Mapping[str, Any], first: int, count: int, vocabulary: int | None) -> np.ndarray:
-    """Tokens of the document of a row, of the row's piece. Raises DamagedDataError where the file has them no longer."""
+    """Return `count` tokens of a row's document, from token `first` on. Raise DamagedDataError if the file lacks them now."""
     dtype = np.dtype(row["dtype"])
     offset = row["byte"] + (first - row["start"]) * dtype.itemsize
     try:
-        found = np.fromfile(row["file"], dtype.newbyteorder("<"), count, offset=offset)
+        tokens = np.fromfile(row["file"], dtype.newbyteorder("<"), count, offset=offset)
     except OSError as error:
         raise DamagedDataError(f"{row['file']}: cannot be read: {error.strerror}; the run has read it.") from None
-    if len(found) < count or vocabulary and count and found.max() >= vocabulary:
+    if len(tokens) < count or vocabulary and count and tokens.max() >= vocabulary:
         raise DamagedDataError(
             f"{row['file']}: byte {offset:,}: is not what the run has read; take the file from a copy."
         )
-    return found
+    return tokens
 
 
 def _print_line(title: str, fill: str, style: str) -> None:
-    """Print a line across the terminal; where the output is none, lines are as easily told from text by their marks."""
+    """Print a line of _LINE_WIDTH characters that stands out, in color on a terminal."""
     ResultConsole(highlight=False).print(Text(title.ljust(_LINE_WIDTH, fill), style), soft_wrap=True)
 
 
 def _title(corpus: Corpus, document: int, epoch: int, start: int, length: int) -> str:
-    """Which document a piece is of, and where it lies in it."""
+    """Describe a piece: its document, and where it lies in the document."""
     file, number = corpus.file_of(document)
     whole = int(corpus.lengths_of(np.array([document]))[0])
     part = "" if length == whole else f" of {whole:,} from {start:,} on"
@@ -144,51 +144,55 @@ def _title(corpus: Corpus, document: int, epoch: int, start: int, length: int) -
 
 
 class _Texts:
-    """Tokens as text, by the tokenizers that files say they were made with. of_bytes: a file whose tokens are bytes."""
+    """Tokens as text, by the tokenizers that the files' manifests name. of_bytes: a file whose tokens are bytes."""
 
     def __init__(self, of_bytes: str | None = None) -> None:
         # by file, with the size of the vocabulary
-        self._known: dict[str, tuple[Tokenizer | None, int | None]] = {}
+        self._tokenizers: dict[str, tuple[Tokenizer | None, int | None]] = {}
         if of_bytes is not None:
-            self._known[os.path.abspath(of_bytes)] = load_tokenizer("bytes"), VOCABULARY
+            self._tokenizers[os.path.abspath(of_bytes)] = load_tokenizer("bytes"), VOCABULARY
 
     def print(self, prefix: str, read: _Read, start: int, length: int, most: int) -> None:
-        """Print a piece of a document: all of it, or so many tokens of its begin and its end."""
+        """Print a piece of a document: the whole piece if most is 0, else at most `most` tokens from its start and its end."""
         text = self._of(prefix, read, start, length, most)
         sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
 
     def _of(self, prefix: str, read: _Read, start: int, length: int, most: int) -> str:
-        """A piece as text. Control characters are spelt out."""
+        """Return a piece as text, with escaped control characters."""
         tokenizer, vocabulary = self._tokenizer_of(prefix)
 
         def text(first: int, count: int) -> str:
             ids = read(first, count, vocabulary).tolist()
-            return " ".join(map(str, ids)) if tokenizer is None else _CONTROL.sub(_spelt_out, tokenizer.decode(ids))
+            return " ".join(map(str, ids)) if tokenizer is None else _CONTROL.sub(_escape, tokenizer.decode(ids))
 
         if not most or length <= 2 * most:
             return text(start, length)
-        left = f"\n... {length - 2 * most:,} tokens ...\n"
-        return text(start, most) + left + text(start + length - most, most)
+        gap = f"\n... {length - 2 * most:,} tokens ...\n"
+        return text(start, most) + gap + text(start + length - most, most)
 
     def _tokenizer_of(self, prefix: str) -> tuple[Tokenizer | None, int | None]:
-        """(The tokenizer of a file, the size of its vocabulary), None where they are not known.
+        """Return (the tokenizer of a file, the size of its vocabulary), each None if it is not known.
 
-        Says so once on the error stream where token ids will be shown: nobody knows the tokenizer, or it is gone, or another one.
+        Print once for each file on the error stream why token ids are shown: the tokenizer is unknown, missing, or another one.
         """
-        if prefix not in self._known:
-            manifest, found, why = Manifest.load(prefix), None, f"there is no {prefix}.json, which names its tokenizer"
+        if prefix not in self._tokenizers:
+            manifest, tokenizer, why = (
+                Manifest.load(prefix),
+                None,
+                f"there is no {prefix}.json, which names its tokenizer",
+            )
             if manifest is not None:
                 try:
-                    found = load_tokenizer(manifest.tokenizer, None if manifest.eos is None else str(manifest.eos))
+                    tokenizer = load_tokenizer(manifest.tokenizer, None if manifest.eos is None else str(manifest.eos))
                 except DistattnError as error:
                     why = str(error).rstrip(".")
-                if found and found.digest != manifest.tokenizer_digest:
-                    found, why = None, f"{manifest.tokenizer} is another tokenizer than the one that made it"
-            if found is None:
+                if tokenizer and tokenizer.digest != manifest.tokenizer_digest:
+                    tokenizer, why = None, f"{manifest.tokenizer} is another tokenizer than the one that made it"
+            if tokenizer is None:
                 print_to_stderr(f"data show: {prefix}: token ids are shown: {why}.")
-            self._known[prefix] = found, None if manifest is None else manifest.vocabulary
-        return self._known[prefix]
+            self._tokenizers[prefix] = tokenizer, None if manifest is None else manifest.vocabulary
+        return self._tokenizers[prefix]
 
 
-def _spelt_out(control: re.Match[str]) -> str:
+def _escape(control: re.Match[str]) -> str:
     return f"\\x{ord(control[0]):02x}"

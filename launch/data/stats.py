@@ -1,4 +1,4 @@
-"""`distattn data stats`: what a run will see, by corpus and by length, as a table and as a picture."""
+"""`distattn data stats`: show the data of a run by corpus and by length, as a table and as a picture."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from distattn.launch.data.tables import plan_facts, print_plan
 
 USAGE = """usage: distattn data stats PACKS.toml [--picture FILE] [--json]
 
-Says what a run with this plan will see: documents, tokens and epochs of each corpus, how full packs are, how uneven the attention
-work of a step's packs is. The plan is made by distattn data pack.
+Prints the data of a run with this plan: documents, tokens and epochs of each corpus, how full the packs are, and how uneven the
+attention work of a step's packs is. distattn data pack makes the plan.
 
   --picture FILE   lengths of documents by corpus, and work of packs by step, drawn (.svg, .png or .pdf)
   --json           the result as JSON
 """
 
-# steps of a long plan whose packs are looked at, evenly spaced
+# evenly spaced steps of a long plan whose packs are examined
 _MOST_STEPS = 2000
 _BINS = 64
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command; return the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0 if arguments else 2
@@ -39,10 +39,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("config")
     parser.add_argument("--picture")
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args(arguments)
-    if given.picture is not None and not given.picture.endswith((".svg", ".png", ".pdf")):
-        raise DistattnError(f"data stats: --picture {given.picture}: end the name in .svg, .png or .pdf.")
-    config = load_pack_config(given.config)
+    options = parser.parse_args(arguments)
+    if options.picture is not None and not options.picture.endswith((".svg", ".png", ".pdf")):
+        raise DistattnError(f"data stats: --picture {options.picture}: end the name in .svg, .png or .pdf.")
+    config = load_pack_config(options.config)
     corpora = open_corpora(config)
     plan = open_configured_plan(config, corpora)
     steps = np.unique(np.linspace(0, plan.steps - 1, min(plan.steps, _MOST_STEPS)).astype(np.int64))
@@ -51,32 +51,32 @@ def main(arguments: Sequence[str]) -> int:
         for place, step in enumerate(steps.tolist()):
             unevenness[place] = _unevenness(plan, step)
             reporter.advance(1)
-    if given.picture:
-        _draw(corpora, steps, unevenness, given.picture)
+    if options.picture:
+        _draw(corpora, steps, unevenness, options.picture)
     mean, worst = float(unevenness.mean()), float(unevenness.max())
-    if given.json:
+    if options.json:
         facts = plan_facts(plan) | {"attention_max_over_mean": mean, "worst_attention_max_over_mean": worst}
         sys.stdout.write(json.dumps(facts) + "\n")
         return 0
     print_plan(plan)
-    looked = "all steps" if len(steps) == plan.steps else f"{len(steps):,} steps"
+    examined = "all steps" if len(steps) == plan.steps else f"{len(steps):,} steps"
     sys.stdout.write(
         f"attention work of a step's packs, largest over mean: {mean:.2f}, at most {worst:.2f} in step "
-        f"{steps[unevenness.argmax()]:,} (of {looked})\n"
+        f"{steps[unevenness.argmax()]:,} (of {examined})\n"
     )
     return 0
 
 
 def _unevenness(plan: PackPlan, step: int) -> float:
-    """Attention work of a step's largest pack over the mean of all. A pack of several slots counts as so many."""
-    found = plan.step(step)
-    work = np.array([np.square(pack.rows["length"], dtype=np.float64).sum() for pack in found.packs])
-    slots = np.array(found.slots)
+    """Return the attention work per slot of a step's largest pack over the mean of all slots."""
+    packs = plan.step(step)
+    work = np.array([np.square(pack.rows["length"], dtype=np.float64).sum() for pack in packs.packs])
+    slots = np.array(packs.slots)
     return float((work / slots).max() * slots.sum() / work.sum())
 
 
 def _draw(corpora: Sequence[Corpus], steps: np.ndarray, unevenness: np.ndarray, file: str) -> None:
-    """Draw the tokens of each corpus by the length of their documents, and how uneven steps are."""
+    """Draw the tokens of each corpus by the length of their documents, and the unevenness of each step."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -1,4 +1,4 @@
-"""What a pack plan is, as numbers and as a table: for the commands that make and look at one."""
+"""A pack plan as numbers and as a table, for the commands that make and show one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WIDTH = 140
 
 
 def plan_facts(plan: PackPlan) -> dict[str, Any]:
-    """Numbers of a plan that JSON can say."""
+    """Return the facts of a plan as JSON values."""
     corpora = [
         {
             **asdict(source),
@@ -37,14 +37,14 @@ def plan_facts(plan: PackPlan) -> dict[str, Any]:
         "filled": filled(plan),
         "longest_wait": plan.longest_wait,
         "rule": plan.rule.as_dict(),
-        # of a pack that one document fills; none where no device was named
+        # of a pack that one document fills; None if no device was named
         "full_pack_seconds": [plan.rule.cost.seconds(tokens) or None for tokens in _context_lengths(plan)],
         "corpora": corpora,
     }
 
 
 def print_plan(plan: PackPlan) -> None:
-    """Print a table of the corpora, and a line about packs."""
+    """Print a table of the corpora, and lines about packs."""
     table = Table(box=None, pad_edge=False)
     for name in ("corpus", "documents", "tokens", "weight", "share", "epochs", "planned tokens", "last step"):
         table.add_column(name, justify="left" if name == "corpus" else "right", no_wrap=True)
@@ -79,7 +79,7 @@ def print_plan(plan: PackPlan) -> None:
     if mixed:
         console.print(
             f"a window of {plan.rule.window:,} packs is "
-            f"{' and '.join(f'{epochs:.1f} epochs of {name}' for name, epochs in mixed)}, whose documents are mixed in it: "
+            f"{' and '.join(f'{epochs:.1f} epochs of {name}' for name, epochs in mixed)}, whose documents are mixed in it; "
             "a smaller rule.window keeps epochs apart",
             markup=False,
             soft_wrap=True,
@@ -87,19 +87,19 @@ def print_plan(plan: PackPlan) -> None:
     if plan.full_steps < plan.steps:
         packs = len(plan.step(plan.full_steps).packs)
         console.print(
-            f"The last step has only {packs:,} of {plan.rule.packs_at(plan.full_steps):,} packs, what is left of the corpora: "
+            f"The last step has only {packs:,} of {plan.rule.packs_at(plan.full_steps):,} packs, the rest of the corpora; "
             f"with more than {packs:,} data-parallel shares it has to be left out (PackLoader(..., drop_last=True)).",
             soft_wrap=True,
         )
 
 
 def filled(plan: PackPlan) -> float:
-    """Tokens of all steps, as a part of what they have room for."""
+    """Return the tokens of all steps as a fraction of the room in them."""
     return plan.tokens / (plan.steps * plan.rule.tokens_per_step)
 
 
 def _context_lengths(plan: PackPlan) -> list[int]:
-    """Tokens of packs, rising. A plan may end before its rule's last context length."""
+    """Return the tokens of a pack at each context length, ascending. A plan may end before its rule's last context length."""
     return sorted({tokens for first, tokens in plan.rule.context if first < plan.steps})
 
 
@@ -108,6 +108,6 @@ def _share(plan: PackPlan, source: PlannedSource) -> float:
 
 
 def _epochs_of_window(plan: PackPlan, source: PlannedSource) -> float:
-    """How often a corpus is read in one of the plan's largest windows, within which packs are shuffled."""
+    """Return how often a corpus is read in the plan's largest window; packs are shuffled within a window."""
     context = max(tokens for first, tokens in plan.rule.context if first < plan.steps)
     return plan.rule.window * context * _share(plan, source) / source.tokens

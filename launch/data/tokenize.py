@@ -1,4 +1,4 @@
-"""`distattn data tokenize`: text becomes one indexed file of tokens, by all cores; a command that was killed goes on."""
+"""`distattn data tokenize`: turn text into one indexed file of tokens on all cores; the same command resumes after a kill."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from distattn.parallel.analysis.text_format import readable_bytes
 
 USAGE = """usage: distattn data tokenize PATH... --out PREFIX --tokenizer NAME [options]
 
-Writes PREFIX.bin and PREFIX.idx (Megatron's indexed format), digests of their blocks (PREFIX.xxh3), and what they were made
-of (PREFIX.json). Documents keep the order of the files, and of the lines in them, whatever the number of processes. A command
-that was stopped or killed goes on where it was when it is given again.
+Writes PREFIX.bin and PREFIX.idx (Megatron's indexed format), digests of their blocks (PREFIX.xxh3), and a manifest of their
+sources (PREFIX.json). Documents keep the order of the files, and of the lines in them, whatever the number of processes. After a
+command was stopped or killed, the same command continues where it was.
 
   PATH...            files, folders and globs: .jsonl, .json and .ndjson (one object a line; also .gz and .zst), .parquet, and
-                     text (.txt, .text, .md, .rst), of which each file is a document
-  --out PREFIX       where the files go; beside them PREFIX.parts/ has what is finished until all is
+                     text (.txt, .text, .md, .rst), where each file is one document
+  --out PREFIX       where to write the files; PREFIX.parts/ has the finished parts until all are finished
   --tokenizer NAME   bytes, a tokenizer.json of Hugging Face's, or a folder that has one
   --field NAME       the field or column that has the text (default text)
   --eos TOKEN        the token, or its id, that ends every document; none by default
-  --suffix .py       only files whose names end so, as text where the suffix is none of the above
+  --suffix .py       only files with this suffix; a suffix that is not listed above means text
   --exclude A,B      leave out files and folders of these names or patterns
-  --processes N      default: as many as there are cores
+  --processes N      number of processes (default: the number of cores)
   --json             the result as JSON
 """
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command; return the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0 if arguments else 2
@@ -49,17 +49,17 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--exclude", default="")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args(arguments)
-    if given.processes < 1:
-        raise DistattnError(f"data tokenize: --processes: at least 1, not {given.processes}.")
+    options = parser.parse_args(arguments)
+    if options.processes < 1:
+        raise DistattnError(f"data tokenize: --processes: at least 1, not {options.processes}.")
     job = plan_job(
-        given.out,
-        given.paths,
-        given.tokenizer,
-        eos=given.eos,
-        field=given.field,
-        suffix=given.suffix,
-        exclude=[pattern for pattern in given.exclude.split(",") if pattern],
+        options.out,
+        options.paths,
+        options.tokenizer,
+        eos=options.eos,
+        field=options.field,
+        suffix=options.suffix,
+        exclude=[pattern for pattern in options.exclude.split(",") if pattern],
     )
     here, before = Progress(), None
     with ProgressReporter("tokenize", sum(source.bytes for source in job.sources)) as reporter:
@@ -75,17 +75,17 @@ def main(arguments: Sequence[str]) -> int:
             rates = f"{here.documents / seconds:,.0f} documents/s  {here.tokens / seconds:,.0f} tokens/s"
             reporter.advance(done.stored_bytes, rates)
 
-        manifest = tokenize(job, given.processes, report)
-    if given.json:
+        manifest = tokenize(job, options.processes, report)
+    if options.json:
         facts = {name: value for name, value in asdict(manifest).items() if name != "sources"}
-        sys.stdout.write(json.dumps({"prefix": given.out, "files": len(manifest.sources)} | facts) + "\n")
+        sys.stdout.write(json.dumps({"prefix": options.out, "files": len(manifest.sources)} | facts) + "\n")
         return 0
     sys.stdout.write(
-        f"{given.out}: {manifest.documents:,} documents of {len(manifest.sources):,} files, "
+        f"{options.out}: {manifest.documents:,} documents of {len(manifest.sources):,} files, "
         f"{readable_bytes(manifest.text_bytes)} of text, {manifest.tokens:,} tokens\n"
     )
     if before is None:
-        sys.stdout.write("nothing was to do: this command had finished before\n")
+        sys.stdout.write("there was nothing to do: this command had finished before\n")
     else:
         kept = f", {before.tokens:,} tokens of them by an earlier command" if before.tokens else ""
         sys.stdout.write(f"in {reporter.seconds:,.1f} s, {here.tokens / reporter.seconds:,.0f} tokens/s{kept}\n")

@@ -1,4 +1,4 @@
-"""The processes of `distattn data tokenize`: each works on one shard at a time; one that dies or stops is named and replaced."""
+"""The processes of `distattn data tokenize`: each works on one shard at a time. A process that dies or stops is replaced."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from distattn.supervision.helper_processes import LOOK_SECONDS, MOST_REPLACEMENT
 
 _WRAPPER = "distattn.launch.ranks.die_with_launcher"
 _WORKER = "distattn.data.tokenizing.tokenize_worker"
-# the time for which a process may be stopped
+# seconds for which a process may be stopped
 _STOPPED_SECONDS = 10.0
 
 
 class LostProcessError(DistattnError):
-    """Processes ended that should not have; the message names the last one. Exit code 1 on the command line."""
+    """Too many processes were lost; the message names the last one. Exit code 1 on the command line."""
 
     exit_code = 1
 
 
 def tokenize(job: TokenizeJob, processes: int, report: Callable[[Progress], None]) -> Manifest:
-    """Tokenize all shards of a job that are not done yet by so many processes, and put them together. Returns the manifest.
+    """Tokenize all unfinished shards of a job in `processes` processes, and join all shards. Return the manifest.
 
-    report: is told what was done, first what an earlier command had done. Where the very same command has finished before,
-    nothing is done. Raises DistattnError with what went wrong; what is finished is kept, and the same job goes on from there.
+    report: called with the progress since the last call, first with that of an earlier command. If the same job has finished
+    before, nothing is done. Raise DistattnError on a failure; finished shards are kept, and the same job continues from them.
     """
     with locked(job) as lock:
         manifest = finished_manifest(job)
@@ -58,7 +58,7 @@ def tokenize(job: TokenizeJob, processes: int, report: Callable[[Progress], None
             except DistattnError as error:
                 if not any(part.tokens for part in finished_parts(job).values()):
                     raise
-                raise type(error)(f"{error} Finished shards are kept: the same command goes on from there.") from None
+                raise type(error)(f"{error} Finished shards are kept: the same command continues from there.") from None
         remove_parts(job)
     return manifest
 
@@ -68,8 +68,8 @@ def run_workers(
 ) -> None:
     """Tokenize shards in at most `processes` processes. Raises DistattnError if one of them fails, after all have ended.
 
-    A process that dies or is stopped is replaced, and the new one begins its shard again: a shard counts once all of it is
-    written. After MOST_REPLACEMENTS of them the next one is a failure.
+    A process that dies or is stopped is replaced, and the new one begins its shard again: a shard counts once it is written
+    completely. After MOST_REPLACEMENTS replacements, the next lost process is a failure.
     """
     waiting = deque(shards)
     if not waiting:
@@ -99,7 +99,7 @@ def run_workers(
                         selector.unregister(worker.messages)
                         if not (lost := worker.lost(job)):
                             continue
-                        # one that ends by itself has a reason, which a new process would have, too
+                        # a process that ends by itself has a reason, which would end a new one, too
                         if replaced == MOST_REPLACEMENTS or not worker.was_killed:
                             raise LostProcessError(f"{lost}; the others were stopped.{worker.hint}")
                         replaced += 1
@@ -112,7 +112,7 @@ def run_workers(
 
 
 class _Worker:
-    """One process, and those that replace it. shard: what it works on, or None. ended: whether it will send no more."""
+    """A process and its replacements. shard: the one that it works on, or None. ended: whether it has sent its last message."""
 
     def __init__(self, number: int, job_file: str, lock: int):
         self.number = number
@@ -122,7 +122,7 @@ class _Worker:
         self._start()
 
     def _start(self) -> None:
-        # processes share the cores: none has threads of its own
+        # the processes share the cores, so each tokenizes in one thread
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
         self._process = subprocess.Popen(
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, pass_fds=[self._lock]
@@ -130,18 +130,18 @@ class _Worker:
         assert self._process.stdin and self._process.stdout
         self._orders, self.messages = self._process.stdin, self._process.stdout
         self._helper, self._looked = Helper(f"process {self.number}", self._process.pid), 0.0
-        # of the shard that it works on
+        # in the current shard
         self._progress = Progress()
         self._rest, self._fault, self.ended = b"", "", False
 
     def give(self, waiting: deque[int]) -> None:
-        """Give it the next shard, or, where none waits, let it end."""
+        """Give it the next shard; if no shard waits, let it end."""
         self.shard = waiting.popleft() if waiting else None
         self._progress = Progress()
         self._order()
 
     def _order(self) -> None:
-        # where it has died its messages end, too
+        # if it has died, its messages end, and the caller handles that
         with contextlib.suppress(BrokenPipeError):
             if self.shard is None:
                 self._orders.close()
@@ -150,7 +150,7 @@ class _Worker:
                 self._orders.flush()
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """The messages that have arrived."""
+        """Yield the messages that have arrived."""
         content = os.read(self.messages.fileno(), 1 << 16)
         self.ended = not content
         *lines, self._rest = (self._rest + content).split(b"\n")
@@ -158,12 +158,12 @@ class _Worker:
             yield json.loads(line)
 
     def advance(self, progress: Progress) -> Progress:
-        """Add to what is done of the shard. Returns the progress that was added."""
+        """Add to the progress in the current shard. Return the progress that was added."""
         self._progress = self._progress.plus(progress)
         return progress
 
     def lost(self, job: TokenizeJob) -> str:
-        """Say, as a clause, how a process has ended amid a shard; "" of one that had nothing to do any more."""
+        """Describe, as a clause, how a process has ended in the middle of a shard; return "" if it had nothing left to do."""
         code = self._process.wait()
         if self.shard is None:
             return ""
@@ -185,7 +185,7 @@ class _Worker:
         return " Where memory ran out, take fewer --processes." if memory_ran_out else ""
 
     def replace(self) -> Progress:
-        """Have another process begin the shard of one that has ended. Returns the progress that is lost, as negative numbers."""
+        """Start another process on the shard of one that has ended. Return the progress that is lost, as negative numbers."""
         lost = Progress(*(-done for done in self._progress))
         self._close_pipes()
         self._start()
@@ -193,19 +193,19 @@ class _Worker:
         return lost
 
     def kill_if_stopped(self) -> None:
-        """Kill the process where it has been stopped for _STOPPED_SECONDS; its messages end then."""
+        """Kill the process if it has been stopped for _STOPPED_SECONDS, which ends its messages."""
         now = time.monotonic()
         if now < self._looked + LOOK_SECONDS:
             return
         self._looked = now
         fault = self._helper.fault(_STOPPED_SECONDS)
-        # one that has ended by itself says how by its exit code
+        # the exit code explains the end of a process that has ended by itself
         if fault and not self._fault and not self._helper.end():
             self._fault = fault
             self._process.kill()
 
     def stop(self) -> None:
-        """End it, whatever it does."""
+        """Kill it in any state."""
         self._process.kill()
         self._process.wait()
         self._close_pipes()
@@ -217,7 +217,7 @@ class _Worker:
 
 
 def _progress_of(job: TokenizeJob, parts: dict[int, Any]) -> Progress:
-    """What finished shards add up to."""
+    """Return the sum of finished shards."""
     total = Progress()
     for shard, part in parts.items():
         stored = sum(piece.bytes for piece in job.shards[shard])

@@ -1,4 +1,4 @@
-"""`distattn data verify`: indexed files and pack plans are read from end to end, and the first fault of each is named."""
+"""`distattn data verify`: read indexed files and pack plans from end to end, and report the first fault of each."""
 
 from __future__ import annotations
 
@@ -21,26 +21,25 @@ from distattn.parallel.analysis.text_format import readable_bytes
 
 USAGE = """usage: distattn data verify PREFIX|PACKS.toml... [--vocabulary N] [--write-digests] [--json]
 
-Reads PREFIX.bin and PREFIX.idx from end to end. Checks sizes, every entry of the index, and where they are there the digests
-of all blocks (PREFIX.xxh3) and the manifest (PREFIX.json). Without digests a token that was altered to another one of the
-vocabulary, and the border between two documents, cannot be checked. Exit code 1 where something is wrong.
+Reads PREFIX.bin and PREFIX.idx from end to end. Checks sizes, every entry of the index and, if they exist, the digests of all
+blocks (PREFIX.xxh3) and the manifest (PREFIX.json). Without digests, neither a token that was replaced by another one of the
+vocabulary nor a moved border between two documents can be found. Exit code 1 if a fault is found.
 
-Of PACKS.toml the plan is read from end to end, and compared with its digests, with its corpora's indices and digests, and with
-what a plan is: it has every token of every document of each completed epoch once. Name the corpora's files to have their tokens
-read, too.
+The plan of PACKS.toml is read from end to end, and compared with its digests and with its corpora's indices and digests. It must
+have every token of every document of each completed epoch once. Name the corpora's files to have their tokens read, too.
 
-  --vocabulary N   ids must be below N (default: what PREFIX.json says)
-  --write-digests  where PREFIX.xxh3 is missing, as beside files of Megatron's tools, write it; then later openings read no index
+  --vocabulary N   ids must be below N (default: as in PREFIX.json)
+  --write-digests  write PREFIX.xxh3 if it is missing, as for files of Megatron's tools; later openings then read no index
   --json           the result as JSON, one line for each file or plan
 """
 
 
-# of a table's columns without the files' names, in characters
+# characters in a table's columns without the files' names
 _NUMBERS_WIDTH = 100
 
 
 class VerifiedPlan(NamedTuple):
-    """A plan that is right. plan: its file. coverage: what it reads of each corpus."""
+    """A plan without faults. plan: its file. coverage: what it reads of each corpus."""
 
     plan: str
     digest: str
@@ -50,7 +49,7 @@ class VerifiedPlan(NamedTuple):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command; return the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0 if arguments else 2
@@ -59,21 +58,21 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--vocabulary", type=int)
     parser.add_argument("--write-digests", action="store_true")
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args(arguments)
-    if given.vocabulary is not None and given.vocabulary < 1:
-        raise DistattnError(f"data verify: --vocabulary: at least 1, not {given.vocabulary}.")
+    options = parser.parse_args(arguments)
+    if options.vocabulary is not None and options.vocabulary < 1:
+        raise DistattnError(f"data verify: --vocabulary: at least 1, not {options.vocabulary}.")
     files: dict[str, VerifiedFile | str] = {}
     plans: dict[str, VerifiedPlan | str] = {}
-    with ProgressReporter("verify", sum(map(_bytes_to_read, given.prefixes))) as reporter:
-        for name in given.prefixes:
+    with ProgressReporter("verify", sum(map(_bytes_to_read, options.prefixes))) as reporter:
+        for name in options.prefixes:
             try:
                 if name.endswith(".toml"):
                     plans[name] = _verify_plan(name, reporter.advance)
                 else:
-                    files[name] = verify_file(name, given.vocabulary, reporter.advance, given.write_digests)
+                    files[name] = verify_file(name, options.vocabulary, reporter.advance, options.write_digests)
             except DamagedDataError as fault:
                 (plans if name.endswith(".toml") else files)[name] = str(fault)
-    if given.json:
+    if options.json:
         for name, result in (files | plans).items():
             facts: dict[str, Any] = {"fault": result} if isinstance(result, str) else {"fault": None} | result._asdict()
             if isinstance(result, VerifiedPlan):
@@ -82,8 +81,8 @@ def main(arguments: Sequence[str]) -> int:
     else:
         if files:
             _show(files)
-        for name, found in plans.items():
-            _show_plan(name, found)
+        for name, result in plans.items():
+            _show_plan(name, result)
     return 1 if any(isinstance(result, str) for result in (files | plans).values()) else 0
 
 
@@ -97,9 +96,10 @@ def _bytes_to_read(name: str) -> int:
 
 
 def _verify_plan(path: str, report: Callable[[int], None]) -> VerifiedPlan:
-    """Check a plan's file, that it was made of these corpora, and that it reads them whole. report: is told of bytes read.
+    """Check a plan's file, that it was made of these corpora, and that it reads them completely.
 
-    Raises DamagedDataError naming the first fault, DistattnError where there is no plan, or where it is of other corpora.
+    report: called with the number of bytes read. Raise DamagedDataError naming the first fault, DistattnError if there is no plan
+    or it was made of other corpora.
     """
     config = load_pack_config(path)
     corpora = open_corpora(config)
@@ -107,9 +107,9 @@ def _verify_plan(path: str, report: Callable[[int], None]) -> VerifiedPlan:
     size = os.path.getsize(config.plan)
     done = 0
 
-    def read(part: int, whole: int) -> None:
+    def read(part: int, total: int) -> None:
         nonlocal done
-        now = size * part // whole
+        now = size * part // total
         report(now - done)
         done = now
 
@@ -119,14 +119,14 @@ def _verify_plan(path: str, report: Callable[[int], None]) -> VerifiedPlan:
     return VerifiedPlan(config.plan, plan.digest, plan.steps, plan.tokens, coverage)
 
 
-def _show(found: dict[str, VerifiedFile | str]) -> None:
-    """Print a table of the files, and below it what is wrong."""
+def _show(results: dict[str, VerifiedFile | str]) -> None:
+    """Print a table of the files, and below it the faults."""
     table = Table(box=None, pad_edge=False)
     for name in ("", "documents", "tokens", "size"):
         table.add_column(name, justify="right" if name else "left")
     for name in ("dtype", "vocabulary", "digests", "file"):
         table.add_column(name, no_wrap=True)
-    for prefix, result in found.items():
+    for prefix, result in results.items():
         if isinstance(result, str):
             table.add_row("[red]wrong[/]", *[""] * 6, escape(prefix))
             continue
@@ -134,16 +134,16 @@ def _show(found: dict[str, VerifiedFile | str]) -> None:
         vocabulary = f"{result.vocabulary:,}" if result.vocabulary else "not known"
         digests = "yes" if result.digests else "none"
         table.add_row("[green]right[/]", *numbers, result.dtype, vocabulary, digests, escape(prefix))
-    # a name that is folded or cut is no name
-    console = ResultConsole(highlight=False, width=_NUMBERS_WIDTH + max(map(len, found)))
+    # wide enough that no file's name is folded or cut
+    console = ResultConsole(highlight=False, width=_NUMBERS_WIDTH + max(map(len, results)))
     console.print(table)
-    for result in found.values():
+    for result in results.values():
         if isinstance(result, str):
             console.print(result, markup=False, soft_wrap=True)
 
 
 def _show_plan(name: str, result: VerifiedPlan | str) -> None:
-    """Print what a plan is, or what is wrong with it."""
+    """Print a plan's facts, or its fault."""
     console = ResultConsole(highlight=False)
     if isinstance(result, str):
         console.print(f"[red]wrong[/] {escape(name)}", soft_wrap=True)
@@ -158,5 +158,5 @@ def _show_plan(name: str, result: VerifiedPlan | str) -> None:
         epochs = (
             f"{corpus.epochs:,} whole epoch{'s' * (corpus.epochs != 1)}, every token of every document once in each"
         )
-        more = f", and {corpus.documents:,} documents of what comes after" if corpus.documents else ""
+        more = f", and {corpus.documents:,} documents of an unfinished epoch" if corpus.documents else ""
         console.print(f"  {escape(corpus.corpus)}: {epochs}{more}", soft_wrap=True)

@@ -1,6 +1,6 @@
-"""What runs on a node of a Ray cluster: an actor that starts `distattn.launch.run_node` as its child, and waits for it.
+"""The actor on a node of a Ray cluster, which starts `distattn.launch.run_node` as its child and waits for it.
 
-The ranks, what watches them and what is kept of them are the same as on Slurm; Ray places the actors, and tells of lost ones.
+The ranks, their supervision and their records are the same as on Slurm; Ray places the actors and reports lost ones.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from distattn.checkpoints.owner import JOB_VARIABLE
 from distattn.launch.attempts import Attempts
 from distattn.training.run_folder import RunFolder
 
-# how often an agent looks whether its attempt is still the one that goes on
+# seconds between two checks that no later attempt has begun
 _LOOK_SECONDS = 1.0
 
 
 class NodePlace(NamedTuple):
-    """Where an agent is. node: Ray's name of the node; port: one that is free at its address."""
+    """The place of an agent. node: Ray's id of the node; port: a free port at its address."""
 
     node: str
     address: str
@@ -33,30 +33,30 @@ class NodePlace(NamedTuple):
 
 
 def child_environment() -> dict[str, str]:
-    """The environment of a process that an actor or a task starts: it imports the same distattn, wherever Ray has it from."""
+    """Return the environment of a process that an actor or a task starts, so that it imports the same distattn."""
     environment = dict(os.environ)
     # Ray sets it to the number of CPUs; ranks are forked from a process that must have one thread
     environment.pop("OMP_NUM_THREADS", None)
     package = find_spec("distattn")
     assert package is not None and package.origin is not None
-    places = [str(Path(package.origin).parents[1]), environment.get("PYTHONPATH", "")]
-    return environment | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
+    folders = [str(Path(package.origin).parents[1]), environment.get("PYTHONPATH", "")]
+    return environment | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
 
 class NodeAgent:
-    """Of one node, for one attempt. An actor's class: its process ends with the driver's, and its child with it."""
+    """The actor on one node for one attempt. Its process ends with the driver's process, and its child ends with it."""
 
     def place(self) -> NodePlace:
-        """Where this agent is."""
+        """Return where this agent runs."""
         address = get_node_ip_address()
         with socket.socket() as free:
             free.bind((address, 0))
             return NodePlace(ray.get_runtime_context().get_node_id(), address, free.getsockname()[1])
 
-    def run(self, folder: Path, job: str, attempt: int, *words: str) -> int:
-        """Run `run_node FOLDER WORDS` for an attempt of a job, 0 for none. Returns its exit code, -N where signal N killed it.
+    def run(self, folder: Path, job: str, attempt: int, *arguments: str) -> int:
+        """Run `run_node FOLDER ARGUMENTS`. Return its exit code, -N if signal N killed it. attempt: 0 for the report.
 
-        An agent of a node that was given up, but still lives, kills its ranks: a later attempt has them now.
+        The agent of a node that was given up but still lives kills its ranks when a later attempt begins.
         """
         environment = child_environment() | {JOB_VARIABLE: job}
         module = "distattn.launch.run_node"
@@ -68,8 +68,8 @@ class NodeAgent:
             module,
             str(folder),
         ]
-        # signals of a terminal are for the driver
-        child = subprocess.Popen([*command, *words], env=environment, start_new_session=True)
+        # a terminal's signals are for the driver
+        child = subprocess.Popen([*command, *arguments], env=environment, start_new_session=True)
         attempts = Attempts(RunFolder(folder).attempts)
         while True:
             try:

@@ -1,8 +1,8 @@
 """The attempts of a run on a Ray cluster: `python -m distattn.launch.ray.attempts RUN [--ray.address=HOST:PORT]`.
 
-That goes on with the run of a folder, on the cluster that its configuration names, or on another one.
-`distattn launch ray` does the same with a new run. Where a node is lost, or ranks are killed or hang, the next attempt follows on
-nodes that are left, or that were added. Needs a Ray cluster whose nodes share the run folder, and neither torch nor a GPU here.
+This command continues the run of a folder, on the cluster that its configuration names or on another one. `distattn launch ray`
+does the same with a new run. After a lost node, or ranks that were killed or hung, the next attempt runs on the nodes that are
+left or were added. Needs a Ray cluster whose nodes share the run folder, but neither torch nor a GPU here.
 """
 
 from __future__ import annotations
@@ -30,41 +30,41 @@ from distattn.training.run_folder import RunFolder
 
 @contextmanager
 def connected(configs: Sequence[Config], quiet: bool) -> Iterator[None]:
-    """Around runs, which name the same cluster: see `ray.driver.connected`."""
+    """Connect to the cluster that all of the runs name, as `ray.driver.connected` does."""
     with ray_driver.connected(configs[0].ray.address, quiet, lambda: _cores_here(configs)):
         yield
 
 
 def _cores_here(configs: Sequence[Config]) -> int:
-    """CPUs of a Ray on this machine alone. Raises DistattnError for runs of several nodes."""
+    """Return the number of CPUs of a new cluster on this machine alone. Raise DistattnError for runs of several nodes."""
     needs = [node_needs(config) for config in configs]
     nodes = max(config.parallel.ranks // need.ranks for config, need in zip(configs, needs, strict=True))
     if nodes > 1:
         raise DistattnError(
-            f"launch ray: {nodes} nodes want a Ray cluster, and a new one here has one: name another "
+            f"launch ray: {nodes} nodes need a Ray cluster, and a new one here has one node: name another "
             "(--ray.address=HOST:PORT), or start it (ray start)."
         )
-    # ranks may share cores here, as those of `distattn launch local`
+    # ranks may share cores here, as with `distattn launch local`
     return max(os.cpu_count() or 1, *(need.cpus for need in needs))
 
 
 def run_attempts(run: RunFolder, config: Config) -> int:
-    """Run attempts of a run on the cluster that this process is connected to. Returns the exit code, 75 where it was stopped."""
-    one = RayRun(run, config, new_job())
-    then = f"{resume_command(run.folder)} goes on from the newest checkpoint"
-    with stopped("on Ray", then), stopping(one.stop), watch_head(run.folder):
-        return one.train()
+    """Run attempts of a run on the cluster that this process is connected to. Return the exit code, 75 if it was stopped."""
+    ray_run = RayRun(run, config, new_job())
+    then = f"{resume_command(run.folder)} continues from the newest checkpoint"
+    with stopped("on Ray", then), stopping(ray_run.stop), watch_head(run.folder):
+        return ray_run.train()
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Go on with the run, or the runs of the sweep, of a folder. Returns the exit code."""
+    """Continue the run, or the sweep's runs, of a folder. Return the exit code."""
     parser = CommandParser("ray.attempts")
     parser.add_argument("run", type=Path)
     parser.add_argument("--ray.address", dest="address")
     try:
         options = parser.parse_args(arguments)
         with stop_on_signals():
-            return _go_on(RunFolder(options.run), options.address)
+            return _continue(RunFolder(options.run), options.address)
     except CommandStopped as stop:
         print_message(str(stop))
         return stop.exit_code
@@ -73,13 +73,13 @@ def main(arguments: Sequence[str]) -> int:
         return error.exit_code
 
 
-def _go_on(run: RunFolder, address: str | None) -> int:
-    def load(one: RunFolder) -> Config:
-        config = configuration.load(one.config_file)
+def _continue(run: RunFolder, address: str | None) -> int:
+    def load(folder: RunFolder) -> Config:
+        config = configuration.load(folder.config_file)
         return config if address is None else replace(config, ray=replace(config.ray, address=address))
 
     if sweep := sweep_runs(run.folder):
-        configs = [load(one) for one in sweep]
+        configs = [load(folder) for folder in sweep]
         with connected(configs, quiet=False):
             return run_sweep(run, list(zip(sweep, configs, strict=True)))
     config = load(run)

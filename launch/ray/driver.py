@@ -20,35 +20,35 @@ _HERE = "local"
 
 @contextmanager
 def connected(address: str, quiet: bool, cores_here: Callable[[], int]) -> Iterator[None]:
-    """Around work on a cluster: that at an address, HOST:PORT, or of RAY_ADDRESS or this machine; a new one here where none is.
+    """Connect this process to a cluster: at `address` (HOST:PORT), at RAY_ADDRESS, on this machine, or a new one here.
 
-    quiet: nothing of what processes of the cluster print appears here. cores_here: called for the CPUs of a new one. Raises
-    DistattnError where no cluster can be had.
+    quiet: hide what processes of the cluster print. cores_here: returns the number of CPUs of a new cluster. Raise DistattnError
+    if no cluster can be reached or started.
     """
-    given: dict[str, Any] = {"log_to_driver": not quiet, "logging_level": "ERROR"}
-    if address == _HERE or not _joined(address, given):
-        _begin_here(cores_here(), given)
+    options: dict[str, Any] = {"log_to_driver": not quiet, "logging_level": "ERROR"}
+    if address == _HERE or not _join(address, options):
+        _begin_here(cores_here(), options)
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _begin_here(cores: int, given: dict[str, Any]) -> None:
-    """A cluster of this machine alone, all of whose sockets are on the loopback."""
-    # Ray takes an address of the machine for the loopback's otherwise, and listens on all of them; here, and in its processes
+def _begin_here(cores: int, options: dict[str, Any]) -> None:
+    """Start a cluster of this machine alone, with all sockets on the loopback interface."""
+    # otherwise Ray, here and in its processes, replaces the loopback address by another one of the machine, and listens on all
     ray_constants.ENABLE_RAY_CLUSTER = False
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
-    ray.init(address="local", num_cpus=cores, include_dashboard=False, _node_ip_address=LOOPBACK, **given)
+    ray.init(address="local", num_cpus=cores, include_dashboard=False, _node_ip_address=LOOPBACK, **options)
 
 
-def _joined(address: str, given: dict[str, Any]) -> bool:
-    """Become a driver of a cluster; False where none was named and none is there. Raises DistattnError."""
+def _join(address: str, options: dict[str, Any]) -> bool:
+    """Connect to a cluster; return False if none was named and none runs here. Raise DistattnError if one cannot be joined."""
     named = address or os.environ.get("RAY_ADDRESS", "")
     try:
-        ray.init(address=named or "auto", **given)
+        ray.init(address=named or "auto", **options)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-        # a cluster that is there and lets nobody in was meant, too
+        # a RayError means that a cluster runs here but refuses the connection
         if named or isinstance(error, RayError):
             first = str(error).strip().splitlines()[0]
             raise DistattnError(f"ray.address: no cluster at {named or 'this machine'}: {first}") from None

@@ -1,4 +1,4 @@
-"""Nodes of a Ray cluster for the attempts of a run: one bundle of a placement group each, and an agent in each bundle."""
+"""Nodes of a Ray cluster for the attempts of a run: each is one bundle of a placement group, with an agent in it."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from distattn.launch.ray.agent import NodeAgent, NodePlace
 from distattn.launch.ray.placement import NodeReservation, bundle_nodes, hold_nodes
 from distattn.training.run_folder import RunFolder
 
-# that an agent may take to start: Ray may be late to know that a node is gone, and a new process imports
+# seconds for an agent to start: its process has to import, and Ray may notice late that a node is gone
 _ANSWER_SECONDS = 60.0
-# between two looks at agents, and at the file that asks to stop
+# seconds between two looks at agents, and at the file that asks to stop
 _LOOK_SECONDS = 0.2
-# that nodes may be taken before it is waited for fewer: Ray frees those of this run once their processes have ended
+# seconds to wait for busy nodes before fewer are requested: Ray frees this run's nodes once their processes have ended
 _FREED_SECONDS = 60.0
-# before it is said what is waited for
+# seconds of waiting before a message says what is waited for
 _SILENT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class NodeCounts:
-    """How many nodes attempts may have, the most first.
+    """The possible numbers of nodes of an attempt, largest first.
 
-    waiting_seconds: how long it is waited for them in all; shrink_seconds: before it is waited for fewer, where there are fewer.
-    resize: called with the number that the next attempt has.
+    waiting_seconds: the longest time to wait for nodes in all; shrink_seconds: to wait before fewer nodes are requested.
+    resize: called with the number of nodes of the next attempt.
     """
 
     counts: tuple[int, ...]
@@ -46,43 +46,42 @@ class NodeCounts:
 
 
 class RayNodes:
-    """Runs attempts on nodes of the cluster that this process is connected to. job: the name that ranks of all attempts have.
+    """Runs attempts on nodes of the cluster that this process is connected to. job: the job's name for ranks of all attempts.
 
-    Ray chooses the nodes, each for one bundle; ranks follow the natural order of their names, since bundles have none. The
-    group stays for all attempts, so that nobody else gets a node between them, until a node has to be left out, or the next
-    attempt has another number of nodes.
+    Ray chooses a node for each bundle. Bundles have no order, so ranks follow the natural order of the nodes' names. The group
+    is kept between attempts, so that no other user gets a node, until a node has to be left out or the number of nodes changes.
     """
 
     def __init__(self, run: RunFolder, job: str, needs: NodeNeeds, size: NodeCounts):
         self._run, self._job, self._needs, self._size = run, job, needs, size
         self._folder, self._wanted = run.folder.absolute(), size.counts[0]
         self._group: PlacementGroup | None = None
-        # by the nodes' names: of the attempt that goes on
+        # of the current attempt, by the nodes' names
         self._agents: dict[str, Any] = {}
         self._places: dict[str, NodePlace] = {}
-        # by Ray's numbers, which a node that is started again does not keep
+        # Ray's ids of nodes; a node that is started again gets another one
         self._left_out = LeftOut()
 
     def choose(self) -> list[str] | None:
-        """Nodes on each of which an agent answers. One that has room, but does not answer in time, is left out for another.
+        """Return nodes whose agents answer; None after `waiting_seconds` without room, or if the run is asked to stop.
 
-        Where there are too few others, or they stay taken, the first that was left out so is asked again: it may have been slow.
-        None where there is no room for so long as `waiting_seconds`, or where the run is asked to stop.
+        A node that does not answer in time is left out. If too few other nodes get free, the node that was left out first is
+        asked again, since it may have been slow.
         """
         began = time.monotonic()
         while (group := self._placed()) is not None:
             agents = [self._agent(group, bundle) for bundle in range(self._wanted)]
             answers = _answers([agent.place.remote() for agent in agents])
             names = node_names()
-            found = [
+            ready = [
                 (names[place.node], agent, place)
                 for agent, place in zip(agents, answers, strict=True)
                 if isinstance(place, NodePlace)
             ]
-            if len(found) == self._wanted:
-                found.sort(key=lambda one: _natural(one[0]))
-                self._agents = {name: agent for name, agent, _ in found}
-                self._places = {name: place for name, _, place in found}
+            if len(ready) == self._wanted:
+                ready.sort(key=lambda node: _natural_order(node[0]))
+                self._agents = {name: agent for name, agent, _ in ready}
+                self._places = {name: place for name, _, place in ready}
                 self._size.resize(self._wanted)
                 return list(self._agents)
             others = self._leave_out(group, answers)
@@ -92,9 +91,9 @@ class RayNodes:
         return None
 
     def run(self, hosts: Sequence[str], attempt: int) -> AttemptEnd:
-        """Have each agent run its node's ranks. Where one has failed, the others are ended soon after.
+        """Let each agent run its node's ranks. Soon after one fails, end the others.
 
-        Where there is room for more nodes, ranks are asked to save and end: the next attempt has them.
+        Once there is room for more nodes, ask the ranks to save and end, so that the next attempt has more nodes.
         """
         self._run.regroup_file.unlink(missing_ok=True)
         first = self._places[hosts[0]]
@@ -111,8 +110,8 @@ class RayNodes:
         try:
             while runs and (not failed_at or time.monotonic() - failed_at < OTHERS_SECONDS):
                 for done in ray.wait(list(runs), num_returns=1, timeout=_LOOK_SECONDS)[0]:
-                    code, words = _exit(done)
-                    if end.add(runs.pop(done), code, words) and code != 0 and not failed_at:
+                    code, description = _exit(done)
+                    if end.add(runs.pop(done), code, description) and code != 0 and not failed_at:
                         failed_at = time.monotonic()
                 if not end.codes and not end.next_nodes and (nodes := reservation.available_nodes()):
                     end.next_nodes = nodes
@@ -131,40 +130,41 @@ class RayNodes:
         return end
 
     def finish(self, hosts: Sequence[str]) -> int:
-        """Write the report, by an agent of its own on any of the nodes."""
+        """Write the report in a new agent on any of the nodes. Return the exit code, 1 if the agent was lost."""
         assert self._group is not None
         agent = self._agent(self._group, 0)
         try:
             placed = ray.wait([agent.place.remote()], timeout=_ANSWER_SECONDS)[0]
-            code, words = None, f"had no room for {_ANSWER_SECONDS:.0f} s"
+            code, description = None, f"had no room for {_ANSWER_SECONDS:.0f} s"
             if placed:
-                code, words = _exit(agent.run.remote(self._folder, self._job, 0, "finish"))
+                code, description = _exit(agent.run.remote(self._folder, self._job, 0, "finish"))
         finally:
             _end([agent])
         if code is None:
             print_message(
-                f"the report was not written: its process {words}; python -m distattn.launch.finish_run {self._folder} does."
+                f"the report was not written: its process {description}; "
+                f"python -m distattn.launch.finish_run {self._folder} writes it."
             )
         return 1 if code is None else code
 
     def blame(self, hosts: Sequence[str], end: AttemptEnd) -> None:
-        """Leave out what `LeftOut.blame` says of nodes that Ray still has; the next group is placed without them."""
+        """Leave out nodes as `LeftOut.blame` does, among those that Ray still has; the next group is placed without them."""
         nodes = {name: place.node for name, place in self._places.items()}
-        # Ray itself replaces a node that it knows to be gone
-        known = AttemptEnd(codes={nodes[host]: code for host, code in end.codes.items()})
+        # without `end.lost`: Ray itself replaces nodes that it knows to be gone
+        node_end = AttemptEnd(codes={nodes[host]: code for host, code in end.codes.items()})
         before = len(self._left_out.hosts)
-        # a run that may have fewer nodes has them to spare
+        # nodes beyond the smallest possible number are spare
         spare = self._usable() - min(self._size.counts)
-        self._left_out.blame([nodes[host] for host in hosts], known, spare)
+        self._left_out.blame([nodes[host] for host in hosts], node_end, spare)
         if len(self._left_out.hosts) > before:
             self.close()
 
     def give_back(self) -> str:
-        """Never: a node that is left out is given back, and Ray replaces it while the run goes on."""
+        """Return "": a node that is left out is given back at once, and Ray replaces it while the run continues."""
         return ""
 
     def shortage(self) -> str:
-        """What was waited for, and what the cluster has."""
+        """Describe the nodes that were waited for, and how many the cluster has."""
         waited = f"{self._size.waiting_seconds:,.0f} s"
         return f"for {waited} there was no room for {self._demand()}: {self._usable()} nodes are that large"
 
@@ -175,16 +175,16 @@ class RayNodes:
             self._group = None
 
     def _placed(self) -> PlacementGroup | None:
-        """The group, once Ray has a node for each bundle."""
+        """Return the group once Ray has a node for each bundle; None after `waiting_seconds`, or if the run is asked to stop."""
         began = asked = time.monotonic()
-        said = False
+        announced = False
         while not (group := self._held()).wait(_LOOK_SECONDS):
             now = time.monotonic()
             if now - began > self._size.waiting_seconds or self._run.stop_file.exists():
                 self.close()
                 return None
-            if now - began > _SILENT_SECONDS and not said:
-                said = True
+            if now - began > _SILENT_SECONDS and not announced:
+                announced = True
                 print_message(
                     f"waiting for room for {self._demand()}, for {self._size.waiting_seconds:,.0f} s at most."
                 )
@@ -194,24 +194,24 @@ class RayNodes:
         return group
 
     def _is_short(self, waited: float, in_all: float) -> bool:
-        """Whether it was waited long enough for so many nodes; longer at first where there are as many, but taken."""
-        # and not so long that no time is left for fewer
+        """Return whether to ask for fewer nodes now. Busy nodes get more time at first than missing ones."""
+        # at most half of the time, so that the rest is left for a smaller request
         freed = in_all > min(_FREED_SECONDS, self._size.waiting_seconds / 2)
         return waited > self._size.shrink_seconds and (freed or self._usable() < self._wanted)
 
     def _ask_for_less(self) -> None:
-        """Fewer nodes, or where a run cannot have fewer, some of those that were left out."""
+        """Ask for fewer nodes. If the run cannot have fewer, take back nodes that were left out."""
         if fewer := self._fewer():
             self._wanted = fewer
         else:
-            # for others that are only taken it is rather waited than for nodes that fail again and again
+            # prefer waiting for busy nodes over retrying nodes that keep failing
             again = self._usable() < self._wanted and self._take_back()
             if not again and not self._take_back_unstarted():
                 return
         self.close()
 
     def _take_back(self) -> bool:
-        """Have nodes taken again that have failed, but answered; returns whether there are any."""
+        """Take back nodes that have failed but answered; return whether there are any."""
         alive, names = _alive(), node_names()
         again = [node for node in self._left_out.take_back() if node in alive]
         if again:
@@ -219,20 +219,20 @@ class RayNodes:
         return bool(again)
 
     def _take_back_unstarted(self) -> bool:
-        """Have a node asked again that did not answer, or could start nothing; returns whether there is any."""
+        """Take back a node that did not answer, or could not start an agent; return whether there is one."""
         again = self._left_out.take_back_unstarted(_alive())
         if again:
             print_message(f"there are too few others: {node_names()[again]} is asked again.")
         return bool(again)
 
     def _held(self) -> PlacementGroup:
-        """The group, which may still wait for room."""
+        """Return the group, which may still wait for room; create it if needed."""
         if self._group is None:
             self._group = hold_nodes(self._needs, self._wanted, self._left_out.hosts)
         return self._group
 
     def _fewer(self) -> int:
-        """The number of nodes to ask for next: fewer than now, and not more than there are, where that can be; 0 for none."""
+        """Return the next smaller number of nodes, if possible one that the cluster has; 0 if there is no smaller number."""
         fewer, usable = [count for count in self._size.counts if count < self._wanted], self._usable()
         return next((count for count in fewer if count <= usable), fewer[-1] if fewer else 0)
 
@@ -248,7 +248,7 @@ class RayNodes:
         return f"{self._wanted} nodes of {gpus}{self._needs.cpus} CPUs"
 
     def _usable(self) -> int:
-        """How many nodes of the cluster are large enough, used or not, and not left out."""
+        """Return the number of nodes that are large enough, free or busy, and not left out."""
         needs = {"CPU": self._needs.cpus, "GPU": self._needs.gpus}
         return sum(
             node["Alive"]
@@ -263,9 +263,9 @@ class RayNodes:
         return ray.remote(NodeAgent).options(scheduling_strategy=place, **options).remote()
 
     def _leave_out(self, group: PlacementGroup, answers: Sequence[NodePlace | str]) -> bool:
-        """Take the nodes no more whose agents did not answer, or could not start.
+        """Leave out the nodes whose agents did not answer or could not start.
 
-        Returns False where there are no others, or only such as were asked before.
+        Return False if there are no other nodes, or only ones that were asked before.
         """
         others = True
         nodes, names = bundle_nodes(group), node_names()
@@ -285,28 +285,28 @@ class RayNodes:
 
 
 def node_names() -> dict[str, str]:
-    """The name of each node of the cluster, dead ones included, by Ray's number: its address, unless somebody has named it."""
+    """Return the name of each node of the cluster, dead or alive, by Ray's id: the address, unless the node was given a name."""
     nodes = {node["NodeID"]: node["NodeName"] or node["NodeManagerAddress"] for node in ray.nodes()}
-    often = Counter(nodes.values())
-    # a node that came back has the name of the one before
-    return {node: name if often[name] == 1 else f"{name}/{node[:6]}" for node, name in nodes.items()}
+    counts = Counter(nodes.values())
+    # a node that came back has the same name as its dead predecessor
+    return {node: name if counts[name] == 1 else f"{name}/{node[:6]}" for node, name in nodes.items()}
 
 
 def _alive() -> set[str]:
-    """Ray's numbers of the nodes that are there."""
+    """Return Ray's ids of the nodes that are alive."""
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
-def _answers(asked: Sequence[Any]) -> list[NodePlace | str]:
-    """Of each agent, once all have answered or the time for it is over."""
-    ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS)
-    return [_answer(one) for one in asked]
+def _answers(requests: Sequence[Any]) -> list[NodePlace | str]:
+    """Wait until all agents have answered, at most _ANSWER_SECONDS; return the answers."""
+    ray.wait(list(requests), num_returns=len(requests), timeout=_ANSWER_SECONDS)
+    return [_answer(request) for request in requests]
 
 
-def _answer(asked: Any) -> NodePlace | str:
-    """Where an agent is, or why that is not known."""
+def _answer(request: Any) -> NodePlace | str:
+    """Return the place of an agent, or why it is not known."""
     try:
-        place: NodePlace = ray.get(asked, timeout=0)
+        place: NodePlace = ray.get(request, timeout=0)
         return place
     except TimeoutError:
         return f"did not answer for {_ANSWER_SECONDS:.0f} s"
@@ -315,7 +315,7 @@ def _answer(asked: Any) -> NodePlace | str:
 
 
 def _exit(done: Any) -> tuple[int | None, str]:
-    """(An exit code of `run_node`, None where a signal killed it or its agent, and what to say of it)."""
+    """Return (the exit code of `run_node`, None if a signal killed it or its agent; a description of its end, or "")."""
     try:
         code: int = ray.get(done)
     except RayError as error:
@@ -332,6 +332,6 @@ def _end(agents: Any) -> None:
         ray.kill(agent)
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """A key that puts node2 before node10, and so for addresses."""
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    """Return a sort key that puts node2 before node10, and orders addresses likewise."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

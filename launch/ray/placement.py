@@ -10,53 +10,53 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 
 from distattn.launch.node_needs import NodeNeeds
 
-# between two questions to the cluster
+# seconds between two requests to the cluster
 _LOOK_SECONDS = 1.0
-# that further nodes may take to follow the last one: nodes that come together are taken in together
+# seconds to wait for further nodes after the last one came, so that nodes that come together join together
 _SETTLE_SECONDS = 10.0
 
 
 def hold_nodes(needs: NodeNeeds, count: int, without: Sequence[str]) -> PlacementGroup:
-    """Ask for room on so many nodes at once, each another one. without: Ray's numbers of nodes that are not taken."""
+    """Request room on `count` different nodes at once. without: Ray's ids of nodes to exclude."""
     bundle = {"CPU": float(needs.cpus)} | ({"GPU": float(needs.gpus)} if needs.gpus else {})
-    # no blanks: Ray takes them for a part of the number
+    # no blanks: Ray would take them for a part of the id
     others = {"ray.io/node-id": f"!in({','.join(without)})"} if without else {}
     return placement_group([bundle] * count, strategy="STRICT_SPREAD", bundle_label_selector=[others] * count)
 
 
 def node_slots(needs: NodeNeeds) -> int:
-    """How many nodes' ranks the cluster could hold if nobody used it; a large node may hold those of several runs."""
+    """Return for how many nodes' ranks an idle cluster would have room; a large node may count several times."""
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     wanted = {"CPU": needs.cpus, "GPU": needs.gpus}
-    return sum(min(int(has.get(kind, 0) // count) for kind, count in wanted.items() if count) for has in resources)
+    return sum(min(int(node.get(kind, 0) // count) for kind, count in wanted.items() if count) for node in resources)
 
 
 def bundle_nodes(group: PlacementGroup) -> dict[int, str]:
-    """Ray's number of the node of each bundle; a bundle whose node is gone has none."""
-    found: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
-    return {bundle: node for bundle, node in found.items() if node}
+    """Return Ray's id of the node of each bundle, without bundles whose node is gone."""
+    nodes: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
+    return {bundle: node for bundle, node in nodes.items() if node}
 
 
 class NodeReservation:
-    """A reservation of nodes for an attempt that may grow: it holds them until they make up one of the larger node counts.
+    """Reserves nodes in addition to an attempt's, until there are enough for a larger number of nodes that the run may have.
 
-    A placement group that waits is what Ray's autoscaler adds nodes for.
+    Ray's autoscaler adds nodes for a request that waits for room.
     """
 
     def __init__(self, needs: NodeNeeds, nodes: Sequence[str], counts: Sequence[int], left_out: Sequence[str]):
-        """nodes: Ray's numbers of those of the attempt. counts: how many it may have. left_out: nodes that are not taken."""
+        """Start without reserved nodes.
+
+        nodes: Ray's ids of the attempt's nodes. counts: possible numbers of nodes. left_out: Ray's ids of nodes to exclude.
+        """
         self._needs, self._without = needs, [*left_out, *nodes]
         self._counts = [len(nodes), *sorted(count for count in counts if count > len(nodes))]
-        # of the second count, the third and so on; only the last may wait
+        # for the second count, the third and so on; only the last group may still wait
         self._groups: list[PlacementGroup] = []
         self._placed = 0
         self._looked = self._found_at = float("-inf")
 
     def available_nodes(self) -> int:
-        """Return how many nodes the run can have now, those of the attempt included.
-
-        Return 0 if there are no more, or if further ones may follow soon.
-        """
+        """Return the number of nodes that the run can have now, with the attempt's; 0 if not more, or if more may follow soon."""
         now = time.monotonic()
         if self._placed + 1 < len(self._counts) and now - self._looked > _LOOK_SECONDS:
             self._looked = now

@@ -1,4 +1,4 @@
-"""One run on a Ray cluster: its attempts, and what its folder says of them while they go on and afterwards."""
+"""One run on a Ray cluster: its attempts, and their state in the run folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RayRun:
     """The attempts of one run on the cluster that this process is connected to."""
 
     def __init__(self, run: RunFolder, config: Config, job: str):
-        """job: the name that ranks of all attempts have, of `new_job`. Raises DistattnError as `ElasticRun`."""
+        """Note the run as waiting. job: a name of `new_job`, for ranks of all attempts. Raise DistattnError as `ElasticRun`."""
         self.run, self.needs = run, node_needs(config)
         last = ray_facts(run) if run.ray_file.exists() else {}
         elastic = ElasticRun(run, config, last.get("nodes", 0), launcher_facts())
@@ -44,11 +44,11 @@ class RayRun:
         self._attempts = NodeAttempts(run, self._nodes, config.supervision.max_restarts, elastic.facts)
 
     def stop(self, number: int) -> None:
-        """Have the ranks save and end, with exit code 75. number: of the signal that asks for it."""
+        """Ask the ranks to save and end with exit code 75. number: of the signal that asks for it."""
         self._attempts.stop(number)
 
     def train(self) -> int:
-        """Run attempts until the run has ended, or goes on no more. Returns the exit code."""
+        """Run attempts until the run has ended, or cannot continue. Return the exit code."""
         note_state(self.run, "running")
         outcome = Outcome(1)
         try:
@@ -68,29 +68,29 @@ class RayRun:
                     f"{self.run.state_file}: cannot be written: {error.strerror}; the run ended with exit code {outcome.code}."
                 )
         if outcome.code == RunStopped.exit_code:
-            print_message(f"{resume_command(self.run.folder)} goes on from the newest checkpoint.")
+            print_message(f"{resume_command(self.run.folder)} continues from the newest checkpoint.")
         return outcome.code
 
 
 def launcher_facts() -> dict[str, Any]:
-    """Where this launcher runs, and of which cluster it is a driver."""
+    """Return the host and process of this launcher, and the address of its cluster."""
     return {"cluster": ray.get_runtime_context().gcs_address, "host": socket.gethostname(), "launcher": os.getpid()}
 
 
 def note_launcher(run: RunFolder, state: str, **facts: Any) -> None:
-    """Note in the folder of a run, or of a sweep, who launches it. facts: others."""
-    noted = {"job": ray.get_runtime_context().get_job_id(), **launcher_facts(), **facts}
-    write_whole(run.ray_file, json.dumps(noted) + "\n")
+    """Note the launcher and the state in the folder of a run or of a sweep. facts: further ones to note."""
+    all_facts = {"job": ray.get_runtime_context().get_job_id(), **launcher_facts(), **facts}
+    write_whole(run.ray_file, json.dumps(all_facts) + "\n")
     note_state(run, state)
 
 
 def note_state(run: RunFolder, state: str) -> None:
-    """Note waiting, running, or that it has ended and its exit code."""
+    """Note the state of a run: "waiting", "running", or "ended CODE"."""
     write_whole(run.state_file, f"{state}\n")
 
 
 def new_job() -> str:
-    """A name for runs of this driver, and of this process: their folders are its own while it changes their configurations."""
+    """Return a name for the runs of this driver. This process takes it, too, since it changes configurations in their folders."""
     job = f"Ray job {ray.get_runtime_context().get_job_id()} ({secrets.token_hex(4)})"
     os.environ[JOB_VARIABLE] = job
     return job
@@ -98,7 +98,7 @@ def new_job() -> str:
 
 @contextmanager
 def stopping(stop: Callable[[int], None]) -> Iterator[None]:
-    """Around runs: SIGTERM and Ctrl-C call `stop` with the signal's number; a second Ctrl-C ends this process and the ranks."""
+    """Call `stop` with the signal's number on SIGTERM and Ctrl-C; a second Ctrl-C ends this process and the ranks."""
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop(number)

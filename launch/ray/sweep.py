@@ -1,4 +1,4 @@
-"""The runs of a sweep on a Ray cluster: as many at a time as it has room for, each with attempts of its own."""
+"""The runs of a sweep on a Ray cluster: as many at a time as the cluster has room for, each with its own attempts."""
 
 from __future__ import annotations
 
@@ -15,81 +15,81 @@ from distattn.launch.stop_signals import stopped
 from distattn.training.config.run_file import Config
 from distattn.training.run_folder import RunFolder
 
-# between two looks at the runs, at the cluster, and at the file that asks to stop
+# seconds between two looks at the runs, at the cluster, and at the file that asks to stop
 _LOOK_SECONDS = 1.0
 
 
 class RaySweep:
-    """Runs of a sweep, of which the first ones begin first."""
+    """The runs of a sweep, which start in their order."""
 
     def __init__(self, folder: RunFolder, runs: Sequence[RayRun]):
-        """folder: of the sweep; a file `stop` in it is for all runs."""
+        """Start no run yet. folder: of the sweep; a file `stop` in it is for all runs."""
         self._folder, self._runs, self._waiting = folder, runs, list(runs)
         self._threads: dict[RayRun, threading.Thread] = {}
         self._codes: dict[RayRun, int] = {}
         self._stopped = False
 
     def stop(self, number: int) -> None:
-        """Have all ranks save and end, and begin no other run: a handler of signals."""
+        """Ask all ranks to save and end, and start no other run: a handler of signals."""
         self._stopped = True
-        for one, thread in self._threads.items():
-            # also one that is about to begin
-            if thread.is_alive() or one not in self._codes:
-                one.stop(number)
+        for run, thread in self._threads.items():
+            # also a run that is about to start
+            if thread.is_alive() or run not in self._codes:
+                run.stop(number)
 
     def train(self) -> int:
-        """Run all. Returns the exit code: that of the first run that failed, else 75 where one was stopped, else 0."""
-        for place in (self._folder, *(one.run for one in self._runs)):
-            place.forget_requests()
+        """Run all. Return the exit code of the first run that failed, else 75 if a run was stopped, else 0."""
+        for folder in (self._folder, *(run.run for run in self._runs)):
+            folder.forget_requests()
         while (self._waiting and not self._stopped) or self._running():
             if self._waiting and not self._stopped and self._has_room(self._waiting[0]):
                 self._begin(self._waiting.pop(0))
             if self._folder.stop_file.exists():
                 self._stop_as_asked()
             time.sleep(_LOOK_SECONDS)
-        codes = [self._codes.get(one, RunStopped.exit_code) for one in self._runs]
-        for one, code in zip(self._runs, codes, strict=True):
-            # also of those that were never begun
-            note_state(one.run, f"ended {code}")
-            print_message(f"{one.run.folder} ended with exit code {code}.")
+        codes = [self._codes.get(run, RunStopped.exit_code) for run in self._runs]
+        for run, code in zip(self._runs, codes, strict=True):
+            # also for runs that were never started
+            note_state(run.run, f"ended {code}")
+            print_message(f"{run.run.folder} ended with exit code {code}.")
         return next((code for code in codes if code not in (0, RunStopped.exit_code)), max(codes, default=0))
 
     def _running(self) -> list[RayRun]:
-        return [one for one, thread in self._threads.items() if thread.is_alive()]
+        return [run for run, thread in self._threads.items() if thread.is_alive()]
 
-    def _has_room(self, one: RayRun) -> bool:
-        """Whether the cluster holds another run; the first begins in any case, so that an autoscaler knows what is missing."""
+    def _has_room(self, run: RayRun) -> bool:
+        """Return whether the cluster has room for another run; True for the first, so that an autoscaler sees its demand."""
         running = self._running()
-        return not running or node_slots(one.needs) >= sum(other.most_nodes for other in [*running, one])
+        return not running or node_slots(run.needs) >= sum(other.most_nodes for other in [*running, run])
 
-    def _begin(self, one: RayRun) -> None:
-        """Begin a run, unless it was cancelled while it waited."""
-        if one.run.stop_file.exists():
+    def _begin(self, run: RayRun) -> None:
+        """Start a run, unless it was cancelled while it waited."""
+        if run.run.stop_file.exists():
             return
-        # what a second Ctrl-C leaves ends with this process
-        self._threads[one] = threading.Thread(target=self._train, args=(one,), daemon=True)
-        self._threads[one].start()
+        # a daemon, so that a run that is still going after a second Ctrl-C ends with this process
+        self._threads[run] = threading.Thread(target=self._train, args=(run,), daemon=True)
+        self._threads[run].start()
 
-    def _train(self, one: RayRun) -> None:
-        self._codes[one] = 1
-        self._codes[one] = one.train()
+    def _train(self, run: RayRun) -> None:
+        self._codes[run] = 1
+        self._codes[run] = run.train()
 
     def _stop_as_asked(self) -> None:
-        """Pass the request of a person on to the runs."""
+        """Pass the request in the sweep's folder on to the runs."""
         self._stopped = True
         reason = self._folder.stop_file.read_text("utf-8").strip()
-        for one in self._running():
-            one.run.ask_to_stop(reason)
+        for run in self._running():
+            run.run.ask_to_stop(reason)
 
 
 def run_sweep(folder: RunFolder, runs: Sequence[tuple[RunFolder, Config]]) -> int:
-    """Run those of a sweep that have not ended well, on the cluster that this process is connected to. Returns the exit code."""
+    """Run a sweep's runs that have not ended well, on the cluster that this process is connected to. Return the exit code."""
     job = new_job()
     sweep = RaySweep(folder, [RayRun(run, config, job) for run, config in runs if not _has_ended_well(run)])
     note_launcher(folder, "running")
     code = 1
     try:
-        then = f"{resume_command(folder.folder)} goes on with runs that have not ended well"
+        then = f"{resume_command(folder.folder)} continues the runs that have not ended well"
         with stopped("on Ray", then), stopping(sweep.stop), watch_head(folder.folder):
             code = sweep.train()
     finally:

@@ -1,4 +1,4 @@
-"""Commands as tasks of a Ray cluster, each with GPUs and CPUs of its own: measurements on every node, or cases of a benchmark.
+"""Commands as tasks of a Ray cluster, each with its own GPUs and CPUs: measurements on every node, or cases of a benchmark.
 
 python -m distattn.launch.ray.tasks FOLDER [options] -- COMMAND
 """
@@ -27,26 +27,26 @@ USAGE = """usage: python -m distattn.launch.ray.tasks FOLDER [--ray.address HOST
                                            [--gpus N] [--cpus N] -- COMMAND ARGUMENTS
 
 Runs a command on a Ray cluster: once for each value of an argument (--KEY=VALUE is added), as many at a time as the cluster has
-room for, or once on every node. FOLDER gets NAME.log with what each prints; files that it writes into {out} come into
-FOLDER/NAME. --gpus and --cpus are those of one task (default 0 and 1), with --every-node all that the node has. The command's
-python is the one that runs Ray's workers.
+room for, or once on every node. The output of each task is written to FOLDER/NAME.log; files that it writes into {out} are
+copied to FOLDER/NAME. --gpus and --cpus are those of one task (default 0 and 1); with --every-node a task gets all of its node.
+The command's python is the one that runs Ray's workers.
 """
-# what stands for the folder whose files come back
+# stands for the folder whose files are returned
 _OUT = "{out}"
 
 
 class Task(NamedTuple):
-    """A command to run. words: {out} in them becomes a folder. node: Ray's number of the node it is for, empty for any."""
+    """A command to run. command: {out} in it becomes a folder. node: Ray's id of the node to run on, "" for any."""
 
     name: str
-    words: tuple[str, ...]
+    command: tuple[str, ...]
     cpus: float
     gpus: float
     node: str = ""
 
 
 class TaskEnd(NamedTuple):
-    """How a command has ended. code: -N where signal N killed it, 1 where its node or worker was lost. files: by name."""
+    """How a command has ended. code: -N if signal N killed it, 1 if its node or worker was lost. files: by name."""
 
     code: int
     output: str
@@ -54,7 +54,7 @@ class TaskEnd(NamedTuple):
 
 
 class RayNode(NamedTuple):
-    """A node of the cluster that has CPUs or GPUs. number: Ray's."""
+    """A node of the cluster that has CPUs or GPUs. number: Ray's id."""
 
     name: str
     number: str
@@ -63,23 +63,23 @@ class RayNode(NamedTuple):
 
 
 def task_nodes() -> list[RayNode]:
-    """Nodes for tasks that each take a whole one, by name: where some have GPUs only these."""
+    """Return the nodes for tasks that take a whole node each, sorted by name; only those with GPUs if there are any."""
     names = node_names()
-    found = [
+    nodes = [
         RayNode(
             names[node["NodeID"]], node["NodeID"], node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)
         )
         for node in ray.nodes()
         if node["Alive"]
     ]
-    with_gpus = [node for node in found if node.gpus]
-    return sorted(with_gpus or [node for node in found if node.cpus])
+    with_gpus = [node for node in nodes if node.gpus]
+    return sorted(with_gpus or [node for node in nodes if node.cpus])
 
 
 def run_tasks(tasks: Sequence[Task]) -> Iterator[tuple[Task, TaskEnd]]:
-    """Run commands on the cluster this process is connected to; yields them as they end. Those that lack room wait."""
+    """Run commands on the cluster that this process is connected to, as soon as there is room; yield them as they end."""
     folder = os.getcwd()
-    waiting = {_options(task).remote(task.words, folder): task for task in tasks}
+    waiting = {_options(task).remote(task.command, folder): task for task in tasks}
     while waiting:
         for done in ray.wait(list(waiting), num_returns=1)[0]:
             try:
@@ -89,13 +89,13 @@ def run_tasks(tasks: Sequence[Task]) -> Iterator[tuple[Task, TaskEnd]]:
             yield waiting.pop(done), end
 
 
-def run_command(words: Sequence[str], folder: str) -> TaskEnd:
-    """Run a command in a folder, or where this process is where a node does not have it: a task. It ends with its worker."""
-    program = sys.executable if words[0] == "python" else words[0]
+def run_command(command: Sequence[str], folder: str) -> TaskEnd:
+    """Run a command as a task, which ends with its worker. folder: to run in, if the node has it; else the worker's folder."""
+    program = sys.executable if command[0] == "python" else command[0]
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-m", "distattn.launch.ranks.die_with_launcher", str(os.getpid()), "--"]
+        wrapper = [sys.executable, "-m", "distattn.launch.ranks.die_with_launcher", str(os.getpid()), "--"]
         done = subprocess.run(
-            [*command, program, *(word.replace(_OUT, out) for word in words[1:])],
+            [*wrapper, program, *(argument.replace(_OUT, out) for argument in command[1:])],
             cwd=folder if os.path.isdir(folder) else None,
             env=child_environment(),
             stdin=subprocess.DEVNULL,
@@ -107,14 +107,14 @@ def run_command(words: Sequence[str], folder: str) -> TaskEnd:
 
 
 def _options(task: Task) -> Any:
-    given: dict[str, Any] = {"num_cpus": task.cpus, "num_gpus": task.gpus, "max_retries": 0}
+    options: dict[str, Any] = {"num_cpus": task.cpus, "num_gpus": task.gpus, "max_retries": 0}
     if task.node:
-        given["scheduling_strategy"] = NodeAffinitySchedulingStrategy(task.node, soft=False)
-    return ray.remote(run_command).options(**given)
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(task.node, soft=False)
+    return ray.remote(run_command).options(**options)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns the exit code: 0, or that of the first task that failed."""
+    """Run the command; return the exit code: 0, or that of the first task that failed."""
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0 if arguments else 2
@@ -134,33 +134,33 @@ def _run(arguments: Sequence[str]) -> int:
     for name, default in (("gpus", 0.0), ("cpus", 1.0)):
         parser.add_argument(f"--{name}", type=float, default=default)
     split = list(arguments).index("--") if "--" in arguments else len(arguments)
-    given, words = parser.parse_args(arguments[:split]), tuple(arguments[split + 1 :])
-    if not words:
+    options, command = parser.parse_args(arguments[:split]), tuple(arguments[split + 1 :])
+    if not command:
         raise DistattnError("ray.tasks: the command comes after --, such as -- python benchmarks/planning.py.")
-    if given.every_node == (given.array is not None):
+    if options.every_node == (options.array is not None):
         raise DistattnError(
-            "ray.tasks: --array has one task for each value, --every-node one for each node; give one of both."
+            "ray.tasks: --array has one task for each value, --every-node one for each node; give one of the two."
         )
     try:
-        given.folder.mkdir(parents=True)
+        options.folder.mkdir(parents=True)
     except OSError as error:
         raise DistattnError(
-            f"ray.tasks: {given.folder} cannot be made: {error.strerror}; name another folder."
+            f"ray.tasks: {options.folder} cannot be created: {error.strerror}; name another folder."
         ) from None
     codes = []
-    with connected(given.address, quiet=False, cores_here=lambda: os.cpu_count() or 1):
-        if given.every_node:
+    with connected(options.address, quiet=False, cores_here=lambda: os.cpu_count() or 1):
+        if options.every_node:
             tasks = [
-                Task(node.name.replace("/", "_"), words, node.cpus, node.gpus, node.number) for node in task_nodes()
+                Task(node.name.replace("/", "_"), command, node.cpus, node.gpus, node.number) for node in task_nodes()
             ]
         else:
             tasks = [
-                Task(word.partition("=")[2].replace("/", "_"), (*words, word), given.cpus, given.gpus)
-                for word in array_words(given.array)
+                Task(argument.partition("=")[2].replace("/", "_"), (*command, argument), options.cpus, options.gpus)
+                for argument in array_words(options.array)
             ]
         for task, end in run_tasks(tasks):
-            _keep(given.folder, task, end)
-            print_line(f"{task.name}: exit code {end.code}, {given.folder / task.name}.log")
+            _keep(options.folder, task, end)
+            print_line(f"{task.name}: exit code {end.code}, {options.folder / task.name}.log")
             codes.append(end.code)
     return next((code if code > 0 else 128 - code for code in codes if code), 0)
 

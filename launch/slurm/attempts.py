@@ -1,7 +1,7 @@
 """The attempts of a run inside one Slurm job: `python -m distattn.launch.slurm.attempts RUN ... -- srun ...`, on its first node.
 
-The batch script ends in it. Each attempt is a step of the job on as many of its nodes as the run wants, with an address of its
-own. Where a node is lost, or ranks are killed, the next attempt follows on nodes that are left. When Slurm tells of the time
+The batch script replaces itself by this process. Each attempt is a step of the job on as many nodes as the run needs, with its
+own address. After a lost node or killed ranks, the next attempt runs on the nodes that are left. When Slurm signals the time
 limit or a preemption, the ranks save and end with exit code 75, and the job is queued again. Needs neither torch nor a GPU.
 """
 
@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from distattn.ir.errors import DistattnError, RunStopped
-from distattn.launch.attempt_end import OTHERS_SECONDS, AttemptEnd
+from distattn.launch.attempt_end import OTHERS_SECONDS, AttemptEnd, LeftOut
 from distattn.launch.command_line import print_message
 from distattn.launch.node_attempts import NodeAttempts, Outcome
 from distattn.launch.slurm.commands import (
@@ -34,19 +35,23 @@ from distattn.launch.slurm.commands import (
     expand_hosts,
     host_address,
     job_state,
+    unusable_hosts,
     usable_hosts,
 )
-from distattn.launch.slurm.steps import JobHosts, read_srun_line
 from distattn.training.run_folder import RunFolder
 
-# for Slurm to end a step of which one node has failed, and OTHERS_SECONDS have passed
+# seconds that Slurm gets to end a step, beyond OTHERS_SECONDS after its first failure
 _ENDING_SECONDS = 15.0
+# srun's messages about tasks and nodes
+_TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? [\d,\[\]-]+: (?:Exited with exit code (\d+)|(\w[^\n]*))")
+_NO_STEP = re.compile(r"srun: error: Unable to create step for job \S+: (.*\S)")
+_NODE_LOST = re.compile(r"srun: error: (?:Node failure on|[^\n]*failed on node) ([\w.,\[\]-]+)")
 
 
 class _Job(NamedTuple):
-    """This job. requeues: how often it was queued again, max_requeues at most.
+    """This job. requeues: how often it was queued again, at most max_requeues times.
 
-    name: by which Slurm's commands know it alone, not the whole array.
+    name: for Slurm's commands; of an array's task it names this task alone, not the whole array.
     """
 
     number: str
@@ -57,17 +62,23 @@ class _Job(NamedTuple):
 
 
 class JobNodes:
-    """Runs attempts on nodes of a job, each as a step. command: srun and what it starts."""
+    """Runs each attempt as a step on nodes of a job.
 
-    def __init__(self, job: _Job, command: Sequence[str], hosts: JobHosts):
-        self._job, self._command, self._hosts = job, list(command), hosts
+    command: srun and the command that it starts. hosts: all nodes of the job. wanted: the number of nodes of an attempt.
+    """
+
+    def __init__(self, job: _Job, command: Sequence[str], hosts: Sequence[str], wanted: int):
+        self._job, self._command, self._hosts, self._wanted = job, list(command), list(hosts), wanted
+        self._left_out = LeftOut()
 
     def choose(self) -> list[str] | None:
-        """The hosts of the next attempt: see `JobHosts.choose`."""
-        return self._hosts.choose()
+        """Return the first usable nodes in Slurm's order; None if they are too few."""
+        unusable = unusable_hosts(self._hosts)
+        usable = [host for host in self._hosts if host not in self._left_out.hosts and host not in unusable]
+        return usable[: self._wanted] if len(usable) >= self._wanted else None
 
     def run(self, hosts: Sequence[str], attempt: int) -> AttemptEnd:
-        """Run the attempt's step, at an address of its own."""
+        """Run the attempt's step with its own address."""
         address = f"{host_address(hosts[0])}:{_port(int(self._job.number), attempt)}"
         print_message(f"attempt {attempt} of job {self._job.number} on {' '.join(hosts)}, led by {address}")
         return self._step(hosts, address)
@@ -77,31 +88,35 @@ class JobNodes:
         return self._step(hosts[:1], "finish").code
 
     def blame(self, hosts: Sequence[str], end: AttemptEnd) -> None:
-        """See `JobHosts.blame`."""
-        self._hosts.blame(hosts, end)
+        """Leave out hosts after a failure, as `LeftOut.blame` does."""
+        self._left_out.blame(hosts, end, spare=len(self._hosts) - len(self._left_out.hosts) - self._wanted)
 
     def give_back(self) -> str:
-        """Which node is given back that failed repeatedly and has no spare one: the job is queued again to go on without it."""
-        if self._job.requeues >= self._job.max_requeues or not (stuck := self._hosts.stuck) or not self.to_avoid():
+        """Name the nodes that failed repeatedly and have no spare, so that the job is queued again without them; or return ""."""
+        stuck = [host for host in self._left_out.failing if host not in self._left_out.hosts]
+        if self._job.requeues >= self._job.max_requeues or not stuck or not self.to_avoid():
             return ""
         return f"{' '.join(stuck)} failed repeatedly and is given back"
 
     def to_avoid(self) -> list[str]:
-        """The nodes that have failed repeatedly, where Slurm has enough others."""
-        if not (failing := self._hosts.failing):
+        """Return the nodes that have failed repeatedly; [] if Slurm has too few others."""
+        if not (failing := self._left_out.failing):
             return []
         others = usable_hosts(self._job.partition) - {*failing, *avoided_hosts(self._job.name)}
-        return failing if len(others) >= len(self._hosts.hosts) else []
+        return failing if len(others) >= len(self._hosts) else []
 
     def shortage(self) -> str:
-        """Which nodes the job has."""
-        return f"of {' '.join(self._hosts.hosts)} fewer than {self._hosts.wanted} nodes are left"
+        """Describe how many nodes are needed, and which ones the job has."""
+        return f"fewer than {self._wanted} nodes are left of {' '.join(self._hosts)}"
 
-    def _step(self, hosts: Sequence[str], what: str) -> AttemptEnd:
-        """One step of the job on these hosts; what srun says is read as it comes."""
-        places = [f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", f"--nodelist={','.join(hosts)}"]
+    def _step(self, hosts: Sequence[str], argument: str) -> AttemptEnd:
+        """Run one step of the job on these hosts, and read srun's messages as they come. argument: the last one of `run_node`."""
+        placement = [f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", f"--nodelist={','.join(hosts)}"]
         process = subprocess.Popen(
-            [self._command[0], *places, *self._command[1:], what], stderr=subprocess.PIPE, text=True, errors="replace"
+            [self._command[0], *placement, *self._command[1:], argument],
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
         )
         lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=_pass_on, args=(process, lines), daemon=True).start()
@@ -113,8 +128,8 @@ class JobNodes:
                 line = ""
             if line is None:
                 break
-            # what becomes of tasks after the step was ended is our doing
-            if read_srun_line(end, line, tasks=not killed) and not failed_at:
+            # tasks that end after the step was killed did not fail by themselves
+            if _read_srun_line(end, line, tasks=not killed) and not failed_at:
                 failed_at = time.monotonic()
             waited = time.monotonic() - failed_at if failed_at else 0.0
             if waited > OTHERS_SECONDS and not killed:
@@ -122,7 +137,7 @@ class JobNodes:
                 try:
                     end_steps(self._job.name)
                 except SlurmError as error:
-                    # the step may have ended by itself meanwhile
+                    # the step may have ended by itself in the meantime
                     print_message(str(error))
             if waited > OTHERS_SECONDS + _ENDING_SECONDS:
                 process.kill()
@@ -132,21 +147,21 @@ class JobNodes:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns the exit code of the batch script."""
+    """Run the command; return the exit code of the batch script."""
     split = arguments.index("--")
-    given = _parsed(arguments[:split])
-    run = RunFolder(given.run)
-    job = _noted_job(run, given.max_requeues)
+    options = _parsed(arguments[:split])
+    run = RunFolder(options.run)
+    job = _noted_job(run, options.max_requeues)
     outcome, nodes = Outcome(1), None
     try:
-        hosts = JobHosts(expand_hosts(os.environ["SLURM_JOB_NODELIST"]), given.nodes)
-        nodes = JobNodes(job, arguments[split + 1 :], hosts)
+        hosts = expand_hosts(os.environ["SLURM_JOB_NODELIST"])
+        nodes = JobNodes(job, arguments[split + 1 :], hosts, options.nodes)
         facts = {"job": int(job.number), "requeues": job.requeues}
-        attempts = NodeAttempts(run, nodes, given.max_restarts, facts)
-        for asked in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(asked, attempts.stop)
-        if given.asked:
-            attempts.stop(signal.Signals[given.asked])
+        attempts = NodeAttempts(run, nodes, options.max_restarts, facts)
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, attempts.stop)
+        if options.asked:
+            attempts.stop(signal.Signals[options.asked])
         outcome = attempts.run()
     except SlurmError as error:
         # nothing is wrong with the run
@@ -171,7 +186,7 @@ def main(arguments: Sequence[str]) -> int:
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("slurm.attempts")
     parser.add_argument("run", type=Path)
-    # a signal that the script was sent before this began
+    # a signal that the batch script received before this process began
     parser.add_argument("--asked", default="")
     for name in ("nodes", "max-restarts", "max-requeues"):
         parser.add_argument(f"--{name}", type=int, required=True)
@@ -179,18 +194,18 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _noted_job(run: RunFolder, max_requeues: int) -> _Job:
-    """Note the job, as Slurm's variables have it, in the run's folder and in a sweep's; returns it."""
+    """Read the job from Slurm's variables, note it in the folders of the run and of its sweep, and return it."""
     number = name = os.environ["SLURM_JOB_ID"]
     notes: list[tuple[RunFolder, int | str]] = [(run, int(number))]
     if task := os.environ.get("SLURM_ARRAY_TASK_ID"):
-        # one task's number is that of the array
+        # the number of one of the tasks equals that of the array
         array = os.environ["SLURM_ARRAY_JOB_ID"]
         name = f"{array}_{task}"
         notes = [(run, name), (RunFolder(run.folder.parent), int(array))]
-    for place, noted in notes:
-        # another one than launch has noted where somebody submits the script again; the tasks of a sweep note the same
+    for folder, job in notes:
+        # a script that a user submits again has another number than launch noted; the tasks of a sweep note the same number
         with contextlib.suppress(OSError):
-            place.note_job(noted)
+            folder.note_job(job)
     requeues = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     return _Job(number, requeues, max_requeues, name, os.environ.get("SLURM_JOB_PARTITION", ""))
 
@@ -201,24 +216,39 @@ def _queue_again(job: _Job, nodes: JobNodes | None) -> None:
             f"was queued again {job.requeues} times, slurm.max_requeues" if job.max_requeues else "is not queued again"
         )
         print_message(
-            f"job {job.number} {times}; sbatch RUN/job.sbatch goes on from the newest checkpoint, if there is one."
+            f"job {job.number} {times}; sbatch RUN/job.sbatch continues from the newest checkpoint, if there is one."
         )
         return
     try:
-        # a job that was cancelled, or that Slurm itself queues again, is not running any more
+        # a job that was cancelled, or that Slurm queues again by itself, is not running any more
         if job_state(job.name, OUTAGE_SECONDS) == "RUNNING":
             avoid = nodes.to_avoid() if nodes is not None else []
-            # to be queued again all of the job is sent SIGTERM, the command that asks for it included; who ignores it goes on
+            # Slurm sends SIGTERM to all processes of a job that is queued again, also to scontrol, which inherits this setting
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             ask_slurm("scontrol", "requeue", job.name, patience=OUTAGE_SECONDS)
             if avoid:
-                # Slurm takes this of jobs that wait, and kills this process after its KillWait
+                # Slurm accepts this only for a job that waits; it kills this process after its KillWait
                 avoid_hosts(job.name, avoid)
                 print_message(
-                    f"job {job.number} begins again without {' '.join(avoid)}; scontrol update excnodelist= allows all nodes."
+                    f"job {job.number} starts again without {' '.join(avoid)}; scontrol update excnodelist= allows all nodes."
                 )
     except DistattnError as error:
         print_message(f"job {job.number} is not queued again: {error}")
+
+
+def _read_srun_line(end: AttemptEnd, line: str, tasks: bool) -> bool:
+    """Add what a line of srun says to `end`; return whether it reports a failure. tasks: whether ends of tasks count."""
+    if match := _NO_STEP.search(line):
+        end.unstarted = match[1]
+        return True
+    if match := _NODE_LOST.search(line):
+        end.lost += [host for host in expand_hosts(match[1]) if host not in end.lost]
+        return True
+    if not tasks or not (match := _TASK_ENDED.search(line)):
+        return False
+    code = int(match[2]) if match[2] else None
+    failed = [end.add(host, code, f"was {match[3].lower()}" if code is None else "") for host in expand_hosts(match[1])]
+    return any(failed)
 
 
 def _pass_on(process: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) -> None:
@@ -231,7 +261,7 @@ def _pass_on(process: subprocess.Popen[str], lines: queue.SimpleQueue[str | None
 
 
 def _port(job: int, attempt: int) -> int:
-    """Where the first node listens: a port of each attempt's own, since ranks of the one before may still hold theirs."""
+    """Return the port of the first node. Each attempt has its own, since ranks of the previous one may still hold theirs."""
     return 20_000 + (job + 1_009 * attempt) % 20_000
 
 

@@ -1,4 +1,4 @@
-"""Slurm's own commands, and what they say of jobs and nodes."""
+"""Slurm's commands, and what they report about jobs and nodes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from collections.abc import Sequence
 
 from distattn.ir.errors import DistattnError
 
-# of nodes that take no step; a node that does not answer has a star behind its state
+# states of nodes that take no step; Slurm adds a star to the state of a node that does not answer
 _UNUSABLE = ("down", "fail", "error", "power", "reboot", "unknown")
 
-# a controller that another one takes over for; how long that may take, and how often it is asked
+# messages about a controller that does not answer, while a backup takes over; how long that may take, and the pause between
+# two requests
 _UNANSWERED = re.compile(r"[Uu]nable to contact|timed out|[Cc]onnection refused|connect failure|Zero Bytes")
 OUTAGE_SECONDS, _PAUSE_SECONDS = 120.0, 2.0
 
 
 class SlurmError(DistattnError):
-    """Slurm refuses, or does not answer. answer: its own words."""
+    """A refusal of Slurm, or a missing answer. answer: Slurm's message."""
 
     def __init__(self, command: str, answer: str):
         super().__init__(f"{command} refused: {answer}")
@@ -26,9 +27,9 @@ class SlurmError(DistattnError):
 
 
 def ask_slurm(*command: str, patience: float = 0.0) -> str:
-    """What a command of Slurm's prints. Raises SlurmError with its own words where it refuses.
+    """Run a command of Slurm and return its output. Raise SlurmError with Slurm's message if it refuses.
 
-    patience: seconds in which it is asked again where its controller does not answer.
+    patience: seconds during which the command is repeated while the controller does not answer.
     """
     ends = time.monotonic() + patience
     while True:
@@ -38,25 +39,25 @@ def ask_slurm(*command: str, patience: float = 0.0) -> str:
             raise DistattnError(f"there is no {command[0]} here: run this on a machine of a Slurm cluster.") from None
         if not done.returncode:
             return done.stdout.strip()
-        words = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        if time.monotonic() >= ends or not _UNANSWERED.search(words):
-            raise SlurmError(command[0], words)
+        message = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        if time.monotonic() >= ends or not _UNANSWERED.search(message):
+            raise SlurmError(command[0], message)
         time.sleep(_PAUSE_SECONDS)
 
 
 def expand_hosts(names: str) -> list[str]:
-    """The nodes of a list as Slurm writes it: node[1-2,7] is node1, node2, node7."""
+    """Return the nodes of a list in Slurm's notation: node[1-2,7] is node1, node2, node7."""
     return ask_slurm("scontrol", "show", "hostnames", names).split() if "[" in names or "," in names else [names]
 
 
 def host_address(host: str) -> str:
-    """Where a node listens, which need not be its name."""
-    words = ask_slurm("scontrol", "show", "node", host, patience=OUTAGE_SECONDS).split()
-    return next((word.removeprefix("NodeAddr=") for word in words if word.startswith("NodeAddr=")), host)
+    """Return the address of a node, which may differ from its name."""
+    fields = ask_slurm("scontrol", "show", "node", host, patience=OUTAGE_SECONDS).split()
+    return next((field.removeprefix("NodeAddr=") for field in fields if field.startswith("NodeAddr=")), host)
 
 
 def unusable_hosts(hosts: Sequence[str]) -> set[str]:
-    """Those of some nodes that Slurm knows to be down, or that do not answer it."""
+    """Return the nodes among `hosts` that are down, or that do not answer Slurm."""
     command = "sinfo", "--noheader", "--Node", f"--nodes={','.join(hosts)}", "--format=%N %T"
     lines = ask_slurm(*command, patience=OUTAGE_SECONDS).splitlines()
     states = [line.split() for line in lines if len(line.split()) == 2]
@@ -64,7 +65,7 @@ def unusable_hosts(hosts: Sequence[str]) -> set[str]:
 
 
 def usable_hosts(partition: str) -> set[str]:
-    """The nodes of a partition, empty for all of the cluster, on which jobs may begin once these are free."""
+    """Return the nodes of a partition on which jobs may start once the nodes are free. partition: "" for the whole cluster."""
     command = ["sinfo", "--noheader", "--Node", "--format=%N %T", *([f"--partition={partition}"] if partition else [])]
     lines = ask_slurm(*command, patience=OUTAGE_SECONDS).splitlines()
     states = [line.split() for line in lines if len(line.split()) == 2]
@@ -73,20 +74,20 @@ def usable_hosts(partition: str) -> set[str]:
 
 
 def avoided_hosts(job: str) -> list[str]:
-    """The nodes on which a job must not begin."""
-    words = ask_slurm("scontrol", "show", "job", job, patience=OUTAGE_SECONDS).split()
-    found = next((word.removeprefix("ExcNodeList=") for word in words if word.startswith("ExcNodeList=")), "(null)")
-    return [] if found in ("", "(null)") else expand_hosts(found)
+    """Return the nodes on which a job must not start."""
+    fields = ask_slurm("scontrol", "show", "job", job, patience=OUTAGE_SECONDS).split()
+    hosts = next((field.removeprefix("ExcNodeList=") for field in fields if field.startswith("ExcNodeList=")), "(null)")
+    return [] if hosts in ("", "(null)") else expand_hosts(hosts)
 
 
 def avoid_hosts(job: str, hosts: Sequence[str]) -> None:
-    """Have a job that waits begin on none of these nodes, nor on those that it avoids already."""
+    """Exclude nodes for a waiting job, besides those that it excludes already."""
     avoided = dict.fromkeys([*avoided_hosts(job), *hosts])
     ask_slurm("scontrol", "update", f"jobid={job}", f"excnodelist={','.join(avoided)}", patience=OUTAGE_SECONDS)
 
 
 def job_state(job: str, patience: float = 0.0) -> str:
-    """Slurm's word for the state of a job, such as RUNNING; empty once Slurm has forgotten it. patience: see `ask_slurm`."""
+    """Return Slurm's state of a job, such as RUNNING; "" once Slurm has forgotten the job. patience: see `ask_slurm`."""
     try:
         return ask_slurm("squeue", "--noheader", "--jobs", job, "--format=%T", patience=patience)
     except SlurmError as error:
@@ -97,7 +98,7 @@ def job_state(job: str, patience: float = 0.0) -> str:
 
 
 def end_steps(job: str) -> None:
-    """Kill the steps of a job, but not its batch script."""
+    """Kill the steps of a job, without its batch script."""
     command = "squeue", "--noheader", "--steps", "--jobs", job, "--format=%i"
     steps = ask_slurm(*command, patience=OUTAGE_SECONDS).split()
     if numbered := [step for step in steps if step.rpartition(".")[2].isdecimal()]:

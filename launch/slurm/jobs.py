@@ -1,7 +1,7 @@
-"""Runs on Slurm: a batch script that a person can read, submitted, watched and cancelled with Slurm's own commands.
+"""Runs on Slurm: a readable batch script, submitted, watched and cancelled with Slurm's own commands.
 
-Needs neither torch nor a GPU where it runs. What was submitted is in the run folder: the script and the job's number. Of a sweep
-they are in a folder that has the run folders of its tasks, by number.
+Needs neither torch nor a GPU here. The run folder has the script and the job's number. A sweep has them in its folder, which
+contains the run folders of its tasks, named by number.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ _TEMPLATES.filters["quote"] = shlex.quote
 
 
 class SubmittedError(DistattnError):
-    """Something went wrong after Slurm had taken a job: its run folder stays."""
+    """A failure after Slurm had accepted a job: the run folder stays."""
 
 
 def batch_script(config: Config, folder: Path, tasks: int = 0) -> str:
-    """Write the batch script of a run in this folder, as text. Raises DistattnError where a setting does not fit into one.
+    """Return the text of the batch script of a run in this folder. Raise DistattnError if a setting does not fit into it.
 
-    tasks: of a sweep, whose runs are in folders 0, 1, ... of this one; 0 for a single run.
+    tasks: the number of runs of a sweep, in the folders 0, 1, ... of this one; 0 for a single run.
     """
     node, slurm = node_needs(config), config.slurm
-    given = (slurm.partition, slurm.account, slurm.time, slurm.container_image, *slurm.container_mounts)
-    for line in (*slurm.setup, *slurm.options, *given, str(folder)):
+    values = (slurm.partition, slurm.account, slurm.time, slurm.container_image, *slurm.container_mounts)
+    for line in (*slurm.setup, *slurm.options, *values, str(folder)):
         if "\n" in line or "\r" in line:
             raise DistattnError(f"slurm: a line of the batch script cannot hold a line break: {line!r}.")
     if "\\" in str(folder):
@@ -64,38 +64,38 @@ def batch_script(config: Config, folder: Path, tasks: int = 0) -> str:
         cpus=node.cpus,
         container_options=options,
         container_prefix=prefix,
-        # without checkpoints there is nothing to go on from
+        # without checkpoints a run cannot continue
         requeues=slurm.max_requeues if config.checkpoint.every_steps >= 0 else 0,
         slurm=slurm,
     )
 
 
 def submit(config: Config, folder: Path, runs: Sequence[RunFolder]) -> int:
-    """Write the script of a run, or of the runs of a sweep, into a folder and submit it. Returns the job's number.
+    """Write the script of a run, or of the runs of a sweep, into a folder and submit it. Return the job's number.
 
-    Raises DistattnError with Slurm's own words where it rejects the job.
+    Raise DistattnError with Slurm's message if Slurm rejects the job.
     """
-    place = RunFolder(folder)
+    job_folder = RunFolder(folder)
     tasks = 0 if [run.folder for run in runs] == [folder] else len(runs)
-    place.script_file.write_text(batch_script(config, folder, tasks), "utf-8")
-    # from here to the job's number in the file nothing may come between
-    waiting = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    job_folder.script_file.write_text(batch_script(config, folder, tasks), "utf-8")
+    # no signal may come between the submission and the note of the job's number
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
-        answer = ask_slurm("sbatch", "--parsable", str(place.script_file))
-        # "number" or "number;cluster", below whatever a site says first
+        answer = ask_slurm("sbatch", "--parsable", str(job_folder.script_file))
+        # "number" or "number;cluster", after any messages of the site
         number = re.match(r"(\d+)(;|$)", (answer.splitlines() or [""])[-1])
         if number is None:
             raise SubmittedError(f"sbatch took the job and answered {answer!r}: no job number; see squeue --me.")
-        place.note_job(int(number[1]))
+        job_folder.note_job(int(number[1]))
         for task, run in enumerate(runs if tasks else ()):
             run.note_job(f"{number[1]}_{task}")
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return int(number[1])
 
 
 def require_slurm() -> None:
-    """Raise DistattnError where Slurm's commands are missing."""
+    """Raise DistattnError if Slurm's commands are missing."""
     if shutil.which("sbatch") is None:
         raise DistattnError(
             "there is no sbatch here: run this on a machine of a Slurm cluster, or add --dry-run to see the script."
@@ -103,31 +103,31 @@ def require_slurm() -> None:
 
 
 def node_bytes(partition: str) -> int | None:
-    """Memory of the largest node of a partition, or of the cluster, as Slurm was told; None where it does not say."""
+    """Return the memory of the largest node of a partition, or of the cluster, in bytes; None if Slurm does not know it."""
     try:
-        given = ask_slurm(
+        output = ask_slurm(
             "sinfo", "--noheader", "--Node", "--format=%m", *([f"--partition={partition}"] if partition else [])
         )
     except DistattnError:
-        # what is wrong sbatch says better
+        # sbatch gives a better reason
         return None
-    megabytes = [int(word) for word in given.split() if word.isdecimal()]
-    # 1 is what Slurm takes where nobody has said it
+    megabytes = [int(word) for word in output.split() if word.isdecimal()]
+    # 1 is Slurm's default where no memory is configured
     return max(megabytes) << 20 if max(megabytes, default=1) > 1 else None
 
 
 def status(run: RunFolder) -> dict[str, Any]:
-    """Look up a job: its number, its state, the steps done and the attempts (see `Attempts.rows`).
+    """Return a job's number, its state, the steps done and the attempts (see `Attempts.rows`).
 
-    The state is Slurm's while Slurm knows the job, else what the script left in the run folder.
+    The state is Slurm's while Slurm knows the job; later it is the one that the script wrote into the run folder.
     """
     job = _job(run)
     state = job_state(str(job))
     phase = "running" if state == "RUNNING" else "unknown"
     if not state:
-        left = run.state_file.read_text("utf-8").split() if run.state_file.exists() else []
-        phase = "unknown" if not left else "killed" if left == ["running"] else "ended"
-        state = {"unknown": "gone: it never began", "killed": "killed"}.get(phase) or f"ended, exit code {left[1]}"
+        last = run.state_file.read_text("utf-8").split() if run.state_file.exists() else []
+        phase = "unknown" if not last else "killed" if last == ["running"] else "ended"
+        state = {"unknown": "gone: it never began", "killed": "killed"}.get(phase) or f"ended, exit code {last[1]}"
     return {
         "run": str(run.folder),
         "job": job,
@@ -139,14 +139,14 @@ def status(run: RunFolder) -> dict[str, Any]:
 
 
 def cancel(run: RunFolder) -> int | str:
-    """Cancel the job of a run, or of a whole sweep; returns its number. Ranks save what they can until Slurm kills them."""
+    """Cancel the job of a run, or of a whole sweep; return its number. Ranks save what they can until Slurm kills them."""
     job = _job(run)
     ask_slurm("scancel", str(job))
     return job
 
 
 def _container(config: Config, folder: Path, gpus: bool) -> tuple[str, str]:
-    """Options of srun, and what stands before a command, for a container; both empty without one."""
+    """Return srun's options for a container, and the prefix of a command that runs in it; both are "" without a container."""
     slurm = config.slurm
     if not slurm.container_image:
         return "", ""
@@ -157,7 +157,7 @@ def _container(config: Config, folder: Path, gpus: bool) -> tuple[str, str]:
 
 
 def _job(run: RunFolder) -> int | str:
-    """The job's number; of a task of a sweep both numbers, as Slurm writes them."""
+    """Return the job's number; for a task of a sweep ARRAY_TASK, as Slurm writes it."""
     try:
         job = json.loads(run.job_file.read_text("utf-8"))["job"]
         return job if re.fullmatch(r"\d+_\d+", str(job)) else int(job)

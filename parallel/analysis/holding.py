@@ -83,7 +83,7 @@ def check_payload(
         return _HoldingCheck(call, table, payload, label, kept).run()
     mirrored = _HoldingCheck(call, table, payload, label, mirrored=True).run()
     last = table.steps - 1
-    moves = moves_of(table.moves, (payload,))
+    moves = moves_of_payloads(table.moves, (payload,))
     # tokens that arrive at a step are merged at its end: alive for that step only
     return BufferLifetimes(
         np.concatenate([mirrored.rank, moves["dst"]]),
@@ -93,7 +93,7 @@ def check_payload(
     )
 
 
-def moves_of(moves: Columns, payloads: tuple[Payload, ...]) -> Columns:
+def moves_of_payloads(moves: Columns, payloads: tuple[Payload, ...]) -> Columns:
     """Return the moves of these payloads, with their row numbers in column `row`."""
     row = np.flatnonzero(np.isin(moves["payload"], [int(payload) for payload in payloads]))
     return {**select_rows(moves, row), "row": row}
@@ -161,7 +161,7 @@ class _HoldingCheck:
     @cached_property
     def moves(self) -> Columns:
         """Return moves of the payload in reading direction, with their row numbers."""
-        moves = moves_of(self.table.moves, (self.payload,))
+        moves = moves_of_payloads(self.table.moves, (self.payload,))
         if not self.mirrored:
             return moves
         last = self.table.steps - 1

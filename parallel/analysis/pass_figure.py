@@ -21,7 +21,7 @@ _LEFT, _TOP, _WIDTH, _RIGHT, _LINE, _BAR = 40, 18, 372, 8, 14, 6
 _COLOURS = {"kernels": "var(--kernels,#4a86d0)", "messages": "var(--waiting,#d97a12)"}
 
 
-def drawn_ranks(ranks: int) -> Ints:
+def ranks_to_draw(ranks: int) -> Ints:
     """Return the ranks that a picture shows: all, or some that are evenly spread."""
     return np.unique(np.linspace(0, ranks - 1, min(ranks, _MAX_DRAWN)).astype(np.int64))
 
@@ -37,7 +37,7 @@ def busy_intervals(timeline: PassTimeline, ends: Numbers, ranks: Ints) -> tuple[
 
 def pass_figure(timeline: PassTimeline, title: str) -> str:
     """Return the drawing as an HTML figure with an inline SVG. title: describes it for users who cannot see it."""
-    ranks = drawn_ranks(timeline.begin.shape[1])
+    ranks = ranks_to_draw(timeline.begin.shape[1])
     bottom, wide = _TOP + _LINE * len(ranks), _WIDTH - _LEFT - _RIGHT
     scale = wide / (timeline.seconds or 1.0)
     bars = "".join(

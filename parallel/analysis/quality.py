@@ -101,10 +101,10 @@ def _lower_bound_bytes(plan: Plan, direction: str, most: float) -> np.ndarray:
     """Return the fewest bytes that move, (ranks,), if no rank computes more than `most` cells x heads and ranks hold only own
     keys.
 
-        Work above `most` has to be computed elsewhere. A server that computes w cells of one group of g heads needs R rows and C
-        keys of it with R * C >= w / g, and so at least 2 * sqrt(R * C * bytes of a row * bytes of a key) bytes of this group. The
-        root is concave: the bound is reached if few servers get as much as they can, and none gets more than `most`, or than all
-        work that a rank has of one group.
+    Work above `most` has to be computed elsewhere. A server that computes w cells of one group of g heads needs R rows and C keys
+    of it with R * C >= w / g, and so at least 2 * sqrt(R * C * bytes of a row * bytes of a key) bytes of this group. The root is
+    concave: the bound is reached if few servers get as much as they can, and none gets more than `most`, or than all work that a
+    rank has of one group.
     """
     call = plan.call
     if call.op.is_recurrent:

@@ -13,7 +13,7 @@ from distattn.cluster.spec import ClusterSpec
 from distattn.ir.cached import cached_property
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import Plan
-from distattn.parallel.analysis.pass_figure import busy_intervals, drawn_ranks, pass_figure
+from distattn.parallel.analysis.pass_figure import busy_intervals, pass_figure, ranks_to_draw
 from distattn.parallel.analysis.verify import Proof
 
 Numbers = np.ndarray
@@ -157,7 +157,7 @@ class Timeline:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
 
-        ranks = drawn_ranks(self.plan.call.ranks)
+        ranks = ranks_to_draw(self.plan.call.ranks)
         figure = Figure(figsize=(11, 1.6 + 0.16 * len(ranks)), layout="constrained")
         axis = figure.subplots()
         start = 0.0
@@ -173,7 +173,7 @@ class Timeline:
         axis.set_yticks(np.arange(len(ranks)) + 0.45, [str(rank) for rank in ranks], fontsize=7)
         drawn = f"; {len(ranks)} of {self.plan.call.ranks} ranks" if len(ranks) < self.plan.call.ranks else ""
         axis.set_title("forward, then backward" + drawn)
-        # beside the axis: with few ranks it would cover their last kernels
+        # next to the axis: with few ranks it would cover their last kernels
         figure.legend(
             handles=[
                 Patch(color=_KERNELS, label="kernels"),

@@ -1,8 +1,8 @@
 """The proof of a plan: every allowed cell computed once, every input present when used, every result at its owner.
 
-`verify` reads only the tables, the mask and the layout; it knows no strategy. All computations are sorts, joins and prefix sums
-over whole columns. Rules for moves are checked in `distattn.parallel.analysis.holding`, rules for states of recurrences in
-`distattn.parallel.analysis.states`.
+`verify` reads only the tables, the mask and the layout; it does not depend on the strategy. All computations are sorts, joins
+and prefix sums over whole columns. Rules for moves are checked in `distattn.parallel.analysis.holding`, rules for states of
+recurrences in `distattn.parallel.analysis.states`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from distattn.ir.plan import (
     task_bands,
 )
 from distattn.parallel.analysis.disjoint import first_overlap
-from distattn.parallel.analysis.holding import MAX_STEP, BufferLifetimes, check_payload, describe_row, moves_of
+from distattn.parallel.analysis.holding import MAX_STEP, BufferLifetimes, check_payload, describe_row, moves_of_payloads
 from distattn.parallel.analysis.states import begun_with_state, state_lifetimes, trace_states
 from distattn.parallel.tables.written_once import written_once
 
@@ -60,7 +60,7 @@ def verify(plan: Plan, max_buffer_bytes: int | None = None) -> Proof:
     """
     call = plan.call
     forward = _verify_table(plan, "forward", None)
-    kept = moves_of(plan.forward.moves, (Payload.Q, Payload.KV)) if plan.keeps_inputs else None
+    kept = moves_of_payloads(plan.forward.moves, (Payload.Q, Payload.KV)) if plan.keeps_inputs else None
     backward = _verify_table(plan, "backward", kept)
     if call.written_once:
         for payload in set(call.written_once) - set(written_once(call, plan.forward, plan.backward)):
@@ -98,7 +98,8 @@ def _verify_table(plan: Plan, direction: str, kept: Columns | None) -> dict[Payl
     if direction == "backward" and not call.op.has_gradient:
         rows = num_rows(table.tasks) + num_rows(table.moves)
         if rows:
-            raise PlanError(f"{direction}: {call.op.name} has no gradient, and its table {rows} rows; it has none.")
+            text = f"{call.op.name} has no gradient, so its table must be empty, but it has {rows} rows."
+            raise PlanError(f"{direction}: {text}")
         return {}
     _check_task_numbers(call, table.tasks, direction)
     _check_move_numbers(call, table.moves, direction, payloads)

@@ -1,12 +1,13 @@
-"""Arenas: the memory of passes, kept from pass to pass, one for each stream and for each pass that is under way on it.
+"""Arenas: the memory of passes, kept from pass to pass, one for each stream and for each unfinished pass on it.
 
-NCCL's process group tells PyTorch's allocator of the storage of every message (`record_stream`). Memory that is freed after that
-goes to others only once the device has come past it, and the host runs many layers ahead: a new arena for each pass would be 8 to
-18 arenas at once. So all messages are sent from and received in arenas of this pool, and arenas are not freed between passes. A
-pass works on one stream, which waits for the messages of each step: the stream itself orders the passes that use an arena.
+NCCL's process group tells PyTorch's allocator about the storage of every message (`record_stream`). Memory freed after that is
+reused only once the device has passed that point, and the host runs many layers ahead: with a new arena for each pass, 8 to 18
+arenas would exist at once. So all messages are sent from and received in arenas of this pool, and arenas are not freed between
+passes. A pass works on one stream, which waits for the messages of each step: the stream itself orders the passes that use an
+arena.
 
-What a forward pass receives for the backward stays where it arrives. Activation checkpointing drops it at once in a layer's first
-forward pass, and uses it soon where that is repeated: what nothing refers to any longer is where the next pass receives.
+Tensors that a forward pass receives for the backward stay where they arrive. Activation checkpointing drops them at once in a
+layer's first forward pass, and uses them soon when that is repeated: the next pass receives in memory that nothing refers to.
 """
 
 from __future__ import annotations
@@ -26,35 +27,35 @@ from torch import Tensor
 from distattn.kernels.devices import has_streams
 from distattn.parallel.runtime.memory import ALIGNMENT
 
-# a device and its stream, None where the device has no streams
+# a device and its stream, None for devices without streams
 _Place = tuple[torch.device, Any]
 
 
 class ArenaPool:
-    """Arenas that no pass uses now, by device and stream. Any thread may borrow and give back."""
+    """Pool of arenas that no pass uses now, by device and stream. Any thread may borrow and give back."""
 
     def __init__(self) -> None:
         # garbage collection may close a driver, which frees arenas, on a thread that holds the lock
         self._lock = threading.RLock()
-        # of each place by size, the smallest first
+        # by place, sorted by size, the smallest first
         self._idle: dict[_Place, list[Tensor]] = defaultdict(list)
-        # what passes have received for a backward in, of each place; it may be in use
+        # by place: memory for tensors received for a backward pass; it may be in use
         self._kept: dict[_Place, list[Tensor]] = defaultdict(list)
         self._of_parents: list[Any] = []
 
     def forget(self) -> None:
-        """Begin anew in a process that was forked: the device's memory, and threads that held the lock, stay with the parent."""
+        """Reset the pool in a forked process: the device's memory, and threads that held the lock, belong to the parent."""
         self._lock = threading.RLock()
-        # PyTorch's allocator would ask CUDA for events if they were freed, and a forked process cannot use CUDA
+        # keep them alive: freeing would call CUDA, which a forked process cannot use
         self._of_parents += [self._idle, self._kept]
         self._idle, self._kept = defaultdict(list), defaultdict(list)
 
     @contextmanager
     def borrowed(self, nbytes: int, device: torch.device) -> Iterator[Tensor]:
-        """Lend an arena of at least `nbytes` bytes, a tensor of uint8, to work on the current stream; its content has no meaning.
+        """Lend an arena of at least `nbytes` bytes, an uninitialized tensor of uint8, for work on the current stream.
 
-        The block ends when all that uses the arena is done or queued on that stream. If the block raises, the arena is dropped:
-        messages may still be under way in it. Raises torch.OutOfMemoryError.
+        The block ends when all work on the arena is done or queued on that stream. If the block raises, the arena is dropped,
+        because messages may still use it. Raise torch.OutOfMemoryError.
         """
         if not nbytes:
             yield torch.empty(0, dtype=torch.uint8, device=device)
@@ -64,16 +65,16 @@ class ArenaPool:
             idle = self._idle[place]
         arena = self._take(place, nbytes, idle)
         yield arena
-        # not reached by an exception, nor by a generator that is closed
+        # not reached after an exception, nor if a generator is closed
         with self._lock:
             insort(self._idle[place], arena, key=_size)
 
     @contextmanager
     def kept(self, count: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
-        """Give a forward pass a tensor (count,) to receive in what its backward will find again; its content has no meaning.
+        """Give a forward pass an uninitialized tensor (count,) to receive tensors in that its backward pass needs.
 
-        It may lie where that of another pass was, to which nothing refers any longer. If the block raises, its memory is not used
-        again. Raises torch.OutOfMemoryError.
+        It may reuse memory of another pass that nothing refers to. If the block raises, the memory is not reused. Raise
+        torch.OutOfMemoryError.
         """
         if not count or _is_taken_by_hooks():
             yield torch.empty(count, dtype=dtype, device=device)
@@ -82,16 +83,16 @@ class ArenaPool:
         with self._lock:
             blocks = self._kept[place]
             unused = sorted((block for block in blocks if _is_unused(block)), key=_size)
-            # what first passes have received is needed until much later: then it is not the pool's any longer
+            # without checkpointing, received tensors are needed until much later: the pool forgets them
             self._kept[place] = [block for block in blocks if not _is_unused(block)] if runs_backward() else []
         block = self._take(place, count * dtype.itemsize, unused)
-        # no view, of which autograd would know
+        # not a view, which autograd would track
         yield torch.empty(0, dtype=dtype, device=device).set_(block.untyped_storage(), 0, (count,), (1,))
         with self._lock:
             self._kept[place] += [block, *unused]
 
     def free(self, device: torch.device | None = None) -> None:
-        """Free the arenas that no pass uses, of one device or of all."""
+        """Free the arenas that no pass uses, of one device or of all devices."""
         with self._lock:
             for memory in (self._idle, self._kept):
                 for place in [place for place in memory if device is None or place[0] == device]:
@@ -105,18 +106,18 @@ class ArenaPool:
             )
 
     def _take(self, place: _Place, nbytes: int, idle: list[Tensor]) -> Tensor:
-        """Take memory from a list that is sorted by size, or make it. Raises torch.OutOfMemoryError."""
+        """Take memory from a list sorted by size, or allocate it. Raise torch.OutOfMemoryError."""
         with self._lock:
             fitting = bisect_left(idle, nbytes, key=_size)
             if fitting < len(idle):
                 return idle.pop(fitting)
             if idle:
-                # a larger one takes its place; the smaller one is freed first
+                # a larger one replaces it; free the smaller one first
                 idle.pop()
         try:
             return _new(nbytes, place[0])
         except torch.OutOfMemoryError:
-            # arenas that other streams or earlier schedules have left may be what is missing
+            # idle arenas of other streams or earlier schedules may hold the missing memory
             self.free(place[0])
             with self._lock:
                 idle.clear()
@@ -124,10 +125,10 @@ class ArenaPool:
 
 
 class ArenaAllocator:
-    """An allocator that places tensors in a part of an arena, one behind another."""
+    """An allocator that places tensors one after another in a part of an arena."""
 
     def __init__(self, arena: Tensor):
-        """arena: bytes, aligned as an arena is."""
+        """Begin with an empty arena. arena: bytes, aligned like an arena."""
         self._arena, self._used = arena, 0
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -151,13 +152,13 @@ def aligned_bytes(*sizes: int) -> int:
 
 
 def _new(nbytes: int, device: torch.device) -> Tensor:
-    # an arena that is first needed for inference serves training, too, where inference tensors cannot be written
+    # an arena first needed for inference also serves training, which cannot write inference tensors
     with torch.inference_mode(False):
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
 def runs_backward() -> bool:
-    """Return whether this thread runs a backward pass of autograd, where a forward pass is one that a checkpoint repeats."""
+    """Return whether this thread runs a backward pass of autograd; a forward pass in it is repeated by a checkpoint."""
     return int(torch._C._current_graph_task_id()) >= 0
 
 
@@ -174,9 +175,9 @@ def _uses(memory: Tensor) -> int:
 
 
 def _is_taken_by_hooks() -> bool:
-    """Return whether hooks that are not of activation checkpointing or our own may still read saved tensors that are freed.
+    """Return whether hooks other than those of activation checkpointing or our own may still read freed saved tensors.
 
-    Offloading by other libraries copies them on a stream of its own and tells PyTorch's allocator alone (`record_stream`).
+    Offloading by other libraries copies them on its own stream and tells only PyTorch's allocator (`record_stream`).
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and not str(getattr(hooks[0], "__module__", "")).startswith(
@@ -185,7 +186,7 @@ def _is_taken_by_hooks() -> bool:
 
 
 def _is_unused(memory: Tensor) -> bool:
-    """Return whether no other tensor lies in the memory of a tensor that only one list has."""
+    """Return whether no other tensor uses the memory of a tensor that only one list holds."""
     return _uses(memory) == _OF_ONE_TENSOR
 
 

@@ -1,4 +1,4 @@
-"""The tensors of one pass on one rank, by buffer, and what is done with views of them."""
+"""The tensors of one pass on one rank, by buffer, and operations on views of them."""
 
 from __future__ import annotations
 
@@ -15,39 +15,40 @@ from distattn.parallel.runtime.views import OWN, BufferKey, View
 
 # the tensors of a payload, (rows, heads, width) or (rows, heads) each; see `Call.payload_fields`
 Fields = tuple[Tensor, ...]
-# where the tensors of a payload lie in the arena
+# places in the arena of the tensors of a payload
 Places = Sequence[PlacedTensor]
 
 
-def narrowed(sums: list[Tensor], dtypes: Iterable[torch.dtype]) -> tuple[Tensor, ...]:
-    """Return the tensors in these dtypes, and empty the list: sums go one by one as the smallest become results first."""
-    wanted, out = dict(enumerate(dtypes)), {}
-    for number in sorted(wanted, key=lambda number: sums[number].nbytes):
-        out[number] = sums[number].to(wanted[number])
-        # another's memory may be had from here on
+def convert_sums(sums: list[Tensor], dtypes: Iterable[torch.dtype]) -> tuple[Tensor, ...]:
+    """Convert tensors to these dtypes, and empty the list: sums are freed one by one, the smallest first."""
+    dtype_of, out = dict(enumerate(dtypes)), {}
+    for number in sorted(dtype_of, key=lambda number: sums[number].nbytes):
+        out[number] = sums[number].to(dtype_of[number])
+        # from here on, another tensor may use the freed memory
         sums[number] = out[number]
     sums.clear()
-    return tuple(out[number] for number in wanted)
+    return tuple(out[number] for number in dtype_of)
 
 
 class Buffers:
-    """The tensors of one pass, in one arena but for the rank's own ones (see `memory`)."""
+    """Tensors of one pass, in one arena except for the rank's own ones (see `memory`)."""
 
     def __init__(self, call: Call, arena: Tensor, blank: Container[BufferKey] = (), unadded: Container[Payload] = ()):
-        """arena: bytes on the device of the pass; blank: buffers of partial results that must begin as "nothing yet".
+        """Begin without buffers.
 
-        unadded: payloads of which the rank's own tensor is in the inputs' dtype, since nothing is added to it.
+        arena: bytes on the device of the pass. blank: buffers of partial results that must begin as "nothing yet". unadded:
+        payloads whose own tensor is in the inputs' dtype, since nothing is added to it.
         """
         self.call, self._blank, self._unadded = call, blank, unadded
         self._merges_by_lse = call.op.merge == "lse"
         self.fields: dict[BufferKey, Fields] = {}
         # the rows of bundles, (rows, numbers) each
         self._rows: dict[PlaceKey, Tensor] = {}
-        # the same memory as numbers of each dtype
+        # the same memory as tensors of each dtype
         self._arena = {torch.uint8: arena}
 
     def new_own(self, payload: Payload, rows: int) -> Fields:
-        """New tensors for the rank's own part of a result, bound as such."""
+        """Allocate and bind tensors for the rank's own part of a result."""
         heads = self.call.payload_heads(payload)
         fields = []
         for width, name in own_result_fields(self.call, payload, self._unadded):
@@ -57,7 +58,7 @@ class Buffers:
         return self.bind_own(payload, self._begun(key, tuple(fields)))
 
     def bind_own(self, payload: Payload, fields: Fields) -> Fields:
-        """Use these tensors as the rank's own ones of a payload; returns them."""
+        """Use these tensors as the rank's own ones of a payload; return them."""
         self.fields[BufferKey(payload, OWN, 0, self.call.payload_heads(payload))] = fields
         return fields
 
@@ -66,7 +67,7 @@ class Buffers:
     ) -> None:
         """Make these buffers views of one flat tensor. renamed: the key of each in this pass."""
         for key, places in kept.places.items():
-            # hooks of saved tensors may give it back as a part of another tensor
+            # hooks of saved tensors may return it as a part of another tensor
             begin = flat.storage_offset()
             fields = tuple(flat.as_strided(place.shape, place.strides, begin + place.offset) for place in places)
             if isinstance(key, BufferKey):
@@ -79,22 +80,22 @@ class Buffers:
         self.fields.update(tensors)
 
     def place(self, places: Places) -> Fields:
-        """Tensors in the arena; what is in them has no meaning."""
+        """Return uninitialized tensors at places in the arena."""
         out = tuple(self._view(place) for place in places)
         if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
-            # as torch.empty does then
+            # torch.empty does the same then
             for tensor in out:
                 tensor.fill_(torch.nan)
         return out
 
     def allocate(self, key: BufferKey, places: Places, rows: Places = ()) -> None:
-        """Make a buffer. rows: where the bundle lies that begins with it."""
+        """Make a buffer. rows: the place of the bundle that begins with it."""
         for place in rows:
             self._rows["rows", key] = self._view(place)
         self.fields[key] = self._begun(key, self.place(places))
 
     def release(self, key: BufferKey) -> None:
-        """Forget a buffer: its place may be another's from now on."""
+        """Forget a buffer: its place may be reused from now on."""
         del self.fields[key]
         self._rows.pop(("rows", key), None)
 
@@ -106,7 +107,7 @@ class Buffers:
                 copy_rows(_of_heads(whole, piece.view_heads), view_rows, _of_heads(tensor, piece.heads), rows)
 
     def close(self) -> None:
-        """Let go of the arena and all buffers."""
+        """Drop the arena and all buffers."""
         self.fields.clear()
         self._rows.clear()
         self._arena.clear()
@@ -120,7 +121,7 @@ class Buffers:
                 copy_rows(whole, RowSelection(0, packed.rows), source, RowSelection.of(part.rows))
 
     def unpack(self, packed: PackedMessages, fields: Sequence[Fields]) -> None:
-        """Write results that have arrived to the own tensors, where none are yet. fields: of each part of a row."""
+        """Write received results to the own tensors, which have none yet. fields: of each part of a row."""
         for part, tensors in zip(packed.parts, fields, strict=True):
             own_fields = self.fields[BufferKey(part.payload, OWN, 0, self.call.payload_heads(part.payload))]
             for whole, tensor in zip(own_fields, tensors, strict=True):
@@ -136,23 +137,23 @@ class Buffers:
         """Return the tensors of a message by segment: parts of buffers, or of the bundles that begin with them (in_rows)."""
         if len(view.slices) == 1:
             (only,) = view.slices
-            assert isinstance(only.rows, slice), "messages leave from and land in segments of rows"
+            assert isinstance(only.rows, slice), "messages are sent from and received in contiguous rows"
             begin, tensors = only.rows.start, self._whole(only.buffer, in_rows)
             return [tuple(x[begin + part.start : begin + part.stop] for x in tensors) for part in segments]
         return [tuple(x[piece.rows] for x in self._whole(piece.buffer, in_rows)) for piece in view.slices]
 
     def part(self, view: View) -> Fields:
-        """The part of a buffer that a view is."""
+        """Return the part of a buffer that a view is."""
         (only,) = view.slices
-        assert isinstance(only.rows, slice), "a part of a buffer is a segment of rows"
+        assert isinstance(only.rows, slice), "a part of a buffer has contiguous rows"
         return tuple(_of_heads(_of_rows(tensor, only.rows), only.heads) for tensor in self.fields[only.buffer])
 
     def gather(self, view: View, places: Places | None) -> Fields:
-        """The tensors of a view, (rows, heads, ...): part of a buffer, or a copy at `places`."""
+        """Return the tensors of a view, (rows, heads, ...): a part of a buffer, or a copy at `places`."""
         return self.part(view) if places is None else self.gathered(view, places)
 
     def accumulate(self, payload: Payload, view: View, fields: Fields) -> None:
-        """Accumulate the tensors of a view into its buffers: O as the op says, gradients by sum."""
+        """Accumulate the tensors of a view into its buffers: O by the op's rule, gradients by sum."""
         for piece in view.slices:
             rows, view_rows = RowSelection.of(piece.rows), RowSelection.of(piece.view_rows)
             parts = [_of_heads(tensor, piece.view_heads) for tensor in fields]
@@ -161,11 +162,11 @@ class Buffers:
                 merge_rows(totals[0], totals[1], rows, parts[0], parts[1], view_rows)
                 continue
             for total, part in zip(totals, parts, strict=True):
-                # what was sent may be narrower
+                # received tensors may be narrower
                 (copy_rows if piece.is_first else add_rows)(total, rows, part, view_rows)
 
     def _begun(self, key: BufferKey, fields: Fields) -> Fields:
-        """The tensors of a new buffer, as "nothing yet" where not every first write reaches all of them."""
+        """Return the tensors of a new buffer; initialize them to "nothing yet" unless first writes cover all of them."""
         if key in self._blank:
             for tensor in fields:
                 tensor.zero_()
@@ -174,10 +175,10 @@ class Buffers:
         return fields
 
     def gathered(self, view: View, places: Places) -> Fields:
-        """The tensors of a view as a copy at `places`, in their dtypes."""
+        """Copy the tensors of a view to `places`, in their dtypes."""
         out = self.place(places)
         if not view.is_complete:
-            # kernels may read whole tiles: what no task uses shall at least be a number
+            # kernels may read whole tiles: unused elements must be finite
             for tensor in out:
                 tensor.zero_()
         for piece in view.slices:
@@ -199,10 +200,10 @@ class Buffers:
 
 
 def _of_rows(tensor: Tensor, rows: slice) -> Tensor:
-    """Return a segment of rows of a tensor: the tensor itself where these are all."""
+    """Return contiguous rows of a tensor, or the tensor itself if these are all."""
     return tensor if rows.start == 0 and rows.stop == len(tensor) else tensor[rows]
 
 
 def _of_heads(tensor: Tensor, heads: slice) -> Tensor:
-    """Return some heads of a tensor (rows, heads, ...): the tensor itself where these are all, since a view takes time."""
+    """Return some heads of a tensor (rows, heads, ...), or the tensor itself if these are all, since a view takes time."""
     return tensor if heads.start == 0 and heads.stop == tensor.shape[1] else tensor[:, heads]

@@ -1,8 +1,8 @@
-"""Communicators of our own beside a process group: the same ranks, and nothing else queues in them.
+"""Our own communicators next to a process group: the same ranks, without other users' messages.
 
-They are made from the job's store and the kind of backend that the group has for a device. `new_group` would not do: in a
-world that is bound to devices (`device_id=`) it splits that world's communicator, a call of ranks that know nothing of it; and
-it keeps what it has made until destroy_process_group.
+They are made from the job's store and the kind of backend that the group has for a device. `new_group` is unsuitable: in a world
+that is bound to devices (`device_id=`) it splits that world's communicator, a call that ranks outside of the group do not make;
+and it keeps the new group until destroy_process_group.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from distattn.parallel.runtime.collective_calls import default_store, run_collec
 from distattn.parallel.runtime.communicator_end import end_communicator, end_with_group
 from distattn.parallel.runtime.sealed_values import seal, unseal
 
-# after which PyTorch's own watchdog may end a process that waits
+# the time after which PyTorch's own watchdog may end a process that waits
 _WATCHDOG = timedelta(hours=1)
 # A new communicator connects each rank with this many neighbours on either side: all pairs of up to 65 ranks. The other pairs of
-# a larger group connect when a plan first uses them: to connect all pairs of 240 ranks took 3 to 20 minutes
+# a larger group connect when a plan first uses them, because connecting all pairs of 240 ranks took 3 to 20 minutes
 # (github.com/NVIDIA/nccl-tests/issues/78).
 _CONNECTED_NEIGHBOURS = 32
-# how many communicators this process has opened beside a group
+# number of communicators that this process has opened next to a group
 _OPENED: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 def open_communicator(group: dist.ProcessGroup, device: torch.device, timeout: timedelta) -> Any:
-    """A backend for messages between such devices, of the kind that the group has. A collective call of the group's ranks.
+    """Open a backend for messages between such devices, of the group's kind. A collective call of the group's ranks.
 
-    It is warm (`warm_up`). `end_communicator` ends it; otherwise it ends with the group, or at exit. timeout: how long ranks wait
-    for each other, here and in each message. Raises DistattnError where the group has no backend for the device, LostRankError
-    where a rank does not come.
+    It is warm (`warm_up`). `end_communicator` ends it; otherwise it ends with the group, or at exit. timeout: the longest
+    wait for other ranks, here and in each message. Raise DistattnError if the group has no backend for the device,
+    LostRankError if a rank does not join.
     """
     kind = backend_name(group, device)
     if kind is None or kind != _SENDS_FROM.get(device.type):
@@ -52,10 +52,10 @@ def open_communicator(group: dist.ProcessGroup, device: torch.device, timeout: t
 
 
 def warm_up(backend: Any, rank: int, ranks: int, device: torch.device, timeout: timedelta) -> None:
-    """Make the first calls of a communicator: a collective call of its ranks. Raises RuntimeError after the time-out.
+    """Make the first calls of a communicator: a collective call of its ranks. Raise RuntimeError after the time-out.
 
-    NCCL wants all ranks in the first call of a communicator, and a step of a plan may leave some out. It also connects two
-    ranks at their first message, which blocks the host until both have come to it (github.com/NVIDIA/nccl/issues/415).
+    NCCL requires all ranks in the first call of a communicator, and a step of a plan may leave some out. It also connects two
+    ranks at their first message, which blocks the host until both take part (github.com/NVIDIA/nccl/issues/415).
     """
     first = torch.zeros(1, device=device)
     if not backend.supports_coalescing:
@@ -63,7 +63,7 @@ def warm_up(backend: Any, rank: int, ranks: int, device: torch.device, timeout: 
         backend.allreduce([first]).wait()
         return
     # neither of NCCL's waits has a time-out. abort ends the second; whether it ends the first, in which the communicator is made,
-    # was never tried on GPUs. All ranks have just said that they are here.
+    # was never tried on GPUs. All ranks have just shown that they are alive.
     alarm = threading.Timer(timeout.total_seconds(), backend.abort)
     alarm.daemon = True
     alarm.start()
@@ -89,12 +89,12 @@ def _connect_pairs(backend: Any, rank: int, ranks: int, device: torch.device) ->
 
 
 def open_host_communicator(group: dist.ProcessGroup, timeout: timedelta) -> Any:
-    """A gloo backend for words between the processes of a group, whatever its own backend. A collective call."""
+    """Open a gloo backend for small values between the processes of a group, whatever its own backend. A collective call."""
     return _opened(group, _open_gloo, torch.device("cpu"), timeout)
 
 
 def all_gather_objects_over_gloo(gloo: Any, value: Any) -> list[Any]:
-    """Every rank's value, by rank, over a gloo backend; values are pickled (`sealed_values`). A collective call."""
+    """Gather every rank's value, by rank, over a gloo backend; values are pickled (`sealed_values`). A collective call."""
 
     def gather(parts: list[Tensor], mine: Tensor) -> None:
         gloo.allgather([parts], [mine]).wait()
@@ -103,7 +103,7 @@ def all_gather_objects_over_gloo(gloo: Any, value: Any) -> list[Any]:
 
 
 def all_gather_objects(group: dist.ProcessGroup, value: Any) -> list[Any]:
-    """The same over a process group, in its rank order."""
+    """Gather every rank's value over a process group, in its rank order."""
 
     def gather(parts: list[Tensor], mine: Tensor) -> None:
         dist.all_gather(parts, mine, group=group)
@@ -118,19 +118,19 @@ def _gathered(
     size = torch.tensor([len(data)], device=device)
     sizes = [torch.empty_like(size) for _ in range(ranks)]
     gather(sizes, size)
-    lengths = [int(one) for one in sizes]
+    lengths = [int(length) for length in sizes]
     mine = torch.zeros(max(lengths), dtype=torch.uint8)
     mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     mine = mine.to(device)
-    everyone = [torch.empty_like(mine) for _ in range(ranks)]
-    gather(everyone, mine)
-    return [unseal(part.cpu().numpy()[:length].tobytes()) for part, length in zip(everyone, lengths, strict=True)]
+    gathered = [torch.empty_like(mine) for _ in range(ranks)]
+    gather(gathered, mine)
+    return [unseal(part.cpu().numpy()[:length].tobytes()) for part, length in zip(gathered, lengths, strict=True)]
 
 
 def backend_name(group: dist.ProcessGroup, device: torch.device) -> str | None:
-    """The kind of backend ("nccl", "gloo") that a group has for a device; None without one.
+    """Return the kind of backend ("nccl", "gloo") that a group has for a device; None without one.
 
-    `dist.get_backend` will not do: it answers "undefined" for plain init_process_group(), and "cpu:gloo,cuda:nccl".
+    `dist.get_backend` does not work: it returns "undefined" for plain init_process_group(), and "cpu:gloo,cuda:nccl".
     """
     kinds = [kind.type for kind in group._device_types]  # type: ignore[attr-defined]
     if device.type not in kinds:
@@ -139,29 +139,29 @@ def backend_name(group: dist.ProcessGroup, device: torch.device) -> str | None:
 
 
 def sendable_device(group: dist.ProcessGroup) -> torch.device:
-    """A device whose tensors the group sends: the CPU where it can, otherwise the current one of this thread."""
+    """Return a device whose tensors the group can send: the CPU if possible, otherwise the current one of this thread."""
     if backend_name(group, torch.device("cpu")) is not None:
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta:
-    """The time-out a process group was made with; the shortest where it has several backends."""
+    """Return the time-out of a process group; the shortest if it has several backends."""
     kinds = group._device_types  # type: ignore[attr-defined]
     options = [group._get_backend(kind).options for kind in kinds]  # type: ignore[attr-defined]
     # some backends have none
-    return min((one._timeout for one in options if one is not None), default=default_pg_timeout)
+    return min((option._timeout for option in options if option is not None), default=default_pg_timeout)
 
 
 def new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
-    """A process group of these ranks of the default one, for trainers. A collective call of these ranks alone."""
+    """Make a process group of these ranks of the default one, for trainers. A collective call of only these ranks."""
     with _unbound_world():
         return dist.new_group(list(ranks), use_local_synchronization=True)
 
 
 @contextmanager
 def _unbound_world() -> Iterator[None]:
-    """Groups that are made meanwhile get communicators of their own, where they would split that of a device-bound world."""
+    """Let groups made in the block open their own communicators, instead of splitting that of a device-bound world."""
     world = dist.group.WORLD
     assert world is not None
     bound = world.bound_device_id  # type: ignore[attr-defined]
@@ -174,10 +174,10 @@ def _unbound_world() -> Iterator[None]:
 
 def _opened(group: dist.ProcessGroup, make: Callable[..., Any], device: torch.device, timeout: timedelta) -> Any:
     members, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
-    # the same on all ranks, which make these calls equally often
+    # equal on all ranks, which make these calls equally often
     number = _OPENED[group] = _OPENED.get(group, 0) + 1
-    who = hashlib.sha1(str(members).encode()).hexdigest()[:12]
-    name = f"distattn/communicator {number} of {group.group_name} {who}"
+    members_digest = hashlib.sha1(str(members).encode()).hexdigest()[:12]
+    name = f"distattn/communicator {number} of {group.group_name} {members_digest}"
     store = dist.PrefixStore(name, default_store())
 
     def work() -> Any:
@@ -209,7 +209,7 @@ def _open_gloo(store: dist.Store, rank: int, members: Sequence[int], timeout: ti
 def _open_nccl(store: dist.Store, rank: int, members: Sequence[int], timeout: timedelta, name: str) -> Any:
     # messages start before the kernels that they overlap with
     options: Any = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    # lost ranks are named sooner, see `driver.message_watch`; PyTorch's watchdog would end the process without a name
+    # `driver.message_watch` names lost ranks sooner; PyTorch's watchdog would end the process without naming one
     options._timeout = max(10 * timeout, _WATCHDOG)
     # for PyTorch's flight recorder
     options.global_ranks_in_group, options.group_name = list(members), name

@@ -1,7 +1,7 @@
-"""The end of communicators of our own: each is shut down once, when its last driver closes, when its group goes, or at exit.
+"""The end of our own communicators: each is shut down once, when its last driver closes, when its group is freed, or at exit.
 
-PyTorch's NCCL backend prints a warning and aborts where it is destroyed without `shutdown` or `abort` (ProcessGroupNCCL.cpp,
-the destructor), and `destroy_process_group` ends only communicators that it has made. `shutdown` waits for messages under way
+PyTorch's NCCL backend prints a warning and aborts if it is destroyed without `shutdown` or `abort` (ProcessGroupNCCL.cpp,
+the destructor), and `destroy_process_group` ends only communicators that it has made. `shutdown` waits for unfinished messages
 and for the other ranks, without a time-out; `abort` ends messages. The base class of backends has both (Backend.hpp) in
 torch 2.11, 2.12 and 2.13.
 """
@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-# In seconds, for all ranks to come to the end; after that the communicator is aborted.
+# Seconds for all ranks to come to the end; after that the communicator is aborted.
 _END_SECONDS = 20.0
-# The same at exit, where `close` was forgotten: a rank that ends with an error must not be kept for long.
+# The same at exit, if `close` was forgotten: a rank that ends with an error must not be delayed for long.
 _LATE_SECONDS = 5.0
-# An abort goes on in the background after this. It cannot end a shutdown that hangs: both take the same lock in NCCL's backend.
+# An abort continues in the background after this. It cannot end a shutdown that hangs: both take the same lock in NCCL's backend.
 _ABORT_SECONDS = 1.0
 
 
@@ -43,14 +43,14 @@ class _Open(NamedTuple):
 _OPEN: dict[int, _Open] = {}
 # NCCL's backend must not be aborted after its shutdown
 _ENDED: weakref.WeakSet[Any] = weakref.WeakSet()
-# garbage collection may end a group, and so a communicator, on a thread that holds the lock
+# garbage collection may end a group, and thereby a communicator, on a thread that holds the lock
 _LOCK = threading.RLock()
 
 
 def end_with_group(backend: Any, group: dist.ProcessGroup, farewell: Callable[[float], None] | None = None) -> None:
-    """Have a new communicator ended with its process group or at exit, unless `end_communicator` ends it before.
+    """Register a new communicator to end with its process group or at exit, unless `end_communicator` ends it before.
 
-    farewell: returns once all ranks have called it, and raises if one has not within the given seconds. It comes before a
+    farewell: returns once all ranks have called it, and raises if one has not within the given seconds. It precedes a
     shutdown, which waits for the other ranks without a time-out.
     """
     finalizer = weakref.finalize(group, _end_late, backend)
@@ -61,9 +61,9 @@ def end_with_group(backend: Any, group: dist.ProcessGroup, farewell: Callable[[f
 def end_communicator(backend: Any, gracefully: bool = True, seconds: float | None = None) -> None:
     """Shut a communicator down, unless it has ended: a collective call of its ranks, which make such calls in one order.
 
-    gracefully: messages under way and other ranks are waited for, `seconds` at most, by default _END_SECONDS; otherwise the
-    communicator is aborted. It is aborted as well where a rank does not come to the end, or a shutdown fails. Prints and raises
-    nothing. A backend that `end_with_group` was not called for is ended as well.
+    gracefully: wait for unfinished messages and other ranks, for at most `seconds`, by default _END_SECONDS; otherwise abort
+    the communicator. It is also aborted if a rank does not come to the end, or a shutdown fails. Print and raise nothing.
+    Also end a backend for which `end_with_group` was not called.
     """
     with _LOCK:
         if backend in _ENDED:
@@ -73,7 +73,7 @@ def end_communicator(backend: Any, gracefully: bool = True, seconds: float | Non
     if entry is not None:
         entry.finalizer.detach()
         if entry.process != os.getpid():
-            # a process that was forked has no part in what its parent opened
+            # a forked process does not own what its parent opened
             return
     helper = _Helper() if entry is None else entry.helper
     farewell = None if entry is None else entry.farewell
@@ -87,7 +87,7 @@ def end_communicator(backend: Any, gracefully: bool = True, seconds: float | Non
 
 
 def _end_late(backend: Any) -> None:
-    """End a communicator whose group has gone, or whose process ends; after an unhandled error do not wait for other ranks."""
+    """End a communicator whose group was freed, or whose process ends; after an unhandled error do not wait for other ranks."""
     end_communicator(backend, gracefully=not hasattr(sys, "last_value"), seconds=_LATE_SECONDS)
 
 
@@ -95,7 +95,7 @@ class _Helper:
     """Threads that wait for the end of a communicator, so that the caller's wait has a limit.
 
     They are started with the communicator, since from Python 3.12 on a process that is ending cannot start threads. There are
-    two: one may hang.
+    two, because one may hang.
     """
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ class _Helper:
         return bool(succeeded)
 
     def close(self) -> None:
-        """End the threads, but for one that hangs."""
+        """End the threads, except for one that hangs."""
         for _ in self.threads:
             self._calls.put(None)
         ends = time.monotonic() + 1.0
@@ -129,7 +129,7 @@ class _Helper:
     def _work(calls: Any) -> None:
         while (call := calls.get()) is not None:
             work, succeeded, done = call
-            # what fails is aborted by the caller, and there is nothing to do about an abort that fails
+            # the caller aborts what fails, and nothing can be done about an abort that fails
             with suppress(Exception):
                 work()
                 succeeded.append(True)

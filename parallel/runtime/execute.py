@@ -1,8 +1,8 @@
-"""The executor: runs a program on one rank, forward and backward, over any transport and kernel.
+"""The executor: it runs a program on one rank, forward and backward, over any transport and kernel.
 
-One loop serves both directions. In each step messages are posted first, then kernels run on what was there when the step
-began, then messages are awaited and the partial results that arrived are merged: own tasks first, then arrivals in order.
-The functions are generators that pause while messages are in flight, so that the ranks of one process can run in lock step.
+One loop serves both directions. In each step messages are posted first, then kernels run on the tensors available when the step
+began, then the loop waits for messages and merges received partial results: own tasks first, then arrivals in order. The
+functions are generators that pause while messages are in flight, so that the ranks of one process can run in lock step.
 """
 
 # T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim
@@ -18,7 +18,7 @@ from distattn.ir.plan import REDUCED_PAYLOADS, Payload
 from distattn.kernels.registry import Kernel
 from distattn.kernels.spec import ScoreMod
 from distattn.parallel.runtime.arenas import ARENAS
-from distattn.parallel.runtime.buffers import Buffers, Fields, Places, narrowed
+from distattn.parallel.runtime.buffers import Buffers, Fields, Places, convert_sums
 from distattn.parallel.runtime.memory import forward_arena_bytes, kept_elements
 from distattn.parallel.runtime.packed_messages import PackedMessages
 from distattn.parallel.runtime.program import KernelLaunch, Message, Program, ProgramStep, kept_key
@@ -31,14 +31,14 @@ PausableRun = Generator[None, None, Result]
 
 
 class Target(NamedTuple):
-    """Where a kernel writes a result. adds: it is added to, or merged into, what is there; is_part: of a buffer."""
+    """Tensors that a kernel writes a result to. adds: the result is added or merged. is_part: they are part of a buffer."""
 
     fields: Fields
     adds: bool
     is_part: bool
 
 
-# operands, and the targets of results: none where a kernel makes its own tensors
+# operands, and the targets of results: none if a kernel allocates its own tensors
 Compute = Callable[[KernelLaunch, dict[Payload, Fields], dict[Payload, Target]], dict[Payload, Fields]]
 
 
@@ -51,10 +51,10 @@ def forward(
     v_TKE: Tensor,
     score: ScoreMod,
 ) -> PausableRun[tuple[Tensor, Tensor, Tensor]]:
-    """Core attention of this rank's tokens: (o_THE, lse_TH, kept).
+    """Compute core attention of this rank's tokens: (o_THE, lse_TH, kept).
 
-    lse is in the accumulation dtype, and so is o, or in the inputs' where nothing is added to it. `kept` is one flat tensor of
-    everything the backward will find again (empty unless the policy is "keep").
+    lse is in the accumulation dtype, and so is o, or in the inputs' dtype if nothing is added to it. `kept` is one flat
+    tensor of everything that the backward needs from the forward (empty unless the policy is "keep").
     """
 
     def compute(
@@ -94,9 +94,9 @@ def backward(
     kept: Tensor,
     score: ScoreMod,
 ) -> PausableRun[tuple[Tensor, Tensor, Tensor]]:
-    """Gradients (dq_THD, dk_TKD, dv_TKE) in the inputs' dtype.
+    """Compute gradients (dq_THD, dk_TKD, dv_TKE) in the inputs' dtype.
 
-    delta_TH is rowsum(dO * O), minus the gradient of the log-sum-exp where there is one.
+    delta_TH is rowsum(dO * O), minus the gradient of the log-sum-exp if there is one.
     """
 
     def compute(
@@ -121,12 +121,12 @@ def backward(
         sums = [*buffers.new_own(Payload.dQ, program.tokens), *buffers.new_own(Payload.dKV, program.tokens)]
         yield from run_steps("backward", program.backward, transport, buffers, compute, kernel.ACCUMULATES)
         buffers.close()
-    dq_THD, dk_TKD, dv_TKE = narrowed(sums, (q_THD.dtype, k_TKD.dtype, v_TKE.dtype))
+    dq_THD, dk_TKD, dv_TKE = convert_sums(sums, (q_THD.dtype, k_TKD.dtype, v_TKE.dtype))
     return dq_THD, dk_TKD, dv_TKE
 
 
 def run_to_completion(run: PausableRun[Result]) -> Result:
-    """Run one rank to its end; it blocks while it waits for messages."""
+    """Run one rank to its end; block while it waits for messages."""
     return run_in_lock_step([run])[0]
 
 
@@ -155,7 +155,7 @@ def run_steps(
     accumulates: bool,
     states: HeldStateTensors | None = None,
 ) -> PausableRun[None]:
-    """Run the steps of a pass; states: those of a recurrence."""
+    """Run the steps of a pass. states: those of a recurrence."""
     for number, step in enumerate(steps):
         where = f"in step {number + 1} of {len(steps)} of the {direction} pass"
         yield from _run_step(step, transport, buffers, compute, accumulates, where, states)
@@ -183,7 +183,7 @@ def _run_step(
     ]
     receives = [packet for numbers in step.joined_receives for packet in _incoming(buffers, step, numbers, incoming)]
     if states is not None and step.states is not None:
-        # what is sent is put together of what was there before the step: nothing of this step is read in it
+        # messages are combined from states of earlier steps: nothing of this step is read in it
         sends += [packet for state in step.states.sends for packet in states.packets(state)]
         receives += [packet for state in step.states.receives for packet in states.receive(state)]
     pending = transport.exchange(sends, receives, step.collective, where)
@@ -194,7 +194,7 @@ def _run_step(
     yield
     pending.wait()
     for packed, parts in zip(step.packed_receives, arrived, strict=True):
-        # nothing has been written there before
+        # nothing was written there before
         buffers.unpack(packed, parts)
     for number, fields in incoming.items():
         payload, message = step.receives[number]
@@ -223,12 +223,12 @@ def _launch(step: ProgramStep, number: int, buffers: Buffers, compute: Compute, 
 
 
 def _places_of(step: ProgramStep, name: str, packed: PackedMessages) -> list[Places]:
-    """Return where the parts of the rows of all packed messages lie."""
+    """Return the places of the parts of the rows of all packed messages."""
     return [step.places[name, number] for number in packed.first]
 
 
 def _packed_with(numbers: tuple[int, ...], packed: tuple[PackedMessages, ...]) -> PackedMessages | None:
-    """Return the messages that those with these numbers are packed with."""
+    """Return the packed messages that include the messages with these numbers."""
     for some in packed:
         if numbers in some.begins:
             return some
@@ -236,7 +236,7 @@ def _packed_with(numbers: tuple[int, ...], packed: tuple[PackedMessages, ...]) -
 
 
 def _outgoing(buffers: Buffers, step: ProgramStep, numbers: tuple[int, ...]) -> list[Packet]:
-    """Return the packets of messages that are sent together: from their buffer, or from a copy where one has a place."""
+    """Return the packets of messages that are sent together: from their buffer, or from a copy if one has a place."""
     payload, message = step.sends[numbers[0]]
     packed = _packed_with(numbers, step.packed_sends)
     if packed:

@@ -1,6 +1,6 @@
-"""The executor of convolutions: like attention's, with values alone, and weights that every rank has, if any.
+"""The executor of convolutions: like attention's, with only values, and with weights that every rank has, if any.
 
-A weight is (H, D, W), or (H, D, D, W) where channels of a head are mixed.
+A weight is (H, D, W), or (H, D, D, W) if channels of a head are mixed.
 """
 
 # T tokens on this rank, H heads of D channels each, W taps
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distattn.ir.plan import Payload
 from distattn.parallel.runtime.arenas import ARENAS
-from distattn.parallel.runtime.buffers import Buffers, Fields, narrowed
+from distattn.parallel.runtime.buffers import Buffers, Fields, convert_sums
 from distattn.parallel.runtime.execute import PausableRun, Target, run_steps
 from distattn.parallel.runtime.memory import forward_arena_bytes, kept_elements
 from distattn.parallel.runtime.program import KernelLaunch, Program, kept_key
@@ -22,7 +22,7 @@ from distattn.parallel.runtime.transport import Transport
 
 
 class ConvolutionKernel(Protocol):
-    """The functions of a kernel module for convolutions; see `distattn.kernels.convolution.taps`."""
+    """Functions of a kernel module for convolutions; see `distattn.kernels.convolution.taps`."""
 
     def forward(self, x_SHD: Tensor, weight: Tensor | None, schedule: Any) -> Tensor: ...
 
@@ -34,7 +34,7 @@ class ConvolutionKernel(Protocol):
 def forward(
     program: Program, transport: Transport, kernel: ConvolutionKernel, x_THD: Tensor, weight: Tensor | None
 ) -> PausableRun[tuple[Tensor, Tensor]]:
-    """(y_THD in x's dtype, kept: what the backward will find again)."""
+    """Compute (y_THD in x's dtype, kept: the tensor that the backward needs)."""
 
     def compute(
         launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
@@ -51,7 +51,7 @@ def forward(
         sums = [*buffers.new_own(Payload.O, program.tokens)]
         yield from run_steps("forward", program.forward, transport, buffers, compute, False)
         buffers.close()
-    (y_THD,) = narrowed(sums, [x_THD.dtype])
+    (y_THD,) = convert_sums(sums, [x_THD.dtype])
     return y_THD, kept
 
 
@@ -64,7 +64,7 @@ def backward(
     weight: Tensor | None,
     kept: Tensor,
 ) -> PausableRun[tuple[Tensor, Tensor | None]]:
-    """(dx_THD in x's dtype, this rank's share of the weight's gradient in the accumulation dtype)."""
+    """Compute (dx_THD in x's dtype, this rank's share of the weight's gradient in the accumulation dtype)."""
     wide = getattr(torch, program.call.accumulation_dtype)
     dweight = None if weight is None else torch.zeros_like(weight, dtype=wide)
 
@@ -72,9 +72,9 @@ def backward(
         launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
     ) -> dict[Payload, Fields]:
         (x,), (dy,) = operands[Payload.KV], operands[Payload.dO]
-        dx, found = kernel.backward(dy, x, _of_heads(weight, launch), launch.schedule)
-        if dweight is not None and found is not None:
-            dweight[launch.heads] += found
+        dx, dweight_part = kernel.backward(dy, x, _of_heads(weight, launch), launch.schedule)
+        if dweight is not None and dweight_part is not None:
+            dweight[launch.heads] += dweight_part
         return {Payload.dQ: (), Payload.dKV: (dx,)}
 
     with ARENAS.borrowed(program.backward_bytes, x_THD.device) as arena:
@@ -85,7 +85,7 @@ def backward(
         sums = [*buffers.new_own(Payload.dKV, program.tokens)]
         yield from run_steps("backward", program.backward, transport, buffers, compute, False)
         buffers.close()
-    (dx_THD,) = narrowed(sums, [x_THD.dtype])
+    (dx_THD,) = convert_sums(sums, [x_THD.dtype])
     return dx_THD, dweight
 
 

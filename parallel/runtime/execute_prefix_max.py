@@ -1,4 +1,4 @@
-"""The executor of prefix maxima: like that of recurrences, with values alone, and forward only."""
+"""The executor of prefix maxima: like that of recurrences, with only values, and only forward."""
 
 # T tokens on this rank, H heads, V value dim, N segments of a launch, M documents
 
@@ -22,7 +22,7 @@ from distattn.parallel.runtime.transport import Transport
 
 
 class PrefixMaxKernel(Protocol):
-    """The functions of a kernel module for prefix maxima; see `distattn.kernels.recurrence.cummax`."""
+    """Functions of a kernel module for prefix maxima; see `distattn.kernels.recurrence.cummax`."""
 
     def prepare(self, segments: Segments, requirements: KernelRequirements) -> Any: ...
 
@@ -32,7 +32,8 @@ class PrefixMaxKernel(Protocol):
 
 
 class PrefixMaxResult(NamedTuple):
-    """The maximum before each token in x's dtype, and of documents that end on this rank (0 for others), where that is wanted."""
+    """Maximum before each token in x's dtype, and final maxima of documents that end on this rank (0 for others), if asked
+    for."""
 
     before_THV: Tensor
     final_MHV: Tensor | None
@@ -46,7 +47,7 @@ def forward(
     initial_MHV: Tensor | None,
     final_states: bool = True,
 ) -> PausableRun[PrefixMaxResult]:
-    """Maxima over the tokens before each of this rank's; -inf, or the initial state, where there are none."""
+    """Compute maxima over the tokens before each of this rank's; -inf, or the initial state, for first tokens."""
     # a state has one row
     initial = None if initial_MHV is None else initial_MHV[:, :, None]
 

@@ -1,7 +1,8 @@
 """The executor of recurrences: a program's segments and states on one rank, forward and backward.
 
-Steps, messages and buffers of tokens are those of `execute`. Here is what a launch does: states that precede its segments, or
-gradients of states that follow them, are put together, go into the kernel side by side, and what leaves is kept for others.
+Steps, messages and buffers of tokens are those of `execute`. This module runs the launches: it combines the states before a
+launch's segments, or the gradients of states after them, passes them to the kernel side by side, and keeps the results for
+others.
 """
 
 # T tokens on this rank, H heads of values, G heads of queries and keys, K key dim, V value dim, N segments of a launch,
@@ -20,7 +21,7 @@ from distattn.ir.plan import Payload
 from distattn.kernels.recurrence.tokens import RecurrenceTokens, Segments
 from distattn.kernels.spec import KernelRequirements
 from distattn.parallel.runtime.arenas import ARENAS
-from distattn.parallel.runtime.buffers import Fields, narrowed
+from distattn.parallel.runtime.buffers import Fields, convert_sums
 from distattn.parallel.runtime.execute import PausableRun, Target, run_steps
 from distattn.parallel.runtime.kept_tensors import KeptPlaces
 from distattn.parallel.runtime.memory import forward_arena_bytes
@@ -28,12 +29,12 @@ from distattn.parallel.runtime.program import KernelLaunch, Program, kept_key
 from distattn.parallel.runtime.segment_launches import SegmentKind
 from distattn.parallel.runtime.state_pass import StatePass
 from distattn.parallel.runtime.state_program import SegmentStates
-from distattn.parallel.runtime.state_tensors import State, composed
+from distattn.parallel.runtime.state_tensors import State, compose_transitions
 from distattn.parallel.runtime.transport import Transport
 
 
 class RecurrenceKernel(Protocol):
-    """The functions of a kernel module for recurrences; see `distattn.kernels.recurrence.chunked`."""
+    """Functions of a kernel module for recurrences; see `distattn.kernels.recurrence.chunked`."""
 
     def prepare(self, segments: Segments, requirements: KernelRequirements) -> Any: ...
 
@@ -53,7 +54,7 @@ class RecurrenceKernel(Protocol):
 
 
 class ForwardResult(NamedTuple):
-    """o_THV, final states of documents that end on this rank (0 for others), where they are wanted, and what is kept."""
+    """o_THV, final states of documents that end on this rank (0 for others), if asked for, and tensors kept for the backward."""
 
     o: Tensor
     final_MHKV: Tensor | None
@@ -75,7 +76,7 @@ def forward(
     initial_MHKV: Tensor | None,
     final_states: bool = True,
 ) -> PausableRun[ForwardResult]:
-    """Outputs of this rank's tokens in q's dtype, and final states in the accumulation dtype, where they are wanted."""
+    """Compute outputs of this rank's tokens in q's dtype, and final states in the accumulation dtype, if asked for."""
     places = KeptPlaces.of(program)
     with (
         ARENAS.kept(places.bytes, torch.uint8, x.v.device) as kept,
@@ -89,7 +90,7 @@ def forward(
         run.begun = places.states_in(kept)
         yield from run_steps("forward", program.forward, transport, run.buffers, run.forward, False, run.states)
         run.buffers.close()
-    (o_THV,) = narrowed(sums, [x.q.dtype])
+    (o_THV,) = convert_sums(sums, [x.q.dtype])
     return ForwardResult(o_THV, run.edge_states, kept)
 
 
@@ -103,7 +104,7 @@ def backward(
     initial_MHKV: Tensor | None,
     kept: Tensor,
 ) -> PausableRun[BackwardResult]:
-    """Gradients in the dtypes of what they are of; those of initial states in the accumulation dtype."""
+    """Compute gradients in the dtypes of their tensors; those of initial states in the accumulation dtype."""
     places = KeptPlaces.of(program)
     with ARENAS.borrowed(program.backward_bytes, x.v.device) as arena:
         run = _Pass(program, kernel, x, "backward", arena, initial_MHKV, dfinal_MHKV)
@@ -117,7 +118,7 @@ def backward(
         yield from run_steps("backward", program.backward, transport, run.buffers, run.backward, False, run.states)
         run.buffers.close()
     inputs = x.by_token()
-    gradients = narrowed(sums, [y.dtype for y in inputs.values()])
+    gradients = convert_sums(sums, [y.dtype for y in inputs.values()])
     return BackwardResult(x._replace(**dict(zip(inputs, gradients, strict=True))), run.edge_states)
 
 
@@ -145,7 +146,7 @@ class _Pass(StatePass):
     def forward(
         self, launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
     ) -> dict[Payload, Fields]:
-        """One launch of the forward pass."""
+        """Run one launch of the forward pass."""
         x, tasks = self._tokens(launch, operands), self.tasks(launch)
         if launch.schedule.kind is SegmentKind.STATE:
             self._leave_states(launch, x, tasks)
@@ -161,7 +162,7 @@ class _Pass(StatePass):
     def backward(
         self, launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
     ) -> dict[Payload, Fields]:
-        """One launch of the backward pass."""
+        """Run one launch of the backward pass."""
         x, tasks = self._tokens(launch, operands), self.tasks(launch)
         if launch.schedule.kind is SegmentKind.STATE:
             self._leave_states(launch, x, tasks)
@@ -182,31 +183,33 @@ class _Pass(StatePass):
         return {Payload.dQ: shared, Payload.dKV: tuple(rest)}
 
     def _leave_states(self, launch: KernelLaunch, x: RecurrenceTokens, tasks: Sequence[SegmentStates]) -> None:
-        """(A, B) of segments, after what precedes them."""
+        """Keep (A, B) of segments, after the states before them."""
         before = [self.entering(launch, task) for task in tasks]
-        entering, wanted = self.side_by_side(launch, before), _need_transitions(tasks)
-        leaving, transitions = self.kernel.states(x, launch.schedule.segments, entering, wanted)
+        entering, with_transitions = self.side_by_side(launch, before), _need_transitions(tasks)
+        leaving, transitions = self.kernel.states(x, launch.schedule.segments, entering, with_transitions)
         for i, (task, state) in enumerate(zip(tasks, before, strict=True)):
             a = None
             if not task.is_prefix and transitions is not None:
-                a = transitions[i] if state is None or state.a is None else composed(state.a, transitions[i])
+                a = transitions[i] if state is None or state.a is None else compose_transitions(state.a, transitions[i])
             self.leave(launch, task, State(a, leaving[i]))
 
     def _leave_gradient_states(
         self, launch: KernelLaunch, x: RecurrenceTokens, do_THV: Tensor, tasks: Sequence[SegmentStates]
     ) -> None:
-        """(A, C) of segments, before what follows them."""
+        """Keep (A, C) of segments, before the gradients after them."""
         after = [self._following(launch, task) for task in tasks]
-        dleaving, wanted = self.side_by_side(launch, after), _need_transitions(tasks)
-        dentering, transitions = self.kernel.gradient_states(x, launch.schedule.segments, do_THV, dleaving, wanted)
+        dleaving, with_transitions = self.side_by_side(launch, after), _need_transitions(tasks)
+        dentering, transitions = self.kernel.gradient_states(
+            x, launch.schedule.segments, do_THV, dleaving, with_transitions
+        )
         for i, (task, state) in enumerate(zip(tasks, after, strict=True)):
             a = None
             if not task.is_prefix and transitions is not None:
-                a = transitions[i] if state is None or state.a is None else composed(transitions[i], state.a)
+                a = transitions[i] if state is None or state.a is None else compose_transitions(transitions[i], state.a)
             self.leave(launch, task, State(a, dentering[i]))
 
     def _following(self, launch: KernelLaunch, task: SegmentStates) -> State | None:
-        """Return the gradient of the state that leaves a segment: from what follows it, or of its document's final state."""
+        """Return the gradient of the state that leaves a segment: from later segments, or of its document's final state."""
         if task.after:
             return self.states.put_together(task.after)
         return self.edge(launch, self.dfinal, task.final)
@@ -223,17 +226,17 @@ class _Pass(StatePass):
         return RecurrenceTokens(q, k, v, g, gates[0] if op.delta else None)
 
     def _is_even(self, launch: KernelLaunch) -> bool:
-        """Whether a launch has all heads of each of its heads of queries and keys."""
+        """Return whether a launch has all heads of each of its heads of queries and keys."""
         group = self.call.gqa_group_size
         return launch.heads.start % group == 0 and launch.heads.stop % group == 0
 
     def _group_index(self, launch: KernelLaunch, device: torch.device) -> Tensor:
-        """The head of queries and keys of each head of a launch, among those that the launch has."""
+        """Return the head of queries and keys of each head of a launch, among those that the launch has."""
         group, heads = self.call.gqa_group_size, launch.heads
         return torch.arange(heads.start, heads.stop, device=device) // group - heads.start // group
 
     def _folded(self, launch: KernelLaunch, dy_THK: Tensor) -> Tensor:
-        """Gradients of queries or keys, summed over the heads that share them, where `_tokens` has repeated those."""
+        """Sum gradients of queries or keys over the heads that share them, if `_tokens` has repeated those."""
         if self._is_even(launch):
             return dy_THK
         index = self._group_index(launch, dy_THK.device)
@@ -244,5 +247,5 @@ class _Pass(StatePass):
 
 
 def _need_transitions(tasks: Sequence[SegmentStates]) -> bool:
-    """Whether the A of any segment is part of what it leaves."""
+    """Return whether any segment has to leave its A."""
     return not all(task.is_prefix for task in tasks)

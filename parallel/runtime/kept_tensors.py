@@ -1,4 +1,4 @@
-"""What the forward pass of a recurrence leaves for the backward, in one flat tensor: a checkpoint saves it as one."""
+"""Tensors that the forward pass of a recurrence keeps for the backward, in one flat tensor: a checkpoint saves it as one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distattn.parallel.runtime.views import BufferKey
 
 
 class KeptPlaces(NamedTuple):
-    """Where tokens that came from others lie, by buffer of the forward pass, and the states that tasks began with, in order.
+    """Places of received tokens, by buffer of the forward pass, and of the states that tasks began with, in order.
 
     bytes: of the flat tensor that holds all of them.
     """
@@ -23,7 +23,7 @@ class KeptPlaces(NamedTuple):
 
     @staticmethod
     def of(program: Program) -> KeptPlaces:
-        """The places of a program's rank."""
+        """Return the places of a program's rank."""
         call, offset = program.call, 0
         tokens, states = {}, []
         for key, rows in program.kept.items():
@@ -37,20 +37,20 @@ class KeptPlaces(NamedTuple):
         return KeptPlaces(tokens, states, offset)
 
     def tokens_in(self, flat: Tensor) -> dict[BufferKey, tuple[Tensor, ...]]:
-        """The tensors of the tokens of each buffer."""
+        """Return the tensors of the tokens of each buffer."""
         return {key: tuple(_part(flat, place) for place in places) for key, places in self.tokens.items()}
 
     def states_in(self, flat: Tensor) -> list[Tensor]:
-        """The states, (H, K, V) each."""
+        """Return the states, (H, K, V) each."""
         return [_part(flat, place) for place in self.states]
 
 
 def kept_size(program: Program) -> int:
-    """Bytes of the flat tensor of a program; 0 where it is not of a recurrence."""
+    """Return the bytes of the flat tensor of a program; 0 for other ops."""
     return KeptPlaces.of(program).bytes if program.forward_states is not None else 0
 
 
 def _part(flat: Tensor, place: PlacedTensor) -> Tensor:
-    # hooks of saved tensors may give it back as a part of another tensor
+    # hooks of saved tensors may return it as a part of another tensor
     numbers = flat.view(place.dtype)
     return numbers.as_strided(place.shape, place.strides, numbers.storage_offset() + place.offset)

@@ -1,8 +1,8 @@
-"""Where the tensors of a pass lie: in one arena, laid out when a plan is lowered.
+"""Places of the tensors of a pass in one arena, laid out when a plan is lowered.
 
-All that a pass makes beside its results is known beforehand, with its size and the steps it lives for: buffers, packed messages,
-gathered operands and what kernels compute. So a pass asks for memory once, and what it needs is known to the byte.
-Places are given largest first, each the lowest that is free for as long as the tensor lives (greedy by size,
+All tensors that a pass allocates in addition to its results are known beforehand, with their sizes and lifetimes: buffers, packed
+messages, gathered operands and results of kernels. So a pass asks for memory once, and its need is known to the byte. Places are
+assigned to the largest tensors first, each the lowest that is free during the tensor's life (greedy by size,
 https://arxiv.org/abs/2001.03288).
 """
 
@@ -24,18 +24,18 @@ from distattn.parallel.runtime.views import OWN, BufferKey, View, travels_from_i
 if TYPE_CHECKING:
     from distattn.parallel.runtime.program import KernelLaunch, Message, Program, ProgramStep
 
-# of every tensor in the arena; what torch's allocator aligns to, and more than kernels ask for
+# alignment of every tensor in the arena; that of torch's allocator, and more than kernels need
 ALIGNMENT = 512
-# an arena's size is one of so many between a power of two and the next
+# number of arena sizes between a power of two and the next
 _SIZES = 32
 
-# which tensor of a step: a buffer, or a packed message, operand or result, by its number among the step's (messages) or its
-# launch's number and payload; or the rows of a bundle, by its first buffer or message
+# a tensor of a step: a buffer, or a packed message, operand or result, by its number among the step's (messages) or its launch's
+# number and payload; or the rows of a bundle, by its first buffer or message
 PlaceKey = BufferKey | tuple[str, int] | tuple[str, int, Payload] | tuple[str, BufferKey]
 
 
 class PlacedTensor(NamedTuple):
-    """A tensor in the arena; offset: numbers of that dtype from the arena's begin to its first."""
+    """A tensor in the arena. offset: elements of its dtype from the arena's begin to its first."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -44,7 +44,8 @@ class PlacedTensor(NamedTuple):
 
 
 class RowsKey(NamedTuple):
-    """Names the matrix of a bundle among the tensors of a step: where it is noted, and its parts with what a row has of each."""
+    """Name of the matrix of a bundle among the tensors of a step: the key of its place, and its parts with their share of a
+    row."""
 
     rows: PlaceKey
     parts: tuple[PlaceKey, ...]
@@ -52,7 +53,7 @@ class RowsKey(NamedTuple):
 
 
 class FlatPlaces(NamedTuple):
-    """Where tensors lie in one flat tensor. numbers, bytes: its size."""
+    """Places of tensors in one flat tensor. numbers, bytes: its size."""
 
     places: dict[PlaceKey, list[PlacedTensor]]
     numbers: int
@@ -60,7 +61,7 @@ class FlatPlaces(NamedTuple):
 
 
 class Request(NamedTuple):
-    """Bytes that are wanted from moment `begin` up to and with moment `end`."""
+    """Bytes needed from moment `begin` up to and including moment `end`."""
 
     bytes: int
     begin: int
@@ -68,7 +69,7 @@ class Request(NamedTuple):
 
 
 def place_fields(widths: Widths, rows: int, heads: int, offset: int) -> tuple[list[PlacedTensor], int]:
-    """Tensors one behind another from byte `offset` on, and where the last one ends."""
+    """Place tensors one after another from byte `offset` on; return them and the end of the last one."""
     tensors = []
     for width, name in widths:
         dtype = getattr(torch, name)
@@ -80,22 +81,21 @@ def place_fields(widths: Widths, rows: int, heads: int, offset: int) -> tuple[li
 
 
 def result_fields(call: Call, payload: Payload) -> Widths:
-    """What kernels compute of a payload, in the accumulation dtype."""
+    """Return the fields of a payload that kernels compute, in the accumulation dtype."""
     return tuple((width, call.accumulation_dtype) for width, _ in call.payload_fields(payload))
 
 
 class PassMemory(NamedTuple):
-    """Bytes that a pass has on the device beside q, k, v and a contiguous dO: `peak` at once, and what that is made of.
+    """Bytes that a pass needs on the device in addition to q, k, v and a contiguous dO: `peak` at once, and its components.
 
     arena: buffers, messages, gathered operands, partial results. It is kept between passes. Passes on one stream share the
-    largest of their arenas, which a forward pass asks for where a backward will follow (see `arenas`).
-    results: the rank's own, as they are summed up, with what the backward finds again, or delta, and of latent attention the
-    gradient of the weights. What the backward finds again is received where it stays. Layers that a checkpoint repeats receive it
-    in one place, which is kept between passes, too.
-    workspace: the kernel's own, of the launch that needs most; 0 where the kernel does not know, but for keys and values that
-    latents are expanded to, and gradients of them.
-    returned: what results in the inputs' dtype need on top of sums in another, which they replace one by one, the smallest first.
-    states: of a recurrence, those that stay from step to step. A sink's few numbers a row are left out.
+    largest of their arenas, for which a forward pass asks if a backward will follow (see `arenas`). results: the rank's own,
+    as they are summed up, with the tensors kept for the backward, or delta, and for latent attention the gradient of the
+    weights. Tensors for the backward are received where they stay. Layers that a checkpoint repeats receive them in one
+    place, which is kept between passes, too. workspace: the kernel's own, of the launch that needs most; 0 if the kernel
+    cannot count it, except for expanded latents and their gradients. returned: memory for results in the inputs' dtype in
+    addition to sums in another, which they replace one by one, the smallest first. states: of a recurrence, those that stay
+    from step to step. A sink's few numbers per row are not counted.
     """
 
     arena: int
@@ -106,53 +106,55 @@ class PassMemory(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """The most that is there at once."""
+        """The most bytes at once."""
         return self.arena + self.beside_arena
 
     @property
     def beside_arena(self) -> int:
-        """The most that is there at once besides the arena."""
+        """The most bytes at once without the arena."""
         return self.results + self.states + max(self.workspace, self.returned)
 
 
 def forward_memory(program: Program, workspace: Workspace | None) -> PassMemory:
-    """What the forward pass of a program needs on its rank."""
+    """Return the memory of a program's forward pass on its rank."""
     results, returned = _result_bytes(program, (Payload.O,))
-    own = _workspace(program, "forward", program.forward, workspace)
+    workspace_bytes = _workspace(program, "forward", program.forward, workspace)
     states = 0
     if program.forward_states is not None:
         results += program.forward_states.kept_bytes
         states = program.forward_states.peak_bytes
     kept = program.kept_places.bytes
-    return PassMemory(program.forward_bytes, results + kept, own, returned, states)
+    return PassMemory(program.forward_bytes, results + kept, workspace_bytes, returned, states)
 
 
 def backward_memory(program: Program, workspace: Workspace | None) -> PassMemory:
-    """What the backward pass of a program needs on its rank; what the forward has kept is not counted again."""
+    """Return the memory of a program's backward pass on its rank, without tensors that the forward has kept."""
     call = program.call
     if not call.op.has_gradient:
         return PassMemory(0, 0, 0, 0)
     results, returned = _result_bytes(program, (Payload.dQ, Payload.dKV))
     delta = program.tokens * call.heads * getattr(torch, call.accumulation_dtype).itemsize
-    own = _workspace(program, "backward", program.backward, workspace)
+    workspace_bytes = _workspace(program, "backward", program.backward, workspace)
     if program.backward_states is not None:
         # a recurrence has no delta
-        return PassMemory(program.backward_bytes, results, own, returned, program.backward_states.peak_bytes)
+        return PassMemory(
+            program.backward_bytes, results, workspace_bytes, returned, program.backward_states.peak_bytes
+        )
     if call.op.kind == "latent_attention":
         wide, narrow = (getattr(torch, name).itemsize for name in (call.accumulation_dtype, call.dtype))
         weights = call.heads * (call.head_dim - call.op.rotary_dim + call.v_head_dim) * call.op.latent_dim
         if wide > narrow:
-            # they are returned when the others are as they shall be, whose sums are gone by then
+            # they are converted last, when the other sums are freed
             sums = _sums(program, (Payload.dQ, Payload.dKV))
             returned = max(returned, weights * narrow - sum(summed - final for summed, final in sums))
         results += weights * wide
-    return PassMemory(program.backward_bytes, results + delta, own, returned)
+    return PassMemory(program.backward_bytes, results + delta, workspace_bytes, returned)
 
 
 def forward_arena_bytes(program: Program, *inputs: Tensor | None) -> int:
-    """Return the bytes of arena to ask for in a forward pass: those of both passes, where its inputs say that a backward follows.
+    """Return the bytes of arena to ask for in a forward pass: those of both passes, if its inputs show that a backward follows.
 
-    The arena grows before the step has saved much for its backward passes, and the smaller one is used no longer.
+    The arena then grows before the step has saved much for its backward passes, and the smaller one is no longer used.
     """
     if any(x is not None and x.requires_grad for x in inputs):
         return max(program.forward_bytes, program.backward_bytes)
@@ -160,14 +162,14 @@ def forward_arena_bytes(program: Program, *inputs: Tensor | None) -> int:
 
 
 def kept_elements(program: Program) -> int:
-    """How many numbers the forward keeps for the backward on this rank."""
+    """Return the number of elements that the forward keeps for the backward on this rank."""
     return program.kept_places.numbers
 
 
 def place_kept(call: Call, kept: Mapping[BufferKey, int], bundles: Mapping[BufferKey, Bundle]) -> FlatPlaces:
-    """Return where buffers that stay until the backward pass lie in one flat tensor of the inputs' dtype. kept: rows of each."""
+    """Place buffers that stay until the backward pass in one flat tensor of the inputs' dtype. kept: rows of each."""
     places: dict[PlaceKey, list[PlacedTensor]] = {}
-    at = size = 0
+    begin = size = 0
     for key, rows in kept.items():
         if key in places:
             continue
@@ -175,37 +177,37 @@ def place_kept(call: Call, kept: Mapping[BufferKey, int], bundles: Mapping[Buffe
         if bundle:
             of_rows = _rows_key(call, bundle)
             matrix = PlacedTensor(
-                getattr(torch, call.dtype), (rows, of_rows.format.numbers), (of_rows.format.numbers, 1), at
+                getattr(torch, call.dtype), (rows, of_rows.format.numbers), (of_rows.format.numbers, 1), begin
             )
             places |= _places_in_rows(of_rows, matrix)
-            at += prod(matrix.shape)
+            begin += prod(matrix.shape)
             size += prod(matrix.shape) * matrix.dtype.itemsize
             continue
         places[key] = []
         for width, name in call.payload_fields(key.payload):
             shape = (rows, key.h1 - key.h0, width or 1)
-            places[key].append(PlacedTensor(getattr(torch, name), shape, (shape[1] * shape[2], shape[2], 1), at))
-            at += prod(shape)
+            places[key].append(PlacedTensor(getattr(torch, name), shape, (shape[1] * shape[2], shape[2], 1), begin))
+            begin += prod(shape)
             size += prod(shape) * places[key][-1].dtype.itemsize
-    return FlatPlaces(places, at, size)
+    return FlatPlaces(places, begin, size)
 
 
 def own_result_fields(call: Call, payload: Payload, unadded: Container[Payload]) -> Widths:
-    """The rank's own tensors of a result: in the inputs' dtype where nothing is added to them, but for log-sum-exps."""
+    """Return the rank's own tensors of a result: in the inputs' dtype if nothing is added to them, except for log-sum-exps."""
     return call.payload_fields(payload, narrow=payload in unadded)
 
 
-def lay_out(call: Call, steps: list[ProgramStep], bundles: Mapping[BufferKey, Bundle]) -> int:
-    """Give all tensors of a pass their places (`ProgramStep.places`); returns the arena's size in bytes.
+def assign_places(call: Call, steps: list[ProgramStep], bundles: Mapping[BufferKey, Bundle]) -> int:
+    """Assign places to all tensors of a pass (`ProgramStep.places`); return the arena's size in bytes.
 
     bundles: of the rank's buffers that are in one.
     """
-    wanted, requests = [], []
+    tensors, requests = [], []
     for step, key, widths, rows, heads, begin, end in _tensors(call, steps, bundles):
-        wanted.append((step, key, widths, rows, heads))
+        tensors.append((step, key, widths, rows, heads))
         requests.append(Request(place_fields(widths, rows, heads, 0)[1], begin, end))
     offsets, size = find_places(requests)
-    for (step, key, widths, rows, heads), offset in zip(wanted, offsets, strict=True):
+    for (step, key, widths, rows, heads), offset in zip(tensors, offsets, strict=True):
         places = place_fields(widths, rows, heads, offset)[0]
         if isinstance(key, RowsKey):
             step.places |= _places_in_rows(
@@ -213,7 +215,7 @@ def lay_out(call: Call, steps: list[ProgramStep], bundles: Mapping[BufferKey, Bu
             )
         else:
             step.places[key] = places
-    return rounded(size)
+    return rounded_arena_bytes(size)
 
 
 def _rows_key(call: Call, bundle: Bundle) -> RowsKey:
@@ -235,17 +237,17 @@ def _places_in_rows(key: RowsKey, matrix: PlacedTensor) -> dict[PlaceKey, list[P
     return places
 
 
-def rounded(size: int) -> int:
-    """The arena of at least so many bytes: at most 1/32 larger, so that batches of nearly one size have arenas of one size."""
+def rounded_arena_bytes(size: int) -> int:
+    """Round an arena's size up by at most 1/32, so that batches of similar sizes have arenas of one size."""
     unit = max(1 << max(size.bit_length() - 1, 0), _SIZES * ALIGNMENT) // _SIZES
     return -(-size // unit) * unit
 
 
 def find_places(requests: Iterable[Request]) -> tuple[list[int], int]:
-    """An offset for each request, so that what is wanted at one moment does not overlap, and the bytes that all of it takes."""
+    """Find an offset for each request, so that requests of the same moment do not overlap, and the size of them all."""
     requests = list(requests)
     offsets = [0] * len(requests)
-    # what has its place, by the moments it is there
+    # by moment: the requests that are placed and alive then
     placed: list[set[int]] = [set() for _ in range(max((request.end for request in requests), default=-1) + 1)]
     for i in sorted(range(len(requests)), key=lambda i: (-requests[i].bytes, i)):
         request = requests[i]
@@ -266,9 +268,9 @@ def find_places(requests: Iterable[Request]) -> tuple[list[int], int]:
 def _tensors(
     call: Call, steps: list[ProgramStep], bundles: Mapping[BufferKey, Bundle]
 ) -> Iterator[tuple[ProgramStep, PlaceKey | RowsKey, Widths, int, int, int, int]]:
-    """All tensors of a pass: step, key, fields, rows, heads, and the first and last moment of their lives.
+    """Yield all tensors of a pass: step, key, fields, rows, heads, and the first and last moment of their lives.
 
-    A step has a moment for all that it begins with, and one for each of its launches. A bundle is one tensor of one head.
+    A step has a moment for its begin, and one for each of its launches. A bundle is one tensor of one head.
     """
     begins, moment = [], 0
     for step in steps:
@@ -284,8 +286,8 @@ def _tensors(
             elif key == bundle[0]:
                 of_rows = _rows_key(call, bundle)
                 yield step, of_rows, of_rows.format.widths, rows, 1, begin, released[key]
-        for name, several in (("send", step.packed_sends), ("receive", step.packed_receives)):
-            for packed in several:
+        for name, packed_messages in (("send", step.packed_sends), ("receive", step.packed_receives)):
+            for packed in packed_messages:
                 yield from _packed(call, step, name, packed.first, packed.rows, begin, end)
         for numbers in _others(step.joined_sends, step.packed_sends):
             if not _travels_from_its_buffer(call, [step.sends[number] for number in numbers], bundles):
@@ -306,9 +308,9 @@ def _tensors(
 def _packed(
     call: Call, step: ProgramStep, name: str, numbers: tuple[int, ...], rows: int | None, begin: int, end: int
 ) -> Iterator[tuple[ProgramStep, PlaceKey | RowsKey, Widths, int, int, int, int]]:
-    """Yield the tensors of messages that travel together, in the dtypes that travel; name: "send" or "receive".
+    """Yield the tensors of messages that travel together, in the dtypes that travel. name: "send" or "receive".
 
-    rows: where the rows of other peers follow, of all of them.
+    rows: if the rows of other peers follow, the number of all rows.
     """
     messages = step.sends if name == "send" else step.receives
     first = messages[numbers[0]][1]
@@ -330,8 +332,8 @@ def _others(joined: list[tuple[int, ...]], packed: tuple[PackedMessages, ...]) -
 def _travels_from_its_buffer(
     call: Call, messages: list[tuple[Payload, Message]], bundles: Mapping[BufferKey, Bundle]
 ) -> bool:
-    """Return whether messages that travel together are sent from where they lie: from tensors, or from rows of a bundle."""
-    if not all(travels_from_its_buffer(call, payload, one.view, one.segments) for payload, one in messages):
+    """Return whether messages that travel together are sent from where they are: from tensors, or from rows of a bundle."""
+    if not all(travels_from_its_buffer(call, payload, message.view, message.segments) for payload, message in messages):
         return False
     first = messages[0][1]
     if not first.bundle:
@@ -353,7 +355,7 @@ def _itemsize(program: Program) -> int:
 
 
 def _result_bytes(program: Program, payloads: tuple[Payload, ...]) -> tuple[int, int]:
-    """(bytes of the rank's own results as they are summed up, what those that are returned in another dtype need on top)."""
+    """Return (bytes of the rank's own results as sums, additional bytes of those returned in another dtype)."""
     call = program.call
     summed = sum(
         _cells(program, payload, width) * getattr(torch, name).itemsize
@@ -368,7 +370,7 @@ def _result_bytes(program: Program, payloads: tuple[Payload, ...]) -> tuple[int,
 
 
 def _sums(program: Program, payloads: tuple[Payload, ...]) -> list[tuple[int, int]]:
-    """(bytes, bytes in the inputs' dtype) of each result that is summed up in another dtype than it is returned in."""
+    """Return (bytes, bytes in the inputs' dtype) of each result that is summed in another dtype than it is returned in."""
     call = program.call
     return [
         (cells * getattr(torch, name).itemsize, cells * _itemsize(program))
@@ -383,7 +385,7 @@ def _cells(program: Program, payload: Payload, width: int | None) -> int:
 
 
 def _workspace(program: Program, direction: str, steps: list[ProgramStep], workspace: Workspace | None) -> int:
-    """Bytes that the kernel allocates in the launch that needs most."""
+    """Return the bytes that the kernel allocates in the launch that needs most."""
     if workspace is None:
         return 0
     call, most = program.call, 0
@@ -396,10 +398,10 @@ def _workspace(program: Program, direction: str, steps: list[ProgramStep], works
 
 
 def _dq_bytes(program: Program, launch: KernelLaunch) -> int:
-    """Bytes of a number of the tensor that the kernel writes dQ to."""
+    """Return the bytes per element of the tensor that the kernel writes dQ to."""
     call, view = program.call, launch.results[Payload.dQ]
     name = call.accumulation_dtype
     if view.is_part:
-        own = view.slices[0].buffer.step == OWN
-        ((_, name),) = own_result_fields(call, Payload.dQ, program.unadded if own else ())
+        is_own = view.slices[0].buffer.step == OWN
+        ((_, name),) = own_result_fields(call, Payload.dQ, program.unadded if is_own else ())
     return int(getattr(torch, name).itemsize)

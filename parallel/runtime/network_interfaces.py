@@ -19,15 +19,16 @@ LOOPBACK = "127.0.0.1"
 # Linux's call for the IPv4 address of an interface, and its table of IPv6 ones
 _SIOCGIFADDR = 0x8915
 _IPV6_TABLE = Path("/proc/net/if_inet6")
-# of an IPv6 address that is valid everywhere
+# scope of an IPv6 address that is valid everywhere
 _GLOBAL_SCOPE = "00"
 
 
 def reachable_address() -> str:
-    """The address of this machine that ranks of other machines connect to, as a number.
+    """Return the address of this machine that ranks of other machines connect to, in numeric form.
 
-    That of the interface in GLOO_SOCKET_IFNAME, the first where it names several; else the one that faces the job's store, or
-    the one that this machine's name stands for, as gloo takes it. Raises DistattnError where there is none.
+    It is that of the interface in GLOO_SOCKET_IFNAME, or of the first if there are several; else that of the interface
+    towards the job's store, or the one that this machine's name resolves to, as in gloo. Raise DistattnError if there is
+    none.
     """
     if names := os.environ.get("GLOO_SOCKET_IFNAME"):
         name = names.split(",")[0].strip()
@@ -45,11 +46,11 @@ def reachable_address() -> str:
 
 
 def interface_address(name: str) -> str | None:
-    """The IPv4 address of an interface of this machine, or its global IPv6 one; None where it has neither."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+    """Return the IPv4 address of an interface of this machine, or its global IPv6 address; None without either."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         try:
-            found = fcntl.ioctl(asked.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))
-            return socket.inet_ntoa(found[20:24])
+            reply = fcntl.ioctl(sock.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))
+            return socket.inet_ntoa(reply[20:24])
         except (OSError, struct.error):
             pass
     for line in _IPV6_TABLE.read_text("ascii").splitlines() if _IPV6_TABLE.exists() else ():
@@ -60,21 +61,21 @@ def interface_address(name: str) -> str | None:
 
 
 def resolve_host(host: str) -> list[str]:
-    """The addresses that a name stands for, as numbers; none where it stands for nothing."""
+    """Return the addresses that a name resolves to, in numeric form; [] if it resolves to nothing."""
     try:
-        return list(dict.fromkeys(str(found[4][0]) for found in socket.getaddrinfo(host, None)))
+        return list(dict.fromkeys(str(entry[4][0]) for entry in socket.getaddrinfo(host, None)))
     except OSError:
         return []
 
 
 def listening_socket(address: str, port: int, waiting: int) -> socket.socket:
-    """A socket that listens on one address alone. port: 0 for a free one; waiting: connections that may. Raises OSError."""
+    """Open a socket that listens on one address only. port: 0 for a free one; waiting: length of the queue. Raise OSError."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     return socket.create_server((address, port), family=family, backlog=waiting)
 
 
 def _towards_store() -> Iterator[str]:
-    """The address from which this machine sends to the job's store."""
+    """Yield the address from which this machine sends to the job's store."""
     store = default_store()
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store

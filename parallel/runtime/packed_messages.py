@@ -1,8 +1,8 @@
 """Messages of a step that are packed from, or unpacked to, a rank's own tensors: each tensor is copied at once for all peers.
 
-The rows of all these messages lie one behind another, in one bundle (see `row_bundles`) or tensor by tensor. A tensor (tokens,
-heads, width) of which every peer has as many heads is seen as (tokens x peers, heads of a peer, width): then one list of rows
-says what goes where.
+The rows of all these messages are consecutive, in one bundle (see `row_bundles`) or tensor by tensor. A tensor (tokens, heads,
+width) of which every peer has the same number of heads is viewed as (tokens x peers, heads of a peer, width): then one list of
+rows describes all copies.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class OwnRows(NamedTuple):
-    """The rows of a rank's own tensors of a payload, seen with `heads` heads a row, that are the rows of all messages."""
+    """Rows of a rank's own tensors of a payload, viewed with `heads` heads per row, that are the rows of all messages."""
 
     payload: Payload
     heads: int
@@ -32,8 +32,8 @@ class OwnRows(NamedTuple):
 class PackedMessages(NamedTuple):
     """Messages with rows of one format.
 
-    begins: the first row of each peer's messages, by their numbers; rows: of all peers; parts: what a row holds, one part where
-    tensors travel one by one.
+    begins: the first row of each peer's messages, by their numbers. rows: of all peers. parts: the parts of a row, one part
+    if tensors travel one by one.
     """
 
     begins: dict[tuple[int, ...], int]
@@ -42,14 +42,14 @@ class PackedMessages(NamedTuple):
 
     @property
     def first(self) -> tuple[int, ...]:
-        """Return the numbers of the first peer's messages, under which the places of all rows are noted."""
+        """Return the numbers of the first peer's messages, the key of the places of all rows."""
         return next(iter(self.begins))
 
 
 def pack(
     call: Call, messages: list[tuple[Payload, Message]], joined: list[tuple[int, ...]], are_results: bool
 ) -> tuple[PackedMessages, ...]:
-    """Return the messages of a step that are copied together: at least two of each format.
+    """Group the messages of a step that are copied together: at least two of each format.
 
     joined: the numbers of those that travel together. are_results: they are written to the own tensors, not read from them.
     """
@@ -57,7 +57,7 @@ def pack(
     for numbers in joined:
         of_peer = [messages[number] for number in numbers]
         is_bundle = bool(of_peer[0][1].bundle)
-        # rows with all heads are sent from where they lie
+        # rows with all heads are sent without a copy
         if not is_bundle and of_peer[0][1].view.heads == call.payload_heads(of_peer[0][0]):
             continue
         own_rows = [_own_rows(call, payload, message.view, are_results) for payload, message in of_peer]
@@ -69,7 +69,7 @@ def pack(
 
 
 def _packed(format_: tuple[tuple[Payload, int], ...], rows: dict[tuple[int, ...], list[Ints]]) -> PackedMessages:
-    """Return messages of one format; rows: of the own tensors, by the messages' numbers and part."""
+    """Make the messages of one format. rows: of the own tensors, by the messages' numbers and part."""
     begins = np.cumsum([0, *(len(of_peer[0]) for of_peer in rows.values())]).tolist()
     parts = [
         OwnRows(payload, heads, torch.from_numpy(np.concatenate(of_part)))
@@ -79,7 +79,7 @@ def _packed(format_: tuple[tuple[Payload, int], ...], rows: dict[tuple[int, ...]
 
 
 def _own_rows(call: Call, payload: Payload, view: View, are_results: bool) -> Ints | None:
-    """Return the row of the own tensor, seen with as many heads as the view has, for each row of the view; None without one."""
+    """Return for each row of the view the row of the own tensor, viewed with as many heads; None if there is no such row."""
     heads, groups = view.heads, call.payload_heads(payload) // view.heads
     if not view.is_complete or groups * heads != call.payload_heads(payload):
         return None

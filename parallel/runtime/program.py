@@ -33,7 +33,14 @@ from distattn.kernels.launch_mask import LaunchMask, WrittenRows
 from distattn.parallel.analysis.verify import Proof
 from distattn.parallel.runtime.landing import Landing, land
 from distattn.parallel.runtime.launches import LaunchTable
-from distattn.parallel.runtime.memory import FlatPlaces, PlacedTensor, PlaceKey, lay_out, place_kept, rounded
+from distattn.parallel.runtime.memory import (
+    FlatPlaces,
+    PlacedTensor,
+    PlaceKey,
+    assign_places,
+    place_kept,
+    rounded_arena_bytes,
+)
 from distattn.parallel.runtime.packed_messages import PackedMessages, pack
 from distattn.parallel.runtime.row_bundles import Bundle, RowFormat, find_bundles
 from distattn.parallel.runtime.segment_launches import SegmentLaunches
@@ -168,7 +175,7 @@ def lower(plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = N
     kept_places = place_kept(call, kept, forward.bundles)
     blank = frozenset(forward.blank | backward.blank)
     unadded = frozenset(forward.unadded | backward.unadded)
-    sizes = lay_out(call, ahead, forward.bundles), lay_out(call, back, backward.bundles)
+    sizes = assign_places(call, ahead, forward.bundles), assign_places(call, back, backward.bundles)
     program = Program(call, proof, rank, tokens, ahead, back, kept, kept_places, blank, unadded, *sizes)
     return _with_states(plan, program) if call.op.is_recurrent else program
 
@@ -185,7 +192,7 @@ def _with_states(plan: Plan, program: Program) -> Program:
         for moves, step in zip(one.steps, steps, strict=True):
             step.states = moves
     sizes = zip((program.forward_bytes, program.backward_bytes), states, strict=True)
-    ahead, back = (rounded(size + one.message_bytes) for size, one in sizes)
+    ahead, back = (rounded_arena_bytes(size + one.message_bytes) for size, one in sizes)
     changes: dict[str, Any] = dict(forward_states=states[0], backward_states=states[1])
     return replace(program, forward_bytes=ahead, backward_bytes=back, **changes)
 

@@ -1,6 +1,6 @@
-"""What a launch of a recurrence allocates on the device: counted on meta tensors, by the functions of the kernel that run there.
+"""The bytes that a launch of a recurrence allocates on the device: counted on meta tensors, by the kernel's own functions.
 
-Kernels of recurrences make tensors of many sizes, most of them PyTorch's own; a formula for their sum would be a second truth.
+Kernels of recurrences make tensors of many sizes, most of them inside PyTorch; a formula for their sum could become wrong.
 """
 
 # T tokens, N segments, H heads of values, G heads of queries and keys, K key dim, V value dim
@@ -22,9 +22,10 @@ from distattn.parallel.runtime.segment_launches import SegmentKind
 
 
 def recurrence_workspace(program: Program, direction: str, kernel: Any) -> int:
-    """Return the most bytes that a launch of a pass allocates: states side by side, what the kernel makes, and its results.
+    """Return the most bytes that a launch of a pass allocates: states side by side, the kernel's tensors, and its results.
 
-    kernel: a module with the functions of `kernels.recurrence.chunked`. Returns 0 for a kernel that takes no meta tensors.
+    kernel: a module with the functions of `kernels.recurrence.chunked`. Return 0 for a kernel that does not take meta
+    tensors.
     """
     if not getattr(kernel, "RUNS_ON_META", False):
         return 0
@@ -63,7 +64,7 @@ def _sizes(schedule: Any) -> Iterator[Any]:
 
 
 def _launch_bytes(program: Program, is_forward: bool, launch: KernelLaunch, is_prefix: bool, kernel: Any) -> int:
-    """Return the bytes that a launch allocates besides its operands. is_prefix: no state can enter what it leaves."""
+    """Return the bytes that a launch allocates in addition to its operands. is_prefix: no state can enter its results."""
     call, kind = program.call, launch.schedule.kind
     narrow, wide = getattr(torch, call.dtype), getattr(torch, call.accumulation_dtype)
     rows, heads, shared_heads, is_even = _shape(program, launch)
@@ -83,7 +84,7 @@ def _launch_bytes(program: Program, is_forward: bool, launch: KernelLaunch, is_p
         beta = tensor(rows, heads) if call.op.delta else None
         lists = schedule_to_device(launch.schedule.segments, META)
         input_bytes = counted.peak = counted.alive
-        # where heads that share queries and keys are cut, each head gets its own
+        # if heads that share queries and keys are split, each head gets its own copy
         queries_and_keys = (q, k) if is_even else tuple(tensor(rows, heads, call.head_dim) for _ in range(2))
         x, entering = RecurrenceTokens(queries_and_keys[0], queries_and_keys[1], v, g, beta), states()
         if kind is SegmentKind.STATE:

@@ -1,4 +1,4 @@
-"""Rows of one layout moved to another: every rank's rows (T, ...) become the rows that it has in the other layout."""
+"""Move rows from one layout to another: every rank's rows (T, ...) become the rows that it has in the other layout."""
 
 # T rows of this rank in the first layout, U in the second
 
@@ -14,14 +14,14 @@ from torch import Tensor
 from distattn.ir.intervals import Ints
 from distattn.ir.layout import Layout
 from distattn.parallel.runtime.arenas import ARENAS, ArenaAllocator, aligned_bytes
-from distattn.parallel.runtime.streams import copied_to
+from distattn.parallel.runtime.streams import copy_to_device
 from distattn.parallel.runtime.transport import Packet, Transport
 
 
 class RowMoves(NamedTuple):
-    """What one rank sends and receives. Rows of each peer, the rank itself among them, in the order of their tokens.
+    """Rows that one rank sends to and receives from each peer, including itself, in the order of their tokens.
 
-    rows: how many there are afterwards. sends, receives: by peer, the numbers of rows.
+    rows: number of rows in the second layout. sends, receives: the row numbers, by peer.
     """
 
     rank: int
@@ -31,26 +31,27 @@ class RowMoves(NamedTuple):
 
     @staticmethod
     def of(here: Layout, there: Layout, rank: int) -> RowMoves:
-        """From the rows that `rank` has in one layout to those in the other, over the same tokens and ranks."""
-        mine, wanted = here.tokens(rank), there.tokens(rank)
-        return RowMoves(rank, len(wanted), _rows_by_owner(mine, there), _rows_by_owner(wanted, here))
+        """Find the moves from the rows that `rank` has in one layout to those in another, over the same tokens and ranks."""
+        own_tokens, next_tokens = here.tokens(rank), there.tokens(rank)
+        return RowMoves(rank, len(next_tokens), _rows_by_owner(own_tokens, there), _rows_by_owner(next_tokens, here))
 
     def to(self, device: torch.device) -> RowMoves:
-        """The same with its numbers on a device, where rows are."""
+        """Return the moves with their row numbers on a device."""
         sends, receives = (
-            {peer: copied_to(device, rows) for peer, rows in given.items()} for given in (self.sends, self.receives)
+            {peer: copy_to_device(device, rows) for peer, rows in row_lists.items()}
+            for row_lists in (self.sends, self.receives)
         )
         return RowMoves(self.rank, self.rows, sends, receives)
 
     def reversed(self) -> RowMoves:
-        """Back to the first layout."""
+        """Return the moves back to the first layout."""
         return RowMoves(self.rank, sum(map(len, self.sends.values())), self.receives, self.sends)
 
 
 def move_rows(x: Tensor, moves: RowMoves, transport: Transport) -> Tensor:
-    """The rows (U, ...) of the second layout, from those (T, ...) of the first; differentiable. A collective call.
+    """Move rows (T, ...) of the first layout to (U, ...) of the second; differentiable. A collective call.
 
-    moves: with its numbers on the device of x. Raises LostRankError naming the peers that stopped answering.
+    moves: with its row numbers on the device of x. Raise LostRankError naming the peers that stopped answering.
     """
     moved: Tensor = _MoveRows.apply(x, moves, transport)
     return moved
@@ -97,7 +98,7 @@ def _moved(x: Tensor, moves: RowMoves, transport: Transport) -> Tensor:
 
 
 def _rows_by_owner(tokens: Ints, layout: Layout) -> dict[int, Tensor]:
-    """For each rank that owns some of these tokens in a layout, where they are among them, in the order of the tokens."""
+    """Return for each rank that owns some of these tokens in a layout their positions among the tokens, in order."""
     order = np.argsort(layout.chunks["t0"])
     begins, ranks = layout.chunks["t0"][order], layout.chunks["rank"][order]
     in_order = np.argsort(tokens)

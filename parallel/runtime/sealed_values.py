@@ -1,7 +1,7 @@
-"""What ranks tell each other, pickled behind a digest that is compared before anything is unpickled.
+"""Values that ranks exchange, pickled behind a digest that is compared before anything is unpickled.
 
-Where the job has a secret the digest is keyed with it: whoever does not know it cannot have a rank unpickle anything. Else, as
-in a trainer of somebody else's, it finds what was changed on its way.
+If the job has a secret, the digest is keyed with it: a process that does not know it cannot make a rank unpickle anything.
+Otherwise, as in another trainer's job, the digest detects values that were changed in transit.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from typing import Any
 
 _DIGEST_BYTES = 32
 _PURPOSE = b"distattn's values between ranks"
-# of this process: all ranks of a job have the same
+# keys of this process: all ranks of a job have the same
 _KEYS = [b""]
 
 
 def use_secret(secret: bytes) -> None:
-    """Key digests with a job's secret from now on. All ranks do so between the same two values that they tell each other."""
+    """Use a job's secret as the key of digests from now on. All ranks call this between the same two exchanges."""
     _KEYS[0] = hmac.digest(secret, _PURPOSE, "sha256")
 
 
 def seal(value: Any) -> bytes:
-    """A picklable value as bytes that `unseal` takes."""
+    """Serialize a picklable value for `unseal`."""
     data = pickle.dumps(value)
     return _digest(data) + data
 
 
 def unseal(data: bytes) -> Any:
-    """The value of what `seal` has made, in this job. Raises RuntimeError, and unpickles nothing, for anything else."""
+    """Deserialize a value that `seal` has made in this job. Raise RuntimeError, and unpickle nothing, for anything else."""
     digest, content = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
     if not hmac.compare_digest(digest, _digest(content)):
-        # as gloo does for a connection that breaks, which is told to all ranks
+        # the error of gloo for a broken connection, which all ranks handle
         raise RuntimeError(
-            "what came from another rank does not match its digest: it was changed on its way, or does not come from a rank of "
+            "a value from another rank does not match its digest: it was changed in transit, or is not from a rank of "
             "this job; nothing of it was unpickled."
         )
     return pickle.loads(content)

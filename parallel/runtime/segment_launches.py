@@ -1,4 +1,4 @@
-"""Which kernel launches a recurrence's tasks become on one rank: those of a step, of one kind and with the same heads are one."""
+"""The kernel launches of a recurrence's tasks on one rank: tasks of one step, kind and head range are one launch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from distattn.parallel.runtime.views import ViewParts
 
 
 class SegmentKind(Enum):
-    """What the tasks of a launch leave: outputs or gradients ("whole"), the state of keys, or the gradient state of rows."""
+    """Result of the tasks of a launch: outputs or gradients ("whole"), the state of keys, or the gradient state of rows."""
 
     WHOLE = "whole"
     STATE = "state"
     GRADIENT_STATE = "gradient state"
 
 
-# a launch has a state for each of its segments: packs of short documents are several launches
+# a launch has a state for each of its segments: packs of short documents take several launches
 _MOST_SEGMENTS = 64
 _OPERANDS = {
     SegmentKind.WHOLE: (Payload.Q, Payload.KV, Payload.dO),
@@ -36,8 +36,9 @@ _OPERANDS = {
 class SegmentLaunches(NamedTuple):
     """All launches of a table on one rank, sorted by step.
 
-    by launch: its step, kind and heads [h0, h1). tasks: with the number of each in the table (column `row`), sorted by launch and
-    token; launch: of each. tokens, shared: the tokens of each launch, with its heads and with the heads of queries and keys.
+    steps, kinds, heads: of each launch. tasks: with the number of each in the table (column `row`), sorted by launch and
+    token; launch: of each task. tokens, shared: the tokens of each launch, with its heads and with the heads of queries and
+    keys.
     """
 
     steps: list[int]
@@ -51,17 +52,17 @@ class SegmentLaunches(NamedTuple):
 
     @staticmethod
     def of(call: Call, tasks: Columns) -> SegmentLaunches:
-        """The launches of one rank's tasks."""
+        """Group one rank's tasks into launches."""
         kind = np.where(has_rows_and_keys(tasks), 0, np.where(tasks["q0"] == tasks["q1"], 1, 2))
         tasks = {**tasks, "kind": kind}
         by = ("step", "kind", "h0", "h1")
         tasks = select_rows(tasks, lexicographic_argsort(*(tasks[name] for name in (*by, "q0", "k1"))))
         labels = np.stack([tasks[name] for name in by], 1)
-        fresh = np.ones(len(labels), bool)
-        fresh[1:] = (labels[1:] != labels[:-1]).any(1)
+        is_first = np.ones(len(labels), bool)
+        is_first[1:] = (labels[1:] != labels[:-1]).any(1)
         place = np.arange(len(labels))
-        fresh |= (place - np.maximum.accumulate(np.where(fresh, place, 0))) % _MOST_SEGMENTS == 0
-        launch, first = np.cumsum(fresh) - 1, np.flatnonzero(fresh)
+        is_first |= (place - np.maximum.accumulate(np.where(is_first, place, 0))) % _MOST_SEGMENTS == 0
+        launch, first = np.cumsum(is_first) - 1, np.flatnonzero(is_first)
         h0, h1, group = tasks["h0"], tasks["h1"], call.gqa_group_size
         tokens = TokenIntervals.of(launch, tasks["q0"], tasks["k1"], h0, h1)
         shared = TokenIntervals.of(launch, tasks["q0"], tasks["k1"], h0 // group, -(-h1 // group))
@@ -71,11 +72,11 @@ class SegmentLaunches(NamedTuple):
         return SegmentLaunches(steps, kinds, heads, tasks, launch, tokens, shared, call.op.shared_payloads)
 
     def parts(self, payload: Payload) -> ViewParts:
-        """The parts of one view of a payload per launch."""
+        """Return the parts of one view of a payload per launch."""
         return (self.shared if payload.name in self.shared_payloads else self.tokens).parts(payload)
 
     def uses(self, number: int, payload: Payload) -> bool:
-        """Whether a launch reads or gives a payload."""
+        """Return whether a launch reads or gives a payload."""
         kind = self.kinds[number]
         return payload in _OPERANDS[kind] or (
             kind is SegmentKind.WHOLE and payload in (Payload.O, Payload.dQ, Payload.dKV)
@@ -95,7 +96,7 @@ class SegmentLaunches(NamedTuple):
 
 
 class SegmentSchedule(NamedTuple):
-    """A launch: its kind, the numbers of its tasks in the table, and what the kernel's `prepare` made of their segments."""
+    """A launch: its kind, the numbers of its tasks in the table, and the kernel's schedule of their segments."""
 
     kind: SegmentKind
     tasks: tuple[int, ...]
@@ -103,5 +104,5 @@ class SegmentSchedule(NamedTuple):
 
 
 def kind_of(tasks: Columns, first: Ints) -> list[int]:
-    """The kinds of launches that begin at these tasks, as numbers."""
+    """Return the kinds of launches that begin at these tasks, as numbers."""
     return [int(number) for number in tasks["kind"][first]]

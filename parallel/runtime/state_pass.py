@@ -1,4 +1,4 @@
-"""What passes of all recurrent ops share on one rank: states that enter segments, states that leave them, edges of documents."""
+"""Parts that passes of all recurrent ops share on one rank: states that enter and leave segments, edges of documents."""
 
 # T tokens on this rank, H heads, K key dim, V value dim, M documents
 
@@ -19,8 +19,8 @@ from distattn.parallel.runtime.state_tensors import HeldStateTensors, State
 class StatePass:
     """One pass on one rank.
 
-    initial: states that documents begin with, (M, H, K, V), if any. edge_states: final states of documents forward, gradients of
-    initial states backward, where they are wanted.
+    initial: states that documents begin with, (M, H, K, V), if any. edge_states: final states of documents forward, gradients
+    of initial states backward, if asked for.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class StatePass:
         initial_MHKV: Tensor | None,
         g_H: Tensor | None = None,
     ):
-        """arena: see `arenas`; g_H: the logarithm of each head's decay, where it is the same for all tokens."""
+        """Begin a pass. arena: see `arenas`. g_H: the logarithm of each head's decay, if it is the same for all tokens."""
         is_forward = direction == "forward"
         states = program.forward_states if is_forward else program.backward_states
         assert states is not None, "a program of a recurrence has states"
@@ -42,32 +42,32 @@ class StatePass:
         self.dtype, self._device = getattr(torch, self.call.accumulation_dtype), arena.device
         allocator = ArenaAllocator(arena[nbytes - states.message_bytes : nbytes])
         self.states = HeldStateTensors(self.call, g_H, arena.device, allocator)
-        # of all documents: not made where nobody asks for them
+        # of all documents; allocated on request
         self.edge_states: Tensor | None = None
 
     def make_edge_states(self) -> None:
-        """Room for the states of all documents; those that are not computed on this rank stay 0."""
+        """Allocate the states of all documents; those that are not computed on this rank stay 0."""
         shape = (len(self.call.documents), self.call.heads, self.call.head_dim, self.call.v_head_dim)
         self.edge_states = torch.zeros(shape, dtype=self.dtype, device=self._device)
 
     def tasks(self, launch: KernelLaunch) -> list[SegmentStates]:
-        """The states of a launch's segments, in order."""
+        """Return the states of a launch's segments, in order."""
         return [self.program_states.tasks[number] for number in launch.schedule.tasks]
 
     def entering(self, launch: KernelLaunch, task: SegmentStates) -> State | None:
-        """Return the state that enters a segment: of what precedes it, or the initial state of its document, if any."""
+        """Return the state that enters a segment: that of earlier segments, or the initial state of its document, if any."""
         if task.before:
             return self.states.put_together(task.before)
         return self.edge(launch, self.initial, task.initial)
 
     def edge(self, launch: KernelLaunch, states_MHKV: Tensor | None, document: int) -> State | None:
-        """Return a document's state among those that are given; None, for that of no tokens, where it is not there."""
+        """Return a document's state among the given ones; None, for that of no tokens, without given ones."""
         if states_MHKV is None or document < 0:
             return None
         return State(None, states_MHKV[document, launch.heads].to(self.dtype))
 
     def side_by_side(self, launch: KernelLaunch, states: Sequence[State | None]) -> Tensor:
-        """Return B of the states of a launch's segments, (N, H, K, V); that of no tokens for None."""
+        """Concatenate B of the states of a launch's segments, (N, H, K, V); None stands for the state of no tokens."""
         present = [(number, state.b) for number, state in enumerate(states) if state is not None]
         if len(present) == len(states):
             return torch.stack([b for _, b in present])
@@ -78,14 +78,14 @@ class StatePass:
         return out
 
     def leave(self, launch: KernelLaunch, task: SegmentStates, state: State) -> None:
-        """Keep what a segment leaves, where it is needed."""
+        """Keep the state that a segment leaves, if it is needed."""
         if task.leaves is not None:
-            # a copy: what a launch makes side by side is not forgotten together
+            # a copy, so that the launch's stacked results are freed
             a = None if state.a is None else state.a.clone()
             self.states.put(task.leaves, launch.heads.start, State(a, state.b.clone()))
 
     def leave_final(self, launch: KernelLaunch, tasks: Sequence[SegmentStates], leaving_NHKV: Tensor) -> None:
-        """Keep what whole segments of the forward pass leave, and the final states of documents that end with them."""
+        """Keep states that whole segments of the forward pass leave, and the final states of documents that end with them."""
         for task, ends in zip(tasks, leaving_NHKV, strict=True):
             if task.final >= 0 and self.edge_states is not None:
                 self.edge_states[task.final, launch.heads] = ends

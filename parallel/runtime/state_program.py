@@ -1,4 +1,4 @@
-"""What one rank does with states of a recurrence: which it makes, sends, receives, puts together and forgets, step by step."""
+"""The work of one rank on states of a recurrence, step by step: states that it computes, sends, receives, combines and frees."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from distattn.parallel.runtime.memory import ALIGNMENT
 
 
 class StateKey(NamedTuple):
-    """A state that a rank holds: of S or dS, and where it comes from."""
+    """A state that a rank holds: of S or dS, and its origin."""
 
     payload: Payload
     name: StateName
 
 
 class StatePart(NamedTuple):
-    """Heads [h0, h1) of a state that is put together of others, in the order in which they are passed."""
+    """Heads [h0, h1) of a state that is combined from others, in the order in which they are passed."""
 
     h0: int
     h1: int
@@ -30,9 +30,9 @@ class StatePart(NamedTuple):
 
 
 class StateMessage(NamedTuple):
-    """A state that moves: heads [h0, h1) of so many tokens, put together of `parts` where it is sent, then known as `key`.
+    """A state that moves: heads [h0, h1) of `tokens` tokens, combined from `parts` by the sender, then known as `key`.
 
-    is_prefix: no state can enter it, and its transition does not travel.
+    is_prefix: no state can enter it, and its transition is not sent.
     """
 
     peer: int
@@ -45,11 +45,11 @@ class StateMessage(NamedTuple):
 
 
 class SegmentStates(NamedTuple):
-    """The states of one task.
+    """States of one task.
 
-    before, after: states of what precedes the segment, gradient states of what follows it; empty where there is none. initial,
-    final: the document that begins, or ends, with the segment, or -1. leaves: where what it leaves is needed. is_prefix: what it
-    leaves has no transition. begun: the place of what it begins with among what is kept for the backward pass, or -1.
+    before, after: states before the segment, gradient states after it; empty without such states. initial, final: the document
+    that begins, or ends, with the segment, or -1. leaves: the key of the state that it leaves, if needed. is_prefix: that
+    state has no transition. begun: the index of the state that it begins with among those kept for the backward pass, or -1.
     """
 
     before: tuple[StatePart, ...]
@@ -62,7 +62,7 @@ class SegmentStates(NamedTuple):
 
 
 class KeptState(NamedTuple):
-    """The state that a forward task begins with, for heads [h0, h1), as the backward pass finds it."""
+    """State that a forward task begins with, for heads [h0, h1), as the backward pass finds it."""
 
     key: StateKey
     h0: int
@@ -71,7 +71,7 @@ class KeptState(NamedTuple):
 
 @dataclass
 class StateStep:
-    """What a rank sends, receives and forgets in one step."""
+    """States that a rank sends, receives and frees in one step."""
 
     sends: list[StateMessage] = field(default_factory=list)
     receives: list[StateMessage] = field(default_factory=list)
@@ -80,10 +80,10 @@ class StateStep:
 
 @dataclass(frozen=True)
 class StateProgram:
-    """One table's states on one rank: by step, and by number of the task.
+    """States of one table on one rank: by step, and by number of the task.
 
-    kept: the states that forward tasks begin with, which stay for the backward pass; kept_bytes: of all of them. peak_bytes: the
-    most that the others have at once. message_bytes: room in the arena for the states that one step sends and receives.
+    kept: the states that forward tasks begin with, which stay for the backward pass; kept_bytes: of all of them. peak_bytes:
+    the most bytes of the others at once. message_bytes: bytes of the arena for the states that one step sends and receives.
     """
 
     steps: list[StateStep]
@@ -95,7 +95,7 @@ class StateProgram:
 
 
 def lower_states(plan: Plan, rank: int, direction: str) -> StateProgram:
-    """The states of one table of a recurrent call on one rank."""
+    """Lower the states of one table of a recurrent call for one rank."""
     call, table = plan.call, plan.forward if direction == "forward" else plan.backward
     payloads = [payload for payload in call.payloads(direction) if payload in STATE_PAYLOADS]
     traces = {payload: trace_states(plan, direction, payload, rank) for payload in payloads}
@@ -115,7 +115,7 @@ def lower_states(plan: Plan, rank: int, direction: str) -> StateProgram:
     for row in (table.tasks["rank"] == rank).nonzero()[0].tolist():
         q0, q1, k0, k1 = (columns[name][row] for name in ("q0", "q1", "k0", "k1"))
         only_state, name = q0 == q1, StateName("task", row)
-        # what a task leaves: the state of its keys, in a backward table the gradient state of its rows
+        # a task leaves the state of its keys, or in a backward table the gradient state of its rows
         leaves = StateKey(Payload.S if only_state or direction == "forward" else Payload.dS, name)
         tasks[row] = SegmentStates(
             parts[Payload.S].get(name, ()) if k0 < q0 else (),
@@ -128,19 +128,21 @@ def lower_states(plan: Plan, rank: int, direction: str) -> StateProgram:
         )
     h0, h1 = plan.forward.tasks["h0"], plan.forward.tasks["h1"]
     begun = [KeptState(StateKey(Payload.S, StateName("kept", row)), int(h0[row]), int(h1[row])) for row in kept]
-    kept_bytes = sum(one.h1 - one.h0 for one in begun) * call.state_bytes(True)
+    kept_bytes = sum(state.h1 - state.h0 for state in begun) * call.state_bytes(True)
     lives = [state_lifetimes(call, payload, trace.lives) for payload, trace in traces.items()]
     alive = np.zeros(table.steps + 1, np.int64)
     for some in lives:
         np.add.at(alive, some.first, some.size)
         np.add.at(alive, some.last + 1, -some.size)
     peak_bytes = int(np.cumsum(alive).max(initial=0))
-    message_bytes = max((sum(_room(call, one) for one in (*step.sends, *step.receives)) for step in steps), default=0)
+    message_bytes = max(
+        (sum(_message_bytes(call, message) for message in (*step.sends, *step.receives)) for step in steps), default=0
+    )
     return StateProgram(steps, tasks, begun, kept_bytes, peak_bytes, message_bytes)
 
 
-def _room(call: Call, message: StateMessage) -> int:
-    """Bytes of room for the tensors of a message: its transition, if any, and the rest."""
+def _message_bytes(call: Call, message: StateMessage) -> int:
+    """Return the bytes of the tensors of a message: its transition, if any, and the rest."""
     size = (message.h1 - message.h0) * call.state_bytes(message.is_prefix)
     return -(-size // ALIGNMENT) * ALIGNMENT + ALIGNMENT
 
@@ -169,13 +171,13 @@ def _add_moves(
 
 
 def _parts(payload: Payload, trace: StateTrace) -> dict[StateName, tuple[StatePart, ...]]:
-    """What each task reads and each move sends, by head range; neighbours of the same states are one."""
-    found: dict[StateName, list[StatePart]] = defaultdict(list)
+    """Return the states that each task reads and each move sends, by head range; adjacent ranges of equal states are joined."""
+    parts_by_user: dict[StateName, list[StatePart]] = defaultdict(list)
     for use in sorted(trace.uses, key=lambda use: (use.user, use.h0)):
         tiles = tuple(StateKey(payload, name) for state in use.tiles if isinstance(name := state.name, StateName))
-        parts = found[use.user]
+        parts = parts_by_user[use.user]
         if parts and parts[-1].h1 == use.h0 and parts[-1].tiles == tiles:
             parts[-1] = parts[-1]._replace(h1=use.h1)
         else:
             parts.append(StatePart(use.h0, use.h1, tiles))
-    return {user: tuple(some) for user, some in found.items()}
+    return {user: tuple(parts) for user, parts in parts_by_user.items()}

@@ -1,4 +1,4 @@
-"""The states that one rank holds during a pass of a recurrence: put together, sent, received and forgotten."""
+"""The states that one rank holds during a pass of a recurrence: it combines, sends, receives and frees them."""
 
 # N segments, H heads, K key dim, V value dim; a state's A is (H, K), (H, 1) or (H, K, K), its B (H, K, V); a maximum is a B
 
@@ -18,9 +18,9 @@ from distattn.parallel.runtime.transport import Packet
 
 
 class State(NamedTuple):
-    """What tokens do to any state S that enters, A S + B; a None where none can enter. dS likewise, with A transposed.
+    """Effect of tokens on any state S that enters, A S + B. a: None if no state can enter. dS likewise, with A transposed.
 
-    Of an op whose states are maxima it is max(S, B), and a None.
+    For an op whose states are maxima the effect is max(S, B), and a is None.
     """
 
     a: Tensor | None
@@ -28,17 +28,20 @@ class State(NamedTuple):
 
 
 class HeldStateTensors:
-    """The tensors of all states that are there, by where they come from."""
+    """Tensors of all available states, by origin."""
 
     def __init__(self, call: Call, g_H: Tensor | None, device: torch.device, allocator: ArenaAllocator):
-        """g_H: the logarithm of each head's decay, where it is the same for all tokens. allocator: for the messages of a step."""
+        """Begin without states.
+
+        g_H: the logarithm of each head's decay, if all tokens share it. allocator: for a step's messages.
+        """
         self._allocator = allocator
-        # what is received in a step: where it stays, and where it arrives
+        # for states received in a step: their final tensors, and those they arrive in
         self._arriving: list[tuple[Tensor, Tensor]] = []
         self.call, self._g_H, self._device = call, g_H, device
         self._dtype = getattr(torch, call.accumulation_dtype)
         self._held: dict[StateKey, tuple[int, State]] = {}
-        # what the forward pass has kept is counted apart
+        # states kept by the forward pass are counted separately
         self._kept: set[StateKey] = set()
         self.bytes = self.peak_bytes = 0
 
@@ -49,12 +52,12 @@ class HeldStateTensors:
         self.peak_bytes = max(self.peak_bytes, self.bytes)
 
     def put_kept(self, key: StateKey, h0: int, state: State) -> None:
-        """Use a state that the forward pass has kept."""
+        """Register a state that the forward pass has kept."""
         self._held[key] = h0, state
         self._kept.add(key)
 
     def end_step(self, step: StateStep) -> None:
-        """Take what has arrived, and forget what nobody uses after this step."""
+        """Take the states that have arrived, and free those that are not used after this step."""
         for there, tensor in self._arriving:
             there.copy_(tensor)
         self._arriving.clear()
@@ -64,7 +67,7 @@ class HeldStateTensors:
             self.bytes -= 0 if key in self._kept else _nbytes(state)
 
     def put_together(self, parts: tuple[StatePart, ...]) -> State:
-        """The state of all heads of `parts`, which follow one another."""
+        """Combine the states of all heads of consecutive `parts`."""
         states = [self._of(part) for part in parts]
         if len(states) == 1:
             return states[0]
@@ -72,13 +75,13 @@ class HeldStateTensors:
         return State(a, torch.cat([state.b for state in states]))
 
     def packets(self, message: StateMessage) -> list[Packet]:
-        """The tensors of a state that is sent."""
+        """Return the packets of a state that is sent."""
         a, b = self.put_together(message.parts)
         tensors = [b] if message.is_prefix or not self.call.op.transition_travels else [b, _present(a)]
         return [Packet(message.peer, message.key.payload, self._allocator.copy_of(tensor)) for tensor in tensors]
 
     def receive(self, message: StateMessage) -> list[Packet]:
-        """Room for a state that comes: there from the end of the step on."""
+        """Allocate tensors for a state to receive: available from the end of the step on."""
         heads, op = message.h1 - message.h0, self.call.op
         b = self._empty(heads, self.call.head_dim, self.call.v_head_dim)
         if message.is_prefix or op.is_maximum:
@@ -88,7 +91,7 @@ class HeldStateTensors:
             state, tensors = State(a, b), [b, a]
         else:
             g = None if self._g_H is None else self._g_H[message.h0 : message.h1]
-            # not of a list: the host would wait for the device to have it
+            # not from a list, for which the host would wait for the device
             length = torch.full((1,), message.tokens, device=self._device)
             state, tensors = State(constant_transition(g, heads, length)[0].to(self._dtype), b), [b]
         self.put(message.key, message.h0, state)
@@ -97,7 +100,7 @@ class HeldStateTensors:
         return [Packet(message.peer, message.key.payload, tensor) for _, tensor in arriving]
 
     def of_no_tokens(self, segments: int, heads: int) -> Tensor:
-        """Return B of no tokens for each of some segments, (N, H, K, V): 0, or of maxima -inf."""
+        """Return B of no tokens for each of some segments, (N, H, K, V): 0, or -inf for maxima."""
         b = self._empty(segments, heads, self.call.head_dim, self.call.v_head_dim)
         return b.fill_(-torch.inf if self.call.op.is_maximum else 0.0)
 
@@ -109,8 +112,8 @@ class HeldStateTensors:
         mirrored = part.tiles[0].payload == Payload.dS
         for state in rest:
             later = _present(state.a)
-            b = applied(later, b, mirrored) + state.b
-            a = None if a is None else composed(later, a) if mirrored else composed(a, later)
+            b = apply_transition(later, b, mirrored) + state.b
+            a = None if a is None else compose_transitions(later, a) if mirrored else compose_transitions(a, later)
         return State(a, b)
 
     def _heads(self, key: StateKey, part: StatePart) -> State:
@@ -122,20 +125,20 @@ class HeldStateTensors:
         return torch.empty(shape, dtype=self._dtype, device=self._device)
 
 
-def applied(a: Tensor, b: Tensor, transposed: bool = False) -> Tensor:
-    """A B, or A^T B, of states (..., K, V); a is a matrix where it has as many dims as b."""
+def apply_transition(a: Tensor, b: Tensor, transposed: bool = False) -> Tensor:
+    """Compute A B, or A^T B, of states (..., K, V). a is a matrix if it has as many dims as b."""
     if a.dim() < b.dim():
         return a[..., None] * b
     return (a.transpose(-1, -2) if transposed else a) @ b
 
 
-def composed(a: Tensor, later: Tensor) -> Tensor:
-    """The transition of two segments, a's first: diagonals (H, K), or matrices (H, K, K)."""
+def compose_transitions(a: Tensor, later: Tensor) -> Tensor:
+    """Return the transition of two segments, a's first: diagonals (H, K), or matrices (H, K, K)."""
     return a * later if a.dim() == 2 else later @ a
 
 
 def _present(a: Tensor | None) -> Tensor:
-    assert a is not None, "a state that begins with its document is put before all others"
+    assert a is not None, "a state that begins with its document comes before all others"
     return a
 
 

@@ -1,4 +1,4 @@
-"""Devices whose work is queued on streams: events and waits put it in order, not the order of calls in several threads."""
+"""Devices whose work is queued on streams: events order the work of several threads, not the order of their calls."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 from distattn.kernels.devices import has_streams
 
 
-def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
-    """Return a tensor of the host on a device; the host does not wait for the copy.
+def copy_to_device(device: torch.device, tensor: Tensor) -> Tensor:
+    """Copy a tensor of the host to a device; the host does not wait for the copy.
 
-    From pageable memory it would wait for all that the device's current stream has to do.
+    From pageable memory it would wait for all work on the device's current stream.
     """
     if not has_streams(device):
         return tensor.to(device)
@@ -23,19 +23,20 @@ def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
 
 
 class Handover(NamedTuple):
-    """Tensors that one thread makes in its current stream and others use in theirs, with the event after which they are there."""
+    """Tensors that one thread makes in its current stream for other threads' streams, with the event after which they are
+    ready."""
 
     tensors: list[Tensor]
     ready: Any
 
     @staticmethod
     def of(tensors: Iterable[Tensor]) -> Handover:
-        """From the current stream of this thread. Tensors on the host are there anyway; all others are on one device."""
+        """Record tensors of this thread's current stream. Tensors on the host are ready anyway; all others are on one device."""
         streamed = [tensor for tensor in tensors if has_streams(tensor.device)]
         return Handover(streamed, torch.cuda.current_stream(streamed[0].device).record_event() if streamed else None)
 
     def join(self) -> None:
-        """The current stream may read the tensors: it waits for them, and their memory is not reused before it is done."""
+        """Let the current stream wait for the tensors, and keep their memory from reuse until it is done."""
         if self.tensors:
             stream = torch.cuda.current_stream(self.tensors[0].device)
             stream.wait_event(self.ready)

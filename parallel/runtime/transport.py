@@ -1,6 +1,6 @@
-"""How the messages of one step travel: over torch.distributed (NCCL, gloo), or between ranks of one process in lock step.
+"""Transports of the messages of a step: torch.distributed (NCCL, gloo), or ranks of one process in lock step.
 
-A transport has one method, `exchange`: it starts all sends and receives of a step and returns something to wait for.
+A transport has one method, `exchange`: it starts all sends and receives of a step and returns an object to wait for.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from distattn.parallel.runtime.row_bundles import RowFormat
 
 
 class Packet(NamedTuple):
-    """One tensor to or from a peer (its rank in the group), contiguous where it is received, and what it is part of.
+    """One tensor to or from a peer (its rank in the group), contiguous at the receiver, and the payload that it is part of.
 
-    row_bytes: where the tensor's rows hold several tensors, the bytes of each payload in a row. row_format: what lies where in
-    such a row.
+    row_bytes: if the tensor's rows hold several tensors, the bytes of each payload in a row. row_format: the layout of such a
+    row.
     """
 
     peer: int
@@ -35,13 +35,13 @@ class Packet(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What it is part of, in words."""
+        """The name of its payloads."""
         if self.row_bytes:
             return ", ".join(dict.fromkeys(payload.name for payload, _ in self.row_bytes))
         return self.payload if isinstance(self.payload, str) else self.payload.name
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors that it carries, each in its own dtype: views, (rows, numbers) where rows hold several tensors."""
+        """Return the tensors that it carries, each in its own dtype: views, (rows, numbers) if rows hold several tensors."""
         if self.row_format is None:
             return [self.tensor]
         fields = [field for part in self.row_format.tensors for field in part]
@@ -52,18 +52,18 @@ class Packet(NamedTuple):
 
 
 class PendingMessages(Protocol):
-    """The messages of a step in flight."""
+    """Messages of a step in flight."""
 
     def wait(self) -> None:
-        """Return when all have arrived, or on devices once the current stream is to wait for them.
+        """Wait until all have arrived; on devices let the current stream wait for them.
 
-        Raises LostRankError naming the peers that stopped answering.
+        Raise LostRankError naming the peers that stopped answering.
         """
         ...
 
 
 class Transport(Protocol):
-    """What the executor asks of a transport."""
+    """The interface of transports that the executor uses."""
 
     def exchange(
         self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""
@@ -77,21 +77,21 @@ class Transport(Protocol):
 
 
 class GroupTransport:
-    """Messages on a communicator of its own beside a process group.
+    """Transport of messages on its own communicator next to a process group.
 
-    NCCL takes all messages of a step in one call, from and to where they lie. gloo takes them one by one, or as an all-to-all
-    of packed bytes.
+    NCCL takes all messages of a step in one call, without copies. gloo takes them one by one, or as an all-to-all of packed
+    bytes.
     """
 
     def __init__(self, group: dist.ProcessGroup, backend: Any):
-        """backend: see `open_communicator`."""
-        # torch.distributed keeps the group until destroy_process_group; alive any longer, it would abort the process at its end
+        """Begin without drivers. backend: see `open_communicator`."""
+        # torch.distributed keeps the group until destroy_process_group; a longer life would abort the process at its end
         self._group = weakref.ref(group)
         self._backend = backend
         self.is_open = True
-        # drivers that send through it, and whether none of them has lost a rank; see `release`
+        # the number of drivers that send through it, and whether none of them has lost a rank; see `release`
         self._users, self._is_healthy = 0, True
-        # whether waiting only orders streams, and this process runs on
+        # waiting only orders streams, and this process continues
         self.waits_on_stream = bool(backend.supports_coalescing)
 
     def exchange(
@@ -100,7 +100,7 @@ class GroupTransport:
         if self._group() is None:
             raise DistattnError("the process group this plan was prepared for has been destroyed; prepare it again.")
         if not self._is_healthy:
-            # as NCCL says it: who waits for the messages then asks which rank is lost
+            # the same type of error as NCCL raises: the code that waits for the messages then asks which rank is lost
             raise RuntimeError(
                 "the communicator of these messages was aborted, since a rank was lost or a message failed."
             )
@@ -110,16 +110,16 @@ class GroupTransport:
                 "after the last backward pass."
             )
         if self._backend.supports_coalescing:
-            # its all-to-all is the same messages, and bytes that were packed
+            # NCCL's all-to-all is the same messages, of packed bytes
             return self._all_at_once(sends, receives, where)
         return self._all_to_all(sends, receives, where) if collective else self._one_by_one(sends, receives, where)
 
     def abort(self) -> None:
-        """Give up all messages under way: whatever waits for them on a device goes on."""
+        """Give up all unfinished messages: kernels that wait for them on a device continue."""
         self.close(gracefully=False)
 
     def acquire(self) -> None:
-        """Note one more driver that sends through this transport until it calls `release`."""
+        """Count one more driver that sends through this transport until it calls `release`."""
         self._users += 1
 
     def release(self, gracefully: bool) -> None:
@@ -130,7 +130,7 @@ class GroupTransport:
             self.close(self._is_healthy)
 
     def close(self, gracefully: bool = True) -> None:
-        """End the communicator, once; a collective call where gracefully. See `end_communicator`."""
+        """End the communicator, once; if gracefully this is a collective call. See `end_communicator`."""
         self.is_open = False
         self._is_healthy = self._is_healthy and gracefully
         end_communicator(self._backend, gracefully)
@@ -148,7 +148,7 @@ class GroupTransport:
                 for packet in receives:
                     self._backend.recv([packet.tensor], packet.peer, 0)
             except BaseException:
-                # an open group of calls would swallow all that follows
+                # an open group of calls would include all later calls
                 self.abort()
                 raise
             return [self._backend._end_coalescing()]
@@ -162,7 +162,7 @@ class GroupTransport:
             requests = [self._backend.send([packet.tensor], packet.peer, 0) for packet in sends]
             return requests + [self._backend.recv([packet.tensor], packet.peer, 0) for packet in receives]
 
-        # the tensors live until the work is waited for
+        # the tensors live until the work has been waited for
         return _PendingRequests(_started(start, sends, receives, where), (sends, receives), where)
 
     def _all_to_all(self, sends: list[Packet], receives: list[Packet], where: str) -> PendingMessages:
@@ -186,7 +186,7 @@ class GroupTransport:
 
 
 def _started(start: Callable[[], list[Any]], sends: list[Packet], receives: list[Packet], where: str) -> list[Any]:
-    """What `start` returns. Raises LostRankError where a connection is broken."""
+    """Return the result of `start`. Raise LostRankError if a connection is broken."""
     try:
         return start()
     except torch.OutOfMemoryError:
@@ -206,7 +206,7 @@ class _PendingRequests(NamedTuple):
             try:
                 request.wait()
             except RuntimeError as error:
-                # NCCL gives one request for all messages
+                # NCCL has one request for all messages
                 late = [packets[number]] if len(self.requests) == len(packets) else packets
                 raise _peer_stopped(late, self.where, error) from None
 
@@ -230,14 +230,14 @@ class _PendingAllToAll(NamedTuple):
 
 def _peer_stopped(packets: list[Packet], where: str, error: RuntimeError) -> LostRankError:
     payloads = ", ".join(dict.fromkeys(packet.name for packet in packets))
-    what = f" ({payloads} {where})" if where else ""
+    step = f" ({payloads} {where})" if where else ""
     return LostRankError(
-        f"{named_ranks(packet.peer for packet in packets)} of the group stopped answering{what}: {error}"
+        f"{named_ranks(packet.peer for packet in packets)} of the group stopped answering{step}: {error}"
     )
 
 
 def _pack(part: Tensor, tensor: Tensor) -> None:
-    """Write a tensor of any strides into bytes: in one pass where the place is aligned to its numbers."""
+    """Write a tensor of any strides into bytes, in one pass if the place is aligned to its elements."""
     if part.storage_offset() % tensor.element_size() == 0:
         part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
     else:
@@ -249,9 +249,9 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 
 
 class InProcessNetwork:
-    """What joins all ranks of one process: rank r uses `transport(r)`, and waits once every rank has posted its step.
+    """Network of all ranks of one process: rank r uses `transport(r)`, and waits once every rank has posted its step.
 
-    A packet is copied as soon as both ends have posted it, so that no end outlives its step.
+    A packet is copied as soon as both ends have posted it, so that neither end lives longer than its step.
     """
 
     def __init__(self) -> None:
@@ -260,12 +260,12 @@ class InProcessNetwork:
         self._wanted: dict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
 
     def transport(self, rank: int) -> Transport:
-        """The transport of one rank."""
+        """Return the transport of one rank."""
         return InProcessTransport(self, rank)
 
-    def post(self, sent: list[tuple[int, int, Tensor]], wanted: list[tuple[int, int, Tensor]]) -> None:
-        """Post (source, destination, tensor) of packets that a rank sends, and that it wants."""
-        for queue, others, packets in ((self._sent, self._wanted, sent), (self._wanted, self._sent, wanted)):
+    def post(self, sent: list[tuple[int, int, Tensor]], received: list[tuple[int, int, Tensor]]) -> None:
+        """Post (source, destination, tensor) of packets that a rank sends, and of those that it receives."""
+        for queue, others, packets in ((self._sent, self._wanted, sent), (self._wanted, self._sent, received)):
             for src, dst, tensor in packets:
                 if others[src, dst]:
                     other = others[src, dst].popleft()
@@ -275,7 +275,7 @@ class InProcessNetwork:
                     queue[src, dst].append(tensor)
 
     def has_pending(self, rank: int) -> bool:
-        """Whether this rank still waits for a packet."""
+        """Return whether this rank still waits for a packet."""
         return any(queue for (_, dst), queue in self._wanted.items() if dst == rank)
 
 
@@ -300,11 +300,11 @@ class _PendingInProcess(NamedTuple):
     rank: int
 
     def wait(self) -> None:
-        assert not self.network.has_pending(self.rank), f"rank {self.rank} waits for a packet that nobody has posted"
+        assert not self.network.has_pending(self.rank), f"rank {self.rank} waits for a packet that no rank has posted"
 
 
 class SingleRankTransport:
-    """The transport of a plan for one rank: there is nobody to talk to."""
+    """Transport of a plan for one rank, which has no messages."""
 
     def exchange(
         self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""

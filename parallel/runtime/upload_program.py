@@ -1,4 +1,4 @@
-"""A program's lists, copied to the device that runs it."""
+"""Copy a program's lists to the device that runs it."""
 
 from __future__ import annotations
 
@@ -20,43 +20,43 @@ from distattn.parallel.runtime.views import View
 _ALIGNMENT = 16
 
 
-def on_device(program: Program, device: torch.device) -> Program:
-    """Return the same program with its lists on the device: one copy, from pinned memory where that exists.
+def copy_program_to_device(program: Program, device: torch.device) -> Program:
+    """Return the program with its lists on the device: one copy, from pinned memory if available.
 
-    The copy is in the current stream of this thread, which need not be the one that runs the program: whoever does joins
+    The copy is in the current stream of this thread, which need not be the one that runs the program: before running it, join
     `Program.uploaded`.
     """
     if device.type == "cpu":
         return program
-    found: dict[int, Tensor] = {}
+    lists: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        # steps share lists: each is copied once
-        found[id(tensor)] = tensor
+        # steps share lists: copy each once
+        lists[id(tensor)] = tensor
         return tensor
 
-    with_tensors(program, note)
-    if not found:
+    replace_tensors(program, note)
+    if not lists:
         return program
     streams = has_streams(device)
-    # a program that is first prepared in inference mode serves training, too: what autograd saves must be no inference tensor.
-    # The current device is a thread's own, and pinned memory belongs to it.
+    # a program first prepared in inference mode also serves training, and autograd cannot save inference tensors. The current
+    # device belongs to a thread, and pinned memory to the current device.
     with torch.inference_mode(False), current_device(device):
-        offsets = np.cumsum([0, *(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in found.values())]).tolist()
+        offsets = np.cumsum([0, *(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in lists.values())]).tolist()
         packed = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=streams)
-        for tensor, at in zip(found.values(), offsets, strict=False):
-            # numpy gives empty lists strides that bytes cannot be viewed by
-            packed[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        for tensor, begin in zip(lists.values(), offsets, strict=False):
+            # numpy gives empty lists strides that do not allow a view as bytes
+            packed[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
         copied = packed.to(device, non_blocking=True)
         uploaded = Handover.of([copied])
         on_it = {
-            name: copied[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            for (name, tensor), at in zip(found.items(), offsets, strict=False)
+            name: copied[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for (name, tensor), begin in zip(lists.items(), offsets, strict=False)
         }
-    return replace(with_tensors(program, lambda tensor: on_it[id(tensor)]), uploaded=uploaded)
+    return replace(replace_tensors(program, lambda tensor: on_it[id(tensor)]), uploaded=uploaded)
 
 
-def with_tensors(program: Program, change: Callable[[Tensor], Tensor]) -> Program:
+def replace_tensors(program: Program, change: Callable[[Tensor], Tensor]) -> Program:
     """Return the program with every tensor in its views and kernel schedules replaced."""
 
     def view(old: View) -> View:
@@ -68,7 +68,7 @@ def with_tensors(program: Program, change: Callable[[Tensor], Tensor]) -> Progra
             return change(value)
         if not isinstance(value, tuple):
             return value
-        # tuples of kernels, named or not, within each other
+        # tuples of kernels, named or not, nested
         parts = map(changed, value)
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
 
@@ -82,7 +82,7 @@ def with_tensors(program: Program, change: Callable[[Tensor], Tensor]) -> Progra
     def step(old: ProgramStep) -> ProgramStep:
         launches = [launch(part) for part in old.launches]
         own_copies, own_results = (
-            [(key, view(part)) for key, part in own] for own in (old.own_copies, old.own_results)
+            [(key, view(part)) for key, part in rows_of_step] for rows_of_step in (old.own_copies, old.own_results)
         )
         changes: dict[str, Any] = dict(sends=messages(old.sends), receives=messages(old.receives))
         changes |= dict(packed_sends=changed(old.packed_sends), packed_receives=changed(old.packed_receives))

@@ -1,7 +1,7 @@
 """Views: contiguous working tensors that are gathered from buffers or accumulated into them.
 
-Rows of a buffer are tokens. *Slices* say which rows and heads of a buffer are which rows and heads of a view. When a plan is
-lowered, all views of a table are resolved together (`resolve_views`), so that no search is left for a step.
+Rows of a buffer are tokens. *Slices* map rows and heads of a buffer to rows and heads of a view. When a plan is lowered, all
+views of a table are resolved together (`resolve_views`), so that a step needs no search.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ RowIndex = slice | Tensor
 
 
 class BufferKey(NamedTuple):
-    """The rank's own tensor of a payload (step OWN), or what arrives or leaves at `step` with heads [h0, h1)."""
+    """The rank's own tensor of a payload (step OWN), or tokens that arrive or leave at `step` with heads [h0, h1)."""
 
     payload: Payload
     step: int
@@ -49,17 +49,17 @@ class View(NamedTuple):
     rows: int
     heads: int
     slices: list[BufferSlice]
-    # the slices reach every cell (a single one reaches them in order); where head groups differ they may not
+    # the slices cover every cell (a single one in order); if head groups differ they may not
     is_complete: bool
 
     @property
     def is_part(self) -> bool:
-        """Whether the view is one part of one buffer, and needs no tensor of its own."""
+        """Return whether the view is one part of one buffer, and needs no tensor of its own."""
         return self.is_complete and len(self.slices) == 1 and isinstance(self.slices[0].rows, slice)
 
 
 class BufferExtent(NamedTuple):
-    """Which tokens a buffer holds: rows `row`.. are tokens [t0, t1); one entry for each interval of tokens."""
+    """Tokens of a buffer: rows from `row` on are tokens [t0, t1); one entry for each interval of tokens."""
 
     key: BufferKey
     t0: Ints
@@ -70,7 +70,7 @@ class BufferExtent(NamedTuple):
 class ViewParts(NamedTuple):
     """Views in parts. Each part is heads [h0, h1) of a payload, which are heads `head`.. of view number `view`.
 
-    Below, one entry for each interval of tokens: part number `part` wants tokens [t0, t1) from row `row` of the view on.
+    Below, one entry for each interval of tokens: part number `part` has tokens [t0, t1) from row `row` of the view on.
     """
 
     view: Ints
@@ -84,21 +84,21 @@ class ViewParts(NamedTuple):
     row: Ints
 
     @staticmethod
-    def joined(several: Iterable[ViewParts]) -> ViewParts:
-        """The views of all, numbered one after another."""
-        several = list(several)
+    def joined(sets: Iterable[ViewParts]) -> ViewParts:
+        """Join several sets of views, numbered one after another."""
+        sets = list(sets)
         columns: list[list[Ints]] = [[] for _ in ViewParts._fields]
         views = parts = 0
-        for some in several:
-            shifted = some._replace(view=some.view + views, part=some.part + parts)
+        for added in sets:
+            shifted = added._replace(view=added.view + views, part=added.part + parts)
             for column, values in zip(columns, shifted, strict=True):
                 column.append(values)
-            views, parts = views + some.views, parts + len(some.view)
+            views, parts = views + added.views, parts + len(added.view)
         return ViewParts(*(np.concatenate(column) for column in columns))
 
     @property
     def views(self) -> int:
-        """Number of views."""
+        """The number of views."""
         return int(self.view.max()) + 1 if len(self.view) else 0
 
 
@@ -111,11 +111,11 @@ def resolve_views(extents: Iterable[BufferExtent], parts: ViewParts) -> list[Vie
     found_cells = np.zeros(parts.views, np.int64)
     for index in _extent_indices(extents):
         low, high = np.maximum(parts.h0, index.h0), np.minimum(parts.h1, index.h1)
-        wanted = np.flatnonzero(((parts.payload == index.payload) & (low < high))[parts.part])
-        i, j = overlapping_pairs(index.t0, index.t1, parts.t0[wanted], parts.t1[wanted])
+        matching = np.flatnonzero(((parts.payload == index.payload) & (low < high))[parts.part])
+        i, j = overlapping_pairs(index.t0, index.t1, parts.t0[matching], parts.t1[matching])
         if not len(i):
             continue
-        i = wanted[i]
+        i = matching[i]
         part, buffer = parts.part[i], index.buffer[j]
         order = stable_argsort(part * len(index.keys) + buffer)
         i, j, part, buffer = i[order], j[order], part[order], buffer[order]
@@ -135,10 +135,10 @@ def resolve_views(extents: Iterable[BufferExtent], parts: ViewParts) -> list[Vie
 
 
 def _joined_heads(slices: list[BufferSlice]) -> list[BufferSlice]:
-    """The same slices, neighbouring heads of the same rows as one: parts of a view are cut wherever heads differ anywhere."""
+    """Join neighbouring heads of the same rows, since parts of a view are cut wherever heads differ anywhere."""
     if len(slices) < 2:
         return slices
-    # by where the heads of the next one would begin
+    # by the first head of a possible next slice
     out: dict[tuple[BufferKey, int, int], list[BufferSlice]] = {}
     for piece in sorted(slices, key=lambda piece: piece.view_heads.start):
         before = out.get((piece.buffer, piece.heads.start, piece.view_heads.start), [])
@@ -155,14 +155,14 @@ def _joined_heads(slices: list[BufferSlice]) -> list[BufferSlice]:
 
 
 def same_rows(these: RowIndex, those: RowIndex) -> bool:
-    """Whether two indices are of the same rows; what is a run of rows is a slice."""
+    """Return whether two indices select the same rows; an index of consecutive rows is a slice."""
     if isinstance(these, slice) or isinstance(those, slice):
         return isinstance(these, slice) and isinstance(those, slice) and these == those
     return torch.equal(these, those)
 
 
 def travels_from_its_buffer(call: Call, payload: Payload, view: View, segments: tuple[slice, ...]) -> bool:
-    """Whether a message of these segments is sent from where it lies: whole rows of buffers, in the dtype that travels."""
+    """Return whether a message of these segments is sent from where it is: whole rows of buffers, in the dtype that travels."""
     whole_rows = all(
         isinstance(piece.rows, slice)
         and piece.heads == slice(0, piece.buffer.h1 - piece.buffer.h0)
@@ -174,7 +174,7 @@ def travels_from_its_buffer(call: Call, payload: Payload, view: View, segments: 
 
 
 class _ExtentIndex(NamedTuple):
-    """All extents of one payload and head range, sorted by token: a (token, head) lies in at most one of them."""
+    """All extents of one payload and head range, sorted by token: a (token, head) is in at most one of them."""
 
     payload: Payload
     h0: int
@@ -202,21 +202,21 @@ def _extent_indices(extents: Iterable[BufferExtent]) -> list[_ExtentIndex]:
 
 
 def _row_indices(start: Ints, length: Ints, first: Ints) -> list[RowIndex]:
-    """Rows [start_i, start_i + length_i), joined from each `first` to the next: a slice where they touch, else an index."""
+    """Return rows [start_i, start_i + length_i), joined from each `first` to the next: a slice if consecutive, else an index."""
     broken = np.zeros(len(start), bool)
     broken[1:] = start[1:] != start[:-1] + length[:-1]
     broken[first] = False
     scattered = np.logical_or.reduceat(broken, first)
     last = np.append(first[1:], len(start)) - 1
     cells = np.append(0, np.cumsum(length))
-    # an index only where it is needed
+    # an index only where needed
     kept = np.repeat(scattered, np.diff(np.append(first, len(start))))
     _, index = expand_ranges(start[kept], (start + length)[kept])
-    rows, at = torch.from_numpy(index), 0
+    rows, begin_of_index = torch.from_numpy(index), 0
     out: list[RowIndex] = []
     sizes = (cells[last + 1] - cells[first]).tolist()
     ends = (start[last] + length[last]).tolist()
     for begin, end, size, is_index in zip(start[first].tolist(), ends, sizes, scattered.tolist(), strict=True):
-        out.append(rows[at : at + size] if is_index else slice(begin, end))
-        at += size if is_index else 0
+        out.append(rows[begin_of_index : begin_of_index + size] if is_index else slice(begin, end))
+        begin_of_index += size if is_index else 0
     return out

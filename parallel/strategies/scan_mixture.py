@@ -15,7 +15,13 @@ from typing import NamedTuple
 
 from distattn.ir.plan import Call, Table
 from distattn.parallel.strategies.scan_schedules import LAST_STEP, SCHEDULES, Chain, Schedule, alone
-from distattn.parallel.strategies.scan_tables import TableRows, chain_rows, concatenated, ranks_of_chains, table_of_rows
+from distattn.parallel.strategies.scan_tables import (
+    TableRows,
+    chain_rows,
+    concatenate_rows,
+    ranks_of_chains,
+    table_of_rows,
+)
 
 # groups of heads that follow each other from rank to rank with "sequential"
 _SEQUENTIAL_HEAD_GROUPS = 8
@@ -92,7 +98,7 @@ def fastest_mixture(
 
     @cache
     def rows_of(number: int, schedule: DocumentSchedule) -> TableRows:
-        return concatenated(rows for chain in classes[number] for rows in schedule.rows(chain, ranks, direction))
+        return concatenate_rows(rows for chain in classes[number] for rows in schedule.rows(chain, ranks, direction))
 
     def table_of(chosen: tuple[DocumentSchedule, ...]) -> Table:
         rows = [rows_of(*named) for named in enumerate(chosen)]

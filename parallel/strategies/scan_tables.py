@@ -75,7 +75,7 @@ def chain_rows(chain: Chain, schedule: Schedule, ranks: Sequence[int], direction
     )
 
 
-def concatenated(rows: Iterable[TableRows]) -> TableRows:
+def concatenate_rows(rows: Iterable[TableRows]) -> TableRows:
     """Concatenate the rows of several chains."""
     nothing = np.zeros((0, len(TASK_COLUMNS)), np.int64), np.zeros((0, len(MOVE_COLUMNS)), np.int64)
     tasks, moves = (np.concatenate(parts) for parts in zip(nothing, *rows, strict=True))
@@ -89,7 +89,7 @@ def table_of_rows(
 
     tokens_move: False if all chains are at the owners of their tokens, so that there are no such moves.
     """
-    tasks, moves = concatenated(rows)
+    tasks, moves = concatenate_rows(rows)
     table = Table.from_rows(tasks, moves, label)
     if not tokens_move:
         return table

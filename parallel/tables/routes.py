@@ -108,7 +108,7 @@ def send_hierarchical(payload: Payload, users: Columns, node: Ints) -> tuple[Col
     """Return moves to the users of the owner's node and to one leader in every other node (step 0), which pass tokens on (step
     1).
 
-        Return (moves, the rows of `users` that receive in the second step).
+    Return (moves, the rows of `users` that receive in the second step).
     """
     user_node, owner_node = node[users["rank"]], node[users["owner"]]
     # the leader is the user nearest to the owner's place in its node: this spreads leaders as owners are spread

@@ -49,7 +49,7 @@ def failures(rank):
         with pytest.raises(RankFailure) as raised:
             exchange.decide(work, decision)
         failure = raised.value
-        seen.append((failure.kind, failure.rank, failure.what, type(failure.raised()).__name__))
+        seen.append((failure.kind, failure.rank, failure.text, type(failure.raised()).__name__))
     # the ranks are still in step
     assert exchange.decide(lambda: rank, lambda results: [results] * 3) == [0, 1, 2]
     exchange.close()
@@ -135,7 +135,7 @@ def test_strangers_are_not_let_in_and_not_believed():
     assert first == second and len(set(first)) == 2
     closed, unknown = refused
     assert "closed" in closed or "reset" in closed
-    assert "what answers there does not know the key" in unknown
+    assert "the process that answers there does not know the key" in unknown
 
 
 def test_what_does_not_match_its_digest_is_never_unpickled():

@@ -167,7 +167,7 @@ def test_the_number_of_processes_changes_nothing_and_a_finished_command_does_not
         assert not Path(f"{tmp_path}/out{processes}.parts").exists()
     assert by_processes[1] == by_processes[3]
     again = run(*arguments)
-    assert again.returncode == 0 and "nothing was to do" in again.stdout
+    assert again.returncode == 0 and "there was nothing to do" in again.stdout
     other = run(*arguments, "--eos", "0")
     assert (
         other.returncode == 2 and "out3.json: exists already, made of other files or by another command" in other.stderr

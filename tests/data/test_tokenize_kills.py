@@ -250,7 +250,7 @@ def test_two_commands_do_not_work_in_one_place(corpus, tmp_path, monkeypatch):
     processes = [start(folder, tmp_path / "out") for _ in range(2)]
     outputs = [process.communicate(timeout=LIMIT_SECONDS) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    assert sum("nothing was to do" in stdout for stdout, _ in outputs) == 1
+    assert sum("there was nothing to do" in stdout for stdout, _ in outputs) == 1
     assert contents(tmp_path / "out") == whole
 
 
@@ -269,7 +269,7 @@ def test_a_limit_on_files_is_a_sentence_and_nothing_is_lost(corpus, tmp_path, li
     ), full.stderr
     assert not list(tmp_path.rglob("*.tmp"))
     kept = finished(tmp_path / "out")
-    assert ("Finished shards are kept: the same command goes on from there." in full.stderr) == (kept > 0)
+    assert ("Finished shards are kept: the same command continues from there." in full.stderr) == (kept > 0)
     # no shard fits into the lower limit, and every shard into the higher one
     assert kept == 0 if limit == 30_000 else kept > SHARDS // 2
     done = finish(folder, tmp_path / "out")

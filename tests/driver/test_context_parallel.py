@@ -122,7 +122,7 @@ def test_replicas_share_a_scale():
         ),
         (
             lambda: da.ContextParallel(strategy="ring").shard({"input_ids": torch.zeros(1, 4)}),
-            "input_ids is float32; whole numbers are wanted",
+            "input_ids is float32; whole numbers are needed",
         ),
         (
             lambda: da.ContextParallel(strategy="ring").shard({"input_ids": torch.tensor([[1, -4]])}),

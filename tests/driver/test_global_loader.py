@@ -135,4 +135,4 @@ def test_a_loader_of_another_share_is_refused():
     with pytest.raises(
         DistattnError, match="share 0 of 2, but this rank has share 1 of 2; make it with rank=1, size=2"
     ):
-        GlobalStepInfos(SharedPacks(0, 2), table, None, ask=False)
+        GlobalStepInfos(SharedPacks(0, 2), table, ask=False)

@@ -11,7 +11,6 @@ from processes import run_survivors
 
 import distattn as da
 from distattn.adapters.pytorch import local_loss
-from distattn.batch.planner import AttentionShape
 
 pytestmark = [pytest.mark.sampled(16), pytest.mark.waits(7)]
 
@@ -107,37 +106,6 @@ def test_ranks_that_split_one_batch_name_a_lost_one(how):
 def test_the_rank_that_holds_the_store_is_named(how):
     errors = run_survivors(3, 0, trained, 0, "a backward pass", how, {}, rank_0_holds_store=True)
     assert all("rank 0" in sentence and peers in ((), (0,)) for sentence, peers in errors.values()), errors
-
-
-def staged(rank, lost, where, how):
-    """Return the error that ends this stage of a pipeline."""
-    shape = AttentionShape(4, 4, 8, 8, "float64")
-    spec = da.StageSpec(shape=shape, attention_layers=1, hidden_size=32, dtype=torch.float64)
-    layer = torch.nn.Linear(32, 96).double()
-    ticks = iter(range(100))
-
-    def stage(hidden, batch):
-        x = torch.ones(1, 40, 32, dtype=torch.float64) if hidden is None else hidden
-        here = rank == lost and next(ticks) == 3
-        if here and where == WHERE[2]:
-            lose(how)
-        q, k, v = (part[0].unflatten(-1, (4, 8)) for part in layer(x).chunk(3, -1))
-        x = x + batch["context_parallel"].attention(q, k, v).flatten(1)[None]
-        if here and where == WHERE[3]:
-            x.register_hook(lambda gradient: lose(how))
-        return x.sum() * batch["loss_scale"] if rank == 2 else x
-
-    batch = {"input_ids": torch.zeros(1, 40, dtype=torch.int64)}
-    with pytest.raises(da.LostRankError) as error, shared(timeout=TIMEOUT) as cp:
-        for _ in da.PipelineSchedule(cp, stages=3, spec=spec).train([[batch] * 2] * 3, stage):
-            pass
-    return str(error.value), error.value.peers
-
-
-@pytest.mark.parametrize("how", ["stops", "dies", "raises"])
-@pytest.mark.parametrize("where", WHERE[2:])
-def test_a_lost_stage_is_named(where, how):
-    assert_named(run_survivors(3, 1, staged, 1, where, how), 1)
 
 
 def averaging(rank):

@@ -1,5 +1,9 @@
 """Two batches that take turns give the gradients of the plain run, and one computes while the other's messages travel."""
 
+import gc
+import weakref
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,9 +12,11 @@ from packs_of_ranks import model_of, shared
 from processes import run_on_ranks
 from torch import nn
 from torch.nn.utils import parameters_to_vector
+from torch.utils.checkpoint import checkpoint
 
 import distattn as da
 from distattn.adapters.pytorch import local_loss
+from distattn.memory.activation_checkpointing import checkpoint_layers
 from distattn.ops.current_micro_batch import RECOMPUTING, current_micro_batch
 from distattn.parallel.make_plan import STRATEGIES
 
@@ -166,6 +172,33 @@ def test_many_steps_train_as_without_turns_and_leave_the_thread_as_it_was(kind):
         assert (weights - turned_weights).abs().max() <= 1e-11 * weights.abs().max()
 
 
+class DroppingBlock(Block):
+    """A layer with dropout before and after attention."""
+
+    def forward(self, x, batch):
+        x = nn.functional.dropout(x, 0.5)
+        return nn.functional.dropout(super().forward(x, batch), 0.5)
+
+
+@pytest.mark.parametrize("by", ["checkpoint_layers", "torch"])
+def test_checkpointed_layers_repeat_their_dropout(by):
+    gradients = []
+    with shared() as cp:
+        for is_checkpointed in (False, True):
+            torch.manual_seed(0)
+            model = Stack(False).double()
+            model.layers = nn.ModuleList(DroppingBlock(32, 4) for _ in range(2)).double()
+            if is_checkpointed and by == "torch":
+                for layer in model.layers:
+                    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            elif is_checkpointed:
+                checkpoint_layers(model.layers)
+            (local,) = cp.steps([batches(0)])
+            da.OverlapSchedule(model.layers).step([partial(model.loss, batch) for batch in local])
+            gradients.append(parameters_to_vector([parameter.grad for parameter in model.parameters()]))
+    assert (gradients[0] - gradients[1]).abs().max() <= 1e-12 * gradients[0].abs().max()
+
+
 def test_reentrant_checkpointing_is_refused_in_a_sentence():
     layers, loss, _ = made("reentrant")
     with shared() as cp:
@@ -218,6 +251,26 @@ def test_without_gradients_only_forward_runs():
     cp.close()
 
 
+def test_a_step_leaves_nothing_to_the_garbage_collector():
+    layers, loss, parameters = made("plain")
+    with shared() as cp:
+        (local,) = cp.steps([batches(0)])
+        kept = []
+
+        def watched(batch):
+            result = loss(batch)
+            kept.append(weakref.ref(result))
+            return result
+
+        gc.collect()
+        gc.disable()
+        try:
+            da.OverlapSchedule(layers).step([partial(watched, batch) for batch in local])
+            assert [reference() for reference in kept] == [None, None]
+        finally:
+            gc.enable()
+
+
 def test_a_failure_in_one_batch_ends_the_others():
     layers, loss, _ = made("plain")
     cp = shared()
@@ -237,6 +290,6 @@ def test_what_cannot_take_turns_is_refused():
     layers, loss, _ = made("plain")
     cp = shared()
     (local,) = cp.steps([batches(0)])
-    with pytest.raises(da.DistattnError, match="before the first layer"):
+    with pytest.raises(da.DistattnError, match="outside of the layers"):
         da.OverlapSchedule(layers[1:]).step([lambda: loss(local[0])])
     cp.close()

@@ -1,4 +1,4 @@
-"""Packs of a plan in every kind of loop: with servers, taking turns, in a pipeline, with an evaluation inside; as one process."""
+"""Packs of a plan in every kind of loop: with servers, taking turns, with an evaluation inside; as one process."""
 
 import pytest
 import torch
@@ -9,8 +9,6 @@ from planned_data import small_plan, write_corpus
 from processes import run_on_ranks
 from test_overlap import made
 from test_per_rank import assert_same
-from test_pipeline import spec, whole_model
-from torch import nn
 from torch.nn.utils import parameters_to_vector
 
 import distattn as da
@@ -108,52 +106,6 @@ def test_micro_batches_of_a_plan_take_turns(folder):
     for result, asked in run_on_ranks(2, alternating_run, folder):
         assert_same(result, plain_run(folder), 1e-11)
         assert asked == 1
-
-
-def staged_run(rank, folder):
-    """Run two replicas of two stages. Both stages of a replica read its share."""
-    stage, replica = divmod(rank, 2)
-    model = whole_model()
-    layers = model["layers"][:1] if stage == 0 else model["layers"][1:]
-
-    def run(hidden, batch):
-        x = model["embed"](batch["input_ids"]) if hidden is None else hidden
-        for layer in layers:
-            x = layer(x, batch["context_parallel"].attention)
-        if stage == 0:
-            return x
-        logits, labels = model["head"](x)[0], batch["labels"][0]
-        return nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") * batch["loss_scale"]
-
-    out = []
-    with shared(**OPTIONS) as cp:
-        pipeline = da.PipelineSchedule(cp, stages=2, spec=spec(len(layers)))
-        for losses in pipeline.train(loader_of(folder, replica, 2), run):
-            total = torch.tensor(float(sum(losses)), dtype=torch.float64)
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
-            gradient = parameters_to_vector(gradients)
-            for part in (total, gradient):
-                dist.all_reduce(part)
-            out.append((float(total), gradient))
-            model.zero_grad(set_to_none=True)
-    return out
-
-
-def test_stages_of_a_pipeline_read_the_share_of_their_replica(folder):
-    model, causal = whole_model(), nn.functional.scaled_dot_product_attention
-
-    def attend(q, k, v):
-        return causal(*(y.transpose(0, 1) for y in (q, k, v)), is_causal=True).transpose(0, 1)
-
-    def logits_of(ids):
-        x = model["embed"](ids)
-        for layer in model["layers"]:
-            x = layer(x, attend)
-        return model["head"](x)[0]
-
-    wanted = whole_run(folder, model, logits_of)
-    for result in run_on_ranks(4, staged_run, folder):
-        assert_same(result, wanted, 1e-11)
 
 
 def test_shares_that_cannot_have_equally_many_are_refused(folder):

@@ -18,7 +18,7 @@ from distattn.ir.op import OPS
 from distattn.kernels import registry, trial_cache, trials
 from distattn.kernels.recurrence import chunked
 from distattn.kernels.spec import KernelRequirements
-from distattn.kernels.trials import ranking
+from distattn.kernels.trials import rank_kernels
 from distattn.ops import kernel_choice
 
 ROOT = Path(__file__).parents[2]
@@ -87,16 +87,16 @@ def test_its_own_context_parallelism_is_right_as_the_cluster_check_calls_it():
 
 def test_on_gpus_they_are_tried_before_the_chunked_kernel():
     gpu = torch.device("cuda", 0)
-    assert registry.candidates(gpu, OPS["kda"]) == ("fla", "triton_chunked", "chunked")
-    assert registry.candidates(torch.device("cpu"), OPS["kda"]) == ("chunked",)
-    assert registry.candidates(gpu, OPS["convolution"]) == ("fla_conv1d", "taps")
+    assert registry.candidate_kernels(gpu, OPS["kda"]) == ("fla", "triton_chunked", "chunked")
+    assert registry.candidate_kernels(torch.device("cpu"), OPS["kda"]) == ("chunked",)
+    assert registry.candidate_kernels(gpu, OPS["convolution"]) == ("fla_conv1d", "taps")
 
 
 @pytest.fixture
 def as_on_gpus(monkeypatch, tmp_path):
     """Give the CPU the choice of kernels that a GPU has, and keep none of its results."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kernel_choice, "candidates", lambda device, op: ("fla", "chunked"))
+    monkeypatch.setattr(kernel_choice, "candidate_kernels", lambda device, op: ("fla", "chunked"))
     monkeypatch.setattr(kernel_choice, "_TRIALS_OF_SHAPE", {})
     monkeypatch.setattr(kernel_choice, "_OUT_OF_MEMORY", {})
     kernel_choice._warn.cache_clear()
@@ -138,10 +138,10 @@ def test_a_kernel_that_is_wrong_is_not_used_by_later_processes_either(as_on_gpus
     plan = plan_of("gated_delta_rule")
     own_trials = tried_again()
     assert own_trials["fla"].fault.startswith("wrong") and not own_trials["chunked"].fault
-    assert ranking([own_trials], ("fla", "chunked")) == ["chunked"]
+    assert rank_kernels([own_trials], ("fla", "chunked")) == ["chunked"]
     ((key, kept),) = trial_cache.all_trials().items()
     assert kept == own_trials and "fla-core" in key and key.endswith("gated_delta_rule float32 2:1 16/16")
-    monkeypatch.setattr(trials, "tried", lambda name, *args: trials.Trial(0.0, 1.0))
+    monkeypatch.setattr(trials, "run_trial", lambda name, *args: trials.Trial(0.0, 1.0))
     assert tried_again() == own_trials
     # another version of the package is another kernel
     monkeypatch.setattr(trial_cache, "version", lambda package: "9")

@@ -21,7 +21,7 @@ from distattn.kernels.convolution import taps
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.recurrence import chunked
 from distattn.kernels.spec import KernelRequirements
-from distattn.kernels.trials import Trial, ranking, sample, try_each, try_kernels
+from distattn.kernels.trials import Trial, rank_kernels, sample_launch, try_each, try_kernels
 from distattn.ops import kernel_choice
 from distattn.ops.executable import kernel_requirements
 
@@ -143,7 +143,7 @@ def test_wrong_kernels_are_found(fault, monkeypatch):
     assert not by_kernel["cpu"].fault and by_kernel["cpu"].difference < 1e-12 and by_kernel["cpu"].seconds > 0
     reasons = {"raises": "RuntimeError: an illegal memory access was encountered", "refuses": "it is for other chips"}
     assert by_kernel["odd"].fault.startswith(reasons.get(fault, "wrong: "))
-    assert ranking([by_kernel, {}], ["odd", "cpu"]) == ["cpu"]
+    assert rank_kernels([by_kernel, {}], ["odd", "cpu"]) == ["cpu"]
 
 
 def test_a_trial_that_runs_out_of_memory_is_told_and_not_kept(candidates, monkeypatch, caplog):
@@ -258,7 +258,7 @@ def test_samples_are_parts_of_their_launch(name):
     whole = LaunchMask.from_mask(all_masks(4)[name], 4, 2)
     allowed = reference.prepare(whole, NEEDED).allowed_HTS.expand(4, -1, -1)
     for at in (0.0, 0.6, 1.0):
-        part = sample(whole, 64, 48, 2, at)
+        part = sample_launch(whole, 64, 48, 2, at)
         assert (part.rows, part.keys, part.heads, part.kv_heads) == (64, 48, 2, 1)
         seen = reference.prepare(part, NEEDED).allowed_HTS.expand(2, -1, -1)
         assert seen.any()
@@ -270,13 +270,16 @@ def test_samples_are_parts_of_their_launch(name):
 def test_ranks_take_the_kernel_that_is_right_on_all_of_them_and_fastest_on_the_slowest():
     right, slower, wrong = Trial(0.0, 1.0), Trial(0.0, 2.0), Trial(1.0, 0.1, "wrong: 1.0e+00 from the reference")
     names = ["a", "b", "c"]
-    assert ranking([dict(a=slower, b=right, c=wrong)], names) == ["b", "a"]
+    assert rank_kernels([dict(a=slower, b=right, c=wrong)], names) == ["b", "a"]
     # on another rank b is slow, and c is right
-    assert ranking([dict(a=slower, b=right, c=wrong), dict(a=slower, b=Trial(0.0, 3.0), c=right)], names) == ["a", "b"]
+    assert rank_kernels([dict(a=slower, b=right, c=wrong), dict(a=slower, b=Trial(0.0, 3.0), c=right)], names) == [
+        "a",
+        "b",
+    ]
     # no rank had a launch
-    assert ranking([{}, {}], names) == []
+    assert rank_kernels([{}, {}], names) == []
     with pytest.raises(DistattnError, match=r"no kernel can be used here \(a: wrong: 1.0e\+00 from the reference\)"):
-        ranking([dict(a=wrong)], ["a"])
+        rank_kernels([dict(a=wrong)], ["a"])
 
 
 @pytest.fixture
@@ -309,7 +312,7 @@ def test_the_fastest_right_kernel_is_taken_and_kept(candidates, caplog, monkeypa
     ((key, kept),) = json.loads(candidates.read_text()).items()
     assert "float64 4:2 8/8" in key and kept["wrong"]["fault"].startswith("wrong: ") and not kept["tardy"]["fault"]
     # the next process finds it
-    monkeypatch.setattr(trials, "tried", None)
+    monkeypatch.setattr(trials, "run_trial", None)
     assert da.prepare(plan_for(1), kernel="auto").key.kernel == "cpu"
     # naming a kernel switches the choice off
     assert da.prepare(plan_for(1), kernel="tardy").key.kernel == "tardy"

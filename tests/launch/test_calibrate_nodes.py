@@ -41,7 +41,7 @@ def tasks(monkeypatch):
 
     def run(tasks_):
         for task in tasks_:
-            assert task.words[-4:] == ("--ranks", "2", "--name", task.name) and (task.gpus, task.node) == (
+            assert task.command[-4:] == ("--ranks", "2", "--name", task.name) and (task.gpus, task.node) == (
                 8.0,
                 task.name * 9,
             )

@@ -127,7 +127,7 @@ def test_pack_does_not_overwrite_unless_it_is_told_to(packed, capsys):
     Path("packs.toml").write_text(CONFIG.replace("seed = 7", "seed = 8"))
     code, out, err = data(capsys, "pack", "packs.toml")
     assert (code, out) == (2, "") and Path("run.packs").read_bytes() == before
-    assert "run.packs: is there already, and runs may depend on it; add --force, or name another plan." in err
+    assert "run.packs: exists already, and runs may depend on it; add --force, or name another plan." in err
     assert data(capsys, "pack", "packs.toml", "--force")[0] == 0
     assert PackPlan.open("run.packs").seed == 8 and not list(packed.glob("*.tmp"))
 

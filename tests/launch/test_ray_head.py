@@ -39,7 +39,7 @@ def test_a_head_that_is_lost_is_told_of_once_with_what_completes_the_run():
     assert len(sentences) == 1 and sentences[0].startswith(
         f"the head of the Ray cluster at {address} does not answer any more."
     )
-    assert "python -m distattn.launch.ray.attempts runs/far ends them, goes on and reports" in sentences[0]
+    assert "python -m distattn.launch.ray.attempts runs/far ends them, continues the run and reports" in sentences[0]
     eventually(
         lambda: not [thread for thread in threading.enumerate() if thread.name == "distattn-ray-head"], "it looks on"
     )

@@ -12,7 +12,7 @@ if importlib.util.find_spec("ray") is None:
 
 from distattn.launch.ray import nodes as ray_nodes
 from distattn.launch.ray import placement
-from distattn.launch.ray.nodes import NodeCounts, RayNodes, _natural
+from distattn.launch.ray.nodes import NodeCounts, RayNodes, _natural_order
 from distattn.training.run_folder import RunFolder
 
 
@@ -65,7 +65,7 @@ def test_an_attempt_that_has_all_nodes_asks_for_none(ray):
 
 def test_nodes_keep_the_order_of_their_numbers():
     names = ["node10", "10.0.0.9", "node2", "10.0.0.10", "node1"]
-    assert sorted(names, key=_natural) == ["10.0.0.9", "10.0.0.10", "node1", "node2", "node10"]
+    assert sorted(names, key=_natural_order) == ["10.0.0.9", "10.0.0.10", "node1", "node2", "node10"]
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_ranks_with_unequally_many_tiles_gather_weights_once_a_layer():
 def shards_of_its_own(rank):
     model, mesh = Block(), init_device_mesh("cpu", (2,))
     fully_shard(model.mlp.up, mesh=mesh)
-    with pytest.raises(DistattnError, match="FSDP2 shards up for itself"):
+    with pytest.raises(DistattnError, match="FSDP2 shards up separately"):
         tile_feed_forward(model, 4)
 
 

@@ -93,7 +93,7 @@ def test_any_subset_of_inputs_may_want_gradients():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda q, k, v: (q[1:], k, v), r"q has shape \(199, 4, 8\); the plan wants \(200, 4, 8\)"),
+        (lambda q, k, v: (q[1:], k, v), r"q has shape \(199, 4, 8\); the plan needs \(200, 4, 8\)"),
         (lambda q, k, v: (q, k[:, :1], v), "k has shape"),
         (lambda q, k, v: (q, k, v.float()), "v is float32, the plan was made for float64"),
         (lambda q, k, v: (q, k.to("meta"), v), "k is on meta, q on cpu"),

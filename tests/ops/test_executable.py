@@ -17,7 +17,7 @@ import distattn as da
 from distattn.kernels.registry import kernel_preparer
 from distattn.ops.executable import kernel_requirements
 from distattn.parallel.runtime.program import lower
-from distattn.parallel.runtime.upload_program import on_device, with_tensors
+from distattn.parallel.runtime.upload_program import copy_program_to_device, replace_tensors
 
 SHAPE = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64")
 
@@ -154,8 +154,10 @@ def test_index_lists_move_to_the_device_together():
     plan = plan_for(masks()["odd"], 4, "ring", "from_chunks")
     program = lower(plan, 0, kernel_preparer("reference", kernel_requirements(plan.call, torch.device("cpu"))))
     moved, originals = [], []
-    with_tensors(on_device(program, torch.device("meta")), lambda tensor: moved.append(tensor) or tensor)
-    with_tensors(program, lambda tensor: originals.append(tensor) or tensor)
+    replace_tensors(
+        copy_program_to_device(program, torch.device("meta")), lambda tensor: moved.append(tensor) or tensor
+    )
+    replace_tensors(program, lambda tensor: originals.append(tensor) or tensor)
     assert moved and all(tensor.device.type == "meta" for tensor in moved)
     assert [(x.shape, x.dtype) for x in moved] == [(x.shape, x.dtype) for x in originals]
     assert {torch.bool, torch.int64} <= {tensor.dtype for tensor in moved}
@@ -165,7 +167,7 @@ def test_empty_lists_move_to_the_device_whatever_their_strides():
     plan = plan_for(masks()["causal"], 1)
     # as torch.from_numpy makes them of empty arrays
     lists = torch.empty_strided((0,), (0,), dtype=torch.int32), torch.arange(3)[:, None].expand(3, 2)
-    program = on_device(lower(plan, 0, lambda mask: lists), torch.device("meta"))
+    program = copy_program_to_device(lower(plan, 0, lambda mask: lists), torch.device("meta"))
     (schedule,) = [launch.schedule for step in program.forward for launch in step.launches]
     assert [(tuple(x.shape), x.dtype) for x in schedule] == [((0,), torch.int32), ((3, 2), torch.int64)]
 
@@ -173,7 +175,7 @@ def test_empty_lists_move_to_the_device_whatever_their_strides():
 def test_a_program_prepared_in_inference_mode_serves_training():
     plan = plan_for(masks()["causal"], 1)
     with torch.inference_mode():
-        program = on_device(lower(plan, 0, lambda mask: (torch.arange(3),)), torch.device("meta"))
+        program = copy_program_to_device(lower(plan, 0, lambda mask: (torch.arange(3),)), torch.device("meta"))
     (schedule,) = [launch.schedule for step in program.forward for launch in step.launches]
     assert not any(tensor.is_inference() for tensor in schedule)
 

@@ -27,7 +27,7 @@ def test_what_is_no_plan_or_has_a_group_twice_is_refused(op, plan):
     call, x = CALLS[op], torch.zeros(4, 2, 8)
     with pytest.raises(da.DistattnError, match=r"plan is .*, not (a str|'ring')"):
         call(x, "ring")
-    with pytest.raises(da.DistattnError, match="an executable knows its group and kernel; give them to prepare"):
+    with pytest.raises(da.DistattnError, match="an executable has its group and kernel; pass them to prepare"):
         call(x, da.prepare(plan), torch.distributed.ProcessGroup(0, 1))
 
 

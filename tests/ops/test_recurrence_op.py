@@ -156,8 +156,8 @@ def test_a_compiled_layer_is_the_same_and_a_second_plan_recompiles_nothing_more(
     [
         ({"g": None}, "needs g of shape"),
         ({"beta": torch.rand(40, 4)}, "takes no beta"),
-        ({"g": torch.zeros(40, 4).bfloat16()}, "g is bfloat16, the plan of ssd wants float32: a product"),
-        ({"initial_state": torch.zeros(2, 4, 3, 5)}, "wanted is .1, 4, 3, 5."),
+        ({"g": torch.zeros(40, 4).bfloat16()}, "g is bfloat16, the plan of ssd needs float32: a product"),
+        ({"initial_state": torch.zeros(2, 4, 3, 5)}, "expected is .1, 4, 3, 5."),
         ({"scale": -1.0}, "positive number"),
         ({"kernel": "triton"}, 'kernel "triton" does not compute ssd; there are auto, chunked'),
     ],

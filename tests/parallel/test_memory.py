@@ -18,7 +18,7 @@ from distattn.kernels.registry import KERNELS
 from distattn.parallel.make_plan import make_plan
 from distattn.parallel.runtime import execute, memory
 from distattn.parallel.runtime.buffers import Buffers
-from distattn.parallel.runtime.memory import Request, find_places, rounded
+from distattn.parallel.runtime.memory import Request, find_places, rounded_arena_bytes
 from distattn.parallel.runtime.program import lower
 from distattn.parallel.runtime.transport import InProcessNetwork
 
@@ -48,13 +48,13 @@ def test_places_of_one_moment_do_not_overlap(wanted):
 
 @given(st.integers(0, 1 << 42))
 def test_arenas_have_few_sizes_and_waste_little(size):
-    assert size <= rounded(size) <= max(size * 33 / 32, size + 512)
-    assert rounded(rounded(size)) == rounded(size)
+    assert size <= rounded_arena_bytes(size) <= max(size * 33 / 32, size + 512)
+    assert rounded_arena_bytes(rounded_arena_bytes(size)) == rounded_arena_bytes(size)
 
 
 @pytest.mark.parametrize("low", [1 << 20, 3 << 28])
 def test_batches_of_nearly_one_size_have_arenas_of_one_size(low):
-    assert len({rounded(size) for size in range(low, 2 * low, low // 999)}) <= 34
+    assert len({rounded_arena_bytes(size) for size in range(low, 2 * low, low // 999)}) <= 34
 
 
 @pytest.mark.parametrize("ranks", [8, 64])

@@ -13,7 +13,7 @@ from oracle import Inputs, Record, RecordingTransport, alive_bytes, dense, plann
 from random_plans import TAPS, random_plan
 
 from distattn.ir.op import CONVOLUTION, TOKEN_SHIFT, latent_op
-from distattn.kernels.latent import LatentKernel, LatentScore, expanded
+from distattn.kernels.latent import LatentKernel, LatentScore, expand_latents
 from distattn.kernels.registry import kernel_preparer, load_kernel
 from distattn.kernels.spec import ScoreMod
 from distattn.ops.executable import kernel_requirements
@@ -50,7 +50,7 @@ def by_definition(call, by_token, weight, do):
     leaves = [x.clone().requires_grad_() for x in (*by_token, *([] if weight is None else [weight]))]
     if call.op.kind == "latent_attention":
         q, rope, latent, up = leaves
-        k, v = expanded(rope[:, 0], latent[:, 0], up, call.head_dim - ROPE)
+        k, v = expand_latents(rope[:, 0], latent[:, 0], up, call.head_dim - ROPE)
         result = dense(call.mask, Inputs(q, k.detach(), v.detach(), do), SCORE.scale)
         return [result.o, result.dq, *torch.autograd.grad([k, v], leaves[1:], [result.dk, result.dv])]
     allowed = torch.from_numpy(call.mask.dense()).double()

@@ -12,7 +12,7 @@ from distattn.parallel.runtime import sealed_values
 from distattn.parallel.runtime.communicator import all_gather_objects
 from distattn.parallel.runtime.sealed_values import seal, unseal, use_secret
 
-REFUSED = "does not match its digest: it was changed on its way, or does not come from a rank of this job"
+REFUSED = "does not match its digest: it was changed in transit, or is not from a rank of this job"
 UNPICKLED = []
 
 

@@ -11,9 +11,8 @@ import pytest
 from tiny_runs import new_run
 
 from distattn.data.files import text
-from distattn.data.files.byte_corpus import byte_corpus
 from distattn.data.files.indexed_file import IndexedFileWriter
-from distattn.data.files.text import Document, check_text, find_corpus, read_tokens
+from distattn.data.files.text import Document, byte_corpus, check_text, find_corpus, read_tokens
 from distattn.data.loader import PackLoader
 from distattn.data.packing.pack_config import load_pack_config, make_configured_plan, open_corpora
 from distattn.ir.errors import DamagedDataError, DistattnError

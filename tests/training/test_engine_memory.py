@@ -17,7 +17,7 @@ from processes import run_on_ranks  # noqa: E402
 from distattn.driver.context_parallel import ContextParallel  # noqa: E402
 from distattn.training.config.sections import Config, EngineConfig, ModelConfig, ParallelConfig  # noqa: E402
 from distattn.training.engines import deepspeed, fsdp2, megatron  # noqa: E402
-from distattn.training.engines.open_engine import open_engine  # noqa: E402
+from distattn.training.engines.engine import open_engine  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

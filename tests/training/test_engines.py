@@ -34,8 +34,7 @@ from distattn.training.config.sections import (  # noqa: E402
     TrainConfig,
 )
 from distattn.training.engines import deepspeed, megatron  # noqa: E402, F401
-from distattn.training.engines.engine import EngineState  # noqa: E402
-from distattn.training.engines.open_engine import open_engine  # noqa: E402
+from distattn.training.engines.engine import EngineState, open_engine  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.sampled(6)]
 

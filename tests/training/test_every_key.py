@@ -53,6 +53,7 @@ OTHERS = {
     "parallel.comm_dtype": ["bfloat16"],
     "parallel.max_buffer_bytes": ["1000000000"],
     "parallel.latents": ["True", "--model.path={latent}"],
+    "parallel.overlap": ["True", "--data.context_length=4096"],
     "engine.name": ["deepspeed"],
     "engine.shard_size": ["2"],
     "engine.zero_stage": ["3", "--engine.name=deepspeed"],
@@ -104,6 +105,7 @@ IDLE = [
     ("memory.activation_checkpointing", "full", ["--engine.name=megatron"]),
     ("train.z_loss", "0.1", ["--engine.name=megatron"]),
     ("parallel.latents", "True", ["--engine.name=megatron"]),
+    ("parallel.overlap", "True", ["--engine.name=deepspeed", "--data.context_length=4096"]),
     ("parallel.latents", "True", []),
     ("parallel.latents", "True", ["--model.path={model}"]),
     *(

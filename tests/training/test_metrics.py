@@ -209,7 +209,6 @@ def test_documents_count_by_their_real_lengths_and_windows_cut_them():
     whole, window = 6 * 7 / 2 + 3 * 4 / 2, (1 + 2 + 3 + 4 + 4 + 4) + (1 + 2 + 3)
     assert flops.of_documents([6, 3]) == 6 * 1000 * 9 + 6 * 64 * (whole + window)
     assert flops.of_documents([6, 3]) < flops.of_documents([9])
-    assert flops.per_token(100) == flops.of_documents([100]) / 100
     assert flops_utilisation(4e12, 2.0, 4, 1.0) == 0.5
     with pytest.raises(DistattnError, match="Linear has no config with num_attention_heads"):
         ModelFlops.of_model(torch.nn.Linear(2, 2))

@@ -22,8 +22,7 @@ from distattn.training.config.sections import (  # noqa: E402
     WatchConfig,
 )
 from distattn.training.engines import megatron  # noqa: E402, F401
-from distattn.training.engines.engine import PipelineStage  # noqa: E402
-from distattn.training.engines.open_engine import open_engine  # noqa: E402
+from distattn.training.engines.engine import PipelineStage, open_engine  # noqa: E402
 from distattn.training.watch.numerics_watch import NumericsWatch, WatchSettings  # noqa: E402
 from distattn.training.watch.replay_check import ReplayCheck  # noqa: E402
 

@@ -14,7 +14,7 @@ from distattn.ir.errors import DamagedStateError, DistattnError
 from distattn.training import loop
 from distattn.training.config.run_file import Config, RunConfig, TrainConfig
 from distattn.training.config.sections import CheckpointConfig, EngineConfig, HealthConfig, MemoryConfig, WatchConfig
-from distattn.training.engines.open_engine import open_engine
+from distattn.training.engines.engine import open_engine
 from distattn.training.reporting.json_lines import read_rows
 from distattn.training.run_checkpoints import RunCheckpoints
 from distattn.training.run_folder import RunFolder

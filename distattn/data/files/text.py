@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from distattn.data.files.corpus import Corpus
+from distattn.data.files.indexed_file import IndexedFileWriter
 from distattn.ir.errors import DamagedDataError, DistattnError
 
 VOCABULARY = 256
@@ -111,6 +113,18 @@ def read_tokens(document: Document) -> np.ndarray:
     if len(content) != document.length:
         raise DamagedDataError(f"{document.file}: shorter than when the run began; it must not change meanwhile.")
     return np.frombuffer(content, np.uint8).astype(np.int64)
+
+
+def byte_corpus(text: TextCorpus, prefix: str, name: str = "text") -> Corpus:
+    """Write the documents of text files into PREFIX.bin and PREFIX.idx as byte tokens, and open them.
+
+    Raise DamagedDataError if a file is not text.
+    """
+    check_text(text)
+    with IndexedFileWriter(prefix, np.uint8) as writer:
+        for document in text.documents:
+            writer.add(read_tokens(document))
+    return Corpus.open(name, [prefix])
 
 
 def find_files(

@@ -40,6 +40,22 @@ def check_shares(plan: PackPlan, size: int, begin: int, end: int, even: bool = F
     check_counts(plan, size, end - 1, len(last.packs), even and len(last.packs) % size != 0)
 
 
+def check_pairs(plan: PackPlan, size: int, begin: int, end: int) -> None:
+    """Raise DistattnError if the packs of a step from `begin` to before `end` are not pairs of packs for each share.
+
+    Checks the same steps as `check_shares`. A document that is kept whole may take the place of several packs, which leaves a
+    share with an odd number.
+    """
+    steps = [begin, *(first for first, _ in plan.rule.context if begin < first < end)]
+    counts = {step: plan.rule.packs_at(step) for step in steps} | {end - 1: len(plan.step(end - 1).packs)}
+    for step, packs in counts.items():
+        if packs % (2 * size):
+            raise DistattnError(
+                f"parallel.overlap: pairs of micro-batches take turns, and step {step:,} of {plan.path} has {packs:,} packs for "
+                f"{size:,} shares; plan a multiple of {2 * size:,} packs a step, or leave parallel.overlap out."
+            )
+
+
 def check_counts(plan: PackPlan, size: int, step: int, packs: int, uneven: bool) -> None:
     """Raise DistattnError if a step has fewer packs than shares, or, if `uneven`, because shares would get unequal numbers."""
     if step == plan.full_steps:

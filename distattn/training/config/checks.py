@@ -34,6 +34,7 @@ _COMPARED_WITH = {
     "parallel.context_parallel_size": _DEGREES,
     "parallel.devices_per_node": ("parallel.ranks",),
     "parallel.min_chunk": ("parallel.layout",),
+    "parallel.overlap": ("data.context_length", "data.tokens_per_step", "parallel.data", *_DEGREES),
     "parallel.tensor_parallel_size": ("parallel.ranks", "parallel.pipeline_parallel_size", "engine.name"),
     "ray.min_nodes": ("checkpoint.every_steps", "parallel.data", *_DEGREES),
     "slurm.container_mounts": ("slurm.container_image",),
@@ -58,6 +59,7 @@ def problems_of(config: Config, named: Collection[str] = ()) -> list[Problem]:
         _shape_problems(config),
         _megatron_problems(config),
         _elastic_problems(config),
+        _overlap_problems(config),
         idle_problems(config, named),
     )
     problems: list[Problem] = []
@@ -156,6 +158,28 @@ def _pack_problems(data: DataConfig, shares: int) -> Iterator[Problem]:
             f"{data.max_document_tokens} tokens do not fit into a pack of {longest}; at most "
             f"data.{key if data.context_schedule or data.context_length else 'tokens_per_step'}.",
         )
+
+
+def _overlap_problems(config: Config) -> Iterator[Problem]:
+    """Yield the reasons why micro-batches cannot take turns."""
+    parallel, data = config.parallel, config.data
+    if not parallel.overlap:
+        return
+    if config.engine.compile:
+        yield Problem("parallel.overlap", "compiled layers do not take turns; use engine.compile = false.")
+    if parallel.latents:
+        yield Problem("parallel.overlap", "layers that send latents do not take turns; use parallel.latents = false.")
+    shares = parallel.data_parallel_size
+    for _, tokens in () if data.path.endswith(".toml") else data.context_by_step:
+        if (data.tokens_per_step // tokens) % (2 * shares):
+            wanted = 2 * shares * tokens
+            yield Problem(
+                "parallel.overlap",
+                f"pairs of micro-batches take turns, and {data.tokens_per_step} tokens of a step are "
+                f"{data.tokens_per_step // tokens / shares:g} packs of {tokens} for each share of the ranks; use a multiple of "
+                f"{wanted} as data.tokens_per_step.",
+            )
+            return
 
 
 def _schedule_problems(config: Config) -> Iterator[Problem]:

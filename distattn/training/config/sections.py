@@ -181,6 +181,9 @@ class ParallelConfig(AttentionKeys):
     """Ranks that share a node, so that strategies can use links between nodes less; 0 for all of them."""
     latents: Annotated[bool, Engines(("fsdp2", "deepspeed"))] = False
     """Let latent attention (MLA) send latents, expanded on arrival, instead of keys and values of all heads."""
+    overlap: Annotated[bool, Engines(("fsdp2",))] = False
+    """Let pairs of micro-batches take turns, so that attention's messages of one travel while the other computes; engine
+    fsdp2, and an even number of micro-batches a step."""
 
     def __post_init__(self) -> None:
         # run files may say "" and 0 where Python says None, since TOML has no word for it

@@ -1,10 +1,10 @@
 """DeepSpeed: parameters, gradients and optimizer sharded by ZeRO, stages 0 to 3, over all ranks.
 
-DeepSpeed clips inside its step, where nobody can refuse the step any more. So it is told to leave gradients as they are, and
-they are clipped here, in the partitions that its optimizers hold between backward and step.
+DeepSpeed clips inside its step, where the step can no longer be refused. So its clipping is off, and gradients are clipped here,
+in the partitions that its optimizers hold between backward and step.
 """
 
-# P a parameter's elements in this rank's partition
+# P elements of a parameter in this rank's partition
 
 from __future__ import annotations
 
@@ -49,29 +49,29 @@ from distattn.training.engines.engine import (
     OnTokenLosses,
     PipelineStage,
     StateTensor,
+    assign_keepers,
     cloned,
 )
-from distattn.training.engines.parameter_keepers import assign_keepers
 from distattn.training.learning_rate import parameter_groups, set_learning_rate
 from distattn.training.watch.state_digest import state_tensors
 
-# what AdamW keeps of each parameter
+# AdamW's averages for each parameter
 _AVERAGES = ("exp_avg", "exp_avg_sq")
-# as `torch.nn.utils.clip_grad_norm_` adds it
+# the term that `torch.nn.utils.clip_grad_norm_` adds to the norm
 _CLIP_EPSILON = 1e-6
 
 
 class DeepSpeedEngine:
     """An `Engine`. With bfloat16 the master weights, the optimizer and summed gradients are float32.
 
-    The master weights begin as the rounded bfloat16 ones, as DeepSpeed makes them. The model begins sharded over all ranks and
-    is given to DeepSpeed one module at a time, which stage 3 partitions at once, so that it is never whole on a rank there. From
-    stage 1 on DeepSpeed itself may leave out a step whose gradients are not finite.
+    DeepSpeed initializes the master weights with the rounded bfloat16 ones. The model is built sharded over all ranks and passed
+    to DeepSpeed module by module; stage 3 partitions each at once, so that the model is never whole on a rank. From stage 1 on,
+    DeepSpeed itself may skip a step whose gradients are not finite.
     """
 
     def __init__(self, config: Config, device: torch.device, vocabulary: int, context: int):
         for handler in logging.getLogger("DeepSpeed").handlers:
-            # a run's output may be read by programs
+            # programs may read a run's standard output
             if isinstance(handler, logging.StreamHandler):
                 handler.setStream(sys.stderr)
         parallel, train = config.parallel, config.train
@@ -87,7 +87,7 @@ class DeepSpeedEngine:
         self._keepers = assign_keepers(model, range(dist.get_world_size()))
         settings = _settings(config)
         if device.type == "cpu":
-            # else a C++ extension for shared memory is compiled
+            # otherwise DeepSpeed compiles a C++ extension for shared memory
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         for module in whole_modules(model, getattr(torch, config.model.dtype)):
             if self._stage == 3:
@@ -129,10 +129,10 @@ class DeepSpeedEngine:
     def clip(self, limit: float) -> float:
         """See `Engine`."""
         if self._stage == 0:
-            # reduced gradients are the same on all ranks
+            # reduced gradients are equal on all ranks
             return float(clip_grad_norm_(self.model.parameters(), limit))
         gradients = self._gradient_partitions()
-        # some ranks have no elements of a small model
+        # of a small model, some ranks have no elements
         squares = get_total_norm(gradients).double().square() if gradients else torch.zeros((), dtype=torch.float64)
         squares = squares.to(self._device)
         dist.all_reduce(squares)
@@ -160,12 +160,12 @@ class DeepSpeedEngine:
             optimizer.micro_step_id = self._first_micro_step
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine`. In stage 3 this rank's partitions (P,)."""
+        """See `Engine`. In stage 3 the tensors are this rank's partitions (P,)."""
         for name, parameter in self._named():
             yield name, parameter.ds_tensor if self._stage == 3 else parameter
 
     def state_tensors(self) -> Iterator[StateTensor]:
-        """See `Engine`. What is computed with, and of the master weights and averages this rank's partitions (P,)."""
+        """See `Engine`. Yield the weights of the forward pass, and this rank's partitions (P,) of master weights and averages."""
         if self._stage == 0:
             yield from state_tensors(self._named(), self._adam)
             return
@@ -178,26 +178,26 @@ class DeepSpeedEngine:
                     yield kind or MASTER_WEIGHT, name, get(parameter, *([kind] if kind else [])).detach()
                 elif parameter._hp_mapping is not None:
                     yield kind or MASTER_WEIGHT, name, parameter._hp_mapping.get_hp_fragment(kind or None).detach()
-        yield COUNTS, "", torch.stack([kept["step"] for kept in self._adam.state.values()])
+        yield COUNTS, "", torch.stack([parameter_state["step"] for parameter_state in self._adam.state.values()])
 
     def state(self, keep: Keep = cloned) -> EngineState:
-        """See `Engine`. Whole tensors; each rank keeps a share of them, so ranks have different names.
+        """See `Engine`. The tensors are whole. Each rank keeps a share of them, so ranks have different names.
 
-        One parameter at a time is gathered. All tensors are what `keep` returns.
+        One parameter at a time is gathered. All tensors are results of `keep`.
         """
-        found: tuple[dict[str, Tensor], ...] = ({}, {}, {})
+        states: tuple[dict[str, Tensor], ...] = ({}, {}, {})
         for name, parameter in self._named():
-            for kept, kind in zip(found, ("", *_AVERAGES), strict=True):
+            for kept, kind in zip(states, ("", *_AVERAGES), strict=True):
                 whole = self._whole(parameter, kind)
                 if self._keepers[name] == dist.get_rank():
                     kept[name] = keep(f"{kind or 'param'}.{name}", whole)
                 # not held while the next one is gathered
                 del whole
-        return EngineState(found[0], found[1], found[2], self._updates())
+        return EngineState(states[0], states[1], states[2], self._updates())
 
     @torch.no_grad()
     def load(self, state: EngineState) -> None:
-        """See `Engine`. Each rank sends what it keeps."""
+        """See `Engine`. Each rank broadcasts the tensors that it keeps."""
         for name, parameter in self._named():
             shape = parameter.ds_shape if self._stage == 3 else parameter.shape
             for kept, kind in zip(state[:3], ("", *_AVERAGES), strict=True):
@@ -208,10 +208,10 @@ class DeepSpeedEngine:
                 dist.broadcast(whole, self._keepers[name])
                 self._set_whole(parameter, whole, kind)
         if self._stage in (1, 2):
-            # what is computed with, from the master weights
+            # update the weights of the forward pass from the master weights
             self.engine.optimizer.update_lp_params()
-        for kept in self._adam.state.values():
-            kept["step"].fill_(state.updates)
+        for parameter_state in self._adam.state.values():
+            parameter_state["step"].fill_(state.updates)
 
     def close(self) -> None:
         """See `Engine`."""
@@ -219,11 +219,11 @@ class DeepSpeedEngine:
         self.cp.close()
 
     def _named(self) -> Iterator[tuple[str, Any]]:
-        """Parameters, which DeepSpeed gives attributes of its own in stage 3."""
+        """Return the named parameters, typed as Any since stage 3 of DeepSpeed adds attributes to them."""
         return self.model.named_parameters()
 
     def _begin_averages(self) -> None:
-        """AdamW makes its averages in its first step; a checkpoint is read into them before."""
+        """Create AdamW's averages before its first step, so that a checkpoint can be read into them."""
         optimizer = self.engine.optimizer
         self._first_micro_step = getattr(optimizer, "micro_step_id", None)
         if self._stage == 0:
@@ -232,10 +232,10 @@ class DeepSpeedEngine:
             trained = optimizer.fp32_partitioned_groups_flat
         else:
             trained = [group["params"][0] for group in self._adam.param_groups]
-        on = self._device if self._device.type == "cuda" else "cpu"
-        for one in trained:
-            self._adam.state[one] = {"step": torch.tensor(0.0, device=on)}
-            self._adam.state[one] |= {name: torch.zeros_like(one) for name in _AVERAGES}
+        step_device = self._device if self._device.type == "cuda" else "cpu"
+        for parameter in trained:
+            self._adam.state[parameter] = {"step": torch.tensor(0.0, device=step_device)}
+            self._adam.state[parameter] |= {name: torch.zeros_like(parameter) for name in _AVERAGES}
         if self._stage in (1, 2):
             groups = optimizer.bf16_groups if isinstance(optimizer, BF16_Optimizer) else optimizer.bit16_groups
             for parameters, partition in zip(groups, trained, strict=True):
@@ -245,20 +245,20 @@ class DeepSpeedEngine:
         optimizer = self.engine.optimizer
         if isinstance(optimizer, BF16_Optimizer):
             return list(optimizer.fp32_groups_gradient_flat_partition)
-        return [one for group in optimizer.averaged_gradients.values() for one in group]
+        return [gradient for group in optimizer.averaged_gradients.values() for gradient in group]
 
     def _updates(self) -> int:
         return int(next(iter(self._adam.state.values()))["step"])
 
     def _whole(self, parameter: Any, kind: str) -> Tensor:
-        """A parameter in the optimizer's precision, or an average of its gradients. A collective call."""
+        """Return a whole parameter in the optimizer's precision, or an average of its gradients. A collective call."""
         if self._stage == 0:
             return self._adam.state[parameter][kind] if kind else parameter
-        found: Tensor = safe_get_full_optimizer_state(parameter, kind) if kind else safe_get_full_fp32_param(parameter)
-        return found
+        whole: Tensor = safe_get_full_optimizer_state(parameter, kind) if kind else safe_get_full_fp32_param(parameter)
+        return whole
 
     def _set_whole(self, parameter: Any, whole: Tensor, kind: str) -> None:
-        """The reverse of `_whole`. In stage 3 what is computed with, too. A collective call."""
+        """Set what `_whole` returns; in stage 3 also the weights of the forward pass. A collective call."""
         if self._stage == 0:
             self._whole(parameter, kind).copy_(whole)
         elif self._stage < 3:
@@ -280,7 +280,7 @@ class DeepSpeedEngine:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """DeepSpeed's configuration. Micro-batches are counted by `backward`, and clipping is `clip`'s."""
+    """Return DeepSpeed's configuration. `backward` counts micro-batches, and `clip` clips gradients."""
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

@@ -1,4 +1,4 @@
-"""PyTorch's own: parameters, gradients and optimizer sharded by FSDP2 over all ranks, or in groups that hold copies."""
+"""PyTorch's FSDP2: parameters, gradients and optimizer sharded over all ranks, or in groups of ranks that hold copies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.utils import clip_grad_norm_
 
-from distattn.adapters import pytorch
+from distattn.adapters import huggingface, pytorch
+from distattn.driver.overlap import OverlapSchedule
+from distattn.ir.errors import DistattnError
 from distattn.training.config.plan_settings import attention_config
 from distattn.training.config.run_file import Config
 from distattn.training.config.run_settings import build_model, configured_model, prepare_layers, tiled_loss
@@ -20,12 +22,14 @@ from distattn.training.engines.engine import Batch, EngineState, Keep, OnTokenLo
 from distattn.training.learning_rate import parameter_groups, set_learning_rate
 from distattn.training.watch.state_digest import state_tensors
 
-# what AdamW keeps of each parameter
+# AdamW's averages for each parameter
 _AVERAGES = ("exp_avg", "exp_avg_sq")
+# micro-batches that take turns: while the messages of one travel, the other one computes
+_TAKE_TURNS = 2
 
 
 class Fsdp2Engine:
-    """An `Engine`. Weights and optimizer are float32 where bfloat16 is computed in, and gradients are reduced in float32."""
+    """An `Engine`. With bfloat16 compute, weights and optimizer are float32, and gradients are reduced in float32."""
 
     def __init__(self, config: Config, device: torch.device, vocabulary: int, context: int):
         parallel, train = config.parallel, config.train
@@ -34,16 +38,20 @@ class Fsdp2Engine:
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("dp", "cp"))
         self.cp = pytorch.context_parallel(mesh, config=attention_config(config))
         self._loss = tiled_loss(config)
+        model_shape = configured_model(config, vocabulary, context)
+        if parallel.overlap:
+            _check_overlap(model_shape)
         state_device = torch.device("cpu") if config.memory.state_on_host else device
         self.model = build_model(
             config,
-            configured_model(config, vocabulary, context),
+            model_shape,
             device=state_device,
             shard=partial(_shard, config, mesh),
         )
         for buffer in self.model.buffers():
-            # these are not sharded, and nobody brings them
+            # buffers are not sharded, and FSDP2 does not move them to the device
             buffer.data = buffer.data.to(device)
+        self._schedule = OverlapSchedule(self.model.get_decoder().layers, self.model) if parallel.overlap else None
         self.cp.loss_scale(pytorch.ProbeTarget(self.model))
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, train.weight_decay),
@@ -52,17 +60,25 @@ class Fsdp2Engine:
             eps=train.epsilon,
             fused=state_device.type == "cuda",
         )
-        # the sharded parameters: those of the model are whole between forward and backward
+        # the sharded parameters; those of the model are whole between forward and backward
         self._sharded = dict(self.model.named_parameters())
-        # AdamW makes these in its first step; a checkpoint is read into them before
+        # AdamW would create the averages in its first step, but a checkpoint may be read into them before
         for parameter in self.model.parameters():
             self.optimizer.state[parameter] = {"step": torch.tensor(0.0, device=state_device)} | {
                 name: torch.zeros_like(parameter) for name in _AVERAGES
             }
 
     def backward(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
-        """See `Engine`. Gradients are reduced after each micro-batch, so that nobody holds a whole one."""
-        losses = []
+        """See `Engine`. Gradients are reduced after each micro-batch or pair of them, so that no rank holds a whole one.
+
+        A single micro-batch runs as without turns: it is run again where a step is examined.
+        """
+        losses: list[Tensor] = []
+        if self._schedule is not None and len(batches) > 1:
+            for first in range(0, len(batches), _TAKE_TURNS):
+                pair = batches[first : first + _TAKE_TURNS]
+                losses += self._schedule.step([partial(self._loss_of, batch, on_token_losses) for batch in pair])
+            return losses
         for batch in batches:
             loss = self._loss_of(batch, on_token_losses)
             loss.backward()
@@ -102,12 +118,13 @@ class Fsdp2Engine:
         exp_avg, exp_avg_sq = (
             {name: self.optimizer.state[parameter][kind] for name, parameter in named.items()} for kind in _AVERAGES
         )
-        return EngineState({name: one.detach() for name, one in named.items()}, exp_avg, exp_avg_sq, self._updates())
+        model = {name: parameter.detach() for name, parameter in named.items()}
+        return EngineState(model, exp_avg, exp_avg_sq, self._updates())
 
     def load(self, state: EngineState) -> None:
-        """See `Engine`. The tensors are there already."""
-        for kept in self.optimizer.state.values():
-            kept["step"].fill_(state.updates)
+        """See `Engine`. The values are already in the engine's own tensors."""
+        for parameter_state in self.optimizer.state.values():
+            parameter_state["step"].fill_(state.updates)
 
     def close(self) -> None:
         """See `Engine`."""
@@ -120,8 +137,20 @@ class Fsdp2Engine:
         return int(next(iter(self.optimizer.state.values()))["step"])
 
 
+def _check_overlap(shape: Any) -> None:
+    """Raise DistattnError for a model whose layers do not take turns. shape: its transformers configuration."""
+    if huggingface.has_recurrence_or_convolution(shape):
+        raise DistattnError(
+            f"parallel.overlap: {shape.model_type} has recurrent layers or convolutions, which do not take turns; use false."
+        )
+    if getattr(shape, "output_router_logits", False):
+        raise DistattnError(
+            "parallel.overlap: a router loss (output_router_logits) reads tensors inside of layers, which take turns; use false."
+        )
+
+
 def _shard(config: Config, mesh: DeviceMesh, model: Any) -> None:
-    """Prepare the layers of a model of the meta device, and shard its parameters, each layer's and what is left."""
+    """Prepare the layers of a model on the meta device, and shard the parameters of each layer and those of no layer."""
     prepare_layers(model, config)
     flat, size = pytorch.gradient_mesh(mesh), config.engine.shard_size or config.parallel.ranks
     if size < config.parallel.ranks:

@@ -1,6 +1,6 @@
 """Megatron-core: tensor, pipeline, context and data parallelism, with its distributed optimizer.
 
-Layers are Megatron's own, without Transformer Engine; core attention is ours. The model is one of `models.megatron_names`.
+Layers are Megatron's, without Transformer Engine; core attention is distattn's. The model is one of `models.megatron_names`.
 """
 
 # T tokens on this rank
@@ -48,11 +48,11 @@ from distattn.training.engines.engine import (
     OnTokenLosses,
     PipelineStage,
     StateTensor,
+    assign_keepers,
     cloned,
 )
-from distattn.training.engines.parameter_keepers import assign_keepers
 
-# master weights, and what AdamW keeps of each parameter
+# master weights, and AdamW's averages for each parameter
 _KINDS = ("param", "exp_avg", "exp_avg_sq")
 _ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -60,7 +60,7 @@ _ROPE_TYPES = ("default", "linear", "llama3")
 class MegatronEngine:
     """An `Engine`. With bfloat16 the master weights, the optimizer and summed gradients are float32.
 
-    All stages of a pipeline and all tensor-parallel ranks learn the same losses, so on_token_losses is called on all of them.
+    All stages of a pipeline and all tensor-parallel ranks get the same losses, so on_token_losses is called on all of them.
     """
 
     def __init__(self, config: Config, device: torch.device, vocabulary: int, context: int):
@@ -77,7 +77,7 @@ class MegatronEngine:
         try:
             random.model_parallel_cuda_manual_seed(config.run.seed)
         except (AssertionError, RuntimeError):
-            # torch says it by the one or by the other, as it was built without CUDA or with it
+            # torch raises AssertionError if it was built without CUDA, else RuntimeError
             if torch.cuda.is_available():
                 raise
             raise DistattnError(NO_GPU_FOR_MEGATRON) from None
@@ -91,11 +91,11 @@ class MegatronEngine:
         self.stage = PipelineStage(
             parallel_state.get_pipeline_model_parallel_rank(), parallel.pipeline_parallel_size, self._shard.layers.start
         )
-        # ranks that have the same layers
+        # the ranks that have the same layers
         self._stage_group: Any = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         self._config = _transformer_config(config, shape, device)
         gpt = _gpt_model(self._config, shape, context)
-        # frequencies as transformers scales them; of the other kinds, too
+        # frequencies as transformers scales them, also for the other types of rotary embeddings
         gpt.rotary_pos_emb.inv_freq = LlamaRotaryEmbedding(cast(Any, shape)).inv_freq.detach().to(device)
         self.model: torch.nn.Module = megatron.use_batch_positions(gpt).to(device)
         self._parameters = dict(self.model.named_parameters())
@@ -116,16 +116,16 @@ class MegatronEngine:
             params_dtype=torch.bfloat16 if half else torch.float32,
             use_distributed_optimizer=True,
         )
-        # one of the chain, as there are no experts
+        # without experts the chain has one optimizer
         (self._optimizer,) = get_megatron_optimizer(
             settings, [self._chunk], use_gloo_process_groups=False
         ).chained_optimizers
         for group in self._optimizer.param_groups:
-            # Megatron leaves it to its schedule of weight decay
+            # Megatron would set it in its schedule of weight decay
             group["weight_decay"] = train.weight_decay * group["wd_mult"]
         self._begin_averages()
-        everyone = init_device_mesh(device.type, (dist.get_world_size(),))
-        self._begin_weights(build_model(config, shape, device=device, shard=partial(shard_rows, mesh=everyone)))
+        all_ranks = init_device_mesh(device.type, (dist.get_world_size(),))
+        self._begin_weights(build_model(config, shape, device=device, shard=partial(shard_rows, mesh=all_ranks)))
         self.cp = _context_parallel(config)
         self.cp.loss_scale(megatron.ProbeTarget([self._chunk]))
 
@@ -157,16 +157,16 @@ class MegatronEngine:
         self._chunk.zero_grad_buffer()
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine`. This tensor-parallel rank's parts, of this stage's layers."""
-        # a model as wide as this rank's part
+        """See `Engine`. The tensors are this tensor-parallel rank's parts of this stage's layers."""
+        # the shape of a model as wide as this rank's part
         shape, ranks = copy.deepcopy(self._shape), self._shard.tensor_ranks
         shape.num_attention_heads //= ranks
         shape.num_key_value_heads //= ranks
-        parts = {name: one.detach() for name, one in self._parameters.items()}
+        parts = {name: parameter.detach() for name, parameter in self._parameters.items()}
         return to_huggingface([parts], shape, self._shard._replace(tensor_rank=0, tensor_ranks=1))
 
     def state_tensors(self) -> Iterator[StateTensor]:
-        """See `Engine`. By Megatron's names; of the master weights and averages what this rank's optimizer has."""
+        """See `Engine`. Names are Megatron's; master weights and averages are the parts in this rank's optimizer."""
         for name, parameter in self._parameters.items():
             yield WEIGHT, name, parameter.detach()
             for kind in _KINDS:
@@ -176,23 +176,23 @@ class MegatronEngine:
 
     @torch.no_grad()
     def state(self, keep: Keep = cloned) -> EngineState:
-        """See `Engine`. Whole tensors; each rank keeps a share of its stage's, so ranks have different names.
+        """See `Engine`. The tensors are whole. Each rank keeps a share of its stage's tensors, so ranks have different names.
 
-        A layer's tensors are gathered at a time. All tensors are what `keep` returns.
+        The tensors of one layer at a time are gathered. All tensors are results of `keep`.
         """
-        found: tuple[dict[str, Tensor], ...] = ({}, {}, {})
-        for kept, kind in zip(found, _KINDS, strict=True):
-            # a parameter is asked for once for each rank, one after the other
+        states: tuple[dict[str, Tensor], ...] = ({}, {}, {})
+        for kept, kind in zip(states, _KINDS, strict=True):
+            # a cache of one parameter is enough: it is requested once for each rank in a row
             gather = lru_cache(maxsize=1)(partial(self._gathered, kind))
             parts = [_Parts(self._parameters, gather, rank) for rank in range(self._shard.tensor_ranks)]
             for name, whole in to_huggingface(parts, self._shape, self._shard):
                 if self._keepers[name] == dist.get_rank():
                     kept[name] = keep(f"{kind}.{name}", whole)
-        return EngineState(found[0], found[1], found[2], self._updates)
+        return EngineState(states[0], states[1], states[2], self._updates)
 
     @torch.no_grad()
     def load(self, state: EngineState) -> None:
-        """See `Engine`. Each rank sends what it keeps."""
+        """See `Engine`. Each rank broadcasts the tensors that it keeps."""
         for kept, kind in zip(state[:3], _KINDS, strict=True):
 
             def read(name: str, kept: dict[str, Tensor] = kept) -> Tensor:
@@ -214,16 +214,16 @@ class MegatronEngine:
     def _scheduled(
         self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None, forward_only: bool
     ) -> list[Tensor]:
-        """Run Megatron's schedule. Returns this rank's share of each micro-batch's loss, on all stages alike."""
-        of_tokens: list[Tensor] = []
+        """Run Megatron's schedule. Return this rank's share of each micro-batch's loss, the same on all stages."""
+        token_losses: list[Tensor] = []
 
-        def step(given: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
-            batch = next(given)
-            output, reduced = megatron.forward_step(iter([batch]), model, self._config)
+        def step(remaining: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+            batch = next(remaining)
+            output, reduce_loss = megatron.forward_step(iter([batch]), model, self._config)
 
             def loss(losses: Tensor) -> tuple[Any, ...]:
-                of_tokens.append(losses.detach().flatten().float() * (batch["labels"] != IGNORE_INDEX).flatten())
-                return tuple(reduced(losses))
+                token_losses.append(losses.detach().flatten().float() * (batch["labels"] != IGNORE_INDEX).flatten())
+                return tuple(reduce_loss(losses))
 
             return output, loss
 
@@ -236,20 +236,20 @@ class MegatronEngine:
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        # losses are on the last stage; all stages have the same batches
+        # the last stage has the losses; all stages have the same batches
         sizes = [batch["labels"].numel() for batch in batches]
-        flat = torch.cat(of_tokens) if of_tokens else torch.zeros(sum(sizes), device=self._device)
+        flat = torch.cat(token_losses) if token_losses else torch.zeros(sum(sizes), device=self._device)
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(flat, last, group=parallel_state.get_pipeline_model_parallel_group())
-        found = []
+        batch_losses = []
         for losses_T, batch in zip(flat.split(sizes), batches, strict=True):
             if on_token_losses is not None:
                 on_token_losses(losses_T, batch)
-            found.append(losses_T.sum() * batch["loss_scale"])
-        return found
+            batch_losses.append(losses_T.sum() * batch["loss_scale"])
+        return batch_losses
 
     def _begin_averages(self) -> None:
-        """A step that changes nothing: AdamW makes its averages in the first one, a checkpoint is read into them before."""
+        """Take a step that changes no weight, in which AdamW creates its averages, so that a checkpoint can be read into them."""
         for group in self._optimizer.param_groups:
             group["lr"] = 0.0
             for parameter in group["params"]:
@@ -259,11 +259,11 @@ class MegatronEngine:
         self._set_updates(0)
 
     def _begin_weights(self, model: torch.nn.Module) -> None:
-        """Those of transformers' model, whose rows all ranks share: one layer's at a time are gathered, on all of them.
+        """Copy the weights of transformers' model, whose rows all ranks share, by gathering one layer at a time on all ranks.
 
         A rank's rows are freed as they are gathered.
         """
-        self._wholes = {name: one.shape for name, one in model.named_parameters()}
+        self._wholes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self._keepers = assign_keepers(model, dist.get_process_group_ranks(self._stage_group))
 
         def read(name: str) -> Tensor:
@@ -281,22 +281,22 @@ class MegatronEngine:
                 self._take("param", parts)
             else:
                 for _ in parts:
-                    # the ranks of that stage take them
+                    # gather them for the ranks of that stage
                     pass
 
     @torch.no_grad()
     def _take(self, kind: str, parts: Iterable[tuple[str, Tensor]]) -> None:
-        """Take this rank's parts, by name: of parameters, or of an average of their gradients."""
+        """Copy this rank's parts, by name, into parameters or into an average of their gradients."""
         for name, part in parts:
             if kind == "param":
                 self._parameters[name].copy_(part)
-            found = self._optimized(name, kind)
-            if found is not None:
-                flat, place = found
+            optimized = self._optimized(name, kind)
+            if optimized is not None:
+                flat, place = optimized
                 flat.copy_(part.flatten()[place])
 
     def _optimized(self, name: str, kind: str) -> tuple[Tensor, slice] | None:
-        """What this rank's optimizer has of a parameter, flat, and where in it; None where it has nothing of it."""
+        """Return (this rank's optimizer's elements of a parameter, flat, and their place in it); None if it has no elements."""
         optimizer, parameter = self._optimizer, self._parameters[name]
         if parameter not in optimizer.model_param_gbuf_map:
             return None
@@ -307,33 +307,34 @@ class MegatronEngine:
         return main if kind == "param" else optimizer.state[main][kind], slice(place.start, place.end)
 
     def _gathered(self, kind: str, name: str) -> list[Tensor]:
-        """Of every tensor-parallel rank what its data-parallel ranks hold together, float32, in the parameter's shape."""
+        """Return each tensor-parallel rank's part, joined from its data-parallel ranks, float32, in the parameter's shape."""
         shape = self._parameters[name].shape
         flat = torch.zeros(shape.numel(), dtype=torch.float32, device=self._device)
-        found = self._optimized(name, kind)
-        if found is not None:
-            mine, place = found
-            flat[place] = mine
+        optimized = self._optimized(name, kind)
+        if optimized is not None:
+            local, place = optimized
+            flat[place] = local
         dist.all_reduce(flat, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        everyone = [torch.empty_like(flat) for _ in range(self._shard.tensor_ranks)]
-        dist.all_gather(everyone, flat, group=parallel_state.get_tensor_model_parallel_group())
-        return [one.view(shape) for one in everyone]
+        parts = [torch.empty_like(flat) for _ in range(self._shard.tensor_ranks)]
+        dist.all_gather(parts, flat, group=parallel_state.get_tensor_model_parallel_group())
+        return [part.view(shape) for part in parts]
 
     def _set_updates(self, updates: int) -> None:
-        """torch's AdamW counts for each parameter, Apex's and Transformer Engine's for each group."""
+        """Set the number of updates here and in the optimizer."""
         self._updates = updates
+        # Apex and Transformer Engine count for each group, torch's AdamW for each parameter
         for group in self._optimizer.param_groups:
             if "step" in group:
                 group["step"] = updates
-        for kept in self._optimizer.state.values():
-            if "step" in kept:
-                kept["step"].fill_(updates)
+        for parameter_state in self._optimizer.state.values():
+            if "step" in parameter_state:
+                parameter_state["step"].fill_(updates)
 
 
 class _Parts(Mapping[str, Tensor]):
-    """The parameters of one tensor-parallel rank, gathered when they are asked for.
+    """The parameters of one tensor-parallel rank, gathered on access.
 
-    gather: a cached collective call, of all ranks' parts of a parameter.
+    gather: a cached collective call, which returns all ranks' parts of a parameter.
     """
 
     def __init__(self, names: Collection[str], gather: Callable[[str], list[Tensor]], rank: int):
@@ -350,7 +351,7 @@ class _Parts(Mapping[str, Tensor]):
 
 
 def _check_shape(shape: PretrainedConfig, tensor_ranks: int) -> None:
-    """Raise DistattnError, naming the reason, where a GPTModel as it is made here computes another model."""
+    """Raise DistattnError, naming the reason, if the GPTModel that is built here would compute another model."""
     check_megatron(shape, tensor_ranks)
     rope = (getattr(shape, "rope_parameters", None) or {}).get("rope_type", "default")
     refused = {
@@ -360,9 +361,9 @@ def _check_shape(shape: PretrainedConfig, tensor_ranks: int) -> None:
         "a sliding window": bool(getattr(shape, "sliding_window", None)) and getattr(shape, "use_sliding_window", True),
         "attention dropout": bool(getattr(shape, "attention_dropout", 0.0)),
     }
-    for what, given in refused.items():
-        if given:
-            raise DistattnError(f"engine.name: megatron does not compute {what} here; use fsdp2 or deepspeed.")
+    for feature, is_used in refused.items():
+        if is_used:
+            raise DistattnError(f"engine.name: megatron does not compute {feature} here; use fsdp2 or deepspeed.")
 
 
 def _transformer_config(config: Config, shape: PretrainedConfig, device: torch.device) -> Any:
@@ -390,16 +391,16 @@ def _transformer_config(config: Config, shape: PretrainedConfig, device: torch.d
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         context_parallel_size=parallel.split_ranks,
-        # ranks have unequally many tokens; Megatron wants the dispatcher with it
+        # ranks have different numbers of tokens; Megatron requires this dispatcher with it
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
-        # weights come from elsewhere; without initialization Megatron would not mark what tensor-parallel ranks split
+        # weights are copied in later; without initialization Megatron would not mark parameters that tensor-parallel ranks split
         init_method=_leave,
         output_layer_init_method=_leave,
         use_cpu_initialization=device.type == "cpu",
-        # these want Apex or Transformer Engine
+        # these need Apex or Transformer Engine
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
@@ -427,7 +428,7 @@ def _gpt_model(config: Any, shape: PretrainedConfig, context: int) -> Any:
 
 
 def _context_parallel(config: Config) -> ContextParallel:
-    """Attention of a batch is split over context-parallel ranks, or shared over all data- and context-parallel ones."""
+    """Return a ContextParallel that splits a batch over context-parallel ranks, or shares it over data-parallel ones, too."""
     attention = attention_config(config)
     all_ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
     if attention.data == "per_rank":

@@ -78,10 +78,6 @@ class ModelFlops:
             attention += _PER_PARAMETER * width * Mask.documents(lengths, document_mask).area()
         return _PER_PARAMETER * self.parameters * sum(lengths) + attention
 
-    def per_token(self, context: int) -> float:
-        """Return the mean FLOPs per token of a document of `context` tokens."""
-        return self.of_documents([context]) / context
-
 
 def flops_utilisation(flops: float, seconds: float, ranks: int, peak_tflops: float) -> float:
     """Return the MFU: the share of the ranks' peak, in [0, 1], that a step's model FLOPs took. peak_tflops: of one

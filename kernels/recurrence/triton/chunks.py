@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-# exp of less is 0 in fp64, too; and infinite decays leave differences of their sums finite (see `transitions`)
+# exp of less is 0 in fp64, too; and differences of sums stay finite (see `transitions`)
 LEAST_DECAY = tl.constexpr(-1000.0)
 
 

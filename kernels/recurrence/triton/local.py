@@ -1,4 +1,4 @@
-"""Kernels that read one chunk of one head: what it does to any state, its outputs, and what outputs ask of its tokens."""
+"""Kernels that read one chunk of one head: its effect on any state, its outputs, and the gradient that these pass back."""
 
 # C tokens of a chunk, K key dim, V value dim, PK: K as a power of two, BV columns of values at a time
 

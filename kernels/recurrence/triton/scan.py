@@ -1,6 +1,6 @@
-"""Kernels that pass states through the chunks of a stretch, and gradients back: one program a stretch, head and columns."""
+"""Kernels that pass states through the chunks of a segment, and gradients back: one program per segment, head and columns."""
 
-# N stretches, M chunks, H heads, C tokens of a chunk, K key dim, V value dim, PK: K as a power of two, BV columns of a program
+# N segments, M chunks, H heads, C tokens of a chunk, K key dim, V value dim, PK: K as a power of two, BV columns of a program
 
 import triton
 import triton.language as tl

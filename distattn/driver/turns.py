@@ -1,0 +1,257 @@
+"""Micro-batches that take turns on a rank: the forward pass of each has a thread, and one of them runs at a time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from distattn.kernels.devices import has_streams
+from distattn.ops.current_micro_batch import INTERLEAVED, InterleavedBatch
+from distattn.parallel.runtime.execute import PausableRun
+from distattn.parallel.runtime.transport import Packet, PendingMessages, Transport
+from distattn.supervision.heartbeats import awaiting_thread
+
+Result = TypeVar("Result")
+
+
+class Span(NamedTuple):
+    """Seconds in which a micro-batch did something. activity: it "runs", or its messages are under way ("moves")."""
+
+    micro_batch: int
+    activity: str
+    begin: float
+    end: float
+
+
+class Turns:
+    """The order in which micro-batches run on this rank, and a record of it."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+
+    def run(self, runs: Sequence[PausableRun[Result]]) -> list[Result]:
+        """Run generators, one for each micro-batch, to their end; at each pause the next one continues. Return their results."""
+        results: dict[int, Result] = {}
+        waiting = deque(enumerate(runs))
+        while waiting:
+            number, run = waiting.popleft()
+            begin = time.perf_counter()
+            try:
+                next(run)
+                waiting.append((number, run))
+            except StopIteration as stop:
+                results[number] = stop.value
+            self.spans.append(Span(number, "runs", begin, time.perf_counter()))
+        return [results[number] for number in range(len(runs))]
+
+    def traced(self, transport: Transport, micro_batch: int) -> Transport:
+        """Return a transport whose messages are recorded."""
+        return _TracedTransport(transport, micro_batch, self.spans)
+
+
+class Arrived(NamedTuple):
+    """A thread is about to call a module that all micro-batches call together."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Returned(NamedTuple):
+    """A thread has run what it was asked to run."""
+
+    value: Any
+
+
+class MicroBatchThread:
+    """A thread that runs only while another thread waits for it in `resume`.
+
+    work: the forward pass. batch: the micro-batch that operators are called for on this thread. It has random numbers of its own,
+    since numbers drawn by other micro-batches in between would change what a checkpointed layer draws when it is repeated.
+    """
+
+    def __init__(self, work: Callable[[], Any], batch: InterleavedBatch, modes: ThreadModes, random: RandomState):
+        self._work, self._batch, self._modes, self._random = work, batch, modes, random
+        self._resumed, self._suspended = threading.Semaphore(0), threading.Semaphore(0)
+        self._value: Any = None
+        self._event: Arrived | Returned | None = None
+        self._error: BaseException | None = None
+        self._cancelled = self._runs = False
+        self._thread = threading.Thread(target=self._main, daemon=True, name="distattn-micro-batch")
+        self._thread.start()
+
+    def resume(self, value: Any = None) -> PausableRun[Arrived | Returned]:
+        """Continue the thread with a value until its next event, pausing while messages travel. Raise the thread's error."""
+        while True:
+            self._value, self._runs = value, True
+            self._random.set()
+            with awaiting_thread(self._thread.ident or 0):
+                self._resumed.release()
+                self._suspended.acquire()
+            self._runs, self._random = False, self._random.now()
+            if self._error is not None:
+                raise self._error
+            if self._event is not None:
+                return self._event
+            yield
+
+    def suspend(self, event: Arrived | Returned | None) -> Any:
+        """Let the thread that waits in `resume` continue, on this thread. Return the value of the next `resume`.
+
+        event: None while messages travel.
+        """
+        self._event = event
+        self._suspended.release()
+        self._resumed.acquire()
+        if self._cancelled:
+            raise _Cancelled
+        return self._value
+
+    def run(self, paused: PausableRun[Result]) -> Result:
+        """Run a generator to its end on this thread, suspended at each of its pauses."""
+        while True:
+            try:
+                next(paused)
+            except StopIteration as stop:
+                return stop.value  # type: ignore[no-any-return]
+            self.suspend(None)
+
+    def cancel(self) -> None:
+        """End the thread. If it runs, since an interrupt has ended the wait for it, it ends at its next pause."""
+        self._cancelled = True
+        self._resumed.release()
+        if not self._runs:
+            self._thread.join()
+            # objects that hold each other would keep the loss and its graph until Python collects garbage
+            del self._batch, self._work
+            self._event = self._value = None
+
+    def _main(self) -> None:
+        self._resumed.acquire()
+        try:
+            if self._cancelled:
+                return
+            INTERLEAVED.batch = self._batch
+            with self._modes.entered():
+                self._event = Returned(self._work())
+        except _Cancelled:
+            pass
+        except BaseException as error:
+            self._error = error
+        self._suspended.release()
+
+
+class _Cancelled(BaseException):
+    """Another micro-batch has failed."""
+
+
+class ThreadModes(NamedTuple):
+    """The stream of a device, gradient mode and autocast, which belong to a thread."""
+
+    stream: Any
+    grad: bool
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+
+    @classmethod
+    def current(cls, device: torch.device | None) -> ThreadModes:
+        """Return the modes of the calling thread. device: whose stream; None without streams."""
+        kinds = ("cpu", "cuda")
+        autocast = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
+        stream = None if device is None else torch.cuda.current_stream(device)
+        return cls(stream, torch.is_grad_enabled(), autocast)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Set these modes on the calling thread while the context is open."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.cuda.stream(self.stream))
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            for kind, enabled, dtype in self.autocast:
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
+            yield
+
+
+class RandomState(NamedTuple):
+    """The states of PyTorch's random number generators of the host and of a CUDA device (None for other devices)."""
+
+    device: torch.device | None
+    host_state: torch.Tensor
+    device_state: torch.Tensor | None
+
+    @classmethod
+    def current(cls, device: torch.device | None) -> RandomState:
+        """Return the states at this moment. device: on which layers compute."""
+        device = device if device is not None and device.type == "cuda" else None
+        return cls(device, torch.get_rng_state(), None if device is None else torch.cuda.get_rng_state(device))
+
+    @classmethod
+    def drawn(cls, device: torch.device | None, count: int) -> list[RandomState]:
+        """Return states for that many micro-batches, whose seeds are drawn on the host. device: as for `current`."""
+        device = device if device is not None and device.type == "cuda" else None
+        states = []
+        for seed in torch.randint(1 << 62, (count,), device="cpu").tolist():
+            on_device = None if device is None else torch.Generator(device).manual_seed(seed).get_state()
+            states.append(cls(device, torch.Generator().manual_seed(seed).get_state(), on_device))
+        return states
+
+    def now(self) -> RandomState:
+        """Return the states of the same generators at this moment."""
+        return self.current(self.device)
+
+    def set(self) -> None:
+        """Set the generators to these states."""
+        torch.set_rng_state(self.host_state)
+        if self.device_state is not None:
+            torch.cuda.set_rng_state(self.device_state, self.device)  # type: ignore[arg-type]
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Begin with these states while the context is open; the present ones continue afterwards."""
+        present = self.now()
+        self.set()
+        try:
+            yield
+        finally:
+            present.set()
+
+
+def device_of(layers: Sequence[nn.Module]) -> torch.device | None:
+    """Return the device with streams on which layers compute, or None where there are no streams."""
+    devices = (x.device for layer in layers for x in layer.parameters())
+    # parameters that rest on the host (FSDP2's offload) do not say where their layers compute
+    device = next((device for device in devices if has_streams(device)), None)
+    if device is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+class _TracedTransport:
+    """A transport that records its messages: from when they leave until they are known to have arrived."""
+
+    def __init__(self, transport: Transport, micro_batch: int, spans: list[Span]):
+        self.transport, self.micro_batch, self.spans = transport, micro_batch, spans
+
+    def exchange(
+        self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""
+    ) -> PendingMessages:
+        begin = time.perf_counter()
+        messages = self.transport.exchange(sends, receives, collective, where)
+        return _TracedMessages(messages, self, begin) if sends or receives else messages
+
+
+class _TracedMessages(NamedTuple):
+    messages: PendingMessages
+    traced: _TracedTransport
+    begin: float
+
+    def wait(self) -> None:
+        """Wait for the messages."""
+        self.messages.wait()
+        self.traced.spans.append(Span(self.traced.micro_batch, "moves", self.begin, time.perf_counter()))
