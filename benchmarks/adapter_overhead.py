@@ -1,11 +1,11 @@
-"""What adapters cost beside kernels and transfers: microseconds a layer, and the share of a step of the tiny model.
+"""The cost of adapters without kernels and transfers: microseconds per layer, and the share of a step of the tiny model.
 
     python benchmarks/adapter_overhead.py
 
-One process, so nothing is transferred, and a kernel that returns at once. Each layer call is forward and backward; the
-operators alone, on tensors that are laid out as they want them, are what an adapter's calls are compared with. Short: 64
-tokens, where only host time counts; long: a rank's 2,048 tokens of configs/tiny.toml, where copies count too. The aims are
-200 microseconds a layer and 2 %.
+There is one process, so nothing is transferred, and a kernel that returns at once. Each layer call is forward and backward.
+An adapter's calls are compared with the operators alone, on tensors in the operators' own layout. Short: 64 tokens, where
+only host time counts; long: a rank's 2,048 tokens of configs/tiny.toml, where copies count, too. The aims are 200 microseconds
+per layer and 2 %.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from distattn.training.config.run_settings import build_model, configured_model
 
 ROOT = Path(__file__).parents[1]
 AIM_LAYER, AIM_STEP = 200, 0.02
-# calls of one timing, so that the clock does not count
+# calls per timing, so that the clock's cost does not count
 CALLS = 50
 
 
 class Instant(da.ContextParallel):
-    """Whose kernel returns at once."""
+    """Attention whose kernel returns at once."""
 
     def watch(self, batch: Any, plan: Any, shape: Any) -> Any:
         return InstantWatch()
@@ -65,26 +65,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--repeats", type=int, default=31)
     parser.add_argument("--tokens", type=int, default=2048)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         config = configuration.load(str(ROOT / "configs/tiny.toml"))
         cells: list[Cell] = []
         layers = {}
-        for name, tokens in {"short": 64, "long": given.tokens}.items():
+        for name, tokens in {"short": 64, "long": arguments.tokens}.items():
             cells += of_layer(
-                f"{name}: a layer of {tokens} tokens, forward and backward", tokens, config, given.repeats
+                f"{name}: a layer of {tokens} tokens, forward and backward", tokens, config, arguments.repeats
             )
             medians = {cell.contestant: cell.median or 0.0 for cell in cells[-3:]}
             layers[name] = medians["transformers"] - medians["operators"]
         sys.stdout.write(table(cells) + "\n\n")
         sys.stdout.write(f"transformers beyond the operators: {layers['short'] * 1e6:.0f} us a short layer, ")
         sys.stdout.write(f"{layers['long'] * 1e6:.0f} us a long one (aim {AIM_LAYER})\n")
-        sys.stdout.write(f"a step of the tiny model on {given.tokens} tokens, other documents every time:\n")
+        sys.stdout.write(f"a step of the tiny model on {arguments.tokens} tokens, other documents every time:\n")
         steps = {}
         for name, ahead in {"sharded when needed": False, "sharded a step ahead": True}.items():
-            step, shard, planned = of_step(config, given.tokens, ahead)
+            step, shard, planned = of_step(config, arguments.tokens, ahead)
             share = (layers["long"] * config.model.num_layers + shard + planned) / step
             steps[name] = dict(step=step, shard=shard, planned=planned, share=share)
             sys.stdout.write(
@@ -93,13 +93,13 @@ def main() -> None:
             sys.stdout.write(
                 f"{planned * 1e3:.1f} ms; with {config.model.num_layers} layers {share:.2%} (aim {AIM_STEP:.0%})\n"
             )
-        if given.out:
-            write(given.out, cells, layer_seconds=layers, steps=steps)
+        if arguments.out:
+            write(arguments.out, cells, layer_seconds=layers, steps=steps)
         dist.destroy_process_group()
 
 
 def of_layer(case: str, tokens: int, config: Any, repeats: int) -> list[Cell]:
-    """Adapters beside the operators, on the same numbers."""
+    """Time adapters and the operators on the same numbers."""
     shape = config.model
     heads, kv_heads, dim = (
         shape.num_attention_heads,
@@ -130,8 +130,8 @@ def of_layer(case: str, tokens: int, config: Any, repeats: int) -> list[Cell]:
         mask = huggingface.MaskPattern(None)
 
         def call() -> torch.Tensor:
-            given = (x.transpose(1, 2) for x in inputs)
-            o, _ = huggingface.attention_forward(module, *given, mask, scaling=dim**-0.5, context_parallel=batch)
+            by_token = (x.transpose(1, 2) for x in inputs)
+            o, _ = huggingface.attention_forward(module, *by_token, mask, scaling=dim**-0.5, context_parallel=batch)
             torch.autograd.grad(o, inputs, o.detach())
             return o[0]
 
@@ -151,13 +151,13 @@ def of_layer(case: str, tokens: int, config: Any, repeats: int) -> list[Cell]:
     contestants = {"operators": operators, "transformers": transformers}
     if importlib.util.find_spec("megatron") is not None:
         contestants["megatron-core"] = megatron
-    # that adapters compute the right thing is for the tests
+    # tests check that adapters compute the right results
     check = lambda o: "" if o.shape == q.shape else "another result"  # noqa: E731
     return compare(case, contestants, check, repeats=repeats, warmup=3)
 
 
 def repeated(call: Any) -> Any:
-    """So many calls at once; the result of the last."""
+    """Return a function that makes CALLS calls and returns the result of the last."""
 
     def calls() -> Any:
         for _ in range(CALLS):
@@ -169,7 +169,7 @@ def repeated(call: Any) -> Any:
 
 
 def megatron_core(shape: Any, batch: Any) -> Any:
-    """Megatron's core attention of ours."""
+    """Return our core attention for Megatron."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -185,13 +185,13 @@ def megatron_core(shape: Any, batch: Any) -> Any:
     )
     config = TransformerConfig(**sizes, attention_dropout=0.0)
     groups = ProcessGroupCollection(cp=dist.group.WORLD, tp=dist.group.WORLD)
-    own = MegatronBatches({"strategy": "ring", "kernel": "cpu"})
-    own.batch = lambda *given: batch
-    return CoreAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups, batches=own)
+    batches = MegatronBatches({"strategy": "ring", "kernel": "cpu"})
+    batches.batch = lambda *args: batch
+    return CoreAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups, batches=batches)
 
 
 def of_step(config: Any, tokens: int, ahead: bool) -> tuple[float, float, float]:
-    """Seconds of a step of the tiny model, of sharding its batch, and of waiting for its plan and program: medians.
+    """Return median seconds of a step of the tiny model, of sharding its batch, and of waiting for its plan and program.
 
     Loss and backward, without the optimizer; every step has other documents. ahead: the next batch is sharded before a step.
     """
@@ -209,20 +209,20 @@ def of_step(config: Any, tokens: int, ahead: bool) -> tuple[float, float, float]
     following = cp.shard(next(batches))
     for _ in range(12):
         began = time.perf_counter()
-        given = cp.shard(next(batches))
-        batch, following = (following, given) if ahead else (given, None)
+        sharded_batch = cp.shard(next(batches))
+        batch, following = (following, sharded_batch) if ahead else (sharded_batch, None)
         sharded = time.perf_counter()
         batch["context_parallel"].executable(asked, torch.device("cpu"))
         ready = time.perf_counter()
         local_loss(model, batch).backward()
         rows.append((time.perf_counter() - began, sharded - began, ready - sharded))
-    # the first ones warm up
+    # the first steps warm up
     step, shard, planned = (statistics.median(column) for column in zip(*rows[3:], strict=True))
     return step, shard, planned
 
 
 def documents(tokens: int, seed: int) -> dict[str, Any]:
-    """A pack of five documents of random lengths."""
+    """Return a pack of five documents of random lengths."""
     cuts = torch.randperm(tokens - 1, generator=torch.Generator().manual_seed(seed))[:4].sort().values + 1
     lengths = torch.diff(cuts, prepend=torch.zeros(1), append=torch.tensor([float(tokens)])).int().tolist()
     return {"input_ids": torch.zeros(1, tokens, dtype=torch.int64), "document_lengths": lengths}

@@ -1,4 +1,4 @@
-"""Several GPUs over NCCL: is attention right there, what moves, how fast, and how much of it hides under compute?
+"""Several GPUs over NCCL: whether attention is right, what moves, how fast, and how much of it hides under compute.
 
     python -m torch.distributed.run --standalone --nproc-per-node gpu benchmarks/check_cluster.py [--tokens 131072]
 
@@ -29,7 +29,7 @@ from distattn.parallel.runtime.transport import Transport
 
 
 def main() -> int:
-    """Exit code 1 where any rank has a wrong result."""
+    """Return exit code 1 if any rank has a wrong result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--findings", type=Path, help="where rank 0 keeps them, as JSON lines")
@@ -67,7 +67,7 @@ def main() -> int:
 
 
 class Job(NamedTuple):
-    """This rank's part of the case, and what is to come out there."""
+    """This rank's part of the case, and the right results there."""
 
     rank: int
     ranks: int
@@ -82,7 +82,7 @@ class Job(NamedTuple):
 
     @staticmethod
     def join(tokens: int) -> Job:
-        """Join the process group of the launcher; on a CPU the axis is short, whatever is asked for."""
+        """Join the process group of the launcher; on a CPU the axis is short, with any arguments."""
         rank, ranks, device = joined()
         cuda = device.type == "cuda"
         case = Case.of(tokens if cuda else 128, 128 if cuda else 32, ranks, device)
@@ -96,7 +96,10 @@ class Job(NamedTuple):
 def layer(
     plan: da.Plan, job: Job, wrap: Callable[[Transport], Transport] = lambda transport: transport
 ) -> Callable[[], dict[str, Tensor]]:
-    """Attention forward and backward of this rank's tokens. wrap: what becomes of the transport of its messages."""
+    """Return a function that runs attention forward and backward of this rank's tokens.
+
+    wrap: changes the transport of its messages.
+    """
     ready = da.prepare(plan, kernel="triton", device=job.device)
     ready.transport = wrap(ready.transport)
     q, k, v = (job.local[name].detach().clone().requires_grad_() for name in ("q", "k", "v"))
@@ -110,7 +113,7 @@ def layer(
 
 
 def bare(share: int, ranks: int, device: torch.device) -> Callable[[], dict[str, Tensor]]:
-    """An all-to-all in which every rank sends `share` bytes to every other."""
+    """Return an all-to-all in which every rank sends `share` bytes to every other."""
     ours, theirs = (torch.empty(share * ranks, dtype=torch.uint8, device=device) for _ in range(2))
 
     def run() -> dict[str, Tensor]:
@@ -121,12 +124,12 @@ def bare(share: int, ranks: int, device: torch.device) -> Callable[[], dict[str,
 
 
 def check(result: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
-    """What is wrong with a result, or nothing. (A rank without tokens has nothing to compare.)"""
+    """Return what is wrong with a result, or an empty text. (A rank without tokens has nothing to compare.)"""
     return too_far({name: far(got, wanted[name]) for name, got in result.items() if got.numel()})
 
 
 def exposure(cells: list[Cell]) -> str:
-    """How each strategy's layer compares with bare moves of the same bytes at the bare all-to-all's rate."""
+    """Compare each strategy's layer with bare moves of the same bytes at the bare all-to-all's rate."""
     bare_cell = next((cell for cell in cells if cell.contestant == "bare all-to-all" and cell.median), None)
     if bare_cell is None:
         return ""

@@ -1,12 +1,12 @@
-"""Recurrent layers on several GPUs over NCCL: right on every rank, and how fast beside all-to-all and fla-core's own way?
+"""Recurrent layers on several GPUs over NCCL: right on every rank, and their speed beside all-to-all and fla-core's own way.
 
     python -m torch.distributed.run --standalone --nproc-per-node gpu benchmarks/check_recurrences.py [--tokens 32768]
 
-Outputs and gradients by token, of every op and schedule, are compared with fp64 in one process: on no rank may they be farther
-off than twice what one device's kernel is on the same tokens, or 2e-5; one device's own may be off by 2e-2 of the largest number
-in bfloat16, by 2e-5 in float32. Gradients of states are left to the tests: here documents begin with zeros. Then medians of the
-slowest rank, forward and backward, in one run: our schedules, tokens all to all, one device with the whole axis, and of ops that
-have it fla-core's own context parallelism (`fla.ops.cp`, contiguous and zigzag slices), which is left out where it is not right.
+Outputs and gradients by token, of every op and schedule, are compared with fp64 in one process: on no rank may the error be more
+than twice that of one device's kernel on the same tokens, or 2e-5. One device's own error may be 2e-2 of the largest number in
+bfloat16, and 2e-5 in float32. Tests cover gradients of states: here documents begin with zeros. Then medians of the slowest rank,
+forward and backward, in one run: our schedules, tokens all to all, one device with the whole axis, and, for ops that have it,
+fla-core's own context parallelism (`fla.ops.cp`, contiguous and zigzag slices), which is left out if it is wrong.
 Without GPUs it runs on gloo, on a short axis, for the parity alone.
 """
 
@@ -47,22 +47,22 @@ WAYS = {
     "by halves": RecurrencePlan("zigzag", schedule="tree"),
     "all-to-all": RecurrencePlan("zigzag", "ulysses"),
 }
-# ops of which fla-core has context parallelism: the module and the function
+# ops with fla-core's context parallelism: the module and the function
 FLA = {
     "gated_delta_rule": ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
     "kda": ("fla.ops.kda", "chunk_kda"),
 }
 SLICES_OF_FLA = {"fla": "contiguous", "fla, zigzag": "zigzag"}
-# an error of fp32, relative; one device's own may happen to be smaller
+# a relative error of fp32; one device's own may be smaller by chance
 LEAST_ALLOWED = 2e-5
-# one device's own error, as a share of the largest number: a kernel that is wrong on a long axis makes all ranks as wrong
+# one device's own error, as a share of the largest number: a kernel that is wrong on a long axis makes all ranks equally wrong
 MOST_OF_ONE_DEVICE = {torch.bfloat16: 2e-2, torch.float32: 2e-5}
-# heads that are computed in fp64 at once
+# the number of heads that are computed in fp64 at once
 EXACT_HEADS = 4
 
 
 def main() -> int:
-    """Exit code 1 where any rank has a wrong result."""
+    """Return exit code 1 if any rank has a wrong result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--heads", type=int, default=32)
@@ -76,7 +76,7 @@ def main() -> int:
     rank, ranks, device = joined()
     cuda = device.type == "cuda"
     findings = Findings(arguments.findings, speaks=rank == 0)
-    # pieces of one length for all, whatever is asked for: fla-core takes no others
+    # pieces of one length for all ranks: fla-core takes no others
     piece = 16 * 2 * ranks
     tokens, heads = (max(arguments.tokens // piece, 1) * piece, arguments.heads) if cuda else (128, 4)
     if without_fla := why_not_fla(device):
@@ -90,11 +90,11 @@ def main() -> int:
         named = f"{op}, {documents}, {tokens:,} tokens, {ranks} ranks, {dist.get_backend()}"
         cells = compare(named, case.contestants(not without_fla), case.check, repeats=9 if cuda else 1)
         for cell in cells:
-            what, note = f"{cell.contestant} of {named}", f"{cell.status}: {cell.note}" * (cell.status != "ok")
+            name, note = f"{cell.contestant} of {named}", f"{cell.status}: {cell.note}" * (cell.status != "ok")
             if note and cell.contestant in SLICES_OF_FLA:
-                findings.left_out(what, note)
+                findings.left_out(name, note)
             else:
-                findings.check(what, note)
+                findings.check(name, note)
             findings.time(named, cell.contestant, note, cell.median)
         findings.print_line(table(cells, {"plan_bytes": readable_bytes}))
         if arguments.out and rank == 0:
@@ -104,35 +104,35 @@ def main() -> int:
 
 
 class Case(NamedTuple):
-    """An op on packed documents, the whole axis on every rank: what is given, what is exact, and what one device makes of it."""
+    """An op on packed documents, the whole axis on every rank: inputs, exact results, and the results of one device."""
 
     op: str
     lengths: Sequence[int]
-    given: RecurrenceInputs
+    inputs: RecurrenceInputs
     exact: tuple[Tensor, ...]
     one_device: Callable[[], tuple[Tensor, ...]]
     of_one_device: tuple[Tensor, ...]
 
     @staticmethod
     def of(op: str, lengths: Sequence[int], heads: int, device: torch.device) -> Case:
-        """In the precision that is used on such a device, with dims as most models have, or small ones on a CPU."""
+        """Make a case in the usual precision of such a device, with the dims of most models, or small ones on a CPU."""
         dtype, dim = (torch.bfloat16, 128) if device.type == "cuda" else (torch.float32, 16)
-        given = RecurrenceInputs.random(lengths, heads, heads, KernelRequirements(dtype, dim, dim, device, op=OPS[op]))
-        # documents begin with nothing, and what ranks hand on counts for hundreds of tokens
-        x = given.x if given.x.g is None else given.x._replace(g=given.x.g / 100)
-        given = given._replace(x=x, state=torch.zeros_like(given.state), dstate=torch.zeros_like(given.dstate))
+        inputs = RecurrenceInputs.random(lengths, heads, heads, KernelRequirements(dtype, dim, dim, device, op=OPS[op]))
+        # documents begin with zeros, and a state counts for hundreds of tokens
+        x = inputs.x if inputs.x.g is None else inputs.x._replace(g=inputs.x.g / 100)
+        inputs = inputs._replace(x=x, state=torch.zeros_like(inputs.state), dstate=torch.zeros_like(inputs.dstate))
         kernel = da.prepare(
             RecurrencePlan("contiguous").plan(op, lengths, dist.get_world_size(), x), device=device
         ).kernel
 
         def one_device() -> tuple[Tensor, ...]:
-            return torch.arange(len(x.v)), *computed(kernel, given)
+            return torch.arange(len(x.v)), *computed(kernel, inputs)
 
         one_device.facts = {"plan_bytes": 0}  # type: ignore[attr-defined]
-        return Case(op, lengths, given, in_fp64(given), one_device, one_device()[1:])
+        return Case(op, lengths, inputs, in_fp64(inputs), one_device, one_device()[1:])
 
     def contestants(self, with_fla: bool) -> dict[str, Contestant]:
-        """All ways to compute it; each returns its tokens, their outputs, and the gradients of what they were computed of."""
+        """Return all contestants; each returns its tokens, their outputs, and the gradients of its inputs."""
         ways: dict[str, Contestant] = {name: self.by(way) for name, way in WAYS.items()}
         if with_fla and self.op in FLA:
             ways |= {name: lambda slices=slices: of_fla(self, slices) for name, slices in SLICES_OF_FLA.items()}
@@ -141,42 +141,44 @@ class Case(NamedTuple):
     def by(
         self, way: RecurrencePlan, wrap: Callable[[Transport], Transport] = lambda transport: transport
     ) -> Contestant:
-        """By a plan. wrap: what becomes of the transport of its messages."""
-        return contestant(way, self.op, self.lengths, self.given.x, self.given.do, wrap)
+        """Return a contestant by a plan. wrap: changes the transport of its messages."""
+        return contestant(way, self.op, self.lengths, self.inputs.x, self.inputs.do, wrap)
 
     def check(self, result: tuple[Tensor, ...]) -> str:
-        """What is wrong with a rank's result, or nothing."""
+        """Return what is wrong with a rank's result, or an empty text."""
         tokens, *got = result
-        names = ("o", *(f"d{name}" for name in self.given.x.by_token()))
-        most = MOST_OF_ONE_DEVICE[self.given.x.v.dtype]
-        for name, mine, one, right in zip(names, got, self.of_one_device, self.exact, strict=True):
-            alone = float((one.double() - right).abs().max() / right.abs().max())
-            # what is no number is wrong, too
+        names = ("o", *(f"d{name}" for name in self.inputs.x.by_token()))
+        most = MOST_OF_ONE_DEVICE[self.inputs.x.v.dtype]
+        for name, mine, alone_result, right in zip(names, got, self.of_one_device, self.exact, strict=True):
+            alone = float((alone_result.double() - right).abs().max() / right.abs().max())
+            # NaN is wrong, too
             if not alone <= most:
                 return f"{name} of one device is off by {alone:.1e} of the largest number (allowed: {most:.0e})"
-            error, allowed = far(mine, right[tokens]), max(2 * far(one[tokens], right[tokens]), LEAST_ALLOWED)
+            error, allowed = far(mine, right[tokens]), max(2 * far(alone_result[tokens], right[tokens]), LEAST_ALLOWED)
             if not error <= allowed:
                 return f"{name} is off by {error:.1e} (allowed: {allowed:.0e})"
         return ""
 
 
-def in_fp64(given: RecurrenceInputs) -> tuple[Tensor, ...]:
-    """Outputs and gradients by the chunked kernel in fp64, some heads after others."""
+def in_fp64(inputs: RecurrenceInputs) -> tuple[Tensor, ...]:
+    """Compute outputs and gradients by the chunked kernel in fp64, some heads after others."""
     parts = []
-    for begin in range(0, given.x.heads, EXACT_HEADS):
+    for begin in range(0, inputs.x.heads, EXACT_HEADS):
         heads = slice(begin, begin + EXACT_HEADS)
-        # decays of a head, not of its tokens, are a list of heads
-        some = {name: y[:, heads] if y.dim() > 1 else y[heads] for name, y in given.x.present().items()}
+        # decays of a head that are constant over tokens are a list of heads
+        some = {name: y[:, heads] if y.dim() > 1 else y[heads] for name, y in inputs.x.present().items()}
         x = RecurrenceTokens(**{name: y.double() for name, y in some.items()})
-        state = given.state[:, heads].double()
-        parts.append(computed(chunked, given._replace(x=x, state=state, do=given.do[:, heads].double(), dstate=state)))
+        state = inputs.state[:, heads].double()
+        parts.append(
+            computed(chunked, inputs._replace(x=x, state=state, do=inputs.do[:, heads].double(), dstate=state))
+        )
     return tuple(torch.cat(parts_of_one, 1) for parts_of_one in zip(*parts, strict=True))
 
 
-def computed(kernel: Any, given: RecurrenceInputs) -> tuple[Tensor, ...]:
-    """Outputs, and gradients of all that has an entry for each token, by a kernel on the whole axis at once."""
-    x, state, do, dstate = given[:4]
-    schedule = given.schedule_of(kernel)
+def computed(kernel: Any, inputs: RecurrenceInputs) -> tuple[Tensor, ...]:
+    """Compute outputs, and gradients of all inputs by token, by a kernel on the whole axis at once."""
+    x, state, do, dstate = inputs[:4]
+    schedule = inputs.schedule_of(kernel)
     o, _ = kernel.forward(x, schedule, state)
     dx, _ = kernel.backward(x, schedule, state, do, dstate)
     return o, *dx.by_token().values()
@@ -187,25 +189,25 @@ def far(got: Tensor, wanted: Tensor) -> float:
 
 
 def why_not_fla(device: torch.device) -> str:
-    """Why fla-core's own context parallelism cannot be measured here, or nothing."""
+    """Return why fla-core's own context parallelism cannot be measured here, or an empty text."""
     if find_spec("fla") is None or find_spec("fla.ops.cp") is None:
         return 'it is not installed: pip install "distattn[fla]"'
     return "" if device.type == "cuda" else "it runs on GPUs alone"
 
 
 def of_fla(case: Case, layout: str) -> Callable[[], tuple[Tensor, ...]]:
-    """fla-core's own context parallelism, by its public functions."""
+    """Return fla-core's own context parallelism, by its public functions."""
     module, function = FLA[case.op]
     compute = getattr(import_module(module), function)
-    x, device = case.given.x, case.given.do.device
+    x, device = case.inputs.x, case.inputs.do.device
     tokens = slices_of_fla(len(x.v), layout, dist.get_rank(), dist.get_world_size())
     ends = torch.tensor([0, *itertools.accumulate(case.lengths)])
     build = import_module("fla.ops.cp").build_cp_context
     context = build(ends.to(device), dist.group.WORLD, cu_seqlens_cpu=ends, layout=layout)
     local = {name: value[tokens] for name, value in x.by_token().items()}
-    do_local = case.given.do[tokens][None]
+    do_local = case.inputs.do[tokens][None]
     # a pass gathers a state and its transition of every piece, in fp32
-    heads, key_dim, value_dim = case.given.state.shape[1:]
+    heads, key_dim, value_dim = case.inputs.state.shape[1:]
     pieces = dist.get_world_size() * (2 if layout == "zigzag" else 1)
     gathered = 4 * pieces * heads * key_dim * (key_dim + value_dim) * (dist.get_world_size() - 1)
 
@@ -219,7 +221,7 @@ def of_fla(case: Case, layout: str) -> Callable[[], tuple[Tensor, ...]]:
 
 
 def slices_of_fla(tokens: int, layout: str, rank: int, ranks: int) -> Tensor:
-    """The tokens of a rank as fla-core slices the axis; it takes pieces of one length only."""
+    """Return the tokens of a rank as fla-core slices the axis; it takes pieces of one length only."""
     pieces = [rank] if layout == "contiguous" else [rank, 2 * ranks - 1 - rank]
     length = tokens // (ranks * len(pieces))
     return torch.cat([torch.arange(piece * length, (piece + 1) * length) for piece in pieces])

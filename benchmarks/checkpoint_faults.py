@@ -1,4 +1,4 @@
-"""Damage to checkpoints, and ranks that are killed while they save: what is noticed, and what is left.
+"""Damage to checkpoints, and ranks that are killed while they save: the damage that is noticed, and the files that are left.
 
     python benchmarks/checkpoint_faults.py [--count 10000] [--kills 200] [--seed 0] [--folder FOLDER]
 
@@ -44,12 +44,12 @@ from distattn.ir.errors import LostRankError
 
 PAGE = 4096
 OLDER, NEWER = "step-00000100", "step-00000200"
-# that a rank may take to notice that the other one has ended, in seconds
+# seconds that a rank may take to notice that the other one has ended
 NOTICE_SECONDS = 60.0
 
 
 def state_of(step: int, ranks: int = 2) -> dict[str, Any]:
-    """A state that is a function of its step: tensors of a model, which DCP has the ranks share, an optimizer's, plain values."""
+    """Return a state that is a function of its step: tensors that DCP has the ranks share, an optimizer's, plain values."""
     generator = torch.Generator().manual_seed(step)
     model = {f"layer {n}": torch.rand(64, 48 + n, generator=generator) for n in range(4 * ranks)}
     moments = {f"layer {n}": torch.rand(4096, generator=generator) for n in range(4 * ranks)}
@@ -62,7 +62,7 @@ def state_of(step: int, ranks: int = 2) -> dict[str, Any]:
 
 
 def empty_state(ranks: int = 2) -> dict[str, Any]:
-    """The same with other values."""
+    """Return the same state with other values."""
     state = state_of(0, ranks)
     for tensors in (state["model"], state["optimizer"]["exp_avg"]):
         for tensor in tensors.values():
@@ -71,7 +71,7 @@ def empty_state(ranks: int = 2) -> dict[str, Any]:
 
 
 def equal(left: Any, right: Any) -> bool:
-    """Whether two states are the same to the bit."""
+    """Return whether two states are bitwise equal."""
     if isinstance(left, dict):
         return left.keys() == right.keys() and all(equal(left[key], right[key]) for key in left)
     if isinstance(left, torch.Tensor):
@@ -80,7 +80,7 @@ def equal(left: Any, right: Any) -> bool:
 
 
 def no_warning(line: str) -> None:
-    """Fail where anything is wrong; that one save waits for another is not, on a slow disk."""
+    """Assert that a warning only says that one save waits for another, as on a slow disk."""
     assert " waited " in line, line
 
 
@@ -88,14 +88,14 @@ def no_warning(line: str) -> None:
 
 
 class Injection(NamedTuple):
-    """What was done to the newer checkpoint. files: those of which a warning must name one."""
+    """Damage to the newer checkpoint. files: a warning must name one of them."""
 
     kind: str
     files: tuple[str, ...]
 
 
 def flip(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """One bit of one file."""
+    """Change one bit of one file."""
     file = rng.choice(_files(folder))
     content = bytearray(file.read_bytes())
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
@@ -104,7 +104,7 @@ def flip(folder: Path, rng: random.Random) -> tuple[str, ...]:
 
 
 def flip_data(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """One bit of a file of tensors."""
+    """Change one bit of a file of tensors."""
     file = rng.choice(_data_files(folder))
     content = bytearray(file.read_bytes())
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
@@ -113,7 +113,7 @@ def flip_data(folder: Path, rng: random.Random) -> tuple[str, ...]:
 
 
 def zero_page(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """A page of a file of tensors becomes zeros."""
+    """Replace a page of a file of tensors by zeros."""
     file = rng.choice(_data_files(folder))
     content = bytearray(file.read_bytes())
     start = rng.randrange(len(content)) // PAGE * PAGE
@@ -124,7 +124,7 @@ def zero_page(folder: Path, rng: random.Random) -> tuple[str, ...]:
 
 
 def overwrite(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """Some bytes of a file become others."""
+    """Replace some bytes of a file."""
     file = rng.choice(_files(folder))
     content = bytearray(file.read_bytes())
     start = rng.randrange(len(content))
@@ -135,14 +135,14 @@ def overwrite(folder: Path, rng: random.Random) -> tuple[str, ...]:
 
 
 def truncate(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """A file is shortened, down to nothing."""
+    """Truncate a file, possibly to nothing."""
     file = rng.choice(_files(folder))
     os.truncate(file, rng.randrange(file.stat().st_size))
     return (file.name,)
 
 
 def extend(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """A file has more bytes at its end."""
+    """Append bytes to a file."""
     file = rng.choice(_data_files(folder))
     with open(file, "ab") as opened:
         opened.write(rng.randbytes(rng.randrange(1, PAGE)))
@@ -150,32 +150,32 @@ def extend(folder: Path, rng: random.Random) -> tuple[str, ...]:
 
 
 def delete(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """A file is missing."""
+    """Delete a file."""
     file = rng.choice(_files(folder))
     file.unlink()
     return (file.name,)
 
 
 def swap_ranks(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """Two ranks' files have each other's names."""
-    one, other = rng.sample(_data_files(folder), 2)
-    content = one.read_bytes()
-    one.write_bytes(other.read_bytes())
+    """Swap the names of two ranks' files."""
+    first, other = rng.sample(_data_files(folder), 2)
+    content = first.read_bytes()
+    first.write_bytes(other.read_bytes())
     other.write_bytes(content)
-    return one.name, other.name
+    return first.name, other.name
 
 
 def swap_checkpoints(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """A file is that of the older checkpoint."""
+    """Replace a file by that of the older checkpoint."""
     file = rng.choice([*_data_files(folder), folder / ".metadata"])
-    # without the manifest: DCP's own description of both may well be the same
+    # without the manifest: DCP's own description of both may be the same
     before = file.read_bytes()
     file.write_bytes((folder.parent / OLDER / file.name).read_bytes())
     return () if file.read_bytes() == before else (file.name,)
 
 
 def stale_manifest(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """The manifest is the older checkpoint's, as it was or with the step altered."""
+    """Replace the manifest by the older checkpoint's, as it was or with the step altered."""
     text = (folder.parent / OLDER / "manifest.json").read_text()
     if rng.random() < 0.5:
         text = text.replace('"step": 100', '"step": 200')
@@ -184,22 +184,22 @@ def stale_manifest(folder: Path, rng: random.Random) -> tuple[str, ...]:
 
 
 def other_folder(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """All files are the older checkpoint's."""
+    """Replace all files by the older checkpoint's."""
     shutil.rmtree(folder)
     shutil.copytree(folder.parent / OLDER, folder)
     return ("manifest.json",)
 
 
 def edit_manifest(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """A character of the manifest is another one, a line is missing, or there twice."""
+    """Change a character of the manifest, delete a line, or repeat one."""
     file = folder / "manifest.json"
     lines = file.read_text().splitlines(keepends=True)
     place = rng.randrange(len(lines))
-    what = rng.randrange(3)
-    if what == 0:
+    change = rng.randrange(3)
+    if change == 0:
         at = rng.randrange(len(lines[place]))
         lines[place] = lines[place][:at] + rng.choice('0123456789abcdef ",{}') + lines[place][at + 1 :]
-    elif what == 1:
+    elif change == 1:
         del lines[place]
     else:
         lines.insert(place, lines[place])
@@ -236,7 +236,7 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def save_pair(rank: int, folder: str) -> None:
-    """On every rank of the default group: the two checkpoints."""
+    """Save the two checkpoints on every rank of the default group."""
     how: dict[str, Any] = {"group": dist.group.WORLD, "facts": {"config": "c"}, "keep": KeepRule()}
     saver = Checkpoints(Path(folder), warn=no_warning, **how)
     saver.save(100, state_of(100))
@@ -245,7 +245,7 @@ def save_pair(rank: int, folder: str) -> None:
 
 
 class Injector:
-    """Damages a copy of a pair of checkpoints, and loads it. `counts`: outcomes by kind of damage; `silent`: what was missed."""
+    """A loader of damaged copies of a pair of checkpoints. `counts`: outcomes by kind of damage; `silent`: unnoticed damage."""
 
     def __init__(self, pair: Path, folder: Path, seed: int):
         self.pair, self.folder, self.rng = pair, folder, random.Random(seed)
@@ -259,7 +259,7 @@ class Injector:
         self._wanted = {100: state_of(100), 200: state_of(200)}
 
     def inject(self, kind: str, beside_dcp: bool = True) -> None:
-        """One damage of a kind, noted in `counts` and, as plain DCP sees it, in `plain`."""
+        """Make one damage of a kind. Note the outcome in `counts`, and plain DCP's in `plain`."""
         newer = self.folder / NEWER
         shutil.rmtree(newer, ignore_errors=True)
         shutil.copytree(self.pair / NEWER, newer)
@@ -296,8 +296,8 @@ class Injector:
 
 
 def run_injections(count: int, seed: int, folder: Path) -> Injector:
-    """Damage of all kinds in turn, `count` times in all."""
-    # DCP logs the tracebacks of all that it meets
+    """Make damage of all kinds in turn, `count` times in all."""
+    # DCP logs the tracebacks of all errors
     logging.disable(logging.WARNING)
     (folder / "pair").mkdir(parents=True)
     (folder / "damaged").mkdir()
@@ -317,7 +317,7 @@ def run_injections(count: int, seed: int, folder: Path) -> Injector:
 
 
 def train_and_save(rank: int, folder: str, checked: Any) -> None:
-    """Resume, check what was loaded, and save at every step until somebody is killed. Ends the process with code 7 then."""
+    """Resume, check what was loaded, and save at every step until a rank is killed. Then end the process with code 7."""
     warned: list[str] = []
     how: dict[str, Any] = {"group": dist.group.WORLD, "facts": {"config": "c"}, "keep": KeepRule(last=2)}
     saver = Checkpoints(Path(folder), warn=warned.append, **how)
@@ -327,7 +327,7 @@ def train_and_save(rank: int, folder: str, checked: Any) -> None:
     if loaded is not None:
         step = loaded.step
         assert equal(state, state_of(step)), f"step {step} loads other tensors than were saved"
-    # rank 0 removes them, and it may not have ended when other ranks have loaded
+    # rank 0 removes leftovers, and it may not have ended when other ranks have loaded
     leftovers = [name for name in os.listdir(folder) if "." in name] if rank == 0 and Path(folder).exists() else []
     assert not leftovers, leftovers
     assert not warned, warned
@@ -341,7 +341,7 @@ def train_and_save(rank: int, folder: str, checked: Any) -> None:
 
 
 class KillResult(NamedTuple):
-    """What the kills have shown. amid_save: after how many a part of a checkpoint was left. notice: survivors', in seconds."""
+    """The results of kills. amid_save: how many left a part of a checkpoint. notice: survivors' seconds to notice."""
 
     kills: int
     steps: int
@@ -350,7 +350,7 @@ class KillResult(NamedTuple):
 
 
 def run_kills(kills: int, seed: int, folder: Path, ranks: int = 2, most_seconds: float = 0.5) -> KillResult:
-    """Start, kill a random rank at a random moment after all have resumed, check what is left; so many times."""
+    """Start, kill a random rank at a random moment after all have resumed, check the files that are left; `kills` times."""
     rng = random.Random(seed)
     context = multiprocessing.get_context("fork")
     port, checked = context.SimpleQueue(), context.SimpleQueue()
@@ -360,8 +360,8 @@ def run_kills(kills: int, seed: int, folder: Path, ranks: int = 2, most_seconds:
     before, amid, notice = 0, 0, 0.0
     try:
         for kill in range(kills):
-            given = (ranks, number, kill, train_and_save, (str(folder), checked))
-            processes = [context.Process(target=_rank, args=(rank, *given)) for rank in range(ranks)]
+            rank_arguments = (ranks, number, kill, train_and_save, (str(folder), checked))
+            processes = [context.Process(target=_rank, args=(rank, *rank_arguments)) for rank in range(ranks)]
             for process in processes:
                 process.start()
             for _ in processes:
@@ -369,7 +369,7 @@ def run_kills(kills: int, seed: int, folder: Path, ranks: int = 2, most_seconds:
                 assert resumed >= before, f"resumed at step {resumed}, but step {before} was saved"
             time.sleep(rng.uniform(0, most_seconds))
             victim = rng.randrange(ranks)
-            before = max((one.step for one in list_checkpoints(folder)), default=0)
+            before = max((checkpoint.step for checkpoint in list_checkpoints(folder)), default=0)
             processes[victim].kill()
             killed = time.monotonic()
             for rank, process in enumerate(processes):
@@ -412,7 +412,7 @@ def _rank(
     rank: int, ranks: int, port: int, attempt: int, work: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
-    # says where a rank stands that does not end
+    # prints where a rank stands that does not end
     faulthandler.dump_traceback_later(NOTICE_SECONDS - 5, exit=False)
     store = dist.PrefixStore(f"attempt {attempt}", dist.TCPStore("127.0.0.1", port, is_master=False))
     dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store)
@@ -437,26 +437,27 @@ def _forked(ranks: int, work: Callable[..., None], *arguments: Any) -> None:
 
 
 def main() -> int:
-    """Print what was found; exit code 1 where anything was silent."""
+    """Print the results. Return exit code 1 if any damage was unnoticed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="an empty folder to work in; by default a temporary one")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     with contextlib.ExitStack() as stack:
-        folder = given.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         silent: list[str] = []
-        if given.kills:
-            found = run_kills(given.kills, given.seed, folder / "killed")
+        if arguments.kills:
+            results = run_kills(arguments.kills, arguments.seed, folder / "killed")
             sys.stdout.write(
-                f"{found.kills} kills of a random rank of 2, up to step {found.steps}; {found.amid_save} left a part of a save.\n"
+                f"{results.kills} kills of a random rank of 2, up to step {results.steps}; "
+                f"{results.amid_save} left a part of a save.\n"
                 "A good checkpoint was left each time, and the parts were removed; the other rank noticed and ended after "
-                f"{found.notice:.2f} s at most.\n"
+                f"{results.notice:.2f} s at most.\n"
             )
-        if given.count:
-            injector = run_injections(given.count, given.seed, folder)
+        if arguments.count:
+            injector = run_injections(arguments.count, arguments.seed, folder)
             silent = injector.silent
             _print(injector)
     return 1 if silent else 0
@@ -468,17 +469,19 @@ def _print(injector: Injector) -> None:
     sys.stdout.write(f"{'':30s}" + "".join(f"{name:>12s}" for part in columns for name in part) + "\n")
     sums = Counter[str](), Counter[str]()
     for kind in DAMAGES:
-        both = injector.counts[kind], injector.plain[kind]
-        for total, counts in zip(sums, both, strict=True):
+        ours_and_plain = injector.counts[kind], injector.plain[kind]
+        for total, counts in zip(sums, ours_and_plain, strict=True):
             total.update(counts)
-        _print_row(kind, both, columns)
+        _print_row(kind, ours_and_plain, columns)
     _print_row("all", sums, columns)
     for line in injector.silent[:20]:
         sys.stdout.write(line + "\n")
 
 
-def _print_row(name: str, both: tuple[Counter[str], Counter[str]], columns: tuple[tuple[str, ...], ...]) -> None:
-    cells = [f"{counts[column]:12,}" for counts, part in zip(both, columns, strict=True) for column in part]
+def _print_row(
+    name: str, ours_and_plain: tuple[Counter[str], Counter[str]], columns: tuple[tuple[str, ...], ...]
+) -> None:
+    cells = [f"{counts[column]:12,}" for counts, part in zip(ours_and_plain, columns, strict=True) for column in part]
     sys.stdout.write(f"{name:30s}{''.join(cells)}\n")
 
 

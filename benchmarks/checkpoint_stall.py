@@ -1,4 +1,4 @@
-"""How long a training step waits for a checkpoint: ours beside plain torch.distributed.checkpoint (DCP), sync and async.
+"""The time that a training step waits for a checkpoint: ours beside plain torch.distributed.checkpoint (DCP), sync and async.
 
     python benchmarks/checkpoint_stall.py [--folder FOLDER] [--megabytes 400] [--tensors 150] [--ranks 1] [--repeats 5]
 
@@ -40,12 +40,12 @@ from process_guard import guard_processes
 from distattn.checkpoints.checkpoints import Checkpoints
 from distattn.checkpoints.retention import KeepRule
 
-# of the loop: what a step multiplies, and the least that it takes
+# the loop: the width of a step's products, and the least seconds of a step
 _WIDTH, _STEP_SECONDS = 1024, 0.25
 
 
 class Timed(NamedTuple):
-    """Seconds of one loop with a save in it, and where the checkpoint lies."""
+    """Seconds of one loop with a save in it, and the folder of the checkpoint."""
 
     stall: float
     save: float
@@ -53,7 +53,7 @@ class Timed(NamedTuple):
     folder: Path
 
 
-# begins a save of a step: what must be called before the update, and what waits until all is written
+# begins a save of a step: returns what to call before the update, and what waits until all is written
 Begin = Callable[[int, dict], tuple[Callable[[], Any], Callable[[], Any], Path]]
 
 
@@ -65,14 +65,14 @@ def main() -> int:
     parser.add_argument("--tensors", type=int, default=150)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as store:
-        given.folder = given.folder or Path(store)
-        if given.ranks == 1:
-            _run(0, given, store)
+        arguments.folder = arguments.folder or Path(store)
+        if arguments.ranks == 1:
+            _run(0, arguments, store)
             return 0
-        ranks = [context.Process(target=_run, args=(rank, given, store)) for rank in range(given.ranks)]
+        ranks = [context.Process(target=_run, args=(rank, arguments, store)) for rank in range(arguments.ranks)]
         for process in ranks:
             process.start()
         for process in ranks:
@@ -80,17 +80,17 @@ def main() -> int:
     return max(abs(process.exitcode or 0) for process in ranks)
 
 
-def _run(rank: int, given: argparse.Namespace, store: str) -> None:
+def _run(rank: int, arguments: argparse.Namespace, store: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=given.ranks, init_method=f"file://{store}/store")
-    state = {"step": 0, "model": _tensors(given, rank)}
+    dist.init_process_group("gloo", rank=rank, world_size=arguments.ranks, init_method=f"file://{store}/store")
+    state = {"step": 0, "model": _tensors(arguments, rank)}
     saved: dict[str, Any] = {}
-    found: dict[str, list[Timed]] = defaultdict(list)
+    timings: dict[str, list[Timed]] = defaultdict(list)
     with contextlib.ExitStack() as stack:
         contestants = {}
         for name, open_one in _CONTESTANTS.items():
-            folder = given.folder / name.replace(" ", "-").replace(",", "")
+            folder = arguments.folder / name.replace(" ", "-").replace(",", "")
             if rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
             dist.barrier()
@@ -98,32 +98,32 @@ def _run(rank: int, given: argparse.Namespace, store: str) -> None:
 
             def ready(name: str = name, begin: Begin = begin) -> Timed:
                 timed = _loop(state, saved, begin)
-                found[name].append(timed)
+                timings[name].append(timed)
                 return timed
 
             contestants[name] = lambda ready=ready: ready
 
         def check(timed: Timed) -> str:
-            found.clear()
+            timings.clear()
             loaded = {"step": 0, "model": {key: torch.empty_like(value) for key, value in state["model"].items()}}
             dcp.load(loaded, checkpoint_id=timed.folder)
             same = all(torch.equal(loaded["model"][key], value) for key, value in saved.items())
             return "" if same else "loads other tensors than were saved"
 
-        quiet = statistics.median(_step(state) for _ in range(2 * given.repeats + 1))
-        cells = harness.compare("a save", contestants, check, repeats=given.repeats)
-    rows = [None] * given.ranks
-    dist.all_gather_object(rows, {name: found[name][-given.repeats :] for name in found})
+        quiet = statistics.median(_step(state) for _ in range(2 * arguments.repeats + 1))
+        cells = harness.compare("a save", contestants, check, repeats=arguments.repeats)
+    rows = [None] * arguments.ranks
+    dist.all_gather_object(rows, {name: timings[name][-arguments.repeats :] for name in timings})
     if rank == 0:
-        _print(given, cells, rows, quiet)
+        _print(arguments, cells, rows, quiet)
     dist.destroy_process_group()
 
 
-def _tensors(given: argparse.Namespace, rank: int) -> dict[str, torch.Tensor]:
-    """The rank's own tensors: one in five is four times as large as the others."""
+def _tensors(arguments: argparse.Namespace, rank: int) -> dict[str, torch.Tensor]:
+    """Return the rank's own tensors: one in five is four times as large as the others."""
     generator = torch.Generator().manual_seed(rank)
-    shares = [4 if number % 5 == 0 else 1 for number in range(given.tensors)]
-    unit = given.megabytes * 250_000 // sum(shares)
+    shares = [4 if number % 5 == 0 else 1 for number in range(arguments.tensors)]
+    unit = arguments.megabytes * 250_000 // sum(shares)
     return {
         f"rank {rank} tensor {number}": torch.rand(share * unit, generator=generator)
         for number, share in enumerate(shares)
@@ -131,7 +131,7 @@ def _tensors(given: argparse.Namespace, rank: int) -> dict[str, torch.Tensor]:
 
 
 def _step(state: dict, before_update: Callable[[], Any] | None = None) -> float:
-    """Products, then an update in place. Returns the seconds without those of `before_update`."""
+    """Run products, then an update in place. Return the seconds without those of `before_update`."""
     began = time.perf_counter()
     a = torch.rand(_WIDTH, _WIDTH)
     while time.perf_counter() - began < _STEP_SECONDS:
@@ -172,7 +172,7 @@ def _loop(state: dict, saved: dict, begin: Begin) -> Timed:
 
 
 class _Waiter:
-    """Notes when a save is complete, on a thread that only waits."""
+    """A thread that only waits, and notes when a save is complete."""
 
     def __init__(self, done: Callable[[], Any], finished: list[float]):
         self.error: Exception | None = None
@@ -230,7 +230,7 @@ def _dcp_async(folder: Path, keep: bool = False) -> Iterator[Begin]:
 
 
 def _fresh(folder: Path, step: int) -> Path:
-    """The folder of a step; those before it go, as with a rule that keeps one."""
+    """Return the folder of a step, and delete those before it, as a rule that keeps one does."""
     if dist.get_rank() == 0:
         for old in folder.glob("*"):
             shutil.rmtree(old)
@@ -255,9 +255,10 @@ _CONTESTANTS: dict[str, Callable[[Path], contextlib.AbstractContextManager[Begin
 }
 
 
-def _print(given: argparse.Namespace, cells: list[harness.Cell], rows: list[Any], quiet: float) -> None:
+def _print(arguments: argparse.Namespace, cells: list[harness.Cell], rows: list[Any], quiet: float) -> None:
     sys.stdout.write(
-        f"{given.megabytes} MB in {given.tensors} tensors a rank, {given.ranks} ranks; a step without a save: {quiet:.3f} s\n"
+        f"{arguments.megabytes} MB in {arguments.tensors} tensors a rank, {arguments.ranks} ranks; "
+        f"a step without a save: {quiet:.3f} s\n"
         f"{'':18s}{'stall':>9s}{'save':>9s}{'stall/save':>12s}{'steps amid it, more':>21s}\n"
     )
     for cell in cells:
@@ -265,9 +266,9 @@ def _print(given: argparse.Namespace, cells: list[harness.Cell], rows: list[Any]
             sys.stdout.write(f"{cell.contestant:18s}{cell.status}: {cell.note}\n")
             continue
         runs = list(zip(*(row[cell.contestant] for row in rows), strict=True))
-        stall = statistics.median(max(one.stall for one in run) for run in runs)
-        save = statistics.median(max(one.save for one in run) for run in runs)
-        amid = [step / quiet - 1 for run in runs for one in run for step in one.steps]
+        stall = statistics.median(max(timed.stall for timed in run) for run in runs)
+        save = statistics.median(max(timed.save for timed in run) for run in runs)
+        amid = [step / quiet - 1 for run in runs for timed in run for step in timed.steps]
         more = f"{statistics.mean(amid):20.1%}" if amid else f"{'none':>20s}"
         sys.stdout.write(f"{cell.contestant:18s}{stall:7.3f} s{save:7.2f} s{stall / save:11.1%}{more}\n")
 

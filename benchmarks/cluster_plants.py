@@ -1,12 +1,12 @@
-"""Faults made on purpose in communication: what `check_cluster` and the driver find must name what was done.
+"""Planted faults of communication: the findings of `check_cluster` and the driver must name them.
 
     python -m torch.distributed.run --standalone --nproc-per-node gpu benchmarks/cluster_plants.py
     python -m torch.distributed.run --standalone --nproc-per-node gpu benchmarks/cluster_plants.py --stop
 
-One rank has another plan; a message is altered on its way, of attention or of a recurrent layer; the memory of a message is used
-again before it was waited for. With --stop, in a run of its own, the last rank stops, and the others must name it, with what they
-wait for, and leave in good order.
-Each fault is a line; exit code 1 where one is not found. Over NCCL on several GPUs, otherwise over gloo (TRITON_INTERPRET=1).
+One rank has another plan; a message of attention or of a recurrent layer is altered on its way; the memory of a message is used
+again before the wait. With --stop, in a run of its own, the last rank stops, and the others must name it and the message that
+they wait for, and end without an error.
+Each fault is a line; exit code 1 if one is not found. Over NCCL on several GPUs, otherwise over gloo (TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ import distattn as da
 from distattn.parallel.runtime.transport import Packet, PendingMessages, Transport
 
 TOKENS = 16384
-# few, so that a state counts for much of what a rank computes
+# few tokens, so that a state counts for much of a rank's results
 STATE_TOKENS = 2048
-# of the driver whose rank stops: a step takes far less, also the first one, which compiles
+# the time-out of the driver whose rank stops: a step takes far less, also the first one, which compiles
 TIMEOUT = 30.0
 TIMEOUT_ON_CPU = 8.0
-# seconds in which every rank hears of a verdict
+# seconds in which every rank learns a verdict
 SOON = 3.0
-# clock cycles, about 0.05 s: far longer than the host needs to go on
+# clock cycles, about 0.05 s: far longer than the host needs to continue
 LONG = 85_000_000
 
 
 def main() -> int:
-    """All faults, one line each; exit code 1 where one is not found."""
+    """Make all faults, one line each. Return exit code 1 if one is not found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stop", action="store_true", help="only the rank that stops")
     parser.add_argument("--timeout", type=float, help="seconds after which a rank that does not answer is named")
@@ -62,33 +62,33 @@ def main() -> int:
     else:
         other_plan(job, findings)
         for strategy in ("ring", "ulysses"):
-            what = f"a message of {strategy} is altered on its way"
-            found_by_parity(what, attention_by(strategy, job), lambda t: Altered(t, job), findings)
-        what = "memory that is being sent is used again before it was waited for"
-        found_by_parity(what, attention_by("ring", job), lambda t: Reused(t, job), findings)
-        what = "a state of a recurrent layer is altered on its way"
-        found_by_parity(what, recurrence(job), lambda t: Altered(t, job), findings)
+            fault = f"a message of {strategy} is altered on its way"
+            found_by_parity(fault, attention_by(strategy, job), lambda t: Altered(t, job), findings)
+        fault = "memory that is being sent is used again before the wait"
+        found_by_parity(fault, attention_by("ring", job), lambda t: Reused(t, job), findings)
+        fault = "a state of a recurrent layer is altered on its way"
+        found_by_parity(fault, recurrence(job), lambda t: Altered(t, job), findings)
     dist.destroy_process_group()
     return findings.ended()
 
 
 def other_plan(job: Job, findings: Findings) -> None:
-    """The last rank takes another strategy than all others: every rank must refuse, and name it."""
+    """Let the last rank take another strategy than all others: every rank must refuse, and name it."""
     odd = job.ranks - 1
     plan = job.case.plan("allgather" if job.rank == odd else "ring")
-    said = ""
+    refusal_text = ""
     try:
         da.prepare(plan, kernel="triton", device=job.device)
     except da.PlanError as refusal:
-        said = str(refusal)
-    everyone: list[Any] = [None] * job.ranks
-    dist.all_gather_object(everyone, said)
-    named = all(f"rank {odd} plans a different call" in text for text in everyone)
-    findings.planted("one rank has another plan", everyone[0] if named else "")
+        refusal_text = str(refusal)
+    refusals: list[Any] = [None] * job.ranks
+    dist.all_gather_object(refusals, refusal_text)
+    named = all(f"rank {odd} plans a different call" in text for text in refusals)
+    findings.planted("one rank has another plan", refusals[0] if named else "")
 
 
 class Parity(NamedTuple):
-    """A strategy by name, what computes with it when messages go through a transport, and how its results are judged."""
+    """A strategy by name, the computation for a transport of its messages, and the check of its results."""
 
     strategy: str
     contestant: Callable[[Callable[[Transport], Transport]], Contestant]
@@ -96,20 +96,20 @@ class Parity(NamedTuple):
 
 
 def attention_by(strategy: str, job: Job) -> Parity:
-    """Attention forward and backward, beside the whole axis at once."""
+    """Return attention forward and backward, compared with the whole axis at once."""
     plan = job.case.plan(strategy)
     return Parity(strategy, lambda wrap: lambda: layer(plan, job, wrap), lambda result: check(result, job.wanted))
 
 
 def recurrence(job: Job) -> Parity:
-    """Gated DeltaNet by states that are handed from rank to rank, beside fp64."""
+    """Return Gated DeltaNet by states that are passed from rank to rank, compared with fp64."""
     tokens, heads = (STATE_TOKENS, 32) if job.cuda else (128, 4)
     case = RecurrenceCase.of("gated_delta_rule", [tokens], heads, job.device)
     return Parity("scan", lambda wrap: case.by(RecurrencePlan("contiguous", schedule="sequential"), wrap), case.check)
 
 
-def found_by_parity(what: str, parity: Parity, wrap: Callable[[Transport], Transport], findings: Findings) -> None:
-    """The comparison of outputs and gradients must say that the strategy is wrong, and on which ranks."""
+def found_by_parity(fault: str, parity: Parity, wrap: Callable[[Transport], Transport], findings: Findings) -> None:
+    """Check that the comparison of outputs and gradients names the strategy, and the ranks where it is wrong."""
     strategy = parity.strategy
 
     def judged(wrapped: Callable[[Transport], Transport]) -> str:
@@ -120,8 +120,8 @@ def found_by_parity(what: str, parity: Parity, wrap: Callable[[Transport], Trans
 
     before = judged(lambda transport: transport)
     findings.check(f"{strategy} before anything is planted", before)
-    found = judged(wrap)
-    findings.planted(what, found if not before and f"{strategy} is wrong: rank " in found else "")
+    text = judged(wrap)
+    findings.planted(fault, text if not before and f"{strategy} is wrong: rank " in text else "")
 
 
 class Altered:
@@ -140,17 +140,17 @@ class Altered:
 
 
 def altered(x: Tensor) -> Tensor:
-    """A copy, of which the first eighth is negated."""
+    """Return a copy, of which the first eighth is negated."""
     copy = x.contiguous().clone()
     copy.view(-1)[: -(-copy.numel() // 8)].neg_()
     return copy
 
 
 class Reused:
-    """A transport by which rank 0 overwrites what it sends before it has waited.
+    """A transport by which rank 0 overwrites a tensor that it sends before the wait.
 
-    So that it shows every time, what is sent is read late. On a GPU the messages wait for a stream that sleeps. On a CPU they
-    are read when the other end comes to them: it comes when rank 0 tells it to, in a message of the default group.
+    To make the fault show every time, the tensor is read late. On a GPU the messages wait for a stream that sleeps. On a CPU
+    they are read when the other end reaches them: rank 0 releases it by a message of the default group.
     """
 
     def __init__(self, transport: Transport, job: Job):
@@ -185,7 +185,7 @@ class Reused:
 
 
 def rank_stops(timeout: float | None, path: Path | None) -> int:
-    """The last rank stops in a loop over attention; all others must name it and the message that does not come, and end."""
+    """Stop the last rank in a loop over attention: all others must name it and the missing message, and end."""
     cuda = torch.cuda.is_available()
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     findings = Findings(path, speaks=rank == 0)
@@ -200,18 +200,18 @@ def rank_stops(timeout: float | None, path: Path | None) -> int:
     timeout, lost = timeout or (TIMEOUT if cuda else TIMEOUT_ON_CPU), ranks - 1
     processes: list[Any] = [None] * ranks
     dist.all_gather_object(processes, os.getpid())
-    # each rank would say of itself what is gathered below
+    # each rank would print what is gathered below
     logging.getLogger("distattn").disabled = True
     began = time.monotonic()
-    said = error_of_loop(rank == lost, timeout, device)
+    error = error_of_loop(rank == lost, timeout, device)
     if rank == 0:
-        # the one that was stopped goes on, finds that it has been given up, and ends like all others
+        # the stopped rank continues, finds that it has been given up, and ends like all others
         os.kill(processes[lost], signal.SIGCONT)
-    everyone: list[Any] = [None] * ranks
-    # between hosts, whatever has become of the device's messages
-    dist.all_gather_object(everyone, said)
-    named = all(f"rank {lost}" in text for text in everyone)
-    detailed = next((text for text in everyone[:-1] if "KV" in text and "in step" in text), "")
+    errors: list[Any] = [None] * ranks
+    # between hosts, independent of the device's messages
+    dist.all_gather_object(errors, error)
+    named = all(f"rank {lost}" in text for text in errors)
+    detailed = next((text for text in errors[:-1] if "KV" in text and "in step" in text), "")
     findings.planted("a rank stops", detailed if named else "")
     findings.print_line(f"all {ranks} ranks have left the loop, {time.monotonic() - began:.0f} s after they began it")
     dist.destroy_process_group()
@@ -219,7 +219,7 @@ def rank_stops(timeout: float | None, path: Path | None) -> int:
 
 
 def error_of_loop(stops: bool, timeout: float, device: torch.device) -> str:
-    """The error by which a loop over attention ends, in which this rank stops or not; an empty text where none comes."""
+    """Return the error that ends a loop over attention, in which this rank stops or not; or an empty text."""
     cuda = device.type == "cuda"
     tokens, dim, dtype = (4096, 128, torch.bfloat16) if cuda else (256, 32, torch.float32)
     settings = dict(strategy="ring", layout="zigzag", kernel="triton" if cuda else "cpu", timeout=timeout)
@@ -235,16 +235,16 @@ def error_of_loop(stops: bool, timeout: float, device: torch.device) -> str:
                 batch["context_parallel"].attention(q, k, v)
             if cuda:
                 torch.cuda.synchronize()
-            # all are here, and nothing is under way
+            # all ranks are here, and no message is under way
             dist.all_reduce(torch.zeros(1))
             if stops:
                 os.kill(os.getpid(), signal.SIGSTOP)
-                # by then it has heard that the others have given it up: messages to them would never end
+                # by then it knows that the others have given it up: messages to them would never end
                 time.sleep(SOON)
             ends = time.monotonic() + 4 * timeout
             while time.monotonic() < ends:
                 batch["context_parallel"].attention(q, k, v)
-                # a loop that never looks at what comes out; kernels queue up behind the message that does not come
+                # a loop that never reads the outputs; kernels queue up behind the missing message
                 time.sleep(1)
     except da.LostRankError as error:
         return str(error)

@@ -1,11 +1,11 @@
-"""How soon a run on Slurm or Ray trains again after one of its ranks was killed, or stopped.
+"""Seconds until a run on Slurm or Ray trains again after one of its ranks was killed, or stopped.
 
     python benchmarks/cluster_restarts.py [--on local slurm ray] [--repeats 3] [--patience 5] [--data.tokens_per_step ...]
 
-The clusters are real ones of two nodes of two ranks each, all on this machine, as the tests have them. Rank 0 of a run of
-`configs/tiny.toml` gets a SIGKILL, that of another run a SIGSTOP: a node that is to blame twice in a row is left out. Told are
-medians of the seconds from there until the rank's node has named it (noticed), until the next attempt begins, and until it has
-done its first step (trains again), of which the new processes' imports are a part: they are measured beside it. `local` is
+The clusters are real, with two nodes of two ranks each, all on this machine, as in the tests. Rank 0 of a run of
+`configs/tiny.toml` gets a SIGKILL, that of another run a SIGSTOP: a node that is to blame twice in a row is left out. The table
+has medians of the seconds from the signal until the rank's node has named it (noticed), until the next attempt begins, and until
+its first step is done (trains again), which includes the new processes' imports: they are measured separately. `local` is
 `distattn launch local` with four ranks, whose restarts import nothing. Further arguments are the runs'.
 """
 
@@ -35,11 +35,11 @@ from distattn.training.reporting.json_lines import read_rows
 ROOT = Path(__file__).parents[1]
 FAULTS = (signal.SIGKILL, signal.SIGSTOP)
 TARGETS = ("local", "slurm", "ray")
-# only what never comes takes so long
+# a wait takes this long only if the condition never becomes true
 _LIMIT_SECONDS = 600.0
-# that ranks may take to save when the run is cancelled
+# seconds that ranks may take to save when the run is cancelled
 _ENDING_SECONDS = 60.0
-# before some are done, ranks have longer
+# ranks have more time until some steps are done
 _STEPS = 4
 
 
@@ -52,15 +52,15 @@ class Times(NamedTuple):
 
 
 class Target(NamedTuple):
-    """words: of the command that starts a run; environment: of it, and of what asks for the run."""
+    """A cluster. command: the arguments that start a run; environment: of the run, and of commands about it."""
 
-    words: tuple[str, ...]
+    command: tuple[str, ...]
     environment: dict[str, str]
 
 
 @contextlib.contextmanager
 def cluster(name: str, folder: Path) -> Iterator[Target]:
-    """A cluster of two nodes."""
+    """Start a cluster of two nodes."""
     if name == "slurm":
         from slurm_cluster import SlurmCluster
 
@@ -83,7 +83,7 @@ def cluster(name: str, folder: Path) -> Iterator[Target]:
 
 
 def measured(target: Target, folder: Path, fault: signal.Signals, patience: float, further: Sequence[str]) -> Times:
-    """The times of a fault in a run of its own, in a new folder. further: arguments of the run."""
+    """Measure the times of a fault in a run of its own, in a new folder. further: arguments of the run."""
     options = (
         "--checkpoint.every_steps=2",
         "--checkpoint.keep_last=2",
@@ -91,7 +91,13 @@ def measured(target: Target, folder: Path, fault: signal.Signals, patience: floa
         "--train.steps=100000",
     )
     limit = f"--supervision.patience_seconds={patience}"
-    words = ("launch", target.words[0], str(ROOT / "configs/tiny.toml"), *target.words[1:], f"--run.folder={folder}")
+    command = (
+        "launch",
+        target.command[0],
+        str(ROOT / "configs/tiny.toml"),
+        *target.command[1:],
+        f"--run.folder={folder}",
+    )
     paths = {
         "PYTHONPATH": str(ROOT),
         "GLOO_SOCKET_IFNAME": "lo",
@@ -102,7 +108,7 @@ def measured(target: Target, folder: Path, fault: signal.Signals, patience: floa
     log = Path(f"{folder}.out")
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*cli, *words, *options, limit, *further],
+            [*cli, *command, *options, limit, *further],
             cwd=ROOT,
             env=environment,
             stdout=output,
@@ -110,7 +116,7 @@ def measured(target: Target, folder: Path, fault: signal.Signals, patience: floa
         )
 
     def trouble() -> str:
-        return f"{target.words[0]}: {log.read_text()[-3000:]}"
+        return f"{target.command[0]}: {log.read_text()[-3000:]}"
 
     try:
         return _struck(folder, fault, trouble)
@@ -123,7 +129,7 @@ def measured(target: Target, folder: Path, fault: signal.Signals, patience: floa
 
 
 def _struck(folder: Path, fault: signal.Signals, trouble: Callable[[], str]) -> Times:
-    """Strike rank 0 of the first attempt; what comes after."""
+    """Send a signal to rank 0 of the first attempt. Return the times of what follows."""
     attempts, metrics = Attempts(folder / "attempts"), folder / "metrics.jsonl"
     _until(lambda: metrics.exists() and len(read_rows(metrics)) > _STEPS, trouble)
     os.kill(Owner.read(folder / "owner.json").pid, fault)
@@ -146,7 +152,7 @@ def _until(condition: Callable[[], object], trouble: Callable[[], str]) -> None:
 
 
 def import_seconds() -> float:
-    """Of what a rank needs, in a new process."""
+    """Return the seconds in which a new process imports the modules of a rank."""
     began = time.time()
     subprocess.run(
         [sys.executable, "-c", "import distattn.training.rank, distattn.training.loop"], cwd=ROOT, check=True
@@ -161,32 +167,32 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--patience", type=float, default=5)
     parser.add_argument("--out", type=Path, help="a file that gets the numbers, too")
-    given, further = parser.parse_known_args()
+    arguments, further = parser.parse_known_args()
     sys.stdout.write("| on | fault | noticed | next attempt | trains again |\n|---|---|---|---|---|\n")
-    # the clusters are the tests' own
+    # the clusters are those of the tests
     sys.path.append(str(ROOT / "tests" / "support"))
     cells, imports = [], import_seconds()
-    for name in given.on:
-        # ranks of a job that was cancelled may still write
+    for name in arguments.on:
+        # ranks of a cancelled job may still write
         with (
             tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
             cluster(name, Path(folder, "cluster")) as target,
         ):
-            found: dict[signal.Signals, list[Times]] = {fault: [] for fault in FAULTS}
-            for number, fault in itertools.product(range(given.repeats), FAULTS):
+            times: dict[signal.Signals, list[Times]] = {fault: [] for fault in FAULTS}
+            for number, fault in itertools.product(range(arguments.repeats), FAULTS):
                 run = Path(folder, f"{fault.name}-{number}")
-                found[fault].append(measured(target, run, fault, given.patience, further))
-                sys.stderr.write(f"{name}, {fault.name}: {found[fault][-1]}\n")
-            for fault, times in found.items():
-                noticed, begun, again = map(list, zip(*times, strict=True))
+                times[fault].append(measured(target, run, fault, arguments.patience, further))
+                sys.stderr.write(f"{name}, {fault.name}: {times[fault][-1]}\n")
+            for fault, rows in times.items():
+                noticed, begun, again = map(list, zip(*rows, strict=True))
                 medians = (f"{statistics.median(column):.1f} s" for column in (noticed, begun, again))
                 sys.stdout.write(f"| {name} | {fault.name} | {' | '.join(medians)} |\n")
                 sys.stdout.flush()
-                facts = {"noticed": noticed, "begun": begun, "patience": given.patience, "imports": imports}
+                facts = {"noticed": noticed, "begun": begun, "patience": arguments.patience, "imports": imports}
                 cells.append(Cell(fault.name, name, seconds=again, facts=facts))
     sys.stdout.write(f"\nimports of a new process: {imports:.1f} s\n")
-    if given.out:
-        write(given.out, cells)
+    if arguments.out:
+        write(arguments.out, cells)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""What the Triton compiler makes of the kernels of attention and recurrences, checked without a GPU.
+"""The machine code of the kernels of attention and recurrences, compiled by Triton and checked without a GPU.
 
     python benchmarks/compile_lint.py [--arch 80 90 100] [--only REGULAR-EXPRESSION] [--production [STRATEGY ...]]
                                       [--all] [--update | --names]
 
 Every kernel, epilogue and tile goes through the real launch path with a stand-in for the driver, then the machine code is
 read: registers, stack, spills inside the loops that multiply, shared memory, matrix instructions, products that ptxas
-made wait for each other, products that run under other work, narrow asynchronous loads; and of the main loop, which is the
-shortest of those that multiply and take most exponentials (the unmasked one where there are two), instructions in all and
-by pipe. The numbers are compared with a committed budget, one file per version of Triton; a change that makes one worse
-fails, --update rewrites the file. Exit code 1 where something is worse.
+made wait for each other, products that run under other work, narrow asynchronous loads; and, for the main loop (the shortest
+of the loops that multiply and have the most exponentials), instructions in all and by pipe. The numbers are compared with a
+committed budget, one file per version of Triton. A change that makes one worse fails; --update rewrites the file. Exit code 1 if
+something is worse.
 
 The budget has a digest of what the compiler was given. A kernel whose digest is the same is not compiled again, since its machine
 code is what the budget was taken from; --all compiles it nevertheless.
@@ -56,7 +56,7 @@ DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 
 SINGLE_DIMS = ((64, 64), (128, 128), (256, 256))
 # bytes of shared memory a program may have (CUDA programming guide, compute capabilities)
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
-# what multiplies matrices there
+# the operations that multiply matrices there
 PRODUCTS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 WORSE_IF_MORE = (
     "registers",
@@ -73,7 +73,7 @@ WORSE_IF_MORE = (
 )
 # words in the names of kernels whose matrices are not multiplied by these
 WITHOUT_PRODUCTS = {"float32", "numbers", "row_numbers_kernel", "sums", "sum_parts_kernel", "spin", "glue"}
-# which pipe takes an instruction, by how its name begins (nvdisasm of sm_80 to sm_100)
+# the pipe of an instruction, by how its name begins (nvdisasm of sm_80 to sm_100)
 PIPES = {
     "fma": ("FFMA", "FMUL", "FADD", "HFMA", "HADD", "HMUL", "IMAD"),
     "alu": (
@@ -96,14 +96,14 @@ PIPES = {
     "mufu": ("MUFU",),
     "bar": ("BAR",),
 }
-# registers of a thread of the kernel that stands for messages: allocated by 8, its 1024 threads then hold 49,152 of 65,536
+# registers per thread of the kernel that stands for messages: allocated by 8, its 1024 threads then hold 49,152 of 65,536
 HELD_BY_SPIN = 41
 HEADS, KV_HEADS, TOKENS = 8, 2, 256
 CPU = torch.device("cpu")
 
 
 class StandIn:
-    """A driver that knows its target and nothing else."""
+    """A driver that knows only its target."""
 
     def __init__(self, arch: int):
         self.target, self.utils = GPUTarget("cuda", arch, 32), None
@@ -148,38 +148,38 @@ def main() -> int:
     names: set[str] = set()
     unchanged = 0
     for arch in arguments.arch:
-        # all digests come first: of a kernel that was compiled Triton does not say what it was compiled from
+        # all digests come first: a compiled kernel does not tell what it was compiled from
         described = [(name, launch, digest(launch, arch)) for name, launch in variants(arch)]
         if arguments.production is not None:
-            described += launched(arch, {given for _, _, given in described}, arguments.production or STRATEGIES)
-        for name, launch, given in described:
+            described += launched(arch, {digest_ for _, _, digest_ in described}, arguments.production or STRATEGIES)
+        for name, launch, digest_ in described:
             names.add(name)
             if not re.search(arguments.only, name):
                 continue
             if arguments.names:
                 complaints += [] if name in budget else [f"{name}: has no budget"]
                 continue
-            if budget.get(name, {}).get("digest") == given and not arguments.all:
+            if budget.get(name, {}).get("digest") == digest_ and not arguments.all:
                 unchanged += 1
                 continue
-            found = facts(compiled(launch, arch), arch)
+            measured = facts(compiled(launch, arch), arch)
             wrong = [
-                *broken_rules(found, arch, name),
-                *(worse(found, budget.get(name)) if not arguments.update else []),
+                *broken_rules(measured, arch, name),
+                *(worse(measured, budget.get(name)) if not arguments.update else []),
             ]
-            complaints += [f"{name}: {what}" for what in wrong]
+            complaints += [f"{name}: {complaint}" for complaint in wrong]
             print_line(
-                f"{name:42s} {'  '.join(f'{key} {value}' for key, value in found.items())}{'  <- ' * bool(wrong)}"
+                f"{name:42s} {'  '.join(f'{key} {value}' for key, value in measured.items())}{'  <- ' * bool(wrong)}"
             )
-            budget[name] = found | {"digest": given}
+            budget[name] = measured | {"digest": digest_}
     print_line(
         f"{unchanged} kernels are what their budgets were taken from"
         if not arguments.names
         else f"{len(names)} kernels"
     )
     if arguments.update:
-        if arguments.production == [] and not arguments.only:
-            # what is launched no longer
+        if arguments.production == [] and not arguments.only.pattern:
+            # budgets of kernels that are not launched any more
             linted = tuple(f"sm_{arch} " for arch in arguments.arch)
             budget = {name: kept for name, kept in budget.items() if name in names or not name.startswith(linted)}
         path.parent.mkdir(exist_ok=True)
@@ -190,7 +190,7 @@ def main() -> int:
 
 
 def variants(arch: int) -> Iterator[tuple[str, TritonLaunch]]:
-    """Every kernel, epilogue, dtype and head dim as it would be launched on this architecture."""
+    """Yield every kernel, epilogue, dtype and head dim as it would be launched on this architecture."""
     named = {torch.bfloat16: DIMS, torch.float16: ((128, 128),), torch.float32: SINGLE_DIMS}
     for dtype, dims in named.items():
         for dim, v_dim in dims:
@@ -208,45 +208,45 @@ def variants(arch: int) -> Iterator[tuple[str, TritonLaunch]]:
     yield f"sm_{arch} spin", spinner.spin_launch(torch.zeros(2, dtype=torch.int32), torch.zeros(1), 16)
 
 
-def launched(arch: int, known: set[str], strategies: Iterable[str]) -> Iterator[tuple[str, TritonLaunch, str]]:
+def launched(arch: int, known_digests: set[str], strategies: Iterable[str]) -> Iterator[tuple[str, TritonLaunch, str]]:
     """Yield (name, launch, digest) of what layer calls launch on an architecture, but for known digests."""
     launches_of_calls = [launch for shape in SHAPES for launch in production_launches(arch, shape, strategies)]
     for name, launch in named_launches(launches_of_calls).items():
-        if (launch_digest := digest(launch, arch)) not in known:
+        if (launch_digest := digest(launch, arch)) not in known_digests:
             yield f"sm_{arch} launched {name}", launch, launch_digest
 
 
 def launches(
     arch: int, dtype: torch.dtype, dim: int, v_dim: int, modifiers: bool
 ) -> Iterator[tuple[str, TritonLaunch]]:
-    """The launches of one kind of call."""
+    """Yield the launches of one kind of call."""
     (q, k, v, do), (o, lse, grads), score = tensors(dtype, dim, v_dim, modifiers)
     tiles = triton_attention.tiles_for(KernelRequirements(dtype, dim, v_dim, CPU), arch)
-    # for one processor no tile is cut
+    # with one processor no tile is cut
     work = triton_attention.prepare_tiles(LaunchMask.from_mask(Mask.causal(TOKENS), HEADS, KV_HEADS), tiles, 1)
     with mock.patch.object(triton_attention, "compute_capability", lambda device: arch):
         for epilogue, how in epilogues():
             yield f"forward {epilogue}", triton_attention.forward_launch(q, k, v, o, lse, work, score, **how)
-        given = (do, q, k, v, lse, lse, grads, work, score)
-        numbers, dkdv, dq = triton_attention.backward_launch(*given, accumulate=(True, True))
+        operands = (do, q, k, v, lse, lse, grads, work, score)
+        numbers, dkdv, dq = triton_attention.backward_launch(*operands, accumulate=(True, True))
         yield "backward numbers", numbers
         yield "backward dkdv", dkdv
         yield "backward dq", dq
         cut = work.dkdv._replace(sums=torch.zeros(1, 3, dtype=torch.int32), slots=2)
         yield "backward sums", sums_launch(scratch_of_parts(*grads[1:], cut, tiles.dkdv), *grads[1:], cut, True)
         if (dtype, dim, modifiers) == (torch.bfloat16, 128, False):
-            _, dkdv, dq = triton_attention.backward_launch(*given)
+            _, dkdv, dq = triton_attention.backward_launch(*operands)
             yield "backward dkdv, written", dkdv
             yield "backward dq, written", dq
         if dtype == torch.float32 and dim == 128:
             yield "forward write tf32", triton_attention.forward_launch(q, k, v, o, lse, work, score, precision="tf32")
-            _, dkdv, dq = triton_attention.backward_launch(*given, precision="tf32")
+            _, dkdv, dq = triton_attention.backward_launch(*operands, precision="tf32")
             yield "backward dkdv tf32", dkdv
             yield "backward dq tf32", dq
 
 
 def gluon_launches(dtype: torch.dtype, dim: int, modifiers: bool) -> Iterator[tuple[str, TritonLaunch]]:
-    """The same of the kernels for Hopper."""
+    """Yield the same launches of the kernels for Hopper."""
     (q, k, v, do), (o, lse, grads), score = tensors(dtype, dim, dim, modifiers)
     cells = LaunchMask.from_mask(Mask.causal(TOKENS), HEADS, KV_HEADS)
     work = gluon_attention.prepare(cells, KernelRequirements(dtype, dim, dim, CPU))
@@ -269,21 +269,21 @@ def recurrence_launches(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Tri
     state = torch.empty(1, HEADS, dim, dim)
     needed = KernelRequirements(dtype, dim, dim, CPU, op=OPS["gated_delta_rule"])
     chunks = triton_recurrence.prepare([(0, TOKENS)], needed)
-    made: list[TritonLaunch] = []
-    with mock.patch.object(triton_recurrence, "run_launch", made.append):
+    launches_: list[TritonLaunch] = []
+    with mock.patch.object(triton_recurrence, "run_launch", launches_.append):
         triton_recurrence.forward(tokens, chunks, state)
         triton_recurrence.backward(tokens, chunks, state, v, state)
-    yield from {launch.kernel.__name__.removesuffix("_kernel"): launch for launch in made}.items()
+    yield from {launch.kernel.__name__.removesuffix("_kernel"): launch for launch in launches_}.items()
 
 
 def epilogues() -> Iterator[tuple[str, dict[str, Any]]]:
-    """What becomes of a forward's result."""
+    """Yield what a forward may do with its result."""
     yield "write", {}
     yield "merge", dict(merge=True)
 
 
 def tensors(dtype: torch.dtype, dim: int, v_dim: int, modifiers: bool) -> tuple[Any, Any, ScoreMod]:
-    """(operands, results, score) of a call. Nothing is computed: tensors need only have a shape."""
+    """Return (operands, results, score) of a call. Nothing is computed: tensors need only have a shape."""
 
     def tensor(heads: int, width: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(TOKENS, heads, width, dtype=of)
@@ -295,38 +295,38 @@ def tensors(dtype: torch.dtype, dim: int, v_dim: int, modifiers: bool) -> tuple[
 
 
 def digest(launch: TritonLaunch, arch: int) -> str:
-    """Of all that the compiler is given: the kernel with what it calls, the kinds of its arguments, and options."""
-    given: list[Any] = []
+    """Return a digest of the compiler's whole input: the kernel with its callees, the kinds of its arguments, and options."""
+    compiler_input: list[Any] = []
 
     def skip(*, key: Any, **others: Any) -> bool:
-        given.append(key)
+        compiler_input.append(key)
         return True
 
     with mock.patch.object(triton.knobs.runtime, "jit_cache_hook", skip):
         compiled(launch, arch)
-    return hashlib.sha256(repr((arch, launch.kernel.cache_key, given)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((arch, launch.kernel.cache_key, compiler_input)).encode()).hexdigest()[:16]
 
 
 def compiled(launch: TritonLaunch, arch: int) -> Any:
-    """Triton's compiled kernel of a launch."""
+    """Return Triton's compiled kernel of a launch."""
     triton.runtime.driver.set_active(StandIn(arch))
     return launch.kernel.warmup(**launch.arguments, **launch.options, grid=(1,))
 
 
 def facts(kernel: Any, arch: int) -> dict[str, int]:
-    """What the machine code says of itself."""
+    """Return the facts of a kernel's machine code."""
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = output(tools / "cuobjdump", "-res-usage", file.name)
-        # without the analysis of its data flow, which takes a quarter of the time and changes nothing of what is read here
+        # without data-flow analysis, which takes a quarter of the time and changes none of these facts
         code = output(tools / "nvdisasm", "-ndf", "-c", file.name)
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     operations, loops = parse(code)
     counts = Counter(operation.split(".")[0] for operation in operations)
     product = PRODUCTS[arch]
-    # innermost loops: the shortest, and what overlaps none of them (outer ones are turned around and begin anywhere)
+    # innermost loops: the shortest, and those that overlap none of them (outer ones are rotated and begin anywhere)
     innermost: list[tuple[int, int]] = []
     for a, b in sorted(loops, key=lambda loop: loop[1] - loop[0]):
         multiplies = any(name.startswith(product) for name in operations[a:b])
@@ -363,7 +363,7 @@ def is_serialized(arrivals: int, dots: int, products: int) -> bool:
 
 
 def parse(code: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """Operations in order, and loops as (first, last + 1) operation."""
+    """Return operations in order, and loops as (first, last + 1) operation."""
     operations: list[str] = []
     labels: dict[str, int] = {}
     loops = []
@@ -379,31 +379,31 @@ def parse(code: str) -> tuple[list[str], list[tuple[int, int]]]:
     return operations, loops
 
 
-def broken_rules(found: dict[str, int], arch: int, name: str) -> Iterator[str]:
-    """What must hold whatever the budget says."""
-    if found["shared"] > SHARED[arch]:
-        yield f"{found['shared']:,} bytes of shared memory; the chip has {SHARED[arch]:,}"
+def broken_rules(measured: dict[str, int], arch: int, name: str) -> Iterator[str]:
+    """Yield the rules that a kernel breaks, independent of the budget."""
+    if measured["shared"] > SHARED[arch]:
+        yield f"{measured['shared']:,} bytes of shared memory; the chip has {SHARED[arch]:,}"
     multiplies = not WITHOUT_PRODUCTS.intersection(name.split())
-    if multiplies and not found["products"]:
+    if multiplies and not measured["products"]:
         yield f"no {PRODUCTS[arch]}: matrices are not multiplied by matrix units"
-    if "spin" in name and found["registers"] < HELD_BY_SPIN:
-        yield f"{found['registers']} registers a thread; it holds a multiprocessor with at least {HELD_BY_SPIN}"
-    if "gluon" in name and not found["overlapped"]:
+    if "spin" in name and measured["registers"] < HELD_BY_SPIN:
+        yield f"{measured['registers']} registers a thread; it holds a multiprocessor with at least {HELD_BY_SPIN}"
+    if "gluon" in name and not measured["overlapped"]:
         yield "no product runs while another is used"
-    if found["serialized"]:
+    if measured["serialized"]:
         yield "ptxas makes every product wait for the one before"
 
 
-def worse(found: dict[str, int], allowed: dict[str, Any] | None) -> Iterator[str]:
-    """Where a kernel exceeds its budget."""
+def worse(measured: dict[str, int], allowed: dict[str, Any] | None) -> Iterator[str]:
+    """Yield where a kernel exceeds its budget."""
     if allowed is None:
         yield "has no budget"
         return
     for key in WORSE_IF_MORE:
-        if found[key] > allowed.get(key, found[key]):
-            yield f"{key} {found[key]}, the budget is {allowed[key]}"
-    if found["overlapped"] < allowed["overlapped"]:
-        yield f"only {found['overlapped']} products run under other work, the budget is {allowed['overlapped']}"
+        if measured[key] > allowed.get(key, measured[key]):
+            yield f"{key} {measured[key]}, the budget is {allowed[key]}"
+    if measured["overlapped"] < allowed["overlapped"]:
+        yield f"only {measured['overlapped']} products run under other work, the budget is {allowed['overlapped']}"
 
 
 def output(*command: str | Path) -> str:

@@ -1,8 +1,8 @@
-"""What `data_loading.py` compares: our pack plan, and loaders of Megatron, torchtitan, mosaicml-streaming and litdata.
+"""The contestants of `data_loading.py`: our pack plan, and loaders of Megatron, torchtitan, mosaicml-streaming and litdata.
 
-Each reads the same documents as sequences of the same length. All run in the loading process itself, without workers. Rivals are
-given what they like best: their own format on the local disk, token ids in place of text, and for the two that only pack when
-the data is written, sequences that were concatenated and cut beforehand.
+Each reads the same documents as sequences of the same length. All run in the loading process itself, without workers. Rivals get
+their best conditions: their own format on the local disk, token ids in place of text, and for the two that only pack when the
+data is written, sequences that were concatenated and cut beforehand.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ VOCABULARY = 65_000
 
 
 class Case(NamedTuple):
-    """corpus: prefix of the indexed file. folder: of what contestants write. A step has `packs` packs of `context` tokens."""
+    """corpus: prefix of the indexed file. folder: of the contestants' files. A step has `packs` packs of `context` tokens."""
 
     corpus: str
     folder: str
@@ -50,7 +50,7 @@ class Case(NamedTuple):
 
 
 class Filled(NamedTuple):
-    """utilisation: tokens over room of all sequences. cuts: documents are cut so often. dropped: share of tokens left out."""
+    """utilisation: tokens over room of all sequences. cuts: the number of cut documents. dropped: share of tokens left out."""
 
     utilisation: float
     cuts: int
@@ -58,36 +58,36 @@ class Filled(NamedTuple):
 
 
 class Contestant:
-    """A loader: what it has to do before a run, and the sequences that it yields from any step on."""
+    """A loader: its work before a run, and the sequences that it yields from any step on."""
 
     name = ""
     planned = True
 
     def load(self) -> None:
-        """Import what is needed. Raises Unsupported with the reason where that fails."""
+        """Import the loader's packages. Raise Unsupported with the reason if that fails."""
 
     def convert(self, case: Case) -> None:
-        """Write the documents in the loader's own format, where it is not the indexed one."""
+        """Write the documents in the loader's own format, if it is not the indexed one."""
 
     def plan(self, case: Case) -> None:
-        """Do what is done once before the run."""
+        """Make what is made once before the run."""
 
     def filled(self, case: Case) -> Filled:
-        """How full the sequences are."""
+        """Return how full the sequences are."""
         return concatenated(case)
 
     def sequences(self, case: Case, state: Any = None) -> Iterator[np.ndarray]:
-        """Token ids of one sequence after another, int64 (T,), from the beginning or from a state on."""
+        """Yield the token ids of one sequence after another, int64 (T,), from the beginning or from a state on."""
         raise NotImplementedError
 
     def state(self, case: Case, step: int) -> Any:
-        """The state before a step. By default sequences are read up to it, and `saved` says what then is saved."""
+        """Return the state before a step. By default sequences are read up to it, and `saved` returns the state."""
         for _ in itertools.islice(self.sequences(case), step * case.packs):
             pass
         return self.saved()
 
     def saved(self) -> Any:
-        """The state after the sequences that were read."""
+        """Return the state after the sequences that were read."""
         raise NotImplementedError
 
 
@@ -125,7 +125,7 @@ class Ours(Contestant):
 
 
 class OursUnchecked(Ours):
-    """The same without the digests beside the tokens: no byte is read but those asked for, and none is checked."""
+    """The same without the tokens' digests: only the requested bytes are read, and none is checked."""
 
     name = "distattn, no digests"
     _plan = "unchecked.packs"
@@ -213,8 +213,8 @@ class Torchtitan(Contestant):
 
         ends = np.cumsum([0, *IndexedFile.open(case.corpus).document_lengths])
         texts = arrow.ListArray.from_arrays(arrow.array(ends, arrow.int32()), arrow.array(_tokens(case)))
-        made = datasets.Dataset(datasets.table.InMemoryTable(arrow.table({"text": texts})))
-        made.save_to_disk(case.path("hf"))
+        dataset = datasets.Dataset(datasets.table.InMemoryTable(arrow.table({"text": texts})))
+        dataset.save_to_disk(case.path("hf"))
 
     def sequences(self, case: Case, state: Any = None) -> Iterator[np.ndarray]:
         import datasets
@@ -247,7 +247,7 @@ class Streaming(Contestant):
     planned = False
 
     def load(self) -> None:
-        # builds of torchvision need the very torch they were made with, and only its image classes use it
+        # builds of torchvision need the exact torch they were made with, and only its image classes use it
         for name in (
             "torchvision",
             "torchvision.datasets",
@@ -299,7 +299,7 @@ class Litdata(Contestant):
             fn=functools.partial(_documents, case.corpus),
             inputs=list(range(0, documents, _PART_DOCUMENTS)),
             output_dir=case.path("litdata"),
-            # whole blocks, as its documentation asks for
+            # whole blocks, as its documentation requires
             chunk_size=case.context * max(1, (1 << 25) // case.context),
             item_loader=litdata.TokensLoader(block_size=case.context),
             num_workers=1,
@@ -329,7 +329,7 @@ _PART_DOCUMENTS = 1000
 
 
 def concatenated(case: Case) -> Filled:
-    """Documents laid end to end and cut: all sequences are full, and the rest is left out."""
+    """Concatenate documents and cut them: all sequences are full, and the rest is left out."""
     ends = np.cumsum(IndexedFile.open(case.corpus).document_lengths)
     count = int(ends[-1]) // case.context
     borders = np.arange(1, count + 1) * case.context
@@ -337,14 +337,14 @@ def concatenated(case: Case) -> Filled:
 
 
 def cut_sequences(case: Case) -> Iterator[np.ndarray]:
-    """The sequences of `concatenated`, uint16 (context,), from the file's bytes: documents lie end to end there."""
+    """Yield the sequences of `concatenated`, uint16 (context,), from the file's bytes: documents lie end to end there."""
     tokens = _tokens(case)
     for first in range(0, len(tokens) - case.context + 1, case.context):
         yield np.array(tokens[first : first + case.context])
 
 
 def import_rival(name: str) -> None:
-    """Import a module. Raises Unsupported with the reason where that fails."""
+    """Import a module. Raise Unsupported with the reason if that fails."""
     try:
         __import__(name)
     except Exception as error:

@@ -75,7 +75,7 @@ def main() -> None:
                 ready.append(name)
         resumed: dict[str, list[dict[str, Any]]] = {name: [] for name in ready}
         for repeat in range(arguments.repeats):
-            # another one begins each time
+            # another contestant begins each time
             for name in ready[repeat % len(ready) :] + ready[: repeat % len(ready)]:
                 resumed[name].append(in_a_process(resume, CONTESTANTS[name], case, rows[name], arguments.rivals))
         for name, row in rows.items():
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def write_corpus(prefix: str, documents: int, scale: float = SCALE) -> int:
-    """Documents of random ids, each with an end; lengths are divided by `scale`. Returns their tokens."""
+    """Write documents of random ids, each with an end; lengths are divided by `scale`. Return their tokens."""
     rng = np.random.default_rng(0)
     total = 0
     with IndexedFileWriter(prefix, TOKEN) as writer:
@@ -135,7 +135,7 @@ def resume(contestant: Contestant, case: Case, row: dict[str, Any]) -> dict[str,
     sequences = contestant.sequences(case, state)
     first = next(sequences)
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
-    found: dict[str, Any] = {"resume": seconds, "resume CPU": cpu_seconds, "resume MB": peak.megabytes()}
+    times: dict[str, Any] = {"resume": seconds, "resume CPU": cpu_seconds, "resume MB": peak.megabytes()}
     if digest(first) != row["digest"]:
         raise AssertionError("resumed with another sequence than an uninterrupted run has")
     each, before, delivered = [], bytes_read(), 0
@@ -143,18 +143,18 @@ def resume(contestant: Contestant, case: Case, row: dict[str, Any]) -> dict[str,
         began = time.perf_counter()
         delivered += len(next(sequences))
         each.append(time.perf_counter() - began)
-    # what is mapped is no read, but at least what was delivered
+    # mapped bytes are no reads, but at least the delivered ones count
     read = max(bytes_read() - before, delivered * TOKEN().itemsize)
     used = case.packs * case.context / case.cp * TOKEN().itemsize
-    return found | {"next": statistics.median(each), "read/used": read / used}
+    return times | {"next": statistics.median(each), "read/used": read / used}
 
 
-def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of some resumptions, and the least of their seconds."""
-    if not found:
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return medians of some resumptions, and the least of their seconds."""
+    if not rows:
         return {}
-    medians = {key: statistics.median(row[key] for row in found) for key in found[0]}
-    return medians | {"least": min(row["resume"] for row in found), "repeats": len(found)}
+    medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+    return medians | {"least": min(row["resume"] for row in rows), "repeats": len(rows)}
 
 
 HEAD = (
@@ -164,11 +164,11 @@ HEAD = (
 
 
 def line(name: str, row: dict[str, Any], first: dict[str, Any]) -> str:
-    """A row of the table; CPU times of resuming beside those of the first."""
+    """Format a row of the table; CPU times of resuming are compared with those of the first."""
     if "left out" in row:
         return f"{name:26s}left out: {row['left out']}"
     plan = f"{row['plan s']:7.2f}{row['plan CPU s']:7.2f}{row['plan MB']:5.0f}" if "plan s" in row else f"{'none':>19s}"
-    resume, least, cpu = (row[what] * 1e3 for what in ("resume", "least", "resume CPU"))
+    resume, least, cpu = (row[column] * 1e3 for column in ("resume", "least", "resume CPU"))
     ratio = f"({row['resume CPU'] / first['resume CPU']:.1f}x)" if "resume" in first else ""
     return (
         f"{name:26s}{plan} | {resume:10.1f}{least:7.1f}{cpu:8.1f}{ratio:>8s}{row['resume MB']:6.1f}{len(row['state']):10,d} | "
@@ -193,17 +193,17 @@ def _status(field: str) -> int:
 
 
 def bytes_read() -> int:
-    """Bytes that this process got by reading so far."""
+    """Return the bytes that this process has read so far."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def digest(sequence: np.ndarray) -> str:
-    """Tells sequences apart."""
+    """Return a digest that distinguishes sequences."""
     return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(sequence, np.int64).tobytes())
 
 
 def in_a_process(work: Callable[..., dict[str, Any]], contestant: Contestant, *arguments: Any) -> dict[str, Any]:
-    """What `work` returns, done in a process of its own. Of one that fails: {"left out": why}.
+    """Run `work` in a process of its own. Return its result, or {"left out": reason} if it fails.
 
     The last argument is the rivals' folder.
     """
@@ -213,34 +213,34 @@ def in_a_process(work: Callable[..., dict[str, Any]], contestant: Contestant, *a
     process.start()
     send.close()
     try:
-        found: dict[str, Any] = receive.recv()
+        result: dict[str, Any] = receive.recv()
     finally:
         process.join()
-    return found
+    return result
 
 
 def _run(send: Any, work: Callable[..., dict[str, Any]], contestant: Contestant, *arguments: Any) -> None:
     *arguments, rivals = arguments
-    # rivals' packages come after those of the environment, and what they say goes nowhere
+    # rivals' packages come after those of the environment, and their output is discarded
     sys.path += [rivals] if rivals else []
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     try:
         contestant.load()
-        found = work(contestant, *arguments)
+        result = work(contestant, *arguments)
     except Unsupported as error:
-        found = {"left out": str(error)}
+        result = {"left out": str(error)}
     except Exception as error:
-        found = {"left out": f"failed: {type(error).__name__}: {error}"}
-    send.send(found)
+        result = {"left out": f"failed: {type(error).__name__}: {error}"}
+    send.send(result)
     send.close()
-    # threads of rivals are not waited for
+    # rivals' threads are not waited for
     os._exit(0)
 
 
 def print_line(text: str) -> None:
-    """Benchmarks print; the library does not."""
+    """Print a line for the benchmark; the library does not print."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""How full packs are that keep documents whole: our plan beside torchtitan's two packers, on the same documents.
+"""The fill of packs that keep documents whole: our plan beside torchtitan's two packers, on the same documents.
 
     python benchmarks/data_packers.py [--documents 200000 20000] [--context 32768] [--rivals FOLDER]
 
@@ -93,7 +93,7 @@ class Greedy(Contestant):
         tokenizer = types.SimpleNamespace(
             eos_id=0,
             encode=encode,
-            apply_chat_template=lambda messages, **_: "".join(one["content"] for one in messages),
+            apply_chat_template=lambda messages, **_: "".join(message["content"] for message in messages),
         )
         rows = datasets.Dataset.from_dict({"number": list(range(file.documents))})
         question = {"role": "user", "content": ""}
@@ -118,7 +118,7 @@ class ScanAndPick(Contestant):
     name = "torchtitan, scan and pick"
 
     def __init__(self, most_documents: int) -> None:
-        """most_documents: no more are packed."""
+        """Make a packer that packs at most this many documents."""
         self._most = most_documents
 
     def load(self) -> None:
@@ -151,7 +151,7 @@ class ScanAndPick(Contestant):
 
 
 def _pieces(case: Case) -> np.ndarray:
-    """Lengths of documents cut at the context length, int64 (pieces,)."""
+    """Return the lengths of documents cut at the context length, int64 (pieces,)."""
     whole, rest = np.divmod(IndexedFile.open(case.corpus).document_lengths, case.context)
     pieces = np.stack([whole * 0 + case.context, rest], 1)
     return np.repeat(pieces.reshape(-1), np.stack([whole, rest > 0], 1).reshape(-1))

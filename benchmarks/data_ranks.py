@@ -1,14 +1,14 @@
-"""Opening and seeking in large plans and corpora, and many ranks that read one file: does a rank ever wait?
+"""Opening and seeking in large plans and corpora, and many ranks that read one file: whether a rank waits.
 
     python benchmarks/data_ranks.py [--open-documents 1000000 100000000] [--processes 8 32] [--ranks 512] [--step-seconds 5]
 
-"open": in a process of its own, of a corpus of so many short documents (1 to 7 ids of 8 bits) and its plan, seconds to open the
-corpus, to open the plan, and to read the record of a step in the middle that was never read before; then all again with another
-step in the same process. Files are in the page cache.
+"open": in a process of its own, for a corpus with this many short documents (1 to 7 ids of 8 bits) and its plan, seconds to open
+the corpus, to open the plan, and to read the record of a step in the middle that was never read before; then all again with
+another step in the same process. Files are in the page cache.
 
-"read", measured: so many processes, each a rank of CP 8 with a loader of its own, read their parts of the same steps at the same
-time from one file, in the page cache; each step begins together. Seconds a rank needs for its part (token ids and labels of its
-micro-batches), the median, and the worst of all ranks and steps; of the wall clock, and of its own CPU.
+"read", measured: --processes processes, each a rank of CP 8 with its own loader, read their parts of the same steps at the same
+time from one file, in the page cache; each step begins together. Seconds that a rank needs for its part (token ids and labels of
+its micro-batches), the median, and the worst of all ranks and steps; of the wall clock, and of its own CPU.
 
 Simulated from that: --ranks ranks as CP 8, each with its part of the next step to read while the present one computes. All ask
 at the same moment; the cores of one machine (--cores) serve them in turn, each for the CPU seconds measured of a part, or its
@@ -49,7 +49,7 @@ COPIED_BYTES = 1 << 18
 
 
 class Read(NamedTuple):
-    """What one rank did in one step: seconds, its own CPU seconds, bytes got by reading."""
+    """The work of one rank in one step: seconds, its own CPU seconds, bytes read."""
 
     seconds: float
     cpu_seconds: float
@@ -57,7 +57,7 @@ class Read(NamedTuple):
 
 
 def main() -> None:
-    """Print what was measured, then what is simulated from it."""
+    """Print the measurements, then the simulation from them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--open-documents", type=int, nargs="*", default=[1_000_000, 10_000_000])
     parser.add_argument("--documents", type=int, default=200_000, help="of the file that all read")
@@ -109,11 +109,11 @@ def opening(folder: str, documents: int) -> str:
     lines = [
         f"open: {documents:,} documents, index {sizes[0]:,.0f} MB, plan {sizes[1]:,.0f} MB, {plan.steps:,} steps, {planning}"
     ]
-    found = [in_processes([(open_and_seek, prefix, plan_file)])[0] for _ in range(9)]
-    for what in found[0]:
-        times, cpu_times = zip(*(row[what] for row in found), strict=True)
+    rows = [in_processes([(open_and_seek, prefix, plan_file)])[0] for _ in range(9)]
+    for part in rows[0]:
+        times, cpu_times = zip(*(row[part] for row in rows), strict=True)
         lines.append(
-            f"  {what:34s}{statistics.median(times) * 1e3:7.2f} ms, least {min(times) * 1e3:.2f}, most {max(times) * 1e3:.2f}; "
+            f"  {part:34s}{statistics.median(times) * 1e3:7.2f} ms, least {min(times) * 1e3:.2f}, most {max(times) * 1e3:.2f}; "
             f"{statistics.median(cpu_times) * 1e3:.2f} ms of CPU (9 processes)"
         )
     for file in Path(folder).iterdir():
@@ -122,14 +122,14 @@ def opening(folder: str, documents: int) -> str:
 
 
 def open_and_seek(barrier: Any, prefix: str, plan_file: str) -> dict[str, np.ndarray]:
-    """(seconds, CPU seconds) of each part, in a fresh process."""
-    found: dict[str, np.ndarray] = {}
+    """Return (seconds, CPU seconds) of each part, in a fresh process."""
+    laps: dict[str, np.ndarray] = {}
     clocks = lambda: np.array([time.perf_counter(), time.process_time()])  # noqa: E731
     began = clocks()
 
-    def lap(what: str) -> None:
+    def lap(part: str) -> None:
         nonlocal began
-        found[what] = clocks() - began
+        laps[part] = clocks() - began
         began = clocks()
 
     corpus = Corpus.open("short", [prefix])
@@ -144,41 +144,41 @@ def open_and_seek(barrier: Any, prefix: str, plan_file: str) -> dict[str, np.nda
     batch = next(iter(loader))[0]
     batch.local_shard(Layout.zigzag(batch.lengths, CP), 0)
     lap("loader, and a rank's first tokens")
-    return found | {"all together": np.sum(list(found.values()), 0)}
+    return laps | {"all together": np.sum(list(laps.values()), 0)}
 
 
 def read_together(prefix: str, plan_file: str, processes: int, ranks: int, steps: int) -> list[Read]:
-    """What so many ranks, each a process, did in some steps that all began together."""
-    # ranks far apart, so that all CP ranks of a pack and many packs are among them
+    """Return the reads of these processes, each a rank, in some steps that all began together."""
+    # ranks far apart, so that they include all CP ranks of a pack and many packs
     chosen = np.linspace(0, ranks - 1, processes).astype(int).tolist()
     work = [(read_parts, prefix, plan_file, rank, ranks, steps) for rank in chosen]
     return [read for reads in in_processes(work) for read in reads]
 
 
 def read_parts(barrier: Any, prefix: str, plan_file: str, rank: int, ranks: int, steps: int) -> list[Read]:
-    """One rank's steps."""
+    """Read one rank's steps."""
     share, cp_rank = divmod(rank, CP)
     loader = PackLoader(plan_file, [Corpus.open("documents", [prefix])], rank=share, size=ranks // CP, steps=steps + 1)
-    found = []
+    reads = []
     for batches in loader:
         layouts = [Layout.zigzag(batch.lengths, CP) for batch in batches]
         barrier.wait()
         began, cpu, before = time.perf_counter(), time.process_time(), _bytes_read()
         for batch, layout in zip(batches, layouts, strict=True):
             batch.local_shard(layout, cp_rank)
-        found.append(Read(time.perf_counter() - began, time.process_time() - cpu, _bytes_read() - before))
+        reads.append(Read(time.perf_counter() - began, time.process_time() - cpu, _bytes_read() - before))
     # the first step warms up
-    return found[1:]
+    return reads[1:]
 
 
 def copied_together(prefix: str, processes: int) -> float:
-    """Bytes a second that so many processes together get from the page cache."""
+    """Return the bytes per second that all processes together get from the page cache."""
     seconds = in_processes([(copy_bytes, f"{prefix}.bin", number) for number in range(processes)])
     return processes * 256 * COPIED_BYTES / max(seconds)
 
 
 def copy_bytes(barrier: Any, path: str, number: int) -> float:
-    """Seconds to copy 256 places of the file."""
+    """Return the seconds to copy 256 places of the file."""
     places = np.random.default_rng(number).integers(0, max(1, os.path.getsize(path) - COPIED_BYTES), 256).tolist()
     file, room = os.open(path, os.O_RDONLY), bytearray(COPIED_BYTES)
     barrier.wait()
@@ -189,7 +189,7 @@ def copy_bytes(barrier: Any, path: str, number: int) -> float:
 
 
 def measured(processes: int, rows: list[Read]) -> str:
-    """One line."""
+    """Format one line."""
     seconds, cpu = ([getattr(row, name) * 1e3 for row in rows] for name in ("seconds", "cpu_seconds"))
     size = statistics.median(row.bytes for row in rows)
     return (
@@ -199,7 +199,7 @@ def measured(processes: int, rows: list[Read]) -> str:
 
 
 def simulated(rows: list[Read], bandwidth: float, ranks: int, cores: int, step_seconds: float) -> str:
-    """All ranks ask at once for parts drawn from those measured; cores or memory serve them in turn, step after step."""
+    """Simulate all ranks that ask at once for parts drawn from the measured ones; cores or memory serve them in turn."""
     rng = np.random.default_rng(0)
     waits, ends = 0, []
     for _ in range(1000):
@@ -219,12 +219,13 @@ def simulated(rows: list[Read], bandwidth: float, ranks: int, cores: int, step_s
 
 
 def in_processes(work: list[tuple[Any, ...]]) -> list[Any]:
-    """What functions return that are each called in a process of its own, with a barrier of all as the first argument."""
+    """Call each function in a process of its own, with a barrier of all as the first argument. Return the results."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(len(work))
     pipes = [context.Pipe(duplex=False) for _ in work]
     processes = [
-        context.Process(target=_run, args=(send, barrier, *one)) for (_, send), one in zip(pipes, work, strict=True)
+        context.Process(target=_run, args=(send, barrier, *function_and_arguments))
+        for (_, send), function_and_arguments in zip(pipes, work, strict=True)
     ]
     for process, (_, send) in zip(processes, pipes, strict=True):
         process.start()

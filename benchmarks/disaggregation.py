@@ -1,4 +1,4 @@
-"""Core-attention disaggregation beside what else there is, on packs of real document lengths. Every time is simulated.
+"""Core-attention disaggregation beside its rivals, on packs of real document lengths. Every time is simulated.
 
     python benchmarks/disaggregation.py --lengths FILE.json [--servers 8 64] [--context 131072] [--scale 1 8] [--grouped]
         [--heads 32:8 64:16] [--tensor-parallel 8] [--inner causal] [--batches 3] [--hypergraph] [--out FILE.jsonl]
@@ -44,7 +44,7 @@ COLUMNS = ("contestant", "cells", "cost", "GB", "GB across", "GB busiest", "plan
 
 
 def main() -> int:
-    """One table for each size."""
+    """Print one table for each size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=Path, required=True)
     parser.add_argument("--servers", type=int, nargs="+", default=[8, 64])
@@ -62,22 +62,30 @@ def main() -> int:
     parser.add_argument("--grouped", action="store_true")
     parser.add_argument("--hypergraph", action="store_true")
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
-    known = np.array(json.loads(given.lengths.read_text()))
+    arguments = parser.parse_args()
+    all_lengths = np.array(json.loads(arguments.lengths.read_text()))
     for servers, context, scale, heads in (
-        (s, c, x, h) for s in given.servers for c in given.context for x in given.scale for h in given.heads
+        (s, c, x, h)
+        for s in arguments.servers
+        for c in arguments.context
+        for x in arguments.scale
+        for h in arguments.heads
     ):
-        query, key = (int(part) // given.tensor_parallel for part in heads.split(":"))
-        per_node = min(max(8 // given.tensor_parallel, 1), servers)
+        query, key = (int(part) // arguments.tensor_parallel for part in heads.split(":"))
+        per_node = min(max(8 // arguments.tensor_parallel, 1), servers)
         cluster = describe.load(f"h200-{servers // per_node}x{per_node}")
-        shape = dict(heads=query, kv_heads=key, head_dim=128, dtype="bfloat16", comm_dtype=given.wire, cluster=cluster)
+        shape = dict(
+            heads=query, kv_heads=key, head_dim=128, dtype="bfloat16", comm_dtype=arguments.wire, cluster=cluster
+        )
         print_line(
-            f"\n{servers} servers x {context:,} tokens, lengths x{scale}, {query}:{key} heads, {given.inner}"
-            f"{', packs grouped by work' * given.grouped}, {given.wire} wire; simulated on {cluster.name}"
+            f"\n{servers} servers x {context:,} tokens, lengths x{scale}, {query}:{key} heads, {arguments.inner}"
+            f"{', packs grouped by work' * arguments.grouped}, {arguments.wire} wire; simulated on {cluster.name}"
         )
         print_line(f"{COLUMNS[0]:24s}" + "".join(f"{name:>12s}" for name in COLUMNS[1:]))
-        batches = list(packs(known * scale, servers, context, given.batches, given.seed, given.grouped))
-        for name, make in contestants(given.inner, given.tolerance, given.hypergraph).items():
+        batches = list(
+            packs(all_lengths * scale, servers, context, arguments.batches, arguments.seed, arguments.grouped)
+        )
+        for name, make in contestants(arguments.inner, arguments.tolerance, arguments.hypergraph).items():
             rows = [row for batch in batches if (row := measured(make, batch, shape, cluster))]
             if not rows:
                 print_line(f"{name:24s} left out: more than {MOST_PAIRS:,} pairs of chunks, or not this mask")
@@ -87,17 +95,17 @@ def main() -> int:
                 for key in rows[0]
             }
             print_line(f"{name:24s}" + "".join(f"{means[key]:12.3f}" for key in COLUMNS[1:]))
-            if given.out:
+            if arguments.out:
                 setting = dict(
                     servers=servers,
                     context=context,
                     scale=scale,
                     heads=[query, key],
-                    inner=given.inner,
-                    grouped=given.grouped,
-                    comm_dtype=given.wire,
+                    inner=arguments.inner,
+                    grouped=arguments.grouped,
+                    comm_dtype=arguments.wire,
                 )
-                with open(given.out, "a", encoding="utf-8") as file:
+                with open(arguments.out, "a", encoding="utf-8") as file:
                     file.write(
                         json.dumps({"simulated_on": cluster.name, **setting, "contestant": name, **means}) + "\n"
                     )
@@ -107,22 +115,22 @@ def main() -> int:
 def packs(
     lengths: np.ndarray, servers: int, context: int, batches: int, seed: int, grouped: bool
 ) -> Iterator[list[list[int]]]:
-    """Batches of one pack for each server."""
+    """Yield batches of one pack for each server."""
     generator = np.random.default_rng(seed)
-    found = []
+    all_packs = []
     for _ in range(servers * batches):
         pack: list[int] = []
         while sum(pack) < context:
             pack.append(min(int(generator.choice(lengths)), context - sum(pack)))
-        found.append(pack)
+        all_packs.append(pack)
     if grouped:
-        found.sort(key=lambda pack: sum(length * length for length in pack))
-    for first in range(0, len(found), servers):
-        yield found[first : first + servers]
+        all_packs.sort(key=lambda pack: sum(length * length for length in pack))
+    for first in range(0, len(all_packs), servers):
+        yield all_packs[first : first + servers]
 
 
 def contestants(inner: str, tolerance: float, hypergraph: bool) -> dict[str, Callable[..., da.Plan | None]]:
-    """By name: packs and shape to a plan, or None where it is too large or cannot."""
+    """Return, by name, functions from packs and shape to a plan, or to None if it is too large or impossible."""
 
     def as_they_came(strategy: str, **options: Any) -> Callable[..., da.Plan]:
         def make(batch: list[list[int]], shape: dict[str, Any]) -> da.Plan:
@@ -147,7 +155,7 @@ def contestants(inner: str, tolerance: float, hypergraph: bool) -> dict[str, Cal
 
         return make
 
-    found: dict[str, Callable[..., da.Plan | None]] = {
+    makers: dict[str, Callable[..., da.Plan | None]] = {
         "plain": as_they_came("allgather"),
         "cad_greedy 0.10": as_they_came("cad_greedy"),
         "cad_greedy 0": as_they_came("cad_greedy", tolerance=0.0),
@@ -158,22 +166,22 @@ def contestants(inner: str, tolerance: float, hypergraph: bool) -> dict[str, Cal
     }
     if inner != "causal":
         # it moves causal documents only
-        found = {name: make for name, make in found.items() if "greedy" not in name}
+        makers = {name: make for name, make in makers.items() if "greedy" not in name}
     if hypergraph:
-        found["mtkahypar 0.02"] = lambda batch, shape: partitioned(*mask_of(batch, inner), len(batch), shape, 0.02)
-    return found
+        makers["mtkahypar 0.02"] = lambda batch, shape: partitioned(*mask_of(batch, inner), len(batch), shape, 0.02)
+    return makers
 
 
 def mask_of(batch: list[list[int]], inner: str) -> tuple[da.Mask, list[int]]:
-    """(mask, document lengths) of all packs end to end."""
+    """Return (mask, document lengths) of all packs end to end."""
     lengths = [length for pack in batch for length in pack]
     if inner in ("causal", "window"):
         return da.Mask.documents(lengths, "causal" if inner == "causal" else (4095, 0)), lengths
     pieces, at = [], 0
     for pack in batch:
-        own = getattr(da.Mask, inner)(pack).pieces.copy()
-        own[:, [Q0, Q1, K0, K1, OQ, OK]] += at
-        pieces.append(own)
+        pack_pieces = getattr(da.Mask, inner)(pack).pieces.copy()
+        pack_pieces[:, [Q0, Q1, K0, K1, OQ, OK]] += at
+        pieces.append(pack_pieces)
         at += sum(pack)
     return da.Mask(np.concatenate(pieces), at), lengths
 
@@ -181,7 +189,7 @@ def mask_of(batch: list[list[int]], inner: str) -> tuple[da.Mask, list[int]]:
 def measured(
     make: Callable[..., da.Plan | None], batch: list[list[int]], shape: dict[str, Any], cluster: ClusterSpec
 ) -> dict[str, float] | None:
-    """The numbers of one plan."""
+    """Measure one plan."""
     times, plan = [], None
     for _ in range(3):
         began = time.perf_counter()
@@ -210,7 +218,7 @@ def measured(
 
 
 def print_line(line: str) -> None:
-    """Benchmarks print; the library does not."""
+    """Print a line for the benchmark; the library does not print."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 

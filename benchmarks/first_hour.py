@@ -1,12 +1,12 @@
-"""The first hour on GPUs as one command: planted faults first, then the checks, then a table and a verdict in words.
+"""The first hour on GPUs as one command: planted faults first, then the checks, then a table and a verdict.
 
     python benchmarks/first_hour.py gpu [--minutes 9] [options of gpu.py]
     python benchmarks/first_hour.py cluster [--minutes 9] [options of check_cluster.py]
 
-Every part is a program of its own and has its time: what it prints is passed on and kept, and whatever becomes of it, the
-others run. A part that passes its time is stopped, and named; what no time is left for is left out, and named. All of it is in
-build/first-hour: what was printed, the findings as JSON lines, and the trials of kernels. Exit code 1 where something is
-wrong, a planted fault was not found, or a part failed. Without GPUs the same in Triton's interpreter and over gloo, with less.
+Every part is a program of its own and has its time: its output is passed on and kept, and the others run whatever its end. A part
+that exceeds its time is stopped, and named; a part for which no time is left is left out, and named. build/first-hour has all of
+it: the output, the findings as JSON lines, and the trials of kernels. Exit code 1 if something is wrong, a planted fault was not
+found, or a part failed. Without GPUs the same runs in Triton's interpreter and over gloo, with less.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from distattn.kernels.trial_cache import cache_file
 HERE = Path(__file__).parent
 FOLDER = HERE.parent / "build" / "first-hour"
 MINUTES = 9.0
-# below which a part is not begun
+# with less time than this a part is not begun
 LEAST_SECONDS = 20.0
-# of its time, what a program is told to keep to by itself
+# the share of its time to which a program is told to limit itself
 OWN_SHARE = 0.8
 # torchrun gives its ranks 30 s to end
 GRACE_SECONDS = 35.0
@@ -45,7 +45,7 @@ NO_GPU = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS"
 
 
 class Part(NamedTuple):
-    """A program, and how long it may take. keeps_time: it takes --seconds, and leaves out by itself what would take longer."""
+    """A program, and its limit of time. keeps_time: it takes --seconds, and leaves out itself what would take longer."""
 
     name: str
     command: Sequence[str]
@@ -54,7 +54,7 @@ class Part(NamedTuple):
 
 
 def main() -> int:
-    """All parts, the table, the verdict."""
+    """Run all parts, and print the table and the verdict."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -67,7 +67,7 @@ def main() -> int:
 
 
 def one_gpu(has_gpu: bool, more: Sequence[str]) -> list[list[Part]]:
-    """The parts of `make bench-gpu`. Those of one stage run side by side: compilers take most of their time."""
+    """Return the parts of `make bench-gpu`. Those of one stage run side by side: compilers take most of their time."""
     executor = [] if has_gpu else ["--ranks", "2"]
     stages = [
         [Part("planted faults", program("gpu_plants.py"), 150)],
@@ -84,7 +84,7 @@ def one_gpu(has_gpu: bool, more: Sequence[str]) -> list[list[Part]]:
 
 
 def cluster(gpus: int, more: Sequence[str]) -> list[list[Part]]:
-    """The parts of `make check-cluster`; the one whose rank is lost is the last."""
+    """Return the parts of `make check-cluster`; the part that loses a rank is the last."""
     ranks = gpus if gpus > 1 else 2
     return [
         [Part("planted faults", launched(ranks, "cluster_plants.py"), 120)],
@@ -99,14 +99,14 @@ def program(script: str, *arguments: str) -> list[str]:
 
 
 def launched(ranks: int, script: str, *arguments: str) -> list[str]:
-    """A program on several ranks of this machine."""
+    """Return a program on several ranks of this machine."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return [*launcher, str(HERE / script), *arguments]
 
 
-def missing(what: str, gpus: int) -> str:
-    """What cannot be shown with so many GPUs, as a sentence."""
-    if what == "cluster" and gpus == 1:
+def missing(program_name: str, gpus: int) -> str:
+    """Return what cannot be shown with this many GPUs, as a sentence."""
+    if program_name == "cluster" and gpus == 1:
         return "One GPU here: messages went over gloo, between processes on the CPU. Nothing about NCCL or about speed was shown."
     if gpus == 0:
         return (
@@ -117,7 +117,7 @@ def missing(what: str, gpus: int) -> str:
 
 
 def first_hour(stages: Sequence[Sequence[Part]], folder: Path, seconds: float, without: str) -> int:
-    """Run all parts, and say what they have shown. Returns the exit code."""
+    """Run all parts, and print their results. Return the exit code."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     began, outcomes = time.monotonic(), []
@@ -125,7 +125,7 @@ def first_hour(stages: Sequence[Sequence[Part]], folder: Path, seconds: float, w
         lock = threading.Lock()
 
         def print_line(text: str) -> None:
-            # parts that run together speak from threads
+            # parts that run together print from threads
             with lock:
                 for file in (sys.stdout, kept):
                     file.write(text + "\n")
@@ -157,20 +157,20 @@ def first_hour(stages: Sequence[Sequence[Part]], folder: Path, seconds: float, w
 def run_stage(
     stage: Sequence[Part], folder: Path, left: float, environment: dict[str, str], print_line: Callable[[str], None]
 ) -> list[Outcome]:
-    """Run parts side by side; their outcomes. None takes more than its time, or than what is left."""
+    """Run parts side by side, each at most for its time and the time that is left. Return their outcomes."""
     running = [
         Running(part, folder, min(part.seconds, left), environment, print_line, len(stage) > 1) for part in stage
     ]
     try:
-        return [one.outcome() for one in running]
+        return [part.outcome() for part in running]
     finally:
-        # also where somebody interrupts
-        for one in running:
-            one.stop()
+        # also if a user interrupts
+        for part in running:
+            part.stop()
 
 
 class Running:
-    """A part under way. What it prints is passed on line by line, with its name where others run beside it."""
+    """A part under way. Its output is passed on line by line, with its name if others run at the same time."""
 
     def __init__(
         self,
@@ -191,7 +191,7 @@ class Running:
             text=True,
             errors="replace",
             env=environment,
-            # so that all it has started can be ended with it
+            # so that all its processes can be ended with it
             start_new_session=True,
         )
         self.last: deque[str] = deque([""], maxlen=1)
@@ -208,7 +208,7 @@ class Running:
                 self.last.append(line.strip())
 
     def outcome(self) -> Outcome:
-        """What has become of it, once it has ended or its time is over."""
+        """Return the outcome of the part, once it has ended or its time is over."""
         failed = ""
         try:
             code = self.process.wait(max(self.ends - time.monotonic(), 0))
@@ -216,16 +216,16 @@ class Running:
             failed = f"it was stopped after {self.seconds:.0f} s; its last line: {self.last[0][:200]}"
             self.stop()
         self.reader.join(timeout=5)
-        found = findings.read(self.path)
+        rows = findings.read(self.path)
         wrong = any(
-            bool(row["text"]) == (row["kind"] == "check") for row in found if row["kind"] in ("check", "planted")
+            bool(row["text"]) == (row["kind"] == "check") for row in rows if row["kind"] in ("check", "planted")
         )
-        if not failed and (not any(row["kind"] == "ended" for row in found) or code != wrong):
+        if not failed and (not any(row["kind"] == "ended" for row in rows) or code != wrong):
             failed = f"exit code {code}; its last line: {self.last[0][:200]}"
-        return Outcome(self.part.name, found, failed)
+        return Outcome(self.part.name, rows, failed)
 
     def stop(self) -> None:
-        """End it, and all that it has started, if it still runs."""
+        """End the part and all its processes, if it still runs."""
         if self.process.poll() is None:
             self.process.terminate()
             with suppress(subprocess.TimeoutExpired):

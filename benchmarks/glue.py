@@ -1,4 +1,4 @@
-"""Messages and glue of one layer call: what a rank sends, and what it copies, adds and merges around its attention kernels.
+"""Messages and glue of one layer call: the bytes that a rank sends, and those it copies, adds and merges around its kernels.
 
     python benchmarks/glue.py [--tokens 65536] [--ranks 8] [--heads 64] [--kv-heads 8] [--strategies ulysses usp] [--kinds]
 
@@ -52,7 +52,7 @@ def main() -> None:
     for title, lengths in cases.items():
         cells = sum(length * (length + 1) // 2 for length in lengths) * arguments.heads * DIM / arguments.ranks
         seconds = [cells * each / speed for each, speed in (FORWARD, BACKWARD)]
-        sys.stdout.write(f"{title}: attention {' / '.join(f'{one * 1e3:.2f}' for one in seconds)} ms\n")
+        sys.stdout.write(f"{title}: attention {' / '.join(f'{value * 1e3:.2f}' for value in seconds)} ms\n")
         for strategy in arguments.strategies:
             sys.stdout.write(f"{strategy:12} {_line(strategy, lengths, arguments, seconds)}\n")
 
@@ -80,7 +80,7 @@ def _line(strategy: str, lengths: list[int], arguments: argparse.Namespace, seco
 
 
 def _counts(plan: da.Plan, rank: int):  # noqa: ANN202
-    """Return what both passes of a rank do, their bytes by kind, and the rank's sends by peer."""
+    """Return the traffic of both passes of a rank, their bytes by kind, and the rank's sends by peer."""
     sends: Counter[int] = Counter()
     send = MetaBackend.send
 
@@ -96,7 +96,7 @@ def _counts(plan: da.Plan, rank: int):  # noqa: ANN202
 @contextmanager
 def _bytes_by_kind() -> Iterator[dict[int, Counter[str]]]:
     """Count the bytes of the methods in KINDS, by the id of a pass's traffic."""
-    found: dict[int, Counter[str]] = defaultdict(Counter)
+    by_pass: dict[int, Counter[str]] = defaultdict(Counter)
 
     def counted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Buffers, *args: Any) -> Any:
@@ -106,7 +106,7 @@ def _bytes_by_kind() -> Iterator[dict[int, Counter[str]]]:
             before = sum(watch.traffic.bytes.values())
             result = method(self, *args)
             adds = name == "accumulate" and not all(piece.is_first for piece in args[1].slices)
-            found[id(watch.traffic)]["add" if adds else KINDS[name]] += sum(watch.traffic.bytes.values()) - before
+            by_pass[id(watch.traffic)]["add" if adds else KINDS[name]] += sum(watch.traffic.bytes.values()) - before
             return result
 
         return call
@@ -114,7 +114,7 @@ def _bytes_by_kind() -> Iterator[dict[int, Counter[str]]]:
     with ExitStack() as patches:
         for name in KINDS:
             patches.enter_context(mock.patch.object(Buffers, name, counted(name, getattr(Buffers, name))))
-        yield found
+        yield by_pass
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The attention kernels on one GPU, beside what else runs there: correctness first, then speed.
+"""The attention kernels on one GPU, beside their rivals: correctness first, then speed.
 
     python benchmarks/gpu.py [--out benchmarks/results/gpu.jsonl] [--fa3 PATH/flash_attn_3/_C.so]
                              [--tutorial PATH/06-fused-attention.py] [--quick] [--tiers-only] [--seconds 200]
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from distattn.ir.bands import row_key_ranges
 
-# rows, and keys, that are compared with fp64, and rows at a time
+# the number of rows, and keys, that are compared with fp64, and rows at a time
 CHECKED = 24
 BLOCK = 256
 # relative to the reference, Frobenius norm
@@ -41,7 +41,7 @@ CALLS = 5
 
 
 def main() -> int:
-    """Ceilings, then the cases one by one; exit code 1 where ours is wrong."""
+    """Measure ceilings, then the cases one by one. Return exit code 1 if one of ours is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--fa3", type=Path)
@@ -90,7 +90,7 @@ def main() -> int:
 
 
 def note(findings: Findings, cell: Cell) -> None:
-    """A tier's cell is a check, where the tier serves the case; and every cell is a speed, or why there is none."""
+    """Note a tier's cell as a check, if the tier serves the case, and every cell as a speed, or why it has no speed."""
     fault = f"{cell.status}: {cell.note}" if cell.status != "ok" else ""
     if is_ours(cell) and cell.status in ("ok", "wrong", "error"):
         findings.check(f"{cell.contestant}, {cell.case}", fault)
@@ -99,40 +99,40 @@ def note(findings: Findings, cell: Cell) -> None:
 
 
 def is_ours(cell: Cell) -> bool:
-    """Whether a contestant is a tier, and no rival."""
+    """Return whether a contestant is a tier, not a rival."""
     return cell.contestant.startswith("distattn")
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """The cases, those that tell most first: a limit of time cuts the others."""
+    """Yield the cases, the most informative first: a limit of time cuts the others."""
     if device.type == "cpu":
         for direction in ("forward", "backward"):
             for pattern in ("causal", "documents"):
                 yield Case(pattern, 256, (2, 1), (32, 32), direction, torch.float16)
         return
-    both = ("forward", "backward")
+    directions = ("forward", "backward")
     gqa, mha = (64, 8), (16, 16)
     order = [("causal", 8192), ("documents", 8192), ("causal", 32768), ("documents", 32768), ("window", 32768)]
     order += [("full", 8192), ("block-causal", 8192), ("window", 8192), ("block-causal", 32768)]
     for pattern, tokens in order:
-        for direction in both:
+        for direction in directions:
             yield Case(pattern, tokens, gqa, (128, 128), direction)
     if quick:
         return
     for dims in ((64, 64), (192, 128), (256, 256)):
-        for direction in both:
+        for direction in directions:
             yield Case("causal", 8192, mha, dims, direction)
     for pattern in ("prefix", "shared question", "global window"):
-        for direction in both:
+        for direction in directions:
             yield Case(pattern, 16384, mha, (128, 128), direction)
     for tokens in (1024, 2048):
-        for direction in both:
+        for direction in directions:
             yield Case("causal", tokens, gqa, (128, 128), direction)
     yield Case("causal", 65536, mha, (128, 128), "forward")
 
 
 def run_case(case: Case, device: torch.device, runners: dict[str, Callable[[Case, Inputs], Run]]) -> list[Cell]:
-    """All contestants of a case."""
+    """Run all contestants of a case."""
     x = inputs_of(case, device)
     check = checker(case, x)
     makers = {name: (lambda make=make: Repeated(lambda: make(case, x), device)) for name, make in runners.items()}
@@ -146,9 +146,9 @@ def run_case(case: Case, device: torch.device, runners: dict[str, Callable[[Case
 
 
 class Repeated:
-    """Several calls as one thing to time: a CUDA graph where it can be captured. Gives the last result, and its facts.
+    """Several calls that are timed as one: a CUDA graph if it can be captured. Returns the last result, and its facts.
 
-    Everything, its making too, happens on one stream: autograd runs a backward on the stream of its forward.
+    Everything, also its making, happens on one stream: autograd runs a backward on the stream of its forward.
     """
 
     def __init__(self, make: Callable[[], Callable[[], Any]], device: torch.device):
@@ -189,7 +189,7 @@ class Repeated:
 
 
 def checker(case: Case, x: Inputs) -> Callable[[tuple[Any, dict[str, Any]]], str]:
-    """Compares outputs, or dq, of some rows, and dk and dv of some keys, with fp64. Notes the error."""
+    """Compare outputs, or dq, of some rows, and dk and dv of some keys, with fp64. Note the error."""
     generator = np.random.default_rng(1)
     some = np.sort(generator.choice(case.tokens, min(CHECKED, case.tokens), replace=False)).tolist()
     wanted = by_definition(case, x, some)
@@ -207,7 +207,7 @@ def checker(case: Case, x: Inputs) -> Callable[[tuple[Any, dict[str, Any]]], str
 
 
 def by_definition(case: Case, x: Inputs, some: list[int]) -> dict[str, Tensor]:
-    """o and dq of some rows, dk and dv of the keys of the same numbers, in fp64; block by block, by no kernel of ours."""
+    """Compute o and dq of some rows, and dk and dv of the keys of the same numbers, in fp64, by blocks, without our kernels."""
     group, scale, n = case.heads[0] // case.heads[1], case.dims[0] ** -0.5, case.tokens
     k, v = (part.double().repeat_interleave(group, 1) for part in (x.k, x.v))
     index = torch.tensor(some, device=x.q.device)
@@ -229,12 +229,12 @@ def by_definition(case: Case, x: Inputs, some: list[int]) -> dict[str, Tensor]:
         dk += torch.einsum("hts,thd->shd", ds[..., index], q)
         dv += torch.einsum("hts,the->she", weights[..., index], do)
     by_group = {"dk": dk, "dv": dv}
-    found = {name: part.unflatten(1, (-1, group)).sum(2) for name, part in by_group.items()}
-    return found | {name: torch.cat(parts) for name, parts in rows.items()}
+    gradients = {name: part.unflatten(1, (-1, group)).sum(2) for name, part in by_group.items()}
+    return gradients | {name: torch.cat(parts) for name, parts in rows.items()}
 
 
 def allowed(case: Case, rows: Tensor) -> Tensor:
-    """Which keys these rows may see, (rows, N)."""
+    """Return which keys these rows may see, (rows, N)."""
     edges = torch.zeros(len(rows), case.tokens + 1, dtype=torch.int32, device=rows.device)
     at = np.arange(len(rows))
     wanted = rows.cpu().numpy()
@@ -249,12 +249,12 @@ def allowed(case: Case, rows: Tensor) -> Tensor:
 
 
 def error_of(got: Tensor, wanted: Tensor) -> float:
-    """Relative, by Frobenius norms."""
+    """Return the relative error, by Frobenius norms."""
     return float((got.double() - wanted.double()).norm() / wanted.double().norm())
 
 
 def measure_ceilings(device: torch.device) -> dict[str, float]:
-    """What this card does best, now: a large product of random bf16 matrices and a large copy."""
+    """Measure this card's ceilings: a large product of random bf16 matrices and a large copy."""
     if device.type == "cpu":
         return {"product TFLOP/s": 1.0, "copy TB/s": 1.0}
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -266,7 +266,7 @@ def measure_ceilings(device: torch.device) -> dict[str, float]:
 
 
 def timed(work: Callable[[], Any], repeats: int = 20) -> float:
-    """Median seconds by device events."""
+    """Return median seconds by device events."""
     for _ in range(3):
         work()
     seconds = []

@@ -1,4 +1,4 @@
-"""Cases and contestants of the GPU benchmark: what is computed, and who can compute it."""
+"""Cases and contestants of the GPU benchmark."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ class Inputs:
     do: Tensor
 
 
-# what a case's contestant returns: o, or (dq, dk, dv), with tokens first
+# the result of a case's contestant: o, or (dq, dk, dv), with tokens first
 Run = Callable[[], Tensor | tuple[Tensor, ...]]
 
 
 @cache
 def lengths_of(tokens: int) -> tuple[int, ...]:
-    """Documents of very different lengths, each at most a quarter of the axis (heavy-tailed, as in web corpora)."""
+    """Return documents of very different lengths, each at most a quarter of the axis (heavy-tailed, as in web corpora)."""
     generator = np.random.default_rng(0)
     out: list[int] = []
     while sum(out) < tokens:
@@ -85,7 +85,7 @@ def lengths_of(tokens: int) -> tuple[int, ...]:
 
 @cache
 def mask_of(pattern: str, tokens: int) -> da.Mask:
-    """The masks of the benchmark by name."""
+    """Return a mask of the benchmark by name."""
     return {
         "full": lambda: da.Mask.full(tokens),
         "causal": lambda: da.Mask.causal(tokens),
@@ -99,7 +99,7 @@ def mask_of(pattern: str, tokens: int) -> da.Mask:
 
 
 def inputs_of(case: Case, device: torch.device, seed: int = 0) -> Inputs:
-    """Random tensors: zeros would be faster than any real ones."""
+    """Return random tensors: zeros would be faster than real ones."""
     generator = torch.Generator(device).manual_seed(seed)
     (h, k), (d, e) = case.heads, case.dims
 
@@ -112,7 +112,7 @@ def inputs_of(case: Case, device: torch.device, seed: int = 0) -> Inputs:
 
 
 def ours(tier: ModuleType) -> Callable[[Case, Inputs], Run]:
-    """One of our kernels on the whole mask, launched as `attention` launches it: o is in float32."""
+    """Return one of our kernels on the whole mask, launched as `attention` launches it: o is in float32."""
 
     def make(case: Case, x: Inputs) -> Run:
         work, score = prepared(tier, case, case.mask, x.q.device), ScoreMod(case.dims[0] ** -0.5)
@@ -134,7 +134,7 @@ def ours(tier: ModuleType) -> Callable[[Case, Inputs], Run]:
 
 
 def ring(tier: ModuleType, chunks: int = 8) -> Callable[[Case, Inputs], Run]:
-    """The same in `chunks` steps over the keys, folded by the merge epilogue."""
+    """Return the same in `chunks` steps over the keys, merged by the merge epilogue."""
 
     def make(case: Case, x: Inputs) -> Run:
         if case.direction != "forward":
@@ -158,14 +158,14 @@ def ring(tier: ModuleType, chunks: int = 8) -> Callable[[Case, Inputs], Run]:
 
 
 def step(tier: ModuleType, merge: bool) -> Callable[[Case, Inputs], Run]:
-    """One launch that writes fp32, or merges into what is there: what a ring step costs more."""
+    """Return one launch that writes fp32, or merges into earlier results: the extra cost of a ring step."""
 
     def make(case: Case, x: Inputs) -> Run:
         if case.direction != "forward" or case.pattern not in ("full", "causal"):
             raise Unsupported("epilogues are compared forward, full and causal")
         work, score = prepared(tier, case, case.mask, x.q.device), ScoreMod(case.dims[0] ** -0.5)
         o, lse = tier.forward(x.q, x.k, x.v, work, score)
-        # merging a result with itself leaves it as it is
+        # merging a result with itself does not change it
         launch = tier.forward_launch(x.q, x.k, x.v, o, lse, work, score, merge=merge)
 
         def forward() -> Tensor:
@@ -178,7 +178,7 @@ def step(tier: ModuleType, merge: bool) -> Callable[[Case, Inputs], Run]:
 
 
 def prepared(tier: ModuleType, case: Case, mask: da.Mask, device: torch.device) -> Any:
-    """A kernel's lists of a mask with the case's shapes, on the device."""
+    """Return a kernel's lists of a mask with the case's shapes, on the device."""
     demand = KernelRequirements(case.dtype, *case.dims, device)
     if why_not := tier.unsupported_reason(demand):
         raise Unsupported(why_not)
@@ -186,7 +186,7 @@ def prepared(tier: ModuleType, case: Case, mask: da.Mask, device: torch.device) 
 
 
 def sdpa(backend: SDPBackend) -> Callable[[Case, Inputs], Run]:
-    """PyTorch's scaled_dot_product_attention by one of its backends: full and causal."""
+    """Return PyTorch's scaled_dot_product_attention by one of its backends: full and causal."""
 
     def make(case: Case, x: Inputs) -> Run:
         if case.pattern not in ("full", "causal"):
@@ -204,12 +204,12 @@ def sdpa(backend: SDPBackend) -> Callable[[Case, Inputs], Run]:
 
 
 def flex(case: Case, x: Inputs) -> Run:
-    """FlexAttention, compiled, with the mask as its BlockMask."""
+    """Return compiled FlexAttention, with the mask as its BlockMask."""
     from torch.nn.attention.flex_attention import flex_attention
 
     block_mask = da.block_mask(case.mask, device=x.q.device)
     q, k, v = (heads_first(part) for part in (x.q, x.k, x.v))
-    # a fresh compiler for every case: past its limit of recompilations it would run unfused without a word
+    # a fresh compiler for every case: past its limit of recompilations it would run unfused without a warning
     torch._dynamo.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
 
@@ -220,7 +220,7 @@ def flex(case: Case, x: Inputs) -> Run:
 
 
 def varlen(case: Case, x: Inputs) -> Run:
-    """PyTorch's variable-length flash attention (FlashAttention 2): what cu_seqlens and a window can say."""
+    """Return PyTorch's variable-length flash attention (FlashAttention 2): masks that cu_seqlens and a window can express."""
     from torch.nn.attention.varlen import varlen_attn
 
     cu, longest, _, window = packed(case, x.q.device)
@@ -234,7 +234,7 @@ def varlen(case: Case, x: Inputs) -> Run:
 
 
 def packed(case: Case, device: torch.device) -> tuple[Tensor, int, bool, tuple[int, int]]:
-    """What a varlen kernel is told of the mask: cu_seqlens, longest document, causal, window."""
+    """Return a varlen kernel's description of the mask: cu_seqlens, longest document, causal, window."""
     try:
         ends, longest, causal, window = da.cu_seqlens(case.mask)
     except da.DistattnError as error:
@@ -243,7 +243,7 @@ def packed(case: Case, device: torch.device) -> tuple[Tensor, int, bool, tuple[i
 
 
 def flash2(case: Case, x: Inputs) -> Run:
-    """FlashAttention 2 from its own package."""
+    """Return FlashAttention 2 from its own package."""
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError as error:
@@ -252,29 +252,29 @@ def flash2(case: Case, x: Inputs) -> Run:
     q, k, v = (part.detach() for part in (x.q, x.k, x.v))
 
     def forward() -> Tensor:
-        # with causal the right end of a window is where a query stands
+        # with causal the right end of a window is the query's own place
         return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=causal, window_size=window)
 
     return differentiated(case, forward, (q, k, v), x.do, lambda y: y)
 
 
 def installed_flash3() -> Path | None:
-    """The loadable build inside an installed package flash_attn_3, if there is one."""
+    """Return the loadable build inside an installed package flash_attn_3, or None."""
     spec = importlib.util.find_spec("flash_attn_3")
     folders = spec.submodule_search_locations if spec else None
     return next((file for folder in folders or () for file in sorted(Path(folder).glob("_C*.so"))), None)
 
 
 def flash3(library: Path | None) -> Callable[[Case, Inputs], Run]:
-    """FlashAttention 3 from a loadable build (xformers 0.0.34: flash_attn_3/_C.so), by its operators' own schemas."""
+    """Return FlashAttention 3 from a loadable build (xformers 0.0.34: flash_attn_3/_C.so), by its operators' own schemas."""
 
     def make(case: Case, x: Inputs) -> Run:
-        found = library or installed_flash3()
-        if found is None:
+        build = library or installed_flash3()
+        if build is None:
             raise Unsupported("no build of FlashAttention 3: pass --fa3 PATH/_C.so")
-        # the build finds the CUDA runtime among what is loaded
+        # the build finds the CUDA runtime among the loaded libraries
         ctypes.CDLL("libcudart.so.12", ctypes.RTLD_GLOBAL)
-        torch.ops.load_library(str(found))
+        torch.ops.load_library(str(build))
         cu, longest, _, (left, right) = packed(case, x.q.device)
         causal = (left, right) == (-1, 0)
         values: dict[str, Any] = {
@@ -287,18 +287,18 @@ def flash3(library: Path | None) -> Callable[[Case, Inputs], Run]:
             return lambda: forward()[0]
         o, lse, *_ = forward()
         values |= {"dout": x.do, "out": o, "softmax_lse": lse, "deterministic": False}
-        # some builds fill these, others give their own first
-        made = {"dq": torch.empty_like(x.q), "dk": torch.empty_like(x.k), "dv": torch.empty_like(x.v)}
+        # some builds fill these, others return their own first
+        gradients = {"dq": torch.empty_like(x.q), "dk": torch.empty_like(x.k), "dv": torch.empty_like(x.v)}
         operator = torch.ops.flash_attn_3.bwd.default
-        filled = {argument.name for argument in operator._schema.arguments} >= set(made)
-        backward = by_schema(operator, values | made)
-        return lambda: (lambda found: tuple(made.values()) if filled else tuple(found[:3]))(backward())
+        filled = {argument.name for argument in operator._schema.arguments} >= set(gradients)
+        backward = by_schema(operator, values | gradients)
+        return lambda: (lambda results: tuple(gradients.values()) if filled else tuple(results[:3]))(backward())
 
     return make
 
 
 def tutorial(path: Path | None) -> Callable[[Case, Inputs], Run]:
-    """Triton's own tutorial (06-fused-attention.py): full and causal, as many key heads as query heads."""
+    """Return Triton's own tutorial (06-fused-attention.py): full and causal, as many key heads as query heads."""
 
     def make(case: Case, x: Inputs) -> Run:
         if path is None:
@@ -307,7 +307,7 @@ def tutorial(path: Path | None) -> Callable[[Case, Inputs], Run]:
             raise Unsupported("the tutorial computes full and causal masks of equal heads and dims")
         q, k, v = (heads_first(part) for part in (x.q, x.k, x.v))
         function = loaded(path)._attention
-        # later versions also ask whether to specialise warps
+        # later versions also have an argument for specialised warps
         more = (False,) * (len(inspect.signature(function.forward).parameters) - 6)
 
         def forward() -> Tensor:
@@ -320,7 +320,7 @@ def tutorial(path: Path | None) -> Callable[[Case, Inputs], Run]:
 
 @cache
 def loaded(path: Path) -> ModuleType:
-    """A Python file as a module."""
+    """Load a Python file as a module."""
     spec = importlib.util.spec_from_file_location("triton_tutorial", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -328,16 +328,16 @@ def loaded(path: Path) -> ModuleType:
 
 
 def by_schema(operator: Any, values: dict[str, Any]) -> Callable[[], Any]:
-    """A call of an operator with the named values it knows; its own defaults, or None, for all others."""
-    known = {a.name: values[a.name] for a in operator._schema.arguments if a.name in values}
+    """Return a call of an operator with the named values that it takes; its own defaults, or None, for all others."""
+    arguments = {a.name: values[a.name] for a in operator._schema.arguments if a.name in values}
     others = {a.name: None for a in operator._schema.arguments if a.name not in values and not a.has_default_value()}
-    return lambda: operator(**known, **others)
+    return lambda: operator(**arguments, **others)
 
 
 def differentiated(
     case: Case, forward: Callable[[], Tensor], inputs: tuple[Tensor, ...], do: Tensor, back: Callable[[Tensor], Tensor]
 ) -> Run:
-    """A rival's forward, or its backward alone by autograd; `back` gives tokens first again."""
+    """Return a rival's forward, or its backward alone by autograd; `back` puts tokens first again."""
     if case.direction == "forward":
         return lambda: back(forward())
     for x in inputs:
@@ -347,7 +347,7 @@ def differentiated(
 
 
 def heads_first(x: Tensor) -> Tensor:
-    """(1, heads, tokens, dim), contiguous, a leaf."""
+    """Return (1, heads, tokens, dim), contiguous, a leaf."""
     return x.detach().transpose(0, 1)[None].contiguous()
 
 
@@ -361,7 +361,7 @@ TIERS = {
 
 
 def contestants(fa3: Path | None, tutorial_file: Path | None) -> dict[str, Callable[[Case, Inputs], Run]]:
-    """The tiers beside what others have, in the order of the table."""
+    """Return the tiers and their rivals, in the order of the table."""
     return {
         **{name: ours(tier) for name, tier in TIERS.items()},
         "sdpa cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
@@ -375,11 +375,11 @@ def contestants(fa3: Path | None, tutorial_file: Path | None) -> dict[str, Calla
 
 
 def epilogues() -> dict[str, Callable[[Case, Inputs], Run]]:
-    """What a ring step's result costs more, by tier."""
+    """Return the extra cost of a ring step's result, by tier."""
     return {
-        f"{name}, {what}": run
+        f"{name}, {label}": run
         for name, tier in list(TIERS.items())[:2]
-        for what, run in (
+        for label, run in (
             ("ring of 8", ring(tier)),
             ("fp32 write", step(tier, merge=False)),
             ("fp32 merge", step(tier, merge=True)),
@@ -388,7 +388,7 @@ def epilogues() -> dict[str, Callable[[Case, Inputs], Run]]:
 
 
 def auto_choice(case: Case, device: torch.device) -> str:
-    """The kernel that kernel="auto" takes for such a call, by its trial; or why it takes none."""
+    """Return the kernel that kernel="auto" takes for such a call, by its trial, or why it takes none."""
     (heads, kv_heads), (dim, v_dim) = case.heads, case.dims
     shape = dict(heads=heads, kv_heads=kv_heads, head_dim=dim, v_head_dim=v_dim, dtype=str(case.dtype)[6:])
     plan = da.make_plan(case.mask, da.Layout.contiguous([case.tokens], 1), strategy="ring", **shape)

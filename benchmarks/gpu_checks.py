@@ -248,11 +248,18 @@ def glue_differences(device: torch.device) -> list[str]:
         glue.copy_rows(o[:, 1:3], segment, other[:, :2], index)
         glue.add_rows(o[:, 3:], index, other[:, 3:], segment)
         glue.merge_rows(o, lse, index, other, other_lse, segment)
-        return [o, lse, glue.row_products(other, other)]
+        do, sums = torch.zeros_like(other), torch.zeros_like(lse)
+        glue.copy_rows_with_products(do, sums, index, other, other.flip(0), segment)
+        return [o, lse, glue.row_products(other, other), do, sums]
 
     tensors = torch.randn(1000, 5, 80), torch.randn(1000, 5, 80).bfloat16(), torch.randn(1000, 5), torch.randn(1000, 5)
     tensors[2][::3] = -torch.inf
-    pairs = zip(("o", "lse", "products"), results(device), results(torch.device("cpu")), strict=True)
+    pairs = zip(
+        ("o", "lse", "products", "copied rows", "their products"),
+        results(device),
+        results(torch.device("cpu")),
+        strict=True,
+    )
     return [
         f"rows around kernels: {name} differs"
         for name, a, b in pairs

@@ -61,7 +61,7 @@ class Streams:
         return torch.cuda.stream(stream) if self.cuda else contextlib.nullcontext()
 
     def event(self) -> Any:
-        """What the current stream has been given so far."""
+        """Record an event after what the current stream has been given so far."""
         return torch.cuda.current_stream().record_event() if self.cuda else None
 
 
@@ -76,7 +76,7 @@ class DelayedCopies:
         return Mailbox(self, rank)
 
     def post(self, src: int, dst: int, sends: bool, tensor: Tensor, done: list[Any]) -> None:
-        """One end of a move; it starts when both have been posted. `done` gets the event of its end."""
+        """Post one end of a move; it starts when both have been posted. `done` gets the event of its end."""
         ready = self.streams.event()
         waiting = self.posted[src, dst, not sends]
         if not waiting:
@@ -123,7 +123,7 @@ class Mailbox:
 
 
 def main() -> int:
-    """Parity, host time and overlap of every strategy; exit code 1 where a result is wrong."""
+    """Check parity, and measure host time and overlap of every strategy; exit code 1 where a result is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", choices=("triton", "gluon"), default="triton")
     parser.add_argument("--ranks", type=int, default=8)
@@ -166,14 +166,14 @@ class Case(NamedTuple):
 
     @staticmethod
     def of(tokens: int, dim: int, ranks: int, device: torch.device) -> Case:
-        """In the precision that is used on such a device."""
+        """Return a case in the precision that is used on such a device."""
         lengths = [tokens // 2, tokens // 4, tokens // 8, tokens // 8]
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
         layout = da.Layout.zigzag(lengths, ranks)
         return Case(da.Mask.documents(lengths), layout, random_tensors(tokens, dim, dtype, device))
 
     def plan(self, strategy: str) -> da.Plan:
-        """How a strategy splits it. Raises DistattnError where it cannot."""
+        """Return how a strategy splits it. Raises DistattnError where it cannot."""
         q = self.x["q"]
         shape = dict(heads=HEADS, kv_heads=KV_HEADS, head_dim=q.shape[2], dtype=str(q.dtype)[6:])
         return da.make_plan(self.mask, self.layout, strategy=strategy, **shape)
@@ -197,12 +197,12 @@ class Layer:
         self.steps = sum(len(program.forward) + len(program.backward) for program in self.programs)
 
     def run(self) -> dict[str, Tensor]:
-        """o, dq, dk, dv of the whole axis."""
+        """Return o, dq, dk, dv of the whole axis."""
         shards = self.shards()
         return {name: self.layout.unshard([shard[name] for shard in shards]) for name in ("o", "dq", "dk", "dv")}
 
     def shards(self) -> list[dict[str, Tensor]]:
-        """The same by rank, nothing waited for."""
+        """Run the call on all ranks and return the same by rank, nothing waited for."""
         if self.streams.cuda:
             # inputs come from the stream that is current here
             for stream in self.streams.compute:
@@ -247,7 +247,7 @@ class Layer:
         return (yield from execute.backward(self.programs[rank], transport, self.kernel, *inputs))
 
     def host_microseconds(self) -> float:
-        """Of the executor and all it calls, per rank and step, the device far behind."""
+        """Measure the microseconds of the executor and all it calls, per rank and step, the device far behind."""
         best = float("inf")
         for _ in range(5):
             torch.cuda.synchronize()
@@ -258,7 +258,7 @@ class Layer:
         return best * 1e6 / self.steps
 
     def overlap(self, keep: Path | None) -> float:
-        """The share of the time of copies in which an attention kernel ran too, of any rank, by the profiler's trace."""
+        """Measure the share of the time of copies in which an attention kernel ran too, of any rank, by the profiler's trace."""
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profile:
             self.shards()
@@ -277,7 +277,7 @@ class Layer:
 
 
 def random_tensors(tokens: int, dim: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """q, k, v and do of the whole axis."""
+    """Return random q, k, v and do of the whole axis."""
     generator = torch.Generator(device).manual_seed(0)
     heads = {"q": HEADS, "k": KV_HEADS, "v": KV_HEADS, "do": HEADS}
     return {
@@ -287,7 +287,7 @@ def random_tensors(tokens: int, dim: int, dtype: torch.dtype, device: torch.devi
 
 
 def at_once(mask: da.Mask, x: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The triton kernel on the whole axis."""
+    """Run the triton kernel on the whole axis."""
     device, dim = x["q"].device, x["q"].shape[2]
     plan = Case(mask, da.Layout.contiguous([mask.n], 1), x).plan("ring")
     work = kernel_preparer("triton", kernel_requirements(plan.call, device))(
@@ -302,7 +302,7 @@ def at_once(mask: da.Mask, x: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """NaN in all uninitialised memory."""
+    """Fill all uninitialised memory with NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -315,7 +315,7 @@ def far(got: Tensor, wanted: Tensor) -> float:
 
 
 def too_far(errors: dict[str, float]) -> str:
-    """What is wrong with results that are so far off, or nothing."""
+    """Return what is wrong with results that are so far off, or an empty text."""
     name, error = max(
         errors.items(), key=lambda pair: pair[1] if pair[1] == pair[1] else float("inf"), default=("", 0.0)
     )
@@ -324,7 +324,7 @@ def too_far(errors: dict[str, float]) -> str:
 
 
 def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Disjoint spans of the same time."""
+    """Merge spans of time into disjoint ones."""
     out: list[tuple[float, float]] = []
     for begin, end in sorted(spans):
         if out and begin <= out[-1][1]:

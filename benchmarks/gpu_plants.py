@@ -51,13 +51,13 @@ LONG = 170_000_000
 class Plant(NamedTuple):
     """A tier with a fault. computes: its results are wrong, so that no trial may find it right."""
 
-    what: str
+    fault: str
     tier: ModuleType
     computes: bool
 
 
 def main() -> int:
-    """All faults, one line each; exit code 1 where one is not found."""
+    """Make all faults and print one line for each; exit code 1 where one is not found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--findings", type=Path, help="where they are kept, as JSON lines")
     findings = Findings(parser.parse_args().findings)
@@ -69,7 +69,7 @@ def main() -> int:
         return findings.ended()
     in_kernels(call, findings)
     if device.type == "cpu":
-        findings.left_out("faults of streams", "there are none on a CPU")
+        findings.left_out("faults of streams", "a CPU has no streams")
     else:
         message_not_waited_for(device, findings)
         lists_not_waited_for(device, findings)
@@ -77,7 +77,7 @@ def main() -> int:
 
 
 def in_kernels(call: gpu_checks.Call, findings: Findings) -> None:
-    """Faults of a kernel: found by comparison with fp64, by guards, by a second call, and by the trial of kernel="auto"."""
+    """Make faults in a kernel: comparison with fp64, guards, a second call and the trial of kernel="auto" must find them."""
     masks = dict(list(gpu_checks.masks(call.device).items())[:2])
     # otherwise whatever is planted would be found
     before = [f"{name}: {text}" for name, mask in masks.items() for text in gpu_checks.check(call, mask)]
@@ -90,14 +90,16 @@ def in_kernels(call: gpu_checks.Call, findings: Findings) -> None:
             for name, mask in masks.items()
             for text in gpu_checks.check(call._replace(tier=plant.tier), mask)
         )
-        found = "" if before else next(texts, "")
+        problem = "" if before else next(texts, "")
         if plant.computes:
-            found = found and trials[plant.what] and f'{found}; kernel="auto" does not use it: {trials[plant.what]}'
-        findings.planted(plant.what, found)
+            problem = (
+                problem and trials[plant.fault] and f'{problem}; kernel="auto" does not use it: {trials[plant.fault]}'
+            )
+        findings.planted(plant.fault, problem)
 
 
 def plants(tier: ModuleType, tile: int) -> list[Plant]:
-    """All faults of kernels. tile: keys of the tile that is dropped."""
+    """Return all faults of kernels. tile: keys of the tile that is dropped."""
 
     def fewer_keys(mask: LaunchMask, requirements: KernelRequirements) -> Any:
         bands = mask.bands.copy()
@@ -110,30 +112,30 @@ def plants(tier: ModuleType, tile: int) -> list[Plant]:
         return tier.prepare(mask._replace(bands=bands), requirements)
 
     def scaled(function: Callable[..., Any], at: int) -> Callable[..., Any]:
-        def run(*given: Any, **into: Any) -> Any:
-            score = given[at]._replace(scale=given[at].scale * 1.05)
-            return function(*given[:at], score, *given[at + 1 :], **into)
+        def run(*operands: Any, **into: Any) -> Any:
+            score = operands[at]._replace(scale=operands[at].scale * 1.05)
+            return function(*operands[:at], score, *operands[at + 1 :], **into)
 
         return run
 
-    def overwriting(*given: Any, into: Any = None, add: tuple[bool, bool] = (False, False)) -> Any:
-        return tier.backward(*given) if into is None else tier.backward(*given, into=into, add=(add[0], False))
+    def overwriting(*operands: Any, into: Any = None, add: tuple[bool, bool] = (False, False)) -> Any:
+        return tier.backward(*operands) if into is None else tier.backward(*operands, into=into, add=(add[0], False))
 
-    def writing_beyond(*given: Any, **into: Any) -> Any:
-        grads = tier.backward(*given, **into)
+    def writing_beyond(*operands: Any, **into: Any) -> Any:
+        grads = tier.backward(*operands, **into)
         beyond(grads[1]).fill_(1.0)
         return grads
 
-    def reading_beyond(q: Tensor, k: Tensor, *given: Any, **into: Any) -> Any:
-        o, lse = tier.forward(q, k, *given, **into)
+    def reading_beyond(q: Tensor, k: Tensor, *others: Any, **into: Any) -> Any:
+        o, lse = tier.forward(q, k, *others, **into)
         # as a kernel does that multiplies what it must not see by zero
         o[-1] += beyond(k).float() * 0
         return o, lse
 
     calls = itertools.count()
 
-    def restless(*given: Any, **into: Any) -> Any:
-        o, lse = tier.forward(*given, **into)
+    def restless(*operands: Any, **into: Any) -> Any:
+        o, lse = tier.forward(*operands, **into)
         if next(calls) % 2:
             o[0].copy_(torch.nextafter(o[0], torch.full_like(o[0], torch.inf)))
         return o, lse
@@ -151,19 +153,19 @@ def plants(tier: ModuleType, tile: int) -> list[Plant]:
 
 
 def changed(tier: ModuleType, **functions: Any) -> ModuleType:
-    """A kernel module like another one, but for these functions."""
+    """Return a kernel module like another one, but for these functions."""
     module = ModuleType("planted")
     vars(module).update({name: part for name, part in vars(tier).items() if not name.startswith("__")} | functions)
     return module
 
 
 def beyond(x: Tensor) -> Tensor:
-    """The number after the last one of a tensor that lies in a larger piece of memory."""
+    """Return the number after the last one of a tensor that lies in a larger piece of memory."""
     return torch.as_strided(x, (1,), (1,), x.storage_offset() + x.numel())
 
 
 def faults_by_trial(planted: list[Plant], call: gpu_checks.Call) -> dict[str, str]:
-    """What kernel="auto" finds of tiers with faults beside the one without; nothing of those that it would use."""
+    """Return what kernel="auto" finds of tiers with faults beside the one without; nothing of those that it would use."""
     mask = next(iter(gpu_checks.masks(call.device).values()))
     shape = dict(heads=gpu_checks.HEADS, kv_heads=gpu_checks.KV_HEADS, head_dim=call.dims[0], dtype=str(call.dtype)[6:])
     plan = da.make_plan(mask, da.Layout.contiguous([mask.n], 1), strategy="ring", **shape)
@@ -173,12 +175,12 @@ def faults_by_trial(planted: list[Plant], call: gpu_checks.Call) -> dict[str, st
         trials = local_kernel_trials(plan, 0, kernel_requirements(plan.call, call.device))
     faults = {name: trials[name].fault for name in modules}
     right = {name: fault if fault.startswith("wrong") and chosen == TIER else "" for name, fault in faults.items()}
-    return dict(zip((plant.what for plant in planted), right.values(), strict=True))
+    return dict(zip((plant.fault for plant in planted), right.values(), strict=True))
 
 
 @contextmanager
 def candidates(modules: dict[str, ModuleType], device: torch.device) -> Iterator[None]:
-    """kernel="auto" chooses between these and the real tier, and remembers nothing of it afterwards."""
+    """Let kernel="auto" choose between these and the real tier, and remember nothing of it afterwards."""
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, XDG_CACHE_HOME=folder),
@@ -192,7 +194,7 @@ def candidates(modules: dict[str, ModuleType], device: torch.device) -> Iterator
 
 
 def message_not_waited_for(device: torch.device, findings: Findings) -> None:
-    """A step's messages begin 20 ms late, and are used at once."""
+    """Begin a step's messages 20 ms late, and use them at once."""
     case = Case.of(TOKENS, DIM, RANKS, device)
     wanted = at_once(case.mask, case.x)
     layer = Layer(case.plan("ring"), case.x, Streams(RANKS, device, 20_000.0), TIER)
@@ -211,7 +213,7 @@ def message_not_waited_for(device: torch.device, findings: Findings) -> None:
 
 
 def lists_not_waited_for(device: torch.device, findings: Findings) -> None:
-    """The lists of a program are copied on another stream, 0.1 s late, and a pass begins without waiting for them.
+    """Copy the lists of a program on another stream, 0.1 s late, and begin a pass without waiting for them.
 
     Until then they are zeros: lists of no work.
     """
@@ -234,7 +236,9 @@ def lists_not_waited_for(device: torch.device, findings: Findings) -> None:
         torch.cuda.synchronize()
         return too_far({"o": far(o, wanted)})
 
-    ready, hasty = (Executable(one, key, SingleRankTransport()) for one in (program, replace(program, uploaded=None)))
+    ready, hasty = (
+        Executable(variant, key, SingleRankTransport()) for variant in (program, replace(program, uploaded=None))
+    )
     before = wrong(ready)
     findings.check("a late upload before anything is planted", before)
     findings.planted("lists of runs are read before they have come", "" if before else wrong(hasty))

@@ -39,7 +39,7 @@ TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 
 
 def main() -> int:
-    """All checks, then all times."""
+    """Make all checks, then measure all times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, help="by default 32768 on a GPU")
     parser.add_argument("--heads", type=int, help="by default 32 on a GPU")
@@ -76,12 +76,12 @@ def main() -> int:
 
 
 def fault_of(kernel: str, needed: KernelRequirements, findings: Findings) -> str:
-    """What is wrong with a kernel's results, if anything; where it does not serve the op nothing is looked at."""
-    what = f"kernel {kernel}, {needed.op.name}"
+    """Return what is wrong with a kernel's results, if anything; where it does not serve the op nothing is looked at."""
+    label = f"kernel {kernel}, {needed.op.name}"
     try:
         module = served(kernel, needed)
     except Unsupported as why_not:
-        findings.left_out(what, str(why_not))
+        findings.left_out(label, str(why_not))
         return ""
     try:
         lengths = LENGTHS if needed.device.type == "cuda" else INTERPRETED_LENGTHS
@@ -90,13 +90,13 @@ def fault_of(kernel: str, needed: KernelRequirements, findings: Findings) -> str
         wrong = "" if largest <= allowed else f"it is off by {largest:.1e} (allowed: {allowed:.0e})"
     except Exception as error:
         wrong = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-    findings.check(what, wrong)
-    findings.print_line(f"{what}: {wrong or 'right'}")
+    findings.check(label, wrong)
+    findings.print_line(f"{label}: {wrong or 'right'}")
     return wrong
 
 
 def served(kernel: str, needed: KernelRequirements) -> Any:
-    """The module of a kernel. Raises Unsupported where it is not installed, or does not serve such calls."""
+    """Return the module of a kernel. Raises Unsupported where it is not installed, or does not serve such calls."""
     try:
         module = load_kernel(kernel)
     except DistattnError as error:
@@ -109,9 +109,9 @@ def served(kernel: str, needed: KernelRequirements) -> Any:
 def times(
     case: str, needed: KernelRequirements, tokens: int, heads: int, faults: dict[tuple[str, str], str]
 ) -> list[Cell]:
-    """Every kind of task on one segment, by every kernel whose results were right; faults: by kernel and op."""
-    given = RecurrenceInputs.random((tokens,), heads, heads, needed)
-    x, state, do, dstate = given[:4]
+    """Time every kind of task on one segment, by every kernel whose results were right; faults: by kernel and op."""
+    inputs = RecurrenceInputs.random((tokens,), heads, heads, needed)
+    x, state, do, dstate = inputs[:4]
     tasks: dict[str, Callable[[Any, Any], Any]] = {
         "whole pass": lambda module, schedule: module.forward(x, schedule, state),
         "state pass": lambda module, schedule: module.states(x, schedule, state, True),
@@ -121,19 +121,19 @@ def times(
     cells = []
     repeats = 5 if needed.device.type == "cuda" else 1
     for task, work in tasks.items():
-        makers = {kernel: (lambda work=work, kernel=kernel: runner(work, kernel, given)) for kernel in KERNELS}
+        makers = {kernel: (lambda work=work, kernel=kernel: runner(work, kernel, inputs)) for kernel in KERNELS}
         cells += compare(f"{case}: {task}", makers, lambda kernel: faults[kernel, needed.op.name], repeats=repeats)
     return cells
 
 
-def runner(work: Callable[[Any, Any], Any], kernel: str, given: RecurrenceInputs) -> Callable[[], str]:
+def runner(work: Callable[[Any, Any], Any], kernel: str, inputs: RecurrenceInputs) -> Callable[[], str]:
     """Return a task by a kernel, as something to time, which returns the kernel's name when the device has ended."""
-    module = served(kernel, given.requirements)
-    schedule = given.schedule_of(module)
+    module = served(kernel, inputs.requirements)
+    schedule = inputs.schedule_of(module)
 
     def run() -> str:
         work(module, schedule)
-        if given.requirements.device.type == "cuda":
+        if inputs.requirements.device.type == "cuda":
             torch.cuda.synchronize()
         return kernel
 

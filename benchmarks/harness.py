@@ -95,7 +95,7 @@ def compare(
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine and command, for the record."""
+    """Return versions, machine and command, for the record."""
     versions = {}
     for name in ("torch", "numpy", "triton", "deepspeed", "transformers", "nvidia-resiliency-ext", "torchft"):
         try:
@@ -131,7 +131,7 @@ def write(path: Path, cells: Sequence[Cell], **more: Any) -> None:
 
 
 def table(cells: Sequence[Cell], facts: Mapping[str, Callable[[Any], str]] | None = None) -> str:
-    """The cells as text, the fastest of each case marked; what did not run says why."""
+    """Format the cells as text, the fastest of each case marked; what did not run says why."""
     facts = facts or {}
     width = max(len(cell.contestant) for cell in cells)
     lines = []
@@ -164,7 +164,7 @@ def joined() -> tuple[int, int, torch.device]:
 
 
 def slowest(value: float) -> float:
-    """The largest value of any rank; on all of them the same."""
+    """Return the largest value of any rank; on all of them the same."""
     if not dist.is_initialized():
         return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -179,7 +179,7 @@ def _judge(cell: Cell, check: Callable[[Any], str], result: Any) -> None:
 
 
 def _guarded(cell: Cell, work: Callable[[], Any]) -> None:
-    """Do a contestant's work unless it has failed before; all ranks end with the same status."""
+    """Run a contestant's work unless it has failed before; all ranks end with the same status."""
     if cell.status != "ok":
         return
     try:
@@ -199,16 +199,16 @@ def _guarded(cell: Cell, work: Callable[[], Any]) -> None:
 
 
 def _named(cell: Cell, worst: str) -> str:
-    """The notes of the ranks whose status is the worst, with their numbers where they are not all alike."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (cell.status, cell.note))
-    if len(set(everyone)) == 1:
+    """Return the notes of the ranks whose status is the worst, with their numbers where they are not all alike."""
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (cell.status, cell.note))
+    if len(set(outcomes)) == 1:
         return cell.note
-    return "; ".join(f"rank {rank}: {note}" for rank, (status, note) in enumerate(everyone) if status == worst)
+    return "; ".join(f"rank {rank}: {note}" for rank, (status, note) in enumerate(outcomes) if status == worst)
 
 
 def _timed(work: Callable[[], Any]) -> float:
-    """Seconds of one call (work.calls of them, if it says so), from a common start to the slowest rank's end."""
+    """Measure the seconds of one call (work.calls of them, if it says so), from a common start to the slowest rank's end."""
     if dist.is_initialized():
         dist.barrier()
     _finish()

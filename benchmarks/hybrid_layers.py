@@ -171,7 +171,7 @@ def cell(of_attention: float | None, of_recurrence: float | None, ours: float) -
 
 def fastest(seconds: Iterable[tuple[str, float | None]]) -> tuple[str, float]:
     """Name and seconds of the fastest that is not refused."""
-    return min(((name, one) for name, one in seconds if one is not None), key=lambda named: named[1])
+    return min(((name, time) for name, time in seconds if time is not None), key=lambda named: named[1])
 
 
 def attention(layout: da.Layout, strategy: str, cluster: ClusterSpec) -> float | None:

@@ -99,7 +99,7 @@ def megatron(prefix: str, asked: list[int], cold: bool) -> Callable[[], int]:
 
 
 def drop(prefix: str, cold: bool) -> None:
-    """Have the kernel drop the pages of the tokens where `cold` asks for it."""
+    """Drop the pages of the tokens from the kernel's cache where `cold` asks for it."""
     if cold:
         descriptor = os.open(f"{prefix}.bin", os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

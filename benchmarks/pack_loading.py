@@ -115,10 +115,10 @@ def measure(folder: str, name: str) -> None:
             for rank, of_rank in enumerate(corpora):
                 tokens, mine = layout.tokens(rank), PlannedBatch(batch._pack, [of_rank], "")
                 before = characters_read()
-                pieces: list[np.ndarray] = []
-                busy += timed(lambda mine=mine, tokens=tokens, found=pieces: found.extend(mine.read(tokens)))  # type: ignore[misc]
+                read: list[np.ndarray] = []
+                busy += timed(lambda mine=mine, tokens=tokens, read=read: read.extend(mine.read(tokens)))  # type: ignore[misc]
                 by_system += characters_read() - before - looking
-                assert (pieces[0] == axis[tokens]).all(), "other tokens than numpy reads"
+                assert (read[0] == axis[tokens]).all(), "other tokens than numpy reads"
                 used += 2 * len(tokens)
                 copied += mine.bytes_read
         line(f"CP {RANKS} zigzag{suffix}", f"{used / 2 / busy / 1e6:.0f} million tokens/s")

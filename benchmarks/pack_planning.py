@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def in_a_process(*arguments: object) -> Row:
-    """One contestant in a process of its own, so that its peak memory is its own."""
+    """Run one contestant in a process of its own, so that its peak memory is its own."""
     receive, send = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(target=measure, args=(send, *arguments))
     process.start()
@@ -145,25 +145,25 @@ def measure(send: object, name: str, path: str, context: int, packs: int, caps: 
 def plan(
     corpus: Corpus, context: int, packs: int, caps: dict[str, object], path: str, level: bool = False
 ) -> Callable[[], Steps]:
-    """Our plan, written to a file."""
+    """Make our plan, written to a file."""
     rule = PackRule(context=((0, context),), tokens_per_step=packs * context, level=level, **caps)  # type: ignore[arg-type]
-    made: PackPlan = make_pack_plan(path, [corpus], seed=0, rule=rule, max_epochs=[1.0])
+    pack_plan: PackPlan = make_pack_plan(path, [corpus], seed=0, rule=rule, max_epochs=[1.0])
 
     def steps() -> Steps:
-        for number in range(made.steps):
-            step = made.step(number)
+        for number in range(pack_plan.steps):
+            step = pack_plan.step(number)
             yield step.rows["length"], step.ends
 
     return steps
 
 
 def level_plan(*arguments: object) -> Callable[[], Steps]:
-    """Our plan, with steps of nearly equal work."""
+    """Make our plan, with steps of nearly equal work."""
     return plan(*arguments, level=True)  # type: ignore[arg-type]
 
 
 def concatenated(corpus: Corpus, context: int, packs: int, caps: dict[str, object], path: str) -> Callable[[], Steps]:
-    """Documents shuffled, laid end to end and cut at every pack's end."""
+    """Concatenate shuffled documents and cut them at every pack's end."""
     lengths = corpus.lengths[permuted(np.arange(len(corpus.lengths)), len(corpus.lengths), 0)]
     ends = np.cumsum(lengths, dtype=np.int64)
     bounds = np.union1d(ends, np.arange(context, ends[-1], context))
@@ -179,7 +179,7 @@ def concatenated(corpus: Corpus, context: int, packs: int, caps: dict[str, objec
 
 
 def first_fit(corpus: Corpus, context: int, packs: int, caps: dict[str, object], path: str) -> Callable[[], Steps]:
-    """Documents cut at the context length, shuffled, each in the first pack that has room."""
+    """Cut documents at the context length, shuffle them, and put each in the first pack that has room."""
     lengths = corpus.lengths.astype(np.int64)
     whole, rest = np.divmod(lengths, context)
     pieces = np.concatenate([np.full(whole.sum(), context), rest[rest > 0]])
@@ -202,17 +202,17 @@ CONTESTANTS: dict[str, Callable[..., Callable[[], Steps]]] = {
 
 
 def draw(path: str, documents: int, source: Path | None) -> int:
-    """Write lengths of so many documents as int32. Returns their tokens."""
+    """Write lengths of `documents` documents as int32. Return the sum of their tokens."""
     rng = np.random.default_rng(0)
-    known = np.array(json.loads(source.read_text())) if source else None
+    known_lengths = np.array(json.loads(source.read_text())) if source else None
     tokens = 0
     with open(path, "wb") as file:
         for first in range(0, documents, PART):
             count = min(PART, documents - first)
-            if known is None:
+            if known_lengths is None:
                 lengths = np.exp(np.interp(rng.random(count), QUANTILES, np.log(LENGTHS)))
             else:
-                lengths = rng.choice(known, count) * rng.uniform(0.95, 1.05, count)
+                lengths = rng.choice(known_lengths, count) * rng.uniform(0.95, 1.05, count)
             lengths = np.maximum(lengths, 1).astype(np.int32)
             tokens += int(lengths.sum(dtype=np.int64))
             file.write(lengths.tobytes())
@@ -220,13 +220,13 @@ def draw(path: str, documents: int, source: Path | None) -> int:
 
 
 def print_line(line: str) -> None:
-    """Benchmarks print; the library does not."""
+    """Print a line at once."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
 def _first_fit(lengths: list[int], pack_tokens: int) -> list[list[int]]:
-    """Numbers of the documents of each pack: each document goes into the first pack that has room for it."""
+    """Return the numbers of the documents of each pack: each document goes into the first pack that has room for it."""
     packs: list[list[int]] = []
     # free tokens of the packs opened so far; most of it is never used
     free = np.full(len(lengths), pack_tokens)

@@ -84,14 +84,14 @@ def main() -> None:
 
 
 def planned(mask: da.Mask, layout: da.Layout, strategy: str, heads: int, kv_heads: int) -> da.Plan:
-    """Both tables of one call, bf16, head dim 128."""
+    """Return both tables of one call, bf16, head dim 128."""
     cluster = da.Cluster(layout.ranks // 8, 8) if layout.ranks % 8 == 0 else None
     shape = dict(heads=heads, kv_heads=kv_heads, head_dim=128, dtype="bfloat16", cluster=cluster)
     return da.make_plan(mask, layout, strategy=strategy, **shape)
 
 
 def synthetic(tokens: int, documents: int) -> list[int]:
-    """Log-normal document lengths that add up to `tokens`, seeded."""
+    """Draw log-normal document lengths that add up to `tokens`, seeded."""
     raw = np.random.default_rng(0).lognormal(6.6, 1.6, documents)
     lengths = np.maximum(1, (raw * tokens / raw.sum()).astype(int))
     lengths[lengths.argmax()] += tokens - lengths.sum()
@@ -99,7 +99,7 @@ def synthetic(tokens: int, documents: int) -> list[int]:
 
 
 def best(work: Callable[[], Any]) -> tuple[float, Any]:
-    """(milliseconds of the fastest of a few runs, result)."""
+    """Return (milliseconds of the fastest of a few runs, result)."""
     times = []
     for _ in range(REPEATS):
         began = time.perf_counter()
@@ -109,7 +109,7 @@ def best(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def print_line(line: str) -> None:
-    """Benchmarks print; the library does not."""
+    """Print a line at once."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 

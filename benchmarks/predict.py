@@ -98,11 +98,11 @@ def main() -> int:
 
 
 def predicted(mask: str, direction: str, strategy: str, ranks: int, pool: np.ndarray | None) -> float:
-    """Simulated TFLOP/s per GPU."""
+    """Return simulated TFLOP/s per GPU."""
     n, work, seconds = TOKENS_PER_RANK * ranks, 0.0, 0.0
     for pack in range(PACKS if mask.startswith("documents") else 1):
         lengths = lengths_of(n, pool, pack) if mask.startswith("documents") else [n]
-        made = {
+        global_mask = {
             "full": lambda lengths: da.Mask.full(n),
             "causal": lambda lengths: da.Mask.causal(n),
             "documents, full": lambda lengths: da.Mask.documents(lengths, document_mask="full"),
@@ -115,14 +115,14 @@ def predicted(mask: str, direction: str, strategy: str, ranks: int, pool: np.nda
             else da.Layout.zigzag([n] if len(lengths) == 1 else lengths, ranks)
         )
         cluster = da.Cluster(max(ranks // 8, 1), 8)
-        plan = da.make_plan(made, layout, strategy=strategy, cluster=cluster, **SHAPE)
-        one = getattr(da.simulate(plan, f"h100-{cluster.nodes}x8"), direction)
-        work, seconds = work + one.flops, seconds + one.seconds
+        plan = da.make_plan(global_mask, layout, strategy=strategy, cluster=cluster, **SHAPE)
+        timeline = getattr(da.simulate(plan, f"h100-{cluster.nodes}x8"), direction)
+        work, seconds = work + timeline.flops, seconds + timeline.seconds
     return work / seconds / ranks / 1e12
 
 
 def lengths_of(n: int, pool: np.ndarray | None, seed: int) -> list[int]:
-    """Documents that fill the axis, each at most a quarter of it."""
+    """Draw documents that fill the axis, each at most a quarter of it."""
     generator = np.random.default_rng(seed)
     out: list[int] = []
     while sum(out) < n:
@@ -132,7 +132,7 @@ def lengths_of(n: int, pool: np.ndarray | None, seed: int) -> list[int]:
 
 
 def agreement(guesses: dict[str, list[float]], published: dict[str, tuple[int, ...]]) -> list[bool]:
-    """For pairs of schemes that the publication tells apart by more than 5 %: whether the simulator ranks them so."""
+    """Tell, for pairs of schemes that the publication separates by more than 5 %, whether the simulator ranks them so."""
     names = list(published)
     out = []
     for i in range(len(RANKS)):

@@ -2,7 +2,7 @@
 
     python benchmarks/predict_local.py [--ranks 2 4] [--json FILE]
 
-For each number of ranks the machine is calibrated with so many processes at once (`distattn calibrate`), then one attention
+For each number of ranks the machine is calibrated with that many processes at once (`distattn calibrate`), then one attention
 call of every strategy is measured over gloo and simulated with that description: fp32, 8 query and 4 key/value heads of 64,
 8,192 tokens, a causal axis and a pack of documents. Prints simulated / measured milliseconds and the order of strategies.
 """
@@ -36,7 +36,7 @@ SHAPE = dict(heads=8, kv_heads=4, head_dim=64, dtype="float32")
 
 
 def main() -> int:
-    """Calibrate, measure, compare."""
+    """Compare simulated with measured times, after calibration."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--json", type=Path)
@@ -60,14 +60,14 @@ def main() -> int:
 
 
 def plan_of(pack: str, strategy: str, ranks: int) -> da.Plan:
-    """The same plan on every rank."""
+    """Return the same plan on every rank."""
     lengths = PACKS[pack]
     layout = da.Layout.balanced(lengths, ranks, mask=da.Mask.documents(lengths))
     return da.make_plan(da.Mask.documents(lengths), layout, strategy=strategy, **SHAPE)
 
 
 def measure(file: Path) -> int:
-    """One rank: the median milliseconds of every strategy and pack."""
+    """Measure the median milliseconds of every strategy and pack, as one rank."""
     ranks = int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     dist.init_process_group("gloo")
@@ -83,7 +83,7 @@ def measure(file: Path) -> int:
 
 
 def layer(pack: str, strategy: str, ranks: int) -> Callable[[], None]:
-    """Attention forward and backward of this rank's tokens."""
+    """Return a function that runs attention forward and backward on this rank's tokens."""
     plan = plan_of(pack, strategy, ranks)
     ready = da.prepare(plan)
     tokens = plan.call.layout.shard_sizes()[dist.get_rank()]

@@ -42,34 +42,36 @@ def main() -> None:
         spawn(measure, (folder, options), nprocs=options.ranks)
 
 
-def measure(rank: int, folder: str, given: argparse.Namespace) -> None:
+def measure(rank: int, folder: str, options: argparse.Namespace) -> None:
     """Time all kinds of trainers on this rank; rank 0 prints."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=given.ranks)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=options.ranks)
     huggingface.register()
     cells: list[Cell] = []
     for kind in KINDS:
         torch.manual_seed(0)
         config = LlamaConfig(
-            hidden_size=given.hidden,
-            intermediate_size=3 * given.hidden,
-            num_hidden_layers=given.layers,
+            hidden_size=options.hidden,
+            intermediate_size=3 * options.hidden,
+            num_hidden_layers=options.layers,
             num_attention_heads=8,
             num_key_value_heads=4,
         )
         model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="distattn")
-        case = f"{kind}, {given.ranks} ranks, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters"
-        cells += of_trainer(case, kind, model, given)
+        case = (
+            f"{kind}, {options.ranks} ranks, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters"
+        )
+        cells += of_trainer(case, kind, model, options)
     if rank == 0:
         sys.stdout.write(table(cells) + "\n")
-        if given.out:
-            write(given.out, cells)
+        if options.out:
+            write(options.out, cells)
     dist.destroy_process_group()
 
 
-def of_trainer(case: str, kind: str, model: Any, given: argparse.Namespace) -> list[Cell]:
+def of_trainer(case: str, kind: str, model: Any, options: argparse.Namespace) -> list[Cell]:
     """Time one pass and the whole loss_scale of one trainer."""
-    mesh = init_device_mesh("cpu", (1, given.ranks), mesh_dim_names=("dp", "cp"))
+    mesh = init_device_mesh("cpu", (1, options.ranks), mesh_dim_names=("dp", "cp"))
     reduce: Callable[[], None] | None = None
     if kind == "fsdp2":
         pytorch.shard_parameters(model, mesh)
@@ -85,7 +87,7 @@ def of_trainer(case: str, kind: str, model: Any, given: argparse.Namespace) -> l
     with pytorch.context_parallel(mesh, strategy="ring") as cp:
         # without gradients a driver does not ask for a scale that was measured
         with torch.no_grad():
-            batch = cp.shard({"input_ids": torch.arange(2 * given.ranks)[None]})
+            batch = cp.shard({"input_ids": torch.arange(2 * options.ranks)[None]})
 
         def one_pass() -> float:
             with target.preserve_state():
@@ -94,7 +96,7 @@ def of_trainer(case: str, kind: str, model: Any, given: argparse.Namespace) -> l
 
         contestants = {"a pass": lambda: one_pass, "loss_scale": lambda: lambda: cp.loss_scale(target)}
         return compare(
-            case, contestants, lambda factor: "" if factor >= 1 else f"factor {factor}", repeats=given.repeats
+            case, contestants, lambda factor: "" if factor >= 1 else f"factor {factor}", repeats=options.repeats
         )
 
 

@@ -28,7 +28,7 @@ _TRACKER, _TRACKER_LOOKS = b"multiprocessing.resource_tracker", 40
 
 
 def guard_processes() -> None:
-    """Have all processes that this one starts from now on killed when it ends. Further calls do nothing. Linux alone."""
+    """Let all processes that this one starts from now on be killed when it ends. Further calls do nothing. Linux alone."""
     if os.getpid() in _GUARDED:
         return
     mark = f"guard-{secrets.token_hex(8)}"
@@ -74,7 +74,7 @@ def _is_marked(place: Path, mark: str) -> bool:
         if mark.encode() in ours:
             return True
     with contextlib.suppress(OSError):
-        return any(mark in os.readlink(one) for one in (place / "fd").iterdir())
+        return any(mark in os.readlink(link) for link in (place / "fd").iterdir())
     return False
 
 

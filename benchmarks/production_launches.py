@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
 LENGTHS = (700, 260, 64)
 RANKS = 4
 _TIERS = ("distattn.kernels.triton", "distattn.kernels.gluon")
-_GLUE = ("rows_kernel", "merge_kernel", "products_kernel")
+_GLUE = ("rows_kernel", "merge_kernel", "products_kernel", "rows_with_products_kernel")
 
 
 class ShapeOfCall(NamedTuple):
@@ -69,14 +69,14 @@ def production_launches(
 
     Kernels are those that can serve such calls there; plans are of these strategies and of every backward policy.
     """
-    found: list[tuple[str, TritonLaunch]] = []
+    launches: list[tuple[str, TritonLaunch]] = []
     with _architecture(arch):
         for name in _kernels_of(shape):
-            with _recording(name, found):
+            with _recording(name, launches):
                 for plan in _plans(tuple(strategies), *shape[:5]):
                     for rank in (0, RANKS - 1):
                         _run_layer(plan, rank, name, shape)
-    return [(name, launch) for name, launch in found if launch.grid[0]]
+    return [(name, launch) for name, launch in launches if launch.grid[0]]
 
 
 @contextmanager
@@ -89,14 +89,14 @@ def _architecture(arch: int) -> Iterator[None]:
 
 
 @contextmanager
-def _recording(name: str, found: list[tuple[str, TritonLaunch]]) -> Iterator[None]:
+def _recording(name: str, launches: list[tuple[str, TritonLaunch]]) -> Iterator[None]:
     """Append launches of the block to `found` in place of running them, under the kernel's name or under "glue"."""
     with ExitStack() as patches:
         for tier in (triton_attention, gluon_attention):
-            patches.enter_context(mock.patch.object(tier, "run_launch", lambda launch: found.append((name, launch))))
+            patches.enter_context(mock.patch.object(tier, "run_launch", lambda launch: launches.append((name, launch))))
         patches.enter_context(mock.patch.object(glue, "_on_gpu", lambda x: True))
         for kernel in _GLUE:
-            recorded = _Recorded(getattr(triton_glue, kernel), found)
+            recorded = _Recorded(getattr(triton_glue, kernel), launches)
             patches.enter_context(mock.patch.object(triton_glue, kernel, recorded))
         yield
 
@@ -156,12 +156,12 @@ class _NoTransport:
 class _Recorded:
     """A kernel whose launches are kept instead of run."""
 
-    def __init__(self, kernel: Any, found: list[tuple[str, TritonLaunch]]):
-        self.kernel, self.found = kernel, found
+    def __init__(self, kernel: Any, launches: list[tuple[str, TritonLaunch]]):
+        self.kernel, self.found = kernel, launches
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        def launch(*given: Any, **named: Any) -> None:
-            arguments = dict(zip(self.kernel.arg_names, given, strict=False)) | named
+        def launch(*values: Any, **named: Any) -> None:
+            arguments = dict(zip(self.kernel.arg_names, values, strict=False)) | named
             self.found.append(("glue", TritonLaunch(self.kernel, grid, arguments, {})))
 
         return launch
@@ -184,7 +184,7 @@ def _description(launch: TritonLaunch) -> str:
     usual, *_ = tensors.values()
     # integers are lists of tiles or rows
     types = [f"{name.rstrip('_')}={str(dtype)[6:]}" for name, dtype in tensors.items() if dtype.is_floating_point]
-    types = [str(usual)[6:], *(one for one in types if not one.endswith(f"={str(usual)[6:]}"))]
+    types = [str(usual)[6:], *(part for part in types if not part.endswith(f"={str(usual)[6:]}"))]
     dims = "/".join(str(arguments[name]) for name in ("D0", "E0", "D", "E", "WIDTH") if name in arguments)
     flags = [name.lower() for name, value in arguments.items() if value is True]
     flags += [value for name, value in arguments.items() if isinstance(value, str)]

@@ -68,7 +68,7 @@ WAYS = {
 
 
 def main() -> None:
-    """Spawn the ranks."""
+    """Start the ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--ranks", type=int, default=4)

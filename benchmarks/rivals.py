@@ -41,7 +41,7 @@ TOLERANCE = 2e-4
 
 
 def main() -> None:
-    """Spawn the ranks."""
+    """Start the ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--ranks", type=int, default=4)
@@ -80,7 +80,7 @@ def _rank(rank: int, arguments: argparse.Namespace, store: str, argv: list[str])
 
 
 def cases(tokens: int) -> dict[str, list[int]]:
-    """Document lengths: one causal axis, and a seeded log-normal pack."""
+    """Return document lengths: one causal axis, and a seeded log-normal pack."""
     raw = np.random.default_rng(0).lognormal(0, 1.2, DOCUMENTS)
     pack = np.maximum(1, (raw * tokens / raw.sum()).astype(int))
     pack[pack.argmax()] += tokens - pack.sum()
@@ -88,13 +88,13 @@ def cases(tokens: int) -> dict[str, list[int]]:
 
 
 def make_inputs(tokens: int) -> list[Tensor]:
-    """q, k, v and do of the whole axis (tokens, heads, dim); the same on every rank."""
+    """Return q, k, v and do of the whole axis (tokens, heads, dim); the same on every rank."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(tokens, HEADS, DIM, generator=generator) for _ in range(4)]
 
 
 def wire_bytes() -> dict[str, int]:
-    """What the loopback device has carried so far; all ranks stand still meanwhile."""
+    """Return what the loopback device has carried so far; all ranks stand still meanwhile."""
     dist.barrier()
     lines = Path("/proc/net/dev").read_text().splitlines()
     sent = next(int(line.split(":")[1].split()[8]) for line in lines if line.strip().startswith("lo:"))
@@ -103,7 +103,7 @@ def wire_bytes() -> dict[str, int]:
 
 
 def by_document(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """Causal attention of each document of (tokens, heads, dim), one after another."""
+    """Compute causal attention of each document of (tokens, heads, dim), one after another."""
     parts = []
     for document in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
         heads_first = (x.transpose(0, 1)[None] for x in document)
@@ -130,7 +130,7 @@ class Checker:
 
 
 def ours(lengths: list[int], inputs: list[Tensor], balanced: bool) -> dict[str, Contestant]:
-    """Every strategy, on the layout that suits it."""
+    """Return every strategy, on the layout that suits it."""
 
     def contestant(strategy: str, name: str) -> Contestant:
         def make() -> Any:
@@ -162,7 +162,7 @@ def ours(lengths: list[int], inputs: list[Tensor], balanced: bool) -> dict[str, 
 
 
 def torch_rings(lengths: list[int], inputs: list[Tensor]) -> dict[str, Contestant]:
-    """PyTorch's context_parallel: its public entry, and its ring loop in both rotations on the CPU operators."""
+    """Return PyTorch's context_parallel: its public entry, and its ring loop in both rotations on the CPU operators."""
     return {
         "torch context_parallel": lambda: _torch_public(lengths, inputs),
         "torch ring loop, all-gather": lambda: _torch_loop(lengths, inputs, "allgather"),
@@ -237,7 +237,7 @@ def _torch_loop(lengths: list[int], inputs: list[Tensor], rotation: str) -> Any:
 
 
 def deepspeed(lengths: list[int], inputs: list[Tensor]) -> Contestant:
-    """DeepSpeed's Ulysses, documents one by one in its core."""
+    """Return DeepSpeed's Ulysses, documents one by one in its core."""
 
     def make() -> Any:
         try:

@@ -41,7 +41,7 @@ class Training:
         self._notes = os.open(folder / f"rank-{rank}.steps", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def state(self) -> dict[str, Any]:
-        """What a rank needs to go on."""
+        """Return what a rank needs to go on."""
         return {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -50,36 +50,38 @@ class Training:
         self._optimizer.load_state_dict(state["optimizer"])
 
     def gradients(self, step: int) -> torch.Tensor:
-        """Of this rank's share of the step, behind its loss: what ranks sum."""
+        """Compute the gradients of this rank's share of the step, behind its loss: what ranks sum."""
         mine = torch.randn(_BATCH, _WIDTH, generator=torch.Generator().manual_seed(step * 1000 + self._rank))
         self._optimizer.zero_grad()
         loss = (self._model(mine) - mine.sum(1, keepdim=True).sin()).square().mean()
         loss.backward()
         time.sleep(_SECONDS)
-        return torch.cat([loss.detach().view(1), *(one.grad.flatten() for one in self._model.parameters())])
+        return torch.cat([loss.detach().view(1), *(parameter.grad.flatten() for parameter in self._model.parameters())])
 
     def finish(self, step: int, summed: torch.Tensor) -> None:
         """Take the step with the gradients of all ranks, and note it."""
-        given = list(self._model.parameters())
-        for one, gradient in zip(given, summed[1:].split([one.numel() for one in given]), strict=True):
-            one.grad.copy_(gradient.view_as(one))
+        parameters = list(self._model.parameters())
+        for parameter, gradient in zip(
+            parameters, summed[1:].split([parameter.numel() for parameter in parameters]), strict=True
+        ):
+            parameter.grad.copy_(gradient.view_as(parameter))
         self._optimizer.step()
         os.write(self._notes, f"{time.time()} {os.getpid()} {step} {float(summed[0]).hex()}\n".encode())
 
     def save(self, step: int) -> None:
-        """Write a checkpoint of so many steps."""
+        """Write the checkpoint after `step` steps."""
         aside = self._folder / f"part-{os.getpid()}"
         torch.save(self.state(), aside)
         aside.replace(self._folder / f"{step:08d}.pt")
 
 
 def newest(folder: Path) -> int:
-    """The step of the newest checkpoint, 0 before the first."""
+    """Return the step of the newest checkpoint, 0 before the first."""
     return max((int(file.stem) for file in folder.glob("*.pt")), default=0)
 
 
-def train(folder: str, before: Callable[[str, int], None] = lambda words, step: None) -> None:
-    """Train until somebody ends it. before: hears what a rank is about to do, and the step."""
+def train(folder: str, before: Callable[[str, int], None] = lambda activity, step: None) -> None:
+    """Train until the supervisor ends it. before: is told what a rank is about to do, and the step."""
     dist.init_process_group("gloo")
     training = Training(Path(folder), dist.get_rank())
     begin = [newest(Path(folder))]
@@ -97,15 +99,15 @@ def train(folder: str, before: Callable[[str, int], None] = lambda words, step: 
 
 
 def supervised(folder: str) -> int:
-    """A rank of distattn's supervision."""
+    """Train as a rank of distattn's supervision."""
     from distattn.supervision.heartbeats import set_activity
 
-    train(folder, lambda words, step: set_activity(words, step=step, waits=words.startswith("the sum")))
+    train(folder, lambda activity, step: set_activity(activity, step=step, waits=activity.startswith("the sum")))
     return 0
 
 
 def launch_supervised(folder: str, ranks: str, patience: str) -> None:
-    """distattn's launcher."""
+    """Run distattn's launcher."""
     from distattn.launch.attempts import Attempts
     from distattn.launch.ranks.attempt import Ranks
     from distattn.launch.ranks.supervised import Restarts, run_supervised
@@ -120,16 +122,16 @@ def launch_supervised(folder: str, ranks: str, patience: str) -> None:
 
 
 def monitored(folder: str) -> None:
-    """A rank of ft_launcher, with a heartbeat for each step."""
+    """Train as a rank of ft_launcher, with a heartbeat for each step."""
     from nvidia_resiliency_ext.fault_tolerance import RankMonitorClient
 
     client = RankMonitorClient()
     client.init_workload_monitoring()
-    train(folder, lambda words, step: client.send_heartbeat())
+    train(folder, lambda activity, step: client.send_heartbeat())
 
 
 def replica(folder: str, patience: str) -> None:
-    """One of torchft's replicas, of one rank each: where it is new it takes its state from another one."""
+    """Train as one of torchft's replicas, of one rank each: where it is new it takes its state from another one."""
     from torchft import Manager, ProcessGroupGloo
 
     number = int(os.environ["REPLICA_GROUP_ID"])
@@ -151,7 +153,7 @@ def replica(folder: str, patience: str) -> None:
 
 
 def launch_replicas(folder: str, ranks: str, patience: str) -> None:
-    """torchft's lighthouse, and a torchrun for each replica, as its documents have it."""
+    """Run torchft's lighthouse, and a torchrun for each replica, as its documents have it."""
     from torchft.coordination import LighthouseServer
 
     wait = int(1000 * float(patience))
@@ -160,7 +162,7 @@ def launch_replicas(folder: str, ranks: str, patience: str) -> None:
     address = f"http://localhost:{lighthouse.address().rpartition(':')[2]}"
     for number in range(int(ranks)):
         environment = os.environ | {"TORCHFT_LIGHTHOUSE": address, "REPLICA_GROUP_ID": str(number)}
-        given = [
+        command = [
             *torchrun(1),
             "--redirects",
             "3",
@@ -171,7 +173,7 @@ def launch_replicas(folder: str, ranks: str, patience: str) -> None:
             folder,
             patience,
         ]
-        agent = subprocess.Popen(given, env=environment, stderr=subprocess.PIPE, text=True)
+        agent = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         readers.append(threading.Thread(target=_repeat, args=(f"replica {number}: ", agent)))
         readers[-1].start()
     # the lighthouse ends with this function
@@ -187,12 +189,14 @@ def _repeat(begin: str, agent: subprocess.Popen[str]) -> None:
 
 
 def torchrun(ranks: int, module: str = "torch.distributed.run") -> list[str]:
-    """The command of torchrun, or of what takes its arguments, for ranks of this machine."""
+    """Return the command of torchrun, or of what takes its arguments, for ranks of this machine."""
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--local-addr", "localhost"]
     return [sys.executable, "-m", module, "--nproc-per-node", str(ranks), "--max-restarts", "100", *meeting]
 
 
 if __name__ == "__main__":
     guard_processes()
-    what = {one.__name__: one for one in (train, launch_supervised, monitored, replica, launch_replicas)}
-    what[sys.argv[1]](*sys.argv[2:])
+    commands = {
+        command.__name__: command for command in (train, launch_supervised, monitored, replica, launch_replicas)
+    }
+    commands[sys.argv[1]](*sys.argv[2:])

@@ -81,25 +81,25 @@ class Struck(NamedTuple):
     blamed: tuple[int, ...] = ()
 
 
-def _of_loop(what: str) -> Callable[[Path, argparse.Namespace], Sequence[object]]:
-    return lambda folder, given: [
+def _of_loop(role: str) -> Callable[[Path, argparse.Namespace], Sequence[object]]:
+    return lambda folder, arguments: [
         sys.executable,
         HERE / "supervision_loop.py",
-        what,
+        role,
         folder,
-        given.ranks,
-        given.patience,
+        arguments.ranks,
+        arguments.patience,
     ]
 
 
-def _of_torchrun(folder: Path, given: argparse.Namespace) -> Sequence[object]:
-    return [*torchrun(given.ranks), *_logs(folder), "train", folder]
+def _of_torchrun(folder: Path, arguments: argparse.Namespace) -> Sequence[object]:
+    return [*torchrun(arguments.ranks), *_logs(folder), "train", folder]
 
 
-def _of_nvidia(folder: Path, given: argparse.Namespace) -> Sequence[object]:
-    beats = ["--ft-rank-heartbeat-timeout", given.patience, "--ft-initial-rank-heartbeat-timeout", _START_SECONDS]
+def _of_nvidia(folder: Path, arguments: argparse.Namespace) -> Sequence[object]:
+    beats = ["--ft-rank-heartbeat-timeout", arguments.patience, "--ft-initial-rank-heartbeat-timeout", _START_SECONDS]
     checks = ["--ft-workload-check-interval", 0.5, "--ft-enable-nic-monitor", "False"]
-    return [*torchrun(given.ranks, _NVIDIA), *beats, *checks, *_logs(folder), "monitored", folder]
+    return [*torchrun(arguments.ranks, _NVIDIA), *beats, *checks, *_logs(folder), "monitored", folder]
 
 
 def _logs(folder: Path) -> Sequence[object]:
@@ -120,13 +120,13 @@ RIVALS = {
 class Launch:
     """A supervisor and its ranks, as long as the context lasts."""
 
-    def __init__(self, rival: Rival, folder: Path, given: argparse.Namespace):
-        self._rival, self._folder, self._given = rival, folder, given
-        self._victim = given.ranks - 1
-        paths = [HERE, HERE.parent, *([given.rivals] if given.rivals else [])]
+    def __init__(self, rival: Rival, folder: Path, arguments: argparse.Namespace):
+        self._rival, self._folder, self._arguments = rival, folder, arguments
+        self._victim = arguments.ranks - 1
+        paths = [HERE, HERE.parent, *([arguments.rivals] if arguments.rivals else [])]
         loopback = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": ":".join(map(str, paths))}
         self._process = subprocess.Popen(
-            [str(word) for word in rival.command(folder, given)],
+            [str(word) for word in rival.command(folder, arguments)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -150,7 +150,7 @@ class Launch:
 
     def strike(self, fault: str) -> Struck:
         """Send a signal to the last rank amid two checkpoints, once all ranks train, and see what becomes of it."""
-        begun = {rank: len(self._notes(rank)) for rank in range(self._given.ranks)}
+        begun = {rank: len(self._notes(rank)) for rank in range(self._arguments.ranks)}
 
         def amid_checkpoints() -> bool:
             done = all(len(self._notes(rank)) > begun[rank] + EVERY for rank in begun)
@@ -162,13 +162,13 @@ class Launch:
         victim, at = self._notes(self._victim)[-1], time.time()
         old = {self._notes(rank)[-1].pid for rank in begun}
         os.kill(victim.pid, signal.Signals[fault])
-        done = self._until(lambda: self._notes(self._victim)[-1].pid not in old, self._given.limit)
+        done = self._until(lambda: self._notes(self._victim)[-1].pid not in old, self._arguments.limit)
         self._look()
         after = [(when, line) for when, line in self._lines if when > at]
         blamed = {int(rank) for _, line in after for rank in re.findall(self._rival.blames, line)}
-        alone = [one.at for one in self._notes(0) if one.at > at and one.pid in old and one.step > victim.step + 1]
+        alone = [note.at for note in self._notes(0) if note.at > at and note.pid in old and note.step > victim.step + 1]
         noticed = next((when for when, line in after if _NOTICED.search(line)), None)
-        new = [one for one in self._notes(self._victim) if one.pid not in old and one.at > at]
+        new = [note for note in self._notes(self._victim) if note.pid not in old and note.at > at]
         return Struck(
             None if noticed is None else noticed - at,
             new[0].at - at if done else None,
@@ -178,7 +178,7 @@ class Launch:
         )
 
     def wrong(self) -> str:
-        """What is wrong with the steps that were done again, or nothing."""
+        """Return what is wrong with the steps that were done again, or an empty text."""
         losses: dict[int, str] = {}
         for note in self._notes(0):
             if losses.setdefault(note.step, note.loss) != note.loss:
@@ -186,7 +186,7 @@ class Launch:
         return ""
 
     def said(self) -> str:
-        """The end of what the supervisor has printed."""
+        """Return the end of what the supervisor has printed."""
         return "\n".join(line for _, line in self._lines[-20:])
 
     def _read(self) -> None:
@@ -196,11 +196,11 @@ class Launch:
 
     def _notes(self, rank: int) -> list[Note]:
         file = self._folder / f"rank-{rank}.steps"
-        words = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
-        return [Note(float(at), int(pid), int(step), loss) for at, pid, step, loss in words]
+        fields = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+        return [Note(float(at), int(pid), int(step), loss) for at, pid, step, loss in fields]
 
     def _until(self, condition: Callable[[], bool], seconds: float) -> bool:
-        """Whether it becomes so in time, and before the supervisor ends."""
+        """Wait until the condition holds, in time and before the supervisor ends; return whether it does."""
         ends = time.monotonic() + seconds
         while time.monotonic() < ends and self._process.poll() is None:
             if condition():
@@ -214,46 +214,46 @@ class Launch:
             self._seen |= set(psutil.Process(self._process.pid).children(recursive=True))
 
 
-def measured(name: str, given: argparse.Namespace, folder: Path) -> list[Cell]:
-    """A contestant with both faults, in as few launches as can be."""
+def measured(name: str, arguments: argparse.Namespace, folder: Path) -> list[Cell]:
+    """Measure a contestant with both faults, in as few launches as can be."""
     rival = RIVALS[name]
-    found: dict[str, list[Struck]] = {fault: [] for fault in given.faults}
+    outcomes: dict[str, list[Struck]] = {fault: [] for fault in arguments.faults}
     if importlib.util.find_spec(rival.module) is None:
         note = f"{rival.module} is not there: see --rivals"
-        return [Cell(fault, name, "unsupported", note) for fault in given.faults]
+        return [Cell(fault, name, "unsupported", note) for fault in arguments.faults]
     note, launches = "", 0
-    while not note and (left := [fault for fault in given.faults if _is_left(found[fault], given.repeats)]):
+    while not note and (left := [fault for fault in arguments.faults if _is_left(outcomes[fault], arguments.repeats)]):
         launches += 1
         (here := folder / f"{launches}").mkdir(parents=True)
-        with Launch(rival, here, given) as launch:
-            for fault in [one for _ in range(given.repeats) for one in left]:
-                if _is_left(found[fault], given.repeats):
-                    sys.stderr.write(f"{name}: {fault} {len(found[fault]) + 1} of {given.repeats}\n")
-                    found[fault].append(launch.strike(fault))
-                    if found[fault][-1].again is None:
+        with Launch(rival, here, arguments) as launch:
+            for fault in [fault_left for _ in range(arguments.repeats) for fault_left in left]:
+                if _is_left(outcomes[fault], arguments.repeats):
+                    sys.stderr.write(f"{name}: {fault} {len(outcomes[fault]) + 1} of {arguments.repeats}\n")
+                    outcomes[fault].append(launch.strike(fault))
+                    if outcomes[fault][-1].again is None:
                         # nothing trains there any more
                         break
             note = launch.wrong() if rival.repeats else ""
-    return [_cell(name, fault, found[fault], note, given) for fault in given.faults]
+    return [_cell(name, fault, outcomes[fault], note, arguments) for fault in arguments.faults]
 
 
 def _is_left(struck: Sequence[Struck], repeats: int) -> bool:
     return len(struck) < repeats and (not struck or struck[-1].again is not None)
 
 
-def _cell(name: str, fault: str, struck: Sequence[Struck], note: str, given: argparse.Namespace) -> Cell:
-    """One line of the record."""
+def _cell(name: str, fault: str, struck: Sequence[Struck], note: str, arguments: argparse.Namespace) -> Cell:
+    """Return one line of the record."""
     facts = {
-        "noticed": _known(one.noticed for one in struck),
-        "lost": _known(one.lost for one in struck),
-        "alone": _known(one.alone for one in struck),
-        "blamed": [list(one.blamed) for one in struck],
-        "victim": given.ranks - 1,
-        "ranks": given.ranks,
-        "patience": given.patience,
-        "limit": given.limit,
+        "noticed": _known(outcome.noticed for outcome in struck),
+        "lost": _known(outcome.lost for outcome in struck),
+        "alone": _known(outcome.alone for outcome in struck),
+        "blamed": [list(outcome.blamed) for outcome in struck],
+        "victim": arguments.ranks - 1,
+        "ranks": arguments.ranks,
+        "patience": arguments.patience,
+        "limit": arguments.limit,
     }
-    return Cell(fault, name, "wrong" if note else "ok", note, _known(one.again for one in struck), facts)
+    return Cell(fault, name, "wrong" if note else "ok", note, _known(outcome.again for outcome in struck), facts)
 
 
 def _known(values: Iterable[float | None]) -> list[float]:
@@ -261,7 +261,7 @@ def _known(values: Iterable[float | None]) -> list[float]:
 
 
 def line(cell: Cell) -> str:
-    """A row of the table."""
+    """Format a row of the table."""
     if cell.status != "ok":
         return f"| {cell.contestant} | {cell.case} | {cell.status}: {cell.note} | | | |"
     facts = cell.facts
@@ -276,7 +276,7 @@ def line(cell: Cell) -> str:
     if facts["alone"]:
         again += f"; the others alone: {median(facts['alone'])}"
     blamed = sorted({rank for ranks in facts["blamed"] for rank in ranks})
-    whom = "nobody" if not blamed else "it" if blamed == [facts["victim"]] else f"ranks {blamed}"
+    whom = "no rank" if not blamed else "it" if blamed == [facts["victim"]] else f"ranks {blamed}"
     lost = median(facts["lost"], "{:.0f}") if facts["lost"] else "-"
     return f"| {cell.contestant} | {cell.case} | {median(facts['noticed'])} | {again} | {lost} | {whom} |"
 
@@ -290,20 +290,20 @@ def main() -> int:
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS)
     parser.add_argument("--only", nargs="+", choices=RIVALS, default=list(RIVALS))
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
-    if given.rivals:
-        sys.path.append(str(given.rivals))
+    arguments = parser.parse_args()
+    if arguments.rivals:
+        sys.path.append(str(arguments.rivals))
     sys.stdout.write("| what | fault | noticed | trains again | steps lost | names |\n|---|---|---|---|---|---|\n")
     failed = False
-    for name in given.only:
+    for name in arguments.only:
         with tempfile.TemporaryDirectory() as folder:
-            cells = measured(name, given, Path(folder))
+            cells = measured(name, arguments, Path(folder))
         for cell in cells:
             sys.stdout.write(f"{line(cell)}\n")
             failed |= cell.status == "wrong"
         sys.stdout.flush()
-        if given.out:
-            write(given.out, cells)
+        if arguments.out:
+            write(arguments.out, cells)
     return int(failed)
 
 

@@ -46,7 +46,9 @@ def main() -> None:
             file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
         trained = train(texts, arguments.vocabulary)
         trained.save(str(folder / "tokenizer.json"))
-        expected = np.concatenate([one.ids for one in trained.encode_batch_fast(texts, add_special_tokens=False)])
+        expected = np.concatenate(
+            [encoding.ids for encoding in trained.encode_batch_fast(texts, add_special_tokens=False)]
+        )
         contestants: dict[str, Callable[[], Callable[[], object]]] = {
             "distattn, 1 process": lambda: ours(folder, "tokenizer.json", 1),
             "distattn, 2 processes": lambda: ours(folder, "tokenizer.json", 2),
@@ -92,12 +94,12 @@ def main() -> None:
 
 
 def cpu_time() -> dict[str, int]:
-    """Milliseconds on all cores so far, by this process and those that it waited for; other work does not count."""
+    """Return milliseconds on all cores so far, by this process and those that it waited for; other work does not count."""
     return {"cpu_ms": int(1e3 * sum(os.times()[:4]))}
 
 
 def sources(size: int) -> list[str]:
-    """The standard library's sources that are UTF-8, again and again until there are so many bytes."""
+    """Return the standard library's sources that are UTF-8, again and again until they have `size` bytes."""
     texts: list[str] = []
     files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
     files = [file for file in files if "site-packages" not in file.parts]
@@ -114,7 +116,7 @@ def sources(size: int) -> list[str]:
 
 
 def train(texts: list[str], vocabulary: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE of the first texts."""
+    """Train a byte-level BPE on the first texts."""
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
@@ -124,7 +126,7 @@ def train(texts: list[str], vocabulary: int) -> tokenizers.Tokenizer:
 
 
 def ours(folder: Path, tokenizer: str, processes: int) -> Callable[[], Callable[[], np.ndarray]]:
-    """The whole command, each time anew; what it wrote is read when it is checked."""
+    """Run the whole command, each time anew; what it wrote is read when it is checked."""
     prefix = str(folder / f"ours-{tokenizer}-{processes}")
     name = tokenizer if tokenizer == "bytes" else str(folder / tokenizer)
 
@@ -138,19 +140,19 @@ def ours(folder: Path, tokenizer: str, processes: int) -> Callable[[], Callable[
 
 
 def encode_batch(trained: tokenizers.Tokenizer, texts: list[str], parallel: str) -> Callable[[], int]:
-    """The library alone: no file is read or written, and no id is looked at."""
+    """Encode by the library alone: no file is read or written, and no id is looked at."""
 
     def run() -> int:
         os.environ["TOKENIZERS_PARALLELISM"] = parallel
         batches = range(0, len(texts), 64)
         encoded = (trained.encode_batch_fast(texts[start : start + 64], add_special_tokens=False) for start in batches)
-        return sum(len(one) for batch in encoded for one in batch)
+        return sum(len(encoding) for batch in encoded for encoding in batch)
 
     return run
 
 
 def megatron(folder: Path, trained: tokenizers.Tokenizer) -> Callable[[], Callable[[], np.ndarray]]:
-    """One document after the other through Megatron's own builder."""
+    """Write one document after the other through Megatron's own builder."""
     try:
         import torch
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
@@ -171,7 +173,7 @@ def megatron(folder: Path, trained: tokenizers.Tokenizer) -> Callable[[], Callab
 
 
 def datatrove(folder: Path) -> Callable[[], Callable[[], np.ndarray]]:
-    """datatrove's own pipeline, without its shuffling."""
+    """Run datatrove's own pipeline, without its shuffling."""
     if importlib.util.find_spec("datatrove") is None:
         raise Unsupported("datatrove is not installed: pip install 'datatrove[processing,io]'")
     from datatrove.executor import LocalPipelineExecutor
@@ -194,7 +196,7 @@ def datatrove(folder: Path) -> Callable[[], Callable[[], np.ndarray]]:
 
 
 def print_line(line: str) -> None:
-    """Progress goes to the error stream."""
+    """Print progress to the error stream."""
     sys.stderr.write(line + "\n")
 
 

@@ -1,4 +1,4 @@
-"""A training run whose ranks are killed and hang again and again ends with the curve and the checkpoint of one nobody disturbed.
+"""Check that a run whose ranks are killed and hang again and again ends with the curve and checkpoint of an undisturbed one.
 
     python benchmarks/trainer_kills.py [--kills 200] [--hangs 20] [--seed 1] [--ranks 2] [--strategy ring]
         [--patience 5] [--folder FOLDER]
@@ -107,7 +107,7 @@ class Fault(NamedTuple):
 
 
 class FaultReport(NamedTuple):
-    """What was done. runs: so many came to their end, and were compared."""
+    """What was done. runs: how many came to their end, and were compared."""
 
     faults: list[Fault]
     runs: int
@@ -117,9 +117,9 @@ class FaultReport(NamedTuple):
 class Launch:
     """`distattn train` or `distattn resume` in a forked process. Output goes to a file."""
 
-    def __init__(self, words: Sequence[str], run: RunFolder, ranks: int, log: Path):
+    def __init__(self, command: Sequence[str], run: RunFolder, ranks: int, log: Path):
         self._attempts, self._number, self._log = Attempts(run.attempts), ranks, log
-        self._launcher = multiprocessing.get_context("fork").Process(target=_launcher, args=(list(words), log))
+        self._launcher = multiprocessing.get_context("fork").Process(target=_launcher, args=(list(command), log))
         self._launcher.start()
         self._ranks: dict[int, Heartbeat] = {}
 
@@ -134,7 +134,7 @@ class Launch:
         return [row for row in self._attempts.rows() if "why" in row]
 
     def until(self, condition: Callable[[dict[int, Heartbeat]], bool]) -> dict[int, Heartbeat] | None:
-        """What the ranks tell, once it is so; None where the command ends before."""
+        """Wait until the condition holds and return what the ranks tell; None where the command ends before."""
         ends = time.monotonic() + LIMIT_SECONDS
         while self.exit_code is None:
             beats = self._attempts.beats() or {}
@@ -153,7 +153,7 @@ class Launch:
             os.kill(pid, number)
 
     def wait(self) -> int:
-        """The command's exit code, once all its processes have ended."""
+        """Wait until all processes of the command have ended; return its exit code."""
         self._launcher.join(LIMIT_SECONDS)
         assert self.exit_code is not None, f"the launcher hangs: {self.said()}"
         ends = time.monotonic() + LIMIT_SECONDS
@@ -163,12 +163,12 @@ class Launch:
         return self.exit_code
 
     def said(self) -> str:
-        """What the command and its ranks have printed."""
+        """Return what the command and its ranks have printed."""
         return self._log.read_text("utf-8", "replace")
 
 
 class Faults:
-    """Runs that are killed, and hang, until they have come to their end, and compared with one that nobody disturbed."""
+    """Runs that are killed, and hang, until they have come to their end, and compared with an undisturbed one."""
 
     def __init__(self, folder: Path, seed: int, ranks: int, strategy: str, patience: float):
         self._folder, self._random, self._ranks = folder, random.Random(seed), ranks
@@ -191,7 +191,7 @@ class Faults:
         self._seconds = time.monotonic() - began
 
     def until_done(self, kills: int, hangs: int) -> None:
-        """One run, with at most so many kills and hangs; then it comes to its end, and is compared."""
+        """Finish one run, with at most `kills` kills and `hangs` hangs before its end, and compare it."""
         self.runs += 1
         run, launches = RunFolder(self._folder / f"run-{self.runs}"), 0
         planned = [*["kill"] * min(kills, _MOST_OF_A_RUN), *["hang"] * min(hangs, _MOST_OF_A_RUN)]
@@ -221,7 +221,7 @@ class Faults:
         return ["train", str(self._config_file), f"--run.folder={run.folder}"]
 
     def _kill(self, launch: Launch, run: RunFolder) -> Fault | None:
-        """Kill somebody; None where the command ended before."""
+        """Kill a rank or the launcher; None where the command ended before."""
         victim = self._random.choice([*range(self._ranks), *range(self._ranks), -1])
         moment = self._random.choice(("any", "save", self._random.choice(_MOMENTS)))
         if launch.until(lambda beats: True) is None:
@@ -238,7 +238,7 @@ class Faults:
         return self._seen(launch, run, victim, moment, ended)
 
     def _hang(self, launch: Launch, run: RunFolder) -> Fault | None:
-        """Have a rank hang; None where the command ended before."""
+        """Let a rank hang; None where the command ended before."""
         victim, kind = self._random.randrange(self._ranks), _HANGS[self._hung % len(_HANGS)]
         if launch.until(lambda beats: True) is None:
             return None
@@ -260,7 +260,7 @@ class Faults:
         return self._seen(launch, run, victim, kind, ended)
 
     def _seen(self, launch: Launch, run: RunFolder, victim: int, moment: str, ended: int) -> Fault | None:
-        """What became of a fault that was just done, once the ranks train again; checks that it was named."""
+        """Return what became of a fault that was just done, once the ranks train again; check that it was named."""
         began = time.monotonic()
         noticed = resumed = None
         if victim < 0:
@@ -284,13 +284,15 @@ class Faults:
             last = before[ended]["attempt"]
             launch.until(lambda beats: all(beat.attempt > last and beat.step >= 0 for beat in beats.values()))
             resumed = time.monotonic() - began
-        steps = [one.step for one in list_checkpoints(run.checkpoints)] if run.checkpoints.exists() else []
+        steps = (
+            [checkpoint.step for checkpoint in list_checkpoints(run.checkpoints)] if run.checkpoints.exists() else []
+        )
         name = "launcher" if victim < 0 else f"rank {victim}"
         return Fault(name, moment, max(steps, default=0), bool(_unfinished(run)), noticed, resumed)
 
 
 def tiny_config(text: Path, ranks: int, strategy: str, patience: float) -> Config:
-    """A run of some seconds that saves every second step, and evaluates."""
+    """Return a run of some seconds that saves every second step, and evaluates."""
     model = ModelConfig(
         num_layers=1, hidden_size=16, num_attention_heads=ranks, num_key_value_heads=1, intermediate_size=24
     )
@@ -320,13 +322,14 @@ def compare_runs(run: RunFolder, wanted: RunFolder) -> None:
         assert run.losses(split) == wanted.losses(split), f"{run.folder}: {split} losses differ"
     for step in range(STEPS):
         pieces, others = (
-            [_without(row, _PLACES) for row in documents_of_step(one.documents_file, step)] for one in (run, wanted)
+            [_without(row, _PLACES) for row in documents_of_step(run_folder.documents_file, step)]
+            for run_folder in (run, wanted)
         )
         assert pieces == others, f"{run.folder}: step {step} was trained on other documents"
     assert _digests(run) == _digests(wanted), f"{run.folder}: the last checkpoint has other bytes"
     names = sorted(os.listdir(run.checkpoints))
     assert names == sorted(os.listdir(wanted.checkpoints)), f"{run.folder}: {names} are left in checkpoints"
-    files, expected = ({name for name in os.listdir(one.folder)} for one in (run, wanted))
+    files, expected = ({name for name in os.listdir(run_folder.folder)} for run_folder in (run, wanted))
     # that a run was resumed is written down, and its configurations are kept
     left = {name for name in files - expected if name != "events.jsonl" and not name.startswith("config.until-")}
     assert not left and not expected - files, f"{run.folder}: {left} are left, {expected - files} are missing"
@@ -335,7 +338,7 @@ def compare_runs(run: RunFolder, wanted: RunFolder) -> None:
 def run_faults(
     kills: int, hangs: int, seed: int, ranks: int, strategy: str, patience: float, folder: Path
 ) -> FaultReport:
-    """Kill ranks and launchers so many times, and have so many ranks hang."""
+    """Kill ranks and launchers `kills` times, and let ranks hang `hangs` times."""
     for name in _LATE_IMPORTS:
         importlib.import_module(name)
     # a forked process must not use the parent's pool
@@ -369,8 +372,8 @@ def rank(folder: str, json_lines: bool, proposed: str = "") -> int:
     # a network that takes messages and does not bring them
     GroupTransport.exchange = lose  # type: ignore[method-assign]
 
-    def write_and_hang(words: str, step: int, *fields: Any) -> None:
-        write(words, step, *fields)
+    def write_and_hang(activity: str, step: int, *fields: Any) -> None:
+        write(activity, step, *fields)
         if step >= 0 and not first:
             first.append(step)
         # in the first steps of an attempt ranks are given longer
@@ -380,7 +383,7 @@ def rank(folder: str, json_lines: bool, proposed: str = "") -> int:
             except FileNotFoundError:
                 # none, or the other rank's, which has just taken it
                 return
-            if fault["rank"] == int(os.environ["RANK"]) and _WORDS[fault["kind"]] in words:
+            if fault["rank"] == int(os.environ["RANK"]) and _WORDS[fault["kind"]] in activity:
                 planted.unlink()
                 if fault["kind"] == "message":
                     lost.set()
@@ -392,7 +395,7 @@ def rank(folder: str, json_lines: bool, proposed: str = "") -> int:
 
 
 def _stand_still(kind: str) -> None:
-    """Never returns."""
+    """Block for ever."""
     if kind == "lock":
         lock = threading.Lock()
         lock.acquire()
@@ -402,18 +405,18 @@ def _stand_still(kind: str) -> None:
             # a call that keeps the interpreter to itself; a signal ends one of them
             ctypes.PyDLL(None).sleep(1000)
     if kind == "read":
-        # a pipe into which nobody writes
+        # a pipe into which no process writes
         os.read(os.pipe()[0], 1)
 
 
-def _launcher(words: list[str], log: Path) -> None:
+def _launcher(command: list[str], log: Path) -> None:
     die_with_launcher(os.getppid())
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(output, stream)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(output), "w", buffering=1) for _ in range(2))
     run_locally.RANK = "trainer_kills:rank"
-    code = cli.main(words)
+    code = cli.main(command)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -435,7 +438,7 @@ def _without(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _digests(run: RunFolder) -> dict[str, Any]:
-    """Of the files of the last step's tensors, by their names."""
+    """Return the digests of the files of the last step's tensors, by their names."""
     manifest = json.loads((run.checkpoints / f"step-{STEPS:08d}" / "manifest.json").read_text("utf-8"))
     return {file["name"]: file["blocks"] for file in manifest["files"] if file["name"].endswith(".distcp")}
 
@@ -449,29 +452,37 @@ def main() -> int:
     # less than ranks of a real run get: a step takes a tenth of a second
     parser.add_argument("--patience", type=float, default=5, help="seconds without a heartbeat that are a hang")
     parser.add_argument("--folder", type=Path, help="an empty folder to work in; by default a temporary one")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     with contextlib.ExitStack() as stack:
-        folder = given.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        found = run_faults(given.kills, given.hangs, given.seed, given.ranks, given.strategy, given.patience, folder)
+        folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        report = run_faults(
+            arguments.kills,
+            arguments.hangs,
+            arguments.seed,
+            arguments.ranks,
+            arguments.strategy,
+            arguments.patience,
+            folder,
+        )
     for name, faults in (
-        ("kills", [fault for fault in found.faults if fault.moment not in _HANGS]),
-        ("hangs", [fault for fault in found.faults if fault.moment in _HANGS]),
+        ("kills", [fault for fault in report.faults if fault.moment not in _HANGS]),
+        ("hangs", [fault for fault in report.faults if fault.moment in _HANGS]),
     ):
         counts = Counter(f"{fault.victim}" for fault in faults), Counter(fault.moment for fault in faults)
-        words = (", ".join(f"{number} {what}" for what, number in sorted(count.items())) for count in counts)
-        sys.stdout.write(f"{len(faults)} {name}: {'; '.join(words)}\n")
-        for what, seconds in (
+        texts = (", ".join(f"{number} {label}" for label, number in sorted(count.items())) for count in counts)
+        sys.stdout.write(f"{len(faults)} {name}: {'; '.join(texts)}\n")
+        for label, seconds in (
             ("noticed", [fault.noticed for fault in faults if fault.noticed is not None]),
             ("all ranks in a step again", [fault.resumed for fault in faults if fault.resumed is not None]),
         ):
             if seconds:
                 sys.stdout.write(
-                    f"  {what} after {statistics.median(seconds):.2f} s (median), {max(seconds):.2f} s (most)\n"
+                    f"  {label} after {statistics.median(seconds):.2f} s (median), {max(seconds):.2f} s (most)\n"
                 )
     sys.stdout.write(
-        f"{sum(fault.amid_save for fault in found.faults)} left a part of a save, "
-        f"{sum(not fault.step for fault in found.faults)} came before the first checkpoint. All ranks were named.\n"
-        f"{found.runs} runs of {STEPS} steps came to their end in {found.seconds:.0f} s: curves, losses by position, "
+        f"{sum(fault.amid_save for fault in report.faults)} left a part of a save, "
+        f"{sum(not fault.step for fault in report.faults)} came before the first checkpoint. All ranks were named.\n"
+        f"{report.runs} runs of {STEPS} steps came to their end in {report.seconds:.0f} s: curves, losses by position, "
         "documents and the last checkpoint's digests are those of an undisturbed run, and nothing was left over.\n"
     )
     return 0

@@ -123,7 +123,7 @@ def verdict(outcomes: Sequence[Outcome], without: str) -> tuple[str, bool]:
 
 
 def speed_sentence(cases: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Say what "auto" chooses, how fast that is, and how fast beside the fastest of the others."""
+    """Describe what "auto" chooses, how fast that is, and how fast beside the fastest of the others."""
     choices = Counter(filter(None, (chosen(cells) for cells in cases.values())))
     if not choices:
         return "Nothing about speed was measured."

@@ -62,6 +62,21 @@ def row_products(do_THE: Tensor, o_THE: Tensor) -> Tensor:
     return torch.ops.distattn.row_products(do_THE, o_THE)  # type: ignore[no-any-return]
 
 
+def copy_rows_with_products(
+    target: Tensor,
+    products: Tensor,
+    target_rows: RowSelection,
+    do_THE: Tensor,
+    o_THE: Tensor,
+    source_rows: RowSelection,
+) -> None:
+    """Set target[target_rows] = dO[source_rows] and products[target_rows] = rowsum(dO * O)[source_rows], in their dtypes."""
+    count = _count(target_rows, source_rows)
+    torch.ops.distattn.copy_rows_with_products(
+        target, products, *target_rows[::2], do_THE, o_THE, *source_rows[::2], count
+    )
+
+
 def _count(a: RowSelection, b: RowSelection) -> int:
     assert a.size == b.size, "both sides have the same number of rows"
     return a.size
@@ -74,6 +89,11 @@ torch.library.define(
     "distattn::merge_rows",
     "(Tensor(a!) o, Tensor(b!) lse, int start, Tensor? index, Tensor other_o, Tensor other_lse, int other_start,"
     " Tensor? other_index, int count) -> ()",
+)
+torch.library.define(
+    "distattn::copy_rows_with_products",
+    "(Tensor(a!) target, Tensor(b!) products, int start, Tensor? index, Tensor do, Tensor o, int source_start,"
+    " Tensor? source_index, int count) -> ()",
 )
 torch.library.define("distattn::row_products", "(Tensor do, Tensor o) -> Tensor")
 
@@ -126,6 +146,20 @@ def _merge_rows(o, lse, start, index, other_o, other_lse, other_start, other_ind
     # an index gives copies where a slice gives views
     if index is not None:
         o[at], lse[at] = held
+    return None
+
+
+@torch.library.impl("distattn::copy_rows_with_products", "CompositeExplicitAutograd")
+@on_device_of_tensors
+def _copy_rows_with_products(target, products, start, index, do, o, source_start, source_index, count) -> None:  # noqa: ANN001
+    if _on_gpu(o) and o.dtype != torch.float64:
+        from distattn.kernels.triton.glue import run_rows_with_products
+
+        return run_rows_with_products(target, products, start, index, do, o, source_start, source_index, count)
+    at = _key(start, index, count)
+    do, o = _read(do, source_start, source_index, count), _read(o, source_start, source_index, count)
+    target[at] = do.to(target.dtype)
+    products[at] = (do.to(products.dtype) * o.to(products.dtype)).sum(-1)
     return None
 
 

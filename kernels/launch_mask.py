@@ -35,9 +35,10 @@ class LaunchMask(NamedTuple):
     # query heads per key/value head, and the position of the call's first query head in its group
     group_size: int
     first_head: int = 0
-    # messages of the same step are in flight while the call runs, so the communicator's kernels hold some multiprocessors;
-    # messages of other micro-batches and of other groups are not counted
+    # messages of the same step are in flight while the call runs, so the communicator's kernels hold some multiprocessors
     overlaps_messages: bool = False
+    # the job has several ranks, so messages that the plan does not know may be in flight, of FSDP or of other micro-batches
+    in_larger_job: bool = False
 
     @staticmethod
     def from_mask(mask: Mask, heads: int, kv_heads: int) -> LaunchMask:

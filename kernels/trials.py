@@ -149,7 +149,7 @@ def crop_launch(mask: LaunchMask, rows: slice, keys: slice, heads: int) -> Launc
     sizes = rows.stop - rows.start, keys.stop - keys.start
     kv_heads = -(-(mask.first_head + heads) // mask.group_size)
     counts = sizes + (heads, kv_heads, mask.group_size, mask.first_head)
-    return LaunchMask(bands, band_heads, shift, *counts, mask.overlaps_messages)
+    return LaunchMask(bands, band_heads, shift, *counts, mask.overlaps_messages, mask.in_larger_job)
 
 
 def run_trial(

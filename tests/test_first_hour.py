@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[1]
                 "another plan ... found: rank 1 plans a different call",
                 "message of ring is altered on its way ... found: ring is wrong: rank 0: ",
                 "message of ulysses is altered on its way ... found: ulysses is wrong: rank ",
-                "used again before it was waited for ... found: ring is wrong: rank 0: ",
+                "used again before the wait ... found: ring is wrong: rank 0: ",
                 "; rank 1: ",
                 "state of a recurrent layer is altered on its way ... found: scan is wrong: rank 1: o is off by",
             ],
@@ -85,7 +85,7 @@ def test_a_planted_fault_that_is_not_found_makes_the_exit_code_1(finder, monkeyp
     monkeypatch.setattr(
         gpu_checks, "check", lambda call_, mask: complaints if call_.tier is not call.tier else [before] * bool(before)
     )
-    monkeypatch.setattr(gpu_plants, "faults_by_trial", lambda planted, call: {plant.what: trial for plant in planted})
+    monkeypatch.setattr(gpu_plants, "faults_by_trial", lambda planted, call: {plant.fault: trial for plant in planted})
     record = findings.Findings(tmp_path / "found.jsonl")
     gpu_plants.in_kernels(call, record)
     assert record.ended() == 1

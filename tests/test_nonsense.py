@@ -216,19 +216,14 @@ def test_every_public_name_is_called():
     assert public <= called | others
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_nonsense_is_refused_in_a_sentence(seed, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("calls", "seed"),
+    [(400, seed) for seed in range(10)]
+    + [pytest.param(9600, seed, marks=pytest.mark.full) for seed in range(100, 105)],
+)
+def test_nonsense_is_refused_in_a_sentence(calls, seed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    wrong = some_calls(400, seed)
-    assert not wrong, "\n".join(f"{failure}: {case}" for failure, case in wrong.items())
-    assert not os.listdir(tmp_path)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("seed", range(100, 105))
-def test_much_more_nonsense_is_refused_in_a_sentence(seed, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    wrong = some_calls(9600, seed)
+    wrong = some_calls(calls, seed)
     assert not wrong, "\n".join(f"{failure}: {case}" for failure, case in wrong.items())
     assert not os.listdir(tmp_path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -150,19 +151,10 @@ class LocalBatch(BatchAttention):
         of_heads = g if g is not None and g.dim() == 1 else None
 
         states = self._states_in(initial_state)
+        op_of_batch = partial(recurrence, scale=scale, initial_state=states, return_final_state=return_final_state)
 
         def compute(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> Any:
-            return recurrence(
-                q,
-                k,
-                v,
-                executable,
-                g=of_heads if g is None else g,
-                beta=beta,
-                scale=scale,
-                initial_state=states,
-                return_final_state=return_final_state,
-            )
+            return op_of_batch(q, k, v, executable, g=of_heads if g is None else g, beta=beta)
 
         by_token = g if of_heads is None else None
         return self._states_out(self._without_padding(executable, compute, q_TGK, k_TGK, v_THV, by_token, beta))
@@ -239,17 +231,10 @@ class LocalBatch(BatchAttention):
         shape = AttentionShape(groups, groups, 1, channels, dtype, modifiers=modifiers, op=CONVOLUTION, taps=taps)
         executable = self.executable(shape, x_TC.device)
         states = self._states_in(initial_state)
+        op_of_batch = partial(causal_conv1d, initial_state=states, return_final_state=return_final_state)
 
         def compute(x: Tensor) -> Any:
-            return causal_conv1d(
-                x,
-                weight,
-                executable,
-                bias=bias,
-                activation=activation,
-                initial_state=states,
-                return_final_state=return_final_state,
-            )
+            return op_of_batch(x, weight, executable, bias=bias, activation=activation)
 
         return self._states_out(self._without_padding(executable, compute, x_TC))
 

@@ -83,8 +83,8 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 
 def by_preference(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
     """Return the checkpoints that have a manifest in the order in which a run tries them: newest first, doubtful ones last."""
-    whole = [(c.verdict.is_doubtful, -c.manifest.serial, c) for c in checkpoints if c.manifest is not None]
-    return [checkpoint for *_, checkpoint in sorted(whole, key=lambda entry: entry[:2])]
+    with_manifest = [(c.verdict.is_doubtful, -c.manifest.serial, c) for c in checkpoints if c.manifest is not None]
+    return [checkpoint for *_, checkpoint in sorted(with_manifest, key=lambda entry: entry[:2])]
 
 
 def preferred_step(folder: Path) -> int:
@@ -147,12 +147,16 @@ def keep_for_good(folder: Path, refused: int) -> None:
 
 def check_step(folder: Path, step: int) -> Checkpoint:
     """Return the checkpoint of a step. Raise DistattnError if no checkpoint of this step has a manifest."""
-    whole = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(folder) if checkpoint.manifest is not None}
-    if step not in whole:
-        steps = ", ".join(f"{existing:,}" for existing in sorted(whole))
-        others = f"it has {'one of step' if len(whole) == 1 else 'those of steps'} {steps}" if whole else "it has none"
+    by_step = {
+        checkpoint.step: checkpoint for checkpoint in list_checkpoints(folder) if checkpoint.manifest is not None
+    }
+    if step not in by_step:
+        steps = ", ".join(f"{existing:,}" for existing in sorted(by_step))
+        others = (
+            f"it has {'one of step' if len(by_step) == 1 else 'those of steps'} {steps}" if by_step else "it has none"
+        )
         raise DistattnError(f"{folder} has no checkpoint of step {step:,}; {others}.")
-    return whole[step]
+    return by_step[step]
 
 
 @contextlib.contextmanager
@@ -164,9 +168,9 @@ def choose_step(folder: Path, step: int) -> Iterator[None]:
     be written; then nothing is changed.
     """
     chosen = check_step(folder, step)
-    whole = [checkpoint for checkpoint in list_checkpoints(folder) if checkpoint.manifest is not None]
+    with_manifest = [checkpoint for checkpoint in list_checkpoints(folder) if checkpoint.manifest is not None]
     text = f"it was saved later than step {step:,}, from which a person went on"
-    later_ones = whole[whole.index(chosen) + 1 :]
+    later_ones = with_manifest[with_manifest.index(chosen) + 1 :]
     # the newest comes last: until it is set aside, runs continue from it, unless it is in doubt
     verdicts = [(later, later.verdict._replace(kind=SET_ASIDE, text=text)) for later in later_ones]
     if chosen.verdict.is_doubtful:

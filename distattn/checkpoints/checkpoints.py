@@ -492,8 +492,8 @@ def _check_facts(candidate: _Candidate, required: Mapping[str, str]) -> None:
     for name, wanted in required.items():
         actual = candidate.manifest.facts.get(name)
         if actual != wanted:
-            has = f"has {name} {actual}" if actual is not None else f"does not say its {name}"
+            difference = f"has {name} {actual}" if actual is not None else f"does not say its {name}"
             raise DistattnError(
-                f"{candidate.folder}: {has}, but this run has {name} {wanted}; resume with what it was saved with, or name "
-                "another folder to begin anew."
+                f"{candidate.folder}: {difference}, but this run has {name} {wanted}; resume with what it was saved with, or "
+                "name another folder to begin anew."
             )

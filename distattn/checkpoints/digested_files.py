@@ -34,9 +34,9 @@ class DigestingFile(io.RawIOBase):
     def write(self, content: Any) -> int:
         """Append bytes. Raise OSError."""
         view = memoryview(content).cast("B")
-        at = 0
-        while at < len(view):
-            part = view[at : at + BLOCK_BYTES - self._filled]
+        offset = 0
+        while offset < len(view):
+            part = view[offset : offset + BLOCK_BYTES - self._filled]
             self._block.update(part)
             try:
                 self._file.write(part)
@@ -45,7 +45,7 @@ class DigestingFile(io.RawIOBase):
                 self.failure = self.failure or error
                 raise
             self._filled += len(part)
-            at += len(part)
+            offset += len(part)
             if self._filled == BLOCK_BYTES:
                 self._end_block()
         self._bytes += len(view)

@@ -29,23 +29,23 @@ class FolderHandle:
     def where(self) -> Path | None:
         """Return the folder's current path; None if it was deleted, or if another machine has moved it."""
         try:
-            now = Path(os.readlink(f"/proc/self/fd/{self._descriptor}"))
-            return now if os.path.samestat(os.stat(now), os.fstat(self._descriptor)) else None
+            current = Path(os.readlink(f"/proc/self/fd/{self._descriptor}"))
+            return current if os.path.samestat(os.stat(current), os.fstat(self._descriptor)) else None
         except OSError:
             return None
 
     def what_happened(self) -> str:
         """Describe what happened to a folder that is not in its place, as the beginning of a sentence."""
-        now = self.where()
+        current = self.where()
         return f"{self.path}: " + (
-            f"was renamed to {now} meanwhile" if now else "was deleted meanwhile, or moved elsewhere"
+            f"was renamed to {current} meanwhile" if current else "was deleted meanwhile, or moved elsewhere"
         )
 
     def check(self) -> None:
         """Raise DistattnError if the folder is not in its place."""
         if not self.is_in_place():
-            now = self.where()
-            remedy = f"distattn resume {now} goes on, or move it back" if now else "put it back"
+            current = self.where()
+            remedy = f"distattn resume {current} goes on, or move it back" if current else "put it back"
             raise DistattnError(f"{self.what_happened()}; {remedy}.")
 
     def close(self) -> None:

@@ -107,8 +107,8 @@ def writer_is_alive(name: str) -> bool | None:
 
 def file_age(path: Path) -> float:
     """Return the seconds since a file was changed, by the clock of its file system. Raise OSError."""
-    with tempfile.TemporaryFile(dir=path.parent) as now:
-        return os.fstat(now.fileno()).st_mtime - path.stat().st_mtime
+    with tempfile.TemporaryFile(dir=path.parent) as new_file:
+        return os.fstat(new_file.fileno()).st_mtime - path.stat().st_mtime
 
 
 @cache

@@ -241,9 +241,9 @@ class _Part(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill a buffer; return the number of bytes read, 0 at the end of the part."""
-        left = max(self._length - self._position, 0)
+        bytes_left = max(self._length - self._position, 0)
         self._file.seek(self._offset + self._position)
-        content = self._file.read(min(len(buffer), left))
+        content = self._file.read(min(len(buffer), bytes_left))
         buffer[: len(content)] = content
         self._position += len(content)
         return len(content)

@@ -117,7 +117,7 @@ def _shared_key(group: dist.ProcessGroup, timeout: timedelta) -> bytes:
 
 def _accept_all(store: dist.Store, here: bool, key: bytes, ranks: int, timeout: timedelta) -> dict[int, RankConnection]:
     """Accept the connections of all other ranks. here: whether all ranks are on this machine."""
-    ends = time.monotonic() + timeout.total_seconds()
+    deadline = time.monotonic() + timeout.total_seconds()
     connections: dict[int, RankConnection] = {}
     try:
         address = LOOPBACK if here else reachable_address()
@@ -128,11 +128,11 @@ def _accept_all(store: dist.Store, here: bool, key: bytes, ranks: int, timeout: 
         store.set("root", json.dumps({"address": address, "port": server.getsockname()[1]}))
         while len(connections) < ranks - 1:
             try:
-                server.settimeout(max(ends - time.monotonic(), 0.001))
+                server.settimeout(max(deadline - time.monotonic(), 0.001))
                 opened, _ = server.accept()
                 rank = _within(opened, _admit, key)
             except OSError as error:
-                if time.monotonic() < ends:
+                if time.monotonic() < deadline:
                     # the connection was cut, or is not of a rank; a rank tries again
                     continue
                 for connection in connections.values():
@@ -147,7 +147,7 @@ def _accept_all(store: dist.Store, here: bool, key: bytes, ranks: int, timeout: 
 
 
 def _connect(store: dist.Store, key: bytes, rank: int, timeout: timedelta) -> RankConnection:
-    ends = time.monotonic() + timeout.total_seconds()
+    deadline = time.monotonic() + timeout.total_seconds()
     try:
         store.wait(["root"], timeout)
         where = json.loads(store.get("root"))
@@ -162,7 +162,7 @@ def _connect(store: dist.Store, key: bytes, rank: int, timeout: timedelta) -> Ra
             _within(opened, _introduce, key, rank)
             return RankConnection(_kept_alive(opened), key, rank, 0)
         except OSError as refused:
-            if time.monotonic() > ends:
+            if time.monotonic() > deadline:
                 raise LostRankError(
                     f"rank 0 of the group cannot be reached at {where['address']}, port {where['port']} ({refused}); if that is "
                     "the wrong interface, name the right one in GLOO_SOCKET_IFNAME."
@@ -172,19 +172,19 @@ def _connect(store: dist.Store, key: bytes, rank: int, timeout: timedelta) -> Ra
 
 def _within(opened: socket.socket, handshake: Callable[..., int], *arguments: Any) -> int:
     """Return the result of a handshake over a new connection; close the connection if it fails or is too slow. Raise OSError."""
-    ends = time.monotonic() + _CONNECT_SECONDS
+    deadline = time.monotonic() + _CONNECT_SECONDS
     try:
-        return handshake(opened, ends, *arguments)
+        return handshake(opened, deadline, *arguments)
     except OSError:
         opened.close()
         raise
 
 
-def _admit(opened: socket.socket, ends: float, key: bytes) -> int:
+def _admit(opened: socket.socket, deadline: float, key: bytes) -> int:
     """Return the number of the rank that has connected to rank 0, after it has proven that it knows the key."""
     challenge = secrets.token_bytes(_KEY_BYTES)
     opened.sendall(challenge)
-    reply = _receive(opened, _RANK_BYTES + _KEY_BYTES + _DIGEST_BYTES, ends)
+    reply = _receive(opened, _RANK_BYTES + _KEY_BYTES + _DIGEST_BYTES, deadline)
     rank, their_challenge = int.from_bytes(reply[:_RANK_BYTES], "little"), reply[_RANK_BYTES:-_DIGEST_BYTES]
     if not hmac.compare_digest(reply[-_DIGEST_BYTES:], _proof(key, b"rank", rank, challenge, their_challenge)):
         raise ConnectionError("it does not know the key")
@@ -192,13 +192,13 @@ def _admit(opened: socket.socket, ends: float, key: bytes) -> int:
     return rank
 
 
-def _introduce(opened: socket.socket, ends: float, key: bytes, rank: int) -> int:
+def _introduce(opened: socket.socket, deadline: float, key: bytes, rank: int) -> int:
     """Prove to rank 0 that this rank knows the key, and require the same proof of rank 0. Return the rank."""
-    challenge, their_challenge = secrets.token_bytes(_KEY_BYTES), _receive(opened, _KEY_BYTES, ends)
+    challenge, their_challenge = secrets.token_bytes(_KEY_BYTES), _receive(opened, _KEY_BYTES, deadline)
     proof = _proof(key, b"rank", rank, their_challenge, challenge)
     opened.sendall(rank.to_bytes(_RANK_BYTES, "little") + challenge + proof)
     root_proof = _proof(key, b"root", rank, their_challenge, challenge)
-    if not hmac.compare_digest(_receive(opened, _DIGEST_BYTES, ends), root_proof):
+    if not hmac.compare_digest(_receive(opened, _DIGEST_BYTES, deadline), root_proof):
         raise ConnectionError("the process that answers there does not know the key")
     return rank
 
@@ -211,11 +211,11 @@ def _proof(key: bytes, kind: bytes, rank: int, *content: bytes) -> bytes:
     return digest.digest()
 
 
-def _receive(opened: socket.socket, size: int, ends: float) -> bytes:
+def _receive(opened: socket.socket, size: int, deadline: float) -> bytes:
     """Receive `size` bytes. Raise OSError if they do not arrive in time."""
     content = b""
     while len(content) < size:
-        opened.settimeout(max(ends - time.monotonic(), 0.001))
+        opened.settimeout(max(deadline - time.monotonic(), 0.001))
         part = opened.recv(size - len(content))
         if not part:
             raise ConnectionError("it was closed")

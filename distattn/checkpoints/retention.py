@@ -36,8 +36,8 @@ class KeepRule:
         Return [] unless one of the `last` newest has its manifest and all files in their sizes, so that the only good one stays.
         A checkpoint without a valid manifest is never removed, since a user may want to examine it.
         """
-        whole = [checkpoint for checkpoint in checkpoints if checkpoint.manifest is not None]
-        counted = [checkpoint for checkpoint in whole if not checkpoint.verdict.is_doubtful]
+        with_manifest = [checkpoint for checkpoint in checkpoints if checkpoint.manifest is not None]
+        counted = [checkpoint for checkpoint in with_manifest if not checkpoint.verdict.is_doubtful]
         newest = counted[-self.last :]
         if not any(map(sizes_are_right, newest)):
             return []
@@ -46,11 +46,12 @@ class KeepRule:
             for checkpoint in counted[::-1]
             if checkpoint.verdict.kind == GOOD and sizes_are_right(checkpoint)
         )
-        others = [checkpoint for checkpoint in whole[whole.index(newest[0]) :] if checkpoint.verdict.is_doubtful]
-        others += [checkpoint for checkpoint in whole if checkpoint.verdict.kept]
+        recent = with_manifest[with_manifest.index(newest[0]) :]
+        others = [checkpoint for checkpoint in recent if checkpoint.verdict.is_doubtful]
+        others += [checkpoint for checkpoint in with_manifest if checkpoint.verdict.kept]
         others += [newest_good for newest_good in [next(good, None)] if newest_good is not None]
         kept = {checkpoint.folder for checkpoint in [*newest, *others, *self._spaced(counted)]}
-        return [checkpoint for checkpoint in whole if checkpoint.folder not in kept]
+        return [checkpoint for checkpoint in with_manifest if checkpoint.folder not in kept]
 
     def _spaced(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
         """Return the first checkpoint, then each that is at least `every_hours` younger, and those of unknown hours."""

@@ -196,8 +196,8 @@ class RunLock:
 
     def _refused(self, owner: Owner | None, hint: str) -> DistattnError:
         may_be_alive = owner is not None and owner.is_alive() is not False
-        who = str(owner) if may_be_alive else "a process that has not written its name yet"
-        return DistattnError(f"{self._folder}: belongs to {who}; end it, or choose another folder{hint}.")
+        holder = str(owner) if may_be_alive else "a process that has not written its name yet"
+        return DistattnError(f"{self._folder}: belongs to {holder}; end it, or choose another folder{hint}.")
 
     def _write_name(self) -> OSError | None:
         """Write this process's name as the owner's; return the error if the disk is full. Raise OSError."""

@@ -132,13 +132,13 @@ def probe(target: GradientProbeTarget, make_batch: MakeBatch, group: dist.Proces
     sketches = GradientSketches(parameters, group, device)
     observed = _observe_backward(target, layer, batch, ranks, me, 1.0, sketches)
     magnitude = _SMALLER if observed is not None and observed.may_overflow else _LARGER
-    again = _observe_backward(target, layer, batch, ranks, me, magnitude)
-    if observed is None or again is None:
+    second = _observe_backward(target, layer, batch, ranks, me, magnitude)
+    if observed is None or second is None:
         sketches.check(None)
         return None
-    weights, weights_again = (_solve_weights(each.local, each.reduced, group, ranks) for each in (observed, again))
+    weights, weights_again = (_solve_weights(each.local, each.reduced, group, ranks) for each in (observed, second))
     agreed = _agreed_weights(weights, group, ranks)
-    _check_linear(agreed, weights_again, again.magnitude, group, ranks)
+    _check_linear(agreed, weights_again, second.magnitude, group, ranks)
     reduction = Reduction(agreed)
     # unequal weights of ranks are refused in `factor`
     if reduction.is_even:
@@ -223,10 +223,10 @@ def _observe_backward(
 
 
 def _check_linear(
-    agreed: tuple[float, ...], again: Tensor, magnitude: float, group: dist.ProcessGroup | None, ranks: int
+    agreed: tuple[float, ...], second_weights: Tensor, magnitude: float, group: dist.ProcessGroup | None, ranks: int
 ) -> None:
-    """Raise DistattnError if gradients do not change by the same factor as the loss. again: this rank's second weights."""
-    all_weights_RR = _gathered(again, group, ranks)
+    """Raise DistattnError if gradients do not change by the same factor as the loss. second_weights: this rank's."""
+    all_weights_RR = _gathered(second_weights, group, ranks)
     difference = float((all_weights_RR - all_weights_RR.new_tensor(agreed)).abs().max())
     largest = max(map(abs, agreed))
     if difference <= _TOLERANCE * largest:

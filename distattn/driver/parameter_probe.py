@@ -150,12 +150,12 @@ class GradientSketches:
             factor = float(_fitted(self._reduced, wanted)[read].nanmedian()) if bool(read.any()) else 1.0
         wanted, size = wanted * factor, size * abs(factor)
         # a gradient's error; its actual factor, and the error with that; the error compared with the rank's own gradient
-        times, alone = _fitted(self._reduced, wanted), _fitted(self._reduced, self._own)
+        factors, own_factors = _fitted(self._reduced, wanted), _fitted(self._reduced, self._own)
         facts = [
             (self._reduced - wanted).norm(dim=1) / size,
-            times,
-            (self._reduced - times[:, None] * wanted).norm(dim=1) / size,
-            (self._reduced - alone[:, None] * self._own).norm(dim=1) / self._reduced.norm(dim=1),
+            factors,
+            (self._reduced - factors[:, None] * wanted).norm(dim=1) / size,
+            (self._reduced - own_factors[:, None] * self._own).norm(dim=1) / self._reduced.norm(dim=1),
             self._is_missing.to(self._device, torch.float64),
         ]
         facts_P5 = torch.stack(facts, 1)
@@ -185,10 +185,10 @@ class GradientSketches:
 
     def _sketch(self, gradient: Tensor) -> Tensor:
         """Return sums of a gradient, (S,) in fp64; each has the signs of the product of a random row and a random column."""
-        whole = gradient.detach()
-        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-        whole = whole.to_dense() if whole.is_sparse else whole
-        matrix = whole.reshape(len(whole), -1) if whole.dim() > 1 else whole.reshape(1, -1)
+        full = gradient.detach()
+        full = full.full_tensor() if isinstance(full, DTensor) else full
+        full = full.to_dense() if full.is_sparse else full
+        matrix = full.reshape(len(full), -1) if full.dim() > 1 else full.reshape(1, -1)
         matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
         with torch.autocast(matrix.device.type, enabled=False):
             rows, columns = (self._signs_of(size, axis, matrix) for axis, size in enumerate(matrix.shape))
@@ -227,9 +227,9 @@ def _checksum(held: Tensor, part: int) -> Tensor:
     flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
     # a copy aligns the tensor, so that words of 8 bytes can be viewed
     flat = flat.clone() if flat.storage_offset() * flat.element_size() % 8 else flat
-    whole = flat.numel() * flat.element_size() // (8 * _COLUMNS) * (8 * _COLUMNS) // flat.element_size()
-    rows = flat[:whole].view(torch.int64).view(-1, _COLUMNS)
-    rest = flat[whole:].view(_BITS[flat.element_size()]).to(torch.int64)
+    row_elements = flat.numel() * flat.element_size() // (8 * _COLUMNS) * (8 * _COLUMNS) // flat.element_size()
+    rows = flat[:row_elements].view(torch.int64).view(-1, _COLUMNS)
+    rest = flat[row_elements:].view(_BITS[flat.element_size()]).to(torch.int64)
     sums = [rows.sum(1, dtype=torch.int64), rows.sum(0, dtype=torch.int64), rest]
     by_row, by_column, last = (((2 * torch.arange(len(x), device=x.device) + 1) * x).sum() for x in sums)
     return torch.stack([by_row.new_tensor(part), by_row + 3 * last, by_column + 5 * last])

@@ -51,9 +51,9 @@ class RankTable(NamedTuple):
         rank = members.index(dist.get_rank()) if len(members) > 1 else 0
         first_of_block, has_model = [], []
         for number, (_, ranks) in enumerate(from_ranks):
-            at, models = ranks.index(members[number]), len(ranks) - first.servers
-            has_model.append(at < models)
-            block = at - at % first.block_ranks(len(ranks)) if at < models else at
+            position, models = ranks.index(members[number]), len(ranks) - first.servers
+            has_model.append(position < models)
+            block = position - position % first.block_ranks(len(ranks)) if position < models else position
             first_of_block.append(members.index(ranks[block]))
         sharing = [members.index(other) for other in from_ranks[rank][1]]
         return RankTable(first, name, members, rank, sharing, first_of_block, has_model)
@@ -61,11 +61,13 @@ class RankTable(NamedTuple):
     @property
     def blocks(self) -> list[int]:
         """The first rank of each block."""
-        return sorted({first for first, has in zip(self.first_of_block, self.has_model, strict=True) if has})
+        return sorted(
+            {first for first, has_model in zip(self.first_of_block, self.has_model, strict=True) if has_model}
+        )
 
     def of_models(self, values: list[Any]) -> list[Any]:
         """Return the values of ranks with a model. values: by rank."""
-        return [value for value, has in zip(values, self.has_model, strict=True) if has]
+        return [value for value, has_model in zip(values, self.has_model, strict=True) if has_model]
 
 
 def _checked(from_ranks: list[tuple[AttentionConfig | None, list[int]]], members: list[int]) -> AttentionConfig:
@@ -79,8 +81,8 @@ def _checked(from_ranks: list[tuple[AttentionConfig | None, list[int]]], members
     for rank, (config, group) in zip(members, from_ranks, strict=True):
         if config is not None and config != first:
             field = next(name for name in first.__dict__ if getattr(config, name) != getattr(first, name))
-            theirs, ours = getattr(config, field), getattr(first, field)
-            raise DistattnError(f"rank {rank} has {field} = {theirs!r}, rank {members[0]} {ours!r}.")
+            value, first_value = getattr(config, field), getattr(first, field)
+            raise DistattnError(f"rank {rank} has {field} = {value!r}, rank {members[0]} {first_value!r}.")
         if missing := set(group) - set(members):
             raise DistattnError(
                 f"the loss group lacks rank {min(missing)} of a group that shares attention; it is all ranks of these groups."

@@ -85,9 +85,9 @@ class StepLoop:
 
     def next(self) -> list[Batch] | None:
         """Return the micro-batches of the next step, None after the last. Raise the loader's errors."""
-        left, self._left = self._left, None
-        if left is not None and left.put_back is None:
-            return left.packed
+        step, self._left = self._left, None
+        if step is not None and step.put_back is None:
+            return step.packed
         return micro_batches_of(next(self._iterator, None))
 
     def hold(self, packed: list[Batch] | None, put_back: Callable[[], None] | None) -> None:
@@ -98,17 +98,17 @@ class StepLoop:
 
     def take_back(self) -> bool:
         """Return whether the kept step still belongs to this loop; if not, the next step is one that another loop has left."""
-        held, self._held = self._held, None
-        if held is None or not held.taken_over:
-            if held is not None:
-                self._ahead.drop(self._loader, held)
+        step, self._held = self._held, None
+        if step is None or not step.taken_over:
+            if step is not None:
+                self._ahead.drop(self._loader, step)
             return True
         self._left = self._ahead.take(self._loader)
         return False
 
     def leave(self) -> None:
         """End the loop early: set a loader with a position back to the kept step; keep the step of an iterator."""
-        held = self._held
-        if held is not None and held.put_back is not None and not held.taken_over:
-            self._ahead.drop(self._loader, held)
-            held.put_back()
+        step = self._held
+        if step is not None and step.put_back is not None and not step.taken_over:
+            self._ahead.drop(self._loader, step)
+            step.put_back()

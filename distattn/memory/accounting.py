@@ -137,7 +137,9 @@ class AllocationWatch(TorchDispatchMode):
             executable = EXECUTABLES.by_handle(args[number])
             memory = executable.memory()[direction]
             self._largest_arena = max(self._largest_arena, memory.arena)
-            self._note(self.alive + memory.beside_arena)
+            # what a repeated pass receives for its backward is counted with the arena: see `_repeat`
+            kept = executable.program.kept_places.bytes if direction == "forward" and runs_backward() else 0
+            self._note(self.alive + memory.beside_arena - kept)
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             # a model that needs a value, as transformers does to detect a packed batch, gets 0
             return torch.zeros((), dtype=args[0].dtype).item()
@@ -180,9 +182,9 @@ class AllocationWatch(TorchDispatchMode):
         self.alive += size
         self._note(self.alive)
 
-    def _repeat(self, kept: Tensor) -> None:
+    def _repeat(self, received: Tensor) -> None:
         """Count the data that a repeated pass received for its backward pass, in the pool's memory (see `runtime.arenas`)."""
-        storage = kept.untyped_storage()
+        storage = received.untyped_storage()
         if storage._cdata not in self._repeated:
             self._repeated[storage._cdata] = storage.nbytes()
             weakref.finalize(storage, self._repeated.pop, storage._cdata).atexit = False
@@ -271,14 +273,14 @@ class PlannedAttention:
     def __init__(self, executable: Executable):
         self.executable = executable
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, **how: Any) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, **options: Any) -> Tensor:
         """Return `distattn.attention` of this rank's tokens, (T, heads, dim); all layers have one shape."""
-        modifiers = {name: value for name, value in how.items() if name not in ("window", "layer")}
+        modifiers = {name: value for name, value in options.items() if name not in ("window", "layer")}
         out: Tensor = attention(q, k, v, self.executable, scale=scale, **modifiers)
         return out
 
     def latent_attention(
-        self, q: Tensor, rope: Tensor, latent: Tensor, up: Tensor, scale: float | None = None, **how: Any
+        self, q: Tensor, rope: Tensor, latent: Tensor, up: Tensor, scale: float | None = None, **options: Any
     ) -> Tensor:
         """Return `distattn.latent_attention` of this rank's tokens, (T, heads, dim)."""
         out: Tensor = latent_attention(q, rope, latent, up, self.executable, scale=scale)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from distattn.ir.arguments import check_fields
 from distattn.ir.errors import DistattnError
+from distattn.ir.limits import Number, OneOf, check_limits
 from distattn.memory.activation_checkpointing import checkpoint_layers
 from distattn.memory.checkpointing_modes import CHECKPOINTING
 from distattn.memory.host_offload import HostOffload
@@ -23,19 +24,14 @@ class MemorySettings:
     well. offload: whether the inputs wait on the host.
     """
 
-    loss_tile_tokens: int = 0
-    mlp_tile_tokens: int = 0
-    activation_checkpointing: str = "none"
+    loss_tile_tokens: Annotated[int, Number(ge=0)] = 0
+    mlp_tile_tokens: Annotated[int, Number(ge=0)] = 0
+    activation_checkpointing: Annotated[str, OneOf(CHECKPOINTING)] = "none"
     offload: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("loss_tile_tokens", "mlp_tile_tokens"):
-            if getattr(self, name) < 0:
-                raise DistattnError(f"{name} is at least 1, or 0 for all tokens at once, not {getattr(self, name)}.")
-        if self.activation_checkpointing not in CHECKPOINTING:
-            modes = ", ".join(CHECKPOINTING)
-            raise DistattnError(f"activation_checkpointing is one of {modes}, not {self.activation_checkpointing!r}.")
+        check_limits(self)
         if self.offload and self.activation_checkpointing == "none":
             raise DistattnError(
                 'offload takes the inputs of checkpointed layers to the host: set activation_checkpointing = "full".'

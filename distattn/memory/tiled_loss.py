@@ -250,8 +250,8 @@ class _TiledLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_T: Tensor, settings: _Settings
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wide = accumulation_dtype(settings.dtype)
-        losses_T = hidden_TH.new_zeros(len(hidden_TH), dtype=wide)
+        wide_dtype = accumulation_dtype(settings.dtype)
+        losses_T = hidden_TH.new_zeros(len(hidden_TH), dtype=wide_dtype)
         lse_T = torch.empty_like(losses_T)
         weight = weight_VH.to(settings.dtype)
         valid_T = labels_T != IGNORE_INDEX
@@ -275,10 +275,10 @@ class _TiledLoss(torch.autograd.Function):
         hidden_TH, weight_VH, bias_V, targets_T, valid_T, lse_T = ctx.saved_tensors
         settings: _Settings = ctx.settings
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        wide = accumulation_dtype(settings.dtype)
+        wide_dtype = accumulation_dtype(settings.dtype)
         dhidden_TH = torch.empty_like(hidden_TH) if wants_hidden else None
-        dweight_VH = torch.zeros_like(weight_VH, dtype=wide) if wants_weight else None
-        dbias_V = torch.zeros_like(bias_V, dtype=wide) if wants_bias else None
+        dweight_VH = torch.zeros_like(weight_VH, dtype=wide_dtype) if wants_weight else None
+        dbias_V = torch.zeros_like(bias_V, dtype=wide_dtype) if wants_bias else None
         weight = weight_VH.to(settings.dtype)
         for tile in _tiles(len(hidden_TH), settings.tile_tokens):
             tile_hidden = hidden_TH[tile].to(settings.dtype)

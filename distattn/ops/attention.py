@@ -242,15 +242,16 @@ def backward_pass(
         raise DistattnError('this kernel has no gradient for the log-sum-exp; use kernel="reference", or lse.detach().')
     # the gradient of the log-sum-exp enters together with delta: ds = p * (dp - (delta - dlse)); autograd may give it any strides
     do = do.contiguous()
-    delta_TH = row_products(do, o)
-    if dlse_TH is not None:
+    is_read = sink is not None or dlse_TH is not None or not executable.program.sums_where_copied
+    delta_TH = row_products(do, o) if is_read else None
+    if delta_TH is not None and dlse_TH is not None:
         delta_TH -= dlse_TH
     score = _score(executable, scale, softcap, slopes)
     executable.begin_pass("backward", score)
-    inputs = (do, q, k, v, lse_TH, delta_TH, kept, score)
+    inputs = (do, q, k, v, lse_TH, delta_TH, kept, score, o)
     run = execute.backward(executable.program, transport or executable.transport, executable.kernel, *inputs)
     dq, dk, dv = yield from run
-    if sink is None:
+    if sink is None or delta_TH is None:
         return dq, dk, dv, q.new_empty(0)
     # as for a key whose value is zero: dp = 0
     weight_TH = torch.exp(sink.to(lse_TH.dtype) - _finite(lse_TH))

@@ -26,7 +26,13 @@ from distattn.kernels.latent import latent_workspace
 from distattn.kernels.registry import AUTO, Kernel, choose_kernel, kernel_preparer, load_kernel
 from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.trials import Trial
-from distattn.ops.kernel_choice import common_kernel_ranking, first_supported, local_kernel_trials, may_choose_kernel
+from distattn.ops.kernel_choice import (
+    common_kernel_ranking,
+    first_supported,
+    in_larger_job,
+    local_kernel_trials,
+    may_choose_kernel,
+)
 from distattn.parallel.analysis.verify import check_max_buffer_bytes, verify
 from distattn.parallel.runtime.collective_calls import run_collective
 from distattn.parallel.runtime.communicator import (
@@ -162,7 +168,8 @@ class ExecutableCache:
                 proof = next((other.proof for other in programs.values() if other.proof), None)
                 proof = verify(plan) if proof is None and proven else proof
                 make = kernel_preparer(key.kernel, kernel_requirements(plan.call, key.device))
-                programs[key] = copy_program_to_device(lower(plan, key.rank, make, proof), key.device)
+                lowered = lower(plan, key.rank, make, proof, in_larger_job())
+                programs[key] = copy_program_to_device(lowered, key.device)
             return programs[key]
 
     def transport(

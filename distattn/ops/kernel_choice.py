@@ -14,6 +14,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from distattn.ir.errors import DistattnError
 from distattn.ir.op import ATTENTION, Op
@@ -42,6 +43,11 @@ _LOG = logging.getLogger("distattn")
 def may_choose_kernel(op: Op) -> bool:
     """Return whether "auto" may choose among several kernels of an op, by trial."""
     return op == ATTENTION or op.kind in _TRIALS_OF_KIND
+
+
+def in_larger_job() -> bool:
+    """Return whether this process is one of several ranks, whatever plans it has a part in."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def common_kernel_ranking(
@@ -92,7 +98,7 @@ def _trials_of_launches(
     masks: list[LaunchMask] = []
     # the comparison of plans reports why a plan is refused
     with suppress(DistattnError):
-        program = lower(plan, rank, lambda mask: mask)
+        program = lower(plan, rank, lambda mask: mask, in_larger_job=in_larger_job())
         # equal launches count as often as they occur
         masks = [launch.schedule for step in (*program.forward, *program.backward) for launch in step.launches]
     key = trial_key(masks, requirements)

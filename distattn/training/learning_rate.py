@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
-from distattn.ir.errors import DistattnError
+from distattn.ir.errors import DistattnError, SettingError
+from distattn.ir.limits import Number, OneOf, check_limits
 from distattn.training.config.sections import SCHEDULES
 
 # parameters of more dims that are added, not multiplied, such as biases of stacked experts
@@ -25,30 +26,20 @@ class ScheduleSettings:
     last rate.
     """
 
-    learning_rate: float
-    steps: int
-    name: str = "constant"
-    warmup_steps: int = 0
-    min_learning_rate: float = 0.0
-    decay_share: float = 0.1
+    learning_rate: Annotated[float, Number(ge=0)]
+    steps: Annotated[int, Number(ge=1)]
+    name: Annotated[str, OneOf(SCHEDULES)] = "constant"
+    warmup_steps: Annotated[int, Number(ge=0)] = 0
+    min_learning_rate: Annotated[float, Number(ge=0)] = 0.0
+    decay_share: Annotated[float, Number(gt=0, le=1)] = 0.1
 
     def __post_init__(self) -> None:
-        if self.name not in SCHEDULES:
-            raise DistattnError(f"schedule {self.name!r} does not exist; there are {', '.join(SCHEDULES)}.")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
-            raise DistattnError(f"learning_rate must be a number of at least 0, not {self.learning_rate}.")
-        if self.steps < 1:
-            raise DistattnError(f"steps must be at least 1, not {self.steps}.")
-        if not 0 <= self.warmup_steps <= self.steps:
-            raise DistattnError(f"warmup_steps must be 0 to steps = {self.steps:,}, not {self.warmup_steps:,}.")
-        if not 0 <= self.min_learning_rate <= self.learning_rate:
-            raise DistattnError(
-                f"min_learning_rate must be 0 to learning_rate = {self.learning_rate}, not {self.min_learning_rate}."
-            )
-        if not 0 < self.decay_share <= 1:
-            raise DistattnError(
-                f"decay_share, the share of steps in which wsd decays, must be above 0 and at most 1, not {self.decay_share}."
-            )
+        check_limits(self)
+        if self.warmup_steps > self.steps:
+            raise SettingError("warmup_steps", f"at most steps = {self.steps:,}, not {self.warmup_steps:,}.")
+        if self.min_learning_rate > self.learning_rate:
+            at_most = f"at most learning_rate = {self.learning_rate}"
+            raise SettingError("min_learning_rate", f"{at_most}, not {self.min_learning_rate}.")
         if self.name == "wsd" and self.warmup_steps > self.decay_begins:
             raise DistattnError(
                 f"warmup_steps = {self.warmup_steps:,} reach into the decay of wsd, which begins at step {self.decay_begins:,}; "

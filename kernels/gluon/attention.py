@@ -47,6 +47,8 @@ FORWARD = {64: Tile(192, 128, 4, 3), 128: Tile(128, 128, 4, 2)}
 BACKWARD = {64: Tile(64, 128, 4, 3), 128: Tile(64, 128, 4, 3)}
 # the most work of a program, as a multiple of the mean, up to which tiles are dealt in advance
 _UNEVEN = 1.15
+# tiles of keys that a tile of rows has on average, from which on tiles are not dealt in a job of several ranks
+_LONG = 64
 _TYPES = {torch.bfloat16: bfloat16, torch.float16: float16, torch.float32: float32}
 
 
@@ -79,24 +81,28 @@ def prepare(mask: LaunchMask, requirements: KernelRequirements) -> TileSchedule:
     by_keys = transposed_runs(mask, backward.keys, backward.rows)
     return TileSchedule(
         tile_run_tensors(by_rows),
-        forward_programs(by_rows, forward.keys, processors, mask.overlaps_messages),
+        forward_programs(by_rows, forward.keys, processors, mask.overlaps_messages, mask.in_larger_job),
         split_tile_tensors(split_long_tiles(by_keys, mask, backward.rows, processors)),
         mask.group_size,
         mask.first_head,
     )
 
 
-def forward_programs(runs: TileRuns, keys: int, processors: int, overlaps_messages: bool = False) -> int:
+def forward_programs(
+    runs: TileRuns, keys: int, processors: int, overlaps_messages: bool = False, in_larger_job: bool = False
+) -> int:
     """Return the number of programs of the forward launch: one per multiprocessor, or one per tile of each head.
 
     With one per multiprocessor, tiles are dealt in advance, back and forth. Each tile has its own program if some programs
     would otherwise get far more work than others, or if messages are in flight: a program takes a multiprocessor's whole
     shared memory, so programs whose multiprocessor is held by the communicator begin only when it ends, each with a full
     share of the work.
+    Where messages are only possible, short tiles are dealt in advance, too: a program that takes several hides their first
+    loads and last writes.
     """
     work = runs.work(keys)[runs.group][:, runs.order].T.ravel()
     programs = min(processors, len(work))
-    if overlaps_messages or not programs:
+    if overlaps_messages or not programs or (in_larger_job and work.mean() >= _LONG):
         return len(work)
     dealt = np.pad(work, (0, -len(work) % programs)).reshape(-1, programs)
     dealt[1::2] = dealt[1::2, ::-1]

@@ -88,6 +88,28 @@ def products_kernel(
     tl.store(out_ + r.to(tl.int64) * heads + head, tl.sum(a * b, 1), mask=r < rows)
 
 
+@triton.jit(do_not_specialize=["start", "source_start", "count", "heads"])
+def rows_with_products_kernel(
+    target_, products_, index_, start, target_row, target_head, products_row, products_head,
+    do_, o_, source_index_, source_start, do_row, do_head, o_row, o_head,
+    count, heads, width,
+    LISTED: tl.constexpr, SOURCE_LISTED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """target rows = dO rows, products rows = rowsum(dO * O) of them."""
+    head = tl.cast(tl.program_id(0) % heads, tl.int64)
+    r = (tl.program_id(0) // heads) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    there = r < count
+    inside = there[:, None] & (column < width)[None, :]
+    to = _row_numbers(index_, start, r, there, LISTED)
+    row = _row_numbers(source_index_, source_start, r, there, SOURCE_LISTED)
+    do = tl.load(do_ + row[:, None] * do_row + head * do_head + column[None, :], mask=inside, other=0.0)
+    o = tl.load(o_ + row[:, None] * o_row + head * o_head + column[None, :], mask=inside, other=0.0)
+    tl.store(target_ + to[:, None] * target_row + head * target_head + column[None, :], do, mask=inside)
+    sums = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    tl.store(products_ + to * products_row + head * products_head, sums, mask=there)
+
+
 def run_rows(
     target: Tensor,
     start: int,
@@ -131,6 +153,29 @@ def run_merge(
             other_o, other_lse, other_o if other_index is None else other_index, other_start,
             *other_o.stride()[:2], *other_lse.stride(), count, o.shape[1], o.shape[2],
             LISTED=index is not None, OTHER_LISTED=other_index is not None, **shape,
+        )  # fmt: skip
+
+
+def run_rows_with_products(
+    target: Tensor,
+    products: Tensor,
+    start: int,
+    index: Tensor | None,
+    do: Tensor,
+    o: Tensor,
+    source_start: int,
+    source_index: Tensor | None,
+    count: int,
+) -> None:
+    """See `glue.copy_rows_with_products`."""
+    assert target.stride(2) == do.stride(2) == o.stride(2) == 1 or do.shape[2] == 1, "rows of a head lie in one piece"
+    shape = _shape(target)
+    if count:
+        rows_with_products_kernel[_grid(shape, count, target.shape[1])](
+            target, products, target if index is None else index, start, *target.stride()[:2], *products.stride(),
+            do, o, do if source_index is None else source_index, source_start, *do.stride()[:2], *o.stride()[:2],
+            count, target.shape[1], target.shape[2],
+            LISTED=index is not None, SOURCE_LISTED=source_index is not None, **shape,
         )  # fmt: skip
 
 

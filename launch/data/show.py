@@ -138,8 +138,8 @@ def _print_line(title: str, fill: str, style: str) -> None:
 def _title(corpus: Corpus, document: int, epoch: int, start: int, length: int) -> str:
     """Describe a piece: its document, and where it lies in the document."""
     file, number = corpus.file_of(document)
-    whole = int(corpus.lengths_of(np.array([document]))[0])
-    part = "" if length == whole else f" of {whole:,} from {start:,} on"
+    document_length = int(corpus.lengths_of(np.array([document]))[0])
+    part = "" if length == document_length else f" of {document_length:,} from {start:,} on"
     return f"{corpus.name} {document:,} ({file.prefix}.bin {number:,}), epoch {epoch}: {length:,} tokens{part}"
 
 

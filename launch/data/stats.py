@@ -48,8 +48,8 @@ def main(arguments: Sequence[str]) -> int:
     steps = np.unique(np.linspace(0, plan.steps - 1, min(plan.steps, _MOST_STEPS)).astype(np.int64))
     with ProgressReporter("stats", len(steps)) as reporter:
         unevenness = np.empty(len(steps))
-        for place, step in enumerate(steps.tolist()):
-            unevenness[place] = _unevenness(plan, step)
+        for index, step in enumerate(steps.tolist()):
+            unevenness[index] = _unevenness(plan, step)
             reporter.advance(1)
     if options.picture:
         _draw(corpora, steps, unevenness, options.picture)

@@ -52,13 +52,16 @@ def slow_nodes(specs: Mapping[str, ClusterSpec]) -> Iterator[str]:
     specs: by the nodes' names.
     """
     for device in sorted({spec.device.name for spec in specs.values()}):
-        same = {name: _speeds(spec) for name, spec in specs.items() if spec.device.name == device}
+        same_device = {name: _speeds(spec) for name, spec in specs.items() if spec.device.name == device}
         factor = SLOW_FACTOR["cpu" if device.startswith("CPU") else "cuda"]
-        for work, unit in next(iter(same.values())):
-            median = statistics.median(speeds[work, unit] for speeds in same.values())
-            for name, speeds in same.items():
+        for work, unit in next(iter(same_device.values())):
+            median = statistics.median(speeds[work, unit] for speeds in same_device.values())
+            for name, speeds in same_device.items():
                 if speeds[work, unit] * factor < median:
-                    yield f"{name}: {work} at {speeds[work, unit]:.3g} {unit}, the median of {len(same)} nodes is {median:.3g}."
+                    yield (
+                        f"{name}: {work} at {speeds[work, unit]:.3g} {unit}, "
+                        f"the median of {len(same_device)} nodes is {median:.3g}."
+                    )
 
 
 def _speeds(spec: ClusterSpec) -> dict[tuple[str, str], float]:

@@ -27,7 +27,7 @@ _ANSWER_SECONDS = 60.0
 _LOOK_SECONDS = 0.2
 # seconds to wait for busy nodes before fewer are requested: Ray frees this run's nodes once their processes have ended
 _FREED_SECONDS = 60.0
-# seconds of waiting before a message says what is waited for
+# seconds of waiting before a message announces it
 _SILENT_SECONDS = 5.0
 
 
@@ -84,9 +84,9 @@ class RayNodes:
                 self._places = {name: place for name, _, place in ready}
                 self._size.resize(self._wanted)
                 return list(self._agents)
-            others = self._leave_out(group, answers)
+            others_left = self._leave_out(group, answers)
             _end(agents)
-            if not others and time.monotonic() - began > self._size.waiting_seconds:
+            if not others_left and time.monotonic() - began > self._size.waiting_seconds:
                 break
         return None
 
@@ -176,7 +176,7 @@ class RayNodes:
 
     def _placed(self) -> PlacementGroup | None:
         """Return the group once Ray has a node for each bundle; None after `waiting_seconds`, or if the run is asked to stop."""
-        began = asked = time.monotonic()
+        began = requested_at = time.monotonic()
         announced = False
         while not (group := self._held()).wait(_LOOK_SECONDS):
             now = time.monotonic()
@@ -188,8 +188,8 @@ class RayNodes:
                 print_message(
                     f"waiting for room for {self._demand()}, for {self._size.waiting_seconds:,.0f} s at most."
                 )
-            if self._is_short(now - asked, now - began):
-                asked = now
+            if self._is_short(now - requested_at, now - began):
+                requested_at = now
                 self._ask_for_less()
         return group
 
@@ -205,25 +205,25 @@ class RayNodes:
             self._wanted = fewer
         else:
             # prefer waiting for busy nodes over retrying nodes that keep failing
-            again = self._usable() < self._wanted and self._take_back()
-            if not again and not self._take_back_unstarted():
+            taken_back = self._usable() < self._wanted and self._take_back()
+            if not taken_back and not self._take_back_unstarted():
                 return
         self.close()
 
     def _take_back(self) -> bool:
         """Take back nodes that have failed but answered; return whether there are any."""
         alive, names = _alive(), node_names()
-        again = [node for node in self._left_out.take_back() if node in alive]
-        if again:
-            print_message(f"there are no others: {' '.join(names[node] for node in again)} may be taken again.")
-        return bool(again)
+        nodes = [node for node in self._left_out.take_back() if node in alive]
+        if nodes:
+            print_message(f"there are no others: {' '.join(names[node] for node in nodes)} may be taken again.")
+        return bool(nodes)
 
     def _take_back_unstarted(self) -> bool:
         """Take back a node that did not answer, or could not start an agent; return whether there is one."""
-        again = self._left_out.take_back_unstarted(_alive())
-        if again:
-            print_message(f"there are too few others: {node_names()[again]} is asked again.")
-        return bool(again)
+        node = self._left_out.take_back_unstarted(_alive())
+        if node:
+            print_message(f"there are too few others: {node_names()[node]} is asked again.")
+        return bool(node)
 
     def _held(self) -> PlacementGroup:
         """Return the group, which may still wait for room; create it if needed."""
@@ -258,21 +258,21 @@ class RayNodes:
         )
 
     def _agent(self, group: PlacementGroup, bundle: int) -> Any:
-        place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
         options: dict[str, Any] = {"num_cpus": self._needs.cpus, "num_gpus": self._needs.gpus, "max_restarts": 0}
-        return ray.remote(NodeAgent).options(scheduling_strategy=place, **options).remote()
+        return ray.remote(NodeAgent).options(scheduling_strategy=strategy, **options).remote()
 
     def _leave_out(self, group: PlacementGroup, answers: Sequence[NodePlace | str]) -> bool:
         """Leave out the nodes whose agents did not answer or could not start.
 
         Return False if there are no other nodes, or only ones that were asked before.
         """
-        others = True
+        others_left = True
         nodes, names = bundle_nodes(group), node_names()
         for bundle, answer in enumerate(answers):
             if isinstance(answer, str) and (node := nodes.get(bundle)):
                 enough = self._usable() > min(self._size.counts) or self._take_back()
-                others = others and enough and node not in self._left_out.asked_again
+                others_left = others_left and enough and node not in self._left_out.asked_again
                 if enough or self._take_back_unstarted():
                     print_message(f"{names.get(node, node)} is left out: its agent {answer}.")
                     self._left_out.leave_out_unstarted(node)
@@ -281,7 +281,7 @@ class RayNodes:
                         f"{names.get(node, node)} is asked again, since there is no other: its agent {answer}."
                     )
         self.close()
-        return others
+        return others_left
 
 
 def node_names() -> dict[str, str]:
@@ -314,10 +314,10 @@ def _answer(request: Any) -> NodePlace | str:
         return f"could not start: {_first_line(error)}"
 
 
-def _exit(done: Any) -> tuple[int | None, str]:
+def _exit(request: Any) -> tuple[int | None, str]:
     """Return (the exit code of `run_node`, None if a signal killed it or its agent; a description of its end, or "")."""
     try:
-        code: int = ray.get(done)
+        code: int = ray.get(request)
     except RayError as error:
         return None, f"was lost: {_first_line(error)}"
     return (code, "") if code >= 0 else (None, f"was killed by signal {-code}")

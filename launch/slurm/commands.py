@@ -31,7 +31,7 @@ def ask_slurm(*command: str, patience: float = 0.0) -> str:
 
     patience: seconds during which the command is repeated while the controller does not answer.
     """
-    ends = time.monotonic() + patience
+    deadline = time.monotonic() + patience
     while True:
         try:
             done = subprocess.run(command, capture_output=True, text=True)
@@ -40,7 +40,7 @@ def ask_slurm(*command: str, patience: float = 0.0) -> str:
         if not done.returncode:
             return done.stdout.strip()
         message = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        if time.monotonic() >= ends or not _UNANSWERED.search(message):
+        if time.monotonic() >= deadline or not _UNANSWERED.search(message):
             raise SlurmError(command[0], message)
         time.sleep(_PAUSE_SECONDS)
 

@@ -27,6 +27,8 @@ from torch import Tensor
 from distattn.kernels.devices import has_streams
 from distattn.parallel.runtime.memory import ALIGNMENT
 
+# loans of arenas after which those of a stream that borrows no longer are freed: some steps of a large model
+_FORGOTTEN_AFTER = 4096
 # a device and its stream, None for devices without streams
 _Place = tuple[torch.device, Any]
 
@@ -42,13 +44,16 @@ class ArenaPool:
         # by place: memory for tensors received for a backward pass; it may be in use
         self._kept: dict[_Place, list[Tensor]] = defaultdict(list)
         self._of_parents: list[Any] = []
+        # how many arenas have been lent, and that number at each place's last loan
+        self._loans = 0
+        self._last_loan: dict[_Place, int] = {}
 
     def forget(self) -> None:
         """Reset the pool in a forked process: the device's memory, and threads that held the lock, belong to the parent."""
         self._lock = threading.RLock()
         # keep them alive: freeing would call CUDA, which a forked process cannot use
-        self._of_parents += [self._idle, self._kept]
-        self._idle, self._kept = defaultdict(list), defaultdict(list)
+        self._of_parents += [self._idle, self._kept, self._last_loan]
+        self._idle, self._kept, self._last_loan = defaultdict(list), defaultdict(list), {}
 
     @contextmanager
     def borrowed(self, nbytes: int, device: torch.device) -> Iterator[Tensor]:
@@ -62,6 +67,7 @@ class ArenaPool:
             return
         place = _place(device)
         with self._lock:
+            self._note_loan(place)
             idle = self._idle[place]
         arena = self._take(place, nbytes, idle)
         yield arena
@@ -104,6 +110,16 @@ class ArenaPool:
             return sorted(
                 _size(arena) for place, arenas in self._idle.items() if place[0] == device for arena in arenas
             )
+
+    def _note_loan(self, place: _Place) -> None:
+        """Count a loan, and free the memory of streams that have borrowed nothing for long."""
+        self._loans += 1
+        self._last_loan[place] = self._loans
+        if self._loans % _FORGOTTEN_AFTER == 0:
+            for old in [old for old, loan in self._last_loan.items() if loan <= self._loans - _FORGOTTEN_AFTER]:
+                del self._last_loan[old]
+                self._idle.pop(old, None)
+                self._kept.pop(old, None)
 
     def _take(self, place: _Place, nbytes: int, idle: list[Tensor]) -> Tensor:
         """Take memory from a list sorted by size, or allocate it. Raise torch.OutOfMemoryError."""

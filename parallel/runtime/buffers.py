@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distattn.ir.plan import Call, Payload
-from distattn.kernels.glue import RowSelection, add_rows, copy_rows, merge_rows
+from distattn.kernels.glue import RowSelection, add_rows, copy_rows, copy_rows_with_products, merge_rows
 from distattn.parallel.runtime.memory import FlatPlaces, PlacedTensor, PlaceKey, own_result_fields
 from distattn.parallel.runtime.packed_messages import PackedMessages
 from distattn.parallel.runtime.views import OWN, BufferKey, View
@@ -42,6 +42,8 @@ class Buffers:
         self.call, self._blank, self._unadded = call, blank, unadded
         self._merges_by_lse = call.op.merge == "lse"
         self.fields: dict[BufferKey, Fields] = {}
+        # of the backward pass, where sums of dO * O are made as dO is copied
+        self._outputs: Tensor | None = None
         # the rows of bundles, (rows, numbers) each
         self._rows: dict[PlaceKey, Tensor] = {}
         # the same memory as tensors of each dtype
@@ -61,6 +63,11 @@ class Buffers:
         """Use these tensors as the rank's own ones of a payload; return them."""
         self.fields[BufferKey(payload, OWN, 0, self.call.payload_heads(payload))] = fields
         return fields
+
+    def bind_outputs(self, do_THE: Tensor, lse_TH: Tensor, o_THE: Tensor) -> None:
+        """Bind dO without its delta, which is then rowsum(dO * O) of the rows that are copied to messages and buffers."""
+        self.bind_own(Payload.dO, (do_THE, lse_TH))
+        self._outputs = o_THE
 
     def bind_flat(
         self, kept: FlatPlaces, flat: Tensor, renamed: Callable[[BufferKey], BufferKey] | None = None
@@ -103,8 +110,12 @@ class Buffers:
         """Copy own rows into a buffer of copies."""
         for piece in view.slices:
             rows, view_rows = RowSelection.of(piece.rows), RowSelection.of(piece.view_rows)
-            for whole, tensor in zip(self.fields[key], self.fields[piece.buffer], strict=True):
-                copy_rows(_of_heads(whole, piece.view_heads), view_rows, _of_heads(tensor, piece.heads), rows)
+            targets = tuple(_of_heads(whole, piece.view_heads) for whole in self.fields[key])
+            sources = tuple(_of_heads(tensor, piece.heads) for tensor in self.fields[piece.buffer])
+            outputs = None
+            if key.payload == Payload.dO and self._outputs is not None:
+                outputs = _of_heads(self._outputs, piece.heads)
+            _copy_fields(targets, view_rows, sources, rows, outputs)
 
     def close(self) -> None:
         """Drop the arena and all buffers."""
@@ -116,9 +127,13 @@ class Buffers:
         """Copy own rows to messages. places: of each part of a row."""
         for part, of_part in zip(packed.parts, places, strict=True):
             own_fields = self.fields[BufferKey(part.payload, OWN, 0, self.call.payload_heads(part.payload))]
-            for whole, tensor in zip(self.place(of_part), own_fields, strict=True):
-                source = tensor.reshape(-1, part.heads, *tensor.shape[2:])
-                copy_rows(whole, RowSelection(0, packed.rows), source, RowSelection.of(part.rows))
+            sources = tuple(tensor.reshape(-1, part.heads, *tensor.shape[2:]) for tensor in own_fields)
+            outputs = None
+            if part.payload == Payload.dO and self._outputs is not None:
+                outputs = self._outputs.reshape(-1, part.heads, self._outputs.shape[2])
+            _copy_fields(
+                self.place(of_part), RowSelection(0, packed.rows), sources, RowSelection.of(part.rows), outputs
+            )
 
     def unpack(self, packed: PackedMessages, fields: Sequence[Fields]) -> None:
         """Write received results to the own tensors, which have none yet. fields: of each part of a row."""
@@ -197,6 +212,17 @@ class Buffers:
         if dtype not in self._arena:
             self._arena[dtype] = self._arena[torch.uint8].view(dtype)
         return self._arena[dtype]
+
+
+def _copy_fields(
+    targets: Fields, target_rows: RowSelection, sources: Fields, rows: RowSelection, outputs: Tensor | None
+) -> None:
+    """Copy rows of a payload's tensors; outputs: O, if the last tensor is to be rowsum(dO * O), which is in no source."""
+    if outputs is not None:
+        copy_rows_with_products(targets[0], targets[-1], target_rows, sources[0], outputs, rows)
+        targets, sources = targets[1:-1], sources[1:]
+    for target, source in zip(targets, sources, strict=True):
+        copy_rows(target, target_rows, source, rows)
 
 
 def _of_rows(tensor: Tensor, rows: slice) -> Tensor:

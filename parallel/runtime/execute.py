@@ -90,13 +90,15 @@ def backward(
     k_TKD: Tensor,
     v_TKE: Tensor,
     lse_TH: Tensor,
-    delta_TH: Tensor,
+    delta_TH: Tensor | None,
     kept: Tensor,
     score: ScoreMod,
+    o_THE: Tensor | None = None,
 ) -> PausableRun[tuple[Tensor, Tensor, Tensor]]:
     """Compute gradients (dq_THD, dk_TKD, dv_TKE) in the inputs' dtype.
 
-    delta_TH is rowsum(dO * O), minus the gradient of the log-sum-exp if there is one.
+    delta_TH is rowsum(dO * O), minus the gradient of the log-sum-exp if there is one. If it is None, the sums are made of
+    o_THE as dO is copied, which `program.sums_where_copied` allows.
     """
 
     def compute(
@@ -116,7 +118,11 @@ def backward(
         buffers = Buffers(program.call, arena, program.blank, program.unadded)
         buffers.bind_own(Payload.Q, (q_THD,))
         buffers.bind_own(Payload.KV, (k_TKD, v_TKE))
-        buffers.bind_own(Payload.dO, (do_THE, lse_TH, delta_TH))
+        if delta_TH is None:
+            assert program.sums_where_copied and o_THE is not None, "sums are made where dO is copied, or before"
+            buffers.bind_outputs(do_THE, lse_TH, o_THE)
+        else:
+            buffers.bind_own(Payload.dO, (do_THE, lse_TH, delta_TH))
         buffers.bind_flat(program.kept_places, kept, kept_key)
         sums = [*buffers.new_own(Payload.dQ, program.tokens), *buffers.new_own(Payload.dKV, program.tokens)]
         yield from run_steps("backward", program.backward, transport, buffers, compute, kernel.ACCUMULATES)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from distattn.ir.intervals import Ints
-from distattn.ir.plan import REDUCED_PAYLOADS
+from distattn.ir.intervals import Ints, overlapping_pairs
+from distattn.ir.plan import KEY_PAYLOADS, REDUCED_PAYLOADS, Call, Columns, Table, select_rows
 from distattn.parallel.runtime.row_bundles import Bundle
 from distattn.parallel.runtime.views import OWN, BufferKey, BufferSlice, RowIndex, View
 
@@ -85,6 +85,35 @@ def land(
     for step in steps:
         _change(step, {**landings, **inherited})
     return landings
+
+
+def may_land(call: Call, table: Table, moves: Columns) -> np.ndarray:
+    """Return which moves are to or from a buffer that may be a launch's working tensor: the same at both ends of a message.
+
+    The buffer is where copies arrive or partial results leave. It lands among own rows, so it may only where tasks of one step
+    have own tokens and others', after copies arrive or before results leave.
+    """
+    is_result = np.isin(moves["payload"], REDUCED_PAYLOADS)
+    holder = np.where(is_result, moves["src"], moves["dst"])
+    out = np.ones(len(holder), bool)
+    if call.op.is_recurrent:
+        return out
+    tasks = select_rows(table.tasks, np.isin(table.tasks["rank"], holder))
+    chunks, ranks = call.layout.chunks, call.ranks
+    is_of_keys = np.isin(moves["payload"], KEY_PAYLOADS)
+    for of_kind, t0, t1 in ((is_of_keys, "k0", "k1"), (~is_of_keys, "q0", "q1")):
+        # whether the tasks of a rank and step have tokens of others and of its own
+        has = np.zeros((2, ranks, table.steps), bool)
+        i, j = overlapping_pairs(chunks["t0"], chunks["t1"], tasks[t0], tasks[t1])
+        rank = tasks["rank"][i]
+        has[(chunks["rank"][j] == rank).astype(np.int64), rank, tasks["step"][i]] = True
+        mixes = has[0] & has[1]
+        # whether a step does that is no later, or no earlier
+        before = np.logical_or.accumulate(mixes, 1)
+        after = np.logical_or.accumulate(mixes[:, ::-1], 1)[:, ::-1]
+        for of_moves, mixed in ((of_kind & is_result, before), (of_kind & ~is_result, after)):
+            out[of_moves] = mixed[holder[of_moves], moves["step"][of_moves]]
+    return out
 
 
 def _agrees(landing: Landing, bundle: Bundle, found: Mapping[BufferKey, Landing]) -> bool:

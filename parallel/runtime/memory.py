@@ -134,6 +134,8 @@ def backward_memory(program: Program, workspace: Workspace | None) -> PassMemory
         return PassMemory(0, 0, 0, 0)
     results, returned = _result_bytes(program, (Payload.dQ, Payload.dKV))
     delta = program.tokens * call.heads * getattr(torch, call.accumulation_dtype).itemsize
+    if program.sums_where_copied:
+        delta = 0
     workspace_bytes = _workspace(program, "backward", program.backward, workspace)
     if program.backward_states is not None:
         # a recurrence has no delta

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import Call, Payload
+from distattn.parallel.runtime.row_bundles import Bundle
 from distattn.parallel.runtime.views import OWN, View
 
 if TYPE_CHECKING:
-    from distattn.parallel.runtime.program import Message
+    from distattn.parallel.runtime.program import Message, ProgramStep
 
 
 class OwnRows(NamedTuple):
@@ -46,6 +47,15 @@ class PackedMessages(NamedTuple):
         return next(iter(self.begins))
 
 
+def joined_messages(messages: list[tuple[Payload, Message]]) -> list[tuple[int, ...]]:
+    """Return the numbers of the messages of a step that travel together, in the order of their first ones."""
+    groups: dict[tuple[int, Bundle | int], tuple[int, ...]] = {}
+    for number, (_, message) in enumerate(messages):
+        together = (message.peer, message.bundle or number)
+        groups[together] = (*groups.get(together, ()), number)
+    return list(groups.values())
+
+
 def pack(
     call: Call, messages: list[tuple[Payload, Message]], joined: list[tuple[int, ...]], are_results: bool
 ) -> tuple[PackedMessages, ...]:
@@ -66,6 +76,16 @@ def pack(
             format_ = is_bundle, tuple((payload, message.view.heads) for payload, message in of_peer)
             formats.setdefault(format_, {})[numbers] = known_rows
     return tuple(_packed(format_, rows) for (_, format_), rows in formats.items() if len(rows) > 1)
+
+
+def uses_copies_of(payload: Payload, step: ProgramStep) -> bool:
+    """Return whether a step uses a rank's own tensors of a payload in packed messages and own rows of buffers only."""
+    packed = {number for some in step.packed_sends for numbers in some.begins for number in numbers}
+    views = [message.view for number, (_, message) in enumerate(step.sends) if number not in packed]
+    views += [view for launch in step.launches for view in launch.operands.values()]
+    return not any(
+        piece.buffer.payload == payload and piece.buffer.step == OWN for view in views for piece in view.slices
+    )
 
 
 def _packed(format_: tuple[tuple[Payload, int], ...], rows: dict[tuple[int, ...], list[Ints]]) -> PackedMessages:

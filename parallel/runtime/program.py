@@ -31,7 +31,7 @@ from distattn.ir.plan import (
 )
 from distattn.kernels.launch_mask import LaunchMask, WrittenRows
 from distattn.parallel.analysis.verify import Proof
-from distattn.parallel.runtime.landing import Landing, land
+from distattn.parallel.runtime.landing import Landing, land, may_land
 from distattn.parallel.runtime.launches import LaunchTable
 from distattn.parallel.runtime.memory import (
     FlatPlaces,
@@ -41,7 +41,7 @@ from distattn.parallel.runtime.memory import (
     place_kept,
     rounded_arena_bytes,
 )
-from distattn.parallel.runtime.packed_messages import PackedMessages, pack
+from distattn.parallel.runtime.packed_messages import PackedMessages, joined_messages, pack, uses_copies_of
 from distattn.parallel.runtime.row_bundles import Bundle, RowFormat, find_bundles
 from distattn.parallel.runtime.segment_launches import SegmentLaunches
 from distattn.parallel.runtime.staging import stage
@@ -146,22 +146,27 @@ class Program:
     unadded: frozenset[Payload]
     forward_bytes: int
     backward_bytes: int
+    # whether all that uses a rank's own dO are copies to messages and buffers, where rowsum(dO * O) can be made
+    sums_where_copied: bool = False
     uploaded: Handover | None = None
     forward_states: StateProgram | None = None
     backward_states: StateProgram | None = None
 
 
-def lower(plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = None) -> Program:
+def lower(
+    plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = None, in_larger_job: bool = False
+) -> Program:
     """Lower a plan for one rank. `prepare` turns the mask of a launch, or of a recurrence its segments, into the kernel's own
     schedule.
 
-    The proof is stored with the program; running an unproven plan is at the caller's risk. The arenas have room for results of
-    kernels that take `into`; others make their own, and leave it unused.
+    The proof is stored with the program; running an unproven plan is at the caller's risk. in_larger_job: other ranks than the
+    plan's belong to the job, so that messages may be in flight that a plan for one rank does not know. The arenas have room for
+    results of kernels that take `into`; others make their own, and leave it unused.
     """
     call = plan.call
     tokens = int(call.layout.shard_sizes()[rank])
     # the backward's launches are mostly the forward's
-    prepare = _memoized(prepare)
+    prepare = _memoized(prepare, in_larger_job or call.ranks > 1)
     forward = _TableLowering(call, plan.forward, rank, FORWARD_PAYLOADS, prepare)
     kept = {
         key: rows for key, rows in forward.sizes.items() if plan.keeps_inputs and key.payload in (Payload.Q, Payload.KV)
@@ -176,7 +181,8 @@ def lower(plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = N
     blank = frozenset(forward.blank | backward.blank)
     unadded = frozenset(forward.unadded | backward.unadded)
     sizes = assign_places(call, ahead, forward.bundles), assign_places(call, back, backward.bundles)
-    program = Program(call, proof, rank, tokens, ahead, back, kept, kept_places, blank, unadded, *sizes)
+    sums = call.op.kind == "attention" and all(uses_copies_of(Payload.dO, step) for step in back)
+    program = Program(call, proof, rank, tokens, ahead, back, kept, kept_places, blank, unadded, *sizes, sums)
     return _with_states(plan, program) if call.op.is_recurrent else program
 
 
@@ -234,6 +240,8 @@ class _TableLowering:
         self.extents = [*self.buffers, *inherited, *(self._own(payload) for payload in payloads)]
         ends = sorted_unique(np.concatenate([[rank], self.outgoing["dst"], self.incoming["src"]]))
         self.bundles_of_ranks = find_bundles(call, table, ends)
+        # bytes of each payload in a row of a message, and its format, by payloads and heads of the bundle
+        self._formats: dict[tuple[tuple[Payload, int], ...], tuple[tuple[tuple[Payload, int], ...], RowFormat]] = {}
         # of this rank's buffers
         self.bundles = {key: bundle for (end, key), bundle in self.bundles_of_ranks.items() if end == rank}
 
@@ -262,11 +270,11 @@ class _TableLowering:
             shared = self._shared_rows(holder, key)
             steps[key.step].receives.append((key.payload, Message(peer, next(views), segments, *shared)))
         for step in steps:
-            step.joined_sends, step.joined_receives = _joined(step.sends), _joined(step.receives)
+            step.joined_sends, step.joined_receives = joined_messages(step.sends), joined_messages(step.receives)
         self._add_launches(steps, launches, views)
         self._land(steps, kept, inherited)
-        landings = {key: landing for key, landing in self.landings.items() if key not in self.bundles}
-        self.staged = stage(self.call, steps, landings)
+        landings = {key: landing for key, landing in self.landings.items() if len(self.bundles.get(key, (key,))) == 1}
+        self.staged = stage(self.call, steps, landings, self.bundles)
         self.sizes |= {key: view.rows for key, view in self.staged.items()}
         self._set_lifetimes(steps, kept)
         self._mark_first_writes(steps)
@@ -283,9 +291,12 @@ class _TableLowering:
         bundle = self.bundles_of_ranks.get((holder, key), ())
         if not bundle:
             return bundle, (), None
-        sent = ((one.payload, (one.h1 - one.h0) * self.call.token_head_bytes(one.payload)) for one in bundle)
-        fields = [(one.h1 - one.h0, self.call.comm_fields(one.payload)) for one in bundle]
-        return bundle, tuple(sent), RowFormat.of(fields)
+        heads = tuple((one.payload, one.h1 - one.h0) for one in bundle)
+        if heads not in self._formats:
+            sent = ((payload, count * self.call.token_head_bytes(payload)) for payload, count in heads)
+            parts = [(count, self.call.comm_fields(payload)) for payload, count in heads]
+            self._formats[heads] = tuple(sent), RowFormat.of(parts)
+        return bundle, *self._formats[heads]
 
     def _query_buffers(self) -> Ints:
         """For each task, a number for the buffer in which its query rows lie with its first head; -1 where in several."""
@@ -321,7 +332,10 @@ class _TableLowering:
     def _messages(
         self, moves: Columns, peer: str
     ) -> tuple[list[tuple[int, BufferKey]], ViewParts, list[tuple[slice, ...]]]:
-        """Peer and buffer of every message, in order, what each carries, a view with one part, and its segments."""
+        """Peer and buffer of every message, in order, what each carries, a view with one part, and its segments.
+
+        peer: the column of `moves` that names it, "src" or "dst".
+        """
         moves, first = _grouped(moves, ("step", peer, "payload", "h0", "h1"), ("t0",))
         each = select_rows(moves, np.array(first[:-1], np.int64))
         columns = (each[name].tolist() for name in (peer, "payload", "step", "h0", "h1"))
@@ -333,9 +347,10 @@ class _TableLowering:
         row = before - before[np.array(first[:-1], np.int64)][part]
         intervals = part, moves["t0"], moves["t1"], row
         views = ViewParts(number, each["payload"], each["h0"], each["h1"], np.zeros_like(number), *intervals)
-        # both ends cut a message by its tokens alone, and so alike
+        # both ends cut a message by the table alone, and so alike
+        is_cut = may_land(self.call, self.table, each)[part[1:]]
         begins = np.ones(len(part), bool)
-        begins[1:] = (part[1:] != part[:-1]) | (moves["t0"][1:] != moves["t1"][:-1])
+        begins[1:] = (part[1:] != part[:-1]) | ((moves["t0"][1:] != moves["t1"][:-1]) & is_cut)
         starts = [row[a:b][begins[a:b]].tolist() for a, b in itertools.pairwise(first)]
         sizes = np.bincount(part, length, len(names)).astype(np.int64).tolist()
         segments = [
@@ -456,23 +471,14 @@ def _result_views(step: ProgramStep) -> Iterator[View]:
             yield message.view
 
 
-def _joined(messages: list[tuple[Payload, Message]]) -> list[tuple[int, ...]]:
-    """Return the numbers of the messages of a step that travel together, in the order of their first ones."""
-    groups: dict[tuple[int, Bundle | int], tuple[int, ...]] = {}
-    for number, (_, message) in enumerate(messages):
-        together = (message.peer, message.bundle or number)
-        groups[together] = (*groups.get(together, ()), number)
-    return list(groups.values())
-
-
-def _memoized(prepare: PrepareKernel) -> PrepareKernel:
-    """Return the same function, called once for equal masks or segments."""
+def _memoized(prepare: PrepareKernel, in_larger_job: bool) -> PrepareKernel:
+    """Return the same function, called once for equal masks or segments; masks say whether the job has several ranks."""
     made: dict[tuple[Any, ...], Any] = {}
 
     def once(cells: Any) -> Any:
         key = cells.cache_key() if isinstance(cells, LaunchMask) else cells
         if key not in made:
-            made[key] = prepare(cells)
+            made[key] = prepare(cells._replace(in_larger_job=in_larger_job) if isinstance(cells, LaunchMask) else cells)
         return made[key]
 
     return once

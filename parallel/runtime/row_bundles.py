@@ -1,15 +1,16 @@
 """Which buffers of a rank lie row by row side by side, so that one message carries all that a peer sends of them in a step.
 
 A *bundle* is a matrix with one row for each token. A row holds all heads of all tensors of its buffers, one behind another, so
-that rows of one peer are one run of bytes and kernels still read each tensor in place, by its strides. Messages that carry some
-heads are packed before they are sent anyway, so a bundle costs nothing. Tensors with all heads travel one by one from where they
-lie.
+that rows of one peer are one run of bytes and kernels still read each tensor in place, by its strides. Own rows are copied to the
+arena before they are sent anyway, so a bundle costs nothing. Buffers with all heads are bundles by themselves, since one copy of
+own rows serves all peers.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from distattn.ir.intervals import Ints, lexicographic_argsort, run_starts
 from distattn.ir.plan import (
     DTYPE_BYTES,
     HELD_PAYLOADS,
+    KEY_PAYLOADS,
     REDUCED_PAYLOADS,
     Call,
     Columns,
@@ -31,7 +33,14 @@ from distattn.parallel.runtime.views import BufferKey
 from distattn.parallel.tables.partition import owns_range
 
 # bytes: the tensor-memory accelerator wants addresses and strides that are multiples of it
-_ALIGNMENT = 16
+_ADDRESS_ALIGNMENT = 16
+# numbers: Triton loads many at once where the distance of rows is a multiple of it
+_ROW_ALIGNMENT = 16
+# padding of a row, as a share of its tensors: it is sent, too
+_MOST_PADDING = 1 / 8
+# bytes of copies that live longer, and are copied once more, so that several buffers are one message: as long as messages of
+# their own would take
+_MOST_EXTENDED = 64 << 20
 
 # the buffers of a bundle, in the order in which they lie in a row
 Bundle = tuple[BufferKey, ...]
@@ -49,9 +58,10 @@ class RowTensor(NamedTuple):
 
 
 class RowFormat(NamedTuple):
-    """What a row of a bundle holds, without gaps. tensors: by part, in order; the row is `numbers` numbers of `dtype`.
+    """What a row of a bundle holds. tensors: by part, in order; the row is `numbers` numbers of `dtype`.
 
-    Tensors with one number for each head (log-sum-exp, delta) lie at the end of the row.
+    Tensors with one number for each head (log-sum-exp, delta) lie behind the others. Padding ends the row, so that the
+    distance of rows is a multiple of 16 numbers of every other tensor.
     """
 
     dtype: str
@@ -74,6 +84,10 @@ class RowFormat(NamedTuple):
             size = DTYPE_BYTES[name]
             found[part, field] = RowTensor(getattr(torch, name), heads, width, at // size)
             at += heads * (width or 1) * size
+        unit = _ROW_ALIGNMENT * max(
+            DTYPE_BYTES[name] for _, widths in parts for width, name in widths if width is not None
+        )
+        at = -(-at // unit) * unit
         tensors = tuple(tuple(found[i, field] for field in range(len(widths))) for i, (_, widths) in enumerate(parts))
         name = parts[0][1][0][1]
         return RowFormat(name, at // DTYPE_BYTES[name], tensors)
@@ -83,15 +97,17 @@ def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, Buffe
     """Return the bundle of each buffer of these ranks that is in one, by rank and buffer; the same at both ends of a message.
 
     All buffers that arrive at a rank in a step (of partial results: leave it) are one bundle where they hold the same tokens of
-    the same peers, all tasks of the rank are in one step, and it passes nothing on: then their lives are equal, too. Otherwise
-    each is a bundle of its own. Buffers whose tensors would not be aligned in a row are in none: fast kernels would refuse the
-    tensors, and padding would be sent.
+    the same peers, some of them with some heads, all tasks of the rank are in one step, and it passes nothing on: then their
+    lives are equal, too. Small copies are one bundle in spite of that. Otherwise each is a bundle of its own. Buffers whose
+    tensors would not be aligned in a row are in none, since fast kernels would refuse the tensors; nor are those whose rows would
+    need much padding.
     """
     found: dict[tuple[int, BufferKey], Bundle] = {}
     moves, tasks = table.moves, table.tasks
-    heads = np.array([call.payload_heads(payload) for payload in Payload], np.int64)
+    heads = [call.payload_heads(payload) for payload in Payload]
+    is_aligned = cache(partial(_is_aligned, call))
     # kernels of recurrences would copy what has gaps between its rows
-    if not call.op.is_softmax or not _has_some_heads(moves, heads).any():
+    if not call.op.is_softmax:
         return found
     for payloads, end, peer in ((HELD_PAYLOADS, "dst", "src"), (REDUCED_PAYLOADS, "src", "dst")):
         of_kind = np.isin(moves["payload"], payloads)
@@ -101,30 +117,43 @@ def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, Buffe
         passing_ranks = set(np.unique(moves[peer][is_passed_on]).tolist())
         for (rank, step), buffers in _buffers_by_step(rows, end, peer):
             tokens_of = {BufferKey(Payload(payload), step, h0, h1): tokens for payload, h0, h1, tokens in buffers}
-            keys = [key for key in tokens_of if _is_aligned(call, key)]
-            is_one = all(np.array_equal(tokens_of[key], tokens_of[keys[0]]) for key in keys)
+            keys = [key for key in tokens_of if is_aligned(key.payload, key.h1 - key.h0)]
+            if not keys:
+                continue
+            is_one = all(np.array_equal(tokens_of[key], tokens_of[keys[0]]) for key in keys[1:])
+            with_some_heads = {key for key in keys if key.h1 - key.h0 < heads[key.payload]}
             if is_one and len(keys) > 1:
-                is_one = rank not in passing_ranks and len(np.unique(tasks["step"][tasks["rank"] == rank])) <= 1
+                lives_are_equal = (
+                    rank not in passing_ranks and len(np.unique(tasks["step"][tasks["rank"] == rank])) <= 1
+                )
+                are_small = payloads is HELD_PAYLOADS and _extended_bytes(call, tokens_of, keys) <= _MOST_EXTENDED
+                is_one = bool(with_some_heads) and (lives_are_equal or are_small)
             for bundle in [tuple(keys)] if is_one else [(key,) for key in keys]:
-                if any(key.h1 - key.h0 < heads[key.payload] for key in bundle):
+                if with_some_heads.intersection(bundle) or len(call.payload_fields(bundle[0].payload)) > 1:
                     found.update({(rank, key): bundle for key in bundle})
     return found
 
 
-def _is_aligned(call: Call, key: BufferKey) -> bool:
-    """Return whether all of a buffer's tensors stay aligned in a row, in memory and as they are sent."""
-    heads = key.h1 - key.h0
-    for fields in (call.payload_fields(key.payload), call.comm_fields(key.payload)):
+def _is_aligned(call: Call, payload: Payload, heads: int) -> bool:
+    """Return whether all of a payload's tensors stay aligned in a row with little padding, in memory and as they are sent."""
+    for fields in (call.payload_fields(payload), call.comm_fields(payload)):
         sizes = [heads * (width or 1) * DTYPE_BYTES[name] for width, name in fields]
         wide = [size for size, (width, _) in zip(sizes, fields, strict=True) if width is not None]
-        if any(size % _ALIGNMENT for size in (sum(sizes), *wide)):
+        row = RowFormat.of([(heads, fields)])
+        padding = row.numbers * DTYPE_BYTES[row.dtype] - sum(sizes)
+        if any(size % _ADDRESS_ALIGNMENT for size in wide) or padding > _MOST_PADDING * sum(sizes):
             return False
     return True
 
 
-def _has_some_heads(moves: Columns, heads: Ints) -> np.ndarray:
-    """Return which moves carry some heads of a payload only; heads: of each payload."""
-    return moves["h1"] - moves["h0"] < heads[moves["payload"]]
+def _extended_bytes(call: Call, tokens_of: dict[BufferKey, Ints], keys: list[BufferKey]) -> int:
+    """Return the bytes of a rank's copies that would live longer in one bundle: those of queries or those of keys."""
+    sizes = [0, 0]
+    for key in keys:
+        _, t0, t1 = tokens_of[key]
+        row = (key.h1 - key.h0) * call.token_head_bytes(key.payload, in_memory=True)
+        sizes[key.payload in KEY_PAYLOADS] += int((t1 - t0).sum()) * row
+    return min(sizes)
 
 
 def _buffers_by_step(

@@ -1,7 +1,8 @@
 """Messages of a rank's own rows leave from the arena, as all others do: see `arenas`.
 
 Where a buffer of the arena has own rows between those that arrive (see `landing`), messages are sent from there. Else each step
-copies the own rows that it sends, once for all peers. Messages that are packed before they travel need neither.
+copies the own rows that it sends, once for all peers, as rows of a bundle where messages are such rows (see `row_bundles`).
+Messages that are packed before they travel need neither.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from distattn.ir.intervals import expand_ranges, merge_intervals
 from distattn.ir.plan import Call
 from distattn.parallel.runtime.landing import Landing
+from distattn.parallel.runtime.row_bundles import Bundle
 from distattn.parallel.runtime.views import OWN, BufferKey, BufferSlice, View, travels_from_its_buffer
 
 if TYPE_CHECKING:
@@ -25,10 +27,12 @@ if TYPE_CHECKING:
 _COPIES = -(1 << 32)
 
 
-def stage(call: Call, steps: list[ProgramStep], landings: Mapping[BufferKey, Landing]) -> dict[BufferKey, View]:
-    """Let own rows be sent from the arena; changes the sends of the steps.
+def stage(
+    call: Call, steps: list[ProgramStep], landings: Mapping[BufferKey, Landing], bundles: dict[BufferKey, Bundle]
+) -> dict[BufferKey, View]:
+    """Let own rows be sent from the arena; changes the sends of the steps, and adds new buffers to the bundles of the rank.
 
-    Returns for each new buffer the own rows that it is a copy of.
+    landings: of buffers that are in no bundle with others. Returns for each new buffer the own rows that it is a copy of.
     """
     copies: dict[BufferKey, View] = {}
     uses = _steps_of_use(steps)
@@ -38,7 +42,10 @@ def stage(call: Call, steps: list[ProgramStep], landings: Mapping[BufferKey, Lan
         sent_in_place: list[int] = []
         for i, (payload, message) in enumerate(step.sends):
             own = [piece for piece in message.view.slices if piece.buffer.step == OWN]
-            if not own or message.bundle or not travels_from_its_buffer(call, payload, message.view, message.segments):
+            all_heads = message.view.heads == call.payload_heads(payload)
+            if not own or len(message.bundle) > 1 or (message.bundle and not all_heads):
+                continue
+            if not travels_from_its_buffer(call, payload, message.view, message.segments):
                 continue
             landed = next((found for key, one in alive if (found := _in_landed(message, key, one))), None)
             if landed:
@@ -53,6 +60,8 @@ def stage(call: Call, steps: list[ProgramStep], landings: Mapping[BufferKey, Lan
             payload, message = step.sends[i]
             slices = [staged[one.buffer].moved(one) if one.buffer in staged else one for one in message.view.slices]
             step.sends[i] = payload, message._replace(view=message.view._replace(slices=slices))
+            if message.bundle:
+                bundles.update({one.key: (one.key,) for one in staged.values() if one.key.payload == payload})
         copies |= {one.key: one.view for one in staged.values()}
     return copies
 

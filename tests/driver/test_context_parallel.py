@@ -190,7 +190,7 @@ def test_replicas_share_a_scale():
             "layout_options without a layout",
         ),
         (lambda: da.ContextParallel(strategy="ring", layers={"windows": {}}), "window or full, not 'windows'"),
-        (lambda: da.ContextParallel(strategy="ring", layers={3: {}}), "layers 3 need a strategy"),
+        (lambda: da.ContextParallel(strategy="ring", layers={3: {}}), "layers 3 need their own strategy"),
         (lambda: da.ContextParallel(strategy="ring", layers={3: {"stratgy": 1}}), "layers 3 have no 'stratgy'"),
         (lambda: da.ContextParallel(strategy="ring").shard({}), "batch has no input_ids"),
         (

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def packs(rank, where, how):
         yield step
 
 
-def trained(rank, lost, where, how, settings):
+def trained(rank, lost, where, how, settings, takes_turns=False):
     """Return the error that ends this rank's training."""
     if rank >= 3 - settings.get("servers", 0):
         if rank == lost:
@@ -54,11 +55,16 @@ def trained(rank, lost, where, how, settings):
         layer.register_forward_hook(lambda module, args, out: pass_through(out, where, how))
     with pytest.raises(da.LostRankError) as error, shared(timeout=TIMEOUT, **settings) as cp:
         for number, micro_batches in enumerate(cp.steps(packs(rank, where, how))):
-            STEP[0] = number
+            # of step 3 there are two micro-batches
+            STEP[0] = number - takes_turns
             if where == "the loop" and number == 2:
                 lose(how)
-            for batch in micro_batches:
-                local_loss(model, batch).backward()
+            losses = [partial(local_loss, model, batch) for batch in micro_batches]
+            if takes_turns:
+                da.OverlapSchedule(model.model.layers).step(losses)
+                continue
+            for loss in losses:
+                loss().backward()
     return str(error.value), error.value.peers
 
 
@@ -83,6 +89,12 @@ def assert_named(errors, lost):
 @pytest.mark.parametrize("where", WHERE)
 def test_a_lost_rank_is_named(where, how):
     assert_named(run_survivors(3, 1, trained, 1, where, how, {}), 1)
+
+
+@pytest.mark.parametrize("how", ["raises", "stops", "dies"])
+@pytest.mark.parametrize("where", WHERE[2:])
+def test_a_lost_rank_is_named_where_micro_batches_take_turns(where, how):
+    assert_named(run_survivors(3, 1, trained, 1, where, how, {}, True), 1)
 
 
 @pytest.mark.parametrize("how", ["stops", "dies"])

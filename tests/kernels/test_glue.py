@@ -86,6 +86,24 @@ def test_row_products(shape):
     assert torch.allclose(products, (do.double() * o.double()).sum(-1).float(), atol=1e-4)
 
 
+@pytest.mark.usefixtures("path")
+@settings(max_examples=30, deadline=None)
+@given(cases(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+def test_rows_are_copied_with_their_products(case, dtype):
+    shape, (to_size, from_size), (to_rows, from_rows) = case
+    shape = (*shape, 8)[:2]
+    do, _ = strided(from_size, shape, dtype)
+    o, _ = strided(from_size, shape, dtype)
+    # both lie in one row
+    row = torch.full((to_size, shape[0] * (shape[1] + 1)), 7.0)
+    target, products = row[:, : shape[0] * shape[1]].view(to_size, *shape), row[:, shape[0] * shape[1] :]
+    wanted, wanted_products = target.clone(), products.clone()
+    part, outputs = do[from_rows.key].float(), o[from_rows.key].float()
+    wanted[to_rows.key], wanted_products[to_rows.key] = part, (part * outputs).sum(-1)
+    glue.copy_rows_with_products(target, products, to_rows, do, o, from_rows)
+    assert torch.equal(target, wanted) and torch.allclose(products, wanted_products, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
 def test_outputs_are_found_that_have_a_delta(dtype, size):

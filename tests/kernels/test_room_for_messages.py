@@ -28,19 +28,22 @@ TILE = gluon_attention.FORWARD[128]
 HELD = ((16, 0.1), (16, 0.3), (16, 0.6), (32, 0.6), (32, 1.0))
 
 
-def work_of_programs(mask, programs):
-    """Return the key tiles of each of `programs` programs, plus one for a tile's fixed costs, as the kernel deals out tiles."""
+def work_of_programs(mask, programs, unhidden=0.0):
+    """Return the key tiles of each of `programs` programs, plus one for a tile's fixed costs, as the kernel deals out tiles.
+
+    unhidden: what each program takes longer.
+    """
     runs = tile_runs(mask, TILE.rows, TILE.keys)
     work = runs.work(TILE.keys)[runs.group][:, runs.order].T.ravel() + 1.0
     dealt = np.pad(work, (0, -len(work) % programs)).reshape(-1, programs)
     dealt[1::2] = dealt[1::2, ::-1]
-    return dealt.sum(0)
+    return dealt.sum(0) + unhidden
 
 
-def slowdown(mask, programs, held, share):
+def slowdown(mask, programs, held, share, unhidden=0.0):
     """Time of the launch relative to equally busy multiprocessors, if each takes the next program when it is free."""
-    work = work_of_programs(mask, programs)
-    ideal = work.sum() / PROCESSORS
+    ideal = work_of_programs(mask, programs).sum() / PROCESSORS
+    work = work_of_programs(mask, programs, unhidden)
     free = [0.0] * (PROCESSORS - held) + [share * ideal] * held
     heapq.heapify(free)
     for tiles in work:
@@ -48,28 +51,54 @@ def slowdown(mask, programs, held, share):
     return max(free) / ideal
 
 
-def overlapped_launches(strategy):
+def forward_launches(strategy, ranks=8, lengths=(65536,), **how):
     """Return the launch masks of a forward pass. Check that lowering marks those with messages in flight."""
-    lengths = [65536]
     shape = dict(heads=64, kv_heads=8, head_dim=128, dtype="bfloat16")
-    plan = make_plan(Mask.documents(lengths), Layout.zigzag(lengths, 8), strategy=strategy, **shape)
-    program = lower(plan, 4, lambda mask: mask)
+    plan = make_plan(Mask.documents(lengths), Layout.zigzag(lengths, ranks), strategy=strategy, **shape)
+    program = lower(plan, ranks // 2, lambda mask: mask, **how)
     for step in (*program.forward, *program.backward):
         for launch in step.launches:
             assert launch.schedule.overlaps_messages == bool(step.sends or step.receives)
+            assert launch.schedule.in_larger_job == (ranks > 1 or bool(how))
     return [launch.schedule for step in program.forward for launch in step.launches]
+
+
+def single_tiles(mask):
+    return mask.heads * -(-mask.rows // TILE.rows)
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ulysses"])
 def test_launches_with_messages_in_flight_have_one_program_for_each_tile(strategy):
-    masks = overlapped_launches(strategy)
+    masks = forward_launches(strategy)
     # the last step of a ring and the only launch of Ulysses have no messages
     assert [mask.overlaps_messages for mask in masks][-1] is False
     assert any(mask.overlaps_messages for mask in masks) == (strategy == "ring")
     for mask in masks:
-        tiles = mask.heads * -(-mask.rows // TILE.rows)
-        programs = gluon_attention.prepare(mask, NEEDED).programs
-        assert programs == (tiles if mask.overlaps_messages else PROCESSORS)
+        # but FSDP may have
+        assert gluon_attention.prepare(mask, NEEDED).programs == single_tiles(mask)
+        alone = mask._replace(overlaps_messages=False, in_larger_job=False)
+        assert gluon_attention.prepare(alone, NEEDED).programs == PROCESSORS
+
+
+def test_quiet_launches_deal_short_tiles_and_those_of_one_rank():
+    (short,) = forward_launches("ulysses", lengths=(8192,) * 8)
+    assert gluon_attention.prepare(short, NEEDED).programs == PROCESSORS
+    # a plan for one rank has no messages, and its job may have
+    (alone,), (in_job,) = forward_launches("ulysses", ranks=1), forward_launches("ulysses", ranks=1, in_larger_job=True)
+    assert gluon_attention.prepare(alone, NEEDED).programs == PROCESSORS
+    assert gluon_attention.prepare(in_job, NEEDED).programs == single_tiles(in_job)
+
+
+@pytest.mark.parametrize("document", [2048, 8192, 16384, 65536])
+def test_tiles_are_dealt_in_quiet_launches_where_single_ones_would_cost_more_than_they_save_beside_fsdp(document):
+    (mask,) = forward_launches("ulysses", lengths=(document,) * (65536 // document))
+    # dealt tiles hide first loads and last writes, single ones do not: 192 KB at a multiprocessor's 19 KB/us, and a latency of
+    # 2 us. A tile of keys takes 1.9 us at 600 TFLOP/s.
+    unhidden = (192 / 19 + 2) / 1.9
+    # an all-gather of the next layer's weights in a tenth of the launch's time
+    beside = slowdown(mask, single_tiles(mask), 16, 0.1, unhidden) - slowdown(mask, PROCESSORS, 16, 0.1)
+    is_dealt = gluon_attention.prepare(mask, NEEDED).programs == PROCESSORS
+    assert is_dealt == (beside > 0.02)
 
 
 @pytest.mark.parametrize("mask", [LaunchMask.from_mask(Mask.causal(16384), 64, 8)], ids=["causal"])

@@ -12,6 +12,7 @@ import pytest
 from waiting import eventually
 
 ROOT = Path(__file__).parents[2]
+TRAIN = ("-m", "distattn.launch.cli", "train", str(ROOT / "configs" / "tiny.toml"), "--parallel.ranks=2")
 SLEEPER = """
 import os, sys, time
 from pathlib import Path
@@ -76,14 +77,7 @@ def test_ranks_end_with_a_launcher_that_is_killed(tmp_path, how):
 
 
 def test_ranks_that_are_still_starting_end_with_their_launcher(tmp_path):
-    command = (
-        "-m",
-        "distattn.launch.cli",
-        "train",
-        str(ROOT / "configs" / "tiny.toml"),
-        f"--run.folder={tmp_path}/run",
-    )
-    with started(*command, "--parallel.ranks=2", folder=tmp_path) as launcher:
+    with started(*TRAIN, f"--run.folder={tmp_path}/run", folder=tmp_path) as launcher:
         eventually(lambda: len(children(launcher.pid)) == 2, "the ranks did not start")
         ranks = children(launcher.pid)
         launcher.kill()
@@ -93,20 +87,8 @@ def test_ranks_that_are_still_starting_end_with_their_launcher(tmp_path):
 
 @pytest.mark.full
 def test_ranks_in_the_middle_of_training_end_with_their_launcher(tmp_path):
-    command = (
-        "-m",
-        "distattn.launch.cli",
-        "train",
-        str(ROOT / "configs" / "tiny.toml"),
-        f"--run.folder={tmp_path}/run",
-    )
-    quick = (
-        "--parallel.ranks=2",
-        "--train.steps=100000",
-        "--data.tokens_per_step=1024",
-        "--data.max_document_tokens=900",
-    )
-    with started(*command, *quick, folder=tmp_path) as launcher:
+    quick = ("--train.steps=100000", "--data.tokens_per_step=1024", "--data.max_document_tokens=900")
+    with started(*TRAIN, f"--run.folder={tmp_path}/run", *quick, folder=tmp_path) as launcher:
         metrics = tmp_path / "run" / "metrics.jsonl"
         eventually(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, "the run did not start")
         ranks = children(launcher.pid)

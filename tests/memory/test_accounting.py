@@ -200,8 +200,11 @@ def test_of_ranks_that_differ_the_extremes_say_how_much_is_needed():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (dict(loss_tile_tokens=-1), "loss_tile_tokens is at least 1, or 0"),
-        (dict(activation_checkpointing="some"), "activation_checkpointing is one of none, full, save_attention"),
+        (dict(loss_tile_tokens=-1), "loss_tile_tokens: at least 0, not -1"),
+        (
+            dict(activation_checkpointing="some"),
+            "activation_checkpointing: there is no 'some'; there are " + "none, full, save_attention",
+        ),
         (dict(offload=True), "offload takes the inputs of checkpointed layers"),
     ],
 )

@@ -6,7 +6,8 @@ import pytest
 import small
 import torch
 from imitated_allocator import QUEUE, HeldBytes
-from meta_run import GROUP, META, MetaBackend
+from imitated_nccl import GROUP
+from meta_run import META, MetaBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -79,13 +80,20 @@ def held_by_steps(executable, backend, settings):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "checkpointing"),
-    [("ring", "full"), ("ulysses", "none"), ("ulysses", "full"), ("usp", "save_attention")],
+    ("strategy", "checkpointing", "policy"),
+    [
+        ("ring", "full", None),
+        ("ulysses", "none", None),
+        ("ulysses", "full", None),
+        ("usp", "save_attention", None),
+        # the repeated forward pass, which keeps all keys and values, is where most is held
+        ("allgather", "full", "keep"),
+    ],
 )
-def test_a_step_holds_what_is_counted_while_the_host_is_layers_ahead(strategy, checkpointing):
+def test_a_step_holds_what_is_counted_while_the_host_is_layers_ahead(strategy, checkpointing, policy):
     tokens, settings = 8192, MemorySettings(activation_checkpointing=checkpointing, loss_tile_tokens=64)
-    shape = dict(heads=16, kv_heads=4, head_dim=16, dtype="bfloat16", strategy=strategy)
-    plan = da.make_plan(da.Mask.causal(tokens), da.Layout.zigzag([tokens], 4), **shape)
+    shape = dict(heads=16, kv_heads=4, head_dim=16, dtype="bfloat16", strategy=strategy, backward=policy)
+    plan = da.make_plan(da.Mask.causal(tokens), da.Layout.zigzag([tokens], 16 if policy else 4), **shape)
     backend = MetaBackend()
     with mock.patch.dict(KERNELS, {"meta": "meta_kernel"}):
         key, program = checked_program(plan, 1, "meta", META, None, proven=False)

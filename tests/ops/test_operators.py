@@ -21,7 +21,7 @@ RUN_PLANS = [
     f"{op}{direction}" for op in ("", "latent_", "recurrence_", "convolution_") for direction in ("forward", "backward")
 ]
 # operators that only launch one kernel on the current stream
-LAUNCH_ONE_KERNEL = ["copy_rows", "add_rows", "merge_rows", "row_products"]
+LAUNCH_ONE_KERNEL = ["copy_rows", "add_rows", "merge_rows", "copy_rows_with_products", "row_products"]
 OPERATORS = RUN_PLANS + LAUNCH_ONE_KERNEL
 # by an argument's type, a value
 VALUES = {"Tensor": torch.zeros(2, 2, 2), "SymInt": 2, "int": 0, "float": 1.0}

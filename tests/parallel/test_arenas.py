@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from imitated_cuda import DEVICE, StreamNccl, imitated_cuda
+from imitated_nccl import GROUP
+from planted_changes import ChangedGradient
 
 from distattn.ir.plan import Payload
 from distattn.parallel.runtime import arenas
@@ -43,6 +45,22 @@ def test_passes_that_are_under_way_at_once_have_an_arena_each():
     assert pool.idle_bytes(CPU) == []
 
 
+def test_arenas_of_a_stream_that_is_used_no_longer_are_freed(monkeypatch):
+    pool, stream = ArenaPool(), ["training"]
+    monkeypatch.setattr(arenas, "_place", lambda device: (device, stream[0]))
+    monkeypatch.setattr(arenas, "_FORGOTTEN_AFTER", 10)
+    address_of_next(pool, 4096)
+    stream[0] = "evaluation"
+    address_of_next(pool, 8192)
+    stream[0] = "training"
+    for _ in range(9):
+        address_of_next(pool, 4096)
+    assert pool.idle_bytes(CPU) == [4096, 8192]
+    for _ in range(9):
+        address_of_next(pool, 4096)
+    assert pool.idle_bytes(CPU) == [4096]
+
+
 def test_the_arena_of_a_pass_that_fails_is_not_used_again():
     pool = ArenaPool()
     with pytest.raises(ValueError), pool.borrowed(4096, CPU):
@@ -59,22 +77,9 @@ def test_the_arena_of_a_pass_that_fails_is_not_used_again():
     assert pool.idle_bytes(CPU) == []
 
 
-class InBackward(torch.autograd.Function):
-    """A function that runs in the backward pass, as a checkpoint repeats a layer there."""
-
-    @staticmethod
-    def forward(ctx, x, work):
-        ctx.work = work
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        ctx.work()
-        return grad, None
-
-
 def in_backward(work):
-    InBackward.apply(torch.ones(1, requires_grad=True), work).sum().backward()
+    """Call a function in a backward pass, as a checkpoint repeats a layer there."""
+    ChangedGradient.apply(torch.ones(1, requires_grad=True), lambda gradient: (work(), gradient)[1]).sum().backward()
 
 
 def kept_by_a_pass(pool, count=8):
@@ -187,13 +192,6 @@ def test_a_forked_process_has_a_pool_of_its_own_and_leaves_the_memory_of_its_par
     assert os.waitpid(child, 0)[1] == 0
     arenas.ARENAS.free()
     assert freed
-
-
-class Group:
-    """A stand-in for a process group: transports only ask whether it still exists."""
-
-
-GROUP = Group()
 
 
 def a_pass(pool, transport):

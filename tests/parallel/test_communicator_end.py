@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from imitated_nccl import ImitatedNccl, QueueWire
+from imitated_nccl import Group, ImitatedNccl, QueueWire
 
 from distattn.ir.errors import DistattnError
 from distattn.parallel.runtime import communicator_end
@@ -16,10 +16,6 @@ from distattn.parallel.runtime.communicator_end import end_communicator, end_wit
 from distattn.parallel.runtime.transport import GroupTransport, Packet
 
 SUPPORT = Path(__file__).parents[1] / "support"
-
-
-class Group:
-    """A stand-in for a process group."""
 
 
 @pytest.fixture

@@ -16,10 +16,9 @@ from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.kernels.registry import KERNELS
 from distattn.parallel.make_plan import make_plan
-from distattn.parallel.runtime import execute, memory
+from distattn.parallel.runtime import execute, memory, program
 from distattn.parallel.runtime.buffers import Buffers
 from distattn.parallel.runtime.memory import Request, find_places, rounded_arena_bytes
-from distattn.parallel.runtime.program import lower
 from distattn.parallel.runtime.transport import InProcessNetwork
 
 requests = st.builds(
@@ -64,11 +63,17 @@ def test_an_arena_is_hardly_larger_than_what_lives_at_once(strategy, ranks):
     layout = Layout.contiguous(lengths, ranks) if strategy == "cad" else Layout.zigzag(lengths, ranks)
     shape = dict(heads=16, kv_heads=8, head_dim=128, dtype="bfloat16")
     plan = make_plan(Mask.documents(lengths), layout, strategy=strategy, **shape)
-    program = lower(plan, 1, lambda mask: None)
-    for steps, size in ((program.forward, program.forward_bytes), (program.backward, program.backward_bytes)):
+    passes = []
+
+    def recorded(call, steps, bundles):
+        passes.append((steps, bundles, memory.assign_places(call, steps, bundles)))
+        return passes[-1][-1]
+
+    with mock.patch.object(program, "assign_places", recorded):
+        program.lower(plan, 1, lambda mask: None)
+    for steps, bundles, size in passes:
         change = Counter()
-        # tensors one by one: these strategies bundle no rows
-        for _, _, fields, rows, heads, begin, end in memory._tensors(plan.call, steps, {}):
+        for _, _, fields, rows, heads, begin, end in memory._tensors(plan.call, steps, bundles):
             change[begin] += (bytes := memory.place_fields(fields, rows, heads, 0)[1])
             change[end + 1] -= bytes
         most = max(itertools.accumulate(change[moment] for moment in sorted(change)), default=0)

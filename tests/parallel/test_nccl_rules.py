@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 import torch
 from cases import LENGTHS, layouts, masks
-from imitated_nccl import ImitatedNccl, QueueWire
+from imitated_nccl import GROUP, ImitatedNccl, QueueWire
 from oracle import assert_close, dense, random_inputs, run_all_ranks
 
 from distattn.ir.layout import Layout
@@ -17,12 +17,6 @@ from distattn.parallel.runtime import communicator, execute
 from distattn.parallel.runtime.communicator import backend_name, warm_up
 from distattn.parallel.runtime.transport import GroupTransport, Packet
 
-
-class Group:
-    """A stand-in for a process group: transports only ask whether it still exists."""
-
-
-GROUP = Group()
 # seconds of a wait that would never end, in tests of breaches
 SOON = 5.0
 
@@ -170,9 +164,10 @@ def causal_plan(strategy="ring"):
     ("breach", "sentence"),
     [
         (lambda x: torch.empty_like(x, device="meta"), "a tensor on meta, the communicator is on cpu"),
+        (lambda x: x.transpose(0, 1), "NCCL takes contiguous tensors only"),
         (lambda x: x[:-1].contiguous(), r"rank 1 receives \d+ bytes from rank 0, which sends \d+"),
     ],
-    ids=["another device", "another size"],
+    ids=["another device", "other strides", "another size"],
 )
 def test_breaches_that_end_a_run_are_named(breach, sentence):
     inputs = random_inputs(sum(LENGTHS), 4, 2, 8)

@@ -104,14 +104,9 @@ def random_case(rng, seed):
     return plan, partial(assert_right, seed=seed)
 
 
-def test_random_plans_are_right_and_mutants_refused_or_right():
-    refused, right = check_mutants(300, 0, random_case)
-    assert refused > 10 * right > 0
-
-
-@pytest.mark.full
-def test_more_random_plans_are_right_and_mutants_refused_or_right():
-    refused, right = check_mutants(1300, 1000, random_case)
+@pytest.mark.parametrize(("mutants", "seed"), [(300, 0), pytest.param(1300, 1000, marks=pytest.mark.full)])
+def test_random_plans_are_right_and_mutants_refused_or_right(mutants, seed):
+    refused, right = check_mutants(mutants, seed, random_case)
     assert refused > 10 * right > 0
 
 

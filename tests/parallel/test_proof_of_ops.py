@@ -132,13 +132,7 @@ def test_plans_no_strategy_would_make_are_accepted_and_right(op):
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-def test_mutants_are_refused_or_right(op):
-    refused, right = check_mutants(300, 0, random_case(op))
-    assert refused > 10 * right > 0
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-def test_more_mutants_are_refused_or_right(op):
-    refused, right = check_mutants(1400, 1_000_000, random_case(op))
+@pytest.mark.parametrize(("mutants", "seed"), [(300, 0), pytest.param(1400, 1_000_000, marks=pytest.mark.full)])
+def test_mutants_are_refused_or_right(op, mutants, seed):
+    refused, right = check_mutants(mutants, seed, random_case(op))
     assert refused > 10 * right > 0

@@ -41,13 +41,9 @@ def random_case(rng: random.Random, seed: int) -> tuple[Plan, Callable[[Plan], N
 
 
 @pytest.mark.full
-def test_random_plans_are_accepted_and_right():
-    check_plans(60, 0)
-
-
-@pytest.mark.full
-def test_more_random_plans_are_accepted_and_right():
-    check_plans(120, 1000)
+@pytest.mark.parametrize(("plans", "seed"), [(60, 0), (120, 1000)])
+def test_random_plans_are_accepted_and_right(plans, seed):
+    check_plans(plans, seed)
 
 
 def test_a_state_of_which_others_use_a_part_of_its_heads_is_counted_whole():
@@ -63,14 +59,11 @@ def test_a_state_of_which_others_use_a_part_of_its_heads_is_counted_whole():
     assert verify(plan).forward_peak.tolist() == [3 * KEY_DIM * VALUE_DIM * 8]
 
 
-def test_mutants_are_refused_or_right():
-    refused, right = check_mutants(300, 10_000_000, random_case)
-    assert refused > 10 * right > 0
-
-
-@pytest.mark.full
-def test_five_thousand_mutants_are_refused_or_right():
-    refused, right = check_mutants(5000, 10_005_000, random_case)
+@pytest.mark.parametrize(
+    ("mutants", "seed"), [(300, 10_000_000), pytest.param(5000, 10_005_000, marks=pytest.mark.full)]
+)
+def test_mutants_are_refused_or_right(mutants, seed):
+    refused, right = check_mutants(mutants, seed, random_case)
     assert refused > 10 * right > 0
 
 

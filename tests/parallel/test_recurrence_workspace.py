@@ -5,7 +5,8 @@ from unittest import mock
 
 import pytest
 import torch
-from meta_run import GROUP, MetaBackend, Traffic, Watch
+from imitated_nccl import GROUP
+from meta_run import MetaBackend, Traffic, Watch
 from torch.profiler import profile
 from waits import META
 

@@ -5,12 +5,12 @@ import collections
 import pytest
 import torch
 from cases import LENGTHS, layouts, masks
-from meta_run import MetaBackend, layer_call
+from meta_run import Layer, MetaBackend, layer_call
 from oracle import assert_close, dense, random_inputs, run_all_ranks
 from test_budgets import packed, plan_of
 
 from distattn.ir.mask import Mask
-from distattn.ir.plan import POLICIES, Payload
+from distattn.ir.plan import DTYPE_BYTES, POLICIES, Payload
 from distattn.parallel.make_plan import make_plan
 from distattn.parallel.runtime.program import lower
 from distattn.parallel.runtime.row_bundles import RowFormat
@@ -31,14 +31,41 @@ def test_tensors_of_rows_are_seen_in_their_own_dtypes():
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("strategy", ["ulysses", "usp"])
 def test_a_rank_sends_at_most_four_messages_to_each_peer_and_pass(strategy, policy, monkeypatch):
-    sent = []
-    send = MetaBackend.send
-    monkeypatch.setattr(MetaBackend, "send", lambda self, x, peer, tag: (sent.append(peer), send(self, x, peer, tag)))
     for lengths in (packed(65536), [8192] * 8):
-        sent.clear()
-        # two segments of every peer's tokens, two steps with messages, two passes
-        layer_call(plan_of(strategy, lengths, 64, 8, backward=policy), 1)
-        assert len(set(sent)) == 7 and max(collections.Counter(sent).values()) <= 2 * 4
+        # two segments of every peer's tokens, two steps with messages
+        for sent in sends_of_passes(plan_of(strategy, lengths, 64, 8, backward=policy), monkeypatch):
+            assert len(set(sent)) in (0, 7) and max(collections.Counter(sent).values(), default=0) <= 4
+
+
+def test_so_it_does_around_a_ring_forward_and_five_backward(monkeypatch):
+    for heads, kv_heads, ulysses in ((64, 8, 4), (8, 2, 2)):
+        plan = plan_of("usp", [65536], heads, kv_heads, options=dict(ulysses=ulysses))
+        forward, backward = sends_of_passes(plan, monkeypatch)
+        group = [rank for rank in range(ulysses) if rank != 1]
+        assert max(forward.count(peer) for peer in range(8)) <= 4
+        # dQ leaves in two steps, dK and dV in the first of them for other peers, too
+        assert max(backward.count(peer) for peer in group) <= 5
+
+
+@pytest.mark.parametrize("strategy", ["ring", "double_ring"])
+def test_rings_send_keys_and_values_or_their_gradients_as_one_message_a_step(strategy, monkeypatch):
+    plan = plan_of(strategy, [65536], 64, 8)
+    for direction, sent in zip(("forward", "backward"), sends_of_passes(plan, monkeypatch), strict=True):
+        steps = getattr(lower(plan, 1, lambda mask: None), direction)
+        pairs = [(number, payload, m.peer) for number, step in enumerate(steps) for payload, m in step.sends]
+        assert len(sent) == len(pairs) == len(set(pairs)) <= 16
+
+
+def sends_of_passes(plan, monkeypatch):
+    """Return the peers of the messages that rank 1 sends in the forward and in the backward pass."""
+    sent, send = [], MetaBackend.send
+    with monkeypatch.context() as patch:
+        patch.setattr(MetaBackend, "send", lambda self, x, peer, tag: (sent.append(peer), send(self, x, peer, tag)))
+        layer = Layer(plan, 1)
+        outputs = layer.forward()
+        count = len(sent)
+        layer.backward(*outputs)
+    return sent[:count], sent[count:]
 
 
 def test_both_ends_find_the_same_bundles():
@@ -63,26 +90,46 @@ def test_both_ends_find_the_same_bundles():
             assert sent == received and sent
 
 
-def test_a_row_has_no_gaps_and_one_number_tensors_lie_last():
+def test_a_row_has_no_gaps_and_ends_with_one_number_tensors_and_padding():
     row = RowFormat.of([(3, ((8, "bfloat16"), (None, "float32"))), (1, ((4, "float32"),))])
     (outputs, numbers), (gradients,) = row.tensors
     assert (outputs.first, gradients.first, numbers.first) == (0, 48 // 4, 64 // 4)
-    assert (row.dtype, row.numbers) == ("bfloat16", 76 // 2)
+    # 76 bytes of tensors
+    assert (row.dtype, row.numbers) == ("bfloat16", 128 // 2)
     assert numbers.dtype == torch.float32 and numbers.width is None
 
 
-def test_tensors_of_bundles_are_aligned_and_none_of_what_is_sent_is_padding():
-    # heads of a rank: two, one with a number for each that fills no sixteen bytes, and four
-    for heads in (8, 4, 16):
-        shape = dict(heads=heads, kv_heads=4, head_dim=8, dtype="bfloat16", comm_dtype="bfloat16")
+@pytest.mark.parametrize("head_dim", [128, 64])
+def test_rows_are_multiples_of_sixteen_numbers_with_little_padding(head_dim):
+    # heads of a rank: one, two, four and eight; with log-sum-exps and deltas the tensors of a row alone are no such multiple
+    bundled = collections.defaultdict(set)
+    for heads in (4, 8, 16, 32):
+        shape = dict(heads=heads, kv_heads=4, head_dim=head_dim, dtype="bfloat16", comm_dtype="bfloat16")
         plan = make_plan(masks()["documents"], layouts(LENGTHS, 4)["zigzag"], strategy="ulysses", **shape)
-        bundled = set()
         for program in (lower(plan, rank, lambda mask: None) for rank in range(4)):
-            for payload, message in (entry for step in (*program.forward, *program.backward) for entry in step.sends):
-                assert sum(bytes for _, bytes in message.row_bytes) % 16 == 0
-                bundled |= {payload} if message.bundle else set()
-        assert {Payload.Q, Payload.KV, Payload.dKV} <= bundled
-        assert (Payload.O in bundled) == (heads == 16) and (Payload.dO in bundled) == (heads > 4)
+            for step in (*program.forward, *program.backward):
+                for payload, message in step.sends:
+                    if message.bundle:
+                        bundled[heads].add(payload)
+                        row, sent = message.row_format, sum(bytes for _, bytes in message.row_bytes)
+                        padding = row.numbers * DTYPE_BYTES[row.dtype] - sent
+                        assert 0 <= padding <= sent / 8
+                # numbers of one head each are read one by one
+                keys = keys_of_bundles(step) & step.places.keys()
+                for place in (place for key in keys for place in step.places[key] if len(place.shape) == 3):
+                    assert place.strides[0] % 16 == 0 and place.offset * place.dtype.itemsize % 16 == 0
+    everything = {Payload.Q, Payload.KV, Payload.O, Payload.dO, Payload.dQ, Payload.dKV}
+    assert bundled[8] == bundled[16] == bundled[32] == everything
+    # of one head of 64 the padding would be 28 bytes for the 132 of O, and 24 for the 136 of dO
+    assert bundled[4] == (everything if head_dim == 128 else everything - {Payload.O, Payload.dO})
+
+
+def keys_of_bundles(step):
+    """Return the buffers and messages of a step that lie in rows that others share."""
+    messages = [("send", step.sends), ("receive", step.receives)]
+    return {(name, i) for name, some in messages for i, (_, message) in enumerate(some) if message.bundle} | {
+        key for _, some in messages for _, message in some for key in message.bundle
+    }
 
 
 CASES = {
@@ -121,3 +168,14 @@ def test_rows_that_are_packed_are_not_copied_to_the_arena_before():
         ] == [2]
         # own rows are copied only to where other ranks' rows arrive, not for sending
         assert all(key.step == 0 for key, _ in step.own_copies)
+
+
+def test_row_sums_are_made_where_do_is_copied_unless_a_kernel_reads_it_in_place():
+    sums_where_copied = {}
+    for strategy in ("ulysses", "usp", "ring", "allgather"):
+        plan = plan_of(strategy, [8192] * 8, 64, 8)
+        sums_where_copied[strategy] = lower(plan, 1, lambda mask: None).sums_where_copied
+        _, backward, _ = layer_call(plan, 1)
+        assert ("row_products" in backward.launches) != sums_where_copied[strategy]
+        assert ("copy_rows_with_products" in backward.launches) == sums_where_copied[strategy]
+    assert sums_where_copied == {"ulysses": True, "usp": True, "ring": False, "allgather": False}

@@ -7,6 +7,7 @@ from threading import Thread
 import pytest
 import torch
 from imitated_cuda import DEVICE, StreamNccl, imitated_cuda
+from imitated_nccl import GROUP
 
 from distattn.ir.plan import Payload
 from distattn.parallel.runtime.streams import Handover
@@ -173,13 +174,6 @@ def test_pinned_memory_is_not_written_while_it_is_copied(waits):
 
     texts = violations(work)
     assert bool(texts) != waits and all("fill_ (4,) writes on the main thread what _to_copy" in text for text in texts)
-
-
-class Group:
-    """A stand-in for a process group: transports only ask whether it still exists."""
-
-
-GROUP = Group()
 
 
 def messages(work):

@@ -15,6 +15,7 @@ from unittest import mock
 import meta_kernel
 import torch
 from imitated_allocator import QUEUE, HeldBytes
+from imitated_nccl import GROUP
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -99,12 +100,12 @@ class Watch(TorchDispatchMode):
 
 def _row_bytes(name: str, args: tuple[Any, ...]) -> int:
     """Return the bytes that the operators of `kernels.glue` read and write: of some rows, not whole tensors."""
-    if name not in ("copy_rows", "add_rows", "merge_rows"):
+    if name not in ("copy_rows", "copy_rows_with_products", "add_rows", "merge_rows"):
         return 0
     count, tensors = args[-1], [x for x in args if isinstance(x, Tensor) and x.dtype.is_floating_point]
     row = [x[:1].numel() * x.element_size() for x in tensors]
     # results come first; they are read before they are added to or merged into
-    read_too = {"copy_rows": 0, "add_rows": 1, "merge_rows": 2}[name]
+    read_too = {"add_rows": 1, "merge_rows": 2}.get(name, 0)
     return int(count * (sum(row) + sum(row[:read_too])))
 
 
@@ -133,13 +134,6 @@ class MetaBackend:
 
     def wait(self) -> None:
         return None
-
-
-class _Group:
-    """A stand-in for a process group."""
-
-
-GROUP = _Group()
 
 
 class Layer:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from planted_changes import ChangedGradient, change_output, with_number
 from processes import run_on_ranks
 from small import STEPS, build, micro_batch
 from torch.distributed.device_mesh import init_device_mesh
@@ -148,10 +149,10 @@ def test_a_run_of_nothing_but_bad_steps_stops():
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        (dict(action="ignore"), "action must be one of skip, stop, rollback, not 'ignore'"),
-        (dict(spike_window=3), "spike_window must be 0, or at least 8 steps, not 3"),
-        (dict(spike_threshold=NAN), "spike_threshold must be a number above 0"),
-        (dict(evidence=0), "evidence must be at least 1"),
+        (dict(action="ignore"), "action: there is no 'ignore'; there are skip, stop, rollback"),
+        (dict(spike_window=3), "spike_window: 0, or at least 8 steps, not 3"),
+        (dict(spike_threshold=NAN), "spike_threshold: at least 0, not nan"),
+        (dict(evidence=0), "evidence: at least 1, not 0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, sentence):
@@ -160,17 +161,6 @@ def test_settings_that_cannot_be_are_refused(settings, sentence):
 
 
 # ---- a model on ranks that share attention, and planted faults
-
-
-def planted(model, rank, module, spoil, runs=()):
-    """Change a module's output on this rank, in these of its calls (all by default). Return a function that undoes it."""
-    calls = []
-
-    def hook(_, __, out):
-        calls.append(None)
-        return spoil(out) if not runs or len(calls) - 1 in runs else out
-
-    return model.get_submodule(module).register_forward_hook(hook)
 
 
 def some(value, count):
@@ -183,25 +173,16 @@ def some(value, count):
     return spoil
 
 
-class BadBackward(torch.autograd.Function):
-    """The identity, with a gradient that is infinite in one place."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.clone()
-        gradient.view(-1)[5] = math.inf
-        return gradient
+def bad_backward(out):
+    """Make one number of an output's gradient infinite."""
+    return ChangedGradient.apply(out, lambda gradient: with_number(gradient, 5, math.inf))
 
 
 # for each fault: the rank and the module, the change of its output, the calls in which it happens
 FAULTS = {
     "mlp": (3, "model.layers.1.mlp", some(NAN, 17), (1, 3)),
-    "key": (2, "model.layers.0.self_attn.k_proj", some(math.inf, 1), ()),
-    "gradient": (1, "model.layers.0.mlp.up_proj", BadBackward.apply, ()),
+    "key": (2, "model.layers.0.self_attn.k_proj", some(math.inf, 1), None),
+    "gradient": (1, "model.layers.0.mlp.up_proj", bad_backward, None),
     "once": (0, "model.layers.1.mlp", some(NAN, 1), (0,)),
     "large": (2, "model.layers.1.mlp", lambda out: out * 1e5, (1, 3)),
 }
@@ -221,8 +202,8 @@ def _found(rank, folder):
             watch = NumericsWatch(model, settings, dist.group.WORLD, folder, cp.messages)
             for before in range(8):
                 watch.judge(before, 4.2, 1.0)
-            spoilt, module, spoil, runs = FAULTS.get(kind, (-1, "", None, ()))
-            fault = planted(model, rank, module, spoil, runs) if rank == spoilt else None
+            spoilt, module, spoil, runs = FAULTS.get(kind, (-1, "", None, None))
+            fault = change_output(model.get_submodule(module), spoil, runs) if rank == spoilt else None
             if kind == "weight" and rank == 1:
                 weight = model.model.layers[1].mlp.up_proj.weight.to_local()
                 kept = weight[0, 0].clone()

@@ -10,6 +10,7 @@ pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 import small  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from planted_changes import ChangedGradient, change_output, with_number  # noqa: E402
 from processes import run_on_ranks  # noqa: E402
 
 from distattn.training.config.checks import problems_of  # noqa: E402
@@ -43,35 +44,14 @@ CONFIG = Config(
 )
 
 
-class _Spoilt(torch.autograd.Function):
-    """The identity, with one number of the gradient changed."""
-
-    @staticmethod
-    def forward(ctx, x, value):
-        ctx.value = value
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.clone()
-        gradient.view(-1)[5] = ctx.value
-        return gradient, None
-
-
 def _forward(value):
-    """Change one number of a module's output."""
-
-    def spoil(out):
-        out = out.clone()
-        out.view(-1)[3] = value
-        return out
-
-    return spoil
+    """Change one number of a linear layer's output, which comes with a bias."""
+    return lambda out: (with_number(out[0], 3, value), *out[1:])
 
 
 def _backward(value):
-    """Change one number of the gradient of a module's output."""
-    return lambda out: _Spoilt.apply(out, value)
+    """Change one number of the gradient of a linear layer's output."""
+    return lambda out: (ChangedGradient.apply(out[0], lambda gradient: with_number(gradient, 5, value)), *out[1:])
 
 
 # the rank and the module, as its stage counts layers, and the change of its output
@@ -82,19 +62,6 @@ FAULTS = {
     "second stage backward": (3, "decoder.layers.1.mlp.linear_fc2", _backward),
     "first stage backward": (0, "decoder.layers.0.mlp.linear_fc2", _backward),
 }
-
-
-def _planted(model, module, spoil, in_calls=None):
-    """Change a module's output, in all of its calls or in these."""
-    calls = []
-
-    def hook(_, __, out):
-        calls.append(None)
-        if in_calls is not None and len(calls) - 1 not in in_calls:
-            return out
-        return (spoil(out[0]), *out[1:])
-
-    return model.get_submodule(module).register_forward_hook(hook)
 
 
 def _found(rank: int, folder: str) -> dict[str, str]:
@@ -130,7 +97,9 @@ def _found(rank: int, folder: str) -> dict[str, str]:
             _, module, spoil = FAULTS[name]
             # the second of the two compared runs
             in_calls = None if kind == "find" else (1,)
-            fault = _planted(engine.model, module, spoil(math.nan if kind == "find" else 7.0), in_calls)
+            fault = change_output(
+                engine.model.get_submodule(module), spoil(math.nan if kind == "find" else 7.0), in_calls
+            )
         if name == "weight" and rank == 2:
             engine.model.get_parameter("decoder.layers.1.mlp.linear_fc2.weight").data[0, 0] = math.nan
         texts[f"{kind} {name}"] = explained(number, batches) if kind == "find" else replayed(batches)

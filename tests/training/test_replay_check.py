@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from planted_changes import ChangedGradient, change_output
 from processes import run_on_ranks
 from small import CAD, build, micro_batch
 from torch.distributed.device_mesh import init_device_mesh
@@ -42,16 +43,8 @@ def an_ulp(out):
     return out + (other - out.detach())
 
 
-class UlpInBackward(torch.autograd.Function):
-    """The identity; one number of the gradient is the next larger one."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return an_ulp(gradient)
+def ulp_in_backward(out):
+    return ChangedGradient.apply(out, an_ulp)
 
 
 def bad_kernel(rank, which):
@@ -102,7 +95,7 @@ def _kernel_checked(rank, settings, which):
 FAULTS = [
     (2, "model.layers.0.self_attn.k_proj", an_ulp, 1),
     (1, "model.layers.1.mlp", an_ulp, 0),
-    (3, "model.layers.1.self_attn.v_proj", UlpInBackward.apply, 1),
+    (3, "model.layers.1.self_attn.v_proj", ulp_in_backward, 1),
     (0, "lm_head", an_ulp, 1),
 ]
 WANTED = [
@@ -127,13 +120,7 @@ def _checked(rank, settings):
             fault = None
             if number < len(FAULTS) and FAULTS[number][0] == rank:
                 _, module, spoil, when = FAULTS[number]
-                calls = []
-
-                def hook(_, __, output, calls=calls, spoil=spoil, when=when):
-                    calls.append(None)
-                    return spoil(output) if len(calls) == when + 1 else output
-
-                fault = model.get_submodule(module).register_forward_hook(hook)
+                fault = change_output(model.get_submodule(module), spoil, (when,))
 
             def run(batch=batch):
                 pytorch.local_loss(model, batch).backward()
@@ -208,15 +195,9 @@ def test_random_numbers_are_no_fault_but_a_program_that_differs_everywhere_is_to
 def test_compiled_blocks_are_checked_from_outside():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     model[1].compile(backend="aot_eager")
-    calls = []
-
-    def hook(_, __, out):
-        calls.append(None)
-        return an_ulp(out) if len(calls) == 2 else out
-
-    model[0].register_forward_hook(hook)
+    # a first run outside of the check, and the second run of the check
+    change_output(model[0], an_ulp, (2,))
     x = torch.ones(3, 4)
     model(x)
-    calls.clear()
     difference = ReplayCheck(model, 1).check(1, lambda: model(x).sum().backward(), model.zero_grad)
     assert difference is not None and difference.computed_in == "0"

@@ -372,6 +372,6 @@ def test_the_reference_check_fails_when_training_differs(config_file, tmp_path):
 
 
 def test_the_replay_knows_nothing_of_distattn():
-    source = (ROOT / "distattn" / "training" / "reference_replay.py").read_text()
+    source = (ROOT / "distattn" / "training" / "watch" / "reference_replay.py").read_text()
     imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
     assert imports and not any("distattn" in line for line in imports)

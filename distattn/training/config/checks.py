@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import fields
 
-from distattn.ir.limits import Problem, nested_problems
+from distattn.ir.limits import Problem, annotations_of, nested_problems
 from distattn.training.config.idle_keys import idle_problems
-from distattn.training.config.limits import engine_problems
-from distattn.training.config.sections import ENGINES, Config, DataConfig
+from distattn.training.config.sections import ENGINES, Config, DataConfig, Engines
 
 # the number of ranks is a multiple of each
 _DEGREES = (
@@ -210,7 +210,7 @@ def _engine_problems(config: Config) -> Iterator[Problem]:
     """Yield problems of settings that the engine does not support."""
     engine, parallel, memory = config.engine, config.parallel, config.memory
     if engine.name in ENGINES:
-        yield from engine_problems(config, engine.name)
+        yield from _unsupported_keys(config, engine.name)
     yield from _precision_problems(config)
     if engine.shard_size < 0 or parallel.ranks % (engine.shard_size or 1):
         yield Problem("engine.shard_size", f"{engine.shard_size} does not divide {parallel.ranks} ranks.")
@@ -224,6 +224,20 @@ def _engine_problems(config: Config) -> Iterator[Problem]:
         )
     if config.model.weights == "pretrained" and not config.model.path:
         yield Problem("model.weights", "pretrained weights come from a folder; name it in model.path.")
+
+
+def _unsupported_keys(config: Config, engine: str) -> Iterator[Problem]:
+    """Yield a problem for each key that is set and that the engine does not support."""
+    for section in fields(config):
+        values = getattr(config, section.name)
+        annotations = annotations_of(values.__class__)
+        for field in fields(values):
+            for limit in annotations.get(field.name, ()):
+                unsupported = isinstance(limit, Engines) and engine not in limit.names
+                if unsupported and getattr(values, field.name) != field.default:
+                    supported = " and ".join(limit.names)
+                    reason = f"engine {engine} does not support it here; use it with {supported}."
+                    yield Problem(f"{section.name}.{field.name}", reason)
 
 
 def _precision_problems(config: Config) -> Iterator[Problem]:

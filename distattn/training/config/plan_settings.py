@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from distattn.batch.pooled_layout import BlockLayouts
 from distattn.cluster.spec import AnyCluster, load
@@ -69,30 +70,11 @@ class PlanSettings:
         """
         layouts = BlockLayouts(self.ranks, self.config.block_ranks(self.ranks), self.config)
         mask, layout = layouts.of_batch(tuple(tuple(lengths) for lengths in packs))
-        v_head_dim = self.v_head_dim or self.head_dim
-        if self.latents is None:
-            return make_plan(
-                mask,
-                layout,
-                config=self.config,
-                heads=self.heads,
-                kv_heads=self.kv_heads,
-                head_dim=self.head_dim,
-                v_head_dim=v_head_dim,
-                dtype=self.dtype,
-            )
-        rotary_dim, latent_dim = self.latents
-        return make_latent_plan(
-            mask,
-            layout,
-            config=self.config,
-            heads=self.heads,
-            head_dim=self.head_dim,
-            v_head_dim=v_head_dim,
-            rotary_dim=rotary_dim,
-            latent_dim=latent_dim,
-            dtype=self.dtype,
-        )
+        make: Callable[..., Plan] = partial(make_plan, kv_heads=self.kv_heads)
+        if self.latents is not None:
+            make = partial(make_latent_plan, rotary_dim=self.latents[0], latent_dim=self.latents[1])
+        widths = partial(make, head_dim=self.head_dim, v_head_dim=self.v_head_dim or self.head_dim)
+        return widths(mask, layout, config=self.config, heads=self.heads, dtype=self.dtype)
 
 
 def _cluster_of(config: Config) -> AnyCluster | None:

@@ -21,7 +21,6 @@ from distattn.ir.limits import Check, Number, OneOf
 from distattn.kernels.registry import AUTO, KERNELS
 from distattn.memory.checkpointing_modes import CHECKPOINTING
 from distattn.parallel.attention_config import AttentionKeys
-from distattn.training.config.limits import Engines
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 DTYPES = ("float32", "float64", "bfloat16")
@@ -81,6 +80,13 @@ def _mounts_problem(mounts: tuple[str, ...]) -> str | None:
         if not re.fullmatch(r"/[^:,]*(:/[^:,]*){0,2}|/[^:,]*:/[^:,]*:r[ow]", mount):
             return f"{mount!r} is not a mount; write /host/folder:/folder, or one of these with :ro."
     return None
+
+
+@dataclass(frozen=True)
+class Engines:
+    """The engines that support another value than the default."""
+
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -350,7 +356,7 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
-class WatchConfig:
+class WatchKeys:
     """Reaction to wrong numbers: NaN, infinity, or a loss or gradient norm far above the last ones."""
 
     action: Annotated[str, OneOf(("skip", "stop", "rollback"))] = "skip"
@@ -360,6 +366,12 @@ class WatchConfig:
     only."""
     spike_threshold: Annotated[float, Number(ge=0), Check(_spike_threshold_problem)] = 20.0
     """Number of median absolute deviations above the median from which a value is a spike."""
+
+
+@dataclass(frozen=True)
+class WatchConfig(WatchKeys):
+    """Reaction to wrong numbers, and checks that find them."""
+
     replay_every: Annotated[int, Number(ge=0)] = 0
     """Steps between checks that compute the first micro-batch twice and compare all bits; 0 for never."""
     digest_every: Annotated[int, Number(ge=0)] = 1

@@ -187,10 +187,10 @@ class DeepSpeedEngine:
         """
         states: tuple[dict[str, Tensor], ...] = ({}, {}, {})
         for name, parameter in self._named():
-            for kept, kind in zip(states, ("", *_AVERAGES), strict=True):
+            for tensors, kind in zip(states, ("", *_AVERAGES), strict=True):
                 whole = self._whole(parameter, kind)
                 if self._keepers[name] == dist.get_rank():
-                    kept[name] = keep(f"{kind or 'param'}.{name}", whole)
+                    tensors[name] = keep(f"{kind or 'param'}.{name}", whole)
                 # not held while the next one is gathered
                 del whole
         return EngineState(states[0], states[1], states[2], self._updates())
@@ -200,11 +200,11 @@ class DeepSpeedEngine:
         """See `Engine`. Each rank broadcasts the tensors that it keeps."""
         for name, parameter in self._named():
             shape = parameter.ds_shape if self._stage == 3 else parameter.shape
-            for kept, kind in zip(state[:3], ("", *_AVERAGES), strict=True):
+            for tensors, kind in zip(state[:3], ("", *_AVERAGES), strict=True):
                 dtype = torch.float32 if self._stage else parameter.dtype
                 whole = torch.empty(shape, dtype=dtype, device=self._device)
-                if name in kept:
-                    whole.copy_(kept[name])
+                if name in tensors:
+                    whole.copy_(tensors[name])
                 dist.broadcast(whole, self._keepers[name])
                 self._set_whole(parameter, whole, kind)
         if self._stage in (1, 2):

@@ -181,24 +181,24 @@ class MegatronEngine:
         The tensors of one layer at a time are gathered. All tensors are results of `keep`.
         """
         states: tuple[dict[str, Tensor], ...] = ({}, {}, {})
-        for kept, kind in zip(states, _KINDS, strict=True):
+        for tensors, kind in zip(states, _KINDS, strict=True):
             # a cache of one parameter is enough: it is requested once for each rank in a row
             gather = lru_cache(maxsize=1)(partial(self._gathered, kind))
             parts = [_Parts(self._parameters, gather, rank) for rank in range(self._shard.tensor_ranks)]
             for name, whole in to_huggingface(parts, self._shape, self._shard):
                 if self._keepers[name] == dist.get_rank():
-                    kept[name] = keep(f"{kind}.{name}", whole)
+                    tensors[name] = keep(f"{kind}.{name}", whole)
         return EngineState(states[0], states[1], states[2], self._updates)
 
     @torch.no_grad()
     def load(self, state: EngineState) -> None:
         """See `Engine`. Each rank broadcasts the tensors that it keeps."""
-        for kept, kind in zip(state[:3], _KINDS, strict=True):
+        for tensors, kind in zip(state[:3], _KINDS, strict=True):
 
-            def read(name: str, kept: dict[str, Tensor] = kept) -> Tensor:
+            def read(name: str, tensors: dict[str, Tensor] = tensors) -> Tensor:
                 whole = torch.empty(self._wholes[name], dtype=torch.float32, device=self._device)
-                if name in kept:
-                    whole.copy_(kept[name])
+                if name in tensors:
+                    whole.copy_(tensors[name])
                 dist.broadcast(whole, self._keepers[name], group=self._stage_group)
                 return whole
 

@@ -12,14 +12,16 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from distattn.driver.message_monitor import MessageMonitor
-from distattn.ir.errors import DistattnError, named_ranks
+from distattn.ir.errors import named_ranks
+from distattn.ir.limits import Number, check_limits
+from distattn.training.config.sections import WatchKeys
 from distattn.training.engines.engine import PipelineStage
 from distattn.training.watch import evidence
 from distattn.training.watch.module_observer import (
@@ -34,7 +36,6 @@ from distattn.training.watch.spike_detector import SpikeDetector
 from distattn.training.watch.weight_growth import WeightGrowth
 
 APPLY, SKIP, STOP, ROLLBACK = "apply", "skip", "stop", "rollback"
-ACTIONS = (SKIP, STOP, ROLLBACK)
 NOT_FINITE, LARGE, CLEAN = "not finite", "large", "clean"
 _WATCHED = ("loss", "grad_norm")
 _SHOWN = {"loss": "loss", "grad_norm": "gradient norm"}
@@ -46,32 +47,18 @@ _BEFORE, _AFTER = -1, 1 << 40
 
 
 @dataclass(frozen=True)
-class WatchSettings:
+class WatchSettings(WatchKeys):
     """Settings of the watch: the steps it refuses, and the reaction. Raises DistattnError naming a setting that is out of range.
 
-    action: for a refused step; skip: go on without it, stop: end the run, rollback: go back to the last checkpoint, and
-    skip the step if it is bad again. spike_window: number of last steps whose losses and gradient norms define the
-    usual range; 0 for non-finite values only. spike_threshold: median absolute deviations above the median from which a
-    value is a spike. most_in_a_row: after this many non-finite steps in a row the run stops, whatever the action.
-    evidence: number of newest steps whose evidence is kept.
+    action, spike_window and spike_threshold are keys of run files. most_in_a_row: after this many non-finite steps in a
+    row the run stops, whatever the action. evidence: number of newest steps whose evidence is kept.
     """
 
-    action: str = SKIP
-    spike_window: int = 128
-    spike_threshold: float = 20.0
-    most_in_a_row: int = 10
-    evidence: int = 8
+    most_in_a_row: Annotated[int, Number(ge=1)] = 10
+    evidence: Annotated[int, Number(ge=1)] = 8
 
     def __post_init__(self) -> None:
-        if self.action not in ACTIONS:
-            raise DistattnError(f"action must be one of {', '.join(ACTIONS)}, not {self.action!r}.")
-        if self.spike_window < 0 or 0 < self.spike_window < 8:
-            raise DistattnError(f"spike_window must be 0, or at least 8 steps, not {self.spike_window}.")
-        if not (math.isfinite(self.spike_threshold) and self.spike_threshold > 0):
-            raise DistattnError(f"spike_threshold must be a number above 0, not {self.spike_threshold}.")
-        for name in ("most_in_a_row", "evidence"):
-            if getattr(self, name) < 1:
-                raise DistattnError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        check_limits(self)
 
 
 @dataclass(frozen=True)
