@@ -73,12 +73,12 @@ def culprits(
     counts = Counter(beat.key for beat in last_beats.values())
     common, number = counts.most_common(1)[0]
     if 1 < number < len(last_beats):
-        others = next(beat.words for beat in last_beats.values() if beat.key == common)
+        common_words = next(beat.words for beat in last_beats.values() if beat.key == common)
         return [
             Culprit(
                 rank,
                 "waits for something that no other rank waits for",
-                f"{last_activity(beat)}; the others: {others}",
+                f"{last_activity(beat)}; the others: {common_words}",
             )
             for rank, beat in last_beats.items()
             if beat.key != common
