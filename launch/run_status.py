@@ -62,7 +62,13 @@ def status(run: RunFolder) -> dict[str, Any]:
         beats = attempts.beats()
     if run.ray_file.exists() and beats is None and launcher is None:
         phase, state = _ray_state(run)
-        ray_run: dict[str, Any] = {"run": str(run.folder), "state": state, "phase": phase, "steps": steps, "attempts": rows}
+        ray_run: dict[str, Any] = {
+            "run": str(run.folder),
+            "state": state,
+            "phase": phase,
+            "steps": steps,
+            "attempts": rows,
+        }
         if phase not in _OVER:
             return ray_run
         ray_run = _with_report(run, ray_run)
