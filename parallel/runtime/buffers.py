@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from distattn.ir.plan import Call, Payload
+from distattn.ir.plan import Payload
 from distattn.kernels.glue import RowSelection, add_rows, copy_rows, merge_rows
-from distattn.parallel.runtime.memory import FlatPlaces, PlacedTensor, PlaceKey, own_result_fields
+from distattn.parallel.runtime.memory import FlatPlaces, PlacedTensor, PlaceKey
 from distattn.parallel.runtime.packed_messages import PackedMessages
-from distattn.parallel.runtime.views import OWN, BufferKey, View
+from distattn.parallel.runtime.views import BufferKey, View
+
+if TYPE_CHECKING:
+    from distattn.parallel.runtime.program import Program
 
 # the tensors of a payload, (rows, heads, width) or (rows, heads) each; see `Call.payload_fields`
 Fields = tuple[Tensor, ...]
@@ -33,33 +37,28 @@ def narrowed(sums: list[Tensor], dtypes: Iterable[torch.dtype]) -> tuple[Tensor,
 class Buffers:
     """The tensors of one pass, in one arena but for the rank's own ones (see `memory`)."""
 
-    def __init__(self, call: Call, arena: Tensor, blank: Container[BufferKey] = (), unadded: Container[Payload] = ()):
-        """arena: bytes on the device of the pass; blank: buffers of partial results that must begin as "nothing yet".
-
-        unadded: payloads of which the rank's own tensor is in the inputs' dtype, since nothing is added to it.
-        """
-        self.call, self._blank, self._unadded = call, blank, unadded
-        self._merges_by_lse = call.op.merge == "lse"
+    def __init__(self, program: Program, arena: Tensor):
+        """arena: bytes on the device of the pass."""
+        self._own, self._blank = program.own, program.blank
+        self._merges_by_lse = program.call.op.merge == "lse"
         self.fields: dict[BufferKey, Fields] = {}
         # the rows of bundles, (rows, numbers) each
         self._rows: dict[PlaceKey, Tensor] = {}
         # the same memory as numbers of each dtype
         self._arena = {torch.uint8: arena}
 
-    def new_own(self, payload: Payload, rows: int) -> Fields:
-        """New tensors for the rank's own part of a result, bound as such."""
-        heads = self.call.payload_heads(payload)
-        fields = []
-        for width, name in own_result_fields(self.call, payload, self._unadded):
-            shape = (rows, heads) if width is None else (rows, heads, width)
-            fields.append(torch.empty(shape, dtype=getattr(torch, name), device=self._arena[torch.uint8].device))
-        key = BufferKey(payload, OWN, 0, heads)
-        return self.bind_own(payload, self._begun(key, tuple(fields)))
+    def new_own(self, payload: Payload) -> Fields:
+        """Make tensors for the rank's own part of a result, and bind them as such."""
+        (key, tensors), device, fields = self._own[payload], self._arena[torch.uint8].device, []
+        for dtype, shape in tensors:
+            fields.append(torch.empty(shape, dtype=dtype, device=device))
+        self.fields[key] = out = tuple(fields)
+        return self._begun(key, out) if key in self._blank else out
 
-    def bind_own(self, payload: Payload, fields: Fields) -> Fields:
-        """Use these tensors as the rank's own ones of a payload; returns them."""
-        self.fields[BufferKey(payload, OWN, 0, self.call.payload_heads(payload))] = fields
-        return fields
+    def bind_own(self, tensors: Mapping[Payload, Fields]) -> None:
+        """Use these tensors as the rank's own ones of payloads."""
+        for payload, fields in tensors.items():
+            self.fields[self._own[payload].key] = fields
 
     def bind_flat(
         self, kept: FlatPlaces, flat: Tensor, renamed: Callable[[BufferKey], BufferKey] | None = None
@@ -91,7 +90,8 @@ class Buffers:
         """Make a buffer. rows: where the bundle lies that begins with it."""
         for place in rows:
             self._rows["rows", key] = self._view(place)
-        self.fields[key] = self._begun(key, self.place(places))
+        fields = self.place(places)
+        self.fields[key] = self._begun(key, fields) if key in self._blank else fields
 
     def release(self, key: BufferKey) -> None:
         """Forget a buffer: its place may be another's from now on."""
@@ -114,7 +114,7 @@ class Buffers:
     def pack(self, packed: PackedMessages, places: Sequence[Places]) -> None:
         """Copy own rows to messages. places: of each part of a row."""
         for part, of_part in zip(packed.parts, places, strict=True):
-            own_fields = self.fields[BufferKey(part.payload, OWN, 0, self.call.payload_heads(part.payload))]
+            own_fields = self.fields[self._own[part.payload].key]
             for whole, tensor in zip(self.place(of_part), own_fields, strict=True):
                 source = tensor.reshape(-1, part.heads, *tensor.shape[2:])
                 copy_rows(whole, RowSelection(0, packed.rows), source, RowSelection.of(part.rows))
@@ -122,7 +122,7 @@ class Buffers:
     def unpack(self, packed: PackedMessages, fields: Sequence[Fields]) -> None:
         """Write results that have arrived to the own tensors, where none are yet. fields: of each part of a row."""
         for part, tensors in zip(packed.parts, fields, strict=True):
-            own_fields = self.fields[BufferKey(part.payload, OWN, 0, self.call.payload_heads(part.payload))]
+            own_fields = self.fields[self._own[part.payload].key]
             for whole, tensor in zip(own_fields, tensors, strict=True):
                 target = whole.view(-1, part.heads, *whole.shape[2:])
                 copy_rows(target, RowSelection.of(part.rows), tensor, RowSelection(0, packed.rows))
@@ -142,14 +142,18 @@ class Buffers:
         return [tuple(x[piece.rows] for x in self._whole(piece.buffer, in_rows)) for piece in view.slices]
 
     def part(self, view: View) -> Fields:
-        """The part of a buffer that a view is."""
+        """Return the part of a buffer that a view is."""
         (only,) = view.slices
-        assert isinstance(only.rows, slice), "a part of a buffer is a segment of rows"
-        return tuple(_of_heads(_of_rows(tensor, only.rows), only.heads) for tensor in self.fields[only.buffer])
-
-    def gather(self, view: View, places: Places | None) -> Fields:
-        """The tensors of a view, (rows, heads, ...): part of a buffer, or a copy at `places`."""
-        return self.part(view) if places is None else self.gathered(view, places)
+        rows, heads, parts = only.rows, only.heads, []
+        assert isinstance(rows, slice), "a part of a buffer is a segment of rows"
+        for tensor in self.fields[only.buffer]:
+            # a view takes time, also of all rows and heads
+            if rows.start or rows.stop != tensor.shape[0]:
+                tensor = tensor[rows]
+            if heads.start or heads.stop != tensor.shape[1]:
+                tensor = tensor[:, heads]
+            parts.append(tensor)
+        return tuple(parts)
 
     def accumulate(self, payload: Payload, view: View, fields: Fields) -> None:
         """Accumulate the tensors of a view into its buffers: O as the op says, gradients by sum."""
@@ -165,12 +169,11 @@ class Buffers:
                 (copy_rows if piece.is_first else add_rows)(total, rows, part, view_rows)
 
     def _begun(self, key: BufferKey, fields: Fields) -> Fields:
-        """The tensors of a new buffer, as "nothing yet" where not every first write reaches all of them."""
-        if key in self._blank:
-            for tensor in fields:
-                tensor.zero_()
-            if key.payload == Payload.O and self._merges_by_lse:
-                fields[1].fill_(-torch.inf)
+        """Fill the tensors of a new buffer that not every first write reaches with "nothing yet", and return them."""
+        for tensor in fields:
+            tensor.zero_()
+        if key.payload == Payload.O and self._merges_by_lse:
+            fields[1].fill_(-torch.inf)
         return fields
 
     def gathered(self, view: View, places: Places) -> Fields:
@@ -196,11 +199,6 @@ class Buffers:
         if dtype not in self._arena:
             self._arena[dtype] = self._arena[torch.uint8].view(dtype)
         return self._arena[dtype]
-
-
-def _of_rows(tensor: Tensor, rows: slice) -> Tensor:
-    """Return a segment of rows of a tensor: the tensor itself where these are all."""
-    return tensor if rows.start == 0 and rows.stop == len(tensor) else tensor[rows]
 
 
 def _of_heads(tensor: Tensor, heads: slice) -> Tensor:

@@ -48,7 +48,7 @@ def forward(
     ):
         buffers = _buffers(program, arena, x_THD)
         buffers.bind_flat(program.kept_places, kept)
-        sums = [*buffers.new_own(Payload.O, program.tokens)]
+        sums = [*buffers.new_own(Payload.O)]
         yield from run_steps("forward", program.forward, transport, buffers, compute, False)
         buffers.close()
     (y_THD,) = narrowed(sums, [x_THD.dtype])
@@ -79,10 +79,10 @@ def backward(
 
     with ARENAS.borrowed(program.backward_bytes, x_THD.device) as arena:
         buffers = _buffers(program, arena, x_THD)
-        buffers.bind_own(Payload.dO, (dy_THD,))
+        buffers.bind_own({Payload.dO: (dy_THD,)})
         buffers.bind_flat(program.kept_places, kept, kept_key)
-        buffers.new_own(Payload.dQ, program.tokens)
-        sums = [*buffers.new_own(Payload.dKV, program.tokens)]
+        buffers.new_own(Payload.dQ)
+        sums = [*buffers.new_own(Payload.dKV)]
         yield from run_steps("backward", program.backward, transport, buffers, compute, False)
         buffers.close()
     (dx_THD,) = narrowed(sums, [x_THD.dtype])
@@ -90,10 +90,9 @@ def backward(
 
 
 def _buffers(program: Program, arena: Tensor, x_THD: Tensor) -> Buffers:
-    buffers = Buffers(program.call, arena, program.blank, program.unadded)
+    buffers = Buffers(program, arena)
     # a convolution has no queries
-    buffers.bind_own(Payload.Q, ())
-    buffers.bind_own(Payload.KV, (x_THD,))
+    buffers.bind_own({Payload.Q: (), Payload.KV: (x_THD,)})
     return buffers
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from distattn.ir.plan import REDUCED_PAYLOADS, Call, Payload
+from distattn.ir.plan import BACKWARD_PAYLOADS, FORWARD_PAYLOADS, REDUCED_PAYLOADS, Call, Payload
 from distattn.kernels.spec import LaunchShape, Workspace
 from distattn.parallel.runtime.packed_messages import PackedMessages
 from distattn.parallel.runtime.row_bundles import Bundle, RowFormat, Widths
@@ -193,6 +193,26 @@ def place_kept(call: Call, kept: Mapping[BufferKey, int], bundles: Mapping[Buffe
 def own_result_fields(call: Call, payload: Payload, unadded: Container[Payload]) -> Widths:
     """The rank's own tensors of a result: in the inputs' dtype where nothing is added to them, but for log-sum-exps."""
     return call.payload_fields(payload, narrow=payload in unadded)
+
+
+class OwnTensors(NamedTuple):
+    """The rank's own tensors of a payload: their buffer, and the dtype and shape of each."""
+
+    key: BufferKey
+    tensors: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
+
+
+def own_tensors(call: Call, tokens: int, unadded: Container[Payload]) -> dict[Payload, OwnTensors]:
+    """Return the rank's own tensors of all payloads of tokens."""
+    out = {}
+    for payload in dict.fromkeys((*FORWARD_PAYLOADS, *BACKWARD_PAYLOADS)):
+        heads = call.payload_heads(payload)
+        tensors = tuple(
+            (getattr(torch, name), (tokens, heads) if width is None else (tokens, heads, width))
+            for width, name in own_result_fields(call, payload, unadded)
+        )
+        out[payload] = OwnTensors(BufferKey(payload, OWN, 0, heads), tensors)
+    return out
 
 
 def lay_out(call: Call, steps: list[ProgramStep], bundles: Mapping[BufferKey, Bundle]) -> int:

@@ -33,7 +33,16 @@ from distattn.kernels.launch_mask import LaunchMask, WrittenRows
 from distattn.parallel.analysis.verify import Proof
 from distattn.parallel.runtime.landing import Landing, land
 from distattn.parallel.runtime.launches import LaunchTable
-from distattn.parallel.runtime.memory import FlatPlaces, PlacedTensor, PlaceKey, lay_out, place_kept, rounded
+from distattn.parallel.runtime.memory import (
+    FlatPlaces,
+    OwnTensors,
+    PlacedTensor,
+    PlaceKey,
+    lay_out,
+    own_tensors,
+    place_kept,
+    rounded,
+)
 from distattn.parallel.runtime.packed_messages import PackedMessages, pack
 from distattn.parallel.runtime.row_bundles import Bundle, RowFormat, find_bundles
 from distattn.parallel.runtime.segment_launches import SegmentLaunches
@@ -121,7 +130,8 @@ class Program:
     tokens: rows of the rank's own tensors. kept: rows of each buffer that stays from the forward to the backward pass, by its key
     in the forward pass. kept_places: where those lie in one flat tensor. proof: None where nobody has proven the plan. blank:
     buffers of results that not every first write reaches, in both passes. unadded: own results to which nothing is added on this
-    rank, and which need no wider numbers than the inputs. forward_bytes, backward_bytes: of each pass's arena (see `memory`).
+    rank, and which need no wider numbers than the inputs. own: the rank's own tensors. forward_bytes, backward_bytes: of each
+    pass's arena (see `memory`).
     uploaded: the lists, where they are on a GPU. forward_states, backward_states: of a recurrence, what each task begins with and
     leaves.
     """
@@ -137,6 +147,7 @@ class Program:
     kept_places: FlatPlaces
     blank: frozenset[BufferKey]
     unadded: frozenset[Payload]
+    own: dict[Payload, OwnTensors]
     forward_bytes: int
     backward_bytes: int
     uploaded: Handover | None = None
@@ -169,7 +180,8 @@ def lower(plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = N
     blank = frozenset(forward.blank | backward.blank)
     unadded = frozenset(forward.unadded | backward.unadded)
     sizes = lay_out(call, ahead, forward.bundles), lay_out(call, back, backward.bundles)
-    program = Program(call, proof, rank, tokens, ahead, back, kept, kept_places, blank, unadded, *sizes)
+    own = own_tensors(call, tokens, unadded)
+    program = Program(call, proof, rank, tokens, ahead, back, kept, kept_places, blank, unadded, own, *sizes)
     return _with_states(plan, program) if call.op.is_recurrent else program
 
 
