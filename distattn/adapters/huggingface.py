@@ -126,7 +126,8 @@ def attention_forward(
     if has_latents(module):
         return latent_attention(module, context_parallel, query, key, value, scaling, **how), None
     # squeeze costs nothing in the backward pass, indexing row 0 would cost a copy
-    q_THD, k_TKD, v_TKE = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    q_THD, k_TKD = query.squeeze(0).transpose(0, 1), key.squeeze(0).transpose(0, 1)
+    v_TKE = value.squeeze(0).transpose(0, 1)
     return context_parallel.attention(q_THD, k_TKD, v_TKE, scaling, **how)[None], None
 
 

@@ -102,8 +102,9 @@ class Buffers:
         """Copy own rows into a buffer of copies."""
         for piece in view.slices:
             rows, view_rows = RowSelection.of(piece.rows), RowSelection.of(piece.view_rows)
-            for whole, tensor in zip(self.fields[key], self.fields[piece.buffer], strict=True):
-                copy_rows(_of_heads(whole, piece.view_heads), view_rows, _of_heads(tensor, piece.heads), rows)
+            wholes, tensors = self.fields[key], self.fields[piece.buffer]
+            for whole, tensor in zip(_of_heads(wholes, piece.view_heads), _of_heads(tensors, piece.heads), strict=True):
+                copy_rows(whole, view_rows, tensor, rows)
 
     def close(self) -> None:
         """Let go of the arena and all buffers."""
@@ -159,8 +160,7 @@ class Buffers:
         """Accumulate the tensors of a view into its buffers: O as the op says, gradients by sum."""
         for piece in view.slices:
             rows, view_rows = RowSelection.of(piece.rows), RowSelection.of(piece.view_rows)
-            parts = [_of_heads(tensor, piece.view_heads) for tensor in fields]
-            totals = [_of_heads(tensor, piece.heads) for tensor in self.fields[piece.buffer]]
+            parts, totals = _of_heads(fields, piece.view_heads), _of_heads(self.fields[piece.buffer], piece.heads)
             if payload == Payload.O and self._merges_by_lse and not piece.is_first:
                 merge_rows(totals[0], totals[1], rows, parts[0], parts[1], view_rows)
                 continue
@@ -185,8 +185,9 @@ class Buffers:
                 tensor.zero_()
         for piece in view.slices:
             rows, view_rows = RowSelection.of(piece.rows), RowSelection.of(piece.view_rows)
-            for whole, tensor in zip(out, self.fields[piece.buffer], strict=True):
-                copy_rows(_of_heads(whole, piece.view_heads), view_rows, _of_heads(tensor, piece.heads), rows)
+            tensors = _of_heads(self.fields[piece.buffer], piece.heads)
+            for whole, tensor in zip(_of_heads(out, piece.view_heads), tensors, strict=True):
+                copy_rows(whole, view_rows, tensor, rows)
         return out
 
     def _whole(self, key: BufferKey, in_rows: bool) -> Fields:
@@ -201,6 +202,8 @@ class Buffers:
         return self._arena[dtype]
 
 
-def _of_heads(tensor: Tensor, heads: slice) -> Tensor:
-    """Return some heads of a tensor (rows, heads, ...): the tensor itself where these are all, since a view takes time."""
-    return tensor if heads.start == 0 and heads.stop == tensor.shape[1] else tensor[:, heads]
+def _of_heads(fields: Fields, heads: slice) -> Fields:
+    """Return some heads of tensors (rows, heads, ...): the tensors themselves where these are all, since a view takes time."""
+    if not fields or heads.start == 0 and heads.stop == fields[0].shape[1]:
+        return fields
+    return tuple(tensor[:, heads] for tensor in fields)

@@ -19,7 +19,7 @@ from distattn.kernels.registry import Kernel
 from distattn.kernels.spec import ScoreMod
 from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.buffers import Buffers, Fields, Places, narrowed
-from distattn.parallel.runtime.memory import forward_arena_bytes, kept_elements
+from distattn.parallel.runtime.memory import forward_arena_bytes
 from distattn.parallel.runtime.packed_messages import PackedMessages
 from distattn.parallel.runtime.program import KernelLaunch, Message, Program, ProgramStep, kept_key
 from distattn.parallel.runtime.state_tensors import HeldStateTensors
@@ -68,12 +68,13 @@ def forward(
         return {Payload.O: kernel.forward(*inputs, into=target.fields, merge=target.adds)}
 
     with (
-        ARENAS.kept(kept_elements(program), q_THD.dtype, q_THD.device) as kept,
+        ARENAS.kept(program.kept_places.numbers, q_THD.dtype, q_THD.device) as kept,
         ARENAS.borrowed(forward_arena_bytes(program, q_THD, k_TKD, v_TKE), q_THD.device) as arena,
     ):
         buffers = Buffers(program, arena)
         buffers.bind_own({Payload.Q: (q_THD,), Payload.KV: (k_TKD, v_TKE)})
-        buffers.bind_flat(program.kept_places, kept)
+        if program.kept_places.places:
+            buffers.bind_flat(program.kept_places, kept)
         o_THE, lse_TH = buffers.new_own(Payload.O)
         yield from run_steps("forward", program.forward, transport, buffers, compute, kernel.ACCUMULATES)
         buffers.close()

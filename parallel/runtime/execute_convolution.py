@@ -16,7 +16,7 @@ from distattn.ir.plan import Payload
 from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.buffers import Buffers, Fields, narrowed
 from distattn.parallel.runtime.execute import PausableRun, Target, run_steps
-from distattn.parallel.runtime.memory import forward_arena_bytes, kept_elements
+from distattn.parallel.runtime.memory import forward_arena_bytes
 from distattn.parallel.runtime.program import KernelLaunch, Program, kept_key
 from distattn.parallel.runtime.transport import Transport
 
@@ -43,7 +43,7 @@ def forward(
         return {Payload.O: (kernel.forward(x, _of_heads(weight, launch), launch.schedule),)}
 
     with (
-        ARENAS.kept(kept_elements(program), x_THD.dtype, x_THD.device) as kept,
+        ARENAS.kept(program.kept_places.numbers, x_THD.dtype, x_THD.device) as kept,
         ARENAS.borrowed(forward_arena_bytes(program, x_THD, weight), x_THD.device) as arena,
     ):
         buffers = _buffers(program, arena, x_THD)

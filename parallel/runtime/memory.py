@@ -154,14 +154,10 @@ def forward_arena_bytes(program: Program, *inputs: Tensor | None) -> int:
 
     The arena grows before the step has saved much for its backward passes, and the smaller one is used no longer.
     """
-    if any(x is not None and x.requires_grad for x in inputs):
-        return max(program.forward_bytes, program.backward_bytes)
+    for x in inputs:
+        if x is not None and x.requires_grad:
+            return max(program.forward_bytes, program.backward_bytes)
     return program.forward_bytes
-
-
-def kept_elements(program: Program) -> int:
-    """How many numbers the forward keeps for the backward on this rank."""
-    return program.kept_places.numbers
 
 
 def place_kept(call: Call, kept: Mapping[BufferKey, int], bundles: Mapping[BufferKey, Bundle]) -> FlatPlaces:
