@@ -118,8 +118,9 @@ class LocalBatch(BatchAttention):
         if not padding:
             return cast(Tensor, attend(q_THD, k_TKD, v_TKE, executable, scale=scale, **modifiers))
         # padding attends to nothing, but others may need the help of a rank that has nothing else
-        inputs = (x[: executable.program.tokens] for x in (q_THD, k_TKD, v_TKE))
-        return _padded(attend(*inputs, executable, scale=scale, **modifiers), padding)
+        rows = slice(executable.program.tokens)
+        o_THE = attend(q_THD[rows], k_TKD[rows], v_TKE[rows], executable, scale=scale, **modifiers)
+        return _padded(o_THE, padding)
 
     @torch.compiler.disable
     def recurrence(
