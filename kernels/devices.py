@@ -35,7 +35,7 @@ def on_device_of_tensors(function: Function) -> Function:
 
     @wraps(function)
     def on_device(first: Tensor, *others: Any) -> Any:
-        if not has_streams(first.device):
+        if first.device.type not in _KINDS:
             return function(first, *others)
         with current_device(first.device):
             return function(first, *others)

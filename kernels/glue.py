@@ -39,13 +39,15 @@ class RowSelection(NamedTuple):
 
 def copy_rows(target: Tensor, target_rows: RowSelection, source: Tensor, source_rows: RowSelection) -> None:
     """Assign target[target_rows] = source[source_rows], in the target's dtype."""
-    count = _count(target_rows, source_rows)
+    count = target_rows.size
+    assert count == source_rows.size, "both sides have the same number of rows"
     torch.ops.distattn.copy_rows(target, *target_rows[::2], source, *source_rows[::2], count)
 
 
 def add_rows(target: Tensor, target_rows: RowSelection, source: Tensor, source_rows: RowSelection) -> None:
     """Add target[target_rows] += source[source_rows], in the target's dtype. No row of the target is listed twice."""
-    count = _count(target_rows, source_rows)
+    count = target_rows.size
+    assert count == source_rows.size, "both sides have the same number of rows"
     torch.ops.distattn.add_rows(target, *target_rows[::2], source, *source_rows[::2], count)
 
 
@@ -53,7 +55,8 @@ def merge_rows(
     o: Tensor, lse: Tensor, rows: RowSelection, other_o: Tensor, other_lse: Tensor, other_rows: RowSelection
 ) -> None:
     """Merge rows of a partial result into (o, lse) by log-sum-exp (see `merge_`). No row of (o, lse) is listed twice."""
-    count = _count(rows, other_rows)
+    count = rows.size
+    assert count == other_rows.size, "both sides have the same number of rows"
     torch.ops.distattn.merge_rows(o, lse, *rows[::2], other_o, other_lse, *other_rows[::2], count)
 
 
@@ -71,15 +74,11 @@ def copy_rows_with_products(
     source_rows: RowSelection,
 ) -> None:
     """Compute target[target_rows] = dO[source_rows] and products[target_rows] = rowsum(dO * O)[source_rows], in their dtypes."""
-    count = _count(target_rows, source_rows)
+    count = target_rows.size
+    assert count == source_rows.size, "both sides have the same number of rows"
     torch.ops.distattn.copy_rows_with_products(
         target, products, *target_rows[::2], do_THE, o_THE, *source_rows[::2], count
     )
-
-
-def _count(a: RowSelection, b: RowSelection) -> int:
-    assert a.size == b.size, "both sides have the same number of rows"
-    return a.size
 
 
 _ROWS = "Tensor(a!) target, int start, Tensor? index, Tensor source, int source_start, Tensor? source_index, int count"
@@ -103,7 +102,7 @@ def _on_gpu(x: Tensor) -> bool:
 
 
 def _key(start: int, index: Tensor | None, count: int) -> Any:
-    return RowSelection(start, count, index).key
+    return slice(start, start + count) if index is None else index
 
 
 def _read(source: Tensor, start: int, index: Tensor | None, count: int) -> Tensor:

@@ -127,7 +127,8 @@ def attention_forward(
         inputs = module, context_parallel, query, key, value
         return latent_attention(*inputs, scaling, window=sliding_window, layer=layer, softcap=softcap, sink=s_aux), None
     # squeeze costs nothing in the backward pass, indexing row 0 would cost a copy
-    q_THD, k_TKD, v_TKE = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    q_THD, k_TKD = query.squeeze(0).transpose(0, 1), key.squeeze(0).transpose(0, 1)
+    v_TKE = value.squeeze(0).transpose(0, 1)
     out_THE = context_parallel.attention(
         q_THD, k_TKD, v_TKE, scaling, window=sliding_window, layer=layer, softcap=softcap, sink=s_aux
     )

@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from distattn.batch.pooled_layout import BatchBlock
 from distattn.ir.errors import DistattnError
 from distattn.ir.op import ATTENTION, CONVOLUTION, TOKEN_SHIFT, Op, latent_op, op_of
 from distattn.ir.plan import Plan
-from distattn.ops.attention import attention, autocast_inputs, score_modifiers
+from distattn.ops.attention import attend, autocast_inputs, score_modifiers
 from distattn.ops.convolution import causal_conv1d, token_shift
 from distattn.ops.executable import (
     EXECUTABLES,
@@ -85,6 +85,8 @@ class LocalBatch(BatchAttention):
         self._plans: dict[AttentionShape, Plan] = {}
         self._executables: dict[tuple[AttentionShape, torch.device], Executable] = {}
         self._ahead: dict[tuple[AttentionShape, torch.device], AwaitedResult[Planned]] = {}
+        # executables of attention and rows of padding, by the shapes and settings of a layer's call
+        self._calls: dict[tuple[Any, ...], tuple[Executable, int]] = {}
         self._checked: Tensor | None = None
 
     # plans are looked up, and maybe made: only layers before and after it are compiled
@@ -107,19 +109,21 @@ class LocalBatch(BatchAttention):
         """
         self.used = True
         q_THD, k_TKD, v_TKE = autocast_inputs(q_THD, k_TKD, v_TKE)
-        override = self.planner.overrides.of(layer, window)
         modifier_names = score_modifiers(modifiers.get("softcap"), modifiers.get("alibi_slopes"))
-        shape = AttentionShape.of(q_THD, k_TKD, v_TKE, window, override, modifier_names)
-        executable = self.executable(shape, q_THD.device)
+        call = q_THD.shape, k_TKD.shape, v_TKE.shape, q_THD.dtype, q_THD.device, window, layer, modifier_names
+        if call not in self._calls:
+            override = self.planner.overrides.of(layer, window)
+            shape = AttentionShape.of(q_THD, k_TKD, v_TKE, window, override, modifier_names)
+            executable = self.executable(shape, q_THD.device)
+            self._calls[call] = executable, self._padding(executable, q_THD)
+        executable, padding = self._calls[call]
+        set_layer(layer)
+        if not padding:
+            return cast(Tensor, attend(q_THD, k_TKD, v_TKE, executable, scale=scale, **modifiers))
         # padding attends to nothing, but other ranks may need the help of a rank with only padding
-        return self._without_padding(
-            executable,
-            lambda q, k, v: attention(q, k, v, executable, scale=scale, **modifiers),
-            q_THD,
-            k_TKD,
-            v_TKE,
-            layer=layer,
-        )
+        rows = slice(executable.program.tokens)
+        o_THE = attend(q_THD[rows], k_TKD[rows], v_TKE[rows], executable, scale=scale, **modifiers)
+        return _padded(o_THE, padding)
 
     @torch.compiler.disable
     def recurrence(
@@ -304,15 +308,20 @@ class LocalBatch(BatchAttention):
         compute: returns a tensor by token, or that and states of documents, which are returned as they are. layer: its number
         in the model, for descriptions of messages.
         """
-        compute = _in_layer(layer, compute)
-        tokens, first = executable.program.tokens, by_token[0]
-        padding = padded(tokens, self.planner.config.pad_to) - tokens
-        if not padding or first is None or len(first) != tokens + padding:
+        set_layer(layer)
+        padding, tokens = self._padding(executable, by_token[0]), executable.program.tokens
+        if not padding:
             return compute(*by_token)
         result = compute(*(None if x is None else x[:tokens] for x in by_token))
         out, *states = result if isinstance(result, tuple) else (result,)
-        out = F.pad(out, (0, 0) * (out.dim() - 1) + (0, padding), value=fill)
+        out = _padded(out, padding, fill)
         return (out, *states) if states else out
+
+    def _padding(self, executable: Executable, x: Tensor | None) -> int:
+        """Return how many rows of a tensor pad this rank's tokens; 0 for a tensor of other rows."""
+        tokens = executable.program.tokens
+        padding = padded(tokens, self.planner.config.pad_to) - tokens
+        return padding if x is not None and len(x) == tokens + padding else 0
 
     def _states_in(self, states_M: Tensor | None) -> Tensor | None:
         """Extend states of this batch's documents to all documents of the axis; this rank does not read those of other
@@ -424,19 +433,9 @@ class RelaidBatch(LocalBatch):
         return self._batch.executable(shape._replace(layout=self.layout), device)
 
 
-def _in_layer(layer: int | None, compute: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `compute` with a forward and backward pass whose messages are attributed to a layer."""
-
-    def computed(*tensors: Tensor | None) -> Any:
-        set_layer(layer)
-        output = compute(*tensors)
-        out = output[0] if isinstance(output, tuple) else output
-        if out.requires_grad:
-            # called right before the gradient goes through what was computed
-            out.register_hook(lambda _: set_layer(layer))
-        return output
-
-    return computed
+def _padded(x: Tensor, padding: int, fill: int = 0) -> Tensor:
+    """Return a tensor with rows of `fill` behind its own."""
+    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, padding), value=fill)
 
 
 def _stays_at_owners(plan: Plan) -> bool:

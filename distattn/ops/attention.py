@@ -19,16 +19,17 @@ from torch.utils.checkpoint import CheckpointPolicy
 from distattn.ir.errors import DistattnError
 from distattn.ir.op import ATTENTION
 from distattn.ir.plan import Plan
-from distattn.kernels.devices import on_device_of_tensors
 from distattn.kernels.glue import row_products
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.registry import choose_kernel
 from distattn.kernels.spec import ScoreMod
 from distattn.ops.current_micro_batch import current_micro_batch
-from distattn.ops.executable import EXECUTABLES, NOT_IN_CUDA_GRAPHS, Executable, kernel_requirements
+from distattn.ops.executable import Executable, kernel_requirements
 from distattn.ops.plan_argument import executable_of
+from distattn.ops.planned_op import PlannedPass, register_planned_op
 from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.transport import Transport
+from distattn.supervision.heartbeats import current_layer, set_layer
 
 _SAVED_BY_CHECKPOINTS = {f"distattn.{name}.default" for name in ("forward", "recurrence_forward", "latent_forward")}
 
@@ -70,13 +71,45 @@ def attention(
             raise DistattnError(f"{name} is a {type(operand).__name__}; a tensor (tokens, heads, dim) is needed.")
     if not isinstance(return_lse, bool):
         raise DistattnError(f"return_lse is True or False, not a {type(return_lse).__name__}.")
+    q_THD, k_TKD, v_TKE = autocast_inputs(q_THD, k_TKD, v_TKE)
+    return attend(
+        *(q_THD, k_TKD, v_TKE, plan, group),
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sink=sink,
+        gate=gate,
+        dropout=dropout,
+        kernel=kernel,
+        return_lse=return_lse,
+    )
+
+
+def attend(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKE: Tensor,
+    plan: Plan | Executable,
+    group: dist.ProcessGroup | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    gate: Tensor | None = None,
+    dropout: float = 0.0,
+    kernel: str | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Compute `attention` of tensors that have the dtype of autocast already."""
     # fused projections often give strided tensors; kernels and messages read whole rows
-    q_THD, k_TKD, v_TKE = (x.contiguous() for x in autocast_inputs(q_THD, k_TKD, v_TKE))
+    q_THD, k_TKD, v_TKE = q_THD.contiguous(), k_TKD.contiguous(), v_TKE.contiguous()
     for name, operand in (("q", q_THD), ("k", k_TKD), ("v", v_TKE)):
         if operand.dim() != 3:
             raise DistattnError(f"{name} has {operand.dim()} dims; three are needed: (tokens, heads, dim).")
     for name, number in (("scale", scale), ("softcap", softcap), ("dropout", dropout)):
-        if not isinstance(number, (Real, type(None))) or isinstance(number, bool):
+        # floats first: asking an abstract class takes long
+        if type(number) is not float and (not isinstance(number, (Real, type(None))) or isinstance(number, bool)):
             hint = "; a tensor's gradient would be lost" if isinstance(number, Tensor) else ""
             raise DistattnError(f"{name} is a number, not a {type(number).__name__}{hint}.")
     scale = 1.0 / math.sqrt(q_THD.shape[-1] or 1) if scale is None else float(scale)
@@ -94,18 +127,25 @@ def attention(
         raise DistattnError("alibi_slopes require a gradient, which is not computed; pass alibi_slopes.detach().")
     if gate is not None:
         gate = _broadcast_gate(gate, (*q_THD.shape[:2], v_TKE.shape[2]))
-    modifiers = score_modifiers(softcap, alibi_slopes)
-    if return_lse and torch.is_grad_enabled() and any(x.requires_grad for x in (q_THD, k_TKD, v_TKE)):
-        modifiers = (*modifiers, "lse")
-    ready = executable_of(
-        plan, group, "attention", q_THD.device, kernel=kernel, modifiers=modifiers, can_interleave=True
-    )
+    if isinstance(plan, Executable) and group is None and kernel is None:
+        ready = plan
+    else:
+        modifiers = score_modifiers(softcap, alibi_slopes)
+        if return_lse and torch.is_grad_enabled() and any(x.requires_grad for x in (q_THD, k_TKD, v_TKE)):
+            modifiers = (*modifiers, "lse")
+        ready = executable_of(
+            plan, group, "attention", q_THD.device, kernel=kernel, modifiers=modifiers, can_interleave=True
+        )
     interleaved = current_micro_batch()
     if interleaved is not None:
         # the micro-batch lets others run while its messages travel
         if return_lse:
             raise DistattnError("return_lse is not possible where micro-batches take turns; leave OverlapSchedule out.")
         o_THE = interleaved.attention(ready, q_THD, k_TKD, v_TKE, sink, alibi_slopes, scale, float(softcap))
+        layer = current_layer()
+        if o_THE.requires_grad:
+            # called right before the gradient goes through what was computed
+            o_THE.register_hook(lambda _: set_layer(layer))
         return o_THE if gate is None else (o_THE * gate).to(q_THD.dtype)
     o_THE, lse_TH, _ = torch.ops.distattn.forward(
         q_THD, k_TKD, v_TKE, sink, alibi_slopes, ready.handle, ready.kept_elements, scale, float(softcap)
@@ -117,8 +157,7 @@ def attention(
 
 def score_modifiers(softcap: Any, alibi_slopes: Any) -> tuple[str, ...]:
     """Return the names of the score modifiers of a call."""
-    is_used = {"softcap": bool(softcap), "alibi_slopes": alibi_slopes is not None}
-    return tuple(name for name, has in is_used.items() if has)
+    return (("softcap",) if softcap else ()) + (("alibi_slopes",) if alibi_slopes is not None else ())
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -258,75 +297,39 @@ def backward_pass(
     return dq, dk, dv, -(weight_TH * delta_TH).sum(0).to(sink.dtype)
 
 
-torch.library.define(
-    "distattn::forward",
-    "(Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor? slopes, SymInt plan, SymInt kept_elements, float scale,"
-    " float softcap) -> (Tensor o, Tensor lse, Tensor kept)",
-    tags=NOT_IN_CUDA_GRAPHS,
-)
-torch.library.define(
-    "distattn::backward",
-    "(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor? slopes, Tensor o, Tensor lse,"
-    " Tensor kept, SymInt plan, float scale, float softcap) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink)",
-    tags=NOT_IN_CUDA_GRAPHS,
-)
-
-
-@on_device_of_tensors
-def _forward(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  # noqa: ANN001
-    executable = EXECUTABLES.by_handle(plan)
-    return execute.run_to_completion(forward_pass(executable, q, k, v, sink, slopes, scale, softcap))
-
-
-torch.library.impl("distattn::forward", "CompositeExplicitAutograd", _forward)
-
-
-@torch.library.register_fake("distattn::forward")
-def _forward_fake(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  # noqa: ANN001
+def _forward_fake(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  # noqa: ANN001, ANN202
     o = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
     lse = q.new_empty((q.shape[0], q.shape[1]), dtype=accumulation_dtype(q.dtype))
     return o, lse, q.new_empty(kept_elements)
 
 
-@on_device_of_tensors
-def _backward(do, dlse, q, k, v, sink, slopes, o, lse, kept, plan, scale, softcap):  # noqa: ANN001
-    inputs = do, dlse, q, k, v, sink, slopes, o, lse, kept, scale, softcap
-    executable = EXECUTABLES.by_handle(plan)
-    return execute.run_to_completion(backward_pass(executable, *inputs))
-
-
-torch.library.impl("distattn::backward", "CompositeExplicitAutograd", _backward)
-
-
-@torch.library.register_fake("distattn::backward")
-def _backward_fake(do, dlse, q, k, v, sink, slopes, o, lse, kept, plan, scale, softcap):  # noqa: ANN001
+def _backward_fake(do, dlse, q, k, v, sink, slopes, o, lse, kept, plan, scale, softcap):  # noqa: ANN001, ANN202
     grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
     return *grads, q.new_empty(0) if sink is None else sink.new_empty(sink.shape)
 
 
-def _save(ctx, inputs, output) -> None:
-    q, k, v, sink, slopes, plan, _, scale, softcap = inputs
-    o, lse, kept = output
-    ctx.mark_non_differentiable(kept)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, sink, slopes, o, lse, kept)
-    ctx.plan, ctx.scale, ctx.softcap = plan, scale, softcap
-    # the executable outlives its plan until the backward has run; under torch.compile the caller holds it
-    ctx.executable = EXECUTABLES.by_handle(plan) if type(plan) is int else None
-
-
-def _differentiate(ctx, do, dlse, dkept):
-    q, k, v, sink, slopes, o, lse, kept = ctx.saved_tensors
+def _gradients(ctx, saved, do, dlse, dkept):  # noqa: ANN001, ANN202
+    sink, o = saved[3], saved[5]
     do = torch.zeros_like(o) if do is None else do
-    dq, dk, dv, dsink = torch.ops.distattn.backward(
-        do, dlse, q, k, v, sink, slopes, o, lse, kept, ctx.plan, ctx.scale, ctx.softcap
-    )
-    return dq, dk, dv, None if sink is None else dsink, None, None, None, None, None
+    dq, dk, dv, dsink = torch.ops.distattn.backward(do, dlse, *saved, ctx.plan, *ctx.numbers)
+    return dq, dk, dv, None if sink is None else dsink, None
 
 
-def _refuse_second_derivative(ctx, *grads):
-    raise DistattnError("attention has no second derivative: a gradient of its gradients was asked for.")
-
-
-torch.library.register_autograd("distattn::backward", _refuse_second_derivative)
-torch.library.register_autograd("distattn::forward", _differentiate, setup_context=_save)
+_TENSORS = ("Tensor q", "Tensor k", "Tensor v", "Tensor? sink", "Tensor? slopes")
+_NUMBERS = ("float scale", "float softcap")
+_OF_OUTPUTS = ("Tensor do", "Tensor? dlse")
+_OUTPUTS = ("Tensor o", "Tensor lse", "Tensor kept")
+register_planned_op(
+    "",
+    "attention",
+    PlannedPass(_TENSORS, _NUMBERS, ", ".join(_OUTPUTS), forward_pass, _forward_fake),
+    PlannedPass(
+        (*_OF_OUTPUTS, *_TENSORS, *_OUTPUTS),
+        _NUMBERS,
+        "Tensor dq, Tensor dk, Tensor dv, Tensor dsink",
+        backward_pass,
+        _backward_fake,
+    ),
+    _gradients,
+    saved_outputs=slice(None),
+)

@@ -18,15 +18,14 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints
 from distattn.ir.op import CONVOLUTION, TOKEN_SHIFT
 from distattn.ir.plan import Call, Plan
-from distattn.kernels.devices import on_device_of_tensors
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.registry import load_kernel
 from distattn.kernels.spec import ScoreMod
 from distattn.ops.attention import autocast_inputs
-from distattn.ops.executable import EXECUTABLES, NOT_IN_CUDA_GRAPHS, Executable, kernel_requirements
+from distattn.ops.executable import Executable, kernel_requirements
 from distattn.ops.plan_argument import check_flag, executable_of
+from distattn.ops.planned_op import PlannedPass, register_planned_op
 from distattn.parallel.runtime import execute_convolution
-from distattn.parallel.runtime.execute import run_to_completion
 from distattn.parallel.runtime.execute_convolution import ConvolutionKernel
 from distattn.parallel.runtime.streams import copy_to_device, has_streams
 
@@ -219,22 +218,7 @@ def _taps(call: Call) -> int | None:
     return int(limited[0]) + 1 if len(limited) else None
 
 
-torch.library.define(
-    "distattn::convolution_forward",
-    "(Tensor x, Tensor? weight, Tensor? initial, SymInt plan, SymInt kept_elements) -> (Tensor y, Tensor kept)",
-    tags=NOT_IN_CUDA_GRAPHS,
-)
-torch.library.define(
-    "distattn::convolution_backward",
-    "(Tensor dy, Tensor x, Tensor? weight, Tensor? initial, Tensor kept, SymInt plan)"
-    " -> (Tensor dx, Tensor dweight, Tensor dinitial)",
-    tags=NOT_IN_CUDA_GRAPHS,
-)
-
-
-@on_device_of_tensors
-def _forward(x, weight, initial, plan, kept_elements):  # noqa: ANN001
-    executable = EXECUTABLES.by_handle(plan)
+def _forward(executable, x, weight, initial):  # noqa: ANN001, ANN202
     if weight is None:
         _check_distance(executable.program.call)
     else:
@@ -242,24 +226,18 @@ def _forward(x, weight, initial, plan, kept_elements):  # noqa: ANN001
         _check_kernel(executable, weight.dim() == 4)
     executable.begin_pass("forward", _NO_SCORE)
     arguments = executable.program, executable.transport, _kernel(executable), x.contiguous(), weight
-    y, kept = run_to_completion(execute_convolution.forward(*arguments))
+    y, kept = yield from execute_convolution.forward(*arguments)
     if initial is not None:
         first = _first_tokens(executable, weight.shape[-1], x.device)
         y.index_add_(0, first.rows, _from_initial(initial, weight, first, y.dtype).to(y.dtype))
     return y, kept
 
 
-torch.library.impl("distattn::convolution_forward", "CompositeExplicitAutograd", _forward)
-
-
-@torch.library.register_fake("distattn::convolution_forward")
-def _forward_fake(x, weight, initial, plan, kept_elements):  # noqa: ANN001
+def _forward_fake(x, weight, initial, plan, kept_elements):  # noqa: ANN001, ANN202
     return x.new_empty(x.shape), x.new_empty(kept_elements)
 
 
-@on_device_of_tensors
-def _backward(dy, x, weight, initial, kept, plan):  # noqa: ANN001
-    executable = EXECUTABLES.by_handle(plan)
+def _backward(executable, dy, x, weight, initial, kept):  # noqa: ANN001, ANN202
     executable.begin_pass("backward", _NO_SCORE)
     arguments = (
         executable.program,
@@ -270,7 +248,7 @@ def _backward(dy, x, weight, initial, kept, plan):  # noqa: ANN001
         weight,
         kept,
     )
-    dx, dweight = run_to_completion(execute_convolution.backward(*arguments))
+    dx, dweight = yield from execute_convolution.backward(*arguments)
     dinitial = None
     if initial is not None and dweight is not None:
         first = _first_tokens(executable, weight.shape[-1], x.device)
@@ -282,11 +260,7 @@ def _backward(dy, x, weight, initial, kept, plan):  # noqa: ANN001
     return tuple(x.new_empty(0) if grad is None else grad for grad in (dx, of_weight, dinitial))
 
 
-torch.library.impl("distattn::convolution_backward", "CompositeExplicitAutograd", _backward)
-
-
-@torch.library.register_fake("distattn::convolution_backward")
-def _backward_fake(dy, x, weight, initial, kept, plan):  # noqa: ANN001
+def _backward_fake(dy, x, weight, initial, kept, plan):  # noqa: ANN001, ANN202
     return tuple(x.new_empty(0) if like is None else like.new_empty(like.shape) for like in (x, weight, initial))
 
 
@@ -351,31 +325,23 @@ def _check_documents(call: Call) -> None:
         raise DistattnError("states are of the layout's documents; plan the convolution on a mask of the same.")
 
 
-def _save(ctx, inputs, output) -> None:
-    x, weight, initial, plan, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, initial, output[1])
-    ctx.plan = plan
-    # the executable outlives its plan until the backward has run; under torch.compile the caller holds it
-    ctx.executable = EXECUTABLES.by_handle(plan) if type(plan) is int else None
-
-
-def _differentiate(ctx, dy, dkept):
-    x, weight, initial, kept = ctx.saved_tensors
+def _gradients(ctx, saved, dy, dkept):  # noqa: ANN001, ANN202
+    x, *others, _ = saved
     dy = torch.zeros_like(x) if dy is None else dy
-    dx, *others = torch.ops.distattn.convolution_backward(dy, x, weight, initial, kept, ctx.plan)
-    of_others = (grad if tensor is not None else None for grad, tensor in zip(others, (weight, initial), strict=True))
-    return dx, *of_others, None, None
-
-
-def _refuse_second_derivative(ctx, *grads):
-    raise DistattnError("a convolution has no second derivative here: a gradient of its gradients was asked for.")
-
-
-torch.library.register_autograd("distattn::convolution_backward", _refuse_second_derivative)
-torch.library.register_autograd("distattn::convolution_forward", _differentiate, setup_context=_save)
+    dx, *of_others = torch.ops.distattn.convolution_backward(dy, *saved, ctx.plan)
+    return dx, *(grad if other is not None else None for grad, other in zip(of_others, others, strict=True))
 
 
 def _kernel(executable: Executable) -> ConvolutionKernel:
     return cast(ConvolutionKernel, executable.kernel)
+
+
+_TENSORS = ("Tensor x", "Tensor? weight", "Tensor? initial")
+_RESULTS = "Tensor dx, Tensor dweight, Tensor dinitial"
+register_planned_op(
+    "convolution_",
+    "a convolution",
+    PlannedPass(_TENSORS, (), "Tensor y, Tensor kept", _forward, _forward_fake),
+    PlannedPass(("Tensor dy", *_TENSORS, "Tensor kept"), (), _RESULTS, _backward, _backward_fake),
+    _gradients,
+)

@@ -42,15 +42,11 @@ from distattn.parallel.runtime.communicator import (
     timeout_of,
 )
 from distattn.parallel.runtime.kept_tensors import kept_size
-from distattn.parallel.runtime.memory import PassMemory, backward_memory, forward_memory, kept_elements
+from distattn.parallel.runtime.memory import PassMemory, backward_memory, forward_memory
 from distattn.parallel.runtime.program import Program, lower
 from distattn.parallel.runtime.recurrence_workspace import recurrence_workspace
 from distattn.parallel.runtime.transport import GroupTransport, SingleRankTransport, Transport
 from distattn.parallel.runtime.upload_program import copy_program_to_device
-
-# Tags of operators that run a plan: they send messages, and wait for events of other streams. Inductor partitions a graph at such
-# operators, so that torch.compile(mode="reduce-overhead") does not capture them (torch/_inductor/scheduler.py, should_partition).
-NOT_IN_CUDA_GRAPHS = (torch.Tag.cudagraph_unsafe,)
 
 
 class ExecutionKey(NamedTuple):
@@ -85,7 +81,7 @@ class Executable:
         self.kernel = kernel if observer is None else observer.wrap_kernel(kernel)
         # in bytes for a recurrence, whose kept tensors have several dtypes
         is_recurrence = program.forward_states is not None
-        self.kept_elements = kept_size(program) if is_recurrence else kept_elements(program)
+        self.kept_elements = kept_size(program) if is_recurrence else program.kept_places.numbers
         self.handle = EXECUTABLES.add(self)
         self._memory: dict[str, PassMemory] = {}
 

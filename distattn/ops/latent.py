@@ -15,17 +15,16 @@ from distattn.ir.arguments import checked
 from distattn.ir.errors import DistattnError
 from distattn.ir.op import ATTENTION, latent_op
 from distattn.ir.plan import Call, Plan
-from distattn.kernels.devices import on_device_of_tensors
 from distattn.kernels.glue import row_products
 from distattn.kernels.latent import LatentKernel, LatentScore, expand_latents
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.registry import Kernel, choose_kernel
 from distattn.kernels.spec import ScoreMod
 from distattn.ops.attention import attention, autocast_inputs
-from distattn.ops.executable import EXECUTABLES, NOT_IN_CUDA_GRAPHS, Executable, kernel_requirements
+from distattn.ops.executable import Executable, kernel_requirements
 from distattn.ops.plan_argument import executable_of
+from distattn.ops.planned_op import PlannedPass, register_planned_op
 from distattn.parallel.runtime import execute
-from distattn.parallel.runtime.execute import run_to_completion
 
 
 @checked
@@ -100,84 +99,38 @@ def _check_inputs(executable: Executable, q: Tensor, rope: Tensor, latent: Tenso
             raise DistattnError(f"{name} is {str(tensor.dtype)[6:]}, the plan was made for {call.dtype}.")
 
 
-torch.library.define(
-    "distattn::latent_forward",
-    "(Tensor q, Tensor rope, Tensor latent, Tensor up, SymInt plan, SymInt kept_elements, float scale)"
-    " -> (Tensor o, Tensor lse, Tensor kept)",
-    tags=NOT_IN_CUDA_GRAPHS,
-)
-torch.library.define(
-    "distattn::latent_backward",
-    "(Tensor do, Tensor q, Tensor rope, Tensor latent, Tensor up, Tensor o, Tensor lse, Tensor kept, SymInt plan,"
-    " float scale) -> (Tensor dq, Tensor drope, Tensor dlatent, Tensor dup)",
-    tags=NOT_IN_CUDA_GRAPHS,
-)
-
-
-@on_device_of_tensors
-def _forward(q, rope, latent, up, plan, kept_elements, scale):  # noqa: ANN001
-    executable = EXECUTABLES.by_handle(plan)
+def _forward(executable, q, rope, latent, up, scale):  # noqa: ANN001, ANN202
     q, rope, latent = (x.contiguous() for x in (q, rope, latent))
     score = _score(executable, scale, up)
     executable.begin_pass("forward", score.score)
     arguments = executable.program, executable.transport, _kernel(executable), q, rope, latent, cast(ScoreMod, score)
-    o, lse_TH, kept = run_to_completion(execute.forward(*arguments))
+    o, lse_TH, kept = yield from execute.forward(*arguments)
     return o.to(q.dtype), lse_TH, kept
 
 
-torch.library.impl("distattn::latent_forward", "CompositeExplicitAutograd", _forward)
-
-
-@torch.library.register_fake("distattn::latent_forward")
-def _forward_fake(q, rope, latent, up, plan, kept_elements, scale):  # noqa: ANN001
+def _forward_fake(q, rope, latent, up, plan, kept_elements, scale):  # noqa: ANN001, ANN202
     values = up.shape[1] - q.shape[2] + rope.shape[2]
     lse = q.new_empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
     return q.new_empty((*q.shape[:2], values)), lse, q.new_empty(kept_elements)
 
 
-@on_device_of_tensors
-def _backward(do, q, rope, latent, up, o, lse, kept, plan, scale):  # noqa: ANN001
-    executable = EXECUTABLES.by_handle(plan)
+def _backward(executable, do, q, rope, latent, up, o, lse, kept, scale):  # noqa: ANN001, ANN202
     do, q, rope, latent = (x.contiguous() for x in (do, q, rope, latent))
     dup = torch.zeros_like(up, dtype=getattr(torch, executable.program.call.accumulation_dtype))
     score = _score(executable, scale, up, dup)
     executable.begin_pass("backward", score.score)
     inputs = do, q, rope, latent, lse, row_products(do, o), kept, cast(ScoreMod, score)
-    run = execute.backward(executable.program, executable.transport, _kernel(executable), *inputs)
-    return *run_to_completion(run), dup.to(up.dtype)
+    gradients = yield from execute.backward(executable.program, executable.transport, _kernel(executable), *inputs)
+    return *gradients, dup.to(up.dtype)
 
 
-torch.library.impl("distattn::latent_backward", "CompositeExplicitAutograd", _backward)
-
-
-@torch.library.register_fake("distattn::latent_backward")
-def _backward_fake(do, q, rope, latent, up, o, lse, kept, plan, scale):  # noqa: ANN001
+def _backward_fake(do, q, rope, latent, up, o, lse, kept, plan, scale):  # noqa: ANN001, ANN202
     return tuple(x.new_empty(x.shape) for x in (q, rope, latent, up))
 
 
-def _save(ctx, inputs, output) -> None:
-    *tensors, plan, _, scale = inputs
-    o, lse, kept = output
-    ctx.mark_non_differentiable(lse, kept)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, o, lse, kept)
-    ctx.plan, ctx.scale = plan, scale
-    # the executable outlives its plan until the backward has run; under torch.compile the caller holds it
-    ctx.executable = EXECUTABLES.by_handle(plan) if type(plan) is int else None
-
-
-def _differentiate(ctx, do, dlse, dkept):
-    *tensors, o, lse, kept = ctx.saved_tensors
-    do = torch.zeros_like(o) if do is None else do
-    return *torch.ops.distattn.latent_backward(do, *tensors, o, lse, kept, ctx.plan, ctx.scale), None, None, None
-
-
-def _refuse_second_derivative(ctx, *grads):
-    raise DistattnError("latent attention has no second derivative: a gradient of its gradients was asked for.")
-
-
-torch.library.register_autograd("distattn::latent_backward", _refuse_second_derivative)
-torch.library.register_autograd("distattn::latent_forward", _differentiate, setup_context=_save)
+def _gradients(ctx, saved, do, dlse, dkept):  # noqa: ANN001, ANN202
+    do = torch.zeros_like(saved[4]) if do is None else do
+    return torch.ops.distattn.latent_backward(do, *saved, ctx.plan, *ctx.numbers)
 
 
 def _score(executable: Executable, scale: float, up: Tensor, dup: Tensor | None = None) -> LatentScore:
@@ -187,3 +140,18 @@ def _score(executable: Executable, scale: float, up: Tensor, dup: Tensor | None 
 
 def _kernel(executable: Executable) -> Kernel:
     return cast(Kernel, LatentKernel(executable.kernel))
+
+
+_TENSORS = ("Tensor q", "Tensor rope", "Tensor latent", "Tensor up")
+_OUTPUTS = ("Tensor o", "Tensor lse", "Tensor kept")
+_NUMBERS = ("float scale",)
+_RESULTS = "Tensor dq, Tensor drope, Tensor dlatent, Tensor dup"
+register_planned_op(
+    "latent_",
+    "latent attention",
+    PlannedPass(_TENSORS, _NUMBERS, ", ".join(_OUTPUTS), _forward, _forward_fake),
+    PlannedPass(("Tensor do", *_TENSORS, *_OUTPUTS), _NUMBERS, _RESULTS, _backward, _backward_fake),
+    _gradients,
+    saved_outputs=slice(None),
+    fixed_outputs=slice(1, None),
+)

@@ -14,15 +14,14 @@ from torch import Tensor
 
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
-from distattn.kernels.devices import on_device_of_tensors
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.recurrence.tokens import RecurrenceTokens
 from distattn.kernels.spec import ScoreMod
 from distattn.ops.attention import autocast_inputs
-from distattn.ops.executable import EXECUTABLES, NOT_IN_CUDA_GRAPHS, Executable
+from distattn.ops.executable import Executable
 from distattn.ops.plan_argument import check_flag, executable_of
+from distattn.ops.planned_op import PlannedPass, register_planned_op
 from distattn.parallel.runtime import execute_recurrence
-from distattn.parallel.runtime.execute import run_to_completion
 from distattn.parallel.runtime.execute_recurrence import RecurrenceKernel
 
 # attention's score is unused in a recurrence
@@ -137,91 +136,44 @@ def _check_inputs(executable: Executable, x: RecurrenceTokens, initial: Tensor |
         raise DistattnError("g of a head requires a gradient, which is not computed; pass g.detach().")
 
 
-torch.library.define(
-    "distattn::recurrence_forward",
-    "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor? initial, SymInt plan, SymInt kept_bytes,"
-    " SymInt final_states) -> (Tensor o, Tensor final, Tensor kept)",
-    tags=NOT_IN_CUDA_GRAPHS,
-)
-torch.library.define(
-    "distattn::recurrence_backward",
-    "(Tensor do, Tensor? dfinal, Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor? initial, Tensor kept,"
-    " SymInt plan) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dinitial)",
-    tags=NOT_IN_CUDA_GRAPHS,
-)
-
-
-@on_device_of_tensors
-def _forward(q, k, v, g, beta, initial, plan, kept_bytes, final_states):  # noqa: ANN001
-    executable = EXECUTABLES.by_handle(plan)
+def _forward(executable, q, k, v, g, beta, initial, final_states):  # noqa: ANN001, ANN202
     x = _contiguous(q, k, v, g, beta)
     executable.begin_pass("forward", _NO_SCORE)
     arguments = executable.program, executable.transport, _kernel(executable), x, initial, final_states > 0
-    o, final, kept = run_to_completion(execute_recurrence.forward(*arguments))
+    o, final, kept = yield from execute_recurrence.forward(*arguments)
     return o, q.new_empty(0, dtype=accumulation_dtype(q.dtype)) if final is None else final, kept
 
 
-torch.library.impl("distattn::recurrence_forward", "CompositeExplicitAutograd", _forward)
-
-
-@torch.library.register_fake("distattn::recurrence_forward")
-def _forward_fake(q, k, v, g, beta, initial, plan, kept_bytes, final_states):  # noqa: ANN001
-    # final_states: the number of documents whose final state is returned
+def _forward_fake(q, k, v, g, beta, initial, plan, kept_bytes, final_states):  # noqa: ANN001, ANN202
+    # final_states: how many documents have one that is wanted
     shape = (final_states, v.shape[1], q.shape[2], v.shape[2]) if final_states else (0,)
     wide = accumulation_dtype(q.dtype)
     return v.new_empty(v.shape), v.new_empty(shape, dtype=wide), v.new_empty(kept_bytes, dtype=torch.uint8)
 
 
-@on_device_of_tensors
-def _backward(do, dfinal, q, k, v, g, beta, initial, kept, plan):  # noqa: ANN001
-    executable = EXECUTABLES.by_handle(plan)
+def _backward(executable, do, dfinal, q, k, v, g, beta, initial, kept):  # noqa: ANN001, ANN202
     x = _contiguous(q, k, v, g, beta)
     executable.begin_pass("backward", _NO_SCORE)
     arguments = executable.program, executable.transport, _kernel(executable), do.contiguous(), dfinal, x, initial, kept
-    dx, dinitial = run_to_completion(execute_recurrence.backward(*arguments))
+    dx, dinitial = yield from execute_recurrence.backward(*arguments)
     of_gates = dx.g if x.decays_by_token else None
     of_initial = None if dinitial is None else dinitial.to(initial.dtype)
     return tuple(q.new_empty(0) if y is None else y for y in (dx.q, dx.k, dx.v, of_gates, dx.beta, of_initial))
 
 
-torch.library.impl("distattn::recurrence_backward", "CompositeExplicitAutograd", _backward)
-
-
-@torch.library.register_fake("distattn::recurrence_backward")
-def _backward_fake(do, dfinal, q, k, v, g, beta, initial, kept, plan):  # noqa: ANN001
+def _backward_fake(do, dfinal, q, k, v, g, beta, initial, kept, plan):  # noqa: ANN001, ANN202
     inputs = (q, k, v, g if g is not None and g.dim() > 1 else None, beta, initial)
     return tuple(q.new_empty(0) if y is None else y.new_empty(y.shape) for y in inputs)
 
 
-def _save(ctx, inputs, output) -> None:
-    *tensors, plan, _, _ = inputs
-    _, _, kept = output
-    ctx.mark_non_differentiable(kept)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, kept)
-    ctx.plan = plan
-    # the executable outlives its plan until the backward has run; under torch.compile the caller holds it
-    ctx.executable = EXECUTABLES.by_handle(plan) if type(plan) is int else None
-
-
-def _differentiate(ctx, do, dfinal, dkept):
-    # once: a checkpoint recomputes them then
-    *tensors, kept = ctx.saved_tensors
-    q, k, v, g, beta, initial = tensors
+def _gradients(ctx, saved, do, dfinal, dkept):  # noqa: ANN001, ANN202
+    _, _, v, g, beta, initial, _ = saved
     do = torch.zeros_like(v) if do is None else do
     dfinal = None if dfinal is None or dfinal.dim() == 1 else dfinal
-    grads = torch.ops.distattn.recurrence_backward(do, dfinal, q, k, v, g, beta, initial, kept, ctx.plan)
-    # a decay per head has no gradient
+    gradients = torch.ops.distattn.recurrence_backward(do, dfinal, *saved, ctx.plan)
+    # a decay of each head has no gradient
     has = (True, True, True, g is not None and g.dim() > 1, beta is not None, initial is not None)
-    return *(y if is_there else None for y, is_there in zip(grads, has, strict=True)), None, None, None
-
-
-def _refuse_second_derivative(ctx, *grads):
-    raise DistattnError("a recurrence has no second derivative: a gradient of its gradients was asked for.")
-
-
-torch.library.register_autograd("distattn::recurrence_backward", _refuse_second_derivative)
-torch.library.register_autograd("distattn::recurrence_forward", _differentiate, setup_context=_save)
+    return tuple(y if is_there else None for y, is_there in zip(gradients, has, strict=True))
 
 
 def _contiguous(*tensors: Tensor | None) -> RecurrenceTokens:
@@ -230,3 +182,14 @@ def _contiguous(*tensors: Tensor | None) -> RecurrenceTokens:
 
 def _kernel(executable: Executable) -> RecurrenceKernel:
     return cast(RecurrenceKernel, executable.kernel)
+
+
+_TENSORS = ("Tensor q", "Tensor k", "Tensor v", "Tensor? g", "Tensor? beta", "Tensor? initial")
+_RESULTS = "Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dinitial"
+register_planned_op(
+    "recurrence_",
+    "a recurrence",
+    PlannedPass(_TENSORS, ("SymInt final_states",), "Tensor o, Tensor final, Tensor kept", _forward, _forward_fake),
+    PlannedPass(("Tensor do", "Tensor? dfinal", *_TENSORS, "Tensor kept"), (), _RESULTS, _backward, _backward_fake),
+    _gradients,
+)

@@ -355,6 +355,11 @@ def set_layer(layer: int | None) -> None:
     _CURRENT.layer = layer
 
 
+def current_layer() -> int | None:
+    """Return the layer that `set_layer` has set."""
+    return _CURRENT.layer
+
+
 def layer_suffix() -> str:
     """Return " of layer 17" for the layer that `set_layer` has set, "" if it is unknown."""
     return "" if _CURRENT.layer is None else f" of layer {_CURRENT.layer}"

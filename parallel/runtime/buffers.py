@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from distattn.ir.plan import Call, Payload
+from distattn.ir.plan import Payload
 from distattn.kernels.glue import RowSelection, add_rows, copy_rows, copy_rows_with_products, merge_rows
-from distattn.parallel.runtime.memory import FlatPlaces, PlacedTensor, PlaceKey, own_result_fields
+from distattn.parallel.runtime.memory import FlatPlaces, PlacedTensor, PlaceKey
 from distattn.parallel.runtime.packed_messages import PackedMessages
-from distattn.parallel.runtime.views import OWN, BufferKey, View
+from distattn.parallel.runtime.views import BufferKey, View
+
+if TYPE_CHECKING:
+    from distattn.parallel.runtime.program import Program
 
 # the tensors of a payload, (rows, heads, width) or (rows, heads) each; see `Call.payload_fields`
 Fields = tuple[Tensor, ...]
@@ -33,14 +37,10 @@ def convert_sums(sums: list[Tensor], dtypes: Iterable[torch.dtype]) -> tuple[Ten
 class Buffers:
     """Tensors of one pass, in one arena except for the rank's own ones (see `memory`)."""
 
-    def __init__(self, call: Call, arena: Tensor, blank: Container[BufferKey] = (), unadded: Container[Payload] = ()):
-        """Begin without buffers.
-
-        arena: bytes on the device of the pass. blank: buffers of partial results that must begin as "nothing yet". unadded:
-        payloads whose own tensor is in the inputs' dtype, since nothing is added to it.
-        """
-        self.call, self._blank, self._unadded = call, blank, unadded
-        self._merges_by_lse = call.op.merge == "lse"
+    def __init__(self, program: Program, arena: Tensor):
+        """Begin without buffers. arena: bytes on the device of the pass."""
+        self._own, self._blank = program.own_tensors, program.blank
+        self._merges_by_lse = program.call.op.merge == "lse"
         self.fields: dict[BufferKey, Fields] = {}
         # of the backward pass, where sums of dO * O are made as dO is copied
         self._outputs: Tensor | None = None
@@ -49,24 +49,22 @@ class Buffers:
         # the same memory as tensors of each dtype
         self._arena = {torch.uint8: arena}
 
-    def new_own(self, payload: Payload, rows: int) -> Fields:
+    def new_own(self, payload: Payload) -> Fields:
         """Allocate and bind tensors for the rank's own part of a result."""
-        heads = self.call.payload_heads(payload)
-        fields = []
-        for width, name in own_result_fields(self.call, payload, self._unadded):
-            shape = (rows, heads) if width is None else (rows, heads, width)
-            fields.append(torch.empty(shape, dtype=getattr(torch, name), device=self._arena[torch.uint8].device))
-        key = BufferKey(payload, OWN, 0, heads)
-        return self.bind_own(payload, self._begun(key, tuple(fields)))
+        (key, tensors), device, fields = self._own[payload], self._arena[torch.uint8].device, []
+        for dtype, shape in tensors:
+            fields.append(torch.empty(shape, dtype=dtype, device=device))
+        self.fields[key] = out = tuple(fields)
+        return self._begun(key, out) if key in self._blank else out
 
-    def bind_own(self, payload: Payload, fields: Fields) -> Fields:
-        """Use these tensors as the rank's own ones of a payload; return them."""
-        self.fields[BufferKey(payload, OWN, 0, self.call.payload_heads(payload))] = fields
-        return fields
+    def bind_own(self, tensors: Mapping[Payload, Fields]) -> None:
+        """Use these tensors as the rank's own ones of payloads."""
+        for payload, fields in tensors.items():
+            self.fields[self._own[payload].key] = fields
 
     def bind_outputs(self, do_THE: Tensor, lse_TH: Tensor, o_THE: Tensor) -> None:
         """Bind dO without its delta, which is then rowsum(dO * O) of the rows that are copied to messages and buffers."""
-        self.bind_own(Payload.dO, (do_THE, lse_TH))
+        self.bind_own({Payload.dO: (do_THE, lse_TH)})
         self._outputs = o_THE
 
     def bind_flat(
@@ -99,7 +97,8 @@ class Buffers:
         """Make a buffer. rows: the place of the bundle that begins with it."""
         for place in rows:
             self._rows["rows", key] = self._view(place)
-        self.fields[key] = self._begun(key, self.place(places))
+        fields = self.place(places)
+        self.fields[key] = self._begun(key, fields) if key in self._blank else fields
 
     def release(self, key: BufferKey) -> None:
         """Forget a buffer: its place may be reused from now on."""
@@ -110,11 +109,11 @@ class Buffers:
         """Copy own rows into a buffer of copies."""
         for piece in view.slices:
             rows, view_rows = RowSelection.of(piece.rows), RowSelection.of(piece.view_rows)
-            targets = tuple(_of_heads(whole, piece.view_heads) for whole in self.fields[key])
-            sources = tuple(_of_heads(tensor, piece.heads) for tensor in self.fields[piece.buffer])
+            targets = _of_heads(self.fields[key], piece.view_heads)
+            sources = _of_heads(self.fields[piece.buffer], piece.heads)
             outputs = None
             if key.payload == Payload.dO and self._outputs is not None:
-                outputs = _of_heads(self._outputs, piece.heads)
+                (outputs,) = _of_heads((self._outputs,), piece.heads)
             _copy_fields(targets, view_rows, sources, rows, outputs)
 
     def close(self) -> None:
@@ -126,7 +125,7 @@ class Buffers:
     def pack(self, packed: PackedMessages, places: Sequence[Places]) -> None:
         """Copy own rows to messages. places: of each part of a row."""
         for part, of_part in zip(packed.parts, places, strict=True):
-            own_fields = self.fields[BufferKey(part.payload, OWN, 0, self.call.payload_heads(part.payload))]
+            own_fields = self.fields[self._own[part.payload].key]
             sources = tuple(tensor.reshape(-1, part.heads, *tensor.shape[2:]) for tensor in own_fields)
             outputs = None
             if part.payload == Payload.dO and self._outputs is not None:
@@ -138,7 +137,7 @@ class Buffers:
     def unpack(self, packed: PackedMessages, fields: Sequence[Fields]) -> None:
         """Write received results to the own tensors, which have none yet. fields: of each part of a row."""
         for part, tensors in zip(packed.parts, fields, strict=True):
-            own_fields = self.fields[BufferKey(part.payload, OWN, 0, self.call.payload_heads(part.payload))]
+            own_fields = self.fields[self._own[part.payload].key]
             for whole, tensor in zip(own_fields, tensors, strict=True):
                 target = whole.view(-1, part.heads, *whole.shape[2:])
                 copy_rows(target, RowSelection.of(part.rows), tensor, RowSelection(0, packed.rows))
@@ -160,19 +159,22 @@ class Buffers:
     def part(self, view: View) -> Fields:
         """Return the part of a buffer that a view is."""
         (only,) = view.slices
-        assert isinstance(only.rows, slice), "a part of a buffer has contiguous rows"
-        return tuple(_of_heads(_of_rows(tensor, only.rows), only.heads) for tensor in self.fields[only.buffer])
-
-    def gather(self, view: View, places: Places | None) -> Fields:
-        """Return the tensors of a view, (rows, heads, ...): a part of a buffer, or a copy at `places`."""
-        return self.part(view) if places is None else self.gathered(view, places)
+        rows, heads, parts = only.rows, only.heads, []
+        assert isinstance(rows, slice), "a part of a buffer has contiguous rows"
+        for tensor in self.fields[only.buffer]:
+            # a view takes time, also of all rows and heads
+            if rows.start or rows.stop != tensor.shape[0]:
+                tensor = tensor[rows]
+            if heads.start or heads.stop != tensor.shape[1]:
+                tensor = tensor[:, heads]
+            parts.append(tensor)
+        return tuple(parts)
 
     def accumulate(self, payload: Payload, view: View, fields: Fields) -> None:
         """Accumulate the tensors of a view into its buffers: O by the op's rule, gradients by sum."""
         for piece in view.slices:
             rows, view_rows = RowSelection.of(piece.rows), RowSelection.of(piece.view_rows)
-            parts = [_of_heads(tensor, piece.view_heads) for tensor in fields]
-            totals = [_of_heads(tensor, piece.heads) for tensor in self.fields[piece.buffer]]
+            parts, totals = _of_heads(fields, piece.view_heads), _of_heads(self.fields[piece.buffer], piece.heads)
             if payload == Payload.O and self._merges_by_lse and not piece.is_first:
                 merge_rows(totals[0], totals[1], rows, parts[0], parts[1], view_rows)
                 continue
@@ -181,12 +183,11 @@ class Buffers:
                 (copy_rows if piece.is_first else add_rows)(total, rows, part, view_rows)
 
     def _begun(self, key: BufferKey, fields: Fields) -> Fields:
-        """Return the tensors of a new buffer; initialize them to "nothing yet" unless first writes cover all of them."""
-        if key in self._blank:
-            for tensor in fields:
-                tensor.zero_()
-            if key.payload == Payload.O and self._merges_by_lse:
-                fields[1].fill_(-torch.inf)
+        """Return the tensors of a new buffer, initialized to "nothing yet": first writes do not cover all of them."""
+        for tensor in fields:
+            tensor.zero_()
+        if key.payload == Payload.O and self._merges_by_lse:
+            fields[1].fill_(-torch.inf)
         return fields
 
     def gathered(self, view: View, places: Places) -> Fields:
@@ -198,8 +199,9 @@ class Buffers:
                 tensor.zero_()
         for piece in view.slices:
             rows, view_rows = RowSelection.of(piece.rows), RowSelection.of(piece.view_rows)
-            for whole, tensor in zip(out, self.fields[piece.buffer], strict=True):
-                copy_rows(_of_heads(whole, piece.view_heads), view_rows, _of_heads(tensor, piece.heads), rows)
+            tensors = _of_heads(self.fields[piece.buffer], piece.heads)
+            for whole, tensor in zip(_of_heads(out, piece.view_heads), tensors, strict=True):
+                copy_rows(whole, view_rows, tensor, rows)
         return out
 
     def _whole(self, key: BufferKey, in_rows: bool) -> Fields:
@@ -225,11 +227,8 @@ def _copy_fields(
         copy_rows(target, target_rows, source, rows)
 
 
-def _of_rows(tensor: Tensor, rows: slice) -> Tensor:
-    """Return contiguous rows of a tensor, or the tensor itself if these are all."""
-    return tensor if rows.start == 0 and rows.stop == len(tensor) else tensor[rows]
-
-
-def _of_heads(tensor: Tensor, heads: slice) -> Tensor:
-    """Return some heads of a tensor (rows, heads, ...), or the tensor itself if these are all, since a view takes time."""
-    return tensor if heads.start == 0 and heads.stop == tensor.shape[1] else tensor[:, heads]
+def _of_heads(fields: Fields, heads: slice) -> Fields:
+    """Return some heads of tensors (rows, heads, ...): the tensors themselves if these are all, since a view takes time."""
+    if not fields or heads.start == 0 and heads.stop == fields[0].shape[1]:
+        return fields
+    return tuple(tensor[:, heads] for tensor in fields)

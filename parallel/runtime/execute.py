@@ -19,7 +19,7 @@ from distattn.kernels.registry import Kernel
 from distattn.kernels.spec import ScoreMod
 from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.buffers import Buffers, Fields, Places, convert_sums
-from distattn.parallel.runtime.memory import forward_arena_bytes, kept_elements
+from distattn.parallel.runtime.memory import forward_arena_bytes
 from distattn.parallel.runtime.packed_messages import PackedMessages
 from distattn.parallel.runtime.program import KernelLaunch, Message, Program, ProgramStep, kept_key
 from distattn.parallel.runtime.state_tensors import HeldStateTensors
@@ -68,14 +68,14 @@ def forward(
         return {Payload.O: kernel.forward(*inputs, into=target.fields, merge=target.adds)}
 
     with (
-        ARENAS.kept(kept_elements(program), q_THD.dtype, q_THD.device) as kept,
+        ARENAS.kept(program.kept_places.numbers, q_THD.dtype, q_THD.device) as kept,
         ARENAS.borrowed(forward_arena_bytes(program, q_THD, k_TKD, v_TKE), q_THD.device) as arena,
     ):
-        buffers = Buffers(program.call, arena, program.blank, program.unadded)
-        buffers.bind_own(Payload.Q, (q_THD,))
-        buffers.bind_own(Payload.KV, (k_TKD, v_TKE))
-        buffers.bind_flat(program.kept_places, kept)
-        o_THE, lse_TH = buffers.new_own(Payload.O, program.tokens)
+        buffers = Buffers(program, arena)
+        buffers.bind_own({Payload.Q: (q_THD,), Payload.KV: (k_TKD, v_TKE)})
+        if program.kept_places.places:
+            buffers.bind_flat(program.kept_places, kept)
+        o_THE, lse_TH = buffers.new_own(Payload.O)
         yield from run_steps("forward", program.forward, transport, buffers, compute, kernel.ACCUMULATES)
         buffers.close()
     return o_THE, lse_TH, kept
@@ -115,16 +115,15 @@ def backward(
         return {Payload.dQ: (dq,), Payload.dKV: (dk, dv)}
 
     with ARENAS.borrowed(program.backward_bytes, q_THD.device) as arena:
-        buffers = Buffers(program.call, arena, program.blank, program.unadded)
-        buffers.bind_own(Payload.Q, (q_THD,))
-        buffers.bind_own(Payload.KV, (k_TKD, v_TKE))
+        buffers = Buffers(program, arena)
+        buffers.bind_own({Payload.Q: (q_THD,), Payload.KV: (k_TKD, v_TKE)})
         if delta_TH is None:
             assert program.sums_where_copied and o_THE is not None, "sums are made where dO is copied, or before"
             buffers.bind_outputs(do_THE, lse_TH, o_THE)
         else:
-            buffers.bind_own(Payload.dO, (do_THE, lse_TH, delta_TH))
+            buffers.bind_own({Payload.dO: (do_THE, lse_TH, delta_TH)})
         buffers.bind_flat(program.kept_places, kept, kept_key)
-        sums = [*buffers.new_own(Payload.dQ, program.tokens), *buffers.new_own(Payload.dKV, program.tokens)]
+        sums = [*buffers.new_own(Payload.dQ), *buffers.new_own(Payload.dKV)]
         yield from run_steps("backward", program.backward, transport, buffers, compute, kernel.ACCUMULATES)
         buffers.close()
     dq_THD, dk_TKD, dv_TKE = convert_sums(sums, (q_THD.dtype, k_TKD.dtype, v_TKE.dtype))
@@ -133,7 +132,12 @@ def backward(
 
 def run_to_completion(run: PausableRun[Result]) -> Result:
     """Run one rank to its end; block while it waits for messages."""
-    return run_in_lock_step([run])[0]
+    while True:
+        try:
+            next(run)
+        except StopIteration as stop:
+            # its type is known to the generator alone
+            return stop.value  # type: ignore[no-any-return]
 
 
 def run_in_lock_step(runs: Iterable[PausableRun[Result]]) -> list[Result]:
@@ -164,45 +168,58 @@ def run_steps(
     """Run the steps of a pass. states: those of a recurrence."""
     for number, step in enumerate(steps):
         where = f"in step {number + 1} of {len(steps)} of the {direction} pass"
-        yield from _run_step(step, transport, buffers, compute, accumulates, where, states)
+        messages = _begin_step(step, buffers, states)
+        pending = transport.exchange(messages.sends, messages.receives, step.collective, where)
+        for launch_number, launch in enumerate(step.launches):
+            operands = _operands(step, launch_number, buffers)
+            targets = _targets(step, launch_number, buffers) if accumulates else {}
+            _accumulate(step, launch_number, buffers, compute(launch, operands, targets), targets)
+        for key, view in step.own_results:
+            buffers.accumulate(key.payload, view, buffers.fields[key])
+        yield
+        pending.wait()
+        _end_step(step, buffers, messages, states)
 
 
-def _run_step(
-    step: ProgramStep,
-    transport: Transport,
-    buffers: Buffers,
-    compute: Compute,
-    accumulates: bool,
-    where: str,
-    states: HeldStateTensors | None,
-) -> PausableRun[None]:
+class _StepMessages(NamedTuple):
+    """Messages of a step. arrived: the tensors of packed ones; incoming: of partial results, by message."""
+
+    sends: list[Packet]
+    receives: list[Packet]
+    arrived: list[list[Fields]]
+    incoming: dict[int, Fields]
+
+
+def _begin_step(step: ProgramStep, buffers: Buffers, states: HeldStateTensors | None) -> _StepMessages:
+    """Make the buffers of a step, and return its messages with the tensors that they are sent from and arrive in."""
+    messages = _StepMessages([], [], [], {})
     for key in step.allocate:
         buffers.allocate(key, step.places[key], step.places.get(("rows", key), ()))
     for key, view in step.own_copies:
         buffers.copy_own(key, view)
     for packed in step.packed_sends:
         buffers.pack(packed, _places_of(step, "send", packed))
-    sends = [packet for numbers in step.joined_sends for packet in _outgoing(buffers, step, numbers)]
-    incoming: dict[int, Fields] = {}
-    arrived = [
-        [buffers.place(places) for places in _places_of(step, "receive", packed)] for packed in step.packed_receives
-    ]
-    receives = [packet for numbers in step.joined_receives for packet in _incoming(buffers, step, numbers, incoming)]
+    for numbers in step.joined_sends:
+        messages.sends.extend(_outgoing(buffers, step, numbers))
+    for packed in step.packed_receives:
+        messages.arrived.append([buffers.place(places) for places in _places_of(step, "receive", packed)])
+    for numbers in step.joined_receives:
+        messages.receives.extend(_incoming(buffers, step, numbers, messages.incoming))
     if states is not None and step.states is not None:
         # messages are combined from states of earlier steps: nothing of this step is read in it
-        sends += [packet for state in step.states.sends for packet in states.packets(state)]
-        receives += [packet for state in step.states.receives for packet in states.receive(state)]
-    pending = transport.exchange(sends, receives, step.collective, where)
-    for number in range(len(step.launches)):
-        _launch(step, number, buffers, compute, accumulates)
-    for key, view in step.own_results:
-        buffers.accumulate(key.payload, view, buffers.fields[key])
-    yield
-    pending.wait()
-    for packed, parts in zip(step.packed_receives, arrived, strict=True):
+        for state in step.states.sends:
+            messages.sends.extend(states.packets(state))
+        for state in step.states.receives:
+            messages.receives.extend(states.receive(state))
+    return messages
+
+
+def _end_step(step: ProgramStep, buffers: Buffers, messages: _StepMessages, states: HeldStateTensors | None) -> None:
+    """Accumulate the arrived tensors, and release the buffers that this step is the last to use."""
+    for packed, parts in zip(step.packed_receives, messages.arrived, strict=True):
         # nothing was written there before
         buffers.unpack(packed, parts)
-    for number, fields in incoming.items():
+    for number, fields in messages.incoming.items():
         payload, message = step.receives[number]
         buffers.accumulate(payload, message.view, fields)
     for key in step.release:
@@ -211,21 +228,33 @@ def _run_step(
         states.end_step(step.states)
 
 
-def _launch(step: ProgramStep, number: int, buffers: Buffers, compute: Compute, accumulates: bool) -> None:
-    launch, places = step.launches[number], step.places
-    operands = {
-        payload: buffers.gather(view, places.get(("operand", number, payload)))
-        for payload, view in launch.operands.items()
-    }
+def _operands(step: ProgramStep, number: int, buffers: Buffers) -> dict[Payload, Fields]:
+    """Return the tensors that a launch reads: parts of buffers, or copies."""
+    operands = {}
+    for payload, view in step.launches[number].operands.items():
+        places = step.places.get(("operand", number, payload))
+        operands[payload] = buffers.part(view) if places is None else buffers.gathered(view, places)
+    return operands
+
+
+def _targets(step: ProgramStep, number: int, buffers: Buffers) -> dict[Payload, Target]:
+    """Return the tensors that a kernel writes its results to."""
     targets = {}
-    for payload, view in launch.results.items() if accumulates else ():
+    for payload, view in step.launches[number].results.items():
         if view.is_part:
             targets[payload] = Target(buffers.part(view), not view.slices[0].is_first, True)
         else:
-            targets[payload] = Target(buffers.place(places["result", number, payload]), False, False)
-    for payload, fields in compute(launch, operands, targets).items():
+            targets[payload] = Target(buffers.place(step.places["result", number, payload]), False, False)
+    return targets
+
+
+def _accumulate(
+    step: ProgramStep, number: int, buffers: Buffers, results: dict[Payload, Fields], targets: dict[Payload, Target]
+) -> None:
+    """Accumulate those results of a launch that the kernel has not written to their buffers."""
+    for payload, fields in results.items():
         if payload not in targets or not targets[payload].is_part:
-            buffers.accumulate(payload, launch.results[payload], fields)
+            buffers.accumulate(payload, step.launches[number].results[payload], fields)
 
 
 def _places_of(step: ProgramStep, name: str, packed: PackedMessages) -> list[Places]:

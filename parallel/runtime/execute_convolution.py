@@ -16,7 +16,7 @@ from distattn.ir.plan import Payload
 from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.buffers import Buffers, Fields, convert_sums
 from distattn.parallel.runtime.execute import PausableRun, Target, run_steps
-from distattn.parallel.runtime.memory import forward_arena_bytes, kept_elements
+from distattn.parallel.runtime.memory import forward_arena_bytes
 from distattn.parallel.runtime.program import KernelLaunch, Program, kept_key
 from distattn.parallel.runtime.transport import Transport
 
@@ -43,12 +43,12 @@ def forward(
         return {Payload.O: (kernel.forward(x, _of_heads(weight, launch), launch.schedule),)}
 
     with (
-        ARENAS.kept(kept_elements(program), x_THD.dtype, x_THD.device) as kept,
+        ARENAS.kept(program.kept_places.numbers, x_THD.dtype, x_THD.device) as kept,
         ARENAS.borrowed(forward_arena_bytes(program, x_THD, weight), x_THD.device) as arena,
     ):
         buffers = _buffers(program, arena, x_THD)
         buffers.bind_flat(program.kept_places, kept)
-        sums = [*buffers.new_own(Payload.O, program.tokens)]
+        sums = [*buffers.new_own(Payload.O)]
         yield from run_steps("forward", program.forward, transport, buffers, compute, False)
         buffers.close()
     (y_THD,) = convert_sums(sums, [x_THD.dtype])
@@ -79,10 +79,10 @@ def backward(
 
     with ARENAS.borrowed(program.backward_bytes, x_THD.device) as arena:
         buffers = _buffers(program, arena, x_THD)
-        buffers.bind_own(Payload.dO, (dy_THD,))
+        buffers.bind_own({Payload.dO: (dy_THD,)})
         buffers.bind_flat(program.kept_places, kept, kept_key)
-        buffers.new_own(Payload.dQ, program.tokens)
-        sums = [*buffers.new_own(Payload.dKV, program.tokens)]
+        buffers.new_own(Payload.dQ)
+        sums = [*buffers.new_own(Payload.dKV)]
         yield from run_steps("backward", program.backward, transport, buffers, compute, False)
         buffers.close()
     (dx_THD,) = convert_sums(sums, [x_THD.dtype])
@@ -90,10 +90,9 @@ def backward(
 
 
 def _buffers(program: Program, arena: Tensor, x_THD: Tensor) -> Buffers:
-    buffers = Buffers(program.call, arena, program.blank, program.unadded)
+    buffers = Buffers(program, arena)
     # a convolution has no queries
-    buffers.bind_own(Payload.Q, ())
-    buffers.bind_own(Payload.KV, (x_THD,))
+    buffers.bind_own({Payload.Q: (), Payload.KV: (x_THD,)})
     return buffers
 
 

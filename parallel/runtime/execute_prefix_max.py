@@ -68,9 +68,8 @@ def forward(
         run = StatePass(program, "forward", arena, initial)
         if final_states:
             run.make_edge_states()
-        run.buffers.bind_own(Payload.Q, ())
-        run.buffers.bind_own(Payload.KV, (x_THV,))
-        (before_THV,) = run.buffers.new_own(Payload.O, program.tokens)
+        run.buffers.bind_own({Payload.Q: (), Payload.KV: (x_THV,)})
+        (before_THV,) = run.buffers.new_own(Payload.O)
         yield from run_steps("forward", program.forward, transport, run.buffers, compute, False, run.states)
         run.buffers.close()
     final = None if run.edge_states is None else run.edge_states[:, :, 0]

@@ -85,7 +85,7 @@ def forward(
         run = _Pass(program, kernel, x, "forward", arena, initial_MHKV)
         if final_states:
             run.make_edge_states()
-        sums = [*run.buffers.new_own(Payload.O, program.tokens)]
+        sums = [*run.buffers.new_own(Payload.O)]
         run.buffers.bind(places.tokens_in(kept))
         run.begun = places.states_in(kept)
         yield from run_steps("forward", program.forward, transport, run.buffers, run.forward, False, run.states)
@@ -110,8 +110,8 @@ def backward(
         run = _Pass(program, kernel, x, "backward", arena, initial_MHKV, dfinal_MHKV)
         if initial_MHKV is not None:
             run.make_edge_states()
-        run.buffers.bind_own(Payload.dO, (do_THV,))
-        sums = [*run.buffers.new_own(Payload.dQ, program.tokens), *run.buffers.new_own(Payload.dKV, program.tokens)]
+        run.buffers.bind_own({Payload.dO: (do_THV,)})
+        sums = [*run.buffers.new_own(Payload.dQ), *run.buffers.new_own(Payload.dKV)]
         run.buffers.bind({kept_key(key): fields for key, fields in places.tokens_in(kept).items()})
         for state, begun in zip(run.program_states.kept, places.states_in(kept), strict=True):
             run.states.put_kept(state.key, state.h0, State(None, begun))
@@ -139,8 +139,7 @@ class _Pass(StatePass):
         super().__init__(program, direction, arena, initial_MHKV, self.g_H)
         self.kernel, self.dfinal = kernel, dfinal_MHKV
         tensors = tuple(x.by_token().values())
-        self.buffers.bind_own(Payload.Q, tensors[:2])
-        self.buffers.bind_own(Payload.KV, tensors[2:])
+        self.buffers.bind_own({Payload.Q: tensors[:2], Payload.KV: tensors[2:]})
         self.begun: list[Tensor] = []
 
     def forward(

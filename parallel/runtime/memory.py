@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from distattn.ir.plan import REDUCED_PAYLOADS, Call, Payload
+from distattn.ir.plan import BACKWARD_PAYLOADS, FORWARD_PAYLOADS, REDUCED_PAYLOADS, Call, Payload
 from distattn.kernels.spec import LaunchShape, Workspace
 from distattn.parallel.runtime.packed_messages import PackedMessages
 from distattn.parallel.runtime.row_bundles import Bundle, RowFormat, Widths
@@ -158,14 +158,10 @@ def forward_arena_bytes(program: Program, *inputs: Tensor | None) -> int:
 
     The arena then grows before the step has saved much for its backward passes, and the smaller one is no longer used.
     """
-    if any(x is not None and x.requires_grad for x in inputs):
-        return max(program.forward_bytes, program.backward_bytes)
+    for x in inputs:
+        if x is not None and x.requires_grad:
+            return max(program.forward_bytes, program.backward_bytes)
     return program.forward_bytes
-
-
-def kept_elements(program: Program) -> int:
-    """Return the number of elements that the forward keeps for the backward on this rank."""
-    return program.kept_places.numbers
 
 
 def place_kept(call: Call, kept: Mapping[BufferKey, int], bundles: Mapping[BufferKey, Bundle]) -> FlatPlaces:
@@ -197,6 +193,26 @@ def place_kept(call: Call, kept: Mapping[BufferKey, int], bundles: Mapping[Buffe
 def own_result_fields(call: Call, payload: Payload, unadded: Container[Payload]) -> Widths:
     """Return the rank's own tensors of a result: in the inputs' dtype if nothing is added to them, except for log-sum-exps."""
     return call.payload_fields(payload, narrow=payload in unadded)
+
+
+class OwnTensors(NamedTuple):
+    """The rank's own tensors of a payload: their buffer, and the dtype and shape of each."""
+
+    key: BufferKey
+    tensors: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
+
+
+def describe_own_tensors(call: Call, tokens: int, unadded: Container[Payload]) -> dict[Payload, OwnTensors]:
+    """Return the rank's own tensors of all payloads of tokens."""
+    out = {}
+    for payload in dict.fromkeys((*FORWARD_PAYLOADS, *BACKWARD_PAYLOADS)):
+        heads = call.payload_heads(payload)
+        tensors = tuple(
+            (getattr(torch, name), (tokens, heads) if width is None else (tokens, heads, width))
+            for width, name in own_result_fields(call, payload, unadded)
+        )
+        out[payload] = OwnTensors(BufferKey(payload, OWN, 0, heads), tensors)
+    return out
 
 
 def assign_places(call: Call, steps: list[ProgramStep], bundles: Mapping[BufferKey, Bundle]) -> int:

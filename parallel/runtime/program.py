@@ -35,9 +35,11 @@ from distattn.parallel.runtime.landing import Landing, land, may_land
 from distattn.parallel.runtime.launches import LaunchTable
 from distattn.parallel.runtime.memory import (
     FlatPlaces,
+    OwnTensors,
     PlacedTensor,
     PlaceKey,
     assign_places,
+    describe_own_tensors,
     place_kept,
     rounded_arena_bytes,
 )
@@ -128,7 +130,8 @@ class Program:
     tokens: rows of the rank's own tensors. kept: rows of each buffer that stays from the forward to the backward pass, by its key
     in the forward pass. kept_places: where those lie in one flat tensor. proof: None where nobody has proven the plan. blank:
     buffers of results that not every first write reaches, in both passes. unadded: own results to which nothing is added on this
-    rank, and which need no wider numbers than the inputs. forward_bytes, backward_bytes: of each pass's arena (see `memory`).
+    rank, and which need no wider numbers than the inputs. own_tensors: the rank's own tensors. forward_bytes, backward_bytes: of each
+    pass's arena (see `memory`).
     uploaded: the lists, where they are on a GPU. forward_states, backward_states: of a recurrence, what each task begins with and
     leaves.
     """
@@ -144,6 +147,7 @@ class Program:
     kept_places: FlatPlaces
     blank: frozenset[BufferKey]
     unadded: frozenset[Payload]
+    own_tensors: dict[Payload, OwnTensors]
     forward_bytes: int
     backward_bytes: int
     # whether all that uses a rank's own dO are copies to messages and buffers, where rowsum(dO * O) can be made
@@ -181,8 +185,11 @@ def lower(
     blank = frozenset(forward.blank | backward.blank)
     unadded = frozenset(forward.unadded | backward.unadded)
     sizes = assign_places(call, ahead, forward.bundles), assign_places(call, back, backward.bundles)
+    own_tensors = describe_own_tensors(call, tokens, unadded)
     sums = call.op.kind == "attention" and all(uses_copies_of(Payload.dO, step) for step in back)
-    program = Program(call, proof, rank, tokens, ahead, back, kept, kept_places, blank, unadded, *sizes, sums)
+    program = Program(
+        call, proof, rank, tokens, ahead, back, kept, kept_places, blank, unadded, own_tensors, *sizes, sums
+    )
     return _with_states(plan, program) if call.op.is_recurrent else program
 
 

@@ -38,7 +38,7 @@ class StatePass:
         self.call, self.initial = program.call, initial_MHKV
         self.program_states: StateProgram = states
         nbytes = program.forward_bytes if is_forward else program.backward_bytes
-        self.buffers = Buffers(self.call, arena, program.blank, program.unadded)
+        self.buffers = Buffers(program, arena)
         self.dtype, self._device = getattr(torch, self.call.accumulation_dtype), arena.device
         allocator = ArenaAllocator(arena[nbytes - states.message_bytes : nbytes])
         self.states = HeldStateTensors(self.call, g_H, arena.device, allocator)

@@ -16,15 +16,15 @@ from distattn.adapters import pytorch
 from distattn.kernels.registry import KERNELS
 from distattn.memory.accounting import AllocationWatch, PlannedAttention
 from distattn.memory.settings import MemorySettings
-from distattn.ops import attention
 from distattn.ops.executable import Executable, checked_program
+from distattn.ops.planned_op import IMPLEMENTATIONS
 from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.transport import GroupTransport
 from distattn.planning.memory_of_run import on_meta, step_memory
 
 # launches of a layer in one direction: the host is 6 layers ahead
 LAUNCHES, LAYERS = 170, 8
-PASSES = {"distattn::forward": attention._forward, "distattn::backward": attention._backward}
+PASSES = ("distattn::forward", "distattn::backward")
 
 
 def build():
@@ -47,7 +47,7 @@ class HeldWatch(TorchDispatchMode):
                 self.older.append(x.untyped_storage())
         if func.name() in PASSES:
             with self:
-                out = PASSES[func.name()](*args, **(kwargs or {}))
+                out = IMPLEMENTATIONS[func.name()](*args, **(kwargs or {}))
             self.memory.launch(LAUNCHES)
             return out
         if func is torch.ops.aten._local_scalar_dense.default:

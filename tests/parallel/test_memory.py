@@ -108,7 +108,7 @@ class LateNetwork(InProcessNetwork):
 @pytest.fixture
 def places_die(monkeypatch):
     """Fill every tensor with NaN when it is placed, and again when its life ends."""
-    place, release, launch, step = Buffers.place, Buffers.release, execute._launch, execute._run_step
+    place, release, accumulate, end_step = Buffers.place, Buffers.release, execute._accumulate, execute._end_step
 
     def nan(tensors):
         for tensor in tensors:
@@ -120,18 +120,18 @@ def places_die(monkeypatch):
             if key[0] in kinds and number in (None, key[1]):
                 nan(place(buffers, places))
 
-    def launched(of_step, number, buffers, *rest):
-        launch(of_step, number, buffers, *rest)
+    def accumulated(of_step, number, buffers, *rest):
+        accumulate(of_step, number, buffers, *rest)
         end(buffers, of_step, ("operand", "result"), number)
 
-    def stepped(of_step, transport, buffers, *rest):
-        yield from step(of_step, transport, buffers, *rest)
+    def ended(of_step, buffers, *rest):
+        end_step(of_step, buffers, *rest)
         end(buffers, of_step, ("send", "receive"))
 
     monkeypatch.setattr(Buffers, "place", lambda self, places: nan(place(self, places)))
     monkeypatch.setattr(Buffers, "release", lambda self, key: (nan(self.fields[key]), release(self, key)))
-    monkeypatch.setattr(execute, "_launch", launched)
-    monkeypatch.setattr(execute, "_run_step", stepped)
+    monkeypatch.setattr(execute, "_accumulate", accumulated)
+    monkeypatch.setattr(execute, "_end_step", ended)
 
 
 @pytest.mark.sampled(2)

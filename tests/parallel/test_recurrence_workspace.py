@@ -11,10 +11,13 @@ from torch.profiler import profile
 from waits import META
 
 import distattn as da
+
+# registers the operators
+import distattn.ops.recurrence  # noqa: F401
 from distattn.kernels.meta_bytes import MetaBytes
 from distattn.kernels.recurrence.triton import kernel as triton_kernel
-from distattn.ops import recurrence
 from distattn.ops.executable import Executable, checked_program
+from distattn.ops.planned_op import IMPLEMENTATIONS
 from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.recurrence_workspace import recurrence_workspace
 from distattn.parallel.runtime.transport import GroupTransport
@@ -71,9 +74,11 @@ def peaks(ready, peak=peak_on_meta):
     handle = ready.handle
     # each pass begins without an arena, so that its own is counted
     ARENAS.free()
-    forward, (_, _, kept) = peak(lambda: recurrence._forward(*inputs, handle, ready.kept_elements, 0))
+    forward, (_, _, kept) = peak(
+        lambda: IMPLEMENTATIONS["distattn::recurrence_forward"](*inputs, handle, ready.kept_elements, 0)
+    )
     ARENAS.free()
-    return [forward, peak(lambda: recurrence._backward(do, None, *inputs, kept, handle))[0]]
+    return [forward, peak(lambda: IMPLEMENTATIONS["distattn::recurrence_backward"](do, None, *inputs, kept, handle))[0]]
 
 
 @pytest.mark.sampled(4)

@@ -40,7 +40,7 @@ from distattn.kernels.triton import attention as triton_attention
 from distattn.kernels.triton.attention import ACCUMULATES, DIFFERENTIABLE_LSE, backward, forward, prepare
 from distattn.kernels.triton.launch import TritonLaunch
 from distattn.memory import pinned_memory
-from distattn.ops import attention
+from distattn.ops.planned_op import IMPLEMENTATIONS
 from distattn.parallel.runtime import communicator
 
 __all__ = ["ACCUMULATES", "DEVICE", "DIFFERENTIABLE_LSE", "KERNEL", "StreamNccl", "backward", "forward", "prepare"]
@@ -59,7 +59,7 @@ _WRITTEN = {
 }
 _ALLOCATE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
 # run these operators' code: for meta tensors PyTorch would only compute shapes
-_PASSES = {"distattn::forward": attention._forward, "distattn::backward": attention._backward}
+_PASSES = ("distattn::forward", "distattn::backward")
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
@@ -233,7 +233,7 @@ class _Watch(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if func.name() in _PASSES:
             with _Watch(self.cuda):
-                return _PASSES[func.name()](*args, **kwargs)
+                return IMPLEMENTATIONS[func.name()](*args, **kwargs)
         # this machine cannot pin memory
         pins = bool(kwargs.pop("pin_memory", False))
         name = func.overloadpacket.__name__

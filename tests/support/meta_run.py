@@ -21,11 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from waits import META, wait_of
 
+# registers the operators of latents
+import distattn.ops.latent  # noqa: F401
 from distattn.ir.plan import Plan
 from distattn.kernels.registry import KERNELS
-from distattn.ops import latent
 from distattn.ops.attention import backward_pass, forward_pass
 from distattn.ops.executable import Executable, checked_program
+from distattn.ops.planned_op import IMPLEMENTATIONS
 from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.transport import GroupTransport
@@ -164,14 +166,14 @@ class Layer:
         """Run the forward pass. Return (o, lse, kept)."""
         if self.up is not None:
             facts = self.ready.handle, self.ready.kept_elements, 0.1
-            return latent._forward(self.q, self.k, self.v, self.up, *facts)
+            return IMPLEMENTATIONS["distattn::latent_forward"](self.q, self.k, self.v, self.up, *facts)
         return execute.run_to_completion(forward_pass(self.ready, self.q, self.k, self.v, None, None, 0.1, 0.0))
 
     def backward(self, o: Tensor, lse: Tensor, kept: Tensor) -> Any:
         """Run the backward pass. Return gradients of the inputs."""
         if self.up is not None:
             tensors = self.do, self.q, self.k, self.v, self.up, o, lse, kept
-            return latent._backward(*tensors, self.ready.handle, 0.1)
+            return IMPLEMENTATIONS["distattn::latent_backward"](*tensors, self.ready.handle, 0.1)
         tensors = self.do, None, self.q, self.k, self.v, None, None, o, lse, kept
         return execute.run_to_completion(backward_pass(self.ready, *tensors, 0.1, 0.0))
 
