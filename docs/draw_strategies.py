@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/concepts.md from plans: python docs/draw_strategies.py writes them anew.
+"""Draw the pictures of docs/strategies.md from plans: python docs/draw_strategies.py writes them again.
 
 Each step of the forward pass is a column: which rank sends to which, and below it the score matrix, whose cells have the colour
 of the rank that computes them.

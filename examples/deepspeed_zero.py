@@ -20,28 +20,28 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distri
 
 
 def main() -> None:
-    given = arguments(stage=2)
+    options = arguments(stage=2)
 
     # on CPUs DeepSpeed would compile an extension for shared memory
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo" if DEVICE.type == "cpu" else "nccl", verbose=False)
-    cp = da.ContextParallel(**settings(given.data, dist.get_world_size()))
+    cp = da.ContextParallel(**settings(options.data, dist.get_world_size()))
     model = llama()
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": PACKS_PER_STEP // cp.data_parallel_size,
         "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": given.stage},
+        "zero_optimization": {"stage": options.stage},
         "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "weight_decay": 0.01, "torch_adam": True}},
         "steps_per_print": 10**9,
     }
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=model.parameters(), config=config, mpu=SequenceGroups(cp)
     )
-    # by what DeepSpeed divides gradients depends on the stage; it is measured, once
+    # DeepSpeed divides gradients by a number that depends on the stage: measure it once
     cp.loss_scale(ProbeTarget(engine))
 
-    for number, batches in enumerate(cp.steps(steps(given.steps, cp))):
+    for number, batches in enumerate(cp.steps(steps(options.steps, cp))):
         losses = []
         for batch in batches:
             loss = local_loss(engine, batch)

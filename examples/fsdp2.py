@@ -9,19 +9,19 @@ from distattn.adapters import pytorch
 
 
 def main() -> None:
-    given = arguments(dtype="float32", replicas=1)
+    options = arguments(dtype="float32", replicas=1)
 
     dist.init_process_group()
-    degree = dist.get_world_size() // given.replicas
-    mesh = init_device_mesh(DEVICE.type, (given.replicas, degree), mesh_dim_names=("dp", "cp"))
-    cp = pytorch.context_parallel(mesh, **settings(given.data, dist.get_world_size()))
-    model = llama(getattr(torch, given.dtype))
+    degree = dist.get_world_size() // options.replicas
+    mesh = init_device_mesh(DEVICE.type, (options.replicas, degree), mesh_dim_names=("dp", "cp"))
+    cp = pytorch.context_parallel(mesh, **settings(options.data, dist.get_world_size()))
+    model = llama(getattr(torch, options.dtype))
     pytorch.shard_parameters(model, mesh)
-    # how gradients are reduced is measured, once
+    # measure once how gradients are reduced
     cp.loss_scale(pytorch.ProbeTarget(model))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
-    for number, batches in enumerate(cp.steps(steps(given.steps, cp))):
+    for number, batches in enumerate(cp.steps(steps(options.steps, cp))):
         losses = []
         for batch in batches:
             loss = pytorch.local_loss(model, batch)

@@ -13,7 +13,7 @@ from distattn.data.pack_dataset import PackDataset
 
 
 class PrintLoss(TrainerCallback):
-    """Every step's loss."""
+    """A callback that prints the loss of every step."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: ANN001
         if state.is_world_process_zero and "loss" in logs:
@@ -21,15 +21,15 @@ class PrintLoss(TrainerCallback):
 
 
 def main() -> None:
-    given = arguments(dtype="float32")
+    options = arguments(dtype="float32")
     ranks = int(os.environ["WORLD_SIZE"])
-    shares = min(ranks, PACKS_PER_STEP) if given.data == "per_rank" else 1
+    shares = min(ranks, PACKS_PER_STEP) if options.data == "per_rank" else 1
 
     with tempfile.TemporaryDirectory() as folder:
-        # opens torch.distributed
+        # this initialises torch.distributed
         args = TrainingArguments(
             output_dir=folder,
-            max_steps=given.steps,
+            max_steps=options.steps,
             per_device_train_batch_size=1,
             gradient_accumulation_steps=PACKS_PER_STEP // shares,
             learning_rate=3e-3,
@@ -42,11 +42,11 @@ def main() -> None:
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
         )
-        cp = da.ContextParallel(**settings(given.data, ranks))
+        cp = da.ContextParallel(**settings(options.data, ranks))
         trainer = ContextParallelTrainer(
-            model=llama(getattr(torch, given.dtype)),
+            model=llama(getattr(torch, options.dtype)),
             args=args,
-            train_dataset=PackDataset(*planned(given.steps)),
+            train_dataset=PackDataset(*planned(options.steps)),
             # a row is a whole pack
             data_collator=lambda rows: rows[0],
             callbacks=[PrintLoss()],

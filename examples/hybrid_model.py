@@ -1,4 +1,4 @@
-"""A hybrid model in plain modules: recurrent layers, and attention in one of so many. `recall.py` trains it."""
+"""A hybrid model in plain modules: recurrent layers, and attention in every n-th layer. `recall.py` trains it."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ WIDTH, HEADS, KEY_DIM = 64, 4, 2
 
 
 class Mixer(nn.Module):
-    """Gated attention, or Gated DeltaNet with a small state, behind a short convolution."""
+    """A short convolution, followed by gated attention or by Gated DeltaNet with a small state."""
 
     def __init__(self, attends: bool) -> None:
         super().__init__()
@@ -33,12 +33,12 @@ class Mixer(nn.Module):
 
 
 class Hybrid(nn.Module):
-    """ratio: recurrent layers for each of attention, which is the second of them all; 0: attention alone, -1: none."""
+    """A model with `ratio` recurrent layers for each attention layer (0: attention alone, -1: no attention)."""
 
     def __init__(self, ratio: int, layers: int = 4, vocabulary: int = 256) -> None:
         super().__init__()
         self.tokens, self.head = nn.Embedding(vocabulary, WIDTH), nn.Linear(WIDTH, vocabulary, bias=False)
-        # early: it sees tokens that few other layers have changed, and learns sooner
+        # attention is in layer 1: early, it sees tokens that few other layers have changed, and learns sooner
         attends = [ratio >= 0 and i % (ratio + 1) == min(ratio, 1) for i in range(layers)]
         self.mixers = nn.ModuleList(map(Mixer, attends))
         parts = [(nn.RMSNorm(WIDTH), nn.Linear(WIDTH, 128), nn.GELU(), nn.Linear(128, WIDTH)) for _ in range(layers)]

@@ -1,4 +1,4 @@
-"""Plain modules that read a few tokens, or one sum, of other ranks; `batch`: what a model gets as context_parallel."""
+"""Plain modules that read a few tokens, or one sum, of other ranks; `batch` is a model's argument context_parallel."""
 
 # T tokens of this rank, C channels, H heads
 import torch
@@ -18,7 +18,7 @@ class Canon(nn.Module):
 
 
 class CompressedConvolutionalAttention(nn.Module):
-    """Attention in narrow heads whose queries and keys are convolved, and half of whose values are the last token's."""
+    """Attention in narrow heads, with convolved queries and keys; half of the values come from the token before."""
 
     def __init__(self, width: int, heads: int, dim: int, taps: int = 4) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class CompressedConvolutionalAttention(nn.Module):
 
 
 class MultiTokenPrediction(nn.Module):
-    """What comes `ahead` tokens further than usual (DeepSeek-V3, arXiv 2412.19437): hidden rows, and their labels."""
+    """Hidden rows and labels for the tokens `ahead` positions after the next one (DeepSeek-V3, arXiv 2412.19437)."""
 
     def __init__(self, width: int, ahead: int, block: nn.Module) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class MultiTokenPrediction(nn.Module):
 
 
 def affine_scaled_attention(q: Tensor, k: Tensor, v: Tensor, scale_TH1: Tensor, bias_TH1: Tensor, batch) -> Tensor:  # noqa: ANN001
-    """Weights scale * softmax + bias: the sum of all values so far is a recurrence whose queries and keys are 1."""
+    """Return attention with the weights scale * softmax + bias; the sum of values is a recurrence with queries and keys 1."""
     ones = v.new_ones(len(v), v.shape[1], 1)
     return scale_TH1 * batch.attention(q, k, v) + bias_TH1 * batch.recurrence(
         ones, ones, v, "linear_attention", scale=1.0

@@ -1,4 +1,4 @@
-"""Megatron-core: torchrun --nproc-per-node 4 examples/megatron_gpt.py --tp 2. It wants GPUs; tests bring a shim for CPUs."""
+"""Megatron-core: torchrun --nproc-per-node 4 examples/megatron_gpt.py --tp 2. It needs GPUs; the tests use a shim for CPUs."""
 
 from functools import partial
 
@@ -17,12 +17,12 @@ from packs import DEVICE, VOCABULARY, arguments, settings, steps
 import distattn as da
 from distattn.adapters import megatron
 
-given = arguments(tp=1, pp=1)
+args = arguments(tp=1, pp=1)
 dist.init_process_group()
-ranks = dist.get_world_size() // (given.tp * given.pp)
-how = settings(given.data, ranks)
-degree = how.get("context_parallel_size", ranks)
-sizes = dict(tensor_model_parallel_size=given.tp, pipeline_model_parallel_size=given.pp, context_parallel_size=degree)
+ranks = dist.get_world_size() // (args.tp * args.pp)
+cp_args = settings(args.data, ranks)
+degree = cp_args.get("context_parallel_size", ranks)
+sizes = dict(tensor_model_parallel_size=args.tp, pipeline_model_parallel_size=args.pp, context_parallel_size=degree)
 parallel_state.initialize_model_parallel(**sizes, create_gloo_process_groups=False)
 try:
     random.model_parallel_cuda_manual_seed(0)
@@ -35,7 +35,7 @@ start = {
 }
 shape = dict(num_layers=2, hidden_size=64, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=128)
 plain = dict(attention_dropout=0.0, hidden_dropout=0.0, use_cpu_initialization=True, bias_dropout_fusion=False)
-# stages tell each other how many tokens come; losses are summed over tokens / all valid tokens
+# stages send each other the number of tokens; losses are sums over tokens / all valid tokens
 training = dict(variable_seq_lengths=True, moe_token_dispatcher_type="alltoall", calculate_per_token_loss=True)
 training |= dict(pipeline_dtype=torch.float32, finalize_model_grads_func=finalize_model_grads, normalization="RMSNorm")
 config = TransformerConfig(**shape, **sizes, **plain, gradient_accumulation_fusion=False, **training, **start)
@@ -46,15 +46,15 @@ model = megatron.use_batch_positions(model).to(DEVICE)
 chunk = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
 adam = OptimizerConfig(optimizer="adam", lr=3e-3, weight_decay=0.01, clip_grad=1.0, use_distributed_optimizer=True)
 optimizer = get_megatron_optimizer(adam, [chunk], use_gloo_process_groups=False)
-# attention of a batch is split over the context-parallel ranks, or shared over all data- and context-parallel ranks
-cp = da.ContextParallel(parallel_state.get_data_parallel_group(with_context_parallel=True), **how)
-for number, packs in enumerate(cp.steps(steps(given.steps, cp))):
+# a batch's attention is split over context-parallel ranks, or shared over all data- and context-parallel ranks
+cp = da.ContextParallel(parallel_state.get_data_parallel_group(with_context_parallel=True), **cp_args)
+for number, packs in enumerate(cp.steps(steps(args.steps, cp))):
     chunk.zero_grad_buffer()
     batches = dict(data_iterator=iter(packs), num_microbatches=len(packs), seq_length=1, micro_batch_size=1)
     run = dict(forward_step_func=partial(megatron.forward_step, config=config), model=[chunk], forward_only=False)
     reports = get_forward_backward_func()(**run, **batches)
     optimizer.step()
-    sums = torch.tensor([[one["loss_sum"], one["tokens"]] for one in reports] or [[0, 0]]).double().sum(0).to(DEVICE)
+    sums = torch.tensor([[r["loss_sum"], r["tokens"]] for r in reports] or [[0, 0]]).double().sum(0).to(DEVICE)
     dist.all_reduce(sums)
     if dist.get_rank() == 0:
         print(f"step {number + 1} loss {sums[0] / sums[1]:.12f}", flush=True)  # noqa: T201

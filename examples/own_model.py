@@ -39,14 +39,14 @@ class GPT(nn.Module):
 
 
 def main() -> None:
-    given = arguments()
+    options = arguments()
     dist.init_process_group()
     torch.manual_seed(0)
     model = nn.parallel.DistributedDataParallel(GPT().to(DEVICE))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    with da.ContextParallel(**settings(given.data, dist.get_world_size())) as cp:
+    with da.ContextParallel(**settings(options.data, dist.get_world_size())) as cp:
         cp.loss_scale(pytorch.ProbeTarget(model))
-        for number, batches in enumerate(cp.steps(steps(given.steps, cp))):
+        for number, batches in enumerate(cp.steps(steps(options.steps, cp))):
             losses = [pytorch.local_loss(model, batch) for batch in batches]
             sum(losses).backward()
             optimizer.step()

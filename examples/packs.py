@@ -1,4 +1,4 @@
-"""What the examples train on: the demo's text in packs of uneven documents, and a Llama small enough for a laptop."""
+"""Data and model of the examples: the demo's text in packs of uneven documents, and a Llama small enough for a laptop."""
 
 import argparse
 import os
@@ -24,19 +24,19 @@ if torch.cuda.is_available():
 
 @cache
 def planned(count: int) -> tuple[Any, ...]:
-    """A plan of so many steps, and its corpora: the standard library's bytes. `distattn data` makes real ones."""
+    """Make a plan of `count` steps and its corpora, from the standard library's bytes; `distattn data` makes real ones."""
     text = find_corpus("{stdlib}", suffix=".py", exclude=["test*", "idle*", "*-packages"], max_document_tokens=700)
     rule, corpora = PackRule(((0, 1024),), PACKS_PER_STEP * 1024), [byte_corpus(text, f"{FOLDER.name}/text")]
     return make_pack_plan(f"{FOLDER.name}/packs", corpora, seed=1, rule=rule, steps=count), corpora
 
 
 def steps(count: int, cp: Any) -> PackLoader:
-    """This rank's share of the packs, of which it reads its own tokens. Trainers with loaders take a `PackDataset`."""
+    """Return a loader of this rank's share of the packs. Trainers with loaders of their own take a `PackDataset`."""
     return PackLoader(*planned(count), rank=cp.data_parallel_rank, size=cp.data_parallel_size, device=DEVICE)
 
 
 def arguments(**options: Any) -> argparse.Namespace:
-    """The command line: --steps, --data (replicated, or per_rank: ranks with packs of their own), and more."""
+    """Parse the command line: --steps, --data (replicated, or per_rank: ranks with packs of their own), and `options`."""
     parser = argparse.ArgumentParser()
     for name, default in {"steps": 20, "data": "replicated", **options}.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
@@ -44,14 +44,14 @@ def arguments(**options: Any) -> argparse.Namespace:
 
 
 def settings(data: str, ranks: int) -> dict[str, Any]:
-    """Settings of `ContextParallel`: all ranks split every pack, or two shares of the ranks have a pack each."""
+    """Return settings of `ContextParallel`: all ranks split every pack, or two shares of the ranks have a pack each."""
     split = dict(strategy="ring", layout="document_zigzag", layout_options={"min_chunk": 64})
     shared = dict(strategy="cad", data=data, context_parallel_size=max(ranks // PACKS_PER_STEP, 1))
     return split if data == "replicated" else shared
 
 
 def llama(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """A Llama from its configuration, seeded; nothing is downloaded."""
+    """Build a Llama from its configuration with seeded weights; nothing is downloaded."""
     huggingface.register()
     sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
     config = LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=VOCABULARY, initializer_range=0.1)

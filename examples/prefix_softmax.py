@@ -1,4 +1,4 @@
-"""Attention whose memory is a softmax over the tokens so far, in plain modules; `batch`: what models get as context_parallel."""
+"""Attention with softmaxes over the tokens so far, in plain modules; `batch` is a model's argument context_parallel."""
 
 # T tokens of this rank, C channels
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 class Latte(nn.Module):
     """Causal latent attention (Dolga et al. 2024, arXiv 2402.17512): latents attend to tokens so far, tokens to latents.
 
-    With latents as wide as keys are, this is Efficient Attention (Shen et al. 2018, arXiv 1812.01243) over the tokens so far.
+    With latents as wide as keys, this is Efficient Attention (Shen et al. 2018, arXiv 1812.01243) over the tokens so far.
     """
 
     def __init__(self, width: int, heads: int, latents: int, dim: int) -> None:

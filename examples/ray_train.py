@@ -1,4 +1,4 @@
-"""Ray Train, which goes on after failures: python examples/ray_train.py FOLDER (one that all nodes of the Ray cluster have)"""
+"""Ray Train, which continues after failures: python examples/ray_train.py FOLDER (on a file system of all nodes)"""
 
 import sys
 from pathlib import Path
@@ -13,17 +13,17 @@ from distattn.adapters import pytorch
 from distattn.adapters.ray_train import RunCheckpoints
 
 
-def train(given: dict[str, Any]) -> None:
-    # it takes the device that Ray Train has given to this worker
+def train(settings: dict[str, Any]) -> None:
+    # this import uses the device that Ray Train has assigned to this worker
     import packs
 
-    mesh = torch.distributed.init_device_mesh(packs.DEVICE.type, (1, given["workers"]), mesh_dim_names=("dp", "cp"))
-    cp = pytorch.context_parallel(mesh, **packs.settings("replicated", given["workers"]))
+    mesh = torch.distributed.init_device_mesh(packs.DEVICE.type, (1, settings["workers"]), mesh_dim_names=("dp", "cp"))
+    cp = pytorch.context_parallel(mesh, **packs.settings("replicated", settings["workers"]))
     model = packs.llama()
     pytorch.shard_parameters(model, mesh)
     cp.loss_scale(pytorch.ProbeTarget(model))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    loader, checkpoints, names = packs.steps(given["steps"], cp), RunCheckpoints(), ("model", "optimizer")
+    loader, checkpoints, names = packs.steps(settings["steps"], cp), RunCheckpoints(), ("model", "optimizer")
     state = dict(zip(names, get_state_dict(model, optimizer), strict=True))
     loader.step = begin = checkpoints.load(state)
     if begin:
@@ -42,18 +42,18 @@ def train(given: dict[str, Any]) -> None:
         optimizer.step()
         optimizer.zero_grad()
         mean = cp.mean_loss(losses)
-        if done % given["every"] == 0:
+        if done % settings["every"] == 0:
             state = dict(zip(names, get_state_dict(model, optimizer), strict=True))
             checkpoints.report(done, state, {"loss": mean})
     checkpoints.close()
     cp.close()
 
 
-def fit(given: dict[str, Any], loop: Any = train) -> Result:
-    storage, kept, failures = Path(given["storage"]).absolute(), CheckpointConfig(num_to_keep=10), FailureConfig(3)
-    workers = ScalingConfig(num_workers=given["workers"], use_gpu=torch.cuda.is_available())
+def fit(settings: dict[str, Any], loop: Any = train) -> Result:
+    storage, kept, failures = Path(settings["storage"]).absolute(), CheckpointConfig(num_to_keep=10), FailureConfig(3)
+    workers = ScalingConfig(num_workers=settings["workers"], use_gpu=torch.cuda.is_available())
     run = RunConfig(name="ray_train", storage_path=str(storage), failure_config=failures, checkpoint_config=kept)
-    return TorchTrainer(loop, train_loop_config=given, scaling_config=workers, run_config=run).fit()
+    return TorchTrainer(loop, train_loop_config=settings, scaling_config=workers, run_config=run).fit()
 
 
 if __name__ == "__main__":

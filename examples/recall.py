@@ -1,4 +1,4 @@
-"""How much a hybrid recalls (arXiv 2312.04927): python examples/recall.py [--ratio 3], or by torchrun on more ranks.
+"""Associative recall of a hybrid (arXiv 2312.04927): python examples/recall.py [--ratio 3], or torchrun on more ranks.
 
 A document has keys and values, then the keys again in another order; their values are the labels. Each step has new documents.
 """
@@ -33,14 +33,14 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
-    given, recalled = parser.parse_args(), []
-    generator = torch.Generator().manual_seed(given.seed + 1)
-    torch.manual_seed(given.seed)
-    model = Hybrid(given.ratio, given.layers, 2 * SYMBOLS)
+    options, recalled = parser.parse_args(), []
+    generator = torch.Generator().manual_seed(options.seed + 1)
+    torch.manual_seed(options.seed)
+    model = Hybrid(options.ratio, options.layers, 2 * SYMBOLS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    schedule = LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - 0.9 * step / given.steps))
+    schedule = LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - 0.9 * step / options.steps))
     with da.ContextParallel(strategy="ring") as cp:
-        for step in range(given.steps):
+        for step in range(options.steps):
             batch = cp.shard(documents(generator))
             logits = model(batch["input_ids"], batch["context_parallel"])
             (loss := pytorch.loss_of(logits, batch)).backward()

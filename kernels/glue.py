@@ -70,7 +70,7 @@ def copy_rows_with_products(
     o_THE: Tensor,
     source_rows: RowSelection,
 ) -> None:
-    """Set target[target_rows] = dO[source_rows] and products[target_rows] = rowsum(dO * O)[source_rows], in their dtypes."""
+    """Compute target[target_rows] = dO[source_rows] and products[target_rows] = rowsum(dO * O)[source_rows], in their dtypes."""
     count = _count(target_rows, source_rows)
     torch.ops.distattn.copy_rows_with_products(
         target, products, *target_rows[::2], do_THE, o_THE, *source_rows[::2], count

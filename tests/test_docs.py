@@ -123,7 +123,7 @@ def _model(names: dict[str, Any]) -> None:
     huggingface.register()
     model = AutoModelForCausalLM.from_config(tiny_llama()["config"], attn_implementation="distattn")
     names |= dict(da=da, pytorch=pytorch, model=model, sum_gradients=lambda: None, loader=tiny_loader())
-    names |= dict(group=None, everyone=None, target=pytorch.ProbeTarget(model), micro_batches=tiny_loader()[0])
+    names |= dict(group=None, all_ranks=None, target=pytorch.ProbeTarget(model), micro_batches=tiny_loader()[0])
 
 
 def _packs_one_by_one(names: dict[str, Any]) -> None:
@@ -218,16 +218,18 @@ SNIPPETS: dict[str, list[Callable[[dict[str, Any]], None] | None]] = {
     "data.md": [_packs, _masks],
     "data-formats.md": [_packs, _tokens],
     "data-streams.md": [_stream],
+    "doctor.md": [_reference],
     "dynamic-context-parallelism.md": [_model, _schedule],
+    "huggingface.md": [_model],
     "models.md": [_pretrained],
     "monitoring.md": [_monitored],
     "memory.md": [_memory],
+    "own-loop.md": [_loop, _model, _packs_one_by_one],
     "planning-a-cluster.md": [_cluster],
     "recurrence.md": [_own_model] * 2,
     "recurrence-schedules.md": [_own_model],
     "convolutions-and-latents.md": [_own_model] * 2,
-    "trainers.md": [_model, _packs_one_by_one, _model, _mesh, _own_model, None, _reference],
-    "training.md": [_loop],
+    "trainers.md": [_mesh, _own_model, None],
 }
 # texts of pages, and the smaller sizes or the single CPU rank that replace them
 SMALLER = {
@@ -366,7 +368,7 @@ def test_private_names_of_other_projects_are_listed():
     own_names = set().union(*map(_own_names, files))
     # documented by Python, underscore or not
     public = {"_replace", "_asdict", "_fields", "_exit"}
-    table = (ROOT / "docs" / "correctness.md").read_text()
+    table = (ROOT / "docs" / "private-hooks.md").read_text()
     rows = [line for line in table.splitlines() if line.startswith("| ")]
     for file in files:
         name = file.relative_to(ROOT).as_posix()
@@ -379,11 +381,17 @@ def test_private_names_of_other_projects_are_listed():
 # ---- the pages
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_is_short(page):
+    text = re.sub(r"```.*?```|^    .*?$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert len(text.split()) <= 1500
+
+
 def test_every_picture_of_a_strategy_is_what_its_script_draws_today():
     shown = {file.stem: file.read_text() for file in draw_strategies.FOLDER.glob("*.svg")}
     assert shown == draw_strategies.drawings(), "run python docs/draw_strategies.py"
-    concepts = (ROOT / "docs" / "concepts.md").read_text()
-    assert all(f"](strategies/{name}.svg)" in concepts for name in ("ring", "ulysses", "usp", "cad"))
+    page = (ROOT / "docs" / "strategies.md").read_text()
+    assert all(f"](strategies/{name}.svg)" in page for name in ("ring", "ulysses", "usp", "cad"))
 
 
 @needs_browser
@@ -448,6 +456,6 @@ NAVIGATION = """
 
 @needs_browser
 def test_the_groups_of_pages_are_beside_the_text_and_names_in_tables_stay_whole(site):
-    facts = what_a_script_says((site / "trainers.html").read_text(), NAVIGATION, site, 1200)
+    facts = what_a_script_says((site / "own-loop.html").read_text(), NAVIGATION, site, 1200)
     assert facts["groups"] == ["Start", "Use", "Run", "Understand", "Reference"], facts
     assert facts["pages"] >= len(PAGES) and facts["names"] > 20 and not facts["broken"], facts

@@ -20,7 +20,7 @@ VERBS = set(WORDS["docstrings"]["verbs"])
 NOT_YET = tuple(WORDS["not_yet"])
 PRODUCT = ("distattn", "parallel", "kernels", "launch", "cluster")
 # the pages that readers meet first
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md")
 
 
 def python_files() -> list[Path]:

@@ -224,7 +224,7 @@ def _check_reference(model: Any) -> None:
     if not hasattr(model, "set_attn_implementation"):
         raise DistattnError(
             f"{type(model).__name__} is not a model of transformers: the script has to define reference(model, ids), the logits "
-            "of one document in one process; docs/trainers.md has an example."
+            "of one document in one process; docs/doctor.md has an example."
         )
 
 

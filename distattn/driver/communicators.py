@@ -141,10 +141,10 @@ class Communicators:
             host = HostGroup(f"{group_name}/control", self.members, self.monitor, idles=True)
             self.control = ControlChannel(host, servers)
 
-    def guarded(self, work: Callable[[], Result], action: str, members: Sequence[int]) -> Result:
+    def guarded(self, work: Callable[[], Result], activity: str, members: Sequence[int]) -> Result:
         """Run `work`, in which this rank waits for members, and count its time. Raise LostRankError as the monitor does."""
-        with heartbeats.activity(action, waits=True, key=action):
-            return self.messages.timed(lambda: self.monitor.guarded(work, action, members))
+        with heartbeats.activity(activity, waits=True, key=activity):
+            return self.messages.timed(lambda: self.monitor.guarded(work, activity, members))
 
     def close(self, gracefully: bool) -> None:
         """End the communicators, the host groups and the monitor's thread; `StepExchange` closes the exchange.

@@ -1,8 +1,8 @@
-"""`ContextParallel`: the one driver. It turns loader batches into local batches, plans their attention, and scales losses.
+"""`ContextParallel`, the driver: it turns loader batches into local batches, plans their attention, and scales losses.
 
-A packed batch becomes a plan of the batch (mask, layout), and that this rank's local batch. Data are either replicated (all
-ranks of the group hold the same batch and split it) or per rank (each rank, or block of ranks, has documents of its own, and
-attention is shared over all of them); everything else is said alike in both.
+A packed batch determines a mask and a layout, and these this rank's local batch. Data are either replicated (all ranks of the
+group hold the same batch and split it) or per rank (each rank, or block of ranks, has its own documents, and attention is shared
+over all of them); everything else is the same for both.
 """
 
 # T tokens on this rank
@@ -45,9 +45,9 @@ from distattn.parallel.runtime.transport import Transport
 
 Result = TypeVar("Result")
 _LOG = logging.getLogger("distattn")
-# batches of one step are numbered from a multiple of this
+# the first batch of a step has the step's number times this
 _BATCHES_PER_STEP = 1 << 20
-# steps of shard_step whose batches may still be used where ranks serve: one that runs, one that is sharded ahead
+# steps of shard_step whose batches may still be used with servers: one that runs, one that is sharded ahead
 _LIVE_STEPS = 2
 
 
@@ -78,7 +78,7 @@ class ContextParallel:
     def _open(
         self, group: dist.ProcessGroup | None, loss_group: dist.ProcessGroup | None, config: AttentionConfig | None
     ) -> None:
-        """config: None on ranks that only serve, which take the first rank's."""
+        """Connect to the other ranks. config: None on ranks that only serve, which use the first rank's."""
         for name, value in (("group", group), ("loss_group", loss_group)):
             if not isinstance(value, (dist.ProcessGroup, type(None))):
                 raise DistattnError(f"{name} is a process group of torch.distributed, not a {type(value).__name__}.")
@@ -112,9 +112,9 @@ class ContextParallel:
         self._layouts = BlockLayouts(self.ranks, self.block_ranks, self.config)
         self.planner = Planner(self.config, self, self._layouts.of_batch, self._layouts.is_one_block)
         self.speeds = RankSpeeds(self.config.adaptive, self.ranks) if self.config.adaptive else None
-        # by which a trainer's losses are to be multiplied, so that its gradients are sums over ranks
+        # the factor of a trainer's losses with which its gradients are sums over ranks
         self._factor = 1.0
-        # whether it was measured; how many micro-batches the trainer says that a step has, where it depends on that
+        # whether it was measured; the number of micro-batches of the trainer's steps, if the factor depends on it
         self._probed, self._micro_batches = False, None
         self._device = torch.device("cpu")
         # steps whose batches may be used; those of shard_step, oldest first
@@ -125,40 +125,38 @@ class ContextParallel:
     # ---- what a trainer calls
 
     def shard(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """This rank's part of a batch: `shard_step` of one micro-batch.
+        """Return this rank's part of a batch, as `shard_step` does for a step of one micro-batch.
 
-        batch: `input_ids` (B, S), optional `labels` of the same shape (each token its own label, -100 where none; the
-        ids by default) or `shift_labels` (each token its successor's already, as is). What attends to what is said by one
-        of: nothing, every row is a document; `document_lengths`, whole numbers that add up to B * S; `position_ids` (1 or B,
-        S), which begin anew at 0 with each document, as packing collators make them; `attention_mask` (B, S), whose zeros are
-        padding before or after a row's tokens. Padding is left out. Rows are laid end to end on one axis. Other keys are
-        refused.
+        batch: `input_ids` (B, S), and optionally `labels` of the same shape (the ids by default, -100 for no label) or
+        `shift_labels` (already shifted: each token has its successor's label). Documents are given by one of: nothing, so that
+        every row is a document; `document_lengths`, whole numbers that sum to B * S; `position_ids` (1 or B, S), which restart at
+        0 with each document, as packing collators make them; `attention_mask` (B, S), whose zeros are padding before or after a
+        row's tokens. Padding is removed. Rows are laid end to end on one axis. Other keys are refused.
 
-        Returns `input_ids`, `position_ids` (1, T), `labels` (1, T) shifted so that each token has its successor's
-        label, `loss_scale` (a number: multiply the *sum* of this rank's token losses by it: 1 / valid labels of the step over
-        the loss group, times what `loss_scale` found for the trainer), and `context_parallel`, the `LocalBatch` to be
-        passed on to the model. A rank without tokens gets padding without a label, because models refuse empty batches;
-        `pad_to` pads all ranks.
+        The result has `input_ids`, `position_ids` (1, T), `labels` (1, T) shifted so that each token has its successor's label,
+        `loss_scale` (a number to multiply the *sum* of this rank's token losses by: 1 / valid labels of the step over the loss
+        group, times the trainer's factor of `loss_scale`), and `context_parallel`, the `LocalBatch` to pass on to the model. A
+        rank without tokens gets padding without a label, because models refuse empty batches; `pad_to` pads all ranks.
         """
         return self.shard_step([batch])[0]
 
     def shard_step(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """`shard` for all micro-batches of one optimizer step: losses are scaled by the valid labels of all of them.
+        """Shard all micro-batches of one optimizer step as `shard` does; losses are scaled by the valid labels of all of them.
 
-        All ranks of the loss group call this together. Ranks that hold the same batch are compared. With data of their own
-        ranks may have unequally many micro-batches: all get as many as the rank with most, the others' being padding. With
-        servers, a step's batches are used before the next but one is sharded.
+        All ranks of the loss group call this together. Ranks that hold the same batch are compared. With data per rank, ranks may
+        have different numbers of micro-batches; all get as many as the rank with most, and the missing ones are padding. With
+        servers, use a step's batches before the next but one is sharded.
         """
         try:
-            given = None if isinstance(micro_batches, (Mapping, str, torch.Tensor)) else list(micro_batches)
+            batches = None if isinstance(micro_batches, (Mapping, str, torch.Tensor)) else list(micro_batches)
         except TypeError:
-            given = None
-        if given is None:
+            batches = None
+        if batches is None:
             raise DistattnError(
                 "shard_step takes a list of batches, the micro-batches of a step (shard takes one batch), not a "
                 f"{type(micro_batches).__name__}."
             )
-        packed = [PackedBatch.of(batch) for batch in given]
+        packed = [PackedBatch.of(batch) for batch in batches]
         if not packed and self.config.data == "replicated":
             raise DistattnError("a step has at least one micro-batch.")
         number, future = self._announce(packed)
@@ -168,15 +166,15 @@ class ContextParallel:
         return self._local_batches(packed, future.result())
 
     def steps(self, loader: Iterable[Any], *, even: bool = False) -> Iterator[list[dict[str, Any]]]:
-        """For each step of a loader its micro-batches, sharded a step ahead; as many steps as the longest loader.
+        """Yield the micro-batches of each step of a loader, sharded a step ahead; as many steps as the longest loader has.
 
         loader yields a batch as `shard` takes it, or a list of them (micro-batches), or is a `PackLoader`: then each rank reads
-        its own tokens alone, and nobody is asked what comes. While a step runs, the next one is announced to the other ranks, and
-        its plans are made and compared. Batches are copied, so that a loader may fill the same tensors again. Loops may be left,
-        and be inside one another, on all ranks alike: the next loop of this driver over the same iterator begins with the step
-        that was taken ahead. An error of the loader is raised after the step before it. With servers, a step's batches are used
-        before the next step is asked for. even: all ranks raise DistattnError where they have unequally many micro-batches, for
-        trainers that count their own.
+        only its own tokens, and ranks need not exchange facts about steps. While a step runs, the next one is announced to the
+        other ranks, and its plans are made and compared. Batches are copied, so a loader may reuse its tensors. Loops may be left
+        early and nested, alike on all ranks: the next loop of this driver over the same iterator begins with the step that was
+        taken ahead. A loader's error is raised after the step before it. With servers, use a step's batches before the next step
+        is requested. even: all ranks raise DistattnError if they have different numbers of micro-batches, for trainers that count
+        their own.
         """
         if not hasattr(loader, "__iter__") or isinstance(loader, (Mapping, str)):
             raise DistattnError(
@@ -192,12 +190,12 @@ class ContextParallel:
             yield self._local_batches(packed, step)
 
     def loss_scale(self, target: GradientProbeTarget | None = None) -> float:
-        """The factor by which this trainer's losses are to be multiplied, so that its gradients are sums over ranks.
+        """Return the factor by which to multiply this trainer's losses so that its gradients are sums over ranks.
 
-        With a target (each adapter has one for its trainer), how it reduces gradients is probed by two synthetic backward
-        passes, and the factor goes into the `loss_scale` of all later batches; all ranks call it. Without, what was found
-        last (1 at first). Raises DistattnError, naming ranks and parameters, where the trainer leaves some out, reduces them
-        by other factors or clips gradients meanwhile, and where ranks begin with other weights. See `gradient_probe`.
+        With a target (each adapter has one for its trainer), measure its reduction by two synthetic backward passes, and use the
+        factor in the `loss_scale` of all later batches; all ranks call it. Without a target, return the last factor (1 at first).
+        Raise DistattnError, naming ranks and parameters, if the trainer leaves some out, reduces them by different factors or
+        clips gradients, or if ranks begin with different weights. See `gradient_probe`.
         """
         if target is not None:
             if not isinstance(target, GradientProbeTarget):
@@ -205,27 +203,27 @@ class ContextParallel:
                     "loss_scale takes the ProbeTarget of your trainer's adapter, such as "
                     f"distattn.adapters.pytorch.ProbeTarget(model), not a {type(target).__name__}."
                 )
-            found = self.reduction(target)
-            self._factor = 1.0 if found is None else found.factor
+            reduction = self.reduction(target)
+            self._factor = 1.0 if reduction is None else reduction.factor
             self._micro_batches = getattr(target, "micro_batches_per_step", None)
         return self._factor
 
     def reduction(self, target: GradientProbeTarget) -> Reduction | None:
-        """How a trainer reduces gradients over the loss group; None on ranks without an output layer. See `loss_scale`."""
+        """Measure how a trainer reduces gradients over the loss group; return None on ranks without an output layer."""
         # the probe's own step has one micro-batch
-        wanted, self._micro_batches, self._probed = self._micro_batches, None, True
+        micro_batches, self._micro_batches, self._probed = self._micro_batches, None, True
         try:
             return probe(target, self._probe_batch, self.loss_group)
         finally:
-            self._micro_batches = wanted
+            self._micro_batches = micro_batches
 
     def mean_loss(self, losses: Sequence[torch.Tensor]) -> float:
-        """The loss per token of a step, for people: this rank's losses of all its micro-batches, summed over the loss group.
+        """Return the loss per token of a step, for logs: the sum over the loss group and micro-batches. A collective call.
 
-        losses: as they go backward, with the factor of `loss_scale`, which is taken out again. A collective call.
+        losses: of this rank's micro-batches, as for the backward pass; the factor of `loss_scale` is divided out.
         """
-        found = losses if isinstance(losses, (list, tuple)) else ()
-        if not found or not all(isinstance(loss, torch.Tensor) and loss.numel() == 1 for loss in found):
+        items = losses if isinstance(losses, (list, tuple)) else ()
+        if not items or not all(isinstance(loss, torch.Tensor) and loss.numel() == 1 for loss in items):
             raise DistattnError(
                 "mean_loss takes the losses of a step's micro-batches: a list of tensors of one number."
             )
@@ -234,7 +232,7 @@ class ContextParallel:
 
     @property
     def data_parallel_size(self) -> int:
-        """Into how many shares the loss group's data are split: blocks of ranks that hold the same batch."""
+        """The number of shares of the loss group's data, one for each block of ranks that hold the same batch."""
         return len(self._table.blocks)
 
     @property
@@ -243,14 +241,14 @@ class ContextParallel:
         return self._table.blocks.index(self._table.first_of_block[self._table.rank])
 
     def batch_group(self) -> dist.ProcessGroup | None:
-        """The ranks that hold the same batch as this one. A collective call where that is not the whole group."""
+        """Return the group of ranks that hold the same batch as this one. Collective if that is not the whole group."""
         if self.group is None or self.block_ranks == self.ranks:
             return self.group
         first = self.rank - self.rank % self.block_ranks
         return new_group(dist.get_process_group_ranks(self.group)[first : first + self.block_ranks])
 
     def close(self) -> None:
-        """End threads and communicators, let servers go, and free arenas. All ranks call it; after an error it waits for none."""
+        """End threads and communicators, release servers, and free arenas. All ranks call it; after an error it does not wait."""
         self.__exit__(*sys.exc_info())
 
     def __enter__(self) -> ContextParallel:
@@ -263,69 +261,70 @@ class ContextParallel:
 
     # ---- what servers and loss sums call
 
-    def begin(self, what: str) -> None:
-        """This rank begins something that all ranks of the loss group do equally often: whoever is behind can be named."""
+    def begin(self, activity: str) -> None:
+        """Note the begin of an activity that all ranks of the loss group do equally often, so that a late rank can be named."""
         if self._communicators is not None:
-            self._communicators.monitor.enter(what)
+            self._communicators.monitor.enter(activity)
 
-    def guarded(self, work: Callable[[], Result], what: str) -> Result:
-        """What `work` of the loss group returns. Raises LostRankError with the rank to blame where it fails."""
+    def guarded(self, work: Callable[[], Result], activity: str) -> Result:
+        """Run `work`, a collective call of the loss group. If it fails, raise LostRankError with the rank to blame."""
         if self._communicators is None:
             return work()
         assert self.loss_group is not None
-        return self._communicators.guarded(work, what, dist.get_process_group_ranks(self.loss_group))
+        return self._communicators.guarded(work, activity, dist.get_process_group_ranks(self.loss_group))
 
     @property
     def wait_timeout(self) -> timedelta | None:
-        """How long a wait may take, so that a lost rank is named within the time-out; None for a single rank."""
+        """The limit of a wait, so that a lost rank is named within the time-out; None for a single rank."""
         return None if self._communicators is None else self._communicators.monitor.wait_timeout
 
     def _gathered_steps(self, loader: Iterable[Any]) -> Iterator[tuple[list[Batch], GatheredStep]]:
         """Yield for each step of a loader this rank's packed micro-batches, and the gathered step, one step ahead."""
         loop = StepLoop(loader, self._ahead)
-        # ranks that only serve, and speeds, are not in a plan of packs
+        # a plan of packs knows neither servers nor speeds
         ask = bool(self.config.servers) or self.speeds is not None
-        known = GlobalStepInfos(loader, self._table, ask) if isinstance(loader, GlobalLoader) else None
+        step_infos = GlobalStepInfos(loader, self._table, ask) if isinstance(loader, GlobalLoader) else None
         packed = loop.next()
-        number, future = self._announce(packed, known)
+        number, future = self._announce(packed, step_infos)
         running = failure = None
         try:
             while True:
-                step, this = future.result(), packed
-                if running is None and known is not None:
-                    known.confirm(step.infos)
+                step, current = future.result(), packed
+                if running is None and step_infos is not None:
+                    step_infos.confirm(step.infos)
                 running = number
                 if all(info.ended for info in self._table.of_models(step.infos)):
                     return
                 try:
                     packed = loop.next()
-                except Exception as error:  # of the next step; this one is whole
+                except Exception as error:
+                    # raised after the current step, which is complete
                     failure = error
                 else:
-                    number, future = self._announce(packed, known)
-                    loop.hold(packed, None if known is None else known.rewind)
-                yield this or [], step
+                    number, future = self._announce(packed, step_infos)
+                    loop.hold(packed, None if step_infos is None else step_infos.rewind)
+                yield current or [], step
                 if failure is not None:
                     raise failure
                 if not loop.take_back():
                     self._release(number)
-                    if known is not None:
-                        raise known.refusal()
+                    if step_infos is not None:
+                        raise step_infos.refusal()
                     packed = loop.next()
-                    number, future = self._announce(packed, known)
+                    number, future = self._announce(packed, step_infos)
                 self._release(running)
         except GeneratorExit:
             loop.leave()
             raise
         finally:
-            # a generator that is closed must not raise: a lost rank is named where it is waited for
+            # a generator that is closed must not raise; a later wait for a lost rank names it
             with contextlib.suppress(LostRankError):
                 if running is not None:
                     self._release(running)
                 self._release(number)
 
     def serve_step(self) -> AwaitedResult[GatheredStep]:
-        """For ranks that only serve: the next step, with its batches."""
+        """Return the next step with its batches; ranks that only serve call it."""
         return self._exchange.announce(None, self._batches_of_step, self.planner, self._measured_speed())
 
     def _loss_scale_of(self, step: GatheredStep) -> float:
@@ -333,11 +332,11 @@ class ContextParallel:
         return self._factor / max(sum(step.infos[rank].valid_labels for rank in self._table.blocks), 1)
 
     def _local_shard(self, packed: Batch | None) -> dict[str, Any]:
-        """`input_ids`, `labels` and `position_ids` (1, T) of this rank; padding where it has no micro-batch."""
+        """Return this rank's `input_ids`, `labels` and `position_ids` (1, T) of a micro-batch; None gives padding."""
         if packed is None:
             tokens = padded(0, self.config.pad_to)
-            nothing = torch.zeros(1, tokens, dtype=torch.int64, device=self._device)
-            return {"input_ids": nothing, "labels": nothing + IGNORE_INDEX, "position_ids": nothing}
+            padding = torch.zeros(1, tokens, dtype=torch.int64, device=self._device)
+            return {"input_ids": padding, "labels": padding + IGNORE_INDEX, "position_ids": padding}
         layout = self._layouts.of_block(packed.lengths)
         return dict(packed.local_shard(layout, self.rank % self.block_ranks, self.config.pad_to))
 
@@ -348,7 +347,7 @@ class ContextParallel:
         return SINGLE_RANK if self._communicators is None else self._communicators.transports.on(device)
 
     def begin_shape(self, batch: LocalBatch, shape: AttentionShape) -> None:
-        """See `planner.Ranks`: servers are told."""
+        """See `planner.Ranks`; servers are notified."""
         self._check_live(batch)
         control = None if self._communicators is None else self._communicators.control
         if control is not None and self.rank < self.models:
@@ -358,12 +357,12 @@ class ContextParallel:
         """See `planner.Ranks`."""
         return agree_on_plan(None if self._communicators is None else self._communicators.agreement, make)
 
-    def gather(self, value: Any, what: str) -> list[Any]:
+    def gather(self, value: Any, activity: str) -> list[Any]:
         """See `planner.Ranks`."""
-        return [value] if self._communicators is None else self._communicators.agreement.all_gather(value, what)
+        return [value] if self._communicators is None else self._communicators.agreement.all_gather(value, activity)
 
     def observer(self, batch: LocalBatch, plan: Plan, shape: AttentionShape) -> BatchObserver | None:
-        """See `planner.Ranks`: servers are notified of passes, and the clock of speeds counts them."""
+        """See `planner.Ranks`; servers are notified of passes, and the speeds count them."""
         control = None if self._communicators is None else self._communicators.control
         if control is None and self.speeds is None:
             return None
@@ -376,7 +375,7 @@ class ContextParallel:
         if self._closed:
             return
         self._closed = True
-        # in reverse order, each whatever the others raise
+        # called in reverse order, each even if others raise
         with contextlib.ExitStack() as stack:
             for end in (self._ahead.clear, ARENAS.free, self.planner.close, self._exchange.close):
                 stack.callback(end)
@@ -384,7 +383,7 @@ class ContextParallel:
                 stack.callback(self._communicators.close, gracefully)
 
     def _announce(
-        self, packed: Sequence[Batch] | None, known: GlobalStepInfos | None = None
+        self, packed: Sequence[Batch] | None, step_infos: GlobalStepInfos | None = None
     ) -> tuple[int, AwaitedResult[GatheredStep]]:
         if self._closed:
             raise DistattnError("this ContextParallel has been closed.")
@@ -400,30 +399,29 @@ class ContextParallel:
                 batch.read_ahead(self._layouts.of_block(batch.lengths), self.rank % self.block_ranks)
             return self._batches_of_step(step)
 
-        how = (packed, read_and_make, self.planner, self._measured_speed())
-        return number, self._exchange.announce(
-            *how, *(("", None) if known is None else (known.name, known.next(packed)))
-        )
+        speed = self._measured_speed()
+        loader, infos = ("", None) if step_infos is None else (step_infos.name, step_infos.next(packed))
+        return number, self._exchange.announce(packed, read_and_make, self.planner, speed, loader, infos)
 
     def _release(self, number: int) -> None:
-        """The batches of a step will not be used any more."""
+        """Release a step, whose batches will not be used any more."""
         if number in self._live:
             self._live.remove(number)
             if self._communicators is not None and self._communicators.control is not None and not self._closed:
                 self._communicators.control.send(ControlMessage(RELEASE_STEP, number))
 
     def _batches_of_step(self, step: GatheredStep) -> list[LocalBatch]:
-        """Return a batch for each micro-batch of the rank with most; ranks that share attention each bring theirs."""
+        """Return a batch for each micro-batch of the rank with most, with the documents of all ranks that share attention."""
         speeds = [step.infos[rank].speed for rank in self._table.sharing]
         options = () if self.speeds is None else self.speeds.options(speeds)
         proven, first = step.number % self.config.verify_every == 0, step.number * _BATCHES_PER_STEP
-        blocks = [step.infos[at].documents for at in self._table.sharing[: self.models : self.block_ranks]]
-        # replicas go forward and backward equally often, too: where one has nothing, a token without a label stands in
-        nothing = ((1,), *((),) * (len(blocks) - 1))
+        blocks = [step.infos[rank].documents for rank in self._table.sharing[: self.models : self.block_ranks]]
+        # replicas must run equally many passes: a replica without documents gets a token without a label
+        stand_in = ((1,), *((),) * (len(blocks) - 1))
         batches = []
         for index in range(max(len(info.documents) for info in step.infos)):
             documents: Documents = tuple(packs[index] if index < len(packs) else () for packs in blocks)
-            documents = documents if any(documents) else nothing
+            documents = documents if any(documents) else stand_in
             block = self._layouts.block_of(self.rank, documents)
             batches.append(LocalBatch(self.planner, BatchKey(documents, options), first + index, proven, block))
         return batches
@@ -432,14 +430,14 @@ class ContextParallel:
         self._check_scale(len(step.batches))
         scale, out = self._loss_scale_of(step), []
         for index, batch in enumerate(step.batches):
-            part = self._local_shard(own := packed[index] if index < len(packed) else None)
-            batch.positions, batch.stands_in = part["position_ids"], own is None
-            batch.longest_document = max(own.lengths if own else (), default=1)
+            part = self._local_shard(micro_batch := packed[index] if index < len(packed) else None)
+            batch.positions, batch.stands_in = part["position_ids"], micro_batch is None
+            batch.longest_document = max(micro_batch.lengths if micro_batch else (), default=1)
             out.append({**part, "loss_scale": scale, "context_parallel": batch})
         return out
 
     def _check_scale(self, micro_batches: int) -> None:
-        """Refuse a step of other micro-batches than the scale is for; say once where nobody has asked for the scale."""
+        """Refuse a step with another number of micro-batches than the scale is for; warn once if no scale was measured."""
         if not torch.is_grad_enabled():
             return
         if self._micro_batches not in (None, micro_batches):
@@ -451,7 +449,7 @@ class ContextParallel:
             _LOG.warning(NOT_PROBED)
 
     def _probe_batch(self, ranks: int, rows: int, device: torch.device) -> dict[str, Any]:
-        # tokens of each block differ, so that its gradients are not mistaken for ours; padding is no id of a rank either
+        # the blocks' tokens differ, so that their gradients can be told apart; padding, too, must not be an id of a rank
         first = self._table.members[self._table.first_of_block[self._table.rank]]
         batch = self.shard({"input_ids": probe_ids(self.block_ranks, first, ranks, rows).to(device)})
         return {**batch, "input_ids": batch["input_ids"].clamp(min=ranks)}
@@ -465,7 +463,7 @@ class ContextParallel:
     def _measured_speed(self) -> float | None:
         return None if self.speeds is None else self.speeds.measured()
 
-    def _loss_group(self, given: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-        if given is not None or not self.config.servers or self.group is None or self.rank >= self.models:
-            return self.group if given is None else given
+    def _loss_group(self, loss_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+        if loss_group is not None or not self.config.servers or self.group is None or self.rank >= self.models:
+            return self.group if loss_group is None else loss_group
         return new_group(dist.get_process_group_ranks(self.group)[: self.models])

@@ -1,4 +1,4 @@
-"""Plain transformers computes router losses of its Trainer and states of packed documents otherwise (docs/trainers.md)."""
+"""Plain transformers computes router losses of its Trainer and states of packed documents otherwise (docs/huggingface.md)."""
 
 import functools
 import os

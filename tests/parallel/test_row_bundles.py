@@ -171,11 +171,11 @@ def test_rows_that_are_packed_are_not_copied_to_the_arena_before():
 
 
 def test_row_sums_are_made_where_do_is_copied_unless_a_kernel_reads_it_in_place():
-    sums_where_copied = {}
+    is_copied = {}
     for strategy in ("ulysses", "usp", "ring", "allgather"):
         plan = plan_of(strategy, [8192] * 8, 64, 8)
-        sums_where_copied[strategy] = lower(plan, 1, lambda mask: None).sums_where_copied
+        is_copied[strategy] = lower(plan, 1, lambda mask: None).sums_where_copied
         _, backward, _ = layer_call(plan, 1)
-        assert ("row_products" in backward.launches) != sums_where_copied[strategy]
-        assert ("copy_rows_with_products" in backward.launches) == sums_where_copied[strategy]
-    assert sums_where_copied == {"ulysses": True, "usp": True, "ring": False, "allgather": False}
+        assert ("row_products" in backward.launches) != is_copied[strategy]
+        assert ("copy_rows_with_products" in backward.launches) == is_copied[strategy]
+    assert is_copied == {"ulysses": True, "usp": True, "ring": False, "allgather": False}

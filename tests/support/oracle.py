@@ -185,9 +185,9 @@ def run_all_ranks(
         None if program.sums_where_copied else (local[r][3].to(lse[r].dtype) * o[r].to(lse[r].dtype)).sum(-1)
         for r, program in enumerate(programs)
     ]
-    inputs = [(local[r][3], *local[r][:3], lse[r], delta[r], kept[r], score, o[r]) for r in ranks]
+    backward_inputs = [(local[r][3], *local[r][:3], lse[r], delta[r], kept[r], score, o[r]) for r in ranks]
     backward = together(
-        execute.backward(program, transport, kernel_, *inputs[program.rank])
+        execute.backward(program, transport, kernel_, *backward_inputs[program.rank])
         for program, transport, kernel_ in zip(programs, transports(), kernels, strict=True)
     )
     dq, dk, dv = (list(column) for column in zip(*backward, strict=True))
