@@ -1,6 +1,6 @@
 """A plan lowered for one rank: buffers, messages, kernel launches and index lists, made once and shared by all layers.
 
-Here the table's rows end: what is left to the layer is one loop over steps and messages.
+Nothing after this module reads the plan's tables: a layer runs one loop over steps and messages.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ from distattn.parallel.runtime.state_program import StateProgram, StateStep, low
 from distattn.parallel.runtime.streams import Handover
 from distattn.parallel.runtime.views import OWN, BufferExtent, BufferKey, BufferSlice, View, ViewParts, resolve_views
 
-# from the mask of a launch, or of a recurrence from its segments
+# makes a kernel's own schedule from the mask of a launch, or from the segments of a recurrence
 PrepareKernel = Callable[[Any], Any]
-# segments of a message that travel by themselves, at most
+# the most segments of a message that travel separately
 _MOST_SEGMENTS = 4
 
 
 class Message(NamedTuple):
-    """What one peer sends or receives of one payload and head range: the same rows, in the same order, at both ends.
+    """The rows of one payload and head range that one peer sends or receives: the same, in the same order, at both ends.
 
-    segments: the rows of the view, cut where tokens do not follow one another; each travels by itself. Where there are many of
-    them, all rows are one. bundle: the buffers whose rows travel as one message with this one's, see `row_bundles`; empty where
-    each tensor travels by itself. row_bytes: what is sent of each payload in such a row; row_format: what lies where in it.
+    segments: the rows of the view, cut where tokens are not contiguous; each travels separately. If there are too many of them,
+    all rows are one segment. bundle: the buffers whose rows travel in one message with this one's, see `row_bundles`; empty if
+    each tensor travels separately. row_bytes: the bytes of each payload in such a row; row_format: the row's layout.
     """
 
     peer: int
@@ -91,22 +91,22 @@ class ProgramStep:
     own_copies: list[tuple[BufferKey, View]] = field(default_factory=list)
     sends: list[tuple[Payload, Message]] = field(default_factory=list)
     receives: list[tuple[Payload, Message]] = field(default_factory=list)
-    # numbers of the sends and receives that travel together
+    # indices of the sends, and of the receives, that travel as one message
     joined_sends: list[tuple[int, ...]] = field(default_factory=list)
     joined_receives: list[tuple[int, ...]] = field(default_factory=list)
-    # those of them that are packed from, or unpacked to, own tensors all at once
+    # those of them that are packed from, or unpacked to, own tensors together
     packed_sends: tuple[PackedMessages, ...] = ()
     packed_receives: tuple[PackedMessages, ...] = ()
-    # one launch, unless head groups need so different tokens that a tensor of all of them would be mostly unused
+    # one launch, unless head groups need such different tokens that most of a tensor with all of them would be unused
     launches: list[KernelLaunch] = field(default_factory=list)
-    # own rows of buffers that the launches have written, which are accumulated from there
+    # own rows of buffers that the launches have written; they are accumulated from these buffers
     own_results: list[tuple[BufferKey, View]] = field(default_factory=list)
     # whether all ranks exchange the messages of this step in one all-to-all
     collective: bool = False
     release: list[BufferKey] = field(default_factory=list)
-    # what moves of a recurrence's states, and which are forgotten
+    # which states of a recurrence are sent, received and released
     states: StateStep | None = None
-    # where the tensors of the step lie (see `memory`)
+    # the arena offsets of the step's tensors (see `memory`)
     places: dict[PlaceKey, list[PlacedTensor]] = field(default_factory=dict)
 
     @property
@@ -115,7 +115,7 @@ class ProgramStep:
         return bool(self.sends or self.receives)
 
     def views(self) -> Iterator[View]:
-        """All views of the step."""
+        """Yield all views of the step."""
         for _, message in (*self.sends, *self.receives):
             yield message.view
         for launch in self.launches:
@@ -128,15 +128,14 @@ class Program:
     """One rank's share of a plan.
 
     tokens: rows of the rank's own tensors. kept: rows of each buffer that stays from the forward to the backward pass, by its key
-    in the forward pass. kept_places: where those lie in one flat tensor. proof: None where nobody has proven the plan. blank:
-    buffers of results that not every first write reaches, in both passes. unadded: own results to which nothing is added on this
-    rank, and which need no wider numbers than the inputs. own_tensors: the rank's own tensors. forward_bytes, backward_bytes: of each
-    pass's arena (see `memory`).
-    uploaded: the lists, where they are on a GPU. forward_states, backward_states: of a recurrence, what each task begins with and
-    leaves.
+    in the forward pass. kept_places: their offsets in one flat tensor. proof: None for a plan that has not been proven. blank:
+    buffers of results that first writes do not fill completely, in both passes. unadded: own results to which this rank adds
+    nothing, and which need no wider numbers than the inputs. own_tensors: of each payload. forward_bytes, backward_bytes: size of
+    each pass's arena (see `memory`). uploaded: the index lists, if they are on a GPU. forward_states, backward_states: of a
+    recurrence, the states with which each task begins and ends.
     """
 
-    # not the plan itself: programs are cached for as long as their plan lives
+    # not the plan itself: programs are cached for as long as their plan exists
     call: Call
     proof: Proof | None
     rank: int
@@ -150,7 +149,7 @@ class Program:
     own_tensors: dict[Payload, OwnTensors]
     forward_bytes: int
     backward_bytes: int
-    # whether all that uses a rank's own dO are copies to messages and buffers, where rowsum(dO * O) can be made
+    # whether a rank's own dO is only copied to messages and buffers, so that these copies can compute rowsum(dO * O)
     sums_where_copied: bool = False
     uploaded: Handover | None = None
     forward_states: StateProgram | None = None
@@ -160,16 +159,15 @@ class Program:
 def lower(
     plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = None, in_larger_job: bool = False
 ) -> Program:
-    """Lower a plan for one rank. `prepare` turns the mask of a launch, or of a recurrence its segments, into the kernel's own
-    schedule.
+    """Lower a plan for one rank. `prepare` makes the kernel's own schedule from a launch's mask or a recurrence's segments.
 
-    The proof is stored with the program; running an unproven plan is at the caller's risk. in_larger_job: other ranks than the
-    plan's belong to the job, so that messages may be in flight that a plan for one rank does not know. The arenas have room for
-    results of kernels that take `into`; others make their own, and leave it unused.
+    The proof is stored with the program; running an unproven plan is at the caller's risk. in_larger_job: the job has ranks that
+    are not in the plan, so messages may be in flight that a plan for one rank does not know of. The arenas have room for the
+    results of kernels that take `into`; other kernels allocate their results, and leave that room unused.
     """
     call = plan.call
     tokens = int(call.layout.shard_sizes()[rank])
-    # the backward's launches are mostly the forward's
+    # most launches of the backward pass have a mask of the forward pass
     prepare = _memoized(prepare, in_larger_job or call.ranks > 1)
     forward = _TableLowering(call, plan.forward, rank, FORWARD_PAYLOADS, prepare)
     kept = {
@@ -194,24 +192,24 @@ def lower(
 
 
 def kept_key(key: BufferKey) -> BufferKey:
-    """The key in the backward pass of a buffer that was kept, and back again. No buffer that arrives there has it."""
+    """Return the backward pass's key of a kept buffer, or the reverse. No buffer that arrives in that pass has the same key."""
     return key._replace(step=OWN - 1 - key.step)
 
 
 def _with_states(plan: Plan, program: Program) -> Program:
-    """The program of a recurrence with its states, whose messages have room at the end of the arenas."""
+    """Return the program of a recurrence with its states, whose messages have room at the end of the arenas."""
     states = [lower_states(plan, program.rank, direction) for direction in ("forward", "backward")]
-    for one, steps in zip(states, (program.forward, program.backward), strict=True):
-        for moves, step in zip(one.steps, steps, strict=True):
+    for state_program, steps in zip(states, (program.forward, program.backward), strict=True):
+        for moves, step in zip(state_program.steps, steps, strict=True):
             step.states = moves
     sizes = zip((program.forward_bytes, program.backward_bytes), states, strict=True)
-    ahead, back = (rounded_arena_bytes(size + one.message_bytes) for size, one in sizes)
+    ahead, back = (rounded_arena_bytes(size + state_program.message_bytes) for size, state_program in sizes)
     changes: dict[str, Any] = dict(forward_states=states[0], backward_states=states[1])
     return replace(program, forward_bytes=ahead, backward_bytes=back, **changes)
 
 
 class _TableLowering:
-    """Lowers one table for one rank. `inherited`: buffers that an earlier pass left behind."""
+    """Lowers one table for one rank. `inherited`: buffers that an earlier pass has kept."""
 
     def __init__(
         self,
@@ -225,11 +223,11 @@ class _TableLowering:
         self.call, self.table, self.rank, self.prepare = call, table, rank, prepare
         self.payloads = payloads
         self.tokens = int(call.layout.shard_sizes()[rank])
-        # with their numbers in the table
+        # with their indices in the table
         tasks = {**table.tasks, "row": np.arange(num_rows(table.tasks))}
         tasks = select_rows(tasks, tasks["rank"] == rank)
         self.tasks = select_rows(tasks, lexicographic_argsort(*(tasks[name] for name in ("step", "h0", "h1"))))
-        # states are no rows of tokens: see `state_program`
+        # states are not rows of tokens: see `state_program`
         moves = select_rows(table.moves, ~np.isin(table.moves["payload"], STATE_PAYLOADS))
         self.outgoing = select_rows(moves, moves["src"] == rank)
         self.incoming = select_rows(moves, moves["dst"] == rank)
@@ -255,7 +253,7 @@ class _TableLowering:
     def steps(
         self, kept: Container[BufferKey] = (), inherited: Mapping[BufferKey, Landing] = MappingProxyType({})
     ) -> list[ProgramStep]:
-        """Return the steps of this rank. kept: buffers that have a place already; inherited: see `land`."""
+        """Return the steps of this rank. kept: buffers that are allocated already; inherited: see `land`."""
         steps = [ProgramStep(collective=dense) for dense in _dense_steps(self.call, self.table)]
         outgoing, sends, cut_sends = self._messages(self.outgoing, "dst")
         incoming, receives, cut_receives = self._messages(self.incoming, "src")
@@ -268,7 +266,7 @@ class _TableLowering:
         # one search for all views of the table
         views = iter(resolve_views(self.extents, ViewParts.joined([sends, receives, *of_payloads])))
         for (peer, key), segments in zip(outgoing, cut_sends, strict=True):
-            # copies lie as they do where they arrive, partial results as they do where they leave
+            # copies have the row format of where they arrive, partial results that of where they leave
             holder = self.rank if key.payload in REDUCED_PAYLOADS else peer
             shared = self._shared_rows(holder, key)
             steps[key.step].sends.append((key.payload, Message(peer, next(views), segments, *shared)))
@@ -298,7 +296,7 @@ class _TableLowering:
         bundle = self.bundles_of_ranks.get((holder, key), ())
         if not bundle:
             return bundle, (), None
-        heads = tuple((one.payload, one.h1 - one.h0) for one in bundle)
+        heads = tuple((part.payload, part.h1 - part.h0) for part in bundle)
         if heads not in self._formats:
             sent = ((payload, count * self.call.token_head_bytes(payload)) for payload, count in heads)
             parts = [(count, self.call.comm_fields(payload)) for payload, count in heads]
@@ -306,26 +304,26 @@ class _TableLowering:
         return bundle, *self._formats[heads]
 
     def _query_buffers(self) -> Ints:
-        """For each task, a number for the buffer in which its query rows lie with its first head; -1 where in several."""
+        """Return for each task the number of the buffer that has its query rows, by its first head; -1 if no single one has."""
         q0, q1, head = (self.tasks[name] for name in ("q0", "q1", "h0"))
-        found = np.full_like(q0, -1)
+        buffers = np.full_like(q0, -1)
         queries = (extent for extent in self.extents if extent.key.payload == Payload.Q)
         for number, extent in enumerate(queries):
             _, begin, end = merge_intervals(np.zeros_like(extent.t0), extent.t0, extent.t1)
             i = np.searchsorted(begin, q0, "right") - 1
             inside = (i >= 0) & (extent.key.h0 <= head) & (head < extent.key.h1)
             inside[inside] = q1[inside] <= end[i[inside]]
-            found[inside] = number
-        return found
+            buffers[inside] = number
+        return buffers
 
     def _own(self, payload: Payload) -> BufferExtent:
-        """The rank's own tensor of a payload."""
-        own = select_rows(self.call.layout.chunks, self.call.layout.chunks["rank"] == self.rank)
+        """Return the rank's own tensor of a payload."""
+        chunks = select_rows(self.call.layout.chunks, self.call.layout.chunks["rank"] == self.rank)
         key = BufferKey(payload, OWN, 0, self.call.payload_heads(payload))
-        return BufferExtent(key, own["t0"], own["t1"], own["row"])
+        return BufferExtent(key, chunks["t0"], chunks["t1"], chunks["row"])
 
     def _buffers(self, moves: Columns, payloads: tuple[Payload, ...], peer: str) -> list[BufferExtent]:
-        """A buffer for each payload, step and head range of moves, sorted by peer, so that each message is a slice."""
+        """Return a buffer for each payload, step and head range of moves, sorted by peer, so that each message is a slice."""
         moves = select_rows(moves, np.isin(moves["payload"], payloads))
         moves, first = _grouped(moves, ("payload", "step", "h0", "h1"), (peer, "t0"))
         before = np.append(0, np.cumsum(moves["t1"] - moves["t0"]))
@@ -339,9 +337,9 @@ class _TableLowering:
     def _messages(
         self, moves: Columns, peer: str
     ) -> tuple[list[tuple[int, BufferKey]], ViewParts, list[tuple[slice, ...]]]:
-        """Peer and buffer of every message, in order, what each carries, a view with one part, and its segments.
+        """Return peer and buffer of every message, in order, its contents as a view with one part, and its segments.
 
-        peer: the column of `moves` that names it, "src" or "dst".
+        peer: the column of `moves` that has the peer's rank, "src" or "dst".
         """
         moves, first = _grouped(moves, ("step", peer, "payload", "h0", "h1"), ("t0",))
         each = select_rows(moves, np.array(first[:-1], np.int64))
@@ -354,7 +352,7 @@ class _TableLowering:
         row = before - before[np.array(first[:-1], np.int64)][part]
         intervals = part, moves["t0"], moves["t1"], row
         views = ViewParts(number, each["payload"], each["h0"], each["h1"], np.zeros_like(number), *intervals)
-        # both ends cut a message by the table alone, and so alike
+        # both ends cut a message by the table alone, so they cut it at the same rows
         is_cut = may_land(self.call, self.table, each)[part[1:]]
         begins = np.ones(len(part), bool)
         begins[1:] = (part[1:] != part[:-1]) | ((moves["t0"][1:] != moves["t1"][:-1]) & is_cut)
@@ -369,15 +367,15 @@ class _TableLowering:
     def _land(
         self, steps: list[ProgramStep], kept: Container[BufferKey], inherited: Mapping[BufferKey, Landing]
     ) -> None:
-        """Let buffers be working tensors of launches where that spares copies; kept ones only of attention."""
+        """Let buffers be working tensors of launches where that saves copies; kept buffers only for attention."""
         sizes = {key: rows for key, rows in self.sizes.items() if key not in kept or self.call.op.is_softmax}
         self.landings = land(steps, sizes, self.bundles, kept, inherited)
         for key, landing in self.landings.items():
             self.sizes[key] = landing.rows
-            if not landing.own or key.payload not in REDUCED_PAYLOADS:
+            if not landing.own_slices or key.payload not in REDUCED_PAYLOADS:
                 continue
             for step in steps:
-                # launches that only leave states have no results
+                # launches that compute only states have no results
                 views = [launch.results[key.payload] for launch in step.launches if key.payload in launch.results]
                 if any(key == piece.buffer for view in views for piece in view.slices):
                     step.own_results.append((key, landing.own_view))
@@ -402,7 +400,7 @@ class _TableLowering:
             steps[step].launches.append(KernelLaunch(slice(*launches.heads[i]), operands, schedules[i], results))
 
     def _set_lifetimes(self, steps: list[ProgramStep], kept: Container[BufferKey]) -> None:
-        """Allocate each buffer in the first step that uses it, and release it in the last one; those in `kept` have a place."""
+        """Allocate each buffer in the first step that uses it, and release it in the last one, except those in `kept`."""
         first: dict[BufferKey, int] = {}
         last: dict[BufferKey, int] = {}
         for index, step in enumerate(steps):
@@ -417,18 +415,18 @@ class _TableLowering:
                 steps[last[key]].release.append(key)
             if key in self.staged:
                 steps[first[key]].own_copies.append((key, self.staged[key]))
-            elif landing and landing.own and key.payload in HELD_PAYLOADS:
+            elif landing and landing.own_slices and key.payload in HELD_PAYLOADS:
                 steps[first[key]].own_copies.append((key, landing.own_view))
 
     def _mark_first_writes(self, steps: list[ProgramStep]) -> None:
         """Mark the slices that write results where none are yet, in the order in which the executor accumulates.
 
-        A buffer that first writes do not reach everywhere is noted as blank, an own result with no other writes as unadded.
+        A buffer that first writes do not fill completely is added to `blank`, an own result with no other writes to `unadded`.
         """
-        own = {payload for payload in self.payloads if payload in REDUCED_PAYLOADS}
-        self.unadded = set(own)
+        own_results = {payload for payload in self.payloads if payload in REDUCED_PAYLOADS}
+        self.unadded = set(own_results)
         sizes = {key: rows for key, rows in self.sizes.items() if key.payload in REDUCED_PAYLOADS}
-        sizes |= {self._own(payload).key: self.tokens for payload in own}
+        sizes |= {self._own(payload).key: self.tokens for payload in own_results}
         views = [view for step in steps for view in _result_views(step)]
         head_bounds = {key: {0, key.h1 - key.h0} for key in sizes}
         for piece in (piece for view in views for piece in view.slices):
@@ -469,7 +467,7 @@ class _TableLowering:
 
 
 def _result_views(step: ProgramStep) -> Iterator[View]:
-    """The views that results of a step are accumulated into: its launches' first, then what arrives."""
+    """Yield the views that results of a step are accumulated into: those of its launches, then those of messages that arrive."""
     for launch in step.launches:
         yield from launch.results.values()
     yield from (view for _, view in step.own_results)
@@ -479,20 +477,21 @@ def _result_views(step: ProgramStep) -> Iterator[View]:
 
 
 def _memoized(prepare: PrepareKernel, in_larger_job: bool) -> PrepareKernel:
-    """Return the same function, called once for equal masks or segments; masks say whether the job has several ranks."""
-    made: dict[tuple[Any, ...], Any] = {}
+    """Return the same function with a cache for equal masks or segments; masks say whether the job has several ranks."""
+    prepared: dict[tuple[Any, ...], Any] = {}
 
     def once(cells: Any) -> Any:
         key = cells.cache_key() if isinstance(cells, LaunchMask) else cells
-        if key not in made:
-            made[key] = prepare(cells._replace(in_larger_job=in_larger_job) if isinstance(cells, LaunchMask) else cells)
-        return made[key]
+        if key not in prepared:
+            is_mask = isinstance(cells, LaunchMask)
+            prepared[key] = prepare(cells._replace(in_larger_job=in_larger_job) if is_mask else cells)
+        return prepared[key]
 
     return once
 
 
 def _dense_steps(call: Call, table: Table) -> np.ndarray:
-    """The steps in which at least half of all pairs of ranks talk: those become one all-to-all. The same on every rank."""
+    """Return, alike on every rank, the steps in which half of all pairs of ranks or more talk: those become one all-to-all."""
     moves, ranks = table.moves, call.ranks
     pairs = sorted_unique((moves["step"] * ranks + moves["src"]) * ranks + moves["dst"])
     talking = np.bincount(pairs // ranks**2, minlength=table.steps)
@@ -500,6 +499,6 @@ def _dense_steps(call: Call, table: Table) -> np.ndarray:
 
 
 def _grouped(rows: Columns, by: tuple[str, ...], then: tuple[str, ...]) -> tuple[Columns, list[int]]:
-    """Rows sorted by columns `by` and `then`, and where runs of equal `by` begin (and the end of the last)."""
+    """Return rows sorted by columns `by` and `then`, and where runs of equal `by` begin (and the end of the last)."""
     rows = select_rows(rows, lexicographic_argsort(*(rows[name] for name in by + then)))
     return rows, [*run_starts(*(rows[name] for name in by)).tolist(), num_rows(rows)]

@@ -1,8 +1,8 @@
-"""Which buffers of a rank lie row by row side by side, so that one message carries all that a peer sends of them in a step.
+"""Which buffers of a rank share rows, so that one message carries everything that a peer sends to them in a step.
 
-A *bundle* is a matrix with one row for each token. A row holds all heads of all tensors of its buffers, one behind another, so
-that rows of one peer are one run of bytes and kernels still read each tensor in place, by its strides. Own rows are copied to the
-arena before they are sent anyway, so a bundle costs nothing. Buffers with all heads are bundles by themselves, since one copy of
+A *bundle* is a matrix with one row for each token. A row holds all heads of all tensors of its buffers, one after another. So the
+rows of one peer are contiguous, and kernels still read each tensor in place, by its strides. Own rows are copied to the arena
+before they are sent in any case, so a bundle costs nothing. Buffers with all heads are bundles of one buffer, since one copy of
 own rows serves all peers.
 """
 
@@ -32,24 +32,25 @@ from distattn.ir.plan import (
 from distattn.parallel.runtime.views import BufferKey
 from distattn.parallel.tables.partition import owns_range
 
-# bytes: the tensor-memory accelerator wants addresses and strides that are multiples of it
+# in bytes: the tensor memory accelerator requires addresses and strides that are multiples of it
 _ADDRESS_ALIGNMENT = 16
-# numbers: Triton loads many at once where the distance of rows is a multiple of it
+# in numbers: Triton uses wide loads if the row stride is a multiple of it
 _ROW_ALIGNMENT = 16
-# padding of a row, as a share of its tensors: it is sent, too
+# most padding of a row, as a fraction of its tensors, since the padding is sent as well
 _MOST_PADDING = 1 / 8
-# bytes of copies that live longer, and are copied once more, so that several buffers are one message: as long as messages of
-# their own would take
+# most bytes of copies that are kept longer, and copied once more, so that several buffers are one message; that takes about as
+# long as separate messages would
 _MOST_EXTENDED = 64 << 20
 
-# the buffers of a bundle, in the order in which they lie in a row
+# the buffers of a bundle, in their order in a row
 Bundle = tuple[BufferKey, ...]
 # the tensors of a payload: (width, dtype) each, width None for one number per token and head
 Widths = tuple[tuple[int | None, str], ...]
 
 
 class RowTensor(NamedTuple):
-    """A tensor in the rows of a bundle: heads and width (None: one number per head), and its first number in a row."""
+    """A tensor in the rows of a bundle: heads and width (None: one number per head), and the index of its first number in a
+    row."""
 
     dtype: torch.dtype
     heads: int
@@ -58,10 +59,10 @@ class RowTensor(NamedTuple):
 
 
 class RowFormat(NamedTuple):
-    """What a row of a bundle holds. tensors: by part, in order; the row is `numbers` numbers of `dtype`.
+    """The layout of a bundle's row. tensors: by part, in order; the row is `numbers` numbers of `dtype`.
 
-    Tensors with one number for each head (log-sum-exp, delta) lie behind the others. Padding ends the row, so that the
-    distance of rows is a multiple of 16 numbers of every other tensor.
+    Tensors with one number for each head (log-sum-exp, delta) come after the others. A row ends with padding, so that the row
+    stride is a multiple of 16 numbers of every other tensor.
     """
 
     dtype: str
@@ -77,18 +78,18 @@ class RowFormat(NamedTuple):
     def of(parts: list[tuple[int, Widths]]) -> RowFormat:
         """Return the format of parts with these numbers of heads and these tensors."""
         names = [(part, field) for part, (_, widths) in enumerate(parts) for field in range(len(widths))]
-        at, found = 0, {}
+        at, placed = 0, {}
         for part, field in sorted(names, key=lambda name: parts[name[0]][1][name[1]][0] is None):
             heads, widths = parts[part]
             width, name = widths[field]
             size = DTYPE_BYTES[name]
-            found[part, field] = RowTensor(getattr(torch, name), heads, width, at // size)
+            placed[part, field] = RowTensor(getattr(torch, name), heads, width, at // size)
             at += heads * (width or 1) * size
         unit = _ROW_ALIGNMENT * max(
             DTYPE_BYTES[name] for _, widths in parts for width, name in widths if width is not None
         )
         at = -(-at // unit) * unit
-        tensors = tuple(tuple(found[i, field] for field in range(len(widths))) for i, (_, widths) in enumerate(parts))
+        tensors = tuple(tuple(placed[i, field] for field in range(len(widths))) for i, (_, widths) in enumerate(parts))
         name = parts[0][1][0][1]
         return RowFormat(name, at // DTYPE_BYTES[name], tensors)
 
@@ -96,23 +97,23 @@ class RowFormat(NamedTuple):
 def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, BufferKey], Bundle]:
     """Return the bundle of each buffer of these ranks that is in one, by rank and buffer; the same at both ends of a message.
 
-    All buffers that arrive at a rank in a step (of partial results: leave it) are one bundle where they hold the same tokens of
-    the same peers, some of them with some heads, all tasks of the rank are in one step, and it passes nothing on: then their
-    lives are equal, too. Small copies are one bundle in spite of that. Otherwise each is a bundle of its own. Buffers whose
-    tensors would not be aligned in a row are in none, since fast kernels would refuse the tensors; nor are those whose rows would
-    need much padding.
+    All buffers that arrive at a rank in a step (or, with partial results, leave it) are one bundle if they hold the same tokens
+    of the same peers, some of them hold only some heads, and they are used equally long: all tasks of the rank are in one step,
+    and it passes nothing on. Small copies are one bundle even if they are not used equally long. Otherwise each buffer is a
+    bundle. A buffer whose tensors would not be aligned in a row is in no bundle, since fast kernels would refuse the tensors;
+    neither is one whose rows would need much padding.
     """
-    found: dict[tuple[int, BufferKey], Bundle] = {}
+    bundles: dict[tuple[int, BufferKey], Bundle] = {}
     moves, tasks = table.moves, table.tasks
     heads = [call.payload_heads(payload) for payload in Payload]
     is_aligned = cache(partial(_is_aligned, call))
-    # kernels of recurrences would copy what has gaps between its rows
+    # kernels of recurrences would copy a tensor that has gaps between its rows
     if not call.op.is_softmax:
-        return found
+        return bundles
     for payloads, end, peer in ((HELD_PAYLOADS, "dst", "src"), (REDUCED_PAYLOADS, "src", "dst")):
         of_kind = np.isin(moves["payload"], payloads)
         rows = select_rows(moves, of_kind & np.isin(moves[end], ranks))
-        # they send what is not theirs, or receive partial results of what is not theirs
+        # ranks that send copies of others' tokens, or receive partial results for others' tokens
         is_passed_on = of_kind & ~owns_range(call, moves[peer], moves["t0"], moves["t1"])
         passing_ranks = set(np.unique(moves[peer][is_passed_on]).tolist())
         for (rank, step), buffers in _buffers_by_step(rows, end, peer):
@@ -130,12 +131,12 @@ def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, Buffe
                 is_one = bool(with_some_heads) and (lives_are_equal or are_small)
             for bundle in [tuple(keys)] if is_one else [(key,) for key in keys]:
                 if with_some_heads.intersection(bundle) or len(call.payload_fields(bundle[0].payload)) > 1:
-                    found.update({(rank, key): bundle for key in bundle})
-    return found
+                    bundles.update({(rank, key): bundle for key in bundle})
+    return bundles
 
 
 def _is_aligned(call: Call, payload: Payload, heads: int) -> bool:
-    """Return whether all of a payload's tensors stay aligned in a row with little padding, in memory and as they are sent."""
+    """Return whether all of a payload's tensors are aligned in a row with little padding, in memory and in messages."""
     for fields in (call.payload_fields(payload), call.comm_fields(payload)):
         sizes = [heads * (width or 1) * DTYPE_BYTES[name] for width, name in fields]
         wide = [size for size, (width, _) in zip(sizes, fields, strict=True) if width is not None]
@@ -147,7 +148,7 @@ def _is_aligned(call: Call, payload: Payload, heads: int) -> bool:
 
 
 def _extended_bytes(call: Call, tokens_of: dict[BufferKey, Ints], keys: list[BufferKey]) -> int:
-    """Return the bytes of a rank's copies that would live longer in one bundle: those of queries or those of keys."""
+    """Return the bytes of a rank's copies that one bundle would keep longer: the smaller of those of queries and of keys."""
     sizes = [0, 0]
     for key in keys:
         _, t0, t1 = tokens_of[key]
@@ -169,5 +170,5 @@ def _buffers_by_step(
         (name[:2], (*name[2:], tokens[:, a:b]))
         for name, (a, b) in zip(names, itertools.pairwise([*first, num_rows(moves)]), strict=True)
     ]
-    for rank_and_step, some in itertools.groupby(buffers, lambda one: one[0]):
+    for rank_and_step, some in itertools.groupby(buffers, lambda entry: entry[0]):
         yield rank_and_step, [buffer for _, buffer in some]

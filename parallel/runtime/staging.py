@@ -1,8 +1,8 @@
-"""Messages of a rank's own rows leave from the arena, as all others do: see `arenas`.
+"""Messages of a rank's own rows are sent from the arena, as all others are: see `arenas`.
 
-Where a buffer of the arena has own rows between those that arrive (see `landing`), messages are sent from there. Else each step
-copies the own rows that it sends, once for all peers, as rows of a bundle where messages are such rows (see `row_bundles`).
-Messages that are packed before they travel need neither.
+If a buffer of the arena has own rows between those that arrive (see `landing`), messages are sent from it. Otherwise each step
+copies the own rows that it sends, once for all peers, as rows of a bundle if messages are such rows (see `row_bundles`). Messages
+that are packed before they travel need neither.
 """
 
 from __future__ import annotations
@@ -23,51 +23,54 @@ from distattn.parallel.runtime.views import OWN, BufferKey, BufferSlice, View, t
 if TYPE_CHECKING:
     from distattn.parallel.runtime.program import Message, ProgramStep
 
-# the first step in keys of copies; those of later steps are below
+# keys of copies have this step or lower numbers, one less for each step
 _COPIES = -(1 << 32)
 
 
 def stage(
     call: Call, steps: list[ProgramStep], landings: Mapping[BufferKey, Landing], bundles: dict[BufferKey, Bundle]
 ) -> dict[BufferKey, View]:
-    """Let own rows be sent from the arena; changes the sends of the steps, and adds new buffers to the bundles of the rank.
+    """Let own rows be sent from the arena: change the sends of the steps, and add new buffers to the rank's bundles.
 
-    landings: of buffers that are in no bundle with others. Returns for each new buffer the own rows that it is a copy of.
+    landings: of buffers that share rows with no others. Return for each new buffer a view of the own rows that it copies.
     """
     copies: dict[BufferKey, View] = {}
     uses = _steps_of_use(steps)
     for number, step in enumerate(steps):
-        alive = [(key, one) for key, one in landings.items() if key in uses and number in uses[key]]
+        alive = [(key, landing) for key, landing in landings.items() if key in uses and number in uses[key]]
         rows: dict[BufferKey, list[slice]] = defaultdict(list)
         sent_in_place: list[int] = []
         for i, (payload, message) in enumerate(step.sends):
-            own = [piece for piece in message.view.slices if piece.buffer.step == OWN]
+            own_slices = [piece for piece in message.view.slices if piece.buffer.step == OWN]
             all_heads = message.view.heads == call.payload_heads(payload)
-            if not own or len(message.bundle) > 1 or (message.bundle and not all_heads):
+            if not own_slices or len(message.bundle) > 1 or (message.bundle and not all_heads):
                 continue
             if not travels_from_its_buffer(call, payload, message.view, message.segments):
                 continue
-            landed = next((found for key, one in alive if (found := _in_landed(message, key, one))), None)
+            landed = next((slices for key, landing in alive if (slices := _in_landed(message, key, landing))), None)
             if landed:
                 step.sends[i] = payload, message._replace(view=message.view._replace(slices=landed))
                 continue
             sent_in_place.append(i)
-            for piece in own:
+            for piece in own_slices:
                 assert isinstance(piece.rows, slice)
                 rows[piece.buffer].append(piece.rows)
-        staged = {source: _CopiedRows(source, number, some) for source, some in rows.items()}
+        staged = {source: _CopiedRows(source, number, sent) for source, sent in rows.items()}
         for i in sent_in_place:
             payload, message = step.sends[i]
-            slices = [staged[one.buffer].moved(one) if one.buffer in staged else one for one in message.view.slices]
+            slices = [
+                staged[piece.buffer].moved(piece) if piece.buffer in staged else piece for piece in message.view.slices
+            ]
             step.sends[i] = payload, message._replace(view=message.view._replace(slices=slices))
             if message.bundle:
-                bundles.update({one.key: (one.key,) for one in staged.values() if one.key.payload == payload})
-        copies |= {one.key: one.view for one in staged.values()}
+                keys = [copied.key for copied in staged.values() if copied.key.payload == payload]
+                bundles.update({key: (key,) for key in keys})
+        copies |= {copied.key: copied.view for copied in staged.values()}
     return copies
 
 
 class _CopiedRows:
-    """The own rows of one tensor that a step sends, side by side in a buffer. view: of the own tensor."""
+    """The own rows of one tensor that a step sends, contiguous in a buffer. view: of the own tensor."""
 
     def __init__(self, source: BufferKey, step: int, sent: list[slice]):
         begin, end = (np.array([getattr(rows, side) for rows in sent], np.int64) for side in ("start", "stop"))
@@ -83,7 +86,7 @@ class _CopiedRows:
         self.view = View(total, heads.stop, [piece], True)
 
     def moved(self, piece: BufferSlice) -> BufferSlice:
-        """Return the same rows of the own tensor where they lie in the buffer."""
+        """Return a slice of the own tensor's rows as a slice of the buffer."""
         assert isinstance(piece.rows, slice)
         part = int(np.searchsorted(self.begin, piece.rows.start, "right")) - 1
         start = int(self.first_row[part] + piece.rows.start - self.begin[part])
@@ -91,7 +94,8 @@ class _CopiedRows:
 
 
 def _in_landed(message: Message, key: BufferKey, landing: Landing) -> list[BufferSlice] | None:
-    """Return the slices of a message of own rows in a landed buffer; None where not all its segments lie there whole."""
+    """Return the slices of a landed buffer that hold a message's own rows; None if one of its segments is not contiguous
+    there."""
     if len(message.view.slices) != 1:
         return None
     (piece,) = message.view.slices
@@ -109,17 +113,17 @@ def _in_landed(message: Message, key: BufferKey, landing: Landing) -> list[Buffe
     return slices
 
 
-def _rows_in_landed(own: BufferKey, key: BufferKey, landing: Landing) -> np.ndarray | None:
-    """Return the row in a landed buffer of each row of an own tensor, -1 for those that it has not; None where heads differ."""
-    parts = [piece for piece in landing.own if piece.buffer == own]
-    all_heads = slice(0, own.h1 - own.h0)
-    if (key.h0, key.h1) != (own.h0, own.h1) or not parts or any(piece.heads != all_heads for piece in parts):
+def _rows_in_landed(tensor: BufferKey, key: BufferKey, landing: Landing) -> np.ndarray | None:
+    """Return for each row of an own tensor its row in a landed buffer, -1 if that has it not; None if the heads differ."""
+    parts = [piece for piece in landing.own_slices if piece.buffer == tensor]
+    all_heads = slice(0, tensor.h1 - tensor.h0)
+    if (key.h0, key.h1) != (tensor.h0, tensor.h1) or not parts or any(piece.heads != all_heads for piece in parts):
         return None
-    return landing.rows_of_own(own)
+    return landing.rows_of_own(tensor)
 
 
 def _steps_of_use(steps: Iterable[ProgramStep]) -> dict[BufferKey, range]:
-    """Return the steps in which each buffer is there: from its first use to its last."""
+    """Return the steps during which each buffer is in use: from its first use to its last."""
     uses: dict[BufferKey, range] = {}
     for number, step in enumerate(steps):
         for key in (piece.buffer for view in step.views() for piece in view.slices):
