@@ -25,7 +25,7 @@ from torch import Tensor
 
 import distattn as da
 from distattn.parallel.make_plan import STRATEGIES
-from distattn.parallel.runtime.transport import Transport
+from distattn.parallel.runtime.communication.transport import Transport
 
 
 def main() -> int:

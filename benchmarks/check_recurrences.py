@@ -38,7 +38,7 @@ from distattn.kernels.recurrence.tokens import RecurrenceTokens
 from distattn.kernels.recurrence.trial import RecurrenceInputs
 from distattn.kernels.spec import KernelRequirements
 from distattn.parallel.analysis.text_format import readable_bytes
-from distattn.parallel.runtime.transport import Transport
+from distattn.parallel.runtime.communication.transport import Transport
 
 WAYS = {
     "in turn": RecurrencePlan("contiguous", schedule="sequential"),

@@ -32,7 +32,7 @@ from recurrence import RecurrencePlan
 from torch import Tensor
 
 import distattn as da
-from distattn.parallel.runtime.transport import Packet, PendingMessages, Transport
+from distattn.parallel.runtime.communication.transport import Packet, PendingMessages, Transport
 
 TOKENS = 16384
 # few tokens, so that a state counts for much of a rank's results

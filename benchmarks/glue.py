@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import distattn as da
 from distattn.parallel.make_plan import STRATEGIES
-from distattn.parallel.runtime.buffers import Buffers
+from distattn.parallel.runtime.execution.buffers import Buffers
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 from meta_run import MetaBackend, Watch, layer_call  # noqa: E402

@@ -34,10 +34,11 @@ from distattn.kernels.triton import attention as triton_attention
 from distattn.kernels.triton.launch import schedule_to_device
 from distattn.ops.executable import kernel_requirements
 from distattn.parallel.make_plan import STRATEGIES
-from distattn.parallel.runtime import execute
-from distattn.parallel.runtime.program import Program, lower
-from distattn.parallel.runtime.transport import Packet
-from distattn.parallel.runtime.upload_program import copy_program_to_device
+from distattn.parallel.runtime.communication.transport import Packet
+from distattn.parallel.runtime.execution import execute
+from distattn.parallel.runtime.lowering.lower import lower
+from distattn.parallel.runtime.lowering.upload_program import copy_program_to_device
+from distattn.parallel.runtime.program import Program
 
 BUDGET = 150
 # our kernels in a trace; what else runs there copies or merges

@@ -38,7 +38,7 @@ from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.spec import KernelRequirements
 from distattn.ops.executable import EXECUTABLES, Executable, ExecutionKey, kernel_requirements, with_device_index
 from distattn.ops.kernel_choice import local_kernel_trials
-from distattn.parallel.runtime.transport import SingleRankTransport
+from distattn.parallel.runtime.communication.transport import SingleRankTransport
 
 # the tier that is wrapped; what is planted does not depend on it
 TIER = "triton"

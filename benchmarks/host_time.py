@@ -19,9 +19,10 @@ from torch import Tensor
 import distattn as da
 from distattn.kernels.spec import ScoreMod
 from distattn.parallel.make_plan import STRATEGIES
-from distattn.parallel.runtime import execute
-from distattn.parallel.runtime.program import Program, lower
-from distattn.parallel.runtime.transport import Packet
+from distattn.parallel.runtime.communication.transport import Packet
+from distattn.parallel.runtime.execution import execute
+from distattn.parallel.runtime.lowering.lower import lower
+from distattn.parallel.runtime.program import Program
 
 BUDGET = 150
 

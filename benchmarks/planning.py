@@ -25,7 +25,7 @@ from distattn.ir.layout import LAYOUTS, make_layout
 from distattn.kernels.registry import kernel_preparer
 from distattn.ops.executable import kernel_requirements
 from distattn.parallel.make_plan import STRATEGIES
-from distattn.parallel.runtime.program import lower
+from distattn.parallel.runtime.lowering.lower import lower
 
 REPEATS = 3
 CPU = torch.device("cpu")

@@ -30,9 +30,9 @@ from distattn.kernels.triton.launch import TritonLaunch
 from distattn.ops.attention import backward_pass, forward_pass
 from distattn.ops.executable import Executable, ExecutionKey, kernel_requirements
 from distattn.parallel.make_plan import STRATEGIES, make_plan
-from distattn.parallel.runtime.execute import run_to_completion
-from distattn.parallel.runtime.program import lower
-from distattn.parallel.runtime.transport import Packet
+from distattn.parallel.runtime.communication.transport import Packet
+from distattn.parallel.runtime.execution.execute import run_to_completion
+from distattn.parallel.runtime.lowering.lower import lower
 
 CPU = torch.device("cpu")
 # documents of a few tiles, some of them on several ranks

@@ -34,7 +34,7 @@ from distattn.kernels.recurrence import chunked
 from distattn.kernels.recurrence.tokens import RecurrenceTokens
 from distattn.kernels.spec import KernelRequirements
 from distattn.parallel.analysis.text_format import readable_bytes
-from distattn.parallel.runtime.transport import Transport
+from distattn.parallel.runtime.communication.transport import Transport
 
 HEADS, DIM = 4, 64
 NEEDED = KernelRequirements(torch.float32, DIM, DIM, torch.device("cpu"), op=OPS["gated_delta_rule"])

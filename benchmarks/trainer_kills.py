@@ -44,7 +44,7 @@ from distattn.launch import cli, run_locally
 from distattn.launch.attempts import Attempts
 from distattn.launch.ranks import rank as rank_process
 from distattn.launch.ranks.die_with_launcher import die_with_launcher
-from distattn.parallel.runtime.transport import GroupTransport, Packet, PendingMessages
+from distattn.parallel.runtime.communication.transport import GroupTransport, Packet, PendingMessages
 from distattn.supervision import heartbeats
 from distattn.supervision.culprits import process_state
 from distattn.supervision.heartbeats import Heartbeat

@@ -189,7 +189,7 @@ def test_rooms_are_linked_into_the_package_and_shadow_nobody():
 
 def test_no_object_is_unpickled_that_has_not_matched_its_digest():
     """Refuse PyTorch's collectives of objects, which unpickle what arrives; `sealed_values` is used instead."""
-    sealed = {Path("parallel/runtime/sealed_values.py"), Path("distattn/checkpoints/rank_sockets.py")}
+    sealed = {Path("parallel/runtime/communication/sealed_values.py"), Path("distattn/checkpoints/rank_sockets.py")}
     # the names that unpickled data may contain
     listed = {Path("distattn/checkpoints/pickled_names.py")}
     theirs = ("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list", "recv_object_list")

@@ -121,7 +121,7 @@ class LateLists:
 
 def with_late_lists(program):
     """Return a program whose lists are in one tensor, as on a GPU."""
-    from distattn.parallel.runtime.upload_program import replace_tensors
+    from distattn.parallel.runtime.lowering.upload_program import replace_tensors
 
     lists = {}
     replace_tensors(program, lambda tensor: lists.setdefault(id(tensor), tensor))

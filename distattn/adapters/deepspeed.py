@@ -34,7 +34,7 @@ from distattn.adapters.pytorch import (
 from distattn.driver.context_parallel import ContextParallel
 from distattn.driver.parameter_probe import ProbedParameter
 from distattn.ir.errors import DistattnError
-from distattn.parallel.runtime.communicator import new_group
+from distattn.parallel.runtime.communication.communicator import new_group
 
 
 class SequenceGroups:

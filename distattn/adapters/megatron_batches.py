@@ -23,8 +23,8 @@ from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.ir.plan import Plan
 from distattn.parallel.attention_config import AttentionConfig
-from distattn.parallel.runtime.communicator import timeout_of
-from distattn.parallel.runtime.transport import Transport
+from distattn.parallel.runtime.communication.communicator import timeout_of
+from distattn.parallel.runtime.communication.transport import Transport
 
 # the largest number of row shapes that are kept; batches of varying length have many
 _MOST_ROWS = 64

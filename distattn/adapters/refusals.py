@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from distattn.ir.errors import DistattnError
-from distattn.parallel.runtime.collective_calls import ask_store, default_store
+from distattn.parallel.runtime.communication.collective_calls import ask_store, default_store
 
 # a rank ends even if the store does not answer
 _STORE_SECONDS = 5.0

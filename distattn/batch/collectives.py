@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 
 from distattn.batch.health import HealthMonitor
-from distattn.parallel.runtime.collective_calls import default_store
-from distattn.parallel.runtime.communicator import all_gather_objects, all_gather_objects_over_gloo
-from distattn.parallel.runtime.sealed_values import seal, unseal
+from distattn.parallel.runtime.communication.collective_calls import default_store
+from distattn.parallel.runtime.communication.communicator import all_gather_objects, all_gather_objects_over_gloo
+from distattn.parallel.runtime.communication.sealed_values import seal, unseal
 from distattn.supervision.heartbeats import thread_activity
 
 # a control message, padded: gloo's receiver must know the size beforehand

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from distattn.ir.errors import LostRankError, named_ranks
-from distattn.parallel.runtime.collective_calls import ask_store, default_store
+from distattn.parallel.runtime.communication.collective_calls import ask_store, default_store
 
 Result = TypeVar("Result")
 # seconds between two looks for a question

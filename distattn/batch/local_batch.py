@@ -30,8 +30,8 @@ from distattn.ops.latent import latent_attention
 from distattn.ops.prefix_softmax import prefix_softmax
 from distattn.ops.recurrence import recurrence
 from distattn.parallel.prefix_softmax_plans import PrefixSoftmaxPlans, prefix_softmax_shapes
-from distattn.parallel.runtime.all_reduce import all_reduce_sum
-from distattn.parallel.runtime.relaid_rows import RowMoves
+from distattn.parallel.runtime.communication.all_reduce import all_reduce_sum
+from distattn.parallel.runtime.communication.relaid_rows import RowMoves
 from distattn.supervision.heartbeats import set_layer
 
 

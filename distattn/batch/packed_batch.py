@@ -15,7 +15,7 @@ from torch import Tensor
 from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints, as_int64
 from distattn.ir.layout import Layout
-from distattn.parallel.runtime.streams import copy_to_device
+from distattn.parallel.runtime.communication.streams import copy_to_device
 
 IGNORE_INDEX = -100
 # keys that transformers' collators add with return_flash_attn_kwargs

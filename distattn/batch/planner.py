@@ -35,7 +35,7 @@ from distattn.parallel.attention_config import AttentionConfig
 from distattn.parallel.latent_plan import make_latent_plan
 from distattn.parallel.make_plan import make_plan
 from distattn.parallel.recurrent_plan import make_recurrent_plan
-from distattn.parallel.runtime.transport import Transport
+from distattn.parallel.runtime.communication.transport import Transport
 
 if TYPE_CHECKING:
     from distattn.batch.local_batch import LocalBatch

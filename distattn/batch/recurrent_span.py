@@ -17,7 +17,7 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.op import Op, op_of
 from distattn.ir.plan import Plan, dtype_name
 from distattn.ops.executable import with_device_index
-from distattn.parallel.runtime.relaid_rows import move_rows
+from distattn.parallel.runtime.communication.relaid_rows import move_rows
 from distattn.parallel.span_layout import SPAN_LAYOUT, relayout_is_faster, relayout_may_be_faster
 
 

@@ -27,9 +27,9 @@ import torch.distributed as dist
 
 from distattn.checkpoints.owner import machine_digest
 from distattn.ir.errors import DistattnError, LostRankError, named_ranks
-from distattn.parallel.runtime.collective_calls import default_store, run_collective
-from distattn.parallel.runtime.communicator import sendable_device, timeout_of
-from distattn.parallel.runtime.network_interfaces import LOOPBACK, listening_socket, reachable_address
+from distattn.parallel.runtime.communication.collective_calls import default_store, run_collective
+from distattn.parallel.runtime.communication.communicator import sendable_device, timeout_of
+from distattn.parallel.runtime.communication.network_interfaces import LOOPBACK, listening_socket, reachable_address
 
 _KEY_BYTES, _RANK_BYTES, _DIGEST_BYTES = 32, 4, 32
 # seconds for a connection to rank 0 and the proofs over it

@@ -18,7 +18,7 @@ from distattn.driver.message_monitor import MessageMonitor
 from distattn.driver.message_watch import MESSAGES, Awaited, MessageWatch, describe_messages
 from distattn.ir.errors import DistattnError
 from distattn.ops.executable import EXECUTABLES
-from distattn.parallel.runtime.transport import (
+from distattn.parallel.runtime.communication.transport import (
     GroupTransport,
     Packet,
     PendingMessages,

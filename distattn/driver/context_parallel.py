@@ -40,8 +40,8 @@ from distattn.ir.errors import DistattnError, LostRankError
 from distattn.ir.plan import Plan
 from distattn.parallel.attention_config import AttentionConfig
 from distattn.parallel.runtime.arenas import ARENAS
-from distattn.parallel.runtime.communicator import new_group, timeout_of
-from distattn.parallel.runtime.transport import Transport
+from distattn.parallel.runtime.communication.communicator import new_group, timeout_of
+from distattn.parallel.runtime.communication.transport import Transport
 
 Result = TypeVar("Result")
 _LOG = logging.getLogger("distattn")

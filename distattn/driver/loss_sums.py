@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from distattn.parallel.runtime.communicator import sendable_device, timeout_of
+from distattn.parallel.runtime.communication.communicator import sendable_device, timeout_of
 
 if TYPE_CHECKING:
     from distattn.driver.context_parallel import ContextParallel

@@ -20,7 +20,7 @@ import torch
 from distattn.batch.health import HealthMonitor
 from distattn.ir.errors import LostRankError, named_ranks
 from distattn.kernels.devices import has_streams
-from distattn.parallel.runtime.transport import Packet
+from distattn.parallel.runtime.communication.transport import Packet
 
 MESSAGES = "an exchange of attention's messages"
 _LOG = logging.getLogger("distattn")

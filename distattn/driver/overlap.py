@@ -24,7 +24,7 @@ from distattn.kernels.devices import current_device
 from distattn.ops.attention import backward_pass, forward_pass
 from distattn.ops.current_micro_batch import INTERLEAVED, RECOMPUTING
 from distattn.ops.executable import Executable
-from distattn.parallel.runtime.execute import PausableRun
+from distattn.parallel.runtime.execution.execute import PausableRun
 
 # positional and keyword arguments of one micro-batch's call of a module
 Call = tuple[tuple[Any, ...], dict[str, Any]]

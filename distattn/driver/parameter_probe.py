@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distattn.ir.errors import DistattnError
-from distattn.parallel.runtime.communicator import all_gather_objects, sendable_device
+from distattn.parallel.runtime.communication.communicator import all_gather_objects, sendable_device
 
 # relative to the norm of the ranks' own gradients: rounding in bf16 is under 0.01, leaving out one of R ranks changes 1 / sqrt(R)
 _TOLERANCE = 0.05

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from distattn.batch.collectives import shared_name
 from distattn.ir.errors import DistattnError
 from distattn.parallel.attention_config import AttentionConfig
-from distattn.parallel.runtime.collective_calls import run_collective
-from distattn.parallel.runtime.communicator import all_gather_objects
+from distattn.parallel.runtime.communication.collective_calls import run_collective
+from distattn.parallel.runtime.communication.communicator import all_gather_objects
 
 
 class RankTable(NamedTuple):

@@ -16,7 +16,7 @@ from distattn.batch.packed_batch import Batch
 from distattn.batch.planner import AttentionShape, Planned, Planner
 from distattn.ir.errors import DistattnError
 from distattn.ops.executable import plan_summary, raise_disagreement
-from distattn.parallel.runtime.streams import Handover
+from distattn.parallel.runtime.communication.streams import Handover
 
 Shapes = tuple[tuple[AttentionShape, torch.device], ...]
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from distattn.kernels.devices import has_streams
 from distattn.ops.current_micro_batch import INTERLEAVED, InterleavedBatch
-from distattn.parallel.runtime.execute import PausableRun
-from distattn.parallel.runtime.transport import Packet, PendingMessages, Transport
+from distattn.parallel.runtime.communication.transport import Packet, PendingMessages, Transport
+from distattn.parallel.runtime.execution.execute import PausableRun
 from distattn.supervision.heartbeats import awaiting_thread
 
 Result = TypeVar("Result")

@@ -32,7 +32,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from distattn.ir.errors import DistattnError
 from distattn.models.build import meta_model
 from distattn.models.safetensors_files import INDEX, ONE_FILE
-from distattn.parallel.runtime.communicator import all_gather_objects
+from distattn.parallel.runtime.communication.communicator import all_gather_objects
 
 # the file size that Hugging Face recommends
 MAX_SHARD_BYTES = 5_000_000_000

@@ -27,8 +27,8 @@ from distattn.ops.current_micro_batch import current_micro_batch
 from distattn.ops.executable import Executable, kernel_requirements
 from distattn.ops.plan_argument import executable_of
 from distattn.ops.planned_op import PlannedPass, register_planned_op
-from distattn.parallel.runtime import execute
-from distattn.parallel.runtime.transport import Transport
+from distattn.parallel.runtime.communication.transport import Transport
+from distattn.parallel.runtime.execution import execute
 from distattn.supervision.heartbeats import current_layer, set_layer
 
 _SAVED_BY_CHECKPOINTS = {f"distattn.{name}.default" for name in ("forward", "recurrence_forward", "latent_forward")}

@@ -25,9 +25,9 @@ from distattn.ops.attention import autocast_inputs
 from distattn.ops.executable import Executable, kernel_requirements
 from distattn.ops.plan_argument import check_flag, executable_of
 from distattn.ops.planned_op import PlannedPass, register_planned_op
-from distattn.parallel.runtime import execute_convolution
-from distattn.parallel.runtime.execute_convolution import ConvolutionKernel
-from distattn.parallel.runtime.streams import copy_to_device, has_streams
+from distattn.parallel.runtime.communication.streams import copy_to_device, has_streams
+from distattn.parallel.runtime.execution import execute_convolution
+from distattn.parallel.runtime.execution.execute_convolution import ConvolutionKernel
 
 _NO_SCORE = ScoreMod(1.0)
 # whole numbers up to it are exact in float64, the dtype of their messages

@@ -34,19 +34,20 @@ from distattn.ops.kernel_choice import (
     may_choose_kernel,
 )
 from distattn.parallel.analysis.verify import check_max_buffer_bytes, verify
-from distattn.parallel.runtime.collective_calls import run_collective
-from distattn.parallel.runtime.communicator import (
+from distattn.parallel.runtime.communication.collective_calls import run_collective
+from distattn.parallel.runtime.communication.communicator import (
     all_gather_objects_over_gloo,
     open_communicator,
     open_host_communicator,
     timeout_of,
 )
-from distattn.parallel.runtime.kept_tensors import kept_size
-from distattn.parallel.runtime.memory import PassMemory, backward_memory, forward_memory
-from distattn.parallel.runtime.program import Program, lower
-from distattn.parallel.runtime.recurrence_workspace import recurrence_workspace
-from distattn.parallel.runtime.transport import GroupTransport, SingleRankTransport, Transport
-from distattn.parallel.runtime.upload_program import copy_program_to_device
+from distattn.parallel.runtime.communication.transport import GroupTransport, SingleRankTransport, Transport
+from distattn.parallel.runtime.execution.kept_tensors import kept_size
+from distattn.parallel.runtime.lowering.lower import lower
+from distattn.parallel.runtime.lowering.memory import PassMemory, backward_memory, forward_memory
+from distattn.parallel.runtime.lowering.recurrence_workspace import recurrence_workspace
+from distattn.parallel.runtime.lowering.upload_program import copy_program_to_device
+from distattn.parallel.runtime.program import Program
 
 
 class ExecutionKey(NamedTuple):

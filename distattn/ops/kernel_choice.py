@@ -27,7 +27,7 @@ from distattn.kernels.registry import candidate_kernels, load_kernel
 from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.trial_cache import read_trials, trial_key, trial_key_of_op, write_trials
 from distattn.kernels.trials import Trial, rank_kernels, try_kernels
-from distattn.parallel.runtime.program import lower
+from distattn.parallel.runtime.lowering.lower import lower
 
 # by plan, for plans that are prepared repeatedly
 _TRIALS: weakref.WeakKeyDictionary[Plan, dict[Any, dict[str, Trial]]] = weakref.WeakKeyDictionary()

@@ -24,7 +24,7 @@ from distattn.ops.attention import attention, autocast_inputs
 from distattn.ops.executable import Executable, kernel_requirements
 from distattn.ops.plan_argument import executable_of
 from distattn.ops.planned_op import PlannedPass, register_planned_op
-from distattn.parallel.runtime import execute
+from distattn.parallel.runtime.execution import execute
 
 
 @checked

@@ -15,7 +15,7 @@ from torch import Tensor
 from distattn.ir.errors import DistattnError
 from distattn.kernels.devices import current_device, has_streams
 from distattn.ops.executable import EXECUTABLES
-from distattn.parallel.runtime.execute import PausableRun
+from distattn.parallel.runtime.execution.execute import PausableRun
 from distattn.supervision.heartbeats import current_layer, set_layer
 
 # Tags of operators that run a plan: they send messages, and wait for events of other streams. Inductor partitions a graph at such

@@ -16,9 +16,9 @@ from distattn.kernels.devices import current_device
 from distattn.kernels.spec import ScoreMod
 from distattn.ops.executable import Executable
 from distattn.ops.plan_argument import check_flag, executable_of
-from distattn.parallel.runtime import execute_prefix_max
-from distattn.parallel.runtime.execute import run_to_completion
-from distattn.parallel.runtime.execute_prefix_max import PrefixMaxKernel
+from distattn.parallel.runtime.execution import execute_prefix_max
+from distattn.parallel.runtime.execution.execute import run_to_completion
+from distattn.parallel.runtime.execution.execute_prefix_max import PrefixMaxKernel
 
 _NO_SCORE = ScoreMod(1.0)
 

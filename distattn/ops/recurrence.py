@@ -21,8 +21,8 @@ from distattn.ops.attention import autocast_inputs
 from distattn.ops.executable import Executable
 from distattn.ops.plan_argument import check_flag, executable_of
 from distattn.ops.planned_op import PlannedPass, register_planned_op
-from distattn.parallel.runtime import execute_recurrence
-from distattn.parallel.runtime.execute_recurrence import RecurrenceKernel
+from distattn.parallel.runtime.execution import execute_recurrence
+from distattn.parallel.runtime.execution.execute_recurrence import RecurrenceKernel
 
 # attention's score is unused in a recurrence
 _NO_SCORE = ScoreMod(1.0)

@@ -31,8 +31,8 @@ from distattn.memory.settings import MemorySettings
 from distattn.models.build import meta_model
 from distattn.ops.executable import Executable, ExecutionKey
 from distattn.parallel.analysis.text_format import align_columns, with_common_unit
-from distattn.parallel.runtime.program import lower
-from distattn.parallel.runtime.transport import SingleRankTransport
+from distattn.parallel.runtime.communication.transport import SingleRankTransport
+from distattn.parallel.runtime.lowering.lower import lower
 from distattn.training.config.plan_settings import PlanSettings
 from distattn.training.config.run_file import Config
 from distattn.training.config.run_settings import configured_model, memory_settings

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from distattn.parallel.runtime.collective_calls import run_collective
-from distattn.parallel.runtime.communicator import (
+from distattn.parallel.runtime.communication.collective_calls import run_collective
+from distattn.parallel.runtime.communication.communicator import (
     all_gather_objects_over_gloo,
     open_communicator,
     open_host_communicator,
 )
-from distattn.parallel.runtime.communicator_end import end_communicator
-from distattn.parallel.runtime.transport import GroupTransport
+from distattn.parallel.runtime.communication.communicator_end import end_communicator
+from distattn.parallel.runtime.communication.transport import GroupTransport
 from distattn.preflight.comparison import code_problems, problems_of, warnings_of
 from distattn.preflight.device_state import Clock, gpu_clock
 from distattn.preflight.facts import RankFacts, code_digest, collect_facts

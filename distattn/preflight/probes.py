@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distattn.ir.errors import LostRankError
-from distattn.parallel.runtime.transport import GroupTransport, Packet
+from distattn.parallel.runtime.communication.transport import GroupTransport, Packet
 
 # side of the matrices, and the number of products that are timed
 _SIDE = {"cpu": 320, "cuda": 8192}

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
 from distattn.ir.errors import DistattnError
-from distattn.parallel.runtime.network_interfaces import listening_socket, resolve_host
+from distattn.parallel.runtime.communication.network_interfaces import listening_socket, resolve_host
 
 
 def job_store() -> dict[str, Any]:

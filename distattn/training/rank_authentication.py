@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distattn.ir.errors import DistattnError, named_ranks
-from distattn.parallel.runtime.communicator import sendable_device
-from distattn.parallel.runtime.sealed_values import use_secret
+from distattn.parallel.runtime.communication.communicator import sendable_device
+from distattn.parallel.runtime.communication.sealed_values import use_secret
 from distattn.training.job_secret import read_secret
 
 _BYTES = 32

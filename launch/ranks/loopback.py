@@ -25,7 +25,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from distattn.ir.errors import LostRankError
-from distattn.parallel.runtime.network_interfaces import (
+from distattn.parallel.runtime.communication.network_interfaces import (
     LOOPBACK,
     addresses_towards,
     interface_address,

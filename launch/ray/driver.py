@@ -12,7 +12,7 @@ from ray._private import ray_constants
 from ray.exceptions import RayError
 
 from distattn.ir.errors import DistattnError
-from distattn.parallel.runtime.network_interfaces import LOOPBACK
+from distattn.parallel.runtime.communication.network_interfaces import LOOPBACK
 
 # in place of an address: a new cluster on this machine
 _HERE = "local"

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from distattn.kernels.devices import has_streams
-from distattn.parallel.runtime.memory import ALIGNMENT
+from distattn.parallel.runtime.lowering.memory import ALIGNMENT
 
 # loans of arenas after which those of a stream that borrows no longer are freed: some steps of a large model
 _FORGOTTEN_AFTER = 4096

@@ -17,7 +17,7 @@ from distattn.checkpoints import rank_sockets
 from distattn.checkpoints.rank_exchange import RankExchange, RankFailure
 from distattn.checkpoints.rank_sockets import RankConnection
 from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError
-from distattn.parallel.runtime import collective_calls, network_interfaces
+from distattn.parallel.runtime.communication import collective_calls, network_interfaces
 
 
 def answers(rank):

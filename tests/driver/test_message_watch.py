@@ -14,8 +14,8 @@ from processes import run_survivors
 import distattn as da
 from distattn.driver.message_watch import describe_messages
 from distattn.ir.plan import Payload
-from distattn.parallel.runtime import communicator
-from distattn.parallel.runtime.transport import Packet
+from distattn.parallel.runtime.communication import communicator
+from distattn.parallel.runtime.communication.transport import Packet
 
 pytestmark = pytest.mark.waits
 

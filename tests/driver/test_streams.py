@@ -28,8 +28,8 @@ from distattn.ops.executable import Executable
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.parallel.runtime import arenas
 from distattn.parallel.runtime.arenas import ARENAS
-from distattn.parallel.runtime.streams import Handover
-from distattn.parallel.runtime.transport import GroupTransport, _PendingRequests
+from distattn.parallel.runtime.communication.streams import Handover
+from distattn.parallel.runtime.communication.transport import GroupTransport, _PendingRequests
 
 WIDTH, HEADS = 64, 4
 SHAPE = AttentionShape(HEADS, HEADS, WIDTH // HEADS, WIDTH // HEADS, "float32")

@@ -16,7 +16,7 @@ from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.split_tiles import split_long_tiles
 from distattn.kernels.tile_runs import TileRuns, tile_runs, transposed_runs
 from distattn.parallel.make_plan import make_plan
-from distattn.parallel.runtime.program import lower
+from distattn.parallel.runtime.lowering.lower import lower
 
 pytestmark = pytest.mark.sampled(4)
 

@@ -18,7 +18,7 @@ from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.tile_runs import tile_runs
 from distattn.parallel.make_plan import make_plan
-from distattn.parallel.runtime.program import lower
+from distattn.parallel.runtime.lowering.lower import lower
 
 CPU = torch.device("cpu")
 NEEDED = KernelRequirements(torch.bfloat16, 128, 128, CPU)

@@ -258,7 +258,7 @@ def test_a_ring_step_writes_and_merges_in_the_kernel(monkeypatch):
     def refuse(*fields):
         raise AssertionError("a second kernel merges")
 
-    monkeypatch.setattr("distattn.parallel.runtime.buffers.merge_rows", refuse)
+    monkeypatch.setattr("distattn.parallel.runtime.execution.buffers.merge_rows", refuse)
     inputs = random_inputs(128, 2, 1, 32)
     shape = dict(heads=2, kv_heads=1, head_dim=32, dtype="float32")
     plan = make_plan(Mask.causal(128), Layout.contiguous([128], 4), strategy="ring", **shape)

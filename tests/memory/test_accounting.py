@@ -20,7 +20,7 @@ from distattn.launch.train_command import main as train
 from distattn.memory.accounting import ATTENTION, LOSS, AllocationWatch, StateBytes
 from distattn.memory.settings import MemorySettings
 from distattn.ops.executable import Executable, ExecutionKey, checked_program
-from distattn.parallel.runtime.transport import SingleRankTransport
+from distattn.parallel.runtime.communication.transport import SingleRankTransport
 from distattn.planning.memory_of_run import (
     fit_line,
     memory_json,

@@ -12,10 +12,10 @@ from distattn.kernels.convolution import taps
 from distattn.kernels.registry import kernel_preparer
 from distattn.ops.executable import kernel_requirements
 from distattn.parallel.make_plan import STRATEGIES
-from distattn.parallel.runtime import execute_convolution
-from distattn.parallel.runtime.execute import run_in_lock_step
-from distattn.parallel.runtime.program import lower
-from distattn.parallel.runtime.transport import InProcessNetwork
+from distattn.parallel.runtime.communication.transport import InProcessNetwork
+from distattn.parallel.runtime.execution import execute_convolution
+from distattn.parallel.runtime.execution.execute import run_in_lock_step
+from distattn.parallel.runtime.lowering.lower import lower
 
 LENGTHS = (1, 7, 129, 2, 63)
 HEADS, DIM, TAPS = 2, 3, 4

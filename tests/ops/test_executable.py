@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import distattn as da
 from distattn.kernels.registry import kernel_preparer
 from distattn.ops.executable import kernel_requirements
-from distattn.parallel.runtime.program import lower
-from distattn.parallel.runtime.upload_program import copy_program_to_device, replace_tensors
+from distattn.parallel.runtime.lowering.lower import lower
+from distattn.parallel.runtime.lowering.upload_program import copy_program_to_device, replace_tensors
 
 SHAPE = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64")
 

@@ -14,7 +14,7 @@ import distattn as da
 from distattn.ir.op import OPS, latent_op
 from distattn.kernels.registry import KERNELS, choose_kernel
 from distattn.ops.executable import Executable, checked_program, kernel_requirements
-from distattn.parallel.runtime.transport import GroupTransport
+from distattn.parallel.runtime.communication.transport import GroupTransport
 
 LENGTHS = (700, 40, 1, 330, 2, 90, 5, 64, 64, 1, 800)
 HEADS, DIM, RANKS = 4, 16, 4

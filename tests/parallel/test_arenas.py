@@ -14,11 +14,11 @@ from planted_changes import ChangedGradient
 from distattn.ir.plan import Payload
 from distattn.parallel.runtime import arenas
 from distattn.parallel.runtime.arenas import ArenaPool
-from distattn.parallel.runtime.buffers import Buffers
-from distattn.parallel.runtime.kept_tensors import _part
-from distattn.parallel.runtime.memory import FlatPlaces, PlacedTensor
-from distattn.parallel.runtime.transport import GroupTransport, Packet
-from distattn.parallel.runtime.views import BufferKey
+from distattn.parallel.runtime.communication.transport import GroupTransport, Packet
+from distattn.parallel.runtime.execution.buffers import Buffers
+from distattn.parallel.runtime.execution.kept_tensors import _part
+from distattn.parallel.runtime.lowering.memory import FlatPlaces, PlacedTensor
+from distattn.parallel.runtime.lowering.views import BufferKey
 
 CPU = torch.device("cpu")
 

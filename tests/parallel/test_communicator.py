@@ -9,7 +9,7 @@ from processes import run_on_ranks
 
 import distattn as da
 from distattn.ops import executable
-from distattn.parallel.runtime import communicator
+from distattn.parallel.runtime.communication import communicator
 
 SHAPE = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64")
 

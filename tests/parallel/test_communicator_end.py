@@ -11,9 +11,9 @@ import torch
 from imitated_nccl import Group, ImitatedNccl, QueueWire
 
 from distattn.ir.errors import DistattnError
-from distattn.parallel.runtime import communicator_end
-from distattn.parallel.runtime.communicator_end import end_communicator, end_with_group
-from distattn.parallel.runtime.transport import GroupTransport, Packet
+from distattn.parallel.runtime.communication import communicator_end
+from distattn.parallel.runtime.communication.communicator_end import end_communicator, end_with_group
+from distattn.parallel.runtime.communication.transport import GroupTransport, Packet
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
@@ -157,7 +157,7 @@ import logging, os, sys, tempfile
 sys.path.insert(0, {support!r})
 import torch, torch.distributed as dist
 import distattn as da
-from distattn.parallel.runtime import communicator_end
+from distattn.parallel.runtime.communication import communicator_end
 
 # without the advice to call loss_scale
 logging.getLogger("distattn").setLevel(logging.ERROR)

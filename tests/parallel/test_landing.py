@@ -11,8 +11,8 @@ from distattn.ir.mask import Mask
 from distattn.ir.plan import REDUCED_PAYLOADS, Call, Payload, Plan, Table
 from distattn.kernels.launch_mask import WrittenRows
 from distattn.parallel.make_plan import make_plan
-from distattn.parallel.runtime.program import lower
-from distattn.parallel.runtime.views import OWN
+from distattn.parallel.runtime.lowering.lower import lower
+from distattn.parallel.runtime.lowering.views import OWN
 from distattn.parallel.tables.backward import derive_backward
 
 TOKENS = sum(LENGTHS)

@@ -16,10 +16,12 @@ from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.kernels.registry import KERNELS
 from distattn.parallel.make_plan import make_plan
-from distattn.parallel.runtime import execute, memory, program
-from distattn.parallel.runtime.buffers import Buffers
-from distattn.parallel.runtime.memory import Request, find_places, rounded_arena_bytes
-from distattn.parallel.runtime.transport import InProcessNetwork
+from distattn.parallel.runtime.communication.transport import InProcessNetwork
+from distattn.parallel.runtime.execution import execute
+from distattn.parallel.runtime.execution.buffers import Buffers
+from distattn.parallel.runtime.lowering import lower as lowering
+from distattn.parallel.runtime.lowering import memory
+from distattn.parallel.runtime.lowering.memory import Request, find_places, rounded_arena_bytes
 
 requests = st.builds(
     lambda size, begin, length: Request(size, begin, begin + length),
@@ -69,8 +71,8 @@ def test_an_arena_is_hardly_larger_than_what_lives_at_once(strategy, ranks):
         passes.append((steps, bundles, memory.assign_places(call, steps, bundles)))
         return passes[-1][-1]
 
-    with mock.patch.object(program, "assign_places", recorded):
-        program.lower(plan, 1, lambda mask: None)
+    with mock.patch.object(lowering, "assign_places", recorded):
+        lowering.lower(plan, 1, lambda mask: None)
     for steps, bundles, size in passes:
         change = Counter()
         for _, _, fields, rows, heads, begin, end in memory._tensors(plan.call, steps, bundles):

@@ -13,9 +13,10 @@ from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.ir.plan import POLICIES, Payload
 from distattn.parallel.make_plan import STRATEGIES, make_plan
-from distattn.parallel.runtime import communicator, execute
-from distattn.parallel.runtime.communicator import backend_name, warm_up
-from distattn.parallel.runtime.transport import GroupTransport, Packet
+from distattn.parallel.runtime.communication import communicator
+from distattn.parallel.runtime.communication.communicator import backend_name, warm_up
+from distattn.parallel.runtime.communication.transport import GroupTransport, Packet
+from distattn.parallel.runtime.execution import execute
 
 # seconds of a wait that would never end, in tests of breaches
 SOON = 5.0

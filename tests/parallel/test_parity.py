@@ -15,7 +15,7 @@ from distattn.ir.mask import Mask
 from distattn.ir.plan import POLICIES, Payload
 from distattn.parallel.analysis.verify import verify
 from distattn.parallel.make_plan import STRATEGIES, make_plan
-from distattn.parallel.runtime.program import lower
+from distattn.parallel.runtime.lowering.lower import lower
 
 pytestmark = pytest.mark.sampled(8)
 

@@ -20,13 +20,13 @@ from distattn.parallel.analysis.explain import explain
 from distattn.parallel.analysis.simulate import simulate
 from distattn.parallel.analysis.verify import verify
 from distattn.parallel.make_plan import make_plan
-from distattn.parallel.runtime import state_pass
-from distattn.parallel.runtime.execute import run_in_lock_step
-from distattn.parallel.runtime.execute_prefix_max import forward
-from distattn.parallel.runtime.memory import backward_memory
-from distattn.parallel.runtime.program import lower
-from distattn.parallel.runtime.state_tensors import HeldStateTensors
-from distattn.parallel.runtime.transport import InProcessNetwork
+from distattn.parallel.runtime.communication.transport import InProcessNetwork
+from distattn.parallel.runtime.execution import state_pass
+from distattn.parallel.runtime.execution.execute import run_in_lock_step
+from distattn.parallel.runtime.execution.execute_prefix_max import forward
+from distattn.parallel.runtime.execution.state_tensors import HeldStateTensors
+from distattn.parallel.runtime.lowering.lower import lower
+from distattn.parallel.runtime.lowering.memory import backward_memory
 from distattn.parallel.strategies.scan_schedules import SCHEDULES
 
 LENGTHS = (1, 7, 129, 63)

@@ -18,10 +18,10 @@ from distattn.kernels.registry import kernel_preparer, load_kernel
 from distattn.kernels.spec import ScoreMod
 from distattn.ops.executable import kernel_requirements
 from distattn.parallel.analysis.verify import verify
-from distattn.parallel.runtime import execute, execute_convolution
-from distattn.parallel.runtime.execute import run_in_lock_step
-from distattn.parallel.runtime.program import lower
-from distattn.parallel.runtime.transport import InProcessNetwork
+from distattn.parallel.runtime.communication.transport import InProcessNetwork
+from distattn.parallel.runtime.execution import execute, execute_convolution
+from distattn.parallel.runtime.execution.execute import run_in_lock_step
+from distattn.parallel.runtime.lowering.lower import lower
 
 ROPE, LATENT = 2, 3
 # results of one row are added, or merged by log-sum-exp

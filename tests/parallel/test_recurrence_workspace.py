@@ -19,8 +19,8 @@ from distattn.kernels.recurrence.triton import kernel as triton_kernel
 from distattn.ops.executable import Executable, checked_program
 from distattn.ops.planned_op import IMPLEMENTATIONS
 from distattn.parallel.runtime.arenas import ARENAS
-from distattn.parallel.runtime.recurrence_workspace import recurrence_workspace
-from distattn.parallel.runtime.transport import GroupTransport
+from distattn.parallel.runtime.communication.transport import GroupTransport
+from distattn.parallel.runtime.lowering.recurrence_workspace import recurrence_workspace
 
 DIM, VALUE_DIM = 64, 128
 PACKS = {"short": (128,) * 8, "long": (900, 36, 200)}

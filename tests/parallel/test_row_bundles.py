@@ -12,9 +12,9 @@ from test_budgets import packed, plan_of
 from distattn.ir.mask import Mask
 from distattn.ir.plan import DTYPE_BYTES, POLICIES, Payload
 from distattn.parallel.make_plan import make_plan
-from distattn.parallel.runtime.program import lower
-from distattn.parallel.runtime.row_bundles import RowFormat
-from distattn.parallel.runtime.transport import Packet
+from distattn.parallel.runtime.communication.transport import Packet
+from distattn.parallel.runtime.lowering.lower import lower
+from distattn.parallel.runtime.lowering.row_bundles import RowFormat
 
 
 def test_tensors_of_rows_are_seen_in_their_own_dtypes():

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from processes import run_on_ranks
 
 from distattn.batch.collectives import _receive_all
-from distattn.parallel.runtime import sealed_values
-from distattn.parallel.runtime.communicator import all_gather_objects
-from distattn.parallel.runtime.sealed_values import seal, unseal, use_secret
+from distattn.parallel.runtime.communication import sealed_values
+from distattn.parallel.runtime.communication.communicator import all_gather_objects
+from distattn.parallel.runtime.communication.sealed_values import seal, unseal, use_secret
 
 REFUSED = "does not match its digest: it was changed in transit, or is not from a rank of this job"
 UNPICKLED = []

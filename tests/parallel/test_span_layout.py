@@ -9,7 +9,7 @@ from distattn.batch.recurrent_span import recurrent_span
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.parallel.attention_config import AttentionConfig
-from distattn.parallel.runtime.relaid_rows import RowMoves
+from distattn.parallel.runtime.communication.relaid_rows import RowMoves
 
 TOKENS = 8192 * 8
 

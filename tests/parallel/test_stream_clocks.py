@@ -10,8 +10,8 @@ from imitated_cuda import DEVICE, StreamNccl, imitated_cuda
 from imitated_nccl import GROUP
 
 from distattn.ir.plan import Payload
-from distattn.parallel.runtime.streams import Handover
-from distattn.parallel.runtime.transport import GroupTransport, Packet
+from distattn.parallel.runtime.communication.streams import Handover
+from distattn.parallel.runtime.communication.transport import GroupTransport, Packet
 
 
 def violations(work):

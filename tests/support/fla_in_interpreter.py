@@ -25,7 +25,7 @@ from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.recurrence.trial import RecurrenceInputs, differences
 from distattn.kernels.registry import load_kernel
 from distattn.kernels.spec import KernelRequirements
-from distattn.parallel.runtime.program import lower
+from distattn.parallel.runtime.lowering.lower import lower
 
 CPU = torch.device("cpu")
 # each op has a document of one token, and one op has documents of more than one chunk

@@ -41,7 +41,7 @@ from distattn.kernels.triton.attention import ACCUMULATES, DIFFERENTIABLE_LSE, b
 from distattn.kernels.triton.launch import TritonLaunch
 from distattn.memory import pinned_memory
 from distattn.ops.planned_op import IMPLEMENTATIONS
-from distattn.parallel.runtime import communicator
+from distattn.parallel.runtime.communication import communicator
 
 __all__ = ["ACCUMULATES", "DEVICE", "DIFFERENTIABLE_LSE", "KERNEL", "StreamNccl", "backward", "forward", "prepare"]
 

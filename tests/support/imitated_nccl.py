@@ -281,7 +281,7 @@ class _Call:
 
 def imitate_nccl(seconds: float = 60.0, blocks: bool = True) -> None:
     """Open communicators with NCCL's rules next to gloo groups from now on in this process."""
-    from distattn.parallel.runtime import communicator
+    from distattn.parallel.runtime.communication import communicator
 
     def opened(store: dist.Store, rank: int, members: list[int], timeout: Any, name: str) -> ImitatedNccl:
         gloo = dist.ProcessGroupGloo(store, rank, len(members), timeout)

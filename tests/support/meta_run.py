@@ -28,9 +28,9 @@ from distattn.kernels.registry import KERNELS
 from distattn.ops.attention import backward_pass, forward_pass
 from distattn.ops.executable import Executable, checked_program
 from distattn.ops.planned_op import IMPLEMENTATIONS
-from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.arenas import ARENAS
-from distattn.parallel.runtime.transport import GroupTransport
+from distattn.parallel.runtime.communication.transport import GroupTransport
+from distattn.parallel.runtime.execution import execute
 
 # these read or write nothing, or only their result's shape
 _FREE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias", "set_")

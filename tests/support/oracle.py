@@ -17,10 +17,11 @@ from distattn.kernels.registry import kernel_preparer, load_kernel
 from distattn.kernels.spec import ScoreMod
 from distattn.ops.executable import kernel_requirements
 from distattn.parallel.analysis.verify import verify
-from distattn.parallel.runtime import execute
-from distattn.parallel.runtime.program import Program, ProgramStep, lower
-from distattn.parallel.runtime.transport import InProcessNetwork, Packet, Transport
-from distattn.parallel.runtime.views import BufferKey, View
+from distattn.parallel.runtime.communication.transport import InProcessNetwork, Packet, Transport
+from distattn.parallel.runtime.execution import execute
+from distattn.parallel.runtime.lowering.lower import lower
+from distattn.parallel.runtime.lowering.views import BufferKey, View
+from distattn.parallel.runtime.program import Program, ProgramStep
 
 
 class Result(NamedTuple):

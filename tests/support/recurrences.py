@@ -19,12 +19,13 @@ from distattn.kernels.recurrence import chunked
 from distattn.kernels.recurrence.tokens import RecurrenceTokens, Segments, token_by_token
 from distattn.kernels.spec import KernelRequirements
 from distattn.parallel.analysis.verify import verify
-from distattn.parallel.runtime import execute_recurrence, state_pass
-from distattn.parallel.runtime.execute import run_in_lock_step
-from distattn.parallel.runtime.kept_tensors import KeptPlaces, kept_size
-from distattn.parallel.runtime.program import Program, lower
-from distattn.parallel.runtime.state_tensors import HeldStateTensors
-from distattn.parallel.runtime.transport import InProcessNetwork
+from distattn.parallel.runtime.communication.transport import InProcessNetwork
+from distattn.parallel.runtime.execution import execute_recurrence, state_pass
+from distattn.parallel.runtime.execution.execute import run_in_lock_step
+from distattn.parallel.runtime.execution.kept_tensors import KeptPlaces, kept_size
+from distattn.parallel.runtime.execution.state_tensors import HeldStateTensors
+from distattn.parallel.runtime.lowering.lower import lower
+from distattn.parallel.runtime.program import Program
 
 RECURRENT = [name for name, op in OPS.items() if op.kind == "recurrence"]
 

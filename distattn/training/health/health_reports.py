@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distattn.driver.context_parallel import ContextParallel
 from distattn.driver.message_monitor import MessageMonitor
-from distattn.parallel.runtime.communicator import sendable_device
+from distattn.parallel.runtime.communication.communicator import sendable_device
 from distattn.training.health.collective_waits import count_waits
 from distattn.training.health.device_counters import COUNTERS, DeviceCounters
 from distattn.training.health.device_probe import DeviceProbe

@@ -19,7 +19,7 @@ from torch import Tensor
 from distattn.adapters import pytorch
 from distattn.batch.packed_batch import IGNORE_INDEX
 from distattn.kernels.merge import accumulation_dtype
-from distattn.parallel.runtime.communicator import sendable_device
+from distattn.parallel.runtime.communication.communicator import sendable_device
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distattn.driver.message_monitor import MessageMonitor
-from distattn.parallel.runtime.communicator import all_gather_objects
-from distattn.parallel.runtime.transport import Packet
+from distattn.parallel.runtime.communication.communicator import all_gather_objects
+from distattn.parallel.runtime.communication.transport import Packet
 from distattn.training.engines.engine import PipelineStage
 
 INPUT, OUTPUT = "input", "output"

@@ -21,7 +21,7 @@ import xxhash
 from torch import Tensor
 
 from distattn.ir.errors import named_ranks
-from distattn.parallel.runtime.communicator import sendable_device
+from distattn.parallel.runtime.communication.communicator import sendable_device
 from distattn.training.engines.engine import COUNTS, WEIGHT, StateTensor
 from distattn.training.watch.module_observer import gather_values, local_part, plain_name
 from distattn.training.watch.replay_check import row_sums

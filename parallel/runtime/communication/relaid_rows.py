@@ -14,8 +14,8 @@ from torch import Tensor
 from distattn.ir.intervals import Ints
 from distattn.ir.layout import Layout
 from distattn.parallel.runtime.arenas import ARENAS, ArenaAllocator, aligned_bytes
-from distattn.parallel.runtime.streams import copy_to_device
-from distattn.parallel.runtime.transport import Packet, Transport
+from distattn.parallel.runtime.communication.streams import copy_to_device
+from distattn.parallel.runtime.communication.transport import Packet, Transport
 
 
 class RowMoves(NamedTuple):

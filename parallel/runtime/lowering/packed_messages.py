@@ -15,8 +15,8 @@ from torch import Tensor
 
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import Call, Payload
-from distattn.parallel.runtime.row_bundles import Bundle
-from distattn.parallel.runtime.views import OWN, View
+from distattn.parallel.runtime.lowering.row_bundles import Bundle
+from distattn.parallel.runtime.lowering.views import OWN, View
 
 if TYPE_CHECKING:
     from distattn.parallel.runtime.program import Message, ProgramStep

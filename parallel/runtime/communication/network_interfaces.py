@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from distattn.ir.errors import DistattnError
-from distattn.parallel.runtime.collective_calls import default_store
+from distattn.parallel.runtime.communication.collective_calls import default_store
 
 LOOPBACK = "127.0.0.1"
 # Linux's call for the IPv4 address of an interface, and its table of IPv6 ones

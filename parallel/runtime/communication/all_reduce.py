@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distattn.parallel.runtime.arenas import ARENAS, ArenaAllocator, aligned_bytes
-from distattn.parallel.runtime.transport import Packet, Transport
+from distattn.parallel.runtime.communication.transport import Packet, Transport
 
 
 def all_reduce_sum(x: Tensor, ranks: Sequence[int], rank: int, transport: Transport) -> Tensor:

@@ -21,16 +21,16 @@ from distattn.ir.plan import Payload
 from distattn.kernels.recurrence.tokens import RecurrenceTokens, Segments
 from distattn.kernels.spec import KernelRequirements
 from distattn.parallel.runtime.arenas import ARENAS
-from distattn.parallel.runtime.buffers import Fields, convert_sums
-from distattn.parallel.runtime.execute import PausableRun, Target, run_steps
-from distattn.parallel.runtime.kept_tensors import KeptPlaces
-from distattn.parallel.runtime.memory import forward_arena_bytes
+from distattn.parallel.runtime.communication.transport import Transport
+from distattn.parallel.runtime.execution.buffers import Fields, convert_sums
+from distattn.parallel.runtime.execution.execute import PausableRun, Target, run_steps
+from distattn.parallel.runtime.execution.kept_tensors import KeptPlaces
+from distattn.parallel.runtime.execution.state_pass import StatePass
+from distattn.parallel.runtime.execution.state_tensors import State, compose_transitions
+from distattn.parallel.runtime.lowering.memory import forward_arena_bytes
+from distattn.parallel.runtime.lowering.segment_launches import SegmentKind
+from distattn.parallel.runtime.lowering.state_program import SegmentStates
 from distattn.parallel.runtime.program import KernelLaunch, Program, kept_key
-from distattn.parallel.runtime.segment_launches import SegmentKind
-from distattn.parallel.runtime.state_pass import StatePass
-from distattn.parallel.runtime.state_program import SegmentStates
-from distattn.parallel.runtime.state_tensors import State, compose_transitions
-from distattn.parallel.runtime.transport import Transport
 
 
 class RecurrenceKernel(Protocol):

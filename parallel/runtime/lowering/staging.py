@@ -16,9 +16,9 @@ import torch
 
 from distattn.ir.intervals import expand_ranges, merge_intervals
 from distattn.ir.plan import Call
-from distattn.parallel.runtime.landing import Landing
-from distattn.parallel.runtime.row_bundles import Bundle
-from distattn.parallel.runtime.views import OWN, BufferKey, BufferSlice, View, travels_from_its_buffer
+from distattn.parallel.runtime.lowering.landing import Landing
+from distattn.parallel.runtime.lowering.row_bundles import Bundle
+from distattn.parallel.runtime.lowering.views import OWN, BufferKey, BufferSlice, View, travels_from_its_buffer
 
 if TYPE_CHECKING:
     from distattn.parallel.runtime.program import Message, ProgramStep

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from distattn.parallel.runtime.memory import PlacedTensor, place_fields
+from distattn.parallel.runtime.lowering.memory import PlacedTensor, place_fields
+from distattn.parallel.runtime.lowering.views import BufferKey
 from distattn.parallel.runtime.program import Program
-from distattn.parallel.runtime.views import BufferKey
 
 
 class KeptPlaces(NamedTuple):

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from distattn.ir.plan import Payload
 from distattn.kernels.devices import current_device, has_streams
+from distattn.parallel.runtime.communication.streams import Handover
+from distattn.parallel.runtime.lowering.views import View
 from distattn.parallel.runtime.program import KernelLaunch, Message, Program, ProgramStep
-from distattn.parallel.runtime.streams import Handover
-from distattn.parallel.runtime.views import View
 
 # bytes that lists on the device are aligned to
 _ALIGNMENT = 16

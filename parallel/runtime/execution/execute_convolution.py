@@ -14,11 +14,11 @@ from torch import Tensor
 
 from distattn.ir.plan import Payload
 from distattn.parallel.runtime.arenas import ARENAS
-from distattn.parallel.runtime.buffers import Buffers, Fields, convert_sums
-from distattn.parallel.runtime.execute import PausableRun, Target, run_steps
-from distattn.parallel.runtime.memory import forward_arena_bytes
+from distattn.parallel.runtime.communication.transport import Transport
+from distattn.parallel.runtime.execution.buffers import Buffers, Fields, convert_sums
+from distattn.parallel.runtime.execution.execute import PausableRun, Target, run_steps
+from distattn.parallel.runtime.lowering.memory import forward_arena_bytes
 from distattn.parallel.runtime.program import KernelLaunch, Program, kept_key
-from distattn.parallel.runtime.transport import Transport
 
 
 class ConvolutionKernel(Protocol):

@@ -29,7 +29,7 @@ from distattn.ir.plan import (
     num_rows,
     select_rows,
 )
-from distattn.parallel.runtime.views import BufferKey
+from distattn.parallel.runtime.lowering.views import BufferKey
 from distattn.parallel.tables.partition import owns_range
 
 # in bytes: the tensor memory accelerator requires addresses and strides that are multiples of it

@@ -12,13 +12,13 @@ from distattn.ir.plan import Payload
 from distattn.kernels.recurrence.tokens import Segments
 from distattn.kernels.spec import KernelRequirements
 from distattn.parallel.runtime.arenas import ARENAS
-from distattn.parallel.runtime.buffers import Fields
-from distattn.parallel.runtime.execute import PausableRun, Target, run_steps
+from distattn.parallel.runtime.communication.transport import Transport
+from distattn.parallel.runtime.execution.buffers import Fields
+from distattn.parallel.runtime.execution.execute import PausableRun, Target, run_steps
+from distattn.parallel.runtime.execution.state_pass import StatePass
+from distattn.parallel.runtime.execution.state_tensors import State
+from distattn.parallel.runtime.lowering.segment_launches import SegmentKind
 from distattn.parallel.runtime.program import KernelLaunch, Program
-from distattn.parallel.runtime.segment_launches import SegmentKind
-from distattn.parallel.runtime.state_pass import StatePass
-from distattn.parallel.runtime.state_tensors import State
-from distattn.parallel.runtime.transport import Transport
 
 
 class PrefixMaxKernel(Protocol):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from distattn.parallel.runtime.arenas import ArenaAllocator
-from distattn.parallel.runtime.buffers import Buffers
+from distattn.parallel.runtime.execution.buffers import Buffers
+from distattn.parallel.runtime.execution.state_tensors import HeldStateTensors, State
+from distattn.parallel.runtime.lowering.state_program import SegmentStates, StateProgram
 from distattn.parallel.runtime.program import KernelLaunch, Program
-from distattn.parallel.runtime.state_program import SegmentStates, StateProgram
-from distattn.parallel.runtime.state_tensors import HeldStateTensors, State
 
 
 class StatePass:

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
 from distattn.ir.errors import DistattnError
-from distattn.parallel.runtime.collective_calls import default_store, run_collective
-from distattn.parallel.runtime.communicator_end import end_communicator, end_with_group
-from distattn.parallel.runtime.sealed_values import seal, unseal
+from distattn.parallel.runtime.communication.collective_calls import default_store, run_collective
+from distattn.parallel.runtime.communication.communicator_end import end_communicator, end_with_group
+from distattn.parallel.runtime.communication.sealed_values import seal, unseal
 
 # the time after which PyTorch's own watchdog may end a process that waits
 _WATCHDOG = timedelta(hours=1)

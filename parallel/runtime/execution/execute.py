@@ -18,12 +18,12 @@ from distattn.ir.plan import REDUCED_PAYLOADS, Payload
 from distattn.kernels.registry import Kernel
 from distattn.kernels.spec import ScoreMod
 from distattn.parallel.runtime.arenas import ARENAS
-from distattn.parallel.runtime.buffers import Buffers, Fields, Places, convert_sums
-from distattn.parallel.runtime.memory import forward_arena_bytes
-from distattn.parallel.runtime.packed_messages import PackedMessages
+from distattn.parallel.runtime.communication.transport import Packet, Transport
+from distattn.parallel.runtime.execution.buffers import Buffers, Fields, Places, convert_sums
+from distattn.parallel.runtime.execution.state_tensors import HeldStateTensors
+from distattn.parallel.runtime.lowering.memory import forward_arena_bytes
+from distattn.parallel.runtime.lowering.packed_messages import PackedMessages
 from distattn.parallel.runtime.program import KernelLaunch, Message, Program, ProgramStep, kept_key
-from distattn.parallel.runtime.state_tensors import HeldStateTensors
-from distattn.parallel.runtime.transport import Packet, Transport
 
 Result = TypeVar("Result")
 # a generator that pauses while messages are in flight, and returns its result

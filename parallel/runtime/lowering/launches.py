@@ -11,7 +11,7 @@ from distattn.ir.bands import K0, K1, OK, OQ, Q0, Q1
 from distattn.ir.intervals import Ints, expand_ranges, merge_intervals, sorted_unique, stable_argsort
 from distattn.ir.plan import KEY_PAYLOADS, Columns, Payload, select_rows
 from distattn.kernels.launch_mask import LaunchMask
-from distattn.parallel.runtime.views import ViewParts
+from distattn.parallel.runtime.lowering.views import ViewParts
 
 # one launch per step takes working tensors at most this many times as large as what its tasks need; and query rows in several
 # buffers are one launch if all of them are needed in the same heads, except for this factor

@@ -13,8 +13,8 @@ from torch import Tensor
 from distattn.ir.plan import Call, Payload
 from distattn.kernels.recurrence.transitions import constant_transition
 from distattn.parallel.runtime.arenas import ArenaAllocator
-from distattn.parallel.runtime.state_program import StateKey, StateMessage, StatePart, StateStep
-from distattn.parallel.runtime.transport import Packet
+from distattn.parallel.runtime.communication.transport import Packet
+from distattn.parallel.runtime.lowering.state_program import StateKey, StateMessage, StatePart, StateStep
 
 
 class State(NamedTuple):

@@ -12,8 +12,8 @@ import numpy as np
 from distattn.ir.intervals import Ints, lexicographic_argsort
 from distattn.ir.plan import Call, Columns, Payload, has_rows_and_keys, select_rows
 from distattn.kernels.recurrence.tokens import Segments
-from distattn.parallel.runtime.launches import TokenIntervals
-from distattn.parallel.runtime.views import ViewParts
+from distattn.parallel.runtime.lowering.launches import TokenIntervals
+from distattn.parallel.runtime.lowering.views import ViewParts
 
 
 class SegmentKind(Enum):

@@ -17,8 +17,8 @@ import torch
 
 from distattn.ir.intervals import Ints, overlapping_pairs
 from distattn.ir.plan import KEY_PAYLOADS, REDUCED_PAYLOADS, Call, Columns, Table, select_rows
-from distattn.parallel.runtime.row_bundles import Bundle
-from distattn.parallel.runtime.views import OWN, BufferKey, BufferSlice, RowIndex, View
+from distattn.parallel.runtime.lowering.row_bundles import Bundle
+from distattn.parallel.runtime.lowering.views import OWN, BufferKey, BufferSlice, RowIndex, View
 
 if TYPE_CHECKING:
     from distattn.parallel.runtime.program import ProgramStep

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from distattn.ir.errors import DistattnError, LostRankError, named_ranks
 from distattn.ir.plan import Payload
-from distattn.parallel.runtime.communicator_end import end_communicator
-from distattn.parallel.runtime.row_bundles import RowFormat
+from distattn.parallel.runtime.communication.communicator_end import end_communicator
+from distattn.parallel.runtime.lowering.row_bundles import RowFormat
 
 
 class Packet(NamedTuple):

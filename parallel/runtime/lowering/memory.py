@@ -17,9 +17,9 @@ from torch import Tensor
 
 from distattn.ir.plan import BACKWARD_PAYLOADS, FORWARD_PAYLOADS, REDUCED_PAYLOADS, Call, Payload
 from distattn.kernels.spec import LaunchShape, Workspace
-from distattn.parallel.runtime.packed_messages import PackedMessages
-from distattn.parallel.runtime.row_bundles import Bundle, RowFormat, Widths
-from distattn.parallel.runtime.views import OWN, BufferKey, View, travels_from_its_buffer
+from distattn.parallel.runtime.lowering.packed_messages import PackedMessages
+from distattn.parallel.runtime.lowering.row_bundles import Bundle, RowFormat, Widths
+from distattn.parallel.runtime.lowering.views import OWN, BufferKey, View, travels_from_its_buffer
 
 if TYPE_CHECKING:
     from distattn.parallel.runtime.program import KernelLaunch, Message, Program, ProgramStep

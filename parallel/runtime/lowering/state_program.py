@@ -11,7 +11,7 @@ import numpy as np
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import STATE_PAYLOADS, Call, Payload, Plan
 from distattn.parallel.analysis.states import StateName, StateTrace, begun_with_state, state_lifetimes, trace_states
-from distattn.parallel.runtime.memory import ALIGNMENT
+from distattn.parallel.runtime.lowering.memory import ALIGNMENT
 
 
 class StateKey(NamedTuple):

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from distattn.ir.plan import Payload
 from distattn.kernels.glue import RowSelection, add_rows, copy_rows, copy_rows_with_products, merge_rows
-from distattn.parallel.runtime.memory import FlatPlaces, PlacedTensor, PlaceKey
-from distattn.parallel.runtime.packed_messages import PackedMessages
-from distattn.parallel.runtime.views import BufferKey, View
+from distattn.parallel.runtime.lowering.memory import FlatPlaces, PlacedTensor, PlaceKey
+from distattn.parallel.runtime.lowering.packed_messages import PackedMessages
+from distattn.parallel.runtime.lowering.views import BufferKey, View
 
 if TYPE_CHECKING:
     from distattn.parallel.runtime.program import Program

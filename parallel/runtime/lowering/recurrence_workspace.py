@@ -17,8 +17,8 @@ from distattn.ir.plan import Payload
 from distattn.kernels.meta_bytes import META, MetaBytes
 from distattn.kernels.recurrence.tokens import RecurrenceTokens
 from distattn.kernels.triton.launch import schedule_to_device
+from distattn.parallel.runtime.lowering.segment_launches import SegmentKind
 from distattn.parallel.runtime.program import KernelLaunch, Program
-from distattn.parallel.runtime.segment_launches import SegmentKind
 
 
 def recurrence_workspace(program: Program, direction: str, kernel: Any) -> int:
