@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from distattn.cluster.topology import Cluster
 from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints
-from distattn.ir.limits import Check, Number, OneOf, Problem, nested_problems
+from distattn.ir.limits import Check, Number, OneOf, SettingProblem, nested_problems
 from distattn.ir.toml_records import TomlFile, parse_record, raise_problems
 
 # pydantic and tomli_w are imported only to read and write files: kernels are checked where only torch and Triton are installed
@@ -203,7 +203,7 @@ def _sized(cluster: ClusterSpec, name: str, nodes: int, devices: int) -> Cluster
     return replace(cluster, name=name, nodes=nodes, devices=devices)
 
 
-def _table_problems(cluster: ClusterSpec) -> Iterator[Problem]:
+def _table_problems(cluster: ClusterSpec) -> Iterator[SettingProblem]:
     """Yield the problems of the table of speeds as a whole."""
     for direction, head_dim in sorted({(row.direction, row.head_dim) for row in cluster.attention}):
         points = {
@@ -213,10 +213,10 @@ def _table_problems(cluster: ClusterSpec) -> Iterator[Problem]:
         }
         grid = len({q for q, _ in points}) * len({k for _, k in points})
         if len(points) != grid and not any(q == k for q, k in points):
-            yield Problem(
+            yield SettingProblem(
                 "attention",
                 f"{direction}, head dim {head_dim}: rows must be a full grid of queries and keys, or squares.",
             )
     for direction in DIRECTIONS:
         if not any(row.direction == direction for row in cluster.attention):
-            yield Problem("attention", f"there is no row of direction {direction}.")
+            yield SettingProblem("attention", f"there is no row of direction {direction}.")

@@ -34,7 +34,7 @@ _REPLACED = re.compile(r"(step-\d{8,})\.replaced-[0-9a-f]+")
 _IN_RUN = "checkpoints"
 
 
-class Problem(NamedTuple):
+class CheckpointProblem(NamedTuple):
     """A fault of a checkpoint. offset: the first byte that is affected in the file; None for the whole file. text: a sentence."""
 
     file: str
@@ -240,7 +240,7 @@ def newest_good(folder: Path) -> Path | None:
     return None
 
 
-def verify_checkpoint(folder: Path, report: Callable[[int], None] = lambda _: None) -> list[Problem]:
+def verify_checkpoint(folder: Path, report: Callable[[int], None] = lambda _: None) -> list[CheckpointProblem]:
     """Read a checkpoint from end to end; return all differences from what was written, and pickles that could run code.
 
     report: called with numbers of bytes read.
@@ -249,27 +249,29 @@ def verify_checkpoint(folder: Path, report: Callable[[int], None] = lambda _: No
     try:
         manifest = _manifest_of(folder, int(match[1])) if match else Manifest.read(folder)
     except DamagedDataError as error:
-        return [Problem("manifest.json", None, str(error))]
+        return [CheckpointProblem("manifest.json", None, str(error))]
     problems = list(problems_of(folder, manifest, report=report))
     if not problems:
         # digests do not show who wrote the folder, so check the pickles, too
         try:
-            problems += [Problem(*pickle) for pickle in foreign_pickles(folder)]
+            problems += [CheckpointProblem(*pickle) for pickle in foreign_pickles(folder)]
         except OSError as error:
             problems.append(
-                Problem(Path(error.filename).name, None, f"{error.filename}: cannot be read: {error.strerror}.")
+                CheckpointProblem(
+                    Path(error.filename).name, None, f"{error.filename}: cannot be read: {error.strerror}."
+                )
             )
     return problems
 
 
-def first_problem(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> Problem | None:
+def first_problem(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> CheckpointProblem | None:
     """Return the first problem that `problems_of` yields, or None."""
     return next(problems_of(folder, manifest, part, parts), None)
 
 
 def problems_of(
     folder: Path, manifest: Manifest, part: int = 0, parts: int = 1, report: Callable[[int], None] = lambda _: None
-) -> Iterator[Problem]:
+) -> Iterator[CheckpointProblem]:
     """Yield the problems in part number `part` of `parts` equal parts of a checkpoint's blocks."""
     total = sum(len(file.blocks) for file in manifest.files)
     begin, end = total * part // parts, total * (part + 1) // parts
@@ -370,23 +372,23 @@ def _manifest_of(folder: Path, step: int) -> Manifest:
 
 def _problems_of_file(
     path: Path, expected: FileDigests, blocks: range, report: Callable[[int], None]
-) -> Iterator[Problem]:
+) -> Iterator[CheckpointProblem]:
     try:
         with open(path, "rb", buffering=0) as opened:
             size = os.fstat(opened.fileno()).st_size
             if size != expected.bytes:
                 text = f"{path}: has {size:,} bytes, but {expected.bytes:,} were written."
-                yield Problem(expected.name, min(size, expected.bytes), text)
+                yield CheckpointProblem(expected.name, min(size, expected.bytes), text)
                 return
             for block in blocks:
                 try:
                     report(len(read_block(opened.fileno(), path, expected, block)))
                 except DamagedDataError as error:
-                    yield Problem(expected.name, block * BLOCK_BYTES, str(error))
+                    yield CheckpointProblem(expected.name, block * BLOCK_BYTES, str(error))
     except FileNotFoundError:
-        yield Problem(expected.name, None, f"{path}: is missing.")
+        yield CheckpointProblem(expected.name, None, f"{path}: is missing.")
     except OSError as error:
-        yield Problem(expected.name, None, f"{path}: cannot be read: {error.strerror}.")
+        yield CheckpointProblem(expected.name, None, f"{path}: cannot be read: {error.strerror}.")
 
 
 def _is_left(unfinished: Path, writer: str) -> bool:

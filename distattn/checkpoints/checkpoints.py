@@ -26,7 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from distattn.checkpoints.checkpoint_folder import (
-    Problem,
+    CheckpointProblem,
     by_preference,
     checkpoint_name,
     clean_leftovers,
@@ -294,7 +294,7 @@ class Checkpoints:
     def _verify_and_read(self, candidate: _Candidate, state: dict[str, Any]) -> str | None:
         """Verify and read a checkpoint; return its problem, or None. The same on all ranks."""
         part, parts = self._exchange.rank, self._exchange.ranks
-        problem: Problem | None = self._decided(
+        problem: CheckpointProblem | None = self._decided(
             lambda: first_problem(candidate.folder, candidate.manifest, part, parts),
             lambda problems: [next((each for each in problems if each is not None), None)] * parts,
         )

@@ -35,7 +35,7 @@ _MEANT = {
 }
 
 
-class Problem(NamedTuple):
+class SettingProblem(NamedTuple):
     """A key, such as "train.steps", and a sentence about its value."""
 
     key: str
@@ -88,7 +88,7 @@ class Check:
     problem: Callable[[Any], str | None]
 
 
-def limit_problems(settings: Any, table: str = "") -> Iterator[Problem]:
+def limit_problems(settings: Any, table: str = "") -> Iterator[SettingProblem]:
     """Yield a problem for each value of a dataclass that does not keep to the limits beside its field; None keeps to all.
 
     table: what stands before the names of fields, such as "train.".
@@ -97,10 +97,10 @@ def limit_problems(settings: Any, table: str = "") -> Iterator[Problem]:
         value = getattr(settings, name)
         reasons = (limit.problem(value) for limit in limits if isinstance(limit, Number | OneOf | Check))
         if value is not None and (reason := next(filter(None, reasons), None)):
-            yield Problem(table + name, reason)
+            yield SettingProblem(table + name, reason)
 
 
-def nested_problems(record: Any, table: str = "") -> Iterator[Problem]:
+def nested_problems(record: Any, table: str = "") -> Iterator[SettingProblem]:
     """Yield the problems of a dataclass and of all dataclasses in its fields. Keys are dotted; entries of tuples have numbers."""
     yield from limit_problems(record, table)
     for field in fields(record):

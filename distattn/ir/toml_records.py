@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 from distattn.ir.errors import DistattnError, SettingError
-from distattn.ir.limits import Problem
+from distattn.ir.limits import SettingProblem
 from distattn.ir.toml_lines import Key, TomlLines, syntax_place
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def parse_record(kind: type[Record], content: Mapping[str, Any], place: Callable
     raise AssertionError("a validation error has rows")
 
 
-def raise_problems(problems: Iterable[Problem], place: Callable[[Key], str]) -> None:
+def raise_problems(problems: Iterable[SettingProblem], place: Callable[[Key], str]) -> None:
     """Raise DistattnError with a line for each problem, which begins with the place of its key; nothing without problems."""
     lines = [f"{place(key_of(problem.key))}: {problem}" for problem in problems]
     if lines:
@@ -100,7 +100,7 @@ def key_of(dotted: str) -> Key:
     return tuple(int(part) if part.isdecimal() else part for part in dotted.split("."))
 
 
-def unknown_key(kind: Any, key: str, arrays: bool = True) -> Problem:
+def unknown_key(kind: Any, key: str, arrays: bool = True) -> SettingProblem:
     """Return the problem of an unknown key, with the keys that may be meant, otherwise those of its table.
 
     arrays: whether keys in arrays of tables may be meant.
@@ -108,14 +108,14 @@ def unknown_key(kind: Any, key: str, arrays: bool = True) -> Problem:
     keys = list(_keys(kind, arrays))
     if similar := _similar_keys(keys, key):
         *others, last = (name if "." in name or "." not in key else f"{name}, above all tables" for name in similar)
-        return Problem(key, f"unknown key. Did you mean {', '.join(others)}{' or ' if others else ''}{last}?")
+        return SettingProblem(key, f"unknown key. Did you mean {', '.join(others)}{' or ' if others else ''}{last}?")
     table = _without_numbers(key).rpartition(".")[0] + "."
-    return Problem(
+    return SettingProblem(
         key, f"unknown key. There are {', '.join([name for name in keys if name.startswith(table)] or keys)}."
     )
 
 
-def wrong_type(kind: Any, key: str, value: Any, error: str) -> Problem:
+def wrong_type(kind: Any, key: str, value: Any, error: str) -> SettingProblem:
     """Return the problem of a value of a wrong type, with an example of the right one. error: pydantic's name of the error."""
     expected, example = _EXPECTED.get(error, ("a value of this key", ""))
     hint, default = _field_of(kind, key_of(key))
@@ -134,19 +134,19 @@ def wrong_type(kind: Any, key: str, value: Any, error: str) -> Problem:
     if isinstance(value, float) or (isinstance(value, dict) and set(value) <= {"date", "time", "datetime"}):
         # show nan, inf, and dates and times, as TOML has them: JSON has no type for them
         shown = str(value if isinstance(value, float) else next(iter(value.values()), value))
-    return Problem(key, f"{shown} is not {expected}{f'; give one such as {example}' if example else ''}.")
+    return SettingProblem(key, f"{shown} is not {expected}{f'; give one such as {example}' if example else ''}.")
 
 
-def _problem(kind: Any, error: ErrorDetails) -> Problem:
+def _problem(kind: Any, error: ErrorDetails) -> SettingProblem:
     key = ".".join(map(str, error["loc"]))
     if error["type"] in _UNKNOWN:
         return unknown_key(kind, key)
     if error["type"] in ("missing", "missing_argument"):
-        return Problem(key, "is missing.")
+        return SettingProblem(key, "is missing.")
     if error["type"] == "value_error":
         # a dataclass that checks its own fields raises a SettingError with a field
         fault: SettingError = error["ctx"]["error"]
-        return Problem(f"{key}.{fault.key}", str(fault).removeprefix(f"{fault.key}: "))
+        return SettingProblem(f"{key}.{fault.key}", str(fault).removeprefix(f"{fault.key}: "))
     return wrong_type(kind, key, error["input"], error["type"])
 
 

@@ -144,10 +144,10 @@ def materialise(model: PreTrainedModel, seed: int, device: str | torch.device = 
     """
     blueprint = untied_meta_model(model)
     check_unfilled(model, blueprint)
-    targets = own_tensors(model)
+    targets = unique_tensors(model)
     initialisations = _initialisations(blueprint, targets)
     allocate(model, device)
-    _initialise(own_tensors(model), blueprint, initialisations, seed, torch.device(device))
+    _initialise(unique_tensors(model), blueprint, initialisations, seed, torch.device(device))
 
 
 def materialise_buffers(model: PreTrainedModel, device: str | torch.device = "cpu") -> None:
@@ -159,10 +159,10 @@ def materialise_buffers(model: PreTrainedModel, device: str | torch.device = "cp
     blueprint = untied_meta_model(model)
     check_unfilled(model, blueprint)
     in_files = set(blueprint.state_dict())
-    names = own_tensors(model).keys() - in_files
+    names = unique_tensors(model).keys() - in_files
     initialisations = _initialisations(blueprint, names)
     allocate(model, device)
-    targets = {name: tensor for name, tensor in own_tensors(model).items() if name in names}
+    targets = {name: tensor for name, tensor in unique_tensors(model).items() if name in names}
     _initialise(targets, blueprint, initialisations, 0, torch.device(device))
 
 
@@ -186,7 +186,7 @@ def check_unfilled(model: PreTrainedModel, blueprint: PreTrainedModel) -> None:
             raise DistattnError(
                 f"{target} and {source} are tied, but were sharded apart; shard both modules in one fully_shard call."
             )
-    tensors, wanted = own_tensors(model), own_tensors(blueprint)
+    tensors, wanted = unique_tensors(model), unique_tensors(blueprint)
     strange = sorted(tensors.keys() ^ (wanted.keys() - set(model.all_tied_weights_keys)))
     if strange:
         raise DistattnError(
@@ -204,7 +204,7 @@ def check_unfilled(model: PreTrainedModel, blueprint: PreTrainedModel) -> None:
             )
 
 
-def own_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+def unique_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers by name; tied ones once."""
     return dict([*model.named_parameters(), *model.named_buffers()])
 
@@ -225,7 +225,7 @@ def _initialisations(blueprint: PreTrainedModel, wanted: Collection[str]) -> lis
     initialisations: list[_Initialisation] = []
     with torch.no_grad():
         for name, owner, module in _modules_from_below("", blueprint, blueprint):
-            tensors = {f"{name}.{leaf}" if name else leaf: tensor for leaf, tensor in own_tensors(module).items()}
+            tensors = {f"{name}.{leaf}" if name else leaf: tensor for leaf, tensor in unique_tensors(module).items()}
             # in-place operations on a tensor, or on a view of it, increase its version
             before = {key: tensor._version for key, tensor in tensors.items()}
             try:

@@ -29,13 +29,13 @@ from distattn.preflight.memory_forecast import MemoryForecast, forecast_memory
 from distattn.training.config.run_file import Config
 from distattn.training.config.run_settings import configured_model
 from distattn.training.run_data import open_data
-from distattn.training.run_facts import facts_of
+from distattn.training.run_facts import resume_facts
 from distattn.training.run_folder import RunFolder
 from distattn.training.state_bytes import model_parameters
 
 # suffixes of the files that count as code
 _CODE = (".py", ".json", ".j2")
-# entries of `facts_of` that are compared, with their names in sentences
+# entries of `resume_facts` that are compared, with their names in sentences
 _DIGESTS = {"model": "model configuration", "plan": "plan of packs"}
 
 
@@ -166,7 +166,7 @@ def _facts_of_data(run: RunFolder, config: Config, device: torch.device, rank: i
     data = open_data(run, config)
     with data.plan:
         model = configured_model(config, data.vocabulary, data.context)
-        facts = facts_of(config, data, model)
+        facts = resume_facts(config, data, model)
         digests = {name: facts[key] for key, name in _DIGESTS.items()}
         digests |= {f"corpus {corpus.name}": corpus.digest for corpus in data.corpora}
         plan = Plan.load(run.plan_file) if run.plan_file.exists() else None

@@ -47,7 +47,7 @@ from distattn.training.reporting.step_clock import StepClock
 from distattn.training.reporting.step_documents import append_documents
 from distattn.training.run_checkpoints import RunCheckpoints, describe_streak
 from distattn.training.run_data import RunData, held_out_data, open_data, piece_rows
-from distattn.training.run_facts import TrainingRun, check_steps_left, facts_of
+from distattn.training.run_facts import TrainingRun, check_steps_left, resume_facts
 from distattn.training.run_folder import TRAINING, RunFolder, StepMetrics
 from distattn.training.stop_request import Stop, StopRequest
 from distattn.training.watch.numerics_watch import ROLLBACK, STOP, NumericsWatch, Verdict
@@ -68,7 +68,7 @@ def train(
     data = open_data(run, config)
     with ExitStack() as stack:
         lock, shape = None, configured_model(config, data.vocabulary, data.context)
-        training_run = TrainingRun(run, config, data, shape, facts_of(config, data, shape), device)
+        training_run = TrainingRun(run, config, data, shape, resume_facts(config, data, shape), device)
         if dist.get_rank() == 0:
             lock = stack.enter_context(RunLock(run.folder))
             run.hold()

@@ -27,7 +27,7 @@ _NOT_SHAPE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "
 
 
 class TrainingRun(NamedTuple):
-    """The run to train. shape: the model's transformers configuration. facts: those of `facts_of`. device: this rank's."""
+    """The run to train. shape: the model's transformers configuration. facts: those of `resume_facts`. device: this rank's."""
 
     folder: RunFolder
     config: Config
@@ -37,7 +37,7 @@ class TrainingRun(NamedTuple):
     device: torch.device
 
 
-def facts_of(config: Config, data: RunData, shape: Any) -> dict[str, str]:
+def resume_facts(config: Config, data: RunData, shape: Any) -> dict[str, str]:
     """Return the facts that a checkpoint's manifest records of its run; those in `REQUIRED` must match when it is
     loaded.
 

@@ -35,7 +35,7 @@ from distattn.parallel.analysis.holding import BufferLifetimes, describe_row
 from distattn.parallel.tables.held_states import HeldState, HeldStates
 
 
-class StateName(NamedTuple):
+class StateOrigin(NamedTuple):
     """Origin of a state: a "task" or a "move" of the table, or a task of the forward pass ("kept"). row: its number."""
 
     kind: str
@@ -48,7 +48,7 @@ class StateUse(NamedTuple):
     They tile an interval.
     """
 
-    user: StateName
+    user: StateOrigin
     h0: int
     h1: int
     tiles: list[HeldState]
@@ -58,7 +58,7 @@ class StateLife(NamedTuple):
     """A state of tokens [t0, t1) at a rank, in `heads` heads: from the end of one step to the last step that uses it."""
 
     rank: int
-    name: StateName
+    name: StateOrigin
     heads: int
     t0: int
     t1: int
@@ -162,7 +162,7 @@ class _Tracing:
         return StateTrace(uses, [self._life(*place, *life) for place, life in lives.items()])
 
     def _life(self, rank: int, state: HeldState, heads: int, last: int) -> StateLife:
-        assert isinstance(state.name, StateName)
+        assert isinstance(state.name, StateOrigin)
         if state.name.kind == "task":
             # it is held as a whole, though others may use a part of its heads; of received states all heads are used
             tasks, row = self.table.tasks, state.name.row
@@ -174,13 +174,13 @@ class _Tracing:
         if self.kept is not None:
             for i, part in self._by_heads(self.kept):
                 row, rank, t0, t1 = _ints(self.kept, i, "row", "rank", "k0", "q0")
-                self.held[rank, part].setdefault((t0, t1), HeldState(t0, t1, -1, StateName("kept", row)))
+                self.held[rank, part].setdefault((t0, t1), HeldState(t0, t1, -1, StateOrigin("kept", row)))
         tasks, moves = self.tasks, self.moves
         makes, only_state = self._makes(), tasks["q0"] == tasks["q1"]
         for i, part in self._by_heads(tasks):
             if makes[i]:
                 row, rank, t0, t1, step = _ints(tasks, i, "row", "rank", "k0", "k1", "step")
-                name = StateName("task", row)
+                name = StateOrigin("task", row)
                 self.held[rank, part].setdefault((t0, t1), HeldState(t0, t1, step, name))
                 if only_state[i]:
                     self.unused[rank, part, name] = None
@@ -188,7 +188,7 @@ class _Tracing:
             row, rank, t0, t1, step = _ints(moves, i, "row", "dst", "t0", "t1", "step")
             if self.rank not in (None, rank):
                 continue
-            name = StateName("move", row)
+            name = StateOrigin("move", row)
             if (t0, t1) in self.held[rank, part]:
                 raise PlanError(f"{self.label} of {self._show(name)} arrives twice, or at the rank that computes it.")
             self.held[rank, part][t0, t1] = HeldState(t0, t1, step, name)
@@ -203,7 +203,7 @@ class _Tracing:
             makes = makes | has_rows_and_keys(tasks)
         return makes
 
-    def _wanted(self) -> list[tuple[StateName, int, int, int, int, int]]:
+    def _wanted(self) -> list[tuple[StateOrigin, int, int, int, int, int]]:
         """Return (user, part of the heads, rank, t0, t1, step) of every state that is read."""
         tasks, moves = self.tasks, self.moves
         reads = tasks["k0"] < tasks["q0"]
@@ -211,11 +211,11 @@ class _Tracing:
         for i, part in self._by_heads(tasks):
             if reads[i]:
                 row, rank, t0, t1, step = _ints(tasks, i, "row", "rank", "k0", "q0", "step")
-                out.append((StateName("task", row), part, rank, t0, t1, step))
+                out.append((StateOrigin("task", row), part, rank, t0, t1, step))
         for i, part in self._by_heads(moves):
             row, rank, t0, t1, step = _ints(moves, i, "row", "src", "t0", "t1", "step")
             if self.rank in (None, rank):
-                out.append((StateName("move", row), part, rank, t0, t1, step))
+                out.append((StateOrigin("move", row), part, rank, t0, t1, step))
         return out
 
     def _by_heads(self, rows: Columns) -> list[tuple[int, int]]:
@@ -239,7 +239,7 @@ class _Tracing:
         return f"tokens [{a}, {b})"
 
     def _show(self, name: Hashable) -> str:
-        assert isinstance(name, StateName)
+        assert isinstance(name, StateOrigin)
         rows, columns = (self.table.moves, MOVE_COLUMNS) if name.kind == "move" else (self.table.tasks, TASK_COLUMNS)
         return f"{name.kind} {name.row} {describe_row(rows, columns, name.row)}"
 

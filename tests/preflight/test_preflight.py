@@ -74,8 +74,10 @@ def _plant(fault: str, runs, monkeypatch) -> tuple[RunFolder, Config]:
     elif fault == "data":
         return wrong, config
     elif fault == "plan of packs":
-        facts_of = facts_module.facts_of
-        monkeypatch.setattr(facts_module, "facts_of", lambda *arguments: facts_of(*arguments) | {"plan": "0" * 16})
+        resume_facts = facts_module.resume_facts
+        monkeypatch.setattr(
+            facts_module, "resume_facts", lambda *arguments: resume_facts(*arguments) | {"plan": "0" * 16}
+        )
     elif fault == "attention plan":
         other = SimpleNamespace(load=lambda file: SimpleNamespace(digest="0" * 16))
         monkeypatch.setattr(facts_module, "Plan", other)

@@ -21,7 +21,7 @@ from distattn.data.packing.pack_plan import PackPlan, PlannedSource
 from distattn.data.packing.pack_rule import PackCost, PackRule
 from distattn.data.packing.training_cost import ModelShape, load_device, training_cost
 from distattn.ir.errors import DistattnError, SettingError
-from distattn.ir.limits import Check, Number, Problem, nested_problems
+from distattn.ir.limits import Check, Number, SettingProblem, nested_problems
 from distattn.ir.toml_records import TomlFile, parse_record, raise_problems
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -188,25 +188,29 @@ def open_configured_plan(config: PackConfig, corpora: Sequence[Corpus]) -> PackP
     return plan
 
 
-def _problems(config: PackConfig, has_rule_cost: bool) -> Iterator[Problem]:
+def _problems(config: PackConfig, has_rule_cost: bool) -> Iterator[SettingProblem]:
     """Yield problems of keys that do not go together. has_rule_cost: whether there is a table [rule.cost]."""
     if not config.corpus:
-        yield Problem("corpus", "is missing; add a [[corpus]] with a name and files.")
+        yield SettingProblem("corpus", "is missing; add a [[corpus]] with a name and files.")
     names = [corpus.name for corpus in config.corpus]
     weighted = [corpus.name for corpus in config.corpus if corpus.weight is not None]
     for number, corpus in enumerate(config.corpus):
         table = f"corpus.{number}"
         if corpus.name in names[:number]:
-            yield Problem(f"{table}.name", f"another corpus is called {corpus.name}; give each a name of its own.")
+            yield SettingProblem(
+                f"{table}.name", f"another corpus is called {corpus.name}; give each a name of its own."
+            )
         if config.steps is None and corpus.max_epochs is None:
-            yield Problem(
+            yield SettingProblem(
                 table,
                 f"{corpus.name} has no max_epochs: without steps a plan ends when all corpora have ended; give one of them.",
             )
         if weighted and corpus.weight is None:
-            yield Problem(table, f"{corpus.name} has no weight, but {weighted[0]} has one; give all or none.")
+            yield SettingProblem(table, f"{corpus.name} has no weight, but {weighted[0]} has one; give all or none.")
     if config.cost is not None and has_rule_cost:
-        yield Problem("cost", "is estimated for a device, but [rule.cost] names numbers; leave out one of the two.")
+        yield SettingProblem(
+            "cost", "is estimated for a device, but [rule.cost] names numbers; leave out one of the two."
+        )
 
 
 def _estimated_cost(cost: CostConfig, folder: str) -> PackCost:

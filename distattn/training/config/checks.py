@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import fields
 
-from distattn.ir.limits import Problem, annotations_of, nested_problems
+from distattn.ir.limits import SettingProblem, annotations_of, nested_problems
 from distattn.training.config.idle_keys import idle_problems
 from distattn.training.config.sections import ENGINES, Config, DataConfig, Engines
 
@@ -45,7 +45,7 @@ _COMPARED_WITH = {
 }
 
 
-def problems_of(config: Config, named: Collection[str] = ()) -> list[Problem]:
+def problems_of(config: Config, named: Collection[str] = ()) -> list[SettingProblem]:
     """Return a sentence for each mistake, without those that only follow from another mistake.
 
     named: the keys set on the command line.
@@ -62,7 +62,7 @@ def problems_of(config: Config, named: Collection[str] = ()) -> list[Problem]:
         _overlap_problems(config),
         idle_problems(config, named),
     )
-    problems: list[Problem] = []
+    problems: list[SettingProblem] = []
     wrong: set[str] = set()
     for check in checks:
         of_check = list(check)
@@ -71,24 +71,26 @@ def problems_of(config: Config, named: Collection[str] = ()) -> list[Problem]:
     return problems
 
 
-def _train_problems(config: Config) -> Iterator[Problem]:
+def _train_problems(config: Config) -> Iterator[SettingProblem]:
     """Yield problems of the schedule and the watch with other settings."""
     train = config.train
     if config.watch.action == "rollback" and config.checkpoint.every_steps < 1:
-        yield Problem("watch.action", "rollback goes back to the newest checkpoint; set checkpoint.every_steps.")
+        yield SettingProblem("watch.action", "rollback goes back to the newest checkpoint; set checkpoint.every_steps.")
     if train.warmup_steps > train.steps:
-        yield Problem("train.warmup_steps", f"{train.warmup_steps} of {train.steps} steps; use at most that many.")
+        yield SettingProblem(
+            "train.warmup_steps", f"{train.warmup_steps} of {train.steps} steps; use at most that many."
+        )
     elif train.schedule == "wsd" and train.warmup_steps > train.steps - max(round(train.decay_share * train.steps), 1):
-        yield Problem(
+        yield SettingProblem(
             "train.warmup_steps", f"{train.warmup_steps} of {train.steps} steps reach into wsd's decay; use fewer."
         )
     if train.min_learning_rate > train.learning_rate:
-        yield Problem(
+        yield SettingProblem(
             "train.min_learning_rate", f"{train.min_learning_rate} is above train.learning_rate, {train.learning_rate}."
         )
 
 
-def _shape_problems(config: Config) -> Iterator[Problem]:
+def _shape_problems(config: Config) -> Iterator[SettingProblem]:
     """Yield problems of sizes that do not fit together."""
     model, data, parallel = config.model, config.data, config.parallel
     size, model_parallel = (
@@ -98,34 +100,36 @@ def _shape_problems(config: Config) -> Iterator[Problem]:
     if min(model_parallel, parallel.ranks) < 1:
         return
     if parallel.ranks % model_parallel:
-        yield Problem(
+        yield SettingProblem(
             "parallel.tensor_parallel_size",
             f"with pipelines {model_parallel} ranks, which do not divide {parallel.ranks}.",
         )
     elif size < 0 or parallel.data_ranks % (size or 1):
-        yield Problem("parallel.context_parallel_size", f"{size} does not divide {parallel.data_ranks} ranks.")
+        yield SettingProblem("parallel.context_parallel_size", f"{size} does not divide {parallel.data_ranks} ranks.")
     elif not data.path.endswith(".toml"):
         yield from _pack_problems(data, parallel.data_parallel_size)
     if not data.path.endswith(".toml") and 0 < model.vocab_size < 256:
-        yield Problem("model.vocab_size", f"{model.vocab_size}, but tokens of text are bytes: at least 256, or 0.")
+        yield SettingProblem(
+            "model.vocab_size", f"{model.vocab_size}, but tokens of text are bytes: at least 256, or 0."
+        )
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
     if min(model.hidden_size, heads, kv_heads) >= 1:
         if not model.path and ((not model.head_dim and model.hidden_size % heads) or model.head_size % 2):
-            yield Problem(
+            yield SettingProblem(
                 "model.num_attention_heads",
                 f"hidden_size {model.hidden_size} does not give {heads} heads of an even size.",
             )
         if heads % kv_heads:
-            yield Problem(
+            yield SettingProblem(
                 "model.num_key_value_heads", f"{heads} query heads do not divide among {kv_heads} key/value heads."
             )
     if parallel.devices_per_node > 0 and parallel.ranks % parallel.devices_per_node:
-        yield Problem(
+        yield SettingProblem(
             "parallel.devices_per_node", f"{parallel.devices_per_node} does not divide {parallel.ranks} ranks."
         )
 
 
-def _pack_problems(data: DataConfig, shares: int) -> Iterator[Problem]:
+def _pack_problems(data: DataConfig, shares: int) -> Iterator[SettingProblem]:
     """Yield problems where packs of text do not fit the documents, the step or the data-parallel shares."""
     step = data.tokens_per_step
     contexts = {"data.context_length": data.context_by_step[0][1]}
@@ -140,12 +144,12 @@ def _pack_problems(data: DataConfig, shares: int) -> Iterator[Problem]:
     for key, tokens in contexts.items():
         packs = step // tokens
         if step % tokens:
-            yield Problem(
+            yield SettingProblem(
                 "data.tokens_per_step", f"{step} is not a multiple of {key} {tokens}; {max(packs, 1) * tokens} is."
             )
         elif packs % shares:
             smaller = f"{step // shares}, or " if step % shares == 0 else ""
-            yield Problem(
+            yield SettingProblem(
                 key,
                 f"a step has {packs} pack{'s' * (packs > 1)} of {tokens} tokens, which {shares} shares of the ranks "
                 f"cannot share equally; use {smaller}data.tokens_per_step = {-(-packs // shares) * shares * tokens}.",
@@ -153,27 +157,29 @@ def _pack_problems(data: DataConfig, shares: int) -> Iterator[Problem]:
     longest = max(contexts.values())
     if data.max_document_tokens > longest:
         key = "context_schedule" if data.context_schedule else "context_length"
-        yield Problem(
+        yield SettingProblem(
             "data.max_document_tokens",
             f"{data.max_document_tokens} tokens do not fit into a pack of {longest}; at most "
             f"data.{key if data.context_schedule or data.context_length else 'tokens_per_step'}.",
         )
 
 
-def _overlap_problems(config: Config) -> Iterator[Problem]:
+def _overlap_problems(config: Config) -> Iterator[SettingProblem]:
     """Yield the reasons why micro-batches cannot take turns."""
     parallel, data = config.parallel, config.data
     if not parallel.overlap:
         return
     if config.engine.compile:
-        yield Problem("parallel.overlap", "compiled layers do not take turns; use engine.compile = false.")
+        yield SettingProblem("parallel.overlap", "compiled layers do not take turns; use engine.compile = false.")
     if parallel.latents:
-        yield Problem("parallel.overlap", "layers that send latents do not take turns; use parallel.latents = false.")
+        yield SettingProblem(
+            "parallel.overlap", "layers that send latents do not take turns; use parallel.latents = false."
+        )
     shares = parallel.data_parallel_size
     for _, tokens in () if data.path.endswith(".toml") else data.context_by_step:
         if (data.tokens_per_step // tokens) % (2 * shares):
             wanted = 2 * shares * tokens
-            yield Problem(
+            yield SettingProblem(
                 "parallel.overlap",
                 f"pairs of micro-batches take turns, and {data.tokens_per_step} tokens of a step are "
                 f"{data.tokens_per_step // tokens / shares:g} packs of {tokens} for each share of the ranks; use a multiple of "
@@ -182,51 +188,51 @@ def _overlap_problems(config: Config) -> Iterator[Problem]:
             return
 
 
-def _schedule_problems(config: Config) -> Iterator[Problem]:
+def _schedule_problems(config: Config) -> Iterator[SettingProblem]:
     """Yield problems of phases of context lengths."""
     data, steps = config.data, config.train.steps
     if not data.context_schedule or data.path.endswith(".toml"):
         return
     if data.context_length:
-        yield Problem(
+        yield SettingProblem(
             "data.context_length", "data.context_schedule has the context length by step; leave one of them out."
         )
     *first, last = data.context_schedule
     for number, phase in enumerate(first):
         if not phase.steps:
-            yield Problem(
+            yield SettingProblem(
                 f"data.context_schedule.{number}.steps",
                 "only the last phase may have 0; set this phase's number of steps.",
             )
     if last.steps and (planned := sum(phase.steps for phase in data.context_schedule)) < steps:
-        yield Problem(
+        yield SettingProblem(
             f"data.context_schedule.{len(first)}.steps",
             f"all phases have {planned} steps, and train.steps is {steps}; leave the "
             "last phase's steps out for all remaining ones.",
         )
 
 
-def _engine_problems(config: Config) -> Iterator[Problem]:
+def _engine_problems(config: Config) -> Iterator[SettingProblem]:
     """Yield problems of settings that the engine does not support."""
     engine, parallel, memory = config.engine, config.parallel, config.memory
     if engine.name in ENGINES:
         yield from _unsupported_keys(config, engine.name)
     yield from _precision_problems(config)
     if engine.shard_size < 0 or parallel.ranks % (engine.shard_size or 1):
-        yield Problem("engine.shard_size", f"{engine.shard_size} does not divide {parallel.ranks} ranks.")
+        yield SettingProblem("engine.shard_size", f"{engine.shard_size} does not divide {parallel.ranks} ranks.")
     if memory.offload and memory.activation_checkpointing == "none":
-        yield Problem(
+        yield SettingProblem(
             "memory.offload", "needs memory.activation_checkpointing, since it moves the inputs of checkpointed layers."
         )
     if engine.compile and memory.activation_checkpointing == "save_attention":
-        yield Problem(
+        yield SettingProblem(
             "engine.compile", "a compiled layer cannot choose what it saves; use activation_checkpointing full or none."
         )
     if config.model.weights == "pretrained" and not config.model.path:
-        yield Problem("model.weights", "pretrained weights come from a folder; name it in model.path.")
+        yield SettingProblem("model.weights", "pretrained weights come from a folder; name it in model.path.")
 
 
-def _unsupported_keys(config: Config, engine: str) -> Iterator[Problem]:
+def _unsupported_keys(config: Config, engine: str) -> Iterator[SettingProblem]:
     """Yield a problem for each key that is set and that the engine does not support."""
     for section in fields(config):
         values = getattr(config, section.name)
@@ -237,22 +243,22 @@ def _unsupported_keys(config: Config, engine: str) -> Iterator[Problem]:
                 if unsupported and getattr(values, field.name) != field.default:
                     supported = " and ".join(limit.names)
                     reason = f"engine {engine} does not support it here; use it with {supported}."
-                    yield Problem(f"{section.name}.{field.name}", reason)
+                    yield SettingProblem(f"{section.name}.{field.name}", reason)
 
 
-def _precision_problems(config: Config) -> Iterator[Problem]:
+def _precision_problems(config: Config) -> Iterator[SettingProblem]:
     """Yield problems of precisions that an engine does not train in."""
     name, stage, dtype = config.engine.name, config.engine.zero_stage, config.model.dtype
     if dtype == "float64" and name in ("deepspeed", "megatron"):
-        yield Problem("model.dtype", f"engine {name} does not train in float64; fsdp2 does.")
+        yield SettingProblem("model.dtype", f"engine {name} does not train in float64; fsdp2 does.")
     if dtype == "bfloat16" and name == "deepspeed" and stage == 0:
-        yield Problem(
+        yield SettingProblem(
             "engine.zero_stage",
             "with model.dtype = bfloat16 DeepSpeed sums gradients in float32 from stage 1 on; use 1 to 3.",
         )
 
 
-def _megatron_problems(config: Config) -> Iterator[Problem]:
+def _megatron_problems(config: Config) -> Iterator[SettingProblem]:
     """Yield problems of sizes that tensor- or pipeline-parallel ranks cannot divide."""
     model, parallel = config.model, config.parallel
     if config.engine.name != "megatron":
@@ -263,25 +269,27 @@ def _megatron_problems(config: Config) -> Iterator[Problem]:
         "vocab_size": model.vocab_size,
     }.items():
         if size % max(parallel.tensor_parallel_size, 1):
-            yield Problem(
+            yield SettingProblem(
                 f"model.{key}", f"{size} do not divide among {parallel.tensor_parallel_size} tensor-parallel ranks."
             )
     if model.num_layers % max(parallel.pipeline_parallel_size, 1):
-        yield Problem(
+        yield SettingProblem(
             "model.num_layers",
             f"{model.num_layers} do not divide among {parallel.pipeline_parallel_size} pipeline stages.",
         )
 
 
-def _elastic_problems(config: Config) -> Iterator[Problem]:
+def _elastic_problems(config: Config) -> Iterator[SettingProblem]:
     """Yield the reasons why a run cannot go on with another number of data-parallel replicas."""
     if config.ray.min_nodes < 1:
         return
     if config.parallel.data == "replicated" and not config.parallel.context_parallel_size:
-        yield Problem(
+        yield SettingProblem(
             "ray.min_nodes",
             "all ranks split one pack, so none can be left out; set parallel.context_parallel_size to the "
             "ranks of a replica.",
         )
     if config.checkpoint.every_steps < 0:
-        yield Problem("ray.min_nodes", "the run continues from checkpoints; set checkpoint.every_steps to 0 or more.")
+        yield SettingProblem(
+            "ray.min_nodes", "the run continues from checkpoints; set checkpoint.every_steps to 0 or more."
+        )

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
-from distattn.ir.limits import Problem
+from distattn.ir.limits import SettingProblem
 from distattn.training.config.sections import Config, DataConfig, ModelConfig
 
 # the keys of a model's shape; they come from the config.json of a model's folder
@@ -107,7 +107,7 @@ def idle_keys(config: Config) -> dict[str, str]:
     return idle
 
 
-def idle_problems(config: Config, named: Collection[str]) -> Iterator[Problem]:
+def idle_problems(config: Config, named: Collection[str]) -> Iterator[SettingProblem]:
     """Yield a sentence for each key that is set and has no effect. named: the keys given on the command line.
 
     A key at its default value is harmless: files that runs save have all keys, and the command line takes a file's
@@ -116,7 +116,7 @@ def idle_problems(config: Config, named: Collection[str]) -> Iterator[Problem]:
     """
     for key, reason in idle_keys(config).items():
         if not _has_default(config, key) or (key in named and key.startswith(("data.", "parallel.layout"))):
-            yield Problem(key, reason)
+            yield SettingProblem(key, reason)
 
 
 def without_idle_keys(config: Config, named: Collection[str]) -> tuple[Config, list[str]]:

@@ -27,7 +27,7 @@ _LOG = logging.getLogger("distattn")
 _TOKENS = ("input_ids", "labels", "position_ids", "corpus_ids")
 
 
-class Evidence(NamedTuple):
+class StepEvidence(NamedTuple):
     """The evidence of one step. documents: a JSON object for each piece of its documents; batches: this rank's
     micro-batches.
     """
@@ -39,7 +39,7 @@ class Evidence(NamedTuple):
     model: Any
 
 
-def save_evidence(evidence: Evidence, folder: Path, rank: int, most: int) -> None:
+def save_evidence(evidence: StepEvidence, folder: Path, rank: int, most: int) -> None:
     """Write one step's evidence to `folder/step-N`, and remove the oldest beyond `most` steps. Every rank calls it.
 
     Files: `verdict.json` and `documents.jsonl` (rank 0), and for each rank R `tokens-R.npz` (arrays "I.input_ids" and

@@ -256,7 +256,7 @@ class NumericsWatch:
         are kept.
         """
         evidence.save_evidence(
-            evidence.Evidence(verdict, finding, documents, batches, self._weights),
+            evidence.StepEvidence(verdict, finding, documents, batches, self._weights),
             self.folder / "evidence",
             self._rank,
             self.settings.evidence,

@@ -41,7 +41,7 @@ def main(folder: Path) -> None:
     steps = first_steps(rows_of(folder / "documents.jsonl"), count)
     with (folder / "replay.jsonl").open("w") as out:
         for step, documents in enumerate(steps, 1):
-            loss = accumulate(model, dtype, [document_tokens(row) for row in documents], train["z_loss"])
+            loss = accumulate(model, dtype, [tokens_and_next(row) for row in documents], train["z_loss"])
             norm = torch.nn.utils.clip_grad_norm_(parameters, train["max_grad_norm"])
             for group in optimizer.param_groups:
                 group["lr"] = rates[step]
@@ -71,7 +71,7 @@ def first_steps(rows: Iterator[dict], count: int) -> list[list[dict]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def document_tokens(row: dict) -> torch.Tensor:
+def tokens_and_next(row: dict) -> torch.Tensor:
     """Return the tokens of a piece (1, L), with one more where its document goes on."""
     count = row["length"] + row["follows"]
     tokens = np.fromfile(row["file"], row["dtype"], count, offset=row["byte"])

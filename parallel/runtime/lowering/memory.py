@@ -43,7 +43,7 @@ class PlacedTensor(NamedTuple):
     offset: int
 
 
-class RowsKey(NamedTuple):
+class BundleKey(NamedTuple):
     """Name of the matrix of a bundle among the tensors of a step: the key of its place, and its parts with their share of a
     row."""
 
@@ -227,7 +227,7 @@ def assign_places(call: Call, steps: list[ProgramStep], bundles: Mapping[BufferK
     offsets, size = find_places(requests)
     for (step, key, widths, rows, heads), offset in zip(tensors, offsets, strict=True):
         places = place_fields(widths, rows, heads, offset)[0]
-        if isinstance(key, RowsKey):
+        if isinstance(key, BundleKey):
             step.places |= _places_in_rows(
                 key, places[0]._replace(shape=(rows, key.format.numbers), strides=(key.format.numbers, 1))
             )
@@ -236,13 +236,13 @@ def assign_places(call: Call, steps: list[ProgramStep], bundles: Mapping[BufferK
     return rounded_arena_bytes(size)
 
 
-def _rows_key(call: Call, bundle: Bundle) -> RowsKey:
+def _rows_key(call: Call, bundle: Bundle) -> BundleKey:
     """Return the name and format of the rows that these buffers share."""
     parts = [(key.h1 - key.h0, call.payload_fields(key.payload)) for key in bundle]
-    return RowsKey(("rows", bundle[0]), bundle, RowFormat.of(parts))
+    return BundleKey(("rows", bundle[0]), bundle, RowFormat.of(parts))
 
 
-def _places_in_rows(key: RowsKey, matrix: PlacedTensor) -> dict[PlaceKey, list[PlacedTensor]]:
+def _places_in_rows(key: BundleKey, matrix: PlacedTensor) -> dict[PlaceKey, list[PlacedTensor]]:
     """Return the places of a bundle: of its rows, and of the tensors of its parts in them."""
     places: dict[PlaceKey, list[PlacedTensor]] = {key.rows: [matrix]}
     begin, row_bytes = (size * matrix.dtype.itemsize for size in (matrix.offset, matrix.strides[0]))
@@ -285,7 +285,7 @@ def find_places(requests: Iterable[Request]) -> tuple[list[int], int]:
 
 def _tensors(
     call: Call, steps: list[ProgramStep], bundles: Mapping[BufferKey, Bundle]
-) -> Iterator[tuple[ProgramStep, PlaceKey | RowsKey, Widths, int, int, int, int]]:
+) -> Iterator[tuple[ProgramStep, PlaceKey | BundleKey, Widths, int, int, int, int]]:
     """Yield all tensors of a pass: step, key, fields, rows, heads, and the first and last moment of their lives.
 
     A step has a moment for its begin, and one for each of its launches. A bundle is one tensor of one head.
@@ -325,7 +325,7 @@ def _tensors(
 
 def _packed(
     call: Call, step: ProgramStep, name: str, numbers: tuple[int, ...], rows: int | None, begin: int, end: int
-) -> Iterator[tuple[ProgramStep, PlaceKey | RowsKey, Widths, int, int, int, int]]:
+) -> Iterator[tuple[ProgramStep, PlaceKey | BundleKey, Widths, int, int, int, int]]:
     """Yield the tensors of messages that travel together, in the dtypes that travel. name: "send" or "receive".
 
     rows: if the rows of other peers follow, the number of all rows.
@@ -338,7 +338,7 @@ def _packed(
         yield step, (name, numbers[0]), call.comm_fields(payload), count, message.view.heads, begin, end
         return
     parts = [(message.view.heads, call.comm_fields(payload)) for payload, message in (messages[i] for i in numbers)]
-    key = RowsKey((f"rows of {name}", numbers[0]), tuple((name, number) for number in numbers), RowFormat.of(parts))
+    key = BundleKey((f"rows of {name}", numbers[0]), tuple((name, number) for number in numbers), RowFormat.of(parts))
     yield step, key, key.format.widths, first.view.rows if rows is None else rows, 1, begin, end
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import STATE_PAYLOADS, Call, Payload, Plan
-from distattn.parallel.analysis.states import StateName, StateTrace, begun_with_state, state_lifetimes, trace_states
+from distattn.parallel.analysis.states import StateOrigin, StateTrace, begun_with_state, state_lifetimes, trace_states
 from distattn.parallel.runtime.lowering.memory import ALIGNMENT
 
 
@@ -18,7 +18,7 @@ class StateKey(NamedTuple):
     """A state that a rank holds: of S or dS, and its origin."""
 
     payload: Payload
-    name: StateName
+    name: StateOrigin
 
 
 class StatePart(NamedTuple):
@@ -114,7 +114,7 @@ def lower_states(plan: Plan, rank: int, direction: str) -> StateProgram:
     columns = {name: column.tolist() for name, column in table.tasks.items()}
     for row in (table.tasks["rank"] == rank).nonzero()[0].tolist():
         q0, q1, k0, k1 = (columns[name][row] for name in ("q0", "q1", "k0", "k1"))
-        only_state, name = q0 == q1, StateName("task", row)
+        only_state, name = q0 == q1, StateOrigin("task", row)
         # a task leaves the state of its keys, or in a backward table the gradient state of its rows
         leaves = StateKey(Payload.S if only_state or direction == "forward" else Payload.dS, name)
         tasks[row] = SegmentStates(
@@ -127,7 +127,7 @@ def lower_states(plan: Plan, rank: int, direction: str) -> StateProgram:
             kept.get(row, -1) if direction == "forward" else -1,
         )
     h0, h1 = plan.forward.tasks["h0"], plan.forward.tasks["h1"]
-    begun = [KeptState(StateKey(Payload.S, StateName("kept", row)), int(h0[row]), int(h1[row])) for row in kept]
+    begun = [KeptState(StateKey(Payload.S, StateOrigin("kept", row)), int(h0[row]), int(h1[row])) for row in kept]
     kept_bytes = sum(state.h1 - state.h0 for state in begun) * call.state_bytes(True)
     lives = [state_lifetimes(call, payload, trace.lives) for payload, trace in traces.items()]
     alive = np.zeros(table.steps + 1, np.int64)
@@ -152,7 +152,7 @@ def _add_moves(
     rank: int,
     direction: str,
     steps: list[StateStep],
-    parts: dict[Payload, dict[StateName, tuple[StatePart, ...]]],
+    parts: dict[Payload, dict[StateOrigin, tuple[StatePart, ...]]],
 ) -> None:
     call, moves = plan.call, (plan.forward if direction == "forward" else plan.backward).moves
     for payload in parts:
@@ -162,7 +162,7 @@ def _add_moves(
             step, src, dst, t0, t1, h0, h1 = (
                 int(moves[name][row]) for name in ("step", "src", "dst", "t0", "t1", "h0", "h1")
             )
-            name = StateName("move", row)
+            name = StateOrigin("move", row)
             message = StateMessage(dst, StateKey(payload, name), h0, h1, t1 - t0, is_prefix)
             if src == rank:
                 steps[step].sends.append(message._replace(parts=parts[payload][name]))
@@ -170,11 +170,11 @@ def _add_moves(
                 steps[step].receives.append(message._replace(peer=src))
 
 
-def _parts(payload: Payload, trace: StateTrace) -> dict[StateName, tuple[StatePart, ...]]:
+def _parts(payload: Payload, trace: StateTrace) -> dict[StateOrigin, tuple[StatePart, ...]]:
     """Return the states that each task reads and each move sends, by head range; adjacent ranges of equal states are joined."""
-    parts_by_user: dict[StateName, list[StatePart]] = defaultdict(list)
+    parts_by_user: dict[StateOrigin, list[StatePart]] = defaultdict(list)
     for use in sorted(trace.uses, key=lambda use: (use.user, use.h0)):
-        tiles = tuple(StateKey(payload, name) for state in use.tiles if isinstance(name := state.name, StateName))
+        tiles = tuple(StateKey(payload, name) for state in use.tiles if isinstance(name := state.name, StateOrigin))
         parts = parts_by_user[use.user]
         if parts and parts[-1].h1 == use.h0 and parts[-1].tiles == tiles:
             parts[-1] = parts[-1]._replace(h1=use.h1)
