@@ -3,10 +3,11 @@
 Names are loaded when first used, so that planning and verifying never import torch.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from distattn.ir.renamed import current_name
+from distattn.ir.renamed import MovedModules, current_name
 
 if TYPE_CHECKING:
     from distattn.batch.recurrent_span import RecurrentSpan as RecurrentSpan
@@ -101,6 +102,24 @@ _HOME = {
     "verify": "distattn.parallel.analysis.verify",
 }
 _RENAMED = {"RecurrentRun": "RecurrentSpan", "recurrent_run": "recurrent_span"}
+# modules that documents and examples import, and that have moved
+_MOVED = {
+    "data.byte_corpus": "data.files.text",
+    "data.indexed_file": "data.files.indexed_file",
+    "data.make_pack_plan": "data.packing.make_pack_plan",
+    "data.pack_config": "data.packing.pack_config",
+    "data.pack_rule": "data.packing.pack_rule",
+    "data.streams": "data.streaming.streams",
+    "data.text": "data.files.text",
+    "training.loss_by_position": "training.reporting.loss_by_position",
+    "training.metrics": "training.reporting.metrics",
+    "training.model_flops": "training.reporting.model_flops",
+    "training.numerics_watch": "training.watch.numerics_watch",
+    "training.replay_check": "training.watch.replay_check",
+    "training.schedule": "training.learning_rate",
+    "training.step_clock": "training.reporting.step_clock",
+}
+sys.meta_path.append(MovedModules({f"distattn.{old}": f"distattn.{new}" for old, new in _MOVED.items()}))
 __all__ = sorted(_HOME)
 
 

@@ -119,11 +119,14 @@ class LocalBatch(BatchAttention):
         executable, padding = self._calls[call]
         set_layer(layer)
         if not padding:
-            return cast(Tensor, attend(q_THD, k_TKD, v_TKE, executable, scale=scale, **modifiers))
+            return attend(q_THD, k_TKD, v_TKE, executable, scale=scale, **modifiers)
         # padding attends to nothing, but other ranks may need the help of a rank with only padding
         rows = slice(executable.program.tokens)
-        o_THE = attend(q_THD[rows], k_TKD[rows], v_TKE[rows], executable, scale=scale, **modifiers)
-        return _padded(o_THE, padding)
+        output = attend(q_THD[rows], k_TKD[rows], v_TKE[rows], executable, scale=scale, **modifiers)
+        if isinstance(output, tuple):
+            o_THE, lse_HT = output
+            return cast(Tensor, (_padded(o_THE, padding), F.pad(lse_HT, (0, padding), value=-math.inf)))
+        return _padded(output, padding)
 
     @torch.compiler.disable
     def recurrence(

@@ -255,7 +255,8 @@ class ContextParallel:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
-        if error is not None and self._communicators is not None:
+        # an error that follows from a verdict is known to all ranks already
+        if error is not None and self._communicators is not None and self._communicators.monitor.verdict is None:
             self._communicators.monitor.report(f"{type(error).__name__}: {error}")
         self._close(gracefully=error is None)
 

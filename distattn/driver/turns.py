@@ -107,6 +107,9 @@ class MicroBatchThread:
 
         event: None while messages travel.
         """
+        if self._cancelled:
+            # a `finally` of the model may come here again while the cancelled thread unwinds
+            raise _Cancelled
         self._event = event
         self._suspended.release()
         self._resumed.acquire()

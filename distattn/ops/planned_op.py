@@ -75,9 +75,8 @@ def register_planned_op(
         ctx.executable = EXECUTABLES.by_handle(ctx.plan) if type(ctx.plan) is int else None
 
     def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        if ctx.layer is not None:
-            # messages of this pass are said to be for the layer
-            set_layer(ctx.layer)
+        # messages of this pass belong to the layer of the forward pass, or to none
+        set_layer(ctx.layer)
         # once: a checkpoint recomputes them then
         of_tensors = gradients(ctx, ctx.saved_tensors, *grads)
         return *of_tensors, None, None, *(None for _ in ctx.numbers)

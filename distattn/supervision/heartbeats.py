@@ -276,14 +276,17 @@ def attach(path: Path, slot: int, attempt: int) -> None:
     _CURRENT.write = HeartbeatBoard.open(path, writable=True).writer(slot, attempt)
 
 
-def set_activity(text: str, *, step: int | None = None, seconds: float = 0.0, waits: bool = False) -> None:
+def set_activity(
+    text: str, *, step: int | None = None, seconds: float = 0.0, waits: bool = False, key: str = ""
+) -> None:
     """Report what this process does next. Takes about 1 us; does nothing without a supervisor.
 
-    step: the training step from now on. seconds: see `Heartbeat`. waits: the process waits for other ranks.
+    step: the training step from now on. seconds: see `Heartbeat`. waits: the process waits for other ranks. key: names the
+    activity, alike on all ranks.
     """
     if step is not None:
         _CURRENT.step = step
-    _CURRENT.set(Activity(text, seconds, waits))
+    _CURRENT.set(Activity(text, seconds, waits, key=key))
 
 
 def repeat_heartbeat() -> None:

@@ -185,16 +185,15 @@ class TrainingLoop:
         last, evaluation, every = self.config.train.steps, self.config.evaluation, self.config.checkpoint.every_steps
         clock = self.health.clock()
         steps = self.engine.cp.steps(self._loader(self.data, begin, last))
-        set_activity(f"reading the data of step {begin + 1}")
+        set_activity(f"reading the data of step {begin + 1}", key="data")
         for step, batches in enumerate(clock.steps(steps), begin):
             self.stop.look()
             planned = self.data.plan.step(step)
             # steps of another length compile and allocate, as the first step does
             unusual = self._context not in (None, planned.context)
             self._context = planned.context
-            set_activity(
-                "forward and backward", step=step, seconds=self.config.supervision.starting_seconds if unusual else 0.0
-            )
+            seconds = self.config.supervision.starting_seconds if unusual else 0.0
+            set_activity("forward and backward", step=step, seconds=seconds, key="forward and backward")
             if not self._train_step(step, planned, batches, clock):
                 if (damage := self._damage) is None:
                     return self.run_checkpoints.go_back(step)
@@ -211,7 +210,7 @@ class TrainingLoop:
             if stop:
                 self._end(done, stop)
             clock.skip()
-            set_activity(f"reading the data of step {done + 1}")
+            set_activity(f"reading the data of step {done + 1}", key="data")
         return last
 
     def _train_step(self, step: int, planned: StepPacks, batches: Sequence[Batch], clock: StepClock) -> bool:
@@ -235,12 +234,12 @@ class TrainingLoop:
             self.engine.drop()
             self._damage = damage
             return False
-        set_activity("looking at losses and gradients")
+        set_activity("looking at losses and gradients", key="looking")
         verdict = self.watch.judge(step, mean, norm)
         if train.histogram_every and step % train.histogram_every == 0:
             self.reporter.report_histograms(step + 1, self.engine)
         rate = learning_rate(self.schedule, step)
-        set_activity("the optimizer's step")
+        set_activity("the optimizer's step", key="optimizer")
         self.run_checkpoints.judge(verdict, mean)
         if verdict.applies:
             self.digest.forget()
@@ -327,7 +326,8 @@ class TrainingLoop:
         corpus.
         """
         # the first evaluation compiles
-        set_activity("evaluation", seconds=0.0 if self._has_evaluated else self.config.supervision.starting_seconds)
+        seconds = 0.0 if self._has_evaluated else self.config.supervision.starting_seconds
+        set_activity("evaluation", seconds=seconds, key="evaluation")
         self._has_evaluated = True
         data, begin = held_out_data(self.config, self.data)
         sums = LossByPosition(data.context, [corpus.name for corpus in data.corpora], self.device)

@@ -14,6 +14,7 @@ from distattn.batch.packed_batch import IGNORE_INDEX
 from distattn.ir.layout import LAYOUTS
 from distattn.ops.executable import EXECUTABLES
 from distattn.parallel.make_plan import STRATEGIES
+from distattn.supervision.heartbeats import current_layer
 from distattn.training.config.run_file import Config, ModelConfig
 from distattn.training.config.run_settings import build_model, configured_model
 
@@ -64,6 +65,27 @@ def test_padding_is_left_out_and_packed_positions_say_the_documents():
     local = cp.shard({"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones(2, 4)})
     assert local["position_ids"].tolist() == [[0, 1, 2, 0, 0, 0, 1, 2]]
     assert local["context_parallel"].plan(1, 1, 8, 8, "float32").call.mask == da.Mask.documents([3, 1, 1, 3])
+
+
+def test_padded_attention_returns_its_log_sum_exp():
+    ids, generator = torch.arange(5)[None], torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(8, 2, 4, generator=generator) for _ in range(3))
+    batches = [da.ContextParallel(strategy="ring", pad_to=size).shard({"input_ids": ids}) for size in (1, 8)]
+    (o, lse), (padded_o, padded_lse) = (
+        local["context_parallel"].attention(*(x[:rows] for x in (q, k, v)), return_lse=True)
+        for local, rows in zip(batches, (5, 8), strict=True)
+    )
+    assert torch.equal(padded_o[:5], o) and not padded_o[5:].any()
+    assert torch.equal(padded_lse[:, :5], lse) and padded_lse[:, 5:].isneginf().all()
+
+
+def test_backward_messages_of_a_layer_without_a_number_are_not_those_of_another_layer():
+    batch_of_rank = da.ContextParallel(strategy="ring").shard({"input_ids": torch.arange(5)[None]})["context_parallel"]
+    x, layers = torch.randn(5, 2, 4, requires_grad=True), []
+    x.register_hook(lambda grad: layers.append(current_layer()))
+    y = batch_of_rank.recurrence(x, x, x, "linear_attention")
+    batch_of_rank.attention(y, y, y, layer=7).sum().backward()
+    assert layers == [None]
 
 
 def test_micro_batches_of_a_step_share_a_scale():

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import distattn as da
 from distattn.adapters.pytorch import local_loss
+from distattn.driver.turns import MicroBatchThread, RandomState, ThreadModes
 from distattn.memory.activation_checkpointing import checkpoint_layers
 from distattn.ops.current_micro_batch import RECOMPUTING, current_micro_batch
 from distattn.parallel.make_plan import STRATEGIES
@@ -32,6 +33,19 @@ def batches(rank):
         {"input_ids": torch.randint(0, 256, (1, sum(pack)), generator=generator), "document_lengths": pack}
         for pack in PACKS[rank]
     ]
+
+
+def test_a_cancelled_micro_batch_that_is_suspended_again_while_it_unwinds_ends():
+    def work():
+        try:
+            thread.suspend(None)
+        finally:
+            thread.suspend(None)
+
+    thread = MicroBatchThread(work, None, ThreadModes.current(None), RandomState.current(None))
+    next(thread.resume())
+    thread.cancel()
+    assert not thread._thread.is_alive()
 
 
 class Block(nn.Module):

@@ -1,5 +1,7 @@
 """Names that changed work for one release more, and the warning points at the line that uses them."""
 
+import importlib.util
+
 import pytest
 
 import distattn as da
@@ -17,6 +19,21 @@ def test_old_names_of_functions_and_options_still_work_with_a_warning():
         assert da.recurrent_run is da.recurrent_span
     assert {warning.filename for warning in warned} == {__file__}
     assert "recurrent_run" not in da.__all__
+
+
+def test_documented_modules_that_moved_are_imported_by_their_old_names():
+    with pytest.warns(
+        DeprecationWarning, match="module 'distattn.data.pack_rule' is now 'distattn.data.packing.pack_r"
+    ) as warned:
+        from distattn.data.pack_rule import PackRule
+    from distattn.data.packing import pack_rule
+
+    assert {warning.filename for warning in warned} == {__file__}
+    assert PackRule is pack_rule.PackRule and pack_rule.__spec__.name == "distattn.data.packing.pack_rule"
+    for name in da._MOVED.values():
+        assert importlib.util.find_spec(f"distattn.{name}")
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("distattn.data.nothing")
 
 
 def test_an_adapter_has_its_old_names():

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from planned_data import small_plan, write_corpus
@@ -164,11 +165,29 @@ def test_what_does_not_take_turns_is_refused_by_name(overrides, sentence, tmp_pa
     assert sentence in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["--parallel.ranks=2", "--parallel.context_parallel_size=4"], "parallel.context_parallel_size"),
+        (["--parallel.ranks=0"], "parallel.ranks"),
+        (["--parallel.tensor_parallel_size=0"], "parallel.tensor_parallel_size"),
+        (["--data.context_length=-1"], "data.context_length"),
+    ],
+)
+def test_a_wrong_number_of_ranks_is_named_with_overlap_as_well(overrides, key, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("")
+    with pytest.raises(DistattnError, match=re.escape(key)):
+        configuration.load(file, ["--parallel.overlap=True", *overrides])
+
+
 def test_models_whose_layers_do_not_take_turns_are_refused_by_name():
     class Shape:
         model_type = "mixtral"
         output_router_logits = True
 
+    with pytest.raises(DistattnError, match="parallel.overlap: RoPE of type longrope"):
+        _check_overlap(SimpleNamespace(model_type="phi3", rope_scaling={"rope_type": "longrope"}))
     with pytest.raises(DistattnError, match="parallel.overlap: a router loss"):
         _check_overlap(Shape)
     Shape.layer_types = ["linear_attention"]

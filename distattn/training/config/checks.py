@@ -108,6 +108,8 @@ def _shape_problems(config: Config) -> Iterator[SettingProblem]:
         yield SettingProblem("parallel.context_parallel_size", f"{size} does not divide {parallel.data_ranks} ranks.")
     elif not data.path.endswith(".toml"):
         yield from _pack_problems(data, parallel.data_parallel_size)
+        if parallel.overlap:
+            yield from _pair_problems(data, parallel.data_parallel_size)
     if not data.path.endswith(".toml") and 0 < model.vocab_size < 256:
         yield SettingProblem(
             "model.vocab_size", f"{model.vocab_size}, but tokens of text are bytes: at least 256, or 0."
@@ -166,18 +168,21 @@ def _pack_problems(data: DataConfig, shares: int) -> Iterator[SettingProblem]:
 
 def _overlap_problems(config: Config) -> Iterator[SettingProblem]:
     """Yield the reasons why micro-batches cannot take turns."""
-    parallel, data = config.parallel, config.data
-    if not parallel.overlap:
+    if not config.parallel.overlap:
         return
     if config.engine.compile:
         yield SettingProblem("parallel.overlap", "compiled layers do not take turns; use engine.compile = false.")
-    if parallel.latents:
+    if config.parallel.latents:
         yield SettingProblem(
             "parallel.overlap", "layers that send latents do not take turns; use parallel.latents = false."
         )
-    shares = parallel.data_parallel_size
-    for _, tokens in () if data.path.endswith(".toml") else data.context_by_step:
-        if (data.tokens_per_step // tokens) % (2 * shares):
+
+
+def _pair_problems(data: DataConfig, shares: int) -> Iterator[SettingProblem]:
+    """Yield a problem if a share of a step is not a number of pairs of packs."""
+    for _, tokens in data.context_by_step:
+        # values below 1 are reported by another check
+        if min(tokens, shares) > 0 and (data.tokens_per_step // tokens) % (2 * shares):
             wanted = 2 * shares * tokens
             yield SettingProblem(
                 "parallel.overlap",

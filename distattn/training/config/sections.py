@@ -183,6 +183,8 @@ class ParallelConfig(AttentionKeys):
     few."""
     kernel: Annotated[str, OneOf((AUTO, *KERNELS))] = "cpu"
     """Core attention on one device: cpu or reference; on GPUs auto, flash, triton, triton_tf32 or gluon."""
+    comm_dtype: Annotated[str | None, OneOf(DTYPES)] = None
+    """Dtype of partial outputs and gradients in messages: that of the model, or the accumulation dtype if it is left out."""
     devices_per_node: Annotated[int, Number(ge=0)] = 0
     """Ranks that share a node, so that strategies can use links between nodes less; 0 for all of them."""
     latents: Annotated[bool, Engines(("fsdp2", "deepspeed"))] = False

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.nn.utils import clip_grad_norm_
 
 from distattn.adapters import huggingface, pytorch
+from distattn.adapters.huggingface_rope import rope_by_length
 from distattn.driver.overlap import OverlapSchedule
 from distattn.ir.errors import DistattnError
 from distattn.training.config.plan_settings import attention_config
@@ -142,6 +143,10 @@ def _check_overlap(shape: Any) -> None:
     if huggingface.has_recurrence_or_convolution(shape):
         raise DistattnError(
             f"parallel.overlap: {shape.model_type} has recurrent layers or convolutions, which do not take turns; use false."
+        )
+    if rope := rope_by_length(shape):
+        raise DistattnError(
+            f"parallel.overlap: RoPE of type {rope} scales by one micro-batch's longest document, and two take turns; use false."
         )
     if getattr(shape, "output_router_logits", False):
         raise DistattnError(
