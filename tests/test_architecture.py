@@ -231,7 +231,7 @@ def test_what_is_read_from_files_is_never_asked_to_run_code():
 
 def test_files_are_short():
     for file in tracked("*.py"):
-        assert len((ROOT / file).read_text().splitlines()) <= (600 if file.parts[0] == "tests" else 500), file
+        assert len((ROOT / file).read_text().splitlines()) <= 500, file
 
 
 def test_no_two_files_of_tests_have_one_name():

@@ -413,6 +413,10 @@ class ContextParallel:
 
     def _batches_of_step(self, step: GatheredStep) -> list[LocalBatch]:
         """Return a batch for each micro-batch of the rank with most, with the documents of all ranks that share attention."""
+        count = max(len(info.documents) for info in step.infos)
+        if not count:
+            # the loader has ended: no speeds are noted for this step
+            return []
         speeds = [step.infos[rank].speed for rank in self._table.sharing]
         options = () if self.speeds is None else self.speeds.options(speeds)
         proven, first = step.number % self.config.verify_every == 0, step.number * _BATCHES_PER_STEP
@@ -420,7 +424,7 @@ class ContextParallel:
         # replicas must run equally many passes: a replica without documents gets a token without a label
         stand_in = ((1,), *((),) * (len(blocks) - 1))
         batches = []
-        for index in range(max(len(info.documents) for info in step.infos)):
+        for index in range(count):
             documents: Documents = tuple(packs[index] if index < len(packs) else () for packs in blocks)
             documents = documents if any(documents) else stand_in
             block = self._layouts.block_of(self.rank, documents)

@@ -26,8 +26,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
 from megatron.core.transformer.transformer_config import MLATransformerConfig  # noqa: E402
-from processes import run_on_ranks  # noqa: E402
-from test_megatron import (  # noqa: E402
+from megatron_models import (  # noqa: E402
     SequenceNorm,
     build,
     config_of,
@@ -35,8 +34,9 @@ from test_megatron import (  # noqa: E402
     schedule,
     start,
     wrapped,
-    zigzag,
 )
+from processes import run_on_ranks  # noqa: E402
+from test_megatron import zigzag  # noqa: E402
 
 import distattn as da  # noqa: E402
 from distattn.adapters import megatron  # noqa: E402

@@ -5,8 +5,8 @@ import pytest
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
 import torch  # noqa: E402
+from megatron_models import build, config_of, context_parallel, sequence_parallel_spec, start, wrapped  # noqa: E402
 from processes import run_on_ranks  # noqa: E402
-from test_megatron import build, config_of, context_parallel, sequence_parallel_spec, start, wrapped  # noqa: E402
 
 import distattn as da  # noqa: E402
 from distattn.adapters import megatron  # noqa: E402

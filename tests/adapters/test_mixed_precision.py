@@ -144,7 +144,7 @@ def test_hugging_faces_trainer(tmp_path, changes):
 
 
 def _by_megatron(rank: int, cp: int, changes: dict, half: bool, shared: bool):
-    import test_megatron as ours
+    import megatron_models as ours
     from megatron.core import parallel_state
     from megatron.core.transformer.module import Float16Module
 
