@@ -22,8 +22,9 @@ from distattn.supervision.heartbeats import current_layer, set_layer
 # operators, so that torch.compile(mode="reduce-overhead") does not capture them (torch/_inductor/scheduler.py, should_partition).
 NOT_IN_CUDA_GRAPHS = (torch.Tag.cudagraph_unsafe,)
 _HERE = nullcontext()
-# the functions of operators, by name
+# the functions of operators, by name; and those that save for the backward pass and compute gradients, by prefix
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+AUTOGRAD: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {}
 
 
 class PlannedPass(NamedTuple):
@@ -84,6 +85,7 @@ def register_planned_op(
     def refuse(ctx: Any, *grads: Tensor) -> None:
         raise DistattnError(f"{subject} has no second derivative: a gradient of its gradients was asked for.")
 
+    AUTOGRAD[prefix] = save, differentiate
     torch.library.register_autograd(names[1], refuse)
     torch.library.register_autograd(names[0], differentiate, setup_context=save)
 

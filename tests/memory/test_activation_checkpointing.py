@@ -11,7 +11,7 @@ from distattn.adapters import pytorch
 from distattn.ir.errors import DistattnError
 from distattn.memory.activation_checkpointing import checkpoint_layers
 from distattn.memory.host_offload import HostOffload
-from distattn.ops import attention
+from distattn.parallel.runtime.execution import execute
 
 
 class Layer(nn.Module):
@@ -59,13 +59,13 @@ def passes(rank, save, offload):
     """Return the number of forward passes of attention that two layers make in a step."""
     model, calls = small.build(), []
     checkpoint_layers(model.model.layers, save=save, offload=HostOffload() if offload else None)
-    right = attention.forward_pass
+    right = execute.forward
 
     def counted(*arguments):
         calls.append(1)
         return right(*arguments)
 
-    attention.forward_pass = counted
+    execute.forward = counted
     with da.ContextParallel(strategy="ring", kernel="reference") as cp:
         for batch in cp.shard_step([small.micro_batch([19, 12])]):
             pytorch.local_loss(model, batch).backward()

@@ -21,8 +21,13 @@ from torch._C import TensorBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+# they register their operators
+import distattn.ops.attention
+import distattn.ops.convolution
+import distattn.ops.latent
+import distattn.ops.recurrence  # noqa: F401
 from distattn.kernels import devices
-from distattn.ops import attention, convolution, latent, recurrence
+from distattn.ops.planned_op import AUTOGRAD, IMPLEMENTATIONS
 
 META = torch.device("meta")
 _SYNCHRONISE = (
@@ -40,8 +45,6 @@ _FILL = ("masked_fill", "masked_fill_", "index_fill", "index_fill_")
 _PUT = ("index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put")
 # functions that make a tensor of numbers on the host, and copy it to the device
 _OF_NUMBERS = ((torch, "tensor"), (torch, "as_tensor"), (torch, "asarray"), (Tensor, "new_tensor"))
-# our operators: for meta tensors PyTorch would only make results of their shapes, without running them
-_OURS = {"": attention, "latent_": latent, "recurrence_": recurrence, "convolution_": convolution}
 _VIEWS_AND_EMPTY = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias", "set_")
 
 
@@ -174,9 +177,13 @@ def _kind(kind: str) -> str:
 
 
 def _operators_as_functions() -> Iterator[Any]:
-    """Yield patches by which our operators are plain functions of autograd: operators inside them are seen, too."""
-    for prefix, module in _OURS.items():
-        methods = {"forward": module._forward, "setup_context": module._save, "backward": module._differentiate}
+    """Yield patches that make our operators plain functions of autograd.
+
+    For meta tensors PyTorch would only make results of their shapes; so operators inside of ours are seen, too.
+    """
+    for prefix, (save, differentiate) in AUTOGRAD.items():
+        forward, backward = (IMPLEMENTATIONS[f"distattn::{prefix}{direction}"] for direction in ("forward", "backward"))
+        methods = {"forward": forward, "setup_context": save, "backward": differentiate}
         function = type("Operator", (torch.autograd.Function,), {name: staticmethod(f) for name, f in methods.items()})
         yield mock.patch.object(torch.ops.distattn, f"{prefix}forward", function.apply)
-        yield mock.patch.object(torch.ops.distattn, f"{prefix}backward", module._backward)
+        yield mock.patch.object(torch.ops.distattn, f"{prefix}backward", backward)
