@@ -30,17 +30,17 @@ _MOST = 1 << 20
 class AttentionKeys:
     """The settings of attention that run files have as well. Their docstrings are the help of `distattn train --help`."""
 
-    strategy: Annotated[str, OneOf(tuple(STRATEGIES))] = "ring"
+    strategy: Annotated[str, OneOf(STRATEGIES)] = "ring"
     """How attention is split: a name of distattn's strategies."""
     data: Annotated[str, OneOf(("replicated", "per_rank"))] = "replicated"
     """replicated: all ranks split one pack; per_rank: each rank, or block of ranks, has its own, and attention is shared."""
-    layout: Annotated[str, OneOf(tuple(LAYOUTS))] = "zigzag"
+    layout: Annotated[str, OneOf(LAYOUTS)] = "zigzag"
     """Assignment of tokens to ranks: a name of distattn's layouts."""
-    kernel: Annotated[str | None, OneOf((AUTO, *KERNELS))] = None
+    kernel: Annotated[str | None, OneOf(KERNELS, (AUTO,))] = None
     """Core attention on one device: cpu or reference; on GPUs auto, flash, triton, triton_tf32 or gluon."""
     backward: Annotated[str | None, OneOf(POLICIES)] = None
     """keep, refetch-home or refetch-follow; the strategy's own if it is left out."""
-    comm_dtype: Annotated[str | None, OneOf(tuple(DTYPE_BYTES))] = None
+    comm_dtype: Annotated[str | None, OneOf(DTYPE_BYTES)] = None
     """Dtype of partial outputs and gradients in messages: that of the model, or the accumulation dtype if it is left out."""
     max_buffer_bytes: Annotated[int | None, Number(ge=0)] = None
     """Maximum bytes of attention buffers on a rank at once; a batch that needs more is refused. No limit if it is left out."""

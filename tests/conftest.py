@@ -20,8 +20,9 @@ import torch
 from hypothesis import settings
 from process_guard import guard_processes
 
-# a shell's background processes ignore these signals, and an ignored signal stays ignored; tests send them
-for number, handler in {signal.SIGINT: signal.default_int_handler, signal.SIGQUIT: signal.SIG_DFL}.items():
+# background processes of a shell, and those of nohup, ignore these signals, and an ignored signal stays ignored; tests send them
+_HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGQUIT: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+for number, handler in _HANDLERS.items():
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
 # processes that tests start end with this process, however it ends

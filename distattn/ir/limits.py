@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple, get_type_hints
 
@@ -65,20 +65,22 @@ class Number:
         return None if value <= self.le else f"at most {self.le:,}, not {value}."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OneOf:
-    """The values that a setting may have."""
+    """The values that a setting may have: those before, and those of a table that may get more."""
 
-    choices: tuple[str, ...]
+    choices: Collection[str]
+    before: tuple[str, ...] = ()
 
     def problem(self, value: str) -> str | None:
         """Return a sentence about another value, with the choice that is probably meant, or None."""
-        if value in self.choices:
+        choices = [*self.before, *self.choices]
+        if value in choices:
             return None
         meant = _MEANT.get(value.lower())
-        near = [meant] if meant in self.choices else difflib.get_close_matches(value, self.choices, 1, 0.5)
+        near = [meant] if meant in choices else difflib.get_close_matches(value, choices, 1, 0.5)
         hint = f" Did you mean {near[0]}?" if near else ""
-        return f"there is no {value!r}; there are {', '.join(filter(None, self.choices))}.{hint}"
+        return f"there is no {value!r}; there are {', '.join(filter(None, choices))}.{hint}"
 
 
 @dataclass(frozen=True)

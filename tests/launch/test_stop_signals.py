@@ -143,13 +143,8 @@ def test_what_the_caller_answers_itself_is_left_to_it():
 
 
 def test_torchrun_ends_its_ranks_by_a_signal_that_they_take():
-    # nohup, under which these tests may run, ignores the signal
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    try:
-        with stop_on_signals(), pytest.raises(RanksInterrupted) as interrupted, restore_process_state():
-            os.kill(os.getpid(), signal.SIGHUP)
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    with stop_on_signals(), pytest.raises(RanksInterrupted) as interrupted, restore_process_state():
+        os.kill(os.getpid(), signal.SIGHUP)
     assert interrupted.value.sigval == signal.SIGINT and interrupted.value.stop.exit_code == 129
 
 

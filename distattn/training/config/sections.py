@@ -181,7 +181,7 @@ class ParallelConfig(AttentionKeys):
     min_chunk: Annotated[int, Number(ge=0)] = 0
     """document_zigzag cuts documents into chunks of at least this many tokens; 0 for 512, or fewer where tokens are
     few."""
-    kernel: Annotated[str, OneOf((AUTO, *KERNELS))] = "cpu"
+    kernel: Annotated[str, OneOf(KERNELS, (AUTO,))] = "cpu"
     """Core attention on one device: cpu or reference; on GPUs auto, flash, triton, triton_tf32 or gluon."""
     comm_dtype: Annotated[str | None, OneOf(DTYPES)] = None
     """Dtype of partial outputs and gradients in messages: that of the model, or the accumulation dtype if it is left out."""
