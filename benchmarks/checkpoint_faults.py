@@ -104,7 +104,7 @@ def flip(folder: Path, rng: random.Random) -> tuple[str, ...]:
 
 
 def flip_data(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """Change one bit of a file of tensors."""
+    """Change one bit in a file of tensors."""
     file = rng.choice(_data_files(folder))
     content = bytearray(file.read_bytes())
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)

@@ -283,7 +283,7 @@ class Streaming(Contestant):
 
 
 class Litdata(Contestant):
-    """StreamingDataset of litdata with its TokensLoader: blocks of tokens, shuffled. State: a number of samples."""
+    """litdata's StreamingDataset with its TokensLoader: shuffled blocks of tokens. State: the number of samples read."""
 
     name = "litdata"
     planned = False

@@ -122,7 +122,7 @@ def opening(folder: str, documents: int) -> str:
 
 
 def open_and_seek(barrier: Any, prefix: str, plan_file: str) -> dict[str, np.ndarray]:
-    """Return (seconds, CPU seconds) of each part, in a fresh process."""
+    """Return (seconds, CPU seconds) of each part, measured in a fresh process."""
     laps: dict[str, np.ndarray] = {}
     clocks = lambda: np.array([time.perf_counter(), time.process_time()])  # noqa: E731
     began = clocks()

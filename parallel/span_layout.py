@@ -21,7 +21,7 @@ SPAN_LAYOUT = "contiguous"
 
 
 def relayout_may_be_faster(here: Plan, there: Layout, *, layers: int, width: int, cluster: ClusterSpec) -> bool:
-    """Return whether it may be, without planning a layer in the other layout: no plan beats kernels of equal shares.
+    """Return whether the other layout may be faster. No plan of it is made: none beats an equal share of the work on each rank.
 
     here, layers, width and cluster as in `relayout_is_faster`. Return False if both layouts are equal.
     """

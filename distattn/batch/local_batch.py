@@ -20,7 +20,7 @@ from distattn.batch.pooled_layout import BatchBlock
 from distattn.ir.errors import DistattnError
 from distattn.ir.op import ATTENTION, CONVOLUTION, TOKEN_SHIFT, Op, latent_op, op_of
 from distattn.ir.plan import Plan
-from distattn.ops.attention import attend, autocast_inputs, score_modifiers
+from distattn.ops.attention import attention, autocast_inputs, score_modifiers
 from distattn.ops.convolution import causal_conv1d, token_shift
 from distattn.ops.executable import (
     EXECUTABLES,
@@ -108,21 +108,24 @@ class LocalBatch(BatchAttention):
         model.
         """
         self.used = True
-        q_THD, k_TKD, v_TKE = autocast_inputs(q_THD, k_TKD, v_TKE)
         modifier_names = score_modifiers(modifiers.get("softcap"), modifiers.get("alibi_slopes"))
-        call = q_THD.shape, k_TKD.shape, v_TKE.shape, q_THD.dtype, q_THD.device, window, layer, modifier_names
+        kind = q_THD.device.type
+        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtypes = q_THD.dtype, k_TKD.dtype, v_TKE.dtype, casts
+        call = q_THD.shape, k_TKD.shape, v_TKE.shape, dtypes, q_THD.device, window, layer, modifier_names
         if call not in self._calls:
             override = self.planner.overrides.of(layer, window)
-            shape = AttentionShape.of(q_THD, k_TKD, v_TKE, window, override, modifier_names)
+            q, k, v = autocast_inputs(q_THD, k_TKD, v_TKE)
+            shape = AttentionShape.of(q, k, v, window, override, modifier_names)
             executable = self.executable(shape, q_THD.device)
             self._calls[call] = executable, self._padding(executable, q_THD)
         executable, padding = self._calls[call]
         set_layer(layer)
         if not padding:
-            return attend(q_THD, k_TKD, v_TKE, executable, scale=scale, **modifiers)
+            return attention(q_THD, k_TKD, v_TKE, executable, scale=scale, **modifiers)
         # padding attends to nothing, but other ranks may need the help of a rank with only padding
         rows = slice(executable.program.tokens)
-        output = attend(q_THD[rows], k_TKD[rows], v_TKE[rows], executable, scale=scale, **modifiers)
+        output = attention(q_THD[rows], k_TKD[rows], v_TKE[rows], executable, scale=scale, **modifiers)
         if isinstance(output, tuple):
             o_THE, lse_HT = output
             return cast(Tensor, (_padded(o_THE, padding), F.pad(lse_HT, (0, padding), value=-math.inf)))

@@ -349,7 +349,7 @@ def _explain_gradients_and_weights(
 
 
 def _loss_ratio(reference: ReferenceResult, ranks: Sequence[RankResult]) -> float:
-    """Return the ranks' loss divided by that of one process: a sum of shares, or the whole loss on every rank."""
+    """Return the ranks' loss divided by the loss of one process. Ranks have shares to sum, or all have the whole loss."""
     losses = torch.stack([torch.stack([part["loss"] for part in result["parts"]]).sum() for result in ranks])
     ratios = [float(losses.sum() / reference.loss), float(losses.mean() / reference.loss)]
     return min(ratios, key=lambda ratio: abs(ratio - 1))

@@ -190,7 +190,7 @@ class Target:
 
 
 def default_kernel() -> str | None:
-    """Return the default kernel: on GPUs the choice of the device, on CPUs the slow reference, which computes everything."""
+    """Return the default kernel: the device's choice on GPUs, and on CPUs the slow reference, which supports all calls."""
     return None if torch.cuda.is_available() else "reference"
 
 

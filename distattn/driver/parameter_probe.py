@@ -127,7 +127,7 @@ class GradientSketches:
             hook.remove()
 
     def read_reduced(self) -> None:
-        """Read the reduced gradients of all parameters of which any rank has a gradient; all ranks call it."""
+        """Read the reduced gradients of all parameters for which any rank has a gradient; all ranks call this."""
         reached = self._summed((self._own != 0).any(1).double()[:, None])[:, 0]
         for index, parameter in enumerate(self._parameters):
             if not reached[index] > 0:

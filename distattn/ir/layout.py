@@ -337,7 +337,7 @@ LAYOUTS = {
 
 
 def make_layout(name: str, lengths: Sequence[int], ranks: int, mask: Mask, **options: Any) -> Layout:
-    """Return the layout of a name in LAYOUTS, for a mask over documents of these lengths; options are the constructor's."""
+    """Return the layout that LAYOUTS has under a name, for documents of these lengths; options go to its constructor."""
     work = {"mask": mask} if name in ("balanced", "placed") else {}
     return LAYOUTS[name](lengths, ranks, **work, **options)
 

@@ -72,36 +72,6 @@ def attention(
     if not isinstance(return_lse, bool):
         raise DistattnError(f"return_lse is True or False, not a {type(return_lse).__name__}.")
     q_THD, k_TKD, v_TKE = autocast_inputs(q_THD, k_TKD, v_TKE)
-    return attend(
-        *(q_THD, k_TKD, v_TKE, plan, group),
-        scale=scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sink=sink,
-        gate=gate,
-        dropout=dropout,
-        kernel=kernel,
-        return_lse=return_lse,
-    )
-
-
-def attend(
-    q_THD: Tensor,
-    k_TKD: Tensor,
-    v_TKE: Tensor,
-    plan: Plan | Executable,
-    group: dist.ProcessGroup | None = None,
-    *,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    sink: Tensor | None = None,
-    gate: Tensor | None = None,
-    dropout: float = 0.0,
-    kernel: str | None = None,
-    return_lse: bool = False,
-) -> Any:
-    """Compute `attention` of tensors that have the dtype of autocast already."""
     # fused projections often give strided tensors; kernels and messages read whole rows
     q_THD, k_TKD, v_TKE = q_THD.contiguous(), k_TKD.contiguous(), v_TKE.contiguous()
     for name, operand in (("q", q_THD), ("k", k_TKD), ("v", v_TKE)):

@@ -19,7 +19,7 @@ _SMI_SECONDS = 5.0
 class DeviceState(NamedTuple):
     """A device and its memory in bytes.
 
-    name: of the device, "CPU" for a processor. free: for a processor the free memory of the machine; total: None then.
+    name: of the device, or "CPU". free: free memory; for a CPU that of the machine. total: None for a CPU.
     """
 
     name: str

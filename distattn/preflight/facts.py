@@ -162,7 +162,7 @@ def checkpoint_bytes(run: RunFolder, config: Config) -> int:
 
 
 def _facts_of_data(run: RunFolder, config: Config, device: torch.device, rank: int) -> dict[str, Any]:
-    """Return digests of the model, the data and the plans, the forecast of memory, and the advice on kernels."""
+    """Return digests of the model, the data and the plans, with the memory forecast and the advice on kernels."""
     data = open_data(run, config)
     with data.plan:
         model = configured_model(config, data.vocabulary, data.context)

@@ -45,7 +45,7 @@ class Segment(NamedTuple):
 
 
 class FlashCall(NamedTuple):
-    """One call: its heads, rows and keys, and where its sequences begin in these (int32, one more than there are sequences)."""
+    """One call: its heads, rows and keys, and the offsets at which its sequences begin and the last one ends (int32)."""
 
     heads: slice
     kv_heads: slice

@@ -58,9 +58,9 @@ class Ranks(NamedTuple):
 
 @contextlib.contextmanager
 def fork_server(preload: Sequence[str], node: Node = HERE, run: str = "") -> Iterator[None]:
-    """Run the process that ranks are forked from, around attempts.
+    """Keep the process from which ranks are forked while the context is open, over all attempts.
 
-    preload: modules that it imports, in addition to torch. run: as in `Ranks`.
+    preload: modules that it imports in addition to torch. run: as in `Ranks`.
     """
     # a process with more than one thread must not fork: BLAS starts its threads when it is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -79,6 +79,17 @@ def test_padded_attention_returns_its_log_sum_exp():
     assert torch.equal(padded_lse[:, :5], lse) and padded_lse[:, 5:].isneginf().all()
 
 
+def test_one_batch_computes_with_and_without_autocast():
+    local = da.ContextParallel(strategy="ring").shard({"input_ids": torch.arange(5)[None]})["context_parallel"]
+    q = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        wide = local.attention(q, q, q)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            narrow = local.attention(q, q, q.bfloat16())
+        assert (wide.dtype, narrow.dtype) == (torch.float32, torch.bfloat16)
+        torch.testing.assert_close(narrow.float(), wide, rtol=3e-2, atol=3e-2)
+
+
 def test_backward_messages_of_a_layer_without_a_number_are_not_those_of_another_layer():
     batch_of_rank = da.ContextParallel(strategy="ring").shard({"input_ids": torch.arange(5)[None]})["context_parallel"]
     x, layers = torch.randn(5, 2, 4, requires_grad=True), []

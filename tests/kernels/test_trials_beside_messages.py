@@ -116,7 +116,8 @@ def test_a_held_run_is_waited_for_on_its_own_stream_only(imitated_device):
 
 
 def test_kernels_are_timed_without_it_and_a_warning_says_so_if_multiprocessors_cannot_be_held(monkeypatch, caplog):
-    spinner = pytest.importorskip("distattn.kernels.triton.spinner", reason="Triton is not installed")
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from distattn.kernels.triton import spinner
 
     def refuses(device):
         raise TimeoutError("3 of 16 programs have started in 1.0 s")
@@ -134,7 +135,9 @@ def test_kernels_are_timed_without_it_and_a_warning_says_so_if_multiprocessors_c
 
 
 def test_the_kernel_that_holds_multiprocessors_ends_by_itself_and_when_it_is_told():
-    spinner = pytest.importorskip("distattn.kernels.triton.spinner", reason="Triton is not installed")
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from distattn.kernels.triton import spinner
+
     flags, numbers = torch.zeros(2, dtype=torch.int32), torch.zeros(3 * spinner._NUMBERS)
     for told, turns in ((0, 5), (1, 1)):
         flags.zero_()[1] = told
@@ -184,7 +187,9 @@ class Device:
 
 @pytest.mark.parametrize("starts", [8, 2])
 def test_the_host_waits_until_all_programs_run_or_gives_up(starts, monkeypatch):
-    spinner = pytest.importorskip("distattn.kernels.triton.spinner", reason="Triton is not installed")
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from distattn.kernels.triton import spinner
+
     device = Device(monkeypatch, spinner, starts)
     monkeypatch.setattr(device, "flags", torch.zeros(2), raising=False)
     queued = ["after current", "16 programs on its own stream"]

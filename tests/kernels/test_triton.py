@@ -179,7 +179,7 @@ def test_results_are_the_same_bits_every_time():
 
 
 def thirds(n):
-    """Return the causal axis in three parts by keys, as a ring sees it. The second part has rows without keys."""
+    """Split the causal axis by key into three parts, as a ring does. In the second part some rows have no keys."""
     return [Mask.from_pieces([[0, n, k, k + n // 3, -n, 0]], n) for k in range(0, n, n // 3)]
 
 

@@ -15,7 +15,7 @@ STRATEGIES = ["ring", "allgather", "ulysses", "usp", "cad"]
 
 
 def packed(tokens):
-    """Return documents of very different lengths, as packs have them."""
+    """Return documents of widely varying lengths, as in packs."""
     lengths, left, source = [], tokens, random.Random(0)
     while left:
         lengths.append(min(left, int(source.lognormvariate(7.5, 1.3)) + 1))

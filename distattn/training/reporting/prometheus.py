@@ -51,7 +51,7 @@ def _require_client() -> None:
 
 
 class PrometheusFile:
-    """A file for the node exporter's textfile collector, which each report replaces. A full disk does not end the run."""
+    """A file for the node exporter's textfile collector; each report replaces the file. A full disk does not end the run."""
 
     def __init__(self, path: Path):
         _require_client()

@@ -181,7 +181,7 @@ class NumericsWatch:
         streak_before, limits = self.streak, {name: curve.limit() for name, curve in self._curves.items()}
         for name, value in values.items():
             self._curves[name].add(value)
-        # a new level becomes usual after some steps; non-finite values never do
+        # a new level becomes the usual one after some steps; non-finite values never do
         self._in_a_row = 0 if self._was_finite else self._in_a_row + 1
         if not reason:
             self.streak = None

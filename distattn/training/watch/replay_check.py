@@ -26,9 +26,9 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference between two runs of one micro-batch. text: a sentence for people; tensor: the first that differs.
+    """The difference between two runs of one micro-batch. text: a sentence that describes it; tensor: the first one that differs.
 
-    computed_in: the module whose code computes it; ranks: those that computed another result first.
+    computed_in: the module that computes this tensor; ranks: those whose tensors are the first to differ.
     """
 
     step: int
