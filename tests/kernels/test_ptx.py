@@ -202,7 +202,7 @@ BUGS = {
     "scores are used too early": (
         "forward",
         replaced(r"wgmma\.wait_group\.sync\.aligned( +\t?)1;", r"wgmma.wait_group.sync.aligned\g<1>2;"),
-        "RegisterRaceError.*before the product",
+        "RegisterRaceError.*before the wait for the product",
     ),
     "dQ is overwritten while it is copied": (
         "backward",
