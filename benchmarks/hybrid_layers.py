@@ -35,8 +35,8 @@ import distattn as da
 from distattn.cluster.spec import DIRECTIONS, ClusterSpec, load
 from distattn.ir.op import op_of
 from distattn.ir.plan import Call, Payload, Table
+from distattn.ir.text_format import align_columns, readable_bytes
 from distattn.parallel.analysis.simulate import simulate_pass, simulated_seconds
-from distattn.parallel.analysis.text_format import align_columns, readable_bytes
 from distattn.parallel.latent_plan import latent_seconds
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.parallel.span_layout import relayout_seconds

@@ -15,7 +15,7 @@ import torch
 import distattn as da
 from distattn.launch.command_line import print_to_stderr
 from distattn.memory.settings import MemorySettings
-from distattn.planning.memory_of_run import memory_of_run, memory_table
+from distattn.training.run_memory import memory_of_run, memory_table
 
 ALL = MemorySettings(loss_tile_tokens=4096, mlp_tile_tokens=32768, activation_checkpointing="full", offload=True)
 _NO_ENDS = dict(bos_token_id=None, eos_token_id=None, tie_word_embeddings=False)

@@ -30,10 +30,10 @@ from torch import Tensor
 
 import distattn as da
 from distattn.ir.op import OPS
+from distattn.ir.text_format import readable_bytes
 from distattn.kernels.recurrence import chunked
 from distattn.kernels.recurrence.tokens import RecurrenceTokens
 from distattn.kernels.spec import KernelRequirements
-from distattn.parallel.analysis.text_format import readable_bytes
 from distattn.parallel.runtime.communication.transport import Transport
 
 HEADS, DIM = 4, 64

@@ -33,7 +33,7 @@ from process_guard import guard_processes
 from torch import Tensor
 
 import distattn as da
-from distattn.parallel.analysis.text_format import readable_bytes
+from distattn.ir.text_format import readable_bytes
 
 HEADS, DIM, DOCUMENTS = 4, 64, 64
 LAYOUTS = {"ring": "zigzag", "allgather": "zigzag", "ulysses": "contiguous", "usp": "zigzag"}

@@ -17,9 +17,9 @@ from distattn.checkpoints.checkpoint_folder import (
     verify_checkpoint,
 )
 from distattn.ir.errors import DamagedDataError, DistattnError
+from distattn.ir.text_format import readable_bytes
 from distattn.launch.command_line import CommandParser, ResultConsole
 from distattn.launch.data.progress import ProgressReporter
-from distattn.parallel.analysis.text_format import readable_bytes
 from distattn.training.reporting.json_lines import json_text
 
 USAGE = """usage: distattn ckpt {list,verify,show} RUN_OR_FOLDER [--json]

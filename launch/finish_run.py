@@ -15,10 +15,10 @@ from typing import Any
 
 from distattn.checkpoints.checkpoint_folder import by_preference, list_checkpoints, preferred_step
 from distattn.ir.errors import DistattnError
+from distattn.ir.text_format import plural
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import finish_command, print_line
 from distattn.launch.stop_signals import CommandStopped, end_now, stop_on_signals, stopped
-from distattn.parallel.analysis.text_format import plural
 from distattn.training.config import run_file as configuration
 from distattn.training.config.run_file import Config
 from distattn.training.reporting.json_lines import json_text, parse_json

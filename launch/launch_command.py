@@ -13,6 +13,7 @@ from pathlib import Path
 
 from distattn.data.files.text import find_files
 from distattn.ir.errors import DistattnError
+from distattn.ir.text_format import plural, readable_bytes
 from distattn.kernels.registry import AUTO, CPU_KERNELS
 from distattn.launch.command_keys import refuse_keys_that_do_nothing
 from distattn.launch.command_line import (
@@ -32,7 +33,6 @@ from distattn.launch.ranks.machine_limits import (
 from distattn.launch.run_status import cancel, state_of_ended, status, status_lines, sweep_runs
 from distattn.launch.slurm import jobs as slurm
 from distattn.launch.start_run import preflight_alone, start_run
-from distattn.parallel.analysis.text_format import plural, readable_bytes
 from distattn.planning.compare_strategies import cluster_for_run
 from distattn.training.config import run_file as configuration
 from distattn.training.config.plan_settings import PlanSettings

@@ -124,7 +124,7 @@ def _show_memory(options: argparse.Namespace, config: Config | None) -> int:
     if config is None:
         raise DistattnError("plan: --memory needs a run: name its configuration.")
     # 2 s to import, and only here
-    from distattn.planning.memory_of_run import fit_line, memory_json, memory_of_config, memory_table
+    from distattn.training.run_memory import fit_line, memory_json, memory_of_config, memory_table
 
     # without a cluster the memory of a device is unknown
     cluster = _cluster(options, config) if options.cluster or config.cluster.description else None

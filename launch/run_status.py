@@ -13,10 +13,10 @@ from typing import Any
 from distattn.checkpoints.owner import Owner, writer_is_alive
 from distattn.checkpoints.run_lock import LAUNCHER, folder_owner
 from distattn.ir.errors import DamagedDataError, DistattnError
+from distattn.ir.text_format import plural
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import finish_command
 from distattn.launch.slurm import jobs as slurm
-from distattn.parallel.analysis.text_format import plural
 from distattn.supervision.culprits import last_activity, process_state
 from distattn.training.reporting.json_lines import parse_json
 from distattn.training.run_folder import RunFolder

@@ -13,9 +13,9 @@ from distattn.checkpoints.checkpoint_folder import check_step, preferred_step, s
 from distattn.checkpoints.run_lock import RunLock
 from distattn.cluster.spec import resolve_cluster
 from distattn.ir.errors import DistattnError
+from distattn.ir.text_format import readable_bytes
 from distattn.launch.command_line import print_message
 from distattn.parallel.analysis.explain import explain
-from distattn.parallel.analysis.text_format import readable_bytes
 from distattn.training.config import run_file as configuration
 from distattn.training.config.plan_settings import PlanSettings
 from distattn.training.config.run_file import Config

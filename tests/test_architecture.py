@@ -38,8 +38,8 @@ LEVELS = {
     "training": 12,
     "doctor": 12,
     "planning": 13,
-    "preflight": 14,
-    "launch": 15,
+    "preflight": 13,
+    "launch": 14,
 }
 NUMPY_ONLY = ("ir",)
 

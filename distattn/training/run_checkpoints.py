@@ -21,7 +21,7 @@ from distattn.checkpoints.run_lock import RunLock
 from distattn.checkpoints.staging import HostBuffers
 from distattn.checkpoints.verdicts import GOOD, REFUSED, CheckpointVerdict
 from distattn.ir.errors import DamagedStateError, DistattnError
-from distattn.parallel.analysis.text_format import plural
+from distattn.ir.text_format import plural
 from distattn.training.engines.engine import Engine, EngineState, host_tensor
 from distattn.training.reporting.loss_by_position import LossByPosition
 from distattn.training.reporting.metrics import MetricsReporter, warn

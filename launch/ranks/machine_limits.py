@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from distattn.cluster.spec import ClusterSpec
 from distattn.ir.errors import DistattnError
+from distattn.ir.text_format import plural
 from distattn.kernels.registry import AUTO, CPU_KERNELS
 from distattn.memory.host_memory import available_bytes
-from distattn.parallel.analysis.text_format import plural
 from distattn.training.config.checks import NO_GPU_FOR_MEGATRON
 from distattn.training.config.run_file import Config
 from distattn.training.state_bytes import model_parameters, state_bytes

@@ -21,7 +21,7 @@ from distattn.ir.plan import (
     select_rows,
     task_areas,
 )
-from distattn.parallel.analysis.text_format import readable_bytes
+from distattn.ir.text_format import readable_bytes
 from distattn.parallel.tables.cost import CostModel, bytes_per_row_and_key
 from distattn.parallel.tables.partition import mask_rectangles, owns_range, split_by_query_owner
 

@@ -21,7 +21,8 @@ from distattn.memory.accounting import ATTENTION, LOSS, AllocationWatch, StateBy
 from distattn.memory.settings import MemorySettings
 from distattn.ops.executable import Executable, ExecutionKey, checked_program
 from distattn.parallel.runtime.communication.transport import SingleRankTransport
-from distattn.planning.memory_of_run import (
+from distattn.training.config import run_file as configuration
+from distattn.training.run_memory import (
     fit_line,
     memory_json,
     memory_of_config,
@@ -30,7 +31,6 @@ from distattn.planning.memory_of_run import (
     on_meta,
     step_memory,
 )
-from distattn.training.config import run_file as configuration
 
 TOKENS = 96
 SETTINGS = [

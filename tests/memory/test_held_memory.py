@@ -20,7 +20,7 @@ from distattn.ops.executable import Executable, checked_program
 from distattn.ops.planned_op import IMPLEMENTATIONS
 from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.communication.transport import GroupTransport
-from distattn.planning.memory_of_run import on_meta, step_memory
+from distattn.training.run_memory import on_meta, step_memory
 
 # launches of a layer in one direction: the host is 6 layers ahead
 LAUNCHES, LAYERS = 170, 8

@@ -16,10 +16,10 @@ from distattn.launch.command_keys import READ_BY, refuse_keys_that_do_nothing
 from distattn.launch.command_line import CommandParser
 from distattn.launch.ranks.machine_limits import check_run_fits
 from distattn.launch.start_run import start_run
-from distattn.planning.memory_of_run import memory_of_config
 from distattn.preflight import facts
 from distattn.training.config import run_file as configuration
 from distattn.training.config.run_file import Config
+from distattn.training.run_memory import memory_of_config
 
 ROOT = Path(__file__).parents[2]
 TEXT_KEYS = ("suffix", "exclude", "tokens_per_step", "max_document_tokens", "context_length")

@@ -12,7 +12,6 @@ from tiny_runs import new_run, tiny_config, train_on_rank
 
 from distattn.data.packing.shares import check_pairs
 from distattn.ir.errors import DistattnError, LostRankError
-from distattn.planning.memory_of_run import memory_of_config
 from distattn.training.config import run_file as configuration
 from distattn.training.config.checks import problems_of
 from distattn.training.config.run_file import Config
@@ -25,6 +24,7 @@ from distattn.training.config.sections import (
 )
 from distattn.training.engines.fsdp2 import Fsdp2Engine, _check_overlap
 from distattn.training.run_folder import EVALUATION, TRAINING, RunFolder
+from distattn.training.run_memory import memory_of_config
 
 STEPS = 12
 

@@ -18,10 +18,10 @@ from waiting import LIMIT_SECONDS, eventually
 from distattn.checkpoints.checkpoint_folder import list_checkpoints, preferred_step
 from distattn.checkpoints.run_lock import RunLock
 from distattn.ir.errors import DistattnError
+from distattn.ir.text_format import plural
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import no_progress
 from distattn.launch.start_run import resume_run
-from distattn.parallel.analysis.text_format import plural
 from distattn.training.config import run_file as configuration
 from distattn.training.config.run_file import Config, ParallelConfig, RunConfig, TrainConfig
 from distattn.training.config.sections import (

@@ -14,9 +14,9 @@ from markupsafe import Markup
 
 from distattn.ir.errors import RunStopped
 from distattn.ir.plan import Plan
+from distattn.ir.text_format import plural
 from distattn.pages.render import render_page
 from distattn.parallel.analysis.score_matrix import score_matrix_html
-from distattn.parallel.analysis.text_format import plural
 from distattn.training.config.run_file import Config
 from distattn.training.reporting.json_lines import write_whole
 from distattn.training.reporting.report_losses import corpus_rows, loss_charts
