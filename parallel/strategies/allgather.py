@@ -3,7 +3,7 @@
 Llama 3 (Dubey et al. 2024, arXiv 2407.21783, section 3.3.2) gathers all keys. Here, only the keys that a rank's queries need are
 sent to it, once each, from their owner. Given a cluster, keys that several ranks of another node need enter that node once and
 are forwarded within it. Tasks that need only local keys run while other keys travel, but only if they are a large enough part of
-the rank's work: a second kernel call costs copies that split the rows and join them again.
+the rank's work, because a second kernel call makes copies that split the rows and join them again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from distattn.ir.plan import (
 from distattn.parallel.tables.partition import mask_rectangles, owns_range, split_by_query_owner
 from distattn.parallel.tables.routes import remote_users, send_direct, send_hierarchical
 
-# work on local keys gets a kernel call of its own from this fraction of the rank's work
+# smallest fraction of a rank's work for which tasks on local keys get a kernel call of their own
 _LEAST_EARLY = 1 / 8
 
 
@@ -47,7 +47,7 @@ def allgather(call: Call, cluster: AnyCluster | None = None) -> list[Table]:
 
 
 def _many_are_early(call: Call, tasks: Columns) -> np.ndarray:
-    """Return for each rank, bool (ranks,), if its tasks in step 0 are at least `_LEAST_EARLY` of its work."""
+    """Return which ranks have at least `_LEAST_EARLY` of their work in tasks of step 0, bool (ranks,)."""
     work = task_areas(call, tasks, task_bands(call.mask, tasks)).astype(np.float64)
     whole, early = (
         np.bincount(tasks["rank"], work * chosen, call.ranks) for chosen in (np.ones(len(work)), tasks["step"] == 0)

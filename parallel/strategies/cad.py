@@ -46,12 +46,12 @@ from distattn.parallel.tables.cost import CostModel, bytes_per_row_and_key
 from distattn.parallel.tables.partition import mask_rectangles, owns_range, split_by_key_owner, split_by_query_owner
 from distattn.parallel.tables.routes import reduce_direct, remote_users, send_direct
 
-# about the largest fraction of an item that leaves if there are other items, as its first rows have little work per byte
+# roughly the largest fraction of an item to move if there are other items: its first rows have little work per byte
 _DENSE_FRACTION = 0.75
 _MILLION = 1_000_000
-# attempts to keep every rank within max_buffer_bytes
+# number of attempts at keeping every rank within max_buffer_bytes
 _MEMORY_ROUNDS = 6
-# tolerances of further candidates; with a larger tolerance less work moves
+# tolerances of further candidates: the larger the tolerance, the less work moves
 FALLBACK_TOLERANCES = (0.1, 0.3, 1.0, 3.0)
 
 
@@ -117,7 +117,7 @@ def _checked_speeds(call: Call, options: CadOptions) -> Ints:
 
 
 class _Limits(NamedTuple):
-    """Limits on distributing work: the node and speed of each rank, the tolerance, and bytes of buffers."""
+    """Constraints on the distribution of work: the node and speed of each rank, the tolerance, and the bytes of buffers."""
 
     node: Ints
     speeds: Ints
@@ -127,14 +127,14 @@ class _Limits(NamedTuple):
 
 def work_limits(work: int, speeds: Ints, tolerance: float) -> Ints:
     """Return the most work that each rank may have: its share of `work`, in proportion to its speed, times 1 + tolerance."""
-    # Python integers: the product exceeds int64
+    # use Python integers, because the product may exceed int64
     scale = _MILLION + round(tolerance * _MILLION)
     parts = [-(-work * scale * rank_speed // (int(speeds.sum()) * _MILLION)) for rank_speed in speeds.tolist()]
     return np.array(parts, np.int64)
 
 
 def home_tasks(call: Call, cost_model: CostModel) -> Columns:
-    """Assign every task to the owner of its queries, or to that of its keys or by head groups if that moves fewer bytes."""
+    """Assign every task to the owner of its queries, unless the owner of its keys or a split by heads moves fewer bytes."""
     weights = bytes_per_row_and_key(call, cost_model.direction)
     area, rank = split_by_query_owner(call, mask_rectangles(call), call.layout.chunks)
     tasks = make_columns(TASK_COLUMNS, step=0, rank=rank, **vars(area))
@@ -165,7 +165,7 @@ def _split_by_heads(call: Call, tasks: Columns, cost_model: CostModel, weights: 
     everything = np.ones(len(wide))
     groups = num_head_groups(items, call.gqa_group_size)
     moved = choose_cut(items, groups, everything, owners[wide], cost_model, weights).moved_bytes
-    # every owner already has its own part of the rows and keys
+    # every owner already has its own rows and keys
     better = moved * (1 - 1 / owners[wide]) < weights[1] * keys[wide]
     wide, items = wide[better], items.at(better)
     if not len(wide):
@@ -221,7 +221,7 @@ def _rebalance_within_memory(call: Call, tasks: Columns, cost_model: CostModel, 
 def _rebalance(
     call: Call, tasks: Columns, cost_model: CostModel, limits: _Limits, room_fraction: np.ndarray
 ) -> tuple[Columns, int]:
-    """Return (the same work with no rank above its limit, the cost that remains above limits).
+    """Return (tasks for the same work with ranks within their limits where possible, the cost that remains above limits).
 
     room_fraction: the part of its room that each receiver uses.
     """
@@ -257,7 +257,7 @@ def _rebalance(
 
 
 def _buffer_bytes(call: Call, table: Table) -> Ints:
-    """Return an upper bound on each rank's bytes of other ranks' tensors, and of results for other ranks, at any time."""
+    """Return an upper bound on the bytes that each rank holds of other ranks' tensors and of results for other ranks."""
     size = move_bytes(call, table.moves)
     arriving = np.bincount(table.moves["dst"], size, call.ranks)
     is_result = np.isin(table.moves["payload"], REDUCED_PAYLOADS)

@@ -34,7 +34,7 @@ class WorkItems(NamedTuple):
         return WorkItems(*(column[index] for column in self))
 
     def as_tasks(self, rank: Ints) -> Columns:
-        """Return these items as tight tasks in step 0 at the given ranks, without the empty ones."""
+        """Return these items as tight tasks in step 0 on the given ranks. Leave out empty ones."""
         bands = tighten(self.bands)
         kept = nonempty_bands(bands)
         rectangle = {name: bands[:, column] for name, column in (("q0", Q0), ("q1", Q1), ("k0", K0), ("k1", K1))}
@@ -92,7 +92,7 @@ def cut_into_lanes(
     lanes, item = _lanes(items, heads, shape, cost_model)
     stays = [part.as_tasks(home) for part in (other_heads, earlier_rows)]
     stays = [select_rows(part, part["h0"] < part["h1"]) for part in stays]
-    # the same rows in one piece
+    # the cost of the same rows in one piece
     leaving = tighten(clip(items.bands, shape.first_row, items.bands[:, Q1], 0, items.bands[:, K1]))
     uncut = cost_model.band_costs(leaving) * shape.groups * heads
     ranks = int(home.max()) + 1
@@ -128,7 +128,7 @@ def choose_cut(
     cost_model: CostModel,
     weights: tuple[int, int],
 ) -> CutShape:
-    """Choose for each item the cut estimated to move the fewest bytes. The rows from `first_row` on make up the fraction."""
+    """Choose, for each item, the cut estimated to move the fewest bytes. The rows from `first_row` on make up `fraction`."""
     i, groups_taken = expand_ranges(np.maximum(np.ceil(fraction * groups).astype(np.int64), 1), groups + 1)
     some = items.at(i)
     wanted_cost = cost_model.band_costs(some.bands) * np.minimum(fraction[i] * groups[i] / groups_taken, 1.0)
@@ -186,7 +186,7 @@ def _transfer_ends(cut: LaneCut, transfers: Transfers, cost_model: CostModel) ->
 
 
 def _cut_points(lanes: WorkItems, wanted: Ints, cost_model: CostModel) -> Ints:
-    """Return where the last rows that cost `wanted` begin, (M, 3): start and end row of the cut block, first key taken."""
+    """Return where the last rows that cost `wanted` begin, (M, 3): start and end row of the cut block, and first key taken."""
     bands = lanes.bands
     row, end = cost_model.last_rows_of_cost(bands, wanted)
     taken = cost_model.band_costs(clip(bands, end, bands[:, Q1], 0, bands[:, K1]))

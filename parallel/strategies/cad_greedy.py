@@ -58,8 +58,8 @@ def cad_greedy(
 
 
 class _Pairs:
-    """Pieces of work: each is pairs [first, last) of a document part's rows, counted from the outside, and the rank that computes
-    them."""
+    """The pieces of work. Each is a range [first, last) of head-tail pairs of a document part's rows, counted from the outside,
+    and the rank that computes them."""
 
     def __init__(self, area: Rectangles, rank: Ints, call: Call, block: int):
         self.call, self.area, self.block = call, area, block

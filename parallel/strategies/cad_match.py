@@ -1,4 +1,4 @@
-"""Match overloaded ranks with ranks that have room, in few pairs, and in pairs of nearby ranks where possible."""
+"""Match overloaded ranks with ranks that have room, using few pairs and, where possible, nearby ranks."""
 
 from __future__ import annotations
 

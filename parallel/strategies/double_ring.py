@@ -49,7 +49,7 @@ def double_ring(
     node = np.arange(call.ranks) // size
     key_node, query_node = node[key_owner], node[query_owner]
     outer_hops = hops_in_rings(key_node, query_node, call.ranks // size)
-    # nodes that exchange tokens share one inner order: an inner hop is counted by position in the node, whichever node it is
+    # nodes that exchange tokens use the same order of inner hops, which are counted by position within a node
     place = connected_members(key_node, query_node, call.ranks // size)[query_node] * size
     inner_hops = hops_in_rings(place + key_owner % size, place + query_owner % size, call.ranks)
     tasks = make_columns(TASK_COLUMNS, step=outer_hops * size + inner_hops, rank=query_owner, **vars(area))

@@ -1,8 +1,8 @@
 """Scan: every rank runs a recurrence over its own tokens, and states move from segment to segment.
 
 A document is a chain of segments, each on the rank that owns its tokens. The state that enters a segment sums up everything
-before it. `scan_schedules` has the schedules that bring it there. Each document has one, and `scan_mixture` searches for the
-combination that is fastest. The backward pass mirrors the forward pass: it reads the token axis from the end and moves gradients
+before it. `scan_schedules` has the schedules that deliver it. Each document has its own schedule, and `scan_mixture` searches for
+the fastest combination. The backward pass mirrors the forward pass: it reads the token axis from the end and moves gradients
 of states. Any layout is supported.
 """
 

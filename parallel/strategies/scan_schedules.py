@@ -30,7 +30,7 @@ class Segment(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """Segments of a document for heads [h0, h1), in the order in which the state passes through them."""
+    """The segments of a document for heads [h0, h1), in the order in which the state passes through them."""
 
     piece: int
     t0: int
@@ -52,7 +52,7 @@ class Chain(NamedTuple):
 
 
 class Compute(NamedTuple):
-    """Computation of segment number `segment` of a chain, either in full (`whole`) or only its state."""
+    """The computation of segment number `segment` of a chain, either in full (`whole`) or only of its state."""
 
     step: int
     segment: int
@@ -60,7 +60,7 @@ class Compute(NamedTuple):
 
 
 class Send(NamedTuple):
-    """Message with the state of segments [first, end) of a chain, for heads [h0, h1)."""
+    """A message with the state of segments [first, end) of a chain, for heads [h0, h1)."""
 
     step: int
     src: int
@@ -188,7 +188,7 @@ def _states_then_all(begins: Sequence[int], first_whole: int) -> list[Compute]:
 
 
 def needed_sends(chain: Chain, computes: list[Compute], sends: list[Send]) -> list[Send]:
-    """Drop messages whose state no rank needs or the destination, if it has several segments, can combine itself."""
+    """Drop messages whose state no rank needs, or that a destination with several segments can combine itself."""
     needed: list[Send] = []
     for h0, h1 in sorted({(send.h0, send.h1) for send in sends}):
         held: dict[int, list[HeldState]] = {}

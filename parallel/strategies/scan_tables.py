@@ -1,4 +1,4 @@
-"""Tables of `scan`: turn chains of segments and their schedules into the tasks and moves of one direction."""
+"""Make the tables of `scan`: turn chains of segments and their schedules into the tasks and moves of one direction."""
 
 # R ranks, N tokens on the axis, H heads
 

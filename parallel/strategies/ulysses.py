@@ -1,7 +1,7 @@
 """Ulysses: every rank gathers all tokens for a few heads, computes whole sequences, and sends the outputs back.
 
 Jacobs et al. 2023, arXiv 2309.14509. Query heads are split as evenly as possible, and a key/value head goes to
-every rank that has a query head of its group. There cannot be more ranks than query heads.
+every rank that has a query head of its group. More ranks than query heads are an error.
 """
 
 from __future__ import annotations
