@@ -31,7 +31,7 @@ _MOST_KEPT = 4 / 3
 class Landing(NamedTuple):
     """A buffer that is a launch's working tensor. rows: the rows of that tensor. new_row: the new row of each old row.
 
-    own_slices: the slices of the rank's own tensor among its rows.
+    own_slices: the slices that hold rows of the rank's own tensor.
     """
 
     rows: int
@@ -46,7 +46,7 @@ class Landing(NamedTuple):
         )
 
     def rows_of_own(self, tensor: BufferKey) -> Ints:
-        """Return for each row of an own tensor the row of the buffer that holds it, or -1 if the buffer does not have it."""
+        """Map each row of an own tensor to the buffer row that holds it, or to -1 if the buffer does not have it."""
         rows = [
             (_numbers(piece.rows), _numbers(piece.view_rows)) for piece in self.own_slices if piece.buffer == tensor
         ]

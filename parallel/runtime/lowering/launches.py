@@ -14,12 +14,12 @@ from distattn.kernels.launch_mask import LaunchMask
 from distattn.parallel.runtime.lowering.views import ViewParts
 
 # A step is one launch only if its working tensors are at most _MAX_PADDING times as large as what its tasks need. Query rows in
-# several buffers share a launch unless separate launches need _MAX_HOLES times less.
+# several buffers share a launch unless that makes query tensors more than _MAX_HOLES times as large.
 _MAX_PADDING, _MAX_HOLES = 2, 1.1
 
 
 class TokenIntervals(NamedTuple):
-    """The tokens that the tasks of each launch need, end to end in a working tensor, and the heads that need each token."""
+    """The tokens that each launch's tasks need, end to end in a working tensor, and the heads that need each token."""
 
     # intervals sorted by launch and token: tokens [t0, t1) start at row `row` of the launch's tensor
     launch: Ints
@@ -39,7 +39,7 @@ class TokenIntervals(NamedTuple):
 
     @staticmethod
     def of(launch: Ints, t0: Ints, t1: Ints, low: Ints, high: Ints) -> TokenIntervals:
-        """Build the intervals for tasks sorted by launch, where task i needs tokens [t0_i, t1_i) in heads [low_i, high_i)."""
+        """Build the intervals for tasks that are sorted by launch. Task i needs tokens [t0_i, t1_i) in heads [low_i, high_i)."""
         where, begin, end = merge_intervals(launch, t0, t1)
         before = np.cumsum(end - begin) - (end - begin)
         row = before - before[np.searchsorted(where, where)]

@@ -54,7 +54,7 @@ from distattn.parallel.runtime.program import KernelLaunch, Message, Program, Pr
 
 # makes a kernel's own schedule from a launch's mask or a recurrence's segments
 PrepareKernel = Callable[[Any], Any]
-# largest number of segments of a message that travel separately
+# largest number of segments that a message may be cut into
 _MOST_SEGMENTS = 4
 
 
@@ -142,7 +142,7 @@ class _TableLowering:
         self.extents = [*self.buffers, *inherited, *(self._own(payload) for payload in payloads)]
         ends = sorted_unique(np.concatenate([[rank], self.outgoing["dst"], self.incoming["src"]]))
         self.bundles_of_ranks = find_bundles(call, table, ends)
-        # by payloads and heads of a bundle: each payload's bytes in a row of a message, and the row's format
+        # for the payloads and heads of each bundle: the bytes per payload in a message row, and the row format
         self._formats: dict[tuple[tuple[Payload, int], ...], tuple[tuple[tuple[Payload, int], ...], RowFormat]] = {}
         # bundles of this rank only
         self.bundles = {key: bundle for (end, key), bundle in self.bundles_of_ranks.items() if end == rank}
@@ -189,7 +189,7 @@ class _TableLowering:
     def _shared_rows(
         self, holder: int, key: BufferKey
     ) -> tuple[Bundle, tuple[tuple[Payload, int], ...], RowFormat | None]:
-        """Return the bundle of one of `holder`'s buffers, each payload's bytes in a row of a message, and the row's format."""
+        """Return the bundle of a buffer of rank `holder`, the bytes per payload in a message row, and the row format."""
         bundle = self.bundles_of_ranks.get((holder, key), ())
         if not bundle:
             return bundle, (), None
@@ -201,7 +201,7 @@ class _TableLowering:
         return bundle, *self._formats[heads]
 
     def _query_buffers(self) -> Ints:
-        """Return for each task which buffer holds the query rows of its first head; -1 if no single buffer does."""
+        """Return the number of the buffer with each task's query rows for its first head, or -1 if no single buffer has them."""
         q0, q1, head = (self.tasks[name] for name in ("q0", "q1", "h0"))
         buffers = np.full_like(q0, -1)
         queries = (extent for extent in self.extents if extent.key.payload == Payload.Q)
@@ -234,7 +234,7 @@ class _TableLowering:
     def _messages(
         self, moves: Columns, peer: str
     ) -> tuple[list[tuple[int, BufferKey]], ViewParts, list[tuple[slice, ...]]]:
-        """Return three lists: (peer, buffer) of every message, in order; its contents as a view with one part; its segments.
+        """Return (peer, buffer) of all messages in order, their contents as views with one part each, and their segments.
 
         peer: the column of `moves` that holds the peer's rank, "src" or "dst".
         """
@@ -316,7 +316,7 @@ class _TableLowering:
                 steps[first[key]].own_copies.append((key, landing.own_view))
 
     def _mark_first_writes(self, steps: list[ProgramStep]) -> None:
-        """Mark the slices that are the first to write to their place, in the order in which the executor accumulates results.
+        """Mark the slices that are first to write to their rows and heads, in the order in which the executor accumulates.
 
         Buffers that first writes do not fill completely go to `blank`. Own results without any other writes go to `unadded`.
         """
@@ -388,7 +388,7 @@ def _memoized(prepare: PrepareKernel, in_larger_job: bool) -> PrepareKernel:
 
 
 def _dense_steps(call: Call, table: Table) -> np.ndarray:
-    """Return the steps in which at least half of all rank pairs communicate, equal on all ranks. These use one all-to-all."""
+    """Return which steps use one all-to-all: those in which at least half of all rank pairs communicate. All ranks agree."""
     moves, ranks = table.moves, call.ranks
     pairs = sorted_unique((moves["step"] * ranks + moves["src"]) * ranks + moves["dst"])
     talking = np.bincount(pairs // ranks**2, minlength=table.steps)

@@ -81,18 +81,18 @@ def place_fields(widths: Widths, rows: int, heads: int, offset: int) -> tuple[li
 
 
 def result_fields(call: Call, payload: Payload) -> Widths:
-    """Return the fields of a payload in the dtype in which kernels compute them, the accumulation dtype."""
+    """Return the fields of a payload as kernels compute them, in the accumulation dtype."""
     return tuple((width, call.accumulation_dtype) for width, _ in call.payload_fields(payload))
 
 
 class PassMemory(NamedTuple):
-    """Bytes that a pass needs on the device besides q, k, v and a contiguous dO: the components of `peak`.
+    """The bytes that a pass needs on the device besides q, k, v and a contiguous dO, by component.
 
     arena: buffers, messages, gathered operands and partial results. The arena is kept between passes. Passes on one stream share
     the largest of their arenas; a forward pass asks for the size of the backward pass if one will follow (see `arenas`).
-    results: the rank's own results while they are accumulated. This includes tensors kept for the backward pass (forward), or
-    delta and, for latent attention, the gradient of the weights (backward). Kept tensors are received in their final place;
-    layers recomputed by a checkpoint receive them in one place, which is also kept between passes. workspace: the largest
+    results: the rank's own results while they are accumulated. A forward pass adds the tensors kept for the backward pass, a
+    backward pass adds delta and, for latent attention, the gradient of the weights. Kept tensors are received in their final
+    place; layers recomputed by a checkpoint receive them in one place, which is also kept between passes. workspace: the largest
     workspace that the kernel needs for a launch. It is 0 if the kernel cannot count it, except for expanded latents and their
     gradients. returned: extra memory while results are converted from the accumulation dtype to the inputs' dtype, one by one,
     the smallest first. states: the states of a recurrence that live across steps. A sink's few numbers per row are not

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class OwnRows(NamedTuple):
-    """The rows of a rank's own tensors of a payload, viewed with `heads` heads per row, that make up the rows of all messages."""
+    """Rows of a rank's own tensors of a payload, viewed with `heads` heads per row, that make up the rows of all messages."""
 
     payload: Payload
     heads: int
@@ -100,7 +100,7 @@ def _packed(format_: tuple[tuple[Payload, int], ...], rows: dict[tuple[int, ...]
 
 
 def _own_rows(call: Call, payload: Payload, view: View, are_results: bool) -> Ints | None:
-    """Return for each row of the view its row in the own tensor, viewed with as many heads, or None if a row is not there."""
+    """Map each row of the view to its row in the own tensor, viewed with as many heads. Return None if any row is missing."""
     heads, groups = view.heads, call.payload_heads(payload) // view.heads
     if not view.is_complete or groups * heads != call.payload_heads(payload):
         return None

@@ -17,7 +17,7 @@ from distattn.parallel.runtime.lowering.views import ViewParts
 
 
 class SegmentKind(Enum):
-    """What a launch computes: outputs or gradients (WHOLE), the state of its keys, or the gradient state of its rows."""
+    """The kind of result of a launch: outputs or gradients (WHOLE), states of keys, or gradient states of rows."""
 
     WHOLE = "whole"
     STATE = "state"

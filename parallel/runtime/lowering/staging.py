@@ -23,7 +23,7 @@ from distattn.parallel.runtime.lowering.views import OWN, BufferKey, BufferSlice
 if TYPE_CHECKING:
     from distattn.parallel.runtime.program import Message, ProgramStep
 
-# the key of a copy has this number minus the number of its step
+# in the key of a copy, `step` is this number minus the number of the step that copies
 _COPIES = -(1 << 32)
 
 
@@ -32,7 +32,7 @@ def stage(
 ) -> dict[BufferKey, View]:
     """Change the sends of the steps so that own rows are sent from the arena. Add the new buffers to the rank's bundles.
 
-    Return for each new buffer a view of the own rows copied into it. landings: only those of buffers that share their rows with
+    Return a view, for each new buffer, of the own rows copied into it. landings: only those of buffers that share their rows with
     no other buffer.
     """
     copies: dict[BufferKey, View] = {}
@@ -115,7 +115,7 @@ def _in_landed(message: Message, key: BufferKey, landing: Landing) -> list[Buffe
 
 
 def _rows_in_landed(tensor: BufferKey, key: BufferKey, landing: Landing) -> np.ndarray | None:
-    """Return for each row of an own tensor its row in a landed buffer (-1 if it has none), or None if the heads differ."""
+    """Map each row of an own tensor to its row in a landed buffer (-1 if it has none). Return None if the heads differ."""
     parts = [piece for piece in landing.own_slices if piece.buffer == tensor]
     all_heads = slice(0, tensor.h1 - tensor.h0)
     if (key.h0, key.h1) != (tensor.h0, tensor.h1) or not parts or any(piece.heads != all_heads for piece in parts):

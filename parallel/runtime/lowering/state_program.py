@@ -72,7 +72,7 @@ class KeptState(NamedTuple):
 
 @dataclass
 class StateStep:
-    """States that a rank sends, receives and frees in one step."""
+    """The states that a rank sends, receives and frees in one step."""
 
     sends: list[StateMessage] = field(default_factory=list)
     receives: list[StateMessage] = field(default_factory=list)
@@ -96,7 +96,7 @@ class StateProgram:
 
 
 def lower_states(plan: Plan, rank: int, direction: str) -> StateProgram:
-    """Lower the states of one of a recurrent call's tables for one rank."""
+    """Lower the states in one table of a recurrent call for one rank."""
     call, table = plan.call, plan.forward if direction == "forward" else plan.backward
     payloads = [payload for payload in call.payloads(direction) if payload in STATE_PAYLOADS]
     traces = {payload: trace_states(plan, direction, payload, rank) for payload in payloads}

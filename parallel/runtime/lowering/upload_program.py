@@ -1,4 +1,4 @@
-"""Copy a program's lists to the device that runs it."""
+"""Upload a program's lists to the device that runs it."""
 
 from __future__ import annotations
 

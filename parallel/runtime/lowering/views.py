@@ -32,7 +32,7 @@ OWN = -1
 
 
 class BufferSlice(NamedTuple):
-    """A map from rows and heads of a buffer to rows and heads of a view."""
+    """A mapping from rows and heads of a buffer to rows and heads of a view."""
 
     buffer: BufferKey
     rows: RowIndex
@@ -139,7 +139,7 @@ def _joined_heads(slices: list[BufferSlice]) -> list[BufferSlice]:
     """Join adjacent heads with the same rows. Parts of a view were cut wherever the heads of any task differ."""
     if len(slices) < 2:
         return slices
-    # by the first head that a slice to be joined would have
+    # keyed by the first heads that a next slice must have to be joined
     out: dict[tuple[BufferKey, int, int], list[BufferSlice]] = {}
     for piece in sorted(slices, key=lambda piece: piece.view_heads.start):
         before = out.get((piece.buffer, piece.heads.start, piece.view_heads.start), [])
