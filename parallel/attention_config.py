@@ -98,9 +98,9 @@ class AttentionConfig(AttentionKeys):
 
     @classmethod
     def of(cls, base: AttentionKeys | None, /, **settings: Any) -> AttentionConfig:
-        """Return the given settings, with those of `base` for the rest.
+        """Return the given settings, and those of `base` for the rest.
 
-        Raises DistattnError for an unknown setting, or if no strategy is given.
+        Raise DistattnError for an unknown setting, or if no strategy is given.
         """
         if not isinstance(base, AttentionKeys | None):
             raise DistattnError(f"config is an AttentionConfig, not a {type(base).__name__}.")
@@ -133,7 +133,7 @@ class AttentionConfig(AttentionKeys):
     def block_ranks(self, ranks: int) -> int:
         """Return the number of neighbouring ranks that hold the same batch, in a group of `ranks` ranks.
 
-        Raises DistattnError if servers or context_parallel_size do not fit the group.
+        Raise DistattnError if servers or context_parallel_size do not fit the group.
         """
         if type(self.servers) is not int or not 0 <= self.servers < ranks:
             raise DistattnError(f"servers is 0 to {ranks - 1} of the group's {ranks} ranks, not {self.servers!r}.")
@@ -152,5 +152,5 @@ def check_layout(layout: str, options: Mapping[str, Any] | None, document_mask: 
         raise DistattnError(f"layout {layout!r} does not exist; there are {', '.join(LAYOUTS)}.")
     for name in (options or {}).keys() - inspect.signature(LAYOUTS[layout]).parameters.keys():
         raise DistattnError(f"layout {layout} has no option {name!r}.")
-    # a small layout, to raise errors now rather than at the first batch
+    # make a small layout, so that errors are raised now rather than at the first batch
     make_layout(layout, [64], 2, Mask.documents([64], document_mask), **(options or {}))

@@ -175,7 +175,7 @@ def _fastest(call: Call, cluster: AnyCluster | None, candidates: Iterable[Table]
         return asked_for
 
     def seconds(table: Table) -> float:
-        # include the gradients, which the backward pass moves as well
+        # the backward pass moves gradients as well
         whole = table if direction == "forward" else derive_backward(call, table, policy, spec)
         return simulate_pass(call, spec, direction, whole).seconds
 
@@ -197,7 +197,7 @@ def _seconds_of_tables(call: Call, cluster: AnyCluster | None, direction: str) -
 
 
 def _without_idle_steps(table: Table) -> Table:
-    """Return the table with its steps renumbered so that steps in which no rank does anything disappear."""
+    """Return the table without steps in which no rank does anything, and with the other steps renumbered."""
     busy = sorted_unique(np.concatenate([table.tasks["step"], table.moves["step"]]))
     tasks, moves = ({**part, "step": np.searchsorted(busy, part["step"])} for part in (table.tasks, table.moves))
     return Table(tasks, moves, table.label)

@@ -41,7 +41,7 @@ def make_recurrent_plan(
     op, heads and settings are those of `make_plan`. config's strategy, backward and options are for attention and not used
     here. `explain` reports both times. The plan is always scan's if options for it are given, if speeds are unknown, if there
     are fewer heads than ranks, or if a rank has no tokens: such a rank may be a server, which computes attention only. Raise
-    the errors of `make_plan`, and scan's if both strategies fail.
+    the errors of `make_plan`. If both strategies fail, the error is scan's.
     """
     cluster = resolve_cluster(cluster)
     plan = partial(make_plan, mask, layout, op=op, heads=heads, config=config, cluster=cluster, **settings)

@@ -1,4 +1,4 @@
-"""Explain a plan to users: what each rank computes and sends, the balance, and a picture of the score matrix."""
+"""Explain a plan to users: the work and messages of each rank, the balance, and a picture of the score matrix."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Explanation:
 
 @checked
 def explain(plan: Plan, cluster: AnyCluster | None = None) -> Explanation:
-    """Prove and explain a plan. cluster: tells which ranks share a node; by default all of them do.
+    """Prove and explain a plan. cluster: determines which ranks share a node; by default, all do.
 
     Raise PlanError if the plan cannot be proven, DistattnError if the cluster has a different number of ranks.
     """

@@ -63,7 +63,7 @@ _REDUCED = _Sentences(
 
 @dataclass(frozen=True)
 class BufferLifetimes:
-    """The lifetimes of buffers, one row each: the rank, the first and last step in which it is alive, and its bytes."""
+    """The lifetimes of buffers, one row per buffer: its rank, the first and last step in which it is alive, and its bytes."""
 
     rank: Ints
     first: Ints
@@ -202,7 +202,7 @@ class _HoldingCheck:
         )
 
     def to_line(self, rows: Columns) -> tuple[Ints, Ints, Ints]:
-        """Map rows to intervals (row, begin, end) on one line, which encodes (rank, elementary head range, token)."""
+        """Map rows to intervals (row, begin, end) on one line that encodes (rank, elementary head range, token)."""
         limits = self.head_limits
         row, head = expand_ranges(np.searchsorted(limits, rows["h0"]), np.searchsorted(limits, rows["h1"]))
         base = (rows["rank"][row] * len(limits) + head) * (self.call.mask.n + 1)
@@ -280,7 +280,7 @@ class _HoldingCheck:
 
 
 def _covered(low: Ints, high: Ints, a: Ints, b: Ints) -> np.ndarray:
-    """Return for each i if the sorted disjoint intervals [low, high) cover all of [a_i, b_i)."""
+    """Return which intervals [a_i, b_i) the sorted disjoint intervals [low, high) cover completely, bool."""
     if not len(low):
         return a >= b
     before = np.append(0, np.cumsum(high - low))

@@ -39,8 +39,8 @@ def plan_traffic(plan: Plan, cluster: AnyCluster) -> Traffic:
 def lower_bound(plan: Plan, cluster: AnyCluster) -> Traffic:
     """Return the fewest bytes that any plan with the same tasks on the same ranks, and the same policy, can move.
 
-    Every rank that uses a token it does not own receives it at least once, and so does every node of such ranks other than the
-    owner's. Every partial result leaves its rank, and its node, at least once.
+    Every rank that uses a token it does not own receives it at least once, and so does every node of such
+    ranks other than the owner's. Every partial result leaves its rank, and its node, at least once.
     """
     total = inter_node = 0
     for direction, table in (("forward", plan.forward), ("backward", plan.backward)):

@@ -22,7 +22,7 @@ _PANELS = 4
 _OUTLINE_ROWS = 48
 # limits of relative luminance that keep colours visible on light and dark pages (a contrast of at least 2.2 with either)
 _DARKEST, _LIGHTEST = 0.11, 0.42
-# the part of a palette that is used, as its ends are nearly black
+# the part of a palette to use, because its ends are nearly black
 _COLOUR_RANGE = (0.06, 0.96)
 _PALETTES = {"rank": "turbo", "step": "viridis"}
 # weights of red, green and blue in relative luminance (WCAG 2)
@@ -95,7 +95,7 @@ def _of_head(tasks: Columns, head: int) -> Columns:
 
 
 def _drawn_tasks(plan: Plan) -> Columns:
-    """Return the forward tasks, or for a recurrence only tasks with outputs: each shows all cells that pass through its segment."""
+    """Return the forward tasks, or for a recurrence only tasks with outputs: each has all cells that pass through its segment."""
     tasks = plan.forward.tasks
     return select_rows(tasks, has_rows_and_keys(tasks)) if plan.call.op.is_recurrent else tasks
 
@@ -122,7 +122,7 @@ def _scale(panel: Panel) -> Any:
 
 
 def _ticks(colours: int) -> Ints:
-    """Return the ranks or steps that a colour bar names."""
+    """Return the ranks or steps labelled on a colour bar."""
     return np.unique(np.linspace(0, colours - 1, min(colours, _MOST_TICKS)).round().astype(int))
 
 

@@ -53,7 +53,7 @@ def simulate(plan: Plan, cluster: AnyCluster | str | Path, proof: Proof | None =
     """Time one call, forward and backward, on a ClusterSpec or on anything that `distattn.cluster.spec.load` accepts.
 
     proof: the result of `verify` for this plan; without it, the plan is proven here. Raise PlanError if the plan cannot be
-    proven. Raise DistattnError if the cluster has no speeds, or if its devices are not as many as the plan's ranks.
+    proven. Raise DistattnError if the cluster has no speeds, or not one device per rank of the plan.
     """
     spec = resolve_cluster(cluster)
     if not isinstance(spec, ClusterSpec):

@@ -6,7 +6,7 @@ other states tile the interval: they are adjacent, in order, and all available b
 its tokens once and in order. Coverage forces tasks to begin where documents do, so the state that enters a segment sums up all
 earlier tokens of its document and no others.
 
-For gradients of states the same holds with the token axis read from its end.
+The same holds for gradients of states, with the token axis read from its end.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class StateOrigin(NamedTuple):
 class StateUse(NamedTuple):
     """The states, for heads [h0, h1), that a task reads or a move sends.
 
-    `tiles` tile an interval, in the order in which the state passes through it.
+    tiles: states that tile an interval, in the order in which the state passes through it.
     """
 
     user: StateOrigin
@@ -171,7 +171,7 @@ class _Tracing:
         return StateLife(rank, state.name, heads, *self._unmirrored(state.t0, state.t1), state.there, last)
 
     def _collect(self) -> None:
-        """Collect all states that ranks ever hold. If a rank has a state already, the later copy is ignored."""
+        """Collect all states that ranks ever hold. Ignore states computed where they are held already."""
         if self.kept is not None:
             for i, part in self._by_heads(self.kept):
                 row, rank, t0, t1 = _ints(self.kept, i, "row", "rank", "k0", "q0")

@@ -25,9 +25,9 @@ class PassTimeline:
     """Timeline of one direction of a plan.
 
     begin, computed, arrived: times in seconds, (steps, ranks), at which each step began, its kernels ended and its messages
-    ended. Without kernels or messages in a step, that time is when the step began. seconds: duration of the whole pass. flops:
-    floating-point operations of all ranks. intra_node_bytes, inter_node_bytes: bytes sent by each rank within its node and to
-    other nodes.
+    ended. For a step without kernels or messages, it is the time at which the step began. seconds: duration of the pass.
+    flops: floating-point operations of all ranks. intra_node_bytes, inter_node_bytes: bytes sent by each rank within its node
+    and to other nodes.
     """
 
     direction: str
@@ -46,7 +46,7 @@ class PassTimeline:
 
     @property
     def idle(self) -> Numbers:
-        """The seconds for which each rank does not compute until the slowest rank has finished, (ranks,)."""
+        """The seconds for which each rank does not compute before the slowest rank has finished, (ranks,)."""
         return self.seconds - self.busy
 
     @property

@@ -50,7 +50,7 @@ class ArenaPool:
         self._last_loan: dict[_Place, int] = {}
 
     def forget(self) -> None:
-        """Reset the pool in a forked process, where the device memory and any thread that holds the lock are the parent's."""
+        """Reset the pool in a forked process: the device memory, and any thread that holds the lock, belong to the parent."""
         self._lock = threading.RLock()
         # keep them alive: freeing would call CUDA, which a forked process cannot use
         self._of_parents += [self._idle, self._kept, self._last_loan]

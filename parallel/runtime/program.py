@@ -46,7 +46,7 @@ class KernelLaunch(NamedTuple):
 
 @dataclass
 class ProgramStep:
-    """The work of this rank in one step of a table."""
+    """One rank's work in one step of a table."""
 
     # the rows of each new buffer, and the own rows copied into it (see `landing` and `staging`)
     allocate: dict[BufferKey, int] = field(default_factory=dict)

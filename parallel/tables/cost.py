@@ -60,7 +60,7 @@ class CostModel:
         return out
 
     def seconds(self, call: Call, cluster: ClusterSpec, cost: int) -> float:
-        """Return the kernel seconds of a cost on a cluster. Costs include overheads, so use the speed for long sequences."""
+        """Convert a cost to kernel seconds on a cluster, with the speed for long sequences, as costs include overheads."""
         long = np.array([_LONG])
         speed = float(attention_speed(cluster, self.direction, call.head_dim, long, long)[0])
         return cost * self.block * flops_per_cell(self.direction, call.head_dim, call.v_head_dim) / speed
@@ -108,7 +108,7 @@ def _default_overhead(direction: str) -> int:
 
 
 def _smallest_sufficient(limit: Ints, is_enough: Callable[[Ints, Ints], np.ndarray]) -> Ints:
-    """Return for each i the least x in 1 .. limit_i with is_enough(i, x), or limit_i. is_enough must be monotonic in x."""
+    """Return, for each i, the least x in 1 .. limit_i with is_enough(i, x), or limit_i. is_enough must be monotonic in x."""
     low, high = np.minimum(1, limit), limit
     i = np.repeat(np.arange(len(limit)), _PROBES)
     # use few rounds with many probes each, because the time of a round in numpy hardly depends on the number of probes

@@ -15,13 +15,13 @@ def hops_in_rings(src: Ints, dst: Ints, members: int) -> Ints:
     """
     ring = connected_members(src, dst, members)
     place = np.empty(members, np.int64)
-    # positions in an order sorted by ring: within a ring, their differences are hops
+    # sort members by ring, so that differences of positions within a ring are hops
     place[np.argsort(ring, kind="stable")] = np.arange(members)
     return (place[dst] - place[src]) % np.bincount(ring, minlength=members)[ring[dst]]
 
 
 def connected_members(src: Ints, dst: Ints, members: int) -> Ints:
-    """Return for each member, (members,), the lowest member connected to it by a chain of pairs (src_i, dst_i)."""
+    """Return the lowest member connected to each member by a chain of pairs (src_i, dst_i), (members,)."""
     src, dst = np.divmod(sorted_unique(src * members + dst), members)
     lowest = np.arange(members)
     while (lowest[src] != lowest[dst]).any():

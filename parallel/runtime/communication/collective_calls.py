@@ -18,7 +18,7 @@ from distattn.ir.errors import LostRankError, named_ranks
 Result = TypeVar("Result")
 # for each group, the number of this rank's calls by name
 _CALLS: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary()
-# seconds that the store may take to answer, and seconds that other ranks may be late: this rank sees a broken connection at once
+# seconds that the store may take to answer, and that other ranks may arrive late: only this rank has noticed the failure so far
 _ANSWER, _LATER = 5.0, 10.0
 
 

@@ -161,7 +161,7 @@ def new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
 
 @contextmanager
 def _unbound_world() -> Iterator[None]:
-    """Let groups made in the block open their own communicators instead of splitting a device-bound world's."""
+    """Let groups made in the block open their own communicators, instead of splitting that of a world bound to devices."""
     world = dist.group.WORLD
     assert world is not None
     bound = world.bound_device_id  # type: ignore[attr-defined]
@@ -211,7 +211,7 @@ def _open_nccl(store: dist.Store, rank: int, members: Sequence[int], timeout: ti
     options: Any = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     # `driver.message_watch` names lost ranks earlier, whereas PyTorch's watchdog would end the process without naming any
     options._timeout = max(10 * timeout, _WATCHDOG)
-    # these two are for PyTorch's flight recorder
+    # set the names that PyTorch's flight recorder shows
     options.global_ranks_in_group, options.group_name = list(members), name
     return dist.ProcessGroupNCCL(store, rank, len(members), options)
 

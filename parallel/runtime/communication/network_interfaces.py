@@ -26,8 +26,8 @@ _GLOBAL_SCOPE = "00"
 def reachable_address() -> str:
     """Return the numeric address of this machine to which ranks on other machines connect.
 
-    It is the address of the (first) interface named in GLOO_SOCKET_IFNAME. Without that variable it is the address of the
-    interface towards the job's store, or otherwise the one that this machine's name resolves to, as in gloo. Raise
+    It is the address of the first interface named in GLOO_SOCKET_IFNAME. Without that variable, it is the address of the
+    interface that reaches the job's store, or otherwise the one to which this machine's name resolves, as in gloo. Raise
     DistattnError if no address is found.
     """
     if names := os.environ.get("GLOO_SOCKET_IFNAME"):

@@ -1,4 +1,4 @@
-"""Move rows from one layout to another: each rank passes its rows (T, ...) of the first and gets its rows of the second."""
+"""Move rows between layouts: each rank passes its rows (T, ...) in the first layout and gets its rows in the second."""
 
 # T rows on this rank in the first layout, U in the second
 

@@ -23,7 +23,7 @@ def copy_to_device(device: torch.device, tensor: Tensor) -> Tensor:
 
 
 class Handover(NamedTuple):
-    """Tensors that one thread makes on its current stream for the streams of other threads, with an event that marks them as
+    """Tensors that one thread makes on its current stream for other threads' streams, and an event that shows when they are
     ready."""
 
     tensors: list[Tensor]

@@ -62,7 +62,7 @@ class PendingMessages(Protocol):
 
 
 class Transport(Protocol):
-    """The interface that the executor uses for all transports."""
+    """The interface of a transport, as the executor uses it."""
 
     def exchange(
         self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""
@@ -88,7 +88,7 @@ class GroupTransport:
         self._group = weakref.ref(group)
         self._backend = backend
         self.is_open = True
-        # the number of drivers that send through it, and True until any of them loses a rank; see `release`
+        # the number of drivers that use this transport, and True until one of them has lost a rank; see `release`
         self._users, self._is_healthy = 0, True
         # True if waiting only orders streams, so that the host continues
         self.waits_on_stream = bool(backend.supports_coalescing)
@@ -122,7 +122,7 @@ class GroupTransport:
         self._users += 1
 
     def release(self, gracefully: bool) -> None:
-        """Remove one driver, and close the transport after the last one. See `close`."""
+        """Drop one driver, and close the transport after the last one. See `close`."""
         self._users -= 1
         self._is_healthy = self._is_healthy and gracefully
         if not self._users:

@@ -70,7 +70,7 @@ class Buffers:
     def bind_flat(
         self, kept: FlatPlaces, flat: Tensor, renamed: Callable[[BufferKey], BufferKey] | None = None
     ) -> None:
-        """Make kept buffers views of one flat tensor. renamed: maps their keys to those of this pass."""
+        """Make the kept buffers views of one flat tensor. renamed: maps their keys to the keys in this pass."""
         for key, places in kept.places.items():
             # saved-tensor hooks may return it as a part of another tensor
             begin = flat.storage_offset()
@@ -157,7 +157,7 @@ class Buffers:
         return [tuple(x[piece.rows] for x in self._whole(piece.buffer, in_rows)) for piece in view.slices]
 
     def part(self, view: View) -> Fields:
-        """Return the part of a buffer that a view consists of."""
+        """Return the part of a buffer that makes up a view."""
         (only,) = view.slices
         rows, heads, parts = only.rows, only.heads, []
         assert isinstance(rows, slice), "a part of a buffer has contiguous rows"

@@ -131,7 +131,7 @@ def backward(
 
 
 def run_to_completion(run: PausableRun[Result]) -> Result:
-    """Run one rank to completion. Block while it waits for messages."""
+    """Run one rank to completion, blocking while it waits for messages."""
     while True:
         try:
             next(run)
@@ -251,7 +251,7 @@ def _targets(step: ProgramStep, number: int, buffers: Buffers) -> dict[Payload, 
 def _accumulate(
     step: ProgramStep, number: int, buffers: Buffers, results: dict[Payload, Fields], targets: dict[Payload, Target]
 ) -> None:
-    """Accumulate the results of a launch, except those that the kernel has written straight to their buffers."""
+    """Accumulate the results of a launch, except those that the kernel has written directly to their buffers."""
     for payload, fields in results.items():
         if payload not in targets or not targets[payload].is_part:
             buffers.accumulate(payload, step.launches[number].results[payload], fields)
@@ -288,7 +288,7 @@ def _outgoing(buffers: Buffers, step: ProgramStep, numbers: tuple[int, ...]) -> 
 def _incoming(
     buffers: Buffers, step: ProgramStep, numbers: tuple[int, ...], results: dict[int, Fields]
 ) -> list[Packet]:
-    """Return the packets of messages that arrive together. Copies arrive in their buffer. Put partial results in `results`."""
+    """Return the packets of messages that arrive together: copies in their buffer, partial results in tensors of `results`."""
     payload, message = step.receives[numbers[0]]
     packed = _packed_with(numbers, step.packed_receives)
     if packed:

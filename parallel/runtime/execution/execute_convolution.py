@@ -1,4 +1,4 @@
-"""The executor of convolutions. It resembles attention's, but has only values, and weights, if any, that every rank holds.
+"""The executor of convolutions. It resembles attention's, but has only values. If there are weights, every rank holds them.
 
 A weight is (H, D, W), or (H, D, D, W) if the channels of a head are mixed.
 """

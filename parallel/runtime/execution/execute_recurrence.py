@@ -53,7 +53,7 @@ class RecurrenceKernel(Protocol):
 
 
 class ForwardResult(NamedTuple):
-    """o_THV, final states of documents that end on this rank (0 for others) if requested, and tensors kept for the backward."""
+    """Outputs, final states of documents that end on this rank (0 for others) if requested, and tensors kept for the backward."""
 
     o: Tensor
     final_MHKV: Tensor | None
@@ -61,7 +61,7 @@ class ForwardResult(NamedTuple):
 
 
 class BackwardResult(NamedTuple):
-    """Gradients of this rank's tokens and, if there are initial states, of those of documents that begin here (0 for others)."""
+    """Gradients of this rank's tokens, and of the initial states, if any, of documents that begin on this rank (0 for others)."""
 
     dx: RecurrenceTokens
     dinitial_MHKV: Tensor | None
@@ -181,7 +181,7 @@ class _Pass(StatePass):
         return {Payload.dQ: shared, Payload.dKV: tuple(rest)}
 
     def _leave_states(self, launch: KernelLaunch, x: RecurrenceTokens, tasks: Sequence[SegmentStates]) -> None:
-        """Keep the (A, B) of segments, combined with the states before them."""
+        """Keep the states (A, B) of segments, combined with the states before them."""
         before = [self.entering(launch, task) for task in tasks]
         entering, with_transitions = self.side_by_side(launch, before), _need_transitions(tasks)
         leaving, transitions = self.kernel.states(x, launch.schedule.segments, entering, with_transitions)
@@ -229,7 +229,7 @@ class _Pass(StatePass):
         return launch.heads.start % group == 0 and launch.heads.stop % group == 0
 
     def _group_index(self, launch: KernelLaunch, device: torch.device) -> Tensor:
-        """Return for each value head of a launch the index of its query and key head among the launch's."""
+        """Map each value head of a launch to the index of its query and key head within the launch."""
         group, heads = self.call.gqa_group_size, launch.heads
         return torch.arange(heads.start, heads.stop, device=device) // group - heads.start // group
 

@@ -12,7 +12,7 @@ from distattn.parallel.runtime.program import Program
 
 
 class KeptPlaces(NamedTuple):
-    """Places of received tokens, by buffer of the forward pass, and of the states with which tasks began, in order.
+    """Places in a flat tensor: those of received tokens, by forward buffer, and those of the states with which tasks began.
 
     bytes: the size of the flat tensor that holds them all.
     """

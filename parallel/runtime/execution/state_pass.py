@@ -51,7 +51,7 @@ class StatePass:
         self.edge_states = torch.zeros(shape, dtype=self.dtype, device=self._device)
 
     def tasks(self, launch: KernelLaunch) -> list[SegmentStates]:
-        """Return the SegmentStates of a launch's tasks, in order."""
+        """Return the `SegmentStates` of a launch's tasks, in order."""
         return [self.program_states.tasks[number] for number in launch.schedule.tasks]
 
     def entering(self, launch: KernelLaunch, task: SegmentStates) -> State | None:
@@ -61,13 +61,13 @@ class StatePass:
         return self.edge(launch, self.initial, task.initial)
 
     def edge(self, launch: KernelLaunch, states_MHKV: Tensor | None, document: int) -> State | None:
-        """Return a document's state from `states_MHKV`, or None (the state of no tokens) without states or document."""
+        """Return a document's state from `states_MHKV`, or None, the state of no tokens, if there is no such state."""
         if states_MHKV is None or document < 0:
             return None
         return State(None, states_MHKV[document, launch.heads].to(self.dtype))
 
     def side_by_side(self, launch: KernelLaunch, states: Sequence[State | None]) -> Tensor:
-        """Return the B of a launch's segments as one tensor (N, H, K, V). A state of None is the state of no tokens."""
+        """Put the states B of a launch's segments in one tensor (N, H, K, V). None stands for the state of no tokens."""
         present = [(number, state.b) for number, state in enumerate(states) if state is not None]
         if len(present) == len(states):
             return torch.stack([b for _, b in present])

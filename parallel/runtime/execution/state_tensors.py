@@ -75,13 +75,13 @@ class HeldStateTensors:
         return State(a, torch.cat([state.b for state in states]))
 
     def packets(self, message: StateMessage) -> list[Packet]:
-        """Return the packets that send a state."""
+        """Return the packets of an outgoing state."""
         a, b = self.put_together(message.parts)
         tensors = [b] if message.is_prefix or not self.call.op.transition_travels else [b, _present(a)]
         return [Packet(message.peer, message.key.payload, self._allocator.copy_of(tensor)) for tensor in tensors]
 
     def receive(self, message: StateMessage) -> list[Packet]:
-        """Allocate tensors for a state to receive. Return their packets. The state is available from the end of the step on."""
+        """Allocate tensors for an incoming state and return their packets. The state is available from the end of the step on."""
         heads, op = message.h1 - message.h0, self.call.op
         b = self._empty(heads, self.call.head_dim, self.call.v_head_dim)
         if message.is_prefix or op.is_maximum:
@@ -133,7 +133,7 @@ def apply_transition(a: Tensor, b: Tensor, transposed: bool = False) -> Tensor:
 
 
 def compose_transitions(a: Tensor, later: Tensor) -> Tensor:
-    """Return the transition of two consecutive segments, first that of `a`: diagonals (H, K) or matrices (H, K, K)."""
+    """Return the transition of two consecutive segments, `a` and then `later`: a diagonal (H, K) or a matrix (H, K, K)."""
     return a * later if a.dim() == 2 else later @ a
 
 
