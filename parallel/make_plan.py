@@ -132,7 +132,7 @@ def make_plan(
     if max_buffer_bytes is None or (least := _most_needed(plan)) <= max_buffer_bytes:
         return plan
     chunked_policy = "refetch-home" if policy == "keep" and backward is None else policy
-    # a recurrence is not cut into head chunks
+    # the states of a recurrence cannot be cut by heads
     cuts = [] if op.is_recurrent else possible_head_chunks(working, forwards[0])
     for cut in cuts:
         plan = planned(chunked_policy, forwards, backwards, cut)

@@ -70,7 +70,7 @@ def lower_bound(plan: Plan, cluster: AnyCluster) -> Traffic:
 
 
 def plain_ring_traffic(call: Call, cluster: AnyCluster) -> Traffic:
-    """Return the bytes of a ring that sends all keys and values to all ranks with tokens in both passes, and dKV full circle."""
+    """Return the bytes of a ring that sends all keys and values to all ranks with tokens in both passes, and dKV all around."""
     tokens = call.layout.shard_sizes()
     members = np.flatnonzero(tokens)
     ring_size = len(members)

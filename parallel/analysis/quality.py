@@ -101,7 +101,7 @@ def _lower_bound_bytes(plan: Plan, direction: str, most: float) -> np.ndarray:
     """Return the fewest bytes that each rank must move, (ranks,), if no rank computes more than `most` cells x heads.
 
     Ranks hold only their own keys, and work above `most` has to be computed elsewhere. A server that computes w cells of one
-    group of g heads needs R rows and C keys of that group with R * C >= w / g, and so receives at least
+    group of g heads needs R rows and C keys of that group with R * C >= w / g, and so moves at least
     2 * sqrt(R * C * bytes per row * bytes per key) bytes. The square root is concave, so the minimum is reached if few servers
     get as much as possible. No server gets more than `most`, or more than all of a rank's work in one group.
     """
@@ -114,7 +114,7 @@ def _lower_bound_bytes(plan: Plan, direction: str, most: float) -> np.ndarray:
     tasks = select_rows(tasks, owns_range(call, rank, area.k0, area.k1))
     cells = task_areas(call, tasks).astype(float)
     excess = np.maximum(np.bincount(tasks["rank"], cells, call.ranks) - most, 0)
-    # the cells of the largest group, or more if heads differ
+    # the most cells that each rank has in one group; an overestimate if heads differ
     group_size = call.gqa_group_size
     largest = np.bincount(tasks["rank"], cells / (tasks["h1"] - tasks["h0"]) * group_size, call.ranks)
     portion = np.maximum(np.minimum(largest, most), 1.0)

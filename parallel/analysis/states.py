@@ -132,7 +132,7 @@ class _Tracing:
         self._collect()
         held_states = {place: HeldStates(states.values()) for place, states in self.held.items()}
         uses = []
-        # for each (rank, head range), then each first token: the last use of each interval by its end
+        # maps (rank, head range), then first token, then end token to the last step that uses this interval
         last_uses: dict[tuple[int, int], dict[int, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
         for user, part, rank, t0, t1, step in self._wanted():
             there = held_states[rank, part].there(t0, t1) if (rank, part) in held_states else None

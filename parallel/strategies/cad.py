@@ -186,7 +186,7 @@ def route_tasks(call: Call, tasks: Columns) -> Table:
     owns_rows = owns_range(call, tasks["rank"], tasks["q0"], tasks["q1"])
     local = owns_rows & owns_range(call, tasks["rank"], tasks["k0"], tasks["k1"])
     tasks = {**tasks, "step": np.where(local, 0, 1)}
-    # most tasks need only local tensors
+    # skip the tasks that need only local tensors, which are the majority
     away = select_rows(tasks, ~local)
     moves = [
         send_direct(Payload.Q, remote_users(call, Payload.Q, away), 0),

@@ -35,10 +35,10 @@ class HeadChunks(NamedTuple):
 
 
 def possible_head_chunks(call: Call, table: Table) -> Iterator[HeadChunks]:
-    """Yield ways to cut a forward table, from the fastest to the one that needs the least memory.
+    """Yield ways to cut a forward table into head chunks, from the fastest to the one that needs the least memory.
 
-    The number of chunks increases. If a table only sends, computes and returns, chunks overlap except in the last ways. In
-    longer tables, a chunk starts in the last step of the one before it, because steps within a chunk overlap anyway.
+    The number of chunks increases. If a table only sends, computes and returns, its chunks overlap, except in the last two
+    ways, where they overlap less or not at all. In longer tables, steps overlap anyway, so chunks follow one another.
     """
     low, high = _heads_of_ranks(call, table.tasks)
     most = int((high - low).max(initial=1))

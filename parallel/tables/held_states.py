@@ -32,7 +32,7 @@ class HeldStates:
     def __init__(self, states: Iterable[HeldState]):
         # sorted by end, so that all tilings up to a state's first token are found before the state itself
         self._states = sorted(states, key=lambda state: (state.t1, state.t0, state.there))
-        # for each first token: maps each token that tilings from it reach to the earliest step and the last state
+        # maps each first token, then each token that tilings from it can reach, to the earliest step and the last state
         self._reached: dict[int, dict[int, tuple[int, HeldState | None]]] = {}
 
     def there(self, t0: int, t1: int) -> int | None:

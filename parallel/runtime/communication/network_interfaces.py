@@ -61,7 +61,7 @@ def interface_address(name: str) -> str | None:
 
 
 def resolve_host(host: str) -> list[str]:
-    """Return the numeric addresses to which a name resolves, [] if it does not resolve."""
+    """Return the numeric addresses to which a name resolves, or [] if it does not resolve."""
     try:
         return list(dict.fromkeys(str(entry[4][0]) for entry in socket.getaddrinfo(host, None)))
     except OSError:

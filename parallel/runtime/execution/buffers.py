@@ -148,7 +148,7 @@ class Buffers:
         return [tuple(x[begin + part.start : begin + part.stop] for x in tensors) for part in segments]
 
     def message_parts(self, view: View, segments: tuple[slice, ...], in_rows: bool = False) -> list[Fields]:
-        """Return a message's tensors by segment: parts of buffers or, if in_rows, of the bundles that begin with them."""
+        """Return a message's tensors by segment: parts of its buffers or, if in_rows, of the bundles that these buffers begin."""
         if len(view.slices) == 1:
             (only,) = view.slices
             assert isinstance(only.rows, slice), "messages are sent from and received in contiguous rows"
@@ -191,7 +191,7 @@ class Buffers:
         return fields
 
     def gathered(self, view: View, places: Places) -> Fields:
-        """Gather the tensors of a view at `places`, in the dtypes of the places."""
+        """Gather a view's tensors into the arena at `places`, converted to the dtypes of the places."""
         out = self.place(places)
         if not view.is_complete:
             # unused elements must be finite, because kernels may read whole tiles

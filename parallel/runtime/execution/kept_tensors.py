@@ -37,11 +37,11 @@ class KeptPlaces(NamedTuple):
         return KeptPlaces(tokens, states, offset)
 
     def tokens_in(self, flat: Tensor) -> dict[BufferKey, tuple[Tensor, ...]]:
-        """Return the tensors of each buffer's tokens."""
+        """Return the tensors of received tokens, by buffer, as views of `flat`."""
         return {key: tuple(_part(flat, place) for place in places) for key, places in self.tokens.items()}
 
     def states_in(self, flat: Tensor) -> list[Tensor]:
-        """Return the states, each (H, K, V)."""
+        """Return the states as views of `flat`, each (H, K, V)."""
         return [_part(flat, place) for place in self.states]
 
 

@@ -155,7 +155,7 @@ def _fits(
     launches: list[tuple[BufferSlice, View]],
     messages: list[tuple[BufferSlice, tuple[slice, ...]]],
 ) -> bool:
-    """Return whether all messages are contiguous rows of the landed buffer, and no launch needs the buffer's old order."""
+    """Return whether messages occupy contiguous rows of the landed buffer, and no launch needs the buffer's old order."""
     if key.payload in REDUCED_PAYLOADS and len(launches) != 1:
         # a result to which several launches add is not complete until the last of them
         return False

@@ -204,7 +204,7 @@ class OwnTensors(NamedTuple):
 
 
 def describe_own_tensors(call: Call, tokens: int, unadded: Container[Payload]) -> dict[Payload, OwnTensors]:
-    """Return the rank's own tensors for all payloads that consist of tokens."""
+    """Return the dtypes and shapes of the rank's own tensors, for all payloads that consist of tokens."""
     out = {}
     for payload in dict.fromkeys((*FORWARD_PAYLOADS, *BACKWARD_PAYLOADS)):
         heads = call.payload_heads(payload)
