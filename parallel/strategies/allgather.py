@@ -31,7 +31,7 @@ _LEAST_EARLY = 1 / 8
 
 
 def allgather(call: Call, cluster: AnyCluster | None = None) -> list[Table]:
-    """Return one candidate table: keys are fetched in step 0 and forwarded within nodes in step 1.
+    """Return one candidate table. Step 0 fetches keys, and step 1 forwards them within nodes.
 
     Tasks run in step 0 (local keys, if that is enough work), step 1, or step 2 (forwarded keys)."""
     area, rank = split_by_query_owner(call, mask_rectangles(call), call.layout.chunks)

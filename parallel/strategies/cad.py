@@ -82,7 +82,7 @@ class CadOptions:
 def cad(
     call: Call, cluster: AnyCluster | None = None, options: CadOptions = CadOptions(), direction: str = "forward"
 ) -> Iterator[Table]:
-    """Yield candidate tables: inputs are sent and local work runs in step 0, moved work in step 1; outputs return in step 2.
+    """Yield candidate tables. Step 0 sends inputs and runs local work, step 1 runs moved work, step 2 returns outputs.
 
     Candidates are made one by one: first the work balanced within the tolerance, then all work at home, then less and less
     balanced work. If ranks differ in speed, only the first is made, because a cluster's speed table does not describe such

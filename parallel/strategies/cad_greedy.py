@@ -45,7 +45,7 @@ class CadGreedyOptions:
 def cad_greedy(
     call: Call, cluster: AnyCluster | None = None, options: CadGreedyOptions = CadGreedyOptions()
 ) -> list[Table]:
-    """Return one candidate table: inputs are sent and local work runs in step 0, moved work in 1, and outputs return in 2."""
+    """Return one candidate table. Step 0 sends inputs and runs local work, step 1 runs moved work, step 2 returns outputs."""
     area, rank = split_by_query_owner(call, mask_rectangles(call), call.layout.chunks)
     pairs = _Pairs(area, rank, call, options.block)
     mean = pairs.load.sum() / call.ranks

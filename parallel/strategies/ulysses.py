@@ -14,7 +14,7 @@ from distattn.parallel.tables.routes import remote_users, reversed_moves, send_d
 
 
 def ulysses(call: Call, cluster: AnyCluster | None = None) -> list[Table]:
-    """Return one candidate table: queries, keys and values are sent in step 0 and used in step 1; outputs return in step 2."""
+    """Return one candidate table. Step 0 sends queries, keys and values, step 1 computes, step 2 returns outputs."""
     if call.ranks > call.heads:
         raise DistattnError(
             f"ulysses splits {call.heads} query heads over {call.ranks} ranks: at most {call.heads} ranks can take part. "

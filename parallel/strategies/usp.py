@@ -40,7 +40,7 @@ class UspOptions:
 
 
 def usp(call: Call, cluster: AnyCluster | None = None, options: UspOptions = UspOptions()) -> list[Table]:
-    """Return one candidate table: collect in step 0, use keys from d groups away in step 1 + d, send outputs to their owners."""
+    """Return one candidate table. Step 0 collects, step 1 + d uses keys from d groups away, and outputs go to their owners."""
     degree = _default_degree(call, cluster) if options.ulysses is None else options.ulysses
     if degree < 1 or call.ranks % degree or degree > call.heads:
         fitting = [u for u in range(1, call.heads + 1) if call.ranks % u == 0]

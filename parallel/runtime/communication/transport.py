@@ -84,7 +84,8 @@ class GroupTransport:
 
     def __init__(self, group: dist.ProcessGroup, backend: Any):
         """Create a transport that no driver uses yet. backend: see `open_communicator`."""
-        # torch.distributed keeps the group until destroy_process_group; if it lived longer, the process would abort at exit
+        # a weak reference: torch.distributed keeps the group until destroy_process_group, and a group that lives longer would make
+        # the process abort at exit
         self._group = weakref.ref(group)
         self._backend = backend
         self.is_open = True

@@ -53,8 +53,8 @@ def forward(
 ) -> PausableRun[tuple[Tensor, Tensor, Tensor]]:
     """Compute core attention for this rank's tokens: (o_THE, lse_TH, kept).
 
-    lse is in the accumulation dtype. So is o, unless nothing is added to it; then it is in the inputs' dtype. `kept` is one flat
-    tensor of received tensors that the backward pass needs (empty unless the policy is "keep").
+    lse is in the accumulation dtype, and so is o unless nothing is added to it, in which case o is in the inputs' dtype. `kept`
+    is one flat tensor of the received tensors that the backward pass needs (empty unless the policy is "keep").
     """
 
     def compute(
