@@ -23,8 +23,9 @@ class Message(NamedTuple):
     """The rows of one payload and head range sent to or received from one peer. Both ends have the same rows in the same order.
 
     segments: the rows of the view, cut where tokens are not contiguous. Each segment travels separately. If there would be too
-    many segments, all rows are one segment. bundle: the buffers whose rows travel in one message with this buffer's (see `row_bundles`),
-    empty if each tensor travels separately. row_bytes: the bytes per payload in a bundle's row. row_format: that row's layout.
+    many segments, all rows are one segment. bundle: the buffers whose rows travel in one message with this buffer's (see
+    `row_bundles`), empty if each tensor travels separately. row_bytes: the bytes per payload in a bundle's row. row_format: the
+    layout of that row.
     """
 
     peer: int

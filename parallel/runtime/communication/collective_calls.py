@@ -31,7 +31,7 @@ def run_collective(group: dist.ProcessGroup, call: str, work: Callable[[], Resul
     calls = _CALLS.setdefault(group, Counter())
     calls[call] += 1
     name = f"distattn/{call}/{group.group_name}"
-    # the record is needed only after a failure, and with some stores no process is left to answer
+    # ignore errors: the record is needed only after a failure, and some stores have no live process behind them
     with contextlib.suppress(RuntimeError):
         dist.PrefixStore(name, default_store()).set(str(dist.get_rank()), str(calls[call]))
     try:

@@ -154,7 +154,7 @@ def timeout_of(group: dist.ProcessGroup) -> timedelta:
 
 
 def new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
-    """Make a process group of these ranks of the default group, for trainers. Only these ranks must call it."""
+    """Make a process group of these ranks of the default group, for trainers. These ranks, and no others, must call it."""
     with _unbound_world():
         return dist.new_group(list(ranks), use_local_synchronization=True)
 

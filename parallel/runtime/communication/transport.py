@@ -84,8 +84,8 @@ class GroupTransport:
 
     def __init__(self, group: dist.ProcessGroup, backend: Any):
         """Create a transport that no driver uses yet. backend: see `open_communicator`."""
-        # a weak reference: torch.distributed keeps the group until destroy_process_group, and a group that lives longer would make
-        # the process abort at exit
+        # a weak reference: torch.distributed keeps the group until destroy_process_group, and the process would abort at exit if
+        # the group lived longer
         self._group = weakref.ref(group)
         self._backend = backend
         self.is_open = True
