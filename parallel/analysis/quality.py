@@ -107,7 +107,7 @@ def _lower_bound_bytes(plan: Plan, direction: str, most: float) -> np.ndarray:
     """
     call = plan.call
     if call.op.is_recurrent:
-        # a recurrence can be balanced by moving states, whose number is not bounded by the work
+        # no bound for recurrences: they are balanced by moving states, whose size does not depend on the work
         return np.zeros(call.ranks)
     area, rank = split_by_query_owner(call, mask_rectangles(call), call.layout.chunks)
     tasks = make_columns(TASK_COLUMNS, step=0, rank=rank, **vars(area))
