@@ -15,7 +15,7 @@ _FINAL = (DistattnError.exit_code, DamagedDataError.exit_code)
 _KINDS = ("killed", "cut", "hung", "raised", "refused")
 # exit codes of ranks that end because of other ranks
 _OF_OTHERS = (0, LostRankError.exit_code, RunStopped.exit_code)
-# seconds after the first failure that other nodes have to fail by themselves from the same cause, before they are ended
+# after the first failure, other nodes have this many seconds to fail by themselves before they are ended
 OTHERS_SECONDS = 5.0
 # consecutive failures of one host before it is left out, and the maximum seconds between two of them
 _MOST_FAILURES, _FORGOTTEN_SECONDS = 2, 86400.0
@@ -179,7 +179,7 @@ class LeftOut:
 
 
 def _rank_of_cause(facts: Mapping[str, Any]) -> int:
-    """Return the rank of a node's report among possible causes of the other nodes' failures. 0 is the likeliest."""
+    """Return how unlikely a node's report is to be the cause of the other nodes' failures. 0 is the likeliest cause."""
     # reports of older releases lack "lost_peer"
     follows = facts.get("lost_peer", facts["exit_code"] == LostRankError.exit_code)
     return len(_KINDS) if follows and facts["kind"] in ("raised", "refused") else _KINDS.index(facts["kind"])

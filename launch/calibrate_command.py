@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the options. Raises DistattnError for numbers below 1 and a description that cannot be written."""
+    """Parse the options. Raises DistattnError for numbers below 1 and an unsuitable --out."""
     parser = CommandParser("calibrate")
     for name in ("out", "name", "nccl-inside", "nccl-across"):
         parser.add_argument(f"--{name}")

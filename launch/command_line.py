@@ -79,7 +79,7 @@ class ResultConsole(Console):
     """Console for results. Raises BrokenPipeError if the reader has closed the pipe, where rich would exit with code 1."""
 
     def on_broken_pipe(self) -> None:
-        """Raise the exception that rich has caught again."""
+        """Raise again the exception that rich has caught."""
         raise
 
 

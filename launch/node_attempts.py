@@ -34,10 +34,10 @@ class Nodes(Protocol):
         """Record hosts that failed. Some of them are left out of later attempts."""
 
     def give_back(self) -> str:
-        """Return why the run must stop and continue later on other nodes, as a sentence without period; "" if it need not."""
+        """Return why the run must stop and continue later on other nodes, as a sentence without its period; or ""."""
 
     def shortage(self) -> str:
-        """Return why `choose` found too few hosts, as a sentence without period."""
+        """Return why `choose` found too few hosts, as a sentence without its period."""
 
 
 class Outcome(NamedTuple):

@@ -129,7 +129,7 @@ def _show_memory(options: argparse.Namespace, config: Config | None) -> int:
     # without a cluster the memory of a device is unknown
     cluster = _cluster(options, config) if options.cluster or config.cluster.description else None
     packs = _longest(_phases(options, config)).packs
-    # counting one rank takes seconds, so count only the ranks with extreme numbers of tokens or needs of attention
+    # counting a rank takes seconds: count only those with the fewest or most tokens, or the most memory for attention
     memory = memory_of_config(config, packs, print_to_stderr if sys.stderr.isatty() else no_progress, extremes=True)
     if options.json:
         sys.stdout.write(memory_json(memory, cluster) + "\n")

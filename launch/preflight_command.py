@@ -1,4 +1,4 @@
-"""`distattn preflight`: make the checks that precede a run's first step on this machine, without the run itself."""
+"""`distattn preflight`: run on this machine the checks that precede a run's first step, without the run itself."""
 
 from __future__ import annotations
 

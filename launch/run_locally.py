@@ -85,7 +85,7 @@ def run_ranks_and_finish(
     alone = config.preflight.action == "only"
     with FolderHandle(run.folder) as held:
         with stopped("in the preflight") if alone else stopped("in training", lambda: _continue_command(run)):
-            # these imports take long, so do them only when the run is known to be possible
+            # these imports are slow, so do them only once the run is known to be possible
             from distattn.launch.finish_run import finish_run
             from distattn.launch.ranks.attempt import Ranks
             from distattn.launch.ranks.supervised import Restarts, run_supervised

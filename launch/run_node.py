@@ -37,7 +37,7 @@ def main(folder: str, address: str, *place: str) -> int:
     if number == 0 and not attempts.goes_on:
         # remove requests of the previous attempt; a launcher that records attempts does so itself, and may have made a new one
         run.forget_requests()
-    # a scheduler that ends a step or a container sends SIGTERM and kills it seconds later: save in between
+    # to end a step or a container, a scheduler sends SIGTERM and, seconds later, SIGKILL: save in between
     signal.signal(signal.SIGTERM, lambda *_: _ask_to_stop(run))
     # import torch only after setting the handler: the import takes seconds, and the signal may arrive meanwhile
     from distattn.launch.ranks.attempt import Ranks, fork_server, run_attempt
@@ -73,7 +73,7 @@ def main(folder: str, address: str, *place: str) -> int:
 
 
 def check_places(run: RunFolder, config: Config, nodes: int) -> None:
-    """Raise DistattnError if a run's ranks do not fill the job's nodes. This happens if it was resumed elsewhere meanwhile."""
+    """Raise DistattnError if a run's ranks do not fill the job's nodes. This happens if it was resumed elsewhere."""
     ranks, per_node = config.parallel.ranks, node_needs(config).ranks
     if ranks != nodes * per_node:
         raise DistattnError(

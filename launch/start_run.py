@@ -172,7 +172,7 @@ def _check_plans(config: Config, data: RunData, after: int = -1) -> None:
 
 
 def _check_evaluation(config: Config, data: RunData) -> None:
-    """Raise DistattnError if held-out documents are missing or also trained, which is better found before a long run."""
+    """Raise DistattnError if held-out documents are missing or also trained. It is too late to find out after days."""
     if config.evaluation.every_steps:
         check_held_out(config, data)
 

@@ -19,7 +19,7 @@ def job_store() -> dict[str, Any]:
     """Return arguments for `torch.distributed.init_process_group` that join the job described by the environment.
 
     The environment has MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE, as torchrun sets them. With
-    TORCHELASTIC_USE_AGENT_STORE torchrun's agent hosts the store, otherwise rank 0 does. Keys have a prefix per restart.
+    TORCHELASTIC_USE_AGENT_STORE torchrun's agent hosts the store, otherwise rank 0 does. Each restart uses another key prefix.
     Raises DistattnError if rank 0 cannot listen on the address.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -12,7 +12,7 @@ from distattn.ir.errors import DistattnError, SettingError
 from distattn.ir.limits import Number, OneOf, check_limits
 from distattn.training.config.sections import SCHEDULES
 
-# end of the names of biases, which may have several dims, such as those of stacked experts
+# suffix of bias names; biases may have several dims, such as those of stacked experts
 _BIAS = "bias"
 
 

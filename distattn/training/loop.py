@@ -142,7 +142,7 @@ class TrainingLoop:
         self._has_evaluated = False
         # the finding on the first step of a streak
         self._finding = ""
-        # the damage because of which the run must go back
+        # the damage that forces the run to go back to a checkpoint
         self._damage: Damage | None = None
         # context length of the previous step
         self._context: int | None = None
@@ -225,7 +225,7 @@ class TrainingLoop:
         losses = self.engine.backward(batches, lambda losses_T, batch: token_losses.append((losses_T, batch)))
         with activity("the norm of all gradients", waits=True, key="gradient norm"):
             norm = self.health.wait(lambda: self.engine.clip(train.max_grad_norm))
-        # wait until a checkpoint's state is copied, before the next digest and the update
+        # a checkpoint being saved must have copied the state before the next digest and the update
         self.checkpoints.wait_staged()
         with activity("the mean loss of all ranks", waits=True, key="mean loss"):
             mean, damage = self._mean_loss(step, losses)

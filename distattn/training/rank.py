@@ -52,7 +52,9 @@ def main(
 
 
 def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int], proposed: str = "") -> int:
-    """Run `work` as one rank of the run in `folder`, with a device and process group. Returns its or an error's exit code.
+    """Run `work` as one rank of the run in `folder`, with a device and process group, and return its exit code.
+
+    If a DistattnError or OSError is raised, print it, record it as this rank's end and return the error's exit code.
 
     proposed: name of the launcher's proposal, which has the configuration; "" to use the run's own configuration.
     """
@@ -60,7 +62,7 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int],
     try:
         config = Proposal(run, proposed).load() if proposed else configuration.load(run.config_file)
     except DistattnError as error:
-        # print once per machine, since its ranks read the same file; `is_first_to_print` needs the store, not open yet
+        # print once per machine, since its ranks read the same file (`is_first_to_print` needs a store, not yet open)
         if os.environ.get("LOCAL_RANK", os.environ["RANK"]) == "0" or run.logs.is_dir():
             sys.stderr.write(f"distattn: rank {os.environ['RANK']}: {error}\n")
             sys.stderr.flush()
@@ -83,7 +85,7 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int],
         authenticate_ranks(run.secret_file)
         code = work(run, config, device)
     except DistattnError as error:
-        # with a lost rank, the store may be lost, too
+        # if another rank was lost, the store may be lost, too
         _print_error(str(error), run, None if isinstance(error, LostRankError) else store_arguments["store"])
         set_end(error.exit_code, error)
         return error.exit_code

@@ -44,7 +44,7 @@ _INTERVAL_SECONDS = 0.1
 
 
 class Ranks(NamedTuple):
-    """The ranks on this machine. function: "module:name" of a function that each of `size` ranks calls for its exit code.
+    """The ranks on this machine. function: "module:name", called once on each of `size` ranks; returns the exit code.
 
     run: the run folder, shown in process titles.
     """
@@ -98,7 +98,7 @@ def _start_server(node: Node, run: str) -> None:
 
 
 def _start_tracker() -> None:
-    """Start the resource tracker unless it is running, so that a terminal's signals do not end it before this process."""
+    """Start the resource tracker unless it is running. A terminal's signals must not end it before this process ends."""
     # it ignores SIGINT and SIGTERM by itself; other signals stay blocked if they are blocked when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, set(STOPPING) - {signal.SIGINT, signal.SIGTERM})
     try:

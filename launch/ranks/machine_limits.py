@@ -36,7 +36,7 @@ def check_run_fits(config: Config) -> None:
 
 
 def check_device_holds_state(config: Config, cluster: ClusterSpec) -> None:
-    """Raise DistattnError if model and optimizer, even without activations, do not fit the memory of the cluster's devices."""
+    """Raise DistattnError if model and optimizer, even without activations, do not fit in the memory of a cluster's device."""
     need, have = state_bytes(config), cluster.device.memory_gb * 1e9
     if config.parallel.kernel not in CPU_KERNELS and need > have:
         raise DistattnError(

@@ -148,7 +148,7 @@ class RayNodes:
         return 1 if code is None else code
 
     def blame(self, hosts: Sequence[str], end: AttemptEnd) -> None:
-        """Leave nodes that Ray still has out of the next placement group. See `LeftOut.blame`."""
+        """Leave failed nodes that Ray still has out of the next placement group. See `LeftOut.blame`."""
         nodes = {name: place.node for name, place in self._places.items()}
         # omit `end.lost`: Ray itself replaces nodes that it knows to be gone
         node_end = AttemptEnd(codes={nodes[host]: code for host, code in end.codes.items()})
@@ -235,7 +235,7 @@ class RayNodes:
         return self._group
 
     def _fewer(self) -> int:
-        """Return the largest smaller node count that the cluster can fill, else the smallest count; 0 without a smaller count."""
+        """Return the next smaller node count that the cluster can fill, or else the smallest; 0 if there is no smaller count."""
         fewer, usable = [count for count in self._size.counts if count < self._wanted], self._usable()
         return next((count for count in fewer if count <= usable), fewer[-1] if fewer else 0)
 
@@ -268,7 +268,7 @@ class RayNodes:
     def _leave_out(self, group: PlacementGroup, answers: Sequence[NodePlace | str]) -> bool:
         """Leave out the nodes whose agents did not answer or could not start.
 
-        Returns False if no other nodes are left, or only nodes that were already asked twice.
+        Returns False if no other nodes are left, or only nodes that were already asked again.
         """
         others_left = True
         nodes, names = bundle_nodes(group), node_names()

@@ -38,7 +38,7 @@ class RaySweep:
                 run.stop(number)
 
     def train(self) -> int:
-        """Run all runs. Return the exit code of the first failed run, or 75 if a run was stopped, or 0."""
+        """Run the whole sweep. Return the exit code of the first failed run, or 75 if a run was stopped, or 0."""
         for folder in (self._folder, *(run.run for run in self._runs)):
             folder.forget_requests()
         while (self._waiting and not self._stopped) or self._running():

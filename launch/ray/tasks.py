@@ -80,7 +80,7 @@ def task_nodes() -> list[RayNode]:
 
 
 def run_tasks(tasks: Sequence[Task]) -> Iterator[tuple[Task, TaskEnd]]:
-    """Run commands on the connected cluster as soon as there is room. Yield each task and its end as it ends."""
+    """Run commands on the connected cluster as soon as there is room. Yield (task, end) when a task ends."""
     folder = os.getcwd()
     waiting = {_options(task).remote(task.command, folder): task for task in tasks}
     while waiting:

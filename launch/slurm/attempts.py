@@ -40,7 +40,7 @@ from distattn.launch.slurm.commands import (
 )
 from distattn.training.run_folder import RunFolder
 
-# seconds that Slurm has to end a step after it was killed, OTHERS_SECONDS after its first failure
+# a step is killed OTHERS_SECONDS after its first failure; srun is killed if the step has not ended this much later
 _ENDING_SECONDS = 15.0
 # srun's messages about tasks and nodes
 _TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? [\d,\[\]-]+: (?:Exited with exit code (\d+)|(\w[^\n]*))")
@@ -92,9 +92,9 @@ class JobNodes:
         self._left_out.blame(hosts, end, spare=len(self._hosts) - len(self._left_out.hosts) - self._wanted)
 
     def give_back(self) -> str:
-        """Return a clause that names nodes that failed repeatedly and have no spare; "" without any or without requeues left.
+        """Return a clause that names repeatedly failing nodes without a spare, so that the job is requeued without them; or "".
 
-        The job is then requeued without these nodes.
+        It is also "" if no requeues are left or Slurm has too few other nodes.
         """
         stuck = [host for host in self._left_out.failing if host not in self._left_out.hosts]
         if self._job.requeues >= self._job.max_requeues or not stuck or not self.to_avoid():
@@ -201,12 +201,12 @@ def _noted_job(run: RunFolder, max_requeues: int) -> _Job:
     number = name = os.environ["SLURM_JOB_ID"]
     notes: list[tuple[RunFolder, int | str]] = [(run, int(number))]
     if task := os.environ.get("SLURM_ARRAY_TASK_ID"):
-        # SLURM_JOB_ID is no unique name: one of the tasks has the same number as the array
+        # SLURM_JOB_ID does not identify the task: one of the tasks has the same number as the array
         array = os.environ["SLURM_ARRAY_JOB_ID"]
         name = f"{array}_{task}"
         notes = [(run, name), (RunFolder(run.folder.parent), int(array))]
     for folder, job in notes:
-        # a script that the user submitted again has a new number; all tasks of a sweep record the same number of the array
+        # a script that the user submitted again has a new number; all tasks of a sweep record the same array number
         with contextlib.suppress(OSError):
             folder.note_job(job)
     requeues = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
@@ -267,7 +267,7 @@ def _pass_on(process: subprocess.Popen[str], lines: queue.SimpleQueue[str | None
 
 
 def _port(job: int, attempt: int) -> int:
-    """Return the first node's port. Each attempt uses a different one, since ranks of the previous may still hold theirs."""
+    """Return the first node's port. It differs between attempts, since ranks of the previous one may still hold theirs."""
     return 20_000 + (job + 1_009 * attempt) % 20_000
 
 

@@ -46,7 +46,7 @@ _COMPARED_WITH = {
 
 
 def problems_of(config: Config, named: Collection[str] = ()) -> list[SettingProblem]:
-    """Return all mistakes, except those that only follow from another mistake. named: keys set on the command line."""
+    """Return all problems, except those that only follow from another problem. named: keys set on the command line."""
     checks = (
         # checks of single keys come first
         nested_problems(config),

@@ -127,7 +127,7 @@ def _validated(content: dict[str, Any], place: Callable[[Key], str], named: Coll
     """Return the configuration that a nested dict describes.
 
     place: returns where a key was set, such as file and line. named: keys set on the command line. Raises DistattnError
-    with all mistakes, one per line, each after its place.
+    with all mistakes, one per line, each preceded by its place.
     """
     config = parse_record(Config, content, place)
     config = replace(config, model=_with_folder_s_shape(config.model, named))

@@ -88,7 +88,7 @@ def weight_dtype(config: Config) -> torch.dtype:
 
 
 def tiled_loss(config: Config) -> TiledLoss:
-    """Return the loss function, which computes tiles of tokens."""
+    """Return the loss function, which computes logits and loss for one tile of tokens at a time."""
     return TiledLoss(tile_tokens=config.memory.loss_tile_tokens, z_loss=config.train.z_loss)
 
 

@@ -87,7 +87,7 @@ class DeepSpeedEngine:
         self._keepers = assign_keepers(model, range(dist.get_world_size()))
         settings = _settings(config)
         if device.type == "cpu":
-            # otherwise DeepSpeed compiles a C++ extension for shared memory
+            # keep DeepSpeed from compiling a C++ extension for shared memory
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         for module in whole_modules(model, getattr(torch, config.model.dtype)):
             if self._stage == 3:
@@ -111,7 +111,7 @@ class DeepSpeedEngine:
         self._begin_averages()
 
     def backward(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
-        """See `Engine`."""
+        """Run forward and backward of the micro-batches. See `Engine.backward`."""
         losses = []
         for number, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
@@ -122,17 +122,17 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
-        """See `Engine`."""
+        """Return the losses of micro-batches without gradients. See `Engine.evaluate`."""
         return [pytorch.local_loss(self.engine, batch, self._loss, on_token_losses) for batch in batches]
 
     @torch.no_grad()
     def clip(self, limit: float) -> float:
-        """See `Engine`."""
+        """Clip gradients, and return their norm before clipping. See `Engine.clip`."""
         if self._stage == 0:
             # reduced gradients are equal on all ranks
             return float(clip_grad_norm_(self.model.parameters(), limit))
         gradients = self._gradient_partitions()
-        # ranks without elements of a small model have no gradients
+        # if the model is small, some ranks hold no elements, and so no gradients
         squares = get_total_norm(gradients).double().square() if gradients else torch.zeros((), dtype=torch.float64)
         squares = squares.to(self._device)
         dist.all_reduce(squares)
@@ -144,12 +144,12 @@ class DeepSpeedEngine:
         return norm
 
     def update(self, learning_rate: float) -> None:
-        """See `Engine`."""
+        """Take an optimizer step. See `Engine.update`."""
         set_learning_rate(self._adam, learning_rate)
         self.engine.step()
 
     def drop(self) -> None:
-        """See `Engine`."""
+        """Drop the gradients. See `Engine.drop`."""
         optimizer = self.engine.optimizer
         optimizer.zero_grad()
         self.engine.zero_grad()
@@ -160,12 +160,15 @@ class DeepSpeedEngine:
             optimizer.micro_step_id = self._first_micro_step
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine`. In stage 3 the tensors are this rank's partitions (P,)."""
+        """Yield this rank's parameters; in stage 3, its partitions (P,). See `Engine.named_parameters`."""
         for name, parameter in self._named():
             yield name, parameter.ds_tensor if self._stage == 3 else parameter
 
     def state_tensors(self) -> Iterator[StateTensor]:
-        """Yield the forward pass's weights, and this rank's partitions (P,) of master weights and averages. See `Engine`."""
+        """Yield the forward pass's weights, and this rank's partitions (P,) of master weights and averages.
+
+        See `Engine.state_tensors`.
+        """
         if self._stage == 0:
             yield from state_tensors(self._named(), self._adam)
             return
@@ -181,7 +184,7 @@ class DeepSpeedEngine:
         yield COUNTS, "", torch.stack([parameter_state["step"] for parameter_state in self._adam.state.values()])
 
     def state(self, keep: Keep = cloned) -> EngineState:
-        """Return whole tensors, one parameter gathered at a time. See `Engine`.
+        """Return whole tensors, one parameter gathered at a time. See `Engine.state`.
 
         Each rank keeps a share of the tensors, so ranks return different names. All tensors are results of `keep`.
         """
@@ -197,7 +200,7 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def load(self, state: EngineState) -> None:
-        """Load the state: each rank broadcasts the tensors that it keeps. See `Engine`."""
+        """Load the state: each rank broadcasts the tensors that it keeps. See `Engine.load`."""
         for name, parameter in self._named():
             shape = parameter.ds_shape if self._stage == 3 else parameter.shape
             for tensors, kind in zip(state[:3], ("", *_AVERAGES), strict=True):
@@ -214,7 +217,7 @@ class DeepSpeedEngine:
             parameter_state["step"].fill_(state.updates)
 
     def close(self) -> None:
-        """See `Engine`."""
+        """Close the engine. See `Engine.close`."""
         self.engine.destroy()
         self.cp.close()
 

@@ -70,7 +70,7 @@ class Fsdp2Engine:
             }
 
     def backward(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
-        """Run forward and backward. See `Engine`.
+        """Run forward and backward. See `Engine.backward`.
 
         Gradients are reduced after each micro-batch (or pair), so no rank keeps unsharded gradients. A single micro-batch,
         such as one run again to examine a step, runs without taking turns.
@@ -89,33 +89,33 @@ class Fsdp2Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
-        """See `Engine`."""
+        """Return the losses of micro-batches without gradients. See `Engine.evaluate`."""
         return [self._loss_of(batch, on_token_losses) for batch in batches]
 
     def clip(self, limit: float) -> float:
-        """See `Engine`."""
+        """Clip gradients, and return their norm before clipping. See `Engine.clip`."""
         return float(pytorch.full_tensor(clip_grad_norm_(list(self.model.parameters()), limit)))
 
     def update(self, learning_rate: float) -> None:
-        """See `Engine`."""
+        """Take an optimizer step. See `Engine.update`."""
         set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
         self.drop()
 
     def drop(self) -> None:
-        """See `Engine`."""
+        """Drop the gradients. See `Engine.drop`."""
         self.optimizer.zero_grad()
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine`."""
+        """Yield this rank's parameters. See `Engine.named_parameters`."""
         return self.model.named_parameters()
 
     def state_tensors(self) -> Iterator[StateTensor]:
-        """See `Engine`."""
+        """Yield this rank's shards of weights and optimizer state. See `Engine.state_tensors`."""
         return state_tensors(self._sharded.items(), self.optimizer)
 
     def state(self, keep: Keep = cloned) -> EngineState:
-        """Return the engine's own tensors, not copies. See `Engine`."""
+        """Return the engine's own tensors, not copies. See `Engine.state`."""
         named = dict(self.named_parameters())
         exp_avg, exp_avg_sq = (
             {name: self.optimizer.state[parameter][kind] for name, parameter in named.items()} for kind in _AVERAGES
@@ -124,12 +124,12 @@ class Fsdp2Engine:
         return EngineState(model, exp_avg, exp_avg_sq, self._updates())
 
     def load(self, state: EngineState) -> None:
-        """Set the step counts. All other values are already in the engine's own tensors. See `Engine`."""
+        """Set the step counts. All other values are already in the engine's own tensors. See `Engine.load`."""
         for parameter_state in self.optimizer.state.values():
             parameter_state["step"].fill_(state.updates)
 
     def close(self) -> None:
-        """See `Engine`."""
+        """Close the engine. See `Engine.close`."""
         self.cp.close()
 
     def _loss_of(self, batch: Batch, on_token_losses: OnTokenLosses | None) -> Tensor:

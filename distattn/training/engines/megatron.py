@@ -122,7 +122,7 @@ class MegatronEngine:
             settings, [self._chunk], use_gloo_process_groups=False
         ).chained_optimizers
         for group in self._optimizer.param_groups:
-            # normally Megatron's weight-decay schedule sets it
+            # set it here, since Megatron's weight-decay schedule, which would set it, is not used
             group["weight_decay"] = train.weight_decay * group["wd_mult"]
         self._begin_averages()
         all_ranks = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -131,21 +131,21 @@ class MegatronEngine:
         self.cp.loss_scale(megatron.ProbeTarget([self._chunk]))
 
     def backward(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
-        """Run forward and backward. Gradients are reduced once, after the last micro-batch. See `Engine`."""
+        """Run forward and backward. Gradients are reduced once, after the last micro-batch. See `Engine.backward`."""
         return self._scheduled(batches, on_token_losses, forward_only=False)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
-        """See `Engine`."""
+        """Return the losses of micro-batches without gradients. See `Engine.evaluate`."""
         return self._scheduled(batches, on_token_losses, forward_only=True)
 
     def clip(self, limit: float) -> float:
-        """See `Engine`."""
+        """Clip gradients, and return their norm before clipping. See `Engine.clip`."""
         self._optimizer.prepare_grads()
         return float(self._optimizer.clip_grad_norm(limit))
 
     def update(self, learning_rate: float) -> None:
-        """See `Engine`."""
+        """Take an optimizer step. See `Engine.update`."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step_with_ready_grads()
@@ -153,12 +153,12 @@ class MegatronEngine:
         self.drop()
 
     def drop(self) -> None:
-        """See `Engine`."""
+        """Drop the gradients. See `Engine.drop`."""
         self._optimizer.zero_grad()
         self._chunk.zero_grad_buffer()
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield this tensor-parallel rank's part of this stage's layers. See `Engine`."""
+        """Yield this tensor-parallel rank's part of this stage's layers. See `Engine.named_parameters`."""
         # the shape of a model with this rank's number of heads
         shape, ranks = copy.deepcopy(self._shape), self._shard.tensor_ranks
         shape.num_attention_heads //= ranks
@@ -167,7 +167,10 @@ class MegatronEngine:
         return to_huggingface([parts], shape, self._shard._replace(tensor_rank=0, tensor_ranks=1))
 
     def state_tensors(self) -> Iterator[StateTensor]:
-        """Yield weights, and this rank's shards of master weights and averages, by Megatron's names. See `Engine`."""
+        """Yield weights, and this rank's shards of master weights and averages, by Megatron's names.
+
+        See `Engine.state_tensors`.
+        """
         for name, parameter in self._parameters.items():
             yield WEIGHT, name, parameter.detach()
             for kind in _KINDS:
@@ -177,7 +180,7 @@ class MegatronEngine:
 
     @torch.no_grad()
     def state(self, keep: Keep = cloned) -> EngineState:
-        """Return whole tensors, one layer gathered at a time. See `Engine`.
+        """Return whole tensors, one layer gathered at a time. See `Engine.state`.
 
         Each rank keeps a share of its stage's tensors, so ranks return different names. All tensors are results of `keep`.
         """
@@ -193,7 +196,7 @@ class MegatronEngine:
 
     @torch.no_grad()
     def load(self, state: EngineState) -> None:
-        """Load the state: each rank broadcasts the tensors that it keeps. See `Engine`."""
+        """Load the state: each rank broadcasts the tensors that it keeps. See `Engine.load`."""
         for tensors, kind in zip(state[:3], _KINDS, strict=True):
 
             def read(name: str, tensors: dict[str, Tensor] = tensors) -> Tensor:
@@ -207,7 +210,7 @@ class MegatronEngine:
         self._set_updates(state.updates)
 
     def close(self) -> None:
-        """See `Engine`."""
+        """Close the engine. See `Engine.close`."""
         self.cp.close()
         megatron.close(self._chunk)
         parallel_state.destroy_model_parallel()

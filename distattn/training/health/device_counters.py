@@ -25,7 +25,7 @@ COUNTERS = (
 
 
 class DeviceCounters:
-    """The counters of one GPU. index: its index in `nvidia-smi`, -1 without a GPU.
+    """The counters of one GPU. index: the GPU's index in `nvidia-smi`, or -1 without a GPU.
 
     uuid: the GPU's UUID in NVML, or None for any other device. last_xid: code of the last Xid message, 0 before the
     first.

@@ -101,7 +101,7 @@ class HealthReports:
         self._last: int | None = None
         self._counted: list[list[float]] | None = None
         self._hosts: tuple[str, ...] = ()
-        # numbers of the state digest, set by the training loop
+        # number of state digests compared, set by the training loop
         self.state_checks = 0
         self._damaged: tuple[str, ...] = ()
         if every:

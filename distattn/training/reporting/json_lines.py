@@ -81,8 +81,8 @@ def read_rows(path: Path) -> list[Row]:
 class JsonLines:
     """A run's JSON-lines file. If the disk is full, it warns, keeps the rows, and adds them when there is room.
 
-    append: adds either all rows of one call to the file or none, and then raises OSError. is_in_place: returns whether
-    the file's folder is still in its place. If it is not, nothing is written.
+    append: appends rows to the file; if it cannot append all of them, it appends none and raises OSError. is_in_place:
+    returns whether the file's folder is still in its place. If it is not, nothing is written.
     """
 
     def __init__(

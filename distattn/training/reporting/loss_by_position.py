@@ -123,7 +123,7 @@ class LossByPosition:
         self._total = state.to(self._total.device, copy=True)
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> LossTable:
-        """Return the table over all ranks of the group. Synchronizes with the device. See `state`, whose sums it keeps."""
+        """Return the table over all ranks of the group, keeping the sums. Synchronizes with the device. See `state`."""
         sums, tokens, not_finite = self.state(group).cpu().view(3, len(self.corpora) + 1, self._buckets).unbind()
         edges = [0, *self._edges]
         by_position = tuple(

@@ -246,7 +246,7 @@ def _add_histograms(writer: Any, step: int, model: Any) -> None:
 
 
 def _finite_part(values: Tensor | None) -> Tensor | None:
-    """Return the finite values of this rank's shard, or None without any: they would have no histogram."""
+    """Return the finite values of this rank's shard, or None without any, since a histogram needs values."""
     if values is None:
         return None
     local = (values.to_local() if isinstance(values, DTensor) else values).detach().float()

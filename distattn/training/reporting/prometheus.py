@@ -68,7 +68,7 @@ class PrometheusFile:
 
 
 class PrometheusPort:
-    """An HTTP server of http://ADDRESS:PORT/metrics that requires the header "Authorization: Bearer TOKEN".
+    """An HTTP server for http://ADDRESS:PORT/metrics that requires the header "Authorization: Bearer TOKEN".
 
     It listens on that address only. port: 0 picks a free port. Raises DistattnError if it cannot listen there.
     """
@@ -134,7 +134,7 @@ class PrometheusPort:
 
 
 class _Report:
-    """A report as a collector of prometheus_client."""
+    """A health report as a collector for prometheus_client."""
 
     def __init__(self, report: HealthReport):
         self._report = report

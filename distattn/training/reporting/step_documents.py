@@ -40,7 +40,7 @@ def append_documents(path: Path, rows: Sequence[Row]) -> None:
 
 
 def documents_of_step(path: Path, step: int) -> list[Row]:
-    """Return a step's rows from the last attempt that trained it. Reads only parts of the file; a run may be writing it.
+    """Return a step's rows from the last attempt that trained it. Reads only parts of the file, which may be growing.
 
     Raises DistattnError if the file or the step is missing, and DamagedDataError if a line is not a row.
     """

@@ -52,7 +52,7 @@ def save_evidence(evidence: StepEvidence, folder: Path, rank: int, most: int) ->
             (step_folder / "verdict.json").write_text(json_text(judgement, indent=1), "utf-8")
             lines = "".join(f"{json_text(row)}\n" for row in evidence.documents)
             (step_folder / "documents.jsonl").write_text(lines, "utf-8")
-            # an existing folder must count as new
+            # make an existing folder count as the newest
             os.utime(step_folder)
             _remove_oldest(folder, step_folder, most)
         tokens = {

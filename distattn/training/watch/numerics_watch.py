@@ -262,7 +262,7 @@ class NumericsWatch:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a resumed run: last values, consecutive non-finite steps, and steps rolled back for."""
+        """Return the state for a resumed run: last values, number of consecutive non-finite steps, and rolled-back steps."""
         return {
             **{name: curve.values() for name, curve in self._curves.items()},
             "in_a_row": self._in_a_row,
@@ -270,7 +270,7 @@ class NumericsWatch:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state. Steps that this process has since rolled back for are remembered."""
+        """Continue from a state. Steps that this process has rolled back since the state was saved stay recorded."""
         for name, curve in self._curves.items():
             curve.load(state[name])
         self._in_a_row = max(int(state["in_a_row"]), self._in_a_row)

@@ -75,7 +75,7 @@ def _run_watched(command: Sequence[str]) -> tuple[int, str]:
 
 
 def _communicate(process: subprocess.Popen[str], helper: Helper) -> tuple[str, str]:
-    """Wait for the replay, and return its standard error and, if it was killed for being stopped too long, the reason."""
+    """Wait for the replay to end. Return its standard error, and the reason if it was killed for being stopped, or ""."""
     stopped = ""
     while True:
         with suppress(subprocess.TimeoutExpired):

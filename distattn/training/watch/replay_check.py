@@ -42,9 +42,9 @@ class ReplayCheck:
     """Runs a micro-batch twice at regular intervals. All ranks of `group` must make the same calls.
 
     model: the modules of this rank's pipeline stage, or all modules. interval: steps between checks; 0 for never. group:
-    None for a single process. messages: the driver's monitor (`ContextParallel.messages`), needed to name a rank that
-    computes attention wrongly for others instead of the others. Kernels must be deterministic; if all ranks differ, the
-    check says so.
+    None for a single process. messages: the driver's monitor (`ContextParallel.messages`), needed to name the rank that
+    computes attention wrongly rather than the ranks that receive the result. Kernels must be deterministic; if all ranks
+    differ, the check says so.
     """
 
     def __init__(

@@ -91,9 +91,9 @@ class StateDigest:
         return self.explain(step, changed, until) if self.share(bool(changed))() else None
 
     def share(self, changed: bool) -> Callable[[], bool]:
-        """Start to share whether this rank found a change. The function returned waits and says whether any rank did.
+        """Start to share whether this rank found a change. Returns a function that waits and returns whether any rank did.
 
-        A collective call. Ranks may communicate otherwise before they wait. Sends nothing before the first `take`.
+        A collective call. Ranks may send other messages before they wait. Sends nothing before the first `take`.
         """
         if self._taken is None or self._group is None or dist.get_world_size(self._group) == 1:
             return lambda: changed

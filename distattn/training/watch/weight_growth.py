@@ -65,7 +65,7 @@ class WeightGrowth:
         self._norms.clear()
 
     def largest(self) -> Growth | None:
-        """Return the largest growth in the first recorded update that grew a weight's norm by over LARGE_GROWTH, if any.
+        """Return the largest growth in the first recorded update that multiplied a norm by more than LARGE_GROWTH, or None.
 
         Weights that were zero may take any norm. Only this rank's shards are compared.
         """
