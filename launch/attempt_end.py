@@ -23,7 +23,7 @@ _MOST_FAILURES, _FORGOTTEN_SECONDS = 2, 86400.0
 
 @dataclass
 class AttemptEnd:
-    """The end of an attempt on several nodes.
+    """The result of an attempt on several nodes.
 
     code: exit code of the whole attempt. codes: exit codes by host, in the order in which the hosts ended; None if a signal
     killed the ranks. descriptions: how each host ended, according to the process that started its ranks. lost: hosts that no
@@ -39,7 +39,7 @@ class AttemptEnd:
     unstarted: str = ""
 
     def add(self, host: str, code: int | None, description: str = "") -> bool:
-        """Record how a host's ranks ended, and return whether they failed. description: by default names the exit code."""
+        """Record how a host's ranks ended. Return False if they were asked to stop. description: by default the exit code."""
         self.codes.setdefault(host, code)
         self.descriptions.setdefault(host, description or f"ended with exit code {code}")
         return code != RunStopped.exit_code
@@ -141,7 +141,7 @@ class LeftOut:
         return [*self._failing, *([] if culprit is None or culprit in self.hosts else [culprit])]
 
     def blame(self, hosts: Sequence[str], end: AttemptEnd, spare: int) -> None:
-        """Leave out lost hosts and, if other hosts can replace them, hosts that fell silent or failed repeatedly.
+        """Leave out lost hosts and, if other hosts can replace them, hosts that stopped answering or failed repeatedly.
 
         spare: number of hosts beyond those that an attempt needs.
         """
@@ -160,7 +160,7 @@ class LeftOut:
         self._unstarted.append(host)
 
     def take_back_unstarted(self, alive: Collection[str]) -> str:
-        """Take back the first living host on which no attempt could begin. Return it, or "" if there is no such host."""
+        """Take back the first host that is alive and on which no attempt could begin. Return it, or "" without one."""
         for host in self._unstarted:
             if host in alive:
                 self._unstarted.remove(host)

@@ -57,7 +57,7 @@ def refuse_keys_that_do_nothing(command: str, overrides: Sequence[str]) -> None:
         if "--docs" in command and key in READ_BY[command.replace(" --docs", "")]:
             raise DistattnError(f"command line: {key}: has no effect with --docs; leave one of them out.")
         section = key.partition(".")[0]
-        # name a launcher as the owner of its own section first
+        # if the section belongs to one launcher, name that launcher first
         owners = [f"launch {section}", *READ_BY]
         owner = next(name for name in owners if key in READ_BY.get(name, ()))
         raise DistattnError(f"command line: {key}: has no effect here; it belongs to distattn {owner}.")

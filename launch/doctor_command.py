@@ -188,7 +188,10 @@ def _hidden(measured: Mapping[str, float]) -> str:
 
 
 def _not_repeated(why: str) -> str:
-    """Return a sentence that only whole results were compared; "" if the ranks' steps were repeated. why: the reason."""
+    """Return a sentence saying that only whole results were compared, or "" if the ranks' steps were repeated.
+
+    why: the reason why they were not repeated; "" if they were.
+    """
     if not why:
         return ""
     reason = why.splitlines()[0].rstrip(".")

@@ -168,7 +168,7 @@ def sweep_runs(folder: Path) -> list[RunFolder]:
 
 
 def _launcher(run: RunFolder) -> Owner | None:
-    """Return the living launcher that holds a run's lock, here or on another machine, or None."""
+    """Return the launcher that holds a run's lock, here or on another machine, or None if no live launcher holds it."""
     # checking another machine's lease needs the file system's clock, and thus write permission in the folder
     with contextlib.suppress(OSError):
         if (owner_and_life := folder_owner(run.folder, LAUNCHER)) is not None:

@@ -230,7 +230,7 @@ class RunFolder:
         if rows:
             done = rows[-1]["step"]
         resumed = [event for event in self.events() if event["kind"] == RESUMED]
-        # no step was done since the run was resumed
+        # if no step was done since the last resume, the resumed checkpoint's step counts
         if resumed and resumed[-1].get("metrics_bytes", -1) >= self.metrics_file.stat().st_size:
             done = resumed[-1]["step"]
         # steps beyond the configured number, done before it was lowered, do not count

@@ -27,7 +27,7 @@ def state_bytes(config: Config) -> int:
 
 
 def model_parameters(config: Config) -> int:
-    """Return the number of parameters of the model."""
+    """Return the number of parameters in the model."""
     model = config.model
     if model.path:
         # build the model on the meta device: only its architecture knows experts, biases and norms (the import takes seconds)

@@ -214,7 +214,7 @@ def _children() -> set[int]:
     """Return the ids of this process's children, from /proc."""
     children = set()
     for file in Path("/proc").glob("[0-9]*/stat"):
-        # other processes may end at the same time
+        # ignore processes that end meanwhile
         with contextlib.suppress(OSError):
             if file.read_text("utf-8", "replace").rpartition(")")[2].split()[1] == str(os.getpid()):
                 children.add(int(file.parent.name))

@@ -296,7 +296,7 @@ def node_names() -> dict[str, str]:
 
 
 def _alive() -> set[str]:
-    """Return Ray's ids of all living nodes."""
+    """Return Ray's ids of the nodes that are alive."""
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 

@@ -46,9 +46,9 @@ class Task(NamedTuple):
 
 
 class TaskEnd(NamedTuple):
-    """The end of a command. code: exit code, -N if signal N killed it, 1 if its node or worker was lost.
+    """The result of a command. code: exit code, -N if signal N killed it, 1 if its node or worker was lost.
 
-    files: contents of the files in {out}, by name.
+    output: stdout and stderr. files: contents of the files in {out}, by name.
     """
 
     code: int

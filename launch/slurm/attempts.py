@@ -49,7 +49,7 @@ _NODE_LOST = re.compile(r"srun: error: (?:Node failure on|[^\n]*failed on node) 
 
 
 class _Job(NamedTuple):
-    """This job. requeues: how often it was requeued; at most max_requeues.
+    """The Slurm job of this process. requeues: how often it was requeued; at most max_requeues.
 
     name: its name in Slurm's commands; for an array task, the name of this task, not of the whole array.
     """

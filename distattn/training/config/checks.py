@@ -69,7 +69,7 @@ def problems_of(config: Config, named: Collection[str] = ()) -> list[SettingProb
 
 
 def _train_problems(config: Config) -> Iterator[SettingProblem]:
-    """Yield problems of the learning-rate schedule and of the watch."""
+    """Yield problems with the learning-rate schedule and of the watch."""
     train = config.train
     if config.watch.action == "rollback" and config.checkpoint.every_steps < 1:
         yield SettingProblem("watch.action", "rollback goes back to the newest checkpoint; set checkpoint.every_steps.")
@@ -88,7 +88,7 @@ def _train_problems(config: Config) -> Iterator[SettingProblem]:
 
 
 def _shape_problems(config: Config) -> Iterator[SettingProblem]:
-    """Yield problems of sizes that do not fit together."""
+    """Yield problems with sizes that do not fit together."""
     model, data, parallel = config.model, config.data, config.parallel
     size, model_parallel = (
         parallel.context_parallel_size,
@@ -129,7 +129,7 @@ def _shape_problems(config: Config) -> Iterator[SettingProblem]:
 
 
 def _pack_problems(data: DataConfig, shares: int) -> Iterator[SettingProblem]:
-    """Yield problems if packs of text do not fit the documents, the step or the data-parallel shares."""
+    """Yield problems with packs of text that do not fit the documents, the step or the data-parallel shares."""
     step = data.tokens_per_step
     contexts = {"data.context_length": data.context_by_step[0][1]}
     if data.context_schedule:
@@ -191,7 +191,7 @@ def _pair_problems(data: DataConfig, shares: int) -> Iterator[SettingProblem]:
 
 
 def _schedule_problems(config: Config) -> Iterator[SettingProblem]:
-    """Yield problems of the context-length schedule."""
+    """Yield problems with the context-length schedule."""
     data, steps = config.data, config.train.steps
     if not data.context_schedule or data.path.endswith(".toml"):
         return
@@ -215,7 +215,7 @@ def _schedule_problems(config: Config) -> Iterator[SettingProblem]:
 
 
 def _engine_problems(config: Config) -> Iterator[SettingProblem]:
-    """Yield problems of settings that the engine does not support."""
+    """Yield problems with settings that the engine does not support."""
     engine, parallel, memory = config.engine, config.parallel, config.memory
     if engine.name in ENGINES:
         yield from _unsupported_keys(config, engine.name)
@@ -249,7 +249,7 @@ def _unsupported_keys(config: Config, engine: str) -> Iterator[SettingProblem]:
 
 
 def _precision_problems(config: Config) -> Iterator[SettingProblem]:
-    """Yield problems of dtypes that the engine cannot train in."""
+    """Yield problems with dtypes that the engine cannot train in."""
     name, stage, dtype = config.engine.name, config.engine.zero_stage, config.model.dtype
     if dtype == "float64" and name in ("deepspeed", "megatron"):
         yield SettingProblem("model.dtype", f"engine {name} does not train in float64; fsdp2 does.")
@@ -261,7 +261,7 @@ def _precision_problems(config: Config) -> Iterator[SettingProblem]:
 
 
 def _megatron_problems(config: Config) -> Iterator[SettingProblem]:
-    """Yield problems of sizes that do not divide evenly among tensor- or pipeline-parallel ranks."""
+    """Yield problems with sizes that do not divide evenly among tensor- or pipeline-parallel ranks."""
     model, parallel = config.model, config.parallel
     if config.engine.name != "megatron":
         return

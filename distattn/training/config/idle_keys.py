@@ -136,7 +136,7 @@ def with_defaults(config: Config, keys: Collection[str]) -> Config:
 
 
 def _has_latents(model: ModelConfig) -> bool:
-    """Return whether the model's config.json gives a latent width. Also True for an unreadable file, reported elsewhere."""
+    """Return whether the model's config.json gives a latent width, or cannot be read, which another check reports."""
     try:
         model_config = json.loads(Path(model.path, "config.json").read_text("utf-8")) if model.path else {}
     except (OSError, ValueError):

@@ -358,7 +358,8 @@ def _largest_output(
 ) -> StepFinding:
     """Return the finding for the output that exceeds its module's median by the largest factor.
 
-    outputs_by_rank: for each rank, the names of its modules and, for each micro-batch, the modules' largest values.
+    If modules have fewer than 3 values, it is the largest output. outputs_by_rank: for each rank, the names of its modules
+    and, for each micro-batch, the modules' largest values.
     """
     cells = [
         (value, rank, micro_batch, (at, module))
