@@ -18,7 +18,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
@@ -29,7 +28,7 @@ from distattn.training.reporting.json_lines import json_text, write_whole
 from distattn.training.reporting.loss_by_position import LossTable
 from distattn.training.reporting.tensorboard_files import TensorBoardFiles
 from distattn.training.run_folder import EVALUATION, RunFolder, StepMetrics
-from distattn.training.watch.module_observer import plain_name
+from distattn.training.watch.module_observer import local_part, plain_name
 
 # minimum seconds between two lines, so that a log file stays readable
 _LINE_SECONDS = 2.0
@@ -249,7 +248,7 @@ def _finite_part(values: Tensor | None) -> Tensor | None:
     """Return the finite values of this rank's shard, or None without any, since a histogram needs values."""
     if values is None:
         return None
-    local = (values.to_local() if isinstance(values, DTensor) else values).detach().float()
+    local = local_part(values).float()
     finite = local[local.isfinite()]
     return finite if finite.numel() else None
 
