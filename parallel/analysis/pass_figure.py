@@ -9,6 +9,7 @@ import numpy as np
 
 from distattn.ir.intervals import Ints
 from distattn.ir.text_format import with_common_unit
+from distattn.parallel.analysis.score_matrix import svg_text
 
 if TYPE_CHECKING:
     from distattn.parallel.analysis.timeline import Numbers, PassTimeline
@@ -44,14 +45,14 @@ def pass_figure(timeline: PassTimeline, title: str) -> str:
         f'<path style="fill:{_COLOURS[kind]}" d="{_boxes(*busy_intervals(timeline, ends, ranks), scale, down)}"/>'
         for kind, ends, down in (("kernels", timeline.computed, 1), ("messages", timeline.arrived, 1 + _BAR))
     )
-    names = "".join(_text(_LEFT - 6, _TOP + _LINE * line + 11, str(rank), "end") for line, rank in enumerate(ranks))
+    names = "".join(svg_text(_LEFT - 6, _TOP + _LINE * line + 11, str(rank), "end") for line, rank in enumerate(ranks))
     times = zip(
         (0.0, 0.5, 1.0),
         with_common_unit([0.0, timeline.seconds / 2, timeline.seconds], "s"),
         ("start", "middle", "end"),
         strict=True,
     )
-    ticks = "".join(_text(_LEFT + wide * share, bottom + 16, text, anchor) for share, text, anchor in times)
+    ticks = "".join(svg_text(_LEFT + wide * share, bottom + 16, text, anchor) for share, text, anchor in times)
     keys = "".join(f'<span style="color:{colour}">\u25a0</span> {kind} ' for kind, colour in _COLOURS.items())
     shown = f"{timeline.direction}, simulated"
     some = f", {len(ranks)} of {timeline.begin.shape[1]} ranks" if len(ranks) < timeline.begin.shape[1] else ""
@@ -61,7 +62,7 @@ def pass_figure(timeline: PassTimeline, title: str) -> str:
         f'<svg viewBox="0 0 {_WIDTH} {bottom + 22}" role="img" aria-label="{label}" fill="currentColor" '
         'style="width:100%;height:auto;display:block;font:12px system-ui,sans-serif">'
         f'{bars}<path d="M{_LEFT} {_TOP}h{wide}v{bottom - _TOP}h-{wide}z" fill="none" stroke="currentColor"/>'
-        f"{_text(0, 12, 'rank', 'start')}{names}{ticks}</svg></figure>"
+        f"{svg_text(0, 12, 'rank', 'start')}{names}{ticks}</svg></figure>"
     )
 
 
@@ -69,7 +70,3 @@ def _boxes(begin: Numbers, end: Numbers, line: Ints, scale: float, down: int) ->
     """Return an SVG path of rectangles. scale: pixels per second. down: distance in pixels from the top of a rank's line."""
     x, wide, y = _LEFT + begin * scale, (end - begin) * scale, _TOP + _LINE * line + down
     return "".join(f"M{a:.2f} {c}h{b:.2f}v{_BAR - 1}h-{b:.2f}z" for a, b, c in zip(x, wide, y, strict=True))
-
-
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}">{text}</text>'

@@ -14,6 +14,7 @@ from distattn.ir.cached import cached_property
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import Plan
 from distattn.parallel.analysis.pass_figure import busy_intervals, pass_figure, ranks_to_draw
+from distattn.parallel.analysis.quality import max_over_mean
 from distattn.parallel.analysis.verify import Proof
 
 Numbers = np.ndarray
@@ -77,8 +78,7 @@ class Timeline:
     @property
     def balance(self) -> float:
         """The cells of the busiest rank over the mean."""
-        area = self.plan.area_by_rank().astype(float)
-        return float(area.max() / area.mean()) if area.any() else 1.0
+        return max_over_mean(self.plan.area_by_rank())
 
     def as_dict(self) -> dict[str, Any]:
         """Return every number in the text, in seconds, bytes, and TFLOP/s per device."""
