@@ -82,6 +82,11 @@ class Helper:
             time.sleep(0.001)
 
 
+def shell_exit_code(code: int) -> int:
+    """Return the exit code that a shell reports: 128 + N for a process that signal N killed, whose code is -N."""
+    return code if code >= 0 else 128 - code
+
+
 def describe_exit(code: int) -> str:
     """Return how a process ended, from its exit code, which is negative if a signal killed it."""
     if code >= 0:

@@ -15,7 +15,7 @@ from typing import Literal
 from distattn.supervision.culprits import Culprit, culprits, last_activity, process_state
 from distattn.supervision.evidence import is_in_collective, save_evidence
 from distattn.supervision.heartbeats import WITH_REASON, Heartbeat, HeartbeatBoard
-from distattn.supervision.helper_processes import LOOK_SECONDS, Helper
+from distattn.supervision.helper_processes import LOOK_SECONDS, Helper, shell_exit_code
 from distattn.supervision.node_links import CutLink, blamed_nodes
 from distattn.supervision.node_reports import ANSWER_SECONDS, NodeReport, NodeReports, merged
 
@@ -268,7 +268,7 @@ class RankWatch:
         culprit = Culprit(self._ranks[0], fault, helper=str(helper))
         # torchrun finds that all ranks have ended, so there is nothing to interrupt
         done = max(self._done(beats).values(), default=0)
-        self._record(Trouble((culprit,), kind, done, seconds, code if code > 0 else 128 - code))
+        self._record(Trouble((culprit,), kind, done, seconds, shell_exit_code(code)))
 
     def _wait_for_torchrun(self, others: Sequence[int], done: bool) -> bool:
         """Wait until torchrun has ended the other ranks, or has tried to: by then it knows how the first one has ended.

@@ -38,6 +38,7 @@ from distattn.launch.slurm.commands import (
     unusable_hosts,
     usable_hosts,
 )
+from distattn.supervision.helper_processes import shell_exit_code
 from distattn.training.run_folder import RunFolder
 
 # a step is killed OTHERS_SECONDS after its first failure; srun is killed if the step has not ended this much later
@@ -144,8 +145,7 @@ class JobNodes:
                     print_message(str(error))
             if waited > OTHERS_SECONDS + _ENDING_SECONDS:
                 process.kill()
-        code = process.wait()
-        end.code = code if code >= 0 else 128 - code
+        end.code = shell_exit_code(process.wait())
         return end
 
 
