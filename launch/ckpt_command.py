@@ -10,12 +10,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from distattn.checkpoints.checkpoint_folder import (
-    Checkpoint,
-    find_checkpoints,
-    sizes_are_right,
-    verify_checkpoint,
-)
+from distattn.checkpoints.checkpoint_folder import Checkpoint, find_checkpoints, sizes_are_right, verify_checkpoint
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.ir.text_format import readable_bytes
 from distattn.launch.command_line import CommandParser, ResultConsole

@@ -95,11 +95,6 @@ def print_to_stderr(line: str) -> None:
     sys.stderr.flush()
 
 
-def print_message(text: str) -> None:
-    """Print a launcher's message to the user on stderr."""
-    print_to_stderr(f"distattn: {text}")
-
-
 def finish_command(folder: object) -> str:
     """Return the command that runs the reference check and writes the report of a run whose steps are all done."""
     return f"python -m distattn.launch.finish_run {folder}"

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, Protocol
 from distattn.checkpoints.checkpoint_folder import preferred_step
 from distattn.checkpoints.folder_handle import FolderHandle
 from distattn.ir.errors import RunStopped
+from distattn.ir.text_format import print_message
 from distattn.launch.attempt_end import AttemptEnd
 from distattn.launch.attempts import Attempts
-from distattn.launch.command_line import print_message
 from distattn.training.run_folder import RunFolder
 
 _STOPPED = RunStopped.exit_code

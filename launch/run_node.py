@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from distattn.ir.errors import DistattnError
+from distattn.ir.text_format import print_message
 from distattn.launch.attempts import Attempts
-from distattn.launch.command_line import print_message
 from distattn.launch.node_needs import node_needs
 from distattn.launch.ranks.rank import set_allocator
 from distattn.launch.stop_signals import CommandStopped, stop_on_signals, stopped
@@ -62,7 +62,7 @@ def main(folder: str, address: str, *place: str) -> int:
         print_message(f"node {number}: {stop}")
         return stop.exit_code
     except DistattnError as error:
-        sys.stderr.write(f"distattn: {error}\n")
+        print_message(str(error))
         return error.exit_code
     if trouble is not None:
         blamed = sorted({culprit.rank // per_node for culprit in trouble.culprits})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch.distributed as dist
 import xxhash
 
 from distattn.ir.errors import DistattnError, LostRankError
+from distattn.ir.text_format import print_message
 from distattn.supervision.flight_recorder import size_flight_recorder
 from distattn.supervision.heartbeats import activity, set_end
 from distattn.training.config import run_file as configuration
@@ -64,8 +64,7 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int],
     except DistattnError as error:
         # print once per machine, since its ranks read the same file (`is_first_to_print` needs a store, not yet open)
         if os.environ.get("LOCAL_RANK", os.environ["RANK"]) == "0" or run.logs.is_dir():
-            sys.stderr.write(f"distattn: rank {os.environ['RANK']}: {error}\n")
-            sys.stderr.flush()
+            print_message(f"rank {os.environ['RANK']}: {error}")
         set_end(error.exit_code, error)
         return error.exit_code
     # ranks share the machine's cores, and more threads than cores would only wait for each other
@@ -107,8 +106,7 @@ def _print_error(text: str, run: RunFolder, store: dist.Store | None) -> None:
     store: the job's store, or None if it must not be used.
     """
     if store is None or run.logs.is_dir() or is_first_to_print(text, store):
-        sys.stderr.write(f"distattn: rank {dist.get_rank()}: {text}\n")
-        sys.stderr.flush()
+        print_message(f"rank {dist.get_rank()}: {text}")
 
 
 def is_first_to_print(text: str, store: dist.Store) -> bool:

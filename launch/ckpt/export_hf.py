@@ -8,6 +8,7 @@ from pathlib import Path
 
 from distattn.checkpoints.checkpoint_folder import by_preference, find_checkpoints, first_problem
 from distattn.ir.errors import DamagedDataError, DistattnError
+from distattn.ir.text_format import print_message
 from distattn.launch.command_line import CommandParser
 
 USAGE = """usage: distattn ckpt export-hf CHECKPOINT FOLDER [--dtype NAME] [--tokenizer FOLDER] [--max-shard-bytes N]
@@ -81,7 +82,7 @@ def _verified(path: Path) -> Path:
     if newest.manifest is None:
         raise DamagedDataError(newest.problem)
     if newest.verdict.is_doubtful:
-        sys.stderr.write(f"distattn: {newest.folder}: {newest.verdict.kind}: {newest.verdict.text}.\n")
+        print_message(f"{newest.folder}: {newest.verdict.kind}: {newest.verdict.text}.")
     problem = first_problem(newest.folder, newest.manifest)
     if problem is not None:
         raise DamagedDataError(str(problem))

@@ -25,7 +25,7 @@ from distattn.data.tokenizing.tokenize import (
     remove_parts,
 )
 from distattn.ir.errors import DamagedDataError, DistattnError
-from distattn.launch.command_line import print_message
+from distattn.ir.text_format import print_message
 from distattn.supervision.helper_processes import LOOK_SECONDS, MOST_REPLACEMENTS, Helper, describe_exit
 
 _WRAPPER = "distattn.launch.ranks.die_with_launcher"

@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 
 from distattn.ir.errors import DistattnError
-from distattn.launch.command_line import print_message
+from distattn.ir.text_format import print_message
 from distattn.launch.ranks.entry import run_rank
 from distattn.launch.ranks.local import HERE, Node, RanksInterrupted, restore_process_state, torchrun_config
 from distattn.launch.ranks.loopback import gloo_on_loopback, own_place

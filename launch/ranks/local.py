@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from distattn.launch.command_line import print_message
+from distattn.ir.text_format import print_message
 from distattn.launch.ranks.loopback import NODES_RENDEZVOUS, RENDEZVOUS, gloo_on_loopback
 from distattn.launch.stop_signals import STOPPING, CommandStopped
 from distattn.supervision.helper_processes import describe_exit, shell_exit_code

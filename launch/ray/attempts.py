@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from distattn.ir.errors import DistattnError
-from distattn.launch.command_line import CommandParser, print_message
+from distattn.ir.text_format import print_message
+from distattn.launch.command_line import CommandParser
 from distattn.launch.node_needs import node_needs
 from distattn.launch.ray import driver as ray_driver
 from distattn.launch.ray.head import resume_command, watch_head

@@ -14,8 +14,8 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from distattn.ir.text_format import print_message
 from distattn.launch.attempt_end import OTHERS_SECONDS, AttemptEnd, LeftOut
-from distattn.launch.command_line import print_message
 from distattn.launch.node_needs import NodeNeeds
 from distattn.launch.ray.agent import NodeAgent, NodePlace
 from distattn.launch.ray.placement import NodeReservation, bundle_nodes, hold_nodes

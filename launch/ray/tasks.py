@@ -18,7 +18,8 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distattn.ir.errors import DistattnError
-from distattn.launch.command_line import CommandParser, array_words, print_line, print_message
+from distattn.ir.text_format import print_message
+from distattn.launch.command_line import CommandParser, array_words, print_line
 from distattn.launch.ray.agent import child_environment
 from distattn.launch.ray.driver import connected
 from distattn.launch.ray.nodes import node_names

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from distattn.ir.errors import DistattnError, RunStopped
+from distattn.ir.text_format import print_message
 from distattn.launch.attempt_end import OTHERS_SECONDS, AttemptEnd, LeftOut
-from distattn.launch.command_line import print_message
 from distattn.launch.node_attempts import NodeAttempts, Outcome
 from distattn.launch.slurm.commands import (
     OUTAGE_SECONDS,

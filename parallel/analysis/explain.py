@@ -12,16 +12,7 @@ from distattn.cluster.spec import AnyCluster
 from distattn.cluster.topology import Cluster
 from distattn.ir.arguments import checked
 from distattn.ir.errors import DistattnError
-from distattn.ir.plan import (
-    Call,
-    Payload,
-    Plan,
-    Table,
-    move_bytes,
-    num_rows,
-    select_rows,
-    task_areas,
-)
+from distattn.ir.plan import Call, Payload, Plan, Table, move_bytes, num_rows, select_rows, task_areas
 from distattn.ir.text_format import align_columns, plural, readable_bytes
 from distattn.parallel.analysis import quality
 from distattn.parallel.analysis.lower_bounds import lower_bound, plain_ring_traffic, plan_traffic

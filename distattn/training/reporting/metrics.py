@@ -21,6 +21,7 @@ from torch import Tensor
 
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
+from distattn.ir.text_format import print_message
 from distattn.parallel.analysis.score_matrix import draw_score_matrix
 from distattn.training.health.device_counters import COUNTERS
 from distattn.training.health.health_reports import HealthReport
@@ -187,8 +188,7 @@ class MetricsReporter:
         self._log({name: value for name, value in scalars.items() if value is not None}, report.step)
         if report.is_news:
             self.report_event(report.step, "health", report.text)
-            sys.stderr.write(f"distattn: step {report.step}: {report.text}\n")
-            sys.stderr.flush()
+            print_message(f"step {report.step}: {report.text}")
 
     def report_event(self, step: int, kind: str, text: str, facts: Mapping[str, Any] | None = None) -> None:
         """Record a rare event.
@@ -203,7 +203,7 @@ class MetricsReporter:
         """Record an event and print it to stderr. step: counted from 0. See `report_event` for the other arguments."""
         self.report_event(step + 1, kind, text)
         if self.visible:
-            warn(f"step {step + 1}: {text}")
+            print_message(f"step {step + 1}: {text}")
 
     def _log(self, scalars: Mapping[str, float], step: int) -> None:
         def add(writer: Any) -> None:
@@ -213,12 +213,6 @@ class MetricsReporter:
         self.tensorboard.write(add)
         if self._wandb:
             self._wandb.log(dict(scalars), step=step)
-
-
-def warn(text: str) -> None:
-    """Print a sentence to stderr and flush it."""
-    sys.stderr.write(f"distattn: {text}\n")
-    sys.stderr.flush()
 
 
 def _wandb_run(project: str, run: RunFolder) -> Any:
