@@ -75,11 +75,7 @@ def preflight_alone(config: Config) -> Config:
 
 
 def resume_run(
-    run: RunFolder,
-    config: Config,
-    report_progress: Callable[[str], None],
-    proposal: Proposal,
-    step: int | None = None,
+    run: RunFolder, config: Config, report_progress: Callable[[str], None], proposal: Proposal, step: int | None = None
 ) -> None:
     """Prepare a run's folder for continuing the run, and write the launcher's proposal if anything has to change.
 
