@@ -19,10 +19,9 @@ from distattn.supervision.heartbeats import activity, set_end
 from distattn.training.config import run_file as configuration
 from distattn.training.config.run_file import Config
 from distattn.training.config.run_settings import runs_on_gpus
-from distattn.training.job_store import job_store
+from distattn.training.join_job import authenticate_ranks, job_store
 from distattn.training.loop import train
 from distattn.training.proposal import Proposal
-from distattn.training.rank_authentication import authenticate_ranks
 from distattn.training.run_folder import RunFolder
 
 # timeout of requests to the store of a job that is about to end
