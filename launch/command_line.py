@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -73,6 +74,18 @@ def check_options(
             raise DistattnError(
                 f"{command}: {option!r} is not known. Did you mean {meant[near[0]]}? See distattn {command} --help."
             )
+
+
+def run_subcommand(module: str, arguments: Sequence[str]) -> int:
+    """Run the function `main` of a module, or print the module's USAGE if asked for help. Return the exit code.
+
+    Without arguments the usage is printed, too, and the exit code is 2.
+    """
+    subcommand = importlib.import_module(module)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(subcommand.USAGE)
+        return 0 if arguments else 2
+    return int(subcommand.main(arguments))
 
 
 class ResultConsole(Console):

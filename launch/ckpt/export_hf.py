@@ -39,9 +39,6 @@ _TOKENIZER_FILES = (
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return the exit code."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(USAGE)
-        return 0 if arguments else 2
     parser = CommandParser("ckpt export-hf")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)

@@ -28,9 +28,6 @@ _DTYPES = ("float32", "float64", "bfloat16")
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return the exit code."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(USAGE)
-        return 0 if arguments else 2
     parser = CommandParser("ckpt import-hf")
     parser.add_argument("folder", type=Path)
     parser.add_argument("checkpoint", type=Path)

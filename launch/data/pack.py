@@ -26,9 +26,6 @@ documents' lengths alone, not on the number of ranks or workers, and the state o
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return the exit code."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(USAGE)
-        return 0 if arguments else 2
     parser = CommandParser("data pack")
     parser.add_argument("config")
     for name in ("force", "json"):

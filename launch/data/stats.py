@@ -32,9 +32,6 @@ _BINS = 64
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return the exit code."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(USAGE)
-        return 0 if arguments else 2
     parser = CommandParser("data stats")
     parser.add_argument("config")
     parser.add_argument("--picture")

@@ -109,5 +109,4 @@ def _share(plan: PackPlan, source: PlannedSource) -> float:
 
 def _epochs_of_window(plan: PackPlan, source: PlannedSource) -> float:
     """Return how often a corpus is read in the plan's largest window; packs are shuffled within a window."""
-    context = max(tokens for first, tokens in plan.rule.context if first < plan.steps)
-    return plan.rule.window * context * _share(plan, source) / source.tokens
+    return plan.rule.window * _context_lengths(plan)[-1] * _share(plan, source) / source.tokens

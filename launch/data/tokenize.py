@@ -36,9 +36,6 @@ command was stopped or killed, the same command continues where it was.
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return the exit code."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(USAGE)
-        return 0 if arguments else 2
     parser = CommandParser("data tokenize")
     parser.add_argument("paths", nargs="+")
     for name in ("out", "tokenizer"):

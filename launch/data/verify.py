@@ -50,9 +50,6 @@ class VerifiedPlan(NamedTuple):
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return the exit code."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(USAGE)
-        return 0 if arguments else 2
     parser = CommandParser("data verify")
     parser.add_argument("prefixes", nargs="+")
     parser.add_argument("--vocabulary", type=int)
