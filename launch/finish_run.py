@@ -133,10 +133,7 @@ def main(folder: str) -> int:
         # a preflight alone has no steps to report
         with stop_on_signals():
             return 0 if config.preflight.action == "only" else finish_run(run, config, print_line, False)
-    except CommandStopped as stop:
-        print_message(str(stop))
-        return stop.exit_code
-    except DistattnError as error:
+    except (CommandStopped, DistattnError) as error:
         print_message(str(error))
         return error.exit_code
 

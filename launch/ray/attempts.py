@@ -66,10 +66,7 @@ def main(arguments: Sequence[str]) -> int:
         options = parser.parse_args(arguments)
         with stop_on_signals():
             return _continue(RunFolder(options.run), options.address)
-    except CommandStopped as stop:
-        print_message(str(stop))
-        return stop.exit_code
-    except DistattnError as error:
+    except (CommandStopped, DistattnError) as error:
         print_message(str(error))
         return error.exit_code
 
