@@ -183,20 +183,8 @@ def step_memory(watch: AllocationWatch, model: Any, executable: Executable, sett
 
 def memory_table(counted: Sequence[RankMemory], ranks: int) -> list[str]:
     """Return the lines of a text table, one line for ranks that need the same. ranks: all ranks of the run, counted or not."""
-    head = [
-        "ranks",
-        "tokens",
-        "weights",
-        "gradients",
-        "optimizer",
-        "gathered",
-        "reduced",
-        "saved",
-        "arena",
-        *SECTIONS,
-        "total",
-        "host",
-    ]
+    state = ("weights", *StateBytes._fields[1:])
+    head = ["ranks", "tokens", *state, "saved", "arena", *SECTIONS, "total", "host"]
     rows = [
         [
             *(*memory.state, memory.counts.saved, memory.counts.arena),
