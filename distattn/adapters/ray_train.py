@@ -31,6 +31,7 @@ from distattn.checkpoints.checkpoint_folder import checkpoint_name
 from distattn.checkpoints.checkpoints import Checkpoints
 from distattn.checkpoints.retention import KeepRule
 from distattn.ir.errors import DistattnError
+from distattn.ir.text_format import print_message
 
 # Ray Train removes checkpoints by its own rule
 _KEEP_ALL = KeepRule(last=sys.maxsize)
@@ -53,7 +54,7 @@ class RunCheckpoints:
         self._facts = dict(facts or {})
         self._folder = Path(storage.experiment_fs_path, "checkpoints")
         self._checkpoints = Checkpoints(
-            self._folder, group=dist.group.WORLD, facts=self._facts, keep=_KEEP_ALL, warn=_warn
+            self._folder, group=dist.group.WORLD, facts=self._facts, keep=_KEEP_ALL, warn=print_message
         )
 
     def load(self, state: dict[str, Any]) -> int:
@@ -84,8 +85,3 @@ class RunCheckpoints:
     def close(self) -> None:
         """End the thread that writes."""
         self._checkpoints.close()
-
-
-def _warn(text: str) -> None:
-    sys.stderr.write(f"distattn: {text}\n")
-    sys.stderr.flush()
