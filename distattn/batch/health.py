@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from distattn.ir.errors import LostRankError, named_ranks
+from distattn.ir.errors import LostRankError, first_line, named_ranks
 from distattn.parallel.runtime.communication.collective_calls import ask_store, default_store
 
 Result = TypeVar("Result")
@@ -97,7 +97,7 @@ class HealthMonitor:
                     or self._verdict
                     or Verdict(
                         "the process that holds the job's store (rank 0, or the launcher) stopped answering: "
-                        f"{_first_line(error)}."
+                        f"{first_line(error)}."
                     )
                 )
             return self._verdict.error()
@@ -179,7 +179,7 @@ class HealthMonitor:
         closed = [rank for rank in silent if self._store.check([f"closed/{rank}"])]
         gone = [rank for rank in silent if rank not in closed]
         if gone:
-            text = f"{named_ranks(gone)} stopped answering: killed, stopped or unreachable ({_first_line(error)})"
+            text = f"{named_ranks(gone)} stopped answering: killed, stopped or unreachable ({first_line(error)})"
             return Verdict(text, tuple(gone))
         if closed:
             text = f"{named_ranks(closed)} closed its ContextParallel while others still need it."
@@ -193,7 +193,7 @@ class HealthMonitor:
                 "(in its data loader or training loop, or it has left the loop).",
                 tuple(late_ranks),
             )
-        text = f"all ranks live, but {activity} failed on rank {self.rank}: {_first_line(error)}"
+        text = f"all ranks live, but {activity} failed on rank {self.rank}: {first_line(error)}"
         return Verdict(text, (self.rank,))
 
     def _judge(self, verdict: Verdict) -> Verdict:
@@ -208,7 +208,3 @@ class HealthMonitor:
                 break
             time.sleep(0.05)
         return first
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

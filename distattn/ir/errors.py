@@ -61,6 +61,11 @@ class DamagedDataError(DistattnError):
     exit_code = 3
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, without its period. An error without a message is named by its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def shows_lost_peer(error: BaseException) -> bool:
     """Return whether an error shows that this rank failed because it lost another one."""
     if isinstance(error, DistattnError):

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from distattn.checkpoints.dcp_storage import CheckpointReader, PlainLoadPlanner, file_writer
 from distattn.checkpoints.manifest import FileDigests
-from distattn.ir.errors import DamagedDataError, DistattnError
+from distattn.ir.errors import DamagedDataError, DistattnError, first_line
 
 PREFIX = "model."
 
@@ -46,7 +46,7 @@ def checkpoint_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
         except dcp.CheckpointException as error:
             if isinstance(cause := _cause(error), DistattnError):
                 raise cause from None
-            raise DamagedDataError(f"{folder}: {key} cannot be read: {_first_line(_cause(error))}.") from error
+            raise DamagedDataError(f"{folder}: {key} cannot be read: {first_line(_cause(error))}.") from error
         yield key.removeprefix(PREFIX), state[key]
 
 
@@ -68,7 +68,7 @@ def write_checkpoint(
         cause = _cause(error)
         if isinstance(cause, DistattnError):
             raise cause from None
-        raise DistattnError(f"{folder}: could not be written: {_first_line(cause)}.") from error
+        raise DistattnError(f"{folder}: could not be written: {first_line(cause)}.") from error
     return files.digests()
 
 
@@ -110,7 +110,3 @@ class _ReadWhenWritten(dcp.DefaultSavePlanner):
 def _cause(error: dcp.CheckpointException) -> BaseException:
     """Return the error of the only rank."""
     return next(iter(error.failures.values()))[0]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from distattn.data.extra_packages import import_extra
 from distattn.data.files.text import find_files
-from distattn.ir.errors import DamagedDataError, DistattnError
+from distattn.ir.errors import DamagedDataError, DistattnError, first_line
 
 # bytes of text in a shard: small corpora have smaller shards so that all cores have work, but a shard must be large enough that
 # writing it safely costs little
@@ -127,7 +127,3 @@ def _kind(file: str, suffix: str) -> str:
         f"{file}: unknown suffix {ending!r}; known are {', '.join(sorted(SUFFIXES))}. With --suffix {ending} such files are "
         "read as text; --exclude leaves files out."
     )
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import IO
 
 from distattn.data.extra_packages import import_extra
-from distattn.data.tokenizing.document_sources import Piece, Source, first_line, open_parquet
-from distattn.ir.errors import DamagedDataError
+from distattn.data.tokenizing.document_sources import Piece, Source, open_parquet
+from distattn.ir.errors import DamagedDataError, first_line
 
 _PART_BYTES = 1 << 20
 # bytes of a compressed file that are read at a time; they may expand to many times as many
