@@ -77,9 +77,7 @@ class RunCheckpoints:
         is_root = dist.get_rank() == 0
         kept = train.Checkpoint.from_directory(place) if is_root and place.exists() else None
         train.report(
-            {"step": step, **metrics},
-            checkpoint=kept,
-            checkpoint_upload_mode=train.CheckpointUploadMode.NO_UPLOAD,
+            {"step": step, **metrics}, checkpoint=kept, checkpoint_upload_mode=train.CheckpointUploadMode.NO_UPLOAD
         )
 
     def close(self) -> None:

@@ -21,13 +21,7 @@ def l2norm(x: Tensor) -> Tensor:
 
 
 def ssd_scan(
-    batch: LocalBatch,
-    x_THV: Tensor,
-    dt_TH: Tensor,
-    a_H: Tensor,
-    k_TGK: Tensor,
-    q_TGK: Tensor,
-    skip_H1: Tensor | None,
+    batch: LocalBatch, x_THV: Tensor, dt_TH: Tensor, a_H: Tensor, k_TGK: Tensor, q_TGK: Tensor, skip_H1: Tensor | None
 ) -> Tensor:
     """Compute Mamba-2's SSD scan with time steps and skip, (T, H, V) in the accumulation dtype, like mamba-ssm's kernels.
 

@@ -22,10 +22,7 @@ from distattn.ir.op import ATTENTION, CONVOLUTION, TOKEN_SHIFT, Op, latent_op, o
 from distattn.ir.plan import Plan
 from distattn.ops.attention import attention, autocast_inputs, score_modifiers
 from distattn.ops.convolution import causal_conv1d, token_shift
-from distattn.ops.executable import (
-    EXECUTABLES,
-    Executable,
-)
+from distattn.ops.executable import EXECUTABLES, Executable
 from distattn.ops.latent import latent_attention
 from distattn.ops.prefix_softmax import prefix_softmax
 from distattn.ops.recurrence import recurrence

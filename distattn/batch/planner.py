@@ -23,12 +23,7 @@ from distattn.ir.op import ATTENTION, CONVOLUTION, TOKEN_SHIFT, Op
 from distattn.ir.plan import Plan
 from distattn.kernels.registry import AUTO, candidate_kernels
 from distattn.kernels.trials import Trial
-from distattn.ops.executable import (
-    ExecutionKey,
-    PassObserver,
-    checked_program,
-    kernel_requirements,
-)
+from distattn.ops.executable import ExecutionKey, PassObserver, checked_program, kernel_requirements
 from distattn.ops.kernel_choice import common_kernel_ranking, first_supported, local_kernel_trials, may_choose_kernel
 from distattn.ops.latent import latent_kernel
 from distattn.parallel.attention_config import AttentionConfig

@@ -28,12 +28,7 @@ class BlockLayouts:
     One block over all ranks is a batch that all ranks hold; blocks of one rank are ranks that each have their own batch.
     """
 
-    def __init__(
-        self,
-        ranks: int,
-        block_ranks: int,
-        config: AttentionConfig,
-    ):
+    def __init__(self, ranks: int, block_ranks: int, config: AttentionConfig):
         self.ranks, self.block_ranks, self.is_one_block = ranks, block_ranks, block_ranks == ranks
         self._config = config
         self.of_block = lru_cache(maxsize=8)(self._of_block)

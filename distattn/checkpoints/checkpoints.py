@@ -399,8 +399,7 @@ class Checkpoints:
             self._plan, self._signature = start.plan or self._plan, save.state.signature
             folder, serial = start.folder, start.serial
             self._exchange.decide(
-                lambda: self._write_files(save.state, folder),
-                lambda parts: self._commit(save, folder, serial, parts),
+                lambda: self._write_files(save.state, folder), lambda parts: self._commit(save, folder, serial, parts)
             )
         finally:
             if self._is_root and start is not None:

@@ -95,12 +95,7 @@ def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
         return routing[0].routed_batches()
 
     explain_router = partial(
-        explain_router_loss,
-        reference,
-        compared,
-        model,
-        partial(target.router_loss, model),
-        routed,
+        explain_router_loss, reference, compared, model, partial(target.router_loss, model), routed
     )
     backward = _Backward(replay, reference)
     finding = _explain_gradients_and_weights(reference, ranks, losses, compared, explain_router, backward.explain)
@@ -265,9 +260,7 @@ def _explain_forward(
 
 _PASS_POSITIONS = "pass the part's position_ids on to the model: they are sharded with the tokens"
 _OTHER_BATCH = Finding(
-    "batches differ",
-    "one process has another batch than the ranks",
-    "make batch() return the same batch at every call",
+    "batches differ", "one process has another batch than the ranks", "make batch() return the same batch at every call"
 )
 
 

@@ -122,10 +122,7 @@ def explain_logits(
         return None if right is None else _explain_model(reference, right, tolerance, emulation)
     batches = micro_batches_of(reference, ranks)
     tried = {_identity(RIGHT, batches)}
-    for hypotheses in (
-        chain(_hypotheses(ranks), of_other_layers()),
-        _positions_of_some_ranks(len(ranks)),
-    ):
+    for hypotheses in (chain(_hypotheses(ranks), of_other_layers()), _positions_of_some_ranks(len(ranks))):
         explanations: list[tuple[float, Finding]] = []
         for hypothesis in hypotheses:
             # skip a hypothesis that has the effect of an earlier one, or of no mistake, on these batches

@@ -107,11 +107,7 @@ def make_pack_plan(
             for number, (source, corpus, corpus_masks) in enumerate(zip(sources, corpora, masks, strict=True))
         ]
         digest = writer.finish(
-            seed=seed,
-            rule=rule,
-            sources=planned,
-            longest_wait=totals.longest_wait,
-            ends_with_corpora=steps is None,
+            seed=seed, rule=rule, sources=planned, longest_wait=totals.longest_wait, ends_with_corpora=steps is None
         )
     return PackPlan.open(path, digest)
 
