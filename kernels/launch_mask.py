@@ -18,8 +18,8 @@ _MOST_CUTS = 4
 class LaunchMask(NamedTuple):
     """The cells that all tasks of one step compute in one kernel call.
 
-    Query head h of the call uses KV head (first_head + h) // group_size. Operands outside a head's bands are zeros or belong to
-    other tokens: they are finite but meaningless.
+    Query head h of the call uses KV head (first_head + h) // group_size. Operands outside a head's bands are zeros or
+    belong to other tokens: they are finite but meaningless.
     """
 
     # (M, 10): bands in the coordinates of the call's tensors, see distattn.ir.bands

@@ -68,10 +68,11 @@ def candidate_kernels(device: torch.device, op: Op = ATTENTION) -> tuple[str, ..
 class Kernel(Protocol):
     """The functions and flags of a kernel module.
 
-    DIFFERENTIABLE_LSE: `backward` is correct for any delta, so gradients may flow through the log-sum-exp. ACCUMULATES: `forward`
-    and `backward` also take `into`, the tensors to which results are written, into which they are merged (`merge`) or to which
-    they are added (`add`). `prepare` turns a launch mask into the kernel's schedule once per plan; `forward` and `backward` take
-    this schedule. A kernel that can predict its memory also has `workspace_bytes(direction, shape, schedule)`.
+    DIFFERENTIABLE_LSE: `backward` is correct for any delta, so gradients may flow through the log-sum-exp. ACCUMULATES:
+    `forward` and `backward` also take `into`, the tensors to which results are written, into which they are merged
+    (`merge`) or to which they are added (`add`). `prepare` turns a launch mask into the kernel's schedule once per
+    plan; `forward` and `backward` take this schedule. A kernel that can predict its memory also has
+    `workspace_bytes(direction, shape, schedule)`.
     """
 
     DIFFERENTIABLE_LSE: bool
@@ -136,8 +137,8 @@ def _way_out(requirements: KernelRequirements) -> str:
 def choose_kernel(name: str | None, requirements: KernelRequirements) -> str:
     """Return the kernel for a call: `name`, or for None and "auto" the device's default ("cpu", "triton").
 
-    Choosing by trial is left to `ops.kernel_choice`. Under torch.use_deterministic_algorithms, "gluon" becomes "gluon_split".
-    Raise DistattnError if the kernel cannot serve the call.
+    Choosing by trial is left to `ops.kernel_choice`. Under torch.use_deterministic_algorithms, "gluon" becomes
+    "gluon_split". Raise DistattnError if the kernel cannot serve the call.
     """
     op = requirements.op
     of_op = OTHER_KERNELS.get(op.kind, KERNELS)

@@ -32,8 +32,8 @@ class DecayFault(NamedTuple):
 def token_decay_fault(capability: int, has_delta_rule: bool) -> DecayFault | None:
     """Return why fla-core cannot compute per-token decays on a GPU of this compute capability (90 is Hopper), or None.
 
-    has_delta_rule: True for an op with a delta rule, such as Gated DeltaNet. fla-core 0.6 can compute such ops with tilelang, but
-    no others: `fla/ops/simple_gla/chunk.py` keeps fp32 states, which its tilelang kernels refuse.
+    has_delta_rule: True for an op with a delta rule, such as Gated DeltaNet. fla-core 0.6 can compute such ops with
+    tilelang, but no others: `fla/ops/simple_gla/chunk.py` keeps fp32 states, which its tilelang kernels refuse.
     """
     triton = _triton_version()
     if capability != 90 or triton is None or not _FIRST_WRONG <= Version(triton) < _FIRST_RIGHT:

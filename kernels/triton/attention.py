@@ -1,7 +1,7 @@
 """Core attention in plain Triton (tier A): tile sizes and launches. The kernels are in forward.py and backward.py.
 
-It runs on NVIDIA GPUs from sm_80 on and, for tests, on the CPU in Triton's interpreter (TRITON_INTERPRET=1). Lengths, runs and
-strides are run-time arguments, so a new batch never triggers a compilation.
+It runs on NVIDIA GPUs from sm_80 on and, for tests, on the CPU in Triton's interpreter (TRITON_INTERPRET=1). Lengths,
+runs and strides are run-time arguments, so a new batch never triggers a compilation.
 """
 
 # T query rows, S key rows, H query heads, K key/value heads, D head dim, E value head dim
@@ -52,8 +52,8 @@ class Tiles(NamedTuple):
     dq: Tile
 
 
-# keys: the largest D + E a row of the table serves. These did best in the compile lint, whose budgets record the remaining
-# spills in loops
+# keys: the largest D + E a row of the table serves. These did best in the compile lint, whose budgets record the
+# remaining spills in loops
 _HALF_90 = {
     128: Tiles(Tile(128, 128, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
     192: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 3), Tile(128, 64, 8, 3)),
@@ -168,8 +168,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the mask's contribution to (dq_THD, dk_SKD, dv_SKE) from the final lse and delta = rowsum(dO * O).
 
-    into: dq and (dk, dv) to write the results to; None allocates fp32 tensors. add: whether to add to the contents of dq, and
-    of dk and dv, instead of overwriting them.
+    into: dq and (dk, dv) to write the results to; None allocates fp32 tensors. add: whether to add to the contents of
+    dq, and of dk and dv, instead of overwriting them.
     """
     dq = q_THD.new_empty(q_THD.shape, dtype=torch.float32) if into[0] is None else into[0]
     dk, dv = into[1] or (x.new_empty(x.shape, dtype=torch.float32) for x in (k_SKD, v_SKE))
@@ -283,8 +283,8 @@ def _parts(dim: int) -> list[int]:
 def _operands(tensors: dict[str, tuple[Tensor, int]]) -> dict[str, Any]:
     """Return arguments for the operands, their strides and the parts of their head dims.
 
-    tensors: by name, the tensor (tokens, heads, dim) and the rows of its tiles. Operands are TMA descriptors if all of them
-    can be.
+    tensors: by name, the tensor (tokens, heads, dim) and the rows of its tiles. Operands are TMA descriptors if all of
+    them can be.
     """
     tensors = {name: (x if x.stride(2) == 1 else x.contiguous(), block) for name, (x, block) in tensors.items()}
     tma = all(_fits_tma(x) for x, _ in tensors.values())
