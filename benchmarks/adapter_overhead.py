@@ -151,7 +151,7 @@ def of_layer(case: str, tokens: int, config: Any, repeats: int) -> list[Cell]:
     contestants = {"operators": operators, "transformers": transformers}
     if importlib.util.find_spec("megatron") is not None:
         contestants["megatron-core"] = megatron
-    # that adapters compute the right results is tested elsewhere
+    # check only the shape: tests cover the results of adapters
     check = lambda o: "" if o.shape == q.shape else "another result"  # noqa: E731
     return compare(case, contestants, check, repeats=repeats, warmup=3)
 

@@ -359,7 +359,7 @@ class KillResult(NamedTuple):
 
 
 def run_kills(kills: int, seed: int, folder: Path, ranks: int = 2, most_seconds: float = 0.5) -> KillResult:
-    """Repeat `kills` times: start ranks, kill a random one at a random moment after all have resumed, check the files left."""
+    """Repeat `kills` times: start ranks, kill a random one at a random moment after all have resumed and check the files left."""
     rng = random.Random(seed)
     context = multiprocessing.get_context("fork")
     port, checked = context.SimpleQueue(), context.SimpleQueue()

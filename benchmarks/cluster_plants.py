@@ -96,13 +96,13 @@ class Parity(NamedTuple):
 
 
 def attention_by(strategy: str, job: Job) -> Parity:
-    """Return attention forward and backward by a strategy, compared with the whole axis at once."""
+    """Return the check of a strategy's attention, forward and backward, against the whole axis at once."""
     plan = job.case.plan(strategy)
     return Parity(strategy, lambda wrap: lambda: layer(plan, job, wrap), lambda result: check(result, job.wanted))
 
 
 def recurrence(job: Job) -> Parity:
-    """Return Gated DeltaNet with states passed from rank to rank, compared with fp64."""
+    """Return the check of Gated DeltaNet, with states passed from rank to rank, against fp64."""
     tokens, heads = (STATE_TOKENS, 32) if job.cuda else (128, 4)
     case = RecurrenceCase.of("gated_delta_rule", [tokens], heads, job.device)
     return Parity("scan", lambda wrap: case.by(RecurrencePlan("contiguous", schedule="sequential"), wrap), case.check)

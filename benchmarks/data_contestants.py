@@ -80,7 +80,7 @@ class Contestant:
         return concatenated(case)
 
     def sequences(self, case: Case, state: Any = None) -> Iterator[np.ndarray]:
-        """Yield the token ids of each sequence, int64 (T,), from the start or, with a state, from there on."""
+        """Yield the token ids of each sequence, int64 (T,), from the start or from a saved state on."""
         raise NotImplementedError
 
     def state(self, case: Case, step: int) -> Any:

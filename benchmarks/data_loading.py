@@ -151,7 +151,7 @@ def resume(contestant: Contestant, case: Case, row: dict[str, Any]) -> dict[str,
         began = time.perf_counter()
         delivered += len(next(sequences))
         each.append(time.perf_counter() - began)
-    # reads from mapped files are not counted by the kernel: count at least the delivered bytes
+    # the operating system does not count reads from mapped files: count at least the delivered bytes
     read = max(bytes_read() - before, delivered * TOKEN().itemsize)
     used = case.packs * case.context / case.cp * TOKEN().itemsize
     return times | {"next": statistics.median(each), "read/used": read / used}
@@ -248,7 +248,7 @@ def _run(send: Any, work: Callable[..., dict[str, Any]], contestant: Contestant,
 
 
 def print_line(text: str) -> None:
-    """Print a line at once."""
+    """Print a line and flush stdout."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 

@@ -132,7 +132,7 @@ def packs(
 
 
 def contestants(inner: str, tolerance: float, hypergraph: bool) -> dict[str, Callable[..., da.Plan | None]]:
-    """Return, by name, functions (packs, shape) -> plan, or None if the plan would be too large or is impossible."""
+    """Return, by name, functions from packs and shape to a plan, or to None if it would be too large or is impossible."""
 
     def as_they_came(strategy: str, **options: Any) -> Callable[..., da.Plan]:
         def make(batch: list[list[int]], shape: dict[str, Any]) -> da.Plan:
@@ -220,7 +220,7 @@ def measured(
 
 
 def print_line(line: str) -> None:
-    """Print a line at once."""
+    """Print a line and flush stdout."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 

@@ -36,7 +36,7 @@ from distattn.kernels.trial_cache import cache_file
 HERE = Path(__file__).parent
 FOLDER = HERE.parent / "build" / "first-hour"
 MINUTES = 9.0
-# no part is started with less time left than this
+# a part is not started if less time than this is left
 LEAST_SECONDS = 20.0
 # the share of its time limit that is passed to a program as --seconds
 OWN_SHARE = 0.8

@@ -391,7 +391,7 @@ def epilogues() -> dict[str, Callable[[Case, Inputs], Run]]:
 
 
 def auto_choice(case: Case, device: torch.device) -> str:
-    """Return the kernel that kernel="auto" chooses for such a call by trial, or the reason why it chooses none."""
+    """Return the kernel that kernel="auto" chooses for a case by trial, or the reason why it chooses none."""
     (heads, kv_heads), (dim, v_dim) = case.heads, case.dims
     shape = dict(heads=heads, kv_heads=kv_heads, head_dim=dim, v_head_dim=v_dim, dtype=str(case.dtype)[6:])
     plan = da.make_plan(case.mask, da.Layout.contiguous([case.tokens], 1), strategy="ring", **shape)

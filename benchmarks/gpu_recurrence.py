@@ -97,7 +97,7 @@ def fault_of(kernel: str, needed: KernelRequirements, findings: Findings) -> str
 
 
 def served(kernel: str, needed: KernelRequirements) -> Any:
-    """Return a kernel's module. Raise Unsupported if the kernel is not installed or refuses such calls."""
+    """Return a kernel's module. Raise Unsupported if the kernel is not installed or refuses calls with these requirements."""
     try:
         module = load_kernel(kernel)
     except DistattnError as error:

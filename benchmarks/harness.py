@@ -28,12 +28,12 @@ STATUSES = ("ok", "unsupported", "wrong", "out of memory", "error")
 
 
 class Unsupported(Exception):
-    """A contestant does not support a case. The message says why."""
+    """The error of a contestant that does not support a case. Its message says why."""
 
 
 @dataclass
 class Cell:
-    """The result of one contestant in one case. seconds: of every timed repeat. facts: other measured values, by name."""
+    """The result of one contestant in one case. seconds: the time of every repeat. facts: other measured values, by name."""
 
     case: str
     contestant: str

@@ -126,7 +126,7 @@ def main() -> None:
 
 
 def median(work: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:
-    """Return the median seconds of a call. before: called before each, without being timed."""
+    """Return the median seconds of `work`. before: called before each call of `work`, without being timed."""
     seconds = []
     for _ in range(CALLS):
         before()

@@ -39,7 +39,7 @@ ARMS, FIRST, DRAWN = ("told", "untold", "timed"), 6, 1000
 
 
 def main() -> None:
-    """Start the run and print the table. In a rank (--folder), train."""
+    """Start the run and print the table. With --folder, train as one of the run's ranks instead."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--ranks", type=int, default=4)

@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def print_line(line: str) -> None:
-    """Print a line at once."""
+    """Print a line and flush stdout."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
@@ -87,7 +87,7 @@ def _rank(
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{number}", rank=rank, world_size=ranks)
     mesh = init_device_mesh("cpu", (ranks,))
     phases: dict[str, tuple[int, float]] = {}
-    # do once beforehand what imports modules and starts threads
+    # warm up with a tiny model, so that imports and new threads do not count
     materialise(_sharded(llama_config(**_TINY), mesh), 1)
     work(phases, config, mesh, Path(folder, "model"))
     dist.barrier()

@@ -178,7 +178,7 @@ def line(label: str, value: str) -> None:
 
 
 def print_line(text: str) -> None:
-    """Print a line at once."""
+    """Print a line and flush stdout."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 

@@ -223,7 +223,7 @@ def draw(path: str, documents: int, source: Path | None) -> int:
 
 
 def print_line(line: str) -> None:
-    """Print a line at once."""
+    """Print a line and flush stdout."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 

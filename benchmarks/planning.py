@@ -109,7 +109,7 @@ def best(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def print_line(line: str) -> None:
-    """Print a line at once."""
+    """Print a line and flush stdout."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 

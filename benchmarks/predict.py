@@ -133,7 +133,7 @@ def lengths_of(n: int, pool: np.ndarray | None, seed: int) -> list[int]:
 
 
 def agreement(guesses: dict[str, list[float]], published: dict[str, tuple[int, ...]]) -> list[bool]:
-    """Return whether the simulator ranks schemes as published, for each pair that differs by more than 5 % there."""
+    """Return, for each pair whose published speeds differ by more than 5 %, whether the simulator ranks it as published."""
     names = list(published)
     out = []
     for i in range(len(RANKS)):

@@ -28,7 +28,7 @@ _TRACKER, _TRACKER_LOOKS = b"multiprocessing.resource_tracker", 40
 
 
 def guard_processes() -> None:
-    """Start a guard that kills all later descendants of this process when it ends. Further calls do nothing. Linux only."""
+    """Start a guard that kills all later descendants of this process once it ends. Further calls do nothing. Linux only."""
     if os.getpid() in _GUARDED:
         return
     mark = f"guard-{secrets.token_hex(8)}"

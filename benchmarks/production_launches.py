@@ -67,7 +67,7 @@ def production_launches(
 ) -> list[tuple[str, TritonLaunch]]:
     """Return (registered kernel, launch) for all launches of layer calls with a shape on an architecture (80, 90, ...).
 
-    It runs every kernel that can serve such calls there, on plans of these strategies with every backward policy.
+    Every kernel that can serve such calls there is run, on plans of these strategies with every backward policy.
     """
     launches: list[tuple[str, TritonLaunch]] = []
     with _architecture(arch):
@@ -81,7 +81,7 @@ def production_launches(
 
 @contextmanager
 def _architecture(arch: int) -> Iterator[None]:
-    """Give all devices this compute capability inside the block."""
+    """Let all devices have this compute capability inside the block."""
     with ExitStack() as patches:
         for tier in (triton_attention, gluon_attention):
             patches.enter_context(mock.patch.object(tier, "compute_capability", lambda device: arch))
@@ -102,7 +102,7 @@ def _recording(name: str, launches: list[tuple[str, TritonLaunch]]) -> Iterator[
 
 
 def _kernels_of(shape: ShapeOfCall) -> list[str]:
-    """Return the registered kernels that launch Triton kernels and can serve such a call on a GPU."""
+    """Return the registered kernels that launch Triton kernels and can serve calls with this shape on a GPU."""
     needed = KernelRequirements(shape.dtype, shape.head_dim, shape.v_head_dim, torch.device("cuda"))
     ours = [name for name, module in KERNELS.items() if module.startswith(_TIERS)]
     # TF32 only concerns float32; in half precision "triton_tf32" launches what "triton" does
@@ -114,7 +114,7 @@ def _kernels_of(shape: ShapeOfCall) -> list[str]:
 def _plans(
     strategies: tuple[str, ...], dtype: torch.dtype, head_dim: int, v_head_dim: int, heads: int, kv_heads: int
 ) -> list[Plan]:
-    """Return the plans of all strategies and backward policies that accept such calls."""
+    """Return the plans of all strategies and backward policies that accept calls with these heads and dims."""
     of_call = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype)
     mask, layout = Mask.documents(LENGTHS), Layout.zigzag(LENGTHS, RANKS)
     plans = []

@@ -139,7 +139,7 @@ def contestant(
     do: Tensor,
     wrap: Callable[[Transport], Transport] = lambda transport: transport,
 ) -> Contestant:
-    """Return a contestant that computes an op in one way on this rank's tokens. wrap: replaces the transport of its messages."""
+    """Return a contestant that computes an op as `way` splits it, on this rank's tokens. wrap: replaces its transport."""
 
     def make() -> Any:
         plan = way.plan(op, lengths, dist.get_world_size(), x)

@@ -43,9 +43,9 @@ FAULTS = ("SIGKILL", "SIGSTOP")
 # maximum seconds until ranks train, on a busy machine
 _START_SECONDS = 240.0
 _NEVER = "not within {:.0f} s"
-# what torchrun's agents, and launchers based on them, print about a failed rank
+# a pattern for a failed rank in the output of torchrun's agents, and of launchers based on them
 _FAILED = r"failed \(exitcode: .*?\) local_rank: (\d+)"
-# what any supervisor prints first about a fault; torchft's lighthouse prints other lines in every step
+# a pattern for the first line that any supervisor prints about a fault; torchft's lighthouse prints lines in every step
 _NOTICED = re.compile(r"^distattn: |failed \(exitcode|closing signal|timeout elapsed")
 _NVIDIA = "nvidia_resiliency_ext.fault_tolerance.launcher"
 

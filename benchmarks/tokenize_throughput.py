@@ -127,7 +127,7 @@ def train(texts: list[str], vocabulary: int) -> tokenizers.Tokenizer:
 
 
 def ours(folder: Path, tokenizer: str, processes: int) -> Callable[[], Callable[[], np.ndarray]]:
-    """Return a function that runs the whole command from scratch, and returns a function that reads the tokens written."""
+    """Return a function that runs the whole command from scratch. It returns a function that reads the tokens written."""
     prefix = str(folder / f"ours-{tokenizer}-{processes}")
     name = tokenizer if tokenizer == "bytes" else str(folder / tokenizer)
 
@@ -177,7 +177,7 @@ def megatron(folder: Path, trained: tokenizers.Tokenizer) -> Callable[[], Callab
 
 
 def datatrove(folder: Path) -> Callable[[], Callable[[], np.ndarray]]:
-    """Return a function that runs datatrove's pipeline without shuffling, and returns a function that reads the tokens."""
+    """Return a function that runs datatrove's pipeline without shuffling. It returns a function that reads the tokens."""
     if importlib.util.find_spec("datatrove") is None:
         raise Unsupported("datatrove is not installed: pip install 'datatrove[processing,io]'")
     from datatrove.executor import LocalPipelineExecutor

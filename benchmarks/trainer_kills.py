@@ -71,7 +71,7 @@ TEXT = Path(__file__).parents[1] / "LICENSE"
 LIMIT_SECONDS = 300.0
 # about the duration of a save, so that kills during a save are spread over it
 MOST_SAVE_SECONDS = 0.03
-# reported activities at whose start ranks are killed
+# activities, as ranks report them, during which ranks are killed
 _MOMENTS = ("connecting", "reading the data", "from rank", "forward and backward", "the optimizer's step")
 # kinds of hangs, and the activity that must be named
 _WORDS = {
@@ -277,7 +277,7 @@ class Faults:
                 # the run had already ended
                 return None
             why, named = before[ended]["why"], before[ended]["ranks"]
-            # if a rank's messages are lost, the other ranks hang first, and soon it waits for them
+            # if a rank's messages are lost, the other ranks hang first; soon this rank waits for them, too
             right = named == [victim] if moment != "message" else bool({*named} - {victim})
             assert right, f"{moment} of rank {victim}: {why}"
             assert moment != "message" or re.search(rf"from ranks? ([\d, ]* )?{victim}\b", why), why
@@ -398,7 +398,7 @@ def rank(folder: str, json_lines: bool, proposed: str = "") -> int:
 
 
 def _stand_still(kind: str) -> None:
-    """Block forever in a way that depends on the kind of hang."""
+    """Block forever, as this kind of hang does."""
     if kind == "lock":
         lock = threading.Lock()
         lock.acquire()

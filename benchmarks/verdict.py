@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from math import exp, log
 from typing import Any, NamedTuple
 
-# columns of the table: a column shows the fastest of its contestants of gpu.py
+# columns of the table: each shows the fastest of these contestants of gpu.py
 TIERS = {name: (f"distattn {name}",) for name in ("triton", "gluon", "gluon_split", "flash")}
 OTHERS = {
     # PyTorch's own implementations are FlashAttention 2, too
@@ -22,7 +22,7 @@ SHOWN = 5
 
 
 class Outcome(NamedTuple):
-    """The outcome of a part: its findings, and why it failed or was left out, or empty strings."""
+    """The outcome of a part: its findings, and the reasons why it failed or was left out ("" if it did neither)."""
 
     name: str
     findings: list[dict[str, Any]]

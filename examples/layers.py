@@ -40,7 +40,7 @@ class CompressedConvolutionalAttention(nn.Module):
 
 
 class MultiTokenPrediction(nn.Module):
-    """A module that returns hidden states and labels for the tokens `ahead` after the next (DeepSeek-V3, arXiv 2412.19437)."""
+    """Hidden states and labels for the token `ahead` places after the next one (DeepSeek-V3, arXiv 2412.19437)."""
 
     def __init__(self, width: int, ahead: int, block: nn.Module) -> None:
         super().__init__()

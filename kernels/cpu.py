@@ -54,7 +54,7 @@ class SdpaSchedule(NamedTuple):
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Return why this kernel cannot serve such a call, or None if it can."""
+    """Return why this kernel cannot serve a call with these requirements, or None if it can."""
     if requirements.device.type != "cpu":
         return f"it runs on CPU tensors, not on {requirements.device.type}"
     if requirements.head_dim != requirements.v_head_dim:

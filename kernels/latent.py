@@ -117,8 +117,8 @@ class LatentKernel:
 def latent_workspace(op: Op, dtype: torch.dtype, inner: Workspace | None) -> Workspace:
     """Return a function that counts the bytes that a launch on latents allocates besides its operands and results.
 
-    inner: the attention kernel's own such function. If it is None, the kernel's workspace is not counted, nor the
-    results that a kernel which does not accumulate allocates.
+    inner: the attention kernel's `workspace_bytes`. If it is None, the kernel's workspace is not counted, and neither
+    are its results if it does not accumulate.
     """
     size, wide = dtype.itemsize, accumulation_dtype(dtype).itemsize
     rotary, latent = op.rotary_dim, op.latent_dim

@@ -24,13 +24,13 @@ from distattn.kernels.launch_mask import LaunchMask
 RUN = ("begin", "full", "rest", "end", "band", "rows")
 # columns of a band: row r in [q0, q1) allows keys from max(k0, low + s) up to min(k1, high + s), s = bk * ((r - oq) // bq)
 BAND = ("q0", "q1", "k0", "k1", "low", "high", "bq", "bk", "oq", "shift")
-# runs start at multiples of this, so that loads are aligned
+# runs start at multiples of this, so that loads of rows and keys are aligned
 RUN_ALIGNMENT = 16
 _LIMIT = 1 << 30
 
 
 class TileRuns(NamedTuple):
-    """The runs of all query tiles, int32. Tile t has, in head group g, runs first[g * tiles + t] to first[g * tiles + t + 1]."""
+    """The runs of all query tiles, int32. Tile t of head group g has runs [first[i], first[i + 1]), where i = g * tiles + t."""
 
     # (groups * tiles + 1,)
     first: Ints

@@ -35,7 +35,7 @@ backward_operator: Any = getattr(torch.ops.aten, "_flash_attention_backward", No
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Return why this kernel cannot serve such a call, or None if it can."""
+    """Return why this kernel cannot serve a call with these requirements, or None if it can."""
     if requirements.device.type != "cuda":
         return f"PyTorch's variable-length flash attention runs on GPUs, not on {requirements.device.type}"
     if forward_operator is None or backward_operator is None:

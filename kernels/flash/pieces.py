@@ -114,8 +114,8 @@ def sequences(band: Ints) -> Iterator[Sequence]:
         yield from _steps(band)
         return
     # keys of rows before `ends` end at the band's upper limit, keys of rows from `begins` on start at its lower limit;
-    # all others end or start at the rectangle's edge. In row `begins` limit and edge coincide, so as the last row it
-    # needs no own sequence
+    # all others end or start at the rectangle's edge. In row `begins` limit and edge coincide, so if it is the last
+    # row, it needs no sequence of its own
     ends, begins = (min(max(row, q0), q1) for row in (k1 - high, k0 - low))
     begins = q1 if begins == q1 - 1 and begins > q0 else begins
     cuts = sorted({q0, ends, begins, q1})

@@ -81,7 +81,7 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 def prepare(segments: Segments, requirements: KernelRequirements) -> ChunkSchedule:
-    """Return the blocks of chunks, on the host: the first chunk of every segment, then every second chunk, and so on."""
+    """Return the blocks of chunks, on the host, ordered by the number of the chunk in its segment, then by segment."""
     size = _CHUNK_OF_CHANNELS if requirements.op.decay == "channel" else _CHUNK
     longest = max((end - begin for begin, end in segments), default=0)
     size = min(size, max(longest, 1))
@@ -276,7 +276,7 @@ def _maps(part: RecurrenceTokens, outputs: bool = True) -> Maps:
     else:
         total = finite_decays(g).cumsum(2).reshape(chunks, heads, size, -1)
     lower = torch.ones(size, size, dtype=torch.bool, device=v.device).tril()
-    # the differences may be rounded: large exponents have large errors, but vanishing powers
+    # rounding the differences is harmless: where their error is large, the exponential is close to 0
     later = (total[:, :, :, None] - total[:, :, None]).to(dtype).masked_fill(~lower[..., None], -torch.inf).exp()
     from_start, to_end = total.to(dtype).exp(), (total[:, :, -1:] - total).to(dtype).exp()
     read, key, decay = q * from_start, k * to_end, from_start[:, :, -1]

@@ -39,7 +39,7 @@ _LEAST_DECAY = -100.0
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Return why this kernel cannot serve such a call, or None if it can."""
+    """Return why this kernel cannot serve a call with these requirements, or None if it can."""
     device = requirements.device
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return f"the kernels of fla-core run on GPUs, not on {device.type}"

@@ -69,7 +69,7 @@ def _installed_version(package: str) -> str | None:
 
 
 def _tilelang_compiles() -> bool:
-    """Return whether fla-core would use tilelang: it is installed, not disabled, and nvcc exists (`fla/backends.py`, 0.6)."""
+    """Return whether fla-core 0.6 would use tilelang: installed, not disabled, and nvcc available (`fla/backends.py`)."""
     is_off = os.environ.get("FLA_TILELANG") == "0" or os.environ.get("FLA_DISABLE_BACKEND_DISPATCH") == "1"
     return find_spec("tilelang") is not None and not is_off and _has_nvcc()
 

@@ -92,7 +92,7 @@ class TileSchedule(NamedTuple):
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Return why this kernel cannot serve such a call, or None if it can."""
+    """Return why this kernel cannot serve a call with these requirements, or None if it can."""
     if requirements.device.type != "cuda" and not (INTERPRETED and requirements.device.type == "cpu"):
         return f"Triton kernels run on NVIDIA GPUs, not on {requirements.device.type}"
     if compute_capability(requirements.device) < 80:
@@ -106,7 +106,7 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 def tiles_for(requirements: KernelRequirements, capability: int) -> Tiles:
-    """Return the tile sizes for such a call on a device with this compute capability (80, 90, ...)."""
+    """Return the tile sizes for a call with these requirements on a device with this compute capability (80, 90, ...)."""
     # consumer GPUs from sm_120 on have as little shared memory as sm_80
     table = _HALF_90 if 90 <= capability < 120 else _HALF_80
     table = _SINGLE if requirements.dtype == torch.float32 else table
@@ -310,6 +310,6 @@ def _fits_tma(x: Tensor) -> bool:
 
 
 def _descriptor(x: Tensor, block: int, width: int) -> TensorDescriptor:
-    """Return a TMA descriptor of x as a matrix (tokens, heads * dim), with tiles of block rows and width columns."""
+    """Return a TMA descriptor of x as a matrix (tokens, heads * dim), with tiles of `block` rows and `width` columns."""
     columns = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
     return TensorDescriptor(x, [x.shape[0], columns], [x.stride(0), 1], [block, width])

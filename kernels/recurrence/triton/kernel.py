@@ -67,7 +67,7 @@ class ChunkTable(NamedTuple):
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Return why this kernel cannot serve such a call, or None if it can."""
+    """Return why this kernel cannot serve a call with these requirements, or None if it can."""
     device = requirements.device
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return f"Triton kernels run on NVIDIA GPUs, not on {device.type}"
