@@ -48,7 +48,7 @@ WAYS = {
     "by halves": RecurrencePlan("zigzag", schedule="tree"),
     "all-to-all": RecurrencePlan("zigzag", "ulysses"),
 }
-# ops with fla-core's context parallelism: the module and the function
+# ops that fla-core's context parallelism supports, with their module and function
 FLA = {
     "gated_delta_rule": ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
     "kda": ("fla.ops.kda", "chunk_kda"),

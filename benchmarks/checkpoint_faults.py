@@ -332,7 +332,7 @@ def train_and_save(rank: int, folder: str, checked: Any) -> None:
     if loaded is not None:
         step = loaded.step
         assert equal(state, state_of(step)), f"step {step} loads other tensors than were saved"
-    # rank 0 removes leftovers, and other ranks may finish loading before it has
+    # only rank 0 checks: it removes leftovers, and other ranks may finish loading before it has
     leftovers = [name for name in os.listdir(folder) if "." in name] if rank == 0 and Path(folder).exists() else []
     assert not leftovers, leftovers
     assert not warned, warned
@@ -359,7 +359,7 @@ class KillResult(NamedTuple):
 
 
 def run_kills(kills: int, seed: int, folder: Path, ranks: int = 2, most_seconds: float = 0.5) -> KillResult:
-    """Repeat `kills` times: start ranks, kill a random one at a random moment after all have resumed and check the files left."""
+    """Repeat `kills` times: start ranks, kill one at random at a random moment once all have resumed, and check what is left."""
     rng = random.Random(seed)
     context = multiprocessing.get_context("fork")
     port, checked = context.SimpleQueue(), context.SimpleQueue()

@@ -203,7 +203,7 @@ def message_not_waited_for(device: torch.device, findings: Findings) -> None:
     def wrong() -> str:
         with poisoned():
             errors = {name: far(got, wanted[name]) for name, got in layer.run().items()}
-        # copies in flight still read and write
+        # wait for copies that are still in flight
         torch.cuda.synchronize()
         return too_far(errors)
 

@@ -101,7 +101,7 @@ def forward(
         o_THE = q_THD.new_empty(*q_THD.shape[:2], dim, dtype=torch.float32)
         into = o_THE, q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
     o_THE, lse_TH = into
-    # results of several calls are merged only in fp32
+    # the results of several calls are always merged in fp32
     wide_THE = o_THE if o_THE.dtype == torch.float32 else torch.empty_like(o_THE, dtype=torch.float32)
     if wide_THE is not o_THE and merge:
         wide_THE.copy_(o_THE)

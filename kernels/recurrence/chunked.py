@@ -25,7 +25,7 @@ from distattn.kernels.recurrence.tokens import RecurrenceTokens, Segments, bound
 from distattn.kernels.recurrence.transitions import diagonal_transitions, finite_decays
 from distattn.kernels.spec import KernelRequirements
 
-# the functions also accept meta tensors, for which they allocate as they do on a device
+# the functions also accept meta tensors, and allocate as much for them as on a device
 RUNS_ON_META = True
 # tokens per chunk. With a decay per channel, every pair of tokens in a chunk needs a number per channel
 _CHUNK, _CHUNK_OF_CHANNELS = 64, 16

@@ -37,7 +37,7 @@ from distattn.kernels.triton.launch import (
 )
 from distattn.kernels.triton.tiles import INTERPRETED
 
-# the functions also accept meta tensors, for which they allocate as they do on a device
+# the functions also accept meta tensors, and allocate as much for them as on a device
 RUNS_ON_META = True
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_DIM = 256
