@@ -1,4 +1,6 @@
-"""A tiled loss under ZeRO: the output layer's weight is available when its tiles are computed, also if it is partitioned."""
+"""A tiled loss under ZeRO: the output layer's weight is available while its tiles are computed, even if it is
+partitioned.
+"""
 
 import memory_run
 import pytest

@@ -1,4 +1,4 @@
-"""transformers' models with latent attention, expanded and by latents, compared with one process."""
+"""transformers' models with latent attention, in expanded and latent form, compared to a single process."""
 
 import hybrid_models
 import pytest

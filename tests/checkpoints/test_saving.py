@@ -1,4 +1,4 @@
-"""Saving overlaps with training, and survives a disk that is full or cannot be written."""
+"""Saving overlaps with training, and survives a disk that is full or not writable."""
 
 import errno
 import os
@@ -139,7 +139,7 @@ def test_a_state_that_changes_while_it_is_copied_is_not_saved(tmp_path, monkeypa
     ):
         saver.wait()
     assert steps(tmp_path) == []
-    # after the error was raised, the next save is tried
+    # once the error has been raised, the next save is tried
     saver.save(2, state)
     saver.close()
     assert steps(tmp_path) == [2]
@@ -216,7 +216,7 @@ def test_after_a_run_has_gone_back_the_newest_is_what_was_saved_last(tmp_path):
         saver.save(step, {"a": step})
     state = {"a": 0}
     assert saver.load_newest(state).step == 15 and state == {"a": 15}
-    # a step that was saved already is replaced
+    # a step that was already saved is replaced
     saver.save(30, {"a": 31})
     assert saver.load_newest(state).step == 30 and state == {"a": 31}
     saver.close()
@@ -231,7 +231,7 @@ def test_a_disk_that_is_full_costs_a_warning_and_the_next_save_works(tmp_path):
 
 
 def fill_the_disk(rank, folder):
-    """Use RLIMIT_FSIZE in a process of its own in place of a full disk."""
+    """Imitate a full disk with RLIMIT_FSIZE, in a separate process."""
     warned = []
     saver = open_checkpoints(folder, warned.append, group=dist.group.WORLD)
     saver.save(1, faults.state_of(1))
@@ -304,7 +304,7 @@ def hang_on_one_rank(rank, folder, hangs, board):
         return mine.seconds and waits and culprits(beats, {0: "S", 1: "S"}) == wanted
 
     def hang(file, content):
-        # until the other rank has done its part, and waits for this one
+        # until the other rank has finished its part and waits for this one
         eventually(is_waited_for, lambda: f"{read(0)}, {read(1)}")
         return write(file, content)
 
