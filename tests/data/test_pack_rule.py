@@ -1,4 +1,4 @@
-"""A rule says what a step is, survives JSON, and refuses what cannot be, by name."""
+"""A rule defines what a step is, survives JSON, and refuses impossible settings by name."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The doctor names planted mistakes, finds nothing in healthy scripts, and checks the machine."""
+"""The doctor names planted mistakes, reports nothing for healthy scripts, and checks the machine."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def forward(model, part):
 """
     path = tmp_path / "target.py"
     path.write_text(script("llama", more=body))
-    # ranks that end, as they do for the command: the other one loses its connection
+    # the other rank ends as well when it loses its connection, as it would with the command
     (finding,) = doctor.examine_target(str(path), 2).findings
     assert finding.cause == "failed" and "rank 1: RuntimeError: the real cause (target.py, line" in finding.observed
 
@@ -109,7 +109,7 @@ def test_a_script_without_a_model_or_with_strange_functions_is_refused(tmp_path)
     path.write_text("def model(): raise ValueError('no weights')")
     with pytest.raises(DistattnError, match="model.. fails in one process.*ValueError: no weights .target.py, line 1."):
         diagnose(Target(str(path)), [{}])
-    # exit codes of scripts are not the doctor's
+    # a script's exit code must not become the doctor's
     path.write_text("def model(): raise SystemExit(0)")
     with pytest.raises(DistattnError, match="model.. fails in one process.*SystemExit"):
         diagnose(Target(str(path)), [{}])

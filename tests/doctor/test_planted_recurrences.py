@@ -1,4 +1,6 @@
-"""Planted mistakes of recurrent layers and convolutions of a hybrid model are named; a healthy one has no finding."""
+"""Planted mistakes in the recurrent layers and convolutions of a hybrid model are named, and a healthy model has no
+findings.
+"""
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from test_planted import BF16, diagnoses
 import distattn as da
 from distattn.doctor.emulation import _convolution, _EmulatedRank, _prefix_softmax, _shifted
 
-# what ranks do in the place of the batch's recurrence or convolution; `parts` are the ranks' tokens
+# the code that ranks run instead of the batch's recurrence or convolution; `parts` holds the ranks' tokens
 CARELESS = """
 class Careless:
     def __init__(self, local):

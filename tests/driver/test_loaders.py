@@ -1,4 +1,4 @@
-"""Loaders may fill one buffer again and again, use any dtype, and be left and continued."""
+"""Loaders may refill one buffer, use any dtype, and be left and continued."""
 
 import numpy as np
 import pytest
@@ -14,10 +14,10 @@ STEPS = 5
 
 
 def refilled(kind):
-    """Yield steps whose tensors are one buffer: the ids of step i are 10 * i + 1 to 10 * i + 4, the labels 5 more."""
+    """Yield steps that share one buffer. Step i has the ids 10 * i + 1 to 10 * i + 4, and its labels are 5 larger."""
     of_step = np.arange(1, 5)[None]
     buffers = [np.zeros((1, 4), np.int64) for _ in range(2)]
-    # numpy's writes are not counted as versions of a tensor that shares its memory
+    # writes through NumPy do not change the version counter of a tensor that shares the memory
     ids, labels = (torch.from_numpy(buffer) if kind == "numpy" else torch.zeros(1, 4).long() for buffer in buffers)
     lengths, batch, micro_batches = [], {}, []
     for step in range(STEPS):
@@ -56,7 +56,7 @@ def test_a_part_shares_no_memory_with_the_batch():
 
 
 class Numbered:
-    """An iterator of steps, whose ids are all the step's number. fails: the step that cannot be read at first."""
+    """An iterator over steps whose ids all equal the step's number. fails: the step whose first read fails."""
 
     def __init__(self, fails=None):
         self.step, self.fails = 0, fails
@@ -101,7 +101,7 @@ def test_the_next_loop_begins_with_the_step_that_was_taken_ahead(make):
             for parts in cp.steps(loader):
                 seen.append(number_of(parts))
                 raise KeyError
-        # a generator that is held in a variable is not closed when its loop is left
+        # a generator that is held in a variable is not closed when its loop ends early
         held = cp.steps(loader)
         seen.append(number_of(next(held)))
         seen += map(number_of, cp.steps(loader))
@@ -114,7 +114,7 @@ def test_what_begins_anew_begins_with_its_first_step():
         steps = [numbered(step) for step in range(STEPS)]
         for _ in range(2):
             assert number_of(next(iter(cp.steps(steps)))) == 0
-        # persistent workers: the loader has one iterator, which it resets
+        # with persistent workers the loader has one iterator, which it resets
         loader = torch.utils.data.DataLoader(
             steps, batch_size=None, num_workers=1, persistent_workers=True, multiprocessing_context="fork"
         )
@@ -133,7 +133,7 @@ def test_an_error_of_a_loader_comes_after_the_step_before_it():
 
 
 def nested(rank):
-    """Return the steps of two loops over one iterator, which ends a step earlier on rank 1."""
+    """Return the steps of two nested loops over one iterator, which ends one step earlier on rank 1."""
     seen, loader = [], iter([numbered(step) for step in range(STEPS - rank)])
     with da.ContextParallel(strategy="cad", data="per_rank") as cp:
         for outer in cp.steps(loader):
@@ -145,7 +145,7 @@ def nested(rank):
 
 
 def test_loops_over_one_iterator_share_its_steps_in_order():
-    # rank 1 has padding, of token 0, in the last step
+    # in the last step rank 1 has padding, which is token 0
     assert run_on_ranks(2, nested) == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 0]]
 
 
@@ -210,7 +210,7 @@ def test_every_door_refuses_labels_without_room_for_their_absence():
         local = cp.shard(batch)["context_parallel"]
         with pytest.raises(da.DistattnError, match="x is uint8, which cannot hold fill = -100"):
             local.token_shift(labels, -1, fill=-100)
-        # what is not there is farther from x than int8 reaches
+        # int8 cannot represent the difference between the fill value and the tokens
         assert local.token_shift(torch.tensor([3, 100], dtype=torch.int8), -1, fill=-100).tolist() == [100, -100]
 
 

@@ -1,4 +1,4 @@
-"""Masks in other kernels' forms: the same cells, or a refusal."""
+"""Masks converted for other kernels describe the same cells, or are refused."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_rows_of_too_many_pieces_are_refused():
 
 
 def varlen_cells(varlen) -> np.ndarray:
-    """Return the cells that a varlen kernel computes, by flash-attn's documentation."""
+    """Return the cells that a varlen kernel computes according to flash-attn's documentation."""
     q, k = np.arange(N)[:, None], np.arange(N)[None]
     document = np.searchsorted(varlen.cu_seqlens, np.arange(N), "right")
     cells = document[:, None] == document[None]
