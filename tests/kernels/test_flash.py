@@ -1,4 +1,4 @@
-"""The vendor tier: bands as variable-length sequences, by an exact stand-in for PyTorch's operators."""
+"""The vendor tier: bands as variable-length sequences, with an exact stand-in for PyTorch's operators."""
 
 import numpy as np
 import pytest
@@ -70,7 +70,7 @@ def test_sequences_are_the_cells_of_their_band(data):
         wanted[row, a:b] = 1
     pieces = list(sequences(band[0]))
     assert (cells(pieces, q1, k1) == wanted).all()
-    # the operators treat a negative limit as no limit
+    # the operators treat a negative limit as unlimited
     assert all(piece.left >= -1 and piece.right in (-1, 0) for piece in pieces)
     if step == (1, 1):
         assert len(pieces) <= 3
@@ -92,7 +92,7 @@ def test_every_mask_and_strategy_equals_the_oracle(mask, strategy):
     for name, ranks in (("zigzag", 2), ("balanced", 4)):
         shape = dict(strategy=strategy, heads=4, kv_heads=2, head_dim=8, dtype="float64")
         plan = make_plan(said(4)[mask], layouts(LENGTHS, ranks)[name], **shape)
-        # the accumulators are in single precision
+        # accumulators are in single precision
         assert_close(run_all_ranks(plan, inputs, "flash"), wanted, 1e-5)
 
 

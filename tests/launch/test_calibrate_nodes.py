@@ -1,4 +1,6 @@
-"""Descriptions of the nodes of a Ray cluster: slow ones are named, and bad input is refused. Stand-ins replace the tasks."""
+"""Calibrating the nodes of a Ray cluster: slow nodes are named, and bad input is refused. Stand-ins replace Ray's
+tasks.
+"""
 
 import importlib.util
 import json
@@ -27,7 +29,7 @@ def test_nodes_are_compared_with_those_of_the_same_device():
 
 @pytest.fixture
 def tasks(monkeypatch):
-    """Replace a cluster by nodes whose answers a test sets."""
+    """Replace the cluster by nodes whose answers are set by a test."""
     if importlib.util.find_spec("ray") is None:
         pytest.skip("ray is not installed")
     from distattn.launch.ray import driver as ray_driver

@@ -1,4 +1,4 @@
-"""`distattn ckpt`: what a user sees of checkpoints, without torch."""
+"""`distattn ckpt`: what a user sees of checkpoints, in a process without torch."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from distattn.training.config import run_file as configuration
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """Make a run with three checkpoints."""
+    """Create a run with three checkpoints."""
     run = tmp_path_factory.mktemp("run")
     facts = {"config": "0123", "plan": "4567"}
     saver = Checkpoints(run / "checkpoints", group=None, facts=facts, keep=KeepRule(), warn=lambda line: None)
@@ -99,11 +99,11 @@ def test_verify_names_what_is_damaged_with_exit_code_3(run, capsys):
     out = said(capsys, "verify", run, code=3).out
     assert out.count("good") == 2 and out.count("damaged") == 1
     assert f"{file}: bytes 0 to {len(content):,} are not what was written." in out
-    # in one of them
+    # verify a single checkpoint
     assert said(capsys, "verify", run / "checkpoints/step-00000030").out.count("good") == 1
     (row,) = map(json.loads, said(capsys, "verify", file.parent, "--json", code=3).out.splitlines())
     assert row["problems"][0]["file"] == "__0_0.distcp" and row["problems"][0]["offset"] == 0
-    # a copy under another name
+    # verify a copy with another name
     file.parent.rename(run / "copy")
     assert "copy" in said(capsys, "verify", run / "copy", code=3).out
 

@@ -1,4 +1,4 @@
-"""`distattn configs`, and configurations by name."""
+"""`distattn configs`, and configurations referred to by name."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""`distattn launch`: here, and as a script for Slurm; test_slurm_runs.py submits it."""
+"""`distattn launch` on this machine, and as a Slurm script, which test_slurm_runs.py submits."""
 
 import json
 import os
@@ -106,7 +106,7 @@ def test_a_preflight_alone_has_a_folder_of_its_own_and_is_neither_repeated_nor_r
     code, out, _ = run(capsys, "folder", *arguments, "--json")
     folder = Path(json.loads(out)["run"])
     assert code == 0 and list(tmp_path.iterdir()) == [folder] and folder.name == "run-preflight"
-    # as a scheduler does once the ranks have ended
+    # a scheduler runs this once the ranks have ended
     assert finish_run.main(str(folder)) == 0 and not RunFolder(folder).report_file.exists()
     assert cli.main(["resume", str(folder)]) == 2
     assert f"distattn preflight {folder}/config.toml" in capsys.readouterr().err
@@ -200,7 +200,7 @@ def test_a_run_that_is_not_there_is_not_submitted_dry(capsys):
 
 @pytest.fixture
 def slurm_that(tmp_path, monkeypatch):
-    """Put commands of a Slurm into PATH whose answers a test sets."""
+    """Put Slurm commands into PATH whose answers are set by a test."""
 
     def answers(**scripts: str) -> Path:
         folder = tmp_path / "bin"

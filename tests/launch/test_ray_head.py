@@ -1,4 +1,4 @@
-"""A launcher on Ray says that the cluster's head is lost, before Ray ends it, and how to complete the run."""
+"""A launcher on Ray reports that the cluster's head is lost before Ray ends it, and says how to complete the run."""
 
 import os
 import signal

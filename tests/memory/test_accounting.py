@@ -1,4 +1,6 @@
-"""The count of a run's bytes: on meta tensors that of real tensors, by arithmetic that of FSDP2's shards."""
+"""Counting a run's bytes: meta tensors give the count of real tensors, and arithmetic gives the sizes of FSDP2's
+shards.
+"""
 
 import json
 from dataclasses import replace
@@ -68,7 +70,7 @@ def test_meta_tensors_count_what_real_ones_take(settings):
         assert counted.working[name] == pytest.approx(size, rel=0.02, abs=0.02 * most), name
 
 
-# all layers dense: experts are grouped by values
+# make all layers dense, since the grouping of experts depends on values
 DENSE = dict(vocab_size=300, first_k_dense_replace=2)
 
 
@@ -94,7 +96,7 @@ def test_a_run_by_latents_counts_all_keys_and_values_that_a_rank_expands(tmp_pat
     settings += ["--parallel.strategy", "allgather", "--parallel.kernel", "reference", "--memory.loss_tile_tokens", "8"]
     settings += ["--memory.activation_checkpointing", "full", "--parallel.latents"]
     tokens = 512
-    # one head has 12 and 6 numbers a token, in fp32, and their gradients: expanded from latents, or gathered
+    # a head has 12 and 6 numbers per token in fp32, plus their gradients, expanded from latents or gathered
     sizes = tokens * 4 * (12 + 6) * 4 * 2
     for latents in ("True", "False"):
         rows = memory_of_config(configuration.load("configs/tiny.toml", [*settings, latents]), [[tokens]])

@@ -1,4 +1,4 @@
-"""Checkpointed layers: what is computed again, what is refused, and compiled layers."""
+"""Checkpointed layers: what is recomputed, what is refused, and compiled layers."""
 
 import pytest
 import small
@@ -56,7 +56,7 @@ def test_compiled_layers_have_the_gradients_of_plain_ones(how):
 
 
 def passes(rank, save, offload):
-    """Return the number of forward passes of attention that two layers make in a step."""
+    """Return the number of attention forward passes that two layers make in one step."""
     model, calls = small.build(), []
     checkpoint_layers(model.model.layers, save=save, offload=HostOffload() if offload else None)
     right = execute.forward

@@ -1,4 +1,6 @@
-"""Memory settings change no gradient: compared with plain PyTorch in one process, with ranks without labels."""
+"""Memory settings do not change gradients, even with ranks without labels. The reference is plain PyTorch in one
+process.
+"""
 
 import memory_run
 import pytest
@@ -12,7 +14,7 @@ def every_variant(rank, ranks, fsdp, tied):
 
 
 @pytest.mark.full
-# every two values meet
+# cover every pair of values
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("ranks", "fsdp", "tied"), [(4, True, False), (4, False, True), (2, True, True), (2, False, False)]

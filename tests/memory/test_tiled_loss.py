@@ -1,4 +1,4 @@
-"""A loss over tiles equals the loss of all logits, and so do its gradients; what it cannot compute is refused by name."""
+"""A tiled loss and its gradients equal those of the full logits. What it cannot compute is refused by name."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ def tensors(dtype, has_bias, weight_dtype=None):
     shapes = [(TOKENS, WIDTH), (VOCABULARY, WIDTH)] + [(VOCABULARY,)] * has_bias
     values = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     labels = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
-    # one tile has labels, the next none, the next some
+    # the first tile has some labels, the next none, the next some
     labels[[0, 5, 6, 7, 8, 9, 10, 11]] = -100
     return [x.to(weight_dtype or dtype if i else dtype).requires_grad_() for i, x in enumerate(values)], labels
 
@@ -45,7 +45,7 @@ def test_loss_and_gradients_are_those_of_all_logits(tile_tokens, has_bias, chang
     torch.testing.assert_close(loss, wanted, rtol=1e-13, atol=0)
     torch.testing.assert_close(losses, wanted_losses, rtol=1e-12, atol=1e-14)
     assert not losses.requires_grad
-    # a factor other than 1, like a loss scale
+    # use a factor other than 1, like a loss scale
     for a, b in zip(torch.autograd.grad(loss * 0.3, inputs), torch.autograd.grad(wanted * 0.3, inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
@@ -93,7 +93,7 @@ def test_logits_of_all_tokens_are_never_there(monkeypatch):
 
 
 class Model(nn.Module):
-    """A model that changes logits in its own way."""
+    """A model that transforms its logits with `change`."""
 
     def __init__(self, head=None, change=lambda logits: logits, **config):
         super().__init__()
@@ -150,7 +150,7 @@ class Headless(nn.Module):
 def test_what_cannot_be_computed_is_refused_by_name(model, message):
     with pytest.raises(DistattnError, match=message):
         pytorch.local_loss(model, batch_of(), loss=TiledLoss())
-    # the layer is unchanged for other users
+    # the layer is unchanged for other callers
     if hasattr(model, "head"):
         assert model.head(torch.zeros(1, WIDTH)).shape == (1, VOCABULARY)
 

@@ -1,4 +1,4 @@
-"""`attention` and its operators, in one process and on real gloo ranks."""
+"""`attention` and its operators, in a single process and on real gloo ranks."""
 
 import gc
 import weakref
@@ -129,7 +129,7 @@ def test_autocast_casts_as_it_does_for_pytorchs_own_attention(dtype):
     )
     x = torch.randn(200, 4, 8, requires_grad=True)
     with torch.autocast("cpu", dtype=dtype):
-        # as rotary embeddings leave them: q and k in fp32, v in low precision
+        # the dtypes after rotary embeddings: q and k in fp32, v in low precision
         o = da.attention(x, x, x.to(dtype), plan)
         wanted = torch.nn.functional.scaled_dot_product_attention(*[x.transpose(0, 1)] * 3, is_causal=True)
     assert o.dtype == wanted.dtype == dtype
@@ -183,7 +183,7 @@ def test_programs_are_freed_with_their_plan():
     gone = weakref.ref(plan)
     del plan
     gc.collect()
-    # the graph still holds what the backward needs, but not the plan
+    # the graph still holds what the backward pass needs, but not the plan
     assert gone() is None
     o.backward(do)
     assert q.grad is not None
@@ -254,7 +254,7 @@ def _breaks_in_a_trial(rank: int):
     breaks = mock.patch.object(executable, "local_kernel_trials", trials) if rank == 0 else nullcontext()
     with breaks, pytest.raises(da.DistattnError) as error:
         da.prepare(plan_for(2))
-    # the ranks are in step: the next call works
+    # the ranks are in step, so the next call works
     da.prepare(plan_for(2))
     return str(error.value)
 
@@ -284,7 +284,7 @@ def test_bytes_on_the_wire_are_the_plans_bytes(strategy):
     for counts, _ in run_on_ranks(4, _count_bytes, plan, inputs):
         counted |= counts
     assert counted == planned_bytes(plan)
-    # and equal those of the simulator
+    # the simulator counts the same bytes
     timeline = da.simulate(plan, "h100-1x4")
     on_the_wire = sum(int(pass_.intra_node_bytes.sum() + pass_.inter_node_bytes.sum()) for pass_ in timeline.passes)
     assert on_the_wire == sum(counted.values())

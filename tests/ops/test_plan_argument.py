@@ -1,4 +1,4 @@
-"""Every op says in the same sentences what is wrong with its plan argument."""
+"""Every op reports a wrong plan argument in the same words."""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""`recurrence` on real ranks: outputs, final states and all gradients equal one process; and what it refuses."""
+"""`recurrence` on real ranks: outputs, final states and all gradients match a single process, and wrong calls are
+refused.
+"""
 
 import functools
 
@@ -21,7 +23,7 @@ def plan_of(layout, op, strategy="scan", dtype="float64", **options):
 
 
 def run(rank, layout, case, plan):
-    """Return this rank's results: (o, final, dx by token, dinitial)."""
+    """Return this rank's results (o, final, dx by token, dinitial)."""
     local = {name: layout.shard(value, rank).requires_grad_() for name, value in case.x.by_token().items()}
     x = case.x._replace(**local)
     initial = case.initial.clone().requires_grad_()
