@@ -1,4 +1,4 @@
-"""`distattn calibrate` measures this machine and writes a description that `plan` reads."""
+"""`distattn calibrate` measures this machine and writes a description that `plan` can read."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from distattn.planning import measure_machine as calibrate
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Measure a small table for moments only, in this process."""
+    """Measure only a small table, for a few moments, in this process."""
     monkeypatch.setattr(calibrate, "_SIDES", {"cpu": (64, 256)})
     monkeypatch.setattr(calibrate, "_HEAD_DIMS", (64,))
     monkeypatch.setattr(calibrate, "_BATCH_SECONDS", 0.005)

@@ -1,4 +1,4 @@
-"""`distattn plan`: candidates on a described cluster, as text, JSON and a page; mistakes are one sentence."""
+"""`distattn plan`: candidates on a given cluster as text, JSON and a page. A mistake gives a one-sentence error."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def test_numbers_a_page_and_a_trace(capsys, tmp_path):
     rows = json.loads(out)["candidates"]
     assert code == 0 and [row["strategy"] for row in rows] == ["usp", "ring"] and all(row["simulated"] for row in rows)
     text = page.read_text()
-    # a score matrix each; time is drawn by the page itself
+    # one score matrix per strategy; the page draws the time charts itself
     assert (
         text.count('class="matrices"') == 2
         and text.count("<canvas") == 4
@@ -160,7 +160,7 @@ def test_the_fastest_is_in_colour_on_a_terminal_only(capsys, monkeypatch):
         monkeypatch.setenv(name, value)
     cli.main(arguments)
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "fastest" in line)
-    # in one piece, however narrow the terminal
+    # the line stays in one piece, however narrow the terminal
     assert line.startswith("\x1b[1;32m") and "GB   <- fastest" in line.replace("MB", "GB")
 
 
@@ -192,7 +192,7 @@ def test_a_faster_strategy_than_the_run_s_own_is_named_in_a_sentence(capsys):
     assert "is not the fastest: it takes" not in "".join(
         line for line in out.splitlines() if line.startswith("strategy ")
     )
-    # what is refused is said to be so; a strategy that is not compared has no sentence
+    # a refused strategy is reported as such, and a strategy that is not compared is not mentioned
     _, out, _ = run(
         capsys,
         *args,

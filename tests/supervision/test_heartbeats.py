@@ -1,4 +1,4 @@
-"""A heartbeat is read whole or not at all, in any order of steps of writer and reader."""
+"""A heartbeat is read completely or not at all, in any interleaving of writer and reader."""
 
 import contextlib
 import os
@@ -31,7 +31,7 @@ def test_what_is_half_written_is_what_was_told_before(board):
         slots.append(board._memory[:])
     told = [None]
     for before, after in zip(slots, slots[1:], strict=False):
-        # from either end, as a processor may show it
+        # a CPU may show the new bytes from either end first
         mixed = {after[:done] + before[done:] for done in range(len(after) + 1)}
         mixed |= {before[:done] + after[done:] for done in range(len(after) + 1)}
         for content in mixed - {after}:
@@ -78,7 +78,7 @@ def test_a_thread_that_says_that_it_goes_on_does_not_take_back_what_is_told_mean
         if not told.is_set():
             told.set()
             beats.start()
-            # the thread waits for its turn now
+            # by now the thread waits for its turn
             time.sleep(0.2)
         write(activity, step, *fields)
 

@@ -1,4 +1,4 @@
-"""Configuration and command line: a mistake is one sentence that names the key, exit code 2, never a traceback."""
+"""Configuration and command line: a mistake gives one sentence that names the key and exit code 2, never a traceback."""
 
 import dataclasses
 import os
@@ -247,7 +247,7 @@ def test_bad_input_ends_with_one_sentence_and_nothing_started(arguments, code, s
     assert done.returncode == code
     shown = done.stdout + done.stderr
     assert sentence in shown and "Traceback" not in shown
-    # only one sentence
+    # nothing but one sentence
     assert not done.stderr or (done.stderr.startswith("distattn: ") and done.stderr.count("\n") == 1)
     assert not (tmp_path / "run").exists()
 
@@ -337,7 +337,7 @@ def test_an_empty_configuration_is_a_run(tmp_path):
 )
 def test_keys_about_text_are_refused_with_a_plan_of_packs(key, value):
     packs, setting = ["--data.path", "packs.toml"], [f"--data.{key}", value]
-    # the run file's keys about text belong to its text
+    # the run file's keys for text apply only to its own text
     assert configuration.load("configs/tiny.toml", packs).data.path == "packs.toml"
     with pytest.raises(DistattnError, match=f"data.{key}: does nothing here"):
         configuration.load("configs/tiny.toml", [*packs, *setting])

@@ -1,4 +1,4 @@
-"""A schedule of context lengths: the packs of each phase, a run resumed in the middle of each, and its display."""
+"""A schedule of context lengths: the packs of each phase, runs resumed in the middle of each phase, and its display."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def test_a_run_goes_on_bit_by_bit_from_the_middle_of_each_phase(config, tmp_path
     plan = open_data(run, config).plan
     for step, context in enumerate(CONTEXTS):
         packs = plan.step(step).packs
-        # short contexts cut documents, and a step has as many tokens throughout
+        # short contexts cut documents, but every step has the same number of tokens
         assert all(sum(pack.lengths) <= context for pack in packs) and len(packs) == 256 // context
     assert any(max(pack.lengths) > 128 for pack in plan.step(STEPS - 1).packs)
     run_on_ranks(2, train_on_rank, run.folder, config)
@@ -71,7 +71,7 @@ def test_a_run_goes_on_bit_by_bit_from_the_middle_of_each_phase(config, tmp_path
 
 
 def _told(rank: int, folder: Path, config: Config) -> list[tuple[int, float]]:
-    """Return (step, seconds that it may take without another heartbeat) of each step's heartbeat."""
+    """Return (step, seconds until its next heartbeat is due) for each step."""
     tell, limits = loop.set_activity, []
 
     def note(activity, **fields):

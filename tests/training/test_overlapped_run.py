@@ -1,4 +1,4 @@
-"""Runs whose micro-batches take turns (`parallel.overlap`): the curve of runs without turns, and of one process."""
+"""Runs whose micro-batches take turns (`parallel.overlap`) match runs without turns and a single process."""
 
 import dataclasses
 import re
@@ -31,7 +31,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def config(texts, tmp_path_factory) -> Config:
-    """Return a run with four micro-batches a step, clipped in some steps, evaluated in between."""
+    """Return a run with four micro-batches per step, clipped in some steps and evaluated in between."""
     return tiny_config(
         texts,
         tmp_path_factory.mktemp("runs") / "run",
@@ -115,7 +115,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(config, tmp_path):
 
 
 def _raising_run(rank: int, folder, config: Config) -> str:
-    """Train; rank 1 raises before the attention of a pair's second micro-batch. Return the error of the other rank."""
+    """Train until rank 1 raises before the attention of a pair's second micro-batch. Return the other rank's error."""
     backward, calls = Fsdp2Engine.backward, []
 
     def fail(*arguments):

@@ -1,4 +1,6 @@
-"""distattn train on a plan of packs, from text to the comparison with plain transformers, and which documents a step had."""
+"""distattn train on a plan of packs, from text to the comparison with plain transformers, and the documents of each
+step.
+"""
 
 import json
 import os
@@ -47,7 +49,7 @@ files = ["web"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Make a plan whose documents are cut, with a context length that doubles, and a run of two ranks on it."""
+    """Make a plan with cut documents and a context length that doubles, and train a run of two ranks on it."""
     return made_once(tmp_path_factory, "planned", plan_and_train)
 
 

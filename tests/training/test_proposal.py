@@ -15,7 +15,7 @@ from distattn.training.run_folder import RunFolder
 
 @pytest.fixture
 def run(tmp_path):
-    """Make a run with checkpoints of three steps, which have no files."""
+    """Create a run with checkpoints of three steps without files."""
     new_run = RunFolder.create(with_rate(tmp_path, 1e-3))
     for serial, step in enumerate((10, 20, 30), 1):
         folder = new_run.checkpoints / f"step-{step:08d}"
@@ -40,7 +40,7 @@ def test_a_proposal_is_applied_once(run, tmp_path):
     with proposal.applied(config):
         assert preferred_step(run.checkpoints) == 10
     assert kinds(run) == [UNTESTED, SET_ASIDE, SET_ASIDE]
-    # restarted ranks read it, and go on from their newest checkpoint
+    # restarted ranks read the run's configuration and continue from their newest checkpoint
     CheckpointVerdict(GOOD).write(run.checkpoints / "step-00000020")
     assert proposal.load() == config and proposal.step() is None
     with proposal.applied(config):

@@ -1,4 +1,4 @@
-"""Ranks of one console print one sentence, once, when they end with the same one."""
+"""Ranks that share a console and end with the same sentence print it once."""
 
 from datetime import timedelta
 

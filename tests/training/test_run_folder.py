@@ -1,4 +1,4 @@
-"""The records of a run survive full disks and machines that stop in the middle of a line."""
+"""The records of a run survive full disks and machines that fail in the middle of a line."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Values from other ranks are unpickled only if they match their digest, by the job's secret if there is one."""
+"""Values from other ranks are unpickled only if they match their digest, which uses the job's secret if there is one."""
 
 import queue
 
@@ -17,7 +17,7 @@ UNPICKLED = []
 
 
 class Planted:
-    """An object that records that it was unpickled."""
+    """An object that records when it is unpickled."""
 
     def __reduce__(self):
         return told, ("it was",)
@@ -81,7 +81,7 @@ def test_ranks_of_one_secret_tell_each_other_values_of_any_length():
 
 
 class Gloo:
-    """A backend that returns a changed message."""
+    """A backend that returns an altered message."""
 
     def recv(self, tensors, source, tag):
         data = seal(Planted())

@@ -1,4 +1,4 @@
-"""Losses by position and corpus equal those of a loop over tokens, on any ranks and layout."""
+"""Losses by position and corpus match a loop over tokens, on any number of ranks and any layout."""
 
 import pickle
 from dataclasses import asdict
@@ -104,7 +104,7 @@ def test_local_batches_say_of_which_corpus_each_token_is(tmp_path):
 def _on_ranks(rank, folder, layout):
     plan, corpora = planned_again(folder)
     model = build(torch.float64)
-    # the corpora's token ids are below this vocabulary size
+    # all token ids of the corpora are within this vocabulary
     model.resize_token_embeddings(50_000, mean_resizing=False)
     losses = LossByPosition(64, [source.name for source in plan.sources])
     with da.ContextParallel(strategy="ring", layout=layout, pad_to=8) as cp, torch.no_grad():

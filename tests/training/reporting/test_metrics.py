@@ -1,4 +1,6 @@
-"""The records of a run's steps: JSON lines, TensorBoard, Weights & Biases; and the sources of a step's seconds and FLOPs."""
+"""Records of a run's steps in JSON lines, TensorBoard and Weights & Biases, and where a step's seconds and FLOPs come
+from.
+"""
 
 import json
 import sys
@@ -77,7 +79,7 @@ def test_json_lines_and_tensorboard_hold_everything(run, capsys):
     assert "memory_allocated" not in tags["scalars"]
     assert [event.value for event in events.Scalars("tokens_per_second")] == [400, 400]
     assert [event.value for event in events.Scalars("skipped")] == [0, 1]
-    # a gradient without a finite number has no histogram
+    # a gradient without finite numbers has no histogram
     assert set(tags["histograms"]) == {"weights/weight", "weights/bias", "gradients/weight"}
     assert set(tags["images"]) == {
         "score matrix of the first plan",
@@ -86,7 +88,7 @@ def test_json_lines_and_tensorboard_hold_everything(run, capsys):
     }
     shown = capsys.readouterr().out
     assert "step 1/3  loss 2.500  400 tokens/s" in shown and "s left; not applied: the loss is nan.\n" in shown
-    # training has losses by position, too, which go to the files only
+    # training losses by position exist as well, but are written only to files
     assert shown.count("evaluation loss") == 1 and "step 2/3  evaluation loss 3.500  of 8 held-out tokens\n" in shown
 
 
@@ -162,7 +164,7 @@ def _waited(rank):
         clock, out = StepClock(torch.device("cpu"), cp.messages), []
         for batches in clock.steps(cp.steps([micro_batch([40])] * 3)):
             if rank == 1 and len(out) == 2:
-                # ranks have compared the plans of a new shape
+                # by now the ranks have agreed on the plans of a new shape
                 time.sleep(5.0)
             losses = [pytorch.local_loss(model, batch) for batch in batches]
             losses[0].backward()
@@ -173,7 +175,7 @@ def _waited(rank):
 
 def test_waiting_for_a_slow_rank_is_told_by_the_one_that_waits():
     (*_, first), _ = run_on_ranks(2, _waited)
-    # rank 1 slept for five
+    # rank 1 slept for five seconds
     assert first > 0.1
 
 
@@ -196,7 +198,7 @@ def test_flops_are_those_that_pytorch_counts(kind):
     flops, tokens = ModelFlops.of_model(model), 24
     with FlopCounterMode(display=False) as counter:
         model(torch.arange(tokens)[None], use_cache=False)
-    # forward; eager attention computes the whole square; angles of rotary embeddings are a product of matrices, too
+    # forward only; eager attention computes the full square, and rotary angles are a matrix product as well
     ((_, width),) = flops.layers
     matrices, square = 2 * flops.parameters * tokens, 2 * width * tokens**2
     rotary = 2 * tokens * 4
