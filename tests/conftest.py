@@ -1,7 +1,7 @@
 """Settings for all tests: one thread per process (which forked ranks need), seeds that are printed on failure, and
 sampling.
 
-Triton's kernels run in its interpreter. The environment decides that when Triton is first imported.
+Triton's kernels run in its interpreter, which the environment selects when Triton is first imported.
 """
 
 import os
@@ -13,8 +13,8 @@ from zlib import crc32
 os.environ["TRITON_INTERPRET"] = "1"
 # torchrun sets this variable; without it accelerate gives every rank as many threads as there are cores
 os.environ["OMP_NUM_THREADS"] = "1"
-# a single-rank run uses all cores at the same time as other tests; with threads that spin while they wait it takes
-# three times as long
+# a single-rank run uses all cores at the same time as other tests. With threads that spin while they wait, it would
+# take three times as long
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import pytest
@@ -22,7 +22,8 @@ import torch
 from hypothesis import settings
 from process_guard import guard_processes
 
-# background processes of a shell, and processes under nohup, inherit these signals as ignored; tests send them
+# background processes of a shell, and processes under nohup, inherit these signals as ignored. Restore the handlers,
+# since tests send the signals
 _HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGQUIT: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
 for number, handler in _HANDLERS.items():
     if signal.getsignal(number) == signal.SIG_IGN:

@@ -89,7 +89,8 @@ def among_strangers(rank):
     """
     refused = []
     if rank == 0:
-        # applies to the stranger that sends nothing; the other rank keeps the long limit, for busy machines
+        # a short limit for the stranger that sends nothing. The other rank keeps the long limit, since the machine may
+        # be busy
         rank_sockets._CONNECT_SECONDS = 0.2
     if rank == 1:
         connect = rank_sockets._connect

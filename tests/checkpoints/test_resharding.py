@@ -18,9 +18,7 @@ from distattn.checkpoints.retention import KeepRule
 
 
 def build(seed, replicas=1):
-    """Return a model, whose parameters divide evenly over no number of ranks and one of which is in half precision, and
-    its optimizer.
-    """
+    """Return a model and its optimizer. No number of ranks divides its parameters evenly, and one is in half precision."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3, bias=False))
     model.register_buffer("counts", torch.rand(3))
@@ -60,7 +58,7 @@ def save(rank, folder, replicas=1):
         state = both(model, optimizer)
         wanted = whole(state)
         saver.save(step, state, overlap=True)
-        # training continues at once; PyTorch does not count changes of sharded tensors, so the optimizer's step waits
+        # training continues at once. PyTorch does not count changes of sharded tensors, so the optimizer's step waits
         # for the copies
         train(model, optimizer, 1)
     saver.close()

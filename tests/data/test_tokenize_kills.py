@@ -25,7 +25,7 @@ from distattn.supervision.helper_processes import MOST_REPLACEMENTS
 ROOT = Path(__file__).parents[2]
 SUFFIXES = (".bin", ".idx", ".xxh3", ".json")
 SHARDS = 40
-# use small shards, so that there are many; the process kills itself before it renames a file for the n-th time, or some
+# use small shards, so that there are many. The process kills itself before it renames a file for the n-th time, or some
 # seconds after its workers have finished a given number of shards
 DRIVER = """
 import os, signal, sys, time

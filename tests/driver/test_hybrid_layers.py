@@ -68,8 +68,10 @@ class Hybrid(torch.nn.Module):
 
 
 def losses(rank, layout, pad_to, span_layout=False):
-    """Return losses and gradients. span_layout: False runs the whole model; otherwise the layout of a span of recurrent
-    layers, or None to keep the batch's layout.
+    """Return the losses and gradients of two batches.
+
+    span_layout: False to run the whole model. Otherwise only a span of recurrent layers runs, on this layout, or on the
+    batch's own layout if None.
     """
     cp = da.ContextParallel(strategy="ring", layout=layout, pad_to=pad_to)
     model, losses_ = Hybrid(), []

@@ -31,7 +31,7 @@ def attend(batch):
 
 
 def late_run(rank, lost, how):
-    """Return the error that ends attention calls none of which waits on the host."""
+    """Return the error that ends attention calls that never wait on the host."""
     imitate_nccl(seconds=600, blocks=False)
     with pytest.raises(da.LostRankError) as error, shared(strategy="ring", data="replicated", timeout=TIMEOUT) as cp:
         batch = cp.shard(next(iter(loader(0)))[0])

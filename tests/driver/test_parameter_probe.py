@@ -21,8 +21,10 @@ NORM = "model.norm.weight"
 
 
 def summed(model, left_out=(), divided=(), clip=None, clip_first=False):
-    """Return a function that sums gradients after the backward pass. left_out: parameters not summed. divided:
-    parameters halved. clip: maximum norm to clip to.
+    """Return a function that sums gradients after the backward pass.
+
+    left_out: parameters that it does not sum. divided: parameters whose gradients it halves. clip: the norm to which it
+    clips.
     """
 
     def reduce():
@@ -185,5 +187,6 @@ def test_an_antisymmetric_gradient_has_a_sketch():
     sketches = GradientSketches([], None, torch.device("cpu"))
     values = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
     gradient = values - values.T
-    # the expected square of a sketch is the squared norm of the gradient; 8 sketches come within a factor of 10
+    # the expected square of a sketch is the squared norm of the gradient. The mean of 8 sketches comes within a factor
+    # of 10
     assert 0.1 < float(sketches._sketch(gradient).square().mean() / gradient.square().sum()) < 10

@@ -158,7 +158,7 @@ def test_balanced_in_chunks_has_equal_work_and_nearly_equal_tokens(heavy):
             )
             area, tokens = plan.area_by_rank(), layout.shard_sizes()
             # with windows and full documents, a much heavier tail leaves chunks of almost equal work, so nothing can be
-            # exchanged, and no rank may get over a quarter more tokens than the mean to balance the work
+            # exchanged. To balance work, no rank may get more than 1.25 times the mean number of tokens
             alike = heavy and mask is not None and len(mask.pieces) > 1
             assert area.max() <= (1.06 if alike else 1.02) * area.mean()
             assert tokens.max() <= 1.25 * tokens.mean()
@@ -187,7 +187,7 @@ def test_the_cost_of_a_layout_counts_short_chunks_received_keys_and_tokens():
     whole, cut = Layout.contiguous([4, 4], 2), Layout.zigzag([4, 4], 2)
     # 10 cells in a chunk of 4 rows, nothing received, 4 tokens
     assert layout_cost(mask, 2, *(whole.chunks[name] for name in columns)) == 10 * (1 + 550 / 4) + 4 * 10_000
-    # rank 1 owns the documents' ends, so chunks [2, 4) and [4, 6) are joined; rank 0 has [0, 2) and [6, 8), and
+    # rank 1 owns the documents' ends, so chunks [2, 4) and [4, 6) are joined. Rank 0 has [0, 2) and [6, 8), and
     # receives 2 keys
     rows = 3 * (1 + 550 / 2) + 7 * (1 + 550 / 2)
     assert layout_cost(mask, 2, *(cut.chunks[name] for name in columns)) == rows + 2 * 1_000 + 4 * 10_000

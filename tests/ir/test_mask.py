@@ -185,7 +185,7 @@ def test_a_million_tokens_in_hundreds_of_documents_answer_at_once():
     mask.needed_keys([(5, 90_000), (500_000, 700_000)])
     runs = mask.tiles(128, 128)
     assert len(runs["tile"]) < 10_000
-    # this takes milliseconds of CPU time; the limit only catches time that grows with the square of the tokens
+    # this takes milliseconds of CPU time. The limit only catches time that grows with the square of the tokens
     assert time.thread_time() - began < 1.0
 
 

@@ -21,7 +21,7 @@ from distattn.parallel.runtime.lowering.lower import lower
 pytestmark = pytest.mark.sampled(4)
 
 PROCESSORS = 132
-# query rows and keys per tile at head dim 128, for Triton's and Gluon's kernels alike, and the step of the backward
+# query rows and keys per tile at head dim 128, for Triton's and Gluon's kernels alike. STEP is the step of the backward
 # kernels' inner loops
 ROWS, KEYS, STEP = 128, 128, 64
 # the fixed cost of a program, in tiles
@@ -86,7 +86,7 @@ def test_processors_finish_together(name, strategy):
             spans[kernel] += makespan(work)
             means[kernel] += work.sum() / PROCESSORS
         for kernel in KERNELS:
-            # a hundred tiles take a tenth of a millisecond; below that, latencies dominate
+            # a hundred tiles take a tenth of a millisecond. Below that, latencies dominate
             assert spans[kernel] <= 1.2 * means[kernel] or means[kernel] < 100, f"{kernel} on {layout}"
 
 

@@ -74,7 +74,7 @@ def test_launches_are_compiled_and_compared():
     assert done.stdout.count("registers") == 2 and "0 kernels are what" in done.stdout
 
 
-# the Triton versions of torch 2.11, 2.12 and 2.13; .ci/run and `make tritons` install them, and the interpreter keeps
+# the Triton versions of torch 2.11, 2.12 and 2.13. .ci/run and `make tritons` install them, and the interpreter keeps
 # the newest version
 @pytest.mark.full
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -83,7 +83,7 @@ def test_nor_with_the_tritons_that_gpu_machines_have(version, arch):
     older = ROOT / ".venv" / f"triton-{version}"
     if not older.exists():
         pytest.skip(f"Triton {version} is not beside the environment; `make tritons` puts it there")
-    # the shapes that most models have; `make lint-kernels` covers all
+    # the shapes that most models have. `make lint-kernels` covers all
     paths = f"{older}:{ROOT}:{BENCHMARKS}"
     done = lint(arch, "bfloat16 (64/64|128/128)|launched", "--production", "ring", PYTHONPATH=paths)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

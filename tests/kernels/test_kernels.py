@@ -68,7 +68,7 @@ def test_rows_without_keys_give_zero_and_minus_infinity(kernel):
 
 
 def test_the_operators_still_return_zero_for_a_fully_masked_row():
-    # `lse = -inf` for empty rows works around this behaviour; if PyTorch fixes it, the comment in cpu.py is out of date
+    # `lse = -inf` for empty rows works around this behaviour. If PyTorch fixes it, the comment in cpu.py is out of date
     q = torch.randn(1, 1, 2, 8)
     mask = torch.tensor([[0.0, 0.0], [-torch.inf, -torch.inf]])
     _, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q, 0.0, False, attn_mask=mask)

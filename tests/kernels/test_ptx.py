@@ -155,7 +155,7 @@ def remapped(number: int, **fields):
     )
 
 
-# maps a name to the kernels, the change of the last kernel, and the error that must follow; the descriptor has a
+# maps a name to the kernels, the change of the last kernel, and the error that must follow. The descriptor has a
 # 128-byte swizzle and a stride of 1024 bytes between groups of 8 rows
 DESCRIPTOR = str(0x4000004000000000)
 BUGS = {

@@ -239,7 +239,7 @@ def test_the_driver_compares_trials_again_in_a_few_steps(room, needed, monkeypat
     chosen = []
     with da.ContextParallel(strategy="ring", layout="contiguous", kernel="auto") as cp:
         for step in range(8):
-            # the trial in the first step runs out of memory; from the fourth step on there is room if 100 bytes are
+            # the trial in the first step runs out of memory. From the fourth step on there is room if 100 bytes are
             # enough
             room.free = 40 + 10 * step if step < 3 else 100 * 100 // needed + 60 * (step > 4)
             batch = cp.shard(

@@ -73,7 +73,7 @@ def test_nodes_keep_the_order_of_their_numbers():
 @pytest.mark.parametrize(
     ("usable", "fewer"),
     [
-        # as many nodes exist as before; fewer are requested once Ray has had time to free them
+        # as many nodes exist as before. Fewer are requested once Ray has had time to free them
         (2, [False, False, True, False, True]),
         # one node is lost
         (1, [False, True, True, False, True]),
@@ -95,7 +95,7 @@ def test_a_node_that_never_answers_while_others_stay_taken_ends_the_waiting(tmp_
     clock, left_out = [0.0], nodes._left_out.hosts
 
     def placed():
-        # a, b and c exist, and c is busy; Ray provides b once it is no longer excluded
+        # a, b and c exist, and c is busy. Ray provides b once it is no longer excluded
         while "b" in left_out:
             clock[0] += 70.0
             if clock[0] > 2000:

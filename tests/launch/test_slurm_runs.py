@@ -150,9 +150,9 @@ def test_a_run_out_of_time_is_queued_again_learns_the_same_and_can_be_cancelled(
     wait_for(
         cluster, folder, "it is not queued again", lambda: "Restarts=2" in cluster.run("scontrol", "show", "job", job)
     )
-    # Slurm may already have resumed the node, since with ReturnToService=2 any node that registers becomes usable;
-    # before starting the job again Slurm waits for cred_expire, because steps have the same numbers and it would take a
-    # late message about an old step for the end of the new one
+    # Slurm may already have resumed the node, since with ReturnToService=2 any node that registers becomes usable.
+    # Before Slurm starts the job again it waits for cred_expire: steps have the same numbers, so it could take a late
+    # message about an old step for the end of the new one
     cluster.run("scontrol", "update", f"nodename={down}", "state=resume", check=False)
     again = len(rows(folder, "metrics.jsonl"))
     wait_for(cluster, folder, "no steps without the node", lambda: len(rows(folder, "metrics.jsonl")) > again + 2)

@@ -25,7 +25,7 @@ from distattn.kernels.registry import KERNELS
 PACKED, ALONE = (1, 7, 90, 2, 41), (130,)
 HEADS, NOPE, ROPE, LATENT, VALUE = 8, 6, 2, 10, 5
 CHANNELS, TAPS, DISTANCE = 6, 4, 3
-# cases cycle through attention's strategies and through kernels that return results or write into given tensors; the
+# cases cycle through attention's strategies, and through kernels that return results or write into given tensors. The
 # cycles have lengths 6 and 5, so that all combinations occur
 STRATEGIES = ["ring", "allgather", "ulysses", "cad", "double_ring", "usp"]
 KERNELS_OF_LATENTS = ["reference", "in_place", "reference", "in_place", "in_place"]

@@ -33,7 +33,7 @@ def plan_of(strategy, lengths, heads, kv_heads, **how):
 
 
 # for a pack of 8 x 8K tokens with 64:8 heads: operators per pass and the GB they move, slightly above the count on meta
-# tensors; because messages are sent from arenas only, the ring copies its own rows to send in two steps (37 MB), and
+# tensors. Messages are sent from arenas only. The ring therefore copies its own rows to send in two steps (37 MB), and
 # cad copies 48 MB
 PACK = {
     "ring": ((5, 0.44), (14, 0.96)),
@@ -77,9 +77,9 @@ def test_so_is_what_latents_are_expanded_to(strategy):
         )
 
 
-# for a million tokens: GB of new tensors alive at once; the arena stays while results are cast to the inputs' dtype,
-# which costs the ring 1.07 GB forward and 0.54 GB backward, and allgather and cad 0.27 GB backward (with 8:1 heads the
-# ring's forward costs a quarter, 0.27 GB); the ring copies half of its own keys and values, 0.27 GB, before it sends
+# for a million tokens: GB of new tensors alive at once. The arena stays while results are cast to the inputs' dtype,
+# which costs the ring 1.07 GB forward and 0.54 GB backward, and allgather and cad 0.27 GB backward. With 8:1 heads the
+# ring's forward costs a quarter, 0.27 GB. The ring copies half of its own keys and values, 0.27 GB, before it sends
 # them
 MILLION = {
     (32, 8): {
@@ -100,8 +100,8 @@ MILLION = {
 }
 
 
-# the largest ratio to the bytes of the proof plus the result tensors; arenas are up to 1/32 larger and also hold copies
-# of own rows to send, which the proof does not count for the ring
+# the largest ratio to the bytes of the proof plus the result tensors. Arenas are up to 1/32 larger, and also hold
+# copies of own rows to send, which the proof does not count for the ring
 MOST = {"ring": (1.07, 1.05), "allgather": (1.15, 1.1), "ulysses": (1.45, 1.4), "usp": (1.22, 1.28), "cad": (1.51, 1.3)}
 
 
@@ -178,7 +178,7 @@ def test_results_that_no_two_kernels_add_to_are_held_and_sent_in_half_precision(
     moved = {Payload(int(payload)): 0 for payload in plan.bytes()["payload"]}
     for payload, size in zip(plan.bytes()["payload"], plan.bytes()["bytes"], strict=True):
         moved[Payload(int(payload))] += int(size)
-    # outputs have as many bytes as queries, plus 4 bytes of log-sum-exp per 256; gradients have as many as their
+    # outputs have as many bytes as queries, plus 4 bytes of log-sum-exp per 256. Gradients have as many as their
     # tensors
     assert moved[Payload.O] * 64 == moved[Payload.Q] * 65 and moved[Payload.dQ] == moved[Payload.Q]
     assert moved[Payload.dKV] == moved[Payload.KV]

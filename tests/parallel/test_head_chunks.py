@@ -64,7 +64,7 @@ def test_outputs_and_gradients_of_chunks_equal_the_oracle(strategy, mask, heads)
         assert_close(run_all_ranks(plan, inputs, "cpu"), wanted, 1e-11)
 
 
-# a million tokens in bf16 on 8 ranks with 32:8 heads: (GB of buffers without a limit, smallest possible GB); simulated
+# a million tokens in bf16 on 8 ranks with 32:8 heads: (GB of buffers without a limit, smallest possible GB). Simulated
 # times do not increase
 BUFFERS = {"ring": (4.3, 0.54), "allgather": (11.3, 1.9), "ulysses": (2.82, 2.36), "usp": (3.8, 2.36)}
 

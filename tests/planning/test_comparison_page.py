@@ -91,7 +91,7 @@ def test_a_timeline_is_vectors_as_wide_as_the_page_and_legible_in_the_dark(page,
     assert drawn.count("<svg") == 2 and "<img" not in drawn and "base64" not in drawn
     around = page[: page.index("<body>")] + f"<body>{drawn}</body></html>"
     facts = what_a_script_says(around, LEGIBLE, tmp_path, width, dark)
-    # for each pass, every rank three times, plus the axis name
+    # for each pass: four ranks, three times and the name of the axis
     assert facts["texts"] == 2 * (4 + 3 + 1) and not facts["unread"] and not facts["wide"] and not facts["cut"], facts
 
 

@@ -57,7 +57,7 @@ def layouts(lengths: tuple[int, ...], ranks: int) -> dict[str, Layout]:
     n = sum(lengths)
     cuts = sorted({0, n // 7, n // 3, n // 2, n})
     spans = list(zip(cuts[:-1], cuts[1:], strict=True))
-    # uneven shards in shuffled local order; with more than two ranks the last rank has no tokens
+    # uneven shards in shuffled local order. With more than two ranks, the last rank has no tokens
     owners = max(1, ranks - 1) if ranks > 2 else ranks
     return {
         "contiguous": Layout.contiguous(lengths, ranks),

@@ -73,7 +73,7 @@ def hang(kind: str, folder: Path) -> None:
         set_activity("computing", seconds=ENDLESS_SECONDS)
         time.sleep(ENDLESS_SECONDS)
     if kind == "abort":
-        # as NCCL's watchdog does
+        # this is how NCCL's watchdog ends a process
         os.abort()
     if kind in ("exit", "leave"):
         os._exit(255 if kind == "exit" else 0)

@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 import torch
 
-# dispatch modes import this module at the first operator; import it once, before ranks are forked
+# dispatch modes import this module at the first operator, so import it once before ranks are forked
 import torch._dynamo
 from stream_clocks import Clock, StreamClocks, Timeline
 from torch import Tensor
@@ -263,7 +263,7 @@ class _Watch(TorchDispatchMode):
         self.clocks.queue(stream, name, reads, [*written, *new])
         from_host = name in ("_to_copy", "copy_") and any(x.device != DEVICE for x in tensors)
         blocks = not (kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,)))
-        # the host does not wait for a non-blocking copy from the device into pinned memory; it waits for all other
+        # the host does not wait for a non-blocking copy from the device into pinned memory. It waits for all other
         # copies to the host
         leaves = name == "copy_" and to_host and not blocks and self.clocks.knows(written[0])
         if (to_host and not leaves) or (from_host and blocks):

@@ -32,7 +32,7 @@ GROUP = Group()
 
 
 class Hang(RuntimeError):
-    """A wait that would never end."""
+    """Raised for a wait that would never end."""
 
 
 class QueueWire:

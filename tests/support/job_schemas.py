@@ -166,7 +166,7 @@ class JobSet(Strict):
 
 
 class TorchPolicy(Strict):
-    # empty since v2.2
+    # this policy has no fields since v2.2
     pass
 
 

@@ -19,7 +19,7 @@ from distattn.memory.host_offload import HostOffload
 from distattn.memory.tiled_loss import TiledLoss
 from distattn.memory.tiled_mlp import tile_feed_forward
 
-# 81 tokens; the first half has no labels, so with a contiguous layout on two or four ranks, rank 0 has no labels
+# 81 tokens, the first half of them without labels. In a contiguous layout on two or four ranks, rank 0 has no labels
 LENGTHS = [30, 8, 43]
 VARIANTS: dict[str, dict[str, Any]] = {
     "tiled loss": dict(loss=TiledLoss(tile_tokens=7)),

@@ -162,7 +162,7 @@ def _fork_context() -> Any:
     began = time.monotonic()
     while ending := _native_threads() - {thread.native_id for thread in threading.enumerate()} - _POOLS:
         if time.monotonic() > began + 1:
-            # threads of a library's pool stay alive and sleep; on a busy machine, a thread that waits for a core counts
+            # threads of a library's pool stay alive and sleep. On a busy machine, a thread that waits for a core counts
             # as running
             _POOLS.update(ending if time.monotonic() > began + 30 else filter(_sleeps, ending))
         time.sleep(0.001)
@@ -222,8 +222,9 @@ def _rank(
     arguments: tuple[Any, ...],
     store: tuple[str, int] | None = None,
 ) -> None:
-    """Run `work` on one rank. store: (holder, port) in runs that lose a rank; in those, ranks do not wait for each
-    other at the end.
+    """Run `work` on one rank.
+
+    store: (holder, port) in runs that lose a rank. In such runs the ranks do not wait for each other at the end.
     """
     faulthandler.register(_TELL_STACKS, os.open(Path(folder, f"{rank}.stacks"), os.O_CREAT | os.O_WRONLY))
     # a garbage collection would otherwise copy the memory of the parent's objects

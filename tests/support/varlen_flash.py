@@ -66,7 +66,7 @@ def forward(
     window_size_left,
     window_size_right,  # noqa: ANN001
 ) -> tuple[Tensor, ...]:
-    """See `aten::_flash_attention_forward`."""
+    """Compute attention. See `aten::_flash_attention_forward`."""
     # rows outside all sequences are not written
     o = torch.full_like(q, torch.nan, memory_format=torch.contiguous_format)
     lse = torch.full(
@@ -89,7 +89,7 @@ def backward(
     do, q, k, v, o, lse, starts_q, starts_k, longest_q, longest_k, dropout, causal, rng, unused, *, scale,  # noqa: ANN001
     window_size_left, window_size_right,  # noqa: ANN001
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `aten::_flash_attention_backward`."""
+    """Compute the gradients of attention. See `aten::_flash_attention_backward`."""
     assert lse.is_contiguous() and lse.shape == (q.shape[1], len(q)) and o.dtype == do.dtype == q.dtype
     group = q.shape[1] // k.shape[1]
     dq, dk, dv = (torch.full_like(x, torch.nan, memory_format=torch.contiguous_format) for x in (q, k, v))

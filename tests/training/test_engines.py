@@ -47,7 +47,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-# only some steps' gradient norms are below this
+# only in some steps is the gradient norm below this
 CLIP = 2.0
 
 

@@ -138,7 +138,7 @@ def test_in_every_engine_the_rank_that_sleeps_is_named(texts, tmp_path, engine, 
     _, second, third = read_rows(run.health_file)
     assert second["slowest"] == 1 and second["slow"] and f"Rank 1 on {HOST}" in second["text"]
     # the sleep counts as the sleeper's compute time and as the other rank's wait, except for the time that it waits for
-    # the report between two steps; a busy machine only adds to both
+    # the report between two steps. A busy machine only adds to both
     assert second["compute_seconds"][1] >= NAP and second["wait_seconds"][0] > NAP / 4
     # both ranks sleep now, so rank 1 is no longer the slow one
     assert third["compute_seconds"][0] > NAP / 2 and third["over_median"] < second["over_median"]

@@ -149,7 +149,7 @@ def test_rows_written_in_part_are_cut_where_that_changes():
 
 
 def test_launches_that_need_some_heads_of_what_has_landed_get_those():
-    # the keys of ranks 1 and 2 alternate; rank 0 needs them first with all heads, then with half of the heads each
+    # the keys of ranks 1 and 2 alternate. Rank 0 needs them first with all heads, then with half of the heads each
     n, heads, kv_heads = 12, 4, 2
     chunks = {0: [(0, 4)], 1: [(4, 6), (8, 10)], 2: [(6, 8), (10, 12)]}
     call = Call(Mask.full(n), Layout.from_chunks([n], list(chunks.values())), heads, kv_heads, 8, 8, "float64")

@@ -83,7 +83,7 @@ def test_every_strategy_runs_by_nccls_rules(strategy, layout):
 
 
 def sparse_plan():
-    """Return a plan in which rank 3 has its own document and receives nothing, and inputs."""
+    """Return (plan, inputs). Rank 3 has its own document in this plan, so no rank sends to it."""
     lengths = (100, 40, 50)
     layout = Layout.from_chunks(lengths, [[(0, 50)], [(50, 100)], [(100, 140)], [(140, 190)]])
     return make_plan(Mask.documents(lengths), layout, strategy="ring", **SHAPE), random_inputs(190, 4, 2, 8)

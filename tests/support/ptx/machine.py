@@ -174,7 +174,7 @@ class LoadedKernel:
     steps: list[Step]
     parameters: dict[str, int | TensorMap]
     memory: GlobalMemory
-    # bytes
+    # shared memory per program, in bytes
     shared_size: int
     # True if a fence must make an mbarrier visible to the asynchronous proxy before a bulk copy counts bytes on it
     fenced_barriers: bool = True

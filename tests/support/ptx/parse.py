@@ -34,7 +34,7 @@ class Special(NamedTuple):
 
 
 class Address(NamedTuple):
-    """[base + offset], or [tensor map, {coordinates}]."""
+    """A memory operand: [base + offset], or [tensor map, {coordinates}]."""
 
     base: Register | Symbol | Immediate
     offset: int = 0
@@ -42,7 +42,7 @@ class Address(NamedTuple):
 
 
 class Vector(NamedTuple):
-    """{a, b, ...}"""
+    """A list of operands in braces: {a, b, ...}."""
 
     parts: tuple[Operand, ...]
 

@@ -143,7 +143,7 @@ class ProductQueue:
     written: set[int] = field(default_factory=set)
 
     def start(self, product: Product, shared: SharedMemory) -> None:
-        """Issue a product."""
+        """Issue a product. Raise RegisterRaceError if another product or instruction is still using its registers."""
         needed = product.registers().union(product.accumulators)
         if late := (self.touched & set(product.accumulators)) | (self.written & product.registers()):
             raise RegisterRaceError(f"{_names(late)} of a product is used elsewhere after the last wgmma.fence")

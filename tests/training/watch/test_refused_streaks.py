@@ -78,7 +78,7 @@ def test_a_destroyed_run_keeps_its_good_checkpoints_and_goes_on_from_them(config
     monkeypatch.setattr(finishing, "write_report", lambda *args: None)
     finish_run = finishing.finish_run
     run = trained(config, (6,))
-    # the sixth update destroyed the weights, which were saved before any step could show it; after that only the final
+    # the sixth update destroyed the weights, which were saved before any step could show it. After that only the final
     # save was made
     assert verdicts(run) == {5: GOOD, 6: REFUSED, STEPS: REFUSED}
     checkpoints = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(run.checkpoints)}

@@ -59,7 +59,7 @@ def test_every_bit_counts_and_names_its_tensor(dtype, on_device, monkeypatch):
     assert len(names) == 3 * 4 + 1
     for name, (_, _, tensor) in zip(names, state_tensors(model.named_parameters(), optimizer), strict=True):
         if name == "counts of updates":
-            # use a copy, because counts are not contiguous
+            # this tensor is a copy, because the counts are not contiguous. Change one of the originals
             tensor = optimizer.state[model[0].bias]["step"]
         for bit in (0, 8 * tensor.element_size() - 1):
             flip(tensor, bit)
