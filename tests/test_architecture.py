@@ -160,7 +160,7 @@ assert "torch" not in sys.modules and "tyro" not in sys.modules
     assert done.returncode == 0, done.stderr
 
 
-def test_the_public_face_is_complete_and_hides_no_module():
+def test_the_public_interface_is_complete_and_hides_no_module():
     import distattn as da
 
     for name in da.__all__:
@@ -179,7 +179,7 @@ def test_the_public_face_is_complete_and_hides_no_module():
     assert typed == set(da.__all__)
 
 
-def test_rooms_are_linked_into_the_package_and_shadow_nobody():
+def test_top_level_folders_are_linked_into_the_package_and_shadow_no_other_package():
     for room in ROOMS[1:]:
         link = ROOT / "distattn" / room
         assert link.is_symlink() and os.readlink(link) == f"../{room}"
@@ -204,7 +204,7 @@ def test_no_object_is_unpickled_that_has_not_matched_its_digest():
         assert file in sealed | listed or not names & {"pickle.loads", "pickle.load", "pickle.Unpickler"}, file
 
 
-def test_what_is_read_from_files_is_never_asked_to_run_code():
+def test_files_that_are_read_can_never_run_code():
     """Check that every reader that could run code named in a file forbids it, and that DCP's own readers are not used."""
     wanted = {
         "torch.load": "weights_only=True",

@@ -66,7 +66,7 @@ def cells():
     return harness.compare("a case", contestants(), check, repeats=4, count=lambda: dict(TOTALS))
 
 
-def test_only_what_is_right_is_timed_and_everything_is_told(cells):
+def test_only_correct_results_are_timed_and_everything_is_reported(cells):
     by_name = {cell.contestant: cell for cell in cells}
     right = by_name["right"]
     assert right.status == "ok" and len(right.seconds) == 4 and right.median > 0
@@ -243,7 +243,7 @@ def test_what_hybrids_recall_is_a_table_and_a_figure_of_all_runs(tmp_path):
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_disaggregation_beside_its_rivals(tmp_path):
+def test_disaggregation_is_compared_with_its_rivals(tmp_path):
     lengths, out = tmp_path / "lengths.json", tmp_path / "rows.jsonl"
     lengths.write_text(json.dumps([64, 500, 900, 3000, 16000]))
     benchmark = [sys.executable, ROOT / "benchmarks/disaggregation.py", "--lengths", lengths, "--servers", "4"]

@@ -142,7 +142,7 @@ def copied_at_the_wait(flight):
         copy()
 
 
-def test_what_streams_are_not_made_to_wait_for_is_found(monkeypatch, tmp_path):
+def test_missing_waits_of_streams_are_found(monkeypatch, tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed")
     import gpu_executor
     import gpu_plants
@@ -201,7 +201,7 @@ def hour(stages, tmp_path, capsys, seconds=60.0, without=""):
     return code, output
 
 
-def test_parts_run_side_by_side_and_what_they_say_is_kept(tmp_path, capsys):
+def test_parts_run_side_by_side_and_their_output_is_kept(tmp_path, capsys):
     stages = [[part("planted faults", PLANTED)], [part("one", RIGHT), part("other", RIGHT)]]
     code, output = hour(stages, tmp_path, capsys, without="No GPU here.")
     assert code == 0
@@ -240,7 +240,7 @@ def test_a_part_that_fails_is_named_and_the_others_run(fault, tmp_path, capsys, 
 
 
 @pytest.mark.full
-def test_what_no_time_is_left_for_is_left_out_by_name(tmp_path, capsys, monkeypatch):
+def test_parts_without_time_left_are_skipped_by_name(tmp_path, capsys, monkeypatch):
     # Python starts within a fifth of the remaining time even on a loaded machine
     monkeypatch.setattr(first_hour, "LEAST_SECONDS", 10.0)
     slow = "time.sleep(float(sys.argv[sys.argv.index('--seconds') + 1]))\n"
@@ -340,7 +340,7 @@ def test_the_verdict_of_a_right_run_says_what_auto_chose_and_how_fast_it_is():
     assert "Nothing has to be sent back." in text
 
 
-def test_a_choice_that_is_slower_than_another_tier_is_to_be_sent_back():
+def test_a_choice_slower_than_another_tier_is_listed_to_be_sent_back():
     rows = [
         *speeds("forward causal", auto="triton", distattn_triton=400, distattn_gluon=600),
         *speeds("backward causal", auto="triton", distattn_triton=400, distattn_gluon=600),
@@ -362,7 +362,7 @@ def test_many_wrong_results_are_counted_and_the_first_ones_shown():
     assert "  5. check 4: it is off\n  and 4 more" in text
 
 
-def test_a_finding_that_was_being_written_is_none(tmp_path):
+def test_a_half_written_finding_does_not_count(tmp_path):
     path = tmp_path / "found.jsonl"
     record = findings.Findings(path)
     record.check("a sum", "")

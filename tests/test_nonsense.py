@@ -313,6 +313,6 @@ def test_nonsense_on_the_command_line_is_refused_in_a_sentence(seed, tmp_path, m
     assert sorted(os.listdir(tmp_path)) == ["config.toml", "here"]
 
 
-def test_too_many_arguments_are_told_with_the_functions_name():
+def test_too_many_arguments_are_reported_with_the_functions_name():
     with pytest.raises(TypeError, match=r"Mask.causal\(\) takes 1 positional argument but 2 were given"):
         da.Mask.causal(1, 2)

@@ -57,7 +57,7 @@ def runs(pid: int) -> bool:
         return False
 
 
-def test_this_runner_of_tests_is_guarded():
+def test_this_test_runner_is_guarded():
     assert "guard-" in os.environ["DISTATTN_GUARDS"]
 
 

@@ -24,7 +24,7 @@ def test_the_loop_runs_as_written():
     assert abs(names["mean"] - math.log(64)) < 0.5
 
 
-def test_with_packs_of_its_own_nothing_else_changes():
+def test_with_packs_per_rank_nothing_else_changes():
     (code,) = python_snippets(README)
     setting = 'da.ContextParallel(strategy="cad", data="per_rank")'
     assert setting in README.replace(code, "")

@@ -132,7 +132,7 @@ OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cp
     ],
     ids=["0", "1", "2", "3", "offload", "bf16 1", "bf16 3"],
 )
-def test_a_clipped_step_is_that_of_one_process(stage, config):
+def test_a_clipped_step_matches_one_process(stage, config):
     model = small.build(torch.float32)
     _, gradients = small.in_one_process(model, [batch for replica in range(2) for batch in small.step(replica, 2)])
     norm = float(torch.cat([gradient.flatten() for gradient in gradients]).norm())
@@ -189,7 +189,7 @@ def _variant(rank: int, variant: str, stage: int, probes: bool):
         *(("offload", stage) for stage in (2, 3)),
     ],
 )
-def test_probes_between_steps_change_not_a_bit(variant, stage):
+def test_probes_between_steps_change_nothing(variant, stage):
     probed, plain = (run_on_ranks(2, _variant, variant, stage, probes)[0] for probes in (True, False))
     assert probed[0] == plain[0]
     for got, wanted in zip(probed[2], plain[2], strict=True):
@@ -270,7 +270,7 @@ def test_ranks_that_only_serve_are_refused():
     assert all("no rank can only serve; leave servers out" in refusal for refusal in refusals)
 
 
-def test_what_deepspeed_cannot_do_is_refused_by_name():
+def test_settings_that_deepspeed_does_not_support_are_refused_by_name():
     wanted = ["has 2; give", "split over 4 ranks, not 2", "PipelineModule", "expert parallelism", "1 of a step's 2"]
     for refusals in run_on_ranks(4, _refusals):
         assert all(sentence in refusal for sentence, refusal in zip(wanted, refusals, strict=True)), refusals

@@ -167,7 +167,7 @@ def one_process(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("ranks", "degree", "micro_batches"), [(2, 2, 1), (2, 2, 2), (4, 2, 2), (4, 4, 1)])
-def test_the_curve_is_that_of_one_process(tmp_path, one_process, ranks, degree, micro_batches):
+def test_the_curve_matches_one_process(tmp_path, one_process, ranks, degree, micro_batches):
     curve, norms, evaluated, tokens = one_process
     for got, got_norms, got_evaluated, got_tokens in run_on_ranks(ranks, _train, tmp_path, degree, micro_batches, {}):
         assert got_tokens == tokens
@@ -321,7 +321,7 @@ def test_a_refusal_is_one_sentence_of_one_rank(tmp_path):
         (dict(train_sampling_strategy="group_by_length"), "'group_by_length' is not supported"),
     ],
 )
-def test_what_the_trainer_cannot_split_is_refused(tmp_path, changes, sentence):
+def test_batches_that_the_trainer_cannot_split_are_refused(tmp_path, changes, sentence):
     cp = da.ContextParallel(strategy="ring")
     with pytest.raises(da.DistattnError, match=sentence):
         ContextParallelTrainer(model=small.build(), args=arguments(tmp_path, 1, 1, **changes), context_parallel=cp)

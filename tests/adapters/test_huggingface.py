@@ -97,7 +97,7 @@ HYBRID = {"window": dict(strategy="allgather", layout="contiguous"), "full": dic
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("ranks", "layers"), [(2, HYBRID), (4, None)], ids=["2, layers differ", "4"])
-def test_loss_and_gradients_are_those_of_one_process(name, ranks, layers):
+def test_loss_and_gradients_match_one_process(name, ranks, layers):
     model = build(name)
     loss = plain(model)
     loss.backward()

@@ -62,7 +62,7 @@ def _check(ranks: int, cases: list, dtype: torch.dtype, tolerance: float) -> Non
 
 @pytest.mark.sampled(8)
 @pytest.mark.parametrize("ranks", CASES)
-def test_loss_and_gradients_are_those_of_one_process(ranks):
+def test_loss_and_gradients_match_one_process(ranks):
     _check(ranks, CASES[ranks], torch.float64, 1e-10)
 
 
@@ -70,7 +70,7 @@ def test_loss_and_gradients_in_float32():
     _check(2, [(name, PACK, dict(layout="zigzag")) for name in KINDS], torch.float32, 2e-5)
 
 
-def test_bfloat16_errs_at_most_twice_as_much_as_one_process():
+def test_bfloat16_errors_are_at_most_twice_those_of_one_process():
     results = run_on_ranks(2, _split, [(name, PACK, dict(layout="zigzag")) for name in KINDS], torch.bfloat16)[-1]
     for name, (_, gradients) in zip(KINDS, results, strict=True):
         model = hybrid_models.build(name, torch.bfloat16)

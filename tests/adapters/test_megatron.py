@@ -79,7 +79,7 @@ def _gradients(
 @pytest.mark.parametrize("per_token", [True, False])
 @pytest.mark.parametrize("distributed_optimizer", [False, True])
 @pytest.mark.parametrize(("cp", "shared"), [(2, False), (4, False), (2, True)], ids=["2", "4", "2, shared"])
-def test_gradients_are_those_of_megatrons_own_attention(cp, shared, distributed_optimizer, per_token, micro_batches):
+def test_gradients_match_megatrons_own_attention(cp, shared, distributed_optimizer, per_token, micro_batches):
     changes = {"share_embeddings_and_output_weights": cp == 4}
     ((loss, wanted),) = run_on_ranks(1, _stock, micro_batches, 4 // cp, changes)
     arguments = cp, distributed_optimizer, per_token, micro_batches, changes, shared
@@ -185,7 +185,7 @@ def same(got, wanted) -> None:
 
 @pytest.mark.parametrize("cp", [2, 4])
 @pytest.mark.parametrize("kind", ["sbhd", "own group", "window"])
-def test_rows_in_megatrons_own_order_are_those_of_its_own_attention(kind, cp):
+def test_rows_in_megatrons_own_order_match_its_own_attention(kind, cp):
     changes = {"window_size": (6, 0)} if kind == "window" else {}
     (wanted,) = run_on_ranks(1, _own_batches, 1, "sbhd", changes, "stock")
     same(run_on_ranks(cp, _own_batches, cp, kind, changes), wanted)
@@ -451,6 +451,6 @@ def _without_attention():
     return spec
 
 
-def test_what_would_be_wrong_is_refused_by_name():
+def test_models_that_would_be_wrong_are_refused_by_name():
     for refusals in run_on_ranks(2, _refused):
         assert len(refusals) == 17

@@ -64,6 +64,6 @@ def _fused(rank: int) -> list[str]:
     return warnings
 
 
-def test_what_fusion_hides_is_said():
+def test_gradients_hidden_by_fusion_are_reported():
     for warnings in run_on_ranks(1, _fused):
         assert len(warnings) == 1 and "gradient_accumulation_fusion=False to compare all parameters" in warnings[0]

@@ -72,7 +72,7 @@ def _split(rank: int, names: list, pad_to: int, cluster: ClusterSpec | None) -> 
 
 @pytest.mark.sampled(20)
 @pytest.mark.parametrize("ranks, pad_to, chosen", [(2, 8, True), (4, 1, True), (2, 1, False)])
-def test_loss_and_gradients_are_those_of_one_process(ranks, pad_to, chosen):
+def test_loss_and_gradients_match_one_process(ranks, pad_to, chosen):
     names = [name for name in MODELS if (name in CHOSEN) == chosen]
     results = run_on_ranks(ranks, _split, names, pad_to, _cluster(ranks) if chosen else None)[-1]
     for name, (total, gradients) in zip(names, results, strict=True):
@@ -99,7 +99,7 @@ def _forward(model: torch.nn.Module, **asked: bool) -> tuple:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_shape_that_is_chosen_by_is_the_shape_that_layers_ask_for(name):
+def test_the_choice_uses_the_shape_that_layers_request(name):
     model = hybrid_models.build(name, **MODELS[name])
     huggingface.relayout_recurrent_spans(model)
     local, choices = _forward(model)

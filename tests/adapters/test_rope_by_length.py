@@ -82,7 +82,7 @@ def _differences(rank: int, kind: str, layout: str) -> list[float]:
 @pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", ROPES)
 @pytest.mark.parametrize(("ranks", "layout"), [(1, "zigzag"), (2, "document_zigzag"), (4, "zigzag"), (4, "contiguous")])
-def test_loss_and_gradients_are_those_of_one_process_over_steps_of_different_lengths(kind, ranks, layout):
+def test_loss_and_gradients_match_one_process_over_steps_of_different_lengths(kind, ranks, layout):
     for differences in run_on_ranks(ranks, _differences, kind, layout):
         # cosines are computed from float32 frequencies, which are bitwise equal on both sides
         assert max(differences) < 1e-12, differences

@@ -68,7 +68,7 @@ def in_one_process(model: torch.nn.Module, replicas: int) -> tuple[torch.Tensor,
 
 
 @pytest.mark.parametrize(("replicas", "ranks"), [(1, 2), (2, 2)])
-def test_loss_and_gradients_are_those_of_one_process(replicas, ranks):
+def test_loss_and_gradients_match_one_process(replicas, ranks):
     cases = CASES if replicas == 1 else CASES[1:2]
     results = run_on_ranks(replicas * ranks, _split, replicas, ranks, cases)[-1]
     for (name, _), (total, gradients) in zip(cases, results, strict=True):

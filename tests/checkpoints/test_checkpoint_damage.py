@@ -92,7 +92,7 @@ def test_all_ranks_pass_over_what_one_of_them_finds_damaged(file, copy):
     assert len(warned) == 1 and file in warned[0] and "Resuming from step-00000100 instead." in warned[0]
 
 
-def test_where_no_checkpoint_is_whole_the_run_does_not_begin_anew(copy):
+def test_if_no_checkpoint_is_intact_the_run_does_not_start_over(copy):
     flip(copy / faults.NEWER / "__0_0.distcp", 40)
     (copy / faults.OLDER / "manifest.json").unlink()
     with pytest.raises(DamagedDataError, match=r"none of its 2 checkpoints is whole.*manifest\.json.*__0_0\.distcp"):
@@ -200,14 +200,14 @@ def test_a_checkpoint_names_no_files_outside_of_its_folder(outside, copy):
         Manifest.read(step)
 
 
-def test_what_verify_lets_pass_torch_takes_as_plain_values():
+def test_torch_allows_the_values_that_verify_accepts():
     allowed = torch._weights_only_unpickler._get_allowed_globals()
     # the list may contain dtypes of other torch versions that this version lacks
     missing = {f"{module}.{name}" for module, name in VALUES} - set(allowed)
     assert all(not hasattr(torch, name.removeprefix("torch.")) for name in missing), missing
 
 
-def test_what_other_packages_let_pytorch_load_is_not_taken(tmp_path):
+def test_classes_that_other_packages_allow_in_pytorch_are_not_accepted(tmp_path):
     """Refuse a path even though Megatron-core adds its class to the list of `torch.load(weights_only=True)`."""
     checkpoints = Checkpoints(tmp_path, group=None, facts={}, keep=KeepRule(), warn=faults.no_warning)
     try:

@@ -17,7 +17,7 @@ from distattn.checkpoints.retention import KeepRule
 from distattn.ir.errors import LostRankError
 
 
-def test_a_good_checkpoint_is_left_by_every_kill(tmp_path):
+def test_every_kill_leaves_a_good_checkpoint(tmp_path):
     # benchmarks/checkpoint_faults.py does this 200 times
     assert faults.run_kills(6, seed=3, folder=tmp_path / "run").kills == 6
 

@@ -105,7 +105,7 @@ def test_a_tensor_with_the_id_of_a_buffer_that_is_gone_is_no_buffer():
     assert not buffers.holds(other)
 
 
-def test_the_buffer_of_another_shape_takes_the_place_of_the_old_one():
+def test_a_buffer_of_another_shape_replaces_the_old_one():
     buffers = HostBuffers()
     old = weakref.ref(buffers.keep("a", torch.ones(3)))
     assert buffers.keep("a", torch.ones(4)).shape == (4,) and old() is None

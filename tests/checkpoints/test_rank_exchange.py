@@ -56,7 +56,7 @@ def failures(rank):
     return seen
 
 
-def test_every_rank_hears_of_the_same_failure():
+def test_every_rank_gets_the_same_failure():
     wanted = [
         ("files", 1, "a/file: No space left", "DistattnError"),
         ("damaged", 2, "file: is damaged.", "DamagedDataError"),
@@ -133,7 +133,7 @@ def answer_falsely(server):
     opened.sendall(bytes(32))
 
 
-def test_strangers_are_not_let_in_and_not_believed():
+def test_strangers_are_neither_accepted_nor_trusted():
     (first, _), (second, refused) = run_on_ranks(2, among_strangers)
     assert first == second and len(set(first)) == 2
     closed, unknown = refused
@@ -141,7 +141,7 @@ def test_strangers_are_not_let_in_and_not_believed():
     assert "the process that answers there does not know the key" in unknown
 
 
-def test_what_does_not_match_its_digest_is_never_unpickled():
+def test_data_that_does_not_match_its_digest_is_never_unpickled():
     class Armed:
         def __reduce__(self):
             return exec, ("raise SystemExit('unpickled')",)

@@ -101,7 +101,7 @@ def test_a_rule_that_keeps_nothing_is_refused(rule, why):
         KeepRule(**rule)
 
 
-def test_what_a_job_that_was_killed_after_its_last_save_has_not_removed_goes_when_it_is_resumed(tmp_path):
+def test_checkpoints_that_a_killed_job_has_not_removed_go_when_it_is_resumed(tmp_path):
     saver = open_checkpoints(tmp_path, keep=KeepRule(last=1000))
     for step in range(4):
         saver.save(step, {"a": step})
@@ -113,7 +113,7 @@ def test_what_a_job_that_was_killed_after_its_last_save_has_not_removed_goes_whe
     assert steps(tmp_path) == [2, 3]
 
 
-def test_what_cannot_be_removed_costs_a_warning(tmp_path, monkeypatch):
+def test_files_that_cannot_be_removed_cost_a_warning(tmp_path, monkeypatch):
     def refuse(folder):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 

@@ -153,7 +153,7 @@ def test_a_forked_child_that_closes_the_lock_takes_nothing_from_its_parent(tmp_p
         assert Owner.read(tmp_path / "owner.json").pid == os.getpid()
 
 
-def test_an_attempt_of_the_same_job_waits_for_the_one_before_to_end(owner, tmp_path, monkeypatch):
+def test_an_attempt_of_the_same_job_waits_for_the_previous_one_to_end(owner, tmp_path, monkeypatch):
     process = owner(job="4711")
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: (process.kill(), process.join()))
@@ -195,7 +195,7 @@ def test_a_lease_that_is_still_renewed_has_not_ended_whatever_the_clock_says(day
         RunLock(tmp_path)
 
 
-def test_a_lease_from_the_future_that_nobody_renews_ends(tmp_path, monkeypatch):
+def test_a_lease_from_the_future_that_is_not_renewed_ends(tmp_path, monkeypatch):
     file = elsewhere(tmp_path)
     then = time.time() + 86400
     os.utime(file, (then, then))

@@ -132,7 +132,7 @@ def test_a_verdict_on_a_save_that_failed_leaves_an_older_checkpoint_of_the_same_
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b'{"kind": "fine"}', b'{"kind": 3}', b'{"refused_step": ""}', b"\xff", b"[" * 100_000]
 )
-def test_a_verdict_that_cannot_be_read_is_none(tmp_path, content):
+def test_an_unreadable_verdict_does_not_count(tmp_path, content):
     saver = open_checkpoints(tmp_path, [])
     saver.save(1, {"a": 1})
     saver.close()
@@ -185,7 +185,7 @@ def _choose_and_die(folder, step, replaced):
 
 
 @pytest.mark.parametrize("replaced", range(4))
-def test_a_choice_of_which_the_process_is_killed_holds_or_was_not_made(tmp_path, replaced):
+def test_a_choice_whose_process_is_killed_is_complete_or_was_not_made(tmp_path, replaced):
     for serial, step in enumerate((10, 20, 30, 40), 1):
         (tmp_path / f"step-{step:08d}").mkdir()
         Manifest(serial, step, "2026-01-01T00:00:00+00:00", 4, "2.13.0", {}, []).write(tmp_path / f"step-{step:08d}")

@@ -61,7 +61,7 @@ def test_older_tables_without_a_root_are_read_too(tmp_path):
         nccl.read(tmp_path / "bare")
 
 
-def test_times_that_do_not_grow_are_no_link():
+def test_times_that_do_not_grow_do_not_describe_a_link():
     flat = nccl.NcclTestRun("sendrecv", 2, ((1024, 10.0), (4096, 10.0), (16384, 9.0)))
     with pytest.raises(da.DistattnError, match="larger messages are not slower"):
         flat.link()

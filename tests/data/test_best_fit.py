@@ -34,7 +34,7 @@ LISTS = st.lists(st.integers(1, 60), max_size=60).map(lambda lengths: np.array(l
     st.none() | st.integers(1, 6),
     st.none() | st.integers(1, 3000),
 )
-def test_no_pack_holds_more_than_it_may_except_what_is_alone(groups, tokens, max_documents, max_cells):
+def test_no_pack_exceeds_its_limits_except_for_a_single_piece(groups, tokens, max_documents, max_cells):
     limits = PackLimits(tokens, COST, max_documents, max_cells)
     packs = BestFitPacks(limits)
     pack = np.concatenate([packs.add(lengths) for lengths in groups])

@@ -127,7 +127,7 @@ def test_a_blend_of_large_numbers_does_not_overflow():
         ({"tokens": 0}, "are empty"),
     ],
 )
-def test_a_source_that_cannot_be_is_refused_by_name(arguments, sentence):
+def test_an_impossible_source_is_refused_by_name(arguments, sentence):
     with pytest.raises(DistattnError, match=f"corpus books: .*{sentence}"):
         BlendSource(**{"name": "books", "documents": 10, "tokens": 100, "weight": 1.0} | arguments)
 

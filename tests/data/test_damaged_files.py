@@ -197,7 +197,7 @@ def test_ids_beyond_the_vocabulary_are_named_by_byte(tmp_path, dtype):
             file.read(number, 0, len(documents[number]), 100)
 
 
-def test_what_is_no_index_is_refused(tmp_path, originals):
+def test_files_that_are_not_an_index_are_refused(tmp_path, originals):
     good = (originals[0] / "file.idx").read_bytes()
     shutil.copy(originals[0] / "file.bin", tmp_path / "file.bin")
     for content, why in (

@@ -42,7 +42,7 @@ def test_documents_of_several_files(tmp_path):
 
 
 @pytest.mark.parametrize("digests", [True, False])
-def test_an_entry_that_was_altered_is_refused_when_it_is_looked_at(tmp_path, digests):
+def test_an_altered_entry_is_refused_when_it_is_read(tmp_path, digests):
     corpus = write_corpus(tmp_path, "web", [[9] * 8000])
     index = bytearray((tmp_path / "web-0.idx").read_bytes())
     # flip the top bit of the length of document 6000

@@ -149,7 +149,7 @@ def step_of(slots, context=10):
     return StepPacks(0, context, rows, np.arange(1, len(slots) + 1))
 
 
-def test_a_pack_in_the_place_of_several_counts_as_so_many():
+def test_a_pack_that_replaces_several_counts_as_several():
     assert deal_packs(step_of([1, 1, 1, 1, 1]), 2) == [[0, 2, 4], [1, 3]]
     assert deal_packs(step_of([1, 4, 1, 1, 1]), 2) == [[1], [0, 2, 3, 4]]
     assert deal_packs(step_of([1, 2, 3, 1, 1]), 3) == [[2], [1, 4], [0, 3]]
@@ -181,7 +181,7 @@ def test_documents_that_are_kept_whole_are_dealt_out_whole(tmp_path):
         ({"ahead": -1}, "ahead is -1"),
     ],
 )
-def test_what_the_plan_does_not_have_is_refused(plan, corpora, more, message):
+def test_requests_outside_the_plan_are_refused(plan, corpora, more, message):
     with pytest.raises(DistattnError, match=message):
         PackLoader(plan, corpora, **{"rank": 0, "size": 2, **more})
 
@@ -283,7 +283,7 @@ def test_a_loader_that_is_dropped_ends_its_thread(plan, corpora):
     assert not mine.is_alive()
 
 
-def test_a_process_ends_while_its_loader_has_work_begun(folder):
+def test_a_process_can_end_while_its_loader_is_working(folder):
     code = f"""
 import threading, numpy as np
 from distattn.data.files.corpus import Corpus

@@ -254,7 +254,7 @@ def test_a_corpus_that_has_changed_is_refused(folder):
         open_configured_plan(config, open_corpora(config))
 
 
-def test_a_manifest_that_is_none_is_damage(folder):
+def test_an_invalid_manifest_is_damage(folder):
     (folder / "web-0.json").write_text(json.dumps({"version": 1}))
     with pytest.raises(DamagedDataError, match=r"web-0.json: was not written by distattn data tokenize"):
         vocabulary_of(open_corpora(load_pack_config(written(folder, HEAD, RULE, WEB))))

@@ -91,7 +91,7 @@ def test_a_plan_says_what_it_reads_of_each_corpus(plan):
     assert (web.epochs, books.epochs) == (1.0, 2.0)
 
 
-def test_a_document_that_is_kept_whole_takes_the_place_of_several_packs(tmp_path):
+def test_a_document_kept_whole_replaces_several_packs(tmp_path):
     rule = PackRule(context=((0, 4096),), tokens_per_step=8 * 4096, window=64, long_documents="keep")
     lengths = np.minimum(web_like(3000), 8 * 4096)
     plan = make_pack_plan(tmp_path / "plan", [Lengths("web", lengths)], seed=7, rule=rule, max_epochs=[1.0])
@@ -136,7 +136,7 @@ def test_a_plan_of_fewer_steps_is_the_beginning_of_one_with_more(tmp_path):
     assert books.epochs > 5
 
 
-def test_the_plan_is_pinned_for_ever(tmp_path):
+def test_the_plan_never_changes(tmp_path):
     lengths = [(number * 7919) % 5000 for number in range(400)]
     rule = PackRule(
         context=((0, 1024), (20, 4096)),
@@ -364,7 +364,7 @@ def test_nothing_is_left_of_a_plan_that_was_not_finished(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_a_plan_that_cannot_be_is_refused_by_name(arguments, sentence, tmp_path):
+def test_an_impossible_plan_is_refused_by_name(arguments, sentence, tmp_path):
     corpora = arguments.pop("corpora", [Lengths("web", web_like(20))])
     with pytest.raises(DistattnError, match=sentence):
         make_pack_plan(tmp_path / "plan", corpora, **{"seed": 0, "rule": RULE} | arguments)

@@ -133,7 +133,7 @@ CUTTING = [((0, 8),), ((0, 48),), ((0, 8), (2, 16)), ((0, 48), (3, 16), (4, 96))
 
 @settings(max_examples=100)
 @given(spanned_corpora(), rules(), st.sampled_from(CUTTING), st.integers(0, 5))
-def test_spans_are_never_cut_and_steps_are_full_all_the_same(corpora_and_spans, rule, context, seed):
+def test_spans_are_never_cut_and_steps_are_still_full(corpora_and_spans, rule, context, seed):
     corpora, spans = corpora_and_spans
     rule = PackRule(**{**vars(rule), "context": context, "long_documents": "cut"})
     of_corpus = {

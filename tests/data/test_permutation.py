@@ -27,7 +27,7 @@ def test_every_number_is_at_one_position_whatever_the_key(size, key):
 
 
 @given(st.integers(1, 1 << 40), st.integers(0, (1 << 64) - 1), st.data())
-def test_a_position_has_the_same_number_whatever_is_asked_beside_it(size, key, data):
+def test_a_position_has_the_same_number_whatever_else_is_requested(size, key, data):
     positions = np.array(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20)))
     together = permuted(positions, size, key)
     assert ((together >= 0) & (together < size)).all()
@@ -35,7 +35,7 @@ def test_a_position_has_the_same_number_whatever_is_asked_beside_it(size, key, d
     assert len(set(together.tolist())) == len(set(positions.tolist()))
 
 
-def test_the_order_is_pinned_for_ever():
+def test_the_order_never_changes():
     golden = {
         (10, 0): GOLDEN_10,
         (1000, 1): GOLDEN_1000,

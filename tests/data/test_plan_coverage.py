@@ -62,7 +62,7 @@ def rewritten(plan, path, change):
     return type(plan).open(path)
 
 
-def test_a_right_plan_is_right_however_its_pieces_are_ordered(plan, tmp_path):
+def test_a_correct_plan_is_accepted_in_any_order_of_its_pieces(plan, tmp_path):
     seen = []
     wanted = [CorpusCoverage("web", 1, 0), CorpusCoverage("books", 2, 15)]
     assert check_coverage(plan, corpora(), lambda done, total: seen.append((done, total))) == wanted
@@ -76,7 +76,7 @@ def test_a_right_plan_is_right_however_its_pieces_are_ordered(plan, tmp_path):
 
 @settings(max_examples=40)
 @given(CORPORA, rules())
-def test_what_is_planned_is_right_whatever_the_rule(tmp_path_factory, lengths, rule):
+def test_planned_coverage_is_correct_for_any_rule(tmp_path_factory, lengths, rule):
     if rule.long_documents == "keep":
         lengths = [np.minimum(corpus_lengths, rule.tokens_per_step) for corpus_lengths in lengths]
     corpora_ = [Lengths(str(number), corpus_lengths) for number, corpus_lengths in enumerate(lengths)]
@@ -166,7 +166,7 @@ def in_the_last_epoch(rows, step_of):
         (other_corpus, r"has pieces of corpus 2, which does not exist"),
     ],
 )
-def test_what_is_not_right_is_named(plan, tmp_path, change, message):
+def test_wrong_coverage_is_named(plan, tmp_path, change, message):
     with pytest.raises(DamagedDataError, match=f"wrong: .*{message}"):
         check_coverage(rewritten(plan, tmp_path / "wrong", change), corpora())
 

@@ -164,7 +164,7 @@ def test_a_plan_that_goes_beyond_a_document_and_an_id_beyond_the_vocabulary_are_
 
 
 @pytest.mark.parametrize("thread", [None, ReadingThread()], ids=["at once", "thread"])
-def test_what_was_started_is_returned_and_what_was_not_is_read(corpus, thread):
+def test_started_reads_are_returned_and_others_are_read(corpus, thread):
     batch = PlannedBatch(pack_of(PIECES), [corpus], "", thread=thread)
     ids, labels = expected(PIECES)
     mine, other = np.arange(5, 900), np.arange(900, 1300)
@@ -179,7 +179,7 @@ def test_what_was_started_is_returned_and_what_was_not_is_read(corpus, thread):
         np.testing.assert_array_equal(pair, (ids[tokens], labels[tokens]))
 
 
-def test_work_that_waits_behind_other_work_is_done_by_whoever_needs_it():
+def test_queued_work_is_done_by_the_thread_that_needs_it():
     thread, release = ReadingThread(), threading.Event()
     slow = thread.start(release.wait)
     assert thread.start(lambda: 5).result() == 5

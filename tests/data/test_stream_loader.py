@@ -132,7 +132,7 @@ def test_every_token_is_in_one_pack_and_packs_keep_their_limits(lengths, context
 
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
-def test_resuming_after_any_step_goes_on_as_if_nothing_had_been(kind):
+def test_resuming_after_any_step_continues_as_if_uninterrupted(kind):
     make = lambda: KINDS[kind](documents())  # noqa: E731
     whole = flat(StreamLoader(make(), **SETTINGS))
     assert len(whole) > 20
@@ -270,7 +270,7 @@ def test_text_is_tokenized():
         ({"input_ids": [[1, 2], [3]], "labels": [[1]]}, "is of a batch with 2 rows and 1 of labels"),
     ],
 )
-def test_a_document_that_is_none_is_refused_by_its_number(wrong, message):
+def test_an_invalid_document_is_refused_by_its_number(wrong, message):
     # an empty document counts as well
     stream = [[1, 2], [], [[3], [4, 5]], wrong]
     with pytest.raises(DistattnError, match=f"document 4 of the stream {message}"):
@@ -295,7 +295,7 @@ def test_wrong_labels_are_refused():
         ({"stream": 3}, "a stream is an iterable of documents, not a int"),
     ],
 )
-def test_arguments_that_cannot_be_are_refused(more, message):
+def test_impossible_arguments_are_refused(more, message):
     with pytest.raises(DistattnError, match=message):
         StreamLoader(**{"stream": [], **SETTINGS, **more})
 
@@ -337,7 +337,7 @@ def test_a_stream_that_deals_out_its_samples_itself_is_refused_unless_all_ranks_
         ("counted", "repeats a few samples"),
     ],
 )
-def test_what_a_stream_cannot_promise_is_said(kind, sentence):
+def test_guarantees_that_a_stream_cannot_give_are_reported(kind, sentence):
     promises = StreamLoader(KINDS[kind](documents()), **SETTINGS, size=2).promises()
     assert any(sentence in promise for promise in promises) and all(promise.endswith(".") for promise in promises)
     assert "each of the 2 shares reads and packs the whole stream" in promises[0]

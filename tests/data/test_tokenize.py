@@ -329,7 +329,7 @@ def test_files_that_are_named_twice_or_change_are_refused(tmp_path):
         tokenize_here(job)
 
 
-def test_commands_that_cannot_be_are_refused_in_a_sentence(tmp_path, capsys):
+def test_impossible_commands_are_refused_in_a_sentence(tmp_path, capsys):
     file = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     (tmp_path / "no.json").write_text("{}")
     train_tokenizer(tmp_path / "tokenizer")

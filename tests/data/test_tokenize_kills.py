@@ -135,7 +135,7 @@ def reached(condition, process):
     return True
 
 
-def test_a_command_that_is_killed_again_and_again_goes_on(corpus, tmp_path):
+def test_a_command_that_is_killed_repeatedly_continues(corpus, tmp_path):
     folder, whole = corpus
     rng = random.Random(1)
     out = tmp_path / "out"
@@ -164,7 +164,7 @@ def test_workers_end_with_a_command_that_is_killed(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("die_at", range(1, 6))
-def test_a_command_that_is_killed_while_it_gives_files_their_names_goes_on(corpus, tmp_path, die_at):
+def test_a_command_that_is_killed_while_it_renames_files_continues(corpus, tmp_path, die_at):
     folder, whole = corpus
     # the job file, then the tokens, digests, index and manifest
     killed = finish(folder, tmp_path / "out", die_at)
@@ -184,7 +184,7 @@ def workers_of_this_process():
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda how: how.name)
-def test_a_worker_that_dies_or_stops_is_replaced_and_its_shard_done_again(corpus, tmp_path, monkeypatch, capsys, how):
+def test_a_worker_that_dies_or_stops_is_replaced_and_its_shard_is_repeated(corpus, tmp_path, monkeypatch, capsys, how):
     folder, whole = corpus
     monkeypatch.setattr(document_sources, "_shard_bytes", lambda sources: 60_000)
     monkeypatch.setattr(tokenize_processes, "LOOK_SECONDS", 0.05)
@@ -257,7 +257,7 @@ def test_two_commands_do_not_work_in_one_place(corpus, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("limit", [30_000, 500_000], ids=["in a shard", "putting shards together"])
-def test_a_limit_on_files_is_a_sentence_and_nothing_is_lost(corpus, tmp_path, limit):
+def test_a_limit_on_files_gives_a_sentence_and_nothing_is_lost(corpus, tmp_path, limit):
     folder, whole = corpus
 
     def limited():
@@ -278,7 +278,7 @@ def test_a_limit_on_files_is_a_sentence_and_nothing_is_lost(corpus, tmp_path, li
     assert done.returncode == 0 and contents(tmp_path / "out") == whole, done.stderr
 
 
-def test_a_full_disk_is_a_sentence_and_nothing_is_lost(corpus, tmp_path):
+def test_a_full_disk_gives_a_sentence_and_nothing_is_lost(corpus, tmp_path):
     folder, whole = corpus
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -40,7 +40,7 @@ def load(folder, cost, rule=RULE):
     return load_pack_config(folder / "packs.toml")
 
 
-def test_products_and_pairs_are_those_of_the_shape():
+def test_products_and_pairs_match_the_shape():
     """Compare an 8B Llama on an H100 with a count by hand.
 
     It has 7.5e9 weights and 2 x 32 x 32 x 128 multiplications per pair. The backward pass of attention takes 2.5 times
@@ -57,7 +57,7 @@ def test_products_and_pairs_are_those_of_the_shape():
 
 
 @pytest.mark.parametrize("device", ["h100", "b200", "laptop"])
-def test_attention_is_that_of_the_cost_model_of_clusters(device):
+def test_attention_matches_the_cost_model_of_clusters(device):
     """Compare the seconds without matrix products with `padded_cells`, averaged over lengths that fill their tiles to
     varying degrees.
     """
@@ -135,7 +135,7 @@ def test_a_plan_without_a_device_is_the_file_that_it_was():
         ('[rule.cost]\ntoken_cells = 5\n[cost]\ndevice = "h100"\nmodel = "config.json"\n', ":9: cost: is estimated for a dev"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_estimated_is_refused_with_line_and_key(folder, cost, sentence):
+def test_devices_and_models_that_cannot_be_estimated_are_refused_with_line_and_key(folder, cost, sentence):
     (folder / "moe.json").write_text(json.dumps(LLAMA | {"num_experts": 8}))
     (folder / "some.json").write_text(json.dumps({"num_hidden_layers": 3}))
     (folder / "list.json").write_text("[]")

@@ -43,7 +43,7 @@ def alter(file, at, value):
     Path(file).write_bytes(content)
 
 
-def test_what_is_right_is_called_right(prefix, capsys):
+def test_correct_files_are_accepted(prefix, capsys):
     code, shown = verify(capsys, prefix, "--vocabulary", "1000")
     assert code == 0
     row = shown.out.splitlines()[1]
@@ -197,7 +197,7 @@ max_epochs = 1.5
     return tmp_path / "packs.toml"
 
 
-def test_a_right_plan_is_called_right(packs, prefix, capsys):
+def test_a_correct_plan_is_accepted(packs, prefix, capsys):
     capsys.readouterr()
     code, shown = verify(capsys, packs, prefix)
     lines = shown.out.splitlines()

@@ -74,7 +74,7 @@ def test_the_command_examines_a_configuration_and_says_so(tmp_path):
         (["--rank", "2"], "'--rank' is not known. Did you mean --ranks?"),
     ],
 )
-def test_bad_arguments_are_one_sentence(arguments, sentence, capsys):
+def test_bad_arguments_give_one_sentence(arguments, sentence, capsys):
     from distattn.launch import cli
 
     assert cli.main(["doctor", *arguments]) == 2
@@ -139,7 +139,7 @@ def test_a_script_that_cannot_be_examined_is_named_with_its_own_line(tmp_path):
             assert part.replace("LINE", str(last)) in sentence, (sentence, part)
 
 
-def test_the_machine_is_looked_at(monkeypatch):
+def test_the_machine_is_inspected(monkeypatch):
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
     checks = {check.name: check for check in check_machine()}

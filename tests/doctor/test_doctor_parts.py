@@ -139,7 +139,7 @@ def test_help_does_not_import_torch(command):
     assert done.returncode == 0 and done.stdout.startswith(f"usage: distattn {command}"), done.stderr
 
 
-def test_why_a_lookup_could_not_be_tried_is_noted():
+def test_the_reason_why_a_lookup_was_not_tried_is_recorded():
     noted, place = [], Place(0, "output", "embed")
 
     def fail(hypothesis):
@@ -155,7 +155,7 @@ def test_why_a_lookup_could_not_be_tried_is_noted():
 
 
 @pytest.mark.parametrize("works", ["_script_forward", ""], ids=["by the script", "in no way"])
-def test_why_a_model_runs_in_no_way_is_noted(works, monkeypatch):
+def test_the_reason_why_a_model_cannot_run_is_recorded(works, monkeypatch):
     def run(self, forward, *arguments):
         if forward.__name__ != works:
             raise TypeError(f"{forward.__name__} does not work")

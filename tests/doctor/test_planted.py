@@ -291,7 +291,7 @@ def test_planted_mistakes_are_named(tmp_path, trainer):
     assert not wrong, "\n".join(wrong)
 
 
-def test_there_are_enough_of_them():
+def test_enough_mistakes_are_planted():
     assert len([case for case in PLANTED if case[3] != "unknown"]) >= 60 and len(HEALTHY) >= 40
     assert len({family for family, *_ in PLANTED}) >= 5 and set(GROUPS) == {trainer for _, trainer, *_ in PLANTED}
 
@@ -314,7 +314,7 @@ def test_healthy_set_ups_have_no_finding(tmp_path, trainer):
     assert not {name: ratio for name, ratio in exact.items() if abs(ratio - 1) > 1e-4 and "autocast" not in name}
 
 
-def test_ok_says_when_the_steps_of_ranks_could_not_be_repeated(tmp_path, monkeypatch, capsys):
+def test_ok_mentions_that_the_steps_of_ranks_could_not_be_repeated(tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise RuntimeError("no hooks here")
 

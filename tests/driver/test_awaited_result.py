@@ -68,7 +68,7 @@ def test_a_rank_waits_for_others_only_while_they_are_asked(told):
                 step.set()
 
 
-def test_what_is_there_is_not_waited_for(told):
+def test_a_result_that_is_ready_is_not_waited_for(told):
     set_activity("forward and backward", step=1)
     result = AwaitedResult(1)
     result.set_result(7)
@@ -76,7 +76,7 @@ def test_what_is_there_is_not_waited_for(told):
     assert result.result() == 7 and told().beats == beats
 
 
-def test_errors_of_the_thread_come_to_whoever_waits(told):
+def test_errors_of_the_thread_reach_the_waiting_thread(told):
     result = AwaitedResult(1)
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(result.result)

@@ -28,7 +28,7 @@ def batch(lengths, seed=0):
     return {"input_ids": torch.randint(0, 256, (1, sum(lengths)), generator=generator), "document_lengths": lengths}
 
 
-def test_one_rank_gets_the_whole_axis_with_restarting_positions_and_shifted_labels():
+def test_a_single_rank_gets_the_whole_axis_with_restarting_positions_and_shifted_labels():
     cp = da.ContextParallel(strategy="ring")
     local = cp.shard({"input_ids": torch.tensor([[5, 6, 7, 8]]), "document_lengths": [3, 1]})
     assert local["input_ids"].tolist() == [[5, 6, 7, 8]]
@@ -46,7 +46,7 @@ def test_rows_of_a_batch_are_documents_and_given_labels_count():
     assert local["loss_scale"] == 1 / 3
 
 
-def test_labels_that_are_shifted_already_stay_as_they_are():
+def test_labels_that_are_already_shifted_stay_as_they_are():
     cp = da.ContextParallel(strategy="ring")
     ids, shifted = torch.tensor([[5, 6, 7]]), torch.tensor([[6, -100, 9]])
     local = cp.shard({"input_ids": ids, "shift_labels": shifted})

@@ -151,7 +151,7 @@ def work(rank, ranks):
 
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("ranks", CASES)
-def test_batches_that_hand_on_states_equal_one(ranks):
+def test_batches_that_pass_on_states_equal_one_batch(ranks):
     for (settings, _, blocks), results in zip(
         CASES[ranks], zip(*run_on_ranks(ranks, work, ranks), strict=True), strict=True
     ):
@@ -169,7 +169,7 @@ def test_batches_that_hand_on_states_equal_one(ranks):
                 assert float((a - b).abs().max()) <= 1e-10 * float(b.abs().max()), settings
 
 
-def test_states_that_are_not_of_the_documents_are_refused():
+def test_states_of_other_documents_are_refused():
     with da.ContextParallel(strategy="ring") as cp:
         batch = cp.shard({"input_ids": torch.arange(12)[None], "document_lengths": [5, 7]})["context_parallel"]
         x, filters = torch.randn(12, 8), torch.randn(8, 4)
@@ -202,5 +202,5 @@ def _strategies(rank):
         return plan.strategy, faster.strategy
 
 
-def test_tokens_stay_where_ranks_have_states_of_documents_of_their_own():
+def test_tokens_stay_on_ranks_that_have_states_of_their_own_documents():
     assert run_on_ranks(2, _strategies) == [("scan", "ulysses")] * 2

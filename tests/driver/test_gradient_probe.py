@@ -82,7 +82,7 @@ def _gradients(rank: int, kind: str, degree: int, micro_batches: int, changes: d
 
 @pytest.mark.parametrize(("degree", "micro_batches"), [(2, 2), (4, 1)])
 @pytest.mark.parametrize("kind", FACTORS)
-def test_gradients_are_those_of_one_process(kind, degree, micro_batches):
+def test_gradients_match_one_process(kind, degree, micro_batches):
     changes = {"tie_word_embeddings": kind == "ddp"}
     batches = [batch for replica in range(4 // degree) for batch in small.step(replica, micro_batches)]
     loss, gradients = small.in_one_process(small.build(**changes), batches)
@@ -159,7 +159,7 @@ def _refused(rank: int, kind: str) -> str:
         ("only the group's", "ranks outside of it add theirs"),
     ],
 )
-def test_what_no_factor_can_mend_is_refused_on_all_ranks(kind, sentence):
+def test_gradients_that_no_factor_can_correct_are_refused_on_all_ranks(kind, sentence):
     for refusal in run_on_ranks(4, _refused, kind):
         assert sentence in refusal
 
@@ -180,7 +180,7 @@ def _frozen(rank: int, kind: str) -> float:
 
 
 @pytest.mark.parametrize("kind", ["sum", "ddp"])
-def test_where_the_output_layer_is_frozen_another_one_is_read(kind):
+def test_another_layer_is_read_if_the_output_layer_is_frozen(kind):
     assert run_on_ranks(4, _frozen, kind) == [FACTORS[kind]] * 4
 
 
@@ -280,7 +280,7 @@ def _not_probed(rank):
     return warnings
 
 
-def test_a_scale_that_nobody_asked_for_is_said_once():
+def test_a_missing_loss_scale_is_reported_once():
     (warnings, *silent), others = run_on_ranks(2, _not_probed)
     assert len(warnings) == 1 and "loss_scale(target) was not called" in warnings[0] and silent == [[], []]
     assert others == [[], [], []]

@@ -109,7 +109,7 @@ def test_the_next_loop_begins_with_the_step_that_was_taken_ahead(make):
     assert seen == list(range(STEPS))
 
 
-def test_what_begins_anew_begins_with_its_first_step():
+def test_an_iterable_that_starts_over_starts_with_its_first_step():
     with da.ContextParallel(strategy="ring") as cp:
         steps = [numbered(step) for step in range(STEPS)]
         for _ in range(2):
@@ -153,7 +153,7 @@ UNSIGNED = [torch.uint8, torch.uint16, torch.uint32, torch.uint64]
 
 
 @pytest.mark.parametrize("dtype", [*UNSIGNED, torch.int8, torch.int16, torch.int32], ids=str)
-def test_token_ids_of_any_whole_dtype_are_int64_and_have_right_labels(dtype):
+def test_token_ids_of_any_integer_dtype_become_int64_with_the_right_labels(dtype):
     with da.ContextParallel(strategy="ring") as cp:
         part = cp.shard({"input_ids": torch.tensor([[5, 6, 7, 100]]).to(dtype), "document_lengths": [3, 1]})
     assert part["input_ids"].dtype == part["labels"].dtype == torch.int64
@@ -172,7 +172,7 @@ def test_labels_of_signed_dtypes_become_int64(name, dtype):
 
 @pytest.mark.parametrize("dtype", [*UNSIGNED, torch.bool, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["labels", "shift_labels"])
-def test_labels_that_cannot_hold_their_absence_are_refused(name, dtype):
+def test_label_dtypes_that_cannot_hold_minus_100_are_refused(name, dtype):
     batch = {"input_ids": torch.tensor([[5, 6, 7]]), name: torch.tensor([[5, 6, 7]]).to(dtype)}
     with da.ContextParallel(strategy="ring") as cp, pytest.raises(da.DistattnError) as refusal:
         cp.shard(batch)
@@ -192,7 +192,7 @@ def test_other_negative_labels_and_positions_that_wrap_are_refused():
     assert part["position_ids"].tolist() == [[0, 1, 0, 1]]
 
 
-def test_every_door_refuses_labels_without_room_for_their_absence():
+def test_every_function_refuses_label_dtypes_that_cannot_hold_minus_100():
     labels = torch.tensor([3, 156], dtype=torch.uint8)
     layout = da.Layout.contiguous([2], 1)
     doors = [

@@ -302,7 +302,7 @@ def test_a_failure_in_one_batch_ends_the_others():
     cp.close()
 
 
-def test_what_cannot_take_turns_is_refused():
+def test_models_that_cannot_take_turns_are_refused():
     with pytest.raises(da.DistattnError, match="at least one layer"):
         da.OverlapSchedule([])
     layers, loss, _ = made("plain")

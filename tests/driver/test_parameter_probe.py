@@ -84,7 +84,7 @@ def looped(rank: int) -> dict[str, str]:
     return refusals
 
 
-def test_loops_that_reduce_some_parameters_otherwise_are_refused_by_name():
+def test_loops_that_reduce_some_parameters_differently_are_refused_by_name():
     for refusals in run_on_ranks(2, looped):
         assert refusals["right"] == ""
         assert (

@@ -38,7 +38,7 @@ def assert_same(got, wanted, tolerance):
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("tolerance", [0.0, 0.02, 0.1])
-def test_losses_and_gradients_equal_one_process(ranks, tolerance):
+def test_losses_and_gradients_match_one_process(ranks, tolerance):
     options = dict(options=dict(tolerance=tolerance, block=8))
     results = run_on_ranks(ranks, pooled_run, options)
     for result, _ in results:
@@ -54,7 +54,7 @@ def test_in_single_precision_too(rules):
 @pytest.mark.sampled(9)
 @pytest.mark.parametrize("rules", ["gloo", "nccl"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_any_strategy_may_share_out_a_pool(strategy, rules):
+def test_any_strategy_can_distribute_a_pool(strategy, rules):
     for result, _ in run_on_ranks(2, by_rules(rules, pooled_run), dict(strategy=strategy)):
         assert_same(result, whole_run(2), 1e-11)
 
@@ -96,7 +96,7 @@ def sampled_run(rank):
     return len(set(proven))
 
 
-def test_of_the_plans_of_a_run_the_first_and_every_so_many_are_proven():
+def test_the_first_and_every_nth_plan_of_a_run_are_proven():
     # 3, 2 and 2 micro-batches in three steps; plans 0, 3 and 6 are proven
     assert run_on_ranks(4, sampled_run) == [3] * 4
 
@@ -252,7 +252,7 @@ def replicas_run(rank, data):
 
 
 @pytest.mark.parametrize("data", ["replicated", "per_rank"])
-def test_replicas_may_have_unequally_many_steps_and_micro_batches(data):
+def test_replicas_may_have_unequal_numbers_of_steps_and_micro_batches(data):
     blocks = 2 if data == "replicated" else 4
     wanted = whole_run(blocks)
     # as many micro-batches as the rank with the most
@@ -320,7 +320,7 @@ def test_without_adapting_a_run_is_bitwise_the_same():
         assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(result, again, strict=True))
 
 
-def test_one_process_is_a_pool_of_its_own():
+def test_a_single_process_is_its_own_pool():
     cp = shared(options=dict(block=8))
     ((batch, empty), *_) = [*cp.steps([[documents(0, 0, 0), documents(0, 0, 1)]])]
     assert batch["input_ids"].shape == (1, 150) and empty["input_ids"].shape == (1, 49)
@@ -337,7 +337,7 @@ def test_one_process_is_a_pool_of_its_own():
         (dict(verify_every=0), "verify_every: at least 1, not 0"),
     ],
 )
-def test_pools_that_cannot_be_are_refused(options, sentence):
+def test_impossible_pools_are_refused(options, sentence):
     with pytest.raises(da.DistattnError, match=sentence):
         shared(**options).close()
 

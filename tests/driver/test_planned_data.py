@@ -49,7 +49,7 @@ def sharded(rank, folder, layout, digests):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-def test_ranks_read_their_own_tokens_and_together_all(folder, layout):
+def test_ranks_read_their_own_tokens_and_together_all_tokens(folder, layout):
     plan, corpora = opened(folder)
     results = run_on_ranks(4, sharded, folder, layout, False)
     for step in range(STEPS):

@@ -112,6 +112,6 @@ def test_micro_batches_of_a_plan_take_turns(folder):
         assert asked == 1
 
 
-def test_shares_that_cannot_have_equally_many_are_refused(folder):
+def test_unequal_shares_are_refused(folder):
     with pytest.raises(da.DistattnError, match="4 packs of step 0 cannot be dealt out evenly to 3 shares"):
         loader_of(folder, 0, 3)

@@ -125,5 +125,5 @@ def refused_run(rank):
         da.OverlapSchedule(layers, layers)
 
 
-def test_what_cannot_be_sharded_is_refused_in_a_sentence():
+def test_models_that_cannot_be_sharded_are_refused_in_a_sentence():
     run_on_ranks(1, refused_run)

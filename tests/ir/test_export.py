@@ -94,6 +94,6 @@ def test_documents_in_any_order_and_with_origins_are_understood():
         (da.Mask.from_pieces([[0, 5, 0, 5, -9, -1]]), "always allow the diagonal"),
     ],
 )
-def test_what_varlen_cannot_say_is_refused(mask, sentence):
+def test_masks_that_varlen_cannot_express_are_refused(mask, sentence):
     with pytest.raises(da.DistattnError, match=sentence):
         da.cu_seqlens(mask)

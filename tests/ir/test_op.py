@@ -106,7 +106,7 @@ def test_plans_of_attention_keep_their_digests():
     assert plan.digest == "a7bf501aa4bb2180851fe1299c385fc9"
 
 
-def test_recurrences_refuse_what_is_no_document():
+def test_recurrences_refuse_masks_other_than_documents():
     lengths = (5, 11)
     for mask in (
         Mask.full(16),

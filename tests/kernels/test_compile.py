@@ -79,7 +79,7 @@ def test_launches_are_compiled_and_compared():
 @pytest.mark.full
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("version", ["3.6.0", "3.7.0", "3.7.1"])
-def test_nor_with_the_tritons_that_gpu_machines_have(version, arch):
+def test_no_kernel_is_worse_than_its_budget_with_older_tritons(version, arch):
     older = ROOT / ".venv" / f"triton-{version}"
     if not older.exists():
         pytest.skip(f"Triton {version} is not beside the environment; `make tritons` puts it there")

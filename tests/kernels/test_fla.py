@@ -64,7 +64,7 @@ def test_the_operator_runs_them(results):
     assert max(results["operator"].values()) < 3e-3, results["operator"]
 
 
-def test_what_they_do_not_take_is_refused_by_name(results):
+def test_unsupported_calls_are_refused_by_name(results):
     reasons = results["refusals"]
     assert reasons["served"] == "" and "bfloat16 and float16, not float32" in reasons["fp32"]
     assert "multiples of 16 up to 256, not 24" in reasons["dim"] and "not 512" in reasons["wide"]

@@ -115,7 +115,7 @@ def test_head_dims_of_values_may_differ(dims):
     assert_close(run_all_ranks(plan, inputs, "flash"), dense(masks()["window"], inputs), 1e-5)
 
 
-def test_what_an_activated_implementation_cannot_do_is_refused_by_name(monkeypatch):
+def test_calls_that_an_activated_implementation_does_not_support_are_refused_by_name(monkeypatch):
     def reason(name, capability, *dims):
         monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: name, raising=False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -153,7 +153,7 @@ def test_what_lies_between_sequences_is_left_out():
     assert not schedule.all_rows and (got.lse[4:10] == -torch.inf).all() and (got.o[4:10] == 0).all()
 
 
-def test_what_it_cannot_do_is_refused_by_name():
+def test_unsupported_calls_are_refused_by_name():
     staircase = Mask.block_causal_documents((100,), 4)
     with pytest.raises(
         DistattnError, match='"flash" cannot express a mask that climbs in steps of 4 rows; use kernel="triton"'

@@ -114,7 +114,7 @@ def test_all_programs_equal_the_reference(case):
 
 @full
 @pytest.mark.parametrize("case", [FORWARD, Case("backward", dim=128), Case("split", dim=128)], ids=str)
-def test_so_do_those_of_the_triton_that_gpu_machines_have(case):
+def test_all_programs_compiled_by_an_older_triton_equal_the_reference(case):
     if not OLDER_TRITON.exists():
         pytest.skip("Triton 3.6.0 is not beside the environment; `make tritons` puts it there")
     assert_close_to_the_reference(case, run(case, compiled(case, OLDER_TRITON)))
@@ -310,7 +310,7 @@ def toy(body: str, threads: int = 32) -> torch.Tensor:
     return out
 
 
-def test_lanes_that_part_meet_again():
+def test_diverged_lanes_converge_again():
     body = """
         mov.b32 %r2, 1;
         setp.lt.u32 %p1, %r1, 8;
@@ -343,7 +343,7 @@ def test_what_is_wrong_is_named(body, error, sentence):
         toy(body)
 
 
-def test_a_deadlock_says_who_waits_where_for_what():
+def test_a_deadlock_names_what_each_warp_waits_for():
     with pytest.raises(
         DeadlockError, match=r"at line 8 \(bar.sync 0, 64\) for barrier 0, where 1 of 2 warps are: warp 1"
     ):
@@ -351,7 +351,7 @@ def test_a_deadlock_says_who_waits_where_for_what():
 
 
 @pytest.mark.parametrize("width", [32, 64, 128])
-def test_a_descriptor_finds_what_a_box_put_there(width):
+def test_a_descriptor_reads_what_a_box_has_written(width):
     # a tile of 64 rows, each as wide as the swizzle, read by rows and by columns
     code, start, columns = {32: (1, 3), 64: (2, 2), 128: (3, 1)}[width], SHARED_BASE + 2048, width // 2
     metadata = dict(elem_size=2, elem_type=10, block_size=[64, columns], swizzle=code[0], fp4_padded=False)

@@ -75,7 +75,7 @@ def test_rows_in_no_segment_are_zero_and_empty_segments_pass_the_state_on(name):
     assert not o.any() and len(final) == 0
 
 
-def test_a_list_of_segments_is_made_once_for_all_levels_that_have_it():
+def test_a_list_of_segments_is_made_once_for_all_levels_that_use_it():
     segments = [(0, 5000), (5000, 5100), (5100, 5100), (5100, 9000)]
     needed = KernelRequirements(torch.float32, 8, 8, torch.device("cpu"), op=OPS["ssd"])
     levels = [level for block in chunked.prepare(segments, needed).blocks for level in block.levels]
@@ -100,7 +100,7 @@ def test_on_gpus_more_chunks_are_computed_at_once_and_the_numbers_are_the_same()
     assert blocks == {"cpu": 8, "cuda": 2}
 
 
-def test_an_infinite_decay_forgets_everything_and_nothing_is_not_a_number():
+def test_an_infinite_decay_erases_the_state_without_nan():
     case = recurrence_case(OPS["gla"], (40,))
     g = case.x.g.clone()
     g[20] = -torch.inf

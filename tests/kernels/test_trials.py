@@ -128,7 +128,7 @@ WRONG = {
 }
 
 
-def test_a_kernel_that_adds_to_what_is_there_is_right(monkeypatch):
+def test_a_kernel_that_accumulates_is_right(monkeypatch):
     changed = dict(ACCUMULATES=True, forward=merged, backward=added)
     masks_ = [LaunchMask.from_mask(Mask.from_pieces([[2, 300, 0, 290, -400, 0]], 300), 4, 2)]
     by_kernel = try_kernels([planted("adding", monkeypatch, **changed)], masks_, NEEDED)
@@ -146,7 +146,7 @@ def test_wrong_kernels_are_found(fault, monkeypatch):
     assert rank_kernels([by_kernel, {}], ["odd", "cpu"]) == ["cpu"]
 
 
-def test_a_trial_that_runs_out_of_memory_is_told_and_not_kept(candidates, monkeypatch, caplog):
+def test_a_trial_that_runs_out_of_memory_is_reported_and_not_stored(candidates, monkeypatch, caplog):
     planted("large", monkeypatch, backward=out_of_memory)
     monkeypatch.setitem(registry.CANDIDATES, "cpu", ("large", "cpu"))
     with caplog.at_level(logging.WARNING, "distattn"):
@@ -201,7 +201,9 @@ def test_a_trial_that_runs_out_of_memory_is_made_three_times_at_most_by_all_plan
 
 
 @pytest.mark.parametrize(("op", "right"), [("ssd", chunked), ("convolution", taps)])
-def test_so_are_trials_of_recurrences_and_convolutions(op, right, room, monkeypatch, caplog):
+def test_trials_of_recurrences_and_convolutions_that_run_out_of_memory_are_repeated_three_times_at_most(
+    op, right, room, monkeypatch, caplog
+):
     def attempt(names, requirements, heads, key_heads, report):
         room.tried += 1
         return try_each(

@@ -88,7 +88,7 @@ def test_a_plan_with_messages_gets_another_kernel_and_its_own_line_in_the_cache(
     assert sorted(key.endswith(", messages in flight") for key in kept) == [False, True]
 
 
-def test_the_run_that_compiles_is_not_timed_nor_held(machine):
+def test_the_compiling_run_is_neither_timed_nor_held(machine):
     ran = []
     assert median_seconds(lambda: ran.append(machine.is_held), CPU, machine.held) == 0.0
     assert ran == [False, True, True, True]

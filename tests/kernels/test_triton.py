@@ -270,7 +270,7 @@ def test_a_ring_step_writes_and_merges_in_the_kernel(monkeypatch):
     assert_close(run_all_ranks(plan, inputs, "triton"), dense(Mask.causal(128), inputs), 2e-5)
 
 
-def test_what_cannot_be_computed_is_refused():
+def test_calls_that_cannot_be_computed_are_refused():
     for demand, sentence in (
         (KernelRequirements(torch.float64, 64, 64, torch.device("cpu")), "bfloat16, float16 and float32, not float64"),
         (

@@ -70,7 +70,7 @@ def test_a_segment_is_an_affine_map_of_the_state_that_enters(short_chunks, name)
 
 
 @pytest.mark.parametrize(("key_dim", "value_dim"), [(16, 40), (130, 3)])
-def test_dims_that_are_no_powers_of_two_and_wide_keys(key_dim, value_dim):
+def test_dims_that_are_not_powers_of_two_and_wide_keys(key_dim, value_dim):
     case = recurrence_case(OPS["gated_delta_rule"], (37,), 1, 1, key_dim, value_dim)
     x, initial, do, dfinal = in_single(case)
     chunks = prepared(kernel, OPS["gated_delta_rule"], x, case.segments)
@@ -137,7 +137,7 @@ def test_the_trial_finds_it_right_in_half_precision(short_chunks):
     assert not trial.fault and trial.difference < 5e-3
 
 
-def test_what_it_does_not_compute_is_refused_by_name():
+def test_unsupported_calls_are_refused_by_name():
     needed = KernelRequirements(torch.float32, 16, 16, torch.device("cpu"), op=OPS["kda"])
     with pytest.raises(da.DistattnError, match='one decay for all channels.*Use kernel="chunked"'):
         choose_kernel("triton_chunked", needed)

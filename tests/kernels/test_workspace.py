@@ -32,7 +32,7 @@ def no_launches(monkeypatch):
 
 @pytest.mark.parametrize("dq_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kernel", [triton_attention, tf32, gluon_attention, split])
-def test_workspace_is_what_is_allocated(kernel, dq_dtype, no_launches):
+def test_the_predicted_workspace_is_allocated(kernel, dq_dtype, no_launches):
     # key tiles that all rows see are split
     mask = LaunchMask.from_mask(Mask.sliding_window(TOKENS, 255, sink_tokens=4), HEADS, HEADS // KV_HEADS)
     schedule = kernel.prepare(mask, KernelRequirements(torch.bfloat16, DIM, DIM, META))

@@ -69,6 +69,6 @@ def test_each_node_gets_a_description_and_the_slow_one_is_named(tasks, tmp_path,
     assert list(json.loads(told.out)["clusters"]) == ["node1", "node10"]
 
 
-def test_what_every_node_says_of_itself_is_not_given(capsys, tmp_path):
+def test_settings_that_every_node_determines_itself_are_refused(capsys, tmp_path):
     assert cli.main(["calibrate", "--out", str(tmp_path / "mine.toml"), "--ray", "--nodes=2"]) == 2
     assert "with --ray every node describes itself: leave out --name, --nodes" in capsys.readouterr().err

@@ -55,7 +55,7 @@ def copying(log, **how):
     return killed_at_last([sys.executable, "-SP", copy_output.__file__, str(log)], stdin=subprocess.PIPE, **how)
 
 
-def test_a_paused_console_keeps_nobody_waiting(tmp_path):
+def test_a_paused_console_blocks_no_rank(tmp_path):
     with copying(tmp_path / "log", stdout=subprocess.PIPE) as copy:
         fcntl.fcntl(copy.stdout, fcntl.F_SETPIPE_SZ, 4096)
         # tee would block here

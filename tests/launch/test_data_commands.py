@@ -95,7 +95,7 @@ def test_pack_makes_a_plan_and_says_what_is_in_it(folder, capsys):
     assert plan.digest in out and f"run.packs: {os.path.getsize('run.packs') / 1e3:.1f} kB" in out
 
 
-def test_pack_says_only_lengths_that_the_plan_has(folder, capsys):
+def test_pack_reports_only_lengths_that_the_plan_has(folder, capsys):
     Path("packs.toml").write_text(CONFIG.replace("steps = 6", "steps = 3"))
     assert "24 packs of 64 tokens" in data(capsys, "pack", "packs.toml")[1]
 
@@ -383,7 +383,7 @@ def test_other_commands_are_refused(capsys):
         "plan --docs 64Ki --cluster h200-8x8",
     ],
 )
-def test_what_nobody_reads_on_ends_silently(packed, arguments):
+def test_a_command_whose_output_is_no_longer_read_ends_silently(packed, arguments):
     reader, writer = os.pipe()
     # close the pipe before anything is written, as `head` may do
     os.close(reader)

@@ -10,7 +10,7 @@ from distattn.launch.data import progress as data_progress
 from distattn.launch.data.progress import ProgressReporter
 
 
-def test_lines_tell_how_far_it_is_and_how_long_it_takes(monkeypatch, capsys):
+def test_lines_show_progress_and_remaining_time(monkeypatch, capsys):
     clock = iter([0.0, 10.0, 10.0, 11.0, 20.0, 20.0])
     monkeypatch.setattr(data_progress.time, "monotonic", lambda: next(clock))
     with ProgressReporter("verify", 1000) as reporter:

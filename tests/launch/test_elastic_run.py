@@ -70,7 +70,7 @@ def test_a_run_may_have_nodes_of_whole_replicas_that_packs_can_be_dealt_to(overr
         (("--ray.shrink_seconds=-1",), "ray.shrink_seconds: at least 0, not -1"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(overrides, sentence):
+def test_impossible_settings_are_refused_by_name(overrides, sentence):
     with pytest.raises(DistattnError, match=sentence):
         node_counts(elastic(*overrides))
 

@@ -175,19 +175,19 @@ def test_real_configurations_are_planned_and_submitted_dry(capsys, config):
         (("status", "configs"), "this is not a run folder"),
     ],
 )
-def test_a_mistake_is_one_sentence(capsys, arguments, sentence, monkeypatch):
+def test_a_mistake_gives_one_sentence(capsys, arguments, sentence, monkeypatch):
     monkeypatch.chdir(ROOT)
     code, out, err = run(capsys, *arguments)
     assert code == 2 and not out and sentence in err and "Traceback" not in err
 
 
-def test_a_cluster_that_nobody_named_does_not_bind_a_launch(capsys):
+def test_a_default_cluster_does_not_restrict_a_launch(capsys):
     config = str(ROOT / "configs/llama-8b-1m-h200.toml")
     code, out, _ = run(capsys, "slurm", config, "--nodes=8", "--gpus=4", "--dry-run")
     assert code == 0 and "--gpus-per-node=4" in out
 
 
-def test_the_version_is_said(capsys):
+def test_the_version_is_printed(capsys):
     assert cli.main(["--version"]) == 0 and capsys.readouterr().out == "distattn 0.1.0\n"
 
 
@@ -263,7 +263,7 @@ def test_local_keeps_a_log_of_every_rank(tmp_path):
     assert set(logs) == {"rank-0.log", "rank-1.log"} and "loss" in logs["rank-0.log"] in done.stdout
 
 
-def test_an_empty_log_is_said_to_be_empty_and_a_run_that_keeps_none_too(capsys, tmp_path):
+def test_an_empty_log_and_a_run_without_logs_are_reported(capsys, tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.logs.mkdir(parents=True)
     folder.config_file.touch()

@@ -105,7 +105,7 @@ def members(rank, folder):
     return ""
 
 
-def test_who_does_not_know_the_secret_is_named_and_no_rank(tmp_path):
+def test_a_process_without_the_secret_is_named_and_does_not_become_a_rank(tmp_path):
     write_secret(tmp_path / "secret")
     (tmp_path / "other").write_bytes((tmp_path / "secret").read_bytes())
     (tmp_path / "other").chmod(0o600)
@@ -119,7 +119,7 @@ def test_who_does_not_know_the_secret_is_named_and_no_rank(tmp_path):
     assert first.startswith("rank 1 did not prove") and "there is no secret of this job" in second
 
 
-def test_a_secret_is_its_users_alone(tmp_path):
+def test_only_its_user_can_read_a_secret(tmp_path):
     file = tmp_path / "secret"
     write_secret(file)
     before = read_secret(file)
@@ -178,7 +178,7 @@ def test_agents_of_several_nodes_meet_in_the_first_ones_store():
     assert {address for address, at in listening_addresses(psutil.Process()) if at == port} == {"127.0.0.1"}
 
 
-def test_nodes_that_do_not_meet_are_told_where(monkeypatch):
+def test_nodes_that_do_not_meet_are_told_the_address(monkeypatch):
     monkeypatch.setattr(loopback, "_LIMIT", timedelta(seconds=1))
     (port,) = free_ports(1)
     with pytest.raises(

@@ -123,7 +123,7 @@ SHAPE = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_key
         ("float32", EngineConfig(name="deepspeed", zero_stage=3), 16 / 8),
     ],
 )
-def test_what_a_rank_keeps_is_counted_as_the_engine_shards_it(dtype, engine, bytes_each):
+def test_the_state_of_a_rank_is_counted_as_the_engine_shards_it(dtype, engine, bytes_each):
     config = Config(model=dataclasses.replace(SHAPE, dtype=dtype), engine=engine, parallel=ParallelConfig(ranks=8))
     model = build_model(config, configured_model(config, 256, 64), "sdpa")
     parameters = sum(p.numel() for p in model.parameters())
@@ -172,6 +172,6 @@ def test_a_container_s_limit_of_version_1_counts_at_the_mount_point(tmp_path):
     assert available_bytes(machine(tmp_path, files)) == 20 * GIB
 
 
-def test_this_machine_says_how_much_it_has():
+def test_this_machine_reports_its_memory():
     available = available_bytes()
     assert available is None or 0 < available < 1 << 60

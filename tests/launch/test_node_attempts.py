@@ -71,7 +71,7 @@ def test_ranks_that_refuse_before_the_first_step_of_a_later_attempt_are_tried_ag
     assert len(Attempts(run.attempts).rows()) == attempts and nodes.blamed == blamed
 
 
-def test_checkpoints_that_were_set_aside_are_no_progress(run, monkeypatch, capsys):
+def test_checkpoints_that_were_set_aside_do_not_count_as_progress(run, monkeypatch, capsys):
     def save(serial, step):
         checkpoint = run.checkpoints / f"step-{step:08d}"
         checkpoint.mkdir(parents=True)
@@ -111,7 +111,7 @@ def test_a_report_that_a_signal_has_ended_is_written_later(run):
     assert attempts.run() == (143, True)
 
 
-def test_no_attempt_makes_half_of_a_folder_that_was_deleted_anew(run):
+def test_no_attempt_recreates_part_of_a_deleted_folder(run):
     nodes = Nodes(run, (*KILLED, 5))
     end_of_attempt = nodes.run
 

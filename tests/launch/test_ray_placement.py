@@ -79,7 +79,7 @@ def test_nodes_keep_the_order_of_their_numbers():
         (1, [False, True, True, False, True]),
     ],
 )
-def test_nodes_that_are_there_but_taken_are_waited_for(usable, fewer, tmp_path, monkeypatch):
+def test_busy_nodes_are_waited_for(usable, fewer, tmp_path, monkeypatch):
     nodes = RayNodes(RunFolder(tmp_path), "job", NodeNeeds(2, 0, 2), NodeCounts((2, 1), 600, 30, lambda nodes: None))
     monkeypatch.setattr(nodes, "_usable", lambda: usable)
     # seconds of waiting for this number of nodes, and in total

@@ -81,7 +81,7 @@ def wait_for(run: subprocess.Popen, folder: Path, problem: str, condition) -> No
 
 
 @pytest.mark.full
-def test_a_run_that_loses_ranks_and_a_node_and_gets_another_learns_the_same(cluster, tmp_path):
+def test_a_run_that_loses_ranks_and_a_node_and_gets_another_node_learns_the_same(cluster, tmp_path):
     far, near = tmp_path / "far", tmp_path / "near"
     run = launch(cluster, far, "--nodes=2", "--gpus=2", *ELASTIC)
     wait_for(run, far, "no steps", lambda: len(rows(far, "metrics.jsonl")) > 4)

@@ -57,7 +57,7 @@ def states(runs) -> list[str]:
     return [run.run.state_file.read_text().strip() for run in runs]
 
 
-def test_as_many_runs_go_on_as_have_room_and_the_exit_code_is_that_of_a_failure(sweep):
+def test_as_many_runs_continue_as_have_room_and_a_failure_gives_the_exit_code(sweep):
     begin, end = sweep
     _, runs = begin(0, 2, 0)
     assert runs[0].began.wait(60) and runs[1].began.wait(60) and not runs[2].began.is_set()

@@ -37,7 +37,7 @@ def job_in_state(tmp_path, monkeypatch):
     return make
 
 
-def test_a_run_of_another_scheduler_tells_who_works_on_it_and_what_nodes_said(tmp_path, capsys, monkeypatch):
+def test_a_run_under_another_scheduler_shows_its_owner_and_the_reports_of_nodes(tmp_path, capsys, monkeypatch):
     run = RunFolder(tmp_path)
     run.config_file.touch()
     run.append(run.metrics_file, asdict(StepMetrics(1, 2.0, 1.0, 64, 0.5)))

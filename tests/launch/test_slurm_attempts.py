@@ -113,7 +113,7 @@ def test_a_node_that_fails_twice_is_left_out(job):
     assert "node1,node2" in started[1] and "node1,node3" in started[2] and rows[0]["why"] == "node2 was killed"
 
 
-def test_where_too_few_nodes_are_left_the_job_is_queued_again(job):
+def test_the_job_is_queued_again_if_too_few_nodes_are_left(job):
     done, _, requeued, _ = job((LOST, 1), (LOST.replace("2", "3"), 1))
     assert done.returncode == 75 and requeued == ["requeue", "12"] and "fewer than 2 nodes are left" in done.stderr
 
@@ -130,7 +130,7 @@ def test_a_node_that_fails_twice_without_a_spare_one_is_given_back(job):
     [("node7 draining\nnode8 idle", 5), ("node4 idle", 0)],
     ids=["no other node", "never queued again"],
 )
-def test_a_node_that_fails_twice_is_better_than_none(others, requeues, job):
+def test_a_node_that_fails_twice_is_used_if_there_is_no_other(others, requeues, job):
     done, started, requeued, _ = job(*[(KILLED, 137)] * 2, ("", 0), ("", 0), nodes=3, others=others, requeues=requeues)
     assert done.returncode == 0 and not requeued and len(started) == 4
 
@@ -178,14 +178,14 @@ def test_ranks_that_say_why_they_cannot_go_on_are_not_started_again(job):
     assert done.returncode == 2 and len(started) == 1 and not requeued
 
 
-def test_a_run_that_comes_no_further_ends(job):
+def test_a_run_without_progress_ends(job):
     done, started, requeued, rows = job(*[(FAILED, 1)] * 3, restarts=2)
     assert done.returncode == 1 and len(started) == 3 and not requeued and "3 attempts made no progress" in done.stderr
     # if several nodes have the same message, the first is named
     assert rows[0]["why"] == "node1 ended with exit code 1"
 
 
-def test_a_job_is_queued_again_after_a_signal_and_not_for_ever(job):
+def test_a_job_is_queued_again_after_a_signal_but_not_forever(job):
     done, started, requeued, rows = job((SAVED, 75), requeues=1)
     assert (
         done.returncode == 75
@@ -205,7 +205,7 @@ def test_the_limit_of_requeues_is_named(job):
     assert done.returncode == 75 and not requeued and "queued again 1 times, slurm.max_requeues" in done.stderr
 
 
-def test_what_nodes_say_of_their_ranks_is_the_cause_that_others_failed_for():
+def test_the_reports_of_nodes_on_their_ranks_give_the_cause():
     hosts, end = ["a", "b", "c"], AttemptEnd(1, {"a": 1, "c": 4, "b": 137}, {"b": "ended with exit code 137"})
     killed = {"why": "rank 3 was killed", "exit_code": 137, "nodes": [1], "kind": "killed"}
     raised = {"why": "rank 0 raised an error", "exit_code": 1, "nodes": [0], "kind": "raised"}
@@ -248,7 +248,7 @@ def test_hosts_that_failed_but_answer_are_taken_again_where_there_are_no_others(
     assert left_out.hosts == ["b", "c"]
 
 
-def test_hosts_that_did_not_answer_are_asked_again_the_first_one_first():
+def test_hosts_that_did_not_answer_are_retried_in_order():
     left_out = LeftOut()
     for host in "abc":
         left_out.leave_out_unstarted(host)
@@ -269,7 +269,7 @@ def test_hosts_that_did_not_answer_are_asked_again_the_first_one_first():
         ("ab ac", "a"),
     ],
 )
-def test_a_host_is_left_out_that_alone_failed_again_and_again(blamed, left_out):
+def test_a_host_that_alone_failed_repeatedly_is_excluded(blamed, left_out):
     left_out_ = LeftOut()
     for hosts in blamed.split():
         left_out_.blame(list(hosts), AttemptEnd(1, dict.fromkeys(hosts, 137)), spare=3)

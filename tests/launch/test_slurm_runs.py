@@ -192,7 +192,7 @@ def test_a_run_out_of_time_is_queued_again_learns_the_same_and_can_be_cancelled(
 
 
 @pytest.mark.full
-def test_a_node_that_fails_twice_is_given_back_and_the_run_goes_on_without_it(cluster, uninterrupted, tmp_path):
+def test_a_node_that_fails_twice_is_given_back_and_the_run_continues_without_it(cluster, uninterrupted, tmp_path):
     folder = tmp_path / "given"
     saved = ("--checkpoint.every_steps=2", "--supervision.patience_seconds=600")
     job = submit(cluster, folder, "--nodes=2", "--gpus=2", *saved)
@@ -215,7 +215,7 @@ def test_a_node_that_fails_twice_is_given_back_and_the_run_goes_on_without_it(cl
     assert curve(folder) == uninterrupted[:steps] and steps > 2
 
 
-def test_what_cannot_run_is_not_submitted(cluster, tmp_path):
+def test_impossible_runs_are_not_submitted(cluster, tmp_path):
     large = ("--model.hidden_size=4096", "--model.num_layers=2", f"--run.folder={tmp_path}/never")
     done = distattn(cluster, "launch", "slurm", "configs/tiny.toml", *large, *SHORT)
     assert done.returncode == 2 and "the largest node has 2.1 GB. Use fewer ranks" in done.stderr, done.stderr

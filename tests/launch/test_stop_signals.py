@@ -128,7 +128,7 @@ def test_a_signal_that_was_ignored_stays_ignored(place):
     assert in_a_fork(ignore) == (7, "")
 
 
-def test_what_the_caller_answers_itself_is_left_to_it():
+def test_signals_handled_by_the_caller_are_left_to_it():
     asked = []
     before = signal.signal(signal.SIGUSR1, lambda *_: asked.append("by the caller"))
     try:

@@ -92,7 +92,7 @@ def held_by_steps(executable, backend, settings):
         ("allgather", "full", "keep"),
     ],
 )
-def test_a_step_holds_what_is_counted_while_the_host_is_layers_ahead(strategy, checkpointing, policy):
+def test_a_step_holds_the_predicted_memory_while_the_host_is_layers_ahead(strategy, checkpointing, policy):
     tokens, settings = 8192, MemorySettings(activation_checkpointing=checkpointing, loss_tile_tokens=64)
     shape = dict(heads=16, kv_heads=4, head_dim=16, dtype="bfloat16", strategy=strategy, backward=policy)
     plan = da.make_plan(da.Mask.causal(tokens), da.Layout.zigzag([tokens], 16 if policy else 4), **shape)

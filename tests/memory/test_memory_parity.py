@@ -19,7 +19,7 @@ def every_variant(rank, ranks, fsdp, tied):
 @pytest.mark.parametrize(
     ("ranks", "fsdp", "tied"), [(4, True, False), (4, False, True), (2, True, True), (2, False, False)]
 )
-def test_gradients_are_those_of_one_process_where_ranks_have_no_labels(ranks, fsdp, tied):
+def test_gradients_match_one_process_if_ranks_have_no_labels(ranks, fsdp, tied):
     loss, gradients = small.in_one_process(small.build(tie_word_embeddings=tied), memory_run.batches())
     for results in run_on_ranks(ranks, every_variant, ranks, fsdp, tied):
         for name, (got_loss, got) in results.items():

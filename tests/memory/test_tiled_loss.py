@@ -36,7 +36,7 @@ def dense(inputs, labels, z_loss, soft_cap, logit_scale):
 @pytest.mark.parametrize("changes", [(0.0, 0.0, 1.0), (1e-2, 3.0, 0.5)], ids=["plain", "all"])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("tile_tokens", [1, 4, TOKENS, 100])
-def test_loss_and_gradients_are_those_of_all_logits(tile_tokens, has_bias, changes):
+def test_loss_and_gradients_match_those_of_all_logits(tile_tokens, has_bias, changes):
     inputs, labels = tensors(torch.float64, has_bias)
     names = dict(zip(("z_loss", "soft_cap", "logit_scale"), changes, strict=True))
     bias = inputs[2] if has_bias else None
@@ -83,7 +83,7 @@ def test_without_labels_the_loss_is_zero_and_has_a_gradient(tokens):
     assert float(loss.detach()) == 0 and not losses.any() and not weight.grad.any() and not hidden.grad.any()
 
 
-def test_logits_of_all_tokens_are_never_there(monkeypatch):
+def test_logits_of_all_tokens_never_exist_at_once(monkeypatch):
     products = []
     right = torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (products.append(right(a, b)), products[-1])[1])
@@ -122,7 +122,7 @@ def batch_of(tokens=9):
         (lambda x: x.float(), {}),
     ],
 )
-def test_what_models_do_to_logits_is_known_by_their_configuration(change, config):
+def test_changes_of_logits_are_known_from_the_models_configuration(change, config):
     torch.manual_seed(0)
     model, batch = Model(change=change, **config), batch_of()
     loss = pytorch.local_loss(model, batch, loss=TiledLoss(tile_tokens=2))
@@ -147,7 +147,7 @@ class Headless(nn.Module):
         (Model(change=lambda x: torch.cat([x, x], 1)), "Model changes logits behind its output layer"),
     ],
 )
-def test_what_cannot_be_computed_is_refused_by_name(model, message):
+def test_calls_that_cannot_be_computed_are_refused_by_name(model, message):
     with pytest.raises(DistattnError, match=message):
         pytorch.local_loss(model, batch_of(), loss=TiledLoss())
     # the layer is unchanged for other callers

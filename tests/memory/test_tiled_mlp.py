@@ -53,7 +53,7 @@ def results(model, x, autocast=None):
 
 
 @pytest.mark.parametrize("shape", [(1, 11), (2, 7), (5,), (1, 3), (1, 0)])
-def test_outputs_and_gradients_are_those_of_the_whole(shape):
+def test_outputs_and_gradients_match_the_whole_layer(shape):
     torch.manual_seed(0)
     model, x = Block().double(), torch.randn(*shape, WIDTH, dtype=torch.float64)
     wanted = results(model, x)
@@ -124,7 +124,7 @@ class Experts(nn.Module):
         (nn.Linear(2, 2), "Linear has no module called mlp or feed_forward"),
     ],
 )
-def test_what_cannot_be_tiled_is_refused_by_name(model, message):
+def test_layers_that_cannot_be_tiled_are_refused_by_name(model, message):
     with pytest.raises(DistattnError, match=message):
         tile_feed_forward(model, 4)
 

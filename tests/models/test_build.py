@@ -179,7 +179,7 @@ def test_a_tensor_that_nothing_initialises_is_refused_by_name(monkeypatch):
         model_shapes.materialised("llama")
 
 
-def test_what_cannot_be_filled_is_refused_by_name():
+def test_models_that_cannot_be_materialised_are_refused_by_name():
     with pytest.raises(DistattnError, match="has values already"):
         materialise(model_shapes.materialised("llama"), 1)
     model = meta_model(model_shapes.config("llama"))

@@ -76,7 +76,7 @@ def test_a_sharded_checkpoint_is_exported_by_one_process(tmp_path):
     model_shapes.assert_equal(model.state_dict(), model_shapes.materialised("llama").state_dict())
 
 
-def test_what_is_no_checkpoint_is_refused_and_leaves_nothing(tmp_path):
+def test_folders_that_are_not_checkpoints_are_refused_and_leave_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DistattnError, match="has no checkpoints"):
         ckpt_export_hf.main([str(tmp_path / "empty"), str(tmp_path / "out")])

@@ -156,7 +156,7 @@ def test_all_stages_together_give_every_tensor_back(name):
     assert got.keys() == tensors.keys() - tied
 
 
-def test_what_megatron_cannot_hold_is_refused_by_name():
+def test_models_that_megatron_does_not_support_are_refused_by_name():
     for name in ("gemma", "gpt-oss", "qwen3-moe", "gpt2"):
         with pytest.raises(
             DistattnError, match=f"layout of {model_shapes.config(name).model_type} models is not known"

@@ -131,7 +131,7 @@ def test_wrong_tensors_are_refused_by_name_and_nothing_is_left(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_one_sentence_and_nothing_is_left(tmp_path: Path, monkeypatch):
+def test_a_full_disk_gives_one_sentence_and_nothing_is_left(tmp_path: Path, monkeypatch):
     def full(*arguments, **named):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -67,7 +67,7 @@ def test_one_rank_needs_no_process_group(kernel):
     )
 
 
-def test_gradients_flow_through_the_log_sum_exp_where_the_kernel_can():
+def test_gradients_flow_through_the_log_sum_exp_if_the_kernel_supports_it():
     plan = da.make_plan(
         da.Mask.causal(9), da.Layout.zigzag([9], 1), strategy="ring", heads=2, kv_heads=1, head_dim=4, dtype="float64"
     )
@@ -82,7 +82,7 @@ def test_gradients_flow_through_the_log_sum_exp_where_the_kernel_can():
         lse.sum().backward()
 
 
-def test_any_subset_of_inputs_may_want_gradients():
+def test_any_subset_of_inputs_may_require_gradients():
     plan, inputs = plan_for(1), random_inputs(200, 4, 2, 8)
     wanted = dense(plan.call.mask, inputs)
     q, k, v, do = local(plan, inputs, 0)
@@ -259,7 +259,7 @@ def _breaks_in_a_trial(rank: int):
     return str(error.value)
 
 
-def test_a_trial_that_breaks_one_rank_is_heard_of_by_all():
+def test_a_trial_that_fails_on_one_rank_is_reported_on_all():
     first, second = run_on_ranks(2, _breaks_in_a_trial)
     assert first == "kernel gluon has broken the device" and second == f"rank 0 refuses this plan: {first}"
 

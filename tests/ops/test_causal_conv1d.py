@@ -112,7 +112,7 @@ def test_real_ranks_equal_one_process():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
-def test_what_does_not_fit_is_refused_by_name():
+def test_wrong_arguments_are_refused_by_name():
     layout = da.Layout.contiguous((40,), 1)
     x, weight, *_ = inputs(40)
     plan = plan_of(layout)
@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_refused_by_name():
         da.causal_conv1d(x, weight, full)
 
 
-def test_times_are_those_of_copies():
+def test_times_match_those_of_copies():
     plan = plan_of(da.Layout.contiguous((1 << 20,), 8), heads=1, kv_heads=1, v_head_dim=4096, dtype="bfloat16")
     # each rank reads 1 GB and writes 1 GB
     assert 0.2e-3 < da.simulate(plan, "h100-1x8").forward.seconds < 3e-3

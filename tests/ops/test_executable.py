@@ -49,7 +49,7 @@ def _different_plans(rank, change):
         ("strategy", "its strategy differ from rank 0's."),
     ],
 )
-def test_ranks_with_different_plans_all_say_which(change, how):
+def test_all_ranks_with_different_plans_report_them(change, how):
     sentences = run_on_ranks(4, _different_plans, change)
     assert len(set(sentences)) == 1
     assert sentences[0].startswith("rank 2 plans a different call (digest ") and sentences[0].endswith(how)
@@ -93,7 +93,7 @@ def compiled_plans(ranks, strategy):
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), [(1, "ring"), (2, "ring"), (2, "ulysses")])
-def test_a_compiled_model_recompiles_for_no_new_plan(ranks, strategy):
+def test_a_compiled_model_does_not_recompile_for_new_plans(ranks, strategy):
     inputs, plans = random_inputs(200, 4, 2, 8), list(compiled_plans(ranks, strategy))
     for differences, compiled in run_on_ranks(ranks, _compiled, plans, inputs):
         assert max(differences) < 1e-12
@@ -192,7 +192,7 @@ def _owns_a_communicator(rank):
     return transport is again and transport._backend is not world
 
 
-def test_messages_have_a_communicator_of_their_own():
+def test_messages_have_their_own_communicator():
     assert run_on_ranks(2, _owns_a_communicator) == [True, True]
 
 
@@ -273,6 +273,6 @@ def _one_refuses(rank, change):
         ({"kernel": "nope"}, "there are auto, reference, cpu, flash, triton, triton_tf32, gluon, gluon_split."),
     ],
 )
-def test_where_one_rank_refuses_all_do(change, sentence):
+def test_if_one_rank_refuses_all_ranks_do(change, sentence):
     other, refusal = run_on_ranks(2, _one_refuses, change)
     assert refusal.endswith(sentence) and other == f"rank 1 refuses this plan: {refusal}"

@@ -160,7 +160,7 @@ def test_on_gpus_numbers_that_are_too_large_are_refused_by_an_assertion_of_the_d
     assert type(refusal.value) is RuntimeError and asserted.call_count == 2
 
 
-def test_what_does_not_fit_is_refused_by_name():
+def test_wrong_arguments_are_refused_by_name():
     layout = da.Layout.contiguous(LENGTHS, 1)
     x, weight, bias, initial, *_ = inputs(True, torch.float32)
     convolution, shift_ = (plan_of(layout, op, torch.float32, 3) for op in ("convolution", "token_shift"))

@@ -84,7 +84,7 @@ V3 = dict(head_dim=192, v_head_dim=128, dtype="bfloat16")
 
 # all heads of a layer, and one rank's heads with 4-way tensor parallelism
 @pytest.mark.parametrize("heads, factor", [(128, 71.1), (32, 17.8)])
-def test_latents_are_what_moves(heads, factor):
+def test_only_latents_move(heads, factor):
     layout, mask = da.Layout.zigzag((4096,), 8), da.Mask.causal(4096)
     shape = dict(heads=heads, strategy="allgather", **V3)
     expanded = da.make_plan(mask, layout, kv_heads=heads, **shape)
@@ -124,7 +124,7 @@ def test_the_faster_form_is_planned():
         assert plan.call.op.name == op
 
 
-def test_what_does_not_fit_is_refused_by_name():
+def test_wrong_arguments_are_refused_by_name():
     layout = da.Layout.contiguous(LENGTHS, 1)
     q, rope, latent, up, _ = inputs()
     with pytest.raises(da.DistattnError, match="up has shape"):

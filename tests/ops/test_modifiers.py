@@ -96,7 +96,7 @@ def test_all_modifiers_together_equal_the_oracle(strategy, layout):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_sinks_and_gates_need_nothing_of_the_kernel(strategy):
+def test_sinks_and_gates_need_no_support_by_the_kernel(strategy):
     modified = modifiers(softcap=False, alibi=False, gate=(HEADS,))
     check(plan_for(strategy, masks()["documents"], "zigzag"), masks()["documents"], "cpu", modified)
 
@@ -123,14 +123,14 @@ def test_each_modifier_alone_equals_the_oracle(modifier):
         (dict(gate=torch.ones(200, 3)), r"gate has shape \(200, 3\)"),
     ],
 )
-def test_what_cannot_be_computed_is_refused(change, sentence):
+def test_calls_that_cannot_be_computed_are_refused(change, sentence):
     plan = plan_for("ring", masks()["causal"], "zigzag", 1)
     q, k, v, _ = random_inputs(N, HEADS, KV_HEADS, 8)
     with pytest.raises(da.DistattnError, match=sentence):
         da.attention(q, k, v, plan, **change)
 
 
-def test_a_sink_of_minus_infinity_is_no_sink():
+def test_a_sink_of_minus_infinity_has_no_effect():
     plan = plan_for("ring", masks()["odd"], "zigzag", 1)
     q, k, v, do = (x.requires_grad_() for x in random_inputs(N, HEADS, KV_HEADS, 8))
     sink = torch.full((HEADS,), -torch.inf, dtype=torch.float64, requires_grad=True)
@@ -140,7 +140,7 @@ def test_a_sink_of_minus_infinity_is_no_sink():
     assert (sink.grad == 0).all() and torch.isfinite(q.grad).all()
 
 
-def test_a_gate_of_another_precision_leaves_the_output_in_that_of_the_queries():
+def test_a_gate_of_another_dtype_leaves_the_output_in_the_queries_dtype():
     shape = dict(heads=4, kv_heads=2, head_dim=8, dtype="bfloat16")
     plan = da.make_plan(da.Mask.causal(9), da.Layout.zigzag([9], 1), strategy="ring", **shape)
     q, k, v, _ = (x.bfloat16() for x in random_inputs(9, 4, 2, 8))

@@ -171,7 +171,7 @@ def test_one_latent_is_attention_of_one_learned_query():
         torch.testing.assert_close(o[begin:end], right.transpose(0, 1), rtol=0, atol=1e-12)
 
 
-def test_halves_of_a_document_go_on_from_each_others_state():
+def test_the_second_half_of_a_document_continues_from_the_state_of_the_first():
     case = case_of(earlier=False)
     case = case._replace(dtotal=0 * case.dtotal, dweighted=0 * case.dweighted)
     right, shape = dense(case), dict(heads=HEADS, latents=LATENTS, v_head_dim=VALUES, dtype="float64")
@@ -236,7 +236,7 @@ def test_autocast_and_bf16_keep_sums_wide():
         (dict(logits=torch.zeros(301, 2, 3), weights=torch.zeros(301, 2, 3), v=torch.zeros(301, 2, 4)), "x has shape"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(change, why):
+def test_wrong_arguments_are_refused_by_name(change, why):
     weights, logits, v = (y.float() for y in case_of()[:3])
     plans = plans_of(da.Layout.contiguous(LENGTHS, 1), "float32")
     arguments = dict(weights=weights, logits=logits, v=v, plans=plans) | change

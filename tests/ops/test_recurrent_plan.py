@@ -49,7 +49,7 @@ def test_the_choice_is_never_slower_than_either_strategy_and_each_is_chosen_some
     assert set(chosen) == {"scan", "ulysses"}, chosen
 
 
-def test_scan_is_planned_where_nothing_is_known_or_tokens_cannot_move():
+def test_scan_is_planned_if_speeds_are_unknown_or_tokens_cannot_move():
     layout, mask = da.Layout.block_cyclic(LENGTHS, 4, block=1), da.Mask.documents(LENGTHS)
     shape = SHAPE | dict(op="gated_delta_rule")
     assert da.make_recurrent_plan(mask, layout, cluster=SLOW, **shape).strategy == "ulysses"
@@ -66,7 +66,7 @@ def _run_all(rank: int, cases: list) -> list:
     return [run(rank, *case) for case in cases]
 
 
-def test_what_is_chosen_computes_the_recurrence():
+def test_the_chosen_plan_computes_the_recurrence():
     cases = []
     for layout in (da.Layout.contiguous(LENGTHS, 4), da.Layout.block_cyclic(LENGTHS, 4, block=1)):
         case = recurrence_case(OPS["gated_delta_rule"], LENGTHS)

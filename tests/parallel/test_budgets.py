@@ -56,7 +56,7 @@ def test_glue_of_a_pack_stays_in_its_budget(strategy):
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("heads", [(64, 8), (8, 1)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_what_a_pass_needs_is_known_beforehand_to_the_byte(strategy, heads, policy):
+def test_the_memory_of_a_pass_is_predicted_to_the_byte(strategy, heads, policy):
     for lengths in (packed(65536), [1 << 18]):
         plan = plan_of(strategy, lengths, *heads, backward=policy)
         for rank in (0, 3):
@@ -64,7 +64,7 @@ def test_what_a_pass_needs_is_known_beforehand_to_the_byte(strategy, heads, poli
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_so_is_what_latents_are_expanded_to(strategy):
+def test_the_memory_of_expanded_latents_is_predicted_to_the_byte(strategy):
     # DeepSeek-V3's heads; a tensor-parallel rank may have only a few of them
     for heads, dtype, lengths in ((16, "bfloat16", packed(65536)), (8, "float32", [1 << 13]), (8, "bfloat16", [128])):
         mask, layout = da.Mask.documents(lengths), da.Layout.zigzag(lengths, 8)
@@ -141,7 +141,7 @@ def needed(plan, proof, rank):
 @pytest.mark.sampled(5)
 @pytest.mark.parametrize("heads", MILLION)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_million_tokens_take_so_much_memory(strategy, heads):
+def test_a_million_tokens_stay_within_the_memory_budget(strategy, heads):
     plan = plan_of(strategy, [1 << 20], *heads)
     forward, backward, _ = layer_call(plan, 1)
     assert (forward.peak <= MILLION[heads][strategy][0] * GB) and (backward.peak <= MILLION[heads][strategy][1] * GB)
@@ -169,7 +169,7 @@ def test_repeated_layers_keep_what_the_backward_finds_again_once(strategy):
     assert kept > GB and memory.peak_of_messages == kept + layer.memory["backward"].arena
 
 
-def test_results_that_no_two_kernels_add_to_are_held_and_sent_in_half_precision():
+def test_results_written_by_a_single_kernel_are_held_and_sent_in_half_precision():
     lengths = packed(65536)
     once = {strategy: plan_of(strategy, lengths, 64, 8).call.written_once for strategy in STRATEGIES}
     assert once["ulysses"] == (Payload.O, Payload.dQ, Payload.dKV)

@@ -97,7 +97,7 @@ def test_outputs_and_gradients_equal_the_oracle(tolerance, inner, policy):
 
 
 @pytest.mark.parametrize("mask", all_masks(8, (61, 7, 129, 63)))
-def test_any_mask_is_shared_out(mask):
+def test_any_mask_is_distributed(mask):
     lengths = (61, 7, 129, 63)
     chosen, n = all_masks(8, lengths)[mask], sum(lengths)
     inputs = random_inputs(n, 8, 2, 8)
@@ -147,7 +147,7 @@ def test_limits_are_whole_numbers_that_together_hold_all_work():
         assert limit.dtype == np.int64 and int(limit.sum()) >= work and limit[2] == 0
 
 
-def test_work_goes_to_where_the_keys_are_when_queries_are_few():
+def test_work_goes_to_the_keys_when_there_are_few_queries():
     """Let a document extend into the next rank by a few rows. Their queries should move, not the keys."""
     lengths = [1000, 1000]
     layout = Layout.from_chunks(lengths, [[(0, 980)], [(980, 2000)]])
@@ -282,7 +282,7 @@ def test_speeds_count_on_a_described_cluster_too():
     assert area[0] == 0 and area[3] == pytest.approx(2 * area[1], rel=0.02)
 
 
-def test_where_moving_all_takes_too_long_less_is_moved():
+def test_less_is_moved_if_moving_everything_takes_too_long():
     packs = [[131072], *[[512] * 256] * 7]
     shape = dict(heads=4, kv_heads=1, head_dim=128, dtype="bfloat16")
     cluster = describe.load("h200-8x1")

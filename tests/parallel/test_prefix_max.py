@@ -129,7 +129,7 @@ def test_a_state_is_one_number_a_value_and_there_is_no_backward_table():
         verify(Plan(plan.call, plan.forward, Table.from_rows([], row), plan.policy))
 
 
-def test_what_has_no_meaning_is_refused():
+def test_meaningless_arguments_are_refused():
     with pytest.raises(DistattnError, match="its head_dim is 1, not 3"):
         plan_of(Layout.zigzag(LENGTHS, 2), head_dim=3)
     assert PREFIX_MAX.is_recurrent and not PREFIX_MAX.has_gradient

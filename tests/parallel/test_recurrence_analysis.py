@@ -27,7 +27,7 @@ def milliseconds(plan: Plan) -> float:
     return simulate(plan, H100).forward.seconds * 1e3
 
 
-def test_times_are_those_of_the_design():
+def test_times_are_as_designed():
     # the computation takes each of 8 ranks 0.60 ms; the sequential schedule lets only one rank compute at a time
     alone = plan_of(1, (8192,))
     assert simulate(alone, "h100-1x1").forward.seconds * 1e3 == pytest.approx(0.60, rel=0.15)

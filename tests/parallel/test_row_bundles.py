@@ -17,7 +17,7 @@ from distattn.parallel.runtime.lowering.lower import lower
 from distattn.parallel.runtime.lowering.row_bundles import RowFormat
 
 
-def test_tensors_of_rows_are_seen_in_their_own_dtypes():
+def test_tensors_in_a_row_are_viewed_in_their_own_dtypes():
     rows = RowFormat.of([(4, ((8, "bfloat16"), (None, "float32")))])
     message = torch.empty(3, rows.numbers, dtype=torch.bfloat16)
     o, lse = Packet(0, Payload.O, message, ((Payload.O, 80),), rows).tensors()
@@ -37,7 +37,7 @@ def test_a_rank_sends_at_most_four_messages_to_each_peer_and_pass(strategy, poli
             assert len(set(sent)) in (0, 7) and max(collections.Counter(sent).values(), default=0) <= 4
 
 
-def test_so_it_does_around_a_ring_forward_and_five_backward(monkeypatch):
+def test_a_rank_sends_at_most_four_messages_around_a_ring_forward_and_five_backward(monkeypatch):
     for heads, kv_heads, ulysses in ((64, 8, 4), (8, 2, 2)):
         plan = plan_of("usp", [65536], heads, kv_heads, options=dict(ulysses=ulysses))
         forward, backward = sends_of_passes(plan, monkeypatch)

@@ -53,7 +53,7 @@ def test_states_in_turn_move_once_per_hop_and_in_the_fewest_bytes():
 
 
 @pytest.mark.parametrize("op, megabytes", [("gla", (28, 6.8)), ("gated_delta_rule", (55, 9.7))])
-def test_bytes_are_those_of_the_design(op, megabytes):
+def test_bytes_are_as_designed(op, megabytes):
     layout = Layout.zigzag((8192 * 8,), 8)
     for schedule, most in zip(("allgather_states", "head_sharded"), megabytes, strict=True):
         shape = dict(heads=32, kv_heads=32, head_dim=128, v_head_dim=128, dtype="bfloat16")
@@ -80,7 +80,7 @@ def test_steps_of_the_schedules():
     assert plan("tree").forward.steps <= 7
 
 
-def test_what_cannot_be_planned_is_refused_with_what_can():
+def test_unsupported_plans_are_refused_with_a_supported_alternative():
     layout = Layout.contiguous(LENGTHS, 2)
     with pytest.raises(DistattnError, match="does not exist for gla; there are scan, ulysses"):
         plan_of(layout, "gla", "ring")

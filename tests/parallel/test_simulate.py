@@ -61,7 +61,7 @@ def test_a_cluster_without_speeds_cannot_be_simulated():
         simulate(plan_of("ring", 4), da.Cluster(1, 4))
 
 
-def test_one_rank_waits_for_nobody():
+def test_a_single_rank_does_not_wait():
     timeline = simulate(plan_of("ring", 1), machine(1))
     assert timeline.forward.idle[0] == pytest.approx(0) and timeline.forward.exposed[0] == 0
     assert timeline.as_dict()["forward"]["tflops"] == pytest.approx(1.0)

@@ -54,7 +54,7 @@ def test_nothing_moves_that_the_assignment_of_tasks_does_not_ask_for(strategy, p
                     assert plan_traffic(plan, cluster).inter_node_bytes == bound.inter_node_bytes
 
 
-def test_the_least_is_counted_token_by_token():
+def test_the_lower_bound_equals_a_count_token_by_token():
     """Compare `lower_bound` with sets of (rank, token, head) for a mask with windows in some heads."""
     mask = Mask.by_head([(4, Mask.causal(60)), (2, Mask.sliding_window(60, 7)), (2, Mask.full(60))])
     layout, cluster = Layout.zigzag([60], 4), Cluster(2, 2)
@@ -191,7 +191,7 @@ def test_one_rank_moves_nothing(strategy):
 
 
 @pytest.mark.parametrize("mask", ["causal", "full", "documents"])
-def test_a_ring_holds_two_foreign_shards_a_rank_and_three_where_ranks_are_skipped(mask):
+def test_a_ring_holds_two_foreign_shards_per_rank_and_three_if_ranks_are_skipped(mask):
     inputs = random_inputs(sum(LENGTHS), 8, 2, 8)
     for ranks in (4, 6):
         for layout in layouts(LENGTHS, ranks).values():

@@ -268,7 +268,7 @@ def test_a_plan_that_needs_more_than_the_capacity_is_refused():
         verify(plan, 0)
 
 
-def test_a_plan_that_says_too_much_of_what_is_written_once_is_refused():
+def test_a_plan_that_overstates_what_is_written_once_is_refused():
     lengths = (60, 40)
     shape = dict(heads=4, kv_heads=2, head_dim=8, dtype="bfloat16")
     mask, layout = Mask.documents(lengths), Layout.zigzag(lengths, 4)

@@ -22,7 +22,7 @@ def page():
     return comparison_page({**results, "<b>": "refused </script><script>"}, str(request))
 
 
-def test_it_is_offline_the_fastest_is_first_and_refusals_are_said(page):
+def test_the_page_is_offline_lists_the_fastest_first_and_reports_refusals(page):
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page) and "http" not in page.replace("http-equiv", "")
     names = re.findall(r'<div class="bar(?: best)?"><b>(\w+)</b>', page)
     seconds = [sum(map(float, re.findall(r"</div>([\d.]+) ms", part))) for part in page.split('<div class="bar')[1:]]
@@ -34,7 +34,7 @@ def test_it_is_offline_the_fastest_is_first_and_refusals_are_said(page):
         assert f"<dt>{word}</dt>" in page
 
 
-def test_a_page_that_cannot_be_written_is_a_sentence(tmp_path):
+def test_a_page_that_cannot_be_written_gives_one_sentence(tmp_path):
     settings = PlanSettings(ranks=2, heads=2, kv_heads=2, head_dim=8, dtype="float32")
     results = compare_strategies(PlanRequest(((64,),), settings), ["ring"], spec.load("h200-1x2", None))
     with pytest.raises(da.DistattnError, match="cannot be written"):

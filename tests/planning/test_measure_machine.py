@@ -60,7 +60,7 @@ def test_links_are_taken_from_nccl_tests(capsys, tmp_path, quick):
         (("--out", "x.toml", "--colour", "red"), "unrecognized arguments: --colour red"),
     ],
 )
-def test_a_mistake_is_one_sentence(capsys, arguments, sentence):
+def test_a_mistake_gives_one_sentence(capsys, arguments, sentence):
     code, out, err = run(capsys, *arguments)
     assert code == 2 and not out and sentence in err and "Traceback" not in err
 

@@ -142,7 +142,7 @@ SLOW = {
 }
 
 
-def test_what_is_planted_in_one_rank_is_named_with_its_host(runs):
+def test_a_fault_planted_in_one_rank_is_named_with_its_host(runs):
     by_rank = run_on_ranks(RANKS, _preflights, runs, ("", *PROBLEMS, "slow"))
     # all ranks have the same reports, so they stop together
     assert all(reports == by_rank[0] for reports in by_rank)
@@ -177,7 +177,7 @@ def _checks(rank: int, runs) -> dict[str, tuple[bool, list[str]]]:
     return results
 
 
-def test_a_run_stops_warns_or_does_not_look_and_leaves_its_report(runs):
+def test_a_run_stops_warns_or_skips_the_preflight_and_leaves_its_report(runs):
     by_rank = run_on_ranks(RANKS, _checks, runs)
     for rank, results in enumerate(by_rank):
         assert {name: begins for name, (begins, _) in results.items()} == {

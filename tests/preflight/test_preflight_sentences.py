@@ -178,7 +178,7 @@ def test_checkpoints_need_room_for_those_that_are_kept_at_once(tmp_path):
     assert [need(0), need(-1), need(5), need(1), need(1, keep=1)] == [each, 0, 2 * each, 4 * each, 2 * each]
 
 
-def test_what_nvidia_says_is_read(tmp_path, monkeypatch):
+def test_the_nvidia_drivers_output_is_parsed(tmp_path, monkeypatch):
     driver = tmp_path / "version"
     monkeypatch.setattr(device_module, "_DRIVER", driver)
     assert driver_version() is None
@@ -214,7 +214,7 @@ def test_what_a_kernel_needs_is_a_warning_to_the_hosts_that_lack_it():
     assert "b" in warning and "chunked" in warning
 
 
-def test_a_full_disk_ends_a_run_that_begins_and_is_a_warning_to_one_that_goes_on():
+def test_a_full_disk_ends_a_new_run_and_is_a_warning_to_a_resumed_run():
     begins = [facts_of(rank, "node-0", disk_free=0, disk_needed=GB) for rank in range(2)]
     assert any("the disk of the run folder has 0 B free" in problem for problem in problems_of(begins))
     goes_on = [facts_of(rank, "node-0", disk_free=0, disk_needed=GB, goes_on=True) for rank in range(2)]

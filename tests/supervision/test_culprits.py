@@ -90,7 +90,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("beats", "states", "collective", "wanted"), CASES)
-def test_who_does_not_merely_wait_is_named(beats, states, collective, wanted):
+def test_a_rank_that_is_not_merely_waiting_is_named(beats, states, collective, wanted):
     named = culprits(dict(enumerate(beats)), dict(enumerate(states)), collective)
     assert len(named) == len(wanted) and all(map(str.startswith, map(str, named), wanted)), named
 

@@ -67,7 +67,7 @@ def test_an_answer_that_ends_in_another_way_is_not_waited_for_long(tmp_path, mon
     assert kept(tmp_path, MAIN[0]) == MAIN[0]
 
 
-def test_nobody_waits_for_a_rank_that_has_ended(tmp_path, monkeypatch):
+def test_a_rank_that_has_ended_is_not_waited_for(tmp_path, monkeypatch):
     # longer than any test may take
     monkeypatch.setattr(evidence, "_BEGIN_SECONDS", 1e6)
     assert kept(tmp_path, *MAIN, answers=False) == ""

@@ -95,7 +95,7 @@ def test_a_rank_that_dies_in_the_same_moment_as_the_helper_is_not_to_blame(sleep
 
 
 @pytest.mark.parametrize("how", HOW, ids=lambda how: how.name)
-def test_a_helper_that_can_be_replaced_is(how, sleeping, tmp_path):
+def test_a_replaceable_helper_is_replaced(how, sleeping, tmp_path):
     sentences, first = [], sleeping()
     helper, board = Helper("the resource tracker", first, sleeping), HeartbeatBoard.make(1)
     with patch.object(rank_watch, "LOOK_SECONDS", 0.0), patch.object(helper_processes, "LOOK_SECONDS", 0.1):

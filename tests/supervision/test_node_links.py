@@ -104,7 +104,7 @@ def test_a_node_that_all_others_miss_is_to_blame_and_of_two_both_are():
     assert merged_links([[link(1, 2)], [link(0, 2), link(1, 2)], []]) == [link(0, 2), link(1, 2)]
 
 
-def test_a_link_counts_as_cut_only_where_it_was_whole(tmp_path, monkeypatch):
+def test_a_link_counts_as_cut_only_if_it_worked_before(tmp_path, monkeypatch):
     monkeypatch.setattr(node_links, "_LOOK_SECONDS", 0.01)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         # one port accepts connections, the other refuses them

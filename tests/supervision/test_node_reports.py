@@ -11,7 +11,7 @@ from distattn.supervision.node_reports import NodeReport, NodeReports
 
 
 @pytest.mark.parametrize("days", [-2, 0, 2])
-def test_the_clock_of_another_host_does_not_move_what_its_ranks_have_told(days, tmp_path, monkeypatch):
+def test_the_clock_of_another_host_does_not_shift_the_times_of_its_heartbeats(days, tmp_path, monkeypatch):
     here, there = NodeReports(tmp_path, 0, 2), NodeReports(tmp_path, 1, 2)
     asked, now = here.ask(), time.monotonic()
     # the other host booted an hour later, and its time of day is wrong

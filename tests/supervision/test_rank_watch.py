@@ -18,7 +18,7 @@ from distattn.supervision.heartbeats import HeartbeatBoard
 from distattn.supervision.rank_watch import Patience, RankWatch, Trouble
 
 
-def test_steps_that_are_silent_for_long_are_no_hang_and_a_silence_that_stays_is_one(tmp_path):
+def test_long_silent_steps_are_not_a_hang_but_a_lasting_silence_is(tmp_path):
     # the process that sends heartbeats and is killed at the end
     how = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     sleeper = subprocess.Popen([sys.executable, "-c", "print(flush=True); input()"], **how)
@@ -59,7 +59,7 @@ def _steps(board, pid, seen):
         time.sleep(0.2)
 
 
-def test_time_in_which_nobody_ran_is_no_silence(tmp_path):
+def test_time_in_which_the_machine_was_suspended_is_not_silence(tmp_path):
     rank = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     board = HeartbeatBoard.make(1)
     # seconds for which the machine was suspended, number of looks by the watch, seconds per look, total seconds of all
@@ -138,7 +138,7 @@ def test_torchrun_that_waits_for_ranks_that_died_at_their_end_is_interrupted(tmp
 @pytest.mark.parametrize(
     ("state", "text", "sentence"), [("left", "", "None"), ("raised", "ValueError: no", "rank 0 raised ValueError: no")]
 )
-def test_what_a_rank_says_between_two_looks_and_ends_is_heard(state, text, sentence, tmp_path):
+def test_the_last_message_of_a_rank_that_ends_between_two_looks_is_read(state, text, sentence, tmp_path):
     rank = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     board = HeartbeatBoard.make(1)
     with patch.object(os, "getpid", lambda: rank.pid):

@@ -77,18 +77,18 @@ def outcome(folder: Path) -> tuple[int, str, list[dict]]:
 
 
 @pytest.mark.full
-def test_a_process_that_was_forked_of_a_launcher_launches_too(runs):
+def test_a_process_forked_from_a_launcher_can_launch_ranks_too(runs):
     assert outcome(runs / "forked")[:2] == (0, "")
 
 
-def test_a_run_that_nothing_happens_to_says_nothing(runs):
+def test_an_undisturbed_run_prints_nothing(runs):
     code, output, attempts = outcome(runs / "whole")
     assert code == 0 and output == "" and [attempt["exit_code"] for attempt in attempts] == [0]
     assert sorted(os.listdir(runs / "whole" / "attempts")) == ["attempts.jsonl"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_rank_that_is_killed_or_hangs_is_named_and_the_run_goes_on(kind, runs):
+def test_a_rank_that_is_killed_or_hangs_is_named_and_the_run_continues(kind, runs):
     code, output, attempts = outcome(runs / kind)
     assert code == 0 and len(attempts) == 2, output
     first, last = attempts
@@ -125,7 +125,7 @@ def test_a_fork_server_that_is_killed_is_named_and_replaced(runs):
     assert (runs / "server" / "losses.jsonl").read_text() == (runs / "whole" / "losses.jsonl").read_text()
 
 
-def test_what_a_rank_says_of_its_end_is_no_reason_to_start_again(runs):
+def test_a_rank_that_gives_a_reason_for_its_end_is_not_restarted(runs):
     code, output, attempts = outcome(runs / "refused")
     assert code == 2 and len(attempts) == 1
     assert attempts[0]["why"] == "rank 2 refused with exit code 2: tokens.bin: token 7 is not in the vocabulary."

@@ -310,7 +310,7 @@ def test_a_misspelled_option_leads_to_the_one_that_was_meant(arguments, sentence
 
 
 @pytest.mark.parametrize("limit", ["30", "30:00", "12:00:00", "2-0", "2-00:30", "2-00:00:00", "UNLIMITED"])
-def test_time_limits_are_what_sbatch_takes(limit, tmp_path):
+def test_time_limits_have_the_format_of_sbatch(limit, tmp_path):
     file = tmp_path / "good.toml"
     file.write_text(f'[slurm]\ntime = "{limit}"\noptions = ["--exclusive"]\n')
     config = configuration.load(file, ["--slurm.options=--qos=long", "--slurm.options=--mem=0"])
@@ -346,6 +346,6 @@ def test_keys_about_text_are_refused_with_a_plan_of_packs(key, value):
 @pytest.mark.parametrize(
     ("key", "value", "meant"), [("engine.name", "zero", "deepspeed"), ("model.dtype", "fp16", "bfloat16")]
 )
-def test_a_value_that_others_use_suggests_ours(key, value, meant):
+def test_a_value_used_by_other_tools_suggests_ours(key, value, meant):
     with pytest.raises(DistattnError, match=f"Did you mean {meant}"):
         configuration.load("configs/tiny.toml", [f"--{key}", value])

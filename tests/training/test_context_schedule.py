@@ -46,7 +46,7 @@ def _rows(run: RunFolder) -> list[tuple[int, int, float, float]]:
 
 
 @pytest.mark.full
-def test_a_run_goes_on_bit_by_bit_from_the_middle_of_each_phase(config, tmp_path):
+def test_a_run_continues_bitwise_from_the_middle_of_each_phase(config, tmp_path):
     run = new_run(config)
     plan = open_data(run, config).plan
     for step, context in enumerate(CONTEXTS):
@@ -144,7 +144,7 @@ def test_a_shorter_run_has_the_phases_that_it_reaches(config):
         ("context_length = 256\ncontext = 1", "data.context_schedule.0.context: unknown key"),
     ],
 )
-def test_a_schedule_that_cannot_be_is_refused_by_key_and_line(config, tmp_path, text, sentence):
+def test_an_impossible_schedule_is_refused_by_key_and_line(config, tmp_path, text, sentence):
     file = tmp_path / "run.toml"
     head = "[data]\ntokens_per_step = 256\nmax_document_tokens = 200\n[train]\nsteps = 8\n[parallel]\nranks = 2\n"
     file.write_text(f"{head}[[data.context_schedule]]\n{text}\n")

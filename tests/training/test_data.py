@@ -173,7 +173,7 @@ def test_many_short_documents_are_refused_at_once(tmp_path):
         find_corpus(str(tmp_path), max_document_tokens=1)
 
 
-def test_exclusions_do_not_depend_on_what_else_is_there(tmp_path):
+def test_exclusions_do_not_depend_on_other_files(tmp_path):
     (tmp_path / "test" / "a" / "test").mkdir(parents=True)
     (tmp_path / "test" / "a" / "test" / "y.py").write_text("y")
     for _ in range(2):
@@ -206,7 +206,7 @@ def test_links_are_followed_once_and_broken_ones_refused(tmp_path):
         find_corpus(str(tmp_path / "data"), max_document_tokens=9)
 
 
-def test_a_pipe_is_refused_not_waited_for(tmp_path):
+def test_a_pipe_is_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(DistattnError, match="pipe.txt is not a regular file"):
         find_corpus(str(tmp_path), max_document_tokens=9)

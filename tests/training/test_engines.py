@@ -311,7 +311,7 @@ MOVES = [
 
 @pytest.mark.full
 @pytest.mark.parametrize(("first", "second"), MOVES)
-def test_the_state_of_one_engine_goes_on_in_another(first, second, tmp_path):
+def test_another_engine_continues_from_the_state_of_one(first, second, tmp_path):
     every = run_on_ranks(RUNS[first].parallel.ranks, _moved, RUNS[first], 2, str(tmp_path))
     wanted = every[0][0]
     model = build_model(RUNS[first], configured_model(RUNS[first], small.VOCABULARY, 128))
@@ -389,11 +389,11 @@ def test_bfloat16_follows_the_curve_and_keeps_weights_in_float32(run, wanted):
         ),
     ],
 )
-def test_what_an_engine_cannot_do_is_refused_by_name(config, sentence):
+def test_settings_that_an_engine_does_not_support_are_refused_by_name(config, sentence):
     assert any(str(problem).startswith(sentence) for problem in problems_of(config)), problems_of(config)
 
 
-def test_runs_of_these_tests_are_refused_nowhere():
+def test_the_runs_of_these_tests_are_not_refused():
     for config in (*RUNS.values(), *SPARING.values(), *HALF.values()):
         assert not problems_of(config)
 

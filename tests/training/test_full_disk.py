@@ -146,7 +146,7 @@ def test_a_disk_that_is_full_or_cannot_be_written_for_a_while_ends_no_run(texts,
 
 
 @pytest.mark.full
-def test_a_restart_bears_a_full_disk(texts, disk, tmp_path):
+def test_a_restart_survives_a_full_disk(texts, disk, tmp_path):
     config, messages = config_of(texts, disk / "run"), tmp_path / "said"
     run = new_run(config)
     run_on_ranks(2, _train, run.folder, replace(config, train=replace(config.train, steps=4)), tmp_path / "said-0", {})
@@ -190,7 +190,7 @@ def test_a_run_whose_folder_is_renamed_is_saved_there_and_ends(texts, tmp_path):
     assert run.events()[-1]["kind"] == "stopped"
 
 
-def test_a_run_whose_folder_is_deleted_ends_and_does_not_make_half_of_it_anew(texts, tmp_path):
+def test_a_run_whose_folder_is_deleted_ends_and_does_not_recreate_part_of_it(texts, tmp_path):
     place = tmp_path / "run"
     with pytest.raises(
         AssertionError, match="was deleted meanwhile, or moved elsewhere; the run ends after step 4, which is not"

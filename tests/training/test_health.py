@@ -72,7 +72,7 @@ def test_a_slow_rank_is_named_as_long_as_it_is_slow():
     assert f"Rank 0 on {HOST}" in fifth.text and "named in 1 of 5 reports" in fifth.text
 
 
-def test_where_attention_is_shared_out_by_speed_the_report_says_so():
+def test_the_report_says_if_attention_is_distributed_by_speed():
     reports = run_on_ranks(3, reported, True)[0]
     assert reports[0]["text"].endswith(
         "; attention is already balanced by the ranks' speeds, so this is the remaining difference."
@@ -271,7 +271,7 @@ def test_reports_for_prometheus_without_its_package_are_refused(tmp_path, monkey
         PrometheusFile(tmp_path / "a.prom")
 
 
-def test_health_that_cannot_be_is_refused_by_name():
+def test_impossible_health_settings_are_refused_by_name():
     wrong = HealthConfig(every_steps=0, prometheus_file="a.prom", prometheus_port=70000, prometheus_address="eth0")
     problems = " ".join(map(str, problems_of(Config(health=wrong))))
     assert "health.prometheus_file: there are no reports to publish" in problems

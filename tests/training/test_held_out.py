@@ -94,7 +94,7 @@ def test_a_document_that_is_cut_is_not_trained_and_evaluated(folder):
     assert 0 < refused < 11
 
 
-def test_a_plan_that_is_too_short_says_what_makes_it_longer(folder):
+def test_a_plan_that_is_too_short_says_how_to_make_it_longer(folder):
     path = planned(folder, "trained", ["web"])
     before = open_data(RunFolder(folder), config_of(path)).plan
     with pytest.raises(

@@ -85,7 +85,7 @@ def test_a_run_has_the_curve_of_plain_transformers(texts, tmp_path, name, relaid
     assert verdict["passed"], verdict
 
 
-def test_what_a_run_does_not_do_is_refused_by_name(texts, tmp_path):
+def test_unsupported_runs_are_refused_by_name(texts, tmp_path):
     config = config_of(texts, tmp_path, "mixtral", output_router_logits=True)
     with pytest.raises(
         DistattnError, match="reference_check.steps: the replay in plain transformers has no router loss"

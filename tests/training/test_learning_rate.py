@@ -45,7 +45,7 @@ def test_every_schedule_rises_to_its_peak_and_ends_at_its_minimum(name, steps, w
         assert 2.0 in all_rates
 
 
-def test_rates_are_those_of_the_formulas():
+def test_rates_match_the_formulas():
     cosine = rates("cosine", 101, warmup_steps=0, min_learning_rate=1.0)
     assert cosine[50] == pytest.approx(1.5) and cosine[25] == pytest.approx(1 + (1 + math.cos(math.pi / 4)) / 2)
     assert rates("linear", 101)[25] == pytest.approx(1.5)
@@ -68,7 +68,7 @@ def test_rates_are_those_of_the_formulas():
         (dict(learning_rate=1, steps=10, name="wsd", decay_share=0.5, warmup_steps=6), "begins at step 5; use fewer"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(settings, sentence):
+def test_impossible_settings_are_refused_by_name(settings, sentence):
     with pytest.raises(DistattnError, match=sentence):
         ScheduleSettings(**settings)
 

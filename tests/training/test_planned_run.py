@@ -135,7 +135,7 @@ def test_a_run_on_text_is_shown_as_text(tmp_path, capsys):
         (["0", "--pack", "4"], 2, "data show: --pack: step 0 has packs 0 to 3."),
     ],
 )
-def test_what_a_run_has_not_is_refused(run, capsys, arguments, code, sentence):
+def test_things_that_a_run_does_not_have_are_refused(run, capsys, arguments, code, sentence):
     assert cli.main(["data", "show", str(run.folder), *arguments]) == code
     assert sentence in capsys.readouterr().err
 

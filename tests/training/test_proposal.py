@@ -49,7 +49,7 @@ def test_a_proposal_is_applied_once(run, tmp_path):
     assert not run.proposals()
 
 
-def test_what_is_refused_while_a_checkpoint_is_loaded_changes_nothing(run, tmp_path):
+def test_a_proposal_refused_while_a_checkpoint_is_loaded_changes_nothing(run, tmp_path):
     config, proposal = with_rate(tmp_path, 1e-4), Proposal(run, "ours")
     proposal.write(config, 10)
     before = {file: file.read_bytes() for file in run.folder.rglob("*") if file.is_file()}
@@ -77,7 +77,7 @@ def test_a_rank_refuses_a_proposal_that_is_gone(run, monkeypatch, capsys):
     assert len(lines) == 1 and "config.proposed-ours.toml: the proposed configuration is gone" in lines[0]
 
 
-def test_configurations_before_are_all_kept(run, tmp_path):
+def test_all_earlier_configurations_are_kept(run, tmp_path):
     rates = (1e-4, 1e-5, 1e-6)
     for rate in rates:
         for _ in range(2):

@@ -87,7 +87,7 @@ def files_of(run: RunFolder) -> dict[str, str]:
     return {file["name"]: file["blocks"] for file in manifest["files"] if file["name"].endswith(".distcp")}
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(config, tmp_path):
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(config, tmp_path):
     config = dataclasses.replace(config, evaluation=EvaluationConfig(every_steps=4, steps=1))
     run = trained(config)
     assert [path.name for path in sorted(run.checkpoints.glob("step-*"))] == [
@@ -127,7 +127,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(config, tmp_path):
     ],
     ids=["fewer ranks", "more ranks", "per rank", "whole copies", "memory", "deepspeed"],
 )
-def test_a_run_goes_on_with_other_ranks_strategies_and_engines(config, tmp_path, changes):
+def test_a_run_continues_with_other_ranks_strategies_and_engines(config, tmp_path, changes):
     config = dataclasses.replace(config, evaluation=EvaluationConfig(every_steps=8, steps=1))
     wanted, changes = trained(config), dict(changes)
     if dtype := changes.pop("dtype", ""):
@@ -214,7 +214,7 @@ def test_ranks_that_refuse_a_proposal_leave_all_checkpoints_as_they_were(config)
 
 
 @pytest.mark.full
-def test_a_run_goes_on_for_longer_than_its_packs_were_planned(config):
+def test_a_run_can_continue_for_longer_than_its_packs_were_planned(config):
     """Repeat the text for as many steps as needed. The steps planned before stay unchanged."""
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, schedule="constant"))
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3 * STEPS))
@@ -275,7 +275,7 @@ def test_a_step_that_is_not_finite_is_left_out(config, action):
     assert list((run.folder / "evidence").iterdir())
 
 
-def test_a_run_stops_where_its_file_says_so_and_goes_on_later(config):
+def test_a_run_stops_where_its_file_says_so_and_continues_later(config):
     config = dataclasses.replace(config, watch=WatchConfig(action="stop"))
     run = new_run(config)
     with pytest.raises(AssertionError, match="the gradient norm is nan"):
@@ -345,7 +345,7 @@ def test_a_resumed_run_cannot_become_another(config, arguments, sentence):
     assert run.config_file.read_bytes() == before
 
 
-def test_what_is_no_run_is_refused(tmp_path):
+def test_folders_that_are_not_runs_are_refused(tmp_path):
     done = subprocess.run(command("resume", str(tmp_path)), env=environment(), capture_output=True, text=True)
     assert done.returncode == 2 and "this is not a run folder" in done.stderr
 

@@ -26,7 +26,7 @@ def _train(rank: int, folder: Path, whole: Path, config: Config) -> None:
     train(RunFolder(whole), config, True, torch.device("cpu"))
 
 
-def test_all_ranks_stop_after_the_same_step_and_go_on_bit_by_bit(texts, tmp_path):
+def test_all_ranks_stop_after_the_same_step_and_continue_bitwise(texts, tmp_path):
     config = tiny_config(
         texts,
         tmp_path / "stopped",

@@ -93,7 +93,7 @@ def test_ranks_with_packs_of_their_own_train_as_plain_transformers(texts, tmp_pa
 
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-def test_the_reference_check_asks_for_what_a_dtype_can_give(texts, tmp_path, dtype):
+def test_the_reference_check_allows_for_the_precision_of_a_dtype(texts, tmp_path, dtype):
     config = dataclasses.replace(
         small(texts, tmp_path / "run", dtype),
         parallel=ParallelConfig(ranks=2),
@@ -156,7 +156,7 @@ def test_one_command_trains_compares_and_leaves_a_run_folder(config_file, tmp_pa
 
 
 @pytest.mark.full
-def test_json_is_all_that_is_printed_and_an_existing_folder_is_never_touched(config_file, tmp_path):
+def test_only_json_is_printed_and_an_existing_folder_is_never_touched(config_file, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("mine")
     done = distattn(
@@ -278,7 +278,7 @@ def test_a_killed_rank_is_named_and_the_others_are_stopped(config_file, tmp_path
 
 
 @pytest.mark.full
-def test_a_host_name_that_does_not_resolve_is_no_obstacle(config_file, tmp_path):
+def test_a_host_name_need_not_resolve(config_file, tmp_path):
     if subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode:
         pytest.skip("unshare --uts is not permitted here")
     run = f"{sys.executable} -m distattn.launch.cli train {config_file} --train.steps 1 --reference_check.steps 0"
@@ -332,7 +332,7 @@ def test_the_report_is_written_whatever_becomes_of_the_reference_check(texts, tm
     assert "did not finish" in run.report_file.read_text()
 
 
-def test_what_is_refused_before_ranks_start_leaves_no_folder(texts, tmp_path):
+def test_a_run_refused_before_ranks_start_leaves_no_folder(texts, tmp_path):
     config = dataclasses.replace(
         small(texts, tmp_path / "run", "float32"), parallel=ParallelConfig(ranks=16, strategy="ulysses")
     )
@@ -373,7 +373,7 @@ def test_the_reference_check_fails_when_training_differs(config_file, tmp_path):
     assert done.returncode == 1 and "differs from plain transformers" in done.stderr
 
 
-def test_the_replay_knows_nothing_of_distattn():
+def test_the_replay_does_not_use_distattn():
     source = (ROOT / "distattn" / "training" / "watch" / "reference_replay.py").read_text()
     imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
     assert imports and not any("distattn" in line for line in imports)

@@ -141,7 +141,7 @@ def test_kept_tensors_are_found_in_a_part_of_another_tensor(begin):
     assert torch.equal(holder.fields[key][0], wanted) and torch.equal(_part(whole[begin:], place), wanted)
 
 
-def test_what_a_failed_pass_kept_is_not_used_again():
+def test_memory_kept_by_a_failed_pass_is_not_reused():
     pool, freed = ArenaPool(), []
 
     def repeat_layers():

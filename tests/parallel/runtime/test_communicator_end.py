@@ -136,7 +136,7 @@ def test_a_rank_that_one_driver_lost_is_not_waited_for_by_the_last(opened):
     assert opened[1]._is_aborted and not opened[1]._is_shut
 
 
-def test_after_an_error_that_ended_the_process_nobody_is_waited_for(opened, monkeypatch):
+def test_after_an_error_that_ends_the_process_no_rank_is_waited_for(opened, monkeypatch):
     monkeypatch.setattr(sys, "last_value", ValueError(), raising=False)
     communicator_end._OPEN[id(opened[1])].finalizer()
     assert opened[1]._is_aborted and not opened[1]._is_shut
@@ -190,7 +190,7 @@ ENDS = {
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("nccl", [True, False], ids=["by NCCL's rules", "gloo"])
 @pytest.mark.parametrize("end", ENDS)
-def test_a_process_ends_without_a_word(end, nccl):
+def test_a_process_ends_silently(end, nccl):
     assert printed(ENDS[end], nccl, seconds=60) == (0, "", "")
 
 
@@ -213,7 +213,7 @@ except ValueError:
     ] == ("", "")
 
 
-def test_a_process_whose_peer_died_ends_without_a_word():
+def test_a_process_whose_peer_died_ends_silently():
     # the shutdown waits for the peer and gives up
     assert printed("dist.barrier(); os._exit(0) if rank else None", nccl=True, seconds=0.5) == (0, "", "")
 

@@ -60,7 +60,7 @@ def test_own_rows_lie_among_those_that_arrive():
         assert all(piece.is_first and piece.buffer.step == OWN for _, view in own_results for piece in view.slices)
 
 
-def test_what_is_kept_lies_where_both_passes_read_it_if_that_makes_it_little_larger():
+def test_kept_tensors_are_placed_where_both_passes_read_them_if_that_costs_little():
     for program in programs("ulysses", "zigzag", backward="keep"):
         # a rank has a quarter of the tokens, so kept tensors are a third larger than arriving tensors
         assert program.kept and set(program.kept.values()) == {TOKENS}

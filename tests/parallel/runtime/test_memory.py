@@ -32,7 +32,7 @@ requests = st.builds(
 
 
 @given(st.lists(requests, max_size=40))
-def test_places_of_one_moment_do_not_overlap(wanted):
+def test_tensors_that_live_at_the_same_time_do_not_overlap(wanted):
     offsets, size = find_places(wanted)
     assert all(offset + request.bytes <= size for offset, request in zip(offsets, wanted, strict=True))
     at_once = 0
@@ -60,7 +60,7 @@ def test_batches_of_nearly_one_size_have_arenas_of_one_size(low):
 
 @pytest.mark.parametrize("ranks", [8, 64])
 @pytest.mark.parametrize("strategy", ["ring", "allgather", "usp", "cad"])
-def test_an_arena_is_hardly_larger_than_what_lives_at_once(strategy, ranks):
+def test_an_arena_is_hardly_larger_than_the_peak_of_live_tensors(strategy, ranks):
     lengths = [5000, 300, 9000, 40, 2000] * ranks
     layout = Layout.contiguous(lengths, ranks) if strategy == "cad" else Layout.zigzag(lengths, ranks)
     shape = dict(heads=16, kv_heads=8, head_dim=128, dtype="bfloat16")

@@ -88,7 +88,7 @@ def peaks(ready, peak=peak_on_meta):
     [(op, kernel) for op in ("gated_delta_rule", "retention") for kernel in ("chunked", "triton_chunked")]
     + [("kda", "chunked")],
 )
-def test_what_a_layer_needs_is_known_beforehand(op, kernel, ranks, pack):
+def test_the_memory_of_a_layer_is_predicted(op, kernel, ranks, pack):
     ready = ready_for(plan_of(op, PACKS[pack], ranks), kernel)
     for predicted, peak in zip(ready.memory().values(), peaks(ready), strict=True):
         assert predicted.workspace > predicted.results + predicted.states
@@ -105,7 +105,7 @@ def test_where_groups_of_heads_are_cut_queries_and_keys_of_each_head_are_counted
         assert abs(peak - predicted.peak) < 1024
 
 
-def test_what_was_there_before_is_not_counted_and_its_place_is_counted_again():
+def test_earlier_memory_is_not_counted_and_its_address_is_counted_when_reused():
     old = [torch.empty(100, dtype=torch.uint8, device=META) for _ in range(50)]
     with MetaBytes() as counted:
         views = [x[1:] for x in old]

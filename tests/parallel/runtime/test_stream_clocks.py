@@ -95,7 +95,7 @@ def test_a_write_must_wait_for_reads_of_the_same_elements_only():
 
 
 @pytest.mark.parametrize("tells", [True, False])
-def test_what_a_thread_has_waited_for_others_know_by_its_future(tells):
+def test_a_future_passes_on_what_its_thread_has_waited_for(tells):
     def work(side):
         done, x = Future(), torch.ones(4, device=DEVICE)
 
@@ -146,7 +146,7 @@ def test_threads_that_use_one_stream_have_an_order(joins):
 
 
 @pytest.mark.parametrize("tells", [True, False])
-def test_memory_used_on_another_stream_is_not_freed_untold(tells):
+def test_memory_used_on_another_stream_is_not_freed_unrecorded(tells):
     def work(side):
         x = torch.ones(4, device=DEVICE)
         side.wait_stream(torch.cuda.current_stream())

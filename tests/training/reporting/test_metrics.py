@@ -92,13 +92,13 @@ def test_json_lines_and_tensorboard_hold_everything(run, capsys):
     assert shown.count("evaluation loss") == 1 and "step 2/3  evaluation loss 3.500  of 8 held-out tokens\n" in shown
 
 
-def test_evaluations_are_json_lines_where_all_is(run, capsys):
+def test_evaluations_are_json_lines_if_all_output_is(run, capsys):
     with MetricsReporter(run, 3, json_lines=True, visible=True) as reporter:
         reporter.report_losses(2, table())
     assert json.loads(capsys.readouterr().out) == {"step": 2, "evaluation_loss": 3.5, "evaluation_tokens": 8}
 
 
-def test_of_a_step_that_was_done_again_the_last_counts(run):
+def test_the_last_row_of_a_repeated_step_counts(run):
     for step, loss in ((1, 3.0), (2, 2.0), (3, 9.0), (2, 1.0)):
         run.append(run.metrics_file, StepMetrics(step, loss, 1.0, 1, 1.0).as_dict())
     assert [(step.step, step.loss) for step in run.metrics()] == [(1, 3.0), (2, 1.0), (3, 9.0)]
@@ -125,7 +125,7 @@ def test_weights_and_biases_gets_the_same(run, monkeypatch):
     ]["configuration"]
 
 
-def test_a_missing_package_is_one_sentence_and_other_ranks_do_nothing(run, monkeypatch):
+def test_a_missing_package_gives_one_sentence_and_other_ranks_do_nothing(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with (
         pytest.raises(DistattnError, match="train.wandb: 'mine', but the package wandb is not installed; pip install"),
@@ -173,14 +173,14 @@ def _waited(rank):
     return out
 
 
-def test_waiting_for_a_slow_rank_is_told_by_the_one_that_waits():
+def test_the_waiting_rank_reports_the_time_spent_on_a_slow_rank():
     (*_, first), _ = run_on_ranks(2, _waited)
     # rank 1 slept for five seconds
     assert first > 0.1
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied", "experts"])
-def test_flops_are_those_that_pytorch_counts(kind):
+def test_flops_match_pytorchs_count(kind):
     sizes = dict(
         hidden_size=32,
         intermediate_size=48,

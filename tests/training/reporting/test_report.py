@@ -48,7 +48,7 @@ def page_of(run, checked, attempts=()):
     return re.sub(r' data-name="[^"]*"', "", run.report_file.read_text())
 
 
-def test_it_is_offline_and_says_the_run_in_numbers(run):
+def test_the_page_is_offline_and_gives_the_runs_numbers(run):
     page = page_of(run, CHECKED)
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page) and "&lt;run&gt;" in page and "<run>" not in page
     for text in ("<b>3.000</b>", "from 5.500", "<b>2,000</b>", "2 steps agree with plain transformers", "5.0e-07"):
@@ -116,7 +116,7 @@ def month(run, steps=12_000):
     run.append(run.events_file, {"step": 6500, "kind": "restart", "text": "resumed from <step-6400>"})
 
 
-def test_a_long_run_shows_what_became_of_it(run):
+def test_a_long_run_shows_how_it_went(run):
     month(run)
     page = page_of(run, None)
     assert len(page) < 1_500_000
@@ -141,7 +141,7 @@ def test_a_long_run_shows_what_became_of_it(run):
     assert page.count('<svg class="chart"') == 2 and "step 1,000" in page and "step 6,000" not in page
 
 
-def test_kills_restarts_and_both_numbers_of_ranks_are_told(run):
+def test_kills_restarts_and_both_numbers_of_ranks_are_shown(run):
     # the second start follows a kill, the third changes to more ranks, and those are killed before a save
     for step, ranks, before in ((2, 2, 4), (2, 2, 4), (3, 3, 2), (3, 2, 2)):
         facts = {"ranks": ranks, "saved_on": before}

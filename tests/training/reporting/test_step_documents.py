@@ -77,7 +77,7 @@ def test_a_file_that_is_being_written_is_read(tmp_path):
         documents_of_step(path, 5)
 
 
-def test_what_is_not_there_or_no_row_is_named(tmp_path):
+def test_missing_files_and_rows_and_invalid_rows_are_named(tmp_path):
     path = tmp_path / "documents.jsonl"
     with pytest.raises(DistattnError, match=r"documents.jsonl: cannot be read: No such file .* a run that has begun"):
         documents_of_step(path, 0)

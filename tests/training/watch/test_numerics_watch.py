@@ -43,7 +43,7 @@ def test_a_long_run_without_faults_is_left_alone():
 
 @pytest.mark.parametrize("at", [0, 1, 500, 5000])
 @pytest.mark.parametrize("value", [NAN, math.inf, -math.inf])
-def test_what_is_not_finite_is_refused_at_any_step_and_does_not_count_as_usual(at, value):
+def test_non_finite_steps_are_refused_at_any_step_and_do_not_become_usual(at, value):
     scatter, watch = random.Random(2), watch_of()
     for step in range(at):
         watch.judge(step, falling(step, scatter), heavy_tailed(scatter))
@@ -155,7 +155,7 @@ def test_a_run_of_nothing_but_bad_steps_stops():
         (dict(evidence=0), "evidence: at least 1, not 0"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings, sentence):
+def test_impossible_settings_are_refused(settings, sentence):
     with pytest.raises(DistattnError, match=sentence):
         WatchSettings(**settings)
 
@@ -262,20 +262,20 @@ def test_the_first_tensor_its_rank_and_micro_batch_are_named(findings):
     assert text["loss"] == "loss, rank 2, micro-batch 1: 1 of 1 value is not finite."
 
 
-def test_a_fault_that_does_not_repeat_is_said_to_be_one(findings):
+def test_a_fault_that_does_not_repeat_is_reported_as_such(findings):
     reason, finding = findings["once"]
     assert reason == "the loss is nan."
     assert finding[:2] == ("clean", "all values are finite in a second run: the fault did not repeat.")
 
 
-def test_of_a_finite_spike_the_output_that_stands_out_is_named(findings):
+def test_the_output_that_stands_out_is_named_for_a_finite_spike(findings):
     reason, (kind, text, ranks, micro_batch) = findings["large"]
     assert "median absolute deviations" in reason
     assert (kind, ranks, micro_batch) == ("large", (2,), 1), text
     assert "the largest output compared with others is that of model.layers.1.mlp, rank 2, micro-batch 1" in text
 
 
-def test_evidence_says_which_documents_tokens_and_weights_it_was(findings, evidence):
+def test_evidence_contains_the_documents_tokens_and_weights(findings, evidence):
     folders = sorted((evidence / "evidence").iterdir())
     assert len(folders) == len(findings)
     kinds = list(findings)

@@ -73,7 +73,7 @@ def verdicts(run: RunFolder) -> dict[int, str]:
     return {checkpoint.step: checkpoint.verdict.kind for checkpoint in list_checkpoints(run.checkpoints)}
 
 
-def test_a_destroyed_run_keeps_its_good_checkpoints_and_goes_on_from_them(config, capsys, monkeypatch):
+def test_a_destroyed_run_keeps_its_good_checkpoints_and_continues_from_them(config, capsys, monkeypatch):
     # another test covers the page
     monkeypatch.setattr(finishing, "write_report", lambda *args: None)
     finish_run = finishing.finish_run
@@ -199,7 +199,7 @@ def _train_until_stopped(rank: int, runs: list[RunFolder], config: Config) -> li
     return messages
 
 
-def test_a_run_that_is_stopped_amid_refused_steps_says_from_where_it_goes_on(config, capfd):
+def test_a_run_stopped_amid_refused_steps_says_where_it_will_continue(config, capfd):
     config = dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=1, keep_last=9))
     runs = [new_run(config) for _ in range(2)]
     ((first, second),) = run_on_ranks(1, _train_until_stopped, runs, config)
@@ -316,7 +316,7 @@ def _train_and_count(rank: int, run: RunFolder, config: Config) -> list[int]:
     return counted
 
 
-def test_status_counts_from_the_checkpoint_that_a_run_goes_on_from(config):
+def test_status_counts_from_the_checkpoint_that_a_run_continues_from(config):
     config = dataclasses.replace(
         config, train=TrainConfig(steps=4), checkpoint=CheckpointConfig(every_steps=1, keep_last=9)
     )

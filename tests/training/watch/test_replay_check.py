@@ -173,7 +173,7 @@ def test_the_rank_that_computes_another_result_is_named(settings):
     ],
     ids=["ring", "cad"],
 )
-def test_who_computes_attention_wrongly_for_another_rank_is_named_not_the_other(settings, which, module, sentence):
+def test_a_rank_that_computes_wrong_attention_for_another_is_named_and_not_the_other(settings, which, module, sentence):
     results = run_on_ranks(4, _kernel_checked, settings, which)
     ranks, computed_in, tensor = results[0]
     assert results == [results[0]] * 4
@@ -181,7 +181,7 @@ def test_who_computes_attention_wrongly_for_another_rank_is_named_not_the_other(
     assert sentence in tensor
 
 
-def test_random_numbers_are_no_fault_but_a_program_that_differs_everywhere_is_told():
+def test_random_numbers_are_not_a_fault_but_a_program_that_differs_everywhere_is_reported():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
     x, check = torch.ones(8, 4), ReplayCheck(model, 1)
     torch.manual_seed(7)

@@ -80,7 +80,7 @@ def test_every_bit_counts_and_names_its_tensor(dtype, on_device, monkeypatch):
     assert digest.compare(1) is None
 
 
-def test_a_rank_that_is_damaged_again_and_again_is_told_apart_from_chance():
+def test_repeated_damage_on_one_rank_is_distinguished_from_chance():
     model, optimizer = trained_model(torch.float32)
     digest = StateDigest(lambda: state_tensors(model.named_parameters(), optimizer))
     repeats = []
@@ -138,7 +138,7 @@ def _told(rank: int) -> list[bool]:
     return changes
 
 
-def test_ranks_are_told_of_a_change_while_they_send_other_things():
+def test_ranks_learn_of_a_change_while_they_send_other_messages():
     assert run_on_ranks(2, _told) == [[False, False, True], [False, True]]
 
 
@@ -198,7 +198,7 @@ def _compared(rank: int, config: Config) -> tuple[list[str], list[tuple]]:
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_engines_digest_all_that_an_update_changes(texts, tmp_path, engine):
+def test_engines_digest_everything_that_an_update_changes(texts, tmp_path, engine):
     name, others = ENGINES[engine]
     pytest.importorskip({"fsdp2": "torch", "deepspeed": "deepspeed", "megatron": "megatron.core"}[name])
     config = config_of(name, texts, tmp_path / "run", **others)
@@ -320,7 +320,7 @@ def _error_of(rank: int, folder: Path, config: Config, before: tuple[int, ...]) 
 
 
 @pytest.mark.full
-def test_without_a_checkpoint_the_run_begins_anew_and_what_repeats_ends_it(texts, tmp_path):
+def test_without_a_checkpoint_the_run_starts_over_and_repeated_damage_ends_it(texts, tmp_path):
     config = config_of("fsdp2", texts, tmp_path / "run")
     config = dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=-1))
     for settings, before, error, code, sentence in (
@@ -341,7 +341,7 @@ def test_without_a_checkpoint_the_run_begins_anew_and_what_repeats_ends_it(texts
             assert outcome[:2] == (error.__name__, code) and sentence in outcome[2], outcome
 
 
-def test_a_digest_every_so_many_steps_is_taken_before_every_save(texts, tmp_path):
+def test_periodic_digests_are_also_taken_before_every_save(texts, tmp_path):
     config = dataclasses.replace(config_of("fsdp2", texts, tmp_path / "run"), watch=WatchConfig(digest_every=100))
     run = trained(config, (4, 5))
     # the first flip lies between updates that are not compared, the second during the save after step 4
