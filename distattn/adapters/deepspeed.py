@@ -161,7 +161,7 @@ class ProbeTarget:
         return full_tensor(safe_get_full_grad(weight)) / (getattr(self.engine.optimizer, "loss_scale", None) or 1.0)
 
     def parameters(self) -> list[ProbedParameter]:
-        """Return all of the model's parameters. Those that stage 3 partitions are empty, since no two ranks hold equal parts."""
+        """Return all of the model's parameters. Those that stage 3 partitions are empty, since ranks hold different parts."""
         scale = getattr(self.engine.optimizer, "loss_scale", None) or 1.0
 
         def gradient_of(parameter: Any) -> Tensor | None:

@@ -145,7 +145,7 @@ class ContextParallelTrainer(Trainer):
         return next(self._epoch[1], []), None
 
     def _micro_batches(self, epoch_iterator: Iterator[Any]) -> Iterator[list[Any]]:
-        """Yield an epoch's batches step by step. The last step may have fewer, as in the Trainer's own count."""
+        """Yield the batches of each step in an epoch. The last step may have fewer, which is how the Trainer counts steps."""
         while whole := list(islice(epoch_iterator, self.args.gradient_accumulation_steps)):
             yield whole
 

@@ -82,7 +82,7 @@ def replace_core_attention(spec: Any, **settings: Any) -> Any:
 
 
 def close(model: Any) -> None:
-    """End the threads and communicators of a model's core attention. All ranks call this. model: a model or its chunks."""
+    """End the threads and communicators of a model's core attention. All ranks call this. model: one model, or its chunks."""
     for part in model if isinstance(model, list) else [model]:
         for module in unwrapped(part).modules():
             if isinstance(batches := getattr(module, "batches", None), MegatronBatches):
@@ -212,7 +212,7 @@ class Rotary(torch.nn.Module):
         self.base, self.without_rows = base, without_rows
 
     def get_rotary_seq_len(self, *arguments: Any, **named: Any) -> int:
-        """Return the sequence length for Megatron. For sharded batches, the number also carries the batch's positions."""
+        """Return the sequence length for Megatron. For sharded batches, the returned int also carries the batch's positions."""
         packed = next((x for x in (*arguments, *named.values()) if isinstance(x, PackedShard)), None)
         if packed is None:
             return self.base.get_rotary_seq_len(*arguments, **named)  # type: ignore[operator,no-any-return]

@@ -59,7 +59,7 @@ class RunCheckpoints:
     def load(self, state: dict[str, Any]) -> int:
         """Load the newest complete checkpoint into `state`, in place. Return its step, or 0 without a checkpoint. Collective.
 
-        Raises DistattnError if the checkpoint has other facts.
+        Raises DistattnError if the checkpoint's facts differ.
         """
         loaded = self._checkpoints.load_newest(state, required=self._facts)
         return 0 if loaded is None else loaded.step

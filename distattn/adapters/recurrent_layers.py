@@ -15,7 +15,7 @@ _NORM_EPSILON = 1e-6
 
 
 def l2norm(x: Tensor) -> Tensor:
-    """Divide x by its L2 norm along the last dimension, for queries and keys of delta rules. The dtype stays."""
+    """Divide x by its L2 norm along the last dimension, for queries and keys of delta rules. The result has x's dtype."""
     wide = x.to(accumulation_dtype(x.dtype))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + _NORM_EPSILON)).to(x.dtype)
 

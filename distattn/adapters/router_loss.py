@@ -1,8 +1,8 @@
 """The load-balancing loss of mixture-of-experts models, over the tokens of all ranks.
 
 Fedus, Zoph, Shazeer 2021, arXiv 2101.03961, as transformers computes it from a model's `router_logits` (`output_router_logits`):
-E sum_e f_e p_e, with f_e the share of tokens that go to expert e and p_e its mean probability, both over all layers. The loss is
-a product of two means, so losses over one rank's tokens do not add up to it.
+E sum_e f_e p_e, where f_e is the fraction of tokens routed to expert e and p_e its mean probability, both over all layers. The
+loss is a product of two means, so the losses of single ranks' tokens do not add up to it.
 """
 
 # T tokens on this rank, E experts
@@ -28,7 +28,7 @@ _NAMES = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
 def router_loss(model: torch.nn.Module, output: Any, batch: Mapping[str, Any]) -> Tensor | None:
     """Compute this rank's share of the router loss, weighted as in the model's configuration. Return None without a router loss.
 
-    output: the model's output for a sharded batch. Expert shares and mean probabilities are over the micro-batch's tokens on all
+    output: the model's output for a sharded batch. Fractions and mean probabilities are over the micro-batch's tokens on all
     ranks of the loss group, without padding. Micro-batches of a step are weighted by their label counts. The results add up over
     ranks like token losses, and include the batch's loss scale. This is a collective call of the loss group. Raises DistattnError
     if the model does not give its number of experts or its loss's weight, or if the batch belongs to a pipeline.

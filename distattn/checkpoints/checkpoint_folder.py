@@ -26,7 +26,7 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 # a writer on another machine, whose process cannot be looked up, counts as dead after this time without a write
 WRITER_SILENCE_SECONDS = 3600.0
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
-# the name contains the writer's name
+# the folder's name contains the writer's name
 _UNFINISHED = re.compile(r"step-\d{8,}\.tmp-([0-9a-f]{8}-\d+-\d+)-[0-9a-f]+")
 _OUTDATED = re.compile(r"step-\d{8,}\.removed-[0-9a-f]+")
 _REPLACED = re.compile(r"(step-\d{8,})\.replaced-[0-9a-f]+")
@@ -220,14 +220,14 @@ def find_checkpoints(path: Path) -> list[Checkpoint]:
     for folder in (path, path / _IN_RUN):
         if checkpoints := list_checkpoints(folder):
             return checkpoints
-    # a single checkpoint
+    # the path may be a single checkpoint
     single = [
         checkpoint for checkpoint in list_checkpoints(path.resolve().parent) if checkpoint.folder == path.resolve()
     ]
     if single:
         return single
     if (path / MANIFEST_FILE).exists():
-        # a copy of a checkpoint under another name
+        # the path may be a copy of a checkpoint under another name
         manifest = Manifest.read(path)
         return [Checkpoint(manifest.step, path, manifest, "", CheckpointVerdict.read(path))]
     raise DistattnError(f"{path}: has no checkpoints; name a run, a folder of checkpoints, or a checkpoint.")

@@ -55,7 +55,7 @@ _WRITE_SECONDS = 120.0
 class Loaded(NamedTuple):
     """The checkpoint that a state was loaded from. step: training steps done. facts: those in its manifest.
 
-    doubt: its verdict if that is doubtful and no other checkpoint could be loaded, otherwise "".
+    doubt: the verdict, if it is doubtful and no other checkpoint could be loaded, otherwise "".
     """
 
     step: int
@@ -213,7 +213,7 @@ class Checkpoints:
         return step in self._failed_steps
 
     def wait(self) -> None:
-        """Wait until the last save is written or has failed, and the work of `note` is done. Raises as `save` does."""
+        """Wait until the last save is written or has failed, and all work passed to `note` is done. Raises as `save` does."""
         if self._last is not None:
             self._wait_for_writer(self._last)
         if self._last_note is not None:
@@ -292,7 +292,7 @@ class Checkpoints:
         return candidate
 
     def _verify_and_read(self, candidate: _Candidate, state: dict[str, Any]) -> str | None:
-        """Verify and read a checkpoint. Return its problem, or None. All ranks return the same."""
+        """Verify and read a checkpoint. Return its problem, or None. The result is the same on all ranks."""
         part, parts = self._exchange.rank, self._exchange.ranks
         problem: CheckpointProblem | None = self._decided(
             lambda: first_problem(candidate.folder, candidate.manifest, part, parts),
@@ -341,7 +341,7 @@ class Checkpoints:
     def _raise_error(self) -> None:
         if self._error is not None:
             error = self._error
-            # a lost rank is permanent
+            # losing a rank is permanent
             if isinstance(error, LostRankError):
                 self._failure_reported = True
             else:

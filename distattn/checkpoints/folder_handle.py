@@ -17,7 +17,7 @@ class FolderHandle:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
 
     def is_in_place(self) -> bool:
-        """Return whether the path still names this folder, which takes microseconds. True if the file system does not answer."""
+        """Return whether the path still names this folder, or True if the file system does not answer. Takes microseconds."""
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
         except (FileNotFoundError, NotADirectoryError):

@@ -24,8 +24,8 @@ class Owner:
     """A process. host: its host name. machine: identifies this boot of this machine or container.
 
     pid: its id within the machine. started: when it started, in clock ticks after boot, since process ids are reused. job: the
-    job whose attempts follow one another, as a Slurm job number or a launcher's name (JOB_VARIABLE); "" without one. since: when
-    it became the owner, ISO 8601, UTC. token: unique to this ownership.
+    job that it is an attempt of, by Slurm's number or by a launcher's name (JOB_VARIABLE); "" without one. since: when it became
+    the owner, ISO 8601, UTC. token: unique to this ownership.
     """
 
     host: str
@@ -80,7 +80,7 @@ class Owner:
 
 
 def machine_digest() -> str:
-    """Return 8 hexadecimal digits, equal for ranks that share a boot, process ids and a network with its loopback interface.
+    """Return 8 hexadecimal digits that are equal for ranks with the same boot, process ids and network (hence loopback).
 
     Pods on one host may see all of its processes (hostPID), but have their own networks.
     """

@@ -1,4 +1,4 @@
-"""The names that a checkpoint's pickles may contain: DCP's own classes and PyTorch's tensors only. Does not need torch.
+"""The names that a checkpoint's pickles may contain: only DCP's own classes and PyTorch's tensors. It does not need torch.
 
 A pickle can name any function of any module, which is called when the pickle is read. Digests do not help, since the author of a
 checkpoint also creates its digests. So this file lists the permitted names. `METADATA` is for DCP's `.metadata`. `VALUES` is for

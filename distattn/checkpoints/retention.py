@@ -12,11 +12,11 @@ from distattn.ir.errors import DistattnError
 
 @dataclass(frozen=True)
 class KeepRule:
-    """A rule that keeps the `last` newest checkpoints, and also one for every `every_hours` hours of training.
+    """A rule that keeps the `last` newest checkpoints, and also one per `every_hours` hours of training.
 
     Hours count only while jobs run (`Manifest.seconds`), since the time of day may jump. Doubtful checkpoints (see
-    `CheckpointVerdict`) do not count, so they never displace others; each is removed together with the checkpoint before it. The
-    newest good checkpoint stays until one of the `last` newest is good. Checkpoints marked as kept stay.
+    `CheckpointVerdict`) do not count, so they never displace others; each stays as long as the checkpoint before it. The newest
+    good checkpoint stays until one of the `last` newest is good. Checkpoints marked as kept stay.
 
     last: at least 1. Raises DistattnError if a number is too small.
     """

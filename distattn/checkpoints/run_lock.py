@@ -49,8 +49,7 @@ def _ending_seconds(owner: Owner) -> float:
 
 
 class RunLock:
-    """A lock that holds a folder for this process until it is closed or the process ends. One process per job, mostly rank 0,
-    takes it.
+    """A lock on a folder, held until it is closed or this process ends. One process of a job takes it, usually rank 0.
 
     role: OWNER or LAUNCHER; a folder may have one of each.
 
@@ -64,11 +63,11 @@ class RunLock:
     """
 
     def __init__(self, folder: Path, role: str = OWNER):
-        """Take the lock. Raises DistattnError that names the owner if another job has it, or says why locking failed."""
+        """Take the lock. Raises DistattnError naming the owner if another job has it, or the reason why locking failed."""
         self._folder, self._me = folder, Owner.of_this_process()
         self._closing = threading.Event()
         self._file, self._role = folder / _OWNER_FILE.format(role), role
-        # the descriptor of the lock file while this process has the lock
+        # the descriptor of the lock file while this process holds the lock
         self._descriptor: int | None = None
         self._identity = (role, 0, 0)
         # the previous owner, whose name stays in the file while a full disk keeps ours from being written
@@ -119,7 +118,7 @@ class RunLock:
         while not self._lock_file():
             owner = Owner.read(self._file)
             if owner is None or owner.is_alive() is False:
-                # a successor has the lock and is about to write its name
+                # a new owner has the lock and is about to write its name
                 limit = _NAMING_SECONDS
             else:
                 # an earlier attempt of this job may not have ended yet
@@ -128,7 +127,7 @@ class RunLock:
                 raise self._refused(owner, "")
             time.sleep(0.1)
         owner = Owner.read(self._file)
-        # an owner on this machine must be dead; for one on another machine, the lock may not be visible here
+        # since this process has the lock, an owner on this machine is dead; one on another machine may not see the lock
         if owner is not None and owner.is_alive() is None and not self._is_of_same_job(owner):
             self._wait_for_end_of_lease(owner)
         self._before = owner
@@ -235,5 +234,5 @@ def folder_owner(folder: Path, role: str = OWNER) -> tuple[Owner, bool] | None:
     if (owner := Owner.read(file)) is None:
         return None
     alive = owner.is_alive()
-    # a lease from the future was written while a clock was ahead
+    # a lease dated in the future was written while a clock was ahead
     return owner, abs(file_age(file)) <= LEASE_SECONDS if alive is None else alive

@@ -21,7 +21,7 @@ class Change(NamedTuple):
 
 
 def common_change(changes: Sequence[Change | None]) -> Change | None:
-    """Return the change that all ranks share. Return None if their changes differ or any of them was not recognized."""
+    """Return the change that all ranks share, or None if their changes differ or one was not recognized."""
     recognized = [change for change in changes if change is not None]
     kinds = {change.kind for change in recognized}
     return recognized[0] if len(recognized) == len(changes) and len(kinds) == 1 else None

@@ -1,4 +1,4 @@
-"""The diagnosis of `distattn doctor`: the first difference from one process, and the mistake that explains it.
+"""The diagnosis of `distattn doctor`: the first difference from a single-process run, and the mistake that explains it.
 
 A mistake is named only if making it in one process reproduces the ranks' results. How large a difference may be is measured:
 see `measure_tolerances`.
@@ -164,7 +164,7 @@ class _Backward:
 
 
 def _with_refusal(finding: Finding | None, ranks: Sequence[RankResult]) -> Finding | None:
-    """Add the setup's refusal to the finding, since both may have one cause. Without a finding, report the refusal alone."""
+    """Add the setup's refusal to the finding, since they may share a cause. Without a finding, report the refusal alone."""
     for rank, result in enumerate(ranks):
         if refusal := result.get("setup_refusal", "").rstrip("."):
             if finding is None:
@@ -174,7 +174,7 @@ def _with_refusal(finding: Finding | None, ranks: Sequence[RankResult]) -> Findi
 
 
 def _check_repeatable(emulation: EmulatedModel) -> Finding | None:
-    """Return a finding if one process uses random numbers, since its results cannot be compared even with seeded ranks."""
+    """Return a finding if the model is random in one process. Nothing can then be compared, even if the ranks are seeded."""
     first_NV, second_NV = emulation(RIGHT, False), emulation(RIGHT, False)
     if first_NV is None or second_NV is None or torch.equal(first_NV, second_NV):
         return None
@@ -213,7 +213,7 @@ def _errors_unsplit(
     ranks: Sequence[RankResult],
     tolerances: Tolerances,
 ) -> list[LocalError]:
-    """Return the first differences from a single rank that has all tokens. Return none in fp32, where logits show as much."""
+    """Return the first errors found when a single rank has all tokens. In fp32, return none: the logits would show them."""
     if not _is_coarse(ranks):
         return []
     whole = on_one_rank(reference, ranks)
@@ -330,8 +330,8 @@ def _explain_gradients_and_weights(
 ) -> Finding | None:
     """Find the mistake behind wrong gradients.
 
-    They may be missing or not reduced, tokens or the router loss (explain_router) may have wrong weights, the sum of local
-    gradients may be wrong, or they may be wrong before the sum (explain_backward).
+    Gradients may be missing, not reduced, summed wrongly, or wrong before they are summed (explain_backward). Or tokens or the
+    router loss (explain_router) may have wrong weights.
     """
     finding = explain_gradients(reference, ranks, compared)
     # unreduced gradients say nothing about weights
@@ -344,7 +344,7 @@ def _explain_gradients_and_weights(
     sums = LocalGradients(reference, ranks).explain()
     # a later step may compensate for a factor common to all weights
     if finding is None and sums is None and not are_unequal(losses):
-        # in fp32 the parameters' gradients show as much
+        # in fp32, the parameters' gradients would already show a mistake in the backward pass
         return explain_backward() if _is_coarse(ranks) else None
     weights = explain_weights(reference, losses, ranks[0]["loss_scale"], len(ranks))
     explained = weights or explain_router() or sums
@@ -354,7 +354,7 @@ def _explain_gradients_and_weights(
 
 
 def _loss_ratio(reference: ReferenceResult, ranks: Sequence[RankResult]) -> float:
-    """Return the ranks' loss divided by that of one process. Ranks hold shares to sum, or each holds the whole loss."""
+    """Return the ranks' loss divided by the single-process loss. The ranks hold shares to sum, or each holds the whole loss."""
     losses = torch.stack([torch.stack([part["loss"] for part in result["parts"]]).sum() for result in ranks])
     ratios = [float(losses.sum() / reference.loss), float(losses.mean() / reference.loss)]
     return min(ratios, key=lambda ratio: abs(ratio - 1))

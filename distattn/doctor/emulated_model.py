@@ -24,7 +24,7 @@ class EmulatedModel:
     def __init__(self, target: Target, model: torch.nn.Module, reference: ReferenceResult, ranks: Sequence[RankResult]):
         self._target, self._model, self._batches = target, model, micro_batches_of(reference, ranks)
         self._device = next(model.parameters()).device
-        # the model's errors while mistakes were tried
+        # errors raised by the model while mistakes were tried
         self.failures: list[str] = []
         # names of the batch operations that the model's layers call
         self.asked: set[str] = set()

@@ -58,8 +58,8 @@ class Mistake(NamedTuple):
 class VisibleTokens(NamedTuple):
     """The tokens that each token sees.
 
-    allowed_NN: a mask of the keys that each query attends. read, convolved: the tokens that recurrent layers and convolutions,
-    respectively, read as one sequence, for each sequence.
+    allowed_NN: a mask of the keys that each query attends to. read: for each sequence, the tokens that recurrent layers read.
+    convolved: for each sequence, the tokens that convolutions read.
     """
 
     allowed_NN: Tensor
@@ -107,7 +107,7 @@ def emulate(
         futures = [threads.submit(run, rank) for rank in range(len(tokens))]
     errors = [error for future in futures if (error := future.exception()) is not None]
     if errors:
-        # the other threads' broken barriers are only a consequence of the thread that failed
+        # prefer the original error, since the other threads' broken barriers only follow from it
         raise next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), errors[0])
     return in_global_order([future.result() for future in futures], tokens)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from packaging.version import Version
 
-# for each package: the lowest tested version, the version that tested ones are below, and whether it is required
+# for each package: the first tested version, the first version beyond the tested range, and whether it is required
 PACKAGES = {
     "torch": ("2.11", "2.14", True),
     "numpy": ("1.26", "3", True),

@@ -15,7 +15,7 @@ from distattn.doctor.reference import ReferenceResult
 class GradientComparison(NamedTuple):
     """The gradients of all parameters in fp64, on each rank and in one process (expected).
 
-    tolerances: each gradient's largest permitted difference from one process, as a norm. roundings: its largest permitted
+    tolerances: each gradient's largest permitted difference from the expected one, as a norm. roundings: its largest permitted
     relative difference between ranks. Reduced gradients are equal on all ranks except for a rounding or two.
     """
 
@@ -35,11 +35,11 @@ class GradientComparison(NamedTuple):
 
     @property
     def norm_ratio(self) -> float:
-        """The norm of rank 0's gradient divided by that of one process."""
+        """The norm of rank 0's gradient divided by that of the expected gradient."""
         return _norm(self.ranks[0]) / max(_norm(self.expected), 1e-30)
 
     def factor_of(self, gradients: dict[str, Tensor]) -> float:
-        """Return these gradients' component along the expected ones, as a factor of the expected ones."""
+        """Return the factor by which the expected gradients come closest to these."""
         along = sum(float((gradients[name] * right).sum()) for name, right in self.expected.items())
         return along / max(_norm(self.expected) ** 2, 1e-30)
 
@@ -70,7 +70,7 @@ class GradientComparison(NamedTuple):
 def explain_gradients(
     reference: ReferenceResult, ranks: Sequence[RankResult], compared: GradientComparison
 ) -> Finding | None:
-    """Find the mistake in the ranks' gradients. Return None if they equal those of one process."""
+    """Find the mistake in the ranks' gradients. Return None if they match the expected ones."""
     if finding := explain_missing(reference, ranks, compared):
         return finding
     if unequal := compared.unequal():

@@ -24,7 +24,7 @@ _REDUCE = "sum gradients over all data- and context-parallel ranks, once, after 
 
 
 class _Fit(NamedTuple):
-    """The factors (ranks, micro-batches) of local gradients in one rank's gradients. fits: True if the weighted sum matches."""
+    """The factors (ranks, micro-batches) by which local gradients add up to one rank's gradient. fits: True if they do."""
 
     factors: Tensor
     fits: bool
@@ -131,7 +131,7 @@ class LocalGradients:
         return Finding("gradients clipped", observed, "clip after the doctor has asked for gradients(model)")
 
     def _factor(self, names: Sequence[str]) -> float:
-        """Return rank 0's component along the gradient of one process, as a factor of that gradient."""
+        """Return the factor by which the expected gradient comes closest to rank 0's."""
         along = sum(float((self._ranks[0]["gradients"][name].double() * self._expected[name]).sum()) for name in names)
         return along / max(sum(float(self._expected[name].square().sum()) for name in names), 1e-30)
 

@@ -96,7 +96,7 @@ def micro_batches_of(reference: ReferenceResult, ranks: Sequence[RankResult]) ->
 def first_different_module(
     reference: ReferenceResult, ranks: Sequence[RankResult], tolerances: Tolerances
 ) -> str | None:
-    """Return the name of the first module, in execution order, whose output differs from that of one process, or None."""
+    """Return the name of the first module, in execution order, whose output differs from the reference, or None."""
     for name, expected in reference.outputs.items():
         there = outputs_of_ranks(reference, ranks, name)
         if there is not None and distance(there, expected) > tolerances.outputs[name]:

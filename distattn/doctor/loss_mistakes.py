@@ -18,12 +18,12 @@ from distattn.batch.packed_batch import IGNORE_INDEX
 from distattn.doctor.comparison import Finding, PartResult, RankResult, parts_of
 from distattn.doctor.reference import ReferenceResult
 
-# A token has no loss if its gradient is below this share of the usual one. A label fits if it leaves at most this share of the
-# gradient unexplained. The limit is loose because bf16 has only two digits.
+# A token has no loss if its gradient is below this fraction of the usual one. A label fits if it leaves at most this fraction of
+# the gradient unexplained. The limit is loose because bf16 has only two digits.
 _NO_LOSS = _FITS = 0.05
 # the largest relative difference at which the weights of a part's tokens count as equal
 _UNEQUAL = 0.05
-# the share of a token's gradient that cross entropy may leave unexplained
+# the fraction of a token's gradient that cross entropy may leave unexplained
 _FORM = 2e-3
 # a token with a smaller norm of softmax - onehot is predicted almost with certainty, so its gradient shows nothing
 _SURE = 0.02
@@ -34,7 +34,7 @@ class PartLoss(NamedTuple):
 
     right_T: the correct labels. labels_T: the labels used, IGNORE_INDEX for tokens without a loss. weights_T: the weights of the
     tokens' losses. clear_T: True for tokens whose gradient reveals label and weight. upstream: the factor by which backward
-    multiplied the loss; the weights do not include it. eps: the eps of the gradient's dtype. misfit: the share of a token's
+    multiplied the loss; the weights do not include it. eps: the eps of the gradient's dtype. misfit: the fraction of a token's
     gradient that cross entropy does not explain, as the median over tokens. smoothing: the label smoothing that explains the
     misfit, or 0.
     """
@@ -110,7 +110,7 @@ def _read_loss(rank: int, part: PartResult, right_T: Tensor) -> PartLoss:
 def _misfit_and_smoothing(
     gradient_TV: Tensor, probability_TV: Tensor, labels_T: Tensor, counted_T: Tensor
 ) -> tuple[float, float]:
-    """Return the share of the gradients that cross entropy does not explain, and the label smoothing that does, or 0."""
+    """Return the fraction of the gradients that cross entropy does not explain, and the label smoothing that does, or 0."""
     if not counted_T.any():
         return 0.0, 0.0
     gradient_TV, direction_TV = gradient_TV[counted_T], _direction(probability_TV, labels_T)[counted_T]
@@ -126,7 +126,7 @@ def _misfit_and_smoothing(
 
 
 def _labels_and_weights(gradient_TV: Tensor, probability_TV: Tensor, right_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the label and weight that best fit each token's gradient. The right label wins if it fits."""
+    """Return the label and weight that best fit each token's gradient, preferring the right label if it fits."""
     weights_T = _along(gradient_TV, _direction(probability_TV, right_T))
     rest_TV = gradient_TV - weights_T[:, None] * _direction(probability_TV, right_T)
     fits_T = (right_T != IGNORE_INDEX) & (rest_TV.norm(dim=-1) <= _FITS * gradient_TV.norm(dim=-1))
@@ -148,7 +148,7 @@ def _along(gradient_TV: Tensor, direction_TV: Tensor) -> Tensor:
 
 
 def explain_form(losses: Sequence[PartLoss]) -> Finding | None:
-    """Return a finding if a loss is not plain cross entropy, the loss that one process computes."""
+    """Return a finding if a loss is not plain cross entropy, which the reference uses."""
     odd = [loss for loss in losses if loss.misfit > max(_FORM, 3 * loss.eps)]
     if not odd:
         return None
@@ -161,7 +161,7 @@ def explain_form(losses: Sequence[PartLoss]) -> Finding | None:
 
 
 class _LabelMistake(NamedTuple):
-    """A way to get labels wrong. labels: (reference, indices (T,) of a part's tokens in the batch) -> wrong labels (T,)."""
+    """A labeling mistake. labels: returns a part's wrong labels (T,) from the reference and its tokens' indices in the batch."""
 
     labels: Callable[[ReferenceResult, Tensor], Tensor]
     cause: str

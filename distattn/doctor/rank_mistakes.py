@@ -1,4 +1,4 @@
-"""Find the mistake of individual ranks behind the first difference: in positions, attention, weights or modules."""
+"""Explain the first difference by a mistake on individual ranks: in positions, attention, weights or modules."""
 
 # T tokens on a rank, P positions, C values per position, I rotary embedding frequencies
 
@@ -53,7 +53,7 @@ def explain_errors(
     model: torch.nn.Module,
     ranks: Sequence[RankResult],
 ) -> Finding | None:
-    """Find the mistake behind errors at the first place that differs. Return None if no known mistake fits."""
+    """Find the mistake behind the errors at the first place that differs. Return None if no known mistake fits."""
     place, batch = errors[0].place, emulation.micro_batches[errors[0].place.micro_batch]
     if place.module in lookups(model) and (finding := _explain_lookup(replay, errors, batch.right(), emulation)):
         return finding
@@ -100,7 +100,7 @@ def explain_gradient_errors(replay: Replay, errors: Sequence[LocalError]) -> Fin
 
 
 def _explain_lost_features(replay: Replay, errors: Sequence[LocalError], names: str) -> Finding | None:
-    """Find output features of a fused projection that no gradient reaches. names: the ranks' names."""
+    """Find output features of a fused projection that no gradient reaches. names: the ranks, as text."""
     lost = []
     for error in errors:
         expected_TC, got_TC = (values.reshape(len(values), -1) for values in (error.expected_T, error.got_T))

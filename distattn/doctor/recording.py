@@ -21,8 +21,8 @@ _SETTINGS = (bool, int, float, str, type(None))
 def recorded_outputs(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
     """Record the modules' output tensors, in execution order, while the context is open.
 
-    Keys are module names. A module's later calls are named "name (call 2)" and so on, further tensors of a tuple
-    "name (output 2)".
+    Keys are module names. A module's later calls are named "name (call 2)" and so on. Further tensors in a tuple are named
+    "name (output 2)" and so on.
     """
     seen: dict[str, Tensor] = {}
 

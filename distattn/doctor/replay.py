@@ -37,9 +37,9 @@ _RANK_MARGIN, _TOKEN_MARGIN = 4.0, 8.0
 _FINE_MARGIN = 10.0
 # an additional factor for gradients: those of queries and keys are differences of rounded values, and the ranks cast more often
 _GRADIENT_MARGIN = 3.0
-# an additional, smaller factor if another rank with at least _SEVERAL tokens has exactly the values of one process
+# an additional, smaller factor if another rank with at least _SEVERAL tokens matches one process exactly
 _PEER_MARGIN, _SEVERAL = 0.4, 8
-# the typical rounding error, as a share of the largest
+# the typical rounding error, as a fraction of the largest
 _USUAL = 0.6
 _SEEDS = (0, 1)
 LOGITS = "logits"
@@ -256,7 +256,7 @@ class Replay:
             yield LocalError(place, rank, named.tolist(), ratio, relative, expected_T, got_T)
 
     def _ratios(self, rank: int, place: Place, expected_T: Tensor) -> tuple[float, Tensor]:
-        """Return the largest ratio of a difference to what rounding explains, and a mask (T,) of the tokens beyond that."""
+        """Return the largest ratio of a difference to what rounding explains, and a mask (T,) of the tokens that exceed it."""
         got_T = self.got(rank, place)
         if got_T is None or got_T.shape != expected_T.shape:
             return 0.0, torch.zeros(len(expected_T), dtype=torch.bool)
@@ -307,7 +307,7 @@ class Replay:
         return less * _RANK_MARGIN, less * _TOKEN_MARGIN
 
     def _is_exact(self, rank: int, place: Place) -> bool:
-        """Return whether a rank with at least _SEVERAL tokens has exactly the values of one process."""
+        """Return whether a rank has at least _SEVERAL tokens and matches one process exactly."""
         if (rank, place) not in self._exact:
             expected_T, got_T = self.right[rank].get(place), self.got(rank, place)
             several = expected_T is not None and len(expected_T) >= _SEVERAL
@@ -359,7 +359,7 @@ class Replay:
         observed: list[tuple[AttentionCall, Tensor]] = []
 
         def swapped(rank: int, place: Place, values: Tensor) -> Tensor | None:
-            """Store the computed values and return the rank's recorded values to use instead, or None without a record."""
+            """Store the computed values. Return the rank's recorded values to use instead, or None if nothing was recorded."""
             dim, tokens = self._dims.get(place.call), batch.tokens[rank]
             recorded_T = self.got(rank, place) if len(tokens) else None
             computed_T = None if dim is None else _rows(values, dim, len(tokens))
@@ -420,7 +420,7 @@ class Replay:
         tokens: Tensor,
         place: Place,
     ) -> None:
-        """Record this place as the result of the observed attention call if the module's input equals that result."""
+        """Note that this place has the result of the observed attention call if the module's input equals that result."""
         call, out_NHE = observed
         if any(link.call is call for link in self.calls):
             return
@@ -463,7 +463,7 @@ def _rows(values: Tensor, dim: int, tokens: int) -> Tensor | None:
 
 
 class _ExceededError(Exception):
-    """Raised when a difference exceeds what rounding explains."""
+    """An error raised when a difference exceeds what rounding explains."""
 
 
 class _Replaced(torch.autograd.Function):

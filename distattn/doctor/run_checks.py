@@ -22,7 +22,7 @@ def check_inputs(ranks: Sequence[RankResult]) -> Finding | None:
 
 
 def check_run(reference: ReferenceResult, ranks: Sequence[RankResult]) -> tuple[str | None, list[Finding]] | None:
-    """Find the first reason why the ranks' results cannot be compared with one process. Return None if they can."""
+    """Find the first reason why the ranks' results cannot be compared with the reference. Return None if they can."""
     finding = _other_tokens(reference, ranks) or _misplaced_tokens(reference, ranks) or _random_numbers(ranks)
     return (None, [finding]) if finding else None
 

@@ -120,14 +120,14 @@ class Target:
 
     @staticmethod
     def plain_forward(model: torch.nn.Module, part: Mapping[str, Any]) -> Tensor:
-        """Compute logits like `forward`, but without the script. Hypotheses run with this."""
+        """Compute logits like `forward`, but without the script. Used to run hypotheses."""
         if hasattr(model, "set_attn_implementation"):
             huggingface.register()
             model.set_attn_implementation(huggingface.NAME)  # type: ignore[operator]
         return pytorch.logits_of(model, part)
 
     def loss(self, logits: Tensor, part: Mapping[str, Any], model: torch.nn.Module, returned: Sequence[Any]) -> Tensor:
-        """Compute this rank's share of the loss. Shares add up to the loss. returned: the plain model's result of each call."""
+        """Compute this rank's share of the loss. Shares add up to the loss. returned: the results of the plain model's calls."""
         if hasattr(self._script, "loss"):
             return self._script.loss(logits, part)  # type: ignore[union-attr]
         share = pytorch.loss_of(logits, part)

@@ -69,7 +69,7 @@ class StateBytes(NamedTuple):
 
 
 class RankCounts(NamedTuple):
-    """Bytes of activations. saved: device memory held for the backward pass between the last layer and the loss.
+    """Bytes of activations. saved: device memory held for the backward pass when the last layer is done and the loss begins.
 
     arena: memory that attention keeps between passes and steps. This is the largest arena and, if layers are recomputed in the
     backward pass, the receive buffers of the recomputed passes. working: each section's peak beyond saved and arena; the peaks
@@ -106,8 +106,8 @@ class RankMemory:
 class AllocationWatch(TorchDispatchMode):
     """A counter of the bytes of storages created on one device in its context, with their peaks by section.
 
-    alive: the bytes now. peaks: the highest `alive` in each section. arena: see `RankCounts`; alive and peaks do not include it.
-    host: the peak bytes of a `CountingOffload` on the host.
+    alive: the bytes alive now. peaks: the highest `alive` in each section. arena: see `RankCounts`; `alive` and `peaks` do not
+    include it. host: the peak bytes of a `CountingOffload` on the host.
     """
 
     def __init__(self, device: torch.device | str = "meta") -> None:
@@ -265,7 +265,7 @@ def _mark(watch: AllocationWatch, module: nn.Module, name: str) -> list[Any]:
 
 
 class PlannedAttention:
-    """A batch's attention by one executable, which need not be able to run, since meta tensors are not computed."""
+    """A batch's attention with one executable, which need not be runnable, since nothing is computed on meta tensors."""
 
     used = True
     # any length is fine, since rotary frequencies have no values on the meta device

@@ -31,7 +31,7 @@ def checkpoint_layers(
     """Make layers keep only their input between the forward and the backward pass.
 
     The first argument of a layer's forward is its input, a tensor of hidden states. All other arguments, such as the batch, are
-    kept as they are. save: "nothing" else, or also attention's outputs ("attention"), which are then not recomputed. offload:
+    kept as they are. save: "nothing" more, or "attention" to keep attention's outputs as well and not recompute them. offload:
     copies inputs to the host, and back in time.
 
     Call this before or after `fully_shard`; parameters are gathered around the layer. Compile a layer afterwards, with

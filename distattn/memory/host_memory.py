@@ -9,10 +9,7 @@ _NO_LIMIT = 1 << 60
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
-    """Return the bytes available to new processes within the machine's and the cgroups' limits, or None if unknown.
-
-    The number is known only on Linux.
-    """
+    """Return the bytes available to new processes within the limits of the machine and its cgroups. None if not on Linux."""
     available = _cgroup_bytes(root)
     try:
         for line in (root / "proc/meminfo").read_text("ascii").splitlines():

@@ -32,7 +32,7 @@ class HostOffload:
             raise DistattnError(f"in_flight is at least 1, not {in_flight}.")
         self.in_flight = in_flight
         self._lock = threading.RLock()
-        # tensors being copied out, oldest first; tensors that may be requested, in the order in which they were put
+        # tensors being copied out, oldest first, and all tensors that may be requested, in the order of `put`
         self._leaving: deque[Ticket] = deque()
         self._waiting: list[weakref.ref[Ticket]] = []
         # pinned buffers of dead tickets; a device's copies all run on one stream, so reuse follows stream order
@@ -104,7 +104,7 @@ class Ticket:
 
     def __init__(self, owner: HostOffload, x: Tensor, stream: Any):
         self._owner, self._stream, self._like = owner, stream, x.new_empty(0)
-        # the event after the latest copy; the tensor on the device, while it is there
+        # the event after the latest copy, and the device tensor while there is one
         self._event: Any = None
         self._device: Tensor | None = x
         self._pinned: Tensor | None = None
@@ -149,7 +149,7 @@ class Ticket:
             self._event = self._stream.record_event()
 
     def arrive(self) -> Tensor:
-        """Return the tensor, for which the current stream waits. The ticket drops its reference."""
+        """Make the current stream wait for the tensor, and return it. The ticket drops its reference."""
         self.fetch()
         if self._event is not None:
             torch.cuda.current_stream(self._like.device).wait_event(self._event)

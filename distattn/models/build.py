@@ -93,7 +93,7 @@ def llama_config(
 
 
 def check_model(config: PretrainedConfig) -> None:
-    """Raise DistattnError, with the reason, unless the configuration is of a causal language model that can be split."""
+    """Raise DistattnError, with the reason, unless the configuration is that of a causal language model that can be split."""
     kind = config.model_type
     other = [name for name in _OTHER_INPUTS if getattr(config, name, None) is not None]
     if other:
@@ -252,7 +252,7 @@ def _initialisations(blueprint: PreTrainedModel, wanted: Collection[str]) -> lis
 def _modules_from_below(
     name: str, module: torch.nn.Module, owner: PreTrainedModel
 ) -> Iterator[tuple[str, PreTrainedModel, torch.nn.Module]]:
-    """Yield every module after its children, with the innermost model that contains it and whose `_init_weights` applies."""
+    """Yield every module after its children, with the innermost model that contains it, whose `_init_weights` applies."""
     owner = module if isinstance(module, PreTrainedModel) else owner
     for leaf, child in module.named_children():
         yield from _modules_from_below(f"{name}.{leaf}" if name else leaf, child, owner)

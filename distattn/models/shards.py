@@ -22,7 +22,7 @@ from distattn.ir.errors import DistattnError
 
 
 def local_slices(name: str, tensor: Tensor) -> tuple[slice, ...]:
-    """Return the part of the full tensor that this rank holds, as one slice per dimension. For a plain tensor, it is everything.
+    """Return the part of the full tensor that this rank holds, one slice per dimension. For a plain tensor, this is all of it.
 
     Mesh dimensions shard one after another, each like `torch.chunk`, as `fully_shard` and `distribute_tensor` place rows. Raises
     DistattnError naming the tensor for placements other than Shard and Replicate.
