@@ -26,7 +26,7 @@ from distattn.parallel.attention_config import AttentionConfig
 from distattn.parallel.runtime.communication.communicator import timeout_of
 from distattn.parallel.runtime.communication.transport import Transport
 
-# the largest number of row shapes kept, since batches of varying length have many
+# keep at most this many row shapes, since batches of varying length have many
 _MOST_ROWS = 64
 # settings that Megatron's loaders determine, or that only ContextParallel supports
 _OF_DRIVER = {"layout", "layout_options", "document_mask", "data", "context_parallel_size", "loss_group"}

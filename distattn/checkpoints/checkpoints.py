@@ -221,7 +221,7 @@ class Checkpoints:
         self._raise_error()
 
     def close(self) -> None:
-        """Wait for the last save and end the writer thread. Raises as `save` does, except errors already raised."""
+        """Wait for the last save and end the writer thread. Raises as `save` does, except for errors already raised."""
         self.wait_staged()
         self._queue.put(None)
         self._writer.join()

@@ -28,7 +28,7 @@ _NAMING_SECONDS = 3.0
 # the errors of a full disk, which may have room again later
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
-# the folders that this process has locked, by role, device and inode, since a process's locks do not exclude each other
+# the folders that this process has locked, by role, device and inode; fcntl locks of one process do not exclude each other
 _HELD: set[tuple[str, int, int]] = set()
 _HELD_MUTEX = threading.Lock()
 

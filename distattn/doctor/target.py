@@ -257,7 +257,7 @@ def _load(path: Path) -> ModuleType:
 def describe_error(error: BaseException, script: Path | None = None) -> str:
     """Describe an error in one line, with the file and line where it was raised.
 
-    script: if the traceback contains lines of this file or of others in its folder, name the last of these, too.
+    script: if the traceback contains lines of this file or of others in its folder, also name the last of these.
     """
     frames = traceback.extract_tb(error.__traceback__)
     raised = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}"

@@ -69,7 +69,7 @@ class StateBytes(NamedTuple):
 
 
 class RankCounts(NamedTuple):
-    """Bytes of activations. saved: device memory held for the backward pass when the last layer is done and the loss begins.
+    """Bytes of activations. saved: device memory held for the backward pass when the loss begins.
 
     arena: memory that attention keeps between passes and steps. This is the largest arena and, if layers are recomputed in the
     backward pass, the receive buffers of the recomputed passes. working: each section's peak beyond saved and arena; the peaks

@@ -31,7 +31,7 @@ _STAND_IN = 96.0
 
 
 class LogitChange(NamedTuple):
-    """A model's change to its output layer's logits: times scale, then cap * tanh(logits / cap). A soft_cap of 0 means none."""
+    """A model's change to its output layer's logits: logits * scale, then cap * tanh(logits / cap) unless soft_cap is 0."""
 
     scale: float = 1.0
     soft_cap: float = 0.0

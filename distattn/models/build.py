@@ -126,7 +126,7 @@ def meta_model(
 
 
 def untied_meta_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Build the same model on the meta device, neither sharded nor wrapped, with a separate tensor for every name."""
+    """Build a copy of the model on the meta device, neither sharded nor wrapped, with a separate tensor for every name."""
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = False
     # parameters do not depend on the attention implementation

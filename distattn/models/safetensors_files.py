@@ -115,7 +115,7 @@ class PretrainedWeights:
         return _DTYPES[self._sources[name].first.dtype]
 
     def check(self, tied: dict[str, str]) -> None:
-        """Raise DistattnError naming a tensor of the model that the files lack. tied: maps names to other names of a tensor."""
+        """Raise DistattnError naming a tensor of the model that the files lack. tied: maps names of tied tensors to sources."""
         sources = {target: source for target, source in tied.items()} | {
             source: target for target, source in tied.items()
         }
@@ -185,7 +185,7 @@ class PretrainedWeights:
         return DamagedDataError(f"{self.folder / file}: cannot be read as safetensors: {error}.")
 
     def _find_sources(self, stored: Sequence[_Stored]) -> dict[str, _Sources]:
-        """Find the sources of each of the model's tensors. Raises DistattnError for stored tensors that belong to none."""
+        """Find the sources of each of the model's tensors. Raises DistattnError for stored tensors that the model lacks."""
         model = self._blueprint
         transforms = get_model_conversion_mapping(model)
         renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
