@@ -271,7 +271,7 @@ def forward_step(batches: Iterator[Mapping[str, Any]], model: Any, config: Any) 
     check_shard(batch, config)
     check_servers(batch)
     check_rotary(model)
-    # Megatron has no label for tokens to ignore; `loss_of` leaves them out
+    # Megatron has no label that means "ignore": give these tokens label 0 here, and leave them out in `loss_of`
     labels = batch["labels"].clamp(min=0)
     packed = PackedShard.of(batch)
     named = dict(labels=labels, packed_seq_params=packed, padding_mask=padding_of(batch, config))

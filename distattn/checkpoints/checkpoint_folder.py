@@ -122,7 +122,7 @@ def discard_checkpoint(folder: Path, step: int) -> None:
 
 
 def keep_newest_good(folder: Path, refused: int) -> None:
-    """Keep the newest checkpoint with a good verdict until `release_kept`. Raises OSError on failure.
+    """Keep the newest checkpoint with a good verdict until `release_kept` releases it. Raises OSError on failure.
 
     refused: the refused step, counted from 0.
     """

@@ -38,7 +38,7 @@ class FileDigests(NamedTuple):
 class Manifest:
     """The facts of a checkpoint.
 
-    serial: the number of the save in its folder; its order differs from that of steps if a run went back. step: training steps
+    serial: the number of the save in its folder; unlike the step, it also increases when a run goes back. step: training steps
     done. saved_at: ISO 8601, UTC; only for people, since clocks jump. world_size: the number of ranks that saved. torch: its
     version. facts: digests and other texts, by name, that identify the run's configuration, plan and corpora. files: all files
     except the manifest. seconds: how long jobs have used the folder so far, by a monotonic clock; None in manifests of earlier

@@ -24,8 +24,8 @@ class Owner:
     """A process. host: its host name. machine: identifies this boot of this machine or container.
 
     pid: its id within the machine. started: when it started, in clock ticks after boot, since process ids are reused. job: the
-    job that it is an attempt of, by Slurm's number or by a launcher's name (JOB_VARIABLE); "" without one. since: when it became
-    the owner, ISO 8601, UTC. token: unique to this ownership.
+    Slurm job id, or the launcher's name for the job (JOB_VARIABLE), shared by all attempts of the job; "" without a job. since:
+    when it became the owner, ISO 8601, UTC. token: unique to this ownership.
     """
 
     host: str

@@ -15,8 +15,8 @@ class KeepRule:
     """A rule that keeps the `last` newest checkpoints, and also one per `every_hours` hours of training.
 
     Hours count only while jobs run (`Manifest.seconds`), since the time of day may jump. Doubtful checkpoints (see
-    `CheckpointVerdict`) do not count, so they never displace others; each stays as long as the checkpoint before it. The newest
-    good checkpoint stays until one of the `last` newest is good. Checkpoints marked as kept stay.
+    `CheckpointVerdict`) do not count, so they never displace others; they stay while they are among the newest. The newest good
+    checkpoint stays until one of the `last` newest is good. Checkpoints marked as kept stay.
 
     last: at least 1. Raises DistattnError if a number is too small.
     """

@@ -160,7 +160,7 @@ class RunLock:
     def _another_lives(self) -> bool:
         """Return whether the folder's owner is alive on this machine although its lock file was removed."""
         owner = Owner.read(self._file)
-        # a file that names this process is from a lock that it has closed
+        # if the file names this process, it is from a lock that this process has closed
         return owner is not None and owner.pid != self._me.pid and owner.is_alive() is True
 
     def _release(self) -> None:

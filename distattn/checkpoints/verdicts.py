@@ -22,8 +22,8 @@ UNTESTED = "untested"
 class CheckpointVerdict(NamedTuple):
     """The verdict on a checkpoint. kind: GOOD, REFUSED, SET_ASIDE or UNTESTED. text: a sentence that says why, or empty.
 
-    kept: why the checkpoint is not removed, or "" if the rule decides. refused_step: the refused step (counted from 0) for which
-    it is kept until a later one is good; None if it is kept until a person removes it.
+    kept: why the checkpoint is not removed, or "" if the rule decides. refused_step: the refused step (counted from 0); the
+    checkpoint is kept until training has passed it. None if it is kept until a person removes it.
     """
 
     kind: str = UNTESTED

@@ -178,7 +178,7 @@ def measure_tolerances(
 
 
 def _one_rounding(values: Tensor, error: float) -> float:
-    """Return the norm of the change if each value has this relative error, but at least one rounding of its dtype."""
+    """Return the norm of the change due to a relative error of `error`, or of one rounding of the dtype if that is larger."""
     return max(error, unit_roundoff(values.dtype)) * float(values.double().norm())
 
 
@@ -206,7 +206,7 @@ def _unshifted_labels(batch: Mapping[str, Any]) -> Tensor:
 
 
 def _token_dims(outputs: Sequence[dict[str, Tensor]], lengths: Sequence[int]) -> dict[str, int]:
-    """Return the token dimension of every output that has one in all documents."""
+    """Return, by name, the token dimension of each output: the one whose size is the document's length in all documents."""
     dims: dict[str, int] = {}
     for name in outputs[0]:
         values = [document[name] for document in outputs if name in document]

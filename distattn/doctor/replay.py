@@ -191,7 +191,7 @@ class Replay:
     def worst_ratio(self, hypothesis: Hypothesis) -> float:
         """Return the largest ratio of a difference to what rounding explains, assuming that the ranks make this mistake.
 
-        The result is infinite if any difference exceeds that limit. Raises the model's errors.
+        For a mistake, the result is infinite as soon as one difference exceeds that limit. Raises the model's errors.
         """
         try:
             computed = self.right if hypothesis is RIGHT else self._run(hypothesis, patient=False)

@@ -216,7 +216,7 @@ class CountingOffload(HostOffload):
 
 
 def count_step(watch: AllocationWatch, model: nn.Module, parts: Mapping[nn.Module, str], forward: Any) -> RankCounts:
-    """Count the memory of a step. forward: returns the loss for the backward pass. Weights' gradients are dropped at once.
+    """Count the memory of a step whose weight gradients are dropped at once. forward: returns the loss to differentiate.
 
     parts: the modules that are sections of the step, one of them the loss. A section is the module's forward pass and, in the
     backward pass, the time between the gradients of its outputs and of its inputs.
