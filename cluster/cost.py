@@ -1,4 +1,4 @@
-"""The seconds that kernel launches, messages and copies take on a cluster. All other models of time build on this one.
+"""The seconds that kernel launches, messages and copies take on a cluster. All other time models build on this one.
 
 The speed of core attention comes from a table of measurements on full rectangles; other masks cost all tiles that they touch.
 `distattn.parallel.tables.cost` is the same model in integers.
@@ -65,7 +65,7 @@ def attention_speed(cluster: ClusterSpec, direction: str, head_dim: int, queries
 
 
 def recurrence_flops_per_token(direction: str, key_dim: int, v_head_dim: int) -> float:
-    """Return a recurrence's operations per token and head: with the state, and with other tokens of the chunk."""
+    """Return a recurrence's floating-point operations per token and head, on the state and within the chunk."""
     forward = 4.0 * key_dim * v_head_dim + 2.0 * _CHUNK * (key_dim + v_head_dim)
     return forward * _FLOPS[direction] / _FLOPS["forward"]
 

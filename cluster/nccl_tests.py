@@ -38,7 +38,7 @@ class NcclTestRun:
     rows: tuple[tuple[int, float], ...]
 
     def link(self) -> Link:
-        """Fit latency and bandwidth to the times over the bytes per port, by least squares of relative errors."""
+        """Fit a link's latency and bandwidth to the measured times by least squares of relative errors."""
         size = np.array([row[0] for row in self.rows]) * FACTORS[self.test](self.ranks)
         micro = np.array([row[1] for row in self.rows])
         # relative errors, so that the noise of long messages does not determine the latency

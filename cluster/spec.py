@@ -167,7 +167,7 @@ def load(name: str | Path, ranks: int | None = None) -> ClusterSpec:
 
 @cache
 def _load_shipped(kind: str) -> ClusterSpec:
-    """Return a shipped cluster, unchecked: tests check these files with pydantic, which strategies must not need."""
+    """Return a shipped cluster without checks. Tests check these files with pydantic, which strategies must not need."""
     content = tomllib.loads((resources.files("distattn.cluster") / "descriptions" / f"{kind}.toml").read_text("utf-8"))
     content["device"] = _record(Device, content["device"] | {"tile": tuple(content["device"]["tile"])})
     content |= {name: _record(Link, content[name]) for name in ("intra_node", "inter_node")}

@@ -28,7 +28,7 @@ text { fill: currentColor; } .soft { opacity: .8; } .arrow { fill: none; stroke:
 
 
 def plans() -> dict[str, Plan]:
-    """Return a small plan for each picture, by its name."""
+    """Return a small plan for each picture, by the picture's name."""
     causal, zigzag = da.Mask.causal(TOKENS), da.Layout.zigzag([TOKENS], RANKS)
     shape = dict(head_dim=8, dtype="float32")
     # each rank has its own documents: rank 0 one long document, rank 3 eight short ones
@@ -43,7 +43,7 @@ def plans() -> dict[str, Plan]:
 
 
 def drawings() -> dict[str, str]:
-    """Return the SVG of each picture, by its name."""
+    """Return the SVG of each picture, by the picture's name."""
     return {name: draw(plan) for name, plan in plans().items()}
 
 
@@ -72,7 +72,7 @@ def column(plan: Plan, step: int) -> str:
     names = ", ".join(Payload(payload).name for payload in np.unique(moves["payload"])) or "nothing"
     pairs = sorted({(int(src), int(dst)) for src, dst in zip(moves["src"], moves["dst"], strict=True)})
     heads = plan.call.heads
-    # several heads get two matrices per row
+    # with several heads, two matrices are drawn per row
     across = 2 if heads > 1 else 1
     side = (SIDE - 22 * (across - 1)) / across
     matrices = "".join(

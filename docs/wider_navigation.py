@@ -1,4 +1,4 @@
-"""An mkdocs hook: show the navigation next to the page in windows of 1,100 pixels; the theme requires 1,220."""
+"""An mkdocs hook that shows the navigation next to the page from 1,100 pixels on; the theme requires 1,220."""
 
 from pathlib import Path
 from typing import Any

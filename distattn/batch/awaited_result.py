@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 class AwaitedResult(Future[Result]):
-    """A future whose computing thread may wait for other ranks. A thread that waits for the future reports that wait."""
+    """A future whose computing thread may wait for other ranks. Waiting threads report this in their heartbeat."""
 
     def __init__(self, thread: int):
         """Create the future without a result. thread: the ident of the thread that computes it."""

@@ -1,7 +1,7 @@
 """Host-side collectives: a gloo communicator alongside a process group, for values that ranks exchange about batches.
 
-One thread at a time uses it, independently of the trainer's messages. A wait for a missing rank ends within the time-out with a
-DistattnError that names the rank (see `health`).
+It is used by one thread at a time, and independent of the trainer's messages. A wait for a missing rank ends within the
+time-out with a DistattnError that names the rank (see `health`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FOREVER = timedelta(days=30)
 
 
 class HostGroup:
-    """Host-side communication of the ranks of a process group, in its rank order."""
+    """Host-side communication between ranks of a process group, in the order of `members`."""
 
     def __init__(self, name: str, members: Sequence[int], monitor: HealthMonitor, idles: bool = False):
         """Open the communicator.
@@ -119,7 +119,7 @@ class HostGroup:
 
 
 def _receive_all(gloo: Any, source: int, received: queue.SimpleQueue[Any]) -> None:
-    """Receive messages from a rank until the connection ends, and put its error last."""
+    """Receive messages from a rank until the connection ends, and put its error after the last message."""
     while True:
         tensor = torch.empty(_MESSAGE_BYTES, dtype=torch.uint8)
         try:

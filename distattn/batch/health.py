@@ -1,4 +1,4 @@
-"""Find the rank that has stopped answering: after a failure, every rank is asked for a sign of life.
+"""Find the rank that has stopped answering: after a failure, every rank is asked whether it is alive.
 
 A broken connection or a time-out names a neighbour at best, and once one rank is lost, the others disconnect one after another.
 Therefore each rank has a thread that regularly checks the job's store for a question, and answers with the rank's progress. A
@@ -49,7 +49,7 @@ class Verdict(NamedTuple):
 
 
 class HealthMonitor:
-    """A monitor of signs of life from some ranks of the job, numbered as in the default group.
+    """A monitor that finds out which ranks of a job are alive. ranks: numbered as in the default group.
 
     name: unique, and equal on all ranks. Waits in this process last at most `wait_timeout`, so that a wait and the questions that
     follow it end within `timeout`.
@@ -107,7 +107,7 @@ class HealthMonitor:
         return ask_store(work, self.asking + 8 * _POLL)
 
     def check_alive(self, rank: int, activity: str) -> None:
-        """Ask a rank that has long been silent for a sign of life. Raise LostRankError if it does not answer."""
+        """Ask a rank that has long been silent whether it is alive. Raise LostRankError if it does not answer."""
         error = TimeoutError(f"nothing came of rank {rank} within {self.wait_timeout.total_seconds():.0f} s")
         with self._lock:
             if self._verdict is None and self._with_store(lambda: rank in self._answers()):

@@ -1,4 +1,4 @@
-"""Layers whose attention is planned differently from the rest of their model, such as windows next to full attention."""
+"""Layers whose attention is planned differently from the rest of their model, such as sliding windows among full attention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KINDS = ("window", "full")
 
 
 class LayerOverride(NamedTuple):
-    """A way to plan some layers. layout: the name of the layout in which they work, if it is not the model's."""
+    """Settings for planning some layers differently. layout: the name of their layout, if it is not the model's."""
 
     strategy: str
     backward: str | None = None
@@ -26,7 +26,7 @@ class LayerOverride(NamedTuple):
 
     @staticmethod
     def of(name: object, fields: Mapping[str, Any]) -> LayerOverride:
-        """Make an override from a mapping of its fields. Raise DistattnError for unknown fields. name: the layers."""
+        """Make an override from a mapping of its fields. Raise DistattnError for unknown fields. name: the layers, for errors."""
         if not isinstance(fields, Mapping):
             raise DistattnError(f'layers {name!r} need a mapping, {{"strategy": ...}}, not {fields!r}.')
         if unknown := fields.keys() - set(LayerOverride._fields):

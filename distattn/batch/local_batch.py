@@ -38,7 +38,7 @@ from distattn.supervision.heartbeats import set_layer
 class BatchAttention(Protocol):
     """The batch that attention layers receive: one per rank and micro-batch, or an emulated one.
 
-    longest_document: the length in tokens of the longest document in this rank's micro-batch, on all ranks; 0 if unknown.
+    longest_document: the length in tokens of the longest document in the micro-batch that this rank shares; 0 if unknown.
     """
 
     longest_document: int = 0
@@ -62,7 +62,7 @@ class BatchAttention(Protocol):
 
 
 class LocalBatch(BatchAttention):
-    """One batch and the operations on this rank's tokens. The model passes it to its layers.
+    """One batch, with the operations that layers run on this rank's tokens. The model passes it to its layers.
 
     positions: the positions (1, T) of this rank's tokens, None if models are not checked. stands_in: True if this rank has only
     padding in place of a micro-batch. layout: the name of the rows' layout, if it is not the batch's. used: True once a layer has
@@ -272,7 +272,7 @@ class LocalBatch(BatchAttention):
 
     @property
     def documents(self) -> tuple[int, ...]:
-        """The length of each document of this rank's batch, in order, equal on its ranks; empty if the batch stands in."""
+        """The document lengths of this rank's batch, in order, on each rank that has it; empty if the batch stands in."""
         lengths, numbers = self.planner.lay_out(self.key.documents)[1].lengths, self.block.documents
         return () if self.stands_in else tuple(lengths[numbers.start : numbers.stop])
 
@@ -367,7 +367,7 @@ class LocalBatch(BatchAttention):
         return self._plans.get(shape_of_call) or self.planner.plan_of(self.key, shape_of_call)
 
     def row_moves(self, layout: str, device: torch.device) -> RowMoves:
-        """Return the moves of this rank's rows to the layout named `layout`, on a device; each is made once."""
+        """Return the moves of this rank's rows to the layout named `layout`, as tensors on a device. Results are cached."""
         key = layout, device
         if key not in self._row_moves:
             home, there = self.planner.layout_of(self.key, None), self.planner.layout_of(self.key, layout)

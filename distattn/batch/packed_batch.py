@@ -142,7 +142,7 @@ class PackedBatch(NamedTuple):
 def micro_batches_of(step: Any) -> list[Batch] | None:
     """Return the micro-batches of a loader's step; None after the last step.
 
-    step: a mapping as `ContextParallel.shard` takes it, or a list of mappings or batches; None after the last step.
+    step: a mapping as `ContextParallel.shard` takes it, or a list of mappings or batches.
     """
     if step is None:
         return None
@@ -155,7 +155,7 @@ def micro_batches_of(step: Any) -> list[Batch] | None:
 def local_tensors(ids: Tensor, labels: Tensor, layout: Layout, tokens: Ints, pad_to: int) -> dict[str, Tensor]:
     """Return `input_ids`, `labels` and `position_ids` (1, T) of tokens of a layout, padded to a multiple of `pad_to`.
 
-    ids, labels: those of the tokens, (T,).
+    ids, labels: (T,), for these tokens.
     """
     positions = _on_device(layout.positions_of(tokens), ids.device)
     padding = padded(len(tokens), pad_to) - len(tokens)

@@ -83,7 +83,7 @@ class AttentionShape(NamedTuple):
 
 
 class BatchKey(NamedTuple):
-    """The planner's key of a batch. documents: as the planner's `lay_out` takes them. options: for this batch only."""
+    """A batch's key in the planner. documents: as the planner's `lay_out` takes them. options: for this batch only."""
 
     documents: Hashable
     options: tuple[tuple[str, Any], ...] = ()
@@ -102,7 +102,7 @@ class PlanningRanks(Protocol):
     rank: int
 
     def transport(self, device: torch.device) -> Transport:
-        """Return the transport for messages between such devices. The first call for a device is collective."""
+        """Return the transport for messages between devices of this type. The first call for a type is collective."""
         ...
 
     def begin_shape(self, batch: LocalBatch, shape: AttentionShape) -> None:
@@ -115,7 +115,7 @@ class PlanningRanks(Protocol):
         """
 
     def gather(self, value: Any, activity: str) -> list[Any]:
-        """Gather a value from every rank; return them by rank. A collective call. activity: describes it in errors."""
+        """Gather a value from every rank; return them by rank. A collective call. activity: describes the call in errors."""
         ...
 
     def observer(self, batch: LocalBatch, plan: Plan, shape: AttentionShape) -> PassObserver | None:
@@ -214,7 +214,7 @@ class Planner:
         )
         if broken is not None:
             raise broken
-        # without a launch no rank has tried anything; a later batch will
+        # without launches, no rank has tried a kernel; a later batch will
         if ranked:
             self._ranked[trial] = ranked
             self._comparisons[trial] += 1

@@ -16,7 +16,7 @@ Documents = tuple[tuple[int, ...], ...]
 
 
 class BatchBlock(NamedTuple):
-    """The ranks that share a batch, out of those that share attention, and the numbers of its documents on the axis."""
+    """A block of ranks, among those that share attention, with one batch. documents: its documents' numbers on the axis."""
 
     ranks: range
     documents: range

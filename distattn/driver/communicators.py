@@ -115,7 +115,7 @@ class MonitoredTransports:
         return self._opened[device.type]
 
     def close(self, gracefully: bool) -> None:
-        """Stop the threads that watch messages, and close the communicators. If `gracefully`, a collective call."""
+        """Stop the threads that watch messages, and close the communicators. A collective call if `gracefully`."""
         for transport in self._opened.values():
             transport.close(gracefully)
 
@@ -142,7 +142,7 @@ class Communicators:
             self.control = ControlChannel(host, servers)
 
     def guarded(self, work: Callable[[], Result], activity: str, members: Sequence[int]) -> Result:
-        """Run `work`, in which this rank waits for `members`, and count its time. Raise LostRankError if a rank is lost."""
+        """Run `work`, in which this rank waits for `members`, and record its time. Raise LostRankError if a rank is lost."""
         with heartbeats.activity(activity, waits=True, key=activity):
             return self.messages.timed(lambda: self.monitor.guarded(work, activity, members))
 

@@ -77,9 +77,9 @@ class GlobalStepInfos:
         self._asks = not self._may_know or any(not info.loader for info in self._table.of_models(list(infos)))
 
     def next(self, batches: Sequence[Batch] | None) -> list[StepInfo] | None:
-        """Return all ranks' facts about the next step; None if ranks must exchange them. batches: this rank's in that step.
+        """Return all ranks' facts about the next step; None if ranks must exchange them.
 
-        Raise DistattnError if the loader yielded a different step.
+        batches: this rank's batches in that step. Raise DistattnError if the loader yielded a different step.
         """
         step, self._next = self._next, self._next + 1
         if self._asks:
@@ -114,6 +114,9 @@ class GlobalStepInfos:
 
 
 def share_numbers(same_batch: Sequence[int], has_model: Sequence[bool]) -> list[int]:
-    """Return the index of each rank's share of the data; -1 for servers. same_batch: each rank's first rank of its block."""
+    """Return the index of each rank's share of the data; -1 for servers.
+
+    same_batch: for each rank, the first rank that holds the same batch.
+    """
     first = sorted({other for other, model in zip(same_batch, has_model, strict=True) if model})
     return [first.index(other) if model else -1 for other, model in zip(same_batch, has_model, strict=True)]

@@ -59,7 +59,7 @@ class GradientProbeTarget(Protocol):
         """Return V, the number of rows of the output layer's weight on the ranks that have it."""
 
     def backward(self, batch: Mapping[str, Any], loss_of: Callable[[Tensor], Tensor]) -> None:
-        """Run forward and backward of a sharded batch like a step of one micro-batch; reduce gradients, but do not update.
+        """Run a sharded batch forward and backward like a step of one micro-batch; reduce gradients, but do not update.
 
         loss_of: computes the probe's loss from logits (..., V).
         """
@@ -94,7 +94,7 @@ class Reduction(NamedTuple):
 
     @property
     def factor(self) -> float:
-        """The factor by which to multiply losses so that gradients are sums. Raises DistattnError if no factor does that."""
+        """The factor by which to multiply losses so that gradients are sums over ranks. Raises DistattnError if none exists."""
         mean = self.mean
         left_out = [rank for rank, weight in enumerate(self.weights) if abs(weight) < _TOLERANCE * abs(mean)]
         if left_out or mean <= 0:
@@ -242,7 +242,7 @@ def _check_linear(
 
 
 def _solve_weights(local: Tensor, reduced: Tensor, group: dist.ProcessGroup | None, ranks: int) -> Tensor:
-    """Return the weight of each rank's gradient in this rank's reduced gradient, (ranks,); NaN if it is not such a sum."""
+    """Return the weight of each rank's gradient in this rank's reduced gradient, (ranks,); NaN if it is not a weighted sum."""
     gradients = _gathered(local, group, ranks)
     # an embedding that shares the output layer's weight has its gradient in other rows
     rows_read = (gradients != 0).any(2).any(0)

@@ -1,7 +1,7 @@
 """A watch on the host over messages that a device waits for, because NCCL's own wait returns at once.
 
-A thread checks periodically whether the oldest message in flight has arrived. If it is late, all ranks are asked for a sign of
-life, the result is logged, and the communicator is aborted, so that the device continues and this process gets an error.
+A thread checks periodically whether the oldest message in flight has arrived. If it is late, all ranks are asked whether they
+are alive, the result is logged, and the communicator is aborted, so that the device continues and this process gets an error.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class OverlapSchedule:
             _MicroBatch(number, self, loss, modes, state)
             for number, (loss, state) in enumerate(zip(losses, states, strict=True))
         ]
-        # the backward pass is inside, too, because transformers' layers check their class when they are recomputed
+        # the backward pass runs inside, too, because transformers' layers check their class when they are recomputed
         with _calls_joined(self._joined):
             try:
                 loss_tensors = self._run_to_return([None] * len(losses))
@@ -243,7 +243,7 @@ class _Segment:
         self._output: Tensor | None = None
         self._other_outputs: tuple[Any, ...] | None = None
         self._repetition: _Repetition | None = None
-        # the recorded attention calls that a recomputed layer has yet to repeat, by number
+        # indices of the recorded attention calls that the layer's recomputation has not reached yet
         self._repeated: list[int] = []
         self.layer: nn.Module | None = None
 
@@ -285,7 +285,7 @@ class _Segment:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Run a checkpointed layer without a graph, and keep what repeats it. See `InterleavedBatch.checkpoint`."""
+        """Run a checkpointed layer without a graph, and record how to recompute it. See `InterleavedBatch.checkpoint`."""
         assert self._leaf is not None
         ticket = None if put is None else put(self._leaf.detach())
         if ticket is not None:
@@ -342,7 +342,7 @@ class _Segment:
     def _backward(self, outputs: list[Tensor], gradients: list[Tensor]) -> None:
         """Run the backward pass from these tensors to the leaves at which the graph is cut."""
         with self._repeating():
-            # the graph before attention and the graph after it may share a node, such as a norm, and both use it
+            # retain the graph, because its parts before and after attention may share a node, such as a norm
             torch.autograd.backward(outputs, gradients, retain_graph=True)
 
     def _repeat(self, repetition: _Repetition) -> None:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from distattn.ir.errors import DistattnError
 from distattn.parallel.runtime.communication.communicator import all_gather_objects, sendable_device
 
-# relative to the norm of the local gradients: bf16 rounding stays under 0.01, leaving out one of R ranks changes 1 / sqrt(R)
+# relative to the norm of the local gradients: bf16 rounding stays under 0.01; leaving out one of R ranks gives 1 / sqrt(R)
 _TOLERANCE = 0.05
 _SKETCHES = 8
 # 8-byte words in a row of a checksum
@@ -184,7 +184,7 @@ class GradientSketches:
         self._own[index] += self._sketch(gradient).to(self._device)
 
     def _sketch(self, gradient: Tensor) -> Tensor:
-        """Return a gradient's sums (S,) in fp64, each with the signs of the product of a random row and a random column."""
+        """Return a gradient's sketch (S,) in fp64: sums whose signs are products of random row signs and column signs."""
         full = gradient.detach()
         full = full.full_tensor() if isinstance(full, DTensor) else full
         full = full.to_dense() if full.is_sparse else full
@@ -205,7 +205,7 @@ class GradientSketches:
         return self._signs[key]
 
     def _summed(self, local: Tensor) -> Tensor:
-        """Sum rows (P, ...) of parameters, each over the ranks that its gradient is summed over."""
+        """Sum each parameter's row of `local` (P, ...) over the ranks that its gradient is summed over."""
         total = local.clone()
         by_groups: dict[tuple[Any, ...], list[int]] = {}
         for index, parameter in enumerate(self._parameters):

@@ -94,7 +94,7 @@ class StepExchange:
     def __init__(self, host: HostGroup | None, same_batch: Sequence[int], sharing: Sequence[int], names: Sequence[int]):
         self._host, self.same_batch, self._sharing, self._names = host, list(same_batch), list(sharing), list(names)
         self._thread = PlanningThread()
-        # steps announced so far
+        # the number of steps announced so far
         self.steps = 0
 
     def announce(

@@ -28,7 +28,7 @@ class StepAhead:
 
 
 class StepsAhead:
-    """At most one step ahead for each source, which is an iterator or a loader with a position."""
+    """A store of at most one step ahead per source. A source is an iterator, or a loader with a position."""
 
     def __init__(self) -> None:
         # keys are ids: iterators may define equality, and a few do not support weak references
@@ -91,7 +91,7 @@ class StepLoop:
         return micro_batches_of(next(self._iterator, None))
 
     def hold(self, packed: list[Batch] | None, put_back: Callable[[], None] | None) -> None:
-        """Keep a step that was not yielded yet. put_back: see `StepAhead`."""
+        """Keep a step that has not been yielded yet. put_back: see `StepAhead`."""
         self._held = StepAhead(packed, put_back)
         if self._goes_on:
             self._ahead.hold(self._loader, self._held)

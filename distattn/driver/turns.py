@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 class Span(NamedTuple):
-    """A period of activity of a micro-batch, in seconds. activity: "runs", or "moves" while its messages travel."""
+    """A period of a micro-batch's activity, in seconds. activity: "runs", or "moves" while its messages travel."""
 
     micro_batch: int
     activity: str
@@ -65,7 +65,7 @@ class Arrived(NamedTuple):
 
 
 class Returned(NamedTuple):
-    """The event that a thread has finished a module or its forward pass. value: the result."""
+    """The event that a thread has finished running a module or its forward pass. value: the result."""
 
     value: Any
 

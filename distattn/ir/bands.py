@@ -1,6 +1,6 @@
 """Bands, the pieces of a mask, and their arithmetic.
 
-A band is ten integers (q0, q1, k0, k1, lo, hi, bq, bk, oq, ok); it allows cell (q, k) when
+A band is ten integers (q0, q1, k0, k1, lo, hi, bq, bk, oq, ok); it allows cell (q, k) if
 
     q0 <= q < q1,   k0 <= k < k1   and   lo <= (k - ok) // bk - (q - oq) // bq <= hi.
 
@@ -95,7 +95,7 @@ def _clamp(x: Ints, low: Ints | int, high: Ints) -> Ints:
 
 
 def check_pieces(pieces: Ints, n: int, heads: Ints | None) -> None:
-    """Raise DistattnError for pieces outside the axis, without cells, or with a common cell.
+    """Raise DistattnError for pieces outside the axis, without cells, or that share a cell.
 
     heads: (P, 2), the heads of each piece. Pieces with different heads may share a cell.
     """

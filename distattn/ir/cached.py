@@ -30,6 +30,6 @@ class cached_property(Generic[_Value]):  # noqa: N801 - named as functools' own
     def __get__(self, instance: object | None, owner: type) -> cached_property[_Value] | _Value:
         if instance is None:
             return self
-        # later accesses do not come here: the instance's attribute hides this descriptor of the class
+        # later accesses bypass this descriptor, because the instance's attribute takes precedence
         value = instance.__dict__[self._name] = self._compute(instance)
         return value

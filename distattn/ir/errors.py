@@ -40,13 +40,13 @@ class LostRankError(DistattnError):
 
 
 class DamagedStateError(DistattnError):
-    """The state of a run changed between two updates, and there is no checkpoint. Exit code 4: another attempt may succeed."""
+    """A run's state that changed between two updates, without a checkpoint. Exit code 4: another attempt may succeed."""
 
     exit_code = 4
 
 
 class RunStopped(DistattnError):
-    """Training ended early on request, with a checkpoint to continue from. Exit code 75: EX_TEMPFAIL of sysexits.h."""
+    """The early end of training on request, with a checkpoint to continue from. Exit code 75: EX_TEMPFAIL of sysexits.h."""
 
     exit_code = 75
 
@@ -56,7 +56,7 @@ class PlanError(DistattnError):
 
 
 class DamagedDataError(DistattnError):
-    """A file exists, but its content is damaged. Exit code 3 on the command line."""
+    """A file that exists, but whose content is damaged. Exit code 3 on the command line."""
 
     exit_code = 3
 

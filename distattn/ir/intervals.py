@@ -29,7 +29,7 @@ def as_int64(values: Any, name: str) -> Ints:
 
 
 def sorted_unique(values: Ints) -> Ints:
-    """Return the distinct values, sorted. On integers, `np.unique` is 30 times as slow since NumPy 2.3, which hashes."""
+    """Return the distinct values, sorted. On integers, `np.unique` is 30 times slower since NumPy 2.3, which uses hashing."""
     ordered = np.sort(values)
     fresh = np.ones(len(ordered), bool)
     fresh[1:] = ordered[1:] != ordered[:-1]
@@ -66,7 +66,7 @@ def overlapping_pairs(t0: Ints, t1: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints]
 
 
 def merge_intervals(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Ints]:
-    """Return the union of intervals by group: sorted and disjoint (group, a, b); touching intervals become one."""
+    """Return the union of each group's intervals, sorted and disjoint: (group, a, b). Touching intervals are joined."""
     if not len(a):
         return group, a, b
     # +2, so that the end of one group and the start of the next do not touch

@@ -21,7 +21,7 @@ from distattn.ir.load_balance import balance_items, place_documents, spread_docu
 from distattn.ir.mask import Mask, document_ends
 
 _MAX_RANKS = 1 << 20
-# `document_zigzag`: chunks shorter than this, or than this fraction of a rank's share, do not pay off
+# `document_zigzag` cuts no chunk shorter than this, or than a rank's share divided by this, whichever is less
 _MIN_CHUNK, _CHUNKS_OF_SHARE = 512, 64
 # planning time grows with the square of the number of chunks, so with many ranks each rank gets fewer chunks
 _CHUNKS, _LEAST_OF_SHARE = 512, 8
@@ -75,7 +75,7 @@ class Layout:
     @staticmethod
     @checked
     def zigzag(lengths: Sequence[int], ranks: int) -> Layout:
-        """Return a layout in which rank r owns chunks r and 2R-1-r of 2R: equal work under a causal mask of the whole axis.
+        """Return a layout in which rank r owns chunks r and 2R-1-r of 2R, which is equal work under a single causal mask.
 
         Shards differ by at most one token.
         """
@@ -288,7 +288,7 @@ class Layout:
     def shift_labels(self, labels: Any, dim: int = -1, ignore_index: int = -100) -> Any:
         """Shift labels so that each token has its successor's; the last token of a document gets `ignore_index`.
 
-        labels: of the whole axis along `dim`. Shift before sharding, because a shard's last label may be on another rank.
+        labels: the whole axis's labels along `dim`. Shift before sharding, because the successor may be on another rank.
         """
         _check_array(labels, dim)
         if abs(ignore_index) >= 1 << 63:

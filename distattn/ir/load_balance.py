@@ -52,7 +52,7 @@ def balance_items(weights: np.ndarray, ranks: int, tolerance: float) -> Ints:
 def spread_documents(
     lengths: Ints, work: np.ndarray, ranks: int, share: float, spread: float
 ) -> tuple[Ints, Ints, Ints]:
-    """Assign documents, laid end to end, to ranks, and split long ones. Return chunks (rank, t0, t1).
+    """Place documents, laid end to end, on ranks, and split long ones. Return chunks (rank, t0, t1).
 
     lengths, work: the tokens and the work of each document. Documents with more than `share` of a rank's mean work are split over
     `spread` times as many ranks as their work needs, at most all. The others stay whole if a rank has room. Documents with the
@@ -104,7 +104,7 @@ class _Placement:
         self.rows: list[tuple[int, int, int]] = []
 
     def split(self, document: int, work: float, shares: int) -> None:
-        """Split a document into pairs of chunks over the ranks with the least work that have room, over more if needed."""
+        """Split a document into pairs of chunks over the ranks with the least work that have room, or over more ranks."""
         length = int(self.lengths[document])
         while shares < len(self.free_tokens) and int((self.free_tokens >= -(-length // shares)).sum()) < shares:
             shares += 1

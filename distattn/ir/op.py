@@ -1,4 +1,4 @@
-"""The operation that a call's tasks compute: the tensors of payloads, how results of a row are merged, the algebra of states.
+"""The operation that a call's tasks compute: the tensors of payloads, the merging of a row's results, and the algebra of states.
 
 Attention, recurrences, convolutions and latent attention share the same kind of tables. A *recurrence* reads the tokens of a
 document in order and keeps a state S (K, V) for each head:
@@ -187,7 +187,10 @@ OPS: Mapping[str, Op] = {
 
 @checked
 def latent_op(rotary_dim: int, latent_dim: int) -> Op:
-    """Return the op of multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434): heads share rotary key and latent."""
+    """Return the op of multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434).
+
+    All heads share one rotary key and one latent per token.
+    """
     return Op("latent_attention", "latent_attention", rotary_dim=rotary_dim, latent_dim=latent_dim)
 
 

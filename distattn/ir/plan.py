@@ -42,7 +42,7 @@ _FORMAT = 2
 class Payload(IntEnum):
     """The tensors that a move carries. dO is sent with the final log-sum-exp and delta = rowsum(dO * O); O with its log-sum-exp.
 
-    S and dS are a recurrence's states and their gradients. Their moves have the tokens [t0, t1) that the state summarizes.
+    S and dS are a recurrence's states and their gradients. In their moves, [t0, t1) are the tokens that the state summarizes.
     """
 
     Q = 0
@@ -55,7 +55,7 @@ class Payload(IntEnum):
     dS = 7
 
 
-# a move copies a held payload; it adds a reduced payload to the destination's and removes it from the source
+# a move copies a held payload; it adds a reduced payload to the one at its destination and removes it from its source
 HELD_PAYLOADS = (Payload.Q, Payload.KV, Payload.dO)
 REDUCED_PAYLOADS = (Payload.O, Payload.dQ, Payload.dKV)
 FORWARD_PAYLOADS = (Payload.Q, Payload.KV, Payload.O)
@@ -231,7 +231,7 @@ class Call:
         return sum((width or 1) * DTYPE_BYTES[dtype] for width, dtype in fields)
 
     def state_bytes(self, prefix: bool, in_memory: bool = False) -> int:
-        """Return the bytes of one head's state. prefix: see `Op.state_numbers`; a gradient state ends with its document."""
+        """Return the bytes of one head's state. prefix: it begins with its document (a gradient state ends with it)."""
         numbers = self.op.state_numbers(self.head_dim, self.v_head_dim, prefix, in_memory)
         return numbers * DTYPE_BYTES[self.accumulation_dtype]
 

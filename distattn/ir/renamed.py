@@ -1,4 +1,4 @@
-"""Renamed names: the old ones work for one more release, with a DeprecationWarning."""
+"""Support for old names, which work for one more release with a DeprecationWarning."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def parse_record(kind: type[Record], content: Mapping[str, Any], place: Callable
     """
     from pydantic import ValidationError
 
-    # as JSON, types are strict but arrays become tuples; a TOML date becomes a table, which fits no key
+    # read as JSON, so that types are strict but arrays become tuples; a TOML date becomes a table, which fits no key
     text = json.dumps(content, default=lambda value: {type(value).__name__: str(value)})
     hashable: Any = kind
     try:
@@ -116,7 +116,7 @@ def unknown_key(kind: Any, key: str, arrays: bool = True) -> SettingProblem:
 
 
 def wrong_type(kind: Any, key: str, value: Any, error: str) -> SettingProblem:
-    """Return the problem of a value of the wrong type, with an example of the right one. error: pydantic's name of it."""
+    """Return the problem of a value of the wrong type, with an example. error: pydantic's name of the error."""
     expected, example = _EXPECTED.get(error, ("a value of this key", ""))
     hint, default = _field_of(kind, key_of(key))
     if isinstance(default, (int, float, str)) and default and not isinstance(default, bool):

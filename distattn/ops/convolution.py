@@ -178,7 +178,7 @@ def _check_tokens(executable: Executable, x: Tensor) -> None:
 
 
 def _check_taps(call: Call, taps: int) -> None:
-    """Raise DistattnError if the plan's mask is for other taps. Not traced by torch.compile, because masks are NumPy's."""
+    """Raise DistattnError if the plan's mask is for other taps. Not called while torch.compile traces: masks are NumPy's."""
     planned = _taps(call)
     if planned not in (None, taps):
         raise DistattnError(
@@ -198,7 +198,7 @@ def _check_kernel(executable: Executable, grouped: bool) -> None:
 
 
 def _check_distance(call: Call) -> None:
-    """Raise DistattnError if the mask is not a token shift. Not traced by torch.compile."""
+    """Raise DistattnError if the mask is not a token shift. Not called while torch.compile traces."""
     pieces = call.mask.pieces
     if len(np.unique(pieces[:, [LO, HI]] + (pieces[:, OK] - pieces[:, OQ])[:, None])) > 1:
         raise DistattnError(

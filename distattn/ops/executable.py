@@ -73,7 +73,8 @@ class Executable:
     """A plan ready to run on this rank: its program, kernel and transport.
 
     `handle` and `kept_elements` (how many elements the forward pass keeps for the backward pass) are plain integers, so that
-    under torch.compile only the second executable triggers a recompilation. Hold it until the backward pass has run.
+    under torch.compile only the second executable triggers a recompilation. Keep a reference to it until the backward pass has
+    run.
     """
 
     def __init__(self, program: Program, key: ExecutionKey, transport: Transport, observer: PassObserver | None = None):
@@ -208,7 +209,7 @@ def prepare(
     """Make a plan ready to run. A collective call of all its ranks, which compare their plans every time.
 
     group: by default the default process group; a plan for one rank needs no group. kernel: a key of KERNELS, or of OTHER_KERNELS
-    for ops other than attention. The default, "auto", is on GPUs the fastest kernel that a trial found correct (see
+    for ops other than attention. On GPUs the default, "auto", is the fastest kernel that a trial found correct (see
     `kernels.trials`), the same on all ranks; `Executable.key` has its name. modifiers: for that choice, "softcap" and
     "alibi_slopes" if calls will have them, "lse" if gradients flow through the log-sum-exp. max_buffer_bytes: the most bytes of
     buffers that a rank may need at once (see `verify`). proven: False skips the proof, for callers that prove only some plans of
@@ -272,7 +273,7 @@ def with_device_index(device: torch.device | str | int) -> torch.device:
 def checked_program(
     plan: Plan, rank: int, kernel: str | None, device: torch.device, max_buffer_bytes: int | None, proven: bool
 ) -> tuple[ExecutionKey, Program]:
-    """Return this rank's program of a plan, after its key, without communication. Raise the errors of `prepare`."""
+    """Return the key and the program of this rank's part of a plan, without communication. Raise the errors of `prepare`."""
     key = ExecutionKey(rank, choose_kernel(kernel, kernel_requirements(plan.call, device)), device)
     program = EXECUTABLES.program(plan, key, proven)
     if max_buffer_bytes is not None:

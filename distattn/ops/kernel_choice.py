@@ -69,9 +69,9 @@ def common_kernel_ranking(
 
 
 def local_kernel_trials(plan: Plan, rank: int, requirements: KernelRequirements) -> dict[str, Trial]:
-    """Return this rank's trials of kernels on its launches of a plan, from the cache if possible; {} for a single kernel.
+    """Return this rank's trials of kernels on its launches of a plan, from the cache if possible; {} if there is no choice.
 
-    A trial that ran out of memory is repeated a few times per process, when more memory is free.
+    A trial that ran out of memory is repeated when more memory is free, a few times per process.
     """
     names = candidate_kernels(requirements.device, requirements.op)
     if len(names) < 2:
@@ -159,5 +159,5 @@ def _warn(name: str, key: str, fault: str) -> None:
 
 
 def first_supported(ranked: list[str], requirements: KernelRequirements) -> str:
-    """Return the first kernel in a ranking that supports a call. If no kernel does, return the first, which says why."""
+    """Return the first kernel in a ranking that supports a call. If no kernel does, return the first, whose error says why."""
     return next((name for name in ranked if not load_kernel(name).unsupported_reason(requirements)), ranked[0])

@@ -79,7 +79,7 @@ def register_planned_op(
     def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         # messages of this pass belong to the layer of the forward pass, if it had one
         set_layer(ctx.layer)
-        # read saved_tensors only once, because a checkpoint recomputes them at that moment
+        # read saved_tensors only once, because under a checkpoint reading them triggers the recomputation
         of_tensors = gradients(ctx, ctx.saved_tensors, *grads)
         return *of_tensors, None, None, *(None for _ in ctx.numbers)
 
