@@ -59,7 +59,7 @@ def attention_speed(cluster: ClusterSpec, direction: str, head_dim: int, queries
     best = max(table.values())
     if len(table) == 1:
         return speed / (1.0 + _PROGRAM_OVERHEAD_KEYS / np.maximum(shorter, 1))
-    # the extra seconds per operation compared with the best speed grow as they are spread over fewer keys
+    # below the table's first point, the extra time per operation grows in inverse proportion to the number of keys
     short = np.maximum(first / np.maximum(shorter, 1), 1.0)
     return 1.0 / (1.0 / best + (1.0 / speed - 1.0 / best) * short)
 
@@ -73,7 +73,7 @@ def recurrence_flops_per_token(direction: str, key_dim: int, v_head_dim: int) ->
 def recurrence_seconds(
     cluster: ClusterSpec, direction: str, key_dim: int, v_head_dim: int, tokens: Ints, heads: Ints, whole: np.ndarray
 ) -> Numbers:
-    """Estimate the seconds of recurrence tasks, (M,). whole: True for tasks that compute more than a state."""
+    """Estimate the time of recurrence tasks in seconds, (M,). whole: True for tasks that compute more than a state."""
     best = max(row.tflops for row in cluster.attention if row.direction == direction) * _TERA
     whole_flops = recurrence_flops_per_token(direction, key_dim, v_head_dim)
     # a pass that computes only states costs the same in both directions
@@ -84,7 +84,7 @@ def recurrence_seconds(
 def expansion_seconds(
     cluster: ClusterSpec, direction: str, latent_dim: int, widths: int, tokens_x_heads: Ints, kept: bool = False
 ) -> Numbers:
-    """Estimate the seconds to expand latents to keys and values of `widths` numbers per head, (M,).
+    """Estimate the time to expand latents to keys and values of `widths` numbers per head, in seconds, (M,).
 
     Matrix products run at attention's speed on long sequences. The backward pass has two, for the gradients of latents and
     weights. Unless keys and values are kept, a third product expands the latents again.
@@ -138,7 +138,7 @@ def tiled_area(bands: Ints, tile: tuple[int, int]) -> tuple[Numbers, Numbers]:
 def launch_seconds(
     cluster: ClusterSpec, cells: Numbers, widest: Numbers, heads: Ints, speed: Numbers, per_cell: float, group: Ints
 ) -> tuple[Ints, Numbers]:
-    """Return the numbers of kernel launches and the seconds of each, for tasks that are grouped into launches.
+    """Return the numbers of kernel launches and the seconds that each takes, for tasks grouped into launches.
 
     cells, widest: each task's results of `tiled_area`. speed: each task's operations per second. group: the number of each task's
     launch. A launch runs at full speed, but takes at least as long as its longest program on one multiprocessor.

@@ -48,7 +48,7 @@ class Device:
     memory_gb: Annotated[float, _POSITIVE]
     # dense bf16, from the manufacturer's data sheet
     peak_tflops: Annotated[float, _POSITIVE]
-    # reached in large matrix products
+    # achieved in large matrix products
     gemm_tflops: Annotated[float, _POSITIVE]
     # 10^9 bytes copied per second
     copy_gbs: Annotated[float, _POSITIVE]

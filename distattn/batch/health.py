@@ -83,7 +83,7 @@ class HealthMonitor:
         try:
             return work()
         except torch.OutOfMemoryError:
-            # this is a fault of this rank, not of a message
+            # running out of memory is this rank's own fault, not a failure of communication
             raise
         except (RuntimeError, TimeoutError, LostRankError) as error:
             raise self._explained(error, activity, members) from None

@@ -61,7 +61,7 @@ class LayerOverrides:
         self.unused = {name for name in self._overrides if isinstance(name, int)}
 
     def of(self, layer: int | None, window: int | None) -> LayerOverride | None:
-        """Return the override of a layer with this number and window; None if it is planned like the others."""
+        """Return the override of a layer with this number and window; None if it is planned like the other layers."""
         if not self._overrides:
             return None
         if layer is None and any(isinstance(name, int) for name in self._overrides):

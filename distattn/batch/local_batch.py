@@ -68,8 +68,8 @@ class LocalBatch(BatchAttention):
     padding in place of a micro-batch. layout: the name of the rows' layout, if it is not the batch's. used: True once a layer has
     called an operation. mixed: True once a layer has called a recurrence or a convolution. number: the batch's number in the run.
     proven: True if plans are proven before they run. relaid_spans: whether the rows of a span of recurrent layers move, by shape,
-    number of layers and width (see `recurrent_span`). block: the ranks that have this batch; by default all ranks, with all
-    documents.
+    number of layers and width (see `recurrent_span`). block: the ranks with this batch, and its documents; by default all
+    ranks and documents.
     """
 
     positions: Tensor | None = None
@@ -89,7 +89,7 @@ class LocalBatch(BatchAttention):
         self._calls: dict[tuple[Any, ...], tuple[Executable, int]] = {}
         self._checked: Tensor | None = None
 
-    # this looks up plans, and may make them, so torch.compile leaves it out
+    # excluded from torch.compile, because it looks up plans and may make them
     @torch.compiler.disable
     def attention(
         self,
@@ -264,7 +264,7 @@ class LocalBatch(BatchAttention):
 
     @property
     def block(self) -> BatchBlock:
-        """The ranks that have this batch, and its documents on the axis."""
+        """The ranks with this batch, and the range of its documents on the axis."""
         if self._block is None:
             layout = self.planner.lay_out(self.key.documents)[1]
             self._block = BatchBlock(range(layout.ranks), range(len(layout.lengths)))
@@ -272,7 +272,7 @@ class LocalBatch(BatchAttention):
 
     @property
     def documents(self) -> tuple[int, ...]:
-        """The document lengths of this rank's batch, in order, on each rank that has it; empty if the batch stands in."""
+        """The document lengths of this rank's batch, in order, on each rank with the batch; empty if it stands in."""
         lengths, numbers = self.planner.lay_out(self.key.documents)[1].lengths, self.block.documents
         return () if self.stands_in else tuple(lengths[numbers.start : numbers.stop])
 
@@ -423,7 +423,7 @@ class RelaidBatch(LocalBatch):
 
     @property
     def block(self) -> BatchBlock:
-        """The ranks that have this batch. Raises DistattnError if they may not have all tokens of its documents."""
+        """The ranks with this batch. Raises DistattnError if the layout may move its tokens to other ranks."""
         block, ranks = super().block, self.planner.lay_out(self.key.documents)[1].ranks
         if len(block.ranks) < ranks:
             raise DistattnError(

@@ -73,9 +73,9 @@ class PackedBatch(NamedTuple):
 
     @staticmethod
     def of(batch: Mapping[str, Any]) -> PackedBatch:
-        """Build the batch from a mapping as `ContextParallel.shard` takes it. Raise DistattnError if the mapping is invalid.
+        """Build a batch from a mapping that `ContextParallel.shard` accepts. Raise DistattnError if the mapping is invalid.
 
-        Tensors are copied, because a loader may fill the same tensors, or the arrays below them, with its next batch.
+        Tensors are copied, because a loader may fill the same tensors, or the arrays underneath, with its next batch.
         """
         _check_keys(batch)
         present = {name: value for name, value in batch.items() if value is not None}
@@ -142,7 +142,7 @@ class PackedBatch(NamedTuple):
 def micro_batches_of(step: Any) -> list[Batch] | None:
     """Return the micro-batches of a loader's step; None after the last step.
 
-    step: a mapping as `ContextParallel.shard` takes it, or a list of mappings or batches.
+    step: a mapping that `ContextParallel.shard` accepts, or a list of such mappings and batches.
     """
     if step is None:
         return None
@@ -166,7 +166,7 @@ def local_tensors(ids: Tensor, labels: Tensor, layout: Layout, tokens: Ints, pad
 
 
 def _whole_numbers(batch: Mapping[str, Any], name: str) -> Tensor:
-    """Return a tensor of the batch. Raise DistattnError if it is not a tensor of whole numbers."""
+    """Return the batch's tensor `name`. Raise DistattnError if it is not a tensor of integers."""
     value = batch[name]
     if not isinstance(value, Tensor):
         raise DistattnError(f"{name} is a {type(value).__name__}; a tensor is needed.")
@@ -214,7 +214,7 @@ def _shifted(labels_N: Tensor, lengths: tuple[int, ...]) -> Tensor:
 
 
 def _on_device(numbers: Ints, device: torch.device) -> Tensor:
-    """Return whole numbers as a tensor on a device."""
+    """Return a NumPy array of integers as a tensor on a device."""
     return copy_to_device(device, torch.from_numpy(numbers))
 
 

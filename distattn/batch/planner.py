@@ -49,7 +49,7 @@ _GATHERED = LayerOverride("allgather", "keep")
 class AttentionShape(NamedTuple):
     """The properties of one layer that its plan and kernel depend on, besides the batch.
 
-    heads, kv_heads: for a recurrence the heads of values, and those of queries and keys. window: for attention, each token sees
+    heads, kv_heads: for a recurrence, the value heads, and the query and key heads. window: for attention, each token sees
     the last `window` tokens, including itself. override: how to plan this layer, if not like the others. modifiers: changes to
     its scores ("softcap", "alibi_slopes"), which some kernels do not support. layout: the name of the layout of this layer's
     rows, if not the batch's. taps: the length of a convolution's filters. shift_distance: the distance of a token shift, from the
@@ -83,7 +83,7 @@ class AttentionShape(NamedTuple):
 
 
 class BatchKey(NamedTuple):
-    """A batch's key in the planner. documents: as the planner's `lay_out` takes them. options: for this batch only."""
+    """A batch's key in the planner. documents: the argument of `Planner.lay_out`. options: strategy options for this batch."""
 
     documents: Hashable
     options: tuple[tuple[str, Any], ...] = ()
@@ -106,10 +106,10 @@ class PlanningRanks(Protocol):
         ...
 
     def begin_shape(self, batch: LocalBatch, shape: AttentionShape) -> None:
-        """Prepare for a batch's plan of a shape that is new to the run. All ranks call this."""
+        """Prepare for planning a batch for a shape new to the run. All ranks call this."""
 
     def agree(self, make: Callable[[], Planned]) -> Planned:
-        """Make the plan of a shape that is new to the run with `make`, and compare it with the other ranks' plans.
+        """Make a plan for a shape new to the run with `make`, and compare it with the other ranks' plans.
 
         A collective call. If one rank's plan differs or is refused, all raise DistattnError.
         """
@@ -137,7 +137,7 @@ class Planner:
         is_one_block: bool = True,
     ):
         self.config, self.ranks, self._is_one_block = config, ranks, is_one_block
-        # whole numbers are sent as float64, whatever the dtype of gradients
+        # integers are sent as float64, regardless of the dtype for gradients
         self._whole_numbers = replace(config, comm_dtype=None)
         self.overrides = LayerOverrides(config.layers)
         # fixed-length batches repeat the same documents; packed batches never do
@@ -156,9 +156,9 @@ class Planner:
             self._shapes[shape, device] = None
 
     def registered_shapes(self, step: int = 0) -> tuple[tuple[AttentionShape, torch.device], ...]:
-        """Return the shapes that layers have asked for so far, to plan a step ahead. May be called on any thread.
+        """Return the shapes requested by layers so far, to plan them a step ahead. May be called on any thread.
 
-        In a few steps, leave out shapes with an unusable kernel: layers ask for these, and kernels are tried again.
+        In a few steps, shapes with an unusable kernel are left out, so that layers request them and kernels are tried again.
         """
         with self._lock:
             shapes = tuple(self._shapes)
@@ -214,7 +214,7 @@ class Planner:
         )
         if broken is not None:
             raise broken
-        # without launches, no rank has tried a kernel; a later batch will
+        # if no rank had a launch to try kernels on, a later batch may have one
         if ranked:
             self._ranked[trial] = ranked
             self._comparisons[trial] += 1
@@ -257,7 +257,7 @@ class Planner:
             mask, override = Mask.documents(layout.lengths, (shape.taps - 1, 0)), _GATHERED
         elif op.is_recurrent:
             mask = Mask.documents(layout.lengths)
-            # only ranks that have the batch have its documents' states, so tokens stay there
+            # only ranks with the batch hold its documents' states, so tokens stay on these ranks
             override = None if self._is_one_block else LayerOverride("scan")
         elif shape.window is not None:
             mask = Mask.documents(layout.lengths, apply_window(config.document_mask, shape.window))

@@ -16,7 +16,7 @@ Documents = tuple[tuple[int, ...], ...]
 
 
 class BatchBlock(NamedTuple):
-    """A block of ranks, among those that share attention, with one batch. documents: its documents' numbers on the axis."""
+    """A block of ranks that hold the same batch, and the numbers of the batch's documents on the axis."""
 
     ranks: range
     documents: range

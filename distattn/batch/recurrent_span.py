@@ -77,13 +77,13 @@ def recurrent_span(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | None = None,
 ) -> RecurrentSpan:
-    """Return a span of `layers` consecutive recurrent layers, moved to contiguous slices if that is faster in simulation.
+    """Return a span of `layers` consecutive recurrent layers. Rows move to contiguous slices if that is faster in simulation.
 
-    width: channels of the hidden states that would move. heads: heads of values. kv_heads: heads of queries and keys, by default
-    as many. Rows stay if no cluster is described, because times are unknown in that case, or if a rank has no tokens. All ranks
+    width: channels of the hidden states that would move. heads: value heads. kv_heads: query and key heads, by default the same
+    number. Rows stay if no cluster is described, because times are unknown in that case, or if a rank has no tokens. All ranks
     make the same choice, once per batch: they compare two plans of such a layer, one in each layout, unless moving tokens takes
-    longer than it could save. device: the rows' device. If given, plans for later batches are made ahead on the planning thread,
-    and a call with new arguments is collective.
+    longer than it could save. device: the rows' device. If given, plans for later batches are made ahead on the planning
+    thread, and a call with new arguments is collective.
     """
     cluster, op = batch.planner.config.cluster, op_of(op)
     if not isinstance(cluster, ClusterSpec) or isinstance(batch, RelaidBatch):

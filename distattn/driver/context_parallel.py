@@ -55,7 +55,7 @@ class ContextParallel:
     """A driver that splits attention over the ranks of a process group, batch by batch.
 
     group: by default the default process group, or a single rank without torch.distributed. loss_group: all ranks whose tokens
-    make up the loss, including data-parallel replicas; by default the ranks of the group that have a model. settings: fields of
+    make up the loss, including data-parallel replicas; by default the group's ranks with a model. settings: fields of
     `AttentionConfig`; `strategy` is required. They override the values of `config`. The constructor is a collective call of the
     loss group. It raises DistattnError for unknown settings, and for settings that differ between ranks.
 
@@ -145,7 +145,7 @@ class ContextParallel:
     def shard_step(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Shard all micro-batches of one optimizer step like `shard`; losses are scaled by the valid labels of the whole step.
 
-        All ranks of the loss group call this together. Ranks that must hold the same batch are compared. With data per rank,
+        All ranks of the loss group call this together. Batches that ranks must share are compared. With data per rank,
         ranks may have different numbers of micro-batches: all get as many as the rank with the most, with padding for the
         missing ones. With servers, use a step's batches before the next step but one is sharded.
         """
@@ -170,7 +170,7 @@ class ContextParallel:
     def steps(self, loader: Iterable[Any], *, even: bool = False) -> Iterator[list[dict[str, Any]]]:
         """Yield the micro-batches of each step of a loader, sharded one step ahead, until the longest loader has ended.
 
-        loader: yields batches as `shard` takes them, or lists of them (micro-batches). With a `PackLoader` each rank reads only
+        loader: yields batches that `shard` accepts, or lists of them (micro-batches). With a `PackLoader` each rank reads only
         its own tokens, and ranks need not exchange facts about steps. While a step runs, the next one is announced to the other
         ranks, and its plans are made and compared. Batches are copied, so a loader may reuse its tensors. Loops may be nested and
         left early, in the same way on all ranks: the next loop of this driver over the same iterator begins with the step that
@@ -265,7 +265,7 @@ class ContextParallel:
     # ---- called by servers and loss sums
 
     def begin(self, activity: str) -> None:
-        """Record that this rank starts an activity that all ranks of the loss group run equally often, to name late ranks."""
+        """Record the start of an activity that all ranks of the loss group run equally often, so that late ranks can be named."""
         if self._communicators is not None:
             self._communicators.monitor.enter(activity)
 
@@ -335,7 +335,7 @@ class ContextParallel:
         return self._factor / max(sum(step.infos[rank].valid_labels for rank in self._table.blocks), 1)
 
     def _local_shard(self, packed: Batch | None) -> dict[str, Any]:
-        """Return this rank's `input_ids`, `labels` and `position_ids` (1, T) of a micro-batch; padding for None."""
+        """Return this rank's `input_ids`, `labels` and `position_ids` (1, T) of a micro-batch, or padding if it is None."""
         if packed is None:
             tokens = padded(0, self.config.pad_to)
             padding = torch.zeros(1, tokens, dtype=torch.int64, device=self._device)

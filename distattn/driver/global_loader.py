@@ -1,6 +1,6 @@
 """Loaders that know the global batch of every step, so that ranks need not exchange facts about each step.
 
-A pack plan's loader is such a loader (`distattn.data`). Ranks check once that they all read the same plan from the same step.
+One example is the loader of a pack plan (`distattn.data`). Ranks check once that they all read the same plan from the same step.
 From then on, each rank computes the facts of all others.
 """
 

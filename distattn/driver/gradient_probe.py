@@ -32,7 +32,7 @@ from distattn.ir.errors import DistattnError
 _TOLERANCE = 0.02
 # factors of the second pass's loss; the smaller one is for fp16 and for trainers that scale losses, which may overflow
 _LARGER, _SMALLER = 64.0, 1 / 32
-# the least number of rows of a gradient to read
+# read at least this many rows of a gradient
 _ROWS = 16
 # the warning for steps whose loss scale was not measured
 NOT_PROBED = (
@@ -49,7 +49,7 @@ OTHER_COUNT = (
 class GradientProbeTarget(Protocol):
     """The trainer's side of the probe; `distattn.adapters` has a target for each trainer.
 
-    It may also have an attribute `micro_batches_per_step`, if the trainer divides by it; other numbers are then refused.
+    A target may also have the attribute `micro_batches_per_step`, if the trainer divides by it. Other numbers are refused.
     """
 
     def layer(self) -> torch.nn.Module | None:
@@ -107,7 +107,7 @@ class Reduction(NamedTuple):
             raise DistattnError(
                 f"the trainer weighs ranks unequally, {_listed(self.weights)}; no loss scale makes that right."
             )
-        # trainers divide and multiply by whole numbers, and the measurement has rounding errors
+        # trainers divide or multiply by integers, but the measurement has rounding errors
         for exact in (round(1 / mean), 1 / max(round(mean), 1)):
             if abs(exact * mean - 1) < _TOLERANCE:
                 return float(exact)
@@ -148,9 +148,10 @@ def probe(target: GradientProbeTarget, make_batch: MakeBatch, group: dist.Proces
 
 
 class MakeBatch(Protocol):
-    """A function that makes a local batch whose token ids are all at least `ranks`. rows: rows of the output layer's weight.
+    """A function that makes a local batch whose token ids are all at least `ranks`.
 
-    If the embedding shares that weight, such ids keep its gradient out of the rows that the probe reads.
+    rows: the number of rows of the output layer's weight. If the embedding shares that weight, such ids keep its gradient out
+    of the rows that the probe reads.
     """
 
     def __call__(self, ranks: int, rows: int, device: torch.device) -> Mapping[str, Any]: ...
@@ -244,7 +245,7 @@ def _check_linear(
 def _solve_weights(local: Tensor, reduced: Tensor, group: dist.ProcessGroup | None, ranks: int) -> Tensor:
     """Return the weight of each rank's gradient in this rank's reduced gradient, (ranks,); NaN if it is not a weighted sum."""
     gradients = _gathered(local, group, ranks)
-    # an embedding that shares the output layer's weight has its gradient in other rows
+    # skip rows of zeros: the gradient of an embedding that shares the output layer's weight is there
     rows_read = (gradients != 0).any(2).any(0)
     gradients, reduced = gradients[:, rows_read].flatten(1), reduced[rows_read].flatten()
     # least squares: the reduced gradient is the sum of weight x gradient
@@ -259,7 +260,7 @@ def _solve_weights(local: Tensor, reduced: Tensor, group: dist.ProcessGroup | No
 
 
 def _agreed_weights(weights: Tensor, group: dist.ProcessGroup | None, ranks: int) -> tuple[float, ...]:
-    """Return the weights that all ranks measured. Raise DistattnError if a rank has no weights, or different ones."""
+    """Return the weights, on which all ranks must agree. Raise DistattnError if a rank measured none, or different ones."""
     all_weights_RR = _gathered(weights, group, ranks)
     for rank, row in enumerate(all_weights_RR.tolist()):
         if any(weight != weight for weight in row):

@@ -41,7 +41,7 @@ class OverlapSchedule:
     """
 
     def __init__(self, layers: Sequence[nn.Module], model: nn.Module | None = None):
-        # arrays and tensors of zero dimensions have an iterable type, but cannot be iterated over
+        # zero-dimensional arrays and tensors have an iterable type, but cannot be iterated over
         self.layers = list(layers) if isinstance(layers, Iterable) and not hasattr(layers, "ndim") else []
         if not self.layers or not all(isinstance(layer, nn.Module) for layer in self.layers):
             raise DistattnError("an overlap schedule needs a list of at least one layer, each a module.")
@@ -207,7 +207,7 @@ class _AttentionCall(NamedTuple):
 
 
 class _Repetition(NamedTuple):
-    """The recomputation of a checkpointed layer. ticket: a handle of its input if that is on the host, otherwise None."""
+    """The recomputation of a checkpointed layer. ticket: a handle to its input if that was moved to the host, otherwise None."""
 
     forward: Callable[..., Any]
     args: tuple[Any, ...]
@@ -371,7 +371,7 @@ class _Segment:
 
 
 class _JoinedSegments:
-    """One layer of all micro-batches. run: calls the layer for each of them and returns its outputs."""
+    """One layer for all micro-batches. run: calls the layer for each of them and returns its outputs."""
 
     def __init__(self, turns: Turns, segments: list[_Segment], run: Callable[[list[Call]], list[Any]]):
         self._turns, self._segments = turns, segments
@@ -398,7 +398,7 @@ class _JoinedSegments:
 
 
 class _JoinedLayer(torch.autograd.Function):
-    """A layer of all micro-batches as one node of the autograd graph."""
+    """A layer for all micro-batches, as a single node of the autograd graph."""
 
     @staticmethod
     def forward(ctx: Any, joined: _JoinedSegments, gradient: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:

@@ -26,7 +26,7 @@ _SKETCHES = 8
 # 8-byte words in a row of a checksum
 _COLUMNS = 4096
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# the most names in a sentence
+# maximum number of names listed in an error
 _NAMED = 3
 
 

@@ -73,7 +73,7 @@ class RankTable(NamedTuple):
 def _checked(from_ranks: list[tuple[AttentionConfig | None, list[int]]], members: list[int]) -> AttentionConfig:
     """Return the settings that all ranks share. Raise DistattnError if they differ or do not fit the groups.
 
-    from_ranks: for each rank its settings, and the ranks that it shares attention with.
+    from_ranks: each rank's settings, and the ranks with which it shares attention.
     """
     first = from_ranks[0][0]
     if first is None:

@@ -37,7 +37,10 @@ class StepInfo(NamedTuple):
 
     @staticmethod
     def of(micro_batches: Sequence[Batch] | None, speed: float | None, compared: bool, loader: str) -> StepInfo:
-        """Return the facts about a step. micro_batches: None after the last step. compared: other ranks hold the same tokens."""
+        """Return the facts about a step. micro_batches: None after the last step.
+
+        compared: True if other ranks must hold the same tokens.
+        """
         batches = micro_batches or ()
         digests = tuple(batch.digest for batch in batches) if compared else ("",) * len(batches)
         labels = sum(batch.valid_labels for batch in batches)

@@ -46,7 +46,7 @@ class StepsAhead:
         self._held[id(source)] = alive, step
 
     def take(self, source: Any) -> StepAhead | None:
-        """Return and forget the step that is kept for this source; None if there is no such step."""
+        """Return the step kept for this source, or None, and forget the step."""
         _, step = self._held.pop(id(source), (None, None))
         if step is not None:
             step.taken_over = True
@@ -55,7 +55,7 @@ class StepsAhead:
         return step
 
     def drop(self, source: Any, step: StepAhead) -> None:
-        """Forget the step, because its own loop yields it."""
+        """Forget a step that its own loop is about to yield."""
         if self._held.get(id(source), (None, None))[1] is step:
             del self._held[id(source)]
 
@@ -75,7 +75,7 @@ class StepLoop:
         try:
             self._iterator: Iterator[Any] = iter(loader)
         except TypeError as error:
-            # such as an array of zero dimensions
+            # for example, a zero-dimensional array
             raise DistattnError(f"this loader cannot be iterated over: {error}.") from None
         self._loader, self._ahead = loader, ahead
         self._held: StepAhead | None = None

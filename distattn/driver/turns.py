@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 class Span(NamedTuple):
-    """A period of a micro-batch's activity, in seconds. activity: "runs", or "moves" while its messages travel."""
+    """The begin and end, in seconds, of what a micro-batch did. activity: "runs", or "moves" while its messages travel."""
 
     micro_batch: int
     activity: str
@@ -156,7 +156,7 @@ class _Cancelled(BaseException):
 
 
 class ThreadModes(NamedTuple):
-    """The modes that each thread has: the current stream of a device, gradient mode and autocast."""
+    """The per-thread modes: a device's current stream, gradient mode and autocast."""
 
     stream: Any
     grad: bool

@@ -16,7 +16,7 @@ import numpy as np
 from distattn.ir.errors import DistattnError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-# element types that functions check themselves, whole arrays at a time
+# element types that functions check themselves, a whole array at a time
 _UNCHECKED_ELEMENTS = (Sequence[int], Sequence[tuple[int, int]], tuple[int, int])
 _KINDS = {
     int: "a whole number",

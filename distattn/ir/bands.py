@@ -20,7 +20,7 @@ COLUMNS = ("q0", "q1", "k0", "k1", "lo", "hi", "bq", "bk", "oq", "ok")
 MAX_TOKENS = 1 << 30
 MAX_BLOCK = 1 << 29
 UNBOUNDED = 1 << 32
-# the most pairs that the disjointness check holds at once
+# maximum number of pairs that the disjointness check holds at once
 _MAX_PAIRS = 1 << 22
 
 Q0, Q1, K0, K1, LO, HI, BQ, BK, OQ, OK = range(10)
@@ -118,7 +118,7 @@ def check_pieces(pieces: Ints, n: int, heads: Ints | None) -> None:
 
 
 def _check_disjoint(tight: Ints, heads: Ints) -> None:
-    """Raise DistattnError if pieces overlap: with bq = bk = 1, if they share a cell; otherwise if their rectangles do."""
+    """Raise DistattnError if pieces with bq = bk = 1 share a cell, or if the rectangles of other pieces overlap."""
     # sweep along the axis on which fewer rectangles meet
     sweeps = []
     for low, high in ((Q0, Q1), (K0, K1)):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch.nn.attention.flex_attention import BlockMask
 
-# the most intervals of keys in a row of a block mask; each costs two lookups per score
+# maximum number of key intervals per row of a block mask; each costs two lookups per score
 _MAX_ROW_INTERVALS = 16
 
 

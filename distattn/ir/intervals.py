@@ -85,8 +85,7 @@ def merge_intervals(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Ints]:
 def elementary_intervals(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Ints, Ints, Ints]:
     """Cut the intervals of each group at all of its end points. Return (row, piece, group, a, b).
 
-    row and piece are pairs of an input row and a piece that it covers. group, a and b list all pieces, even those that no row
-    covers.
+    (row_i, piece_i) are an input row and a piece that it covers. group, a and b list all pieces, even those that no row covers.
     """
     base = int(b.max()) + 2 if len(b) else 2
     points = sorted_unique(np.concatenate([group * base + a, group * base + b]))

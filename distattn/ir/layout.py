@@ -31,7 +31,7 @@ _WORK_WEIGHTS = (1, 2, 4, 8, 16)
 # `balanced` splits documents above this share of a rank's work, over these multiples of the ranks that they need
 _LONG_SHARE, _SPREADS = 0.5, (1.0, 2.0, np.inf)
 _CHUNK_COLUMNS = ("rank", "t0", "t1")
-# ratios to the mean: the busiest rank's work at which the search ends, and the most tokens on a rank
+# ratios to the mean: the busiest rank's work at which the search ends, and the maximum number of tokens on a rank
 _GOOD_BALANCE, _MAX_TOKENS_OVER_MEAN = 1.01, 1.25
 
 

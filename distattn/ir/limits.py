@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, get_type_hints
 
 from distattn.ir.errors import SettingError
 
-# the maximum of a number that has no other maximum
+# the default maximum of a number
 MOST = 1 << 40
-# values by the names that other programs use for them
+# settings' values, by the names that other programs use for them
 _MEANT = {
     "zero": "deepspeed",
     "zero2": "deepspeed",

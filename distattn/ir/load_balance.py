@@ -10,7 +10,7 @@ import numpy as np
 
 from distattn.ir.intervals import Ints
 
-# the most tokens on a rank when whole documents are placed, as a multiple of the mean
+# maximum number of tokens on a rank when whole documents are placed, as a multiple of the mean
 _MAX_TOKEN_SHARE = 1.01
 
 

@@ -32,7 +32,7 @@ from distattn.ir.bands import (
 from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints, as_int64, expand_ranges, merge_intervals, numbers_of_rows
 
-# the most query heads; with this limit, every product with a number of heads fits in int64
+# maximum number of query heads, so that all products with it fit in int64
 MAX_HEADS = 1 << 14
 
 

@@ -154,7 +154,7 @@ def _recurrence(name: str, decay: str = "none", delta: bool = False) -> Op:
 
 
 ATTENTION = Op("attention")
-# keeps a running softmax finite: Milakov and Gimelshein 2018 (online softmax), arXiv 1805.02867
+# the running maximum of online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867)
 PREFIX_MAX = Op("prefix_max", "prefix_max", "never")
 # a convolution is linear in its taps, so partial results of a row are added
 CONVOLUTION = Op("convolution", "convolution", "sum")

@@ -191,7 +191,7 @@ class Call:
         return "float64" if self.dtype == "float64" else "float32"
 
     def payload_heads(self, payload: Payload) -> int:
-        """Return the number of heads of a payload: for attention, key/value heads for KV and dKV, query heads for others."""
+        """Return a payload's number of heads: for attention, key/value heads for KV and dKV, and query heads for the others."""
         return self.kv_heads if payload.name in self.op.shared_payloads else self.heads
 
     def payloads(self, direction: str) -> tuple[Payload, ...]:
@@ -217,7 +217,7 @@ class Call:
         return tuple((width, dtypes[kind]) for width, kind in fields[payload.name])
 
     def comm_fields(self, payload: Payload) -> tuple[tuple[int | None, str], ...]:
-        """Return (width, dtype) for each tensor of a payload as sent. Numbers per row (log-sum-exp, delta) stay wide."""
+        """Return (width, dtype) for each tensor of a payload as sent. Numbers per row (log-sum-exp, delta) are not narrowed."""
         fields = self.payload_fields(payload)
         if payload not in REDUCED_PAYLOADS or payload in self.written_once or not self.comm_dtype:
             return fields

@@ -49,7 +49,7 @@ class TomlFile(NamedTuple):
 
     @staticmethod
     def read(path: str | Path, remedy: str) -> TomlFile:
-        """Read a file. Raise DistattnError if it is not TOML, or cannot be read. remedy: what to do in the second case."""
+        """Read a file. Raise DistattnError if it cannot be read or is not TOML. remedy: advice for the first case."""
         try:
             text = Path(path).read_text("utf-8")
             return TomlFile(str(path), tomllib.loads(text), TomlLines(text))
@@ -125,7 +125,7 @@ def wrong_type(kind: Any, key: str, value: Any, error: str) -> SettingProblem:
     if error == "tuple_type" and entries and is_dataclass(entries[0]):
         example = f"[[{key}]]"
     if error == "dataclass_type":
-        # a table in a list has a number in its key
+        # the key of a table in a list ends with a number
         list_of_tables, _, number = key.rpartition(".")
         example = f"[[{list_of_tables}]]" if number.isdecimal() else f"[{key}]"
     if error == "too_long":

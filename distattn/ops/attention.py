@@ -78,7 +78,7 @@ def attention(
         if operand.dim() != 3:
             raise DistattnError(f"{name} has {operand.dim()} dims; three are needed: (tokens, heads, dim).")
     for name, number in (("scale", scale), ("softcap", softcap), ("dropout", dropout)):
-        # test for float first, because isinstance of an abstract class is slow
+        # test for float first, because isinstance with an abstract class is slow
         if type(number) is not float and (not isinstance(number, (Real, type(None))) or isinstance(number, bool)):
             hint = "; a tensor's gradient would be lost" if isinstance(number, Tensor) else ""
             raise DistattnError(f"{name} is a number, not a {type(number).__name__}{hint}.")
@@ -200,7 +200,7 @@ def _score(executable: Executable, scale: float, softcap: float, slopes: Tensor 
 
 
 def _finite(lse: Tensor) -> Tensor:
-    # -inf - -inf is NaN, which a row without keys would get with a sink of -inf
+    # a row without keys and a sink of -inf would give -inf - -inf, which is NaN
     return lse.masked_fill(lse == -torch.inf, 0.0)
 
 

@@ -30,7 +30,7 @@ from distattn.parallel.runtime.execution import execute_convolution
 from distattn.parallel.runtime.execution.execute_convolution import ConvolutionKernel
 
 _NO_SCORE = ScoreMod(1.0)
-# whole numbers up to this are exact in float64, the dtype in which they are sent
+# integers up to this are exact in float64, the dtype in which they are sent
 _MOST_WHOLE = 1 << 52
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -178,7 +178,10 @@ def _check_tokens(executable: Executable, x: Tensor) -> None:
 
 
 def _check_taps(call: Call, taps: int) -> None:
-    """Raise DistattnError if the plan's mask is for other taps. Not called while torch.compile traces: masks are NumPy's."""
+    """Raise DistattnError if the plan's mask is for a different number of taps.
+
+    Not called while torch.compile traces, because masks are NumPy arrays.
+    """
     planned = _taps(call)
     if planned not in (None, taps):
         raise DistattnError(
@@ -264,7 +267,7 @@ def _backward_fake(dy, x, weight, initial, kept, plan):  # noqa: ANN001, ANN202
 
 
 class _FirstTokens(NamedTuple):
-    """This rank's tokens among the first W - 1 of their document: their rows, documents and positions in documents."""
+    """This rank's tokens among the first W - 1 of their document: their rows, and their documents and positions there."""
 
     rows: Tensor
     documents: Tensor

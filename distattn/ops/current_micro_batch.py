@@ -16,7 +16,7 @@ class InterleavedBatch(Protocol):
 
     @property
     def layer(self) -> nn.Module | None:
-        """The layer being computed for it; None outside the schedule's layers, and while a layer is recomputed."""
+        """The layer that the micro-batch is in; None outside the schedule's layers, and while a layer is recomputed."""
 
     def attention(
         self,

@@ -81,7 +81,7 @@ class Executable:
         self.program, self.key, self.transport, self.observer = program, key, transport, observer
         kernel: Kernel = load_kernel(key.kernel)
         self.kernel = kernel if observer is None else observer.wrap_kernel(kernel)
-        # bytes for a recurrence, whose kept tensors have several dtypes
+        # counted in bytes for a recurrence, because its kept tensors have several dtypes
         is_recurrence = program.forward_states is not None
         self.kept_elements = kept_size(program) if is_recurrence else program.kept_places.numbers
         self.handle = EXECUTABLES.add(self)
@@ -211,7 +211,7 @@ def prepare(
     group: by default the default process group; a plan for one rank needs no group. kernel: a key of KERNELS, or of OTHER_KERNELS
     for ops other than attention. On GPUs the default, "auto", is the fastest kernel that a trial found correct (see
     `kernels.trials`), the same on all ranks; `Executable.key` has its name. modifiers: for that choice, "softcap" and
-    "alibi_slopes" if calls will have them, "lse" if gradients flow through the log-sum-exp. max_buffer_bytes: the most bytes of
+    "alibi_slopes" if calls will use them, "lse" if gradients flow through the log-sum-exp. max_buffer_bytes: the most bytes of
     buffers that a rank may need at once (see `verify`). proven: False skips the proof, for callers that prove only some plans of
     a kind; max_buffer_bytes requires the proof in any case. Hold the result until the backward pass has run: under torch.compile
     nothing else keeps its program alive.

@@ -41,7 +41,7 @@ class PrefixSoftmaxState(NamedTuple):
     weighted: Tensor
 
 
-# torch.compile leaves this out, because it leaves out `prefix_max`
+# excluded from torch.compile, like `prefix_max`
 @torch.compiler.disable
 def prefix_softmax(
     weights_THL: Tensor,

@@ -86,7 +86,7 @@ def recurrence(
     if not 0 < scale < math.inf:
         raise DistattnError(f"scale is a positive number, not {scale}.")
     documents = len(executable.program.call.documents) if return_final_state else 0
-    # o is linear in q, so q is scaled instead
+    # scale q instead of o, which is linear in q
     o_THV, final, _ = torch.ops.distattn.recurrence_forward(
         q_TGK * scale, k_TGK, v_THV, g, beta, initial_state, executable.handle, executable.kept_elements, documents
     )
