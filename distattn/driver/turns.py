@@ -37,7 +37,7 @@ class Turns:
         self.spans: list[Span] = []
 
     def run(self, runs: Sequence[PausableRun[Result]]) -> list[Result]:
-        """Run a generator for each micro-batch to its end; at each pause the next one continues. Return their results."""
+        """Run a generator for each micro-batch to completion; at each pause the next one continues. Return their results."""
         results: dict[int, Result] = {}
         waiting = deque(enumerate(runs))
         while waiting:
@@ -118,7 +118,7 @@ class MicroBatchThread:
         return self._value
 
     def run(self, paused: PausableRun[Result]) -> Result:
-        """Run a generator to its end on this thread, suspending at each of its pauses."""
+        """Run a generator to completion on this thread, suspending at each of its pauses."""
         while True:
             try:
                 next(paused)

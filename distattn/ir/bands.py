@@ -95,7 +95,7 @@ def _clamp(x: Ints, low: Ints | int, high: Ints) -> Ints:
 
 
 def check_pieces(pieces: Ints, n: int, heads: Ints | None) -> None:
-    """Raise DistattnError for pieces outside the axis, without cells, or that share a cell.
+    """Raise DistattnError for pieces outside the axis, without cells, or with a shared cell.
 
     heads: (P, 2), the heads of each piece. Pieces with different heads may share a cell.
     """

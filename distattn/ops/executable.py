@@ -213,7 +213,7 @@ def prepare(
     `kernels.trials`), the same on all ranks; `Executable.key` has its name. modifiers: for that choice, "softcap" and
     "alibi_slopes" if calls will use them, "lse" if gradients flow through the log-sum-exp. max_buffer_bytes: the most bytes of
     buffers that a rank may need at once (see `verify`). proven: False skips the proof, for callers that prove only some plans of
-    a kind; max_buffer_bytes requires the proof in any case. Hold the result until the backward pass has run: under torch.compile
+    a kind; max_buffer_bytes requires the proof in any case. Keep the result until the backward pass has run: under torch.compile
     nothing else keeps its program alive.
 
     Raise PlanError if the plan cannot be proven, needs more than max_buffer_bytes, or differs between ranks; DistattnError if it
