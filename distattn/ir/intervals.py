@@ -16,7 +16,7 @@ Ints = NDArray[np.int64]
 
 
 def as_int64(values: Any, name: str) -> Ints:
-    """Convert `values` to int64. Raise DistattnError, naming `name`, for fractions, strings, ragged rows and large numbers."""
+    """Convert `values` to int64. Raise DistattnError, naming `name`, for fractions, strings, ragged rows and overflow."""
     try:
         array = np.asarray(values)
         if array.size and array.dtype.kind not in "iu":
