@@ -32,7 +32,7 @@ class Corpus:
 
     @classmethod
     def open(cls, name: str, paths: Sequence[str], check_tokens: bool = True) -> Corpus:
-        """Open the files with these prefixes. Raise the errors of `IndexedFile.open`, and DistattnError if there are no tokens."""
+        """Open the files with these prefixes. Raise the errors of `IndexedFile.open`, and DistattnError if all are empty."""
         corpus = cls(name, [IndexedFile.open(path, check_tokens) for path in paths])
         if not corpus.tokens:
             files = ", ".join(paths) or "no files"

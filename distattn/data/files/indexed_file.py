@@ -242,7 +242,7 @@ class IndexedFile:
             )
 
     def _check_entries(self, offsets: np.ndarray, size: int) -> None:
-        """Compare the index blocks that contain entries of `size` bytes at these offsets with their digests, unless already done."""
+        """Compare the index blocks that hold entries of `size` bytes at these offsets with their digests, unless already done."""
         if self.digests is not None:
             for block in np.unique(np.stack([offsets, offsets + size - 1]) // BLOCK_BYTES).tolist():
                 self._check_index_bytes(block * BLOCK_BYTES, 1)
