@@ -63,8 +63,8 @@ class PackLoader:
         (1, T), the index of each token's corpus in the plan's `sources`, and -1 for padding.
 
         Raises DistattnError if the plan was made with other corpora or masks, if it does not have the requested steps, and if a
-        step has fewer packs than there are shares. If a document kept whole replaces several packs, the loader may notice only
-        when it reads the step that it has too few packs.
+        step has fewer packs than there are shares. If a document kept whole replaces several packs, the loader may not notice
+        that a step has too few packs until it reads the step.
         """
         self.plan = plan if isinstance(plan, PackPlan) else PackPlan.open(plan)
         self.rank, self.size, self.ahead, self.even = rank, size, ahead, even
@@ -166,7 +166,7 @@ class PackLoader:
         return {"step": self.step, "plan": self.plan.digest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from a state of `state_dict`. The share and the number of shares may differ.
+        """Resume from a state returned by `state_dict`. The share and the number of shares may differ.
 
         Raises DistattnError if the state belongs to another plan, or its step lies after the last one.
         """

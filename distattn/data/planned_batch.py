@@ -102,8 +102,8 @@ class PlannedBatch:
     def local_shard(self, layout: Layout, rank: int, pad_to: int = 1) -> dict[str, Tensor]:
         """Return a rank's `input_ids`, `labels` and `position_ids`, all (1, T), padded to a multiple of `pad_to`.
 
-        They are read now unless `read_ahead` has started it. With corpus_ids the result also has `corpus_ids` (1, T): the index
-        of each token's corpus in the plan's sources, and -1 for padding.
+        They are read now unless `read_ahead` has started reading them. With corpus_ids the result also has `corpus_ids` (1, T):
+        the index of each token's corpus in the plan's sources, and -1 for padding.
         """
         tokens = layout.tokens(rank)
         ids, labels = (read.to(self.device, non_blocking=True) for read in self.read_tensors(tokens))

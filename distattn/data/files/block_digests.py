@@ -26,7 +26,7 @@ _MAGIC = b"dattnxh3"
 _HEADER = struct.Struct("<8s5Q")
 _CHECKSUM = struct.Struct("<Q")
 _TABLES_OFFSET = _HEADER.size + _CHECKSUM.size
-# files are digested in parts of this size
+# files are hashed in parts of this size
 _PART_BYTES = 1 << 23
 Buffer = bytes | bytearray | memoryview
 
@@ -104,7 +104,7 @@ class BlockDigests:
 class CheckedBlocks:
     """The set of those blocks of a file that have been compared with their digests.
 
-    It has one bit per block: 8 MB for a terabyte, of which only the pages written to take memory.
+    It has one bit per block: 8 MB for a terabyte, of which only modified pages take memory.
     """
 
     def __init__(self, file_bytes: int) -> None:

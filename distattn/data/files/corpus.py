@@ -67,8 +67,8 @@ class Corpus:
     def digest(self) -> str:
         """A digest of the dtypes, sizes and indices of all files in order. It does not depend on their names and folders.
 
-        With side files it takes O(1) and also covers the tokens. Without them, the indices are read, and of the tokens only their
-        sizes are covered. So the digest changes when a side file is removed.
+        With side files it takes O(1) time and also covers the tokens. Without them, it reads the indices and covers only the
+        number of tokens. So the digest changes when a side file is removed.
         """
         return self._digest(True)
 
@@ -117,7 +117,7 @@ class Corpus:
         return lengths
 
     def file_of(self, document: int) -> tuple[IndexedFile, int]:
-        """Return the file with a document, and the document's number within it. Raise DistattnError if it does not exist."""
+        """Return the file that contains a document, and its number in that file. Raise DistattnError if it does not exist."""
         if not 0 <= document < self.documents:
             raise DistattnError(f"corpus {self.name!r}: there is no document {document}; it has {self.documents:,}.")
         # choose the last file that begins at or before the document, because an empty file begins where the next one does

@@ -102,7 +102,7 @@ class IndexedFile:
         return self.digests.idx_root if self.digests else root_digest(f"{self.prefix}.idx")
 
     def read(self, document: int, start: int, count: int, vocabulary: int | None = None) -> np.ndarray:
-        """Read tokens [start, start + count) of a document. Return (count,) of the stored dtype.
+        """Read tokens [start, start + count) of a document. Return an array (count,) of the stored dtype.
 
         vocabulary: check that all ids are in [0, vocabulary); by default they are not checked. Raises DistattnError if the range
         lies outside the document, and DamagedDataError naming the file and byte if the file is damaged or an id is out of range.
@@ -154,7 +154,7 @@ class IndexedFile:
             yield tokens
 
     def iterate_lengths(self) -> Iterator[np.ndarray]:
-        """Yield the lengths of all documents in order, in int64 arrays of about a million. Call `check_index` first."""
+        """Yield the lengths of all documents in order, in int64 arrays of about a million each. Call `check_index` first."""
         for start in range(0, self.documents, _PART_DOCUMENTS):
             ends = self.document_ends[start : start + _PART_DOCUMENTS + 1]
             first, last = int(ends[0]), int(ends[-1])
@@ -388,7 +388,7 @@ class IndexedFileWriter:
         self.tokens += len(tokens)
 
     def append(self, file: IndexedFile) -> None:
-        """Add all documents of another indexed file with the same dtype. If that file has digests, they are checked meanwhile."""
+        """Add all documents of another indexed file with the same dtype, checking its digests if it has any."""
         if file.dtype != self.dtype:
             raise DistattnError(f"{file.prefix}: has {file.dtype.name} tokens, {self.prefix} has {self.dtype.name}.")
         file.check_index()
@@ -403,7 +403,7 @@ class IndexedFileWriter:
         self.tokens += file.tokens
 
     def _write_index(self) -> None:
-        """Write the header and the sections after the lengths, which are already in the file. Then digest the whole index."""
+        """Write the header and the sections after the lengths, which are already in the file. Then hash the whole index."""
         total = 0
         for start in range(0, self.documents, _PART_DOCUMENTS):
             self._idx.seek(HEADER.size + 4 * start)

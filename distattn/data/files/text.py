@@ -86,7 +86,7 @@ def find_corpus(path: str, *, suffix: str = "", exclude: Sequence[str] = (), max
 def check_text(corpus: TextCorpus) -> None:
     """Read every file of a corpus once, and check that it is UTF-8 and that its size has not changed.
 
-    Raises DamagedDataError naming the first file for which this is not so.
+    Raises DamagedDataError naming the first file that fails a check.
     """
     # the last document of a file ends where the file does
     sizes = {document.file: document.end for document in corpus.documents}
@@ -128,7 +128,7 @@ def find_files(
 ) -> list[str]:
     """Return the files that `path` (a folder, a file or a glob) names, sorted. Raise DistattnError if there are no files.
 
-    options: the user's names for the arguments `path` and `exclude`, for errors.
+    options: the user's names for `path` and `exclude`, used in errors.
     """
     literal = path.replace("{stdlib}", sysconfig.get_path("stdlib"))
     if os.path.exists(literal):
@@ -195,7 +195,7 @@ def _size(file: str) -> int:
 
 
 def _looks_binary(file: str) -> bool:
-    """Return True if a file begins like no text in any encoding. Text that is not UTF-8 is refused later."""
+    """Return True if a file's first bytes cannot be text in any encoding. Text other than UTF-8 is refused later."""
     try:
         with open(file, "rb") as opened:
             first = opened.read(_FIRST_BYTES)
@@ -213,7 +213,7 @@ def _check_utf8(file: str) -> int:
     try:
         with open(file, "rb") as opened:
             while part := opened.read(_PART_BYTES):
-                # the number of bytes held back from a character that the previous part cut
+                # the number of bytes held back because the previous part ended within a character
                 held = len(decoder.getstate()[0])
                 decoder.decode(part)
                 size += len(part)

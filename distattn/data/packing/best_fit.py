@@ -49,7 +49,7 @@ class BestFitPacks:
 
     @property
     def room(self) -> np.ndarray:
-        """The free room of each pack in tokens, int64 (P,)."""
+        """The free space of each pack in tokens, int64 (P,)."""
         return np.array(self._room, np.int64)
 
     def add(self, lengths: np.ndarray) -> np.ndarray:
@@ -67,7 +67,7 @@ class BestFitPacks:
         return packs
 
     def _place_as_they_come(self, lengths: np.ndarray, chosen: np.ndarray, packs: np.ndarray) -> int:
-        """Fill packs in order with the chosen pieces in order, up to three quarters of each pack.
+        """Fill one pack after another with the chosen pieces, in the order given, up to three quarters of each pack.
 
         Use about as many packs as all chosen pieces need. Write to `packs`, and return how many of the pieces were placed.
         """

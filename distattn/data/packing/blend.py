@@ -38,7 +38,7 @@ class BlendSource:
     """One corpus of a blend.
 
     documents, tokens: the size of the corpus. weight: the corpus's share of the tokens is weight / sum of weights. max_epochs:
-    how often its documents may be read, or None for no limit. In a fractional last epoch, that fraction of them is read.
+    how often its documents may be read, or None for no limit. In a fractional last epoch, only that fraction of them is read.
     """
 
     name: str

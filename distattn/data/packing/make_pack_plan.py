@@ -58,8 +58,8 @@ def make_pack_plan(
     planned so far.
 
     The plan depends only on the document lengths and spans in the order of the corpora, and on seed, rule, weights, max_epochs
-    and steps. Raises DistattnError naming the invalid argument, also for a plan that would never end, and if all corpora end
-    before `steps`.
+    and steps. Raises DistattnError naming the invalid argument. It is also raised for a plan that would never end, and if all
+    corpora end before `steps`.
     """
     sources = _sources(corpora, rule, weights, max_epochs)
     if not 0 <= seed < 1 << 64:

@@ -121,7 +121,7 @@ def open_corpora(config: PackConfig, check_tokens: bool = True) -> list[Corpus]:
 
 
 def vocabulary_of(corpora: Sequence[Corpus]) -> int | None:
-    """Return the size of the tokenizer's vocabulary, or None if a file has no manifest to tell it.
+    """Return the size of the tokenizer's vocabulary, or None if any file lacks a manifest.
 
     Raises DistattnError if the files were made with different tokenizers.
     """
@@ -189,7 +189,7 @@ def open_configured_plan(config: PackConfig, corpora: Sequence[Corpus]) -> PackP
 
 
 def _problems(config: PackConfig, has_rule_cost: bool) -> Iterator[SettingProblem]:
-    """Yield the problems of keys that contradict each other. has_rule_cost: True if there is a table [rule.cost]."""
+    """Yield the problems that involve several keys. has_rule_cost: True if there is a table [rule.cost]."""
     if not config.corpus:
         yield SettingProblem("corpus", "is missing; add a [[corpus]] with a name and files.")
     names = [corpus.name for corpus in config.corpus]

@@ -41,7 +41,7 @@ class PackPlanWriter:
 
     @property
     def steps(self) -> int:
-        """Steps written so far."""
+        """The number of steps written so far."""
         return len(self._checksums)
 
     def __enter__(self) -> PackPlanWriter:

@@ -76,10 +76,11 @@ class PackRule:
     max_documents: the maximum number of documents per pack. A piece of a cut document counts as one.
     max_cost: the maximum cost of a pack, relative to that of a single document that fills it; `cost` defines how it is computed.
       Below 1.0, packs of long documents are left partly empty. A piece may be alone in a pack whatever it costs.
-    long_documents: "cut" makes pieces of exactly the context length, and a rest. "keep" leaves longer documents whole: the pack
-      is then as large as several packs, and replaces them in its step. Its free room is filled like that of other packs, and its
-      caps are higher by the same factor. If all ranks split every pack, each rank has as many tokens as before. With several
-      data-parallel shares, one gets the whole pack and so more tokens than the others. A document longer than a step is refused.
+    long_documents: "cut" makes pieces of exactly the context length, and a shorter last one. "keep" leaves longer documents
+      whole: the pack is then as large as several packs, and replaces them in its step. Its free space is filled like that of
+      other packs, and its caps are higher by the same factor. If all ranks split every pack, each rank has as many tokens as
+      before. With several data-parallel shares, one gets the whole pack and so more tokens than the others. A document longer
+      than a step is refused.
     level: give each step packs with nearly equal attention work (sum of squared lengths), for strategies that do not move work
       between ranks. Otherwise the packs of a window are shuffled.
     """
@@ -120,7 +121,7 @@ class PackRule:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> PackRule:
-        """Return the rule from the output of `as_dict`."""
+        """Build the rule from the output of `as_dict`."""
         context = tuple((int(step), int(tokens)) for step, tokens in fields["context"])
         return cls(**{**fields, "context": context, "cost": PackCost(**fields["cost"])})
 

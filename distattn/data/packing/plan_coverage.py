@@ -39,9 +39,9 @@ def check_coverage(
 ) -> list[CorpusCoverage]:
     """Check that every token of every document is read once in every epoch. Return the coverage of each corpus.
 
-    corpora: in the order of the plan's sources. progress: called with (steps done, total steps). If the plan's number of steps
-    ended it, an epoch may lack documents only if the next epoch began in the plan's last windows. Raises DamagedDataError naming
-    the first document that is read twice, not to its end, or not at all, and the errors of `PackPlan.step`.
+    corpora: in the order of the plan's sources. progress: called with (steps done, total steps). If the plan ends after a given
+    number of steps, an epoch may lack documents only if the next epoch began in the plan's last windows. Raises DamagedDataError
+    naming the first document that is read twice, not to its end, or not at all, and the errors of `PackPlan.step`.
     """
     checker = _Checker(plan, corpora)
     rows: list[np.ndarray] = []
@@ -84,7 +84,7 @@ class _Epoch:
 
 
 class _Corpus:
-    """What was read of a corpus so far.
+    """The state of the check of one corpus.
 
     under_way: the incomplete epochs. complete: the numbers of the complete ones. first_steps: the first step with tokens of each
     epoch. tokens: the tokens read.

@@ -112,7 +112,7 @@ class StreamLoader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from a state of `state_dict`. The stream must be at its start, and this loader must not have read from it.
+        """Resume from a state returned by `state_dict`. The stream must be at its start, and not yet read by this loader.
 
         Raises DistattnError if the state was saved with different settings, or if the stream rejects its part of the state.
         """

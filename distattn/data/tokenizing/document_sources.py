@@ -97,7 +97,7 @@ def _shard_bytes(sources: Sequence[Source]) -> int:
 
 
 def _pieces(number: int, source: Source, shard_bytes: int) -> Iterator[Piece]:
-    """Yield the pieces of a source, each about `shard_bytes` of text, as far as its kind can be cut."""
+    """Yield the pieces of a source, each about `shard_bytes` of text. A source that cannot be cut is a single piece."""
     if source.kind == "parquet":
         metadata = open_parquet(source.file).metadata
         start = size = 0

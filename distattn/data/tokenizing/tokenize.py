@@ -25,7 +25,7 @@ from distattn.data.tokenizing.source_readers import read_documents
 from distattn.data.tokenizing.tokenizer import Tokenizer, load_tokenizer, token_dtype
 from distattn.ir.errors import DamagedDataError, DistattnError
 
-# documents are encoded in batches of at most this many documents, which end once they have this many characters
+# a batch of documents is encoded once it has this many characters or this many documents
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 1024
 # maximum seconds to wait for the processes of a killed command to end

@@ -17,7 +17,7 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 
 def main(job_file: str) -> None:
     """Tokenize the shards named on stdin."""
-    # send what libraries print to stderr, so that it is not mistaken for a message
+    # redirect the output of libraries to stderr, so that it is not mistaken for a message
     messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 

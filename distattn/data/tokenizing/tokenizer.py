@@ -36,7 +36,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of tokens, as far as they have any."""
+        """Return the text that these tokens encode."""
         ...
 
 
@@ -73,7 +73,7 @@ class ByteTokenizer:
         )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of tokens, with U+FFFD in place of bytes that are not valid UTF-8."""
+        """Return the text of these tokens, with U+FFFD in place of bytes that are not valid UTF-8."""
         return bytes(ids).decode("utf-8", "replace")
 
 
@@ -121,7 +121,7 @@ class FileTokenizer:
         return Encoded(tokens, lengths)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of tokens, special tokens included."""
+        """Return the text of these tokens, including special tokens."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=False))
 
 
