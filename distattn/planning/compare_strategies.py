@@ -73,7 +73,7 @@ def compare_strategies(
     cluster: ClusterSpec,
     report_progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Timeline | str]:
-    """Plan and simulate a request with every strategy. Return by strategy its timeline, or the reason why it is refused.
+    """Plan and simulate a request with every strategy. Return for each its timeline, or the reason why it is refused.
 
     Raises DistattnError if all strategies are refused.
     """
@@ -93,9 +93,9 @@ def compare_strategies(
 
 
 def comparison_table(results: dict[str, Timeline | str], cluster: ClusterSpec) -> dict[str, str]:
-    """Return the lines of a text table with one row per strategy, the fastest marked. All times are simulated.
+    """Return the lines of a text table with one row per strategy, as a dict from line to kind: "fastest", "refused" or "".
 
-    results: from `compare_strategies`. The value of each line is "fastest", "refused" or "", to choose its color.
+    results: from `compare_strategies`. All times are simulated.
     """
     timed = {name: result for name, result in results.items() if isinstance(result, Timeline)}
     fastest = min(timed, key=lambda name: _seconds(timed[name]))
@@ -110,7 +110,7 @@ def comparison_table(results: dict[str, Timeline | str], cluster: ClusterSpec) -
 
 
 def compare_layouts(request: PlanRequest, cluster: ClusterSpec) -> dict[str, float]:
-    """Return by layout the simulated seconds of forward and backward with the request's strategy, the fastest first.
+    """Return the simulated seconds of forward and backward pass for each layout with the request's strategy, fastest first.
 
     Refused layouts are left out. Return an empty dict if each rank has packs of its own, because no layout spreads those.
     """
@@ -232,7 +232,7 @@ def parse_document_lengths(option: str) -> list[int]:
 
 
 def _tokens(word: str) -> int | None:
-    """Parse a number of tokens: 4096, 128K, 1.5M, 1e6, or with powers of 1024 128Ki and 1Mi. Return None for other words."""
+    """Parse a number of tokens such as 4096, 128K, 1.5M, 1e6, or 128Ki (x 1024). Return None for other words."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:[eE]\+?\d{1,2})?)([kKmMgG]?)(i?)", word)
     if match is None or (match[3] and not match[2]):
         return None
@@ -257,5 +257,5 @@ def truncate_documents(lengths: Sequence[int], tokens: int) -> list[int]:
 
 
 def _seconds(timeline: Timeline) -> float:
-    """Return the simulated seconds of forward and backward pass together."""
+    """Return the simulated seconds of the forward and backward pass together."""
     return timeline.forward.seconds + timeline.backward.seconds

@@ -16,7 +16,7 @@ from distattn.parallel.analysis.text_format import with_common_unit
 from distattn.parallel.analysis.timeline import PassTimeline, Timeline
 from distattn.planning.compare_strategies import COMPARED, comparison_cells
 
-# the maximum number of ranks whose timelines are drawn; of more, evenly spaced ones are chosen
+# the maximum number of ranks whose timelines are drawn; if there are more, evenly spaced ones are chosen
 _MAX_DRAWN = 128
 
 
@@ -58,7 +58,7 @@ def _row(number: int, timeline: Timeline, cells: list[str], longest: float) -> d
 
 
 def _bar(part: PassTimeline, longest: float) -> dict[str, Any]:
-    """Return a pass's bar: its width, its text, and the mean shares of kernels, waiting and idle time over ranks, in percent."""
+    """Return a pass's bar: its width, its text, and the percentages of kernel, waiting and idle time, averaged over ranks."""
     seconds = part.seconds or 1.0
     kernels, waiting = float(part.busy.mean()) / seconds, float(part.exposed.mean()) / seconds
     shares = dict(kernels=100 * kernels, waiting=100 * waiting, idle=100 * max(1 - kernels - waiting, 0.0))

@@ -182,7 +182,7 @@ def step_memory(watch: AllocationWatch, model: Any, executable: Executable, sett
 
 
 def memory_table(counted: Sequence[RankMemory], ranks: int) -> list[str]:
-    """Return the lines of a text table with one row for ranks with equal needs. ranks: the number of ranks, counted or not."""
+    """Return a text table, one row for all ranks with equal needs. ranks: the number of ranks in the run, counted or not."""
     head = [
         "ranks",
         "tokens",
@@ -219,7 +219,7 @@ def memory_table(counted: Sequence[RankMemory], ranks: int) -> list[str]:
 
 
 def fit_line(counted: Sequence[RankMemory], cluster: ClusterSpec) -> str:
-    """Return a sentence that says if a run fits on the cluster's devices, and how much of their memory it needs."""
+    """Return a sentence that says whether a run fits on the cluster's devices, and how much of their memory it needs."""
     device_bytes, most = cluster.device.memory_gb * 1e9, max(memory.total for memory in counted)
     needed, whole = with_common_unit([float(most), device_bytes], "B")
     verdict = "fits" if most <= device_bytes else "does not fit"
@@ -230,7 +230,7 @@ def fit_line(counted: Sequence[RankMemory], cluster: ClusterSpec) -> str:
 
 
 def memory_json(counted: Sequence[RankMemory], cluster: ClusterSpec | None = None) -> str:
-    """Return the numbers of `memory_table` in bytes, as JSON. With a cluster, add its devices' memory, and if the run fits."""
+    """Return the numbers of `memory_table` in bytes, as JSON. With a cluster, add its devices' memory and whether ranks fit."""
     device_bytes = None if cluster is None else round(cluster.device.memory_gb * 1e9)
     return json.dumps(
         [
