@@ -71,7 +71,7 @@ class RankFacts:
 
     @staticmethod
     def from_json(text: str) -> RankFacts:
-        """Return the facts from the output of `as_json`."""
+        """Build the facts from the output of `as_json`."""
         fields = json.loads(text)
         forecast = fields.pop("forecast")
         fields["device"] = DeviceState(*fields["device"])

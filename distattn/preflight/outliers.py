@@ -10,8 +10,8 @@ from distattn.preflight.device_state import Clock
 from distattn.preflight.facts import RankFacts
 from distattn.preflight.probes import Link, RankSpeed
 
-# a device or link slower than the median by this factor is reported; ranks that share CPU cores may lose a time slice or two to
-# each other, while GPUs of the same model differ by only a few percent
+# a device or link more than this many times slower than the median is reported; ranks that share CPU cores may lose a time slice
+# or two to each other, while GPUs of the same model differ by only a few percent
 SLOW_FACTOR = {"cpu": 30.0, "cuda": 1.25}
 # advice for slow links
 _INSIDE_REMEDY = {
@@ -51,7 +51,7 @@ def pair_speeds(links: Iterable[Sequence[Link]]) -> dict[Pair, float]:
 
 
 def slow_ranks(links: Mapping[Pair, float], factor: float) -> dict[int, float]:
-    """Return the ranks whose best link is slower than the median over all ranks' best links by a factor, with its speed.
+    """Return the ranks whose best link is more than `factor` times slower than the median of best links, with its speed.
 
     Ranks with a single link are left out, because only the link can be judged, not the rank.
     """
@@ -65,7 +65,7 @@ def slow_ranks(links: Mapping[Pair, float], factor: float) -> dict[int, float]:
 
 
 def slow_pairs(links: Mapping[Pair, float], factor: float) -> dict[Pair, float]:
-    """Return the links that are slower than the median by a factor, with their speeds."""
+    """Return the links that are more than `factor` times slower than the median, with their speeds."""
     if not links:
         return {}
     usual = statistics.median(links.values())

@@ -157,7 +157,7 @@ def _measure(
         backend = host if device.type == "cpu" else open_communicator(group, device, limit)
         transport = GroupTransport(group, backend)
     speed = measure_speed(rank, _nodes(facts), transport, device, limit)
-    # read the clock at once, before it falls on the idle device
+    # read the clock at once, before the idle device lowers it
     clock = gpu_clock(device)
     if device.type == "cuda":
         if transport is not None:

@@ -24,7 +24,7 @@ _PRODUCTS = 5
 # the bytes of a message between two ranks, and the bytes that a rank sends to all others together in an all-to-all
 _MESSAGE = {"cpu": 1 << 18, "cuda": 1 << 26}
 _TO_ALL = {"cpu": 1 << 18, "cuda": 1 << 27}
-# about how many bytes a rank sends to other nodes in total, so that many nodes mean shorter messages, and the shortest message
+# the approximate bytes that a rank sends to other nodes in total, so messages are shorter with many nodes; the shortest message
 _ACROSS_BYTES, _LEAST_MESSAGE = 1 << 31, 1 << 22
 # the number of short and long messages per link; short ones measure the latency, and the first one connects
 _SHORT, _LONG = 3, 4
