@@ -41,7 +41,7 @@ def process_state(pid: int) -> str:
 def culprits(
     beats: Mapping[int, Heartbeat | None], states: Mapping[int, str], in_collective: Collection[int] = ()
 ) -> list[Culprit]:
-    """Return the ranks, at least one, that do not merely wait for others, given ranks that make no progress.
+    """Return the ranks to blame for a hang, at least one: those that do not merely wait for others.
 
     beats: the last heartbeats by rank, None for ranks without any; leave out ranks that have ended. states: the ranks' process
     states, from `process_state`. in_collective: ranks whose stacks show a collective, which their heartbeats may not report.

@@ -41,7 +41,7 @@ def answer_with_flight_recorder() -> None:
         with tempfile.TemporaryDirectory(prefix="distattn-") as folder, _without_stderr():
             path = os.path.join(folder, _SOCKET)
             _SERVERS.append(_WorkerServer(path))
-            # with the folder the socket loses its name; it can be found through this descriptor, which closes with the process
+            # the socket is deleted with the folder; others still find it through this descriptor, which closes with the process
             os.open(path, os.O_PATH | os.O_CLOEXEC)
 
 

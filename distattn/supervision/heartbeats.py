@@ -121,7 +121,7 @@ class HeartbeatBoard:
     @classmethod
     def open(cls, path: Path, writable: bool = False) -> HeartbeatBoard:
         """Open the board of another process by its `path`. Raise OSError if that fails or the process has closed the board."""
-        # open with O_PATH first, without access: the descriptor's number may by now belong to any other file of the process
+        # open with O_PATH first, which does not touch the file: the descriptor's number may by now belong to any other file
         descriptor = os.open(path, os.O_PATH)
         try:
             target = os.readlink(f"/proc/self/fd/{descriptor}")

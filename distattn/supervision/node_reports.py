@@ -76,7 +76,7 @@ class NodeReports:
         self._answer_of(self.node).write_text(text, "utf-8")
 
     def answers(self, since: float) -> dict[int, NodeReport]:
-        """Return by node the reports of other nodes that were written since a time returned by `ask`."""
+        """Return the other nodes' reports that were written since a time returned by `ask`, indexed by node."""
         reports = {}
         for node in self._others():
             at, text = _read(self._answer_of(node))
@@ -106,7 +106,7 @@ def _read(file: Path) -> tuple[float, str]:
 
 
 def merged(reports: Mapping[int, NodeReport]) -> NodeReport:
-    """Merge the reports of several nodes. `silent` is the shortest of all nodes."""
+    """Merge the reports of several nodes. `silent` is the minimum over all nodes."""
     beats = {rank: beat for report in reports.values() for rank, beat in report.beats.items()}
     states = {rank: state for report in reports.values() for rank, state in report.states.items()}
     collective = [rank for report in reports.values() for rank in report.in_collective]

@@ -1,4 +1,4 @@
-"""Watch the ranks on one machine from their launcher: notice at once that a rank has ended, and by heartbeats that ranks hang."""
+"""Watch the ranks on one machine from their launcher: notice at once when a rank ends, and detect hangs from the heartbeats."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Kind = Literal["killed", "cut", "hung", "raised", "refused"]
 
 @dataclass(frozen=True)
 class Patience:
-    """Limits in seconds on the time without a heartbeat from any rank.
+    """Limits on how many seconds may pass without a heartbeat from any rank.
 
     starting: the limit until all ranks have done two steps, in which they import, connect, load and compile. running: the limit
     afterwards, or `factor` times the longest silence since the first step if that is longer.
@@ -53,7 +53,7 @@ class Trouble:
 
     kind: "killed" (or ended without giving a reason), "cut" (lost the link to other nodes), "hung", "raised" (an error) or
     "refused" (to continue). steps: the steps done in this attempt by the rank that was furthest. seconds: the time until the
-    trouble was noticed, without pauses of the machine, counted from the last sign of life or the rank's report of its end; for a
+    trouble was noticed, without pauses of the machine, counted from the last heartbeat or the rank's report of its end; for a
     killed rank, an upper bound. exit_code: the exit code of a rank that refused. nodes: the nodes to blame for a cut link.
     lost_peer: True if the ranks to blame ended because they lost another rank. error: a number that is equal for equal errors.
     """
@@ -112,7 +112,7 @@ class RankWatch:
         self._helpers, self._notify = helpers, notify
         # names of the helpers that could not be replaced, so that this is reported only once
         self._not_replaced: set[str] = set()
-        # a scheduler may not number attempts, so ignore questions that an earlier attempt asked
+        # some schedulers do not number attempts, so ignore questions that an earlier attempt asked
         self._reports, self._answered = reports, reports.asked() if reports is not None else 0.0
         self.trouble: Trouble | None = None
         self._began = time.monotonic()
@@ -179,7 +179,7 @@ class RankWatch:
         return {rank: beat for rank, beat in beats.items() if beat is not None}
 
     def _done(self, beats: Mapping[int, Heartbeat]) -> dict[int, int]:
-        """Return by rank the steps done in this attempt, without ranks that never begin one, such as attention servers."""
+        """Return each rank's number of steps in this attempt, without ranks that never begin one, such as attention servers."""
         return {rank: beat.step - beat.first for rank, beat in beats.items() if beat.first >= 0}
 
     def _has_started(self, beats: Mapping[int, Heartbeat]) -> bool:
@@ -235,7 +235,7 @@ class RankWatch:
         return True
 
     def _fault_of_helper(self, beats: Mapping[int, Heartbeat]) -> bool:
-        """Replace helpers that were killed or are stopped. If one cannot be replaced by design, end the ranks and return True."""
+        """Replace helpers that were killed or are stopped. If such a helper has no replacement, end the ranks and return True."""
         for helper in self._helpers:
             if not (fault := helper.fault(self._patience.running)):
                 continue
@@ -285,7 +285,7 @@ class RankWatch:
     def _hung(self, beats: Mapping[int, Heartbeat], silent: float, ago: float) -> bool:
         """End ranks that hang. Return False if they only wait for working ranks on other nodes.
 
-        silent, ago: seconds since their last heartbeat, without and with pauses of the machine.
+        silent, ago: seconds since their last heartbeat, excluding and including pauses of the machine.
         """
         report = self._report(beats, silent)
         if self._reports is None:
@@ -341,7 +341,7 @@ class RankWatch:
             return None
         while len(answers) < reports.nodes - 1 and time.monotonic() < ends and not self._closed.is_set():
             time.sleep(POLL_SECONDS)
-            # accept answers from the whole time of silence, because a node that asked earlier may already have ended its ranks
+            # accept any answer since the silence began, because a node that asked earlier may already have ended its ranks
             answers = reports.answers(asked - ago)
         return answers
 
