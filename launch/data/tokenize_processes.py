@@ -35,7 +35,7 @@ _STOPPED_SECONDS = 10.0
 
 
 class LostProcessError(DistattnError):
-    """The error that too many processes were lost. Its message names the last one, and the command exits with code 1."""
+    """An error raised when too many processes were lost. The message names the last one, and the command exits with code 1."""
 
     exit_code = 1
 
