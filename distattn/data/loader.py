@@ -191,7 +191,7 @@ class PackLoader:
             del self._started[done]
         started = self._started.get(step)
         record = started.result() if started else self.plan.step(step)
-        # a lookup far from the current step does not say which step will be needed next
+        # do not read ahead for a lookup far from the current step, which does not say what will be needed next
         if self.step <= step <= self.step + self.ahead:
             for later in range(step + 1, min(step + 1 + self.ahead, self.end)):
                 if later not in self._started:

@@ -116,7 +116,7 @@ class PlannedBatch:
     def start_reading(self, tokens: np.ndarray) -> None:
         """Start reading the token ids and labels at these positions. The next `read` of the same positions returns them.
 
-        Memory is allocated here. Errors of reading are raised by `read`.
+        Memory is allocated here. Read errors are raised by `read`.
         """
         work = self._prepared(tokens)
         started = self._thread.start(work) if self._thread else PendingRead(work)

@@ -68,9 +68,10 @@ def _bar(part: PassTimeline, longest: float) -> dict[str, Any]:
 
 
 def _pass_data(plan: Plan, part: PassTimeline) -> dict[str, Any]:
-    """Return the data of a pass's timeline: for each step and rank its start, the end of its kernels and messages, and counts.
+    """Return the data of a pass's timeline.
 
-    The counts are those of tasks, messages and received bytes.
+    For each step and rank it has the start, the ends of kernels and messages, and the numbers of tasks, messages and received
+    bytes.
     """
     ranks = np.unique(np.linspace(0, plan.call.ranks - 1, min(plan.call.ranks, _MAX_DRAWN)).astype(int))
     table = plan.forward if part.direction == "forward" else plan.backward

@@ -48,7 +48,7 @@ def forecast_memory(
 
 
 def _is_planned(config: Config, plan: Plan) -> bool:
-    """Return True if the run's first plan has the configured settings. A run may resume with another number of ranks."""
+    """Return True if the run's first plan has the configured settings. They differ if, say, it resumes on fewer ranks."""
     wanted, call = PlanSettings.of_config(config), plan.call
     shapes = (wanted.ranks, wanted.heads, wanted.kv_heads, wanted.head_dim, wanted.dtype)
     return (

@@ -55,9 +55,10 @@ class RankSpeed(NamedTuple):
 def measure_speed(
     rank: int, nodes: Sequence[Sequence[int]], transport: GroupTransport | None, device: torch.device, limit: timedelta
 ) -> RankSpeed:
-    """Measure the matrix products and the links of this rank. All ranks must call this together. nodes: the ranks of each node.
+    """Measure the speed of matrix products and of links on this rank. All ranks must call this together.
 
-    transport: connects all ranks; None for a single rank. Raises LostRankError naming the ranks that do not answer.
+    nodes: the ranks of each node. transport: connects all ranks; None for a single rank. Raises LostRankError naming the ranks
+    that do not answer.
     """
     tflops = _product_tflops(device)
     if transport is None:

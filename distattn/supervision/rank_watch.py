@@ -256,7 +256,7 @@ class RankWatch:
         return False
 
     def _lost_helper(self) -> Helper | None:
-        """Return a helper without replacement that has ended, or None if all of them are alive."""
+        """Return a helper that has ended and cannot be replaced, or None if all such helpers are alive."""
         return next((helper for helper in self._helpers if helper.replace is None and helper.end()), None)
 
     def _end_with_helper(

@@ -65,7 +65,7 @@ class LabelMasks:
         return cls(corpus, files) if any(any(masks) for masks in files) else None
 
     def may_be_labels(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return True for each of the tokens [start, start + count) of a document that may be a label, bool (count,).
+        """Return a mask of those tokens [start, start + count) of a document that may be labels, bool (count,).
 
         Reads one byte per token if there is a loss mask, and all spans of the document. Raises DamagedDataError if a mask does
         not match the document.

@@ -64,7 +64,7 @@ class CostConfig:
 
 @dataclass(frozen=True)
 class PackConfig:
-    """The content of the TOML file. plan: the plan's file. steps: the number of steps, or None to plan until all corpora end.
+    """The contents of the TOML file. plan: the plan's file. steps: the number of steps, or None to plan until all corpora end.
 
     cost: the model and device from which `rule.cost` is estimated. Paths are relative to the TOML file's folder.
     """

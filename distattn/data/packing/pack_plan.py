@@ -86,7 +86,7 @@ class Pack:
 
     @property
     def ends_document(self) -> np.ndarray:
-        """True for each piece that ends with the last token of its document, bool (N,)."""
+        """A mask of the pieces that end with the last token of their document, bool (N,)."""
         return self.rows["ends_document"]
 
     @property

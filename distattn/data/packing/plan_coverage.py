@@ -70,7 +70,7 @@ class _Epoch:
         self.documents = 0
 
     def has(self, document: np.ndarray) -> np.ndarray:
-        """Return True for each document that is complete, bool (N,)."""
+        """Return which of these documents are complete, bool (N,)."""
         return (self.done[document >> 3] >> (document & 7) & 1).astype(np.bool_)
 
     def add(self, document: np.ndarray) -> None:
