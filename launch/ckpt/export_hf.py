@@ -22,7 +22,7 @@ time.
 """
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
-# names of files of transformers and tokenizers
+# the names of tokenizer files that transformers writes
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -37,7 +37,7 @@ _TOKENIZER_FILES = (
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; return the exit code."""
+    """Run the command. Return the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0 if arguments else 2
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     files = [] if options.tokenizer is None else _tokenizer_files(options.tokenizer)
     state = _verified(options.checkpoint)
-    # 4 s to import
+    # import torch only here: the import takes 4 s
     import torch
 
     from distattn.models.build import model_config
@@ -75,7 +75,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _verified(path: Path) -> Path:
-    """Return the folder of a checkpoint whose files have not changed: one of them is a pickle. path: of a checkpoint or run."""
+    """Return the folder of a checkpoint after verifying that its files have not changed, because one of them is a pickle.
+
+    path: a checkpoint, or a run, of which the preferred checkpoint is chosen.
+    """
     checkpoints = find_checkpoints(path)
     newest = next(iter(by_preference(checkpoints)), checkpoints[-1])
     if newest.manifest is None:
