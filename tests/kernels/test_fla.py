@@ -56,14 +56,17 @@ def test_states_travel_over_ranks(results):
     assert not results["ranks"]
 
 
+@pytest.mark.full
 def test_convolutions_are_those_of_the_taps(results):
     assert all(difference < 1e-6 for difference in results["convolutions"].values()), results["convolutions"]
 
 
+@pytest.mark.full
 def test_the_operator_runs_them(results):
     assert max(results["operator"].values()) < 3e-3, results["operator"]
 
 
+@pytest.mark.full
 def test_unsupported_calls_are_refused_by_name(results):
     reasons = results["refusals"]
     assert reasons["served"] == "" and "bfloat16 and float16, not float32" in reasons["fp32"]
