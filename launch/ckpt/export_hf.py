@@ -23,7 +23,7 @@ time.
 """
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
-# names of files of transformers and tokenizers
+# the names of tokenizer files that transformers writes
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -38,7 +38,7 @@ _TOKENIZER_FILES = (
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; return the exit code."""
+    """Run the command. Return the exit code."""
     parser = CommandParser("ckpt export-hf")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     files = [] if options.tokenizer is None else _tokenizer_files(options.tokenizer)
     state = _verified(options.checkpoint)
-    # 4 s to import
+    # import torch only here: the import takes 4 s
     import torch
 
     from distattn.models.build import model_config
@@ -73,7 +73,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _verified(path: Path) -> Path:
-    """Return the folder of a checkpoint whose files have not changed: one of them is a pickle. path: of a checkpoint or run."""
+    """Return the folder of a checkpoint after verifying that its files have not changed, because one of them is a pickle.
+
+    path: a checkpoint, or a run, of which the preferred checkpoint is chosen.
+    """
     checkpoints = find_checkpoints(path)
     newest = next(iter(by_preference(checkpoints)), checkpoints[-1])
     if newest.manifest is None:
