@@ -121,7 +121,7 @@ def _variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Varian
         k_NKD[rank_tokens], v_NKE[rank_tokens] = 0, 0
         yield _Variant(
             "keys of a rank missing",
-            f"takes the keys and values of rank {rank} for zero",
+            f"treats the keys and values of rank {rank} as zero",
             "look at how this rank's keys and values are sent to the others",
             _results(call._replace(k_NKD=k_NKD, v_NKE=v_NKE)),
         )

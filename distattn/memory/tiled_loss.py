@@ -191,10 +191,10 @@ _CURRENT = _PerThread()
 
 def _check_numbers(tile_tokens: int, z_loss: float, soft_cap: float) -> None:
     if tile_tokens < 1:
-        raise DistattnError(f"tile_tokens is at least 1, not {tile_tokens}.")
+        raise DistattnError(f"tile_tokens must be at least 1, not {tile_tokens}.")
     for name, number in (("z_loss", z_loss), ("soft_cap", soft_cap)):
         if not 0 <= number < math.inf:
-            raise DistattnError(f"{name} is a positive number, or 0 for none, not {number}.")
+            raise DistattnError(f"{name} must be a positive number, or 0 for none, not {number}.")
 
 
 def _losses(

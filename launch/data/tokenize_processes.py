@@ -103,7 +103,7 @@ def run_workers(
                         if replaced == MOST_REPLACEMENTS or not worker.was_killed:
                             raise LostProcessError(f"{lost}; the others were stopped.{worker.hint}")
                         replaced += 1
-                        print_message(f"{lost}; another process does it again.")
+                        print_message(f"{lost}; another process will redo it.")
                         report(worker.replace())
                         selector.register(worker.messages, selectors.EVENT_READ, worker)
     finally:
@@ -182,7 +182,7 @@ class _Worker:
         """Return a sentence that says what to do about a process that was killed; "" if that is not known."""
         # when memory runs out, the kernel kills a process with SIGKILL
         memory_ran_out = not self._fault and self._process.returncode == -signal.SIGKILL
-        return " Where memory ran out, take fewer --processes." if memory_ran_out else ""
+        return " If memory ran out, use fewer --processes." if memory_ran_out else ""
 
     def replace(self) -> Progress:
         """Start another process on the shard of one that has ended. Return the progress that is lost, as negative numbers."""

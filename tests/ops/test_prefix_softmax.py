@@ -230,7 +230,7 @@ def test_autocast_and_bf16_keep_sums_wide():
     "change, why",
     [
         (dict(logits=torch.zeros(302, 2, 4)), "not of the same latents"),
-        (dict(v=torch.zeros(302, 2)), "v is a tensor of floating point with tokens"),
+        (dict(v=torch.zeros(302, 2)), "v must be a floating-point tensor with tokens"),
         (dict(plans="plans"), "make_prefix_softmax_plans returned, not a str"),
         (dict(swap=True), "plans.maximum is of ssd; make_prefix_softmax_plans makes one of prefix_max"),
         (dict(logits=torch.zeros(301, 2, 3), weights=torch.zeros(301, 2, 3), v=torch.zeros(301, 2, 4)), "x has shape"),
