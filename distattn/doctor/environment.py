@@ -82,7 +82,10 @@ def _devices() -> Iterator[Check]:
 
     if not torch.cuda.is_available():
         yield Check(
-            "GPUs", None, "none", "kernels run on the CPU, ranks talk by gloo; on a GPU machine look at nvidia-smi"
+            "GPUs",
+            None,
+            "none",
+            "kernels run on the CPU, ranks communicate through gloo; on a GPU machine look at nvidia-smi",
         )
         gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available()
         yield Check(

@@ -88,7 +88,7 @@ def explain_gradient_errors(replay: Replay, errors: Sequence[LocalError]) -> Fin
             return Finding(
                 "keys and values detached", observed, "keep detach() and no_grad() away from keys and values"
             )
-        return Finding("gradient missing", observed, "look for detach() and no_grad() behind it")
+        return Finding("gradient missing", observed, "look for detach() and no_grad() after it")
     if finding := _explain_lost_features(replay, errors, names):
         return finding
     observed = f"first to differ in the backward pass is {describe_errors(errors)}"
@@ -116,7 +116,7 @@ def _explain_lost_features(replay: Replay, errors: Sequence[LocalError], names: 
             f"{observed}: as many as keys or values have",
             "keep detach() away from keys and values",
         )
-    return Finding("gradient missing", observed, "look for detach() and no_grad() behind it")
+    return Finding("gradient missing", observed, "look for detach() and no_grad() after it")
 
 
 _REMEDIES = {

@@ -157,7 +157,7 @@ class TiledOutput:
         wanted = float(self._change.of(torch.tensor(_STAND_IN)))
         if stand_in.numel() != 1 or not math.isclose(float(stand_in.detach()), wanted, rel_tol=1e-2):
             raise DistattnError(
-                f"{name} changes logits behind its output layer in a way that a tiled loss does not know; leave loss= out."
+                f"{name} changes logits after its output layer in a way that a tiled loss does not know; leave loss= out."
             )
         forward.checked = self._change
 

@@ -244,7 +244,7 @@ def test_two_commands_do_not_work_in_one_place(corpus, tmp_path, monkeypatch):
     job = tokenize.plan_job(str(tmp_path / "out"), [str(folder / "a.jsonl")], "bytes")
     with (
         tokenize.locked(job),
-        pytest.raises(tokenize.DistattnError, match="another tokenize is at work there"),
+        pytest.raises(tokenize.DistattnError, match="another tokenize command is using it"),
         tokenize.locked(job),
     ):
         pass

@@ -142,9 +142,9 @@ class Headless(nn.Module):
     ("model", "message"),
     [
         (Headless(), "the layer of Headless that makes logits is unknown"),
-        (Model(change=lambda x: 7 * torch.tanh(x / 7)), "Model changes logits behind its output layer"),
-        (Model(change=lambda x: x * 2, final_logit_softcapping=5.0), "Model changes logits behind its output layer"),
-        (Model(change=lambda x: torch.cat([x, x], 1)), "Model changes logits behind its output layer"),
+        (Model(change=lambda x: 7 * torch.tanh(x / 7)), "Model changes logits after its output layer"),
+        (Model(change=lambda x: x * 2, final_logit_softcapping=5.0), "Model changes logits after its output layer"),
+        (Model(change=lambda x: torch.cat([x, x], 1)), "Model changes logits after its output layer"),
     ],
 )
 def test_calls_that_cannot_be_computed_are_refused_by_name(model, message):
