@@ -68,7 +68,9 @@ def test_the_command_line_overrides_the_file():
         ),
         (
             "[data]\ntokens_per_step = 100",
-            ["data.max_document_tokens: 2700 tokens do not fit into a pack of 100; at most data.tokens_per_step."],
+            [
+                "data.max_document_tokens: 2700 tokens do not fit into a pack of 100; set it to at most data.tokens_per_step."
+            ],
         ),
         (
             "[data]\ncontext_length = 3000",
@@ -76,7 +78,9 @@ def test_the_command_line_overrides_the_file():
         ),
         (
             "[data]\ncontext_length = 2048",
-            ["data.max_document_tokens: 2700 tokens do not fit into a pack of 2048; at most data.context_length."],
+            [
+                "data.max_document_tokens: 2700 tokens do not fit into a pack of 2048; set it to at most data.context_length."
+            ],
         ),
         (
             "[parallel]\ndata = 'per_rank'",
