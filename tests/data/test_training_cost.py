@@ -128,7 +128,7 @@ def test_a_plan_without_a_device_is_the_file_that_it_was():
         ('[cost]\ndevice = "h100"\nmodel = "list.json"\n', ":9: cost.model: .*list.json: is not a model's configuration"),
         ('[cost]\ndevice = "h100"\nmodel = "config.json"\nhead_dim = 3\n', ":10: cost.head_dim: is given in addition to model"),
         ('[cost]\ndevice = "h100"\nhead_dim = 3\n', ":7: cost.num_layers: is missing; name all sizes of the model, or model"),
-        (f'[cost]\ndevice = "h100"\n{SIZES.replace("64", "65")}', ":11: cost.num_attention_heads: hidden_size 65 does not div"),
+        (f'[cost]\ndevice = "h100"\n{SIZES.replace("64", "65")}', ":11: cost.num_attention_heads: hidden_size 65 cannot be div"),
         (f'[cost]\ndevice = "h100"\n{SIZES.replace("96", "0")}', ":12: cost.intermediate_size: must be at least 1, not 0"),
         (f"[cost]\n{SIZES}", ":7: cost.device: is missing"),
         ('[cost]\ndevice = "h100"\nmodle = 1\n', ":9: cost.modle: unknown key. Did you mean cost.model?"),
