@@ -35,7 +35,7 @@ _POSITIVE = Number(gt=0)
 
 
 def _tile_problem(sides: tuple[int, int]) -> str | None:
-    return None if min(sides) > 0 else f"both sides are above 0, not {list(sides)}."
+    return None if min(sides) > 0 else f"both sides must be above 0, not {list(sides)}."
 
 
 @dataclass(frozen=True)

@@ -333,7 +333,7 @@ def multiprocessors_held(device: torch.device) -> Iterator[None]:
 def _warn_of_spinner(reason: str) -> None:
     """Warn, once per reason, that kernels are timed without a kernel that occupies multiprocessors."""
     _LOG.warning(
-        "kernels are timed as if no messages were in flight: the kernel that stands for messages failed (%s)", reason
+        "kernels are timed as if no messages were in flight: the kernel that imitates messages failed (%s)", reason
     )
 
 

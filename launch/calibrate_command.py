@@ -86,12 +86,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     if not options.out or Path(options.out).suffix != ".toml":
-        raise DistattnError("calibrate: --out FILE.toml is required, the description to write.")
+        raise DistattnError("calibrate: --out FILE.toml is required: the file to write the description to.")
     if not Path(options.out).parent.is_dir():
         raise DistattnError(f"calibrate: --out: there is no folder {Path(options.out).parent}.")
     for name in ("ranks", "nodes"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise DistattnError(f"calibrate: --{name}: at least 1, not {getattr(options, name)}.")
+            raise DistattnError(f"calibrate: --{name}: must be at least 1, not {getattr(options, name)}.")
     return options
 
 

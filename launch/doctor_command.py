@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.write(_USAGE)
         return 0
     if options.ranks < 1:
-        raise DistattnError(f"doctor: --ranks: at least 1, not {options.ranks}.")
+        raise DistattnError(f"doctor: --ranks: must be at least 1, not {options.ranks}.")
     if options.target is not None:
         # import here: the import of torch takes seconds
         from distattn.launch.ranks.machine_limits import DOCTOR_RANK_MB, check_memory

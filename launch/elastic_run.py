@@ -32,7 +32,7 @@ def node_counts(config: Config, most: int = 0) -> tuple[int, ...]:
         parallel = config.parallel
         raise DistattnError(
             f"ray.min_nodes: {least}, but no number of nodes from {least} to {most - 1} has whole replicas of "
-            f"{parallel.ranks // parallel.data_parallel_size} ranks with equally many packs of a step; use another, or 0."
+            f"{parallel.ranks // parallel.data_parallel_size} ranks with equal numbers of packs per step; use another, or 0."
         )
     return counts
 

@@ -269,10 +269,10 @@ def _size_overrides(where: str, nodes: int | None, gpus: int | None, path: str, 
     config = configuration.load(path, overrides)
     parallel, spare = config.parallel, config.slurm.spare_nodes if where == "slurm" else 0
     if where == "local" and nodes not in (None, 1):
-        raise DistattnError(f"launch local: --nodes is 1 on this machine, not {nodes}; see distattn launch slurm.")
+        raise DistattnError(f"launch local: --nodes must be 1 on this machine, not {nodes}; see distattn launch slurm.")
     for name, value in (("nodes", nodes), ("gpus", gpus)):
         if value is not None and value < 1:
-            raise DistattnError(f"launch: --{name}: at least 1, not {value}.")
+            raise DistattnError(f"launch: --{name}: must be at least 1, not {value}.")
     per_node = gpus or parallel.devices_per_node or parallel.ranks
     if nodes is not None and nodes <= spare:
         raise DistattnError(

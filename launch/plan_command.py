@@ -184,7 +184,9 @@ def _check_options(options: argparse.Namespace, config: Config | None) -> None:
             raise DistattnError(f"plan: with a configuration --{option.replace('_', '-')} is {key}.")
     for option in ("ranks", "tokens", "head_dim"):
         if getattr(options, option) is not None and getattr(options, option) < 1:
-            raise DistattnError(f"plan: --{option.replace('_', '-')}: at least 1, not {getattr(options, option)}.")
+            raise DistattnError(
+                f"plan: --{option.replace('_', '-')}: must be at least 1, not {getattr(options, option)}."
+            )
     for option in ("html", "perfetto"):
         if getattr(options, option) and not Path(getattr(options, option)).parent.is_dir():
             raise DistattnError(f"plan: --{option}: there is no folder {Path(getattr(options, option)).parent}.")

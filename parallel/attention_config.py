@@ -39,11 +39,11 @@ class AttentionKeys:
     kernel: Annotated[str | None, OneOf(KERNELS, (AUTO,))] = None
     """Core attention on one device: cpu or reference; on GPUs auto, flash, triton, triton_tf32 or gluon."""
     backward: Annotated[str | None, OneOf(POLICIES)] = None
-    """keep, refetch-home or refetch-follow; the strategy's own if it is left out."""
+    """keep, refetch-home or refetch-follow; by default the strategy's own."""
     comm_dtype: Annotated[str | None, OneOf(DTYPE_BYTES)] = None
-    """Dtype of partial outputs and gradients in messages: that of the model, or the accumulation dtype if it is left out."""
+    """Dtype of partial outputs and gradients in messages: the model's, or by default the accumulation dtype."""
     max_buffer_bytes: Annotated[int | None, Number(ge=0)] = None
-    """Maximum bytes of attention buffers on a rank at once; a batch that needs more is refused. No limit if it is left out."""
+    """Maximum bytes of attention buffers on a rank at once; a batch that needs more is refused. By default there is no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class AttentionConfig(AttentionKeys):
         if self.servers and self.backward_policy == "keep":
             raise DistattnError('servers keep nothing from pass to pass; use backward "refetch-home".')
         if self.adaptive and not STRATEGIES[self.strategy].takes("speeds"):
-            raise DistattnError(f'strategy {self.strategy} does not share out by speed; adaptive needs "cad".')
+            raise DistattnError(f'strategy {self.strategy} does not distribute work by speed; adaptive needs "cad".')
 
     @classmethod
     def of(cls, base: AttentionKeys | None, /, **settings: Any) -> AttentionConfig:
@@ -103,7 +103,7 @@ class AttentionConfig(AttentionKeys):
         Raise DistattnError for an unknown setting, or if no strategy is given.
         """
         if not isinstance(base, AttentionKeys | None):
-            raise DistattnError(f"config is an AttentionConfig, not a {type(base).__name__}.")
+            raise DistattnError(f"config must be an AttentionConfig, not a {type(base).__name__}.")
         names = [field.name for field in fields(cls)]
         if unknown := settings.keys() - names:
             raise DistattnError(f"there is no setting {sorted(unknown)[0]!r}; there are {', '.join(names)}.")
@@ -136,7 +136,7 @@ class AttentionConfig(AttentionKeys):
         Raise DistattnError if servers or context_parallel_size do not fit the group.
         """
         if type(self.servers) is not int or not 0 <= self.servers < ranks:
-            raise DistattnError(f"servers is 0 to {ranks - 1} of the group's {ranks} ranks, not {self.servers!r}.")
+            raise DistattnError(f"servers must be 0 to {ranks - 1} of the group's {ranks} ranks, not {self.servers!r}.")
         models = ranks - self.servers
         if self.data == "replicated":
             return models

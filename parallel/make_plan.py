@@ -140,7 +140,7 @@ def make_plan(
             return plan
         least = min(least, needed)
     raise PlanError(
-        f"{strategy}: a rank needs {least:,} bytes of buffers at least, with heads in as many chunks as there can be; "
+        f"{strategy}: a rank needs at least {least:,} bytes of buffers, even with heads in as many chunks as possible; "
         f"max_buffer_bytes is {max_buffer_bytes:,}. Raise it, or use more ranks or another strategy."
     )
 

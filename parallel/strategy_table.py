@@ -107,7 +107,9 @@ def check_names(strategy: str, backward: str | None, options: Mapping[str, objec
         of_op = "" if op == ATTENTION else f" for {op.name}"
         raise DistattnError(f"strategy {strategy!r} does not exist{of_op}; there are {', '.join(strategies)}.")
     if backward not in (None, "keep") and strategies[strategy].own_backward:
-        raise DistattnError(f'strategy {strategy} keeps what it received; its backward is "keep", not {backward!r}.')
+        raise DistattnError(
+            f'strategy {strategy} keeps what it received; its backward must be "keep", not {backward!r}.'
+        )
     if backward is not None and backward not in POLICIES:
         raise DistattnError(f"backward policy {backward!r} does not exist; there are {', '.join(POLICIES)}.")
     option_names = strategies[strategy].option_names

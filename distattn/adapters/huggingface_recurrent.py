@@ -55,7 +55,7 @@ def check_mixing_layer(number: int, config: Any) -> None:
     """Raise DistattnError if the model's layer `number`, whose kind is in `MIXING`, is not supported here."""
     layer = f"layer {number} is a {config.layer_types[number]} layer, which mixes tokens outside of attention"
     if (folder := model_folder(type(config).__module__)) not in MODELS:
-        of_mamba_1 = " by the selective scan of Mamba-1, which decays every channel by itself and is no op here"
+        of_mamba_1 = " by the selective scan of Mamba-1, which decays every channel by itself and is not an op here"
         raise DistattnError(
             f"{layer}{of_mamba_1 if folder in _MAMBA_1 else ''}; such layers are computed in models of {', '.join(MODELS)}, "
             f"not of {config.model_type}."

@@ -108,7 +108,7 @@ class HealthMonitor:
 
     def check_alive(self, rank: int, activity: str) -> None:
         """Ask a rank that has long been silent whether it is alive. Raise LostRankError if it does not answer."""
-        error = TimeoutError(f"nothing came of rank {rank} within {self.wait_timeout.total_seconds():.0f} s")
+        error = TimeoutError(f"nothing arrived from rank {rank} within {self.wait_timeout.total_seconds():.0f} s")
         with self._lock:
             if self._verdict is None and self._with_store(lambda: rank in self._answers()):
                 return
@@ -190,11 +190,11 @@ class HealthMonitor:
         if least < self._begun[activity]:
             late_ranks = [rank for rank in members if answers[rank].get(activity, 0) == least]
             return Verdict(
-                f"{named_ranks(late_ranks)} did not come to {activity} number {least + 1}: the process lives, but is elsewhere "
+                f"{named_ranks(late_ranks)} did not reach {activity} number {least + 1}: the process is alive, but elsewhere "
                 "(in its data loader or training loop, or it has left the loop).",
                 tuple(late_ranks),
             )
-        text = f"all ranks live, but {activity} failed on rank {self.rank}: {first_line(error)}"
+        text = f"all ranks are alive, but {activity} failed on rank {self.rank}: {first_line(error)}"
         return Verdict(text, (self.rank,))
 
     def _judge(self, verdict: Verdict) -> Verdict:

@@ -55,7 +55,7 @@ class LayerOverrides:
     def __init__(self, overrides: Mapping[int | str, Mapping[str, Any]] | None = None):
         for name in overrides or {}:
             if not (name in KINDS or (type(name) is int and name >= 0)):
-                raise DistattnError(f"layers are named by number or as {' or '.join(KINDS)}, not {name!r}.")
+                raise DistattnError(f"layers must be named by number or as {' or '.join(KINDS)}, not {name!r}.")
         self._overrides = {name: LayerOverride.of(name, way) for name, way in (overrides or {}).items()}
         # numbers that no layer has used yet
         self.unused = {name for name in self._overrides if isinstance(name, int)}
@@ -74,7 +74,7 @@ class LayerOverrides:
 def apply_window(document_mask: str | tuple[int, int], window: int) -> tuple[int, int]:
     """Return the document mask in which each token sees only the last `window` allowed tokens, including itself."""
     if window < 1:
-        raise DistattnError(f"a sliding window is of at least 1 token, not {window}.")
+        raise DistattnError(f"a sliding window must have at least 1 token, not {window}.")
     if document_mask == "full":
         raise DistattnError(f"a layer asks for the last {window} tokens in documents that are attended in full.")
     left, right = (window - 1, 0) if isinstance(document_mask, str) else document_mask

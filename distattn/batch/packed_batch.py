@@ -94,7 +94,7 @@ class PackedBatch(NamedTuple):
         labels = int64_labels(present[name], name) if name in present else ids
         if ids.dim() != 2 or labels.shape != ids.shape:
             raise DistattnError(
-                f"input_ids and labels both have shape (batch, tokens), not {tuple(ids.shape)}, {tuple(labels.shape)}."
+                f"input_ids and labels must both have shape (batch, tokens), not {tuple(ids.shape)}, {tuple(labels.shape)}."
             )
         kept, lengths = _documents(batch, ids)
         ids, labels = (ids[kept], labels[kept]) if kept is not None else (ids.reshape(-1), labels.reshape(-1))
@@ -192,7 +192,7 @@ def int64_labels(labels: Tensor, name: str = "labels") -> Tensor:
 
 def _check_keys(batch: Any) -> None:
     if not isinstance(batch, Mapping):
-        raise DistattnError(f"a batch is a mapping with input_ids, not a {type(batch).__name__}.")
+        raise DistattnError(f"a batch must be a mapping with input_ids, not a {type(batch).__name__}.")
     unknown = batch.keys() - KEYS
     if unknown & _FLASH_KEYS:
         raise DistattnError(
@@ -241,7 +241,7 @@ def _documents(batch: Mapping[str, Any], ids: Tensor) -> tuple[Tensor | None, tu
         return None, (ids.shape[1],) * ids.shape[0]
     lengths_array = as_int64(batch["document_lengths"], "document_lengths")
     if lengths_array.ndim != 1 or not len(lengths_array):
-        raise DistattnError("document_lengths is a flat list of the documents' tokens, such as [4096, 1024].")
+        raise DistattnError("document_lengths must be a flat list of the documents' tokens, such as [4096, 1024].")
     lengths = tuple(lengths_array.tolist())
     if min(lengths) < 1:
         raise DistattnError(f"document_lengths has {min(lengths)}; each document has at least one token.")
@@ -253,7 +253,7 @@ def _documents(batch: Mapping[str, Any], ids: Tensor) -> tuple[Tensor | None, tu
 def _check_padding(mask: Tensor, ids: Tensor) -> None:
     if mask.shape != ids.shape:
         raise DistattnError(
-            f"attention_mask is (batch, tokens) like input_ids {tuple(ids.shape)}, not {tuple(mask.shape)}."
+            f"attention_mask must be (batch, tokens) like input_ids {tuple(ids.shape)}, not {tuple(mask.shape)}."
         )
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise DistattnError(
@@ -277,7 +277,7 @@ def _unpadded(mask: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 def _restarts(positions: Tensor, ids: Tensor) -> tuple[int, ...]:
     if positions.dim() != 2 or positions.shape[0] not in (1, ids.shape[0]) or positions.shape[1] != ids.shape[1]:
         raise DistattnError(
-            f"position_ids are one number a token, {tuple(ids.shape)}, not {tuple(positions.shape)}; positions in several "
+            f"position_ids must be one number per token, {tuple(ids.shape)}, not {tuple(positions.shape)}; positions in several "
             "dimensions (multimodal RoPE) are not computed."
         )
     flat = positions.to(torch.int64).expand(ids.shape).reshape(-1)

@@ -216,7 +216,7 @@ def find_checkpoints(path: Path) -> list[Checkpoint]:
     The order is that of `list_checkpoints`. Raises DistattnError if the path has no checkpoints.
     """
     if not path.is_dir():
-        raise DistattnError(f"{path}: is no folder; name a run, a folder of checkpoints, or a checkpoint.")
+        raise DistattnError(f"{path}: is not a folder; name a run, a folder of checkpoints, or a checkpoint.")
     for folder in (path, path / _IN_RUN):
         if checkpoints := list_checkpoints(folder):
             return checkpoints

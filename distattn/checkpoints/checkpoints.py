@@ -256,7 +256,7 @@ class Checkpoints:
                     # a job killed right after its last save did not remove them
                     self._remove_old()
                 if (passed or doubt) and self._is_root:
-                    how = f"all the same: it is in doubt, but no other can be loaded ({doubt})" if doubt else "instead"
+                    how = f"anyway: it is in doubt, but no other can be loaded ({doubt})" if doubt else "instead"
                     self._warn(" ".join([*passed, f"Resuming from {folder.name} {how}."]))
                 return Loaded(candidate.manifest.step, folder, dict(candidate.manifest.facts), doubt)
             passed.append(problem)
@@ -284,7 +284,7 @@ class Checkpoints:
             if checkpoints:
                 raise DamagedDataError(
                     f"{self._folder}: none of its {len(checkpoints)} checkpoints is whole. {' '.join([*passed, *unreadable])} "
-                    "Put back a copy of one, or name another folder to begin anew."
+                    "Put back a copy of one, or name another folder to start over."
                 )
             return [None] * self._exchange.ranks
 
@@ -494,5 +494,5 @@ def _check_facts(candidate: _Candidate, required: Mapping[str, str]) -> None:
             difference = f"has {name} {actual}" if actual is not None else f"does not say its {name}"
             raise DistattnError(
                 f"{candidate.folder}: {difference}, but this run has {name} {wanted}; resume with what it was saved with, or "
-                "name another folder to begin anew."
+                "name another folder to start over."
             )

@@ -67,7 +67,7 @@ class CheckedFileSystem(FileSystem):
         assert mode == "rb", mode
         expected = self._expected.get(Path(path).name)
         if expected is None:
-            raise DistattnError(f"{path}: is no file of this checkpoint.")
+            raise DistattnError(f"{path}: is not a file of this checkpoint.")
         # do not keep it open: DCP opens each file once for everything that it reads from it
         with io.BufferedReader(CheckedFile(path, expected), BLOCK_BYTES) as file:
             yield file
@@ -91,7 +91,7 @@ class CheckpointReader(FileSystemReader):
             raise unreadable(self._file)
         for info in metadata.storage_data.values():
             if Path(info.relative_path).name != info.relative_path:
-                raise DamagedDataError(f"{self._file}: names {info.relative_path}, which is no file of this folder.")
+                raise DamagedDataError(f"{self._file}: names {info.relative_path}, which is not a file in this folder.")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata

@@ -37,15 +37,13 @@ class FolderHandle:
     def what_happened(self) -> str:
         """Describe what happened to a folder that is no longer in place, as the start of a sentence."""
         current = self.where()
-        return f"{self.path}: " + (
-            f"was renamed to {current} meanwhile" if current else "was deleted meanwhile, or moved elsewhere"
-        )
+        return f"{self.path}: " + (f"has been renamed to {current}" if current else "has been deleted or moved")
 
     def check(self) -> None:
         """Raise DistattnError if the folder is no longer in place."""
         if not self.is_in_place():
             current = self.where()
-            remedy = f"distattn resume {current} goes on, or move it back" if current else "put it back"
+            remedy = f"continue with distattn resume {current}, or move it back" if current else "put it back"
             raise DistattnError(f"{self.what_happened()}; {remedy}.")
 
     def close(self) -> None:

@@ -77,7 +77,7 @@ class Manifest:
             content: Any = json.loads(file.read_bytes())
             digest, version, block = content.pop("digest"), content.pop("version"), content.pop("block_bytes")
         except FileNotFoundError:
-            raise DamagedDataError(f"{file}: is missing: {folder.name} is no whole checkpoint.") from None
+            raise DamagedDataError(f"{file}: is missing: {folder.name} is not a complete checkpoint.") from None
         except OSError as error:
             raise DamagedDataError(f"{file}: cannot be read: {error.strerror}.") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -95,7 +95,7 @@ class Manifest:
                 f"{file}: has other fields than this distattn reads; take the version that wrote it."
             ) from None
         if outside:
-            raise DamagedDataError(f"{file}: names {outside[0]}, which is no file of this folder.")
+            raise DamagedDataError(f"{file}: names {outside[0]}, which is not a file in this folder.")
         return manifest
 
 

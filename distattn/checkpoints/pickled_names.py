@@ -92,7 +92,7 @@ def foreign_pickles(folder: Path) -> Iterator[ForeignPickle]:
         return
     for item in items:
         if Path(item.file).name != item.file:
-            yield ForeignPickle(METADATA_FILE, 0, f"{path}: names {item.file}, which is no file of this folder.")
+            yield ForeignPickle(METADATA_FILE, 0, f"{path}: names {item.file}, which is not a file in this folder.")
             continue
         try:
             with open(folder / item.file, "rb") as opened:

@@ -67,7 +67,7 @@ class RankConnection:
         message = self._connection.recv_bytes()
         digest, data = message[:_DIGEST_BYTES], message[_DIGEST_BYTES:]
         if not hmac.compare_digest(digest, self._digest(self._other, self._received, data)):
-            raise ConnectionError("what came does not match its digest")
+            raise ConnectionError("a message does not match its digest")
         self._received += 1
         return pickle.loads(data)
 
@@ -101,7 +101,7 @@ def connect_to_root(group: dist.ProcessGroup) -> dict[int, RankConnection]:
         store.wait(all_machines, timeout)
         return len(set(store.multi_get(all_machines))) == 1, _shared_key(group, timeout)
 
-    here, key = run_collective(group, "the opening of checkpoints", meet)
+    here, key = run_collective(group, "opening the checkpoints", meet)
     if rank == 0:
         return _accept_all(store, here, key, ranks, timeout)
     return {0: _connect(store, key, rank, timeout)}
@@ -138,7 +138,9 @@ def _accept_all(store: dist.Store, here: bool, key: bytes, ranks: int, timeout: 
                 for connection in connections.values():
                     connection.close()
                 missing = named_ranks(set(range(1, ranks)) - connections.keys())
-                raise LostRankError(f"{missing} of the group did not come to open the checkpoints ({error}).") from None
+                raise LostRankError(
+                    f"{missing} of the group did not take part in opening the checkpoints ({error})."
+                ) from None
             if rank in connections:
                 # the rank has abandoned its earlier connection
                 connections[rank].close()
@@ -153,7 +155,7 @@ def _connect(store: dist.Store, key: bytes, rank: int, timeout: timedelta) -> Ra
         where = json.loads(store.get("root"))
     except RuntimeError as lost:
         why = str(lost).strip().partition("\n")[0]
-        raise LostRankError(f"rank 0 of the group did not come to open the checkpoints ({why}).") from None
+        raise LostRankError(f"rank 0 of the group did not take part in opening the checkpoints ({why}).") from None
     if "refused" in where:
         raise DistattnError(f"rank 0 of the group: {where['refused']}")
     while True:

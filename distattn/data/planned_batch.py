@@ -154,7 +154,7 @@ class PlannedBatch:
         tokens = np.asarray(tokens)
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise DistattnError(
-                f"tokens are positions in the pack, whole numbers (T,), not {tokens.dtype} {tokens.shape}."
+                f"tokens must be positions in the pack, whole numbers (T,), not {tokens.dtype} {tokens.shape}."
             )
         if len(tokens) and not (tokens.min() >= 0 and tokens.max() < self.tokens):
             raise DistattnError(

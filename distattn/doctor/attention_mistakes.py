@@ -121,7 +121,7 @@ def _variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Varian
         k_NKD[rank_tokens], v_NKE[rank_tokens] = 0, 0
         yield _Variant(
             "keys of a rank missing",
-            f"takes the keys and values of rank {rank} for zero",
+            f"treats the keys and values of rank {rank} as zero",
             "look at how this rank's keys and values are sent to the others",
             _results(call._replace(k_NKD=k_NKD, v_NKE=v_NKE)),
         )
@@ -158,7 +158,7 @@ def _exchanged_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterat
                 v_NKE[tokens[rank]] = call.k_NKD[tokens[rank]].to(v_NKE.dtype)
             yield _Variant(
                 "keys for values",
-                f"takes the keys of {whose} for values, too",
+                f"uses the keys of {whose} as values, too",
                 _ASK,
                 _results(call._replace(v_NKE=v_NKE)),
             )
@@ -173,7 +173,7 @@ def _mask_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_V
     for _ in range(2):
         document_NN = (document_NN.float() @ document_NN.float()) > 0 if call.options.get("window") else document_NN
     causal_NN = torch.ones(size, size, dtype=torch.bool).tril()
-    remedy = "look at the mask that this rank gives to attention, and at the first token that it takes for its own"
+    remedy = "look at the mask that this rank gives to attention, and at the first token that it treats as its own"
 
     def masked(cause: str, observed: str, mask_NN: Tensor) -> _Variant:
         seen = call._replace(allowed_NN=mask_NN, options={**call.options, "window": None})

@@ -163,7 +163,7 @@ def _with_refusal(finding: Finding | None, ranks: Sequence[RankResult]) -> Findi
     for rank, result in enumerate(ranks):
         if refusal := result.get("setup_refusal", "").rstrip("."):
             if finding is None:
-                return Finding("refused", f"rank {rank}: {refusal}", "do what the sentence says")
+                return Finding("refused", f"rank {rank}: {refusal}", "do what this error says")
             return finding._replace(observed=f"{finding.observed}; setup refused, too: {refusal}")
     return finding
 

@@ -27,11 +27,11 @@ PACKAGES = {
 _VARIABLES = {
     "CUDA_DEVICE_MAX_CONNECTIONS": (
         "1",
-        "kernels and messages of different streams wait for each other; leave it out, where tensor parallelism does not need it",
+        "kernels and messages of different streams wait for each other; unset it unless tensor parallelism needs it",
     ),
-    "NCCL_P2P_DISABLE": ("1", "GPUs of a node do not reach each other directly; leave it out"),
-    "NCCL_IB_DISABLE": ("1", "nodes are connected by TCP only; leave it out"),
-    "CUDA_LAUNCH_BLOCKING": ("1", "every kernel is waited for; leave it out"),
+    "NCCL_P2P_DISABLE": ("1", "GPUs of a node cannot access each other directly; unset it"),
+    "NCCL_IB_DISABLE": ("1", "nodes are connected by TCP only; unset it"),
+    "CUDA_LAUNCH_BLOCKING": ("1", "the host waits for every kernel; unset it"),
 }
 _SHARED_MEMORY = 1 << 30
 
@@ -69,9 +69,7 @@ def _packages() -> Iterator[Check]:
             )
             continue
         inside = Version(low) <= Version(Version(have).base_version) < Version(high)
-        advice = (
-            "" if inside else f"tested with {low} up to, but without, {high}; run the tests, or install one of these"
-        )
+        advice = "" if inside else f"tested from {low} to below {high}; run the tests, or install one of these"
         yield Check(name, True if inside else not needed and None, have, advice)
 
 
@@ -84,7 +82,10 @@ def _devices() -> Iterator[Check]:
 
     if not torch.cuda.is_available():
         yield Check(
-            "GPUs", None, "none", "kernels run on the CPU, ranks talk by gloo; on a GPU machine look at nvidia-smi"
+            "GPUs",
+            None,
+            "none",
+            "kernels run on the CPU, ranks communicate through gloo; on a GPU machine look at nvidia-smi",
         )
         gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available()
         yield Check(
@@ -140,7 +141,7 @@ def _ports() -> Iterator[Check]:
             yield Check("ports", True, "this machine reaches itself")
     except OSError as error:
         yield Check(
-            "ports", False, f"this machine does not reach itself: {error}", "look at firewall rules for 127.0.0.1"
+            "ports", False, f"this machine cannot connect to itself: {error}", "look at firewall rules for 127.0.0.1"
         )
     name = socket.gethostname()
     try:
@@ -164,9 +165,7 @@ def _environment_variables() -> Iterator[Check]:
         import torch
 
         if torch.cuda.is_available() and "expandable_segments" not in allocator:
-            advice = (
-                "buffers of ever new sizes leave holes; set it to expandable_segments:True, as `distattn train` does"
-            )
+            advice = "buffers of changing sizes fragment memory; set it to expandable_segments:True, as `distattn train` does"
             yield Check("PYTORCH_ALLOC_CONF", None, allocator or "not set", advice)
     for name, (bad, why) in _VARIABLES.items():
         if os.environ.get(name) == bad:

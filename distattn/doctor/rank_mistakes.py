@@ -83,14 +83,12 @@ def explain_gradient_errors(replay: Replay, errors: Sequence[LocalError]) -> Fin
     lost = replay.lost_gradients()
     if change is not None and change.kind == "zero" and lost:
         modules = sorted({place.module for place in lost})
-        observed = (
-            f"on {names} no gradient reaches what {', '.join(modules[:4])} {'put' if len(modules) > 1 else 'puts'} out"
-        )
+        observed = f"on {names} no gradient reaches the output{'s' * (len(modules) > 1)} of {', '.join(modules[:4])}"
         if all(any(mark in module for mark in KEY_VALUE) for module in modules):
             return Finding(
                 "keys and values detached", observed, "keep detach() and no_grad() away from keys and values"
             )
-        return Finding("gradient missing", observed, "look for detach() and no_grad() behind it")
+        return Finding("gradient missing", observed, "look for detach() and no_grad() after it")
     if finding := _explain_lost_features(replay, errors, names):
         return finding
     observed = f"first to differ in the backward pass is {describe_errors(errors)}"
@@ -108,7 +106,7 @@ def _explain_lost_features(replay: Replay, errors: Sequence[LocalError], names: 
     if not lost[0] or any(features != lost[0] for features in lost):
         return None
     place = errors[0].place
-    observed = f"on {names} no gradient reaches {name_tokens(lost[0]).replace('token', 'feature')} of what {place.call} puts out"
+    observed = f"on {names} no gradient reaches {name_tokens(lost[0]).replace('token', 'feature')} of the output of {place.call}"
     sizes = {2 * link.call.k_NKD[0].numel() for link in replay.calls} | {
         link.call.k_NKD[0].numel() for link in replay.calls
     }
@@ -118,7 +116,7 @@ def _explain_lost_features(replay: Replay, errors: Sequence[LocalError], names: 
             f"{observed}: as many as keys or values have",
             "keep detach() away from keys and values",
         )
-    return Finding("gradient missing", observed, "look for detach() and no_grad() behind it")
+    return Finding("gradient missing", observed, "look for detach() and no_grad() after it")
 
 
 _REMEDIES = {

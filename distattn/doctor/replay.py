@@ -61,9 +61,9 @@ class Place(NamedTuple):
 
     def __str__(self) -> str:
         return {
-            "input": f"what {self.call} is given",
-            "output": f"what {self.call} puts out" if self.call != LOGITS else "what the model puts out",
-            "gradient": f"the gradient of what {self.call} puts out",
+            "input": f"the input of {self.call}",
+            "output": f"the output of {self.call}" if self.call != LOGITS else "the output of the model",
+            "gradient": f"the gradient of the output of {self.call}",
         }[self.kind]
 
 

@@ -89,9 +89,9 @@ def _stopped_rank(ranks: Sequence[RankResult]) -> Finding | None:
     # blame the rank that stopped first: the others may have lost their connection to it
     rank = min(stopped, key=lambda rank: (ranks[rank]["lost_peer"], ranks[rank]["at"]))
     if "refusal" in ranks[rank]:
-        return Finding("refused", f"rank {rank}: {ranks[rank]['refusal'].rstrip('.')}", "do what the sentence says")
+        return Finding("refused", f"rank {rank}: {ranks[rank]['refusal'].rstrip('.')}", "do what this error says")
     return Finding(
-        "failed", f"rank {rank}: {ranks[rank]['failure'].rstrip('.')}", "mend the error at the line that it names"
+        "failed", f"rank {rank}: {ranks[rank]['failure'].rstrip('.')}", "fix the error at the line that it names"
     )
 
 

@@ -250,7 +250,7 @@ def _load(path: Path) -> ModuleType:
             inspect.signature(function).bind(*arguments)
         except TypeError:
             how = f"takes {', '.join(arguments) or 'nothing'}"
-            raise DistattnError(f"{path}: {name} is a function that {how}; see distattn doctor --help.") from None
+            raise DistattnError(f"{path}: {name} must be a function that {how}; see distattn doctor --help.") from None
     return module
 
 

@@ -81,7 +81,9 @@ class ContextParallel:
         """Connect to the other ranks. config: None on server ranks, which use the first rank's settings."""
         for name, value in (("group", group), ("loss_group", loss_group)):
             if not isinstance(value, (dist.ProcessGroup, type(None))):
-                raise DistattnError(f"{name} is a process group of torch.distributed, not a {type(value).__name__}.")
+                raise DistattnError(
+                    f"{name} must be a process group of torch.distributed, not a {type(value).__name__}."
+                )
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
         if group is None and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):

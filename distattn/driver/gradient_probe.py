@@ -234,7 +234,7 @@ def _check_linear(
     if difference <= _TOLERANCE * largest:
         return
     times = float(all_weights_RR.abs().max()) / largest * magnitude
-    change = f"{times:.3g} times as large" if math.isfinite(times) else "that are no sum of the ranks' own"
+    change = f"{times:.3g} times as large" if math.isfinite(times) else "that are not a sum of the ranks' own"
     raise DistattnError(
         f"the trainer's gradients are not linear: a loss {magnitude:g} times as large makes gradients {change}. "
         "Clipping belongs after the reduction: take it out of `reduce`, and clip before the optimizer's step (with half "
@@ -265,7 +265,7 @@ def _agreed_weights(weights: Tensor, group: dist.ProcessGroup | None, ranks: int
     for rank, row in enumerate(all_weights_RR.tolist()):
         if any(weight != weight for weight in row):
             raise DistattnError(
-                f"gradients on rank {rank} of the loss group are no weighted sum of the ranks' own: ranks outside of it add "
+                f"gradients on rank {rank} of the loss group are not a weighted sum of the ranks' own: ranks outside of it add "
                 "theirs (give ContextParallel loss_group= all ranks with data), or something changes them (clipping, which "
                 "belongs after the reduction, an overflow, gradients of an earlier micro-batch)."
             )

@@ -101,7 +101,7 @@ class MessageWatch:
 
     def _report(self, text: str, limit: float) -> None:
         def late() -> None:
-            raise TimeoutError(f"{text} did not come within {limit:.0f} s")
+            raise TimeoutError(f"{text} did not arrive within {limit:.0f} s")
 
         try:
             self._monitor.guarded(late, MESSAGES, self._members)

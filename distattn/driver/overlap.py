@@ -29,7 +29,7 @@ from distattn.parallel.runtime.execution.execute import PausableRun
 # the positional and keyword arguments with which one micro-batch calls a module
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 _OUTSIDE = "attention was called outside of the layers; give OverlapSchedule every layer that attends."
-_LEAVES = "a layer's tensors with gradients leave it by another way than its output; OverlapSchedule cannot cut there."
+_LEAVES = "a layer's tensors with gradients leave it other than through its output; OverlapSchedule cannot cut there."
 
 
 class OverlapSchedule:
@@ -46,7 +46,7 @@ class OverlapSchedule:
         if not self.layers or not all(isinstance(layer, nn.Module) for layer in self.layers):
             raise DistattnError("an overlap schedule needs a list of at least one layer, each a module.")
         if not isinstance(model, (nn.Module, type(None))):
-            raise DistattnError(f"model is the module whose layers take turns, not a {type(model).__name__}.")
+            raise DistattnError(f"model must be the module whose layers take turns, not a {type(model).__name__}.")
         # the modules that all micro-batches call together
         self._joined = [*self.layers, *_sharded_around(self.layers, model)]
         self._turns = Turns()

@@ -46,7 +46,7 @@ class RankTable(NamedTuple):
             def compare() -> tuple[list[Any], str]:
                 return all_gather_objects(exchange, local), shared_name(exchange)
 
-            from_ranks, name = run_collective(exchange, "the making of a ContextParallel", compare)
+            from_ranks, name = run_collective(exchange, "creating a ContextParallel", compare)
         first = _checked(from_ranks, members)
         rank = members.index(dist.get_rank()) if len(members) > 1 else 0
         first_of_block, has_model = [], []
@@ -77,7 +77,7 @@ def _checked(from_ranks: list[tuple[AttentionConfig | None, list[int]]], members
     """
     first = from_ranks[0][0]
     if first is None:
-        raise DistattnError("the group's first rank has to have a model; servers are its last ranks.")
+        raise DistattnError("the group's first rank must have a model; servers must be its last ranks.")
     for rank, (config, group) in zip(members, from_ranks, strict=True):
         if config is not None and config != first:
             field = next(name for name in first.__dict__ if getattr(config, name) != getattr(first, name))

@@ -83,7 +83,7 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
 
 def _check(value: Any, hint: Any, name: str, where: str = "") -> None:
     if not _fits(value, hint):
-        raise DistattnError(f"{where}{name} is {_described(hint)}, not {_shown(value)}.")
+        raise DistattnError(f"{where}{name} must be {_described(hint)}, not {_shown(value)}.")
 
 
 def _fits(value: Any, hint: Any) -> bool:

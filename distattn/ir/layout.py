@@ -98,7 +98,7 @@ class Layout:
             chunks = min(_CHUNKS_OF_SHARE * ranks, max(_CHUNKS, _LEAST_OF_SHARE * ranks))
             min_chunk = max(1, min(_MIN_CHUNK, int(ends[-1]) // chunks))
         if min_chunk < 1:
-            raise DistattnError(f"min_chunk is at least 1 token, not {min_chunk}.")
+            raise DistattnError(f"min_chunk must be at least 1 token, not {min_chunk}.")
         order = np.concatenate([np.arange(ranks), np.arange(ranks)[::-1]])
         tokens = np.zeros(ranks, np.int64)
         rank, t0, t1 = [], [], []
@@ -118,7 +118,7 @@ class Layout:
         """Return a layout in which rank i % R owns block i, of `block` tokens (block=1 is striped attention)."""
         n, _ = int(document_ends(lengths)[-1]), _positive(ranks)
         if block < 1:
-            raise DistattnError(f"a block has at least 1 token, not {block}.")
+            raise DistattnError(f"a block must have at least 1 token, not {block}.")
         t0 = np.arange(0, n, block)
         return Layout(lengths, ranks, np.arange(len(t0)) % ranks, t0, np.minimum(t0 + block, n))
 
@@ -228,7 +228,7 @@ class Layout:
         try:
             rows = [(rank, t0, t1) for rank, intervals in enumerate(chunks) for t0, t1 in intervals]
         except (TypeError, ValueError):
-            raise DistattnError("chunks has a list of intervals (t0, t1) for each rank.") from None
+            raise DistattnError("chunks must have a list of intervals (t0, t1) for each rank.") from None
         rank, t0, t1 = as_int64(rows, "chunks").reshape(-1, 3).T
         return Layout(lengths, _positive(len(chunks)), rank, t0, t1)
 
@@ -292,7 +292,7 @@ class Layout:
         """
         _check_array(labels, dim)
         if abs(ignore_index) >= 1 << 63:
-            raise DistattnError(f"ignore_index is a whole number of 64 bits, such as -100, not {ignore_index}.")
+            raise DistattnError(f"ignore_index must be a 64-bit whole number, such as -100, not {ignore_index}.")
         if labels.shape[dim] != self.n:
             raise DistattnError(f"dim {dim} has {labels.shape[dim]} entries, but this layout has {self.n} tokens.")
         dtype = str(getattr(labels.dtype, "name", labels.dtype)).removeprefix("torch.")

@@ -57,12 +57,12 @@ class Number:
     def problem(self, value: float) -> str | None:
         """Return a sentence about a value out of range, or None. NaN is out of every range."""
         if self.ge is not None and not value >= self.ge:
-            return f"at least {self.ge}, not {value}."
+            return f"must be at least {self.ge}, not {value}."
         if self.gt is not None and not value > self.gt:
-            return f"above {self.gt}, not {value}."
+            return f"must be above {self.gt}, not {value}."
         if self.lt is not None and not value < self.lt:
-            return f"below {self.lt}, not {value}."
-        return None if value <= self.le else f"at most {self.le:,}, not {value}."
+            return f"must be below {self.lt}, not {value}."
+        return None if value <= self.le else f"must be at most {self.le:,}, not {value}."
 
 
 @dataclass(frozen=True, eq=False)

@@ -102,7 +102,7 @@ class Mask:
         """
         start, end = _document_bounds(lengths)
         if abs(distance) > MAX_TOKENS:
-            raise DistattnError(f"a token shift is at most {MAX_TOKENS} tokens, not {distance}.")
+            raise DistattnError(f"a token shift must be at most {MAX_TOKENS} tokens, not {distance}.")
         some = end - start > abs(distance)
         return _from_parts([_bands(start[some], end[some], start[some], end[some], -distance, -distance)], end[-1])
 
@@ -140,7 +140,7 @@ class Mask:
         start, end = _document_bounds(lengths)
         prefixes = as_int64(prefix, "prefix")
         if prefixes.shape not in ((), start.shape) or (prefixes < 0).any():
-            raise DistattnError(f"prefix is one number >= 0, or one for each of {len(start)} documents.")
+            raise DistattnError(f"prefix must be one number >= 0, or one for each of {len(start)} documents.")
         middle = start + np.minimum(prefixes, end - start)
         parts = [
             _bands(start, end, start, middle, -UNBOUNDED, UNBOUNDED),
@@ -177,7 +177,7 @@ class Mask:
         """Return a mask of packed documents, causal by blocks: d(q) = d(k) and (k - s) // block <= (q - s) // block."""
         start, end = _document_bounds(lengths)
         if not 1 <= _nonnegative(block, "block") <= MAX_BLOCK:
-            raise DistattnError(f"a block is 1 to {MAX_BLOCK} tokens, not {block}.")
+            raise DistattnError(f"a block must have 1 to {MAX_BLOCK} tokens, not {block}.")
         return _from_parts([_bands(start, end, start, end, -UNBOUNDED, 0, block, start)], end[-1])
 
     @staticmethod
@@ -192,7 +192,7 @@ class Mask:
                 "by_head needs pairs (number of heads, mask), whose masks do not differ by head themselves."
             )
         if len(sizes := {mask.n for _, mask in groups}) > 1:
-            raise DistattnError(f"the masks of head groups cover one axis, not {sorted(sizes)} tokens.")
+            raise DistattnError(f"the masks of head groups must cover one axis, not {sorted(sizes)} tokens.")
         ends = np.cumsum([_nonnegative(heads, "heads of a group") for heads, _ in groups])
         if any(heads < 1 for heads, _ in groups) or ends[-1] > MAX_HEADS:
             raise DistattnError(f"a head group has at least 1 head, and all groups together at most {MAX_HEADS}.")
@@ -247,7 +247,7 @@ class Mask:
         """Return the keys that queries in `q_set` see, sorted and disjoint. Both are half-open intervals (M, 2)."""
         q_set = as_int64(q_set, "query intervals")
         if q_set.size and (q_set.ndim != 2 or q_set.shape[1] != 2):
-            raise DistattnError(f"query intervals are pairs (M, 2), not {q_set.shape}.")
+            raise DistattnError(f"query intervals must be pairs (M, 2), not {q_set.shape}.")
         q_set = q_set.reshape(-1, 2)
         _, q0, q1 = merge_intervals(np.zeros(len(q_set), np.int64), q_set[:, 0], q_set[:, 1])
         i, j = expand_ranges(
@@ -277,7 +277,7 @@ class Mask:
         cells of the tiles in [full_begin, full_end), and some cells of the other tiles in [begin, end).
         """
         if not (1 <= bm <= MAX_TOKENS and 1 <= bn <= MAX_TOKENS):
-            raise DistattnError(f"tiles are at least 1 x 1, and at most {MAX_TOKENS} wide, not {bm} x {bn}.")
+            raise DistattnError(f"tiles must be at least 1 x 1, and at most {MAX_TOKENS} wide, not {bm} x {bn}.")
         tight = tighten(self.pieces)
         piece, tile = expand_ranges(tight[:, Q0] // bm, (tight[:, Q1] - 1) // bm + 1)
         band = tight[piece]
@@ -322,7 +322,7 @@ def document_ends(lengths: Sequence[int]) -> Ints:
     """Return the end of each document on the axis. Raise DistattnError if a length is not a positive whole number."""
     array = as_int64(lengths, "document lengths")
     if array.ndim != 1 or not len(array):
-        raise DistattnError("document lengths are a list of at least one positive whole number.")
+        raise DistattnError("document lengths must be a list of at least one positive whole number.")
     if (array < 1).any():
         i = int(np.flatnonzero(array < 1)[0])
         raise DistattnError(f"document {i} has length {array[i]}; leave out documents without tokens.")
@@ -341,7 +341,7 @@ def _document_band(document_mask: str | tuple[int, int]) -> tuple[int, int]:
     if document_mask == "full":
         return -UNBOUNDED, UNBOUNDED
     if not isinstance(document_mask, (tuple, list)) or len(document_mask) != 2:
-        raise DistattnError(f'document_mask is "causal", "full" or a window (left, right), not {document_mask!r}.')
+        raise DistattnError(f'document_mask must be "causal", "full" or a window (left, right), not {document_mask!r}.')
     left, right = as_int64(document_mask, "a window (left, right)").tolist()
     if left < 0 or right < 0:
         raise DistattnError(f"a window reaches left >= 0 and right >= 0 tokens, not ({left}, {right}).")
@@ -362,7 +362,7 @@ def _document_bounds(lengths: Sequence[int]) -> tuple[Ints, Ints]:
 def _nonnegative(value: int, name: str) -> int:
     number = int(as_int64(value, name))
     if number < 0:
-        raise DistattnError(f"{name} is a number >= 0, not {number}.")
+        raise DistattnError(f"{name} must be a number >= 0, not {number}.")
     return number
 
 

@@ -58,11 +58,13 @@ class Op:
         ):
             if value not in choices:
                 raise DistattnError(
-                    f"op {self.name[:60]!r}: {field} is one of {', '.join(choices)}, not {value[:60]!r}."
+                    f"op {self.name[:60]!r}: {field} must be one of {', '.join(choices)}, not {value[:60]!r}."
                 )
         for field, dim in (("rotary_dim", self.rotary_dim), ("latent_dim", self.latent_dim)):
             if not 0 <= dim <= _MOST_DIM or (self.kind == "latent_attention") != (dim > 0):
-                raise DistattnError(f"{field} is 1 to {_MOST_DIM} for latent attention and 0 for others, not {dim}.")
+                raise DistattnError(
+                    f"{field} must be 1 to {_MOST_DIM} for latent attention and 0 for others, not {dim}."
+                )
 
     @property
     def is_softmax(self) -> bool:

@@ -155,16 +155,18 @@ class Call:
             )
         for name in ("heads", "kv_heads", "head_dim", "v_head_dim"):
             if not 1 <= getattr(self, name) <= MAX_HEADS:
-                raise DistattnError(f"{name} is 1 to {MAX_HEADS}, not {getattr(self, name)}.")
+                raise DistattnError(f"{name} must be 1 to {MAX_HEADS}, not {getattr(self, name)}.")
         if self.heads % self.kv_heads:
-            raise DistattnError(f"{self.heads} query heads do not divide among {self.kv_heads} key/value heads.")
+            raise DistattnError(
+                f"{self.heads} query heads cannot be divided evenly among {self.kv_heads} key/value heads."
+            )
         if self.mask.heads not in (None, self.heads):
             raise DistattnError(f"the mask is for {self.mask.heads} query heads, the call has {self.heads}.")
         if self.dtype not in DTYPE_BYTES:
             raise DistattnError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPE_BYTES)}.")
         if self.comm_dtype not in ("", self.dtype, self.accumulation_dtype):
             raise DistattnError(
-                f"comm_dtype of a {self.dtype} call is {self.dtype} or {self.accumulation_dtype}, not {self.comm_dtype!r}."
+                f"comm_dtype of a {self.dtype} call must be {self.dtype} or {self.accumulation_dtype}, not {self.comm_dtype!r}."
             )
         if self.op.is_recurrent:
             self._check_documents()
@@ -247,7 +249,7 @@ class Call:
     def _check_documents(self) -> None:
         if self.op.is_maximum and self.head_dim != 1:
             raise DistattnError(
-                f"{self.op.name} keeps one number for each value: its head_dim is 1, not {self.head_dim}."
+                f"{self.op.name} keeps one number for each value: its head_dim must be 1, not {self.head_dim}."
             )
         pieces = self.mask.pieces
         same = (pieces[:, [Q0, Q1]] == pieces[:, [K0, K1]]).all(1) & (pieces[:, [BQ, BK]] == 1).all(1)

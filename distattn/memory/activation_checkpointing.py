@@ -40,7 +40,7 @@ def checkpoint_layers(
     code. Switch off the trainer's own checkpointing. Raises DistattnError if there are no layers or one is already checkpointed.
     """
     if save not in SAVED:
-        raise DistattnError(f"save is one of {', '.join(SAVED)}, not {save!r}.")
+        raise DistattnError(f"save must be one of {', '.join(SAVED)}, not {save!r}.")
     layers = list(layers)
     if not layers:
         raise DistattnError("there are no layers to checkpoint.")
@@ -75,7 +75,7 @@ class CheckpointedForward:
         if self._offload is None:
             return checkpoint(self._forward, *args, use_reentrant=False, **self._options, **kwargs)
         if not args or not isinstance(args[0], Tensor):
-            raise DistattnError(f"{self._name}: its input is to be offloaded, but its first argument is no tensor.")
+            raise DistattnError(f"{self._name}: its input is to be offloaded, but its first argument is not a tensor.")
         return self._offloaded(self._offload, *args, **kwargs)
 
     @torch.compiler.disable

@@ -29,7 +29,7 @@ class HostOffload:
     def __init__(self, in_flight: int = 2):
         self._streams: dict[torch.device, Any] = {}
         if in_flight < 1:
-            raise DistattnError(f"in_flight is at least 1, not {in_flight}.")
+            raise DistattnError(f"in_flight must be at least 1, not {in_flight}.")
         self.in_flight = in_flight
         self._lock = threading.RLock()
         # tensors being copied out, oldest first, and all tensors that may be requested, in the order of `put`

@@ -157,7 +157,7 @@ class TiledOutput:
         wanted = float(self._change.of(torch.tensor(_STAND_IN)))
         if stand_in.numel() != 1 or not math.isclose(float(stand_in.detach()), wanted, rel_tol=1e-2):
             raise DistattnError(
-                f"{name} changes logits behind its output layer in a way that a tiled loss does not know; leave loss= out."
+                f"{name} changes logits after its output layer in a way that a tiled loss does not know; leave loss= out."
             )
         forward.checked = self._change
 
@@ -191,10 +191,10 @@ _CURRENT = _PerThread()
 
 def _check_numbers(tile_tokens: int, z_loss: float, soft_cap: float) -> None:
     if tile_tokens < 1:
-        raise DistattnError(f"tile_tokens is at least 1, not {tile_tokens}.")
+        raise DistattnError(f"tile_tokens must be at least 1, not {tile_tokens}.")
     for name, number in (("z_loss", z_loss), ("soft_cap", soft_cap)):
         if not 0 <= number < math.inf:
-            raise DistattnError(f"{name} is a positive number, or 0 for none, not {number}.")
+            raise DistattnError(f"{name} must be a positive number, or 0 for none, not {number}.")
 
 
 def _losses(

@@ -35,7 +35,7 @@ def tile_feed_forward(model: nn.Module, tile_tokens: int) -> int:
     no such layers, or if one (named in the error) has experts, dropout, or parts that FSDP2 shards separately.
     """
     if tile_tokens < 1:
-        raise DistattnError(f"tile_tokens is at least 1, not {tile_tokens}.")
+        raise DistattnError(f"tile_tokens must be at least 1, not {tile_tokens}.")
     feed_forwards = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in _NAMES}
     if not feed_forwards:
         raise DistattnError(f"{type(model).__name__} has no module called {' or '.join(_NAMES)}; nothing can be tiled.")
@@ -62,7 +62,9 @@ class TiledForward:
     @torch.compiler.disable
     def __call__(self, x: Tensor) -> Tensor:
         if x.dim() < 2:
-            raise DistattnError(f"{type(self.module).__name__}: {tuple(x.shape)} are no (..., tokens, width).")
+            raise DistattnError(
+                f"{type(self.module).__name__}: hidden states have shape {tuple(x.shape)}; (..., tokens, width) is needed."
+            )
         # refuse on every rank, however few tokens it has
         if any(hasattr(parameter, "ds_id") for parameter in self.module.parameters()):
             raise DistattnError(

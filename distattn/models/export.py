@@ -110,7 +110,7 @@ def export_safetensors(
     if folder.exists() or folder.is_symlink():
         raise DistattnError(f"{folder} exists; nothing is overwritten, so name a new folder.")
     if max_shard_bytes < 1:
-        raise DistattnError(f"max_shard_bytes: at least 1, not {max_shard_bytes}.")
+        raise DistattnError(f"max_shard_bytes: must be at least 1, not {max_shard_bytes}.")
     missing = [file for file in tokenizer_files if not Path(file).is_file()]
     if missing:
         raise DistattnError(f"{missing[0]}: there is no such tokenizer file.")
@@ -159,7 +159,7 @@ def _checked(named_tensors: Iterable[tuple[str, Tensor]], blueprint: PreTrainedM
     kind = type(blueprint).__name__
     for name, tensor in named_tensors:
         if name not in left:
-            raise DistattnError(f"{name} is no tensor of {kind}, or is repeated; it is not exported.")
+            raise DistattnError(f"{name} is not a tensor of {kind}, or is repeated; it is not exported.")
         if tuple(tensor.shape) != left[name]:
             raise DistattnError(f"{name} is {tuple(tensor.shape)}, but {left[name]} in {kind}.")
         del left[name]

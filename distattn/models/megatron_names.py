@@ -84,7 +84,7 @@ def check_megatron(config: PretrainedConfig, tensor_ranks: int = 1) -> None:
     }
     for name, size in sizes.items():
         if size % tensor_ranks:
-            raise DistattnError(f"{size} {name} do not divide over {tensor_ranks} tensor-parallel ranks.")
+            raise DistattnError(f"{size} {name} cannot be divided evenly over {tensor_ranks} tensor-parallel ranks.")
 
 
 def to_megatron(

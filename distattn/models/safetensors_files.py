@@ -200,7 +200,8 @@ class PretrainedWeights:
                 if any(re.search(each, item.name) for each in ignored):
                     continue
                 raise DistattnError(
-                    f"{self.folder / item.file}: {item.name} is no tensor of {type(model).__name__}; is its config.json here?"
+                    f"{self.folder / item.file}: {item.name} is not a tensor of {type(model).__name__}; is config.json "
+                    "of the same model?"
                 )
             converter = (
                 next((each for each in converters if pattern in each.source_patterns), None) if pattern else None
@@ -289,7 +290,7 @@ def _files_of(folder: Path) -> list[str]:
     try:
         named = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DamagedDataError(f"{index}: it is no index of safetensors: {error!r}.") from None
+        raise DamagedDataError(f"{index}: is not an index of safetensors files: {error!r}.") from None
     strange = [name for name in named if not isinstance(name, str) or Path(name).name != name]
     if strange:
         raise DamagedDataError(f"{index}: {strange[0]!r} is not the name of a file next to it.")

@@ -70,7 +70,7 @@ def attention(
         if not isinstance(operand, Tensor):
             raise DistattnError(f"{name} is a {type(operand).__name__}; a tensor (tokens, heads, dim) is needed.")
     if not isinstance(return_lse, bool):
-        raise DistattnError(f"return_lse is True or False, not a {type(return_lse).__name__}.")
+        raise DistattnError(f"return_lse must be True or False, not a {type(return_lse).__name__}.")
     q_THD, k_TKD, v_TKE = autocast_inputs(q_THD, k_TKD, v_TKE)
     # fused projections often return strided tensors, but kernels and messages read whole rows
     q_THD, k_TKD, v_TKE = q_THD.contiguous(), k_TKD.contiguous(), v_TKE.contiguous()
@@ -81,13 +81,13 @@ def attention(
         # test for float first, because isinstance with an abstract class is slow
         if type(number) is not float and (not isinstance(number, (Real, type(None))) or isinstance(number, bool)):
             hint = "; a tensor's gradient would be lost" if isinstance(number, Tensor) else ""
-            raise DistattnError(f"{name} is a number, not a {type(number).__name__}{hint}.")
+            raise DistattnError(f"{name} must be a number, not a {type(number).__name__}{hint}.")
     scale = 1.0 / math.sqrt(q_THD.shape[-1] or 1) if scale is None else float(scale)
     if not 0 < scale < math.inf:
-        raise DistattnError(f"scale is a positive number, not {scale}.")
+        raise DistattnError(f"scale must be a positive number, not {scale}.")
     softcap = softcap or 0.0
     if not 0 <= softcap < math.inf:
-        raise DistattnError(f"softcap is a positive number, or 0 for none, not {softcap}.")
+        raise DistattnError(f"softcap must be a positive number, or 0 for none, not {softcap}.")
     if dropout:
         raise DistattnError(f"dropout {dropout} is not computed: the ranks would have to share random bits; use 0.")
     for name, tensor in (("k", k_TKD), ("v", v_TKE), ("sink", sink), ("alibi_slopes", alibi_slopes), ("gate", gate)):

@@ -68,7 +68,7 @@ def causal_conv1d(
         if not isinstance(tensor, Tensor) and (tensor is not None or name in ("x", "weight")):
             raise DistattnError(f"{name} is a {type(tensor).__name__}; a tensor is needed.")
     if activation is not None and not (isinstance(activation, str) and activation == "silu"):
-        raise DistattnError(f'activation is "silu" or None, not {activation!r}; apply others to the result.')
+        raise DistattnError(f'activation must be "silu" or None, not {activation!r}; apply others to the result.')
     check_flag("return_final_state", return_final_state)
     if return_final_state and torch.compiler.is_compiling():
         raise DistattnError("final states of a convolution are not compiled; leave the call out of torch.compile.")
@@ -106,7 +106,7 @@ def token_shift(
     if not isinstance(x_T, Tensor):
         raise DistattnError(f"x is a {type(x_T).__name__}; a tensor is needed.")
     if type(fill) is not int or abs(fill) > _MOST_WHOLE:
-        raise DistattnError(f"fill is a whole number between -2^52 and 2^52, not {fill!r}.")
+        raise DistattnError(f"fill must be a whole number between -2^52 and 2^52, not {fill!r}.")
     executable = executable_of(plan, group, "token_shift", x_T.device)
     whole = x_T.dtype in _WHOLE
     if not x_T.dim() or not (whole or x_T.is_floating_point()):

@@ -62,7 +62,7 @@ def latent_attention(
         )
     scale = 1.0 / math.sqrt(q_THD.shape[-1]) if scale is None else float(scale)
     if not 0 < scale < math.inf:
-        raise DistattnError(f"scale is a positive number, not {scale}.")
+        raise DistattnError(f"scale must be a positive number, not {scale}.")
     inputs = q_THD, rope_TR[:, None], latent_TL[:, None], up_HEL
     o_THE, _, _ = torch.ops.distattn.latent_forward(*inputs, executable.handle, executable.kept_elements, scale)
     return cast(Tensor, o_THE)

@@ -16,7 +16,7 @@ from distattn.ops.executable import Executable, prepare
 def check_flag(name: str, value: object) -> None:
     """Raise DistattnError if a flag is not True or False."""
     if not isinstance(value, bool):
-        raise DistattnError(f"{name} is True or False, not a {type(value).__name__}.")
+        raise DistattnError(f"{name} must be True or False, not a {type(value).__name__}.")
 
 
 def executable_of(
@@ -38,7 +38,7 @@ def executable_of(
     kernel, for a plan inside torch.compile, and for an op that cannot take turns with other micro-batches.
     """
     if not isinstance(plan, (Plan, Executable)):
-        raise DistattnError(f"plan is what make_plan or prepare returned, not a {type(plan).__name__}.")
+        raise DistattnError(f"plan must be a result of make_plan or prepare, not a {type(plan).__name__}.")
     if not can_interleave and current_micro_batch() is not None:
         raise DistattnError(f"{op} cannot take turns with other micro-batches yet; leave OverlapSchedule out.")
     if isinstance(plan, Executable):

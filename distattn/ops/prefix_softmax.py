@@ -75,10 +75,10 @@ def prefix_softmax(
     the tensors do not fit the plans.
     """
     if not isinstance(plans, PrefixSoftmaxPlans):
-        raise DistattnError(f"plans are what make_prefix_softmax_plans returned, not a {type(plans).__name__}.")
+        raise DistattnError(f"plans must be a result of make_prefix_softmax_plans, not a {type(plans).__name__}.")
     for name, tensor in (("weights", weights_THL), ("logits", logits_THL), ("v", v_THV)):
         if not isinstance(tensor, Tensor) or tensor.dim() != 3 or not tensor.is_floating_point():
-            raise DistattnError(f"{name} is a tensor of floating point with tokens, heads and one more dim.")
+            raise DistattnError(f"{name} must be a floating-point tensor with tokens, heads and one more dim.")
     if weights_THL.shape != logits_THL.shape or logits_THL.shape[:2] != v_THV.shape[:2]:
         raise DistattnError(
             f"weights {tuple(weights_THL.shape)}, logits {tuple(logits_THL.shape)} and v {tuple(v_THV.shape)} are of different "
@@ -96,7 +96,7 @@ def prefix_softmax(
 def _check_plans(plans: PrefixSoftmaxPlans) -> None:
     for name, plan, op in zip(plans._fields, plans, ("prefix_max", "ssd", "gla"), strict=True):
         if not isinstance(plan, (Plan, Executable)):
-            raise DistattnError(f"plans.{name} is what make_plan or prepare returned, not a {type(plan).__name__}.")
+            raise DistattnError(f"plans.{name} must be a result of make_plan or prepare, not a {type(plan).__name__}.")
         call = plan.call if isinstance(plan, Plan) else plan.program.call
         if call.op.name != op:
             raise DistattnError(f"plans.{name} is of {call.op.name}; make_prefix_softmax_plans makes one of {op}.")
@@ -106,7 +106,7 @@ def _check_state(state: PrefixSoftmaxState | None, logits_THL: Tensor, v_THV: Te
     if state is None:
         return
     if not isinstance(state, PrefixSoftmaxState):
-        raise DistattnError(f"initial_state is a PrefixSoftmaxState, not a {type(state).__name__}.")
+        raise DistattnError(f"initial_state must be a PrefixSoftmaxState, not a {type(state).__name__}.")
     documents = len(state.maximum)
     of_latents = documents, *logits_THL.shape[1:]
     for name, tensor, shape in zip(

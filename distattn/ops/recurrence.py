@@ -76,7 +76,7 @@ def recurrence(
             raise DistattnError(f"{name} is a {type(tensor).__name__}; a tensor is needed.")
     check_flag("return_final_state", return_final_state)
     if not isinstance(scale, (Real, type(None))) or isinstance(scale, bool):
-        raise DistattnError(f"scale is a number, not a {type(scale).__name__}.")
+        raise DistattnError(f"scale must be a number, not a {type(scale).__name__}.")
     executable = executable_of(plan, group, "recurrence", q_TGK.device, kernel=kernel)
     q_TGK, k_TGK, v_THV = autocast_inputs(q_TGK, k_TGK, v_THV)
     beta = None if beta is None else autocast_inputs(beta)[0]
@@ -84,7 +84,7 @@ def recurrence(
     _check_inputs(executable, x, initial_state)
     scale = 1.0 / math.sqrt(q_TGK.shape[-1]) if scale is None else float(scale)
     if not 0 < scale < math.inf:
-        raise DistattnError(f"scale is a positive number, not {scale}.")
+        raise DistattnError(f"scale must be a positive number, not {scale}.")
     documents = len(executable.program.call.documents) if return_final_state else 0
     # scale q instead of o, which is linear in q
     o_THV, final, _ = torch.ops.distattn.recurrence_forward(
@@ -97,7 +97,7 @@ def _check_inputs(executable: Executable, x: RecurrenceTokens, initial: Tensor |
     program, op = executable.program, executable.program.call.op
     call, tokens = program.call, program.tokens
     if op.kind != "recurrence":
-        raise DistattnError(f"the plan is of {op.name}, which is no recurrence; make_plan takes op=.")
+        raise DistattnError(f"the plan is of {op.name}, which is not a recurrence; pass op= to make_plan.")
     wide = call.accumulation_dtype
     shapes_of_g = {
         "none": None,

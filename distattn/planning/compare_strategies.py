@@ -219,7 +219,7 @@ def parse_document_lengths(option: str) -> list[int]:
         if tokens is None or (many and not re.fullmatch("[0-9]+", times)) or (many and not int(times)):
             where = f"in {option}" if text is not option else "and there is no such file"
             raise DistattnError(
-                f"--docs: {word[:40]!r} is no document length {where}; write 4096,1024x8, 1M or 1Mi, or a file's name."
+                f"--docs: {word[:40]!r} is not a document length {where}; write 4096,1024x8, 1M or 1Mi, or a file's name."
             )
         if len(out) + int(times or 1) > _MOST_DOCUMENTS:
             raise DistattnError(

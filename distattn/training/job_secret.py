@@ -32,7 +32,7 @@ def read_secret(file: Path) -> bytes:
             rights, text = os.fstat(opened.fileno()).st_mode, opened.read()
     except FileNotFoundError:
         raise DistattnError(
-            f"{file}: there is no secret of this job; distattn train, launch and resume write one."
+            f"{file}: this job's secret is missing; distattn train, launch and resume write one."
         ) from None
     if rights & _OTHERS:
         raise DistattnError(f"{file}: others may read this job's secret; chmod 600 it.")

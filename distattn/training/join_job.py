@@ -63,8 +63,8 @@ def authenticate_ranks(file: Path) -> None:
     ]
     if unproven:
         raise DistattnError(
-            f"{named_ranks(unproven)} did not prove to know the secret in {file}: a process of another job or user, "
-            "or one that reads another run folder."
+            f"{named_ranks(unproven)} did not prove knowledge of the secret in {file}; check that every rank is a process "
+            "of this job and user, and reads the same run folder."
         )
     use_secret(secret)
 

@@ -36,9 +36,9 @@ class ScheduleSettings:
     def __post_init__(self) -> None:
         check_limits(self)
         if self.warmup_steps > self.steps:
-            raise SettingError("warmup_steps", f"at most steps = {self.steps:,}, not {self.warmup_steps:,}.")
+            raise SettingError("warmup_steps", f"must be at most steps = {self.steps:,}, not {self.warmup_steps:,}.")
         if self.min_learning_rate > self.learning_rate:
-            at_most = f"at most learning_rate = {self.learning_rate}"
+            at_most = f"must be at most learning_rate = {self.learning_rate}"
             raise SettingError("min_learning_rate", f"{at_most}, not {self.min_learning_rate}.")
         if self.name == "wsd" and self.warmup_steps > self.decay_begins:
             raise DistattnError(

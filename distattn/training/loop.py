@@ -155,7 +155,7 @@ class TrainingLoop:
             # a rollback needs a checkpoint
             self.run_checkpoints.save(0)
         if not begin:
-            self.run_checkpoints.take_digest("the begin of the run", 0)
+            self.run_checkpoints.take_digest("the start of the run", 0)
         while step < last:
             step = self._train_from(step)
             if step == last and config.checkpoint.every_steps >= 0 and begin < last:

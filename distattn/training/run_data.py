@@ -96,7 +96,7 @@ def plan_longer(run: RunFolder, config: Config, data: RunData, path: Path) -> Ru
         not np.array_equal(plan.step(step).rows, longer.step(step).rows) for step in range(plan.steps)
     ):
         raise DistattnError(
-            f"train.steps: {steps:,}, but packs are now planned in another way than when {run.packs_file} was made; use at most "
+            f"train.steps: {steps:,}, but packs are now planned differently from when {run.packs_file} was made; use at most "
             f"{plan.steps:,}, or begin a new run."
         )
     return data._replace(plan=longer)

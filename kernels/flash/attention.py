@@ -46,7 +46,7 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
         return f"it computes bfloat16 and float16, not {str(requirements.dtype)[6:]}"
     dims = requirements.head_dim, requirements.v_head_dim
     if any(dim % 8 or dim > 256 for dim in dims):
-        return f"its head dims are multiples of 8 up to 256, not {dims[0]} and {dims[1]}"
+        return f"its head dims must be multiples of 8 up to 256, not {dims[0]} and {dims[1]}"
     if why_not := _implementation_reason(implementation(), requirements.device, max(dims)):
         return why_not
     if requirements.softcap or requirements.alibi:
@@ -54,7 +54,7 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
     if requirements.lse:
         return "it has no gradient through the log-sum-exp"
     if 0 < requirements.least_step < LEAST_STEP:
-        return f"its masks climb in steps of at least {LEAST_STEP} rows, not {requirements.least_step}"
+        return f"its masks must climb in steps of at least {LEAST_STEP} rows, not {requirements.least_step}"
     return None
 
 

@@ -168,7 +168,7 @@ def run_rows_with_products(
     count: int,
 ) -> None:
     """Copy rows of dO and write their rowsum(dO * O). See `glue.copy_rows_with_products`."""
-    assert target.stride(2) == do.stride(2) == o.stride(2) == 1 or do.shape[2] == 1, "rows of a head lie in one piece"
+    assert target.stride(2) == do.stride(2) == o.stride(2) == 1 or do.shape[2] == 1, "rows of a head are contiguous"
     shape = _shape(target)
     if count:
         rows_with_products_kernel[_grid(shape, count, target.shape[1])](

@@ -57,7 +57,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     if options.tokens < 0:
-        raise DistattnError(f"data show: --tokens: at least 1, or 0 for all of a document, not {options.tokens}.")
+        raise DistattnError(
+            f"data show: --tokens: must be at least 1, or 0 for all of a document, not {options.tokens}."
+        )
     if os.path.isdir(options.config):
         _show_run(RunFolder(Path(options.config)), options.step, options.pack, options.tokens, options.json)
         return 0
@@ -122,7 +124,7 @@ def _read_row(row: Mapping[str, Any], first: int, count: int, vocabulary: int | 
         raise DamagedDataError(f"{row['file']}: cannot be read: {error.strerror}; the run has read it.") from None
     if len(tokens) < count or vocabulary and count and tokens.max() >= vocabulary:
         raise DamagedDataError(
-            f"{row['file']}: byte {offset:,}: is not what the run has read; take the file from a copy."
+            f"{row['file']}: byte {offset:,}: is not what the run read; restore the file from a copy."
         )
     return tokens
 

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     if options.picture is not None and not options.picture.endswith((".svg", ".png", ".pdf")):
-        raise DistattnError(f"data stats: --picture {options.picture}: end the name in .svg, .png or .pdf.")
+        raise DistattnError(f"data stats: --picture {options.picture}: the name must end in .svg, .png or .pdf.")
     config = load_pack_config(options.config)
     corpora = open_corpora(config)
     plan = open_configured_plan(config, corpora)

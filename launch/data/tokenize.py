@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     if options.processes < 1:
-        raise DistattnError(f"data tokenize: --processes: at least 1, not {options.processes}.")
+        raise DistattnError(f"data tokenize: --processes: must be at least 1, not {options.processes}.")
     job = plan_job(
         options.out,
         options.paths,

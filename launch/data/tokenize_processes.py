@@ -104,7 +104,7 @@ def run_workers(
                         if replaced == MOST_REPLACEMENTS or not worker.was_killed:
                             raise LostProcessError(f"{lost}; the others were stopped.{worker.hint}")
                         replaced += 1
-                        print_message(f"{lost}; another process does it again.")
+                        print_message(f"{lost}; another process will redo it.")
                         report(worker.replace())
                         selector.register(worker.messages, selectors.EVENT_READ, worker)
     finally:
@@ -183,7 +183,7 @@ class _Worker:
         """A sentence about what to do if the process was killed, or "" if the cause is not known."""
         # when memory runs out, Linux kills a process with SIGKILL
         memory_ran_out = not self._fault and self._process.returncode == -signal.SIGKILL
-        return " Where memory ran out, take fewer --processes." if memory_ran_out else ""
+        return " If memory ran out, use fewer --processes." if memory_ran_out else ""
 
     def replace(self) -> Progress:
         """Start a new process on the shard of the one that ended. Return the lost progress as negative numbers."""

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     if options.vocabulary is not None and options.vocabulary < 1:
-        raise DistattnError(f"data verify: --vocabulary: at least 1, not {options.vocabulary}.")
+        raise DistattnError(f"data verify: --vocabulary: must be at least 1, not {options.vocabulary}.")
     files: dict[str, VerifiedFile | str] = {}
     plans: dict[str, VerifiedPlan | str] = {}
     with ProgressReporter("verify", sum(map(_bytes_to_read, options.prefixes))) as reporter:

@@ -86,7 +86,7 @@ def _leave(seconds: float, rank: int) -> None:
         main = threading.main_thread()
         left = [thread.name for thread in threading.enumerate() if not thread.daemon and thread is not main]
         sys.stderr.write(
-            f"rank {rank} is done, but {', '.join(left) or 'its exit'} goes on: not waited for any longer.\n"
+            f"rank {rank} is done and no longer waits for {', '.join(left) or 'its exit'}, which has not ended.\n"
         )
         sys.stderr.flush()
         os._exit(0)

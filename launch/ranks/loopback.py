@@ -127,13 +127,13 @@ class _NodesRendezvous(_LoopbackRendezvous):
         except dist.DistError as error:
             place, minutes = f"{self._host}:{self._port}", f"{_LIMIT.total_seconds() / 60:.0f} minutes"
             missing = (
-                f"some of {self._nodes} nodes did not come to {place} within {minutes}"
+                f"some of {self._nodes} nodes did not reach {place} within {minutes}"
                 if self._node == 0
-                else f"node {self._node} does not reach node 0 at {place} within {minutes}"
+                else f"node {self._node} cannot reach node 0 at {place} within {minutes}"
             )
             reason = str(error).strip().splitlines()[0]
             raise LostRankError(
-                f"{missing}: look at the network between them, and whether all have begun ({reason})."
+                f"{missing}: check the network between them, and that all have started ({reason})."
             ) from None
         where = RendezvousStoreInfo(self._host, self._port)
         return RendezvousInfo(dist.PrefixStore(self._run, store), self._node, self._nodes, where)

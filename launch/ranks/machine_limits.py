@@ -57,7 +57,7 @@ def check_nodes_hold_ranks(config: Config, node_bytes: int | None) -> None:
     need = ranks * (TRAIN_RANK_MB * 1e6 + each)
     if node_bytes is not None and need > node_bytes:
         raise DistattnError(
-            f"parallel.ranks: {ranks} ranks a node need {need / 1e9:,.1f} GB, the largest node has {node_bytes / 1e9:,.1f} GB. "
+            f"parallel.ranks: {ranks} ranks per node need {need / 1e9:,.1f} GB, the largest node has {node_bytes / 1e9:,.1f} GB. "
             "Use fewer ranks on a node, or a smaller model."
         )
 

@@ -42,7 +42,7 @@ def _watch(address: str, folder: object, closed: threading.Event) -> None:
         missed = 0 if _answers(address) else missed + 1
         if missed == _LOOKS:
             print_message(
-                f"the head of the Ray cluster at {address} does not answer any more. Ranks train on while their nodes live, but "
+                f"the head of the Ray cluster at {address} no longer answers. Ranks train on while their nodes live, but "
                 f"no report is written. Once the cluster has a head again, {resume_command(folder)} ends them, continues the run "
                 "and reports (--ray.address=HOST:PORT if the head is elsewhere)."
             )

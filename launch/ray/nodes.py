@@ -219,14 +219,14 @@ class RayNodes:
         alive, names = _alive(), node_names()
         nodes = [node for node in self._left_out.take_back() if node in alive]
         if nodes:
-            print_message(f"there are no others: {' '.join(names[node] for node in nodes)} may be taken again.")
+            print_message(f"there are no other nodes: {' '.join(names[node] for node in nodes)} may be used again.")
         return bool(nodes)
 
     def _take_back_unstarted(self) -> bool:
         """Take back a node that did not answer or could not start an agent. Return whether there is such a node."""
         node = self._left_out.take_back_unstarted(_alive())
         if node:
-            print_message(f"there are too few others: {node_names()[node]} is asked again.")
+            print_message(f"there are too few other nodes: {node_names()[node]} is asked again.")
         return bool(node)
 
     def _held(self) -> PlacementGroup:
@@ -245,7 +245,7 @@ class RayNodes:
         try:
             self._run.regroup_file.touch()
         except OSError as error:
-            print_message(f"the ranks cannot be asked to: {error}; the next attempt has {nodes} nodes.")
+            print_message(f"the ranks cannot be asked to save: {error}; the next attempt has {nodes} nodes.")
 
     def _demand(self) -> str:
         gpus = f"{self._needs.gpus} GPUs and " if self._needs.gpus else ""
@@ -282,7 +282,7 @@ class RayNodes:
                     self._left_out.leave_out_unstarted(node)
                 else:
                     print_message(
-                        f"{names.get(node, node)} is asked again, since there is no other: its agent {answer}."
+                        f"{names.get(node, node)} is asked again, since there is no other node: its agent {answer}."
                     )
         self.close()
         return others_left

@@ -130,7 +130,7 @@ def status(run: RunFolder) -> dict[str, Any]:
     if not state:
         last = run.state_file.read_text("utf-8").split() if run.state_file.exists() else []
         phase = "unknown" if not last else "killed" if last == ["running"] else "ended"
-        state = {"unknown": "gone: it never began", "killed": "killed"}.get(phase) or f"ended, exit code {last[1]}"
+        state = {"unknown": "gone: it never started", "killed": "killed"}.get(phase) or f"ended, exit code {last[1]}"
     return {
         "run": str(run.folder),
         "job": job,

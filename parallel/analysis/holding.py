@@ -55,7 +55,9 @@ class _Sentences(NamedTuple):
     unused: str
 
 
-_HELD = _Sentences("arrives twice, or at its holder, on", "is missing for", "arrives too late for", "arrives unused")
+_HELD = _Sentences(
+    "arrives more than once, or is already held, on", "is missing for", "arrives too late for", "arrives unused"
+)
 _REDUCED = _Sentences(
     "is sent twice, or by its owner, from", "is never sent after", "was already sent before", "carries nothing"
 )

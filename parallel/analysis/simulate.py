@@ -63,7 +63,7 @@ def simulate(plan: Plan, cluster: AnyCluster | str | Path, proof: Proof | None =
     if proof is None:
         proof = verify(plan)
     elif proof.digest != plan.digest:
-        raise DistattnError("the proof is of another plan.")
+        raise DistattnError("the proof belongs to another plan; pass the result of verify for this plan.")
     passes = [simulate_pass(plan.call, spec, name, getattr(plan, name)) for name in DIRECTIONS]
     return Timeline(plan, spec, proof, *passes)
 

@@ -191,7 +191,9 @@ class _Tracing:
                 continue
             name = StateOrigin("move", row)
             if (t0, t1) in self.held[rank, part]:
-                raise PlanError(f"{self.label} of {self._show(name)} arrives twice, or at the rank that computes it.")
+                raise PlanError(
+                    f"{self.label} of {self._show(name)} arrives more than once, or at the rank that computes it."
+                )
             self.held[rank, part][t0, t1] = HeldState(t0, t1, step, name)
             self.unused[rank, part, name] = None
 

@@ -121,8 +121,12 @@ def _verify_table(plan: Plan, direction: str, kept: Columns | None) -> dict[Payl
 
 def _check_task_numbers(call: Call, tasks: Columns, direction: str) -> None:
     """Check that all numbers are in range before anything is computed with them."""
-    _refuse_task(_outside(tasks["piece"], len(call.mask.pieces)), tasks, direction, "names no piece of the mask")
-    _refuse_task(_outside(tasks["rank"], call.ranks), tasks, direction, f"is at no rank of {call.ranks}")
+    _refuse_task(
+        _outside(tasks["piece"], len(call.mask.pieces)), tasks, direction, "names a piece that the mask does not have"
+    )
+    _refuse_task(
+        _outside(tasks["rank"], call.ranks), tasks, direction, f"runs on a rank outside the group of {call.ranks}"
+    )
     bad = _not_inside(tasks, "q", call.mask.n) | _not_inside(tasks, "k", call.mask.n)
     if call.op.is_recurrent:
         # empty ranges are allowed here: `_check_segments` checks them
@@ -138,7 +142,7 @@ def _check_move_numbers(call: Call, moves: Columns, direction: str, payloads: tu
     names = [payload.name for payload in payloads]
     _refuse_move(~is_valid, moves, direction, f"carries a payload that is not one of {names}")
     bad = _outside(moves["src"], call.ranks) | _outside(moves["dst"], call.ranks) | (moves["src"] == moves["dst"])
-    _refuse_move(bad, moves, direction, f"does not go from one to another of {call.ranks} ranks")
+    _refuse_move(bad, moves, direction, f"does not go from one rank to another in the group of {call.ranks}")
     heads = np.array([call.payload_heads(payload) for payload in Payload])[moves["payload"]]
     bad = _not_inside(moves, "t", call.mask.n) | _not_inside(moves, "h", heads) | _outside(moves["step"], MAX_STEP)
     _refuse_move(bad, moves, direction, "has an impossible step, token or head range")
@@ -172,7 +176,7 @@ def _check_coverage(call: Call, tasks: Columns, direction: str) -> None:
     _refuse_task(bad, tasks, direction, "is not a tight rectangle of its piece")
     of_piece = call.piece_heads[tasks["piece"]]
     bad = (tasks["h0"] < of_piece[:, 0]) | (tasks["h1"] > of_piece[:, 1])
-    _refuse_task(bad, tasks, direction, "has heads its piece does not belong to")
+    _refuse_task(bad, tasks, direction, "has heads that its piece does not apply to")
     _check_disjoint(tasks, direction)
     work = cell_counts(call, tasks, bands)
     done = np.zeros(len(call.mask.pieces), work.dtype)

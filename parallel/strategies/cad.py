@@ -72,11 +72,11 @@ class CadOptions:
 
     def __post_init__(self) -> None:
         if not isinstance(self.tolerance, int | float) or not 0 <= self.tolerance < 1000:
-            raise DistattnError(f"tolerance is a share of the mean, such as 0.02, not {self.tolerance}.")
+            raise DistattnError(f"tolerance must be a share of the mean, such as 0.02, not {self.tolerance}.")
         if int(as_int64(self.block, "block")) < 1:
-            raise DistattnError(f"block is at least 1 token, not {self.block}.")
+            raise DistattnError(f"block must be at least 1 token, not {self.block}.")
         if self.max_buffer_bytes is not None and int(as_int64(self.max_buffer_bytes, "max_buffer_bytes")) < 0:
-            raise DistattnError(f"max_buffer_bytes is a number of bytes, not {self.max_buffer_bytes}.")
+            raise DistattnError(f"max_buffer_bytes must be a number of bytes, not {self.max_buffer_bytes}.")
 
 
 def cad(
@@ -108,7 +108,7 @@ def _checked_speeds(call: Call, options: CadOptions) -> Ints:
     speeds = np.ones(call.ranks, np.int64) if options.speeds is None else as_int64(options.speeds, "speeds")
     if speeds.shape != (call.ranks,) or (speeds < 0).any() or (speeds > _MILLION).any() or not speeds.any():
         raise DistattnError(
-            f"speeds are {call.ranks} whole numbers up to {_MILLION:,}, one for each rank, not all 0; not {options.speeds}."
+            f"speeds must be {call.ranks} whole numbers from 0 to {_MILLION:,}, one per rank and not all 0; got {options.speeds}."
         )
     block = options.block
     if call.mask.area() // block * (1 if call.mask.heads else call.heads) >= 1 << 61:

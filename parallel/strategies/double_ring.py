@@ -33,7 +33,7 @@ class DoubleRingOptions:
     def __post_init__(self) -> None:
         size = self.inner_ring_size
         if size is not None and int(as_int64(size, "inner_ring_size")) < 1:
-            raise DistattnError(f"inner_ring_size is at least 1 rank, not {size}.")
+            raise DistattnError(f"inner_ring_size must be at least 1 rank, not {size}.")
 
 
 def double_ring(

@@ -32,7 +32,7 @@ class RingOptions:
 
     def __post_init__(self) -> None:
         if self.rotate not in _ROTATIONS:
-            raise DistattnError(f"ring rotates one of {', '.join(_ROTATIONS)}, not {self.rotate!r}.")
+            raise DistattnError(f"rotate must be one of {', '.join(_ROTATIONS)}, not {self.rotate!r}.")
 
 
 def ring(call: Call, cluster: AnyCluster | None = None, options: RingOptions = RingOptions()) -> list[Table]:

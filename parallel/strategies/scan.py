@@ -50,9 +50,9 @@ class ScanOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", current_name(self.schedule, _RENAMED_SCHEDULES, "schedule"))
         if self.schedule != "auto" and self.schedule not in SCHEDULES:
-            raise DistattnError(f"scan's schedule is one of auto, {', '.join(SCHEDULES)}, not {self.schedule!r}.")
+            raise DistattnError(f"scan's schedule must be one of auto, {', '.join(SCHEDULES)}, not {self.schedule!r}.")
         if self.head_groups < 1:
-            raise DistattnError(f"head_groups is at least 1, not {self.head_groups}.")
+            raise DistattnError(f"head_groups must be at least 1, not {self.head_groups}.")
 
 
 def scan(

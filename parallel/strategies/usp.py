@@ -34,7 +34,7 @@ class UspOptions:
 
     def __post_init__(self) -> None:
         if self.inner_dim not in _DIMS:
-            raise DistattnError(f"the inner dimension of usp is one of {', '.join(_DIMS)}, not {self.inner_dim!r}.")
+            raise DistattnError(f"inner_dim of usp must be one of {', '.join(_DIMS)}, not {self.inner_dim!r}.")
         if self.ulysses is not None:
             as_int64(self.ulysses, "ulysses")
 

@@ -196,7 +196,7 @@ def test_a_checkpoint_names_no_files_outside_of_its_folder(outside, copy):
     manifest = Manifest.read(step)
     first = manifest.files[0]._replace(name=outside)
     dataclasses.replace(manifest, files=[first, *manifest.files[1:]]).write(step)
-    with pytest.raises(DamagedDataError, match=f"names {outside}, which is no file of this folder"):
+    with pytest.raises(DamagedDataError, match=f"names {outside}, which is not a file in this folder"):
         Manifest.read(step)
 
 

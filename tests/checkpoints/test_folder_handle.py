@@ -19,8 +19,8 @@ def test_a_renamed_folder_is_found_under_its_new_name(replaced, tmp_path):
         if replaced:
             place.mkdir()
         assert not held.is_in_place() and held.where() == tmp_path / "other"
-        moved = f"{place}: was renamed to {tmp_path}/other meanwhile"
-        sentence = f"{moved}; distattn resume {tmp_path}/other goes on, or move it back."
+        moved = f"{place}: has been renamed to {tmp_path}/other"
+        sentence = f"{moved}; continue with distattn resume {tmp_path}/other, or move it back."
         with pytest.raises(DistattnError, match=f"^{re.escape(sentence)}$"):
             held.check()
         if replaced:
@@ -36,5 +36,5 @@ def test_a_deleted_folder_is_nowhere_also_where_another_one_has_its_name(tmp_pat
         shutil.rmtree(place)
         assert not held.is_in_place() and held.where() is None
         place.mkdir()
-        with pytest.raises(DistattnError, match="was deleted meanwhile, or moved elsewhere; put it back"):
+        with pytest.raises(DistattnError, match="has been deleted or moved; put it back"):
             held.check()

@@ -79,8 +79,8 @@ def one_does_not_come(rank):
 
 def test_a_rank_that_does_not_come_is_named():
     first, second, _ = run_on_ranks(3, one_does_not_come)
-    assert first.startswith("rank 2 did not come to the opening of checkpoints: killed, stopped or elsewhere")
-    assert second.startswith("rank 2 did not come")
+    assert first.startswith("rank 2 did not take part in opening the checkpoints: killed, stopped or busy elsewhere")
+    assert second.startswith("rank 2 did not take part")
 
 
 def among_strangers(rank):

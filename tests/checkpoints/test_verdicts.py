@@ -72,7 +72,7 @@ def test_checkpoints_in_doubt_push_no_good_one_out_and_are_loaded_last(tmp_path)
     saver.note(lambda folder: judge_checkpoint(folder, 7, REFUSED, "why"))
     loaded = saver.load_newest(state)
     assert (loaded.step, loaded.doubt) == (7, "refused: why") and steps(tmp_path) == [7]
-    sentence = "Resuming from step-00000007 all the same: it is in doubt, but no other can be loaded (refused: why)."
+    sentence = "Resuming from step-00000007 anyway: it is in doubt, but no other can be loaded (refused: why)."
     assert warned[1:] == [sentence]
     saver.close()
 

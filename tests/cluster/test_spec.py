@@ -70,13 +70,13 @@ def test_more_ranks_than_devices_are_refused():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ("gbs = 50", "inter_node.gbs: above 0, not -1"),
+        ("gbs = 50", "inter_node.gbs: must be above 0, not -1"),
         ("num_sms = 132", 'device.num_sms: "many" is not a whole number'),
         ('direction = "forward"', "attention.0.direction: there is no 'sideways'; there are forward, backward."),
-        ("devices = 8", "wrong.toml:7: devices: above 0, not 0"),
+        ("devices = 8", "wrong.toml:7: devices: must be above 0, not 0"),
         ("[intra_node]", "cannot be read as TOML"),
-        ("latency_us = 10 ", "intra_node.latency_us: at least 0, not -5"),
-        ("tile = [128, 128]", "device.tile: both sides are above 0, not [0, 0]"),
+        ("latency_us = 10 ", "intra_node.latency_us: must be at least 0, not -5"),
+        ("tile = [128, 128]", "device.tile: both sides must be above 0, not [0, 0]"),
         ("queries = 1024, keys", "rows must be a full grid of queries and keys, or squares"),
     ],
 )

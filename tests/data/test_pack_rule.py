@@ -53,10 +53,10 @@ def test_a_rule_survives_json():
         ({"context": ((0, 1 << 31),)}, "2,147,483,648 tokens"),
         ({"tokens_per_step": 200}, "tokens_per_step: 200 is not a multiple of the context length 64; 192 would be"),
         ({"tokens_per_step": 0}, "tokens_per_step: 0 is not a multiple"),
-        ({"window": 0}, "window: at least 1, not 0"),
-        ({"max_documents": 0}, "max_documents: at least 1, not 0"),
-        ({"max_cost": 0.0}, "max_cost: above 0, not 0.0"),
-        ({"max_cost": float("inf")}, "max_cost: at most .*, not inf"),
+        ({"window": 0}, "window: must be at least 1, not 0"),
+        ({"max_documents": 0}, "max_documents: must be at least 1, not 0"),
+        ({"max_cost": 0.0}, "max_cost: must be above 0, not 0.0"),
+        ({"max_cost": float("inf")}, "max_cost: must be at most .*, not inf"),
         ({"max_cost": 1.0, "context": ((0, 1 << 30),), "tokens_per_step": 1 << 34}, "more than an integer holds"),
         ({"long_documents": "drop"}, "long_documents: there is no 'drop'; there are cut, keep"),
     ],
@@ -67,5 +67,5 @@ def test_an_impossible_rule_is_refused_by_name(fields, sentence):
 
 
 def test_an_impossible_cost_is_refused_by_name():
-    with pytest.raises(DistattnError, match="document_cells: at least 0, not -1"):
+    with pytest.raises(DistattnError, match="document_cells: must be at least 0, not -1"):
         PackCost(document_cells=-1)

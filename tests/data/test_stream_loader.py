@@ -291,8 +291,8 @@ def test_wrong_labels_are_refused():
         ({"max_documents": 0}, "max_documents is 0"),
         ({"rank": 4, "size": 4}, "rank 4 of 4 shares"),
         ({"size": 5}, "a step has 4 packs, too few for 5 shares"),
-        ({"stream": {"input_ids": [1]}}, "a stream is an iterable of documents, not a dict"),
-        ({"stream": 3}, "a stream is an iterable of documents, not a int"),
+        ({"stream": {"input_ids": [1]}}, "a stream must be an iterable of documents, not a dict"),
+        ({"stream": 3}, "a stream must be an iterable of documents, not a int"),
     ],
 )
 def test_impossible_arguments_are_refused(more, message):

@@ -348,7 +348,7 @@ def test_impossible_commands_are_refused_in_a_sentence(tmp_path, capsys):
         ({"--eos": "<|end|>"}, "tokenizer bytes: '<|end|>' is not one of its tokens; .* a number below 256"),
         ({"--eos": "256"}, "a number below 256"),
         ({"--tokenizer": tmp_path / "tokenizer", "--eos": "<eos>"}, "'<eos>' is not one of its tokens"),
-        ({"--processes": "0"}, "--processes: at least 1, not 0"),
+        ({"--processes": "0"}, "--processes: must be at least 1, not 0"),
         ({"--field": ""}, "no field ''"),
         ({"--suffix": ".c"}, "holds no files ending in '.c'"),
     ):

@@ -207,7 +207,7 @@ def test_a_worker_that_dies_or_stops_is_replaced_and_its_shard_is_repeated(corpu
     for line in error_lines:
         assert re.fullmatch(
             rf"distattn: tokenize: process [01] \(({lost[0]}|{lost[1]})\) {why} while it worked on bytes [\d,]+ to [\d,]+ of "
-            r".*a\.jsonl; another process does it again\.",
+            r".*a\.jsonl; another process will redo it\.",
             line,
         ), line
     assert len(error_lines) == WORKERS
@@ -228,10 +228,10 @@ def test_a_worker_that_is_killed_again_and_again_ends_the_command(corpus, tmp_pa
         tokenize_processes.tokenize(job, 1, report)
     assert re.fullmatch(
         r"tokenize: process 0 \(\d+\) was killed by SIGKILL while it worked on bytes [\d,]+ to [\d,]+ of .*a\.jsonl; the "
-        r"others were stopped\. Where memory ran out, take fewer --processes\..*",
+        r"others were stopped\. If memory ran out, use fewer --processes\..*",
         str(lost.value),
     )
-    assert capsys.readouterr().err.count("another process does it again.") == MOST_REPLACEMENTS
+    assert capsys.readouterr().err.count("another process will redo it.") == MOST_REPLACEMENTS
     tokenize_processes.tokenize(job, WORKERS, lambda progress: None)
     assert contents(tmp_path / "out") == whole
 
@@ -244,7 +244,7 @@ def test_two_commands_do_not_work_in_one_place(corpus, tmp_path, monkeypatch):
     job = tokenize.plan_job(str(tmp_path / "out"), [str(folder / "a.jsonl")], "bytes")
     with (
         tokenize.locked(job),
-        pytest.raises(tokenize.DistattnError, match="another tokenize is at work there"),
+        pytest.raises(tokenize.DistattnError, match="another tokenize command is using it"),
         tokenize.locked(job),
     ):
         pass

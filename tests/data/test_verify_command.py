@@ -161,7 +161,7 @@ def test_what_cannot_be_verified_is_refused(tmp_path, capsys):
     for arguments, why in (
         ([], "usage: distattn data verify"),
         ([tmp_path / "nothing"], "nothing.idx: cannot be read: No such file or directory; name the prefix"),
-        ([tmp_path / "nothing", "--vocabulary", "0"], "--vocabulary: at least 1, not 0"),
+        ([tmp_path / "nothing", "--vocabulary", "0"], "--vocabulary: must be at least 1, not 0"),
         (["--json"], "the following arguments are required: prefixes"),
     ):
         code, shown = verify(capsys, *arguments)

@@ -88,7 +88,7 @@ def test_a_script_without_a_model_or_with_strange_functions_is_refused(tmp_path)
     with pytest.raises(DistattnError, match="has no function model"):
         Target(str(path))
     path.write_text("def model(): pass\ndef loss(logits): pass")
-    with pytest.raises(DistattnError, match="loss is a function that takes logits, part"):
+    with pytest.raises(DistattnError, match="loss must be a function that takes logits, part"):
         Target(str(path))
     path.write_text("import torch\ndef model(): return torch.nn.Linear(2, 2)")
     target = Target(str(path))
@@ -97,9 +97,9 @@ def test_a_script_without_a_model_or_with_strange_functions_is_refused(tmp_path)
     for text, sentence in (
         ("def model(:", "cannot be imported: SyntaxError: .* .target.py, line 1."),
         ("import no_such_module", "cannot be imported: ModuleNotFoundError"),
-        ("def model(): pass\nloss = 3.0", "loss is a function that takes logits, part"),
+        ("def model(): pass\nloss = 3.0", "loss must be a function that takes logits, part"),
         ("def model(): pass\ndef prepare(cp, model): pass", "Did you mean setup.cp, model.[?]"),
-        ("def model(): pass\nbatch = {}", "batch is a function that takes nothing"),
+        ("def model(): pass\nbatch = {}", "batch must be a function that takes nothing"),
     ):
         path.write_text(text)
         with pytest.raises(DistattnError, match=sentence):

@@ -207,7 +207,7 @@ def test_replicas_share_a_scale():
         ),
         (
             lambda: da.ContextParallel(strategy="ring").shard({"input_ids": IDS, "attention_mask": torch.ones(3, 9)}),
-            "attention_mask is .batch, tokens. like input_ids",
+            "attention_mask must be .batch, tokens. like input_ids",
         ),
         (
             lambda: da.ContextParallel(strategy="ring").shard({"input_ids": IDS, "labels": IDS, "shift_labels": IDS}),
@@ -228,7 +228,7 @@ def test_replicas_share_a_scale():
         (lambda: da.ContextParallel(strategy="ring").shard({}), "batch has no input_ids"),
         (
             lambda: da.ContextParallel(strategy="ring").shard(None),
-            "a batch is a mapping with input_ids, not a NoneType",
+            "a batch must be a mapping with input_ids, not a NoneType",
         ),
         (lambda: da.ContextParallel(strategy="ring").shard_step(batch([3])), "shard_step takes a list of batches"),
         (lambda: da.ContextParallel(layout="zigzag"), "a strategy is needed"),
@@ -238,10 +238,10 @@ def test_replicas_share_a_scale():
         ),
         (lambda: da.ContextParallel(strategy="ring", data="both"), "data: there is no 'both'; there are replicated"),
         (lambda: da.ContextParallel(strategy="ring", context_parallel_size=2), "context_parallel_size belongs to data"),
-        (lambda: da.ContextParallel(strategy="ring", verify_every=1.5), "verify_every is a whole number"),
+        (lambda: da.ContextParallel(strategy="ring", verify_every=1.5), "verify_every must be a whole number"),
         (lambda: da.ContextParallel(strategy="ring", kernel="bogus"), "kernel: there is no 'bogus'; there are auto"),
         (lambda: da.ContextParallel(strategy="ring", backward="bogus"), "policy 'bogus'"),
-        (lambda: da.ContextParallel(strategy="ring", document_mask="bogus"), "document_mask is"),
+        (lambda: da.ContextParallel(strategy="ring", document_mask="bogus"), "document_mask must be"),
         (
             lambda: da.ContextParallel(strategy="ring", layout_options={"min_chunk": 4}),
             "layout zigzag has no option 'min_chunk'",

@@ -155,7 +155,7 @@ def _refused(rank: int, kind: str) -> str:
         ("only replicas", "rank 0 1, 0, 1, 0; rank 1 0, 1, 0, 1"),
         ("none", "different gradients"),
         ("unequal", "weighs ranks unequally, 1, 2, 1, 1"),
-        ("clipped", "no weighted sum"),
+        ("clipped", "not a weighted sum"),
         ("only the group's", "ranks outside of it add theirs"),
     ],
 )

@@ -330,11 +330,11 @@ def test_a_single_process_is_its_own_pool():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (dict(servers=1), "servers is 0 to 0"),
+        (dict(servers=1), "servers must be 0 to 0"),
         (dict(context_parallel_size=2), "context_parallel_size 2 does not divide"),
-        (dict(adaptive=True, strategy="ring"), "does not share out by speed"),
+        (dict(adaptive=True, strategy="ring"), "does not distribute work by speed"),
         (dict(layout="spiral"), "layout 'spiral'"),
-        (dict(verify_every=0), "verify_every: at least 1, not 0"),
+        (dict(verify_every=0), "verify_every: must be at least 1, not 0"),
     ],
 )
 def test_impossible_pools_are_refused(options, sentence):

@@ -100,7 +100,7 @@ def test_positions_restart_and_targets_cross_shards_but_not_documents():
     ("make", "sentence"),
     [
         (lambda: Layout.contiguous([4], 0), "at least 1 rank"),
-        (lambda: Layout.contiguous([4], 1.5), "ranks is a whole number, not 1.5"),
+        (lambda: Layout.contiguous([4], 1.5), "ranks must be a whole number, not 1.5"),
         (lambda: Layout.from_chunks([4], [[(0, 2.5)], [(2.9, 4)]]), "whole numbers"),
         (lambda: Layout.from_chunks([4], []), "at least 1 rank"),
         (lambda: Layout.zigzag([4, 0], 2), "document 1 has length 0"),
@@ -125,7 +125,7 @@ def test_block_cyclic_deals_blocks_round_and_round():
         [4, 5, 6, 7, 16],
         [8, 9, 10, 11],
     ]
-    with pytest.raises(DistattnError, match="a block has at least 1 token"):
+    with pytest.raises(DistattnError, match="a block must have at least 1 token"):
         Layout.block_cyclic([4], 2, block=0)
 
 

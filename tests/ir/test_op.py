@@ -122,7 +122,7 @@ def test_recurrences_refuse_masks_other_than_documents():
 def test_unknown_ops_are_refused_by_name():
     with pytest.raises(DistattnError, match="'rwkv' does not exist"):
         op_of("rwkv")
-    with pytest.raises(DistattnError, match="merge is one of lse, sum, never, not .max."):
+    with pytest.raises(DistattnError, match="merge must be one of lse, sum, never, not .max."):
         Op("mine", merge="max")
     assert op_of(OPS["gla"]) is OPS["gla"]
 

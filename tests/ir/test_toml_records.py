@@ -53,4 +53,6 @@ def test_a_file_that_cannot_be_read_is_named_with_what_to_name_instead(reader, t
 
 def test_limits_inside_arrays_of_tables_name_their_entry(tmp_path):
     text = "[data]\ncontext_schedule = [{context_length = 4096, steps = 2},\n {context_length = 0}]\n"
-    assert refusal("run", tmp_path, text).startswith("3: data.context_schedule.1.context_length: at least 1, not 0.")
+    assert refusal("run", tmp_path, text).startswith(
+        "3: data.context_schedule.1.context_length: must be at least 1, not 0."
+    )

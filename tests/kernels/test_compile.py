@@ -82,7 +82,7 @@ def test_launches_are_compiled_and_compared():
 def test_no_kernel_is_worse_than_its_budget_with_older_tritons(version, arch):
     older = ROOT / ".venv" / f"triton-{version}"
     if not older.exists():
-        pytest.skip(f"Triton {version} is not beside the environment; `make tritons` puts it there")
+        pytest.skip(f"Triton {version} is not installed next to the environment; run `make tritons`")
     # the shapes that most models have. `make lint-kernels` covers all
     paths = f"{older}:{ROOT}:{BENCHMARKS}"
     done = lint(arch, "bfloat16 (64/64|128/128)|launched", "--production", "ring", PYTHONPATH=paths)

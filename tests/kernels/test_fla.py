@@ -30,7 +30,7 @@ NEEDED = KernelRequirements(torch.float32, 16, 16, torch.device("cpu"), op=OPS["
 def results(tmp_path_factory):
     """Return the results of a process that has fla-core and interprets its kernels."""
     if not FOLDER.exists():
-        pytest.skip("fla-core is not there; `make fla` puts it beside the environment")
+        pytest.skip("fla-core is not installed next to the environment; run `make fla`")
     return json.loads((made_once(tmp_path_factory, "fla", interpret) / "found.json").read_text())
 
 
@@ -77,7 +77,7 @@ def test_unsupported_calls_are_refused_by_name(results):
 @pytest.mark.full
 def test_its_own_context_parallelism_is_right_as_the_cluster_check_calls_it():
     if not FOLDER.exists():
-        pytest.skip("fla-core is not there; `make fla` puts it beside the environment")
+        pytest.skip("fla-core is not installed next to the environment; run `make fla`")
     support = ROOT / "tests" / "support" / "gpus"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     paths = f"{ROOT}:{support}:{support.parent}:{ROOT / 'benchmarks'}"

@@ -116,7 +116,7 @@ def test_all_programs_equal_the_reference(case):
 @pytest.mark.parametrize("case", [FORWARD, Case("backward", dim=128), Case("split", dim=128)], ids=str)
 def test_all_programs_compiled_by_an_older_triton_equal_the_reference(case):
     if not OLDER_TRITON.exists():
-        pytest.skip("Triton 3.6.0 is not beside the environment; `make tritons` puts it there")
+        pytest.skip("Triton 3.6.0 is not installed next to the environment; run `make tritons`")
     assert_close_to_the_reference(case, run(case, compiled(case, OLDER_TRITON)))
 
 

@@ -129,7 +129,7 @@ def test_kernels_are_timed_without_it_and_a_warning_says_so_if_multiprocessors_c
             with trials.multiprocessors_held(torch.device("cuda", 0)):
                 pass
     assert [record.getMessage() for record in caplog.records] == [
-        "kernels are timed as if no messages were in flight: the kernel that stands for messages failed "
+        "kernels are timed as if no messages were in flight: the kernel that imitates messages failed "
         "(TimeoutError: 3 of 16 programs have started in 1.0 s)"
     ]
 

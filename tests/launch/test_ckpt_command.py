@@ -125,7 +125,7 @@ def test_show_describes_the_newest_checkpoint(run, capsys):
     [
         (["export"], "there is no command 'export'"),
         (["list"], "required: folder"),
-        (["verify", "nowhere"], "nowhere: is no folder"),
+        (["verify", "nowhere"], "nowhere: is not a folder"),
         (["list", "."], "has no checkpoints"),
         (["list", ".", "--al"], "unrecognized arguments: --al"),
     ],

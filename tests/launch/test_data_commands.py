@@ -219,8 +219,8 @@ def test_stats_draws_a_picture(packed, capsys, name, begin):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("a.gif", "data stats: --picture a.gif: end the name in .svg, .png or .pdf."),
-        ("", "data stats: --picture : end the name in .svg, .png or .pdf."),
+        ("a.gif", "data stats: --picture a.gif: the name must end in .svg, .png or .pdf."),
+        ("", "data stats: --picture : the name must end in .svg, .png or .pdf."),
         ("nix/a.svg", "data stats: --picture nix/a.svg: cannot be written: No such file or directory."),
     ],
 )
@@ -303,7 +303,7 @@ def test_show_has_documents_as_json(packed, capsys):
         (("-1",), "run.packs: there is no step -1; the plan has steps 0 to 5."),
         (("4", "--pack", "4"), "data show: --pack: step 4 has packs 0 to 3."),
         (("4", "--pack", "-1"), "data show: --pack: step 4 has packs 0 to 3."),
-        (("4", "--tokens", "-1"), "data show: --tokens: at least 1, or 0 for all of a document, not -1."),
+        (("4", "--tokens", "-1"), "data show: --tokens: must be at least 1, or 0 for all of a document, not -1."),
         (("four",), "data show: step: 'four' is not a whole number. See distattn data show --help."),
         ((), "data show: the following arguments are required: step. See distattn data show --help."),
     ],

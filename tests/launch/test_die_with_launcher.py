@@ -127,4 +127,4 @@ def test_threads_that_libraries_leave_do_not_keep_a_rank_that_is_done(tmp_path):
     command = [sys.executable, "-c", f"{rank}threading.Thread(target=threading.Event().wait, name='upload').start()"]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0
-    assert done.stderr == "rank 3 is done, but upload goes on: not waited for any longer.\n"
+    assert done.stderr == "rank 3 is done and no longer waits for upload, which has not ended.\n"

@@ -66,8 +66,8 @@ def test_a_run_may_have_nodes_of_whole_replicas_that_packs_can_be_dealt_to(overr
         (("--ray.min_nodes=4",), "ray.min_nodes: 4, but the run has 4 nodes; use a smaller number, or 0"),
         (("--ray.min_nodes=3",), "no number of nodes from 3 to 3 has whole replicas of 2 ranks"),
         (("--parallel.context_parallel_size=8",), "no number of nodes from 1 to 3 has whole replicas of 8 ranks"),
-        (("--ray.min_nodes=-1",), "ray.min_nodes: at least 0, not -1"),
-        (("--ray.shrink_seconds=-1",), "ray.shrink_seconds: at least 0, not -1"),
+        (("--ray.min_nodes=-1",), "ray.min_nodes: must be at least 0, not -1"),
+        (("--ray.shrink_seconds=-1",), "ray.shrink_seconds: must be at least 0, not -1"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(overrides, sentence):

@@ -152,8 +152,8 @@ def test_real_configurations_are_planned_and_submitted_dry(capsys, config):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("slurm", "configs/tiny.toml", "--nodes=0"), "--nodes: at least 1, not 0"),
-        (("local", "configs/tiny.toml", "--nodes=2"), "--nodes is 1 on this machine, not 2"),
+        (("slurm", "configs/tiny.toml", "--nodes=0"), "--nodes: must be at least 1, not 0"),
+        (("local", "configs/tiny.toml", "--nodes=2"), "--nodes must be 1 on this machine, not 2"),
         (("slurm", "configs/tiny.toml", "--cluster.description=h200-1x2"), "4 ranks need more devices than h200-1x2"),
         (("slurm", "configs/tiny.toml", "--cluster.description=h900-1x4"), "there is no cluster 'h900-1x4'"),
         (("slurm", "configs/tiny.toml", "--cluster.description=h200-2x2"), "the run has 4 ranks on a node"),
@@ -169,7 +169,7 @@ def test_real_configurations_are_planned_and_submitted_dry(capsys, config):
         (("ray", "configs/tiny.toml", "--array=ray.address=a:1,b:1"), "--array: ray.address=a:1 names another cluster"),
         (("ray", "configs/tiny.toml", "--array=ray.min_nodes=0,1"), "ray.min_nodes: all ranks split one pack"),
         (("ray", "configs/tiny.toml", "--spare=1"), "--spare is for Slurm"),
-        (("ray", "configs/tiny.toml", "--ray.waiting-seconds=-1"), "ray.waiting_seconds: at least 0, not -1"),
+        (("ray", "configs/tiny.toml", "--ray.waiting-seconds=-1"), "ray.waiting_seconds: must be at least 0, not -1"),
         (("slurm",), "CONFIG is missing; for example: distattn launch slurm tiny"),
         (("moon", "configs/tiny.toml"), "there is no 'moon'"),
         (("status", "configs"), "this is not a run folder"),

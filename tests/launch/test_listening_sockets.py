@@ -111,11 +111,11 @@ def test_a_process_without_the_secret_is_named_and_does_not_become_a_rank(tmp_pa
     assert run_on_ranks(3, members, str(tmp_path)) == ["", "", ""]
     write_secret(tmp_path / "other")
     first, second, third = run_on_ranks(3, members, str(tmp_path))
-    assert first == third and first.startswith("rank 1 did not prove to know the secret in")
+    assert first == third and first.startswith("rank 1 did not prove knowledge of the secret in")
     assert second.startswith("ranks 0, 2 did not prove")
     (tmp_path / "other").unlink()
     first, second, _ = run_on_ranks(3, members, str(tmp_path))
-    assert first.startswith("rank 1 did not prove") and "there is no secret of this job" in second
+    assert first.startswith("rank 1 did not prove") and "this job's secret is missing" in second
 
 
 def test_only_its_user_can_read_a_secret(tmp_path):
@@ -181,11 +181,11 @@ def test_nodes_that_do_not_meet_are_told_the_address(monkeypatch):
     monkeypatch.setattr(loopback, "_LIMIT", timedelta(seconds=1))
     (port,) = free_ports(1)
     with pytest.raises(
-        LostRankError, match=rf"^some of 2 nodes did not come to 127.0.0.1:{port} within 0 minutes: look"
+        LostRankError, match=rf"^some of 2 nodes did not reach 127.0.0.1:{port} within 0 minutes: check"
     ):
         _agent(0, port).next_rendezvous()
     with pytest.raises(
-        LostRankError, match=rf"^node 1 does not reach node 0 at 127.0.0.1:{port} within 0 minutes: look"
+        LostRankError, match=rf"^node 1 cannot reach node 0 at 127.0.0.1:{port} within 0 minutes: check"
     ):
         _agent(1, port).next_rendezvous()
 

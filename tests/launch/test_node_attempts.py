@@ -121,6 +121,6 @@ def test_no_attempt_recreates_part_of_a_deleted_folder(run):
         return end
 
     nodes.run = run_and_delete
-    with pytest.raises(DistattnError, match="was deleted meanwhile, or moved elsewhere; put it back"):
+    with pytest.raises(DistattnError, match="has been deleted or moved; put it back"):
         NodeAttempts(run, nodes, 3, {}).run()
     assert not run.folder.exists()

@@ -37,7 +37,7 @@ def test_a_lost_head_is_reported_once_with_how_to_complete_the_run():
             server.close()
             eventually(lambda: answers.count(False) > 2 * head._LOOKS, "the head is not missed")
     assert len(sentences) == 1 and sentences[0].startswith(
-        f"the head of the Ray cluster at {address} does not answer any more."
+        f"the head of the Ray cluster at {address} no longer answers."
     )
     assert "python -m distattn.launch.ray.attempts runs/far ends them, continues the run and reports" in sentences[0]
     eventually(

@@ -202,10 +202,10 @@ def test_nodes_that_fail_or_do_not_answer_are_left_out(cluster, tmp_path):
     assert results["fails twice"] == [[first, second], 137, f"{second} ended with exit code 137", [second]]
     assert results["is left out"][:2] == [sorted([first, third]), 0]
     assert results["is taken again"][:2] == [[first, second], 0]
-    assert f"there are no others: {second} may be taken again" in done.stderr
+    assert f"there are no other nodes: {second} may be used again" in done.stderr
     assert f"{third} is left out: its agent did not answer for 1 s" in done.stderr
     assert results["was slow"][:2] == [sorted([first, third]), 0]
-    assert f"there are too few others: {third} is asked again" in done.stderr
+    assert f"there are too few other nodes: {third} is asked again" in done.stderr
     assert f"{second} is left out: its agent did not answer for 1 s" in done.stderr
     assert results["no room"] == [None, "for 100 s there was no room for 2 nodes of 2 CPUs: 2 nodes are that large"]
     assert results["given up"] == -signal.SIGKILL

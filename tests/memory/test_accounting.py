@@ -202,7 +202,7 @@ def test_the_extremes_of_unequal_ranks_give_the_memory_needed():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (dict(loss_tile_tokens=-1), "loss_tile_tokens: at least 0, not -1"),
+        (dict(loss_tile_tokens=-1), "loss_tile_tokens: must be at least 0, not -1"),
         (
             dict(activation_checkpointing="some"),
             "activation_checkpointing: there is no 'some'; there are " + "none, full, save_attention",
@@ -250,7 +250,7 @@ def test_a_run_trains_with_all_memory_settings(tmp_path):
     [
         (["--memory.offload", "True"], "memory.offload: needs memory.activation_checkpointing"),
         (["--memory.activation_checkpointing", "some"], "memory.activation_checkpointing: there is no 'some'"),
-        (["--memory.loss_tile_tokens", "-1"], "memory.loss_tile_tokens: at least 1, not -1"),
+        (["--memory.loss_tile_tokens", "-1"], "memory.loss_tile_tokens: must be at least 1, not -1"),
     ],
 )
 def test_impossible_configurations_are_refused(settings, message):

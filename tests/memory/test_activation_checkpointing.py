@@ -103,7 +103,7 @@ def checkpointed_twice():
 @pytest.mark.parametrize(
     ("layers", "how", "message"),
     [
-        (lambda: [Layer()], dict(save="logits"), "save is one of nothing, attention, not 'logits'"),
+        (lambda: [Layer()], dict(save="logits"), "save must be one of nothing, attention, not 'logits'"),
         (list, {}, "there are no layers"),
         (checkpointed_by_transformers, {}, r"LlamaDecoderLayer is checkpointed by transformers; call model.gradient"),
         (checkpointed_twice, {}, "Layer is checkpointed already"),
@@ -117,5 +117,7 @@ def test_impossible_settings_are_refused(layers, how, message):
 def test_an_input_that_is_given_by_name_is_not_offloaded():
     (layer,) = layers = [Layer()]
     checkpoint_layers(layers, offload=HostOffload())
-    with pytest.raises(DistattnError, match="Layer: its input is to be offloaded, but its first argument is no tensor"):
+    with pytest.raises(
+        DistattnError, match="Layer: its input is to be offloaded, but its first argument is not a tensor"
+    ):
         layer(x=torch.ones(3, 8))

@@ -164,5 +164,5 @@ def test_layers_keep_nothing_of_their_inputs():
 
 
 def test_a_bound_below_one_is_refused():
-    with pytest.raises(DistattnError, match="in_flight is at least 1, not 0"):
+    with pytest.raises(DistattnError, match="in_flight must be at least 1, not 0"):
         HostOffload(0)

@@ -142,9 +142,9 @@ class Headless(nn.Module):
     ("model", "message"),
     [
         (Headless(), "the layer of Headless that makes logits is unknown"),
-        (Model(change=lambda x: 7 * torch.tanh(x / 7)), "Model changes logits behind its output layer"),
-        (Model(change=lambda x: x * 2, final_logit_softcapping=5.0), "Model changes logits behind its output layer"),
-        (Model(change=lambda x: torch.cat([x, x], 1)), "Model changes logits behind its output layer"),
+        (Model(change=lambda x: 7 * torch.tanh(x / 7)), "Model changes logits after its output layer"),
+        (Model(change=lambda x: x * 2, final_logit_softcapping=5.0), "Model changes logits after its output layer"),
+        (Model(change=lambda x: torch.cat([x, x], 1)), "Model changes logits after its output layer"),
     ],
 )
 def test_calls_that_cannot_be_computed_are_refused_by_name(model, message):
@@ -179,9 +179,9 @@ def test_an_output_layer_that_is_not_linear_or_not_called_is_refused():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (dict(tile_tokens=0), "tile_tokens is at least 1, not 0"),
-        (dict(z_loss=-1.0), "z_loss is a positive number"),
-        (dict(soft_cap=float("nan")), "soft_cap is a positive number"),
+        (dict(tile_tokens=0), "tile_tokens must be at least 1, not 0"),
+        (dict(z_loss=-1.0), "z_loss must be a positive number"),
+        (dict(soft_cap=float("nan")), "soft_cap must be a positive number"),
         (dict(labels=torch.zeros(3, dtype=torch.int64)), "labels have shape"),
         (dict(weight=torch.zeros(4, 3)), "do not fit"),
     ],

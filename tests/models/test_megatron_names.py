@@ -164,9 +164,9 @@ def test_models_that_megatron_does_not_support_are_refused_by_name():
             check_megatron(model_shapes.config(name))
     with pytest.raises(DistattnError, match="attention_bias"):
         check_megatron(LlamaConfig(**SMALL, attention_bias=True))
-    with pytest.raises(DistattnError, match="4 key/value heads do not divide over 8"):
+    with pytest.raises(DistattnError, match="4 key/value heads cannot be divided evenly over 8"):
         check_megatron(LlamaConfig(**SMALL), 8)
-    with pytest.raises(DistattnError, match="65 token ids do not divide over 2"):
+    with pytest.raises(DistattnError, match="65 token ids cannot be divided evenly over 2"):
         check_megatron(LlamaConfig(**SMALL | {"vocab_size": 65}), 2)
     with pytest.raises(DistattnError, match="4 layers do not divide into 3 pipeline stages"):
         MegatronShard.even(LlamaConfig(**SMALL), pipeline_ranks=3)

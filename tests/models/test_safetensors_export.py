@@ -118,8 +118,8 @@ def test_wrong_tensors_are_refused_by_name_and_nothing_is_left(tmp_path):
     good = list(model.state_dict().items())
     for tensors, sentence in [
         (good[:-1], "lm_head.weight of LlamaForCausalLM is missing"),
-        ([*good, good[0]], "embed_tokens.weight is no tensor of LlamaForCausalLM, or is repeated"),
-        ([("x", torch.ones(1))], "x is no tensor of LlamaForCausalLM"),
+        ([*good, good[0]], "embed_tokens.weight is not a tensor of LlamaForCausalLM, or is repeated"),
+        ([("x", torch.ones(1))], "x is not a tensor of LlamaForCausalLM"),
         ([(good[0][0], torch.ones(2, 2))], r"embed_tokens.weight is \(2, 2\), but \(64, 32\) in LlamaForCausalLM"),
     ]:
         with pytest.raises(DistattnError, match=sentence):

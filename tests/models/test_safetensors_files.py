@@ -106,7 +106,7 @@ K = "model.layers.1.self_attn.k_proj.weight"
         (lambda tensors: tensors.pop(K), rf"model: its safetensors have no tensor for {K} of LlamaForCausalLM"),
         (
             lambda tensors: tensors.update(extra=torch.ones(1)),
-            "model.safetensors: extra is no tensor of LlamaForCausalLM",
+            "model.safetensors: extra is not a tensor of LlamaForCausalLM",
         ),
         (
             lambda tensors: tensors.update({K: torch.ones(16, 16)}),
@@ -178,8 +178,8 @@ def test_files_that_cannot_be_read_are_named(folder, tmp_path):
     ):
         loaded("llama", tmp_path / "many")
     for text, sentence in [
-        ("[", "is no index"),
-        ("[]", "is no index"),
+        ("[", "is not an index"),
+        ("[]", "is not an index"),
         ('{"weight_map": {"a": "../b"}}', "not the name of a"),
     ]:
         index.write_text(text)

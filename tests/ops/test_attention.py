@@ -145,7 +145,7 @@ def test_autocast_casts_as_it_does_for_pytorchs_own_attention(dtype):
 @pytest.mark.parametrize("scale", [0.0, -0.5, float("nan"), float("inf")])
 def test_impossible_scales_are_refused(scale):
     q, k, v, _ = local(plan_for(1), random_inputs(200, 4, 2, 8), 0)
-    with pytest.raises(da.DistattnError, match="scale is a positive number"):
+    with pytest.raises(da.DistattnError, match="scale must be a positive number"):
         da.attention(q, k, v, plan_for(1), scale=scale)
 
 

@@ -184,7 +184,7 @@ def test_wrong_arguments_are_refused_by_name():
             ),
             "1 tap has no final state",
         ),
-        (lambda: da.causal_conv1d(x, weight, convolution, activation="gelu"), 'activation is "silu" or None'),
+        (lambda: da.causal_conv1d(x, weight, convolution, activation="gelu"), 'activation must be "silu" or None'),
     ):
         with pytest.raises(da.DistattnError, match=why):
             call()

@@ -112,14 +112,14 @@ def test_each_modifier_alone_equals_the_oracle(modifier):
     ("change", "sentence"),
     [
         (dict(dropout=0.1), "dropout 0.1 is not computed"),
-        (dict(softcap=-1.0), "softcap is a positive number"),
+        (dict(softcap=-1.0), "softcap must be a positive number"),
         (dict(softcap=2.0), "no soft-capping and no ALiBi"),
         (dict(alibi_slopes=torch.ones(4)), 'no soft-capping and no ALiBi slopes. Use kernel="reference"'),
         (dict(alibi_slopes=torch.ones(4, requires_grad=True)), "require a gradient"),
         (dict(sink=torch.ones(3)), r"sink has shape \(3,\); the plan needs \(4,\) \(heads,\)"),
         (dict(sink=torch.ones(4, dtype=torch.int64)), "floating point is needed"),
         (dict(gate=torch.ones(200, 4, dtype=torch.int64)), "gate is int64; floating point"),
-        (dict(scale=torch.tensor(0.3)), "scale is a number"),
+        (dict(scale=torch.tensor(0.3)), "scale must be a number"),
         (dict(gate=torch.ones(200, 3)), r"gate has shape \(200, 3\)"),
     ],
 )

@@ -230,8 +230,8 @@ def test_autocast_and_bf16_keep_sums_wide():
     "change, why",
     [
         (dict(logits=torch.zeros(302, 2, 4)), "not of the same latents"),
-        (dict(v=torch.zeros(302, 2)), "v is a tensor of floating point with tokens"),
-        (dict(plans="plans"), "make_prefix_softmax_plans returned, not a str"),
+        (dict(v=torch.zeros(302, 2)), "v must be a floating-point tensor with tokens"),
+        (dict(plans="plans"), "must be a result of make_prefix_softmax_plans, not a str"),
         (dict(swap=True), "plans.maximum is of ssd; make_prefix_softmax_plans makes one of prefix_max"),
         (dict(logits=torch.zeros(301, 2, 3), weights=torch.zeros(301, 2, 3), v=torch.zeros(301, 2, 4)), "x has shape"),
     ],
@@ -251,7 +251,7 @@ def test_other_plans_are_refused():
     x = torch.zeros(302, 2, 3)
     with pytest.raises(da.DistattnError, match='not of a prefix maximum; make_plan takes op="prefix_max"'):
         da.prefix_max(x, plans.total)
-    with pytest.raises(da.DistattnError, match="prefix_max, which is no recurrence"):
+    with pytest.raises(da.DistattnError, match="prefix_max, which is not a recurrence"):
         da.recurrence(x, x, x, plans.maximum)
     with pytest.raises(da.DistattnError, match="float64, the plan was made for float32"):
         da.prefix_max(x.double(), plans.maximum)

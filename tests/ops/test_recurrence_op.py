@@ -178,7 +178,7 @@ def test_attention_and_recurrence_refuse_each_others_plans():
     with pytest.raises(da.DistattnError, match="not of attention"):
         da.attention(q, q, torch.randn(40, 4, 5), plan_of(layout, "linear_attention", dtype="float32"))
     plan = da.make_plan(da.Mask.causal(40), layout, strategy="ring", heads=2, kv_heads=2, head_dim=3, dtype="float32")
-    with pytest.raises(da.DistattnError, match="is no recurrence"):
+    with pytest.raises(da.DistattnError, match="is not a recurrence"):
         da.recurrence(q, q, q, plan)
     with pytest.raises(da.DistattnError, match='"chunked" does not compute attention'):
         da.attention(q, q, q, plan, kernel="chunked")

@@ -134,7 +134,7 @@ def test_servers_work_by_their_speed():
     work = loads(plan, "forward", 16)
     assert work[2] == 0
     assert work / work.sum() == pytest.approx(np.array([1000, 500, 0, 1500]) / 3000, abs=0.01)
-    with pytest.raises(DistattnError, match="speeds are 4 whole numbers"):
+    with pytest.raises(DistattnError, match="speeds must be 4 whole numbers"):
         planned(packs, speeds=[1, 2])
     with pytest.raises(DistattnError, match="not all 0"):
         planned(packs, speeds=[0] * 4)
@@ -253,7 +253,7 @@ def test_takers_stay_within_their_capacity_or_the_plan_is_refused():
             work = loads(plan, direction, 16)
             assert work.max() <= 1.31 * work.mean()
     assert 0 < refused < 6
-    with pytest.raises(DistattnError, match="max_buffer_bytes is a number of bytes"):
+    with pytest.raises(DistattnError, match="max_buffer_bytes must be a number of bytes"):
         planned(packs, max_buffer_bytes=-1)
 
 

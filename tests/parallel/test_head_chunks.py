@@ -29,7 +29,7 @@ def needed(plan: Plan) -> int:
 
 def least(strategy, mask, layout, **shape):
     """Return the smallest buffer size in bytes to which a plan can be cut, taken from the refusal of 0 bytes."""
-    with pytest.raises(PlanError, match=f"^{strategy}: a rank needs [0-9,]+ bytes of buffers at least") as refused:
+    with pytest.raises(PlanError, match=f"^{strategy}: a rank needs at least [0-9,]+ bytes of buffers") as refused:
         make_plan(mask, layout, strategy=strategy, max_buffer_bytes=0, **shape)
     return int(str(refused.value).split(" bytes")[0].rpartition(" ")[2].replace(",", ""))
 

@@ -130,6 +130,6 @@ def test_a_state_is_one_number_a_value_and_there_is_no_backward_table():
 
 
 def test_meaningless_arguments_are_refused():
-    with pytest.raises(DistattnError, match="its head_dim is 1, not 3"):
+    with pytest.raises(DistattnError, match="its head_dim must be 1, not 3"):
         plan_of(Layout.zigzag(LENGTHS, 2), head_dim=3)
     assert PREFIX_MAX.is_recurrent and not PREFIX_MAX.has_gradient

@@ -86,9 +86,9 @@ def test_unsupported_plans_are_refused_with_a_supported_alternative():
         plan_of(layout, "gla", "ring")
     with pytest.raises(DistattnError, match="'scan' does not exist"):
         plan_of(layout, "attention")
-    with pytest.raises(DistattnError, match="schedule is one of auto"):
+    with pytest.raises(DistattnError, match="schedule must be one of auto"):
         plan_of(layout, options={"schedule": "ring"})
-    with pytest.raises(DistattnError, match='its backward is "keep"'):
+    with pytest.raises(DistattnError, match='its backward must be "keep"'):
         plan_of(layout, backward="refetch-home")
 
 
@@ -117,7 +117,7 @@ def test_a_plan_by_hand_is_accepted():
         ((FORWARD[0], []), BACKWARD, "is missing"),
         ((FORWARD[0], [(2, 0, 1, S, 0, 6, 0, 2)]), BACKWARD, "too late"),
         ((FORWARD[0], [(1, 0, 1, S, 0, 5, 0, 2)]), BACKWARD, "is missing"),
-        ((FORWARD[0], [*FORWARD[1], (1, 0, 1, S, 0, 6, 0, 2)]), BACKWARD, "arrives twice"),
+        ((FORWARD[0], [*FORWARD[1], (1, 0, 1, S, 0, 6, 0, 2)]), BACKWARD, "arrives more than once"),
         (([FORWARD[0][0], (2, 1, 0, 6, 10, 6, 10, 0, 2)], []), BACKWARD, "cells x heads are allowed"),
         (([*FORWARD[0], (0, 0, 0, 0, 0, 0, 3, 0, 2)], FORWARD[1]), BACKWARD, "never used"),
         (([FORWARD[0][0], (2, 1, 0, 6, 10, 0, 9, 0, 2)], FORWARD[1]), BACKWARD, "not a segment"),

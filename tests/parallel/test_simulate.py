@@ -183,7 +183,7 @@ def test_memory_is_the_proofs_and_everything_is_called_simulated():
 def test_a_proof_at_hand_is_taken_and_another_plans_refused():
     plan = plan_of("ring", 4)
     assert simulate(plan, machine(4), da.verify(plan)).as_dict() == simulate(plan, machine(4)).as_dict()
-    with pytest.raises(da.DistattnError, match="the proof is of another plan"):
+    with pytest.raises(da.DistattnError, match="the proof belongs to another plan"):
         simulate(plan, machine(4), da.verify(plan_of("usp", 4)))
 
 

@@ -54,7 +54,7 @@ def test_links_are_taken_from_nccl_tests(capsys, tmp_path, quick):
     [
         (("--ranks", "2"), "--out FILE.toml is required"),
         (("--out", "mine.json"), "--out FILE.toml is required"),
-        (("--out", "x.toml", "--ranks", "0"), "--ranks: at least 1, not 0"),
+        (("--out", "x.toml", "--ranks", "0"), "--ranks: must be at least 1, not 0"),
         (("--out", "x.toml", "--nodes", "2"), "several nodes need --nccl-across FILE"),
         (("--out", "x.toml", "--nccl-inside", "missing.txt"), "missing.txt: the nccl-tests output cannot be read"),
         (("--out", "x.toml", "--colour", "red"), "unrecognized arguments: --colour red"),

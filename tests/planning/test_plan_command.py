@@ -91,20 +91,23 @@ def test_documents_from_a_file_cut_to_a_number_of_tokens(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--docs", "4q", "--cluster", "h200-1x4"), "'4q' is no document length and there is no such file"),
+        (("--docs", "4q", "--cluster", "h200-1x4"), "'4q' is not a document length and there is no such file"),
         (("--docs", "1x99999999", "--cluster", "h200-1x4"), "more than 1,000,000 documents"),
         (("--docs", "0", "--cluster", "h200-1x4"), "name at least one document, each with at least one token"),
         (("--docs", "4096"), "name a cluster to time it on: --cluster laptop-1x4 or --cluster h200-8x8"),
         (("--docs", "4096", "--cluster", "h900-1x4"), "there is no cluster 'h900-1x4'"),
         (("--docs", "4096", "--cluster", "h200-1x4", "--ranks", "5"), "5 ranks need more devices than h200-1x4 has"),
-        (("--docs", "4096", "--cluster", "h200-1x4", "--ranks", "0"), "--ranks: at least 1, not 0"),
+        (("--docs", "4096", "--cluster", "h200-1x4", "--ranks", "0"), "--ranks: must be at least 1, not 0"),
         (("--docs", "4096", "--cluster", "h200-1x4", "--ranks", "two"), "--ranks: 'two' is not a whole number"),
         (("--docs", "4096", "--cluster", "h200-1x4", "--strategy", "rong"), "there is no strategy 'rong'"),
         (("--docs", "4096", "--cluster", "h200-1x4", "--layout", "zag"), "there is no 'zag'; there are contiguous"),
         (("--docs", "4096", "--cluster", "h200-1x4", "--heads", "x"), "'x' is not query:key/value heads"),
-        (("--docs", "4096", "--cluster", "h200-1x4", "--heads", "6:4"), "6 query heads do not divide among 4"),
-        (("--docs", "4096", "--cluster", "h200-1x4", "--head-dim", "0"), "--head-dim: at least 1, not 0"),
-        (("--docs", "4096", "--cluster", "h200-1x4", "--tokens", "-5"), "--tokens: at least 1, not -5"),
+        (
+            ("--docs", "4096", "--cluster", "h200-1x4", "--heads", "6:4"),
+            "6 query heads cannot be divided evenly among 4",
+        ),
+        (("--docs", "4096", "--cluster", "h200-1x4", "--head-dim", "0"), "--head-dim: must be at least 1, not 0"),
+        (("--docs", "4096", "--cluster", "h200-1x4", "--tokens", "-5"), "--tokens: must be at least 1, not -5"),
         (("--docs", "4096", "--cluster", "h200-1x4", "--html", "/none/x.html"), "--html: there is no folder /none"),
         (
             ("configs/llama-8b-1m-h200.toml", "--parallel.devices_per_node", "4"),

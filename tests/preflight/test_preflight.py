@@ -210,7 +210,7 @@ def _waits(rank: int, runs) -> str:
 
 def test_a_rank_that_does_not_answer_is_named_within_the_limit(runs):
     for error in run_survivors(RANKS, ODD, _waits, runs).values():
-        assert "rank 2 did not come to the preflight's comparison of code, configuration, data and memory" in error
+        assert "rank 2 did not take part in the preflight's comparison of code, configuration, data and memory" in error
 
 
 def _trains(rank: int, runs) -> int:

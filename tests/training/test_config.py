@@ -51,21 +51,26 @@ def test_the_command_line_overrides_the_file():
         ("[data]\ncontext_schedule = [{steps = 3}]", ["data.context_schedule.0.context_length: is missing."]),
         (
             "[train]\nsteps = 0\n[parallel]\nranks = 0",
-            ["train.steps: at least 1, not 0", "parallel.ranks: at least 1, not 0"],
+            ["train.steps: must be at least 1, not 0", "parallel.ranks: must be at least 1, not 0"],
         ),
         ("[parallel]\nstrategy = 'rign'", ["usp, cad, cad_greedy. Did you mean ring?"]),
         ("[parallel]\ndevices_per_node = 3", ["parallel.devices_per_node: 3 does not divide 4 ranks."]),
-        ("[parallel]\nmax_buffer_bytes = -1", ["parallel.max_buffer_bytes: at least 0, not -1"]),
+        ("[parallel]\nmax_buffer_bytes = -1", ["parallel.max_buffer_bytes: must be at least 0, not -1"]),
         ("[parallel]\nlayout = 'spiral'", ["parallel.layout: there is no 'spiral'"]),
         ("[parallel]\nbackward = 'later'", ["parallel.backward: there is no 'later'"]),
         ("[model]\ndtype = 'int8'", ["model.dtype: there is no 'int8'"]),
         (
             "[model]\nnum_attention_heads = 3",
-            ["model.num_attention_heads: hidden_size 128 does not give 3 heads", "3 query heads do not divide among 4"],
+            [
+                "model.num_attention_heads: hidden_size 128 cannot be split into 3 heads",
+                "3 query heads cannot be divided evenly among 4",
+            ],
         ),
         (
             "[data]\ntokens_per_step = 100",
-            ["data.max_document_tokens: 2700 tokens do not fit into a pack of 100; at most data.tokens_per_step."],
+            [
+                "data.max_document_tokens: 2700 tokens do not fit into a pack of 100; set it to at most data.tokens_per_step."
+            ],
         ),
         (
             "[data]\ncontext_length = 3000",
@@ -73,7 +78,9 @@ def test_the_command_line_overrides_the_file():
         ),
         (
             "[data]\ncontext_length = 2048",
-            ["data.max_document_tokens: 2700 tokens do not fit into a pack of 2048; at most data.context_length."],
+            [
+                "data.max_document_tokens: 2700 tokens do not fit into a pack of 2048; set it to at most data.context_length."
+            ],
         ),
         (
             "[parallel]\ndata = 'per_rank'",
@@ -89,12 +96,12 @@ def test_the_command_line_overrides_the_file():
                 "; use data.tokens_per_step = 12288.",
             ],
         ),
-        ("[data]\ncontext_length = -1", ["data.context_length: at least 0, not -1"]),
+        ("[data]\ncontext_length = -1", ["data.context_length: must be at least 0, not -1"]),
         ("[data]\ncheck_tokens = 1", ["data.check_tokens: 1 is not true or false."]),
         ("[parallel]\ncomm_dtype = 'int8'", ["parallel.comm_dtype: there is no 'int8'"]),
         ("parallel = 3", ["parallel: "]),
         ("[run]\nfolder = 2020-01-01", ['run.folder: 2020-01-01 is not text in quotes; give one such as "runs/run".']),
-        ("[run]\nseed = -1", ["run.seed: 0 to 2^63 - 1, not -1"]),
+        ("[run]\nseed = -1", ["run.seed: must be 0 to 2^63 - 1, not -1"]),
         ("[run]\nfolder = '/'", ["run.folder: '/' names no folder"]),
         ('[run]\nfolder = "a\\u0000b"', ["names no folder"]),
         (
@@ -115,11 +122,11 @@ def test_the_command_line_overrides_the_file():
         ),
         (
             "[train]\nbeta1 = 1\n[watch]\nspike_window = 3",
-            ["train.beta1: below 1", "watch.spike_window: 0, or at least 8"],
+            ["train.beta1: must be below 1", "watch.spike_window: must be 0, or at least 8"],
         ),
         ("[parallel]\nmin_chunk = 8", ["parallel.min_chunk: belongs to parallel.layout = "]),
-        ("[train]\nsteps = 99999999999999999999", ["train.steps: at most 1,000,000, not 99999999999999999999"]),
-        ("[data]\nmax_document_tokens = 1", ["data.max_document_tokens: at least 16, not 1"]),
+        ("[train]\nsteps = 99999999999999999999", ["train.steps: must be at most 1,000,000, not 99999999999999999999"]),
+        ("[data]\nmax_document_tokens = 1", ["data.max_document_tokens: must be at least 16, not 1"]),
         (
             "[slurm]\ntime = 'banana'\npartition = 'a b'\noptions = ['--qos=long', 'exclusive']",
             [
@@ -149,15 +156,15 @@ def test_every_mistake_is_named_at_once(text, sentences, tmp_path):
         ),
         (
             "[parallel]\ntensor_parallel_size = 3\npipeline_parallel_size = 3\n[engine]\nname = 'megatron'",
-            "parallel.tensor_parallel_size: with pipelines 9 ranks",
+            "parallel.tensor_parallel_size: times pipeline_parallel_size it is 9,",
         ),
         ("[train]\nsteps = 5\nwarmup_steps = 10\nschedule = 'wsd'", "train.warmup_steps: 10 of 5 steps; use at most"),
-        ("[train]\nlearning_rate = -1.0", "train.learning_rate: at least 0"),
+        ("[train]\nlearning_rate = -1.0", "train.learning_rate: must be at least 0"),
         ("[parallel]\ndata = 'per_rankk'", "parallel.data: there is no 'per_rankk'"),
-        ("[engine]\nzero_stage = 7", "engine.zero_stage: at most 3"),
-        ("[parallel]\npipeline_parallel_size = 0", "parallel.pipeline_parallel_size: at least 1, not 0."),
-        ("[data]\ntokens_per_step = 1", "data.tokens_per_step: at least 2"),
-        ("[model]\nhidden_size = 0", "model.hidden_size: at least 1, not 0."),
+        ("[engine]\nzero_stage = 7", "engine.zero_stage: must be at most 3"),
+        ("[parallel]\npipeline_parallel_size = 0", "parallel.pipeline_parallel_size: must be at least 1, not 0."),
+        ("[data]\ntokens_per_step = 1", "data.tokens_per_step: must be at least 2"),
+        ("[model]\nhidden_size = 0", "model.hidden_size: must be at least 1, not 0."),
         (
             "[data]\ncontext_schedule = [{contxt_length = 4096}]",
             "unknown key. Did you mean data.context_schedule.context_length?",
@@ -185,7 +192,7 @@ def test_mistakes_name_the_line_of_the_file_and_overrides_the_command_line(tmp_p
     file.write_text("[train]\nsteps 0\n")
     with pytest.raises(DistattnError, match=f"^{file}:2: cannot be read as TOML"):
         configuration.load(file)
-    with pytest.raises(DistattnError, match=r"^command line: train.steps: at least 1, not 0\.$"):
+    with pytest.raises(DistattnError, match=r"^command line: train.steps: must be at least 1, not 0\.$"):
         configuration.load(TINY, ["--train.steps", "0"])
 
 

@@ -136,10 +136,10 @@ def test_a_shorter_run_has_the_phases_that_it_reaches(config):
             "context_length = 64\n[[data.context_schedule]]\ncontext_length = 256",
             "data.context_schedule.0.steps: only the last phase may have 0",
         ),
-        ("steps = -1\ncontext_length = 256", "data.context_schedule.0.steps: at least 0, not -1"),
+        ("steps = -1\ncontext_length = 256", "data.context_schedule.0.steps: must be at least 0, not -1"),
         (
             "context_length = 128",
-            "data.max_document_tokens: 200 tokens do not fit into a pack of 128; at most data.context_schedule",
+            "data.max_document_tokens: 200 tokens do not fit into a pack of 128; set it to at most data.context_schedule",
         ),
         ("context_length = 256\ncontext = 1", "data.context_schedule.0.context: unknown key"),
     ],

@@ -377,11 +377,11 @@ def test_bfloat16_follows_the_curve_and_keeps_weights_in_float32(run, wanted):
         (config_of("fsdp2", tensor_parallel_size=2), "parallel.tensor_parallel_size: engine fsdp2 does not support it"),
         (
             config_of("megatron", tensor_parallel_size=4, size=1),
-            "model.num_key_value_heads: 2 do not divide among 4 tensor",
+            "model.num_key_value_heads: 2 cannot be divided evenly among 4 tensor",
         ),
         (
             config_of("megatron", pipeline_parallel_size=4, size=1),
-            "model.num_layers: 2 do not divide among 4 pipeline stages",
+            "model.num_layers: 2 cannot be divided evenly among 4 pipeline stages",
         ),
         (
             config_of("megatron", memory=MemoryConfig(loss_tile_tokens=8)),

@@ -174,13 +174,11 @@ def test_a_run_whose_folder_is_renamed_is_saved_there_and_ends(texts, tmp_path):
         place.mkdir()
 
     with pytest.raises(
-        AssertionError, match=rf"run: was renamed to {moved} meanwhile; the run was saved there after step 5"
+        AssertionError, match=rf"run: has been renamed to {moved}; the run was saved there after step 5"
     ) as ended:
         trained(config_of(texts, place), tmp_path / "said", {4: rename})
     # several ranks report the same sentence, which is printed once
-    assert (
-        str(ended.value).count("DistattnError: ") == str(ended.value).count(f"was renamed to {moved} meanwhile; ") > 1
-    )
+    assert str(ended.value).count("DistattnError: ") == str(ended.value).count(f"has been renamed to {moved}; ") > 1
     assert list(place.iterdir()) == []
     run = RunFolder(moved)
     assert newest_good(run.checkpoints) == run.checkpoints / "step-00000005"
@@ -192,9 +190,7 @@ def test_a_run_whose_folder_is_renamed_is_saved_there_and_ends(texts, tmp_path):
 
 def test_a_run_whose_folder_is_deleted_ends_and_does_not_recreate_part_of_it(texts, tmp_path):
     place = tmp_path / "run"
-    with pytest.raises(
-        AssertionError, match="was deleted meanwhile, or moved elsewhere; the run ends after step 4, which is not"
-    ):
+    with pytest.raises(AssertionError, match="has been deleted or moved; the run ends after step 4, which is not"):
         trained(config_of(texts, place), tmp_path / "said", {3: lambda: shutil.rmtree(place)})
     assert not place.exists()
     assert (tmp_path / "said").read_text() == ""

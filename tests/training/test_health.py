@@ -275,4 +275,6 @@ def test_impossible_health_settings_are_refused_by_name():
     wrong = HealthConfig(every_steps=0, prometheus_file="a.prom", prometheus_port=70000, prometheus_address="eth0")
     problems = " ".join(map(str, problems_of(Config(health=wrong))))
     assert "health.prometheus_file: there are no reports to publish" in problems
-    assert "health.prometheus_port: at most 65,535" in problems and "health.prometheus_address: 'eth0'" in problems
+    assert (
+        "health.prometheus_port: must be at most 65,535" in problems and "health.prometheus_address: 'eth0'" in problems
+    )

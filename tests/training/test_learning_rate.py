@@ -59,12 +59,15 @@ def test_rates_match_the_formulas():
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        (dict(learning_rate=-1, steps=1), "learning_rate: at least 0, not "),
-        (dict(learning_rate=math.nan, steps=1), "learning_rate: at least 0, not "),
-        (dict(learning_rate=1, steps=0), "steps: at least 1, not 0"),
+        (dict(learning_rate=-1, steps=1), "learning_rate: must be at least 0, not "),
+        (dict(learning_rate=math.nan, steps=1), "learning_rate: must be at least 0, not "),
+        (dict(learning_rate=1, steps=0), "steps: must be at least 1, not 0"),
         (dict(learning_rate=1, steps=1, name="step"), "name: there is no 'step'; there are constant, cosine"),
-        (dict(learning_rate=1, steps=1, min_learning_rate=2), "min_learning_rate: at most learning_rate = 1, not 2"),
-        (dict(learning_rate=1, steps=10, name="wsd", decay_share=0), "decay_share: above 0, not 0"),
+        (
+            dict(learning_rate=1, steps=1, min_learning_rate=2),
+            "min_learning_rate: must be at most learning_rate = 1, not 2",
+        ),
+        (dict(learning_rate=1, steps=10, name="wsd", decay_share=0), "decay_share: must be above 0, not 0"),
         (dict(learning_rate=1, steps=10, name="wsd", decay_share=0.5, warmup_steps=6), "begins at step 5; use fewer"),
     ],
 )

@@ -159,4 +159,4 @@ def test_a_file_that_is_no_longer_what_the_run_read_is_named(run, folder, tmp_pa
     np.zeros(5, np.uint8).tofile(tmp_path / "short.bin")
     append_documents(moved.documents_file, [row | {"file": str(tmp_path / "short.bin")}])
     assert cli.main(["data", "show", str(tmp_path), "0"]) == 3
-    assert "short.bin: byte 0: is not what the run has read" in capsys.readouterr().err
+    assert "short.bin: byte 0: is not what the run read" in capsys.readouterr().err

@@ -91,7 +91,7 @@ class BlockDigests:
                 end = min(offset + BLOCK_BYTES, first * BLOCK_BYTES + len(content))
                 raise DamagedDataError(
                     f"{prefix}.{kind}: bytes {offset:,} to {end:,} are not what was written (digest in {self.file}); "
-                    "take the file from a copy, or write it again."
+                    "restore the file from a copy, or write it again."
                 )
 
     def check_roots(self) -> None:

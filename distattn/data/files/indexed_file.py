@@ -316,7 +316,7 @@ class IndexedFile:
         """Raise DamagedDataError for an entry of a section (0: lengths, 1: pointers, 2: document ends)."""
         offset = self._offsets[section] + entry * (4, 8, 8)[section]
         raise DamagedDataError(
-            f"{self.prefix}.idx: byte {offset:,}: {problem}; take the file from a copy, or write it again."
+            f"{self.prefix}.idx: byte {offset:,}: {problem}; restore the file from a copy, or write it again."
         )
 
 

@@ -103,7 +103,7 @@ def read_bytes(path: str, file: BinaryIO, offset: int, size: int) -> bytes:
         try:
             part = os.pread(file.fileno(), size, offset)
         except OSError as error:
-            raise DistattnError(f"{path}: cannot be read any more (byte {offset:,}): {error.strerror}.") from None
+            raise DistattnError(f"{path}: can no longer be read (byte {offset:,}): {error.strerror}.") from None
         if not part:
             raise DamagedDataError(f"{path}: ends at byte {offset:,}, before it should; copy the file again.")
         parts.append(part)

@@ -53,7 +53,7 @@ class ModelShape:
         if not self.head_dim and self.hidden_size % self.num_attention_heads:
             raise SettingError(
                 "num_attention_heads",
-                f"hidden_size {self.hidden_size} does not divide among {self.num_attention_heads} heads; "
+                f"hidden_size {self.hidden_size} cannot be divided evenly among {self.num_attention_heads} heads; "
                 "give head_dim.",
             )
 

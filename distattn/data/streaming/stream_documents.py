@@ -106,7 +106,7 @@ class DocumentReader:
             return np.empty(0, np.int64)
         if array.ndim != 1 or array.dtype.kind not in "iu":
             kind = f"{array.dtype} {array.shape}" if array.dtype != object else f"a {type(values).__name__}"
-            raise self._refused(f"has {field} that are {kind}; whole numbers (n,) are wanted")
+            raise self._refused(f"has {field} that are {kind}; whole numbers (n,) are needed")
         return array
 
     def _refused(self, problem: str) -> DistattnError:

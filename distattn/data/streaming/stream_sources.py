@@ -42,7 +42,7 @@ def stream_source(stream: Any) -> StreamSource:
     Raises DistattnError if the object is not a stream, or splits its documents over ranks in a way that cannot be resumed.
     """
     if isinstance(stream, (str, bytes, Mapping)):
-        raise DistattnError(f"a stream is an iterable of documents, not a {type(stream).__name__}.")
+        raise DistattnError(f"a stream must be an iterable of documents, not a {type(stream).__name__}.")
     if callable(getattr(stream, "state_dict", None)) and callable(getattr(stream, "load_state_dict", None)):
         counted = {"num_samples", "from_beginning"} <= inspect.signature(stream.state_dict).parameters.keys()
         return _CountedStream(stream) if counted else _StatefulStream(stream)
@@ -50,7 +50,7 @@ def stream_source(stream: Any) -> StreamSource:
     if hasattr(stream, "__getitem__") and hasattr(stream, "__len__"):
         return _Sequence(stream)
     if not hasattr(stream, "__iter__"):
-        raise DistattnError(f"a stream is an iterable of documents, not a {type(stream).__name__}.")
+        raise DistattnError(f"a stream must be an iterable of documents, not a {type(stream).__name__}.")
     return _PlainStream(stream)
 
 

@@ -217,6 +217,8 @@ def _zstd_lines(path: str, file: IO[bytes]) -> Iterator[bytes]:
     except zstandard.ZstdError as error:
         raise DamagedDataError(f"{path}: damaged after line {number}: {first_line(error)}.") from None
     if begun:
-        raise DamagedDataError(f"{path}: cut after line {number}, in the middle of a frame; take the file from a copy.")
+        raise DamagedDataError(
+            f"{path}: cut after line {number}, in the middle of a frame; restore the file from a copy."
+        )
     if any(parts):
         yield b"".join(parts)

@@ -162,7 +162,7 @@ def locked(job: TokenizeJob) -> Iterator[int]:
         os.close(lock)
         if time.monotonic() > end:
             raise DistattnError(
-                f"{job.parts}: another tokenize is at work there; wait for it, or choose another --out."
+                f"{job.parts}: another tokenize command is using it; wait for it, or choose another --out."
             )
         time.sleep(0.1)
     try:

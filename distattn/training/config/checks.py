@@ -99,7 +99,7 @@ def _shape_problems(config: Config) -> Iterator[SettingProblem]:
     if parallel.ranks % model_parallel:
         yield SettingProblem(
             "parallel.tensor_parallel_size",
-            f"with pipelines {model_parallel} ranks, which do not divide {parallel.ranks}.",
+            f"times pipeline_parallel_size it is {model_parallel}, which does not divide {parallel.ranks} ranks.",
         )
     elif size < 0 or parallel.data_ranks % (size or 1):
         yield SettingProblem("parallel.context_parallel_size", f"{size} does not divide {parallel.data_ranks} ranks.")
@@ -109,18 +109,20 @@ def _shape_problems(config: Config) -> Iterator[SettingProblem]:
             yield from _pair_problems(data, parallel.data_parallel_size)
     if not data.path.endswith(".toml") and 0 < model.vocab_size < 256:
         yield SettingProblem(
-            "model.vocab_size", f"{model.vocab_size}, but tokens of text are bytes: at least 256, or 0."
+            "model.vocab_size",
+            f"{model.vocab_size} is too small for tokens that are bytes; set it to at least 256, or to 0.",
         )
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
     if min(model.hidden_size, heads, kv_heads) >= 1:
         if not model.path and ((not model.head_dim and model.hidden_size % heads) or model.head_size % 2):
             yield SettingProblem(
                 "model.num_attention_heads",
-                f"hidden_size {model.hidden_size} does not give {heads} heads of an even size.",
+                f"hidden_size {model.hidden_size} cannot be split into {heads} heads of an even size.",
             )
         if heads % kv_heads:
             yield SettingProblem(
-                "model.num_key_value_heads", f"{heads} query heads do not divide among {kv_heads} key/value heads."
+                "model.num_key_value_heads",
+                f"{heads} query heads cannot be divided evenly among {kv_heads} key/value heads.",
             )
     if parallel.devices_per_node > 0 and parallel.ranks % parallel.devices_per_node:
         yield SettingProblem(
@@ -158,7 +160,7 @@ def _pack_problems(data: DataConfig, shares: int) -> Iterator[SettingProblem]:
         key = "context_schedule" if data.context_schedule else "context_length"
         yield SettingProblem(
             "data.max_document_tokens",
-            f"{data.max_document_tokens} tokens do not fit into a pack of {longest}; at most "
+            f"{data.max_document_tokens} tokens do not fit into a pack of {longest}; set it to at most "
             f"data.{key if data.context_schedule or data.context_length else 'tokens_per_step'}.",
         )
 
@@ -272,12 +274,13 @@ def _megatron_problems(config: Config) -> Iterator[SettingProblem]:
     }.items():
         if size % max(parallel.tensor_parallel_size, 1):
             yield SettingProblem(
-                f"model.{key}", f"{size} do not divide among {parallel.tensor_parallel_size} tensor-parallel ranks."
+                f"model.{key}",
+                f"{size} cannot be divided evenly among {parallel.tensor_parallel_size} tensor-parallel ranks.",
             )
     if model.num_layers % max(parallel.pipeline_parallel_size, 1):
         yield SettingProblem(
             "model.num_layers",
-            f"{model.num_layers} do not divide among {parallel.pipeline_parallel_size} pipeline stages.",
+            f"{model.num_layers} cannot be divided evenly among {parallel.pipeline_parallel_size} pipeline stages.",
         )
 
 

@@ -37,15 +37,15 @@ def _folder_problem(folder: str) -> str | None:
 
 
 def _seed_problem(seed: int) -> str | None:
-    return None if 0 <= seed < 1 << 63 else f"0 to 2^63 - 1, not {seed}."
+    return None if 0 <= seed < 1 << 63 else f"must be 0 to 2^63 - 1, not {seed}."
 
 
 def _spike_window_problem(steps: int) -> str | None:
-    return f"0, or at least 8 steps, not {steps}." if 0 < steps < 8 else None
+    return f"must be 0, or at least 8 steps, not {steps}." if 0 < steps < 8 else None
 
 
 def _spike_threshold_problem(deviations: float) -> str | None:
-    return None if deviations else "above 0, not 0; watch.spike_window = 0 watches for NaN and infinity only."
+    return None if deviations else "must be above 0, not 0; watch.spike_window = 0 watches for NaN and infinity only."
 
 
 def _address_problem(address: str) -> str | None:
@@ -184,7 +184,7 @@ class ParallelConfig(AttentionKeys):
     kernel: Annotated[str, OneOf(KERNELS, (AUTO,))] = "cpu"
     """Core attention on one device: cpu or reference; on GPUs auto, flash, triton, triton_tf32 or gluon."""
     comm_dtype: Annotated[str | None, OneOf(DTYPES)] = None
-    """Dtype of partial outputs and gradients in messages: that of the model, or the accumulation dtype if it is left out."""
+    """Dtype of partial outputs and gradients in messages: the model's, or by default the accumulation dtype."""
     devices_per_node: Annotated[int, Number(ge=0)] = 0
     """Ranks that share a node, so that strategies can use links between nodes less; 0 for all of them."""
     latents: Annotated[bool, Engines(("fsdp2", "deepspeed"))] = False

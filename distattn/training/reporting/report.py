@@ -150,7 +150,7 @@ def _start_tiles(attempts: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, 
     if restarts:
         tiles.append(("restarts", f"{restarts:,}", "after a failure, see starts and ends"))
     if resumes:
-        tiles.append(("resumes", f"{resumes:,}", "after a good end or a stop"))
+        tiles.append(("resumes", f"{resumes:,}", "after a normal end or a stop"))
     return tiles
 
 

@@ -57,7 +57,7 @@ def documents_of_step(path: Path, step: int) -> list[Row]:
             newest = last["step"] if newest is None else newest
             begin = last["attempt"]
             if begin >= end:
-                raise DamagedDataError(f"{path}: byte {end:,}: the row before says that its attempt begins behind it.")
+                raise DamagedDataError(f"{path}: byte {end:,}: the row before says that its attempt begins after it.")
             if rows := attempt.of_step(begin, step):
                 return rows
             end = begin

@@ -80,6 +80,6 @@ def _missing(name: str, members: list[int], number: int, call: str, error: Runti
         text = f"the process that holds the job's store (rank 0, or the launcher) stopped answering: {reason}."
         return LostRankError(text)
     if not absent:
-        return LostRankError(f"all ranks came to {call}, but it failed: {reason}.")
-    text = f"{named_ranks(absent)} did not come to {call}: killed, stopped or elsewhere ({reason})."
+        return LostRankError(f"all ranks took part in {call}, but it failed: {reason}.")
+    text = f"{named_ranks(absent)} did not take part in {call}: killed, stopped or busy elsewhere ({reason})."
     return LostRankError(text, absent)

@@ -199,7 +199,7 @@ def _opened(group: dist.ProcessGroup, make: Callable[..., Any], device: torch.de
             raise
         return backend
 
-    return run_collective(group, "the making of a communicator", work)
+    return run_collective(group, "opening a communicator", work)
 
 
 def _open_gloo(store: dist.Store, rank: int, members: Sequence[int], timeout: timedelta, name: str) -> Any:

@@ -106,8 +106,8 @@ class GroupTransport:
             )
         if not self.is_open:
             raise DistattnError(
-                "the messages of this plan have ended, since its ContextParallel was closed; make another one, and close it "
-                "after the last backward pass."
+                "this plan can send no more messages, because its ContextParallel was closed; create another one, and "
+                "close it after the last backward pass."
             )
         if self._backend.supports_coalescing:
             # NCCL's all-to-all would send the same messages, but packed

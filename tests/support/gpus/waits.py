@@ -62,7 +62,7 @@ def _wait_of_numbers(func: Any, args: Any, kwargs: Any) -> str | None:
     if name in _SYNCHRONISE or str(func).startswith("aten.repeat_interleave.Tensor"):
         return f"{name} waits for the device"
     if name in _FILL and any(x.dim() == 0 and x.device == META for x in _tensors(args[1:])):
-        return f"{name} asks the device for the number that it fills in"
+        return f"{name} reads the fill value from the device"
     if "index" in name and any(x.dtype == torch.bool for x in tensors):
         return f"{name} by a boolean mask counts on the host"
     return None
@@ -110,7 +110,7 @@ class HostWaits(TorchDispatchMode):
         name = func.overloadpacket.__name__
         pins = bool(kwargs.pop("pin_memory", False))
         if name == "_local_scalar_dense" and args[0].device == META:
-            self.note("a number of the device is asked for")
+            self.note("a number is read from the device")
             return torch.ones((), dtype=args[0].dtype).item()
         if name == "_to_copy" and args[0].device == META and torch.device(kwargs.get("device") or META) != META:
             self.note("a tensor is copied to the host")

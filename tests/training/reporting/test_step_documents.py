@@ -92,5 +92,5 @@ def test_missing_files_and_rows_and_invalid_rows_are_named(tmp_path):
         with pytest.raises(DamagedDataError, match="byte 37: not a row of a step's documents"):
             documents_of_step(path, 1)
     path.write_bytes(content.replace(b'2, "pack": 0, "attempt": 0', b'2, "pack": 0, "attempt": 99999'))
-    with pytest.raises(DamagedDataError, match="its attempt begins behind it"):
+    with pytest.raises(DamagedDataError, match="its attempt begins after it"):
         documents_of_step(path, 1)

@@ -150,9 +150,9 @@ def test_a_run_of_nothing_but_bad_steps_stops():
     ("settings", "sentence"),
     [
         (dict(action="ignore"), "action: there is no 'ignore'; there are skip, stop, rollback"),
-        (dict(spike_window=3), "spike_window: 0, or at least 8 steps, not 3"),
-        (dict(spike_threshold=NAN), "spike_threshold: at least 0, not nan"),
-        (dict(evidence=0), "evidence: at least 1, not 0"),
+        (dict(spike_window=3), "spike_window: must be 0, or at least 8 steps, not 3"),
+        (dict(spike_threshold=NAN), "spike_threshold: must be at least 0, not nan"),
+        (dict(evidence=0), "evidence: must be at least 1, not 0"),
     ],
 )
 def test_impossible_settings_are_refused(settings, sentence):

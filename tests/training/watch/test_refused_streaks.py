@@ -210,7 +210,7 @@ def test_a_run_stopped_amid_refused_steps_says_where_it_will_continue(config, ca
     (resumed,) = [event["text"] for event in runs[0].events() if event["kind"] == "resumed"]
     assert resumed == f"Resumed from step-00000002; it is in doubt ({doubt})."
     assert (
-        f"Resuming from step-00000002 all the same: it is in doubt, but no other can be loaded ({doubt})."
+        f"Resuming from step-00000002 anyway: it is in doubt, but no other can be loaded ({doubt})."
         in capfd.readouterr().err
     )
     assert verdicts(runs[1]) == {1: GOOD, 2: REFUSED, 3: REFUSED}
