@@ -51,7 +51,7 @@ def engine_of(cp, stage: int, micro_batches: int, dtype=torch.float32, **config)
 
 
 def take_step(cp, engine, rank: int, degree: int, micro_batches: int) -> list[torch.Tensor]:
-    """Take a training step. Return the gradients from before the optimizer's step."""
+    """Take a training step. Return the gradients as they were just before the optimizer step."""
     for batch in cp.shard_step(small.step(rank // degree, micro_batches)):
         engine.backward(local_loss(engine, batch))
         if engine.is_gradient_accumulation_boundary():
@@ -63,7 +63,7 @@ def take_step(cp, engine, rank: int, degree: int, micro_batches: int) -> list[to
 def _gradients(rank: int, stage: int, degree: int, shared: bool = False):
     """Return the loss factor and the gradients of several steps.
 
-    shared: blocks of `degree` ranks have their own batches and share attention.
+    shared: each block of `degree` ranks has its own batches, and all blocks share attention.
     """
     _start(rank)
     results = []
@@ -179,7 +179,7 @@ def _variant(rank: int, variant: str, stage: int, probes: bool):
     return factor, gradients, state
 
 
-# every stage with every variant; DeepSpeed supports offloading and reduction in another dtype from stage 1 on
+# every stage with every variant; DeepSpeed supports offloading and reduction in another dtype from stage 1
 @pytest.mark.parametrize(
     ("variant", "stage"),
     [
@@ -197,7 +197,9 @@ def test_probes_between_steps_change_nothing(variant, stage):
 
 
 def _other_weights(rank: int) -> str:
-    """Return the error of a rank that loads different weights into one layer after DeepSpeed has made all ranks equal."""
+    """Return the error of a rank that loads different weights into one layer after DeepSpeed has synchronized all
+    ranks.
+    """
     _start(rank)
     cp = da.ContextParallel(dist.group.WORLD, strategy="ring")
     engine = engine_of(cp, 1, 1)

@@ -154,8 +154,8 @@ def test_a_batch_may_have_a_group_of_its_own():
 
 
 def _closed(rank: int) -> tuple[int, set[str], str]:
-    """Close a model after rows of many lengths. Return its number of cached batches, its threads, and its error
-    afterwards.
+    """Close a model after it has run rows of many lengths. Return the number of batches it had cached, its remaining
+    threads, and the error of a later call.
     """
     start(cp=2)
     model = build(config_of(cp=2))
@@ -415,7 +415,9 @@ def _refused(rank: int) -> list[str]:
 
 
 def _direct(rank: int, kind: str):
-    """Return the outputs of a layer with sinks, and of their definition: a key without a value in every softmax."""
+    """Return the outputs of a layer with sinks and the outputs by definition, where a sink is a key without a value in
+    every softmax.
+    """
     start()
     config = config_of(softmax_type=kind)
     core = build(config).decoder.layers[0].self_attention.core_attention

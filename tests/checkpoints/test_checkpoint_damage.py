@@ -123,7 +123,9 @@ class RunsCode:
 
 
 def forged(folder, where, marker):
-    """Write a hostile checkpoint with correct digests that tries to run code. where: the part that names the code."""
+    """Write a hostile checkpoint with correct digests that tries to run code. where: the part of the checkpoint that
+    names the code.
+    """
     step = folder / "step-00000007"
     state = {"weights": torch.ones(4), "model.w": torch.ones(4), "words": "plain", "hostile": RunsCode(marker)}
     dcp.save(state, checkpoint_id=step, no_dist=True)

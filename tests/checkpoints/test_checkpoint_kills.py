@@ -70,7 +70,7 @@ def test_leftovers_of_dead_writers_are_removed_and_those_of_live_ones_are_not(tm
     for path in [*silent.iterdir(), silent]:
         os.utime(path, (long_ago, long_ago))
     assert clean_leftovers(tmp_path) == sorted(path.name for path in [*dead, silent, outdated])
-    # folders whose names are not ours stay
+    # folders with unfamiliar names are left alone
     assert sorted(tmp_path.iterdir()) == sorted([alive, far, mine])
 
 

@@ -93,7 +93,7 @@ def test_a_state_keeps_tensors_that_are_buffers_already_as_they_are():
     staged.copy_tensors()
     assert staged._staged["a"] is kept and staged._staged["b"] is not other
     assert list(buffers._buffers) == ["a", "b"] and buffers.keep("a", torch.zeros(3)) is kept
-    # a buffer of an earlier save is an ordinary tensor
+    # to another instance, a buffer of an earlier save is an ordinary tensor
     assert not HostBuffers().holds(kept)
 
 

@@ -58,7 +58,7 @@ def test_the_second_of_two_jobs_refuses_and_names_the_first(owner, tmp_path, mon
         DistattnError, match=rf"belongs to process {process.pid} on \S+, Slurm job 4711, since 20\S+; end it"
     ):
         RunLock(tmp_path)
-    # a different job id is a different job
+    # a different job id means a different job
     monkeypatch.setenv("SLURM_JOB_ID", "4712")
     with pytest.raises(DistattnError, match="Slurm job 4711"):
         RunLock(tmp_path)

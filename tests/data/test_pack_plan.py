@@ -130,7 +130,7 @@ def test_a_plan_of_fewer_steps_is_the_beginning_of_one_with_more(tmp_path):
     for step in range(21):
         assert np.array_equal(short.step(step).rows, long.step(step).rows)
         assert np.array_equal(short.step(step).ends, long.step(step).ends)
-    # the weights are equal, and the plan goes on long after the smaller corpus has been read once
+    # the weights are equal, and the plan continues long after the smaller corpus has been read once
     web, books = long.sources
     assert abs(web.planned_tokens / long.tokens - 0.5) < 0.01
     assert books.epochs > 5

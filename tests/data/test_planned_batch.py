@@ -34,7 +34,7 @@ def pack_of(pieces, corpus=0):
 
 
 def expected(pieces, allowed=lambda document, tokens: np.ones(len(tokens), bool)):
-    """Return the ids and labels of the whole token axis, by definition."""
+    """Return the ids and labels of the entire token axis, by definition."""
     lengths, ids, labels = sum(LENGTHS, []), [], []
     for document, start, length in pieces:
         whole = document_tokens(document, lengths[document])

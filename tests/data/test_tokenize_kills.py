@@ -25,8 +25,8 @@ from distattn.supervision.helper_processes import MOST_REPLACEMENTS
 ROOT = Path(__file__).parents[2]
 SUFFIXES = (".bin", ".idx", ".xxh3", ".json")
 SHARDS = 40
-# use small shards, so that there are many. The process kills itself before it renames a file for the n-th time, or some
-# seconds after its workers have finished a given number of shards
+# a driver with small shards, so that there are many. It kills itself before it renames a file for the n-th time, or
+# some seconds after its workers have finished a given number of shards
 DRIVER = """
 import os, signal, sys, time
 from distattn.data.tokenizing import document_sources
@@ -127,7 +127,7 @@ def alive(process):
 
 
 def reached(condition, process):
-    """Wait until a condition holds. Return False if the command ends first."""
+    """Wait until a condition holds. Return False if the command ends before that."""
     while not condition():
         if process.poll() is not None:
             return False

@@ -21,12 +21,14 @@ HEADS, DIM, TAPS = 2, 4, 4
 WIDTH = 4 * HEADS * DIM
 # tokens of each document in the first and second batch; the third document's part is shorter than a filter
 FIRST, SECOND = [5, 40, 1, 30], [7, 3, 1, 21]
-# one entry per block of ranks; any further block has no tokens in either batch
+# one entry per block of ranks; additional blocks have no tokens in either batch
 OF_BLOCKS = [([5, 40, 1], [7, 3, 1]), ([30], [21])]
 
 
 class Layers(torch.nn.Module):
-    """A short convolution and a recurrence over one parameter row per token, which makes gradients known by token."""
+    """A short convolution and a recurrence with one row of parameters per token, so that each token has its own
+    gradient.
+    """
 
     def __init__(self, tokens, documents):
         super().__init__()
@@ -192,7 +194,7 @@ SHAPE = dict(heads=2, kv_heads=2, head_dim=64, v_head_dim=64, dtype="float32")
 
 
 def _strategies(rank):
-    """Return the strategy that plans a rank's own batch, and the strategy that would be faster."""
+    """Return the strategy chosen for a rank's own batch, and the strategy that would be faster."""
     with da.ContextParallel(strategy="ring", data="per_rank", cluster=FAST) as cp:
         lengths = [[4000, 96], [8]][rank]
         batch = cp.shard({"input_ids": torch.zeros(1, sum(lengths), dtype=torch.int64), "document_lengths": lengths})

@@ -93,8 +93,8 @@ def test_a_loop_that_is_left_loses_no_step():
 
 
 def held_run(rank):
-    """Hold a loop's generator while another loop continues. Return the trained steps, and the error when the first one
-    continues.
+    """Hold a loop's generator while another loop continues. Return the trained steps, and the error raised when the
+    held loop continues.
     """
     model = model_of()
     with shared(options=dict(block=8)) as cp:

@@ -60,7 +60,7 @@ def test_any_strategy_can_distribute_a_pool(strategy, rules):
 
 
 def windowed_run(rank):
-    """Return (losses and gradients of four ranks together, those of the same data on a single-rank group)."""
+    """Return the losses and gradients of four ranks together, and those of the same data on single-rank groups."""
     options = dict(document_mask=(11, 0), options=dict(block=8, tolerance=0.0), kernel="reference")
     together, _ = pooled_run(rank, options)
     alone = dist.new_group([rank], use_local_synchronization=True)
@@ -97,7 +97,7 @@ def sampled_run(rank):
 
 
 def test_the_first_and_every_nth_plan_of_a_run_are_proven():
-    # 3, 2 and 2 micro-batches in three steps; plans 0, 3 and 6 are proven
+    # 3, 2 and 2 micro-batches in three steps; the proof is run for plans 0, 3 and 6
     assert run_on_ranks(4, sampled_run) == [3] * 4
 
 

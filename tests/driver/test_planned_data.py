@@ -89,7 +89,7 @@ def kept_run(rank, folder, settings):
                 torch.stack([micro_batch["input_ids"][0], micro_batch["labels"][0]], 1).tolist()
                 for micro_batch in micro_batches
             ]
-            # a share with fewer packs than another takes part with empty batches
+            # a share with fewer packs than the other takes part with empty batches
             assert all(pair == [0, -100] for of_micro_batch in pairs[len(lengths) :] for pair in of_micro_batch)
             out.append(list(zip(lengths, pairs, strict=False)))
     return cp.data_parallel_rank, out

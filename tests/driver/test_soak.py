@@ -63,7 +63,7 @@ def test_nothing_grows_over_hundreds_of_steps_with_servers():
 
 
 def assert_nothing_grows(steps, settings):
-    # ranks that split a batch must get the same one
+    # ranks that split a batch must all get the same batch
     work = soaked if settings.get("data") != "replicated" else _same_batches
     for result in run_on_ranks(3, work, steps, settings):
         if isinstance(result, int):

@@ -25,7 +25,7 @@ def moves_of(*rows: tuple[int, ...]) -> dict[str, np.ndarray]:
 
 
 def test_states_have_the_bytes_of_the_design():
-    # bytes of one 128 x 128 head: the state of a prefix, and the same with its transition
+    # bytes of one 128 x 128 head: a prefix state, and a state with its transition
     wanted = {
         "linear_attention": (65536, 65536),
         "retention": (65536, 65536),

@@ -147,6 +147,6 @@ def test_a_kernel_that_is_wrong_is_not_used_by_later_processes_either(as_on_gpus
     assert kept == own_trials and "fla-core" in key and key.endswith("gated_delta_rule float32 2:1 16/16")
     monkeypatch.setattr(trials, "run_trial", lambda name, *args: trials.Trial(0.0, 1.0))
     assert tried_again() == own_trials
-    # another version of the package counts as another kernel
+    # a different version of the package counts as a different kernel
     monkeypatch.setattr(trial_cache, "version", lambda package: "9")
     assert not tried_again()["fla"].fault

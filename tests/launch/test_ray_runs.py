@@ -91,13 +91,13 @@ def test_a_run_that_loses_ranks_and_a_node_and_gets_another_node_learns_the_same
     wait_for_attempt(run, far, 3)
     cluster.kill("node2")
     wait_for(run, far, "no fourth attempt", lambda: Attempts(far / "attempts").latest == 4 and begun(far))
-    # at this moment the only node's ranks are starting
+    # at this moment the ranks of the only node are starting
     cluster.add("node3")
     wait_for_attempt(run, far, 5)
     assert f"running from {socket.gethostname()} on the Ray cluster at {cluster.address}, " in status(cluster, far)
     assert distattn(cluster, "launch", "cancel", str(far)).wait() == 0
     assert run.wait() == 75
-    # another driver continues the run
+    # a different driver continues the run
     run = go_on(cluster, far)
     wait_for_attempt(run, far, 6)
     run.send_signal(signal.SIGINT)
@@ -139,7 +139,8 @@ def test_a_run_that_loses_ranks_and_a_node_and_gets_another_node_learns_the_same
     wait_for(run, near, "the run does not end", lambda: run.poll() == 0)
     before = min(int(file.stem.split("-")[1]) for file in far.glob("config.until-*.toml"))
     assert curve(far)[:before] == curve(near)[:before] and before > 2
-    # one replica adds a step's two packs in another order than two replicas do, in fp32, and the differences accumulate
+    # one replica sums a step's two packs in a different order than two replicas do. The fp32 rounding differences
+    # accumulate
     np.testing.assert_allclose(curve(far), curve(near), rtol=1e-5)
     # the steps after the newest checkpoint were repeated with the same pieces
     assert set(pieces(far)) == set(pieces(near)) and len(set(pieces(near))) == len(pieces(near))

@@ -25,7 +25,7 @@ from distattn.training.run_folder import RunFolder, StepMetrics
 
 @pytest.fixture
 def job_in_state(tmp_path, monkeypatch):
-    """Return a function that creates the run of job 7 and a Slurm that reports the given state for the job."""
+    """Return a function that creates the run of Slurm job 7 and makes Slurm report the given state for it."""
 
     def make(state):
         run = RunFolder(tmp_path)

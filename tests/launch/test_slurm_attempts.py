@@ -86,7 +86,7 @@ def job(tmp_path):
         started = (tmp_path / "steps").read_text().splitlines() if (tmp_path / "steps").exists() else []
         requeued = (tmp_path / "requeued").read_text().split() if (tmp_path / "requeued").exists() else []
         assert (folder / "state").read_text() == f"ended {done.returncode}\n"
-        # this also holds if a user has submitted the script again
+        # job.json names the current job even if a user has submitted the script again
         task = environment.get("SLURM_ARRAY_TASK_ID")
         assert json.loads((folder / "job.json").read_text()) == {"job": f"9_{task}" if task else 12}
         assert not task or json.loads((tmp_path / "job.json").read_text()) == {"job": 9}
@@ -213,7 +213,7 @@ def test_the_reports_of_nodes_on_their_ranks_give_the_cause():
     assert end.cause(hosts, {0: raised, 1: killed, 2: missed}) == ("b: rank 3 was killed", ["b"])
     assert end.cause(hosts, {2: missed, 0: raised}) == ("a: rank 0 raised an error", ["a"])
     hung = killed | {"why": "rank 3 is stopped", "exit_code": 1, "kind": "hung"}
-    # a node whose launcher is dead as well reports nothing, but the others miss it
+    # a node whose launcher is also dead reports nothing, but the other nodes report it missing
     reset = raised | {"why": "rank 0 raised RuntimeError: Read error: Connection reset by peer", "lost_peer": True}
     assert end.cause(hosts, {0: reset, 2: missed}) == ("b ended with exit code 137", ["b"])
     assert end.cause(hosts, {0: reset, 1: missed}) == ("c no longer answered", ["c"])

@@ -111,7 +111,7 @@ def test_pinned_memory_is_exact_and_used_again():
 
         patch.setattr(pinned_memory, "pinned_bytes", counted)
         offload = HostOffload(2)
-        # for steps with other lengths, keep as many buffers as were alive at once, and none that is too small
+        # when lengths change, keep as many buffers as were alive at the same time, but none that is too small
         for tokens, wanted in ((5, [20] * 3), (5, []), (3, []), (6, [24] * 3), (5, [])):
             tickets = [offload.put(torch.ones(tokens, device=DEVICE)) for _ in range(3)]
             for ticket in reversed(tickets):

@@ -139,7 +139,7 @@ def test_wrong_arguments_are_refused_by_name():
 
 def test_times_match_those_of_copies():
     plan = plan_of(da.Layout.contiguous((1 << 20,), 8), heads=1, kv_heads=1, v_head_dim=4096, dtype="bfloat16")
-    # each rank reads 1 GB and writes 1 GB
+    # each rank reads and writes 1 GB
     assert 0.2e-3 < da.simulate(plan, "h100-1x8").forward.seconds < 3e-3
 
 

@@ -15,13 +15,13 @@ import distattn as da
 
 pytestmark = pytest.mark.waits(3)
 
-# the time-out of the group and of the communicators next to it, after which other ranks get some extra seconds
+# the time-out of the group and of the communicators created for it. Other ranks get some extra seconds after it
 TIMEOUT = timedelta(seconds=15)
 
 
 def lost_in(rank, lost, how, where):
-    """Kill or stop a rank before a driver is made, before `prepare`, or after it. Return (the error, the seconds until
-    it came).
+    """Kill or stop a rank before a driver is created, before `prepare`, or after it. Return the error, and the seconds
+    until it was raised.
     """
     group = dist.new_group(timeout=TIMEOUT)
     shape = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64")

@@ -38,7 +38,7 @@ DTYPES = {
 }
 
 
-# resolve them once here, not in every rank
+# resolve these lazy imports once here, not in every rank
 FUNCTIONS = da.latent_attention, da.causal_conv1d, da.recurrence, da.token_shift
 
 
@@ -160,7 +160,7 @@ def wanted_of(op, lengths, dtype):
 
 
 def errors(case, results):
-    """Return the error of each tensor computed by all ranks together, relative to its largest element."""
+    """Return the error of each tensor, combined over all ranks, relative to its largest element."""
     layout = case.plan.call.layout
     by_token, shared, _ = zip(*results, strict=True)
     joined = [layout.unshard(list(parts)) for parts in zip(*by_token, strict=True)]
