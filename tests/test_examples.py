@@ -30,7 +30,7 @@ def losses(ranks: int, example: str, *arguments: str) -> list[float]:
 # core-attention disaggregation: ranks with different packs share attention
 SHARED = ["--data", "per_rank"]
 RUNS = {
-    # (example, its arguments for one process, [(ranks, further arguments)], tolerance). The first example is the one
+    # (example, its arguments for one process, [(ranks, additional arguments)], tolerance). The first example is the one
     # for newcomers
     "own_model": ("own_model", [], [(2, []), (4, []), (2, SHARED)], 1e-4),
     "fsdp2 in float64": (
@@ -73,7 +73,7 @@ def test_losses_are_those_of_one_process_over_20_steps(run):
     example, arguments, others, tolerance = RUNS[run]
     if example in NEEDS:
         pytest.importorskip(NEEDS[example], reason=f"{NEEDS[example]} is not installed")
-    # import it once here, before the ranks are forked
+    # import the adapter once here, before the ranks are forked
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     importlib.import_module(f"distattn.adapters.{ADAPTERS.get(example, 'pytorch')}")
     wanted = losses(1, example, *arguments)

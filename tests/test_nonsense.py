@@ -204,8 +204,8 @@ def test_right_calls_are_right_and_an_object_fits_nowhere():
 
 def test_every_public_name_is_called():
     called = {getattr(function, "__qualname__", "").split(".")[0] for function, _ in right_calls()}
-    # types that are returned rather than created by users, functions that need several ranks, and functions called by
-    # the others
+    # types that are returned rather than created by users, functions that need several ranks, and functions that other
+    # calls reach
     others = {"Call", "Executable", "Explanation", "Payload", "Proof", "Table", "Timeline", "block_mask"}
     others |= {
         "RecurrentSpan",

@@ -21,7 +21,7 @@ LOCALS = WORDS["locals"]
 VERBS = set(WORDS["docstrings"]["verbs"])
 NOT_YET = tuple(WORDS["not_yet"])
 PRODUCT = ("distattn", "parallel", "kernels", "launch", "cluster")
-# the pages that readers see first
+# the pages for readers
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md")
 
 
@@ -38,7 +38,7 @@ def checked(path: Path) -> bool:
 
 
 def banned_phrases(text: str) -> list[str]:
-    """Return each banned phrase in a text with the reason."""
+    """Return each banned phrase in a text with the reason for the ban."""
 
     return [f"{match[0]!r}: {reason}" for phrase, reason in PHRASES.items() for match in phrase.finditer(text)]
 

@@ -37,7 +37,7 @@ def check_plans(plans: int, seed: int) -> None:
 
 def random_case(rng: random.Random, seed: int) -> tuple[Plan, Callable[[Plan], None]]:
     plan, _ = random_recurrent_plan(rng)
-    # computed once for all mutants, when the first one is accepted
+    # computed once for all mutants, when the first mutant is accepted
     case = functools.cache(partial(case_of, plan, seed))
     return plan, lambda other: assert_same(run_recurrence(other, case()[0]), case()[1], TOLERANCE)
 

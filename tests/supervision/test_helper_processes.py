@@ -176,7 +176,7 @@ def test_a_replay_that_ends_between_two_looks_has_not_failed():
     look = Helper.fault
 
     def late(helper, patience):
-        # it ends after `communicate` has timed out and before the watch looks
+        # the helper ends after `communicate` has timed out and before the watch looks
         eventually(helper.end, "the replay goes on")
         return look(helper, patience)
 

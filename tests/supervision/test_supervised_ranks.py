@@ -26,7 +26,7 @@ KINDS = {
     "kill": "rank 1 was killed by SIGKILL: step 6, computing",
     "abort": "rank 1 was killed by SIGABRT: step 6, computing",
     "exit": "rank 1 ended with exit code 255 without giving a reason: step 6, computing",
-    # torchrun takes this for a success
+    # torchrun regards this as a success
     "leave": "rank 1 ended without giving a reason: step 6, computing",
     "raised": "rank 1 raised RuntimeError: CUDA error: uncorrectable ECC error encountered",
     "stop": r"rank 1 is stopped \(SIGSTOP or a debugger\): step 6, computing",
@@ -40,7 +40,8 @@ KINDS = {
 COLLECTIVES = 6
 ENDS = {"kill": "killed", "abort": "killed", "exit": "killed", "leave": "killed", "raised": "raised"}
 HANGS = [kind for kind in KINDS if kind not in ENDS]
-# the patience for ranks that hang in a step, and for cases in which a loaded machine must not look like a hang
+# patience in seconds: for ranks that hang in a step, and for all other cases, in which a slow machine must not look
+# like a hang
 PATIENCE, ENDLESS = 15.0, 600.0
 
 
@@ -156,7 +157,7 @@ def test_ranks_end_with_their_launcher_and_tell_what_they_do_until_then(kind, do
 
     def hung() -> dict[int, Heartbeat] | None:
         beats = attempts.beats() or {}
-        # earlier steps have the same activities
+        # activities in earlier steps are the same, so check the step too
         if (tmp_path / "run" / "fault.json").exists() or {beat.step for beat in beats.values()} != {5}:
             return None
         activities = [beats[rank].activity for rank in range(3)]

@@ -58,7 +58,7 @@ def whole_run(ranks, dtype="float64"):
 
 
 def trained(model, micro_batches, group=None):
-    """Run one step over the ranks of the group. Return (loss, gradients)."""
+    """Run one step. Return (loss, gradients), summed over the ranks of the group."""
     total = torch.zeros((), dtype=torch.float64)
     for batch in micro_batches:
         loss = local_loss(model, batch)

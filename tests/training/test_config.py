@@ -247,7 +247,7 @@ def test_bad_input_ends_with_one_sentence_and_nothing_started(arguments, code, s
     assert done.returncode == code
     shown = done.stdout + done.stderr
     assert sentence in shown and "Traceback" not in shown
-    # nothing but one sentence
+    # stderr contains at most one sentence
     assert not done.stderr or (done.stderr.startswith("distattn: ") and done.stderr.count("\n") == 1)
     assert not (tmp_path / "run").exists()
 

@@ -47,7 +47,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-# only in some steps is the gradient norm below this
+# the gradient norm is below this in only some steps
 CLIP = 2.0
 
 
@@ -209,7 +209,9 @@ def spoil(model: torch.nn.Module) -> list:
 
 
 def _dropped(rank: int, config: Config):
-    """Compare parameters before and after steps that are clipped and dropped, one of them with non-finite gradients."""
+    """Return whether the state is unchanged after two dropped steps, the second with non-finite gradients, and the
+    curve of the next steps.
+    """
     engine = opened(config)
     try:
         train(engine, 0, 2)

@@ -68,7 +68,7 @@ def test_the_loss_curve_is_the_same_for_every_strategy_and_number_of_ranks(
 ):
     wanted = curve_of_one_rank(dtype)
     assert len(wanted) == STEPS and wanted[-1] < wanted[0] - 0.5
-    # test float32 only on the largest number of ranks
+    # test float32 only with the largest number of ranks
     for ranks in (2, 4) if dtype == "float64" else (4,):
         got = curve(texts, tmp_path / f"{ranks}", dtype, ranks, strategy)
         assert max(abs(a - b) / b for a, b in zip(got, wanted, strict=True)) <= tolerance, ranks

@@ -48,8 +48,8 @@ def make_kernels_run() -> None:
 
 
 def largest_difference(name: str, dtype: torch.dtype) -> float:
-    """Return the largest difference between fla-core and the chunked kernel in fp64, over outputs, states, gradients
-    and transitions.
+    """Return the largest difference between fla-core and the fp64 chunked kernel in outputs, states, gradients and
+    transitions.
     """
     needed = KernelRequirements(dtype, 16, 16, CPU, op=OPS[name])
     inputs = RecurrenceInputs.random(LENGTHS.get(name, (18, 1)), 2, 1, needed)
@@ -111,7 +111,7 @@ def convolutions() -> dict[str, float]:
 
 
 def refusals() -> dict[str, str]:
-    """Return, by case, why fla-core's kernels refuse calls that the chunked kernel must serve."""
+    """Return, by case, the reasons for which fla-core's kernels refuse calls that the chunked kernel must serve."""
     usual = KernelRequirements(torch.float16, 16, 16, CPU, op=OPS["ssd"])
     odd = {
         "served": usual,

@@ -40,7 +40,7 @@ if __name__ == "__main__":
     rank, _, device = joined()
     problems = {}
     for op in FLA:
-        # one document spans all ranks, and the other lies within one rank's slice
+        # one document spans all ranks, and the other is within one rank's slice
         case = Case.of(op, [26, 6], 1, device)
         problems |= {f"{op}, {layout}": case.check(of_fla(case, layout)()) for layout in ("contiguous", "zigzag")}
     problems_by_rank: list[dict[str, str]] = [{}] * dist.get_world_size()

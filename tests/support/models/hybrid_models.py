@@ -167,7 +167,7 @@ def double_precision() -> Iterator[None]:
 
 
 def worst(got: Sequence[torch.Tensor | None], wanted: Sequence[torch.Tensor | None]) -> float:
-    """Return the largest relative error of any gradient, by norm.
+    """Return the largest relative error of any gradient, measured by norms.
 
     Errors of gradients near zero (such as those of keys seen by no other token) are relative to the model's largest
     gradient.

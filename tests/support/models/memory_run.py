@@ -38,7 +38,7 @@ def batches() -> list[dict[str, Any]]:
 
 
 def apply(model: Any, *, mlp_tile: int = 0, save: str | None = None, offload: bool = False) -> None:
-    """Apply those settings of a variant that change the model."""
+    """Apply the settings of a variant that change the model."""
     if mlp_tile:
         tile_feed_forward(model, mlp_tile)
     if save is not None:

@@ -54,7 +54,7 @@ def step(replica: int, micro_batches: int) -> list[dict[str, Any]]:
 def shared_between_blocks(
     batches: Sequence[dict[str, Any]], block_ranks: int, dtype: str = "float64", parts: int = 1
 ) -> bool:
-    """Return whether attention moves between blocks of ranks that have different batches.
+    """Return whether attention work moves between blocks of ranks with different batches.
 
     parts: the number of ranks over which the heads are split.
     """

@@ -105,7 +105,7 @@ def test_refused_steps_in_a_row_are_a_streak_that_says_how_it_ended():
     assert second.streak.reason == "the loss is nan." and watch.streak == second.streak
     last = watch.judge(22, 2.0, 1.0)
     assert last.applies and last.recovered and last.streak == second.streak and watch.streak is None
-    # reaching a new usual level is not a recovery
+    # accepting a new usual level is not a recovery
     verdicts = [watch.judge(step, 9.0, 1.0) for step in range(23, 40)]
     ended = next(verdict for verdict in verdicts if verdict.applies)
     assert ended.streak.count == verdicts.index(ended) > 1 and not ended.recovered
@@ -129,10 +129,10 @@ def test_a_step_that_is_bad_again_after_going_back_is_left_out():
     watch = watch_of(action="rollback")
     saved = watch.state_dict()
     assert watch.judge(7, NAN, 1).action == "rollback"
-    # the loop goes back to its checkpoint
+    # the training loop goes back to its checkpoint
     watch.load_state_dict(saved)
     assert watch.judge(6, 1, 1).applies and watch.judge(7, NAN, 1).action == "skip"
-    # another process starts with the last state it wrote
+    # a new process starts from the last state written
     other = watch_of(action="rollback")
     other.load_state_dict(watch.state_dict())
     assert other.judge(7, NAN, 1).action == "skip" and other.judge(8, NAN, 1).action == "rollback"

@@ -75,7 +75,7 @@ def bad_kernel(rank, which):
 
 
 def _kernel_checked(rank, settings, which):
-    """Return the finding if rank 1 computes a wrong result for another rank in the second run."""
+    """Return the finding when rank 1 computes a wrong result for another rank in the second run."""
     model = build(torch.float32)
     pytorch.shard_parameters(model, init_device_mesh("cpu", (4,), mesh_dim_names=("cp",)))
     with da.ContextParallel(kernel="cpu", **settings) as cp:
@@ -132,7 +132,7 @@ def _checked(rank, settings):
             out.append(difference and (difference.ranks, difference.computed_in, difference.text))
             if fault is not None:
                 fault.remove()
-        # the second run leaves the gradients of a step without a check
+        # after the second run, the gradients equal those of a step without a check
         checked = parameters_to_vector([pytorch.full_tensor(p.grad) for p in model.parameters()])
         model.zero_grad()
         run()

@@ -61,7 +61,7 @@ class SharedMemory:
         self.users[places] -= 1
 
     def expect(self, places: np.ndarray, bulk: bool = True) -> None:
-        """Start a copy into these bytes. They must not be used until `land`. Only bulk copies need a fence before."""
+        """Start a copy into these bytes. They must not be used until `land`. Only bulk copies need a fence before them."""
         self._refuse_outside(places)
         self._refuse_landing(places, "written by a second copy")
         self._refuse_users(places, "written by a copy")

@@ -30,7 +30,7 @@ LANE_NUMBERS = np.arange(LANES)
 
 
 def active_lanes(mask: Mask) -> np.ndarray:
-    """Return the numbers of the lanes that take part."""
+    """Return the indices of the lanes that take part."""
     return LANE_NUMBERS if mask is None else np.flatnonzero(mask)
 
 
