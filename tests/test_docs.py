@@ -367,7 +367,7 @@ def test_private_names_of_other_projects_are_listed():
         file for top in ("distattn", "parallel", "kernels", "cluster", "launch") for file in (ROOT / top).rglob("*.py")
     ]
     own_names = set().union(*map(_own_names, files))
-    # Python documents these in spite of their underscore
+    # Python documents these names in spite of their underscore
     public = {"_replace", "_asdict", "_fields", "_exit"}
     table = (ROOT / "docs" / "private-hooks.md").read_text()
     rows = [line for line in table.splitlines() if line.startswith("| ")]

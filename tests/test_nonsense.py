@@ -29,7 +29,7 @@ BATCH = {"input_ids": IDS, "document_lengths": LENGTHS}
 
 
 def anything():
-    """Return values of all kinds. Every call creates new ones, because some can be used only once."""
+    """Return values of all kinds. Every call creates new values, because some can be used only once."""
     numbers = [0, 1, 2, 3, -1, 7, 64, 10**9, 2**62, 10**30, 1.5, -0.5, float("nan"), float("inf"), True, np.int64(4)]
     texts = ["", "x", "1GB", "ring", "causal", "float32", "h200-1x2", "/nowhere", "a\0b", b"bytes", "é" * 300]
     lists = [[], [1], [0], [-1], [16], [5, 3, 8], [1.5], ["a"], [[1, 2], [3]], [None], (), (1, 2), (2, 1, 0), range(3)]

@@ -21,7 +21,7 @@ LOCALS = WORDS["locals"]
 VERBS = set(WORDS["docstrings"]["verbs"])
 NOT_YET = tuple(WORDS["not_yet"])
 PRODUCT = ("distattn", "parallel", "kernels", "launch", "cluster")
-# the pages for readers
+# the pages that readers see first
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md")
 
 

@@ -104,7 +104,9 @@ def test_replicas_that_share_attention_have_the_gradients_of_one_process(stage, 
 
 
 def _stepped(rank: int, stage: int, config: dict):
-    """Return (gradient norm reported by DeepSpeed, parameters) after a clipped step, offloaded if the stage allows it."""
+    """Return (gradient norm reported by DeepSpeed, parameters) after a clipped step, with offloading if the stage
+    supports it.
+    """
     _start(rank)
     cp = da.ContextParallel(groups(rank, 2), loss_group=dist.group.WORLD, strategy="ring", layout="document_zigzag")
     dtype = torch.bfloat16 if "bf16" in config else torch.float32
@@ -179,7 +181,7 @@ def _variant(rank: int, variant: str, stage: int, probes: bool):
     return factor, gradients, state
 
 
-# every stage with every variant; DeepSpeed supports offloading and reduction in another dtype from stage 1
+# every stage with every variant. DeepSpeed supports offloading and reduction in another dtype from stage 1
 @pytest.mark.parametrize(
     ("variant", "stage"),
     [

@@ -86,7 +86,7 @@ def _as_torchrun(rank: int) -> None:
 
 
 def _refilled(rank: int, folder: str) -> list[int]:
-    """Return the first token id of each batch from a collator that refills the same tensor every time."""
+    """Return the first token id of each batch from a collator that reuses one tensor for all batches."""
     _as_torchrun(rank)
     ids = torch.zeros(4, 3, dtype=torch.int64)
     trainer = ContextParallelTrainer(
@@ -153,7 +153,7 @@ def _train(
 
 
 def _check_rates(metrics: dict, kind: str, samples: int, steps: int) -> None:
-    """Check that the rates count every sample once. Both rates and times are rounded."""
+    """Check that the reported rates count every sample once. Rates and times are rounded."""
     seconds = metrics[f"{kind}_runtime"]
     assert metrics[f"{kind}_samples_per_second"] * seconds == pytest.approx(samples, rel=0.02)
     assert metrics[f"{kind}_steps_per_second"] * seconds == pytest.approx(steps, rel=0.02)

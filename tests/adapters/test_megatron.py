@@ -352,7 +352,7 @@ def _untouched(rank: int, distributed_optimizer: bool) -> bool:
     schedule(chunk, config, ours.shard_step(small.step(0, 2)))
 
     def state() -> list[torch.Tensor]:
-        # the gradients are reduced but not used yet
+        # the gradients have been reduced but not applied yet
         moments = [
             x for state_ in optimizer.chained_optimizers for s in state_.optimizer.state.values() for x in s.values()
         ]

@@ -204,7 +204,7 @@ def test_a_checkpoint_names_no_files_outside_of_its_folder(outside, copy):
 
 def test_torch_allows_the_values_that_verify_accepts():
     allowed = torch._weights_only_unpickler._get_allowed_globals()
-    # the list may contain dtypes of other torch versions that this version lacks
+    # the list may contain dtypes of other torch versions that the installed version lacks
     missing = {f"{module}.{name}" for module, name in VALUES} - set(allowed)
     assert all(not hasattr(torch, name.removeprefix("torch.")) for name in missing), missing
 

@@ -19,8 +19,8 @@ from distattn.memory.pinned_memory import pinned_like
 
 @pytest.fixture
 def pinned(monkeypatch):
-    """Record the bytes that CUDA was asked to pin, by address. Assert that ranges are whole mapped pages, each pinned
-    once.
+    """Record the size of each range that CUDA is asked to pin, by address. Assert that ranges consist of complete,
+    mapped pages, each pinned only once.
     """
     ranges: dict[int, int] = {}
     record = SimpleNamespace(ranges=ranges, error=0)
@@ -73,7 +73,7 @@ def test_gathered_tensors_are_copied_without_a_race_and_few_are_held():
                 state[f"layer {number}"] = buffers.keep(f"layer {number}", gathered)
                 most = max(most, len(alive))
                 del gathered
-            # the next optimizer step changes it
+            # a tensor that the next optimizer step changes while it is being copied
             last = torch.zeros(4, device=DEVICE)
             state["last"] = buffers.keep("last", last)
             buffers.finish_kept()

@@ -157,7 +157,7 @@ def test_data_that_does_not_match_its_digest_is_never_unpickled():
     stranger.send(Armed())
     with pytest.raises(ConnectionError, match="does not match its digest"):
         receiver.recv()
-    # a replayed message is refused as well, and so is one sent back in the other direction
+    # a replayed message is refused too, and so is a message sent back in the other direction
     for side, sent in ((1, 0), (0, 1)):
         again = RankConnection(sending, key, side, 1 - side)
         again._sent = sent

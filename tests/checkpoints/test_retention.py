@@ -49,7 +49,7 @@ def test_one_checkpoint_of_every_few_hours_is_kept(tmp_path):
     checkpoints, removable = fill(tmp_path, hours, KeepRule(last=2, every_hours=3))
     # this keeps hours 0, 3 and 6, and the last two checkpoints
     assert removable == [1, 2, 4, 5]
-    # the result does not depend on how often the rule was applied
+    # the result does not depend on how often the rule is applied
     left = [checkpoint for checkpoint in checkpoints if checkpoint.step not in removable]
     assert KeepRule(last=2, every_hours=3).removable(left) == []
 

@@ -216,7 +216,7 @@ def test_after_a_run_has_gone_back_the_newest_is_what_was_saved_last(tmp_path):
         saver.save(step, {"a": step})
     state = {"a": 0}
     assert saver.load_newest(state).step == 15 and state == {"a": 15}
-    # a step that was already saved is replaced
+    # saving a step again replaces its checkpoint
     saver.save(30, {"a": 31})
     assert saver.load_newest(state).step == 30 and state == {"a": 31}
     saver.close()

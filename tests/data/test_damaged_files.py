@@ -99,7 +99,7 @@ def test_no_fault_is_silent_where_there_are_digests(originals, tmp_path):
             read_all(prefix)
             pytest.fail(fault)
         message = str(refusal.value)
-        # one sentence with the file's name and the position of the fault
+        # the message is one sentence with the file's name and the position of the fault
         assert str(tmp_path / "file.") in message and "\n" not in message, fault
         assert re.search(r"bytes? \d|a table of digests was altered", message), (fault, message)
         refusals += 1

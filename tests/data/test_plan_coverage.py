@@ -35,7 +35,7 @@ def plan(tmp_path, part_rows):
 def rewritten(plan, path, change):
     """Rewrite the plan with the pieces that `change` returns.
 
-    change: takes the pieces of all steps, PIECE (N,), and the step of each, (N,).
+    change: a function of the pieces of all steps, PIECE (N,), and the step of each piece, (N,).
     """
     steps = list(map(plan.step, range(plan.steps)))
     rows, step_of = change(

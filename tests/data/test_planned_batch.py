@@ -72,7 +72,7 @@ def test_ranks_read_their_own_tokens_and_one_more_for_each_run(corpus, layout):
     for rank in range(8):
         before, tokens = batch.bytes_read, plan.tokens(rank)
         np.testing.assert_array_equal(batch.read(tokens), (ids[tokens], labels[tokens]))
-        # each of at most two chunks reads one extra token per piece in it
+        # each of at most two chunks reads one additional token for each piece in it
         runs = 2 * (1 + len(PIECES))
         assert 0 <= batch.bytes_read - before - 4 * len(tokens) <= 4 * runs
     assert batch.bytes_read <= 4 * (batch.tokens + 16 + len(PIECES))

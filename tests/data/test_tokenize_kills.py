@@ -211,7 +211,7 @@ def test_a_worker_that_dies_or_stops_is_replaced_and_its_shard_is_repeated(corpu
             line,
         ), line
     assert len(error_lines) == WORKERS
-    # work that was done twice counts once
+    # work done twice counts once
     assert [sum(counts) for counts in zip(*told, strict=True)][1:3] == [manifest.documents, manifest.tokens]
 
 

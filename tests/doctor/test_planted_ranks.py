@@ -200,7 +200,7 @@ ROUNDED = [
 ]
 
 
-# each dtype runs all three thirds of the mistakes
+# each of the two dtypes runs all three thirds of the mistakes
 PARTS = [(BF16, 0), ("float32", 1), (BF16, 2), ("float32", 0), (BF16, 1), ("float32", 2)]
 
 

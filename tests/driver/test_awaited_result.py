@@ -129,6 +129,6 @@ def test_ranks_say_what_they_wait_for_and_of_which_layer(tmp_path):
         assert messages and all(re.fullmatch(form, activity) for activity in messages), told
         passes = {activity.rpartition("the ")[2] for activity in messages}
         assert passes == {f"{direction} pass of layer {n}" for direction in ("forward", "backward") for n in (0, 1)}
-        # backward passes run in reverse order
+        # backward passes run in reverse order of the layers
         order = [activity[-1] for activity in messages if "backward" in activity]
         assert order[0] == "1" and "0" in order

@@ -61,7 +61,7 @@ def test_ranks_ask_once_and_train_as_one_process():
 def test_ranks_that_split_a_batch_read_the_same_share():
     options = dict(strategy="ring", layout="zigzag", context_parallel_size=2)
     for result, asked in run_on_ranks(4, trained_run, 2, options):
-        # a step's losses are summed over the ranks, which have different tokens
+        # each step's losses are summed over the ranks, which have different tokens
         assert_same(result, whole_run(2), 1e-11)
         assert asked == 1
 

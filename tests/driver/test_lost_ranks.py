@@ -15,7 +15,7 @@ from distattn.adapters.pytorch import local_loss
 
 pytestmark = [pytest.mark.sampled(16), pytest.mark.waits(7)]
 
-# the driver's time-out: long enough for a rank that is merely slow on a loaded machine, short enough for a test
+# the driver's time-out: long enough for a rank that is only slow because the machine is loaded, short enough for a test
 TIMEOUT = 16.0
 WHERE = ("the loader", "the loop", "a forward pass", "a backward pass")
 

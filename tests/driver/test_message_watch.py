@@ -41,7 +41,7 @@ def late_run(rank, lost, how):
         if rank == lost:
             os.kill(os.getpid(), how)
         attend(batch)
-        # imitate a loop that never reads the outputs; the test's own limit ends it
+        # imitate a loop that never reads the outputs, until the test's own limit ends it
         while True:
             time.sleep(0.2)
             attend(batch)

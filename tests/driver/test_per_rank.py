@@ -255,7 +255,7 @@ def replicas_run(rank, data):
 def test_replicas_may_have_unequal_numbers_of_steps_and_micro_batches(data):
     blocks = 2 if data == "replicated" else 4
     wanted = whole_run(blocks)
-    # as many micro-batches as the rank with the most
+    # every rank runs as many micro-batches as the rank with the most
     most = [max(len(steps[s : s + 1] and steps[s]) for steps in PACKS[:blocks]) for s in range(len(wanted))]
     for result in run_on_ranks(4, replicas_run, data):
         assert [count for count, *_ in result] == most

@@ -28,7 +28,7 @@ NEEDED = KernelRequirements(torch.float32, 16, 16, torch.device("cpu"), op=OPS["
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Return the results of a process that has fla-core and interprets its kernels."""
+    """Return the results of a process that runs fla-core's kernels in Triton's interpreter."""
     if not FOLDER.exists():
         pytest.skip("fla-core is not there; `make fla` puts it beside the environment")
     return json.loads((made_once(tmp_path_factory, "fla", interpret) / "found.json").read_text())

@@ -16,7 +16,7 @@ from distattn.kernels.spec import KernelRequirements, ScoreMod
 
 CPU = torch.device("cpu")
 DEMAND = KernelRequirements(torch.float64, 8, 8, CPU)
-# the kernels that support every dtype
+# kernels that support every dtype
 EXACT = ["reference", "cpu"]
 
 

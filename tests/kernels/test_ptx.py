@@ -260,12 +260,12 @@ def test_a_planted_bug_is_found(bug):
 NEEDED = re.compile(r"^\s*(@\S+\s+)?(mbarrier|fence\.proxy|cp\.async\.bulk\.wait_group).*;$", re.M)
 
 
-# the orders of warps and copies to try; the ones that found faults missed by others come first
+# seeds of the orders of warps and copies to try. Seeds that found faults missed by others are first
 SEEDS = list(dict.fromkeys([0, 26, 15, 10, 8, 7, 5, *range(48)]))
 
 
 def without(kernel: Compiled, place: re.Match) -> Compiled:
-    """Return the kernel without one instruction. A wait is replaced by one that succeeds at once."""
+    """Return the kernel without one instruction. A wait is replaced by one that succeeds immediately."""
     rest = "mov.pred complete, -1;" if "try_wait" in place[0] else ""
     return kernel._replace(ptx=kernel.ptx[: place.start()] + rest + kernel.ptx[place.end() :])
 

@@ -114,7 +114,7 @@ def test_dealt_tiles_lose_what_is_held_and_single_tiles_do_not(mask):
     )
     dealt = [slowdown(mask, quiet, *held) for held in HELD]
     single = [slowdown(mask, overlapped, *held) for held in HELD]
-    # programs that start late still have a full share of the work, so computation and communication do not overlap
+    # programs that start late still have a full share of the work, so computation starts only after communication
     for (_, share), time in zip(HELD, dealt, strict=True):
         assert time >= 1 + share - 0.01
     for (held, share), time in zip(HELD, single, strict=True):

@@ -149,7 +149,7 @@ def test_the_kernel_that_holds_multiprocessors_ends_by_itself_and_when_it_is_tol
 
 
 class Device:
-    """A device with 132 multiprocessors. Programs start when their number is read, and streams hold the queued work."""
+    """A device with 132 multiprocessors. Programs start when their index is read, and streams hold the queued work."""
 
     def __init__(self, monkeypatch, spinner, starts):
         self.log, self.starts = [], starts

@@ -36,7 +36,7 @@ def elastic(*overrides: str):
         # a step has 8 packs, which cannot be divided equally among 3 replicas
         ((), (4, 2, 1)),
         (("--ray.min_nodes=2",), (4, 2)),
-        # a replica spans two nodes
+        # here a replica spans two nodes
         (("--parallel.context_parallel_size=4",), (4, 2)),
         (("--parallel.strategy=cad", "--parallel.data=per_rank", "--parallel.context_parallel_size=1"), (4, 2, 1)),
         # tensor- and pipeline-parallel ranks also belong to the same replica

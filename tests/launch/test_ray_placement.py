@@ -19,7 +19,7 @@ from distattn.training.run_folder import RunFolder
 @pytest.fixture
 def ray(monkeypatch):
     """Return a cluster that provides nodes when a test says so. asked: (count, excluded nodes) of each request. now:
-    seconds.
+    the time in seconds.
     """
     cluster = SimpleNamespace(asked=[], given={}, held=[], now=0.0)
 

@@ -37,7 +37,7 @@ SHORT = (
     "--reference_check.steps=0",
     "--supervision.patience_seconds=30",
 )
-# several failures follow each other before the next checkpoint
+# several failures in a row happen before the next checkpoint
 ELASTIC = ("--ray.min_nodes=1", "--ray.shrink_seconds=1", "--supervision.max_restarts=9")
 
 
@@ -142,7 +142,7 @@ def test_a_run_that_loses_ranks_and_a_node_and_gets_another_node_learns_the_same
     # one replica sums a step's two packs in a different order than two replicas do. The fp32 rounding differences
     # accumulate
     np.testing.assert_allclose(curve(far), curve(near), rtol=1e-5)
-    # the steps after the newest checkpoint were repeated with the same pieces
+    # steps after the newest checkpoint were repeated with the same pieces
     assert set(pieces(far)) == set(pieces(near)) and len(set(pieces(near))) == len(pieces(near))
     assert len(curve(near)) == STEPS
 

@@ -168,7 +168,7 @@ def test_a_signal_while_the_launcher_takes_its_lock_has_the_sentence_of_the_star
     def stop(*_):
         raise CommandStopped(signal.SIGTERM)
 
-    # the launcher sleeps while it waits for the lease of a launcher on another machine
+    # imitate a signal that arrives while the launcher waits for the lease of a launcher on another machine
     monkeypatch.setattr(run_locally, "RunLock", stop)
     with pytest.raises(CommandStopped, match="stopped by SIGTERM before training; the run is unchanged"):
         resume_command.main([str(run.folder)])

@@ -88,7 +88,7 @@ def test_a_run_whose_launcher_was_killed_in_the_comparison_says_what_completes_i
     # the report is from before the run was resumed for more steps
     os.utime(run.report_file, (0, 0))
     assert status(run)["state"] == wanted
-    # on Ray the launcher has recorded that it reports, and on Slurm that it has ended
+    # on Ray: the run is recorded as running, but its launcher is gone
     run.ray_file.write_text(json.dumps({"host": socket.gethostname(), "launcher": launcher.pid, "cluster": "a:1"}))
     run.state_file.write_text("running\n")
     assert status(run)["state"] == wanted.replace("ended, exit code 0", "killed with its launcher")

@@ -27,8 +27,8 @@ SAVED = "srun: error: node[1-2]: tasks 0-1: Exited with exit code 75"
 def job(tmp_path):
     """Return a function that runs the helper in a job of three nodes.
 
-    steps: the output and exit code of srun, step by step. A first attempt that is KILLED has saved step 4. broken: a
-    Slurm command that fails. others: nodes of the cluster outside the job.
+    steps: (output, exit code) of each srun. A first attempt that is KILLED has saved step 4. broken: a Slurm command
+    that fails. others: nodes of the cluster outside the job.
     """
 
     def run(
@@ -241,7 +241,7 @@ def test_hosts_that_failed_but_answer_are_taken_again_where_there_are_no_others(
     left_out = LeftOut()
     left_out.blame(["a"], AttemptEnd(1, {"a": 137}), spare=2)
     left_out.blame(["a", "b", "c"], AttemptEnd(1, {"a": 137, "c": None}, lost=["c"]), spare=2)
-    # a has failed twice, b stopped answering, and c is gone
+    # node a has failed twice, b has stopped answering, and c is gone
     assert left_out.hosts == ["a", "b", "c"]
     assert left_out.take_back() == ["a"] and left_out.hosts == ["b", "c"] and not left_out.take_back()
     left_out.blame(["a"], AttemptEnd(1, {"a": 137}), spare=2)

@@ -149,7 +149,7 @@ def test_layers_keep_nothing_of_their_inputs():
     hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0]))) for layer in layers]
     x = torch.ones(8, WIDTH, requires_grad=True)
     out = layers(x)
-    # the caller holds the first input
+    # only the first input is alive, because the caller holds it
     assert not any(reference() is not None for reference in inputs[1:])
     out.sum().backward()
     for hook in hooks:

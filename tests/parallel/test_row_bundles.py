@@ -101,8 +101,7 @@ def test_a_row_has_no_gaps_and_ends_with_one_number_tensors_and_padding():
 
 @pytest.mark.parametrize("head_dim", [128, 64])
 def test_rows_are_multiples_of_sixteen_numbers_with_little_padding(head_dim):
-    # one, two, four and eight heads per rank; a row's tensors with log-sum-exps or deltas are not such a multiple
-    # without padding
+    # one, two, four and eight heads per rank. Rows with log-sum-exps or deltas are such multiples only with padding
     bundled = collections.defaultdict(set)
     for heads in (4, 8, 16, 32):
         shape = dict(heads=heads, kv_heads=4, head_dim=head_dim, dtype="bfloat16", comm_dtype="bfloat16")

@@ -118,7 +118,7 @@ def test_weights_and_biases_gets_the_same(run, monkeypatch):
     kind, settings = seen[-1]
     seen.clear()
     write_all(run, wandb="long-documents")
-    # a resumed run continues the same record
+    # a resumed run continues the same wandb run
     assert seen[-1][1]["id"] == settings["id"] == run.wandb_file.read_text() and settings["resume"] == "allow"
     assert (kind, settings["project"], settings["name"]) == ("end", "long-documents", "run") and "[train]" in settings[
         "config"

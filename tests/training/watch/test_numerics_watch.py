@@ -178,7 +178,7 @@ def bad_backward(out):
     return ChangedGradient.apply(out, lambda gradient: with_number(gradient, 5, math.inf))
 
 
-# for each fault: the rank, the module, the change of its output, and the calls in which it happens
+# for each fault: the rank, the module, the change to its output, and the calls in which the change happens
 FAULTS = {
     "mlp": (3, "model.layers.1.mlp", some(NAN, 17), (1, 3)),
     "key": (2, "model.layers.0.self_attn.k_proj", some(math.inf, 1), None),

@@ -97,7 +97,7 @@ def test_the_update_that_made_a_weight_grow_is_named():
     assert growth.largest() is None
     for step in range(9):
         with torch.no_grad():
-            # biases that start at zero may become anything
+            # biases that start at zero may grow to any size
             model[1].bias.fill_(float(step))
             if step == 3:
                 model[0].weight.mul_(2000)

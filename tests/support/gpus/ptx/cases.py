@@ -77,7 +77,7 @@ def forward_call(case: Case, into: tuple[torch.Tensor, torch.Tensor] | None = No
     )
     o, lse = into or nothing
     schedule = gluon_attention.prepare(_cells(case), _requirements(case))
-    # launch one program per multiprocessor, however unevenly the tiles are distributed
+    # launch at most one program per multiprocessor, however unevenly the tiles are distributed
     schedule = schedule._replace(programs=min(len(schedule.forward.order) * case.heads, case.multiprocessors))
     launch = gluon_attention.forward_launch(q, k, v, o, lse, schedule, case.score, merge=case.kernels == "merge")
     return Call([launch], {"o": o, "lse": lse})
