@@ -222,7 +222,7 @@ def _parallel(rank: int, tp: int, pp: int, cp: int, changes: dict):
     start(tp, pp, cp)
 
     def seeded(weight):
-        # the same weights on every stage and tensor-parallel rank
+        # use the same weights on every stage and tensor-parallel rank
         torch.nn.init.normal_(weight, std=0.2, generator=torch.Generator().manual_seed(weight.numel()))
 
     config = config_of(

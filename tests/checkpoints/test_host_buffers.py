@@ -32,7 +32,7 @@ def pinned(monkeypatch):
         return record.error
 
     def unregister(address):
-        # reading it checks that the memory is still mapped
+        # reading the memory checks that it is still mapped
         ctypes.string_at(address, ranges.pop(address))
         return 0
 
@@ -73,7 +73,7 @@ def test_gathered_tensors_are_copied_without_a_race_and_few_are_held():
                 state[f"layer {number}"] = buffers.keep(f"layer {number}", gathered)
                 most = max(most, len(alive))
                 del gathered
-            # a tensor that the next optimizer step changes while it is being copied
+            # a tensor that the next optimizer step changes right after it was copied
             last = torch.zeros(4, device=DEVICE)
             state["last"] = buffers.keep("last", last)
             buffers.finish_kept()

@@ -4,7 +4,7 @@ import checkpoint_faults as faults
 import pytest
 import torch
 
-# import it once here, not in every forked rank at its first optimizer step
+# import torch._dynamo once here, not in every forked rank at its first optimizer step
 import torch._dynamo  # noqa: F401
 import torch.distributed as dist
 from processes import run_on_ranks

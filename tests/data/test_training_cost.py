@@ -58,8 +58,8 @@ def test_products_and_pairs_match_the_shape():
 
 @pytest.mark.parametrize("device", ["h100", "b200", "laptop"])
 def test_attention_matches_the_cost_model_of_clusters(device):
-    """Compare the seconds without matrix products with `padded_cells`, averaged over lengths that fill their tiles to
-    varying degrees.
+    """Compare the seconds, excluding matrix products, with `padded_cells`, averaged over lengths that fill their tiles
+    to varying degrees.
     """
     cluster = load_device(device)
     shape = ModelShape(1, 1, 16, 1, 1, head_dim=128)

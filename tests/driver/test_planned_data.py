@@ -29,7 +29,7 @@ def folder(tmp_path):
 
 
 def opened(folder: Path):
-    # open them in each process, because a file remembers which blocks it has checked
+    # open the files in each process, because an open file remembers which blocks have been checked
     return PackPlan.open(folder / "plan.packs"), [Corpus.open("web", [str(folder / "web-0")])]
 
 

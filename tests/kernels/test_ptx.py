@@ -71,7 +71,8 @@ def run(case: Case, kernels: list[Compiled], seed: int = 0, programs=None) -> di
         exact = wanted(case)
         delta = (case.inputs().do.double() * exact.o).sum(-1)
         call = backward_call(case, exact.lse.float(), delta.float())
-    # plain Triton omits the fence between an mbarrier's initialization and the first copy that counts on it
+    # plain Triton omits the fence between an mbarrier's initialization and the first copy that counts bytes on the
+    # mbarrier
     fenced = case.kernels != "split"
     for launch, kernel in zip(call.launches, kernels, strict=True):
         only = programs if launch is call.launches[-1] else None

@@ -154,7 +154,7 @@ def test_a_trial_that_runs_out_of_memory_is_reported_and_not_stored(candidates, 
     assert 'its trial ran out of device memory; kernel="large" uses it without a trial' in caplog.text
     ((_, kept),) = json.loads(candidates.read_text()).items()
     assert "large" not in kept
-    # another plan has enough room
+    # for another plan there is enough memory
     planted("large", monkeypatch)
     monkeypatch.setattr(trials, "_seconds", lambda kernel, *_: float(kernel is cpu))
     assert da.prepare(plan_for(1, "causal")).key.kernel == "large"

@@ -199,7 +199,7 @@ def test_a_resume_says_which_checkpoints_are_set_aside(run, monkeypatch, capsys)
     monkeypatch.setattr(run_locally, "run_ranks_and_finish", lambda *_: 2)
     for serial, step in ((2, 36), (3, 38)):
         Manifest(serial, step, "2026-01-01T00:00:00+00:00", 4, "2.13.0", {}, []).write(folder_of(run, step))
-    # the state left by a launcher that was killed while its ranks were loading
+    # imitate the state left by a launcher that was killed while its ranks were loading
     with choose_step(run.checkpoints, 34):
         pass
     assert resume_command.main([str(run.folder)]) == 2

@@ -56,7 +56,7 @@ def test_a_run_under_another_scheduler_shows_its_owner_and_the_reports_of_nodes(
     os.utime(tmp_path / "owner.json", (0, 0))
     assert status(run)["state"].startswith(f"{begun}, was killed: ")
     (tmp_path / "owner.json").unlink()
-    # run_node reports it in this form
+    # run_node reports a killed rank in this form
     Attempts(run.attempts).report_node(1, 3, {"why": "rank 6 was killed by SIGKILL: step 2"})
     assert cli.main(["launch", "status", str(tmp_path)]) == 0
     output = capsys.readouterr().out
@@ -124,7 +124,7 @@ def test_a_run_of_this_machine_tells_its_attempts_and_what_its_ranks_do(tmp_path
     assert status(run)["state"] == "not begun"
     with pytest.raises(DistattnError, match="no ranks of this machine work on it"):
         cancel(run)
-    # start a launcher with a board for its ranks
+    # start a launcher with a heartbeat board for its ranks
     launcher = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     board, attempts = HeartbeatBoard.make(2), Attempts(run.attempts)
     facts = {"host": socket.gethostname(), "launcher": launcher.pid, "board": str(board.path)}

@@ -31,7 +31,7 @@ def modifiers(softcap=True, alibi=True, sink=True, gate=(HEADS, 8)):
 
 
 def oracle(mask, inputs, softcap, alibi_slopes, sink, gate):
-    """Compute (o, lse, dq, dk, dv, dsink, dgate) by definition on the whole axis."""
+    """Compute (o, lse, dq, dk, dv, dsink, dgate) by definition over the entire token axis."""
     q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
     extra = [x.detach().requires_grad_() for x in (sink, gate) if x is not None]
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(HEADS // KV_HEADS, 1)) / math.sqrt(q.shape[-1])

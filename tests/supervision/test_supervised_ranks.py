@@ -136,7 +136,7 @@ def test_a_rank_that_gives_a_reason_for_its_end_is_not_restarted(runs):
     assert code == 2 and len(attempts) == 1
     assert attempts[0]["why"] == "rank 2 refused with exit code 2: tokens.bin: token 7 is not in the vocabulary."
     assert output.endswith("distattn: rank 2 ended with exit code 2; the other ranks were stopped.")
-    # an error in the first step would be raised again
+    # an error in the first step would be raised again, so there is no second attempt
     code, output, attempts = outcome(runs / "raised at once")
     assert code == 1 and len(attempts) == 1 and attempts[0]["kind"] == "raised"
 

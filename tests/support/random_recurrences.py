@@ -22,7 +22,7 @@ KEY_DIM, VALUE_DIM = 3, 4
 
 
 class RandomPlan(NamedTuple):
-    """A plan and a description of how it was made."""
+    """A plan and a description of how it was built."""
 
     plan: Plan
     name: str

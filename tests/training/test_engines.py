@@ -54,7 +54,7 @@ CLIP = 2.0
 def config_of(
     engine: str, ranks: int = 4, size: int = 2, dtype: str = "float32", stage: int = 2, memory=None, **parallel
 ) -> Config:
-    # if each rank has its own packs, there is no layout
+    # a pack that stays on one rank needs no layout
     spread = dict(layout="document_zigzag", min_chunk=4) if size > 1 else {}
     return Config(
         data=DataConfig(context_length=2048, max_document_tokens=1000),

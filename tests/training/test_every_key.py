@@ -173,7 +173,7 @@ def test_a_key_that_does_nothing_is_refused_with_its_name(key, value, others, em
         configuration.load(empty, [*others, f"--{key}={value}"])
     assert str(refused.value).count("\n") == 0
     if key.startswith(("data.", "model.")):
-        # even a repeated default is refused
+        # even the default value is refused if it is given explicitly
         default = value_of(Config(), key)
         shown = " ".join(default) if isinstance(default, tuple) else str(default)
         with pytest.raises(DistattnError, match=key):

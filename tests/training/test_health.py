@@ -68,7 +68,7 @@ def test_a_slow_rank_is_named_as_long_as_it_is_slow():
         f"Rank 2 on {HOST} computes 1.5 s a step, 50% over the median of 1 (named in 1 of 1 reports, the last 1 in a row)."
     )
     assert "named in 3 of 3 reports, the last 3 in a row" in third.text
-    # shown to the user only once
+    # the report is shown to the user only once
     assert [report.is_news for report in reports] == [False, False, True, False, False]
     assert fourth.text == "No rank computes 10% longer than the median of 1 s a step." and not fourth.slow
     assert f"Rank 0 on {HOST}" in fifth.text and "named in 1 of 5 reports" in fifth.text

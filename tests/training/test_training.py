@@ -87,7 +87,7 @@ def test_ranks_with_packs_of_their_own_train_as_plain_transformers(texts, tmp_pa
     assert all(len(plan.step(step).packs) == 2 for step in range(STEPS))
     run_on_ranks(ranks, train_on_rank, run.folder, config)
     verdict = run_reference_check(run, config)
-    # the gradient norm of float64 parameters is summed in another order
+    # the gradient norm of float64 parameters is summed in a different order
     assert verdict["passed"], verdict
 
 
@@ -223,7 +223,7 @@ def interrupted(config_file: Path, folder: Path, when: str, *overrides: str) -> 
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
     def listening() -> None:
-        # tests in a shell's background may ignore Ctrl-C
+        # tests run in the background of a shell may ignore Ctrl-C
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -285,7 +285,7 @@ class _Call:
 
 
 def imitate_nccl(seconds: float = 60.0, blocks: bool = True) -> None:
-    """Replace gloo communicators in this process by communicators with NCCL's rules from now on."""
+    """Replace gloo communicators in this process, from now on, with communicators that follow NCCL's rules."""
     from distattn.parallel.runtime.communication import communicator
 
     def opened(store: dist.Store, rank: int, members: list[int], timeout: Any, name: str) -> ImitatedNccl:

@@ -103,8 +103,8 @@ class Watch(TorchDispatchMode):
 
 
 def _row_bytes(name: str, args: tuple[Any, ...]) -> int:
-    """Return the bytes that an operator of `kernels.glue` reads and writes. It accesses some rows of its tensors, not
-    all of them.
+    """Return the bytes that an operator of `kernels.glue` reads and writes. An operator accesses only some rows of its
+    tensors.
     """
     if name not in ("copy_rows", "copy_rows_with_products", "add_rows", "merge_rows"):
         return 0

@@ -152,7 +152,9 @@ def in_one_process(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[to
 
 @contextmanager
 def double_precision() -> Iterator[None]:
-    """Replace float32 by float64 in torch, because transformers always computes decays, states and routers in float32."""
+    """Replace float32 with float64 in torch, because transformers always computes decays, states and routers in
+    float32.
+    """
     names, as_float = ("float32", "float"), torch.Tensor.float
     before = {name: getattr(torch, name) for name in names}
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]

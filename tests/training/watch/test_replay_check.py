@@ -37,7 +37,7 @@ def test_a_digest_sees_every_bit_and_where_rows_are(dtype):
 
 
 def an_ulp(out):
-    """Replace one element of an output by the next larger number."""
+    """Replace one element of an output with the next larger number."""
     other = out.detach().clone()
     other.view(-1)[3] = torch.nextafter(other.view(-1)[3], torch.tensor(torch.inf))
     return out + (other - out.detach())
@@ -94,7 +94,7 @@ def _kernel_checked(rank, settings, which):
     return difference and (difference.ranks, difference.computed_in, difference.tensor)
 
 
-# (rank, module, change of its output, run in which it happens)
+# (rank, module, change to its output, run in which the change happens)
 FAULTS = [
     (2, "model.layers.0.self_attn.k_proj", an_ulp, 1),
     (1, "model.layers.1.mlp", an_ulp, 0),
