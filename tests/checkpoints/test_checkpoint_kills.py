@@ -59,7 +59,7 @@ def leave(tmp_path, writer):
 def test_leftovers_of_dead_writers_are_removed_and_those_of_live_ones_are_not(tmp_path):
     machine, pid, started = writer_name().split("-")
     alive = leave(tmp_path, writer_name())
-    # no process id exceeds 2**22; the second name has this process's id but another start time
+    # no process id exceeds 2**22; the second name has this process's id but a different start time
     dead = [leave(tmp_path, f"{machine}-{2**22 + 1}-{started}"), leave(tmp_path, f"{machine}-{pid}-{started}0")]
     far, silent = leave(tmp_path, "00000000-1-1"), leave(tmp_path, "00000000-2-1")
     outdated = tmp_path / "step-00000001.removed-00000005"

@@ -20,7 +20,9 @@ PAGE = 4096
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
-    """Write two files with equal numbers of tokens and documents. Return their folder and the first file's documents."""
+    """Write two files with the same number of tokens and of documents. Return their folder and the first file's
+    documents.
+    """
     folder = tmp_path_factory.mktemp("originals")
     rng = np.random.default_rng(3)
     # many documents, so that each section of the index spans several pages

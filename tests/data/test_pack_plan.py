@@ -377,7 +377,7 @@ def test_the_header_is_json_that_others_can_read(plan):
     header = json.loads(content[offset : offset + size])
     assert header["rule"]["context"] == [[0, 4096]]
     assert [source["name"] for source in header["sources"]] == ["web", "books"]
-    # the records follow the documented format as well
+    # the records follow the documented format too
     begin = int(np.frombuffer(content, "<u8", 1, offset=header["index"])[0])
     packs = int(np.frombuffer(content, "<u4", 1, offset=begin)[0])
     counts = np.frombuffer(content, "<u4", packs, offset=begin + 4)

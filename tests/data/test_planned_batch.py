@@ -21,7 +21,7 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.ir.layout import Layout
 
 LENGTHS = [[40, 1, 7, 3000], [25, 0, 12]]
-# (document, start, length): whole documents, the first and last part of a document that is cut, and a single token
+# (document, start, length): complete documents, the first and last part of a document that is cut, and a single token
 PIECES = [(0, 0, 40), (3, 0, 1000), (6, 0, 12), (3, 1000, 1200), (1, 0, 1), (3, 2200, 800), (4, 0, 25)]
 
 

@@ -271,7 +271,7 @@ def test_text_is_tokenized():
     ],
 )
 def test_an_invalid_document_is_refused_by_its_number(wrong, message):
-    # an empty document counts as well
+    # an empty document counts too
     stream = [[1, 2], [], [[3], [4, 5]], wrong]
     with pytest.raises(DistattnError, match=f"document 4 of the stream {message}"):
         list(StreamLoader(stream, **SETTINGS))

@@ -139,7 +139,7 @@ def test_a_command_that_is_killed_repeatedly_continues(corpus, tmp_path):
     folder, whole = corpus
     rng = random.Random(1)
     out = tmp_path / "out"
-    # each run gets a few shards further and never finishes
+    # each run completes a few more shards and never finishes
     for shards in rng.choices(range(1, 5), k=6):
         before = finished(out)
         killed = finish(folder, out, shards=WORKERS + shards, seconds=rng.random() * 0.02)

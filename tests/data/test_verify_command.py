@@ -63,8 +63,8 @@ def test_correct_files_are_accepted(prefix, capsys):
 
 
 def test_digests_are_written_where_there_are_none(prefix, capsys, monkeypatch):
-    """Write digests for files made by Megatron's tools. Opening a corpus then reads only headers, and changes are
-    noticed.
+    """Write digests for files created by Megatron's tools. Opening a corpus then reads only headers, and later changes
+    are noticed.
     """
     expected = Path(f"{prefix}.xxh3").read_bytes()
     plain = Corpus.open("web", [prefix]).digest

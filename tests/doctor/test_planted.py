@@ -256,7 +256,7 @@ def _examine(rank: int, scripts: list[str]) -> list[dict]:
 
 
 def diagnoses(folder: Path, texts: list[str]):
-    """Return the doctor's diagnoses of scripts, which the same two ranks run one after another."""
+    """Return the doctor's diagnoses of scripts. The same two ranks run all scripts in turn."""
     scripts = []
     for number, text in enumerate(texts):
         scripts.append(str(folder / f"target{number}.py"))

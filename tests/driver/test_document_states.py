@@ -38,7 +38,7 @@ class Layers(torch.nn.Module):
         self.rows, self.filters, self.before, self.state = map(torch.nn.Parameter, tensors)
 
     def forward(self, local, ids, states, span=None):
-        """Return (o, states) for a batch. span: a span of layers that run on another layout."""
+        """Return (o, states) for a batch. span: a span of layers that run on a different layout."""
         x, before, state = self.rows[ids], *states
         if span is not None:
             x, local = span.enter(x), span.batch
@@ -101,7 +101,7 @@ def weighted(o, ids):
 
 
 def of_one_batch(blocks):
-    """Compute the same results from whole documents, one at a time."""
+    """Compute the same results from unsplit documents, one at a time."""
     total = sum(sum(first) + sum(second) for first, second in blocks)
     model = Layers(total, sum(len(first) for first, _ in blocks))
     loss, token, number, final = 0.0, 0, 0, []

@@ -104,7 +104,7 @@ def made(kind):
 
 def alternating_run(rank, kind, options):
     """Return (losses, gradients) of micro-batches run in order, then of micro-batches taking turns, and the trace of
-    the latter.
+    the second run.
     """
     layers, loss, parameters = made(kind)
     out = []

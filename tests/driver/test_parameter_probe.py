@@ -187,6 +187,6 @@ def test_an_antisymmetric_gradient_has_a_sketch():
     sketches = GradientSketches([], None, torch.device("cpu"))
     values = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
     gradient = values - values.T
-    # the expected square of a sketch is the squared norm of the gradient. The mean of 8 sketches comes within a factor
-    # of 10
+    # the expected square of a sketch is the squared norm of the gradient. The mean of 8 sketches is within a factor of
+    # 10 of it
     assert 0.1 < float(sketches._sketch(gradient).square().mean() / gradient.square().sum()) < 10

@@ -69,7 +69,7 @@ CONTEXT = 64
 
 @pytest.fixture
 def kept(tmp_path):
-    """Write documents three times as long as the context, which are kept whole, among shorter ones."""
+    """Write documents three times as long as the context, which are kept whole, among shorter documents."""
     corpora = [write_corpus(tmp_path, "web", [[3 * CONTEXT, 30, 20, 64, 11, 40, 9, 64, 2] * 3])]
     small_plan(tmp_path, corpora, context=CONTEXT, packs=6, rule={"long_documents": "keep"})
     return tmp_path

@@ -110,7 +110,7 @@ def watched(rank, work, *arguments):
     with imitated_cuda() as cuda:
         with torch.cuda.stream(torch.cuda.Stream()):
             work(rank, *arguments)
-        # freeing a tensor is checked as well
+        # freeing a tensor is checked too
         gc.collect()
         return cuda.clocks.violations, cuda.clocks.counts
 

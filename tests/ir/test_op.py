@@ -66,7 +66,7 @@ def test_gates_are_as_wide_as_sums_and_heads_share_queries_and_keys():
 
 def test_a_task_reads_the_tokens_of_its_segment():
     call = call_of("gla")
-    # a whole segment, a state, a gradient state
+    # an entire segment, a state, a gradient state
     tasks = Table.from_rows(
         [(0, 0, 1, 8, 16, 5, 11, 1, 4), (1, 0, 1, 8, 8, 5, 11, 1, 4), (2, 0, 1, 8, 16, 11, 11, 1, 4)]
     ).tasks

@@ -276,7 +276,7 @@ def test_ranks_take_the_kernel_that_is_right_on_all_of_them_and_fastest_on_the_s
     right, slower, wrong = Trial(0.0, 1.0), Trial(0.0, 2.0), Trial(1.0, 0.1, "wrong: 1.0e+00 from the reference")
     names = ["a", "b", "c"]
     assert rank_kernels([dict(a=slower, b=right, c=wrong)], names) == ["b", "a"]
-    # on another rank b is slow and c is correct
+    # on a second rank, b is slow and c is correct
     assert rank_kernels([dict(a=slower, b=right, c=wrong), dict(a=slower, b=Trial(0.0, 3.0), c=right)], names) == [
         "a",
         "b",

@@ -156,7 +156,7 @@ def test_a_run_of_this_machine_tells_its_attempts_and_what_its_ranks_do(tmp_path
     place = board.path
     assert status(run)["ranks"] and place.exists()
     board.close()
-    # a new file gets the lowest free descriptor, which was the board's
+    # a new file gets the lowest free descriptor, which was that of the board
     with open(tmp_path / "other", "wb") as other:
         assert other.fileno() == int(place.name) and status(run)["ranks"] == {}
 

@@ -138,7 +138,7 @@ def test_pinned_memory_is_given_back_after_its_copies_are_over():
 
 
 def covers(clock, other):
-    """Return whether a clock knows everything that another clock knows."""
+    """Return whether one clock knows everything that the other knows."""
     return all(clock.get(timeline, 0) >= tick for timeline, tick in other.items())
 
 

@@ -122,7 +122,7 @@ def cases(ranks):
         named = [
             (op, dtype) for op, dtypes in DTYPES.items() for dtype in (dtypes if lengths == PACKED else dtypes[:1])
         ]
-        # this layout keeps whole documents on one rank, so a single document leaves the other ranks empty
+        # this layout does not split documents, so a single document leaves the other ranks without tokens
         placed = {"placed": make_layout("placed", lengths, ranks, da.Mask.documents(lengths))}
         for name, layout in (layouts(lengths, ranks) | placed).items():
             for op, dtype in named:

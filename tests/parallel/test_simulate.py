@@ -85,7 +85,7 @@ def test_messages_share_the_ports_of_both_ends():
     # rank 1 receives two messages across nodes, which both take as long as its port needs for the two
     src, dst = np.array([2, 3]), np.array([1, 1])
     assert message_seconds(four, src, dst, size[:2]) == pytest.approx([14 + 5e-6] * 2)
-    # a shared link serves the whole node
+    # a shared link serves all ranks of a node
     shared = machine(4, 2, intra_node=Link(10.0, 0.0), inter_node=Link(1.0, 0.0, shared=True))
     assert message_seconds(shared, np.array([0, 1]), np.array([2, 3]), size[:2]) == pytest.approx([14, 14])
 

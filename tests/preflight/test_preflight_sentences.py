@@ -139,7 +139,7 @@ def test_every_pair_meets_once_and_no_rank_is_in_two_pairs_of_a_round(members):
     for pairs in rounds:
         assert len({rank for pair in pairs for rank in pair}) == 2 * len(pairs)
     assert sorted(tuple(sorted(pair)) for pairs in rounds for pair in pairs) == list(combinations(range(members), 2))
-    # ranks with equal local numbers are paired; a node's extra ranks have no partner
+    # ranks with the same local rank are paired. Additional ranks of a node have no partner
     across = list(rounds_across([[0, 1, 2], [3, 4]]))
     assert across == [[(0, 3), (1, 4)]]
 
@@ -158,7 +158,7 @@ def test_a_step_is_counted_where_it_can_be_and_the_state_where_not(name, monkeyp
     assert forecast.whole_step and forecast.device > state_bytes(config) and forecast.host == 0
     state = state_bytes(config)
     assert forecast_memory(config, data, torch.device("cpu"), plan, 1) == MemoryForecast(0, state, False)
-    # the folder of a run resumed on another number of ranks has no plan for it
+    # the folder of a run resumed on a different number of ranks has no plan for that number
     wider = dataclasses.replace(config, parallel=ParallelConfig(ranks=4, strategy=name, layout="zigzag"))
     assert forecast_memory(wider, data, CUDA, plan, 1) == MemoryForecast(state_bytes(wider), 0, False)
     other = dataclasses.replace(config, engine=EngineConfig(name="deepspeed"))

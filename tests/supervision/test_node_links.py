@@ -128,7 +128,7 @@ def test_a_link_counts_as_cut_only_if_it_worked_before(tmp_path, monkeypatch):
             == "node 0 (a, 127.0.0.1) and node 2 (a, 127.0.0.1) no longer reach each other (No route to host): "
             + ("the link between them is cut")
         )
-        # the folder is unreachable as well, and the other node has restarted elsewhere
+        # the folder is unreachable too, and the other node has restarted elsewhere
         (tmp_path / "address-1.json").unlink()
         (tmp_path / "address-2.json").write_text(json.dumps(address))
         assert [(cut.first, cut.second) for cut in links.cut()] == [(0, 1)]

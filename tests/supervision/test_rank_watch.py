@@ -49,7 +49,7 @@ def test_long_silent_steps_are_not_a_hang_but_a_lasting_silence_is(tmp_path):
 
 
 def _steps(board, pid, seen):
-    # send heartbeats on behalf of another process, which is the one to kill
+    # send heartbeats on behalf of a different process, which is to be killed
     with patch.object(os, "getpid", lambda: pid):
         write = board.writer(0, 1)
     for step in range(4):

@@ -237,7 +237,7 @@ def attacked(rng: random.Random) -> tuple[Plan, str] | None:
 
 
 def _begun_at(table: Table, q0: int, q1: int, start: int) -> Table:
-    """Return the backward table in which tasks of whole segments that start in [q0, q1) start their sum at `start`."""
+    """Return the backward table, but let tasks of unsplit segments that start in [q0, q1) start their sum at `start`."""
     tasks = table.tasks
     whole = has_rows_and_keys(tasks) & (q0 <= tasks["q0"]) & (tasks["q0"] < q1)
     return Table({**tasks, "k0": np.where(whole, start, tasks["k0"])}, table.moves)

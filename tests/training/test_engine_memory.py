@@ -27,7 +27,7 @@ VOCABULARY = 2048
 
 
 class _WeightsAreThere(Exception):
-    """Raised once an engine has its weights, to stop it from opening further."""
+    """Raised once an engine has its weights, so that opening it goes no further."""
 
 
 def _opened(rank: int, name: str, how: EngineConfig, parallel: dict[str, int]) -> tuple[int, int]:

@@ -236,7 +236,7 @@ VARIANTS = {
     "planned": ["--data.path={planned}", "--train.steps=2"],
 }
 # keys that are read when a configuration is loaded, only by other engines, only for corpora with masks, or together
-# with their whole section
+# with their entire section
 UNNOTED = {
     "model.path",
     "engine.zero_stage",

@@ -120,7 +120,7 @@ def rows(run: RunFolder) -> list[tuple[int, float, float]]:
 @pytest.mark.full
 def test_a_disk_that_is_full_or_cannot_be_written_for_a_while_ends_no_run(texts, disk, tmp_path):
     plain = trained(config_of(texts, tmp_path / "plain"), tmp_path / "said-0", {})
-    # the whole run is on the disk, which is full from before the first save until after the third
+    # the entire run is on the disk, which is full from before the first save until after the third
     full = {1: lambda: fill(disk), 7: lambda: (warned_of(6, tmp_path / "said-1"), (disk / "ballast").unlink())}
     run = trained(config_of(texts, disk / "run"), tmp_path / "said-1", full)
     assert [checkpoint.step for checkpoint in list_checkpoints(run.checkpoints)] == [8, 10]

@@ -19,7 +19,7 @@ TRAINED = 4
 
 @pytest.fixture
 def folder(tmp_path):
-    """Write two files of documents, and a copy of one of them under another name."""
+    """Write two files of documents, and a copy of one of them under a different name."""
     rng = np.random.default_rng(0)
     for name, documents in (("web", 60), ("books", 20)):
         with IndexedFileWriter(str(tmp_path / name), np.uint16) as writer:

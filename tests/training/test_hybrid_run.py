@@ -31,7 +31,7 @@ from distattn.training.run_folder import RunFolder
 from distattn.training.watch import reference_replay
 from distattn.training.watch.reference_check import compare_with_reference, write_initial_weights
 
-# the byte values, plus the tokens that begin and end a document
+# the byte values, plus the tokens that start and end a document
 VOCABULARY = 258
 
 

@@ -215,7 +215,7 @@ def test_ranks_that_refuse_a_proposal_leave_all_checkpoints_as_they_were(config)
 
 @pytest.mark.full
 def test_a_run_can_continue_for_longer_than_its_packs_were_planned(config):
-    """Repeat the text for as many steps as needed. The steps planned before stay unchanged."""
+    """Repeat the text for as many steps as needed. Steps that were already planned stay unchanged."""
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, schedule="constant"))
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3 * STEPS))
     run = trained(config)

@@ -73,7 +73,7 @@ def test_a_group_without_a_backend_for_the_device_is_refused():
 
 
 def test_a_device_without_index_is_the_current_one(monkeypatch):
-    # another thread has a different current device
+    # every thread has its own current device
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     assert executable.with_device_index("cuda") == torch.device("cuda:3")

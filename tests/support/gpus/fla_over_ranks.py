@@ -19,7 +19,7 @@ from harness import joined
 
 
 def gathered(x: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, None]:
-    """Gather `x` from all ranks into (ranks, ...). gloo's own function expects another shape."""
+    """Gather `x` from all ranks into (ranks, ...). gloo's own function expects a different shape."""
     shards = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
     dist.all_gather(shards, x, group)
     return torch.stack(shards), None

@@ -133,7 +133,7 @@ class Cuda:
 
     @contextmanager
     def device(self, device: Any) -> Iterator[None]:
-        """Make another device current for this thread."""
+        """Make a different device current for this thread."""
         before = self.current
         self.set_device(device)
         try:

@@ -33,7 +33,7 @@ class Timeline:
         self.clock: Clock = {}
 
     def knows(self, other: Timeline, tick: int) -> bool:
-        """Return whether this timeline knows that another one has reached a tick."""
+        """Return whether this timeline knows that another timeline has reached a tick."""
         return self.clock.get(other.number, 0) >= tick
 
     def advance(self) -> int:
@@ -100,7 +100,7 @@ class StreamClocks:
         self.counts: Counter[str] = Counter()
 
     def new_stream(self, name: str) -> Timeline:
-        """Create a stream. Work queued on it later comes after work that is on it now."""
+        """Create a stream. Work that is queued on the stream later comes after the work on it now."""
         with self._lock:
             self._numbers += 1
             stream = Timeline(self._numbers, name)

@@ -93,7 +93,7 @@ def main(cpus: int) -> None:
     from ray.cluster_utils import Cluster
 
     answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    # Ray's own output must not be taken for an answer
+    # Ray's own output must not be mistaken for an answer
     os.dup2(2, 1)
     head = {"num_cpus": 0, "_system_config": HEALTH, **NODE}
     cluster = Cluster(initialize_head=True, shutdown_at_exit=True, head_node_args=head)

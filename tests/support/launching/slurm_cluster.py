@@ -119,7 +119,7 @@ class SlurmCluster:
                     os.kill(pid, signal.SIGKILL)
 
     def _processes(self, node: str | None) -> dict[int, tuple[int, bytes]]:
-        """Return {pid: (parent, command line)} for a node's processes except its daemon, or for the whole cluster if
+        """Return {pid: (parent, command line)} for a node's processes except its daemon, or for the entire cluster if
         `node` is None.
         """
         processes = {}

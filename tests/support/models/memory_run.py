@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def batches() -> list[dict[str, Any]]:
-    """Return two micro-batches. Ranks have unequal numbers of labels, and some have none."""
+    """Return two micro-batches. The number of labels differs between ranks, and some ranks have none."""
     return [small.micro_batch(LENGTHS, masked=True), small.micro_batch([11, 21])]
 
 

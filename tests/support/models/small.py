@@ -47,7 +47,7 @@ def micro_batch(lengths: Sequence[int], masked: bool = False) -> dict[str, Any]:
 
 
 def step(replica: int, micro_batches: int) -> list[dict[str, Any]]:
-    """Return a step's micro-batches. Replicas have unequal numbers of labels."""
+    """Return a step's micro-batches. The number of labels differs between replicas."""
     return [micro_batch(lengths, masked=replica == 1) for lengths in STEPS[replica][:micro_batches]]
 
 

@@ -198,7 +198,7 @@ def test_flops_match_pytorchs_count(kind):
     flops, tokens = ModelFlops.of_model(model), 24
     with FlopCounterMode(display=False) as counter:
         model(torch.arange(tokens)[None], use_cache=False)
-    # forward only; eager attention computes the full square, and rotary angles are a matrix product as well
+    # forward pass only. Eager attention computes the full square, and rotary angles are a matrix product too
     ((_, width),) = flops.layers
     matrices, square = 2 * flops.parameters * tokens, 2 * width * tokens**2
     rotary = 2 * tokens * 4

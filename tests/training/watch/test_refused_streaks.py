@@ -74,7 +74,7 @@ def verdicts(run: RunFolder) -> dict[int, str]:
 
 
 def test_a_destroyed_run_keeps_its_good_checkpoints_and_continues_from_them(config, capsys, monkeypatch):
-    # another test covers the report page
+    # a different test covers the report page
     monkeypatch.setattr(finishing, "write_report", lambda *args: None)
     finish_run = finishing.finish_run
     run = trained(config, (6,))
@@ -85,7 +85,7 @@ def test_a_destroyed_run_keeps_its_good_checkpoints_and_continues_from_them(conf
     assert "step 7, computed from it, was refused: the loss is nan" in checkpoints[6].verdict.text
     assert "saved after refused steps, from 7 on" in checkpoints[STEPS].verdict.text and checkpoints[5].verdict.kept
     assert checkpoints[STEPS].manifest.facts["loss"] == "nan" and float(checkpoints[5].manifest.facts["loss"]) < 7
-    # the first refused step is examined and reported, followed by the whole streak
+    # the first refused step is examined and reported, and then the entire streak
     refused = [event["text"] for event in run.events() if event["kind"] == "refused"]
     assert len(refused) == 2 and refused[0].startswith("the loss is nan. In a second run: ")
     assert "the update of step 6 made weight model.embed_tokens.weight of rank 0 infinite or NaN" in refused[0]

@@ -50,7 +50,7 @@ def ulp_in_backward(out):
 def bad_kernel(rank, which):
     """Make this process's CPU kernel add an ulp in call `which`, a (direction, number).
 
-    Return a function that restores the kernel and returns the calls made.
+    Return a function that restores the kernel and returns the recorded calls.
     """
     calls, right = [], (cpu.forward, cpu.backward)
 

@@ -52,7 +52,7 @@ class Case(NamedTuple):
 
     @property
     def mask(self) -> Mask:
-        """A causal mask, which tiles on the diagonal need and others do not. Document boundaries lie inside tiles."""
+        """A causal mask, which only tiles on the diagonal need. Document boundaries lie inside tiles."""
         return Mask.documents(list(self.documents)) if self.documents else Mask.causal(self.tokens)
 
     def inputs(self) -> Inputs:
@@ -101,7 +101,7 @@ def backward_call(case: Case, lse: torch.Tensor, delta: torch.Tensor) -> Call:
 
 
 def any_call(case: Case) -> Call:
-    """Return a call with arbitrary numbers, for compilation."""
+    """Return a call with arbitrary values, for compilation."""
     row_numbers = torch.zeros(case.tokens, case.heads), torch.zeros(case.tokens, case.heads)
     if case.kernels == "forward":
         return forward_call(case)
