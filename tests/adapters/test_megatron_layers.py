@@ -268,7 +268,7 @@ def sections_of(name: str, config) -> list[int]:
 
 
 def _tensor_parallel(rank: int, kind: str, weights: dict, gradients: list, changes: dict):
-    """Return the loss on 2 tensor- x 2 context-parallel ranks, and this rank's gradient errors by name."""
+    """Return the loss on 2 tensor- x 2 context-parallel ranks, and this rank's gradient errors, keyed by name."""
     start(tp=2, cp=2)
     config = config_of(tp=2, cp=2, calculate_per_token_loss=True, **MODELS[kind], **changes)
     model = megatron.use_batch_positions(model_of(kind, config, ours=True))
@@ -331,7 +331,7 @@ EXPERTS = dict(
 
 
 def _experts(rank: int, cp: int, ep: int, per_token: bool, stock_router: bool = False):
-    """Return the loss, the gradients by name and the experts' biases after a step of Megatron's schedule."""
+    """Return the loss, the gradients keyed by name, and the experts' biases after a step of Megatron's schedule."""
     import megatron_on_cpu  # noqa: F401
 
     without_kernels()

@@ -90,7 +90,7 @@ def test_the_only_good_checkpoint_is_never_removed(tmp_path):
     assert KeepRule(last=2).removable(checkpoints) == []
     (checkpoints[3].folder / "__0_0.distcp").unlink()
     assert KeepRule(last=2).removable(checkpoints) == []
-    # a checkpoint without a valid manifest does not count, and stays
+    # a checkpoint without a valid manifest does not count, and is kept
     (checkpoints[3].folder / "manifest.json").unlink()
     assert [checkpoint.step for checkpoint in KeepRule(last=2).removable(list_checkpoints(tmp_path))] == [0]
 

@@ -234,7 +234,7 @@ def test_the_lease_is_renewed_and_its_loss_is_noticed(tmp_path, monkeypatch):
         elsewhere(tmp_path)
         with pytest.raises(DistattnError, match="was taken by process .* on node-7"):
             lock.check()
-    # the other owner's file stays
+    # the other owner's file is left in place
     assert file.exists()
 
 

@@ -58,7 +58,7 @@ def test_checkpoints_in_doubt_push_no_good_one_out_and_are_loaded_last(tmp_path)
     saver.wait()
     assert steps(tmp_path) == [4, 5]
     assert list_checkpoints(tmp_path)[0].manifest.facts == {"loss": "4"}
-    # a checkpoint kept because of a refused step stays until it is released
+    # a checkpoint kept because of a refused step is kept until it is released
     saver.note(lambda folder: keep_newest_good(folder, 9))
     for step in (6, 7):
         judged(step, GOOD)

@@ -95,8 +95,8 @@ def test_packs_of_real_lengths_are_full_and_alike(tokens):
     packs = BestFitPacks(PackLimits(tokens, PackCost()))
     documents = np.bincount(packs.add(lengths))
     assert 1 - packs.room.sum() / tokens / len(packs.room) > 0.995
-    # if packed by length alone, the last packs would hold only the shortest documents, more than five times the mean
-    # number
+    # if packed by length alone, the last packs would hold only the shortest documents, and more than five times the
+    # mean number of documents
     assert documents.max() < 3 * documents.mean()
 
 

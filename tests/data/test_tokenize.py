@@ -63,7 +63,7 @@ def train_tokenizer(folder):
         show_progress=False,
     )
     tokenizer.train_from_iterator(TEXTS * 3, trainer)
-    # these would truncate and pad documents if the job did not switch them off
+    # truncation and padding would change documents if the job did not switch them off
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding()
     folder.mkdir(exist_ok=True)

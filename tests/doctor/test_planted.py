@@ -15,7 +15,7 @@ from distattn.doctor.target import Target
 from distattn.launch import doctor_command
 
 BF16 = "bfloat16"
-# (family, trainer, mistake, the doctor's name for it), optionally followed by the dtype
+# (family, trainer, mistake, the doctor's name for the mistake), optionally followed by the dtype
 PLANTED = [
     ("llama", "loop", "positions from 0", "positions not sharded"),
     ("gpt2", "DDP", "positions from 0", "positions not sharded"),

@@ -154,7 +154,7 @@ def shard(cp, batch):
 """,
     }
 )
-# (mistake, the doctor's name for it, and phrases that the diagnosis must contain)
+# (mistake, the doctor's name for the mistake, and phrases that the diagnosis must contain)
 PLANTED = [
     ("queries of a rank", "softmax scale", "on rank 1", "1.1"),
     ("scale of a rank", "softmax scale", "on rank 1", "0.5 times"),

@@ -86,7 +86,7 @@ def test_errors_of_the_thread_reach_the_waiting_thread(told):
     assert heartbeats._CURRENT.awaited is None
 
 
-# the activities in which rank 0 waits for a late rank 1, before rank 1's first layer and in its loader
+# the activities in which rank 0 waits for rank 1, which is late before its first layer and in its loader
 LATE = ("the trial of kernels", "the exchange of a step")
 
 

@@ -162,7 +162,7 @@ def test_batches_that_pass_on_states_equal_one_batch(ranks):
         size = settings.get("context_parallel_size", 1) if "data" in settings else ranks
         for rank, (_, states, rank_gradients) in enumerate(results):
             mine = rank // size
-            # complete and bitwise equal on every rank that has the batch
+            # the states are complete and bitwise equal on every rank that has the batch
             assert all(map(torch.equal, states, results[mine * size][1]))
             for a, b in zip(states, final[mine] if mine < len(final) else [], strict=False):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-10)

@@ -23,8 +23,8 @@ NORM = "model.norm.weight"
 def summed(model, left_out=(), divided=(), clip=None, clip_first=False):
     """Return a function that sums gradients after the backward pass.
 
-    left_out: parameters that it does not sum. divided: parameters whose gradients it halves. clip: the norm to which it
-    clips.
+    left_out: parameters that the function does not sum. divided: parameters whose gradients it halves. clip: the norm
+    to which it clips gradients.
     """
 
     def reduce():

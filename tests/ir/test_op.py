@@ -39,7 +39,7 @@ def test_states_have_the_bytes_of_the_design():
         call = call_of(name)
         moves = moves_of((0, 0, 1, S, 0, 5, 0, 1), (0, 0, 1, S, 5, 8, 0, 1), (1, 0, 1, S, 6, 8, 0, 3))
         assert move_bytes(call, moves).tolist() == [sizes[0], sizes[0], 3 * sizes[1]], name
-        # gradient states are prefixes if they end with their document
+        # gradient states are prefix states if they are at the end of their document
         moves = moves_of((0, 0, 1, DS, 3, 5, 0, 1), (0, 0, 1, DS, 6, 8, 0, 1), (0, 0, 1, DS, 7, 16, 0, 1))
         assert move_bytes(call, moves).tolist() == [sizes[0], sizes[1], sizes[0]], name
     # fp64 calls have fp64 states

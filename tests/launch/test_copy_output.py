@@ -113,7 +113,7 @@ def test_a_paused_terminal_does_not_hold_up_rank_0(end, tmp_path):
         termios.tcflow(terminal, termios.TCOON)
         os.close(terminal)
         shown = bytearray()
-        # the read fails once no process has the terminal open, which means that the copier has ended too
+        # the read fails once no process has the terminal open, so the copier has ended too
         with contextlib.suppress(OSError):
             while chunk := os.read(reader, 1 << 16):
                 shown += chunk

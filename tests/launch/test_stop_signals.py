@@ -45,7 +45,7 @@ def place(tmp_path, monkeypatch):
 
 
 def documented() -> dict[str, str]:
-    """Return the sentences in docs/local.md by phase."""
+    """Return the sentences in docs/local.md, keyed by phase."""
     page = (ROOT / "docs" / "local.md").read_text()
     return dict(re.findall(r"^\| ([^|]+?) \| `(stopped by [^`]+)` \|", page, re.M))
 

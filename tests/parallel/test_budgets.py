@@ -65,7 +65,7 @@ def test_the_memory_of_a_pass_is_predicted_to_the_byte(strategy, heads, policy):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_memory_of_expanded_latents_is_predicted_to_the_byte(strategy):
-    # DeepSeek-V3's heads; a tensor-parallel rank may have only a few of them
+    # DeepSeek-V3's heads; a tensor-parallel rank may have only a few of these heads
     for heads, dtype, lengths in ((16, "bfloat16", packed(65536)), (8, "float32", [1 << 13]), (8, "bfloat16", [128])):
         mask, layout = da.Mask.documents(lengths), da.Layout.zigzag(lengths, 8)
         shape = dict(heads=heads, kv_heads=1, head_dim=192, v_head_dim=128, dtype=dtype, op=da.latent_op(64, 512))

@@ -46,7 +46,7 @@ HOW = {
 
 @pytest.fixture
 def sleeping():
-    """Yield a function that starts a sleeping process. All of them end with the test."""
+    """Yield a function that starts a sleeping process. All processes that it starts end with the test."""
     processes = []
 
     def start() -> int:

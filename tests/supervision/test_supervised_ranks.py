@@ -99,7 +99,7 @@ def test_a_rank_that_is_killed_or_hangs_is_named_and_the_run_continues(kind, run
     assert code == 0 and len(attempts) == 2, output
     first, last = attempts
     assert re.search(KINDS[kind], output) and f"start again on {socket.gethostname()} from step 5" in output, output
-    # bitwise equal to a run without a fault
+    # the result is bitwise equal to that of a run without a fault
     assert (runs / kind / "losses.jsonl").read_text() == (runs / "whole" / "losses.jsonl").read_text()
     assert first["ranks"] == [1] and last["exit_code"] == 0
     assert first["kind"] == ENDS.get(kind, "hung") and 0 < first["steps"] <= 5

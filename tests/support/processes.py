@@ -35,8 +35,8 @@ _POOLS: set[int | None] = set()
 
 
 def run_on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Run `work(rank, *arguments)` on every rank of a gloo group. Return the results by rank. A failure includes the
-    rank's traceback.
+    """Run `work(rank, *arguments)` on every rank of a gloo group. Return the results in the order of ranks. A failure
+    includes the rank's traceback.
     """
     context = _fork_context()
     with tempfile.TemporaryDirectory() as folder:
@@ -61,8 +61,8 @@ def run_on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[
 def run_survivors(
     ranks: int, lost: int, work: Callable[..., Any], *arguments: Any, rank_0_holds_store: bool = False
 ) -> dict[int, Any]:
-    """Run `work(rank, *arguments)` on every rank and lose one of the ranks. Return the results of the survivors by
-    rank.
+    """Run `work(rank, *arguments)` on every rank and lose one of the ranks. Return the results of the survivors, keyed
+    by rank.
 
     The store is held by a separate process, as torchrun's agent does, or by rank 0. It is not a file, because a rank
     that is stopped while it holds the file's lock would block all others.

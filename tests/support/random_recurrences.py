@@ -51,7 +51,7 @@ def random_layout(rng: random.Random) -> Layout:
 
 
 def random_recurrent_plan(rng: random.Random, ops: Sequence[str] = RECURRENT) -> RandomPlan:
-    """Return a random plan. Segments run at their owners, head-sharded or anywhere, schedules may be mixed, and some
+    """Return a random plan. Segments run at their owners, head-sharded or anywhere. Schedules may be mixed, and some
     tasks are split in two.
     """
     layout = random_layout(rng)

@@ -12,7 +12,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
-# import it once here, not in every rank: DeepSpeed needs it, and the import takes 3 s
+# import this module once here, not in every rank: DeepSpeed needs it, and the import takes 3 s
 import functorch.compile  # noqa: E402, F401
 import small  # noqa: E402
 import torch  # noqa: E402

@@ -23,7 +23,8 @@ from distattn.training.run_memory import memory_of_config
 
 ROOT = Path(__file__).parents[2]
 TEXT_KEYS = ("suffix", "exclude", "tokens_per_step", "max_document_tokens", "context_length")
-# for each key, a different valid value, followed by the settings without which that value has no effect and is refused
+# for each key, a valid value other than the default, followed by the settings without which that value has no effect
+# and is refused
 OTHERS = {
     "data.path": ["x"],
     "data.suffix": [".md"],

@@ -221,7 +221,7 @@ def test_a_run_can_continue_for_longer_than_its_packs_were_planned(config):
     run = trained(config)
     before, planned = rows(run), open_data(run, config).plan
     assert planned.steps == STEPS
-    # ranks also refuse fewer steps than were done, and the run's configuration stays
+    # ranks also refuse fewer steps than have been done, and the run's configuration stays unchanged
     fewer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2))
     proposal = Proposal(run, "ours")
     proposal.write(fewer, None)

@@ -72,7 +72,7 @@ def test_kept_tensors_are_placed_where_both_passes_read_them_if_that_costs_littl
     for program in programs("ulysses", "zigzag", ranks=2, backward="keep"):
         # with the rank's own rows, kept tensors would be twice as large
         assert program.kept and set(program.kept.values()) == {TOKENS - program.tokens}
-        # results are still sent directly from the memory they are computed into
+        # results are still sent directly from the memory into which they are computed
         assert any(step.own_results for step in program.forward)
         assert not any(step.own_copies for step in program.forward)
 
@@ -150,7 +150,8 @@ def test_rows_written_in_part_are_cut_where_that_changes():
 
 
 def test_launches_that_need_some_heads_of_what_has_landed_get_those():
-    # the keys of ranks 1 and 2 alternate. Rank 0 needs them first with all heads, then with half of the heads each
+    # the keys of ranks 1 and 2 alternate. Rank 0 first needs both ranks' keys with all heads, then each rank's keys
+    # with half of the heads
     n, heads, kv_heads = 12, 4, 2
     chunks = {0: [(0, 4)], 1: [(4, 6), (8, 10)], 2: [(6, 8), (10, 12)]}
     call = Call(Mask.full(n), Layout.from_chunks([n], list(chunks.values())), heads, kv_heads, 8, 8, "float64")

@@ -237,7 +237,7 @@ class _Watch(TorchDispatchMode):
         if func.name() in _PASSES:
             with _Watch(self.cuda):
                 return IMPLEMENTATIONS[func.name()](*args, **kwargs)
-        # this machine cannot pin memory
+        # drop pin_memory, since this machine cannot pin memory
         pins = bool(kwargs.pop("pin_memory", False))
         name = func.overloadpacket.__name__
         tensors, written = _tensors((args, kwargs)), _written(func, args, kwargs)

@@ -175,7 +175,7 @@ def _waited(rank):
 
 def test_the_waiting_rank_reports_the_time_spent_on_a_slow_rank():
     (*_, first), _ = run_on_ranks(2, _waited)
-    # rank 1 slept for five seconds
+    # rank 0 waited for rank 1, which slept for five seconds
     assert first > 0.1
 
 

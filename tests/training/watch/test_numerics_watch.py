@@ -85,7 +85,7 @@ def test_a_new_level_becomes_usual_and_a_constant_curve_has_no_spikes_of_roundin
     ("steps", "loss", "norm"), [(1, 100.0, 150.0), (4, 60.0, 30.0), (20, 20.0, 12.0), (127, 16.0, 9.0)]
 )
 def test_spikes_are_refused_from_the_first_steps_on(steps, loss, norm):
-    """Check that the limit falls as more steps are seen, while the curves of a new run stay below it."""
+    """Check that the limit falls as more steps are seen, while the curves of a new run remain below the limit."""
     for value, reason in (((loss, 0.5), "the loss is "), ((9.0, norm), "the gradient norm is ")):
         scatter, watch = random.Random(5), watch_of()
         for step in range(steps):

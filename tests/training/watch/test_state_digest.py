@@ -119,7 +119,7 @@ def test_the_update_that_made_a_weight_grow_is_named():
 
 
 def _told(rank: int) -> list[bool]:
-    """Return the changes that ranks share while they send other messages."""
+    """Return, for each exchange, whether a rank reports a change, while the ranks also send other messages."""
     import torch.distributed as dist
 
     digest = StateDigest(lambda: [("weight", "w", torch.ones(2))], dist.group.WORLD)

@@ -107,7 +107,7 @@ class Warp:
 
     def __init__(self, program: Program, number: int, widths: dict[str, int]):
         self.program, self.number = program, number
-        # registers are initialized to NaN
+        # initialize registers to NaN
         files = {width: np.full((count, LANES), ~DTYPES[width](0)) for width, count in widths.items()}
         self.registers: dict[str, np.ndarray] = {
             kind: files[width].view(DTYPES[kind]) for width, kinds in _VIEWS.items() for kind in kinds
@@ -166,8 +166,8 @@ class Warp:
 
 @dataclass(frozen=True)
 class LoadedKernel:
-    """A kernel prepared to run on the tensors of a launch. parameters: integers (a float's bits) or tensor maps, by
-    name.
+    """A kernel prepared to run on the tensors of a launch. parameters: integers (a float's bits) or tensor maps, keyed
+    by name.
     """
 
     kernel: Kernel

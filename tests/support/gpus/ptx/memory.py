@@ -18,7 +18,8 @@ _ALIGNMENT = 256
 
 
 class SharedMemory:
-    """Bytes by address. Bytes never written are all ones, which is NaN in every floating-point type.
+    """Shared memory, indexed by byte address. Bytes never written are all ones, which is NaN in every floating-point
+    type.
 
     For every byte it records whether a copy is landing in it, which warp wrote it without a fence for the asynchronous
     proxy, and how many products, copies and barriers rely on it being unchanged.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Wait(NamedTuple):
-    """A warp's wait: a function that returns whether it is over, and one that describes it."""
+    """A warp's wait: a function that returns whether the wait is over, and a function that describes it."""
 
     ready: Callable[[], bool]
     describe: Callable[[], str]
