@@ -265,7 +265,7 @@ WORDS += [
 
 
 def some_commands(cases, seed, folder):
-    """Run `cases` random command lines. Return those that did not end with an exit code and a readable message."""
+    """Run `cases` random command lines. Return those that end without an exit code or a readable message."""
     chance, wrong = random.Random(seed), {}
     config = folder / "config.toml"
     config.write_text(f'[data]\npath = "{ROOT}/configs"\ntokens_per_step = 4096\n[run]\nfolder = "{folder}/run"\n')

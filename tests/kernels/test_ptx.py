@@ -126,7 +126,7 @@ def test_a_merge_weighs_what_was_there_against_what_comes():
     case = Case("merge", dim=128)
     generator = torch.Generator().manual_seed(1)
     before_o, before_lse = (torch.randn(case.tokens, 2, *dim, generator=generator) for dim in ((128,), ()))
-    # some rows had no keys before, and others outweigh everything that is merged
+    # some rows had no keys before the merge, and some earlier results outweigh everything that is merged
     before_o[::7], before_lse[::7] = 0, -torch.inf
     before_lse[1::7] = 20
     o, lse = before_o.clone(), before_lse.clone()

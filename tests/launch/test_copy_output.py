@@ -36,7 +36,9 @@ os.write(2, b"the end\\n")
 
 
 def started_copiers(rank):
-    """Return the copiers that already run their own program. Stopping one before that would keep its parent in vfork."""
+    """Return the copiers that already run their own program. Stopping a copier before that would keep its parent in
+    vfork.
+    """
     children = psutil.Process(rank).children()
     return [child for child in children if any(word.endswith("copy_output.py") for word in child.cmdline())]
 

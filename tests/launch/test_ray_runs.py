@@ -180,7 +180,7 @@ def status(cluster, folder: Path) -> str:
 
 @pytest.mark.full
 def test_nodes_that_fail_or_do_not_answer_are_left_out(cluster, tmp_path):
-    # add a node to the two that the other tests leave behind
+    # add a node to the two left behind by the other tests
     cluster.add("node9")
     try:
         environment = (
@@ -222,7 +222,7 @@ def test_commands_run_on_every_node_and_for_every_value(cluster, tmp_path):
     run = distattn(cluster, str(tmp_path / "nodes"), address, "--every-node", *program, "1", module="ray.tasks")
     output = run.communicate()[0]
     assert run.returncode == 0, output
-    # the nodes that the other tests leave behind
+    # two nodes are left behind by the other tests
     nodes = sorted(file.stem for file in (tmp_path / "nodes").glob("*.log"))
     assert len(nodes) == 2 and all(f"{node}: exit code 0" in output for node in nodes)
     assert {(tmp_path / f"nodes/{node}/file").read_text() for node in nodes} == {"kept"}

@@ -50,7 +50,7 @@ def job(tmp_path):
                 Manifest(0, 4, "2026-11-25T12:00:00+00:00", 2, "2.13.0", {}, []).write(tmp_path)
                 saved = f"{folder}/checkpoints/step-00000004"
                 first = f"mkdir -p {saved}\ncp {tmp_path}/manifest.json {saved}\n"
-            # this step does not end by itself
+            # a step with a negative exit code does not end by itself
             last = "exec sleep 1000" if code < 0 else f"exit {code}"
             (bin_folder / f"step{number}").write_text(f"{first}echo '{output}' >&2\n{last}\n")
         listed = [*(f"node{number} allocated" for number in (1, 2, 3)), *others.splitlines()]

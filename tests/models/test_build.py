@@ -138,7 +138,7 @@ def test_a_rank_holds_its_share_and_one_module_of_a_narrow_70b():
     config = llama_config(**shape, vocab_size=2004, max_position_embeddings=64)
     for built, peak, whole, largest in run_on_ranks(4, _peak, config):
         assert built < 0.001 * whole
-        # norms and rotary frequencies add a little
+        # norms and rotary frequencies add a few bytes
         assert whole / 4 + largest <= peak < 1.01 * (whole / 4 + largest)
 
 

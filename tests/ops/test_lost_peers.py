@@ -33,7 +33,7 @@ def lost_in(rank, lost, how, where):
         os.kill(os.getpid(), how)
     began = time.monotonic()
     with pytest.raises(da.LostRankError) as error:
-        # by the second call no rank can still be sending
+        # a rank may complete the first of two calls with messages sent earlier, but not the second
         if where == "driver":
             da.ContextParallel(group, strategy="ring")
         for _ in range(2):

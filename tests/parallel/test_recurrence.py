@@ -74,7 +74,7 @@ def test_groups_of_heads_follow_each_other_to_the_same_result():
 
 @pytest.mark.parametrize("lengths", [(256,), (256, 64)])
 def test_results_in_turn_have_the_same_bits_on_any_number_of_ranks(lengths):
-    # segments consist of whole chunks
+    # in blocks of 64 tokens, all segments consist of complete chunks
     case = recurrence_case(OPS["gated_delta_rule"], lengths)
     results = []
     for ranks in (1, 2, 4):

@@ -222,7 +222,7 @@ def test_ulysses_splits_uneven_heads_and_replicates_key_value_heads():
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_moves_are_issued_before_the_compute_they_can_overlap(strategy):
-    # with one document, an all-gather has almost no computation on a rank's own keys
+    # use several documents for an all-gather, which has almost no computation on a rank's own keys in a single document
     mask = Mask.documents([4, *[8] * 7, 4]) if strategy == "allgather" else Mask.causal(64)
     plan = make_plan(mask, Layout.zigzag([64], 4), strategy=strategy, **SHAPE)
     record = Record()

@@ -214,7 +214,7 @@ def test_a_rank_that_does_not_answer_is_named_within_the_limit(runs):
 
 
 def _trains(rank: int, runs) -> int:
-    """Return the exit code of a rank after preflight has found a problem. Use the existing process group."""
+    """Return the exit code of a rank after preflight has found a problem. The rank uses the existing process group."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name in ("init_process_group", "destroy_process_group"):
             monkeypatch.setattr(rank_module.dist, name, lambda *backend: None)

@@ -31,7 +31,9 @@ class _WeightsAreThere(Exception):
 
 
 def _opened(rank: int, name: str, how: EngineConfig, parallel: dict[str, int]) -> tuple[int, int]:
-    """Return the peak bytes above the start: while the model is built, and from then until the engine has its weights."""
+    """Return two peaks, in bytes above the initial memory: while the model is built, and from then until the engine has
+    its weights.
+    """
     module = {"fsdp2": fsdp2, "deepspeed": deepspeed, "megatron": megatron}[name]
     os.environ["LOCAL_RANK"] = str(rank)
     if name == "megatron":
@@ -84,7 +86,7 @@ def test_a_rank_holds_its_share_and_one_module_while_an_engine_opens(engine):
     name, how, parallel = ENGINES[engine]
     whole, largest = _sizes()
     for building, handing_over in run_on_ranks(4, _opened, name, EngineConfig(name=name, **how), parallel):
-        # norms and rotary frequencies add a little
+        # norms and rotary frequencies add a few bytes
         assert whole / 4 + largest <= building < 1.01 * (whole / 4 + largest)
         if engine == "deepspeed 2":
             # stage 2 keeps the full weights on every device by design, and frees a rank's rows as they are gathered
@@ -95,7 +97,9 @@ def test_a_rank_holds_its_share_and_one_module_while_an_engine_opens(engine):
 
 
 def _held_by_a_state(rank: int, name: str, how: EngineConfig) -> int:
-    """Return the peak bytes above the start while an engine builds its state and gathered tensors are copied elsewhere."""
+    """Return the peak bytes above the initial memory while an engine builds its state and gathered tensors are copied
+    elsewhere.
+    """
     os.environ["LOCAL_RANK"] = str(rank)
     if name == "megatron":
         import megatron_on_cpu  # noqa: F401

@@ -227,7 +227,7 @@ def _train_with_a_bad_step(rank: int, run: RunFolder, config: Config, bad: int, 
     def spoil(self, *args):
         losses = backward(self, *args)
         steps.append(None)
-        # the watch computes the bad step twice
+        # flip a bit in the step after the bad step. The watch computes the bad step twice, so this is call bad + 2
         if flips and len(steps) == bad + 2:
             weight = next(part for kind, _, part in self.state_tensors() if kind == "weight")
             weight.view(torch.uint8).view(-1)[0] ^= 1

@@ -22,7 +22,7 @@ class Box(NamedTuple):
 
     # (rows, bytes) addresses in shared memory
     shared: np.ndarray
-    # (rows, columns) bool: the element lies inside the matrix
+    # (rows, columns) bool: True for elements inside the matrix
     exists: np.ndarray
     # global addresses of the elements that exist
     addresses: np.ndarray
