@@ -265,7 +265,9 @@ WORDS += [
 
 
 def some_commands(cases, seed, folder):
-    """Run `cases` random command lines. Return those that end without an exit code or a readable message."""
+    """Run `cases` random command lines. Return the failures (exceptions, unexpected exit codes and long runs), each
+    with its command line.
+    """
     chance, wrong = random.Random(seed), {}
     config = folder / "config.toml"
     config.write_text(f'[data]\npath = "{ROOT}/configs"\ntokens_per_step = 4096\n[run]\nfolder = "{folder}/run"\n')
