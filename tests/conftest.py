@@ -36,7 +36,7 @@ settings.load_profile("suite")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --quarter, with which CI takes turns running the tests that `make test` leaves out."""
+    """Add --quarter, which CI uses to run the tests that `make test` leaves out, one part per run."""
     parser.addoption(
         "--quarter",
         type=int,
@@ -47,11 +47,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
-    """Mark all cases of a test marked sampled(n) as full, except the first and every n-th. `make test` leaves those
-    out.
+    """Mark the cases of a test marked sampled(n) as full, except the first and every n-th after it. `make test` leaves
+    out tests marked full.
 
-    With --quarter only a quarter of them runs, and half of the other tests marked full. Tests marked waits come first
-    in some processes, so that the suite does not end with one process that waits.
+    With --quarter, a quarter of these cases and half of the other tests marked full are selected. Tests marked waits
+    run first in some processes, so that the suite does not end with a single process that waits.
     """
     quarter = config.getoption("quarter")
     seen: Counter[str] = Counter()
@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if sampled is not None and seen[name] % sampled.args[0]:
             item.add_marker(pytest.mark.full)
             parts = 4
-        # do not take every second or fourth in order, since those may all share one parameter value
+        # do not select every second or fourth test in order, since those may all share one parameter value
         if quarter is not None and item.get_closest_marker("full") and (crc32(item.nodeid.encode()) - quarter) % parts:
             left_out.append(item)
         seen[name] += 1
@@ -77,9 +77,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _spread(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
-    """Order the tests so that each process gets an equal share, as `--dist worksteal` deals them out.
+    """Order the tests so that each process gets an equal share, as `--dist worksteal` distributes them.
 
-    The shares of half the processes (rounded up) begin with whole modules of tests that wait, while the other processes
+    The shares of about half of the processes start with entire modules of tests that wait, while the other processes
     compute.
     """
     waiting: dict[str, list[pytest.Item]] = {}

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("distattn", "parallel", "kernels", "cluster", "launch", "configs")
-# from the bottom up: a folder may import only itself and folders on lower levels
+# levels from the bottom up: a folder may import only from itself and from folders on lower levels
 LEVELS = {
     "ir": 0,
     "kernels": 1,
@@ -190,7 +190,7 @@ def test_top_level_folders_are_linked_into_the_package_and_shadow_no_other_packa
 def test_no_object_is_unpickled_that_has_not_matched_its_digest():
     """Refuse PyTorch's object collectives, which unpickle whatever arrives. `sealed_values` replaces them."""
     sealed = {Path("parallel/runtime/communication/sealed_values.py"), Path("distattn/checkpoints/rank_sockets.py")}
-    # this file lists the names that unpickled data may contain
+    # this file lists the names that pickled data may contain
     listed = {Path("distattn/checkpoints/pickled_names.py")}
     theirs = ("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list", "recv_object_list")
     for file in modules():

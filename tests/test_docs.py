@@ -193,7 +193,7 @@ def _pretrained(names: dict[str, Any]) -> None:
 
 
 def _tokens(names: dict[str, Any]) -> None:
-    """Run the previous snippet, which this one continues."""
+    """Run the page's first snippet, which this one continues."""
     _packs(names)
     exec(python_snippets((ROOT / "docs" / "data-formats.md").read_text())[0], names)
 
@@ -232,7 +232,7 @@ SNIPPETS: dict[str, list[Callable[[dict[str, Any]], None] | None]] = {
     "convolutions-and-latents.md": [_own_model] * 2,
     "trainers.md": [_mesh, _own_model, None],
 }
-# texts of the pages, mapped to replacements with smaller sizes or a single CPU rank
+# strings in the pages, mapped to replacements with smaller sizes or a single CPU rank
 SMALLER = {
     "ranks=8)  # which": "ranks=1)  # which",
     "[4096, 1024, 3072]  # documents": "[40, 10, 30]  # documents",
@@ -279,7 +279,7 @@ def test_snippets_run_as_written(page, number, capsys, tmp_path, monkeypatch):
 
 
 def _check_data(page: str, number: int, names: dict[str, Any]) -> None:
-    """Check that the snippets of the data pages read what the library reads."""
+    """Check that the snippets of the data pages read the same tokens as the library."""
     if page == "data-streams.md":
         # 320,000 tokens in packs of 8,192, 16 packs per step
         assert names["trained"] == names["loader"].step == 3 and names["state"]["step"] == 3
@@ -302,7 +302,7 @@ def _check_data(page: str, number: int, names: dict[str, Any]) -> None:
 
 
 def test_the_commands_of_the_pages_on_data_run(capsys, tmp_path, monkeypatch):
-    """Run the commands on the files that the pages name, with a plan that has all existing keys."""
+    """Run the commands on the files that the pages name, with a plan that sets all existing keys."""
     tokenizers, zstandard = pytest.importorskip("tokenizers"), pytest.importorskip("zstandard")
     for name in ("tests", "parallel", "kernels", "launch", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -325,7 +325,7 @@ def test_the_commands_of_the_pages_on_data_run(capsys, tmp_path, monkeypatch):
     for command in commands:
         assert cli.main(shlex.split(command)) == 0, capsys.readouterr().err
     assert "data/run.packs: " in capsys.readouterr().out and Path("data/stats.svg").exists()
-    # replace the numbers of [rule.cost] by those of the other section
+    # replace the values in [rule.cost] with those of the other section
     Path("packs.toml").write_text(toml.partition("[rule.cost]")[0] + cost)
     loaded = load_pack_config("packs.toml").rule
     assert f"{loaded.cost.seconds(131_072):.1f} s on one H100" in page
@@ -335,7 +335,7 @@ def test_the_commands_of_the_pages_on_data_run(capsys, tmp_path, monkeypatch):
 
 
 def _private(file: Path) -> set[str]:
-    """Return the names with a leading underscore that a file takes from modules and objects outside distattn."""
+    """Return the names with a leading underscore that a file uses from modules and objects outside distattn."""
     tree = ast.parse(file.read_text())
     names: set[str] = set()
     for node in ast.walk(tree):
@@ -367,7 +367,7 @@ def test_private_names_of_other_projects_are_listed():
         file for top in ("distattn", "parallel", "kernels", "cluster", "launch") for file in (ROOT / top).rglob("*.py")
     ]
     own_names = set().union(*map(_own_names, files))
-    # Python documents these in spite of their underscore
+    # Python documents these names in spite of their underscore
     public = {"_replace", "_asdict", "_fields", "_exit"}
     table = (ROOT / "docs" / "private-hooks.md").read_text()
     rows = [line for line in table.splitlines() if line.startswith("| ")]

@@ -22,7 +22,7 @@ def losses(ranks: int, example: str, *arguments: str) -> list[float]:
     if "float64" in arguments:
         before = "norms_in_float64"
     outputs = run_script_on_ranks(ranks, EXAMPLES / f"{example}.py", *arguments, before=before)
-    # refuse warnings that a user cannot act on
+    # raise an error for warnings that a user cannot act on
     assert example != "deepspeed_zero" or "Warning" not in outputs[0], outputs[0]
     return [float(loss) for loss in re.findall(r"^step \d+ loss (\S+)", outputs[0], re.M)]
 
@@ -30,7 +30,7 @@ def losses(ranks: int, example: str, *arguments: str) -> list[float]:
 # core-attention disaggregation: ranks with different packs share attention
 SHARED = ["--data", "per_rank"]
 RUNS = {
-    # (example, its arguments for one process, [(ranks, further arguments)], tolerance). The first example is the one
+    # (example, its arguments for one process, [(ranks, additional arguments)], tolerance). The first example is the one
     # for newcomers
     "own_model": ("own_model", [], [(2, []), (4, []), (2, SHARED)], 1e-4),
     "fsdp2 in float64": (
@@ -73,7 +73,7 @@ def test_losses_are_those_of_one_process_over_20_steps(run):
     example, arguments, others, tolerance = RUNS[run]
     if example in NEEDS:
         pytest.importorskip(NEEDS[example], reason=f"{NEEDS[example]} is not installed")
-    # import it once here, before the ranks are forked
+    # import the adapter once here, before the ranks are forked
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     importlib.import_module(f"distattn.adapters.{ADAPTERS.get(example, 'pytorch')}")
     wanted = losses(1, example, *arguments)

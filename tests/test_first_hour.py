@@ -65,7 +65,7 @@ def test_every_planted_fault_is_found(command, ranks, wanted, tmp_path):
     assert not [text for text in wanted if text not in done.stdout], done.stdout
     rows = findings.read(tmp_path / "found.jsonl")
     assert all(row["text"] for row in rows if row["kind"] == "planted") and rows[-1]["kind"] == "ended"
-    # before a fault is planted, all checks pass
+    # without a planted fault, all checks pass
     assert not any(row["text"] for row in rows if row["kind"] == "check")
 
 
@@ -94,7 +94,7 @@ def test_a_planted_fault_that_is_not_found_makes_the_exit_code_1(finder, monkeyp
     missed = [
         row["what"] for row in findings.read(tmp_path / "found.jsonl") if row["kind"] == "planted" and not row["text"]
     ]
-    # the trial only compares results
+    # the trial compares only results, so it is expected to find only 4 of the 7 faults
     assert len(missed) == (4 if finder == "comparison only" else 7)
     assert capsys.readouterr().out.count("NOT FOUND") == len(missed)
 

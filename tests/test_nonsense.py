@@ -29,7 +29,7 @@ BATCH = {"input_ids": IDS, "document_lengths": LENGTHS}
 
 
 def anything():
-    """Return values of all kinds. Every call creates new ones, because some can be used only once."""
+    """Return values of all kinds. Every call creates new values, because some can be used only once."""
     numbers = [0, 1, 2, 3, -1, 7, 64, 10**9, 2**62, 10**30, 1.5, -0.5, float("nan"), float("inf"), True, np.int64(4)]
     texts = ["", "x", "1GB", "ring", "causal", "float32", "h200-1x2", "/nowhere", "a\0b", b"bytes", "é" * 300]
     lists = [[], [1], [0], [-1], [16], [5, 3, 8], [1.5], ["a"], [[1, 2], [3]], [None], (), (1, 2), (2, 1, 0), range(3)]
@@ -204,8 +204,8 @@ def test_right_calls_are_right_and_an_object_fits_nowhere():
 
 def test_every_public_name_is_called():
     called = {getattr(function, "__qualname__", "").split(".")[0] for function, _ in right_calls()}
-    # types that are returned rather than created by users, functions that need several ranks, and functions called by
-    # the others
+    # types that are returned rather than created by users, functions that need several ranks, and functions that other
+    # calls reach
     others = {"Call", "Executable", "Explanation", "Payload", "Proof", "Table", "Timeline", "block_mask"}
     others |= {
         "RecurrentSpan",
@@ -265,7 +265,9 @@ WORDS += [
 
 
 def some_commands(cases, seed, folder):
-    """Run `cases` random command lines. Return those that did not end with an exit code and a readable message."""
+    """Run `cases` random command lines. Return the failures (exceptions, unexpected exit codes and long runs), each
+    with its command line.
+    """
     chance, wrong = random.Random(seed), {}
     config = folder / "config.toml"
     config.write_text(f'[data]\npath = "{ROOT}/configs"\ntokens_per_step = 4096\n[run]\nfolder = "{folder}/run"\n')

@@ -12,8 +12,8 @@ import pytest
 from waiting import eventually
 
 ROOT = Path(__file__).parents[1]
-# a runner that starts two processes: a program in its own session, which starts another program and ends, and a fork in
-# its own session
+# a runner that starts two processes, each in its own session: a program, which starts a second program and ends, and a
+# fork
 RUNNER = """
 import os, subprocess, sys, time
 from pathlib import Path

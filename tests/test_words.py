@@ -38,7 +38,7 @@ def checked(path: Path) -> bool:
 
 
 def banned_phrases(text: str) -> list[str]:
-    """Return each banned phrase in a text with the reason."""
+    """Return each banned phrase in a text with the reason for the ban."""
 
     return [f"{match[0]!r}: {reason}" for phrase, reason in PHRASES.items() for match in phrase.finditer(text)]
 

@@ -51,7 +51,7 @@ def engine_of(cp, stage: int, micro_batches: int, dtype=torch.float32, **config)
 
 
 def take_step(cp, engine, rank: int, degree: int, micro_batches: int) -> list[torch.Tensor]:
-    """Take a training step. Return the gradients from before the optimizer's step."""
+    """Take a training step. Return the gradients as they were just before the optimizer step."""
     for batch in cp.shard_step(small.step(rank // degree, micro_batches)):
         engine.backward(local_loss(engine, batch))
         if engine.is_gradient_accumulation_boundary():
@@ -63,7 +63,7 @@ def take_step(cp, engine, rank: int, degree: int, micro_batches: int) -> list[to
 def _gradients(rank: int, stage: int, degree: int, shared: bool = False):
     """Return the loss factor and the gradients of several steps.
 
-    shared: blocks of `degree` ranks have their own batches and share attention.
+    shared: each block of `degree` ranks has its own batches, and all blocks share attention.
     """
     _start(rank)
     results = []
@@ -104,7 +104,9 @@ def test_replicas_that_share_attention_have_the_gradients_of_one_process(stage, 
 
 
 def _stepped(rank: int, stage: int, config: dict):
-    """Return (gradient norm reported by DeepSpeed, parameters) after a clipped step, offloaded if the stage allows it."""
+    """Return (gradient norm reported by DeepSpeed, parameters) after a clipped step, with offloading if the stage
+    supports it.
+    """
     _start(rank)
     cp = da.ContextParallel(groups(rank, 2), loss_group=dist.group.WORLD, strategy="ring", layout="document_zigzag")
     dtype = torch.bfloat16 if "bf16" in config else torch.float32
@@ -179,7 +181,8 @@ def _variant(rank: int, variant: str, stage: int, probes: bool):
     return factor, gradients, state
 
 
-# every stage with every variant; DeepSpeed supports offloading and reduction in another dtype from stage 1 on
+# every stage with every variant. DeepSpeed supports offloading and reduction in a different dtype only from stage 1
+# upward
 @pytest.mark.parametrize(
     ("variant", "stage"),
     [
@@ -197,7 +200,9 @@ def test_probes_between_steps_change_nothing(variant, stage):
 
 
 def _other_weights(rank: int) -> str:
-    """Return the error of a rank that loads different weights into one layer after DeepSpeed has made all ranks equal."""
+    """Return the error of a rank that loads different weights into one layer after DeepSpeed has synchronized all
+    ranks.
+    """
     _start(rank)
     cp = da.ContextParallel(dist.group.WORLD, strategy="ring")
     engine = engine_of(cp, 1, 1)

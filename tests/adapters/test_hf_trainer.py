@@ -70,7 +70,7 @@ def arguments(folder, micro_batches: int, replicas: int, **changes) -> TrainingA
 
 
 class Watched(ContextParallelTrainer):
-    """A trainer that keeps the micro-batches of each step."""
+    """A trainer that records the micro-batches of every step."""
 
     def get_batch_samples(self, *args):
         parts, count = super().get_batch_samples(*args)
@@ -86,7 +86,7 @@ def _as_torchrun(rank: int) -> None:
 
 
 def _refilled(rank: int, folder: str) -> list[int]:
-    """Return the first token id of each batch from a collator that refills the same tensor every time."""
+    """Return the first token id of each batch from a collator that reuses one tensor for all batches."""
     _as_torchrun(rank)
     ids = torch.zeros(4, 3, dtype=torch.int64)
     trainer = ContextParallelTrainer(
@@ -107,7 +107,7 @@ def test_a_collator_may_fill_one_tensor_again(tmp_path):
 def _train(
     rank: int, folder, degree: int, micro_batches: int, changes: dict, dtype=torch.float64, data=Rows, shared=False
 ):
-    """Train on this rank. shared: blocks of `degree` ranks have their own batches and share attention."""
+    """Train on this rank. shared: each block of `degree` ranks has its own batches, and all blocks share attention."""
     ranks = dist.get_world_size()
     _as_torchrun(rank)
     if changes.get("deepspeed"):
@@ -153,7 +153,7 @@ def _train(
 
 
 def _check_rates(metrics: dict, kind: str, samples: int, steps: int) -> None:
-    """Check that the rates count every sample once. Both rates and times are rounded."""
+    """Check that the reported rates count every sample once. Rates and times are rounded."""
     seconds = metrics[f"{kind}_runtime"]
     assert metrics[f"{kind}_samples_per_second"] * seconds == pytest.approx(samples, rel=0.02)
     assert metrics[f"{kind}_steps_per_second"] * seconds == pytest.approx(steps, rel=0.02)
@@ -190,13 +190,13 @@ def test_replicas_that_share_attention_have_the_curve_of_one_process(
 
 
 def _packs(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Collate rows into one pack, which no model accepts whole without context parallelism."""
+    """Collate rows into one pack, which models accept only with context parallelism."""
     return {"input_ids": torch.cat(rows)[None], "document_lengths": [len(row) for row in rows]}
 
 
 def _evaluates(rank: int, folder, degree: int, metrics: bool = False):
-    """Return the losses of evaluations on packs before, during and after training. metrics: evaluate whole rows
-    instead.
+    """Return the losses of evaluations on packs before, during and after training. metrics: compute metrics too, which
+    requires evaluating on unsplit rows instead of packs.
     """
     ranks = dist.get_world_size()
     _as_torchrun(rank)
@@ -224,7 +224,7 @@ def test_long_sequences_are_evaluated_split(tmp_path, ranks, degree):
     assert len(expected) == 4 and expected[-1] < expected[0]
     for losses, _ in run_on_ranks(ranks, _evaluates, tmp_path, degree):
         assert losses == pytest.approx(expected, rel=1e-5)
-    # metrics need the logits of whole sequences
+    # metrics need the logits of complete sequences
     for _, tokens in run_on_ranks(2, _evaluates, tmp_path / "metrics", 2, True):
         assert tokens == 15
 
@@ -282,8 +282,8 @@ def test_deepspeed_under_the_trainer_has_the_same_curve(tmp_path):
 
 
 def _refused(rank: int, folder, error: Exception | None) -> tuple[str, int | None]:
-    """Return what this rank prints, and its exit code, when its script ends with a refusal by the Trainer or with
-    `error`.
+    """Return this rank's error output and exit code after `error`, or after a refusal by the Trainer if `error` is
+    None.
     """
     _as_torchrun(rank)
     cp = da.ContextParallel(strategy="ring")

@@ -101,7 +101,7 @@ def test_loss_and_gradients_match_one_process(name, ranks, layers):
     model = build(name)
     loss = plain(model)
     loss.backward()
-    # transformers computes norms in fp32, and also the softmax where it has no SDPA
+    # transformers computes norms in fp32, and for models without SDPA also the softmax
     for total, gradients in run_on_ranks(ranks, _split, name, layers):
         assert abs(total - loss) < 1e-6
         for got, parameter in zip(gradients, model.parameters(), strict=True):

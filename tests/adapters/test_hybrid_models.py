@@ -26,7 +26,7 @@ CASES = {
     4: [
         *((name, PACK, dict(layout="contiguous")) for name in KINDS),
         *((name, PACK, dict(layout="balanced")) for name in KINDS),
-        # these leave ranks without tokens, and add padding
+        # these leave some ranks without tokens and add padding
         *((name, [2, 1], dict(layout="zigzag", pad_to=8)) for name in KINDS),
     ],
 }
@@ -114,7 +114,7 @@ def test_a_layer_that_does_not_ask_for_its_plan_is_noticed(monkeypatch):
     model = hybrid_models.build("lfm2")
     module = sys.modules[type(model).__module__]
     planned = module.causal_conv1d_fn.__wrapped__
-    # imitate a version of transformers that calls the function by another name
+    # imitate a version of transformers with a different name for the function
     monkeypatch.setattr(module, "causal_conv1d_fn", lambda *args, context_parallel, **named: planned(*args, **named))
     cp = da.ContextParallel(strategy="ring", kernel="reference")
     with pytest.raises(da.DistattnError, match="the conv layers of Lfm2ForCausalLM did not ask for their plans"):
@@ -122,7 +122,7 @@ def test_a_layer_that_does_not_ask_for_its_plan_is_noticed(monkeypatch):
 
 
 def _checkpointed(rank: int, checkpointed: bool) -> list:
-    # all models exist at the same time, and so do their batches
+    # all models and their batches exist at the same time
     cp = da.ContextParallel(strategy="ring", kernel="reference")
     models = [hybrid_models.build(name) for name in ("qwen3_next", "mamba2", "mamba2")]
     losses = []

@@ -5,5 +5,5 @@ from layer_calls import Layer, count_calls
 
 def test_few_frames_and_calls_lie_between_transformers_and_the_kernel():
     counted = count_calls(Layer())
-    # if this fails, look at what was added rather than raise the limit
+    # if this fails, find out what was added instead of raising the limit
     assert counted.own_frames <= 8 and counted.own_calls <= 70, counted

@@ -154,8 +154,8 @@ def test_a_batch_may_have_a_group_of_its_own():
 
 
 def _closed(rank: int) -> tuple[int, set[str], str]:
-    """Close a model after rows of many lengths. Return its number of cached batches, its threads, and its error
-    afterwards.
+    """Close a model after it has run rows of many lengths. Return the number of batches it had cached, its remaining
+    threads, and the error of a later call.
     """
     start(cp=2)
     model = build(config_of(cp=2))
@@ -222,7 +222,7 @@ def _parallel(rank: int, tp: int, pp: int, cp: int, changes: dict):
     start(tp, pp, cp)
 
     def seeded(weight):
-        # the same weights on every stage and tensor-parallel rank
+        # use the same weights on every stage and tensor-parallel rank
         torch.nn.init.normal_(weight, std=0.2, generator=torch.Generator().manual_seed(weight.numel()))
 
     config = config_of(
@@ -352,7 +352,7 @@ def _untouched(rank: int, distributed_optimizer: bool) -> bool:
     schedule(chunk, config, ours.shard_step(small.step(0, 2)))
 
     def state() -> list[torch.Tensor]:
-        # the gradients are reduced but not used yet
+        # the gradients have been reduced but not applied yet
         moments = [
             x for state_ in optimizer.chained_optimizers for s in state_.optimizer.state.values() for x in s.values()
         ]
@@ -415,7 +415,9 @@ def _refused(rank: int) -> list[str]:
 
 
 def _direct(rank: int, kind: str):
-    """Return the outputs of a layer with sinks, and of their definition: a key without a value in every softmax."""
+    """Return the outputs of a layer with sinks and the outputs by definition, where a sink is a key without a value in
+    every softmax.
+    """
     start()
     config = config_of(softmax_type=kind)
     core = build(config).decoder.layers[0].self_attention.core_attention

@@ -96,7 +96,9 @@ class GatedNorm(torch.nn.Module):
 
 
 def read_token_by_token(zxbcdt, weight, bias, dt_bias, a, D, headdim, ngroups, **others):  # noqa: N803
-    """Compute the output of mamba-ssm's fused kernel, without a norm. Maps (B, T, ...) to (B, T, H * headdim)."""
+    """Compute the output of mamba-ssm's fused kernel without a norm, token by token, from (B, T, ...) to (B, T, H *
+    headdim).
+    """
     heads = len(a)
     inner = heads * headdim
     z, mixed, dt = zxbcdt.split([inner, zxbcdt.shape[-1] - 2 * inner + inner - heads, heads], -1)
@@ -117,7 +119,7 @@ def read_token_by_token(zxbcdt, weight, bias, dt_bias, a, D, headdim, ngroups, *
 
 
 def without_kernels() -> None:
-    """Replace the GPU kernels of Megatron's layers in this process by their definitions."""
+    """Replace the GPU kernels of Megatron's layers with their definitions in this process."""
     multi_latent_attention.HAVE_TE = False
     moe_utils.te_general_gemm = None
     gated_delta_net.HAVE_FLA = mamba_mixer.HAVE_MAMBA_SSM = True
@@ -266,7 +268,7 @@ def sections_of(name: str, config) -> list[int]:
 
 
 def _tensor_parallel(rank: int, kind: str, weights: dict, gradients: list, changes: dict):
-    """Return the loss on 2 tensor- x 2 context-parallel ranks, and this rank's gradient errors by name."""
+    """Return the loss on 2 tensor- x 2 context-parallel ranks, and this rank's gradient errors, keyed by name."""
     start(tp=2, cp=2)
     config = config_of(tp=2, cp=2, calculate_per_token_loss=True, **MODELS[kind], **changes)
     model = megatron.use_batch_positions(model_of(kind, config, ours=True))
@@ -329,7 +331,7 @@ EXPERTS = dict(
 
 
 def _experts(rank: int, cp: int, ep: int, per_token: bool, stock_router: bool = False):
-    """Return the loss, the gradients by name and the experts' biases after a step of Megatron's schedule."""
+    """Return the loss, the gradients keyed by name, and the experts' biases after a step of Megatron's schedule."""
     import megatron_on_cpu  # noqa: F401
 
     without_kernels()
@@ -344,7 +346,7 @@ def _experts(rank: int, cp: int, ep: int, per_token: bool, stock_router: bool = 
         before, separator, after = name.partition("local_experts.")
         number, _, rest = after.partition(".")
         names[parameter] = f"{before}{separator}{first + int(number)}.{rest}" if separator else name
-        # the same weights on every rank that holds an expert
+        # use the same weights on every rank that holds an expert
         seeded = torch.Generator().manual_seed(zlib.crc32(names[parameter].encode()))
         torch.nn.init.normal_(parameter, std=0.2, generator=seeded)
     routers = [module for module in model.modules() if isinstance(module, TopKRouter)]

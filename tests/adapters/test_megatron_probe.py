@@ -21,7 +21,7 @@ def _only_data_parallel(chunks, *args, **named):
 
 
 def _probed(rank: int, tp: int, pp: int, changes: dict, is_tied: bool) -> tuple[float, str]:
-    """Return the loss factor, and the error when the reduction omits shared parameters."""
+    """Return the loss factor, and the error raised if the reduction omits shared parameters."""
     start(tp, pp)
     config = config_of(tp, pp, **changes)
     spec = sequence_parallel_spec() if config.sequence_parallel else None

@@ -17,7 +17,7 @@ import distattn as da
 from distattn.adapters import pytorch
 from distattn.adapters.pytorch import ProbeTarget, full_tensor, local_loss
 
-# errors of losses and gradients relative to a single process in fp32, which come from rounding every product
+# relative errors of losses and gradients, compared to a single process in fp32. They come from rounding every product
 TOLERANCE = {"bfloat16": (2e-3, 5e-2), "float16": (3e-4, 8e-3)}
 SHARING = {"ring": dict(strategy="ring"), "cad": small.CAD}
 

@@ -84,7 +84,7 @@ def test_the_plain_trainer_adds_the_router_loss_once_for_each_micro_batch_and_ra
     ours = functools.partial(
         _first_step, ContextParallelTrainer, tmp_path, context_parallel=da.ContextParallel(strategy="ring")
     )
-    # both agree without accumulation, and without a router loss
+    # the two trainers agree without accumulation, and with accumulation but without a router loss
     assert ours(1, WEIGHT) == pytest.approx(plain(1, WEIGHT), rel=1e-5)
     without = ours(2, 0.0)
     assert without == pytest.approx(plain(2, 0.0), rel=1e-5)
@@ -92,7 +92,7 @@ def test_the_plain_trainer_adds_the_router_loss_once_for_each_micro_batch_and_ra
     right = ours(2, WEIGHT)
     assert plain(2, WEIGHT)[0] - without[0] == pytest.approx(2 * (right[0] - without[0]), rel=1e-4)
     assert plain(2, WEIGHT / 2) == pytest.approx(right, rel=1e-5)
-    # DDP also sums it over ranks
+    # DDP also sums the router loss over ranks
     for loss, norm in run_on_ranks(2, _plain_on_two_ranks, tmp_path, free_ports(1)[0], WEIGHT / 2):
         assert (loss, norm) == pytest.approx(right, rel=1e-4)
 
@@ -105,7 +105,9 @@ def _norm(model: torch.nn.Module) -> float:
     ("name", "differs"), [("qwen3_next", True), ("nemotron_h", True), ("lfm2", True), ("qwen3_moe", False)]
 )
 def test_plain_transformers_runs_states_over_the_borders_of_packed_documents(name, differs):
-    """Compare a pack described only by position_ids. differs: the model has recurrent layers or convolutions."""
+    """Compare results for a pack that is described only by position_ids. differs: True for models with recurrent layers
+    or convolutions, whose results differ.
+    """
     build = functools.partial(hybrid_models.build, name, torch.float32)
     alone, ours, packed = build(), build(), build()
     batch = batch_of(PACK)

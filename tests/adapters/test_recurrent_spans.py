@@ -44,7 +44,7 @@ def _cluster(ranks: int) -> ClusterSpec:
 
 
 def _split(rank: int, names: list, pad_to: int, cluster: ClusterSpec | None) -> list:
-    """Run checkpointed models. cluster: the cluster by which relayout is chosen, or None to always move the rows."""
+    """Run checkpointed models. cluster: the cluster for which relayout is chosen, or None to always move the rows."""
     results = []
     if cluster is None:
         huggingface_spans.recurrent_span = lambda batch, *args, **named: da.RecurrentSpan(batch, "contiguous")

@@ -90,7 +90,7 @@ def test_loss_and_gradients_match_one_process_over_steps_of_different_lengths(ki
 
 @pytest.mark.parametrize("kind", ROPES)
 def test_frequencies_follow_the_pack_and_not_this_rank_s_tokens(kind):
-    """Show why this scaling is needed: without it a rank's own positions would count."""
+    """Show why this scaling is needed: otherwise the frequencies would depend on each rank's own positions."""
     model, plain = _model(kind), _plain(kind)
     batch = da.ContextParallel(strategy="ring", kernel="reference").shard(small.micro_batch([40, 4]))
     logits = model(**huggingface.inputs(batch)).logits

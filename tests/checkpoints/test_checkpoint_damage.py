@@ -123,7 +123,9 @@ class RunsCode:
 
 
 def forged(folder, where, marker):
-    """Write a hostile checkpoint with correct digests that tries to run code. where: the part that names the code."""
+    """Write a hostile checkpoint with correct digests that tries to run code. where: the part of the checkpoint that
+    names the code.
+    """
     step = folder / "step-00000007"
     state = {"weights": torch.ones(4), "model.w": torch.ones(4), "words": "plain", "hostile": RunsCode(marker)}
     dcp.save(state, checkpoint_id=step, no_dist=True)
@@ -202,7 +204,7 @@ def test_a_checkpoint_names_no_files_outside_of_its_folder(outside, copy):
 
 def test_torch_allows_the_values_that_verify_accepts():
     allowed = torch._weights_only_unpickler._get_allowed_globals()
-    # the list may contain dtypes of other torch versions that this version lacks
+    # the list may contain dtypes of other torch versions that the installed version lacks
     missing = {f"{module}.{name}" for module, name in VALUES} - set(allowed)
     assert all(not hasattr(torch, name.removeprefix("torch.")) for name in missing), missing
 

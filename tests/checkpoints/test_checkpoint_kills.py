@@ -59,7 +59,7 @@ def leave(tmp_path, writer):
 def test_leftovers_of_dead_writers_are_removed_and_those_of_live_ones_are_not(tmp_path):
     machine, pid, started = writer_name().split("-")
     alive = leave(tmp_path, writer_name())
-    # no process id exceeds 2**22; the second name has this process's id but another start time
+    # no process id exceeds 2**22; the second name has this process's id but a different start time
     dead = [leave(tmp_path, f"{machine}-{2**22 + 1}-{started}"), leave(tmp_path, f"{machine}-{pid}-{started}0")]
     far, silent = leave(tmp_path, "00000000-1-1"), leave(tmp_path, "00000000-2-1")
     outdated = tmp_path / "step-00000001.removed-00000005"
@@ -70,7 +70,7 @@ def test_leftovers_of_dead_writers_are_removed_and_those_of_live_ones_are_not(tm
     for path in [*silent.iterdir(), silent]:
         os.utime(path, (long_ago, long_ago))
     assert clean_leftovers(tmp_path) == sorted(path.name for path in [*dead, silent, outdated])
-    # folders whose names are not ours stay
+    # folders with unfamiliar names are left alone
     assert sorted(tmp_path.iterdir()) == sorted([alive, far, mine])
 
 

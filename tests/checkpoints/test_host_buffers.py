@@ -19,8 +19,8 @@ from distattn.memory.pinned_memory import pinned_like
 
 @pytest.fixture
 def pinned(monkeypatch):
-    """Record the bytes that CUDA was asked to pin, by address. Assert that ranges are whole mapped pages, each pinned
-    once.
+    """Record the size of each range that CUDA is asked to pin, by address. Assert that ranges consist of complete,
+    mapped pages, each pinned only once.
     """
     ranges: dict[int, int] = {}
     record = SimpleNamespace(ranges=ranges, error=0)
@@ -32,7 +32,7 @@ def pinned(monkeypatch):
         return record.error
 
     def unregister(address):
-        # reading it checks that the memory is still mapped
+        # reading the memory checks that it is still mapped
         ctypes.string_at(address, ranges.pop(address))
         return 0
 
@@ -73,7 +73,7 @@ def test_gathered_tensors_are_copied_without_a_race_and_few_are_held():
                 state[f"layer {number}"] = buffers.keep(f"layer {number}", gathered)
                 most = max(most, len(alive))
                 del gathered
-            # the next optimizer step changes it
+            # a tensor that the next optimizer step changes right after it was copied
             last = torch.zeros(4, device=DEVICE)
             state["last"] = buffers.keep("last", last)
             buffers.finish_kept()
@@ -93,7 +93,7 @@ def test_a_state_keeps_tensors_that_are_buffers_already_as_they_are():
     staged.copy_tensors()
     assert staged._staged["a"] is kept and staged._staged["b"] is not other
     assert list(buffers._buffers) == ["a", "b"] and buffers.keep("a", torch.zeros(3)) is kept
-    # a buffer of an earlier save is an ordinary tensor
+    # to another instance, a buffer of an earlier save is an ordinary tensor
     assert not HostBuffers().holds(kept)
 
 

@@ -23,7 +23,7 @@ from distattn.parallel.runtime.communication import collective_calls, network_in
 def answers(rank):
     exchange = RankExchange(dist.group.WORLD)
     results_ = [exchange.decide(lambda: rank * 10, lambda results: [sum(results) + r for r in range(len(results))])]
-    # larger than a socket's buffer
+    # a result larger than a socket's buffer
     results_.append(len(exchange.decide(lambda: bytes(3_000_000), lambda results: [b"".join(results)] * 3)))
     exchange.close()
     return results_
@@ -84,13 +84,13 @@ def test_a_rank_that_does_not_come_is_named():
 
 
 def among_strangers(rank):
-    """Connect strangers that send nothing or use a wrong key, and one that listens in rank 0's place. None may be
+    """Connect strangers: some send nothing, some use a wrong key, and one listens in place of rank 0. None may be
     accepted.
     """
     refused = []
     if rank == 0:
-        # a short limit for the stranger that sends nothing. The other rank keeps the long limit, since the machine may
-        # be busy
+        # use a short limit for the stranger that sends nothing. The other rank keeps the long limit, since the machine
+        # may be busy
         rank_sockets._CONNECT_SECONDS = 0.2
     if rank == 1:
         connect = rank_sockets._connect
@@ -157,7 +157,7 @@ def test_data_that_does_not_match_its_digest_is_never_unpickled():
     stranger.send(Armed())
     with pytest.raises(ConnectionError, match="does not match its digest"):
         receiver.recv()
-    # a replayed message is refused as well, and so is one sent back in the other direction
+    # a replayed message is refused too, and so is a message sent back in the other direction
     for side, sent in ((1, 0), (0, 1)):
         again = RankConnection(sending, key, side, 1 - side)
         again._sent = sent

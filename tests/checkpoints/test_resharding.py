@@ -4,7 +4,7 @@ import checkpoint_faults as faults
 import pytest
 import torch
 
-# import it once here, not in every forked rank at its first optimizer step
+# import torch._dynamo once here, not in every forked rank at its first optimizer step
 import torch._dynamo  # noqa: F401
 import torch.distributed as dist
 from processes import run_on_ranks
@@ -36,7 +36,7 @@ def train(model, optimizer, steps):
 
 
 def whole(state):
-    """Return a state with all tensors unsharded and its other values as they are, by name."""
+    """Return a state by name, with all tensors unsharded and all other values unchanged."""
     if isinstance(state, dict):
         return {key: whole(value) for key, value in state.items()}
     if isinstance(state, torch.Tensor):
@@ -58,8 +58,8 @@ def save(rank, folder, replicas=1):
         state = both(model, optimizer)
         wanted = whole(state)
         saver.save(step, state, overlap=True)
-        # training continues at once. PyTorch does not count changes of sharded tensors, so the optimizer's step waits
-        # for the copies
+        # training continues immediately. PyTorch does not count changes of sharded tensors, so the optimizer's step
+        # waits for the copies
         train(model, optimizer, 1)
     saver.close()
     return wanted

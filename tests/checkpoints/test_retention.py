@@ -49,7 +49,7 @@ def test_one_checkpoint_of_every_few_hours_is_kept(tmp_path):
     checkpoints, removable = fill(tmp_path, hours, KeepRule(last=2, every_hours=3))
     # this keeps hours 0, 3 and 6, and the last two checkpoints
     assert removable == [1, 2, 4, 5]
-    # the result does not depend on how often the rule was applied
+    # the result does not depend on how often the rule is applied
     left = [checkpoint for checkpoint in checkpoints if checkpoint.step not in removable]
     assert KeepRule(last=2, every_hours=3).removable(left) == []
 
@@ -90,7 +90,7 @@ def test_the_only_good_checkpoint_is_never_removed(tmp_path):
     assert KeepRule(last=2).removable(checkpoints) == []
     (checkpoints[3].folder / "__0_0.distcp").unlink()
     assert KeepRule(last=2).removable(checkpoints) == []
-    # a checkpoint without a valid manifest does not count, and stays
+    # a checkpoint without a valid manifest does not count, and is kept
     (checkpoints[3].folder / "manifest.json").unlink()
     assert [checkpoint.step for checkpoint in KeepRule(last=2).removable(list_checkpoints(tmp_path))] == [0]
 

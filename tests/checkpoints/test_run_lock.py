@@ -58,7 +58,7 @@ def test_the_second_of_two_jobs_refuses_and_names_the_first(owner, tmp_path, mon
         DistattnError, match=rf"belongs to process {process.pid} on \S+, Slurm job 4711, since 20\S+; end it"
     ):
         RunLock(tmp_path)
-    # a different job id is a different job
+    # a different job id means a different job
     monkeypatch.setenv("SLURM_JOB_ID", "4712")
     with pytest.raises(DistattnError, match="Slurm job 4711"):
         RunLock(tmp_path)
@@ -162,7 +162,7 @@ def test_an_attempt_of_the_same_job_waits_for_the_previous_one_to_end(owner, tmp
 
 
 def elsewhere(folder, role=OWNER, **changes):
-    """Write the file of an owner on another machine, on a file system that does not share flock between machines."""
+    """Write the file of an owner on another machine. The file system does not share flock between machines."""
     owner_ = Owner.of_this_process()
     facts = {**owner_.__dict__, "host": "node-7", "machine": "another", "job": "4711", **changes}
     file = folder / f"{role}.json"
@@ -212,7 +212,7 @@ def test_an_attempt_of_the_same_job_on_another_machine_takes_over_at_once(tmp_pa
 
 
 def test_a_launcher_of_the_same_job_is_another_launcher(owner, tmp_path, monkeypatch):
-    # all commands within one salloc have the same SLURM_JOB_ID
+    # all commands inside one salloc have the same SLURM_JOB_ID
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: pytest.fail("it waits"))
     file = elsewhere(tmp_path, LAUNCHER)
@@ -234,7 +234,7 @@ def test_the_lease_is_renewed_and_its_loss_is_noticed(tmp_path, monkeypatch):
         elsewhere(tmp_path)
         with pytest.raises(DistattnError, match="was taken by process .* on node-7"):
             lock.check()
-    # the other owner's file stays
+    # the other owner's file is left in place
     assert file.exists()
 
 

@@ -139,7 +139,7 @@ def test_a_state_that_changes_while_it_is_copied_is_not_saved(tmp_path, monkeypa
     ):
         saver.wait()
     assert steps(tmp_path) == []
-    # once the error has been raised, the next save is tried
+    # once the error has been raised, the next save is attempted
     saver.save(2, state)
     saver.close()
     assert steps(tmp_path) == [2]
@@ -216,7 +216,7 @@ def test_after_a_run_has_gone_back_the_newest_is_what_was_saved_last(tmp_path):
         saver.save(step, {"a": step})
     state = {"a": 0}
     assert saver.load_newest(state).step == 15 and state == {"a": 15}
-    # a step that was already saved is replaced
+    # saving a step again replaces its checkpoint
     saver.save(30, {"a": 31})
     assert saver.load_newest(state).step == 30 and state == {"a": 31}
     saver.close()
@@ -299,12 +299,12 @@ def hang_on_one_rank(rank, folder, hangs, board):
     def is_waited_for():
         beats = {0: read(0), 1: read(1)}
         mine, other = beats[rank], beats[1 - rank]
-        # the same text as in the exchange before
+        # the text is the same as for the exchange before
         waits = other.waits and other.activity == f"{told} {rank}" and other.seconds == 0
         return mine.seconds and waits and culprits(beats, {0: "S", 1: "S"}) == wanted
 
     def hang(file, content):
-        # until the other rank has finished its part and waits for this one
+        # hang until the other rank has finished its part and waits for this one
         eventually(is_waited_for, lambda: f"{read(0)}, {read(1)}")
         return write(file, content)
 

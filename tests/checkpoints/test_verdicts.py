@@ -58,7 +58,7 @@ def test_checkpoints_in_doubt_push_no_good_one_out_and_are_loaded_last(tmp_path)
     saver.wait()
     assert steps(tmp_path) == [4, 5]
     assert list_checkpoints(tmp_path)[0].manifest.facts == {"loss": "4"}
-    # a checkpoint kept because of a refused step stays until it is released
+    # a checkpoint kept because of a refused step is kept until it is released
     saver.note(lambda folder: keep_newest_good(folder, 9))
     for step in (6, 7):
         judged(step, GOOD)
@@ -90,7 +90,7 @@ def test_the_mark_of_a_refused_step_goes_once_the_run_has_passed_it(new_level, k
         return [checkpoint.step for checkpoint in list_checkpoints(tmp_path) if checkpoint.verdict.kept]
 
     save_good(5)
-    # step 8 is refused; then the run goes back or restarts, which ends the streak silently
+    # step 8 is refused; then the run goes back or restarts, which ends the streak of refused steps silently
     saver.note(lambda folder: keep_newest_good(folder, 8))
     if new_level:
         saver.note(lambda folder: keep_for_good(folder, 8))
@@ -121,7 +121,7 @@ def test_a_verdict_on_a_save_that_failed_leaves_an_older_checkpoint_of_the_same_
         saver.wait()
     assert list_checkpoints(tmp_path) == older and saver.has_failed(5)
     assert len(warned) == 1 and "step-00000005 was not saved" in warned[0]
-    # a run that has loaded the older checkpoint of this step judges that one
+    # a run that has loaded the older checkpoint of this step judges that checkpoint
     assert saver.load_newest({"a": 0}).step == 5 and not saver.has_failed(5)
     saver.save(5, {"a": 3})
     saver.note(lambda folder: judge_checkpoint(folder, 5, REFUSED, "why"), 5)
@@ -194,7 +194,7 @@ def test_a_choice_whose_process_is_killed_is_complete_or_was_not_made(tmp_path, 
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
-    # first a checkpoint that was refused, then those saved later
+    # the refused checkpoint is judged first, then those saved later
     assert preferred_step(tmp_path) == (20 if replaced == 3 else 40)
     with choose_step(tmp_path, 40):
         pass

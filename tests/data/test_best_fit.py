@@ -43,7 +43,7 @@ def test_no_pack_exceeds_its_limits_except_for_a_single_piece(groups, tokens, ma
     for number, (slots, room) in enumerate(zip(packs.slots.tolist(), packs.room.tolist(), strict=True)):
         mine = lengths[pack == number]
         assert room == slots * tokens - mine.sum() >= 0
-        # only a piece longer than a pack occupies several slots, and no more than it needs
+        # only a piece longer than a pack occupies several slots, and no more slots than it needs
         assert slots == max(1, -(-int(mine.max()) // tokens))
         if max_documents is not None:
             assert len(mine) <= max_documents * slots
@@ -95,8 +95,8 @@ def test_packs_of_real_lengths_are_full_and_alike(tokens):
     packs = BestFitPacks(PackLimits(tokens, PackCost()))
     documents = np.bincount(packs.add(lengths))
     assert 1 - packs.room.sum() / tokens / len(packs.room) > 0.995
-    # if packed by length alone, the last packs would hold only the shortest documents, more than five times the mean
-    # number
+    # if packed by length alone, the last packs would hold only the shortest documents, and more than five times the
+    # mean number of documents
     assert documents.max() < 3 * documents.mean()
 
 

@@ -54,7 +54,7 @@ def test_a_block_is_read_whole_once(prefix, bytes_read):
         # from a checked block into an unchecked one
         (8000, 300, 384 + BLOCK_BYTES),
         (8000, 300, 600),
-        # into the last block, which is shorter
+        # into the last block, which is a partial block
         (TOKENS - 800, 800, BLOCK_BYTES + 2 * 777),
         (TOKENS - 800, 800, 1600),
         # an unchecked block between checked ones, which are not read in full again

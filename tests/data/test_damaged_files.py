@@ -20,7 +20,9 @@ PAGE = 4096
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
-    """Write two files with equal numbers of tokens and documents. Return their folder and the first file's documents."""
+    """Write two files with the same number of tokens and of documents. Return their folder and the first file's
+    documents.
+    """
     folder = tmp_path_factory.mktemp("originals")
     rng = np.random.default_rng(3)
     # many documents, so that each section of the index spans several pages
@@ -99,7 +101,7 @@ def test_no_fault_is_silent_where_there_are_digests(originals, tmp_path):
             read_all(prefix)
             pytest.fail(fault)
         message = str(refusal.value)
-        # one sentence with the file's name and the position of the fault
+        # the message is one sentence with the file's name and the position of the fault
         assert str(tmp_path / "file.") in message and "\n" not in message, fault
         assert re.search(r"bytes? \d|a table of digests was altered", message), (fault, message)
         refusals += 1
@@ -125,8 +127,8 @@ def test_without_digests_only_tokens_and_limits_of_documents_can_be_altered_unno
             assert len(content) == (originals[0] / "file.bin").stat().st_size, fault
             assert [len(document) for document in documents] == [len(document) for document in originals[1]]
         else:
-            # altered lengths and pointers would contradict each other, so only document limits may differ, and they are
-            # still in order
+            # altered lengths and pointers would contradict each other, so only document limits may differ, and these
+            # are still in ascending order
             differing = [at for at in range(len(whole)) if whole[at] != content[at]]
             assert len(content) == len(whole) and ends <= min(differing) and max(differing) < modes, fault
             np.testing.assert_array_equal(np.concatenate(documents), np.concatenate(originals[1]))

@@ -240,7 +240,7 @@ def test_the_digest_of_a_corpus_is_of_what_is_in_it(tmp_path):
         Corpus.open("any", order).digest for order in ([first.prefix, tokens.prefix], [tokens.prefix, first.prefix])
     ]
     assert orders[0] != orders[1]
-    # without side files the tokens are not covered by digests, but the indices are
+    # without side files digests cover the indices, but not the tokens
     for file in (first, tokens, lengths):
         os.unlink(f"{file.prefix}.xxh3")
     bare = [Corpus.open("any", [file.prefix]).digest for file in (first, tokens, lengths)]

@@ -112,7 +112,7 @@ def test_a_run_that_is_killed_and_resumed_with_other_shares_reads_what_an_unbrok
     seen = [{} for _ in reference]
     for line in (tmp_path / "journal").read_text().splitlines():
         step, digest, ids, labels = line.split()
-        # a step that was interrupted is read again and must be identical
+        # an interrupted step is read again and must be identical
         assert seen[int(step)].setdefault(digest, (int(ids), int(labels))) == (int(ids), int(labels))
     assert seen == reference
 

@@ -130,7 +130,7 @@ def test_a_plan_of_fewer_steps_is_the_beginning_of_one_with_more(tmp_path):
     for step in range(21):
         assert np.array_equal(short.step(step).rows, long.step(step).rows)
         assert np.array_equal(short.step(step).ends, long.step(step).ends)
-    # the weights are equal, and the plan goes on long after the smaller corpus has been read once
+    # the weights are equal, and the plan continues long after the smaller corpus has been read once
     web, books = long.sources
     assert abs(web.planned_tokens / long.tokens - 0.5) < 0.01
     assert books.epochs > 5
@@ -377,7 +377,7 @@ def test_the_header_is_json_that_others_can_read(plan):
     header = json.loads(content[offset : offset + size])
     assert header["rule"]["context"] == [[0, 4096]]
     assert [source["name"] for source in header["sources"]] == ["web", "books"]
-    # the records follow the documented format as well
+    # the records follow the documented format too
     begin = int(np.frombuffer(content, "<u8", 1, offset=header["index"])[0])
     packs = int(np.frombuffer(content, "<u4", 1, offset=begin)[0])
     counts = np.frombuffer(content, "<u4", packs, offset=begin + 4)

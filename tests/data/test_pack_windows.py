@@ -219,7 +219,7 @@ def test_steps_are_full_and_documents_hardly_wait(tokens):
     lengths = web_like(100_000)
     rule = PackRule(context=((0, tokens),), tokens_per_step=32 * tokens, window=512)
     packs, _ = packs_of(rule, documents_of([lengths], 0), 0)
-    # the last window takes whatever is left
+    # the last window contains the remaining packs
     steps = packs[-1][0] - 32
     inside = [(pack, waited) for step, pack, waited in packs if step < steps]
     assert sum(int(pack["length"].sum(dtype=np.int64)) for pack, _ in inside) / (len(inside) * tokens) > 0.995

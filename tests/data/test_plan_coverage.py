@@ -35,7 +35,7 @@ def plan(tmp_path, part_rows):
 def rewritten(plan, path, change):
     """Rewrite the plan with the pieces that `change` returns.
 
-    change: takes the pieces of all steps, PIECE (N,), and the step of each, (N,).
+    change: a function of the pieces of all steps, PIECE (N,), and the step of each piece, (N,).
     """
     steps = list(map(plan.step, range(plan.steps)))
     rows, step_of = change(
@@ -184,7 +184,7 @@ def test_a_plan_of_some_steps_may_lack_what_still_waits_and_nothing_else(tmp_pat
 
     with pytest.raises(DamagedDataError, match="of corpus books is not read to its end in epoch 3"):
         check_coverage(rewritten(plan, tmp_path / "wrong", gone(3)), corpora())
-    # shortly after the next epoch has begun, the document could still have come later
+    # shortly after the next epoch has started, the document could still have followed later
     begun = next(step for step in range(400) if (plan.step(step).rows[["corpus", "epoch"]].tolist().count((1, 8))))
     short = make_pack_plan(tmp_path / "short", corpora(), seed=5, rule=RULE, weights=[1.0, 1.0], steps=begun + 10)
     assert check_coverage(rewritten(short, tmp_path / "cut", gone(7)), corpora())[1].epochs == 7

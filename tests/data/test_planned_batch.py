@@ -21,7 +21,7 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.ir.layout import Layout
 
 LENGTHS = [[40, 1, 7, 3000], [25, 0, 12]]
-# (document, start, length): whole documents, the first and last part of a document that is cut, and a single token
+# (document, start, length): complete documents, the first and last part of a document that is cut, and a single token
 PIECES = [(0, 0, 40), (3, 0, 1000), (6, 0, 12), (3, 1000, 1200), (1, 0, 1), (3, 2200, 800), (4, 0, 25)]
 
 
@@ -34,7 +34,7 @@ def pack_of(pieces, corpus=0):
 
 
 def expected(pieces, allowed=lambda document, tokens: np.ones(len(tokens), bool)):
-    """Return the ids and labels of the whole token axis, by definition."""
+    """Return the ids and labels of the entire token axis, by definition."""
     lengths, ids, labels = sum(LENGTHS, []), [], []
     for document, start, length in pieces:
         whole = document_tokens(document, lengths[document])
@@ -72,7 +72,7 @@ def test_ranks_read_their_own_tokens_and_one_more_for_each_run(corpus, layout):
     for rank in range(8):
         before, tokens = batch.bytes_read, plan.tokens(rank)
         np.testing.assert_array_equal(batch.read(tokens), (ids[tokens], labels[tokens]))
-        # each of at most two chunks reads one extra token per piece in it
+        # each of at most two chunks reads one additional token for each piece in it
         runs = 2 * (1 + len(PIECES))
         assert 0 <= batch.bytes_read - before - 4 * len(tokens) <= 4 * runs
     assert batch.bytes_read <= 4 * (batch.tokens + 16 + len(PIECES))

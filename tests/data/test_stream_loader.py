@@ -18,7 +18,7 @@ SETTINGS = {"context": 64, "packs_per_step": 4, "window": 8}
 
 
 def documents(count=400, seed=0, longest=200):
-    """Return documents identified by their first two ids. Some are longer than a pack, some are empty."""
+    """Return documents that can be identified by their first two ids. Some are longer than a pack, and some are empty."""
     rng = np.random.default_rng(seed)
     lengths = np.minimum(rng.lognormal(2.5, 1.2, count).astype(int), longest)
     return [[number, 1000 + number, *rng.integers(0, 99, length)][:length] for number, length in enumerate(lengths)]
@@ -94,7 +94,7 @@ KINDS = {"list": list, "plain": Plain, "stateful": Stateful, "tells late": Tells
 
 
 def flat(steps):
-    """Return the contents of steps in a form that can be compared."""
+    """Return the contents of steps in a comparable form."""
     return [
         [(batch["document_lengths"], batch["input_ids"].tolist(), batch["shift_labels"].tolist()) for batch in step]
         for step in steps
@@ -145,7 +145,7 @@ def test_resuming_after_any_step_continues_as_if_uninterrupted(kind):
         second = StreamLoader(make(), **SETTINGS)
         second.load_state_dict(torch.load(state, weights_only=True))
         assert second.step == done
-        # a state taken right after loading is the same
+        # a state saved right after loading is the same
         assert str(second.state_dict()) == str(first.state_dict())
         assert flat(before) + flat(second) == whole
 
@@ -271,7 +271,7 @@ def test_text_is_tokenized():
     ],
 )
 def test_an_invalid_document_is_refused_by_its_number(wrong, message):
-    # an empty document counts as well
+    # an empty document counts too
     stream = [[1, 2], [], [[3], [4, 5]], wrong]
     with pytest.raises(DistattnError, match=f"document 4 of the stream {message}"):
         list(StreamLoader(stream, **SETTINGS))

@@ -24,9 +24,7 @@ def nonempty(count=200):
 
 
 def assert_resumes(make, every=3):
-    """Assert that a loader of `make()` that resumes after any step equals an unbroken one, and that it contains all
-    documents.
-    """
+    """Assert that a loader of `make()` yields all documents, and the same steps if it is resumed after any of them."""
     whole = list(StreamLoader(make(), **SETTINGS))
     assert len(whole) > 8
     for done in range(0, len(whole) + 1, every):
@@ -70,7 +68,7 @@ def test_mosaicmls_streaming_dataset(tmp_path):
             writer.write({"input_ids": np.array(document["input_ids"], np.int32)})
 
     def make():
-        # the next dataset would find the shared memory that a previous dataset of this process left behind
+        # otherwise the dataset would find the shared memory left behind by an earlier dataset of this process
         streaming.base.util.clean_stale_shared_memory()
         return streaming.StreamingDataset(local=str(tmp_path), batch_size=4, shuffle=True, shuffle_seed=3)
 

@@ -63,7 +63,7 @@ def train_tokenizer(folder):
         show_progress=False,
     )
     tokenizer.train_from_iterator(TEXTS * 3, trainer)
-    # these would truncate and pad documents if the job did not switch them off
+    # truncation and padding would change documents if the job did not switch them off
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding()
     folder.mkdir(exist_ok=True)
@@ -91,7 +91,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
     for name in ("a.jsonl", "b.json.gz", "c.jsonl.zst", "d.parquet", "e"):
         job = plan_job(str(tmp_path / f"out-{name}"), [str(tmp_path / name)], "bytes")
         assert tokenize_here(job) == expected, name
-    # all files at once, in the order in which they are given
+    # all files in one call, in the order given
     job = plan_job(str(tmp_path / "out"), [str(tmp_path / name) for name in ("d.parquet", "a.jsonl", "e")], "bytes")
     assert tokenize_here(job) == expected * 3
     manifest = Manifest.load(job.prefix)

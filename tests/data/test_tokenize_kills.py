@@ -25,8 +25,8 @@ from distattn.supervision.helper_processes import MOST_REPLACEMENTS
 ROOT = Path(__file__).parents[2]
 SUFFIXES = (".bin", ".idx", ".xxh3", ".json")
 SHARDS = 40
-# use small shards, so that there are many. The process kills itself before it renames a file for the n-th time, or some
-# seconds after its workers have finished a given number of shards
+# a driver with small shards, so that there are many. It kills itself before it renames a file for the n-th time, or
+# some seconds after its workers have finished a given number of shards
 DRIVER = """
 import os, signal, sys, time
 from distattn.data.tokenizing import document_sources
@@ -127,7 +127,7 @@ def alive(process):
 
 
 def reached(condition, process):
-    """Wait until a condition holds. Return False if the command ends first."""
+    """Wait until a condition holds. Return False if the command ends before that."""
     while not condition():
         if process.poll() is not None:
             return False
@@ -139,7 +139,7 @@ def test_a_command_that_is_killed_repeatedly_continues(corpus, tmp_path):
     folder, whole = corpus
     rng = random.Random(1)
     out = tmp_path / "out"
-    # each run gets a few shards further and never finishes
+    # each run completes a few more shards and never finishes
     for shards in rng.choices(range(1, 5), k=6):
         before = finished(out)
         killed = finish(folder, out, shards=WORKERS + shards, seconds=rng.random() * 0.02)
@@ -211,7 +211,7 @@ def test_a_worker_that_dies_or_stops_is_replaced_and_its_shard_is_repeated(corpu
             line,
         ), line
     assert len(error_lines) == WORKERS
-    # work that was done twice counts once
+    # work done twice counts once
     assert [sum(counts) for counts in zip(*told, strict=True)][1:3] == [manifest.documents, manifest.tokens]
 
 

@@ -52,14 +52,14 @@ def test_products_and_pairs_match_the_shape():
     pairs, products = 131072**2 / 2, 6 * shape.multiplications * 131072
     expected = pairs * 4 * 32 * 32 * 128 * (1 / 701e12 + 2.5 / 601e12) + products / 750e12
     assert cost.seconds(131072) == pytest.approx(expected, rel=0.05)
-    # overheads weigh more for short documents
+    # overheads are a larger share for short documents
     assert 1024 * cost.seconds(128) < cost.seconds(131072) < 1.2 * 1024 * cost.seconds(128) + pairs * 7e-9
 
 
 @pytest.mark.parametrize("device", ["h100", "b200", "laptop"])
 def test_attention_matches_the_cost_model_of_clusters(device):
-    """Compare the seconds without matrix products with `padded_cells`, averaged over lengths that fill their tiles to
-    varying degrees.
+    """Compare the seconds, excluding matrix products, with `padded_cells`, averaged over lengths that fill their tiles
+    to varying degrees.
     """
     cluster = load_device(device)
     shape = ModelShape(1, 1, 16, 1, 1, head_dim=128)

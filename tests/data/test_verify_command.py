@@ -63,8 +63,8 @@ def test_correct_files_are_accepted(prefix, capsys):
 
 
 def test_digests_are_written_where_there_are_none(prefix, capsys, monkeypatch):
-    """Write digests for files made by Megatron's tools. Opening a corpus then reads only headers, and changes are
-    noticed.
+    """Write digests for files created by Megatron's tools. Opening a corpus then reads only headers, and later changes
+    are noticed.
     """
     expected = Path(f"{prefix}.xxh3").read_bytes()
     plain = Corpus.open("web", [prefix]).digest
@@ -82,7 +82,7 @@ def test_digests_are_written_where_there_are_none(prefix, capsys, monkeypatch):
     monkeypatch.setattr(BlockDigests, "check", lambda self, *rest: (checked.append(len(rest[3])), check(self, *rest)))
     corpus = Corpus.open("web", [prefix])
     assert corpus.digest == plain != bare and corpus.has_digest(plain) and sum(checked) <= 2 * BLOCK_BYTES
-    # a plan made before the digests existed also belongs to these files
+    # a plan made before the digests existed still matches these files
     assert corpus.has_digest(bare) and not corpus.has_digest("0" * 32)
     monkeypatch.undo()
     alter(f"{prefix}.bin", 100_000, Path(f"{prefix}.bin").read_bytes()[100_000] ^ 1)

@@ -442,7 +442,7 @@ def plant(mistakes: dict[str, str]) -> None:
 
 
 def script(family: str, trainer: str = "loop", *mistakes: str, dtype: str = "float32", more: str = "") -> str:
-    """Return a doctor script from a model family, a trainer, planted mistakes and further lines."""
+    """Return a doctor script from a model family, a trainer, planted mistakes and additional lines."""
     planted = (MISTAKES[mistake] for mistake in mistakes)
     parts = [HEAD.format(dtype=dtype), FAMILIES[family], TRAINERS[trainer], *planted, more]
     return "\n".join(parts)

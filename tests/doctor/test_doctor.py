@@ -35,7 +35,7 @@ def forward(model, part):
 """
     path = tmp_path / "target.py"
     path.write_text(script("llama", more=body))
-    # the other rank ends as well when it loses its connection, as it would with the command
+    # the other rank ends too when it loses its connection, as under the real command
     (finding,) = doctor.examine_target(str(path), 2).findings
     assert finding.cause == "failed" and "rank 1: RuntimeError: the real cause (target.py, line" in finding.observed
 

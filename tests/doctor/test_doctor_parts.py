@@ -112,7 +112,7 @@ def test_the_verdict_comes_first_and_wraps_like_prose(monkeypatch, capsys):
     assert (
         lines[-2] == "machine: python 3.11.7; noteworthy: GPUs. distattn doctor" and "--json, shows more." in lines[-1]
     )
-    # without a script, the machine is the answer: the noteworthy facts, then the rest in one line
+    # without a script, the output describes the machine: first the noteworthy facts, then the rest in one line
     assert doctor_command.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("note GPUs: none") and lines[1] == "machine: python 3.11.7, ports free."

@@ -15,7 +15,7 @@ from distattn.doctor.target import Target
 from distattn.launch import doctor_command
 
 BF16 = "bfloat16"
-# (family, trainer, mistake, the doctor's name for it), optionally followed by the dtype
+# (family, trainer, mistake, the doctor's name for the mistake), optionally followed by the dtype
 PLANTED = [
     ("llama", "loop", "positions from 0", "positions not sharded"),
     ("gpt2", "DDP", "positions from 0", "positions not sharded"),
@@ -256,7 +256,7 @@ def _examine(rank: int, scripts: list[str]) -> list[dict]:
 
 
 def diagnoses(folder: Path, texts: list[str]):
-    """Return the doctor's diagnoses of scripts, which the same two ranks run one after another."""
+    """Return the doctor's diagnoses of scripts. The same two ranks run all scripts in turn."""
     scripts = []
     for number, text in enumerate(texts):
         scripts.append(str(folder / f"target{number}.py"))

@@ -154,7 +154,7 @@ def shard(cp, batch):
 """,
     }
 )
-# (mistake, the doctor's name for it, and words that its sentences contain)
+# (mistake, the doctor's name for the mistake, and phrases that the diagnosis must contain)
 PLANTED = [
     ("queries of a rank", "softmax scale", "on rank 1", "1.1"),
     ("scale of a rank", "softmax scale", "on rank 1", "0.5 times"),
@@ -200,7 +200,7 @@ ROUNDED = [
 ]
 
 
-# each dtype runs all three thirds of the mistakes
+# each of the two dtypes runs all three thirds of the mistakes
 PARTS = [(BF16, 0), ("float32", 1), (BF16, 2), ("float32", 0), (BF16, 1), ("float32", 2)]
 
 

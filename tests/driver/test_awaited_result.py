@@ -32,7 +32,7 @@ def test_a_rank_waits_for_others_only_while_they_are_asked(told):
 
     def thread():
         idents.append(threading.get_ident())
-        # an exchange of the previous step, for whose plans no thread waits yet
+        # an exchange of the previous step; no other thread is waiting for its result yet
         with thread_activity("the comparison of plans", waits=True):
             steps[0].wait()
         steps[1].wait()
@@ -45,14 +45,14 @@ def test_a_rank_waits_for_others_only_while_they_are_asked(told):
         try:
             pool.submit(thread)
             eventually(lambda: idents and heartbeats._CURRENT.other_threads, "the thread does not come")
-            # no thread waits for it, so this rank does its own work
+            # no other thread waits for the exchange, so this rank counts as doing its own work
             assert not told().waits and told().activity == "evaluation" and told().seconds == 300
             results.append(AwaitedResult(idents[0]))
             waiting = pool.submit(results[0].result)
             eventually(lambda: told().waits, lambda: str(told()))
             assert (told().activity, told().seconds, told().step) == ("the comparison of plans", 0.0, 3)
             steps[0].set()
-            # the thread computes on its own, which is this rank's own time
+            # the thread now computes, which counts as this rank's own time
             eventually(lambda: not told().waits, lambda: str(told()))
             assert told().activity == "evaluation" and told().seconds == 300
             steps[1].set()
@@ -86,7 +86,7 @@ def test_errors_of_the_thread_reach_the_waiting_thread(told):
     assert heartbeats._CURRENT.awaited is None
 
 
-# the activities in which rank 0 waits for a late rank 1, before rank 1's first layer and in its loader
+# the activities in which rank 0 waits for rank 1, which is late before its first layer and in its loader
 LATE = ("the trial of kernels", "the exchange of a step")
 
 
@@ -129,6 +129,6 @@ def test_ranks_say_what_they_wait_for_and_of_which_layer(tmp_path):
         assert messages and all(re.fullmatch(form, activity) for activity in messages), told
         passes = {activity.rpartition("the ")[2] for activity in messages}
         assert passes == {f"{direction} pass of layer {n}" for direction in ("forward", "backward") for n in (0, 1)}
-        # backward passes run in reverse order
+        # backward passes run in reverse order of the layers
         order = [activity[-1] for activity in messages if "backward" in activity]
         assert order[0] == "1" and "0" in order

@@ -284,8 +284,8 @@ CONFIG = Config(
 
 
 def _gradients(rank: int, strategy: str, layouts: Sequence[str], lengths: list[int]):
-    """Return the gradients for each layout. The same processes run all layouts, because starting them takes longer than
-    computing.
+    """Return the gradients for each layout. The same processes run all layouts, because starting processes takes longer
+    than computing.
     """
     gradients = []
     for layout in layouts:

@@ -21,12 +21,14 @@ HEADS, DIM, TAPS = 2, 4, 4
 WIDTH = 4 * HEADS * DIM
 # tokens of each document in the first and second batch; the third document's part is shorter than a filter
 FIRST, SECOND = [5, 40, 1, 30], [7, 3, 1, 21]
-# one entry per block of ranks; any further block has no tokens in either batch
+# one entry per block of ranks; additional blocks have no tokens in either batch
 OF_BLOCKS = [([5, 40, 1], [7, 3, 1]), ([30], [21])]
 
 
 class Layers(torch.nn.Module):
-    """A short convolution and a recurrence over one parameter row per token, which makes gradients known by token."""
+    """A short convolution and a recurrence with one row of parameters per token, so that each token has its own
+    gradient.
+    """
 
     def __init__(self, tokens, documents):
         super().__init__()
@@ -36,7 +38,7 @@ class Layers(torch.nn.Module):
         self.rows, self.filters, self.before, self.state = map(torch.nn.Parameter, tensors)
 
     def forward(self, local, ids, states, span=None):
-        """Return (o, states) for a batch. span: a span of layers that run on another layout."""
+        """Return (o, states) for a batch. span: a span of layers that run on a different layout."""
         x, before, state = self.rows[ids], *states
         if span is not None:
             x, local = span.enter(x), span.batch
@@ -99,7 +101,7 @@ def weighted(o, ids):
 
 
 def of_one_batch(blocks):
-    """Compute the same results from whole documents, one at a time."""
+    """Compute the same results from unsplit documents, one at a time."""
     total = sum(sum(first) + sum(second) for first, second in blocks)
     model = Layers(total, sum(len(first) for first, _ in blocks))
     loss, token, number, final = 0.0, 0, 0, []
@@ -160,7 +162,7 @@ def test_batches_that_pass_on_states_equal_one_batch(ranks):
         size = settings.get("context_parallel_size", 1) if "data" in settings else ranks
         for rank, (_, states, rank_gradients) in enumerate(results):
             mine = rank // size
-            # complete and bitwise equal on every rank that has the batch
+            # the states are complete and bitwise equal on every rank that has the batch
             assert all(map(torch.equal, states, results[mine * size][1]))
             for a, b in zip(states, final[mine] if mine < len(final) else [], strict=False):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
@@ -192,7 +194,7 @@ SHAPE = dict(heads=2, kv_heads=2, head_dim=64, v_head_dim=64, dtype="float32")
 
 
 def _strategies(rank):
-    """Return the strategy that plans a rank's own batch, and the strategy that would be faster."""
+    """Return the strategy chosen for a rank's own batch, and the strategy that would be faster."""
     with da.ContextParallel(strategy="ring", data="per_rank", cluster=FAST) as cp:
         lengths = [[4000, 96], [8]][rank]
         batch = cp.shard({"input_ids": torch.zeros(1, sum(lengths), dtype=torch.int64), "document_lengths": lengths})

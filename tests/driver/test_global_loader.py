@@ -61,7 +61,7 @@ def test_ranks_ask_once_and_train_as_one_process():
 def test_ranks_that_split_a_batch_read_the_same_share():
     options = dict(strategy="ring", layout="zigzag", context_parallel_size=2)
     for result, asked in run_on_ranks(4, trained_run, 2, options):
-        # a step's losses are summed over the ranks, which have different tokens
+        # each step's losses are summed over the ranks, which have different tokens
         assert_same(result, whole_run(2), 1e-11)
         assert asked == 1
 
@@ -93,8 +93,8 @@ def test_a_loop_that_is_left_loses_no_step():
 
 
 def held_run(rank):
-    """Hold a loop's generator while another loop continues. Return the trained steps, and the error when the first one
-    continues.
+    """Hold a loop's generator while another loop continues. Return the trained steps, and the error raised when the
+    held loop continues.
     """
     model = model_of()
     with shared(options=dict(block=8)) as cp:

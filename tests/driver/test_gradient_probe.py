@@ -52,8 +52,8 @@ RING = dict(strategy="ring", layout="document_zigzag")
 
 
 def _gradients(rank: int, kind: str, degree: int, micro_batches: int, changes: dict, settings: dict):
-    """Return (factor, loss in a single process, gradients). degree: ranks with the same batch; above 1 they form a mesh
-    dimension.
+    """Return (factor, loss in a single process, gradients). degree: the number of ranks that share a batch. If it is
+    above 1, these ranks form a mesh dimension.
     """
     replicas = dist.get_world_size() // degree
     shape, names = ((replicas, degree), ("dp", "cp")) if degree > 1 else ((replicas,), ("dp",))

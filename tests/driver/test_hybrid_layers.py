@@ -70,8 +70,8 @@ class Hybrid(torch.nn.Module):
 def losses(rank, layout, pad_to, span_layout=False):
     """Return the losses and gradients of two batches.
 
-    span_layout: False to run the whole model. Otherwise only a span of recurrent layers runs, on this layout, or on the
-    batch's own layout if None.
+    span_layout: False to run the entire model. Otherwise only a span of recurrent layers runs, on this layout, or on
+    the batch's own layout if None.
     """
     cp = da.ContextParallel(strategy="ring", layout=layout, pad_to=pad_to)
     model, losses_ = Hybrid(), []

@@ -56,7 +56,7 @@ class Model(nn.Module):
         self.double()
 
     def loss(self, ids, labels, batch):
-        """Return the usual loss summed over tokens, plus the loss of the labels further ahead."""
+        """Return the next-token loss summed over tokens, plus the loss of predicting a token further ahead."""
         x = self.embed(ids)
         for mixer in self.mixers:
             x = mixer(x, batch)

@@ -15,7 +15,7 @@ from distattn.adapters.pytorch import local_loss
 
 pytestmark = [pytest.mark.sampled(16), pytest.mark.waits(7)]
 
-# the driver's time-out: long enough for a rank that is merely slow on a loaded machine, short enough for a test
+# the driver's time-out: long enough for a rank that is only slow because the machine is loaded, short enough for a test
 TIMEOUT = 16.0
 WHERE = ("the loader", "the loop", "a forward pass", "a backward pass")
 
@@ -28,7 +28,7 @@ def lose(how):
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "raises":
         raise KeyError("a mistake of the script")
-    # the rank stays alive but does not come
+    # the rank stays alive but never arrives
     time.sleep(600)
 
 
@@ -43,7 +43,7 @@ def trained(rank, lost, where, how, settings, takes_turns=False):
     """Return the error that ends this rank's training."""
     if rank >= 3 - settings.get("servers", 0):
         if rank == lost:
-            # fail in its first pass
+            # fail in the first pass that it serves
             torch.ops.distattn.forward = lambda *args: lose(how)
         with pytest.raises(da.LostRankError) as error:
             da.serve()

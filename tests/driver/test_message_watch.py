@@ -41,7 +41,7 @@ def late_run(rank, lost, how):
         if rank == lost:
             os.kill(os.getpid(), how)
         attend(batch)
-        # imitate a loop that never reads the outputs; the test's own limit ends it
+        # imitate a loop that never reads the outputs, until the test's own limit ends it
         while True:
             time.sleep(0.2)
             attend(batch)
@@ -54,7 +54,7 @@ def test_a_lost_rank_is_named_with_the_move_that_is_waited_for(how):
     errors = run_survivors(3, 1, late_run, 1, how)
     for error in errors.values():
         assert "rank 1 stopped answering: killed, stopped or unreachable" in error
-    # these ranks wait for it
+    # some of the other ranks wait for a message from rank 1
     assert any(
         "KV from rank" in error and "of the forward pass did not arrive within 12 s" in error
         for error in errors.values()

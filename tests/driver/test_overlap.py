@@ -51,7 +51,7 @@ def test_a_cancelled_micro_batch_that_is_suspended_again_while_it_unwinds_ends()
 
 
 class Block(nn.Module):
-    """A layer with a gate, whose parts before and after attention share the norm. twice: the layer attends twice."""
+    """A layer with a gate, in which the parts before and after attention share a norm. twice: call attention twice."""
 
     def __init__(self, width: int, heads: int, twice: bool = False):
         super().__init__()
@@ -104,7 +104,7 @@ def made(kind):
 
 def alternating_run(rank, kind, options):
     """Return (losses, gradients) of micro-batches run in order, then of micro-batches taking turns, and the trace of
-    the latter.
+    the second run.
     """
     layers, loss, parameters = made(kind)
     out = []

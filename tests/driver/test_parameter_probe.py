@@ -23,8 +23,8 @@ NORM = "model.norm.weight"
 def summed(model, left_out=(), divided=(), clip=None, clip_first=False):
     """Return a function that sums gradients after the backward pass.
 
-    left_out: parameters that it does not sum. divided: parameters whose gradients it halves. clip: the norm to which it
-    clips.
+    left_out: parameters that the function does not sum. divided: parameters whose gradients it halves. clip: the norm
+    to which it clips gradients.
     """
 
     def reduce():
@@ -57,7 +57,7 @@ def refusal_of(cp, model, **arguments) -> str:
 
 
 def looped(rank: int) -> dict[str, str]:
-    """Return the errors for hand-written loops, by mistake."""
+    """Return the errors raised for hand-written training loops, keyed by the mistake planted in each."""
     refusals = {}
     with ContextParallel(strategy="ring", kernel="reference") as cp:
         for kind, how in {
@@ -73,7 +73,7 @@ def looped(rank: int) -> dict[str, str]:
         model = small.build()
         if rank == 1:
             with torch.no_grad():
-                # the same numbers in other positions
+                # the same values in different positions
                 weight = model.get_parameter(DOWN)
                 weight.copy_(weight.flip(0))
         model.get_parameter(DOWN).requires_grad_(False)
@@ -145,8 +145,8 @@ def test_wrappers_of_pytorch_that_leave_out_parameters_are_refused_by_name():
 
 
 def parts(rank: int) -> list[str]:
-    """Return the errors for ranks with different parts and for ranks that claim the same part, with many sizes and
-    dtypes.
+    """Return the errors raised for ranks with different parts of parameters and for ranks that claim the same part. The
+    parameters have many sizes and dtypes.
     """
     refusals = []
     for part in (rank, 0):
@@ -187,6 +187,6 @@ def test_an_antisymmetric_gradient_has_a_sketch():
     sketches = GradientSketches([], None, torch.device("cpu"))
     values = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
     gradient = values - values.T
-    # the expected square of a sketch is the squared norm of the gradient. The mean of 8 sketches comes within a factor
-    # of 10
+    # the expected square of a sketch is the squared norm of the gradient. The mean of 8 sketches is within a factor of
+    # 10 of it
     assert 0.1 < float(sketches._sketch(gradient).square().mean() / gradient.square().sum()) < 10

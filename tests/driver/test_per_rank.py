@@ -60,7 +60,7 @@ def test_any_strategy_can_distribute_a_pool(strategy, rules):
 
 
 def windowed_run(rank):
-    """Return (losses and gradients of four ranks together, those of the same data on a single-rank group)."""
+    """Return the losses and gradients of four ranks together, and those of the same data on single-rank groups."""
     options = dict(document_mask=(11, 0), options=dict(block=8, tolerance=0.0), kernel="reference")
     together, _ = pooled_run(rank, options)
     alone = dist.new_group([rank], use_local_synchronization=True)
@@ -97,7 +97,7 @@ def sampled_run(rank):
 
 
 def test_the_first_and_every_nth_plan_of_a_run_are_proven():
-    # 3, 2 and 2 micro-batches in three steps; plans 0, 3 and 6 are proven
+    # 3, 2 and 2 micro-batches in three steps; the proof is run for plans 0, 3 and 6
     assert run_on_ranks(4, sampled_run) == [3] * 4
 
 
@@ -255,7 +255,7 @@ def replicas_run(rank, data):
 def test_replicas_may_have_unequal_numbers_of_steps_and_micro_batches(data):
     blocks = 2 if data == "replicated" else 4
     wanted = whole_run(blocks)
-    # as many micro-batches as the rank with the most
+    # every rank runs as many micro-batches as the rank with the most
     most = [max(len(steps[s : s + 1] and steps[s]) for steps in PACKS[:blocks]) for s in range(len(wanted))]
     for result in run_on_ranks(4, replicas_run, data):
         assert [count for count, *_ in result] == most

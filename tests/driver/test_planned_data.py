@@ -29,7 +29,7 @@ def folder(tmp_path):
 
 
 def opened(folder: Path):
-    # open them in each process, because a file remembers which blocks it has checked
+    # open the files in each process, because an open file remembers which blocks have been checked
     return PackPlan.open(folder / "plan.packs"), [Corpus.open("web", [str(folder / "web-0")])]
 
 
@@ -69,7 +69,7 @@ CONTEXT = 64
 
 @pytest.fixture
 def kept(tmp_path):
-    """Write documents three times as long as the context, which are kept whole, among shorter ones."""
+    """Write documents three times as long as the context, which are kept whole, among shorter documents."""
     corpora = [write_corpus(tmp_path, "web", [[3 * CONTEXT, 30, 20, 64, 11, 40, 9, 64, 2] * 3])]
     small_plan(tmp_path, corpora, context=CONTEXT, packs=6, rule={"long_documents": "keep"})
     return tmp_path
@@ -89,7 +89,7 @@ def kept_run(rank, folder, settings):
                 torch.stack([micro_batch["input_ids"][0], micro_batch["labels"][0]], 1).tolist()
                 for micro_batch in micro_batches
             ]
-            # a share with fewer packs than another takes part with empty batches
+            # a share with fewer packs than the other takes part with empty batches
             assert all(pair == [0, -100] for of_micro_batch in pairs[len(lengths) :] for pair in of_micro_batch)
             out.append(list(zip(lengths, pairs, strict=False)))
     return cp.data_parallel_rank, out

@@ -52,7 +52,7 @@ def counted_collectives(calls):
 
 
 def trained_run(rank, turns, count, memory, frozen=False):
-    """Return (loss, gradient norm) of each step, the final weights, and the numbers of all-gathers and gradient
+    """Return (loss, gradient norm) of each step, the final weights, and the counts of all-gathers and gradient
     reductions.
     """
     model = model_of()

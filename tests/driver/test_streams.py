@@ -110,7 +110,7 @@ def watched(rank, work, *arguments):
     with imitated_cuda() as cuda:
         with torch.cuda.stream(torch.cuda.Stream()):
             work(rank, *arguments)
-        # freeing a tensor is checked as well
+        # freeing a tensor is checked too
         gc.collect()
         return cuda.clocks.violations, cuda.clocks.counts
 
@@ -123,7 +123,9 @@ def assert_none_found(results):
 
 
 def trained(rank, settings, loads="cpu", takes_turns=False, is_checkpointed=False):
-    """Run a few steps of micro-batches, in order or taking turns. loads: the device of the loader's batches."""
+    """Run a few steps of micro-batches, in order or taking turns. loads: the device on which the loader creates
+    batches.
+    """
     model = Model(is_checkpointed).to(DEVICE)
     optimizer, schedule = torch.optim.SGD(model.parameters(), lr=0.1), da.OverlapSchedule(model.layers)
     is_first_over = False
@@ -243,7 +245,7 @@ def test_attention_servers_have_no_race(servers):
     assert_none_found(run_on_ranks(2 + servers, watched, served, servers))
 
 
-# each breach changes a process that ends afterwards
+# each function below breaks a rule by patching a module or class, in a process that ends with the test
 
 
 def lists_are_not_joined():

@@ -6,7 +6,7 @@ from distattn.ir.cached import cached_property
 
 
 class _Slow:
-    """An object whose answer waits until `ready` is set."""
+    """An object with a cached property that blocks until `ready` is set."""
 
     def __init__(self, ready):
         self.ready, self.asked, self.times = ready, threading.Event(), 0

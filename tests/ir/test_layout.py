@@ -185,7 +185,7 @@ def test_balanced_costs_no_more_than_the_other_layouts_and_crowds_no_rank(heavy)
 def test_the_cost_of_a_layout_counts_short_chunks_received_keys_and_tokens():
     mask, columns = Mask.documents([4, 4]), ("rank", "t0", "t1")
     whole, cut = Layout.contiguous([4, 4], 2), Layout.zigzag([4, 4], 2)
-    # 10 cells in a chunk of 4 rows, nothing received, 4 tokens
+    # each rank has 4 tokens: 10 cells in a chunk of 4 rows, and nothing received
     assert layout_cost(mask, 2, *(whole.chunks[name] for name in columns)) == 10 * (1 + 550 / 4) + 4 * 10_000
     # rank 1 owns the documents' ends, so chunks [2, 4) and [4, 6) are joined. Rank 0 has [0, 2) and [6, 8), and
     # receives 2 keys

@@ -204,7 +204,7 @@ N = sum(LENGTHS)
 q, k = np.arange(N)[:, None], np.arange(N)[None]
 same, s = DOC[:, None] == DOC[None], START[None]
 
-# the twelve static masks of the long-context attention benchmark, and sink tokens, by their definitions in words
+# the twelve static masks of the long-context attention benchmark, and sink tokens, each with its dense definition
 PATTERNS = {
     "full": (Mask.full(N), (q == q) & (k == k)),
     "causal": (Mask.causal(N), k <= q),

@@ -25,7 +25,7 @@ def moves_of(*rows: tuple[int, ...]) -> dict[str, np.ndarray]:
 
 
 def test_states_have_the_bytes_of_the_design():
-    # bytes of one 128 x 128 head: the state of a prefix, and the same with its transition
+    # bytes of one 128 x 128 head: a prefix state, and a state with its transition
     wanted = {
         "linear_attention": (65536, 65536),
         "retention": (65536, 65536),
@@ -39,7 +39,7 @@ def test_states_have_the_bytes_of_the_design():
         call = call_of(name)
         moves = moves_of((0, 0, 1, S, 0, 5, 0, 1), (0, 0, 1, S, 5, 8, 0, 1), (1, 0, 1, S, 6, 8, 0, 3))
         assert move_bytes(call, moves).tolist() == [sizes[0], sizes[0], 3 * sizes[1]], name
-        # gradient states are prefixes if they end with their document
+        # gradient states are prefix states if they are at the end of their document
         moves = moves_of((0, 0, 1, DS, 3, 5, 0, 1), (0, 0, 1, DS, 6, 8, 0, 1), (0, 0, 1, DS, 7, 16, 0, 1))
         assert move_bytes(call, moves).tolist() == [sizes[0], sizes[1], sizes[0]], name
     # fp64 calls have fp64 states
@@ -66,7 +66,7 @@ def test_gates_are_as_wide_as_sums_and_heads_share_queries_and_keys():
 
 def test_a_task_reads_the_tokens_of_its_segment():
     call = call_of("gla")
-    # a whole segment, a state, a gradient state
+    # an entire segment, a state, a gradient state
     tasks = Table.from_rows(
         [(0, 0, 1, 8, 16, 5, 11, 1, 4), (1, 0, 1, 8, 8, 5, 11, 1, 4), (2, 0, 1, 8, 16, 11, 11, 1, 4)]
     ).tasks

@@ -28,7 +28,7 @@ NEEDED = KernelRequirements(torch.float32, 16, 16, torch.device("cpu"), op=OPS["
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Return the results of a process that has fla-core and interprets its kernels."""
+    """Return the results of a process that runs fla-core's kernels in Triton's interpreter."""
     if not FOLDER.exists():
         pytest.skip("fla-core is not installed next to the environment; run `make fla`")
     return json.loads((made_once(tmp_path_factory, "fla", interpret) / "found.json").read_text())
@@ -98,7 +98,7 @@ def test_on_gpus_they_are_tried_before_the_chunked_kernel():
 
 @pytest.fixture
 def as_on_gpus(monkeypatch, tmp_path):
-    """Give the CPU the kernel choice of a GPU, and discard the stored results."""
+    """Let the CPU choose kernels as a GPU does, and discard the stored results."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(kernel_choice, "candidate_kernels", lambda device, op: ("fla", "chunked"))
     monkeypatch.setattr(kernel_choice, "_TRIALS_OF_SHAPE", {})
@@ -147,6 +147,6 @@ def test_a_kernel_that_is_wrong_is_not_used_by_later_processes_either(as_on_gpus
     assert kept == own_trials and "fla-core" in key and key.endswith("gated_delta_rule float32 2:1 16/16")
     monkeypatch.setattr(trials, "run_trial", lambda name, *args: trials.Trial(0.0, 1.0))
     assert tried_again() == own_trials
-    # another version of the package counts as another kernel
+    # a different version of the package counts as a different kernel
     monkeypatch.setattr(trial_cache, "version", lambda package: "9")
     assert not tried_again()["fla"].fault

@@ -109,7 +109,7 @@ def test_rows_are_copied_with_their_products(case, dtype):
 def test_outputs_are_found_that_have_a_delta(dtype, size):
     torch.manual_seed(0)
     do = (torch.randn(50, 3, 64, dtype=torch.float64) * size).to(dtype)
-    # delta has the magnitude that an output of usual size would give
+    # delta is as large as it would be for an output of ordinary size
     delta = (
         (do.double() * torch.randn(50, 3, 64).double())
         .sum(-1)

@@ -77,7 +77,7 @@ def both(cells, inputs, score=PLAIN, dtype=torch.float16) -> Result:
 
 @pytest.mark.parametrize("name", all_masks(4))
 def test_forward_and_backward_equal_the_reference(name, monkeypatch):
-    # each mask meets some rows of factors, and together the masks meet all rows
+    # each mask runs with some combinations of FACTORS, and together the masks cover all of them
     names = list(all_masks(4))
     for row in all_pairs(FACTORS, lambda row: True)[names.index(name) :: len(names)]:
         monkeypatch.setattr(gluon_attention, "run_launch", lambda launch, seed=row["seed"]: run_emulated(launch, seed))

@@ -13,7 +13,7 @@ from distattn.preflight.facts import kernel_advice
 
 @pytest.fixture
 def versions(monkeypatch):
-    """Replace the versions of installed packages by a dictionary that tests can change."""
+    """Replace the versions of installed packages with a dictionary that tests can change."""
     installed = {"triton": "3.6.0", "fla-core": "0.6.0"}
 
     def version(name):

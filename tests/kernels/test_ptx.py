@@ -71,7 +71,8 @@ def run(case: Case, kernels: list[Compiled], seed: int = 0, programs=None) -> di
         exact = wanted(case)
         delta = (case.inputs().do.double() * exact.o).sum(-1)
         call = backward_call(case, exact.lse.float(), delta.float())
-    # plain Triton omits the fence between an mbarrier's initialization and the first copy that counts on it
+    # plain Triton omits the fence between an mbarrier's initialization and the first copy that counts bytes on the
+    # mbarrier
     fenced = case.kernels != "split"
     for launch, kernel in zip(call.launches, kernels, strict=True):
         only = programs if launch is call.launches[-1] else None
@@ -125,7 +126,7 @@ def test_a_merge_weighs_what_was_there_against_what_comes():
     case = Case("merge", dim=128)
     generator = torch.Generator().manual_seed(1)
     before_o, before_lse = (torch.randn(case.tokens, 2, *dim, generator=generator) for dim in ((128,), ()))
-    # some rows had no keys before, and others outweigh everything that is merged
+    # some rows had no keys before the merge, and some earlier results outweigh everything that is merged
     before_o[::7], before_lse[::7] = 0, -torch.inf
     before_lse[1::7] = 20
     o, lse = before_o.clone(), before_lse.clone()
@@ -260,12 +261,12 @@ def test_a_planted_bug_is_found(bug):
 NEEDED = re.compile(r"^\s*(@\S+\s+)?(mbarrier|fence\.proxy|cp\.async\.bulk\.wait_group).*;$", re.M)
 
 
-# the orders of warps and copies to try; the ones that found faults missed by others come first
+# seeds of the orders of warps and copies to try. Seeds that found faults missed by others are first
 SEEDS = list(dict.fromkeys([0, 26, 15, 10, 8, 7, 5, *range(48)]))
 
 
 def without(kernel: Compiled, place: re.Match) -> Compiled:
-    """Return the kernel without one instruction. A wait is replaced by one that succeeds at once."""
+    """Return the kernel without one instruction. A wait is replaced by one that succeeds immediately."""
     rest = "mov.pred complete, -1;" if "try_wait" in place[0] else ""
     return kernel._replace(ptx=kernel.ptx[: place.start()] + rest + kernel.ptx[place.end() :])
 

@@ -55,10 +55,10 @@ def test_a_segment_is_an_affine_map_of_the_state_that_enters(name):
     carried = a @ case.initial if OPS[name].delta else a[..., None] * case.initial
     torch.testing.assert_close(carried + b, final, rtol=1e-10, atol=1e-11)
     assert a.shape[2:] == OPS[name].transition_shape(3)
-    # so is the gradient of the final state, in the backward direction
+    # the gradient of the initial state is an affine map of the final state's gradient, with the same transition
     c, again = chunked.gradient_states(case.x, chunks, case.do, torch.zeros_like(case.dfinal), True)
     assert torch.equal(again, a)
-    # states that begin or end with their document need no transition A
+    # states at the start or end of their document need no transition A
     assert chunked.states(case.x, chunks, case.initial, False)[1] is None
     carried = a.transpose(-1, -2) @ case.dfinal if OPS[name].delta else a[..., None] * case.dfinal
     torch.testing.assert_close(carried + c, by_definition(case).dinitial, rtol=1e-10, atol=1e-11)

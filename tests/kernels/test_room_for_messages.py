@@ -31,10 +31,10 @@ HELD = ((16, 0.1), (16, 0.3), (16, 0.6), (32, 0.6), (32, 1.0))
 
 
 def work_of_programs(mask, programs, unhidden=0.0):
-    """Return the work of each of `programs` programs in key tiles, dealt out as the kernel does. Each tile adds one for
-    fixed costs.
+    """Return the work of each of `programs` programs, in key tiles, when work is distributed as in the kernel. Each
+    tile of rows adds one for fixed costs.
 
-    unhidden: extra time of each program.
+    unhidden: extra time per program, in key tiles.
     """
     runs = tile_runs(mask, TILE.rows, TILE.keys)
     work = runs.work(TILE.keys)[runs.group][:, runs.order].T.ravel() + 1.0
@@ -114,7 +114,7 @@ def test_dealt_tiles_lose_what_is_held_and_single_tiles_do_not(mask):
     )
     dealt = [slowdown(mask, quiet, *held) for held in HELD]
     single = [slowdown(mask, overlapped, *held) for held in HELD]
-    # programs that start late still have a full share of the work, so computation and communication do not overlap
+    # programs that start late still have a full share of the work, so computation starts only after communication
     for (_, share), time in zip(HELD, dealt, strict=True):
         assert time >= 1 + share - 0.01
     for (held, share), time in zip(HELD, single, strict=True):

@@ -154,7 +154,7 @@ def test_a_trial_that_runs_out_of_memory_is_reported_and_not_stored(candidates, 
     assert 'its trial ran out of device memory; kernel="large" uses it without a trial' in caplog.text
     ((_, kept),) = json.loads(candidates.read_text()).items()
     assert "large" not in kept
-    # another plan has enough room
+    # for another plan there is enough memory
     planted("large", monkeypatch)
     monkeypatch.setattr(trials, "_seconds", lambda kernel, *_: float(kernel is cpu))
     assert da.prepare(plan_for(1, "causal")).key.kernel == "large"
@@ -188,7 +188,7 @@ def test_a_trial_that_ran_out_of_memory_is_made_again_where_more_is_free(room, c
             before = room.tried
             assert da.prepare(plan).key.kernel == kernel
             assert (room.tried > before) == (free in (40, 50, 100)), (free, room.tried, tried)
-    # the user is warned once
+    # the user is warned only once
     assert caplog.text.count("ran out of device memory") == 1
 
 
@@ -267,7 +267,7 @@ def test_samples_are_parts_of_their_launch(name):
         assert (part.rows, part.keys, part.heads, part.kv_heads) == (64, 48, 2, 1)
         seen = reference.prepare(part, NEEDED).allowed_HTS.expand(2, -1, -1)
         assert seen.any()
-        # the trial's block occurs somewhere in the launch
+        # the block that the trial runs occurs somewhere in the launch
         tiles = allowed[:2].unfold(1, 64, 1).unfold(2, 48, 1)
         assert (tiles == seen[:, None, None].transpose(-1, -2).transpose(-1, -2)).all(-1).all(-1).all(0).any()
 
@@ -276,12 +276,12 @@ def test_ranks_take_the_kernel_that_is_right_on_all_of_them_and_fastest_on_the_s
     right, slower, wrong = Trial(0.0, 1.0), Trial(0.0, 2.0), Trial(1.0, 0.1, "wrong: 1.0e+00 from the reference")
     names = ["a", "b", "c"]
     assert rank_kernels([dict(a=slower, b=right, c=wrong)], names) == ["b", "a"]
-    # on another rank b is slow and c is correct
+    # on a second rank, b is slow and c is correct
     assert rank_kernels([dict(a=slower, b=right, c=wrong), dict(a=slower, b=Trial(0.0, 3.0), c=right)], names) == [
         "a",
         "b",
     ]
-    # no rank had a launch
+    # no rank had a launch to try
     assert rank_kernels([{}, {}], names) == []
     with pytest.raises(DistattnError, match=r"no kernel can be used here \(a: wrong: 1.0e\+00 from the reference\)"):
         rank_kernels([dict(a=wrong)], ["a"])
@@ -333,7 +333,9 @@ def test_a_cache_that_cannot_be_read_is_no_cache(candidates):
 
 
 def chosen_run(rank, driver):
-    """Return this rank's kernel and its error. On rank 1 the fastest kernel is wrong."""
+    """Return the kernel that this rank has chosen, and its error. On rank 1 the fastest kernel computes wrong
+    gradients.
+    """
     if rank == 1:
         sys.modules["distattn.kernels.cpu"].backward = wrong_gradient_of(cpu.backward)
     inputs = random_inputs(sum(LENGTHS), 4, 2, 8)

@@ -68,7 +68,7 @@ def test_a_plan_is_of_the_kind_of_most_of_its_cells():
 
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_kernels_are_timed_for_the_kind_of_step(machine, overlaps):
-    # the largest launch is of the other kind, but most cells are of this kind
+    # the largest launch is of the other kind, but the launches of this kind have more cells in total
     cells = [launch(100, not overlaps), *[launch(80, overlaps)] * 3]
     by_kernel = try_kernels(["dealt", "single"], cells, NEEDED)
     assert machine.times_held == (6 if overlaps else 0)
@@ -149,7 +149,7 @@ def test_the_kernel_that_holds_multiprocessors_ends_by_itself_and_when_it_is_tol
 
 
 class Device:
-    """A device with 132 multiprocessors. Programs start when their number is read, and streams hold the queued work."""
+    """A device with 132 multiprocessors. Programs start when their index is read, and streams hold the queued work."""
 
     def __init__(self, monkeypatch, spinner, starts):
         self.log, self.starts = [], starts

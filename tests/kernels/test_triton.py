@@ -63,8 +63,8 @@ def both(mask, inputs, tiles=SMALL, score=PLAIN, dtype=torch.float32) -> Result:
 def visited(
     runs: TileRuns, heads: int, shape: tuple[int, int], block_rows: int, block_keys: int, tile_of: Sequence[int] = ()
 ) -> np.ndarray:
-    """Count how often each cell is visited and allowed according to the lists. tile_of: the tile of each part of split
-    tiles.
+    """Count how often each cell is visited and allowed according to the tile lists. tile_of: maps the parts of split
+    tiles to their tiles.
     """
     rows, keys = shape
     out = np.zeros((heads, rows, keys), int)
@@ -140,7 +140,7 @@ def score_of(modifier: str, heads: int) -> ScoreMod:
 @pytest.mark.sampled(20)
 @pytest.mark.parametrize("name", all_masks(4))
 def test_forward_and_backward_equal_the_reference(name):
-    # each mask meets some rows of factors, and together the masks meet all rows
+    # each mask runs with some combinations of FACTORS, and together the masks cover all of them
     names = list(all_masks(4))
     for row in all_pairs(FACTORS, lambda row: True)[names.index(name) :: len(names)]:
         mask = all_masks(row["heads"][0])[name]

@@ -65,7 +65,7 @@ def test_a_segment_is_an_affine_map_of_the_state_that_enters(short_chunks, name)
     ):
         for a, b in zip(got, wanted, strict=True):
             torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-5)
-    # a state that begins with its document needs no transition A
+    # a state at the start of its document needs no transition A
     assert kernel.states(x, chunks, initial, False)[1] is None
 
 
@@ -180,6 +180,6 @@ def test_launches_are_at_most_a_tenth_of_those_of_the_kernel_in_pytorch(lengths,
     assert not watch.waits
     assert [launch.kernel.__name__ for launch in launched[:3]] == ["triangular_kernel", "scan_kernel", "output_kernel"]
     assert len(launched) == 8
-    # the backward pass also adds up the gradients of heads that share queries and keys
+    # the launches of the backward pass include the sum of gradients over heads that share queries and keys
     assert (forward, backward) == (3, 7)
     assert forward <= ahead / 10 and backward <= back / 10

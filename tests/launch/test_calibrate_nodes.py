@@ -29,7 +29,7 @@ def test_nodes_are_compared_with_those_of_the_same_device():
 
 @pytest.fixture
 def tasks(monkeypatch):
-    """Replace the cluster by nodes whose answers are set by a test."""
+    """Replace the cluster with nodes whose answers a test sets."""
     if importlib.util.find_spec("ray") is None:
         pytest.skip("ray is not installed")
     from distattn.launch.ray import driver as ray_driver

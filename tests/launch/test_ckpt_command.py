@@ -103,7 +103,7 @@ def test_verify_names_what_is_damaged_with_exit_code_3(run, capsys):
     assert said(capsys, "verify", run / "checkpoints/step-00000030").out.count("good") == 1
     (row,) = map(json.loads, said(capsys, "verify", file.parent, "--json", code=3).out.splitlines())
     assert row["problems"][0]["file"] == "__0_0.distcp" and row["problems"][0]["offset"] == 0
-    # verify a copy with another name
+    # verify a copy with a different name
     file.parent.rename(run / "copy")
     assert "copy" in said(capsys, "verify", run / "copy", code=3).out
 

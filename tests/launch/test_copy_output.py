@@ -17,7 +17,7 @@ from distattn.launch.ranks import copy_output
 from distattn.supervision.culprits import process_state
 
 ROOT = Path(__file__).parents[2]
-# more than a pipe can hold
+# more output than a pipe can hold
 LINES = b"".join(b"step %d\n" % number for number in range(100000))
 RANK = """
 import os, sys, time
@@ -36,7 +36,9 @@ os.write(2, b"the end\\n")
 
 
 def started_copiers(rank):
-    """Return the copiers that already run their own program. Stopping one before that would keep its parent in vfork."""
+    """Return the copiers that already run their own program. Stopping a copier before that would keep its parent in
+    vfork.
+    """
     children = psutil.Process(rank).children()
     return [child for child in children if any(word.endswith("copy_output.py") for word in child.cmdline())]
 
@@ -113,7 +115,7 @@ def test_a_paused_terminal_does_not_hold_up_rank_0(end, tmp_path):
         termios.tcflow(terminal, termios.TCOON)
         os.close(terminal)
         shown = bytearray()
-        # the read fails once no process has the terminal open, which means that the copier has ended too
+        # the read fails once no process has the terminal open, so the copier has ended too
         with contextlib.suppress(OSError):
             while chunk := os.read(reader, 1 << 16):
                 shown += chunk
@@ -122,7 +124,7 @@ def test_a_paused_terminal_does_not_hold_up_rank_0(end, tmp_path):
     assert shown.replace(b"\r\n", b"\n") == wanted == (tmp_path / "rank-0.log").read_bytes()
 
 
-# this waits 3 s, in which a stopped copier could continue
+# the rank waits 3 s before it replaces a stopped copier, which could continue in that time
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda how: how.name)
 def test_a_copier_that_is_lost_is_replaced_and_named(how, tmp_path):
     pipes = dict(stdout=subprocess.PIPE, stdin=subprocess.PIPE, env=os.environ | {"RANK": "0", "PYTHONPATH": str(ROOT)})

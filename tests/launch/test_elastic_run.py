@@ -36,7 +36,7 @@ def elastic(*overrides: str):
         # a step has 8 packs, which cannot be divided equally among 3 replicas
         ((), (4, 2, 1)),
         (("--ray.min_nodes=2",), (4, 2)),
-        # a replica spans two nodes
+        # here a replica spans two nodes
         (("--parallel.context_parallel_size=4",), (4, 2)),
         (("--parallel.strategy=cad", "--parallel.data=per_rank", "--parallel.context_parallel_size=1"), (4, 2, 1)),
         # tensor- and pipeline-parallel ranks also belong to the same replica
@@ -80,7 +80,7 @@ def test_a_run_that_has_fewer_nodes_now_may_have_as_many_as_before():
 
 
 class Nodes:
-    """Two nodes, then one, then two again, at which point another process asks the run to stop."""
+    """A stand-in that provides two nodes, then one, then two again. At that point another process asks the run to stop."""
 
     def __init__(self, run, elastic):
         self.run_folder, self.elastic, self.sizes, self.ranks = run, elastic, [2, 1, 2], []

@@ -65,7 +65,7 @@ def test_stacks_that_cannot_be_kept_are_printed(no_folder):
 
 
 def attempted(folder, monkeypatch, launch):
-    """Run a single-rank attempt without its processes. launch: replaces torchrun."""
+    """Run a single-rank attempt without starting processes. launch: a replacement for torchrun."""
     monkeypatch.setattr(attempt, "elastic_launch", lambda config, function: launch)
     monkeypatch.setattr(attempt, "RankWatch", lambda *_: SimpleNamespace(close=lambda: None))
     for name in ("_start_server", "_server", "_tracker"):
@@ -86,7 +86,7 @@ def test_an_attempt_without_a_folder_for_its_evidence_goes_on(no_folder, monkeyp
 
 def test_shared_memory_without_room_is_named_with_what_helps(tmp_path, monkeypatch):
     def launch(*_):
-        # multiprocessing raises it in this form
+        # multiprocessing raises the error in this form
         raise OSError(28, "No space left on device")
 
     with pytest.raises(DistattnError, match=r"^/dev/shm: has no room for the semaphores of ranks.*--shm-size=8g"):

@@ -142,7 +142,7 @@ def test_real_configurations_are_planned_and_submitted_dry(capsys, config):
     assert cli.main(["plan", str(config), "--memory", "--json"]) == 0
     device = cluster_for_run(configuration.load(config), configuration.load(config).cluster.description).device
     most = max(rank["total"] for rank in json.loads(capsys.readouterr().out))
-    # the rest is for the kernels, NCCL and the allocator
+    # the remaining tenth is for the kernels, NCCL and the allocator
     assert most < 0.9 * device.memory_gb * 1e9
     code, out, _ = run(capsys, "slurm", str(config), "--dry-run")
     assert code == 0 and "#SBATCH --gpus-per-node=8" in out
@@ -200,7 +200,7 @@ def test_a_run_that_is_not_there_is_not_submitted_dry(capsys):
 
 @pytest.fixture
 def slurm_that(tmp_path, monkeypatch):
-    """Put Slurm commands into PATH whose answers are set by a test."""
+    """Put Slurm commands into PATH whose answers a test sets."""
 
     def answers(**scripts: str) -> Path:
         folder = tmp_path / "bin"

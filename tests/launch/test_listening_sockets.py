@@ -167,7 +167,7 @@ def test_agents_of_several_nodes_meet_in_the_first_ones_store():
         port = taken.getsockname()[1]
     first, second = (_agent(node, port) for node in range(2))
     with ThreadPoolExecutor() as threads:
-        # each one waits for the other
+        # each agent waits for the other
         there = threads.submit(first.next_rendezvous)
         here = second.next_rendezvous()
         there_ = there.result()

@@ -18,7 +18,7 @@ KILLED, REFUSED = ("killed", 137), ("refused", 2)
 
 
 class Nodes:
-    """Two nodes. ends: (kind, exit code, steps done) of the second node's ranks in each attempt; later attempts
+    """Two nodes. ends: (kind, exit code, steps done) of the second node's ranks, one per attempt. Later attempts
     succeed.
     """
 
@@ -59,7 +59,7 @@ def run(tmp_path):
     ("ends", "code", "attempts", "blamed"),
     [
         ([(*REFUSED, 0)], 2, 1, []),
-        # ranks may refuse what the previous attempt left behind, and no node is blamed for that
+        # ranks may refuse files that the previous attempt left behind, and no node is blamed for that
         ([(*KILLED, 5), (*REFUSED, 0)], 0, 3, ["b"]),
         ([(*KILLED, 5), (*REFUSED, 3)], 2, 2, ["b"]),
         ([(*KILLED, 5), *[(*REFUSED, 0)] * 3], 2, 4, ["b"]),

@@ -19,7 +19,7 @@ from distattn.training.run_folder import RunFolder
 @pytest.fixture
 def ray(monkeypatch):
     """Return a cluster that provides nodes when a test says so. asked: (count, excluded nodes) of each request. now:
-    seconds.
+    the time in seconds.
     """
     cluster = SimpleNamespace(asked=[], given={}, held=[], now=0.0)
 
@@ -48,7 +48,7 @@ def test_nodes_that_come_together_are_taken_together_and_the_most_at_once(ray):
 
     assert found(0) == 0 and ray.asked == [(1, ["bad", "a", "b"])]
     ray.given[1] = ["c"]
-    # another request may follow
+    # a second request may follow
     assert found(2) == 0 and ray.asked[1:] == [(1, ["bad", "a", "b", "c"])]
     assert found(9) == 0 and found(2) == 3
     ray.given[2] = ["d"]
@@ -82,7 +82,7 @@ def test_nodes_keep_the_order_of_their_numbers():
 def test_busy_nodes_are_waited_for(usable, fewer, tmp_path, monkeypatch):
     nodes = RayNodes(RunFolder(tmp_path), "job", NodeNeeds(2, 0, 2), NodeCounts((2, 1), 600, 30, lambda nodes: None))
     monkeypatch.setattr(nodes, "_usable", lambda: usable)
-    # seconds of waiting for this number of nodes, and in total
+    # seconds spent waiting for this number of nodes, and waiting in total
     waited = [(29, 29), (31, 31), (61, 61), (29, 90), (31, 92)]
     assert [nodes._is_short(*seconds) for seconds in waited] == fewer
     hasty = RayNodes(RunFolder(tmp_path), "job", NodeNeeds(2, 0, 2), NodeCounts((2, 1), 40, 10, lambda nodes: None))

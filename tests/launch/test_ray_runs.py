@@ -37,7 +37,7 @@ SHORT = (
     "--reference_check.steps=0",
     "--supervision.patience_seconds=30",
 )
-# several failures follow each other before the next checkpoint
+# several failures in a row happen before the next checkpoint
 ELASTIC = ("--ray.min_nodes=1", "--ray.shrink_seconds=1", "--supervision.max_restarts=9")
 
 
@@ -91,13 +91,13 @@ def test_a_run_that_loses_ranks_and_a_node_and_gets_another_node_learns_the_same
     wait_for_attempt(run, far, 3)
     cluster.kill("node2")
     wait_for(run, far, "no fourth attempt", lambda: Attempts(far / "attempts").latest == 4 and begun(far))
-    # at this moment the only node's ranks are starting
+    # at this moment the ranks of the only node are starting
     cluster.add("node3")
     wait_for_attempt(run, far, 5)
     assert f"running from {socket.gethostname()} on the Ray cluster at {cluster.address}, " in status(cluster, far)
     assert distattn(cluster, "launch", "cancel", str(far)).wait() == 0
     assert run.wait() == 75
-    # another driver continues the run
+    # a different driver continues the run
     run = go_on(cluster, far)
     wait_for_attempt(run, far, 6)
     run.send_signal(signal.SIGINT)
@@ -139,9 +139,10 @@ def test_a_run_that_loses_ranks_and_a_node_and_gets_another_node_learns_the_same
     wait_for(run, near, "the run does not end", lambda: run.poll() == 0)
     before = min(int(file.stem.split("-")[1]) for file in far.glob("config.until-*.toml"))
     assert curve(far)[:before] == curve(near)[:before] and before > 2
-    # one replica adds a step's two packs in another order than two replicas do, in fp32, and the differences accumulate
+    # one replica sums a step's two packs in a different order than two replicas do. The fp32 rounding differences
+    # accumulate
     np.testing.assert_allclose(curve(far), curve(near), rtol=1e-5)
-    # the steps after the newest checkpoint were repeated with the same pieces
+    # steps after the newest checkpoint were repeated with the same pieces
     assert set(pieces(far)) == set(pieces(near)) and len(set(pieces(near))) == len(pieces(near))
     assert len(curve(near)) == STEPS
 
@@ -179,7 +180,7 @@ def status(cluster, folder: Path) -> str:
 
 @pytest.mark.full
 def test_nodes_that_fail_or_do_not_answer_are_left_out(cluster, tmp_path):
-    # add a node to the two that the other tests leave behind
+    # add a node to the two left behind by the other tests
     cluster.add("node9")
     try:
         environment = (
@@ -221,7 +222,7 @@ def test_commands_run_on_every_node_and_for_every_value(cluster, tmp_path):
     run = distattn(cluster, str(tmp_path / "nodes"), address, "--every-node", *program, "1", module="ray.tasks")
     output = run.communicate()[0]
     assert run.returncode == 0, output
-    # the nodes that the other tests leave behind
+    # two nodes are left behind by the other tests
     nodes = sorted(file.stem for file in (tmp_path / "nodes").glob("*.log"))
     assert len(nodes) == 2 and all(f"{node}: exit code 0" in output for node in nodes)
     assert {(tmp_path / f"nodes/{node}/file").read_text() for node in nodes} == {"kept"}

@@ -17,7 +17,7 @@ from distattn.launch.ray import sweep as ray_sweep
 
 
 class Run:
-    """A run on two nodes that continues until it may end."""
+    """A run on two nodes that continues until a test lets it end."""
 
     def __init__(self, folder: Path, code: int):
         folder.mkdir()

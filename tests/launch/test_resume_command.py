@@ -29,8 +29,8 @@ from distattn.training.run_folder import StepMetrics
 
 @pytest.fixture
 def run(tmp_path):
-    """Create a run of four ranks on one node, as `launch local --gpus 4` does, with a checkpoint of step 34 without
-    files.
+    """Create a run of four ranks on one node, as `launch local --gpus 4` does, with a checkpoint of step 34 that
+    contains no files.
     """
     overrides = ["--parallel.ranks=4", "--parallel.devices_per_node=4", "--train.steps=40", "--reference_check.steps=0"]
     (tmp_path / "text.py").write_text("Some text to train on. " * 2000)
@@ -58,7 +58,7 @@ def content_of(folder):
 
 @pytest.fixture
 def ranks(monkeypatch):
-    """Collect the configurations that the ranks would have read. The ranks end with exit code 2."""
+    """Collect the configurations that ranks would read instead of starting ranks, which appear to end with exit code 2."""
     seen = []
 
     def run_ranks_and_finish(run, config, report_progress, json_lines, proposal):
@@ -95,7 +95,7 @@ def test_a_run_without_a_step_left_starts_no_ranks_unless_its_report_or_comparis
     facts = {"run": str(run.folder), "first_loss": 2.0, "last_loss": 2.0, "reference_check": None}
     assert json.loads(capsys.readouterr().out) == facts | {"report": str(run.report_file)}
     assert len(ranks) == 1 and content_of(run.folder) == before
-    # a comparison is configured, but was not made or did not agree
+    # a reference check is configured, but has not been run or has failed
     configuration.save(replace(config, reference_check=ReferenceCheckConfig(steps=2)), run.config_file)
     assert resume_command.main(arguments) == 2 and len(ranks) == 2
     run.reference_check_file.write_text('{"passed"')
@@ -168,7 +168,7 @@ def test_a_signal_while_the_launcher_takes_its_lock_has_the_sentence_of_the_star
     def stop(*_):
         raise CommandStopped(signal.SIGTERM)
 
-    # the launcher sleeps while it waits for the lease of a launcher on another machine
+    # imitate a signal that arrives while the launcher waits for the lease of a launcher on another machine
     monkeypatch.setattr(run_locally, "RunLock", stop)
     with pytest.raises(CommandStopped, match="stopped by SIGTERM before training; the run is unchanged"):
         resume_command.main([str(run.folder)])
@@ -199,7 +199,7 @@ def test_a_resume_says_which_checkpoints_are_set_aside(run, monkeypatch, capsys)
     monkeypatch.setattr(run_locally, "run_ranks_and_finish", lambda *_: 2)
     for serial, step in ((2, 36), (3, 38)):
         Manifest(serial, step, "2026-01-01T00:00:00+00:00", 4, "2.13.0", {}, []).write(folder_of(run, step))
-    # the state left by a launcher that was killed while its ranks were loading
+    # imitate the state left by a launcher that was killed while its ranks were loading
     with choose_step(run.checkpoints, 34):
         pass
     assert resume_command.main([str(run.folder)]) == 2

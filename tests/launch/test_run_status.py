@@ -25,7 +25,7 @@ from distattn.training.run_folder import RunFolder, StepMetrics
 
 @pytest.fixture
 def job_in_state(tmp_path, monkeypatch):
-    """Return a function that creates the run of job 7 and a Slurm that reports the given state for the job."""
+    """Return a function that creates the run of Slurm job 7 and makes Slurm report the given state for it."""
 
     def make(state):
         run = RunFolder(tmp_path)
@@ -56,7 +56,7 @@ def test_a_run_under_another_scheduler_shows_its_owner_and_the_reports_of_nodes(
     os.utime(tmp_path / "owner.json", (0, 0))
     assert status(run)["state"].startswith(f"{begun}, was killed: ")
     (tmp_path / "owner.json").unlink()
-    # run_node reports it in this form
+    # run_node reports a killed rank in this form
     Attempts(run.attempts).report_node(1, 3, {"why": "rank 6 was killed by SIGKILL: step 2"})
     assert cli.main(["launch", "status", str(tmp_path)]) == 0
     output = capsys.readouterr().out
@@ -88,7 +88,7 @@ def test_a_run_whose_launcher_was_killed_in_the_comparison_says_what_completes_i
     # the report is from before the run was resumed for more steps
     os.utime(run.report_file, (0, 0))
     assert status(run)["state"] == wanted
-    # on Ray the launcher has recorded that it reports, and on Slurm that it has ended
+    # on Ray: the run is recorded as running, but its launcher is gone
     run.ray_file.write_text(json.dumps({"host": socket.gethostname(), "launcher": launcher.pid, "cluster": "a:1"}))
     run.state_file.write_text("running\n")
     assert status(run)["state"] == wanted.replace("ended, exit code 0", "killed with its launcher")
@@ -124,7 +124,7 @@ def test_a_run_of_this_machine_tells_its_attempts_and_what_its_ranks_do(tmp_path
     assert status(run)["state"] == "not begun"
     with pytest.raises(DistattnError, match="no ranks of this machine work on it"):
         cancel(run)
-    # start a launcher with a board for its ranks
+    # start a launcher with a heartbeat board for its ranks
     launcher = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     board, attempts = HeartbeatBoard.make(2), Attempts(run.attempts)
     facts = {"host": socket.gethostname(), "launcher": launcher.pid, "board": str(board.path)}
@@ -156,7 +156,7 @@ def test_a_run_of_this_machine_tells_its_attempts_and_what_its_ranks_do(tmp_path
     place = board.path
     assert status(run)["ranks"] and place.exists()
     board.close()
-    # a new file gets the lowest free descriptor, which was the board's
+    # a new file gets the lowest free descriptor, which was that of the board
     with open(tmp_path / "other", "wb") as other:
         assert other.fileno() == int(place.name) and status(run)["ranks"] == {}
 

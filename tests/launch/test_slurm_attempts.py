@@ -27,8 +27,8 @@ SAVED = "srun: error: node[1-2]: tasks 0-1: Exited with exit code 75"
 def job(tmp_path):
     """Return a function that runs the helper in a job of three nodes.
 
-    steps: the output and exit code of srun, step by step. A first attempt that is KILLED has saved step 4. broken: a
-    Slurm command that fails. others: nodes of the cluster outside the job.
+    steps: (output, exit code) of each srun. A first attempt that is KILLED has saved step 4. broken: a Slurm command
+    that fails. others: nodes of the cluster outside the job.
     """
 
     def run(
@@ -50,7 +50,7 @@ def job(tmp_path):
                 Manifest(0, 4, "2026-11-25T12:00:00+00:00", 2, "2.13.0", {}, []).write(tmp_path)
                 saved = f"{folder}/checkpoints/step-00000004"
                 first = f"mkdir -p {saved}\ncp {tmp_path}/manifest.json {saved}\n"
-            # this step does not end by itself
+            # a step with a negative exit code does not end by itself
             last = "exec sleep 1000" if code < 0 else f"exit {code}"
             (bin_folder / f"step{number}").write_text(f"{first}echo '{output}' >&2\n{last}\n")
         listed = [*(f"node{number} allocated" for number in (1, 2, 3)), *others.splitlines()]
@@ -86,7 +86,7 @@ def job(tmp_path):
         started = (tmp_path / "steps").read_text().splitlines() if (tmp_path / "steps").exists() else []
         requeued = (tmp_path / "requeued").read_text().split() if (tmp_path / "requeued").exists() else []
         assert (folder / "state").read_text() == f"ended {done.returncode}\n"
-        # this also holds if a user has submitted the script again
+        # job.json names the current job even if a user has submitted the script again
         task = environment.get("SLURM_ARRAY_TASK_ID")
         assert json.loads((folder / "job.json").read_text()) == {"job": f"9_{task}" if task else 12}
         assert not task or json.loads((tmp_path / "job.json").read_text()) == {"job": 9}
@@ -213,7 +213,7 @@ def test_the_reports_of_nodes_on_their_ranks_give_the_cause():
     assert end.cause(hosts, {0: raised, 1: killed, 2: missed}) == ("b: rank 3 was killed", ["b"])
     assert end.cause(hosts, {2: missed, 0: raised}) == ("a: rank 0 raised an error", ["a"])
     hung = killed | {"why": "rank 3 is stopped", "exit_code": 1, "kind": "hung"}
-    # a node whose launcher is dead as well reports nothing, but the others miss it
+    # a node whose launcher is also dead reports nothing, but the other nodes report it missing
     reset = raised | {"why": "rank 0 raised RuntimeError: Read error: Connection reset by peer", "lost_peer": True}
     assert end.cause(hosts, {0: reset, 2: missed}) == ("b ended with exit code 137", ["b"])
     assert end.cause(hosts, {0: reset, 1: missed}) == ("c no longer answered", ["c"])
@@ -241,7 +241,7 @@ def test_hosts_that_failed_but_answer_are_taken_again_where_there_are_no_others(
     left_out = LeftOut()
     left_out.blame(["a"], AttemptEnd(1, {"a": 137}), spare=2)
     left_out.blame(["a", "b", "c"], AttemptEnd(1, {"a": 137, "c": None}, lost=["c"]), spare=2)
-    # a has failed twice, b stopped answering, and c is gone
+    # node a has failed twice, b has stopped answering, and c is gone
     assert left_out.hosts == ["a", "b", "c"]
     assert left_out.take_back() == ["a"] and left_out.hosts == ["b", "c"] and not left_out.take_back()
     left_out.blame(["a"], AttemptEnd(1, {"a": 137}), spare=2)

@@ -151,8 +151,8 @@ def test_a_run_out_of_time_is_queued_again_learns_the_same_and_can_be_cancelled(
         cluster, folder, "it is not queued again", lambda: "Restarts=2" in cluster.run("scontrol", "show", "job", job)
     )
     # Slurm may already have resumed the node, since with ReturnToService=2 any node that registers becomes usable.
-    # Before Slurm starts the job again it waits for cred_expire: steps have the same numbers, so it could take a late
-    # message about an old step for the end of the new one
+    # Slurm waits for cred_expire before it starts the job again. Job steps have the same numbers as before, so Slurm
+    # could mistake a late message about an old step for the end of the new one
     cluster.run("scontrol", "update", f"nodename={down}", "state=resume", check=False)
     again = len(rows(folder, "metrics.jsonl"))
     wait_for(cluster, folder, "no steps without the node", lambda: len(rows(folder, "metrics.jsonl")) > again + 2)
@@ -185,7 +185,7 @@ def test_a_run_out_of_time_is_queued_again_learns_the_same_and_can_be_cancelled(
     for run in sweep:
         wait_for(cluster, run, "no end of the sweep", lambda run=run: (run / "state").read_text() == "ended 0\n")
     rates_of_runs = [[(row["step"], row["learning_rate"]) for row in rows(run, "metrics.jsonl")] for run in sweep]
-    # with a schedule, the rates of a step have the same ratio as the sweep's rates
+    # with a schedule, the runs' learning rates in each step have the same ratio as the rates of the sweep
     assert [[step for step, _ in run_rates] for run_rates in rates_of_runs] == [[1, 2], [1, 2]]
     assert [3 * rate for _, rate in rates_of_runs[0]] == pytest.approx([rate for _, rate in rates_of_runs[1]])
     assert distattn(cluster, "launch", "status", str(tmp_path / "rates")).stdout.count("2 steps done") == 2

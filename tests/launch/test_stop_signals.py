@@ -27,8 +27,7 @@ steps = 6
 [reference_check]
 steps = 2
 """
-# maps the rows of the table in docs/local.md to the function in which the signal arrives, in a run with stand-ins for
-# ranks
+# maps the rows of the table in docs/local.md to the function in which the signal arrives. Stand-ins replace the ranks
 WHERE = {
     "it starts": (start_run, "_check_plans"),
     "ranks train or save": (supervised, "run_supervised"),
@@ -46,7 +45,7 @@ def place(tmp_path, monkeypatch):
 
 
 def documented() -> dict[str, str]:
-    """Return the sentences in docs/local.md by phase."""
+    """Return the sentences in docs/local.md, keyed by phase."""
     page = (ROOT / "docs" / "local.md").read_text()
     return dict(re.findall(r"^\| ([^|]+?) \| `(stopped by [^`]+)` \|", page, re.M))
 
@@ -99,7 +98,7 @@ def test_a_signal_has_its_sentence_and_code_in_every_phase(number, phase, place)
     def launch() -> None:
         with contextlib.ExitStack() as patches:
             for at, (module, name) in WHERE.items():
-                # the start is real unless the signal arrives there
+                # the start is not replaced unless the signal arrives in it
                 if at == phase:
                     patches.enter_context(patch.object(module, name, lambda *_, **__: send(number)))
                 elif at != "it starts":
@@ -177,7 +176,7 @@ def test_a_run_bears_a_closed_terminal_after_nohup_and_one_stopped_in_its_compar
             os.killpg(run.pid, signal.SIGHUP)
         if line.startswith("the first"):
             break
-    # these signals end nothing, and 40 of them are answered only once
+    # a signal sent many times is answered only once
     for _ in range(OFTEN):
         run.send_signal(signal.SIGQUIT)
     _, error = run.communicate(timeout=LIMIT_SECONDS)

@@ -96,7 +96,8 @@ def test_a_run_by_latents_counts_all_keys_and_values_that_a_rank_expands(tmp_pat
     settings += ["--parallel.strategy", "allgather", "--parallel.kernel", "reference", "--memory.loss_tile_tokens", "8"]
     settings += ["--memory.activation_checkpointing", "full", "--parallel.latents"]
     tokens = 512
-    # a head has 12 and 6 numbers per token in fp32, plus their gradients, expanded from latents or gathered
+    # per token, a head has 12 key and 6 value elements in fp32, expanded from latents or gathered, and as many
+    # gradients
     sizes = tokens * 4 * (12 + 6) * 4 * 2
     for latents in ("True", "False"):
         rows = memory_of_config(configuration.load("configs/tiny.toml", [*settings, latents]), [[tokens]])
@@ -132,7 +133,7 @@ def test_settings_that_save_memory_do_save_memory():
     assert plain.working[LOSS] > 4 * loss.working[LOSS]
     assert mlp.saved < 0.75 * plain.saved
     assert full.saved < attention.saved < 0.5 * plain.saved
-    # the inputs of four layers, 96 x 32 numbers each, are on the host
+    # the inputs of four layers, 96 x 32 elements each, are on the host
     assert all_of_it.host == 4 * TOKENS * 32 * 4 and all_of_it.saved < full.saved
 
 

@@ -56,7 +56,7 @@ def test_compiled_layers_have_the_gradients_of_plain_ones(how):
 
 
 def passes(rank, save, offload):
-    """Return the number of attention forward passes that two layers make in one step."""
+    """Return the number of attention forward passes that two layers run in one step."""
     model, calls = small.build(), []
     checkpoint_layers(model.model.layers, save=save, offload=HostOffload() if offload else None)
     right = execute.forward

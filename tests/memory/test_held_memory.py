@@ -24,7 +24,7 @@ from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.communication.transport import GroupTransport
 from distattn.training.run_memory import on_meta, step_memory
 
-# launches per layer and direction, with which the host is 6 layers ahead
+# the number of launches per layer and direction, chosen so that the host runs 6 layers ahead
 LAUNCHES, LAYERS = 170, 8
 PASSES = ("distattn::forward", "distattn::backward")
 

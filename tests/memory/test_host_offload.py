@@ -111,7 +111,7 @@ def test_pinned_memory_is_exact_and_used_again():
 
         patch.setattr(pinned_memory, "pinned_bytes", counted)
         offload = HostOffload(2)
-        # for steps with other lengths, keep as many buffers as were alive at once, and none that is too small
+        # when lengths change, keep as many buffers as were alive at the same time, but none that is too small
         for tokens, wanted in ((5, [20] * 3), (5, []), (3, []), (6, [24] * 3), (5, [])):
             tickets = [offload.put(torch.ones(tokens, device=DEVICE)) for _ in range(3)]
             for ticket in reversed(tickets):
@@ -138,7 +138,7 @@ def test_pinned_memory_is_given_back_after_its_copies_are_over():
 
 
 def covers(clock, other):
-    """Return whether a clock knows everything that another clock knows."""
+    """Return whether one clock knows everything that the other knows."""
     return all(clock.get(timeline, 0) >= tick for timeline, tick in other.items())
 
 
@@ -149,7 +149,7 @@ def test_layers_keep_nothing_of_their_inputs():
     hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0]))) for layer in layers]
     x = torch.ones(8, WIDTH, requires_grad=True)
     out = layers(x)
-    # the caller holds the first input
+    # only the first input is alive, because the caller holds it
     assert not any(reference() is not None for reference in inputs[1:])
     out.sum().backward()
     for hook in hooks:

@@ -14,7 +14,7 @@ def every_variant(rank, ranks, fsdp, tied):
 
 
 @pytest.mark.full
-# cover every pair of values
+# these cases cover every pair of values of the parameters
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("ranks", "fsdp", "tied"), [(4, True, False), (4, False, True), (2, True, True), (2, False, False)]

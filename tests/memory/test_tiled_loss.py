@@ -19,7 +19,7 @@ def tensors(dtype, has_bias, weight_dtype=None):
     shapes = [(TOKENS, WIDTH), (VOCABULARY, WIDTH)] + [(VOCABULARY,)] * has_bias
     values = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     labels = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
-    # the first tile has some labels, the next none, the next some
+    # the first tile has some labels, the second none, and the third some
     labels[[0, 5, 6, 7, 8, 9, 10, 11]] = -100
     return [x.to(weight_dtype or dtype if i else dtype).requires_grad_() for i, x in enumerate(values)], labels
 

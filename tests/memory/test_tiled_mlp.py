@@ -159,7 +159,8 @@ def test_ranks_with_unequally_many_tiles_gather_weights_once_a_layer():
     model, x = nn.Sequential(Block(), Block()), torch.randn(1, 11, WIDTH, generator=torch.Generator().manual_seed(1))
     sum(model(x[:, :tokens]).square().sum() for tokens in (11, 0, 2)).backward()
     for gathers, gradients in run_on_ranks(3, uneven):
-        # two layers, each forward and backward. The last layer stays gathered, because it is needed at once
+        # two layers, each gathered once forward and once backward. The last layer may stay gathered, because its
+        # backward pass follows immediately
         assert 3 <= gathers <= 4
         for a, b in zip(gradients, model.parameters(), strict=True):
             torch.testing.assert_close(3 * a, b.grad, rtol=1e-4, atol=1e-5)

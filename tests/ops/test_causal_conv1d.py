@@ -82,7 +82,7 @@ def test_every_strategy_and_layout_equals_conv1d(strategy, ranks):
 
 
 def test_what_moves_does_not_depend_on_the_length():
-    # zigzag on 8 ranks: 14 segments receive a halo of 3 tokens from another rank, for x twice and for its gradient once
+    # zigzag on 8 ranks: 14 segments receive a halo of 3 tokens from another rank, twice for x and once for its gradient
     for length in (512, 65536):
         moved = plan_of(da.Layout.zigzag((length,), 8)).forward.moves
         assert int((moved["t1"] - moved["t0"]).sum()) == 3 * 14
@@ -139,7 +139,7 @@ def test_wrong_arguments_are_refused_by_name():
 
 def test_times_match_those_of_copies():
     plan = plan_of(da.Layout.contiguous((1 << 20,), 8), heads=1, kv_heads=1, v_head_dim=4096, dtype="bfloat16")
-    # each rank reads 1 GB and writes 1 GB
+    # each rank reads and writes 1 GB
     assert 0.2e-3 < da.simulate(plan, "h100-1x8").forward.seconds < 3e-3
 
 

@@ -240,7 +240,7 @@ def test_communicators_end_with_their_group():
 
 
 def _later(rank, kind):
-    """Run a plan that all ranks know, then one that only some ranks know."""
+    """Run a plan that all ranks have, then a plan that only some ranks have."""
     mask, layout = masks()["documents"], layouts(LENGTHS, 2)["zigzag"]
     plan = da.make_plan(mask, layout, strategy="ring", **SHAPE)
     q, k, v = (torch.ones(len(layout.tokens(rank)), heads, 8, dtype=torch.float64) for heads in (4, 2, 2))

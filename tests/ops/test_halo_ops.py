@@ -154,7 +154,7 @@ def test_on_gpus_numbers_that_are_too_large_are_refused_by_an_assertion_of_the_d
     x[5, 1] = sign * (2**52 - 1)
     assert x[5, 1] in da.token_shift(x, plan)
     x[5, 1] += sign
-    # on the host PyTorch's assertion raises at once; on a device it raises when the device reaches it
+    # on the host PyTorch's assertion raises immediately; on a GPU it fails only once the device reaches it
     with pytest.raises(RuntimeError, match="whole numbers below 2.52") as refusal:
         da.token_shift(x, plan)
     assert type(refusal.value) is RuntimeError and asserted.call_count == 2

@@ -144,7 +144,7 @@ LAYERS = {
     "latent attention": latent,
     **{name: lambda name=name: recurrence(name) for name in RECURRENT},
     "retention by heads": lambda: recurrence("retention", options={"schedule": "head_sharded"}),
-    # one launch has only some of the heads that share queries and keys
+    # a launch contains only some of the heads that share queries and keys
     "groups of heads that are cut": lambda: recurrence("gated_delta_rule", "ulysses", heads=6, lengths=(600, 700)),
     "convolution": lambda: convolution(False),
     "convolution of groups": lambda: convolution(True),
@@ -177,7 +177,7 @@ def ways_to_wait(x):
     yield "copies between host and device", lambda: torch.ones(3).to(META)
     yield "copies between host and device", lambda: torch.ones(3).to(META, non_blocking=True)
     yield "copies between host and device", lambda: x.copy_(torch.ones(3))
-    # a host number assigned to a list of rows is copied to the device, unlike one assigned to a slice
+    # a Python scalar assigned to a list of rows is copied to the device, unlike a scalar assigned to a slice
     rows = torch.empty(2, dtype=torch.int64, device=META)
     yield "a number is copied to the device", lambda: x.__setitem__(rows, 1.0)
     yield "index_put_ copies", lambda: x.__setitem__(rows, torch.ones(()))
@@ -191,7 +191,7 @@ def ways_to_wait(x):
 def test_every_way_to_wait_is_counted_except_a_pinned_copy():
     x = torch.empty(3, device=META)
     for reason, wait in ways_to_wait(x):
-        # meta tensors hold no numbers, so an error follows, but the wait is recorded first
+        # meta tensors have no values, so an error follows, but the wait is recorded first
         with host_waits() as watch, contextlib.suppress(RuntimeError, NotImplementedError):
             wait()
         assert watch.waits and reason in watch.waits[0], (reason, watch.waits)

@@ -15,13 +15,13 @@ import distattn as da
 
 pytestmark = pytest.mark.waits(3)
 
-# the time-out of the group and of the communicators next to it, after which other ranks get some extra seconds
+# the time-out of the group and of the communicators created for it. Other ranks get some extra seconds after this time
 TIMEOUT = timedelta(seconds=15)
 
 
 def lost_in(rank, lost, how, where):
-    """Kill or stop a rank before a driver is made, before `prepare`, or after it. Return (the error, the seconds until
-    it came).
+    """Kill or stop a rank before a driver is created, before `prepare`, or after it. Return the error, and the seconds
+    until it was raised.
     """
     group = dist.new_group(timeout=TIMEOUT)
     shape = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64")
@@ -33,7 +33,7 @@ def lost_in(rank, lost, how, where):
         os.kill(os.getpid(), how)
     began = time.monotonic()
     with pytest.raises(da.LostRankError) as error:
-        # by the second call no rank can still be sending
+        # a rank may complete the first of two calls with messages sent earlier, but not the second
         if where == "driver":
             da.ContextParallel(group, strategy="ring")
         for _ in range(2):

@@ -31,7 +31,7 @@ def modifiers(softcap=True, alibi=True, sink=True, gate=(HEADS, 8)):
 
 
 def oracle(mask, inputs, softcap, alibi_slopes, sink, gate):
-    """Compute (o, lse, dq, dk, dv, dsink, dgate) by definition on the whole axis."""
+    """Compute (o, lse, dq, dk, dv, dsink, dgate) by definition over the entire token axis."""
     q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
     extra = [x.detach().requires_grad_() for x in (sink, gate) if x is not None]
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(HEADS // KV_HEADS, 1)) / math.sqrt(q.shape[-1])
@@ -74,7 +74,7 @@ def check(plan, mask, kernel, modified):
     layout = plan.call.layout
     got = [layout.unshard(list(parts)) for parts in zip(*(result[0] for result in results), strict=True)]
     if modified["sink"] is not None:
-        # each rank has the gradient's share from its own tokens
+        # each rank has its own tokens' contribution to the gradient
         got.append(sum(result[1] for result in results))
     if modified["gate"] is not None:
         got.append(layout.unshard([result[-1] for result in results]))

@@ -28,7 +28,7 @@ VALUES = {"Tensor": torch.zeros(2, 2, 2), "SymInt": 2, "int": 0, "float": 1.0}
 
 
 class Reached(Exception):
-    """Raised where work for the device would start."""
+    """Raised at the point where an operator would start work on the device."""
 
 
 def operator(name):

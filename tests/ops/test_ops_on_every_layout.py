@@ -38,7 +38,7 @@ DTYPES = {
 }
 
 
-# resolve them once here, not in every rank
+# resolve these lazy imports once here, not in every rank
 FUNCTIONS = da.latent_attention, da.causal_conv1d, da.recurrence, da.token_shift
 
 
@@ -122,7 +122,7 @@ def cases(ranks):
         named = [
             (op, dtype) for op, dtypes in DTYPES.items() for dtype in (dtypes if lengths == PACKED else dtypes[:1])
         ]
-        # this layout keeps whole documents on one rank, so a single document leaves the other ranks empty
+        # this layout does not split documents, so a single document leaves the other ranks without tokens
         placed = {"placed": make_layout("placed", lengths, ranks, da.Mask.documents(lengths))}
         for name, layout in (layouts(lengths, ranks) | placed).items():
             for op, dtype in named:
@@ -160,7 +160,7 @@ def wanted_of(op, lengths, dtype):
 
 
 def errors(case, results):
-    """Return the error of each tensor computed by all ranks together, relative to its largest element."""
+    """Return the error of each tensor, combined over all ranks, relative to its largest element."""
     layout = case.plan.call.layout
     by_token, shared, _ = zip(*results, strict=True)
     joined = [layout.unshard(list(parts)) for parts in zip(*by_token, strict=True)]

@@ -145,7 +145,7 @@ def test_ranks_equal_dense_softmaxes(ranks):
             cases.append((case, layout, chosen))
             checks.append((layout, wanted[id(case)], 1e-10))
     for case in (usual, strong):
-        # compare with dense softmaxes of the same rounded numbers
+        # compare with dense softmaxes of the same rounded values
         narrow, layout = case.to(torch.float32), layouts(ranks)[1]
         cases.append((narrow, layout, {}))
         checks.append((layout, dense(narrow.to(torch.float64)), 2e-5))

@@ -16,7 +16,7 @@ from distattn.parallel.make_plan import make_plan
 
 SHAPE = dict(kv_heads=2, head_dim=3, v_head_dim=5, dtype="float64", heads=4)
 LENGTHS = (1, 17, 31, 3)
-# bytes decide over these slow links. The states of one-token segments have more bytes than the tokens
+# over links this slow, the number of bytes decides. The states of one-token segments have more bytes than the tokens
 SLOW = replace(load("h100-1x4"), intra_node=Link(0.001, 10.0))
 
 

@@ -22,7 +22,7 @@ def names(kind: type) -> set[str]:
 
 
 def test_run_files_and_code_share_fields_and_not_copies_of_them():
-    # in run files it also counts the ranks of replicated data
+    # context_parallel_size has a wider meaning in run files, where it also counts the ranks of replicated data
     assert names(ParallelConfig) & names(AttentionConfig) == names(AttentionKeys) | {"context_parallel_size"}
 
 

@@ -65,7 +65,7 @@ def test_the_memory_of_a_pass_is_predicted_to_the_byte(strategy, heads, policy):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_memory_of_expanded_latents_is_predicted_to_the_byte(strategy):
-    # DeepSeek-V3's heads; a tensor-parallel rank may have only a few of them
+    # DeepSeek-V3's heads; a tensor-parallel rank may have only a few of these heads
     for heads, dtype, lengths in ((16, "bfloat16", packed(65536)), (8, "float32", [1 << 13]), (8, "bfloat16", [128])):
         mask, layout = da.Mask.documents(lengths), da.Layout.zigzag(lengths, 8)
         shape = dict(heads=heads, kv_heads=1, head_dim=192, v_head_dim=128, dtype=dtype, op=da.latent_op(64, 512))
@@ -77,10 +77,9 @@ def test_the_memory_of_expanded_latents_is_predicted_to_the_byte(strategy):
         )
 
 
-# for a million tokens: GB of new tensors alive at once. The arena stays while results are cast to the inputs' dtype,
-# which costs the ring 1.07 GB forward and 0.54 GB backward, and allgather and cad 0.27 GB backward. With 8:1 heads the
-# ring's forward costs a quarter, 0.27 GB. The ring copies half of its own keys and values, 0.27 GB, before it sends
-# them
+# for a million tokens: peak GB of new tensors. The arena stays while results are cast to the inputs' dtype, which costs
+# the ring 1.07 GB forward and 0.54 GB backward, and allgather and cad 0.27 GB backward. With 8:1 heads the ring's
+# forward costs a quarter, 0.27 GB. The ring copies half of its own keys and values, 0.27 GB, before it sends them
 MILLION = {
     (32, 8): {
         "ring": (4.6, 8.4),
@@ -100,18 +99,18 @@ MILLION = {
 }
 
 
-# the largest ratio to the bytes of the proof plus the result tensors. Arenas are up to 1/32 larger, and also hold
-# copies of own rows to send, which the proof does not count for the ring
+# the largest ratio of measured bytes to the bytes of the proof plus the result tensors. Arenas are up to 1/32 larger,
+# and also hold copies of own rows to send, which the proof does not count for the ring
 MOST = {"ring": (1.07, 1.05), "allgather": (1.15, 1.1), "ulysses": (1.45, 1.4), "usp": (1.22, 1.28), "cad": (1.51, 1.3)}
 
 
 def needed(plan, proof, rank):
-    """Return the bytes of both passes: those in the proof, plus the results as summed and as returned."""
+    """Return the peak bytes of both passes: those of the proof, plus the results, both as summed and as returned."""
     call, tokens = plan.call, int(plan.call.layout.shard_sizes()[rank])
 
     def results(*payloads):
-        """Return the bytes of the sums, plus the extra bytes of low-precision results, which replace the sums one by
-        one.
+        """Return the bytes of the sums, plus the peak additional bytes while low-precision results replace the sums one
+        by one.
         """
         sizes = []
         for payload in payloads:
@@ -131,7 +130,7 @@ def needed(plan, proof, rank):
         ((Payload.O,), proof.forward_peak[rank]),
         ((Payload.dQ, Payload.dKV), proof.backward_peak[rank]),
     ):
-        # delta, and the per-row numbers that kernels derive from delta and the log-sum-exp
+        # delta, and the per-row values that kernels derive from delta and the log-sum-exp
         numbers = 0 if payloads == (Payload.O,) else 3 * tokens * call.heads * 4
         out.append(int(peak) + results(*payloads) + numbers)
     out[0] += int(proof.kept[rank])
@@ -178,7 +177,7 @@ def test_results_written_by_a_single_kernel_are_held_and_sent_in_half_precision(
     moved = {Payload(int(payload)): 0 for payload in plan.bytes()["payload"]}
     for payload, size in zip(plan.bytes()["payload"], plan.bytes()["bytes"], strict=True):
         moved[Payload(int(payload))] += int(size)
-    # outputs have as many bytes as queries, plus 4 bytes of log-sum-exp per 256. Gradients have as many as their
-    # tensors
+    # outputs have as many bytes as queries, plus 4 bytes of log-sum-exp for every 256 bytes. Gradients have as many
+    # bytes as the tensors they belong to
     assert moved[Payload.O] * 64 == moved[Payload.Q] * 65 and moved[Payload.dQ] == moved[Payload.Q]
     assert moved[Payload.dKV] == moved[Payload.KV]

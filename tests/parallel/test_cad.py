@@ -73,7 +73,7 @@ def test_no_server_does_more_than_the_tolerance_allows(packs, tolerance, block, 
     for direction in ("forward", "backward"):
         price = CostModel.for_cluster(None, direction, 8, block)
         work = loads(plan, direction, block)
-        # both ends of each share may split a block of rows, which then pays its overhead twice
+        # a rank's share may split a block of rows at either end, and a split block pays its overhead twice
         shares = np.bincount(getattr(plan, direction).tasks["rank"], minlength=len(packs))
         edge = shares * heads[0] * (price.overhead + block)
         assert (work <= (1 + tolerance) * work.sum() / len(packs) + edge).all()
@@ -180,7 +180,7 @@ def test_fewer_bytes_than_the_greedy_rule_and_better_balance(heads, least):
     generator = np.random.default_rng(3)
     packs = [(1 + generator.lognormal(6, 1.8, 200)).astype(int).tolist() for _ in range(12)]
     packs = [pack[: int(np.searchsorted(np.cumsum(pack), 30000))] for pack in packs]
-    # use one dtype, because results that the greedy rule does not merge travel in half precision anyway
+    # send all messages in bfloat16, since cad_greedy sends results that it does not merge in half precision anyway
     shape = dict(heads=heads[0], kv_heads=heads[1], head_dim=128, dtype="bfloat16", comm_dtype="bfloat16")
     ours, theirs = (planned(packs, strategy, shape=shape) for strategy in ("cad", "cad_greedy"))
     assert theirs.bytes()["bytes"].sum() > least * ours.bytes()["bytes"].sum()
@@ -223,7 +223,7 @@ def test_documents_of_many_owners_are_shared_by_heads_or_keys(layout, heads):
             plan = make_plan(mask, laid_out, strategy="cad", options=dict(tolerance=tolerance, block=4), **shape)
             assert_close(run_all_ranks(plan, inputs, "reference"), wanted, 1e-11)
             if ranks == 8 and heads == (8, 8):
-                # there are tasks of single head groups, whose keys would otherwise travel to all owners of rows
+                # some tasks contain a single head group, whose keys would otherwise be sent to all owners of rows
                 assert (plan.forward.tasks["h1"] - plan.forward.tasks["h0"] == 1).any()
 
 

@@ -9,10 +9,10 @@ from distattn.parallel.analysis import disjoint
 
 
 def random_cuts(rng, count: int, size: int) -> np.ndarray:
-    """Cut a square in two at random, again and again. Return the (count, 4) rectangles that tile it."""
+    """Cut a square into `count` rectangles by repeated random cuts. Return the rectangles (count, 4)."""
     boxes = [(0, size, 0, size)]
     while len(boxes) < count:
-        # take the largest of a few rectangles, so that none gets too small to cut
+        # cut the largest of a few rectangles, so that none gets too small to cut
         i = max(rng.integers(0, len(boxes), 4), key=lambda i: (boxes[i][1] - boxes[i][0]) * (boxes[i][3] - boxes[i][2]))
         box = boxes.pop(i)
         axis = 0 if box[1] - box[0] > box[3] - box[2] else 2
@@ -36,7 +36,7 @@ def test_any_overlap_is_found_and_none_invented(method):
         group = rng.integers(0, 2, len(boxes))
         changed = boxes.copy()
         if seed % 2:
-            # extend a few sides, often into a neighbour, sometimes of another group
+            # move a few sides, often into a neighbouring rectangle, which may belong to a different group
             for row in rng.integers(0, len(boxes), 2):
                 side = int(rng.integers(0, 4))
                 changed[row, side] += (1 if side % 2 else -1) * int(rng.integers(0, 3))

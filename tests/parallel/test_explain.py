@@ -114,6 +114,6 @@ def test_a_plain_ring_on_a_full_mask_moves_what_ours_moves_but_for_the_own_gradi
     one_node = Cluster(1, 4)
     ours, plain = plan_traffic(plan, one_node), plain_ring_traffic(plan.call, one_node)
     assert plain.total_bytes == ours.total_bytes + own_gradient
-    # every second edge leads to the other node
+    # every second link of the ring crosses nodes
     two_nodes = plain_ring_traffic(plan.call, Cluster(2, 2))
     assert two_nodes.inter_node_bytes * 2 == two_nodes.total_bytes

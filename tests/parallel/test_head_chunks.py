@@ -28,7 +28,7 @@ def needed(plan: Plan) -> int:
 
 
 def least(strategy, mask, layout, **shape):
-    """Return the smallest buffer size in bytes to which a plan can be cut, taken from the refusal of 0 bytes."""
+    """Return the smallest possible buffer size of a plan in bytes, taken from the error for a limit of 0 bytes."""
     with pytest.raises(PlanError, match=f"^{strategy}: a rank needs at least [0-9,]+ bytes of buffers") as refused:
         make_plan(mask, layout, strategy=strategy, max_buffer_bytes=0, **shape)
     return int(str(refused.value).split(" bytes")[0].rpartition(" ")[2].replace(",", ""))
@@ -64,8 +64,8 @@ def test_outputs_and_gradients_of_chunks_equal_the_oracle(strategy, mask, heads)
         assert_close(run_all_ranks(plan, inputs, "cpu"), wanted, 1e-11)
 
 
-# a million tokens in bf16 on 8 ranks with 32:8 heads: (GB of buffers without a limit, smallest possible GB). Simulated
-# times do not increase
+# a million tokens in bf16 on 8 ranks with 32:8 heads: (GB of buffers without a limit, smallest possible GB). A limit
+# does not increase the simulated time
 BUFFERS = {"ring": (4.3, 0.54), "allgather": (11.3, 1.9), "ulysses": (2.82, 2.36), "usp": (3.8, 2.36)}
 
 
@@ -90,7 +90,7 @@ def test_buffers_of_a_million_tokens_shrink_and_the_simulated_time_does_not_grow
 
 
 def test_ulysses_in_chunks_of_heads_has_a_quarter_of_the_buffers():
-    # 32 KV heads are four per rank; the buffers include messages of results that land at their owners
+    # 32 KV heads are four per rank. The buffers include results that arrive at their owners
     whole, cut = million("ulysses", 32, backward="refetch-home"), million("ulysses", 32, max_buffer_bytes=int(1.7e9))
     assert needed(whole) == 4 * needed(cut)
     assert cut.policy == "refetch-home" and cut.forward.steps == 12

@@ -37,7 +37,7 @@ OPTIONS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     },
     "cad_greedy": {"tolerance": (0.1, 0.5), "block": (4, 128)},
 }
-# the message of each refusal, and the condition under which it is justified
+# a phrase of each refusal's message, and the condition under which the refusal is justified
 REFUSALS = {
     "at most": lambda asked: asked["strategy"] == "ulysses" and asked["layout"].ranks > asked["heads"],
     "keeps what it received": lambda asked: asked["strategy"] == "scan" and asked["backward"] not in (None, "keep"),
@@ -119,7 +119,7 @@ def of_few_key_heads(backward: str) -> dict[str, Any]:
 
 
 def check(asked: dict[str, Any]) -> None:
-    """Make and prove the plan. Fail if it is refused for a reason not in `REFUSALS`."""
+    """Make and prove the plan. Fail if it is refused for a reason that is not in `REFUSALS` or not justified."""
     arguments = dict(asked)
     try:
         plan = make_plan(arguments.pop("mask"), arguments.pop("layout"), **arguments)

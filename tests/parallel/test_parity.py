@@ -110,7 +110,7 @@ def test_six_query_heads_on_four_ranks(strategy):
 @pytest.mark.parametrize("heads", [(6, 2), (8, 1)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_step_is_one_kernel_call_or_one_for_each_buffer_of_its_rows(strategy, heads):
-    # head groups with and without windows; USP cuts through groups of query heads
+    # head groups with and without windows; USP splits groups of query heads that share keys
     mask = all_masks(heads[0])["head groups"]
     inputs, wanted = wide_case("head groups", heads, (64, 64))
     plan = make_plan(
@@ -128,7 +128,7 @@ def test_a_step_is_one_kernel_call_or_one_for_each_buffer_of_its_rows(strategy, 
     launches = [step.launches for program in programs for step in (*program.forward, *program.backward)]
     assert sum(kind == "compute" for _, kind in record.events) == sum(map(len, launches))
     for of_step in launches:
-        # if own rows and arriving rows are separate calls, no two calls use the same buffer
+        # if a rank's own rows and arriving rows are separate calls, no two calls use the same buffer
         buffers = [{piece.buffer for piece in launch.operands[Payload.Q].slices} for launch in of_step]
         assert sum(map(len, buffers)) == len(set().union(*buffers))
 
@@ -290,7 +290,7 @@ def test_sixty_four_ranks_in_lock_step(strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_results_may_travel_in_half_width(strategy, policy):
-    """Compare bytes and memory with the proof. Outputs of a single task are as exact as in full precision."""
+    """Compare bytes and memory with the proof. Outputs that a single task computes are as exact as in full precision."""
     mask, layout = Mask.documents(LENGTHS), Layout.zigzag(LENGTHS, 4)
     inputs = random_inputs(mask.n, 8, 2, 64)
     inputs = type(inputs)(*(x.bfloat16().double() for x in inputs))

@@ -67,14 +67,14 @@ def test_groups_of_heads_follow_each_other_to_the_same_result():
     case = recurrence_case(OPS["kda"], LENGTHS, heads=6, key_heads=2)
     wanted = by_definition(case)
     layout = layouts(LENGTHS, 4)["zigzag"]
-    # with six heads, four head groups cut through heads that share keys
+    # with six heads, four head groups separate heads that share keys
     options = {"schedule": "sequential", "head_groups": 4}
     assert_same(run_recurrence(plan_of(layout, "kda", heads=6, options=options), case), wanted, 1e-10)
 
 
 @pytest.mark.parametrize("lengths", [(256,), (256, 64)])
 def test_results_in_turn_have_the_same_bits_on_any_number_of_ranks(lengths):
-    # segments consist of whole chunks
+    # in blocks of 64 tokens, all segments consist of complete chunks
     case = recurrence_case(OPS["gated_delta_rule"], lengths)
     results = []
     for ranks in (1, 2, 4):
@@ -82,7 +82,7 @@ def test_results_in_turn_have_the_same_bits_on_any_number_of_ranks(lengths):
         results.append(run_recurrence(plan_of(layout, "gated_delta_rule", options={"schedule": "sequential"}), case))
     for other in results[1:]:
         assert torch.equal(other.o, results[0].o) and torch.equal(other.final, results[0].final)
-        # if documents are adjacent in a launch, their gradients come from products of other shapes
+        # if documents are adjacent in a launch, their gradients are computed by products of different shapes
         if len(lengths) == 1:
             assert all(map(torch.equal, other.dx.by_token().values(), results[0].dx.by_token().values()))
 

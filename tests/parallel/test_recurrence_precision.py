@@ -14,8 +14,8 @@ from distattn.parallel.make_plan import make_plan
 LENGTHS = (1, 7, 129, 63)
 SINGLE = 2e-5
 # states and decay gradients are summed and kept in float32. For bfloat16 inputs, which are exact, their error is about
-# 1e-7. One device may therefore be closer by chance (3 times for decays of gated_delta_rule), and twice its error would
-# be no bound
+# 1e-7. A single device may by chance be more accurate than that (three times, for decays of gated_delta_rule), so twice
+# its error would not be a bound
 LEAST_ALLOWED = 5e-6
 
 

@@ -37,7 +37,7 @@ def check_plans(plans: int, seed: int) -> None:
 
 def random_case(rng: random.Random, seed: int) -> tuple[Plan, Callable[[Plan], None]]:
     plan, _ = random_recurrent_plan(rng)
-    # computed once for all mutants, when the first one is accepted
+    # computed once for all mutants, when the first mutant is accepted
     case = functools.cache(partial(case_of, plan, seed))
     return plan, lambda other: assert_same(run_recurrence(other, case()[0]), case()[1], TOLERANCE)
 
@@ -51,7 +51,7 @@ def test_random_plans_are_accepted_and_right(plans, seed):
 def test_a_state_of_which_others_use_a_part_of_its_heads_is_counted_whole():
     layout = Layout.contiguous((10,), 1)
     call = Call(Mask.documents((10,)), layout, 2, 2, KEY_DIM, VALUE_DIM, "float64", op=OPS["linear_attention"])
-    # head 1 continues from the state left by the first task, head 0 from that of the second
+    # head 1 continues from the state left by the first task, and head 0 from the state left by the second
     forward = [(0, 0, 0, 0, 0, 0, 5, 1, 2), (1, 0, 0, 0, 5, 0, 5, 0, 2), (2, 0, 0, 5, 10, 0, 10, 0, 2)]
     backward = [(0, 0, 0, 5, 10, 0, 10, 0, 2), (1, 0, 0, 0, 10, 0, 5, 0, 2)]
     plan = Plan(call, Table.from_rows(forward), Table.from_rows(backward), "keep")

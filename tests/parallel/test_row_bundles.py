@@ -43,7 +43,7 @@ def test_a_rank_sends_at_most_four_messages_around_a_ring_forward_and_five_backw
         forward, backward = sends_of_passes(plan, monkeypatch)
         group = [rank for rank in range(ulysses) if rank != 1]
         assert max(forward.count(peer) for peer in range(8)) <= 4
-        # dQ leaves in two steps; in the first of them dK and dV also leave, for other peers
+        # dQ is sent in two steps. In the first of them dK and dV are also sent, to other peers
         assert max(backward.count(peer) for peer in group) <= 5
 
 
@@ -101,7 +101,7 @@ def test_a_row_has_no_gaps_and_ends_with_one_number_tensors_and_padding():
 
 @pytest.mark.parametrize("head_dim", [128, 64])
 def test_rows_are_multiples_of_sixteen_numbers_with_little_padding(head_dim):
-    # one, two, four and eight heads per rank; with log-sum-exps and deltas a row's tensors alone are no such multiple
+    # one, two, four and eight heads per rank. Rows with log-sum-exps or deltas are such multiples only with padding
     bundled = collections.defaultdict(set)
     for heads in (4, 8, 16, 32):
         shape = dict(heads=heads, kv_heads=4, head_dim=head_dim, dtype="bfloat16", comm_dtype="bfloat16")
@@ -114,18 +114,18 @@ def test_rows_are_multiples_of_sixteen_numbers_with_little_padding(head_dim):
                         row, sent = message.row_format, sum(bytes for _, bytes in message.row_bytes)
                         padding = row.numbers * DTYPE_BYTES[row.dtype] - sent
                         assert 0 <= padding <= sent / 8
-                # one number per head is read at a time
+                # log-sum-exps and deltas are read one value at a time, so only the other tensors must be aligned
                 keys = keys_of_bundles(step) & step.places.keys()
                 for place in (place for key in keys for place in step.places[key] if len(place.shape) == 3):
                     assert place.strides[0] % 16 == 0 and place.offset * place.dtype.itemsize % 16 == 0
     everything = {Payload.Q, Payload.KV, Payload.O, Payload.dO, Payload.dQ, Payload.dKV}
     assert bundled[8] == bundled[16] == bundled[32] == everything
-    # with one head of 64, padding would take 28 bytes next to O's 132, and 24 next to dO's 136
+    # with one head of dim 64, padding would add 28 bytes to the 132 of O, and 24 to the 136 of dO
     assert bundled[4] == (everything if head_dim == 128 else everything - {Payload.O, Payload.dO})
 
 
 def keys_of_bundles(step):
-    """Return the buffers and messages of a step that share their rows with others."""
+    """Return the keys of a step's messages and buffers whose rows are shared by several payloads."""
     messages = [("send", step.sends), ("receive", step.receives)]
     return {(name, i) for name, some in messages for i, (_, message) in enumerate(some) if message.bundle} | {
         key for _, some in messages for _, message in some for key in message.bundle
@@ -158,7 +158,7 @@ def test_results_equal_the_oracle_whatever_shares_a_row(case, strategy, policy):
 
 
 def test_rows_that_are_packed_are_not_copied_to_the_arena_before():
-    # the messages of the one KV head carry all heads, in rows with some query heads
+    # messages with the only KV head also contain some query heads in each row
     shape = dict(heads=8, kv_heads=1, head_dim=8, dtype="bfloat16", backward="refetch-home")
     plan = make_plan(Mask.documents(LENGTHS), layouts(LENGTHS, 4)["zigzag"], strategy="ulysses", **shape)
     for program in (lower(plan, rank, lambda mask: None) for rank in range(4)):
@@ -166,7 +166,7 @@ def test_rows_that_are_packed_are_not_copied_to_the_arena_before():
         assert all(message.bundle for _, message in step.sends) and [
             len(packed.parts) for packed in step.packed_sends
         ] == [2]
-        # own rows are copied only to where other ranks' rows arrive, never for sending
+        # a rank copies its own rows only to where other ranks' rows arrive, never in order to send them
         assert all(key.step == 0 for key, _ in step.own_copies)
 
 

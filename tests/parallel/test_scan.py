@@ -38,7 +38,7 @@ def test_every_schedule_is_proven(ranks, schedule):
             plan = plan_of(layout, options={"schedule": schedule, **options})
             proof = verify(plan)
             assert (ranks == 1) == (not len(plan.forward.moves["step"]))
-            # tokens stay where they are
+            # no tokens are sent, only states
             assert set(np.unique(plan.forward.moves["payload"])) <= {int(Payload.S)}
             assert set(np.unique(plan.backward.moves["payload"])) <= {int(Payload.dS)}
             assert proof.digest == plan.digest

@@ -82,10 +82,10 @@ def test_messages_share_the_ports_of_both_ends():
     # two messages leave rank 0, within and across nodes; rank 1 also receives one from rank 2
     src, dst, size = np.array([0, 0, 2]), np.array([1, 2, 1]), np.array([10, 4, 6]) * GIGA
     assert message_seconds(four, src, dst, size) == pytest.approx([1 + 1e-6, 4 + 5e-6, 6 + 5e-6])
-    # rank 1 receives two messages across nodes, which both take as long as its port needs
+    # rank 1 receives two messages across nodes, which both take as long as its port needs for the two
     src, dst = np.array([2, 3]), np.array([1, 1])
     assert message_seconds(four, src, dst, size[:2]) == pytest.approx([14 + 5e-6] * 2)
-    # a shared link serves the whole node
+    # a shared link serves all ranks of a node
     shared = machine(4, 2, intra_node=Link(10.0, 0.0), inter_node=Link(1.0, 0.0, shared=True))
     assert message_seconds(shared, np.array([0, 1]), np.array([2, 3]), size[:2]) == pytest.approx([14, 14])
 
@@ -129,7 +129,7 @@ def test_tiled_cells_are_those_of_the_tiles_a_mask_touches(lengths, tile):
     mask = da.Mask.documents(lengths)
     plan = da.make_plan(mask, da.Layout.contiguous(lengths, 1), strategy="ring", **SHAPE)
     cells, _ = tiled_area(task_bands(mask, plan.forward.tasks), tile)
-    # one row of tiles at a time, separately per document, since a document's tiles start with it
+    # count one row of tiles at a time, separately per document, since tiles are aligned to the start of a document
     tall, wide = tile
     last_rows = [min(row + tall, length) for length in lengths for row in range(0, length, tall)]
     wanted = sum(tall * -(-last // wide) * wide for last in last_rows)
@@ -141,10 +141,10 @@ def test_speeds_lie_between_the_points_of_the_table():
     squares = np.array([1024, 3000, 32768, 1 << 20])
     speed = attention_speed(h100, "forward", 128, squares, squares) / TERA
     assert speed[0] == pytest.approx(558) and 672 < speed[1] < 678 and speed[2:] == pytest.approx([701, 701])
-    # with fewer keys, a program's fixed time weighs more
+    # with fewer keys, the fixed time of a program is a larger share
     short = attention_speed(h100, "forward", 128, np.array([256, 64]), np.array([4096, 4096])) / TERA
     assert 558 / 4 < short[0] < 558 and short[1] < short[0]
-    # a table with one length gets the H100's loss for short lengths
+    # for a table with a single length, the H100's slowdown at short lengths is used
     b200 = attention_speed(describe.load("b200-1x8"), "forward", 128, squares, squares) / TERA
     assert b200[0] == pytest.approx(1297 * 558 / 701, rel=0.01) and b200[-1] == pytest.approx(1297, rel=0.01)
     grid = tuple(KernelThroughput("forward", 64, q, k, float(q + k)) for q in (128, 512) for k in (128, 512))
@@ -203,5 +203,5 @@ def test_a_million_tokens_are_timed_in_a_moment():
         began = time.thread_time()
         simulate(plan, "h200-8x8")
         took[strategy] = time.thread_time() - began
-    # seconds of CPU time, which other tests share; the target is 0.3 s
+    # seconds of CPU time, measured while other tests run; the target is 0.3 s
     assert max(took.values()) < 1.0, took

@@ -20,7 +20,7 @@ SHAPE = dict(heads=8, kv_heads=2, head_dim=8, dtype="float64")
 
 
 def received(plan: Plan, payload: Payload, rank: int) -> np.ndarray:
-    """Return the tokens of a payload that a rank receives in the forward pass, with repetitions."""
+    """Return the sorted tokens of a payload that a rank receives in the forward pass, with repetitions."""
     moves = plan.forward.moves
     rows = (moves["payload"] == payload) & (moves["dst"] == rank)
     spans = [np.arange(a, b) for a, b in zip(moves["t0"][rows], moves["t1"][rows], strict=True)]
@@ -117,7 +117,7 @@ def test_double_ring_crosses_nodes_one_inner_ring_ahead():
     moves, node = plan.forward.moves, Cluster(2, 4).node
     crossing = node[moves["src"]] != node[moves["dst"]]
     assert set(moves["step"][crossing].tolist()) == {0}
-    # within a node, one neighbour per step
+    # each of the two rings inside a node takes three steps
     inside = moves["step"][~crossing].tolist()
     assert set(inside) == {0, 1, 2, 4, 5, 6}
 
@@ -199,7 +199,7 @@ def test_a_ring_holds_two_foreign_shards_per_rank_and_three_if_ranks_are_skipped
             record = Record()
             run_all_ranks(plan, inputs, "reference", record)
             shard = int(layout.shard_sizes().max()) * SHAPE["kv_heads"] * plan.call.token_head_bytes(Payload.KV)
-            # the shard being used, the arriving shard, and one kept for a later rank
+            # a shard in use, an arriving shard, and a shard kept for a later rank
             for passes in zip(*((program.forward, program.backward) for program in record.programs), strict=True):
                 held = [alive_bytes(plan.call, steps, (Payload.KV,)) for steps in passes]
                 assert max(held) <= (2 if mask == "full" else 3) * shard and np.mean(held) <= 2.1 * shard
@@ -222,7 +222,7 @@ def test_ulysses_splits_uneven_heads_and_replicates_key_value_heads():
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_moves_are_issued_before_the_compute_they_can_overlap(strategy):
-    # with one document, an all-gather has almost no computation on a rank's own keys
+    # use several documents for an all-gather, which has almost no computation on a rank's own keys in a single document
     mask = Mask.documents([4, *[8] * 7, 4]) if strategy == "allgather" else Mask.causal(64)
     plan = make_plan(mask, Layout.zigzag([64], 4), strategy=strategy, **SHAPE)
     record = Record()
@@ -241,5 +241,6 @@ def test_moves_are_issued_before_the_compute_they_can_overlap(strategy):
                 assert waiting
                 waiting = False
         assert not waiting
-    # a ring overlaps every hop with compute and an all-gather its fetch, but Ulysses has nothing to compute meanwhile
+    # a ring overlaps every hop with compute and an all-gather its fetch, but Ulysses has nothing to compute in the
+    # meantime
     assert (overlapped > 0) == (strategy != "ulysses")

@@ -31,8 +31,8 @@ def oracle(mask: Mask):
 
 
 def mutate(plan: Plan, rng: random.Random) -> tuple[Plan, bool] | None:
-    """Change one row of a plan. Return the plan and whether it may still be valid (a changed step, rank, source or
-    destination).
+    """Change one row of a plan. Return the plan, and whether it may still be valid because only a step, rank, source or
+    destination has changed.
     """
     direction, kind = rng.choice(["forward", "backward"]), rng.choice(["tasks", "moves"])
     table = getattr(plan, direction)

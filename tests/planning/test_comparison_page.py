@@ -76,7 +76,7 @@ def test_a_person_sees_points_zooms_and_chooses(page, tmp_path, width):
 @needs_browser
 def test_score_matrices_are_legible_on_a_telephone_and_in_the_dark(page, tmp_path):
     facts = what_a_script_says(page, LEGIBLE, tmp_path, 420, dark=True)
-    # three ticks per axis, the axis names, and the names of the bars
+    # the texts are three ticks per axis, the axis names, and the names of the bars
     assert facts["texts"] > 2 * 8 and not facts["unread"] and not facts["cut"] and not facts["error"], facts
     # narrow pages show table rows as lists
     assert not facts["wide"], facts
@@ -91,7 +91,7 @@ def test_a_timeline_is_vectors_as_wide_as_the_page_and_legible_in_the_dark(page,
     assert drawn.count("<svg") == 2 and "<img" not in drawn and "base64" not in drawn
     around = page[: page.index("<body>")] + f"<body>{drawn}</body></html>"
     facts = what_a_script_says(around, LEGIBLE, tmp_path, width, dark)
-    # for each pass: four ranks, three times and the name of the axis
+    # the texts for each pass are four ranks, three times and the name of the axis
     assert facts["texts"] == 2 * (4 + 3 + 1) and not facts["unread"] and not facts["wide"] and not facts["cut"], facts
 
 

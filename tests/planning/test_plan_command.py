@@ -50,7 +50,7 @@ def test_numbers_a_page_and_a_trace(capsys, tmp_path):
     rows = json.loads(out)["candidates"]
     assert code == 0 and [row["strategy"] for row in rows] == ["usp", "ring"] and all(row["simulated"] for row in rows)
     text = page.read_text()
-    # one score matrix per strategy; the page draws the time charts itself
+    # the page contains one score matrix per strategy, and draws the time charts in the browser
     assert (
         text.count('class="matrices"') == 2
         and text.count("<canvas") == 4
@@ -163,7 +163,7 @@ def test_the_fastest_is_in_colour_on_a_terminal_only(capsys, monkeypatch):
         monkeypatch.setenv(name, value)
     cli.main(arguments)
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "fastest" in line)
-    # the line stays in one piece, however narrow the terminal
+    # the line is not wrapped, however narrow the terminal
     assert line.startswith("\x1b[1;32m") and "GB   <- fastest" in line.replace("MB", "GB")
 
 
@@ -195,7 +195,7 @@ def test_a_faster_strategy_than_the_run_s_own_is_named_in_a_sentence(capsys):
     assert "is not the fastest: it takes" not in "".join(
         line for line in out.splitlines() if line.startswith("strategy ")
     )
-    # a refused strategy is reported as such, and a strategy that is not compared is not mentioned
+    # a refused strategy is reported as such, and strategies outside the comparison are not mentioned
     _, out, _ = run(
         capsys,
         *args,

@@ -144,7 +144,7 @@ SLOW = {
 
 def test_a_fault_planted_in_one_rank_is_named_with_its_host(runs):
     by_rank = run_on_ranks(RANKS, _preflights, runs, ("", *PROBLEMS, "slow"))
-    # all ranks have the same reports, so they stop together
+    # all ranks receive the same reports, so all of them stop
     assert all(reports == by_rank[0] for reports in by_rank)
     reports = by_rank[0]
     assert not reports[""][0]
@@ -163,7 +163,7 @@ def _has_parts(sentence: str, parts: tuple[str, ...]) -> bool:
 
 
 def _checks(rank: int, runs) -> dict[str, tuple[bool, list[str]]]:
-    """Return, for each `preflight.action`, whether a run with a problem starts, and the lines it prints."""
+    """Return, for each `preflight.action`, whether a run with a problem starts, and the lines that it prints."""
     results = {}
     for action in ("stop", "warn", "off"):
         with pytest.MonkeyPatch.context() as monkeypatch:
@@ -202,7 +202,7 @@ def _waits(rank: int, runs) -> str:
     run, _, config = runs
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(LostRankError) as lost:
         if rank == ODD:
-            # imitate files that never answer
+            # imitate a file system that never answers
             monkeypatch.setattr(facts_module, "open_data", lambda run, config: time.sleep(3600))
         preflight(run, config, CPU, limit=timedelta(seconds=20))
     return str(lost.value)
@@ -214,7 +214,7 @@ def test_a_rank_that_does_not_answer_is_named_within_the_limit(runs):
 
 
 def _trains(rank: int, runs) -> int:
-    """Return the exit code of a rank whose preflight has found a problem, in the existing group."""
+    """Return the exit code of a rank after preflight has found a problem. The rank uses the existing process group."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name in ("init_process_group", "destroy_process_group"):
             monkeypatch.setattr(rank_module.dist, name, lambda *backend: None)

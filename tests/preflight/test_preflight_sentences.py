@@ -75,7 +75,7 @@ def test_a_slow_gpu_is_named_with_the_median_and_its_clock():
     assert table[0] == "preflight: 8 ranks on 2 hosts in 3.2 s, all-to-all 40 GB/s a rank" and len(table) == 5
     assert "4, 5, 6, 7" in table[3] and "345 MHz" in table[3] and "80.0 GB" in table[3] and "40.0 GB" in table[3]
     assert table[4] == "  needed: a step of the rank that needs most, as distattn plan --memory counts it"
-    # ranks on CPUs use the host's memory
+    # ranks on CPUs share the host's memory
     host, state = DeviceState("CPU", None, None), MemoryForecast(0, 3 * GB, False)
     facts = [facts_of(rank, "node", device=host, forecast=state) for rank in range(2)]
     table = report_table(facts, speeds[:2], [None] * 2, 3.21)
@@ -118,12 +118,12 @@ def test_memory_that_a_step_needs_is_compared_with_what_is_free():
     assert not problems_of(facts) and warning.startswith(
         "rank 3 on node-1: a step needs 40.0 GB of 42.0 GB that are free"
     )
-    # other devices are no reason to stop, but other drivers are
+    # a different device is not a reason to stop, but a different driver is
     facts[3] = facts_of(3, "node-1", device=DeviceState("A100", 80 * GB, 85 * GB), versions={"NVIDIA driver": "535.1"})
     (problem,), (warning,) = problems_of(facts), warnings_of(facts)
     assert problem.startswith("rank 3 on node-1: NVIDIA driver is 535.1, on most ranks 550.54.15")
     assert warning.startswith("rank 3 on node-1 has the device A100, most ranks H100")
-    # the needs of a host's ranks add up
+    # the memory needs of all ranks on a host are added up
     facts = [dataclasses.replace(rank, forecast=MemoryForecast(0, 500 * GB, False)) for rank in nodes(1, 2)]
     (problem,) = problems_of(facts)
     assert problem.startswith(
@@ -139,7 +139,7 @@ def test_every_pair_meets_once_and_no_rank_is_in_two_pairs_of_a_round(members):
     for pairs in rounds:
         assert len({rank for pair in pairs for rank in pair}) == 2 * len(pairs)
     assert sorted(tuple(sorted(pair)) for pairs in rounds for pair in pairs) == list(combinations(range(members), 2))
-    # ranks with equal local numbers are paired; a node's extra ranks have no partner
+    # ranks with the same local rank are paired. Additional ranks of a node have no partner
     across = list(rounds_across([[0, 1, 2], [3, 4]]))
     assert across == [[(0, 3), (1, 4)]]
 
@@ -158,7 +158,7 @@ def test_a_step_is_counted_where_it_can_be_and_the_state_where_not(name, monkeyp
     assert forecast.whole_step and forecast.device > state_bytes(config) and forecast.host == 0
     state = state_bytes(config)
     assert forecast_memory(config, data, torch.device("cpu"), plan, 1) == MemoryForecast(0, state, False)
-    # the folder of a run resumed on another number of ranks has no plan for it
+    # the folder of a run resumed on a different number of ranks has no plan for that number
     wider = dataclasses.replace(config, parallel=ParallelConfig(ranks=4, strategy=name, layout="zigzag"))
     assert forecast_memory(wider, data, CUDA, plan, 1) == MemoryForecast(state_bytes(wider), 0, False)
     other = dataclasses.replace(config, engine=EngineConfig(name="deepspeed"))
@@ -203,7 +203,7 @@ def test_the_code_s_digest_is_that_of_all_its_files(monkeypatch):
     before = code_digest()
     assert before == code_digest()
     read = Path.read_bytes
-    # code_digest must notice the change of a file in a linked folder of the package
+    # code_digest must notice a changed file in a symbolically linked folder of the package
     monkeypatch.setattr(Path, "read_bytes", lambda file: read(file) + b" " * (file.name == "spec.py"))
     assert code_digest() != before
 

@@ -99,7 +99,7 @@ def test_a_rank_that_is_not_merely_waiting_is_named(beats, states, collective, w
 def test_no_sentence_of_a_rank_changes_who_is_named(beats, states, collective, wanted):
     draws = random.Random(len(wanted))
     for _ in range(10):
-        # nonsense with phrases that programs once searched for
+        # random text, with phrases that programs once searched for
         lures = ["from rank 1", "to ranks 0, 1", "ended", "left", "refused with exit code 3: ", "raised NCCL"]
         sentences = ["".join(draws.choices(string.printable, k=20)) + draws.choice(lures) for _ in beats]
         if draws.random() < 0.5:

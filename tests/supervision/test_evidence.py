@@ -18,7 +18,7 @@ MAIN = (
     'Current thread 0x2 (most recent call first):\n  File "/a/torch/distributed/c10d.py", line 2 in all_reduce\n',
     '  File "train.py", line 3 in <module>\n',
 )
-# answers SIGUSR2 in parts with pauses
+# a rank that answers SIGUSR2 in several parts, with pauses
 RANK = """
 import signal, sys, time
 
@@ -36,7 +36,7 @@ while True:
 
 
 def kept(folder, *parts: str, answers: bool = True) -> str:
-    """Return the saved stacks of a rank that writes these parts."""
+    """Return the stacks saved for a rank that writes these parts."""
     (folder / "stacks-0.txt").write_text("of a hang before\n")
     rank = subprocess.Popen(
         [sys.executable, "-c", RANK, str(folder / "stacks-0.txt"), *parts], stdout=subprocess.PIPE, text=True
@@ -68,6 +68,6 @@ def test_an_answer_that_ends_in_another_way_is_not_waited_for_long(tmp_path, mon
 
 
 def test_a_rank_that_has_ended_is_not_waited_for(tmp_path, monkeypatch):
-    # longer than any test may take
+    # use a limit longer than any test may take
     monkeypatch.setattr(evidence, "_BEGIN_SECONDS", 1e6)
     assert kept(tmp_path, *MAIN, answers=False) == ""

@@ -120,7 +120,7 @@ def test_other_sentences_lead_to_the_same_verdict(loss, tmp_path):
         other = verdict(works, ends, tmp_path, nonsense(seed), loss)
         unequal = {"noticed_seconds": 0.0}
         assert other.facts() | unequal == trouble.facts() | unequal
-        # the ranks of these losses report no message
+        # for the losses in SENTENCELESS no rank reports a message
         assert other.exit_code == code and (str(other) != str(trouble)) == (loss not in SENTENCELESS)
         assert other.repeats(trouble) and _may_go_better(other, code, True) == _may_go_better(trouble, code, True)
         # the same holds for the reports of nodes
@@ -141,8 +141,8 @@ def nonsense(seed):
 
 
 def verdict(works, ends, folder, sentence, loss):
-    """Return the trouble that the watch finds with ranks that are processes. sentence: transforms the messages they
-    report.
+    """Return the trouble that the watch finds, with a process in place of each rank. sentence: transforms the messages
+    that ranks report.
     """
     board = HeartbeatBoard.make(len(works))
     processes = [subprocess.Popen(["sleep", "600"]) for _ in works]

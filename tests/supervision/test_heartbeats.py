@@ -31,7 +31,7 @@ def test_a_half_written_heartbeat_reads_as_the_previous_one(board):
         slots.append(board._memory[:])
     told = [None]
     for before, after in zip(slots, slots[1:], strict=False):
-        # a CPU may show the new bytes from either end first
+        # a CPU may make the new bytes visible from either end first
         mixed = {after[:done] + before[done:] for done in range(len(after) + 1)}
         mixed |= {before[:done] + after[done:] for done in range(len(after) + 1)}
         for content in mixed - {after}:

@@ -46,7 +46,7 @@ HOW = {
 
 @pytest.fixture
 def sleeping():
-    """Yield a function that starts a sleeping process. All of them end with the test."""
+    """Yield a function that starts a sleeping process. All processes that it starts end with the test."""
     processes = []
 
     def start() -> int:
@@ -176,7 +176,7 @@ def test_a_replay_that_ends_between_two_looks_has_not_failed():
     look = Helper.fault
 
     def late(helper, patience):
-        # it ends after `communicate` has timed out and before the watch looks
+        # the helper ends after `communicate` has timed out and before the watch looks
         eventually(helper.end, "the replay goes on")
         return look(helper, patience)
 

@@ -110,7 +110,7 @@ def test_a_node_that_all_others_miss_is_to_blame_and_of_two_both_are():
 def test_a_link_counts_as_cut_only_if_it_worked_before(tmp_path, monkeypatch):
     monkeypatch.setattr(node_links, "_LOOK_SECONDS", 0.01)
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        # one port accepts connections, the other refuses them
+        # one port accepts connections, and the other refuses them; both nodes count as reached
         ports = [taken.getsockname()[1], free_ports(1)[0]]
         address, *others = [NodeAddress("a", "127.0.0.1", port) for port in (1, *ports)]
         for node, at in enumerate(others, 1):
@@ -128,7 +128,7 @@ def test_a_link_counts_as_cut_only_if_it_worked_before(tmp_path, monkeypatch):
             == "node 0 (a, 127.0.0.1) and node 2 (a, 127.0.0.1) no longer reach each other (No route to host): "
             + ("the link between them is cut")
         )
-        # the folder is unreachable as well, and the other node has restarted elsewhere
+        # the folder is unreachable too, and the other node has restarted elsewhere
         (tmp_path / "address-1.json").unlink()
         (tmp_path / "address-2.json").write_text(json.dumps(address))
         assert [(cut.first, cut.second) for cut in links.cut()] == [(0, 1)]

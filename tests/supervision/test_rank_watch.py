@@ -39,7 +39,7 @@ def test_long_silent_steps_are_not_a_hang_but_a_lasting_silence_is(tmp_path):
     # two steps were done, each with 0.2 s without a heartbeat
     assert watch.trouble is None
     watch.close()
-    # only the configured patience is left
+    # now only the configured patience applies
     watch = RankWatch(board, range(1), Patience(starting=0.05, running=0.05), tmp_path)
     eventually(lambda: watch.trouble is not None, "the silence is not noticed")
     assert str(watch.close()) == "rank 0 waits for no other rank and makes no progress: step 4, forward and backward"
@@ -49,7 +49,7 @@ def test_long_silent_steps_are_not_a_hang_but_a_lasting_silence_is(tmp_path):
 
 
 def _steps(board, pid, seen):
-    # send heartbeats on behalf of another process, which is the one to kill
+    # send heartbeats on behalf of a different process, which is to be killed
     with patch.object(os, "getpid", lambda: pid):
         write = board.writer(0, 1)
     for step in range(4):
@@ -62,8 +62,8 @@ def _steps(board, pid, seen):
 def test_time_in_which_the_machine_was_suspended_is_not_silence(tmp_path):
     rank = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     board = HeartbeatBoard.make(1)
-    # seconds for which the machine was suspended, number of looks by the watch, seconds per look, total seconds of all
-    # looks
+    # seconds for which the machine was suspended, number of looks by the watch, seconds added per look, and total
+    # seconds added
     suspended, looks, tick, passed = [0.0], [0], [0.0], [0.0]
 
     def seconds() -> float:
@@ -94,7 +94,7 @@ def test_time_in_which_the_machine_was_suspended_is_not_silence(tmp_path):
         tick[0] = 0.9
         eventually(lambda: watch.trouble is not None, "the silence is not noticed")
     trouble = watch.close()
-    # no step counts as one that took a thousand seconds
+    # the thousand seconds of suspension do not count as the time of a step
     assert trouble.kind == "hung" and 60 < trouble.seconds < 1000 and rank.wait() < 0
     board.close()
 
@@ -125,7 +125,7 @@ def test_torchrun_that_waits_for_ranks_that_died_at_their_end_is_interrupted(tmp
         eventually(lambda: killed.called, "nothing interrupts torchrun")
         killed.assert_called_once_with(os.getpid(), rank_watch.INTERRUPT)
     assert str(watch.close()) == "rank 0 ended without giving a reason: step 14, ended"
-    # this is the state of all ranks that torchrun has released
+    # all ranks that torchrun has released are in this state
     with patch.object(os, "getpid", lambda: ranks[0].pid):
         board.writer(0, 1)("", 13, 0.0, False, state="left")
     watch = RankWatch(board, range(2), Patience(starting=600.0, running=600.0), tmp_path)
@@ -147,7 +147,7 @@ def test_the_last_message_of_a_rank_that_ends_between_two_looks_is_read(state, t
     looked = threading.Event()
 
     def end_first(pid: int) -> str:
-        # the rank writes this after the watch has read its earlier heartbeat
+        # the rank writes this heartbeat after the watch has read the one before
         write(text, 13, 0.0, False, state=state)
         rank.kill()
         rank.wait()
@@ -178,5 +178,5 @@ def test_how_a_rank_has_ended_is_what_torchrun_was_told_of_it():
     )
     assert said(r1=255) == (255, "rank 1 ended with exit code 255 without giving a reason: step 3")
     assert said(r1=-40) == (168, "rank 1 was killed by signal 40: step 3")
-    # this is the exit code of another rank, which the watch has killed
+    # this exit code is that of another rank, which the watch has killed
     assert said(r2=-9) == (1, str(trouble_of_two)) == said()

@@ -74,5 +74,5 @@ def test_both_nodes_name_the_rank_of_one_that_hangs(kind, runs):
 def test_a_killed_rank_is_named_by_its_own_node(runs):
     first, second = told(runs / "kill")
     assert second == {"code": 137, "why": "rank 2 was killed by SIGKILL: step 6, computing", "ranks": [2]}
-    # the other node's ranks miss this rank
+    # ranks on the other node lose their connections to this rank
     assert first["code"] == 1 and set(first["ranks"]) <= {0, 1}

@@ -26,7 +26,7 @@ KINDS = {
     "kill": "rank 1 was killed by SIGKILL: step 6, computing",
     "abort": "rank 1 was killed by SIGABRT: step 6, computing",
     "exit": "rank 1 ended with exit code 255 without giving a reason: step 6, computing",
-    # torchrun takes this for a success
+    # torchrun regards this as a success
     "leave": "rank 1 ended without giving a reason: step 6, computing",
     "raised": "rank 1 raised RuntimeError: CUDA error: uncorrectable ECC error encountered",
     "stop": r"rank 1 is stopped \(SIGSTOP or a debugger\): step 6, computing",
@@ -40,7 +40,8 @@ KINDS = {
 COLLECTIVES = 6
 ENDS = {"kill": "killed", "abort": "killed", "exit": "killed", "leave": "killed", "raised": "raised"}
 HANGS = [kind for kind in KINDS if kind not in ENDS]
-# the patience for ranks that hang in a step, and for cases in which a loaded machine must not look like a hang
+# patience in seconds: for ranks that hang in a step, and for all other cases, in which a slow machine must not look
+# like a hang
 PATIENCE, ENDLESS = 15.0, 600.0
 
 
@@ -98,7 +99,7 @@ def test_a_rank_that_is_killed_or_hangs_is_named_and_the_run_continues(kind, run
     assert code == 0 and len(attempts) == 2, output
     first, last = attempts
     assert re.search(KINDS[kind], output) and f"start again on {socket.gethostname()} from step 5" in output, output
-    # bitwise equal to a run without a fault
+    # the result is bitwise equal to that of a run without a fault
     assert (runs / kind / "losses.jsonl").read_text() == (runs / "whole" / "losses.jsonl").read_text()
     assert first["ranks"] == [1] and last["exit_code"] == 0
     assert first["kind"] == ENDS.get(kind, "hung") and 0 < first["steps"] <= 5
@@ -135,7 +136,7 @@ def test_a_rank_that_gives_a_reason_for_its_end_is_not_restarted(runs):
     assert code == 2 and len(attempts) == 1
     assert attempts[0]["why"] == "rank 2 refused with exit code 2: tokens.bin: token 7 is not in the vocabulary."
     assert output.endswith("distattn: rank 2 ended with exit code 2; the other ranks were stopped.")
-    # an error in the first step would be raised again
+    # an error in the first step would be raised again, so there is no second attempt
     code, output, attempts = outcome(runs / "raised at once")
     assert code == 1 and len(attempts) == 1 and attempts[0]["kind"] == "raised"
 
@@ -156,7 +157,7 @@ def test_ranks_end_with_their_launcher_and_tell_what_they_do_until_then(kind, do
 
     def hung() -> dict[int, Heartbeat] | None:
         beats = attempts.beats() or {}
-        # earlier steps have the same activities
+        # activities in earlier steps are the same, so check the step too
         if (tmp_path / "run" / "fault.json").exists() or {beat.step for beat in beats.values()} != {5}:
             return None
         activities = [beats[rank].activity for rank in range(3)]

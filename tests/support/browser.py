@@ -36,9 +36,9 @@ addEventListener("error", event => document.body.dataset.error = event.message);
 # a headless browser's window is at least 500 pixels wide; a frame can be narrower
 _FRAME = """<!doctype html><body><script>addEventListener("message", event => document.body.dataset.said = event.data);</script>
 <iframe src="page.html" style="border: 0; width: WIDTHpx; height: 900px"></iframe></body>"""
-# finds text that a person could not read. said.unread: SVG text that overflows the drawing, is smaller than 10 pixels,
-# or has a contrast below 4.5 (WCAG 2). said.wide: elements that need sideways scrolling. said.texts: number of texts
-# checked
+# a script that finds illegible text. said.unread: SVG text that overflows the drawing, is smaller than 10 pixels, or
+# has a contrast below 4.5 (WCAG 2). said.wide: elements that need horizontal scrolling. said.texts: the number of text
+# elements checked
 LEGIBLE = """
   const luminance = colour => {
     const parts = colour.match(/[\\d.]+/g).map(part => part / 255);
@@ -64,7 +64,7 @@ needs_browser = pytest.mark.skipif(_BROWSER is None, reason="there is no Chromiu
 def what_a_script_says(page: str, script: str, folder: Path, width: int, dark: bool = False) -> dict[str, Any]:
     """Return what `script` stores in `said` after the page has run, and whether the page overflows or raised an error.
 
-    width: page width in pixels. dark: the device prefers dark pages.
+    width: page width in pixels. dark: True to emulate a preference for dark mode.
     """
     (folder / "page.html").write_text(page.replace("</body>", _AROUND.replace("SCRIPT", script)))
     frame = folder / "frame.html"

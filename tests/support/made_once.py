@@ -10,7 +10,9 @@ from filelock import FileLock
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """Return the folder `name`, filled by `make` in whichever pytest process comes first. Tests must only read it."""
+    """Return the folder `name`, which the first pytest process to need it fills with `make`. Tests must not write to
+    it.
+    """
     whole = factory.getbasetemp()
     # the parent folder is shared by all xdist workers
     base = whole.parent if whole.name.startswith("popen-") else whole

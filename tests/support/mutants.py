@@ -16,7 +16,7 @@ _TRIALS = 12
 def check_mutants(
     mutants: int, seed: int, make: Callable[[random.Random, int], tuple[Plan, Callable[[Plan], None]]]
 ) -> tuple[int, int]:
-    """Try at least `mutants` mutants. Return (number refused, number accepted and right). Raise if an accepted mutant
+    """Try at least `mutants` mutants. Return (number refused, number accepted and correct). Raise if an accepted mutant
     is wrong.
 
     make: returns a random plan for a seed, and a function that raises if a given mutant of the plan computes a wrong

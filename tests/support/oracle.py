@@ -58,7 +58,7 @@ def dense(mask: Mask, inputs: Inputs, scale: float | None = None) -> Result:
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * (scale or 1 / math.sqrt(q.shape[-1]))
     scores = scores.masked_fill(~allowed, -torch.inf)
     empty = ~allowed.any(-1)
-    # the softmax of a row without keys is NaN, but its o is defined as 0
+    # the softmax of a row without keys would be NaN, but its output is defined as 0
     weights = torch.softmax(scores.masked_fill(empty[..., None], 0.0), -1) * ~empty[..., None]
     o = torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(group, 1))
     lse = torch.logsumexp(scores, -1).t()
@@ -90,7 +90,9 @@ def assert_close(got: Result, wanted: Result, tolerance: float) -> None:
 
 @dataclass
 class Record:
-    """A record of a run: bytes by (src, dst, payload), (rank, event) pairs in order, and programs by rank."""
+    """A record of a run: bytes keyed by (src, dst, payload), (rank, event) pairs in order, and the programs of all
+    ranks.
+    """
 
     bytes: Counter = field(default_factory=Counter)
     events: list[tuple[int, str]] = field(default_factory=list)
@@ -105,7 +107,7 @@ class RecordingTransport:
 
     def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""):
         for packet in sends:
-            # several payloads share these rows: count each payload's bytes
+            # several payloads may share these rows, so count each payload's bytes
             per_row = packet.tensor.nbytes // max(len(packet.tensor), 1)
             shares = packet.row_bytes or ((packet.payload, per_row),)
             padding = per_row - sum(bytes for _, bytes in shares)
@@ -158,8 +160,8 @@ def run_all_ranks(
 ) -> Result:
     """Run the forward and backward passes of all ranks of a plan. Return the gathered results.
 
-    network: returns a pass's network, a function that maps a rank to its transport. together: runs the ranks' passes,
-    by default in lock step.
+    network: returns a new network, which is a function from a rank to its transport. together: runs the passes of all
+    ranks, by default in lock step.
     """
     record = Record() if record is None else record
     layout, ranks = plan.call.layout, range(plan.call.ranks)

@@ -10,7 +10,7 @@ from distattn.adapters.pytorch import local_loss
 from distattn.training.config.run_file import Config, ModelConfig
 from distattn.training.config.run_settings import build_model, configured_model
 
-# the document lengths of each micro-batch, by rank and step. Ranks have unequal numbers of documents and steps
+# the document lengths of each micro-batch, by rank and step. The number of documents and steps differs between ranks
 PACKS = [
     [[[150], [40, 9]], [[7, 7, 100]], [[64]]],
     [[[1] * 20 + [30], [3, 60], [33]], [[128]]],
@@ -58,7 +58,7 @@ def whole_run(ranks, dtype="float64"):
 
 
 def trained(model, micro_batches, group=None):
-    """Run one step over the ranks of the group. Return (loss, gradients)."""
+    """Run one step. Return (loss, gradients), summed over the ranks of the group."""
     total = torch.zeros((), dtype=torch.float64)
     for batch in micro_batches:
         loss = local_loss(model, batch)

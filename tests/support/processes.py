@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from ports import free_ports
 
-# shorter than the limit for a hung rank, so that the group reports a message that never comes
+# shorter than the limit for a hung rank, so that the group reports a message that never arrives
 _GROUP_TIMEOUT = timedelta(seconds=120)
 _SECONDS = 300
 _MUCH_MEMORY = 1 << 30
@@ -35,8 +35,8 @@ _POOLS: set[int | None] = set()
 
 
 def run_on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Run `work(rank, *arguments)` on every rank of a gloo group. Return the results by rank. A failure includes the
-    rank's traceback.
+    """Run `work(rank, *arguments)` on every rank of a gloo group. Return the results in the order of ranks. A failure
+    includes the rank's traceback.
     """
     context = _fork_context()
     with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +61,8 @@ def run_on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[
 def run_survivors(
     ranks: int, lost: int, work: Callable[..., Any], *arguments: Any, rank_0_holds_store: bool = False
 ) -> dict[int, Any]:
-    """Run `work(rank, *arguments)` on every rank and lose one of them. Return the surviving ranks' results by rank.
+    """Run `work(rank, *arguments)` on every rank and lose one of the ranks. Return the results of the survivors, keyed
+    by rank.
 
     The store is held by a separate process, as torchrun's agent does, or by rank 0. It is not a file, because a rank
     that is stopped while it holds the file's lock would block all others.
@@ -151,8 +152,8 @@ def _give_back_memory() -> None:
 
 
 def _fork_context() -> Any:
-    """Return the fork context once no thread is ending or computing. A child would wait forever for locks that such a
-    thread holds.
+    """Wait until no thread is ending or computing, then return the fork context. A child would wait forever for a lock
+    held by such a thread.
 
     A thread that has multiplied matrices holds a lock of MKL's while it ends, even after Python's `join` has returned.
     In a child forked at that moment nothing releases the lock, and its first product spins forever. A planning thread
@@ -229,7 +230,7 @@ def _rank(
     faulthandler.register(_TELL_STACKS, os.open(Path(folder, f"{rank}.stacks"), os.O_CREAT | os.O_WRONLY))
     # a garbage collection would otherwise copy the memory of the parent's objects
     gc.freeze()
-    # set it before anything is computed: a forked child must not use the parent's thread pool
+    # set this before anything is computed, because a forked child must not use the parent's thread pool
     torch.set_num_threads(1)
     together = store is None
     how: dict[str, Any] = {"init_method": f"file://{folder}/store"}
@@ -247,7 +248,7 @@ def _rank(
     Path(folder, f"{rank}.tmp").rename(Path(folder, f"{rank}.pt"))
     # no rank may leave while others still communicate
     if not together:
-        # end at once, as a failing process does
+        # end immediately, as a failing process does
         os._exit(0)
     if outcome[0] == "done":
         dist.barrier()

@@ -27,11 +27,11 @@ from distattn.ir.plan import (
 
 Cell = tuple[int, int]
 Row = tuple[int, ...]
-# the number of tokens that each token of a convolution sees
+# the number of input tokens of each output token of a convolution
 TAPS = 3
 # steps before the first task, which leave time for inputs to arrive
 _LEAD = 4
-# each accumulated payload travels like the input payload it maps to, with time reversed
+# each accumulated payload takes the route of the input payload it maps to, in reverse
 _MIRROR = {Payload.O: Payload.Q, Payload.dQ: Payload.Q, Payload.dKV: Payload.KV}
 
 

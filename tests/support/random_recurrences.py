@@ -22,7 +22,7 @@ KEY_DIM, VALUE_DIM = 3, 4
 
 
 class RandomPlan(NamedTuple):
-    """A plan and a description of how it was made."""
+    """A plan and a description of how it was built."""
 
     plan: Plan
     name: str
@@ -51,7 +51,7 @@ def random_layout(rng: random.Random) -> Layout:
 
 
 def random_recurrent_plan(rng: random.Random, ops: Sequence[str] = RECURRENT) -> RandomPlan:
-    """Return a random plan. Segments run at their owners, head-sharded or anywhere, schedules may be mixed, and some
+    """Return a random plan. Segments run at their owners, head-sharded or anywhere. Schedules may be mixed, and some
     tasks are split in two.
     """
     layout = random_layout(rng)
@@ -148,7 +148,7 @@ def table_of(call: Call, chains: list[Chain], schedules: list[Schedule], directi
 
 
 def _by_heads(call: Call) -> list[Chain]:
-    """Return chains in which every rank computes whole documents for its share of the heads."""
+    """Return chains in which every rank computes entire documents for its share of the heads."""
     cuts = [rank * call.heads // call.ranks for rank in range(call.ranks + 1)]
     return [
         Chain(piece, t0, t1, cuts[rank], cuts[rank + 1], [Segment(t0, t1, rank)])
@@ -172,7 +172,7 @@ def _anywhere(call: Call, rng: random.Random) -> list[Chain]:
 
 
 def _split(tables: dict[str, Table], rng: random.Random) -> dict[str, Table]:
-    """Split some tasks of the tables in two. The second half starts from the state that the first half leaves."""
+    """Split some tasks of the tables in two. The second half starts from the state that the first half leaves behind."""
     cuts: dict[tuple[int, ...], int] = {}
     split_tables = {}
     for direction, table in tables.items():
@@ -237,7 +237,7 @@ def attacked(rng: random.Random) -> tuple[Plan, str] | None:
 
 
 def _begun_at(table: Table, q0: int, q1: int, start: int) -> Table:
-    """Return the backward table with the tasks of whole segments in [q0, q1) changed to start their sum at `start`."""
+    """Return the backward table, but let tasks of unsplit segments that start in [q0, q1) start their sum at `start`."""
     tasks = table.tasks
     whole = has_rows_and_keys(tasks) & (q0 <= tasks["q0"]) & (tasks["q0"] < q1)
     return Table({**tasks, "k0": np.where(whole, start, tasks["k0"])}, table.moves)

@@ -13,7 +13,7 @@ from distattn.training.config.run_file import Config
 
 @contextmanager
 def noted_keys() -> Iterator[set[str]]:
-    """Collect the keys read inside the `with` block, except by loading, copying or comparing whole configurations."""
+    """Collect the keys read inside the `with` block, except by loading, copying or comparing entire configurations."""
     read: set[str] = set()
     loading = [False]
     with pytest.MonkeyPatch.context() as patch:

@@ -140,7 +140,7 @@ def run_recurrence(
         network = InProcessNetwork()
         return [RecordingTransport(network.transport(rank), rank, record) for rank in ranks]
 
-    # live states of both passes, by rank
+    # the live states of each rank in both passes
     held: list[HeldStateTensors] = []
 
     def noted(*arguments: Any) -> HeldStateTensors:

@@ -254,7 +254,7 @@ def test_bad_input_ends_with_one_sentence_and_nothing_started(arguments, code, s
     assert done.returncode == code
     shown = done.stdout + done.stderr
     assert sentence in shown and "Traceback" not in shown
-    # nothing but one sentence
+    # stderr contains at most one sentence
     assert not done.stderr or (done.stderr.startswith("distattn: ") and done.stderr.count("\n") == 1)
     assert not (tmp_path / "run").exists()
 
@@ -344,7 +344,7 @@ def test_an_empty_configuration_is_a_run(tmp_path):
 )
 def test_keys_about_text_are_refused_with_a_plan_of_packs(key, value):
     packs, setting = ["--data.path", "packs.toml"], [f"--data.{key}", value]
-    # the run file's keys for text apply only to its own text
+    # the text keys of the run file apply only to its own text, so they are ignored here
     assert configuration.load("configs/tiny.toml", packs).data.path == "packs.toml"
     with pytest.raises(DistattnError, match=f"data.{key}: does nothing here"):
         configuration.load("configs/tiny.toml", [*packs, *setting])

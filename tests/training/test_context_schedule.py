@@ -176,7 +176,7 @@ def test_a_schedule_beside_a_context_length_is_refused(config):
 
 def test_a_later_phase_that_cannot_be_planned_is_refused_before_ranks_start(config):
     parallel = dataclasses.replace(config.parallel, max_buffer_bytes=8_000)
-    # the first phase alone can be planned
+    # a run of only the first phase can be planned
     start_run(dataclasses.replace(config, parallel=parallel, train=TrainConfig(steps=2)), no_progress)
     with pytest.raises(DistattnError, match="max_buffer_bytes"):
         start_run(dataclasses.replace(config, parallel=parallel), no_progress)

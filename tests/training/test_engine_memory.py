@@ -27,11 +27,13 @@ VOCABULARY = 2048
 
 
 class _WeightsAreThere(Exception):
-    """Raised once an engine has its weights, to stop it from opening further."""
+    """Raised once an engine has its weights, so that opening it goes no further."""
 
 
 def _opened(rank: int, name: str, how: EngineConfig, parallel: dict[str, int]) -> tuple[int, int]:
-    """Return the peak bytes above the start: while the model is built, and from then until the engine has its weights."""
+    """Return two peaks, in bytes above the initial memory: while the model is built, and from then until the engine has
+    its weights.
+    """
     module = {"fsdp2": fsdp2, "deepspeed": deepspeed, "megatron": megatron}[name]
     os.environ["LOCAL_RANK"] = str(rank)
     if name == "megatron":
@@ -84,18 +86,20 @@ def test_a_rank_holds_its_share_and_one_module_while_an_engine_opens(engine):
     name, how, parallel = ENGINES[engine]
     whole, largest = _sizes()
     for building, handing_over in run_on_ranks(4, _opened, name, EngineConfig(name=name, **how), parallel):
-        # norms and rotary frequencies add a little
+        # norms and rotary frequencies add a few bytes
         assert whole / 4 + largest <= building < 1.01 * (whole / 4 + largest)
         if engine == "deepspeed 2":
-            # this stage keeps the full weights on every device by design, and frees a rank's rows as they are gathered
+            # stage 2 keeps the full weights on every device by design, and frees a rank's rows as they are gathered
             assert whole <= handing_over < whole + 2 * largest
         else:
-            # a gathered embedding and a copy of it
+            # the rank's part, plus a gathered embedding and a copy of it
             assert math.ceil(whole / 4) <= handing_over < 1.01 * whole / 4 + 2.5 * largest
 
 
 def _held_by_a_state(rank: int, name: str, how: EngineConfig) -> int:
-    """Return the peak bytes above the start while an engine makes its state and gathered tensors are copied elsewhere."""
+    """Return the peak bytes above the initial memory while an engine builds its state and gathered tensors are copied
+    elsewhere.
+    """
     os.environ["LOCAL_RANK"] = str(rank)
     if name == "megatron":
         import megatron_on_cpu  # noqa: F401
@@ -111,7 +115,7 @@ def _held_by_a_state(rank: int, name: str, how: EngineConfig) -> int:
         try:
             before = live.peak = live.now
             state = engine.state(keep)
-            # both ranks have weights to save, and each name stands for one tensor
+            # both ranks have weights to save, and no name occurs twice
             assert len(set(kept)) == len(kept) == sum(map(len, state[:3])) > 10
             return live.peak - before
         finally:
@@ -124,5 +128,5 @@ def test_a_rank_holds_few_gathered_tensors_while_its_state_is_saved(engine):
     name, how, _ = ENGINES[engine]
     _, largest = _sizes()
     for held in run_on_ranks(2, _held_by_a_state, name, EngineConfig(name=name, **how)):
-        # one gathered tensor with its parts; everything a rank keeps is 14 times the largest tensor
+        # one gathered tensor and its parts. All tensors that a rank saves are 14 times as large as the largest
         assert largest <= held < 5 * largest

@@ -12,7 +12,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
-# import it once here, not in every rank: DeepSpeed needs it, and the import takes 3 s
+# import this module once here, not in every rank: DeepSpeed needs it, and the import takes 3 s
 import functorch.compile  # noqa: E402, F401
 import small  # noqa: E402
 import torch  # noqa: E402
@@ -47,14 +47,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-# only in some steps is the gradient norm below this
+# the gradient norm is below this in only some steps
 CLIP = 2.0
 
 
 def config_of(
     engine: str, ranks: int = 4, size: int = 2, dtype: str = "float32", stage: int = 2, memory=None, **parallel
 ) -> Config:
-    # packs of a single rank have no layout
+    # a pack that stays on one rank needs no layout
     spread = dict(layout="document_zigzag", min_chunk=4) if size > 1 else {}
     return Config(
         data=DataConfig(context_length=2048, max_document_tokens=1000),
@@ -209,7 +209,9 @@ def spoil(model: torch.nn.Module) -> list:
 
 
 def _dropped(rank: int, config: Config):
-    """Compare parameters before and after steps that are clipped and dropped, one of them with non-finite gradients."""
+    """Return whether the state is unchanged after two dropped steps, the second with non-finite gradients, and the
+    curve of the next steps.
+    """
     engine = opened(config)
     try:
         train(engine, 0, 2)

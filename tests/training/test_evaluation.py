@@ -17,7 +17,7 @@ TRAINED = [[micro_batch(lengths) for lengths in STEPS[number % 2]] for number in
 
 
 def alone(model):
-    """Return (sum of losses, tokens) by bucket of positions, from plain transformers, one document at a time."""
+    """Return (sum of losses, tokens) by position bucket, computed by plain transformers one document at a time."""
     sums = {}
     with huggingface.single_process_attention(model), torch.no_grad():
         for batch in (pack for step in HELD_OUT for pack in step):
@@ -78,7 +78,7 @@ def test_evaluation_disturbs_nothing_and_finds_the_losses_of_one_process(setting
     evaluated = run_on_ranks(2, _trained, True, settings)
     for (without, _, _), (curve, tables, wanted) in zip(plain, evaluated, strict=True):
         assert curve == without
-        # with per-rank data both ranks have these batches
+        # with per-rank data, each of the two ranks evaluates these batches as its own
         copies = 1 if settings["strategy"] == "ring" else 2
         for first, (total, count) in wanted.items():
             loss, tokens = tables[0][first]

@@ -23,7 +23,8 @@ from distattn.training.run_memory import memory_of_config
 
 ROOT = Path(__file__).parents[2]
 TEXT_KEYS = ("suffix", "exclude", "tokens_per_step", "max_document_tokens", "context_length")
-# for each key, another valid value, followed by the settings without which that value has no effect and is refused
+# for each key, a valid value other than the default, followed by the settings without which that value has no effect
+# and is refused
 OTHERS = {
     "data.path": ["x"],
     "data.suffix": [".md"],
@@ -141,7 +142,7 @@ def words_of(empty: Path, *texts: str) -> list[str]:
 
 
 def another(key: str) -> list[str]:
-    """Return another value for a key, from OTHERS or of the same type."""
+    """Return a different value for a key, from OTHERS or of the same type as its default."""
     if key in OTHERS:
         return OTHERS[key]
     section, name = key.split(".")
@@ -173,7 +174,7 @@ def test_a_key_that_does_nothing_is_refused_with_its_name(key, value, others, em
         configuration.load(empty, [*others, f"--{key}={value}"])
     assert str(refused.value).count("\n") == 0
     if key.startswith(("data.", "model.")):
-        # these are amounts, so even their default is refused
+        # even the default value is refused if it is given explicitly
         default = value_of(Config(), key)
         shown = " ".join(default) if isinstance(default, tuple) else str(default)
         with pytest.raises(DistattnError, match=key):
@@ -228,14 +229,15 @@ def test_keys_that_a_command_does_not_read_are_refused_on_its_command_line(comma
             assert f"it belongs to distattn launch {key.partition('.')[0]}." in error
 
 
-# run variants that read other keys, by name
+# variants of the run, each of which reads different keys
 VARIANTS = {
     "text": [],
     "own packs": ["--parallel.data=per_rank", "--parallel.strategy=cad", "--data.context_length=256"],
     "held out": ["--evaluation.every_steps=2", "--evaluation.steps=2", "--train.steps=4"],
     "planned": ["--data.path={planned}", "--train.steps=2"],
 }
-# keys that are read when a configuration is loaded, only for other engines or for corpora with masks, or all at once
+# keys that are read when a configuration is loaded, only by other engines, only for corpora with masks, or together
+# with their entire section
 UNNOTED = {
     "model.path",
     "engine.zero_stage",

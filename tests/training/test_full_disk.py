@@ -83,7 +83,7 @@ def mounted(disk: Path, how: str) -> None:
 
 
 def _train(rank: int, folder: Path, config: Config, messages: Path, events: dict) -> None:
-    """Train. events: changes to the disk, by the number of updates before each. messages: the file for rank 0's
+    """Train. events: changes to the disk, keyed by the number of updates before each. messages: the file for rank 0's
     warnings.
     """
     if rank == 0:
@@ -120,7 +120,7 @@ def rows(run: RunFolder) -> list[tuple[int, float, float]]:
 @pytest.mark.full
 def test_a_disk_that_is_full_or_cannot_be_written_for_a_while_ends_no_run(texts, disk, tmp_path):
     plain = trained(config_of(texts, tmp_path / "plain"), tmp_path / "said-0", {})
-    # the whole run is on the disk, which is full from before the first save until after the third
+    # the entire run is on the disk, which is full from before the first save until after the third
     full = {1: lambda: fill(disk), 7: lambda: (warned_of(6, tmp_path / "said-1"), (disk / "ballast").unlink())}
     run = trained(config_of(texts, disk / "run"), tmp_path / "said-1", full)
     assert [checkpoint.step for checkpoint in list_checkpoints(run.checkpoints)] == [8, 10]
@@ -150,7 +150,7 @@ def test_a_restart_survives_a_full_disk(texts, disk, tmp_path):
     config, messages = config_of(texts, disk / "run"), tmp_path / "said"
     run = new_run(config)
     run_on_ranks(2, _train, run.folder, replace(config, train=replace(config.train, steps=4)), tmp_path / "said-0", {})
-    # the state after a kill of rank 0, whose file names a process that no longer exists
+    # imitate the state after rank 0 was killed: its owner file names a process that no longer exists
     dead = replace(Owner.of_this_process(), pid=2**22 + 1)
     dead.write(run.folder / "owner.json")
     fill_with_files(disk)
@@ -169,7 +169,7 @@ def test_a_run_whose_folder_is_renamed_is_saved_there_and_ends(texts, tmp_path):
     place, moved = tmp_path / "run", tmp_path / "moved"
 
     def rename():
-        # another run starts under the old name
+        # imitate a different run that starts under the old name
         place.rename(moved)
         place.mkdir()
 
@@ -177,7 +177,7 @@ def test_a_run_whose_folder_is_renamed_is_saved_there_and_ends(texts, tmp_path):
         AssertionError, match=rf"run: has been renamed to {moved}; the run was saved there after step 5"
     ) as ended:
         trained(config_of(texts, place), tmp_path / "said", {4: rename})
-    # several ranks report the same sentence, which is printed once
+    # several ranks raise a DistattnError, each of which contains this sentence once
     assert str(ended.value).count("DistattnError: ") == str(ended.value).count(f"has been renamed to {moved}; ") > 1
     assert list(place.iterdir()) == []
     run = RunFolder(moved)

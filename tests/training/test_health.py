@@ -41,7 +41,9 @@ def costs(compute):
 
 
 def reported(rank, adaptive):
-    """Return reports over two steps each, with given compute times: rank 2 is slow, then no rank, then rank 0."""
+    """Return health reports over two steps each, for given compute times: first rank 2 is slow, then no rank, then rank
+    0.
+    """
     settings = dict(strategy="cad", data="per_rank", adaptive=True) if adaptive else dict(strategy="ring")
     reports = []
     with da.ContextParallel(**settings) as cp:
@@ -66,7 +68,7 @@ def test_a_slow_rank_is_named_as_long_as_it_is_slow():
         f"Rank 2 on {HOST} computes 1.5 s a step, 50% over the median of 1 (named in 1 of 1 reports, the last 1 in a row)."
     )
     assert "named in 3 of 3 reports, the last 3 in a row" in third.text
-    # shown to the user only once
+    # the report is shown to the user only once
     assert [report.is_news for report in reports] == [False, False, True, False, False]
     assert fourth.text == "No rank computes 10% longer than the median of 1 s a step." and not fourth.slow
     assert f"Rank 0 on {HOST}" in fifth.text and "named in 1 of 5 reports" in fifth.text
@@ -134,11 +136,11 @@ def test_in_every_engine_the_rank_that_sleeps_is_named(texts, tmp_path, engine, 
     config = config_of(engine, texts, tmp_path / "run", prometheus_file=str(metrics))
     run = new_run(config)
     run_on_ranks(2, train_with_naps, run.folder, config, place)
-    # in the first step ranks also load modules, which may take one of them a long time
+    # ignore the first report: in the first step ranks also import modules, which may take one of them a long time
     _, second, third = read_rows(run.health_file)
     assert second["slowest"] == 1 and second["slow"] and f"Rank 1 on {HOST}" in second["text"]
-    # the sleep counts as the sleeper's compute time and as the other rank's wait, except for the time that it waits for
-    # the report between two steps. A busy machine only adds to both
+    # the sleep counts as the sleeper's compute time and as the other rank's wait, except for the time that the other
+    # rank spends waiting for the report between two steps. A busy machine only adds to both times
     assert second["compute_seconds"][1] >= NAP and second["wait_seconds"][0] > NAP / 4
     # both ranks sleep now, so rank 1 is no longer the slow one
     assert third["compute_seconds"][0] > NAP / 2 and third["over_median"] < second["over_median"]

@@ -31,7 +31,7 @@ from distattn.training.run_folder import RunFolder
 from distattn.training.watch import reference_replay
 from distattn.training.watch.reference_check import compare_with_reference, write_initial_weights
 
-# the byte values, plus the tokens that begin and end a document
+# the byte values, plus the tokens that start and end a document
 VOCABULARY = 258
 
 
@@ -51,7 +51,7 @@ def config_of(texts: Path, folder: Path, name: str, **changes: object) -> Config
 
 
 def _train(rank: int, folder: Path, config: Config) -> int:
-    """Train. Return how often rows moved for a span of recurrent layers."""
+    """Train. Return how often rows were moved for a span of recurrent layers."""
     with mock.patch.object(recurrent_span, "move_rows", wraps=recurrent_span.move_rows) as moved:
         train(RunFolder(folder), config, True, torch.device("cpu"))
     return moved.call_count

@@ -51,7 +51,7 @@ def test_rates_match_the_formulas():
     assert rates("linear", 101)[25] == pytest.approx(1.5)
     wsd = rates("wsd", 100, warmup_steps=10, decay_share=0.2)
     assert wsd[9:80] == [2.0] * 71 and wsd[80] == pytest.approx(1.9) and wsd[-1] == 0.0
-    # if a run is longer than its schedule, the last rate stays
+    # after the end of its schedule, a run keeps the last rate
     settings = ScheduleSettings(2.0, 100, "linear", min_learning_rate=0.25)
     assert learning_rate(settings, 10_000) == 0.25
 

@@ -31,7 +31,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def config(texts, tmp_path_factory) -> Config:
-    """Return a run with four micro-batches per step, clipped in some steps and evaluated in between."""
+    """Return the configuration of a run with four micro-batches per step, clipped in some steps and with evaluations."""
     return tiny_config(
         texts,
         tmp_path_factory.mktemp("runs") / "run",

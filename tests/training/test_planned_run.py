@@ -86,7 +86,7 @@ def plan_and_train(folder: Path) -> None:
 def test_a_run_on_a_plan_trains_as_plain_transformers(folder, run):
     checked = json.loads(run.reference_check_file.read_text())
     assert checked["passed"] and len(checked["steps"]) == STEPS and max(checked["loss"], checked["grad_norm"]) < 1e-8
-    # the plan cuts documents, and has another context length from step 2 on
+    # the plan cuts documents, and its context length changes at step 2
     plan = PackPlan.open(folder / "run.packs")
     assert [len(plan.step(step).packs) for step in range(STEPS)] == [4, 4, 2, 2]
     assert any(not pack.ends_document.all() for pack in plan.step(0).packs)
@@ -97,14 +97,14 @@ def test_the_documents_of_a_step_of_a_run_are_shown(folder, run, capsys):
     rows_shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     config = configuration.load(run.config_file)
     assert [{**row, "attempt": 0} for row in piece_rows(open_data(run, config), 2)] == rows_shown
-    # the text equals that of the plan
+    # the text shown for the run equals that shown for the plan
     for arguments in (["2", "--tokens", "0"], ["1", "--pack", "3", "--tokens", "4"]):
         texts = []
         for source in (run.folder, folder / "packs.toml"):
             assert cli.main(["data", "show", str(source), *arguments]) == 0
             texts.append([line for line in capsys.readouterr().out.splitlines() if not line.startswith("----")])
         assert texts[0] == texts[1] and "==== step" in texts[0][0]
-    # another attempt appends its own rows
+    # imitate a later attempt, which appends its own rows
     rows = [row | {"epoch": 7} for row in piece_rows(open_data(run, config), 1)]
     append_documents(run.documents_file, rows)
     assert cli.main(["data", "show", str(run.folder), "1", "--tokens", "2"]) == 0

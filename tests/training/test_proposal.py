@@ -15,7 +15,7 @@ from distattn.training.run_folder import RunFolder
 
 @pytest.fixture
 def run(tmp_path):
-    """Create a run with checkpoints of three steps without files."""
+    """Create a run with checkpoints of three steps that contain no files."""
     new_run = RunFolder.create(with_rate(tmp_path, 1e-3))
     for serial, step in enumerate((10, 20, 30), 1):
         folder = new_run.checkpoints / f"step-{step:08d}"

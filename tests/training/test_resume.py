@@ -67,7 +67,7 @@ def trained(config: Config) -> RunFolder:
 
 
 def resumed_at(run: RunFolder, step: int, config: Config, folder: Path) -> RunFolder:
-    """Resume a copy of a run without anything that came after the checkpoint of `step`."""
+    """Resume a copy of a run from the checkpoint of `step`, without the later checkpoints."""
     shutil.copytree(run.folder, folder)
     copy = RunFolder(folder)
     for checkpoint in copy.checkpoints.glob("step-*"):
@@ -199,7 +199,7 @@ def test_ranks_that_refuse_a_proposal_leave_all_checkpoints_as_they_were(config)
     proposal, verdicts = Proposal(run, "ours"), [checkpoint.verdict for checkpoint in list_checkpoints(run.checkpoints)]
     slower = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=1e-5))
     proposal.write(slower, 3)
-    # refused after the checkpoint is read, because the folder's data differ from the proposal's
+    # the ranks refuse this configuration, whose seed differs, after they have read the checkpoint
     other = dataclasses.replace(slower, run=dataclasses.replace(config.run, seed=4))
     with pytest.raises(AssertionError, match="seed"):
         run_on_ranks(1, _train_accepting, run.folder, other)
@@ -207,7 +207,7 @@ def test_ranks_that_refuse_a_proposal_leave_all_checkpoints_as_they_were(config)
         checkpoint.verdict for checkpoint in list_checkpoints(run.checkpoints)
     ] == verdicts and proposal.file.exists()
     for begin in (3, STEPS):
-        # the second time, restarted ranks continue from their own checkpoint
+        # the second time, ranks are restarted, and continue from their own checkpoint
         run_on_ranks(1, _train_accepting, run.folder, slower)
         assert run.events()[-1]["step"] == begin
     assert configuration.load(run.config_file) == slower and not proposal.file.exists()
@@ -215,13 +215,13 @@ def test_ranks_that_refuse_a_proposal_leave_all_checkpoints_as_they_were(config)
 
 @pytest.mark.full
 def test_a_run_can_continue_for_longer_than_its_packs_were_planned(config):
-    """Repeat the text for as many steps as needed. The steps planned before stay unchanged."""
+    """Repeat the text for as many steps as needed. Steps that were already planned stay unchanged."""
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, schedule="constant"))
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3 * STEPS))
     run = trained(config)
     before, planned = rows(run), open_data(run, config).plan
     assert planned.steps == STEPS
-    # ranks also refuse fewer steps than were done, and the run's configuration stays
+    # ranks also refuse fewer steps than have been done, and the run's configuration stays unchanged
     fewer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2))
     proposal = Proposal(run, "ours")
     proposal.write(fewer, None)

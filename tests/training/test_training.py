@@ -68,7 +68,7 @@ def test_the_loss_curve_is_the_same_for_every_strategy_and_number_of_ranks(
 ):
     wanted = curve_of_one_rank(dtype)
     assert len(wanted) == STEPS and wanted[-1] < wanted[0] - 0.5
-    # test float32 only on the largest number of ranks
+    # test float32 only with the largest number of ranks
     for ranks in (2, 4) if dtype == "float64" else (4,):
         got = curve(texts, tmp_path / f"{ranks}", dtype, ranks, strategy)
         assert max(abs(a - b) / b for a, b in zip(got, wanted, strict=True)) <= tolerance, ranks
@@ -87,7 +87,7 @@ def test_ranks_with_packs_of_their_own_train_as_plain_transformers(texts, tmp_pa
     assert all(len(plan.step(step).packs) == 2 for step in range(STEPS))
     run_on_ranks(ranks, train_on_rank, run.folder, config)
     verdict = run_reference_check(run, config)
-    # the gradient norm of float64 parameters is summed in another order
+    # the gradient norm of float64 parameters is summed in a different order
     assert verdict["passed"], verdict
 
 
@@ -223,7 +223,7 @@ def interrupted(config_file: Path, folder: Path, when: str, *overrides: str) -> 
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
     def listening() -> None:
-        # tests in a shell's background may ignore Ctrl-C
+        # tests run in the background of a shell may ignore Ctrl-C
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

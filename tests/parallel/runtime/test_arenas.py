@@ -91,13 +91,13 @@ def kept_by_a_pass(pool, count=8):
 def test_what_first_passes_keep_is_new_memory_while_something_refers_to_it():
     pool, freed = ArenaPool(), []
     address = kept_by_a_pass(pool).data_ptr()
-    # drop it at once, as a checkpoint does
+    # the first arena was dropped immediately, as by a checkpoint, so its memory is reused
     held = [kept_by_a_pass(pool)]
     assert held[0].data_ptr() == address
     weakref.finalize(held[0].untyped_storage(), freed.append, True).atexit = False
     held.append(kept_by_a_pass(pool))
     assert held[1].data_ptr() != address
-    # only the pool refers to the last arena
+    # the pool refers only to the last arena, so the first is freed
     held.clear()
     assert freed
 
@@ -106,13 +106,13 @@ def test_repeated_layers_keep_what_the_backward_finds_again_in_the_same_memory()
     pool, held = ArenaPool(), []
 
     def repeat_layers():
-        # two layers are repeated at once if one checkpoint contains both
+        # both layers' tensors are alive at the same time if one checkpoint contains both layers
         first, second = kept_by_a_pass(pool), kept_by_a_pass(pool)
         addresses = {first.data_ptr(), second.data_ptr()}
         assert len(addresses) == 2
         part = second[1:]
         del first, second
-        # a view is enough to hold an arena
+        # a view is enough to keep an arena alive
         held.append(kept_by_a_pass(pool))
         assert held[0].data_ptr() in addresses and held[0].data_ptr() != part.data_ptr() - part.element_size()
         assert (held[0] == 8).all() and (part == 8).all()

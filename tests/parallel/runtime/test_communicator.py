@@ -40,7 +40,7 @@ def test_groups_of_a_device_bound_world_are_made_by_their_ranks_alone():
 
 
 def attended_run(rank, kind):
-    """Return a rank's output for a plan that runs on this kind of group."""
+    """Return this rank's attention output on a group with backend `kind`, or on the world if it is empty."""
     group = dist.new_group(backend=kind) if kind else dist.group.WORLD
     bound_to_devices()
     before = len(dist.distributed_c10d._world.pg_names)
@@ -73,7 +73,7 @@ def test_a_group_without_a_backend_for_the_device_is_refused():
 
 
 def test_a_device_without_index_is_the_current_one(monkeypatch):
-    # another thread has a different current device
+    # every thread has its own current device
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     assert executable.with_device_index("cuda") == torch.device("cuda:3")

@@ -20,7 +20,7 @@ SUPPORT = Path(__file__).parents[2] / "support" / "gpus"
 
 @pytest.fixture
 def opened(monkeypatch):
-    """Yield a single-rank communicator and its group. Waits for its end are short."""
+    """Yield a group and its single-rank communicator. Waits for the communicator's end are short."""
     monkeypatch.setattr(communicator_end, "_END_SECONDS", 0.2)
     group, backend = Group(), ImitatedNccl(QueueWire().end(0), 0, 1)
     end_with_group(backend, group)

@@ -62,16 +62,17 @@ def test_own_rows_lie_among_those_that_arrive():
 
 def test_kept_tensors_are_placed_where_both_passes_read_them_if_that_costs_little():
     for program in programs("ulysses", "zigzag", backward="keep"):
-        # a rank has a quarter of the tokens, so kept tensors are a third larger than arriving tensors
+        # a rank has a quarter of the tokens, so adding its own rows makes kept tensors a third larger than the arriving
+        # rows
         assert program.kept and set(program.kept.values()) == {TOKENS}
         assert {key.payload for step in program.forward for key, _ in step.own_copies} == {Payload.Q, Payload.KV}
         assert {key.payload for step in program.backward for key, _ in step.own_copies} == {Payload.dO}
         for launch in launches(program):
             assert all(is_direct(view) for view in (*launch.operands.values(), *launch.results.values()))
     for program in programs("ulysses", "zigzag", ranks=2, backward="keep"):
-        # kept tensors would be twice as large
+        # with the rank's own rows, kept tensors would be twice as large
         assert program.kept and set(program.kept.values()) == {TOKENS - program.tokens}
-        # results are still sent from where they are computed
+        # results are still sent directly from the memory into which they are computed
         assert any(step.own_results for step in program.forward)
         assert not any(step.own_copies for step in program.forward)
 
@@ -149,7 +150,8 @@ def test_rows_written_in_part_are_cut_where_that_changes():
 
 
 def test_launches_that_need_some_heads_of_what_has_landed_get_those():
-    # the keys of ranks 1 and 2 alternate. Rank 0 needs them first with all heads, then with half of the heads each
+    # the keys of ranks 1 and 2 alternate. Rank 0 first needs both ranks' keys with all heads, then each rank's keys
+    # with half of the heads
     n, heads, kv_heads = 12, 4, 2
     chunks = {0: [(0, 4)], 1: [(4, 6), (8, 10)], 2: [(6, 8), (10, 12)]}
     call = Call(Mask.full(n), Layout.from_chunks([n], list(chunks.values())), heads, kv_heads, 8, 8, "float64")

@@ -105,7 +105,7 @@ def test_the_first_message_of_two_ranks_waits_on_the_host_unless_they_are_connec
     with pytest.raises(Exception, match="rank 0's first message with rank 1 waits on the host for rank 1"):
         on_threads([send(hub(0), torch.ones(4), peer=1), never_calls()])
     hub = network(2, seconds=SOON)
-    # the host continues, and waits for the message later
+    # the host continues immediately, and waits for the message later
     posted = hub(0).exchange([Packet(1, Payload.KV, torch.ones(4))], [], False)
     on_threads([receive_and_use(hub(1), torch.empty(4), peer=0), waited(posted)])
 
@@ -154,7 +154,7 @@ class Breaching:
 
 class NoWait:
     def wait(self):
-        """Return at once, without the message."""
+        """Return immediately, without receiving the message."""
 
 
 def causal_plan(strategy="ring"):
@@ -187,7 +187,7 @@ def test_what_is_received_is_not_there_before_the_wait():
         try:
             return on_threads([run_0, run_1])[0]
         except Exception as error:
-            # the sender waits for a receiver that does not wait
+            # the sender hangs, because the receiver does not wait
             assert "waits for rank 0 to receive" in str(error)
             return here
 

@@ -72,7 +72,7 @@ def peaks(ready, peak=peak_on_meta):
     }[call.op.decay]
     inputs = q, k, v, g, tensor(call.heads) if call.op.delta else None, None
     handle = ready.handle
-    # each pass starts without an arena, so that its own is counted
+    # each pass starts without an arena, so that the arena it allocates is counted
     ARENAS.free()
     forward, (_, _, kept) = peak(
         lambda: IMPLEMENTATIONS["distattn::recurrence_forward"](*inputs, handle, ready.kept_elements, 0)
@@ -101,7 +101,7 @@ def test_where_groups_of_heads_are_cut_queries_and_keys_of_each_head_are_counted
     launch = next(step.launches[0] for step in ready.program.forward if step.launches)
     assert launch.heads.start % 3 or launch.heads.stop % 3
     for predicted, peak in zip(ready.memory().values(), peaks(ready), strict=True):
-        # tensors kept for the backward pass are rounded up, and the rounding is not counted
+        # sizes of tensors kept for the backward pass are rounded up, which the prediction does not count
         assert abs(peak - predicted.peak) < 1024
 
 

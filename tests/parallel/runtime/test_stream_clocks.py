@@ -64,7 +64,7 @@ def test_a_read_on_another_stream_must_wait_for_the_write(wait):
 def test_an_event_knows_of_what_was_queued_before_it_was_recorded_only():
     def work(side):
         x, y, done = torch.ones(4, device=DEVICE), torch.ones(4, device=DEVICE), torch.cuda.Event()
-        # not recorded yet, so there is nothing to wait for
+        # the event has not been recorded, so there is nothing to wait for
         side.wait_event(done)
         with torch.cuda.stream(side):
             x.sum()

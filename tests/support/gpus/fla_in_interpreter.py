@@ -48,8 +48,8 @@ def make_kernels_run() -> None:
 
 
 def largest_difference(name: str, dtype: torch.dtype) -> float:
-    """Return the largest difference between fla-core and the chunked kernel in fp64, over outputs, states, gradients
-    and transitions.
+    """Return the largest difference between fla-core and the fp64 chunked kernel in outputs, states, gradients and
+    transitions.
     """
     needed = KernelRequirements(dtype, 16, 16, CPU, op=OPS[name])
     inputs = RecurrenceInputs.random(LENGTHS.get(name, (18, 1)), 2, 1, needed)
@@ -70,8 +70,8 @@ def over_ranks() -> str:
 
 
 def as_operator() -> dict[str, float]:
-    """Return the relative differences by name between `da.recurrence` with kernel "fla" and with the chunked kernel, in
-    fp16.
+    """Return the relative differences, keyed by name, between `da.recurrence` with kernel "fla" and with the chunked
+    kernel in fp16.
     """
     shape = dict(heads=2, kv_heads=2, head_dim=16, v_head_dim=32, dtype="float16", op="gated_delta_rule")
     plan = da.make_plan(da.Mask.documents([25]), da.Layout.contiguous([25], 1), strategy="scan", **shape)
@@ -111,7 +111,7 @@ def convolutions() -> dict[str, float]:
 
 
 def refusals() -> dict[str, str]:
-    """Return, by case, why fla-core's kernels refuse calls that the chunked kernel must serve."""
+    """Return, keyed by case, the reasons for which fla-core's kernels refuse calls that the chunked kernel must serve."""
     usual = KernelRequirements(torch.float16, 16, 16, CPU, op=OPS["ssd"])
     odd = {
         "served": usual,

@@ -19,7 +19,7 @@ from harness import joined
 
 
 def gathered(x: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, None]:
-    """Gather `x` from all ranks into (ranks, ...). gloo's own function expects another shape."""
+    """Gather `x` from all ranks into (ranks, ...). gloo's own function expects a different shape."""
     shards = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
     dist.all_gather(shards, x, group)
     return torch.stack(shards), None
@@ -40,7 +40,7 @@ if __name__ == "__main__":
     rank, _, device = joined()
     problems = {}
     for op in FLA:
-        # one document spans all ranks, and the other lies within one rank's slice
+        # one document spans all ranks, and the other is within one rank's slice
         case = Case.of(op, [26, 6], 1, device)
         problems |= {f"{op}, {layout}": case.check(of_fla(case, layout)()) for layout in ("contiguous", "zigzag")}
     problems_by_rank: list[dict[str, str]] = [{}] * dist.get_world_size()

@@ -24,8 +24,8 @@ ACTIVE: list[Machine] = []
 
 
 def emulate(launch, seed: int) -> list[list[str]]:
-    """Run all programs of a launch. Return, for each, the warp groups that issued products without an accumulator
-    input, in order.
+    """Run all programs of a launch. Return, for each program, the warp groups that issued products without an
+    accumulator input, in the order of issue.
     """
     code = emulated(launch.kernel, {})
     arguments = {name: stand_in(value) for name, value in launch.arguments.items()}
@@ -53,7 +53,7 @@ class Machine:
     def run(self, functions, warps, registers) -> None:
         """Run all groups to completion, as `warp_specialize` does."""
         self.groups = [Group(str(i + 1), function, arguments) for i, (function, arguments) in enumerate(functions)]
-        # slow down some groups, so that others run far ahead
+        # make some groups slow, so that others run far ahead
         for group in self.groups:
             group.speed = self.chance.choice([1, 1, 20])
         while any(not group.ended for group in self.groups):

@@ -12,15 +12,15 @@ from collections import deque
 
 from torch import UntypedStorage
 
-# number of launches that a device queues before the host has to wait
+# the number of launches that a device queues before the host has to wait
 QUEUE = 1024
 
 
 class HeldBytes:
     """The bytes that no other tensor can use: live storages, and freed storages that wait for the device.
 
-    queue: how many launches the host stays ahead of the device. peak: the most bytes held at once. peak_of_messages:
-    the same for storages that messages were sent from or received into.
+    queue: how many launches the host stays ahead of the device. peak: the most bytes held at any time.
+    peak_of_messages: the same for storages that messages were sent from or received into.
     """
 
     def __init__(self, queue: int = 0):

@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 import torch
 
-# dispatch modes import this module at the first operator, so import it once before ranks are forked
+# dispatch modes import torch._dynamo at the first operator, so import it once before ranks are forked
 import torch._dynamo
 from stream_clocks import Clock, StreamClocks, Timeline
 from torch import Tensor
@@ -37,7 +37,7 @@ from distattn.kernels.registry import KERNELS
 from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.triton import attention as triton_attention
 
-# this module is registered as kernel KERNEL, which is Triton's kernel with recorded launches
+# these names make this module a kernel, registered as KERNEL: Triton's kernel with recorded launches
 from distattn.kernels.triton.attention import ACCUMULATES, DIFFERENTIABLE_LSE, backward, forward, prepare
 from distattn.kernels.triton.launch import TritonLaunch
 from distattn.memory import pinned_memory
@@ -64,7 +64,7 @@ _PASSES = ("distattn::forward", "distattn::backward")
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Return None, because a recorded launch serves every call."""
+    """Return None, because a kernel whose launches are only recorded supports every call."""
     return None
 
 
@@ -133,7 +133,7 @@ class Cuda:
 
     @contextmanager
     def device(self, device: Any) -> Iterator[None]:
-        """Make another device current for this thread."""
+        """Make a different device current for this thread."""
         before = self.current
         self.set_device(device)
         try:
@@ -237,7 +237,7 @@ class _Watch(TorchDispatchMode):
         if func.name() in _PASSES:
             with _Watch(self.cuda):
                 return IMPLEMENTATIONS[func.name()](*args, **kwargs)
-        # this machine cannot pin memory
+        # drop pin_memory, since this machine cannot pin memory
         pins = bool(kwargs.pop("pin_memory", False))
         name = func.overloadpacket.__name__
         tensors, written = _tensors((args, kwargs)), _written(func, args, kwargs)
@@ -360,10 +360,10 @@ class StreamNccl:
         return _Work(self._cuda, clocks.snapshot(self._timeline), used)
 
     def shutdown(self) -> None:
-        """Return at once: in these tests all messages have been waited for."""
+        """Return immediately, because in these tests all messages have been waited for."""
 
     def abort(self) -> None:
-        """Return at once: no message is in flight."""
+        """Return immediately, because no message is in flight."""
 
 
 class _Work:

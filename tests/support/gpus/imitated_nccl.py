@@ -32,7 +32,7 @@ GROUP = Group()
 
 
 class Hang(RuntimeError):
-    """Raised for a wait that would never end."""
+    """Raised instead of waiting forever."""
 
 
 class QueueWire:
@@ -115,7 +115,7 @@ class ImitatedNccl:
 
     def __init__(self, wire: Any, rank: int, ranks: int, device: str = "cpu", blocks: bool = True):
         """Create the side of `rank`. blocks: True if a wait returns only after the messages have arrived, False if it
-        returns at once.
+        returns immediately.
         """
         self._blocks = blocks
         self._wire, self._rank, self._ranks, self._device = wire, rank, ranks, torch.device(device)
@@ -123,7 +123,7 @@ class ImitatedNccl:
         # (source, destination) of all messages that this rank has sent or received
         self._connected: set[tuple[int, int]] = set()
         self._group: _Call | None = None
-        # calls that have not run yet, oldest first
+        # calls that have not been run, oldest first
         self._stream: list[_Call] = []
         self._lock = threading.RLock()
         self._end_lock = threading.Lock()
@@ -197,7 +197,7 @@ class ImitatedNccl:
                 raise Hang(f"rank {self._rank}'s {action} waits for a call of rank {rank}") from None
 
     def _connect(self, call: _Call) -> None:
-        """Wait on the host for the peers of all messages that are the first in their direction between two ranks."""
+        """Wait on the host for the peer of each message that is the first from its source to its destination."""
         sent = {(self._rank, peer): peer for peer, _ in call.sends}
         received = {(peer, self._rank): peer for peer, _ in call.receives}
         new = {pair: peer for pair, peer in (sent | received).items() if pair not in self._connected}
@@ -214,8 +214,8 @@ class ImitatedNccl:
         self._connected |= set(new)
 
     def shutdown(self) -> None:
-        """Wait for calls in flight and for the other ranks' shutdown. A concurrent `abort` waits until then: both take
-        the same lock.
+        """Wait for calls in flight and for the other ranks' shutdown. A concurrent `abort` waits until this method
+        returns, since both take the same lock.
         """
         with self._end_lock:
             if self._stream:
@@ -247,7 +247,7 @@ class ImitatedNccl:
 
 
 class _Call:
-    """Messages that form one call, and the work object to wait for."""
+    """A group of messages that form one call. It is also the work object to wait for."""
 
     def __init__(self, communicator: ImitatedNccl, sends: list, receives: list):
         self._communicator, self.sends, self.receives = communicator, sends, receives
@@ -272,7 +272,7 @@ class _Call:
                 raise Hang(f"rank {rank} receives {tensor.nbytes} bytes from rank {peer}, which sends {data.numel()}")
             tensor.view(-1).view(torch.uint8).copy_(data)
             wire.put(peer, "taken", torch.zeros(1, dtype=torch.uint8))
-        # a send ends once the receiver has received
+        # a send completes once the receiver has received the message
         for peer, _ in self.sends:
             self._taken(wire, rank, peer, "taken")
 
@@ -285,7 +285,7 @@ class _Call:
 
 
 def imitate_nccl(seconds: float = 60.0, blocks: bool = True) -> None:
-    """Replace gloo communicators in this process by communicators with NCCL's rules from now on."""
+    """Replace gloo communicators in this process, from now on, with communicators that follow NCCL's rules."""
     from distattn.parallel.runtime.communication import communicator
 
     def opened(store: dist.Store, rank: int, members: list[int], timeout: Any, name: str) -> ImitatedNccl:

@@ -24,7 +24,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(type_, DTensor) for type_ in types):
-            # a DTensor's operations come back here as operations on its local tensors
+            # a DTensor's operations are dispatched again as operations on its local tensors
             return NotImplemented
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):

@@ -33,7 +33,7 @@ from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.communication.transport import GroupTransport
 from distattn.parallel.runtime.execution import execute
 
-# these access no data, or only their result's shape
+# these operators access no data
 _FREE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias", "set_")
 
 
@@ -59,7 +59,7 @@ class Traffic:
 class Watch(TorchDispatchMode):
     """A dispatch mode that counts the operators passing through PyTorch's dispatcher.
 
-    memory: counts the tensors created meanwhile.
+    memory: counts the tensors created while the mode is active.
     """
 
     def __init__(self, traffic: Traffic, memory: HeldBytes | None = None):
@@ -103,14 +103,14 @@ class Watch(TorchDispatchMode):
 
 
 def _row_bytes(name: str, args: tuple[Any, ...]) -> int:
-    """Return the bytes that an operator of `kernels.glue` reads and writes, which are those of some rows, not of whole
+    """Return the bytes that an operator of `kernels.glue` reads and writes. An operator accesses only some rows of its
     tensors.
     """
     if name not in ("copy_rows", "copy_rows_with_products", "add_rows", "merge_rows"):
         return 0
     count, tensors = args[-1], [x for x in args if isinstance(x, Tensor) and x.dtype.is_floating_point]
     row = [x[:1].numel() * x.element_size() for x in tensors]
-    # results come first; they are also read if the operator adds to them or merges into them
+    # results come first among the arguments. They are also read if the operator adds to them or merges into them
     read_too = {"add_rows": 1, "merge_rows": 2}.get(name, 0)
     return int(count * (sum(row) + sum(row[:read_too])))
 
@@ -192,7 +192,7 @@ def layer_call(plan: Plan, rank: int) -> tuple[Traffic, Traffic, int]:
             Traffic(predicted_peak=layer.memory[direction].peak),
             (len(meta_kernel.CALLS), layer.backend.messages),
         )
-        # memory left over from other passes would otherwise not be counted
+        # otherwise an arena left over from another pass would be reused and not counted
         ARENAS.free(META)
         with Watch(traffic) as watch:
             result = run(*tensors)
@@ -207,7 +207,7 @@ def layer_call(plan: Plan, rank: int) -> tuple[Traffic, Traffic, int]:
 
 
 def layers_ahead(plan: Plan, rank: int, layers: int, launches: int) -> dict[str, HeldBytes]:
-    """Return the memory used in each direction by `layers` layers while the host runs ahead of the device.
+    """Return the memory that `layers` layers use in each direction while the host runs ahead of the device.
 
     launches: launches per layer and direction. Each layer has its own inputs. The forward pass counts inputs, outputs
     and kept tensors.

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# maps a timeline's number to how many of its accesses are known to be done
+# maps the number of a timeline to the count of its accesses known to be done
 Clock = dict[int, int]
 
 
@@ -33,7 +33,7 @@ class Timeline:
         self.clock: Clock = {}
 
     def knows(self, other: Timeline, tick: int) -> bool:
-        """Return whether this timeline knows that another one has reached a tick."""
+        """Return whether this timeline knows that another timeline has reached a tick."""
         return self.clock.get(other.number, 0) >= tick
 
     def advance(self) -> int:
@@ -70,8 +70,8 @@ class _Storage:
         self.accesses: list[_Access] = []
 
     def add(self, access: _Access) -> None:
-        # whatever comes after this access also comes after those ordered before it, except that a read does not replace
-        # a write
+        # drop older accesses ordered before this one, since whatever comes after it also comes after them. A read does
+        # not replace a write
         self.accesses = [
             old
             for old in self.accesses
@@ -86,8 +86,8 @@ class _Storage:
 class StreamClocks:
     """The clocks of a process.
 
-    violations: one sentence each. counts: the numbers of checked accesses, so that a test can assert that there were
-    some.
+    violations: one sentence per violation. counts: the numbers of accesses checked, so that a test can assert that
+    there were some.
     """
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ class StreamClocks:
         self.counts: Counter[str] = Counter()
 
     def new_stream(self, name: str) -> Timeline:
-        """Create a stream. Work queued on it later comes after work that is on it now."""
+        """Create a stream. Work that is queued on the stream later comes after the work on it now."""
         with self._lock:
             self._numbers += 1
             stream = Timeline(self._numbers, name)
@@ -130,7 +130,7 @@ class StreamClocks:
     def queue(self, stream: Timeline, action: str, reads: Iterable[Tensor], writes: Iterable[Tensor]) -> None:
         """Note that this thread queues an operator on a stream.
 
-        Host tensors count only if they are tracked, which means in pinned memory.
+        Host tensors are ignored unless they are tracked, that is, in pinned memory.
         """
         with self._lock:
             _join(stream.clock, self.host().clock)

@@ -44,7 +44,7 @@ _SYNCHRONISE = (
 # number from the host
 _FILL = ("masked_fill", "masked_fill_", "index_fill", "index_fill_")
 _PUT = ("index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put")
-# functions that build a tensor from numbers on the host and copy it to the device
+# functions that build a tensor from Python numbers and copy it to the device
 _OF_NUMBERS = ((torch, "tensor"), (torch, "as_tensor"), (torch, "asarray"), (Tensor, "new_tensor"))
 _VIEWS_AND_EMPTY = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias", "set_")
 
@@ -55,7 +55,7 @@ def wait_of(func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> str | N
 
 
 def _wait_of_numbers(func: Any, args: Any, kwargs: Any) -> str | None:
-    """Return why an operator reads numbers from the device, as far as its arguments show, or None."""
+    """Return why an operator reads values from the device, as far as its arguments show, or None."""
     name, tensors = func.overloadpacket.__name__, _tensors((args, kwargs))
     if not any(x.device == META for x in tensors):
         return None
@@ -77,7 +77,7 @@ def _wait_of_copy(func: Any, args: Any, kwargs: Any, results: list[Tensor], pinn
     asynchronous = (kwargs or {}).get("non_blocking") or (name == "copy_" and tuple(args[2:]) == (True,))
     if name in ("_to_copy", "copy_") and asynchronous and host.untyped_storage()._cdata in pinned:
         return None
-    # a number on the host is passed as a launch argument, except that index_put_ copies it to the device
+    # a scalar on the host is passed as a launch argument, but index_put_ copies it to the device
     if name not in ("_to_copy", "copy_", *_PUT) and all(x.dim() == 0 for x in tensors if x.device.type == "cpu"):
         return None
     return f"{name} copies between host and device"
@@ -184,8 +184,8 @@ def _kind(kind: str) -> str:
 def _operators_as_functions() -> Iterator[Any]:
     """Yield patches that turn our operators into plain autograd functions.
 
-    For meta tensors PyTorch would only compute our operators' result shapes. With these patches the operators inside
-    them are seen as well.
+    For meta tensors PyTorch would only compute our operators' result shapes. With these patches, the operators that our
+    operators call are seen too.
     """
     for prefix, (save, differentiate) in AUTOGRAD.items():
         forward, backward = (IMPLEMENTATIONS[f"distattn::{prefix}{direction}"] for direction in ("forward", "backward"))

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from distattn.ir.errors import DistattnError
 from distattn.supervision.heartbeats import activity, set_activity
 
-# the limit for a step without a fault
+# the heartbeat limit of a step without a fault
 ENDLESS_SECONDS = 600.0
 
 
@@ -32,7 +32,7 @@ def run(folder: str, steps: int) -> int:
     before = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     dist.barrier()
     fault = {}
-    # the rank with the fault may have removed the file
+    # the faulty rank of an earlier attempt may have removed the file
     with contextlib.suppress(FileNotFoundError):
         fault = json.loads(torn.read_text())
     value = torch.tensor(before[-1][1] if before else 1.0, dtype=torch.float64)
@@ -62,7 +62,7 @@ def run(folder: str, steps: int) -> int:
 
 
 def hang(kind: str, folder: Path) -> None:
-    """Make a fault of this kind happen. Return only if another rank reports the fault."""
+    """Make a fault of this kind happen. Return only if other ranks are to report the fault."""
     if kind == "cut":
         subprocess.run(["ip", "link", "set", os.environ["GLOO_SOCKET_IFNAME"], "down"], check=True)
     if kind == "kill":
@@ -73,7 +73,7 @@ def hang(kind: str, folder: Path) -> None:
         set_activity("computing", seconds=ENDLESS_SECONDS)
         time.sleep(ENDLESS_SECONDS)
     if kind == "abort":
-        # this is how NCCL's watchdog ends a process
+        # NCCL's watchdog ends a process in this way
         os.abort()
     if kind in ("exit", "leave"):
         os._exit(255 if kind == "exit" else 0)

@@ -10,7 +10,7 @@ def listening_addresses(process: psutil.Process) -> list[tuple[str, int]]:
     """Return (address, port) of the TCP sockets on which a process listens, or an empty list if the process has ended."""
     with contextlib.suppress(psutil.NoSuchProcess):
         connections = process.net_connections("tcp")
-        # IPv4 addresses on IPv6 sockets are listed as IPv4
+        # list IPv4 addresses on IPv6 sockets as IPv4
         return [
             (connection.laddr.ip.removeprefix("::ffff:"), connection.laddr.port)
             for connection in connections

@@ -20,7 +20,7 @@ def main(folder: Path, size: int, ahead: int, batches: int) -> None:
     """Log the tokens read for every rank and step, then the number of finished steps."""
     corpora = [Corpus.open(name, [str(folder / f"{name}-0")]) for name in ("books", "web")]
     done = int((folder / "step").read_text()) if (folder / "step").exists() else 0
-    # a step is done when all its ranks are done. This process plays the ranks in turn
+    # this process plays all ranks in turn. A step is done once all ranks have loaded it
     loaders = [
         PackLoader(str(folder / "plan.packs"), corpora, rank=rank, size=size, start_step=done, ahead=ahead)
         for rank in range(size)

@@ -25,7 +25,7 @@ from distattn.training.run_folder import RunFolder
 
 
 class Agent(ray_agent.NodeAgent):
-    """An agent that behaves as its node's file says."""
+    """An agent whose behaviour is read from its node's file."""
 
     def _says(self) -> str:
         name = ray_nodes.node_names()[ray.get_runtime_context().get_node_id()]
@@ -47,12 +47,12 @@ class Agent(ray_agent.NodeAgent):
 
 
 class Clock:
-    """A stand-in for the module `time` in `nodes`. A test advances it."""
+    """A stand-in for the module `time` in `nodes`, which tests advance."""
 
     seconds = 0.0
 
     def monotonic(self) -> float:
-        """Return the time plus the seconds that the test has added."""
+        """Return the real time plus the seconds that the test has added."""
         return time.monotonic() + self.seconds
 
 
@@ -109,14 +109,14 @@ def main(address: str, folder: str) -> None:
         (third,) = set(results["is left out"][0]) - {first}
         results["nodes"] = [first, second, third]
         attempt("is taken again", **{third: "silent"})
-        # this agent was slow and answers now, while another does not
+        # this agent was slow before and answers now, while the agent on the second node does not
         attempt("was slow", **{third: "0", second: "silent"})
         Path(folder, first).write_text("silent")
         Path(folder, third).write_text("silent")
         nodes._size = size(100.0)
         results["no room"] = [nodes.choose(), nodes.shortage()]
         nodes.close()
-    # an attempt that later attempts have followed
+    # run an attempt that is no longer the latest
     attempts = Attempts(run.attempts)
     for _ in range(2):
         attempts.end(attempts.begin(), 0, "ended well")
@@ -126,7 +126,7 @@ def main(address: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    # actors import the class from a module
+    # actors must import the class from a module other than __main__
     import ray_cases
 
     ray_cases.main(*sys.argv[1:])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 NODE = {"object_store_memory": 80 << 20, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
-# with these settings Ray notices a killed node, whose checks fail at once, after 5 s instead of the default 12 s. A
+# with these settings Ray notices a killed node, whose checks fail immediately, after 5 s instead of the default 12 s. A
 # node that is slow on a loaded machine still has more than a minute
 HEALTH = {
     "health_check_initial_delay_ms": 1000,
@@ -93,7 +93,7 @@ def main(cpus: int) -> None:
     from ray.cluster_utils import Cluster
 
     answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    # Ray's own output must not be taken for an answer
+    # Ray's own output must not be mistaken for an answer
     os.dup2(2, 1)
     head = {"num_cpus": 0, "_system_config": HEALTH, **NODE}
     cluster = Cluster(initialize_head=True, shutdown_at_exit=True, head_node_args=head)

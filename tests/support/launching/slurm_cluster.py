@@ -97,13 +97,13 @@ class SlurmCluster:
         os.kill(int((self.root / f"slurmd.{node}.pid").read_text()), signal.SIGKILL)
         # the environment of a step's daemon lacks the node's name, but its children have it
         for pid, (parent, command) in self._processes(node).items():
-            # a signal to 0 would reach all processes of these tests, and process 1 is the parent of orphans
+            # never signal process 0, which means all processes of these tests, nor process 1, which adopts orphans
             if b"run_node" in command:
                 for number in (parent, pid) if parent > 1 else (pid,):
                     os.kill(number, signal.SIGKILL)
 
     def signal_ranks(self, node: str, number: int, most: int) -> None:
-        """Send signal `number` to at most `most` ranks that run on a node."""
+        """Send signal `number` to at most `most` of the ranks on a node."""
         processes = self._processes(node)
         ranks = sorted(pid for pid, (_, command) in processes.items() if command.startswith(b"distattn rank "))
         assert ranks, f"there are no ranks on {node}: {processes}"
@@ -119,7 +119,7 @@ class SlurmCluster:
                     os.kill(pid, signal.SIGKILL)
 
     def _processes(self, node: str | None) -> dict[int, tuple[int, bytes]]:
-        """Return {pid: (parent, command line)} for a node's processes except its daemon, or for the whole cluster if
+        """Return {pid: (parent, command line)} for a node's processes except its daemon, or for the entire cluster if
         `node` is None.
         """
         processes = {}

@@ -152,7 +152,9 @@ def in_one_process(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[to
 
 @contextmanager
 def double_precision() -> Iterator[None]:
-    """Replace float32 by float64 in torch, because transformers always computes decays, states and routers in float32."""
+    """Replace float32 with float64 in torch, because transformers always computes decays, states and routers in
+    float32.
+    """
     names, as_float = ("float32", "float"), torch.Tensor.float
     before = {name: getattr(torch, name) for name in names}
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
@@ -167,7 +169,7 @@ def double_precision() -> Iterator[None]:
 
 
 def worst(got: Sequence[torch.Tensor | None], wanted: Sequence[torch.Tensor | None]) -> float:
-    """Return the largest relative error of any gradient, by norm.
+    """Return the largest relative error of any gradient, measured by norms.
 
     Errors of gradients near zero (such as those of keys seen by no other token) are relative to the model's largest
     gradient.

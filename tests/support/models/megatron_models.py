@@ -95,7 +95,7 @@ def schedule(chunk, config, batches, forward_only: bool = False) -> list[dict]:
 
 
 def context_parallel(shared: bool = False, **settings) -> da.ContextParallel:
-    """Return a driver. shared: data-parallel replicas share attention, separately for each tensor-parallel index."""
+    """Return a driver. shared: let data-parallel replicas share attention, separately for each tensor-parallel index."""
     all_ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
     if shared:
         size = parallel_state.get_context_parallel_world_size()

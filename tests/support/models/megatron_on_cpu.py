@@ -43,7 +43,7 @@ def _lists(make: Any) -> Any:
 
 class _Stream:
     def wait_stream(self, other: Any) -> None:
-        """Return at once: on a CPU everything runs in order."""
+        """Return immediately, because on a CPU everything runs in order."""
 
     def record_event(self, *args: Any) -> "_Stream":
         return self

@@ -33,12 +33,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def batches() -> list[dict[str, Any]]:
-    """Return two micro-batches. Ranks have unequal numbers of labels, and some have none."""
+    """Return two micro-batches. The number of labels differs between ranks, and some ranks have none."""
     return [small.micro_batch(LENGTHS, masked=True), small.micro_batch([11, 21])]
 
 
 def apply(model: Any, *, mlp_tile: int = 0, save: str | None = None, offload: bool = False) -> None:
-    """Apply those settings of a variant that change the model."""
+    """Apply the settings of a variant that change the model."""
     if mlp_tile:
         tile_feed_forward(model, mlp_tile)
     if save is not None:

@@ -16,7 +16,7 @@ from distattn.batch.packed_batch import IGNORE_INDEX
 VOCABULARY = 64
 # document lengths by replica and micro-batch. Replica 1 has no labels in the first half of each micro-batch
 STEPS = [[[19, 1, 8], [30]], [[7, 25], [2, 2, 40]]]
-# replicas share attention in blocks small enough that work moves between ranks even for these short documents
+# replicas share attention. The blocks are so small that work moves between ranks even for these short documents
 CAD = dict(strategy="cad", data="per_rank", options=dict(block=8, tolerance=0.0))
 
 
@@ -47,14 +47,14 @@ def micro_batch(lengths: Sequence[int], masked: bool = False) -> dict[str, Any]:
 
 
 def step(replica: int, micro_batches: int) -> list[dict[str, Any]]:
-    """Return a step's micro-batches. Replicas have unequal numbers of labels."""
+    """Return a step's micro-batches. The number of labels differs between replicas."""
     return [micro_batch(lengths, masked=replica == 1) for lengths in STEPS[replica][:micro_batches]]
 
 
 def shared_between_blocks(
     batches: Sequence[dict[str, Any]], block_ranks: int, dtype: str = "float64", parts: int = 1
 ) -> bool:
-    """Return whether attention moves between blocks of ranks that have different batches.
+    """Return whether attention work moves between blocks of ranks with different batches.
 
     parts: the number of ranks over which the heads are split.
     """

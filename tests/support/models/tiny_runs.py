@@ -39,7 +39,7 @@ ranks = 2
 def tiny_config(
     texts: Path, folder: Path, data: dict | None = None, model: dict | None = None, ranks: int = 2, **sections: Any
 ) -> Config:
-    """Return the configuration of a run without a comparison. data, model: fields to change. sections: further
+    """Return the configuration of a run without a reference check. data, model: fields to change. sections: additional
     sections.
     """
     text = dict(path=str(texts), tokens_per_step=256, max_document_tokens=100)
@@ -55,7 +55,7 @@ def tiny_config(
 
 
 def write_run_file(folder: Path, sections: str) -> None:
-    """Write run.toml for a run on two ranks, and its text, to a folder. sections: text to append to the common
+    """Write a run.toml for two ranks, and a text to train on, to a folder. sections: text to append to the common
     sections.
     """
     (folder / "run.toml").write_text(_RUN_FILE + sections)
@@ -64,7 +64,7 @@ def write_run_file(folder: Path, sections: str) -> None:
 
 
 def new_run(config: Config) -> RunFolder:
-    """Create a run's folder, including the run's text."""
+    """Create a run's folder, and index the text to train on."""
     run = RunFolder.create(config)
     write_text(run, config, find_text(config))
     return run

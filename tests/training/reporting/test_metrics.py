@@ -79,7 +79,7 @@ def test_json_lines_and_tensorboard_hold_everything(run, capsys):
     assert "memory_allocated" not in tags["scalars"]
     assert [event.value for event in events.Scalars("tokens_per_second")] == [400, 400]
     assert [event.value for event in events.Scalars("skipped")] == [0, 1]
-    # a gradient without finite numbers has no histogram
+    # a gradient without finite values has no histogram
     assert set(tags["histograms"]) == {"weights/weight", "weights/bias", "gradients/weight"}
     assert set(tags["images"]) == {
         "score matrix of the first plan",
@@ -88,7 +88,7 @@ def test_json_lines_and_tensorboard_hold_everything(run, capsys):
     }
     shown = capsys.readouterr().out
     assert "step 1/3  loss 2.500  400 tokens/s" in shown and "s left; not applied: the loss is nan.\n" in shown
-    # training losses by position exist as well, but are written only to files
+    # training losses by position are only written to files, not shown
     assert shown.count("evaluation loss") == 1 and "step 2/3  evaluation loss 3.500  of 8 held-out tokens\n" in shown
 
 
@@ -118,7 +118,7 @@ def test_weights_and_biases_gets_the_same(run, monkeypatch):
     kind, settings = seen[-1]
     seen.clear()
     write_all(run, wandb="long-documents")
-    # a resumed run continues the same record
+    # a resumed run continues the same wandb run
     assert seen[-1][1]["id"] == settings["id"] == run.wandb_file.read_text() and settings["resume"] == "allow"
     assert (kind, settings["project"], settings["name"]) == ("end", "long-documents", "run") and "[train]" in settings[
         "config"
@@ -164,7 +164,7 @@ def _waited(rank):
         clock, out = StepClock(torch.device("cpu"), cp.messages), []
         for batches in clock.steps(cp.steps([micro_batch([40])] * 3)):
             if rank == 1 and len(out) == 2:
-                # by now the ranks have agreed on the plans of a new shape
+                # sleep in the third step, when the ranks have already agreed on the plans of a new shape
                 time.sleep(5.0)
             losses = [pytorch.local_loss(model, batch) for batch in batches]
             losses[0].backward()
@@ -175,7 +175,7 @@ def _waited(rank):
 
 def test_the_waiting_rank_reports_the_time_spent_on_a_slow_rank():
     (*_, first), _ = run_on_ranks(2, _waited)
-    # rank 1 slept for five seconds
+    # rank 0 waited for rank 1, which slept for five seconds
     assert first > 0.1
 
 
@@ -192,13 +192,13 @@ def test_flops_match_pytorchs_count(kind):
     config = LlamaConfig(**sizes, tie_word_embeddings=kind == "tied")
     if kind == "experts":
         config = MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)
-    # PyTorch does not count grouped products of several experts
+    # PyTorch's counter omits grouped products of several experts
     one_by_one = {"experts_implementation": "eager"} if kind == "experts" else {}
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", **one_by_one)
     flops, tokens = ModelFlops.of_model(model), 24
     with FlopCounterMode(display=False) as counter:
         model(torch.arange(tokens)[None], use_cache=False)
-    # forward only; eager attention computes the full square, and rotary angles are a matrix product as well
+    # forward pass only. Eager attention computes the full square, and rotary angles are a matrix product too
     ((_, width),) = flops.layers
     matrices, square = 2 * flops.parameters * tokens, 2 * width * tokens**2
     rotary = 2 * tokens * 4

@@ -44,7 +44,7 @@ def run(tmp_path):
 
 def page_of(run, checked, attempts=()):
     write_report(run, configuration.load(run.config_file), checked, attempts)
-    # strip the column names that cells carry for narrow pages
+    # strip the column names that cells contain for narrow pages
     return re.sub(r' data-name="[^"]*"', "", run.report_file.read_text())
 
 
@@ -142,7 +142,7 @@ def test_a_long_run_shows_how_it_went(run):
 
 
 def test_kills_restarts_and_both_numbers_of_ranks_are_shown(run):
-    # the second start follows a kill, the third changes to more ranks, and those are killed before a save
+    # the second start follows a kill. The third uses more ranks, which are killed before they save
     for step, ranks, before in ((2, 2, 4), (2, 2, 4), (3, 3, 2), (3, 2, 2)):
         facts = {"ranks": ranks, "saved_on": before}
         run.append(run.events_file, {"step": step, "kind": "resumed", "text": "Resumed from <step>.", **facts})

@@ -29,7 +29,7 @@ def without_begin(rows):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_last_attempt_that_trained_a_step_counts(tmp_path, seed):
-    """Let attempts end anywhere, even within a row, and start at any step that was trained or at the one after."""
+    """Let attempts end anywhere, even within a row, and start at any step trained before or at the next one."""
     rng, path, expected, end = random.Random(seed), tmp_path / "documents.jsonl", {}, 0
     for attempt in range(rng.randrange(1, 6)):
         begin = rng.randrange(end + 1)
@@ -59,7 +59,7 @@ def test_a_long_file_is_not_read(tmp_path, monkeypatch):
     for step in (0, 1, 7_777, 19_999):
         sizes.clear()
         assert {row["step"] for row in documents_of_step(path, step)} == {step}
-        # two or three reads of 4 KiB per halving of 20 MB
+        # a binary search in 20 MB takes two or three reads of 4 KiB per halving
         assert sum(sizes) < 50 * 4096 < path.stat().st_size / 50
     sizes.clear()
     append_documents(path, rows_of(20_000, 0, rng))

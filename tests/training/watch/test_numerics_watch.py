@@ -85,7 +85,7 @@ def test_a_new_level_becomes_usual_and_a_constant_curve_has_no_spikes_of_roundin
     ("steps", "loss", "norm"), [(1, 100.0, 150.0), (4, 60.0, 30.0), (20, 20.0, 12.0), (127, 16.0, 9.0)]
 )
 def test_spikes_are_refused_from_the_first_steps_on(steps, loss, norm):
-    """Check that the limit falls as more steps are seen, while the curves of a new run stay below it."""
+    """Check that the limit falls as more steps are seen, while the curves of a new run remain below the limit."""
     for value, reason in (((loss, 0.5), "the loss is "), ((9.0, norm), "the gradient norm is ")):
         scatter, watch = random.Random(5), watch_of()
         for step in range(steps):
@@ -105,7 +105,7 @@ def test_refused_steps_in_a_row_are_a_streak_that_says_how_it_ended():
     assert second.streak.reason == "the loss is nan." and watch.streak == second.streak
     last = watch.judge(22, 2.0, 1.0)
     assert last.applies and last.recovered and last.streak == second.streak and watch.streak is None
-    # reaching a new usual level is not a recovery
+    # accepting a new usual level is not a recovery
     verdicts = [watch.judge(step, 9.0, 1.0) for step in range(23, 40)]
     ended = next(verdict for verdict in verdicts if verdict.applies)
     assert ended.streak.count == verdicts.index(ended) > 1 and not ended.recovered
@@ -129,10 +129,10 @@ def test_a_step_that_is_bad_again_after_going_back_is_left_out():
     watch = watch_of(action="rollback")
     saved = watch.state_dict()
     assert watch.judge(7, NAN, 1).action == "rollback"
-    # the loop goes back to its checkpoint
+    # the training loop goes back to its checkpoint
     watch.load_state_dict(saved)
     assert watch.judge(6, 1, 1).applies and watch.judge(7, NAN, 1).action == "skip"
-    # another process starts with the last state it wrote
+    # a new process starts from the last state written
     other = watch_of(action="rollback")
     other.load_state_dict(watch.state_dict())
     assert other.judge(7, NAN, 1).action == "skip" and other.judge(8, NAN, 1).action == "rollback"
@@ -178,7 +178,7 @@ def bad_backward(out):
     return ChangedGradient.apply(out, lambda gradient: with_number(gradient, 5, math.inf))
 
 
-# for each fault: the rank, the module, the change of its output, and the calls in which it happens
+# for each fault: the rank, the module, the change to its output, and the calls in which the change happens
 FAULTS = {
     "mlp": (3, "model.layers.1.mlp", some(NAN, 17), (1, 3)),
     "key": (2, "model.layers.0.self_attn.k_proj", some(math.inf, 1), None),

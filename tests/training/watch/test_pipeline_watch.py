@@ -56,7 +56,7 @@ def _backward(value):
     return lambda out: (ChangedGradient.apply(out[0], lambda gradient: with_number(gradient, 5, value)), *out[1:])
 
 
-# (rank, module with its layer as numbered on its stage, change of its output)
+# (rank, module with the layer number used on its stage, change to the module's output)
 FAULTS = {
     "first stage": (1, "decoder.layers.1.mlp.linear_fc2", _forward),
     "second stage": (2, "decoder.layers.0.mlp.linear_fc2", _forward),

@@ -74,18 +74,18 @@ def verdicts(run: RunFolder) -> dict[int, str]:
 
 
 def test_a_destroyed_run_keeps_its_good_checkpoints_and_continues_from_them(config, capsys, monkeypatch):
-    # another test covers the page
+    # a different test covers the report page
     monkeypatch.setattr(finishing, "write_report", lambda *args: None)
     finish_run = finishing.finish_run
     run = trained(config, (6,))
-    # the sixth update destroyed the weights, which were saved before any step could show it. After that only the final
-    # save was made
+    # the sixth update destroyed the weights, which were saved before any step could reveal it. After that, only the
+    # final checkpoint was saved
     assert verdicts(run) == {5: GOOD, 6: REFUSED, STEPS: REFUSED}
     checkpoints = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(run.checkpoints)}
     assert "step 7, computed from it, was refused: the loss is nan" in checkpoints[6].verdict.text
     assert "saved after refused steps, from 7 on" in checkpoints[STEPS].verdict.text and checkpoints[5].verdict.kept
     assert checkpoints[STEPS].manifest.facts["loss"] == "nan" and float(checkpoints[5].manifest.facts["loss"]) < 7
-    # the first refused step is examined and reported, followed by the whole streak
+    # the first refused step is examined and reported, and then the entire streak
     refused = [event["text"] for event in run.events() if event["kind"] == "refused"]
     assert len(refused) == 2 and refused[0].startswith("the loss is nan. In a second run: ")
     assert "the update of step 6 made weight model.embed_tokens.weight of rank 0 infinite or NaN" in refused[0]
@@ -109,7 +109,7 @@ def test_a_destroyed_run_keeps_its_good_checkpoints_and_continues_from_them(conf
 def test_steps_that_a_run_with_fewer_steps_has_abandoned_are_not_reported(config, capsys, monkeypatch):
     reported = []
     monkeypatch.setattr(finishing, "write_report", lambda *args: None)
-    # `distattn resume --step 1 --train.steps 2` on a run of four steps, the last of which were destroyed
+    # imitate `distattn resume --step 1 --train.steps 2` on a run of four steps, the last of which were destroyed
     config = dataclasses.replace(config, train=TrainConfig(steps=2))
     run = RunFolder.create(config)
     for step, loss in ((1, 3.0), (2, 2.5), (3, math.nan), (4, math.nan), (2, 2.0)):
@@ -227,7 +227,7 @@ def _train_with_a_bad_step(rank: int, run: RunFolder, config: Config, bad: int, 
     def spoil(self, *args):
         losses = backward(self, *args)
         steps.append(None)
-        # the watch computes the bad step twice
+        # flip a bit in the step after the bad step. The watch computes the bad step twice, so this is call bad + 2
         if flips and len(steps) == bad + 2:
             weight = next(part for kind, _, part in self.state_tensors() if kind == "weight")
             weight.view(torch.uint8).view(-1)[0] ^= 1
@@ -268,7 +268,7 @@ def test_a_stop_amid_one_refused_step_loses_nothing(config, tmp_path):
     assert [event["text"] for event in run.events() if event["kind"] == "resumed"] == ["Resumed from step-00000006."]
     whole, _ = with_a_bad_step(config, tmp_path / "whole", 6)
     assert losses_of(run) == losses_of(whole) and [step for step, _, skipped in losses_of(run) if skipped] == [6]
-    # no later step could test the last one
+    # no later step could test the last checkpoint
     run, _ = with_a_bad_step(config, tmp_path / "last", STEPS)
     assert verdicts(run) == {4: GOOD, 8: GOOD, STEPS: REFUSED}
     # one refused step does not discredit the checkpoint it was computed from

@@ -37,7 +37,7 @@ def test_a_digest_sees_every_bit_and_where_rows_are(dtype):
 
 
 def an_ulp(out):
-    """Replace one element of an output by the next larger number."""
+    """Replace one element of an output with the next larger number."""
     other = out.detach().clone()
     other.view(-1)[3] = torch.nextafter(other.view(-1)[3], torch.tensor(torch.inf))
     return out + (other - out.detach())
@@ -50,7 +50,7 @@ def ulp_in_backward(out):
 def bad_kernel(rank, which):
     """Make this process's CPU kernel add an ulp in call `which`, a (direction, number).
 
-    Return a function that restores the kernel and returns the calls made.
+    Return a function that restores the kernel and returns the recorded calls.
     """
     calls, right = [], (cpu.forward, cpu.backward)
 
@@ -75,7 +75,7 @@ def bad_kernel(rank, which):
 
 
 def _kernel_checked(rank, settings, which):
-    """Return the finding if rank 1 computes a wrong result for another rank in the second run."""
+    """Return the finding when rank 1 computes a wrong result for another rank in the second run."""
     model = build(torch.float32)
     pytorch.shard_parameters(model, init_device_mesh("cpu", (4,), mesh_dim_names=("cp",)))
     with da.ContextParallel(kernel="cpu", **settings) as cp:
@@ -94,7 +94,7 @@ def _kernel_checked(rank, settings, which):
     return difference and (difference.ranks, difference.computed_in, difference.tensor)
 
 
-# (rank, module, change of its output, run in which it happens)
+# (rank, module, change to its output, run in which the change happens)
 FAULTS = [
     (2, "model.layers.0.self_attn.k_proj", an_ulp, 1),
     (1, "model.layers.1.mlp", an_ulp, 0),
@@ -132,7 +132,7 @@ def _checked(rank, settings):
             out.append(difference and (difference.ranks, difference.computed_in, difference.text))
             if fault is not None:
                 fault.remove()
-        # the second run leaves the gradients of a step without a check
+        # after the second run, the gradients equal those of a step without a check
         checked = parameters_to_vector([pytorch.full_tensor(p.grad) for p in model.parameters()])
         model.zero_grad()
         run()

@@ -59,7 +59,7 @@ def test_every_bit_counts_and_names_its_tensor(dtype, on_device, monkeypatch):
     assert len(names) == 3 * 4 + 1
     for name, (_, _, tensor) in zip(names, state_tensors(model.named_parameters(), optimizer), strict=True):
         if name == "counts of updates":
-            # this tensor is a copy, because the counts are not contiguous. Change one of the originals
+            # this tensor is a copy, because the counts are not contiguous, so change one of the originals
             tensor = optimizer.state[model[0].bias]["step"]
         for bit in (0, 8 * tensor.element_size() - 1):
             flip(tensor, bit)
@@ -97,7 +97,7 @@ def test_the_update_that_made_a_weight_grow_is_named():
     assert growth.largest() is None
     for step in range(9):
         with torch.no_grad():
-            # biases that start at zero may become anything
+            # biases that start at zero may grow to any size
             model[1].bias.fill_(float(step))
             if step == 3:
                 model[0].weight.mul_(2000)
@@ -119,11 +119,11 @@ def test_the_update_that_made_a_weight_grow_is_named():
 
 
 def _told(rank: int) -> list[bool]:
-    """Return the changes that ranks share while they send other messages."""
+    """Return, for each exchange, whether a rank reports a change, while the ranks also send other messages."""
     import torch.distributed as dist
 
     digest = StateDigest(lambda: [("weight", "w", torch.ones(2))], dist.group.WORLD)
-    # no digest was taken, so nothing is sent, and other ranks need not call it
+    # no digest was computed, so nothing is sent, and the other ranks need not take part
     changes = [digest.share(False)()] if rank == 0 else []
     digest.take("an update")
     other = torch.zeros(1)
@@ -131,7 +131,7 @@ def _told(rank: int) -> list[bool]:
         if rank == 1:
             dist.recv(other, 0)
         told = digest.share(changed)
-        # the other rank has not started its exchange
+        # the other rank has not started the exchange
         if rank == 0:
             dist.send(other, 1)
         changes.append(told())
@@ -291,7 +291,7 @@ def test_ranks_of_a_pipeline_that_share_no_loss_learn_of_it_too(texts, tmp_path)
 
 @pytest.mark.full
 def test_the_last_checkpoint_is_not_one_of_a_damaged_state(texts, tmp_path):
-    """Change a bit while the last state is copied, when no later step could show it."""
+    """Change a bit while the last state is copied, when no later step could reveal it."""
     config = config_of("fsdp2", texts, tmp_path / "run")
     run = new_run(config)
     run_on_ranks(2, _train_and_flip_last, run.folder, config)
@@ -344,7 +344,7 @@ def test_without_a_checkpoint_the_run_starts_over_and_repeated_damage_ends_it(te
 def test_periodic_digests_are_also_taken_before_every_save(texts, tmp_path):
     config = dataclasses.replace(config_of("fsdp2", texts, tmp_path / "run"), watch=WatchConfig(digest_every=100))
     run = trained(config, (4, 5))
-    # the first flip lies between updates that are not compared, the second during the save after step 4
+    # the first flip is between updates that are not compared, the second during the save after step 4
     events = [(event["kind"], event["text"]) for event in events_of(run)]
     assert [kind for kind, _ in events] == ["damaged state", "resumed"]
     assert "between the update of step 4 and the update of step 5" in events[0][1]

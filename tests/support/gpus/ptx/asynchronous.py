@@ -123,7 +123,7 @@ def wait_for_barrier(instruction: Instruction) -> Run:
 
 
 def copy_in(instruction: Instruction) -> Run:
-    """Compile a copy of a tensor map's box to shared memory. When it lands, it counts its bytes on an mbarrier."""
+    """Compile a copy of a tensor map's box to shared memory. When the copy lands, it counts its bytes on an mbarrier."""
     target, source, signal = instruction.operands
     assert isinstance(source, Address)
     to, map_at, signal_at = addresses_of(target), reader(source.base, "b64"), addresses_of(signal)

@@ -52,7 +52,7 @@ class Case(NamedTuple):
 
     @property
     def mask(self) -> Mask:
-        """A causal mask, which tiles on the diagonal need and others do not. Document boundaries lie inside tiles."""
+        """A causal mask, which only tiles on the diagonal need. Document boundaries lie inside tiles."""
         return Mask.documents(list(self.documents)) if self.documents else Mask.causal(self.tokens)
 
     def inputs(self) -> Inputs:
@@ -77,7 +77,7 @@ def forward_call(case: Case, into: tuple[torch.Tensor, torch.Tensor] | None = No
     )
     o, lse = into or nothing
     schedule = gluon_attention.prepare(_cells(case), _requirements(case))
-    # launch at most this many programs, however unevenly the tiles are spread over them
+    # launch at most one program per multiprocessor, however unevenly the tiles are distributed
     schedule = schedule._replace(programs=min(len(schedule.forward.order) * case.heads, case.multiprocessors))
     launch = gluon_attention.forward_launch(q, k, v, o, lse, schedule, case.score, merge=case.kernels == "merge")
     return Call([launch], {"o": o, "lse": lse})
@@ -101,7 +101,7 @@ def backward_call(case: Case, lse: torch.Tensor, delta: torch.Tensor) -> Call:
 
 
 def any_call(case: Case) -> Call:
-    """Return a call with arbitrary numbers, for compilation."""
+    """Return a call with arbitrary values, for compilation."""
     row_numbers = torch.zeros(case.tokens, case.heads), torch.zeros(case.tokens, case.heads)
     if case.kernels == "forward":
         return forward_call(case)

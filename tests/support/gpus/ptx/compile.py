@@ -28,7 +28,7 @@ class Compiled(NamedTuple):
     ptx: str
     # bytes of shared memory
     shared: int
-    # argument types by name; "constexpr" for arguments that are compiled in
+    # argument types, keyed by name; "constexpr" for arguments that are compiled in
     signature: dict[str, str]
     # metadata of the tensor maps, in order
     maps: list[dict[str, Any]]

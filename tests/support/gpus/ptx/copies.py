@@ -12,7 +12,7 @@ from .errors import OutOfBoundsError, TensorMapError
 from .memory import GlobalMemory
 from .tensor_core import swizzled
 
-# widths in bytes of cuTensorMapEncodeTiled's swizzles, by their number in the metadata
+# widths in bytes of cuTensorMapEncodeTiled's swizzles, indexed by their number in the metadata
 _SWIZZLE_WIDTHS = (0, 32, 64, 128)
 _FLOAT32 = 7
 
@@ -22,7 +22,7 @@ class Box(NamedTuple):
 
     # (rows, bytes) addresses in shared memory
     shared: np.ndarray
-    # (rows, columns) bool: the element lies inside the matrix
+    # (rows, columns) bool: True for elements inside the matrix
     exists: np.ndarray
     # global addresses of the elements that exist
     addresses: np.ndarray

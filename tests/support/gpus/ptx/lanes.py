@@ -59,7 +59,7 @@ def write(warp: Warp, mask: Mask, target: Register, kind: str, value: Any) -> No
 
 
 def flushed(x: Any) -> Any:
-    """Replace subnormal numbers by zero with the same sign."""
+    """Replace subnormal numbers with zeros of the same sign."""
     return np.where(np.abs(x) < _SMALLEST_NORMAL, np.copysign(np.float32(0), x), x)
 
 

@@ -25,7 +25,7 @@ def interpret(
     seed: int = 0,
     fenced_barriers: bool = True,
 ) -> list[list[int]]:
-    """Run some programs of a launch one after another, by default all. Results are written to the launch's tensors.
+    """Run programs of a launch one after another, by default all of them. Results are written to the launch's tensors.
 
     Return, for each program, its warpgroups in the order in which they issued products without an accumulator input.
     seed: seeds the order in which warps run and copies land. fenced_barriers: see `LoadedKernel`.

@@ -44,7 +44,7 @@ class Step(NamedTuple):
 
     instruction: Instruction
     run: Run | None
-    # the index of a branch's target step, otherwise None
+    # for a branch, the index of its target step, otherwise None
     target: int | None
     # the 32-bit registers that the instruction names, and those it writes
     uses: frozenset[int]
@@ -107,7 +107,7 @@ class Warp:
 
     def __init__(self, program: Program, number: int, widths: dict[str, int]):
         self.program, self.number = program, number
-        # registers are initialized to NaN
+        # initialize registers to NaN
         files = {width: np.full((count, LANES), ~DTYPES[width](0)) for width, count in widths.items()}
         self.registers: dict[str, np.ndarray] = {
             kind: files[width].view(DTYPES[kind]) for width, kinds in _VIEWS.items() for kind in kinds
@@ -166,8 +166,8 @@ class Warp:
 
 @dataclass(frozen=True)
 class LoadedKernel:
-    """A kernel prepared to run on the tensors of a launch. parameters: integers (a float's bits) or tensor maps, by
-    name.
+    """A kernel prepared to run on the tensors of a launch. parameters: integers (a float's bits) or tensor maps, keyed
+    by name.
     """
 
     kernel: Kernel
@@ -206,7 +206,7 @@ class Program:
         self.eagerness, self.lands = self.chance.choice([0.0, 0.02, 0.3]), self.chance.choice([-1, 0, None])
         # the lane that elect.sync picks: an arbitrary lane, but always the same one
         self.leader = self.chance.randrange(LANES)
-        # sometimes whole warpgroups run far apart, sometimes single warps do
+        # sometimes entire warpgroups run far apart, sometimes single warps
         size = self.chance.choice([1, 4])
         for first in range(0, kernel.warps, size):
             speed = self.chance.choice([1, 1, 20])

@@ -18,7 +18,8 @@ _ALIGNMENT = 256
 
 
 class SharedMemory:
-    """Bytes by address. Bytes never written are all ones, which is NaN in every floating-point type.
+    """Shared memory, indexed by byte address. Bytes never written are all ones, which is NaN in every floating-point
+    type.
 
     For every byte it records whether a copy is landing in it, which warp wrote it without a fence for the asynchronous
     proxy, and how many products, copies and barriers rely on it being unchanged.
@@ -61,7 +62,7 @@ class SharedMemory:
         self.users[places] -= 1
 
     def expect(self, places: np.ndarray, bulk: bool = True) -> None:
-        """Start a copy into these bytes. They must not be used until `land`. Only bulk copies need a fence before."""
+        """Start a copy into these bytes. They must not be used until `land`. Only bulk copies need a fence before them."""
         self._refuse_outside(places)
         self._refuse_landing(places, "written by a second copy")
         self._refuse_users(places, "written by a copy")

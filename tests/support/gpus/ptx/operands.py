@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Wait(NamedTuple):
-    """A warp's wait: a function that returns whether it is over, and one that describes it."""
+    """A warp's wait: a function that returns whether the wait is over, and a function that describes it."""
 
     ready: Callable[[], bool]
     describe: Callable[[], str]
@@ -30,7 +30,7 @@ LANE_NUMBERS = np.arange(LANES)
 
 
 def active_lanes(mask: Mask) -> np.ndarray:
-    """Return the numbers of the lanes that take part."""
+    """Return the indices of the lanes that take part."""
     return LANE_NUMBERS if mask is None else np.flatnonzero(mask)
 
 

@@ -205,7 +205,7 @@ class _Parser:
         self.instructions.append(Instruction(opcode, operands, register, bool(negated), line, body))
 
     def _operand(self, text: str) -> list[Operand]:
-        """Return the operand in a list, or two operands for a|b."""
+        """Return a list with the operand, or with two operands for a|b."""
         if text.startswith("["):
             return [self._address(text[1:-1].strip())]
         if text.startswith("{"):
