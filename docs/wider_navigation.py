@@ -18,5 +18,5 @@ def on_post_build(config: Any, **_: Any) -> None:
         file.write_text(text, "utf-8")
     if seen_widths != set(_WIDTHS):
         raise RuntimeError(
-            "docs/wider_navigation.py: the theme shows its navigation from another width on; put that into _WIDTHS."
+            "docs/wider_navigation.py: the theme shows its navigation from a different width; put that width into _WIDTHS."
         )

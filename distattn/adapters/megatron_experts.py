@@ -1,7 +1,7 @@
 """Megatron-core's expert router with context parallelism: its losses count each real token once.
 
 Splitting sequences does not change how tokens are dispatched to experts, but it changes the router's losses. Megatron-core 0.16
-assumes that all ranks have equally many tokens, and with `calculate_per_token_loss` it weights a loss over all context-parallel
+assumes that all ranks have the same number of tokens, and with `calculate_per_token_loss` it weights a loss over all context-parallel
 ranks by one rank's number of tokens.
 """
 
@@ -91,7 +91,7 @@ def check_experts(model: torch.nn.Module, config: Any) -> None:
         "an expert's capacity is a share of one rank's tokens: leave out moe_expert_capacity_factor": (
             config.moe_expert_capacity_factor is not None
         ),
-        "a router that megatron.replace_core_attention has not replaced assumes equally many tokens on all ranks: pass the "
+        "a router that megatron.replace_core_attention has not replaced assumes the same number of tokens on all ranks: pass the "
         "layer's spec to it": any(not isinstance(router, Router) for router in routers),
         'sinkhorn balances the tokens of one rank: use moe_router_load_balancing_type="aux_loss"': (
             "sinkhorn" in config.moe_router_load_balancing_type

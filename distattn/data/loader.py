@@ -229,7 +229,7 @@ def _corpora_of(plan: PackPlan, corpora: Sequence[Corpus]) -> list[Corpus]:
     planned = [source.name for source in plan.sources]
     if len(corpus_of) != len(corpora) or corpus_of.keys() != set(planned):
         raise DistattnError(
-            f"{plan.path}: was made of the corpora {', '.join(planned)}; give these, not "
+            f"{plan.path}: was made from the corpora {', '.join(planned)}; give these, not "
             f"{', '.join(corpus.name for corpus in corpora) or 'none'}."
         )
     for source in plan.sources:
@@ -237,8 +237,8 @@ def _corpora_of(plan: PackPlan, corpora: Sequence[Corpus]) -> list[Corpus]:
         files = ", ".join(file.prefix for file in corpus.files)
         if not corpus.has_digest(source.digest):
             raise DistattnError(
-                f"{plan.path}: was made of another corpus {source.name} (digest {source.digest}) than that of {files} "
-                f"({corpus.digest}); give the same files in the same order, with .xxh3 if they had them, or make the plan anew."
+                f"{plan.path}: was made from another corpus {source.name} (digest {source.digest}) than that of {files} "
+                f"({corpus.digest}); give the same files in the same order, with .xxh3 if they had them, or make the plan again."
             )
         check_planned_masks(plan.path, source.masks, corpus)
         for file in corpus.files:

@@ -188,8 +188,8 @@ class ContextParallel:
             counts = [len(info.documents) for info in self._table.of_models(step.infos)]
             if even and len(set(counts)) > 1:
                 raise DistattnError(
-                    f"ranks have unequally many micro-batches in a step, {min(counts)} to {max(counts)}: give all of them "
-                    "equally many, or drop the last incomplete step."
+                    f"ranks have different numbers of micro-batches in a step, {min(counts)} to {max(counts)}: give all of them "
+                    "the same number, or drop the last incomplete step."
                 )
             yield self._local_batches(packed, step)
 

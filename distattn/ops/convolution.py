@@ -216,7 +216,9 @@ def _taps(call: Call) -> int | None:
     reach, length = -(pieces[:, LO] + shift), pieces[:, Q1] - pieces[:, Q0]
     limited = np.unique(reach[reach < length - 1])
     if len(limited) > 1 or (pieces[:, HI] + shift != 0).any():
-        raise DistattnError("a convolution's mask lets all tokens see equally many before them and none after them.")
+        raise DistattnError(
+            "in a convolution's mask all tokens must see the same number of tokens before them, and none after them."
+        )
     return int(limited[0]) + 1 if len(limited) else None
 
 

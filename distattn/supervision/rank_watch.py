@@ -305,7 +305,7 @@ class RankWatch:
             blamed = culprits(*merged({self._reports.node: report, **others})[:3])
             if absent:
                 first = {node: node * len(self._ranks) for node in absent}
-                blamed = [Culprit(first[node], f"and the others of node {node} do not answer") for node in absent]
+                blamed = [Culprit(first[node], f"and the other ranks of node {node} do not answer") for node in absent]
         self._end(tuple(blamed), "hung", silent, beats)
         return True
 

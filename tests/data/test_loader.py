@@ -229,7 +229,7 @@ def test_other_corpora_than_the_plans_are_refused_and_their_order_does_not_matte
         PackLoader(plan, order, rank=0, size=1).batches(0)[0] for order in ([books, web], [web, books])
     )
     np.testing.assert_array_equal(batches_0.read(np.arange(40)), batches_1.read(np.arange(40)))
-    with pytest.raises(DistattnError, match="was made of the corpora web, books; give these, not web"):
+    with pytest.raises(DistattnError, match="was made from the corpora web, books; give these, not web"):
         PackLoader(plan, [web], rank=0, size=1)
     changed = write_corpus(tmp_path, "web", [[5, 6]])
     with pytest.raises(DistattnError, match=r"another corpus web \(digest \w+\) than that of .*web-0"):

@@ -225,10 +225,10 @@ def test_a_plan_of_another_configuration_is_refused_with_the_key(folder):
         ("[2, 128]", "[3, 128]", "was made with rule.context ="),
         ("weight = 3", "weight = 4", "was made with corpus web: weight = 3.0, not 4.0"),
         ("max_epochs = 9", "max_epochs = 8", "was made with corpus books: max_epochs = 9.0, not 8.0"),
-        ('name = "web"', 'name = "net"', "was made of web, books, not of net, books"),
+        ('name = "web"', 'name = "net"', "was made from web, books, not from net, books"),
     ):
         other = load_pack_config(written(folder, text.replace(old, new)))
-        with pytest.raises(DistattnError, match="make .* anew with distattn data pack --force") as caught:
+        with pytest.raises(DistattnError, match="make .* again with distattn data pack --force") as caught:
             open_configured_plan(other, open_corpora(other))
         assert sentence in str(caught.value)
 

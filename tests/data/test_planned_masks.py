@@ -72,7 +72,7 @@ def test_masks_are_part_of_a_plan_and_of_its_digests(folder):
         (
             write_masks,
             lambda folder: (remove_masks(folder), write_masks(folder, last=1)),
-            "was made with other loss masks or spans; bring those back, or make the plan anew",
+            "was made with other loss masks or spans; bring those back, or make the plan again",
         ),
     ],
 )

@@ -170,7 +170,8 @@ def test_the_number_of_processes_changes_nothing_and_a_finished_command_does_not
     assert again.returncode == 0 and "there was nothing to do" in again.stdout
     other = run(*arguments, "--eos", "0")
     assert (
-        other.returncode == 2 and "out3.json: exists already, made of other files or by another command" in other.stderr
+        other.returncode == 2
+        and "out3.json: exists already, made from other files or by another command" in other.stderr
     )
     assert contents(tmp_path / "out3") == by_processes[3] and not Path(f"{tmp_path}/out3.parts").exists()
     right = run("verify", tmp_path / "out1", tmp_path / "out3")

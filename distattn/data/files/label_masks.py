@@ -122,7 +122,7 @@ def check_planned_masks(path: str, planned: str | None, corpus: Corpus) -> None:
         difference = "was made with loss masks or spans, which are gone; bring them back"
     else:
         difference = "was made with other loss masks or spans; bring those back"
-    raise DistattnError(f"{path}: corpus {corpus.name} ({files}): {difference}, or make the plan anew.")
+    raise DistattnError(f"{path}: corpus {corpus.name} ({files}): {difference}, or make the plan again.")
 
 
 def _open(file: IndexedFile, kind: str, dtype: type) -> IndexedFile | None:

@@ -169,20 +169,20 @@ def open_configured_plan(config: PackConfig, corpora: Sequence[Corpus]) -> PackP
     names = [source.name for source in plan.sources]
     if names != [corpus.name for corpus in corpora]:
         raise DistattnError(
-            f"{config.plan}: was made of {', '.join(names)}, not of {', '.join(corpus.name for corpus in corpora)}; "
-            "make it anew with distattn data pack --force."
+            f"{config.plan}: was made from {', '.join(names)}, not from {', '.join(corpus.name for corpus in corpora)}; "
+            "make it again with distattn data pack --force."
         )
     for source, corpus in zip(plan.sources, corpora, strict=True):
         if not corpus.has_digest(source.digest):
             raise DistattnError(
                 f"corpus {corpus.name}: its files ({', '.join(file.prefix for file in corpus.files)}) have changed since "
-                f"{config.plan} was made of them; bring the files back, or make the plan anew with distattn data pack --force."
+                f"{config.plan} was made from them; bring the files back, or make the plan again with distattn data pack --force."
             )
         check_planned_masks(config.plan, source.masks, corpus)
     for key, configured, planned in _settings(config, plan):
         if configured != planned:
             raise DistattnError(
-                f"{config.plan}: was made with {key} = {planned}, not {configured}; change it back, or make the plan anew with "
+                f"{config.plan}: was made with {key} = {planned}, not {configured}; change it back, or make the plan again with "
                 "distattn data pack --force."
             )
     return plan

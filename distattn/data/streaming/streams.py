@@ -149,7 +149,7 @@ class StreamLoader:
             *self._source.promises,
             "Every document that the stream gives is in exactly one pack, or cut over several if it is longer than the context.",
             "Lengths are not known before their documents are read: nothing is planned farther ahead than this rank reads, and "
-            "ranks have to tell each other.",
+            "the ranks must exchange it.",
         ]
 
     def _packed_steps(self) -> Iterator[list[dict[str, Any]]]:

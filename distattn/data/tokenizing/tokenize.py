@@ -201,7 +201,7 @@ def finished_manifest(job: TokenizeJob) -> Manifest | None:
         return None
     if existing:
         raise DistattnError(
-            f"{existing[0]}: exists already, made of other files or by another command; remove it, or choose another --out."
+            f"{existing[0]}: exists already, made from other files or by another command; remove it, or choose another --out."
         )
     return None
 
