@@ -81,7 +81,7 @@ class MegatronBatches:
                     del self._rows[next(iter(self._rows))]
                 self._rows[key] = self._planner(group).batch((tokens * ranks,) * rows)
             return self._rows[key]
-        # read the lengths once for all layers of a micro-batch, which run one after another: reading waits for the device
+        # read the lengths only once per micro-batch, at its first layer, because reading them waits for the device
         if self._pack is None or self._pack[0] is not packed:
             ends = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
             edges = ends.tolist()

@@ -203,8 +203,9 @@ def shard_parameters(model: torch.nn.Module, mesh: DeviceMesh) -> None:
 def sum_fsdp_gradients(model: torch.nn.Module) -> None:
     """Let FSDP2 sum gradients over ranks. By default it averages them, and losses must be multiplied by the number of ranks.
 
-    The norms in transformers' models round gradients to float32 even in a float64 model. A gradient times 3 is not rounded like
-    one times 2, so with averaging, the float64 curves of 3 ranks and of 2 would differ by 1e-8.
+    The norms in transformers' models round gradients to float32 even in a float64 model. Multiplying a gradient by 3
+    rounds it differently from multiplying it by 2, so with averaging, the float64 curves of 3 ranks and of 2 would
+    differ by 1e-8.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -262,11 +263,15 @@ class ProbeTarget:
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:
-        """Set gradients aside while the context is open. Raises DistattnError if FSDP2 holds some that cannot be set aside."""
+        """Set gradients aside while the context is open.
+
+        Raises DistattnError if FSDP2 holds gradients that cannot be set aside.
+        """
         for module in self.model.modules():
             _check_synchronized(module)
             if isinstance(module, FSDPModule):
-                # after an evaluation, the root's parameters are still gathered and are not those that get gradients
+                # after an evaluation, the root's parameters are still gathered, and gathered parameters do not receive
+                # gradients
                 module.reshard()
         with gradients_aside(self.model):
             yield
@@ -318,7 +323,7 @@ def probed_parameters(model: Any, gradient_of: Callable[[Any], Tensor | None]) -
     gradient_of: returns a parameter's reduced gradient, or this rank's part of it.
     """
     inner = unwrapped(model)
-    # FSDP2 computes with a different tensor from the optimizer's
+    # FSDP2 computes with a tensor other than the optimizer's
     of_tensor: dict[int, Any] = {}
     for module in inner.modules():
         for group in _fsdp_groups(module):
