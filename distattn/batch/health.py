@@ -25,9 +25,9 @@ from distattn.ir.errors import LostRankError, named_ranks
 from distattn.parallel.runtime.communication.collective_calls import ask_store, default_store
 
 Result = TypeVar("Result")
-# seconds between two checks for a question
+# seconds between checks for other ranks' questions
 _POLL = 0.5
-# fraction of the time-out reserved for questions and answers; its maximum and minimum in seconds
+# the fraction of the timeout reserved for questions and answers, and the maximum and minimum of that time in seconds
 _ASKING_SHARE, _MOST_ASKING, _LEAST_ASKING = 0.25, 15.0, 2.0
 
 
