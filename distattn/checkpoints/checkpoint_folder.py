@@ -30,7 +30,7 @@ _CHECKPOINT = re.compile(r"step-(\d{8,})")
 _UNFINISHED = re.compile(r"step-\d{8,}\.tmp-([0-9a-f]{8}-\d+-\d+)-[0-9a-f]+")
 _OUTDATED = re.compile(r"step-\d{8,}\.removed-[0-9a-f]+")
 _REPLACED = re.compile(r"(step-\d{8,})\.replaced-[0-9a-f]+")
-# where a run keeps its checkpoints
+# the folder within a run's folder that holds its checkpoints
 _IN_RUN = "checkpoints"
 
 
@@ -253,7 +253,7 @@ def verify_checkpoint(folder: Path, report: Callable[[int], None] = lambda _: No
         return [CheckpointProblem("manifest.json", None, str(error))]
     problems = list(problems_of(folder, manifest, report=report))
     if not problems:
-        # digests do not show who wrote the folder, so check the pickles, too
+        # digests do not show who wrote the folder, so check the pickles as well
         try:
             problems += [CheckpointProblem(*pickle) for pickle in foreign_pickles(folder)]
         except OSError as error:

@@ -23,7 +23,7 @@ class FolderHandle:
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError:
-            # a server that does not answer says nothing about the folder
+            # a server that does not answer is no evidence that the folder was moved
             return True
 
     def where(self) -> Path | None:
