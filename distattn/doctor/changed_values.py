@@ -110,7 +110,7 @@ def _dropped(expected_TC: Tensor, got_TC: Tensor) -> Change | None:
 
 
 def _moved(expected_TC: Tensor, got_TC: Tensor, bound: float) -> Change | None:
-    """Describe values that belong to another token of the same rank, and tokens or features in another order."""
+    """Describe values that belong to another token of the same rank, and tokens or features in a different order."""
     tokens, features = expected_TC.shape
     for step in _NEIGHBOURS:
         if tokens > abs(step) + 1:

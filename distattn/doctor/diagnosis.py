@@ -213,7 +213,10 @@ def _errors_unsplit(
     ranks: Sequence[RankResult],
     tolerances: Tolerances,
 ) -> list[LocalError]:
-    """Return the first errors found when a single rank has all tokens. In fp32, return none: the logits would show them."""
+    """Return the first errors found when a single rank has all tokens.
+
+    In fp32, return an empty list, since the logits would show such errors.
+    """
     if not _is_coarse(ranks):
         return []
     whole = on_one_rank(reference, ranks)
@@ -330,8 +333,8 @@ def _explain_gradients_and_weights(
 ) -> Finding | None:
     """Find the mistake behind wrong gradients.
 
-    Gradients may be missing, not reduced, summed wrongly, or wrong before they are summed (explain_backward). Or tokens or the
-    router loss (explain_router) may have wrong weights.
+    Gradients may be missing, not reduced, summed wrongly, or wrong before they are summed (explain_backward). Alternatively,
+    tokens or the router loss (explain_router) may have wrong weights.
     """
     finding = explain_gradients(reference, ranks, compared)
     # unreduced gradients say nothing about weights

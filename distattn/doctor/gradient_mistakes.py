@@ -45,7 +45,7 @@ class GradientComparison(NamedTuple):
 
     def different(self, gradients: dict[str, Tensor], factor: float = 1.0) -> list[str]:
         """Return the parameters whose gradient is not the expected one times the factor."""
-        # the rounding error of a scaled gradient is scaled, too
+        # the rounding error of a scaled gradient is scaled as well
         slack = max(abs(factor), 1.0)
         return [
             name

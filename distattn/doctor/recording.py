@@ -21,7 +21,7 @@ _SETTINGS = (bool, int, float, str, type(None))
 def recorded_outputs(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
     """Record the modules' output tensors, in execution order, while the context is open.
 
-    Keys are module names. A module's later calls are named "name (call 2)" and so on. Further tensors in a tuple are named
+    Keys are module names. A module's later calls are named "name (call 2)" and so on. Additional tensors in a tuple are named
     "name (output 2)" and so on.
     """
     seen: dict[str, Tensor] = {}
@@ -48,7 +48,7 @@ def recorded_inputs(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def recorded_output_gradients(model: torch.nn.Module) -> Iterator[dict[str, Tensor | None]]:
-    """Record the gradients of the outputs that modules compute while the context is open. The backward pass may come later.
+    """Record the gradients of the outputs that modules compute while the context is open. The backward pass may run later.
 
     Names are as in `recorded_outputs`. A gradient that never arrives stays None. A tensor that a module passes on unchanged is
     recorded only for the module that created it.

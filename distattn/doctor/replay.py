@@ -122,7 +122,7 @@ class Replay:
             self._measure_noise(seed, FORWARD)
 
     def add_backward(self) -> None:
-        """Repeat the backward pass, too, so that errors in gradients can be found.
+        """Repeat the backward pass as well, so that errors in gradients can be found.
 
         Raises the model's errors, for example from layers recomputed in the backward pass.
         """
@@ -420,7 +420,7 @@ class Replay:
         tokens: Tensor,
         place: Place,
     ) -> None:
-        """Note that this place has the result of the observed attention call if the module's input equals that result."""
+        """Record that this place holds the result of the observed attention call if the module's input equals that result."""
         call, out_NHE = observed
         if any(link.call is call for link in self.calls):
             return
