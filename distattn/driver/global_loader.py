@@ -109,7 +109,7 @@ class GlobalStepInfos:
         )
 
     def rewind(self) -> None:
-        """Set the loader back to the step that was taken ahead but not yielded."""
+        """Set the loader back to the step that was read ahead but not yielded."""
         self._loader.step = self._next - 1
 
 

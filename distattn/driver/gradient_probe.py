@@ -141,14 +141,14 @@ def probe(target: GradientProbeTarget, make_batch: MakeBatch, group: dist.Proces
     agreed = _agreed_weights(weights, group, ranks)
     _check_linear(agreed, weights_again, second.magnitude, group, ranks)
     reduction = Reduction(agreed)
-    # `factor` refuses unequal weights
+    # check sketches only for equal weights: `factor` refuses unequal ones
     if reduction.is_even:
         sketches.check(reduction.mean / observed.scale)
     return reduction
 
 
 class MakeBatch(Protocol):
-    """A function that makes a local batch whose token ids are all at least `ranks`.
+    """A function that builds a local batch whose token ids are all at least `ranks`.
 
     rows: the number of rows of the output layer's weight. If the embedding shares that weight, such ids keep its gradient out
     of the rows that the probe reads.

@@ -34,7 +34,7 @@ class RankSpeeds:
         self.log: list[Sequence[int] | None] = []
         self._work = 0
         self._seconds = 0.0
-        # passes whose time is not counted yet, in execution order
+        # passes whose time has not been counted yet, in execution order
         self._passes: deque[_Pass] = deque()
 
     def options(self, measured: Sequence[float | None]) -> tuple[tuple[str, Any], ...]:
