@@ -170,9 +170,8 @@ class Checkpoints:
 
         state: nested dictionaries of tensors, DTensors and plain values, as `dcp.save` takes them, or a function that builds
         them (`HostBuffers.build_state`). This returns once the tensors are copied to host memory. With `overlap` it returns
-        immediately, and no tensor may change before `wait_staged` has returned. torch.optim's optimizers call that before each
-        step; any other code that changes the state must call it first. facts: additional facts for this save. verdict: an early
-        verdict on it.
+        immediately, and no tensor may change until `wait_staged` returns. torch.optim's optimizers call that before each step;
+        other code that changes the state must do so first. facts: additional facts for this save. verdict: an early verdict.
 
         If an earlier save is still running, wait for it and warn: skipping this save would require all ranks to agree at every
         save, and a second copy of the state would take as much memory again. A full or unwritable disk causes one warning, and
