@@ -12,7 +12,7 @@ from distattn.ir.errors import SettingError
 
 # the default maximum of a number
 MOST = 1 << 40
-# settings' values, by the names that other programs use for them
+# other programs' names for settings' values, and our names for the same values
 _MEANT = {
     "zero": "deepspeed",
     "zero2": "deepspeed",
@@ -67,7 +67,7 @@ class Number:
 
 @dataclass(frozen=True, eq=False)
 class OneOf:
-    """The values that a setting may have. choices: a collection that may still grow. before: values listed before it."""
+    """The values that a setting may have. choices: a collection that may still grow. before: values listed first."""
 
     choices: Collection[str]
     before: tuple[str, ...] = ()
@@ -103,7 +103,7 @@ def limit_problems(settings: Any, table: str = "") -> Iterator[SettingProblem]:
 
 
 def nested_problems(record: Any, table: str = "") -> Iterator[SettingProblem]:
-    """Yield the problems of a dataclass and of all dataclasses in its fields. Keys are dotted; tuple entries have numbers."""
+    """Yield the problems of a dataclass and of all dataclasses in its fields. Keys are dotted; tuple entries are numbered."""
     yield from limit_problems(record, table)
     for field in fields(record):
         value = getattr(record, field.name)

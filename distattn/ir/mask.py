@@ -297,7 +297,7 @@ class Mask:
 
     @property
     def digest(self) -> str:
-        """A 128-bit hash of the axis and its pieces. Their order counts, because tasks refer to pieces by number."""
+        """A 128-bit hash of the axis and its pieces. The order of the pieces counts, because tasks refer to them by index."""
         content = np.int64(self.n).tobytes() + self.pieces.astype("<i8").tobytes()
         if self.piece_heads is not None:
             content += b"heads" + np.int64(self.heads or 0).tobytes() + self.piece_heads.astype("<i8").tobytes()
@@ -319,7 +319,7 @@ class Mask:
 
 
 def document_ends(lengths: Sequence[int]) -> Ints:
-    """Return the end of each document on the axis. Raise DistattnError if a length is not a positive whole number."""
+    """Return the end of each document on the axis. Raise DistattnError if a length is not a positive integer."""
     array = as_int64(lengths, "document lengths")
     if array.ndim != 1 or not len(array):
         raise DistattnError("document lengths are a list of at least one positive whole number.")

@@ -137,9 +137,9 @@ class Op:
         return self.delta or self.decay in ("token", "channel")
 
     def state_numbers(self, head_dim: int, v_head_dim: int, prefix: bool, in_memory: bool = False) -> int:
-        """Return how many numbers one head's state has, as sent or in memory.
+        """Return the number of elements in one head's state, as sent or in memory.
 
-        prefix: the state begins with its document, so no state enters it and A is left out.
+        prefix: True if the state starts with its document, so that no state enters it and A is left out.
         """
         has_transition = not (prefix or self.is_maximum) and (self.transition_travels or in_memory)
         return head_dim * v_head_dim + (prod(self.transition_shape(head_dim)) if has_transition else 0)
