@@ -108,7 +108,7 @@ class _ReadWhenWritten(dcp.DefaultSavePlanner):
 
 
 def _cause(error: dcp.CheckpointException) -> BaseException:
-    """Return the only rank's error."""
+    """Return the error of the only rank."""
     return next(iter(error.failures.values()))[0]
 
 

@@ -104,7 +104,7 @@ def export_safetensors(
     named_tensors: every tensor of the model, tied ones once, in any order. They are read one by one, so that only one file's
     tensors are held at a time. tokenizer_files: files to copy into the folder. max_shard_bytes: the size limit of a file with
     more than one tensor. dtype: the dtype of floating-point tensors in the files; unchanged by default. Raises DistattnError if
-    the folder exists, or if a tensor is missing, unknown, repeated or of another shape (the error names the tensor).
+    the folder exists, or if a tensor is missing, unknown, repeated or of the wrong shape (the error names the tensor).
     """
     folder = Path(folder).absolute()
     if folder.exists() or folder.is_symlink():
@@ -153,7 +153,7 @@ def _refuse_fused(blueprint: PreTrainedModel) -> None:
 
 
 def _checked(named_tensors: Iterable[tuple[str, Tensor]], blueprint: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield the same tensors. Raises DistattnError for tensors that the model does not have and, at the end, for missing ones."""
+    """Yield the tensors unchanged. Raises DistattnError for tensors unknown to the model and, at the end, for missing ones."""
     tied = blueprint.all_tied_weights_keys
     left = {name: tuple(tensor.shape) for name, tensor in blueprint.state_dict().items() if name not in tied}
     kind = type(blueprint).__name__
