@@ -62,9 +62,9 @@ def attention(
     output. dropout: must be 0. With return_lse also return lse_HT, the natural log-sum-exp (including the sink) in fp32 (fp64
     for fp64), -inf for rows without an allowed key. Only some kernels, such as "reference", have gradients through it.
 
-    plan: a Plan, which ranks compare at every call, or its executable from `prepare`, which is made once per batch and required
-    inside torch.compile. group: by default the default process group; a plan for one rank needs no group. Raise PlanError if the
-    plan cannot be proven or differs between ranks, DistattnError if the tensors do not fit it.
+    plan: a Plan, which ranks compare at every call, or its executable from `prepare`, which is created once per batch and
+    required inside torch.compile. group: by default the default process group; a plan for one rank needs no group. Raise
+    PlanError if the plan cannot be proven or differs between ranks, DistattnError if the tensors do not fit it.
     """
     for name, operand in (("q", q_THD), ("k", k_TKD), ("v", v_TKE)):
         if not isinstance(operand, Tensor):
