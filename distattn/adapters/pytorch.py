@@ -45,11 +45,11 @@ _OUTPUT_LAYERS = ("lm_head", "head", "output", "unembedding")
 def context_parallel(
     mesh: DeviceMesh, dim: str = "cp", *, config: AttentionConfig | None = None, **settings: Any
 ) -> ContextParallel:
-    """Create a `ContextParallel` over a mesh of data- and context-parallel ranks. The loss is over the whole mesh.
+    """Create a `ContextParallel` over a mesh of data- and context-parallel ranks. The loss covers the entire mesh.
 
-    config, settings: those of `ContextParallel`. With replicated data, the ranks along `dim` split a batch. With data="per_rank",
-    attention is shared over the whole mesh. The ranks along `dim`, which must be the last dimension, hold the same batch; without
-    such a dimension, each rank has its own batch.
+    config, settings: those of `ContextParallel`. With replicated data, the ranks along `dim` split a batch. With
+    data="per_rank", attention is shared over the entire mesh. The ranks along `dim`, which must be the last dimension, hold the
+    same batch; without such a dimension, each rank has its own batch.
     """
     names = mesh.mesh_dim_names or ()
     all_ranks = gradient_mesh(mesh).get_group()
@@ -145,9 +145,9 @@ def local_loss(
 
     A mixture-of-experts model of transformers has a router loss with `output_router_logits` in its config (see `router_loss`).
 
-    loss: if given, compute the loss over tiles of tokens, so that the logits of all tokens never exist at once, and call
-    on_token_losses with each token's cross-entropy (T,), detached, and the batch. Raises DistattnError if the model's output
-    layer is unknown or not linear, or if the model changes logits in a way that a tiled loss does not support.
+    loss: if given, compute the loss over tiles of tokens, so that the logits of all tokens never exist at the same time, and
+    call on_token_losses with each token's cross-entropy (T,), detached, and the batch. Raises DistattnError if the model's
+    output layer is unknown or not linear, or if the model changes logits in a way that a tiled loss does not support.
     """
     if loss is None:
         out = _output(model, batch)
@@ -192,7 +192,7 @@ def loss_of(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
 
 
 def shard_parameters(model: torch.nn.Module, mesh: DeviceMesh) -> None:
-    """Apply `fully_shard` over the whole mesh to each layer of a transformers model and to the rest. Gradients are summed."""
+    """Apply `fully_shard` over the entire mesh to each layer of a transformers model and to the rest. Gradients are summed."""
     flat = gradient_mesh(mesh)
     for layer in model.get_decoder().layers:  # type: ignore[operator]
         fully_shard(layer, mesh=flat)
@@ -238,7 +238,7 @@ class ProbeTarget:
         return trained_layer(self.model, self._output())
 
     def vocab_rows(self) -> int:
-        """Return the number of rows of the whole vocabulary (a DTensor's shape is global)."""
+        """Return the number of rows for the full vocabulary (a DTensor's shape is global)."""
         weight: Any = self._output().weight
         return weight.shape[0]
 
