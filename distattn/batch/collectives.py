@@ -50,7 +50,7 @@ class HostGroup:
         self._in_flight: dict[int, deque[tuple[Any, torch.Tensor]]] = {}
 
     def all_gather(self, value: Any, activity: str) -> list[Any]:
-        """Gather a picklable value from every rank; return them by rank. activity: describes this call in errors."""
+        """Gather a picklable value from every rank and return the values by rank. activity: describes this call in errors."""
         self._monitor.enter(activity)
         with thread_activity(activity, waits=True, key=activity):
             return list(self._guarded(lambda: all_gather_objects_over_gloo(self._gloo, value), activity))

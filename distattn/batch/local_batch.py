@@ -332,7 +332,7 @@ class LocalBatch(BatchAttention):
         return padding if x is not None and len(x) == tokens + padding else 0
 
     def _states_in(self, states_M: Tensor | None) -> Tensor | None:
-        """Pad states of this batch's documents to all documents on the axis; this rank does not read the added ones."""
+        """Pad states of this batch's documents to all documents on the axis; this rank does not read the padding states."""
         if states_M is None:
             return None
         if not isinstance(states_M, Tensor) or not states_M.dim() or len(states_M) != len(self.documents):

@@ -115,7 +115,10 @@ class PlanningRanks(Protocol):
         """
 
     def gather(self, value: Any, activity: str) -> list[Any]:
-        """Gather a value from every rank; return them by rank. A collective call. activity: describes the call in errors."""
+        """Gather a value from every rank; return the values in rank order. A collective call.
+
+        activity: describes the call in errors.
+        """
         ...
 
     def observer(self, batch: LocalBatch, plan: Plan, shape: AttentionShape) -> PassObserver | None:
