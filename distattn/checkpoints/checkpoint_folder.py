@@ -35,7 +35,7 @@ _IN_RUN = "checkpoints"
 
 
 class CheckpointProblem(NamedTuple):
-    """A fault in a checkpoint. offset: the first affected byte of the file, None for the whole file. text: a sentence."""
+    """A fault in a checkpoint. offset: the first affected byte of the file, None for the entire file. text: a sentence."""
 
     file: str
     offset: int | None
@@ -227,7 +227,7 @@ def find_checkpoints(path: Path) -> list[Checkpoint]:
     if single:
         return single
     if (path / MANIFEST_FILE).exists():
-        # the path may be a copy of a checkpoint under another name
+        # the path may be a copy of a checkpoint under a different name
         manifest = Manifest.read(path)
         return [Checkpoint(manifest.step, path, manifest, "", CheckpointVerdict.read(path))]
     raise DistattnError(f"{path}: has no checkpoints; name a run, a folder of checkpoints, or a checkpoint.")

@@ -188,7 +188,7 @@ class Checkpoints:
             self._step_hook = register_optimizer_step_pre_hook(lambda *_: self.wait_staged())
 
     def move_to(self, folder: Path) -> None:
-        """Use another folder from the next save on. All ranks use the folder that rank 0 names."""
+        """Use a different folder, starting with the next save. All ranks use the folder that rank 0 names."""
         self._folder = folder
 
     def wait_staged(self) -> None:

@@ -28,7 +28,8 @@ _NAMING_SECONDS = 3.0
 # the errors of a full disk, on which space may become free later
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
-# the folders that this process has locked, by role, device and inode; fcntl locks of one process do not exclude each other
+# the folders that this process has locked, keyed by role, device and inode; fcntl locks of one process do not exclude each
+# other
 _HELD: set[tuple[str, int, int]] = set()
 _HELD_MUTEX = threading.Lock()
 
