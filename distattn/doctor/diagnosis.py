@@ -109,7 +109,7 @@ def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
     finding = _with_refusal(finding or check_state(ranks), ranks)
     if finding is not None:
         return Diagnosis(measured, None, [finding], backward.where)
-    # without a replay, only the whole model's logits were compared
+    # without a replay, only the final logits were compared
     hidden = tolerances.logits / norm if replay is None else replay.hidden(FORWARD)
     measured |= {"hidden": hidden, "hidden in gradients": backward.hidden(compared)}
     not_repeated = (emulation.failures or ["for an unknown reason"])[-1] if replay is None else backward.failure
@@ -357,7 +357,7 @@ def _explain_gradients_and_weights(
 
 
 def _loss_ratio(reference: ReferenceResult, ranks: Sequence[RankResult]) -> float:
-    """Return the ranks' loss divided by the single-process loss. The ranks hold shares to sum, or each holds the whole loss."""
+    """Return the ranks' loss divided by the single-process loss. The ranks hold shares to sum, or each holds the full loss."""
     losses = torch.stack([torch.stack([part["loss"] for part in result["parts"]]).sum() for result in ranks])
     ratios = [float(losses.sum() / reference.loss), float(losses.mean() / reference.loss)]
     return min(ratios, key=lambda ratio: abs(ratio - 1))

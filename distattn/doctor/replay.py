@@ -33,7 +33,7 @@ from distattn.doctor.reference import ReferenceResult, Tolerances, gradients_of
 
 # the permitted difference, as a multiple of the measured effect of one rounding: for all of a rank's tokens, and for one token
 _RANK_MARGIN, _TOKEN_MARGIN = 4.0, 8.0
-# an additional factor in fp32: summing in another order, as attention may, can have a larger effect than one rounding
+# an additional factor in fp32: summing in a different order, as attention may, can have a larger effect than one rounding
 _FINE_MARGIN = 10.0
 # an additional factor for gradients: those of queries and keys are differences of rounded values, and the ranks cast more often
 _GRADIENT_MARGIN = 3.0

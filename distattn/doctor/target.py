@@ -162,7 +162,7 @@ class Target:
         self._function("reduce", _keep_gradients if hasattr(self._script, "backward") else _sum_gradients)(model)
 
     def gradients(self, model: torch.nn.Module) -> dict[str, Tensor]:
-        """Return the full, unsharded gradient of every parameter that has one, by name."""
+        """Return the full, unsharded gradient of every parameter that has one, keyed by name."""
         return self._function("gradients", _gradients)(model)
 
     def reference(self, model: torch.nn.Module, ids: Tensor) -> Tensor:
