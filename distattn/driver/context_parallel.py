@@ -143,7 +143,7 @@ class ContextParallel:
         return self.shard_step([batch])[0]
 
     def shard_step(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Shard all micro-batches of one optimizer step like `shard`; losses are scaled by the valid labels of the whole step.
+        """Shard all micro-batches of one optimizer step like `shard`; losses are scaled by the valid labels of the entire step.
 
         All ranks of the loss group call this together. Batches that ranks must share are compared. With data per rank, ranks
         may have different numbers of micro-batches: all get as many as the rank with the most, with padding for the missing
@@ -243,7 +243,7 @@ class ContextParallel:
         return self._table.blocks.index(self._table.first_of_block[self._table.rank])
 
     def batch_group(self) -> dist.ProcessGroup | None:
-        """Return the group of ranks with the same batch as this one. A collective call unless that is the whole group."""
+        """Return the group of ranks with the same batch as this one. A collective call unless that is the entire group."""
         if self.group is None or self.block_ranks == self.ranks:
             return self.group
         first = self.rank - self.rank % self.block_ranks
@@ -278,7 +278,7 @@ class ContextParallel:
 
     @property
     def wait_timeout(self) -> timedelta | None:
-        """The longest wait for other ranks that leaves time to name a lost one; None for a single rank."""
+        """The longest wait for other ranks that leaves time to name a lost rank; None for a single rank."""
         return None if self._communicators is None else self._communicators.monitor.wait_timeout
 
     def _gathered_steps(self, loader: Iterable[Any]) -> Iterator[tuple[list[Batch], GatheredStep]]:

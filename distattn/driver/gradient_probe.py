@@ -53,7 +53,7 @@ class GradientProbeTarget(Protocol):
     """
 
     def layer(self) -> torch.nn.Module | None:
-        """Return the linear layer that computes logits, or another trained linear layer; None on ranks without one."""
+        """Return the linear layer that computes logits, or another trained linear layer; None if this rank has neither."""
 
     def vocab_rows(self) -> int:
         """Return V, the number of rows of the output layer's weight on the ranks that have it."""
@@ -260,7 +260,10 @@ def _solve_weights(local: Tensor, reduced: Tensor, group: dist.ProcessGroup | No
 
 
 def _agreed_weights(weights: Tensor, group: dist.ProcessGroup | None, ranks: int) -> tuple[float, ...]:
-    """Return the weights, on which all ranks must agree. Raise DistattnError if a rank measured none, or different ones."""
+    """Return the weights, on which all ranks must agree.
+
+    Raise DistattnError if a rank measured no weights, or different weights.
+    """
     all_weights_RR = _gathered(weights, group, ranks)
     for rank, row in enumerate(all_weights_RR.tolist()):
         if any(weight != weight for weight in row):

@@ -58,7 +58,7 @@ class RankSpeeds:
         return work / seconds if work and seconds else None
 
     def count_pass(self, work: int) -> None:
-        """Count another pass on this rank. work: the cost of its tasks."""
+        """Count one more pass on this rank. work: the cost of its tasks."""
         self._passes.append(_Pass(work))
 
     def timed(self, kernel: Kernel) -> Kernel:

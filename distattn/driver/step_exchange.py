@@ -153,7 +153,7 @@ class StepExchange:
         return infos
 
     def _check(self, infos: list[StepInfo]) -> None:
-        """Raise DistattnError if ranks that must have the same batches have different ones."""
+        """Raise DistattnError if ranks that must have the same batches have different batches."""
         for rank, first in enumerate(self.same_batch):
             info, first_info = infos[rank], infos[first]
             if info._replace(speed=None) == first_info._replace(speed=None):
@@ -186,7 +186,7 @@ class StepExchange:
                 future.set_result(result)
 
     def _compare(self, results: Sequence[Planned | DistattnError]) -> None:
-        # the whole host group takes part: even if this rank has nothing to compare, others may
+        # the entire host group takes part: even if this rank has nothing to compare, others may
         if self._host is None:
             return
         refusal = next((result for result in results if isinstance(result, DistattnError)), None)

@@ -97,7 +97,7 @@ class StepLoop:
             self._ahead.hold(self._loader, self._held)
 
     def take_back(self) -> bool:
-        """Return True if the kept step still belongs to this loop; otherwise the next step is one that another loop left."""
+        """Return True if the kept step still belongs to this loop; otherwise the next step was left behind by another loop."""
         step, self._held = self._held, None
         if step is None or not step.taken_over:
             if step is not None:
