@@ -20,7 +20,7 @@ COLUMNS = ("q0", "q1", "k0", "k1", "lo", "hi", "bq", "bk", "oq", "ok")
 MAX_TOKENS = 1 << 30
 MAX_BLOCK = 1 << 29
 UNBOUNDED = 1 << 32
-# maximum number of pairs that the disjointness check holds at once
+# maximum number of pairs that the disjointness check holds in memory at a time
 _MAX_PAIRS = 1 << 22
 
 Q0, Q1, K0, K1, LO, HI, BQ, BK, OQ, OK = range(10)

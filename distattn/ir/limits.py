@@ -121,7 +121,7 @@ def check_limits(settings: Any) -> None:
 
 @functools.cache
 def annotations_of(kind: Any) -> dict[str, tuple[Any, ...]]:
-    """Return the annotations of a dataclass's fields, by name; leave out fields without any."""
+    """Return the annotations of a dataclass's fields, keyed by name. Fields without annotations are left out."""
     hints = get_type_hints(kind, include_extras=True)
     annotated = {field.name: getattr(hints[field.name], "__metadata__", ()) for field in fields(kind)}
     return {name: annotations for name, annotations in annotated.items() if annotations}

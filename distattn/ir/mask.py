@@ -109,7 +109,10 @@ class Mask:
     @staticmethod
     @checked
     def shared_question(lengths: Sequence[int]) -> Mask:
-        """Return a causal mask of documents that all see the first, a question: (d(q) = d(k) and k <= q) or d(k) = 0."""
+        """Return a causal mask in which all documents also see the first document, a shared question.
+
+        A cell is allowed if k <= q and (d(q) = d(k) or d(k) = 0).
+        """
         start, end = _document_bounds(lengths)
         question = _bands(start[1:], end[1:], 0, end[0], -UNBOUNDED, UNBOUNDED)
         return _from_parts([_bands(start, end, start, end, -UNBOUNDED, 0), question], end[-1])
@@ -224,7 +227,7 @@ class Mask:
 
     @checked
     def area(self, q: tuple[int, int] | None = None, k: tuple[int, int] | None = None) -> int:
-        """Return the number of allowed cells in rows [q[0], q[1]) and columns [k[0], k[1]); by default on the whole axis.
+        """Return the number of allowed cells in rows [q[0], q[1]) and columns [k[0], k[1]); by default on the entire axis.
 
         For a mask that differs by head, return the sum over heads.
         """
@@ -285,7 +288,7 @@ class Mask:
         first_begin, first_end = row_key_ranges(band, q0)
         last_begin, last_end = row_key_ranges(band, q1 - 1)
         begin, end = first_begin // bn, -(-last_end // bn)
-        # full tiles: all rows of the tile are present, and keys lie between the last row's begin and the first row's end
+        # full tiles: all rows of the tile are present, and keys lie between the last row's start and the first row's end
         whole = (q0 == tile * bm) & (q1 == np.minimum((tile + 1) * bm, self.n))
         full_begin = -(-last_begin // bn)
         full_end = np.where(first_end == self.n, -(-self.n // bn), first_end // bn)

@@ -35,10 +35,10 @@ class Op:
     """The operation that a task computes.
 
     kind: "attention", "recurrence", "prefix_max", "convolution" or "latent_attention". merge: how two results of one row are
-    merged: by log-sum-exp ("lse"), by "sum", or "never" if one task computes a whole row. decay: a recurrence's g is 0 ("none"),
-    one number per head that the caller passes separately from the plan ("head"), one per token and head ("token"), or one per
-    token, head and key channel ("channel"). delta: True if a recurrence has a b. rotary_dim, latent_dim: widths of the tensors
-    that latent attention moves in place of keys and values.
+    merged: by log-sum-exp ("lse"), by "sum", or "never" if one task computes an entire row. decay: a recurrence's g is 0
+    ("none"), one number per head that the caller passes separately from the plan ("head"), one per token and head ("token"), or
+    one per token, head and key channel ("channel"). delta: True if a recurrence has a b. rotary_dim, latent_dim: widths of the
+    tensors that latent attention moves in place of keys and values.
     """
 
     name: str

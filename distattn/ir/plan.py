@@ -90,7 +90,7 @@ def num_rows(rows: Columns) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """The tasks and moves of one direction, as int64 columns by name. Rows are sorted by all columns in declared order.
+    """The tasks and moves of one direction, as int64 columns keyed by name. Rows are sorted by all columns in declared order.
 
     label: a strategy's note about its choice. Nothing depends on it.
     """

@@ -26,7 +26,7 @@ class TomlLines:
     def of(self, key: Sequence[str | int]) -> int | None:
         """Return the line of a key or entry, such as ("corpus", 1, "weight"); for a missing key, the line of its table.
 
-        Return None if its table is the whole file.
+        Return None if its table is the entire file.
         """
         path = tuple(key)
         return next((self._lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in self._lines), None)
