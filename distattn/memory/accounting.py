@@ -37,7 +37,7 @@ _PASSES = {
 
 
 class StateBytes(NamedTuple):
-    """Bytes of the state that a rank always holds for its weights, and of whole layers while they are computed (FSDP2).
+    """Bytes of the state that a rank always holds for its weights, and of gathered layers while they are computed (FSDP2).
 
     gathered: the weights of two layers, one of them being gathered, and the weights outside layers. reduced: one layer's
     gradients with the copy that is being summed over ranks, and the gradients of weights outside layers, which stay until the

@@ -24,7 +24,7 @@ from distattn.ir.arguments import check_fields
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
 
-# how many elements of a weight's gradient are computed at once in half precision before they are added to a wider sum
+# how many elements of a weight's gradient are computed at a time in half precision before they are added to a wider sum
 _SLICE = 1 << 24
 # the model gets this number instead of logits: large enough for a soft cap to change it, and exact in half precision
 _STAND_IN = 96.0
