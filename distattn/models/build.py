@@ -205,7 +205,7 @@ def check_unfilled(model: PreTrainedModel, blueprint: PreTrainedModel) -> None:
 
 
 def unique_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by name, with tied ones only once."""
+    """Return parameters and buffers, keyed by name, with tied tensors only once."""
     return dict([*model.named_parameters(), *model.named_buffers()])
 
 
