@@ -72,7 +72,7 @@ def attention(
     if not isinstance(return_lse, bool):
         raise DistattnError(f"return_lse is True or False, not a {type(return_lse).__name__}.")
     q_THD, k_TKD, v_TKE = autocast_inputs(q_THD, k_TKD, v_TKE)
-    # fused projections often return strided tensors, but kernels and messages read whole rows
+    # fused projections often return strided tensors, but kernels and messages read entire rows
     q_THD, k_TKD, v_TKE = q_THD.contiguous(), k_TKD.contiguous(), v_TKE.contiguous()
     for name, operand in (("q", q_THD), ("k", k_TKD), ("v", v_TKE)):
         if operand.dim() != 3:

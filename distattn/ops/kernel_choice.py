@@ -55,8 +55,9 @@ def common_kernel_ranking(
 ) -> list[str]:
     """Return the correct kernels, fastest first, from all ranks' trials. A collective call, even for ranks without trials.
 
-    trials: this rank's trials. gather: gathers a value from every rank, and returns them by rank. Return [] if no rank has tried
-    a kernel. Raise DistattnError on all ranks if no kernel is correct, or if ranks compute on different types of devices.
+    trials: this rank's trials. gather: gathers a value from every rank, and returns the values in rank order. Return [] if no
+    rank has tried a kernel. Raise DistattnError on all ranks if no kernel is correct, or if ranks compute on different types of
+    devices.
     """
     trials_by_rank = gather((device.type, trials))
     odd = next((rank for rank, (kind, _) in enumerate(trials_by_rank) if kind != trials_by_rank[0][0]), None)
