@@ -401,7 +401,7 @@ class LocalBatch(BatchAttention):
         return self._executables[asked]
 
     def plan_ahead(self, shapes: Sequence[tuple[AttentionShape, torch.device]]) -> list[AwaitedResult[Planned]]:
-        """Return a future of the plan for each shape. The caller, the planning thread, must set their results."""
+        """Return a future of the plan for each shape. The caller, the planning thread, must set the futures' results."""
         self._ahead = {key: AwaitedResult(threading.get_ident()) for key in shapes}
         return list(self._ahead.values())
 

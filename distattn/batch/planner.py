@@ -172,7 +172,7 @@ class Planner:
     def planned(self, batch: BatchKey, shape: AttentionShape, device: torch.device, proven: bool) -> Planned:
         """Plan a batch, prove the plan if `proven`, and lower it to this rank's program. May be called on any thread."""
         config, plan = self.config, self.plan_of(batch, shape)
-        # the configured kernel is an attention kernel
+        # the configured kernel applies only to attention
         kernel = config.kernel if shape.op.is_softmax else None
         if shape.op.kind == "latent_attention" and kernel in (None, AUTO):
             kernel = latent_kernel(plan.call, device)
@@ -193,7 +193,7 @@ class Planner:
         memory may succeed by then. Raise DistattnError on all ranks if no kernel is correct.
         """
         trial = self._trial_of(shape, device)
-        # the configured kernel is an attention kernel
+        # the configured kernel applies only to attention
         is_asked_for = shape.op == ATTENTION and self.config.kernel not in (None, AUTO)
         if is_asked_for or not may_choose_kernel(shape.op):
             return

@@ -24,8 +24,8 @@ from distattn.parallel.span_layout import SPAN_LAYOUT, relayout_is_faster, relay
 class RecurrentSpan:
     """A span of recurrent layers, whose rows `enter` moves to its layout and `leave` moves back.
 
-    Its layers take `batch` in place of the model's batch. Code between the two calls that works token by token (norms,
-    projections, MLPs) needs no change. Positions are not moved, because recurrent layers do not use them.
+    Pass the span's `batch` to its layers instead of the model's batch. Code between the two calls that works token by token
+    (norms, projections, MLPs) needs no change. Positions are not moved, because recurrent layers do not use them.
 
         span = da.recurrent_span(batch, "gated_delta_rule", layers=3, width=4096, heads=32, head_dim=128)
         x = span.enter(x)
