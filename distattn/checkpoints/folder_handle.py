@@ -9,7 +9,8 @@ from distattn.ir.errors import DistattnError
 
 
 class FolderHandle:
-    """A folder that this process keeps open and recognises under a different name. Use it as a context manager, or close it."""
+    """A folder that this process keeps open, and so recognises even after a rename. Use it as a context manager, or close
+    it."""
 
     def __init__(self, path: Path):
         """Open the folder. Raises OSError on failure."""

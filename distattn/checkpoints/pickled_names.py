@@ -34,7 +34,7 @@ METADATA = _OF_TORCH | {
     ("builtins", "getattr"),
     (f"{_DCP}.filesystem", "_StorageInfo"),
     ("collections", "OrderedDict"),
-    # the class of the folder's path, which Python 3.13 has moved
+    # the class of the folder's path, which Python 3.13 moved to a different module
     *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),
 }
 _STORAGES = ("Bool", "Byte", "Char", "Short", "Int", "Long", "BFloat16", "Half", "Float", "Double")
