@@ -57,7 +57,7 @@ def coarser_dtype(expected_T: Tensor, got_T: Tensor) -> torch.dtype | None:
 
 
 def best_factor(expected: Tensor, got: Tensor) -> float:
-    """Compute the factor that brings the expected values closest to the rank's values."""
+    """Compute the factor that scales the expected values to fit the rank's values best."""
     return float((expected.double() * got.double()).sum() / expected.double().square().sum().clamp(min=1e-30))
 
 

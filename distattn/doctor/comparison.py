@@ -20,7 +20,7 @@ _SEGMENTS = 4
 
 
 class Finding(NamedTuple):
-    """A mistake. cause: its short name. observed: the observation that shows it. remedy: how to fix it."""
+    """A mistake found. cause: the mistake's short name. observed: the evidence for the mistake. remedy: how to fix it."""
 
     cause: str
     observed: str

@@ -39,7 +39,7 @@ class GradientComparison(NamedTuple):
         return _norm(self.ranks[0]) / max(_norm(self.expected), 1e-30)
 
     def factor_of(self, gradients: dict[str, Tensor]) -> float:
-        """Return the factor by which the expected gradients come closest to these."""
+        """Return the factor that scales the expected gradients to fit these best."""
         along = sum(float((gradients[name] * right).sum()) for name, right in self.expected.items())
         return along / max(_norm(self.expected) ** 2, 1e-30)
 

@@ -290,7 +290,7 @@ class Replay:
         return _USUAL * max(unit_roundoff(dtype), unit_roundoff(self.right[rank][place].dtype))
 
     def _margins(self, rank: int, place: Place, peers: bool = True) -> tuple[float, float]:
-        """Return how far all of a rank's tokens, and a single token, may differ, as multiples of the effect of one rounding.
+        """Return how far a rank's tokens together, and one token alone, may differ, as multiples of the effect of one rounding.
 
         peers: allow less where another rank is exact.
         """
