@@ -45,7 +45,7 @@ from distattn.parallel.runtime.communication.transport import Transport
 
 Result = TypeVar("Result")
 _LOG = logging.getLogger("distattn")
-# the first batch of step s has number s * _BATCHES_PER_STEP
+# the first batch of step s has index s * _BATCHES_PER_STEP
 _BATCHES_PER_STEP = 1 << 20
 # with servers, batches of this many `shard_step` calls remain usable: the running step and one sharded ahead
 _LIVE_STEPS = 2

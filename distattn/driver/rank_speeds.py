@@ -66,7 +66,10 @@ class RankSpeeds:
         return cast(Kernel, _Timed(kernel, self))
 
     def clock(self, device: torch.device) -> _Clock:
-        """Return a clock that measures the time until its `stop`; on a GPU the stream's time, without blocking the host."""
+        """Return a clock that measures the time until its `stop` is called.
+
+        On a GPU, it measures the stream's time, without blocking the host.
+        """
         return _Clock(self, device)
 
 
