@@ -120,7 +120,10 @@ class Mask:
     @staticmethod
     @checked
     def causal_blockwise(lengths: Sequence[int]) -> Mask:
-        """Return a causal mask whose last document, a test example, sees all: k <= q and (d(q) = d(k) or d(q) is last)."""
+        """Return a causal mask whose last document, a test example, also sees all other documents.
+
+        A cell is allowed if k <= q and (d(q) = d(k) or d(q) is last).
+        """
         start, end = _document_bounds(lengths)
         low = np.append(start[:-1], 0)
         return _from_parts([_bands(start, end, low, end, -UNBOUNDED, 0)], end[-1])
@@ -274,7 +277,9 @@ class Mask:
 
     @checked
     def tiles(self, bm: int, bn: int) -> dict[str, Ints]:
-        """Return runs of key tiles for a kernel with tiles of bm queries x bn keys: one row per query tile and piece that meet.
+        """Return runs of key tiles for a kernel with tiles of bm queries x bn keys.
+
+        There is one row per query tile and overlapping piece.
 
         Columns: `tile` (query tile), `piece`, and key tiles `begin` <= `full_begin` <= `full_end` <= `end`. The piece allows all
         cells of the tiles in [full_begin, full_end), and some cells of the other tiles in [begin, end).

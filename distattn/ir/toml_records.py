@@ -158,7 +158,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _keys(kind: Any, arrays: bool, table: str = "") -> Iterator[str]:
-    """Yield all dotted keys of a dataclass and its tables; entries of arrays of tables have no numbers."""
+    """Yield all dotted keys of a dataclass and its tables; entries of arrays of tables have no indices."""
     hints = get_type_hints(kind)
     for field in fields(kind):
         yield table + field.name
