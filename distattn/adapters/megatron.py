@@ -244,8 +244,10 @@ class _Positions(int):
 
 
 def use_batch_positions(model: Any) -> Any:
-    """Let a GPTModel accept sharded batches in any layout, and return the model. Raises DistattnError if positions would be
-    wrong."""
+    """Let a GPTModel accept sharded batches in any layout, and return the model.
+
+    Raises DistattnError if positions would be wrong.
+    """
     config = model.config
     latent = config.multi_latent_attention
     for fault, is_set in {

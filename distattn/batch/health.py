@@ -140,8 +140,7 @@ class HealthMonitor:
         return dist.PrefixStore(f"distattn/health/{self._name}", default_store().clone())  # type: ignore[attr-defined]
 
     def _answer(self, store: dist.Store) -> None:
-        """Answer questions, and keep a copy of the verdict in case the process that holds the store ends. Runs on the
-        thread."""
+        """Answer questions, and keep a copy of the verdict in case the process with the store ends. Runs on the thread."""
         answered = 0
         try:
             while not self._closed.wait(_POLL):

@@ -9,8 +9,7 @@ from distattn.ir.errors import DistattnError
 
 
 class FolderHandle:
-    """A folder that this process keeps open, and so recognises even after a rename. Use it as a context manager, or close
-    it."""
+    """A folder that this process keeps open, so it is recognised after a rename. Use as a context manager, or close it."""
 
     def __init__(self, path: Path):
         """Open the folder. Raises OSError on failure."""

@@ -58,7 +58,7 @@ class GlobalStepInfos:
                 f"this loader reads share {loader.rank} of {loader.size}, but this rank has share {share} of {shares}; "
                 f"make it with rank={share}, size={shares}."
             )
-        # composed now, because the loader's step advances
+        # compose the name now, because the loader's step advances
         self.name = f"{loader.data_digest} from step {loader.step} to {loader.end}"
         self._next = loader.step
         # exchange facts until all ranks have confirmed that they read the same plan
