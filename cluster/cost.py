@@ -17,8 +17,8 @@ from distattn.ir.intervals import Ints
 Numbers = np.ndarray
 # floating-point operations per cell and unit of (query dim + value dim): two products forward, five backward
 _FLOPS = {"forward": 2.0, "backward": 5.0}
-# the time to start and end a program, as a number of keys: 558 TFLOP/s at 1,024 keys against 701 at 32,768 (FlashAttention 3 on
-# an H100, see descriptions/h100.toml)
+# the time to start and end a kernel program, expressed as a number of keys: 558 TFLOP/s at 1,024 keys against 701 at
+# 32,768 (FlashAttention 3 on an H100, see descriptions/h100.toml)
 _PROGRAM_OVERHEAD_KEYS = 1024 * (701 / 558 - 1)
 # speed of a recurrence's kernels, as a fraction of attention's speed on long sequences: Gated DeltaNet of flash-linear-attention
 # takes 4.81 ms for 32K tokens and 64 heads of 128 x 128 on an H800 (its issue 691), where FlashAttention 3 reaches 701 TFLOP/s. A
@@ -84,7 +84,7 @@ def recurrence_seconds(
 def expansion_seconds(
     cluster: ClusterSpec, direction: str, latent_dim: int, widths: int, tokens_x_heads: Ints, kept: bool = False
 ) -> Numbers:
-    """Estimate the time to expand latents to keys and values of `widths` numbers per head, in seconds, (M,).
+    """Estimate the seconds, (M,), to expand latents to keys and values with `widths` elements per head.
 
     Matrix products run at attention's speed on long sequences. The backward pass has two, for the gradients of latents and
     weights. Unless keys and values are kept, a third product expands the latents again.
@@ -95,7 +95,7 @@ def expansion_seconds(
 
 
 def overhead_keys(cluster: ClusterSpec, direction: str, head_dim: int) -> int:
-    """Return a row's fixed cost, which makes short documents slow, as a number of keys.
+    """Return the fixed cost of a row, expressed as a number of keys. It makes short documents slow.
 
     It is the overhead in speed(n) = best * n / (n + overhead): the median over the table's squares n x n.
     """
@@ -138,10 +138,11 @@ def tiled_area(bands: Ints, tile: tuple[int, int]) -> tuple[Numbers, Numbers]:
 def launch_seconds(
     cluster: ClusterSpec, cells: Numbers, widest: Numbers, heads: Ints, speed: Numbers, per_cell: float, group: Ints
 ) -> tuple[Ints, Numbers]:
-    """Return the numbers of kernel launches and the seconds that each takes, for tasks grouped into launches.
+    """Return the indices of kernel launches and the seconds that each launch takes, for tasks grouped into launches.
 
-    cells, widest: each task's results of `tiled_area`. speed: each task's operations per second. group: the number of each task's
-    launch. A launch runs at full speed, but takes at least as long as its longest program on one multiprocessor.
+    cells, widest: each task's results of `tiled_area`. speed: each task's operations per second. group: the index of
+    each task's launch. A launch runs at full speed, but takes at least as long as its longest program on one
+    multiprocessor.
     """
     device = cluster.device
     launches, index = np.unique(group, return_inverse=True)

@@ -65,7 +65,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Link:
-    """The link of each device, or of a whole node if `shared`. gbs: 10^9 bytes per second in one direction."""
+    """The link of each device, or of an entire node if `shared`. gbs: 10^9 bytes per second in one direction."""
 
     __pydantic_config__ = _STRICT
 
@@ -106,7 +106,7 @@ class ClusterSpec:
 
     @property
     def topology(self) -> Cluster:
-        """The numbers of nodes and devices, which determine which ranks share a node."""
+        """The node and device counts, which determine which ranks share a node."""
         return Cluster(self.nodes, self.devices)
 
     @property
@@ -205,7 +205,7 @@ def _sized(cluster: ClusterSpec, name: str, nodes: int, devices: int) -> Cluster
 
 
 def _table_problems(cluster: ClusterSpec) -> Iterator[SettingProblem]:
-    """Yield the problems of the table of kernel speeds as a whole."""
+    """Yield problems that concern the entire table of kernel speeds."""
     for direction, head_dim in sorted({(row.direction, row.head_dim) for row in cluster.attention}):
         points = {
             (row.queries, row.keys)

@@ -143,7 +143,7 @@ class ProbeTarget:
         return trained_layer(self.engine.module, self._output())
 
     def vocab_rows(self) -> int:
-        """Return the number of rows of the whole vocabulary, even if the weight is partitioned."""
+        """Return the number of rows for the full vocabulary, even if the weight is partitioned."""
         weight: Any = self._output().weight
         return getattr(weight, "ds_shape", weight.shape)[0]
 

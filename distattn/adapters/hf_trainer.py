@@ -47,8 +47,8 @@ class ContextParallelTrainer(Trainer):
         self._probed: Any = None
         # the current epoch's iterator, and its steps, which are sharded one step ahead
         self._epoch: tuple[Any, Iterator[list[dict[str, Any]]]] = None, iter(())
-        # the loader whose batches evaluation splits; for the last such evaluation, each step's loss and number of labels, and the
-        # prefix of the metrics
+        # the evaluation loader whose batches are split; the losses and label counts of the last evaluation with it, one
+        # pair per step; and the prefix of that evaluation's metrics
         self._split: Any = None
         self._evaluated: list[tuple[float, int]] | None = None
         self._evaluated_as = ""
@@ -89,7 +89,7 @@ class ContextParallelTrainer(Trainer):
         return self._shared_loader(dataset, seed, self._train_batch_size, sampler, args.dataloader_drop_last)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Return such a loader for evaluation if only the loss is needed. With metrics, each process gets its own batches."""
+        """Return a loader whose batches are split, or the Trainer's own loader if metrics need whole sequences."""
         if self.compute_metrics is not None:
             return super().get_eval_dataloader(eval_dataset)
         chosen: Any = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -145,14 +145,14 @@ class ContextParallelTrainer(Trainer):
         return next(self._epoch[1], []), None
 
     def _micro_batches(self, epoch_iterator: Iterator[Any]) -> Iterator[list[Any]]:
-        """Yield the batches of each step in an epoch. The last step may have fewer, which is how the Trainer counts steps."""
+        """Yield the batches of each step in an epoch. The last step may have fewer batches, as the Trainer expects."""
         while whole := list(islice(epoch_iterator, self.args.gradient_accumulation_steps)):
             yield whole
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute this rank's share of the loss for a split batch, or transformers' own loss for a whole one (evaluation)."""
+        """Compute this rank's share of the loss for a split batch, or transformers' loss for an unsplit one (evaluation)."""
         if "context_parallel" not in inputs:
             if isinstance(inputs.get("labels"), torch.Tensor):
                 inputs = {**inputs, "labels": int64_labels(inputs["labels"])}
@@ -162,13 +162,14 @@ class ContextParallelTrainer(Trainer):
         return local_loss(model, inputs)
 
     def evaluation_loop(self, dataloader: DataLoader, *arguments: Any, **named: Any) -> Any:
-        """Evaluate split sequences by their mean loss over all labels, and whole sequences without context parallelism."""
+        """Evaluate split sequences by their mean loss over all labels, and unsplit ones without context parallelism."""
         evaluated: list[tuple[float, int]] | None = [] if dataloader is self._split else None
         self._evaluated, self._evaluated_as = evaluated, named.get("metric_key_prefix", "eval")
         with nullcontext() if evaluated is not None else single_process_attention(self.model):
             done = super().evaluation_loop(dataloader, *arguments, **named)
         if not (self.is_in_train or self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            # accelerate would not wrap a model in DDP that it prepared for evaluation, so ranks would train different models
+            # once accelerate has prepared a model for evaluation, it would not wrap the model in DDP for training, and
+            # ranks would train different models
             self.model._is_accelerate_prepared = self.model_wrapped is not self.model  # type: ignore[union-attr]
         labels = sum(labels for _, labels in evaluated or ())
         if evaluated and labels and done.metrics:
@@ -196,7 +197,7 @@ class ContextParallelTrainer(Trainer):
         return torch.tensor(mean, device=loss.device), None, None
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Count all ranks' tokens, each once, without padding."""
+        """Count the tokens of all ranks, each exactly once and without padding."""
         ids = inputs["input_ids"][:, : inputs["context_parallel"].own_tokens]
         super()._track_num_input_tokens({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 

@@ -56,7 +56,7 @@ def register() -> None:
 def single_process_attention(model: Any) -> Iterator[None]:
     """Let a transformers model attend to whole batches in this process while the context is open, to evaluate or `generate`.
 
-    With activation checkpointing, run backward passes inside the context, too, since they recompute attention.
+    With activation checkpointing, also run backward passes inside the context, since they recompute attention.
     """
     # transformers' sdpa has no soft cap
     capped = getattr(model.config, "attn_logit_softcapping", None) is not None

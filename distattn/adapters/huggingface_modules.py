@@ -17,7 +17,8 @@ Change = Callable[[ModuleType], None]
 def patch_model_modules(change: Change) -> None:
     """Call `change` once with every modeling module, such as `transformers.models.llama.modeling_llama`.
 
-    Modules already imported are changed at once, others when they are imported. Passing the same change again does nothing.
+    Modules already imported are changed immediately, others when they are imported. Passing the same change again does
+    nothing.
     """
     finder = next((finder for finder in sys.meta_path if isinstance(finder, _Finder)), None)
     if finder is None:

@@ -65,7 +65,7 @@ def check_mixing_layer(number: int, config: Any) -> None:
 
 
 def replace_functions(module: ModuleType) -> None:
-    """Make the recurrent layers in a module of `MODELS` compute by the plans of sharded batches.
+    """Make the recurrent layers in a module of `MODELS` follow the plans of sharded batches.
 
     module: one of transformers' modeling modules; see `huggingface_modules.patch_model_modules`.
     """
@@ -116,7 +116,7 @@ def _delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **named: Any,
 ) -> tuple[Tensor, None]:
-    """Compute a delta rule (1, T, H, V). The final state is not returned.
+    """Compute a delta rule and return its outputs, (1, T, H, V), without the final state.
 
     query, key: (1, T, G, K). value: (1, T, H, V). g: (1, T, H) or (1, T, H, K). beta: (1, T, H).
     """

@@ -122,7 +122,7 @@ class _Span:
 
     def __init__(self, name: str, shape: Mapping[str, Any], asked: _Returned):
         self._name, self._shape, self._asked = name, dict(shape), asked
-        # the span of the batch that is between the first and last layer; None if its rows stay in place
+        # the span of the batch that is currently between the first and the last layer; None if its rows stay in place
         self._span: RecurrentSpan | None = None
 
     @torch.compiler.disable

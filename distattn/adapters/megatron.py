@@ -105,7 +105,10 @@ def _name_of(spec: Any) -> str:
 
 
 class CoreAttention(MegatronModule):
-    """Megatron's core attention, computed by plan: q (T, B, H, D), k, v -> (T, B, H * E). For thd, (T, H, D) -> (T, H * E)."""
+    """Megatron's core attention, run by a plan.
+
+    q (T, B, H, D), k, v -> (T, B, H * E). For thd, (T, H, D) -> (T, H * E).
+    """
 
     def __init__(
         self,
@@ -241,7 +244,10 @@ class _Positions(int):
 
 
 def use_batch_positions(model: Any) -> Any:
-    """Let a GPTModel take sharded batches in any layout, and return it. Raises DistattnError if positions would be wrong."""
+    """Let a GPTModel accept sharded batches in any layout, and return the model.
+
+    Raises DistattnError if positions would be wrong.
+    """
     config = model.config
     latent = config.multi_latent_attention
     for fault, is_set in {
@@ -434,8 +440,9 @@ class ProbeTarget:
     def _gathered_gradient(self, weight: Any, gathered: dict[int, tuple[Any, Tensor]] | None = None) -> Tensor | None:
         """Return the reduced gradient from Megatron's buffers, gathering the parts of a distributed optimizer.
 
-        gathered: a cache of the last bucket of each buffer and its gradients. There is an entry per buffer because ranks with
-        other experts may read fewer of a buffer's parameters, but all ranks must gather equally often.
+        gathered: a cache of the last bucket of each buffer and its gradients. There is an entry per buffer because
+        ranks with different experts may read different numbers of a buffer's parameters, but all ranks must gather
+        equally often.
         """
         gathered = {} if gathered is None else gathered
         for chunk in self.chunks:

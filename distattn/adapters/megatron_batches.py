@@ -81,7 +81,7 @@ class MegatronBatches:
                     del self._rows[next(iter(self._rows))]
                 self._rows[key] = self._planner(group).batch((tokens * ranks,) * rows)
             return self._rows[key]
-        # read the lengths once for all layers of a micro-batch, which run one after another: reading waits for the device
+        # read the lengths only once per micro-batch, at its first layer, because reading them waits for the device
         if self._pack is None or self._pack[0] is not packed:
             ends = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
             edges = ends.tolist()
@@ -140,22 +140,22 @@ class _GroupPlanner:
         return LocalBatch(self.planner, BatchKey(lengths), number, number % self.planner.config.verify_every == 0)
 
     def transport(self, device: torch.device) -> Transport:
-        """Return the transport for a device. See `planner.Ranks`."""
+        """Return the transport for a device. See `PlanningRanks.transport`."""
         return SINGLE_RANK if self._transports is None else self._transports.on(device)
 
     def begin_shape(self, batch: LocalBatch, shape: AttentionShape) -> None:
-        """Announce nothing, since all ranks run the layers themselves. See `planner.Ranks`."""
+        """Announce nothing, since all ranks run the layers themselves. See `PlanningRanks.begin_shape`."""
 
     def agree(self, make: Callable[[], Planned]) -> Planned:
-        """Agree on a plan with the other ranks. See `planner.Ranks`."""
+        """Agree on a plan with the other ranks. See `PlanningRanks.agree`."""
         return agree_on_plan(self._host, make)
 
     def gather(self, value: Any, label: str) -> list[Any]:
-        """Gather a value from all ranks. See `planner.Ranks`."""
+        """Gather a value from all ranks. See `PlanningRanks.gather`."""
         return [value] if self._host is None else self._host.all_gather(value, label)
 
     def observer(self, batch: LocalBatch, plan: Plan, shape: AttentionShape) -> None:
-        """Return None, since passes are not observed. See `planner.Ranks`."""
+        """Return None, since passes are not observed. See `PlanningRanks.observer`."""
 
     def close(self) -> None:
         """End the host group, the communicators and the heartbeat thread. Collective."""

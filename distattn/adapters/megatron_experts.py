@@ -28,7 +28,8 @@ class Router(TopKRouter):  # type: ignore[misc]
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route like Megatron's router, and count the tokens in logits (T, B, X) without padding."""
-        # Megatron sums its own count over ranks in place, so it may be that of this rank or of all ranks
+        # keep a separate count: Megatron sums its own over ranks in place, so that may be this rank's count or that of
+        # all ranks
         self.own_tokens = logits.shape[:2].numel() if padding_mask is None else (~padding_mask).sum()
         routed: tuple[Tensor, Tensor] = super().routing(logits, padding_mask)
         return routed
@@ -45,7 +46,7 @@ class Router(TopKRouter):  # type: ignore[misc]
     ) -> Tensor:
         """Add the loss as Megatron's router does, but weight a rank's share by the number of tokens on all ranks."""
         if self.calculate_per_token_loss:
-            # each data-parallel replica has its own loss, and the mean of these counts
+            # each data-parallel replica has its own loss, and training minimizes the mean of these losses
             replicas = reduce_group.size() // self.tp_cp_group.size()
             valid_token_count = _sum_over(self.own_tokens, reduce_group, activation) / replicas
         attached: Tensor = super().attach_and_log_load_balancing_loss(

@@ -28,7 +28,7 @@ from distattn.kernels.merge import accumulation_dtype
 
 
 class GatedDeltaNet(MegatronGatedDeltaNet):  # type: ignore[misc]
-    """Megatron's Gated DeltaNet, computed by plan. batches: the plans for batches sharded by Megatron's loaders.
+    """Megatron's Gated DeltaNet, run by a plan. batches: the plans for batches sharded by Megatron's loaders.
 
     Raises DistattnError if a head would be split between tensor-parallel ranks.
     """
@@ -103,7 +103,7 @@ class GatedDeltaNet(MegatronGatedDeltaNet):  # type: ignore[misc]
 
 
 class MambaMixer(MegatronMambaMixer):  # type: ignore[misc]
-    """Megatron's Mamba-2 mixer, computed by plan. Each context-parallel rank has all heads of its tensor-parallel rank.
+    """Megatron's Mamba-2 mixer, run by a plan. Each context-parallel rank has all heads of its tensor-parallel rank.
 
     batches: the plans for batches sharded by Megatron's loaders.
     """

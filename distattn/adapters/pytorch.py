@@ -45,11 +45,11 @@ _OUTPUT_LAYERS = ("lm_head", "head", "output", "unembedding")
 def context_parallel(
     mesh: DeviceMesh, dim: str = "cp", *, config: AttentionConfig | None = None, **settings: Any
 ) -> ContextParallel:
-    """Create a `ContextParallel` over a mesh of data- and context-parallel ranks. The loss is over the whole mesh.
+    """Create a `ContextParallel` over a mesh of data- and context-parallel ranks. The loss covers the entire mesh.
 
-    config, settings: those of `ContextParallel`. With replicated data, the ranks along `dim` split a batch. With data="per_rank",
-    attention is shared over the whole mesh. The ranks along `dim`, which must be the last dimension, hold the same batch; without
-    such a dimension, each rank has its own batch.
+    config, settings: those of `ContextParallel`. With replicated data, the ranks along `dim` split a batch. With
+    data="per_rank", attention is shared over the entire mesh. The ranks along `dim`, which must be the last dimension, hold the
+    same batch; without such a dimension, each rank has its own batch.
     """
     names = mesh.mesh_dim_names or ()
     all_ranks = gradient_mesh(mesh).get_group()
@@ -145,9 +145,9 @@ def local_loss(
 
     A mixture-of-experts model of transformers has a router loss with `output_router_logits` in its config (see `router_loss`).
 
-    loss: if given, compute the loss over tiles of tokens, so that the logits of all tokens never exist at once, and call
-    on_token_losses with each token's cross-entropy (T,), detached, and the batch. Raises DistattnError if the model's output
-    layer is unknown or not linear, or if the model changes logits in a way that a tiled loss does not support.
+    loss: if given, compute the loss over tiles of tokens, so that the logits of all tokens never exist at the same time, and
+    call on_token_losses with each token's cross-entropy (T,), detached, and the batch. Raises DistattnError if the model's
+    output layer is unknown or not linear, or if the model changes logits in a way that a tiled loss does not support.
     """
     if loss is None:
         out = _output(model, batch)
@@ -192,7 +192,7 @@ def loss_of(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
 
 
 def shard_parameters(model: torch.nn.Module, mesh: DeviceMesh) -> None:
-    """Apply `fully_shard` over the whole mesh to each layer of a transformers model and to the rest. Gradients are summed."""
+    """Apply `fully_shard` over the entire mesh to each layer of a transformers model and to the rest. Gradients are summed."""
     flat = gradient_mesh(mesh)
     for layer in model.get_decoder().layers:  # type: ignore[operator]
         fully_shard(layer, mesh=flat)
@@ -203,8 +203,9 @@ def shard_parameters(model: torch.nn.Module, mesh: DeviceMesh) -> None:
 def sum_fsdp_gradients(model: torch.nn.Module) -> None:
     """Let FSDP2 sum gradients over ranks. By default it averages them, and losses must be multiplied by the number of ranks.
 
-    The norms in transformers' models round gradients to float32 even in a float64 model. A gradient times 3 is not rounded like
-    one times 2, so with averaging, the float64 curves of 3 ranks and of 2 would differ by 1e-8.
+    The norms in transformers' models round gradients to float32 even in a float64 model. Multiplying a gradient by 3
+    rounds it differently from multiplying it by 2, so with averaging, the float64 curves of 3 ranks and of 2 would
+    differ by 1e-8.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -237,7 +238,7 @@ class ProbeTarget:
         return trained_layer(self.model, self._output())
 
     def vocab_rows(self) -> int:
-        """Return the number of rows of the whole vocabulary (a DTensor's shape is global)."""
+        """Return the number of rows for the full vocabulary (a DTensor's shape is global)."""
         weight: Any = self._output().weight
         return weight.shape[0]
 
@@ -262,11 +263,15 @@ class ProbeTarget:
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:
-        """Set gradients aside while the context is open. Raises DistattnError if FSDP2 holds some that cannot be set aside."""
+        """Set gradients aside while the context is open.
+
+        Raises DistattnError if FSDP2 holds gradients that cannot be set aside.
+        """
         for module in self.model.modules():
             _check_synchronized(module)
             if isinstance(module, FSDPModule):
-                # after an evaluation, the root's parameters are still gathered and are not those that get gradients
+                # after an evaluation, the root's parameters are still gathered, and gathered parameters do not receive
+                # gradients
                 module.reshard()
         with gradients_aside(self.model):
             yield
@@ -318,7 +323,7 @@ def probed_parameters(model: Any, gradient_of: Callable[[Any], Tensor | None]) -
     gradient_of: returns a parameter's reduced gradient, or this rank's part of it.
     """
     inner = unwrapped(model)
-    # FSDP2 computes with a different tensor from the optimizer's
+    # FSDP2 computes with a tensor other than the optimizer's
     of_tensor: dict[int, Any] = {}
     for module in inner.modules():
         for group in _fsdp_groups(module):

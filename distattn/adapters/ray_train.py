@@ -33,14 +33,14 @@ from distattn.checkpoints.retention import KeepRule
 from distattn.ir.errors import DistattnError
 from distattn.ir.text_format import print_message
 
-# Ray Train removes checkpoints by its own rule
+# Ray Train removes checkpoints according to its own policy
 _KEEP_ALL = KeepRule(last=sys.maxsize)
 
 
 class RunCheckpoints:
     """The checkpoints of a Ray Train run. All workers create, use and close them together, inside the training function.
 
-    facts: texts that are saved with every checkpoint and must be the same when it is loaded, such as the dataset's name. Raises
+    facts: strings saved with every checkpoint that must match when it is loaded, such as the dataset's name. Raises
     DistattnError if the storage path is not a mounted file system.
     """
 
@@ -68,8 +68,9 @@ class RunCheckpoints:
     def report(self, step: int, state: dict[str, Any], metrics: Mapping[str, Any]) -> None:
         """Save the state after `step` training steps, and report it with its metrics to Ray Train. Collective.
 
-        This returns once the checkpoint is complete, so Ray Train knows only checkpoints that can be loaded. Raises the errors of
-        `Checkpoints.save`. If a checkpoint could not be written, for example to a full disk, only its metrics are reported.
+        This returns once the checkpoint is complete, so Ray Train only ever sees checkpoints that can be loaded. Raises
+        the errors of `Checkpoints.save`. If a checkpoint could not be written, for example to a full disk, only its
+        metrics are reported.
         """
         self._checkpoints.save(step, state)
         self._checkpoints.wait()

@@ -48,7 +48,7 @@ def _rank() -> int:
 
 
 def _is_first(sentence: str) -> bool:
-    """Return whether no other rank has printed this sentence yet. Return True if the ranks' store does not answer."""
+    """Return False if another rank has already printed this sentence, True if not or if the ranks' store does not answer."""
     if not dist.is_initialized():
         return True
     key = "distattn/refusal/" + hashlib.blake2b(sentence.encode(), digest_size=16).hexdigest()

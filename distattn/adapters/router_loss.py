@@ -21,17 +21,19 @@ from distattn.driver.context_parallel import ContextParallel
 from distattn.driver.loss_sums import sum_over_loss_group
 from distattn.ir.errors import DistattnError
 
-# attributes of transformers' causal language models: the number of experts, of experts per token, and the loss's weight
+# attributes of transformers' causal language models: the number of experts, the number of experts per token, and the
+# weight of the loss
 _NAMES = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
 
 
 def router_loss(model: torch.nn.Module, output: Any, batch: Mapping[str, Any]) -> Tensor | None:
     """Compute this rank's share of the router loss, weighted as in the model's configuration. Return None without a router loss.
 
-    output: the model's output for a sharded batch. Fractions and mean probabilities are over the micro-batch's tokens on all
-    ranks of the loss group, without padding. Micro-batches of a step are weighted by their label counts. The results add up over
-    ranks like token losses, and include the batch's loss scale. This is a collective call of the loss group. Raises DistattnError
-    if the model does not give its number of experts or its loss's weight, or if the batch belongs to a pipeline.
+    output: the model's output for a sharded batch. Fractions and mean probabilities are taken over the micro-batch's
+    tokens on all ranks of the loss group, without padding. Micro-batches of a step are weighted by their label counts.
+    The results add up over ranks like token losses, and include the batch's loss scale. This is a collective call of
+    the loss group. Raises DistattnError if the model does not give its number of experts or its loss's weight, or if
+    the batch belongs to a pipeline.
     """
     # a transformers model with a router loss has already computed it for this rank's tokens alone
     if getattr(output, "aux_loss", None) is None:

@@ -15,7 +15,7 @@ class AwaitedResult(Future[Result]):
     """A future whose computing thread may wait for other ranks. Waiting threads report this in their heartbeat."""
 
     def __init__(self, thread: int):
-        """Create the future without a result. thread: the ident of the thread that computes it."""
+        """Create the future without a result. thread: the identifier of the thread that computes the result."""
         super().__init__()
         self._thread = thread
 

@@ -50,13 +50,13 @@ class HostGroup:
         self._in_flight: dict[int, deque[tuple[Any, torch.Tensor]]] = {}
 
     def all_gather(self, value: Any, activity: str) -> list[Any]:
-        """Gather a picklable value from every rank; return them by rank. activity: describes this call in errors."""
+        """Gather a picklable value from every rank and return the values by rank. activity: describes this call in errors."""
         self._monitor.enter(activity)
         with thread_activity(activity, waits=True, key=activity):
             return list(self._guarded(lambda: all_gather_objects_over_gloo(self._gloo, value), activity))
 
     def send(self, message: Any, destination: int) -> None:
-        """Send a small picklable message. Return at once unless many messages to that rank are unfinished."""
+        """Send a small picklable message. Return immediately unless many messages to that rank are unfinished."""
         data = seal(message)
         if len(data) > _MESSAGE_BYTES - 4:
             raise ValueError(f"a control message of {len(data)} bytes; at most {_MESSAGE_BYTES - 4} fit.")
@@ -69,7 +69,7 @@ class HostGroup:
         pending.append((self._guarded(lambda: self._gloo.send([tensor], destination, 0), "sending"), tensor))
 
     def receive(self, source: int, activity: str) -> Any:
-        """Return the next message from rank `source`, which is the same in all calls.
+        """Return the next message from rank `source`. All calls must name the same rank.
 
         Raise LostRankError once any rank is lost.
         """
@@ -119,7 +119,7 @@ class HostGroup:
 
 
 def _receive_all(gloo: Any, source: int, received: queue.SimpleQueue[Any]) -> None:
-    """Receive messages from a rank until the connection ends, and put its error after the last message."""
+    """Receive messages from a rank until the connection ends, and then queue the error that ended it."""
     while True:
         tensor = torch.empty(_MESSAGE_BYTES, dtype=torch.uint8)
         try:

@@ -25,9 +25,9 @@ from distattn.ir.errors import LostRankError, first_line, named_ranks
 from distattn.parallel.runtime.communication.collective_calls import ask_store, default_store
 
 Result = TypeVar("Result")
-# seconds between two checks for a question
+# seconds between checks for other ranks' questions
 _POLL = 0.5
-# fraction of the time-out reserved for questions and answers; its maximum and minimum in seconds
+# the fraction of the timeout reserved for questions and answers, and the maximum and minimum of that time in seconds
 _ASKING_SHARE, _MOST_ASKING, _LEAST_ASKING = 0.25, 15.0, 2.0
 
 
@@ -140,7 +140,7 @@ class HealthMonitor:
         return dist.PrefixStore(f"distattn/health/{self._name}", default_store().clone())  # type: ignore[attr-defined]
 
     def _answer(self, store: dist.Store) -> None:
-        """Answer questions, and copy the verdict in case the process that holds the store ends. Runs on the thread."""
+        """Answer questions, and keep a copy of the verdict in case the process with the store ends. Runs on the thread."""
         answered = 0
         try:
             while not self._closed.wait(_POLL):

@@ -11,7 +11,7 @@ from distattn.ir.mask import Mask
 from distattn.parallel.attention_config import check_layout
 from distattn.parallel.strategy_table import check_names
 
-# layers may be named by number, or by kind
+# layers may be named by index or by kind
 KINDS = ("window", "full")
 
 
@@ -26,7 +26,10 @@ class LayerOverride(NamedTuple):
 
     @staticmethod
     def of(name: object, fields: Mapping[str, Any]) -> LayerOverride:
-        """Make an override from a mapping of its fields. Raise DistattnError for unknown fields. name: the layers, for errors."""
+        """Build an override from a mapping of its fields. Raise DistattnError for unknown fields.
+
+        name: the key of the override, for errors.
+        """
         if not isinstance(fields, Mapping):
             raise DistattnError(f'layers {name!r} need a mapping, {{"strategy": ...}}, not {fields!r}.')
         if unknown := fields.keys() - set(LayerOverride._fields):
@@ -50,18 +53,18 @@ class LayerOverride(NamedTuple):
 
 
 class LayerOverrides:
-    """Overrides by a layer's number (0, 1, ...) or kind: "window", or "full" for layers without a window."""
+    """Overrides keyed by a layer's index (0, 1, ...) or kind: "window", or "full" for layers without a window."""
 
     def __init__(self, overrides: Mapping[int | str, Mapping[str, Any]] | None = None):
         for name in overrides or {}:
             if not (name in KINDS or (type(name) is int and name >= 0)):
                 raise DistattnError(f"layers must be named by number or as {' or '.join(KINDS)}, not {name!r}.")
         self._overrides = {name: LayerOverride.of(name, way) for name, way in (overrides or {}).items()}
-        # numbers that no layer has used yet
+        # layer indices with an override that no layer has used yet
         self.unused = {name for name in self._overrides if isinstance(name, int)}
 
     def of(self, layer: int | None, window: int | None) -> LayerOverride | None:
-        """Return the override of a layer with this number and window; None if it is planned like the other layers."""
+        """Return the override of a layer with this index and window; None if it is planned like the other layers."""
         if not self._overrides:
             return None
         if layer is None and any(isinstance(name, int) for name in self._overrides):

@@ -55,18 +55,18 @@ class BatchAttention(Protocol):
         ...
 
     def check_positions(self, positions: Tensor) -> None:
-        """Raise DistattnError for wrong positions (1, T), if the right ones are known."""
+        """Raise DistattnError for wrong positions (1, T), if the correct ones are known."""
 
 
 class LocalBatch(BatchAttention):
     """One batch, with the operations that layers run on this rank's tokens. The model passes it to its layers.
 
-    positions: the positions (1, T) of this rank's tokens, None if models are not checked. stands_in: True if this rank has only
-    padding in place of a micro-batch. layout: the name of the rows' layout, if it is not the batch's. used: True once a layer has
-    called an operation. mixed: True once a layer has called a recurrence or a convolution. number: the batch's number in the run.
-    proven: True if plans are proven before they run. relaid_spans: whether the rows of a span of recurrent layers move, by shape,
-    number of layers and width (see `recurrent_span`). block: the ranks with this batch, and its documents; by default all
-    ranks and documents.
+    positions: the positions (1, T) of this rank's tokens, or None to accept any positions from models. stands_in: True
+    if this rank has only padding in place of a micro-batch. layout: the name of the rows' layout, if it is not the
+    batch's. used: True once a layer has called an operation. mixed: True once a layer has called a recurrence or a
+    convolution. number: the batch's index in the run. proven: True if plans are proven before they run. relaid_spans:
+    whether the rows of a span of recurrent layers move, keyed by shape, number of layers and width (see
+    `recurrent_span`). block: the ranks with this batch, and its documents; by default all ranks and documents.
     """
 
     positions: Tensor | None = None
@@ -82,11 +82,11 @@ class LocalBatch(BatchAttention):
         self._plans: dict[AttentionShape, Plan] = {}
         self._executables: dict[tuple[AttentionShape, torch.device], Executable] = {}
         self._ahead: dict[tuple[AttentionShape, torch.device], AwaitedResult[Planned]] = {}
-        # attention's executable and number of padding rows, by the shapes and settings of a layer's call
+        # attention's executable and number of padding rows, keyed by the shapes and settings of a layer's call
         self._calls: dict[tuple[Any, ...], tuple[Executable, int]] = {}
         self._checked: Tensor | None = None
 
-    # excluded from torch.compile, because it looks up plans and may make them
+    # excluded from torch.compile, because it looks up plans and may create them
     @torch.compiler.disable
     def attention(
         self,
@@ -171,7 +171,7 @@ class LocalBatch(BatchAttention):
     def prefix_softmax(self, weights_THL: Tensor, logits_THL: Tensor, v_THV: Tensor) -> Tensor:
         """Compute `distattn.prefix_softmax` for this rank's tokens: Latte, Aaren or causal Efficient Attention.
 
-        weights, logits: (T, H, L), with L latents per head. v: (T, H, V). Every document begins without a state.
+        weights, logits: (T, H, L), with L latents per head. v: (T, H, V). Every document starts without a state.
         """
         self.used = self.mixed = True
         (v_THV,) = autocast_inputs(v_THV)
@@ -222,9 +222,9 @@ class LocalBatch(BatchAttention):
     ) -> Any:
         """Compute `distattn.causal_conv1d` for this rank's tokens (T, C).
 
-        weight: filters (C, W), or (C, C / G, W) with G groups. initial_state: (M, C, W - 1), the inputs before each of the M
-        `documents`. With return_final_state also return the last W - 1 inputs of each document, in x's dtype. `recurrence` says
-        which ranks have these states, and how their gradients are summed.
+        weight: filters (C, W), or (C, C / G, W) with G groups. initial_state: (M, C, W - 1), the inputs before each of
+        the M `documents`. With return_final_state also return the last W - 1 inputs of each document, in x's dtype. See
+        `recurrence` for which ranks have these states and how their gradients are summed.
         """
         self.used = self.mixed = True
         (x_TC,) = autocast_inputs(x_TC)
@@ -248,10 +248,11 @@ class LocalBatch(BatchAttention):
 
     @torch.compiler.disable
     def token_shift(self, x_T: Tensor, distance: int = 1, *, fill: int = 0) -> Tensor:
-        """Return the token `distance` before each of this rank's tokens (T, ...) in its document; a later one if negative.
+        """Shift this rank's tokens (T, ...): replace each with the token `distance` places before it in its document.
 
-        `token_shift(x)` is token shift or value shift. `token_shift(labels, -k, fill=-100)` returns labels k tokens further
-        ahead (multi-token prediction). See `distattn.token_shift`.
+        With a negative distance, tokens come from later in the document. `token_shift(x)` is token shift or value
+        shift. `token_shift(labels, -k, fill=-100)` returns labels k tokens further ahead (multi-token prediction). See
+        `distattn.token_shift`.
         """
         self.used = True
         dtype = str(x_T.dtype)[6:] if x_T.is_floating_point() else "float64"
@@ -269,7 +270,7 @@ class LocalBatch(BatchAttention):
 
     @property
     def documents(self) -> tuple[int, ...]:
-        """The document lengths of this rank's batch, in order, on each rank with the batch; empty if it stands in."""
+        """The document lengths of this rank's batch, in order; empty if the rank has only padding."""
         lengths, numbers = self.planner.lay_out(self.key.documents)[1].lengths, self.block.documents
         return () if self.stands_in else tuple(lengths[numbers.start : numbers.stop])
 
@@ -328,7 +329,7 @@ class LocalBatch(BatchAttention):
         return padding if x is not None and len(x) == tokens + padding else 0
 
     def _states_in(self, states_M: Tensor | None) -> Tensor | None:
-        """Pad states of this batch's documents to all documents on the axis; this rank does not read the added ones."""
+        """Pad states of this batch's documents to all documents on the axis; this rank does not read the padding states."""
         if states_M is None:
             return None
         if not isinstance(states_M, Tensor) or not states_M.dim() or len(states_M) != len(self.documents):
@@ -374,8 +375,8 @@ class LocalBatch(BatchAttention):
     def executable(self, shape: AttentionShape, device: torch.device) -> Executable:
         """Return this batch's executable for a shape.
 
-        A shape that an earlier batch had was planned and agreed on ahead of time. A shape new to the run is planned now, and all
-        ranks that share attention compare their plans once.
+        A shape used by an earlier batch has been planned and agreed on ahead of time. A shape new to the run is planned
+        now, and all ranks that share attention compare their plans once.
         """
         asked = shape, device
         if asked not in self._executables:
@@ -397,7 +398,7 @@ class LocalBatch(BatchAttention):
         return self._executables[asked]
 
     def plan_ahead(self, shapes: Sequence[tuple[AttentionShape, torch.device]]) -> list[AwaitedResult[Planned]]:
-        """Return a future of the plan for each shape. The caller, the planning thread, must set their results."""
+        """Return a future of the plan for each shape. The caller, the planning thread, must set the futures' results."""
         self._ahead = {key: AwaitedResult(threading.get_ident()) for key in shapes}
         return list(self._ahead.values())
 
@@ -411,7 +412,7 @@ class LocalBatch(BatchAttention):
 
 
 class RelaidBatch(LocalBatch):
-    """A batch whose rows are in another layout. The original batch makes and caches its plans."""
+    """A batch whose rows are in another layout. The original batch creates and caches the plans."""
 
     def __init__(self, batch: LocalBatch, layout: str):
         """Create a version of `batch` whose rows are in the layout named `layout`."""

@@ -130,7 +130,7 @@ class PackedBatch(NamedTuple):
         return self.ids_N, self.labels_N
 
     def read_ahead(self, layout: Layout, rank: int) -> None:
-        """Return at once: the batch is in memory."""
+        """Return immediately, since the batch is already in memory."""
 
     def local_shard(self, layout: Layout, rank: int, pad_to: int = 1) -> dict[str, Tensor]:
         """Return a rank's `input_ids`, `labels` and `position_ids` (1, T), padded to a positive multiple of `pad_to`."""
@@ -142,7 +142,7 @@ class PackedBatch(NamedTuple):
 def micro_batches_of(step: Any) -> list[Batch] | None:
     """Return the micro-batches of a loader's step; None after the last step.
 
-    step: a mapping that `ContextParallel.shard` accepts, or a list of such mappings and batches.
+    step: a mapping that `ContextParallel.shard` accepts, or a list whose entries are such mappings or `Batch` objects.
     """
     if step is None:
         return None
@@ -153,7 +153,7 @@ def micro_batches_of(step: Any) -> list[Batch] | None:
 
 
 def local_tensors(ids: Tensor, labels: Tensor, layout: Layout, tokens: Ints, pad_to: int) -> dict[str, Tensor]:
-    """Return `input_ids`, `labels` and `position_ids` (1, T) of tokens of a layout, padded to a multiple of `pad_to`.
+    """Return `input_ids`, `labels` and `position_ids` (1, T) for tokens of a layout, padded to a multiple of `pad_to`.
 
     ids, labels: (T,), for these tokens.
     """

@@ -35,20 +35,20 @@ from distattn.parallel.runtime.communication.transport import Transport
 if TYPE_CHECKING:
     from distattn.batch.local_batch import LocalBatch
 
-# steps in which ranks compare their trials again, so shapes with an unusable kernel are not planned ahead
+# in these steps, shapes with an unusable kernel are not planned ahead, so that ranks compare their trials again
 _COMPARED_AT = (8, 64)
-# convolutions and token shifts receive few tokens, which are kept for the backward pass
+# the strategy of convolutions and token shifts: they receive few tokens, so these are kept for the backward pass
 _GATHERED = LayerOverride("allgather", "keep")
 
 
 class AttentionShape(NamedTuple):
     """The properties of one layer that its plan and kernel depend on, besides the batch.
 
-    heads, kv_heads: for a recurrence, the value heads, and the query and key heads. window: for attention, each token sees
-    the last `window` tokens, including itself. override: how to plan this layer, if not like the others. modifiers: changes to
-    its scores ("softcap", "alibi_slopes"), which some kernels do not support. layout: the name of the layout of this layer's
-    rows, if not the batch's. taps: the length of a convolution's filters. shift_distance: the distance of a token shift, from the
-    token read to the token that reads it.
+    heads, kv_heads: for a recurrence, the value heads, and the query and key heads. window: for attention, each token
+    sees the last `window` tokens, including itself. override: how to plan this layer, if it differs from the others.
+    modifiers: changes to its scores ("softcap", "alibi_slopes"), which some kernels do not support. layout: the name of
+    the layout of this layer's rows, if not the batch's. taps: the length of a convolution's filters. shift_distance:
+    the distance of a token shift, from the token read to the token that reads it.
     """
 
     heads: int
@@ -104,13 +104,16 @@ class PlanningRanks(Protocol):
         """Prepare for planning a batch for a shape new to the run. All ranks call this."""
 
     def agree(self, make: Callable[[], Planned]) -> Planned:
-        """Make a plan for a shape new to the run with `make`, and compare it with the other ranks' plans.
+        """Create a plan for a shape new to the run by calling `make`, and compare it with the other ranks' plans.
 
         A collective call. If one rank's plan differs or is refused, all raise DistattnError.
         """
 
     def gather(self, value: Any, activity: str) -> list[Any]:
-        """Gather a value from every rank; return them by rank. A collective call. activity: describes the call in errors."""
+        """Gather a value from every rank; return the values in rank order. A collective call.
+
+        activity: describes the call in errors.
+        """
         ...
 
     def observer(self, batch: LocalBatch, plan: Plan, shape: AttentionShape) -> PassObserver | None:
@@ -139,9 +142,9 @@ class Planner:
         self.lay_out = lru_cache(maxsize=8)(lay_out)
         self.plan = lru_cache(maxsize=8)(self._plan)
         self._shapes: dict[tuple[AttentionShape, torch.device], None] = {}
-        # correct kernels, fastest first, by the key of their trials
+        # correct kernels, fastest first, keyed like their trials
         self._ranked: dict[tuple[AttentionShape, str], list[str]] = {}
-        # how often all ranks have compared their trials, by the key of the trials
+        # how often all ranks have compared their trials, keyed like the trials
         self._comparisons: Counter[tuple[AttentionShape, str]] = Counter()
         self._lock = threading.Lock()
 
@@ -164,7 +167,7 @@ class Planner:
     def planned(self, batch: BatchKey, shape: AttentionShape, device: torch.device, proven: bool) -> Planned:
         """Plan a batch, prove the plan if `proven`, and lower it to this rank's program. May be called on any thread."""
         config, plan = self.config, self.plan_of(batch, shape)
-        # the configured kernel is an attention kernel
+        # the configured kernel applies only to attention
         kernel = config.kernel if shape.op.is_softmax else None
         if shape.op.kind == "latent_attention" and kernel in (None, AUTO):
             kernel = latent_kernel(plan.call, device)
@@ -185,7 +188,7 @@ class Planner:
         memory may succeed by then. Raise DistattnError on all ranks if no kernel is correct.
         """
         trial = self._trial_of(shape, device)
-        # the configured kernel is an attention kernel
+        # the configured kernel applies only to attention
         is_asked_for = shape.op == ATTENTION and self.config.kernel not in (None, AUTO)
         if is_asked_for or not may_choose_kernel(shape.op):
             return

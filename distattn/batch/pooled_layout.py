@@ -16,7 +16,7 @@ Documents = tuple[tuple[int, ...], ...]
 
 
 class BatchBlock(NamedTuple):
-    """A block of ranks that hold the same batch, and the numbers of the batch's documents on the axis."""
+    """A block of ranks that hold the same batch, and the indices of the batch's documents on the axis."""
 
     ranks: range
     documents: range
@@ -52,7 +52,7 @@ class BlockLayouts:
         )
 
     def block_of(self, rank: int, documents: Documents) -> BatchBlock:
-        """Return a rank's block; it has no documents if the rank comes after the last block."""
+        """Return a rank's block. A rank after the last block gets a block without documents."""
         number = rank // self.block_ranks
         ranks, first = number * self.block_ranks, sum(map(len, documents[:number]))
         num_documents = sum(map(len, documents[number : number + 1]))

@@ -24,8 +24,8 @@ from distattn.parallel.span_layout import SPAN_LAYOUT, relayout_is_faster, relay
 class RecurrentSpan:
     """A span of recurrent layers, whose rows `enter` moves to its layout and `leave` moves back.
 
-    Its layers take `batch` in place of the model's batch. Code between the two calls that works token by token (norms,
-    projections, MLPs) needs no change. Positions are not moved, because recurrent layers do not use them.
+    Pass the span's `batch` to its layers instead of the model's batch. Code between the two calls that works token by token
+    (norms, projections, MLPs) needs no change. Positions are not moved, because recurrent layers do not use them.
 
         span = da.recurrent_span(batch, "gated_delta_rule", layers=3, width=4096, heads=32, head_dim=128)
         x = span.enter(x)
@@ -35,7 +35,7 @@ class RecurrentSpan:
     """
 
     def __init__(self, batch: LocalBatch, layout: str | None):
-        """Create a span over `batch`. layout: the name of its layout; None if rows stay."""
+        """Create a span over `batch`. layout: the name of its layout; None if rows stay in place."""
         self.batch = batch if layout is None else RelaidBatch(batch, layout)
         self._model, self._layout, self.is_relaid = batch, layout, layout is not None
 
@@ -79,11 +79,11 @@ def recurrent_span(
 ) -> RecurrentSpan:
     """Return a span of `layers` consecutive recurrent layers. Rows move to contiguous slices if that is faster in simulation.
 
-    width: channels of the hidden states that would move. heads: value heads. kv_heads: query and key heads, by default the same
-    number. Rows stay if no cluster is described, because times are unknown in that case, or if a rank has no tokens. All ranks
-    make the same choice, once per batch: they compare two plans of such a layer, one in each layout, unless moving tokens takes
-    longer than it could save. device: the rows' device. If given, plans for later batches are made ahead on the planning
-    thread, and a call with new arguments is collective.
+    width: channels of the hidden states that would move. heads: value heads. kv_heads: query and key heads, by default
+    the same number. Rows stay in place if no cluster is described, because times are unknown in that case, or if a rank
+    has no tokens. All ranks make the same choice, once per batch: they compare two plans of such a layer, one in each
+    layout, unless moving tokens takes longer than it could save. device: the rows' device. If given, plans for later
+    batches are made ahead on the planning thread, and a call with new arguments is collective.
     """
     cluster, op = batch.planner.config.cluster, op_of(op)
     if not isinstance(cluster, ClusterSpec) or isinstance(batch, RelaidBatch):

@@ -30,12 +30,12 @@ _CHECKPOINT = re.compile(r"step-(\d{8,})")
 _UNFINISHED = re.compile(r"step-\d{8,}\.tmp-([0-9a-f]{8}-\d+-\d+)-[0-9a-f]+")
 _OUTDATED = re.compile(r"step-\d{8,}\.removed-[0-9a-f]+")
 _REPLACED = re.compile(r"(step-\d{8,})\.replaced-[0-9a-f]+")
-# where a run keeps its checkpoints
+# the folder within a run's folder that holds its checkpoints
 _IN_RUN = "checkpoints"
 
 
 class CheckpointProblem(NamedTuple):
-    """A fault in a checkpoint. offset: the first affected byte of the file, None for the whole file. text: a sentence."""
+    """A fault in a checkpoint. offset: the first affected byte of the file, None for the entire file. text: a sentence."""
 
     file: str
     offset: int | None
@@ -227,7 +227,7 @@ def find_checkpoints(path: Path) -> list[Checkpoint]:
     if single:
         return single
     if (path / MANIFEST_FILE).exists():
-        # the path may be a copy of a checkpoint under another name
+        # the path may be a copy of a checkpoint under a different name
         manifest = Manifest.read(path)
         return [Checkpoint(manifest.step, path, manifest, "", CheckpointVerdict.read(path))]
     raise DistattnError(f"{path}: has no checkpoints; name a run, a folder of checkpoints, or a checkpoint.")
@@ -253,7 +253,7 @@ def verify_checkpoint(folder: Path, report: Callable[[int], None] = lambda _: No
         return [CheckpointProblem("manifest.json", None, str(error))]
     problems = list(problems_of(folder, manifest, report=report))
     if not problems:
-        # digests do not show who wrote the folder, so check the pickles, too
+        # digests do not show who wrote the folder, so check the pickles as well
         try:
             problems += [CheckpointProblem(*pickle) for pickle in foreign_pickles(folder)]
         except OSError as error:

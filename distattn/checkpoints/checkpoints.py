@@ -46,7 +46,7 @@ from distattn.checkpoints.verdicts import REFUSED, CheckpointVerdict
 from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError
 from distattn.supervision.heartbeats import activity, awaiting_thread, thread_activity
 
-# seconds of waiting for an earlier save that trigger a warning
+# warn if waiting for an earlier save takes longer than this many seconds
 _LONG_WAIT = 1.0
 # a rank that is writing a checkpoint counts as hung after this many seconds without a write
 _WRITE_SECONDS = 120.0
@@ -99,7 +99,7 @@ class _Written(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    """A checkpoint for all ranks to verify. passed_over: why newer or unreadable ones are not used. doubt: see `Loaded`."""
+    """A checkpoint for all ranks to verify. passed_over: why newer or unreadable ones were skipped. doubt: see `Loaded`."""
 
     folder: Path
     manifest: Manifest
@@ -111,8 +111,9 @@ class Checkpoints:
     """The checkpoints of a run. All ranks of a group create, use and close this object together, each from one thread.
 
     folder: the same on all ranks, on a shared file system; the first save creates it. group: the ranks that save, with any
-    backend; None for one process. facts: digests and other texts, by name, for every manifest. keep: the rule that decides which
-    checkpoints stay. warn: called on rank 0, also by the writer thread, with a sentence about a failure that the run survives.
+    backend; None for one process. facts: digests and other strings, by name, for every manifest. keep: the rule that decides
+    which checkpoints stay. warn: called on rank 0, also by the writer thread, with a sentence about a failure that the run
+    survives.
 
     Creating this object removes the unfinished folders of dead writers.
     """
@@ -130,7 +131,7 @@ class Checkpoints:
         self._exchange = RankExchange(group)
         self._is_root = self._exchange.rank == 0
         self._buffers = HostBuffers()
-        # for the last save begun: the state's signature, and this rank's plan
+        # for the most recently started save: the state's signature, and this rank's plan
         self._signature: tuple[Any, ...] | None = None
         self._plan: SavePlan | None = None
         # on rank 0, for the same save: all ranks' plans, and DCP's metadata
@@ -167,10 +168,10 @@ class Checkpoints:
     ) -> None:
         """Save the state after `step` training steps on a background thread. Collective: all ranks must save the same steps.
 
-        state: nested dictionaries of tensors, DTensors and plain values, as `dcp.save` takes them, or a function that builds them
-        (`HostBuffers.build_state`). This returns once the tensors are copied to host memory. With `overlap` it returns at once,
-        and no tensor may change before `wait_staged` has returned. torch.optim's optimizers call that before each step; any other
-        code that changes the state must call it first. facts: additional facts for this save. verdict: an early verdict on it.
+        state: nested dictionaries of tensors, DTensors and plain values, as `dcp.save` takes them, or a function that builds
+        them (`HostBuffers.build_state`). This returns once the tensors are copied to host memory. With `overlap` it returns
+        immediately, and no tensor may change until `wait_staged` returns. torch.optim's optimizers call that before each step;
+        other code that changes the state must do so first. facts: additional facts for this save. verdict: an early verdict.
 
         If an earlier save is still running, wait for it and warn: skipping this save would require all ranks to agree at every
         save, and a second copy of the state would take as much memory again. A full or unwritable disk causes one warning, and
@@ -187,7 +188,7 @@ class Checkpoints:
             self._step_hook = register_optimizer_step_pre_hook(lambda *_: self.wait_staged())
 
     def move_to(self, folder: Path) -> None:
-        """Use another folder from the next save on. Rank 0's folder counts for all ranks."""
+        """Use a different folder, starting with the next save. All ranks use the folder that rank 0 names."""
         self._folder = folder
 
     def wait_staged(self) -> None:
@@ -232,7 +233,7 @@ class Checkpoints:
     def load_newest(self, state: dict[str, Any], *, required: Mapping[str, str] | None = None) -> Loaded | None:
         """Load the newest undamaged checkpoint into `state`, in place as `dcp.load` does. Collective.
 
-        Doubtful checkpoints are tried last. A warning says so if that passes over a newer one, or if a doubtful one is loaded.
+        Doubtful checkpoints are tried last. If that passes over a newer one, or if a doubtful one is loaded, a warning says so.
         Each rank reads a share of the checkpoint's blocks and compares their digests before any pickle is read. A damaged
         checkpoint is passed over, with one warning that names the damage. If the newest one is undamaged, checkpoints that the
         rule does not keep are removed. required: facts that the checkpoint must have. The number of ranks and the sharding of
@@ -253,7 +254,7 @@ class Checkpoints:
                 self._failed_steps.discard(candidate.manifest.step)
                 folder, doubt = candidate.folder, candidate.doubt
                 if not passed and self._is_root:
-                    # a job killed right after its last save did not remove them
+                    # remove what an earlier job did not: it may have been killed right after its last save
                     self._remove_old()
                 if (passed or doubt) and self._is_root:
                     how = f"anyway: it is in doubt, but no other can be loaded ({doubt})" if doubt else "instead"
@@ -353,7 +354,7 @@ class Checkpoints:
             if isinstance(save, _Note):
                 self._do_note(save)
                 continue
-            # `_commit` removes the step again
+            # count the step as failed until `_commit` has succeeded
             self._failed_steps.add(save.step)
             try:
                 with thread_activity(f"writing {checkpoint_name(save.step)}"):

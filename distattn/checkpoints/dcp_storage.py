@@ -131,8 +131,8 @@ def file_writer(folder: Path) -> tuple[FileSystemWriter, DigestingFileSystem]:
 def read_state(folder: Path, files: Iterable[FileDigests], state: dict[str, Any]) -> None:
     """Read this rank's part of a checkpoint into `state`, in place, as `dcp.load` does. Not collective.
 
-    Raises DamagedDataError if a file is not as written, OSError if one cannot be read, and DistattnError if the state has another
-    shape. Tensors read before the error keep their new values.
+    Raises DamagedDataError if a file is not as written, OSError if one cannot be read, and DistattnError if the state's shapes
+    differ. Tensors read before the error keep their new values.
     """
     reader, planner = CheckpointReader(folder), PlainLoadPlanner()
     reader.fs = CheckedFileSystem(files)

@@ -12,7 +12,7 @@ from distattn.checkpoints.manifest import BLOCK_BYTES, FileDigests
 from distattn.ir.errors import DamagedDataError
 from distattn.supervision.heartbeats import repeat_heartbeat
 
-# small writes are buffered up to this size; larger ones go to the operating system at once
+# small writes are buffered up to this size; larger ones go to the operating system directly
 _BUFFER_BYTES = 1 << 20
 
 

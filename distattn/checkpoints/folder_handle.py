@@ -9,7 +9,7 @@ from distattn.ir.errors import DistattnError
 
 
 class FolderHandle:
-    """A folder that this process keeps open and recognises under another name. Use it as a context manager, or close it."""
+    """A folder that this process keeps open, so it is recognised after a rename. Use as a context manager, or close it."""
 
     def __init__(self, path: Path):
         """Open the folder. Raises OSError on failure."""
@@ -23,7 +23,7 @@ class FolderHandle:
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError:
-            # a server that does not answer says nothing about the folder
+            # a server that does not answer is no evidence that the folder was moved
             return True
 
     def where(self) -> Path | None:

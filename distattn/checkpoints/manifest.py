@@ -18,7 +18,7 @@ import xxhash
 from distattn.ir.errors import DamagedDataError
 
 MANIFEST_FILE = "manifest.json"
-# errors name the bytes of the damaged block; with this block size, the manifest of a 1 TB checkpoint has 9 MB
+# errors name the bytes of the damaged block; with this block size, the manifest of a 1 TB checkpoint takes 9 MB
 BLOCK_BYTES = 1 << 22
 FORMAT_VERSION = 1
 
@@ -36,13 +36,13 @@ class FileDigests(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """The facts of a checkpoint.
+    """The record of what a checkpoint contains.
 
-    serial: the number of the save in its folder; unlike the step, it also increases when a run goes back. step: training steps
-    done. saved_at: ISO 8601, UTC; only for people, since clocks jump. world_size: the number of ranks that saved. torch: its
-    version. facts: digests and other texts, by name, that identify the run's configuration, plan and corpora. files: all files
-    except the manifest. seconds: how long jobs have used the folder so far, by a monotonic clock; None in manifests of earlier
-    versions.
+    serial: the save's index in its folder; unlike the step, it also increases after a run returns to an earlier step. step:
+    training steps done. saved_at: ISO 8601, UTC; only for human readers, since clocks jump. world_size: the number of ranks
+    that saved. torch: PyTorch's version. facts: digests and other strings, keyed by name, that identify the run's
+    configuration, plan and corpora. files: all files except the manifest. seconds: how long jobs have used the folder so far,
+    measured with a monotonic clock; None in manifests written by earlier versions.
     """
 
     serial: int
@@ -100,6 +100,6 @@ class Manifest:
 
 
 def _own_digest(content: Mapping[str, Any]) -> str:
-    """Return the xxh3-128 digest of the content, without its digest field, as JSON with sorted keys and no blanks."""
+    """Return the xxh3-128 digest of the content, without its digest field, as JSON with sorted keys and no whitespace."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return str(xxhash.xxh3_128_hexdigest(text.encode()))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import xxhash
 
-# the environment variable with the name of a launcher's job; only the processes of the job's attempts have it
+# the environment variable that holds the name of a launcher's job; it is set only in the processes of the job's attempts
 JOB_VARIABLE = "DISTATTN_JOB"
 
 
@@ -38,7 +38,7 @@ class Owner:
 
     @classmethod
     def of_this_process(cls) -> Owner:
-        """Return this process as an owner whose ownership begins now."""
+        """Return this process as an owner whose ownership starts now."""
         since = datetime.now(UTC).isoformat(timespec="seconds")
         job = os.environ.get(JOB_VARIABLE) or os.environ.get("SLURM_JOB_ID", "")
         pid = os.getpid()

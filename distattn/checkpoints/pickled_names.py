@@ -34,7 +34,7 @@ METADATA = _OF_TORCH | {
     ("builtins", "getattr"),
     (f"{_DCP}.filesystem", "_StorageInfo"),
     ("collections", "OrderedDict"),
-    # the class of the folder's path, which Python 3.13 has moved
+    # the class of the folder's path, which Python 3.13 moved to a different module
     *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),
 }
 _STORAGES = ("Bool", "Byte", "Char", "Short", "Int", "Long", "BFloat16", "Half", "Float", "Double")
@@ -102,7 +102,7 @@ def foreign_pickles(folder: Path) -> Iterator[ForeignPickle]:
 
 
 class _Item(NamedTuple):
-    """The place of a tensor or a value: its file, and its byte range in the file."""
+    """The location of a tensor or a value: its file, and its byte range in the file."""
 
     file: str
     offset: int
@@ -117,9 +117,12 @@ def _place(info: Any) -> tuple[str, int, int]:
 
 
 def check_value(path: Path, part: Any) -> None:
-    """Raise DamagedDataError if a part written by `torch.save` contains names outside `VALUES`. part: a file at its start.
+    """Raise DamagedDataError if a part written by `torch.save` contains names outside `VALUES`.
 
-    `torch.load(weights_only=True)` alone is not enough, since other packages, such as Megatron-core, add names to its list.
+    part: a file positioned at its start.
+
+    `torch.load(weights_only=True)` alone is not enough, since other packages, such as Megatron-core, add names to PyTorch's
+    allowlist.
     """
     try:
         with zipfile.ZipFile(part) as archive:
@@ -190,7 +193,7 @@ class _InertUnpickler(_ListedUnpickler):
         return _Inert
 
     def persistent_load(self, pid: Any) -> Any:
-        """Return None, since the tensors' elements are elsewhere."""
+        """Return None, since the tensors' elements are stored elsewhere."""
 
 
 def load_metadata(file: Any, path: Path) -> Any:

@@ -15,7 +15,7 @@ from distattn.checkpoints.rank_sockets import RankConnection, connect_to_root
 from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError
 from distattn.supervision.heartbeats import thread_activity
 
-# seconds that a rank may take longer than others to write its part; a rank that has ended is noticed at once
+# seconds that a rank may take longer than others to write its part; a rank that has ended is noticed immediately
 _SLOWEST_SECONDS = 1800.0
 Result = TypeVar("Result")
 
@@ -90,7 +90,7 @@ class RankExchange:
         return answer.value
 
     def close(self) -> None:
-        """Close the connections. Ranks that wait for this one notice it."""
+        """Close the connections. Ranks that are waiting for this rank notice it."""
         for connection in self._connections.values():
             connection.close()
         self._connections = {}
@@ -125,7 +125,8 @@ class RankExchange:
             try:
                 self._connections[rank].send(_Answer(answers[rank], failure))
             except OSError:
-                # that rank is lost; if it ended only after its part was done, the next exchange raises
+                # continue without the lost rank: it may have ended after doing its part, and the next exchange raises in any
+                # case
                 continue
         return _Answer(answers[0], failure)
 

@@ -34,7 +34,7 @@ from distattn.parallel.runtime.communication.network_interfaces import LOOPBACK,
 _KEY_BYTES, _RANK_BYTES, _DIGEST_BYTES = 32, 4, 32
 # seconds for connecting to rank 0 and exchanging proofs
 _CONNECT_SECONDS = 10.0
-# a lost machine is noticed by its silence: first probe after 60 s, then every 15 s, given up after two minutes
+# detect a lost machine by probes: the first after 60 s of silence, then one every 15 s; give up after two minutes
 _KEEPALIVE = {
     socket.TCP_KEEPIDLE: 60,
     socket.TCP_KEEPINTVL: 15,
@@ -46,10 +46,10 @@ _OPENED: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 class RankConnection:
-    """A connection for picklable values between two ranks that know a key. A value with a wrong digest is never unpickled.
+    """A connection for picklable values between two ranks that share a key. A value with a wrong digest is never unpickled.
 
-    rank, other: this rank and the other one in the group. They are part of the digests, so that a message cannot be replayed in
-    the other direction.
+    rank, other: this rank's number in the group, and the other rank's. They are part of the digests, so that a message cannot
+    be replayed in the other direction.
     """
 
     def __init__(self, connection: Connection, key: bytes, rank: int, other: int):
@@ -116,7 +116,7 @@ def _shared_key(group: dist.ProcessGroup, timeout: timedelta) -> bytes:
 
 
 def _accept_all(store: dist.Store, here: bool, key: bytes, ranks: int, timeout: timedelta) -> dict[int, RankConnection]:
-    """Accept the connections of all other ranks. here: whether all ranks are on this machine."""
+    """Accept the connections of all other ranks. here: True if all ranks are on this machine."""
     deadline = time.monotonic() + timeout.total_seconds()
     connections: dict[int, RankConnection] = {}
     try:

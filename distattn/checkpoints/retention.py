@@ -18,7 +18,7 @@ class KeepRule:
     `CheckpointVerdict`) do not count, so they never displace others; they stay while they are among the newest. The newest good
     checkpoint stays until one of the `last` newest is good. Checkpoints marked as kept stay.
 
-    last: at least 1. Raises DistattnError if a number is too small.
+    last: at least 1. Raises DistattnError if either setting is too small.
     """
 
     last: int = 3
@@ -33,8 +33,9 @@ class KeepRule:
     def removable(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
         """Return the checkpoints that need not be kept. checkpoints: in the order in which they were saved.
 
-        Return [] unless one of the `last` newest has a valid manifest and files of the right sizes, so that the only good one
-        stays. A checkpoint without a valid manifest is never removed, since a user may want to examine it.
+        Return [] unless one of the `last` newest has a valid manifest and files of the right sizes, so that the only good
+        checkpoint is never removed. A checkpoint without a valid manifest is never removed, since a user may want to examine
+        it.
         """
         with_manifest = [checkpoint for checkpoint in checkpoints if checkpoint.manifest is not None]
         counted = [checkpoint for checkpoint in with_manifest if not checkpoint.verdict.is_doubtful]
@@ -62,7 +63,7 @@ class KeepRule:
             assert checkpoint.manifest is not None
             seconds = checkpoint.manifest.seconds
             if seconds is None:
-                # versions that did not record seconds kept these by a rule of their own
+                # these are from earlier versions, which did not record seconds and kept checkpoints by a different rule
                 kept.append(checkpoint)
             elif seconds >= next_seconds:
                 kept.append(checkpoint)

@@ -25,10 +25,11 @@ LEASE_SECONDS, RENEWAL_SECONDS = 120.0, 15.0
 _ENDING_SECONDS = 30.0
 # seconds that a new owner may take to write its name
 _NAMING_SECONDS = 3.0
-# the errors of a full disk, which may have room again later
+# the errors of a full disk, on which space may become free later
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
-# the folders that this process has locked, by role, device and inode; fcntl locks of one process do not exclude each other
+# the folders that this process has locked, keyed by role, device and inode; fcntl locks of one process do not exclude each
+# other
 _HELD: set[tuple[str, int, int]] = set()
 _HELD_MUTEX = threading.Lock()
 
@@ -56,8 +57,8 @@ class RunLock:
     On one machine, the lock is a record lock (fcntl). It ends with its process and, unlike flock, is not inherited by forked
     children. For other machines, which may not see that lock, the owner's file is a lease: the owner renews it every
     RENEWAL_SECONDS, and it expires LEASE_SECONDS after the last renewal. In the role OWNER, an attempt of the same job
-    (`Owner.job`) takes over at once, since the launcher ends one attempt before it starts the next. A launcher never takes over
-    from another, since all commands typed in one Slurm allocation have the same job.
+    (`Owner.job`) takes over immediately, since the launcher ends one attempt before it starts the next. A launcher never takes
+    over from another, since all commands typed in one Slurm allocation have the same job.
 
     On a full disk, the owner's name is written once there is room. Until then, only processes on this machine see the lock.
     """
@@ -174,8 +175,8 @@ class RunLock:
     def _wait_for_end_of_lease(self, owner: Owner) -> None:
         """Wait until an owner on another machine is known to be dead. Raises DistattnError if it may be alive, or OSError.
 
-        After a clock jump, a lease may seem to have expired or to begin in the future. So a lease counts as expired only if it is
-        not renewed for twice RENEWAL_SECONDS by this process's monotonic clock.
+        After a clock jump, a lease may seem to have expired or to start in the future. So a lease counts as expired only if it
+        is not renewed for twice RENEWAL_SECONDS by this process's monotonic clock.
         """
         age = file_age(self._file)
         if 0 <= age < LEASE_SECONDS:

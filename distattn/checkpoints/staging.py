@@ -18,7 +18,7 @@ from distattn.ir.errors import DistattnError
 from distattn.kernels.devices import has_streams
 from distattn.memory import pinned_memory
 
-# the number of `HostBuffers.keep` tensors whose copies may be in flight
+# the maximum number of copies by `HostBuffers.keep` in flight
 _IN_FLIGHT = 2
 # immutable types, whose values need no copy
 _PLAIN = (int, float, complex, bool, str, bytes, type(None))
@@ -36,7 +36,7 @@ class HostBuffers:
         self._leaving: deque[tuple[torch.Tensor, Any]] = deque()
 
     def keep(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Copy a tensor into its buffer and return the buffer. The caller may drop the tensor at once.
+        """Copy a tensor into its buffer and return the buffer. The caller may drop the tensor immediately.
 
         On a GPU, the copy overlaps with other work on the device. At most two tensors are kept alive for it; with a third, the
         current stream waits for the oldest copy. Call `finish_kept` after the last tensor.

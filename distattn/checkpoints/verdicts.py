@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 VERDICT_FILE = "verdict.json"
-# respectively: the first step with these weights was applied, it was refused, or a person chose an older checkpoint
+# GOOD: the first step with these weights was applied; REFUSED: that step was refused; SET_ASIDE: a person chose an older
+# checkpoint
 GOOD, REFUSED, SET_ASIDE = "good", "refused", "set aside"
 UNTESTED = "untested"
 

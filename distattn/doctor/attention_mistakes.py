@@ -169,7 +169,7 @@ def _mask_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_V
     allowed_NN = visible_keys(call)
     size = len(allowed_NN)
     document_NN = allowed_NN | allowed_NN.t()
-    # merge overlapping windows into whole documents
+    # merge overlapping windows into entire documents
     for _ in range(2):
         document_NN = (document_NN.float() @ document_NN.float()) > 0 if call.options.get("window") else document_NN
     causal_NN = torch.ones(size, size, dtype=torch.bool).tril()
@@ -197,7 +197,7 @@ def _mask_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_V
         lost_NN[:, rank_tokens] = False
         observed = f"does not see the keys of rank {rank}"
         yield masked("keys of a rank missing", observed, lost_NN)
-        # the other ranks miss these keys, but the rank itself sees them
+        # a second variant: only the other ranks miss these keys
         kept_NN = lost_NN.clone()
         kept_NN[rank_tokens] = allowed_NN[rank_tokens]
         yield masked("keys of a rank missing", observed, kept_NN)

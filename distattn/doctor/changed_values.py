@@ -57,7 +57,7 @@ def coarser_dtype(expected_T: Tensor, got_T: Tensor) -> torch.dtype | None:
 
 
 def best_factor(expected: Tensor, got: Tensor) -> float:
-    """Compute the factor that brings the expected values closest to the rank's values."""
+    """Compute the factor that scales the expected values to fit the rank's values best."""
     return float((expected.double() * got.double()).sum() / expected.double().square().sum().clamp(min=1e-30))
 
 
@@ -110,7 +110,7 @@ def _dropped(expected_TC: Tensor, got_TC: Tensor) -> Change | None:
 
 
 def _moved(expected_TC: Tensor, got_TC: Tensor, bound: float) -> Change | None:
-    """Describe values that belong to another token of the same rank, and tokens or features in another order."""
+    """Describe values that belong to another token of the same rank, and tokens or features in a different order."""
     tokens, features = expected_TC.shape
     for step in _NEIGHBOURS:
         if tokens > abs(step) + 1:

@@ -20,7 +20,7 @@ _SEGMENTS = 4
 
 
 class Finding(NamedTuple):
-    """A mistake. cause: its short name. observed: the observation that shows it. remedy: how to fix it."""
+    """A mistake found. cause: the mistake's short name. observed: the evidence for the mistake. remedy: how to fix it."""
 
     cause: str
     observed: str
@@ -30,9 +30,9 @@ class Finding(NamedTuple):
 class Diagnosis(NamedTuple):
     """The doctor's result.
 
-    measured: numbers by name. first_difference: the name of the first module that differs. findings: the most likely cause
-    first. where: text that gives the place, ranks and tokens of the first difference. not_repeated: why the ranks' steps could
-    not be repeated module by module in one process; empty if they could.
+    measured: measurements, keyed by name. first_difference: the name of the first module that differs. findings: the most
+    likely cause first. where: a description of the place, ranks and tokens of the first difference. not_repeated: why the
+    ranks' steps could not be repeated module by module in one process; empty if they could.
     """
 
     measured: dict[str, float]
@@ -76,7 +76,7 @@ def name_ranks(ranks: Sequence[int]) -> str:
 
 
 def name_tokens(tokens: Sequence[int]) -> str:
-    """Format token numbers as ranges, listing only the first few: "token 7", "tokens 3 to 20, 41 and 60 to 72"."""
+    """Format token indices as ranges, listing only the first few: "token 7", "tokens 3 to 20, 41 and 60 to 72"."""
     segments: list[list[int]] = []
     for token in sorted(tokens):
         if segments and token == segments[-1][1] + 1:

@@ -104,7 +104,7 @@ def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
     finding = _with_refusal(finding or check_state(ranks), ranks)
     if finding is not None:
         return Diagnosis(measured, None, [finding], backward.where)
-    # without a replay, only the whole model's logits were compared
+    # without a replay, only the final logits were compared
     hidden = tolerances.logits / norm if replay is None else replay.hidden(FORWARD)
     measured |= {"hidden": hidden, "hidden in gradients": backward.hidden(compared)}
     not_repeated = (emulation.failures or ["for an unknown reason"])[-1] if replay is None else backward.failure
@@ -208,7 +208,10 @@ def _errors_unsplit(
     ranks: Sequence[RankResult],
     tolerances: Tolerances,
 ) -> list[LocalError]:
-    """Return the first errors found when a single rank has all tokens. In fp32, return none: the logits would show them."""
+    """Return the first errors found when a single rank has all tokens.
+
+    In fp32, return an empty list, since the logits would show such errors.
+    """
     if not _is_coarse(ranks):
         return []
     whole = on_one_rank(reference, ranks)
@@ -323,8 +326,8 @@ def _explain_gradients_and_weights(
 ) -> Finding | None:
     """Find the mistake behind wrong gradients.
 
-    Gradients may be missing, not reduced, summed wrongly, or wrong before they are summed (explain_backward). Or tokens or the
-    router loss (explain_router) may have wrong weights.
+    Gradients may be missing, not reduced, summed wrongly, or wrong before they are summed (explain_backward). Alternatively,
+    tokens or the router loss (explain_router) may have wrong weights.
     """
     finding = explain_gradients(reference, ranks, compared)
     # unreduced gradients say nothing about weights
@@ -347,7 +350,7 @@ def _explain_gradients_and_weights(
 
 
 def _loss_ratio(reference: ReferenceResult, ranks: Sequence[RankResult]) -> float:
-    """Return the ranks' loss divided by the single-process loss. The ranks hold shares to sum, or each holds the whole loss."""
+    """Return the ranks' loss divided by the single-process loss. The ranks hold shares to sum, or each holds the full loss."""
     losses = torch.stack([torch.stack([part["loss"] for part in result["parts"]]).sum() for result in ranks])
     ratios = [float(losses.sum() / reference.loss), float(losses.mean() / reference.loss)]
     return min(ratios, key=lambda ratio: abs(ratio - 1))

@@ -338,7 +338,10 @@ def visible_keys(call: AttentionCall, window_change: int = 0) -> Tensor:
 def attend(
     q_MHD: Tensor, k_NKD: Tensor, v_NKE: Tensor, allowed_MN: Tensor, options: Mapping[str, Any], tiled: bool = False
 ) -> Tensor:
-    """Compute attention (M, H, E) of M queries to N keys. tiled: repeat key heads as 0, 1, 0, 1, which is a mistake."""
+    """Compute attention (M, H, E) of M queries to N keys.
+
+    tiled: emulate the mistake of repeating KV heads as 0, 1, 0, 1 instead of 0, 0, 1, 1.
+    """
     softcap, sink, scale = (options.get(name) for name in ("softcap", "sink", "scale"))
     # like kernels, round only the result
     wide = torch.promote_types(q_MHD.dtype, torch.float32)

@@ -39,13 +39,13 @@ class GradientComparison(NamedTuple):
         return _norm(self.ranks[0]) / max(_norm(self.expected), 1e-30)
 
     def factor_of(self, gradients: dict[str, Tensor]) -> float:
-        """Return the factor by which the expected gradients come closest to these."""
+        """Return the factor that scales the expected gradients to fit these best."""
         along = sum(float((gradients[name] * right).sum()) for name, right in self.expected.items())
         return along / max(_norm(self.expected) ** 2, 1e-30)
 
     def different(self, gradients: dict[str, Tensor], factor: float = 1.0) -> list[str]:
         """Return the parameters whose gradient is not the expected one times the factor."""
-        # the rounding error of a scaled gradient is scaled, too
+        # the rounding error of a scaled gradient is scaled as well
         slack = max(abs(factor), 1.0)
         return [
             name

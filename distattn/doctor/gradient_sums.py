@@ -131,7 +131,7 @@ class LocalGradients:
         return Finding("gradients clipped", observed, "clip after the doctor has asked for gradients(model)")
 
     def _factor(self, names: Sequence[str]) -> float:
-        """Return the factor by which the expected gradient comes closest to rank 0's."""
+        """Return the factor that scales the expected gradient to fit rank 0's best."""
         along = sum(float((self._ranks[0]["gradients"][name].double() * self._expected[name]).sum()) for name in names)
         return along / max(sum(float(self._expected[name].square().sum()) for name in names), 1e-30)
 

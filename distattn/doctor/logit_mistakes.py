@@ -134,7 +134,7 @@ def explain_logits(
             if ratio is not None and ratio <= 1:
                 explanations.append((ratio, hypothesis.finding))
         if explanations:
-            # choose the first of those that fit about as well as the best
+            # choose the first hypothesis that fits about as well as the best one
             best = min(ratio for ratio, _ in explanations)
             return next(finding for ratio, finding in explanations if ratio <= 2 * best + 1 / 16)
     return None

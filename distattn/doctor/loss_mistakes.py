@@ -18,8 +18,8 @@ from distattn.batch.packed_batch import IGNORE_INDEX
 from distattn.doctor.comparison import Finding, PartResult, RankResult, parts_of
 from distattn.doctor.reference import ReferenceResult
 
-# A token has no loss if its gradient is below this fraction of the usual one. A label fits if it leaves at most this fraction of
-# the gradient unexplained. The limit is loose because bf16 has only two digits.
+# A token has no loss if its gradient is below this fraction of the usual gradient. A label fits if it leaves at most this
+# fraction of the gradient unexplained. The limit is loose because bf16 has only two significant digits.
 _NO_LOSS = _FITS = 0.05
 # the largest relative difference at which the weights of a part's tokens count as equal
 _UNEQUAL = 0.05
@@ -233,7 +233,7 @@ def explain_weights(reference: ReferenceResult, losses: Sequence[PartLoss], scal
         return Finding("tokens weighted unequally", observed, _REMEDY)
     if are_unequal(counted):
         return _unequal_parts(counted, micro_batches)
-    # the weight relative to the right one
+    # the weight relative to the correct weight
     factor = counted[0].weight * labels / scale
     explanations = {
         "loss not divided": ((labels / scale, float(labels)), "sums are not divided by the number of tokens"),

@@ -65,7 +65,7 @@ def run_on_this_rank(target: Target) -> RankResult:
         result["buffers_after"] = {name: digest(buffer) for name, buffer in buffers_of(unwrapped(model)).items()}
     except DistattnError as refusal:
         result["refusal"], result["lost_peer"] = str(refusal), shows_lost_peer(refusal)
-    # report SystemExit, too: a script that calls sys.exit has not been examined
+    # also report SystemExit: a script that calls sys.exit has not been examined
     except (Exception, SystemExit) as error:
         result["failure"], result["lost_peer"] = target.describe_error(error), shows_lost_peer(error)
     result["at"] = time.time()

@@ -21,7 +21,7 @@ _SETTINGS = (bool, int, float, str, type(None))
 def recorded_outputs(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
     """Record the modules' output tensors, in execution order, while the context is open.
 
-    Keys are module names. A module's later calls are named "name (call 2)" and so on. Further tensors in a tuple are named
+    Keys are module names. A module's later calls are named "name (call 2)" and so on. Additional tensors in a tuple are named
     "name (output 2)" and so on.
     """
     seen: dict[str, Tensor] = {}
@@ -36,7 +36,7 @@ def recorded_outputs(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def recorded_inputs(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Record the first argument of modules without children while the context is open, named as in `recorded_outputs`."""
+    """Record the first argument of modules without children while the context is open. Keys: see `recorded_outputs`."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str, values: Tensor) -> None:
@@ -48,7 +48,7 @@ def recorded_inputs(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def recorded_output_gradients(model: torch.nn.Module) -> Iterator[dict[str, Tensor | None]]:
-    """Record the gradients of the outputs that modules compute while the context is open. The backward pass may come later.
+    """Record the gradients of the outputs that modules compute while the context is open. The backward pass may run later.
 
     Names are as in `recorded_outputs`. A gradient that never arrives stays None. A tensor that a module passes on unchanged is
     recorded only for the module that created it.
@@ -93,7 +93,7 @@ def recorded_parameter_gradients(model: torch.nn.Module) -> Iterator[dict[str, T
 
 @contextmanager
 def recorded_weights(model: torch.nn.Module) -> Iterator[dict[str, str]]:
-    """Record a digest of each parameter at its module's first call, by name, while the context is open."""
+    """Record a digest of each parameter, keyed by name, at its module's first call while the context is open."""
     seen: dict[str, str] = {}
 
     def look(name: str, module: torch.nn.Module) -> None:
@@ -124,7 +124,7 @@ def recorded_returns(model: torch.nn.Module) -> Iterator[list[Any]]:
 def rounded_otherwise(model: torch.nn.Module, rounding: Mapping[str, float], seed: int) -> Iterator[None]:
     """Add random errors of up to one rounding to weights, module outputs and the gradients through them, in the context.
 
-    rounding: each module's relative error, by name; the default is that of the output's dtype. Lookups are not perturbed.
+    rounding: each module's relative error, keyed by name; the default is that of the output's dtype. Lookups are not perturbed.
     TTrace finds thresholds in this way (arXiv 2506.09280), but perturbs only the input.
     """
     looked_up = lookups(model)
@@ -144,7 +144,7 @@ def rounded_otherwise(model: torch.nn.Module, rounding: Mapping[str, float], see
         for name, parameter in model.named_parameters():
             owner = name.rpartition(".")[0]
             # perturb weights only if they are cast to a coarser dtype or used outside the module's call: otherwise the
-            # perturbed output stands for their rounding, too
+            # perturbed output also stands for their rounding
             if rounding.get(owner, 1.0) > unit_roundoff(parameter.dtype):
                 parameter.copy_(disturbed(owner, parameter))
     try:

@@ -67,7 +67,7 @@ class Tolerances(NamedTuple):
     rounding: dict[str, float]
 
     def coarsest(self, reference: ReferenceResult) -> float:
-        """Return the larger of two relative tolerances: that of the logits and that of the whole gradient."""
+        """Return the larger of two relative tolerances: that of the logits and that of all gradients together."""
         gradient = torch.stack([gradient.double().norm() for gradient in reference.gradients.values()]).norm()
         moved = torch.tensor(list(self.gradients.values()), dtype=torch.float64).norm()
         return max(self.logits / max(float(reference.logits_NV.double().norm()), 1e-30), float(moved / gradient))
@@ -127,7 +127,10 @@ def reference_result(target: Target, model: torch.nn.Module, batches: Sequence[M
 def _router_loss(
     target: Target, model: torch.nn.Module, packs: Sequence[PackedBatch], routers: Sequence[list[Tensor] | None]
 ) -> Tensor | None:
-    """Compute the micro-batches' mean router loss, weighted by label counts. routers: each document's router logits by layer."""
+    """Compute the micro-batches' mean router loss, weighted by label counts.
+
+    routers: each document's router logits, one tensor per layer.
+    """
     rest, losses = list(routers), []
     for pack in packs:
         of_pack, rest = rest[: len(pack.lengths)], rest[len(pack.lengths) :]
@@ -139,7 +142,7 @@ def _router_loss(
 
 
 def gradients_of(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Copy the gradients of all parameters that have one, by name."""
+    """Copy the gradients of all parameters that have one, keyed by name."""
     return {name: p.grad.detach().cpu().clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -190,7 +193,7 @@ def packs_of(batches: Sequence[Mapping[str, Any]]) -> list[PackedBatch]:
 
 
 def digests_of(batches: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Return digests of each batch's tensors, by name."""
+    """Return digests of each batch's tensors, keyed by name."""
     return [{name: digest(value) for name, value in batch.items() if isinstance(value, Tensor)} for batch in batches]
 
 
@@ -206,7 +209,10 @@ def _unshifted_labels(batch: Mapping[str, Any]) -> Tensor:
 
 
 def _token_dims(outputs: Sequence[dict[str, Tensor]], lengths: Sequence[int]) -> dict[str, int]:
-    """Return, by name, the token dimension of each output: the one whose size is the document's length in all documents."""
+    """Return the token dimension of each output, keyed by name.
+
+    It is the dimension whose size is the document's length in all documents.
+    """
     dims: dict[str, int] = {}
     for name in outputs[0]:
         values = [document[name] for document in outputs if name in document]

@@ -33,7 +33,7 @@ from distattn.doctor.reference import ReferenceResult, Tolerances, gradients_of
 
 # the permitted difference, as a multiple of the measured effect of one rounding: for all of a rank's tokens, and for one token
 _RANK_MARGIN, _TOKEN_MARGIN = 4.0, 8.0
-# an additional factor in fp32: summing in another order, as attention may, can have a larger effect than one rounding
+# an additional factor in fp32: summing in a different order, as attention may, can have a larger effect than one rounding
 _FINE_MARGIN = 10.0
 # an additional factor for gradients: those of queries and keys are differences of rounded values, and the ranks cast more often
 _GRADIENT_MARGIN = 3.0
@@ -122,7 +122,7 @@ class Replay:
             self._measure_noise(seed, FORWARD)
 
     def add_backward(self) -> None:
-        """Repeat the backward pass, too, so that errors in gradients can be found.
+        """Repeat the backward pass as well, so that errors in gradients can be found.
 
         Raises the model's errors, for example from layers recomputed in the backward pass.
         """
@@ -290,7 +290,7 @@ class Replay:
         return _USUAL * max(unit_roundoff(dtype), unit_roundoff(self.right[rank][place].dtype))
 
     def _margins(self, rank: int, place: Place, peers: bool = True) -> tuple[float, float]:
-        """Return how far all of a rank's tokens, and a single token, may differ, as multiples of the effect of one rounding.
+        """Return how far a rank's tokens together, and one token alone, may differ, as multiples of the effect of one rounding.
 
         peers: allow less where another rank is exact.
         """
@@ -420,7 +420,7 @@ class Replay:
         tokens: Tensor,
         place: Place,
     ) -> None:
-        """Note that this place has the result of the observed attention call if the module's input equals that result."""
+        """Record that this place holds the result of the observed attention call if the module's input equals that result."""
         call, out_NHE = observed
         if any(link.call is call for link in self.calls):
             return

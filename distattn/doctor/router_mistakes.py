@@ -107,7 +107,10 @@ def _factor(compared: GradientComparison, tokens: dict[str, Tensor], added: dict
 
 
 def _differs(compared: GradientComparison, expected: dict[str, Tensor], factor: float) -> bool:
-    """Return whether the ranks' gradients differ from these. factor: that of an added term, which scales its rounding error."""
+    """Return whether the ranks' gradients differ from these.
+
+    factor: the factor of an added term, which also scales the term's rounding error.
+    """
     slack = max(abs(factor), 1.0)
     tolerances = {name: slack * tolerance for name, tolerance in compared.tolerances.items()}
     return bool(compared._replace(expected=expected, tolerances=tolerances).different(compared.ranks[0]))

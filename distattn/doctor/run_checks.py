@@ -52,7 +52,7 @@ def _not_finite(reference: ReferenceResult, ranks: Sequence[RankResult]) -> Iter
     for rank, part in parts_of(ranks):
         tokens = len(part["tokens"])
         for name, output in part["outputs"].items():
-            # values such as masks may be infinite in one process, too
+            # values such as masks may be infinite in one process as well
             if name not in reference.outputs or not torch.isfinite(reference.outputs[name]).all():
                 continue
             if not torch.isfinite(output.movedim(reference.token_dims[name], 0)[:tokens]).all():

@@ -85,7 +85,7 @@ class Target:
             ) from None
 
     def batches(self, model: torch.nn.Module) -> list[dict[str, Any]]:
-        """Return the micro-batches of a step as `ContextParallel.shard` takes them. They are the same on all ranks."""
+        """Return the micro-batches of a step as `ContextParallel.shard` accepts them. They are the same on all ranks."""
         if hasattr(self._script, "batch"):
             batches = self._script.batch()  # type: ignore[union-attr]
             return list(batches) if isinstance(batches, (list, tuple)) else [batches]
@@ -104,7 +104,7 @@ class Target:
         self._function("setup", lambda cp, model: None)(cp, model)
 
     def shard(self, cp: ContextParallel, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Return this rank's part of each micro-batch. Raises DistattnError if the script returns another number of parts."""
+        """Return this rank's part of each micro-batch. Raises DistattnError if the script returns more or fewer parts."""
         shard = getattr(self._script, "shard", None)
         if shard is None:
             return cp.shard_step(batches)
@@ -162,7 +162,7 @@ class Target:
         self._function("reduce", _keep_gradients if hasattr(self._script, "backward") else _sum_gradients)(model)
 
     def gradients(self, model: torch.nn.Module) -> dict[str, Tensor]:
-        """Return the full, unsharded gradient of every parameter that has one, by name."""
+        """Return the full, unsharded gradient of every parameter that has one, keyed by name."""
         return self._function("gradients", _gradients)(model)
 
     def reference(self, model: torch.nn.Module, ids: Tensor) -> Tensor:

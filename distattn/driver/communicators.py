@@ -92,7 +92,7 @@ class _MonitoredWork(NamedTuple):
 
 
 class MonitoredTransports:
-    """The monitored transports of a group, by device type."""
+    """The monitored transports of a group, keyed by device type."""
 
     def __init__(self, group: dist.ProcessGroup, monitor: HealthMonitor, members: Sequence[int]):
         self._group, self._monitor, self._members = weakref.ref(group), monitor, members

@@ -45,7 +45,7 @@ from distattn.parallel.runtime.communication.transport import Transport
 
 Result = TypeVar("Result")
 _LOG = logging.getLogger("distattn")
-# the first batch of step s has number s * _BATCHES_PER_STEP
+# the first batch of step s has index s * _BATCHES_PER_STEP
 _BATCHES_PER_STEP = 1 << 20
 # with servers, batches of this many `shard_step` calls remain usable: the running step and one sharded ahead
 _LIVE_STEPS = 2
@@ -116,7 +116,7 @@ class ContextParallel:
         self.speeds = RankSpeeds(self.config.adaptive, self.ranks) if self.config.adaptive else None
         # the factor for the trainer's losses that makes its gradients sums over ranks
         self._factor = 1.0
-        # True once the factor was measured; the micro-batches per step that it holds for, None for any number
+        # True once the factor has been measured; the number of micro-batches per step that it holds for, None for any number
         self._probed, self._micro_batches = False, None
         self._device = torch.device("cpu")
         # steps whose batches may be used; those from `shard_step`, oldest first
@@ -131,10 +131,10 @@ class ContextParallel:
 
         batch: `input_ids` (B, S), and optionally `labels` of the same shape (default: the ids; -100 for no label) or
         `shift_labels` (already shifted: each token has its successor's label). At most one key marks documents:
-        `document_lengths`, whole numbers that sum to B * S; `position_ids` (1 or B, S), which restart at 0 in each document, as
+        `document_lengths`, integers that sum to B * S; `position_ids` (1 or B, S), which restart at 0 in each document, as
         packing collators produce them; or `attention_mask` (B, S), whose zeros are padding before or after a row's tokens.
-        Without such a key, every row is a document. Padding is removed, and rows are laid end to end on one axis. Other keys are
-        refused.
+        Without such a key, every row is a document. Padding is removed, and rows are laid end to end on one axis. Other keys
+        are refused.
 
         The result has `input_ids`, `position_ids` and `labels` (1, T), the labels shifted so that each token has its successor's
         label. It also has `loss_scale`, the factor for the *sum* of this rank's token losses (the trainer's factor, see the
@@ -145,11 +145,11 @@ class ContextParallel:
         return self.shard_step([batch])[0]
 
     def shard_step(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Shard all micro-batches of one optimizer step like `shard`; losses are scaled by the valid labels of the whole step.
+        """Shard all micro-batches of one optimizer step like `shard`; losses are scaled by the valid labels of the entire step.
 
-        All ranks of the loss group call this together. Batches that ranks must share are compared. With data per rank,
-        ranks may have different numbers of micro-batches: all get as many as the rank with the most, with padding for the
-        missing ones. With servers, use a step's batches before the next step but one is sharded.
+        All ranks of the loss group call this together. Batches that ranks must share are compared. With data per rank, ranks
+        may have different numbers of micro-batches: all get as many as the rank with the most, with padding for the missing
+        ones. With servers, a step's batches must be used before the second step after it is sharded.
         """
         try:
             batches = None if isinstance(micro_batches, (Mapping, str, torch.Tensor)) else list(micro_batches)
@@ -174,11 +174,11 @@ class ContextParallel:
 
         loader: yields batches that `shard` accepts, or lists of them (micro-batches). With a `PackLoader` each rank reads only
         its own tokens, and ranks need not exchange facts about steps. While a step runs, the next one is announced to the other
-        ranks, and its plans are made and compared. Batches are copied, so a loader may reuse its tensors. Loops may be nested and
-        left early, in the same way on all ranks: the next loop of this driver over the same iterator begins with the step that
-        was taken ahead. A loader's error is raised after the step before it. With servers, use a step's batches before requesting
-        the next step. even: raise DistattnError on all ranks if their numbers of micro-batches differ, for trainers that count
-        their own.
+        ranks, and its plans are made and compared. Batches are copied, so a loader may reuse its tensors. Loops may be nested
+        and left early, in the same way on all ranks: the next loop of this driver over the same iterator starts with the step
+        that was read ahead. A loader's error is raised after the step before it. With servers, use a step's batches before
+        requesting the next step. even: raise DistattnError on all ranks if their numbers of micro-batches differ, for trainers
+        that count micro-batches themselves.
         """
         if not hasattr(loader, "__iter__") or isinstance(loader, (Mapping, str)):
             raise DistattnError(
@@ -245,7 +245,7 @@ class ContextParallel:
         return self._table.blocks.index(self._table.first_of_block[self._table.rank])
 
     def batch_group(self) -> dist.ProcessGroup | None:
-        """Return the group of ranks with the same batch as this one. A collective call unless that is the whole group."""
+        """Return the group of ranks with the same batch as this one. A collective call unless that is the entire group."""
         if self.group is None or self.block_ranks == self.ranks:
             return self.group
         first = self.rank - self.rank % self.block_ranks
@@ -280,7 +280,7 @@ class ContextParallel:
 
     @property
     def wait_timeout(self) -> timedelta | None:
-        """The longest wait for other ranks that leaves time to name a lost one; None for a single rank."""
+        """The longest wait for other ranks that leaves time to name a lost rank; None for a single rank."""
         return None if self._communicators is None else self._communicators.monitor.wait_timeout
 
     def _gathered_steps(self, loader: Iterable[Any]) -> Iterator[tuple[list[Batch], GatheredStep]]:
@@ -303,7 +303,7 @@ class ContextParallel:
                 try:
                     packed = loop.next()
                 except Exception as error:
-                    # raised after the current step, which is complete
+                    # raise this error after the current step, which is complete
                     failure = error
                 else:
                     number, future = self._announce(packed, step_infos)
@@ -416,7 +416,7 @@ class ContextParallel:
                 self._communicators.control.send(ControlMessage(RELEASE_STEP, number))
 
     def _batches_of_step(self, step: GatheredStep) -> list[LocalBatch]:
-        """Return one batch per micro-batch of the rank with the most, with documents of all ranks that share attention."""
+        """Return as many batches as any rank has micro-batches, each with the documents of all ranks that share attention."""
         count = max(len(info.documents) for info in step.infos)
         if not count:
             # the loaders have ended: no speeds are recorded for this step
@@ -446,7 +446,7 @@ class ContextParallel:
         return out
 
     def _check_scale(self, micro_batches: int) -> None:
-        """Raise DistattnError if the scale holds for another number of micro-batches; warn once if it was not measured."""
+        """Raise DistattnError if the scale holds for a different number of micro-batches; warn once if it was not measured."""
         if not torch.is_grad_enabled():
             return
         if self._micro_batches not in (None, micro_batches):

@@ -58,7 +58,7 @@ class GlobalStepInfos:
                 f"this loader reads share {loader.rank} of {loader.size}, but this rank has share {share} of {shares}; "
                 f"make it with rank={share}, size={shares}."
             )
-        # composed now, because the loader's step advances
+        # compose the name now, because the loader's step advances
         self.name = f"{loader.data_digest} from step {loader.step} to {loader.end}"
         self._next = loader.step
         # exchange facts until all ranks have confirmed that they read the same plan
@@ -109,7 +109,7 @@ class GlobalStepInfos:
         )
 
     def rewind(self) -> None:
-        """Set the loader back to the step that was taken ahead but not yielded."""
+        """Set the loader back to the step that was read ahead but not yielded."""
         self._loader.step = self._next - 1
 
 

@@ -53,7 +53,7 @@ class GradientProbeTarget(Protocol):
     """
 
     def layer(self) -> torch.nn.Module | None:
-        """Return the linear layer that computes logits, or another trained linear layer; None on ranks without one."""
+        """Return the linear layer that computes logits, or another trained linear layer; None if this rank has neither."""
 
     def vocab_rows(self) -> int:
         """Return V, the number of rows of the output layer's weight on the ranks that have it."""
@@ -141,14 +141,14 @@ def probe(target: GradientProbeTarget, make_batch: MakeBatch, group: dist.Proces
     agreed = _agreed_weights(weights, group, ranks)
     _check_linear(agreed, weights_again, second.magnitude, group, ranks)
     reduction = Reduction(agreed)
-    # `factor` refuses unequal weights
+    # check sketches only for equal weights: `factor` refuses unequal ones
     if reduction.is_even:
         sketches.check(reduction.mean / observed.scale)
     return reduction
 
 
 class MakeBatch(Protocol):
-    """A function that makes a local batch whose token ids are all at least `ranks`.
+    """A function that builds a local batch whose token ids are all at least `ranks`.
 
     rows: the number of rows of the output layer's weight. If the embedding shares that weight, such ids keep its gradient out
     of the rows that the probe reads.
@@ -260,7 +260,10 @@ def _solve_weights(local: Tensor, reduced: Tensor, group: dist.ProcessGroup | No
 
 
 def _agreed_weights(weights: Tensor, group: dist.ProcessGroup | None, ranks: int) -> tuple[float, ...]:
-    """Return the weights, on which all ranks must agree. Raise DistattnError if a rank measured none, or different ones."""
+    """Return the weights, on which all ranks must agree.
+
+    Raise DistattnError if a rank measured no weights, or different weights.
+    """
     all_weights_RR = _gathered(weights, group, ranks)
     for rank, row in enumerate(all_weights_RR.tolist()):
         if any(weight != weight for weight in row):

@@ -24,7 +24,7 @@ class MessageMonitor:
     def __init__(self) -> None:
         self.seconds = 0.0
         self.complete = True
-        # True while a wait is timed; a wait inside a wait counts once
+        # True while a wait is timed, so that nested waits count only once
         self._waits = False
         self.on_send: Callable[[Sequence[Packet]], None] | None = None
 

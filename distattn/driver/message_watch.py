@@ -24,7 +24,7 @@ from distattn.parallel.runtime.communication.transport import Packet
 
 MESSAGES = "an exchange of attention's messages"
 _LOG = logging.getLogger("distattn")
-# seconds between two checks
+# seconds between checks of the messages in flight
 _POLL = 0.5
 
 
@@ -47,8 +47,8 @@ class PendingMessage:
 class MessageWatch:
     """A watch over the messages of one communicator, which arrive in the order in which they were started.
 
-    members: the communicator's ranks, numbered as in the default group. give_up: aborts messages in flight. device: the waiting
-    device.
+    members: the communicator's ranks, numbered as in the default group. give_up: aborts messages in flight. device: the device
+    that waits for the messages.
     """
 
     def __init__(

@@ -72,7 +72,7 @@ class OverlapSchedule:
             _MicroBatch(number, self, loss, modes, state)
             for number, (loss, state) in enumerate(zip(losses, states, strict=True))
         ]
-        # the backward pass runs inside, too, because transformers' layers check their class when they are recomputed
+        # the backward pass also runs inside, because transformers' layers check their class when they are recomputed
         with _calls_joined(self._joined):
             try:
                 loss_tensors = self._run_to_return([None] * len(losses))
@@ -272,7 +272,7 @@ class _Segment:
     def record(self, call: _AttentionCall) -> Tensor:
         """Record an attention call for the backward pass; return its output."""
         if self._repetition is not None:
-            # its inputs are recomputed
+            # do not keep the inputs, since they are recomputed
             self.calls.append(call._replace(inputs=(), sink=None, slopes=None))
         elif torch.is_grad_enabled():
             self.calls.append(call)

@@ -184,7 +184,10 @@ class GradientSketches:
         self._own[index] += self._sketch(gradient).to(self._device)
 
     def _sketch(self, gradient: Tensor) -> Tensor:
-        """Return a gradient's sketch (S,) in fp64: sums whose signs are products of random row signs and column signs."""
+        """Return a gradient's sketch (S,) in fp64: sums of its elements with random signs.
+
+        Each sign is the product of a random row sign and a random column sign.
+        """
         full = gradient.detach()
         full = full.full_tensor() if isinstance(full, DTensor) else full
         full = full.to_dense() if full.is_sparse else full

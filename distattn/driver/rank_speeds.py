@@ -34,7 +34,7 @@ class RankSpeeds:
         self.log: list[Sequence[int] | None] = []
         self._work = 0
         self._seconds = 0.0
-        # passes whose time is not counted yet, in execution order
+        # passes whose time has not been counted yet, in execution order
         self._passes: deque[_Pass] = deque()
 
     def options(self, measured: Sequence[float | None]) -> tuple[tuple[str, Any], ...]:
@@ -58,7 +58,7 @@ class RankSpeeds:
         return work / seconds if work and seconds else None
 
     def count_pass(self, work: int) -> None:
-        """Count another pass on this rank. work: the cost of its tasks."""
+        """Count one more pass on this rank. work: the cost of its tasks."""
         self._passes.append(_Pass(work))
 
     def timed(self, kernel: Kernel) -> Kernel:
@@ -66,7 +66,10 @@ class RankSpeeds:
         return cast(Kernel, _Timed(kernel, self))
 
     def clock(self, device: torch.device) -> _Clock:
-        """Return a clock that measures the time until its `stop`; on a GPU the stream's time, without blocking the host."""
+        """Return a clock that measures the time until its `stop` is called.
+
+        On a GPU, it measures the stream's time, without blocking the host.
+        """
         return _Clock(self, device)
 
 

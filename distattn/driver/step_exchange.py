@@ -50,7 +50,7 @@ class StepInfo(NamedTuple):
 
 
 class GatheredStep(NamedTuple):
-    """A step that all ranks have announced: its number in the run, every rank's info, and the batches made from it."""
+    """A step that all ranks have announced: its number in the run, every rank's info, and the batches built from it."""
 
     number: int
     infos: list[StepInfo]
@@ -72,7 +72,7 @@ class PlanningThread:
         return self._thread.ident
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Run `work` after all work submitted before. It must not raise."""
+        """Run `work` after all work submitted earlier. `work` must not raise."""
         self._queue.put(work)
 
     def close(self) -> None:
@@ -83,7 +83,7 @@ class PlanningThread:
     def _run(self) -> None:
         while (work := self._queue.get()) is not None:
             work()
-            # otherwise the variable would keep a step alive until the next one arrives
+            # drop the reference, which would keep a step alive until the next one arrives
             del work
 
 
@@ -134,7 +134,7 @@ class StepExchange:
             except BaseException as error:
                 future.set_exception(error)
                 return
-            # a thread that waits for the step can continue; plans are made here next, in the same order on all ranks
+            # threads that wait for the step can continue; this thread makes the plans next, in the same order on all ranks
             future.set_result(step)
             self._plan(batches, pending, planner, shapes)
 
@@ -153,7 +153,7 @@ class StepExchange:
         return infos
 
     def _check(self, infos: list[StepInfo]) -> None:
-        """Raise DistattnError if ranks that must have the same batches have different ones."""
+        """Raise DistattnError if ranks that must have the same batches have different batches."""
         for rank, first in enumerate(self.same_batch):
             info, first_info = infos[rank], infos[first]
             if info._replace(speed=None) == first_info._replace(speed=None):
@@ -186,7 +186,7 @@ class StepExchange:
                 future.set_result(result)
 
     def _compare(self, results: Sequence[Planned | DistattnError]) -> None:
-        # the whole host group takes part: even if this rank has nothing to compare, others may
+        # the entire host group takes part: even if this rank has nothing to compare, others may
         if self._host is None:
             return
         refusal = next((result for result in results if isinstance(result, DistattnError)), None)

@@ -17,10 +17,10 @@ from distattn.ir.errors import DistattnError
 
 
 class StepAhead:
-    """A step that was taken from a source but not yielded.
+    """A step that was read from a source but not yielded.
 
     packed: its micro-batches; None if the source had ended. put_back: rewinds a source with a position to this step; None for
-    other sources. taken_over: True once another loop has begun with the step.
+    other sources. taken_over: True once another loop has started with the step.
     """
 
     def __init__(self, packed: list[Batch] | None, put_back: Callable[[], None] | None):
@@ -68,7 +68,7 @@ class StepsAhead:
 
 
 class StepLoop:
-    """A loop over a loader that begins with the step that an earlier loop over the same source left behind."""
+    """A loop over a loader that starts with the step that an earlier loop over the same source left behind."""
 
     def __init__(self, loader: Any, ahead: StepsAhead):
         """Raise DistattnError for a loader that cannot be iterated over."""
@@ -97,7 +97,7 @@ class StepLoop:
             self._ahead.hold(self._loader, self._held)
 
     def take_back(self) -> bool:
-        """Return True if the kept step still belongs to this loop; otherwise the next step is one that another loop left."""
+        """Return True if the kept step still belongs to this loop; otherwise the next step was left behind by another loop."""
         step, self._held = self._held, None
         if step is None or not step.taken_over:
             if step is not None:

@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 class Span(NamedTuple):
-    """The begin and end, in seconds, of what a micro-batch did. activity: "runs", or "moves" while its messages travel."""
+    """The start and end, in seconds, of a micro-batch's activity: "runs", or "moves" while its messages travel."""
 
     micro_batch: int
     activity: str
@@ -74,7 +74,8 @@ class MicroBatchThread:
     """A thread that runs only while another thread waits for it in `resume`.
 
     work: the forward pass. batch: the micro-batch whose operators run on this thread. The thread has its own random state,
-    because numbers drawn by other micro-batches in between would change what a checkpointed layer draws when it is recomputed.
+    because random numbers drawn by other micro-batches in between would change what a checkpointed layer draws when it is
+    recomputed.
     """
 
     def __init__(self, work: Callable[[], Any], batch: InterleavedBatch, modes: ThreadModes, random: RandomState):
@@ -127,7 +128,7 @@ class MicroBatchThread:
             self.suspend(None)
 
     def cancel(self) -> None:
-        """Stop the thread. If it still runs, because an interrupt ended the wait for it, it stops at its next pause."""
+        """Stop the thread. If it is still running, because an interrupt ended the wait for it, it stops at its next pause."""
         self._cancelled = True
         self._resumed.release()
         if not self._runs:

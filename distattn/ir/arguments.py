@@ -16,7 +16,7 @@ import numpy as np
 from distattn.ir.errors import DistattnError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-# element types that functions check themselves, a whole array at a time
+# element types that functions check themselves, an entire array at a time
 _UNCHECKED_ELEMENTS = (Sequence[int], Sequence[tuple[int, int]], tuple[int, int])
 _KINDS = {
     int: "a whole number",
@@ -41,7 +41,7 @@ def checked(function: Function) -> Function:
     @functools.wraps(function)
     def wrapper(*arguments: Any, **named: Any) -> Any:
         if not hints:
-            # at the first call, because hints may name classes defined later in the module
+            # resolve hints at the first call, because they may name classes defined later in the module
             hints.update(_hints(function))
         try:
             bound = signature.bind(*arguments, **named)

@@ -20,7 +20,7 @@ COLUMNS = ("q0", "q1", "k0", "k1", "lo", "hi", "bq", "bk", "oq", "ok")
 MAX_TOKENS = 1 << 30
 MAX_BLOCK = 1 << 29
 UNBOUNDED = 1 << 32
-# maximum number of pairs that the disjointness check holds at once
+# maximum number of pairs that the disjointness check holds in memory at a time
 _MAX_PAIRS = 1 << 22
 
 Q0, Q1, K0, K1, LO, HI, BQ, BK, OQ, OK = range(10)
@@ -60,7 +60,7 @@ def areas(bands: Ints) -> Ints:
     some = (q0 < q1) & (k0 < k1) & (lo <= hi)
     q1, k1 = np.where(some, q1, q0 + 1), np.where(some, k1, k0 + 1)
     above = _clipped_sum(q0, q1, k0, k1, hi + 1, bq, bk, oq, ok)
-    # without a lower bound, as in most masks, every row begins at k0, which halves the cost
+    # without a lower bound, as in most masks, every row starts at k0, which halves the cost
     unbounded = bool((lo <= -UNBOUNDED).all())
     below = (q1 - q0) * k0 if unbounded else _clipped_sum(q0, q1, k0, k1, lo, bq, bk, oq, ok)
     return np.where(some, above - below, 0)
@@ -95,7 +95,7 @@ def _clamp(x: Ints, low: Ints | int, high: Ints) -> Ints:
 
 
 def check_pieces(pieces: Ints, n: int, heads: Ints | None) -> None:
-    """Raise DistattnError for pieces outside the axis, without cells, or with a shared cell.
+    """Raise DistattnError if pieces reach outside the axis, allow no cell, exceed the limits, or share a cell.
 
     heads: (P, 2), the heads of each piece. Pieces with different heads may share a cell.
     """
@@ -119,7 +119,7 @@ def check_pieces(pieces: Ints, n: int, heads: Ints | None) -> None:
 
 def _check_disjoint(tight: Ints, heads: Ints) -> None:
     """Raise DistattnError if pieces with bq = bk = 1 share a cell, or if the rectangles of other pieces overlap."""
-    # sweep along the axis on which fewer rectangles meet
+    # sweep along the axis on which fewer rectangles overlap
     sweeps = []
     for low, high in ((Q0, Q1), (K0, K1)):
         order = np.argsort(tight[:, low], kind="stable")

@@ -54,7 +54,7 @@ def cu_seqlens(mask: Mask) -> VarlenArguments:
 
 @checked
 def block_mask(mask: Mask, block: int = 128, device: torch.device | str = "cpu") -> BlockMask:
-    """Make FlexAttention's BlockMask with blocks of block x block cells from runs of tiles, without visiting every cell.
+    """Build FlexAttention's BlockMask with blocks of block x block cells from runs of tiles, without visiting every cell.
 
     Its mask_mod looks up a row's intervals of keys. Raise DistattnError if a row has more than 16 of them.
     """
@@ -108,7 +108,7 @@ def _of_head(mask: Mask, head: int) -> Mask:
 
 
 def _row_intervals(mask: Mask) -> tuple[np.ndarray, np.ndarray]:
-    """Return the begins and ends of each row's allowed keys, both (intervals, n) int32; empty intervals are (0, 0)."""
+    """Return the starts and ends of each row's key intervals, both (intervals, n) int32; empty intervals are (0, 0)."""
     tight = tighten(mask.pieces)
     piece, row = expand_ranges(tight[:, Q0], tight[:, Q1])
     first, last = row_key_ranges(tight[piece], row)

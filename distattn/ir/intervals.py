@@ -98,7 +98,7 @@ def elementary_intervals(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Int
 def lexicographic_argsort(*columns: Ints) -> Ints:
     """Return the stable order that sorts rows by the first column, then the second and so on, in fewer passes than `np.lexsort`.
 
-    Columns are packed into one number as long as their ranges fit.
+    Columns are packed into one integer as long as their ranges fit.
     """
     keys: list[Ints] = []
     room = 1

@@ -288,7 +288,7 @@ class Layout:
     def shift_labels(self, labels: Any, dim: int = -1, ignore_index: int = -100) -> Any:
         """Shift labels so that each token has its successor's; the last token of a document gets `ignore_index`.
 
-        labels: the whole axis's labels along `dim`. Shift before sharding, because the successor may be on another rank.
+        labels: the labels of the entire axis, along `dim`. Shift before sharding, because the successor may be on another rank.
         """
         _check_array(labels, dim)
         if abs(ignore_index) >= 1 << 63:

@@ -12,7 +12,7 @@ from distattn.ir.errors import SettingError
 
 # the default maximum of a number
 MOST = 1 << 40
-# settings' values, by the names that other programs use for them
+# other programs' names for settings' values, and our names for the same values
 _MEANT = {
     "zero": "deepspeed",
     "zero2": "deepspeed",
@@ -67,7 +67,7 @@ class Number:
 
 @dataclass(frozen=True, eq=False)
 class OneOf:
-    """The values that a setting may have. choices: a collection that may still grow. before: values listed before it."""
+    """The values that a setting may have. choices: a collection that may still grow. before: values listed first."""
 
     choices: Collection[str]
     before: tuple[str, ...] = ()
@@ -103,7 +103,7 @@ def limit_problems(settings: Any, table: str = "") -> Iterator[SettingProblem]:
 
 
 def nested_problems(record: Any, table: str = "") -> Iterator[SettingProblem]:
-    """Yield the problems of a dataclass and of all dataclasses in its fields. Keys are dotted; tuple entries have numbers."""
+    """Yield the problems of a dataclass and of all dataclasses in its fields. Keys are dotted; tuple entries are numbered."""
     yield from limit_problems(record, table)
     for field in fields(record):
         value = getattr(record, field.name)
@@ -121,7 +121,7 @@ def check_limits(settings: Any) -> None:
 
 @functools.cache
 def annotations_of(kind: Any) -> dict[str, tuple[Any, ...]]:
-    """Return the annotations of a dataclass's fields, by name; leave out fields without any."""
+    """Return the annotations of a dataclass's fields, keyed by name. Fields without annotations are left out."""
     hints = get_type_hints(kind, include_extras=True)
     annotated = {field.name: getattr(hints[field.name], "__metadata__", ()) for field in fields(kind)}
     return {name: annotations for name, annotations in annotated.items() if annotations}

@@ -109,7 +109,10 @@ class Mask:
     @staticmethod
     @checked
     def shared_question(lengths: Sequence[int]) -> Mask:
-        """Return a causal mask of documents that all see the first, a question: (d(q) = d(k) and k <= q) or d(k) = 0."""
+        """Return a causal mask in which all documents also see the first document, a shared question.
+
+        A cell is allowed if k <= q and (d(q) = d(k) or d(k) = 0).
+        """
         start, end = _document_bounds(lengths)
         question = _bands(start[1:], end[1:], 0, end[0], -UNBOUNDED, UNBOUNDED)
         return _from_parts([_bands(start, end, start, end, -UNBOUNDED, 0), question], end[-1])
@@ -117,7 +120,10 @@ class Mask:
     @staticmethod
     @checked
     def causal_blockwise(lengths: Sequence[int]) -> Mask:
-        """Return a causal mask whose last document, a test example, sees all: k <= q and (d(q) = d(k) or d(q) is last)."""
+        """Return a causal mask whose last document, a test example, also sees all other documents.
+
+        A cell is allowed if k <= q and (d(q) = d(k) or d(q) is last).
+        """
         start, end = _document_bounds(lengths)
         low = np.append(start[:-1], 0)
         return _from_parts([_bands(start, end, low, end, -UNBOUNDED, 0)], end[-1])
@@ -224,7 +230,7 @@ class Mask:
 
     @checked
     def area(self, q: tuple[int, int] | None = None, k: tuple[int, int] | None = None) -> int:
-        """Return the number of allowed cells in rows [q[0], q[1]) and columns [k[0], k[1]); by default on the whole axis.
+        """Return the number of allowed cells in rows [q[0], q[1]) and columns [k[0], k[1]); by default on the entire axis.
 
         For a mask that differs by head, return the sum over heads.
         """
@@ -271,7 +277,9 @@ class Mask:
 
     @checked
     def tiles(self, bm: int, bn: int) -> dict[str, Ints]:
-        """Return runs of key tiles for a kernel with tiles of bm queries x bn keys: one row per query tile and piece that meet.
+        """Return runs of key tiles for a kernel with tiles of bm queries x bn keys.
+
+        There is one row per query tile and overlapping piece.
 
         Columns: `tile` (query tile), `piece`, and key tiles `begin` <= `full_begin` <= `full_end` <= `end`. The piece allows all
         cells of the tiles in [full_begin, full_end), and some cells of the other tiles in [begin, end).
@@ -285,7 +293,7 @@ class Mask:
         first_begin, first_end = row_key_ranges(band, q0)
         last_begin, last_end = row_key_ranges(band, q1 - 1)
         begin, end = first_begin // bn, -(-last_end // bn)
-        # full tiles: all rows of the tile are present, and keys lie between the last row's begin and the first row's end
+        # full tiles: all rows of the tile are present, and keys lie between the last row's start and the first row's end
         whole = (q0 == tile * bm) & (q1 == np.minimum((tile + 1) * bm, self.n))
         full_begin = -(-last_begin // bn)
         full_end = np.where(first_end == self.n, -(-self.n // bn), first_end // bn)
@@ -297,7 +305,7 @@ class Mask:
 
     @property
     def digest(self) -> str:
-        """A 128-bit hash of the axis and its pieces. Their order counts, because tasks refer to pieces by number."""
+        """A 128-bit hash of the axis and its pieces. The order of the pieces counts, because tasks refer to them by index."""
         content = np.int64(self.n).tobytes() + self.pieces.astype("<i8").tobytes()
         if self.piece_heads is not None:
             content += b"heads" + np.int64(self.heads or 0).tobytes() + self.piece_heads.astype("<i8").tobytes()
@@ -319,7 +327,7 @@ class Mask:
 
 
 def document_ends(lengths: Sequence[int]) -> Ints:
-    """Return the end of each document on the axis. Raise DistattnError if a length is not a positive whole number."""
+    """Return the end of each document on the axis. Raise DistattnError if a length is not a positive integer."""
     array = as_int64(lengths, "document lengths")
     if array.ndim != 1 or not len(array):
         raise DistattnError("document lengths must be a list of at least one positive whole number.")

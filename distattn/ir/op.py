@@ -35,10 +35,10 @@ class Op:
     """The operation that a task computes.
 
     kind: "attention", "recurrence", "prefix_max", "convolution" or "latent_attention". merge: how two results of one row are
-    merged: by log-sum-exp ("lse"), by "sum", or "never" if one task computes a whole row. decay: a recurrence's g is 0 ("none"),
-    one number per head that the caller passes separately from the plan ("head"), one per token and head ("token"), or one per
-    token, head and key channel ("channel"). delta: True if a recurrence has a b. rotary_dim, latent_dim: widths of the tensors
-    that latent attention moves in place of keys and values.
+    merged: by log-sum-exp ("lse"), by "sum", or "never" if one task computes an entire row. decay: a recurrence's g is 0
+    ("none"), one number per head that the caller passes separately from the plan ("head"), one per token and head ("token"), or
+    one per token, head and key channel ("channel"). delta: True if a recurrence has a b. rotary_dim, latent_dim: widths of the
+    tensors that latent attention moves in place of keys and values.
     """
 
     name: str
@@ -139,9 +139,9 @@ class Op:
         return self.delta or self.decay in ("token", "channel")
 
     def state_numbers(self, head_dim: int, v_head_dim: int, prefix: bool, in_memory: bool = False) -> int:
-        """Return how many numbers one head's state has, as sent or in memory.
+        """Return the number of elements in one head's state, as sent or in memory.
 
-        prefix: the state begins with its document, so no state enters it and A is left out.
+        prefix: True if the state starts with its document, so that no state enters it and A is left out.
         """
         has_transition = not (prefix or self.is_maximum) and (self.transition_travels or in_memory)
         return head_dim * v_head_dim + (prod(self.transition_shape(head_dim)) if has_transition else 0)

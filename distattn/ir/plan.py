@@ -61,7 +61,7 @@ REDUCED_PAYLOADS = (Payload.O, Payload.dQ, Payload.dKV)
 FORWARD_PAYLOADS = (Payload.Q, Payload.KV, Payload.O)
 BACKWARD_PAYLOADS = (Payload.Q, Payload.KV, Payload.dO, Payload.dQ, Payload.dKV)
 KEY_PAYLOADS = (Payload.KV, Payload.dKV)
-# moves copy states, too; a state's size does not depend on the number of tokens that it summarizes
+# states are also copied by moves; a state's size does not depend on the number of tokens that it summarizes
 STATE_PAYLOADS = (Payload.S, Payload.dS)
 _OF_GRADIENT = {Payload.dQ: "Q", Payload.dKV: "KV"}
 
@@ -90,7 +90,7 @@ def num_rows(rows: Columns) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """The tasks and moves of one direction, as int64 columns by name. Rows are sorted by all columns in declared order.
+    """The tasks and moves of one direction, as int64 columns keyed by name. Rows are sorted by all columns in declared order.
 
     label: a strategy's note about its choice. Nothing depends on it.
     """
@@ -107,7 +107,7 @@ class Table:
     def from_rows(
         tasks: Sequence[Sequence[int]] | Ints, moves: Sequence[Sequence[int]] | Ints = (), label: str = ""
     ) -> Table:
-        """Make a table from rows written by hand, with values in the order of `TASK_COLUMNS` and `MOVE_COLUMNS`."""
+        """Build a table from rows written by hand, with values in the order of `TASK_COLUMNS` and `MOVE_COLUMNS`."""
         task_rows = np.array(tasks, np.int64).reshape(-1, len(TASK_COLUMNS)).T
         move_rows = np.array(moves, np.int64).reshape(-1, len(MOVE_COLUMNS)).T
         named = dict(zip(TASK_COLUMNS, task_rows, strict=True)), dict(zip(MOVE_COLUMNS, move_rows, strict=True))
@@ -143,7 +143,7 @@ class Call:
     dtype: str
     # the dtype in which outputs and gradients are sent; if empty, the accumulation dtype
     comm_dtype: str = ""
-    # results whose numbers each come from a single kernel call; they are held and sent in the inputs' dtype
+    # results in which every element comes from a single kernel call; they are held and sent in the inputs' dtype
     written_once: tuple[Payload, ...] = ()
     op: Op = ATTENTION
 
@@ -219,7 +219,7 @@ class Call:
         return tuple((width, dtypes[kind]) for width, kind in fields[payload.name])
 
     def comm_fields(self, payload: Payload) -> tuple[tuple[int | None, str], ...]:
-        """Return (width, dtype) for each tensor of a payload as sent. Numbers per row (log-sum-exp, delta) are not narrowed."""
+        """Return (width, dtype) for each tensor of a payload as sent. Per-row values (log-sum-exp, delta) are not narrowed."""
         fields = self.payload_fields(payload)
         if payload not in REDUCED_PAYLOADS or payload in self.written_once or not self.comm_dtype:
             return fields
@@ -233,7 +233,7 @@ class Call:
         return sum((width or 1) * DTYPE_BYTES[dtype] for width, dtype in fields)
 
     def state_bytes(self, prefix: bool, in_memory: bool = False) -> int:
-        """Return the bytes of one head's state. prefix: it begins with its document (a gradient state ends with it)."""
+        """Return the bytes of one head's state. prefix: True if it starts with its document (dS: ends with it)."""
         numbers = self.op.state_numbers(self.head_dim, self.v_head_dim, prefix, in_memory)
         return numbers * DTYPE_BYTES[self.accumulation_dtype]
 
@@ -243,7 +243,7 @@ class Call:
         return self.mask.pieces[:, [Q0, Q1]]
 
     def is_prefix(self, payload: Payload, t0: Ints, t1: Ints) -> np.ndarray:
-        """Return which states of tokens [t0, t1) begin with a document; for dS, which end with a document."""
+        """Return which states of tokens [t0, t1) start with a document; for dS, which end with a document."""
         return np.isin(t1, self.documents[:, 1]) if payload == Payload.dS else np.isin(t0, self.documents[:, 0])
 
     def _check_documents(self) -> None:

@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-# a path of table keys and numbers of array entries
+# a path of table keys and indices of array entries
 Key = tuple[str | int, ...]
 # a multi-line string may end in up to five quotes, two of which belong to its value
 _TOKENS = re.compile(
@@ -26,7 +26,7 @@ class TomlLines:
     def of(self, key: Sequence[str | int]) -> int | None:
         """Return the line of a key or entry, such as ("corpus", 1, "weight"); for a missing key, the line of its table.
 
-        Return None if its table is the whole file.
+        Return None if its table is the entire file.
         """
         path = tuple(key)
         return next((self._lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in self._lines), None)
@@ -114,7 +114,7 @@ class _Reader:
         return parts
 
     def _value(self, path: Key) -> None:
-        """Read a value, with all entries of arrays and inline tables."""
+        """Read a value, including all entries of arrays and inline tables."""
         first = self._next()
         if first is None or first.kind != "mark":
             # dates may contain a space

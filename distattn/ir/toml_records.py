@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 Record = TypeVar("Record")
-# by pydantic's name of a type error: a description of the right type, and an example for keys without a default
+# keyed by pydantic's name for a type error: a description of the correct type, and an example for keys without a default
 _EXPECTED = {
     "int_type": ("a whole number", "1"),
     "int_from_float": ("a whole number", "1"),
@@ -36,7 +36,7 @@ _EXPECTED = {
     "tuple_type": ("a list", '["a", "b"]'),
     "dataclass_type": ("a table", ""),
 }
-# pydantic's names of the error for an unknown key
+# pydantic's names for the error about an unknown key
 _UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 
 
@@ -116,7 +116,7 @@ def unknown_key(kind: Any, key: str, arrays: bool = True) -> SettingProblem:
 
 
 def wrong_type(kind: Any, key: str, value: Any, error: str) -> SettingProblem:
-    """Return the problem of a value of the wrong type, with an example. error: pydantic's name of the error."""
+    """Return the problem of a value of the wrong type, with an example. error: pydantic's name for the error."""
     expected, example = _EXPECTED.get(error, ("a value of this key", ""))
     hint, default = _field_of(kind, key_of(key))
     if isinstance(default, (int, float, str)) and default and not isinstance(default, bool):
@@ -158,7 +158,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _keys(kind: Any, arrays: bool, table: str = "") -> Iterator[str]:
-    """Yield all dotted keys of a dataclass and its tables; entries of arrays of tables have no numbers."""
+    """Yield all dotted keys of a dataclass and its tables; entries of arrays of tables have no indices."""
     hints = get_type_hints(kind)
     for field in fields(kind):
         yield table + field.name

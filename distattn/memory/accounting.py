@@ -37,7 +37,7 @@ _PASSES = {
 
 
 class StateBytes(NamedTuple):
-    """Bytes of the state that a rank always holds for its weights, and of whole layers while they are computed (FSDP2).
+    """Bytes of the state that a rank always holds for its weights, and of gathered layers while they are computed (FSDP2).
 
     gathered: the weights of two layers, one of them being gathered, and the weights outside layers. reduced: one layer's
     gradients with the copy that is being summed over ranks, and the gradients of weights outside layers, which stay until the
@@ -69,7 +69,7 @@ class StateBytes(NamedTuple):
 
 
 class RankCounts(NamedTuple):
-    """Bytes of activations. saved: device memory held for the backward pass when the loss begins.
+    """Bytes of activations. saved: device memory held for the backward pass when the loss starts.
 
     arena: memory that attention keeps between passes and steps. This is the largest arena and, if layers are recomputed in the
     backward pass, the receive buffers of the recomputed passes. working: each section's peak beyond saved and arena; the peaks
@@ -82,7 +82,7 @@ class RankCounts(NamedTuple):
     host: int
 
     def times(self, micro_batches: int) -> RankCounts:
-        """Return an upper bound for this many micro-batches that take turns: all of their memory at once."""
+        """Return an upper bound for this many micro-batches that take turns: the sum of their memory."""
         working = {name: micro_batches * size for name, size in self.working.items()}
         return RankCounts(micro_batches * self.saved, micro_batches * self.arena, working, micro_batches * self.host)
 
@@ -216,7 +216,7 @@ class CountingOffload(HostOffload):
 
 
 def count_step(watch: AllocationWatch, model: nn.Module, parts: Mapping[nn.Module, str], forward: Any) -> RankCounts:
-    """Count the memory of a step whose weight gradients are dropped at once. forward: returns the loss to differentiate.
+    """Count the memory of a step whose weight gradients are dropped immediately. forward: returns the loss to differentiate.
 
     parts: the modules that are sections of the step, one of them the loss. A section is the module's forward pass and, in the
     backward pass, the time between the gradients of its outputs and of its inputs.
@@ -251,7 +251,7 @@ def _mark(watch: AllocationWatch, module: nn.Module, name: str) -> list[Any]:
         watch.section = name
 
     def leave(module: nn.Module, inputs: Any, out: Any) -> None:
-        # work on the logits after the module belongs to the loss, too
+        # work on the logits after the module also belongs to the loss
         watch.section = name if name == LOSS else before.pop()
         y = out[0] if isinstance(out, tuple) else out
         # a recomputation may end early, without output

@@ -32,7 +32,7 @@ def checkpoint_layers(
 
     The first argument of a layer's forward is its input, a tensor of hidden states. All other arguments, such as the batch, are
     kept as they are. save: "nothing" more, or "attention" to keep attention's outputs as well and not recompute them. offload:
-    copies inputs to the host, and back in time.
+    copies inputs to the host, and back before they are needed.
 
     Call this before or after `fully_shard`; parameters are gathered around the layer. Compile a layer afterwards, with
     `layer.compile()`. With offload, compile it before, with `layer.forward = torch.compile(layer.forward)`, since copies to the

@@ -19,9 +19,9 @@ from distattn.memory.tiled_mlp import tile_feed_forward
 class MemorySettings:
     """Settings that save memory.
 
-    loss_tile_tokens, mlp_tile_tokens: tokens per tile of the loss and of feed-forward layers, 0 for all tokens at once.
+    loss_tile_tokens, mlp_tile_tokens: tokens per tile of the loss and of feed-forward layers, 0 to disable tiling.
     activation_checkpointing: "none", "full" (keeps each layer's input) or "save_attention" (keeps attention's outputs as well).
-    offload: True if these inputs wait on the host.
+    offload: True to keep these inputs on the host until the backward pass.
     """
 
     loss_tile_tokens: Annotated[int, Number(ge=0)] = 0

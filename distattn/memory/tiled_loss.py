@@ -24,7 +24,7 @@ from distattn.ir.arguments import check_fields
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
 
-# how many elements of a weight's gradient are computed at once in half precision before they are added to a wider sum
+# how many elements of a weight's gradient are computed at a time in half precision before they are added to a wider sum
 _SLICE = 1 << 24
 # the model gets this number instead of logits: large enough for a soft cap to change it, and exact in half precision
 _STAND_IN = 96.0
@@ -121,7 +121,7 @@ class TiledOutput:
         """Return the summed loss. stand_in: the tensor that the model returned as its logits.
 
         The gradient also flows through the stand-in, so that hooks on the model's outputs run; they tell FSDP2 and ZeRO 3 that
-        the backward pass begins. Raises DistattnError if the model did not call the layer or changes logits in an unknown way.
+        the backward pass starts. Raises DistattnError if the model did not call the layer or changes logits in an unknown way.
         """
         name = type(model).__name__
         if self._loss_sum is None:
@@ -149,7 +149,10 @@ class TiledOutput:
         return self._settings.tile_tokens, self._settings.z_loss, self._change
 
     def _check_change(self, stand_in: Tensor, name: str) -> None:
-        """Raise DistattnError if the model changes logits in another way. Check each layer once, since the host waits for it."""
+        """Raise DistattnError if the model changes logits in a different way.
+
+        Each layer is checked only once, since the host waits for the check.
+        """
         forward: Any = self.layer.forward
         # a meta tensor has no value to check
         if forward.checked == self._change or stand_in.is_meta:
@@ -206,7 +209,7 @@ def _losses(
     z_loss: float,
     change: LogitChange,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss_sum, token_losses_T, and a stand-in (1, 1, 1) for the logits that autograd's graph connects to the loss."""
+    """Return loss_sum, token_losses_T, and a stand-in (1, 1, 1) for the logits, connected to the loss in autograd's graph."""
     _check_numbers(tile_tokens, z_loss, change.soft_cap)
     if hidden_TH.dim() != 2 or weight_VH.dim() != 2 or hidden_TH.shape[1] != weight_VH.shape[1]:
         raise DistattnError(

@@ -158,7 +158,7 @@ class _Tiled(torch.autograd.Function):
 
 
 def _check_module(name: str, module: nn.Module) -> None:
-    """Raise DistattnError if tiles would not give the same result as the whole, or would need communication."""
+    """Raise DistattnError if running a module tile by tile would change its result or require communication."""
     label = f"{name} ({type(module).__name__})"
     children = dict(module.named_children())
     if experts := [child for child in _OF_EXPERTS if child in children]:

@@ -136,11 +136,11 @@ def untied_meta_model(model: PreTrainedModel) -> PreTrainedModel:
 def materialise(model: PreTrainedModel, seed: int, device: str | torch.device = "cpu") -> None:
     """Give a model on the meta device its initial weights. Each rank gets its shards of them.
 
-    transformers' own `_init_weights` initialises each whole module from random numbers seeded by (seed, module name), and a rank
-    keeps its part. So the weights do not depend on the number of ranks or on the sharding. Besides its shards, a rank holds one
-    module's weights at a time. The largest, an embedding of 128,256 x 8,192, takes 2.1 GB in bfloat16. device: where the shards
-    are allocated and the random numbers drawn; CPUs and GPUs draw different numbers. torch's own seeds do not change. Raises
-    DistattnError naming the tensor if a tensor would stay uninitialised.
+    transformers' own `_init_weights` initialises each module in full from random numbers seeded by (seed, module name), and a
+    rank keeps its part. So the weights do not depend on the number of ranks or on the sharding. Besides its shards, a rank
+    holds one module's weights at a time. The largest, an embedding of 128,256 x 8,192, takes 2.1 GB in bfloat16. device: where
+    the shards are allocated and the random numbers drawn; CPUs and GPUs draw different numbers. torch's own seeds do not
+    change. Raises DistattnError naming the tensor if a tensor would stay uninitialised.
     """
     blueprint = untied_meta_model(model)
     check_unfilled(model, blueprint)
@@ -205,7 +205,7 @@ def check_unfilled(model: PreTrainedModel, blueprint: PreTrainedModel) -> None:
 
 
 def unique_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by name, with tied ones only once."""
+    """Return parameters and buffers, keyed by name, with tied tensors only once."""
     return dict([*model.named_parameters(), *model.named_buffers()])
 
 

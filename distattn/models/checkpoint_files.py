@@ -55,9 +55,9 @@ def write_checkpoint(
 ) -> list[FileDigests]:
     """Write a model's checkpoint, without an optimizer, into an existing folder, one tensor at a time.
 
-    tensors: tensors on the meta device, by name, with the shapes and dtypes to write. read: returns a tensor's values; it is
-    called when the tensor is written. Return the digests of the files, which are then on disk. Raises DistattnError if the folder
-    cannot be written, and passes on DistattnErrors from `read`.
+    tensors: tensors on the meta device, keyed by name, with the shapes and dtypes to write. read: returns a tensor's values; it
+    is called when the tensor is written. Return the digests of the files, which are then on disk. Raises DistattnError if the
+    folder cannot be written, and passes on DistattnErrors from `read`.
     """
     writer, files = file_writer(Path(folder))
     state = {PREFIX + name: tensor for name, tensor in tensors.items()}
@@ -101,12 +101,12 @@ class _ReadWhenWritten(dcp.DefaultSavePlanner):
         self._read = read
 
     def resolve_data(self, write_item: WriteItem) -> Any:
-        """Return an item's data for the writer. This is the whole tensor, since one process writes everything."""
+        """Return an item's data for the writer. This is the full tensor, since one process writes everything."""
         if write_item.type == WriteItemType.BYTE_IO:
             return super().resolve_data(write_item)
         return self._read(write_item.index.fqn.removeprefix(PREFIX))
 
 
 def _cause(error: dcp.CheckpointException) -> BaseException:
-    """Return the only rank's error."""
+    """Return the error of the only rank."""
     return next(iter(error.failures.values()))[0]

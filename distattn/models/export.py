@@ -101,10 +101,11 @@ def export_safetensors(
 ) -> ExportedFiles:
     """Write full tensors, named like the parameters of transformers' model, to a folder that plain transformers can load.
 
-    named_tensors: every tensor of the model, tied ones once, in any order. They are read one by one, so that only one file's
-    tensors are held at a time. tokenizer_files: files to copy into the folder. max_shard_bytes: the size limit of a file with
-    more than one tensor. dtype: the dtype of floating-point tensors in the files; unchanged by default. Raises DistattnError if
-    the folder exists, or if a tensor is missing, unknown, repeated or of another shape (the error names the tensor).
+    named_tensors: every tensor of the model, tied tensors only once, in any order. They are read one by one, so that only one
+    file's tensors are held at a time. tokenizer_files: files to copy into the folder. max_shard_bytes: the size limit of a file
+    with more than one tensor. dtype: the dtype of floating-point tensors in the files; unchanged by default. Raises
+    DistattnError if the folder exists, or if a tensor is missing, unknown, repeated or of the wrong shape (the error names the
+    tensor).
     """
     folder = Path(folder).absolute()
     if folder.exists() or folder.is_symlink():
@@ -143,7 +144,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _refuse_fused(blueprint: PreTrainedModel) -> None:
-    """Raise DistattnError for models that publish several tensors as one, since all of these would have to be held at once."""
+    """Raise DistattnError for models that publish several tensors as one, which would have to be held at the same time."""
     for transform in get_model_conversion_mapping(blueprint, add_legacy=False):
         if len(transform.target_patterns) > 1:
             raise DistattnError(
@@ -153,7 +154,7 @@ def _refuse_fused(blueprint: PreTrainedModel) -> None:
 
 
 def _checked(named_tensors: Iterable[tuple[str, Tensor]], blueprint: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield the same tensors. Raises DistattnError for tensors that the model does not have and, at the end, for missing ones."""
+    """Yield the tensors unchanged. Raises DistattnError for tensors unknown to the model and, at the end, for missing ones."""
     tied = blueprint.all_tied_weights_keys
     left = {name: tuple(tensor.shape) for name, tensor in blueprint.state_dict().items() if name not in tied}
     kind = type(blueprint).__name__
@@ -186,7 +187,7 @@ def _write_files(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_shard_
     names: list[list[str]] = []
     held: dict[str, Tensor] = {}
     total = held_bytes = 0
-    # the number of elements by dtype
+    # the number of elements of each dtype
     counts: Counter[torch.dtype] = Counter()
 
     def flush() -> None:

@@ -25,7 +25,7 @@ from distattn.ir.errors import DistattnError
 # Llama, and its variants with query, key and value biases or with query and key norms
 _KINDS = ("llama", "mistral", "qwen2", "qwen3")
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
-# a layer's tensors that Megatron keeps unchanged, and whole on every rank
+# a layer's tensors that Megatron keeps unchanged and in full on every rank
 _SAME = {
     "input_layernorm.weight": "input_layernorm.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
@@ -42,7 +42,7 @@ _BY_COLUMNS = {
 
 
 class MegatronShard(NamedTuple):
-    """The part of a GPTModel that a rank holds. layers: numbers within the whole model, from 0; Megatron counts in each stage."""
+    """The part of a GPTModel that a rank holds. layers: indices in the entire model; Megatron counts per stage."""
 
     tensor_rank: int
     tensor_ranks: int

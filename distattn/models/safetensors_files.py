@@ -46,10 +46,10 @@ _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)attention\.(masked_)?bias$")
 def load_pretrained(model: PreTrainedModel, folder: str | Path, device: str | torch.device = "cpu") -> int:
     """Load this rank's shards of a folder's weights into a model on the meta device. Return the number of bytes read.
 
-    Values are converted to the model's dtypes. Besides its shards, a rank holds one tensor's part at a time. Raises DistattnError
-    naming the tensor and the file if a tensor is missing, unknown to the model, of another shape or quantised, and
-    DamagedDataError if a file cannot be read. Errors that can be detected without reading values are raised before anything is
-    allocated.
+    Values are converted to the model's dtypes. Besides its shards, a rank holds one tensor's part at a time. Raises
+    DistattnError naming the tensor and the file if a tensor is missing, unknown to the model, of the wrong shape or quantised,
+    and DamagedDataError if a file cannot be read. Errors that can be detected without reading values are raised before anything
+    is allocated.
     """
     blueprint = untied_meta_model(model)
     # check the model before comparing its shapes with those in the files

@@ -100,7 +100,7 @@ def whole_modules(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[torch.
 
 
 def _places(model: torch.nn.Module) -> dict[torch.nn.Parameter, list[tuple[torch.nn.Module, str]]]:
-    """Return the modules that hold each parameter, and its name in each. A tied parameter has several."""
+    """Return the modules that hold each parameter, and its name in each. A tied parameter is in several modules."""
     places: dict[torch.nn.Parameter, list[tuple[torch.nn.Module, str]]] = defaultdict(list)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

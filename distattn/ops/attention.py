@@ -62,9 +62,9 @@ def attention(
     output. dropout: must be 0. With return_lse also return lse_HT, the natural log-sum-exp (including the sink) in fp32 (fp64
     for fp64), -inf for rows without an allowed key. Only some kernels, such as "reference", have gradients through it.
 
-    plan: a Plan, which ranks compare at every call, or its executable from `prepare`, which is made once per batch and required
-    inside torch.compile. group: by default the default process group; a plan for one rank needs no group. Raise PlanError if the
-    plan cannot be proven or differs between ranks, DistattnError if the tensors do not fit it.
+    plan: a Plan, which ranks compare at every call, or its executable from `prepare`, which is created once per batch and
+    required inside torch.compile. group: by default the default process group; a plan for one rank needs no group. Raise
+    PlanError if the plan cannot be proven or differs between ranks, DistattnError if the tensors do not fit it.
     """
     for name, operand in (("q", q_THD), ("k", k_TKD), ("v", v_TKE)):
         if not isinstance(operand, Tensor):
@@ -72,7 +72,7 @@ def attention(
     if not isinstance(return_lse, bool):
         raise DistattnError(f"return_lse must be True or False, not a {type(return_lse).__name__}.")
     q_THD, k_TKD, v_TKE = autocast_inputs(q_THD, k_TKD, v_TKE)
-    # fused projections often return strided tensors, but kernels and messages read whole rows
+    # fused projections often return strided tensors, but kernels and messages read entire rows
     q_THD, k_TKD, v_TKE = q_THD.contiguous(), k_TKD.contiguous(), v_TKE.contiguous()
     for name, operand in (("q", q_THD), ("k", k_TKD), ("v", v_TKE)):
         if operand.dim() != 3:

@@ -53,10 +53,10 @@ def causal_conv1d(
     as in `torch.nn.Conv1d(C, C, W, groups=G)`. bias: (C,). activation: "silu" or None. The result has x's dtype.
 
     initial_state: (M, C, W - 1), the inputs before the first token of each of the M documents, on every rank; 0 by default.
-    weight and bias are the same on all ranks, too. The gradients of all three are this rank's share, to be summed over ranks like
-    any parameter's. With return_final_state also return (M, C, W - 1) in x's dtype: the last W - 1 inputs of each document,
-    preceded by its initial state if the document is shorter. Inputs that this rank does not have are 0, so that the sum over
-    ranks is complete. Final states are refused inside torch.compile.
+    weight and bias are also the same on all ranks. The gradients of all three are this rank's share, to be summed over ranks
+    like any parameter's. With return_final_state also return (M, C, W - 1) in x's dtype: the last W - 1 inputs of each
+    document, preceded by its initial state if the document is shorter. Inputs that this rank does not have are 0, so that the
+    sum over ranks is complete. Final states are refused inside torch.compile.
 
     plan: a plan of op "convolution" for the mask `Mask.documents(lengths, (W - 1, 0))` with heads x v_head_dim = C (G heads with
     groups), which ranks compare at every call, or its executable from `prepare`. The W - 1 tokens before each segment are sent.
@@ -122,7 +122,7 @@ def token_shift(
     call, program = executable.program.call, executable.program
     if call.op != TOKEN_SHIFT:
         raise DistattnError(f'the plan is of {call.op.name}, not of a token shift; make_plan takes op="token_shift".')
-    # a missing token is 0, so numbers are sent relative to `fill`
+    # a missing token reads as 0, so values are sent relative to `fill`
     x = x_T.double() - fill if whole else x_T
     _check_tokens(executable, x.reshape(len(x), math.prod(x.shape[1:])))
     by_heads = x.reshape(program.tokens, call.heads, call.v_head_dim)
@@ -132,7 +132,7 @@ def token_shift(
 
 
 def _check_whole(x_T: Tensor) -> None:
-    """Raise DistattnError if an int64 number is 2^52 or more. On a GPU a device-side assertion fails later instead."""
+    """Raise DistattnError if an int64 value is 2^52 or more. On a GPU a device-side assertion fails later instead."""
     too_large = "x has whole numbers of 2^52 or more; whole numbers below 2^52 are needed."
     fits = ((x_T < _MOST_WHOLE) & (x_T > -_MOST_WHOLE)).all()
     if has_streams(x_T.device):
@@ -210,7 +210,10 @@ def _check_distance(call: Call) -> None:
 
 
 def _taps(call: Call) -> int | None:
-    """Return how many tokens each token sees, including itself; None if all documents are shorter. Raise if it varies."""
+    """Return how many tokens each token sees, including itself; None if all documents are shorter.
+
+    Raise DistattnError if the number varies, or if a token's range does not end at the token itself.
+    """
     pieces = call.mask.pieces
     shift = pieces[:, OK] - pieces[:, OQ]
     reach, length = -(pieces[:, LO] + shift), pieces[:, Q1] - pieces[:, Q0]

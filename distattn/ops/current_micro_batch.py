@@ -39,7 +39,7 @@ class InterleavedBatch(Protocol):
     ) -> Any:
         """Run `layer`, keeping only its input and attention's outputs; return its output.
 
-        put: moves the input to the host, and returns an object whose `get` brings it back. None: the input stays.
+        put: moves the input to the host, and returns an object whose `get` brings it back; None if the input stays.
         """
 
 

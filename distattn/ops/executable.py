@@ -112,7 +112,7 @@ class Executable:
         return passes
 
     def begin_pass(self, direction: str, score: ScoreMod) -> None:
-        """Begin a pass on this thread's current stream."""
+        """Start a pass on this thread's current stream."""
         if self.program.uploaded is not None:
             self.program.uploaded.join()
         if self.observer is not None:
@@ -120,7 +120,7 @@ class Executable:
 
 
 class ExecutableCache:
-    """A cache of programs by plan, communicators by group, and executables by handle.
+    """A cache of programs keyed by plan, communicators keyed by group, and executables keyed by handle.
 
     Programs live as long as their plan, communicators as long as their group, handles as long as their executable.
     """
@@ -136,7 +136,7 @@ class ExecutableCache:
         self._lock = threading.Lock()
 
     def forget_locks(self) -> None:
-        """Make new locks in a forked process, where the threads that held the old ones do not exist."""
+        """Create new locks in a forked process, where the threads that held the old ones do not exist."""
         self._lock, self._plan_locks = threading.Lock(), weakref.WeakKeyDictionary()
 
     def add(self, executable: Executable) -> int:
@@ -175,7 +175,7 @@ class ExecutableCache:
     ) -> GroupTransport:
         """Return a group's communicator for this type of device. The first call opens it and is collective.
 
-        timeout: the longest time that a message may take; by default the group's time-out.
+        timeout: the longest time that a message may take; by default the group's timeout.
         """
         transports = self._transports.setdefault(group, {})
         if (device.type, timeout) not in transports or not transports[device.type, timeout].is_open:
@@ -208,13 +208,13 @@ def prepare(
 ) -> Executable:
     """Make a plan ready to run. A collective call of all its ranks, which compare their plans every time.
 
-    group: by default the default process group; a plan for one rank needs no group. kernel: a key of KERNELS, or of OTHER_KERNELS
-    for ops other than attention. On GPUs the default, "auto", is the fastest kernel that a trial found correct (see
-    `kernels.trials`), the same on all ranks; `Executable.key` has its name. modifiers: for that choice, "softcap" and
-    "alibi_slopes" if calls will use them, "lse" if gradients flow through the log-sum-exp. max_buffer_bytes: the most bytes of
-    buffers that a rank may need at once (see `verify`). proven: False skips the proof, for callers that prove only some plans of
-    a kind; max_buffer_bytes requires the proof in any case. Keep the result until the backward pass has run: under torch.compile
-    nothing else keeps its program alive.
+    group: by default the default process group; a plan for one rank needs no group. kernel: a key of KERNELS, or of
+    OTHER_KERNELS for ops other than attention. On GPUs the default, "auto", is the fastest kernel that a trial found correct
+    (see `kernels.trials`), the same on all ranks; `Executable.key` has its name. modifiers: for that choice, "softcap" and
+    "alibi_slopes" if calls will use them, "lse" if gradients flow through the log-sum-exp. max_buffer_bytes: the maximum total
+    size of the buffers that a rank may need at one time (see `verify`). proven: False skips the proof, for callers that prove
+    only some plans of a kind; max_buffer_bytes requires the proof in any case. Keep the result until the backward pass has run:
+    under torch.compile nothing else keeps its program alive.
 
     Raise PlanError if the plan cannot be proven, needs more than max_buffer_bytes, or differs between ranks; DistattnError if it
     does not fit the kernel. If one rank refuses the plan, all do. A group of the wrong size is refused without asking the other

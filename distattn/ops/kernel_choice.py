@@ -29,13 +29,13 @@ from distattn.kernels.trial_cache import read_trials, trial_key, trial_key_of_op
 from distattn.kernels.trials import Trial, rank_kernels, try_kernels
 from distattn.parallel.runtime.lowering.lower import lower
 
-# trials by plan, for plans that are prepared repeatedly
+# trials keyed by plan, for plans that are prepared repeatedly
 _TRIALS: weakref.WeakKeyDictionary[Plan, dict[Any, dict[str, Trial]]] = weakref.WeakKeyDictionary()
-# trials of recurrences and convolutions by kernels, requirements and heads, independently of plans
+# trials of recurrences and convolutions, keyed by kernels, requirements and heads; they do not depend on the plan
 _TRIALS_OF_SHAPE: dict[Any, dict[str, Trial]] = {}
-# trials that ran out of memory, by key and kernel: they are repeated once more memory is free
+# trials that ran out of memory, keyed by trial key and kernel; they are repeated once more memory is free
 _OUT_OF_MEMORY: dict[tuple[str, str], Trial] = {}
-# for kinds of ops other than attention: functions that try kernels on calls of the plan's shape
+# functions that try kernels on calls of the plan's shape, for kinds of ops other than attention
 _TRIALS_OF_KIND = {"recurrence": try_recurrence, "convolution": try_convolution}
 _LOG = logging.getLogger("distattn")
 
@@ -55,8 +55,9 @@ def common_kernel_ranking(
 ) -> list[str]:
     """Return the correct kernels, fastest first, from all ranks' trials. A collective call, even for ranks without trials.
 
-    trials: this rank's trials. gather: gathers a value from every rank, and returns them by rank. Return [] if no rank has tried
-    a kernel. Raise DistattnError on all ranks if no kernel is correct, or if ranks compute on different types of devices.
+    trials: this rank's trials. gather: gathers a value from every rank, and returns the values in rank order. Return [] if no
+    rank has tried a kernel. Raise DistattnError on all ranks if no kernel is correct, or if ranks compute on different types of
+    devices.
     """
     trials_by_rank = gather((device.type, trials))
     odd = next((rank for rank, (kind, _) in enumerate(trials_by_rank) if kind != trials_by_rank[0][0]), None)

@@ -22,7 +22,7 @@ from distattn.supervision.heartbeats import current_layer, set_layer
 # tag, so that torch.compile(mode="reduce-overhead") does not capture them (torch/_inductor/scheduler.py, should_partition).
 NOT_IN_CUDA_GRAPHS = (torch.Tag.cudagraph_unsafe,)
 _HERE = nullcontext()
-# operators' functions, by name; the functions that save for the backward pass and compute gradients, by prefix
+# operators' functions, keyed by name; the functions that save for the backward pass and compute gradients, keyed by prefix
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 AUTOGRAD: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {}
 

@@ -35,15 +35,15 @@ def prefix_max(
 ) -> Any:
     """Compute the elementwise maximum over the tokens before each of this rank's tokens. A collective call of the plan's ranks.
 
-    before_t = max(initial, x_s for all earlier tokens s of t's document). By default it is -inf for a first token. The maximum
-    including t is torch.maximum(before, x). x_THV (T, H, V) holds this rank's T tokens in the layout's local order; the result
-    has its shape and dtype. It has no gradient, because a maximum subtracted inside a softmax cancels.
+    before_t = max(initial, x_s for all earlier tokens s of t's document). By default, it is -inf for a document's first token.
+    The maximum including t is torch.maximum(before, x). x_THV (T, H, V) holds this rank's T tokens in the layout's local order;
+    the result has its shape and dtype. It has no gradient, because a maximum subtracted inside a softmax cancels.
 
-    initial_state: (M, H, V), for all M documents, on every rank; -inf by default. With return_final_state also return the maxima
-    over whole documents, (M, H, V) in fp32 (fp64 for fp64): those of documents that end on this rank, 0 for others.
+    initial_state: (M, H, V), for all M documents, on every rank; -inf by default. With return_final_state also return the
+    maxima over entire documents, (M, H, V) in fp32 (fp64 for fp64): those of documents that end on this rank, 0 for others.
 
     plan: a plan of op "prefix_max" with head_dim 1, which ranks compare at every call, or its executable from `prepare`. Each
-    segment sends H x V numbers. Raise PlanError if the plan cannot be proven or differs between ranks, DistattnError if the
+    segment sends H x V values. Raise PlanError if the plan cannot be proven or differs between ranks, DistattnError if the
     tensors do not fit it.
     """
     for name, tensor in (("x", x_THV), ("initial_state", initial_state)):

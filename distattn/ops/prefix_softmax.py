@@ -70,8 +70,8 @@ def prefix_softmax(
     ranks. With return_final_state also return the state after all documents: that of documents that end on this rank, 0 for
     others.
 
-    plans: the result of `make_prefix_softmax_plans`, or executables of its plans from `prepare`. For each head, a segment sends L
-    numbers twice, and L x V numbers once. Raise PlanError if a plan cannot be proven or differs between ranks, DistattnError if
+    plans: the result of `make_prefix_softmax_plans`, or executables of its plans from `prepare`. For each head, a segment sends
+    L values twice, and L x V values once. Raise PlanError if a plan cannot be proven or differs between ranks, DistattnError if
     the tensors do not fit the plans.
     """
     if not isinstance(plans, PrefixSoftmaxPlans):

@@ -46,9 +46,9 @@ def recurrence(
 
         S_t = (I - beta_t k_t k_t^T) diag(exp g_t) S_(t-1) + beta_t k_t v_t^T,    o_t = scale S_t^T q_t
 
-    Without beta, the first factor is I and the last beta is 1. Every document of the plan begins with its initial state.
-    q_TGK, k_TGK (T, G, K) and v_THV (T, H, V) hold this rank's T tokens in the layout's local order; H is a multiple of G,
-    and consecutive heads share queries and keys. The result o_THV has q's dtype. scale defaults to K ** -0.5.
+    Without beta, the first factor is I and beta_t in the last term is 1. Every document of the plan starts from its initial
+    state. q_TGK, k_TGK (T, G, K) and v_THV (T, H, V) hold this rank's T tokens in the layout's local order; H is a multiple of
+    G, and consecutive heads share queries and keys. The result o_THV has q's dtype. scale defaults to K ** -0.5.
 
     g: log decays, at most 0, in fp32 (fp64 for fp64): (T, H) for ops "ssd" and "gated_delta_rule", (T, H, K) for
     "gla" and "kda", (H,) without gradient for "retention". beta: (T, H) in q's dtype, for "delta_rule", "gated_delta_rule"
