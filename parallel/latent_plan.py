@@ -41,7 +41,7 @@ def make_latent_plan(
     cluster: AnyCluster | str | Path | None = None,
     **settings: Any,
 ) -> Plan:
-    """Plan one call of latent attention, either as `latent_op(rotary_dim, latent_dim)` or as attention with one key head per
+    """Plan one call of latent attention, either as `latent_op(rotary_dim, latent_dim)` or as attention with one KV head per
     query head.
 
     heads, head_dim (including the rotary part) and v_head_dim are those of queries and values. config, cluster and settings are

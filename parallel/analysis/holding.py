@@ -76,7 +76,7 @@ def check_payload(
 ) -> BufferLifetimes:
     """Check the moves and uses of one payload in one table. Return its buffers. Raise PlanError naming the first bad row.
 
-    kept: the moves of the forward table whose tokens are still held.
+    kept: the moves of the forward table whose tokens the ranks still hold.
     """
     label = f"{direction}: {payload.name}"
     if payload in HELD_PAYLOADS:
@@ -100,12 +100,13 @@ def moves_of_payloads(moves: Columns, payloads: tuple[Payload, ...]) -> Columns:
 
 
 def describe_row(rows: Columns, names: tuple[str, ...], i: int) -> str:
-    """Format row i for an error."""
+    """Format row i for an error message."""
     return "(" + ", ".join(f"{name} {rows[name][i]}" for name in names) + ")"
 
 
 class _Held(NamedTuple):
-    """Held intervals, sorted: [begin, end) on the line made by `_HoldingCheck.to_line`, and the row in `holders`."""
+    """The held intervals, sorted: [begin, end) on the line defined by `_HoldingCheck.to_line`, and the row of each in
+    `holders`."""
 
     row: Ints
     begin: Ints
@@ -113,9 +114,9 @@ class _Held(NamedTuple):
 
 
 class _Used(NamedTuple):
-    """Used intervals, sorted and distinct, with the first and last step of their use, and all single uses.
+    """The distinct used intervals, sorted, with the first and last step of their use, and every individual use.
 
-    row, step, interval: for each single use, its row in `uses`, its step, and the index of its interval.
+    row, step, interval: for each individual use, its row in `uses`, its step, and the index of its interval.
     """
 
     begin: Ints
@@ -129,10 +130,11 @@ class _Used(NamedTuple):
 
 @dataclass(frozen=True)
 class _HoldingCheck:
-    """A check that each (token, head) is owned, kept or received only once, is held before every use, and is used if it arrives.
+    """A check that each (token, head) is owned, kept or received only once, is held before every use, and is used if it
+    arrives.
 
-    mirrored: read the table with time and moves reversed. Then the check is that each (token, head) leaves at most once, after
-    all contributions to it, and never without any.
+    mirrored: read the table with time and moves reversed. The check is then that each (token, head) leaves at most once,
+    after all contributions to it, and never without a contribution.
     """
 
     call: Call
@@ -143,7 +145,7 @@ class _HoldingCheck:
     mirrored: bool = False
 
     def run(self) -> BufferLifetimes:
-        """Run all checks. Return the lifetimes of the buffers of arrivals, with steps counted in reading direction."""
+        """Run all checks. Return the lifetimes of the buffers of arrivals, with steps counted in the reading direction."""
         held, used = self._held(), self._used()
         self._refuse_second_arrivals(held)
         self._refuse_missing(held, used)
@@ -161,7 +163,7 @@ class _HoldingCheck:
 
     @cached_property
     def moves(self) -> Columns:
-        """The moves of the payload in reading direction, with their row numbers."""
+        """The moves of the payload in the reading direction, with their row numbers."""
         moves = moves_of_payloads(self.table.moves, (self.payload,))
         if not self.mirrored:
             return moves
@@ -182,7 +184,7 @@ class _HoldingCheck:
 
     @property
     def first_move(self) -> int:
-        """The first row of `holders` that is a move."""
+        """The index of the first row of `holders` that is a move."""
         return len(self.holders["rank"]) - len(self.moves["row"])
 
     @cached_property
@@ -196,7 +198,7 @@ class _HoldingCheck:
 
     @cached_property
     def head_limits(self) -> Ints:
-        """The ends of all head ranges, sorted. Holders and users do not change between two of them."""
+        """The ends of all head ranges, sorted. Holders and users are constant between two adjacent ends."""
         return sorted_unique(
             np.concatenate([rows[name] for rows in (self.holders, self.uses) for name in ("h0", "h1")])
         )
@@ -214,7 +216,7 @@ class _HoldingCheck:
         return _Held(row[order], begin[order], end[order])
 
     def _used(self) -> _Used:
-        # many tasks use the same tokens, so reduce uses to distinct intervals with their first and last step
+        # many tasks use the same tokens: reduce the uses to distinct intervals with their first and last step
         row, begin, end = self.to_line(self.uses)
         order = lexicographic_argsort(begin, end)
         row, begin, end = row[order], begin[order], end[order]
@@ -259,7 +261,7 @@ class _HoldingCheck:
             raise PlanError(f"{self.label} of move {row} {shown} {self.sentences.unused}.")
 
     def _lifetimes(self, last: Ints) -> BufferLifetimes:
-        """Join the arrivals of one (rank, step, head range) into one buffer, which is alive until the last use of any of them."""
+        """Join the arrivals for one (rank, step, head range) into one buffer, which lives until the last use of any of them."""
         moves, heads = self.moves, max(self.call.heads, self.call.kv_heads) + 1
         key = ((moves["dst"] * MAX_STEP + moves["step"]) * heads + moves["h0"]) * heads + moves["h1"]
         buffer, row = np.unique(key, return_inverse=True)

@@ -13,9 +13,9 @@ from distattn.ir.text_format import with_common_unit
 if TYPE_CHECKING:
     from distattn.parallel.analysis.timeline import Numbers, PassTimeline
 
-# largest number of ranks in a picture
+# the most ranks in a picture
 _MAX_DRAWN = 64
-# in CSS pixels at natural size, as for score matrices; each rank has a line with its kernels above its messages
+# in CSS pixels at natural size, as in score matrices; each rank has a line of kernels above a line of messages
 _LEFT, _TOP, _WIDTH, _RIGHT, _LINE, _BAR = 40, 18, 372, 8, 14, 6
 # our pages define these colours for light and dark backgrounds; the fallbacks are visible on both
 _COLOURS = {"kernels": "var(--kernels,#4a86d0)", "messages": "var(--waiting,#d97a12)"}
@@ -27,9 +27,10 @@ def ranks_to_draw(ranks: int) -> Ints:
 
 
 def busy_intervals(timeline: PassTimeline, ends: Numbers, ranks: Ints) -> tuple[Numbers, Numbers, Ints]:
-    """Return (begin, end, line) of each rank's kernels or messages by step: times in seconds, and the rank's index in `ranks`.
+    """Return (begin, end, line) of each rank's kernels or messages in each step: times in seconds, and the rank's index in
+    `ranks`.
 
-    ends: `computed` or `arrived` of the timeline, in seconds, (steps, all ranks).
+    ends: the timeline's `computed` or `arrived`, in seconds, (steps, all ranks).
     """
     step, line = np.nonzero((ends > timeline.begin)[:, ranks])
     return timeline.begin[step, ranks[line]], ends[step, ranks[line]], line
@@ -66,7 +67,8 @@ def pass_figure(timeline: PassTimeline, title: str) -> str:
 
 
 def _boxes(begin: Numbers, end: Numbers, line: Ints, scale: float, down: int) -> str:
-    """Return an SVG path of rectangles. scale: pixels per second. down: distance in pixels from the top of a rank's line."""
+    """Return an SVG path of rectangles. scale: pixels per second. down: the distance in pixels below the top of a rank's
+    line."""
     x, wide, y = _LEFT + begin * scale, (end - begin) * scale, _TOP + _LINE * line + down
     return "".join(f"M{a:.2f} {c}h{b:.2f}v{_BAR - 1}h-{b:.2f}z" for a, b, c in zip(x, wide, y, strict=True))
 

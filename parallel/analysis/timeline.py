@@ -24,10 +24,10 @@ _KERNELS, _MESSAGES = "#1f5fa8", "#e08a1e"
 class PassTimeline:
     """Timeline of one direction of a plan.
 
-    begin, computed, arrived: times in seconds, (steps, ranks), at which each step began, its kernels ended and its messages
-    ended. For a step without kernels or messages, it is the time at which the step began. seconds: duration of the pass.
-    flops: floating-point operations of all ranks. intra_node_bytes, inter_node_bytes: bytes sent by each rank within its node
-    and to other nodes.
+    begin, computed, arrived: times in seconds, (steps, ranks), at which each step began, its kernels finished and its
+    messages arrived. Without kernels or messages, that is the time at which the step began. seconds: the duration of the
+    pass. flops: the floating-point operations of all ranks. intra_node_bytes, inter_node_bytes: bytes sent by each rank
+    within its node and to other nodes.
     """
 
     direction: str
@@ -51,13 +51,14 @@ class PassTimeline:
 
     @property
     def exposed(self) -> Numbers:
-        """The seconds for which each rank waits for messages without computing, (ranks,)."""
+        """The seconds for which each rank only waits for messages, computing nothing, (ranks,)."""
         return np.maximum(self.arrived - self.computed, 0).sum(0)
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """A plan simulated on a cluster. `str()` is the text, `.as_dict()` the numbers, `.html()` and `.perfetto()` show it."""
+    """A plan simulated on a cluster. `str()` returns the text and `.as_dict()` the numbers; `.html()` and `.perfetto()`
+    visualize it."""
 
     plan: Plan
     cluster: ClusterSpec
@@ -76,7 +77,7 @@ class Timeline:
 
     @property
     def balance(self) -> float:
-        """The cells of the busiest rank over the mean."""
+        """The busiest rank's cells over the mean."""
         area = self.plan.area_by_rank().astype(float)
         return float(area.max() / area.mean()) if area.any() else 1.0
 

@@ -26,7 +26,7 @@ from distattn.ir.plan import (
 from distattn.parallel.tables.partition import mask_rectangles, owns_range, split_by_query_owner
 from distattn.parallel.tables.routes import remote_users, send_direct, send_hierarchical
 
-# smallest fraction of a rank's work for which tasks on local keys get a kernel call of their own
+# the smallest fraction of a rank's work for which tasks on local keys get their own kernel call
 _LEAST_EARLY = 1 / 8
 
 
@@ -56,7 +56,7 @@ def _many_are_early(call: Call, tasks: Columns) -> np.ndarray:
 
 
 def _uses_late_keys(call: Call, tasks: Columns, late: Columns) -> Ints:
-    """Return 1 for each task that needs any (rank, head, token) in `late`, and 0 for the others."""
+    """Return 1 for each task that needs any of the (rank, head, token) in `late`, and 0 for the others."""
     ranges = task_token_ranges(call, Payload.KV, tasks)
     task, task_head = expand_ranges(ranges["h0"], ranges["h1"])
     row, head = expand_ranges(late["h0"], late["h1"])

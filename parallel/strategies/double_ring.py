@@ -24,8 +24,8 @@ from distattn.parallel.tables.routes import remote_users, send_along_double_ring
 class DoubleRingOptions:
     """Options of "double_ring".
 
-    inner_ring_size: ranks in an inner ring. The default is a node's ranks, or about the square root of all ranks if no cluster is
-    given.
+    inner_ring_size: the number of ranks in an inner ring. The default is the number of ranks per node, or about the square
+    root of all ranks if no cluster is given.
     """
 
     inner_ring_size: int | None = None
