@@ -35,12 +35,12 @@ from distattn.training.config.run_settings import build_model, configured_model
 
 ROOT = Path(__file__).parents[1]
 AIM_LAYER, AIM_STEP = 200, 0.02
-# calls per timing, so that the cost of reading the clock is negligible
+# calls per timing: enough to make the cost of reading the clock negligible
 CALLS = 50
 
 
 class Instant(da.ContextParallel):
-    """Context parallelism whose attention kernel returns at once."""
+    """Context parallelism whose attention kernel returns immediately."""
 
     def watch(self, batch: Any, plan: Any, shape: Any) -> Any:
         return InstantWatch()
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def of_layer(case: str, tokens: int, config: Any, repeats: int) -> list[Cell]:
-    """Time the operators and the adapters on the same inputs. Return a cell for each."""
+    """Time the operators and the adapters on the same inputs. Return one cell for each."""
     shape = config.model
     heads, kv_heads, dim = (
         shape.num_attention_heads,
@@ -151,7 +151,7 @@ def of_layer(case: str, tokens: int, config: Any, repeats: int) -> list[Cell]:
     contestants = {"operators": operators, "transformers": transformers}
     if importlib.util.find_spec("megatron") is not None:
         contestants["megatron-core"] = megatron
-    # check only the shape: tests cover the results of adapters
+    # check only the shape: the tests check the results of adapters
     check = lambda o: "" if o.shape == q.shape else "another result"  # noqa: E731
     return compare(case, contestants, check, repeats=repeats, warmup=3)
 

@@ -67,7 +67,7 @@ def main() -> int:
 
 
 class Job(NamedTuple):
-    """A rank's part of the case, and the correct results for it."""
+    """A rank's part of the case, and the correct results for that part."""
 
     rank: int
     ranks: int
@@ -82,7 +82,7 @@ class Job(NamedTuple):
 
     @staticmethod
     def join(tokens: int) -> Job:
-        """Join the launcher's process group. On a CPU the axis is short, whatever `tokens` is."""
+        """Join the launcher's process group. On a CPU the axis is short, regardless of `tokens`."""
         rank, ranks, device = joined()
         cuda = device.type == "cuda"
         case = Case.of(tokens if cuda else 128, 128 if cuda else 32, ranks, device)
@@ -98,7 +98,7 @@ def layer(
 ) -> Callable[[], dict[str, Tensor]]:
     """Return a function that runs attention forward and backward on this rank's tokens.
 
-    wrap: replaces the transport of its messages.
+    wrap: a function that replaces the transport of its messages.
     """
     ready = da.prepare(plan, kernel="triton", device=job.device)
     ready.transport = wrap(ready.transport)
@@ -129,7 +129,8 @@ def check(result: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
 
 
 def exposure(cells: list[Cell]) -> str:
-    """Return lines that compare each strategy's layer time with the time of its moves at the bare all-to-all's rate."""
+    """Return lines that compare each strategy's layer time with the time that its moves would take at the rate of the
+    bare all-to-all."""
     bare_cell = next((cell for cell in cells if cell.contestant == "bare all-to-all" and cell.median), None)
     if bare_cell is None:
         return ""

@@ -74,7 +74,7 @@ class Plan(Ours):
 
 
 class Greedy(Contestant):
-    """torchtitan's ChatDataset. Each chat is a document's number, which the tokenizer turns into the document's ids."""
+    """torchtitan's ChatDataset. Each chat is a document's index, which the tokenizer turns into the document's ids."""
 
     name = "torchtitan, chats"
 
@@ -107,7 +107,7 @@ class Greedy(Contestant):
         self._sequences = sum(1 for _ in chats)
 
     def filled(self, case: Case) -> Filled:
-        # a document's last token is only a label
+        # the last token of a document is only a label
         lengths = IndexedFile.open(case.corpus).document_lengths - 1
         kept = lengths[lengths <= case.context].sum()
         return Filled(kept / (self._sequences * case.context), 0, 1 - kept / lengths.sum())

@@ -36,9 +36,9 @@ from distattn.kernels.trial_cache import cache_file
 HERE = Path(__file__).parent
 FOLDER = HERE.parent / "build" / "first-hour"
 MINUTES = 9.0
-# a part is not started if less time than this is left
+# parts are not started if less time than this is left
 LEAST_SECONDS = 20.0
-# the share of its time limit that is passed to a program as --seconds
+# the fraction of its time limit that a program receives as --seconds
 OWN_SHARE = 0.8
 # torchrun gives its ranks 30 s to end
 GRACE_SECONDS = 35.0
@@ -46,7 +46,7 @@ NO_GPU = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS"
 
 
 class Part(NamedTuple):
-    """A program and its time limit. keeps_time: the program takes --seconds and leaves out whatever would take longer."""
+    """A program and its time limit. keeps_time: the program accepts --seconds and leaves out whatever would take longer."""
 
     name: str
     command: Sequence[str]
@@ -106,7 +106,7 @@ def launched(ranks: int, script: str, *arguments: str) -> list[str]:
 
 
 def missing(program_name: str, gpus: int) -> str:
-    """Return a sentence on what cannot be shown with this many GPUs, or an empty string."""
+    """Return a sentence saying what cannot be shown with this many GPUs, or an empty string."""
     if program_name == "cluster" and gpus == 1:
         return "One GPU here: messages went over gloo, between processes on the CPU. Nothing about NCCL or about speed was shown."
     if gpus == 0:
@@ -158,14 +158,14 @@ def first_hour(stages: Sequence[Sequence[Part]], folder: Path, seconds: float, w
 def run_stage(
     stage: Sequence[Part], folder: Path, left: float, environment: dict[str, str], print_line: Callable[[str], None]
 ) -> list[Outcome]:
-    """Run parts side by side, each at most for its time limit and the time left. Return their outcomes."""
+    """Run parts side by side, each for at most its time limit and the time left. Return their outcomes."""
     running = [
         Running(part, folder, min(part.seconds, left), environment, print_line, len(stage) > 1) for part in stage
     ]
     try:
         return [part.outcome() for part in running]
     finally:
-        # this also runs if the user interrupts
+        # stop the parts even if the user interrupts
         for part in running:
             part.stop()
 
@@ -192,7 +192,7 @@ class Running:
             text=True,
             errors="replace",
             env=environment,
-            # a session of its own, so that all its processes can be killed
+            # start a new session, so that all of the part's processes can be killed
             start_new_session=True,
         )
         self.last: deque[str] = deque([""], maxlen=1)

@@ -29,7 +29,7 @@ BUDGET = 150
 
 
 class InstantKernel:
-    """A kernel that returns uninitialized results of the right shape at once."""
+    """A kernel that immediately returns uninitialized results of the right shape."""
 
     ACCUMULATES = False
 

@@ -61,7 +61,7 @@ def main() -> int:
 
 
 def plan_of(pack: str, strategy: str, ranks: int) -> da.Plan:
-    """Return the plan for a pack and strategy, which is the same on every rank."""
+    """Return the plan for a pack and strategy. It is the same on every rank."""
     lengths = PACKS[pack]
     layout = da.Layout.balanced(lengths, ranks, mask=da.Mask.documents(lengths))
     return da.make_plan(da.Mask.documents(lengths), layout, strategy=strategy, **SHAPE)

@@ -26,7 +26,7 @@ from harness import environment
 from process_guard import guard_processes
 
 ROOT = Path(__file__).parents[1]
-# recall of a model that only knows which 32 symbols are values
+# the recall of a model that only knows which 32 symbols are values
 CHANCE = 1 / 32
 
 
@@ -56,7 +56,7 @@ SETTINGS = {
 
 
 def main() -> None:
-    """Make the missing runs, seed by seed. Then print the table and draw the figure of all runs."""
+    """Run what is missing, seed by seed. Then print the table and draw the figure of all runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def kept(path: Path, steps: int) -> list[dict[str, Any]]:
-    """Return the runs with `steps` steps in a file, or [] if there is no file."""
+    """Return the runs with `steps` steps from a file, or [] if the file does not exist."""
     rows = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
     return [row for row in rows if row["steps"] == steps]
 

@@ -65,16 +65,14 @@ def split_even_groups(h0: int, h1: int, group_size: int, first_head: int = 0) ->
 
 
 class WrittenRows:
-    """A record of which rows and heads of a tensor have been written, so that first writes can overwrite instead of
-    adding."""
+    """A record of which rows and heads of a tensor have been written, so that first writes can overwrite instead of adding."""
 
     def __init__(self, rows: int, head_bounds: Iterable[int]):
         """Start with nothing written. head_bounds: both ends of every head range that will be written."""
         cuts = sorted(set(head_bounds))
         self.index = {head: i for i, head in enumerate(cuts)}
         self.written = np.zeros((len(cuts) - 1, rows), bool)
-        # the number of (row, head) pairs not covered by first writes; if it is 0, the tensor need not be cleared
-        # beforehand
+        # the number of (row, head) pairs not covered by first writes; if it is 0, the tensor need not be cleared beforehand
         self.unwritten = rows * (cuts[-1] - cuts[0])
 
     def segments(self, heads: slice, rows: slice) -> list[slice]:

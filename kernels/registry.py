@@ -54,8 +54,7 @@ _OTHER_CANDIDATES: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def candidate_kernels(device: torch.device, op: Op = ATTENTION) -> tuple[str, ...]:
-    """Return the kernels that "auto" may choose on a device. In PyTorch's deterministic mode, all of them are
-    deterministic."""
+    """Return the kernels that "auto" may choose on a device. In PyTorch's deterministic mode, all of them are deterministic."""
     import torch
 
     if op.kind in OTHER_KERNELS:

@@ -53,8 +53,7 @@ class TileRuns(NamedTuple):
         return len(self.order)
 
     def work(self, step: int) -> Ints:
-        """Return the number of steps of `step` keys that a program takes for each tile and one head, (head groups,
-        tiles)."""
+        """Return the number of steps of `step` keys that a program takes for each tile and one head, (head groups, tiles)."""
         run = self.run.astype(np.int64)
         places = len(self.first) - 1
         size = -(-(run[:, 3] - run[:, 0]) // step)

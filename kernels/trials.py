@@ -38,8 +38,7 @@ _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4, to
 _COMPARED, _TIMED = (384, 512, 8), (16384, 16384, 1 << 30)
 _RUNS = 3
 _SEED = 1234
-# the most attempts at a trial that runs out of memory, and the factor by which free memory must grow before the next
-# attempt
+# the most attempts at a trial that runs out of memory, and the factor by which free memory must grow before the next attempt
 _MOST_ATTEMPTS, _MORE_MEMORY = 3, 1.25
 _LOG = logging.getLogger("distattn")
 
@@ -345,8 +344,7 @@ def _warn_of_spinner(reason: str) -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes available to tensors on a GPU (free memory and unused memory of PyTorch's allocator), or 0 for a
-    CPU."""
+    """Return the bytes available to tensors on a GPU (free memory and unused memory of PyTorch's allocator), or 0 for a CPU."""
     if device.type != "cuda":
         return 0
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

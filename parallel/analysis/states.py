@@ -165,8 +165,7 @@ class _Tracing:
     def _life(self, rank: int, state: HeldState, heads: int, last: int) -> StateLife:
         assert isinstance(state.name, StateOrigin)
         if state.name.kind == "task":
-            # a computed state is held with all of its heads, even if only some are used; all heads of a received state are
-            # used
+            # a computed state is held with all of its heads, even if only some are used; all heads of a received state are used
             tasks, row = self.table.tasks, state.name.row
             heads = int(tasks["h1"][row] - tasks["h0"][row])
         return StateLife(rank, state.name, heads, *self._unmirrored(state.t0, state.t1), state.there, last)

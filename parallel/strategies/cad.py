@@ -46,8 +46,7 @@ from distattn.parallel.tables.cost import CostModel, bytes_per_row_and_key
 from distattn.parallel.tables.partition import mask_rectangles, owns_range, split_by_key_owner, split_by_query_owner
 from distattn.parallel.tables.routes import reduce_direct, remote_users, send_direct
 
-# roughly the largest fraction of an item to move if there are other items: the first rows of an item have little work per
-# byte
+# roughly the largest fraction of an item to move if there are other items: the first rows of an item have little work per byte
 _DENSE_FRACTION = 0.75
 _MILLION = 1_000_000
 # number of attempts at keeping every rank within max_buffer_bytes

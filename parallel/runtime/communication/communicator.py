@@ -215,8 +215,7 @@ def _open_gloo(store: dist.Store, rank: int, members: Sequence[int], timeout: ti
 def _open_nccl(store: dist.Store, rank: int, members: Sequence[int], timeout: timedelta, name: str) -> Any:
     # give messages a high priority, so that they start before the kernels that they overlap
     options: Any = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    # `driver.message_watch` names lost ranks before this timeout; PyTorch's watchdog would kill the process without naming
-    # any
+    # `driver.message_watch` names lost ranks before this timeout; PyTorch's watchdog would kill the process without naming any
     options._timeout = max(10 * timeout, _WATCHDOG)
     # set the names shown by PyTorch's flight recorder
     options.global_ranks_in_group, options.group_name = list(members), name
