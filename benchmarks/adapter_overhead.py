@@ -2,7 +2,7 @@
 
     python benchmarks/adapter_overhead.py
 
-A single process runs, so nothing is transferred, and the kernel returns at once. Each layer call is a forward and a
+A single process runs, so nothing is transferred, and the kernel returns immediately. Each layer call is a forward and a
 backward pass. Adapters are compared with the bare operators on tensors in the operators' own layout. "short" has 64
 tokens, so only host time counts; "long" has 2,048, the tokens per rank of configs/tiny.toml, so copies count, too. The
 goals are 200 microseconds per layer and 2 % of a step.

@@ -2,10 +2,10 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node gpu benchmarks/check_cluster.py [--tokens 131072]
 
-Every rank compares the outputs and gradients of all strategies with the same kernel on the whole axis at once. Then the
-slowest rank's median times are printed: a layer forward and backward, and a bare all-to-all with as many bytes as the
-busiest strategy moves. The rate of the latter gives the time that each strategy's moves would take alone. Without GPUs
-the benchmark runs over gloo on a short axis (TRITON_INTERPRET=1) and only checks correctness.
+Every rank compares the outputs and gradients of all strategies with one call of the same kernel on the entire axis. Then
+the slowest rank's median times are printed: a layer forward and backward, and a bare all-to-all with as many bytes as the
+busiest strategy moves. The rate of the all-to-all gives the time that each strategy's moves alone would take. Without
+GPUs the benchmark runs over gloo on a short axis (TRITON_INTERPRET=1) and only checks correctness.
 """
 
 from __future__ import annotations

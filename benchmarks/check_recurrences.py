@@ -5,10 +5,10 @@
 The outputs and gradients of every op and schedule are compared, token by token, with fp64 in one process. On every rank
 the error may be at most twice that of one device's kernel on the same tokens, or 2e-5. One device's own error may be at
 most 2e-2 of the largest element in bfloat16, and 2e-5 in float32. Gradients of states are covered by tests: here
-documents start from zero states. Then the slowest rank's median times, forward and backward, are measured in one run:
-our schedules, an all-to-all of tokens, one device with the whole axis and, for ops that have it, fla-core's own context
-parallelism (`fla.ops.cp`, contiguous and zigzag slices), which is left out if its results are wrong. Without GPUs the
-benchmark runs over gloo on a short axis and only checks correctness.
+documents start from zero states. Then the slowest rank's median times, forward and backward, are measured in one run: our
+schedules, an all-to-all of tokens, one device with the entire axis and, for the ops that it supports, fla-core's own
+context parallelism (`fla.ops.cp`, contiguous and zigzag slices), which is left out if its results are wrong. Without GPUs
+the benchmark runs over gloo on a short axis and only checks correctness.
 """
 
 from __future__ import annotations

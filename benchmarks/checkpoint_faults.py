@@ -8,7 +8,7 @@ one loads bitwise equal (for example, after an added blank in the manifest). "si
 plain torch.distributed.checkpoint (DCP) loads the same damaged folder.
 
 Kills: two ranks train and save at every step without a pause. One of them is killed with SIGKILL at a random moment,
-and the other must end with an error on its own. Then the newest good checkpoint must be at least as new as before the
+and the other must exit with an error by itself. Then the newest good checkpoint must be at least as new as before the
 kill, all ranks must load it bitwise equal, and nothing of the interrupted save may be left.
 """
 
@@ -45,7 +45,7 @@ from distattn.ir.errors import LostRankError
 
 PAGE = 4096
 OLDER, NEWER = "step-00000100", "step-00000200"
-# the most seconds until a rank notices that the other has ended
+# the most seconds until a rank notices that the other has exited
 NOTICE_SECONDS = 60.0
 
 

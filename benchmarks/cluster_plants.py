@@ -4,9 +4,10 @@
     python -m torch.distributed.run --standalone --nproc-per-node gpu benchmarks/cluster_plants.py --stop
 
 The faults: one rank has a different plan; a message of attention or of a recurrent layer is altered in flight; the
-memory of a message is reused before the wait. With --stop, in a run of its own, the last rank stops. The others must
-name it and the message for which they wait, and end without an error. Each fault is printed as a line, and the exit
-code is 1 if one is not found. The benchmark runs over NCCL on several GPUs, otherwise over gloo (TRITON_INTERPRET=1).
+memory of a message is reused before the wait. With --stop, in a separate run, the last rank stops. The others must
+name it and the message they are waiting for, and exit without an error. Each fault is printed as a line, and the exit
+code is 1 if any fault is not found. The benchmark runs over NCCL on several GPUs, otherwise over gloo
+(TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
@@ -186,7 +187,7 @@ class Reused:
 
 
 def rank_stops(timeout: float | None, path: Path | None) -> int:
-    """Stop the last rank in a loop over attention. All others must name that rank and the missing message, and end.
+    """Stop the last rank in a loop over attention. All others must name that rank and the missing message, and exit the loop.
 
     Return the exit code.
     """

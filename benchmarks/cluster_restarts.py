@@ -2,12 +2,12 @@
 
     python benchmarks/cluster_restarts.py [--on local slurm ray] [--repeats 3] [--patience 5] [--data.tokens_per_step ...]
 
-The clusters are real, with two nodes of two ranks each, all on this machine, as in the tests. Each fault gets a run of
-`configs/tiny.toml` of its own, because a node blamed twice in a row is left out: rank 0 receives a SIGKILL in one run
-and a SIGSTOP in the other. The table has the median seconds from the signal until the rank's node has named it
-(noticed), until the next attempt starts, and until its first step is done (trains again). The last includes the new
-processes' imports, which are also measured separately. `local` is `distattn launch local` with four ranks, whose
-restarts import nothing. Further arguments are passed to the runs.
+The clusters are real, with two nodes of two ranks each, all on this machine, as in the tests. Each fault gets its own run
+of `configs/tiny.toml`, because a node blamed twice in a row is left out: rank 0 receives a SIGKILL in one run and a
+SIGSTOP in the other. The table has the median seconds from the signal until the rank's node has named it (noticed), until
+the next attempt starts, and until its first step is done (trains again). The last includes the new processes' imports,
+which are also measured separately. `local` is `distattn launch local` with four ranks, whose restarts import nothing.
+Additional arguments are passed to the runs.
 """
 
 from __future__ import annotations

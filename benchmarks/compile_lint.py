@@ -7,8 +7,8 @@ Every kernel, epilogue and tile size goes through the real launch path with a st
 code is read: registers, stack, spills inside the loops that multiply, shared memory, matrix instructions, products that
 ptxas serialized, products that overlap with other work, and narrow asynchronous loads. For the main loop (of the loops
 that multiply, the one with the most exponentials, and the shortest of these) it also counts instructions, in total and
-by pipe. The numbers are compared with a committed budget, one file per version of Triton. The exit code is 1 if any
-number is worse; --update rewrites the file.
+by pipe. The metrics are compared with a committed budget, one file per version of Triton. The exit code is 1 if any of
+them is worse; --update rewrites the file.
 
 The budget has a digest of the compiler's input. A kernel with the same digest is not compiled again, since the budget
 was taken from the same machine code; --all compiles it nevertheless.

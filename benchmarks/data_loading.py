@@ -5,12 +5,12 @@
 FOLDER is the target of `pip install --target FOLDER mosaicml-streaming litdata torchtitan datasets torchdata`, for
 rivals that the environment lacks. A missing rival is left out with the reason. The corpus is synthetic: 16-bit ids, and
 lengths drawn from quantiles of a long-context corpus (`pack_planning.py`), divided by --scale. Each measurement runs in
-a process of its own.
+a separate process.
 
 "plan": the work done once before a run: wall-clock seconds, CPU seconds and peak memory. "resume": from making the
 loader (without imports) to the token ids of the first sequence of a step in the middle, with files in the page cache:
 the median, the minimum, the median CPU time (which excludes waiting and other programs), and the peak memory beyond
-that of the imports, mapped pages included. A contestant is refused unless it yields the same sequence there as without
+that of the imports, mapped pages included. A contestant is rejected unless it yields the same sequence there as without
 an interruption. "state": bytes of the pickled state. "next": the median time of the sequences after that. "filled":
 tokens over capacity. "cuts": number of cuts through documents. "dropped": share of tokens that are in no sequence.
 "read/used": the bytes that one of --cp ranks reads in a step, including blocks read to check their digests, over the

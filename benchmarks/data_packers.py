@@ -1,4 +1,4 @@
-"""How full packs of whole documents are: our plan and torchtitan's two packers on the same documents.
+"""How full packs of complete documents are: our plan and torchtitan's two packers on the same documents.
 
     python benchmarks/data_packers.py [--documents 200000 20000] [--context 32768] [--rivals FOLDER]
 

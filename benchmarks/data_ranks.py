@@ -10,10 +10,10 @@ tokens. Each of 9 fresh processes does all of this once. Files are in the page c
 from one file in the page cache. They start each step together. The time is what a rank needs for its part (token ids
 and labels of its micro-batches): median and maximum over all ranks and steps, as wall-clock time and as CPU time.
 
-Simulated from that: --ranks ranks with CP 8 each read their part of the next step while the current step computes. All
-ask at the same moment. The cores of one machine (--cores) serve them in turn, each for the CPU time measured for a
-part, or for the time its bytes take at the measured bandwidth of copying from the page cache with all processes
-together, whichever is longer. A rank waits if its part does not arrive before the step ends.
+Simulated from that: --ranks ranks with CP 8 each read their part of the next step while the current step computes. All of
+them ask at the same moment. The cores of one machine (--cores) serve them in turn, each for the CPU time measured for a
+part, or for the time its bytes take at the measured bandwidth of copying from the page cache with all processes together,
+whichever is longer. A rank waits if its part does not arrive before the step ends.
 """
 
 from __future__ import annotations

@@ -132,8 +132,8 @@ def packs(
 
 
 def contestants(inner: str, tolerance: float, hypergraph: bool) -> dict[str, Callable[..., da.Plan | None]]:
-    """Return functions, keyed by name, from packs and shape to a plan, or to None if the plan would be too large or is
-    impossible."""
+    """Return functions, keyed by name, that map packs and a shape to a plan, or to None if the plan is impossible or would be
+    too large."""
 
     def as_they_came(strategy: str, **options: Any) -> Callable[..., da.Plan]:
         def make(batch: list[list[int]], shape: dict[str, Any]) -> da.Plan:

@@ -13,7 +13,7 @@ from harness import environment
 class Findings:
     """A recorder of checks, planted faults, omissions and speeds. Without a path, it only prints them.
 
-    speaks: True if this process prints and records, which only rank 0 does if there are several.
+    speaks: True if this process prints and records; with several ranks, only rank 0 does.
     """
 
     def __init__(self, path: Path | None, speaks: bool = True):
@@ -50,7 +50,7 @@ class Findings:
         return 0 if self.all_right else 1
 
     def print_line(self, line: str) -> None:
-        """Print a line, unless it is empty or another rank prints."""
+        """Print a line, unless it is empty or this process does not print."""
         if self.speaks and line:
             sys.stdout.write(line + "\n")
             sys.stdout.flush()

@@ -3,9 +3,9 @@
     python benchmarks/first_hour.py gpu [--minutes 9] [options of gpu.py]
     python benchmarks/first_hour.py cluster [--minutes 9] [options of check_cluster.py]
 
-Every part is a program of its own with a time limit. Its output is passed on and recorded, and the other parts run
-however it ends. A part that exceeds its limit is stopped and named; a part for which no time is left is skipped and
-named. build/first-hour keeps everything: the output, the findings as JSON lines, and the trials of kernels. The exit
+Every part is a separate program with a time limit. Its output is passed on and recorded, and the other parts run no
+matter how it ends. A part that exceeds its limit is stopped and named; a part is skipped and named if no time is left
+for it. build/first-hour keeps everything: the output, the findings as JSON lines, and the trials of kernels. The exit
 code is 1 if something is wrong, a planted fault was not found, or a part failed. Without GPUs the same parts run,
 smaller, in Triton's interpreter and over gloo.
 """
@@ -40,7 +40,7 @@ MINUTES = 9.0
 LEAST_SECONDS = 20.0
 # the fraction of its time limit that a program receives as --seconds
 OWN_SHARE = 0.8
-# torchrun gives its ranks 30 s to end
+# torchrun gives its ranks 30 s to exit
 GRACE_SECONDS = 35.0
 NO_GPU = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 

@@ -3,13 +3,13 @@
     python benchmarks/gpu_checks.py [--tiers triton gluon gluon_split flash] [--seconds 200]
 
 Forward and backward results, also merged into existing contents, are compared with the reference kernel in fp64: for
-masks of every kind and all head dims, with and without score modifiers. Every operand and result lies between guards in
-a larger block of memory: NaN around inputs, a pattern around results. A kernel that reads out of bounds then returns
-NaN, and one that writes out of bounds changes the pattern. If compute-sanitizer is installed, it runs the same calls.
-Each call is made twice and compared bitwise (except dQ of "gluon" and "flash", whose sums have no fixed order), and the
-host time per launch is printed. The row operations around kernels (copy, add, merge) are compared with the CPU's. The
-exit code is 1 if anything is wrong. Without a GPU (TRITON_INTERPRET=1) only kernels that the interpreter supports run,
-with fewer cases.
+masks of every kind and all head dims, with and without score modifiers. Every operand and result is placed between
+guards in a larger block of memory: NaN around inputs, a pattern around results. A kernel that reads out of bounds then
+returns NaN, and one that writes out of bounds changes the pattern. If compute-sanitizer is installed, it runs the same
+calls. Each call is made twice and compared bitwise (except dQ of "gluon" and "flash", whose sums have no fixed order),
+and the host time per launch is printed. The row operations around kernels (copy, add, merge) are compared with the
+CPU's. The exit code is 1 if anything is wrong. Without a GPU (TRITON_INTERPRET=1) only kernels that the interpreter
+supports run, with fewer cases.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The whole executor on one GPU: all ranks of a plan in lockstep, each with its own streams.
+"""The complete executor on one GPU: all ranks of a plan in lockstep, each with its own streams.
 
     python benchmarks/gpu_executor.py [--kernel triton|gluon] [--ranks 8] [--tokens 32768] [--delay 200] [--trace FILE.json]
 
 Moves are device copies on a stream of the receiver. They start `delay` microseconds after both ends are ready, as over
 a slow link. First, correctness is checked: the outputs and gradients of every strategy, with NaN in uninitialized
-memory, are compared with the Triton kernel on the whole axis at once, and any synchronization between host and device
+memory, are compared with one call of the Triton kernel on the entire axis, and any synchronization between host and device
 is an error. Then the host time per rank and step is measured (budget: 150 microseconds), and from a trace the share of
 copying that overlaps with kernels. Without a GPU (TRITON_INTERPRET=1) only correctness is checked, on a short axis.
 """

@@ -6,8 +6,8 @@ A check that finds nothing proves something only if it would have found a fault 
 wrapped: it drops keys, scales scores wrongly, moves the edge of a mask, overwrites instead of adding, writes or reads
 out of bounds (inside the guards, so that no access is illegal and the device stays intact), or returns different bits
 each time. Then two waits are skipped: for a message, and for the upload of run lists to the device. Both are delayed so
-that the fault shows every time. Each fault is printed as a line, and the exit code is 1 if one is not found. Without a
-GPU (TRITON_INTERPRET=1) only kernels' faults run.
+that the fault shows every time. Each fault is printed as a line, and the exit code is 1 if any fault is not found.
+Without a GPU (TRITON_INTERPRET=1) only kernels' faults run.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python benchmarks/gpu_recurrence.py [--tokens 32768] [--heads 32] [--seconds 200] [--out benchmarks/results/gpu.jsonl]
 
 Every op's kernels, `fla` (package fla-core) and our `triton_chunked` and `chunked`, are compared with the chunked
-kernel in fp64: outputs, final states, (A, B) of segments and all gradients. Then a whole pass, a state pass, the
+kernel in fp64: outputs, final states, (A, B) of segments and all gradients. Then a complete pass, a state pass, the
 backward and the gradients' state pass are timed on one segment, in bf16 with dims of 128. State passes are the extra
 work that plans for several ranks do. The exit code is 1 if an installed kernel is wrong. Without a GPU, small cases run
 in fp32, without `fla`.

@@ -2,8 +2,8 @@
 
     python benchmarks/indexed_reading.py [--megabytes 400] [--documents 20000] [--repeats 5]
 
-Whole documents of log-normal lengths (uint16) are read in random order. "warm": from the page cache. "cold": from this
-machine's disk, each time after asking the operating system to drop the file's pages. Times are microseconds per
+Complete documents of log-normal lengths (uint16) are read in random order. "warm": from the page cache. "cold": from
+this machine's disk, each time after asking the operating system to drop the file's pages. Times are microseconds per
 document.
 """
 

@@ -2,7 +2,7 @@
 
     python benchmarks/layer_calls.py [--rounds 2000]
 
-There is one rank with a tiny Llama. Its second call is counted, when plan and program exist already. Calls inside the
+There is one rank with a tiny Llama. Its second call is counted, when plan and program already exist. Calls inside the
 kernel do not count. To compare two checkouts, run this file several times, alternating between them in PYTHONPATH.
 """
 

@@ -5,8 +5,8 @@
 The model is a narrow Llama with the proportions of Llama 3 70B. "initial" draws its weights. "exported" writes them as
 a folder of safetensors (200 MB per file; rank 0 holds one file's tensors in addition to its shards). "loaded" reads
 that folder into new shards. Memory is anonymous resident memory (allocated memory, without pages of mapped files, which
-belong to the page cache): the increase over the start of the phase, sampled every millisecond. Every rank is a process
-of its own on this machine, over gloo.
+belong to the page cache): the increase over the start of the phase, sampled every millisecond. Every rank is a separate
+process on this machine, over gloo.
 """
 
 from __future__ import annotations

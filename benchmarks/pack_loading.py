@@ -12,7 +12,7 @@ writes.
 their lengths. "first tokens" is the time to read its rank's tokens (CP 8, zigzag) in the first batch. Both are measured
 once in a fresh process and as the median of ten more. "bytes" are the bytes copied, or read by the system, for all 8
 ranks, over the bytes of the tokens that they use. Each rank opens the files itself, as a process does. With digests,
-the first read of a block reads and checks the whole block, later reads only the requested bytes: "again" is a second
+the first read of a block reads and checks the entire block, later reads only the requested bytes: "again" is a second
 pass over the same 64 packs. Every read is compared with numpy's.
 """
 

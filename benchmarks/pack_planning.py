@@ -10,7 +10,7 @@ web pages, books and code (ProLong: 575 to 340,149 tokens, median 1,914), with l
 memory, including the lengths (4 bytes per document, mapped). "utilisation" counts existing packs only, since the last
 step may have fewer. "cuts" is the number of pieces minus that of documents. "work max/mean" is, per step, the largest
 attention work of a pack (sum of squared lengths) over the mean, averaged over all steps. A contestant that loses or
-repeats tokens or overfills a pack is refused. First-fit takes quadratic time and is left out above 50,000 documents.
+repeats tokens or overfills a pack is rejected. First-fit takes quadratic time and is left out above 50,000 documents.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A guard that kills what a process has started once the process itself has ended, however it ends. For tests and benchmarks.
 
-`guard_processes()` starts a small process that waits for its caller's end and then kills all of the caller's
-descendants. They carry a mark that survives a lost parent and a new session: a word in the environment of started
-programs, and an open file in forked processes. The module imports little, because ranks of benchmarks import it.
+`guard_processes()` starts a small process that waits for its caller's end and then kills all of the caller's descendants.
+They carry a mark that survives a lost parent and a new session: a word in the environment of programs they start, and an open
+file in forked processes. The module imports little, because ranks of benchmarks import it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-# the environment variable that programs started later inherit: the marks of all their guarded ancestors
+# an environment variable, inherited by programs started later, with the marks of all their guarded ancestors
 _VARIABLE = "DISTATTN_GUARDS"
 # keyed by process id: the process's mark, and the file that its forked processes have open
 _GUARDED: dict[int, tuple[str, int]] = {}

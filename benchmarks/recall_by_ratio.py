@@ -4,7 +4,7 @@
 
 Every run is `examples/recall.py` on one core, with the same settings except for the ratio and the number of layers. A
 hybrid has one attention layer, and is compared with models that have as many layers, all attention or all recurrent.
-Each run is a line of the file (by default in benchmarks/results) with its whole curve, and existing runs are not
+Each run is a line of the file (by default in benchmarks/results) with its complete curve, and existing runs are not
 repeated. Recall is the share of correct values in the last 20 steps. By default the figure is the one in docs.
 """
 

@@ -5,7 +5,7 @@
 Forward and backward run on gloo ranks on one machine, in fp32 with 4 heads of 64 x 64 and our PyTorch kernel for all
 contestants. Results are checked against one process before anything is timed. "fla's way" reimplements what
 flash-linear-attention 0.6 does with contiguous slices: one all-gather of all ranks' states and transitions in each
-pass, whatever the documents are. "all-to-all" is the method of Megatron's context parallelism, run by our executor. The
+pass, regardless of the documents. "all-to-all" is the method of Megatron's context parallelism, run by our executor. The
 originals need GPUs; benchmarks/hybrid_layers.py simulates them.
 """
 
@@ -103,7 +103,7 @@ def _rank(rank: int, arguments: argparse.Namespace, store: str, argv: list[str])
 
 
 def make_inputs(tokens: int) -> tuple[RecurrenceTokens, Tensor]:
-    """Return ((q, k, v, g, beta), do) for the whole axis, the same on every rank."""
+    """Return ((q, k, v, g, beta), do) for the entire axis, the same on every rank."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, do = (torch.randn(tokens, HEADS, DIM, generator=generator) for _ in range(4))
     g, beta = -0.1 * torch.rand(tokens, HEADS, generator=generator), torch.rand(tokens, HEADS, generator=generator)
@@ -111,7 +111,7 @@ def make_inputs(tokens: int) -> tuple[RecurrenceTokens, Tensor]:
 
 
 def checker(lengths: list[int], x: RecurrenceTokens, do: Tensor) -> Any:
-    """Return a function that compares a rank's (tokens, o, dq, dk, dv, dg, dbeta) with one process."""
+    """Return a function that compares a rank's (tokens, o, dq, dk, dv, dg, dbeta) with those of one process."""
     ends = np.cumsum([0, *lengths]).tolist()
     segments = list(itertools.pairwise(ends))
     state = torch.zeros(len(lengths), HEADS, DIM, DIM)

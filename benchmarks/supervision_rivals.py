@@ -10,8 +10,8 @@ ranks that the supervisor blames (names). --patience is passed to all supervisor
 does not occur within --limit seconds counts as never and is tried only once. A repeated step with a different loss is
 an error, except for torchft: its ranks are replicas that come and go, so losses depend on which were present.
 
-`pip install --target FOLDER --no-deps nvidia-resiliency-ext==0.4.1 nvidia-ml-py pynvml defusedxml psutil pyyaml` makes
-the folder of rivals. For torchft, add `--no-deps torchft==0.2.0` and `opentelemetry-sdk
+`pip install --target FOLDER --no-deps nvidia-resiliency-ext==0.4.1 nvidia-ml-py pynvml defusedxml psutil pyyaml`
+creates the folder of rivals. For torchft, add `--no-deps torchft==0.2.0` and `opentelemetry-sdk
 opentelemetry-exporter-otlp-proto-http`.
 """
 

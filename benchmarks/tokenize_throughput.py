@@ -3,11 +3,11 @@
     python benchmarks/tokenize_throughput.py [--megabytes 30] [--vocabulary 8192] [--repeats 3] [--out FILE.jsonl]
 
 The text is the Python standard library's source code as JSON lines, and the tokenizer is a byte-level BPE trained on it
-first. Ours is the whole path from the file to indexed files with digests, synchronized to disk, including the start of
-processes. "encode_batch" is the library `tokenizers` alone on texts in memory, which is the upper bound. "1 process,
-Megatron's builder" is what Megatron's preprocessing does with a document: JSON, ids, IndexedDatasetBuilder (its tool is
-not part of megatron-core). datatrove takes part if it is installed. "cpu s" is the CPU time of all processes and
-threads in one run.
+first. Ours is the entire path from the file to indexed files with digests, synchronized to disk, including starting
+processes. "encode_batch" is the library `tokenizers` alone on documents in memory, which is the upper bound. "1
+process, Megatron's builder" is what Megatron's preprocessing does with a document: JSON, ids, IndexedDatasetBuilder
+(its tool is not part of megatron-core). datatrove takes part if it is installed. "cpu s" is the CPU time of all
+processes and threads in one run.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ third when a rank reports an activity: connecting, reading, waiting for keys and
 weights. With ulysses on more than two ranks, messages are all-to-alls. There are five kinds of hangs. The launcher must
 notice each and name the rank and its activity. When a run ends, every line of its metrics, its losses by position, the
 documents of each step and the digests of the last checkpoint's tensors must equal those of a run without faults, and
-nothing may be left over. Then the next run begins.
+nothing may be left over. Then the next run starts.
 
 The commands and the launcher are the real ones, in processes forked from this one after its imports.
 """

@@ -14,7 +14,7 @@ from distattn.adapters.ray_train import RunCheckpoints
 
 
 def train(settings: dict[str, Any]) -> None:
-    # import this only here: it selects the device that Ray Train has assigned to this worker
+    # do not import this earlier: it selects the device that Ray Train has assigned to this worker
     import packs
 
     mesh = torch.distributed.init_device_mesh(packs.DEVICE.type, (1, settings["workers"]), mesh_dim_names=("dp", "cp"))

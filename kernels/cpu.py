@@ -68,7 +68,7 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 def prepare(mask: LaunchMask, requirements: KernelRequirements) -> SdpaSchedule:
-    """Return the operator calls that compute the mask."""
+    """Return the operator calls that cover the mask."""
     tight = tighten(mask.bands)
     some = tight[:, Q0] < tight[:, Q1]
     parts = [

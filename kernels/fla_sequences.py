@@ -1,4 +1,4 @@
-"""Sequence offsets in the form that the kernels in fla-core take."""
+"""Sequence offsets in the form that fla-core's kernels accept."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 A *run* is an interval of keys that some rows of a query tile attend to. The tiles at its ends contain masked cells; the
 tiles in the middle contain only allowed cells, so their mask is never evaluated. A query tile has at most as many runs
-as bands, however many key tiles they cover. A transposed band (queries swapped with keys) is a band, so the same lists
-serve kernels that own a key tile and loop over queries.
+as bands, no matter how many key tiles they cover. A transposed band (queries swapped with keys) is a band, so the same
+lists serve kernels that own a key tile and loop over queries.
 
 Other kinds of pieces (block lists, neighbourhood tiles) could be added as runs of one tile.
 """

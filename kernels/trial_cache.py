@@ -45,8 +45,8 @@ def trial_key(masks: list[LaunchMask], requirements: KernelRequirements) -> str:
 
 
 def trial_key_of_op(requirements: KernelRequirements, heads: int, key_heads: int) -> str:
-    """Return the key for a recurrence or convolution. It contains the versions of the packages with the kernels, but
-    nothing of a plan."""
+    """Return the key for a recurrence or convolution. It contains the versions of the packages with the kernels, but nothing
+    about a plan."""
     packages = ", ".join(f"{name} {_version(name)}" for name in ("fla-core", "tilelang"))
     shape = f"{str(requirements.dtype)[6:]} {heads}:{key_heads} {requirements.head_dim}/{requirements.v_head_dim}"
     groups = " groups" * requirements.grouped
@@ -57,7 +57,7 @@ def trial_key_of_op(requirements: KernelRequirements, heads: int, key_heads: int
 def read_trials(key: str, names: tuple[str, ...]) -> dict[str, Trial] | None:
     """Return the cached trials of these kernels, or None if any of them has not been tried."""
     stored = _read().get(key, {})
-    # ignore a file written by another version or edited by hand
+    # ignore a file written by a different version or edited by hand
     with suppress(TypeError, KeyError):
         return {name: Trial(**stored[name]) for name in names}
     return None

@@ -1,7 +1,7 @@
 """The settings of attention: one record for run files, `ContextParallel`, planners and `make_plan`.
 
-Limits and choices are annotations of the fields. Settings that run files also have are fields of `AttentionKeys`. Settings for
-Python code only are fields of `AttentionConfig`. The fields are listed nowhere else.
+Limits and choices are annotations of the fields. Settings that run files also have are fields of `AttentionKeys`. Settings
+available only in Python code are fields of `AttentionConfig`. The fields are listed nowhere else.
 """
 
 from __future__ import annotations

@@ -54,12 +54,12 @@ def make_plan(
     heads and kv_heads count the query and key/value heads on one tensor-parallel rank. dtype is that of q, k and v
     ("float16", "bfloat16", "float32", "float64", or a torch or NumPy dtype). backward is one of POLICIES; the default is the
     strategy's own. cluster determines which ranks share a node. If it is a ClusterSpec, the name of one ("h200-8x8") or a
-    TOML file, it also gives the speeds of kernels and links. options are the strategy's own options, by name. comm_dtype is
-    the dtype in which outputs and gradients are sent: q's, or by default the accumulation dtype. If partial results are never
-    added, sending in q's dtype loses no precision. working_layout is the layout on which the strategy works, if it differs
-    from that of q, k, v and o; the call moves tokens there and back. max_buffer_bytes is the most bytes of buffers that a
-    rank may hold at any one time (see `verify`). If a plan needs more, heads are computed in several chunks. The backward
-    policy is then "keep" only if requested explicitly, because kept tensors do not shrink.
+    TOML file, it also gives the speeds of kernels and links. options are the strategy's own options, keyed by name.
+    comm_dtype is the dtype in which outputs and gradients are sent: q's, or by default the accumulation dtype. If partial
+    results are never added, sending in q's dtype loses no precision. working_layout is the layout on which the strategy
+    works, if it differs from that of q, k, v and o; the call moves tokens there and back. max_buffer_bytes is the most bytes
+    of buffers that a rank may hold at any one time (see `verify`). If a plan needs more, heads are computed in several
+    chunks. The backward policy is then "keep" only if requested explicitly, because kept tensors do not shrink.
 
     op is the op to compute, an Op or its name: "attention", or a recurrence ("gated_delta_rule", "ssd", "gla", ...; see
     `distattn.ir.op`). For a recurrence, heads are those of values and states, kv_heads are those of queries and keys, head_dim
@@ -126,7 +126,7 @@ def make_plan(
 
     policy = backward or chosen.backward
     forwards = candidates("forward", policy)
-    # True if the backward pass has tasks of its own
+    # True if the backward pass has its own tasks
     has_backward_tasks = op.has_gradient and (chosen.own_backward or (chosen.by_direction and policy != "keep"))
     backwards = candidates("backward", policy) if has_backward_tasks else None
     plan = planned(policy, forwards, backwards)
@@ -153,7 +153,8 @@ def _most_needed(plan: Plan) -> int:
 
 
 def _fewest_bytes(call: Call, forwards: list[Table], backwards: list[Table], policy: str) -> tuple[Table, Table]:
-    """Return the forward and backward tables that move the fewest bytes. With policy "keep", both come from one candidate."""
+    """Return the forward and backward tables that move the fewest bytes. With policy "keep", both are from the same
+    candidate."""
     forward_bytes, backward_bytes = (
         np.array([int(move_bytes(call, table.moves).sum()) for table in tables]) for tables in (forwards, backwards)
     )

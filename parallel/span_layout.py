@@ -1,7 +1,7 @@
 """The choice of layout for a span of recurrent layers: the model's, or contiguous slices with a re-layout at both ends.
 
 Contiguous slices have the fewest states to move: a document of m segments moves at least m - 1 states in every layer. Tokens
-move only once to the span's layout and once back, however many layers the span has.
+move only once to the span's layout and once back, no matter how many layers the span has.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ _ALL_STRATEGIES: Mapping[str, Strategy] = {
 
 
 def strategies_of(op: Op) -> Mapping[str, Strategy]:
-    """Return the strategies that can plan an op, by name."""
+    """Return the strategies that can plan an op, keyed by name."""
     return {
         name: strategy
         for name, strategy in _ALL_STRATEGIES.items()

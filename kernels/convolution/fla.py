@@ -45,7 +45,7 @@ class Sequences(NamedTuple):
 
 
 class SequenceSchedule(NamedTuple):
-    """All sequences of a launch, and its numbers of rows and keys."""
+    """All sequences of a launch, and the launch's row and key counts."""
 
     sequences: tuple[Sequences, ...]
     rows: int

@@ -37,7 +37,7 @@ class TapRows(NamedTuple):
 
 
 class TapSchedule(NamedTuple):
-    """All taps of a launch, and its numbers of rows and keys."""
+    """All taps of a launch, and the launch's row and key counts."""
 
     taps: tuple[TapRows, ...]
     rows: int

@@ -3,8 +3,8 @@
 `torch.nn.attention.activate_flash_attention_impl("FA3")` changes the operators' implementation. This module then only
 differs in which calls it accepts. The operators are private to PyTorch (`aten::_flash_attention_forward` and
 `_backward`); a test checks their arguments. Partial outputs have the inputs' precision, as in every library that merges
-them. The operators take one head dim: if values have a different one from queries and keys (MLA: 128 and 192), the
-narrower tensors are padded with zeros. `pieces` describes how masks are expressed.
+them. The operators accept only one head dim: if values have a different one from queries and keys (MLA: 128 and 192),
+the narrower tensors are padded with zeros. `pieces` describes how masks are expressed.
 """
 
 # T query rows, S key rows, H query heads, K key/value heads, D head dim, E value head dim
@@ -80,7 +80,7 @@ def _implementation_reason(name: str, device: torch.device, dim: int) -> str | N
 
 
 def prepare(mask: LaunchMask, requirements: KernelRequirements) -> FlashSchedule:
-    """Return the operator calls that compute the mask. Raise DistattnError for masks that they cannot express."""
+    """Return the operator calls that cover the mask. Raise DistattnError for masks that they cannot express."""
     return flash_schedule(mask)
 
 
@@ -93,7 +93,7 @@ def forward(
     into: tuple[Tensor, Tensor] | None = None,
     merge: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Compute (o_THE, lse_TH), in fp32 unless `into` has another dtype. Rows without keys get o = 0 and lse = -inf.
+    """Compute (o_THE, lse_TH), in fp32 unless `into` has a different dtype. Rows without keys get o = 0 and lse = -inf.
 
     into: the (o, lse) to write the result to or, with `merge`, to merge it into.
     """
@@ -280,7 +280,7 @@ def _single(place: Tensor | None, like: Tensor, adds: bool) -> Tensor:
 
 
 def _of_one_dim(*tensors: Tensor) -> list[Tensor]:
-    """Pad the tensors with zeros to the last dimension of the widest."""
+    """Pad the last dimension of the tensors with zeros to that of the widest."""
     dim = max(x.shape[2] for x in tensors)
     return [x if x.shape[2] == dim else torch.nn.functional.pad(x, (0, dim - x.shape[2])) for x in tensors]
 

@@ -1,6 +1,6 @@
 """Express a launch's bands for variable-length flash attention: sequences with one window, aligned at the bottom right corner.
 
-A call takes sequences that are consecutive in its queries and in its keys, all with the same window: in a sequence of T
+A call accepts sequences that are consecutive in its queries and in its keys, all with the same window: in a sequence of T
 rows and S keys, row i attends to key j if i + S - T - left <= j <= i + S - T + right. Each band is split into at most
 three sequences: rows whose keys start at the rectangle's edge, rows whose keys end at its edge, and the rows between.
 Sequences with equal windows in ascending order form one call.
@@ -72,7 +72,7 @@ class FlashSchedule(NamedTuple):
 
 
 def flash_schedule(mask: LaunchMask) -> FlashSchedule:
-    """Return the operator calls that compute a launch's mask. Raise DistattnError for bands that no call can express."""
+    """Return the operator calls that cover a launch's mask. Raise DistattnError for bands that no call can express."""
     tight = tighten(mask.bands)
     some = tight[:, Q0] < tight[:, Q1]
     parts = [
@@ -108,7 +108,7 @@ def flash_schedule(mask: LaunchMask) -> FlashSchedule:
 
 
 def sequences(band: Ints) -> Iterator[Sequence]:
-    """Yield the sequences that compute a tight band."""
+    """Yield the sequences that cover a tight band."""
     q0, q1, k0, k1, lo, hi, bq, bk, oq, ok = (int(number) for number in band)
     low, high = lo + ok - oq, hi + ok - oq
     if (bq, bk) != (1, 1):

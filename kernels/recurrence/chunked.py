@@ -2,7 +2,7 @@
 
 Inside a chunk, interactions between tokens are matrix products. The state passes from chunk to chunk: both a chunk's
 outputs and the state that leaves it are affine in the state that enters it (Yang et al. 2024, arXiv 2406.06484 and
-2412.06464). Everything that does not depend on the state is computed for many chunks at once, and a loop over the
+2412.06464). Everything that does not depend on the state is computed for many chunks together, and a loop over the
 chunks only passes the state on. Segments of any lengths are processed side by side. The backward pass recomputes the
 chunks from last to first, so that only the states between chunks are kept. All tensors have the accumulation dtype.
 

@@ -1,11 +1,11 @@
 """Recurrences on GPUs with the chunk kernels from flash-linear-attention (package `fla-core`, our extra `fla`).
 
-Only fla-core's public functions are called; they take and return states, and each task of a plan is one such call. To
-compute the effect (A, B) of a segment on any state, the recurrence runs on values [v | 0] from the state [0 | I] and
-ends in [B | A]. Its effect on a gradient is the gradient of its initial state. The backward pass repeats the forward
-pass, because fla-core keeps its intermediate tensors only in autograd's graph.
+Only fla-core's public functions are called; they accept and return states, and each task of a plan is one such call.
+To compute the effect (A, B) of a segment on any state, the recurrence runs on values [v | 0] from the state [0 | I]
+and ends in [B | A]. Its effect on a gradient is the gradient of its initial state. The backward pass repeats the
+forward pass, because fla-core keeps its intermediate tensors only in autograd's graph.
 
-Products take operands of the inputs' dtype. float32 inputs are refused, because fla-core would use TF32. States are
+Products use operands of the inputs' dtype. float32 inputs are rejected, because fla-core would use TF32. States are
 float32.
 """
 
@@ -85,8 +85,7 @@ def forward(x: RecurrenceTokens, sequences: SequenceEnds, state_NHKV: Tensor) ->
 def states(
     x: RecurrenceTokens, sequences: SequenceEnds, state_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the state after each segment, and if `transitions` is set also each segment's A, in float32. See
-    `chunked.states`."""
+    """Compute the state after each segment and, if `transitions` is set, each segment's A, in float32. See `chunked.states`."""
     key_dim, value_dim = state_NHKV.shape[2:]
     if not transitions or x.beta is None:
         _, leaving = forward(x, sequences, state_NHKV)
@@ -119,7 +118,7 @@ def backward(
 def gradient_states(
     x: RecurrenceTokens, sequences: SequenceEnds, do_THV: Tensor, dstate_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the gradients of the initial states, and if `transitions` is set also each segment's A, in float32.
+    """Compute the gradients of the initial states and, if `transitions` is set, each segment's A, in float32.
 
     See `chunked.gradient_states`.
     """

@@ -35,7 +35,7 @@ _LISTED_RANKS = 16
 
 @dataclass(frozen=True)
 class Explanation:
-    """Explanation of a plan.
+    """An explanation of a plan.
 
     `str()` returns the text, `.html()` an HTML fragment with the picture, and `.as_dict()` the numbers as a dict.
     """

@@ -94,7 +94,7 @@ def check_payload(
 
 
 def moves_of_payloads(moves: Columns, payloads: tuple[Payload, ...]) -> Columns:
-    """Return the moves of these payloads, with their row numbers in column `row`."""
+    """Return the moves of these payloads, with their row indices in column `row`."""
     row = np.flatnonzero(np.isin(moves["payload"], [int(payload) for payload in payloads]))
     return {**select_rows(moves, row), "row": row}
 
@@ -163,7 +163,7 @@ class _HoldingCheck:
 
     @cached_property
     def moves(self) -> Columns:
-        """The moves of the payload in the reading direction, with their row numbers."""
+        """The moves of the payload in the reading direction, with their row indices."""
         moves = moves_of_payloads(self.table.moves, (self.payload,))
         if not self.mirrored:
             return moves
@@ -189,7 +189,7 @@ class _HoldingCheck:
 
     @cached_property
     def uses(self) -> Columns:
-        """The users of each (token, head), with their steps: tasks, then moves at their source."""
+        """The users of each (token, head), with their steps: tasks first, then moves at their source."""
         tasks = self.table.tasks
         step = self.table.steps - 1 - tasks["step"] if self.mirrored else tasks["step"]
         of_tasks = task_token_ranges(self.call, self.payload, tasks) | {"rank": tasks["rank"], "step": step}

@@ -1,10 +1,10 @@
 """Time a plan on a described cluster without running it: kernels, messages, waiting and memory. All numbers are simulated.
 
-The simulation models our executor (parallel.runtime.execution). On every rank, a step begins when the rank's previous step has
+The simulation models our executor (parallel.runtime.execution). On every rank, a step starts when the rank's previous step has
 ended, that is, when its kernels are done and its messages have arrived. One launch then computes the step's tasks on the compute
-stream, while the step's messages travel on the communication stream. A message starts when both of its ends have begun the step,
-and it shares links with the other messages of the step. Packing before sending and merging of arrivals count as copies on the
-device. A step cannot begin before the host has issued it.
+stream, while the step's messages travel on the communication stream. A message starts when both of its ends have started the
+step, and it shares links with the other messages of the step. Packing before sending and merging of arrivals count as copies on
+the device. A step cannot start before the host has issued it.
 
 All values are arrays over ranks and messages. The only loop is over steps.
 """

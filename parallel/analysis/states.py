@@ -1,10 +1,10 @@
 """The proof that every state read in a recurrence is available, sums up exactly its tokens, and arrives only once.
 
 A task computes the state of the tokens that it has read, and a move copies a state. The state is available from the end of that
-step on, or from the start if the forward pass has kept it because a task began with it. The state of an interval may be read if
-other states tile the interval: they are adjacent, in order, and all available before the step. By induction, each state sums up
-its tokens once and in order. Coverage forces tasks to begin where documents do, so the state that enters a segment sums up all
-earlier tokens of its document and no others.
+step on, or from the start if the forward pass has kept it because a task started from it. The state of an interval may be read
+if other states tile the interval: they are adjacent, in order, and all available before the step. By induction, each state sums
+up its tokens once and in order. Coverage forces tasks to start where documents do, so the state that enters a segment sums up
+all earlier tokens of its document and no others.
 
 The same holds for gradients of states, with the token axis read from its end.
 """
@@ -36,7 +36,7 @@ from distattn.parallel.tables.held_states import HeldState, HeldStates
 
 
 class StateOrigin(NamedTuple):
-    """The origin of a state: a "task" or "move" of the table, or a task of the forward pass ("kept"), and its row number."""
+    """The origin of a state: a "task" or "move" of the table, or a task of the forward pass ("kept"), and its row index."""
 
     kind: str
     row: int
@@ -104,7 +104,7 @@ def state_lifetimes(call: Call, payload: Payload, lives: list[StateLife]) -> Buf
 
 
 class _Tracing:
-    """Traces one payload in one table. For gradients of states, tokens are counted from the end of the axis."""
+    """The tracing of one payload in one table. For gradients of states, tokens are counted from the end of the axis."""
 
     def __init__(
         self, call: Call, table: Table, payload: Payload, direction: str, kept: Columns | None, rank: int | None

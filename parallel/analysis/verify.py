@@ -164,8 +164,7 @@ def _check_segments(call: Call, tasks: Columns, direction: str) -> None:
 
 
 def _check_coverage(call: Call, tasks: Columns, direction: str) -> None:
-    """Check that tasks are tight rectangles of their pieces, disjoint for every head, and that together they cover the entire
-    mask."""
+    """Check that tasks are tight rectangles of their pieces, do not overlap for any head, and together cover the entire mask."""
     bands = task_bands(call.mask, tasks)
     tight = tighten(bands)
     rectangle = np.stack([tasks[name] for name in ("q0", "q1", "k0", "k1")], 1)

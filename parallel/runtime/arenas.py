@@ -6,9 +6,9 @@ arenas would exist at once. All messages are therefore sent from and received in
 passes. A pass works on one stream, which waits for the messages of each step, so the stream itself orders the passes that use
 an arena.
 
-Tensors that a forward pass receives for the backward pass stay where they arrive. Activation checkpointing drops them at once
+Tensors that a forward pass receives for the backward pass stay where they arrive. Activation checkpointing drops them immediately
 after a layer's first forward pass, and when the layer is recomputed, it needs them only briefly. The next pass therefore receives
-into memory that no tensor uses any more.
+into memory that no tensor uses any longer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Programs: a plan lowered for one rank to buffers, messages, kernel launches and index lists, made once for all layers.
+"""Programs: a plan lowered for one rank to buffers, messages, kernel launches and index lists, created once for all
+layers.
 
 Only `lower` reads the plan's tables. After that, a layer runs one loop over steps and messages.
 """

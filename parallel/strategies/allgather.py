@@ -3,7 +3,7 @@
 Llama 3 (Dubey et al. 2024, arXiv 2407.21783, section 3.3.2) gathers all keys. Here, only the keys that a rank's queries need are
 sent to it, once each, from their owner. Given a cluster, keys that several ranks of another node need enter that node once and
 are forwarded within it. Tasks that need only local keys run while other keys travel, but only if they are a large enough part of
-the rank's work, because a second kernel call makes copies that split the rows and join them again.
+the rank's work, because a second kernel call requires copies that split the rows and join them again.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Work that leaves a rank is arranged in *lanes*. A lane is the last rows of an item (a document, or the part of one that the rank
 owns) for one head group, and for one key range if that saves bytes. Transfers are laid out one after another along the lanes,
 from the last row of each lane to its first. If a transfer ends within a block of rows, the block is cut between keys. A transfer
-therefore consists of whole head groups, or of neighbouring rows of one group.
+therefore consists of complete head groups, or of neighbouring rows of one group.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Documents of one segment wait for nothing, so they may fill the steps in which other documents' states move. The best schedule
 for a longer document depends on the number and length of its segments, on whether its ranks share a node, and on the other
 documents in the same steps. The search therefore starts with the best single schedule for all documents, and then changes the
-schedule of one class of documents at a time if that makes the whole faster. The result is never slower than a single schedule.
+schedule of one class of documents at a time if that makes the entire scan faster. The result is never slower than a single
+schedule.
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ def fastest_mixture(
 ) -> Table:
     """Return the fastest table found. Its label names the schedules of its documents.
 
-    devices: devices per node. seconds: a function that simulates a table. It is called about 200 times, however many documents
-    there are.
+    devices: devices per node. seconds: a function that simulates a table. It is called about 200 times, regardless of the
+    number of documents.
     """
     classes, ranks = _classes(chains, devices), ranks_of_chains(chains)
 

@@ -1,7 +1,7 @@
 """The integer cost model with which strategies balance work. It makes every rank compute the same plan, bit for bit.
 
-It is the kernel-time model of `distattn.cluster.cost` in integers. A kernel works on whole blocks of rows, and each row costs as
-much as `overhead` additional keys. A document shorter than a block therefore costs as much as a whole block, and short documents
+It is the kernel-time model of `distattn.cluster.cost` in integers. A kernel works on full blocks of rows, and each row costs as
+much as `overhead` additional keys. A document shorter than a block therefore costs as much as a full block, and short documents
 cost more than their cells.
 """
 

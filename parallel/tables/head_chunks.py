@@ -1,6 +1,6 @@
 """Attention in head chunks: the same tasks and moves with fewer heads at a time, so that buffers are smaller.
 
-Every rank's heads are cut into chunks. Each chunk repeats the whole table for some of the heads, a few steps later. Chunks may
+Every rank's heads are cut into chunks. Each chunk repeats the entire table for some of the heads, a few steps later. Chunks may
 overlap, so that the messages of one travel while another is computed. Untied Ulysses does this for Ulysses (UPipe, arXiv
 2602.21196); here it works for every strategy. A key/value head shared by query heads in several chunks is sent for the first of
 these chunks and stays.

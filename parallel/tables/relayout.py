@@ -27,7 +27,7 @@ from distattn.parallel.tables.routes import coalesce, reversed_moves
 
 
 def relayout_table(call: Call, working: Call, table: Table) -> Table:
-    """Rewrite a forward table for `working` into one for `call`, the same call on another layout."""
+    """Rewrite a forward table for `working` into one for `call`, the same call on a different layout."""
     tasks = {**table.tasks, "step": table.tasks["step"] + 1}
     last = table.steps + 1
     moves_of_payloads = []

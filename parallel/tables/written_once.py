@@ -1,4 +1,4 @@
-"""Results of a plan to which no two kernel calls add. They lose nothing if held and sent in the inputs' dtype."""
+"""Results of a plan that no two kernel calls add to. They lose no precision if held and sent in the inputs' dtype."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Our own communicators alongside a process group: they have the same ranks, but carry no other user's messages.
 
-A communicator is made from the job's store and the kind of backend that the group has for a device. `new_group` is unsuitable for
-two reasons. If the world is bound to devices (`device_id=`), it splits the world's communicator, and ranks outside the group do
-not take part in that call. It also keeps the new group until destroy_process_group.
+A communicator is created from the job's store and the kind of backend that the group has for a device. `new_group` is unsuitable
+for two reasons. If the world is bound to devices (`device_id=`), it splits the world's communicator, and ranks outside the group
+do not take part in that call. It also keeps the new group until destroy_process_group.
 """
 
 from __future__ import annotations

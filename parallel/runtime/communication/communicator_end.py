@@ -1,9 +1,9 @@
 """Shutdown of our own communicators: each is shut down once, when its last driver closes, when its group is freed, or at exit.
 
 PyTorch's NCCL backend prints a warning and aborts if it is destroyed without `shutdown` or `abort` (see the destructor in
-ProcessGroupNCCL.cpp), and `destroy_process_group` ends only communicators that PyTorch itself has made. `shutdown` waits without
-a timeout for unfinished messages and for the other ranks; `abort` ends messages. The base class of backends (Backend.hpp) has
-both in torch 2.11, 2.12 and 2.13.
+ProcessGroupNCCL.cpp), and `destroy_process_group` ends only communicators that PyTorch itself has created. `shutdown` waits
+without a timeout for unfinished messages and for the other ranks; `abort` ends messages. The base class of backends
+(Backend.hpp) has both in torch 2.11, 2.12 and 2.13.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import torch.distributed as dist
 _END_SECONDS = 20.0
 # The same at exit if `close` was not called: a rank that exits with an error must not be delayed for long.
 _LATE_SECONDS = 5.0
-# Seconds to wait for an abort, which then continues in the background. It cannot end a hanging shutdown, because both take the
-# same lock in the NCCL backend.
+# Seconds to wait for an abort, which then continues in the background. An abort cannot end a hanging shutdown, because both
+# take the same lock in the NCCL backend.
 _ABORT_SECONDS = 1.0
 
 

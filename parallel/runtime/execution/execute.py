@@ -1,8 +1,8 @@
 """The executor, which runs a program on one rank, forward and backward, with any transport and kernel.
 
 One loop serves both directions. Each step first posts its messages, then runs kernels on the tensors available when the step
-began, then waits for messages and merges received partial results. Results of own tasks are merged first, then arrivals in order.
-The functions are generators that pause while messages are in flight, so that the ranks of one process can run in lockstep.
+started, then waits for messages and merges received partial results. Results of own tasks are merged first, then arrivals in
+order. The functions are generators that pause while messages are in flight, so that the ranks of one process can run in lockstep.
 """
 
 # T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim
@@ -31,8 +31,8 @@ PausableRun = Generator[None, None, Result]
 
 
 class Target(NamedTuple):
-    """The tensors to which a kernel writes a result. adds: True to add or merge the result. is_part: the tensors are part of
-    a buffer."""
+    """The tensors that a kernel writes a result to. adds: True to add or merge the result. is_part: the tensors are part of a
+    buffer."""
 
     fields: Fields
     adds: bool
@@ -240,7 +240,7 @@ def _operands(step: ProgramStep, number: int, buffers: Buffers) -> dict[Payload,
 
 
 def _targets(step: ProgramStep, number: int, buffers: Buffers) -> dict[Payload, Target]:
-    """Return the tensors to which a kernel writes its results."""
+    """Return the tensors that a kernel writes its results to."""
     targets = {}
     for payload, view in step.launches[number].results.items():
         if view.is_part:

@@ -1,8 +1,8 @@
 """The executor of recurrences: it runs a program's segments and states on one rank, forward and backward.
 
 Steps, messages and token buffers are handled by `execute`. This module runs the launches. It combines the states before a
-launch's segments, or the gradients of the states after them, passes them to the kernel as one tensor, and keeps the states that
-other segments need.
+launch's segments, or the gradients of the states after them, passes them to the kernel as one tensor, and stores the states
+that other segments need.
 """
 
 # T tokens on this rank, H value heads, G query and key heads, K key dim, V value dim, N segments in a launch, M documents

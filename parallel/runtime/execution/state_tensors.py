@@ -100,7 +100,7 @@ class HeldStateTensors:
         return [Packet(message.peer, message.key.payload, tensor) for _, tensor in arriving]
 
     def of_no_tokens(self, segments: int, heads: int) -> Tensor:
-        """Return the B of no tokens for each of N segments, (N, H, K, V): 0, or -inf for maxima."""
+        """Return the B of an empty range of tokens for each of N segments, (N, H, K, V): 0, or -inf for maxima."""
         b = self._empty(segments, heads, self.call.head_dim, self.call.v_head_dim)
         return b.fill_(-torch.inf if self.call.op.is_maximum else 0.0)
 

@@ -133,7 +133,7 @@ def _agrees(landing: Landing, bundle: Bundle, landings: Mapping[BufferKey, Landi
 
 
 def _landing(key: BufferKey, rows: int, view: View) -> Landing | None:
-    """Return the landing of a buffer of `rows` rows as the working tensor of a view, or None if it cannot be one."""
+    """Return the landing of a buffer of `rows` rows as the working tensor of a view, or None if that is impossible."""
     own_slices = tuple(piece for piece in view.slices if piece.buffer.step == OWN)
     buffer_slices = [piece for piece in view.slices if piece.buffer == key]
     if (

@@ -1,4 +1,4 @@
-"""The kernel launches made from a table's tasks on one rank, and the tokens that each launch needs."""
+"""The kernel launches created from a table's tasks on one rank, and the tokens that each launch needs."""
 
 from __future__ import annotations
 

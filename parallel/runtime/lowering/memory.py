@@ -1,7 +1,7 @@
 """Memory layout of a pass: all of its tensors get a place in one arena when a plan is lowered.
 
 The sizes and lifetimes of all tensors that a pass allocates besides its results are known beforehand: buffers, packed messages,
-gathered operands and kernel results. A pass therefore asks for memory once, and its need is known to the byte. The largest
+gathered operands and kernel results. A pass therefore requests memory once, and its need is known to the byte. The largest
 tensors are placed first, each at the lowest offset that is free during its lifetime (greedy by size,
 https://arxiv.org/abs/2001.03288).
 """
@@ -327,7 +327,7 @@ def _tensors(
 def _packed(
     call: Call, step: ProgramStep, name: str, numbers: tuple[int, ...], rows: int | None, begin: int, end: int
 ) -> Iterator[tuple[ProgramStep, PlaceKey | BundleKey, Widths, int, int, int, int]]:
-    """Yield the tensors of messages that travel together, in the dtypes in which they travel. name: "send" or "receive".
+    """Yield the tensors of messages that travel together, in the dtypes they are sent in. name: "send" or "receive".
 
     rows: the total number of rows if other peers' rows follow, otherwise None.
     """

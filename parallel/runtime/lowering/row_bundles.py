@@ -95,7 +95,7 @@ class RowFormat(NamedTuple):
 
 
 def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, BufferKey], Bundle]:
-    """Return the bundles of these ranks, by rank and buffer. Both ends of a message compute the same bundles.
+    """Return the bundles of these ranks, keyed by rank and buffer. Both ends of a message compute the same bundles.
 
     All buffers that arrive at a rank in a step (or leave it, for partial results) form one bundle if they hold the same
     tokens of the same peers, at least one of them lacks some of the heads, and they have equal lifetimes. Lifetimes are equal

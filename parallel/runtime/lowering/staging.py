@@ -114,7 +114,7 @@ def _in_landed(message: Message, key: BufferKey, landing: Landing) -> list[Buffe
 
 
 def _rows_in_landed(tensor: BufferKey, key: BufferKey, landing: Landing) -> np.ndarray | None:
-    """Map each row of an own tensor to its row in a landed buffer (-1 if it has none). Return None if the heads differ."""
+    """Map each row of an own tensor to its row in a landed buffer (-1 if it is not there). Return None if the heads differ."""
     parts = [piece for piece in landing.own_slices if piece.buffer == tensor]
     all_heads = slice(0, tensor.h1 - tensor.h0)
     if (key.h0, key.h1) != (tensor.h0, tensor.h1) or not parts or any(piece.heads != all_heads for piece in parts):
