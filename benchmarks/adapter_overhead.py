@@ -193,8 +193,8 @@ def megatron_core(shape: Any, batch: Any) -> Any:
 def of_step(config: Any, tokens: int, ahead: bool) -> tuple[float, float, float]:
     """Return the median seconds of (a step of the tiny model, sharding its batch, waiting for its plan and program).
 
-    A step is loss and backward, without the optimizer. Every step has different documents. ahead: shard the next batch
-    before a step.
+    A step is the forward pass with the loss and the backward pass, without the optimizer. Every step has different documents.
+    ahead: shard the next batch before a step.
     """
     model = build_model(config, configured_model(config, 256, 4096), huggingface.NAME)
     cp = da.ContextParallel(dist.group.WORLD, strategy="ring", kernel="cpu")

@@ -54,8 +54,8 @@ class Timed(NamedTuple):
     folder: Path
 
 
-# starts a save: (step, state) -> (a function to call before the update, a function that waits until everything is
-# written, the folder)
+# a function that starts a save: (step, state) -> (a function to call before the update, a function that waits until
+# everything is written, the folder)
 Begin = Callable[[int, dict], tuple[Callable[[], Any], Callable[[], Any], Path]]
 
 

@@ -48,7 +48,7 @@ LONG = 85_000_000
 
 
 def main() -> int:
-    """Plant all faults and print one line each. Return exit code 1 if any fault is not found."""
+    """Plant all faults and print one line for each. Return exit code 1 if any fault is not found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stop", action="store_true", help="only the rank that stops")
     parser.add_argument("--timeout", type=float, help="seconds after which a rank that does not answer is named")
@@ -240,7 +240,7 @@ def error_of_loop(stops: bool, timeout: float, device: torch.device) -> str:
                 batch["context_parallel"].attention(q, k, v)
             if cuda:
                 torch.cuda.synchronize()
-            # after this, all ranks are here and no message is in flight
+            # after this, all ranks have reached this point and no message is in flight
             dist.all_reduce(torch.zeros(1))
             if stops:
                 os.kill(os.getpid(), signal.SIGSTOP)

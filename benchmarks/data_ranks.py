@@ -178,7 +178,7 @@ def copied_together(prefix: str, processes: int) -> float:
 
 
 def copy_bytes(barrier: Any, path: str, number: int) -> float:
-    """Return the seconds that it takes to copy COPIED_BYTES at 256 random offsets of the file."""
+    """Return the seconds taken to copy COPIED_BYTES at 256 random offsets of the file."""
     places = np.random.default_rng(number).integers(0, max(1, os.path.getsize(path) - COPIED_BYTES), 256).tolist()
     file, room = os.open(path, os.O_RDONLY), bytearray(COPIED_BYTES)
     barrier.wait()

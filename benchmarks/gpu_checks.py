@@ -163,7 +163,7 @@ def masks(device: torch.device) -> dict[str, da.Mask]:
 
 
 def check(call: Call, mask: da.Mask) -> list[str]:
-    """Return a list of the faults of one call, forward and backward, which adds first to zeros and then to the results."""
+    """Return a list of the faults found in one call, forward and backward, adding first to zeros and then to the results."""
     torch.manual_seed(0)
     (dim, v_dim), device = call.dims, call.device
     work = call.work(mask)
@@ -269,7 +269,7 @@ def glue_differences(device: torch.device) -> list[str]:
 
 
 def host_time(call: Call) -> float:
-    """Return the microseconds of host time per launch of a small forward."""
+    """Return the microseconds of host time per launch of a small forward pass."""
     (dim, v_dim), device, n = call.dims, call.device, 128
     q, k, v = (
         torch.randn(n, *shape, device=device, dtype=call.dtype)

@@ -97,7 +97,7 @@ def count_calls(layer: Layer) -> LayerCalls:
         if is_kernel and not inside[0]:
             stacks.append(_stack(frame.f_back, first))
         inside[0] += is_kernel
-        # do not count the frame of `Layer.__call__`, which stands for transformers
+        # do not count the frame of `Layer.__call__`, which stands in for transformers
         if not inside[0] and frame.f_code is not Layer.__call__.__code__:
             calls[frame.f_code.co_filename, frame.f_code.co_qualname] += 1
 

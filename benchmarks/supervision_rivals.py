@@ -40,7 +40,7 @@ from supervision_loop import EVERY, torchrun
 
 HERE = Path(__file__).parent
 FAULTS = ("SIGKILL", "SIGSTOP")
-# the most seconds until ranks train, on a busy machine
+# the most seconds until ranks are training, on a busy machine
 _START_SECONDS = 240.0
 _NEVER = "not within {:.0f} s"
 # matches a failed rank in the output of torchrun's agents and of launchers based on them
@@ -154,7 +154,7 @@ class Launch:
         self._process.wait()
 
     def strike(self, fault: str) -> Struck:
-        """Send a signal to the last rank, halfway between two checkpoints, once all ranks train. Return the outcome."""
+        """Send a signal to the last rank, halfway between two checkpoints, once all ranks are training. Return the outcome."""
         begun = {rank: len(self._notes(rank)) for rank in range(self._arguments.ranks)}
 
         def amid_checkpoints() -> bool:

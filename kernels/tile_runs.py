@@ -86,7 +86,7 @@ def _runs_of(bands: Ints, mask: LaunchMask, rows: int, block_rows: int, block_ke
     q0, q1 = np.maximum(tile * block_rows, tight[band, Q0]), np.minimum((tile + 1) * block_rows, tight[band, Q1])
     begin, first_end = row_key_ranges(tight[band], q0)
     last_begin, end = row_key_ranges(tight[band], q1 - 1)
-    # if the band has all rows of the tile, nothing is masked between the last row's first key and the first row's last
+    # if the band covers all rows of the tile, nothing is masked between the last row's first key and the first row's last
     # key. Rows past the end of the tensor are zeros and need the mask
     whole = (q0 == tile * block_rows) & (q1 == (tile + 1) * block_rows)
     order = lexicographic_argsort(group, tile, q0, begin)

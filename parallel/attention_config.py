@@ -60,8 +60,8 @@ class AttentionConfig(AttentionKeys):
     data: "replicated" if all ranks of the group hold the same batch and split it; "per_rank" if every rank, or every block of
     `context_parallel_size` neighbouring ranks, has its own documents and all ranks share the attention. servers: the number
     of ranks at the end of the group that have no model and call `serve` instead. adaptive: distribute attention according to
-    the measured speeds of ranks, or to a log of them (see `RankSpeeds`). timeout: seconds after which an error names a rank
-    that has not answered; the default is the process group's timeout.
+    the ranks' speeds, either measured or replayed from a log (see `RankSpeeds`). timeout: seconds after which an error names
+    a rank that has not answered; the default is the process group's timeout.
 
     Raises DistattnError for unknown values and invalid combinations.
     """

@@ -64,8 +64,8 @@ class Maps(NamedTuple):
     """A chunk's effect on a state S that enters it: o = read S + pairs (u - w S), and S becomes decay S + key^T (u - w S).
 
     read, key: (M, H, C, K). pairs: the weight of each token in each output, (M, H, C, C). u: the value that each token
-    stores, (M, H, C, V). w: (M, H, C, K), where w S is the value that each token replaces, or None without the delta
-    rule. decay: (M, H, K), or (M, H, 1) if all channels decay alike.
+    stores, (M, H, C, V). w: (M, H, C, K), where w S is the value that each token replaces, or None if there is no delta rule.
+    decay: (M, H, K), or (M, H, 1) if all channels decay alike.
     """
 
     read: Tensor

@@ -39,8 +39,8 @@ def plan_traffic(plan: Plan, cluster: AnyCluster) -> Traffic:
 def lower_bound(plan: Plan, cluster: AnyCluster) -> Traffic:
     """Return the fewest bytes that any plan with the same tasks on the same ranks, and the same policy, can move.
 
-    Every rank that uses a token it does not own receives it at least once, and the token enters each such rank's node at
-    least once, unless the owner is in that node. Every partial result leaves its rank, and its node, at least once.
+    Every rank that uses a token it does not own receives it at least once, and the token enters that rank's node at least
+    once, unless the owner is in the same node. Every partial result leaves its rank, and its node, at least once.
     """
     total = inter_node = 0
     for direction, table in (("forward", plan.forward), ("backward", plan.backward)):

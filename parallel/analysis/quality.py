@@ -58,7 +58,8 @@ class PassStats:
 
 @checked
 def quality(plan: Plan, cluster: AnyCluster | str | None = None) -> dict[str, PassStats]:
-    """Return the statistics of both passes, by direction ("forward", "backward"). cluster: a cluster or its name ("h200-8x8")."""
+    """Return the statistics of both passes, keyed by direction ("forward", "backward"). cluster: a cluster or its name
+    ("h200-8x8")."""
     cluster = resolve_cluster(cluster)
     return {name: _pass_stats(plan, name, cluster) for name in ("forward", "backward")}
 

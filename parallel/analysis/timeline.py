@@ -72,7 +72,7 @@ class Timeline:
 
     @cached_property
     def peak_bytes(self) -> Ints:
-        """Peak bytes of each rank's buffers besides its own tensors, including kept buffers, (ranks,)."""
+        """The peak bytes of each rank's buffers, including kept ones but not its own tensors, (ranks,)."""
         return np.maximum(self.proof.forward_peak, self.proof.backward_peak) + self.proof.kept
 
     @property

@@ -49,7 +49,7 @@ from distattn.parallel.tables.routes import reduce_direct, remote_users, send_di
 # roughly the largest fraction of an item to move if there are other items: the first rows of an item have little work per byte
 _DENSE_FRACTION = 0.75
 _MILLION = 1_000_000
-# number of attempts at keeping every rank within max_buffer_bytes
+# the number of attempts to keep every rank within max_buffer_bytes
 _MEMORY_ROUNDS = 6
 # tolerances of additional candidates: the larger the tolerance, the less work moves
 FALLBACK_TOLERANCES = (0.1, 0.3, 1.0, 3.0)

@@ -25,8 +25,8 @@ _ANSWER, _LATER = 5.0, 10.0
 def run_collective(group: dist.ProcessGroup, call: str, work: Callable[[], Result]) -> Result:
     """Run the collective `work` and return its result. If it fails, raise LostRankError naming the ranks that never joined.
 
-    call: the name of the call, for the error; all ranks of the group must make it equally often. The error gives ranks in the
-    default group.
+    call: the name of the call, for the error; all ranks of the group must make it the same number of times. The error gives
+    ranks in the default group.
     """
     calls = _CALLS.setdefault(group, Counter())
     calls[call] += 1

@@ -180,7 +180,7 @@ def _unbound_world() -> Iterator[None]:
 
 def _opened(group: dist.ProcessGroup, make: Callable[..., Any], device: torch.device, timeout: timedelta) -> Any:
     members, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
-    # the same on all ranks, since all make these calls equally often
+    # the same on all ranks, since all of them make the same number of these calls
     number = _OPENED[group] = _OPENED.get(group, 0) + 1
     members_digest = hashlib.sha1(str(members).encode()).hexdigest()[:12]
     name = f"distattn/communicator {number} of {group.group_name} {members_digest}"

@@ -148,8 +148,8 @@ class Buffers:
         return [tuple(x[begin + part.start : begin + part.stop] for x in tensors) for part in segments]
 
     def message_parts(self, view: View, segments: tuple[slice, ...], in_rows: bool = False) -> list[Fields]:
-        """Return a message's tensors by segment: parts of its buffers or, if in_rows, of the bundles that start with these
-        buffers."""
+        """Return a message's tensors for each segment: parts of its buffers or, if in_rows, of the bundles that start with
+        these buffers."""
         if len(view.slices) == 1:
             (only,) = view.slices
             assert isinstance(only.rows, slice), "messages are sent from and received in contiguous rows"

@@ -321,7 +321,8 @@ class _TableLowering:
     def _mark_first_writes(self, steps: list[ProgramStep]) -> None:
         """Mark the slices that are the first to write to their rows and heads, in the executor's order of accumulation.
 
-        Buffers that first writes do not fill completely go to `blank`. Own results without any other writes go to `unadded`.
+        Buffers that first writes do not fill completely go to `blank`. Own results that nothing is added to go
+        to `unadded`.
         """
         own_results = {payload for payload in self.payloads if payload in REDUCED_PAYLOADS}
         self.unadded = set(own_results)
@@ -391,7 +392,8 @@ def _memoized(prepare: PrepareKernel, in_larger_job: bool) -> PrepareKernel:
 
 
 def _dense_steps(call: Call, table: Table) -> np.ndarray:
-    """Return which steps use one all-to-all: those in which at least half of all rank pairs communicate. All ranks agree."""
+    """Return which steps use one all-to-all: those in which at least half of all rank pairs communicate. All ranks get the
+    same result."""
     moves, ranks = table.moves, call.ranks
     pairs = sorted_unique((moves["step"] * ranks + moves["src"]) * ranks + moves["dst"])
     talking = np.bincount(pairs // ranks**2, minlength=table.steps)

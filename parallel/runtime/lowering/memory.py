@@ -257,7 +257,7 @@ def _places_in_rows(key: BundleKey, matrix: PlacedTensor) -> dict[PlaceKey, list
 
 
 def rounded_arena_bytes(size: int) -> int:
-    """Round an arena's size up by at most 1/32, so that batches of similar size have equally large arenas."""
+    """Round an arena's size up by at most 1/32, so that batches of similar size have arenas of the same size."""
     unit = max(1 << max(size.bit_length() - 1, 0), _SIZES * ALIGNMENT) // _SIZES
     return -(-size // unit) * unit
 

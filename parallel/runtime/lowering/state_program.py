@@ -81,7 +81,7 @@ class StateStep:
 
 @dataclass(frozen=True)
 class StateProgram:
-    """The states of one table on one rank, by step and by task index.
+    """The states of one table on one rank, for each step and for each task index.
 
     kept: the states that forward tasks start from, kept for the backward pass. kept_bytes: their total size. peak_bytes: the
     peak size of all other states. message_bytes: bytes in the arena for the states that one step sends and receives.
@@ -172,8 +172,8 @@ def _add_moves(
 
 
 def _parts(payload: Payload, trace: StateTrace) -> dict[StateOrigin, tuple[StatePart, ...]]:
-    """Return the states that each task reads and each move sends, by head range. Adjacent ranges with the same states are
-    joined."""
+    """Return the states that each task reads and each move sends, for each head range. Adjacent ranges with the same states
+    are joined."""
     parts_by_user: dict[StateOrigin, list[StatePart]] = defaultdict(list)
     for use in sorted(trace.uses, key=lambda use: (use.user, use.h0)):
         tiles = tuple(StateKey(payload, name) for state in use.tiles if isinstance(name := state.name, StateOrigin))
