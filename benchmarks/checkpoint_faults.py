@@ -45,7 +45,7 @@ from distattn.ir.errors import LostRankError
 
 PAGE = 4096
 OLDER, NEWER = "step-00000100", "step-00000200"
-# the most seconds until a rank notices that the other has exited
+# maximum time in seconds until a rank notices that the other has exited
 NOTICE_SECONDS = 60.0
 
 
@@ -349,8 +349,8 @@ def train_and_save(rank: int, folder: str, checked: Any) -> None:
 class KillResult(NamedTuple):
     """The results of all kills.
 
-    steps: the last saved step. amid_save: the number of kills that left a partial checkpoint. notice: the most seconds
-    until a survivor noticed the kill and exited.
+    steps: the last saved step. amid_save: the number of kills that left a partial checkpoint. notice: the maximum time in
+    seconds until a survivor noticed the kill and exited.
     """
 
     kills: int

@@ -41,7 +41,7 @@ from process_guard import guard_processes
 from distattn.checkpoints.checkpoints import Checkpoints
 from distattn.checkpoints.retention import KeepRule
 
-# width of a step's matrix products, and the fewest seconds per step
+# width of a step's matrix products, and the minimum seconds per step
 _WIDTH, _STEP_SECONDS = 1024, 0.25
 
 

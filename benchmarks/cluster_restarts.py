@@ -36,7 +36,7 @@ from distattn.training.reporting.json_lines import read_rows
 ROOT = Path(__file__).parents[1]
 FAULTS = (signal.SIGKILL, signal.SIGSTOP)
 TARGETS = ("local", "slurm", "ray")
-# the most seconds to wait for a condition
+# maximum time to wait for a condition, in seconds
 _LIMIT_SECONDS = 600.0
 # seconds that ranks may take to save when the run is cancelled
 _ENDING_SECONDS = 60.0

@@ -55,7 +55,7 @@ from distattn.parallel.make_plan import STRATEGIES
 ARCHITECTURES = (80, 90, 100)
 DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 SINGLE_DIMS = ((64, 64), (128, 128), (256, 256))
-# the most bytes of shared memory per program (CUDA programming guide, compute capabilities)
+# maximum bytes of shared memory per program (CUDA programming guide, compute capabilities)
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 # the matrix-multiply instruction of each architecture
 PRODUCTS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
@@ -97,8 +97,7 @@ PIPES = {
     "mufu": ("MUFU",),
     "bar": ("BAR",),
 }
-# the fewest registers per thread of the spinner: rounded up to a multiple of 8, its 1024 threads hold 49,152 of 65,536
-# registers
+# minimum registers per thread of the spinner: rounded up to a multiple of 8, its 1024 threads hold 49,152 of 65,536 registers
 HELD_BY_SPIN = 41
 HEADS, KV_HEADS, TOKENS = 8, 2, 256
 CPU = torch.device("cpu")

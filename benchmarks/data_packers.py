@@ -119,7 +119,7 @@ class ScanAndPick(Contestant):
     name = "torchtitan, scan and pick"
 
     def __init__(self, most_documents: int) -> None:
-        """Create a packer that is unsupported for more documents than `most_documents`."""
+        """Create a packer that raises Unsupported if there are more than `most_documents` documents."""
         self._most = most_documents
 
     def load(self) -> None:

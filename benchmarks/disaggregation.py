@@ -40,7 +40,7 @@ from distattn.ir.bands import K0, K1, OK, OQ, Q0, Q1
 from distattn.ir.layout import make_layout
 from distattn.parallel.analysis.quality import quality
 
-# the most pairs of chunks: whole-pool strategies with more are left out
+# maximum number of pairs of chunks: whole-pool strategies with more are left out
 MOST_PAIRS = 3_000_000
 COLUMNS = ("contestant", "cells", "cost", "GB", "GB across", "GB busiest", "plan ms", "forward ms", "backward ms")
 

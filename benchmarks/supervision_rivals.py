@@ -40,7 +40,7 @@ from supervision_loop import EVERY, torchrun
 
 HERE = Path(__file__).parent
 FAULTS = ("SIGKILL", "SIGSTOP")
-# the most seconds until ranks are training, on a busy machine
+# maximum time in seconds until ranks are training, on a busy machine
 _START_SECONDS = 240.0
 _NEVER = "not within {:.0f} s"
 # matches a failed rank in the output of torchrun's agents and of launchers based on them

@@ -67,7 +67,7 @@ from distattn.training.run_folder import RunFolder
 
 STEPS = 14
 TEXT = Path(__file__).parents[1] / "LICENSE"
-# the most seconds to wait: only a hang takes this long
+# maximum time to wait, in seconds: only a hang takes this long
 LIMIT_SECONDS = 300.0
 # about the duration of a save, so that kills during a save are spread over it
 MOST_SAVE_SECONDS = 0.03

@@ -11,7 +11,7 @@ import numpy as np
 from distattn.ir.intervals import Ints
 from distattn.ir.mask import Mask
 
-# the most cuts to make through partly written rows
+# maximum number of cuts through partly written rows
 _MOST_CUTS = 4
 
 

@@ -34,11 +34,12 @@ from distattn.kernels.triton.launch import schedule_to_device
 
 # the largest accepted relative difference: several times what the rounding of inputs and weights explains
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4, torch.float64: 1e-9}
-# the most rows, keys and heads of the samples for the comparison, and of those for timing
+# maximum numbers of rows, keys and heads in the samples for the comparison, and in those for timing
 _COMPARED, _TIMED = (384, 512, 8), (16384, 16384, 1 << 30)
 _RUNS = 3
 _SEED = 1234
-# the most attempts at a trial that runs out of memory, and the factor by which free memory must grow before the next attempt
+# maximum number of attempts at a trial that runs out of memory, and the factor by which free memory must grow before the next
+# attempt
 _MOST_ATTEMPTS, _MORE_MEMORY = 3, 1.25
 _LOG = logging.getLogger("distattn")
 

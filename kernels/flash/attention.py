@@ -95,7 +95,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Compute (o_THE, lse_TH), in fp32 unless `into` has a different dtype. Rows without keys get o = 0 and lse = -inf.
 
-    into: the (o, lse) to write the result to or, with `merge`, to merge it into.
+    into: the (o, lse) to write the result to or, if `merge` is set, to merge it into.
     """
     dim = v_SKE.shape[2]
     if into is None:

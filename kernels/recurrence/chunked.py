@@ -10,8 +10,8 @@ Decays are kept as sums of logarithms, and only a later sum minus an earlier one
 overflows and vanished decays become 0. The sums are fp64, because the difference between two large sums loses digits.
 """
 
-# N segments, n of them not ended yet, M chunks per block, C tokens per chunk, T tokens, H heads, G heads of queries and
-# keys, K key dim, V value dim; a state is S_NHKV
+# N segments, n of them not finished, M chunks per block, C tokens per chunk, T tokens, H heads, G heads of queries and keys,
+# K key dim, V value dim; a state is S_NHKV
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.trials import Trial, median_seconds, try_each
 from distattn.kernels.triton.launch import schedule_to_device
 
-# segment lengths and the most heads, for the comparison and for timing
+# segment lengths and maximum numbers of heads, for the comparison and for timing
 _COMPARED, _TIMED = (150, 1, 64, 33), (2048, 1500, 548)
 _HEADS_COMPARED, _HEADS_TIMED = 4, 32
 _SEED = 1234

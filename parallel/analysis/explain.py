@@ -29,7 +29,7 @@ from distattn.parallel.analysis.lower_bounds import lower_bound, plain_ring_traf
 from distattn.parallel.analysis.score_matrix import draw_score_matrix, score_matrix_html
 from distattn.parallel.analysis.verify import Proof, verify
 
-# the most ranks to list; if there are more, only the most and the least loaded are shown
+# maximum number of ranks to list; if there are more, only the most and the least loaded are shown
 _LISTED_RANKS = 16
 
 

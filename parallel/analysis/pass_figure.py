@@ -13,7 +13,7 @@ from distattn.ir.text_format import with_common_unit
 if TYPE_CHECKING:
     from distattn.parallel.analysis.timeline import Numbers, PassTimeline
 
-# the most ranks in a picture
+# maximum number of ranks in a picture
 _MAX_DRAWN = 64
 # in CSS pixels at natural size, as in score matrices; each rank has a line of kernels above a line of messages
 _LEFT, _TOP, _WIDTH, _RIGHT, _LINE, _BAR = 40, 18, 372, 8, 14, 6

@@ -16,7 +16,7 @@ from distattn.ir.intervals import Ints
 from distattn.ir.plan import Columns, Plan, has_rows_and_keys, select_rows, task_bands
 
 Numbers = np.ndarray
-# the most head ranges to draw side by side
+# maximum number of head ranges to draw side by side
 _PANELS = 4
 # a task's outline is exact up to this many rows
 _OUTLINE_ROWS = 48

@@ -17,7 +17,7 @@ from distattn.ir.intervals import Ints, expand_ranges
 from distattn.ir.plan import TASK_COLUMNS, Columns, concat_rows, make_columns, nonempty_bands, select_rows
 from distattn.parallel.tables.cost import CostModel
 
-# the most key ranges to try for a head group
+# maximum number of key ranges to try for a head group
 _MAX_KEY_RANGES = 4
 
 

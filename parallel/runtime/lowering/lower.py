@@ -54,7 +54,7 @@ from distattn.parallel.runtime.program import KernelLaunch, Message, Program, Pr
 
 # a function that derives a kernel's own schedule from a launch's mask or a recurrence's segments
 PrepareKernel = Callable[[Any], Any]
-# the most segments that a message may be cut into
+# maximum number of segments that a message may be cut into
 _MOST_SEGMENTS = 4
 
 

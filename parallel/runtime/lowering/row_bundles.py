@@ -36,10 +36,10 @@ from distattn.parallel.tables.partition import owns_range
 _ADDRESS_ALIGNMENT = 16
 # in elements: Triton uses wide loads if the row stride is a multiple of this
 _ROW_ALIGNMENT = 16
-# the most padding in a row, as a fraction of its tensors: padding is sent as well
+# maximum padding in a row, as a fraction of its tensors: padding is sent as well
 _MOST_PADDING = 1 / 8
-# the most bytes that may be kept longer, and copied once more, to send several buffers in one message; above this, separate
-# messages are about as fast
+# maximum number of bytes that may be kept longer, and copied once more, to send several buffers in one message; above this,
+# separate messages are about as fast
 _MOST_EXTENDED = 64 << 20
 
 # the buffers of a bundle, in row order
