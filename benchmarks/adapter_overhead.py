@@ -2,7 +2,7 @@
 
     python benchmarks/adapter_overhead.py
 
-A single process runs, so nothing is transferred, and the kernel returns at once. Each layer call is a forward and a
+A single process runs, so nothing is transferred, and the kernel returns immediately. Each layer call is a forward and a
 backward pass. Adapters are compared with the bare operators on tensors in the operators' own layout. "short" has 64
 tokens, so only host time counts; "long" has 2,048, the tokens per rank of configs/tiny.toml, so copies count, too. The
 goals are 200 microseconds per layer and 2 % of a step.
@@ -35,12 +35,12 @@ from distattn.training.config.run_settings import build_model, configured_model
 
 ROOT = Path(__file__).parents[1]
 AIM_LAYER, AIM_STEP = 200, 0.02
-# calls per timing, so that the cost of reading the clock is negligible
+# calls per timing: enough to make the cost of reading the clock negligible
 CALLS = 50
 
 
 class Instant(da.ContextParallel):
-    """Context parallelism whose attention kernel returns at once."""
+    """Context parallelism whose attention kernel returns immediately."""
 
     def watch(self, batch: Any, plan: Any, shape: Any) -> Any:
         return InstantWatch()
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def of_layer(case: str, tokens: int, config: Any, repeats: int) -> list[Cell]:
-    """Time the operators and the adapters on the same inputs. Return a cell for each."""
+    """Time the operators and the adapters on the same inputs. Return one cell for each."""
     shape = config.model
     heads, kv_heads, dim = (
         shape.num_attention_heads,
@@ -151,7 +151,7 @@ def of_layer(case: str, tokens: int, config: Any, repeats: int) -> list[Cell]:
     contestants = {"operators": operators, "transformers": transformers}
     if importlib.util.find_spec("megatron") is not None:
         contestants["megatron-core"] = megatron
-    # check only the shape: tests cover the results of adapters
+    # check only the shape: the tests check the results of adapters
     check = lambda o: "" if o.shape == q.shape else "another result"  # noqa: E731
     return compare(case, contestants, check, repeats=repeats, warmup=3)
 
@@ -193,8 +193,8 @@ def megatron_core(shape: Any, batch: Any) -> Any:
 def of_step(config: Any, tokens: int, ahead: bool) -> tuple[float, float, float]:
     """Return the median seconds of (a step of the tiny model, sharding its batch, waiting for its plan and program).
 
-    A step is loss and backward, without the optimizer. Every step has different documents. ahead: shard the next batch
-    before a step.
+    A step is the forward pass with the loss and the backward pass, without the optimizer. Every step has different documents.
+    ahead: shard the next batch before a step.
     """
     model = build_model(config, configured_model(config, 256, 4096), huggingface.NAME)
     cp = da.ContextParallel(dist.group.WORLD, strategy="ring", kernel="cpu")

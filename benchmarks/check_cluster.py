@@ -2,10 +2,10 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node gpu benchmarks/check_cluster.py [--tokens 131072]
 
-Every rank compares the outputs and gradients of all strategies with the same kernel on the whole axis at once. Then the
-slowest rank's median times are printed: a layer forward and backward, and a bare all-to-all with as many bytes as the
-busiest strategy moves. The rate of the latter gives the time that each strategy's moves would take alone. Without GPUs
-the benchmark runs over gloo on a short axis (TRITON_INTERPRET=1) and only checks correctness.
+Every rank compares the outputs and gradients of all strategies with one call of the same kernel on the entire axis. Then
+the slowest rank's median times are printed: a layer forward and backward, and a bare all-to-all with as many bytes as the
+busiest strategy moves. The rate of the all-to-all gives the time that each strategy's moves alone would take. Without
+GPUs the benchmark runs over gloo on a short axis (TRITON_INTERPRET=1) and only checks correctness.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> int:
 
 
 class Job(NamedTuple):
-    """A rank's part of the case, and the correct results for it."""
+    """A rank's part of the case, and the correct results for that part."""
 
     rank: int
     ranks: int
@@ -82,7 +82,7 @@ class Job(NamedTuple):
 
     @staticmethod
     def join(tokens: int) -> Job:
-        """Join the launcher's process group. On a CPU the axis is short, whatever `tokens` is."""
+        """Join the launcher's process group. On a CPU the axis is short, regardless of `tokens`."""
         rank, ranks, device = joined()
         cuda = device.type == "cuda"
         case = Case.of(tokens if cuda else 128, 128 if cuda else 32, ranks, device)
@@ -98,7 +98,7 @@ def layer(
 ) -> Callable[[], dict[str, Tensor]]:
     """Return a function that runs attention forward and backward on this rank's tokens.
 
-    wrap: replaces the transport of its messages.
+    wrap: a function that replaces the transport of its messages.
     """
     ready = da.prepare(plan, kernel="triton", device=job.device)
     ready.transport = wrap(ready.transport)
@@ -129,7 +129,8 @@ def check(result: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
 
 
 def exposure(cells: list[Cell]) -> str:
-    """Return lines that compare each strategy's layer time with the time of its moves at the bare all-to-all's rate."""
+    """Return lines that compare each strategy's layer time with the time that its moves would take at the rate of the
+    bare all-to-all."""
     bare_cell = next((cell for cell in cells if cell.contestant == "bare all-to-all" and cell.median), None)
     if bare_cell is None:
         return ""

@@ -5,10 +5,10 @@
 The outputs and gradients of every op and schedule are compared, token by token, with fp64 in one process. On every rank
 the error may be at most twice that of one device's kernel on the same tokens, or 2e-5. One device's own error may be at
 most 2e-2 of the largest element in bfloat16, and 2e-5 in float32. Gradients of states are covered by tests: here
-documents start from zero states. Then the slowest rank's median times, forward and backward, are measured in one run:
-our schedules, an all-to-all of tokens, one device with the whole axis and, for ops that have it, fla-core's own context
-parallelism (`fla.ops.cp`, contiguous and zigzag slices), which is left out if its results are wrong. Without GPUs the
-benchmark runs over gloo on a short axis and only checks correctness.
+documents start from zero states. Then the slowest rank's median times, forward and backward, are measured in one run: our
+schedules, an all-to-all of tokens, one device with the entire axis and, for the ops that it supports, fla-core's own
+context parallelism (`fla.ops.cp`, contiguous and zigzag slices), which is left out if its results are wrong. Without GPUs
+the benchmark runs over gloo on a short axis and only checks correctness.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ WAYS = {
     "by halves": RecurrencePlan("zigzag", schedule="tree"),
     "all-to-all": RecurrencePlan("zigzag", "ulysses"),
 }
-# ops that fla-core's context parallelism supports, with their module and function
+# ops supported by fla-core's context parallelism, with their module and function
 FLA = {
     "gated_delta_rule": ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
     "kda": ("fla.ops.kda", "chunk_kda"),
 }
 SLICES_OF_FLA = {"fla": "contiguous", "fla, zigzag": "zigzag"}
-# allowed relative error of fp32, in case one device's own error is smaller by chance
+# the smallest relative error to allow in fp32, in case one device's own error is small by chance
 LEAST_ALLOWED = 2e-5
-# allowed error of one device, as a share of the largest element: a kernel that is wrong on a long axis is equally wrong
-# on all ranks
+# the error allowed on one device, as a fraction of the largest element: a kernel that is wrong on a long axis is
+# equally wrong on all ranks
 MOST_OF_ONE_DEVICE = {torch.bfloat16: 2e-2, torch.float32: 2e-5}
-# number of heads computed in fp64 at once
+# the number of heads to compute in fp64 at a time
 EXACT_HEADS = 4
 
 
@@ -78,7 +78,7 @@ def main() -> int:
     rank, ranks, device = joined()
     cuda = device.type == "cuda"
     findings = Findings(arguments.findings, speaks=rank == 0)
-    # all ranks get pieces of the same length, because fla-core supports no others
+    # give all ranks pieces of the same length, because fla-core supports no others
     piece = 16 * 2 * ranks
     tokens, heads = (max(arguments.tokens // piece, 1) * piece, arguments.heads) if cuda else (128, 4)
     if without_fla := why_not_fla(device):
@@ -106,7 +106,8 @@ def main() -> int:
 
 
 class Case(NamedTuple):
-    """An op on packed documents. Every rank holds the whole axis: inputs, exact results, and the results of one device."""
+    """An op on packed documents. Every rank holds the inputs, the exact results and one device's results for the entire
+    axis."""
 
     op: str
     lengths: Sequence[int]
@@ -117,7 +118,7 @@ class Case(NamedTuple):
 
     @staticmethod
     def of(op: str, lengths: Sequence[int], heads: int, device: torch.device) -> Case:
-        """Return a case: on a GPU bfloat16 with the head dim of most models, on a CPU float32 with a small head dim."""
+        """Return a case: on a GPU, bfloat16 with the head dim of most models; on a CPU, float32 with a small head dim."""
         dtype, dim = (torch.bfloat16, 128) if device.type == "cuda" else (torch.float32, 16)
         inputs = RecurrenceInputs.random(lengths, heads, heads, KernelRequirements(dtype, dim, dim, device, op=OPS[op]))
         # zero initial states, and decays so weak that a state matters for hundreds of tokens
@@ -143,7 +144,7 @@ class Case(NamedTuple):
     def by(
         self, way: RecurrencePlan, wrap: Callable[[Transport], Transport] = lambda transport: transport
     ) -> Contestant:
-        """Return the contestant that runs a plan. wrap: replaces the transport of its messages."""
+        """Return the contestant that runs a plan. wrap: a function that replaces the transport of its messages."""
         return contestant(way, self.op, self.lengths, self.inputs.x, self.inputs.do, wrap)
 
     def check(self, result: tuple[Tensor, ...]) -> str:
@@ -178,7 +179,7 @@ def in_fp64(inputs: RecurrenceInputs) -> tuple[Tensor, ...]:
 
 
 def computed(kernel: Any, inputs: RecurrenceInputs) -> tuple[Tensor, ...]:
-    """Compute the outputs and the gradients of all per-token inputs with a kernel on the whole axis at once."""
+    """Compute the outputs and the gradients of all per-token inputs with one call of a kernel on the entire axis."""
     x, state, do, dstate = inputs[:4]
     schedule = inputs.schedule_of(kernel)
     o, _ = kernel.forward(x, schedule, state)
@@ -208,7 +209,7 @@ def of_fla(case: Case, layout: str) -> Callable[[], tuple[Tensor, ...]]:
     context = build(ends.to(device), dist.group.WORLD, cu_seqlens_cpu=ends, layout=layout)
     local = {name: value[tokens] for name, value in x.by_token().items()}
     do_local = case.inputs.do[tokens][None]
-    # each pass gathers the state and the transition of every piece, in fp32
+    # in fla-core, each pass gathers the state and the transition of every piece, in fp32
     heads, key_dim, value_dim = case.inputs.state.shape[1:]
     pieces = dist.get_world_size() * (2 if layout == "zigzag" else 1)
     gathered = 4 * pieces * heads * key_dim * (key_dim + value_dim) * (dist.get_world_size() - 1)
@@ -223,7 +224,7 @@ def of_fla(case: Case, layout: str) -> Callable[[], tuple[Tensor, ...]]:
 
 
 def slices_of_fla(tokens: int, layout: str, rank: int, ranks: int) -> Tensor:
-    """Return the tokens of a rank, as fla-core slices the axis into pieces of one length."""
+    """Return a rank's tokens when fla-core slices the axis into pieces of equal length."""
     pieces = [rank] if layout == "contiguous" else [rank, 2 * ranks - 1 - rank]
     length = tokens // (ranks * len(pieces))
     return torch.cat([torch.arange(piece * length, (piece + 1) * length) for piece in pieces])

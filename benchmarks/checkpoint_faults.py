@@ -8,7 +8,7 @@ one loads bitwise equal (for example, after an added blank in the manifest). "si
 plain torch.distributed.checkpoint (DCP) loads the same damaged folder.
 
 Kills: two ranks train and save at every step without a pause. One of them is killed with SIGKILL at a random moment,
-and the other must end with an error on its own. Then the newest good checkpoint must be at least as new as before the
+and the other must exit with an error by itself. Then the newest good checkpoint must be at least as new as before the
 kill, all ranks must load it bitwise equal, and nothing of the interrupted save may be left.
 """
 
@@ -45,12 +45,13 @@ from distattn.ir.errors import LostRankError
 
 PAGE = 4096
 OLDER, NEWER = "step-00000100", "step-00000200"
-# maximum seconds until a rank notices that the other one has ended
+# maximum time in seconds until a rank notices that the other has exited
 NOTICE_SECONDS = 60.0
 
 
 def state_of(step: int, ranks: int = 2) -> dict[str, Any]:
-    """Return a state determined by its step: model tensors, which DCP divides among ranks, optimizer tensors and plain values."""
+    """Return a state that depends only on its step: model tensors, which DCP divides among ranks, optimizer tensors and
+    plain values."""
     generator = torch.Generator().manual_seed(step)
     model = {f"layer {n}": torch.rand(64, 48 + n, generator=generator) for n in range(4 * ranks)}
     moments = {f"layer {n}": torch.rand(4096, generator=generator) for n in range(4 * ranks)}
@@ -63,7 +64,7 @@ def state_of(step: int, ranks: int = 2) -> dict[str, Any]:
 
 
 def empty_state(ranks: int = 2) -> dict[str, Any]:
-    """Return a state of the same structure with other values (NaN in tensors)."""
+    """Return a state of the same structure with different values (NaN in tensors)."""
     state = state_of(0, ranks)
     for tensors in (state["model"], state["optimizer"]["exp_avg"]):
         for tensor in tensors.values():
@@ -89,7 +90,7 @@ def no_warning(line: str) -> None:
 
 
 class Injection(NamedTuple):
-    """Damage to the newer checkpoint. files: the damaged files, one of which a warning must name."""
+    """Damage to the newer checkpoint. files: the damaged files; a warning must name one of them."""
 
     kind: str
     files: tuple[str, ...]
@@ -136,7 +137,7 @@ def overwrite(folder: Path, rng: random.Random) -> tuple[str, ...]:
 
 
 def truncate(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """Truncate a file, possibly to nothing."""
+    """Truncate a file, possibly to zero bytes."""
     file = rng.choice(_files(folder))
     os.truncate(file, rng.randrange(file.stat().st_size))
     return (file.name,)
@@ -169,14 +170,14 @@ def swap_ranks(folder: Path, rng: random.Random) -> tuple[str, ...]:
 def swap_checkpoints(folder: Path, rng: random.Random) -> tuple[str, ...]:
     """Replace a file with the older checkpoint's file of the same name."""
     file = rng.choice([*_data_files(folder), folder / ".metadata"])
-    # both checkpoints may have the same DCP metadata: then nothing was damaged
+    # if both checkpoints have identical DCP metadata, this damages nothing
     before = file.read_bytes()
     file.write_bytes((folder.parent / OLDER / file.name).read_bytes())
     return () if file.read_bytes() == before else (file.name,)
 
 
 def stale_manifest(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """Replace the manifest with the older checkpoint's, unchanged or with its step altered."""
+    """Replace the manifest with the older checkpoint's, either unchanged or with a different step."""
     text = (folder.parent / OLDER / "manifest.json").read_text()
     if rng.random() < 0.5:
         text = text.replace('"step": 100', '"step": 200')
@@ -225,7 +226,7 @@ DAMAGES: dict[str, Callable[[Path, random.Random], tuple[str, ...]]] = {
 
 
 def _files(folder: Path) -> list[Path]:
-    # a verdict is only advice and has no digest
+    # leave out verdicts, which are only advice and have no digest
     return sorted(file for file in folder.iterdir() if file.name != VERDICT_FILE)
 
 
@@ -248,8 +249,8 @@ def save_pair(rank: int, folder: str) -> None:
 class Injector:
     """A loader of damaged copies of a pair of checkpoints.
 
-    counts: the outcomes by kind of damage. plain: the same for plain DCP. silent: a line for each damage that went
-    unnoticed.
+    counts: the outcomes for each kind of damage. plain: the same for plain DCP. silent: a line for each injection that
+    went unnoticed.
     """
 
     def __init__(self, pair: Path, folder: Path, seed: int):
@@ -264,7 +265,7 @@ class Injector:
         self._wanted = {100: state_of(100), 200: state_of(200)}
 
     def inject(self, kind: str, beside_dcp: bool = True) -> None:
-        """Damage the newer checkpoint, load, and count the outcome in `counts`, and that of plain DCP in `plain`."""
+        """Damage the newer checkpoint, load, and count the outcome in `counts` and plain DCP's outcome in `plain`."""
         newer = self.folder / NEWER
         shutil.rmtree(newer, ignore_errors=True)
         shutil.copytree(self.pair / NEWER, newer)
@@ -332,7 +333,7 @@ def train_and_save(rank: int, folder: str, checked: Any) -> None:
     if loaded is not None:
         step = loaded.step
         assert equal(state, state_of(step)), f"step {step} loads other tensors than were saved"
-    # only rank 0 checks: it removes leftovers, and other ranks may finish loading before it has
+    # check only on rank 0, which removes leftovers: other ranks may finish loading before it has removed them
     leftovers = [name for name in os.listdir(folder) if "." in name] if rank == 0 and Path(folder).exists() else []
     assert not leftovers, leftovers
     assert not warned, warned
@@ -348,8 +349,8 @@ def train_and_save(rank: int, folder: str, checked: Any) -> None:
 class KillResult(NamedTuple):
     """The results of all kills.
 
-    steps: the last saved step. amid_save: the number of kills that left a part of a checkpoint. notice: the maximum
-    seconds until a survivor noticed and ended.
+    steps: the last saved step. amid_save: the number of kills that left a partial checkpoint. notice: the maximum time in
+    seconds until a survivor noticed the kill and exited.
     """
 
     kills: int
@@ -446,7 +447,7 @@ def _forked(ranks: int, work: Callable[..., None], *arguments: Any) -> None:
 
 
 def main() -> int:
-    """Run the kills and the injections and print the results. Return exit code 1 if any damage went unnoticed."""
+    """Run the kills and the injections and print the results. Return exit code 1 if any of the damage went unnoticed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--kills", type=int, default=200)

@@ -41,7 +41,7 @@ from process_guard import guard_processes
 from distattn.checkpoints.checkpoints import Checkpoints
 from distattn.checkpoints.retention import KeepRule
 
-# width of a step's matrix products, and minimum seconds per step
+# width of a step's matrix products, and the minimum seconds per step
 _WIDTH, _STEP_SECONDS = 1024, 0.25
 
 
@@ -54,7 +54,8 @@ class Timed(NamedTuple):
     folder: Path
 
 
-# starts a save: (step, state) -> (a function to call before the update, a function that waits until all is written, the folder)
+# a function that starts a save: (step, state) -> (a function to call before the update, a function that waits until
+# everything is written, the folder)
 Begin = Callable[[int, dict], tuple[Callable[[], Any], Callable[[], Any], Path]]
 
 
@@ -121,7 +122,7 @@ def _run(rank: int, arguments: argparse.Namespace, store: str) -> None:
 
 
 def _tensors(arguments: argparse.Namespace, rank: int) -> dict[str, torch.Tensor]:
-    """Return tensors of the rank's own. Every fifth is four times as large as the others."""
+    """Return tensors that belong to this rank alone. Every fifth is four times as large as the others."""
     generator = torch.Generator().manual_seed(rank)
     shares = [4 if number % 5 == 0 else 1 for number in range(arguments.tensors)]
     unit = arguments.megabytes * 250_000 // sum(shares)
@@ -132,7 +133,7 @@ def _tensors(arguments: argparse.Namespace, rank: int) -> dict[str, torch.Tensor
 
 
 def _step(state: dict, before_update: Callable[[], Any] | None = None) -> float:
-    """Run matrix products, then an in-place update. Return the seconds without those spent in `before_update`."""
+    """Run matrix products, then an in-place update. Return the seconds taken, except for those spent in `before_update`."""
     began = time.perf_counter()
     a = torch.rand(_WIDTH, _WIDTH)
     while time.perf_counter() - began < _STEP_SECONDS:
@@ -231,7 +232,7 @@ def _dcp_async(folder: Path, keep: bool = False) -> Iterator[Begin]:
 
 
 def _fresh(folder: Path, step: int) -> Path:
-    """Make and return the folder for a step. Delete earlier folders, as keeping only the last checkpoint requires."""
+    """Create and return the folder for a step. Delete earlier folders, as happens when only the last checkpoint is kept."""
     if dist.get_rank() == 0:
         for old in folder.glob("*"):
             shutil.rmtree(old)

@@ -4,9 +4,10 @@
     python -m torch.distributed.run --standalone --nproc-per-node gpu benchmarks/cluster_plants.py --stop
 
 The faults: one rank has a different plan; a message of attention or of a recurrent layer is altered in flight; the
-memory of a message is reused before the wait. With --stop, in a run of its own, the last rank stops. The others must
-name it and the message for which they wait, and end without an error. Each fault is printed as a line, and the exit
-code is 1 if one is not found. The benchmark runs over NCCL on several GPUs, otherwise over gloo (TRITON_INTERPRET=1).
+memory of a message is reused before the wait. With --stop, in a separate run, the last rank stops. The others must
+name it and the message they are waiting for, and exit without an error. Each fault is printed as a line, and the exit
+code is 1 if any fault is not found. The benchmark runs over NCCL on several GPUs, otherwise over gloo
+(TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ import distattn as da
 from distattn.parallel.runtime.communication.transport import Packet, PendingMessages, Transport
 
 TOKENS = 16384
-# so few tokens that the received state contributes much to a rank's results
+# few enough tokens for the received state to contribute much to a rank's results
 STATE_TOKENS = 2048
-# the driver's time-out in seconds with --stop; every step takes far less, even the first, which compiles
+# the driver's timeout in seconds with --stop; every step takes far less, even the first, which compiles
 TIMEOUT = 30.0
 TIMEOUT_ON_CPU = 8.0
 # seconds within which every rank learns a verdict
 SOON = 3.0
-# GPU clock cycles, about 0.05 s: far longer than the host needs to continue
+# GPU clock cycles, about 0.05 s: far longer than the host takes to continue
 LONG = 85_000_000
 
 
 def main() -> int:
-    """Plant all faults and print one line each. Return exit code 1 if any is not found."""
+    """Plant all faults and print one line for each. Return exit code 1 if any fault is not found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stop", action="store_true", help="only the rank that stops")
     parser.add_argument("--timeout", type=float, help="seconds after which a rank that does not answer is named")
@@ -73,7 +74,7 @@ def main() -> int:
 
 
 def other_plan(job: Job, findings: Findings) -> None:
-    """Give the last rank a different strategy. Every rank must refuse the plan and name that rank."""
+    """Give the last rank a different strategy. Every rank must reject the plan and name that rank."""
     odd = job.ranks - 1
     plan = job.case.plan("allgather" if job.rank == odd else "ring")
     refusal_text = ""
@@ -96,7 +97,7 @@ class Parity(NamedTuple):
 
 
 def attention_by(strategy: str, job: Job) -> Parity:
-    """Return the check of a strategy's attention, forward and backward, against the whole axis at once."""
+    """Return the check of a strategy's attention, forward and backward, against one call on the entire axis."""
     plan = job.case.plan(strategy)
     return Parity(strategy, lambda wrap: lambda: layer(plan, job, wrap), lambda result: check(result, job.wanted))
 
@@ -140,18 +141,18 @@ class Altered:
 
 
 def altered(x: Tensor) -> Tensor:
-    """Return a copy whose first eighth is negated."""
+    """Return a copy with the first eighth negated."""
     copy = x.contiguous().clone()
     copy.view(-1)[: -(-copy.numel() // 8)].neg_()
     return copy
 
 
 class Reused:
-    """A transport with which rank 0 overwrites the tensors it sends before the wait.
+    """A transport with which rank 0 overwrites the tensors it is sending before it has waited for them.
 
-    The tensors are read late, so that the fault shows every time. On a GPU the messages are queued on a stream that
-    sleeps. On a CPU they are read when the receiver posts its receives, which it does only after a message from rank 0
-    in the default group.
+    The tensors are read late, so that the fault shows every time. On a GPU, the messages are queued on a stream that
+    sleeps. On a CPU, the tensors are read when the receiver posts its receives, which it does only after a message from
+    rank 0 in the default group.
     """
 
     def __init__(self, transport: Transport, job: Job):
@@ -186,7 +187,7 @@ class Reused:
 
 
 def rank_stops(timeout: float | None, path: Path | None) -> int:
-    """Stop the last rank in a loop over attention. All others must name it and the missing message, and end.
+    """Stop the last rank in a loop over attention. All others must name that rank and the missing message, and exit the loop.
 
     Return the exit code.
     """
@@ -204,15 +205,15 @@ def rank_stops(timeout: float | None, path: Path | None) -> int:
     timeout, lost = timeout or (TIMEOUT if cuda else TIMEOUT_ON_CPU), ranks - 1
     processes: list[Any] = [None] * ranks
     dist.all_gather_object(processes, os.getpid())
-    # otherwise each rank would log the error that is gathered below
+    # disable the log: each rank would log the error that is gathered below
     logging.getLogger("distattn").disabled = True
     began = time.monotonic()
     error = error_of_loop(rank == lost, timeout, device)
     if rank == 0:
-        # the stopped rank continues, finds that the others have given it up, and ends like them
+        # let the stopped rank continue: it finds that the others have given up on it, and ends like them
         os.kill(processes[lost], signal.SIGCONT)
     errors: list[Any] = [None] * ranks
-    # this runs over gloo, independent of the device's messages
+    # gather over gloo, which is independent of the device's messages
     dist.all_gather_object(errors, error)
     named = all(f"rank {lost}" in text for text in errors)
     detailed = next((text for text in errors[:-1] if "KV" in text and "in step" in text), "")
@@ -223,7 +224,7 @@ def rank_stops(timeout: float | None, path: Path | None) -> int:
 
 
 def error_of_loop(stops: bool, timeout: float, device: torch.device) -> str:
-    """Return the error that ends a loop over attention, or an empty string. stops: whether this rank stops in the loop."""
+    """Return the error that ends a loop over attention, or an empty string. stops: True if this rank stops in the loop."""
     cuda = device.type == "cuda"
     tokens, dim, dtype = (4096, 128, torch.bfloat16) if cuda else (256, 32, torch.float32)
     settings = dict(strategy="ring", layout="zigzag", kernel="triton" if cuda else "cpu", timeout=timeout)
@@ -239,11 +240,11 @@ def error_of_loop(stops: bool, timeout: float, device: torch.device) -> str:
                 batch["context_parallel"].attention(q, k, v)
             if cuda:
                 torch.cuda.synchronize()
-            # all ranks are here, and no message is in flight
+            # after this, all ranks have reached this point and no message is in flight
             dist.all_reduce(torch.zeros(1))
             if stops:
                 os.kill(os.getpid(), signal.SIGSTOP)
-                # wait until this rank knows that the others have given it up: messages to them would never complete
+                # wait until this rank knows that the others have given up on it: messages to them would never complete
                 time.sleep(SOON)
             ends = time.monotonic() + 4 * timeout
             while time.monotonic() < ends:

@@ -2,12 +2,12 @@
 
     python benchmarks/cluster_restarts.py [--on local slurm ray] [--repeats 3] [--patience 5] [--data.tokens_per_step ...]
 
-The clusters are real, with two nodes of two ranks each, all on this machine, as in the tests. Each fault gets a run of
-`configs/tiny.toml` of its own, because a node blamed twice in a row is left out: rank 0 receives a SIGKILL in one run
-and a SIGSTOP in the other. The table has the median seconds from the signal until the rank's node has named it
-(noticed), until the next attempt starts, and until its first step is done (trains again). The last includes the new
-processes' imports, which are also measured separately. `local` is `distattn launch local` with four ranks, whose
-restarts import nothing. Further arguments are passed to the runs.
+The clusters are real, with two nodes of two ranks each, all on this machine, as in the tests. Each fault gets its own run
+of `configs/tiny.toml`, because a node blamed twice in a row is left out: rank 0 receives a SIGKILL in one run and a
+SIGSTOP in the other. The table has the median seconds from the signal until the rank's node has named it (noticed), until
+the next attempt starts, and until its first step is done (trains again). The last includes the new processes' imports,
+which are also measured separately. `local` is `distattn launch local` with four ranks, whose restarts import nothing.
+Additional arguments are passed to the runs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from distattn.training.reporting.json_lines import read_rows
 ROOT = Path(__file__).parents[1]
 FAULTS = (signal.SIGKILL, signal.SIGSTOP)
 TARGETS = ("local", "slurm", "ray")
-# maximum seconds to wait for a condition
+# maximum time to wait for a condition, in seconds
 _LIMIT_SECONDS = 600.0
 # seconds that ranks may take to save when the run is cancelled
 _ENDING_SECONDS = 60.0
@@ -45,7 +45,7 @@ _STEPS = 4
 
 
 class Times(NamedTuple):
-    """Seconds from a fault until it was noticed, the next attempt began, and training went on."""
+    """Seconds from a fault until it was noticed, until the next attempt started, and until training continued."""
 
     noticed: float
     begun: float
@@ -53,7 +53,8 @@ class Times(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A cluster. command: the arguments that start a run. environment: variables for the run and for commands about it."""
+    """A cluster. command: the arguments that start a run. environment: variables for the run and for commands that
+    concern it."""
 
     command: tuple[str, ...]
     environment: dict[str, str]
@@ -61,7 +62,7 @@ class Target(NamedTuple):
 
 @contextlib.contextmanager
 def cluster(name: str, folder: Path) -> Iterator[Target]:
-    """Start a cluster of two nodes for the block, and stop it at the end."""
+    """Start a cluster of two nodes for the duration of the block."""
     if name == "slurm":
         from slurm_cluster import SlurmCluster
 
@@ -84,7 +85,7 @@ def cluster(name: str, folder: Path) -> Iterator[Target]:
 
 
 def measured(target: Target, folder: Path, fault: signal.Signals, patience: float, further: Sequence[str]) -> Times:
-    """Measure the times of a fault in a run of its own, in a new folder. further: more arguments for the run."""
+    """Measure the times of a fault in a separate run, in a new folder. further: additional arguments for the run."""
     options = (
         "--checkpoint.every_steps=2",
         "--checkpoint.keep_last=2",
@@ -130,7 +131,7 @@ def measured(target: Target, folder: Path, fault: signal.Signals, patience: floa
 
 
 def _struck(folder: Path, fault: signal.Signals, trouble: Callable[[], str]) -> Times:
-    """Send a signal to rank 0 of the first attempt. Return the times of what follows."""
+    """Send a signal to rank 0 of the first attempt. Return the times of the events that follow."""
     attempts, metrics = Attempts(folder / "attempts"), folder / "metrics.jsonl"
     _until(lambda: metrics.exists() and len(read_rows(metrics)) > _STEPS, trouble)
     os.kill(Owner.read(folder / "owner.json").pid, fault)
@@ -170,7 +171,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a file that gets the numbers, too")
     arguments, further = parser.parse_known_args()
     sys.stdout.write("| on | fault | noticed | next attempt | trains again |\n|---|---|---|---|---|\n")
-    # the clusters' code is shared with the tests
+    # import the clusters from the tests, which share their code
     sys.path += [str(ROOT / "tests" / "support"), str(ROOT / "tests" / "support" / "launching")]
     cells, imports = [], import_seconds()
     for name in arguments.on:

@@ -7,8 +7,8 @@ Every kernel, epilogue and tile size goes through the real launch path with a st
 code is read: registers, stack, spills inside the loops that multiply, shared memory, matrix instructions, products that
 ptxas serialized, products that overlap with other work, and narrow asynchronous loads. For the main loop (of the loops
 that multiply, the one with the most exponentials, and the shortest of these) it also counts instructions, in total and
-by pipe. The numbers are compared with a committed budget, one file per version of Triton. The exit code is 1 if any
-number is worse; --update rewrites the file.
+by pipe. The metrics are compared with a committed budget, one file per version of Triton. The exit code is 1 if any of
+them is worse; --update rewrites the file.
 
 The budget has a digest of the compiler's input. A kernel with the same digest is not compiled again, since the budget
 was taken from the same machine code; --all compiles it nevertheless.
@@ -74,7 +74,7 @@ WORSE_IF_MORE = (
 )
 # words in the names of kernels that do not use matrix-multiply instructions
 WITHOUT_PRODUCTS = {"float32", "numbers", "row_numbers_kernel", "sums", "sum_parts_kernel", "spin", "glue"}
-# prefixes of the instructions of each pipe (nvdisasm, sm_80 to sm_100)
+# instruction prefixes of each pipe (nvdisasm, sm_80 to sm_100)
 PIPES = {
     "fma": ("FFMA", "FMUL", "FADD", "HFMA", "HADD", "HMUL", "IMAD"),
     "alu": (
@@ -104,7 +104,7 @@ CPU = torch.device("cpu")
 
 
 class StandIn:
-    """A stand-in for Triton's driver, which only knows its target."""
+    """A stand-in for Triton's driver that only knows its target."""
 
     def __init__(self, arch: int):
         self.target, self.utils = GPUTarget("cuda", arch, 32), None
@@ -113,7 +113,7 @@ class StandIn:
         return self.target
 
     def get_current_device(self) -> int:
-        # compiled kernels are cached by device, so each architecture is a device of its own
+        # compiled kernels are cached by device, so each architecture is a separate device
         return int(self.target.arch)
 
     def get_current_stream(self, device: int | None = None) -> int:
@@ -130,7 +130,7 @@ class StandIn:
 
 
 def main() -> int:
-    """Compile the kernels, compare them with their budgets and report. Return exit code 1 if there is a complaint."""
+    """Compile the kernels, compare them with their budgets and report. Return exit code 1 if there are any complaints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--only", type=re.compile, default="", help="kernels whose names have this")
@@ -149,7 +149,7 @@ def main() -> int:
     names: set[str] = set()
     unchanged = 0
     for arch in arguments.arch:
-        # compute all digests first: a digest cannot be taken from a kernel that is already compiled
+        # compute all digests first: they cannot be computed for kernels that are already compiled
         described = [(name, launch, digest(launch, arch)) for name, launch in variants(arch)]
         if arguments.production is not None:
             described += launched(arch, {digest_ for _, _, digest_ in described}, arguments.production or STRATEGIES)
@@ -180,7 +180,7 @@ def main() -> int:
     )
     if arguments.update:
         if arguments.production == [] and not arguments.only.pattern:
-            # drop budgets of kernels that are no longer launched
+            # drop the budgets of kernels that are no longer launched
             linted = tuple(f"sm_{arch} " for arch in arguments.arch)
             budget = {name: kept for name, kept in budget.items() if name in names or not name.startswith(linted)}
         path.parent.mkdir(exist_ok=True)
@@ -210,7 +210,7 @@ def variants(arch: int) -> Iterator[tuple[str, TritonLaunch]]:
 
 
 def launched(arch: int, known_digests: set[str], strategies: Iterable[str]) -> Iterator[tuple[str, TritonLaunch, str]]:
-    """Yield (name, launch, digest) for each launch of layer calls on an architecture whose digest is not known yet."""
+    """Yield (name, launch, digest) for each launch of layer calls on an architecture, unless its digest is already known."""
     launches_of_calls = [launch for shape in SHAPES for launch in production_launches(arch, shape, strategies)]
     for name, launch in named_launches(launches_of_calls).items():
         if (launch_digest := digest(launch, arch)) not in known_digests:
@@ -223,7 +223,7 @@ def launches(
     """Yield (name, launch) for each kernel that a call with these dtypes and dims launches."""
     (q, k, v, do), (o, lse, grads), score = tensors(dtype, dim, v_dim, modifiers)
     tiles = triton_attention.tiles_for(KernelRequirements(dtype, dim, v_dim, CPU), arch)
-    # with one multiprocessor no tile is split
+    # use a single multiprocessor, for which no tile is split
     work = triton_attention.prepare_tiles(LaunchMask.from_mask(Mask.causal(TOKENS), HEADS, KV_HEADS), tiles, 1)
     with mock.patch.object(triton_attention, "compute_capability", lambda device: arch):
         for epilogue, how in epilogues():
@@ -284,7 +284,7 @@ def epilogues() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def tensors(dtype: torch.dtype, dim: int, v_dim: int, modifiers: bool) -> tuple[Any, Any, ScoreMod]:
-    """Return (operands, results, score) for a call. Tensors are uninitialized, because nothing is computed."""
+    """Return (operands, results, score) for a call. The tensors are uninitialized, because nothing is computed."""
 
     def tensor(heads: int, width: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(TOKENS, heads, width, dtype=of)
@@ -296,7 +296,7 @@ def tensors(dtype: torch.dtype, dim: int, v_dim: int, modifiers: bool) -> tuple[
 
 
 def digest(launch: TritonLaunch, arch: int) -> str:
-    """Return a digest of the compiler's whole input: the kernel and its callees, argument types, and options."""
+    """Return a digest of the compiler's entire input: the kernel and its callees, argument types, and options."""
     compiler_input: list[Any] = []
 
     def skip(*, key: Any, **others: Any) -> bool:
@@ -315,19 +315,20 @@ def compiled(launch: TritonLaunch, arch: int) -> Any:
 
 
 def facts(kernel: Any, arch: int) -> dict[str, int]:
-    """Return the numbers that budgets limit, read from a kernel's machine code."""
+    """Return the metrics that budgets limit, read from a kernel's machine code."""
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = output(tools / "cuobjdump", "-res-usage", file.name)
-        # skip data-flow analysis (-ndf), which takes a quarter of the time and changes none of these numbers
+        # skip data-flow analysis (-ndf), which takes a quarter of the time and affects none of these metrics
         code = output(tools / "nvdisasm", "-ndf", "-c", file.name)
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     operations, loops = parse(code)
     counts = Counter(operation.split(".")[0] for operation in operations)
     product = PRODUCTS[arch]
-    # innermost loops: the shortest first, then those that overlap none of them. Outer loops are rotated and may start anywhere
+    # find the innermost loops: the shortest first, then those that do not overlap any found before. Outer loops are
+    # rotated and may start anywhere
     innermost: list[tuple[int, int]] = []
     for a, b in sorted(loops, key=lambda loop: loop[1] - loop[0]):
         multiplies = any(name.startswith(product) for name in operations[a:b])
@@ -346,7 +347,7 @@ def facts(kernel: Any, arch: int) -> dict[str, int]:
         "shared": kernel.metadata.shared,
         "products": products,
         "serialized": int(is_serialized(arrivals, dots, products)) if arch == 90 else 0,
-        # waits that leave a product running, which then overlaps with the work until the next wait
+        # waits that leave a product running, so that it overlaps with the work until the next wait
         "overlapped": len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x[1-9]", code)),
         "narrow_loads": sum(name.startswith("LDGSTS") and not name.endswith(("128", "64")) for name in operations),
         "loop": len(main),
@@ -357,9 +358,9 @@ def facts(kernel: Any, arch: int) -> dict[str, int]:
 def is_serialized(arrivals: int, dots: int, products: int) -> bool:
     """Return whether ptxas waits around every matrix instruction, as it does if it cannot prove them independent.
 
-    arrivals: waits before products. dots: tile products in Triton's code. products: the matrix instructions they
-    became. An unrolled loop also has more arrivals than dots, but still only one arrival for all instructions of a tile
-    product.
+    arrivals: the number of waits before products. dots: the number of tile products in Triton's code. products: the
+    number of matrix instructions generated for them. An unrolled loop also has more arrivals than dots, but still only
+    one arrival for all instructions of a tile product.
     """
     return arrivals > 2 * dots and 2 * arrivals > products
 
@@ -397,7 +398,7 @@ def broken_rules(measured: dict[str, int], arch: int, name: str) -> Iterator[str
 
 
 def worse(measured: dict[str, int], allowed: dict[str, Any] | None) -> Iterator[str]:
-    """Yield a message for each number that exceeds the kernel's budget."""
+    """Yield a message for each metric that exceeds the kernel's budget."""
     if allowed is None:
         yield "has no budget"
         return

@@ -53,7 +53,8 @@ class Case(NamedTuple):
 
 
 class Filled(NamedTuple):
-    """How full sequences are: tokens over capacity, number of cuts through documents, and share of tokens left out."""
+    """How full sequences are: tokens over capacity, the number of cuts through documents, and the fraction of tokens
+    left out."""
 
     utilisation: float
     cuts: int
@@ -73,14 +74,14 @@ class Contestant:
         """Write the documents in the loader's own format, unless it reads the indexed file."""
 
     def plan(self, case: Case) -> None:
-        """Make the plan or index that the loader needs once before a run."""
+        """Create the plan or index that the loader needs once before a run."""
 
     def filled(self, case: Case) -> Filled:
         """Return how full the sequences are."""
         return concatenated(case)
 
     def sequences(self, case: Case, state: Any = None) -> Iterator[np.ndarray]:
-        """Yield the token ids of each sequence, int64 (T,), from the start or from a saved state on."""
+        """Yield the token ids of each sequence, int64 (T,), from the start or from a saved state."""
         raise NotImplementedError
 
     def state(self, case: Case, step: int) -> Any:
@@ -142,7 +143,7 @@ class OursUnchecked(Ours):
 
 
 class OursWhole(Ours):
-    """Our loader with whole packs, as the others yield them."""
+    """Our loader with entire packs, as the other loaders yield them."""
 
     name = "distattn, whole packs"
     _plan = "whole.packs"
@@ -190,7 +191,7 @@ class Megatron(Contestant):
             split="1,0,0",
             path_to_cache=case.path("megatron"),
             tokenizer=tokenizer,
-            # reset positions mark where documents begin
+            # positions restart where documents start
             reset_position_ids=True,
             reset_attention_mask=False,
             eod_mask_loss=True,
@@ -228,7 +229,7 @@ class Torchtitan(Contestant):
             loader=lambda path: datasets.load_from_disk(path).with_format("numpy"),
             sample_processor=lambda sample: sample["text"],
         )
-        # no tokenizer is needed, because documents are token ids already
+        # no tokenizer is needed, because the documents already are token ids
         tokenizer = types.SimpleNamespace(encode=lambda ids, add_bos, add_eos: ids.tolist())
         config = text_datasets.HuggingFaceTextDataLoader.Config(dataset="ids", infinite=False)
         self._loader = text_datasets.HuggingFaceTextDataLoader(
@@ -250,7 +251,7 @@ class Streaming(Contestant):
     planned = False
 
     def load(self) -> None:
-        # a build of torchvision needs exactly the torch it was built with, and only streaming's image classes use it
+        # a build of torchvision needs exactly the torch that it was built with, and only streaming's image classes use it
         for name in (
             "torchvision",
             "torchvision.datasets",
@@ -302,7 +303,7 @@ class Litdata(Contestant):
             fn=functools.partial(_documents, case.corpus),
             inputs=list(range(0, documents, _PART_DOCUMENTS)),
             output_dir=case.path("litdata"),
-            # its documentation requires whole blocks
+            # litdata's documentation requires complete blocks
             chunk_size=case.context * max(1, (1 << 25) // case.context),
             item_loader=litdata.TokensLoader(block_size=case.context),
             num_workers=1,
@@ -332,7 +333,8 @@ _PART_DOCUMENTS = 1000
 
 
 def concatenated(case: Case) -> Filled:
-    """Return how full sequences are if documents are concatenated and cut: all are full, and the rest is dropped."""
+    """Return how full sequences are if documents are concatenated and cut: all sequences are full, and the remainder is
+    dropped."""
     ends = np.cumsum(IndexedFile.open(case.corpus).document_lengths)
     count = int(ends[-1]) // case.context
     borders = np.arange(1, count + 1) * case.context
@@ -340,7 +342,7 @@ def concatenated(case: Case) -> Filled:
 
 
 def cut_sequences(case: Case) -> Iterator[np.ndarray]:
-    """Yield the sequences of `concatenated`, uint16 (context,), from the file, in which documents lie end to end."""
+    """Yield the sequences of `concatenated`, uint16 (context,), from the file, in which documents are stored end to end."""
     tokens = _tokens(case)
     for first in range(0, len(tokens) - case.context + 1, case.context):
         yield np.array(tokens[first : first + case.context])

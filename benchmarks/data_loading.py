@@ -5,12 +5,12 @@
 FOLDER is the target of `pip install --target FOLDER mosaicml-streaming litdata torchtitan datasets torchdata`, for
 rivals that the environment lacks. A missing rival is left out with the reason. The corpus is synthetic: 16-bit ids, and
 lengths drawn from quantiles of a long-context corpus (`pack_planning.py`), divided by --scale. Each measurement runs in
-a process of its own.
+a separate process.
 
 "plan": the work done once before a run: wall-clock seconds, CPU seconds and peak memory. "resume": from making the
 loader (without imports) to the token ids of the first sequence of a step in the middle, with files in the page cache:
 the median, the minimum, the median CPU time (which excludes waiting and other programs), and the peak memory beyond
-that of the imports, mapped pages included. A contestant is refused unless it yields the same sequence there as without
+that of the imports, mapped pages included. A contestant is rejected unless it yields the same sequence there as without
 an interruption. "state": bytes of the pickled state. "next": the median time of the sequences after that. "filled":
 tokens over capacity. "cuts": number of cuts through documents. "dropped": share of tokens that are in no sequence.
 "read/used": the bytes that one of --cp ranks reads in a step, including blocks read to check their digests, over the
@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-# import it before anything is timed: otherwise numpy would import it at the first np.unique
+# import it before anything is timed: otherwise NumPy would import it at the first np.unique
 import numpy.ma  # noqa: F401
 import xxhash
 from data_contestants import CONTESTANTS, END_OF_DOCUMENT, TOKEN, VOCABULARY, Case, Contestant
@@ -93,7 +93,7 @@ def main() -> None:
 def write_corpus(prefix: str, documents: int, scale: float = SCALE) -> int:
     """Write documents of random ids, each with an end token. Return the number of tokens.
 
-    scale: the factor by which lengths are divided.
+    scale: the factor to divide lengths by.
     """
     rng = np.random.default_rng(0)
     total = 0
@@ -109,9 +109,10 @@ def write_corpus(prefix: str, documents: int, scale: float = SCALE) -> int:
 
 
 def prepare(contestant: Contestant, case: Case, step: int) -> dict[str, Any]:
-    """Convert and plan, and read up to a step without interruption.
+    """Convert, plan, and read up to a step without interruption.
 
-    Return the times, how full sequences are, the digest of the step's first sequence, and the state before it.
+    Return the times, how full sequences are, the digest of the step's first sequence, and the state before that
+    sequence.
     """
     began = time.perf_counter()
     contestant.convert(case)
@@ -136,7 +137,7 @@ def prepare(contestant: Contestant, case: Case, step: int) -> dict[str, Any]:
 
 
 def resume(contestant: Contestant, case: Case, row: dict[str, Any]) -> dict[str, Any]:
-    """Resume from the state in `row`. Return the times of the first sequence and of the sequences after it."""
+    """Resume from the state in `row`. Return the times of the first sequence and of those after it."""
     state = pickle.loads(row["state"])
     peak = PeakMemory()
     began, cpu = time.perf_counter(), time.process_time()
@@ -151,14 +152,14 @@ def resume(contestant: Contestant, case: Case, row: dict[str, Any]) -> dict[str,
         began = time.perf_counter()
         delivered += len(next(sequences))
         each.append(time.perf_counter() - began)
-    # the operating system does not count reads from mapped files: count at least the delivered bytes
+    # the operating system does not count reads from mapped files: count at least the bytes delivered
     read = max(bytes_read() - before, delivered * TOKEN().itemsize)
     used = case.packs * case.context / case.cp * TOKEN().itemsize
     return times | {"next": statistics.median(each), "read/used": read / used}
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the medians over all resumptions, their number, and the minimum of their seconds."""
+    """Return the medians over all resumptions, the number of resumptions, and the seconds of the fastest."""
     if not rows:
         return {}
     medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
@@ -185,7 +186,7 @@ def line(name: str, row: dict[str, Any], first: dict[str, Any]) -> str:
 
 
 class PeakMemory:
-    """The peak memory of this process beyond its memory at construction."""
+    """The increase of this process's peak memory since construction."""
 
     def __init__(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")
@@ -211,9 +212,9 @@ def digest(sequence: np.ndarray) -> str:
 
 
 def in_a_process(work: Callable[..., dict[str, Any]], contestant: Contestant, *arguments: Any) -> dict[str, Any]:
-    """Run `work` in a process of its own. Return its result, or {"left out": reason} if it fails.
+    """Run `work` in a separate process. Return its result, or {"left out": reason} if it fails.
 
-    The last argument is the rivals' folder.
+    The last argument is the folder of the rivals.
     """
     receive, send = multiprocessing.Pipe(duplex=False)
     context = multiprocessing.get_context("spawn")

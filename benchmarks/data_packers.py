@@ -1,4 +1,4 @@
-"""How full packs of whole documents are: our plan and torchtitan's two packers on the same documents.
+"""How full packs of complete documents are: our plan and torchtitan's two packers on the same documents.
 
     python benchmarks/data_packers.py [--documents 200000 20000] [--context 32768] [--rivals FOLDER]
 
@@ -74,7 +74,7 @@ class Plan(Ours):
 
 
 class Greedy(Contestant):
-    """torchtitan's ChatDataset. Each chat is a document's number, which the tokenizer turns into the document's ids."""
+    """torchtitan's ChatDataset. Each chat is a document's index, which the tokenizer turns into the document's ids."""
 
     name = "torchtitan, chats"
 
@@ -107,7 +107,7 @@ class Greedy(Contestant):
         self._sequences = sum(1 for _ in chats)
 
     def filled(self, case: Case) -> Filled:
-        # a document's last token is only a label
+        # the last token of a document is only a label
         lengths = IndexedFile.open(case.corpus).document_lengths - 1
         kept = lengths[lengths <= case.context].sum()
         return Filled(kept / (self._sequences * case.context), 0, 1 - kept / lengths.sum())
@@ -119,7 +119,7 @@ class ScanAndPick(Contestant):
     name = "torchtitan, scan and pick"
 
     def __init__(self, most_documents: int) -> None:
-        """Create a packer that is unsupported for more documents than `most_documents`."""
+        """Create a packer that raises Unsupported if there are more than `most_documents` documents."""
         self._most = most_documents
 
     def load(self) -> None:

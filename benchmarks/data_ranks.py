@@ -10,10 +10,10 @@ tokens. Each of 9 fresh processes does all of this once. Files are in the page c
 from one file in the page cache. They start each step together. The time is what a rank needs for its part (token ids
 and labels of its micro-batches): median and maximum over all ranks and steps, as wall-clock time and as CPU time.
 
-Simulated from that: --ranks ranks with CP 8 each read their part of the next step while the current step computes. All
-ask at the same moment. The cores of one machine (--cores) serve them in turn, each for the CPU time measured for a
-part, or for the time its bytes take at the measured bandwidth of copying from the page cache with all processes
-together, whichever is longer. A rank waits if its part does not arrive before the step ends.
+Simulated from that: --ranks ranks with CP 8 each read their part of the next step while the current step computes. All of
+them ask at the same moment. The cores of one machine (--cores) serve them in turn, each for the CPU time measured for a
+part, or for the time its bytes take at the measured bandwidth of copying from the page cache with all processes together,
+whichever is longer. A rank waits if its part does not arrive before the step ends.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# import it before anything is timed: otherwise numpy would import it at the first np.unique
+# import it before anything is timed: otherwise NumPy would import it at the first np.unique
 import numpy.ma  # noqa: F401
 from data_loading import print_line, write_corpus
 from process_guard import guard_processes
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def opening(folder: str, documents: int) -> str:
-    """Make a corpus and its plan, measure opening and seeking in fresh processes, and return lines with the times."""
+    """Create a corpus and its plan, measure opening and seeking in fresh processes, and return lines with the times."""
     prefix, plan_file = os.path.join(folder, "short"), os.path.join(folder, "short.packs")
     rng = np.random.default_rng(0)
     with IndexedFileWriter(prefix, np.uint8) as writer:
@@ -122,7 +122,7 @@ def opening(folder: str, documents: int) -> str:
 
 
 def open_and_seek(barrier: Any, prefix: str, plan_file: str) -> dict[str, np.ndarray]:
-    """Return (seconds, CPU seconds) of each part by name. Call it in a fresh process."""
+    """Return (seconds, CPU seconds) of each part, keyed by name. Call this in a fresh process."""
     laps: dict[str, np.ndarray] = {}
     clocks = lambda: np.array([time.perf_counter(), time.process_time()])  # noqa: E731
     began = clocks()
@@ -148,15 +148,15 @@ def open_and_seek(barrier: Any, prefix: str, plan_file: str) -> dict[str, np.nda
 
 
 def read_together(prefix: str, plan_file: str, processes: int, ranks: int, steps: int) -> list[Read]:
-    """Return the reads of all processes, each a rank, over steps that they start together."""
-    # choose ranks far apart, to cover all CP ranks of a pack and many packs
+    """Return the reads of all processes, each of which is a rank, over steps that they start together."""
+    # choose ranks that are far apart, to cover all CP ranks of a pack and many packs
     chosen = np.linspace(0, ranks - 1, processes).astype(int).tolist()
     work = [(read_parts, prefix, plan_file, rank, ranks, steps) for rank in chosen]
     return [read for reads in in_processes(work) for read in reads]
 
 
 def read_parts(barrier: Any, prefix: str, plan_file: str, rank: int, ranks: int, steps: int) -> list[Read]:
-    """Read one rank's parts of all steps. Return a `Read` per step."""
+    """Read one rank's parts of all steps. Return one `Read` per step."""
     share, cp_rank = divmod(rank, CP)
     loader = PackLoader(plan_file, [Corpus.open("documents", [prefix])], rank=share, size=ranks // CP, steps=steps + 1)
     reads = []
@@ -172,13 +172,13 @@ def read_parts(barrier: Any, prefix: str, plan_file: str, rank: int, ranks: int,
 
 
 def copied_together(prefix: str, processes: int) -> float:
-    """Return the bytes per second at which all processes together copy from the page cache."""
+    """Return the bytes per second that all processes together copy from the page cache."""
     seconds = in_processes([(copy_bytes, f"{prefix}.bin", number) for number in range(processes)])
     return processes * 256 * COPIED_BYTES / max(seconds)
 
 
 def copy_bytes(barrier: Any, path: str, number: int) -> float:
-    """Return the seconds that it takes to copy COPIED_BYTES at 256 random offsets of the file."""
+    """Return the seconds taken to copy COPIED_BYTES at 256 random offsets of the file."""
     places = np.random.default_rng(number).integers(0, max(1, os.path.getsize(path) - COPIED_BYTES), 256).tolist()
     file, room = os.open(path, os.O_RDONLY), bytearray(COPIED_BYTES)
     barrier.wait()
@@ -199,7 +199,7 @@ def measured(processes: int, rows: list[Read]) -> str:
 
 
 def simulated(rows: list[Read], bandwidth: float, ranks: int, cores: int, step_seconds: float) -> str:
-    """Simulate all ranks asking at once for parts drawn from the measured ones. Return a line with the results.
+    """Simulate all ranks simultaneously requesting parts drawn from the measured ones. Return a line with the results.
 
     The cores serve the ranks in turn, limited by the bandwidth in bytes per second.
     """
@@ -222,7 +222,7 @@ def simulated(rows: list[Read], bandwidth: float, ranks: int, cores: int, step_s
 
 
 def in_processes(work: list[tuple[Any, ...]]) -> list[Any]:
-    """Call each function in a process of its own, with a barrier for all processes as the first argument. Return the results."""
+    """Call each function in a separate process, with a barrier for all processes as the first argument. Return the results."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(len(work))
     pipes = [context.Pipe(duplex=False) for _ in work]

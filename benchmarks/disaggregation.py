@@ -40,7 +40,7 @@ from distattn.ir.bands import K0, K1, OK, OQ, Q0, Q1
 from distattn.ir.layout import make_layout
 from distattn.parallel.analysis.quality import quality
 
-# maximum pairs of chunks: a whole-pool strategy with more is left out
+# maximum number of pairs of chunks: whole-pool strategies with more are left out
 MOST_PAIRS = 3_000_000
 COLUMNS = ("contestant", "cells", "cost", "GB", "GB across", "GB busiest", "plan ms", "forward ms", "backward ms")
 
@@ -117,7 +117,7 @@ def main() -> int:
 def packs(
     lengths: np.ndarray, servers: int, context: int, batches: int, seed: int, grouped: bool
 ) -> Iterator[list[list[int]]]:
-    """Yield batches: for each server, a pack as a list of document lengths."""
+    """Yield batches, each with one pack per server, as a list of document lengths."""
     generator = np.random.default_rng(seed)
     all_packs = []
     for _ in range(servers * batches):
@@ -132,7 +132,8 @@ def packs(
 
 
 def contestants(inner: str, tolerance: float, hypergraph: bool) -> dict[str, Callable[..., da.Plan | None]]:
-    """Return, by name, functions from packs and shape to a plan, or to None if it would be too large or is impossible."""
+    """Return functions, keyed by name, that map packs and a shape to a plan, or to None if the plan is impossible or would be
+    too large."""
 
     def as_they_came(strategy: str, **options: Any) -> Callable[..., da.Plan]:
         def make(batch: list[list[int]], shape: dict[str, Any]) -> da.Plan:
@@ -150,7 +151,7 @@ def contestants(inner: str, tolerance: float, hypergraph: bool) -> dict[str, Cal
                 and sum((min(2 * len(batch), length // 512) or 1) ** 2 for length in lengths) > MOST_PAIRS
             ):
                 return None
-            # eight chunks of equal work per rank; without `chunk`, balanced would take the cheapest of several layouts
+            # eight chunks of equal work per rank; without `chunk`, balanced would choose the cheapest of several layouts
             chunk = {"chunk": -(-sum(lengths) // (8 * len(batch)))} if name == "balanced" else {}
             layout = make_layout(name, lengths, len(batch), mask, **chunk)
             return da.make_plan(mask, layout, strategy=strategy, options=options or None, **shape)
@@ -191,7 +192,7 @@ def mask_of(batch: list[list[int]], inner: str) -> tuple[da.Mask, list[int]]:
 def measured(
     make: Callable[..., da.Plan | None], batch: list[list[int]], shape: dict[str, Any], cluster: ClusterSpec
 ) -> dict[str, float] | None:
-    """Make one plan and return its figures by column name, or None if there is no plan."""
+    """Make one plan and return its figures, keyed by column name, or None if there is no plan."""
     times, plan = [], None
     for _ in range(3):
         began = time.perf_counter()

@@ -13,7 +13,7 @@ from harness import environment
 class Findings:
     """A recorder of checks, planted faults, omissions and speeds. Without a path, it only prints them.
 
-    speaks: True if this process prints and records: with several ranks, only rank 0.
+    speaks: True if this process prints and records; with several ranks, only rank 0 does.
     """
 
     def __init__(self, path: Path | None, speaks: bool = True):
@@ -37,11 +37,11 @@ class Findings:
         self._keep("left out", name, why)
 
     def speed(self, case: str, contestant: str, note: str, **facts: Any) -> None:
-        """Record a contestant's speed in a case, or a note why it was not timed."""
+        """Record a contestant's speed in a case, or a note saying why it was not timed."""
         self._keep("speed", case, note, contestant=contestant, **facts)
 
     def time(self, case: str, contestant: str, note: str, seconds: float | None) -> None:
-        """Record a kernel's seconds for a case of a recurrence, or a note why it was not timed."""
+        """Record a kernel's seconds for a case of a recurrence, or a note saying why it was not timed."""
         self._keep("time", case, note, contestant=contestant, seconds=seconds)
 
     def ended(self) -> int:
@@ -50,7 +50,7 @@ class Findings:
         return 0 if self.all_right else 1
 
     def print_line(self, line: str) -> None:
-        """Print a line, unless it is empty or another rank prints."""
+        """Print a line, unless it is empty or this process does not print."""
         if self.speaks and line:
             sys.stdout.write(line + "\n")
             sys.stdout.flush()
@@ -62,6 +62,6 @@ class Findings:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the findings in a file, or [] if there is no file. Ignore a line truncated by the end of its program."""
+    """Return the findings in a file, or [] if there is no file. Ignore a line cut short when its program ended."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]

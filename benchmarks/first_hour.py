@@ -3,9 +3,9 @@
     python benchmarks/first_hour.py gpu [--minutes 9] [options of gpu.py]
     python benchmarks/first_hour.py cluster [--minutes 9] [options of check_cluster.py]
 
-Every part is a program of its own with a time limit. Its output is passed on and recorded, and the other parts run
-however it ends. A part that exceeds its limit is stopped and named; a part for which no time is left is skipped and
-named. build/first-hour keeps everything: the output, the findings as JSON lines, and the trials of kernels. The exit
+Every part is a separate program with a time limit. Its output is passed on and recorded, and the other parts run no
+matter how it ends. A part that exceeds its limit is stopped and named; a part is skipped and named if no time is left
+for it. build/first-hour keeps everything: the output, the findings as JSON lines, and the trials of kernels. The exit
 code is 1 if something is wrong, a planted fault was not found, or a part failed. Without GPUs the same parts run,
 smaller, in Triton's interpreter and over gloo.
 """
@@ -36,17 +36,17 @@ from distattn.kernels.trial_cache import cache_file
 HERE = Path(__file__).parent
 FOLDER = HERE.parent / "build" / "first-hour"
 MINUTES = 9.0
-# a part is not started if less time than this is left
+# parts are not started if less time than this is left
 LEAST_SECONDS = 20.0
-# the share of its time limit that is passed to a program as --seconds
+# the fraction of its time limit that a program receives as --seconds
 OWN_SHARE = 0.8
-# torchrun gives its ranks 30 s to end
+# torchrun gives its ranks 30 s to exit
 GRACE_SECONDS = 35.0
 NO_GPU = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 class Part(NamedTuple):
-    """A program and its time limit. keeps_time: the program takes --seconds and leaves out whatever would take longer."""
+    """A program and its time limit. keeps_time: the program accepts --seconds and leaves out whatever would take longer."""
 
     name: str
     command: Sequence[str]
@@ -106,7 +106,7 @@ def launched(ranks: int, script: str, *arguments: str) -> list[str]:
 
 
 def missing(program_name: str, gpus: int) -> str:
-    """Return a sentence on what cannot be shown with this many GPUs, or an empty string."""
+    """Return a sentence saying what cannot be shown with this many GPUs, or an empty string."""
     if program_name == "cluster" and gpus == 1:
         return "One GPU here: messages went over gloo, between processes on the CPU. Nothing about NCCL or about speed was shown."
     if gpus == 0:
@@ -158,14 +158,14 @@ def first_hour(stages: Sequence[Sequence[Part]], folder: Path, seconds: float, w
 def run_stage(
     stage: Sequence[Part], folder: Path, left: float, environment: dict[str, str], print_line: Callable[[str], None]
 ) -> list[Outcome]:
-    """Run parts side by side, each at most for its time limit and the time left. Return their outcomes."""
+    """Run parts side by side, each for at most its time limit and the time left. Return their outcomes."""
     running = [
         Running(part, folder, min(part.seconds, left), environment, print_line, len(stage) > 1) for part in stage
     ]
     try:
         return [part.outcome() for part in running]
     finally:
-        # this also runs if the user interrupts
+        # stop the parts even if the user interrupts
         for part in running:
             part.stop()
 
@@ -192,7 +192,7 @@ class Running:
             text=True,
             errors="replace",
             env=environment,
-            # a session of its own, so that all its processes can be killed
+            # start a new session, so that all of the part's processes can be killed
             start_new_session=True,
         )
         self.last: deque[str] = deque([""], maxlen=1)

@@ -40,7 +40,7 @@ FORWARD, BACKWARD = (4, 600e12), (10, 450e12)
 
 
 def main() -> None:
-    """Print one line per case and strategy, forward / backward, for the rank with the most glue out of three."""
+    """Print one line per case and strategy, forward / backward, for whichever of three ranks has the most glue."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--ranks", type=int, default=8)
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def _line(strategy: str, lengths: list[int], arguments: argparse.Namespace, seconds: list[float]) -> str:
-    """Return a strategy's figures: glue, operators, sends in total and sends to one peer.
+    """Return a strategy's figures: glue, operators, sends in total, and sends to one peer.
 
     seconds: the attention time of a rank, forward and backward.
     """
@@ -84,7 +84,7 @@ def _line(strategy: str, lengths: list[int], arguments: argparse.Namespace, seco
 
 
 def _counts(plan: da.Plan, rank: int):  # noqa: ANN202
-    """Return a rank's (traffic of both passes, their bytes by kind, its sends by peer)."""
+    """Return a rank's traffic in both passes, its bytes by kind, and its sends to each peer."""
     sends: Counter[int] = Counter()
     send = MetaBackend.send
 
@@ -99,7 +99,7 @@ def _counts(plan: da.Plan, rank: int):  # noqa: ANN202
 
 @contextmanager
 def _bytes_by_kind() -> Iterator[dict[int, Counter[str]]]:
-    """Count the bytes of each method in KINDS inside the block, keyed by the id of the pass's traffic."""
+    """Count the bytes of each method in KINDS while in the block, keyed by the id of the pass's traffic."""
     by_pass: dict[int, Counter[str]] = defaultdict(Counter)
 
     def counted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:

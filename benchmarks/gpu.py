@@ -31,7 +31,7 @@ from torch import Tensor
 
 from distattn.ir.bands import row_key_ranges
 
-# number of rows, and of keys, to compare with fp64; and rows computed at a time
+# the number of rows, and of keys, to compare with fp64, and the number of rows to compute at a time
 CHECKED = 24
 BLOCK = 256
 # allowed relative error (Frobenius norm)
@@ -91,7 +91,8 @@ def main() -> int:
 
 
 def note(findings: Findings, cell: Cell) -> None:
-    """Record every cell as a speed or the reason why it has none. Record a tier's cell as a check, too, if it serves the case."""
+    """Record every cell as a speed, or as the reason why it has none. Record a tier's cell as a check as well if it
+    serves the case."""
     fault = f"{cell.status}: {cell.note}" if cell.status != "ok" else ""
     if is_ours(cell) and cell.status in ("ok", "wrong", "error"):
         findings.check(f"{cell.contestant}, {cell.case}", fault)
@@ -105,7 +106,7 @@ def is_ours(cell: Cell) -> bool:
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """Yield the cases, the most informative first, because a time limit drops the last."""
+    """Yield the cases, the most informative first, since a time limit drops the last ones."""
     if device.type == "cpu":
         for direction in ("forward", "backward"):
             for pattern in ("causal", "documents"):
@@ -147,9 +148,11 @@ def run_case(case: Case, device: torch.device, runners: dict[str, Callable[[Case
 
 
 class Repeated:
-    """A function that makes several calls, as a CUDA graph if it can be captured, and returns the last result and its facts.
+    """A function that makes several calls, as a CUDA graph if they can be captured, and returns the last result and its
+    facts.
 
-    Everything, including `make`, runs on one stream, because autograd runs a backward on the stream of its forward.
+    Everything, including `make`, runs on one stream, because autograd runs a backward pass on the stream of its forward
+    pass.
     """
 
     def __init__(self, make: Callable[[], Callable[[], Any]], device: torch.device):
@@ -214,7 +217,7 @@ def by_definition(case: Case, x: Inputs, some: list[int]) -> dict[str, Tensor]:
     index = torch.tensor(some, device=x.q.device)
     dk, dv = torch.zeros_like(k[index]), torch.zeros_like(v[index])
     rows: dict[str, list[Tensor]] = {"o": [], "dq": []}
-    # outputs only need their own rows; dk and dv need all rows
+    # outputs need only their own rows; dk and dv need all rows
     blocks = [some] if case.direction == "forward" else [range(i, min(i + BLOCK, n)) for i in range(0, n, BLOCK)]
     for block in blocks:
         here = torch.tensor(list(block), device=x.q.device)

@@ -61,7 +61,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Inputs of a case: q, do (tokens, heads, dim) and k, v (tokens, KV heads, dim)."""
+    """The inputs of a case: q, do (tokens, heads, dim) and k, v (tokens, KV heads, dim)."""
 
     q: Tensor
     k: Tensor
@@ -69,7 +69,7 @@ class Inputs:
     do: Tensor
 
 
-# runs a contestant once: returns o or (dq, dk, dv), with tokens first
+# a function that runs a contestant once and returns o or (dq, dk, dv), with the token dimension first
 Run = Callable[[], Tensor | tuple[Tensor, ...]]
 
 
@@ -99,7 +99,7 @@ def mask_of(pattern: str, tokens: int) -> da.Mask:
 
 
 def inputs_of(case: Case, device: torch.device, seed: int = 0) -> Inputs:
-    """Return random tensors. On zeros, kernels would be faster than on real data."""
+    """Return random tensors: on zeros, kernels would be faster than on real data."""
     generator = torch.Generator(device).manual_seed(seed)
     (h, k), (d, e) = case.heads, case.dims
 
@@ -112,7 +112,7 @@ def inputs_of(case: Case, device: torch.device, seed: int = 0) -> Inputs:
 
 
 def ours(tier: ModuleType) -> Callable[[Case, Inputs], Run]:
-    """Return a contestant: one of our kernels on the whole mask, launched as `attention` launches it, with o in fp32."""
+    """Return a contestant: one of our kernels on the entire mask, launched as `attention` launches it, with o in fp32."""
 
     def make(case: Case, x: Inputs) -> Run:
         work, score = prepared(tier, case, case.mask, x.q.device), ScoreMod(case.dims[0] ** -0.5)
@@ -158,7 +158,7 @@ def ring(tier: ModuleType, chunks: int = 8) -> Callable[[Case, Inputs], Run]:
 
 
 def step(tier: ModuleType, merge: bool) -> Callable[[Case, Inputs], Run]:
-    """Return a contestant: one launch that writes fp32, or with `merge` merges, to show the extra cost of a ring step."""
+    """Return a contestant: one launch that writes fp32, or merges if `merge` is set, to show the extra cost of a ring step."""
 
     def make(case: Case, x: Inputs) -> Run:
         if case.direction != "forward" or case.pattern not in ("full", "causal"):
@@ -178,7 +178,8 @@ def step(tier: ModuleType, merge: bool) -> Callable[[Case, Inputs], Run]:
 
 
 def prepared(tier: ModuleType, case: Case, mask: da.Mask, device: torch.device) -> Any:
-    """Return a kernel's schedule for a mask with the case's shapes, on the device. Raise Unsupported if the kernel refuses."""
+    """Return a kernel's schedule for a mask with the case's shapes, on the device. Raise Unsupported if the kernel
+    cannot serve the call."""
     demand = KernelRequirements(case.dtype, *case.dims, device)
     if why_not := tier.unsupported_reason(demand):
         raise Unsupported(why_not)
@@ -209,7 +210,7 @@ def flex(case: Case, x: Inputs) -> Run:
 
     block_mask = da.block_mask(case.mask, device=x.q.device)
     q, k, v = (heads_first(part) for part in (x.q, x.k, x.v))
-    # reset the compiler for every case: past its recompilation limit it would run unfused without a warning
+    # reset the compiler for every case: once past its recompilation limit, it would run unfused without a warning
     torch._dynamo.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
 
@@ -234,7 +235,7 @@ def varlen(case: Case, x: Inputs) -> Run:
 
 
 def packed(case: Case, device: torch.device) -> tuple[Tensor, int, bool, tuple[int, int]]:
-    """Return the mask as arguments of a varlen kernel: (cu_seqlens, longest document, causal, window)."""
+    """Return the mask as arguments for a varlen kernel: (cu_seqlens, longest document, causal, window)."""
     try:
         ends, longest, causal, window = da.cu_seqlens(case.mask)
     except da.DistattnError as error:
@@ -252,14 +253,14 @@ def flash2(case: Case, x: Inputs) -> Run:
     q, k, v = (part.detach() for part in (x.q, x.k, x.v))
 
     def forward() -> Tensor:
-        # with causal, a window ends at the query's own position
+        # if causal is set, a window ends at the query's own position
         return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=causal, window_size=window)
 
     return differentiated(case, forward, (q, k, v), x.do, lambda y: y)
 
 
 def installed_flash3() -> Path | None:
-    """Return the loadable build in an installed flash_attn_3 package, or None."""
+    """Return the path of the loadable build in an installed flash_attn_3 package, or None."""
     spec = importlib.util.find_spec("flash_attn_3")
     folders = spec.submodule_search_locations if spec else None
     return next((file for folder in folders or () for file in sorted(Path(folder).glob("_C*.so"))), None)
@@ -268,14 +269,14 @@ def installed_flash3() -> Path | None:
 def flash3(library: Path | None) -> Callable[[Case, Inputs], Run]:
     """Return a contestant: FlashAttention 3 from a loadable build, such as flash_attn_3/_C.so in xformers 0.0.34.
 
-    Arguments are passed by name according to the operators' schemas, which differ between builds.
+    Arguments are passed by name, following the operators' schemas, which differ between builds.
     """
 
     def make(case: Case, x: Inputs) -> Run:
         build = library or installed_flash3()
         if build is None:
             raise Unsupported("no build of FlashAttention 3: pass --fa3 PATH/_C.so")
-        # the build expects the CUDA runtime to be loaded
+        # load the CUDA runtime first: the build expects it to be loaded
         ctypes.CDLL("libcudart.so.12", ctypes.RTLD_GLOBAL)
         torch.ops.load_library(str(build))
         cu, longest, _, (left, right) = packed(case, x.q.device)
@@ -310,7 +311,7 @@ def tutorial(path: Path | None) -> Callable[[Case, Inputs], Run]:
             raise Unsupported("the tutorial computes full and causal masks of equal heads and dims")
         q, k, v = (heads_first(part) for part in (x.q, x.k, x.v))
         function = loaded(path)._attention
-        # later versions have another argument, for warp specialization
+        # later versions have an additional argument, for warp specialization
         more = (False,) * (len(inspect.signature(function.forward).parameters) - 6)
 
         def forward() -> Tensor:
@@ -331,7 +332,8 @@ def loaded(path: Path) -> ModuleType:
 
 
 def by_schema(operator: Any, values: dict[str, Any]) -> Callable[[], Any]:
-    """Return a call of an operator with those of the values that it takes. Other arguments get their defaults, or None."""
+    """Return a function that calls an operator with those of the values that it accepts. Other arguments get their
+    defaults, or None."""
     arguments = {a.name: values[a.name] for a in operator._schema.arguments if a.name in values}
     others = {a.name: None for a in operator._schema.arguments if a.name not in values and not a.has_default_value()}
     return lambda: operator(**arguments, **others)
@@ -340,7 +342,8 @@ def by_schema(operator: Any, values: dict[str, Any]) -> Callable[[], Any]:
 def differentiated(
     case: Case, forward: Callable[[], Tensor], inputs: tuple[Tensor, ...], do: Tensor, back: Callable[[Tensor], Tensor]
 ) -> Run:
-    """Return a run of a rival's forward, or of its backward alone through autograd. back: moves tokens first again."""
+    """Return a run of a rival's forward pass, or of its backward pass alone through autograd. back: moves the token
+    dimension back to the front."""
     if case.direction == "forward":
         return lambda: back(forward())
     for x in inputs:
@@ -354,7 +357,7 @@ def heads_first(x: Tensor) -> Tensor:
     return x.detach().transpose(0, 1)[None].contiguous()
 
 
-# our tiers, by the contestant's name
+# our tiers, keyed by the contestant's name
 TIERS = {
     "distattn triton": triton_attention,
     "distattn gluon": gluon_attention,
@@ -391,7 +394,7 @@ def epilogues() -> dict[str, Callable[[Case, Inputs], Run]]:
 
 
 def auto_choice(case: Case, device: torch.device) -> str:
-    """Return the kernel that kernel="auto" chooses for a case by trial, or the reason why it chooses none."""
+    """Return the kernel that kernel="auto" chooses for a case by trial, or the reason why it does not choose any."""
     (heads, kv_heads), (dim, v_dim) = case.heads, case.dims
     shape = dict(heads=heads, kv_heads=kv_heads, head_dim=dim, v_head_dim=v_dim, dtype=str(case.dtype)[6:])
     plan = da.make_plan(case.mask, da.Layout.contiguous([case.tokens], 1), strategy="ring", **shape)

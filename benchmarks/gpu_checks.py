@@ -3,13 +3,13 @@
     python benchmarks/gpu_checks.py [--tiers triton gluon gluon_split flash] [--seconds 200]
 
 Forward and backward results, also merged into existing contents, are compared with the reference kernel in fp64: for
-masks of every kind and all head dims, with and without score modifiers. Every operand and result lies between guards in
-a larger block of memory: NaN around inputs, a pattern around results. A kernel that reads out of bounds then returns
-NaN, and one that writes out of bounds changes the pattern. If compute-sanitizer is installed, it runs the same calls.
-Each call is made twice and compared bitwise (except dQ of "gluon" and "flash", whose sums have no fixed order), and the
-host time per launch is printed. The row operations around kernels (copy, add, merge) are compared with the CPU's. The
-exit code is 1 if anything is wrong. Without a GPU (TRITON_INTERPRET=1) only kernels that the interpreter supports run,
-with fewer cases.
+masks of every kind and all head dims, with and without score modifiers. Every operand and result is placed between
+guards in a larger block of memory: NaN around inputs, a pattern around results. A kernel that reads out of bounds then
+returns NaN, and one that writes out of bounds changes the pattern. If compute-sanitizer is installed, it runs the same
+calls. Each call is made twice and compared bitwise (except dQ of "gluon" and "flash", whose sums have no fixed order),
+and the host time per launch is printed. The row operations around kernels (copy, add, merge) are compared with the
+CPU's. The exit code is 1 if anything is wrong. Without a GPU (TRITON_INTERPRET=1) only kernels that the interpreter
+supports run, with fewer cases.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from distattn.kernels.triton import attention as triton_attention
 from distattn.kernels.triton.launch import schedule_to_device
 
 TIERS = {"triton": triton_attention, "gluon": gluon_attention, "gluon_split": gluon_split, "flash": flash_attention}
-# tiers that sum dQ in no fixed order
+# tiers that sum dQ in no particular order
 LOOSE = ("gluon", "flash")
 HEADS, KV_HEADS = 4, 2
-# head dims, and whether scores have softcap and ALiBi; the most common first, because time may run out
+# head dims, and whether scores have softcap and ALiBi; the most common come first, because time may run out
 SHAPES = [((128, 128), False), ((64, 64), False), ((192, 128), False), ((128, 128), True)]
 SHAPES += [((dim, dim), False) for dim in (256, 96, 80, 192)]
 # allowed error relative to fp64 (Frobenius norm)
@@ -53,7 +53,7 @@ GUARD = 1 << 14
 PATTERN = 12345.0
 LAUNCHES = 200
 SANITIZER_SECONDS = 120
-# with less time left, compute-sanitizer is not run
+# compute-sanitizer is not run if less time than this is left
 LEAST_SECONDS = 15
 
 
@@ -83,7 +83,7 @@ def main() -> int:
             else:
                 complaints += checked(label, call, findings, arguments.only_run)
                 ran.append(name)
-    # row operations do not depend on the tier: check them only once if each tier has a program of its own
+    # row operations do not depend on the tier: check them only once if each tier is checked by a separate program
     if next(iter(TIERS)) in arguments.tiers:
         differences = glue_differences(device)
         findings.check("rows around kernels", "; ".join(differences))
@@ -95,7 +95,7 @@ def main() -> int:
 
 
 def checked(label: str, call: Call, findings: Findings, only_run: bool) -> list[str]:
-    """Check all masks with a tier and shape. Return a list of what is wrong."""
+    """Check all masks with a tier and shape. Return a list of the faults found."""
     began, complaints = time.perf_counter(), []
     chosen = dict(list(masks(call.device).items())[:2]) if only_run else masks(call.device)
     for name, mask in chosen.items():
@@ -106,7 +106,7 @@ def checked(label: str, call: Call, findings: Findings, only_run: bool) -> list[
         findings.check(f"{label} {name}", "; ".join(problems))
         complaints += [f"{label} {name}: {text}" for text in problems]
         if call.device.type == "cuda":
-            # a compiler error only concerns one call, but a lost device ends the program here
+            # a compiler error only affects one call, but a lost device ends the program here
             torch.cuda.synchronize()
     host = ""
     if not (only_run or call.modifiers or complaints):
@@ -116,7 +116,7 @@ def checked(label: str, call: Call, findings: Findings, only_run: bool) -> list[
 
 
 class Call(NamedTuple):
-    """A kernel and the kind of call to make. loose: True if the kernel sums dQ in no fixed order."""
+    """A kernel and the kind of call to make. loose: True if the kernel sums dQ in no particular order."""
 
     tier: ModuleType
     loose: bool
@@ -140,7 +140,7 @@ def call_of(name: str, dims: tuple[int, int], modifiers: bool, device: torch.dev
 
 
 def masks(device: torch.device) -> dict[str, da.Mask]:
-    """Return small masks by name, with lengths that are no multiple of a tile."""
+    """Return small masks, keyed by name, with lengths that are not multiples of a tile."""
     n = 1037 if device.type == "cuda" else 77
     third = n // 3
     some = {
@@ -163,7 +163,7 @@ def masks(device: torch.device) -> dict[str, da.Mask]:
 
 
 def check(call: Call, mask: da.Mask) -> list[str]:
-    """Return a list of what is wrong with one call, forward and backward, adding first to zeros, then to the results."""
+    """Return a list of the faults found in one call, forward and backward, adding first to zeros and then to the results."""
     torch.manual_seed(0)
     (dim, v_dim), device = call.dims, call.device
     work = call.work(mask)
@@ -194,7 +194,7 @@ def check(call: Call, mask: da.Mask) -> list[str]:
     complaints = [text for key, x in first.items() if (text := difference(key, x, wanted[key], call.dtype))]
     fixed = [key for key in first if key != "dq" or not call.loose]
     complaints += [f"{key} differs in bits" for key in fixed if not torch.equal(first[key], second[key])]
-    # a kernel that overwrites instead of adding is right on zeros, so add a second time
+    # add a second time, because a kernel that overwrites instead of adding gives correct results on zeros
     backward(second, first["lse"], delta)
     forward(second)
     doubled = {key: {"o": x, "lse": x + math.log(2)}.get(key, 2 * x) for key, x in wanted.items()}
@@ -204,7 +204,7 @@ def check(call: Call, mask: da.Mask) -> list[str]:
 
 
 def by_reference(mask: da.Mask, operands: tuple[Tensor, ...], score: ScoreMod) -> dict[str, Tensor]:
-    """Return o, lse, dq, dk and dv by name, computed by the reference kernel in fp64. operands: (q, k, v, do)."""
+    """Return o, lse, dq, dk and dv, keyed by name, computed by the reference kernel in fp64. operands: (q, k, v, do)."""
     q, k, v, do = (x.double() for x in operands)
     cells = LaunchMask.from_mask(mask, HEADS, KV_HEADS)
     work = schedule_to_device(
@@ -220,7 +220,7 @@ def difference(name: str, got: Tensor, wanted: Tensor, dtype: torch.dtype) -> st
     if not torch.equal(got == -torch.inf, wanted == -torch.inf):
         return f"{name} is -inf elsewhere"
     got, wanted = (torch.where(wanted == -torch.inf, 0.0, x.double()) for x in (got, wanted))
-    # with a single token, the gradients of q and k are 0 up to rounding: divide by at least 1
+    # for a single token, the gradients of q and k are 0 up to rounding, so divide by at least 1
     error = float((got - wanted).norm() / max(float(wanted.norm()), 1.0))
     return "" if error <= TOLERANCE[dtype] else f"{name} is off by {error:.1e} (allowed: {TOLERANCE[dtype]:.0e})"
 
@@ -239,7 +239,7 @@ def whole(x: Tensor) -> bool:
 
 
 def glue_differences(device: torch.device) -> list[str]:
-    """Return a list of the row operators' results that differ from the CPU's."""
+    """Return a list of the row operators whose results differ from the CPU's."""
     torch.manual_seed(0)
     listed, segment = torch.randperm(900)[:500], RowSelection(7, 500)
 
@@ -269,7 +269,7 @@ def glue_differences(device: torch.device) -> list[str]:
 
 
 def host_time(call: Call) -> float:
-    """Return the microseconds of host time per launch of a small forward."""
+    """Return the microseconds of host time per launch of a small forward pass."""
     (dim, v_dim), device, n = call.dims, call.device, 128
     q, k, v = (
         torch.randn(n, *shape, device=device, dtype=call.dtype)
@@ -295,7 +295,7 @@ def host_time(call: Call) -> float:
 
 
 def sanitized(tiers: list[str], seconds: float, findings: Findings) -> list[str]:
-    """Run some of the calls under compute-sanitizer. Return a list of what is wrong."""
+    """Run some of the calls under compute-sanitizer. Return a list of the faults found."""
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if not tool:
         findings.left_out("compute-sanitizer", "it is not installed here; the guards alone have spoken")

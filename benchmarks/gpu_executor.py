@@ -1,10 +1,10 @@
-"""The whole executor on one GPU: all ranks of a plan in lockstep, each with its own streams.
+"""The complete executor on one GPU: all ranks of a plan in lockstep, each with its own streams.
 
     python benchmarks/gpu_executor.py [--kernel triton|gluon] [--ranks 8] [--tokens 32768] [--delay 200] [--trace FILE.json]
 
 Moves are device copies on a stream of the receiver. They start `delay` microseconds after both ends are ready, as over
 a slow link. First, correctness is checked: the outputs and gradients of every strategy, with NaN in uninitialized
-memory, are compared with the Triton kernel on the whole axis at once, and any synchronization between host and device
+memory, are compared with one call of the Triton kernel on the entire axis, and any synchronization between host and device
 is an error. Then the host time per rank and step is measured (budget: 150 microseconds), and from a trace the share of
 copying that overlaps with kernels. Without a GPU (TRITON_INTERPRET=1) only correctness is checked, on a short axis.
 """
@@ -41,15 +41,15 @@ from distattn.parallel.runtime.lowering.upload_program import copy_program_to_de
 from distattn.parallel.runtime.program import Program
 
 BUDGET = 150
-# our kernels in a trace; all other kernels copy or merge
+# the names of our kernels in a trace; all other kernels copy or merge
 KERNELS = ("forward_kernel", "dkdv_kernel", "dq_kernel", "backward_kernel", "row_numbers_kernel", "sum_parts_kernel")
-# allowed error relative to the one-shot result (Frobenius norm): fp32 sums of bf16 (fp16) products in a different order
+# the allowed error relative to the one-shot result (Frobenius norm): fp32 sums of bf16 (fp16) products in a different order
 TOLERANCE = 5e-3
 HEADS, KV_HEADS = 16, 4
 
 
 class Streams:
-    """A compute stream and a copy stream for every rank, or None in their place without a GPU."""
+    """A compute stream and a copy stream for every rank, or None for each if there is no GPU."""
 
     def __init__(self, ranks: int, device: torch.device, delay: float):
         self.cuda = device.type == "cuda"
@@ -62,7 +62,7 @@ class Streams:
         return torch.cuda.stream(stream) if self.cuda else contextlib.nullcontext()
 
     def event(self) -> Any:
-        """Record and return an event on the current stream. Without a GPU, return None."""
+        """Record and return an event on the current stream. Return None if there is no GPU."""
         return torch.cuda.current_stream().record_event() if self.cuda else None
 
 
@@ -77,7 +77,8 @@ class DelayedCopies:
         return Mailbox(self, rank)
 
     def post(self, src: int, dst: int, sends: bool, tensor: Tensor, done: list[Any]) -> None:
-        """Post one end of a move, which starts when both ends have been posted. Append the event of its completion to `done`."""
+        """Post one end of a move, which starts once both ends have been posted. Append the event of its completion to
+        `done`."""
         ready = self.streams.event()
         waiting = self.posted[src, dst, not sends]
         if not waiting:
@@ -159,7 +160,7 @@ def main() -> int:
 
 
 class Case(NamedTuple):
-    """Documents of different lengths in a zigzag layout, with random tensors for the whole axis."""
+    """Documents of different lengths in a zigzag layout, with random tensors for the entire axis."""
 
     mask: da.Mask
     layout: da.Layout
@@ -167,14 +168,14 @@ class Case(NamedTuple):
 
     @staticmethod
     def of(tokens: int, dim: int, ranks: int, device: torch.device) -> Case:
-        """Return a case: in bfloat16 on a GPU, in float16 on a CPU."""
+        """Return a case: in bfloat16 on a GPU, and in float16 on a CPU."""
         lengths = [tokens // 2, tokens // 4, tokens // 8, tokens // 8]
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
         layout = da.Layout.zigzag(lengths, ranks)
         return Case(da.Mask.documents(lengths), layout, random_tensors(tokens, dim, dtype, device))
 
     def plan(self, strategy: str) -> da.Plan:
-        """Return a strategy's plan for the case. Raise DistattnError if the strategy refuses it."""
+        """Return a strategy's plan for the case. Raise DistattnError if the strategy cannot plan it."""
         q = self.x["q"]
         shape = dict(heads=HEADS, kv_heads=KV_HEADS, head_dim=q.shape[2], dtype=str(q.dtype)[6:])
         return da.make_plan(self.mask, self.layout, strategy=strategy, **shape)
@@ -198,14 +199,14 @@ class Layer:
         self.steps = sum(len(program.forward) + len(program.backward) for program in self.programs)
 
     def run(self) -> dict[str, Tensor]:
-        """Run the call. Return o, dq, dk and dv of the whole axis."""
+        """Run the call. Return o, dq, dk and dv for the entire axis."""
         shards = self.shards()
         return {name: self.layout.unshard([shard[name] for shard in shards]) for name in ("o", "dq", "dk", "dv")}
 
     def shards(self) -> list[dict[str, Tensor]]:
-        """Run the call on all ranks. Return o, dq, dk and dv of each rank, without waiting for the device."""
+        """Run the call on all ranks. Return each rank's o, dq, dk and dv, without waiting for the device."""
         if self.streams.cuda:
-            # the inputs were made on the current stream
+            # the inputs were created on the current stream
             for stream in self.streams.compute:
                 stream.wait_stream(torch.cuda.current_stream())
             torch.cuda.set_sync_debug_mode("error")
@@ -248,7 +249,8 @@ class Layer:
         return (yield from execute.backward(self.programs[rank], transport, self.kernel, *inputs))
 
     def host_microseconds(self) -> float:
-        """Return the host microseconds per rank and step of the executor and all it calls, while the device lags far behind."""
+        """Return the host microseconds per rank and step, in the executor and everything it calls, while the device
+        lags far behind."""
         best = float("inf")
         for _ in range(5):
             torch.cuda.synchronize()
@@ -259,9 +261,10 @@ class Layer:
         return best * 1e6 / self.steps
 
     def overlap(self, keep: Path | None) -> float:
-        """Return the share of copying time in which an attention kernel of any rank ran, from the profiler's trace.
+        """Return the fraction of copying time during which an attention kernel of any rank ran, from the profiler's
+        trace.
 
-        keep: where to keep the trace, or None.
+        keep: where to save the trace, or None.
         """
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profile:
@@ -281,7 +284,7 @@ class Layer:
 
 
 def random_tensors(tokens: int, dim: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Return random q, k, v and do for the whole axis."""
+    """Return random q, k, v and do for the entire axis."""
     generator = torch.Generator(device).manual_seed(0)
     heads = {"q": HEADS, "k": KV_HEADS, "v": KV_HEADS, "do": HEADS}
     return {
@@ -291,7 +294,7 @@ def random_tensors(tokens: int, dim: int, dtype: torch.dtype, device: torch.devi
 
 
 def at_once(mask: da.Mask, x: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return o, dq, dk and dv, computed by the Triton kernel on the whole axis at once."""
+    """Return o, dq, dk and dv, computed by one call of the Triton kernel on the entire axis."""
     device, dim = x["q"].device, x["q"].shape[2]
     plan = Case(mask, da.Layout.contiguous([mask.n], 1), x).plan("ring")
     work = kernel_preparer("triton", kernel_requirements(plan.call, device))(
@@ -306,7 +309,7 @@ def at_once(mask: da.Mask, x: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill all uninitialized memory with NaN inside the block."""
+    """Fill all uninitialized memory with NaN while in the block."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -319,7 +322,7 @@ def far(got: Tensor, wanted: Tensor) -> float:
 
 
 def too_far(errors: dict[str, float]) -> str:
-    """Return a message about the largest error if it exceeds the tolerance, otherwise an empty string."""
+    """Return a message about the largest error if it exceeds the tolerance, or else an empty string."""
     name, error = max(
         errors.items(), key=lambda pair: pair[1] if pair[1] == pair[1] else float("inf"), default=("", 0.0)
     )

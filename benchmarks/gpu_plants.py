@@ -6,8 +6,8 @@ A check that finds nothing proves something only if it would have found a fault 
 wrapped: it drops keys, scales scores wrongly, moves the edge of a mask, overwrites instead of adding, writes or reads
 out of bounds (inside the guards, so that no access is illegal and the device stays intact), or returns different bits
 each time. Then two waits are skipped: for a message, and for the upload of run lists to the device. Both are delayed so
-that the fault shows every time. Each fault is printed as a line, and the exit code is 1 if one is not found. Without a
-GPU (TRITON_INTERPRET=1) only kernels' faults run.
+that the fault shows every time. Each fault is printed as a line, and the exit code is 1 if any fault is not found.
+Without a GPU (TRITON_INTERPRET=1) only kernels' faults run.
 """
 
 from __future__ import annotations
@@ -41,16 +41,17 @@ from distattn.ops.executable import EXECUTABLES, Executable, ExecutionKey, kerne
 from distattn.ops.kernel_choice import local_kernel_trials
 from distattn.parallel.runtime.communication.transport import SingleRankTransport
 
-# the tier to wrap; the faults do not depend on it
+# the tier to wrap; the faults do not depend on the choice
 TIER = "triton"
 # sizes of the case for faults in streams
 TOKENS, DIM, RANKS = 4096, 128, 4
-# GPU clock cycles, about 0.1 s: far longer than the host needs to continue
+# GPU clock cycles, about 0.1 s: far longer than the host takes to continue
 LONG = 170_000_000
 
 
 class Plant(NamedTuple):
-    """A tier with a fault. computes: True if its results are wrong, so that trials must reject it, too."""
+    """A tier with a fault. computes: True if the fault changes the computed values, in which case trials must reject
+    the tier as well."""
 
     fault: str
     tier: ModuleType
@@ -58,7 +59,7 @@ class Plant(NamedTuple):
 
 
 def main() -> int:
-    """Plant all faults and print one line for each. Return exit code 1 if any is not found."""
+    """Plant all faults and print one line for each. Return exit code 1 if any fault is not found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--findings", type=Path, help="where they are kept, as JSON lines")
     findings = Findings(parser.parse_args().findings)
@@ -80,7 +81,7 @@ def main() -> int:
 def in_kernels(call: gpu_checks.Call, findings: Findings) -> None:
     """Plant faults in a kernel. The comparison with fp64, guards, a second call or the trial of kernel="auto" must find them."""
     masks = dict(list(gpu_checks.masks(call.device).items())[:2])
-    # the checks must find nothing beforehand, otherwise every planted fault would seem to be found
+    # run the checks first: they must find nothing, otherwise every planted fault would seem to be found
     before = [f"{name}: {text}" for name, mask in masks.items() for text in gpu_checks.check(call, mask)]
     findings.check(f"{TIER} before anything is planted", "; ".join(before))
     planted = plants(call.tier, 128 if call.device.type == "cuda" else 16)
@@ -129,7 +130,7 @@ def plants(tier: ModuleType, tile: int) -> list[Plant]:
 
     def reading_beyond(q: Tensor, k: Tensor, *others: Any, **into: Any) -> Any:
         o, lse = tier.forward(q, k, *others, **into)
-        # like a kernel that multiplies masked elements by zero
+        # imitate a kernel that multiplies masked elements by zero
         o[-1] += beyond(k).float() * 0
         return o, lse
 
@@ -161,12 +162,13 @@ def changed(tier: ModuleType, **functions: Any) -> ModuleType:
 
 
 def beyond(x: Tensor) -> Tensor:
-    """Return the element after the end of a tensor that lies in a larger block of memory."""
+    """Return the element past the end of a tensor that is part of a larger block of memory."""
     return torch.as_strided(x, (1,), (1,), x.storage_offset() + x.numel())
 
 
 def faults_by_trial(planted: list[Plant], call: gpu_checks.Call) -> dict[str, str]:
-    """Return, by fault, why kernel="auto" rejects the faulty tier in favor of the real one, or "" if it does not."""
+    """Return, keyed by fault, why kernel="auto" rejects the faulty tier in favor of the real one, or "" if it does not
+    reject it."""
     mask = next(iter(gpu_checks.masks(call.device).values()))
     shape = dict(heads=gpu_checks.HEADS, kv_heads=gpu_checks.KV_HEADS, head_dim=call.dims[0], dtype=str(call.dtype)[6:])
     plan = da.make_plan(mask, da.Layout.contiguous([mask.n], 1), strategy="ring", **shape)
@@ -181,21 +183,21 @@ def faults_by_trial(planted: list[Plant], call: gpu_checks.Call) -> dict[str, st
 
 @contextmanager
 def candidates(modules: dict[str, ModuleType], device: torch.device) -> Iterator[None]:
-    """Let kernel="auto" choose between these modules and the real tier inside the block, with a cache of its own."""
+    """Let kernel="auto" choose between these modules and the real tier while in the block, with a separate cache."""
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, XDG_CACHE_HOME=folder),
         mock.patch.dict(sys.modules, modules),
         mock.patch.dict(registry.KERNELS, {name: name for name in modules}),
         mock.patch.dict(registry.CANDIDATES, {device.type: (*modules, TIER)}),
-        # a reader would take its messages about planted kernels for real findings
+        # silence the log: readers would take messages about planted kernels for real findings
         mock.patch.object(logging.getLogger("distattn"), "disabled", True),
     ):
         yield
 
 
 def message_not_waited_for(device: torch.device, findings: Findings) -> None:
-    """Plant a missing wait: a step's messages start 20 ms late and are used at once."""
+    """Plant a missing wait: a step's messages start 20 ms late but are used immediately."""
     case = Case.of(TOKENS, DIM, RANKS, device)
     wanted = at_once(case.mask, case.x)
     layer = Layer(case.plan("ring"), case.x, Streams(RANKS, device, 20_000.0), TIER)
@@ -214,9 +216,10 @@ def message_not_waited_for(device: torch.device, findings: Findings) -> None:
 
 
 def lists_not_waited_for(device: torch.device, findings: Findings) -> None:
-    """Plant a missing wait: a program's run lists are uploaded on another stream 0.1 s late, and a pass starts at once.
+    """Plant a missing wait: a program's run lists are uploaded on a different stream 0.1 s late, but a pass starts
+    immediately.
 
-    Until the upload the lists are zeros, which mean no work.
+    Until they are uploaded, the lists are zeros, which mean no work.
     """
     case = Case.of(TOKENS, DIM, 1, device)
     wanted = at_once(case.mask, case.x)["o"]

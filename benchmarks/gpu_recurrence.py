@@ -3,7 +3,7 @@
     python benchmarks/gpu_recurrence.py [--tokens 32768] [--heads 32] [--seconds 200] [--out benchmarks/results/gpu.jsonl]
 
 Every op's kernels, `fla` (package fla-core) and our `triton_chunked` and `chunked`, are compared with the chunked
-kernel in fp64: outputs, final states, (A, B) of segments and all gradients. Then a whole pass, a state pass, the
+kernel in fp64: outputs, final states, (A, B) of segments and all gradients. Then a complete pass, a state pass, the
 backward and the gradients' state pass are timed on one segment, in bf16 with dims of 128. State passes are the extra
 work that plans for several ranks do. The exit code is 1 if an installed kernel is wrong. Without a GPU, small cases run
 in fp32, without `fla`.
@@ -29,11 +29,11 @@ from distattn.kernels.recurrence.trial import RecurrenceInputs, differences
 from distattn.kernels.registry import OTHER_KERNELS, load_kernel
 from distattn.kernels.spec import KernelRequirements
 
-# the most common ops first, because time may run out
+# the most common ops come first, because time may run out
 NAMES = ("gated_delta_rule", "ssd", "kda", "gla", "delta_rule", "retention", "linear_attention")
 KERNELS = tuple(reversed(OTHER_KERNELS["recurrence"]))
 LENGTHS = (500, 1, 64, 300)
-# shorter segments for the interpreter, still with several chunks of 64, full and partial
+# shorter segments for the interpreter, still with several chunks of 64, both full and partial
 INTERPRETED_LENGTHS = (130, 1, 64, 67)
 # allowed error relative to fp64 (Frobenius norm)
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
@@ -77,7 +77,8 @@ def main() -> int:
 
 
 def fault_of(kernel: str, needed: KernelRequirements, findings: Findings) -> str:
-    """Return what is wrong with a kernel's results for an op, or an empty string. A kernel that refuses the op is left out."""
+    """Return what is wrong with a kernel's results for an op, or an empty string. A kernel that does not support the op
+    is left out."""
     label = f"kernel {kernel}, {needed.op.name}"
     try:
         module = served(kernel, needed)
@@ -97,7 +98,8 @@ def fault_of(kernel: str, needed: KernelRequirements, findings: Findings) -> str
 
 
 def served(kernel: str, needed: KernelRequirements) -> Any:
-    """Return a kernel's module. Raise Unsupported if the kernel is not installed or refuses calls with these requirements."""
+    """Return a kernel's module. Raise Unsupported if the kernel is not installed or cannot serve calls with these
+    requirements."""
     try:
         module = load_kernel(kernel)
     except DistattnError as error:
@@ -110,7 +112,7 @@ def served(kernel: str, needed: KernelRequirements) -> Any:
 def times(
     case: str, needed: KernelRequirements, tokens: int, heads: int, faults: dict[tuple[str, str], str]
 ) -> list[Cell]:
-    """Time every kind of task on one segment, with every kernel whose results were right. faults: by (kernel, op)."""
+    """Time every kind of task on one segment, with every kernel whose results were correct. faults: keyed by (kernel, op)."""
     inputs = RecurrenceInputs.random((tokens,), heads, heads, needed)
     x, state, do, dstate = inputs[:4]
     tasks: dict[str, Callable[[Any, Any], Any]] = {
@@ -128,7 +130,7 @@ def times(
 
 
 def runner(work: Callable[[Any, Any], Any], kernel: str, inputs: RecurrenceInputs) -> Callable[[], str]:
-    """Return a function that runs a task with a kernel, waits for the device and returns the kernel's name."""
+    """Return a function that runs a task with a kernel, waits for the device, and returns the kernel's name."""
     module = served(kernel, inputs.requirements)
     schedule = inputs.schedule_of(module)
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# in order of severity: a cell has the worst status of all ranks
+# in order of severity: a cell has the worst status of any rank
 STATUSES = ("ok", "unsupported", "wrong", "out of memory", "error")
 
 
@@ -33,7 +33,8 @@ class Unsupported(Exception):
 
 @dataclass
 class Cell:
-    """The result of one contestant in one case. seconds: the time of every repeat. facts: other measured values, by name."""
+    """The result of one contestant in one case. seconds: the time of every repeat. facts: other measured values, keyed
+    by name."""
 
     case: str
     contestant: str
@@ -52,7 +53,7 @@ class Cell:
         return (max(self.seconds) - min(self.seconds)) / 2 / self.median if self.seconds else None
 
 
-# returns the function to time; called once per contestant and case
+# a function that returns the function to time; called once per contestant and case
 Contestant = Callable[[], Callable[[], Any]]
 
 
@@ -66,10 +67,11 @@ def compare(
     count: Callable[[], Mapping[str, int]] = dict,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Cell]:
-    """Run all contestants of one case and return their cells. check: returns what is wrong with a result, or "".
+    """Run all contestants of one case and return their cells. check: a function that returns what is wrong with a
+    result, or "".
 
-    count: returns running totals, such as bytes sent. What one call adds to them becomes part of a cell's facts, and so
-    does the attribute `facts` of a contestant's function.
+    count: a function that returns running totals, such as bytes sent. What one call adds to them becomes part of a
+    cell's facts, as does the attribute `facts` of a contestant's function.
     """
     cells = {name: Cell(case, name) for name in contestants}
     ready: dict[str, Callable[[], Any]] = {}
@@ -131,9 +133,9 @@ def write(path: Path, cells: Sequence[Cell], **more: Any) -> None:
 
 
 def table(cells: Sequence[Cell], facts: Mapping[str, Callable[[Any], str]] | None = None) -> str:
-    """Format the cells as a text table. The fastest of each case is marked; a cell without times says why.
+    """Format the cells as a text table. The fastest cell of each case is marked. A cell without times says why.
 
-    facts: how to format further columns, by the name of the fact.
+    facts: how to format additional columns, keyed by the name of the fact.
     """
     facts = facts or {}
     width = max(len(cell.contestant) for cell in cells)
@@ -157,7 +159,8 @@ def table(cells: Sequence[Cell], facts: Mapping[str, Callable[[Any], str]] | Non
 
 
 def joined() -> tuple[int, int, torch.device]:
-    """Join the launcher's process group, NCCL with GPUs, otherwise gloo. Return (this rank, number of ranks, its device)."""
+    """Join the launcher's process group, using NCCL if there are GPUs and gloo otherwise. Return (this rank, number of
+    ranks, its device)."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
@@ -167,7 +170,7 @@ def joined() -> tuple[int, int, torch.device]:
 
 
 def slowest(value: float) -> float:
-    """Return the largest value of all ranks, on every rank."""
+    """Return the largest value on any rank. All ranks get the same result."""
     if not dist.is_initialized():
         return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -202,7 +205,7 @@ def _guarded(cell: Cell, work: Callable[[], Any]) -> None:
 
 
 def _named(cell: Cell, worst: str) -> str:
-    """Return the notes of the ranks with the worst status, prefixed with their numbers unless all ranks are alike."""
+    """Return the notes of the ranks with the worst status, prefixed with their ranks unless all notes are the same."""
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, (cell.status, cell.note))
     if len(set(outcomes)) == 1:
@@ -213,7 +216,7 @@ def _named(cell: Cell, worst: str) -> str:
 def _timed(work: Callable[[], Any]) -> float:
     """Return the seconds of one call, from a common start to the end on the slowest rank.
 
-    If `work` has an attribute `calls`, it makes that many calls at once.
+    If `work` has an attribute `calls`, it makes that many calls each time.
     """
     if dist.is_initialized():
         dist.barrier()

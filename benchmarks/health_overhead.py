@@ -77,7 +77,8 @@ def main() -> None:
     digest, growth = StateDigest(engine.state_tensors, dist.group.WORLD), WeightGrowth(engine.state_tensors)
     taken = median(lambda: digest.take("an update"), before=dist.barrier)
     changed = median(digest.changed, before=dist.barrier)
-    # sharing digests with ranks that have no common loss: the loss alone, the digest next to the loss, and after it
+    # sharing digests with ranks that have no common loss: the loss alone, with the digest next to the loss, and with
+    # the digest after it
     kinds = {
         "loss": lambda: engine.cp.mean_loss(losses),
         "beside": lambda: (digest.share(False), engine.cp.mean_loss(losses))[0](),
@@ -125,7 +126,7 @@ def main() -> None:
 
 
 def median(work: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:
-    """Return the median seconds of `work`. before: called before each call of `work`, without being timed."""
+    """Return the median seconds of `work`. before: a function called before each call of `work`, untimed."""
     seconds = []
     for _ in range(CALLS):
         before()

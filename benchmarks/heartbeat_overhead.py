@@ -39,7 +39,7 @@ ARMS, FIRST, DRAWN = ("told", "untold", "timed"), 6, 1000
 
 
 def main() -> None:
-    """Start the run and print the table. With --folder, train as one of the run's ranks instead."""
+    """Start the run and print the table. If --folder is set, train as one of the run's ranks instead."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--ranks", type=int, default=4)
@@ -63,14 +63,15 @@ def main() -> None:
         config = configuration.load(ROOT / "configs/tiny.toml", overrides)
         run = start_run(config, no_progress)
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={arguments.ranks}"]
-        # discard the output, a line per step
+        # discard the output, which has a line per step
         subprocess.run([*command, __file__, f"--folder={run.folder}"], check=True, stdout=subprocess.DEVNULL)
         steps = json.loads((run.folder / "costs.json").read_text())
     show(steps[FIRST:])
 
 
 def rank(run: RunFolder, config: Config, device: torch.device) -> int:
-    """Train as one rank. Rank 0 writes [arm, wall seconds, CPU seconds, beats, seconds spent on heartbeats] of each step.
+    """Train as one rank. Rank 0 writes [arm, wall seconds, CPU seconds, beats, seconds spent on heartbeats] for each
+    step.
 
     The file is costs.json in the run folder.
     """
@@ -79,7 +80,7 @@ def rank(run: RunFolder, config: Config, device: torch.device) -> int:
     write, spent, steps = board.writer(0, 1), [0.0], []
 
     def timed(*values: Any) -> None:
-        # CPU time of this thread, so that other threads do not count, minus the time of reading the clock
+        # CPU time of this thread, so that other threads do not count, minus the time to read the clock
         before, began = time.thread_time(), time.thread_time()
         type(told).set(told, *values)
         spent[0] += time.thread_time() - began - (began - before)
@@ -91,7 +92,7 @@ def rank(run: RunFolder, config: Config, device: torch.device) -> int:
     arm, before = "", marks()
 
     def tell_step(activity: str, **fields: Any) -> None:
-        """Record the times of the previous step when another step begins, and draw the new step's arm."""
+        """Record the times of the previous step when a new step starts, and draw the new step's arm."""
         nonlocal arm, before
         if "step" in fields:
             now = marks()
@@ -131,7 +132,7 @@ def show(steps: list[list[Any]]) -> None:
 
 
 def ratio(told: list[float], untold: list[float]) -> float:
-    """Return the relative increase of the median step from `untold` to `told`."""
+    """Return the relative increase of the median step time from `untold` to `told`."""
     return statistics.median(told) / statistics.median(untold) - 1
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/host_time.py [--ranks 8] [--tokens 1024] [--heads 8] [--kv-heads 2] [--dim 64] [--strategies ulysses usp]
 
-The design's budget is 150 microseconds per rank and step. Kernel and transport are stand-ins that return at once, and
+The design's budget is 150 microseconds per rank and step. Kernel and transport are stand-ins that return immediately, and
 the axis is short, so that compute and memory traffic hardly count. What remains is Python, and PyTorch's dispatch of
 the views, copies and merges around kernels. With many heads, copies on a CPU still count: use fewer tokens and a small
 dim.
@@ -29,7 +29,7 @@ BUDGET = 150
 
 
 class InstantKernel:
-    """A kernel that returns uninitialized results of the right shape at once."""
+    """A kernel that immediately returns uninitialized results of the right shape."""
 
     ACCUMULATES = False
 

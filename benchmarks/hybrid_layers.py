@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def hybrid_rows(arguments: argparse.Namespace) -> list[list[str]]:
-    """Return the rows for the hybrid: milliseconds of attention layers + recurrent layers, and their sum relative to ours."""
+    """Return the rows for the hybrid: milliseconds of attention layers + recurrent layers, and the sum relative to ours."""
     head = ["tokens", "GPUs", "ours", "all-to-all", "fla, contiguous", "fla, zigzag", "ours: attention, recurrences"]
     rows = [head]
     for documents, tokens, name in itertools.product(arguments.documents, arguments.tokens, arguments.clusters):
@@ -111,7 +111,7 @@ def hybrid_rows(arguments: argparse.Namespace) -> list[list[str]]:
 
 
 def choice_rows(arguments: argparse.Namespace) -> list[list[str]]:
-    """Return the rows for recurrent layers: milliseconds of a layer by strategy and layout, and of a span of layers."""
+    """Return the rows for recurrent layers: milliseconds of one layer for each strategy and layout, and of a span of layers."""
     head = [
         "GPUs",
         "documents",
@@ -161,12 +161,12 @@ def chosen_recurrence(layout: da.Layout, cluster: ClusterSpec) -> float:
 
 
 def milliseconds(seconds: float | None) -> str:
-    """Format seconds as milliseconds. None means that the strategy refuses."""
+    """Format seconds as milliseconds. None means that the strategy cannot plan the call."""
     return "refused" if seconds is None else f"{1e3 * seconds:.2f}"
 
 
 def cell(of_attention: float | None, of_recurrence: float | None, ours: float) -> str:
-    """Format one contestant's cell. None means that the contestant refuses."""
+    """Format one contestant's cell. None means that the contestant does not support the call."""
     if of_attention is None or of_recurrence is None:
         return "refused"
     parts = ATTENTION_LAYERS * of_attention, RECURRENT_LAYERS * of_recurrence
@@ -174,22 +174,22 @@ def cell(of_attention: float | None, of_recurrence: float | None, ours: float) -
 
 
 def fastest(seconds: Iterable[tuple[str, float | None]]) -> tuple[str, float]:
-    """Return (name, seconds) of the fastest strategy that does not refuse."""
+    """Return (name, seconds) of the fastest strategy that can plan the call."""
     return min(((name, time) for name, time in seconds if time is not None), key=lambda named: named[1])
 
 
 def attention(layout: da.Layout, strategy: str, cluster: ClusterSpec) -> float | None:
-    """Return the seconds of one attention layer, or None if the strategy refuses."""
+    """Return the seconds of one attention layer, or None if the strategy cannot plan it."""
     return planned(layout, strategy, cluster, **ATTENTION)
 
 
 def recurrence(layout: da.Layout, strategy: str, cluster: ClusterSpec) -> float | None:
-    """Return the seconds of one recurrent layer, or None if the strategy refuses."""
+    """Return the seconds of one recurrent layer, or None if the strategy cannot plan it."""
     return planned(layout, strategy, cluster, **RECURRENCE)
 
 
 def planned(layout: da.Layout, strategy: str, cluster: ClusterSpec, **shape: Any) -> float | None:
-    """Return the seconds of one layer, forward and backward, or None if the strategy refuses."""
+    """Return the seconds of one layer, forward and backward, or None if the strategy cannot plan it."""
     try:
         plan = da.make_plan(da.Mask.documents(layout.lengths), layout, strategy=strategy, cluster=cluster, **shape)
     except da.DistattnError:
@@ -208,8 +208,8 @@ def fla(layout: da.Layout, cluster: ClusterSpec) -> float:
 def gather_of_all(call: Call, cluster: ClusterSpec, direction: str) -> Table:
     """Return a table that computes all slices' states in step 0, sends them to all ranks in steps 1 and 2, and ends in step 3.
 
-    It is for simulation only. The all-gather is node-aware: a state goes to one rank of each other node, and from there
-    to the other ranks of that node.
+    The table is for simulation only. The all-gather is node-aware: a state goes to one rank of each other node, and
+    from there to the other ranks of that node.
     """
     back = direction == "backward"
     chunks, ends = call.layout.chunks, call.documents
@@ -221,7 +221,7 @@ def gather_of_all(call: Call, cluster: ClusterSpec, direction: str) -> Table:
                 continue
             tasks.append((0, rank, piece, *((a, b, b, b) if back else (a, a, a, b)), 0, call.heads))
             tasks.append((3, rank, piece, *((a, d1, d0, b) if back else (a, b, d0, b)), 0, call.heads))
-        # a slice sends one state, however many documents it has
+        # a slice sends one state, no matter how many documents it has
         payload = int(Payload.dS if back else Payload.S)
         for node in range(cluster.nodes):
             here = range(node * cluster.devices, (node + 1) * cluster.devices)

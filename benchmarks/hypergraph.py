@@ -20,7 +20,7 @@ from distattn.parallel.tables.backward import derive_backward
 from distattn.parallel.tables.cost import bytes_per_row_and_key
 
 BLOCK = 2048
-# limit for sums of vertex and net weights, which have 32 bits
+# upper limit of the sums of vertex and net weights, which have 32 bits
 MOST = 1 << 29
 
 
@@ -64,7 +64,7 @@ def partitioned(mask: da.Mask, lengths: list[int], ranks: int, shape: dict[str, 
     rows, tight = rows[kept], tight[kept]
     cells = areas(tight)
     row_bytes, key_bytes = bytes_per_row_and_key(call, "forward")
-    # each block of tokens is a vertex, fixed to its owner
+    # make each block of tokens a vertex, fixed to its owner
     starts = np.unique(np.concatenate([rows[:, 1], rows[:, 3]]))
     owner = layout.chunks["rank"][np.searchsorted(layout.chunks["t1"], starts, "right")]
     first = len(rows)

@@ -2,8 +2,8 @@
 
     python benchmarks/indexed_reading.py [--megabytes 400] [--documents 20000] [--repeats 5]
 
-Whole documents of log-normal lengths (uint16) are read in random order. "warm": from the page cache. "cold": from this
-machine's disk, each time after asking the operating system to drop the file's pages. Times are microseconds per
+Complete documents of log-normal lengths (uint16) are read in random order. "warm": from the page cache. "cold": from
+this machine's disk, each time after asking the operating system to drop the file's pages. Times are microseconds per
 document.
 """
 
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def case(prefix: str, asked: list[int], sizes: list[int], cold: bool, repeats: int) -> list[Cell]:
-    """Measure all readers on the same documents. Return their cells."""
+    """Measure all readers on the same documents. Return one cell for each."""
     contestants: dict[str, Callable[[], Callable[[], int]]] = {
         "with digests": lambda: ours(prefix, asked, sizes, cold, True),
         "without digests": lambda: ours(prefix, asked, sizes, cold, False),
@@ -74,7 +74,7 @@ def make(prefix: str, mean: float, tokens: int) -> np.ndarray:
 
 
 def ours(prefix: str, asked: list[int], sizes: list[int], cold: bool, digests: bool) -> Callable[[], int]:
-    """Return a function that reads with our reader, opened anew each time, and returns the number of tokens."""
+    """Return a function that reads with our reader, reopened each time, and returns the number of tokens."""
 
     def run() -> int:
         file = IndexedFile.open(prefix, check_tokens=digests)
@@ -87,7 +87,7 @@ def ours(prefix: str, asked: list[int], sizes: list[int], cold: bool, digests: b
 def megatron(prefix: str, asked: list[int], cold: bool) -> Callable[[], int]:
     """Return a function that reads with Megatron's IndexedDataset and returns the number of tokens.
 
-    IndexedDataset returns views of a memory map. They are copied, because our reader returns copies, too.
+    IndexedDataset returns views of a memory map. They are copied, because our reader also returns copies.
     """
     try:
         from megatron.core.datasets.indexed_dataset import IndexedDataset

@@ -2,7 +2,7 @@
 
     python benchmarks/layer_calls.py [--rounds 2000]
 
-There is one rank with a tiny Llama. Its second call is counted, when plan and program exist already. Calls inside the
+There is one rank with a tiny Llama. Its second call is counted, when plan and program already exist. Calls inside the
 kernel do not count. To compare two checkouts, run this file several times, alternating between them in PYTHONPATH.
 """
 
@@ -30,8 +30,8 @@ _OURS = Path(da.__file__).resolve().parents[1]
 class LayerCalls(NamedTuple):
     """The frames and calls between transformers and the kernel.
 
-    frames, own_frames: number of frames on the stack when the kernel is entered, and of distattn's among them. calls:
-    number of calls by (file, function), without those inside the kernel.
+    frames, own_frames: the number of frames on the stack when the kernel is entered, and how many of them are
+    distattn's. calls: the number of calls of each (file, function), not counting those inside the kernel.
     """
 
     frames: int
@@ -40,17 +40,17 @@ class LayerCalls(NamedTuple):
 
     @property
     def own_calls(self) -> int:
-        """The number of calls of distattn's functions."""
+        """The number of calls to distattn's functions."""
         return sum(number for (file, _), number in self.calls.items() if _is_ours(file))
 
     @property
     def own_files(self) -> int:
-        """The number of distattn's files with such functions."""
+        """The number of distattn's files that contain these functions."""
         return len({file for file, _ in self.calls if _is_ours(file)})
 
 
 class Layer:
-    """One attention layer of a tiny Llama on one rank, with the kernel of this name."""
+    """One attention layer of a tiny Llama on one rank, with the named kernel."""
 
     def __init__(self, kernel: str = "cpu", tokens: int = 64) -> None:
         config = LlamaConfig(
@@ -80,7 +80,8 @@ class Layer:
 
 
 def count_calls(layer: Layer) -> LayerCalls:
-    """Count the Python calls made by one call of the layer, and the frames when the kernel's forward is entered."""
+    """Count the Python calls made by one call of the layer, and the frames on the stack when the kernel's forward is
+    entered."""
     calls: Counter[tuple[str, str]] = Counter()
     code, first = layer.kernel.forward.__code__, sys._getframe()
     stacks: list[list[FrameType]] = []
@@ -96,7 +97,7 @@ def count_calls(layer: Layer) -> LayerCalls:
         if is_kernel and not inside[0]:
             stacks.append(_stack(frame.f_back, first))
         inside[0] += is_kernel
-        # do not count the frame of `Layer.__call__`, which stands for transformers
+        # do not count the frame of `Layer.__call__`, which stands in for transformers
         if not inside[0] and frame.f_code is not Layer.__call__.__code__:
             calls[frame.f_code.co_filename, frame.f_code.co_qualname] += 1
 

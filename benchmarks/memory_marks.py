@@ -78,7 +78,7 @@ def show(mark: Mark) -> list[str]:
 
 
 def main(names: list[str]) -> None:
-    """Print the marks with these names, by default all."""
+    """Print the named marks, by default all of them."""
     for name in names or MARKS:
         sys.stdout.write("\n".join(show(MARKS[name])) + "\n\n")
         sys.stdout.flush()

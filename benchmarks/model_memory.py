@@ -5,8 +5,8 @@
 The model is a narrow Llama with the proportions of Llama 3 70B. "initial" draws its weights. "exported" writes them as
 a folder of safetensors (200 MB per file; rank 0 holds one file's tensors in addition to its shards). "loaded" reads
 that folder into new shards. Memory is anonymous resident memory (allocated memory, without pages of mapped files, which
-belong to the page cache): the increase over the start of the phase, sampled every millisecond. Every rank is a process
-of its own on this machine, over gloo.
+belong to the page cache): the increase over the start of the phase, sampled every millisecond. Every rank is a separate
+process on this machine, over gloo.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         context = multiprocessing.get_context("spawn")
         for number, work in enumerate((_initial_and_exported, _loaded)):
-            # use fresh processes: memory freed earlier would be reused and not show as an increase
+            # use fresh processes: memory freed earlier would be reused and not show up as an increase
             with context.Pool(arguments.ranks) as pool:
                 given_to = [(work, rank, arguments.ranks, folder, number, config) for rank in range(arguments.ranks)]
                 ranks_phases = pool.starmap(_rank, given_to, 1)
@@ -82,7 +82,7 @@ def print_line(line: str) -> None:
 def _rank(
     work: Callable[..., None], rank: int, ranks: int, folder: str, number: int, config: Any
 ) -> dict[str, tuple[int, float]]:
-    """Run `work` as one rank. Return (peak increase of anonymous resident bytes, CPU seconds) of every phase."""
+    """Run `work` as one rank. Return (peak increase of anonymous resident bytes, CPU seconds) for each phase."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{number}", rank=rank, world_size=ranks)
     mesh = init_device_mesh("cpu", (ranks,))

@@ -12,7 +12,7 @@ writes.
 their lengths. "first tokens" is the time to read its rank's tokens (CP 8, zigzag) in the first batch. Both are measured
 once in a fresh process and as the median of ten more. "bytes" are the bytes copied, or read by the system, for all 8
 ranks, over the bytes of the tokens that they use. Each rank opens the files itself, as a process does. With digests,
-the first read of a block reads and checks the whole block, later reads only the requested bytes: "again" is a second
+the first read of a block reads and checks the entire block, later reads only the requested bytes: "again" is a second
 pass over the same 64 packs. Every read is compared with numpy's.
 """
 
@@ -106,7 +106,7 @@ def measure(folder: str, name: str) -> None:
     line("documents a pack", f"{pieces / len(batches):.0f}")
     whole = np.memmap(f"{prefix}.bin", np.uint16, "r")
     corpora = [Corpus.open(name, [prefix]) for _ in range(RANKS)]
-    # reading the counter is itself counted: subtract it
+    # reading the counter is itself counted, so subtract it
     looking = -(characters_read() - characters_read())
     for suffix in ("", ", again"):
         used = copied = by_system = 0
@@ -126,7 +126,7 @@ def measure(folder: str, name: str) -> None:
         line(f"CP {RANKS} zigzag{suffix}", f"{used / 2 / busy / 1e6:.0f} million tokens/s")
         line(f"bytes copied over bytes used{suffix}", f"{copied / used:.4f}")
         line(f"bytes read by the system over them{suffix}", f"{by_system / used:.4f}")
-    # long runs within one document: the cost that does not depend on the number of documents
+    # long runs within one document show the cost that does not depend on the number of documents
     longest = max(batches, key=lambda batch: max(batch.lengths))
     begin = int(np.cumsum([0, *longest.lengths])[int(np.argmax(longest.lengths))])
     runs = [np.arange(at, at + RUN) for at in range(begin, begin + max(longest.lengths) - RUN + 1, RUN)] or [

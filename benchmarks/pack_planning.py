@@ -10,7 +10,7 @@ web pages, books and code (ProLong: 575 to 340,149 tokens, median 1,914), with l
 memory, including the lengths (4 bytes per document, mapped). "utilisation" counts existing packs only, since the last
 step may have fewer. "cuts" is the number of pieces minus that of documents. "work max/mean" is, per step, the largest
 attention work of a pack (sum of squared lengths) over the mean, averaged over all steps. A contestant that loses or
-repeats tokens or overfills a pack is refused. First-fit takes quadratic time and is left out above 50,000 documents.
+repeats tokens or overfills a pack is rejected. First-fit takes quadratic time and is left out above 50,000 documents.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PART = 1 << 22
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus that only has document lengths, in a file of int32."""
+    """A corpus that consists only of document lengths, in an int32 file."""
 
     path: str
     name: str = "documents"
@@ -67,7 +67,7 @@ class Row(NamedTuple):
     work: float
 
 
-# for each step, the lengths of all pieces, and for each pack the number of its end among the pieces
+# for each step, the lengths of all pieces, and for each pack the end index of its pieces
 Steps = Iterator[tuple[np.ndarray, np.ndarray]]
 
 
@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def in_a_process(*arguments: object) -> Row:
-    """Run one contestant in a process of its own, to measure its peak memory."""
+    """Run one contestant in a separate process, to measure its peak memory."""
     receive, send = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(target=measure, args=(send, *arguments))
     process.start()
@@ -121,7 +121,7 @@ def in_a_process(*arguments: object) -> Row:
 
 
 def measure(send: object, name: str, path: str, context: int, packs: int, caps: dict[str, object]) -> None:
-    """Run a contestant, check that it has every token once and no pack is overfull, and send its measurements."""
+    """Run a contestant, check that it places every token once and overfills no pack, and send its measurements."""
     corpus = Corpus(path)
     with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
         began, cpu_began = time.perf_counter(), time.process_time()
@@ -145,7 +145,7 @@ def measure(send: object, name: str, path: str, context: int, packs: int, caps: 
 def plan(
     corpus: Corpus, context: int, packs: int, caps: dict[str, object], path: str, level: bool = False
 ) -> Callable[[], Steps]:
-    """Make our plan, written to a file. Return a function that yields its steps."""
+    """Make our plan and write it to a file. Return a function that yields its steps."""
     rule = PackRule(context=((0, context),), tokens_per_step=packs * context, level=level, **caps)  # type: ignore[arg-type]
     pack_plan: PackPlan = make_pack_plan(path, [corpus], seed=0, rule=rule, max_epochs=[1.0])
 
@@ -158,7 +158,7 @@ def plan(
 
 
 def level_plan(*arguments: object) -> Callable[[], Steps]:
-    """Make our plan with packs of nearly equal work in each step. Return a function that yields its steps."""
+    """Make our plan with nearly equal work in all packs of each step. Return a function that yields its steps."""
     return plan(*arguments, level=True)  # type: ignore[arg-type]
 
 
@@ -229,7 +229,7 @@ def print_line(line: str) -> None:
 
 
 def _first_fit(lengths: list[int], pack_tokens: int) -> list[list[int]]:
-    """Put each document into the first pack with room for it. Return the numbers of each pack's documents."""
+    """Put each document into the first pack with room for it. Return the indices of each pack's documents."""
     packs: list[list[int]] = []
     # free tokens of each pack; there are at most as many packs as documents
     free = np.full(len(lengths), pack_tokens)

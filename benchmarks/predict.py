@@ -133,7 +133,8 @@ def lengths_of(n: int, pool: np.ndarray | None, seed: int) -> list[int]:
 
 
 def agreement(guesses: dict[str, list[float]], published: dict[str, tuple[int, ...]]) -> list[bool]:
-    """Return, for each pair whose published speeds differ by more than 5 %, whether the simulator ranks it as published."""
+    """Return, for each pair with published speeds that differ by more than 5 %, whether the simulator ranks the pair as
+    published."""
     names = list(published)
     out = []
     for i in range(len(RANKS)):

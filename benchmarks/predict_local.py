@@ -2,10 +2,10 @@
 
     python benchmarks/predict_local.py [--ranks 2 4] [--json FILE]
 
-For each number of ranks the machine is calibrated with that many processes at once (`distattn calibrate`). Then one
-attention call of every strategy is measured over gloo and simulated with the calibrated description: fp32, 8 query
-heads and 4 KV heads of 64, 8,192 tokens, a causal mask and a pack of documents. The output is simulated / measured
-milliseconds, sorted by the latter.
+For each number of ranks the machine is calibrated with that many simultaneous processes (`distattn calibrate`). Then
+one attention call of every strategy is measured over gloo and simulated with the calibrated description: fp32, 8
+query heads and 4 KV heads of 64, 8,192 tokens, a causal mask and a pack of documents. The output is simulated /
+measured milliseconds, sorted by the latter.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> int:
 
 
 def plan_of(pack: str, strategy: str, ranks: int) -> da.Plan:
-    """Return the plan for a pack and strategy, which is the same on every rank."""
+    """Return the plan for a pack and strategy. It is the same on every rank."""
     lengths = PACKS[pack]
     layout = da.Layout.balanced(lengths, ranks, mask=da.Mask.documents(lengths))
     return da.make_plan(da.Mask.documents(lengths), layout, strategy=strategy, **SHAPE)

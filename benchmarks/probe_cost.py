@@ -31,7 +31,7 @@ KINDS = ("loop", "ddp", "fsdp2")
 
 
 def main() -> None:
-    """Start the ranks. Rank 0 prints the table, and with --out appends the rows to a file."""
+    """Start the ranks. Rank 0 prints the table and, if --out is set, appends the rows to a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=512)
@@ -71,7 +71,7 @@ def measure(rank: int, folder: str, options: argparse.Namespace) -> None:
 
 
 def of_trainer(case: str, kind: str, model: Any, options: argparse.Namespace) -> list[Cell]:
-    """Time one pass and all of loss_scale with one kind of trainer. Return their cells."""
+    """Time one pass and all of loss_scale with one kind of trainer. Return a cell for each."""
     mesh = init_device_mesh("cpu", (1, options.ranks), mesh_dim_names=("dp", "cp"))
     reduce: Callable[[], None] | None = None
     if kind == "fsdp2":

@@ -1,8 +1,8 @@
 """A guard that kills what a process has started once the process itself has ended, however it ends. For tests and benchmarks.
 
-`guard_processes()` starts a small process that waits for its caller's end and then kills all of the caller's
-descendants. They carry a mark that survives a lost parent and a new session: a word in the environment of started
-programs, and an open file in forked processes. The module imports little, because ranks of benchmarks import it.
+`guard_processes()` starts a small process that waits for its caller's end and then kills all of the caller's descendants.
+They carry a mark that survives a lost parent and a new session: a word in the environment of programs they start, and an open
+file in forked processes. The module imports little, because ranks of benchmarks import it.
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ import sys
 import time
 from pathlib import Path
 
-# the environment variable that started programs inherit: the marks of all their guarded ancestors
+# an environment variable, inherited by programs started later, with the marks of all their guarded ancestors
 _VARIABLE = "DISTATTN_GUARDS"
-# by process id: the process's mark, and the file that its forked processes have open
+# keyed by process id: the process's mark, and the file that its forked processes have open
 _GUARDED: dict[int, tuple[str, int]] = {}
-# looks in a row that must find nothing, and seconds between them: a second look sees a process that was just being forked
+# the number of consecutive looks that must find nothing, and the seconds between them: a second look sees a process
+# that was just being forked
 _EMPTY_LOOKS, _LOOK_SECONDS = 2, 0.05
-# multiprocessing's resource trackers remove semaphores and end once all other processes have; they get this many looks for it
+# multiprocessing's resource trackers remove semaphores and exit once all other processes have; they get this many looks
+# to do so
 _TRACKER, _TRACKER_LOOKS = b"multiprocessing.resource_tracker", 40
 
 
 def guard_processes() -> None:
-    """Start a guard that kills all later descendants of this process once it ends. Further calls do nothing. Linux only."""
+    """Start a guard that kills all later descendants of this process once it ends. Later calls do nothing. Linux only."""
     if os.getpid() in _GUARDED:
         return
     mark = f"guard-{secrets.token_hex(8)}"
-    # the guard's own environment has only the ancestors' marks, so that it does not kill itself
+    # give the guard only the ancestors' marks in its own environment, so that it does not kill itself
     above = dict(os.environ)
     command = [sys.executable, "-ISP", __file__, str(os.getpid()), mark]
     guard = subprocess.Popen(
@@ -42,14 +44,14 @@ def guard_processes() -> None:
     # wait until the guard is watching
     guard.stdout.readline()
     guard.stdout.close()
-    # this process never waits for the guard: without a return code, Popen would warn
+    # set a return code: this process never waits for the guard, and Popen would warn without one
     guard.returncode = 0
     _GUARDED[os.getpid()] = mark, os.memfd_create(mark)
     os.environ[_VARIABLE] = " ".join(filter(None, (above.get(_VARIABLE), mark)))
 
 
 def main(pid: int, mark: str) -> None:
-    """Wait until a process has ended, then kill all processes with its mark until none is left."""
+    """Wait until a process has ended, then kill processes with its mark until none are left."""
     with contextlib.suppress(ProcessLookupError):
         watched = os.pidfd_open(pid)
         sys.stdout.write("watching\n")
@@ -67,7 +69,8 @@ def main(pid: int, mark: str) -> None:
 
 
 def _is_marked(place: Path, mark: str) -> bool:
-    """Return whether the process with this /proc folder has the mark: False if it has ended or belongs to another user."""
+    """Return whether the process with this /proc folder has the mark. Return False if it has ended or belongs to a
+    different user."""
     with contextlib.suppress(OSError):
         variables = (place / "environ").read_bytes().split(b"\0")
         ours = next((word for word in variables if word.startswith(f"{_VARIABLE}=".encode())), b"")

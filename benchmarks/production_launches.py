@@ -43,7 +43,7 @@ _GLUE = ("rows_kernel", "merge_kernel", "products_kernel", "rows_with_products_k
 
 
 class ShapeOfCall(NamedTuple):
-    """The shape of layer calls. aligned: True if the caller's tensors start at multiples of 16 bytes."""
+    """The shape of a layer's calls. aligned: True if the caller's tensors start at multiples of 16 bytes."""
 
     dtype: torch.dtype
     head_dim: int
@@ -53,7 +53,7 @@ class ShapeOfCall(NamedTuple):
     aligned: bool = True
 
 
-# shapes for which to record launches; the lint's own table has more head dims, dtypes and modifiers
+# the shapes to record launches for; the lint's own table has more head dims, dtypes and modifiers
 SHAPES = (
     ShapeOfCall(torch.bfloat16, 128, 128),
     ShapeOfCall(torch.bfloat16, 128, 128, aligned=False),
@@ -67,7 +67,8 @@ def production_launches(
 ) -> list[tuple[str, TritonLaunch]]:
     """Return (registered kernel, launch) for all launches of layer calls with a shape on an architecture (80, 90, ...).
 
-    Every kernel that can serve such calls there is run, on plans of these strategies with every backward policy.
+    Every kernel that can serve such calls on the architecture is run, on plans of these strategies with every backward
+    policy.
     """
     launches: list[tuple[str, TritonLaunch]] = []
     with _architecture(arch):
@@ -81,7 +82,7 @@ def production_launches(
 
 @contextmanager
 def _architecture(arch: int) -> Iterator[None]:
-    """Let all devices have this compute capability inside the block."""
+    """Give all devices this compute capability while in the block."""
     with ExitStack() as patches:
         for tier in (triton_attention, gluon_attention):
             patches.enter_context(mock.patch.object(tier, "compute_capability", lambda device: arch))
@@ -90,7 +91,7 @@ def _architecture(arch: int) -> Iterator[None]:
 
 @contextmanager
 def _recording(name: str, launches: list[tuple[str, TritonLaunch]]) -> Iterator[None]:
-    """Append launches to `launches` instead of running them inside the block, under the kernel's name or "glue"."""
+    """Append launches to `launches`, under the kernel's name or "glue", instead of running them while in the block."""
     with ExitStack() as patches:
         for tier in (triton_attention, gluon_attention):
             patches.enter_context(mock.patch.object(tier, "run_launch", lambda launch: launches.append((name, launch))))
@@ -105,7 +106,7 @@ def _kernels_of(shape: ShapeOfCall) -> list[str]:
     """Return the registered kernels that launch Triton kernels and can serve calls with this shape on a GPU."""
     needed = KernelRequirements(shape.dtype, shape.head_dim, shape.v_head_dim, torch.device("cuda"))
     ours = [name for name, module in KERNELS.items() if module.startswith(_TIERS)]
-    # TF32 only concerns float32; in half precision "triton_tf32" launches what "triton" does
+    # TF32 only affects float32; in half precision, "triton_tf32" launches the same kernels as "triton"
     ours = [name for name in ours if name != "triton_tf32" or shape.dtype == torch.float32]
     return [name for name in ours if load_kernel(name).unsupported_reason(needed) is None]
 
@@ -120,7 +121,7 @@ def _plans(
     plans = []
     for strategy in strategies:
         for policy in POLICIES:
-            # a strategy may refuse to split so few heads
+            # some strategies cannot split so few heads
             with suppress(DistattnError):
                 plans.append(make_plan(mask, layout, strategy=strategy, backward=policy, **of_call))
     return plans
@@ -146,11 +147,11 @@ class _NoTransport:
     """A transport that delivers nothing."""
 
     def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = "") -> Any:
-        """Return an object to wait for, whose wait returns at once."""
+        """Return an object whose `wait` returns immediately."""
         return self
 
     def wait(self) -> None:
-        """Return at once."""
+        """Return immediately."""
 
 
 class _Recorded:
@@ -168,10 +169,11 @@ class _Recorded:
 
 
 def named_launches(launches: list[tuple[str, TritonLaunch]]) -> dict[str, TritonLaunch]:
-    """Return one launch of each kind, by a name that has what Triton compiles: types, flags and specializations of arguments.
+    """Return one launch of each kind, keyed by a name that describes what Triton compiles: types, flags and argument
+    specializations.
 
-    The description does not depend on which other launches there are. The name starts with the first registered kernel
-    that makes this launch.
+    A description does not depend on the other launches. The name starts with the first registered kernel that makes
+    this launch.
     """
     by_description: dict[str, tuple[str, TritonLaunch]] = {}
     for kernel, launch in launches:
@@ -193,7 +195,8 @@ def _description(launch: TritonLaunch) -> str:
 
 
 def _specialised(launch: TritonLaunch) -> list[str]:
-    """Return constants, and arguments that Triton specializes: numbers equal to 1, numbers and addresses not divisible by 16."""
+    """Return constants, and arguments that Triton specializes: integers equal to 1, and integers and addresses not
+    divisible by 16."""
     constants = []
     unaligned, odd, ones = [], [], []
     for parameter in launch.kernel.params:
@@ -214,5 +217,5 @@ def _specialised(launch: TritonLaunch) -> list[str]:
 
 
 def _tensor(value: Any) -> Any:
-    """Return a descriptor's tensor, or the value itself if it is no descriptor."""
+    """Return a descriptor's tensor, or the value itself if it is not a descriptor."""
     return getattr(value, "base", value)

@@ -4,7 +4,7 @@
 
 Every run is `examples/recall.py` on one core, with the same settings except for the ratio and the number of layers. A
 hybrid has one attention layer, and is compared with models that have as many layers, all attention or all recurrent.
-Each run is a line of the file (by default in benchmarks/results) with its whole curve, and existing runs are not
+Each run is a line of the file (by default in benchmarks/results) with its complete curve, and existing runs are not
 repeated. Recall is the share of correct values in the last 20 steps. By default the figure is the one in docs.
 """
 
@@ -26,7 +26,7 @@ from harness import environment
 from process_guard import guard_processes
 
 ROOT = Path(__file__).parents[1]
-# recall of a model that only knows which 32 symbols are values
+# the recall of a model that only knows which 32 symbols are values
 CHANCE = 1 / 32
 
 
@@ -56,7 +56,7 @@ SETTINGS = {
 
 
 def main() -> None:
-    """Make the missing runs, seed by seed. Then print the table and draw the figure of all runs."""
+    """Run what is missing, seed by seed. Then print the table and draw the figure of all runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def kept(path: Path, steps: int) -> list[dict[str, Any]]:
-    """Return the runs with `steps` steps in a file, or [] if there is no file."""
+    """Return the runs with `steps` steps from a file, or [] if the file does not exist."""
     rows = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
     return [row for row in rows if row["steps"] == steps]
 

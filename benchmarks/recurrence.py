@@ -5,7 +5,7 @@
 Forward and backward run on gloo ranks on one machine, in fp32 with 4 heads of 64 x 64 and our PyTorch kernel for all
 contestants. Results are checked against one process before anything is timed. "fla's way" reimplements what
 flash-linear-attention 0.6 does with contiguous slices: one all-gather of all ranks' states and transitions in each
-pass, whatever the documents are. "all-to-all" is the method of Megatron's context parallelism, run by our executor. The
+pass, regardless of the documents. "all-to-all" is the method of Megatron's context parallelism, run by our executor. The
 originals need GPUs; benchmarks/hybrid_layers.py simulates them.
 """
 
@@ -103,7 +103,7 @@ def _rank(rank: int, arguments: argparse.Namespace, store: str, argv: list[str])
 
 
 def make_inputs(tokens: int) -> tuple[RecurrenceTokens, Tensor]:
-    """Return ((q, k, v, g, beta), do) for the whole axis, the same on every rank."""
+    """Return ((q, k, v, g, beta), do) for the entire axis, the same on every rank."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, do = (torch.randn(tokens, HEADS, DIM, generator=generator) for _ in range(4))
     g, beta = -0.1 * torch.rand(tokens, HEADS, generator=generator), torch.rand(tokens, HEADS, generator=generator)
@@ -111,7 +111,7 @@ def make_inputs(tokens: int) -> tuple[RecurrenceTokens, Tensor]:
 
 
 def checker(lengths: list[int], x: RecurrenceTokens, do: Tensor) -> Any:
-    """Return a function that compares a rank's (tokens, o, dq, dk, dv, dg, dbeta) with one process."""
+    """Return a function that compares a rank's (tokens, o, dq, dk, dv, dg, dbeta) with those of one process."""
     ends = np.cumsum([0, *lengths]).tolist()
     segments = list(itertools.pairwise(ends))
     state = torch.zeros(len(lengths), HEADS, DIM, DIM)
@@ -139,7 +139,8 @@ def contestant(
     do: Tensor,
     wrap: Callable[[Transport], Transport] = lambda transport: transport,
 ) -> Contestant:
-    """Return a contestant that computes an op as `way` splits it, on this rank's tokens. wrap: replaces its transport."""
+    """Return a contestant that computes an op as `way` splits it, on this rank's tokens. wrap: a function that replaces
+    its transport."""
 
     def make() -> Any:
         plan = way.plan(op, lengths, dist.get_world_size(), x)
@@ -162,9 +163,9 @@ def contestant(
 
 
 def gathered_by_all(lengths: list[int], x: RecurrenceTokens, do: Tensor) -> Any:
-    """Return a function that computes the layer on contiguous slices in fla's way.
+    """Return a function that computes the layer on contiguous slices the way fla does.
 
-    Every rank gathers the states of all ranks, and combines those before its own slice.
+    Every rank gathers the states of all ranks and combines those before its own slice.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     layout = da.Layout.contiguous(lengths, ranks)
@@ -174,14 +175,14 @@ def gathered_by_all(lengths: list[int], x: RecurrenceTokens, do: Tensor) -> Any:
     segments = [
         (max(a, begin) - begin, min(b, end) - begin) for a, b in itertools.pairwise(bounds) if a < end and b > begin
     ]
-    # whether the first segment continues from the previous rank, and the last one on the next rank
+    # whether the first segment continues from the previous rank, and whether the last one continues on the next rank
     enters, leaves = begin not in bounds, end not in bounds
     local, do_local = x._replace(**{name: value[mine] for name, value in x.by_token().items()}), do[mine]
     nothing = torch.zeros(len(segments), HEADS, DIM, DIM)
     every, first_one, last_one = (chunked.prepare(some, NEEDED) for some in (segments, segments[:1], segments[-1:]))
 
     def gathered(state: Tensor, transition: Tensor, passes: bool) -> list[Tensor]:
-        """Return (transition, state) of every rank. passes: False if a document begins in the slice, which resets the state."""
+        """Return (transition, state) of every rank. passes: False if a document starts in the slice, which resets the state."""
         own_state = torch.stack([transition if passes else torch.zeros_like(transition), state])
         states = [torch.empty_like(own_state) for _ in range(ranks)]
         dist.all_gather(states, own_state)

@@ -81,7 +81,7 @@ def _rank(rank: int, arguments: argparse.Namespace, store: str, argv: list[str])
 
 
 def cases(tokens: int) -> dict[str, list[int]]:
-    """Return document lengths by case: a single document, and a log-normal pack drawn with a fixed seed."""
+    """Return document lengths, keyed by case: a single document, and a log-normal pack drawn with a fixed seed."""
     raw = np.random.default_rng(0).lognormal(0, 1.2, DOCUMENTS)
     pack = np.maximum(1, (raw * tokens / raw.sum()).astype(int))
     pack[pack.argmax()] += tokens - pack.sum()
@@ -89,7 +89,7 @@ def cases(tokens: int) -> dict[str, list[int]]:
 
 
 def make_inputs(tokens: int) -> list[Tensor]:
-    """Return q, k, v and do (tokens, heads, dim) for the whole axis, the same on every rank."""
+    """Return q, k, v and do (tokens, heads, dim) for the entire axis, the same on every rank."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(tokens, HEADS, DIM, generator=generator) for _ in range(4)]
 

@@ -41,11 +41,11 @@ class Training:
         self._notes = os.open(folder / f"rank-{rank}.steps", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def state(self) -> dict[str, Any]:
-        """Return the state that a rank needs to continue."""
+        """Return the state that a rank needs in order to continue."""
         return {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Load the state of another rank or of a checkpoint."""
+        """Load a state from a different rank or from a checkpoint."""
         self._model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
 
@@ -69,7 +69,7 @@ class Training:
         os.write(self._notes, f"{time.time()} {os.getpid()} {step} {float(summed[0]).hex()}\n".encode())
 
     def save(self, step: int) -> None:
-        """Write the checkpoint after `step` steps."""
+        """Write the checkpoint for the state after `step` steps."""
         aside = self._folder / f"part-{os.getpid()}"
         torch.save(self.state(), aside)
         aside.replace(self._folder / f"{step:08d}.pt")
@@ -81,7 +81,8 @@ def newest(folder: Path) -> int:
 
 
 def train(folder: str, before: Callable[[str, int], None] = lambda activity, step: None) -> None:
-    """Train until the supervisor ends the process. before: called with each activity that is about to start, and the step."""
+    """Train until the supervisor ends the process. before: a function called with each activity that is about to start,
+    and the step."""
     dist.init_process_group("gloo")
     training = Training(Path(folder), dist.get_rank())
     begin = [newest(Path(folder))]
@@ -131,7 +132,7 @@ def monitored(folder: str) -> None:
 
 
 def replica(folder: str, patience: str) -> None:
-    """Train as one of torchft's replicas, which have one rank each. A new replica takes its state from another one."""
+    """Train as one of torchft's replicas, each of which has one rank. A new replica gets its state from an existing one."""
     from torchft import Manager, ProcessGroupGloo
 
     number = int(os.environ["REPLICA_GROUP_ID"])
@@ -153,7 +154,7 @@ def replica(folder: str, patience: str) -> None:
 
 
 def launch_replicas(folder: str, ranks: str, patience: str) -> None:
-    """Run torchft's lighthouse and a torchrun for each replica, as its documentation does."""
+    """Run torchft's lighthouse and one torchrun per replica, as in its documentation."""
     from torchft.coordination import LighthouseServer
 
     wait = int(1000 * float(patience))
@@ -189,7 +190,7 @@ def _repeat(begin: str, agent: subprocess.Popen[str]) -> None:
 
 
 def torchrun(ranks: int, module: str = "torch.distributed.run") -> list[str]:
-    """Return the command of torchrun, or of a module with the same arguments, for ranks on this machine."""
+    """Return the command line of torchrun, or of a module with the same arguments, for ranks on this machine."""
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--local-addr", "localhost"]
     return [sys.executable, "-m", module, "--nproc-per-node", str(ranks), "--max-restarts", "100", *meeting]
 

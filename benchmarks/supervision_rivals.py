@@ -10,8 +10,8 @@ ranks that the supervisor blames (names). --patience is passed to all supervisor
 does not occur within --limit seconds counts as never and is tried only once. A repeated step with a different loss is
 an error, except for torchft: its ranks are replicas that come and go, so losses depend on which were present.
 
-`pip install --target FOLDER --no-deps nvidia-resiliency-ext==0.4.1 nvidia-ml-py pynvml defusedxml psutil pyyaml` makes
-the folder of rivals. For torchft, add `--no-deps torchft==0.2.0` and `opentelemetry-sdk
+`pip install --target FOLDER --no-deps nvidia-resiliency-ext==0.4.1 nvidia-ml-py pynvml defusedxml psutil pyyaml`
+creates the folder of rivals. For torchft, add `--no-deps torchft==0.2.0` and `opentelemetry-sdk
 opentelemetry-exporter-otlp-proto-http`.
 """
 
@@ -40,20 +40,21 @@ from supervision_loop import EVERY, torchrun
 
 HERE = Path(__file__).parent
 FAULTS = ("SIGKILL", "SIGSTOP")
-# maximum seconds until ranks train, on a busy machine
+# maximum time in seconds until ranks are training, on a busy machine
 _START_SECONDS = 240.0
 _NEVER = "not within {:.0f} s"
-# a pattern for a failed rank in the output of torchrun's agents, and of launchers based on them
+# matches a failed rank in the output of torchrun's agents and of launchers based on them
 _FAILED = r"failed \(exitcode: .*?\) local_rank: (\d+)"
-# a pattern for the first line that any supervisor prints about a fault; torchft's lighthouse prints lines in every step
+# matches the first line that any supervisor prints about a fault; torchft's lighthouse prints lines in every step
 _NOTICED = re.compile(r"^distattn: |failed \(exitcode|closing signal|timeout elapsed")
 _NVIDIA = "nvidia_resiliency_ext.fault_tolerance.launcher"
 
 
 class Rival(NamedTuple):
-    """A supervisor. command: returns the command that starts it with its ranks. blames: a pattern that finds blamed ranks.
+    """A supervisor. command: a function that returns the command to start it with its ranks. blames: a pattern for the
+    ranks it blames.
 
-    module: a module that it needs. repeats: whether repeated steps must have the same loss.
+    module: a module that it needs. repeats: True if repeated steps must have the same loss.
     """
 
     command: Callable[[Path, argparse.Namespace], Sequence[object]]
@@ -64,7 +65,7 @@ class Rival(NamedTuple):
 
 
 class Note(NamedTuple):
-    """A recorded step of a rank: when it was done, by which process, the step's number and loss."""
+    """A recorded step of a rank: when it was done and by which process, the step's number, and its loss."""
 
     at: float
     pid: int
@@ -122,7 +123,7 @@ RIVALS = {
 
 
 class Launch:
-    """A running supervisor and its ranks. Leaving the context kills them."""
+    """A running supervisor and its ranks. Leaving the context kills all of them."""
 
     def __init__(self, rival: Rival, folder: Path, arguments: argparse.Namespace):
         self._rival, self._folder, self._arguments = rival, folder, arguments
@@ -153,7 +154,7 @@ class Launch:
         self._process.wait()
 
     def strike(self, fault: str) -> Struck:
-        """Send a signal to the last rank, halfway between two checkpoints, once all ranks train. Return the outcome."""
+        """Send a signal to the last rank, halfway between two checkpoints, once all ranks are training. Return the outcome."""
         begun = {rank: len(self._notes(rank)) for rank in range(self._arguments.ranks)}
 
         def amid_checkpoints() -> bool:
@@ -190,7 +191,7 @@ class Launch:
         return ""
 
     def said(self) -> str:
-        """Return the last lines that the supervisor has printed."""
+        """Return the last lines that the supervisor printed."""
         return "\n".join(line for _, line in self._lines[-20:])
 
     def _read(self) -> None:
@@ -204,7 +205,7 @@ class Launch:
         return [Note(float(at), int(pid), int(step), loss) for at, pid, step, loss in fields]
 
     def _until(self, condition: Callable[[], bool], seconds: float) -> bool:
-        """Wait until the condition holds, the time is over or the supervisor has ended. Return whether the condition holds."""
+        """Wait until the condition holds, time runs out or the supervisor ends. Return whether the condition holds."""
         ends = time.monotonic() + seconds
         while time.monotonic() < ends and self._process.poll() is None:
             if condition():
@@ -213,7 +214,7 @@ class Launch:
         return condition()
 
     def _look(self) -> None:
-        """Remember the current descendants, because some outlive the process that started them."""
+        """Remember the current descendants, because some of them outlive the process that started them."""
         if self._process.poll() is None:
             self._seen |= set(psutil.Process(self._process.pid).children(recursive=True))
 
@@ -235,7 +236,7 @@ def measured(name: str, arguments: argparse.Namespace, folder: Path) -> list[Cel
                     sys.stderr.write(f"{name}: {fault} {len(outcomes[fault]) + 1} of {arguments.repeats}\n")
                     outcomes[fault].append(launch.strike(fault))
                     if outcomes[fault][-1].again is None:
-                        # nothing trains there any more: use a new launch
+                        # use a new launch, because nothing trains in this one any longer
                         break
             note = launch.wrong() if rival.repeats else ""
     return [_cell(name, fault, outcomes[fault], note, arguments) for fault in arguments.faults]
@@ -286,7 +287,8 @@ def line(cell: Cell) -> str:
 
 
 def main() -> int:
-    """Print the table in the form that the docs use. With --out, also append the numbers to a file. Return the exit code."""
+    """Print the table in the form used by the docs. If --out is set, also append the numbers to a file. Return the exit
+    code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for option, default in (("ranks", 2), ("repeats", 3), ("patience", 5.0), ("limit", 30.0)):
         parser.add_argument(f"--{option}", type=type(default), default=default)

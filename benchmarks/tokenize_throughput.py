@@ -3,11 +3,11 @@
     python benchmarks/tokenize_throughput.py [--megabytes 30] [--vocabulary 8192] [--repeats 3] [--out FILE.jsonl]
 
 The text is the Python standard library's source code as JSON lines, and the tokenizer is a byte-level BPE trained on it
-first. Ours is the whole path from the file to indexed files with digests, synchronized to disk, including the start of
-processes. "encode_batch" is the library `tokenizers` alone on texts in memory, which is the upper bound. "1 process,
-Megatron's builder" is what Megatron's preprocessing does with a document: JSON, ids, IndexedDatasetBuilder (its tool is
-not part of megatron-core). datatrove takes part if it is installed. "cpu s" is the CPU time of all processes and
-threads in one run.
+first. Ours is the entire path from the file to indexed files with digests, synchronized to disk, including starting
+processes. "encode_batch" is the library `tokenizers` alone on documents in memory, which is the upper bound. "1
+process, Megatron's builder" is what Megatron's preprocessing does with a document: JSON, ids, IndexedDatasetBuilder
+(its tool is not part of megatron-core). datatrove takes part if it is installed. "cpu s" is the CPU time of all
+processes and threads in one run.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def cpu_time() -> dict[str, int]:
-    """Return the CPU milliseconds so far of this process and of the child processes that it has waited for."""
+    """Return the CPU milliseconds used so far by this process and by the child processes that it has waited for."""
     return {"cpu_ms": int(1e3 * sum(os.times()[:4]))}
 
 
@@ -117,7 +117,7 @@ def sources(size: int) -> list[str]:
 
 
 def train(texts: list[str], vocabulary: int) -> tokenizers.Tokenizer:
-    """Train a byte-level BPE on the first texts."""
+    """Train a byte-level BPE on the first documents."""
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
@@ -127,7 +127,7 @@ def train(texts: list[str], vocabulary: int) -> tokenizers.Tokenizer:
 
 
 def ours(folder: Path, tokenizer: str, processes: int) -> Callable[[], Callable[[], np.ndarray]]:
-    """Return a function that runs the whole command from scratch. It returns a function that reads the tokens written."""
+    """Return a function that runs the complete command from scratch and returns a function that reads the tokens written."""
     prefix = str(folder / f"ours-{tokenizer}-{processes}")
     name = tokenizer if tokenizer == "bytes" else str(folder / tokenizer)
 
@@ -141,7 +141,7 @@ def ours(folder: Path, tokenizer: str, processes: int) -> Callable[[], Callable[
 
 
 def encode_batch(trained: tokenizers.Tokenizer, texts: list[str], parallel: str) -> Callable[[], int]:
-    """Return a function that encodes with the library alone, without files, and returns the number of tokens."""
+    """Return a function that encodes with only the library, without files, and returns the number of tokens."""
 
     def run() -> int:
         os.environ["TOKENIZERS_PARALLELISM"] = parallel
@@ -153,7 +153,7 @@ def encode_batch(trained: tokenizers.Tokenizer, texts: list[str], parallel: str)
 
 
 def megatron(folder: Path, trained: tokenizers.Tokenizer) -> Callable[[], Callable[[], np.ndarray]]:
-    """Return a function that writes one document after the other with Megatron's builder.
+    """Return a function that writes documents one after another with Megatron's builder.
 
     It returns a function that reads the tokens written.
     """
@@ -177,7 +177,8 @@ def megatron(folder: Path, trained: tokenizers.Tokenizer) -> Callable[[], Callab
 
 
 def datatrove(folder: Path) -> Callable[[], Callable[[], np.ndarray]]:
-    """Return a function that runs datatrove's pipeline without shuffling. It returns a function that reads the tokens."""
+    """Return a function that runs datatrove's pipeline without shuffling and returns a function that reads the tokens
+    written."""
     if importlib.util.find_spec("datatrove") is None:
         raise Unsupported("datatrove is not installed: pip install 'datatrove[processing,io]'")
     from datatrove.executor import LocalPipelineExecutor
@@ -200,7 +201,7 @@ def datatrove(folder: Path) -> Callable[[], Callable[[], np.ndarray]]:
 
 
 def print_line(line: str) -> None:
-    """Print a line of progress to stderr."""
+    """Print a line about progress to stderr."""
     sys.stderr.write(line + "\n")
 
 

@@ -9,7 +9,7 @@ third when a rank reports an activity: connecting, reading, waiting for keys and
 weights. With ulysses on more than two ranks, messages are all-to-alls. There are five kinds of hangs. The launcher must
 notice each and name the rank and its activity. When a run ends, every line of its metrics, its losses by position, the
 documents of each step and the digests of the last checkpoint's tensors must equal those of a run without faults, and
-nothing may be left over. Then the next run begins.
+nothing may be left over. Then the next run starts.
 
 The commands and the launcher are the real ones, in processes forked from this one after its imports.
 """
@@ -67,13 +67,13 @@ from distattn.training.run_folder import RunFolder
 
 STEPS = 14
 TEXT = Path(__file__).parents[1] / "LICENSE"
-# maximum seconds to wait: only a hang takes this long
+# maximum time to wait, in seconds: only a hang takes this long
 LIMIT_SECONDS = 300.0
 # about the duration of a save, so that kills during a save are spread over it
 MOST_SAVE_SECONDS = 0.03
-# activities, as ranks report them, during which ranks are killed
+# the activities, as reported by ranks, during which ranks are killed
 _MOMENTS = ("connecting", "reading the data", "from rank", "forward and backward", "the optimizer's step")
-# kinds of hangs, and the activity that must be named
+# the kinds of hangs, and the activity that must be named for each
 _WORDS = {
     "lock": "forward and backward",
     "read": "reading the data of step",
@@ -81,7 +81,7 @@ _WORDS = {
     "interpreter": "the optimizer's step",
 }
 _HANGS = ("stopped", *_WORDS)
-# file in a run folder that tells a rank to hang
+# a file in a run folder that tells a rank to hang
 _PLANTED = "fault.json"
 _MOST_OF_A_RUN = 8
 # fields of metrics and documents that differ between two runs of the same steps
@@ -94,8 +94,8 @@ _LATE_IMPORTS = ("torch.utils.tensorboard", "matplotlib.image", "matplotlib.figu
 class Fault(NamedTuple):
     """One kill or hang. victim: a rank or the launcher. moment: when it happened. step: the newest checkpoint afterwards.
 
-    amid_save: True if a part of a save was left. noticed, resumed: seconds until the fault was noticed, and until the
-    ranks trained again; None for kills of the launcher.
+    amid_save: True if a partial save was left behind. noticed, resumed: seconds until the fault was noticed, and until
+    the ranks were training again; None for kills of the launcher.
     """
 
     victim: str
@@ -107,7 +107,7 @@ class Fault(NamedTuple):
 
 
 class FaultReport(NamedTuple):
-    """All faults, the number of runs that ended and were compared, and the seconds that everything took."""
+    """All faults, the number of runs that were finished and compared, and the total seconds."""
 
     faults: list[Fault]
     runs: int
@@ -125,7 +125,7 @@ class Launch:
 
     @property
     def exit_code(self) -> int | None:
-        """The exit code of the command, or None while it runs."""
+        """The exit code of the command, or None while it is running."""
         return self._launcher.exitcode
 
     @property
@@ -168,7 +168,7 @@ class Launch:
 
 
 class Faults:
-    """Runs that are killed and hang until they end, and are then compared with an undisturbed run."""
+    """Runs that suffer kills and hangs until they are finished, and are then compared with an undisturbed run."""
 
     def __init__(self, folder: Path, seed: int, ranks: int, strategy: str, patience: float):
         self._folder, self._random, self._ranks = folder, random.Random(seed), ranks
@@ -187,7 +187,7 @@ class Faults:
         launch.until(lambda beats: True)
         began = time.monotonic()
         assert launch.wait() == 0, launch.said()
-        # the duration of a run, so that kills can fall anywhere in it
+        # the duration of a run, so that kills can happen at any point in it
         self._seconds = time.monotonic() - began
 
     def until_done(self, kills: int, hangs: int) -> None:
@@ -238,7 +238,7 @@ class Faults:
         return self._seen(launch, run, victim, moment, ended)
 
     def _hang(self, launch: Launch, run: RunFolder) -> Fault | None:
-        """Let a rank hang. Return the fault, or None if the command ended first."""
+        """Make a rank hang. Return the fault, or None if the command ended first."""
         victim, kind = self._random.randrange(self._ranks), _HANGS[self._hung % len(_HANGS)]
         if launch.until(lambda beats: True) is None:
             return None
@@ -249,7 +249,7 @@ class Faults:
             launch.signal(victim, signal.SIGSTOP)
         else:
             planted = run.folder / _PLANTED
-            # ranks poll for this file: make it appear at once as a whole
+            # ranks poll for this file, so create it atomically
             aside = planted.with_suffix(".new")
             aside.write_text(json.dumps({"rank": victim, "kind": kind}), "utf-8")
             aside.rename(planted)
@@ -260,7 +260,7 @@ class Faults:
         return self._seen(launch, run, victim, kind, ended)
 
     def _seen(self, launch: Launch, run: RunFolder, victim: int, moment: str, ended: int) -> Fault | None:
-        """Check that a fault just made is named, wait until the ranks train again, and return the fault.
+        """Check that the fault just planted is named, wait until the ranks train again, and return the fault.
 
         Return None if the run ended before the fault took effect.
         """
@@ -277,13 +277,13 @@ class Faults:
                 # the run had already ended
                 return None
             why, named = before[ended]["why"], before[ended]["ranks"]
-            # if a rank's messages are lost, the other ranks hang first; soon this rank waits for them, too
+            # if a rank's messages are lost, the other ranks hang first, but soon this rank waits for them as well
             right = named == [victim] if moment != "message" else bool({*named} - {victim})
             assert right, f"{moment} of rank {victim}: {why}"
             assert moment != "message" or re.search(rf"from ranks? ([\d, ]* )?{victim}\b", why), why
             wanted = {"stopped": "is stopped"} | _WORDS
             assert wanted.get(moment, "was killed") in before[ended]["why"], f"{moment}: {before[ended]['why']}"
-            # heartbeats of the ended attempt can still be read: wait for a later attempt's
+            # heartbeats of the ended attempt can still be read, so wait for those of a later attempt
             last = before[ended]["attempt"]
             launch.until(lambda beats: all(beat.attempt > last and beat.step >= 0 for beat in beats.values()))
             resumed = time.monotonic() - began
@@ -295,7 +295,7 @@ class Faults:
 
 
 def tiny_config(text: Path, ranks: int, strategy: str, patience: float) -> Config:
-    """Return the configuration of a run that takes some seconds, saves every second step, and evaluates."""
+    """Return the configuration of a run that takes a few seconds, saves every second step, and evaluates."""
     model = ModelConfig(
         num_layers=1, hidden_size=16, num_attention_heads=ranks, num_key_value_heads=1, intermediate_size=24
     )
@@ -313,13 +313,13 @@ def tiny_config(text: Path, ranks: int, strategy: str, patience: float) -> Confi
 
 
 def compare_runs(run: RunFolder, wanted: RunFolder) -> None:
-    """Raise AssertionError if two runs differ in metrics, documents or bytes of tensors, or if files are left over."""
+    """Raise AssertionError if two runs differ in metrics, documents or bytes of tensors, or if there are leftover files."""
     curve = {row["step"]: _without(row, _TIMES) for row in read_rows(wanted.metrics_file)}
     assert sorted(curve) == list(range(1, STEPS + 1))
     rows = read_rows(run.metrics_file)
     assert {row["step"] for row in rows} == set(curve)
     for row in rows:
-        # this includes the rows of attempts whose steps were repeated
+        # compare all rows, including those of attempts whose steps were repeated
         assert _without(row, _TIMES) == curve[row["step"]], f"{run.folder}: {row}, not {curve[row['step']]}"
     for split in ("training", "evaluation"):
         assert run.losses(split) == wanted.losses(split), f"{run.folder}: {split} losses differ"
@@ -333,7 +333,7 @@ def compare_runs(run: RunFolder, wanted: RunFolder) -> None:
     names = sorted(os.listdir(run.checkpoints))
     assert names == sorted(os.listdir(wanted.checkpoints)), f"{run.folder}: {names} are left in checkpoints"
     files, expected = ({name for name in os.listdir(run_folder.folder)} for run_folder in (run, wanted))
-    # a resumed run has a record of it and keeps its earlier configurations
+    # a resumed run records that it was resumed, and keeps its earlier configurations
     left = {name for name in files - expected if name != "events.jsonl" and not name.startswith("config.until-")}
     assert not left and not expected - files, f"{run.folder}: {left} are left, {expected - files} are missing"
 
@@ -341,7 +341,7 @@ def compare_runs(run: RunFolder, wanted: RunFolder) -> None:
 def run_faults(
     kills: int, hangs: int, seed: int, ranks: int, strategy: str, patience: float, folder: Path
 ) -> FaultReport:
-    """Kill ranks and launchers `kills` times and let ranks hang `hangs` times. Return the report."""
+    """Kill ranks and launchers `kills` times and make ranks hang `hangs` times. Return the report."""
     for name in _LATE_IMPORTS:
         importlib.import_module(name)
     # a forked process must not use the parent's thread pool
@@ -379,12 +379,12 @@ def rank(folder: str, json_lines: bool, proposed: str = "") -> int:
         write(activity, step, *fields)
         if step >= 0 and not first:
             first.append(step)
-        # not in the first steps of an attempt, for which ranks have more time
+        # do not hang in the first steps of an attempt, for which ranks have more time
         if first and step > first[0] + 1:
             try:
                 fault = json.loads(planted.read_text("utf-8"))
             except FileNotFoundError:
-                # no fault is planted, or another rank has just taken it
+                # no fault is planted, or a different rank has just claimed it
                 return
             if fault["rank"] == int(os.environ["RANK"]) and _WORDS[fault["kind"]] in activity:
                 planted.unlink()
@@ -398,17 +398,17 @@ def rank(folder: str, json_lines: bool, proposed: str = "") -> int:
 
 
 def _stand_still(kind: str) -> None:
-    """Block forever, as this kind of hang does."""
+    """Block forever, the way this kind of hang does."""
     if kind == "lock":
         lock = threading.Lock()
         lock.acquire()
         lock.acquire()
     if kind == "interpreter":
         while True:
-            # a call that does not release the GIL; repeat it, because a signal ends it
+            # make a call that does not release the GIL, and repeat it, because a signal ends it
             ctypes.PyDLL(None).sleep(1000)
     if kind == "read":
-        # a pipe into which no process writes
+        # read from a pipe that no process writes to
         os.read(os.pipe()[0], 1)
 
 
@@ -426,7 +426,7 @@ def _launcher(command: list[str], log: Path) -> None:
 
 
 def _wait_for_save(launch: Launch, run: RunFolder) -> None:
-    """Wait until another save has begun or the command has ended."""
+    """Wait until a new save has started or the command has ended."""
     for begins in (False, True):
         while launch.exit_code is None and bool(_unfinished(run)) != begins:
             time.sleep(0.0005)
@@ -441,7 +441,7 @@ def _without(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _digests(run: RunFolder) -> dict[str, Any]:
-    """Return the digests of the tensor files in the last step's checkpoint, by file name."""
+    """Return the digests of the tensor files in the last step's checkpoint, keyed by file name."""
     manifest = json.loads((run.checkpoints / f"step-{STEPS:08d}" / "manifest.json").read_text("utf-8"))
     return {file["name"]: file["blocks"] for file in manifest["files"] if file["name"].endswith(".distcp")}
 
@@ -452,7 +452,7 @@ def main() -> int:
     for name, count in (("kills", 200), ("hangs", 20), ("seed", 1), ("ranks", 2)):
         parser.add_argument(f"--{name}", type=int, default=count)
     parser.add_argument("--strategy", default="ring")
-    # less than in real runs, because a step takes a tenth of a second
+    # less time than in real runs, because a step takes a tenth of a second
     parser.add_argument("--patience", type=float, default=5, help="seconds without a heartbeat that are a hang")
     parser.add_argument("--folder", type=Path, help="an empty folder to work in; by default a temporary one")
     arguments = parser.parse_args()

@@ -7,22 +7,23 @@ from collections.abc import Iterable, Sequence
 from math import exp, log
 from typing import Any, NamedTuple
 
-# columns of the table: each shows the fastest of these contestants of gpu.py
+# the columns of the table; each shows the fastest of these contestants of gpu.py
 TIERS = {name: (f"distattn {name}",) for name in ("triton", "gluon", "gluon_split", "flash")}
 OTHERS = {
-    # PyTorch's own implementations are FlashAttention 2, too
+    # PyTorch's own implementations are also FlashAttention 2
     "FA2": ("flash attention 2", "varlen flash", "sdpa flash"),
     "FA3": ("flash attention 3",),
     "Flex": ("flex compiled",),
     "cuDNN": ("sdpa cudnn",),
 }
-# trials of "auto" time forward and backward only a few times: a choice slower by a smaller factor is not wrong
+# trials of "auto" time forward and backward only a few times, so choosing a kernel that is slower by less than this
+# factor is not a fault
 CHOICE = 1.1
 SHOWN = 5
 
 
 class Outcome(NamedTuple):
-    """The outcome of a part: its findings, and the reasons why it failed or was left out ("" if it did neither)."""
+    """The outcome of a part: its findings, and the reasons why it failed or was left out ("" if neither applies)."""
 
     name: str
     findings: list[dict[str, Any]]
@@ -31,7 +32,7 @@ class Outcome(NamedTuple):
 
 
 def speed_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Format TFLOP/s by case, and as a share of the fastest. Return an empty string if nothing was timed."""
+    """Format TFLOP/s by case, also as a fraction of the fastest. Return an empty string if nothing was timed."""
     cases = by_case(rows)
     columns = {**TIERS, **OTHERS}
     best = {
@@ -60,7 +61,7 @@ def speed_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def time_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Format the milliseconds of recurrences by task and kernel. Return an empty string if nothing was timed."""
+    """Format the milliseconds of recurrences, for each task and kernel. Return an empty string if nothing was timed."""
     timed = [row for row in rows if row["kind"] == "time" and row["seconds"]]
     kernels = list(dict.fromkeys(row["contestant"] for row in timed))
     width = max((len(row["what"]) for row in timed), default=0)
@@ -72,7 +73,7 @@ def time_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def by_case(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the timed rows by case and contestant."""
+    """Return the timed rows, keyed by case and contestant."""
     cases: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         if row["kind"] == "speed" and row["seconds"]:
@@ -86,7 +87,8 @@ def chosen(cells: dict[str, dict[str, Any]]) -> str:
 
 
 def verdict(outcomes: Sequence[Outcome], without: str) -> tuple[str, bool]:
-    """Return (the verdict in words, whether all is right). without: a sentence on what could not be shown on this machine."""
+    """Return (the verdict in words, whether everything is right). without: a sentence saying what could not be shown on
+    this machine."""
     rows = [row for outcome in outcomes for row in outcome.findings]
     planted, checks = ([row for row in rows if row["kind"] == kind] for kind in ("planted", "check"))
     missed, wrong = [row for row in planted if not row["text"]], [row for row in checks if row["text"]]
@@ -123,7 +125,7 @@ def verdict(outcomes: Sequence[Outcome], without: str) -> tuple[str, bool]:
 
 
 def speed_sentence(cases: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Return a sentence on what "auto" chooses, how fast that is, and how it compares with the fastest other kernel."""
+    """Return a sentence saying what "auto" chooses, how fast that is, and how it compares with the fastest other kernel."""
     choices = Counter(filter(None, (chosen(cells) for cells in cases.values())))
     if not choices:
         return "Nothing about speed was measured."
@@ -144,14 +146,14 @@ def speed_sentence(cases: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def slow_choices(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return a message for each case in which another tier is faster than the choice of "auto", forward plus backward."""
+    """Return a message for each case in which a tier other than the choice of "auto" is faster, forward plus backward."""
     cases, problems = by_case(rows), []
     for case, forward in cases.items():
         direction, _, name = case.partition(" ")
         backward = cases.get(f"backward {name}", {})
         if direction != "forward" or not (auto := chosen(forward)):
             continue
-        # "auto" only chooses gluon_split in deterministic mode
+        # "auto" chooses gluon_split only in deterministic mode
         seconds = {
             tier: forward[key]["seconds"] + backward[key]["seconds"]
             for tier, (key,) in TIERS.items()

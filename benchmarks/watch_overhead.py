@@ -45,7 +45,7 @@ AIM = 0.01
 
 
 def main() -> None:
-    """Print the table. With --out, also append the numbers to a file."""
+    """Print the table. If --out is set, also append the numbers to a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--tokens", type=int, default=2048)
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def measured(folder: Path, steps: int, tokens: int, interval: int) -> dict[str, float]:
-    """Train, and return the median seconds of a step and of each monitor, by name."""
+    """Train, and return the median seconds of a step and of each monitor, keyed by name."""
     config = configuration.load(str(ROOT / "configs/tiny.toml"))
     text = find_corpus(
         "{stdlib}", suffix=".py", exclude=["test*", "idle*", "*-packages"], max_document_tokens=tokens // 3
@@ -113,7 +113,7 @@ def measured(folder: Path, steps: int, tokens: int, interval: int) -> dict[str, 
 
             loss, norm = timed("a step", step)
             timed("numerics watch, each step", partial(watch.judge, number, loss, norm))
-            # the replay check runs the micro-batch twice: one run is subtracted below
+            # the replay check runs the micro-batch twice, so one run is subtracted below
             timed(
                 "replay check, a micro-batch twice",
                 partial(check.check, number, forward_and_backward, optimizer.zero_grad),
@@ -136,7 +136,7 @@ def measured(folder: Path, steps: int, tokens: int, interval: int) -> dict[str, 
 
 
 class Silence:
-    """A context that discards all output. Lines of JSON are still formatted and written."""
+    """A context that discards all output. JSON lines are still formatted and written."""
 
     def __enter__(self) -> None:
         self._stdout = sys.stdout

@@ -16,9 +16,10 @@ from distattn.parallel.analysis.score_matrix import legible_colours, task_outlin
 FOLDER = Path(__file__).parent / "strategies"
 RANKS, TOKENS = 4, 32
 COLOURS = ["#" + "".join(f"{round(255 * part):02x}" for part in colour) for colour in legible_colours("turbo", RANKS)]
-# in CSS pixels: the width of a column, the side of its matrix, where ranks and matrix begin, the width of the owners' strip
+# in CSS pixels: the width of a column, the side of its matrix, the positions of ranks and matrix, and the width of the
+# owners' strip
 WIDTH, SIDE, RANKS_AT, MATRIX_AT, STRIP = 196, 160, 66, 132, 6
-# the picture has its own background, because pages may have any colour
+# give the picture its own background, because pages may have any colour
 STYLE = """
 svg { background: #fff; color: #1c2530; font: 13px system-ui, sans-serif; }
 text { fill: currentColor; } .soft { opacity: .8; } .arrow { fill: none; stroke: currentColor; stroke-width: 1.2; }
@@ -28,7 +29,7 @@ text { fill: currentColor; } .soft { opacity: .8; } .arrow { fill: none; stroke:
 
 
 def plans() -> dict[str, Plan]:
-    """Return a small plan for each picture, by the picture's name."""
+    """Return a small plan for each picture, keyed by the picture's name."""
     causal, zigzag = da.Mask.causal(TOKENS), da.Layout.zigzag([TOKENS], RANKS)
     shape = dict(head_dim=8, dtype="float32")
     # each rank has its own documents: rank 0 one long document, rank 3 eight short ones
@@ -43,14 +44,14 @@ def plans() -> dict[str, Plan]:
 
 
 def drawings() -> dict[str, str]:
-    """Return the SVG of each picture, by the picture's name."""
+    """Return the SVG of each picture, keyed by the picture's name."""
     return {name: draw(plan) for name, plan in plans().items()}
 
 
 def draw(plan: Plan) -> str:
     """Return a plan's forward pass as an SVG."""
     steps = plan.forward.steps
-    # two heads are drawn side by side
+    # draw two heads side by side
     rows = SIDE / 2 + 8 if plan.call.heads == 2 else SIDE + 30
     width, height = 18 + WIDTH * steps, MATRIX_AT + rows
     columns = "".join(
@@ -72,7 +73,7 @@ def column(plan: Plan, step: int) -> str:
     names = ", ".join(Payload(payload).name for payload in np.unique(moves["payload"])) or "nothing"
     pairs = sorted({(int(src), int(dst)) for src, dst in zip(moves["src"], moves["dst"], strict=True)})
     heads = plan.call.heads
-    # with several heads, two matrices are drawn per row
+    # if there are several heads, draw two matrices per row
     across = 2 if heads > 1 else 1
     side = (SIDE - 22 * (across - 1)) / across
     matrices = "".join(
@@ -84,7 +85,7 @@ def column(plan: Plan, step: int) -> str:
 
 
 def arrows(pairs: list[tuple[int, int]]) -> str:
-    """Return as SVG a row of ranks with an arrow per (source, destination): to the right above, to the left below."""
+    """Return an SVG row of ranks with an arrow per (source, destination): above the ranks if it points right, below if left."""
     at = [20 + rank * (SIDE - 40) / (RANKS - 1) for rank in range(RANKS)]
     out = []
     for src, dst in pairs:
@@ -103,7 +104,7 @@ def arrows(pairs: list[tuple[int, int]]) -> str:
 
 
 def matrix(plan: Plan, step: int, head: int, side: float) -> str:
-    """Return a head's score matrix as SVG: this step's cells in their rank's colour, those of earlier steps faintly."""
+    """Return a head's score matrix as SVG: this step's cells in their rank's colour, and those of earlier steps faintly."""
     scale = side / plan.call.mask.n
     tasks = plan.forward.tasks
     tasks = select_rows(tasks, (tasks["h0"] <= head) & (head < tasks["h1"]) & (tasks["step"] <= step))

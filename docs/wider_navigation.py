@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-# widths in the theme's files, and their replacements
+# widths in the theme's files, and what replaces them
 _WIDTHS = {"76.25em": "68.75em", "76.234375em": "68.734375em"}
 
 
 def on_post_build(config: Any, **_: Any) -> None:
-    """Change the width from which the built site shows its navigation. Raise RuntimeError if the theme uses other widths."""
+    """Change the width above which the built site shows its navigation. Raise RuntimeError if the theme uses different
+    widths."""
     assets, seen_widths = Path(config["site_dir"], "assets"), set()
     for file in [*assets.rglob("*.css"), *assets.rglob("*.js")]:
         text = file.read_text("utf-8")

@@ -38,7 +38,7 @@ def main() -> None:
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=model.parameters(), config=config, mpu=SequenceGroups(cp)
     )
-    # DeepSpeed divides gradients by a factor that depends on the stage: measure it once
+    # DeepSpeed divides gradients by a factor that depends on the stage, so measure it once
     cp.loss_scale(ProbeTarget(engine))
 
     for number, batches in enumerate(cp.steps(steps(options.steps, cp))):

@@ -17,7 +17,7 @@ def main() -> None:
     cp = pytorch.context_parallel(mesh, **settings(options.data, dist.get_world_size()))
     model = llama(getattr(torch, options.dtype))
     pytorch.shard_parameters(model, mesh)
-    # measure once by which factor gradients are scaled when they are reduced
+    # measure once by what factor gradients are scaled when they are reduced
     cp.loss_scale(pytorch.ProbeTarget(model))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 

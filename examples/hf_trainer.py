@@ -47,7 +47,7 @@ def main() -> None:
             model=llama(getattr(torch, options.dtype)),
             args=args,
             train_dataset=PackDataset(*planned(options.steps)),
-            # a row is a whole pack
+            # each row is an entire pack
             data_collator=lambda rows: rows[0],
             callbacks=[PrintLoss()],
             context_parallel=cp,

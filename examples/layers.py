@@ -1,6 +1,6 @@
 """Plain modules that need a few tokens, or one sum, from other ranks. `batch` is a model's argument context_parallel."""
 
-# T tokens of this rank, C channels, H heads
+# T tokens on this rank, C channels, H heads
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

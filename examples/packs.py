@@ -24,14 +24,15 @@ if torch.cuda.is_available():
 
 @cache
 def planned(count: int) -> tuple[Any, ...]:
-    """Return a plan of `count` steps and its corpora, from the standard library's bytes. `distattn data` makes real ones."""
+    """Return a plan of `count` steps and its corpora, from the standard library's bytes. Use `distattn data` for real
+    data."""
     text = find_corpus("{stdlib}", suffix=".py", exclude=["test*", "idle*", "*-packages"], max_document_tokens=700)
     rule, corpora = PackRule(((0, 1024),), PACKS_PER_STEP * 1024), [byte_corpus(text, f"{FOLDER.name}/text")]
     return make_pack_plan(f"{FOLDER.name}/packs", corpora, seed=1, rule=rule, steps=count), corpora
 
 
 def steps(count: int, cp: Any) -> PackLoader:
-    """Return a loader for this rank's share of the packs. A trainer with its own loader takes a `PackDataset` instead."""
+    """Return a loader for this rank's share of the packs. A trainer with its own loader uses a `PackDataset` instead."""
     return PackLoader(*planned(count), rank=cp.data_parallel_rank, size=cp.data_parallel_size, device=DEVICE)
 
 
@@ -44,7 +45,8 @@ def arguments(**options: Any) -> argparse.Namespace:
 
 
 def settings(data: str, ranks: int) -> dict[str, Any]:
-    """Return settings for `ContextParallel`: all ranks split every pack, or with per_rank each half of them has its own packs."""
+    """Return settings for `ContextParallel`: all ranks split every pack; with per_rank each half of them has its own
+    packs."""
     split = dict(strategy="ring", layout="document_zigzag", layout_options={"min_chunk": 64})
     shared = dict(strategy="cad", data=data, context_parallel_size=max(ranks // PACKS_PER_STEP, 1))
     return split if data == "replicated" else shared

@@ -1,6 +1,6 @@
 """Attention with prefix softmaxes (over all tokens so far) in plain modules. `batch` is a model's argument context_parallel."""
 
-# T tokens of this rank, C channels
+# T tokens on this rank, C channels
 import torch
 from torch import Tensor, nn
 

@@ -21,15 +21,16 @@ from distattn.kernels.launch_mask import LaunchMask, WrittenRows, split_even_gro
 from distattn.kernels.merge import accumulation_dtype, merge_, output_with_delta
 from distattn.kernels.spec import KernelRequirements, ScoreMod
 
-# the operator takes o instead of delta, so it cannot express a row with dO = 0 and delta != 0
+# the operator accepts o instead of delta, so it cannot represent a row with dO = 0 and delta != 0
 DIFFERENTIABLE_LSE = False
 ACCUMULATES = False
-# rows per block with an explicit mask: few enough to waste little on windows, enough to amortize a call
+# rows per block with an explicit mask: few enough to waste little work on windows, enough to amortize the call
 _MASKED_ROWS = 256
 
 
 class SdpaCall(NamedTuple):
-    """One operator call: rows [q0, q1) attend to keys [k0, k1), either all, or causally from the corner, or as `band` says."""
+    """One operator call: rows [q0, q1) attend to keys [k0, k1), either to all, causally from the top-left corner, or as
+    `band` says."""
 
     heads: slice
     kv_heads: slice
@@ -67,7 +68,7 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 def prepare(mask: LaunchMask, requirements: KernelRequirements) -> SdpaSchedule:
-    """Return the operator calls that compute the mask."""
+    """Return the operator calls that cover the mask."""
     tight = tighten(mask.bands)
     some = tight[:, Q0] < tight[:, Q1]
     parts = [
@@ -86,7 +87,7 @@ def prepare(mask: LaunchMask, requirements: KernelRequirements) -> SdpaSchedule:
         for q0, q1, k0, k1, causal, masked in _parts(bands):
             first_writes = rows.mark(heads, slice(q0, q1)), keys.mark(kv_heads, slice(k0, k1))
             calls.append(SdpaCall(heads, kv_heads, q0, q1, k0, k1, causal, masked, *first_writes))
-    # a tensor that is not fully written must be cleared first
+    # tensors that are not fully written must be cleared first
     return SdpaSchedule(calls, rows.unwritten == 0, keys.unwritten == 0)
 
 
@@ -103,7 +104,7 @@ def forward(
     wide = accumulation_dtype(q_THD.dtype)
     o_THD = _blank(q_THD.shape, wide, 0.0, schedule.all_rows)
     lse_TH = _blank(q_THD.shape[:2], wide, -torch.inf, schedule.all_rows)
-    # the operator returns its inputs' dtype, and partial results must not be rounded before they are summed
+    # the operator returns its inputs' dtype, but partial results must not be rounded before they are summed
     q, k, v = (_heads_first(x.to(wide)) for x in (q_THD, k_SKD, v_SKD))
     for call in schedule.calls:
         part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -181,7 +182,7 @@ def _parts(bands: Ints) -> Iterator[tuple[int, int, int, int, bool, Ints | None]
     whole = areas(bands) == (q1 - q0) * (k1 - k0)
     begin, _ = row_key_ranges(bands, q1 - 1)
     _, end = row_key_ranges(bands, q0)
-    # each row allows one key more than the row above and drops none: a full block, then a triangle from its corner
+    # each row attends to one key more than the row above and drops none: a full block, then a triangle from its corner
     triangle = (bands[:, [BQ, BK]] == 1).all(1) & (begin == k0)
     kinds = np.stack([q0, q1, k0, k1, whole, triangle, end - 1], 1).tolist()
     for band, (first, last, low, high, full, causal, corner) in zip(bands, kinds, strict=True):

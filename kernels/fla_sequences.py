@@ -1,4 +1,4 @@
-"""Sequence offsets in the form that the kernels in fla-core take."""
+"""Sequence offsets in the form that fla-core's kernels accept."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ from torch import Tensor
 @lru_cache(maxsize=64)
 def sequence_offsets(ends: tuple[int, ...]) -> Tensor:
     """Return 0 and the ends of consecutive sequences as an int64 tensor on the host."""
-    # autograd cannot save an inference tensor for the backward pass
+    # create a normal tensor: autograd cannot save an inference tensor for the backward pass
     with torch.inference_mode(False):
         return torch.tensor([0, *ends], dtype=torch.int64)

@@ -19,7 +19,7 @@ from distattn.kernels.merge import accumulation_dtype, merge_
 
 
 class RowSelection(NamedTuple):
-    """A selection of a tensor's rows: the rows in `listed`, or `size` rows from `start` on."""
+    """A selection of a tensor's rows: the rows in `listed`, or `size` rows starting at `start`."""
 
     start: int
     size: int
@@ -27,7 +27,7 @@ class RowSelection(NamedTuple):
 
     @staticmethod
     def of(rows: slice | Tensor) -> RowSelection:
-        """Return the selection for a slice without a step or for a tensor of row numbers."""
+        """Return the selection for a slice without a step or for a tensor of row indices."""
         if isinstance(rows, slice):
             return RowSelection(rows.start, rows.stop - rows.start)
         return RowSelection(0, len(rows), rows)
@@ -74,7 +74,8 @@ def copy_rows_with_products(
     o_THE: Tensor,
     source_rows: RowSelection,
 ) -> None:
-    """Assign target[target_rows] = dO[source_rows] and products[target_rows] = rowsum(dO * O)[source_rows], each in its dtype."""
+    """Assign target[target_rows] = dO[source_rows] and products[target_rows] = rowsum(dO * O)[source_rows], each in the
+    dtype of its target."""
     count = target_rows.size
     assert count == source_rows.size, "both sides have the same number of rows"
     torch.ops.distattn.copy_rows_with_products(
@@ -107,7 +108,7 @@ def _key(start: int, index: Tensor | None, count: int) -> Any:
 
 
 def _read(source: Tensor, start: int, index: Tensor | None, count: int) -> Tensor:
-    """Return rows of a tensor. For listed rows, index_select takes a third of the time that indexing takes."""
+    """Return rows of a tensor. For listed rows, index_select takes a third of the time of indexing."""
     return source[start : start + count] if index is None else source.index_select(0, index)
 
 
@@ -143,7 +144,7 @@ def _merge_rows(o, lse, start, index, other_o, other_lse, other_start, other_ind
     at, other = _key(start, index, count), _key(other_start, other_index, count)
     held = o[at], lse[at]
     merge_(*held, other_o[other], other_lse[other])
-    # indexing with a slice returned views, but indexing with a list returned copies: write them back
+    # indexing with a slice returned views; indexing with a list returned copies, which must be written back
     if index is not None:
         o[at], lse[at] = held
     return None

@@ -21,10 +21,10 @@ from distattn.kernels.spec import LaunchShape, ScoreMod, Workspace
 
 
 class LatentScore(NamedTuple):
-    """The attention score, and the weights that expand latents to keys and values.
+    """The attention score, and the weights that expand latents into keys and values.
 
-    up: (H, N + E, L); for each head the rows for its keys, then those for its values. key_dim: N. dup: the tensor to
-    which gradients of `up` are added, in the accumulation dtype; None in a forward pass.
+    up: (H, N + E, L), with each head's rows for keys followed by those for values. key_dim: N. dup: the tensor that
+    gradients of `up` are added to, in the accumulation dtype; None in a forward pass.
     """
 
     score: ScoreMod
@@ -33,12 +33,12 @@ class LatentScore(NamedTuple):
     dup: Tensor | None = None
 
     def for_heads(self, heads: slice) -> LatentScore:
-        """Return the score for a range of heads. Its `dup` is a view, so gradients are added to the same memory."""
+        """Return the score for a range of heads. Its `dup` is a view, so its gradients go to the same memory."""
         dup = None if self.dup is None else self.dup[heads]
         return LatentScore(self.score.for_heads(heads), self.up[heads], self.key_dim, dup)
 
     def part(self, rows: slice) -> LatentScore:
-        """Return the score with only these rows of each head's weights: the rows for keys, or those for values."""
+        """Return the score with only the given rows of each head's weights: those for keys or those for values."""
         return self._replace(up=self.up[:, rows], dup=None if self.dup is None else self.dup[:, rows])
 
 
@@ -76,7 +76,8 @@ class LatentKernel:
         into: tuple[Tensor, tuple[Tensor, Tensor]] | None = None,
         add: tuple[bool, bool] = (False, False),
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute (dq_THD, drope_S1R, dlatent_S1L), and add to the weights' gradient `score.dup`. into, add: see `Kernel`."""
+        """Compute (dq_THD, drope_S1R, dlatent_S1L), and add the gradient of the weights to `score.dup`. into, add: see
+        `Kernel`."""
         dq, dk, dv = self._of_expanded(
             (do_THE, q_THD, rope_S1R, latent_S1L, lse_TH, delta_TH), schedule, score, into, add[0]
         )
@@ -117,8 +118,8 @@ class LatentKernel:
 def latent_workspace(op: Op, dtype: torch.dtype, inner: Workspace | None) -> Workspace:
     """Return a function that counts the bytes that a launch on latents allocates besides its operands and results.
 
-    inner: the attention kernel's `workspace_bytes`. If it is None, the kernel's workspace is not counted, and neither
-    are its results if it does not accumulate.
+    inner: the attention kernel's `workspace_bytes`. If None, the kernel's workspace is not counted, nor are its results
+    unless it accumulates.
     """
     size, wide = dtype.itemsize, accumulation_dtype(dtype).itemsize
     rotary, latent = op.rotary_dim, op.latent_dim
@@ -133,7 +134,7 @@ def latent_workspace(op: Op, dtype: torch.dtype, inner: Workspace | None) -> Wor
             return max(making * size, keys_and_values * size + inner_bytes)
         # gradients of latents and rotary keys, and the latents cast to the accumulation dtype
         stays = shape.keys * (latent + rotary + (latent if wide > size else 0))
-        # `_contract` allocates a copy of dk without the rotary part and, one after the other, two matrices the size of
+        # `_contract` allocates a copy of dk without the rotary part and, one after the other, two matrices as large as
         # the weights
         of_keys = keys_and_values + (cells if heads > 1 else 0) * key_dim + heads * latent * key_dim
         of_values = cells * value_dim + heads * latent * value_dim
@@ -145,7 +146,7 @@ def latent_workspace(op: Op, dtype: torch.dtype, inner: Workspace | None) -> Wor
 
 
 def expand_latents(rope_SR: Tensor, latent_SL: Tensor, up_HEL: Tensor, key_dim: int) -> tuple[Tensor, Tensor]:
-    """Expand latents to (keys_SHD, values_SHE), like a projection in the inputs' dtype. key_dim: N."""
+    """Expand latents into (keys_SHD, values_SHE), as a projection in the inputs' dtype would. key_dim: N."""
     expanded_SHW = torch.einsum("sl,hel->she", latent_SL, up_HEL)
     rope_SHR = rope_SR[:, None].expand(-1, len(up_HEL), -1)
     return torch.cat([expanded_SHW[..., :key_dim], rope_SHR], -1), expanded_SHW[..., key_dim:].contiguous()

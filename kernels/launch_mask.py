@@ -19,10 +19,10 @@ class LaunchMask(NamedTuple):
     """The cells that all tasks of one step compute in one kernel call.
 
     Query head h of the call uses KV head (first_head + h) // group_size. Operands outside a head's bands are zeros or
-    belong to other tokens: they are finite but meaningless.
+    belong to other tokens, so they are finite but meaningless.
     """
 
-    # (M, 10): bands in the coordinates of the call's tensors, see distattn.ir.bands
+    # (M, 10): bands in the coordinates of the call's tensors; see distattn.ir.bands
     bands: Ints
     # (M, 2): query heads [h0, h1) of each band
     band_heads: Ints
@@ -37,12 +37,13 @@ class LaunchMask(NamedTuple):
     first_head: int = 0
     # True if messages of the same step are in flight during the call: communication kernels then occupy some multiprocessors
     overlaps_messages: bool = False
-    # True if the job has several ranks: messages unknown to the plan may be in flight, from FSDP or other micro-batches
+    # True if the job has several ranks: messages that the plan does not know of may be in flight, from FSDP or other
+    # micro-batches
     in_larger_job: bool = False
 
     @staticmethod
     def from_mask(mask: Mask, heads: int, kv_heads: int) -> LaunchMask:
-        """Return the launch mask that computes the whole mask in one call on one device."""
+        """Return the launch mask that computes the entire mask in one call on one device."""
         pieces, n = mask.pieces, mask.n
         all_heads = np.tile(np.array([0, heads]), (len(pieces), 1))
         band_heads = all_heads if mask.piece_heads is None else mask.piece_heads
@@ -55,7 +56,7 @@ class LaunchMask(NamedTuple):
 
 
 def split_even_groups(h0: int, h1: int, group_size: int, first_head: int = 0) -> list[tuple[int, int]]:
-    """Split query heads [h0, h1) into ranges in which all KV heads serve equally many query heads."""
+    """Split query heads [h0, h1) into ranges in which all KV heads serve the same number of query heads."""
     low, high = first_head + h0, first_head + h1
     if low // group_size == (high - 1) // group_size or (low % group_size == 0 and high % group_size == 0):
         return [(h0, h1)]
@@ -64,14 +65,14 @@ def split_even_groups(h0: int, h1: int, group_size: int, first_head: int = 0) ->
 
 
 class WrittenRows:
-    """A record of which rows and heads of a tensor have been written, so that first writes can overwrite instead of add."""
+    """A record of which rows and heads of a tensor have been written, so that first writes can overwrite instead of adding."""
 
     def __init__(self, rows: int, head_bounds: Iterable[int]):
         """Start with nothing written. head_bounds: both ends of every head range that will be written."""
         cuts = sorted(set(head_bounds))
         self.index = {head: i for i, head in enumerate(cuts)}
         self.written = np.zeros((len(cuts) - 1, rows), bool)
-        # number of (row, head) pairs not covered by first writes; if it is 0, the tensor need not be cleared beforehand
+        # the number of (row, head) pairs not covered by first writes; if it is 0, the tensor need not be cleared beforehand
         self.unwritten = rows * (cuts[-1] - cuts[0])
 
     def segments(self, heads: slice, rows: slice) -> list[slice]:

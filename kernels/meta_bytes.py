@@ -16,18 +16,18 @@ META = torch.device("meta")
 class MetaBytes(TorchDispatchMode):
     """A counter of the bytes of meta tensors created in this context: `alive` bytes now, and their `peak`.
 
-    Memory that operators allocate internally, such as the workspace of a BLAS library, is not counted.
+    Memory that operators allocate internally, such as a BLAS library's workspace, is not counted.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.alive = self.peak = 0
-        # bytes of each storage by address; 0 for storages that existed before
+        # the bytes of each storage, keyed by address; 0 for storages that already existed
         self._bytes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in _meta_tensors((args, kwargs)):
-            # note the arguments' storages first, so that a result which is a view of them is not counted
+            # note the arguments' storages first, so that results that are views of them are not counted
             self._note(tensor.untyped_storage(), 0)
         result = func(*args, **(kwargs or {}))
         for tensor in _meta_tensors(result):
@@ -40,7 +40,7 @@ class MetaBytes(TorchDispatchMode):
             self._bytes[key] = size
             self.alive += size
             self.peak = max(self.peak, self.alive)
-            # forget a freed storage, because its address may be reused
+            # forget freed storages, because their addresses may be reused
             weakref.finalize(storage, self._free, key).atexit = False
 
     def _free(self, key: int) -> None:

@@ -35,7 +35,7 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 def prepare(mask: LaunchMask, requirements: KernelRequirements) -> DenseMask:
-    """Return the mask as boolean tensors. If all heads have the same mask, it is stored once."""
+    """Return the mask as boolean tensors. If all heads have the same mask, store it only once."""
     cuts = sorted({0, mask.heads, *mask.band_heads.ravel().tolist()})
     allowed_ETS = torch.zeros(len(cuts) - 1, mask.rows, mask.keys, dtype=torch.bool)
     distance_TS = torch.zeros(mask.rows, mask.keys, dtype=torch.int64)
@@ -47,7 +47,7 @@ def prepare(mask: LaunchMask, requirements: KernelRequirements) -> DenseMask:
         allowed_ETS[cuts.index(h0) : cuts.index(h1), q0:q1] |= inside
         distance_TS[q0:q1, k0:k1] = (key[k0:k1] - row[q0:q1] + offset).abs()
     sizes = torch.tensor([b - a for a, b in pairwise(cuts)])
-    # a single head range broadcasts over all heads
+    # the mask of a single head range broadcasts over all heads
     allowed_HTS = allowed_ETS if len(sizes) == 1 else allowed_ETS.repeat_interleave(sizes, 0)
     return DenseMask(allowed_HTS, distance_TS, (torch.arange(mask.heads) + mask.first_head) // mask.group_size)
 

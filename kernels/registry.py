@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# attention kernels by name; values are module names, so that the names are available without importing torch
+# attention kernels by name; the values are module names, so that listing the kernels does not import torch
 KERNELS = {
     "reference": "distattn.kernels.reference",
     "cpu": "distattn.kernels.cpu",
@@ -35,16 +35,16 @@ OTHER_KERNELS: dict[str, dict[str, str]] = {
     "prefix_max": {"cummax": "distattn.kernels.recurrence.cummax"},
     "convolution": {"taps": "distattn.kernels.convolution.taps", "fla_conv1d": "distattn.kernels.convolution.fla"},
 }
-# kernels that need one of our extras, and the extra's name
+# kernels that need one of our extras, and the name of that extra
 _EXTRAS = {"fla": "fla", "fla_conv1d": "fla"}
 # the name that stands for the fastest kernel that trials find correct (see `trials`)
 AUTO = "auto"
-# these run on CPUs; all others run on GPUs
+# the kernels that replace others under torch.use_deterministic_algorithms
 CPU_KERNELS = ("reference", "cpu")
 # deterministic replacements under torch.use_deterministic_algorithms
 _DETERMINISTIC = {"gluon": "gluon_split"}
 _DEFAULTS = {"cpu": "cpu", "cuda": "triton"}
-# the kernels that "auto" tries, by device type, preferred kernels first
+# the kernels that "auto" tries, by device type, in order of preference
 CANDIDATES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("gluon", "flash", "triton")}
 # the same for other kinds of ops; the last kernel serves every call on every device
 _OTHER_CANDIDATES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -54,7 +54,7 @@ _OTHER_CANDIDATES: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def candidate_kernels(device: torch.device, op: Op = ATTENTION) -> tuple[str, ...]:
-    """Return the kernels that "auto" may choose on a device. In PyTorch's deterministic mode, all are deterministic."""
+    """Return the kernels that "auto" may choose on a device. In PyTorch's deterministic mode, all of them are deterministic."""
     import torch
 
     if op.kind in OTHER_KERNELS:
@@ -69,9 +69,9 @@ class Kernel(Protocol):
     """The functions and flags of a kernel module.
 
     DIFFERENTIABLE_LSE: `backward` is correct for any delta, so gradients may flow through the log-sum-exp. ACCUMULATES:
-    `forward` and `backward` also take `into`, tensors to write results to, or to merge (`merge`) or add (`add`) them
-    to. `prepare` turns a launch mask into the kernel's schedule once per plan; `forward` and `backward` take this
-    schedule. A kernel that can predict its memory also has `workspace_bytes(direction, shape, schedule)`.
+    `forward` and `backward` also accept `into`, the tensors to write results to, to merge them into (`merge`) or to add
+    them to (`add`). `prepare` turns a launch mask into the kernel's schedule once per plan; `forward` and `backward`
+    receive this schedule. A kernel that can predict its memory also has `workspace_bytes(direction, shape, schedule)`.
     """
 
     DIFFERENTIABLE_LSE: bool
@@ -124,7 +124,7 @@ def kernel_preparer(name: str, requirements: KernelRequirements) -> Callable[[An
 
 
 def _way_out(requirements: KernelRequirements) -> str:
-    """Return advice for a refused call: the device's default kernel if it can serve the call, otherwise the reference."""
+    """Return advice for a rejected call: the device's default kernel if it can serve the call, otherwise the reference."""
     if requirements.op.kind in OTHER_KERNELS:
         return f'Use kernel="{next(iter(OTHER_KERNELS[requirements.op.kind]))}".'
     name = _DEFAULTS.get(requirements.device.type, "reference")
@@ -134,10 +134,10 @@ def _way_out(requirements: KernelRequirements) -> str:
 
 
 def choose_kernel(name: str | None, requirements: KernelRequirements) -> str:
-    """Return the kernel for a call: `name`, or for None and "auto" the device's default ("cpu", "triton").
+    """Return the kernel for a call: `name` itself, or if it is None or "auto" the device's default ("cpu", "triton").
 
-    Choosing by trial is left to `ops.kernel_choice`. Under torch.use_deterministic_algorithms, "gluon" becomes
-    "gluon_split". Raise DistattnError if the kernel cannot serve the call.
+    `ops.kernel_choice` chooses by trial. Under torch.use_deterministic_algorithms, "gluon" becomes "gluon_split". Raise
+    DistattnError if the kernel cannot serve the call.
     """
     op = requirements.op
     of_op = OTHER_KERNELS.get(op.kind, KERNELS)

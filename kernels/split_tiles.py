@@ -16,14 +16,14 @@ from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.tile_runs import TileRuns
 
 # a tile is split if its work exceeds _LONG times the mean work of a multiprocessor, into parts of about _SHARE times
-# the mean but at least _LEAST query tiles, which justify a program's fixed costs (benchmarks/LOG.md)
+# the mean but of at least _LEAST query tiles, enough to justify a program's fixed costs (benchmarks/LOG.md)
 _LONG, _SHARE, _LEAST = 0.75, 0.25, 8
 
 
 class SplitTiles(NamedTuple):
-    """Runs by part: a part replaces a tile in `TileRuns`, and most tiles have one part.
+    """The runs of each part. Parts replace the tiles of `TileRuns`, and most tiles have one part.
 
-    part: (parts, 2), each part's tile and its slot in the scratch tensor, -1 if it writes the result itself. sums:
+    part: (parts, 2), each part's tile and its slot in the scratch tensor, or -1 if it writes the result itself. sums:
     (split tiles, 3), each split tile, its first slot and its number of slots. slots: the number of slots in the scratch
     tensor.
     """
@@ -80,7 +80,8 @@ def split_long_tiles(runs: TileRuns, mask: LaunchMask, step: int, processors: in
 
 
 def _parts_of(blocks: Ints, runs: TileRuns, mask: LaunchMask, processors: int) -> Ints:
-    """Return the number of parts of each tile. blocks: (head groups, tiles), the row blocks per query head of a group."""
+    """Return the number of parts of each tile. blocks: (head groups, tiles), the number of row blocks per query head of
+    a group."""
     kv_head = (np.arange(mask.heads) + mask.first_head) // mask.group_size
     heads = np.zeros((mask.kv_heads, len(blocks)), np.int64)
     np.add.at(heads, (kv_head, runs.group), 1)

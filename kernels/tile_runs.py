@@ -2,8 +2,8 @@
 
 A *run* is an interval of keys that some rows of a query tile attend to. The tiles at its ends contain masked cells; the
 tiles in the middle contain only allowed cells, so their mask is never evaluated. A query tile has at most as many runs
-as bands, however many key tiles they cover. A transposed band (queries swapped with keys) is a band, so the same lists
-serve kernels that own a key tile and loop over queries.
+as bands, no matter how many key tiles they cover. A transposed band (queries swapped with keys) is a band, so the same
+lists serve kernels that own a key tile and loop over queries.
 
 Other kinds of pieces (block lists, neighbourhood tiles) could be added as runs of one tile.
 """
@@ -20,7 +20,7 @@ from distattn.ir.intervals import Ints, expand_ranges, lexicographic_argsort, so
 from distattn.kernels.launch_mask import LaunchMask
 
 # columns of a run: keys [begin, full) and [rest, end) need the mask, keys [full, rest) do not; the band of its rows;
-# and the offset in `row_band` of the bands of single rows (-1: one band for all rows)
+# and the offset in `row_band` of the bands of individual rows (-1 if all rows have the same band)
 RUN = ("begin", "full", "rest", "end", "band", "rows")
 # columns of a band: row r in [q0, q1) allows keys from max(k0, low + s) up to min(k1, high + s), s = bk * ((r - oq) // bq)
 BAND = ("q0", "q1", "k0", "k1", "low", "high", "bq", "bk", "oq", "shift")
@@ -38,13 +38,13 @@ class TileRuns(NamedTuple):
     run: Ints
     # (bands, 10)
     band: Ints
-    # bands of single rows: `block_rows` entries for every run with several bands
+    # bands of individual rows: `block_rows` entries for every run with several bands
     row_band: Ints
     # the head group of each head
     group: Ints
-    # tile numbers in launch order: tiles with the most keys first
+    # tile indices in launch order: tiles with the most keys first
     order: Ints
-    # number of keys in all visited tiles, summed over all heads
+    # the number of keys in all visited tiles, summed over all heads
     visited: int
 
     @property
@@ -53,7 +53,7 @@ class TileRuns(NamedTuple):
         return len(self.order)
 
     def work(self, step: int) -> Ints:
-        """Return (head groups, tiles): the number of steps of `step` keys that a program makes for a tile and one head."""
+        """Return the number of steps of `step` keys that a program takes for each tile and one head, (head groups, tiles)."""
         run = self.run.astype(np.int64)
         places = len(self.first) - 1
         size = -(-(run[:, 3] - run[:, 0]) // step)
@@ -86,7 +86,7 @@ def _runs_of(bands: Ints, mask: LaunchMask, rows: int, block_rows: int, block_ke
     q0, q1 = np.maximum(tile * block_rows, tight[band, Q0]), np.minimum((tile + 1) * block_rows, tight[band, Q1])
     begin, first_end = row_key_ranges(tight[band], q0)
     last_begin, end = row_key_ranges(tight[band], q1 - 1)
-    # if the band has all rows of the tile, nothing is masked between the last row's first key and the first row's last
+    # if the band covers all rows of the tile, nothing is masked between the last row's first key and the first row's last
     # key. Rows past the end of the tensor are zeros and need the mask
     whole = (q0 == tile * block_rows) & (q1 == (tile + 1) * block_rows)
     order = lexicographic_argsort(group, tile, q0, begin)
@@ -119,7 +119,8 @@ def _runs_of(bands: Ints, mask: LaunchMask, rows: int, block_rows: int, block_ke
 
 
 def _joined_bands(place: Ints, q0: Ints, q1: Ints, begin: Ints, end: Ints) -> Ints:
-    """Return the number of each run's first band. Bands of a tile whose rows and keys continue (short documents) form one run."""
+    """Return the index of each run's first band. Bands of a tile with contiguous rows and keys (short documents) form
+    one run."""
     is_first = np.ones(len(place), bool)
     on = (place[1:] == place[:-1]) & (q0[1:] >= q1[:-1]) & (begin[1:] >= begin[:-1]) & (begin[1:] <= end[:-1])
     is_first[1:] = ~on
@@ -129,7 +130,8 @@ def _joined_bands(place: Ints, q0: Ints, q1: Ints, begin: Ints, end: Ints) -> In
 def _row_bands(
     first: Ints, size: Ints, alone: Ints, band: Ints, tile_row: Ints, q0: Ints, q1: Ints, block_rows: int
 ) -> Ints:
-    """Return the band of every row for runs with several bands. Rows without a band get the run's first, which excludes them."""
+    """Return the band of every row for runs with several bands. Rows without a band get the run's first band, which
+    excludes them."""
     multi_band = np.flatnonzero(~alone)
     out = np.repeat(band[first[multi_band]], block_rows)
     number, member = expand_ranges(first[multi_band], first[multi_band] + size[multi_band])
@@ -140,7 +142,7 @@ def _row_bands(
 
 
 def _to_int32(bands: Ints, shift: Ints) -> Ints:
-    """Return the bands as int32 (columns: BAND). Block numbers count from the first row, so that no product overflows."""
+    """Return the bands as int32 (columns: BAND). Blocks are counted from the first row, so that no product overflows."""
     q0, q1, k0, k1, lo, hi, bq, bk, oq, ok = bands.T
     skipped = (q0 - oq) // bq
     oq = oq + bq * skipped
@@ -149,6 +151,6 @@ def _to_int32(bands: Ints, shift: Ints) -> Ints:
             "a block staircase climbs more than 2^30 keys in one call; the triton kernels count in 32 bits."
         )
     low, high = (np.clip(ok + bk * (edge + skipped), -_LIMIT, _LIMIT - 1) for edge in (lo, hi + 1))
-    # a block larger than the call must fit into 32 bits, too
+    # a block larger than the call must also fit into 32 bits
     small = np.minimum(bq, 1 << 30), np.minimum(bk, 1 << 30)
     return np.stack([q0, q1, k0, k1, low, high, *small, oq, shift], 1).astype(np.int32)

@@ -32,23 +32,25 @@ from distattn.kernels.registry import Kernel, load_kernel
 from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.triton.launch import schedule_to_device
 
-# largest accepted relative difference: several times what rounding of inputs and weights explains
+# the largest accepted relative difference: several times what the rounding of inputs and weights explains
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4, torch.float64: 1e-9}
-# maximum rows, keys and heads of the samples for comparison, and of those for timing
+# maximum numbers of rows, keys and heads in the samples for the comparison, and in those for timing
 _COMPARED, _TIMED = (384, 512, 8), (16384, 16384, 1 << 30)
 _RUNS = 3
 _SEED = 1234
-# maximum attempts of a trial that runs out of memory, and the factor by which free memory must grow before the next attempt
+# maximum number of attempts at a trial that runs out of memory, and the factor by which free memory must grow before the next
+# attempt
 _MOST_ATTEMPTS, _MORE_MEMORY = 3, 1.25
 _LOG = logging.getLogger("distattn")
 
 
 class Trial(NamedTuple):
-    """The result of a kernel's trial: largest relative difference from the reference, and seconds for forward and backward.
+    """The result of a kernel's trial: its largest relative difference from the reference, and its seconds forward and
+    backward.
 
-    fault: the reason not to use the kernel, "" if it is correct. passing: True if the fault may be gone next time.
-    lacked: bytes of free device memory before the trial if it ran out of memory. attempts: number of attempts that ran
-    out of memory.
+    fault: the reason not to use the kernel, or "" if it is correct. passing: True if the fault may be gone next time.
+    lacked: if the trial ran out of memory, the bytes of device memory that were free before it. attempts: the number of
+    attempts that ran out of memory.
     """
 
     difference: float = 0.0
@@ -65,7 +67,8 @@ class Trial(NamedTuple):
         return bool(self.fault) and self.difference != 0.0
 
     def may_succeed_now(self, device: torch.device) -> bool:
-        """Return whether to retry a trial that ran out of memory: at most twice, and only with a quarter more free memory."""
+        """Return whether to retry a trial that ran out of memory: at most twice, and only if free memory has grown by a
+        quarter."""
         return 0 < self.attempts < _MOST_ATTEMPTS and free_bytes(device) >= _MORE_MEMORY * self.lacked
 
 
@@ -76,7 +79,7 @@ def try_each(
     seconds: Callable[[Any], float],
     report: Callable[[str], None],
 ) -> dict[str, Trial]:
-    """Try kernels one after another and return their trials by name. differences, seconds: see `run_trial`."""
+    """Try kernels one after another and return their trials, keyed by name. differences, seconds: see `run_trial`."""
     trials = {}
     for name in names:
         report(f"trying kernel {name} ...")
@@ -93,8 +96,8 @@ def try_kernels(
 ) -> dict[str, Trial]:
     """Try kernels on the launches of a rank's plan. Return {} if there are no launches.
 
-    Launches are of two kinds, with messages in flight and without. The sample is taken from the largest launch of the
-    kind with more cells.
+    There are two kinds of launches, with and without messages in flight. The sample comes from the largest launch of
+    the kind with more cells.
     """
     if not masks:
         return {}
@@ -125,7 +128,7 @@ def sample_launch(mask: LaunchMask, rows: int, keys: int, heads: int, at: float)
 
     The part has at most `rows` rows and `keys` keys, and about `heads` heads.
     """
-    # take whole head groups from the first on
+    # use complete head groups, starting with the first
     num_heads = -(-heads // mask.group_size) * mask.group_size - mask.first_head
     count = min(max(num_heads, 1), mask.heads)
     theirs = mask.bands[mask.band_heads[:, 0] < count]
@@ -133,14 +136,14 @@ def sample_launch(mask: LaunchMask, rows: int, keys: int, heads: int, at: float)
     row = int(band[Q0]) + round(at * (int(band[Q1] - band[Q0]) - 1))
     _, end = (int(x[0]) for x in row_key_ranges(band[None], np.array([row])))
     first_row = min(max(row - rows // 2, 0), max(mask.rows - rows, 0))
-    # the last keys that this row attends to, and some keys after them
+    # the last keys that this row attends to, and some of the keys after them
     first_key = min(max(end - keys * 7 // 8, 0), max(mask.keys - keys, 0))
     some = slice(first_row, min(first_row + rows, mask.rows)), slice(first_key, min(first_key + keys, mask.keys))
     return crop_launch(mask, *some, count)
 
 
 def crop_launch(mask: LaunchMask, rows: slice, keys: slice, heads: int) -> LaunchMask:
-    """Return these rows and keys of a launch's first `heads` heads as a separate launch."""
+    """Return a separate launch with these rows and keys of a launch's first `heads` heads."""
     bands = clip(mask.bands, rows.start, rows.stop, keys.start, keys.stop)
     band_heads = np.minimum(mask.band_heads, heads)
     kept = (bands[:, Q0] < bands[:, Q1]) & (bands[:, K0] < bands[:, K1]) & (band_heads[:, 0] < band_heads[:, 1])
@@ -162,8 +165,8 @@ def run_trial(
 ) -> Trial:
     """Try one kernel. Raise DistattnError if the trial has made the device unusable.
 
-    differences: returns the relative differences between a loaded kernel's results and correct results. seconds:
-    returns the seconds of its forward and backward pass.
+    differences: a function that returns the relative differences between a loaded kernel's results and correct results.
+    seconds: a function that returns the seconds of its forward and backward pass.
     """
     free = free_bytes(requirements.device)
     try:
@@ -175,10 +178,10 @@ def run_trial(
             return Trial(difference, fault=f"wrong: {difference:.1e} from the reference")
         return Trial(difference, seconds(kernel))
     except DistattnError as error:
-        # a missing package may be installed next time
+        # the missing package may be installed by the next time
         return Trial(fault=str(error), passing=True)
     except torch.OutOfMemoryError:
-        # there may be enough memory for the sample and the kernel's workspace next time
+        # next time there may be enough memory for the sample and the kernel's workspace
         fault = f'its trial ran out of device memory; kernel="{name}" uses it without a trial'
         return Trial(fault=fault, passing=True, lacked=free, attempts=1)
     except Exception as error:
@@ -220,7 +223,8 @@ class _Inputs(NamedTuple):
 
 
 def _difference(kernel: Kernel, mask: LaunchMask, requirements: KernelRequirements) -> float:
-    """Return the largest relative difference of a row of outputs or gradients from the reference in fp64 on the same inputs.
+    """Return the largest relative difference of any row of outputs or gradients from the reference in fp64 on the same
+    inputs.
 
     If the kernel accumulates, also check results written to tensors of the inputs' dtype, and results added to existing
     ones.
@@ -242,7 +246,8 @@ def _difference(kernel: Kernel, mask: LaunchMask, requirements: KernelRequiremen
         places = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in expected]
         places[1] = torch.full(lse.shape, -torch.inf, dtype=wide, device=lse.device)
         into = places[0], places[1]
-        # a kernel that overwrites instead of adding is right the first time, on zeros, but wrong the second time
+        # call it twice: a kernel that overwrites instead of adding gives correct results the first time, on zeros, but
+        # not the second time
         for _ in range(1 + add):
             kernel.forward(*inputs[:3], schedule, inputs.score, into=into, merge=add)
             kernel.backward(*backward, into=(places[2], (places[3], places[4])), add=(add, add))
@@ -257,7 +262,7 @@ def _difference(kernel: Kernel, mask: LaunchMask, requirements: KernelRequiremen
 def _far(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Return the largest difference of any row, relative to the larger of its norm and the rms norm of its tensor's rows.
 
-    got, expected: (o, lse, dq, dk, dv). Return infinity if the rows without keys differ.
+    got, expected: (o, lse, dq, dk, dv). Return infinity if they differ in which rows have no keys.
     """
     empty = expected[1] == -torch.inf
     if not torch.equal(empty, got[1] == -torch.inf):
@@ -277,7 +282,8 @@ def _largest(values: Sequence[float]) -> float:
 
 
 def _seconds(kernel: Kernel, mask: LaunchMask, requirements: KernelRequirements) -> float:
-    """Return the median seconds of a forward and backward pass, with multiprocessors occupied if the launch overlaps messages."""
+    """Return the median seconds of a forward and backward pass, with some multiprocessors held if the launch overlaps
+    messages."""
     inputs = _Inputs.of(mask, requirements)
     schedule = schedule_to_device(kernel.prepare(mask, requirements), requirements.device)
 
@@ -295,7 +301,8 @@ def median_seconds(
     device: torch.device,
     beside: Callable[[torch.device], AbstractContextManager[Any]] = nullcontext,
 ) -> float:
-    """Return the median seconds of a few runs after one that compiles. beside: a context that adds other work to each run."""
+    """Return the median seconds of a few runs after a first run that compiles. beside: a context that adds other work
+    to each run."""
     times = []
     run()
     for _ in range(_RUNS):
@@ -303,7 +310,7 @@ def median_seconds(
         with beside(device):
             began = time.perf_counter()
             run()
-            # wait for this stream only: the other work keeps the device busy
+            # wait only for this stream: the other work keeps the device busy
             if device.type == "cuda":
                 torch.cuda.current_stream(device).synchronize()
             times.append(time.perf_counter() - began)
@@ -312,11 +319,11 @@ def median_seconds(
 
 @contextmanager
 def multiprocessors_held(device: torch.device) -> Iterator[None]:
-    """Hold some multiprocessors of a GPU inside the block, as communication does. Warn once if that fails."""
+    """Hold some multiprocessors of a GPU while in the block, as communication does. Warn once if that fails."""
     spinner = None
     if device.type == "cuda":
         try:
-            # import it here, because Triton is not installed everywhere
+            # import Triton here, because it is not installed everywhere
             from distattn.kernels.triton.spinner import Spinner
 
             spinner = Spinner(device)
@@ -331,14 +338,14 @@ def multiprocessors_held(device: torch.device) -> Iterator[None]:
 
 @cache
 def _warn_of_spinner(reason: str) -> None:
-    """Warn, once per reason, that kernels are timed without a kernel that occupies multiprocessors."""
+    """Warn, once per reason, that kernels are timed without a kernel that holds multiprocessors."""
     _LOG.warning(
         "kernels are timed as if no messages were in flight: the kernel that imitates messages failed (%s)", reason
     )
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes available to tensors on a GPU (free memory and unused memory of PyTorch's allocator), 0 for a CPU."""
+    """Return the bytes available to tensors on a GPU (free memory and unused memory of PyTorch's allocator), or 0 for a CPU."""
     if device.type != "cuda":
         return 0
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,7 +1,7 @@
 """The settings of attention: one record for run files, `ContextParallel`, planners and `make_plan`.
 
-Limits and choices are annotations of the fields. Settings that run files also have are fields of `AttentionKeys`. Settings for
-Python code only are fields of `AttentionConfig`. The fields are listed nowhere else.
+Limits and choices are annotations of the fields. Settings that run files also have are fields of `AttentionKeys`. Settings
+available only in Python code are fields of `AttentionConfig`. The fields are listed nowhere else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from distattn.ir.plan import DTYPE_BYTES, POLICIES, dtype_name
 from distattn.kernels.registry import AUTO, KERNELS, load_kernel
 from distattn.parallel.strategy_table import STRATEGIES, check_names
 
-# largest `verify_every` and largest `pad_to`
+# upper limits of `verify_every` and `pad_to`
 _MOST = 1 << 20
 
 
@@ -48,20 +48,20 @@ class AttentionKeys:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig(AttentionKeys):
-    """Settings for how the attention of batches is split over ranks, planned and computed.
+    """Settings for splitting attention over ranks, planning it and computing it.
 
-    strategy, backward, comm_dtype, cluster, options and max_buffer_bytes: see `make_plan`. kernel: see `attention`. layout: a key
-    of LAYOUTS. layout_options: the layout's own options. document_mask: the mask within each document (see `Mask.documents`).
-    layers: different settings for some layers, by number (0, 1, ...) or kind ("window", "full"). Each is a mapping with strategy
-    and optionally backward, options, layout and layout_options; the calls of these layers move tokens to that layout and back.
-    verify_every: prove the plans of the first step and of every `verify_every`-th step before they run. pad_to: pad each rank's
-    tokens to a multiple of this number.
+    strategy, backward, comm_dtype, cluster, options and max_buffer_bytes: see `make_plan`. kernel: see `attention`. layout: a
+    key of LAYOUTS. layout_options: the layout's own options. document_mask: the mask within each document (see
+    `Mask.documents`). layers: different settings for some layers, keyed by index (0, 1, ...) or kind ("window", "full"). Each
+    value is a mapping with strategy and optionally backward, options, layout and layout_options; the calls of these layers
+    move tokens to that layout and back. verify_every: prove the plans of the first step and of every `verify_every`-th step
+    before they run. pad_to: pad each rank's tokens to a multiple of this number.
 
     data: "replicated" if all ranks of the group hold the same batch and split it; "per_rank" if every rank, or every block of
-    `context_parallel_size` neighbouring ranks, has its own documents, and attention is shared by all of them. servers: the number
-    of ranks, the last ones, that have no model and call `serve` instead. adaptive: distribute attention by the measured speeds of
-    ranks, or by a log of them (see `RankSpeeds`). timeout: seconds after which a rank that does not answer is named in an error;
-    the default is the process group's timeout.
+    `context_parallel_size` neighbouring ranks, has its own documents and all ranks share the attention. servers: the number
+    of ranks at the end of the group that have no model and call `serve` instead. adaptive: distribute attention according to
+    the ranks' speeds, either measured or replayed from a log (see `RankSpeeds`). timeout: seconds after which an error names
+    a rank that has not answered; the default is the process group's timeout.
 
     Raises DistattnError for unknown values and invalid combinations.
     """
@@ -98,7 +98,7 @@ class AttentionConfig(AttentionKeys):
 
     @classmethod
     def of(cls, base: AttentionKeys | None, /, **settings: Any) -> AttentionConfig:
-        """Return the given settings, and those of `base` for the rest.
+        """Return a config with the given settings, and those of `base` for the rest.
 
         Raise DistattnError for an unknown setting, or if no strategy is given.
         """
@@ -116,7 +116,7 @@ class AttentionConfig(AttentionKeys):
 
     @property
     def backward_policy(self) -> str:
-        """The backward policy: the one set, or otherwise the strategy's own."""
+        """The backward policy that was set, or otherwise the strategy's default."""
         return self.backward or STRATEGIES[self.strategy].backward
 
     @property
@@ -126,7 +126,7 @@ class AttentionConfig(AttentionKeys):
         return {**({"max_buffer_bytes": self.max_buffer_bytes} if is_limited else {}), **(self.options or {})}
 
     def check_kernel(self) -> None:
-        """Import the kernel. Raise DistattnError if anything that it needs is not installed."""
+        """Import the kernel. Raise DistattnError if a package that it needs is not installed."""
         if self.kernel not in (None, AUTO):
             load_kernel(self.kernel)
 
@@ -152,5 +152,5 @@ def check_layout(layout: str, options: Mapping[str, Any] | None, document_mask: 
         raise DistattnError(f"layout {layout!r} does not exist; there are {', '.join(LAYOUTS)}.")
     for name in (options or {}).keys() - inspect.signature(LAYOUTS[layout]).parameters.keys():
         raise DistattnError(f"layout {layout} has no option {name!r}.")
-    # make a small layout, so that errors are raised now rather than at the first batch
+    # create a small layout, so that errors are raised now rather than at the first batch
     make_layout(layout, [64], 2, Mask.documents([64], document_mask), **(options or {}))

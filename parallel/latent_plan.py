@@ -1,9 +1,9 @@
 """Plans of multi-head latent attention: either latents move, or the keys and values expanded from them by their owners.
 
-A latent of 512 numbers and a rotary key of 64 are as large as the keys and values of about two heads. If a rank needs the keys of
-many heads, sending latents therefore takes far fewer bytes. However, every rank that receives a latent expands it again, in each
-direction, and strategies that distribute heads over ranks need the keys of only a few heads. Both plans are made, and the faster
-one is used.
+A latent of 512 elements and a rotary key of 64 are as large as the keys and values of about two heads. If a rank needs the keys
+of many heads, sending latents therefore takes far fewer bytes. However, every rank that receives a latent expands it again, in
+each direction, and strategies that distribute heads over ranks need the keys of only a few heads. Both plans are made, and the
+faster one is used.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def make_latent_plan(
     cluster: AnyCluster | str | Path | None = None,
     **settings: Any,
 ) -> Plan:
-    """Plan one call of latent attention, either as `latent_op(rotary_dim, latent_dim)` or as attention with one key head per
+    """Plan one call of latent attention, either as `latent_op(rotary_dim, latent_dim)` or as attention with one KV head per
     query head.
 
     heads, head_dim (including the rotary part) and v_head_dim are those of queries and values. config, cluster and settings are

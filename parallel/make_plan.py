@@ -51,26 +51,27 @@ def make_plan(
 ) -> Plan:
     """Plan one call. This is a pure host function without torch that returns the same plan on every rank.
 
-    heads and kv_heads count the query and key/value heads on one tensor-parallel rank. dtype is that of q, k and v ("float16",
-    "bfloat16", "float32", "float64", or a torch or NumPy dtype). backward is one of POLICIES; the default is the
-    strategy's own. cluster says which ranks share a node. As a ClusterSpec, the name of one ("h200-8x8") or a TOML file, it
-    also gives the speeds of kernels and links. options are the strategy's own options, by name. comm_dtype is the dtype in
-    which outputs and gradients are sent: q's, or by default the accumulation dtype. If no two partial results are added, q's
-    loses nothing. working_layout is the layout on which the strategy works, if it differs from that of q, k, v and o; the call
-    moves tokens there and back. max_buffer_bytes is the most bytes of buffers that a rank may need at once (see `verify`). If a
-    plan needs more, heads are computed in several chunks. The backward policy is then "keep" only if requested explicitly,
-    because kept tensors do not shrink.
+    heads and kv_heads count the query and key/value heads on one tensor-parallel rank. dtype is that of q, k and v
+    ("float16", "bfloat16", "float32", "float64", or a torch or NumPy dtype). backward is one of POLICIES; the default is the
+    strategy's own. cluster determines which ranks share a node. If it is a ClusterSpec, the name of one ("h200-8x8") or a
+    TOML file, it also gives the speeds of kernels and links. options are the strategy's own options, keyed by name.
+    comm_dtype is the dtype in which outputs and gradients are sent: q's, or by default the accumulation dtype. If partial
+    results are never added, sending in q's dtype loses no precision. working_layout is the layout on which the strategy
+    works, if it differs from that of q, k, v and o; the call moves tokens there and back. max_buffer_bytes is the most bytes
+    of buffers that a rank may hold at any one time (see `verify`). If a plan needs more, heads are computed in several
+    chunks. The backward policy is then "keep" only if requested explicitly, because kept tensors do not shrink.
 
     op is the op to compute, an Op or its name: "attention", or a recurrence ("gated_delta_rule", "ssd", "gla", ...; see
     `distattn.ir.op`). For a recurrence, heads are those of values and states, kv_heads are those of queries and keys, head_dim
     and v_head_dim are the dims of a state, and the strategies are those of `strategies_of(op)`.
 
-    config holds strategy, backward, options, comm_dtype, cluster and max_buffer_bytes in one record. A strategy given as well
-    replaces the config's strategy, backward and options. Options given without a strategy are added to the config's.
+    config holds strategy, backward, options, comm_dtype, cluster and max_buffer_bytes in one record. If strategy is also
+    given, it replaces the config's strategy, backward and options. Options given without a strategy are added to the
+    config's.
 
-    A strategy's candidates are compared by bytes or by simulated seconds (see `Strategy`), separately for forward and backward,
-    or together if the backward keeps received tensors. Raise DistattnError if the call cannot be planned as requested, and
-    PlanError, with the least possible bytes, if no number of chunks is enough.
+    A strategy's candidates are compared by bytes or by simulated seconds (see `Strategy`), separately for forward and
+    backward, or together if the backward keeps received tensors. Raise DistattnError if the call cannot be planned as
+    requested, and PlanError, naming the fewest bytes possible, if no number of chunks suffices.
     """
     op = op_of(op)
     if config is not None:
@@ -125,7 +126,7 @@ def make_plan(
 
     policy = backward or chosen.backward
     forwards = candidates("forward", policy)
-    # True if the backward pass has tasks of its own
+    # True if the backward pass has its own tasks
     has_backward_tasks = op.has_gradient and (chosen.own_backward or (chosen.by_direction and policy != "keep"))
     backwards = candidates("backward", policy) if has_backward_tasks else None
     plan = planned(policy, forwards, backwards)
@@ -146,13 +147,14 @@ def make_plan(
 
 
 def _most_needed(plan: Plan) -> int:
-    """Return the peak bytes of buffers, the maximum over ranks and passes."""
+    """Return the peak bytes of buffers: the maximum over ranks and passes."""
     proof = verify(plan)
     return int(max(proof.forward_peak.max(), proof.backward_peak.max()))
 
 
 def _fewest_bytes(call: Call, forwards: list[Table], backwards: list[Table], policy: str) -> tuple[Table, Table]:
-    """Return the forward and backward tables that move the fewest bytes. With policy "keep", both come from one candidate."""
+    """Return the forward and backward tables that move the fewest bytes. With policy "keep", both are from the same
+    candidate."""
     forward_bytes, backward_bytes = (
         np.array([int(move_bytes(call, table.moves).sum()) for table in tables]) for tables in (forwards, backwards)
     )
@@ -169,7 +171,7 @@ def _fastest(call: Call, cluster: AnyCluster | None, candidates: Iterable[Table]
     if not isinstance(cluster, ClusterSpec):
         return asked_for
     spec = cluster
-    # candidates are generated lazily: do not plan tables that will not be simulated
+    # candidates are generated lazily, so tables that will not be simulated are never planned
     at_home = next(remaining, None)
     if at_home is None:
         return asked_for
@@ -197,7 +199,7 @@ def _seconds_of_tables(call: Call, cluster: AnyCluster | None, direction: str) -
 
 
 def _without_idle_steps(table: Table) -> Table:
-    """Return the table without steps in which no rank does anything, and with the other steps renumbered."""
+    """Return the table without the steps in which no rank does anything, and with the remaining steps renumbered."""
     busy = sorted_unique(np.concatenate([table.tasks["step"], table.moves["step"]]))
     tasks, moves = ({**part, "step": np.searchsorted(busy, part["step"])} for part in (table.tasks, table.moves))
     return Table(tasks, moves, table.label)

@@ -13,7 +13,7 @@ from distattn.parallel.make_plan import make_plan
 
 
 class PrefixSoftmaxPlans(NamedTuple):
-    """The plans of `prefix_softmax`, or their executables, in the order in which they run.
+    """The plans of `prefix_softmax`, or their executables, in the order they run.
 
     maximum: a "prefix_max" over each latent's logits. total: an "ssd" with one head per latent, for the sums of exponentials.
     weighted: a "gla" for the sums of values times exponentials, with one state row per latent.
@@ -49,7 +49,7 @@ def make_prefix_softmax_plans(
 ) -> PrefixSoftmaxPlans:
     """Plan one call of `prefix_softmax` on causal documents, on the host without torch. All ranks get the same plans.
 
-    latents: the number of softmaxes over tokens in each head. dtype: the dtype of values. strategy, settings: those of
+    latents: the number of softmaxes over tokens per head. dtype: the dtype of the values. strategy, settings: those of
     `make_plan` for recurrences (cluster, options, working_layout, ...), used for all three plans. Raise the errors of
     `make_plan`.
     """
@@ -59,7 +59,7 @@ def make_prefix_softmax_plans(
 
 
 def prefix_softmax_shapes(heads: int, latents: int, v_head_dim: int, dtype: str) -> list[CallSizes]:
-    """Return the heads, dims, dtype and op of the three calls. Maxima and sums have the accumulation dtype."""
+    """Return the heads, dims, dtype and op of the three calls. Maxima and sums are in the accumulation dtype."""
     wide = "float64" if dtype == "float64" else "float32"
     return [
         CallSizes(heads=heads, kv_heads=heads, head_dim=1, v_head_dim=latents, dtype=wide, op=PREFIX_MAX),

@@ -38,10 +38,10 @@ def make_recurrent_plan(
 ) -> Plan:
     """Plan one call of a recurrence with `scan` or `ulysses`, whichever simulates faster, forward plus backward.
 
-    op, heads and settings are those of `make_plan`. config's strategy, backward and options are for attention and not used
-    here. `explain` reports both times. The plan is always scan's if options for it are given, if speeds are unknown, if there
-    are fewer heads than ranks, or if a rank has no tokens: such a rank may be a server, which computes attention only. Raise
-    the errors of `make_plan`. If both strategies fail, the error is scan's.
+    op, heads and settings are those of `make_plan`. config's strategy, backward and options apply to attention and are not
+    used here. `explain` reports both times. The plan always uses `scan` if options for it are given, if speeds are unknown,
+    if there are fewer heads than ranks, or if a rank has no tokens, since it may be a server, which computes only attention.
+    Raise the errors of `make_plan`. If both strategies fail, raise the error of `scan`.
     """
     cluster = resolve_cluster(cluster)
     plan = partial(make_plan, mask, layout, op=op, heads=heads, config=config, cluster=cluster, **settings)

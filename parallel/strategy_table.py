@@ -26,12 +26,13 @@ class Strategy:
     """A pure function (call, cluster[, options][, direction]) -> candidate forward tables, and how to use it.
 
     backward: the default backward policy. options: the frozen dataclass of its options, or None. by_direction: the function
-    also takes direction="backward", to assign tasks by their cost in that pass. choose_by: "bytes" takes the candidate that
-    moves the fewest. "seconds" simulates candidates on a ClusterSpec: the first candidate is the one requested, the second
-    moves only what it must. The others lie in between, and are made only if the first is not faster than the second. Without a
-    ClusterSpec, the first is taken. own_backward: candidates for direction="backward" are backward tables themselves, not
-    derived from forward tables. The function then also takes working_layout and `seconds`, a function that simulates a table
-    of that direction, or None if speeds are unknown. recurrent: it can plan recurrences. others: it can plan all other ops.
+    also takes direction="backward", to assign tasks by their cost in that pass. choose_by: "bytes" chooses the candidate that
+    moves the fewest bytes. "seconds" simulates candidates on a ClusterSpec: the first candidate is the one requested, and the
+    second moves only what it must. The others are in between, and are generated only if the first is not faster than the
+    second. Without a ClusterSpec, the first is chosen. own_backward: candidates for direction="backward" are backward tables
+    themselves, not derived from forward tables. The function then also takes working_layout and `seconds`, a function that
+    simulates a table of that direction, or None if speeds are unknown. recurrent: True if it can plan recurrences. others:
+    True if it can plan all other ops.
     """
 
     forward: Callable[..., Iterable[Table]]
@@ -89,7 +90,7 @@ _ALL_STRATEGIES: Mapping[str, Strategy] = {
 
 
 def strategies_of(op: Op) -> Mapping[str, Strategy]:
-    """Return the strategies that can plan an op, by name."""
+    """Return the strategies that can plan an op, keyed by name."""
     return {
         name: strategy
         for name, strategy in _ALL_STRATEGIES.items()

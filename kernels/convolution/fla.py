@@ -32,7 +32,7 @@ class Sequences(NamedTuple):
     """The sequences of heads [h0, h1).
 
     ends: end offsets, on the host. offsets: 0 and the ends, as a tensor. key_P: the key of each token, or S for none.
-    token_R, row_R: token number and row number of each row.
+    token_R, row_R: for each row of the bands, its index among the tokens of all sequences and its index in the launch.
     """
 
     h0: int
@@ -45,7 +45,7 @@ class Sequences(NamedTuple):
 
 
 class SequenceSchedule(NamedTuple):
-    """All sequences of a launch, and its numbers of rows and keys."""
+    """All sequences of a launch, and the launch's row and key counts."""
 
     sequences: tuple[Sequences, ...]
     rows: int
@@ -95,11 +95,11 @@ def prepare(mask: LaunchMask, requirements: KernelRequirements) -> SequenceSched
 
 
 def forward(x_SHD: Tensor, weight_HDW: Tensor, schedule: SequenceSchedule) -> Tensor:
-    """Compute y_THD in the accumulation dtype. Rows without cells are 0."""
+    """Compute y_THD in the accumulation dtype. Rows without cells get 0."""
     y_THD = x_SHD.new_zeros((schedule.rows, *x_SHD.shape[1:]), dtype=accumulation_dtype(x_SHD.dtype))
     for part in schedule.sequences:
         heads = slice(part.h0, part.h1)
-        # the inputs may require gradients, which `backward` computes
+        # disable autograd: the inputs may require gradients, but `backward` computes these
         with torch.no_grad():
             y_1PC = _convolved(_gathered(x_SHD[:, heads], part), weight_HDW[heads].flatten(0, 1), part)
         y_RHD = y_1PC[0, part.token_R].unflatten(1, (part.h1 - part.h0, -1))
@@ -118,7 +118,7 @@ def backward(do_THD: Tensor, x_SHD: Tensor, weight_HDW: Tensor, schedule: Sequen
         weight_CW = weight_HDW[heads].detach().flatten(0, 1).to(wide).requires_grad_()
         do_1PC = torch.zeros_like(x_1PC)
         do_1PC[0, part.token_R] = do_THD[part.row_R, heads].flatten(1).to(do_1PC.dtype)
-        # inside an operator autograd is off: enable it for this function only
+        # autograd is disabled inside an operator: enable it for this function only
         with torch.enable_grad():
             y_1PC = _convolved(x_1PC, weight_CW, part)
         dx_1PC, dweight_CW = torch.autograd.grad(y_1PC, [x_1PC, weight_CW], do_1PC)

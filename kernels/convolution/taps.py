@@ -26,7 +26,8 @@ ACCUMULATES = False
 
 
 class TapRows(NamedTuple):
-    """The rows of heads [h0, h1) with a cell at one distance, and the key of each, `distance` tokens before the row."""
+    """The rows of heads [h0, h1) that have a cell at one distance, and the key of each, which is `distance` tokens
+    before the row."""
 
     h0: int
     h1: int
@@ -36,7 +37,7 @@ class TapRows(NamedTuple):
 
 
 class TapSchedule(NamedTuple):
-    """All taps of a launch, and its numbers of rows and keys."""
+    """All taps of a launch, and the launch's row and key counts."""
 
     taps: tuple[TapRows, ...]
     rows: int
@@ -67,7 +68,7 @@ def prepare(mask: LaunchMask, requirements: KernelRequirements) -> TapSchedule:
 
 
 def forward(x_SHD: Tensor, weight: Tensor | None, schedule: TapSchedule) -> Tensor:
-    """Compute y_THD in the accumulation dtype. Rows without cells are 0."""
+    """Compute y_THD in the accumulation dtype. Rows without cells get 0."""
     wide = accumulation_dtype(x_SHD.dtype)
     x, weight = x_SHD.to(wide), None if weight is None else weight.to(wide)
     y_THD = x.new_zeros((schedule.rows, *x.shape[1:]))
@@ -93,13 +94,13 @@ def backward(
         dx_SHD[tap.keys, heads] += _weighted(of_rows, of_weight)
         if total is not None:
             of_keys = x[tap.keys, heads]
-            # einsum is slower than this product if it only sums over tokens
+            # einsum is slower than this product when only tokens are summed over
             total += (of_rows * of_keys).sum(0) if total.dim() == 2 else torch.einsum("the,thd->hed", of_rows, of_keys)
     return dx_SHD, dweight
 
 
 def _of_distance(weight: Tensor | None, tap: TapRows) -> Tensor | None:
-    """Return a view of the weight of this tap and its heads, (H, D) or (H, E, D)."""
+    """Return a view of the weight for this tap and its heads, (H, D) or (H, E, D)."""
     return None if weight is None else weight[tap.h0 : tap.h1, ..., weight.shape[-1] - 1 - tap.distance]
 
 

@@ -17,7 +17,7 @@ from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.trials import Trial, median_seconds, try_each
 from distattn.kernels.triton.launch import schedule_to_device
 
-# document lengths for comparison and for timing; number of taps, as in most models
+# document lengths for the comparison and for timing; the number of taps, as in most models
 _COMPARED, _TIMED, _TAPS = (150, 1, 64, 33), (2048, 1500, 548), 4
 _SEED = 1234
 
@@ -53,7 +53,7 @@ def try_convolution(
     key_heads: int,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Trial]:
-    """Try kernels on calls with `heads` heads. Convolutions ignore key_heads."""
+    """Try kernels on calls with `heads` heads. Convolutions ignore `key_heads`."""
     return try_each(
         names,
         requirements,

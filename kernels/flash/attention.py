@@ -3,8 +3,8 @@
 `torch.nn.attention.activate_flash_attention_impl("FA3")` changes the operators' implementation. This module then only
 differs in which calls it accepts. The operators are private to PyTorch (`aten::_flash_attention_forward` and
 `_backward`); a test checks their arguments. Partial outputs have the inputs' precision, as in every library that merges
-them. The operators take one head dim: if values have a different one from queries and keys (MLA: 128 and 192), the
-narrower tensors are padded with zeros. `pieces` describes how masks are expressed.
+them. The operators accept only one head dim: if values have a different one from queries and keys (MLA: 128 and 192),
+the narrower tensors are padded with zeros. `pieces` describes how masks are expressed.
 """
 
 # T query rows, S key rows, H query heads, K key/value heads, D head dim, E value head dim
@@ -24,7 +24,7 @@ from distattn.kernels.merge import output_with_delta
 from distattn.kernels.spec import KernelRequirements, LaunchShape, ScoreMod
 from distattn.kernels.triton.launch import multiprocessors
 
-# the operator takes o instead of delta, so it cannot express a row with dO = 0 and delta != 0
+# the operator accepts o instead of delta, so it cannot represent a row with dO = 0 and delta != 0
 DIFFERENTIABLE_LSE = False
 ACCUMULATES = True
 DTYPES = (torch.bfloat16, torch.float16)
@@ -65,7 +65,8 @@ def implementation() -> str:
 
 
 def _implementation_reason(name: str, device: torch.device, dim: int) -> str | None:
-    """Return why an activated implementation cannot serve a call, or None. Sources: `torch/nn/attention/_fa3.py`, `_fa4.py`."""
+    """Return why an activated implementation cannot serve a call, or None if it can. Sources:
+    `torch/nn/attention/_fa3.py`, `_fa4.py`."""
     if name not in ("FA3", "FA4") or not torch.cuda.is_available():
         return None
     major = torch.cuda.get_device_capability(device)[0]
@@ -79,7 +80,7 @@ def _implementation_reason(name: str, device: torch.device, dim: int) -> str | N
 
 
 def prepare(mask: LaunchMask, requirements: KernelRequirements) -> FlashSchedule:
-    """Return the operator calls that compute the mask. Raise DistattnError for masks that they cannot express."""
+    """Return the operator calls that cover the mask. Raise DistattnError for masks that they cannot express."""
     return flash_schedule(mask)
 
 
@@ -92,16 +93,16 @@ def forward(
     into: tuple[Tensor, Tensor] | None = None,
     merge: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Compute (o_THE, lse_TH), in fp32 unless `into` has another dtype. Rows without keys get o = 0 and lse = -inf.
+    """Compute (o_THE, lse_TH), in fp32 unless `into` has a different dtype. Rows without keys get o = 0 and lse = -inf.
 
-    into: the (o, lse) to write the result to or, with `merge`, to merge it into.
+    into: the (o, lse) to write the result to or, if `merge` is set, to merge it into.
     """
     dim = v_SKE.shape[2]
     if into is None:
         o_THE = q_THD.new_empty(*q_THD.shape[:2], dim, dtype=torch.float32)
         into = o_THE, q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
     o_THE, lse_TH = into
-    # the results of several calls are always merged in fp32
+    # results of several calls are always merged in fp32
     wide_THE = o_THE if o_THE.dtype == torch.float32 else torch.empty_like(o_THE, dtype=torch.float32)
     if wide_THE is not o_THE and merge:
         wide_THE.copy_(o_THE)
@@ -143,8 +144,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the mask's contribution to (dq_THD, dk_SKD, dv_SKE) from the final lse and delta = rowsum(dO * O).
 
-    into: dq and (dk, dv) to write the results to; None allocates fp32 tensors. add: whether to add to the contents of
-    dq, and of dk and dv, instead of overwriting them.
+    into: dq and (dk, dv) to write the results to; None allocates fp32 tensors. add: whether to add to dq, and whether
+    to add to dk and dv, instead of overwriting them.
     """
     places = into[0], *(into[1] or (None, None))
     adds = add[0], add[1], add[1]
@@ -153,12 +154,12 @@ def backward(
     for total, adds_, overwritten in zip(grads, adds, reached, strict=True):
         if not adds_ and not overwritten:
             total.zero_()
-    # ranks that compute tasks receive delta instead of o: make an o with the same row sums
+    # ranks that compute tasks receive delta instead of o: construct an o with the same row sums
     o_THE = output_with_delta(do_THE, delta_TH)
     do_all, q_all, k_all, v_all, o_all = _of_one_dim(do_THE, q_THD, k_SKD, v_SKE, o_THE)
     # weights are exp(score - lse), and must be 0 in a row without keys
     lse_HT = lse_TH.masked_fill(lse_TH == -torch.inf, torch.inf).t()
-    # RNG state for dropout, which is off
+    # RNG state for dropout, which is disabled
     random = q_THD.new_zeros(2, dtype=torch.uint64), q_THD.new_empty(0, dtype=torch.uint64)
     for call in schedule.calls:
         rows, keys = (call.rows, call.heads), (call.keys, call.kv_heads)
@@ -197,7 +198,7 @@ def workspace_bytes(direction: str, shape: LaunchShape, schedule: FlashSchedule)
     `mha_varlen_bwd` in PyTorch's `aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp`) allocates dQ in
     fp32 and softmax_d, both with 128 extra rows per sequence, and dK and dV for every query head. It splits keys only
     in calls with one query row. FlashAttention 3 (`mha_fwd` and `mha_bwd` in `hopper/flash_api.cpp` of
-    Dao-AILab/flash-attention) also rounds the total number of rows up to whole blocks. It allocates fp32 accumulators
+    Dao-AILab/flash-attention) also rounds the total number of rows up to full blocks. It allocates fp32 accumulators
     for dK and dV, a second log-sum-exp and semaphores, and in the forward pass fp32 partial results for each part of
     the keys. The allocations of FlashAttention 4 are unknown.
     """
@@ -206,21 +207,21 @@ def workspace_bytes(direction: str, shape: LaunchShape, schedule: FlashSchedule)
     # 16-bit copies of the operands, padded to the wider head dim
     padded = 0 if shape.head_dim == shape.v_head_dim else 2 * widest * (rows + 2 * keys)
     calls = [_call_bytes(direction, call, widest) for call in schedule.calls]
-    # a call's results stay alive until those of the next call exist
+    # a call's results stay alive until the next call has returned its own
     of_calls = 2 * max((results for results, _ in calls), default=0) + max((other for _, other in calls), default=0)
     if direction == "forward":
         return 4 * rows * shape.v_head_dim + padded + of_calls
     sums = 4 * ((shape.dq_bytes != 4) * rows * shape.head_dim + keys * (shape.head_dim + shape.v_head_dim))
-    # fp32 temporaries and 16-bit result of `output_with_delta`, padded o and dO, log-sum-exp and its mask
+    # fp32 temporaries and the 16-bit result of `output_with_delta`, padded o and dO, the log-sum-exp and its mask
     outputs = rows * (3 * 4 * shape.v_head_dim + 2 * 2 * widest + 4 + 1)
     return sums + outputs + padded + of_calls
 
 
 def _call_bytes(direction: str, call: FlashCall, dim: int) -> tuple[int, int]:
-    """Return (the bytes of a call's results, the bytes of other memory that it holds until it returns)."""
+    """Return the bytes of a call's results, and the bytes of other memory that it holds until it returns."""
     heads, kv_heads = call.heads.stop - call.heads.start, call.kv_heads.stop - call.kv_heads.start
     rows, keys = call.rows.stop - call.rows.start, call.keys.stop - call.keys.start
-    # every call allocates two numbers of RNG state, in blocks of 512 bytes
+    # every call allocates two integers of RNG state, in blocks of 512 bytes
     few = 2 * 512
     if direction == "forward":
         # fp32 partial results for each part of the keys
@@ -232,9 +233,10 @@ def _call_bytes(direction: str, call: FlashCall, dim: int) -> tuple[int, int]:
     rounded = -(-dim // 64) * 64
     # one extra block per sequence, and one for rounding
     long_rows, long_keys = rows + 128 * (sequences + 1), keys + 128 * (sequences + 1)
-    # one semaphore per block of each sequence, as if all were as long as the longest: for dQ and, if deterministic, dK and dV
+    # one semaphore per block of each sequence, as if all were as long as the longest, for dQ and, in deterministic
+    # mode, for dK and dV
     semaphores = 4 * sequences * (-(-call.longest_q // 64) * heads + 2 * -(-call.longest_k // 64) * kv_heads)
-    # under torch.use_deterministic_algorithms, several groups of programs each accumulate a dQ of their own
+    # under torch.use_deterministic_algorithms, several groups of programs each accumulate their own dQ
     splits = 1
     if torch.are_deterministic_algorithms_enabled():
         splits = -(-multiprocessors(call.starts_q.device) // (sequences * heads))
@@ -245,7 +247,7 @@ def _call_bytes(direction: str, call: FlashCall, dim: int) -> tuple[int, int]:
 
 
 def _key_parts(call: FlashCall, dim: int) -> int:
-    """Return an upper bound on the number of parts into which FlashAttention 3 splits keys in the forward pass.
+    """Return an upper bound on the number of parts that FlashAttention 3 splits keys into in the forward pass.
 
     It is 1 if keys are not split. The rule is that of `get_num_splits` (`hopper/flash_api.cpp`) and
     `num_splits_heuristic` (`hopper/heuristics.h`). PyTorch leaves the choice to them except in deterministic mode
@@ -255,21 +257,22 @@ def _key_parts(call: FlashCall, dim: int) -> int:
         return 1
     heads, kv_heads = call.heads.stop - call.heads.start, call.kv_heads.stop - call.kv_heads.start
     processors = multiprocessors(call.starts_q.device)
-    # keys and values of a head that exceed the L2 cache are split into parts that fit
+    # keys and values of a head that exceed the L2 cache are split into parts that fit in it
     part_counts = [1] if _is_causal(call) else [-(-4 * dim * call.longest_k // (50 << 20))]
-    # the kernel uses one of these numbers of query rows per block, and at least 64 keys
+    # the kernel uses one of these numbers of query rows per block, and at least 64 keys per block
     for block in (64, 128, 192):
         blocks = kv_heads * -(-call.longest_q * (heads // kv_heads) // block)
         most = min(_MOST_KEY_PARTS, processors, -(-call.longest_k // 64))
         if blocks < 0.8 * processors and most > 1:
-            # bound of the rule: the first number of parts that keeps at least 85 % of the multiprocessors busy
+            # an upper bound on the rule's result: the first number of parts that keeps at least 85 % of the
+            # multiprocessors busy
             waves = ((parts, blocks * parts / processors) for parts in range(1, most + 1))
             part_counts.append(next((parts for parts, w in waves if w >= 0.85 * math.ceil(w)), most))
     return min(max(part_counts), _MOST_KEY_PARTS)
 
 
 def _single(place: Tensor | None, like: Tensor, adds: bool) -> Tensor:
-    """Return a tensor in which to accumulate gradients in fp32: `place` itself if it is fp32, otherwise a temporary tensor."""
+    """Return a tensor in which to accumulate gradients in fp32: `place` itself if it is fp32, otherwise a temporary."""
     if place is not None and place.dtype == torch.float32:
         return place
     total = like.new_empty(like.shape, dtype=torch.float32)
@@ -277,13 +280,13 @@ def _single(place: Tensor | None, like: Tensor, adds: bool) -> Tensor:
 
 
 def _of_one_dim(*tensors: Tensor) -> list[Tensor]:
-    """Pad the tensors with zeros to the last dimension of the widest."""
+    """Pad the last dimension of the tensors with zeros to that of the widest."""
     dim = max(x.shape[2] for x in tensors)
     return [x if x.shape[2] == dim else torch.nn.functional.pad(x, (0, dim - x.shape[2])) for x in tensors]
 
 
 def _how(call: FlashCall) -> tuple[Any, ...]:
-    """Return the forward operator's arguments after q, k and v, without dropout and debug mask."""
+    """Return the forward operator's arguments after q, k and v, with dropout and the debug mask disabled."""
     return call.starts_q, call.starts_k, call.longest_q, call.longest_k, 0.0, _is_causal(call), False
 
 

@@ -1,6 +1,6 @@
 """Express a launch's bands for variable-length flash attention: sequences with one window, aligned at the bottom right corner.
 
-A call takes sequences that are consecutive in its queries and in its keys, all with the same window: in a sequence of T
+A call accepts sequences that are consecutive in its queries and in its keys, all with the same window: in a sequence of T
 rows and S keys, row i attends to key j if i + S - T - left <= j <= i + S - T + right. Each band is split into at most
 three sequences: rows whose keys start at the rectangle's edge, rows whose keys end at its edge, and the rows between.
 Sequences with equal windows in ascending order form one call.
@@ -20,14 +20,14 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints
 from distattn.kernels.launch_mask import LaunchMask, WrittenRows, split_even_groups
 
-# a window without a limit on this side
+# the size of a window that is unlimited on this side
 OPEN = -1
-# a staircase is split at every step; with fewer rows per step than this, kernels are inefficient
+# a staircase is split at every step; kernels are inefficient with fewer rows per step than this
 LEAST_STEP = 16
 
 
 class Sequence(NamedTuple):
-    """A sequence: rows [q0, q1) attend to keys [k0, k1) in a window aligned at the last row and the last key."""
+    """A sequence: rows [q0, q1) attend to keys [k0, k1) in a window that aligns the last row with the last key."""
 
     q0: int
     q1: int
@@ -38,7 +38,7 @@ class Sequence(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """The rows or keys of adjacent sequences. first: True if no earlier call has written them in these heads."""
+    """The rows or keys of adjacent sequences. first: True if no earlier call has written them for these heads."""
 
     start: int
     stop: int
@@ -46,7 +46,8 @@ class Segment(NamedTuple):
 
 
 class FlashCall(NamedTuple):
-    """One operator call: its heads, rows and keys, its window, and the offsets of its sequences and of their end (int32)."""
+    """One operator call: its heads, rows and keys, its window, and the start offsets of its sequences, plus the end of
+    the last (int32)."""
 
     heads: slice
     kv_heads: slice
@@ -71,7 +72,7 @@ class FlashSchedule(NamedTuple):
 
 
 def flash_schedule(mask: LaunchMask) -> FlashSchedule:
-    """Return the operator calls that compute a launch's mask. Raise DistattnError for bands that no call can express."""
+    """Return the operator calls that cover a launch's mask. Raise DistattnError for bands that no call can express."""
     tight = tighten(mask.bands)
     some = tight[:, Q0] < tight[:, Q1]
     parts = [
@@ -94,7 +95,7 @@ def flash_schedule(mask: LaunchMask) -> FlashSchedule:
                 slice(call_sequences[0].k0, call_sequences[-1].k1),
                 starts_q,
                 starts_k,
-                # with one row the operator takes a different path, which does not support gaps between keys
+                # for a single row the operator takes a different path, which does not support gaps between keys
                 max(int(starts_q.diff().max()), 2),
                 int(starts_k.diff().max()),
                 call_sequences[0].left,
@@ -107,15 +108,15 @@ def flash_schedule(mask: LaunchMask) -> FlashSchedule:
 
 
 def sequences(band: Ints) -> Iterator[Sequence]:
-    """Yield the sequences that compute a tight band."""
+    """Yield the sequences that cover a tight band."""
     q0, q1, k0, k1, lo, hi, bq, bk, oq, ok = (int(number) for number in band)
     low, high = lo + ok - oq, hi + ok - oq
     if (bq, bk) != (1, 1):
         yield from _steps(band)
         return
-    # keys of rows before `ends` end at the band's upper limit, keys of rows from `begins` on start at its lower limit;
-    # all others end or start at the rectangle's edge. In row `begins` limit and edge coincide, so if it is the last
-    # row, it needs no sequence of its own
+    # keys of rows before `ends` end at the band's upper limit, and keys of rows from `begins` on start at its lower
+    # limit; all others end or start at the rectangle's edge. In row `begins`, limit and edge coincide, so if it is the
+    # last row, it needs no sequence of its own
     ends, begins = (min(max(row, q0), q1) for row in (k1 - high, k0 - low))
     begins = q1 if begins == q1 - 1 and begins > q0 else begins
     cuts = sorted({q0, ends, begins, q1})
@@ -140,7 +141,7 @@ def _steps(band: Ints) -> Iterator[Sequence]:
 
 
 def _by_heads(mask: LaunchMask, bands: Ints, band_heads: Ints) -> Iterator[tuple[slice, Ints]]:
-    """Yield each range of heads in which all KV heads serve equally many query heads, with its bands."""
+    """Yield each range of heads in which all KV heads serve the same number of query heads, with its bands."""
     for h0, h1 in sorted(set(map(tuple, band_heads.tolist()))):
         head_bands = bands[(band_heads == (h0, h1)).all(1)]
         for low, high in split_even_groups(h0, h1, mask.group_size, mask.first_head):
@@ -153,7 +154,8 @@ def _kv_heads(mask: LaunchMask, heads: slice) -> slice:
 
 
 def _calls(pieces: list[Sequence]) -> list[list[Sequence]]:
-    """Group sequences into calls. The sequences of a call have one window and ascend in queries and keys."""
+    """Group sequences into calls. The sequences of a call have the same window and are in ascending order of queries
+    and keys."""
     calls: list[list[Sequence]] = []
     for piece in pieces:
         for call in calls:
@@ -171,7 +173,7 @@ def _starts(call_sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
     q, k = [0], [0]
     first = call_sequences[0]
     for sequence in call_sequences:
-        # first skipped rows, then skipped keys
+        # skipped rows first, then skipped keys
         if sequence.q0 - first.q0 > q[-1]:
             q, k = [*q, sequence.q0 - first.q0], [*k, k[-1]]
         if sequence.k0 - first.k0 > k[-1]:

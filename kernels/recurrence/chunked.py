@@ -2,7 +2,7 @@
 
 Inside a chunk, interactions between tokens are matrix products. The state passes from chunk to chunk: both a chunk's
 outputs and the state that leaves it are affine in the state that enters it (Yang et al. 2024, arXiv 2406.06484 and
-2412.06464). Everything that does not depend on the state is computed for many chunks at once, and a loop over the
+2412.06464). Everything that does not depend on the state is computed for many chunks together, and a loop over the
 chunks only passes the state on. Segments of any lengths are processed side by side. The backward pass recomputes the
 chunks from last to first, so that only the states between chunks are kept. All tensors have the accumulation dtype.
 
@@ -10,8 +10,8 @@ Decays are kept as sums of logarithms, and only a later sum minus an earlier one
 overflows and vanished decays become 0. The sums are fp64, because the difference between two large sums loses digits.
 """
 
-# N segments, n of them not ended yet, M chunks per block, C tokens per chunk, T tokens, H heads, G heads of queries and
-# keys, K key dim, V value dim; a state is S_NHKV
+# N segments, n of them not finished, M chunks per block, C tokens per chunk, T tokens, H heads, G heads of queries and keys,
+# K key dim, V value dim; a state is S_NHKV
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ from distattn.kernels.recurrence.tokens import RecurrenceTokens, Segments, bound
 from distattn.kernels.recurrence.transitions import diagonal_transitions, finite_decays
 from distattn.kernels.spec import KernelRequirements
 
-# the functions also accept meta tensors, and allocate as much for them as on a device
+# the functions also accept meta tensors, and allocate as much for them as they would on a device
 RUNS_ON_META = True
-# tokens per chunk. With a decay per channel, every pair of tokens in a chunk needs a number per channel
+# tokens per chunk. If each channel has its own decay, every pair of tokens in a chunk needs one value per channel
 _CHUNK, _CHUNK_OF_CHANNELS = 64, 16
-# chunks computed at once: on CPUs more do not fit into the cache; on GPUs launch overhead dominates
+# chunks computed together: on CPUs, more do not fit into the cache; on GPUs, launch overhead dominates
 _BLOCK, _BLOCK_ON_GPUS = 16, 64
 
 
 class Level(NamedTuple):
-    """Chunks [begin, end) of a block, each from a different segment. segments: their numbers, or None for all in order."""
+    """Chunks [begin, end) of a block, each from a different segment. segments: their indices, or None for all segments
+    in order."""
 
     begin: int
     end: int
@@ -42,10 +43,10 @@ class Level(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Chunks that are computed at once.
+    """Chunks that are computed together.
 
-    rows: the row of each token, (M, C), or -1 for no token. levels: groups of chunks in the order in which states pass
-    through.
+    rows: the row of each token, (M, C), or -1 for a missing token. levels: groups of chunks in the order in which
+    states pass through them.
     """
 
     rows: Tensor
@@ -63,8 +64,8 @@ class Maps(NamedTuple):
     """A chunk's effect on a state S that enters it: o = read S + pairs (u - w S), and S becomes decay S + key^T (u - w S).
 
     read, key: (M, H, C, K). pairs: the weight of each token in each output, (M, H, C, C). u: the value that each token
-    stores, (M, H, C, V). w: what it replaces, (M, H, C, K), or None without the delta rule. decay: (M, H, K), or (M, H,
-    1) if all channels decay alike.
+    stores, (M, H, C, V). w: (M, H, C, K), where w S is the value that each token replaces, or None if there is no delta rule.
+    decay: (M, H, K), or (M, H, 1) if all channels decay alike.
     """
 
     read: Tensor
@@ -81,7 +82,7 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 def prepare(segments: Segments, requirements: KernelRequirements) -> ChunkSchedule:
-    """Return the blocks of chunks, on the host, ordered by the number of the chunk in its segment, then by segment."""
+    """Return the blocks of chunks, on the host, ordered by the index of each chunk in its segment, then by segment."""
     size = _CHUNK_OF_CHANNELS if requirements.op.decay == "channel" else _CHUNK
     longest = max((end - begin for begin, end in segments), default=0)
     size = min(size, max(longest, 1))
@@ -92,7 +93,8 @@ def prepare(segments: Segments, requirements: KernelRequirements) -> ChunkSchedu
     going, which = list(range(len(segments))), None
     for number in range(-(-longest // size)):
         still = [i for i in going if segments[i][1] - segments[i][0] > number * size]
-        # levels share their list of segments until a segment ends, because each list is a tensor to copy to the device
+        # levels share their list of segments until a segment ends, because each list is a tensor that must be copied to
+        # the device
         if len(still) < len(going):
             going, which = still, torch.tensor(still)
         levels.append(Level(len(first), len(first) + len(going), which))
@@ -121,13 +123,14 @@ def forward(x: RecurrenceTokens, chunks: ChunkSchedule, state_NHKV: Tensor) -> t
 def states(
     x: RecurrenceTokens, chunks: ChunkSchedule, state_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute (the state after each segment, each segment's A), in the dtype of the states. A is None without `transitions`.
+    """Compute (the state after each segment, each segment's A), in the dtype of the states. A is None unless
+    `transitions` is set.
 
     A is the matrix by which a segment multiplies a state: (N, H, K, K) with the delta rule. Without it, A is diagonal
-    and its diagonal is returned, (N, H, K), or (N, H, 1) if that is constant.
+    and its diagonal is returned, (N, H, K), or (N, H, 1) if it is constant.
     """
     key_dim, value_dim = state_NHKV.shape[2:]
-    # with zero values the recurrence is linear in the state, so applying it to the unit vectors gives A
+    # if all values are zero, the recurrence is linear in the state, so applying it to the unit vectors gives A
     more = key_dim if transitions and x.beta is not None else 0
     identity = torch.eye(key_dim, more, dtype=state_NHKV.dtype, device=state_NHKV.device)
     state = torch.cat([state_NHKV, identity.expand(*state_NHKV.shape[:2], -1, -1)], -1)
@@ -164,7 +167,7 @@ def backward(
         ) -> tuple[Tensor, ...]:
             return tuple(y for y in _maps(part._replace(**dict(zip(names, values, strict=True)))) if y is not None)
 
-        # unlike autograd.grad, this works inside an operator
+        # use vjp: unlike autograd.grad, it works inside an operator
         pulled: Any = torch.func.vjp(maps_of, *leaves.values())
         (read, pairs, key, decay, u, *w), pull_back = pulled
         maps = Maps(read, pairs, key, decay, u, w[0] if w else None)
@@ -206,7 +209,8 @@ def _gathered(x: RecurrenceTokens, block: Block, dtype: torch.dtype) -> Recurren
 
 
 def _rows(y: Tensor, block: Block, dtype: torch.dtype, group: int = 1) -> Tensor:
-    """Return a block's rows of a tensor (T, H, ...) as (M, H * group, C, ...): heads repeated, missing tokens zero."""
+    """Return a block's rows of a tensor (T, H, ...) as (M, H * group, C, ...): with heads repeated and zeros for
+    missing tokens."""
     heads = torch.arange(y.shape[1] * group, device=y.device) // group
     absent = block.rows < 0
     rows_MHC = y[block.rows.clamp(min=0)[:, None], heads[:, None]].to(dtype)
@@ -232,7 +236,7 @@ def _with_product(base: Tensor, left: Tensor, right: Tensor, factor: float = 1.0
 
 
 def _passed_back(maps: Maps, block: Block, do_MHCV: Tensor, dstate_NHKV: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of (u - w S, the states that leave) for a block's chunks.
+    """Return the gradients of u - w S and of the states that leave a block's chunks.
 
     Update dstate_NHKV in place to the gradients of the states before the block.
     """
@@ -266,7 +270,8 @@ def _gradients(maps: Maps, block: Block, state_MHKV: Tensor, do_MHCV: Tensor, ds
 
 
 def _maps(part: RecurrenceTokens, outputs: bool = True) -> Maps:
-    """Compute the maps of chunks whose tokens are (M, H, C, ...), differentiably. Without `outputs`, `pairs` is a placeholder."""
+    """Compute the maps of chunks whose tokens are (M, H, C, ...), differentiably. Unless `outputs` is set, `pairs` is a
+    placeholder."""
     q, k, v, g, beta = part
     chunks, heads, size, _ = v.shape
     dtype = v.dtype
@@ -293,7 +298,7 @@ def _maps(part: RecurrenceTokens, outputs: bool = True) -> Maps:
 
 
 def _products(x_MHCK: Tensor, y_MHCK: Tensor, later_MHCC1: Tensor) -> Tensor:
-    """Return sum_k x_tk y_ik (decay from i to t)_k for all pairs i <= t, 0 for others, (M, H, C, C)."""
+    """Return sum_k x_tk y_ik (decay from i to t)_k for all pairs i <= t, and 0 for all others, (M, H, C, C)."""
     if later_MHCC1.shape[-1] == 1:
         return (x_MHCK @ y_MHCK.transpose(-1, -2)) * later_MHCC1[..., 0]
     return torch.einsum("mhtk,mhik,mhtik->mhti", x_MHCK, y_MHCK, later_MHCC1)

@@ -1,11 +1,11 @@
 """Recurrences on GPUs with the chunk kernels from flash-linear-attention (package `fla-core`, our extra `fla`).
 
-Only fla-core's public functions are called; they take and return states, and each task of a plan is one such call. To
-compute the effect (A, B) of a segment on any state, the recurrence runs on values [v | 0] from the state [0 | I] and
-ends in [B | A]. Its effect on a gradient is the gradient of its initial state. The backward pass repeats the forward
-pass, because fla-core keeps its intermediate tensors only in autograd's graph.
+Only fla-core's public functions are called; they accept and return states, and each task of a plan is one such call.
+To compute the effect (A, B) of a segment on any state, the recurrence runs on values [v | 0] from the state [0 | I]
+and ends in [B | A]. Its effect on a gradient is the gradient of its initial state. The backward pass repeats the
+forward pass, because fla-core keeps its intermediate tensors only in autograd's graph.
 
-Products take operands of the inputs' dtype. float32 inputs are refused, because fla-core would use TF32. States are
+Products use operands of the inputs' dtype. float32 inputs are rejected, because fla-core would use TF32. States are
 float32.
 """
 
@@ -59,7 +59,7 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 class SequenceEnds(NamedTuple):
-    """The ends of consecutive segments, on the host; their offsets and their rows [begin, end), as tensors."""
+    """The ends of consecutive segments, on the host, and their offsets and rows [begin, end), as tensors."""
 
     ends: tuple[int, ...]
     offsets: Tensor
@@ -76,7 +76,7 @@ def prepare(segments: Segments, requirements: KernelRequirements) -> SequenceEnd
 
 def forward(x: RecurrenceTokens, sequences: SequenceEnds, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
     """Compute (o_THV in the inputs' dtype, the state after each segment in float32). The segments must cover all rows."""
-    # the inputs may require gradients, which `backward` computes
+    # disable autograd: the inputs may require gradients, but `backward` computes these
     with torch.no_grad():
         o, leaving = _called(_prepared(x), sequences, state_NHKV)
     return o[0], leaving
@@ -85,7 +85,7 @@ def forward(x: RecurrenceTokens, sequences: SequenceEnds, state_NHKV: Tensor) ->
 def states(
     x: RecurrenceTokens, sequences: SequenceEnds, state_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute (the state after each segment, with `transitions` also each segment's A), in float32. See `chunked.states`."""
+    """Compute the state after each segment and, if `transitions` is set, each segment's A, in float32. See `chunked.states`."""
     key_dim, value_dim = state_NHKV.shape[2:]
     if not transitions or x.beta is None:
         _, leaving = forward(x, sequences, state_NHKV)
@@ -103,7 +103,7 @@ def backward(
     part = _prepared(x)
     leaves = {name: y.detach().requires_grad_() for name, y in part.by_token().items()}
     entering = state_NHKV.detach().requires_grad_()
-    # inside an operator autograd is off: enable it for this function only
+    # autograd is disabled inside an operator: enable it for this function only
     with torch.enable_grad():
         o, leaving = _called(part._replace(**leaves), sequences, entering)
     gradients = [do_THV.to(o.dtype)[None], dstate_NHKV]
@@ -118,7 +118,7 @@ def backward(
 def gradient_states(
     x: RecurrenceTokens, sequences: SequenceEnds, do_THV: Tensor, dstate_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute (gradients of the initial states, with `transitions` also each segment's A), in float32.
+    """Compute the gradients of the initial states and, if `transitions` is set, each segment's A, in float32.
 
     See `chunked.gradient_states`.
     """
@@ -127,7 +127,7 @@ def gradient_states(
 
 
 def _prepared(x: RecurrenceTokens) -> RecurrenceTokens:
-    """Return the tokens in fla-core's form: (1, T, ...), with finite decays.
+    """Return the tokens as fla-core expects them: (1, T, ...), with finite decays.
 
     Queries and keys are repeated for functions that do not support grouped heads.
     """

@@ -13,14 +13,15 @@ from packaging.version import Version
 
 NEWER_TORCH = "install torch 2.13 (Triton 3.7.1)"
 TILELANG = "tilelang with the CUDA compiler nvcc"
-# fla-core itself refuses these versions, but only in the backward pass (its issue 640)
+# Triton versions from the first (inclusive) to the second (exclusive) are wrong; fla-core itself rejects them only in
+# the backward pass (its issue 640)
 _FIRST_WRONG, _FIRST_RIGHT = Version("3.4.0"), Version("3.7.1")
-# nightly builds of PyTorch depend on the latter package
+# nightly builds of PyTorch depend on the second package
 _TRITONS = ("triton", "pytorch-triton")
 
 
 class DecayFault(NamedTuple):
-    """The reason why fla-core cannot compute per-token decays on this machine, and what to install so that it can."""
+    """The reason why fla-core cannot compute per-token decays on this machine, and what to install to fix it."""
 
     fault: str
     remedy: str
@@ -33,7 +34,7 @@ def token_decay_fault(capability: int, has_delta_rule: bool) -> DecayFault | Non
     """Return why fla-core cannot compute per-token decays on a GPU of this compute capability (90 is Hopper), or None.
 
     has_delta_rule: True for an op with a delta rule, such as Gated DeltaNet. fla-core 0.6 can compute such ops with
-    tilelang, but no others: `fla/ops/simple_gla/chunk.py` keeps fp32 states, which its tilelang kernels refuse.
+    tilelang, but no others: `fla/ops/simple_gla/chunk.py` keeps fp32 states, which its tilelang kernels reject.
     """
     triton = _triton_version()
     if capability != 90 or triton is None or not _FIRST_WRONG <= Version(triton) < _FIRST_RIGHT:
@@ -49,7 +50,7 @@ def token_decay_fault(capability: int, has_delta_rule: bool) -> DecayFault | Non
 def fla_core_advice(capability: int, delta_rules: tuple[bool, ...] = (True, False)) -> DecayFault | None:
     """Return why fla-core cannot compute per-token decays, and a remedy. Return None if it can, or if it is not installed.
 
-    delta_rules: for each op in use, whether it has a delta rule. By default, both kinds are checked.
+    delta_rules: for each op in use, whether it has a delta rule. By default, check ops both with and without one.
     """
     if _installed_version("fla-core") is None:
         return None
@@ -78,6 +79,6 @@ def _has_nvcc() -> bool:
     folders = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     if shutil.which("nvcc") or any((Path(folder) / "bin" / "nvcc").exists() for folder in folders if folder):
         return True
-    # from version 13 on this package contains nvcc
+    # this package has contained nvcc since version 13
     package = "nvidia-cuda-nvcc"
     return _installed_version(package) is not None and any(file.name == "nvcc" for file in files(package) or [])

@@ -22,9 +22,9 @@ Segments = Sequence[tuple[int, int]]
 class RecurrenceTokens(NamedTuple):
     """The inputs of a recurrence.
 
-    q, k: (T, G, K), shared by consecutive heads. v: (T, H, V). g: log decays, at most 0: (T, H), (T, H, K) with a decay
-    per key channel, (H,) if all tokens share a decay, or None without decay. beta: the fraction of a key's stored value
-    to replace, (T, H), or None without the delta rule.
+    q, k: (T, G, K), shared by consecutive heads. v: (T, H, V). g: log decays, at most 0: (T, H), (T, H, K) with a decay per
+    key channel, (H,) if all tokens share a decay, or None if there is no decay. beta: the fraction of a key's stored value to
+    replace, (T, H), or None if there is no delta rule.
     """
 
     q: Tensor
@@ -44,11 +44,11 @@ class RecurrenceTokens(NamedTuple):
         return self.g is not None and self.g.dim() > 1
 
     def present(self) -> dict[str, Tensor]:
-        """Return the tensors that are not None, by name."""
+        """Return the tensors that are not None, keyed by name."""
         return {name: value for name, value in self._asdict().items() if value is not None}
 
     def by_token(self) -> dict[str, Tensor]:
-        """Return the tensors that have an entry for each token, by name."""
+        """Return the tensors that have an entry for each token, keyed by name."""
         return {name: value for name, value in self.present().items() if name != "g" or self.decays_by_token}
 
     def cut(self, begin: int, end: int) -> RecurrenceTokens:
@@ -62,7 +62,8 @@ def bounds_of(segments: Segments) -> Tensor:
 
 
 def token_by_token(x: RecurrenceTokens, segments: Segments, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute (o_THV, the state after each segment) by definition: differentiable but slow. Rows outside the segments are 0."""
+    """Compute (o_THV, the state after each segment) straight from the definition: differentiable but slow. Rows outside
+    the segments are 0."""
     group = x.heads // x.q.shape[1]
     outputs: dict[int, Tensor] = {}
     states = []

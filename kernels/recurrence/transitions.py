@@ -28,13 +28,13 @@ def diagonal_transitions(x: RecurrenceTokens, bounds_N2: Tensor, dtype: torch.dt
     if not x.decays_by_token:
         return constant_transition(x.g, x.heads, end_N - begin_N).to(dtype)
     assert x.g is not None
-    # fp64 sums over the preceding tokens, whose differences are exact enough for thousands of tokens
+    # use fp64 sums over the preceding tokens: their differences are accurate enough for thousands of tokens
     before = F.pad(finite_decays(x.g).flatten(1).cumsum(0), (0, 0, 1, 0))
     return (before[end_N] - before[begin_N]).exp().to(dtype).reshape(len(bounds_N2), x.heads, -1)
 
 
 def constant_transition(g_H: Tensor | None, heads: int, length_N: Tensor) -> Tensor:
-    """Return the A of segments with these numbers of tokens if all tokens share a decay g_H: (N, H, 1), fp64."""
+    """Return the A of segments with these numbers of tokens, (N, H, 1) in fp64, if all tokens share a decay g_H."""
     if g_H is None:
         return length_N.new_ones((len(length_N), heads, 1), dtype=torch.float64)
     return torch.exp(finite_decays(g_H)[None] * length_N[:, None])[..., None]

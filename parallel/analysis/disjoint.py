@@ -6,16 +6,16 @@ import numpy as np
 
 from distattn.ir.intervals import Ints, elementary_intervals, lexicographic_argsort, sorted_unique, stable_argsort
 
-# rectangles that would be cut into more slabs than this on average are checked by levels instead
+# if the rectangles would be cut into more slabs per rectangle than this, check them by levels instead
 _SLABS = 16
 
 
 def first_overlap(group: Ints, box: tuple[Ints, Ints, Ints, Ints]) -> tuple[int, int] | None:
     """Return two rows of one group whose rectangles [q0, q1) x [k0, k1) share a cell, or None if there are no such rows.
 
-    The rectangles of a plan are mostly aligned. Cut at each other's ends along one axis, they become a few slabs, in which they
-    must be disjoint along the other axis. If they are not aligned (random cuts make M ** 1.5 slabs), a segment tree is used,
-    which takes O(M log M).
+    Most rectangles of a plan are aligned: cutting them at each other's ends along one axis gives only a few slabs, and within
+    a slab the rectangles must be disjoint along the other axis. Rectangles that are not aligned (random cuts make M ** 1.5
+    slabs) are checked with a segment tree in O(M log M).
     """
     q0, q1, k0, k1 = box
     rows = len(group)
@@ -43,9 +43,9 @@ def _clash_in_slabs(group: Ints, low: Ints, high: Ints, begin: Ints, end: Ints) 
 def _clash_in_levels(group: Ints, low: Ints, high: Ints, begin: Ints, end: Ints) -> tuple[int, int] | None:
     """Search a segment tree over the first axis, level by level.
 
-    On each level, an interval is *long* at the nodes of its minimal cover (at most two) and *short* at the nodes that it covers
-    only in part (at most two). Two intervals overlap if and only if, at some node, both are long, or one is long and the other
-    short.
+    On each level, an interval is *long* at the nodes of its minimal cover (at most two) and *short* at the nodes that it
+    covers only partly (at most two). Two intervals overlap if and only if, at some node, both are long, or one is long and
+    the other short.
     """
     base = int(high.max()) + 2
     points = sorted_unique(np.concatenate([group * base + low, group * base + high]))

@@ -19,15 +19,15 @@ from distattn.parallel.analysis.lower_bounds import lower_bound, plain_ring_traf
 from distattn.parallel.analysis.score_matrix import draw_score_matrix, score_matrix_html
 from distattn.parallel.analysis.verify import Proof, verify
 
-# largest number of ranks listed; if there are more, only the least and most loaded are shown
+# maximum number of ranks to list; if there are more, only the most and the least loaded are shown
 _LISTED_RANKS = 16
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Explanation of a plan.
+    """An explanation of a plan.
 
-    `str()` is the text, `.html()` an HTML fragment with the picture, `.as_dict()` the facts as a dict.
+    `str()` returns the text, `.html()` an HTML fragment with the picture, and `.as_dict()` the numbers as a dict.
     """
 
     plan: Plan

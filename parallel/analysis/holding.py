@@ -78,7 +78,7 @@ def check_payload(
 ) -> BufferLifetimes:
     """Check the moves and uses of one payload in one table. Return its buffers. Raise PlanError naming the first bad row.
 
-    kept: the moves of the forward table whose tokens are still held.
+    kept: the moves of the forward table whose tokens the ranks still hold.
     """
     label = f"{direction}: {payload.name}"
     if payload in HELD_PAYLOADS:
@@ -96,18 +96,19 @@ def check_payload(
 
 
 def moves_of_payloads(moves: Columns, payloads: tuple[Payload, ...]) -> Columns:
-    """Return the moves of these payloads, with their row numbers in column `row`."""
+    """Return the moves of these payloads, with their row indices in column `row`."""
     row = np.flatnonzero(np.isin(moves["payload"], [int(payload) for payload in payloads]))
     return {**select_rows(moves, row), "row": row}
 
 
 def describe_row(rows: Columns, names: tuple[str, ...], i: int) -> str:
-    """Format row i for an error."""
+    """Format row i for an error message."""
     return "(" + ", ".join(f"{name} {rows[name][i]}" for name in names) + ")"
 
 
 class _Held(NamedTuple):
-    """Held intervals, sorted: [begin, end) on the line made by `_HoldingCheck.to_line`, and the row in `holders`."""
+    """The held intervals, sorted: [begin, end) on the line defined by `_HoldingCheck.to_line`, and the row of each in
+    `holders`."""
 
     row: Ints
     begin: Ints
@@ -115,9 +116,9 @@ class _Held(NamedTuple):
 
 
 class _Used(NamedTuple):
-    """Used intervals, sorted and distinct, with the first and last step of their use, and all single uses.
+    """The distinct used intervals, sorted, with the first and last step of their use, and every individual use.
 
-    row, step, interval: for each single use, its row in `uses`, its step, and the index of its interval.
+    row, step, interval: for each individual use, its row in `uses`, its step, and the index of its interval.
     """
 
     begin: Ints
@@ -131,10 +132,11 @@ class _Used(NamedTuple):
 
 @dataclass(frozen=True)
 class _HoldingCheck:
-    """A check that each (token, head) is owned, kept or received only once, is held before every use, and is used if it arrives.
+    """A check that each (token, head) is owned, kept or received only once, is held before every use, and is used if it
+    arrives.
 
-    mirrored: read the table with time and moves reversed. Then the check is that each (token, head) leaves at most once, after
-    all contributions to it, and never without any.
+    mirrored: read the table with time and moves reversed. The check is then that each (token, head) leaves at most once,
+    after all contributions to it, and never without a contribution.
     """
 
     call: Call
@@ -145,7 +147,7 @@ class _HoldingCheck:
     mirrored: bool = False
 
     def run(self) -> BufferLifetimes:
-        """Run all checks. Return the lifetimes of the buffers of arrivals, with steps counted in reading direction."""
+        """Run all checks. Return the lifetimes of the buffers of arrivals, with steps counted in the reading direction."""
         held, used = self._held(), self._used()
         self._refuse_second_arrivals(held)
         self._refuse_missing(held, used)
@@ -163,7 +165,7 @@ class _HoldingCheck:
 
     @cached_property
     def moves(self) -> Columns:
-        """The moves of the payload in reading direction, with their row numbers."""
+        """The moves of the payload in the reading direction, with their row indices."""
         moves = moves_of_payloads(self.table.moves, (self.payload,))
         if not self.mirrored:
             return moves
@@ -184,12 +186,12 @@ class _HoldingCheck:
 
     @property
     def first_move(self) -> int:
-        """The first row of `holders` that is a move."""
+        """The index of the first row of `holders` that is a move."""
         return len(self.holders["rank"]) - len(self.moves["row"])
 
     @cached_property
     def uses(self) -> Columns:
-        """The users of each (token, head), with their steps: tasks, then moves at their source."""
+        """The users of each (token, head), with their steps: tasks first, then moves at their source."""
         tasks = self.table.tasks
         step = self.table.steps - 1 - tasks["step"] if self.mirrored else tasks["step"]
         of_tasks = task_token_ranges(self.call, self.payload, tasks) | {"rank": tasks["rank"], "step": step}
@@ -198,7 +200,7 @@ class _HoldingCheck:
 
     @cached_property
     def head_limits(self) -> Ints:
-        """The ends of all head ranges, sorted. Holders and users do not change between two of them."""
+        """The ends of all head ranges, sorted. Holders and users are constant between two adjacent ends."""
         return sorted_unique(
             np.concatenate([rows[name] for rows in (self.holders, self.uses) for name in ("h0", "h1")])
         )
@@ -216,7 +218,7 @@ class _HoldingCheck:
         return _Held(row[order], begin[order], end[order])
 
     def _used(self) -> _Used:
-        # many tasks use the same tokens, so reduce uses to distinct intervals with their first and last step
+        # many tasks use the same tokens: reduce the uses to distinct intervals with their first and last step
         row, begin, end = self.to_line(self.uses)
         order = lexicographic_argsort(begin, end)
         row, begin, end = row[order], begin[order], end[order]
@@ -261,7 +263,7 @@ class _HoldingCheck:
             raise PlanError(f"{self.label} of move {row} {shown} {self.sentences.unused}.")
 
     def _lifetimes(self, last: Ints) -> BufferLifetimes:
-        """Join the arrivals of one (rank, step, head range) into one buffer, which is alive until the last use of any of them."""
+        """Join the arrivals for one (rank, step, head range) into one buffer, which lives until the last use of any of them."""
         moves, heads = self.moves, max(self.call.heads, self.call.kv_heads) + 1
         key = ((moves["dst"] * MAX_STEP + moves["step"]) * heads + moves["h0"]) * heads + moves["h1"]
         buffer, row = np.unique(key, return_inverse=True)

@@ -22,7 +22,7 @@ from distattn.parallel.tables.routes import differs_from_previous, remote_users
 
 
 class Traffic(NamedTuple):
-    """Bytes that one attention call moves, forward plus backward: the total, and those between nodes."""
+    """The bytes that one attention call moves, forward plus backward: in total, and between nodes."""
 
     total_bytes: int
     inter_node_bytes: int
@@ -39,8 +39,8 @@ def plan_traffic(plan: Plan, cluster: AnyCluster) -> Traffic:
 def lower_bound(plan: Plan, cluster: AnyCluster) -> Traffic:
     """Return the fewest bytes that any plan with the same tasks on the same ranks, and the same policy, can move.
 
-    Every rank that uses a token it does not own receives it at least once, and so does every node of such
-    ranks other than the owner's. Every partial result leaves its rank, and its node, at least once.
+    Every rank that uses a token it does not own receives it at least once, and the token enters that rank's node at least
+    once, unless the owner is in the same node. Every partial result leaves its rank, and its node, at least once.
     """
     total = inter_node = 0
     for direction, table in (("forward", plan.forward), ("backward", plan.backward)):
@@ -70,7 +70,8 @@ def lower_bound(plan: Plan, cluster: AnyCluster) -> Traffic:
 
 
 def plain_ring_traffic(call: Call, cluster: AnyCluster) -> Traffic:
-    """Return the bytes of a ring that sends all keys and values to all ranks with tokens in both passes, and dKV all around."""
+    """Return the bytes moved by a ring that sends all keys and values to all ranks with tokens in both passes, and dKV all
+    the way around."""
     tokens = call.layout.shard_sizes()
     members = np.flatnonzero(tokens)
     ring_size = len(members)

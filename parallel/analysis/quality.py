@@ -33,9 +33,9 @@ class PassStats:
     """Statistics for one direction of a plan.
 
     cells_imbalance, cost_imbalance: the busiest rank's load over the mean, in cells x heads and in kernel cost (`CostModel`).
-    kernel_seconds: kernel time of the busiest rank, None if the cluster's speeds are unknown. moved_bytes: total over all ranks.
-    max_sent_bytes: the most bytes sent by one rank. inter_node_bytes: bytes moved between nodes. lower_bound_bytes: the fewest
-    bytes that a plan with equally balanced cells can move.
+    kernel_seconds: kernel time of the busiest rank, or None if the cluster's speeds are unknown. moved_bytes: total over all
+    ranks. max_sent_bytes: the most bytes sent by one rank. inter_node_bytes: bytes moved between nodes. lower_bound_bytes:
+    the fewest bytes that a plan with equally balanced cells can move.
     """
 
     cells_imbalance: float
@@ -58,7 +58,8 @@ class PassStats:
 
 @checked
 def quality(plan: Plan, cluster: AnyCluster | str | None = None) -> dict[str, PassStats]:
-    """Return the statistics of both passes, by direction ("forward", "backward"). cluster: a cluster or its name ("h200-8x8")."""
+    """Return the statistics of both passes, keyed by direction ("forward", "backward"). cluster: a cluster or its name
+    ("h200-8x8")."""
     cluster = resolve_cluster(cluster)
     return {name: _pass_stats(plan, name, cluster) for name in ("forward", "backward")}
 
@@ -100,10 +101,10 @@ def _pass_stats(plan: Plan, direction: str, cluster: AnyCluster | None) -> PassS
 def _lower_bound_bytes(plan: Plan, direction: str, most: float) -> np.ndarray:
     """Return the fewest bytes that each rank must move, (ranks,), if no rank computes more than `most` cells x heads.
 
-    Ranks hold only their own keys, and work above `most` has to be computed elsewhere. A server that computes w cells of one
-    group of g heads needs R rows and C keys of that group with R * C >= w / g, and so moves at least
-    2 * sqrt(R * C * bytes per row * bytes per key) bytes. The square root is concave, so the minimum is reached if few servers
-    get as much as possible. No server gets more than `most`, or more than all of a rank's work in one group.
+    Ranks hold only their own keys, and work above `most` has to be computed elsewhere. A server that computes w cells for a
+    group of g heads needs R rows and C keys of that group, where R * C >= w / g. It therefore moves at least 2 * sqrt(R * C *
+    bytes per row * bytes per key) bytes. The square root is concave, so the minimum is reached when as few servers as
+    possible get as much as possible. No server gets more than `most`, or more than a rank's entire work in one group.
     """
     call = plan.call
     if call.op.is_recurrent:
@@ -114,7 +115,7 @@ def _lower_bound_bytes(plan: Plan, direction: str, most: float) -> np.ndarray:
     tasks = select_rows(tasks, owns_range(call, rank, area.k0, area.k1))
     cells = task_areas(call, tasks).astype(float)
     excess = np.maximum(np.bincount(tasks["rank"], cells, call.ranks) - most, 0)
-    # the most cells that each rank has in one group; an overestimate if heads differ
+    # the most cells that each rank has in one group; an overestimate if heads have different masks
     group_size = call.gqa_group_size
     largest = np.bincount(tasks["rank"], cells / (tasks["h1"] - tasks["h0"]) * group_size, call.ranks)
     portion = np.maximum(np.minimum(largest, most), 1.0)

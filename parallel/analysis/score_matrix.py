@@ -16,19 +16,19 @@ from distattn.ir.intervals import Ints
 from distattn.ir.plan import Columns, Plan, has_rows_and_keys, select_rows, task_bands
 
 Numbers = np.ndarray
-# largest number of head ranges drawn side by side
+# maximum number of head ranges to draw side by side
 _PANELS = 4
-# largest number of rows for which a task's outline is exact
+# a task's outline is exact up to this many rows
 _OUTLINE_ROWS = 48
-# limits of relative luminance that keep colours visible on light and dark pages (a contrast of at least 2.2 with either)
+# limits of relative luminance within which colours are visible on light and dark pages (a contrast of at least 2.2 with both)
 _DARKEST, _LIGHTEST = 0.11, 0.42
-# the part of a palette to use, because its ends are nearly black
+# the range of a palette to use: its ends are nearly black
 _COLOUR_RANGE = (0.06, 0.96)
 _PALETTES = {"rank": "turbo", "step": "viridis"}
 # weights of red, green and blue in relative luminance (WCAG 2)
 _LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
 _MOST_TICKS = 8
-# a panel on a page, in CSS pixels at natural size: the matrix is a square with side _SIDE at (_LEFT, _TOP)
+# a panel on a page, in CSS pixels at natural size; the matrix is a square with side _SIDE at (_LEFT, _TOP)
 _LEFT, _TOP, _SIDE, _WIDTH, _HEIGHT = 72, 22, 240, 372, 302
 
 
@@ -64,7 +64,7 @@ def score_matrix_html(plan: Plan) -> str:
 
 
 def legible_colours(name: str, count: int) -> Numbers:
-    """Return `count` colours of a matplotlib palette, (count, 3) in [0, 1], of which none is too light or too dark to see."""
+    """Return `count` colours of a matplotlib palette, (count, 3) in [0, 1], none of them too light or too dark to see."""
     from matplotlib import colormaps
 
     srgb = colormaps[name](np.linspace(*_COLOUR_RANGE, max(count, 1)))[:, :3]
@@ -95,17 +95,18 @@ def _of_head(tasks: Columns, head: int) -> Columns:
 
 
 def _drawn_tasks(plan: Plan) -> Columns:
-    """Return the forward tasks, or for a recurrence only tasks with outputs: each has all cells that pass through its segment."""
+    """Return the forward tasks. For a recurrence, return only tasks with outputs; each has all cells that pass through its
+    segment."""
     tasks = plan.forward.tasks
     return select_rows(tasks, has_rows_and_keys(tasks)) if plan.call.op.is_recurrent else tasks
 
 
 def _fill(axis: Any, plan: Plan, panel: Panel) -> None:
-    """Draw the tasks of a panel, keys to the right and queries downwards."""
+    """Draw the tasks of a panel, with keys from left to right and queries from top to bottom."""
     from matplotlib.collections import PolyCollection
 
     paint = _scale(panel).to_rgba(panel.tasks[panel.colour_by])
-    # edges in the colour of the face close hairline gaps between neighbours
+    # draw edges in the face colour to close hairline gaps between neighbours
     axis.add_collection(
         PolyCollection(task_outlines(plan, panel.tasks), facecolors=paint, edgecolors=paint, linewidths=0.4)
     )
@@ -140,7 +141,7 @@ def task_outlines(plan: Plan, tasks: Columns) -> list[np.ndarray]:
 
 
 def _figure_html(plan: Plan, panel: Panel) -> str:
-    """Return one panel as HTML: the cells are a transparent picture, the axes and the colour bar are vectors and text."""
+    """Return one panel as HTML: the cells as a transparent picture, the axes and the colour bar as vectors and text."""
     n, bottom, bar = plan.call.mask.n, _TOP + _SIDE, _LEFT + _SIDE + 14
     x_axis = "".join(
         svg_text(_LEFT + _SIDE * share, bottom + 16, f"{round(n * share):,}", anchor)
@@ -190,7 +191,7 @@ def _cells_png(plan: Plan, panel: Panel) -> bytes:
 
 
 def _bar_png(panel: Panel) -> bytes:
-    """Return a PNG of a panel's colours, with the first at the top, one pixel wide and tall enough for sharp edges."""
+    """Return a PNG of a panel's colours, the first at the top. It is one pixel wide and tall enough for sharp edges."""
     from matplotlib.image import imsave
 
     colours = legible_colours(_PALETTES[panel.colour_by], panel.colours)

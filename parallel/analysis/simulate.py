@@ -1,10 +1,10 @@
 """Time a plan on a described cluster without running it: kernels, messages, waiting and memory. All numbers are simulated.
 
-The simulation models our executor (parallel.runtime.execution). On every rank, a step begins when the rank's previous step has
+The simulation models our executor (parallel.runtime.execution). On every rank, a step starts when the rank's previous step has
 ended, that is, when its kernels are done and its messages have arrived. One launch then computes the step's tasks on the compute
-stream, while the step's messages travel on the communication stream. A message starts when both of its ends have begun the step,
-and it shares links with the other messages of the step. Packing before sending and merging of arrivals count as copies on the
-device. A step cannot begin before the host has issued it.
+stream, while the step's messages travel on the communication stream. A message starts when both of its ends have started the
+step, and it shares links with the other messages of the step. Packing before sending and merging of arrivals count as copies on
+the device. A step cannot start before the host has issued it.
 
 All values are arrays over ranks and messages. The only loop is over steps.
 """
@@ -50,10 +50,10 @@ Numbers = np.ndarray
 
 @checked
 def simulate(plan: Plan, cluster: AnyCluster | str | Path, proof: Proof | None = None) -> Timeline:
-    """Time one call, forward and backward, on a ClusterSpec or on anything that `distattn.cluster.spec.load` accepts.
+    """Time one call, forward and backward, on a ClusterSpec or anything else that `distattn.cluster.spec.load` accepts.
 
-    proof: the result of `verify` for this plan; without it, the plan is proven here. Raise PlanError if the plan cannot be
-    proven. Raise DistattnError if the cluster has no speeds, or not one device per rank of the plan.
+    proof: the result of `verify` for this plan; if None, the plan is proven here. Raise PlanError if the plan cannot be
+    proven. Raise DistattnError if the cluster has no speeds, or does not have exactly one device per rank of the plan.
     """
     spec = resolve_cluster(cluster)
     if not isinstance(spec, ClusterSpec):
@@ -69,7 +69,7 @@ def simulate(plan: Plan, cluster: AnyCluster | str | Path, proof: Proof | None =
 
 
 def simulated_seconds(plan: Plan, cluster: ClusterSpec) -> float:
-    """Return the simulated seconds of a plan, forward plus backward, for choosing between plans. It need not be proven yet."""
+    """Return the simulated seconds of a plan, forward plus backward, for choosing between plans. The plan need not be proven."""
     return sum(simulate_pass(plan.call, cluster, name, getattr(plan, name)).seconds for name in DIRECTIONS)
 
 
@@ -78,7 +78,7 @@ def simulate_pass(call: Call, cluster: ClusterSpec, direction: str, table: Table
     ranks, steps = call.ranks, table.steps
     kernel_seconds = _kernel_seconds(call, cluster, direction, table)
     moves = table.moves
-    # the moves of one step from one rank to another are one message
+    # all moves from one rank to another in one step form one message
     key = (moves["step"] * ranks + moves["src"]) * ranks + moves["dst"]
     size = move_bytes(call, moves)
     # the rows of a table are sorted by step, source and destination

@@ -1,10 +1,10 @@
 """The proof that every state read in a recurrence is available, sums up exactly its tokens, and arrives only once.
 
 A task computes the state of the tokens that it has read, and a move copies a state. The state is available from the end of that
-step on, or from the start if the forward pass has kept it because a task began with it. The state of an interval may be read if
-other states tile the interval: they are adjacent, in order, and all available before the step. By induction, each state sums up
-its tokens once and in order. Coverage forces tasks to begin where documents do, so the state that enters a segment sums up all
-earlier tokens of its document and no others.
+step on, or from the start if the forward pass has kept it because a task started from it. The state of an interval may be read
+if other states tile the interval: they are adjacent, in order, and all available before the step. By induction, each state sums
+up its tokens once and in order. Coverage forces tasks to start where documents do, so the state that enters a segment sums up
+all earlier tokens of its document and no others.
 
 The same holds for gradients of states, with the token axis read from its end.
 """
@@ -36,7 +36,7 @@ from distattn.parallel.tables.held_states import HeldState, HeldStates
 
 
 class StateOrigin(NamedTuple):
-    """The origin of a state: a "task" or "move" of the table, or a task of the forward pass ("kept"). row: its row number."""
+    """The origin of a state: a "task" or "move" of the table, or a task of the forward pass ("kept"), and its row index."""
 
     kind: str
     row: int
@@ -55,7 +55,7 @@ class StateUse(NamedTuple):
 
 
 class StateLife(NamedTuple):
-    """The life of a state of tokens [t0, t1) and `heads` heads at a rank, from the end of step `there` to its last use."""
+    """The lifetime of a state of tokens [t0, t1) and `heads` heads on a rank, from the end of step `there` to its last use."""
 
     rank: int
     name: StateOrigin
@@ -67,19 +67,19 @@ class StateLife(NamedTuple):
 
 
 class StateTrace(NamedTuple):
-    """The uses of the states of one payload in a table, on all ranks or one, and the lives of the states used."""
+    """The uses of the states of one payload in a table, on all ranks or one, and the lifetimes of the states used."""
 
     uses: list[StateUse]
     lives: list[StateLife]
 
 
 def begun_with_state(tasks: Columns) -> np.ndarray:
-    """Return which tasks compute outputs or gradients from a state of earlier tokens, bool."""
+    """Return which tasks compute outputs or gradients starting from a state of earlier tokens, bool."""
     return has_rows_and_keys(tasks) & (tasks["k0"] < tasks["q0"])
 
 
 def trace_states(plan: Plan, direction: str, payload: Payload, rank: int | None = None) -> StateTrace:
-    """Find the origin and the uses of every state of a payload, on all ranks or on one.
+    """Find the origin and the uses of every state of a payload, on all ranks or one.
 
     The uses are returned only for a single rank. Raise PlanError if a state is missing when it is read, arrives twice, or is
     never used.
@@ -92,7 +92,7 @@ def trace_states(plan: Plan, direction: str, payload: Payload, rank: int | None 
 
 
 def state_lifetimes(call: Call, payload: Payload, lives: list[StateLife]) -> BufferLifetimes:
-    """Return the lives of states as buffer lifetimes, without the states kept by the forward pass."""
+    """Return the lifetimes of states as those of buffers, leaving out the states kept by the forward pass."""
     received = [life for life in lives if life.name.kind != "kept"]
     rank, heads, t0, t1, there, last = (
         np.array([getattr(life, name) for life in received], np.int64)
@@ -125,14 +125,14 @@ class _Tracing:
         rows = [tasks, moves, *([] if kept is None else [kept])]
         self.limits = sorted_unique(np.concatenate([part[name] for part in rows for name in ("h0", "h1")]))
         self.held: dict[tuple[int, int], dict[tuple[int, int], HeldState]] = defaultdict(dict)
-        # states computed or sent for use that are not used yet
+        # states computed or sent for a use that has not been found yet
         self.unused: dict[tuple[int, int, Hashable], None] = {}
 
     def run(self) -> StateTrace:
         self._collect()
         held_states = {place: HeldStates(states.values()) for place, states in self.held.items()}
         uses = []
-        # maps (rank, head range), then first token, then end token to the last step that uses this interval
+        # maps (rank, head range), then first token, then end token to the last step that uses the interval
         last_uses: dict[tuple[int, int], dict[int, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
         for user, part, rank, t0, t1, step in self._wanted():
             there = held_states[rank, part].there(t0, t1) if (rank, part) in held_states else None
@@ -146,7 +146,7 @@ class _Tracing:
                 tiling = held_states[rank, part].find(t0, t1)
                 assert tiling is not None
                 uses.append(StateUse(user, int(self.limits[part]), int(self.limits[part + 1]), tiling.states))
-        # for each (rank, state): the number of its heads that are used, and the last step
+        # for each (rank, state): the number of its heads that are used, and the step of their last use
         lives: dict[tuple[int, HeldState], tuple[int, int]] = {}
         for (rank, part), starts in last_uses.items():
             width = int(self.limits[part + 1] - self.limits[part])
@@ -165,13 +165,13 @@ class _Tracing:
     def _life(self, rank: int, state: HeldState, heads: int, last: int) -> StateLife:
         assert isinstance(state.name, StateOrigin)
         if state.name.kind == "task":
-            # a computed state is held as a whole, even if only a part of its heads is used; received states are used as a whole
+            # a computed state is held with all of its heads, even if only some are used; all heads of a received state are used
             tasks, row = self.table.tasks, state.name.row
             heads = int(tasks["h1"][row] - tasks["h0"][row])
         return StateLife(rank, state.name, heads, *self._unmirrored(state.t0, state.t1), state.there, last)
 
     def _collect(self) -> None:
-        """Collect all states that ranks ever hold. Ignore states computed where they are held already."""
+        """Collect all states that ranks ever hold. Ignore states computed where they are already held."""
         if self.kept is not None:
             for i, part in self._by_heads(self.kept):
                 row, rank, t0, t1 = _ints(self.kept, i, "row", "rank", "k0", "q0")
@@ -200,7 +200,7 @@ class _Tracing:
     def _makes(self) -> np.ndarray:
         """Return which tasks compute a state of this payload, bool."""
         tasks = self.tasks
-        # in mirrored tables, tasks without keys appear as tasks without rows
+        # mirroring a table turns tasks without keys into tasks without rows
         makes = tasks["q0"] == tasks["q1"]
         if self.mirrored or self.direction == "forward":
             makes = makes | has_rows_and_keys(tasks)
@@ -222,7 +222,7 @@ class _Tracing:
         return out
 
     def _by_heads(self, rows: Columns) -> list[tuple[int, int]]:
-        """Cut rows at the ends of all head ranges. Return (row, number of the head range) of each part."""
+        """Cut rows at the ends of all head ranges. Return (row, index of the head range) for each part."""
         i, part = expand_ranges(np.searchsorted(self.limits, rows["h0"]), np.searchsorted(self.limits, rows["h1"]))
         return list(zip(i.tolist(), part.tolist(), strict=True))
 

@@ -21,7 +21,7 @@ from distattn.parallel.analysis.verify import Proof
 Numbers = np.ndarray
 # colours of a PNG
 _KERNELS, _MESSAGES = "#1f5fa8", "#e08a1e"
-# largest number of ranks in a picture
+# maximum number of ranks in a picture
 _MAX_DRAWN = 64
 # sizes of a vector drawing in CSS pixels. Each rank has a line, with its kernels above its messages
 _LEFT, _TOP, _WIDTH, _RIGHT, _LINE, _BAR = 40, 18, 372, 8, 14, 6
@@ -33,10 +33,10 @@ _COLOURS = {"kernels": "var(--kernels,#4a86d0)", "messages": "var(--waiting,#d97
 class PassTimeline:
     """Timeline of one direction of a plan.
 
-    begin, computed, arrived: times in seconds, (steps, ranks), at which each step began, its kernels ended and its messages
-    ended. For a step without kernels or messages, it is the time at which the step began. seconds: duration of the pass.
-    flops: floating-point operations of all ranks. intra_node_bytes, inter_node_bytes: bytes sent by each rank within its node
-    and to other nodes.
+    begin, computed, arrived: times in seconds, (steps, ranks), at which each step began, its kernels finished and its
+    messages arrived. Without kernels or messages, that is the time at which the step began. seconds: the duration of the
+    pass. flops: the floating-point operations of all ranks. intra_node_bytes, inter_node_bytes: bytes sent by each rank
+    within its node and to other nodes.
     """
 
     direction: str
@@ -60,13 +60,14 @@ class PassTimeline:
 
     @property
     def exposed(self) -> Numbers:
-        """The seconds for which each rank waits for messages without computing, (ranks,)."""
+        """The seconds for which each rank only waits for messages, computing nothing, (ranks,)."""
         return np.maximum(self.arrived - self.computed, 0).sum(0)
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """A plan simulated on a cluster. `str()` is the text, `.as_dict()` the numbers, `.html()` and `.perfetto()` show it."""
+    """A plan simulated on a cluster. `str()` returns the text and `.as_dict()` the numbers; `.html()` and `.perfetto()`
+    visualize it."""
 
     plan: Plan
     cluster: ClusterSpec
@@ -80,12 +81,12 @@ class Timeline:
 
     @cached_property
     def peak_bytes(self) -> Ints:
-        """Peak bytes of each rank's buffers besides its own tensors, including kept buffers, (ranks,)."""
+        """The peak bytes of each rank's buffers, including kept ones but not its own tensors, (ranks,)."""
         return np.maximum(self.proof.forward_peak, self.proof.backward_peak) + self.proof.kept
 
     @property
     def balance(self) -> float:
-        """The cells of the busiest rank over the mean."""
+        """The busiest rank's cells over the mean."""
         return max_over_mean(self.plan.area_by_rank())
 
     def as_dict(self) -> dict[str, Any]:
@@ -202,7 +203,8 @@ def _ranks_to_draw(ranks: int) -> Ints:
 
 
 def _busy_intervals(timeline: PassTimeline, ends: Numbers, ranks: Ints) -> tuple[Numbers, Numbers, Ints]:
-    """Return (begin, end, line) of each rank's kernels or messages by step: times in seconds, and the rank's index in `ranks`.
+    """Return (begin, end, line) of each rank's kernels or messages in each step: times in seconds, and the rank's index in
+    `ranks`.
 
     ends: `computed` or `arrived` of the timeline, in seconds, (steps, all ranks).
     """

@@ -55,8 +55,8 @@ class Proof:
 def verify(plan: Plan, max_buffer_bytes: int | None = None) -> Proof:
     """Prove a plan, or raise PlanError naming the first wrong row (numbered within its canonical table).
 
-    max_buffer_bytes: the most bytes of buffers that a rank may need at once in one pass, not counting kept tensors. There is no
-    limit by default.
+    max_buffer_bytes: the most bytes of buffers that a rank may hold at any one time in a pass, not counting kept tensors. By
+    default there is no limit.
     """
     call = plan.call
     forward = _verify_table(plan, "forward", None)
@@ -71,7 +71,7 @@ def verify(plan: Plan, max_buffer_bytes: int | None = None) -> Proof:
         # kept tensors are counted separately
         forward = {p: buffers for p, buffers in forward.items() if p not in (Payload.Q, Payload.KV)}
     if call.op.is_recurrent and call.op.has_gradient:
-        # the states with which tasks began are kept for the backward pass
+        # the states that tasks started from are kept for the backward pass
         reads = select_rows(plan.forward.tasks, begun_with_state(plan.forward.tasks))
         np.add.at(kept_bytes, reads["rank"], (reads["h1"] - reads["h0"]) * call.state_bytes(True))
     proof = Proof(plan.digest, _peak(call, forward), _peak(call, backward), kept_bytes)
@@ -81,7 +81,7 @@ def verify(plan: Plan, max_buffer_bytes: int | None = None) -> Proof:
 
 
 def check_max_buffer_bytes(proof: Proof, max_buffer_bytes: int) -> None:
-    """Raise PlanError if any rank needs more bytes of buffers at once. The error is the same on every rank."""
+    """Raise PlanError if any rank would hold more bytes of buffers at any one time. All ranks raise the same error."""
     for direction, peak in (("forward", proof.forward_peak), ("backward", proof.backward_peak)):
         if peak.max() > max_buffer_bytes:
             rank = int(peak.argmax())
@@ -120,7 +120,7 @@ def _verify_table(plan: Plan, direction: str, kept: Columns | None) -> dict[Payl
 
 
 def _check_task_numbers(call: Call, tasks: Columns, direction: str) -> None:
-    """Check that all numbers are in range before anything is computed with them."""
+    """Check that all integers of the tasks are in range before anything is computed from them."""
     _refuse_task(
         _outside(tasks["piece"], len(call.mask.pieces)), tasks, direction, "names a piece that the mask does not have"
     )
@@ -129,7 +129,7 @@ def _check_task_numbers(call: Call, tasks: Columns, direction: str) -> None:
     )
     bad = _not_inside(tasks, "q", call.mask.n) | _not_inside(tasks, "k", call.mask.n)
     if call.op.is_recurrent:
-        # empty ranges are allowed here: `_check_segments` checks them
+        # empty ranges are allowed here and checked by `_check_segments`
         names = ("q0", "q1", "k0", "k1")
         bad = np.logical_or.reduce([(tasks[name] < 0) | (tasks[name] > call.mask.n) for name in names])
     _refuse_task(bad, tasks, direction, f"has an empty or impossible rectangle on {call.mask.n} tokens")
@@ -149,7 +149,7 @@ def _check_move_numbers(call: Call, moves: Columns, direction: str, payloads: tu
 
 
 def _check_segments(call: Call, tasks: Columns, direction: str) -> None:
-    """Check that every task is a segment of its document, and that outputs and gradients are computed once from all their
+    """Check that every task is a segment of its document, and that every output and gradient is computed once, from all its
     inputs."""
     q0, q1, k0, k1 = (tasks[name] for name in ("q0", "q1", "k0", "k1"))
     backward = direction == "backward"
@@ -168,7 +168,7 @@ def _check_segments(call: Call, tasks: Columns, direction: str) -> None:
 
 
 def _check_coverage(call: Call, tasks: Columns, direction: str) -> None:
-    """Check that tasks are tight rectangles of their pieces, disjoint for every head, and that they cover the whole mask."""
+    """Check that tasks are tight rectangles of their pieces, do not overlap for any head, and together cover the entire mask."""
     bands = task_bands(call.mask, tasks)
     tight = tighten(bands)
     rectangle = np.stack([tasks[name] for name in ("q0", "q1", "k0", "k1")], 1)
@@ -211,7 +211,7 @@ def _peak(call: Call, buffers: dict[Payload, BufferLifetimes]) -> Ints:
     peak = np.zeros(call.ranks, np.int64)
     if not len(rank):
         return peak
-    # a running sum over (rank, step) events, in which memory is released one step after its last use
+    # a running sum over (rank, step) events; memory is released one step after its last use
     event = np.concatenate([rank * (2 * MAX_STEP) + first, rank * (2 * MAX_STEP) + last + 1])
     change = np.concatenate([size, -size])
     by_event = np.lexsort((change, event))

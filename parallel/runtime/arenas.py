@@ -6,9 +6,9 @@ arenas would exist at once. All messages are therefore sent from and received in
 passes. A pass works on one stream, which waits for the messages of each step, so the stream itself orders the passes that use
 an arena.
 
-Tensors that a forward pass receives for the backward pass stay where they arrive. Activation checkpointing drops them at once
+Tensors that a forward pass receives for the backward pass stay where they arrive. Activation checkpointing drops them immediately
 after a layer's first forward pass, and when the layer is recomputed, it needs them only briefly. The next pass therefore receives
-into memory that no tensor uses any more.
+into memory that no tensor uses any longer.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ from torch import Tensor
 from distattn.kernels.devices import has_streams
 from distattn.parallel.runtime.lowering.memory import ALIGNMENT
 
-# the arenas of a stream that has not borrowed are freed after this many loans: a few steps of a large model
+# a stream's arenas are freed after this many loans to other streams: a few steps of a large model
 _FORGOTTEN_AFTER = 4096
 # a device and its stream, which is None on devices without streams
 _Place = tuple[torch.device, Any]
 
 
 class ArenaPool:
-    """Pool of idle arenas, by device and stream. Any thread may borrow and return them."""
+    """A pool of idle arenas, keyed by device and stream. Any thread may borrow and return them."""
 
     def __init__(self) -> None:
         # reentrant, since garbage collection may close a driver, which frees arenas, on a thread that holds the lock
         self._lock = threading.RLock()
-        # for each place, its idle arenas, the smallest first
+        # for each place, its idle arenas, smallest first
         self._idle: dict[_Place, list[Tensor]] = defaultdict(list)
-        # for each place, memory for tensors received for a backward pass; it may be in use
+        # for each place, memory for tensors received for a backward pass; some of it may be in use
         self._kept: dict[_Place, list[Tensor]] = defaultdict(list)
         self._of_parents: list[Any] = []
-        # the number of loans so far, and what it was at each place's last loan
+        # the number of loans so far, and that number at the time of each place's last loan
         self._loans = 0
         self._last_loan: dict[_Place, int] = {}
 
     def forget(self) -> None:
         """Reset the pool in a forked process: the device memory, and any thread that holds the lock, belong to the parent."""
         self._lock = threading.RLock()
-        # keep them alive: freeing would call CUDA, which a forked process cannot use
+        # keep the tensors alive: freeing them would call CUDA, which a forked process cannot use
         self._of_parents += [self._idle, self._kept, self._last_loan]
         self._idle, self._kept, self._last_loan = defaultdict(list), defaultdict(list), {}
 
@@ -60,8 +60,8 @@ class ArenaPool:
     def borrowed(self, nbytes: int, device: torch.device) -> Iterator[Tensor]:
         """Lend an arena of at least `nbytes` bytes, an uninitialized uint8 tensor, for work on the current stream.
 
-        The block must not end before all work on the arena is done or queued on that stream. If the block raises, the arena is
-        dropped, because messages may still use it. Raise torch.OutOfMemoryError if the device has too little memory.
+        The block must not end before all work on the arena is done or queued on that stream. If the block raises, the arena
+        is dropped, because messages may still be using it. Raise torch.OutOfMemoryError if the device has too little memory.
         """
         if not nbytes:
             yield torch.empty(0, dtype=torch.uint8, device=device)
@@ -80,7 +80,7 @@ class ArenaPool:
     def kept(self, count: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
         """Give a forward pass an uninitialized tensor (count,) in which to receive tensors that its backward pass needs.
 
-        The tensor may reuse memory of another pass that no tensor uses any more. If the block raises, its memory is not reused.
+        It may reuse memory from another pass that no tensor uses any longer. If the block raises, its memory is not reused.
         Raise torch.OutOfMemoryError if the device has too little memory.
         """
         if not count or _is_taken_by_hooks():
@@ -90,7 +90,7 @@ class ArenaPool:
         with self._lock:
             blocks = self._kept[place]
             unused = sorted((block for block in blocks if _is_unused(block)), key=_size)
-            # outside a recomputation, received tensors stay in use for long, so the pool drops its references to them
+            # outside a recomputation, received tensors stay in use for a long time, so the pool drops its references to them
             self._kept[place] = [block for block in blocks if not _is_unused(block)] if runs_backward() else []
         block = self._take(place, count * dtype.itemsize, unused)
         # a new tensor on the same storage: autograd would track a view
@@ -106,14 +106,14 @@ class ArenaPool:
                     del memory[place]
 
     def idle_bytes(self, device: torch.device) -> list[int]:
-        """Return the sizes in bytes of a device's idle arenas, the smallest first."""
+        """Return the sizes in bytes of a device's idle arenas, smallest first."""
         with self._lock:
             return sorted(
                 _size(arena) for place, arenas in self._idle.items() if place[0] == device for arena in arenas
             )
 
     def _note_loan(self, place: _Place) -> None:
-        """Count a loan. Free the memory of streams that have not borrowed anything for a long time."""
+        """Count a loan. Free the memory of streams that have not borrowed any for a long time."""
         self._loans += 1
         self._last_loan[place] = self._loans
         if self._loans % _FORGOTTEN_AFTER == 0:
@@ -134,7 +134,7 @@ class ArenaPool:
         try:
             return _new(nbytes, place[0])
         except torch.OutOfMemoryError:
-            # idle arenas of other streams or earlier passes may hold the missing memory
+            # idle arenas of other streams or earlier passes may occupy the memory needed
             self.free(place[0])
             with self._lock:
                 idle.clear()
@@ -164,18 +164,19 @@ class ArenaAllocator:
 
 
 def aligned_bytes(*sizes: int) -> int:
-    """Return the bytes of an arena, with alignment, taken by tensors of these sizes in bytes."""
+    """Return the bytes that tensors of these sizes in bytes occupy in an arena, including alignment."""
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 
 def _new(nbytes: int, device: torch.device) -> Tensor:
-    # an arena first needed for inference may also serve training, which cannot write to inference tensors
+    # an arena first requested for inference may also serve training, which cannot write to inference tensors
     with torch.inference_mode(False):
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
 def runs_backward() -> bool:
-    """Return whether this thread is inside an autograd backward pass, where a forward pass is a recomputation by a checkpoint."""
+    """Return whether this thread is inside an autograd backward pass, in which any forward pass is a checkpoint's
+    recomputation."""
     return int(torch._C._current_graph_task_id()) >= 0
 
 

@@ -1,4 +1,5 @@
-"""Programs: a plan lowered for one rank to buffers, messages, kernel launches and index lists, made once for all layers.
+"""Programs: a plan lowered for one rank to buffers, messages, kernel launches and index lists, created once for all
+layers.
 
 Only `lower` reads the plan's tables. After that, a layer runs one loop over steps and messages.
 """
@@ -20,12 +21,13 @@ from distattn.parallel.runtime.lowering.views import OWN, BufferKey, View
 
 
 class Message(NamedTuple):
-    """The rows of one payload and head range sent to or received from one peer. Both ends have the same rows in the same order.
+    """The rows of one payload and head range sent to or received from one peer. Both ends have the same rows in the same
+    order.
 
-    segments: the rows of the view, cut where tokens are not contiguous. Each segment travels separately. If there would be too
-    many segments, all rows are one segment. bundle: the buffers whose rows travel in one message with this buffer's (see
-    `row_bundles`), empty if each tensor travels separately. row_bytes: the bytes per payload in a bundle's row. row_format: the
-    layout of that row.
+    segments: the rows of the view, cut where tokens are not contiguous. Each segment travels separately. If there would be
+    too many segments, all rows form one. bundle: the buffers whose rows travel in one message with this buffer's (see
+    `row_bundles`), empty if each tensor travels separately. row_bytes: the bytes per payload in a bundle's row. row_format:
+    the layout of that row.
     """
 
     peer: int
@@ -37,7 +39,8 @@ class Message(NamedTuple):
 
 
 class KernelLaunch(NamedTuple):
-    """A kernel launch: its query heads, the operands to gather, the kernel's own schedule, and the views for its results."""
+    """A kernel launch: its query heads, the operands to gather, the kernel's own schedule, and the views that receive its
+    results."""
 
     heads: slice
     operands: dict[Payload, View]
@@ -49,18 +52,18 @@ class KernelLaunch(NamedTuple):
 class ProgramStep:
     """One rank's work in one step of a table."""
 
-    # the rows of each new buffer, and the own rows copied into it (see `landing` and `staging`)
+    # for each new buffer: its rows, and the own rows copied into it (see `landing` and `staging`)
     allocate: dict[BufferKey, int] = field(default_factory=dict)
     own_copies: list[tuple[BufferKey, View]] = field(default_factory=list)
     sends: list[tuple[Payload, Message]] = field(default_factory=list)
     receives: list[tuple[Payload, Message]] = field(default_factory=list)
-    # indices of sends, and of receives, that travel as one message
+    # the indices of sends, and of receives, that travel as one message
     joined_sends: list[tuple[int, ...]] = field(default_factory=list)
     joined_receives: list[tuple[int, ...]] = field(default_factory=list)
-    # the joined messages that are packed from, or unpacked into, own tensors in one copy
+    # the joined messages packed from, or unpacked into, own tensors in one copy
     packed_sends: tuple[PackedMessages, ...] = ()
     packed_receives: tuple[PackedMessages, ...] = ()
-    # usually one launch; several if one tensor with the tokens of all head groups would be mostly unused
+    # usually one launch; several if a single tensor with the tokens of all head groups would be mostly unused
     launches: list[KernelLaunch] = field(default_factory=list)
     # own rows that launches write to buffers, to be accumulated from there
     own_results: list[tuple[BufferKey, View]] = field(default_factory=list)
@@ -90,15 +93,15 @@ class ProgramStep:
 class Program:
     """One rank's share of a plan.
 
-    tokens: rows of the rank's own tensors. kept: the rows of each buffer kept for the backward pass, by its key in the forward
-    pass. kept_places: the places of these buffers in one flat tensor. proof: None for an unproven plan. blank: result buffers, of
-    both passes, that first writes do not fill completely. unadded: own results to which this rank adds nothing, so that they
-    need no wider dtype than the inputs. own_tensors: the rank's own tensors of each payload. forward_bytes,
-    backward_bytes: the size of each pass's arena (see `memory`). uploaded: the index lists, if they are on a GPU.
-    forward_states, backward_states: the states with which each task of a recurrence begins and ends.
+    tokens: the number of rows of the rank's own tensors. kept: the number of rows of each buffer kept for the backward pass,
+    keyed by its forward key. kept_places: the places of these buffers in one flat tensor. proof: None for an unproven plan.
+    blank: result buffers of both passes that first writes do not fill completely. unadded: own results to which this rank
+    adds nothing, so that they need no wider dtype than the inputs. own_tensors: the rank's own tensors of each payload.
+    forward_bytes, backward_bytes: the size of each pass's arena (see `memory`). uploaded: the index lists, if they are on a
+    GPU. forward_states, backward_states: the states that each task of a recurrence starts from and ends with.
     """
 
-    # the call, not the plan: programs are cached as long as their plan exists, so they must not keep it alive
+    # the call, not the plan: programs are cached for as long as their plan exists, so they must not keep it alive
     call: Call
     proof: Proof | None
     rank: int
@@ -120,5 +123,6 @@ class Program:
 
 
 def kept_key(key: BufferKey) -> BufferKey:
-    """Translate a kept buffer's key from the forward to the backward pass, or back. No other buffer of that pass has this key."""
+    """Translate a kept buffer's key from the forward to the backward pass, or back. No other buffer of that pass has the
+    resulting key."""
     return key._replace(step=OWN - 1 - key.step)

@@ -3,7 +3,7 @@
 Llama 3 (Dubey et al. 2024, arXiv 2407.21783, section 3.3.2) gathers all keys. Here, only the keys that a rank's queries need are
 sent to it, once each, from their owner. Given a cluster, keys that several ranks of another node need enter that node once and
 are forwarded within it. Tasks that need only local keys run while other keys travel, but only if they are a large enough part of
-the rank's work, because a second kernel call makes copies that split the rows and join them again.
+the rank's work, because a second kernel call requires copies that split the rows and join them again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from distattn.ir.plan import (
 from distattn.parallel.tables.partition import mask_rectangles, owns_range, split_by_query_owner
 from distattn.parallel.tables.routes import remote_users, send_direct, send_hierarchical
 
-# smallest fraction of a rank's work for which tasks on local keys get a kernel call of their own
+# the smallest fraction of a rank's work for which tasks on local keys get their own kernel call
 _LEAST_EARLY = 1 / 8
 
 
@@ -56,7 +56,7 @@ def _many_are_early(call: Call, tasks: Columns) -> np.ndarray:
 
 
 def _uses_late_keys(call: Call, tasks: Columns, late: Columns) -> Ints:
-    """Return 1 for each task that needs any (rank, head, token) in `late`, and 0 for the others."""
+    """Return 1 for each task that needs any of the (rank, head, token) in `late`, and 0 for the others."""
     ranges = task_token_ranges(call, Payload.KV, tasks)
     task, task_head = expand_ranges(ranges["h0"], ranges["h1"])
     row, head = expand_ranges(late["h0"], late["h1"])

@@ -46,12 +46,12 @@ from distattn.parallel.tables.cost import CostModel, bytes_per_row_and_key
 from distattn.parallel.tables.partition import mask_rectangles, owns_range, split_by_key_owner, split_by_query_owner
 from distattn.parallel.tables.routes import reduce_direct, remote_users, send_direct
 
-# roughly the largest fraction of an item to move if there are other items: its first rows have little work per byte
+# roughly the largest fraction of an item to move if there are other items: the first rows of an item have little work per byte
 _DENSE_FRACTION = 0.75
 _MILLION = 1_000_000
-# number of attempts at keeping every rank within max_buffer_bytes
+# the number of attempts to keep every rank within max_buffer_bytes
 _MEMORY_ROUNDS = 6
-# tolerances of further candidates: the larger the tolerance, the less work moves
+# tolerances of additional candidates: the larger the tolerance, the less work moves
 FALLBACK_TOLERANCES = (0.1, 0.3, 1.0, 3.0)
 
 
@@ -60,9 +60,9 @@ class CadOptions:
     """Options of strategy "cad".
 
     tolerance: no server gets more than (1 + tolerance) times its share of the work, except for the last block of cells.
-    speeds: each rank's relative throughput, as an integer; a rank with speed 0 serves nothing.
-    max_buffer_bytes: bytes of other ranks' tensors that a rank may hold at once in one pass; ranks near the limit get less work.
-    block: rows and keys in a kernel's tile; documents are cut at multiples of it.
+    speeds: each rank's relative throughput, as an integer; a rank with speed 0 serves nothing. max_buffer_bytes: the most
+    bytes of other ranks' tensors that a rank may hold at any one time in a pass; ranks near the limit get less work. block:
+    rows and keys in a kernel's tile; documents are cut at multiples of it.
     """
 
     tolerance: float = 0.02
@@ -84,9 +84,9 @@ def cad(
 ) -> Iterator[Table]:
     """Yield candidate tables. Step 0 sends inputs and runs local work, step 1 runs moved work, step 2 returns outputs.
 
-    Candidates are made one by one: first the work balanced within the tolerance, then all work at home, then less and less
-    balanced work. If ranks differ in speed, only the first is made, because a cluster's speed table does not describe such
-    differences.
+    Candidates are generated one by one: first the work balanced within the tolerance, then all work at home, then
+    increasingly unbalanced work. If ranks differ in speed, only the first is generated, because a cluster's speed table does
+    not describe such differences.
     """
     speeds = _checked_speeds(call, options)
     cost_model = CostModel.for_cluster(cluster, direction, call.head_dim, options.block)
@@ -127,7 +127,7 @@ class _Limits(NamedTuple):
 
 def work_limits(work: int, speeds: Ints, tolerance: float) -> Ints:
     """Return the most work that each rank may have: its share of `work`, in proportion to its speed, times 1 + tolerance."""
-    # use Python integers, because the product may exceed int64
+    # use Python integers, because the product may overflow int64
     scale = _MILLION + round(tolerance * _MILLION)
     parts = [-(-work * scale * rank_speed // (int(speeds.sum()) * _MILLION)) for rank_speed in speeds.tolist()]
     return np.array(parts, np.int64)
@@ -150,7 +150,7 @@ def home_tasks(call: Call, cost_model: CostModel) -> Columns:
 
 
 def _split_by_heads(call: Call, tasks: Columns, cost_model: CostModel, weights: tuple[int, int]) -> Columns:
-    """Cut mask pieces with many owners into head groups, with an equal share for each owner, if that moves fewer bytes."""
+    """Cut mask pieces with many owners into head groups, with an equal share for each owner, where that moves fewer bytes."""
     order = lexicographic_argsort(tasks["piece"], tasks["rank"])
     first = run_starts(tasks["piece"][order], tasks["rank"][order])
     piece, owner = tasks["piece"][order][first], tasks["rank"][order][first]
@@ -182,7 +182,7 @@ def _split_by_heads(call: Call, tasks: Columns, cost_model: CostModel, weights: 
 
 
 def route_tasks(call: Call, tasks: Columns) -> Table:
-    """Return a table of these tasks in which inputs come directly from their owners and outputs go directly to theirs."""
+    """Return a table of these tasks in which inputs come directly from their owners and outputs return directly to theirs."""
     owns_rows = owns_range(call, tasks["rank"], tasks["q0"], tasks["q1"])
     local = owns_rows & owns_range(call, tasks["rank"], tasks["k0"], tasks["k1"])
     tasks = {**tasks, "step": np.where(local, 0, 1)}
@@ -197,7 +197,8 @@ def route_tasks(call: Call, tasks: Columns) -> Table:
 
 
 def _rebalance_within_memory(call: Call, tasks: Columns, cost_model: CostModel, limits: _Limits) -> Columns:
-    """Balance the work so that no rank holds more than max_buffer_bytes. Raise DistattnError if the tolerance rules it out."""
+    """Balance the work so that no rank holds more than max_buffer_bytes. Raise DistattnError if the tolerance makes this
+    impossible."""
     direction, budget = cost_model.direction, limits.max_buffer_bytes
     if budget is None:
         return _rebalance(call, tasks, cost_model, limits, np.ones(call.ranks))[0]
@@ -221,9 +222,10 @@ def _rebalance_within_memory(call: Call, tasks: Columns, cost_model: CostModel, 
 def _rebalance(
     call: Call, tasks: Columns, cost_model: CostModel, limits: _Limits, room_fraction: np.ndarray
 ) -> tuple[Columns, int]:
-    """Return (tasks for the same work with ranks within their limits where possible, the cost that remains above limits).
+    """Return tasks for the same work, with ranks within their limits where possible, and the cost that remains above the
+    limits.
 
-    room_fraction: the part of its room that each receiver uses.
+    room_fraction: the fraction of its room that each receiver uses.
     """
     weights = bytes_per_row_and_key(call, cost_model.direction)
     cost = cost_model.task_costs(call, tasks)
@@ -241,7 +243,7 @@ def _rebalance(
     typical = max(sum(space * space for space in room.tolist()) // int(room.sum()), 1)
     receivers = -(-excess[home] // typical)
     cut = cut_into_lanes(items, home, fraction, receivers, cost_model, call.gqa_group_size, weights)
-    # cut work costs more, so all limits rise a little
+    # cutting work raises its cost, so all limits rise a little
     extra = np.append(cut.extra, np.zeros(call.ranks - len(cut.extra), np.int64))
     limit = work_limits(int(load.sum() + extra.sum()), limits.speeds, limits.tolerance)
     excess = np.where(excess > 0, np.maximum(load - limit, 0) + extra, 0)

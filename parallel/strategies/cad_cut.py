@@ -3,7 +3,7 @@
 Work that leaves a rank is arranged in *lanes*. A lane is the last rows of an item (a document, or the part of one that the rank
 owns) for one head group, and for one key range if that saves bytes. Transfers are laid out one after another along the lanes,
 from the last row of each lane to its first. If a transfer ends within a block of rows, the block is cut between keys. A transfer
-therefore consists of whole head groups, or of neighbouring rows of one group.
+therefore consists of complete head groups, or of neighbouring rows of one group.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from distattn.ir.intervals import Ints, expand_ranges
 from distattn.ir.plan import TASK_COLUMNS, Columns, concat_rows, make_columns, nonempty_bands, select_rows
 from distattn.parallel.tables.cost import CostModel
 
-# largest number of key ranges to try for a head group
+# maximum number of key ranges to try for a head group
 _MAX_KEY_RANGES = 4
 
 
 class WorkItems(NamedTuple):
-    """Rectangles of mask pieces: piece number, the piece clipped to the rectangle (M, 10), and query heads [h0, h1)."""
+    """Rectangles of mask pieces: the index of the piece, the piece clipped to the rectangle (M, 10), and query heads [h0,
+    h1)."""
 
     piece: Ints
     bands: Ints
@@ -43,7 +44,7 @@ class WorkItems(NamedTuple):
 
 
 class LaneCut(NamedTuple):
-    """Items cut into the tasks that stay and the lanes that may leave, in order, with the sender of each lane.
+    """Items cut into the tasks that stay and, in order, the lanes that may leave, with the sender of each lane.
 
     extra: how much more each rank's lanes cost than the same cells in one piece.
     """
@@ -102,11 +103,11 @@ def cut_into_lanes(
 
 
 def assign_lanes(cut: LaneCut, transfers: Transfers, cost_model: CostModel) -> Columns:
-    """Return all tasks: those that stay, each transfer at its receiver, and the rest of the lanes at their senders."""
+    """Return all tasks: those that stay, each transfer on its receiver, and the rest of the lanes on their senders."""
     lane, place = _transfer_ends(cut, transfers, cost_model)
     ends = _cut_points(cut.lanes.at(lane), place, cost_model)
     lane_rows, near, far, transfer = _between_cuts(cut.lanes, lane, ends)
-    # work after a sender's last transfer stays
+    # work after a sender's last transfer stays with the sender
     number = np.minimum(transfer, len(lane))
     is_sent = np.append(transfers.sender, -1)[number] == cut.sender[lane_rows]
     rank = np.where(is_sent, np.append(transfers.receiver, -1)[number], cut.sender[lane_rows])
@@ -171,11 +172,12 @@ def _key_ranges(bands: Ints, parts: Ints, cost_model: CostModel) -> tuple[Ints, 
 
 
 def _transfer_ends(cut: LaneCut, transfers: Transfers, cost_model: CostModel) -> tuple[Ints, Ints]:
-    """Return (lane in which each transfer ends, cost per head from the last row of that lane to the end of the transfer)."""
+    """Return the lane in which each transfer ends, and the cost per head from the last row of that lane to the end of the
+    transfer."""
     heads = cut.lanes.h1 - cut.lanes.h0
     cost = cost_model.band_costs(cut.lanes.bands) * heads
     end = np.cumsum(cost)
-    # where each sender's lanes start and end when all lanes are laid end to end
+    # the start and end of each sender's lanes when all lanes are laid end to end
     begin = np.append(0, end)[np.searchsorted(cut.sender, transfers.sender)]
     limit = end[np.searchsorted(cut.sender, transfers.sender, "right") - 1]
     so_far = np.cumsum(transfers.cost)
@@ -186,7 +188,8 @@ def _transfer_ends(cut: LaneCut, transfers: Transfers, cost_model: CostModel) ->
 
 
 def _cut_points(lanes: WorkItems, wanted: Ints, cost_model: CostModel) -> Ints:
-    """Return where the last rows that cost `wanted` begin, (M, 3): start and end row of the cut block, and first key taken."""
+    """Return where the last rows that cost `wanted` start, (M, 3): start and end row of the cut block, and the first key
+    used."""
     bands = lanes.bands
     row, end = cost_model.last_rows_of_cost(bands, wanted)
     taken = cost_model.band_costs(clip(bands, end, bands[:, Q1], 0, bands[:, K1]))
@@ -218,7 +221,8 @@ def _between_cuts(lanes: WorkItems, lane: Ints, ends: Ints) -> tuple[Ints, Ints,
 
 
 def _pieces_between(lanes: WorkItems, near: Ints, far: Ints) -> tuple[WorkItems, Ints]:
-    """Return (pieces, row) for each lane between two cuts: the rest of the near block, whole rows, the start of the far block."""
+    """Return (pieces, row) for each lane between two cuts: the rest of the near block, complete rows, and the start of the
+    far block."""
     k0, k1 = lanes.bands[:, K0], lanes.bands[:, K1]
     same_block = near[:, 0] == far[:, 0]
     cuts = [

@@ -27,8 +27,8 @@ from distattn.parallel.tables.partition import Rectangles, clip_rectangles, mask
 class CadGreedyOptions:
     """Options of "cad_greedy".
 
-    tolerance: how far below the mean load a receiver may stay, as a fraction of it. block: each half of a piece has a multiple of
-    this number of rows.
+    tolerance: how far below the mean load a receiver may stay, as a fraction of the mean. block: each half of a piece has a
+    multiple of this number of rows.
     """
 
     tolerance: float = 0.1
@@ -58,8 +58,8 @@ def cad_greedy(
 
 
 class _Pairs:
-    """The pieces of work. Each is a range [first, last) of head-tail pairs of a document part's rows, counted from the outside,
-    and the rank that computes them."""
+    """The pieces of work. Each is a range [first, last) of head-tail pairs of rows in a part of a document, counted from the
+    outside, and the rank that computes them."""
 
     def __init__(self, area: Rectangles, rank: Ints, call: Call, block: int):
         self.call, self.area, self.block = call, area, block
@@ -69,7 +69,7 @@ class _Pairs:
         pairs = rows / 2
         work = areas(clip(band, area.q0, area.q1, area.k0, area.k1)) * self.heads
         self.load = np.bincount(rank, work, call.ranks)
-        # work per pair; an odd row in the middle is half a pair
+        # work per pair; an odd row in the middle counts as half a pair
         self.each = work / pairs
         causal = (band[:, [BQ, BK]] == 1).all(1) & (band[:, HI] + band[:, OK] == band[:, OQ])
         self.causal = causal & (band[:, LO] + band[:, OK] - band[:, OQ] <= -call.mask.n)
@@ -88,7 +88,7 @@ class _Pairs:
         size = _estimated(moved / work, last - first, self.context[part] + last, self.length[part], weights)
         best = int(np.argmax(moved / (size * self.heads[part])))
         wanted = moved[best] / self.each[part[best]]
-        # whole blocks, unless the receiver needs less than half a block
+        # move complete blocks, unless the receiver needs less than half a block
         item, count = int(some[best]), np.round(wanted / self.block) * self.block or np.ceil(wanted)
         # the innermost pairs need the fewest keys for their work
         begin = last[best] // 1 - count

@@ -1,7 +1,8 @@
 """Double ring: keys and values circulate within a node while those of the next node are on their way.
 
 Gu et al. 2024, LoongTrain, arXiv 2406.18485, section 4.4. The inner ring connects the ranks of a node, the outer ring
-the nodes. If inner rings are whole nodes, a token enters a node at most once, one outer hop before it is used there.
+the nodes. If inner rings are complete nodes, a token enters a node at most once, one outer hop before it is used
+there.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from distattn.parallel.tables.routes import remote_users, send_along_double_ring
 class DoubleRingOptions:
     """Options of "double_ring".
 
-    inner_ring_size: ranks in an inner ring. The default is a node's ranks, or about the square root of all ranks if no cluster is
-    given.
+    inner_ring_size: the number of ranks in an inner ring. The default is the number of ranks per node, or about the square
+    root of all ranks if no cluster is given.
     """
 
     inner_ring_size: int | None = None

@@ -25,7 +25,7 @@ _ROTATIONS = ("fewest bytes", "keys", "queries")
 class RingOptions:
     """Options of "ring".
 
-    rotate: the tokens that travel: "keys" (with their values), "queries", or "fewest bytes" for whichever moves less data.
+    rotate: which tokens travel, "keys" (with their values), "queries", or "fewest bytes" for whichever moves less data.
     """
 
     rotate: str = "fewest bytes"

@@ -22,7 +22,7 @@ from distattn.parallel.strategies.scan_mixture import DocumentSchedule, fastest_
 from distattn.parallel.strategies.scan_schedules import LAST_STEP, SCHEDULES
 from distattn.parallel.strategies.scan_tables import layout_chains, ranks_of_chains, table_of_rows
 
-# the default if speeds are unknown: it takes few steps, and its bytes per rank hardly depend on the number of ranks
+# the default if speeds are unknown: it needs few steps, and its bytes per rank hardly depend on the number of ranks
 _DEFAULT = "head_sharded"
 _RENAMED_SCHEDULES = {
     "in_turn": "sequential",
@@ -36,11 +36,11 @@ _RENAMED_SCHEDULES = {
 class ScanOptions:
     """Options of `scan`.
 
-    schedule: "sequential", "allgather_states", "head_sharded" or "tree" for all documents, or "auto" to choose the combination of
-    schedules that simulates fastest. "auto" needs a cluster description; without one it means "head_sharded". state_first: the
-    first segment of each document, which waits for nothing, computes its state before its outputs. head_groups: the number of
-    head groups that "sequential" pipelines, with bitwise equal results on any number of ranks. When "auto" simulates, it ignores
-    `state_first` and `head_groups`.
+    schedule: "sequential", "allgather_states", "head_sharded" or "tree" for all documents, or "auto" to choose the
+    combination of schedules that simulates fastest. "auto" needs a cluster description; without one it means "head_sharded".
+    state_first: compute the state of each document's first segment, which waits for nothing, before its outputs. head_groups:
+    the number of head groups that "sequential" pipelines, with bitwise identical results on any number of ranks. When "auto"
+    simulates, it ignores `state_first` and `head_groups`.
     """
 
     schedule: str = "auto"
@@ -65,8 +65,8 @@ def scan(
 ) -> Iterable[Table]:
     """Return one candidate table for a direction, "forward" or "backward".
 
-    working_layout: the layout in which tokens are computed, if it is not the call's: tokens are sent to it and results come back.
-    seconds: a function that simulates a table; None if speeds are unknown.
+    working_layout: the layout in which tokens are computed, if it is not the call's; tokens are sent to it and results sent
+    back. seconds: a function that simulates a table; None if speeds are unknown.
     """
     chains = layout_chains(call, working_layout or call.layout)
     if options.schedule == "auto" and seconds is not None:

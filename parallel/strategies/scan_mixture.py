@@ -3,7 +3,8 @@
 Documents of one segment wait for nothing, so they may fill the steps in which other documents' states move. The best schedule
 for a longer document depends on the number and length of its segments, on whether its ranks share a node, and on the other
 documents in the same steps. The search therefore starts with the best single schedule for all documents, and then changes the
-schedule of one class of documents at a time if that makes the whole faster. The result is never slower than a single schedule.
+schedule of one class of documents at a time if that makes the entire scan faster. The result is never slower than a single
+schedule.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from distattn.parallel.strategies.scan_tables import (
     table_of_rows,
 )
 
-# head groups that "sequential" pipelines from rank to rank
+# the numbers of head groups that "sequential" pipelines from rank to rank
 _SEQUENTIAL_HEAD_GROUPS = 8
 # up to this number of multi-segment documents, each gets its own schedule; beyond it, similar documents share one
 _FEW_DOCUMENTS = 6
@@ -55,7 +56,7 @@ class DocumentSchedule(NamedTuple):
         return f"{name}{suffix} {'last' if self.first_whole == LAST_STEP else 'while states move'}"
 
 
-# candidates for all documents together; users can also ask for these
+# candidates that treat all documents alike; users can also request these
 _SINGLE = (
     DocumentSchedule("head_sharded"),
     DocumentSchedule("head_sharded", LAST_STEP),
@@ -67,7 +68,7 @@ _SINGLE = (
     DocumentSchedule("sequential", 0, _SEQUENTIAL_HEAD_GROUPS),
 )
 _OF_ONE_SEGMENT = (DocumentSchedule("alone"), DocumentSchedule("alone", 1), DocumentSchedule("alone", 2))
-# with two segments only one state moves, and schedules differ only in what waits for it
+# with two segments only one state moves, so schedules differ only in what waits for it
 _OF_TWO_SEGMENTS = (
     DocumentSchedule("sequential"),
     DocumentSchedule("sequential", 0, _SEQUENTIAL_HEAD_GROUPS),
@@ -92,8 +93,8 @@ def fastest_mixture(
 ) -> Table:
     """Return the fastest table found. Its label names the schedules of its documents.
 
-    devices: devices per node. seconds: a function that simulates a table. It is called about 200 times, however many documents
-    there are.
+    devices: devices per node. seconds: a function that simulates a table. It is called about 200 times, regardless of the
+    number of documents.
     """
     classes, ranks = _classes(chains, devices), ranks_of_chains(chains)
 
@@ -126,7 +127,7 @@ def _candidates(chain: Chain) -> Sequence[DocumentSchedule]:
 
 
 def _classes(chains: Sequence[Chain], devices: int) -> list[list[Chain]]:
-    """Group the documents that share a schedule, those with the most segments first."""
+    """Group the documents that share a schedule. Groups with the most segments come first."""
     num_multi_segment = sum(len(chain.segments) > 1 for chain in chains)
     classes: dict[tuple[int, ...], list[Chain]] = defaultdict(list)
     for chain in chains:
@@ -134,7 +135,7 @@ def _classes(chains: Sequence[Chain], devices: int) -> list[list[Chain]]:
         key: tuple[int, ...] = (segments,)
         if segments > 1:
             crosses = len({segment.rank // devices for segment in chain.segments}) > 1
-            # compare large numbers of segments by their power of two, and tokens by their power of four
+            # round large numbers of segments to powers of two, and numbers of tokens to powers of four
             alike = min(segments, 2 + segments.bit_length()), crosses, (chain.t1 - chain.t0).bit_length() // 2
             key = (segments, chain.piece) if num_multi_segment <= _FEW_DOCUMENTS else alike
         classes[key].append(chain)

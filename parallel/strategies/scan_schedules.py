@@ -17,12 +17,12 @@ from typing import NamedTuple
 
 from distattn.parallel.tables.held_states import HeldState, HeldStates
 
-# a step later than any that a chain has
+# a step later than any step of a chain
 LAST_STEP = 1 << 30
 
 
 class Segment(NamedTuple):
-    """Tokens [t0, t1) of a document, computed at `rank`."""
+    """Tokens [t0, t1) of a document, computed on `rank`."""
 
     t0: int
     t1: int
@@ -44,7 +44,8 @@ class Chain(NamedTuple):
         return self._replace(segments=self.segments[::-1])
 
     def in_head_groups(self, groups: int) -> list[Chain]:
-        """Split the heads into `groups` groups, or one per head if there are fewer heads, and return a chain for each group."""
+        """Split the heads into `groups` groups, or into one per head if there are fewer heads, and return a chain for each
+        group."""
         heads = self.h1 - self.h0
         groups = min(groups, heads)
         bounds = [self.h0 + group * heads // groups for group in range(groups + 1)]
@@ -52,7 +53,7 @@ class Chain(NamedTuple):
 
 
 class Compute(NamedTuple):
-    """The computation of segment number `segment` of a chain, either in full (`whole`) or only of its state."""
+    """The computation of the segment with index `segment` of a chain: in full if `whole`, otherwise only its state."""
 
     step: int
     segment: int
@@ -76,7 +77,7 @@ Schedule = Callable[[Chain, Sequence[int]], tuple[list[Compute], list[Send]]]
 
 
 def sequential(chain: Chain, ranks: Sequence[int]) -> tuple[list[Compute], list[Send]]:
-    """Compute one segment after another. Nothing is computed twice, and the fewest bytes move.
+    """Compute one segment after another. Nothing is computed twice, and as few bytes as possible move.
 
     The state of each head group is one step behind that of the previous group.
     """
@@ -89,7 +90,7 @@ def sequential(chain: Chain, ranks: Sequence[int]) -> tuple[list[Compute], list[
 
 
 def alone(chain: Chain, ranks: Sequence[int], step: int = 0) -> tuple[list[Compute], list[Send]]:
-    """Compute a document of one segment in a step in which its rank would otherwise wait for other documents' states."""
+    """Compute a single-segment document in a step in which its rank would otherwise wait for other documents' states."""
     return [Compute(step, 0, True)], []
 
 
@@ -124,7 +125,7 @@ def head_sharded(chain: Chain, ranks: Sequence[int], first_whole: int = 0) -> tu
 
 
 def tree(chain: Chain, ranks: Sequence[int], first_whole: int = 0) -> tuple[list[Compute], list[Send]]:
-    """Combine states up a tree of segments and down again, in a logarithmic number of steps."""
+    """Combine states up a tree of segments and back down, in a logarithmic number of steps."""
     segments, last = chain.segments, len(chain.segments) - 1
     sends: list[Send] = []
     arrived: dict[tuple[int, int, int], int] = {}
@@ -132,7 +133,7 @@ def tree(chain: Chain, ranks: Sequence[int], first_whole: int = 0) -> tuple[list
     begins = [0] * (last + 1)
 
     def send(step: int, src: int, dst: int, first: int, end: int) -> int:
-        """Send a state, and return the step at whose end `dst` has it."""
+        """Send a state, and return the step at the end of which `dst` has it."""
         if src == dst:
             return step - 1
         if (dst, first, end) not in arrived:
@@ -172,11 +173,11 @@ SCHEDULES: dict[str, Callable[..., tuple[list[Compute], list[Send]]]] = {
 
 
 def _states_then_all(begins: Sequence[int], first_whole: int) -> list[Compute]:
-    """Return the computations of a chain: states first, then whole segments.
+    """Return the computations of a chain: states first, then complete segments.
 
     begins: the first step in which each segment may be computed in full. first_whole: the step in which the first segment is
-    computed in full. In step 0 that also gives its state. If it is later, its state is computed separately like all others,
-    which makes it available earlier at the cost of another pass over its keys.
+    computed in full. If that is step 0, it also gives the segment's state. If it is later, the state is computed separately,
+    like all others, and so is available earlier, at the cost of another pass over the segment's keys.
     """
     last = len(begins) - 1
     if not last:
@@ -188,7 +189,7 @@ def _states_then_all(begins: Sequence[int], first_whole: int) -> list[Compute]:
 
 
 def needed_sends(chain: Chain, computes: list[Compute], sends: list[Send]) -> list[Send]:
-    """Drop messages whose state no rank needs, or that a destination with several segments can combine itself."""
+    """Drop messages with a state that no rank needs, or that a destination with several segments can combine itself."""
     needed: list[Send] = []
     for h0, h1 in sorted({(send.h0, send.h1) for send in sends}):
         held: dict[int, list[HeldState]] = {}

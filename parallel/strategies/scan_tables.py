@@ -24,7 +24,7 @@ from distattn.ir.plan import (
 from distattn.parallel.strategies.scan_schedules import Chain, Schedule, Segment, needed_sends
 from distattn.parallel.tables.routes import remote_users, reversed_moves, send_direct
 
-# tasks (A, 9) and moves (B, 8), with a table's columns
+# tasks (A, 9) and moves (B, 8), with the columns of a table
 TableRows = tuple[Ints, Ints]
 
 
@@ -45,7 +45,7 @@ def layout_chains(call: Call, layout: Layout) -> list[Chain]:
 def ranks_of_chains(chains: Iterable[Chain]) -> list[int]:
     """Return the ranks that have tokens.
 
-    The other ranks take no part in recurrences. They may be servers, which compute attention only.
+    The other ranks take no part in recurrences. They may be servers, which compute only attention.
     """
     return sorted({segment.rank for chain in chains for segment in chain.segments})
 
@@ -85,7 +85,8 @@ def concatenate_rows(rows: Iterable[TableRows]) -> TableRows:
 def table_of_rows(
     call: Call, rows: Iterable[TableRows], direction: str, label: str = "", tokens_move: bool = True
 ) -> Table:
-    """Return a table of the rows of all chains, and of the moves of tokens to the ranks that compute them and of results back.
+    """Return a table with the rows of all chains, the moves of tokens to the ranks that compute them, and the moves of
+    results back.
 
     tokens_move: False if all tokens are computed by their owners, so that no such moves are needed.
     """

@@ -1,4 +1,4 @@
-"""Ulysses: every rank gathers all tokens for a few heads, computes whole sequences, and sends the outputs back.
+"""Ulysses: every rank gathers all tokens for a few heads, computes complete sequences, and sends the outputs back.
 
 Jacobs et al. 2023, arXiv 2309.14509. Query heads are split as evenly as possible, and a key/value head goes to
 every rank that has a query head of its group. More ranks than query heads are an error.

@@ -25,8 +25,9 @@ _DIMS = ("ulysses", "ring")
 class UspOptions:
     """Options of "usp".
 
-    ulysses: ranks in a Ulysses group. The default is the largest number that duplicates no key/value head and, given a cluster,
-    fits in a node. inner_dim: the dimension, "ulysses" or "ring", whose groups consist of neighbouring ranks (0, 1, 2, ...).
+    ulysses: the number of ranks in a Ulysses group. The default is the largest number that duplicates no KV head and, if a
+    cluster is given, fits in a node. inner_dim: the dimension, "ulysses" or "ring", whose groups consist of neighbouring
+    ranks (0, 1, 2, ...).
     """
 
     ulysses: int | None = None
@@ -40,7 +41,8 @@ class UspOptions:
 
 
 def usp(call: Call, cluster: AnyCluster | None = None, options: UspOptions = UspOptions()) -> list[Table]:
-    """Return one candidate table. Step 0 collects, step 1 + d uses keys from d groups away, and outputs go to their owners."""
+    """Return one candidate table. Step 0 collects tokens, step 1 + d uses keys from d groups away, and outputs return to
+    their owners."""
     degree = _default_degree(call, cluster) if options.ulysses is None else options.ulysses
     if degree < 1 or call.ranks % degree or degree > call.heads:
         fitting = [u for u in range(1, call.heads + 1) if call.ranks % u == 0]

@@ -1,7 +1,7 @@
 """The integer cost model with which strategies balance work. It makes every rank compute the same plan, bit for bit.
 
-It is the kernel-time model of `distattn.cluster.cost` in integers. A kernel works on whole blocks of rows, and each row costs as
-much as `overhead` additional keys. A document shorter than a block therefore costs as much as a whole block, and short documents
+It is the kernel-time model of `distattn.cluster.cost` in integers. A kernel works on full blocks of rows, and each row costs as
+much as `overhead` additional keys. A document shorter than a block therefore costs as much as a full block, and short documents
 cost more than their cells.
 """
 
@@ -19,11 +19,11 @@ from distattn.ir.bands import K0, K1, Q0, Q1, areas, clip
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import Call, Columns, Payload, task_bands
 
-# the devices assumed for a cluster without a table of kernel speeds
+# the device assumed if a cluster has no table of kernel speeds
 _DEFAULT_DEVICES = "h100-1x1"
-# a length beyond which no kernel in a table gets faster
+# a length beyond which no kernel in a speed table gets any faster
 _LONG = 1 << 20
-# candidates tested at once in each round of the search
+# the number of candidates tested in each round of the search
 _PROBES = 16
 
 
@@ -31,7 +31,7 @@ _PROBES = 16
 class CostModel:
     """Costs in one direction ("forward" or "backward"). The unit is a block of cells: `block` rows x 1 key of one head.
 
-    block: the rows in a kernel's tile. overhead: the fixed cost of a row, as a number of keys.
+    block: the rows in a kernel's tile. overhead: the fixed cost of a row, expressed as a number of keys.
     """
 
     direction: str
@@ -60,13 +60,13 @@ class CostModel:
         return out
 
     def seconds(self, call: Call, cluster: ClusterSpec, cost: int) -> float:
-        """Convert a cost to kernel seconds on a cluster, with the speed for long sequences, as costs include overheads."""
+        """Convert a cost to kernel seconds on a cluster, at the speed for long sequences, since costs include overheads."""
         long = np.array([_LONG])
         speed = float(attention_speed(cluster, self.direction, call.head_dim, long, long)[0])
         return cost * self.block * flops_per_cell(self.direction, call.head_dim, call.v_head_dim) / speed
 
     def last_rows_of_cost(self, bands: Ints, wanted: Ints) -> tuple[Ints, Ints]:
-        """Find the fewest whole blocks of rows at the end of each band that cost at least `wanted`.
+        """Find the fewest full blocks of rows at the end of each band that cost at least `wanted`.
 
         Return (first row, end of the first block), both (M,).
         """
@@ -80,7 +80,7 @@ class CostModel:
         return np.maximum(q1 - blocks * self.block, q0), q1 - (blocks - 1) * self.block
 
     def last_keys_of_area(self, bands: Ints, wanted: Ints) -> Ints:
-        """Find the fewest whole blocks of keys at the end of each band that hold `wanted` cells. Return their first keys,
+        """Find the fewest full blocks of keys at the end of each band that hold `wanted` cells. Return their first keys,
         (M,)."""
         k0, k1 = bands[:, K0], bands[:, K1]
 
@@ -108,10 +108,11 @@ def _default_overhead(direction: str) -> int:
 
 
 def _smallest_sufficient(limit: Ints, is_enough: Callable[[Ints, Ints], np.ndarray]) -> Ints:
-    """Return, for each i, the least x in 1 .. limit_i with is_enough(i, x), or limit_i. is_enough must be monotonic in x."""
+    """Return, for each i, the least x in 1 .. limit_i with is_enough(i, x), or limit_i if no x qualifies. is_enough must be
+    monotonic in x."""
     low, high = np.minimum(1, limit), limit
     i = np.repeat(np.arange(len(limit)), _PROBES)
-    # use few rounds with many probes each, because the time of a round in numpy hardly depends on the number of probes
+    # use few rounds with many probes each, because the time per round in NumPy hardly depends on the number of probes
     while (low < high).any():
         probes = low[:, None] + (high - low)[:, None] * np.arange(_PROBES) // _PROBES
         sufficient = is_enough(i, probes.ravel()).reshape(probes.shape)

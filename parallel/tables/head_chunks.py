@@ -1,6 +1,6 @@
 """Attention in head chunks: the same tasks and moves with fewer heads at a time, so that buffers are smaller.
 
-Every rank's heads are cut into chunks. Each chunk repeats the whole table for some of the heads, a few steps later. Chunks may
+Every rank's heads are cut into chunks. Each chunk repeats the entire table for some of the heads, a few steps later. Chunks may
 overlap, so that the messages of one travel while another is computed. Untied Ulysses does this for Ulysses (UPipe, arXiv
 2602.21196); here it works for every strategy. A key/value head shared by query heads in several chunks is sent for the first of
 these chunks and stays.
@@ -28,14 +28,15 @@ from distattn.ir.plan import (
 
 
 class HeadChunks(NamedTuple):
-    """A way to cut a table. chunks: the number of chunks. stride: steps from the start of one chunk to the start of the next."""
+    """A way to cut a table. chunks: the number of chunks. stride: the number of steps from the start of one chunk to the
+    start of the next."""
 
     chunks: int
     stride: int
 
 
 def possible_head_chunks(call: Call, table: Table) -> Iterator[HeadChunks]:
-    """Yield ways to cut a forward table into head chunks, from the fastest to the one that needs the least memory.
+    """Yield ways to cut a forward table into head chunks, from the fastest to the most memory-efficient.
 
     The number of chunks increases. If a table only sends, computes and returns, its chunks overlap, except in the last two
     ways, where they overlap less or not at all. In longer tables, steps overlap anyway, so chunks follow one another.
@@ -52,10 +53,11 @@ def possible_head_chunks(call: Call, table: Table) -> Iterator[HeadChunks]:
 
 
 def in_head_chunks(call: Call, table: Table, cut: HeadChunks) -> Table:
-    """Cut a forward table's heads into chunks. A move is cut at the chunks of the rank that uses or has computed its content."""
+    """Cut a forward table's heads into chunks. A move is cut at the chunks of the rank that uses, or has computed, what it
+    moves."""
     low, high = _heads_of_ranks(call, table.tasks)
     limits = low[:, None] + (high - low)[:, None] * np.arange(cut.chunks + 1) // cut.chunks
-    # a key/value head shared by two chunks is sent with the first
+    # a KV head shared by two chunks is sent with the first
     group = call.gqa_group_size
     key_limits = np.maximum.accumulate(-(-limits // group), 1)
     key_limits[:, 0] = 0
@@ -79,7 +81,7 @@ def _heads_of_ranks(call: Call, tasks: Columns) -> tuple[Ints, Ints]:
 
 
 def _cut(rows: Columns, rank: Ints, limits: Ints, stride: int) -> Columns:
-    """Cut rows at their rank's chunks. limits: the first head of each chunk, and the end, (ranks, chunks + 1)."""
+    """Cut rows at their rank's chunks. limits: the first head of each chunk, and the end of the last, (ranks, chunks + 1)."""
     parts = []
     for chunk in range(limits.shape[1] - 1):
         h0 = np.maximum(rows["h0"], limits[rank, chunk])

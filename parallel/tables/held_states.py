@@ -16,7 +16,7 @@ class HeldState(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """The states that tile an interval, in order, and the step at whose end all of them are available."""
+    """The states that tile an interval, in order, and the step at the end of which all of them are available."""
 
     there: int
     states: list[HeldState]
@@ -25,8 +25,8 @@ class Tiling(NamedTuple):
 class HeldStates:
     """All states that a rank ever holds for one head, and the states that can be combined from them.
 
-    If an interval has several tilings, the one available first is used, and among equals the one whose last state is longest.
-    The result is therefore unique, and holding more states never makes a combination impossible.
+    If an interval has several tilings, the one available first is used; among those available in the same step, the one whose
+    last state is longest. The result is therefore unique, and holding more states never makes a combination impossible.
     """
 
     def __init__(self, states: Iterable[HeldState]):
@@ -36,17 +36,18 @@ class HeldStates:
         self._reached: dict[int, dict[int, tuple[int, HeldState | None]]] = {}
 
     def there(self, t0: int, t1: int) -> int | None:
-        """Return the step at whose end the state of tokens [t0, t1) can be combined, or None if it never can."""
+        """Return the step at the end of which the state of tokens [t0, t1) can be combined, or None if it never can."""
         reached = self._from(t0).get(t1)
         return None if reached is None else reached[0]
 
     def last_uses(self, t0: int, uses: Mapping[int, int]) -> dict[HeldState, int]:
-        """Return the states used in tilings from t0, with the last step that uses each. uses: maps each end t1 to its last step.
+        """Return the states used in tilings from t0, with the last step that uses each. uses: maps each end t1 to its last
+        step.
 
-        A common beginning of several tilings is visited only once.
+        A common prefix of several tilings is visited only once.
         """
         reached, steps, last = self._from(t0), dict(uses), {}
-        # backwards: the states before a tiling's last state end earlier
+        # go backwards: the states before a tiling's last state end earlier
         for t1 in sorted(reached, reverse=True):
             state = reached[t1][1]
             if state is not None and t1 in steps:

@@ -47,7 +47,7 @@ def split_by_key_owner(call: Call, area: Rectangles, chunks: Columns) -> tuple[R
 
 
 def split_by_owners(call: Call, chunks: Columns | None = None) -> tuple[Rectangles, Ints, Ints]:
-    """Cut the whole mask where either owner changes. Return (rectangles, owner of the queries, owner of the keys)."""
+    """Cut the entire mask where either owner changes. Return (rectangles, owner of the queries, owner of the keys)."""
     chunks = call.layout.chunks if chunks is None else chunks
     area, query_owner = split_by_query_owner(call, mask_rectangles(call), chunks)
     area, row, key_owner = split_by_key_owner(call, area, chunks)

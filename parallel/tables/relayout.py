@@ -27,7 +27,7 @@ from distattn.parallel.tables.routes import coalesce, reversed_moves
 
 
 def relayout_table(call: Call, working: Call, table: Table) -> Table:
-    """Rewrite a forward table for `working` into one for `call`, the same call on another layout."""
+    """Rewrite a forward table for `working` into one for `call`, the same call on a different layout."""
     tasks = {**table.tasks, "step": table.tasks["step"] + 1}
     last = table.steps + 1
     moves_of_payloads = []
@@ -51,7 +51,7 @@ def relayout_table(call: Call, working: Call, table: Table) -> Table:
 
 
 def _used_by_working_owners(working: Call, tasks: Columns, payload: Payload) -> Columns:
-    """Return the tokens and heads that tasks at their working owner use, as disjoint rows (working_owner, t0, t1, h0, h1)."""
+    """Return the tokens and heads used by tasks on their working owner, as disjoint rows (working_owner, t0, t1, h0, h1)."""
     ranges = task_token_ranges(working, payload, tasks)
     cut, working_owner, i = _cut_by_owner(working.layout, ranges["t0"], ranges["t1"])
     is_local = working_owner == tasks["rank"][i]
@@ -70,7 +70,7 @@ def _used_by_working_owners(working: Call, tasks: Columns, payload: Payload) -> 
 
 
 def _cut_at_owners(call: Call, working: Call, moves: Columns, needed: Columns) -> Columns:
-    """Cut moves where the owner, the working owner, or the latter's use of the token changes.
+    """Cut moves where the owner, the working owner, or the working owner's use of the token changes.
 
     The result also has the columns `owner`, `working_owner` and `is_used` (0 or 1).
     """

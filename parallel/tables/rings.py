@@ -10,8 +10,8 @@ from distattn.ir.intervals import Ints, sorted_unique
 def hops_in_rings(src: Ints, dst: Ints, members: int) -> Ints:
     """Return the hops from src_i to dst_i, (M,), along the rings of the members that the pairs (src_i, dst_i) connect.
 
-    Members are in ascending order in each ring. A ring of n members has n steps, so packs of several documents take fewer steps
-    than in one ring of all members.
+    Members are in ascending order in each ring. A ring of n members takes n steps, so packs of several documents take fewer
+    steps than with one ring of all members.
     """
     ring = connected_members(src, dst, members)
     place = np.empty(members, np.int64)

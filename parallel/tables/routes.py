@@ -33,8 +33,8 @@ from distattn.ir.plan import (
 def remote_users(call: Call, payload: Payload, tasks: Columns, latest: bool = False) -> Columns:
     """Return the ranks that use tokens of a payload without owning them, as rows (segment, owner, rank, t0, t1, h0, h1, step).
 
-    step: the first step in which `rank` uses the segment, or the last one if `latest`. Rows are sorted by segment, step and
-    rank. Segments are disjoint, and each has one owner.
+    step: the first step in which `rank` uses the segment, or the last if `latest`. Rows are sorted by segment, step and rank.
+    Segments are disjoint, and each has one owner.
     """
     chunks = call.layout.chunks
     ranges = task_token_ranges(call, payload, tasks)
@@ -86,15 +86,15 @@ def send_along_ring(payload: Payload, users: Columns, ring: Ints | None = None) 
 
 
 def send_along_double_ring(payload: Payload, users: Columns, node: Ints, devices: int) -> Columns:
-    """Return moves from node to node, and within each node along its users, so that a token enters each node once.
+    """Return moves from node to node, and within each node from user to user, so that a token enters each node once.
 
     Users o nodes away from the owner compute in steps [o * devices, (o + 1) * devices). A token enters a node one outer hop
-    before its use there.
+    before it is used there.
     """
     user_node, owner_node = node[users["rank"]], node[users["owner"]]
     is_first = differs_from_previous(users["segment"])
     enters = (user_node != owner_node) & (is_first | (user_node != np.append(-1, user_node[:-1])))
-    # the first rank in each node that has the token: the user at which it arrives, or the owner
+    # the first rank in each node that has the token: the user that receives it, or the owner
     leader = np.where(enters, users["rank"], users["owner"])
     entry = np.maximum.accumulate(np.where(enters | is_first, np.arange(len(user_node)), 0))
     previous_entry = np.append(0, entry[:-1]) if len(entry) else entry
@@ -127,14 +127,14 @@ def send_hierarchical(payload: Payload, users: Columns, node: Ints) -> tuple[Col
 def reduce_direct(payload: Payload, users: Columns, node: Ints | None = None) -> Columns:
     """Return moves of partial results from every user to the owner, one step after the user's last contribution.
 
-    node: the node of each rank; if given, the results of another node's users are summed at a leader there first. users: the
-    remote users, with their last steps.
+    node: the node of each rank; if given, the results of users in any other node are first summed at a leader there. users:
+    the remote users, with their last steps.
     """
     if node is None:
         return _make_moves(payload, users, users["rank"], users["owner"], users["step"] + 1)
     user_node, owner_node = node[users["rank"]], node[users["owner"]]
-    # the leader is among the last users to contribute, the one nearest to the owner's position in its node, which spreads leaders
-    # as evenly as owners
+    # the leader is one of the last users to contribute: the one nearest to the owner's position in its node, which spreads
+    # leaders as evenly as owners
     devices = int(np.bincount(node).max())
     nearness = -((users["rank"] - users["owner"]) % devices)
     order = lexicographic_argsort(users["segment"], user_node, users["step"], nearness)
@@ -145,16 +145,17 @@ def reduce_direct(payload: Payload, users: Columns, node: Ints | None = None) ->
     leader = np.minimum.accumulate(np.where(leads, np.arange(rows), rows)[::-1])[::-1]
     to_owner = (user_node == owner_node) | leads
     dst = np.where(to_owner, users["owner"], users["rank"][np.minimum(leader, max(rows - 1, 0))])
-    # a leader waits one step for the other users of its node
+    # a leader waits one step for the other users in its node
     waits = leads & ~is_first & (user_node != owner_node)
     return _make_moves(payload, users, users["rank"], dst, users["step"] + np.where(waits, 2, 1))
 
 
 def reduce_along_ring(payload: Payload, users: Columns, node: Ints | None = None) -> Columns:
-    """Return moves of partial results along the users, in the order of their last steps, summed on the way, then to the owner.
+    """Return moves of partial results along the users in the order of their last steps, summed on the way, and then to the
+    owner.
 
-    node: the node of each rank. If given, the sum of the owner's own node goes to the owner separately, and the other users are
-    visited node by node, so that the sum enters no node twice. users: the remote users, with their last steps.
+    node: the node of each rank. If given, the sum over the owner's own node goes to the owner separately, and the other users
+    are visited node by node, so that no node is entered twice. users: the remote users, with their last steps.
     """
     rows = num_rows(users)
     if not rows:
@@ -189,7 +190,8 @@ def reversed_moves(moves: Columns, payload: Payload, step: int | Ints) -> Column
 
 
 def coalesce(moves: Columns) -> Columns:
-    """Join moves that are equal except for adjacent token intervals, then those equal except for adjacent head ranges."""
+    """Join moves that differ only in having adjacent token intervals, then those that differ only in having adjacent head
+    ranges."""
     return _joined(_joined(moves, "t0", "t1"), "h0", "h1")
 
 

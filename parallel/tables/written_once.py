@@ -1,4 +1,4 @@
-"""Results of a plan to which no two kernel calls add. They lose nothing if held and sent in the inputs' dtype."""
+"""Results of a plan that no two kernel calls add to. They lose no precision if held and sent in the inputs' dtype."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from distattn.ir.plan import REDUCED_PAYLOADS, Call, Columns, Payload, Table, se
 
 
 def written_once(call: Call, forward: Table, backward: Table) -> tuple[Payload, ...]:
-    """Return the payloads in which every number comes from one kernel call, or () if inputs have the accumulation dtype."""
+    """Return the payloads in which every element comes from one kernel call, or () if inputs have the accumulation dtype."""
     if call.dtype == call.accumulation_dtype:
         return ()
     tasks = {Payload.O: forward.tasks, Payload.dQ: backward.tasks, Payload.dKV: backward.tasks}

@@ -13,7 +13,7 @@ from distattn.parallel.runtime.communication.transport import Packet, Transport
 
 
 def all_reduce_sum(x: Tensor, ranks: Sequence[int], rank: int, transport: Transport) -> Tensor:
-    """Sum tensors of equal shape and dtype over `ranks`, of which `rank` is this one. All of these ranks must call it.
+    """Sum tensors of equal shape and dtype over `ranks`, of which this process is `rank`. All of these ranks must call this.
 
     The sum is differentiable: its gradient is the sum of the ranks' gradients. Values are added in rank order. Raise
     LostRankError naming the peers that stopped answering.
@@ -23,7 +23,7 @@ def all_reduce_sum(x: Tensor, ranks: Sequence[int], rank: int, transport: Transp
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """Sum over ranks. Its gradient is the same operation, since every rank's sum depends equally on every rank's tensor."""
+    """A sum over ranks. Its gradient is the same operation, since every rank's sum depends equally on every rank's tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: Sequence[int], rank: int, transport: Transport) -> Tensor:
@@ -36,7 +36,8 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def _summed(x: Tensor, ranks: Sequence[int], rank: int, transport: Transport) -> Tensor:
-    """Let each rank sum a part of x and send it to all others: 2 (1 - 1/R) times the bytes of x, in two exchanges."""
+    """Sum a different part of x on each rank and send it to all other ranks: 2 (1 - 1/R) times the bytes of x, in two
+    exchanges."""
     # memory for x, for the sum, and for every rank's values of this rank's part
     sizes = [part.numel() for part in x.reshape(-1).tensor_split(len(ranks))]
     part_size = sizes[list(ranks).index(rank)]

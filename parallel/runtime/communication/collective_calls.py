@@ -16,17 +16,17 @@ import torch.distributed as dist
 from distattn.ir.errors import LostRankError, named_ranks
 
 Result = TypeVar("Result")
-# for each group, the number of this rank's calls by name
+# for each group, how often this rank has made each call, keyed by name
 _CALLS: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary()
-# seconds that the store may take to answer, and that other ranks may arrive late: only this rank has noticed the failure so far
+# seconds that the store may take to answer, and that other ranks may be late: so far, only this rank has noticed the failure
 _ANSWER, _LATER = 5.0, 10.0
 
 
 def run_collective(group: dist.ProcessGroup, call: str, work: Callable[[], Result]) -> Result:
     """Run the collective `work` and return its result. If it fails, raise LostRankError naming the ranks that never joined.
 
-    call: the name of the call, for the error; all ranks of the group must make it equally often. The error names ranks of the
-    default group.
+    call: the name of the call, for the error; all ranks of the group must make it the same number of times. The error gives
+    ranks in the default group.
     """
     calls = _CALLS.setdefault(group, Counter())
     calls[call] += 1
@@ -37,7 +37,7 @@ def run_collective(group: dist.ProcessGroup, call: str, work: Callable[[], Resul
     try:
         return work()
     except torch.OutOfMemoryError:
-        # a failure of this rank, not of its peers
+        # the failure is this rank's own, not a peer's
         raise
     except RuntimeError as error:
         raise _missing(name, dist.get_process_group_ranks(group), calls[call], call, error) from None
@@ -49,7 +49,7 @@ def default_store() -> dist.Store:
 
 
 def ask_store(work: Callable[[], Result], seconds: float) -> Result | None:
-    """Return the result of `work`, or None if the store does not answer in time. PyTorch's own calls would wait forever."""
+    """Return the result of `work`, or None if the store does not answer in time. PyTorch's own calls could wait forever."""
     answers: list[Result] = []
 
     def attempt() -> None:
@@ -64,7 +64,7 @@ def ask_store(work: Callable[[], Result], seconds: float) -> Result | None:
 
 def _missing(name: str, members: list[int], number: int, call: str, error: RuntimeError) -> LostRankError:
     def look_up() -> list[int]:
-        # a separate connection, since other threads may be blocked on the shared one
+        # open a separate connection, since other threads may be blocked on the shared one
         store = dist.PrefixStore(name, default_store().clone())  # type: ignore[attr-defined]
         ends, absent = time.monotonic() + _LATER, list(members)
         while absent and time.monotonic() < ends:

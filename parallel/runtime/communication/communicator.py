@@ -1,8 +1,8 @@
 """Our own communicators alongside a process group: they have the same ranks, but carry no other user's messages.
 
-A communicator is made from the job's store and the kind of backend that the group has for a device. `new_group` is unsuitable for
-two reasons. If the world is bound to devices (`device_id=`), it splits the world's communicator, and ranks outside the group do
-not take part in that call. It also keeps the new group until destroy_process_group.
+A communicator is created from the job's store and the kind of backend that the group has for a device. `new_group` is unsuitable
+for two reasons. If the world is bound to devices (`device_id=`), it splits the world's communicator, and ranks outside the group
+do not take part in that call. It also keeps the new group until destroy_process_group.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ from distattn.parallel.runtime.communication.collective_calls import default_sto
 from distattn.parallel.runtime.communication.communicator_end import end_communicator, end_with_group
 from distattn.parallel.runtime.communication.sealed_values import seal, unseal
 
-# time after which PyTorch's own watchdog may end a waiting process
+# the time after which PyTorch's own watchdog may kill a waiting process
 _WATCHDOG = timedelta(hours=1)
-# A new communicator connects each rank with this many neighbours on either side, which means all pairs of up to 65 ranks. In a
-# larger group, the other pairs connect when a plan first uses them, because connecting all pairs of 240 ranks took 3 to 20
-# minutes (github.com/NVIDIA/nccl-tests/issues/78).
+# A new communicator connects each rank with this many neighbours on either side, so in groups of up to 65 ranks it connects
+# all pairs. In a larger group, the other pairs connect when a plan first uses them, because connecting all pairs of 240 ranks
+# took 3 to 20 minutes (github.com/NVIDIA/nccl-tests/issues/78).
 _CONNECTED_NEIGHBOURS = 32
-# number of communicators that this process has opened for each group
+# the number of communicators that this process has opened for each group
 _OPENED: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 def open_communicator(group: dist.ProcessGroup, device: torch.device, timeout: timedelta) -> Any:
-    """Open a backend of the group's kind for messages between devices like `device`. All ranks of the group must call it.
+    """Open a backend of the same kind as the group's for messages between devices like `device`. All ranks of the group must
+    call this.
 
-    The backend is already warm (`warm_up`). It ends with `end_communicator`, or otherwise with the group or at exit. timeout:
-    the longest wait for other ranks, here and in each message. Raise DistattnError if the group has no suitable backend for
-    the device, LostRankError if a rank does not join.
+    The backend is already warm (`warm_up`). It ends when `end_communicator` is called, when the group ends, or at exit.
+    timeout: the longest wait for other ranks, here and in each message. Raise DistattnError if the group has no suitable
+    backend for the device, LostRankError if a rank does not join.
     """
     kind = backend_name(group, device)
     if kind is None or kind != _SENDS_FROM.get(device.type):
@@ -54,16 +55,17 @@ def open_communicator(group: dist.ProcessGroup, device: torch.device, timeout: t
 def warm_up(backend: Any, rank: int, ranks: int, device: torch.device, timeout: timedelta) -> None:
     """Make a communicator's first calls. All of its ranks must call this. Raise RuntimeError after the timeout.
 
-    NCCL requires all ranks in a communicator's first call, but a step of a plan may involve only some. NCCL also connects two
-    ranks at their first message, which blocks the host until both take part (github.com/NVIDIA/nccl/issues/415).
+    NCCL requires all ranks to take part in a communicator's first call, but a step of a plan may involve only some of them.
+    NCCL also connects two ranks at their first message, which blocks the host until both take part
+    (github.com/NVIDIA/nccl/issues/415).
     """
     first = torch.zeros(1, device=device)
     if not backend.supports_coalescing:
         # gloo connects all pairs when it is created, and its waits have a timeout
         backend.allreduce([first]).wait()
         return
-    # Neither of NCCL's waits has a timeout. `abort` ends the second. It has never been tried on GPUs whether `abort` ends the
-    # first, in which the communicator is created, but all ranks have just shown that they are alive.
+    # Neither of NCCL's two waits has a timeout. `abort` ends the second one. Whether it also ends the first, in which the
+    # communicator is created, has never been tried on GPUs, but all ranks have just shown that they are alive.
     alarm = threading.Timer(timeout.total_seconds(), backend.abort)
     alarm.daemon = True
     alarm.start()
@@ -89,12 +91,14 @@ def _connect_pairs(backend: Any, rank: int, ranks: int, device: torch.device) ->
 
 
 def open_host_communicator(group: dist.ProcessGroup, timeout: timedelta) -> Any:
-    """Open a gloo backend for small values between a group's processes, whatever the group's backend. All ranks must call it."""
+    """Open a gloo backend for small values between a group's processes, whatever the group's backend. All ranks must call
+    this."""
     return _opened(group, _open_gloo, torch.device("cpu"), timeout)
 
 
 def all_gather_objects_over_gloo(gloo: Any, value: Any) -> list[Any]:
-    """Gather every rank's value over a gloo backend, in rank order. Values are pickled (`sealed_values`). All ranks call it."""
+    """Gather every rank's value over a gloo backend, in rank order. Values are pickled (`sealed_values`). All ranks must call
+    this."""
 
     def gather(parts: list[Tensor], mine: Tensor) -> None:
         gloo.allgather([parts], [mine]).wait()
@@ -103,7 +107,7 @@ def all_gather_objects_over_gloo(gloo: Any, value: Any) -> list[Any]:
 
 
 def all_gather_objects(group: dist.ProcessGroup, value: Any) -> list[Any]:
-    """Gather every rank's value over a process group, in the group's rank order. All ranks must call it."""
+    """Gather every rank's value over a process group, in the group's rank order. All ranks must call this."""
 
     def gather(parts: list[Tensor], mine: Tensor) -> None:
         dist.all_gather(parts, mine, group=group)
@@ -130,7 +134,8 @@ def _gathered(
 def backend_name(group: dist.ProcessGroup, device: torch.device) -> str | None:
     """Return the kind of backend, such as "nccl" or "gloo", that a group has for a device, or None if it has no backend.
 
-    `dist.get_backend` is no use here: it returns "undefined" after a plain init_process_group(), or "cpu:gloo,cuda:nccl".
+    `dist.get_backend` does not help here: it may return "undefined" after a plain init_process_group(), or
+    "cpu:gloo,cuda:nccl".
     """
     kinds = [kind.type for kind in group._device_types]  # type: ignore[attr-defined]
     if device.type not in kinds:
@@ -146,7 +151,7 @@ def sendable_device(group: dist.ProcessGroup) -> torch.device:
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta:
-    """Return the timeout of a process group, the shortest one if it has several backends."""
+    """Return the timeout of a process group, or the shortest if it has several backends."""
     kinds = group._device_types  # type: ignore[attr-defined]
     options = [group._get_backend(kind).options for kind in kinds]  # type: ignore[attr-defined]
     # some backends have no options
@@ -154,14 +159,15 @@ def timeout_of(group: dist.ProcessGroup) -> timedelta:
 
 
 def new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
-    """Make a process group of these ranks of the default group, for trainers. These ranks, and no others, must call it."""
+    """Create a process group of these ranks of the default group, for trainers. These ranks, and no others, must call this."""
     with _unbound_world():
         return dist.new_group(list(ranks), use_local_synchronization=True)
 
 
 @contextmanager
 def _unbound_world() -> Iterator[None]:
-    """Let groups made in the block open their own communicators, instead of splitting that of a world bound to devices."""
+    """Let groups created in the block open their own communicators instead of splitting that of a default group bound to
+    devices."""
     world = dist.group.WORLD
     assert world is not None
     bound = world.bound_device_id  # type: ignore[attr-defined]
@@ -174,14 +180,14 @@ def _unbound_world() -> Iterator[None]:
 
 def _opened(group: dist.ProcessGroup, make: Callable[..., Any], device: torch.device, timeout: timedelta) -> Any:
     members, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
-    # equal on all ranks, since all make these calls equally often
+    # the same on all ranks, since all of them make the same number of these calls
     number = _OPENED[group] = _OPENED.get(group, 0) + 1
     members_digest = hashlib.sha1(str(members).encode()).hexdigest()[:12]
     name = f"distattn/communicator {number} of {group.group_name} {members_digest}"
     store = dist.PrefixStore(name, default_store())
 
     def work() -> Any:
-        # meet on the host before anything waits on a device without a timeout
+        # synchronize on the host before anything waits on a device without a timeout
         store.set(f"here/{rank}", "1")
         store.wait([f"here/{other}" for other in range(len(members))], timeout)
         backend = make(store, rank, members, timeout, name)
@@ -207,15 +213,15 @@ def _open_gloo(store: dist.Store, rank: int, members: Sequence[int], timeout: ti
 
 
 def _open_nccl(store: dist.Store, rank: int, members: Sequence[int], timeout: timedelta, name: str) -> Any:
-    # a high priority lets messages start before the kernels that they overlap
+    # give messages a high priority, so that they start before the kernels that they overlap
     options: Any = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    # `driver.message_watch` names lost ranks earlier, whereas PyTorch's watchdog would end the process without naming any
+    # `driver.message_watch` names lost ranks before this timeout; PyTorch's watchdog would kill the process without naming any
     options._timeout = max(10 * timeout, _WATCHDOG)
-    # set the names that PyTorch's flight recorder shows
+    # set the names shown by PyTorch's flight recorder
     options.global_ranks_in_group, options.group_name = list(members), name
     return dist.ProcessGroupNCCL(store, rank, len(members), options)
 
 
-# for each type of device, the backend that sends single messages from it
+# for each device type, the backend that sends point-to-point messages
 _SENDS_FROM = {"cpu": "gloo", "cuda": "nccl"}
 _OPEN: dict[str, Callable[..., Any]] = {"gloo": _open_gloo, "nccl": _open_nccl}

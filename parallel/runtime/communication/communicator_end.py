@@ -1,9 +1,9 @@
 """Shutdown of our own communicators: each is shut down once, when its last driver closes, when its group is freed, or at exit.
 
 PyTorch's NCCL backend prints a warning and aborts if it is destroyed without `shutdown` or `abort` (see the destructor in
-ProcessGroupNCCL.cpp), and `destroy_process_group` ends only communicators that PyTorch itself has made. `shutdown` waits without
-a timeout for unfinished messages and for the other ranks; `abort` ends messages. The base class of backends (Backend.hpp) has
-both in torch 2.11, 2.12 and 2.13.
+ProcessGroupNCCL.cpp), and `destroy_process_group` ends only communicators that PyTorch itself has created. `shutdown` waits
+without a timeout for unfinished messages and for the other ranks; `abort` ends messages. The base class of backends
+(Backend.hpp) has both in torch 2.11, 2.12 and 2.13.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-# Seconds for all ranks to reach the end. After that, the communicator is aborted.
+# Seconds within which all ranks must reach the end. After that, the communicator is aborted.
 _END_SECONDS = 20.0
-# The same at exit if `close` was not called: a rank that ends with an error must not be delayed for long.
+# The same at exit if `close` was not called: a rank that exits with an error must not be delayed for long.
 _LATE_SECONDS = 5.0
-# Seconds to wait for an abort, which then continues in the background. It cannot end a hanging shutdown, because both take the
-# same lock in the NCCL backend.
+# Seconds to wait for an abort, which then continues in the background. An abort cannot end a hanging shutdown, because both
+# take the same lock in the NCCL backend.
 _ABORT_SECONDS = 1.0
 
 
 class _Open(NamedTuple):
-    """An open communicator. finalizer: ends it when its group is freed, or at exit. process: id of the process that opened it."""
+    """An open communicator. finalizer: ends it when its group is freed, or at exit. process: the id of the process that
+    opened it."""
 
     backend: Any
     farewell: Callable[[float], None] | None
@@ -40,9 +41,9 @@ class _Open(NamedTuple):
     process: int
 
 
-# by the backend's id, which is valid because the entry keeps the backend alive
+# keyed by the backend's id, which stays valid because the entry keeps the backend alive
 _OPEN: dict[int, _Open] = {}
-# a backend that has ended must not be ended again: NCCL's must not be aborted after its shutdown
+# backends that have ended and must not be ended again: NCCL's must not be aborted after its shutdown
 _ENDED: weakref.WeakSet[Any] = weakref.WeakSet()
 # reentrant, since garbage collection may end a group, and with it a communicator, on a thread that holds the lock
 _LOCK = threading.RLock()
@@ -51,8 +52,8 @@ _LOCK = threading.RLock()
 def end_with_group(backend: Any, group: dist.ProcessGroup, farewell: Callable[[float], None] | None = None) -> None:
     """Register a new communicator to end with its process group or at exit, unless `end_communicator` ends it earlier.
 
-    farewell: a function that returns once all ranks have called it, and raises if any has not within the given seconds. It is
-    called before a shutdown, which waits for the other ranks without a timeout.
+    farewell: a function that returns once all ranks have called it, and raises if any of them has not done so within the
+    given seconds. It is called before a shutdown, which waits for the other ranks without a timeout.
     """
     finalizer = weakref.finalize(group, _end_late, backend)
     with _LOCK:
@@ -60,11 +61,12 @@ def end_with_group(backend: Any, group: dist.ProcessGroup, farewell: Callable[[f
 
 
 def end_communicator(backend: Any, gracefully: bool = True, seconds: float | None = None) -> None:
-    """Shut down a communicator unless it has already ended. All of its ranks must call this, for all communicators in one order.
+    """Shut down a communicator unless it has already ended. All of its ranks must call this, in the same order for all
+    communicators.
 
-    gracefully: wait at most `seconds` (default: _END_SECONDS) for unfinished messages and other ranks; otherwise abort the
-    communicator. It is also aborted if a rank does not reach the end or the shutdown fails. Print and raise nothing. This also
-    works for a backend for which `end_with_group` was not called.
+    gracefully: wait at most `seconds` (default: _END_SECONDS) for unfinished messages and other ranks; if False, abort the
+    communicator immediately. It is also aborted if a rank does not reach the end or the shutdown fails. Nothing is printed or
+    raised. This also works for a backend that was never passed to `end_with_group`.
     """
     with _LOCK:
         if backend in _ENDED:
@@ -88,14 +90,15 @@ def end_communicator(backend: Any, gracefully: bool = True, seconds: float | Non
 
 
 def _end_late(backend: Any) -> None:
-    """End a communicator when its group is freed or its process exits. After an unhandled error, do not wait for other ranks."""
+    """End a communicator when its group is freed or its process exits. After an unhandled exception, do not wait for other
+    ranks."""
     end_communicator(backend, gracefully=not hasattr(sys, "last_value"), seconds=_LATE_SECONDS)
 
 
 class _Helper:
-    """Threads that wait for the end of a communicator, so that the caller's wait has a limit.
+    """Threads that wait for a communicator to end, so that the caller can stop waiting after a time limit.
 
-    They are started with the communicator, because from Python 3.12 on an exiting process cannot start threads. There are two,
+    They are started with the communicator, because since Python 3.12 an exiting process cannot start threads. There are two,
     because one may hang.
     """
 
@@ -117,7 +120,7 @@ class _Helper:
         return bool(succeeded)
 
     def close(self) -> None:
-        """End the threads, except for one that hangs."""
+        """End the threads, except one that hangs."""
         for _ in self.threads:
             self._calls.put(None)
         ends = time.monotonic() + 1.0

@@ -24,11 +24,11 @@ _GLOBAL_SCOPE = "00"
 
 
 def reachable_address() -> str:
-    """Return the numeric address of this machine to which ranks on other machines connect.
+    """Return the numeric address at which ranks on other machines can reach this machine.
 
-    It is the address of the first interface named in GLOO_SOCKET_IFNAME. Without that variable, it is the address of the
-    interface that reaches the job's store, or otherwise the one to which this machine's name resolves, as in gloo. Raise
-    DistattnError if no address is found.
+    It is the address of the first interface named in GLOO_SOCKET_IFNAME. If that variable is not set, it is the address of
+    the interface that reaches the job's store or, failing that, the address that this machine's name resolves to, as in gloo.
+    Raise DistattnError if no address is found.
     """
     if names := os.environ.get("GLOO_SOCKET_IFNAME"):
         name = names.split(",")[0].strip()
@@ -46,7 +46,7 @@ def reachable_address() -> str:
 
 
 def interface_address(name: str) -> str | None:
-    """Return the IPv4 address of one of this machine's interfaces, or its global IPv6 address, or None if it has neither."""
+    """Return the IPv4 address of one of this machine's interfaces, its global IPv6 address if it has no other, or None."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         try:
             reply = fcntl.ioctl(sock.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))
@@ -61,7 +61,7 @@ def interface_address(name: str) -> str | None:
 
 
 def resolve_host(host: str) -> list[str]:
-    """Return the numeric addresses to which a name resolves, or [] if it does not resolve."""
+    """Return the numeric addresses that a name resolves to, or [] if it does not resolve."""
     try:
         return list(dict.fromkeys(str(entry[4][0]) for entry in socket.getaddrinfo(host, None)))
     except OSError:
@@ -69,13 +69,14 @@ def resolve_host(host: str) -> list[str]:
 
 
 def listening_socket(address: str, port: int, waiting: int) -> socket.socket:
-    """Open a socket that listens on one address only. port: 0 for any free port. waiting: the backlog. Raise OSError."""
+    """Open a socket that listens on one address only. port: 0 for any free port. waiting: the backlog. Raise OSError if that
+    fails."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     return socket.create_server((address, port), family=family, backlog=waiting)
 
 
 def _towards_store() -> Iterator[str]:
-    """Yield the address from which this machine sends to the job's store."""
+    """Yield the address that this machine uses to send to the job's store."""
     store = default_store()
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
@@ -85,7 +86,7 @@ def _towards_store() -> Iterator[str]:
 
 
 def addresses_towards(host: str, port: int) -> Iterator[str]:
-    """Yield the addresses from which this machine sends to `host`, a name or an address."""
+    """Yield the addresses that this machine uses to send to `host`, a name or an address."""
     for address in resolve_host(host):
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:

@@ -21,7 +21,7 @@ from distattn.parallel.runtime.communication.transport import Packet, Transport
 class RowMoves(NamedTuple):
     """The rows that one rank sends to and receives from each peer, including itself, in token order.
 
-    rows: the number of rows in the second layout. sends, receives: the row numbers, by peer.
+    rows: the number of rows in the second layout. sends, receives: the row indices for each peer.
     """
 
     rank: int
@@ -36,7 +36,7 @@ class RowMoves(NamedTuple):
         return RowMoves(rank, len(next_tokens), _rows_by_owner(own_tokens, there), _rows_by_owner(next_tokens, here))
 
     def to(self, device: torch.device) -> RowMoves:
-        """Return the moves with the row numbers on a device."""
+        """Return the moves with the row indices on a device."""
         sends, receives = (
             {peer: copy_to_device(device, rows) for peer, rows in row_lists.items()}
             for row_lists in (self.sends, self.receives)
@@ -49,9 +49,9 @@ class RowMoves(NamedTuple):
 
 
 def move_rows(x: Tensor, moves: RowMoves, transport: Transport) -> Tensor:
-    """Move rows (T, ...) of the first layout to rows (U, ...) of the second. Differentiable. All ranks must call it.
+    """Move rows (T, ...) of the first layout to rows (U, ...) of the second. Differentiable. All ranks must call this.
 
-    moves: its row numbers must be on the device of x. Raise LostRankError naming the peers that stopped answering.
+    moves: its row indices must be on x's device. Raise LostRankError naming the peers that stopped answering.
     """
     moved: Tensor = _MoveRows.apply(x, moves, transport)
     return moved

@@ -13,12 +13,12 @@ from typing import Any
 
 _DIGEST_BYTES = 32
 _PURPOSE = b"distattn's values between ranks"
-# the key of digests in this process; all ranks of a job have the same key
+# the key for digests in this process; all ranks of a job have the same key
 _KEYS = [b""]
 
 
 def use_secret(secret: bytes) -> None:
-    """Use a job's secret as the key of digests from now on. All ranks must call this between the same two exchanges."""
+    """Use a job's secret as the key for digests from now on. All ranks must call this between the same two exchanges."""
     _KEYS[0] = hmac.digest(secret, _PURPOSE, "sha256")
 
 

@@ -21,9 +21,10 @@ from distattn.parallel.runtime.lowering.row_bundles import RowFormat
 
 
 class Packet(NamedTuple):
-    """One tensor sent to or received from a peer (its rank in the group), and its payload. A received tensor is contiguous.
+    """A tensor sent to or received from a peer (its rank in the group), and its payload. A received tensor is contiguous.
 
-    row_bytes: if the tensor's rows hold several tensors, the bytes per payload in a row. row_format: the layout of such a row.
+    row_bytes: if each row holds parts of several tensors, the bytes per payload in a row. row_format: the layout of such a
+    row.
     """
 
     peer: int
@@ -34,13 +35,14 @@ class Packet(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The names of the payloads that it carries."""
+        """The names of the payloads that the packet carries."""
         if self.row_bytes:
             return ", ".join(dict.fromkeys(payload.name for payload, _ in self.row_bytes))
         return self.payload if isinstance(self.payload, str) else self.payload.name
 
     def tensors(self) -> list[Tensor]:
-        """Return views of the tensors it carries, each in its own dtype, as (rows, numbers) if rows hold several tensors."""
+        """Return views of the tensors that the packet carries, each in its own dtype, as (rows, elements) if rows hold
+        several tensors."""
         if self.row_format is None:
             return [self.tensor]
         fields = [field for part in self.row_format.tensors for field in part]
@@ -51,7 +53,7 @@ class Packet(NamedTuple):
 
 
 class PendingMessages(Protocol):
-    """The messages of a step that are in flight."""
+    """The messages of a step while they are in flight."""
 
     def wait(self) -> None:
         """Wait until all messages have arrived. On GPUs, only make the current stream wait for them.
@@ -62,7 +64,7 @@ class PendingMessages(Protocol):
 
 
 class Transport(Protocol):
-    """The interface of a transport, as the executor uses it."""
+    """The interface that the executor expects of a transport."""
 
     def exchange(
         self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""
@@ -70,26 +72,26 @@ class Transport(Protocol):
         """Start all sends and receives of a step. The packets between two ranks are matched in order.
 
         collective: if True, all ranks call this, even those without packets, and packets may travel in one uneven all-to-all.
-        Otherwise they travel as single messages. where: a description of the step, for errors.
+        Otherwise they travel as point-to-point messages. where: a description of the step, for errors.
         """
         ...
 
 
 class GroupTransport:
-    """Transport of messages on its own communicator, separate from the process group.
+    """A transport that sends messages over its own communicator, separate from the process group.
 
-    NCCL takes all messages of a step in one call, without copies. gloo takes them one at a time, or as one all-to-all of packed
-    bytes.
+    NCCL accepts all messages of a step in one call, without copies. gloo accepts them one at a time, or packed as the bytes
+    of one all-to-all.
     """
 
     def __init__(self, group: dist.ProcessGroup, backend: Any):
-        """Create a transport that no driver uses yet. backend: see `open_communicator`."""
-        # a weak reference: torch.distributed keeps the group until destroy_process_group, and the process would abort at exit if
-        # the group lived longer
+        """Create a transport not yet used by any driver. backend: see `open_communicator`."""
+        # a weak reference: torch.distributed keeps the group until destroy_process_group, and the process would abort at exit
+        # if the group outlived that
         self._group = weakref.ref(group)
         self._backend = backend
         self.is_open = True
-        # the number of drivers that use this transport, and True until one of them has lost a rank; see `release`
+        # the number of drivers that use this transport, and whether all drivers released so far ended gracefully
         self._users, self._is_healthy = 0, True
         # True if waiting only orders streams, so that the host continues
         self.waits_on_stream = bool(backend.supports_coalescing)
@@ -100,7 +102,7 @@ class GroupTransport:
         if self._group() is None:
             raise DistattnError("the process group this plan was prepared for has been destroyed; prepare it again.")
         if not self._is_healthy:
-            # the type of error that NCCL raises, so that the code that waits for messages asks which rank is lost
+            # the type of error that NCCL raises, so that the code waiting for messages finds out which rank is lost
             raise RuntimeError(
                 "the communicator of these messages was aborted, since a rank was lost or a message failed."
             )
@@ -115,7 +117,7 @@ class GroupTransport:
         return self._all_to_all(sends, receives, where) if collective else self._one_by_one(sends, receives, where)
 
     def abort(self) -> None:
-        """Give up all unfinished messages. Kernels that wait for them on a device continue."""
+        """Drop all unfinished messages. Kernels that wait for them on a device continue."""
         self.close(gracefully=False)
 
     def acquire(self) -> None:
@@ -123,7 +125,7 @@ class GroupTransport:
         self._users += 1
 
     def release(self, gracefully: bool) -> None:
-        """Drop one driver, and close the transport after the last one. See `close`."""
+        """Remove one driver, and close the transport after the last one. See `close`."""
         self._users -= 1
         self._is_healthy = self._is_healthy and gracefully
         if not self._users:
@@ -148,7 +150,7 @@ class GroupTransport:
                 for packet in receives:
                     self._backend.recv([packet.tensor], packet.peer, 0)
             except BaseException:
-                # a group of calls left open would swallow all later calls
+                # end the group of calls: if left open, it would swallow all later calls
                 self.abort()
                 raise
             return [self._backend._end_coalescing()]
@@ -237,7 +239,7 @@ def _peer_stopped(packets: list[Packet], where: str, error: RuntimeError) -> Los
 
 
 def _pack(part: Tensor, tensor: Tensor) -> None:
-    """Copy a tensor with any strides into bytes, in one pass if `part` is aligned to the size of its elements."""
+    """Copy a tensor with any strides into bytes, in one pass if `part` is aligned to the tensor's element size."""
     if part.storage_offset() % tensor.element_size() == 0:
         part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
     else:
@@ -249,13 +251,14 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 
 
 class InProcessNetwork:
-    """Network between ranks in one process. Rank r uses `transport(r)`, and waits only after every rank has posted its step.
+    """A network between ranks in one process. Rank r uses `transport(r)`, and waits only after every rank has posted its
+    step.
 
-    A packet is copied as soon as both ends have posted it, so neither end needs to live longer than its step.
+    A packet is copied as soon as both ends have posted it, so the tensors at either end need not outlive their step.
     """
 
     def __init__(self) -> None:
-        # for each (source, destination): tensors whose other end has not been posted yet
+        # for each (source, destination): tensors whose counterpart has not been posted yet
         self._sent: dict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
         self._wanted: dict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
 
@@ -275,7 +278,7 @@ class InProcessNetwork:
                     queue[src, dst].append(tensor)
 
     def has_pending(self, rank: int) -> bool:
-        """Return whether a rank still waits for a packet."""
+        """Return whether a rank is still waiting for a packet."""
         return any(queue for (_, dst), queue in self._wanted.items() if dst == rank)
 
 
@@ -304,7 +307,7 @@ class _PendingInProcess(NamedTuple):
 
 
 class SingleRankTransport:
-    """Transport for a plan for one rank, which has no messages."""
+    """The transport for a plan with a single rank, which has no messages."""
 
     def exchange(
         self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""

@@ -17,18 +17,18 @@ from distattn.parallel.runtime.lowering.views import BufferKey, View
 if TYPE_CHECKING:
     from distattn.parallel.runtime.program import Program
 
-# the tensors of a payload, each (rows, heads, width) or (rows, heads); see `Call.payload_fields`
+# a payload's tensors, each (rows, heads, width) or (rows, heads); see `Call.payload_fields`
 Fields = tuple[Tensor, ...]
-# the places in the arena of a payload's tensors
+# the places of a payload's tensors in the arena
 Places = Sequence[PlacedTensor]
 
 
 def convert_sums(sums: list[Tensor], dtypes: Iterable[torch.dtype]) -> tuple[Tensor, ...]:
-    """Convert tensors to these dtypes and empty the list, so that sums are freed one by one, the smallest first."""
+    """Convert the sums to these dtypes and empty the list. Each sum is freed once it is converted, smallest first."""
     dtype_of, out = dict(enumerate(dtypes)), {}
     for number in sorted(dtype_of, key=lambda number: sums[number].nbytes):
         out[number] = sums[number].to(dtype_of[number])
-        # drop the sum: the next conversion may use its memory
+        # drop the sum, so that the next conversion can reuse its memory
         sums[number] = out[number]
     sums.clear()
     return tuple(out[number] for number in dtype_of)
@@ -44,7 +44,7 @@ class Buffers:
         self.fields: dict[BufferKey, Fields] = {}
         # O, in backward passes that compute rowsum(dO * O) while copying dO
         self._outputs: Tensor | None = None
-        # the rows of bundles, each (rows, numbers)
+        # the rows of bundles, each (rows, elements)
         self._rows: dict[PlaceKey, Tensor] = {}
         # the arena, viewed as each dtype
         self._arena = {torch.uint8: arena}
@@ -58,21 +58,21 @@ class Buffers:
         return self._begun(key, out) if key in self._blank else out
 
     def bind_own(self, tensors: Mapping[Payload, Fields]) -> None:
-        """Use `tensors` as the rank's own tensors, by payload."""
+        """Use `tensors`, keyed by payload, as the rank's own tensors."""
         for payload, fields in tensors.items():
             self.fields[self._own[payload].key] = fields
 
     def bind_outputs(self, do_THE: Tensor, lse_TH: Tensor, o_THE: Tensor) -> None:
-        """Bind dO without delta: rowsum(dO * O) is computed while rows of dO are copied to messages and buffers."""
+        """Bind dO without delta: rowsum(dO * O) is computed while rows of dO are copied into messages and buffers."""
         self.bind_own({Payload.dO: (do_THE, lse_TH)})
         self._outputs = o_THE
 
     def bind_flat(
         self, kept: FlatPlaces, flat: Tensor, renamed: Callable[[BufferKey], BufferKey] | None = None
     ) -> None:
-        """Make the kept buffers views of one flat tensor. renamed: maps their keys to the keys in this pass."""
+        """Make the kept buffers views of one flat tensor. renamed: maps their keys to their keys in this pass."""
         for key, places in kept.places.items():
-            # saved-tensor hooks may return it as a part of another tensor
+            # saved-tensor hooks may return the flat tensor as part of another tensor
             begin = flat.storage_offset()
             fields = tuple(flat.as_strided(place.shape, place.strides, begin + place.offset) for place in places)
             if isinstance(key, BufferKey):
@@ -81,20 +81,20 @@ class Buffers:
                 self._rows[key] = fields[0]
 
     def bind(self, tensors: Mapping[BufferKey, Fields]) -> None:
-        """Use `tensors` as the tensors of these buffers."""
+        """Use `tensors` as the contents of these buffers."""
         self.fields.update(tensors)
 
     def place(self, places: Places) -> Fields:
         """Return uninitialized tensors at `places` in the arena."""
         out = tuple(self._view(place) for place in places)
         if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
-            # as torch.empty does with this setting
+            # fill the memory, as torch.empty does with this setting
             for tensor in out:
                 tensor.fill_(torch.nan)
         return out
 
     def allocate(self, key: BufferKey, places: Places, rows: Places = ()) -> None:
-        """Create a buffer. rows: the place of the bundle that begins with this buffer, if any."""
+        """Create a buffer. rows: the place of the bundle that starts with this buffer, if any."""
         for place in rows:
             self._rows["rows", key] = self._view(place)
         fields = self.place(places)
@@ -135,7 +135,7 @@ class Buffers:
             )
 
     def unpack(self, packed: PackedMessages, fields: Sequence[Fields]) -> None:
-        """Write received results into own tensors that hold no results yet. fields: the tensors of each part of a row."""
+        """Write received results into own tensors that hold no results yet. fields: the tensors for each part of a row."""
         for part, tensors in zip(packed.parts, fields, strict=True):
             own_fields = self.fields[self._own[part.payload].key]
             for whole, tensor in zip(own_fields, tensors, strict=True):
@@ -148,7 +148,8 @@ class Buffers:
         return [tuple(x[begin + part.start : begin + part.stop] for x in tensors) for part in segments]
 
     def message_parts(self, view: View, segments: tuple[slice, ...], in_rows: bool = False) -> list[Fields]:
-        """Return a message's tensors by segment: parts of its buffers or, if in_rows, of the bundles that these buffers begin."""
+        """Return a message's tensors for each segment: parts of its buffers or, if in_rows, of the bundles that start with
+        these buffers."""
         if len(view.slices) == 1:
             (only,) = view.slices
             assert isinstance(only.rows, slice), "messages are sent from and received in contiguous rows"
@@ -162,7 +163,7 @@ class Buffers:
         rows, heads, parts = only.rows, only.heads, []
         assert isinstance(rows, slice), "a part of a buffer has contiguous rows"
         for tensor in self.fields[only.buffer]:
-            # skip slices that would select everything: each costs host time
+            # skip slices that would select everything: every slice costs host time
             if rows.start or rows.stop != tensor.shape[0]:
                 tensor = tensor[rows]
             if heads.start or heads.stop != tensor.shape[1]:
@@ -171,7 +172,7 @@ class Buffers:
         return tuple(parts)
 
     def accumulate(self, payload: Payload, view: View, fields: Fields) -> None:
-        """Accumulate the tensors of a view into its buffers. O is merged by the op's rule, gradients are added."""
+        """Accumulate the tensors of a view into its buffers. O is merged by the op's rule; gradients are added."""
         for piece in view.slices:
             rows, view_rows = RowSelection.of(piece.rows), RowSelection.of(piece.view_rows)
             parts, totals = _of_heads(fields, piece.view_heads), _of_heads(self.fields[piece.buffer], piece.heads)
@@ -183,7 +184,7 @@ class Buffers:
                 (copy_rows if piece.is_first else add_rows)(total, rows, part, view_rows)
 
     def _begun(self, key: BufferKey, fields: Fields) -> Fields:
-        """Initialize the tensors of a new buffer that first writes do not fill: O and gradients to 0, LSE to -inf."""
+        """Initialize those tensors of a new buffer that first writes do not fill: O and gradients to 0, LSE to -inf."""
         for tensor in fields:
             tensor.zero_()
         if key.payload == Payload.O and self._merges_by_lse:
@@ -194,7 +195,7 @@ class Buffers:
         """Gather a view's tensors into the arena at `places`, converted to the dtypes of the places."""
         out = self.place(places)
         if not view.is_complete:
-            # unused elements must be finite, because kernels may read whole tiles
+            # zero unused elements: kernels may read entire tiles, so they must be finite
             for tensor in out:
                 tensor.zero_()
         for piece in view.slices:
@@ -219,7 +220,7 @@ class Buffers:
 def _copy_fields(
     targets: Fields, target_rows: RowSelection, sources: Fields, rows: RowSelection, outputs: Tensor | None
 ) -> None:
-    """Copy rows of a payload's tensors. outputs: O, if the last target is to become rowsum(dO * O), which has no source."""
+    """Copy rows of a payload's tensors. outputs: O, if the last target is to be set to rowsum(dO * O), which has no source."""
     if outputs is not None:
         copy_rows_with_products(targets[0], targets[-1], target_rows, sources[0], outputs, rows)
         targets, sources = targets[1:-1], sources[1:]
@@ -228,7 +229,7 @@ def _copy_fields(
 
 
 def _of_heads(fields: Fields, heads: slice) -> Fields:
-    """Return the given heads of tensors (rows, heads, ...). Skip the slice, which costs host time, if these are all heads."""
+    """Return the given heads of tensors (rows, heads, ...). Skip the slice, which costs host time, if that selects all heads."""
     if not fields or heads.start == 0 and heads.stop == fields[0].shape[1]:
         return fields
     return tuple(tensor[:, heads] for tensor in fields)

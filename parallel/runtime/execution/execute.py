@@ -1,8 +1,8 @@
 """The executor, which runs a program on one rank, forward and backward, with any transport and kernel.
 
 One loop serves both directions. Each step first posts its messages, then runs kernels on the tensors available when the step
-began, then waits for messages and merges received partial results. Results of own tasks are merged first, then arrivals in order.
-The functions are generators that pause while messages are in flight, so that the ranks of one process can run in lockstep.
+started, then waits for messages and merges received partial results. Results of own tasks are merged first, then arrivals in
+order. The functions are generators that pause while messages are in flight, so that the ranks of one process can run in lockstep.
 """
 
 # T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim
@@ -31,7 +31,8 @@ PausableRun = Generator[None, None, Result]
 
 
 class Target(NamedTuple):
-    """Tensors to which a kernel writes a result. adds: add or merge the result. is_part: the tensors are part of a buffer."""
+    """The tensors that a kernel writes a result to. adds: True to add or merge the result. is_part: the tensors are part of a
+    buffer."""
 
     fields: Fields
     adds: bool
@@ -53,7 +54,7 @@ def forward(
 ) -> PausableRun[tuple[Tensor, Tensor, Tensor]]:
     """Compute core attention for this rank's tokens: (o_THE, lse_TH, kept).
 
-    lse is in the accumulation dtype, and so is o unless nothing is added to it, in which case o is in the inputs' dtype. `kept`
+    lse is in the accumulation dtype. So is o, unless nothing is added to it; in that case it is in the inputs' dtype. `kept`
     is one flat tensor of the received tensors that the backward pass needs (empty unless the policy is "keep").
     """
 
@@ -97,8 +98,8 @@ def backward(
 ) -> PausableRun[tuple[Tensor, Tensor, Tensor]]:
     """Compute gradients (dq_THD, dk_TKD, dv_TKE) in the inputs' dtype.
 
-    delta_TH: rowsum(dO * O), minus the gradient of the log-sum-exp if there is one. If it is None, `program.sums_where_copied`
-    must be True, and the sums are computed from o_THE while dO is copied.
+    delta_TH: rowsum(dO * O), minus the gradient of the log-sum-exp, if any. If None, `program.sums_where_copied` must be
+    True, and the row sums are computed from o_THE while dO is copied.
     """
 
     def compute(
@@ -165,7 +166,7 @@ def run_steps(
     accumulates: bool,
     states: HeldStateTensors | None = None,
 ) -> PausableRun[None]:
-    """Run the steps of a pass. states: the states of a recurrence, otherwise None."""
+    """Run the steps of a pass. states: the states of a recurrence, or None."""
     for number, step in enumerate(steps):
         where = f"in step {number + 1} of {len(steps)} of the {direction} pass"
         messages = _begin_step(step, buffers, states)
@@ -182,7 +183,8 @@ def run_steps(
 
 
 class _StepMessages(NamedTuple):
-    """The messages of a step. arrived: tensors of packed messages. incoming: tensors of other results, by message number."""
+    """The messages of a step. arrived: tensors of packed messages. incoming: tensors of other results, keyed by message
+    index."""
 
     sends: list[Packet]
     receives: list[Packet]
@@ -191,7 +193,7 @@ class _StepMessages(NamedTuple):
 
 
 def _begin_step(step: ProgramStep, buffers: Buffers, states: HeldStateTensors | None) -> _StepMessages:
-    """Create the buffers of a step. Return its messages with the tensors from which they are sent or in which they arrive."""
+    """Create the buffers of a step. Return its messages, with the tensors that they are sent from or received into."""
     messages = _StepMessages([], [], [], {})
     for key in step.allocate:
         buffers.allocate(key, step.places[key], step.places.get(("rows", key), ()))
@@ -206,7 +208,7 @@ def _begin_step(step: ProgramStep, buffers: Buffers, states: HeldStateTensors | 
     for numbers in step.joined_receives:
         messages.receives.extend(_incoming(buffers, step, numbers, messages.incoming))
     if states is not None and step.states is not None:
-        # only states of earlier steps are sent: no step reads its own results
+        # send only states of earlier steps: no step reads its own results
         for state in step.states.sends:
             messages.sends.extend(states.packets(state))
         for state in step.states.receives:
@@ -217,7 +219,7 @@ def _begin_step(step: ProgramStep, buffers: Buffers, states: HeldStateTensors | 
 def _end_step(step: ProgramStep, buffers: Buffers, messages: _StepMessages, states: HeldStateTensors | None) -> None:
     """Accumulate the received tensors, and release the buffers last used in this step."""
     for packed, parts in zip(step.packed_receives, messages.arrived, strict=True):
-        # these rows hold no results yet
+        # write the packed results first: their rows hold no results yet
         buffers.unpack(packed, parts)
     for number, fields in messages.incoming.items():
         payload, message = step.receives[number]
@@ -238,7 +240,7 @@ def _operands(step: ProgramStep, number: int, buffers: Buffers) -> dict[Payload,
 
 
 def _targets(step: ProgramStep, number: int, buffers: Buffers) -> dict[Payload, Target]:
-    """Return the tensors to which a kernel writes its results."""
+    """Return the tensors that a kernel writes its results to."""
     targets = {}
     for payload, view in step.launches[number].results.items():
         if view.is_part:
@@ -251,7 +253,7 @@ def _targets(step: ProgramStep, number: int, buffers: Buffers) -> dict[Payload, 
 def _accumulate(
     step: ProgramStep, number: int, buffers: Buffers, results: dict[Payload, Fields], targets: dict[Payload, Target]
 ) -> None:
-    """Accumulate the results of a launch, except those that the kernel has written directly to their buffers."""
+    """Accumulate the results of a launch, except those that the kernel wrote directly to their buffers."""
     for payload, fields in results.items():
         if payload not in targets or not targets[payload].is_part:
             buffers.accumulate(payload, step.launches[number].results[payload], fields)
@@ -271,7 +273,7 @@ def _packed_with(numbers: tuple[int, ...], packed: tuple[PackedMessages, ...]) -
 
 
 def _outgoing(buffers: Buffers, step: ProgramStep, numbers: tuple[int, ...]) -> list[Packet]:
-    """Return the packets of messages sent together, from their buffer, or from a copy if one has a place."""
+    """Return the packets for messages sent together, taken from their buffer, or from a copy if one has a place in the arena."""
     payload, message = step.sends[numbers[0]]
     packed = _packed_with(numbers, step.packed_sends)
     if packed:
@@ -288,7 +290,8 @@ def _outgoing(buffers: Buffers, step: ProgramStep, numbers: tuple[int, ...]) -> 
 def _incoming(
     buffers: Buffers, step: ProgramStep, numbers: tuple[int, ...], results: dict[int, Fields]
 ) -> list[Packet]:
-    """Return the packets of messages that arrive together: copies in their buffer, partial results in tensors of `results`."""
+    """Return the packets for messages that arrive together: copies go to their buffer, partial results to tensors of
+    `results`."""
     payload, message = step.receives[numbers[0]]
     packed = _packed_with(numbers, step.packed_receives)
     if packed:

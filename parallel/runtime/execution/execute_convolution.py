@@ -22,7 +22,7 @@ from distattn.parallel.runtime.program import KernelLaunch, Program, kept_key
 
 
 class ConvolutionKernel(Protocol):
-    """Functions of a kernel module for convolutions. See `distattn.kernels.convolution.taps`."""
+    """The functions of a kernel module for convolutions. See `distattn.kernels.convolution.taps`."""
 
     def forward(self, x_SHD: Tensor, weight: Tensor | None, schedule: Any) -> Tensor: ...
 

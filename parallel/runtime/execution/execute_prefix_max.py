@@ -22,7 +22,7 @@ from distattn.parallel.runtime.program import KernelLaunch, Program
 
 
 class PrefixMaxKernel(Protocol):
-    """Functions of a kernel module for prefix maxima. See `distattn.kernels.recurrence.cummax`."""
+    """The functions of a kernel module for prefix maxima. See `distattn.kernels.recurrence.cummax`."""
 
     def prepare(self, segments: Segments, requirements: KernelRequirements) -> Any: ...
 
@@ -32,8 +32,8 @@ class PrefixMaxKernel(Protocol):
 
 
 class PrefixMaxResult(NamedTuple):
-    """The maximum before each token, in x's dtype, and if requested the final maxima of documents that end on this rank (0 for
-    others)."""
+    """The maximum before each token, in x's dtype, and, if requested, the final maximum of each document that ends on this
+    rank (0 for others)."""
 
     before_THV: Tensor
     final_MHV: Tensor | None
@@ -47,7 +47,8 @@ def forward(
     initial_MHV: Tensor | None,
     final_states: bool = True,
 ) -> PausableRun[PrefixMaxResult]:
-    """Compute the maximum over the tokens before each of this rank's tokens. First tokens get the initial state or -inf."""
+    """Compute the maximum over the tokens before each of this rank's tokens. The first token of a document gets the initial
+    state, or -inf."""
     # states of a maximum have one row
     initial = None if initial_MHV is None else initial_MHV[:, :, None]
 

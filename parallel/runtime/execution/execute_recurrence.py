@@ -1,8 +1,8 @@
 """The executor of recurrences: it runs a program's segments and states on one rank, forward and backward.
 
 Steps, messages and token buffers are handled by `execute`. This module runs the launches. It combines the states before a
-launch's segments, or the gradients of the states after them, passes them to the kernel as one tensor, and keeps the states that
-other segments need.
+launch's segments, or the gradients of the states after them, passes them to the kernel as one tensor, and stores the states
+that other segments need.
 """
 
 # T tokens on this rank, H value heads, G query and key heads, K key dim, V value dim, N segments in a launch, M documents
@@ -33,7 +33,7 @@ from distattn.parallel.runtime.program import KernelLaunch, Program, kept_key
 
 
 class RecurrenceKernel(Protocol):
-    """Functions of a kernel module for recurrences. See `distattn.kernels.recurrence.chunked`."""
+    """The functions of a kernel module for recurrences. See `distattn.kernels.recurrence.chunked`."""
 
     def prepare(self, segments: Segments, requirements: KernelRequirements) -> Any: ...
 
@@ -53,7 +53,8 @@ class RecurrenceKernel(Protocol):
 
 
 class ForwardResult(NamedTuple):
-    """Outputs, final states of documents that end on this rank (0 for others) if requested, and tensors kept for the backward."""
+    """Outputs, final states of documents that end on this rank (0 for others) if requested, and tensors kept for the backward
+    pass."""
 
     o: Tensor
     final_MHKV: Tensor | None
@@ -61,7 +62,8 @@ class ForwardResult(NamedTuple):
 
 
 class BackwardResult(NamedTuple):
-    """Gradients of this rank's tokens, and of the initial states, if any, of documents that begin on this rank (0 for others)."""
+    """Gradients of this rank's tokens, and of the initial states, if any, of documents that start on this rank (0 for
+    others)."""
 
     dx: RecurrenceTokens
     dinitial_MHKV: Tensor | None
@@ -75,7 +77,7 @@ def forward(
     initial_MHKV: Tensor | None,
     final_states: bool = True,
 ) -> PausableRun[ForwardResult]:
-    """Compute the outputs of this rank's tokens in q's dtype and, if requested, final states in the accumulation dtype."""
+    """Compute the outputs of this rank's tokens in q's dtype and, if requested, the final states in the accumulation dtype."""
     places = KeptPlaces.of(program)
     with (
         ARENAS.kept(places.bytes, torch.uint8, x.v.device) as kept,
@@ -103,7 +105,7 @@ def backward(
     initial_MHKV: Tensor | None,
     kept: Tensor,
 ) -> PausableRun[BackwardResult]:
-    """Compute gradients in the dtypes of their tensors, and those of initial states in the accumulation dtype."""
+    """Compute gradients in the dtypes of their tensors, and gradients of initial states in the accumulation dtype."""
     places = KeptPlaces.of(program)
     with ARENAS.borrowed(program.backward_bytes, x.v.device) as arena:
         run = _Pass(program, kernel, x, "backward", arena, initial_MHKV, dfinal_MHKV)
@@ -122,7 +124,7 @@ def backward(
 
 
 class _Pass(StatePass):
-    """One pass on one rank. begun: the states with which tasks began."""
+    """One pass on one rank. begun: the states that tasks started from."""
 
     def __init__(
         self,
@@ -181,7 +183,7 @@ class _Pass(StatePass):
         return {Payload.dQ: shared, Payload.dKV: tuple(rest)}
 
     def _leave_states(self, launch: KernelLaunch, x: RecurrenceTokens, tasks: Sequence[SegmentStates]) -> None:
-        """Keep the states (A, B) of segments, combined with the states before them."""
+        """Store the states (A, B) that segments leave behind, combined with the states before them."""
         before = [self.entering(launch, task) for task in tasks]
         entering, with_transitions = self.side_by_side(launch, before), _need_transitions(tasks)
         leaving, transitions = self.kernel.states(x, launch.schedule.segments, entering, with_transitions)
@@ -194,7 +196,7 @@ class _Pass(StatePass):
     def _leave_gradient_states(
         self, launch: KernelLaunch, x: RecurrenceTokens, do_THV: Tensor, tasks: Sequence[SegmentStates]
     ) -> None:
-        """Keep the gradient states of segments, combined with the gradients of the states after them."""
+        """Store the gradient states that segments leave behind, combined with the gradient states after them."""
         after = [self._following(launch, task) for task in tasks]
         dleaving, with_transitions = self.side_by_side(launch, after), _need_transitions(tasks)
         dentering, transitions = self.kernel.gradient_states(
@@ -207,7 +209,7 @@ class _Pass(StatePass):
             self.leave(launch, task, State(a, dentering[i]))
 
     def _following(self, launch: KernelLaunch, task: SegmentStates) -> State | None:
-        """Return the gradient of the state that leaves a segment: from later segments, or that of its document's final state."""
+        """Return the gradient of the state that leaves a segment, from later segments or from its document's final state."""
         if task.after:
             return self.states.put_together(task.after)
         return self.edge(launch, self.dfinal, task.final)
@@ -224,7 +226,7 @@ class _Pass(StatePass):
         return RecurrenceTokens(q, k, v, g, gates[0] if op.delta else None)
 
     def _is_even(self, launch: KernelLaunch) -> bool:
-        """Return whether a launch has all value heads of each of its query and key heads."""
+        """Return whether a launch covers all value heads of each of its query and key heads."""
         group = self.call.gqa_group_size
         return launch.heads.start % group == 0 and launch.heads.stop % group == 0
 
@@ -234,7 +236,7 @@ class _Pass(StatePass):
         return torch.arange(heads.start, heads.stop, device=device) // group - heads.start // group
 
     def _folded(self, launch: KernelLaunch, dy_THK: Tensor) -> Tensor:
-        """Sum gradients of queries or keys over the heads that share them, if `_tokens` has repeated the queries and keys."""
+        """Sum gradients of queries or keys over the heads that share them, if `_tokens` repeated the queries and keys."""
         if self._is_even(launch):
             return dy_THK
         index = self._group_index(launch, dy_THK.device)
@@ -245,5 +247,5 @@ class _Pass(StatePass):
 
 
 def _need_transitions(tasks: Sequence[SegmentStates]) -> bool:
-    """Return whether any task must leave a transition A."""
+    """Return whether any task must output a transition A."""
     return not all(task.is_prefix for task in tasks)

@@ -12,9 +12,10 @@ from distattn.parallel.runtime.program import Program
 
 
 class KeptPlaces(NamedTuple):
-    """Places in a flat tensor: those of received tokens, by forward buffer, and those of the states with which tasks began.
+    """Places in a flat tensor: those of received tokens, keyed by forward buffer, and those of the states that tasks started
+    from.
 
-    bytes: the size of the flat tensor that holds them all.
+    bytes: the size of the flat tensor.
     """
 
     tokens: dict[BufferKey, list[PlacedTensor]]
@@ -37,7 +38,7 @@ class KeptPlaces(NamedTuple):
         return KeptPlaces(tokens, states, offset)
 
     def tokens_in(self, flat: Tensor) -> dict[BufferKey, tuple[Tensor, ...]]:
-        """Return the tensors of received tokens, by buffer, as views of `flat`."""
+        """Return the tensors of received tokens, keyed by buffer, as views of `flat`."""
         return {key: tuple(_part(flat, place) for place in places) for key, places in self.tokens.items()}
 
     def states_in(self, flat: Tensor) -> list[Tensor]:
@@ -46,11 +47,11 @@ class KeptPlaces(NamedTuple):
 
 
 def kept_size(program: Program) -> int:
-    """Return the bytes of a program's flat tensor, 0 unless the program is a recurrence."""
+    """Return the size in bytes of a program's flat tensor, or 0 unless the program is a recurrence."""
     return KeptPlaces.of(program).bytes if program.forward_states is not None else 0
 
 
 def _part(flat: Tensor, place: PlacedTensor) -> Tensor:
-    # saved-tensor hooks may return it as a part of another tensor
+    # saved-tensor hooks may return the flat tensor as part of another tensor
     numbers = flat.view(place.dtype)
     return numbers.as_strided(place.shape, place.strides, numbers.storage_offset() + place.offset)

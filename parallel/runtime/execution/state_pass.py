@@ -19,8 +19,8 @@ from distattn.parallel.runtime.program import KernelLaunch, Program
 class StatePass:
     """One pass on one rank.
 
-    initial: the states with which documents begin, (M, H, K, V), or None. edge_states: if requested, final states of documents
-    in a forward pass, or gradients of initial states in a backward pass.
+    initial: the states that documents start from, (M, H, K, V), or None. edge_states: the final states of documents in a
+    forward pass, or the gradients of initial states in a backward pass, if requested.
     """
 
     def __init__(
@@ -55,19 +55,19 @@ class StatePass:
         return [self.program_states.tasks[number] for number in launch.schedule.tasks]
 
     def entering(self, launch: KernelLaunch, task: SegmentStates) -> State | None:
-        """Return the state that enters a segment: that of earlier segments or its document's initial state, if any."""
+        """Return the state that enters a segment, from earlier segments or from its document's initial state, if any."""
         if task.before:
             return self.states.put_together(task.before)
         return self.edge(launch, self.initial, task.initial)
 
     def edge(self, launch: KernelLaunch, states_MHKV: Tensor | None, document: int) -> State | None:
-        """Return a document's state from `states_MHKV`, or None, the state of no tokens, if there is no such state."""
+        """Return a document's state from `states_MHKV`, or None (the state of no tokens) if that state does not exist."""
         if states_MHKV is None or document < 0:
             return None
         return State(None, states_MHKV[document, launch.heads].to(self.dtype))
 
     def side_by_side(self, launch: KernelLaunch, states: Sequence[State | None]) -> Tensor:
-        """Put the states B of a launch's segments in one tensor (N, H, K, V). None stands for the state of no tokens."""
+        """Copy the states B of a launch's segments into one tensor (N, H, K, V). None stands for the state of no tokens."""
         present = [(number, state.b) for number, state in enumerate(states) if state is not None]
         if len(present) == len(states):
             return torch.stack([b for _, b in present])
@@ -78,14 +78,15 @@ class StatePass:
         return out
 
     def leave(self, launch: KernelLaunch, task: SegmentStates, state: State) -> None:
-        """Keep the state that a segment leaves if it is needed."""
+        """Store the state that a segment leaves behind, if it is needed."""
         if task.leaves is not None:
             # copy it, so that the launch's stacked results can be freed
             a = None if state.a is None else state.a.clone()
             self.states.put(task.leaves, launch.heads.start, State(a, state.b.clone()))
 
     def leave_final(self, launch: KernelLaunch, tasks: Sequence[SegmentStates], leaving_NHKV: Tensor) -> None:
-        """Keep the states that segments of the forward pass leave, and the final states of documents that end with them."""
+        """Store the states that segments leave behind in the forward pass, and the final states of documents that end with
+        them."""
         for task, ends in zip(tasks, leaving_NHKV, strict=True):
             if task.final >= 0 and self.edge_states is not None:
                 self.edge_states[task.final, launch.heads] = ends

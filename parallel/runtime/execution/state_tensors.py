@@ -28,7 +28,7 @@ class State(NamedTuple):
 
 
 class HeldStateTensors:
-    """The tensors of all states that a rank holds, by key."""
+    """The tensors of all states that a rank holds, by state key."""
 
     def __init__(self, call: Call, g_H: Tensor | None, device: torch.device, allocator: ArenaAllocator):
         """Start without states.
@@ -36,7 +36,7 @@ class HeldStateTensors:
         g_H: the logarithm of each head's decay, if all tokens share it. allocator: memory for a step's messages.
         """
         self._allocator = allocator
-        # for the states received in a step: the tensors to keep, and the tensors in which they arrive
+        # for the states received in a step: the tensors to keep, and the tensors that receive them
         self._arriving: list[tuple[Tensor, Tensor]] = []
         self.call, self._g_H, self._device = call, g_H, device
         self._dtype = getattr(torch, call.accumulation_dtype)
@@ -46,7 +46,7 @@ class HeldStateTensors:
         self.bytes = self.peak_bytes = 0
 
     def put(self, key: StateKey, h0: int, state: State) -> None:
-        """Keep a state whose first head is h0."""
+        """Store a state whose first head is h0."""
         self._held[key] = h0, state
         self.bytes += _nbytes(state)
         self.peak_bytes = max(self.peak_bytes, self.bytes)
@@ -91,7 +91,7 @@ class HeldStateTensors:
             state, tensors = State(a, b), [b, a]
         else:
             g = None if self._g_H is None else self._g_H[message.h0 : message.h1]
-            # not torch.tensor([...]), for which the host would wait for the device
+            # do not use torch.tensor([...]), which would make the host wait for the device
             length = torch.full((1,), message.tokens, device=self._device)
             state, tensors = State(constant_transition(g, heads, length)[0].to(self._dtype), b), [b]
         self.put(message.key, message.h0, state)
@@ -100,7 +100,7 @@ class HeldStateTensors:
         return [Packet(message.peer, message.key.payload, tensor) for _, tensor in arriving]
 
     def of_no_tokens(self, segments: int, heads: int) -> Tensor:
-        """Return the B of no tokens for each of N segments, (N, H, K, V): 0, or -inf for maxima."""
+        """Return the B of an empty range of tokens for each of N segments, (N, H, K, V): 0, or -inf for maxima."""
         b = self._empty(segments, heads, self.call.head_dim, self.call.v_head_dim)
         return b.fill_(-torch.inf if self.call.op.is_maximum else 0.0)
 

@@ -24,14 +24,15 @@ from distattn.parallel.runtime.lowering.views import OWN, BufferKey, BufferSlice
 if TYPE_CHECKING:
     from distattn.parallel.runtime.program import ProgramStep
 
-# a kept buffer may grow by this factor at most, which suffices for an all-to-all on four ranks: neither pass then copies it
+# a kept buffer may grow by at most this factor; it suffices for an all-to-all on four ranks, after which neither pass copies
+# the buffer
 _MOST_KEPT = 4 / 3
 
 
 class Landing(NamedTuple):
     """A buffer that is a launch's working tensor. rows: the rows of that tensor. new_row: the new row of each old row.
 
-    own_slices: the slices that hold rows of the rank's own tensor.
+    own_slices: the slices with rows of the rank's own tensor.
     """
 
     rows: int
@@ -40,7 +41,7 @@ class Landing(NamedTuple):
 
     @property
     def own_view(self) -> View:
-        """The own rows in the buffer's order, as a view that does not cover the whole buffer."""
+        """The own rows in the buffer's order, as a view that covers only part of the buffer."""
         return View(
             self.rows, self.own_slices[0].view_heads.stop if self.own_slices else 0, list(self.own_slices), False
         )
@@ -63,11 +64,12 @@ def land(
     kept: Container[BufferKey],
     inherited: Mapping[BufferKey, Landing],
 ) -> dict[BufferKey, Landing]:
-    """Make buffers working tensors where that saves copies. Change the views of the steps, and return the landing of each buffer.
+    """Turn buffers into working tensors where that saves copies. Update the views of the steps, and return each buffer's
+    landing.
 
-    sizes: rows of the buffers that may become working tensors. bundles: for each buffer, the buffers that share its rows; they
-    change together or not at all. kept: the buffers kept until the next pass. inherited: the landings of buffers kept by the
-    previous pass.
+    sizes: the number of rows of each buffer that may become a working tensor. bundles: for each buffer, the buffers that
+    share its rows; they become working tensors together or not at all. kept: the buffers kept until the next pass. inherited:
+    the landings of buffers kept by the previous pass.
     """
     launches: dict[BufferKey, list[tuple[BufferSlice, View]]] = defaultdict(list)
     messages: dict[BufferKey, list[tuple[BufferSlice, tuple[slice, ...]]]] = defaultdict(list)
@@ -77,7 +79,7 @@ def land(
                 for piece in view.slices:
                     launches[piece.buffer].append((piece, view))
         for _, message in (*step.sends, *step.receives):
-            # a message from several buffers is gathered before it is sent, so it may have its rows anywhere
+            # a message from several buffers is gathered before it is sent, so its rows may be anywhere
             if len(message.view.slices) == 1:
                 (piece,) = message.view.slices
                 messages[piece.buffer].append((piece, message.segments))
@@ -94,7 +96,8 @@ def land(
 
 
 def may_land(call: Call, table: Table, moves: Columns) -> np.ndarray:
-    """Return which moves are to or from a buffer that may be a launch's working tensor. Both ends of a message agree on it.
+    """Return which moves are to or from a buffer that may be a launch's working tensor. Both ends of a message get the same
+    result.
 
     The buffer is where copies arrive or partial results leave. As a working tensor it also contains own rows, so it qualifies
     only if the tasks of one step use both own tokens and other ranks' tokens, after the copies arrive or before the results
@@ -109,13 +112,13 @@ def may_land(call: Call, table: Table, moves: Columns) -> np.ndarray:
     chunks, ranks = call.layout.chunks, call.ranks
     is_of_keys = np.isin(moves["payload"], KEY_PAYLOADS)
     for of_kind, t0, t1 in ((is_of_keys, "k0", "k1"), (~is_of_keys, "q0", "q1")):
-        # True if the tasks of a rank in a step use tokens of other ranks (0), or of the rank itself (1)
+        # True if the tasks of a rank in a step use tokens of other ranks (0) or of the rank itself (1)
         has = np.zeros((2, ranks, table.steps), bool)
         i, j = overlapping_pairs(chunks["t0"], chunks["t1"], tasks[t0], tasks[t1])
         rank = tasks["rank"][i]
         has[(chunks["rank"][j] == rank).astype(np.int64), rank, tasks["step"][i]] = True
         mixes = has[0] & has[1]
-        # True if any step up to this one, or from this one on, uses both
+        # True if any step up to and including this one, or from this one on, uses both
         before = np.logical_or.accumulate(mixes, 1)
         after = np.logical_or.accumulate(mixes[:, ::-1], 1)[:, ::-1]
         for of_moves, mixed in ((of_kind & is_result, before), (of_kind & ~is_result, after)):
@@ -130,7 +133,7 @@ def _agrees(landing: Landing, bundle: Bundle, landings: Mapping[BufferKey, Landi
 
 
 def _landing(key: BufferKey, rows: int, view: View) -> Landing | None:
-    """Return the landing of a buffer of `rows` rows as the working tensor of a view, or None if it cannot be one."""
+    """Return the landing of a buffer of `rows` rows as the working tensor of a view, or None if that is impossible."""
     own_slices = tuple(piece for piece in view.slices if piece.buffer.step == OWN)
     buffer_slices = [piece for piece in view.slices if piece.buffer == key]
     if (
@@ -157,7 +160,7 @@ def _fits(
 ) -> bool:
     """Return whether messages occupy contiguous rows of the landed buffer, and no launch needs the buffer's old order."""
     if key.payload in REDUCED_PAYLOADS and len(launches) != 1:
-        # a result to which several launches add is not complete until the last of them
+        # a result that several launches add to is complete only after the last of them
         return False
     for piece, view in launches:
         was_direct = len(view.slices) == 1 and isinstance(piece.rows, slice)
@@ -183,7 +186,8 @@ def _change(step: ProgramStep, landings: Mapping[BufferKey, Landing]) -> None:
 
 
 def _as_landed(view: View, landings: Mapping[BufferKey, Landing]) -> View:
-    """Return a launch's view as one row range of a landed buffer if that holds all rows in order. Otherwise update its rows."""
+    """Return a launch's view as one row range of a landed buffer that holds all of its rows in order, or else with updated
+    rows."""
     slices = [_moved(piece, landings) for piece in view.slices]
     for i, piece in enumerate(slices):
         landing = landings.get(piece.buffer)
@@ -195,7 +199,7 @@ def _as_landed(view: View, landings: Mapping[BufferKey, Landing]) -> View:
 
 
 def _run_of_landed(piece: BufferSlice, others: tuple[BufferSlice, ...], view: View, landing: Landing) -> slice | None:
-    """Return the contiguous rows of a landed buffer that hold a whole view in order, or None if it has no such rows.
+    """Return the contiguous rows of a landed buffer that hold an entire view in order, or None if no rows do.
 
     piece: the view's slice of that buffer, with its new rows. others: the view's other slices.
     """
@@ -209,7 +213,7 @@ def _run_of_landed(piece: BufferSlice, others: tuple[BufferSlice, ...], view: Vi
         if other.heads.start != first_head + piece.heads.start or rows.max(initial=-1) >= len(new_rows):
             return None
         where[_numbers(other.view_rows)] = new_rows[rows]
-    # the own rows of a result are accumulated from the buffer once, so the view must be the whole buffer
+    # the own rows of a result are accumulated from the buffer once, so the view must be the entire buffer
     whole = piece.buffer.payload not in REDUCED_PAYLOADS or view.rows == landing.rows
     if not whole or not view.rows or (where < 0).any() or not _is_run(where):
         return None
@@ -226,7 +230,7 @@ def _moved(piece: BufferSlice, landings: Mapping[BufferKey, Landing]) -> BufferS
 def _in_segments(
     piece: BufferSlice, segments: tuple[slice, ...], landings: Mapping[BufferKey, Landing]
 ) -> list[BufferSlice]:
-    """Return the slices of a message: one per segment if its buffer has landed, otherwise `piece`."""
+    """Return the slices of a message: one per segment if its buffer has landed, otherwise only `piece`."""
     if piece.buffer not in landings:
         return [piece]
     rows = landings[piece.buffer].new_row[_numbers(piece.rows)]

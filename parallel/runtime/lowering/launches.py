@@ -1,4 +1,4 @@
-"""The kernel launches made from a table's tasks on one rank, and the tokens that each launch needs."""
+"""The kernel launches created from a table's tasks on one rank, and the tokens that each launch needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distattn.ir.plan import KEY_PAYLOADS, Columns, Payload, select_rows
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.parallel.runtime.lowering.views import ViewParts
 
-# A step is one launch only if its working tensors are at most _MAX_PADDING times as large as what its tasks need. Query rows in
+# A step is one launch only if its working tensors are at most _MAX_PADDING times as large as its tasks require. Query rows in
 # several buffers share a launch unless that makes query tensors more than _MAX_HOLES times as large.
 _MAX_PADDING, _MAX_HOLES = 2, 1.1
 
@@ -29,7 +29,8 @@ class TokenIntervals(NamedTuple):
     # heads [h0, h1) of each launch
     h0: Ints
     h1: Ints
-    # one part per elementary head range: its launch and heads [h0, h1); then all intervals of tokens, each with its part
+    # one part per elementary head range, with its launch and heads [h0, h1), followed by all token intervals, each with its
+    # part
     part_launch: Ints
     part_h0: Ints
     part_h1: Ints
@@ -73,7 +74,7 @@ class TokenIntervals(NamedTuple):
         return total
 
     def padding(self) -> np.ndarray:
-        """Return the ratio of each launch's tensor size to the size that its tasks need."""
+        """Return the ratio of each launch's tensor size to the size that its tasks require."""
         needed = np.zeros(len(self.h0), np.int64)
         heads = (self.part_h1 - self.part_h0)[self.part]
         np.add.at(needed, self.part_launch[self.part], heads * (self.part_t1 - self.part_t0))
@@ -89,7 +90,7 @@ class LaunchTable(NamedTuple):
     # for each launch: its step and its query heads [h0, h1)
     steps: list[int]
     heads: list[tuple[int, int]]
-    # all tasks, and the launch number of each
+    # all tasks, and the index of the launch of each
     tasks: Columns
     launch: Ints
     rows: TokenIntervals
@@ -100,11 +101,11 @@ class LaunchTable(NamedTuple):
     def of(tasks: Columns, group_size: int, buffer: Ints) -> LaunchTable:
         """Group one rank's tasks into launches.
 
-        buffer: the number of the buffer that holds each task's query rows, or -1 if no single buffer does.
+        buffer: the index of the buffer that holds each task's query rows, or -1 if no single buffer does.
         """
         head_range = np.unique(np.stack([tasks["h0"], tasks["h1"]], 1), axis=0, return_inverse=True)[1].reshape(-1)
         tasks = {**tasks, "buffer": buffer, "head_range": head_range}
-        # one tensor of own rows and of rows received for fewer heads would consist mostly of unused heads
+        # a tensor of own rows and of rows received for fewer heads would consist mostly of unused heads
         table = LaunchTable._numbered(tasks, group_size, tasks["step"])
         table = table._divided(table._smaller_by_buffer(), "buffer")
         # head ranges that need very different tokens get separate launches
@@ -127,7 +128,7 @@ class LaunchTable(NamedTuple):
         return LaunchTable._numbered(self.tasks, self.group_size, self.launch * (int(value.max()) + 1) + value)
 
     def _smaller_by_buffer(self) -> np.ndarray:
-        """Return which launches have clearly smaller query tensors in total if each buffer gets a separate launch."""
+        """Return which launches have much smaller query tensors in total if each buffer gets its own launch."""
         low, high = (np.full(len(self.steps), edge) for edge in (np.iinfo(np.int64).max, -1))
         np.minimum.at(low, self.launch, self.tasks["buffer"])
         np.maximum.at(high, self.launch, self.tasks["buffer"])
@@ -135,7 +136,7 @@ class LaunchTable(NamedTuple):
         apart = self._divided(has_several, "buffer")
         if apart is self:
             return has_several
-        # each step had a single launch before, so the step of a launch identifies the launch that it was part of
+        # until now each step had a single launch, so a launch's step identifies the launch that it was split from
         parent = np.searchsorted(self.steps, apart.steps)
         return has_several & (
             np.bincount(parent, apart._query_cells(), len(self.steps)) * _MAX_HOLES < self._query_cells()
@@ -147,7 +148,7 @@ class LaunchTable(NamedTuple):
 
     @staticmethod
     def _numbered(tasks: Columns, group_size: int, label: Ints) -> LaunchTable:
-        """Make one launch per distinct label, in label order."""
+        """Create one launch per distinct label, in label order."""
         tasks = select_rows(tasks, stable_argsort(label))
         _, first, launch = np.unique(np.sort(label), return_index=True, return_inverse=True)
         low, high = tasks["h0"], tasks["h1"]

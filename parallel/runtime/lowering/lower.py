@@ -52,20 +52,20 @@ from distattn.parallel.runtime.lowering.views import (
 )
 from distattn.parallel.runtime.program import KernelLaunch, Message, Program, ProgramStep, kept_key
 
-# makes a kernel's own schedule from a launch's mask or a recurrence's segments
+# a function that derives a kernel's own schedule from a launch's mask or a recurrence's segments
 PrepareKernel = Callable[[Any], Any]
-# largest number of segments that a message may be cut into
+# maximum number of segments that a message may be cut into
 _MOST_SEGMENTS = 4
 
 
 def lower(
     plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = None, in_larger_job: bool = False
 ) -> Program:
-    """Lower a plan for one rank. `prepare` makes the kernel's own schedule from a launch's mask or a recurrence's segments.
+    """Lower a plan for one rank. `prepare` derives the kernel's own schedule from a launch's mask or a recurrence's segments.
 
     The proof is stored with the program. Running an unproven plan is at the caller's risk. in_larger_job: the job has ranks
     outside the plan, so messages may be in flight even if the plan has only one rank. The arenas have room for the results of
-    kernels that accept `into`. Other kernels allocate their results and leave that room unused.
+    kernels that accept `into`. Other kernels allocate their own results, so that room is unused.
     """
     call = plan.call
     tokens = int(call.layout.shard_sizes()[rank])
@@ -124,7 +124,7 @@ class _TableLowering:
         tasks = {**table.tasks, "row": np.arange(num_rows(table.tasks))}
         tasks = select_rows(tasks, tasks["rank"] == rank)
         self.tasks = select_rows(tasks, lexicographic_argsort(*(tasks[name] for name in ("step", "h0", "h1"))))
-        # states are lowered separately, as they are not rows of tokens: see `state_program`
+        # states are lowered separately, since they are not rows of tokens: see `state_program`
         moves = select_rows(table.moves, ~np.isin(table.moves["payload"], STATE_PAYLOADS))
         self.outgoing = select_rows(moves, moves["src"] == rank)
         self.incoming = select_rows(moves, moves["dst"] == rank)
@@ -142,7 +142,7 @@ class _TableLowering:
         self.extents = [*self.buffers, *inherited, *(self._own(payload) for payload in payloads)]
         ends = sorted_unique(np.concatenate([[rank], self.outgoing["dst"], self.incoming["src"]]))
         self.bundles_of_ranks = find_bundles(call, table, ends)
-        # for the payloads and heads of each bundle: the bytes per payload in a message row, and the row format
+        # for each bundle's payloads and heads: the bytes per payload in a message row, and the row format
         self._formats: dict[tuple[tuple[Payload, int], ...], tuple[tuple[tuple[Payload, int], ...], RowFormat]] = {}
         # bundles of this rank only
         self.bundles = {key: bundle for (end, key), bundle in self.bundles_of_ranks.items() if end == rank}
@@ -160,7 +160,7 @@ class _TableLowering:
         else:
             launches = LaunchTable.of(self.tasks, self.call.gqa_group_size, self._query_buffers())
         of_payloads = [launches.parts(payload) for payload in self.payloads]
-        # resolve all views of the table at once
+        # resolve all views of the table in one call
         views = iter(resolve_views(self.extents, ViewParts.joined([sends, receives, *of_payloads])))
         for (peer, key), segments in zip(outgoing, cut_sends, strict=True):
             # copies have the row format of the receiver, partial results that of the sender
@@ -189,7 +189,7 @@ class _TableLowering:
     def _shared_rows(
         self, holder: int, key: BufferKey
     ) -> tuple[Bundle, tuple[tuple[Payload, int], ...], RowFormat | None]:
-        """Return the bundle of a buffer of rank `holder`, the bytes per payload in a message row, and the row format."""
+        """Return the bundle of a buffer on rank `holder`, the bytes per payload in a message row, and the row format."""
         bundle = self.bundles_of_ranks.get((holder, key), ())
         if not bundle:
             return bundle, (), None
@@ -201,7 +201,8 @@ class _TableLowering:
         return bundle, *self._formats[heads]
 
     def _query_buffers(self) -> Ints:
-        """Return the number of the buffer with each task's query rows for its first head, or -1 if no single buffer has them."""
+        """Return the index of the buffer that holds each task's query rows for its first head, or -1 if no single buffer
+        does."""
         q0, q1, head = (self.tasks[name] for name in ("q0", "q1", "h0"))
         buffers = np.full_like(q0, -1)
         queries = (extent for extent in self.extents if extent.key.payload == Payload.Q)
@@ -220,7 +221,8 @@ class _TableLowering:
         return BufferExtent(key, chunks["t0"], chunks["t1"], chunks["row"])
 
     def _buffers(self, moves: Columns, payloads: tuple[Payload, ...], peer: str) -> list[BufferExtent]:
-        """Return a buffer for each payload, step and head range. Its rows are sorted by peer, so that each message is a slice."""
+        """Return a buffer for each payload, step and head range. Its rows are sorted by peer, which makes each message a
+        slice."""
         moves = select_rows(moves, np.isin(moves["payload"], payloads))
         moves, first = _grouped(moves, ("payload", "step", "h0", "h1"), (peer, "t0"))
         before = np.append(0, np.cumsum(moves["t1"] - moves["t0"]))
@@ -234,7 +236,7 @@ class _TableLowering:
     def _messages(
         self, moves: Columns, peer: str
     ) -> tuple[list[tuple[int, BufferKey]], ViewParts, list[tuple[slice, ...]]]:
-        """Return (peer, buffer) of all messages in order, their contents as views with one part each, and their segments.
+        """Return (peer, buffer) for all messages in order, their contents as views with one part each, and their segments.
 
         peer: the column of `moves` that holds the peer's rank, "src" or "dst".
         """
@@ -249,7 +251,7 @@ class _TableLowering:
         row = before - before[np.array(first[:-1], np.int64)][part]
         intervals = part, moves["t0"], moves["t1"], row
         views = ViewParts(number, each["payload"], each["h0"], each["h1"], np.zeros_like(number), *intervals)
-        # both ends cut a message at the same rows, because they look only at the table
+        # both ends cut a message at the same rows, because the cuts depend only on the table
         is_cut = may_land(self.call, self.table, each)[part[1:]]
         begins = np.ones(len(part), bool)
         begins[1:] = (part[1:] != part[:-1]) | ((moves["t0"][1:] != moves["t1"][:-1]) & is_cut)
@@ -264,7 +266,8 @@ class _TableLowering:
     def _land(
         self, steps: list[ProgramStep], kept: Container[BufferKey], inherited: Mapping[BufferKey, Landing]
     ) -> None:
-        """Make buffers the working tensors of launches where that saves copies. Only attention does so with kept buffers."""
+        """Turn buffers into the working tensors of launches where that saves copies. Only attention does this with kept
+        buffers."""
         sizes = {key: rows for key, rows in self.sizes.items() if key not in kept or self.call.op.is_softmax}
         self.landings = land(steps, sizes, self.bundles, kept, inherited)
         for key, landing in self.landings.items():
@@ -272,7 +275,7 @@ class _TableLowering:
             if not landing.own_slices or key.payload not in REDUCED_PAYLOADS:
                 continue
             for step in steps:
-                # launches that compute only states have no results of this payload
+                # launches that only compute states have no results in this payload
                 views = [launch.results[key.payload] for launch in step.launches if key.payload in launch.results]
                 if any(key == piece.buffer for view in views for piece in view.slices):
                     step.own_results.append((key, landing.own_view))
@@ -316,9 +319,10 @@ class _TableLowering:
                 steps[first[key]].own_copies.append((key, landing.own_view))
 
     def _mark_first_writes(self, steps: list[ProgramStep]) -> None:
-        """Mark the slices that are first to write to their rows and heads, in the order in which the executor accumulates.
+        """Mark the slices that are the first to write to their rows and heads, in the executor's order of accumulation.
 
-        Buffers that first writes do not fill completely go to `blank`. Own results without any other writes go to `unadded`.
+        Buffers that first writes do not fill completely go to `blank`. Own results that nothing is added to go
+        to `unadded`.
         """
         own_results = {payload for payload in self.payloads if payload in REDUCED_PAYLOADS}
         self.unadded = set(own_results)
@@ -348,7 +352,7 @@ class _TableLowering:
 
         for step in steps:
             for launch in step.launches:
-                # a kernel either writes a whole tensor or adds to all of it
+                # a kernel either writes an entire tensor or adds to all of it
                 direct = {
                     payload for payload, view in launch.results.items() if view.is_complete and len(view.slices) == 1
                 }
@@ -374,7 +378,7 @@ def _result_views(step: ProgramStep) -> Iterator[View]:
 
 
 def _memoized(prepare: PrepareKernel, in_larger_job: bool) -> PrepareKernel:
-    """Return `prepare` with a cache for equal masks or segments. Masks are passed on with `in_larger_job` set."""
+    """Return `prepare` with a cache for equal masks or segments. `in_larger_job` is set in the masks that it receives."""
     prepared: dict[tuple[Any, ...], Any] = {}
 
     def once(cells: Any) -> Any:
@@ -388,7 +392,8 @@ def _memoized(prepare: PrepareKernel, in_larger_job: bool) -> PrepareKernel:
 
 
 def _dense_steps(call: Call, table: Table) -> np.ndarray:
-    """Return which steps use one all-to-all: those in which at least half of all rank pairs communicate. All ranks agree."""
+    """Return which steps use one all-to-all: those in which at least half of all rank pairs communicate. All ranks get the
+    same result."""
     moves, ranks = table.moves, call.ranks
     pairs = sorted_unique((moves["step"] * ranks + moves["src"]) * ranks + moves["dst"])
     talking = np.bincount(pairs // ranks**2, minlength=table.steps)

@@ -1,7 +1,7 @@
 """Memory layout of a pass: all of its tensors get a place in one arena when a plan is lowered.
 
 The sizes and lifetimes of all tensors that a pass allocates besides its results are known beforehand: buffers, packed messages,
-gathered operands and kernel results. A pass therefore asks for memory once, and its need is known to the byte. The largest
+gathered operands and kernel results. A pass therefore requests memory once, and its need is known to the byte. The largest
 tensors are placed first, each at the lowest offset that is free during its lifetime (greedy by size,
 https://arxiv.org/abs/2001.03288).
 """
@@ -29,13 +29,13 @@ ALIGNMENT = 512
 # number of arena sizes between one power of two and the next
 _SIZES = 32
 
-# identifies a tensor of a step: a buffer; a packed message, by its number in the step; an operand or result, by the number of the
-# launch and the payload; or the rows of a bundle, by its first buffer or message
+# identifies a tensor of a step: a buffer; a packed message, by its index in the step; an operand or result, by the index of
+# its launch and its payload; or the rows of a bundle, by its first buffer or message
 PlaceKey = BufferKey | tuple[str, int] | tuple[str, int, Payload] | tuple[str, BufferKey]
 
 
 class PlacedTensor(NamedTuple):
-    """A tensor in the arena. offset: from the start of the arena, in elements of the tensor's dtype."""
+    """A tensor in the arena. offset: its distance from the start of the arena, in elements of the tensor's dtype."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class PlacedTensor(NamedTuple):
 
 
 class BundleKey(NamedTuple):
-    """Key of a bundle's matrix among the tensors of a step: the key of the matrix, the keys of its parts, and the row
+    """The key of a bundle's matrix among the tensors of a step: the matrix's own key, the keys of its parts, and the row
     format."""
 
     rows: PlaceKey
@@ -53,7 +53,7 @@ class BundleKey(NamedTuple):
 
 
 class FlatPlaces(NamedTuple):
-    """Places of tensors in one flat tensor. numbers, bytes: the size of the flat tensor."""
+    """Places of tensors in one flat tensor. numbers, bytes: the size of the flat tensor, in elements and in bytes."""
 
     places: dict[PlaceKey, list[PlacedTensor]]
     numbers: int
@@ -61,7 +61,7 @@ class FlatPlaces(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A number of bytes needed from moment `begin` to moment `end`, inclusive."""
+    """A request for a number of bytes from moment `begin` to moment `end`, inclusive."""
 
     bytes: int
     begin: int
@@ -69,7 +69,7 @@ class Request(NamedTuple):
 
 
 def place_fields(widths: Widths, rows: int, heads: int, offset: int) -> tuple[list[PlacedTensor], int]:
-    """Place tensors one after another from byte `offset` on. Return them and the end of the last one."""
+    """Place tensors one after another, starting at byte `offset`. Return them and the end of the last one."""
     tensors = []
     for width, name in widths:
         dtype = getattr(torch, name)
@@ -88,15 +88,15 @@ def result_fields(call: Call, payload: Payload) -> Widths:
 class PassMemory(NamedTuple):
     """The bytes that a pass needs on the device besides q, k, v and a contiguous dO, by component.
 
-    arena: buffers, messages, gathered operands and partial results. The arena is kept between passes. Passes on one stream share
-    the largest of their arenas; a forward pass asks for the size of the backward pass if one will follow (see `arenas`).
-    results: the rank's own results while they are accumulated. A forward pass adds the tensors kept for the backward pass, a
-    backward pass adds delta and, for latent attention, the gradient of the weights. Kept tensors are received in their final
-    place; layers recomputed by a checkpoint receive them in one place, which is also kept between passes. workspace: the largest
-    workspace that the kernel needs for a launch. It is 0 if the kernel cannot count it, except for expanded latents and their
-    gradients. returned: extra memory while results are converted from the accumulation dtype to the inputs' dtype, one by one,
-    the smallest first. states: the states of a recurrence that live across steps. A sink's few numbers per row are not
-    counted.
+    arena: buffers, messages, gathered operands and partial results. The arena is kept between passes. Passes on one stream
+    share the largest of their arenas; a forward pass requests the size of the backward pass if one will follow (see
+    `arenas`). results: the rank's own results while they are accumulated. A forward pass adds the tensors kept for the
+    backward pass, a backward pass adds delta and, for latent attention, the gradient of the weights. Kept tensors are
+    received directly into their final place; layers recomputed by a checkpoint share one place for them, which is also kept
+    between passes. workspace: the largest workspace that the kernel needs for a launch. It is 0 if the kernel cannot count
+    it, except for expanded latents and their gradients. returned: extra memory while results are converted from the
+    accumulation dtype to the inputs' dtype, one by one, smallest first. states: the states of a recurrence that live across
+    steps. The few values per row that a sink needs are not counted.
     """
 
     arena: int
@@ -147,7 +147,7 @@ def backward_memory(program: Program, workspace: Workspace | None) -> PassMemory
         wide, narrow = (getattr(torch, name).itemsize for name in (call.accumulation_dtype, call.dtype))
         weights = call.heads * (call.head_dim - call.op.rotary_dim + call.v_head_dim) * call.op.latent_dim
         if wide > narrow:
-            # the weights' gradients are converted last, when the other sums are freed
+            # the weights' gradients are converted last, when the other sums have been freed
             sums = _sums(program, (Payload.dQ, Payload.dKV))
             returned = max(returned, weights * narrow - sum(summed - final for summed, final in sums))
         results += weights * wide
@@ -197,7 +197,7 @@ def own_result_fields(call: Call, payload: Payload, unadded: Container[Payload])
 
 
 class OwnTensors(NamedTuple):
-    """The rank's own tensors of a payload: their buffer key, and the dtype and shape of each tensor."""
+    """The rank's own tensors of a payload: their buffer key, and each tensor's dtype and shape."""
 
     key: BufferKey
     tensors: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
@@ -219,7 +219,7 @@ def describe_own_tensors(call: Call, tokens: int, unadded: Container[Payload]) -
 def assign_places(call: Call, steps: list[ProgramStep], bundles: Mapping[BufferKey, Bundle]) -> int:
     """Assign a place to every tensor of a pass (`ProgramStep.places`). Return the arena's size in bytes.
 
-    bundles: the bundle of each of the rank's buffers that is in one.
+    bundles: maps each of the rank's buffers that is in a bundle to that bundle.
     """
     tensors, requests = [], []
     for step, key, widths, rows, heads, begin, end in _tensors(call, steps, bundles):
@@ -244,7 +244,7 @@ def _rows_key(call: Call, bundle: Bundle) -> BundleKey:
 
 
 def _places_in_rows(key: BundleKey, matrix: PlacedTensor) -> dict[PlaceKey, list[PlacedTensor]]:
-    """Return the places of a bundle: that of its matrix, and those of the tensors of its parts, which are views of the matrix."""
+    """Return the places of a bundle: that of its matrix, and those of its parts' tensors, which are views of the matrix."""
     places: dict[PlaceKey, list[PlacedTensor]] = {key.rows: [matrix]}
     begin, row_bytes = (size * matrix.dtype.itemsize for size in (matrix.offset, matrix.strides[0]))
     for part, tensors in zip(key.parts, key.format.tensors, strict=True):
@@ -257,16 +257,16 @@ def _places_in_rows(key: BundleKey, matrix: PlacedTensor) -> dict[PlaceKey, list
 
 
 def rounded_arena_bytes(size: int) -> int:
-    """Round an arena's size up by at most 1/32, so that batches of similar size have equally large arenas."""
+    """Round an arena's size up by at most 1/32, so that batches of similar size have arenas of the same size."""
     unit = max(1 << max(size.bit_length() - 1, 0), _SIZES * ALIGNMENT) // _SIZES
     return -(-size // unit) * unit
 
 
 def find_places(requests: Iterable[Request]) -> tuple[list[int], int]:
-    """Return (an offset for each request, the total size), so that requests alive at the same moment do not overlap."""
+    """Return an offset for each request, such that requests alive at the same moment do not overlap, and the total size."""
     requests = list(requests)
     offsets = [0] * len(requests)
-    # by moment: the placed requests that are alive at that moment
+    # for each moment, the placed requests that are alive at that moment
     placed: list[set[int]] = [set() for _ in range(max((request.end for request in requests), default=-1) + 1)]
     for i in sorted(range(len(requests)), key=lambda i: (-requests[i].bytes, i)):
         request = requests[i]
@@ -289,7 +289,7 @@ def _tensors(
 ) -> Iterator[tuple[ProgramStep, PlaceKey | BundleKey, Widths, int, int, int, int]]:
     """Yield (step, key, fields, rows, heads, first moment, last moment) for every tensor of a pass.
 
-    A step has one moment for its start and one for each launch. A bundle is one tensor with one head.
+    A step has one moment for its start and one for each launch. A bundle counts as one tensor with one head.
     """
     begins, moment = [], 0
     for step in steps:
@@ -327,7 +327,7 @@ def _tensors(
 def _packed(
     call: Call, step: ProgramStep, name: str, numbers: tuple[int, ...], rows: int | None, begin: int, end: int
 ) -> Iterator[tuple[ProgramStep, PlaceKey | BundleKey, Widths, int, int, int, int]]:
-    """Yield the tensors of messages that travel together, in the dtypes in which they travel. name: "send" or "receive".
+    """Yield the tensors of messages that travel together, in the dtypes they are sent in. name: "send" or "receive".
 
     rows: the total number of rows if other peers' rows follow, otherwise None.
     """
@@ -351,7 +351,8 @@ def _others(joined: list[tuple[int, ...]], packed: tuple[PackedMessages, ...]) -
 def _travels_from_its_buffer(
     call: Call, messages: list[tuple[Payload, Message]], bundles: Mapping[BufferKey, Bundle]
 ) -> bool:
-    """Return whether messages that travel together need no copy: they are sent straight from tensors or from rows of a bundle."""
+    """Return whether messages that travel together need no copy because they are sent straight from tensors or from a
+    bundle's rows."""
     if not all(travels_from_its_buffer(call, payload, message.view, message.segments) for payload, message in messages):
         return False
     first = messages[0][1]
@@ -374,7 +375,8 @@ def _itemsize(program: Program) -> int:
 
 
 def _result_bytes(program: Program, payloads: tuple[Payload, ...]) -> tuple[int, int]:
-    """Return (bytes of the rank's own results in the accumulation dtype, peak extra bytes while they are converted)."""
+    """Return the bytes of the rank's own results in the accumulation dtype, and the peak extra bytes while they are
+    converted."""
     call = program.call
     summed = sum(
         _cells(program, payload, width) * getattr(torch, name).itemsize
@@ -417,7 +419,7 @@ def _workspace(program: Program, direction: str, steps: list[ProgramStep], works
 
 
 def _dq_bytes(program: Program, launch: KernelLaunch) -> int:
-    """Return the bytes per element of the tensor to which the kernel writes dQ."""
+    """Return the bytes per element of the tensor that the kernel writes dQ to."""
     call, view = program.call, launch.results[Payload.dQ]
     name = call.accumulation_dtype
     if view.is_part:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 
 class OwnRows(NamedTuple):
-    """Rows of a rank's own tensors of a payload, viewed with `heads` heads per row, that make up the rows of all messages."""
+    """Rows of a rank's own tensors of a payload, viewed with `heads` heads per row, that together are the rows of all
+    messages."""
 
     payload: Payload
     heads: int
@@ -33,8 +34,8 @@ class OwnRows(NamedTuple):
 class PackedMessages(NamedTuple):
     """Messages whose rows have the same format.
 
-    begins: maps the numbers of each peer's messages to their first row. rows: the total number of rows. parts: the parts of a
-    row; a single part if tensors travel one by one.
+    begins: maps the indices of each peer's messages to their first row. rows: the total number of rows. parts: the parts of a
+    row, or a single part if tensors travel one by one.
     """
 
     begins: dict[tuple[int, ...], int]
@@ -43,12 +44,12 @@ class PackedMessages(NamedTuple):
 
     @property
     def first(self) -> tuple[int, ...]:
-        """The numbers of the first peer's messages, which are the key of the place of all rows."""
+        """The indices of the first peer's messages, which are the key of the place for all rows."""
         return next(iter(self.begins))
 
 
 def joined_messages(messages: list[tuple[Payload, Message]]) -> list[tuple[int, ...]]:
-    """Group the numbers of the messages of a step that travel together, ordered by the first message of each group."""
+    """Group the indices of a step's messages that travel together, ordered by the first message of each group."""
     groups: dict[tuple[int, Bundle | int], tuple[int, ...]] = {}
     for number, (_, message) in enumerate(messages):
         together = (message.peer, message.bundle or number)
@@ -59,9 +60,9 @@ def joined_messages(messages: list[tuple[Payload, Message]]) -> list[tuple[int, 
 def pack(
     call: Call, messages: list[tuple[Payload, Message]], joined: list[tuple[int, ...]], are_results: bool
 ) -> tuple[PackedMessages, ...]:
-    """Group the messages of a step that are copied together. A format with fewer than two is left out.
+    """Group the messages of a step that are copied together. Leave out formats with fewer than two groups of messages.
 
-    joined: the numbers of the messages that travel together. are_results: the messages are written to the rank's own tensors,
+    joined: the indices of the messages that travel together. are_results: the messages are written to the rank's own tensors,
     not read from them.
     """
     formats: dict[tuple[bool, tuple[tuple[Payload, int], ...]], dict[tuple[int, ...], list[Ints]]] = {}
@@ -90,7 +91,7 @@ def uses_copies_of(payload: Payload, step: ProgramStep) -> bool:
 
 
 def _packed(format_: tuple[tuple[Payload, int], ...], rows: dict[tuple[int, ...], list[Ints]]) -> PackedMessages:
-    """Make the messages of one format. rows: rows of the own tensors, one list per part, by the messages' numbers."""
+    """Build the messages of one format. rows: rows of the own tensors, one list per part, keyed by the messages' indices."""
     begins = np.cumsum([0, *(len(of_peer[0]) for of_peer in rows.values())]).tolist()
     parts = [
         OwnRows(payload, heads, torch.from_numpy(np.concatenate(of_part)))
@@ -100,7 +101,8 @@ def _packed(format_: tuple[tuple[Payload, int], ...], rows: dict[tuple[int, ...]
 
 
 def _own_rows(call: Call, payload: Payload, view: View, are_results: bool) -> Ints | None:
-    """Map each row of the view to its row in the own tensor, viewed with as many heads. Return None if any row is missing."""
+    """Map each row of the view to its row in the own tensor, viewed with the same number of heads. Return None if any row is
+    missing."""
     heads, groups = view.heads, call.payload_heads(payload) // view.heads
     if not view.is_complete or groups * heads != call.payload_heads(payload):
         return None

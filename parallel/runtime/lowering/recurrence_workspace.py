@@ -33,7 +33,7 @@ def recurrence_workspace(program: Program, direction: str, kernel: Any) -> int:
     states = program.forward_states if is_forward else program.backward_states
     assert states is not None, "a program of a recurrence has states"
     steps = program.forward if is_forward else program.backward
-    # launches of equal sizes are counted once
+    # count launches of equal sizes only once
     bytes_of: dict[Any, int] = {}
     for launch in (launch for step in steps for launch in step.launches):
         tasks = [states.tasks[number] for number in launch.schedule.tasks]
@@ -46,14 +46,14 @@ def recurrence_workspace(program: Program, direction: str, kernel: Any) -> int:
 
 
 def _shape(program: Program, launch: KernelLaunch) -> tuple[int, int, int, bool]:
-    """Return T, H and G of a launch, and whether it has all value heads of each of its query and key heads."""
+    """Return T, H and G of a launch, and whether it covers all value heads of each of its query and key heads."""
     heads, group = launch.heads, program.call.gqa_group_size
     is_even = heads.start % group == 0 and heads.stop % group == 0
     return launch.operands[Payload.KV].rows, heads.stop - heads.start, launch.operands[Payload.Q].heads, is_even
 
 
 def _sizes(schedule: Any) -> Iterator[Any]:
-    """Yield the shapes of the tensors in a kernel's schedule, and its plain values."""
+    """Yield the shapes of the tensors in a kernel's schedule, and its non-tensor values unchanged."""
     if isinstance(schedule, Tensor):
         yield tuple(schedule.shape)
     elif isinstance(schedule, tuple):
@@ -64,7 +64,8 @@ def _sizes(schedule: Any) -> Iterator[Any]:
 
 
 def _launch_bytes(program: Program, is_forward: bool, launch: KernelLaunch, is_prefix: bool, kernel: Any) -> int:
-    """Return the bytes that a launch allocates besides its operands. is_prefix: its results depend on no earlier state."""
+    """Return the bytes that a launch allocates besides its operands. is_prefix: the launch's results depend on no earlier
+    state."""
     call, kind = program.call, launch.schedule.kind
     narrow, wide = getattr(torch, call.dtype), getattr(torch, call.accumulation_dtype)
     rows, heads, shared_heads, is_even = _shape(program, launch)

@@ -36,21 +36,21 @@ from distattn.parallel.tables.partition import owns_range
 _ADDRESS_ALIGNMENT = 16
 # in elements: Triton uses wide loads if the row stride is a multiple of this
 _ROW_ALIGNMENT = 16
-# largest padding of a row, as a fraction of its tensors, since padding is sent as well
+# maximum padding in a row, as a fraction of its tensors: padding is sent as well
 _MOST_PADDING = 1 / 8
-# most bytes that may be kept longer, and copied once more, to send several buffers in one message: above this, separate messages
-# are about as fast
+# maximum number of bytes that may be kept longer, and copied once more, to send several buffers in one message; above this,
+# separate messages are about as fast
 _MOST_EXTENDED = 64 << 20
 
 # the buffers of a bundle, in row order
 Bundle = tuple[BufferKey, ...]
-# the tensors of a payload, each (width, dtype); a width of None means one number per token and head
+# the tensors of a payload, each (width, dtype); a width of None means one element per token and head
 Widths = tuple[tuple[int | None, str], ...]
 
 
 class RowTensor(NamedTuple):
-    """A tensor in the rows of a bundle: its heads, its width (None for one number per head), and the index in a row of its first
-    element, in elements of its dtype."""
+    """A tensor in the rows of a bundle: its heads, its width (None for one element per head), and the offset of its first
+    element in a row, in elements of its dtype."""
 
     dtype: torch.dtype
     heads: int
@@ -61,8 +61,8 @@ class RowTensor(NamedTuple):
 class RowFormat(NamedTuple):
     """The layout of a bundle's row, which is `numbers` elements of `dtype`. tensors: the tensors of each part, in order.
 
-    Tensors with one number per head (log-sum-exp, delta) come after the others. A row ends with padding, so that the row stride
-    is a multiple of 16 elements of every other tensor.
+    Tensors with one element per head (log-sum-exp, delta) come after the others. A row ends with padding, so that the row
+    stride is a multiple of 16 elements of every other tensor.
     """
 
     dtype: str
@@ -95,13 +95,13 @@ class RowFormat(NamedTuple):
 
 
 def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, BufferKey], Bundle]:
-    """Return the bundles of these ranks, by rank and buffer. Both ends of a message compute the same bundles.
+    """Return the bundles of these ranks, keyed by rank and buffer. Both ends of a message compute the same bundles.
 
-    All buffers that arrive at a rank in a step (or that leave it, for partial results) form one bundle if they hold the same
-    tokens of the same peers, some of them hold only some of the heads, and they have equal lifetimes. Lifetimes are equal if all
-    tasks of the rank are in one step and the rank forwards nothing. Small copies form one bundle even if their lifetimes
-    differ. Otherwise each buffer is a bundle. A buffer is in no bundle if its rows would need much padding, or if its tensors
-    would not be aligned in a row, since fast kernels refuse such tensors.
+    All buffers that arrive at a rank in a step (or leave it, for partial results) form one bundle if they hold the same
+    tokens of the same peers, at least one of them lacks some of the heads, and they have equal lifetimes. Lifetimes are equal
+    if all tasks of the rank are in one step and the rank forwards nothing. Small copies form one bundle even if their
+    lifetimes differ. Otherwise each buffer is a bundle. A buffer is in no bundle if its rows would need much padding, or if
+    its tensors would not be aligned in a row, since fast kernels reject such tensors.
     """
     bundles: dict[tuple[int, BufferKey], Bundle] = {}
     moves, tasks = table.moves, table.tasks

@@ -17,14 +17,14 @@ from distattn.parallel.runtime.lowering.views import ViewParts
 
 
 class SegmentKind(Enum):
-    """The kind of result of a launch: outputs or gradients (WHOLE), states of keys, or gradient states of rows."""
+    """What a launch computes: outputs or gradients (WHOLE), states of keys, or gradient states of rows."""
 
     WHOLE = "whole"
     STATE = "state"
     GRADIENT_STATE = "gradient state"
 
 
-# largest number of segments per launch, as each needs a state: packs of short documents take several launches
+# maximum number of segments per launch, since each segment needs a state: packs of short documents take several launches
 _MOST_SEGMENTS = 64
 _OPERANDS = {
     SegmentKind.WHOLE: (Payload.Q, Payload.KV, Payload.dO),
@@ -36,9 +36,9 @@ _OPERANDS = {
 class SegmentLaunches(NamedTuple):
     """All launches of a table on one rank, sorted by step.
 
-    steps, kinds, heads: one entry per launch. tasks: sorted by launch and token; column `row` is the index in the table.
-    launch: the launch number of each task. tokens, shared: the tokens of each launch, once with its value heads and once with
-    its query and key heads.
+    steps, kinds, heads: one entry per launch. tasks: sorted by launch and token; column `row` is the task's index in the
+    table. launch: the index of each task's launch. tokens, shared: the tokens of each launch, once with its value heads and
+    once with its query and key heads.
     """
 
     steps: list[int]
@@ -83,7 +83,8 @@ class SegmentLaunches(NamedTuple):
         )
 
     def schedules(self, prepare: Callable[[Segments], Any]) -> list[SegmentSchedule]:
-        """Return the schedule of each launch. prepare: turns segments, as row ranges of its tensors, into the kernel's lists."""
+        """Return the schedule of each launch. prepare: turns segments, given as row ranges of the launch's tensors, into the
+        kernel's lists."""
         shift = self.tokens.to_row(self.launch, self.tasks["q0"])
         begin, end = (self.tasks[name] + shift for name in ("q0", "k1"))
         rows = list(zip(begin.tolist(), end.tolist(), strict=True))
@@ -104,5 +105,5 @@ class SegmentSchedule(NamedTuple):
 
 
 def kind_of(tasks: Columns, first: Ints) -> list[int]:
-    """Return the kinds, as numbers, of the launches whose first tasks are at indices `first`."""
+    """Return the kinds, as integers, of the launches whose first tasks are at indices `first`."""
     return [int(number) for number in tasks["kind"][first]]

@@ -23,17 +23,17 @@ from distattn.parallel.runtime.lowering.views import OWN, BufferKey, BufferSlice
 if TYPE_CHECKING:
     from distattn.parallel.runtime.program import Message, ProgramStep
 
-# in the key of a copy, `step` is this number minus the number of the step that copies
+# the `step` in the key of a copy is this number minus the index of the step that makes the copy
 _COPIES = -(1 << 32)
 
 
 def stage(
     call: Call, steps: list[ProgramStep], landings: Mapping[BufferKey, Landing], bundles: dict[BufferKey, Bundle]
 ) -> dict[BufferKey, View]:
-    """Change the sends of the steps so that own rows are sent from the arena. Add the new buffers to the rank's bundles.
+    """Change the steps' sends so that own rows are sent from the arena. Add the new buffers to the rank's bundles.
 
-    Return a view, for each new buffer, of the own rows copied into it. landings: only those of buffers that share their rows with
-    no other buffer.
+    Return, for each new buffer, a view of the own rows copied into it. landings: only those of buffers that do not share
+    their rows with another buffer.
     """
     copies: dict[BufferKey, View] = {}
     uses = _steps_of_use(steps)
@@ -95,8 +95,7 @@ class _CopiedRows:
 
 
 def _in_landed(message: Message, key: BufferKey, landing: Landing) -> list[BufferSlice] | None:
-    """Return the slices of a landed buffer that hold a message's own rows, or None if any segment is not contiguous in
-    it."""
+    """Return the slices of a landed buffer that hold a message's own rows, or None if any segment is not contiguous there."""
     if len(message.view.slices) != 1:
         return None
     (piece,) = message.view.slices
@@ -115,7 +114,7 @@ def _in_landed(message: Message, key: BufferKey, landing: Landing) -> list[Buffe
 
 
 def _rows_in_landed(tensor: BufferKey, key: BufferKey, landing: Landing) -> np.ndarray | None:
-    """Map each row of an own tensor to its row in a landed buffer (-1 if it has none). Return None if the heads differ."""
+    """Map each row of an own tensor to its row in a landed buffer (-1 if it is not there). Return None if the heads differ."""
     parts = [piece for piece in landing.own_slices if piece.buffer == tensor]
     all_heads = slice(0, tensor.h1 - tensor.h0)
     if (key.h0, key.h1) != (tensor.h0, tensor.h1) or not parts or any(piece.heads != all_heads for piece in parts):

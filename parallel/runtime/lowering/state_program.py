@@ -30,7 +30,7 @@ class StatePart(NamedTuple):
 
 
 class StateMessage(NamedTuple):
-    """A state that moves: heads [h0, h1) of the state of `tokens` tokens, combined from `parts` by the sender and named `key`.
+    """A state sent: heads [h0, h1) of the state of `tokens` tokens, combined from `parts` by the sender and stored as `key`.
 
     is_prefix: the state depends on no earlier state, so its transition is not sent.
     """
@@ -47,10 +47,10 @@ class StateMessage(NamedTuple):
 class SegmentStates(NamedTuple):
     """The states of one task.
 
-    before: the state before the segment. after: the gradient state after it. Either may be empty. initial, final: the
-    document that starts, or ends, with the segment, or -1. leaves: the key of the state that the task leaves, if it is used.
-    is_prefix: that state has no transition. begun: the index, among the states kept for the backward pass, of the state with
-    which the task starts, or -1.
+    before: the parts of the state before the segment. after: the parts of the gradient state after it. Either may be empty.
+    initial, final: the document that starts, or ends, with the segment, or -1. leaves: the key of the state that the task
+    leaves behind, if that state is used. is_prefix: that state has no transition. begun: the index, among the states kept for
+    the backward pass, of the state that the task starts from, or -1.
     """
 
     before: tuple[StatePart, ...]
@@ -63,7 +63,7 @@ class SegmentStates(NamedTuple):
 
 
 class KeptState(NamedTuple):
-    """The state, for heads [h0, h1), with which a forward task starts, under the key that the backward pass uses."""
+    """The state, for heads [h0, h1), that a forward task starts from, under the key that the backward pass uses."""
 
     key: StateKey
     h0: int
@@ -81,9 +81,9 @@ class StateStep:
 
 @dataclass(frozen=True)
 class StateProgram:
-    """The states of one table on one rank, by step and by task index.
+    """The states of one table on one rank, for each step and for each task index.
 
-    kept: the states with which forward tasks start, kept for the backward pass. kept_bytes: their total size. peak_bytes: the
+    kept: the states that forward tasks start from, kept for the backward pass. kept_bytes: their total size. peak_bytes: the
     peak size of all other states. message_bytes: bytes in the arena for the states that one step sends and receives.
     """
 
@@ -116,7 +116,7 @@ def lower_states(plan: Plan, rank: int, direction: str) -> StateProgram:
     for row in (table.tasks["rank"] == rank).nonzero()[0].tolist():
         q0, q1, k0, k1 = (columns[name][row] for name in ("q0", "q1", "k0", "k1"))
         only_state, name = q0 == q1, StateOrigin("task", row)
-        # a task leaves the state of its keys or, in a backward table, the gradient state of its rows
+        # a task leaves behind the state of its keys or, in a backward table, the gradient state of its rows
         leaves = StateKey(Payload.S if only_state or direction == "forward" else Payload.dS, name)
         tasks[row] = SegmentStates(
             parts[Payload.S].get(name, ()) if k0 < q0 else (),
@@ -143,7 +143,7 @@ def lower_states(plan: Plan, rank: int, direction: str) -> StateProgram:
 
 
 def _message_bytes(call: Call, message: StateMessage) -> int:
-    """Return the bytes of a message's tensors, with padding: its transition, if any, and the rest."""
+    """Return the bytes of a message's tensors, with padding: those of its transition, if any, and those of the rest."""
     size = (message.h1 - message.h0) * call.state_bytes(message.is_prefix)
     return -(-size // ALIGNMENT) * ALIGNMENT + ALIGNMENT
 
@@ -172,7 +172,8 @@ def _add_moves(
 
 
 def _parts(payload: Payload, trace: StateTrace) -> dict[StateOrigin, tuple[StatePart, ...]]:
-    """Return the states that each task reads and each move sends, by head range. Adjacent ranges with equal states are joined."""
+    """Return the states that each task reads and each move sends, for each head range. Adjacent ranges with the same states
+    are joined."""
     parts_by_user: dict[StateOrigin, list[StatePart]] = defaultdict(list)
     for use in sorted(trace.uses, key=lambda use: (use.user, use.h0)):
         tiles = tuple(StateKey(payload, name) for state in use.tiles if isinstance(name := state.name, StateOrigin))

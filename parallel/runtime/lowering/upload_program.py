@@ -16,22 +16,22 @@ from distattn.parallel.runtime.communication.streams import Handover
 from distattn.parallel.runtime.lowering.views import View
 from distattn.parallel.runtime.program import KernelLaunch, Message, Program, ProgramStep
 
-# alignment of lists on the device, in bytes
+# alignment of index lists on the device, in bytes
 _ALIGNMENT = 16
 
 
 def copy_program_to_device(program: Program, device: torch.device) -> Program:
-    """Return the program with its lists on the device, uploaded in one copy, from pinned memory if available.
+    """Return the program with its index lists on the device, uploaded in one copy, from pinned memory if available.
 
-    The copy runs on this thread's current stream, which need not be the stream that runs the program: join `Program.uploaded`
-    before running it.
+    The copy runs on this thread's current stream, which need not be the stream that runs the program, so join
+    `Program.uploaded` before running it.
     """
     if device.type == "cpu":
         return program
     lists: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        # copy a list shared by several steps only once
+        # copy lists shared by several steps only once
         lists[id(tensor)] = tensor
         return tensor
 
@@ -45,7 +45,7 @@ def copy_program_to_device(program: Program, device: torch.device) -> Program:
         offsets = np.cumsum([0, *(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in lists.values())]).tolist()
         packed = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=streams)
         for tensor, begin in zip(lists.values(), offsets, strict=False):
-            # copy as the list's own dtype: the strides of empty numpy lists do not allow a view as bytes
+            # copy in the list's own dtype: the strides of empty NumPy arrays do not allow a view as bytes
             packed[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
         copied = packed.to(device, non_blocking=True)
         uploaded = Handover.of([copied])

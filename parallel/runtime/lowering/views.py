@@ -20,7 +20,7 @@ RowIndex = slice | Tensor
 
 
 class BufferKey(NamedTuple):
-    """Key of a buffer: the rank's own tensor of a payload (step OWN), or heads [h0, h1) of tokens that move in `step`."""
+    """The key of a buffer: the rank's own tensor of a payload (step OWN), or heads [h0, h1) of tokens that move in `step`."""
 
     payload: Payload
     step: int
@@ -39,7 +39,7 @@ class BufferSlice(NamedTuple):
     heads: slice
     view_rows: RowIndex
     view_heads: slice
-    # True if nothing has been accumulated here before: write instead of adding
+    # True if nothing has been accumulated here yet: write instead of adding
     is_first: bool = False
 
 
@@ -59,7 +59,7 @@ class View(NamedTuple):
 
 
 class BufferExtent(NamedTuple):
-    """The tokens of a buffer, one entry per interval: the rows from `row` on are tokens [t0, t1)."""
+    """The tokens of a buffer, one entry per interval: tokens [t0, t1) are in the rows starting at `row`."""
 
     key: BufferKey
     t0: Ints
@@ -68,10 +68,11 @@ class BufferExtent(NamedTuple):
 
 
 class ViewParts(NamedTuple):
-    """Views as a list of parts. Each part is heads [h0, h1) of a payload; they start at head `head` of view number `view`.
+    """Views as a list of parts. Each part is heads [h0, h1) of a payload, starting at head `head` of the view with index
+    `view`.
 
-    From `part` on, columns have one entry per interval of tokens: part number `part` has tokens [t0, t1) from row `row` of the
-    view on.
+    From `part` on, columns have one entry per interval of tokens: the part with index `part` has tokens [t0, t1), starting at
+    row `row` of the view.
     """
 
     view: Ints
@@ -139,7 +140,7 @@ def _joined_heads(slices: list[BufferSlice]) -> list[BufferSlice]:
     """Join adjacent heads with the same rows. Parts of a view were cut wherever the heads of any task differ."""
     if len(slices) < 2:
         return slices
-    # keyed by the first heads that a next slice must have to be joined
+    # keyed by the first heads that the next slice must have to be joined
     out: dict[tuple[BufferKey, int, int], list[BufferSlice]] = {}
     for piece in sorted(slices, key=lambda piece: piece.view_heads.start):
         before = out.get((piece.buffer, piece.heads.start, piece.view_heads.start), [])
@@ -163,7 +164,7 @@ def same_rows(these: RowIndex, those: RowIndex) -> bool:
 
 
 def travels_from_its_buffer(call: Call, payload: Payload, view: View, segments: tuple[slice, ...]) -> bool:
-    """Return whether a message needs no copy before it is sent: it is whole rows of buffers, in the dtype that travels."""
+    """Return whether a message needs no copy before it is sent: it consists of entire rows of buffers, in the dtype sent."""
     whole_rows = all(
         isinstance(piece.rows, slice)
         and piece.heads == slice(0, piece.buffer.h1 - piece.buffer.h0)
@@ -203,7 +204,8 @@ def _extent_indices(extents: Iterable[BufferExtent]) -> list[_ExtentIndex]:
 
 
 def _row_indices(start: Ints, length: Ints, first: Ints) -> list[RowIndex]:
-    """Join the ranges [start_i, start_i + length_i) from each `first` to the next: a slice if consecutive, otherwise an index."""
+    """Join the ranges [start_i, start_i + length_i) from each `first` up to the next: as a slice if consecutive, otherwise as
+    an index."""
     broken = np.zeros(len(start), bool)
     broken[1:] = start[1:] != start[:-1] + length[:-1]
     broken[first] = False
