@@ -34,8 +34,8 @@ class _Place(NamedTuple):
 def check_held_out(config: Config, data: RunData) -> None:
     """Raise DistattnError if a held-out document is also trained, or if `held_out_data` raises it.
 
-    data: the training data. Files are the same if they are one file on disk or have equal digests, whatever the names of
-    their corpora. Reads the records of all training steps.
+    data: the training data. Two files count as the same if they are one file on disk or have equal digests, whatever
+    their corpora are called. Reads the records of all training steps.
     """
     held, begin = held_out_data(config, data)
     trained = {place.code: place for place in _same_documents(held, begin, config, data.corpora)}
@@ -58,7 +58,7 @@ def _way_out(config: Config) -> str:
 
 
 def _same_documents(held: RunData, begin: int, config: Config, corpora: list[Corpus]) -> Iterator[_Place]:
-    """Yield the held-out documents whose files also belong to training corpora, with the numbers that they have there."""
+    """Yield the held-out documents whose files also belong to training corpora, as numbered in those corpora."""
     places: dict[_FileKey, list[_Place]] = {}
     for number, corpus in enumerate(corpora):
         for first, file in _files(corpus):
@@ -89,6 +89,6 @@ def _files(corpus: Corpus) -> Iterable[tuple[int, IndexedFile]]:
 def _key(file: IndexedFile) -> _FileKey:
     if file.digests is not None:
         return file.dtype.name, file.bin_bytes, file.index_digest, file.digests.bin_root
-    # without digests, only the same file on disk counts as the same
+    # without digests, two paths count as the same file only if they lead to one file on disk
     status = os.stat(f"{file.prefix}.bin")
     return file.dtype.name, file.bin_bytes, file.index_digest, status.st_dev, status.st_ino

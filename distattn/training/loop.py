@@ -89,7 +89,7 @@ def train(
         loop.run()
         loop.check_folder()
     steps, last_step = [checkpoint.step for checkpoint in list_checkpoints(run.checkpoints)], config.train.steps
-    # the folder may have an older checkpoint of the last step, so check for a failed save, too
+    # the folder may have an older checkpoint of the last step, so also check that the save did not fail
     if (
         lock is not None
         and config.checkpoint.every_steps >= 0
@@ -286,7 +286,7 @@ class TrainingLoop:
         return self.run_checkpoints.leave_damaged(damage)
 
     def _replay(self, step: int, batches: Sequence[Batch]) -> None:
-        """Run the first micro-batch twice, report a difference, and drop the gradients."""
+        """Run the first micro-batch twice, report any difference, and drop the gradients."""
         difference = self.replay.check(step, lambda: self.engine.backward(batches[:1]), self.engine.drop)
         self.engine.drop()
         if difference is not None:
@@ -358,7 +358,7 @@ class TrainingLoop:
         )
 
     def _end_of_moved(self, done: int, stop: Stop, begin: int) -> str:
-        """Record on rank 0 that the folder was moved or deleted, and return the sentence with which the run ends.
+        """Record on rank 0 that the folder was moved or deleted, and return the sentence that the run ends with.
 
         begin: the step from which a resume continues; equal to `done` if the run was saved.
         """

@@ -22,7 +22,8 @@ def authenticate_ranks(file: Path) -> None:
     """Let all ranks of the default group prove to each other that they know the secret in `file`. A collective call.
 
     Every rank draws a random number, and every proof covers all of them, so no proof can be replayed. Nothing is
-    unpickled before that. Ranks that know the secret raise DistattnError naming the ranks that do not.
+    unpickled before the proofs have been checked. Ranks that know the secret raise DistattnError naming the ranks that
+    do not.
     """
     # a rank that cannot read the secret still takes part, so that the other ranks can name it
     try:

@@ -19,7 +19,7 @@ from distattn.training.config.run_file import Config
 Batch = Mapping[str, Any]
 # called with a micro-batch's per-token losses (T,), detached, and the micro-batch
 OnTokenLosses = Callable[[Tensor, Batch], None]
-# kinds of tensors that only an update changes; other kinds are the optimizer's names for its state
+# kinds of state tensors; the other kinds are the optimizer's names for its state, such as exp_avg
 WEIGHT, MASTER_WEIGHT, COUNTS = "weight", "master weight", "counts of updates"
 # (kind, parameter name, this rank's shard)
 StateTensor = tuple[str, str, Tensor]
@@ -107,7 +107,7 @@ class Engine(Protocol):
     stage: PipelineStage
 
     def backward(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
-        """Run forward and backward of the step's micro-batches, and sum the gradients. Return their losses, detached."""
+        """Run the forward and backward passes of the micro-batches, and sum the gradients. Return their losses, detached."""
 
     def evaluate(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
         """Return the losses of micro-batches, without gradients. The caller has put the model into evaluation mode."""
@@ -128,9 +128,9 @@ class Engine(Protocol):
         """Yield this rank's shard of weights and optimizer state. Only `update` and `load` change it. Not collective."""
 
     def state(self, keep: Keep = cloned) -> EngineState:
-        """Return the state to save, as references or copies. To load a checkpoint, read it into them and call `load`.
+        """Return the state to save, as references or copies. To load a checkpoint, read it into these tensors and call `load`.
 
-        keep: takes a name that is unique in the state and a gathered tensor, and returns a copy of the tensor.
+        keep: a function that takes a name (unique in the state) and a gathered tensor, and returns a copy of the tensor.
         """
 
     def load(self, state: EngineState) -> None:

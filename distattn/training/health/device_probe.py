@@ -18,7 +18,7 @@ class DeviceProbe:
         self._device = device
 
     def seconds(self) -> float:
-        """Return the seconds that the products take by the device's clock; NaN without a GPU or enough free memory.
+        """Return the time of the products in seconds by the device's clock; NaN without a GPU or enough free memory.
 
         Waits until the device has finished all earlier work.
         """

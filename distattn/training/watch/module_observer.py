@@ -58,7 +58,7 @@ class ObservedTensor:
 
 @dataclass
 class Observations:
-    """The observations of a pass, in order. values: one on the device for each tensor in `seen`.
+    """The observations of a pass, in order. values: one value on the device for each tensor in `seen`.
 
     places: each tensor's place in the pass, comparable across ranks: (turn of the pipeline stage, index of the module's
     tensor, index of the message exchange after it). The last index is 0 for the tensor itself. Ranks may send different
