@@ -44,7 +44,7 @@ class PendingRead(Generic[_Result]):
 
 
 class ReadingThread:
-    """A daemon thread that does one piece of work after another.
+    """A daemon thread that executes pieces of work one after another.
 
     The thread starts with the first piece of work, and is started again in a forked process. It ends when this object is no
     longer referenced, or with the process.

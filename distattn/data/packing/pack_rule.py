@@ -34,7 +34,7 @@ class PackCost:
     cell_femtoseconds: Annotated[int, Number(ge=0, le=math.inf)] = 0
 
     def __post_init__(self) -> None:
-        """Raise DistattnError if a number is negative or too large."""
+        """Raise DistattnError if a value is negative or too large."""
         check_limits(self)
 
     def of(self, length: Any) -> Any:
@@ -142,7 +142,7 @@ class PackRule:
         return self.tokens_per_step // self.context_at(step)
 
     def next_change(self, step: int) -> int | None:
-        """Return the first later step with another context length, or None if the length does not change again."""
+        """Return the first later step with a different context length, or None if the length does not change again."""
         return min((first for first, _ in self.context if first > step), default=None)
 
     def limits_at(self, step: int) -> PackLimits:

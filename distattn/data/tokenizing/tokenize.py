@@ -175,7 +175,7 @@ def locked(job: TokenizeJob) -> Iterator[int]:
 
 def remove_parts(job: TokenizeJob) -> None:
     """Remove the parts folder, including the lock file, which this process must hold."""
-    # rename the folder first, because a command that waits for the lock may create it again meanwhile
+    # rename the folder first, because a command waiting for the lock may create it again during the removal
     os.rename(job.parts, f"{job.parts}.{os.getpid()}.old")
     # also remove the folders left by commands that were killed at this point
     for old in glob.glob(f"{glob.escape(job.parts)}.*.old"):
@@ -185,7 +185,7 @@ def remove_parts(job: TokenizeJob) -> None:
 def finished_manifest(job: TokenizeJob) -> Manifest | None:
     """Return the manifest if the same command has finished before, otherwise None.
 
-    Raise DistattnError if the prefix is taken by other files.
+    Raises DistattnError if other files with this prefix exist.
     """
     files = [f"{job.prefix}{suffix}" for suffix in (".json", ".idx", ".bin", ".xxh3")]
     existing = [file for file in files if os.path.lexists(file)]
