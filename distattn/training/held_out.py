@@ -20,14 +20,14 @@ _FileKey = tuple[object, ...]
 
 
 class _Place(NamedTuple):
-    """A document, identified by its corpus number and its number in the corpus."""
+    """A document, identified by its corpus's index and its index within the corpus."""
 
     corpus: int
     document: int
 
     @property
     def code(self) -> int:
-        """Both numbers packed into one integer."""
+        """Both indices packed into one integer."""
         return (self.corpus << 32) + self.document
 
 

@@ -60,9 +60,9 @@ def train(
 ) -> None:
     """Train on this rank from the run folder's newest checkpoint, or from scratch, to the last step.
 
-    proposal: the proposal with this configuration, which rank 0 applies after all checks. Raises DistattnError for
-    invalid settings, and for wrong numbers if watch.action is "stop". Raises RunStopped if the run was asked to stop, after
-    saving a checkpoint unless checkpoints are off.
+    proposal: the proposal with this configuration, which rank 0 applies after all checks. Raises DistattnError for invalid
+    settings, and for wrong values if watch.action is "stop". Raises RunStopped if the run was asked to stop, after saving a
+    checkpoint unless checkpoints are off.
     """
     data = open_data(run, config)
     with ExitStack() as stack:

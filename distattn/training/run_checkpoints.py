@@ -249,7 +249,7 @@ class RunCheckpoints:
             self.digest.take(after)
 
     def accept_config(self, step: int) -> None:
-        """Replace the run's configuration with this one. If that fails, warn and go on."""
+        """Replace the run's configuration with this one. If that fails, warn and continue."""
         try:
             self.folder.accept_config(self.config, step)
         except OSError as error:

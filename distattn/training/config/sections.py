@@ -359,7 +359,7 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class WatchKeys:
-    """Reaction to wrong numbers: NaN, infinity, or a loss or gradient norm far above recent values."""
+    """Reaction to wrong values: NaN, infinity, or a loss or gradient norm far above recent values."""
 
     action: Annotated[str, OneOf(("skip", "stop", "rollback"))] = "skip"
     """skip the step's update, stop the run, or rollback to the newest checkpoint, and skip the step if it is bad again."""
@@ -372,7 +372,7 @@ class WatchKeys:
 
 @dataclass(frozen=True)
 class WatchConfig(WatchKeys):
-    """Reaction to wrong numbers, and checks that find them."""
+    """Reaction to wrong values, and checks that detect them."""
 
     replay_every: Annotated[int, Number(ge=0)] = 0
     """Steps between checks that compute the first micro-batch twice and compare all bits; 0 for never."""

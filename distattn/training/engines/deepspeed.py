@@ -65,8 +65,8 @@ class DeepSpeedEngine:
     """An `Engine` on DeepSpeed. With bfloat16, master weights, optimizer state and summed gradients are float32.
 
     DeepSpeed initializes the master weights from the rounded bfloat16 weights. The model is built sharded over all ranks
-    and passed to DeepSpeed module by module. Stage 3 partitions each module immediately, so no rank ever holds the whole
-    model. From stage 1 on, DeepSpeed itself may skip a step whose gradients are not finite.
+    and passed to DeepSpeed module by module. Stage 3 partitions each module immediately, so no rank ever holds the
+    entire model. From stage 1 on, DeepSpeed itself may skip a step whose gradients are not finite.
     """
 
     def __init__(self, config: Config, device: torch.device, vocabulary: int, context: int):

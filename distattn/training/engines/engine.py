@@ -69,8 +69,8 @@ def assign_keepers(model: torch.nn.Module, ranks: Sequence[int]) -> dict[str, in
 class PipelineStage(NamedTuple):
     """This rank's pipeline stage. Stages run forward in order, and backward in reverse order.
 
-    number: 0 to stages - 1. first_layer: index in the whole model of the stage's first layer. The stage's module numbers
-    its own layers from 0.
+    number: 0 to stages - 1. first_layer: index of the stage's first layer in the entire model. The stage's module
+    numbers its own layers from 0.
     """
 
     number: int = 0
@@ -92,7 +92,7 @@ class PipelineStage(NamedTuple):
         return self.number == self.stages - 1
 
     def module_name(self, name: str) -> str:
-        """Return the name of one of this stage's modules, with the layer's index in the whole model."""
+        """Return the name of one of this stage's modules, with the layer's index in the entire model."""
         return re.sub(r"(?<=\blayers\.)\d+", lambda match: str(int(match[0]) + self.first_layer), name, count=1)
 
 

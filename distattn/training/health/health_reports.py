@@ -46,7 +46,7 @@ class HealthReport:
     of the median. slow: True if the excess is at least SLOW_SHARE. reports_in_a_row: number of consecutive reports,
     including this one, that name this rank. errors: a sentence for each GPU counter that increased. counters: each
     rank's counters, in the order of `COUNTERS`. state_checks: state digests compared so far in this process. damaged: a
-    sentence for each difference found since the last report. text: the whole report in sentences.
+    sentence for each difference found since the last report. text: the complete report in sentences.
     """
 
     step: int

@@ -172,7 +172,7 @@ class NumericsWatch:
     def judge(self, step: int, loss: float, grad_norm: float) -> Verdict:
         """Decide whether a step may be applied. All ranks pass the same reduced values and get the same verdict.
 
-        loss: mean over all ranks. grad_norm: norm of the whole gradient before clipping. Does not communicate.
+        loss: mean over all ranks. grad_norm: norm of the full gradient before clipping. Does not communicate.
         """
         values = {"loss": float(loss), "grad_norm": float(grad_norm)}
         self._was_finite = all(map(math.isfinite, values.values()))
