@@ -98,7 +98,7 @@ class IndexedFile:
 
     @cached_property
     def index_digest(self) -> int:
-        """The root digest of the index. It comes from the side file; without one, the whole index is read."""
+        """The root digest of the index. It comes from the side file if there is one; otherwise the entire index is read."""
         return self.digests.idx_root if self.digests else root_digest(f"{self.prefix}.idx")
 
     def read(self, document: int, start: int, count: int, vocabulary: int | None = None) -> np.ndarray:
@@ -405,7 +405,7 @@ class IndexedFileWriter:
         self.tokens += file.tokens
 
     def _write_index(self) -> None:
-        """Write the header and the sections after the lengths, which are already in the file. Then hash the whole index."""
+        """Write the header and the sections after the lengths, which are already in the file. Then hash the entire index."""
         total = 0
         for start in range(0, self.documents, _PART_DOCUMENTS):
             self._idx.seek(HEADER.size + 4 * start)

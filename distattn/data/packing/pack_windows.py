@@ -32,7 +32,7 @@ PIECE = np.dtype(
 )
 # distinguishes the keys of windows from those of corpora, whose numbers are lower
 _WINDOW = 1 << 32
-# a document is packed at most this many windows after the one it was read for, whatever the rule (`plan_windows`)
+# a document is packed at most this many windows after the one it was read for, regardless of the rule (`plan_windows`)
 MOST_WINDOWS_WAITED = 12
 # an extra 1 / _MORE_PART of a window is read, so that the emptiest packs can be carried over and filled up
 _MORE_PART = 64

@@ -90,7 +90,7 @@ class StreamLoader:
         return next(self._steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to resume with any number of shares: tensors, numbers and the stream's own state.
+        """Return everything needed to resume with any number of shares: tensors, integers and the stream's own state.
 
         The state is that at the start of the current window, whose documents are read again after a resume. It includes the
         tokens of the documents carried into the window, a few packs' worth.

@@ -35,7 +35,7 @@ def read_documents(source: Source, piece: Piece, field: str) -> Iterator[tuple[s
 
 
 def _read_text(source: Source, piece: Piece, field: str) -> Iterator[tuple[str, int]]:
-    """Yield the whole file as one document."""
+    """Yield the entire file as one document."""
     with open(source.file, "rb") as file:
         content = file.read()
     try:
