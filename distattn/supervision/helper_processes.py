@@ -51,7 +51,7 @@ class Helper:
         return None
 
     def fault(self, patience: float) -> str:
-        """Return what is wrong with the helper, or "" if nothing is. Call this every LOOK_SECONDS.
+        """Return what is wrong with the helper, or "" if it is working. Call this every LOOK_SECONDS.
 
         patience: seconds for which it may be stopped. They are measured by counting calls, so that time in which this process did
         not run does not count.

@@ -25,11 +25,11 @@ INTERRUPT = signal.SIGUSR2
 _ASKED_SECONDS = 0.5
 # seconds between checks of the heartbeats
 POLL_SECONDS = 0.02
-# seconds by which a check may be late; a longer delay means that the machine or the whole job was paused
+# seconds by which a check may be late; a longer delay means that the machine or the entire job was paused
 _LATE_SECONDS = 1.0
-# consecutive checks that find a stopped rank before it counts as stopped for good
+# consecutive checks that must find a rank stopped before it counts as stopped for good
 _STOPPED_LOOKS = 10
-# seconds that torchrun has to notice how a rank ended; only torchrun gets the exit code
+# seconds that torchrun gets to notice how a rank ended; only torchrun learns the exit code
 _TORCHRUN_SECONDS = 5.0
 Kind = Literal["killed", "cut", "hung", "raised", "refused"]
 
@@ -94,8 +94,8 @@ class RankWatch:
     """A thread that watches the ranks on a board until `close`. At the first trouble, it kills them all with SIGKILL.
 
     A rank is watched from its first heartbeat on. ranks: the numbers of this machine's ranks, each with a slot on the board.
-    folder: where to save evidence about ranks that hang; it must exist by then. reports: the exchange with other nodes, if there
-    are any. helpers: other processes to watch. notify: prints a sentence about a helper that was replaced.
+    folder: where to save evidence about hung ranks; it must exist when a rank hangs. reports: the exchange with other nodes, if
+    there are any. helpers: other processes to watch. notify: prints a sentence about a helper that was replaced.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class RankWatch:
         self._reports, self._answered = reports, reports.asked() if reports is not None else 0.0
         self.trouble: Trouble | None = None
         self._began = time.monotonic()
-        # consecutive checks that have found a stopped rank after ranks were silent for too long
+        # number of consecutive checks that found a rank stopped after ranks were silent for too long
         self._stopped_looks = 0
         # the longest time without a heartbeat from any rank since all have done their first step
         self._longest = 0.0
@@ -149,7 +149,7 @@ class RankWatch:
             latest = max((beat.at for beat in beats.values()), default=self._began)
             done = min(self._done(beats).values(), default=0)
             if latest > heard:
-                # the part of this pause that came after the heartbeat; negative if the heartbeat was written after `now`
+                # the part of this pause after the heartbeat; negative if the heartbeat was written after `now`
                 after = min(late, now - latest)
                 # the first step compiles and allocates, so silences count only from the second step on
                 if last > 0 and len(beats) == len(self._ranks):
@@ -322,7 +322,7 @@ class RankWatch:
         return NodeReport(beats, states, collective, silent, self._reports.cut_links() if self._reports else ())
 
     def _answer(self, reports: NodeReports, beats: Mapping[int, Heartbeat], silent: float) -> bool:
-        """Answer if another node has asked what these ranks do. Return True if so."""
+        """Answer if another node has asked what these ranks are doing. Return True if so."""
         with contextlib.suppress(OSError):
             if (asked := reports.asked()) > self._answered:
                 self._answered = asked
@@ -346,7 +346,7 @@ class RankWatch:
         return answers
 
     def _end_with_cut(self, cut: Sequence[CutLink], seconds: float, beats: Mapping[int, Heartbeat]) -> None:
-        """End the ranks because nodes do not reach each other, which explains what the ranks wait for or report."""
+        """End the ranks because nodes cannot reach each other, which explains what the ranks wait for or report."""
         culprits = tuple(Culprit(link.first * len(self._ranks), link.how, helper=link.names) for link in cut)
         self._end(culprits, "cut", seconds, beats, nodes=tuple(blamed_nodes(cut)))
 
