@@ -188,7 +188,7 @@ def _hidden(measured: Mapping[str, float]) -> str:
 
 
 def _not_repeated(why: str) -> str:
-    """Return a sentence saying that only whole results were compared, or "" if the ranks' steps were repeated.
+    """Return a sentence saying that only final results were compared, or "" if the ranks' steps were repeated.
 
     why: the reason why they were not repeated; "" if they were.
     """

@@ -123,7 +123,7 @@ def _show_memory(options: argparse.Namespace, config: Config | None) -> int:
     """Print the memory that each rank of a run needs. Return the exit code."""
     if config is None:
         raise DistattnError("plan: --memory needs a run: name its configuration.")
-    # import here: it takes 2 s, and no other option needs it
+    # import here: the import takes 2 s, and no other option needs it
     from distattn.training.run_memory import fit_line, memory_json, memory_of_config, memory_table
 
     # without a cluster the memory of a device is unknown

@@ -45,7 +45,7 @@ def run_locally(config: Config, json_lines: bool, logs: bool = False) -> int:
                 if logs:
                     run.logs.mkdir()
             except BaseException:
-                # ignore errors here, so that the first error is raised
+                # suppress errors here, so that the original error is raised
                 shutil.rmtree(run.folder, ignore_errors=True)
                 raise
         return run_ranks_and_finish(run, config, report_progress, json_lines)
@@ -61,7 +61,7 @@ def resume_locally(run: RunFolder, config: Config, json_lines: bool, step: int |
     proposal = Proposal.of_this_process(run)
     with ExitStack() as stack:
         with stopped("before training", "the run is unchanged"):
-            # this may take half a minute, to find out if a launcher on another machine is alive
+            # this may take half a minute: it checks whether a launcher on another machine is alive
             stack.enter_context(RunLock(run.folder, LAUNCHER))
             # a proposal that the ranks refuse leaves the run's configuration unchanged
             stack.callback(proposal.remove)

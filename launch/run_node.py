@@ -35,11 +35,12 @@ def main(folder: str, address: str, *place: str) -> int:
     attempts = Attempts(run.attempts)
     attempt = attempts.latest
     if number == 0 and not attempts.goes_on:
-        # remove requests of the previous attempt; a launcher that records attempts does so itself, and may have made a new one
+        # remove requests of the previous attempt; a launcher that records attempts does so itself, and may have made a new
+        # request
         run.forget_requests()
     # to end a step or a container, a scheduler sends SIGTERM and, seconds later, SIGKILL: save in between
     signal.signal(signal.SIGTERM, lambda *_: _ask_to_stop(run))
-    # import torch only after setting the handler: the import takes seconds, and the signal may arrive meanwhile
+    # import torch only after setting the handler: the import takes seconds, and the signal may arrive during it
     from distattn.launch.ranks.attempt import Ranks, fork_server, run_attempt
     from distattn.launch.ranks.local import Node
     from distattn.launch.run_locally import PRELOAD, RANK

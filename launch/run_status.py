@@ -51,7 +51,7 @@ def status(run: RunFolder) -> dict[str, Any]:
     DistattnError as `slurm.status` does.
     """
     attempts, launcher = Attempts(run.attempts), _launcher(run)
-    # a run started on Slurm may since have been resumed on this machine
+    # a run started on Slurm may have been resumed on this machine since
     if run.job_file.exists() and attempts.beats() is None and launcher is None:
         job = slurm.status(run)
         return job if job["state"] in _JOB_GOES_ON else _with_report(run, job)
@@ -76,7 +76,7 @@ def status(run: RunFolder) -> dict[str, Any]:
             ray_run["state"] += f", python -m distattn.launch.ray.attempts {run.folder} continues"
         return ray_run
     last, all_done = rows[-1] if rows else {}, False
-    # without heartbeats, look for the launcher, too: another user's heartbeats cannot be read
+    # without heartbeats, also look for the launcher, since another user's heartbeats cannot be read
     killed = beats is None and launcher is None
     phase, state = ("killed", "killed with its launcher") if killed else ("running", "running")
     if beats is None and launcher is not None and last.get("process") != launcher.writer_name:
@@ -225,7 +225,7 @@ def _ray_state(run: RunFolder) -> tuple[str, str]:
     if facts["host"] == socket.gethostname():
         if process_state(facts["launcher"]) not in "XZ":
             return state, f"{state} from {place}"
-        # read again: the launcher may have recorded its end meanwhile
+        # read again: the launcher may have recorded its end since the first read
         ended = run.state_file.read_text("utf-8").split()[1:]
         return ("ended", f"ended, exit code {ended[0]}") if ended else ("killed", "killed with its launcher")
     return "unknown", f"begun from {place}, which knows whether it is running"

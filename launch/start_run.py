@@ -62,7 +62,7 @@ def start_run(config: Config, report_progress: Callable[[str], None]) -> RunFold
         report_progress(run.explanation_file.read_text("utf-8").splitlines()[0])
         report_progress(f"run folder: {run.folder}")
     except BaseException:
-        # ignore errors here, so that the first error is raised
+        # suppress errors here, so that the original error is raised
         shutil.rmtree(run.folder, ignore_errors=True)
         raise
     return run
@@ -172,7 +172,7 @@ def _check_plans(config: Config, data: RunData, after: int = -1) -> None:
 
 
 def _check_evaluation(config: Config, data: RunData) -> None:
-    """Raise DistattnError if held-out documents are missing or also trained. It is too late to find out after days."""
+    """Raise DistattnError if held-out documents are missing or also trained. Days into the run would be too late to find out."""
     if config.evaluation.every_steps:
         check_held_out(config, data)
 

@@ -30,7 +30,7 @@ from distattn.supervision.helper_processes import LOOK_SECONDS, MOST_REPLACEMENT
 
 _WRAPPER = "distattn.launch.ranks.die_with_launcher"
 _WORKER = "distattn.data.tokenizing.tokenize_worker"
-# seconds for which a process may be stopped before it is replaced
+# how many seconds a process may stay stopped before it is replaced
 _STOPPED_SECONDS = 10.0
 
 
@@ -70,7 +70,7 @@ def run_workers(
     """Tokenize shards in at most `processes` processes. If one fails, end them all and raise DistattnError.
 
     A process that dies or is stopped is replaced, and the new one starts its shard again, because only completely written shards
-    count. After MOST_REPLACEMENTS replacements, the next lost process is a failure.
+    count. After MOST_REPLACEMENTS replacements, the next lost process counts as a failure.
     """
     waiting = deque(shards)
     if not waiting:
@@ -100,7 +100,7 @@ def run_workers(
                         selector.unregister(worker.messages)
                         if not (lost := worker.lost(job)):
                             continue
-                        # do not replace a process that ended by itself: its reason would end the new one, too
+                        # do not replace a process that ended by itself: its reason would also end the new process
                         if replaced == MOST_REPLACEMENTS or not worker.was_killed:
                             raise LostProcessError(f"{lost}; the others were stopped.{worker.hint}")
                         replaced += 1

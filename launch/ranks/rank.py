@@ -82,7 +82,7 @@ def _log_stream(descriptor: int) -> io.TextIOWrapper:
 def _copied(file: Path) -> int:
     """Start a process that copies its input to a file and to the console. Return the write end of the pipe to it.
 
-    This process keeps the read end open, too, so that another process can continue if the copying process is lost.
+    This process also keeps the read end open, so that a new process can continue if the copying process is lost.
     """
     read, write = os.pipe()
     command = [sys.executable, "-SP", copy_output.__file__, str(file)]

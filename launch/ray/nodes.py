@@ -148,7 +148,7 @@ class RayNodes:
         return 1 if code is None else code
 
     def blame(self, hosts: Sequence[str], end: AttemptEnd) -> None:
-        """Leave failed nodes that Ray still has out of the next placement group. See `LeftOut.blame`."""
+        """Exclude failed nodes that Ray still lists from the next placement group. See `LeftOut.blame`."""
         nodes = {name: place.node for name, place in self._places.items()}
         # omit `end.lost`: Ray itself replaces nodes that it knows to be gone
         node_end = AttemptEnd(codes={nodes[host]: code for host, code in end.codes.items()})
@@ -160,7 +160,7 @@ class RayNodes:
             self.close()
 
     def give_back(self) -> str:
-        """Return "": the run need not stop, because a node left out is given back at once and Ray can replace it."""
+        """Return "": the run need not stop, because a node left out is given back immediately and Ray can replace it."""
         return ""
 
     def shortage(self) -> str:

@@ -51,7 +51,7 @@ _NODE_LOST = re.compile(r"srun: error: (?:Node failure on|[^\n]*failed on node) 
 class _Job(NamedTuple):
     """The Slurm job of this process. requeues: how often it was requeued; at most max_requeues.
 
-    name: its name in Slurm's commands; for an array task, the name of this task, not of the whole array.
+    name: its name in Slurm's commands; for an array task, the name of this task, not of the array.
     """
 
     number: str
@@ -113,7 +113,7 @@ class JobNodes:
         return f"fewer than {self._wanted} nodes are left of {' '.join(self._hosts)}"
 
     def _step(self, hosts: Sequence[str], argument: str) -> AttemptEnd:
-        """Run a job step on these hosts, and read srun's messages as they come. argument: the last argument of `run_node`."""
+        """Run a job step on these hosts, and read srun's messages as they arrive. argument: the last argument of `run_node`."""
         placement = [f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", f"--nodelist={','.join(hosts)}"]
         process = subprocess.Popen(
             [self._command[0], *placement, *self._command[1:], argument],
@@ -140,7 +140,7 @@ class JobNodes:
                 try:
                     end_steps(self._job.name)
                 except SlurmError as error:
-                    # the step may have ended meanwhile
+                    # the step may have ended by now
                     print_message(str(error))
             if waited > OTHERS_SECONDS + _ENDING_SECONDS:
                 process.kill()
@@ -206,7 +206,7 @@ def _noted_job(run: RunFolder, max_requeues: int) -> _Job:
         name = f"{array}_{task}"
         notes = [(run, name), (RunFolder(run.folder.parent), int(array))]
     for folder, job in notes:
-        # a script that the user submitted again has a new number; all tasks of a sweep record the same array number
+        # a script that the user submits again gets a new number; all tasks of a sweep record the same array number
         with contextlib.suppress(OSError):
             folder.note_job(job)
     requeues = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
@@ -267,7 +267,7 @@ def _pass_on(process: subprocess.Popen[str], lines: queue.SimpleQueue[str | None
 
 
 def _port(job: int, attempt: int) -> int:
-    """Return the first node's port. It differs between attempts, since ranks of the previous one may still hold theirs."""
+    """Return the first node's port. It differs between attempts, since ranks of the previous attempt may still hold its port."""
     return 20_000 + (job + 1_009 * attempt) % 20_000
 
 

@@ -64,7 +64,7 @@ def unusable_hosts(hosts: Sequence[str]) -> set[str]:
 
 
 def usable_hosts(partition: str) -> set[str]:
-    """Return the nodes of a partition that can run jobs, whether busy or free. partition: "" for the whole cluster."""
+    """Return the nodes of a partition that can run jobs, whether busy or free. partition: "" for the entire cluster."""
     command = ["sinfo", "--noheader", "--Node", "--format=%N %T", *([f"--partition={partition}"] if partition else [])]
     lines = ask_slurm(*command, patience=OUTAGE_SECONDS).splitlines()
     states = [line.split() for line in lines if len(line.split()) == 2]
