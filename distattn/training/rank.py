@@ -37,7 +37,7 @@ def main(
     """Run one rank of a run, and return the exit code.
 
     proposed: name of the launcher's proposal, which rank 0 applies before the first step; "" without a proposal.
-    may_begin: checks all ranks before training; returns False after printing why they may not begin.
+    may_begin: a function that checks all ranks before training; if they may not start, it prints why and returns False.
     """
 
     def work(run: RunFolder, config: Config, device: torch.device) -> int:

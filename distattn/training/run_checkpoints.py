@@ -59,8 +59,8 @@ class RunCheckpoints:
         self._loss: float | None = None
         # True if a save is due but waits until a step is applied again
         self._save_is_due = False
-        # the step of the checkpoint with the current weights, and the checkpoint from which they were loaded; both None
-        # after an update
+        # the step of the checkpoint that holds the current weights, and the checkpoint from which they were loaded;
+        # both None after an update
         self._saved_step: int | None = None
         self._loaded: Loaded | None = None
         # the step of a saved state that has not been compared with its digest since, and so may be damaged
@@ -94,7 +94,7 @@ class RunCheckpoints:
         self._uncompared = done
 
     def save_last(self, done: int) -> Damage | None:
-        """Save after the run's last step. Return the change of the state since its update, or None without a change."""
+        """Save after the run's last step. Return the change of the state since its update, or None if it has not changed."""
         self.save(done)
         self.checkpoints.wait()
         return self.digest.compare(done - 1, "the end of the run")

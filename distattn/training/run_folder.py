@@ -202,7 +202,7 @@ class RunFolder:
             self._held = None
 
     def metrics(self, steps: float = math.inf) -> list[StepMetrics]:
-        """Return the metrics of the steps so far, in order. Of a step repeated after a rollback, only the last metrics count.
+        """Return the metrics of the steps so far, in order. Steps repeated after a rollback keep only their last metrics.
 
         steps: the configured number of steps. Later steps, done before that number was lowered, are left out.
         """

@@ -19,7 +19,7 @@ _TEXT_KEYS = tuple(f"data.{field.name}" for field in fields(DataConfig) if field
 
 
 def idle_keys(config: Config) -> dict[str, str]:
-    """Return the keys that have no effect in a configuration, whatever their value, each with the reason and a remedy."""
+    """Return the keys that have no effect in a configuration, regardless of their value, each with the reason and a remedy."""
     data, parallel, train, watch = config.data, config.parallel, config.train, config.watch
     health, evaluation, slurm = config.health, config.evaluation, config.slurm
     idle: dict[str, str] = {}

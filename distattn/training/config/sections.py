@@ -139,8 +139,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A transformers model: that of a folder, or a Llama of the given shape, named as in its transformers
-    configuration.
+    """A transformers model: the one in a folder, or a Llama with the given shape, whose keys are named as in its
+    transformers configuration.
     """
 
     path: str = ""
@@ -383,7 +383,7 @@ class WatchConfig(WatchKeys):
 
 @dataclass(frozen=True)
 class SupervisionConfig:
-    """Reaction to a killed or hanging rank: it is named, and all ranks restart from the newest checkpoint."""
+    """Reaction to a killed or hanging rank: the rank is named, and all ranks restart from the newest checkpoint."""
 
     max_restarts: Annotated[int, Number(ge=0)] = 3
     """Maximum number of restarts in a row without a new checkpoint, on Slurm within one job; 0 ends the run at the

@@ -119,7 +119,7 @@ class Engine(Protocol):
         """Take an optimizer step, and drop the gradients."""
 
     def drop(self) -> None:
-        """Drop the gradients without a step."""
+        """Drop the gradients without taking a step."""
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield this rank's parameters by their names in transformers, with gradients if the engine exposes them."""

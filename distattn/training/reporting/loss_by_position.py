@@ -94,7 +94,7 @@ class LossByPosition:
         self._sums.index_add_(1, place_T, rows_3T)
 
     def add_batch(self, losses_T: Tensor, batch: Mapping[str, Any]) -> None:
-        """Call `add` for a local batch of the driver. It has `corpus_ids` if `PackLoader(corpus_ids=True)` read it."""
+        """Call `add` for a local batch of the driver. The batch has `corpus_ids` if `PackLoader(corpus_ids=True)` read it."""
         self.add(losses_T, batch["labels"], batch["position_ids"], batch.get("corpus_ids"))
 
     def reset(self) -> None:

@@ -50,7 +50,8 @@ class WatchSettings(WatchKeys):
     """Settings of the watch: which steps it refuses, and its reaction. Raises DistattnError if a setting is out of range.
 
     action, spike_window and spike_threshold are keys of run files. most_in_a_row: number of consecutive non-finite steps
-    after which the run stops, whatever the action. evidence: number of the latest refused steps whose evidence is kept.
+    after which the run stops, regardless of the action. evidence: for how many of the latest refused steps evidence is
+    kept.
     """
 
     most_in_a_row: Annotated[int, Number(ge=1)] = 10
