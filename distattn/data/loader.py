@@ -224,7 +224,7 @@ class PackLoader:
 
 
 def _corpora_of(plan: PackPlan, corpora: Sequence[Corpus]) -> list[Corpus]:
-    """Return the corpora in the plan's order. Raise DistattnError if the plan was made from different ones."""
+    """Return the corpora in the plan's order. Raise DistattnError if the plan was made from other corpora."""
     corpus_of = {corpus.name: corpus for corpus in corpora}
     planned = [source.name for source in plan.sources]
     if len(corpus_of) != len(corpora) or corpus_of.keys() != set(planned):

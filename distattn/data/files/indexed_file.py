@@ -197,13 +197,13 @@ class IndexedFile:
             raise DamagedDataError(f"{self.prefix}.bin: has {self.bin_bytes:,} bytes, but its index no sequence.")
 
     def _located(self, document: int) -> tuple[int, int]:
-        """Return (first byte in PREFIX.bin, tokens) of a document. Raise DistattnError if it does not exist."""
+        """Return (offset in PREFIX.bin, number of tokens) of a document. Raise DistattnError if it does not exist."""
         if not 0 <= document < self.documents:
             raise DistattnError(f"{self.prefix}.idx: there is no document {document}; it has {self.documents:,}.")
         return self._locate(document)
 
     def _locate(self, document: int) -> tuple[int, int]:
-        """Return (first byte in PREFIX.bin, tokens) of an existing document, after checking its index entries."""
+        """Return (offset in PREFIX.bin, number of tokens) of an existing document, after checking its index entries."""
         lengths, pointers, ends = self._offsets[:3]
         self._check_index_bytes(ends + 8 * document, 16)
         first, last = self.document_ends.item(document), self.document_ends.item(document + 1)

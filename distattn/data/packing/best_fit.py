@@ -20,7 +20,7 @@ import numpy as np
 
 from distattn.data.packing.pack_rule import PackLimits
 
-# an entry in the sorted list of free room holds the pack's number in its lower bits
+# each entry in the sorted list of free space holds a pack's index in its lower bits
 _PACK_BITS = 32
 _PACK_MASK = (1 << _PACK_BITS) - 1
 # pieces longer than one eighth of a pack are placed first; one quarter is kept free for the last pieces

@@ -26,7 +26,7 @@ class CorpusSpans(NamedTuple):
 def cut_documents(rows: np.ndarray, tokens: int, spans: Mapping[int, CorpusSpans]) -> tuple[np.ndarray, np.ndarray]:
     """Cut rows with more tokens than a pack. Return (pieces (N,), the index of each piece's source row (N,)).
 
-    rows: PIECE of `pack_windows.py`, (D,). tokens: tokens per pack. spans: the spans of corpora that have any, by corpus number.
+    rows: PIECE of `pack_windows.py`, (D,). tokens: tokens per pack. spans: the spans of corpora that have any, by corpus index.
     Each piece has as many tokens as fit, and the last piece has the rest. A piece that would end inside a span ends before the
     span instead. Raises DistattnError for a span that does not fit into a pack.
     """

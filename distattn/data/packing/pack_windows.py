@@ -66,7 +66,7 @@ def plan_windows(
     read for or in one of the next two, or one of the next six if the documents or the cost of a pack are capped. A change of the
     context length within that time may double it.
 
-    spans: by corpus number, the tokens that must not be separated. Documents to be kept whole must fit into a step
+    spans: by corpus index, the tokens that must not be separated. Documents to be kept whole must fit into a step
     (`make_pack_plan` checks this). Raises DistattnError for a span that does not fit into a pack.
     """
     reader = _DocumentReader(documents)

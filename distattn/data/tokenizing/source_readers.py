@@ -199,7 +199,7 @@ def _zstd_lines(path: str, file: IO[bytes]) -> Iterator[bytes]:
     decompressor = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
     frame, begun = decompressor.decompressobj(), False
     number = 0
-    # the parts read so far of an unfinished line
+    # the parts of an unfinished line read so far
     parts: list[bytes] = []
     try:
         while part := file.read(_COMPRESSED_BYTES):
