@@ -42,12 +42,13 @@ _TRIES = 20
 class Heartbeat(NamedTuple):
     """The last heartbeat of a rank.
 
-    at: its time in seconds of CLOCK_MONOTONIC. beats: the number of heartbeats so far. step: the training step. first: the first
-    step of the process. Both are -1 before training. seconds: how long the activity may take without another heartbeat, or 0 to
-    let the supervisor decide. waits: True if the rank waits for other ranks, so another rank is to blame if it makes no progress.
-    activity: what the rank is doing or why it ends, as text that no program parses. peers: the ranks whose messages it waits for
-    or, if it refuses to continue, the ranks that it has lost. key: a number that is equal for ranks that wait for the same event
-    or raised the same error. exit_code: set if the rank refuses. lost_peer: True if the rank ends because it lost another rank.
+    at: time of the heartbeat in seconds of CLOCK_MONOTONIC. beats: the number of heartbeats so far. step: the training step.
+    first: the first step of the process. Both are -1 before training. seconds: how long the activity may take without another
+    heartbeat, or 0 to let the supervisor decide. waits: True if the rank waits for other ranks, so another rank is to blame if it
+    makes no progress. activity: what the rank is doing or why it ends, as text that no program parses. peers: the ranks whose
+    messages it waits for or, if it refuses to continue, the ranks that it has lost. key: a number that is equal for ranks that
+    wait for the same event or raised the same error. exit_code: set if the rank refuses. lost_peer: True if the rank ends because
+    it lost another rank.
     """
 
     pid: int
@@ -78,7 +79,7 @@ class Heartbeat(NamedTuple):
 
     @property
     def words(self) -> str:
-        """What the rank is doing, or how and why it ended, in words for people."""
+        """What the rank is doing, or how and why it ended, as human-readable text."""
         if self.state == "refused":
             return f"refused with exit code {self.exit_code}" + (f": {self.activity}" if self.activity else "")
         if self.state == "raised":

@@ -15,7 +15,7 @@ from distattn.supervision.culprits import process_state
 LOOK_SECONDS = 0.5
 # replacements before a command gives up, because a new process does not cure a persistent fault
 MOST_REPLACEMENTS = 3
-# seconds to wait for a killed process to end; one that waits for a disk ends later
+# seconds to wait for a killed process to end; a process that is waiting for a disk ends later
 _KILLED_SECONDS = 2.0
 
 

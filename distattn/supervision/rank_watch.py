@@ -38,8 +38,8 @@ Kind = Literal["killed", "cut", "hung", "raised", "refused"]
 class Patience:
     """Limits on how many seconds may pass without a heartbeat from any rank.
 
-    starting: the limit until all ranks have done two steps, in which they import, connect, load and compile. running: the limit
-    afterwards, or `factor` times the longest silence since the first step if that is longer.
+    starting: the limit until all ranks have done two steps; before that they import, connect, load and compile. running: the
+    limit afterwards, or `factor` times the longest silence since the first step if that is longer.
     """
 
     starting: float = 300.0
@@ -211,7 +211,8 @@ class RankWatch:
         }
         if not gone:
             return False
-        # blame ranks without a reason first: a killed rank could not report one, and ranks that lost it report that and end later
+        # blame ranks that gave no reason first: a killed rank could not give one, and the ranks that lost it report that loss and
+        # end later
         if killed := {rank: beat for rank, beat in gone.items() if beat.state not in WITH_REASON}:
             first = tuple(
                 Culprit(rank, "ended without giving a reason", last_activity(beat)) for rank, beat in killed.items()
