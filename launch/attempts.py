@@ -68,7 +68,7 @@ class Attempts:
         return self._begun(self.latest).exists()
 
     def report_node(self, number: int, node: int, facts: dict[str, Any]) -> None:
-        """Report what went wrong on a node to the process that starts attempts on another machine. A full disk is ignored."""
+        """Report what went wrong on a node to the process, on another machine, that starts attempts. A full disk is ignored."""
         with contextlib.suppress(OSError):
             self.folder(number).mkdir(parents=True, exist_ok=True)
             write_whole(self.folder(number) / f"{_NODE}{node}.json", json_text(facts))

@@ -126,7 +126,7 @@ def _show_memory(options: argparse.Namespace, config: Config | None) -> int:
     # import here: the import takes 2 s, and no other option needs it
     from distattn.training.run_memory import fit_line, memory_json, memory_of_config, memory_table
 
-    # without a cluster the memory of a device is unknown
+    # without a cluster, a device's memory is unknown
     cluster = _cluster(options, config) if options.cluster or config.cluster.description else None
     packs = _longest(_phases(options, config)).packs
     # counting a rank takes seconds: count only those with the fewest or most tokens, or the most memory for attention

@@ -35,8 +35,8 @@ def main(folder: str, address: str, *place: str) -> int:
     attempts = Attempts(run.attempts)
     attempt = attempts.latest
     if number == 0 and not attempts.goes_on:
-        # remove requests of the previous attempt; a launcher that records attempts does so itself, and may have made a new
-        # request
+        # remove requests of the previous attempt; a launcher that records attempts removes them itself, and may have made
+        # a new request since
         run.forget_requests()
     # to end a step or a container, a scheduler sends SIGTERM and, seconds later, SIGKILL: save in between
     signal.signal(signal.SIGTERM, lambda *_: _ask_to_stop(run))

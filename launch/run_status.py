@@ -103,7 +103,7 @@ def status(run: RunFolder) -> dict[str, Any]:
     ranks = {str(rank): last_activity(beat) for rank, beat in (beats or {}).items()}
     reports = {} if rows else attempts.node_reports(attempts.latest)
     nodes = {str(node): facts["why"] for node, facts in sorted(reports.items())}
-    # step of the furthest rank, counted from 1; 0 before the first step
+    # step of the rank that is furthest ahead, counted from 1; 0 before the first step
     at_step = 1 + max((beat.step for beat in (beats or {}).values()), default=-1)
     facts = {"run": str(run.folder), "state": state, "phase": phase, "all_done": all_done, "steps": steps}
     facts |= {"attempts": rows, "ranks": ranks, "nodes": nodes}

@@ -69,7 +69,7 @@ def start_run(config: Config, report_progress: Callable[[str], None]) -> RunFold
 
 
 def preflight_alone(config: Config) -> Config:
-    """Return the configuration to start with: a preflight alone is not restarted or requeued, and gets another run folder.
+    """Return the configuration to start with: a preflight alone is not restarted or requeued, and gets its own run folder.
 
     The training run can then use the configured folder.
     """

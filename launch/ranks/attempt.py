@@ -222,7 +222,7 @@ def _children() -> set[int]:
 
 
 def _ended(codes: Mapping[int, int], trouble: Trouble) -> tuple[int, Trouble]:
-    """Return an attempt's exit code, and its trouble with how the ranks at fault ended. codes: torchrun's exit codes by rank.
+    """Return an attempt's exit code, and its trouble, including how ranks at fault ended. codes: torchrun's exit codes by rank.
 
     If the watch found several ranks dead at the same time, the ranks at fault are those that torchrun did not end itself. If
     torchrun only has the code of a rank that the watch ended, the code of the rank at fault is unknown.

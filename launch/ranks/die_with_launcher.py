@@ -20,9 +20,9 @@ _POLL_SECONDS = 1.0
 
 
 def die_with_launcher(launcher: int) -> None:
-    """Make this process be killed by SIGKILL when its parent, the process with id `launcher`, ends in any way.
+    """Kill this process with SIGKILL when its parent, the process with id `launcher`, ends in any way.
 
-    Linux kills it. On other systems a thread checks every second whether the parent is still the same.
+    Linux does this itself. On other systems, a thread checks every second whether the parent is still the same.
     """
     if not set_parent_death_signal():
         threading.Thread(target=_watch, args=(launcher,), daemon=True).start()

@@ -21,7 +21,8 @@ from distattn.launch.ray.agent import NodeAgent, NodePlace
 from distattn.launch.ray.placement import NodeReservation, bundle_nodes, hold_nodes
 from distattn.training.run_folder import RunFolder
 
-# time limit for an agent to start: its process has imports to do, and Ray may be late to notice that a node is gone
+# time limit for an agent to start: its process has to import modules first, and Ray may be late to notice that a node
+# is gone
 _ANSWER_SECONDS = 60.0
 # seconds between checks of the agents and of the stop file
 _LOOK_SECONDS = 0.2

@@ -30,7 +30,7 @@ class RaySweep:
         self._stopped = False
 
     def stop(self, number: int) -> None:
-        """Ask all ranks to save and end, and start no other run. This is a signal handler."""
+        """Ask all ranks to save and end, and start no more runs. This is a signal handler."""
         self._stopped = True
         for run, thread in self._threads.items():
             # include a run that is about to start

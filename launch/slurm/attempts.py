@@ -40,7 +40,8 @@ from distattn.launch.slurm.commands import (
 )
 from distattn.training.run_folder import RunFolder
 
-# a step is killed OTHERS_SECONDS after its first failure; srun is killed if the step has not ended this much later
+# a step is killed OTHERS_SECONDS after its first failure; srun is killed if the step has not ended this many seconds
+# after that
 _ENDING_SECONDS = 15.0
 # srun's messages about tasks and nodes
 _TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? [\d,\[\]-]+: (?:Exited with exit code (\d+)|(\w[^\n]*))")
