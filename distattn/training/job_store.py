@@ -18,9 +18,9 @@ from distattn.parallel.runtime.communication.network_interfaces import listening
 def job_store() -> dict[str, Any]:
     """Return arguments for `torch.distributed.init_process_group` that join the job described by the environment.
 
-    The environment has MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE, as torchrun sets them. With
-    TORCHELASTIC_USE_AGENT_STORE torchrun's agent hosts the store, otherwise rank 0 does. Each restart uses another key prefix.
-    Raises DistattnError if rank 0 cannot listen on the address.
+    The environment has MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE, as torchrun sets them. With TORCHELASTIC_USE_AGENT_STORE
+    torchrun's agent hosts the store, otherwise rank 0 does. Each restart uses a different key prefix. Raises DistattnError if
+    rank 0 cannot listen on the address.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

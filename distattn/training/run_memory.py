@@ -259,7 +259,7 @@ def _counts(make_model: Callable[[], Any], executable: Executable, settings: Mem
     """Count one step of the model. If all layers have the same shapes, count two models with few layers and extrapolate.
 
     The linear extrapolation is exact: each layer saves the same number of bytes, and computing a layer takes the same memory
-    whatever the number of layers.
+    regardless of the number of layers.
     """
     model = on_meta(make_model)
     layers = model.get_decoder().layers
