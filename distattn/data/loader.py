@@ -57,9 +57,9 @@ class PackLoader:
         corpora: if opened with `check_tokens=False`, tokens are read without comparing them with their digests. rank, size: this
         share's number, and the number of shares. start_step, steps: the first step, and the number of steps to yield; by default
         all that remain in the plan. ahead: how many steps ahead to read and check step records. even: refuse steps whose packs
-        cannot be split evenly. drop_last: leave out the plan's last step if it is not full (`PackPlan.full_steps`), whatever the
-        number of shares. vocabulary: check token ids against this limit (exclusive) when they are read. device: the device of the
-        returned tensors. pin_memory: read through pinned memory if CUDA is available. corpus_ids: also return `corpus_ids`
+        cannot be split evenly. drop_last: leave out the plan's last step if it is not full (`PackPlan.full_steps`), regardless of
+        the number of shares. vocabulary: check token ids against this limit (exclusive) when they are read. device: the device of
+        the returned tensors. pin_memory: read through pinned memory if CUDA is available. corpus_ids: also return `corpus_ids`
         (1, T), the index of each token's corpus in the plan's `sources`, and -1 for padding.
 
         Raises DistattnError if the plan was made with other corpora or masks, if it does not have the requested steps, or if a

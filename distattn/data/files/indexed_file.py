@@ -67,8 +67,8 @@ class IndexedFile:
         """Open PREFIX.bin and PREFIX.idx. `prefix` may end in either suffix.
 
         check_tokens: compare what is read from PREFIX.bin with its digests, if there are any. Without this check, reading takes
-        about two thirds of the time (benchmarks/indexed_reading.py), and only `distattn data verify` finds altered tokens. Raises
-        DistattnError if a file is missing, and DamagedDataError if the headers and the sizes contradict each other.
+        about two thirds of the time (benchmarks/indexed_reading.py), and only `distattn data verify` detects altered tokens.
+        Raises DistattnError if a file is missing, and DamagedDataError if the headers and the sizes contradict each other.
         """
         prefix = prefix.removesuffix(".idx").removesuffix(".bin")
         index = map_index(f"{prefix}.idx")

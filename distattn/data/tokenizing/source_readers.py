@@ -80,7 +80,7 @@ def _read_compressed_lines(source: Source, piece: Piece, field: str) -> Iterator
 
 
 def _read_parquet(source: Source, piece: Piece, field: str) -> Iterator[tuple[str, int]]:
-    """Yield the rows of row groups [start, stop). Errors number rows from 0 within the file."""
+    """Yield the rows of row groups [start, stop). Error messages count rows from 0 within the file."""
     opened = open_parquet(source.file)
     arrow = import_extra("pyarrow", f"reading {source.file}")
     schema = opened.schema_arrow

@@ -289,7 +289,7 @@ def publish(job: TokenizeJob, parts: Mapping[int, Part]) -> Manifest:
 
 
 def _batches(job: TokenizeJob, shard: int, documents: list[int]) -> Iterator[tuple[list[str], int]]:
-    """Yield the texts of a shard in batches: (texts, stored bytes since the last batch). Count the documents of each piece."""
+    """Yield the texts of a shard in batches: (texts, stored bytes since the last batch). Also counts each piece's documents."""
     texts: list[str] = []
     characters = before = reported = 0
     for number, piece in enumerate(job.shards[shard]):
@@ -309,7 +309,7 @@ def _command_digest(job: TokenizeJob) -> str:
 
 
 def _is_lock(lock: int, file: str) -> bool:
-    """Return True if the open lock is still the file at this path."""
+    """Return True if the open lock file is still the one at this path."""
     try:
         return os.path.samestat(os.fstat(lock), os.stat(file))
     except FileNotFoundError:
