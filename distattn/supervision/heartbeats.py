@@ -344,7 +344,7 @@ def thread_activity(text: str, *, waits: bool = False, peers: tuple[int, ...] = 
 def awaiting_thread(thread: int) -> Iterator[None]:
     """Report that the main thread waits for the thread with ident `thread`.
 
-    While that thread waits for other ranks, the heartbeat says that this rank waits for them, so that it is not blamed.
+    While that thread waits for other ranks, the heartbeat says that this rank waits for them, so that this rank is not blamed.
     """
     before = _CURRENT.awaited
     _CURRENT.wait_for(thread)

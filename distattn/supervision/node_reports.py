@@ -37,7 +37,7 @@ class NodeReport(NamedTuple):
 
 
 class NodeReports:
-    """The questions and answers of one node. folder: the attempt's folder. node: the node's number. links: to other nodes."""
+    """The questions and answers of a node. folder: the attempt's folder. node: the node's number. links: links to other nodes."""
 
     def __init__(self, folder: Path, node: int, nodes: int, links: NodeLinks | None = None):
         self._folder, self.node, self.nodes, self._links = folder, node, nodes, links

@@ -271,7 +271,7 @@ class RankWatch:
         self._record(Trouble((culprit,), kind, done, seconds, code if code > 0 else 128 - code))
 
     def _wait_for_torchrun(self, others: Sequence[int], done: bool) -> bool:
-        """Wait until torchrun ends the other ranks, or tries to. By then it knows how the first one ended.
+        """Wait until torchrun ends the other ranks, or tries to. By then, torchrun knows how the first rank ended.
 
         others: process ids of the other ranks. done: True if the killed ranks had done their part. Such ranks wait for each
         other, and torchrun, in releasing them, waits forever for a dead one (`multiprocessing.Event.set`). In that case return
