@@ -34,7 +34,7 @@ _MOST_INSIDE = 15
 
 
 class Link(NamedTuple):
-    """A link to another rank while both ranks send. gbs: 10^9 bytes per second in one direction. latency_us: µs for 8 bytes."""
+    """A link to another rank, measured while both send. gbs: 10^9 bytes per second and direction. latency_us: µs for 8 bytes."""
 
     peer: int
     gbs: float
