@@ -23,7 +23,7 @@ _SAME_REQUEST_SECONDS = 5.0
 
 
 class CommandStopped(KeyboardInterrupt):
-    """A signal that ends this command.
+    """An exception raised when a signal ends this command.
 
     doing: the phase that it interrupted, such as "in training". then: how to complete or continue the work. Both may be "".
     """

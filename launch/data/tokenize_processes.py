@@ -35,7 +35,7 @@ _STOPPED_SECONDS = 10.0
 
 
 class LostProcessError(DistattnError):
-    """An error raised when too many processes were lost. The message names the last one, and the command exits with code 1."""
+    """An error raised when too many processes were lost. The message names the last process. The command exits with code 1."""
 
     exit_code = 1
 
@@ -164,7 +164,7 @@ class _Worker:
         return progress
 
     def lost(self, job: TokenizeJob) -> str:
-        """Describe in a clause how the process ended in the middle of a shard. Return "" if it had nothing left to do."""
+        """Return a clause that says how the process ended in the middle of a shard, or "" if it had nothing left to do."""
         code = self._process.wait()
         if self.shard is None:
             return ""

@@ -168,7 +168,7 @@ def main(arguments: Sequence[str]) -> int:
             attempts.stop(signal.Signals[options.asked])
         outcome = attempts.run()
     except SlurmError as error:
-        # Slurm is at fault, not the run, so let it continue later
+        # Slurm is at fault, not the run, so let the run continue later
         print_message(str(error))
         outcome = Outcome(RunStopped.exit_code, again=True)
     except DistattnError as error:
