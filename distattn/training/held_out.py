@@ -32,7 +32,7 @@ class _Place(NamedTuple):
 
 
 def check_held_out(config: Config, data: RunData) -> None:
-    """Raise DistattnError if a held-out document is also trained, or if `held_out_data` raises it.
+    """Raise DistattnError if a held-out document is also trained, or if `held_out_data` raises one.
 
     data: the training data. Two files count as the same if they are one file on disk or have equal digests, whatever
     their corpora are called. Reads the records of all training steps.
@@ -79,7 +79,7 @@ def _codes(plan: PackPlan, step: int) -> np.ndarray:
 
 
 def _files(corpus: Corpus) -> Iterable[tuple[int, IndexedFile]]:
-    """Yield (number of its first document, file) for each file."""
+    """Yield (index of its first document, file) for each file."""
     first = 0
     for file in corpus.files:
         yield first, file

@@ -270,7 +270,7 @@ class TrainingLoop:
         """Return a step's mean loss, and the change of the state since the last update. All ranks get the same result.
 
         A rank whose state has changed signals it with an additional NaN loss, so undamaged runs send nothing extra. If
-        the loss is not reduced over all ranks, one more number is reduced at the same time.
+        the loss is not reduced over all ranks, one more value is reduced at the same time.
         """
         changed = self.digest.changed()
         self.health.state_checks = self.digest.comparisons

@@ -74,7 +74,7 @@ class Proposal:
 
         Called on rank 0, which holds the run's lock. config: the proposed configuration. If the block raises, the
         checkpoints are restored. Raises DistattnError if the run's configuration was changed after the proposal was
-        written, or if `choose_step` raises it.
+        written, or if `choose_step` raises one.
         """
         if (facts := self._facts()) is None:
             if not self.applied_file.exists():

@@ -194,7 +194,7 @@ class RunCheckpoints:
                 self._end_streak(streak, verdict.recovered)
 
     def judge_refused(self, verdict: Verdict) -> None:
-        """Record what a refused step, already examined, shows about the checkpoint with its weights.
+        """Record what a refused step, already examined, shows about the checkpoint of its weights.
 
         The newest good checkpoint from before a streak is kept until the run recovers or has passed the refused step. A
         run that skips the step continues with the same weights; `NumericsWatch.doubts_weights` says whether they are in

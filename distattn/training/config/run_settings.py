@@ -82,7 +82,7 @@ def runs_on_gpus(config: Config) -> bool:
 
 
 def weight_dtype(config: Config) -> torch.dtype:
-    """Return the dtype of the trained weights: float32 if computation is in bfloat16, otherwise the same as computation's."""
+    """Return the dtype of the trained weights: float32 if computation is in bfloat16, otherwise the dtype of computation."""
     name = config.model.dtype
     return torch.float32 if name == "bfloat16" else getattr(torch, name)
 

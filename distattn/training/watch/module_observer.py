@@ -24,7 +24,7 @@ from distattn.parallel.runtime.communication.transport import Packet
 from distattn.training.engines.engine import PipelineStage
 
 INPUT, OUTPUT = "input", "output"
-# names the whole model, including code outside its submodules
+# stands for the entire model, including code outside its submodules
 ROOT = "the model"
 # the wrapper that torch.compile puts around a module
 _COMPILED = "_orig_mod"
