@@ -14,7 +14,7 @@ _Result = TypeVar("_Result")
 
 
 class PendingRead(Generic[_Result]):
-    """Work queued for the thread. If the result is requested before the thread has begun it, the caller does it instead."""
+    """Work queued for the thread. If the result is requested before the thread has started on it, the caller does the work."""
 
     def __init__(self, work: Callable[[], _Result]) -> None:
         self._work: Callable[[], _Result] | None = work

@@ -32,7 +32,7 @@ class Corpus:
 
     @classmethod
     def open(cls, name: str, paths: Sequence[str], check_tokens: bool = True) -> Corpus:
-        """Open the files with these prefixes. Raise the errors of `IndexedFile.open`, and DistattnError if all are empty."""
+        """Open the files with these prefixes. Raises the same errors as `IndexedFile.open`; DistattnError if all are empty."""
         corpus = cls(name, [IndexedFile.open(path, check_tokens) for path in paths])
         if not corpus.tokens:
             files = ", ".join(paths) or "no files"
@@ -93,7 +93,7 @@ class Corpus:
     def masks(self) -> LabelMasks | None:
         """The masks of tokens that may be labels, or None if there are no mask files. They are opened on first use.
 
-        Raises the errors of `LabelMasks.open`.
+        Raises the same errors as `LabelMasks.open`.
         """
         return LabelMasks.open(self)
 

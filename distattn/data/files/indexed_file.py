@@ -120,7 +120,7 @@ class IndexedFile:
         return tokens
 
     def first_byte(self, document: int) -> int:
-        """Return the offset in PREFIX.bin at which a document begins. Raise the errors of `read`."""
+        """Return the offset in PREFIX.bin at which a document begins. Raises the same errors as `read`."""
         return self._located(document)[0]
 
     def lengths_of(self, documents: np.ndarray) -> np.ndarray:

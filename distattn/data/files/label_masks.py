@@ -53,7 +53,7 @@ class LabelMasks:
     def open(cls, corpus: Corpus) -> LabelMasks | None:
         """Open the masks of a corpus, and check their sizes. Return None if there are no masks.
 
-        Raises the errors of `IndexedFile.open`, and DamagedDataError if the size of a mask differs from that of its file.
+        Raises the same errors as `IndexedFile.open`, and DamagedDataError if the size of a mask differs from that of its file.
         """
         files = [FileMasks(_open(file, "loss", np.uint8), _open(file, "spans", np.int32)) for file in corpus.files]
         for file, (loss, _) in zip(corpus.files, files, strict=True):

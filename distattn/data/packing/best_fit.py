@@ -32,7 +32,7 @@ _SPARE_PART = 256
 class BestFitPacks:
     """Packs to which pieces are added. A pack never exceeds its limits, unless it holds a single piece.
 
-    A piece longer than a pack gets a pack of several slots, with limits as many times higher.
+    A piece longer than a pack gets a pack of several slots, with limits that many times higher.
     """
 
     def __init__(self, limits: PackLimits) -> None:
@@ -53,7 +53,7 @@ class BestFitPacks:
         return np.array(self._room, np.int64)
 
     def add(self, lengths: np.ndarray) -> np.ndarray:
-        """Add pieces of these lengths, int64 (N,), each at least 1. Return the number of each piece's pack, int64 (N,).
+        """Add pieces of these lengths, int64 (N,), each at least 1. Return the index of each piece's pack, int64 (N,).
 
         Packs from earlier calls also receive pieces. No pack is empty. The result depends on the order of the pieces, so
         shuffle them first.
@@ -128,7 +128,7 @@ class BestFitPacks:
         )
 
     def _open(self, length: int) -> int:
-        """Open a new pack with room for a piece of this length. Return its number."""
+        """Open a new pack with room for a piece of this length. Return the pack's index."""
         slots = -(-length // self._limits.tokens)
         self._slots.append(slots)
         self._room.append(slots * self._limits.tokens)

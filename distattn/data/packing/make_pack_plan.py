@@ -21,7 +21,7 @@ _SCAN_DOCUMENTS = 1 << 22
 
 
 class CorpusLengths(Protocol):
-    """The parts of a corpus that planning needs: a name, the tokens per document, and a digest of the files.
+    """The parts of a corpus that planning needs: a name, the document lengths, and a digest of the files.
 
     Like `Corpus`, it may also have `masks`: `LabelMasks` or None.
     """

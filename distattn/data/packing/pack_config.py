@@ -116,7 +116,7 @@ def load_pack_config(path: str | Path) -> PackConfig:
 
 
 def open_corpora(config: PackConfig, check_tokens: bool = True) -> list[Corpus]:
-    """Open the corpora in order. Raise the errors of `Corpus.open`. check_tokens: see `IndexedFile.open`."""
+    """Open the corpora in order. Raises the same errors as `Corpus.open`. check_tokens: see `IndexedFile.open`."""
     return [Corpus.open(corpus.name, corpus.files, check_tokens) for corpus in config.corpus]
 
 
@@ -142,7 +142,7 @@ def make_configured_plan(
 ) -> PackPlan:
     """Plan all steps and write the plan's file.
 
-    Raises the errors of `make_pack_plan`, and DistattnError if the corpora were made with different tokenizers.
+    Raises the same errors as `make_pack_plan`, and DistattnError if the corpora were made with different tokenizers.
     """
     vocabulary_of(corpora)
     weights = [corpus.weight for corpus in config.corpus if corpus.weight is not None]

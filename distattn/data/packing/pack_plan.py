@@ -241,7 +241,7 @@ class PackPlan:
         return self.steps - (sum(last.slots) < self.rule.packs_at(last.step))
 
     def find(self, corpus: int, document: int) -> list[int]:
-        """Read all steps, and list those with a piece of this document. Raise the errors of `step`."""
+        """Read all steps, and return those with a piece of this document. Raises the same errors as `step`."""
 
         def holds(rows: np.ndarray) -> bool:
             return bool(((rows["document"] == document) & (rows["corpus"] == corpus)).any())

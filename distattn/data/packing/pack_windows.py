@@ -30,7 +30,7 @@ PIECE = np.dtype(
         ("ends_document", "?"),
     ]
 )
-# distinguishes the keys of windows from those of corpora, whose numbers are lower
+# distinguishes the keys of windows from those of corpora, whose indices are lower
 _WINDOW = 1 << 32
 # a document is packed at most this many windows after the one it was read for, regardless of the rule (`plan_windows`)
 MOST_WINDOWS_WAITED = 12

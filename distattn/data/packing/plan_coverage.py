@@ -41,7 +41,7 @@ def check_coverage(
 
     corpora: in the order of the plan's sources. progress: called with (steps done, total steps). If the plan ends after a given
     number of steps, an epoch may lack documents only if the next epoch began in the plan's last windows. Raises DamagedDataError
-    naming the first document that is read twice, not to its end, or not at all, and the errors of `PackPlan.step`.
+    naming the first document that is read twice, not to its end, or not at all, and the same errors as `PackPlan.step`.
     """
     checker = _Checker(plan, corpora)
     rows: list[np.ndarray] = []
