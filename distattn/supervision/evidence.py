@@ -35,9 +35,9 @@ _COLLECTIVES, _TORCHRUN, _INNERMOST = "/torch/distributed/", "/torch/distributed
 
 
 def answer_with_stacks(folder: Path, rank: int) -> None:
-    """Let this process write its threads' stacks to stacks-RANK.txt in a folder when it receives SIGUSR2.
+    """Make this process write its threads' stacks to stacks-RANK.txt in a folder when it receives SIGUSR2.
 
-    The handler is written in C, so it works even if a lock or the GIL is held. It also writes the stacks at a fault such as a
+    The handler is written in C, so it works even if a lock or the GIL is held. It also writes the stacks on a fault such as a
     segmentation fault. If the file cannot be created, the stacks go to stderr.
     """
     file = _stacks_file(folder, rank)

@@ -53,8 +53,8 @@ class Helper:
     def fault(self, patience: float) -> str:
         """Return what is wrong with the helper, or "" if it is working. Call this every LOOK_SECONDS.
 
-        patience: seconds for which it may be stopped. They are measured by counting calls, so that time in which this process did
-        not run does not count.
+        patience: how many seconds it may stay stopped. These are measured by counting calls, so that time in which this process
+        did not run does not count.
         """
         if ended := self.end():
             return ended

@@ -52,10 +52,11 @@ class Trouble:
     """Why the ranks of an attempt were ended, with the ranks to blame.
 
     kind: "killed" (or ended without giving a reason), "cut" (lost the link to other nodes), "hung", "raised" (an error) or
-    "refused" (to continue). steps: the steps done in this attempt by the rank that was furthest. seconds: the time until the
-    trouble was noticed, without pauses of the machine, counted from the last heartbeat or the rank's report of its end; for a
-    killed rank, an upper bound. exit_code: the exit code of a rank that refused. nodes: the nodes to blame for a cut link.
-    lost_peer: True if the ranks to blame ended because they lost another rank. error: a number that is equal for equal errors.
+    "refused" (to continue). steps: the steps done in this attempt by the rank that was furthest ahead. seconds: the time until
+    the trouble was noticed, without pauses of the machine, counted from the last heartbeat or the rank's report of its end;
+    for a killed rank, an upper bound. exit_code: the exit code of a rank that refused. nodes: the nodes to blame for a cut
+    link. lost_peer: True if the ranks to blame ended because they lost another rank. error: a number that is equal for equal
+    errors.
     """
 
     culprits: tuple[Culprit, ...]
