@@ -148,8 +148,8 @@ def package_versions() -> dict[str, str]:
 def checkpoint_bytes(run: RunFolder, config: Config) -> int:
     """Return the bytes that a run's checkpoints will need on top of those that exist.
 
-    Count the checkpoints that `[checkpoint]` keeps, and the one being written, but not those that checkpoint.keep_every_hours
-    keeps for good.
+    Counts the checkpoints that `[checkpoint]` keeps, and the one being written, but not those that
+    checkpoint.keep_every_hours keeps permanently.
     """
     every, steps = config.checkpoint.every_steps, config.train.steps
     if every < 0:
