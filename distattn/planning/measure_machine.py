@@ -174,7 +174,7 @@ def _attention_speeds(device: torch.device, head_dim: int, queries: int, keys: i
     heads, dtype = _HEADS[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
     demand = KernelRequirements(dtype, head_dim, head_dim, device)
     kernel = load_kernel(choose_kernel(None, demand))
-    # `Mask` is square, so take the rectangle as one piece of a larger mask
+    # `Mask` is square, so treat the rectangle as one piece of a larger mask
     n = max(queries, keys)
     mask = Mask.from_pieces([[0, queries, 0, keys, -n, n]], n)
     cells = LaunchMask.from_mask(mask, heads, heads)._replace(rows=queries, keys=keys)
