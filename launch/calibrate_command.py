@@ -103,7 +103,7 @@ def _calibrate_nodes(options: argparse.Namespace) -> int:
         )
     if importlib.util.find_spec("ray") is None:
         raise DistattnError("calibrate --ray needs ray: pip install 'distattn[ray]'.")
-    # import here: the import of torch takes seconds
+    # import this here: importing torch takes seconds
     from distattn.launch.ray.calibrate import calibrate_nodes, slow_nodes
 
     ranks = ("--ranks", str(options.ranks)) if options.ranks else ()
@@ -128,7 +128,7 @@ def _calibrate_nodes(options: argparse.Namespace) -> int:
 
 def _ranks(asked: int | None) -> int:
     """Return the number of ranks: `asked`, by default one per GPU, or 4 without GPUs. Raises DistattnError if they do not fit."""
-    # import here: the import of torch takes seconds
+    # import this here: importing torch takes seconds
     from distattn.launch.ranks import machine_limits
 
     gpus = machine_limits.gpu_count()

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.ranks < 1:
         raise DistattnError(f"doctor: --ranks: at least 1, not {options.ranks}.")
     if options.target is not None:
-        # import here: the import of torch takes seconds
+        # import this here: importing torch takes seconds
         from distattn.launch.ranks.machine_limits import DOCTOR_RANK_MB, check_memory
 
         check_memory(

@@ -48,7 +48,7 @@ class ElasticRun:
         self._note(config.parallel.ranks // node_needs(config).ranks)
 
     def resize(self, nodes: int) -> None:
-        """Set the node count of the next attempt. No rank may be running. Raises DistattnError as `change_config` does."""
+        """Set the node count of the next attempt. No rank may be running. Raises the same errors as `change_config`."""
         if nodes == self.facts["nodes"]:
             return
         config = _resized(self._config, nodes)

@@ -100,7 +100,8 @@ def main(arguments: Sequence[str]) -> int:
             _write_files(options, timelines, request, cluster)
         facts.append(comparison_facts(timelines, request))
         lines: list[str] = []
-        # with --docs all ranks split one pack; if the run's own packs are not split so, hints about its keys would be wrong
+        # with --docs all ranks split one pack; if the run's own packs are not split that way, hints about its keys would be
+        # wrong
         if config and settings == PlanSettings.of_config(config):
             layouts = compare_layouts(request, cluster)
             facts[-1]["layouts"] = {name: {"seconds": seconds} for name, seconds in layouts.items()}

@@ -52,10 +52,10 @@ def run_locally(config: Config, json_lines: bool, logs: bool = False) -> int:
 
 
 def resume_locally(run: RunFolder, config: Config, json_lines: bool, step: int | None = None) -> int:
-    """Continue a run on this machine, possibly with another configuration. Return the exit code.
+    """Continue a run on this machine, possibly with a different configuration. Return the exit code.
 
-    step: step of the checkpoint to continue from; None for the newest good checkpoint. Raises DistattnError without any change
-    if another launcher works on the run, even if its ranks have not begun.
+    step: step of the checkpoint to continue from; None for the newest good checkpoint. Raises DistattnError, without changing
+    anything, if another launcher is working on the run, even if its ranks have not started.
     """
     report_progress = no_progress if json_lines else print_line
     proposal = Proposal.of_this_process(run)

@@ -74,7 +74,7 @@ def main(folder: str, address: str, *place: str) -> int:
 
 
 def check_places(run: RunFolder, config: Config, nodes: int) -> None:
-    """Raise DistattnError if a run's ranks do not fill the job's nodes. This happens if it was resumed elsewhere."""
+    """Raise DistattnError if a run's ranks do not fill the job's nodes. This happens if the run was resumed elsewhere."""
     ranks, per_node = config.parallel.ranks, node_needs(config).ranks
     if ranks != nodes * per_node:
         raise DistattnError(

@@ -42,13 +42,13 @@ _JOB_GOES_ON = (
 
 
 def status(run: RunFolder) -> dict[str, Any]:
-    """Look up the state, steps and attempts of a run, and its job number on Slurm or otherwise its ranks' activities.
+    """Look up the state, steps and attempts of a run, and its Slurm job number or, without Slurm, its ranks' activities.
 
     state: a sentence. phase: the state for programs: "new", "starting", "waiting" (for nodes), "running", "between" (attempts),
     "ended", "killed" or "unknown". all_done: True if the sentence says that all steps are done.
 
-    A run started by another scheduler has no attempts, but its nodes' last reports of failed ranks, by node. Raises
-    DistattnError as `slurm.status` does.
+    For a run started by another scheduler, the result has no attempts, but its nodes' last reports of failed ranks, by
+    node. Raises the same errors as `slurm.status`.
     """
     attempts, launcher = Attempts(run.attempts), _launcher(run)
     # a run started on Slurm may have been resumed on this machine since
@@ -113,7 +113,7 @@ def status(run: RunFolder) -> dict[str, Any]:
 def state_of_ended(run: RunFolder) -> str | None:
     """Return the state of a run or sweep that has ended and cannot be cancelled, or None if it is still active.
 
-    Raises DistattnError as `slurm.status` does.
+    Raises the same errors as `slurm.status`.
     """
     if sweep_runs(run.folder):
         # a sweep on Slurm has no state of its own: each task ends separately
@@ -129,7 +129,7 @@ def state_of_ended(run: RunFolder) -> str | None:
 def cancel(run: RunFolder) -> tuple[str, int | str]:
     """Cancel a run's Slurm job, or end its launcher on this machine. Return ("job", number) or ("launcher", process id).
 
-    On Ray, the ranks are asked through the run folder to save and end. Raises DistattnError if there is neither.
+    On Ray, the ranks are asked through the run folder to save and end. Raises DistattnError if the run has neither.
     """
     attempts = Attempts(run.attempts)
     if attempts.beats() is None and (launcher := _launcher(run)) is not None:

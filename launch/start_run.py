@@ -114,7 +114,7 @@ def resume_run(
 def change_config(run: RunFolder, config: Config) -> None:
     """Replace the configuration of a run that no job holds, and keep the previous one next to it.
 
-    Raises DistattnError as `resume_run` does. Does not remove a request to stop.
+    Raises the same errors as `resume_run`. Does not remove a request to stop.
     """
     with _prepared(run, config) as step:
         try:

@@ -206,7 +206,7 @@ class _Worker:
             self._process.kill()
 
     def stop(self) -> None:
-        """Kill the process, whatever its state, and close its pipes."""
+        """Kill the process, regardless of its state, and close its pipes."""
         self._process.kill()
         self._process.wait()
         self._close_pipes()

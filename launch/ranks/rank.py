@@ -35,7 +35,7 @@ def run(folder: str, json_lines: bool, proposed: str = "") -> int:
 
 
 def set_allocator() -> None:
-    """Let PyTorch's GPU allocator use expandable segments, unless the user configured it. Call this before using a GPU.
+    """Make PyTorch's GPU allocator use expandable segments, unless the user configured it. Call this before using a GPU.
 
     Packed batches need buffers of many sizes, which would fragment segments of fixed size.
     """
@@ -64,7 +64,7 @@ def keep_log(folder: Path) -> None:
 
 
 class _Log(io.FileIO):
-    """A log that drops lines while the disk is full, since no rank may fail because it prints."""
+    """A log that drops lines while the disk is full, since printing must never make a rank fail."""
 
     def write(self, content: Any, /) -> int:
         """Write the content, or drop it if that fails. Return the number of bytes written or dropped."""

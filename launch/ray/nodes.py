@@ -49,8 +49,9 @@ class NodeCounts:
 class RayNodes:
     """Runs attempts on nodes of the connected cluster. job: a job name shared by the ranks of all attempts.
 
-    Ray chooses a node for each bundle. Bundles have no order, so ranks follow the natural order of node names. The placement
-    group is kept between attempts, so that no other user takes the nodes, until a node is left out or the node count changes.
+    Ray chooses a node for each bundle. Bundles have no order, so ranks follow the natural order of node names. To keep other
+    users from taking the nodes, the placement group is kept between attempts until a node is left out or the node count
+    changes.
     """
 
     def __init__(self, run: RunFolder, job: str, needs: NodeNeeds, size: NodeCounts):

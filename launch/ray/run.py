@@ -33,7 +33,7 @@ class RayRun:
     """The attempts of one run on the connected cluster."""
 
     def __init__(self, run: RunFolder, config: Config, job: str):
-        """Record that the run is waiting. job: the result of `new_job`. Raises DistattnError as `ElasticRun` does."""
+        """Record that the run is waiting. job: the result of `new_job`. Raises the same errors as `ElasticRun`."""
         self.run, self.needs = run, node_needs(config)
         last = ray_facts(run) if run.ray_file.exists() else {}
         elastic = ElasticRun(run, config, last.get("nodes", 0), launcher_facts())
