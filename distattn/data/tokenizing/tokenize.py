@@ -194,7 +194,7 @@ def finished_manifest(job: TokenizeJob) -> Manifest | None:
             manifest = Manifest.load(job.prefix)
             if manifest is not None and manifest.command == _command_digest(job):
                 return manifest
-    # a command that was killed while it renamed its files left them
+    # remove the files of a command that was killed while renaming them
     if existing and os.path.exists(_publishing(job)) and f"{job.prefix}.json" not in existing:
         for file in existing:
             os.unlink(file)
