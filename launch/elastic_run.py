@@ -16,7 +16,7 @@ from distattn.training.run_folder import RunFolder
 
 
 def node_counts(config: Config, most: int = 0) -> tuple[int, ...]:
-    """Return a run's possible node counts, largest first. With each, all replicas are complete and get equally many packs.
+    """Return a run's possible node counts, largest first. Each gives complete replicas with the same number of packs per step.
 
     most: the node count at the run's start, if it was larger. Raises DistattnError if `ray.min_nodes` leaves no choice.
     """
