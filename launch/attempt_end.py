@@ -11,7 +11,7 @@ from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError, R
 
 # exit codes of ranks that have given a reason, and would fail again for the same reason
 _FINAL = (DistattnError.exit_code, DamagedDataError.exit_code)
-# kinds of failures of a rank, with the likeliest cause of other ranks' failures first
+# kinds of rank failures; the likeliest cause of other ranks' failures comes first
 _KINDS = ("killed", "cut", "hung", "raised", "refused")
 # exit codes of ranks that end because of other ranks
 _OF_OTHERS = (0, LostRankError.exit_code, RunStopped.exit_code)
@@ -25,9 +25,9 @@ _MOST_FAILURES, _FORGOTTEN_SECONDS = 2, 86400.0
 class AttemptEnd:
     """The result of an attempt on several nodes.
 
-    code: exit code of the whole attempt. codes: exit codes by host, in the order in which the hosts ended; None if a signal
-    killed the ranks. descriptions: how each host ended, according to the process that started its ranks. lost: hosts that no
-    longer exist. next_nodes: node count of the next attempt if ranks were asked to end for it, otherwise 0. unstarted: the
+    code: exit code of the attempt. codes: exit codes by host, in the order in which the hosts ended; None if a signal killed
+    the ranks. descriptions: how each host ended, according to the process that started its ranks. lost: hosts that no longer
+    exist. next_nodes: node count of the next attempt if ranks were asked to end for it, otherwise 0. unstarted: the
     scheduler's reason why no ranks were started, otherwise "".
     """
 
@@ -47,7 +47,7 @@ class AttemptEnd:
     def blamed(self, hosts: Sequence[str]) -> list[str]:
         """Return the hosts at fault: lost hosts, or else hosts whose ranks were killed, or else the first that failed.
 
-        If all hosts that ended only report that they lost another one, return the hosts that did not answer.
+        If all hosts that ended only report that they lost another host, return the hosts that did not answer.
         """
         killed = [host for host, code in self.codes.items() if code is None or code > 128]
         failed = [host for host, code in self.codes.items() if code not in _OF_OTHERS]
@@ -58,14 +58,14 @@ class AttemptEnd:
         return [host for host in hosts if host not in self.codes] if self.codes else []
 
     def is_final(self) -> bool:
-        """Return whether ranks failed for a reason that would make another attempt fail, too."""
-        # exit codes of ranks that fail for this reason, or that end because another rank has ended
+        """Return whether ranks failed for a reason that would also make another attempt fail."""
+        # exit codes of ranks that fail for such a reason, or that end because another rank has ended
         following = (*_FINAL, 0, 1, LostRankError.exit_code)
         codes = self.codes.values()
         return not self.lost and any(code in _FINAL for code in codes) and all(code in following for code in codes)
 
     def cause(self, hosts: Sequence[str], node_reports: Mapping[int, Mapping[str, Any]]) -> tuple[str, list[str]]:
-        """Return the cause and the hosts at fault. node_reports: each node's report on its ranks, by its index in hosts."""
+        """Return the cause and the hosts at fault. node_reports: reports of nodes on their ranks, by index in hosts."""
         if self.lost or not node_reports:
             return self.why(hosts), self.blamed(hosts)
         least = min(map(_rank_of_cause, node_reports.values()))
@@ -113,7 +113,7 @@ class RepeatedFailures:
 
     @property
     def culprit(self) -> Any:
-        """The only rank or host at fault each time, or None if there is no such rank or host."""
+        """The one rank or host at fault each time, or None if there is no such rank or host."""
         return next(iter(self._suspects)) if self.count >= _MOST_FAILURES and len(self._suspects) == 1 else None
 
     def forget(self, suspect: Any) -> None:
@@ -136,7 +136,7 @@ class LeftOut:
 
     @property
     def failing(self) -> list[str]:
-        """Hosts that failed repeatedly but still answer, whether left out or not."""
+        """Hosts that failed repeatedly but still answer, whether or not they are left out."""
         culprit = self._failures.culprit
         return [*self._failing, *([] if culprit is None or culprit in self.hosts else [culprit])]
 
@@ -160,7 +160,7 @@ class LeftOut:
         self._unstarted.append(host)
 
     def take_back_unstarted(self, alive: Collection[str]) -> str:
-        """Take back the first host that is alive and on which no attempt could begin. Return it, or "" without one."""
+        """Take back the first host that is alive and on which no attempt could begin. Return it, or "" without such a host."""
         for host in self._unstarted:
             if host in alive:
                 self._unstarted.remove(host)

@@ -22,7 +22,7 @@ class Attempts:
         self._folder, self._file = folder, folder / "attempts.jsonl"
 
     def begin(self, **facts: Any) -> int:
-        """Record that an attempt begins, and return its number, counted from 1. facts: further fields, such as its job."""
+        """Record that an attempt begins, and return its number, counted from 1. facts: additional fields, such as its job."""
         number = self.latest
         with contextlib.suppress(OSError):
             self._begun(number).parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ class Attempts:
 
     def is_reported(self, report: Path) -> bool:
         """Return whether a run's report was written after the last attempt ended."""
-        # comparable, since both files are on the same file system
+        # these times are comparable, since both files are on the same file system
         return report.exists() and report.stat().st_mtime >= self._file.stat().st_mtime
 
     @property
@@ -68,7 +68,7 @@ class Attempts:
         return self._begun(self.latest).exists()
 
     def report_node(self, number: int, node: int, facts: dict[str, Any]) -> None:
-        """Write what went wrong on a node, for the process that starts attempts, on another machine. Ignore a full disk."""
+        """Report what went wrong on a node to the process, on another machine, that starts attempts. A full disk is ignored."""
         with contextlib.suppress(OSError):
             self.folder(number).mkdir(parents=True, exist_ok=True)
             write_whole(self.folder(number) / f"{_NODE}{node}.json", json_text(facts))

@@ -103,7 +103,7 @@ def _calibrate_nodes(options: argparse.Namespace) -> int:
         )
     if importlib.util.find_spec("ray") is None:
         raise DistattnError("calibrate --ray needs ray: pip install 'distattn[ray]'.")
-    # import here: the import of torch takes seconds
+    # import this here: importing torch takes seconds
     from distattn.launch.ray.calibrate import calibrate_nodes, slow_nodes
 
     ranks = ("--ranks", str(options.ranks)) if options.ranks else ()
@@ -127,8 +127,8 @@ def _calibrate_nodes(options: argparse.Namespace) -> int:
 
 
 def _ranks(asked: int | None) -> int:
-    """Return the number of ranks that measure: `asked`, or one per GPU, or 4. Raises DistattnError if they do not fit."""
-    # import here: the import of torch takes seconds
+    """Return the number of ranks: `asked`, by default one per GPU, or 4 without GPUs. Raises DistattnError if they do not fit."""
+    # import this here: importing torch takes seconds
     from distattn.launch.ranks import machine_limits
 
     gpus = machine_limits.gpu_count()
@@ -141,7 +141,7 @@ def _ranks(asked: int | None) -> int:
 
 
 def measure_with_ranks(ranks: int, name: str) -> ClusterSpec:
-    """Measure this machine with several processes at once. Raises DistattnError if a process fails."""
+    """Measure this machine with several processes running concurrently. Raises DistattnError if a process fails."""
     from distattn.launch.ranks.local import run_ranks
 
     with tempfile.TemporaryDirectory() as folder:

@@ -89,7 +89,7 @@ def _list(arguments: Sequence[str]) -> int:
         )
         when = checkpoint.manifest.saved_at[:19].replace("T", " ")
         table.add_row(*numbers, when, whole, escape(str(checkpoint.folder)), escape(note))
-    # show whole paths, since a wrapped or truncated path cannot be copied
+    # show full paths, since a wrapped or truncated path cannot be copied
     widest = max(len(str(checkpoint.folder)) + len(note) for checkpoint, note in zip(checkpoints, notes, strict=True))
     ResultConsole(highlight=False, width=_WIDTH + widest).print(table)
     return 0

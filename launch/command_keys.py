@@ -48,7 +48,7 @@ READ_BY = {
 
 
 def refuse_keys_that_do_nothing(command: str, overrides: Sequence[str]) -> None:
-    """Raise DistattnError for a key in `overrides` that the command, a key of READ_BY, does not read. Ignore other words."""
+    """Raise DistattnError for a key in `overrides` that `command` (a key of READ_BY) does not read. Other words are ignored."""
     config_keys = all_keys()
     for word in overrides:
         key = word.removeprefix("--").partition("=")[0].replace("-", "_")
@@ -57,7 +57,7 @@ def refuse_keys_that_do_nothing(command: str, overrides: Sequence[str]) -> None:
         if "--docs" in command and key in READ_BY[command.replace(" --docs", "")]:
             raise DistattnError(f"command line: {key}: has no effect with --docs; leave one of them out.")
         section = key.partition(".")[0]
-        # if the section belongs to one launcher, name that launcher first
+        # if the section belongs to one launcher, put that launcher first
         owners = [f"launch {section}", *READ_BY]
         owner = next(name for name in owners if key in READ_BY.get(name, ()))
         raise DistattnError(f"command line: {key}: has no effect here; it belongs to distattn {owner}.")

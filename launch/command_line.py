@@ -89,7 +89,7 @@ def run_subcommand(module: str, arguments: Sequence[str]) -> int:
 
 
 class ResultConsole(Console):
-    """Console for results. Raises BrokenPipeError if the reader has closed the pipe, where rich would exit with code 1."""
+    """Console for results. If the reader has closed the pipe, raises BrokenPipeError; rich would exit with code 1."""
 
     def on_broken_pipe(self) -> None:
         """Raise again the exception that rich has caught."""

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.ranks < 1:
         raise DistattnError(f"doctor: --ranks: must be at least 1, not {options.ranks}.")
     if options.target is not None:
-        # import here: the import of torch takes seconds
+        # import this here: importing torch takes seconds
         from distattn.launch.ranks.machine_limits import DOCTOR_RANK_MB, check_memory
 
         check_memory(
@@ -177,7 +177,7 @@ def _show_diagnosis(diagnosis: Diagnosis, ranks: int) -> None:
 
 
 def _hidden(measured: Mapping[str, float]) -> str:
-    """Return a sentence that says how large a mistake rounding may hide, or "" if only a small one."""
+    """Return a sentence that says how large a mistake rounding may hide, or "" if only a small mistake."""
     forward, backward = measured.get("hidden", 0.0), measured.get("hidden in gradients", 0.0)
     if max(forward, backward) < _COARSE:
         return ""
@@ -188,7 +188,7 @@ def _hidden(measured: Mapping[str, float]) -> str:
 
 
 def _not_repeated(why: str) -> str:
-    """Return a sentence saying that only whole results were compared, or "" if the ranks' steps were repeated.
+    """Return a sentence saying that only final results were compared, or "" if the ranks' steps were repeated.
 
     why: the reason why they were not repeated; "" if they were.
     """

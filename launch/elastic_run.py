@@ -16,7 +16,7 @@ from distattn.training.run_folder import RunFolder
 
 
 def node_counts(config: Config, most: int = 0) -> tuple[int, ...]:
-    """Return a run's possible node counts, largest first. With each, replicas are whole and have equally many packs per step.
+    """Return a run's possible node counts, largest first. Each gives complete replicas with the same number of packs per step.
 
     most: the node count at the run's start, if it was larger. Raises DistattnError if `ray.min_nodes` leaves no choice.
     """
@@ -41,14 +41,14 @@ class ElasticRun:
     """A run's possible node counts, and its configuration with the current one. facts: recorded for each attempt."""
 
     def __init__(self, run: RunFolder, config: Config, most: int, facts: Mapping[str, Any]):
-        """Raise DistattnError as `node_counts` does. most: see `node_counts`. facts: further facts about each attempt."""
+        """Raise DistattnError as `node_counts` does. most: see `node_counts`. facts: additional facts about each attempt."""
         self._run, self._config = run, config
         self.counts = node_counts(config, most)
         self.facts = dict(facts)
         self._note(config.parallel.ranks // node_needs(config).ranks)
 
     def resize(self, nodes: int) -> None:
-        """Set the node count of the next attempt. No rank may be running. Raises DistattnError as `change_config` does."""
+        """Set the node count of the next attempt. No rank may be running. Raises the same errors as `change_config`."""
         if nodes == self.facts["nodes"]:
             return
         config = _resized(self._config, nodes)

@@ -107,7 +107,7 @@ def _start(where: str, arguments: Sequence[str]) -> int:
             raise DistattnError(
                 f"launch: --array: {word[2:]} names another cluster; all runs of a sweep are on one cluster."
             )
-    # a run file's cluster is meant for `distattn plan`, so ignore it for a launch of another size
+    # a run file's cluster is meant for `distattn plan`, so ignore it for a launch of a different size
     named = any(word.startswith("--cluster.description") for word in overrides)
     if config.cluster.description and (named or not (options.nodes or options.gpus)):
         check_device_holds_state(config, cluster_for_run(config, config.cluster.description))

@@ -31,7 +31,7 @@ class Nodes(Protocol):
         """Write the run's report on one of the hosts. Return the exit code."""
 
     def blame(self, hosts: Sequence[str], end: AttemptEnd) -> None:
-        """Record hosts that failed. Some of them are left out of later attempts."""
+        """Record hosts that failed. Some of these are left out of later attempts."""
 
     def give_back(self) -> str:
         """Return why the run must stop and continue later on other nodes, as a sentence without its period; or ""."""
@@ -58,7 +58,7 @@ def ask_to_stop(run: RunFolder, signal_name: str) -> None:
 class NodeAttempts:
     """Runs attempts until the run has ended, can only continue on other nodes, or cannot continue.
 
-    facts: recorded for every attempt, with the values that they have when it begins.
+    facts: recorded for every attempt, with their values at its start.
     """
 
     def __init__(self, run: RunFolder, nodes: Nodes, max_restarts: int, facts: Mapping[str, Any]):
@@ -126,7 +126,7 @@ class NodeAttempts:
                 return Outcome(end.code, again=self._asked_by_signal())
             if not end.is_final():
                 self._nodes.blame(blamed, end)
-            # without progress, the run would most likely fail on other nodes, too
+            # without progress, the run would most likely also fail on other nodes
             if now > start and (back := self._nodes.give_back()):
                 print_message(f"{why}; {back}.")
                 return Outcome(_STOPPED, again=True)

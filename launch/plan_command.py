@@ -101,7 +101,8 @@ def main(arguments: Sequence[str]) -> int:
             _write_files(options, timelines, request, cluster)
         facts.append(comparison_facts(timelines, request))
         lines: list[str] = []
-        # with --docs all ranks split one pack; if the run's own packs are not split so, hints about its keys would be wrong
+        # with --docs all ranks split one pack; if the run's own packs are not split that way, hints about its keys would be
+        # wrong
         if config and settings == PlanSettings.of_config(config):
             layouts = compare_layouts(request, cluster)
             facts[-1]["layouts"] = {name: {"seconds": seconds} for name, seconds in layouts.items()}
@@ -124,10 +125,10 @@ def _show_memory(options: argparse.Namespace, config: Config | None) -> int:
     """Print the memory that each rank of a run needs. Return the exit code."""
     if config is None:
         raise DistattnError("plan: --memory needs a run: name its configuration.")
-    # import here: it takes 2 s, and no other option needs it
+    # import here: the import takes 2 s, and no other option needs it
     from distattn.training.run_memory import fit_line, memory_json, memory_of_config, memory_table
 
-    # without a cluster the memory of a device is unknown
+    # without a cluster, a device's memory is unknown
     cluster = _cluster(options, config) if options.cluster or config.cluster.description else None
     packs = _longest(_phases(options, config)).packs
     # counting a rank takes seconds: count only those with the fewest or most tokens, or the most memory for attention

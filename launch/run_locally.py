@@ -45,23 +45,23 @@ def run_locally(config: Config, json_lines: bool, logs: bool = False) -> int:
                 if logs:
                     run.logs.mkdir()
             except BaseException:
-                # ignore errors here, so that the first error is raised
+                # suppress errors here, so that the original error is raised
                 shutil.rmtree(run.folder, ignore_errors=True)
                 raise
         return run_ranks_and_finish(run, config, report_progress, json_lines)
 
 
 def resume_locally(run: RunFolder, config: Config, json_lines: bool, step: int | None = None) -> int:
-    """Continue a run on this machine, possibly with another configuration. Return the exit code.
+    """Continue a run on this machine, possibly with a different configuration. Return the exit code.
 
-    step: step of the checkpoint to continue from; None for the newest good checkpoint. Raises DistattnError without any change
-    if another launcher works on the run, even if its ranks have not begun.
+    step: step of the checkpoint to continue from; None for the newest good checkpoint. Raises DistattnError, without changing
+    anything, if another launcher is working on the run, even if its ranks have not started.
     """
     report_progress = no_progress if json_lines else print_line
     proposal = Proposal.of_this_process(run)
     with ExitStack() as stack:
         with stopped("before training", "the run is unchanged"):
-            # this may take half a minute, to find out if a launcher on another machine is alive
+            # this may take half a minute: it checks whether a launcher on another machine is alive
             stack.enter_context(RunLock(run.folder, LAUNCHER))
             # a proposal that the ranks refuse leaves the run's configuration unchanged
             stack.callback(proposal.remove)

@@ -36,11 +36,12 @@ def main(folder: str, address: str, *place: str) -> int:
     attempts = Attempts(run.attempts)
     attempt = attempts.latest
     if number == 0 and not attempts.goes_on:
-        # remove requests of the previous attempt; a launcher that records attempts does so itself, and may have made a new one
+        # remove requests of the previous attempt; a launcher that records attempts removes them itself, and may have made
+        # a new request since
         run.forget_requests()
     # to end a step or a container, a scheduler sends SIGTERM and, seconds later, SIGKILL: save in between
     signal.signal(signal.SIGTERM, lambda *_: ask_to_stop(run, "SIGTERM"))
-    # import torch only after setting the handler: the import takes seconds, and the signal may arrive meanwhile
+    # import torch only after setting the handler: the import takes seconds, and the signal may arrive during it
     from distattn.launch.ranks.attempt import Ranks, fork_server, run_attempt
     from distattn.launch.ranks.local import Node
     from distattn.launch.run_locally import PRELOAD, RANK
@@ -74,7 +75,7 @@ def main(folder: str, address: str, *place: str) -> int:
 
 
 def check_places(run: RunFolder, config: Config, nodes: int) -> None:
-    """Raise DistattnError if a run's ranks do not fill the job's nodes. This happens if it was resumed elsewhere."""
+    """Raise DistattnError if a run's ranks do not fill the job's nodes. This happens if the run was resumed elsewhere."""
     ranks, per_node = config.parallel.ranks, node_needs(config).ranks
     if ranks != nodes * per_node:
         raise DistattnError(

@@ -42,16 +42,16 @@ _JOB_GOES_ON = (
 
 
 def status(run: RunFolder) -> dict[str, Any]:
-    """Look up the state, steps and attempts of a run, and its job number on Slurm or otherwise its ranks' activities.
+    """Look up the state, steps and attempts of a run, and its Slurm job number or, without Slurm, its ranks' activities.
 
     state: a sentence. phase: the state for programs: "new", "starting", "waiting" (for nodes), "running", "between" (attempts),
     "ended", "killed" or "unknown". all_done: True if the sentence says that all steps are done.
 
-    A run started by another scheduler has no attempts, but its nodes' last reports of failed ranks, by node. Raises
-    DistattnError as `slurm.status` does.
+    For a run started by another scheduler, the result has no attempts, but its nodes' last reports of failed ranks, by
+    node. Raises the same errors as `slurm.status`.
     """
     attempts, launcher = Attempts(run.attempts), _launcher(run)
-    # a run started on Slurm may since have been resumed on this machine
+    # a run started on Slurm may have been resumed on this machine since
     if run.job_file.exists() and attempts.beats() is None and launcher is None:
         job = slurm.status(run)
         return job if job["state"] in _JOB_GOES_ON else _with_report(run, job)
@@ -76,7 +76,7 @@ def status(run: RunFolder) -> dict[str, Any]:
             ray_run["state"] += f", python -m distattn.launch.ray.attempts {run.folder} continues"
         return ray_run
     last, all_done = rows[-1] if rows else {}, False
-    # without heartbeats, look for the launcher, too: another user's heartbeats cannot be read
+    # without heartbeats, also look for the launcher, since another user's heartbeats cannot be read
     killed = beats is None and launcher is None
     phase, state = ("killed", "killed with its launcher") if killed else ("running", "running")
     if beats is None and launcher is not None and last.get("process") != launcher.writer_name:
@@ -103,7 +103,7 @@ def status(run: RunFolder) -> dict[str, Any]:
     ranks = {str(rank): last_activity(beat) for rank, beat in (beats or {}).items()}
     reports = {} if rows else attempts.node_reports(attempts.latest)
     nodes = {str(node): facts["why"] for node, facts in sorted(reports.items())}
-    # step of the furthest rank, counted from 1; 0 before the first step
+    # step of the rank that is furthest ahead, counted from 1; 0 before the first step
     at_step = 1 + max((beat.step for beat in (beats or {}).values()), default=-1)
     facts = {"run": str(run.folder), "state": state, "phase": phase, "all_done": all_done, "steps": steps}
     facts |= {"attempts": rows, "ranks": ranks, "nodes": nodes}
@@ -113,7 +113,7 @@ def status(run: RunFolder) -> dict[str, Any]:
 def state_of_ended(run: RunFolder) -> str | None:
     """Return the state of a run or sweep that has ended and cannot be cancelled, or None if it is still active.
 
-    Raises DistattnError as `slurm.status` does.
+    Raises the same errors as `slurm.status`.
     """
     if sweep_runs(run.folder):
         # a sweep on Slurm has no state of its own: each task ends separately
@@ -129,7 +129,7 @@ def state_of_ended(run: RunFolder) -> str | None:
 def cancel(run: RunFolder) -> tuple[str, int | str]:
     """Cancel a run's Slurm job, or end its launcher on this machine. Return ("job", number) or ("launcher", process id).
 
-    On Ray, the ranks are asked through the run folder to save and end. Raises DistattnError if there is neither.
+    On Ray, the ranks are asked through the run folder to save and end. Raises DistattnError if the run has neither.
     """
     attempts = Attempts(run.attempts)
     if attempts.beats() is None and (launcher := _launcher(run)) is not None:
@@ -225,7 +225,7 @@ def _ray_state(run: RunFolder) -> tuple[str, str]:
     if facts["host"] == socket.gethostname():
         if process_state(facts["launcher"]) not in "XZ":
             return state, f"{state} from {place}"
-        # read again: the launcher may have recorded its end meanwhile
+        # read again: the launcher may have recorded its end since the first read
         ended = run.state_file.read_text("utf-8").split()[1:]
         return ("ended", f"ended, exit code {ended[0]}") if ended else ("killed", "killed with its launcher")
     return "unknown", f"begun from {place}, which knows whether it is running"

@@ -53,14 +53,14 @@ def start_run(config: Config, report_progress: Callable[[str], None]) -> RunFold
         report_progress(run.explanation_file.read_text("utf-8").splitlines()[0])
         report_progress(f"run folder: {run.folder}")
     except BaseException:
-        # ignore errors here, so that the first error is raised
+        # suppress errors here, so that the original error is raised
         shutil.rmtree(run.folder, ignore_errors=True)
         raise
     return run
 
 
 def preflight_alone(config: Config) -> Config:
-    """Return the configuration to start with: a preflight alone is not restarted or requeued, and gets another run folder.
+    """Return the configuration to start with: a preflight alone is not restarted or requeued, and gets its own run folder.
 
     The training run can then use the configured folder.
     """
@@ -101,7 +101,7 @@ def resume_run(
 def change_config(run: RunFolder, config: Config) -> None:
     """Replace the configuration of a run that no job holds, and keep the previous one next to it.
 
-    Raises DistattnError as `resume_run` does. Does not remove a request to stop.
+    Raises the same errors as `resume_run`. Does not remove a request to stop.
     """
     with _prepared(run, config) as step:
         try:
@@ -159,7 +159,7 @@ def _check_plans(config: Config, data: RunData, after: int = -1) -> None:
 
 
 def _check_evaluation(config: Config, data: RunData) -> None:
-    """Raise DistattnError if held-out documents are missing or also trained. It is too late to find out after days."""
+    """Raise DistattnError if held-out documents are missing or also trained. Days into the run would be too late to find out."""
     if config.evaluation.every_steps:
         check_held_out(config, data)
 

@@ -18,12 +18,12 @@ from types import FrameType
 from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
-# further signals within this time after the first belong to the same request; a later one interrupts the clean-up
+# more signals within this time after the first belong to the same request; a later signal interrupts the clean-up
 _SAME_REQUEST_SECONDS = 5.0
 
 
 class CommandStopped(KeyboardInterrupt):
-    """A signal that ends this command.
+    """An exception raised when a signal ends this command.
 
     doing: the phase that it interrupted, such as "in training". then: how to complete or continue the work. Both may be "".
     """
@@ -78,7 +78,7 @@ def stop_on_signals() -> Iterator[None]:
 def stopped(doing: str, then: str | Callable[[], str] = "") -> Iterator[None]:
     """Set `doing` and `then` of a CommandStopped raised within the block, unless an inner context has set them.
 
-    then: a text, or a function that returns the text and is called only when the command is stopped.
+    then: a string, or a function that returns one and is called only when the command is stopped.
     """
     try:
         yield

@@ -1,8 +1,8 @@
 """Megatron-core's expert router with context parallelism: its losses count each real token once.
 
-Splitting sequences does not change how tokens are dispatched to experts, but it changes the router's losses. Megatron-core 0.16
-assumes that all ranks have the same number of tokens, and with `calculate_per_token_loss` it weights a loss over all context-parallel
-ranks by one rank's number of tokens.
+Splitting sequences does not change how tokens are dispatched to experts, but it changes the router's losses. Megatron-core
+0.16 assumes that all ranks have the same number of tokens, and with `calculate_per_token_loss` it weights a loss over
+all context-parallel ranks by one rank's number of tokens.
 """
 
 # T tokens on this rank, X experts

@@ -28,8 +28,8 @@ from distattn.ir.errors import DistattnError
 class PackLoader:
     """An iterable over a plan's steps that yields this share's packs of each step as a list of `PlannedBatch` micro-batches.
 
-    step: the next step to yield. A driver that fetches steps ahead of training must save the number of steps trained instead.
-    end: the end of the steps to yield, exclusive.
+    step: the next step to yield. A driver that fetches steps ahead of training must save the number of steps trained instead
+    of this value. end: the end of the steps to yield, exclusive.
 
     `deal_packs` assigns packs to shares; within a share they keep the plan's order. If the number of packs is not a multiple of
     the number of shares, some shares get more packs than others.
@@ -57,12 +57,12 @@ class PackLoader:
         corpora: if opened with `check_tokens=False`, tokens are read without comparing them with their digests. rank, size: this
         share's number, and the number of shares. start_step, steps: the first step, and the number of steps to yield; by default
         all that remain in the plan. ahead: how many steps ahead to read and check step records. even: refuse steps whose packs
-        cannot be split evenly. drop_last: leave out the plan's last step if it is not full (`PackPlan.full_steps`), whatever the
-        number of shares. vocabulary: check token ids against this limit (exclusive) when they are read. device: the device of the
-        returned tensors. pin_memory: read through pinned memory if CUDA is available. corpus_ids: also return `corpus_ids`
+        cannot be split evenly. drop_last: leave out the plan's last step if it is not full (`PackPlan.full_steps`), regardless of
+        the number of shares. vocabulary: check token ids against this limit (exclusive) when they are read. device: the device of
+        the returned tensors. pin_memory: read through pinned memory if CUDA is available. corpus_ids: also return `corpus_ids`
         (1, T), the index of each token's corpus in the plan's `sources`, and -1 for padding.
 
-        Raises DistattnError if the plan was made with other corpora or masks, if it does not have the requested steps, and if a
+        Raises DistattnError if the plan was made with other corpora or masks, if it does not have the requested steps, or if a
         step has fewer packs than there are shares. If a document kept whole replaces several packs, the loader may not notice
         that a step has too few packs until it reads the step.
         """
@@ -168,7 +168,7 @@ class PackLoader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from a state returned by `state_dict`. The share and the number of shares may differ.
 
-        Raises DistattnError if the state belongs to another plan, or its step lies after the last one.
+        Raises DistattnError if the state belongs to another plan, or if its step is after the plan's last one.
         """
         if state.keys() != {"step", "plan"}:
             raise DistattnError(f"a loader's state has step and plan, not {', '.join(map(str, state)) or 'nothing'}.")
@@ -224,7 +224,7 @@ class PackLoader:
 
 
 def _corpora_of(plan: PackPlan, corpora: Sequence[Corpus]) -> list[Corpus]:
-    """Return the corpora in the plan's order. Raise DistattnError if the plan was made from different ones."""
+    """Return the corpora in the plan's order. Raise DistattnError if the plan was made from other corpora."""
     corpus_of = {corpus.name: corpus for corpus in corpora}
     planned = [source.name for source in plan.sources]
     if len(corpus_of) != len(corpora) or corpus_of.keys() != set(planned):

@@ -23,12 +23,12 @@ class PackDataset(Dataset[dict[str, Any]]):
     """A dataset whose item i is pack i of a plan: token ids, labels and document lengths, ready for `ContextParallel.shard`.
 
     Use it with a trainer that draws items in order, such as `ContextParallelTrainer` with train_sampling_strategy="sequential",
-    per_device_train_batch_size=1, and a data_collator that returns the only row. The trainer must take as many packs per step
+    per_device_train_batch_size=1, and a data_collator that returns the only row. The trainer must use as many packs per step
     (over all shares) as the plan has. Every rank reads whole packs; with `PackLoader` it would read only its own tokens.
     """
 
     def __init__(self, plan: PackPlan | str | Path, corpora: Sequence[Corpus], *, steps: int | None = None):
-        """Open the plan. steps: the number of steps to take; by default all steps that have all their packs.
+        """Open the plan. steps: the number of steps to use; by default all full steps.
 
         Raises DistattnError if documents may be kept whole, because then the number of packs varies between steps.
         """

@@ -29,8 +29,9 @@ _MOST_SKIPPED = 64
 class PlannedBatch:
     """A pack as a `Batch` for the driver: pieces of documents, concatenated along one axis of N tokens.
 
-    lengths: the tokens of each piece, in order. tokens: N. digest: equal on all ranks with the same batch. bytes_read: bytes of
-    tokens copied from files so far; if the files have digests, whole blocks of 16 KiB are read to check them.
+    lengths: the number of tokens in each piece, in order. tokens: N. digest: equal on all ranks with the same batch.
+    bytes_read: bytes of tokens copied from files so far; if the files have digests, entire blocks of 16 KiB are read in
+    order to check them.
 
     A token's label is the next token of its document, even if the piece ends before the document does. The last token of a
     document has no label (-100), nor has a token whose next token is masked (`distattn.data.files.label_masks`).
@@ -52,9 +53,9 @@ class PlannedBatch:
         """Prepare the batch of a pack, without reading.
 
         corpora: in the order of the plan's sources. masks: the masks of each corpus; by default those next to its files. thread:
-        does the reads that `start_reading` starts; without it they are done at once. vocabulary: all ids must be below it.
-        device: the device of a rank's shard. pin_memory: read into pinned memory if CUDA is available. corpus_ids: add the corpus
-        of each token to a rank's shard.
+        performs the reads started by `start_reading`; without a thread they are done immediately. vocabulary: all ids must be
+        below it. device: the device of a rank's shard. pin_memory: read into pinned memory if CUDA is available. corpus_ids: add
+        the corpus of each token to a rank's shard.
         """
         self._pins, self._has_corpus_ids = pin_memory, corpus_ids
         self.device = torch.device(device)
@@ -127,9 +128,9 @@ class PlannedBatch:
     def read(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (token ids, labels) at positions `tokens` (T,) of the pack, in the same order; both int64 (T,).
 
-        The positions may be in any order. They are merged into runs of neighbours in one document; each run is read at once, with
-        one more token for the last label. Raises DistattnError for positions outside the pack, and DamagedDataError naming the
-        file and byte if a file is damaged.
+        The positions may be in any order. They are merged into runs of neighbours in one document; each run is read in one call,
+        with one more token for the last label. Raises DistattnError for positions outside the pack, and DamagedDataError naming
+        the file and byte if a file is damaged.
         """
         ids, labels = self.read_tensors(tokens)
         return ids.numpy(), labels.numpy()
@@ -178,7 +179,7 @@ class PlannedBatch:
         return fill
 
     def _fill(self, tokens: np.ndarray, ids: np.ndarray, labels: np.ndarray) -> None:
-        """Read the tokens at rising positions into `ids` and `labels`. All three arrays are (T,)."""
+        """Read the tokens at ascending positions into `ids` and `labels`. All three arrays are (T,)."""
         copied = 0
         for first, last, piece in self._runs(tokens):
             corpus, document = self._corpora[self._pack.corpus[piece]], int(self._pack.document[piece])
@@ -202,7 +203,7 @@ class PlannedBatch:
             self.bytes_read += copied
 
     def _runs(self, tokens: np.ndarray) -> Iterator[tuple[int, int, int]]:
-        """Return (first, last + 1, piece) for each run of rising positions (T,) that is read in one call."""
+        """Return (first, last + 1, piece) for each run of ascending positions (T,) that is read in one call."""
         gaps = np.flatnonzero(np.diff(tokens) > _MOST_SKIPPED + 1) + 1
         limits = np.unique(np.concatenate([[0], gaps, np.searchsorted(tokens, self._begins[1:-1]), [len(tokens)]]))
         pieces = np.searchsorted(self._begins, tokens[limits[:-1]], "right") - 1

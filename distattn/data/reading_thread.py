@@ -14,7 +14,7 @@ _Result = TypeVar("_Result")
 
 
 class PendingRead(Generic[_Result]):
-    """Work queued for the thread. If the result is requested before the thread has begun it, the caller does it instead."""
+    """Work queued for the thread. If the result is requested before the thread has started on it, the caller does the work."""
 
     def __init__(self, work: Callable[[], _Result]) -> None:
         self._work: Callable[[], _Result] | None = work
@@ -44,7 +44,7 @@ class PendingRead(Generic[_Result]):
 
 
 class ReadingThread:
-    """A daemon thread that does one piece of work after another.
+    """A daemon thread that executes pieces of work one after another.
 
     The thread starts with the first piece of work, and is started again in a forked process. It ends when this object is no
     longer referenced, or with the process.

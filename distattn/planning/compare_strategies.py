@@ -22,7 +22,7 @@ from distattn.training.config.run_file import Config
 
 # a chosen strategy or layout that takes more than this many times as long as the fastest is reported
 _NOTABLY_SLOWER = 1.02
-# limits that keep planning times reasonable and numbers within 64 bits
+# limits that keep planning times reasonable and values within 64 bits
 _MOST_DOCUMENTS, _MOST_TOKENS = 1_000_000, 1 << 40
 
 
@@ -110,7 +110,7 @@ def comparison_table(results: dict[str, Timeline | str], cluster: ClusterSpec) -
 
 
 def compare_layouts(request: PlanRequest, cluster: ClusterSpec) -> dict[str, float]:
-    """Return the simulated seconds of forward and backward pass for each layout with the request's strategy, fastest first.
+    """Return the simulated seconds of the forward and backward pass for each layout with the request's strategy, fastest first.
 
     Refused layouts are left out. Return an empty dict if each rank has packs of its own, because no layout spreads those.
     """
@@ -168,7 +168,7 @@ COMPARED = ("forward", "backward", "TFLOP/s fwd", "TFLOP/s bwd", "across nodes",
 
 
 def comparison_cells(timelines: Sequence[Timeline]) -> list[list[str]]:
-    """Return the cells for the columns COMPARED, one row per strategy. All numbers in a column have the same unit."""
+    """Return the cells for the columns COMPARED, one row per strategy. All values in a column have the same unit."""
     facts = [timeline.as_dict() for timeline in timelines]
 
     def sum_of_passes(name: str) -> list[float]:

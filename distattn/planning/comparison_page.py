@@ -58,7 +58,7 @@ def _row(number: int, timeline: Timeline, cells: list[str], longest: float) -> d
 
 
 def _bar(part: PassTimeline, longest: float) -> dict[str, Any]:
-    """Return a pass's bar: its width, its text, and the percentages of kernel, waiting and idle time, averaged over ranks."""
+    """Return the bar of a pass: width, text, and percentages of kernel, waiting and idle time, averaged over ranks."""
     seconds = part.seconds or 1.0
     kernels, waiting = float(part.busy.mean()) / seconds, float(part.exposed.mean()) / seconds
     shares = dict(kernels=100 * kernels, waiting=100 * waiting, idle=100 * max(1 - kernels - waiting, 0.0))
@@ -70,8 +70,8 @@ def _bar(part: PassTimeline, longest: float) -> dict[str, Any]:
 def _pass_data(plan: Plan, part: PassTimeline) -> dict[str, Any]:
     """Return the data of a pass's timeline.
 
-    For each step and rank it has the start, the ends of kernels and messages, and the numbers of tasks, messages and received
-    bytes.
+    For each step and rank, the data are the start, the ends of kernels and messages, and the numbers of tasks, messages and
+    received bytes.
     """
     ranks = np.unique(np.linspace(0, plan.call.ranks - 1, min(plan.call.ranks, _MAX_DRAWN)).astype(int))
     table = plan.forward if part.direction == "forward" else plan.backward

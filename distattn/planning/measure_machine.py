@@ -28,7 +28,7 @@ from distattn.ops.attention import attention
 from distattn.ops.executable import prepare
 from distattn.parallel.make_plan import make_plan
 
-# the numbers of queries and of keys in the kernel table; GPUs need larger ones
+# the numbers of queries and of keys in the kernel table; GPUs need larger numbers
 _SIDES = {"cpu": (128, 512, 2048), "cuda": (512, 2048, 8192, 32768)}
 _HEADS = {"cpu": 4, "cuda": 32}
 _HEAD_DIMS = (64, 128)
@@ -38,7 +38,7 @@ _MESSAGES = {"cpu": (1 << 12, 1 << 20, 1 << 23), "cuda": (1 << 12, 1 << 22, 1 <<
 
 
 def measure_machine(ranks: int, name: str, report_progress: Callable[[str], None]) -> ClusterSpec:
-    """Measure this machine with `ranks` ranks working at once. Call it on every rank of a process group of that size."""
+    """Measure this machine with `ranks` ranks working at the same time. Call it on every rank of a process group of that size."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     report_progress("matrix products and copies")
     product, copy = _matmul_tflops(device), _copy_gbs(device)
@@ -116,7 +116,7 @@ def _copy_gbs(device: torch.device) -> float:
 
 
 def _measure_link(device: torch.device, ranks: int) -> Link:
-    """Measure a rank's link with messages of three sizes, which all ranks send at once: to their neighbours, and as all-to-alls.
+    """Measure a rank's link with messages of three sizes, sent by all ranks at the same time: to neighbours, and as all-to-alls.
 
     The slower of the two counts. On CPUs the link is shared, because all ranks share the memory.
     """
@@ -148,7 +148,7 @@ def _measure_link(device: torch.device, ranks: int) -> Link:
     (small, quick), (large, slow) = points[0], points[-1]
     per_byte = (slow - quick) / (large - small)
     if slow < 2 * quick:
-        # latency dominates even the largest message, so use a lower bound of the link's speed
+        # latency dominates even the largest message, so use a lower bound on the link's speed
         per_byte = slow / large
     shared = device.type == "cpu"
     return Link(
@@ -174,7 +174,7 @@ def _attention_speeds(device: torch.device, head_dim: int, queries: int, keys: i
     heads, dtype = _HEADS[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
     demand = KernelRequirements(dtype, head_dim, head_dim, device)
     kernel = load_kernel(choose_kernel(None, demand))
-    # `Mask` is square, so take the rectangle as one piece of a larger mask
+    # `Mask` is square, so treat the rectangle as one piece of a larger mask
     n = max(queries, keys)
     mask = Mask.from_pieces([[0, queries, 0, keys, -n, n]], n)
     cells = LaunchMask.from_mask(mask, heads, heads)._replace(rows=queries, keys=keys)

@@ -55,7 +55,7 @@ def problems_of(facts: Sequence[RankFacts]) -> list[str]:
 
 
 def warnings_of(facts: Sequence[RankFacts]) -> list[str]:
-    """Return warnings about unusual facts with which a run can start. If it has done steps before, a full disk is one of them."""
+    """Return warnings about unusual facts with which a run can start, including a full disk if the run has already done steps."""
     warnings = list(_disk_shortages([rank for rank in facts if rank.goes_on]))
     warnings += [
         f"{places} has the device {there}, most ranks {common}; the slowest device sets the pace."

@@ -43,10 +43,10 @@ _DIGESTS = {"model": "model configuration", "plan": "plan of packs"}
 class RankFacts:
     """The facts of one rank.
 
-    rank: its number in the job, from 0. host: the host's name. machine: an identifier that tells hosts with the same name apart.
+    rank: its index in the job, from 0. host: the host's name. machine: an identifier that tells hosts with the same name apart.
     config: the settings' values by key. versions: package versions by name. host_free: free host memory in bytes. disk_free: free
-    bytes on the run folder's disk. disk_needed: bytes that the run's checkpoints still need. goes_on: True if the run has done
-    steps before. digests: digests of the data and the model by name. failure: a sentence if something could not be read, in which
+    bytes on the run folder's disk. disk_needed: bytes that the run's checkpoints still need. goes_on: True if the run has already
+    done steps. digests: digests of the data and the model by name. failure: a sentence if something could not be read; in that
     case the facts that depend on it are missing. advice: a sentence about a package to install for a faster kernel.
     """
 
@@ -148,8 +148,8 @@ def package_versions() -> dict[str, str]:
 def checkpoint_bytes(run: RunFolder, config: Config) -> int:
     """Return the bytes that a run's checkpoints will need on top of those that exist.
 
-    Count the checkpoints that `[checkpoint]` keeps, and the one being written, but not those that checkpoint.keep_every_hours
-    keeps for good.
+    Counts the checkpoints that `[checkpoint]` keeps, and the one being written, but not those that
+    checkpoint.keep_every_hours keeps permanently.
     """
     every, steps = config.checkpoint.every_steps, config.train.steps
     if every < 0:

@@ -28,8 +28,8 @@ def forecast_memory(
 ) -> MemoryForecast:
     """Return the forecast for one rank. plan: the attention plan of the run's first step, if there is one.
 
-    On GPUs a whole step is counted, as by `distattn plan --memory`. On CPUs everything is in the host's memory, and only the
-    model's state is counted, a lower bound.
+    On GPUs, an entire step is counted, as by `distattn plan --memory`. On CPUs everything is in the host's memory, and only
+    the model's state is counted, a lower bound.
     """
     state = state_bytes(config)
     if device.type == "cpu" or config.memory.state_on_host:
@@ -48,7 +48,7 @@ def forecast_memory(
 
 
 def _is_planned(config: Config, plan: Plan) -> bool:
-    """Return True if the run's first plan has the configured settings. They differ if, say, it resumes on fewer ranks."""
+    """Return True if the run's first plan has the configured settings. They differ if, say, the run resumes on fewer ranks."""
     wanted, call = PlanSettings.of_config(config), plan.call
     shapes = (wanted.ranks, wanted.heads, wanted.kv_heads, wanted.head_dim, wanted.dtype)
     return (

@@ -34,7 +34,7 @@ from distattn.training.config.run_file import Config
 from distattn.training.reporting.json_lines import json_text, write_whole
 from distattn.training.run_folder import RunFolder
 
-# how much longer than the others a rank may take to open its data or to answer
+# how much longer than other ranks a rank may take to open its data or to answer
 _LIMIT = timedelta(seconds=120)
 
 
@@ -43,7 +43,7 @@ class PreflightReport(NamedTuple):
 
     problems: sentences about faults that would make the run fail. warnings: sentences about slow or unusual parts. facts, speeds,
     clocks: indexed by rank. If there are problems, nothing is measured, and speeds and clocks are empty. If ranks run different
-    code, facts are empty, too.
+    code, facts are empty as well.
     """
 
     problems: list[str]
@@ -78,7 +78,7 @@ def preflight(
     publish: Callable[[PreflightReport], None] = lambda report: None,
     limit: timedelta = _LIMIT,
 ) -> PreflightReport:
-    """Compare and measure all ranks of the default group, which must call this together. device: this rank's device.
+    """Compare and measure all ranks of the default group, all of which must call this function. device: this rank's device.
 
     publish: called on rank 0 with the report before any rank continues. limit: how long ranks wait for each other. Raises
     LostRankError naming the ranks that do not answer in time.
@@ -109,7 +109,7 @@ def preflight(
     report = report._replace(seconds=time.monotonic() - began)
     if mine.rank == 0:
         publish(report)
-    # wait for rank 0 to publish: a launcher ends all ranks when the first one ends
+    # wait for rank 0 to publish: a launcher ends all ranks as soon as one ends
     gather(None, "end")
     end_communicator(host)
     return report
@@ -157,7 +157,7 @@ def _measure(
         backend = host if device.type == "cpu" else open_communicator(group, device, limit)
         transport = GroupTransport(group, backend)
     speed = measure_speed(rank, _nodes(facts), transport, device, limit)
-    # read the clock at once, before the idle device lowers it
+    # read the clock immediately, before the idle device lowers it
     clock = gpu_clock(device)
     if device.type == "cuda":
         if transport is not None:

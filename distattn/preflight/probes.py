@@ -21,10 +21,11 @@ from distattn.parallel.runtime.communication.transport import GroupTransport, Pa
 # the side of the matrices, and the number of timed products
 _SIDE = {"cpu": 320, "cuda": 8192}
 _PRODUCTS = 5
-# the bytes of a message between two ranks, and the bytes that a rank sends to all others together in an all-to-all
+# the bytes of a message between two ranks, and the total bytes that a rank sends to all others in an all-to-all
 _MESSAGE = {"cpu": 1 << 18, "cuda": 1 << 26}
 _TO_ALL = {"cpu": 1 << 18, "cuda": 1 << 27}
-# the approximate bytes that a rank sends to other nodes in total, so messages are shorter with many nodes; the shortest message
+# the approximate bytes that a rank sends to other nodes in total, so messages are shorter with many nodes; the minimum size of
+# a message
 _ACROSS_BYTES, _LEAST_MESSAGE = 1 << 31, 1 << 22
 # the number of short and long messages per link; short ones measure the latency, and the first one connects
 _SHORT, _LONG = 3, 4
@@ -33,7 +34,7 @@ _MOST_INSIDE = 15
 
 
 class Link(NamedTuple):
-    """A link to another rank while both ranks send. gbs: 10^9 bytes per second in one direction. latency_us: µs for 8 bytes."""
+    """A link to another rank, measured while both send. gbs: 10^9 bytes per second and direction. latency_us: µs for 8 bytes."""
 
     peer: int
     gbs: float
@@ -55,7 +56,7 @@ class RankSpeed(NamedTuple):
 def measure_speed(
     rank: int, nodes: Sequence[Sequence[int]], transport: GroupTransport | None, device: torch.device, limit: timedelta
 ) -> RankSpeed:
-    """Measure the speed of matrix products and of links on this rank. All ranks must call this together.
+    """Measure the speed of matrix products and of links on this rank. A collective call.
 
     nodes: the ranks of each node. transport: connects all ranks; None for a single rank. Raises LostRankError naming the ranks
     that do not answer.
@@ -114,7 +115,7 @@ class _LinkProbe(NamedTuple):
     limit: timedelta
 
     def all_to_all(self, rank: int, ranks: Sequence[int]) -> float:
-        """Return the speed in 10^9 bytes per second at which this rank sends to all other ranks together."""
+        """Return the total speed in 10^9 bytes per second at which this rank sends to all other ranks."""
         peers = [other for other in sorted(ranks) if other != rank]
         size = max(_TO_ALL[self.device.type] // len(ranks), 1)
         out, back = self._bytes(size), {peer: self._bytes(size) for peer in peers}

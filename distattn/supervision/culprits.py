@@ -11,9 +11,9 @@ from distattn.supervision.heartbeats import Heartbeat
 
 
 class Culprit(NamedTuple):
-    """A rank to blame. how: what is wrong with it, as the predicate of a sentence. does: its last activity.
+    """A rank to blame. how: what is wrong with the rank, as the predicate of a sentence. does: the rank's last activity.
 
-    helper: the name in sentences of another process to blame instead; in that case `rank` is the first rank on its node.
+    helper: another process to blame instead, as it is named in sentences; in that case `rank` is the first rank on its node.
     """
 
     rank: int
@@ -87,7 +87,7 @@ def culprits(
 
 
 def _waiting_for_messages(beats: Mapping[int, Heartbeat]) -> list[int]:
-    """Return the ranks that wait for messages, without those whose peers all wait for messages, too.
+    """Return the ranks that wait for messages, without those whose peers all wait for messages as well.
 
     If that leaves no ranks, return all that wait: the sender and the receiver of a lost message stop one message apart, and
     either may be ahead.

@@ -23,21 +23,21 @@ from distattn.supervision.heartbeats import Heartbeat
 _TELL_STACKS = signal.SIGUSR2
 # from linux/prctl.h
 _PR_SET_PTRACER = 0x59616D61
-# time limits in seconds: for py-spy; for a rank to begin its answer and to finish it, counted from the request; and the minimum
-# wait for answers once all other work is done
+# in seconds: the time limits for py-spy and for a rank to begin and finish its answer (counted from the request), and the
+# minimum wait for answers once all other work is done
 _PY_SPY_SECONDS, _BEGIN_SECONDS, _ANSWER_SECONDS, _LEAST_SECONDS = 10.0, 5.0, 10.0, 1.0
-# how faulthandler's output ends: with the outermost frame of the main thread, or "..." after a hundred frames
+# the end of faulthandler's output: the outermost frame of the main thread, or "..." after a hundred frames
 _OUTERMOST = (" in <module>", "...", "<no Python frame>")
-# seconds without change after which an answer counts as complete if it ends like that, and if it does not
+# seconds without change after which an answer counts as complete, with such an end and without it
 _STILL_SECONDS, _STUCK_SECONDS = 0.05, 2.0
-# frames under the first path are collectives, except those under the second, which are torchrun's; how many frames to search
+# frames under the first path are collectives, except torchrun's, which are under the second; number of frames to search
 _COLLECTIVES, _TORCHRUN, _INNERMOST = "/torch/distributed/", "/torch/distributed/elastic/", 4
 
 
 def answer_with_stacks(folder: Path, rank: int) -> None:
-    """Let this process write its threads' stacks to stacks-RANK.txt in a folder when it receives SIGUSR2.
+    """Make this process write its threads' stacks to stacks-RANK.txt in a folder when it receives SIGUSR2.
 
-    The handler is written in C, so it works even if a lock or the GIL is held. It also writes the stacks at a fault such as a
+    The handler is written in C, so it works even if a lock or the GIL is held. It also writes the stacks on a fault such as a
     segmentation fault. If the file cannot be created, the stacks go to stderr.
     """
     file = _stacks_file(folder, rank)

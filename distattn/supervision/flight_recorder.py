@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 _SOCKET = "distattn-flight-recorder"
-# names of the traces on PyTorch's server by backend; NCCL's exists only with CUDA
+# backend -> name of its trace on PyTorch's server; NCCL's exists only with CUDA
 _TRACES = {"gloo": "fr_trace_json", "nccl": "dump_nccl_trace_json"}
 _ANSWER_SECONDS = 3.0
 # the first of these variables that is set determines the recorder's length (FlightRecorder.hpp)
@@ -26,7 +26,7 @@ _LENGTHS = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 # each message is an entry: a layer has 378 with USP and 297 with Ulysses (8 ranks, 64:8 heads, a pack of 8 documents), and fewer
 # with other strategies
 _ENTRIES_A_LAYER = 400
-# PyTorch's default length, and the greatest length that ranks can send in time
+# PyTorch's default length, and the greatest length that ranks can send within the time limit
 _FEWEST, _MOST = 2_000, 24_000
 # references to this process's servers, because a server ends when it is no longer referenced
 _SERVERS: list[object] = []
@@ -35,13 +35,14 @@ _SERVERS: list[object] = []
 def answer_with_flight_recorder() -> None:
     """Serve this process's flight recorder to processes of the same user. Do nothing if PyTorch has no server."""
     with contextlib.suppress(ImportError, OSError, RuntimeError):
-        # import it here, because a launcher does not need torch
+        # import torch here, because a launcher does not need it
         from torch._C._distributed_c10d import _WorkerServer
 
         with tempfile.TemporaryDirectory(prefix="distattn-") as folder, _without_stderr():
             path = os.path.join(folder, _SOCKET)
             _SERVERS.append(_WorkerServer(path))
-            # the socket is deleted with the folder; others still find it through this descriptor, which closes with the process
+            # the socket is deleted with the folder; other processes still reach it through this descriptor, which closes with
+            # the process
             os.open(path, os.O_PATH | os.O_CLOEXEC)
 
 
@@ -98,7 +99,7 @@ def _answer(connection: http.client.HTTPConnection, ends: float) -> Any:
 def _socket_of(pid: int) -> str:
     """Return the path of the socket on which a process answers. Raise FileNotFoundError if it has no such socket."""
     for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        # the process may close descriptors meanwhile
+        # the process may close descriptors at any time
         with contextlib.suppress(FileNotFoundError):
             if f"/{_SOCKET} (deleted)" in os.readlink(descriptor):
                 return str(descriptor)

@@ -42,12 +42,13 @@ _TRIES = 20
 class Heartbeat(NamedTuple):
     """The last heartbeat of a rank.
 
-    at: its time in seconds of CLOCK_MONOTONIC. beats: the number of heartbeats so far. step: the training step. first: the first
-    step of the process. Both are -1 before training. seconds: how long the activity may take without another heartbeat, or 0 to
-    let the supervisor decide. waits: True if the rank waits for other ranks, so another rank is to blame if it makes no progress.
-    activity: what the rank does or why it ends, as text that no program parses. peers: the ranks whose messages it waits for, or
-    the ranks that it has lost if it refuses to continue. key: a number that is equal for ranks that wait for the same thing or
-    raised the same error. exit_code: set if the rank refuses. lost_peer: True if it ends because it lost another rank.
+    at: time of the heartbeat in seconds of CLOCK_MONOTONIC. beats: the number of heartbeats so far. step: the training step.
+    first: the first step of the process. Both are -1 before training. seconds: how long the activity may take without another
+    heartbeat, or 0 to let the supervisor decide. waits: True if the rank waits for other ranks, so another rank is to blame if it
+    makes no progress. activity: what the rank is doing or why it ends, as text that no program parses. peers: the ranks whose
+    messages it waits for or, if it refuses to continue, the ranks that it has lost. key: a number that is equal for ranks that
+    wait for the same event or raised the same error. exit_code: set if the rank refuses. lost_peer: True if the rank ends because
+    it lost another rank.
     """
 
     pid: int
@@ -78,7 +79,7 @@ class Heartbeat(NamedTuple):
 
     @property
     def words(self) -> str:
-        """What the rank does, or how and why it ended, for people to read."""
+        """What the rank is doing, or how and why it ended, as human-readable text."""
         if self.state == "refused":
             return f"refused with exit code {self.exit_code}" + (f": {self.activity}" if self.activity else "")
         if self.state == "raised":
@@ -91,7 +92,7 @@ Write = Callable[..., None]
 
 
 class Activity(NamedTuple):
-    """What a process does next. The fields are those of `Heartbeat`, except that `key` is text."""
+    """What a process is about to do. The fields are those of `Heartbeat`, except that `key` is text."""
 
     text: str
     seconds: float = 0.0
@@ -272,14 +273,14 @@ _CURRENT = _CurrentActivity()
 
 
 def attach(path: Path, slot: int, attempt: int) -> None:
-    """Let this process write its heartbeats to a board from now on. Raise OSError if there is no board."""
+    """Make this process write its heartbeats to a board from now on. Raise OSError if there is no board."""
     _CURRENT.write = HeartbeatBoard.open(path, writable=True).writer(slot, attempt)
 
 
 def set_activity(
     text: str, *, step: int | None = None, seconds: float = 0.0, waits: bool = False, key: str = ""
 ) -> None:
-    """Report what this process does next. This takes about 1 us, and does nothing without a supervisor.
+    """Report what this process is about to do. This takes about 1 us, and does nothing without a supervisor.
 
     step: the training step from now on. seconds: see `Heartbeat`. waits: True if the process waits for other ranks. key: a name
     of the activity that is the same on all ranks.
@@ -290,7 +291,7 @@ def set_activity(
 
 
 def repeat_heartbeat() -> None:
-    """Report that the last activity makes progress, for example that more of a file was written. Any thread may call it."""
+    """Report that the last activity is making progress, for example that more of a file was written. Any thread may call it."""
     _CURRENT.repeat()
 
 
@@ -318,7 +319,7 @@ class activity:  # noqa: N801
 
 @contextlib.contextmanager
 def thread_activity(text: str, *, waits: bool = False, peers: tuple[int, ...] = (), key: str = "") -> Iterator[None]:
-    """Report what the calling thread does. On the main thread this is `activity`; other threads add to the main thread's text.
+    """Report what the calling thread is doing. On the main thread this is `activity`; other threads add to the main thread's.
 
     waits: True if the thread waits for other ranks. For a background thread this is reported only while the main thread waits for
     it (see `awaiting_thread`).
@@ -343,7 +344,7 @@ def thread_activity(text: str, *, waits: bool = False, peers: tuple[int, ...] = 
 def awaiting_thread(thread: int) -> Iterator[None]:
     """Report that the main thread waits for the thread with ident `thread`.
 
-    While that thread waits for other ranks, the heartbeat says that this rank waits for them, so that it is not blamed.
+    While that thread waits for other ranks, the heartbeat says that this rank waits for them, so that this rank is not blamed.
     """
     before = _CURRENT.awaited
     _CURRENT.wait_for(thread)
@@ -364,7 +365,7 @@ def current_layer() -> int | None:
 
 
 def layer_suffix() -> str:
-    """Return text such as " of layer 17" for the layer set by `set_layer`, or "" if it is unknown."""
+    """Return a string such as " of layer 17" for the layer set by `set_layer`, or "" if it is unknown."""
     return "" if _CURRENT.layer is None else f" of layer {_CURRENT.layer}"
 
 
@@ -390,5 +391,5 @@ def set_left() -> None:
 
 
 def is_attached() -> bool:
-    """Return True if a supervisor reads the heartbeats. Callers use it to avoid building texts that would not be read."""
+    """Return True if a supervisor reads the heartbeats. Callers use this to avoid building strings that would not be read."""
     return _CURRENT.write is not None

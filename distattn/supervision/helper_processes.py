@@ -15,7 +15,7 @@ from distattn.supervision.culprits import process_state
 LOOK_SECONDS = 0.5
 # replacements before a command gives up, because a new process does not cure a persistent fault
 MOST_REPLACEMENTS = 3
-# seconds to wait for a killed process to end; one that waits for a disk ends later
+# seconds to wait for a killed process to end; a process that is waiting for a disk ends later
 _KILLED_SECONDS = 2.0
 
 
@@ -51,10 +51,10 @@ class Helper:
         return None
 
     def fault(self, patience: float) -> str:
-        """Return what is wrong with the helper, or "" if nothing is. Call this every LOOK_SECONDS.
+        """Return what is wrong with the helper, or "" if it is working. Call this every LOOK_SECONDS.
 
-        patience: seconds for which it may be stopped. They are measured by counting calls, so that time in which this process did
-        not run does not count.
+        patience: how many seconds it may stay stopped. These are measured by counting calls, so that time in which this process
+        did not run does not count.
         """
         if ended := self.end():
             return ended

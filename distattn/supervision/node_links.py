@@ -34,7 +34,7 @@ class NodeAddress(NamedTuple):
 
 
 class CutLink(NamedTuple):
-    """Two nodes that no longer reach each other. names, how: the subject and the predicate of a sentence about them."""
+    """Two nodes that can no longer reach each other. names, how: the subject and the predicate of a sentence about them."""
 
     first: int
     second: int
@@ -91,7 +91,7 @@ class NodeLinks:
 
 
 def blamed_nodes(cut: Iterable[CutLink]) -> list[int]:
-    """Return the nodes with the most cut links: one node if the others reach each other, otherwise both ends of a link."""
+    """Return the nodes with the most cut links: one node if the others can reach each other, otherwise both ends of a link."""
     counts = Counter(node for link in cut for node in (link.first, link.second))
     return sorted(node for node, count in counts.items() if count == max(counts.values()))
 
@@ -105,7 +105,7 @@ def merged_links(links_by_node: Iterable[Sequence[CutLink]]) -> list[CutLink]:
 
 
 def unreached(places: Mapping[int, NodeAddress], seconds: float) -> dict[int, str]:
-    """Try to reach all nodes at once, for at most `seconds`. Return the reason for each node that was not reached."""
+    """Try to reach all nodes concurrently, for at most `seconds`. Return the reason for each node that was not reached."""
     failed: dict[int, str] = {}
     waiting: dict[int, tuple[int, socket.socket]] = {}
     with contextlib.ExitStack() as opened:

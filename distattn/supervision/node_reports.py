@@ -37,7 +37,7 @@ class NodeReport(NamedTuple):
 
 
 class NodeReports:
-    """The questions and answers of one node. folder: the attempt's folder. node: the node's number. links: to other nodes."""
+    """The questions and answers of a node. folder: the attempt's folder. node: the node's number. links: links to other nodes."""
 
     def __init__(self, folder: Path, node: int, nodes: int, links: NodeLinks | None = None):
         self._folder, self.node, self.nodes, self._links = folder, node, nodes, links
@@ -53,7 +53,7 @@ class NodeReports:
         return self._links.cut() if self._links is not None else []
 
     def ask(self) -> float:
-        """Ask all nodes what their ranks do. Return the time on the file system's clock. Raise OSError if that fails."""
+        """Ask all nodes what their ranks are doing. Return the time on the file system's clock. Raise OSError if that fails."""
         file = self._question_of(self.node)
         file.write_text("what do your ranks do?\n", "utf-8")
         self._moment = file.stat().st_mtime, time.monotonic()
@@ -97,7 +97,7 @@ class NodeReports:
 
 
 def _read(file: Path) -> tuple[float, str]:
-    """Return (the time of a file's last write, its text), or (0, "") if it is empty or missing."""
+    """Return (the modification time of a file, its text), or (0, "") if it is empty or missing."""
     # open the file before reading its time: only then does a network file system ask the server
     with contextlib.suppress(OSError), open(file, encoding="utf-8") as opened:
         if text := opened.read():

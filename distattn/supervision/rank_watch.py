@@ -25,11 +25,11 @@ INTERRUPT = signal.SIGUSR2
 _ASKED_SECONDS = 0.5
 # seconds between checks of the heartbeats
 POLL_SECONDS = 0.02
-# seconds by which a check may be late; a longer delay means that the machine or the whole job was paused
+# seconds by which a check may be late; a longer delay means that the machine or the entire job was paused
 _LATE_SECONDS = 1.0
-# consecutive checks that find a stopped rank before it counts as stopped for good
+# consecutive checks that must find a rank stopped before it counts as stopped for good
 _STOPPED_LOOKS = 10
-# seconds that torchrun has to notice how a rank ended; only torchrun gets the exit code
+# seconds that torchrun gets to notice how a rank ended; only torchrun learns the exit code
 _TORCHRUN_SECONDS = 5.0
 Kind = Literal["killed", "cut", "hung", "raised", "refused"]
 
@@ -38,8 +38,8 @@ Kind = Literal["killed", "cut", "hung", "raised", "refused"]
 class Patience:
     """Limits on how many seconds may pass without a heartbeat from any rank.
 
-    starting: the limit until all ranks have done two steps, in which they import, connect, load and compile. running: the limit
-    afterwards, or `factor` times the longest silence since the first step if that is longer.
+    starting: the limit until all ranks have done two steps; before that they import, connect, load and compile. running: the
+    limit afterwards, or `factor` times the longest silence since the first step if that is longer.
     """
 
     starting: float = 300.0
@@ -52,10 +52,11 @@ class Trouble:
     """Why the ranks of an attempt were ended, with the ranks to blame.
 
     kind: "killed" (or ended without giving a reason), "cut" (lost the link to other nodes), "hung", "raised" (an error) or
-    "refused" (to continue). steps: the steps done in this attempt by the rank that was furthest. seconds: the time until the
-    trouble was noticed, without pauses of the machine, counted from the last heartbeat or the rank's report of its end; for a
-    killed rank, an upper bound. exit_code: the exit code of a rank that refused. nodes: the nodes to blame for a cut link.
-    lost_peer: True if the ranks to blame ended because they lost another rank. error: a number that is equal for equal errors.
+    "refused" (to continue). steps: the steps done in this attempt by the rank that was furthest ahead. seconds: the time until
+    the trouble was noticed, without pauses of the machine, counted from the last heartbeat or the rank's report of its end;
+    for a killed rank, an upper bound. exit_code: the exit code of a rank that refused. nodes: the nodes to blame for a cut
+    link. lost_peer: True if the ranks to blame ended because they lost another rank. error: a number that is equal for equal
+    errors.
     """
 
     culprits: tuple[Culprit, ...]
@@ -94,8 +95,8 @@ class RankWatch:
     """A thread that watches the ranks on a board until `close`. At the first trouble, it kills them all with SIGKILL.
 
     A rank is watched from its first heartbeat on. ranks: the numbers of this machine's ranks, each with a slot on the board.
-    folder: where to save evidence about ranks that hang; it must exist by then. reports: the exchange with other nodes, if there
-    are any. helpers: other processes to watch. notify: prints a sentence about a helper that was replaced.
+    folder: where to save evidence about hung ranks; it must exist when a rank hangs. reports: the exchange with other nodes, if
+    there are any. helpers: other processes to watch. notify: prints a sentence about a helper that was replaced.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class RankWatch:
         self._reports, self._answered = reports, reports.asked() if reports is not None else 0.0
         self.trouble: Trouble | None = None
         self._began = time.monotonic()
-        # consecutive checks that have found a stopped rank after ranks were silent for too long
+        # number of consecutive checks that found a rank stopped after ranks were silent for too long
         self._stopped_looks = 0
         # the longest time without a heartbeat from any rank since all have done their first step
         self._longest = 0.0
@@ -149,7 +150,7 @@ class RankWatch:
             latest = max((beat.at for beat in beats.values()), default=self._began)
             done = min(self._done(beats).values(), default=0)
             if latest > heard:
-                # the part of this pause that came after the heartbeat; negative if the heartbeat was written after `now`
+                # the part of this pause after the heartbeat; negative if the heartbeat was written after `now`
                 after = min(late, now - latest)
                 # the first step compiles and allocates, so silences count only from the second step on
                 if last > 0 and len(beats) == len(self._ranks):
@@ -211,7 +212,8 @@ class RankWatch:
         }
         if not gone:
             return False
-        # blame ranks without a reason first: a killed rank could not report one, and ranks that lost it report that and end later
+        # blame ranks that gave no reason first: a killed rank could not give one, and the ranks that lost it report that loss and
+        # end later
         if killed := {rank: beat for rank, beat in gone.items() if beat.state not in WITH_REASON}:
             first = tuple(
                 Culprit(rank, "ended without giving a reason", last_activity(beat)) for rank, beat in killed.items()
@@ -270,7 +272,7 @@ class RankWatch:
         self._record(Trouble((culprit,), kind, done, seconds, shell_exit_code(code)))
 
     def _wait_for_torchrun(self, others: Sequence[int], done: bool) -> bool:
-        """Wait until torchrun ends the other ranks, or tries to. By then it knows how the first one ended.
+        """Wait until torchrun ends the other ranks, or tries to. By then, torchrun knows how the first rank ended.
 
         others: process ids of the other ranks. done: True if the killed ranks had done their part. Such ranks wait for each
         other, and torchrun, in releasing them, waits forever for a dead one (`multiprocessing.Event.set`). In that case return
@@ -322,7 +324,7 @@ class RankWatch:
         return NodeReport(beats, states, collective, silent, self._reports.cut_links() if self._reports else ())
 
     def _answer(self, reports: NodeReports, beats: Mapping[int, Heartbeat], silent: float) -> bool:
-        """Answer if another node has asked what these ranks do. Return True if so."""
+        """Answer if another node has asked what these ranks are doing. Return True if so."""
         with contextlib.suppress(OSError):
             if (asked := reports.asked()) > self._answered:
                 self._answered = asked
@@ -346,7 +348,7 @@ class RankWatch:
         return answers
 
     def _end_with_cut(self, cut: Sequence[CutLink], seconds: float, beats: Mapping[int, Heartbeat]) -> None:
-        """End the ranks because nodes do not reach each other, which explains what the ranks wait for or report."""
+        """End the ranks because nodes cannot reach each other, which explains what the ranks wait for or report."""
         culprits = tuple(Culprit(link.first * len(self._ranks), link.how, helper=link.names) for link in cut)
         self._end(culprits, "cut", seconds, beats, nodes=tuple(blamed_nodes(cut)))
 

@@ -30,10 +30,10 @@ def evaluate(
     """Return the mean losses over all batches of a loader and all ranks of the driver's loss group. A collective call.
 
     Call it between two training steps: inside a loop over `cp.steps`, after the optimizer step or before backward.
-    loader: positioned at its first step, such as a `PackLoader` of another plan or of the last steps of the run's plan;
-    losses by corpus need corpus_ids=True. sums: reset first. run: called with a step's local batches and a function that
-    it must call with their per-token losses; by default `token_losses` computes them. Raises DistattnError if no token
-    has a label.
+    loader: a loader positioned at its first step, such as a `PackLoader` of a different plan or of the last steps of the
+    run's plan; losses by corpus need corpus_ids=True. sums: where losses are accumulated; it is reset first. run: called
+    with a step's local batches and a function that it must call with their per-token losses; by default `token_losses`
+    computes them. Raises DistattnError if no token has a label.
     """
     sums.reset()
     with evaluation_mode(model):

@@ -20,22 +20,22 @@ _FileKey = tuple[object, ...]
 
 
 class _Place(NamedTuple):
-    """A document, identified by its corpus number and its number in the corpus."""
+    """A document, identified by its corpus's index and its index within the corpus."""
 
     corpus: int
     document: int
 
     @property
     def code(self) -> int:
-        """Both numbers packed into one integer."""
+        """Both indices packed into one integer."""
         return (self.corpus << 32) + self.document
 
 
 def check_held_out(config: Config, data: RunData) -> None:
-    """Raise DistattnError if a held-out document is also trained, or if `held_out_data` raises it.
+    """Raise DistattnError if a held-out document is also trained, or if `held_out_data` raises one.
 
-    data: the training data. Files are the same if they are one file on disk or have equal digests, whatever the names of
-    their corpora. Reads the records of all training steps.
+    data: the training data. Two files count as the same if they are one file on disk or have equal digests, whatever
+    their corpora are called. Reads the records of all training steps.
     """
     held, begin = held_out_data(config, data)
     trained = {place.code: place for place in _same_documents(held, begin, config, data.corpora)}
@@ -58,7 +58,7 @@ def _way_out(config: Config) -> str:
 
 
 def _same_documents(held: RunData, begin: int, config: Config, corpora: list[Corpus]) -> Iterator[_Place]:
-    """Yield the held-out documents whose files also belong to training corpora, with the numbers that they have there."""
+    """Yield the held-out documents whose files also belong to training corpora, as numbered in those corpora."""
     places: dict[_FileKey, list[_Place]] = {}
     for number, corpus in enumerate(corpora):
         for first, file in _files(corpus):
@@ -79,7 +79,7 @@ def _codes(plan: PackPlan, step: int) -> np.ndarray:
 
 
 def _files(corpus: Corpus) -> Iterable[tuple[int, IndexedFile]]:
-    """Yield (number of its first document, file) for each file."""
+    """Yield (index of its first document, file) for each file."""
     first = 0
     for file in corpus.files:
         yield first, file
@@ -89,6 +89,6 @@ def _files(corpus: Corpus) -> Iterable[tuple[int, IndexedFile]]:
 def _key(file: IndexedFile) -> _FileKey:
     if file.digests is not None:
         return file.dtype.name, file.bin_bytes, file.index_digest, file.digests.bin_root
-    # without digests, only the same file on disk counts as the same
+    # without digests, two paths count as the same file only if they lead to one file on disk
     status = os.stat(f"{file.prefix}.bin")
     return file.dtype.name, file.bin_bytes, file.index_digest, status.st_dev, status.st_ino

@@ -10,12 +10,12 @@ from pathlib import Path
 from distattn.ir.errors import DistattnError
 
 _BYTES = 32
-# owner may read and write; mask of the permission bits of group and others
+# read and write permission for the owner; mask of the permission bits of group and others
 _OWNER_ONLY, _OTHERS = 0o600, 0o077
 
 
 def write_secret(file: Path) -> None:
-    """Write a new random secret in place of the old one. Raises OSError."""
+    """Write a new random secret, replacing any old one. Raises OSError."""
     new_file = file.with_name(f"{file.name}.tmp")
     with suppress(FileNotFoundError):
         new_file.unlink()

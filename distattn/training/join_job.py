@@ -31,7 +31,7 @@ def job_store() -> dict[str, Any]:
 
     The environment has MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE, as torchrun sets them. With
     TORCHELASTIC_USE_AGENT_STORE torchrun's agent hosts the store, otherwise rank 0 does, and listens only on that address.
-    Each restart uses another key prefix. Raises DistattnError if rank 0 cannot listen on the address.
+    Each restart uses a different key prefix. Raises DistattnError if rank 0 cannot listen on the address.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -47,7 +47,8 @@ def authenticate_ranks(file: Path) -> None:
     """Let all ranks of the default group prove to each other that they know the secret in `file`. A collective call.
 
     Every rank draws a random number, and every proof covers all of them, so no proof can be replayed. Nothing is
-    unpickled before that. Ranks that know the secret raise DistattnError naming the ranks that do not.
+    unpickled before the proofs have been checked. Ranks that know the secret raise DistattnError naming the ranks that
+    do not.
     """
     # a rank that cannot read the secret still takes part, so that the other ranks can name it
     try:

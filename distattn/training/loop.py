@@ -56,9 +56,9 @@ def train(
 ) -> None:
     """Train on this rank from the run folder's newest checkpoint, or from scratch, to the last step.
 
-    proposal: the proposal with this configuration, which rank 0 applies after all checks. Raises DistattnError for
-    invalid settings, and for wrong numbers if watch.action is "stop". Raises RunStopped if the run was asked to stop, after
-    saving a checkpoint unless checkpoints are off.
+    proposal: the proposal with this configuration, which rank 0 applies after all checks. Raises DistattnError for invalid
+    settings, and for wrong values if watch.action is "stop". Raises RunStopped if the run was asked to stop, after saving a
+    checkpoint unless checkpoints are off.
     """
     data = open_data(run, config)
     with ExitStack() as stack:
@@ -85,7 +85,7 @@ def train(
         loop.run()
         loop.check_folder()
     steps, last_step = [checkpoint.step for checkpoint in list_checkpoints(run.checkpoints)], config.train.steps
-    # the folder may have an older checkpoint of the last step, so check for a failed save, too
+    # the folder may have an older checkpoint of the last step, so also check that the save did not fail
     if (
         lock is not None
         and config.checkpoint.every_steps >= 0
@@ -266,7 +266,7 @@ class TrainingLoop:
         """Return a step's mean loss, and the change of the state since the last update. All ranks get the same result.
 
         A rank whose state has changed signals it with an additional NaN loss, so undamaged runs send nothing extra. If
-        the loss is not reduced over all ranks, one more number is reduced at the same time.
+        the loss is not reduced over all ranks, one more value is reduced at the same time.
         """
         changed = self.digest.changed()
         self.health.state_checks = self.digest.comparisons
@@ -282,7 +282,7 @@ class TrainingLoop:
         return self.run_checkpoints.leave_damaged(damage)
 
     def _replay(self, step: int, batches: Sequence[Batch]) -> None:
-        """Run the first micro-batch twice, report a difference, and drop the gradients."""
+        """Run the first micro-batch twice, report any difference, and drop the gradients."""
         difference = self.replay.check(step, lambda: self.engine.backward(batches[:1]), self.engine.drop)
         self.engine.drop()
         if difference is not None:
@@ -354,7 +354,7 @@ class TrainingLoop:
         )
 
     def _end_of_moved(self, done: int, stop: Stop, begin: int) -> str:
-        """Record on rank 0 that the folder was moved or deleted, and return the sentence with which the run ends.
+        """Record on rank 0 that the folder was moved or deleted, and return the sentence that the run ends with.
 
         begin: the step from which a resume continues; equal to `done` if the run was saved.
         """

@@ -37,8 +37,8 @@ class Proposal:
     def __init__(self, run: RunFolder, name: str):
         self.run, self.name = run, name
         self.file, self.applied_file = run.proposed_config_file(name), run.applied_config_file(name)
-        # True if this process wrote the proposal. Its name is passed to the ranks even if the file is deleted meanwhile, and
-        # the ranks then refuse to start
+        # True if this process wrote the proposal. Its name is passed to the ranks even if the file has been deleted since;
+        # in that case the ranks refuse to start
         self.was_written = False
 
     @classmethod
@@ -74,7 +74,7 @@ class Proposal:
 
         Called on rank 0, which holds the run's lock. config: the proposed configuration. If the block raises, the
         checkpoints are restored. Raises DistattnError if the run's configuration was changed after the proposal was
-        written, or if `choose_step` raises it.
+        written, or if `choose_step` raises one.
         """
         if (facts := self._facts()) is None:
             if not self.applied_file.exists():

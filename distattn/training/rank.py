@@ -36,7 +36,7 @@ def main(
     """Run one rank of a run, and return the exit code.
 
     proposed: name of the launcher's proposal, which rank 0 applies before the first step; "" without a proposal.
-    may_begin: checks all ranks before training; returns False after printing why they may not begin.
+    may_begin: a function that checks all ranks before training; if they may not start, it prints why and returns False.
     """
 
     def work(run: RunFolder, config: Config, device: torch.device) -> int:
@@ -74,7 +74,7 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int],
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     size_flight_recorder(config.model.num_layers)
-    # with gradients on the host, their norms are reduced there, which needs gloo
+    # if gradients are on the host, their norms are reduced there, which needs gloo
     gpu_backend = "cpu:gloo,cuda:nccl" if config.memory.state_on_host else "nccl"
     with activity("connecting to the other ranks", waits=True, key="connecting"):
         store_arguments = job_store()
@@ -83,7 +83,7 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int],
         authenticate_ranks(run.secret_file)
         code = work(run, config, device)
     except DistattnError as error:
-        # if another rank was lost, the store may be lost, too
+        # if another rank was lost, the store may have been lost with it
         _print_error(str(error), run, None if isinstance(error, LostRankError) else store_arguments["store"])
         set_end(error.exit_code, error)
         return error.exit_code
@@ -94,7 +94,7 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int],
         code = DistattnError.exit_code if error.errno in _LASTING else 1
         set_end(code, DistattnError(text) if error.errno in _LASTING else error)
         return code
-    # not after an error: NCCL waits for the other ranks here, but an error must be reported at once
+    # not after an error: NCCL waits for the other ranks here, but an error must be reported immediately
     dist.destroy_process_group()
     return code
 

@@ -59,11 +59,11 @@ class RunCheckpoints:
         self._loss: float | None = None
         # True if a save is due but waits until a step is applied again
         self._save_is_due = False
-        # the step of the checkpoint with the current weights, and the checkpoint from which they were loaded; both None
-        # after an update
+        # the step of the checkpoint that holds the current weights, and the checkpoint from which they were loaded;
+        # both None after an update
         self._saved_step: int | None = None
         self._loaded: Loaded | None = None
-        # the step of a save whose state has not been compared with its digest since, so it may be damaged
+        # the step of a saved state that has not been compared with its digest since, and so may be damaged
         self._uncompared: int | None = None
 
     def is_due(self, done: int) -> bool:
@@ -85,7 +85,7 @@ class RunCheckpoints:
                     self.checkpoints.move_to(place / self.folder.checkpoints.name)
         facts, streak = {} if self._loss is None else {"loss": f"{self._loss:.6g}"}, self.watch.streak
         verdict = CheckpointVerdict()
-        # after the run's last step, no further step can tell a bad step from bad weights
+        # after the run's last step, no later step can tell a bad step from bad weights
         if streak is not None and (self.watch.doubts_weights or done == self.config.train.steps):
             text = f"it was saved after refused steps, from {streak.first + 1:,} on: {streak.reason.removesuffix('.')}"
             verdict = CheckpointVerdict(REFUSED, text)
@@ -94,7 +94,7 @@ class RunCheckpoints:
         self._uncompared = done
 
     def save_last(self, done: int) -> Damage | None:
-        """Save after the run's last step. Return the change of the state since its update, or None without a change."""
+        """Save after the run's last step. Return the change of the state since its update, or None if it has not changed."""
         self.save(done)
         self.checkpoints.wait()
         return self.digest.compare(done - 1, "the end of the run")
@@ -102,12 +102,13 @@ class RunCheckpoints:
     def finish_early(self, done: int) -> int:
         """Wait for the save of a run that stops after `done` steps, and discard the checkpoint if the state has changed.
 
-        Returns the step of the checkpoint from which a resume would continue, the same on all ranks; 0 without one.
+        Returns the step of the checkpoint from which a resume would continue, or 0 without a checkpoint. All ranks get the same
+        step.
         """
         self.checkpoints.wait()
         if (damage := self.digest.compare(done - 1, "the end of the run")) is not None:
             self.reporter.report_warning(damage.step, "damaged state", damage.text)
-            # if this run has not saved here, a checkpoint of this step is an older one: keep it
+            # discard only a checkpoint saved by this process: any other checkpoint of this step is older
             if self._uncompared == done:
                 self.checkpoints.note(lambda folder: discard_checkpoint(folder, done), done)
         # ask which checkpoint a resume prefers: the save may have failed, or be in doubt after refused steps
@@ -141,7 +142,7 @@ class RunCheckpoints:
         return loaded.step
 
     def go_back(self, step: int) -> int:
-        """Load the newest checkpoint and return its step. step: the refused step. Raises DistattnError without one."""
+        """Load the newest checkpoint and return its step. step: the refused step. Raises DistattnError without a checkpoint."""
         if not (checkpoint := self.resume()) and self._loaded is None:
             raise DistattnError(
                 f"step {step + 1}: there is no checkpoint to go back to, since none could be saved; see the messages above."
@@ -180,7 +181,7 @@ class RunCheckpoints:
         return self._loaded is not None and self._loaded.step == step and not self._loaded.doubt
 
     def judge(self, verdict: Verdict, loss: float) -> None:
-        """Record what a step's verdict shows about the checkpoint with its weights, and about those from before a streak.
+        """Record what a step's verdict shows about the checkpoint of its weights and about any from before a streak.
 
         The caller has just compared the state with its digest, so the last save copied an undamaged state.
         """
@@ -193,7 +194,7 @@ class RunCheckpoints:
                 self._end_streak(streak, verdict.recovered)
 
     def judge_refused(self, verdict: Verdict) -> None:
-        """Record what a refused step, already examined, shows about the checkpoint with its weights.
+        """Record what a refused step, already examined, shows about the checkpoint of its weights.
 
         The newest good checkpoint from before a streak is kept until the run recovers or has passed the refused step. A
         run that skips the step continues with the same weights; `NumericsWatch.doubts_weights` says whether they are in
@@ -232,7 +233,7 @@ class RunCheckpoints:
             self.reporter.report_warning(streak.last, "refused", f"{describe_streak(streak)}; {ending}.")
 
     def after_update(self, step: int, stops: Callable[[], object]) -> None:
-        """Record the state after an update. stops: returns a true value if the run is asked to stop after the step."""
+        """Record the state after an update. stops: a function that returns true if the run is asked to stop after the step."""
         self._saved_step = self._loaded = None
         self.growth.after_update(step)
         self.take_digest(f"the update of step {step + 1}", step + 1, stops)
@@ -248,7 +249,7 @@ class RunCheckpoints:
             self.digest.take(after)
 
     def accept_config(self, step: int) -> None:
-        """Replace the run's configuration with this one. If that fails, warn and go on."""
+        """Replace the run's configuration with this one. If that fails, warn and continue."""
         try:
             self.folder.accept_config(self.config, step)
         except OSError as error:

@@ -63,7 +63,7 @@ def find_text(config: Config) -> TextCorpus:
 def write_text(run: RunFolder, config: Config, text: TextCorpus) -> None:
     """Write the bytes of the run's text and the plan of its packs to the run folder.
 
-    Raises DamagedDataError if a file is not UTF-8 text or changes meanwhile.
+    Raises DamagedDataError if a file is not UTF-8 text or changes while it is read.
     """
     _plan_text(config, byte_corpus(text, str(run.corpus_prefix), _TEXT), run.packs_file)
 
@@ -134,7 +134,7 @@ def held_out_steps(config: Config) -> int:
 def held_out_data(config: Config, data: RunData) -> tuple[RunData, int]:
     """Return the data to evaluate and its first step: evaluation.path, or the last steps of the run's own plan.
 
-    Raises DistattnError if there are too few steps, or if the run's data start over within them.
+    Raises DistattnError if there are too few steps, or if steps of the run's own plan read an epoch after the first.
     `held_out.check_held_out` checks that no document is also trained.
     """
     begin, steps = data.plan.steps - config.evaluation.steps, config.evaluation.steps
@@ -168,7 +168,7 @@ def first_packs(plan: PackPlan, config: Config, step: int = 0) -> list[list[int]
 
 
 def piece_rows(data: RunData, step: int) -> Iterator[dict[str, Any]]:
-    """Yield the location of each document piece of a step, with all facts needed to read it without this package.
+    """Yield the location of each document piece of a step, with everything needed to read it without this package.
 
     file, dtype, byte: where its tokens begin. follows: True if the document continues after the piece, so that the last
     token has a label.
@@ -194,7 +194,7 @@ def piece_rows(data: RunData, step: int) -> Iterator[dict[str, Any]]:
 
 
 class _Lengths(NamedTuple):
-    """The fields of a corpus that planning needs."""
+    """The fields of a corpus needed for planning."""
 
     name: str
     lengths: np.ndarray

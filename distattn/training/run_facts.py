@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     # the import takes seconds, and commands that start runs do not need it
     import torch
 
-# sections that must not change, since other values would make it another run
+# sections that must not change, since different values would make it a different run
 _FIXED = ("model", "data")
 # exceptions: the compute dtype may change, and folders may have moved; the checkpoint's facts identify their contents
 _MAY_CHANGE = ("model.path", "model.dtype", "model.weights", "data.path", "data.check_tokens")
@@ -59,7 +59,7 @@ REQUIRED = ("model", "plan", "corpora", "seed")
 
 
 def check_same_run(before: Config, after: Config) -> None:
-    """Raise DistattnError, naming the key, if the new configuration describes another run."""
+    """Raise DistattnError, naming the key, if the new configuration describes a different run."""
     pairs = [
         (f"{name}.{key}", asdict(getattr(before, name))[key], value)
         for name in _FIXED

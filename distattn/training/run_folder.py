@@ -48,7 +48,7 @@ class StepMetrics:
 
     @property
     def tokens_per_second(self) -> float:
-        """Number of tokens of all ranks per second of the step's wall time."""
+        """Throughput in tokens per second of wall time, over all ranks."""
         return self.tokens / self.seconds
 
     def as_dict(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class RunFolder:
         self.attempts = folder / "attempts"
         # requests that the run save and end; contains the reason
         self.stop_file = folder / "stop"
-        # created by a launcher to make ranks save and end before it restarts them on more nodes
+        # created by a launcher to make the ranks save and end, so that it can restart them on more nodes
         self.regroup_file = folder / "regroup"
         # files of a batch system
         self.script_file = folder / "job.sbatch"
@@ -137,10 +137,10 @@ class RunFolder:
             file.unlink(missing_ok=True)
 
     def accept_config(self, config: Config, step: int) -> None:
-        """Replace the run's configuration, and keep the old one as config.until-STEP.toml. No rank may be reading it.
+        """Replace the run's configuration, and keep the old one as config.until-STEP.toml. Call this while no rank reads it.
 
-        step: the step from which the ranks continue. Further changes at the same step keep config.until-STEP-2.toml and so
-        on. Raises OSError, leaving the run's configuration unchanged.
+        step: the step from which the ranks continue. Later changes at the same step keep the old one as
+        config.until-STEP-2.toml and so on. Raises OSError, leaving the run's configuration unchanged.
         """
         if configuration.load(self.config_file) == config:
             return
@@ -149,7 +149,7 @@ class RunFolder:
         while file.exists():
             number += 1
             newest, file = file, self.folder / f"config.until-{step}-{number}.toml"
-        # a process killed at this point has already written it
+        # a process killed between the two writes below has already kept the old configuration
         if newest is None or newest.read_text("utf-8") != before:
             write_whole(file, before)
         configuration.save(config, self.config_file)
@@ -202,7 +202,7 @@ class RunFolder:
             self._held = None
 
     def metrics(self, steps: float = math.inf) -> list[StepMetrics]:
-        """Return the metrics of the steps so far, in order. Steps repeated after a rollback have only their last metrics.
+        """Return the metrics of the steps so far, in order. Steps repeated after a rollback keep only their last metrics.
 
         steps: the configured number of steps. Later steps, done before that number was lowered, are left out.
         """
@@ -237,7 +237,7 @@ class RunFolder:
         return min(done, configuration.load(self.config_file).train.steps)
 
     def resumed_facts(self) -> Row:
-        """Return facts for a RESUMED event: the current size of the metrics file, which shows later if steps followed."""
+        """Return facts for a RESUMED event: the current size of the metrics file, which later shows whether steps followed."""
         with suppress(OSError):
             return {"metrics_bytes": self.metrics_file.stat().st_size}
         return {}
@@ -248,7 +248,7 @@ class RunFolder:
 
 
 def _new_folder(path: Path) -> Path:
-    """Create the folder, or if it exists the first free one numbered from 2. Concurrent callers get different folders."""
+    """Create the folder, or PATH-2, PATH-3, ... if it exists. Concurrent callers get different folders."""
     number = 1
     while True:
         folder = path if number == 1 else path.with_name(f"{path.name}-{number}")

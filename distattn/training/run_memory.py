@@ -39,7 +39,7 @@ from distattn.training.config.run_settings import configured_model, memory_setti
 from distattn.training.run_data import vocabulary_size
 
 _META = torch.device("meta")
-# more layers than are ever copied to and from the host at the same time
+# more layers than are ever in transit to or from the host at the same time
 _FEW_LAYERS = 4
 
 
@@ -106,8 +106,8 @@ def memory_of_config(
 ) -> list[RankMemory]:
     """Count the memory that each rank of a `distattn train` run needs. ranks, extremes: see `memory_of_run`.
 
-    packs: the document lengths of a step, see `PlanSettings.plan`. plan: the plan of these packs, if it has already been made.
-    Raises DistattnError for a run that cannot be counted.
+    packs: the document lengths of a step, see `PlanSettings.plan`. plan: the plan of these packs, if it already exists. Raises
+    DistattnError for a run that cannot be counted.
     """
     if config.engine.name != "fsdp2":
         raise DistattnError(
@@ -129,7 +129,7 @@ def memory_of_config(
     if hasattr(shape, "kv_lora_rank"):
         # in latent attention each key head also has a rotary part, and transformers' head_dim is the width of that part alone
         rotary = shape.qk_rope_head_dim
-        # a plan made from the run file alone has other widths, so it cannot be used
+        # a plan made from the run file alone has different widths and cannot be used
         plan = None
         widths = dict(kv_heads=settings.heads, head_dim=shape.qk_nope_head_dim + rotary, v_head_dim=shape.v_head_dim)
         settings = replace(
@@ -218,7 +218,7 @@ def fit_line(counted: Sequence[RankMemory], cluster: ClusterSpec) -> str:
 
 
 def memory_json(counted: Sequence[RankMemory], cluster: ClusterSpec | None = None) -> str:
-    """Return the numbers of `memory_table` in bytes, as JSON. With a cluster, add its devices' memory and whether ranks fit."""
+    """Return the values of `memory_table` in bytes, as JSON. With a cluster, add its devices' memory and whether ranks fit."""
     device_bytes = None if cluster is None else round(cluster.device.memory_gb * 1e9)
     return json.dumps(
         [
@@ -247,7 +247,7 @@ def _counts(make_model: Callable[[], Any], executable: Executable, settings: Mem
     """Count one step of the model. If all layers have the same shapes, count two models with few layers and extrapolate.
 
     The linear extrapolation is exact: each layer saves the same number of bytes, and computing a layer takes the same memory
-    whatever the number of layers.
+    regardless of the number of layers.
     """
     model = on_meta(make_model)
     layers = model.get_decoder().layers

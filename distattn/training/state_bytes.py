@@ -30,7 +30,8 @@ def model_parameters(config: Config) -> int:
     """Return the number of parameters in the model."""
     model = config.model
     if model.path:
-        # build the model on the meta device: only its architecture knows experts, biases and norms (the import takes seconds)
+        # build the model on the meta device: only the actual modules reveal experts, biases and norms (the import takes
+        # seconds)
         from distattn.models.build import meta_model, model_config
 
         return sum(parameter.numel() for parameter in meta_model(model_config(model.path)).parameters())

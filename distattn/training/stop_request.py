@@ -18,7 +18,7 @@ from distattn.training.watch.module_observer import gather_values
 class Stop(IntEnum):
     """The reason why a run stops.
 
-    FOLDER_MOVED: the run's folder has another path, and the run can save there. FOLDER_LOST: the folder is gone.
+    FOLDER_MOVED: the run's folder has a new path, and the run can save there. FOLDER_LOST: the folder is gone.
     """
 
     NO = 0

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
             f"{config.plan}: exists already, and runs may depend on it; add --force, or name another plan."
         )
     corpora = open_corpora(config)
-    # without a number of steps, the plan ends with its corpora
+    # if no number of steps is given, the plan ends when its corpora do
     epochs = [corpus.max_epochs or 1.0 for corpus in config.corpus]
     corpora_tokens = sum(int(corpus.tokens * times) for corpus, times in zip(corpora, epochs, strict=True))
     total = corpora_tokens if config.steps is None else config.steps * config.rule.tokens_per_step

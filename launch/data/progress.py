@@ -44,7 +44,7 @@ class ProgressReporter:
             self._bar.stop()
 
     def begin_at(self, done: int) -> None:
-        """Set the amount done by an earlier command, which does not count in the rate."""
+        """Set the amount done by an earlier command, which does not count toward the rate."""
         self.done = self.before = done
         if self._bar:
             self._bar.reset(self._bar.task_ids[0], completed=done, rates="")

@@ -43,7 +43,7 @@ If the tokenizer that made the tokens is not available any more, token ids are s
 _LINE_WIDTH = 100
 # a function of (first token, count, size of the vocabulary or None) that reads a document's tokens
 _Read = Callable[[int, int, int | None], np.ndarray]
-# control characters except line feed and tab, which a terminal would obey
+# control characters that a terminal would interpret, that is, all except line feed and tab
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 

@@ -30,12 +30,12 @@ from distattn.supervision.helper_processes import LOOK_SECONDS, MOST_REPLACEMENT
 
 _WRAPPER = "distattn.launch.ranks.die_with_launcher"
 _WORKER = "distattn.data.tokenizing.tokenize_worker"
-# seconds for which a process may be stopped before it is replaced
+# how many seconds a process may stay stopped before it is replaced
 _STOPPED_SECONDS = 10.0
 
 
 class LostProcessError(DistattnError):
-    """An error raised when too many processes were lost. The message names the last one, and the command exits with code 1."""
+    """An error raised when too many processes were lost. The message names the last process. The command exits with code 1."""
 
     exit_code = 1
 
@@ -70,7 +70,7 @@ def run_workers(
     """Tokenize shards in at most `processes` processes. If one fails, end them all and raise DistattnError.
 
     A process that dies or is stopped is replaced, and the new one starts its shard again, because only completely written shards
-    count. After MOST_REPLACEMENTS replacements, the next lost process is a failure.
+    count. After MOST_REPLACEMENTS replacements, the next lost process counts as a failure.
     """
     waiting = deque(shards)
     if not waiting:
@@ -100,7 +100,7 @@ def run_workers(
                         selector.unregister(worker.messages)
                         if not (lost := worker.lost(job)):
                             continue
-                        # do not replace a process that ended by itself: its reason would end the new one, too
+                        # do not replace a process that ended by itself: its reason would also end the new process
                         if replaced == MOST_REPLACEMENTS or not worker.was_killed:
                             raise LostProcessError(f"{lost}; the others were stopped.{worker.hint}")
                         replaced += 1
@@ -164,7 +164,7 @@ class _Worker:
         return progress
 
     def lost(self, job: TokenizeJob) -> str:
-        """Describe in a clause how the process ended in the middle of a shard. Return "" if it had nothing left to do."""
+        """Return a clause that says how the process ended in the middle of a shard, or "" if it had nothing left to do."""
         code = self._process.wait()
         if self.shard is None:
             return ""
@@ -206,7 +206,7 @@ class _Worker:
             self._process.kill()
 
     def stop(self) -> None:
-        """Kill the process, whatever its state, and close its pipes."""
+        """Kill the process, regardless of its state, and close its pipes."""
         self._process.kill()
         self._process.wait()
         self._close_pipes()

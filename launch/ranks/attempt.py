@@ -36,7 +36,7 @@ from distattn.supervision.node_links import NodeLinks
 from distattn.supervision.node_reports import NodeReports
 from distattn.supervision.rank_watch import Patience, RankWatch, Trouble
 
-# modules that every rank needs; the first optimizer would import torch._dynamo
+# modules that every rank needs; torch._dynamo would be imported when a rank creates its first optimizer
 _PRELOAD = ("distattn.launch.ranks.ends_with_parent", "torch", "torch._dynamo", "distattn.launch.ranks.entry")
 # seconds between torchrun's checks. The watch checks more often: it must find the first failed rank before torchrun ends
 # the others
@@ -214,7 +214,7 @@ def _children() -> set[int]:
     """Return the ids of this process's children, from /proc."""
     children = set()
     for file in Path("/proc").glob("[0-9]*/stat"):
-        # ignore processes that end meanwhile
+        # ignore processes that have ended since they were listed
         with contextlib.suppress(OSError):
             if file.read_text("utf-8", "replace").rpartition(")")[2].split()[1] == str(os.getpid()):
                 children.add(int(file.parent.name))
@@ -222,7 +222,7 @@ def _children() -> set[int]:
 
 
 def _ended(codes: Mapping[int, int], trouble: Trouble) -> tuple[int, Trouble]:
-    """Return an attempt's exit code, and its trouble with how the ranks at fault ended. codes: torchrun's exit codes by rank.
+    """Return an attempt's exit code, and its trouble, including how ranks at fault ended. codes: torchrun's exit codes by rank.
 
     If the watch found several ranks dead at the same time, the ranks at fault are those that torchrun did not end itself. If
     torchrun only has the code of a rank that the watch ended, the code of the rank at fault is unknown.

@@ -15,7 +15,7 @@ from contextlib import suppress
 def main(log: str) -> None:
     """Copy until the input ends. If either the log or the console cannot be written, continue with the other."""
     chunks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    # not a daemon thread, so that this process ends only when everything is written
+    # not a daemon thread, so that this process ends only when everything has been written
     threading.Thread(target=_to_console, args=(chunks,)).start()
     target, complained = None, False
     try:

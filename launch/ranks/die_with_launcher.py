@@ -20,9 +20,9 @@ _POLL_SECONDS = 1.0
 
 
 def die_with_launcher(launcher: int) -> None:
-    """Let this process be killed by SIGKILL when its parent, the process with id `launcher`, ends in any way.
+    """Kill this process with SIGKILL when its parent, the process with id `launcher`, ends in any way.
 
-    Linux kills it. On other systems a thread checks every second whether the parent is still the same.
+    Linux does this itself. On other systems, a thread checks every second whether the parent is still the same.
     """
     if not set_parent_death_signal():
         threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
@@ -32,7 +32,7 @@ def die_with_launcher(launcher: int) -> None:
 
 
 def set_parent_death_signal() -> bool:
-    """Let Linux kill this process when its parent ends. Return False if the system does not support it."""
+    """Make Linux kill this process when its parent ends. Return False if the system does not support it."""
     try:
         prctl = ctypes.CDLL(None, use_errno=True).prctl
     except (OSError, AttributeError):
@@ -47,7 +47,7 @@ def _watch(launcher: int) -> None:
 
 
 if __name__ == "__main__":
-    # Ctrl-C ends a rank at once and silently, since the launcher prints the message
+    # Ctrl-C ends a rank immediately and silently, since the launcher prints the message
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     die_with_launcher(int(sys.argv[1]))
     if sys.argv[2] == "--":

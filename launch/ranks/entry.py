@@ -31,11 +31,12 @@ def run_rank(launcher: int, board: str, attempt: int, evidence: str, function: s
     launcher: the launcher's process id. board: path of the heartbeat board. evidence: folder for the stacks of this rank's
     threads.
     """
-    # Ctrl-C ends a rank at once and silently, since the launcher prints the message; the fork server has blocked the signal
+    # Ctrl-C ends a rank immediately and silently, since the launcher prints the message; the fork server has blocked the
+    # signal
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     end_with_process(launcher)
-    # end with the fork server, too, which ends with the launcher: the thread of end_with_process needs the GIL
+    # also end with the fork server, which ends with the launcher, because the thread of end_with_process needs the GIL
     set_parent_death_signal()
     rank = int(os.environ["RANK"])
     attach(Path(board), int(os.environ["LOCAL_RANK"]), attempt)

@@ -27,7 +27,7 @@ _WRAPPER = "distattn.launch.ranks.die_with_launcher"
 
 
 class Node(NamedTuple):
-    """One of several machines. number: its number among `nodes`. address: host:port at which the first node listens.
+    """One of several machines. number: its index among the `nodes` machines. address: host:port at which the first node listens.
 
     keeps_sigterm: True if the caller handles this process's SIGTERM; otherwise SIGTERM ends the ranks.
     """

@@ -44,7 +44,7 @@ _LIMIT = timedelta(minutes=10)
 
 @contextmanager
 def gloo_on_loopback() -> Iterator[None]:
-    """Let gloo listen on the loopback in ranks started within the block, unless the environment names an interface."""
+    """Make gloo listen on the loopback in ranks started within the block, unless the environment names an interface."""
     named = os.environ.get(_GLOO_INTERFACE)
     os.environ[_GLOO_INTERFACE] = named or _INTERFACE
     try:

@@ -35,7 +35,7 @@ def run(folder: str, json_lines: bool, proposed: str = "") -> int:
 
 
 def set_allocator() -> None:
-    """Let PyTorch's GPU allocator use expandable segments, unless the user configured it. Call this before using a GPU.
+    """Make PyTorch's GPU allocator use expandable segments, unless the user configured it. Call this before using a GPU.
 
     Packed batches need buffers of many sizes, which would fragment segments of fixed size.
     """
@@ -64,7 +64,7 @@ def keep_log(folder: Path) -> None:
 
 
 class _Log(io.FileIO):
-    """A log that drops lines while the disk is full, since no rank may fail because it prints."""
+    """A log that drops lines while the disk is full, since printing must never make a rank fail."""
 
     def write(self, content: Any, /) -> int:
         """Write the content, or drop it if that fails. Return the number of bytes written or dropped."""
@@ -82,7 +82,7 @@ def _log_stream(descriptor: int) -> io.TextIOWrapper:
 def _copied(file: Path) -> int:
     """Start a process that copies its input to a file and to the console. Return the write end of the pipe to it.
 
-    This process keeps the read end open, too, so that another process can continue if the copying process is lost.
+    This process also keeps the read end open, so that a new process can continue if the copying process is lost.
     """
     read, write = os.pipe()
     command = [sys.executable, "-SP", copy_output.__file__, str(file)]

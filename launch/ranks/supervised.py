@@ -35,9 +35,9 @@ class Restarts:
 def run_supervised(ranks: Ranks, attempts: Attempts, restarts: Restarts, preload: Sequence[str] = ()) -> int:
     """Run ranks, and restart all of them if one is killed, hangs or raises an error. Ranks end when this process ends.
 
-    They are not restarted if a rank refuses to go on, or raises an error before the first step or the same error as before.
-    preload: modules that all ranks import. Returns 0 if all ranks end well, otherwise the exit code of `run_attempt`. Raises
-    CommandStopped if this process is stopped.
+    They are not restarted if a rank refuses to continue, or raises an error before the first step or the same error as
+    before. preload: modules that all ranks import. Returns 0 if all ranks end well, otherwise the exit code of
+    `run_attempt`. Raises CommandStopped if this process is stopped.
     """
     attempts.end_open("ended with its launcher, before the cause was known")
     with stop_on_signals(), fork_server(preload, run=ranks.run):
@@ -76,7 +76,7 @@ def _run_until_done(ranks: Ranks, attempts: Attempts, restarts: Restarts) -> int
 
 
 def _may_go_better(trouble: Trouble, code: int, repeated: bool) -> bool:
-    """Return whether another attempt may succeed. repeated: True if this is the same failure again, without progress."""
+    """Return whether a new attempt may succeed. repeated: True if this is the same failure again, without progress."""
     if trouble.kind == "raised":
         return trouble.steps > 0 and not repeated
     return trouble.kind != "refused" or code == LostRankError.exit_code

@@ -56,7 +56,7 @@ class NodeAgent:
     def run(self, folder: Path, job: str, attempt: int, *arguments: str) -> int:
         """Run `run_node FOLDER ARGUMENTS`. Return its exit code, or -N if signal N killed it. attempt: 0 for the report.
 
-        An agent that the driver has given up but that is still alive kills its ranks when a later attempt begins.
+        An agent that the driver has given up on but that is still alive kills its ranks when a later attempt begins.
         """
         environment = child_environment() | {JOB_VARIABLE: job}
         module = "distattn.launch.run_node"

@@ -19,7 +19,7 @@ def calibrate_nodes(
 ) -> tuple[dict[str, ClusterSpec], list[str]]:
     """Measure all nodes. Return their descriptions by node name, and a sentence for each node whose measurement failed.
 
-    address: see `ray.driver.connected`. options: further options for `distattn calibrate`.
+    address: see `ray.driver.connected`. options: additional options for `distattn calibrate`.
     """
     from distattn.launch.ray.driver import connected
     from distattn.launch.ray.tasks import Task, run_tasks, task_nodes

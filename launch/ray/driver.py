@@ -36,7 +36,8 @@ def connected(address: str, quiet: bool, cores_here: Callable[[], int]) -> Itera
 
 def _begin_here(cores: int, options: dict[str, Any]) -> None:
     """Start a cluster of this machine alone, with all sockets on the loopback interface."""
-    # keep Ray, here and in its processes, from replacing the loopback by another address of the machine and listening on all
+    # keep Ray, here and in its processes, from replacing the loopback with another of the machine's addresses and from
+    # listening on all of them
     ray_constants.ENABLE_RAY_CLUSTER = False
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     ray.init(address="local", num_cpus=cores, include_dashboard=False, _node_ip_address=LOOPBACK, **options)

@@ -22,7 +22,8 @@ from distattn.launch.ray.agent import NodeAgent, NodePlace
 from distattn.launch.ray.placement import NodeReservation, bundle_nodes, hold_nodes
 from distattn.training.run_folder import RunFolder
 
-# time limit for an agent to start: its process has imports to do, and Ray may be late to notice that a node is gone
+# time limit for an agent to start: its process has to import modules first, and Ray may be late to notice that a node
+# is gone
 _ANSWER_SECONDS = 60.0
 # seconds between checks of the agents and of the stop file
 _LOOK_SECONDS = 0.2
@@ -49,8 +50,9 @@ class NodeCounts:
 class RayNodes:
     """Runs attempts on nodes of the connected cluster. job: a job name shared by the ranks of all attempts.
 
-    Ray chooses a node for each bundle. Bundles have no order, so ranks follow the natural order of node names. The placement
-    group is kept between attempts, so that no other user takes the nodes, until a node is left out or the node count changes.
+    Ray chooses a node for each bundle. Bundles have no order, so ranks follow the natural order of node names. To keep other
+    users from taking the nodes, the placement group is kept between attempts until a node is left out or the node count
+    changes.
     """
 
     def __init__(self, run: RunFolder, job: str, needs: NodeNeeds, size: NodeCounts):
@@ -149,7 +151,7 @@ class RayNodes:
         return 1 if code is None else code
 
     def blame(self, hosts: Sequence[str], end: AttemptEnd) -> None:
-        """Leave failed nodes that Ray still has out of the next placement group. See `LeftOut.blame`."""
+        """Exclude failed nodes that Ray still lists from the next placement group. See `LeftOut.blame`."""
         nodes = {name: place.node for name, place in self._places.items()}
         # omit `end.lost`: Ray itself replaces nodes that it knows to be gone
         node_end = AttemptEnd(codes={nodes[host]: code for host, code in end.codes.items()})
@@ -161,7 +163,7 @@ class RayNodes:
             self.close()
 
     def give_back(self) -> str:
-        """Return "": the run need not stop, because a node left out is given back at once and Ray can replace it."""
+        """Return "": the run need not stop, because a node left out is given back immediately and Ray can replace it."""
         return ""
 
     def shortage(self) -> str:

@@ -12,12 +12,12 @@ from distattn.launch.node_needs import NodeNeeds
 
 # seconds between requests to the cluster
 _LOOK_SECONDS = 1.0
-# seconds to wait for further nodes after a new one, so that nodes added together join in the same attempt
+# seconds to wait for more nodes after a new one, so that nodes added together join in the same attempt
 _SETTLE_SECONDS = 10.0
 
 
 def hold_nodes(needs: NodeNeeds, count: int, without: Sequence[str]) -> PlacementGroup:
-    """Request room on `count` different nodes at once. without: Ray's ids of excluded nodes."""
+    """Request room on `count` different nodes in one group. without: Ray's ids of excluded nodes."""
     bundle = {"CPU": float(needs.cpus)} | ({"GPU": float(needs.gpus)} if needs.gpus else {})
     # no spaces, which Ray would treat as part of an id
     others = {"ray.io/node-id": f"!in({','.join(without)})"} if without else {}

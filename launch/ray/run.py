@@ -33,7 +33,7 @@ class RayRun:
     """The attempts of one run on the connected cluster."""
 
     def __init__(self, run: RunFolder, config: Config, job: str):
-        """Record that the run is waiting. job: the result of `new_job`. Raises DistattnError as `ElasticRun` does."""
+        """Record that the run is waiting. job: the result of `new_job`. Raises the same errors as `ElasticRun`."""
         self.run, self.needs = run, node_needs(config)
         last = ray_facts(run) if run.ray_file.exists() else {}
         elastic = ElasticRun(run, config, last.get("nodes", 0), launcher_facts())
@@ -78,7 +78,7 @@ def launcher_facts() -> dict[str, Any]:
 
 
 def note_launcher(run: RunFolder, state: str, **facts: Any) -> None:
-    """Record the launcher and the state in the folder of a run or sweep. facts: further facts to record."""
+    """Record the launcher and the state in the folder of a run or sweep. facts: additional facts to record."""
     all_facts = {"job": ray.get_runtime_context().get_job_id(), **launcher_facts(), **facts}
     write_whole(run.ray_file, json.dumps(all_facts) + "\n")
     note_state(run, state)
@@ -90,7 +90,7 @@ def note_state(run: RunFolder, state: str) -> None:
 
 
 def new_job() -> str:
-    """Return a job name for this driver's runs. This process uses it, too, since it changes configurations in run folders."""
+    """Return a job name for this driver's runs. This process uses it as well, since it changes run folders' configurations."""
     job = f"Ray job {ray.get_runtime_context().get_job_id()} ({secrets.token_hex(4)})"
     os.environ[JOB_VARIABLE] = job
     return job

@@ -30,7 +30,7 @@ class RaySweep:
         self._stopped = False
 
     def stop(self, number: int) -> None:
-        """Ask all ranks to save and end, and start no other run. This is a signal handler."""
+        """Ask all ranks to save and end, and start no more runs. This is a signal handler."""
         self._stopped = True
         for run, thread in self._threads.items():
             # include a run that is about to start
@@ -38,7 +38,7 @@ class RaySweep:
                 run.stop(number)
 
     def train(self) -> int:
-        """Run the whole sweep. Return the exit code of the first failed run, or 75 if a run was stopped, or 0."""
+        """Run the entire sweep. Return the exit code of the first failed run, or 75 if a run was stopped, or 0."""
         for folder in (self._folder, *(run.run for run in self._runs)):
             folder.forget_requests()
         while (self._waiting and not self._stopped) or self._running():
@@ -66,7 +66,7 @@ class RaySweep:
         """Start a run unless it was cancelled while it waited."""
         if run.run.stop_file.exists():
             return
-        # a daemon thread, so that a second Ctrl-C ends this process even if a run is still going
+        # a daemon thread, so that a second Ctrl-C ends this process even if a run has not ended
         self._threads[run] = threading.Thread(target=self._train, args=(run,), daemon=True)
         self._threads[run].start()
 

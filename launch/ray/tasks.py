@@ -68,7 +68,7 @@ class RayNode(NamedTuple):
 
 
 def task_nodes() -> list[RayNode]:
-    """Return the nodes for tasks that take a whole node, sorted by name. If any have GPUs, only these are returned."""
+    """Return the nodes for tasks that occupy an entire node, sorted by name. If any have GPUs, only these are returned."""
     names = node_names()
     nodes = [
         RayNode(

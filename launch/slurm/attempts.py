@@ -41,7 +41,8 @@ from distattn.launch.slurm.commands import (
 from distattn.supervision.helper_processes import shell_exit_code
 from distattn.training.run_folder import RunFolder
 
-# a step is killed OTHERS_SECONDS after its first failure; srun is killed if the step has not ended this much later
+# a step is killed OTHERS_SECONDS after its first failure; srun is killed if the step has not ended this many seconds
+# after that
 _ENDING_SECONDS = 15.0
 # srun's messages about tasks and nodes
 _TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? [\d,\[\]-]+: (?:Exited with exit code (\d+)|(\w[^\n]*))")
@@ -52,7 +53,7 @@ _NODE_LOST = re.compile(r"srun: error: (?:Node failure on|[^\n]*failed on node) 
 class _Job(NamedTuple):
     """The Slurm job of this process. requeues: how often it was requeued; at most max_requeues.
 
-    name: its name in Slurm's commands; for an array task, the name of this task, not of the whole array.
+    name: its name in Slurm's commands; for an array task, the name of this task, not of the array.
     """
 
     number: str
@@ -114,7 +115,7 @@ class JobNodes:
         return f"fewer than {self._wanted} nodes are left of {' '.join(self._hosts)}"
 
     def _step(self, hosts: Sequence[str], argument: str) -> AttemptEnd:
-        """Run a job step on these hosts, and read srun's messages as they come. argument: the last argument of `run_node`."""
+        """Run a job step on these hosts, and read srun's messages as they arrive. argument: the last argument of `run_node`."""
         placement = [f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", f"--nodelist={','.join(hosts)}"]
         process = subprocess.Popen(
             [self._command[0], *placement, *self._command[1:], argument],
@@ -141,7 +142,7 @@ class JobNodes:
                 try:
                     end_steps(self._job.name)
                 except SlurmError as error:
-                    # the step may have ended meanwhile
+                    # the step may have ended by now
                     print_message(str(error))
             if waited > OTHERS_SECONDS + _ENDING_SECONDS:
                 process.kill()
@@ -167,7 +168,7 @@ def main(arguments: Sequence[str]) -> int:
             attempts.stop(signal.Signals[options.asked])
         outcome = attempts.run()
     except SlurmError as error:
-        # Slurm is at fault, not the run, so let it continue later
+        # Slurm is at fault, not the run, so let the run continue later
         print_message(str(error))
         outcome = Outcome(RunStopped.exit_code, again=True)
     except DistattnError as error:
@@ -206,7 +207,7 @@ def _noted_job(run: RunFolder, max_requeues: int) -> _Job:
         name = f"{array}_{task}"
         notes = [(run, name), (RunFolder(run.folder.parent), int(array))]
     for folder, job in notes:
-        # a script that the user submitted again has a new number; all tasks of a sweep record the same array number
+        # a script that the user submits again gets a new number; all tasks of a sweep record the same array number
         with contextlib.suppress(OSError):
             folder.note_job(job)
     requeues = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
@@ -267,7 +268,7 @@ def _pass_on(process: subprocess.Popen[str], lines: queue.SimpleQueue[str | None
 
 
 def _port(job: int, attempt: int) -> int:
-    """Return the first node's port. It differs between attempts, since ranks of the previous one may still hold theirs."""
+    """Return the first node's port. It differs between attempts, since ranks of the previous attempt may still hold its port."""
     return 20_000 + (job + 1_009 * attempt) % 20_000
 
 

@@ -62,7 +62,7 @@ def unusable_hosts(hosts: Sequence[str]) -> set[str]:
 
 
 def usable_hosts(partition: str) -> set[str]:
-    """Return the nodes of a partition that can run jobs, whether busy or free. partition: "" for the whole cluster."""
+    """Return the nodes of a partition that can run jobs, whether busy or free. partition: "" for the entire cluster."""
     states = _node_states(*([f"--partition={partition}"] if partition else []))
     unusable = *_UNUSABLE, "drain", "maint"
     return {host for host, state in states if not state.endswith("*") and not state.startswith(unusable)}

@@ -105,7 +105,7 @@ def require_slurm() -> None:
 def node_bytes(partition: str) -> int | None:
     """Return the bytes of memory of the largest node in a partition; None if Slurm does not know it.
 
-    partition: "" for the whole cluster.
+    partition: "" for the entire cluster.
     """
     try:
         output = ask_slurm(
@@ -142,7 +142,7 @@ def status(run: RunFolder) -> dict[str, Any]:
 
 
 def cancel(run: RunFolder) -> int | str:
-    """Cancel the job of a run or of a whole sweep, and return its number. Ranks may save until Slurm kills them."""
+    """Cancel the job of a run or of an entire sweep, and return its number. Ranks may save until Slurm kills them."""
     job = _job(run)
     ask_slurm("scancel", str(job))
     return job

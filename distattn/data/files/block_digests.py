@@ -19,14 +19,14 @@ import xxhash
 
 from distattn.ir.errors import DamagedDataError
 
-# large enough that checking digests adds little to the time of reading, and small enough that few bytes are read needlessly
+# large enough that checking digests adds little to reading time, and small enough that few unneeded bytes are read
 # (benchmarks/LOG.md)
 BLOCK_BYTES = 1 << 14
 _MAGIC = b"dattnxh3"
 _HEADER = struct.Struct("<8s5Q")
 _CHECKSUM = struct.Struct("<Q")
 _TABLES_OFFSET = _HEADER.size + _CHECKSUM.size
-# files are hashed in parts of this size
+# files are hashed in chunks of this size
 _PART_BYTES = 1 << 23
 Buffer = bytes | bytearray | memoryview
 
@@ -78,7 +78,7 @@ class BlockDigests:
     def check(self, kind: str, prefix: str, first: int, content: memoryview) -> None:
         """Compare the blocks of a file from block number `first` on with their digests.
 
-        kind: "bin" or "idx". content: whole blocks, of which only the file's last one may be shorter. Raises DamagedDataError
+        kind: "bin" or "idx". content: complete blocks; only the file's last block may be shorter. Raises DamagedDataError
         naming the file and the bytes of the first block that differs.
         """
         table = self.bin_table if kind == "bin" else self.idx_table
@@ -102,7 +102,7 @@ class BlockDigests:
 
 
 class CheckedBlocks:
-    """The set of those blocks of a file that have been compared with their digests.
+    """The set of a file's blocks that have been compared with their digests.
 
     It has one bit per block: 8 MB for a terabyte, of which only modified pages take memory.
     """
@@ -119,7 +119,7 @@ class CheckedBlocks:
         return next((block for block in range(first, last) if block not in self), last)
 
     def add(self, first: int, last: int) -> None:
-        """Add blocks [first, last). If two threads add blocks at once, some may be lost; they are compared again later."""
+        """Add blocks [first, last). Blocks added by two threads at the same time may be lost; these are compared again later."""
         for block in range(first, last):
             self._bits[block >> 3] |= 1 << (block & 7)
 
@@ -170,7 +170,7 @@ class BlockDigestsWriter:
 
 
 def root_digest(file: str) -> int:
-    """Return the root digest of a file's blocks, the same as in a side file. Read the whole file."""
+    """Return the root digest of a file's blocks, the same as in a side file. Reads the entire file."""
     digest, root = xxhash.xxh3_64_digest, xxhash.xxh3_64()
     with open(file, "rb") as opened:
         while part := opened.read(_PART_BYTES):

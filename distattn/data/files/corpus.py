@@ -25,14 +25,14 @@ class Corpus:
 
     def __init__(self, name: str, files: Sequence[IndexedFile]):
         self.name, self.files = name, list(files)
-        # the number of each file's first document
+        # the index of each file's first document in the corpus
         self._first = [0, *itertools.accumulate(file.documents for file in self.files)]
         self.documents = self._first.pop()
         self.tokens = sum(file.tokens for file in self.files)
 
     @classmethod
     def open(cls, name: str, paths: Sequence[str], check_tokens: bool = True) -> Corpus:
-        """Open the files with these prefixes. Raise the errors of `IndexedFile.open`, and DistattnError if all are empty."""
+        """Open the files with these prefixes. Raises the same errors as `IndexedFile.open`; DistattnError if all are empty."""
         corpus = cls(name, [IndexedFile.open(path, check_tokens) for path in paths])
         if not corpus.tokens:
             files = ", ".join(paths) or "no files"
@@ -41,7 +41,7 @@ class Corpus:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """The tokens of each document, int32 (documents,). The first use reads and checks the index of every file.
+        """The number of tokens in each document, int32 (documents,). The first use reads and checks the index of every file.
 
         The array is memory-mapped if there is a single file with one sequence per document. Raises DamagedDataError if an index
         is damaged, and DistattnError for a document of more than 2,147,483,647 tokens.
@@ -91,9 +91,9 @@ class Corpus:
 
     @cached_property
     def masks(self) -> LabelMasks | None:
-        """The masks that say which tokens may be labels, or None if there are no mask files. They are opened at first use.
+        """The masks of tokens that may be labels, or None if there are no mask files. They are opened on first use.
 
-        Raises the errors of `LabelMasks.open`.
+        Raises the same errors as `LabelMasks.open`.
         """
         return LabelMasks.open(self)
 
@@ -103,9 +103,9 @@ class Corpus:
         return file.read(number, start, count, vocabulary)
 
     def lengths_of(self, documents: np.ndarray) -> np.ndarray:
-        """Return the lengths in tokens of the documents with these numbers. Both arrays are int64 (n,).
+        """Return the lengths in tokens of the documents with these indices. Both arrays are int64 (n,).
 
-        Like `IndexedFile.lengths_of`, it does not read whole indices.
+        Like `IndexedFile.lengths_of`, it reads only the entries needed from each file's index.
         """
         if len(self.files) == 1:
             return self.files[0].lengths_of(documents)
@@ -117,7 +117,7 @@ class Corpus:
         return lengths
 
     def file_of(self, document: int) -> tuple[IndexedFile, int]:
-        """Return the file that contains a document, and its number in that file. Raise DistattnError if it does not exist."""
+        """Return the file that contains a document, and its index in that file. Raise DistattnError if it does not exist."""
         if not 0 <= document < self.documents:
             raise DistattnError(f"corpus {self.name!r}: there is no document {document}; it has {self.documents:,}.")
         # choose the last file that begins at or before the document, because an empty file begins where the next one does

@@ -19,7 +19,7 @@ from distattn.ir.cached import cached_property
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.supervision.heartbeats import thread_activity
 
-# documents are checked, and bytes are copied, in parts of these sizes
+# the sizes of the chunks in which documents are checked and bytes are copied
 _PART_DOCUMENTS = 1 << 20
 _PART_BYTES = 1 << 23
 # in the order in which the files are renamed
@@ -31,16 +31,16 @@ class IndexedFile:
     """An indexed file, opened for reading in O(1): the index is memory-mapped, and tokens are read on request.
 
     prefix: the path of PREFIX.bin and PREFIX.idx without suffix. dtype: the stored dtype of tokens. documents, sequences, tokens:
-    their numbers. sequence_lengths: tokens per sequence, int32 (S,). pointers: each sequence's first byte in PREFIX.bin, int64
-    (S,). document_ends: int64 (D + 1,), from 0 to S; document d has sequences document_ends[d] to document_ends[d + 1]. modes:
-    int8 (S,), or None. digests: the content of PREFIX.xxh3, or None if it does not exist. check_tokens: True if tokens are
+    how many there are. sequence_lengths: tokens per sequence, int32 (S,). pointers: each sequence's first byte in PREFIX.bin,
+    int64 (S,). document_ends: int64 (D + 1,), from 0 to S; document d has sequences document_ends[d] to document_ends[d + 1].
+    modes: int8 (S,), or None. digests: the content of PREFIX.xxh3, or None if it does not exist. check_tokens: True if tokens are
     compared with their digests.
 
     Data is checked when it is read. The index entries of a document are compared with each other. A block with a digest is
     compared with it the first time it is read; later reads of the block read only the requested bytes. So if a bit flips on the
     disk later, the next process that opens the file notices, but this one does not: it usually gets the right bytes from the page
     cache, and wrong ones if the cache has dropped them. Tokens are read with `pread`, not from a mapping, so the process survives
-    if the file is truncated meanwhile.
+    even if the file is truncated while it is open.
     """
 
     def __init__(self, prefix: str, index: np.ndarray, bin_file: int, check_tokens: bool):
@@ -67,8 +67,8 @@ class IndexedFile:
         """Open PREFIX.bin and PREFIX.idx. `prefix` may end in either suffix.
 
         check_tokens: compare what is read from PREFIX.bin with its digests, if there are any. Without this check, reading takes
-        about two thirds of the time (benchmarks/indexed_reading.py), and only `distattn data verify` finds altered tokens. Raises
-        DistattnError if a file is missing, and DamagedDataError if the headers and the sizes contradict each other.
+        about two thirds of the time (benchmarks/indexed_reading.py), and only `distattn data verify` detects altered tokens.
+        Raises DistattnError if a file is missing, and DamagedDataError if the headers and the sizes contradict each other.
         """
         prefix = prefix.removesuffix(".idx").removesuffix(".bin")
         index = map_index(f"{prefix}.idx")
@@ -92,20 +92,21 @@ class IndexedFile:
 
     @cached_property
     def document_lengths(self) -> np.ndarray:
-        """The tokens of each document, int64 (D,). The first use reads and checks the whole index, see `check_index`."""
+        """The number of tokens in each document, int64 (D,). The first use reads and checks the entire index (`check_index`)."""
         self.check_index()
         return np.concatenate([np.zeros(0, np.int64), *self.iterate_lengths()])
 
     @cached_property
     def index_digest(self) -> int:
-        """The root digest of the index. It comes from the side file; without one, the whole index is read."""
+        """The root digest of the index. It comes from the side file if there is one; otherwise the entire index is read."""
         return self.digests.idx_root if self.digests else root_digest(f"{self.prefix}.idx")
 
     def read(self, document: int, start: int, count: int, vocabulary: int | None = None) -> np.ndarray:
         """Read tokens [start, start + count) of a document. Return an array (count,) of the stored dtype.
 
         vocabulary: check that all ids are in [0, vocabulary); by default they are not checked. Raises DistattnError if the range
-        lies outside the document, and DamagedDataError naming the file and byte if the file is damaged or an id is out of range.
+        extends outside the document, and DamagedDataError naming the file and byte if the file is damaged or an id is out of
+        range.
         """
         first, length = self._located(document)
         if start < 0 or count < 0 or start + count > length:
@@ -119,11 +120,11 @@ class IndexedFile:
         return tokens
 
     def first_byte(self, document: int) -> int:
-        """Return the offset in PREFIX.bin at which a document begins. Raise the errors of `read`."""
+        """Return the offset in PREFIX.bin at which a document begins. Raises the same errors as `read`."""
         return self._located(document)[0]
 
     def lengths_of(self, documents: np.ndarray) -> np.ndarray:
-        """Return the lengths in tokens of the documents with these numbers. Both arrays are int64 (n,).
+        """Return the lengths in tokens of the documents with these indices. Both arrays are int64 (n,).
 
         Only their index entries are read and checked. Raises DistattnError if a document does not exist, and DamagedDataError if
         an entry is wrong.
@@ -146,7 +147,7 @@ class IndexedFile:
         return lengths
 
     def iterate_tokens(self, vocabulary: int | None = None) -> Iterator[np.ndarray]:
-        """Read all tokens in order, in parts of at most 8 MiB, with the checks of `read`."""
+        """Read all tokens in order, in chunks of at most 8 MiB, with the checks of `read`."""
         for offset in range(0, self.bin_bytes, _PART_BYTES):
             tokens = self._read_bytes(offset, min(_PART_BYTES, self.bin_bytes - offset)).view(self.dtype)
             if vocabulary is not None:
@@ -154,7 +155,7 @@ class IndexedFile:
             yield tokens
 
     def iterate_lengths(self) -> Iterator[np.ndarray]:
-        """Yield the lengths of all documents in order, in int64 arrays of about a million each. Call `check_index` first."""
+        """Yield the lengths of all documents in order, in int64 arrays of about a million entries. Call `check_index` first."""
         for start in range(0, self.documents, _PART_DOCUMENTS):
             ends = self.document_ends[start : start + _PART_DOCUMENTS + 1]
             first, last = int(ends[0]), int(ends[-1])
@@ -196,13 +197,13 @@ class IndexedFile:
             raise DamagedDataError(f"{self.prefix}.bin: has {self.bin_bytes:,} bytes, but its index no sequence.")
 
     def _located(self, document: int) -> tuple[int, int]:
-        """Return (first byte in PREFIX.bin, tokens) of a document. Raise DistattnError if it does not exist."""
+        """Return (offset in PREFIX.bin, number of tokens) of a document. Raise DistattnError if it does not exist."""
         if not 0 <= document < self.documents:
             raise DistattnError(f"{self.prefix}.idx: there is no document {document}; it has {self.documents:,}.")
         return self._locate(document)
 
     def _locate(self, document: int) -> tuple[int, int]:
-        """Return (first byte in PREFIX.bin, tokens) of an existing document, after checking its index entries."""
+        """Return (offset in PREFIX.bin, number of tokens) of an existing document, after checking its index entries."""
         lengths, pointers, ends = self._offsets[:3]
         self._check_index_bytes(ends + 8 * document, 16)
         first, last = self.document_ends.item(document), self.document_ends.item(document + 1)
@@ -222,7 +223,7 @@ class IndexedFile:
         return pointer, length
 
     def _check_sequences(self, first: int, last: int) -> None:
-        """Check that the lengths and pointers of sequences [first, last) agree with each other, and lie within PREFIX.bin."""
+        """Check that the lengths and pointers of sequences [first, last) agree with each other, and stay within PREFIX.bin."""
         lengths = self.sequence_lengths[first:last]
         pointers = self.pointers[first : last + 1]
         if last == self.sequences:
@@ -261,7 +262,7 @@ class IndexedFile:
     def _read_bytes(self, offset: int, size: int) -> np.ndarray:
         """Read bytes [offset, offset + size) of PREFIX.bin, uint8 (size,).
 
-        The first time, a block with a digest is read whole and checked.
+        A block with a digest is read in full, and checked, the first time any of its bytes are read.
         """
         if self.digests is None or not self.check_tokens or not size:
             return self._pread(offset, size)
@@ -269,7 +270,8 @@ class IndexedFile:
         missing = self._checked_bin.first_missing(first, last)
         if missing == last:
             return self._pread(offset, size)
-        # read whole blocks from the first to the last unchecked one, and only the requested bytes before and after them
+        # read entire blocks from the first to the last unchecked block, and only the requested bytes before and after
+        # these blocks
         while last - 1 in self._checked_bin:
             last -= 1
         checked_begin, checked_end = missing * BLOCK_BYTES, min(last * BLOCK_BYTES, self.bin_bytes)
@@ -325,8 +327,8 @@ class IndexedFileWriter:
 
     prefix: the path of the files without suffix; none of them may exist. dtype: the stored dtype of tokens, one of the format's
     eight. The files are written under temporary names (.tmp). If the context ends without an error, they are synced to disk and
-    renamed; otherwise they are removed. Memory use is small whatever the number of documents. Raises DistattnError for tokens
-    that the dtype cannot hold, and if a file cannot be written.
+    renamed; otherwise they are removed. Memory use is small, regardless of the number of documents. Raises DistattnError for
+    tokens that the dtype cannot hold, and if a file cannot be written.
     """
 
     def __init__(self, prefix: str, dtype: np.typing.DTypeLike):
@@ -403,7 +405,7 @@ class IndexedFileWriter:
         self.tokens += file.tokens
 
     def _write_index(self) -> None:
-        """Write the header and the sections after the lengths, which are already in the file. Then hash the whole index."""
+        """Write the header and the sections after the lengths, which are already in the file. Then hash the entire index."""
         total = 0
         for start in range(0, self.documents, _PART_DOCUMENTS):
             self._idx.seek(HEADER.size + 4 * start)
@@ -442,7 +444,7 @@ class IndexedFileWriter:
 
     def _discard(self) -> None:
         for name, file in self._files.items():
-            # closing may fail, too, if the buffered bytes do not fit on the disk
+            # closing may also fail, if the buffered bytes do not fit on the disk
             with contextlib.suppress(OSError):
                 file.close()
             with contextlib.suppress(FileNotFoundError):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class FileMasks(NamedTuple):
-    """The mask files of one file of a corpus, each None if it does not exist."""
+    """The mask files for one file of a corpus; each is None if it does not exist."""
 
     loss: IndexedFile | None
     spans: IndexedFile | None
@@ -53,7 +53,7 @@ class LabelMasks:
     def open(cls, corpus: Corpus) -> LabelMasks | None:
         """Open the masks of a corpus, and check their sizes. Return None if there are no masks.
 
-        Raises the errors of `IndexedFile.open`, and DamagedDataError if the size of a mask differs from that of its file.
+        Raises the same errors as `IndexedFile.open`, and DamagedDataError if the size of a mask differs from that of its file.
         """
         files = [FileMasks(_open(file, "loss", np.uint8), _open(file, "spans", np.int32)) for file in corpus.files]
         for file, (loss, _) in zip(corpus.files, files, strict=True):
@@ -87,7 +87,8 @@ class LabelMasks:
     def spans_of(self, document: int) -> np.ndarray:
         """Return the spans (start, end) of a document in order, int64 (S, 2).
 
-        Raise DamagedDataError if they are not in rising order or exceed the document.
+        Raises DamagedDataError if the limits do not form pairs, or if spans are empty, overlap, are not in ascending order, or
+        extend past the end of the document.
         """
         file, number = self._corpus.file_of(document)
         spans = self._of_file[file.prefix].spans
@@ -107,7 +108,7 @@ class LabelMasks:
 
 
 def check_planned_masks(path: str, planned: str | None, corpus: Corpus) -> None:
-    """Raise DistattnError if a corpus's masks differ from those it had when a plan was made from it.
+    """Raise DistattnError if a corpus's masks have changed since a plan was made from it.
 
     path: the plan's file. planned: the masks' digest in the plan, or None if there were none. Without side files (.xxh3) only
     sizes and indices are compared.
@@ -128,7 +129,7 @@ def check_planned_masks(path: str, planned: str | None, corpus: Corpus) -> None:
 def _open(file: IndexedFile, kind: str, dtype: type) -> IndexedFile | None:
     """Open PREFIX.kind of a file. Return None if it does not exist."""
     prefix = f"{file.prefix}.{kind}"
-    # if only one of the two files exists, opening them reports the damage
+    # if only one of .bin and .idx exists, `IndexedFile.open` reports the damage
     if not any(os.path.lexists(prefix + suffix) for suffix in (".bin", ".idx")):
         return None
     masks = IndexedFile.open(prefix, file.check_tokens)

@@ -18,9 +18,9 @@ class Manifest:
     """The manifest that `distattn data tokenize` writes next to an indexed file.
 
     command: digest of everything that determines the file. tokenizer: its name on the command line. vocabulary: all ids are below
-    it. eos: the id that ends every document, or None. field: the JSON key or table column with the text. text_bytes: bytes of all
-    documents in UTF-8. sources: for each source file its name, bytes, time of last change (nanoseconds since 1970) and documents,
-    in the order in which documents are numbered.
+    it. eos: the id that ends every document, or None. field: the JSON key or table column that contains the text. text_bytes:
+    bytes of all documents in UTF-8. sources: each source file's name, size in bytes, modification time (nanoseconds since 1970)
+    and number of documents, in the order in which documents are numbered.
     """
 
     command: str

@@ -21,9 +21,9 @@ from distattn.data.files.indexed_file import IndexedFileWriter
 from distattn.ir.errors import DamagedDataError, DistattnError
 
 VOCABULARY = 256
-# files are checked in parts of this size
+# files are checked in chunks of this size
 _PART_BYTES = 1 << 20
-# binary files are recognised by this many of their first bytes
+# this many bytes at the start of a file show whether it is binary
 _FIRST_BYTES = 4096
 _MOST_DOCUMENTS = 5_000_000
 
@@ -54,8 +54,8 @@ class TextCorpus:
 def find_corpus(path: str, *, suffix: str = "", exclude: Sequence[str] = (), max_document_tokens: int) -> TextCorpus:
     """Find the files of `path` (folder, file or glob), and cut them into documents of at most `max_document_tokens` bytes.
 
-    Reads only the size and the first bytes of each file; `check_text` reads them whole. Empty files are skipped and counted, and
-    so are binary files if there are several files. Raises DistattnError if there is no text.
+    Reads only the size and the first bytes of each file; `check_text` reads them in full. Empty files are skipped and counted,
+    and so are binary files if there are several files. Raises DistattnError if there is no text.
     """
     documents: list[Document] = []
     empty = binary = 0
@@ -63,7 +63,7 @@ def find_corpus(path: str, *, suffix: str = "", exclude: Sequence[str] = (), max
     for file in files:
         size = _size(file)
         empty += not size
-        # a folder may also hold other files, such as compiled code or pictures
+        # a folder may also hold other files, such as compiled code or images
         if size and len(files) > 1 and _looks_binary(file):
             binary += 1
             continue
@@ -207,7 +207,7 @@ def _looks_binary(file: str) -> bool:
 
 
 def _check_utf8(file: str) -> int:
-    """Decode a file in parts, and return its size in bytes. Raise DamagedDataError naming the first byte that is not UTF-8."""
+    """Decode a file in chunks, and return its size in bytes. Raise DamagedDataError naming the first byte that is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     size = 0
     try:

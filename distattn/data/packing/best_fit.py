@@ -20,7 +20,7 @@ import numpy as np
 
 from distattn.data.packing.pack_rule import PackLimits
 
-# an entry in the sorted list of free room holds the pack's number in its lower bits
+# each entry in the sorted list of free space holds a pack's index in its lower bits
 _PACK_BITS = 32
 _PACK_MASK = (1 << _PACK_BITS) - 1
 # pieces longer than one eighth of a pack are placed first; one quarter is kept free for the last pieces
@@ -32,7 +32,7 @@ _SPARE_PART = 256
 class BestFitPacks:
     """Packs to which pieces are added. A pack never exceeds its limits, unless it holds a single piece.
 
-    A piece longer than a pack gets a pack of several slots, with limits as many times higher.
+    A piece longer than a pack gets a pack of several slots, with limits that many times higher.
     """
 
     def __init__(self, limits: PackLimits) -> None:
@@ -53,10 +53,10 @@ class BestFitPacks:
         return np.array(self._room, np.int64)
 
     def add(self, lengths: np.ndarray) -> np.ndarray:
-        """Add pieces of these lengths, int64 (N,), each at least 1. Return the number of each piece's pack, int64 (N,).
+        """Add pieces of these lengths, int64 (N,), each at least 1. Return the index of each piece's pack, int64 (N,).
 
-        Packs from earlier calls are filled further. No pack is empty. The result depends on the order of the pieces, so shuffle
-        them first.
+        Packs from earlier calls also receive pieces. No pack is empty. The result depends on the order of the pieces, so
+        shuffle them first.
         """
         packs = np.empty(len(lengths), np.int64)
         long = lengths * _LONG_PART > self._limits.tokens
@@ -81,7 +81,7 @@ class BestFitPacks:
             if pack == len(self._slots):
                 self._open(1)
             end = self._run_end(sums, first, pack, _LAST_PART)
-            # an empty pack takes at least one piece, whatever it costs
+            # an empty pack takes at least one piece, regardless of its cost
             ends.append(end if self._pieces[pack] else max(end, first + 1))
             self._take(sums, first, ends[-1], pack)
         packs[chosen[: ends[-1]]] = np.repeat(np.arange(len(ends) - 1), np.diff(ends))
@@ -99,7 +99,7 @@ class BestFitPacks:
         sums = self._sums(falling)
         rising = [-length for length in falling]
         shortest = falling[-1]
-        # (longest piece that fits, pack) in rising order, without the packs too full for even the shortest piece
+        # (longest piece that fits, pack) in ascending order, without packs too full for even the shortest piece
         fits = sorted(
             fit << _PACK_BITS | pack for pack in range(len(self._room)) if (fit := self._fit(pack)) >= shortest
         )
@@ -108,10 +108,10 @@ class BestFitPacks:
         while (first := run_ends[-1]) < len(falling):
             place = bisect_left(fits, falling[first] << _PACK_BITS)
             pack = fits.pop(place) & _PACK_MASK if place < len(fits) else self._open(falling[first])
-            # place at least one piece: a piece may be alone in a pack whatever it costs
+            # place at least one piece: a piece may be alone in a pack regardless of its cost
             end = max(first + 1, self._run_end(sums, first, pack))
             if place and (better := fits[place - 1] >> _PACK_BITS) >= falling[end - 1]:
-                # end the run before the pieces that are short enough for a fuller pack
+                # end the run before the first piece short enough for a fuller pack
                 end = bisect_left(rising, -better, first + 1, end)
             self._take(sums, first, end, pack)
             if (fit := self._fit(pack)) >= shortest:
@@ -128,7 +128,7 @@ class BestFitPacks:
         )
 
     def _open(self, length: int) -> int:
-        """Open a new pack with room for a piece of this length. Return its number."""
+        """Open a new pack with room for a piece of this length. Return the pack's index."""
         slots = -(-length // self._limits.tokens)
         self._slots.append(slots)
         self._room.append(slots * self._limits.tokens)

@@ -22,12 +22,14 @@ import numpy as np
 from distattn.data.packing.permutation import derived_key, permuted
 from distattn.ir.errors import DistattnError
 
-# weights are multiples of 1 / 2^20 of their sum, and turns are multiples of 1 / 2^20 of a token over a weight
+# the sum of the weights in their integer units; a document's turn is the number of its corpus's earlier tokens x
+# WEIGHT_UNITS / weight
 WEIGHT_UNITS = 1 << 20
 MOST_DOCUMENTS = (1 << 32) - 1
 MOST_CORPORA = MOST_EPOCHS = (1 << 16) - 1
 _BLOCK_DOCUMENTS = 1 << 16
-# a block of a small corpus has at most this many epochs, because each epoch is read separately and few are needed in advance
+# a block of a small corpus has at most this many epochs, because each epoch is read separately and only a few are needed in
+# advance
 _BLOCK_EPOCHS = 64
 # the tokens of a block times WEIGHT_UNITS must fit into an int64
 _MOST_BLOCK_TOKENS = (1 << 43) - 1
@@ -70,7 +72,7 @@ class BlendSource:
 
 
 class DocumentColumns(NamedTuple):
-    """Documents in order. document: numbers within the corpus. epoch: counted from 0. length: tokens. All are int64 (D,)."""
+    """Documents in order. document: indices within the corpus. epoch: counted from 0. length: in tokens. All are int64 (D,)."""
 
     corpus: np.ndarray
     document: np.ndarray
@@ -98,9 +100,10 @@ def blend_documents(
 ) -> Iterator[DocumentColumns]:
     """Yield the documents of all epochs in order, in blocks, until every corpus has ended.
 
-    lengths: for each corpus, its tokens per document, integers (documents,). Empty documents are left out. block_documents: how
-    many documents of a corpus to read at a time; the order does not depend on it. The iterator never ends if a corpus has no
-    max_epochs. Raises DistattnError if there are no corpora or too many, and if a corpus reaches too many epochs.
+    lengths: for each corpus, the number of tokens in each document, integers (documents,). Empty documents are left out.
+    block_documents: how many documents of a corpus to read at a time; the order does not depend on it. The iterator never ends
+    if a corpus has no max_epochs. Raises DistattnError if there are no corpora or too many, and if a corpus reaches too many
+    epochs.
     """
     if not 0 < len(sources) <= MOST_CORPORA:
         raise DistattnError(f"a blend of {len(sources):,} corpora; name 1 to {MOST_CORPORA:,}.")
@@ -129,7 +132,7 @@ def blend_documents(
 def epoch_order(seed: int, corpus: int, epoch: int, documents: int, positions: np.ndarray) -> np.ndarray:
     """Return the documents at `positions` (N,) of the shuffled order of an epoch, int64 (N,).
 
-    corpus, epoch: their numbers. documents: the number of documents in the corpus.
+    corpus, epoch: their indices. documents: the number of documents in the corpus.
     """
     return permuted(positions, documents, derived_key(seed, corpus, epoch))
 
@@ -147,7 +150,7 @@ class _CorpusReader:
         self._seed = seed
         longest = int(lengths.max())
         self._block = max(1, min(block, _MOST_BLOCK_TOKENS // max(longest, 1), _BLOCK_EPOCHS * source.documents))
-        # the documents read so far over all epochs, and their tokens
+        # the numbers of documents and of tokens read so far, over all epochs
         self._position = 0
         self._tokens = 0
         self._turns = np.empty(0, np.int64)
@@ -155,12 +158,12 @@ class _CorpusReader:
 
     @property
     def waiting(self) -> int:
-        """The number of documents read but not yet taken."""
+        """The number of documents read but not yet returned."""
         return len(self._turns)
 
     @property
     def ended(self) -> bool:
-        """True if all documents of all epochs were read."""
+        """True if all documents of all epochs have been read."""
         return self._position == self._source.most_documents
 
     @property

@@ -24,9 +24,9 @@ class CorpusSpans(NamedTuple):
 
 
 def cut_documents(rows: np.ndarray, tokens: int, spans: Mapping[int, CorpusSpans]) -> tuple[np.ndarray, np.ndarray]:
-    """Cut rows with more tokens than a pack. Return (pieces (N,), the index of the row that each piece came from (N,)).
+    """Cut rows with more tokens than a pack. Return (pieces (N,), the index of each piece's source row (N,)).
 
-    rows: PIECE of `pack_windows.py`, (D,). tokens: tokens per pack. spans: the spans of corpora that have any, by corpus number.
+    rows: PIECE of `pack_windows.py`, (D,). tokens: tokens per pack. spans: the spans of corpora that have any, by corpus index.
     Each piece has as many tokens as fit, and the last piece has the rest. A piece that would end inside a span ends before the
     span instead. Raises DistattnError for a span that does not fit into a pack.
     """
@@ -35,7 +35,7 @@ def cut_documents(rows: np.ndarray, tokens: int, spans: Mapping[int, CorpusSpans
     long = np.flatnonzero(pieces > 1)
     if not len(long):
         return rows, np.arange(len(rows))
-    # for rows with spans: where their pieces begin, relative to the row's start
+    # for rows with spans: the offsets of their pieces from the row's start
     begins = {row: _begins(rows[row], tokens, spans[rows["corpus"][row]]) for row in _with_spans(rows, long, spans)}
     for row, row_begins in begins.items():
         pieces[row] = len(row_begins)
@@ -61,7 +61,7 @@ def _with_spans(rows: np.ndarray, long: np.ndarray, spans: Mapping[int, CorpusSp
 
 
 def _begins(row: np.void, tokens: int, spans: CorpusSpans) -> list[int]:
-    """Return where the pieces of a row begin, relative to the row's start."""
+    """Return the offsets of a row's pieces from the row's start."""
     start, length, document = int(row["start"]), int(row["length"]), int(row["document"])
     limits = spans.of(document) - start
     begins = [0]

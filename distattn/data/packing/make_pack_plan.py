@@ -21,7 +21,7 @@ _SCAN_DOCUMENTS = 1 << 22
 
 
 class CorpusLengths(Protocol):
-    """The parts of a corpus that planning needs: a name, the tokens per document, and a digest of the files.
+    """The parts of a corpus that planning needs: a name, the document lengths, and a digest of the files.
 
     Like `Corpus`, it may also have `masks`: `LabelMasks` or None.
     """
@@ -32,7 +32,7 @@ class CorpusLengths(Protocol):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens per document, integers (documents,). The array may be memory-mapped."""
+        """The number of tokens in each document, integers (documents,). The array may be memory-mapped."""
 
     @property
     def digest(self) -> str:
@@ -58,8 +58,8 @@ def make_pack_plan(
     planned so far.
 
     The plan depends only on the document lengths and spans in the order of the corpora, and on seed, rule, weights, max_epochs
-    and steps. Raises DistattnError naming the invalid argument. It is also raised for a plan that would never end, and if all
-    corpora end before `steps`.
+    and steps. Raises DistattnError naming the invalid argument, and also for a plan that would never end or if all corpora end
+    before `steps`.
     """
     sources = _sources(corpora, rule, weights, max_epochs)
     if not 0 <= seed < 1 << 64:
@@ -137,7 +137,7 @@ class _Totals:
         self._documents = [a + b for a, b in zip(self._documents, documents, strict=True)]
         self.longest_wait = max(self.longest_wait, int(window.waited.max(initial=0)))
         step_of_pack = np.repeat(np.arange(len(window.packs)), window.packs)
-        # numpy keeps the last value assigned to a corpus, and the steps are in rising order
+        # numpy keeps the last value assigned to a corpus, and the steps are in ascending order
         self._last_step[corpus] = first_step + np.repeat(step_of_pack, window.pieces)
 
     def of(self, corpus: int) -> tuple[int, int, int]:
@@ -151,7 +151,7 @@ def _sources(
     weights: Sequence[float] | None,
     max_epochs: Sequence[float | None] | None,
 ) -> list[BlendSource]:
-    """Return the blend's sources, one per corpus. Raise DistattnError for invalid document lengths or lists of the wrong size."""
+    """Return the blend's sources, one per corpus. Raise DistattnError for invalid lengths and for lists of the wrong size."""
     names = [corpus.name for corpus in corpora]
     for argument, values in (("weights", weights), ("max_epochs", max_epochs)):
         if values is not None and len(values) != len(names):

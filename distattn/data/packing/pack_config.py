@@ -116,7 +116,7 @@ def load_pack_config(path: str | Path) -> PackConfig:
 
 
 def open_corpora(config: PackConfig, check_tokens: bool = True) -> list[Corpus]:
-    """Open the corpora in order. Raise the errors of `Corpus.open`. check_tokens: see `IndexedFile.open`."""
+    """Open the corpora in order. Raises the same errors as `Corpus.open`. check_tokens: see `IndexedFile.open`."""
     return [Corpus.open(corpus.name, corpus.files, check_tokens) for corpus in config.corpus]
 
 
@@ -142,7 +142,7 @@ def make_configured_plan(
 ) -> PackPlan:
     """Plan all steps and write the plan's file.
 
-    Raises the errors of `make_pack_plan`, and DistattnError if the corpora were made with different tokenizers.
+    Raises the same errors as `make_pack_plan`, and DistattnError if the corpora were made with different tokenizers.
     """
     vocabulary_of(corpora)
     weights = [corpus.weight for corpus in config.corpus if corpus.weight is not None]
@@ -189,7 +189,7 @@ def open_configured_plan(config: PackConfig, corpora: Sequence[Corpus]) -> PackP
 
 
 def _problems(config: PackConfig, has_rule_cost: bool) -> Iterator[SettingProblem]:
-    """Yield the problems that involve several keys. has_rule_cost: True if there is a table [rule.cost]."""
+    """Yield the problems that involve more than one key. has_rule_cost: True if there is a table [rule.cost]."""
     if not config.corpus:
         yield SettingProblem("corpus", "is missing; add a [[corpus]] with a name and files.")
     names = [corpus.name for corpus in config.corpus]
@@ -257,9 +257,9 @@ def _settings(config: PackConfig, plan: PackPlan) -> Iterator[tuple[str, Any, An
 
 
 def _is_short(source: PlannedSource) -> bool:
-    """Return True if the totals show that the plan ends before this corpus does."""
+    """Return True if the totals show that the plan ends before the end of this corpus."""
     epochs = source.max_epochs or 0.0
-    # which documents a partial epoch contains is not known here, so assume that it contains all empty ones
+    # which documents a partial epoch contains is not known here, so assume that it contains all empty documents
     least = math.floor(Fraction(epochs) * source.documents) - math.ceil(epochs) * source.empty_documents
     return source.planned_documents < least
 

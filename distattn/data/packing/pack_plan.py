@@ -35,9 +35,10 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 class PlannedSource:
     """A corpus of a plan, and how much of it the plan reads.
 
-    documents, empty_documents, tokens: the size of the corpus. planned_documents: how many documents, over all epochs, the plan
-    reads from their first token. planned_tokens: how many tokens, over all epochs, it reads. last_step: the last step with tokens
-    of the corpus, or -1. digest: digest of its files. masks: digest of their loss masks and spans, or None if there were none.
+    documents, empty_documents, tokens: the size of the corpus. planned_documents: the number of documents that the plan starts to
+    read, over all epochs. planned_tokens: the number of tokens that it reads, over all epochs. last_step: the last step with
+    tokens of the corpus, or -1. digest: digest of its files. masks: digest of their loss masks and spans, or None if there were
+    none.
     """
 
     name: str
@@ -71,7 +72,7 @@ class Pack:
 
     @property
     def document(self) -> np.ndarray:
-        """The document of each piece, as its number within the corpus, uint32 (N,)."""
+        """The document of each piece, as an index into the corpus, uint32 (N,)."""
         return self.rows["document"]
 
     @property
@@ -91,7 +92,7 @@ class Pack:
 
     @property
     def lengths(self) -> list[int]:
-        """The tokens of each piece, a list of N integers."""
+        """The number of tokens in each piece, a list of N integers."""
         lengths: list[int] = self.rows["length"].tolist()
         return lengths
 
@@ -234,13 +235,13 @@ class PackPlan:
     def full_steps(self) -> int:
         """The number of steps, not counting the last one if it has free slots. The first use reads that step.
 
-        The last step of a plan that ends with its corpora has the packs that are left.
+        The last step of a plan that ends with its corpora contains only the remaining packs.
         """
         last = self.step(self.steps - 1)
         return self.steps - (sum(last.slots) < self.rule.packs_at(last.step))
 
     def find(self, corpus: int, document: int) -> list[int]:
-        """Read all steps, and list those with a piece of this document. Raise the errors of `step`."""
+        """Read all steps, and return those with a piece of this document. Raises the same errors as `step`."""
 
         def holds(rows: np.ndarray) -> bool:
             return bool(((rows["document"] == document) & (rows["corpus"] == corpus)).any())

@@ -34,7 +34,7 @@ class PackCost:
     cell_femtoseconds: Annotated[int, Number(ge=0, le=math.inf)] = 0
 
     def __post_init__(self) -> None:
-        """Raise DistattnError if a number is negative or too large."""
+        """Raise DistattnError if a value is negative or too large."""
         check_limits(self)
 
     def of(self, length: Any) -> Any:
@@ -75,7 +75,7 @@ class PackRule:
       better.
     max_documents: the maximum number of documents per pack. A piece of a cut document counts as one.
     max_cost: the maximum cost of a pack, relative to that of a single document that fills it; `cost` defines how it is computed.
-      Below 1.0, packs of long documents are left partly empty. A piece may be alone in a pack whatever it costs.
+      Below 1.0, packs of long documents are left partly empty. A piece may be alone in a pack regardless of its cost.
     long_documents: "cut" makes pieces of exactly the context length, and a shorter last one. "keep" leaves longer documents
       whole: the pack is then as large as several packs, and replaces them in its step. Its free space is filled like that of
       other packs, and its caps are higher by the same factor. If all ranks split every pack, each rank has as many tokens as
@@ -142,7 +142,7 @@ class PackRule:
         return self.tokens_per_step // self.context_at(step)
 
     def next_change(self, step: int) -> int | None:
-        """Return the first later step with another context length, or None if the length does not change again."""
+        """Return the first later step with a different context length, or None if the length does not change again."""
         return min((first for first, _ in self.context if first > step), default=None)
 
     def limits_at(self, step: int) -> PackLimits:

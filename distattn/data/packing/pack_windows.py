@@ -30,11 +30,11 @@ PIECE = np.dtype(
         ("ends_document", "?"),
     ]
 )
-# distinguishes the keys of windows from those of corpora, whose numbers are lower
+# distinguishes the keys of windows from those of corpora, whose indices are lower
 _WINDOW = 1 << 32
-# a document is packed at most this many windows after the one it was read for, whatever the rule (`plan_windows`)
+# a document is packed at most this many windows after the one it was read for, regardless of the rule (`plan_windows`)
 MOST_WINDOWS_WAITED = 12
-# 1 / _MORE_PART of a window is read in addition, so that the emptiest packs can be carried over and filled further
+# an extra 1 / _MORE_PART of a window is read, so that the emptiest packs can be carried over and filled up
 _MORE_PART = 64
 # numbers below this sort faster, because numpy uses a radix sort for 16-bit integers
 _FEW = 1 << 16
@@ -62,11 +62,11 @@ def plan_windows(
     """Yield packed windows until all documents are packed. Each has a whole number of steps, at least one.
 
     Every document, or every piece of it, is in exactly one pack. Every step is full, except that the last may have fewer packs,
-    and that packs of several slots may leave slots free into which no other pack fits. A document is packed in the window it was
+    and that packs of several slots may leave slots free that no other pack fits into. A document is packed in the window it was
     read for or in one of the next two, or one of the next six if the documents or the cost of a pack are capped. A change of the
     context length within that time may double it.
 
-    spans: by corpus number, the tokens that must not be separated. Documents to be kept whole must fit into a step
+    spans: by corpus index, the tokens that must not be separated. Documents to be kept whole must fit into a step
     (`make_pack_plan` checks this). Raises DistattnError for a span that does not fit into a pack.
     """
     reader = _DocumentReader(documents)
@@ -143,12 +143,12 @@ class _DocumentReader:
         return np.concatenate(read)
 
     def _sums(self, limits: PackLimits, slots: int, lengths: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """Return for each limit (the capacity of `slots` slots, the running sums (D,) of what documents of these lengths use)."""
+        """Return, for each limit, (capacity of `slots` slots, running sums (D,) of what documents of these lengths use)."""
         sums = [(slots * limits.tokens, np.cumsum(lengths))]
         if limits.max_documents is not None:
             sums.append((slots * limits.max_documents, np.arange(1, len(lengths) + 1)))
         if limits.max_cells is not None:
-            # a piece alone in a pack uses at most the whole pack, whatever it costs
+            # a piece alone in a pack uses at most the whole pack, regardless of its cost
             whole, rest = np.divmod(lengths, limits.tokens)
             most_of_rest = np.where(rest > 0, np.minimum(limits.cost.of(rest), limits.max_cells), 0)
             whole_cells = min(limits.cost.of(limits.tokens), limits.max_cells)
@@ -157,7 +157,7 @@ class _DocumentReader:
 
 
 def _lengths(rows: np.ndarray) -> np.ndarray:
-    """Return the tokens of pieces, int64 (N,)."""
+    """Return the number of tokens in each piece, int64 (N,)."""
     return rows["length"].astype(np.int64)
 
 

@@ -47,7 +47,7 @@ def permuted(position: np.ndarray, size: int, key: int) -> np.ndarray:
 
 
 def derived_key(seed: int, *numbers: int) -> int:
-    """Return a 64-bit key derived from the seed and `numbers`, such as (corpus, epoch). All must be Python integers."""
+    """Return a 64-bit key derived from the seed and `numbers`, such as (corpus, epoch). All arguments must be Python integers."""
     state = _mixed(seed & _MASK)
     for number in numbers:
         state = _mixed(state ^ number & _MASK)

@@ -41,7 +41,7 @@ def check_coverage(
 
     corpora: in the order of the plan's sources. progress: called with (steps done, total steps). If the plan ends after a given
     number of steps, an epoch may lack documents only if the next epoch began in the plan's last windows. Raises DamagedDataError
-    naming the first document that is read twice, not to its end, or not at all, and the errors of `PackPlan.step`.
+    naming the first document that is read twice, not to its end, or not at all, and the same errors as `PackPlan.step`.
     """
     checker = _Checker(plan, corpora)
     rows: list[np.ndarray] = []
@@ -74,7 +74,7 @@ class _Epoch:
         return (self.done[document >> 3] >> (document & 7) & 1).astype(np.bool_)
 
     def add(self, document: np.ndarray) -> None:
-        """Mark documents as complete. document: their numbers in rising order, int64 (N,)."""
+        """Mark documents as complete. document: their indices in ascending order, int64 (N,)."""
         if not len(document):
             return
         place = document >> 3
@@ -86,8 +86,8 @@ class _Epoch:
 class _Corpus:
     """The state of the check of one corpus.
 
-    under_way: the incomplete epochs. complete: the numbers of the complete ones. first_steps: the first step with tokens of each
-    epoch. tokens: the tokens read.
+    under_way: the incomplete epochs. complete: the indices of the complete epochs. first_steps: the first step with tokens of
+    each epoch. tokens: the number of tokens read.
     """
 
     def __init__(self) -> None:
@@ -146,7 +146,7 @@ class _Checker:
         ]
 
     def _check_pieces(self, corpus: int, epoch: int, rows: np.ndarray) -> None:
-        """Raise DamagedDataError for a piece that lies outside its document or disagrees with the document's length."""
+        """Raise DamagedDataError for a piece that extends outside its document or disagrees with the document's length."""
         lengths = self._lengths[corpus]
         outside = rows["document"] >= len(lengths)
         if outside.any():

@@ -7,7 +7,7 @@ from distattn.ir.errors import DistattnError
 
 
 def deal_packs(record: StepPacks, size: int) -> list[list[int]]:
-    """Return the pack numbers of each share, in the plan's order.
+    """Return the indices of each share's packs, in the plan's order.
 
     Packs are assigned largest first. Each goes to the share with the fewest slots so far (`StepPacks.slots`), and to the first of
     these shares in a tie. So packs of one slot are dealt out round-robin, and a pack that replaces several counts as several.

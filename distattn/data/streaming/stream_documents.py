@@ -26,7 +26,7 @@ class StreamDocument(NamedTuple):
 
 
 class DocumentReader:
-    """A reader that extracts and counts the documents in stream items. count: documents so far, numbered from 0.
+    """A reader that extracts and counts the documents in stream items. count: the number of documents so far.
 
     An item is a document or a batch of documents. A document is a list or array of token ids, text (if there is a tokenizer), or
     a mapping with either under `field` and optionally `labels` of the same length. A batch is a list of documents, a 2-D array,

@@ -90,7 +90,7 @@ class StreamLoader:
         return next(self._steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to resume with any number of shares: tensors, numbers and the stream's own state.
+        """Return everything needed to resume with any number of shares: tensors, integers and the stream's own state.
 
         The state is that at the start of the current window, whose documents are read again after a resume. It includes the
         tokens of the documents carried into the window, a few packs' worth.
@@ -196,7 +196,7 @@ class StreamLoader:
         pack_of_piece = np.concatenate(
             [packs.add(part) for part in (lengths[:carried], lengths[carried:]) if len(part)]
         )
-        # packs with carried pieces leave first, then the fullest packs
+        # packs with carried pieces leave the window first, then the fullest packs
         is_fresh = np.ones(len(packs.slots), np.bool_)
         is_fresh[pack_of_piece[:carried]] = False
         leaving = np.lexsort((packs.room, is_fresh))
@@ -213,7 +213,7 @@ class StreamLoader:
 
 
 class _WindowState(NamedTuple):
-    """The state at the start of a window: the stream's state, the carried pieces, documents read so far, and the window's number.
+    """The state at the start of a window: the stream's state, carried pieces, number of documents read, and window index.
 
     ended: True if the stream has ended and everything was packed. It is stored because some streams start over when their last
     state is loaded.

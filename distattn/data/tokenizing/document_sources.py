@@ -47,8 +47,8 @@ class Piece(NamedTuple):
 def find_sources(paths: Sequence[str], suffix: str = "", exclude: Sequence[str] = ()) -> list[Source]:
     """Return the files that `paths` (folders, files or globs) name, in the order of `paths`, sorted by name within each.
 
-    suffix: take only files whose names end in it, and read those of unknown kinds as text. Raises DistattnError for files of
-    unknown kinds (without a suffix) and for files named twice.
+    suffix: use only files whose names end in this, and read files of unknown kinds as text. Raises DistattnError for files
+    of unknown kinds (if no suffix is given) and for files named twice.
     """
     sources: list[Source] = []
     named: dict[str, str] = {}

@@ -35,7 +35,7 @@ def read_documents(source: Source, piece: Piece, field: str) -> Iterator[tuple[s
 
 
 def _read_text(source: Source, piece: Piece, field: str) -> Iterator[tuple[str, int]]:
-    """Yield the whole file as one document."""
+    """Yield the entire file as one document."""
     with open(source.file, "rb") as file:
         content = file.read()
     try:
@@ -80,7 +80,7 @@ def _read_compressed_lines(source: Source, piece: Piece, field: str) -> Iterator
 
 
 def _read_parquet(source: Source, piece: Piece, field: str) -> Iterator[tuple[str, int]]:
-    """Yield the rows of row groups [start, stop). Errors number rows from 0 within the file."""
+    """Yield the rows of row groups [start, stop). Error messages count rows from 0 within the file."""
     opened = open_parquet(source.file)
     arrow = import_extra("pyarrow", f"reading {source.file}")
     schema = opened.schema_arrow
@@ -199,7 +199,7 @@ def _zstd_lines(path: str, file: IO[bytes]) -> Iterator[bytes]:
     decompressor = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
     frame, begun = decompressor.decompressobj(), False
     number = 0
-    # the parts read so far of an unfinished line
+    # the parts of an unfinished line read so far
     parts: list[bytes] = []
     try:
         while part := file.read(_COMPRESSED_BYTES):

@@ -175,7 +175,7 @@ def locked(job: TokenizeJob) -> Iterator[int]:
 
 def remove_parts(job: TokenizeJob) -> None:
     """Remove the parts folder, including the lock file, which this process must hold."""
-    # rename the folder first, because a command that waits for the lock may create it again meanwhile
+    # rename the folder first, because a command waiting for the lock may create it again during the removal
     os.rename(job.parts, f"{job.parts}.{os.getpid()}.old")
     # also remove the folders left by commands that were killed at this point
     for old in glob.glob(f"{glob.escape(job.parts)}.*.old"):
@@ -185,7 +185,7 @@ def remove_parts(job: TokenizeJob) -> None:
 def finished_manifest(job: TokenizeJob) -> Manifest | None:
     """Return the manifest if the same command has finished before, otherwise None.
 
-    Raise DistattnError if the prefix is taken by other files.
+    Raises DistattnError if other files with this prefix exist.
     """
     files = [f"{job.prefix}{suffix}" for suffix in (".json", ".idx", ".bin", ".xxh3")]
     existing = [file for file in files if os.path.lexists(file)]
@@ -194,7 +194,7 @@ def finished_manifest(job: TokenizeJob) -> Manifest | None:
             manifest = Manifest.load(job.prefix)
             if manifest is not None and manifest.command == _command_digest(job):
                 return manifest
-    # a command that was killed while it renamed its files left them
+    # remove the files of a command that was killed while renaming them
     if existing and os.path.exists(_publishing(job)) and f"{job.prefix}.json" not in existing:
         for file in existing:
             os.unlink(file)
@@ -289,7 +289,7 @@ def publish(job: TokenizeJob, parts: Mapping[int, Part]) -> Manifest:
 
 
 def _batches(job: TokenizeJob, shard: int, documents: list[int]) -> Iterator[tuple[list[str], int]]:
-    """Yield the texts of a shard in batches: (texts, stored bytes since the last batch). Count the documents of each piece."""
+    """Yield the texts of a shard in batches: (texts, stored bytes since the last batch). Also counts each piece's documents."""
     texts: list[str] = []
     characters = before = reported = 0
     for number, piece in enumerate(job.shards[shard]):
@@ -309,7 +309,7 @@ def _command_digest(job: TokenizeJob) -> str:
 
 
 def _is_lock(lock: int, file: str) -> bool:
-    """Return True if the open lock is still the file at this path."""
+    """Return True if the open lock file is still the one at this path."""
     try:
         return os.path.samestat(os.fstat(lock), os.stat(file))
     except FileNotFoundError:

@@ -95,7 +95,7 @@ class FileTokenizer:
         # the library raises bare Exceptions
         except Exception as error:
             raise DistattnError(f"tokenizer {path}: {file} is not a tokenizer of Hugging Face: {error}.") from None
-        # some files are configured for batches of equal length, which would truncate and pad documents
+        # turn off truncation and padding, which some files configure for batches of equal length
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # ids may have gaps

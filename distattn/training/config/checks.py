@@ -20,7 +20,7 @@ _DEGREES = (
 NO_GPU_FOR_MEGATRON = "engine.name: megatron needs GPUs, and this machine has none; use engine fsdp2 or deepspeed."
 
 
-# keys, and the keys that they are compared with: if one of the latter is wrong itself, only that one is reported
+# key -> the keys that it is compared with; if one of these is itself invalid, only that one is reported
 _COMPARED_WITH = {
     "data.context_length": ("data.tokens_per_step", "parallel.data", *_DEGREES),
     "data.max_document_tokens": ("data.context_length", "data.tokens_per_step"),
@@ -48,7 +48,7 @@ _COMPARED_WITH = {
 def problems_of(config: Config, named: Collection[str] = ()) -> list[SettingProblem]:
     """Return all problems, except those that only follow from another problem. named: keys set on the command line."""
     checks = (
-        # checks of single keys come first
+        # check each key by itself first
         nested_problems(config),
         _engine_problems(config),
         _train_problems(config),
@@ -69,7 +69,7 @@ def problems_of(config: Config, named: Collection[str] = ()) -> list[SettingProb
 
 
 def _train_problems(config: Config) -> Iterator[SettingProblem]:
-    """Yield problems with the learning-rate schedule and of the watch."""
+    """Yield problems with the learning-rate schedule and the watch."""
     train = config.train
     if config.watch.action == "rollback" and config.checkpoint.every_steps < 1:
         yield SettingProblem("watch.action", "rollback goes back to the newest checkpoint; set checkpoint.every_steps.")
@@ -178,7 +178,7 @@ def _overlap_problems(config: Config) -> Iterator[SettingProblem]:
 
 
 def _pair_problems(data: DataConfig, shares: int) -> Iterator[SettingProblem]:
-    """Yield a problem if a share of a step does not consist of whole pairs of packs."""
+    """Yield a problem if a data-parallel share of a step does not have an even number of packs."""
     for _, tokens in data.context_by_step:
         # values below 1 are reported by another check
         if min(tokens, shares) > 0 and (data.tokens_per_step // tokens) % (2 * shares):

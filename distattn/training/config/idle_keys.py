@@ -10,16 +10,16 @@ from pathlib import Path
 from distattn.ir.limits import SettingProblem
 from distattn.training.config.sections import Config, DataConfig, ModelConfig
 
-# keys of the model's shape, which the config.json in a model folder replaces
+# the model's shape keys; the config.json in a model folder overrides them
 SHAPE_KEYS = tuple(
     f"model.{field.name}" for field in fields(ModelConfig) if field.name not in ("path", "weights", "dtype")
 )
-# keys without effect on an existing plan of packs
+# keys that have no effect if data.path names an existing plan of packs
 _TEXT_KEYS = tuple(f"data.{field.name}" for field in fields(DataConfig) if field.name not in ("path", "check_tokens"))
 
 
 def idle_keys(config: Config) -> dict[str, str]:
-    """Return the keys that have no effect in a configuration, whatever their value, each with the reason and a remedy."""
+    """Return the keys that have no effect in a configuration, regardless of their value, each with the reason and a remedy."""
     data, parallel, train, watch = config.data, config.parallel, config.train, config.watch
     health, evaluation, slurm = config.health, config.evaluation, config.slurm
     idle: dict[str, str] = {}
@@ -29,7 +29,7 @@ def idle_keys(config: Config) -> dict[str, str]:
             idle.update(dict.fromkeys(keys, reason))
 
     planned = data.path.endswith(".toml")
-    # do not depend on the number of ranks, which elastic runs change
+    # the result must not depend on the number of ranks, which changes in elastic runs
     size = parallel.context_parallel_size
     packs_are_split = size > 1 or (not size and parallel.data == "replicated")
     add(
@@ -120,7 +120,7 @@ def idle_problems(config: Config, named: Collection[str]) -> Iterator[SettingPro
 
 
 def without_idle_keys(config: Config, named: Collection[str]) -> tuple[Config, list[str]]:
-    """Reset idle keys that the command line does not name to their defaults. Returns the configuration and these keys."""
+    """Reset idle keys not set on the command line to their defaults. Returns the new configuration and the keys reset."""
     left_out = [key for key in idle_keys(config) if key not in named and not _has_default(config, key)]
     return with_defaults(config, left_out), left_out
 
@@ -136,7 +136,7 @@ def with_defaults(config: Config, keys: Collection[str]) -> Config:
 
 
 def _has_latents(model: ModelConfig) -> bool:
-    """Return whether the model's config.json gives a latent width, or cannot be read, which another check reports."""
+    """Return True if the model's config.json gives a latent width or is unreadable (which another check reports)."""
     try:
         model_config = json.loads(Path(model.path, "config.json").read_text("utf-8")) if model.path else {}
     except (OSError, ValueError):

@@ -17,7 +17,7 @@ from distattn.training.config.run_file import Config
 
 
 def attention_config(config: Config) -> AttentionConfig:
-    """Return a run's attention settings, as taken by `ContextParallel` and `make_plan`."""
+    """Return a run's attention settings in the form that `ContextParallel` and `make_plan` accept."""
     parallel = config.parallel
     return AttentionConfig.of(
         parallel,

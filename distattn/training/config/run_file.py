@@ -55,8 +55,8 @@ _FOLDER_NAMES: dict[str, tuple[str, ...]] = {
 def load(path: str | Path, overrides: Sequence[str] = (), report: Callable[[str], None] = lambda line: None) -> Config:
     """Read a configuration file, or a shipped configuration by name, and apply command-line overrides.
 
-    report: called with a sentence if the overrides make keys of the file useless, which then get their default values.
-    Raises DistattnError naming every bad key and its line.
+    report: called with a sentence if the overrides leave keys of the file without effect; these keys are reset to their
+    defaults. Raises DistattnError naming every bad key and its line.
     """
     path = configuration_file(path)
     if not path.exists():
@@ -114,7 +114,7 @@ def help_text() -> str:
 def save(config: Config, path: Path, comment: str = "") -> None:
     """Write the resolved configuration atomically, for `load` to read back. Raises OSError.
 
-    comment: whole lines of TOML comments, written first.
+    comment: complete TOML comment lines, written at the top.
     """
     sections = {
         section: {name: value for name, value in keys.items() if value is not None}

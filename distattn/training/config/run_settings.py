@@ -82,7 +82,7 @@ def runs_on_gpus(config: Config) -> bool:
 
 
 def weight_dtype(config: Config) -> torch.dtype:
-    """Return the dtype of the trained weights: float32 if computation is in bfloat16."""
+    """Return the dtype of the trained weights: float32 if computation is in bfloat16, otherwise the dtype of computation."""
     name = config.model.dtype
     return torch.float32 if name == "bfloat16" else getattr(torch, name)
 
@@ -102,7 +102,7 @@ def memory_settings(config: Config) -> MemorySettings:
 def prepare_layers(model: Any, config: Config) -> None:
     """Compile, tile and recompute the layers of a transformers model as the run file says. Call it before sharding.
 
-    It also lets consecutive recurrent layers use another layout if that is faster, and applies parallel.latents.
+    It also lets consecutive recurrent layers use a different layout if that is faster, and applies parallel.latents.
     """
     huggingface.relayout_recurrent_spans(model)
     if config.parallel.latents:
@@ -153,5 +153,5 @@ class Utilisation(NamedTuple):
         return Utilisation(ModelFlops.of_model(meta_model(shape)), config.parallel.ranks, peak)
 
     def of_step(self, lengths: Sequence[int], seconds: float) -> float:
-        """Return a step's MFU in [0, 1]. lengths: tokens of each document piece in the step."""
+        """Return a step's MFU in [0, 1]. lengths: the number of tokens in each document piece of the step."""
         return flops_utilisation(self.flops.of_documents(lengths), seconds, self.ranks, self.peak_tflops)

@@ -28,7 +28,7 @@ ENGINES = ("fsdp2", "deepspeed", "megatron")
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 # the formats in sbatch's manual: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on
 _SLURM_TIME = r"\d+(:\d{2}){0,2}|\d+-\d+(:\d{2}){0,2}|UNLIMITED|INFINITE|infinite|unlimited"
-# a plan of packs has a record for each step, and a run on text plans all steps when it begins
+# a plan of packs has a record for each step, and a run on text plans all steps when it starts
 _MOST_STEPS = 1_000_000
 
 
@@ -99,7 +99,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ContextPhase:
-    """Steps of one context length."""
+    """A phase of training with one context length."""
 
     context_length: Annotated[int, Number(ge=1)]
     """Tokens (bytes) of a pack in these steps."""
@@ -139,8 +139,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A transformers model: that of a folder, or a Llama of the given shape, named as in its transformers
-    configuration.
+    """A transformers model: the one in a folder, or a Llama with the given shape, whose keys are named as in its
+    transformers configuration.
     """
 
     path: str = ""
@@ -221,7 +221,7 @@ class ParallelConfig(AttentionKeys):
 
     @property
     def layout_options(self) -> dict[str, int]:
-        """The layout's arguments in addition to lengths and ranks."""
+        """The layout's arguments other than lengths and ranks."""
         return {"min_chunk": self.min_chunk} if self.min_chunk else {}
 
     @property
@@ -359,7 +359,7 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class WatchKeys:
-    """Reaction to wrong numbers: NaN, infinity, or a loss or gradient norm far above the last ones."""
+    """Reaction to wrong values: NaN, infinity, or a loss or gradient norm far above recent values."""
 
     action: Annotated[str, OneOf(("skip", "stop", "rollback"))] = "skip"
     """skip the step's update, stop the run, or rollback to the newest checkpoint, and skip the step if it is bad again."""
@@ -372,7 +372,7 @@ class WatchKeys:
 
 @dataclass(frozen=True)
 class WatchConfig(WatchKeys):
-    """Reaction to wrong numbers, and checks that find them."""
+    """Reaction to wrong values, and checks that detect them."""
 
     replay_every: Annotated[int, Number(ge=0)] = 0
     """Steps between checks that compute the first micro-batch twice and compare all bits; 0 for never."""
@@ -383,7 +383,7 @@ class WatchConfig(WatchKeys):
 
 @dataclass(frozen=True)
 class SupervisionConfig:
-    """Reaction to a killed or hanging rank: it is named, and all ranks restart from the newest checkpoint."""
+    """Reaction to a killed or hanging rank: the rank is named, and all ranks restart from the newest checkpoint."""
 
     max_restarts: Annotated[int, Number(ge=0)] = 3
     """Maximum number of restarts in a row without a new checkpoint, on Slurm within one job; 0 ends the run at the

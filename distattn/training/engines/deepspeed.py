@@ -65,8 +65,8 @@ class DeepSpeedEngine:
     """An `Engine` on DeepSpeed. With bfloat16, master weights, optimizer state and summed gradients are float32.
 
     DeepSpeed initializes the master weights from the rounded bfloat16 weights. The model is built sharded over all ranks
-    and passed to DeepSpeed module by module. Stage 3 partitions each module at once, so no rank ever holds the whole
-    model. From stage 1 on, DeepSpeed itself may skip a step whose gradients are not finite.
+    and passed to DeepSpeed module by module. Stage 3 partitions each module immediately, so no rank ever holds the
+    entire model. From stage 1 on, DeepSpeed itself may skip a step whose gradients are not finite.
     """
 
     def __init__(self, config: Config, device: torch.device, vocabulary: int, context: int):
@@ -107,7 +107,7 @@ class DeepSpeedEngine:
         self._begin_averages()
 
     def backward(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
-        """Run forward and backward of the micro-batches. See `Engine.backward`."""
+        """Run the forward and backward passes of the micro-batches. See `Engine.backward`."""
         losses = []
         for number, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
@@ -128,7 +128,7 @@ class DeepSpeedEngine:
             # reduced gradients are equal on all ranks
             return float(clip_grad_norm_(self.model.parameters(), limit))
         gradients = self._gradient_partitions()
-        # if the model is small, some ranks hold no elements, and so no gradients
+        # in a small model, some ranks hold no elements and therefore have no gradients
         squares = get_total_norm(gradients).double().square() if gradients else torch.zeros((), dtype=torch.float64)
         squares = squares.to(self._device)
         dist.all_reduce(squares)
@@ -180,9 +180,9 @@ class DeepSpeedEngine:
         yield COUNTS, "", torch.stack([parameter_state["step"] for parameter_state in self._adam.state.values()])
 
     def state(self, keep: Keep = cloned) -> EngineState:
-        """Return whole tensors, one parameter gathered at a time. See `Engine.state`.
+        """Return unpartitioned tensors, gathering one parameter at a time. See `Engine.state`.
 
-        Each rank keeps a share of the tensors, so ranks return different names. All tensors are results of `keep`.
+        Each rank keeps a share of the tensors, so ranks return different names. All tensors are copies made by `keep`.
         """
         states: tuple[dict[str, Tensor], ...] = ({}, {}, {})
         for name, parameter in self._named():
@@ -190,7 +190,7 @@ class DeepSpeedEngine:
                 whole = self._whole(parameter, kind)
                 if self._keepers[name] == dist.get_rank():
                     tensors[name] = keep(f"{kind or 'param'}.{name}", whole)
-                # free it before the next one is gathered
+                # free the tensor before the next one is gathered
                 del whole
         return EngineState(states[0], states[1], states[2], self._updates())
 
@@ -250,14 +250,14 @@ class DeepSpeedEngine:
         return int(next(iter(self._adam.state.values()))["step"])
 
     def _whole(self, parameter: Any, kind: str) -> Tensor:
-        """Return a whole parameter in the optimizer's precision, or its average `kind`. A collective call."""
+        """Return an unpartitioned parameter in the optimizer's precision, or its average `kind`. A collective call."""
         if self._stage == 0:
             return self._adam.state[parameter][kind] if kind else parameter
         whole: Tensor = safe_get_full_optimizer_state(parameter, kind) if kind else safe_get_full_fp32_param(parameter)
         return whole
 
     def _set_whole(self, parameter: Any, whole: Tensor, kind: str) -> None:
-        """Set the tensor that `_whole` returns and, in stage 3, the forward pass's weights. A collective call."""
+        """Set the tensor that `_whole` would return and, in stage 3, the forward pass's weights. A collective call."""
         if self._stage == 0:
             self._whole(parameter, kind).copy_(whole)
         elif self._stage < 3:
@@ -279,7 +279,7 @@ class DeepSpeedEngine:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """Return DeepSpeed's configuration. `backward` counts micro-batches and `clip` clips gradients instead of DeepSpeed."""
+    """Return DeepSpeed's configuration. `backward`, not DeepSpeed, counts micro-batches, and `clip` clips gradients."""
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

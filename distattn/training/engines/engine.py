@@ -19,7 +19,7 @@ from distattn.training.config.run_file import Config
 Batch = Mapping[str, Any]
 # called with a micro-batch's per-token losses (T,), detached, and the micro-batch
 OnTokenLosses = Callable[[Tensor, Batch], None]
-# kinds of tensors that only an update changes; other kinds are the optimizer's names for its state
+# kinds of state tensors; the other kinds are the optimizer's names for its state, such as exp_avg
 WEIGHT, MASTER_WEIGHT, COUNTS = "weight", "master weight", "counts of updates"
 # (kind, parameter name, this rank's shard)
 StateTensor = tuple[str, str, Tensor]
@@ -69,8 +69,8 @@ def assign_keepers(model: torch.nn.Module, ranks: Sequence[int]) -> dict[str, in
 class PipelineStage(NamedTuple):
     """This rank's pipeline stage. Stages run forward in order, and backward in reverse order.
 
-    number: 0 to stages - 1. first_layer: index in the whole model of the stage's first layer. The stage's module numbers
-    its own layers from 0.
+    number: 0 to stages - 1. first_layer: index of the stage's first layer in the entire model. The stage's module
+    numbers its own layers from 0.
     """
 
     number: int = 0
@@ -92,7 +92,7 @@ class PipelineStage(NamedTuple):
         return self.number == self.stages - 1
 
     def module_name(self, name: str) -> str:
-        """Return the name of one of this stage's modules, with the layer's index in the whole model."""
+        """Return the name of one of this stage's modules, with the layer's index in the entire model."""
         return re.sub(r"(?<=\blayers\.)\d+", lambda match: str(int(match[0]) + self.first_layer), name, count=1)
 
 
@@ -107,7 +107,7 @@ class Engine(Protocol):
     stage: PipelineStage
 
     def backward(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
-        """Run forward and backward of the step's micro-batches, and sum the gradients. Return their losses, detached."""
+        """Run the forward and backward passes of the micro-batches, and sum the gradients. Return their losses, detached."""
 
     def evaluate(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
         """Return the losses of micro-batches, without gradients. The caller has put the model into evaluation mode."""
@@ -119,7 +119,7 @@ class Engine(Protocol):
         """Take an optimizer step, and drop the gradients."""
 
     def drop(self) -> None:
-        """Drop the gradients without a step."""
+        """Drop the gradients without taking a step."""
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield this rank's parameters by their names in transformers, with gradients if the engine exposes them."""
@@ -128,9 +128,9 @@ class Engine(Protocol):
         """Yield this rank's shard of weights and optimizer state. Only `update` and `load` change it. Not collective."""
 
     def state(self, keep: Keep = cloned) -> EngineState:
-        """Return the state to save, as references or copies. To load a checkpoint, read it into them and call `load`.
+        """Return the state to save, as references or copies. To load a checkpoint, read it into these tensors and call `load`.
 
-        keep: takes a name that is unique in the state and a gathered tensor, and returns a copy of the tensor.
+        keep: a function that takes a name (unique in the state) and a gathered tensor, and returns a copy of the tensor.
         """
 
     def load(self, state: EngineState) -> None:

@@ -92,7 +92,7 @@ class MegatronEngine:
         self.stage = PipelineStage(
             parallel_state.get_pipeline_model_parallel_rank(), parallel.pipeline_parallel_size, self._shard.layers.start
         )
-        # the ranks with the same layers
+        # the process group of the ranks that hold the same layers
         self._stage_group: Any = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         self._config = _transformer_config(config, shape, device)
         gpt = _gpt_model(self._config, shape, context)
@@ -117,7 +117,7 @@ class MegatronEngine:
             params_dtype=torch.bfloat16 if half else torch.float32,
             use_distributed_optimizer=True,
         )
-        # without experts the chain has one optimizer
+        # without experts, there is only one chained optimizer
         (self._optimizer,) = get_megatron_optimizer(
             settings, [self._chunk], use_gloo_process_groups=False
         ).chained_optimizers
@@ -131,7 +131,7 @@ class MegatronEngine:
         self.cp.loss_scale(megatron.ProbeTarget([self._chunk]))
 
     def backward(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
-        """Run forward and backward. Gradients are reduced once, after the last micro-batch. See `Engine.backward`."""
+        """Run the forward and backward passes. Gradients are reduced once, after the last micro-batch. See `Engine.backward`."""
         return self._scheduled(batches, on_token_losses, forward_only=False)
 
     @torch.no_grad()
@@ -159,7 +159,7 @@ class MegatronEngine:
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield this tensor-parallel rank's part of this stage's layers. See `Engine.named_parameters`."""
-        # the shape of a model with this rank's number of heads
+        # a model shape with this rank's number of heads
         shape, ranks = copy.deepcopy(self._shape), self._shard.tensor_ranks
         shape.num_attention_heads //= ranks
         shape.num_key_value_heads //= ranks
@@ -180,13 +180,13 @@ class MegatronEngine:
 
     @torch.no_grad()
     def state(self, keep: Keep = cloned) -> EngineState:
-        """Return whole tensors, one layer gathered at a time. See `Engine.state`.
+        """Return unsharded tensors, gathering one layer at a time. See `Engine.state`.
 
-        Each rank keeps a share of its stage's tensors, so ranks return different names. All tensors are results of `keep`.
+        Each rank keeps a share of its stage's tensors, so ranks return different names. All tensors are copies made by `keep`.
         """
         states: tuple[dict[str, Tensor], ...] = ({}, {}, {})
         for tensors, kind in zip(states, _KINDS, strict=True):
-            # caching one parameter is enough: consecutive requests ask for each rank's part of it
+            # caching one parameter is enough, because the requests for all ranks' parts of it are consecutive
             gather = lru_cache(maxsize=1)(partial(self._gathered, kind))
             parts = [_Parts(self._parameters, gather, rank) for rank in range(self._shard.tensor_ranks)]
             for name, whole in to_huggingface(parts, self._shape, self._shard):
@@ -285,7 +285,7 @@ class MegatronEngine:
                 self._take("param", parts)
             else:
                 for _ in parts:
-                    # take part in the gathering for the ranks of that stage
+                    # iterating takes part in the collective gathers for the ranks of that stage
                     pass
 
     @torch.no_grad()
@@ -311,7 +311,7 @@ class MegatronEngine:
         return main if kind == "param" else optimizer.state[main][kind], slice(place.start, place.end)
 
     def _gathered(self, kind: str, name: str) -> list[Tensor]:
-        """Return each tensor-parallel rank's part, gathered from its data-parallel ranks; float32, the parameter's shape."""
+        """Return each tensor-parallel rank's part, gathered from its data-parallel ranks, as float32 in the parameter's shape."""
         shape = self._parameters[name].shape
         flat = torch.zeros(shape.numel(), dtype=torch.float32, device=self._device)
         optimized = self._optimized(name, kind)
@@ -395,7 +395,7 @@ def _transformer_config(config: Config, shape: PretrainedConfig, device: torch.d
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         context_parallel_size=parallel.split_ranks,
-        # ranks have different numbers of tokens; Megatron then requires this dispatcher
+        # ranks have different numbers of tokens, for which Megatron requires this dispatcher
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,

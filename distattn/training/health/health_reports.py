@@ -27,7 +27,7 @@ from distattn.parallel.runtime.communication.communicator import sendable_device
 from distattn.training.health.device_counters import COUNTERS, DeviceCounters
 from distattn.training.reporting.step_clock import StepClock, StepCosts
 
-# a rank is slow if it takes longer than the median by this share
+# a rank is slow if its time exceeds the median by at least this share of the median
 SLOW_SHARE = 0.1
 # the console shows a slow rank after this many consecutive reports have named it
 _REPORTS_IN_A_ROW = 3
@@ -45,10 +45,10 @@ class HealthReport:
 
     compute_seconds: step time without waits. probe_seconds: time of a fixed matrix product (see `probe_device`). slowest: the
     rank with the longest compute_seconds or, on GPUs, probe_seconds. over_median: its excess over the median, as a share
-    of the median. slow: True if the excess is at least SLOW_SHARE. reports_in_a_row: consecutive reports, including this
-    one, that name this rank. errors: a sentence for each GPU counter that increased. counters: each rank's counters, in
-    the order of `COUNTERS`. state_checks: state digests compared so far in this process. damaged: a sentence for each
-    difference found since the last report. text: the whole report in sentences.
+    of the median. slow: True if the excess is at least SLOW_SHARE. reports_in_a_row: number of consecutive reports,
+    including this one, that name this rank. errors: a sentence for each GPU counter that increased. counters: each
+    rank's counters, in the order of `COUNTERS`. state_checks: state digests compared so far in this process. damaged: a
+    sentence for each difference found since the last report. text: the complete report in sentences.
     """
 
     step: int
@@ -76,7 +76,7 @@ class HealthReport:
 
 
 class HealthReports:
-    """Measures a training loop's steps on every rank of the default group. The constructor and `after_step` are collective.
+    """Measures a training loop's steps on every rank of the default group. The constructor and `after_step` are collective calls.
 
     every: steps between reports; 0 for no reports. publish: called with each report, on all ranks. counters: counters of
     this rank's GPU, by default from NVML. Until `close`, this thread's waits for collectives of torch.distributed are
@@ -133,7 +133,7 @@ class HealthReports:
             self._report_now(step)
 
     def report_damage(self, step: int, text: str) -> None:
-        """Report a damaged state at once. A collective call. text: a sentence."""
+        """Report a damaged state immediately. A collective call. text: a sentence."""
         self._damaged += (text,)
         if self._every and self._steps:
             self._report_now(step)
@@ -268,7 +268,7 @@ def probe_device(device: torch.device) -> float:
 def count_waits(waits: MessageMonitor) -> Callable[[], None]:
     """Add the time that this thread spends in torch.distributed's `Work.wait` to a monitor. Returns a function to stop it.
 
-    PyTorch has no hook for this, so `Work.wait` is replaced until then. With gloo the host waits there; with NCCL only
+    PyTorch has no hook for this, so `Work.wait` is replaced until that function is called. With gloo the host waits there; with NCCL only
     the device's stream does. Waits inside C++ code, such as those of functional collectives, are not counted.
     """
     original, thread = dist.Work.wait, threading.get_ident()
@@ -289,7 +289,7 @@ def count_waits(waits: MessageMonitor) -> Callable[[], None]:
 def slowest_rank(times: Sequence[float | None]) -> tuple[int | None, float | None]:
     """Return the slowest rank and its excess as a share of the median; (None, None) if any rank's time is unknown.
 
-    The median is the lower one of two middle values, so it is always some rank's time.
+    With an even number of ranks, the median is the lower of the two middle values, so it is always some rank's time.
     """
     known_times = [seconds for seconds in times if seconds is not None]
     if len(known_times) < len(times) or not known_times:

@@ -37,7 +37,7 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def append_lines(path: Path, lines: bytes) -> None:
-    """Append whole lines to a file in one write, first ending any partial line. Raises OSError.
+    """Append complete lines to a file in one write, after terminating any partial line. Raises OSError.
 
     If not all bytes can be written, none are.
     """
@@ -82,8 +82,8 @@ def read_rows(path: Path) -> list[Row]:
 class JsonLines:
     """A run's JSON-lines file. If the disk is full, it warns, keeps the rows, and adds them when there is room.
 
-    append: appends rows to the file; if it cannot append all of them, it appends none and raises OSError. is_in_place:
-    returns whether the file's folder is still in its place. If it is not, nothing is written.
+    append: a function that appends all rows to the file, or appends none and raises OSError. is_in_place: a function
+    that returns whether the file's folder is still in its place. If it is not, nothing is written.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class JsonLines:
         self._waiting: list[Callable[[], Sequence[Row]]] = []
 
     def add(self, rows: Callable[[], Sequence[Row]]) -> None:
-        """Add the rows that `rows` returns. It is called when they can be written, possibly several times."""
+        """Add the rows returned by `rows`, which is called when they can be written, possibly several times."""
         was_waiting = bool(self._waiting)
         self._waiting.append(rows)
         error = self._write()

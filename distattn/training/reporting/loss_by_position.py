@@ -61,7 +61,7 @@ class LossByPosition:
 
     The buckets are position 0, then [1, 1], [2, 3], [4, 7] and so on in powers of two up to `context` tokens. The last
     bucket also holds all later positions. As in the model, positions count from the start of a document's piece in the
-    pack. corpora: names, in the order of the corpus numbers.
+    pack. corpora: names, in the order of the corpus indices.
     """
 
     def __init__(self, context: int, corpora: Sequence[str] = (), device: torch.device | str = "cpu"):
@@ -80,7 +80,7 @@ class LossByPosition:
         """Add one micro-batch without synchronizing with the device.
 
         losses_T: each token's loss in nats, any float dtype. labels_T: -100 marks tokens without a label, whose loss is
-        ignored. positions_T: each token's position in its document. corpus_ids_T: each token's corpus number, -1 if
+        ignored. positions_T: each token's position in its document. corpus_ids_T: each token's corpus index, -1 if
         unknown. The tensors may have any shape with T elements.
         """
         losses_T, labels_T, positions_T = losses_T.detach().flatten(), labels_T.flatten(), positions_T.flatten()
@@ -94,7 +94,7 @@ class LossByPosition:
         self._sums.index_add_(1, place_T, rows_3T)
 
     def add_batch(self, losses_T: Tensor, batch: Mapping[str, Any]) -> None:
-        """Call `add` for a local batch of the driver. It has `corpus_ids` if `PackLoader(corpus_ids=True)` read it."""
+        """Call `add` for a local batch of the driver. The batch has `corpus_ids` if `PackLoader(corpus_ids=True)` read it."""
         self.add(losses_T, batch["labels"], batch["position_ids"], batch.get("corpus_ids"))
 
     def reset(self) -> None:

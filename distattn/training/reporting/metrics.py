@@ -33,7 +33,7 @@ from distattn.training.watch.module_observer import local_part, plain_name
 
 # minimum seconds between two lines, so that a log file stays readable
 _LINE_SECONDS = 2.0
-# the numbers logged for each step; unknown values are left out
+# the metrics logged for each step; unknown values are left out
 _SCALARS = (
     "loss",
     "grad_norm",
@@ -54,7 +54,7 @@ class MetricsReporter:
     """Reporter of a run: a context manager whose `report` is called after every step.
 
     visible: True on rank 0; on other ranks the reporter does nothing. wandb: a Weights & Biases project that gets the
-    same numbers, or empty for none; a resumed run continues its page there. Entering the context raises DistattnError
+    same metrics, or empty for none; a resumed run continues its page there. Entering the context raises DistattnError
     if the package is missing.
     """
 
@@ -157,7 +157,7 @@ class MetricsReporter:
         sys.stdout.flush()
 
     def report_histograms(self, step: int, model: Any) -> None:
-        """Record histograms of weights and gradients; of sharded tensors, only rank 0's shard.
+        """Record histograms of weights and gradients; for sharded tensors, only rank 0's shard.
 
         This copies them from the device, so call it at intervals, between backward and the optimizer step.
         """

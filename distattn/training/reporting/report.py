@@ -78,7 +78,7 @@ def write_report(
 
 
 def _rank_counts(run: RunFolder, config: Config) -> str:
-    """Return "4 ranks" or, if the run was resumed with another number of ranks, "4 ranks, from step 35 on 2"."""
+    """Return "4 ranks" or, if the run was resumed with a different number of ranks, "4 ranks, from step 35 on 2"."""
     resumed = [event for event in run.events() if event["kind"] == RESUMED and "saved_on" in event]
     # (last step before the segment, number of ranks)
     segments = [(-1, resumed[0]["saved_on"] if resumed else config.parallel.ranks)]
@@ -108,7 +108,7 @@ def _attempt_rows(attempts: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _tiles(steps: list[StepMetrics], evaluations: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """Return the run's main numbers, each as (name, value, remark)."""
+    """Return the run's key figures, each as (name, value, remark)."""
     first, last = steps[0], steps[-1]
     seconds, tokens = sum(step.seconds for step in steps), sum(step.tokens for step in steps)
     # the first step is slower: it makes plans and allocates buffers that later steps reuse

@@ -24,7 +24,7 @@ class Line(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Loss by position of one split. x_ticks, y_ticks: (coordinate, text). head, rows: the same numbers as a table."""
+    """Loss by position of one split. x_ticks, y_ticks: (coordinate, text). head, rows: the same values as a table."""
 
     title: str
     lines: list[Line]

@@ -20,7 +20,7 @@ class StepCosts(NamedTuple):
     """Costs of one step on this rank.
 
     seconds: wall time since the previous step. It includes data_seconds, spent waiting for the step's batches, and
-    wait_seconds, spent on the host waiting for messages and reductions of other ranks (None if the device waits
+    wait_seconds, spent on the host waiting for messages and reductions from other ranks (None if the device waits
     instead). memory_allocated, memory_reserved: the step's peak bytes in PyTorch's CUDA allocator; None on CPUs.
     memory_resident: current resident bytes of the process; None without Linux's /proc.
     """

@@ -15,7 +15,7 @@ _PROBE_BYTES = 4096
 
 
 class TensorBoardFiles:
-    """TensorBoard files of one process. Rows that cannot be written are dropped: the run's JSON lines have them, too.
+    """TensorBoard files of one process. Rows that cannot be written are dropped: the run's JSON-lines files also have them.
 
     is_in_place: returns whether the run's folder is still in its place. If it is not, nothing is written.
     """
@@ -32,7 +32,7 @@ class TensorBoardFiles:
     def write(self, add: Callable[[Any], None]) -> None:
         """Call `add` with the `torch.utils.tensorboard.SummaryWriter`.
 
-        Warns at the first failure. TensorBoard writes in a thread, so rows added shortly before are lost, too, and the
+        Warns at the first failure. TensorBoard writes in a thread, so rows added shortly before are also lost, and the
         thread may report the same error.
         """
         if not self._is_in_place():

@@ -24,7 +24,7 @@ from distattn.parallel.runtime.communication.transport import Packet
 from distattn.training.engines.engine import PipelineStage
 
 INPUT, OUTPUT = "input", "output"
-# names the whole model, including code outside its submodules
+# stands for the entire model, including code outside its submodules
 ROOT = "the model"
 # the wrapper that torch.compile puts around a module
 _COMPILED = "_orig_mod"
@@ -58,7 +58,7 @@ class ObservedTensor:
 
 @dataclass
 class Observations:
-    """The observations of a pass, in order. values: one on the device for each tensor in `seen`.
+    """The observations of a pass, in order. values: one value on the device for each tensor in `seen`.
 
     places: each tensor's place in the pass, comparable across ranks: (turn of the pipeline stage, index of the module's
     tensor, index of the message exchange after it). The last index is 0 for the tensor itself. Ranks may send different

@@ -50,7 +50,8 @@ class WatchSettings(WatchKeys):
     """Settings of the watch: which steps it refuses, and its reaction. Raises DistattnError if a setting is out of range.
 
     action, spike_window and spike_threshold are keys of run files. most_in_a_row: number of consecutive non-finite steps
-    after which the run stops, whatever the action. evidence: number of the latest refused steps whose evidence is kept.
+    after which the run stops, regardless of the action. evidence: for how many of the latest refused steps evidence is
+    kept.
     """
 
     most_in_a_row: Annotated[int, Number(ge=1)] = 10
@@ -154,9 +155,9 @@ class NumericsWatch:
         self._in_a_row = 0
         # the refused steps that end with the last judged step
         self.streak: Streak | None = None
-        # about the last judged step
+        # whether the last judged step was finite
         self._was_finite = True
-        # about the second run of the streak's first step
+        # whether the second run of the streak's first step found bad weights
         self._found_bad_weights = False
         # steps that caused a rollback: if they are bad again, they are skipped
         self._rolled_back: set[int] = set()
@@ -170,9 +171,9 @@ class NumericsWatch:
         return self.streak is not None and (self.streak.count > 1 or self._found_bad_weights)
 
     def judge(self, step: int, loss: float, grad_norm: float) -> Verdict:
-        """Decide whether a step may be applied. All ranks pass the same reduced numbers and get the same verdict.
+        """Decide whether a step may be applied. All ranks pass the same reduced values and get the same verdict.
 
-        loss: mean over all ranks. grad_norm: norm of the whole gradient before clipping. Does not communicate.
+        loss: mean over all ranks. grad_norm: norm of the full gradient before clipping. Does not communicate.
         """
         values = {"loss": float(loss), "grad_norm": float(grad_norm)}
         self._was_finite = all(map(math.isfinite, values.values()))
@@ -204,9 +205,9 @@ class NumericsWatch:
     def find(self, step: int, run: Callable[[int], Tensor | None], micro_batches: int) -> StepFinding:
         """Run a refused step again and find the first non-finite tensor, or else the largest output. A collective call.
 
-        run: called with i, runs forward and backward of micro-batch i as in the step, and may return the loss. The
-        caller drops the step's gradients before this call, and the new gradients afterwards. Compiled modules run
-        uncompiled.
+        run: a function of i that runs the forward and backward passes of micro-batch i as in the step; it may return
+        the loss. The caller drops the step's gradients before this call, and the new gradients afterwards. Compiled
+        modules run uncompiled.
         """
         first, outputs, largest = self._first_bad_weight(), [], []
         with torch.compiler.set_stance("force_eager"):
@@ -365,7 +366,7 @@ def _largest_output(
         (value, rank, micro_batch, (at, module))
         for rank, (modules, by_micro_batch) in enumerate(outputs_by_rank)
         for micro_batch, values in enumerate(by_micro_batch)
-        # micro-batches may differ in how often they observe a module
+        # a module may be observed a different number of times in each micro-batch
         for (at, module), value in zip(enumerate(modules), values, strict=False)
     ]
     if not cells:

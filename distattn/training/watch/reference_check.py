@@ -23,7 +23,7 @@ from distattn.training.run_folder import RunFolder
 # maximum relative difference by dtype: the replay sums in a different order
 _TOLERANCE = {"float64": 1e-8, "float32": 1e-4, "bfloat16": 5e-2}
 _COMPARED = ("loss", "grad_norm")
-# seconds that the replay may be stopped (SIGSTOP) before it is replaced
+# how many seconds the replay may stay stopped (SIGSTOP) before it is replaced
 _STOPPED_SECONDS = 10.0
 _REPLAY = Path(__file__).with_name("reference_replay.py")
 
@@ -52,7 +52,7 @@ def _run_watched(command: Sequence[str]) -> tuple[int, str]:
     """Run the replay, and return its exit code and standard error. Raises DistattnError if it is stopped each time.
 
     A replay that is stopped or killed by a signal is started again, at most MOST_REPLACEMENTS times, and rewrites its
-    file. A replay that exits by itself is not, since it would fail again for the same reason.
+    file. A replay that exits by itself is not restarted, since it would fail again for the same reason.
     """
     left = MOST_REPLACEMENTS
     while True:

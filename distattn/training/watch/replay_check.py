@@ -66,9 +66,9 @@ class ReplayCheck:
     def check(self, step: int, run: Callable[[], Any], drop: Callable[[], Any]) -> Difference | None:
         """Run a micro-batch twice, and return the difference, or None if all bits are equal. A collective call.
 
-        run: runs forward and backward of the step's first micro-batch. drop: discards the gradients of the first run. The
-        step uses those of the second, so a check costs one micro-batch. Both runs begin with the same random state.
-        Synchronizes with the device.
+        run: runs the forward and backward passes of the step's first micro-batch. drop: discards the gradients of the
+        first run. The step uses those of the second, so a check costs one extra micro-batch. Both runs begin with the
+        same random state. Synchronizes with the device.
         """
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices), self._observed() as first:
@@ -100,7 +100,7 @@ def bits_digest(tensor: Tensor) -> Tensor:
     """Return a digest of a tensor's bits: an int64 on its device, independent of the order of summation.
 
     The bits of each row (along the last dim) are added as integers, and the row sums are weighted with odd numbers,
-    modulo 2^64. This detects any single changed number, and swapped rows.
+    modulo 2^64. This detects any single changed value, and swapped rows.
     """
     sums = row_sums(tensor)
     return (sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum()

@@ -15,7 +15,7 @@ class SpikeDetector:
     """Detector for one curve. A value is a spike if it exceeds median + threshold * deviation of the last finite values.
 
     The deviation is the median of |value - median| over the last `window` values, and at least 1 % of the median. Spikes
-    join the window, too, so a new level counts as usual after half a window. With only n < window values, the deviation
+    also join the window, so a new level counts as usual after half a window. With only n < window values, the deviation
     is at least (0.01 + early / n) times the median, since the first values do not show how far a curve scatters. The
     first value is never a spike.
     """

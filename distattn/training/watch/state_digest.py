@@ -108,7 +108,7 @@ class StateDigest:
         return told
 
     def explain(self, step: int, changed: list[str], until: str = "") -> Damage | None:
-        """Return the change on any rank, or None without one. A collective call.
+        """Return the change on any rank, or None if no state changed. A collective call.
 
         step: counted from 0. changed: the result of `changed`. until: the event before which the change was found, by
         default the update of the step.

@@ -67,7 +67,7 @@ class WeightGrowth:
     def largest(self) -> Growth | None:
         """Return the largest growth in the first recorded update that multiplied a norm by more than LARGE_GROWTH, or None.
 
-        Weights that were zero may take any norm. Only this rank's shards are compared.
+        Weights that were zero may grow to any norm. Only this rank's shards are compared.
         """
         for (_, before), (step, after) in zip(self._norms, list(self._norms)[1:], strict=False):
             # comparisons with NaN are false
